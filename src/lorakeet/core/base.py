@@ -1,0 +1,108 @@
+"""Frozen bases: a weight that is never trained, behind four methods.
+
+A base answers `matmul(x)` = x·Wᵀ, `matmul_t(g)` = g·W, `dense()` = W, and `store(weight)`, which writes a new W into it.
+Quantised bases (folder `quant`) answer the same four, so that one autograd function serves all of them.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+
+class FrozenBase(Protocol):
+    """A frozen weight W of shape (out, in), however it is stored."""
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in)."""
+
+    def matmul(self, x: Tensor) -> Tensor:
+        """x (tokens, in) to x·Wᵀ (tokens, out), in the dtype of x."""
+
+    def matmul_t(self, grad: Tensor) -> Tensor:
+        """grad (tokens, out) to grad·W (tokens, in), in the dtype of grad."""
+
+    def dense(self) -> Tensor:
+        """W as a plain (out, in) tensor; do not write into it."""
+
+    def store(self, weight: Tensor) -> None:
+        """Replaces W by `weight` (out, in), rounded as this base stores it."""
+
+
+class DenseBase:
+    """The weight (out, in) of an nn.Linear, read from the module at each call, so that moves and casts are seen."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+
+    @property
+    def weight(self) -> Tensor:
+        weight = self.module.weight
+        assert isinstance(weight, Tensor)
+        return weight
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.weight.shape[0], self.weight.shape[1]
+
+    def matmul(self, x: Tensor) -> Tensor:
+        return torch.mm(x, self.weight.t())
+
+    def matmul_t(self, grad: Tensor) -> Tensor:
+        return torch.mm(grad, self.weight)
+
+    def dense(self) -> Tensor:
+        return self.weight.detach()
+
+    def store(self, weight: Tensor) -> None:
+        with torch.no_grad():
+            self.weight.copy_(weight)
+
+
+class TransposedBase(DenseBase):
+    """GPT-2's Conv1D keeps its weight as (in, out); this answers as (out, in)."""
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.weight.shape[1], self.weight.shape[0]
+
+    def matmul(self, x: Tensor) -> Tensor:
+        return torch.mm(x, self.weight)
+
+    def matmul_t(self, grad: Tensor) -> Tensor:
+        return torch.mm(grad, self.weight.t())
+
+    def dense(self) -> Tensor:
+        return self.weight.detach().t()
+
+    def store(self, weight: Tensor) -> None:
+        with torch.no_grad():
+            self.weight.copy_(weight.t())
+
+
+class SliceBase:
+    """One expert's matrix out of a 3-D parameter (experts, out, in)."""
+
+    def __init__(self, stacked: Tensor, index: int) -> None:
+        self.stacked = stacked
+        self.index = index
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.stacked.shape[1], self.stacked.shape[2]
+
+    def matmul(self, x: Tensor) -> Tensor:
+        return torch.mm(x, self.stacked[self.index].t())
+
+    def matmul_t(self, grad: Tensor) -> Tensor:
+        return torch.mm(grad, self.stacked[self.index])
+
+    def dense(self) -> Tensor:
+        return self.stacked[self.index].detach()
+
+    def store(self, weight: Tensor) -> None:
+        with torch.no_grad():
+            self.stacked[self.index].copy_(weight)

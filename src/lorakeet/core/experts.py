@@ -1,0 +1,62 @@
+"""LoRA on the 3-D expert parameters of a mixture-of-experts block (Mixtral, Qwen-MoE and relatives in transformers 5).
+
+The block keeps all experts in two parameters, `gate_up_proj` (experts, 2·width, hidden) and `down_proj`
+(experts, hidden, width). A pair per parameter holds A (experts, rank, in) and B (experts, out, rank); each expert sees
+its own tokens through the same autograd function as a linear layer.
+"""
+
+from __future__ import annotations
+
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from lorakeet.core.base import SliceBase
+from lorakeet.core.layers import AdaptedLayer
+from lorakeet.core.lowrank import LoraPair, low_rank_linear
+
+
+class ExpertPairs(nn.ModuleDict):
+    """The pairs of one adapter on one block, by parameter name."""
+
+
+class LoraExperts(AdaptedLayer):
+    """A block of experts with the call (hidden, top_k_index, top_k_weights) that transformers 5 gives it."""
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """hidden_states (tokens, hidden), top_k_index and top_k_weights (tokens, k) to (tokens, hidden)."""
+        if self.active is None or self.active not in self.adapters:
+            return cast(Tensor, self.original(hidden_states, top_k_index, top_k_weights))
+        pairs = cast(ExpertPairs, self.adapters[self.active])
+        result = torch.zeros_like(hidden_states)
+        for expert in sorted(set(top_k_index.flatten().tolist())):
+            if expert >= self._experts():  # transformers marks a dropped choice by an index past the last expert
+                continue
+            token, choice = torch.where(top_k_index == expert)
+            gate, up = self._project(pairs, "gate_up_proj", expert, hidden_states[token]).chunk(2, dim=-1)
+            out = self._project(pairs, "down_proj", expert, cast(Tensor, self.original.act_fn(gate)) * up)  # type: ignore[operator]
+            result = result.index_add(0, token, (out * top_k_weights[token, choice, None]).to(result.dtype))
+        return result
+
+    def _experts(self) -> int:
+        return cast(Tensor, self.original.gate_up_proj).shape[0]
+
+    def _project(self, pairs: ExpertPairs, name: str, expert: int, x: Tensor) -> Tensor:
+        stacked = cast(Tensor, getattr(self.original, name))
+        if name not in pairs:
+            return nn.functional.linear(x, stacked[expert])
+        pair = cast(LoraPair, pairs[name])
+        dropout = pair.dropout if pair.training else 0.0
+        return low_rank_linear(x, SliceBase(stacked, expert), pair.A[expert], pair.B[expert], pair.scale, dropout=dropout)
+
+
+def supports(module: nn.Module) -> str:
+    """Why LoRA cannot be put on this block of experts; an empty string when it can."""
+    if not all(isinstance(getattr(module, name, None), nn.Parameter) for name in ("gate_up_proj", "down_proj")):
+        return "it has no gate_up_proj and down_proj parameters"
+    if getattr(module, "is_transposed", False):
+        return "its parameters are transposed"
+    if getattr(module, "has_bias", False) or hasattr(module, "gate_up_proj_bias"):
+        return "its experts have biases"
+    return "" if hasattr(module, "act_fn") else "it has no act_fn"

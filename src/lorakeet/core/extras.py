@@ -1,0 +1,78 @@
+"""Trained parts that are not pairs: whole copies of a module, and the rows of new tokens in an embedding."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from lorakeet.core.layers import AdaptedLayer
+
+
+class TrainedModule(AdaptedLayer):
+    """A module (a classification head, a norm) of which each adapter holds its own whole copy, in fp32."""
+
+    def new_copy(self) -> nn.Module:
+        """A trainable fp32 copy of the original."""
+        trained = copy.deepcopy(self.original).float()
+        trained.requires_grad_(True)
+        return trained
+
+    @property
+    def weight(self) -> Tensor:
+        return cast(Tensor, self.current().weight)
+
+    def current(self) -> nn.Module:
+        """The copy in use, or the original."""
+        return self.adapters[self.active] if self.active is not None and self.active in self.adapters else self.original
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        current = self.current()
+        if current is self.original:
+            return current(x, *args, **kwargs)
+        y = current(x.float() if x.is_floating_point() else x, *args, **kwargs)
+        return y.to(x.dtype) if isinstance(y, Tensor) and x.is_floating_point() else y
+
+
+class Rows(nn.Module):
+    """Trained rows of an embedding, for the token ids `ids` (rows,): values (rows, hidden)."""
+
+    ids: Tensor
+
+    def __init__(self, ids: tuple[int, ...], values: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("ids", torch.tensor(ids, dtype=torch.int64, device=values.device))
+        self.values = nn.Parameter(values.detach().clone().float())
+
+    def slots(self, ids: Tensor) -> Tensor:
+        """The row number of each id, or −1 for an id without a trained row."""
+        matches = ids.unsqueeze(-1) == self.ids  # (…, rows)
+        return torch.where(matches.any(-1), matches.int().argmax(-1), -1)
+
+
+class TokenRowsEmbedding(AdaptedLayer):
+    """An embedding of which only the rows of some tokens are trained."""
+
+    def forward(self, ids: Tensor) -> Tensor:
+        y = cast(Tensor, self.original(ids))
+        if self.active is None or self.active not in self.adapters:
+            return y
+        rows = cast(Rows, self.adapters[self.active])
+        slots = rows.slots(ids)
+        factor = float(getattr(self.original, "embed_scale", 1.0))
+        trained = (rows.values[slots.clamp_min(0)] * factor).to(y.dtype)
+        return torch.where((slots >= 0).unsqueeze(-1), trained, y)
+
+
+class TokenRowsHead(AdaptedLayer):
+    """An output head that shares the trained rows of a tied embedding: their logits come from the rows."""
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        logits = cast(Tensor, self.original(hidden))
+        if self.active is None or self.active not in self.adapters:
+            return logits
+        rows = cast(Rows, self.adapters[self.active])
+        own = hidden @ rows.values.t().to(hidden.dtype)  # (…, rows)
+        return logits.index_copy(-1, rows.ids, own.to(logits.dtype))

@@ -1,0 +1,136 @@
+"""The low-rank path: one autograd function for every frozen base, and the pair that owns A and B.
+
+        x ──┬── frozen base: x·Wᵀ ───────┐
+            │                            +──── y          y = x·Wᵀ + b + s·x̃·Aᵀ·Bᵀ
+            └── Aᵀ (rank) ── Bᵀ ── ·s ───┘                x̃ = dropout(x)
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lorakeet.core.adapter import Pair
+from lorakeet.core.base import FrozenBase
+from lorakeet.core.math import Kind, ScaleRule, add_low_rank, alpha_for, delta, fold
+from lorakeet.core.plan import PlanEntry
+
+
+class LowRankLinear(torch.autograd.Function):
+    """y = x·Wᵀ + b + s·x̃·Aᵀ·Bᵀ with a hand-written backward over any FrozenBase.
+
+    With g = ∂L/∂y (tokens, out), h = x̃·Aᵀ (tokens, rank) and u = s·g·B (tokens, rank):
+
+        ∂L/∂B = s·gᵀ·h      ∂L/∂A = uᵀ·x̃      ∂L/∂x̃ = u·A      ∂L/∂x = g·W
+
+    The rank-sized factor is multiplied first, so no (out, in) gradient is ever formed. Saved are x̃ and h, never a
+    dequantised weight: the base brings W back itself in `matmul_t`. ∂L/∂x is skipped where x needs no gradient.
+    A and B may be kept in fp32 under a bf16 x: they are rounded to the dtype of x for the products, their gradients
+    come back in their own dtype.
+    """
+
+    @staticmethod
+    def forward(  # noqa: PLR0917 - apply() takes positional arguments only
+        ctx: Any, x: Tensor, dropped: Tensor | None, A: Tensor, B: Tensor, scale: float, base: FrozenBase, bias: Tensor | None
+    ) -> Tensor:
+        source = x if dropped is None else dropped
+        a, b = A.to(x.dtype), B.to(x.dtype)
+        y = base.matmul(x)
+        if bias is not None:
+            y.add_(bias)
+        shrunk = torch.mm(source, a.t())  # (tokens, rank)
+        add_low_rank(y, shrunk, b, scale)
+        ctx.save_for_backward(source, shrunk, a, b)
+        ctx.scale, ctx.base, ctx.has_dropout = scale, base, dropped is not None
+        ctx.dtypes = A.dtype, B.dtype
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        source, shrunk, a, b = ctx.saved_tensors
+        need_x, need_dropped, need_a, need_b = ctx.needs_input_grad[:4]
+        grad = grad.contiguous()
+        u = torch.mm(grad, b).mul_(ctx.scale)  # (tokens, rank)
+        grad_a = torch.mm(u.t(), source).to(ctx.dtypes[0]) if need_a else None
+        grad_b = torch.mm(grad.t(), shrunk).mul_(ctx.scale).to(ctx.dtypes[1]) if need_b else None
+        grad_x = ctx.base.matmul_t(grad) if need_x else None
+        if not ctx.has_dropout:
+            if grad_x is not None:
+                grad_x.addmm_(u, a)
+            return grad_x, None, grad_a, grad_b, None, None, None
+        return grad_x, torch.mm(u, a) if need_dropped else None, grad_a, grad_b, None, None, None
+
+
+def low_rank_linear(
+    x: Tensor, base: FrozenBase, A: Tensor, B: Tensor, scale: float, *, bias: Tensor | None = None, dropout: float = 0.0
+) -> Tensor:
+    """x (…, in) to x·Wᵀ + b + scale·dropout(x)·Aᵀ·Bᵀ (…, out)."""
+    flat = x.reshape(-1, x.shape[-1])
+    dropped = nn.functional.dropout(flat, dropout) if dropout > 0 else None
+    y: Tensor = LowRankLinear.apply(flat, dropped, A, B, scale, base, bias)  # type: ignore[no-untyped-call]
+    return y.view(*x.shape[:-1], y.shape[-1])
+
+
+class LoraPair(nn.Module):
+    """A and B of one frozen weight. Calling it applies it over a base; `fold` adds it to a weight.
+
+    `anchor_A` and `anchor_B` (PiSSA, OLoRA) are the frozen values at which A and B began: the pair then stands for
+    s·(B·A − B₀·A₀), so that the base weight is never touched and any base, quantised or shared, can be used.
+    """
+
+    anchor_A: Tensor | None
+    anchor_B: Tensor | None
+
+    def __init__(self, entry: PlanEntry, *, device: torch.device | str = "cpu", bias: bool = False) -> None:
+        super().__init__()
+        self.kind: Kind = entry.kind
+        self.scale = entry.scale
+        self.scale_rule: ScaleRule = entry.scale_rule
+        self.dropout = entry.dropout
+        self.A = nn.Parameter(torch.zeros(entry.shape_a, device=device))
+        self.B = nn.Parameter(torch.zeros(entry.shape_b, device=device))
+        self.bias = nn.Parameter(torch.zeros(entry.shape_b[0], device=device)) if bias else None
+        self.register_buffer("anchor_A", None)
+        self.register_buffer("anchor_B", None)
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """A and B as used: with an anchor, [A; A₀] and [B, −B₀], of twice the rank."""
+        if self.anchor_A is None or self.anchor_B is None:
+            return self.A, self.B
+        return torch.cat([self.A, self.anchor_A]), torch.cat([self.B, -self.anchor_B], dim=1)
+
+    def forward(self, x: Tensor, base: FrozenBase, bias: Tensor | None = None) -> Tensor:
+        """x (…, in) to y (…, out) over a linear base."""
+        A, B = self.factors()
+        dropout = self.dropout if self.training else 0.0
+        y = low_rank_linear(x, base, A, B, self.scale, bias=bias, dropout=dropout)
+        return y if self.bias is None else y + (self.scale * self.bias).to(y.dtype)
+
+    def delta(self) -> Tensor:
+        """ΔW, fp32, in the shape of the frozen weight."""
+        A, B = self.factors()
+        return delta(A.float(), B.float(), self.scale, self.kind)
+
+    def fold(self, weight: Tensor) -> Tensor:
+        """W + ΔW in the dtype of `weight`."""
+        return fold(weight, self.delta().to(weight.device))
+
+    def value(self) -> Pair:
+        """A copy as a plain value on the CPU."""
+        A, B = (factor.detach().float().cpu().clone().contiguous() for factor in self.factors())
+        rank = A.shape[1] if self.kind == "experts" else A.shape[0]
+        bias = None if self.bias is None else self.bias.detach().float().cpu().clone()
+        return Pair(A, B, alpha_for(self.scale, rank, self.scale_rule), self.kind, self.scale_rule, self._magnitude_value(), bias)
+
+    def load(self, pair: Pair) -> None:
+        """Takes over the numbers of `pair`, whose shapes must be those of this pair."""
+        with torch.no_grad():
+            self.A.copy_(pair.A)
+            self.B.copy_(pair.B)
+            if self.bias is not None and pair.bias is not None:
+                self.bias.copy_(pair.bias)
+
+    def _magnitude_value(self) -> Tensor | None:
+        return None

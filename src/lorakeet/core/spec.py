@@ -1,0 +1,117 @@
+"""What the user asks of LoRA: `LoraSpec`, the `lora:` part of a run file. Imports no torch, so that `--help` is quick."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from typing import Literal
+
+from lorakeet.errors import Problems
+
+
+@dataclass(frozen=True)
+class LoraSpec:
+    """Which matrices get a low-rank pair, of what rank, scale and start."""
+
+    rank: int = field(default=16, metadata={"help": "Rank of each pair: A is (rank, in), B is (out, rank)."})
+    alpha: float = field(default=32.0, metadata={"help": "The update is scaled by alpha/rank, or by alpha/√rank with rsLoRA."})
+    dropout: float = field(default=0.0, metadata={"help": "Share of the pair's input set to zero in training, 0 to less than 1."})
+    scale_rule: Literal["alpha/rank", "alpha/sqrt(rank)"] = field(
+        default="alpha/rank", metadata={"help": "How alpha and rank give the scale; alpha/sqrt(rank) is rsLoRA."}
+    )
+    variant: Literal["lora", "dora"] = field(
+        default="lora", metadata={"help": "lora, or dora: a trained length for each row of the weight (arXiv 2402.09353)."}
+    )
+    start: Literal["kaiming", "gaussian", "pissa", "olora", "orthogonal"] = field(
+        default="kaiming",
+        metadata={"help": "How A and B begin: B = 0 (kaiming, gaussian), top singular vectors (pissa), QR (olora), orthogonal."},
+    )
+    target_modules: tuple[str, ...] = field(
+        default=("all-linear",),
+        metadata={
+            "help": "Module names or path endings; or all-linear, attention, mlp; embeddings and lm_head only if named."
+        },
+    )
+    exclude_modules: tuple[str, ...] = field(
+        default=(), metadata={"help": "Module names, path endings or whole-path regular expressions to leave alone."}
+    )
+    layers: str = field(
+        default="all", metadata={"help": "Which blocks: all, a range such as 0-11, a list such as 0,5,9, or top:8."}
+    )
+    rank_pattern: dict[str, int] = field(
+        default_factory=dict, metadata={"help": "Rank by regular expression over the end of a module's path; first match wins."}
+    )
+    alpha_pattern: dict[str, float] = field(
+        default_factory=dict, metadata={"help": "Alpha by regular expression over the end of a module's path; first match wins."}
+    )
+    extra_modules: tuple[str, ...] = field(
+        default=(), metadata={"help": "Modules trained whole beside the pairs, such as a classification head."}
+    )
+    new_tokens: tuple[str, ...] = field(
+        default=(), metadata={"help": "Tokens to add to the vocabulary; only their rows of the embedding are trained."}
+    )
+
+    def validate(self) -> list[str]:
+        """Every problem of these settings in words; empty when they can be used."""
+        found: list[str] = []
+        if self.rank < 1:
+            found.append(f"lora.rank is {self.rank}; it must be 1 or more (0 would train nothing). Try 8 or 16.")
+        if self.alpha <= 0:
+            found.append(f"lora.alpha is {self.alpha:g}; it must be above 0. A common choice is twice the rank.")
+        if not 0 <= self.dropout < 1:
+            found.append(f"lora.dropout is {self.dropout:g}; it must be at least 0 and below 1.")
+        if not self.target_modules and not self.extra_modules and not self.new_tokens:
+            found.append("lora.target_modules is empty, so nothing would be trained. Use all-linear or name modules.")
+        if self.start == "orthogonal" and self.rank % 2:
+            found.append(f"lora.start orthogonal needs an even rank; lora.rank is {self.rank}.")
+        for name, pattern in (("rank_pattern", self.rank_pattern), ("alpha_pattern", self.alpha_pattern)):
+            found += [f"lora.{name} {key!r} is {value}; it must be above 0." for key, value in pattern.items() if value <= 0]
+            found += [problem for key in pattern for problem in _regex_problems(f"lora.{name}", key)]
+        found += _layer_problems(self.layers)
+        return found
+
+    def check(self) -> None:
+        """Raises ConfigError with every problem of `validate`."""
+        problems = Problems("The LoRA settings cannot be used")
+        for message in self.validate():
+            problems.add(message)
+        problems.raise_if_any()
+
+
+def _regex_problems(where: str, pattern: str) -> list[str]:
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        return [f"{where} {pattern!r} is not a regular expression: {error}."]
+    return []
+
+
+_LAYERS = re.compile(r"all|top:[1-9]\d*|\d+(-\d+)?(,\d+(-\d+)?)*")
+
+
+def _layer_problems(text: str) -> list[str]:
+    if _LAYERS.fullmatch(text.replace(" ", "")):
+        return []
+    return [f"lora.layers is {text!r}; expected all, a range such as 0-11, a list such as 0,5,9, or top:8."]
+
+
+def layers_chosen(text: str, count: int) -> set[int]:
+    """The block numbers that `text` (see `LoraSpec.layers`) means in a model of `count` blocks; some may not exist."""
+    text = text.replace(" ", "")
+    if text == "all":
+        return set(range(count))
+    if text.startswith("top:"):
+        return set(range(max(0, count - int(text[4:])), count))
+    chosen: set[int] = set()
+    for part in text.split(","):
+        first, _, last = part.partition("-")
+        chosen |= set(range(int(first), int(last or first) + 1))
+    return chosen
+
+
+def pattern_value(pattern: dict[str, int] | dict[str, float], path: str) -> float | None:
+    """The value of the first key that matches the end of `path` at a dot (PEFT's rule: `(.*\\.)?(KEY)$`), or None."""
+    for key, value in pattern.items():
+        if re.match(rf"(.*\.)?({key})$", path):
+            return value
+    return None

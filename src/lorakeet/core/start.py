@@ -1,0 +1,91 @@
+"""How A and B begin. Every start leaves the model's function as it was: exactly where B·A = 0, to rounding with an anchor.
+
+The random numbers of a pair depend on the seed and on its path alone, so that adding a layer does not change the others.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+
+import torch
+from torch import Tensor
+
+from lorakeet.core.lowrank import LoraPair
+
+EXACT_SVD_UP_TO = 256  # smaller matrices get an exact SVD; larger ones the randomised one (Halko et al. 2011)
+OVERSAMPLING = 16
+POWER_ITERATIONS = 8
+
+
+def begin(pair: LoraPair, start: str, *, weight: Tensor, path: str, seed: int) -> None:
+    """Fills A and B of a new pair. `weight` is the frozen W as (out, in); only pissa and olora read it."""
+    generator = torch.Generator().manual_seed(seed_for(seed, path))
+    with torch.no_grad():
+        if start in ("pissa", "olora"):
+            A, B = (_pissa if start == "pissa" else _olora)(weight.float().cpu(), pair.A.shape[0], generator)
+            root = math.sqrt(pair.scale)  # so that scale·B·A is the part that was cut out
+            _set_anchored(pair, A / root, B / root)
+        elif start == "orthogonal":
+            _orthogonal(pair, generator)
+        elif pair.kind == "embedding":
+            pair.A.zero_()
+            pair.B.copy_(torch.randn(pair.B.shape, generator=generator))
+        elif start == "gaussian":
+            pair.A.copy_(torch.randn(pair.A.shape, generator=generator) / pair.A.shape[-2 if pair.kind == "experts" else 0])
+            pair.B.zero_()
+        else:
+            fan_in = math.prod(pair.A.shape[1:]) if pair.kind != "experts" else pair.A.shape[2]
+            bound = 1 / math.sqrt(fan_in)  # Kaiming uniform with a = √5
+            pair.A.copy_((torch.rand(pair.A.shape, generator=generator) * 2 - 1) * bound)
+            pair.B.zero_()
+
+
+def seed_for(seed: int, path: str) -> int:
+    """A seed that depends on the run's seed and a name, the same on every machine."""
+    return int.from_bytes(hashlib.sha256(f"{seed}/{path}".encode()).digest()[:7], "big")
+
+
+def _set_anchored(pair: LoraPair, A: Tensor, B: Tensor) -> None:
+    pair.A.copy_(A)
+    pair.B.copy_(B)
+    pair.anchor_A = pair.A.detach().clone()
+    pair.anchor_B = pair.B.detach().clone()
+
+
+def _pissa(weight: Tensor, rank: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """The top `rank` singular triples, split as B = U√S, A = √S·Vᵀ (https://arxiv.org/abs/2404.02948)."""
+    if min(weight.shape) <= max(EXACT_SVD_UP_TO, rank + OVERSAMPLING):
+        U, S, Vh = torch.linalg.svd(weight, full_matrices=False)
+    else:
+        U, S, Vh = _randomised_svd(weight, rank + OVERSAMPLING, generator)
+    root = S[:rank].sqrt()
+    return root[:, None] * Vh[:rank], U[:, :rank] * root
+
+
+def _randomised_svd(weight: Tensor, size: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+    basis = weight @ torch.randn(weight.shape[1], size, generator=generator)
+    for _ in range(POWER_ITERATIONS):
+        basis = weight @ (weight.t() @ torch.linalg.qr(basis).Q)
+    Q = torch.linalg.qr(basis).Q
+    U, S, Vh = torch.linalg.svd(Q.t() @ weight, full_matrices=False)
+    return Q @ U, S, Vh
+
+
+def _olora(weight: Tensor, rank: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """W = Q·R; B = Q[:, :rank], A = R[:rank] (https://arxiv.org/abs/2406.01775)."""
+    del generator
+    Q, R = torch.linalg.qr(weight)
+    return R[:rank], Q[:, :rank]
+
+
+def _orthogonal(pair: LoraPair, generator: torch.Generator) -> None:
+    """A and B both non-zero with B·A = 0: their rank sides lie in two orthogonal halves of R^rank."""
+    rank = pair.A.shape[0]
+    Q = torch.linalg.qr(torch.randn(rank, rank, generator=generator)).Q
+    left, right = Q[: rank // 2], Q[rank // 2 :]  # orthonormal rows, left·rightᵀ = 0
+    flat_in, out = math.prod(pair.A.shape[1:]), pair.B.shape[0]
+    A = left.t() @ torch.randn(rank // 2, flat_in, generator=generator) / math.sqrt(flat_in)
+    B = torch.randn(out, rank // 2, generator=generator) @ right / math.sqrt(out)
+    pair.A.copy_(A.view(pair.A.shape))
+    pair.B.copy_(B.view(pair.B.shape))

