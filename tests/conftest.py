@@ -1,0 +1,31 @@
+"""Fixtures that several folders of tests share. Puts `tests/` on the import path, so that `from tiny.models import …` works."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+sys.path.insert(0, str(Path(__file__).parent))
+
+
+@pytest.fixture
+def tiny_model() -> Callable[..., Any]:
+    """`tiny_model("llama", seed=0, **config_changes)` builds a tiny random frozen model (names: tiny.models.FAMILIES)."""
+    from tiny.models import tiny_model as build
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def tiny_llama_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A saved tiny Llama (hidden 32, 2 layers, tied head) with a byte-level tokenizer and a chat template. Do not write into it."""
+    from tiny.models import save_tiny_llama
+
+    return save_tiny_llama(tmp_path_factory.mktemp("tiny") / "llama")
