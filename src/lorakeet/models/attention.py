@@ -45,7 +45,7 @@ def row_attention(
     scale = settings.get("scaling") or 1 / math.sqrt(query.shape[-1])
     window, softcap, dropout = settings.get("sliding_window"), settings.get("softcap"), settings.get("dropout") or 0.0
     outputs = []
-    for q, k, v in zip(*(torch.split(states, rows, dim=2) for states in (query, key, value)), strict=True):
+    for q, k, v in zip(*(torch.split(states, list(rows), dim=2) for states in (query, key, value)), strict=True):
         masked = window is not None and q.shape[2] > window
         if softcap is not None:
             out = _softcapped(q, k, v, scale, softcap, window)
