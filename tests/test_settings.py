@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lorakeet.errors import ConfigError
+from lorakeet.errors import ConfigError, Problems
 from lorakeet.settings import choices, describe, fields_of, load, override, to_mapping
 
 
@@ -77,7 +77,8 @@ def test_nothing_given_keeps_every_default() -> None:
         ({"wing": {"targets": 5}}, "wing.targets in drug.yaml is 5 (a whole number); expected a list (text each)."),
         ({"wing": {"ranks": "q"}}, "wing.ranks in drug.yaml is 'q' (text); expected a mapping from names (a whole number each)."),
         ({"wing": {"limit": "x"}}, "wing.limit in drug.yaml is 'x' (text); expected a whole number, or none."),
-        ({"wing": "fast"}, "wing in drug.yaml is 'fast' (text); expected a mapping with keys rank, alpha, targets, ranks, packing, limit."),
+        ({"wing": "fast"},
+         "wing in drug.yaml is 'fast' (text); expected a mapping with keys rank, alpha, targets, ranks, packing, limit."),
         ({"engine": {"dtype": "bf61"}},
          "engine.dtype in drug.yaml is 'bf61' (text); expected one of 'auto', 'bf16', 'none'. Did you mean 'bf16'?"),
         ({"engine": {"path": 1.5}}, "engine.path in drug.yaml is 1.5 (a number); expected text."),
@@ -96,6 +97,23 @@ def test_all_problems_are_listed_at_once() -> None:
         assert part in text
 
 
+def test_validate_may_raise_its_problems_too() -> None:
+    @dataclass(frozen=True)
+    class Raising:
+        low: int = 0
+        high: int = 0
+
+        def validate(self) -> None:
+            problems = Problems("Raising cannot be used")
+            for name in ("low", "high"):
+                if getattr(self, name) < 0:
+                    problems.add(f"{name} is negative.")
+            problems.raise_if_any()
+
+    assert complaint({"low": -1}, Raising) == "low is negative."
+    assert complaint({"low": -1, "high": -2, "hihg": 1}, Raising).splitlines()[0] == "drug.yaml cannot be used (3 problems):"
+
+
 def test_missing_values_are_listed_with_their_help() -> None:
     text = complaint({}, Order)
     assert "run is missing in drug.yaml; expected text. Folder of the run." in text
@@ -104,13 +122,15 @@ def test_missing_values_are_listed_with_their_help() -> None:
 
 
 def test_a_flag_is_named_as_the_source_of_its_value() -> None:
-    assert complaint({"wing": {"rank": "x"}}, origins={"wing.rank": "flag --wing.rank"}).startswith("wing.rank (flag --wing.rank) is 'x'")
+    text = complaint({"wing": {"rank": "x"}}, origins={"wing.rank": "flag --wing.rank"})
+    assert text.startswith("wing.rank (flag --wing.rank) is 'x'")
 
 
 @pytest.mark.parametrize(
     ("path", "text", "expected"),
     [
-        ("wing.rank", "8", 8), ("wing.rank", "1e3", 1000), ("wing.rank", 8.0, 8), ("wing.alpha", "1e-3", 1e-3), ("wing.alpha", 8, 8.0),
+        ("wing.rank", "8", 8), ("wing.rank", "1e3", 1000), ("wing.rank", 8.0, 8),
+        ("wing.alpha", "1e-3", 1e-3), ("wing.alpha", 8, 8.0),
         ("wing.packing", "false", False), ("wing.packing", "On", True), ("wing.limit", "none", None), ("wing.limit", "7", 7),
         ("wing.targets", "q_proj, v_proj", ("q_proj", "v_proj")), ("wing.targets", ["a,b"], ("a,b",)), ("wing.targets", "", ()),
         ("wing.ranks", "q=8,v=2", {"q": 8, "v": 2}), ("wing.ranks", {"q": "8"}, {"q": 8}),

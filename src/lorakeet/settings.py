@@ -20,7 +20,7 @@ from dataclasses import MISSING, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
-from lorakeet.errors import Problems, nearest
+from lorakeet.errors import ConfigError, Problems, nearest
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -69,7 +69,8 @@ def load(cls: type[T], mapping: Mapping[str, Any], *, where: str, origins: Mappi
     """An instance of `cls` from nested mappings; what is not given keeps its default.
 
     `where` names the source in messages ("drug.yaml"); `origins` names another source for single dotted paths
-    ("lora.rank" → "flag --lora.rank"). Each dataclass may have `validate() -> list[str]`, whose messages join the others.
+    ("lora.rank" → "flag --lora.rank"). Each dataclass may have `validate()`, which returns its problems as a list of
+    messages or raises them as a ConfigError; they join the others.
 
     Raises ConfigError that lists every problem: unknown keys, wrong types, missing values, and what `validate` finds.
     """
@@ -146,8 +147,8 @@ class _Reader:
         complete = True
         for name, kind, spec in _fields(cls):
             path = f"{prefix}{name}"
-            if name in mapping:
-                value, good = self.value(kind, spec, mapping[name], path)
+            if name in mapping or dataclasses.is_dataclass(kind):
+                value, good = self.value(kind, spec, mapping.get(name), path)
             else:
                 value, good = _default(spec), True
                 if value is MISSING:
@@ -175,7 +176,12 @@ class _Reader:
     def finish(self, cls: type[T], values: dict[str, Any]) -> T:
         instance = cls(**values)
         validate = getattr(instance, "validate", None)
-        for message in validate() if validate else ():
+        try:
+            messages = (validate() or ()) if validate else ()
+        except ConfigError as error:  # raised by `Problems`: one message, or a heading and one line for each
+            lines = str(error).split("\n  - ")
+            messages = lines[1:] or lines
+        for message in messages:
             self.problems.add(message)
         return instance
 

@@ -1,0 +1,164 @@
+"""Settings as flags of the command line: one flag for each leaf, named by its dotted path, grouped in the help by section."""
+
+from __future__ import annotations
+
+import dataclasses
+import typing
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from lorakeet.errors import nearest
+from lorakeet.settings import Setting, choices, fields_of
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+    from click.shell_completion import CompletionItem
+
+__all__ = ["SettingFlag", "SettingsCommand", "given_values", "nearest_flag", "option_flags", "setting_flags", "shown_default"]
+
+_METAVARS = {bool: "true|false", int: "N", float: "X", str: "TEXT", Path: "PATH"}
+
+
+class SettingFlag(click.Option):
+    """A flag that hands its text on unread: `settings.load` reads all of them, so that all problems appear at once."""
+
+    def __init__(self, flag: str, setting: Setting) -> None:
+        self.setting = setting
+        repeatable = typing.get_origin(setting.kind) in (tuple, dict)
+        names = [setting.path.replace(".", "__"), flag]
+        if setting.shorthand:
+            names.append(f"--{setting.shorthand}")
+        kind = setting.kind
+        super().__init__(names, type=_Text(kind), multiple=repeatable, help=_help(setting), metavar=_metavar(kind))
+
+
+class SettingsCommand(click.Command):
+    """A command whose help lists its arguments with their meaning and groups its flags by section of the run file."""
+
+    def __init__(self, name: str, *, arguments: dict[str, str], **rest: Any) -> None:
+        super().__init__(name, **rest)
+        self.arguments = arguments
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        if self.arguments:
+            with formatter.section("Arguments"):
+                formatter.write_dl(list(self.arguments.items()))
+        sections: dict[str, list[tuple[str, str]]] = {"Options": []}
+        for param in self.get_params(ctx):
+            record = param.get_help_record(ctx) if isinstance(param, click.Option) else None
+            if record is not None:
+                setting = getattr(param, "setting", None)
+                section = setting.section or "run" if setting else "Options"
+                sections.setdefault(section, []).append(record)
+        for section, records in sections.items():
+            with formatter.section(section):
+                formatter.write_dl(records, col_max=36)
+
+
+class _Text(click.ParamType[str]):
+    """Any text; offers the allowed words to the shell's completion."""
+
+    name = "text"
+
+    def __init__(self, kind: Any) -> None:
+        self.kind = kind
+
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+        from click.shell_completion import CompletionItem
+
+        words = choices(self.kind) or (("true", "false") if self.kind is bool else ())
+        return [CompletionItem(word) for word in words if word.startswith(incomplete)]
+
+
+def setting_flags(cls: type[DataclassInstance]) -> list[click.Parameter]:
+    """One flag for each leaf of a tree of settings: `--lora.rank`, and `--model` beside `--model.path`."""
+    return [SettingFlag(f"--{setting.path}", setting) for setting in fields_of(cls)]
+
+
+def option_flags(options: type[DataclassInstance]) -> tuple[list[click.Parameter], dict[str, str]]:
+    """The parameters of a verb's own options, and the help of those that are given by position."""
+    parameters: list[click.Parameter] = []
+    arguments: dict[str, str] = {}
+    by_name = {spec.name: spec for spec in dataclasses.fields(options)}
+    for setting in fields_of(options):
+        if by_name[setting.path].metadata.get("positional"):
+            metavar = setting.path.upper()
+            arguments[metavar] = setting.help
+            parameters.append(click.Argument([setting.path], metavar=metavar, required=False))
+        else:
+            parameters.append(_option(setting))
+    return parameters, arguments
+
+
+def given_values(command: click.Command, values: dict[str, Any], chosen: Callable[[click.Parameter], bool]) -> dict[str, Any]:
+    """Dotted path → what was typed, for the chosen parameters that were given at all."""
+    found: dict[str, Any] = {}
+    for param in command.params:
+        value = values.get(param.name or "")
+        if chosen(param) and value not in (None, (), False):
+            path = param.setting.path if isinstance(param, SettingFlag) else str(param.name)
+            found[path] = _joined(value, getattr(param, "setting", None))
+    return found
+
+
+def nearest_flag(typed: str, command: click.Command) -> str:
+    """A sentence " Did you mean '--lora.rank'?" for a flag that does not exist, also when only its last part was typed."""
+    flags = [flag for param in command.params if isinstance(param, click.Option) for flag in param.opts]
+    by_leaf = {flag.lstrip("-").rpartition(".")[2]: flag for flag in reversed(flags)}
+    leaf = typed.lstrip("-").rpartition(".")[2].replace("-", "_")
+    if leaf in by_leaf:
+        return f" Did you mean '{by_leaf[leaf]}'?"
+    section = [flag for flag in flags if flag.rpartition(".")[0] == typed.rpartition(".")[0]]
+    return nearest(typed, section) or nearest(typed, flags)
+
+
+def _option(setting: Setting) -> click.Option:
+    flag = "--" + setting.path.replace("_", "-")
+    if setting.kind is bool:
+        return click.Option([flag], is_flag=True, help=setting.help)
+    return click.Option([flag], type=_Text(setting.kind), help=_help(setting), metavar=_metavar(setting.kind))
+
+
+def _joined(value: Any, setting: Setting | None) -> Any:
+    """A flag given once is its text; given several times, a list or a mapping of all its texts."""
+    if not isinstance(value, tuple):
+        return value
+    if len(value) == 1:
+        return value[0]
+    if setting is not None and typing.get_origin(setting.kind) is dict and all("=" in text for text in value):
+        return {text.rpartition("=")[0]: text.rpartition("=")[2] for text in value}
+    return list(value)
+
+
+def _metavar(kind: Any) -> str:
+    if choices(kind):
+        return "|".join(choices(kind))
+    inner = [arm for arm in typing.get_args(kind) if arm not in (type(None), ...)]
+    origin = typing.get_origin(kind)
+    if origin is dict:
+        return f"NAME={_metavar(inner[1])},…"
+    if origin is tuple:
+        return f"{_metavar(inner[0])},…"
+    return _METAVARS.get(kind) or "|".join(_metavar(arm) for arm in inner)
+
+
+def _help(setting: Setting) -> str:
+    if setting.default is dataclasses.MISSING:
+        return f"{setting.help} (required)"
+    return f"{setting.help} ({shown_default(setting.default)})"
+
+
+def shown_default(value: Any) -> str:
+    """A default value as a person would type it."""
+    if value is None or value in ("", (), {}):
+        return "none"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, (tuple, list)):
+        return ",".join(map(str, value))
+    if isinstance(value, dict):
+        return ",".join(f"{name}={item}" for name, item in value.items())
+    return repr(value) if isinstance(value, str) and not value.isprintable() else str(value)

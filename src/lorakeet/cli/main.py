@@ -1,0 +1,171 @@
+"""The command `lorakeet`: picks the verb, reads its settings, prints its result or its error, and sets the exit code.
+
+Exit codes: 0 done, 2 something to mend by the user, 3 a verification failed, 4 a run stopped early, 130 stopped by Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+
+from lorakeet import __version__
+from lorakeet.errors import ConfigError, LorakeetError, nearest
+from lorakeet.workflows.verbs import VERBS, Verb
+
+__all__ = ["main"]
+
+_SHELLS = ("bash", "zsh", "fish")
+_CONTEXT = {"max_content_width": 110, "help_option_names": ["-h", "--help"]}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The exit code of `lorakeet ARGUMENTS` (of this process when None), after everything has been printed."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    as_json = "--json" in arguments
+    try:
+        code = lorakeet.main(args=arguments, prog_name="lorakeet", standalone_mode=False)
+    except click.exceptions.NoArgsIsHelpError as error:
+        click.echo(error.format_message(), err=True)
+        return error.exit_code
+    except click.ClickException as error:
+        return _report(error, _usage_message(error), exit_code=error.exit_code, as_json=as_json, debug=False)
+    except LorakeetError as error:
+        return _report(error, str(error), exit_code=error.exit_code, as_json=as_json, debug="--debug" in arguments)
+    except click.Abort as error:
+        return _report(error, "Stopped by Ctrl-C before the work was done.", exit_code=130, as_json=as_json, debug=False)
+    return code if isinstance(code, int) else 0
+
+
+class _Verbs(click.Group):
+    """Builds a verb's command when it is asked for: help on all verbs needs no settings, help on one needs no torch."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return [*(verb.name for verb in VERBS), "completion"]
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        verb = next((verb for verb in VERBS if verb.name == cmd_name), None)
+        return _command(verb) if verb else self.commands.get(cmd_name)
+
+    def resolve_command(self, ctx: click.Context, args: list[str]) -> tuple[str | None, click.Command | None, list[str]]:
+        if not ctx.resilient_parsing and args and args[0] not in self.list_commands(ctx) and not args[0].startswith("-"):
+            known = self.list_commands(ctx)
+            raise click.UsageError(f"No such verb '{args[0]}'.{nearest(args[0], known)} The verbs are {', '.join(known)}.", ctx)
+        return super().resolve_command(ctx, args)
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        rows = [(verb.name, verb.summary) for verb in VERBS]
+        with formatter.section("Verbs"):
+            formatter.write_dl([*rows, ("completion", "Print the completion script of a shell.")])
+
+
+@click.group(cls=_Verbs, context_settings=_CONTEXT)
+@click.version_option(__version__, prog_name="lorakeet")
+def lorakeet() -> None:
+    """From a pre-trained model to a verified LoRA adapter, on the hardware at hand."""
+
+
+@lorakeet.command(context_settings=_CONTEXT)
+@click.argument("shell", type=click.Choice(_SHELLS))
+def completion(shell: str) -> None:
+    """Print the completion script of SHELL; load it with: eval "$(lorakeet completion bash)"."""
+    from click.shell_completion import get_completion_class
+
+    found = get_completion_class(shell)
+    if found is None:
+        raise ConfigError(f"No completion for the shell '{shell}'; expected one of {', '.join(_SHELLS)}.")
+    click.echo(found(lorakeet, {}, "lorakeet", "_LORAKEET_COMPLETE").source())
+
+
+def _command(verb: Verb) -> click.Command:
+    from lorakeet.cli.flags import SettingsCommand, option_flags, setting_flags
+
+    own, arguments = option_flags(verb.options)
+    params: list[click.Parameter] = []
+    if verb.config == "file":
+        meaning = "The run file (YAML); flags win over it. Without it, flags and defaults are the whole run."
+        arguments = {"CONFIG": meaning, **arguments}
+        params.append(click.Argument(["config"], metavar="[CONFIG]", required=False))
+    params += own
+    params.append(click.Option(["--json"], is_flag=True, help="Print the result as JSON, and nothing else, on standard output."))
+    params.append(click.Option(["--debug"], is_flag=True, help="Show where in the code an error was raised."))
+    if verb.config != "none":
+        from lorakeet.config import RunConfig
+
+        params += setting_flags(RunConfig)
+
+    def run(**values: Any) -> int:
+        return _run(verb, command, values)
+
+    command = SettingsCommand(
+        verb.name, arguments=arguments, params=params, callback=run, help=verb.summary, context_settings=_CONTEXT
+    )
+    return command
+
+
+def _run(verb: Verb, command: click.Command, values: dict[str, Any]) -> int:
+    import dataclasses
+
+    from rich.console import Console
+
+    from lorakeet.cli.flags import SettingFlag, given_values
+    from lorakeet.settings import load
+
+    specs = {spec.name: spec for spec in dataclasses.fields(verb.options)}
+    given = given_values(command, values, lambda param: param.name in specs)
+    options = load(verb.options, given, where=f"the command lorakeet {verb.name}")
+    positional = [getattr(options, name) for name, spec in specs.items() if spec.metadata.get("positional")]
+    named = {name: getattr(options, name) for name, spec in specs.items() if not spec.metadata.get("positional")}
+    if verb.config != "none":
+        flags = given_values(command, values, lambda param: isinstance(param, SettingFlag))
+        positional.insert(0, _config(verb, values.get("config"), named.get("resume"), flags))
+    named["console"] = Console(stderr=values["json"])
+    result = verb.run(positional, named)
+    if values["json"]:
+        click.echo(json.dumps(result.to_mapping(), ensure_ascii=False, indent=2))
+    return int(getattr(result, "exit_code", 0))
+
+
+def _config(verb: Verb, file: str | None, resume: Path | None, flags: dict[str, Any]) -> Any:
+    """The RunConfig that the command line means; a run that goes on keeps the settings that it began with."""
+    from lorakeet.config import read_run
+
+    if resume is None:
+        return read_run(verb.shipped_config() if verb.config == "shipped" else Path(file) if file else None, flags)
+    if file or flags:
+        extra = ", ".join([*([file] if file else []), *(f"--{path}" for path in flags)])
+        saved = resume / "config.yaml"
+        raise ConfigError(f"--resume takes every setting from {saved}, so leave out {extra}; or start a new run with them.")
+    if not (resume / "config.yaml").is_file():
+        raise ConfigError(f"--resume {resume}: no run lies there (no config.yaml in it). Give the folder that a run has written.")
+    return read_run(resume / "config.yaml")
+
+
+def _usage_message(error: click.ClickException) -> str:
+    """click's own sentence, with the nearest flag and where to read about all of them."""
+    from lorakeet.cli.flags import nearest_flag
+
+    context = getattr(error, "ctx", None)
+    where = f" 'lorakeet {context.command.name} --help' lists all." if context and context.parent else ""
+    if isinstance(error, click.NoSuchOption) and context:
+        return f"No such flag '{error.option_name}'.{nearest_flag(error.option_name, context.command)}{where}"
+    return f"{error.format_message().rstrip('.')}.{where}"
+
+
+def _report(error: BaseException, message: str, *, exit_code: int, as_json: bool, debug: bool) -> int:
+    if debug:
+        traceback.print_exception(error)
+    kind = "UsageError" if isinstance(error, click.ClickException) else "Stopped" if exit_code == 130 else type(error).__name__
+    if as_json:
+        click.echo(json.dumps({"error": kind, "message": message}, ensure_ascii=False))
+    else:
+        from rich.console import Console
+        from rich.text import Text
+
+        Console(stderr=True, soft_wrap=True).print(Text("Error: ", "bold red") + Text(message, "default"))
+    return exit_code

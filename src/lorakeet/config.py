@@ -1,0 +1,123 @@
+"""The run file: `RunConfig` composes the settings of every part, YAML is read and written here. Imports no torch."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Hashable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from lorakeet.core.spec import LoraSpec
+from lorakeet.data.spec import DataSpec
+from lorakeet.errors import ConfigError
+from lorakeet.evaluate.spec import EvaluateSpec
+from lorakeet.models.spec import ModelSpec
+from lorakeet.settings import load, override, to_mapping
+
+__all__ = ["RunConfig", "dump_yaml", "read_run", "read_yaml"]
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Everything that one fine-tuning run needs to know; the same keys stand in YAML, in flags and in the saved run."""
+
+    model: ModelSpec = field(default_factory=ModelSpec, metadata={"help": "The base model.", "shorthand": "path"})
+    lora: LoraSpec = field(default_factory=LoraSpec, metadata={"help": "The low-rank pairs."})
+    data: DataSpec = field(default_factory=DataSpec, metadata={"help": "The rows.", "shorthand": "train"})
+    evaluate: EvaluateSpec = field(default_factory=EvaluateSpec, metadata={"help": "The measurements."})
+    kind: Literal["text"] = field(default="text", metadata={"help": "What the model makes; text is a causal language model."})
+    seed: int = field(default=0, metadata={"help": "Seed of the start, the order of the rows, dropout and the held-out split."})
+    out: str = field(default="runs/lorakeet", metadata={"help": "Folder of the run; it must not exist yet."})
+
+    def validate(self) -> list[str]:
+        """Every problem that no part can see alone."""
+        found = [] if self.out.strip() else ["out is empty; name the folder that the run is written to, e.g. runs/first."]
+        return found + ([f"seed is {self.seed}; it must be 0 or more."] if self.seed < 0 else [])
+
+
+def read_run(path: Path | None, overrides: Mapping[str, Any] | None = None) -> RunConfig:
+    """The run described by a YAML file (or by the defaults) and by flags, given as dotted path → text.
+
+    Raises ConfigError with every problem of the file and of the flags.
+    """
+    mapping = read_yaml(path) if path else {}
+    for dotted, value in (overrides or {}).items():
+        mapping = override(RunConfig, mapping, dotted, value)
+    origins = {dotted: f"flag --{dotted}" for dotted in overrides or {}}
+    return load(RunConfig, mapping, where=str(path) if path else "the flags", origins=origins)
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The mapping in a YAML (or JSON) file; an empty file is an empty mapping. Raises ConfigError."""
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        raise ConfigError(f"{path} does not exist (looked in {path.absolute().parent}). Give the path of a run file.") from None
+    except IsADirectoryError:
+        raise ConfigError(f"{path} is a folder; expected a run file, such as {path / 'config.yaml'}.") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path} is not UTF-8 text (byte {error.start}). Save it as UTF-8.") from None
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {error.strerror}.") from None
+    try:
+        content = yaml.load(text, Loader=_Loader)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark
+        line = f" at line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        raise ConfigError(f"{path} is not valid YAML{line}: {error.problem}.") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is not valid YAML: {error}.") from None
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path} holds {content!r:.60}; expected keys such as 'model: …' and 'data: …' at the top.")
+    return content
+
+
+def dump_yaml(config: Any) -> str:
+    """The whole resolved configuration as YAML that can be run again, keys in the order of the source."""
+    return yaml.dump(to_mapping(config), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.2's plain values: `no` and `off` are text, 1e-3 is a number, a date is text; a key given twice is refused."""
+
+    yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}  # noqa: RUF012  (PyYAML reads it from the class)
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                if key.value in seen:
+                    raise yaml.constructor.ConstructorError(None, None, f"key '{key.value}' is given twice", key.start_mark)
+                seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+class _Dumper(yaml.SafeDumper):
+    """Writes what `_Loader` reads: the same plain values, lists on one line, texts of several lines as a block."""
+
+    yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}  # noqa: RUF012
+
+    def represent_list(self, data: Any) -> yaml.SequenceNode:
+        return self.represent_sequence("tag:yaml.org,2002:seq", data, flow_style=True)
+
+    def represent_str(self, data: str) -> yaml.ScalarNode:
+        style = None if "\n" not in data else "|" if data.strip() else '"'
+        return self.represent_scalar("tag:yaml.org,2002:str", data, style=style)
+
+
+_Dumper.add_representer(list, _Dumper.represent_list)
+_Dumper.add_representer(str, _Dumper.represent_str)
+for _style in (_Loader, _Dumper):
+    for _tag, _pattern, _first in (
+        ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
+        ("bool", r"true|True|TRUE|false|False|FALSE", list("tTfF")),
+        ("int", r"[-+]?(?:0|[1-9][0-9]*)", list("-+0123456789")),
+        ("float", r"[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?|[-+]?\.inf|\.nan", list("-+.0123456789")),
+        ("merge", r"<<", ["<"]),
+    ):
+        _style.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(f"^(?:{_pattern})$"), _first)

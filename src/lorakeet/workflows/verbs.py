@@ -1,0 +1,73 @@
+"""The list of verbs, and the options of each beside those of the run file. Imports no torch: help and forms are made from it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from importlib import import_module
+from pathlib import Path
+from typing import Any, Literal
+
+__all__ = ["VERBS", "Verb"]
+
+
+_RUN = {"help": "A run folder, or a folder with an adapter in PEFT's layout.", "positional": True}
+
+
+@dataclass(frozen=True)
+class FinetuneOptions:
+    """How a run is started."""
+
+    resume: Path | None = field(default=None, metadata={"help": "Go on with this run folder from its last checkpoint."})
+    dry_run: bool = field(default=False, metadata={"help": "Print the plan, parameters, tokens and steps, then stop."})
+
+
+@dataclass(frozen=True)
+class EvaluateOptions:
+    """What is measured, and on which rows."""
+
+    run_or_adapter: str = field(metadata=_RUN)
+    data: str | None = field(default=None, metadata={"help": "File of rows to measure on; without it, the rows held out."})
+
+
+@dataclass(frozen=True)
+class MergeOptions:
+    """What is folded into which base, and where the result goes."""
+
+    run_or_adapter: str = field(metadata=_RUN)
+    out: Path = field(metadata={"help": "Folder to write the merged model to; it must not exist yet."})
+    base: str | None = field(default=None, metadata={"help": "The base model; without it, the one that the run names."})
+
+
+@dataclass(frozen=True)
+class DoctorOptions:
+    """The check of the machine has nothing to set."""
+
+
+@dataclass(frozen=True)
+class Verb:
+    """One verb: `run` calls the function of the same name in the module of the same name, unless `function` says otherwise."""
+
+    name: str
+    summary: str
+    options: type[Any]
+    config: Literal["none", "file", "shipped"] = "none"  # does the function take a RunConfig first, and where does it come from
+    function: str = ""
+
+    def run(self, positional: list[Any], named: dict[str, Any]) -> Any:
+        """The result of the verb's function; only here is the module imported that does the work."""
+        module, _, name = (self.function or f"{self.name}:{self.name}").partition(":")
+        return getattr(import_module(f"lorakeet.workflows.{module}"), name)(*positional, **named)
+
+    def shipped_config(self) -> Path:
+        """Where the run file of this verb lies in the package."""
+        path: Path = import_module(f"lorakeet.workflows.{self.name}").config_path()
+        return path
+
+
+VERBS = (
+    Verb("quickstart", "Fine-tune a small model on real reviews, start to end.", FinetuneOptions, "shipped", "finetune:finetune"),
+    Verb("finetune", "Train an adapter and prove it against its base.", FinetuneOptions, "file"),
+    Verb("evaluate", "Measure a run or an adapter on rows of your own.", EvaluateOptions),
+    Verb("merge", "Fold an adapter into its base, and certify the result.", MergeOptions),
+    Verb("doctor", "Check this machine; say what is missing and how to mend it.", DoctorOptions),
+)

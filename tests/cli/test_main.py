@@ -1,0 +1,185 @@
+"""`cli.main`: verbs, exit codes, and where each kind of output goes."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import lorakeet.workflows.verbs as verbs_module
+from lorakeet import __version__
+from lorakeet.cli.main import main
+from lorakeet.config import RunConfig
+from lorakeet.errors import ConfigError, RunStopped, VerificationFailed
+from lorakeet.workflows.verbs import VERBS
+
+
+class Outcome:
+    """What a workflow returns, as the command line sees it."""
+
+    def __init__(self, mapping: dict[str, Any], exit_code: int = 0) -> None:
+        self.mapping = mapping
+        self.exit_code = exit_code
+
+    def to_mapping(self) -> dict[str, Any]:
+        return self.mapping
+
+
+@pytest.fixture
+def called(monkeypatch: pytest.MonkeyPatch) -> list[tuple[list[Any], dict[str, Any]]]:
+    """Replaces the work of every verb by a note of how it was called."""
+    calls: list[tuple[list[Any], dict[str, Any]]] = []
+
+    def note(self: verbs_module.Verb, positional: list[Any], named: dict[str, Any]) -> Outcome:
+        calls.append((positional, named))
+        named["console"].print("working")
+        return Outcome({"verb": self.name, "é": 1})
+
+    monkeypatch.setattr(verbs_module.Verb, "run", note)
+    return calls
+
+
+def raising(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
+    def run(self: Any, positional: Any, named: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(verbs_module.Verb, "run", run)
+
+
+def test_help_lists_every_verb_and_its_summary(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--help"]) == 0
+    text = capsys.readouterr().out
+    for verb in VERBS:
+        assert f"{verb.name} " in text and verb.summary in text
+    assert main(["--version"]) == 0
+    assert __version__ in capsys.readouterr().out
+
+
+def test_without_a_verb_the_help_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([]) == 2
+    assert "Verbs:" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("verb", [verb.name for verb in VERBS])
+def test_every_verb_has_help(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([verb, "--help"]) == 0
+    assert f"Usage: lorakeet {verb}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["finetun"], "No such verb 'finetun'. Did you mean 'finetune'?"),
+        (["finetune", "--lora.rnak", "8"], "No such flag '--lora.rnak'. Did you mean '--lora.rank'?"),
+        (["finetune", "--rank", "8"], "No such flag '--rank'. Did you mean '--lora.rank'?"),
+        (["merge", "a", "--outt", "x"], "No such flag '--outt'. Did you mean '--out'?"),
+        (["merge", "a"], "out is missing in the command lorakeet merge; expected a path."),
+        (["merge", "a", "b"], "Got unexpected extra argument (b)"),
+        (["finetune", "--lora.rank"], "Option '--lora.rank' requires an argument"),
+        (["finetune", "--model", "m", "--data", "d", "--lora.rank", "x"], "lora.rank (flag --lora.rank) is 'x' (text)"),
+        (["finetune", "--model", "m", "--data", "d", "--lora.rank", "-1"], "lora.rank is -1"),
+        (["finetune", "none.yaml"], "none.yaml does not exist"),
+        (["finetune", "--resume", "nowhere"], "--resume nowhere: no run lies there"),
+        (["finetune", "a.yaml", "--resume", "r", "--seed", "3"], "so leave out a.yaml, --seed"),
+        (["completion", "tcsh"], "'tcsh' is not one of 'bash', 'zsh', 'fish'"),
+    ],
+)
+def test_a_wrong_command_line_says_what_to_do(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(arguments) == 2
+    output = capsys.readouterr()
+    assert message in output.err and output.err.startswith("Error: ")
+    assert "Traceback" not in output.err and output.out == ""
+
+
+def test_flags_and_file_reach_the_workflow(called: list[Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "drug.yaml"
+    file.write_text("model: m\ndata: rows.jsonl\nlora: {rank: 4, alpha: 12}\n")
+    flags = ["--lora.rank", "8", "--lora.target_modules", "q_proj", "--lora.target_modules", "k_proj", "--dry-run"]
+    assert main(["finetune", str(file), *flags, "--lora.rank_pattern", "q=2,k=3", "--model.dtype", "float32"]) == 0
+    (config,), named = called[0]
+    assert isinstance(config, RunConfig)
+    assert (config.lora.rank, config.lora.alpha, config.model.path, config.data.train) == (8, 12.0, "m", "rows.jsonl")
+    assert config.lora.target_modules == ("q_proj", "k_proj") and config.lora.rank_pattern == {"q": 2, "k": 3}
+    assert config.model.dtype == "float32"
+    assert named["dry_run"] is True and named["resume"] is None
+    assert capsys.readouterr().out == "working\n"
+
+
+def test_a_resumed_run_keeps_its_own_settings(called: list[Any], tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text("model: m\ndata: rows.jsonl\nseed: 9\n")
+    assert main(["finetune", "--resume", str(tmp_path)]) == 0
+    (config,), named = called[0]
+    assert config.seed == 9 and named["resume"] == tmp_path
+
+
+def test_positional_arguments_and_options_are_passed_by_their_names(called: list[Any]) -> None:
+    assert main(["merge", "runs/a", "--out", "merged"]) == 0
+    positional, named = called[0]
+    assert positional == ["runs/a"] and named["out"] == Path("merged") and named["base"] is None
+
+
+def test_json_stands_alone_on_standard_output(called: list[Any], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["merge", "runs/a", "--out", "merged", "--json"]) == 0
+    output = capsys.readouterr()
+    assert json.loads(output.out) == {"verb": "merge", "é": 1} and output.err == "working\n"
+
+
+@pytest.mark.parametrize(
+    ("error", "code"), [(ConfigError("bad [rank]"), 2), (VerificationFailed("bad [rank]"), 3), (RunStopped("bad [rank]"), 4)]
+)
+def test_errors_have_exit_codes_and_no_traceback(
+    error: Exception, code: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    raising(monkeypatch, error)
+    assert main(["doctor"]) == code
+    assert capsys.readouterr() == ("", "Error: bad [rank]\n")
+    assert main(["doctor", "--json"]) == code
+    output = capsys.readouterr()
+    assert json.loads(output.out) == {"error": type(error).__name__, "message": "bad [rank]"} and output.err == ""
+    assert main(["doctor", "--debug"]) == code
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_a_wrong_flag_is_json_too(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["doctor", "--jsn", "--json"]) == 2
+    answer = json.loads(capsys.readouterr().out)
+    assert answer["error"] == "UsageError" and "Did you mean '--json'?" in answer["message"]
+
+
+def test_ctrl_c_leaves_with_130(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    raising(monkeypatch, KeyboardInterrupt())
+    assert main(["doctor"]) == 130
+    assert "Stopped by Ctrl-C" in capsys.readouterr().err
+
+
+def test_a_bug_is_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
+    raising(monkeypatch, ZeroDivisionError("bug"))
+    with pytest.raises(ZeroDivisionError):
+        main(["doctor"])
+
+
+def test_a_result_may_set_the_exit_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(verbs_module.Verb, "run", lambda self, positional, named: Outcome({}, exit_code=2))
+    assert main(["doctor"]) == 2
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_completion_scripts_are_printed(shell: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["completion", shell]) == 0
+    assert "_LORAKEET_COMPLETE" in capsys.readouterr().out
+
+
+def test_the_shell_is_offered_verbs_flags_and_words() -> None:
+    def offered(words: str, position: int) -> str:
+        environment = {**os.environ, "_LORAKEET_COMPLETE": "bash_complete", "COMP_WORDS": words, "COMP_CWORD": str(position)}
+        command = [sys.executable, "-m", "lorakeet"]
+        return subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
+
+    assert "plain,finetune" in offered("lorakeet fi", 1)
+    assert "plain,--lora.rank\n" in offered("lorakeet finetune --lora.r", 2)
+    assert offered("lorakeet finetune --model.dtype b", 3).split() == ["plain,bfloat16"]
