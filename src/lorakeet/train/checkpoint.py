@@ -1,0 +1,169 @@
+"""Checkpoints: everything that the rest of a run depends on, so that a resumed run ends in the same bytes.
+
+    checkpoints/step-000040/
+      trained.safetensors   the trained tensors and the fixed ones beside them
+      moments.safetensors   AdamW's moments and step counts
+      random.safetensors    the state of every random number generator
+      best.safetensors      the trained tensors of the best held-out evaluation so far, once there is one
+      state.json            step (which is also the place in the data and in the schedule), best so far, metrics position
+      manifest.json         the SHA-256 of each file above
+
+Plain tensors and JSON, never pickle. A folder is there whole or not at all (train/durable).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load as tensors_from
+from safetensors.torch import save as bytes_of
+from torch import Tensor
+
+from lorakeet.errors import ConfigError, Problems
+from lorakeet.train import durable
+from lorakeet.train.spec import TrainSpec
+from lorakeet.train.stopping import Watch
+
+MANIFEST = "manifest.json"
+MAY_CHANGE = {"checkpoint_every", "keep_checkpoints", "log_to"}  # settings that do not touch what is learnt or reported
+
+
+@dataclass
+class Position:
+    """Where a run stands: the part of a checkpoint that is numbers and words."""
+
+    step: int = 0
+    seconds: float = 0.0  # of training so far, all parts of an interrupted run together
+    tokens: int = 0
+    metrics_bytes: int = 0
+    stopped: str = ""  # why training ended early; empty while it goes on
+    watch: Watch = field(default_factory=Watch)
+
+
+@dataclass
+class Snapshot:
+    """A checkpoint in memory."""
+
+    position: Position
+    trained: Mapping[str, Tensor]
+    moments: Mapping[str, Tensor]
+    random: Mapping[str, Tensor]
+    best: Mapping[str, Tensor] | None
+    identity: Mapping[str, Any]
+
+
+class Damaged(Exception):
+    """A checkpoint folder that is not what was written."""
+
+
+def name_of(step: int) -> str:
+    return f"step-{step:06d}"
+
+
+def save(folder: Path, snapshot: Snapshot, *, keep: int) -> Path:
+    """Writes `snapshot` into `folder`/step-NNNNNN, then deletes all but the newest `keep`. Returns the new checkpoint."""
+    tensors = {"trained": snapshot.trained, "moments": snapshot.moments, "random": snapshot.random}
+    if snapshot.best is not None:
+        tensors["best"] = snapshot.best
+    state = {**dataclasses.asdict(snapshot.position), "identity": dict(snapshot.identity)}
+    target = folder / name_of(snapshot.position.step)
+    with durable.new_folder(target) as new:
+        hashes = {}
+        for name, mapping in tensors.items():
+            hashes[f"{name}.safetensors"] = _write(new / f"{name}.safetensors", bytes_of(_on_cpu(mapping)))
+        hashes["state.json"] = _write(new / "state.json", _json(state))
+        _write(new / MANIFEST, _json(hashes))
+    for old in found(folder)[:-keep]:
+        durable.remove_folder(old)
+    return target
+
+
+def found(folder: Path) -> list[Path]:
+    """The checkpoints in `folder`, oldest first, damaged ones included."""
+    return sorted(path for path in folder.glob("step-" + "[0-9]" * 6) if path.is_dir())
+
+
+def load(path: Path) -> Snapshot:
+    """The checkpoint at `path`; Damaged if any byte is not what was written."""
+    try:
+        hashes = json.loads((path / MANIFEST).read_bytes())
+        files = {name: (path / name).read_bytes() for name in hashes}
+        wrong = [name for name, data in files.items() if hashlib.sha256(data).hexdigest() != hashes[name]]
+        if wrong:
+            raise Damaged(f"{', '.join(wrong)} changed since it was written")
+        state = json.loads(files["state.json"])
+        tensors = {name.removesuffix(".safetensors"): tensors_from(data) for name, data in files.items() if name != "state.json"}
+        identity, watch = state.pop("identity"), Watch(**state.pop("watch"))
+        best = tensors.pop("best", None)
+        return Snapshot(Position(**state, watch=watch), best=best, identity=identity, **tensors)
+    except FileNotFoundError as error:
+        raise Damaged(f"{Path(error.filename).name} is missing") from error
+    except (ValueError, TypeError, KeyError, AttributeError, SafetensorError) as error:
+        raise Damaged(f"{MANIFEST} or what it lists cannot be read ({error})") from error
+
+
+def load_newest(folder: Path, *, say: Callable[[str], None]) -> Snapshot | None:
+    """The newest whole checkpoint, or None where there is none; damaged ones are named and set aside as step-NNNNNN.damaged."""
+    for path in reversed(found(folder)):
+        try:
+            return load(path)
+        except Damaged as damage:
+            aside = path.with_name(path.name + ".damaged")
+            if aside.exists():
+                durable.remove_folder(aside)
+            path.rename(aside)
+            say(f"The checkpoint {path.name} is damaged ({damage}); it was set aside as {aside.name}, the one before it is used.")
+    return None
+
+
+def identity_of(
+    spec: TrainSpec, more: Mapping[str, str], *, parameters: Mapping[str, Tensor], learning_rate: float
+) -> dict[str, Any]:
+    """What must be the same when a run goes on: settings, data and model (`more`, by name), and the trained tensors."""
+    settings = {f"train.{key}": value for key, value in dataclasses.asdict(spec).items() if key not in MAY_CHANGE}
+    shapes = [[name, list(tensor.shape)] for name, tensor in parameters.items()]
+    return {
+        **settings,
+        "train.learning_rate": learning_rate,
+        **more,
+        "trained tensors": hashlib.sha256(_json(shapes)).hexdigest()[:16],
+    }
+
+
+def environment() -> dict[str, Any]:
+    """What may change between two parts of a run, but then changes the last bits of the numbers."""
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    return {"torch": torch.__version__, "threads": torch.get_num_threads(), "device": device}
+
+
+def require_same(saved: Mapping[str, Any], now: Mapping[str, Any], *, run: Path) -> None:
+    """Raises ConfigError that names every setting in which the run on disk and this one differ."""
+    problems = Problems(f"The run {run} cannot go on with other settings than it began with", ConfigError)
+    for key in sorted(saved.keys() | now.keys()):
+        if saved.get(key) != now.get(key):
+            problems.add(
+                f"{key} was {saved.get(key)!r} when {run} began and is {now.get(key)!r} now; "
+                "take the old value to resume, or start a new run with another --out."
+            )
+    problems.raise_if_any()
+
+
+def _on_cpu(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+
+
+def _write(path: Path, data: bytes) -> str:
+    durable.write_plain(path, data)
+    return hashlib.sha256(data).hexdigest()
+
+
+def _json(value: Any) -> bytes:
+    return (json.dumps(value, indent=1) + "\n").encode()

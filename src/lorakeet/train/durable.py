@@ -1,0 +1,111 @@
+"""Folders and files that are there whole or not at all, whatever kills the process and however full the disk is.
+
+A folder NAME is written as `.NAME.partial`, flushed, and renamed to `.NAME.ready`; from then on it counts. Then the old NAME
+steps aside as `.NAME.old`, the new one takes its place, and the old one is deleted. `recover` finishes what was interrupted.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+
+
+@contextmanager
+def new_folder(target: Path) -> Iterator[Path]:
+    """An empty folder to fill, which becomes `target` (and replaces it) when the block ends; on an error nothing changes."""
+    partial, ready = _beside(target, "partial"), _beside(target, "ready")
+    _remove(partial)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        for path in sorted(partial.rglob("*"), reverse=True):
+            flush(path)
+        flush(partial)
+        os.rename(partial, ready)
+    except BaseException:
+        _remove(partial)
+        raise
+    _put_in_place(target)
+
+
+def recover(folder: Path) -> None:
+    """Finishes or undoes every replacement in `folder` that was cut off, so that each name is whole again."""
+    for ready in sorted(folder.glob(".*.ready")):
+        _put_in_place(folder / ready.name[1 : -len(".ready")])
+    for old in sorted(folder.glob(".*.old")):
+        _remove(old)
+    for partial in sorted(folder.glob(".*.partial")):
+        _remove(partial)
+
+
+def remove_folder(folder: Path) -> None:
+    """Deletes `folder`, which no longer has its name from the first moment on."""
+    old = _beside(folder, "old")
+    _remove(old)
+    os.rename(folder, old)
+    _remove(old)
+
+
+def write_file(path: Path, data: bytes) -> None:
+    """Writes `data` to `path`, replacing what was there in one step."""
+    partial = _beside(path, "partial")
+    try:
+        write_plain(partial, data)
+        os.replace(partial, path)
+    except OSError:
+        partial.unlink(missing_ok=True)
+        raise
+    flush(path.parent)
+
+
+def write_plain(path: Path, data: bytes) -> None:
+    """Writes `data` to `path` and waits until the disk has it."""
+    with path.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def flush(path: Path) -> None:
+    """Waits until the disk has the file, or the list of names of the folder."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def is_full(error: Exception) -> bool:
+    """Whether the error says that the disk, the quota or the allowed file size is used up."""
+    if isinstance(error, OSError):
+        return error.errno in FULL
+    return isinstance(error, SafetensorError) and any(f"os error {number}" in str(error) for number in FULL)
+
+
+def _put_in_place(target: Path) -> None:
+    ready, old = _beside(target, "ready"), _beside(target, "old")
+    if target.exists():
+        _remove(old)
+        os.rename(target, old)
+    os.rename(ready, target)
+    flush(target.parent)
+    _remove(old)
+
+
+def _beside(target: Path, state: str) -> Path:
+    return target.parent / f".{target.name}.{state}"
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

@@ -1,0 +1,65 @@
+"""What is checked of the gradients: that all arrive, in the first two steps, and that they are finite, in all."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from lorakeet.errors import VerificationFailed
+
+SHOWN = 12
+
+
+def gradient_norm(parameters: Mapping[str, Parameter]) -> Tensor:
+    """The Euclidean norm of all gradients together, as a scalar tensor."""
+    grads = [parameter.grad for parameter in parameters.values() if parameter.grad is not None]
+    return torch.nn.utils.get_total_norm(grads)
+
+
+def clip(parameters: Mapping[str, Parameter], limit: float, *, norm: Tensor) -> None:
+    """Scales all gradients by limit / norm where the norm is above the limit; 0 never does."""
+    if limit > 0:
+        torch.nn.utils.clip_grads_with_norm_(parameters.values(), limit, norm)
+
+
+def require_gradients(parameters: Mapping[str, Parameter], step: int) -> None:
+    """Raises VerificationFailed that names every trained tensor whose gradient did not arrive.
+
+    All must be there. Where a pair begins with B = 0 the gradient of A is zero in step 1 by construction (it is u·x with
+    u = s·g·B), and the other way round where A = 0: so one of the two must be non-zero in step 1, and both in step 2.
+    Extras need only be there: the rows of a new token have a zero gradient in a step without that token.
+    """
+    missing = [name for name, parameter in parameters.items() if parameter.grad is None]
+    silent: list[str] = []
+    for name in parameters:
+        path, _, kind = name.rpartition(".")
+        partner = f"{path}.B"
+        if kind != "A" or partner not in parameters:
+            continue
+        zero = [which for which in (name, partner) if _is_zero(parameters[which])]
+        if len(zero) > (1 if step == 1 else 0):
+            silent += zero
+    if not missing and not silent:
+        return
+    found = [f"no gradient: {_listed(missing)}"] * bool(missing) + [f"only zeros: {_listed(silent)}"] * bool(silent)
+    raise VerificationFailed(
+        f"In step {step} the gradient did not reach every trained tensor; {'; '.join(found)}. Training would have left them "
+        "as they began. Take these modules out with lora.exclude_modules, or report the model."
+    )
+
+
+def not_finite(parameters: Mapping[str, Parameter]) -> list[str]:
+    """Names of the tensors whose gradient holds a NaN or an infinity."""
+    return [name for name, p in parameters.items() if p.grad is not None and not bool(torch.isfinite(p.grad).all())]
+
+
+def _is_zero(parameter: Parameter) -> bool:
+    return parameter.grad is not None and not bool(parameter.grad.any())
+
+
+def _listed(names: list[str]) -> str:
+    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return ", ".join(names[:SHOWN]) + more

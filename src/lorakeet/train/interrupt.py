@@ -1,0 +1,45 @@
+"""Ctrl-C and SIGTERM: the first one lets the step finish and a checkpoint be written, the second one ends the process at once."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from types import FrameType
+from typing import Any
+
+
+class Interrupt:
+    """A context in which the first SIGINT or SIGTERM only sets `requested`; the handlers from before come back after it.
+
+    Signals reach the main thread alone; in another thread (the web page's jobs) the context does nothing, and `request`
+    takes the place of the signal.
+    """
+
+    def __init__(self) -> None:
+        self.requested = ""
+        self._before: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> Interrupt:
+        if threading.current_thread() is threading.main_thread():
+            self._before = {which: signal.signal(which, self._handle) for which in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._restore()
+
+    def request(self, why: str) -> None:
+        """Asks the loop to stop after the step it is in."""
+        self.requested = why
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self.requested:
+            self._restore()
+            if number == signal.SIGINT:
+                raise KeyboardInterrupt
+            signal.raise_signal(number)
+        self.requested = "Ctrl-C" if number == signal.SIGINT else "SIGTERM"
+
+    def _restore(self) -> None:
+        for which, handler in self._before.items():
+            signal.signal(which, handler)
+        self._before = {}

@@ -1,0 +1,118 @@
+"""Where the numbers go: metrics.jsonl always, and one sink (TensorBoard, Weights & Biases) on request."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+from lorakeet.errors import DataError, EnvironmentProblem
+
+Record = Mapping[str, float | int | None]
+
+
+class Metrics:
+    """metrics.jsonl: one JSON object a line, appended and handed to the system at once, in the order of the run."""
+
+    def __init__(self, path: Path, *, keep: int = 0) -> None:
+        """Opens `path` and cuts it to its first `keep` bytes, which is where the checkpoint stood that a run goes on from."""
+        size = path.stat().st_size if path.exists() else 0
+        if size < keep:
+            raise DataError(
+                f"{path} has {size} bytes, but the checkpoint was written after {keep}: the file was changed. "
+                "Put the original back, or start a new run."
+            )
+        self._file = path.open("ab")
+        self._file.truncate(keep)
+        self.offset = keep
+
+    def write(self, record: Record) -> None:
+        """Appends one record; NaN and infinity, which JSON has not, become null."""
+        line = (json.dumps({key: _number(value) for key, value in record.items()}) + "\n").encode()
+        self._file.write(line)
+        self._file.flush()
+        self.offset += len(line)
+
+    def flush(self) -> None:
+        """Waits until the disk has every record."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The records of metrics.jsonl; a last line that was cut off by a kill is left out."""
+    if not path.exists():
+        return []
+    lines = path.read_bytes().split(b"\n")
+    return [json.loads(line) for line in lines[:-1]]  # after the last newline: nothing, or half a record
+
+
+class Sink(Protocol):
+    """Another place for the records."""
+
+    def write(self, record: Record) -> None: ...
+
+    def close(self) -> None: ...
+
+
+def sink_for(log_to: str, folder: Path, *, step: int = 0) -> Sink | None:
+    """The sink that `train.log_to` names, for the run in `folder` that goes on after `step`; None for "none"."""
+    if log_to == "tensorboard":
+        return TensorBoardSink(folder, step=step)
+    return WandbSink(folder) if log_to == "wandb" else None
+
+
+class TensorBoardSink:
+    """Event files in RUN/tensorboard; points after `step` of an earlier, interrupted part of the run are hidden."""
+
+    def __init__(self, folder: Path, *, step: int = 0) -> None:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError as error:
+            raise _missing("tensorboard", "track") from error
+        self._writer: Any = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1 if step else None)  # type: ignore[no-untyped-call]
+
+    def write(self, record: Record) -> None:
+        for key, value in record.items():
+            if key != "step" and value is not None:
+                self._writer.add_scalar(key, value, record["step"])
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class WandbSink:
+    """A Weights & Biases run, whose id follows from the run's folder, so that a resumed run goes on in the same one."""
+
+    def __init__(self, folder: Path) -> None:
+        try:
+            import wandb
+        except ImportError as error:
+            raise _missing("wandb", "wandb") from error
+        name = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]
+        self._run = wandb.init(project="lorakeet", name=folder.name, dir=str(folder), id=name, resume="allow")
+
+    def write(self, record: Record) -> None:
+        values = {key: value for key, value in record.items() if key != "step" and value is not None}
+        self._run.log(values, step=record["step"])
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+def _missing(log_to: str, extra: str) -> EnvironmentProblem:
+    return EnvironmentProblem(
+        f"train.log_to is {log_to}, but the package {log_to} is not installed. "
+        f"Install it with: pip install 'lorakeet[{extra}]'; or set train.log_to to none."
+    )
+
+
+def _number(value: float | int | None) -> float | int | None:
+    return value if value is not None and math.isfinite(value) else None

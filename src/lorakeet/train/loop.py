@@ -1,0 +1,324 @@
+"""Training, from top to bottom.
+
+    step 0     held-out loss of the base
+    each step  micro-batches → gradients, weighted by supervised tokens → checks → clip → AdamW → metrics
+    now and then  held-out loss → the best adapter into RUN/adapter → a checkpoint
+    the end    all steps done, no improvement any more, Ctrl-C, or a loss that is not a number
+
+A run is a function of its settings, its rows and its seed; on the CPU, interrupted and resumed, down to the last bit.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Generic
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from lorakeet.errors import DataError, EnvironmentProblem, RunStopped
+from lorakeet.evaluate import intervals
+from lorakeet.evaluate.intervals import Estimate
+from lorakeet.evaluate.spec import EvaluateSpec
+from lorakeet.formats import peft
+from lorakeet.memory.measure import PeakMemory
+from lorakeet.train import checkpoint, durable, gradients, rng, schedule
+from lorakeet.train.checkpoint import Position, Snapshot
+from lorakeet.train.interrupt import Interrupt
+from lorakeet.train.log import Metrics, Sink, sink_for
+from lorakeet.train.optimizer import Optimizer
+from lorakeet.train.progress import Record, Reporter, Silent
+from lorakeet.train.run import RunFolder
+from lorakeet.train.spec import TrainSpec
+from lorakeet.train.task import BatchT, Size, Task
+
+RESAMPLES = 1000  # behind the interval of each held-out loss on the way; the report uses more
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a run ended. The task's parameters then hold what RUN/adapter holds: the best adapter."""
+
+    steps: int
+    planned_steps: int
+    reason: str  # "all steps done", or why it ended earlier
+    base_loss: float | None  # held-out, at step 0
+    best_loss: float | None
+    best_step: int | None
+    learning_rate: float
+    tokens: int
+    seconds: float
+    peak_bytes: int
+
+
+def train(
+    task: Task[BatchT],
+    spec: TrainSpec,
+    *,
+    run: RunFolder,
+    identity: Mapping[str, str] | None = None,
+    resume: bool = False,
+    report: Reporter | None = None,
+    interrupt: Interrupt | None = None,
+) -> Outcome:
+    """Trains `task` and leaves the best adapter in RUN/adapter.
+
+    `identity` names what else must be equal when the run is resumed ({"data": hash, "lora": …}). Raises RunStopped after
+    Ctrl-C and on a loss that is not a number, EnvironmentProblem when the disk is full, VerificationFailed when a trained
+    tensor gets no gradient, ConfigError when a resumed run was begun with other settings.
+    """
+    training = Training(task, spec, run=run, report=report or Silent())
+    with PeakMemory() as memory, interrupt or Interrupt() as stop:
+        training.memory = memory
+        training.open(identity or {}, resume=resume)
+        try:
+            training.go(stop)
+            return training.finish()
+        finally:
+            training.close()
+
+
+class Training(Generic[BatchT]):
+    """One run in progress."""
+
+    memory: PeakMemory
+    metrics: Metrics
+    sink: Sink | None = None
+
+    def __init__(self, task: Task[BatchT], spec: TrainSpec, *, run: RunFolder, report: Reporter) -> None:
+        self.task, self.spec, self.run, self.report = task, spec, run, report
+        self.parameters = task.parameters()
+        self.optimizer = Optimizer(self.parameters, spec)
+        self.learning_rate = spec.learning_rate if spec.learning_rate is not None else task.learning_rate
+        self.total = spec.total_steps(task.steps_per_epoch)
+        self.warmup = schedule.warmup_steps(self.total, spec.warmup_fraction)
+        self.evaluate_every = spec.evaluation_interval(task.steps_per_epoch)
+        self.checkpoint_every = spec.checkpoint_interval(task.steps_per_epoch)
+        self.at = Position()
+        self.best: dict[str, Tensor] | None = None
+        self.identity: dict[str, Any] = {}
+        self.last_checkpoint: Path | None = None
+
+    def open(self, identity: Mapping[str, str], *, resume: bool) -> None:
+        """Begins at step 0, or where the newest whole checkpoint stands."""
+        self.identity = checkpoint.identity_of(self.spec, identity, parameters=self.parameters, learning_rate=self.learning_rate)
+        rng.seed_all(self.spec.seed)
+        snapshot = checkpoint.load_newest(self.run.checkpoints, say=self.report.say) if resume else None
+        if snapshot is not None:
+            self._restore(snapshot)
+        elif resume:
+            self.report.say(f"{self.run.path} has no whole checkpoint yet; it begins again at step 0.")
+        self.metrics = Metrics(self.run.metrics, keep=self.at.metrics_bytes)
+        self.sink = sink_for(self.spec.log_to, self.run.path, step=self.at.step)
+        self.earlier_seconds, self.started = self.at.seconds, time.perf_counter()
+        self.report.begin(self.total, done=self.at.step)
+
+    def go(self, stop: Interrupt) -> None:
+        """All steps, until the last one or until something ends the run earlier."""
+        if self.at.step == 0:
+            self.evaluate()
+        while self.at.step < self.total and not self.at.stopped:
+            self.step()
+            last = self.at.step == self.total
+            if last or self.at.step % self.evaluate_every == 0:
+                self.evaluate()
+            if last or stop.requested or self.at.stopped or self.at.step % self.checkpoint_every == 0:
+                self.save()
+            if stop.requested and not last and not self.at.stopped:
+                raise RunStopped(
+                    f"{stop.requested}: stopped after step {self.at.step} of {self.total}, with the checkpoint "
+                    f"{self.last_checkpoint}. Go on with: {self.run.resume_command}"
+                )
+
+    def step(self) -> None:
+        """One optimizer step over the micro-batches of its rows."""
+        began = time.perf_counter()
+        step = self.at.step + 1
+        batches = self.task.batches(step - 1)
+        sizes = [self.task.size(batch) for batch in batches]
+        loss = self._accumulate(batches, sizes, step)
+        norm = gradients.gradient_norm(self.parameters)
+        self._require_finite(step, loss, norm)
+        if step <= 2:
+            gradients.require_gradients(self.parameters, step)
+        gradients.clip(self.parameters, self.spec.clip_norm, norm=norm)
+        rate = self.learning_rate * schedule.factor(step, self.total, warmup=self.warmup, shape=self.spec.schedule)
+        self.optimizer.step(rate)
+        tokens = sum(size.tokens for size in sizes)
+        self.at.step, self.at.tokens = step, self.at.tokens + tokens
+        now = time.perf_counter()
+        record = {
+            "step": step,
+            "epoch": step / self.task.steps_per_epoch,
+            "loss": loss,
+            "tokens": tokens,
+            "supervised": sum(size.targets for size in sizes),
+            "lr": rate,
+            "grad_norm": norm.item(),
+            "tokens_per_second": tokens / (now - began),
+            "seconds": self.earlier_seconds + now - self.started,
+            "memory_bytes": self.memory.now(),
+        }
+        self._write(record)
+        self.report.step(record)
+
+    def _accumulate(self, batches: Sequence[BatchT], sizes: Sequence[Size], step: int) -> float:
+        """Adds up the gradients of the step's mean loss, and returns that loss.
+
+        Each micro-batch counts by its supervised tokens: Σ losses / (all targets of the step), never a mean of means.
+        """
+        targets = sum(size.targets for size in sizes)
+        if targets == 0:
+            rows = sum(size.rows for size in sizes)
+            raise DataError(
+                f"No token of the {rows} rows of step {step} is supervised; check data.supervise and data.max_tokens."
+            )
+        total = torch.zeros((), dtype=torch.float64)
+        for batch, size in zip(batches, sizes, strict=True):
+            if size.targets:
+                loss = self.task.loss(batch)
+                (loss / targets).backward()  # type: ignore[no-untyped-call]
+                total = total.to(loss.device) + loss.detach().double()
+        return total.item() / targets
+
+    def _require_finite(self, step: int, loss: float, norm: Tensor) -> None:
+        if math.isfinite(loss) and bool(torch.isfinite(norm)):
+            return
+        names = gradients.not_finite(self.parameters)
+        what = f"the loss is {loss}" if not math.isfinite(loss) else f"the loss is {loss:.4f}, but the gradient is not finite"
+        where = f" (first in {names[0]})" if names else ""
+        self.optimizer.adamw.zero_grad(set_to_none=True)
+        self._stop_diverged(f"Step {step}: {what}{where}. The step was not taken.")
+
+    def evaluate(self) -> None:
+        """Held-out loss with its interval; the best adapter so far goes to RUN/adapter."""
+        held_out = self.task.held_out()
+        if held_out is None or len(held_out.sums) == 0:
+            return
+        if not np.isfinite(held_out.sums).all():
+            self._stop_diverged(f"Step {self.at.step}: the held-out loss is not finite.")
+        estimate = _mean_loss(held_out.sums, held_out.weights, seed=self.spec.seed)
+        record: Record = {
+            "step": self.at.step, "held_out_loss": estimate.value, "low": estimate.low, "high": estimate.high, "n": estimate.n
+        }  # fmt: skip
+        self._write(record)
+        self.report.held_out(record)
+        watch = self.at.watch
+        if watch.see(self.at.step, estimate.value, min_improvement=self.spec.min_improvement):
+            self.best = _copies(self.parameters)
+            self._publish()
+        if watch.exhausted(self.spec.patience):
+            self.at.stopped = (
+                f"no improvement in {watch.stale} evaluations after step {watch.best_step} (held-out loss {watch.best_loss:.4f})"
+            )
+
+    def save(self) -> None:
+        """A checkpoint of everything that the rest of the run depends on."""
+        with self._writing(f"The checkpoint of step {self.at.step}"):
+            self.metrics.flush()
+            self.at.metrics_bytes = self.metrics.offset
+            self.at.seconds = self.earlier_seconds + time.perf_counter() - self.started
+            snapshot = Snapshot(
+                self.at, {**self.parameters, **self.task.fixed()}, self.optimizer.state(), rng.states(), self.best,
+                {"same": self.identity, "environment": checkpoint.environment()},
+            )  # fmt: skip
+            self.last_checkpoint = checkpoint.save(self.run.checkpoints, snapshot, keep=self.spec.keep_checkpoints)
+
+    def finish(self) -> Outcome:
+        """Puts the best adapter back into the model and into RUN/adapter."""
+        if self.best is not None:
+            _copy_into(self.parameters, self.best)
+        self._publish()
+        watch = self.at.watch
+        return Outcome(
+            steps=self.at.step,
+            planned_steps=self.total,
+            reason=self.at.stopped or "all steps done",
+            base_loss=watch.base_loss,
+            best_loss=watch.best_loss,
+            best_step=watch.best_step if watch.best_step is not None else self.at.step,
+            learning_rate=self.learning_rate,
+            tokens=self.at.tokens,
+            seconds=self.earlier_seconds + time.perf_counter() - self.started,
+            peak_bytes=self.memory.now(),
+        )
+
+    def close(self) -> None:
+        self.report.close()
+        self.metrics.close()
+        if self.sink is not None:
+            self.sink.close()
+
+    def _restore(self, snapshot: Snapshot) -> None:
+        """Takes over a checkpoint, and makes RUN/adapter what it was then."""
+        checkpoint.require_same(snapshot.identity["same"], self.identity, run=self.run.path)
+        before, now = snapshot.identity["environment"], checkpoint.environment()
+        changed = [f"{key} {before[key]} → {now[key]}" for key in now if before.get(key) != now[key]]
+        if changed:
+            self.report.say(f"Changed since the checkpoint: {', '.join(changed)}. The result may differ in its last digits.")
+        if snapshot.best is not None:
+            self.best = dict(snapshot.best)
+            _copy_into(self.parameters, self.best)
+            self._publish()
+        _copy_into({**self.parameters, **self.task.fixed()}, snapshot.trained)
+        self.optimizer.load(snapshot.moments)
+        rng.restore(snapshot.random)
+        self.at = snapshot.position
+        self.last_checkpoint = self.run.checkpoints / checkpoint.name_of(self.at.step)
+
+    def _publish(self) -> None:
+        with self._writing("The adapter"), durable.new_folder(self.run.adapter) as folder:
+            peft.write(self.task.adapter(), folder)
+
+    def _write(self, record: Record) -> None:
+        with self._writing("metrics.jsonl"):
+            self.metrics.write(record)
+        if self.sink is not None:
+            self.sink.write(record)
+
+    def _stop_diverged(self, what: str) -> None:
+        """Raises RunStopped: a resumed run would meet the same step again, so a new one is the remedy."""
+        raise RunStopped(
+            f"{what} {self._kept()} Start a new run with a lower train.learning_rate (now {self.learning_rate:g}), "
+            "and look at the rows of that step if it happens again."
+        )
+
+    def _kept(self) -> str:
+        watch = self.at.watch
+        kept = [f"the checkpoint {self.last_checkpoint}"] if self.last_checkpoint else []
+        if watch.best_loss is not None:
+            kept.append(f"{self.run.adapter} (held-out loss {watch.best_loss:.4f} at step {watch.best_step})")
+        return f"Kept: {' and '.join(kept)}." if kept else "No checkpoint was written before."
+
+    @contextmanager
+    def _writing(self, what: str) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, SafetensorError) as error:
+            previous = f" The previous checkpoint {self.last_checkpoint.name} is intact." if self.last_checkpoint else ""
+            why = "the disk (or the quota) is full" if durable.is_full(error) else "the system refused"
+            raise EnvironmentProblem(
+                f"{what} could not be written in {self.run.path}: {why} ({error}).{previous} "
+                f"Free some space, then go on with: {self.run.resume_command}"
+            ) from error
+
+
+def _mean_loss(sums: Any, weights: Any, *, seed: int) -> Estimate:
+    return intervals.ratio(sums, weights, spec=EvaluateSpec(resamples=RESAMPLES, seed=seed))
+
+
+def _copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}
+
+
+def _copy_into(live: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
+    with torch.no_grad():
+        for name, tensor in live.items():
+            tensor.copy_(values[name])

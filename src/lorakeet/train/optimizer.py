@@ -1,0 +1,58 @@
+"""AdamW over the trained parameters, in fp32, with LoRA+'s own rate for B; its state is a flat mapping of tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from lorakeet.errors import ConfigError
+from lorakeet.train.spec import TrainSpec
+
+
+def is_b(name: str) -> bool:
+    """Whether a trained parameter is the B of a pair: its name ends in `.B`."""
+    return name.rpartition(".")[2] == "B"
+
+
+class Optimizer:
+    """AdamW (https://arxiv.org/abs/1711.05101) with two groups: B, and everything else."""
+
+    def __init__(self, parameters: Mapping[str, Parameter], spec: TrainSpec) -> None:
+        wrong = [name for name, parameter in parameters.items() if parameter.dtype != torch.float32]
+        if wrong or not parameters:
+            what = f"not in fp32: {', '.join(wrong[:8])}" if wrong else "none"
+            raise ConfigError(f"The trained parameters are {what}; expected one or more, in fp32. Check lora.target_modules.")
+        self.parameters = dict(parameters)
+        self.ratio = spec.b_learning_rate_ratio
+        others = [parameter for name, parameter in parameters.items() if not is_b(name)]
+        bs = [parameter for name, parameter in parameters.items() if is_b(name)]
+        self.adamw = torch.optim.AdamW(
+            [{"params": group, "factor": factor} for group, factor in ((others, 1.0), (bs, self.ratio)) if group],
+            lr=0.0, betas=(spec.beta1, spec.beta2), eps=spec.epsilon, weight_decay=spec.weight_decay, fused=True,
+        )  # fmt: skip
+
+    def step(self, learning_rate: float) -> None:
+        """One step at `learning_rate` (times the ratio for B), after which the gradients are forgotten."""
+        for group in self.adamw.param_groups:
+            group["lr"] = learning_rate * group["factor"]
+        self.adamw.step()
+        self.adamw.zero_grad(set_to_none=True)
+
+    def state(self) -> dict[str, Tensor]:
+        """Copies of the moments and step counts, by `parameter|moment`; empty before the first step."""
+        return {
+            f"{name}|{key}": value.detach().cpu().clone()
+            for name, parameter in self.parameters.items()
+            for key, value in self.adamw.state.get(parameter, {}).items()
+        }
+
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        """Takes over what `state` gave, bit for bit."""
+        self.adamw.state.clear()
+        for name, tensor in state.items():
+            parameter_name, _, key = name.rpartition("|")
+            parameter = self.parameters[parameter_name]
+            self.adamw.state[parameter][key] = tensor.clone().to(parameter.device)

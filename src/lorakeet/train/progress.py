@@ -1,0 +1,124 @@
+"""What a person sees of a run: a live line in a terminal, a plain line now and then elsewhere, nothing for a machine."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from typing import Protocol
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+Record = Mapping[str, float | int | None]
+
+
+class Reporter(Protocol):
+    """Who is told what happens."""
+
+    def begin(self, total: int, *, done: int) -> None: ...
+
+    def step(self, record: Record) -> None: ...
+
+    def held_out(self, record: Record) -> None: ...
+
+    def say(self, text: str) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class Silent:
+    """Tells nobody."""
+
+    def begin(self, total: int, *, done: int) -> None: ...
+
+    def step(self, record: Record) -> None: ...
+
+    def held_out(self, record: Record) -> None: ...
+
+    def say(self, text: str) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class Bar:
+    """One line at the foot of a terminal: loss, held-out loss, tokens a second, memory, time left."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self._bar = Progress(
+            TextColumn("step {task.completed}/{task.total}"),
+            BarColumn(bar_width=20),
+            TextColumn("{task.fields[numbers]}"),
+            TimeRemainingColumn(),
+            console=console,
+        )
+        self._task: TaskID | None = None
+        self._held_out = ""
+
+    def begin(self, total: int, *, done: int) -> None:
+        self._task = self._bar.add_task("train", total=total, completed=done, numbers="")
+        self._bar.start()
+
+    def step(self, record: Record) -> None:
+        if self._task is not None:
+            self._bar.update(self._task, completed=int(record["step"] or 0), numbers=numbers(record) + self._held_out)
+
+    def held_out(self, record: Record) -> None:
+        self._held_out = f" · held-out {_loss(record['held_out_loss'])}"
+        self.console.print(held_out_line(record), highlight=False)
+
+    def say(self, text: str) -> None:
+        self.console.print(text, highlight=False, soft_wrap=True)
+
+    def close(self) -> None:
+        self._bar.stop()
+
+
+class Lines:
+    """A plain line at most every `every` seconds, and one for each held-out evaluation."""
+
+    def __init__(self, console: Console, *, every: float = 30.0) -> None:
+        self.console = console
+        self.every = every
+        self._total = 0
+        self._last = -every
+
+    def begin(self, total: int, *, done: int) -> None:
+        self._total = total
+
+    def step(self, record: Record) -> None:
+        now = time.monotonic()
+        if now - self._last >= self.every or record["step"] == self._total:
+            self._last = now
+            self.say(f"step {record['step']}/{self._total} · {numbers(record)}")
+
+    def held_out(self, record: Record) -> None:
+        self.say(held_out_line(record))
+
+    def say(self, text: str) -> None:
+        self.console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+    def close(self) -> None: ...
+
+
+def reporter_for(console: Console, *, machine: bool = False) -> Reporter:
+    """The bar in a terminal, lines elsewhere, silence where a machine reads (`--json`)."""
+    if machine:
+        return Silent()
+    return Bar(console) if console.is_terminal else Lines(console)
+
+
+def numbers(record: Record) -> str:
+    """ "loss 1.234 · 402 tokens/s · 1.6 GB" of one training record."""
+    speed, memory = record["tokens_per_second"] or 0, record["memory_bytes"] or 0
+    return f"loss {_loss(record['loss'])} · {speed:.0f} tokens/s · {memory / 1e9:.1f} GB"
+
+
+def held_out_line(record: Record) -> str:
+    """ "step 40: held-out loss 1.234 (1.201 to 1.270, 64 rows)"."""
+    low, high = _loss(record["low"]), _loss(record["high"])
+    return f"step {record['step']}: held-out loss {_loss(record['held_out_loss'])} ({low} to {high}, {record['n']} rows)"
+
+
+def _loss(value: float | int | None) -> str:
+    return "–" if value is None else f"{value:.4f}"

@@ -1,0 +1,48 @@
+"""The states of all random number generators that training may draw from: Python's, NumPy's, torch's, and CUDA's."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+def seed_all(seed: int) -> None:
+    """Seeds every generator."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def states() -> dict[str, Tensor]:
+    """Every generator's state as tensors."""
+    version, words, gauss = random.getstate()
+    _, key, position, has_gauss, cached = np.random.get_state(legacy=True)
+    found = {
+        "python.words": torch.tensor([version, *words], dtype=torch.int64),
+        "python.gauss": torch.tensor([] if gauss is None else [gauss], dtype=torch.float64),
+        "numpy.key": torch.from_numpy(np.asarray(key, dtype=np.int64)),
+        "numpy.position": torch.tensor([position, has_gauss], dtype=torch.int64),
+        "numpy.gauss": torch.tensor([cached], dtype=torch.float64),
+        "torch": torch.get_rng_state(),
+    }
+    if torch.cuda.is_available():
+        found |= {f"cuda.{index}": state for index, state in enumerate(torch.cuda.get_rng_state_all())}
+    return found
+
+
+def restore(found: Mapping[str, Tensor]) -> None:
+    """Puts every generator back to what `states` gave; CUDA devices that are no longer there are left out."""
+    version, *words = found["python.words"].tolist()
+    gauss = found["python.gauss"].tolist()
+    random.setstate((version, tuple(words), gauss[0] if gauss else None))
+    position, has_gauss = found["numpy.position"].tolist()
+    key = found["numpy.key"].numpy().astype(np.uint32)
+    np.random.set_state(("MT19937", key, position, has_gauss, found["numpy.gauss"].item()))
+    torch.set_rng_state(found["torch"])
+    for index in range(torch.cuda.device_count()):
+        if f"cuda.{index}" in found:
+            torch.cuda.set_rng_state(found[f"cuda.{index}"], index)

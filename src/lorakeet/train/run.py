@@ -1,0 +1,81 @@
+"""The run folder on disk: where everything of a run is, made new or opened to go on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from lorakeet.errors import ConfigError
+from lorakeet.train import durable
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """The paths of a run (their meaning: README of the run folder in the docs)."""
+
+    path: Path
+
+    @property
+    def config(self) -> Path:
+        return self.path / "config.yaml"
+
+    @property
+    def split(self) -> Path:
+        return self.path / "split.json"
+
+    @property
+    def adapter(self) -> Path:
+        return self.path / "adapter"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def report(self) -> Path:
+        return self.path / "report.json"
+
+    @property
+    def page(self) -> Path:
+        return self.path / "report.html"
+
+    @property
+    def certificate(self) -> Path:
+        return self.path / "certificate.json"
+
+    @property
+    def resume_command(self) -> str:
+        return f"lorakeet finetune --resume {self.path}"
+
+    @classmethod
+    def create(cls, path: Path) -> RunFolder:
+        """A new run in `path`, which must not exist or be empty; ConfigError otherwise."""
+        run = cls(path)
+        if path.exists() and not path.is_dir():
+            raise ConfigError(f"The run folder {path} is a file; choose another --out.")
+        if path.is_dir() and any(path.iterdir()):
+            go_on = f"go on with it: {run.resume_command}; or choose" if run.config.exists() else "choose"
+            raise ConfigError(f"The run folder {path} exists already; nothing in it was touched. You can {go_on} another --out.")
+        run.checkpoints.mkdir(parents=True)
+        return run
+
+    @classmethod
+    def open(cls, path: Path) -> RunFolder:
+        """The run in `path`, after an interrupted replacement of one of its folders was finished; ConfigError if it is none."""
+        run = cls(path)
+        if not path.is_dir():
+            raise ConfigError(f"There is no run folder {path}; expected the --out of an earlier finetune. Check the path.")
+        if not run.config.exists() and not run.checkpoints.is_dir():
+            raise ConfigError(f"{path} is not a run folder: it has neither config.yaml nor checkpoints. Check the path.")
+        run.checkpoints.mkdir(exist_ok=True)
+        durable.recover(run.path)
+        durable.recover(run.checkpoints)
+        return run
+
+    def write(self, path: Path, text: str) -> None:
+        """Writes one file of the run in one step (config.yaml, split.json, the report)."""
+        durable.write_file(path, text.encode())

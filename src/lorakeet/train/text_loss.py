@@ -1,0 +1,102 @@
+"""The loss of text: cross-entropy on supervised tokens only, with the head applied to those positions alone, in chunks.
+
+A vocabulary is far wider than a hidden state: logits of 2,048 tokens over 128,000 words take 1 GB in fp32, their gradient
+another. Here at most `chunk` × vocabulary logits exist at any moment.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Protocol, cast
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
+
+from lorakeet.data.pack import Batch
+
+CHUNK = 256
+
+
+class TextHead(Protocol):
+    """The part of a TextModel that the loss needs (see models/text)."""
+
+    @property
+    def head_weight(self) -> Tensor | None: ...
+
+    def hidden(self, batch: Batch) -> Tensor: ...
+
+    def head(self, hidden: Tensor) -> Tensor: ...
+
+
+def text_loss(text: TextHead, batch: Batch, *, chunk: int = CHUNK) -> tuple[Tensor, int]:
+    """The sum of −log p(target) over the supervised tokens of `batch`, with gradient, and how many tokens that are."""
+    hidden = text.hidden(batch)  # (targets, hidden)
+    targets = batch.target_ids.to(hidden.device)
+    weight = text.head_weight
+    if weight is not None:
+        return frozen_head_loss(hidden, weight, targets, chunk=chunk), len(targets)
+    return any_head_loss(hidden, text.head, targets, chunk=chunk), len(targets)
+
+
+class _FrozenHeadLoss(torch.autograd.Function):
+    """Sum of cross-entropies under a frozen head W (vocab, hidden), with ∂L/∂h ready when the forward pass ends.
+
+    With z = W·h and p = softmax(z) for one position with target t:
+
+        L = log Σ exp z − z_t        ∂L/∂z = p − onehot(t)        ∂L/∂h = (p − onehot(t))·W
+
+    W gets no gradient, so ∂L/∂h needs nothing from the backward pass but the factor ∂/∂L, a single number. It is computed
+    per chunk while z is at hand: no logits are kept and none are computed twice. Softmax runs in fp32.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int) -> Tensor:
+        exact = torch.promote_types(hidden.dtype, torch.float32)
+        total = torch.zeros((), dtype=exact, device=hidden.device)
+        wants_grad = ctx.needs_input_grad[0]
+        grad = torch.empty_like(hidden) if wants_grad else None
+        for start in range(0, len(targets), chunk):
+            part = slice(start, start + chunk)
+            logits = torch.mm(hidden[part], weight.t()).to(exact)  # (chunk, vocab)
+            index = targets[part].unsqueeze(1)
+            chosen = logits.gather(1, index).squeeze(1)
+            top = logits.amax(1, keepdim=True)
+            likelihood = logits.sub_(top).exp_()  # in place: the unnormalised p
+            norm = likelihood.sum(1, keepdim=True)
+            total += (norm.log() + top).squeeze(1).sub_(chosen).sum()
+            if grad is not None:
+                likelihood.div_(norm).scatter_add_(1, index, torch.full_like(norm, -1.0))
+                grad[part] = torch.mm(likelihood.to(weight.dtype), weight)
+        if grad is not None:
+            ctx.save_for_backward(grad)
+        return total
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, None, None, None]:
+        (grad,) = ctx.saved_tensors
+        return grad * upstream.to(grad.dtype), None, None, None
+
+
+def frozen_head_loss(hidden: Tensor, weight: Tensor, targets: Tensor, *, chunk: int = CHUNK) -> Tensor:
+    """Sum of −log softmax(hidden·Wᵀ)[target]; hidden (n, hidden), W (vocab, hidden) frozen, targets (n,)."""
+    if hidden.dtype != weight.dtype:
+        hidden = hidden.to(weight.dtype)
+    return cast(Tensor, _FrozenHeadLoss.apply(hidden, weight, targets, chunk))  # type: ignore[no-untyped-call]
+
+
+def any_head_loss(hidden: Tensor, head: Callable[[Tensor], Tensor], targets: Tensor, *, chunk: int = CHUNK) -> Tensor:
+    """The same sum under any head: adapted, with new rows, biased or soft-capped. Each chunk is computed again in backward."""
+    total = torch.zeros((), dtype=torch.promote_types(hidden.dtype, torch.float32), device=hidden.device)
+    for start in range(0, len(targets), chunk):
+        part = slice(start, start + chunk)
+        total = total + cast(Tensor, checkpoint(_chunk_loss, head, hidden[part], targets[part], use_reentrant=False))
+    return total
+
+
+def _chunk_loss(head: Callable[[Tensor], Tensor], hidden: Tensor, targets: Tensor) -> Tensor:
+    logits = head(hidden)
+    exact = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return torch.nn.functional.cross_entropy(exact, targets, reduction="sum")

@@ -1,0 +1,79 @@
+"""Text as a task of the loop: a TextModel with one injected adapter, training rows and held-out rows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from lorakeet.core.adapter import Adapter
+from lorakeet.core.lowrank import LoraPair
+from lorakeet.data.batches import StepOrder
+from lorakeet.data.chat import Example
+from lorakeet.data.pack import Batch, micro_batches
+from lorakeet.models import inject
+from lorakeet.models.text import TextModel, token_logprobs
+from lorakeet.train.spec import TrainSpec, learning_rate_for
+from lorakeet.train.task import HeldOut, Size
+from lorakeet.train.text_loss import text_loss
+
+
+class TextTask:
+    """Trains the adapter `name`, which must have been injected into `text.model` and be active."""
+
+    def __init__(
+        self, text: TextModel, train: Sequence[Example], *, held_out: Sequence[Example], spec: TrainSpec, name: str = "default"
+    ) -> None:
+        self.text, self.train, self.spec, self.name = text, list(train), spec, name
+        lengths = tuple(len(example.ids) for example in train) if spec.length_grouping else None
+        self.order = StepOrder(len(self.train), spec.batch_size, spec.seed, lengths)
+        self.held_out_batches = micro_batches(held_out, spec.micro_tokens)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return self.order.steps_per_epoch
+
+    @property
+    def learning_rate(self) -> float:
+        return learning_rate_for(int(self.text.model.config.get_text_config().hidden_size), self.text.family.rate_exponent)
+
+    def parameters(self) -> dict[str, Parameter]:
+        return inject.trained_parameters(self.text.model, self.name)
+
+    def fixed(self) -> dict[str, Tensor]:
+        return {
+            f"{path}.{key}": buffer
+            for path, module in self.text.model.named_modules()
+            if isinstance(module, LoraPair) and f"adapters.{self.name}" in path
+            for key, buffer in module.named_buffers(recurse=False)
+        }
+
+    def batches(self, step: int) -> list[Batch]:
+        return micro_batches([self.train[row] for row in self.order.indices(step)], self.spec.micro_tokens)
+
+    def size(self, batch: Batch) -> Size:
+        return Size(rows=len(batch.lengths), tokens=batch.tokens, targets=batch.targets)
+
+    def loss(self, batch: Batch) -> Tensor:
+        self.text.model.train()
+        return text_loss(self.text, batch.to(self.text.device), chunk=self.spec.head_chunk)[0]
+
+    def held_out(self) -> HeldOut | None:
+        if not self.held_out_batches:
+            return None
+        self.text.model.eval()
+        sums: list[np.ndarray] = []
+        weights: list[np.ndarray] = []
+        with torch.no_grad():
+            for batch in self.held_out_batches:
+                losses = -token_logprobs(self.text, batch.to(self.text.device), chunk=self.spec.head_chunk).double().cpu().numpy()
+                rows, count = batch.target_rows.cpu().numpy(), len(batch.lengths)
+                sums.append(np.bincount(rows, weights=losses, minlength=count))
+                weights.append(np.bincount(rows, minlength=count).astype(np.float64))
+        return HeldOut(np.concatenate(sums), np.concatenate(weights))
+
+    def adapter(self) -> Adapter:
+        return inject.adapter_of(self.text.model, self.name, base=self.text.name)
