@@ -1,0 +1,82 @@
+"""Which rows a step sees: a seeded shuffle per epoch that any step can be asked for, so that resuming needs its number only."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+from numpy.typing import NDArray
+
+Order = NDArray[np.int64]
+_POOL = 16  # steps whose rows are sorted by length together: wide enough to even lengths out, narrow enough to stay random
+
+
+@dataclass(frozen=True)
+class StepOrder:
+    """The order of `rows` rows in steps of `batch_size`; each epoch has every row once, its last step may be shorter.
+
+    With `lengths` (tokens per row), rows of alike lengths come in one step and the steps come in random order.
+    """
+
+    rows: int
+    batch_size: int
+    seed: int
+    lengths: tuple[int, ...] | None = None
+
+    def __post_init__(self) -> None:
+        if self.rows < 1 or self.batch_size < 1:
+            raise ValueError(f"rows ({self.rows}) and batch_size ({self.batch_size}) must be at least 1")
+        if self.lengths is not None and len(self.lengths) != self.rows:
+            raise ValueError(f"{len(self.lengths)} lengths were given for {self.rows} rows")
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Steps in which every row is seen once."""
+        return math.ceil(self.rows / self.batch_size)
+
+    def steps(self, epochs: float) -> int:
+        """Steps of that many epochs, rounded up."""
+        return math.ceil(round(epochs * self.steps_per_epoch, 6))
+
+    def epoch(self, step: int) -> float:
+        """Epochs that are done when `step` steps are."""
+        whole, rest = divmod(step, self.steps_per_epoch)
+        return whole + min(rest * self.batch_size / self.rows, 1.0)
+
+    def indices(self, step: int) -> list[int]:
+        """The rows of step `step`, counted from 0."""
+        epoch, place = divmod(step, self.steps_per_epoch)
+        order = self._epoch_order(epoch)
+        return [int(row) for row in order[place * self.batch_size : (place + 1) * self.batch_size]]
+
+    def _epoch_order(self, epoch: int) -> Order:
+        if self.lengths is None:
+            return _shuffled(self.rows, self.seed, epoch)
+        return _grouped(self.lengths, self.batch_size, self.seed, epoch)
+
+
+@lru_cache(maxsize=8)
+def _shuffled(count: int, seed: int, epoch: int, purpose: str = "rows") -> Order:
+    # NumPy keeps the raw output of its bit generators stable over versions, which it does not promise of shuffle().
+    key = int.from_bytes(hashlib.sha256(f"{purpose} {seed} {epoch}".encode()).digest()[:16], "little")
+    return np.argsort(np.random.Philox(key=key).random_raw(count), kind="stable")
+
+
+@lru_cache(maxsize=2)
+def _grouped(lengths: Sequence[int], batch_size: int, seed: int, epoch: int) -> Order:
+    """Shuffled rows, sorted by length within pools; whole steps are then shuffled, an incomplete one stays last."""
+    order = _shuffled(len(lengths), seed, epoch)
+    tokens = np.array(lengths, np.int64)
+    whole = len(order) - len(order) % batch_size
+    pool = _POOL * batch_size
+    pools = [order[start : min(start + pool, whole)] for start in range(0, whole, pool)]
+    steps = [rows[np.argsort(tokens[rows], kind="stable")].reshape(-1, batch_size) for rows in pools]
+    if not steps:
+        return order
+    together = np.concatenate(steps)
+    shuffled = together[_shuffled(len(together), seed, epoch, "steps")].reshape(-1)
+    return np.concatenate([shuffled, order[whole:]])

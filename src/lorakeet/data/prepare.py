@@ -1,0 +1,88 @@
+"""All rows of a run: read, split, checked for leaks and for labels, in one value."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from lorakeet.data.leaks import LeakReport, check_leaks
+from lorakeet.data.read import read_rows
+from lorakeet.data.rows import Row
+from lorakeet.data.spec import DataSpec
+from lorakeet.data.split import Split, by_content, split_record, split_rows
+from lorakeet.errors import DataError, Problems, nearest
+
+_SHOWN = 5
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Rows to train on, rows to choose by and rows to judge by; `labels` is empty where rows have none."""
+
+    train: tuple[Row, ...]
+    held_out: tuple[Row, ...]
+    test: tuple[Row, ...]
+    labels: tuple[str, ...]
+    leaks: LeakReport
+
+    def split_record(self) -> dict[str, object]:
+        """The content of split.json for these rows."""
+        return split_record(self.train, self.held_out, self.test)
+
+
+def load_dataset(spec: DataSpec) -> Dataset:
+    """The rows that `spec` describes, leaks treated as it says; everything that is wrong raises a ConfigError or DataError."""
+    spec.validate()
+    rows = read_rows(spec.train, spec)
+    test = read_rows(spec.test, spec) if spec.test else []
+    if spec.held_out:
+        split = Split(by_content(rows, spec.split_seed), tuple(read_rows(spec.held_out, spec)))
+    else:
+        split = split_rows(rows, spec)
+    # Labels are checked on what was read: a label that the leak check removed from training is then named by the second check.
+    find_labels(split.train, spec)
+    clean = check_leaks(split.train, split.held_out, test, spec)
+    labels = find_labels(clean.train, spec)
+    check_labels({"held-out": clean.held_out, "test": clean.test}, labels)
+    return Dataset(clean.train, clean.held_out, clean.test, labels, clean.report)
+
+
+def find_labels(train: Sequence[Row], spec: DataSpec) -> tuple[str, ...]:
+    """The labels in the spec's order, or those of the training rows, sorted; empty where rows have none.
+
+    DataError where there is only one, or where the spec names one that no training row has.
+    """
+    counts = Counter(row.label for row in train if row.label is not None)
+    if not counts:
+        return ()
+    if len(counts) == 1:
+        only = next(iter(counts))
+        raise DataError(
+            f"All {counts[only]} training rows have the label {only!r}; a classification needs at least two labels. "
+            "Check --data.label_column."
+        )
+    unseen = [label for label in spec.labels if label not in counts]
+    if unseen:
+        raise DataError(
+            f"No training row has the label {', '.join(map(repr, unseen))} of data.labels; the training rows have "
+            f"{', '.join(map(repr, sorted(counts)))}.{nearest(unseen[0], counts)}"
+        )
+    return spec.labels or tuple(sorted(counts))
+
+
+def check_labels(parts: dict[str, Sequence[Row]], labels: Sequence[str]) -> None:
+    """Raises a DataError that names each label of these rows that is not among `labels`, with its rows."""
+    problems = Problems("Rows cannot be judged", DataError)
+    for part, rows in parts.items():
+        unseen: dict[str, list[str]] = {}
+        for row in rows:
+            if row.label is not None and row.label not in labels:
+                unseen.setdefault(row.label, []).append(row.source)
+        for label, sources in unseen.items():
+            where = ", ".join(sources[:_SHOWN]) + (f" and {len(sources) - _SHOWN} more" if len(sources) > _SHOWN else "")
+            problems.add(
+                f"The label {label!r} of {len(sources)} {part} rows ({where}) is unseen in training, which has "
+                f"{', '.join(map(repr, labels)) or 'no labels'}; remove the rows or add some to training.{nearest(label, labels)}"
+            )
+    problems.raise_if_any()

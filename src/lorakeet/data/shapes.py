@@ -1,0 +1,210 @@
+"""From records to rows: chat messages, prompt and completion, Alpaca, plain text, and labelled texts."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Iterator
+from typing import Any
+
+from lorakeet.data.rows import Row, Turn
+from lorakeet.data.spec import DataSpec, fill_template, template_fields
+from lorakeet.data.tables import Record, RowProblems
+from lorakeet.errors import DataError, nearest
+
+ROLES = ("system", "user", "assistant")
+_CHAT_COLUMNS = ("messages", "conversations")
+_COMPLETION_COLUMNS = (("prompt", "completion"), ("prompt", "response"))
+_SHAREGPT_ROLES = {"human": "user", "gpt": "assistant"}
+_LABEL = "label"
+
+
+class _Unusable(Exception):
+    """Why one record cannot become a row; never leaves this file."""
+
+
+def shape_rows(records: Iterator[Record], name: str, spec: DataSpec, problems: RowProblems) -> Iterator[Row]:
+    """The rows of the records; the first record decides the shape if the spec leaves it open.
+
+    A missing column raises at once; what is wrong with single records is added to `problems`.
+    """
+    shape = ""
+    for record in records:
+        if not shape:
+            shape = _find_shape(record, name, spec)
+            _require_columns(record, shape, name, spec)
+        try:
+            yield _shape(record, shape, spec)
+        except _Unusable as error:
+            problems.add(record.source, str(error))
+
+
+def _find_shape(record: Record, name: str, spec: DataSpec) -> str:
+    columns = record.values
+    if spec.format != "auto":
+        return spec.format
+    if any(column in columns for column in _CHAT_COLUMNS):
+        return "chat"
+    if any(prompt in columns and answer in columns for prompt, answer in _COMPLETION_COLUMNS):
+        return "completion"
+    if "instruction" in columns and "output" in columns:
+        return "alpaca"
+    if spec.label_column is not None or (spec.text_column in columns and _LABEL in columns):
+        return "classification"
+    if spec.text_column in columns:
+        return "text"
+    raise DataError(
+        f"{name}: the columns {_listed(columns)} fit no known shape; expected 'messages', or 'prompt' and 'completion', "
+        f"or 'instruction' and 'output', or '{spec.text_column}'. Name yours with --data.text_column "
+        f"(and --data.label_column for labelled texts), or choose --data.format."
+    )
+
+
+def _require_columns(record: Record, shape: str, name: str, spec: DataSpec) -> None:
+    columns = record.values
+    needed: dict[str, str] = {}
+    if shape == "chat" and not any(column in columns for column in _CHAT_COLUMNS):
+        needed["messages"] = "rename the column of the messages"
+    if shape == "completion" and not any(p in columns and a in columns for p, a in _COMPLETION_COLUMNS):
+        needed |= dict.fromkeys(_COMPLETION_COLUMNS[0], "rename the column")
+    if shape == "alpaca":
+        needed |= {"instruction": "rename the column", "output": "rename the column"}
+    if shape == "text":
+        needed[spec.text_column] = "name it with --data.text_column"
+    if shape == "classification":
+        needed |= {field: "mend --data.template" for field in template_fields(spec.template) if field != "text"}
+        needed[spec.label_column or _LABEL] = "name it with --data.label_column"
+        if "text" in template_fields(spec.template):
+            needed[spec.text_column] = "name it with --data.text_column"
+    if spec.group_column is not None:
+        needed[spec.group_column] = "name it with --data.group_column"
+    missing = [
+        f"{name} has no column '{column}'; it has {_listed(columns)}.{nearest(column, columns)} Otherwise {remedy}."
+        for column, remedy in needed.items()
+        if column not in columns
+    ]
+    if missing:
+        raise DataError("\n".join(missing))
+
+
+def _shape(record: Record, shape: str, spec: DataSpec) -> Row:
+    values = record.values
+    label = None
+    if shape == "chat":
+        turns = _chat(values, spec)
+    elif shape == "completion":
+        turns = _completion(values, spec)
+    elif shape == "alpaca":
+        turns = _alpaca(values, spec)
+    elif shape == "classification":
+        turns, label = _classification(values, spec)
+    else:
+        turns = (Turn("", _text(values, spec.text_column, spec), supervised=True),)
+    if spec.system and shape != "text" and turns[0].role != "system":
+        turns = (Turn("system", spec.system, supervised=False), *turns)
+    group = None if spec.group_column is None else _text(values, spec.group_column, spec)
+    return Row(turns, label, group, record.source)
+
+
+def _completion(values: dict[str, object], spec: DataSpec) -> tuple[Turn, ...]:
+    prompt, answer = next(((p, a) for p, a in _COMPLETION_COLUMNS if p in values and a in values), _COMPLETION_COLUMNS[0])
+    if isinstance(values.get(prompt), list) and isinstance(values.get(answer), list):
+        return _messages([*_as_list(values[prompt]), *_as_list(values[answer])], spec)
+    return _pair(_text(values, prompt, spec), _text(values, answer, spec))
+
+
+def _alpaca(values: dict[str, object], spec: DataSpec) -> tuple[Turn, ...]:
+    instruction = _text(values, "instruction", spec)
+    extra = _text(values, "input", spec, may_be_empty=True)
+    return _pair(f"{instruction}\n\n{extra}" if extra else instruction, _text(values, "output", spec))
+
+
+def _classification(values: dict[str, object], spec: DataSpec) -> tuple[tuple[Turn, ...], str]:
+    fields = template_fields(spec.template)
+    filled: dict[str, str] = {}
+    for field in fields:
+        column = spec.text_column if field == "text" else field
+        filled[field] = _text(values, column, spec, may_be_empty=column != spec.text_column)
+    # Under a template such as "{review}" the text column is used by its own name.
+    free = "text" if "text" in fields else spec.text_column
+    prompt, span = fill_template(spec.template, filled, free)
+    if not prompt.strip():
+        raise _Unusable("the prompt is empty; remove the row or fill its columns.")
+    label = _text(values, spec.label_column or _LABEL, spec).strip()
+    if spec.labels and label not in spec.labels:
+        known = ", ".join(map(repr, spec.labels))
+        raise _Unusable(f"label {label!r} is not one of data.labels ({known}).{nearest(label, spec.labels)}")
+    question = Turn("user", prompt, supervised=False, free=span)
+    return (question, Turn("assistant", label_text(label, spec), supervised=True)), label
+
+
+def label_text(label: str, spec: DataSpec) -> str:
+    """The answer that stands for a label, the label put into the spec's label template."""
+    return fill_template(spec.label_template, {"label": label}, "label")[0]
+
+
+def _pair(prompt: str, answer: str) -> tuple[Turn, ...]:
+    return Turn("user", prompt, supervised=False), Turn("assistant", answer, supervised=True)
+
+
+def _chat(values: dict[str, object], spec: DataSpec) -> tuple[Turn, ...]:
+    column = next((column for column in _CHAT_COLUMNS if column in values), _CHAT_COLUMNS[0])
+    return _messages(_as_list(values.get(column)), spec)
+
+
+def _messages(messages: list[Any], spec: DataSpec) -> tuple[Turn, ...]:
+    turns = tuple(_message(message, number, spec) for number, message in enumerate(messages, start=1))
+    if not any(turn.supervised for turn in turns):
+        raise _Unusable("no message of the assistant to learn from; add one with the role 'assistant'.")
+    return turns
+
+
+def _message(message: object, number: int, spec: DataSpec) -> Turn:
+    if not isinstance(message, dict):
+        raise _Unusable(f"message {number} is {type(message).__name__}; expected an object with 'role' and 'content'.")
+    role = message.get("role", message.get("from"))
+    role = _SHAREGPT_ROLES.get(role, role) if isinstance(role, str) else role
+    if role not in ROLES:
+        guess = nearest(role, ROLES) if isinstance(role, str) else ""
+        raise _Unusable(f"message {number} has the role {role!r}; expected one of {', '.join(ROLES)}.{guess}")
+    content = message.get("content", message.get("value"))
+    if isinstance(content, list):
+        content = _text_parts(content, number)
+    content = _clean(content, spec) if isinstance(content, str) else content
+    if not isinstance(content, str) or not content.strip():
+        raise _Unusable(f"message {number} ({role}) has no text; remove it or fill its 'content'.")
+    return Turn(role, content, supervised=role == "assistant" and message.get("weight", 1) != 0)
+
+
+def _text_parts(parts: list[Any], number: int) -> str:
+    texts = [part["text"] for part in parts if isinstance(part, dict) and isinstance(part.get("text"), str)]
+    if len(texts) != len(parts):
+        raise _Unusable(f"message {number} has parts that are no text; only text can be learnt from.")
+    return "".join(texts)
+
+
+def _as_list(value: object) -> list[Any]:
+    if isinstance(value, list) and value:
+        return value
+    raise _Unusable(f"expected a list of messages, got {str(value)[:60]!r}.")
+
+
+def _text(values: dict[str, object], column: str, spec: DataSpec, may_be_empty: bool = False) -> str:
+    value = values.get(column)
+    if value is not None and not isinstance(value, (str, int, float)):
+        raise _Unusable(f"column '{column}' holds {type(value).__name__}; expected text.")
+    text = "" if value is None else _clean(str(value), spec)
+    if not text.strip() and not may_be_empty:
+        raise _Unusable(f"column '{column}' is empty; remove the row or fill it.")
+    return text
+
+
+def _clean(text: str, spec: DataSpec) -> str:
+    if spec.html_unescape:
+        text = html.unescape(text)
+    if spec.strip_quotes and len(text) >= 2 and text[0] == text[-1] == '"':
+        text = text[1:-1]
+    return text
+
+
+def _listed(columns: dict[str, object]) -> str:
+    return ", ".join(repr(column) for column in columns)

@@ -1,0 +1,149 @@
+"""The settings of the data: which files, how a row becomes a conversation, how rows are split and checked."""
+
+from __future__ import annotations
+
+import math
+import string
+from dataclasses import dataclass, field
+from typing import Literal
+
+from lorakeet.errors import ConfigError, Problems
+
+
+@dataclass(frozen=True)
+class DataSpec:
+    """What the rows are and how they are used; `validate()` names every wrong setting at once."""
+
+    train: str = field(
+        default="",
+        metadata={
+            "help": "Training rows: file, 'archive.zip!member', 'package:DIST/path', datasets folder or 'hub:owner/name#split'."
+        },
+    )
+    held_out: str | None = field(
+        default=None, metadata={"help": "File of held-out rows; left out, they are split off the training rows."}
+    )
+    test: str | None = field(
+        default=None, metadata={"help": "File of final test rows, never used to choose a setting or a checkpoint."}
+    )
+    format: Literal["auto", "chat", "completion", "alpaca", "text", "classification"] = field(
+        default="auto", metadata={"help": "Shape of a record; 'auto' decides from the columns of the first one."}
+    )
+    text_column: str = field(default="text", metadata={"help": "Column of the text, for text and classification rows."})
+    label_column: str | None = field(
+        default=None, metadata={"help": "Column of the label, for classification rows (left out: 'label')."}
+    )
+    group_column: str | None = field(
+        default=None, metadata={"help": "Column whose equal values stay on one side of the split (a patient, an author)."}
+    )
+    labels: tuple[str, ...] = field(
+        default=(), metadata={"help": "Labels in the order to report them; empty takes those of the training rows, sorted."}
+    )
+    template: str = field(
+        default="{text}",
+        metadata={"help": "Prompt of a classification row: {text} and any {column}; {{ and }} stand for braces."},
+    )
+    label_template: str = field(default="{label}", metadata={"help": "Answer of a classification row, made from {label}."})
+    system: str | None = field(
+        default=None, metadata={"help": "System prompt put before rows that bring none; left out, the chat template decides."}
+    )
+    chat_template: Literal["auto", "on", "off"] = field(
+        default="auto", metadata={"help": "Use the tokenizer's chat template: if there is one, always, or never (raw text)."}
+    )
+    separator: str = field(
+        default="\n",
+        metadata={"help": "Put between turns when no chat template is used, unless white space already stands there."},
+    )
+    held_out_fraction: float = field(
+        default=0.1, metadata={"help": "Share of the training rows split off as held-out rows; 0 splits nothing off."}
+    )
+    held_out_minimum: int = field(
+        default=64, metadata={"help": "Split off at least this many rows where there are ten times as many."}
+    )
+    max_tokens: int = field(default=1024, metadata={"help": "Longest row in tokens, template and answer included."})
+    too_long: Literal["truncate", "refuse", "drop"] = field(
+        default="truncate",
+        metadata={"help": "What happens to a longer row: shorten the user's text, stop with an error, or leave the row out."},
+    )
+    supervise: Literal["completion", "all"] = field(
+        default="completion", metadata={"help": "Which tokens the loss sees: the answers, or every token of the row."}
+    )
+    near_duplicates: float = field(
+        default=0.8,
+        metadata={"help": "Jaccard similarity from which two texts count as the same; 0 looks for exact copies only."},
+    )
+    on_leak: Literal["drop", "refuse", "keep"] = field(
+        default="drop",
+        metadata={"help": "When a training row also stands in held-out or test rows: drop it from training, stop, or keep it."},
+    )
+    limit: int | None = field(default=None, metadata={"help": "Read only this many rows, from the top of each file."})
+    html_unescape: bool = field(default=False, metadata={"help": "Turn HTML escapes in the texts (&#039;) into characters."})
+    strip_quotes: bool = field(default=False, metadata={"help": "Remove one pair of double quotes that encloses a whole text."})
+    split_seed: int = field(default=0, metadata={"help": "Seed of the split; another seed holds out other rows."})
+
+    def validate(self) -> None:
+        """Raises a ConfigError that lists every wrong setting."""
+        problems = Problems("The data settings cannot be used", ConfigError)
+        if not self.train.strip():
+            problems.add("data.train is empty; give the file of the training rows, for instance --data.train rows.jsonl.")
+        self._check_numbers(problems)
+        self._check_templates(problems)
+        if len(set(self.labels)) != len(self.labels):
+            twice = sorted({label for label in self.labels if self.labels.count(label) > 1})
+            problems.add(f"data.labels names {', '.join(map(repr, twice))} more than once; name each label once.")
+        if len(self.labels) == 1:
+            problems.add(f"data.labels has only {self.labels[0]!r}; a classification needs at least two labels.")
+        problems.raise_if_any()
+
+    def _check_numbers(self, problems: Problems) -> None:
+        if not 0.0 <= self.held_out_fraction < 1.0:
+            problems.add(f"data.held_out_fraction is {self.held_out_fraction}; expected a share from 0 to below 1, such as 0.1.")
+        if math.isnan(self.near_duplicates) or not 0.0 <= self.near_duplicates <= 1.0:
+            problems.add(f"data.near_duplicates is {self.near_duplicates}; expected a similarity from 0 to 1, such as 0.8.")
+        if self.held_out_minimum < 0:
+            problems.add(f"data.held_out_minimum is {self.held_out_minimum}; expected a number of rows, 0 or more.")
+        if self.max_tokens < 2:
+            problems.add(f"data.max_tokens is {self.max_tokens}; expected at least 2 tokens, such as 1024.")
+        if self.limit is not None and self.limit < 1:
+            problems.add(f"data.limit is {self.limit}; expected at least 1 row, or leave it out to read all.")
+
+    def _check_templates(self, problems: Problems) -> None:
+        for name, template in (("template", self.template), ("label_template", self.label_template)):
+            try:
+                fields = template_fields(template)
+            except ValueError as error:
+                problems.add(f"data.{name} {template!r} cannot be read ({error}); write {{{{ and }}}} for literal braces.")
+                continue
+            if name == "template" and not fields:
+                problems.add(f"data.template {template!r} names no column, so all prompts would be equal; use {{text}} in it.")
+            if name == "label_template" and set(fields) != {"label"}:
+                problems.add(f"data.label_template is {template!r}; expected {{label}} in it and no other field.")
+
+
+def template_fields(template: str) -> list[str]:
+    """The column names between braces in a template; ValueError where braces do not pair or a field has a format."""
+    fields = []
+    for _, name, form, conversion in string.Formatter().parse(template):
+        if name is None:
+            continue
+        if form or conversion or not name:
+            raise ValueError(f"'{{{name}{'!' + conversion if conversion else ''}{':' + form if form else ''}}}' is not a column")
+        fields.append(name)
+    return fields
+
+
+def fill_template(template: str, values: dict[str, str], free: str) -> tuple[str, tuple[int, int] | None]:
+    """The filled template, and where in it the value of the field `free` stands (None if it is not used)."""
+    parts: list[str] = []
+    length = 0
+    span: tuple[int, int] | None = None
+    for literal, name, _, _ in string.Formatter().parse(template):
+        parts.append(literal)
+        length += len(literal)
+        if name is not None:
+            value = values[name]
+            if name == free and span is None:
+                span = (length, length + len(value))
+            parts.append(value)
+            length += len(value)
+    return "".join(parts), span

@@ -1,0 +1,176 @@
+"""Rows parted into training and held-out by their content, so that row order, file names and reruns change nothing."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from lorakeet.data.rows import Row
+from lorakeet.data.spec import DataSpec
+from lorakeet.errors import DataError
+
+SPLIT_FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Split:
+    """Training and held-out rows, each in an order that depends on seed and content only."""
+
+    train: tuple[Row, ...]
+    held_out: tuple[Row, ...]
+
+
+def split_rows(rows: Sequence[Row], spec: DataSpec) -> Split:
+    """Training rows and `spec.held_out_fraction` of the rows held out, chosen by a hash of seed and content.
+
+    Rows of one group, and rows of equal content, stay on one side. Every label keeps its share on both sides as far as
+    groups allow, and a label is never held out as a whole. DataError where there are fewer rows than that needs.
+    """
+    wanted = held_out_count(len(rows), spec)
+    if wanted == 0:
+        return Split(by_content(rows, spec.split_seed), ())
+    strata: dict[str, list[list[Row]]] = defaultdict(list)
+    for block in _blocks(rows):
+        strata[_stratum(block)].append(block)
+    quotas = _quotas({name: sum(map(len, blocks)) for name, blocks in strata.items()}, wanted, len(rows))
+    held: set[str] = set()
+    for name, blocks in strata.items():
+        held |= _choose(blocks, quotas[name], spec.split_seed)
+    if not held:
+        raise DataError(
+            f"No row can be held out: {len(rows)} rows fall into {sum(map(len, strata.values()))} groups or sets of equal rows, "
+            f"none small enough for {wanted} held-out rows. Give a file of held-out rows (--data.held_out FILE)."
+        )
+    train = [row for row in rows if row.key not in held]
+    return Split(by_content(train, spec.split_seed), by_content([row for row in rows if row.key in held], spec.split_seed))
+
+
+def held_out_count(rows: int, spec: DataSpec) -> int:
+    """How many of `rows` rows to hold out; DataError where the fraction leaves none."""
+    if spec.held_out_fraction == 0:
+        return 0
+    needed = max(2, math.ceil(1 / spec.held_out_fraction))
+    if rows < needed:
+        raise DataError(
+            f"{rows} rows are too few to hold out {spec.held_out_fraction:.0%} of them; expected at least {needed}. "
+            "Add rows, give a file of held-out rows (--data.held_out FILE), or hold out none (--data.held_out_fraction 0)."
+        )
+    count = round(spec.held_out_fraction * rows)
+    if rows >= 10 * spec.held_out_minimum:
+        count = max(count, spec.held_out_minimum)
+    return min(count, rows - 1)
+
+
+def by_content(rows: Iterable[Row], seed: int) -> tuple[Row, ...]:
+    """The rows in the order of their seeded content hash, which does not depend on the order they came in."""
+    return tuple(sorted(rows, key=lambda row: (_rank(row.key, seed), row.source)))
+
+
+def split_record(train: Sequence[Row], held_out: Sequence[Row], test: Sequence[Row] = ()) -> dict[str, object]:
+    """The content of split.json: the held-out rows' hashes, and one hash for all training and all test rows."""
+    return {
+        "format": SPLIT_FORMAT,
+        "train_rows": len(train),
+        "train_sha256": _digest(train),
+        "test_rows": len(test),
+        "test_sha256": _digest(test),
+        "held_out": sorted(row.key for row in held_out),
+    }
+
+
+def write_split_record(path: Path, record: dict[str, object]) -> None:
+    """Writes split.json."""
+    path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+
+
+def read_split_record(path: Path) -> dict[str, object]:
+    """The content of a split.json; DataError where it is missing or is none."""
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path} cannot be read ({error}); without it the split of this run cannot be checked.") from error
+    if not isinstance(record, dict) or record.get("format") != SPLIT_FORMAT or not isinstance(record.get("held_out"), list):
+        raise DataError(f"{path} is not a split record of format {SPLIT_FORMAT}; restore it from the run that wrote it.")
+    return record
+
+
+def check_split_record(record: dict[str, object], now: dict[str, object]) -> None:
+    """Raises a DataError that says what differs if the rows of a run are no longer those that it started with."""
+    changes = []
+    before_keys, now_keys = (set(map(str, _listed(side["held_out"]))) for side in (record, now))
+    if before_keys != now_keys:
+        changes.append(f"{len(before_keys - now_keys)} held-out rows are gone and {len(now_keys - before_keys)} are new")
+    for part, word in (("train", "training"), ("test", "test")):
+        if record.get(f"{part}_sha256") != now[f"{part}_sha256"]:
+            changes.append(f"the {word} rows changed ({record.get(f'{part}_rows')} before, {now[f'{part}_rows']} now)")
+    if changes:
+        raise DataError(
+            f"The data is not what this run started with: {'; '.join(changes)}. "
+            "Restore the files and the data settings, or start a new run."
+        )
+
+
+def _blocks(rows: Sequence[Row]) -> list[list[Row]]:
+    """Rows that must stay together: connected by a common group or by equal content."""
+    parent: dict[str, str] = {}
+
+    def find(name: str) -> str:
+        root = name
+        while parent.setdefault(root, root) != root:
+            root = parent[root]
+        while parent[name] != root:
+            parent[name], name = root, parent[name]
+        return root
+
+    for row in rows:
+        if row.group is not None:
+            parent[find("key " + row.key)] = find("group " + row.group)
+    blocks: dict[str, list[Row]] = defaultdict(list)
+    for row in rows:
+        blocks[find("key " + row.key)].append(row)
+    return list(blocks.values())
+
+
+def _stratum(block: list[Row]) -> str:
+    labels = [row.label or "" for row in block]
+    return max(sorted(set(labels)), key=labels.count)
+
+
+def _quotas(sizes: dict[str, int], wanted: int, total: int) -> dict[str, int]:
+    """`wanted` shared out in proportion to the sizes, largest remainders first (Hamilton's method)."""
+    exact = {name: size * wanted / total for name, size in sizes.items()}
+    quotas = {name: int(share) for name, share in exact.items()}
+    by_remainder = sorted(exact, key=lambda name: (quotas[name] - exact[name], name))
+    for name in by_remainder[: wanted - sum(quotas.values())]:
+        quotas[name] += 1
+    return quotas
+
+
+def _choose(blocks: list[list[Row]], quota: int, seed: int) -> set[str]:
+    """Keys of the held-out rows of one stratum: blocks in hash order while they fit; one block always stays in training."""
+    ordered = sorted(blocks, key=lambda block: min(_rank(row.key, seed) for row in block))
+    held: set[str] = set()
+    taken = 0
+    for index, block in enumerate(ordered):
+        left = len(ordered) - index
+        if taken + len(block) <= quota and (left > 1 or taken < sum(map(len, ordered[:index]))):
+            held.update(row.key for row in block)
+            taken += len(block)
+    return held
+
+
+def _rank(key: str, seed: int) -> str:
+    return hashlib.sha256(f"{seed}:{key}".encode()).hexdigest()
+
+
+def _digest(rows: Sequence[Row]) -> str:
+    return hashlib.sha256("\n".join(sorted(row.key for row in rows)).encode()).hexdigest()
+
+
+def _listed(value: object) -> list[object]:
+    return value if isinstance(value, list) else []

@@ -1,0 +1,155 @@
+"""Records out of text files: JSON lines, JSON arrays, CSV, TSV and plain lines, each with the line where it stands."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import IO, NamedTuple
+
+from lorakeet.data.locate import Location, open_text
+from lorakeet.errors import DataError, Problems
+
+SHOWN_PROBLEMS = 10
+_START = 60  # characters of a broken line that are shown
+
+
+class Record(NamedTuple):
+    """One record of a file: `source` is "file.tsv:17", `values` its columns or keys."""
+
+    source: str
+    values: dict[str, object]
+
+
+class RowProblems:
+    """Collects what is wrong with single rows; shows the first ten and counts the rest."""
+
+    def __init__(self, heading: str) -> None:
+        self._problems = Problems(heading, DataError)
+        self._more = 0
+
+    def add(self, source: str, message: str) -> None:
+        if len(self._problems.messages) < SHOWN_PROBLEMS:
+            self._problems.add(f"{source}: {message}")
+        else:
+            self._more += 1
+
+    def raise_if_any(self) -> None:
+        """Raises a DataError with the first problems and the number of the others."""
+        if self._more:
+            self._problems.add(f"... and {self._more} more rows")
+        self._problems.raise_if_any()
+
+
+def text_records(location: Location, problems: RowProblems) -> Iterator[Record]:
+    """The records of a text file one by one; rows that cannot be read are added to `problems` and left out."""
+    reader = READERS[location.kind]
+    with open_text(location) as stream:
+        yield from reader(stream, location.name.rsplit("/", 1)[-1], problems)
+
+
+def _json_lines(stream: IO[str], name: str, problems: RowProblems) -> Iterator[Record]:
+    for number, line in enumerate(stream, start=1):
+        if not line.strip():
+            continue
+        source = f"{name}:{number}"
+        try:
+            values = json.loads(line)
+        except json.JSONDecodeError as error:
+            problems.add(
+                source, f"broken JSON at column {error.colno} ({error.msg}): {_start_of(line)}; mend or remove the line."
+            )
+            continue
+        if isinstance(values, dict):
+            yield Record(source, values)
+        else:
+            problems.add(source, f"expected an object in braces, got {_start_of(line)}.")
+
+
+def _json_array(stream: IO[str], name: str, problems: RowProblems) -> Iterator[Record]:
+    text = stream.read()
+    try:
+        rows = json.loads(text)
+    except json.JSONDecodeError as error:
+        line = text.splitlines()[error.lineno - 1] if text.strip() else ""
+        hint = "; if each line is an object of its own, name the file .jsonl" if error.msg == "Extra data" else ""
+        problems.add(f"{name}:{error.lineno}", f"broken JSON at column {error.colno} ({error.msg}): {_start_of(line)}{hint}.")
+        return
+    if not isinstance(rows, list):
+        problems.add(name, f"expected an array of objects, got {_start_of(text)}; write one object a line in a .jsonl file.")
+        return
+    for number, values in enumerate(rows, start=1):
+        if isinstance(values, dict):
+            yield Record(f"{name}[{number}]", values)
+        else:
+            problems.add(f"{name}[{number}]", f"expected an object in braces, got {_start_of(json.dumps(values))}.")
+
+
+def _separated(delimiter: str) -> Callable[[IO[str], str, RowProblems], Iterator[Record]]:
+    def read(stream: IO[str], name: str, problems: RowProblems) -> Iterator[Record]:
+        with _long_fields():
+            reader = csv.reader(stream, delimiter=delimiter, strict=True)
+            header = next(_checked(reader, name), None)
+        if header is None:
+            return
+        twice = sorted({column for column in header if header.count(column) > 1})
+        if twice:
+            raise DataError(f"{name} has more than one column {', '.join(map(repr, twice))}; give each column its own name.")
+        start = reader.line_num + 1
+        rows = _checked(reader, name)
+        while True:
+            # The limit is set around each row, for it belongs to the whole process and a reader may be left half read.
+            with _long_fields():
+                row = next(rows, None)
+            if row is None:
+                return
+            source, start = f"{name}:{start}", reader.line_num + 1
+            if not row:
+                continue
+            if len(row) != len(header):
+                problems.add(source, f"{len(row)} fields where the header has {len(header)} ({', '.join(header)}).")
+                continue
+            yield Record(source, dict(zip(header, row, strict=True)))
+
+    return read
+
+
+def _checked(reader: Iterator[list[str]], name: str) -> Iterator[list[str]]:
+    try:
+        yield from reader
+    except csv.Error as error:
+        number = getattr(reader, "line_num", 0)
+        raise DataError(
+            f"{name}:{number}: {error}; expected fields in double quotes to be closed, and quotes inside them to be doubled."
+        ) from error
+
+
+@contextmanager
+def _long_fields() -> Iterator[None]:
+    before = csv.field_size_limit(2**31 - 1)
+    try:
+        yield
+    finally:
+        csv.field_size_limit(before)
+
+
+def _lines(stream: IO[str], name: str, problems: RowProblems) -> Iterator[Record]:
+    for number, line in enumerate(stream, start=1):
+        if line.strip():
+            yield Record(f"{name}:{number}", {"text": line.rstrip("\r\n")})
+
+
+def _start_of(line: str) -> str:
+    start = line.strip()
+    return repr(start if len(start) <= _START else start[:_START] + "…")
+
+
+READERS: dict[str, Callable[[IO[str], str, RowProblems], Iterator[Record]]] = {
+    ".jsonl": _json_lines,
+    ".ndjson": _json_lines,
+    ".json": _json_array,
+    ".csv": _separated(","),
+    ".tsv": _separated("\t"),
+    ".txt": _lines,
+}

@@ -1,0 +1,175 @@
+"""Conversations as strings, with the places of what the model is to learn.
+
+A supervised place starts where the model starts to write, which is where the template's generation prompt ends, and stops
+after the token that ends the turn. Nothing is assumed about a template but what rendering it shows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from jinja2 import TemplateError
+
+from lorakeet.data.rows import Row, Turn
+from lorakeet.data.spec import DataSpec
+from lorakeet.errors import ConfigError, DataError
+
+# Stands for a turn's text while its place is looked for; white space around it would be trimmed by some templates.
+_MARK = "\u2402lorakeet\u2403"
+
+
+class Tokenizer(Protocol):
+    """What is used of a transformers tokenizer."""
+
+    chat_template: Any
+    eos_token: Any
+
+    @property
+    def bos_token_id(self) -> Any: ...
+
+    @property
+    def eos_token_id(self) -> Any: ...
+
+    @property
+    def added_tokens_decoder(self) -> Mapping[int, Any]: ...
+
+    def encode(self, text: str, *, add_special_tokens: bool) -> list[int]: ...
+
+    def decode(self, token_ids: Any, *, skip_special_tokens: bool, clean_up_tokenization_spaces: bool) -> Any: ...
+
+    def apply_chat_template(self, conversation: Any, *, tokenize: bool, add_generation_prompt: bool) -> Any: ...
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """A row as one string; `spans` are the supervised places (start, end); `ends` says whether end-of-text must follow."""
+
+    text: str
+    spans: tuple[tuple[int, int], ...]
+    ends: bool
+
+
+def uses_template(tokenizer: Tokenizer, spec: DataSpec) -> bool:
+    """Whether conversations go through the tokenizer's chat template; ConfigError if one is demanded and there is none."""
+    if spec.chat_template == "on" and not tokenizer.chat_template:
+        raise ConfigError(
+            "data.chat_template is 'on', but the tokenizer has no chat template; choose an instruction-tuned model, "
+            "set tokenizer.chat_template and save it with the model, or set --data.chat_template off to train on raw text."
+        )
+    return spec.chat_template != "off" and bool(tokenizer.chat_template)
+
+
+def is_templated(row: Row, tokenizer: Tokenizer, spec: DataSpec) -> bool:
+    """Whether this row goes through the chat template; raw text never does."""
+    return uses_template(tokenizer, spec) and all(turn.role for turn in row.turns)
+
+
+def render(row: Row, tokenizer: Tokenizer, spec: DataSpec) -> Rendered:
+    """The row as a string with its supervised places; through the chat template unless it is raw text or that is off."""
+    if is_templated(row, tokenizer, spec):
+        return _render_chat(row, tokenizer)
+    return _render_raw(row, spec)
+
+
+def end_of_turn_tokens(tokenizer: Tokenizer) -> tuple[str, ...]:
+    """The added tokens of the tokenizer as text, longest first; white space is no mark of anything (Gemma adds such tokens)."""
+    names = {str(token) for token in tokenizer.added_tokens_decoder.values()}
+    return tuple(sorted((name for name in names if name.strip()), key=lambda name: (-len(name), name)))
+
+
+def _render_raw(row: Row, spec: DataSpec) -> Rendered:
+    text = ""
+    spans: list[tuple[int, int]] = []
+    for turn in row.turns:
+        joined = not text or text[-1].isspace() or turn.text[:1].isspace()
+        # The separator before an answer belongs to the prompt: it stands there when the model starts to write.
+        text += "" if joined else spec.separator
+        if turn.supervised:
+            spans.append((len(text), len(text) + len(turn.text)))
+        text += turn.text
+    return Rendered(text, tuple(spans), ends=row.turns[-1].supervised)
+
+
+def _render_chat(row: Row, tokenizer: Tokenizer) -> Rendered:
+    text = _apply(row.turns, tokenizer, row)
+    marks = end_of_turn_tokens(tokenizer)
+    spans: list[tuple[int, int]] = []
+    ends = False
+    for number, turn in enumerate(row.turns):
+        if not turn.supervised:
+            continue
+        start, end = _find_turn(row, number, text, tokenizer)
+        if spans and start < spans[-1][1]:
+            raise _unclear(row, number)
+        closed = _after_mark(text, end, marks)
+        ends = closed is None and number == len(row.turns) - 1
+        spans.append((start, end if closed is None else closed))
+    return Rendered(text[: spans[-1][1]] if ends else text, tuple(spans), ends)
+
+
+def _find_turn(row: Row, number: int, text: str, tokenizer: Tokenizer) -> tuple[int, int]:
+    """Where in the rendered text the model starts to write turn `number`, and where that turn's own text ends."""
+    opening = _apply(row.turns[:number], tokenizer, row, generation=True) if number else ""
+    shown = _find_by_mark(row, number, text, tokenizer) or _find_by_prefix(row, number, text, opening, tokenizer)
+    if shown is None:
+        raise _unclear(row, number)
+    # What stands between generation prompt and text (a space, an empty block of thoughts) is the model's to write.
+    if opening and text.startswith(opening) and len(opening) <= shown[0]:
+        return len(opening), shown[1]
+    return shown
+
+
+def _find_by_mark(row: Row, number: int, text: str, tokenizer: Tokenizer) -> tuple[int, int] | None:
+    """The turn's text is what changes when it is replaced by a mark, provided that nothing else changes."""
+    turn = row.turns[number]
+    marked = _apply((*row.turns[:number], Turn(turn.role, _MARK, turn.supervised), *row.turns[number + 1 :]), tokenizer, row)
+    start = marked.find(_MARK)
+    if start < 0 or marked.count(_MARK) != 1:
+        return None
+    after = marked[start + len(_MARK) :]
+    end = len(text) - len(after)
+    if end < start or text[:start] != marked[:start] or text[end:] != after:
+        return None
+    return (start, end) if text[start:end].strip() == turn.text.strip() else None
+
+
+def _find_by_prefix(row: Row, number: int, text: str, opening: str, tokenizer: Tokenizer) -> tuple[int, int] | None:
+    """For templates that rewrite the text (moving thoughts, say): the part that rendering this turn adds to the prompt."""
+    whole = _apply(row.turns[: number + 1], tokenizer, row)
+    if not (opening and text.startswith(opening) and text.startswith(whole) and whole.startswith(opening)):
+        return None
+    last_line = row.turns[number].text.strip().rpartition("\n")[2].strip()
+    place = text.rfind(last_line, len(opening), len(whole))
+    return None if place < 0 else (len(opening), place + len(last_line))
+
+
+def _after_mark(text: str, end: int, marks: Sequence[str]) -> int | None:
+    """The place after the end-of-turn token that follows at `end`, white space before it included; None if none follows."""
+    start = end
+    while start < len(text) and text[start].isspace():
+        start += 1
+    for mark in marks:
+        if text.startswith(mark, start):
+            return start + len(mark)
+    return None
+
+
+def _apply(turns: Sequence[Turn], tokenizer: Tokenizer, row: Row, generation: bool = False) -> str:
+    messages = [{"role": turn.role, "content": turn.text} for turn in turns]
+    try:
+        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generation))
+    except TemplateError as error:
+        roles = ", ".join(turn.role for turn in turns)
+        raise DataError(
+            f"{row.source}: the chat template refuses the turns ({roles}): {error}. Change the turns (some templates know no "
+            "system prompt, some want user and assistant in turn), or set --data.chat_template off."
+        ) from error
+
+
+def _unclear(row: Row, number: int) -> DataError:
+    return DataError(
+        f"{row.source}: the chat template changes turn {number + 1} so that its text {row.turns[number].text[:60]!r} cannot be "
+        "found in the result; so it is unclear which tokens to learn. Set --data.chat_template off, or use another template."
+    )
