@@ -20,7 +20,7 @@ class FrozenBase(Protocol):
         """(out, in)."""
 
     def matmul(self, x: Tensor) -> Tensor:
-        """x (tokens, in) to x·Wᵀ (tokens, out), in the dtype of x."""
+        """x (tokens, in) to x·Wᵀ (tokens, out), in the dtype of x, to which W is cast or dequantised for the product."""
 
     def matmul_t(self, grad: Tensor) -> Tensor:
         """grad (tokens, out) to grad·W (tokens, in), in the dtype of grad."""
@@ -49,10 +49,10 @@ class DenseBase:
         return self.weight.shape[0], self.weight.shape[1]
 
     def matmul(self, x: Tensor) -> Tensor:
-        return torch.mm(x, self.weight.t())
+        return torch.mm(x, self.weight.to(x.dtype).t())
 
     def matmul_t(self, grad: Tensor) -> Tensor:
-        return torch.mm(grad, self.weight)
+        return torch.mm(grad, self.weight.to(grad.dtype))
 
     def dense(self) -> Tensor:
         return self.weight.detach()
@@ -70,10 +70,10 @@ class TransposedBase(DenseBase):
         return self.weight.shape[1], self.weight.shape[0]
 
     def matmul(self, x: Tensor) -> Tensor:
-        return torch.mm(x, self.weight)
+        return torch.mm(x, self.weight.to(x.dtype))
 
     def matmul_t(self, grad: Tensor) -> Tensor:
-        return torch.mm(grad, self.weight.t())
+        return torch.mm(grad, self.weight.to(grad.dtype).t())
 
     def dense(self) -> Tensor:
         return self.weight.detach().t()
@@ -95,10 +95,10 @@ class SliceBase:
         return self.stacked.shape[1], self.stacked.shape[2]
 
     def matmul(self, x: Tensor) -> Tensor:
-        return torch.mm(x, self.stacked[self.index].t())
+        return torch.mm(x, self.stacked[self.index].to(x.dtype).t())
 
     def matmul_t(self, grad: Tensor) -> Tensor:
-        return torch.mm(grad, self.stacked[self.index])
+        return torch.mm(grad, self.stacked[self.index].to(grad.dtype))
 
     def dense(self) -> Tensor:
         return self.stacked[self.index].detach()

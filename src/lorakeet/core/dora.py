@@ -25,7 +25,7 @@ class DoraPair(LoraPair):
 
     def __init__(self, entry: PlanEntry, *, device: torch.device | str = "cpu", bias: bool = False) -> None:
         super().__init__(entry, device=device, bias=bias)
-        rows = entry.shape[1] if entry.kind == "conv1d" else entry.shape[0]
+        rows = entry.shape[0]
         self.magnitude = torch.nn.Parameter(torch.ones(rows, device=device))
         self.register_buffer("base_norm2", torch.ones(rows, device=device))
 
@@ -52,8 +52,10 @@ class DoraPair(LoraPair):
             norm = self._norm(base.matmul(A).t())
         return self.magnitude / norm
 
-    def forward(self, x: Tensor, base: FrozenBase, bias: Tensor | None = None) -> Tensor:
-        y = super().forward(x, base) * self.gain(base).to(x.dtype)
+    def forward(
+        self, x: Tensor, base: FrozenBase, bias: Tensor | None = None, products: torch.dtype | None = None
+    ) -> Tensor:
+        y = super().forward(x, base, None, products) * self.gain(base).to(x.dtype)
         return y if bias is None else y + bias
 
     def fold(self, weight: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from lorakeet.core.base import SliceBase
 from lorakeet.core.layers import AdaptedLayer
-from lorakeet.core.lowrank import LoraPair, low_rank_linear
+from lorakeet.core.lowrank import LoraPair, frozen_linear, low_rank_linear
 
 
 class ExpertPairs(nn.ModuleDict):
@@ -45,18 +45,29 @@ class LoraExperts(AdaptedLayer):
     def _project(self, pairs: ExpertPairs, name: str, expert: int, x: Tensor) -> Tensor:
         stacked = cast(Tensor, getattr(self.original, name))
         if name not in pairs:
-            return nn.functional.linear(x, stacked[expert])
+            return frozen_linear(x, SliceBase(stacked, expert), products=self.products)
         pair = cast(LoraPair, pairs[name])
         dropout = pair.dropout if pair.training else 0.0
-        return low_rank_linear(x, SliceBase(stacked, expert), pair.A[expert], pair.B[expert], pair.scale, dropout=dropout)
+        factors = pair.A[expert], pair.B[expert], pair.scale
+        return low_rank_linear(x, SliceBase(stacked, expert), factors, dropout=dropout, products=self.products)
+
+
+_UNFIT = {  # what transformers 5 notes on a block of experts, and what it means
+    "is_transposed": (True, "its parameters are transposed"),
+    "has_bias": (True, "its experts have biases"),
+    "has_gate": (False, "its experts have no gate"),
+    "is_concatenated": (False, "its gate and up rows are interleaved"),
+    "has_post_expert_norm": (True, "its experts end in a norm"),
+}
 
 
 def supports(module: nn.Module) -> str:
     """Why LoRA cannot be put on this block of experts; an empty string when it can."""
+    for name, (unfit, why) in _UNFIT.items():
+        if getattr(module, name, not unfit) is unfit:
+            return why
     if not all(isinstance(getattr(module, name, None), nn.Parameter) for name in ("gate_up_proj", "down_proj")):
         return "it has no gate_up_proj and down_proj parameters"
-    if getattr(module, "is_transposed", False):
-        return "its parameters are transposed"
-    if getattr(module, "has_bias", False) or hasattr(module, "gate_up_proj_bias"):
+    if hasattr(module, "gate_up_proj_bias"):
         return "its experts have biases"
     return "" if hasattr(module, "act_fn") else "it has no act_fn"

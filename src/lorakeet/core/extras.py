@@ -8,7 +8,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from lorakeet.core.layers import AdaptedLayer
+from lorakeet.core.layers import AdaptedLayer, embed_scale
 
 
 class TrainedModule(AdaptedLayer):
@@ -33,16 +33,21 @@ class TrainedModule(AdaptedLayer):
         if current is self.original:
             return current(x, *args, **kwargs)
         y = current(x.float() if x.is_floating_point() else x, *args, **kwargs)
-        return y.to(x.dtype) if isinstance(y, Tensor) and x.is_floating_point() else y
+        dtype = x.dtype if x.is_floating_point() else next(self.original.parameters()).dtype
+        return y.to(dtype) if isinstance(y, Tensor) else y
 
 
 class Rows(nn.Module):
-    """Trained rows of an embedding, for the token ids `ids` (rows,): values (rows, hidden)."""
+    """Trained rows of an embedding, for the token ids `ids` (rows,): values (rows, hidden).
+
+    `tokens` are their texts and `tied` the path of the head that shares them, kept for the adapter on disk.
+    """
 
     ids: Tensor
 
-    def __init__(self, ids: tuple[int, ...], values: Tensor) -> None:
+    def __init__(self, ids: tuple[int, ...], values: Tensor, *, tokens: tuple[str, ...] = (), tied: str = "") -> None:
         super().__init__()
+        self.tokens, self.tied = tokens, tied
         self.register_buffer("ids", torch.tensor(ids, dtype=torch.int64, device=values.device))
         self.values = nn.Parameter(values.detach().clone().float())
 
@@ -52,7 +57,15 @@ class Rows(nn.Module):
         return torch.where(matches.any(-1), matches.int().argmax(-1), -1)
 
 
-class TokenRowsEmbedding(AdaptedLayer):
+class TokenRowsLayer(AdaptedLayer):
+    """An embedding or a head with trained rows; `rows_before` is how many it had before tokens were added."""
+
+    def __init__(self, original: nn.Module) -> None:
+        super().__init__(original)
+        self.rows_before = self.weight.shape[0]
+
+
+class TokenRowsEmbedding(TokenRowsLayer):
     """An embedding of which only the rows of some tokens are trained."""
 
     def forward(self, ids: Tensor) -> Tensor:
@@ -61,13 +74,12 @@ class TokenRowsEmbedding(AdaptedLayer):
             return y
         rows = cast(Rows, self.adapters[self.active])
         slots = rows.slots(ids)
-        factor = float(getattr(self.original, "embed_scale", 1.0))
-        trained = (rows.values[slots.clamp_min(0)] * factor).to(y.dtype)
+        trained = (rows.values[slots.clamp_min(0)] * embed_scale(self.original)).to(y.dtype)
         return torch.where((slots >= 0).unsqueeze(-1), trained, y)
 
 
-class TokenRowsHead(AdaptedLayer):
-    """An output head that shares the trained rows of a tied embedding: their logits come from the rows."""
+class TokenRowsHead(TokenRowsLayer):
+    """An output head with trained rows, its own or those of a tied embedding: their logits come from the rows."""
 
     def forward(self, hidden: Tensor) -> Tensor:
         logits = cast(Tensor, self.original(hidden))

@@ -14,13 +14,15 @@ from torch import Tensor, nn
 
 from lorakeet.core.base import DenseBase, FrozenBase, TransposedBase
 from lorakeet.core.dora import DoraPair
-from lorakeet.core.lowrank import LoraPair
+from lorakeet.core.lowrank import LoraPair, frozen_linear
 from lorakeet.core.plan import PlanEntry
 from lorakeet.core.start import begin
 
 
 class AdaptedLayer(nn.Module):
     """A frozen module with any number of named adapters, one of which may be active."""
+
+    products: torch.dtype | None = None  # dtype of the matrix products (core/precision); None: that of the input
 
     def __init__(self, original: nn.Module) -> None:
         super().__init__()
@@ -68,7 +70,11 @@ class LoraLinear(AdaptedLayer):
 
     def forward(self, x: Tensor) -> Tensor:
         pair = self.pair()
-        return cast(Tensor, self.original(x)) if pair is None else cast(Tensor, pair(x, self.base, self.bias))
+        if pair is not None:
+            return cast(Tensor, pair(x, self.base, self.bias, self.products))
+        if self.products is None or self.products == x.dtype:
+            return cast(Tensor, self.original(x))
+        return frozen_linear(x, self.base, bias=self.bias, products=self.products)
 
 
 class LoraEmbedding(AdaptedLayer):
@@ -82,14 +88,14 @@ class LoraEmbedding(AdaptedLayer):
         if pair is None:
             return y
         shrunk = nn.functional.embedding(ids, pair.A.t())  # (…, rank)
-        factor = pair.scale * _embed_scale(self.original)
+        factor = pair.scale * embed_scale(self.original)
         return y + (factor * (shrunk @ pair.B.t())).to(y.dtype)
 
 
-def _embed_scale(module: nn.Module) -> float:
-    """Gemma multiplies the looked-up row by √hidden; the low-rank part must be multiplied alike to equal the merged row."""
-    scale = getattr(module, "embed_scale", 1.0)
-    return float(scale)
+def embed_scale(module: nn.Module) -> float:
+    """Gemma multiplies the looked-up row by √hidden, rounded to the weight's dtype; a low-rank part must be multiplied alike."""
+    scale = torch.as_tensor(getattr(module, "embed_scale", 1.0))
+    return float(scale.to(cast(Tensor, module.weight).dtype))
 
 
 class LoraConv2d(AdaptedLayer):
@@ -106,7 +112,8 @@ class LoraConv2d(AdaptedLayer):
         shrunk = nn.functional.conv2d(
             dropped, pair.A.to(dtype), stride=conv.stride, padding=conv.padding, dilation=conv.dilation
         )
-        low_rank = nn.functional.conv2d(shrunk, pair.B.to(dtype)) * pair.scale
+        bias = None if pair.bias is None else pair.bias.to(dtype)
+        low_rank = nn.functional.conv2d(shrunk, pair.B.to(dtype), bias) * pair.scale
         if not isinstance(pair, DoraPair):
             return cast(Tensor, conv(x)) + low_rank
         plain = nn.functional.conv2d(x, conv.weight, None, conv.stride, conv.padding, conv.dilation)

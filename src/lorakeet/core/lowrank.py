@@ -27,49 +27,93 @@ class LowRankLinear(torch.autograd.Function):
 
     The rank-sized factor is multiplied first, so no (out, in) gradient is ever formed. Saved are x̃ and h, never a
     dequantised weight: the base brings W back itself in `matmul_t`. ∂L/∂x is skipped where x needs no gradient.
-    A and B may be kept in fp32 under a bf16 x: they are rounded to the dtype of x for the products, their gradients
-    come back in their own dtype.
+    All products run in `products` (core/precision): x is cast once, y and ∂L/∂x are rounded once to the dtype of x, and the
+    gradients of A and B come back in their own dtype. A and B may so be kept in fp32 under a bf16 x.
     """
 
     @staticmethod
-    def forward(  # noqa: PLR0917 - apply() takes positional arguments only
-        ctx: Any, x: Tensor, dropped: Tensor | None, A: Tensor, B: Tensor, scale: float, base: FrozenBase, bias: Tensor | None
+    def forward(  # noqa: PLR0913, PLR0917 - apply() takes positional arguments only
+        ctx: Any,
+        x: Tensor,
+        dropped: Tensor | None,
+        A: Tensor,
+        B: Tensor,
+        scale: float,
+        base: FrozenBase,
+        bias: Tensor | None,
+        products: torch.dtype,
     ) -> Tensor:
-        source = x if dropped is None else dropped
-        a, b = A.to(x.dtype), B.to(x.dtype)
-        y = base.matmul(x)
+        wide = x.to(products)
+        source, wide_source = (x, wide) if dropped is None else (dropped, dropped.to(products))
+        a, b = A.to(products), B.to(products)
+        y = base.matmul(wide)
         if bias is not None:
             y.add_(bias)
-        shrunk = torch.mm(source, a.t())  # (tokens, rank)
+        shrunk = torch.mm(wide_source, a.t())  # (tokens, rank)
         add_low_rank(y, shrunk, b, scale)
         ctx.save_for_backward(source, shrunk, a, b)
         ctx.scale, ctx.base, ctx.has_dropout = scale, base, dropped is not None
-        ctx.dtypes = A.dtype, B.dtype
-        return y
+        ctx.dtypes = x.dtype, A.dtype, B.dtype
+        return y.to(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         source, shrunk, a, b = ctx.saved_tensors
         need_x, need_dropped, need_a, need_b = ctx.needs_input_grad[:4]
-        grad = grad.contiguous()
+        dtype_x, dtype_a, dtype_b = ctx.dtypes
+        grad = grad.to(shrunk.dtype).contiguous()
+        source = source.to(shrunk.dtype)
         u = torch.mm(grad, b).mul_(ctx.scale)  # (tokens, rank)
-        grad_a = torch.mm(u.t(), source).to(ctx.dtypes[0]) if need_a else None
-        grad_b = torch.mm(grad.t(), shrunk).mul_(ctx.scale).to(ctx.dtypes[1]) if need_b else None
+        grad_a = torch.mm(u.t(), source).to(dtype_a) if need_a else None
+        grad_b = torch.mm(grad.t(), shrunk).mul_(ctx.scale).to(dtype_b) if need_b else None
         grad_x = ctx.base.matmul_t(grad) if need_x else None
         if not ctx.has_dropout:
             if grad_x is not None:
                 grad_x.addmm_(u, a)
-            return grad_x, None, grad_a, grad_b, None, None, None
-        return grad_x, torch.mm(u, a) if need_dropped else None, grad_a, grad_b, None, None, None
+            return _as(grad_x, dtype_x), None, grad_a, grad_b, None, None, None, None
+        grad_dropped = torch.mm(u, a).to(dtype_x) if need_dropped else None
+        return _as(grad_x, dtype_x), grad_dropped, grad_a, grad_b, None, None, None, None
+
+
+def _as(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    return None if tensor is None else tensor.to(dtype)
 
 
 def low_rank_linear(
-    x: Tensor, base: FrozenBase, A: Tensor, B: Tensor, scale: float, *, bias: Tensor | None = None, dropout: float = 0.0
+    x: Tensor,
+    base: FrozenBase,
+    pair: tuple[Tensor, Tensor, float],
+    *,
+    bias: Tensor | None = None,
+    dropout: float = 0.0,
+    products: torch.dtype | None = None,
 ) -> Tensor:
-    """x (…, in) to x·Wᵀ + b + scale·dropout(x)·Aᵀ·Bᵀ (…, out)."""
+    """x (…, in) to x·Wᵀ + b + scale·dropout(x)·Aᵀ·Bᵀ (…, out) for pair = (A, B, scale); `products` as in core/precision."""
+    A, B, scale = pair
     flat = x.reshape(-1, x.shape[-1])
     dropped = nn.functional.dropout(flat, dropout) if dropout > 0 else None
-    y: Tensor = LowRankLinear.apply(flat, dropped, A, B, scale, base, bias)  # type: ignore[no-untyped-call]
+    y: Tensor = LowRankLinear.apply(flat, dropped, A, B, scale, base, bias, products or x.dtype)  # type: ignore[no-untyped-call]
+    return y.view(*x.shape[:-1], y.shape[-1])
+
+
+class FrozenLinear(torch.autograd.Function):
+    """y = x·Wᵀ + b over any FrozenBase, products in `products`; ∂L/∂x = g·W. Nothing but the base is kept for the backward."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, base: FrozenBase, bias: Tensor | None, products: torch.dtype) -> Tensor:
+        ctx.base, ctx.products, ctx.dtype = base, products, x.dtype
+        y = base.matmul(x.to(products))
+        return (y if bias is None else y.add_(bias)).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        need_x = ctx.needs_input_grad[0]
+        return ctx.base.matmul_t(grad.to(ctx.products).contiguous()).to(ctx.dtype) if need_x else None, None, None, None
+
+
+def frozen_linear(x: Tensor, base: FrozenBase, *, bias: Tensor | None = None, products: torch.dtype | None = None) -> Tensor:
+    """x (…, in) to x·Wᵀ + b (…, out) without a pair."""
+    y: Tensor = FrozenLinear.apply(x.reshape(-1, x.shape[-1]), base, bias, products or x.dtype)  # type: ignore[no-untyped-call]
     return y.view(*x.shape[:-1], y.shape[-1])
 
 
@@ -101,11 +145,12 @@ class LoraPair(nn.Module):
             return self.A, self.B
         return torch.cat([self.A, self.anchor_A]), torch.cat([self.B, -self.anchor_B], dim=1)
 
-    def forward(self, x: Tensor, base: FrozenBase, bias: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, base: FrozenBase, bias: Tensor | None = None, products: torch.dtype | None = None
+    ) -> Tensor:
         """x (…, in) to y (…, out) over a linear base."""
-        A, B = self.factors()
         dropout = self.dropout if self.training else 0.0
-        y = low_rank_linear(x, base, A, B, self.scale, bias=bias, dropout=dropout)
+        y = low_rank_linear(x, base, (*self.factors(), self.scale), bias=bias, dropout=dropout, products=products)
         return y if self.bias is None else y + (self.scale * self.bias).to(y.dtype)
 
     def delta(self) -> Tensor:

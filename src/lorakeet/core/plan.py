@@ -108,7 +108,7 @@ class Plan:
         rows: list[tuple[str, str, str, str, str]] = []
         for (_, shape, rank, scale), same in grouped.items():
             count = sum(entry.parameters for entry in same)
-            rows.append((_path_range([entry.path for entry in same]), _times(shape), str(rank), f"{scale:g}", f"{count:,}"))
+            rows.append((path_range([entry.path for entry in same]), _times(shape), str(rank), f"{scale:g}", f"{count:,}"))
         for extra in self.extras:
             what = "new rows" if extra.kind == "rows" else "whole"
             rows.append((f"{extra.path} ({what})", _times(extra.shape), "", "", f"{extra.parameters:,}"))
@@ -129,7 +129,7 @@ def _without_numbers(path: str) -> str:
     return ".".join("#" if part.isdigit() else part for part in path.split("."))
 
 
-def _path_range(paths: list[str]) -> str:
+def path_range(paths: list[str]) -> str:
     """`a.0.b`, `a.1.b`, … as `a.[0-29].b`; several runs are joined by commas."""
     columns = list(zip(*(path.split(".") for path in paths), strict=True))
     return ".".join(column[0] if len(set(column)) == 1 else f"[{_runs(sorted({int(c) for c in column}))}]" for column in columns)

@@ -27,7 +27,8 @@ def begin(pair: LoraPair, start: str, *, weight: Tensor, path: str, seed: int) -
             root = math.sqrt(pair.scale)  # so that scale·B·A is the part that was cut out
             _set_anchored(pair, A / root, B / root)
         elif start == "orthogonal":
-            _orthogonal(pair, generator)
+            for A, B in zip(pair.A, pair.B, strict=True) if pair.kind == "experts" else [(pair.A, pair.B)]:
+                _orthogonal(A, B, generator)
         elif pair.kind == "embedding":
             pair.A.zero_()
             pair.B.copy_(torch.randn(pair.B.shape, generator=generator))
@@ -79,13 +80,10 @@ def _olora(weight: Tensor, rank: int, generator: torch.Generator) -> tuple[Tenso
     return R[:rank], Q[:, :rank]
 
 
-def _orthogonal(pair: LoraPair, generator: torch.Generator) -> None:
+def _orthogonal(A: Tensor, B: Tensor, generator: torch.Generator) -> None:
     """A and B both non-zero with B·A = 0: their rank sides lie in two orthogonal halves of R^rank."""
-    rank = pair.A.shape[0]
+    rank, flat_in, out = A.shape[0], math.prod(A.shape[1:]), B.shape[0]
     Q = torch.linalg.qr(torch.randn(rank, rank, generator=generator)).Q
     left, right = Q[: rank // 2], Q[rank // 2 :]  # orthonormal rows, left·rightᵀ = 0
-    flat_in, out = math.prod(pair.A.shape[1:]), pair.B.shape[0]
-    A = left.t() @ torch.randn(rank // 2, flat_in, generator=generator) / math.sqrt(flat_in)
-    B = torch.randn(out, rank // 2, generator=generator) @ right / math.sqrt(out)
-    pair.A.copy_(A.view(pair.A.shape))
-    pair.B.copy_(B.view(pair.B.shape))
+    A.copy_((left.t() @ torch.randn(rank // 2, flat_in, generator=generator) / math.sqrt(flat_in)).view(A.shape))
+    B.copy_((torch.randn(out, rank // 2, generator=generator) @ right / math.sqrt(out)).view(B.shape))
