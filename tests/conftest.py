@@ -25,7 +25,7 @@ def tiny_model() -> Callable[..., Any]:
 
 @pytest.fixture(scope="session")
 def tiny_llama_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A saved tiny Llama (hidden 32, 2 layers, tied head) with a byte-level tokenizer and a chat template. Do not write into it."""
+    """A saved tiny Llama (hidden 32, 2 layers, tied head) with byte-level tokenizer and chat template. Do not write into it."""
     from tiny.models import save_tiny_llama
 
     return save_tiny_llama(tmp_path_factory.mktemp("tiny") / "llama")

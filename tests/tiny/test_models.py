@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+
 from tiny.models import FAMILIES, VOCAB, tiny_model
 
 

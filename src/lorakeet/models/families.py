@@ -1,0 +1,71 @@
+"""Model families as data: where the blocks are, what their matrices are called, how the head ends, how fast to learn.
+
+A new family is one line in `FAMILIES`. A model that is in no line gets `GENERIC`, which reads names off the module tree.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+LLAMA_LIKE = 0.781  # exponent p of the learning-rate rule 5e-5·10·(2000/hidden)^p
+QWEN_LIKE = 0.0775
+
+
+@dataclass(frozen=True)
+class Family:
+    """What Lorakeet has to know of an architecture; the defaults are Llama's."""
+
+    name: str
+    model_types: tuple[str, ...]  # `model_type` of config.json
+    attention: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj")
+    mlp: tuple[str, ...] = ("gate_proj", "up_proj", "down_proj")
+    fused: tuple[str, ...] = ()  # those of the above that hold several matrices side by side
+    blocks: str = "model.layers"
+    rate_exponent: float = LLAMA_LIKE
+    soft_cap: str = ""  # configuration key of a cap c: logits become c·tanh(logits/c)
+    logit_factor: str = ""  # configuration key of a factor on the logits
+    logit_divisor: str = ""  # configuration key of a divisor of the logits
+
+
+GENERIC = Family("generic", (), attention=(), mlp=(), blocks="")
+
+FAMILIES: tuple[Family, ...] = (
+    Family("llama", ("llama",)),
+    Family("mistral", ("mistral", "ministral")),
+    Family("mixtral", ("mixtral",), mlp=()),
+    Family("qwen2", ("qwen2",), rate_exponent=QWEN_LIKE),
+    Family("qwen3", ("qwen3",), rate_exponent=QWEN_LIKE),
+    Family("qwen2_moe", ("qwen2_moe",), rate_exponent=QWEN_LIKE),
+    Family("qwen3_moe", ("qwen3_moe",), rate_exponent=QWEN_LIKE),
+    Family("gemma", ("gemma",)),
+    Family("gemma2", ("gemma2",), soft_cap="final_logit_softcapping"),
+    Family("gemma3", ("gemma3_text",), soft_cap="final_logit_softcapping"),
+    Family("phi3", ("phi3",), ("qkv_proj", "o_proj"), ("gate_up_proj", "down_proj"), fused=("qkv_proj", "gate_up_proj")),
+    Family("gpt2", ("gpt2",), ("attn.c_attn", "attn.c_proj"), ("c_fc", "mlp.c_proj"), ("attn.c_attn",), "transformer.h"),
+    Family("cohere", ("cohere", "cohere2"), logit_factor="logit_scale"),
+    Family("granite", ("granite",), logit_divisor="logits_scaling"),
+    Family("granitemoe", ("granitemoe", "granitemoeshared"), mlp=(), logit_divisor="logits_scaling"),
+)
+
+
+def family_of(config: Any) -> Family:
+    """The family of a transformers configuration (or of a bare `model_type`), or `GENERIC`."""
+    model_type = config if isinstance(config, str) else getattr(config, "model_type", "")
+    return next((family for family in FAMILIES if model_type in family.model_types), GENERIC)
+
+
+def rate_for(family: Family, hidden: int) -> float:
+    """The learning rate 5e-5·10·(2000/hidden)^p of the house's rule for LoRA."""
+    return 5e-5 * 10 * math.pow(2000 / hidden, family.rate_exponent)
+
+
+def in_group(path: str, names: Iterable[str], words: Iterable[str]) -> bool:
+    """Whether `path` ends in one of `names`; where there are none, whether a parent of it has one of `words` in its name."""
+    names = tuple(names)
+    if names:
+        return any(path == name or path.endswith(f".{name}") for name in names)
+    parents = path.lower().split(".")[:-1]
+    return any(word in parent for parent in parents for word in words)

@@ -1,0 +1,131 @@
+"""Whether an adapter fits a model, and the Plan that it amounts to there."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+from torch import nn
+
+from lorakeet.core.adapter import Adapter, Pair, TokenRows
+from lorakeet.core.math import Kind
+from lorakeet.core.plan import ExtraEntry, Plan, PlanEntry
+from lorakeet.errors import ConfigError, nearest
+from lorakeet.models import modules
+
+
+def plan_of(model: nn.Module, adapter: Adapter) -> Plan:
+    """The Plan whose pairs and extras are exactly those of `adapter`.
+
+    Raises ConfigError "The adapter does not fit this base" with every missing module and wrong shape.
+    """
+    wrong: list[str] = []
+    places = {path: module for path, module in modules.original_modules(model) if path}
+    entries = [entry for path, pair in adapter.pairs.items() if (entry := _entry(places, path, pair, wrong))]
+    extras = [*_whole(places, adapter, wrong), *_rows(places, adapter, wrong)]
+    wrong += _clashes(entries, extras)
+    if wrong:
+        heading = f"The adapter does not fit this base ({len(wrong)} problem{'s' if len(wrong) > 1 else ''}):"
+        advice = "Use the base that it was trained on" + (f": {adapter.base}." if adapter.base else ".")
+        raise ConfigError("\n".join([heading, *(f"  - {line}" for line in wrong), advice]))
+    return Plan(tuple(entries), tuple(extras), sum(parameter.numel() for parameter in model.parameters()))
+
+
+def _entry(places: dict[str, nn.Module], path: str, pair: Pair, wrong: list[str]) -> PlanEntry | None:
+    found = _weight(places, path, pair.kind)
+    if isinstance(found, str):
+        wrong.append(found)
+        return None
+    entry = PlanEntry(
+        path=path,
+        kind=pair.kind,
+        shape=found,
+        rank=pair.rank,
+        alpha=pair.alpha,
+        scale_rule=pair.scale_rule,
+        variant="lora" if pair.magnitude is None else "dora",
+    )
+    shapes = [("A", pair.A, entry.shape_a), ("B", pair.B, entry.shape_b)]
+    rows = found[1] if pair.kind == "embedding" else found[0]
+    shapes += [(name, part, (rows,)) for name, part in (("magnitude", pair.magnitude), ("bias", pair.bias)) if part is not None]
+    for name, part, expected in shapes:
+        if tuple(part.shape) != expected:
+            wrong.append(f"'{path}': {name} is {_shown(tuple(part.shape))}, but this base needs {_shown(expected)}.")
+    return entry
+
+
+def _weight(places: dict[str, nn.Module], path: str, kind: Kind) -> tuple[int, ...] | str:
+    """The shape of the frozen weight at `path`, or what is wrong with it."""
+    parent, _, leaf = path.rpartition(".")
+    if kind == "experts":
+        block = places.get(parent)
+        stacks = modules.expert_stacks(block) if block is not None else []
+        if block is None or leaf not in stacks:
+            return f"'{path}': this base has no such expert parameter.{nearest(path, [f'{parent}.{stack}' for stack in stacks])}"
+        return tuple(block.get_parameter(leaf).shape)
+    module = places.get(path)
+    if module is None:
+        return f"'{path}': this base has no such module.{nearest(path, places)}"
+    here = modules.kind_of(module)
+    if here != kind:
+        return f"'{path}': the pair is for a {kind} weight, but this base has a {type(module).__name__} there."
+    return modules.weight_shape(module, kind)
+
+
+def _whole(places: dict[str, nn.Module], adapter: Adapter, wrong: list[str]) -> list[ExtraEntry]:
+    """One entry for each outermost module that owns trained parameters of the adapter."""
+    owners: dict[str, None] = {}
+    for path, tensor in adapter.extras.items():
+        owner, _, leaf = path.rpartition(".")
+        parameter = dict(places[owner].named_parameters(recurse=False)).get(leaf) if owner in places else None
+        if parameter is None:
+            wrong.append(f"'{path}': this base has no such parameter.{nearest(path, [f'{place}.{leaf}' for place in places])}")
+        elif parameter.shape != tensor.shape:
+            needed, given = _shown(tuple(parameter.shape)), _shown(tuple(tensor.shape))
+            wrong.append(f"'{path}': it is {given}, but this base needs {needed}.")
+        else:
+            owners[owner] = None
+    outer = [owner for owner in owners if not any(owner.startswith(f"{other}.") for other in owners)]
+    entries = []
+    for owner in outer:
+        names = [f"{owner}.{name}" for name, _ in places[owner].named_parameters()]
+        lacking = [name for name in names if name not in adapter.extras]
+        wrong += [f"'{name}': the adapter trains '{owner}' whole, but lacks this part." for name in lacking]
+        entries.append(ExtraEntry(owner, "module", (sum(p.numel() for p in places[owner].parameters()),)))
+    return entries
+
+
+def _rows(places: dict[str, nn.Module], adapter: Adapter, wrong: list[str]) -> list[ExtraEntry]:
+    entries = []
+    for path, rows in adapter.token_rows.items():
+        problem = _rows_problem(places, path, rows)
+        if problem:
+            wrong.append(problem)
+        entries.append(ExtraEntry(path, "rows", tuple(rows.rows.shape), rows.tokens, rows.tied))
+    return entries
+
+
+def _rows_problem(places: dict[str, nn.Module], path: str, rows: TokenRows) -> str:
+    module = places.get(path)
+    if not isinstance(module, (nn.Embedding, nn.Linear)):
+        return f"'{path}': this base has no embedding or head there to take trained token rows.{nearest(path, places)}"
+    hidden = module.weight.shape[1]
+    if tuple(rows.rows.shape) != (len(rows.ids), hidden):
+        return f"'{path}': token rows are {_shown(tuple(rows.rows.shape))}, but this base needs {len(rows.ids)}×{hidden}."
+    head = places.get(rows.tied) if rows.tied else None
+    if rows.tied and (head is None or cast(Any, head).weight is not module.weight):
+        return f"'{path}': its token rows are shared with '{rows.tied}', which this base does not tie to it."
+    return ""
+
+
+def _clashes(entries: list[PlanEntry], extras: list[ExtraEntry]) -> list[str]:
+    """Places that the adapter itself uses twice."""
+    taken = [entry.path for entry in entries]
+    return [
+        f"'{extra.path}': the adapter has both a pair and whole weights or rows for it."
+        for extra in extras
+        if any(path == extra.path or path.startswith(f"{extra.path}.") for path in taken)
+    ]
+
+
+def _shown(shape: tuple[int, ...]) -> str:
+    return "×".join(map(str, shape))

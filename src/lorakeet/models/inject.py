@@ -1,0 +1,275 @@
+"""Puts pairs into a model as a Plan says, takes them out again, and moves adapters between model and value.
+
+Modules are replaced by adapted ones that hold them; no class is edited. Several adapters can sit on one model by name, at
+most one is active. Weights are never written: a pair on a tied embedding changes what the embedding looks up, not what
+the head computes, since both go on sharing the frozen original (and the other way round for a pair on the head).
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from lorakeet.core.adapter import Adapter, Pair, TokenRows
+from lorakeet.core.dora import DoraPair
+from lorakeet.core.experts import ExpertPairs, LoraExperts
+from lorakeet.core.extras import Rows, TokenRowsLayer, TrainedModule
+from lorakeet.core.layers import AdaptedLayer, LoraConv2d, LoraEmbedding, LoraLinear, base_of, new_pair
+from lorakeet.core.lowrank import LoraPair
+from lorakeet.core.plan import ExtraEntry, Plan, PlanEntry
+from lorakeet.errors import ConfigError, Problems, nearest
+from lorakeet.models import modules
+from lorakeet.models.fits import plan_of
+from lorakeet.models.token_rows import put_rows, shrink
+
+
+def inject(
+    model: nn.Module, plan: Plan, name: str = "default", *, seed: int = 0, token_ids: tuple[int, ...] | None = None
+) -> None:
+    """Adds an adapter `name` to the model as `plan` says, begun from `seed`, makes it active and freezes everything else.
+
+    `token_ids` are the tokenizer's ids of the plan's new tokens; without them the rows after the last one are taken.
+    Raises ConfigError when the plan is of another model or the name is taken.
+    """
+    _check_name(model, name)
+    _check_places(model, plan)
+    _freeze(model)
+    for entry in plan.entries:
+        module = _pair_module(model, entry)
+        weight = cast(Tensor, module.get_parameter(_expert_leaf(entry) or "weight"))
+
+        def rows_first(weight: Tensor = weight, kind: str = entry.kind) -> Tensor:
+            return weight.detach().t() if kind == "conv1d" else weight.detach()
+
+        _put_pair(model, entry, name, new_pair(entry, weight=rows_first, seed=seed, device=weight.device))
+    for extra in plan.extras:
+        _put_extra(model, extra, name, token_ids)
+    activate(model, name)
+
+
+def eject(model: nn.Module, name: str | None = None) -> None:
+    """Takes the adapter `name` (all of them for None) out; without any, the model has its own modules and bits again."""
+    if name is not None and name not in adapter_names(model):
+        raise ConfigError(_unknown(model, name))
+    layers = list(modules.adapted_layers(model))
+    for _, layer in layers:
+        for held in [name] if name is not None else list(layer.adapters):
+            if held in layer.adapters:
+                layer.detach(held)
+    if not any(isinstance(layer, TokenRowsLayer) and len(layer.adapters) for _, layer in layers):
+        shrink(model)
+    for path, layer in layers:
+        if not len(layer.adapters):
+            modules.replace(model, path, layer.original)
+
+
+def activate(model: nn.Module, name: str | None) -> None:
+    """Makes the adapter `name` count, or none of them: then every original module runs, bit for bit."""
+    if name is not None and name not in adapter_names(model):
+        raise ConfigError(_unknown(model, name))
+    for _, layer in modules.adapted_layers(model):
+        layer.active = name if name is not None and name in layer.adapters else None
+
+
+def attach(model: nn.Module, adapter: Adapter, name: str = "default") -> None:
+    """Adds a finished adapter under `name` and makes it active.
+
+    Raises ConfigError "The adapter does not fit this base" that lists every missing module and wrong shape.
+    """
+    _check_name(model, name)
+    plan = plan_of(model, adapter)
+    _freeze(model)
+    for entry in plan.entries:
+        _put_pair(model, entry, name, _filled_pair(model, entry, adapter.pairs[entry.path]))
+    for extra in plan.extras:
+        if extra.kind == "rows":
+            rows = adapter.token_rows[extra.path]
+            put_rows(model, extra, name, rows.ids, rows.rows)
+            continue
+        trained = _put_extra(model, extra, name, None)
+        with torch.no_grad():
+            for key, parameter in trained.named_parameters():
+                parameter.copy_(adapter.extras[f"{extra.path}.{key}"])
+    activate(model, name)
+
+
+def adapter_of(model: nn.Module, name: str = "default", *, base: str = "") -> Adapter:
+    """A copy of the adapter `name` as a plain value on the CPU, in fp32; `base` is the name of its base model."""
+    if name not in adapter_names(model):
+        raise ConfigError(_unknown(model, name))
+    pairs: dict[str, Pair] = {}
+    extras: dict[str, Tensor] = {}
+    token_rows: dict[str, TokenRows] = {}
+    for path, held in _held(model, name):
+        if isinstance(held, LoraPair):
+            pairs[path] = held.value()
+        elif isinstance(held, Rows):
+            ids = tuple(int(number) for number in held.ids.tolist())
+            token_rows[path] = TokenRows(ids, _copy(held.values), held.tokens, held.tied)
+        else:
+            extras.update({f"{path}.{key}": _copy(parameter) for key, parameter in held.named_parameters()})
+    return Adapter(pairs, extras, token_rows, base)
+
+
+def trained_parameters(model: nn.Module, name: str = "default") -> dict[str, nn.Parameter]:
+    """Everything that the adapter `name` trains, in model order, by names such as `….q_proj.A`; shared rows stand once."""
+    if name not in adapter_names(model):
+        raise ConfigError(_unknown(model, name))
+    return {f"{path}.{key}": parameter for path, held in _held(model, name) for key, parameter in held.named_parameters()}
+
+
+def adapter_names(model: nn.Module) -> list[str]:
+    """The names of the adapters on the model, in the order in which they came."""
+    return list(dict.fromkeys(name for _, layer in modules.adapted_layers(model) for name in layer.adapters))
+
+
+def _held(model: nn.Module, name: str) -> list[tuple[str, nn.Module]]:
+    """(path, pair or rows or trained copy) of one adapter, in model order; rows that a tied head shares stand once."""
+    found: list[tuple[str, nn.Module]] = []
+    for path, layer in modules.adapted_layers(model):
+        if name not in layer.adapters:
+            continue
+        held = layer.adapters[name]
+        if isinstance(held, ExpertPairs):
+            found += [(f"{path}.{leaf}", pair) for leaf, pair in held.items()]
+        elif not (isinstance(held, Rows) and held.tied == path):
+            found.append((path, held))
+    return found
+
+
+def _copy(tensor: Tensor) -> Tensor:
+    return tensor.detach().float().cpu().clone().contiguous()
+
+
+def _unknown(model: nn.Module, name: str) -> str:
+    names = adapter_names(model)
+    return f"No adapter '{name}' is on the model (it has {', '.join(names) or 'none'}).{nearest(name, names)}"
+
+
+def _check_name(model: nn.Module, name: str) -> None:
+    if not re.fullmatch(r"[A-Za-z0-9_-]+", name) or hasattr(nn.ModuleDict(), name):
+        raise ConfigError(f"Adapter name '{name}' cannot be used; take letters, digits, - and _, such as 'default'.")
+    if name in adapter_names(model):
+        raise ConfigError(f"An adapter '{name}' is already on the model; choose another name or eject it first.")
+
+
+def _check_places(model: nn.Module, plan: Plan) -> None:
+    """Raises ConfigError for every place of the plan that the model lacks, has in another shape, or uses in another way."""
+    problems = Problems("The plan does not fit this model")
+    for entry in plan.entries:
+        module = _pair_module(model, entry)
+        standing = modules.find(model, _module_path(entry))
+        if module is None:
+            problems.add(f"'{entry.path}': the model has no such module.")
+        elif isinstance(standing, AdaptedLayer) and type(standing) is not _layer_class(entry):
+            problems.add(f"'{entry.path}': another adapter uses it as {type(standing).__name__}; eject that one first.")
+        elif (shape := _shape(module, entry)) != entry.shape:
+            problems.add(f"'{entry.path}': planned as {entry.kind} {entry.shape}, but it is a {type(module).__name__} {shape}.")
+    for extra in plan.extras:
+        wanted = TrainedModule if extra.kind == "module" else TokenRowsLayer
+        standing = modules.find(model, extra.path)
+        if standing is None:
+            problems.add(f"'{extra.path}': the model has no such module.")
+        elif isinstance(standing, AdaptedLayer) and not isinstance(standing, wanted):
+            problems.add(f"'{extra.path}': another adapter uses it as {type(standing).__name__}; eject that one first.")
+        elif any(path.startswith(f"{extra.path}.") for path, _ in modules.adapted_layers(model)):
+            problems.add(f"'{extra.path}': another adapter has pairs within it; eject that one first.")
+    problems.raise_if_any()
+
+
+def _shape(module: nn.Module, entry: PlanEntry) -> tuple[int, ...] | None:
+    """The shape that `module` has for a pair of the planned kind; None where it is not of that kind."""
+    if entry.kind == "experts":
+        leaf = _expert_leaf(entry)
+        return tuple(module.get_parameter(leaf).shape) if leaf in modules.expert_stacks(module) else None
+    return modules.weight_shape(module, entry.kind) if modules.kind_of(module) == entry.kind else None
+
+
+def _freeze(model: nn.Module) -> None:
+    for _, module in modules.original_modules(model):
+        for parameter in module.parameters(recurse=False):
+            parameter.requires_grad_(False)
+
+
+def _expert_leaf(entry: PlanEntry) -> str:
+    return entry.path.rpartition(".")[2] if entry.kind == "experts" else ""
+
+
+def _module_path(entry: PlanEntry) -> str:
+    return entry.path.rpartition(".")[0] if entry.kind == "experts" else entry.path
+
+
+def _pair_module(model: nn.Module, entry: PlanEntry) -> nn.Module:
+    return modules.bare(cast(nn.Module, modules.find(model, _module_path(entry))))
+
+
+def _layer_class(entry: PlanEntry) -> type[AdaptedLayer]:
+    classes: dict[str, type[AdaptedLayer]] = {"embedding": LoraEmbedding, "conv2d": LoraConv2d, "experts": LoraExperts}
+    return classes.get(entry.kind, LoraLinear)
+
+
+def _put_pair(model: nn.Module, entry: PlanEntry, name: str, pair: LoraPair) -> None:
+    path = _module_path(entry)
+    module = cast(nn.Module, modules.find(model, path))
+    if isinstance(module, AdaptedLayer):
+        layer = module
+    else:
+        kind = _layer_class(entry)
+        layer = LoraLinear(module, base_of(module, entry.kind)) if kind is LoraLinear else cast(Any, kind)(module)
+        if isinstance(layer, LoraExperts):
+            _check_experts(layer, path)
+        modules.replace(model, path, layer)
+    if entry.kind == "experts":
+        if name not in layer.adapters:
+            layer.attach(name, ExpertPairs())
+        cast(ExpertPairs, layer.adapters[name])[_expert_leaf(entry)] = pair
+    else:
+        layer.attach(name, pair)
+    layer.train(modules.bare(module).training)
+
+
+def _check_experts(layer: LoraExperts, path: str) -> None:
+    """Raises ConfigError when our way through the experts is not what the block itself computes."""
+    stacked = cast(Tensor, layer.original.gate_up_proj)
+    x = torch.randn(4, stacked.shape[2], generator=torch.Generator().manual_seed(0)).to(stacked.device, stacked.dtype)
+    index = torch.arange(8, device=x.device).view(4, 2) % stacked.shape[0]
+    weights = torch.tensor([[0.7, 0.3]], device=x.device, dtype=x.dtype).expand(4, 2)
+    with torch.no_grad():
+        theirs = layer(x, index, weights)
+        layer.attach("check", ExpertPairs())
+        layer.active = "check"
+        ours = layer(x, index, weights)
+        layer.detach("check")
+    if (ours - theirs).abs().max() > 8 * torch.finfo(x.dtype).eps * theirs.abs().max():
+        raise ConfigError(
+            f"'{path}' cannot be adapted: its {type(layer.original).__name__} computes something else than "
+            "down(act(gate)·up); leave it out with lora.exclude_modules."
+        )
+
+
+def _filled_pair(model: nn.Module, entry: PlanEntry, value: Pair) -> LoraPair:
+    weight = cast(Tensor, _pair_module(model, entry).get_parameter(_expert_leaf(entry) or "weight")).detach()
+    kind = DoraPair if entry.variant == "dora" else LoraPair
+    pair = kind(entry, device=weight.device, bias=value.bias is not None)
+    if isinstance(pair, DoraPair):
+        pair.measure(weight.t() if entry.kind == "conv1d" else weight)
+    pair.load(value)
+    return pair
+
+
+def _put_extra(model: nn.Module, extra: ExtraEntry, name: str, token_ids: tuple[int, ...] | None) -> nn.Module:
+    module = cast(nn.Module, modules.find(model, extra.path))
+    if extra.kind == "rows":
+        first = cast(Tensor, modules.bare(module).weight).shape[0]
+        put_rows(model, extra, name, tuple(range(first, first + len(extra.tokens))) if token_ids is None else token_ids)
+        return module
+    layer = module if isinstance(module, TrainedModule) else TrainedModule(module)
+    trained = layer.new_copy()
+    layer.attach(name, trained)
+    layer.train(modules.bare(module).training)
+    if layer is not module:
+        modules.replace(model, extra.path, layer)
+    return trained

@@ -1,0 +1,226 @@
+"""From settings and a model to a Plan. Looks at names and shapes only, so a model on the meta device will do; changes nothing."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from torch import nn
+
+from lorakeet.core.experts import supports
+from lorakeet.core.math import Kind
+from lorakeet.core.plan import Plan, PlanEntry, path_range
+from lorakeet.core.spec import LoraSpec, layers_chosen, pattern_value
+from lorakeet.errors import Problems, nearest
+from lorakeet.models import modules
+from lorakeet.models.extra_targets import plan_extras
+from lorakeet.models.families import Family, in_group
+
+KEYWORDS = ("all-linear", "attention", "mlp", "experts")
+_WORDS = {"attention": ("attn", "attention"), "mlp": ("mlp", "feed_forward", "ffn", "feedforward", "moe")}
+
+
+@dataclass(frozen=True)
+class Site:
+    """One weight that could carry a pair, or why it cannot."""
+
+    path: str
+    kind: Kind | None
+    shape: tuple[int, ...] = ()
+    why_not: str = ""
+    common: bool = False  # a linear layer or experts that all-linear takes: no head, no router
+
+
+def plan_for(model: nn.Module, spec: LoraSpec, family: Family) -> Plan:
+    """What `spec` means for `model`: every pair and extra, in model order.
+
+    Targets are the keywords all-linear (linear layers and experts, without heads and routers), attention, mlp and experts,
+    or names and path endings. Raises ConfigError with every problem at once.
+    """
+    spec.check()
+    problems = Problems("These LoRA settings do not fit the model")
+    sites = list(_sites(model))
+    chosen = _targeted(sites, spec, family, problems)
+    chosen = _without_excluded(chosen, sites, spec, problems)
+    chosen = _in_layers(chosen, modules.block_prefix(model, family), spec, problems)
+    _refuse_unfit(chosen, problems)
+    entries = tuple(_entry(site, spec) for site in chosen if site.kind is not None)
+    _check_patterns(entries, spec, problems)
+    _check_ranks(entries, problems)
+    _check_variants(entries, problems)
+    extras = plan_extras(model, spec, [entry.path for entry in entries], problems)
+    if not problems.messages and not entries and not extras:
+        problems.add("Nothing would be trained: every target is excluded or outside lora.layers. Widen one of them.")
+    problems.raise_if_any()
+    return Plan(entries, extras, sum(parameter.numel() for parameter in model.parameters()))
+
+
+def _sites(model: nn.Module) -> Iterable[Site]:
+    """Every module below the model (experts by parameter), in model order."""
+    for path, module in modules.original_modules(model):
+        if not path:
+            continue
+        if stacks := modules.expert_stacks(module):
+            refusal = supports(module)
+            why = f"part of a {type(module).__name__} whose experts cannot be adapted: {refusal}" if refusal else ""
+            yield Site(path, None, (), f"a {type(module).__name__}, which holds {', '.join(stacks)}; name these instead")
+            for name in stacks:
+                shape = tuple(module.get_parameter(name).shape)
+                yield Site(f"{path}.{name}", None if refusal else "experts", shape, why, True)
+            continue
+        kind = modules.kind_of(module)
+        if kind is None:
+            yield Site(path, None, (), modules.why_not(module))
+        else:
+            linear = kind in ("linear", "conv1d")
+            common = linear and not modules.is_head(model, path, module) and not modules.is_router(model, path)
+            yield Site(path, kind, modules.weight_shape(module, kind), "", common)
+
+
+def named(path: str, name: str) -> bool:
+    """Whether `name` is `path` or its ending at a dot."""
+    return path == name or path.endswith(f".{name}")
+
+
+def _in_keyword(site: Site, keyword: str, family: Family) -> bool:
+    if not site.common:
+        return False
+    if keyword == "all-linear":
+        return True
+    experts = site.kind in ("experts", None)
+    if keyword == "experts":
+        return experts
+    if experts:
+        return keyword == "mlp"
+    names = family.attention if keyword == "attention" else family.mlp
+    return in_group(site.path, names, _WORDS[keyword])
+
+
+def _targeted(sites: list[Site], spec: LoraSpec, family: Family, problems: Problems) -> list[Site]:
+    wanted: set[str] = set()
+    for target in spec.target_modules:
+        if target in KEYWORDS:
+            found = {site.path for site in sites if _in_keyword(site, target, family)}
+        else:
+            found = {site.path for site in sites if named(site.path, target)}
+        if not found:
+            names = leaf_names(site.path for site in sites if site.kind is not None)
+            problems.add(
+                f"No module matches target '{target}' (the model has {listed(names)}).{nearest(target, [*names, *KEYWORDS])}"
+            )
+        wanted |= found
+    return [site for site in sites if site.path in wanted]
+
+
+def _without_excluded(chosen: list[Site], sites: list[Site], spec: LoraSpec, problems: Problems) -> list[Site]:
+    dropped: set[str] = set()
+    for pattern in spec.exclude_modules:
+        try:
+            found = {site.path for site in sites if named(site.path, pattern) or re.fullmatch(pattern, site.path)}
+        except re.error as error:
+            problems.add(f"lora.exclude_modules {pattern!r} is no module of the model and not a regular expression: {error}.")
+            continue
+        if not found:
+            names = leaf_names(site.path for site in sites)
+            problems.add(f"lora.exclude_modules '{pattern}' matches no module of the model.{nearest(pattern, names)}")
+        dropped |= found
+    return [site for site in chosen if not any(site.path == path or site.path.startswith(f"{path}.") for path in dropped)]
+
+
+def _in_layers(chosen: list[Site], blocks: tuple[str, int], spec: LoraSpec, problems: Problems) -> list[Site]:
+    """Those of `chosen` that are in the wanted blocks or outside all blocks."""
+    if spec.layers == "all":
+        return chosen
+    prefix, count = blocks
+    if not count:
+        problems.add(f"lora.layers is '{spec.layers}', but this model has no list of blocks; use all.")
+        return chosen
+    numbers = layers_chosen(spec.layers, count)
+    beyond = sorted(number for number in numbers if number >= count)
+    if spec.layers.startswith("top:") and int(spec.layers[4:]) > count:
+        problems.add(f"lora.layers is '{spec.layers}', but the model has {count} blocks; take top:{count} at most.")
+    elif beyond:
+        problems.add(f"lora.layers is '{spec.layers}', but the model's {count} blocks are 0 to {count - 1}; {beyond[0]} is none.")
+
+    def wanted(path: str) -> bool:
+        inside = re.match(rf"{re.escape(prefix)}\.(\d+)\.", path)
+        return inside is None or int(inside[1]) in numbers
+
+    return [site for site in chosen if wanted(site.path)]
+
+
+def _refuse_unfit(chosen: list[Site], problems: Problems) -> None:
+    groups: dict[tuple[str, str], list[str]] = {}
+    for site in chosen:
+        if site.kind is None:
+            groups.setdefault((_without_numbers(site.path), site.why_not), []).append(site.path)
+    for (_, why), paths in groups.items():
+        problems.add(f"'{path_range(paths)}' cannot be adapted: it is {why}.")
+
+
+def _entry(site: Site, spec: LoraSpec) -> PlanEntry:
+    assert site.kind is not None
+    rank, alpha = pattern_value(spec.rank_pattern, site.path), pattern_value(spec.alpha_pattern, site.path)
+    return PlanEntry(
+        path=site.path,
+        kind=site.kind,
+        shape=site.shape,
+        rank=spec.rank if rank is None else int(rank),
+        alpha=spec.alpha if alpha is None else alpha,
+        scale_rule=spec.scale_rule,
+        variant=spec.variant,
+        start=spec.start,
+        dropout=0.0 if site.kind == "embedding" else spec.dropout,  # the input of an embedding is ids: nothing to drop
+    )
+
+
+def _check_patterns(entries: tuple[PlanEntry, ...], spec: LoraSpec, problems: Problems) -> None:
+    for name, pattern in (("rank_pattern", spec.rank_pattern), ("alpha_pattern", spec.alpha_pattern)):
+        for key in pattern:
+            if not any(pattern_value({key: 1}, entry.path) for entry in entries):
+                names = leaf_names(entry.path for entry in entries)
+                problems.add(f"lora.{name} '{key}' matches none of the adapted modules ({listed(names)}).{nearest(key, names)}")
+
+
+def _check_ranks(entries: tuple[PlanEntry, ...], problems: Problems) -> None:
+    groups: dict[tuple[str, ...], list[PlanEntry]] = {}
+    for entry in entries:
+        if entry.rank > entry.largest_rank or (entry.start == "orthogonal" and entry.rank % 2):
+            groups.setdefault((_without_numbers(entry.path), str(entry.shape), str(entry.rank)), []).append(entry)
+    for same in groups.values():
+        where, first = path_range([entry.path for entry in same]), same[0]
+        if first.rank > first.largest_rank:
+            shape = "×".join(map(str, first.shape))
+            problems.add(
+                f"Rank {first.rank} is larger than {where} ({shape}) allows: at most {first.largest_rank}. "
+                "Lower lora.rank, or give it its own in lora.rank_pattern."
+            )
+        else:
+            problems.add(f"lora.start orthogonal needs an even rank, but {where} has rank {first.rank}.")
+
+
+def _check_variants(entries: tuple[PlanEntry, ...], problems: Problems) -> None:
+    for kind in dict.fromkeys(entry.kind for entry in entries):
+        same = [entry for entry in entries if entry.kind == kind]
+        example = f"{kind} weights such as '{same[0].path}'"
+        if same[0].variant == "dora" and kind in ("embedding", "experts"):
+            problems.add(f"lora.variant dora cannot be put on {example}; exclude them or use lora.variant lora.")
+        if same[0].start in ("pissa", "olora") and kind not in ("linear", "conv1d"):
+            problems.add(
+                f"lora.start {same[0].start} is for linear layers, not for {example}; exclude them or use lora.start kaiming."
+            )
+
+
+def _without_numbers(path: str) -> str:
+    return ".".join("#" if part.isdigit() else part for part in path.split("."))
+
+
+def leaf_names(paths: Iterable[str]) -> list[str]:
+    """The last names of `paths`, each once, in order, without the bare numbers of lists."""
+    return list(dict.fromkeys(leaf for path in paths if not (leaf := path.rpartition(".")[2]).isdigit()))
+
+
+def listed(names: list[str], most: int = 12) -> str:
+    """The names, or the first of them and how many more there are."""
+    return ", ".join(names[:most]) + (f", … {len(names) - most} more" if len(names) > most else "")
