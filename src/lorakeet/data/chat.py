@@ -173,14 +173,13 @@ class Encoder:
         whole = self._encode(before + piece)
         if whole[: len(ids)] == ids:
             return whole[len(ids) :]
-        # A token would reach over the border. SentencePiece puts a space before text that it encodes alone; behind a
-        # line break it does not.
-        alone = self._encode(piece)
-        line, behind = self._encode("\n"), self._encode("\n" + piece)
+        # A token would reach over the border, so the piece is encoded by itself. SentencePiece puts a space before a text,
+        # which is not ours to add: then the piece is encoded behind some sign with which its first token does not merge.
         wanted = self._decode(whole)
-        for new in (alone, behind[len(line) :] if behind[: len(line)] == line else alone):
-            if self._decode(ids + new) == wanted:
-                return new
+        for sign in ("", "\n", ".", "a"):
+            head, both = self._encode(sign), self._encode(sign + piece)
+            if both[: len(head)] == head and self._decode(ids + both[len(head) :]) == wanted:
+                return both[len(head) :]
         raise DataError(
             f"The tokenizer cannot encode {piece[:40]!r} as the continuation of {before[-40:]!r}; "
             "end the prompt with a space or a line break, or start the answer with one."

@@ -203,6 +203,13 @@ def _clean(text: str, spec: DataSpec) -> str:
         text = html.unescape(text)
     if spec.strip_quotes and len(text) >= 2 and text[0] == text[-1] == '"':
         text = text[1:-1]
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        # JSON can write half of a character (\\ud83d alone), which no tokenizer takes.
+        raise _Unusable(
+            f"the text holds half of a character at position {error.start}; mend its escapes or remove the row."
+        ) from error
     return text
 
 

@@ -6,6 +6,7 @@ after the token that ends the turn. Nothing is assumed about a template but what
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -18,6 +19,7 @@ from lorakeet.errors import ConfigError, DataError
 
 # Stands for a turn's text while its place is looked for; white space around it would be trimmed by some templates.
 _MARK = "\u2402lorakeet\u2403"
+_LAST_WORD = re.compile(r"\w+\W*$")
 
 
 class Tokenizer(Protocol):
@@ -138,11 +140,14 @@ def _find_by_mark(row: Row, number: int, text: str, tokenizer: Tokenizer) -> tup
 def _find_by_prefix(row: Row, number: int, text: str, opening: str, tokenizer: Tokenizer) -> tuple[int, int] | None:
     """For templates that rewrite the text (moving thoughts, say): the part that rendering this turn adds to the prompt."""
     whole = _apply(row.turns[: number + 1], tokenizer, row)
-    if not (opening and text.startswith(opening) and text.startswith(whole) and whole.startswith(opening)):
+    if not (opening and text.startswith(whole) and whole.startswith(opening)):
         return None
-    last_line = row.turns[number].text.strip().rpartition("\n")[2].strip()
-    place = text.rfind(last_line, len(opening), len(whole))
-    return None if place < 0 else (len(opening), place + len(last_line))
+    last_word = _LAST_WORD.search(row.turns[number].text.rstrip())
+    for mark in end_of_turn_tokens(tokenizer):
+        before = whole[: whole.rfind(mark)].rstrip() if mark in whole else ""
+        if last_word and len(before) > len(opening) and before.endswith(last_word.group()):
+            return len(opening), len(before)
+    return None
 
 
 def _after_mark(text: str, end: int, marks: Sequence[str]) -> int | None:

@@ -1,0 +1,95 @@
+"""From a spec to all rows of a run, or to one message that says what is wrong."""
+
+import json
+
+import pytest
+
+from lorakeet.data.prepare import check_labels, find_labels, load_dataset
+from lorakeet.data.spec import DataSpec
+from lorakeet.errors import ConfigError, DataError
+
+NOUNS = ("film", "book", "song", "play", "meal", "trip", "game", "show", "talk", "walk")
+
+
+def write(path, labels, count=40, start=0):
+    rows = [
+        {
+            "text": f"{NOUNS[n % 10]} {n} was {n * n} and then {n * 7} more of {NOUNS[n // 10 % 10]}",
+            "label": labels[n % len(labels)],
+        }
+        for n in range(start, start + count)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def test_one_file_is_split(tmp_path):
+    dataset = load_dataset(DataSpec(train=write(tmp_path / "a.jsonl", ["b", "a"])))
+    assert (len(dataset.train), len(dataset.held_out), dataset.test, dataset.labels) == (36, 4, (), ("a", "b"))
+    record = dataset.split_record()
+    assert record["held_out"] == sorted(row.key for row in dataset.held_out) and record["train_rows"] == 36
+
+
+def test_files_of_their_own(tmp_path):
+    spec = DataSpec(
+        train=write(tmp_path / "a.jsonl", ["a", "b"]),
+        held_out=write(tmp_path / "h.jsonl", ["a", "b"], 10, 100),
+        test=write(tmp_path / "t.jsonl", ["b"], 5, 200),
+        labels=("b", "a"),
+    )
+    dataset = load_dataset(spec)
+    assert (len(dataset.train), len(dataset.held_out), len(dataset.test), dataset.labels) == (40, 10, 5, ("b", "a"))
+    assert not dataset.leaks.across
+
+
+def test_row_order_changes_nothing(tmp_path):
+    first = load_dataset(DataSpec(train=write(tmp_path / "a.jsonl", ["a", "b"])))
+    lines = (tmp_path / "a.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "b.jsonl").write_text("".join(lines[::-1]))
+    second = load_dataset(DataSpec(train=str(tmp_path / "b.jsonl")))
+    assert [row.key for row in first.train] == [row.key for row in second.train]
+    assert first.split_record() == second.split_record()
+
+
+def test_held_out_file_that_is_the_training_file(tmp_path):
+    path = write(tmp_path / "a.jsonl", ["a", "b"])
+    with pytest.raises(DataError, match="All 40 held-out rows are training rows too"):
+        load_dataset(DataSpec(train=path, held_out=path))
+
+
+def test_one_label_only(tmp_path):
+    with pytest.raises(DataError, match=r"All 36 training rows have the label 'a'; .*--data.label_column"):
+        load_dataset(DataSpec(train=write(tmp_path / "a.jsonl", ["a"])))
+
+
+def test_labels_unseen_in_training_are_all_named(tmp_path):
+    spec = DataSpec(
+        train=write(tmp_path / "a.jsonl", ["good", "bad"]),
+        held_out=write(tmp_path / "h.jsonl", ["good", "goood"], 10, 100),
+        test=write(tmp_path / "t.jsonl", ["odd"], 8, 200),
+    )
+    with pytest.raises(DataError) as caught:
+        load_dataset(spec)
+    message = str(caught.value)
+    assert "2 problems" in message and "'goood' of 5 held-out rows (h.jsonl:2" in message and "Did you mean 'good'?" in message
+    assert "'odd' of 8 test rows" in message and "and 3 more" in message
+
+
+def test_named_label_that_no_training_row_has(tmp_path):
+    rows = load_dataset(DataSpec(train=write(tmp_path / "a.jsonl", ["a", "b"]))).train
+    with pytest.raises(DataError, match=r"No training row has the label 'c' of data.labels; the training rows have 'a', 'b'"):
+        find_labels(rows, DataSpec(train="x", labels=("a", "b", "c")))
+
+
+def test_rows_without_labels_need_none(tmp_path):
+    (tmp_path / "a.jsonl").write_text(
+        "".join(json.dumps({"text": f"{n} words of text number {n * n}"}) + "\n" for n in range(20))
+    )
+    dataset = load_dataset(DataSpec(train=str(tmp_path / "a.jsonl")))
+    assert dataset.labels == () and len(dataset.held_out) == 2
+    check_labels({"held-out": dataset.held_out}, dataset.labels)
+
+
+def test_wrong_settings_come_before_any_file(tmp_path):
+    with pytest.raises(ConfigError, match=r"data.limit is 0"):
+        load_dataset(DataSpec(train=str(tmp_path / "missing.jsonl"), limit=0))

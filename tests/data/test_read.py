@@ -1,0 +1,81 @@
+"""Files of every kind become the same rows."""
+
+import gzip
+import json
+import zipfile
+
+import pyarrow
+import pytest
+from pyarrow import parquet
+
+from lorakeet.data.read import read_rows
+from lorakeet.data.spec import DataSpec
+from lorakeet.errors import DataError
+
+ROWS = [{"text": "good film", "label": "yes"}, {"text": 'a "bad",\nfilm', "label": "no"}, {"text": "so so", "label": "yes"}]
+LINES = "".join(json.dumps(row) + "\n" for row in ROWS)
+
+
+def as_csv(delimiter):
+    quoted = [[row["text"].replace('"', '""'), row["label"]] for row in ROWS]
+    return f"text{delimiter}label\n" + "".join(f'"{text}"{delimiter}{label}\n' for text, label in quoted)
+
+
+def write_all(folder):
+    (folder / "a.jsonl").write_text(LINES)
+    (folder / "a.json").write_text(json.dumps(ROWS))
+    (folder / "a.csv").write_text(as_csv(","))
+    (folder / "a.tsv.gz").write_bytes(gzip.compress(as_csv("\t").encode()))
+    parquet.write_table(pyarrow.Table.from_pylist(ROWS), folder / "a.parquet")
+    with zipfile.ZipFile(folder / "a.zip", "w") as archive:
+        archive.writestr("inner.jsonl", LINES)
+    return ["a.jsonl", "a.json", "a.csv", "a.tsv.gz", "a.parquet", "a.zip!inner.jsonl"]
+
+
+def test_every_kind_of_file_gives_the_same_rows(tmp_path):
+    spec = DataSpec(train="x", label_column="label")
+    found = {tuple(row.key for row in read_rows(str(tmp_path / name), spec)) for name in write_all(tmp_path)}
+    assert len(found) == 1 and len(found.pop()) == 3
+
+
+def test_saved_data_set_folder(tmp_path):
+    import datasets
+
+    datasets.DatasetDict({"dev": datasets.Dataset.from_list(ROWS)}).save_to_disk(str(tmp_path / "set"))
+    spec = DataSpec(train="x")
+    assert [row.key for row in read_rows(f"{tmp_path / 'set'}#dev", spec)] == [
+        row.key for row in read_rows(str(tmp_path / "set"), spec)
+    ]
+
+
+def test_limit_reads_the_top_and_nothing_behind_it(tmp_path):
+    (tmp_path / "a.jsonl").write_text(LINES + "{broken\n")
+    rows = read_rows(str(tmp_path / "a.jsonl"), DataSpec(train="x", limit=2))
+    assert [row.text for row in rows] == ["good film", 'a "bad",\nfilm']
+
+
+def test_broken_lines_and_bad_rows_are_named_together(tmp_path):
+    (tmp_path / "a.jsonl").write_text(LINES + '{broken\n{"text": "", "label": "no"}\n')
+    with pytest.raises(DataError) as caught:
+        read_rows(str(tmp_path / "a.jsonl"), DataSpec(train="x"))
+    assert "a.jsonl:4: broken JSON" in str(caught.value) and "a.jsonl:5: column 'text' is empty" in str(caught.value)
+
+
+def test_empty_and_unknown_files(tmp_path):
+    (tmp_path / "a.jsonl").write_text("\n")
+    with pytest.raises(DataError, match=r"a.jsonl holds no rows"):
+        read_rows(str(tmp_path / "a.jsonl"), DataSpec(train="x"))
+    (tmp_path / "a.jsnl").write_text(LINES)
+    with pytest.raises(DataError, match=r"ends in '.jsnl', which no reader knows; expected one of .jsonl.*Did you mean '.jsonl'"):
+        read_rows(str(tmp_path / "a.jsnl"), DataSpec(train="x"))
+
+
+def test_drug_reviews(drug_reviews):
+    spec = DataSpec(train="x", text_column="review", label_column="rating", html_unescape=True, strip_quotes=True)
+    train = read_rows(f"{drug_reviews}!drugsComTrain.tsv", spec)
+    test = read_rows(f"{drug_reviews}!drugsComTest.tsv", spec)
+    assert (len(train), len(test)) == (600, 379)
+    assert {row.label for row in train} == {"positive", "negative", "neutral"}
+    assert train[0].text.startswith("I recently received an injection of nalbuphine")
+    assert not any("&#039;" in row.text or row.text[0] == row.text[-1] == '"' for row in train + test)
+    assert any("\n" in row.text for row in train)

@@ -1,0 +1,150 @@
+"""Every shape of record becomes the right turns, and records that cannot say what is wrong with them."""
+
+import pytest
+
+from lorakeet.data.shapes import shape_rows
+from lorakeet.data.spec import DataSpec
+from lorakeet.data.tables import Record, RowProblems
+from lorakeet.errors import DataError
+
+
+def shape(*values, **settings):
+    problems = RowProblems("bad")
+    records = (Record(f"f:{number}", value) for number, value in enumerate(values, start=1))
+    rows = list(shape_rows(records, "f.jsonl", DataSpec(train="f", **settings), problems))
+    problems.raise_if_any()
+    return rows
+
+
+def said(row):
+    return [(turn.role, turn.text, turn.supervised) for turn in row.turns]
+
+
+def test_chat_messages():
+    messages = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "Hi"},
+        {"role": "assistant", "content": "Hello"},
+        {"role": "user", "content": [{"type": "text", "text": "Bye"}]},
+        {"role": "assistant", "content": "Bye!", "weight": 0},
+    ]
+    (row,) = shape({"messages": messages, "id": 3}, group_column="id")
+    assert said(row) == [
+        ("system", "Be brief.", False),
+        ("user", "Hi", False),
+        ("assistant", "Hello", True),
+        ("user", "Bye", False),
+        ("assistant", "Bye!", False),
+    ]
+    assert row.group == "3" and row.source == "f:1" and row.label is None
+
+
+def test_sharegpt_conversations():
+    (row,) = shape({"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}]})
+    assert said(row) == [("user", "Hi", False), ("assistant", "Hello", True)]
+
+
+@pytest.mark.parametrize("answer", ["completion", "response"])
+def test_prompt_and_completion(answer):
+    (row,) = shape({"prompt": "2+2=", answer: " 4"})
+    assert said(row) == [("user", "2+2=", False), ("assistant", " 4", True)]
+
+
+def test_prompt_and_completion_as_messages():
+    (row,) = shape({"prompt": [{"role": "user", "content": "a"}], "completion": [{"role": "assistant", "content": "b"}]})
+    assert said(row) == [("user", "a", False), ("assistant", "b", True)]
+
+
+def test_alpaca_with_and_without_input():
+    rows = shape(
+        {"instruction": "Translate", "input": "chat", "output": "cat"}, {"instruction": "Sing", "input": "", "output": "la"}
+    )
+    assert [said(row)[0][1] for row in rows] == ["Translate\n\nchat", "Sing"]
+    assert said(rows[1])[1] == ("assistant", "la", True)
+
+
+def test_plain_text_gets_no_system_prompt():
+    (row,) = shape({"text": "once upon a time"}, system="Be brief.")
+    assert said(row) == [("", "once upon a time", True)]
+
+
+def test_classification_with_template_and_system_prompt():
+    (row,) = shape(
+        {"review": "&quot;fine&quot;", "title": "T", "stars": 5},
+        text_column="review",
+        label_column="stars",
+        template="{title}: {text}\nStars:",
+        label_template="{label} stars",
+        html_unescape=True,
+        strip_quotes=True,
+        system="Rate.",
+    )
+    assert said(row) == [("system", "Rate.", False), ("user", "T: fine\nStars:", False), ("assistant", "5 stars", True)]
+    assert row.label == "5" and row.text == "fine"
+
+
+def test_template_may_name_the_text_column_itself():
+    (row,) = shape({"review": "fine", "label": "x"}, text_column="review", template="<{review}>")
+    assert row.turns[0].text == "<fine>" and row.text == "fine"
+
+
+def test_text_and_label_are_found_without_settings():
+    (row,) = shape({"text": "fine", "label": "good"})
+    assert row.label == "good" and said(row) == [("user", "fine", False), ("assistant", "good", True)]
+
+
+def test_missing_column_lists_those_there_are_and_the_nearest():
+    with pytest.raises(
+        DataError, match=r"no column 'reveiw'; it has 'review', 'rating'. Did you mean 'review'\?.*--data.text_column"
+    ):
+        shape({"review": "a", "rating": "b"}, text_column="reveiw", label_column="rating")
+    with pytest.raises(DataError) as caught:
+        shape({"review": "a"}, format="classification", group_column="patient")
+    assert all(f"no column '{column}'" in str(caught.value) for column in ("text", "label", "patient"))
+
+
+def test_unknown_shape_lists_the_columns():
+    with pytest.raises(DataError, match=r"the columns 'frage', 'antwort' fit no known shape.*'prompt' and 'completion'"):
+        shape({"frage": "a", "antwort": "b"})
+
+
+def test_all_bad_rows_are_named_in_one_message():
+    with pytest.raises(DataError) as caught:
+        shape(
+            {"text": "a", "label": "x"},
+            {"text": "  ", "label": "x"},
+            {"text": None, "label": "x"},
+            {"text": "b", "label": ""},
+            {"text": ["b"], "label": "x"},
+            {"text": "c", "label": "z"},
+            labels=("x", "zz"),
+        )
+    message = str(caught.value)
+    assert "5 problems" in message and "f:1" not in message
+    assert "f:2: column 'text' is empty" in message and "f:3: column 'text' is empty" in message
+    assert "f:4: column 'label' is empty" in message and "f:5: column 'text' holds list" in message
+    assert "f:6: label 'z' is not one of data.labels ('x', 'zz'). Did you mean 'zz'?" in message
+
+
+def test_half_a_character_is_refused():
+    with pytest.raises(DataError, match="half of a character at position 5"):
+        shape({"text": "good \ud83d"})
+
+
+@pytest.mark.parametrize(
+    ("messages", "said"),
+    [
+        ([], "expected a list of messages"),
+        ("hello", "expected a list of messages, got 'hello'"),
+        ([{"role": "user", "content": "a"}], "no message of the assistant"),
+        ([{"role": "asistant", "content": "a"}], "role 'asistant'.*Did you mean 'assistant'"),
+        ([{"role": "tool", "content": "a"}], "role 'tool'; expected one of system, user, assistant"),
+        ([{"role": "assistant", "content": " "}], r"message 1 \(assistant\) has no text"),
+        ([{"role": "assistant", "content": None}], r"message 1 \(assistant\) has no text"),
+        ([{"role": "user", "content": [{"type": "image"}]}], "message 1 has parts that are no text"),
+        (["a"], "message 1 is str"),
+    ],
+)
+def test_bad_messages(messages, said):
+    with pytest.raises(DataError, match=said):
+        shape({"messages": messages})

@@ -1,0 +1,92 @@
+"""Text files give records with the line where they stand, and broken lines are named, not skipped in silence."""
+
+import csv
+import gzip
+
+import pytest
+
+from lorakeet.data.locate import locate_data
+from lorakeet.data.tables import SHOWN_PROBLEMS, RowProblems, text_records
+from lorakeet.errors import DataError
+
+
+def records(path, content):
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    problems = RowProblems("bad")
+    found = [tuple(record) for record in text_records(locate_data(str(path)), problems)]
+    problems.raise_if_any()
+    return found
+
+
+def test_json_lines_skip_blank_ones_and_keep_numbers(tmp_path):
+    assert records(tmp_path / "a.jsonl", '{"a": 1}\n\n{"a": "é"}\n') == [("a.jsonl:1", {"a": 1}), ("a.jsonl:3", {"a": "é"})]
+
+
+def test_broken_json_shows_line_and_start(tmp_path):
+    with pytest.raises(DataError, match=r"""a.jsonl:2: broken JSON at column 7 .*'\{"b": oops\}'"""):
+        records(tmp_path / "a.jsonl", '{"a": 1}\n{"b": oops}\n')
+
+
+def test_all_broken_lines_are_named_and_the_rest_counted(tmp_path):
+    lines = ["{]"] * (SHOWN_PROBLEMS + 7)
+    with pytest.raises(DataError) as caught:
+        records(tmp_path / "a.jsonl", "\n".join(lines))
+    assert "a.jsonl:10:" in str(caught.value) and "a.jsonl:11:" not in str(caught.value)
+    assert "... and 7 more rows" in str(caught.value)
+
+
+def test_json_line_that_is_no_object(tmp_path):
+    with pytest.raises(DataError, match=r"a.jsonl:1: expected an object in braces, got '\[1, 2\]'"):
+        records(tmp_path / "a.jsonl", "[1, 2]\n")
+
+
+def test_json_array(tmp_path):
+    assert records(tmp_path / "a.json", '[{"a": 1},\n {"a": 2}]') == [("a.json[1]", {"a": 1}), ("a.json[2]", {"a": 2})]
+    with pytest.raises(DataError, match=r"a.json:2: broken JSON .*name the file .jsonl"):
+        records(tmp_path / "a.json", '{"a": 1}\n{"a": 2}\n')
+    with pytest.raises(DataError, match="expected an array of objects"):
+        records(tmp_path / "a.json", '{"a": 1}')
+    with pytest.raises(DataError, match=r"a.json:1: broken JSON"):
+        records(tmp_path / "a.json", "")
+
+
+def test_csv_field_over_several_lines_counts_lines_right(tmp_path):
+    found = records(tmp_path / "a.csv", 'text,label\r\n"one\r\ntwo ""quoted""",x\r\n\r\nthree,y\r\n')
+    assert found == [
+        ("a.csv:2", {"text": 'one\r\ntwo "quoted"', "label": "x"}),
+        ("a.csv:5", {"text": "three", "label": "y"}),
+    ]
+
+
+def test_tsv_gzipped(tmp_path):
+    assert records(tmp_path / "a.tsv.gz", gzip.compress(b"a\tb\n1,5\t2\n")) == [("a.tsv.gz:2", {"a": "1,5", "b": "2"})]
+
+
+def test_csv_row_of_another_length_is_named(tmp_path):
+    with pytest.raises(DataError, match=r"a.csv:3: 1 fields where the header has 2 \(text, label\)"):
+        records(tmp_path / "a.csv", "text,label\na,b\nc\n")
+
+
+def test_csv_quote_that_never_closes_is_named(tmp_path):
+    with pytest.raises(DataError, match=r"a.csv:3: .*expected fields in double quotes to be closed"):
+        records(tmp_path / "a.csv", 'text,label\n"open,b\nc,d\n')
+
+
+def test_csv_column_that_stands_twice(tmp_path):
+    with pytest.raises(DataError, match="more than one column 'a'"):
+        records(tmp_path / "a.csv", "a,a\n1,2\n")
+
+
+def test_long_csv_fields_are_read_and_the_process_s_limit_is_left_alone(tmp_path):
+    limit = csv.field_size_limit()
+    ((_, values),) = records(tmp_path / "a.csv", "text\n" + "x" * (limit + 1) + "\n")
+    assert len(values["text"]) == limit + 1
+    assert csv.field_size_limit() == limit
+
+
+def test_empty_files_have_no_records(tmp_path):
+    assert records(tmp_path / "a.csv", "") == records(tmp_path / "b.jsonl", "") == records(tmp_path / "c.csv", "a,b\n") == []
+
+
+def test_plain_lines(tmp_path):
+    assert records(tmp_path / "a.txt", "one\n\ntwo\r\n") == [("a.txt:1", {"text": "one"}), ("a.txt:3", {"text": "two"})]
