@@ -191,11 +191,13 @@ class Training(Generic[BatchT]):
     def _require_finite(self, step: int, loss: float, norm: Tensor) -> None:
         if math.isfinite(loss) and bool(torch.isfinite(norm)):
             return
-        names = gradients.not_finite(self.parameters)
-        what = f"the loss is {loss}" if not math.isfinite(loss) else f"the loss is {loss:.4f}, but the gradient is not finite"
-        where = f" (first in {names[0]})" if names else ""
+        what = f"the loss is {loss}"
+        if math.isfinite(loss):
+            names = gradients.not_finite(self.parameters)
+            where = f" (first in {names[0]})" if names else ""
+            what = f"the loss is {loss:.4f}, but the gradient is not finite{where}"
         self.optimizer.adamw.zero_grad(set_to_none=True)
-        self._stop_diverged(f"Step {step}: {what}{where}. The step was not taken.")
+        self._stop_diverged(f"Step {step}: {what}. The step was not taken.")
 
     def evaluate(self) -> None:
         """Held-out loss with its interval; the best adapter so far goes to RUN/adapter."""

@@ -68,7 +68,7 @@ class Bar:
         self.console.print(held_out_line(record), highlight=False)
 
     def say(self, text: str) -> None:
-        self.console.print(text, highlight=False, soft_wrap=True)
+        self.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     def close(self) -> None:
         self._bar.stop()

@@ -52,10 +52,9 @@ class _FrozenHeadLoss(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int, wants_grad: bool) -> Tensor:
         exact = torch.promote_types(hidden.dtype, torch.float32)
         total = torch.zeros((), dtype=exact, device=hidden.device)
-        wants_grad = ctx.needs_input_grad[0]
         grad = torch.empty_like(hidden) if wants_grad else None
         for start in range(0, len(targets), chunk):
             part = slice(start, start + chunk)
@@ -74,17 +73,18 @@ class _FrozenHeadLoss(torch.autograd.Function):
         return total
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, None, None, None]:
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, None, None, None, None]:
         (grad,) = ctx.saved_tensors
-        return grad * upstream.to(grad.dtype), None, None, None
+        return grad * upstream.to(grad.dtype), None, None, None, None
 
 
 def frozen_head_loss(hidden: Tensor, weight: Tensor, targets: Tensor, *, chunk: int = CHUNK) -> Tensor:
     """Sum of −log softmax(hidden·Wᵀ)[target]; hidden (n, hidden), W (vocab, hidden) frozen, targets (n,)."""
     if hidden.dtype != weight.dtype:
         hidden = hidden.to(weight.dtype)
-    return cast(Tensor, _FrozenHeadLoss.apply(hidden, weight, targets, chunk))  # type: ignore[no-untyped-call]
+    wants_grad = torch.is_grad_enabled() and hidden.requires_grad  # inside forward() gradients are off for everyone
+    return cast(Tensor, _FrozenHeadLoss.apply(hidden, weight, targets, chunk, wants_grad))  # type: ignore[no-untyped-call]
 
 
 def any_head_loss(hidden: Tensor, head: Callable[[Tensor], Tensor], targets: Tensor, *, chunk: int = CHUNK) -> Tensor:

@@ -1,0 +1,60 @@
+"""Peak memory is seen, by the system's own count and by sampling."""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from lorakeet.memory import measure
+from lorakeet.memory.measure import PeakMemory, peak_bytes, reset_peak, resident_bytes
+
+MEGABYTE = 1 << 20
+
+
+def use(megabytes: int) -> None:
+    """Touches that much memory, holds it long enough to be sampled, and gives it back."""
+    block = np.ones(megabytes * MEGABYTE // 8)
+    time.sleep(0.05)
+    del block
+
+
+@pytest.mark.parametrize("sample", [False, True])
+def test_a_spike_is_seen_after_it_is_gone(sample: bool) -> None:
+    before = resident_bytes()
+    with PeakMemory(interval=0.005, sample=sample) as memory:
+        use(200)
+    assert memory.bytes - before > 150 * MEGABYTE
+    assert memory.bytes >= memory.now() - 50 * MEGABYTE
+    assert memory.sampled or not sample
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux can reset the peak")
+def test_an_earlier_spike_does_not_count() -> None:
+    use(200)
+    if not reset_peak():
+        pytest.skip("this container does not allow the reset")
+    assert peak_bytes() - resident_bytes() < 100 * MEGABYTE
+    with PeakMemory() as memory:
+        use(20)
+    assert not memory.sampled
+    assert memory.bytes < resident_bytes() + 120 * MEGABYTE
+
+
+def test_without_permission_it_samples(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measure, "_CLEAR", Path("/nowhere/clear_refs"))
+    before = resident_bytes()
+    with PeakMemory(interval=0.005) as memory:
+        use(120)
+    assert memory.sampled
+    assert memory.bytes - before > 80 * MEGABYTE
+
+
+def test_without_proc_the_system_call_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = resident_bytes()
+    monkeypatch.setattr(measure, "_STATUS", Path("/nowhere/status"))
+    assert resident_bytes() == peak_bytes()
+    assert peak_bytes() > real / 2

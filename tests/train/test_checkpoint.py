@@ -1,0 +1,92 @@
+"""Checkpoints: written whole, read back exactly, damage found."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from lorakeet.errors import ConfigError
+from lorakeet.train import checkpoint, rng
+from lorakeet.train.checkpoint import Position, Snapshot
+from lorakeet.train.spec import TrainSpec
+from lorakeet.train.stopping import Watch
+
+
+def snapshot(step: int) -> Snapshot:
+    generator = torch.Generator().manual_seed(step)
+    trained = {name: torch.randn(3, 4, generator=generator) for name in ("a.A", "a.B")}
+    moments = {"a.A|exp_avg": torch.randn(3, 4, generator=generator), "a.A|step": torch.tensor(float(step))}
+    watch = Watch(base_loss=3.0, best_loss=0.1 + step, best_step=step, reference=0.1 + step, stale=1)
+    position = Position(step=step, seconds=1.5, tokens=100, metrics_bytes=10, watch=watch)
+    return Snapshot(position, trained, moments, rng.states(), {"a.A": trained["a.A"] * 2}, {"same": {"x": 1}, "environment": {}})
+
+
+def test_all_comes_back(tmp_path: Path) -> None:
+    saved = snapshot(7)
+    path = checkpoint.save(tmp_path, saved, keep=2)
+    assert path.name == "step-000007"
+    read = checkpoint.load(path)
+    assert (read.position, read.identity) == (saved.position, saved.identity)
+    for name in ("trained", "moments", "random", "best"):
+        before, after = getattr(saved, name), getattr(read, name)
+        assert before.keys() == after.keys()
+        assert all(torch.equal(before[key], after[key]) and before[key].dtype == after[key].dtype for key in before)
+
+
+def test_no_file_is_a_pickle(tmp_path: Path) -> None:
+    path = checkpoint.save(tmp_path, snapshot(1), keep=1)
+    assert {file.suffix for file in path.iterdir()} == {".json", ".safetensors"}
+    assert not [file for file in path.iterdir() if file.read_bytes()[:2] in (b"\x80\x04", b"PK")]
+
+
+def test_only_the_newest_are_kept(tmp_path: Path) -> None:
+    for step in (1, 2, 10, 11):
+        checkpoint.save(tmp_path, snapshot(step), keep=2)
+    assert [path.name for path in sorted(tmp_path.iterdir())] == ["step-000010", "step-000011"]
+
+
+@pytest.mark.parametrize("file", ["trained.safetensors", "moments.safetensors", "random.safetensors", "best.safetensors",
+                                  "state.json", "manifest.json"])  # fmt: skip
+@pytest.mark.parametrize("damage", ["flip", "cut", "delete"])
+def test_any_damage_is_found_and_the_one_before_used(tmp_path: Path, file: str, damage: str) -> None:
+    checkpoint.save(tmp_path, snapshot(4), keep=3)
+    path = checkpoint.save(tmp_path, snapshot(8), keep=3) / file
+    data = path.read_bytes()
+    if damage == "delete":
+        path.unlink()
+    else:
+        middle = len(data) // 2
+        path.write_bytes(data[:middle] + (bytes([data[middle] ^ 4]) + data[middle + 1 :] if damage == "flip" else b""))
+    said: list[str] = []
+    found = checkpoint.load_newest(tmp_path, say=said.append)
+    assert found is not None
+    assert found.position.step == 4
+    assert len(said) == 1
+    assert "step-000008 is damaged" in said[0]
+    assert [path.name for path in checkpoint.found(tmp_path)] == ["step-000004"]
+    assert (tmp_path / "step-000008.damaged").is_dir()
+
+
+def test_none_where_none_is_whole(tmp_path: Path) -> None:
+    assert checkpoint.load_newest(tmp_path, say=print) is None
+    (tmp_path / "step-000003").mkdir()
+    said: list[str] = []
+    assert checkpoint.load_newest(tmp_path, say=said.append) is None
+    assert len(said) == 1
+
+
+def test_other_settings_are_named_all_at_once() -> None:
+    shapes = {"a.A": torch.zeros(2, 3)}
+    saved = checkpoint.identity_of(TrainSpec(), {"data": "abc"}, parameters=shapes, learning_rate=1e-3)
+    same = checkpoint.identity_of(
+        TrainSpec(keep_checkpoints=5, log_to="wandb"), {"data": "abc"}, parameters=shapes, learning_rate=1e-3
+    )
+    checkpoint.require_same(json.loads(json.dumps(saved)), same, run=Path("run"))
+    other = checkpoint.identity_of(TrainSpec(seed=1), {"data": "abd"}, parameters={"a.A": torch.zeros(2, 4)}, learning_rate=2e-3)
+    with pytest.raises(ConfigError) as error:
+        checkpoint.require_same(saved, other, run=Path("run"))
+    for word in ("4 problems", "train.seed was 0", "and is 1 now", "'abc'", "train.learning_rate was 0.001", "trained tensors"):
+        assert word in str(error.value)

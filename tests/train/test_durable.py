@@ -1,0 +1,93 @@
+"""Folders and files that are whole or not there."""
+
+from __future__ import annotations
+
+import errno
+import os
+from pathlib import Path
+
+import pytest
+from safetensors import SafetensorError
+
+from lorakeet.train import durable
+
+
+def fill(target: Path, text: str) -> None:
+    with durable.new_folder(target) as folder:
+        (folder / "inner").mkdir()
+        (folder / "inner" / "file").write_text(text)
+
+
+def content(target: Path) -> str:
+    return (target / "inner" / "file").read_text()
+
+
+def test_a_folder_replaces_the_one_before(tmp_path: Path) -> None:
+    fill(tmp_path / "x", "one")
+    fill(tmp_path / "x", "two")
+    assert content(tmp_path / "x") == "two"
+    assert [path.name for path in tmp_path.iterdir()] == ["x"]
+
+
+def test_an_error_leaves_the_old_one(tmp_path: Path) -> None:
+    fill(tmp_path / "x", "one")
+    with pytest.raises(RuntimeError), durable.new_folder(tmp_path / "x") as folder:
+        (folder / "half").write_text("")
+        raise RuntimeError
+    assert content(tmp_path / "x") == "one"
+    assert [path.name for path in tmp_path.iterdir()] == ["x"]
+
+
+@pytest.mark.parametrize("kill_at", range(12))
+def test_a_kill_between_any_two_renames_leaves_old_or_new(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kill_at: int) -> None:
+    """Every rename, flush and deletion in turn is the last thing that the process does; nothing may be cleaned up after it."""
+    fill(tmp_path / "x", "one")
+    calls = 0
+
+    class Killed(BaseException):
+        pass
+
+    def counted(real: object) -> object:
+        def call(*arguments: object) -> object:
+            nonlocal calls
+            if calls == kill_at:
+                raise Killed
+            calls += 1
+            return real(*arguments)  # type: ignore[operator]
+
+        return call
+
+    with monkeypatch.context() as patch:
+        patch.setattr(durable.os, "rename", counted(os.rename))
+        patch.setattr(durable, "flush", counted(durable.flush))
+        patch.setattr(durable, "_remove", counted(durable._remove))
+        finished = False
+        try:
+            fill(tmp_path / "x", "two")
+            finished = True
+        except Killed:
+            pass
+    durable.recover(tmp_path)
+    assert content(tmp_path / "x") in ({"two"} if finished else {"one", "two"})
+    assert [path.name for path in tmp_path.iterdir()] == ["x"]
+
+
+def test_recover_deletes_what_was_being_deleted(tmp_path: Path) -> None:
+    fill(tmp_path / "x", "one")
+    os.rename(tmp_path / "x", tmp_path / ".x.old")
+    durable.recover(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_files_are_replaced_in_one_step(tmp_path: Path) -> None:
+    durable.write_file(tmp_path / "f", b"one")
+    durable.write_file(tmp_path / "f", b"two")
+    assert (tmp_path / "f").read_bytes() == b"two"
+    assert [path.name for path in tmp_path.iterdir()] == ["f"]
+
+
+def test_full_disk_is_recognised() -> None:
+    assert durable.is_full(OSError(errno.ENOSPC, "No space left on device"))
+    assert durable.is_full(SafetensorError("I/O error: No space left on device (os error 28)"))
+    assert not durable.is_full(OSError(errno.EACCES, "Permission denied"))
+    assert not durable.is_full(ValueError("28"))

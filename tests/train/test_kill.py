@@ -1,0 +1,144 @@
+"""Real processes, killed: whatever the moment, the resumed run ends in the same bytes as one that was left alone."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lorakeet.train import checkpoint
+from lorakeet.train.log import read_metrics
+from lorakeet.train.run import RunFolder
+from train.kill_worker import SPEC
+
+WORKER = Path(__file__).with_name("kill_worker.py")
+TIMES = {"tokens_per_second", "seconds", "memory_bytes"}
+PATIENCE = 60.0  # seconds until a worker counts as hung
+
+
+@dataclass
+class Workers:
+    """The forking server; `start` gives the pid of a new process, `end` waits for it."""
+
+    process: subprocess.Popen[str]
+
+    def start(self, run: Path, *, file_limit: int | None = None) -> int:
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        self.process.stdin.write(json.dumps({"run": str(run), "file_limit": file_limit}) + "\n")
+        self.process.stdin.flush()
+        return int(self.process.stdout.readline())
+
+    def end(self) -> dict[str, Any]:
+        assert self.process.stdout is not None
+        result: dict[str, Any] = json.loads(self.process.stdout.readline())
+        return result
+
+
+@pytest.fixture(scope="module")
+def workers() -> Iterator[Workers]:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(
+        [sys.executable, str(WORKER)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+    ) as process:
+        yield Workers(process)
+        process.kill()
+
+
+@pytest.fixture(scope="module")
+def whole(workers: Workers, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that nothing disturbed."""
+    run = tmp_path_factory.mktemp("whole") / "run"
+    workers.start(run)
+    assert workers.end() == {"code": 0, "said": ""}
+    return run
+
+
+def steps_done(run: Path) -> int:
+    return max((record["step"] for record in read_metrics(run / "metrics.jsonl") if "loss" in record), default=0)
+
+
+def wait_for_step(run: Path, step: int) -> None:
+    deadline = time.monotonic() + PATIENCE
+    while steps_done(run) < step:
+        assert time.monotonic() < deadline, f"no step {step} in {PATIENCE} s"
+        time.sleep(0.001)
+
+
+def results(run: Path) -> dict[str, Any]:
+    """Every byte that must be equal, and the metrics without times."""
+    folders = [run / "adapter", run / "checkpoints" / checkpoint.name_of(SPEC.steps or 0)]
+    files = {
+        str(path.relative_to(run)): path.read_bytes()
+        for folder in folders
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name not in ("state.json", "manifest.json")  # which hold the seconds
+    }
+    metrics = [
+        {key: value for key, value in record.items() if key not in TIMES} for record in read_metrics(run / "metrics.jsonl")
+    ]
+    return {"files": files, "metrics": metrics, "hidden": [path.name for path in run.rglob(".*")]}
+
+
+def test_ten_kills_at_random_moments(workers: Workers, whole: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    chance = random.Random(20)
+    step_time = read_metrics(whole / "metrics.jsonl")[-1]["seconds"] / (SPEC.steps or 1)
+    for step in sorted(chance.randrange(32) for _ in range(10)):
+        pid = workers.start(run)
+        wait_for_step(run, step)
+        time.sleep(chance.random() * step_time)
+        os.kill(pid, signal.SIGKILL)
+        assert workers.end()["code"] == -signal.SIGKILL
+    finished = subprocess.run([sys.executable, str(WORKER), str(run)], check=False, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert finished.returncode == 0
+    assert results(run) == results(whole)
+
+
+@pytest.mark.parametrize("which", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_finishes_the_step_and_says_how_to_resume(workers: Workers, whole: Path, tmp_path: Path, which: int) -> None:
+    run = tmp_path / "run"
+    pid = workers.start(run)
+    wait_for_step(run, 3)
+    os.kill(pid, which)
+    ended = workers.end()
+    done = steps_done(run)
+    assert ended["code"] == 4
+    assert f"stopped after step {done} of 40" in ended["said"]
+    assert f"lorakeet finetune --resume {run}" in ended["said"]
+    assert checkpoint.load(RunFolder(run).checkpoints / checkpoint.name_of(done)).position.step == done
+    workers.start(run)
+    assert workers.end() == {"code": 0, "said": ""}
+    assert results(run) == results(whole)
+
+
+def test_a_full_disk_leaves_the_checkpoint_before(workers: Workers, whole: Path, tmp_path: Path) -> None:
+    """The system itself refuses to let a file grow above a limit, in the middle of a checkpoint."""
+    run = tmp_path / "run"
+    pid = workers.start(run)
+    wait_for_step(run, 3)
+    os.kill(pid, signal.SIGINT)
+    assert workers.end()["code"] == 4
+    before = checkpoint.found(run / "checkpoints")
+    workers.start(run, file_limit=8000)
+    ended = workers.end()
+    assert ended["code"] == 2
+    assert "is full" in ended["said"]
+    assert f"The previous checkpoint {before[-1].name} is intact" in ended["said"]
+    assert f"--resume {run}" in ended["said"]
+    assert checkpoint.found(run / "checkpoints") == before
+    assert checkpoint.load(before[-1]).position.step == int(before[-1].name[-6:])
+    assert list((run / "checkpoints").glob(".*")) == []
+    workers.start(run)
+    assert workers.end() == {"code": 0, "said": ""}
+    assert results(run) == results(whole)

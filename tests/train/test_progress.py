@@ -1,0 +1,51 @@
+"""What is printed where."""
+
+from __future__ import annotations
+
+import io
+
+from rich.console import Console
+
+from lorakeet.train.progress import Bar, Lines, Reporter, Silent, reporter_for
+
+STEP = {"step": 3, "loss": 1.25, "tokens_per_second": 401.7, "memory_bytes": 1_600_000_000}
+HELD_OUT = {"step": 3, "held_out_loss": 1.5, "low": 1.4, "high": 1.6, "n": 64}
+
+
+def run(reporter: Reporter) -> None:
+    reporter.begin(10, done=0)
+    for step in (1, 2, 3):
+        reporter.step({**STEP, "step": step})
+    reporter.held_out(HELD_OUT)
+    reporter.say("a [word]")
+    reporter.close()
+
+
+def test_lines_are_rare_and_plain() -> None:
+    out = io.StringIO()
+    reporter = reporter_for(Console(file=out, width=40))
+    assert isinstance(reporter, Lines)
+    run(reporter)
+    assert out.getvalue().splitlines() == [
+        "step 1/10 · loss 1.2500 · 402 tokens/s · 1.6 GB",
+        "step 3: held-out loss 1.5000 (1.4000 to 1.6000, 64 rows)",
+        "a [word]",
+    ]
+
+
+def test_the_bar_shows_loss_held_out_loss_speed_and_memory() -> None:
+    out = io.StringIO()
+    reporter = reporter_for(Console(file=out, force_terminal=True, width=120, color_system=None))
+    assert isinstance(reporter, Bar)
+    run(reporter)
+    shown = out.getvalue()
+    for part in ("step 3/10", "loss 1.2500", "402 tokens/s", "1.6 GB", "held-out loss 1.5000", "a [word]"):
+        assert part in shown
+
+
+def test_machines_hear_nothing() -> None:
+    out = io.StringIO()
+    reporter = reporter_for(Console(file=out, force_terminal=True), machine=True)
+    assert isinstance(reporter, Silent)
+    run(reporter)
+    assert out.getvalue() == ""

@@ -1,0 +1,58 @@
+"""The run folder: made, refused, opened."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from lorakeet.errors import ConfigError
+from lorakeet.train.run import RunFolder
+
+
+def test_a_new_run_is_made_with_its_parents(tmp_path: Path) -> None:
+    run = RunFolder.create(tmp_path / "deep" / "run")
+    assert run.checkpoints.is_dir()
+    run.write(run.config, "a: 1\n")
+    assert RunFolder.open(run.path).config.read_text() == "a: 1\n"
+
+
+def test_an_empty_folder_may_be_used(tmp_path: Path) -> None:
+    assert RunFolder.create(tmp_path).checkpoints.is_dir()
+
+
+def test_an_existing_run_is_refused_and_untouched(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text("mine")
+    with pytest.raises(ConfigError) as error:
+        RunFolder.create(tmp_path)
+    assert f"lorakeet finetune --resume {tmp_path}" in str(error.value)
+    assert "another --out" in str(error.value)
+    assert [path.name for path in tmp_path.iterdir()] == ["config.yaml"]
+
+
+def test_other_folders_and_files_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(ConfigError, match="another --out") as error:
+        RunFolder.create(tmp_path)
+    assert "--resume" not in str(error.value)
+    with pytest.raises(ConfigError, match="is a file"):
+        RunFolder.create(tmp_path / "notes.txt")
+    with pytest.raises(ConfigError, match="is not a run folder"):
+        RunFolder.open(tmp_path)
+    with pytest.raises(ConfigError, match="no run folder"):
+        RunFolder.open(tmp_path / "none")
+
+
+def test_opening_finishes_an_interrupted_replacement(tmp_path: Path) -> None:
+    run = RunFolder.create(tmp_path / "run")
+    run.write(run.config, "")
+    (run.path / ".adapter.ready").mkdir()
+    (run.path / ".adapter.ready" / "new").touch()
+    (run.path / ".adapter.old").mkdir()
+    step = run.checkpoints / "step-000001"
+    step.mkdir()
+    os.rename(step, run.checkpoints / ".step-000001.partial")
+    RunFolder.open(run.path)
+    assert [path.name for path in run.adapter.iterdir()] == ["new"]
+    assert list(run.checkpoints.iterdir()) == []
