@@ -16,6 +16,7 @@ from lorakeet.errors import ConfigError
 from lorakeet.evaluate.spec import EvaluateSpec
 from lorakeet.models.spec import ModelSpec
 from lorakeet.settings import load, override, to_mapping
+from lorakeet.train.spec import TrainSpec
 
 __all__ = ["RunConfig", "dump_yaml", "read_run", "read_yaml"]
 
@@ -27,6 +28,7 @@ class RunConfig:
     model: ModelSpec = field(default_factory=ModelSpec, metadata={"help": "The base model.", "shorthand": "path"})
     lora: LoraSpec = field(default_factory=LoraSpec, metadata={"help": "The low-rank pairs."})
     data: DataSpec = field(default_factory=DataSpec, metadata={"help": "The rows.", "shorthand": "train"})
+    train: TrainSpec = field(default_factory=TrainSpec, metadata={"help": "The training."})
     evaluate: EvaluateSpec = field(default_factory=EvaluateSpec, metadata={"help": "The measurements."})
     kind: Literal["text"] = field(default="text", metadata={"help": "What the model makes; text is a causal language model."})
     seed: int = field(default=0, metadata={"help": "Seed of the start, the order of the rows, dropout and the held-out split."})

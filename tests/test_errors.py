@@ -1,0 +1,41 @@
+"""`errors`: exit codes, all problems at once, and the nearest name."""
+
+from __future__ import annotations
+
+import pytest
+
+from lorakeet.errors import (
+    ConfigError,
+    DataError,
+    EnvironmentProblem,
+    LorakeetError,
+    Problems,
+    RunStopped,
+    VerificationFailed,
+    nearest,
+)
+
+
+def test_every_kind_of_error_has_its_exit_code() -> None:
+    codes = {kind: kind.exit_code for kind in (ConfigError, DataError, EnvironmentProblem, VerificationFailed, RunStopped)}
+    assert list(codes.values()) == [2, 2, 2, 3, 4]
+    assert all(issubclass(kind, LorakeetError) for kind in codes)
+
+
+def test_problems_are_raised_together() -> None:
+    problems = Problems("The rows cannot be used", DataError)
+    problems.raise_if_any()
+    problems.add("one is wrong.")
+    with pytest.raises(DataError, match=r"^one is wrong\.$"):
+        problems.raise_if_any()
+    problems.add("two is wrong.")
+    with pytest.raises(DataError) as caught:
+        problems.raise_if_any()
+    assert str(caught.value) == "The rows cannot be used (2 problems):\n  - one is wrong.\n  - two is wrong."
+
+
+@pytest.mark.parametrize(
+    ("name", "sentence"), [("q_prj", " Did you mean 'q_proj'?"), ("Q_PROJ", " Did you mean 'q_proj'?"), ("zebra", ""), ("", "")]
+)
+def test_the_nearest_name_is_offered_when_it_is_near(name: str, sentence: str) -> None:
+    assert nearest(name, ["q_proj", "k_proj", "down"]) == sentence

@@ -1,0 +1,87 @@
+"""`workflows.doctor`: what is missing is named with the command that mends it."""
+
+from __future__ import annotations
+
+import io
+import json
+import sys
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from rich.console import Console
+
+from lorakeet.workflows import doctor as module
+from lorakeet.workflows.doctor import Checkup, Finding, available_memory, cache_folder, doctor, pip_command
+
+
+def printed(monkeypatch: pytest.MonkeyPatch) -> tuple[Checkup, str]:
+    screen = io.StringIO()
+    return doctor(console=Console(file=screen, width=100)), screen.getvalue()
+
+
+def test_this_machine_passes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("LORAKEET_CACHE", str(tmp_path / "new" / "cache"))
+    checkup, text = printed(monkeypatch)
+    assert checkup.exit_code == 0 and "Everything that is required is there." in text
+    assert not (tmp_path / "new").exists(), "looking must not create the folder"
+    names = [finding.name for finding in checkup.findings]
+    assert names[:2] == ["python", "packages"]
+    assert {"torch", "processor", "GPU", "extra [gguf]", "memory", "disk", "cache", "model hub"} <= set(names)
+    assert json.loads(json.dumps(checkup.to_mapping()))["ok"] is True
+
+
+def test_a_missing_package_is_named_with_its_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    lines = ["numpy>=1.26", "no-such-package<3,>=2", "numpy>=999; extra == 'gguf'", "numpy>=1; extra == 'hub'"]
+    monkeypatch.setattr(module.metadata, "requires", lambda name: lines)
+    checkup, text = printed(monkeypatch)
+    assert checkup.exit_code == 2
+    by_name = {finding.name: finding for finding in checkup.findings}
+    assert by_name["packages"].remedy == f"{sys.executable} -m pip install 'no-such-package<3,>=2'"
+    assert by_name["packages"].required and by_name["packages"].remedy in text
+    assert by_name["extra [gguf]"].remedy.endswith("'numpy>=999'") and not by_name["extra [gguf]"].required
+    assert by_name["extra [hub]"].good
+
+
+def test_only_what_is_required_decides_the_exit_code() -> None:
+    assert Checkup((Finding("a", True, "x", required=True), Finding("b", False, "y", "do"))).exit_code == 0
+    assert Checkup((Finding("a", False, "x", "do", required=True),)).exit_code == 2
+
+
+def test_the_cache_folder_follows_its_one_variable() -> None:
+    assert cache_folder({"LORAKEET_CACHE": "/a/b"}) == Path("/a/b")
+    assert cache_folder({}) == Path.home() / ".cache" / "lorakeet"
+
+
+def test_a_cache_that_cannot_be_written_is_required_and_mended(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LORAKEET_CACHE", "/proc/lorakeet")
+    checkup, text = printed(monkeypatch)
+    assert checkup.exit_code == 2 and "export LORAKEET_CACHE=" in text
+
+
+@pytest.mark.parametrize(("limit", "expected"), [("max", 4096 * 1024), (str(3 * 1024**2), 2 * 1024**2)])
+def test_memory_stays_within_the_limit_of_a_container(tmp_path: Path, limit: str, expected: int) -> None:
+    (tmp_path / "proc").mkdir()
+    (tmp_path / "proc/meminfo").write_text("MemTotal: 9999 kB\nMemAvailable:    4096 kB\n")
+    assert available_memory(tmp_path) == (4096 * 1024, "free")
+    (tmp_path / "sys/fs/cgroup").mkdir(parents=True)
+    (tmp_path / "sys/fs/cgroup/memory.max").write_text(limit + "\n")
+    (tmp_path / "sys/fs/cgroup/memory.current").write_text(str(1024**2))
+    assert available_memory(tmp_path) == (expected, "free")
+
+
+def test_without_proc_all_memory_is_reported(tmp_path: Path) -> None:
+    total, words = available_memory(tmp_path)
+    assert total > 0 and words == "in all"
+
+
+@pytest.mark.parametrize(("value", "words"), [("1", "switched off by HF_HUB_OFFLINE"), ("0", "not tried now")])
+def test_the_hub_is_never_contacted(monkeypatch: pytest.MonkeyPatch, value: str, words: str) -> None:
+    monkeypatch.delenv("TRANSFORMERS_OFFLINE", raising=False)
+    monkeypatch.setenv("HF_HUB_OFFLINE", value)
+    assert words in printed(monkeypatch)[1]
+
+
+def test_commands_can_be_pasted_into_a_shell() -> None:
+    command = pip_command([Requirement("a>=1,<2"), Requirement("b==3")], "--no-deps")
+    assert command.endswith("-m pip install --no-deps 'a<2,>=1' b==3")
