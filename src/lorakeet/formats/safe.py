@@ -1,0 +1,223 @@
+"""Safetensors files, checked before use and written tensor by tensor.
+
+    8 bytes: length n of the header, little endian │ n bytes: JSON header │ the tensors' bytes, end to end
+
+The header is taken as hostile: its length, every dtype, shape and byte range is checked against the file before one byte of
+a tensor is read. Reading and writing hold one tensor at a time.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lorakeet.errors import DataError, Problems
+
+LARGEST_HEADER = 100_000_000  # bytes; the safetensors library's own limit
+DTYPES: dict[str, torch.dtype] = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+@dataclass(frozen=True)
+class Stored:
+    """Where a tensor lies in a file, and what it is."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    begin: int  # bytes from the start of the file
+    end: int
+
+
+@dataclass(frozen=True)
+class SafeFile:
+    """An open book on a checked file: its tensors by name, read one at a time."""
+
+    path: Path
+    tensors: Mapping[str, Stored]
+    metadata: Mapping[str, str]
+
+    def read(self, name: str) -> Tensor:
+        """The tensor `name`, in memory of its own."""
+        stored = self.tensors[name]
+        data = bytearray(stored.end - stored.begin)
+        if not data:
+            return torch.empty(stored.shape, dtype=stored.dtype)
+        with self.path.open("rb") as file:
+            file.seek(stored.begin)
+            if file.readinto(data) != len(data):
+                raise DataError(f"{self.path} became shorter while it was read. Fetch the file again.")
+        return torch.frombuffer(data, dtype=stored.dtype).view(stored.shape)
+
+
+def open_safetensors(path: Path) -> SafeFile:
+    """The checked header of `path`. DataError names the file and everything that is wrong with it."""
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if size < 8 or length > min(size - 8, LARGEST_HEADER):
+                raise DataError(
+                    f"{path} is not a whole safetensors file: it is {size:,} bytes long and announces a header of "
+                    f"{length:,} bytes. It may have been cut off; fetch it again."
+                )
+            header = _parse(path, file.read(length))
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror or error}.") from error
+    metadata = header.pop("__metadata__", {})
+    problems = Problems(f"{path} is not a sound safetensors file", DataError)
+    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+        problems.add(f"{path}: __metadata__ is not a table of texts.")
+        metadata = {}
+    start = 8 + length
+    tensors: dict[str, Stored] = {}
+    for name, entry in header.items():
+        found = _entry(entry, start)
+        if isinstance(found, str):
+            problems.add(f"{path}: tensor {name!r} {found}")
+        else:
+            tensors[name] = found
+    problems.raise_if_any()
+    _check_ranges(path, tensors, start, size)
+    return SafeFile(path, tensors, metadata)
+
+
+def _parse(path: Path, raw: bytes) -> dict[str, Any]:
+    try:
+        header = json.loads(raw.decode("utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise DataError(f"{path} is not a safetensors file: its header is not JSON ({error}).") from error
+    if not isinstance(header, dict):
+        raise DataError(f"{path} is not a safetensors file: its header is not a JSON object.")
+    return header
+
+
+def _entry(entry: Any, start: int) -> Stored | str:
+    """The parsed entry, or what is wrong with it."""
+    if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
+        return "has an entry without exactly dtype, shape and data_offsets."
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in DTYPES:
+        return f"has the dtype {dtype!r}; readable are {', '.join(DTYPES)}."
+    if not _counts(shape) or not _counts(offsets) or len(offsets) != 2:
+        return f"has the shape {shape!r} and the byte range {offsets!r}; both must be lists of whole numbers of 0 or more."
+    begin, end = offsets
+    expected = math.prod(shape) * DTYPES[dtype].itemsize
+    if end - begin != expected:
+        return f"has {end - begin:,} bytes; shape {shape} in {dtype} needs {expected:,}."
+    return Stored(DTYPES[dtype], tuple(shape), start + begin, start + end)
+
+
+def _counts(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(v, int) and not isinstance(v, bool) and v >= 0 for v in value)
+
+
+def _check_ranges(path: Path, tensors: Mapping[str, Stored], start: int, size: int) -> None:
+    """Raises unless the byte ranges lie end to end and fill the file."""
+    position = start
+    for name, stored in sorted(tensors.items(), key=lambda item: (item[1].begin, item[1].end)):
+        if stored.begin != position:
+            what = "overlaps another tensor" if stored.begin < position else "leaves bytes before it that belong to no tensor"
+            raise DataError(f"{path}: tensor {name!r} {what} (byte {stored.begin:,}, expected {position:,}).")
+        position = stored.end
+    if position != size:
+        what = "it was cut off; fetch it again" if position > size else "it has bytes that belong to no tensor"
+        raise DataError(f"{path} is {size:,} bytes long, but its header describes {position:,}: {what}.")
+
+
+def stream_safetensors(
+    path: Path,
+    shapes: Mapping[str, tuple[torch.dtype, tuple[int, ...]]],
+    *,
+    fetch: Callable[[str], Tensor],
+    metadata: Mapping[str, str],
+) -> None:
+    """Writes `path`, asking `fetch` for one tensor after the other; the bytes depend on names and numbers alone.
+
+    The header is written first, from `shapes` (dtype and shape by name). A tensor that differs from it raises ValueError.
+    The file is flushed to the disk; the caller renames it into place.
+    """
+    header = _header(shapes, metadata)
+    with path.open("wb") as file:
+        file.write(len(header).to_bytes(8, "little"))
+        file.write(header)
+        for name in _order(shapes):
+            tensor = fetch(name)
+            if (tensor.dtype, tuple(tensor.shape)) != shapes[name]:
+                raise ValueError(f"{name} is {tensor.dtype} {tuple(tensor.shape)}, announced as {shapes[name]}")
+            file.write(tensor_bytes(tensor))
+            del tensor
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def stored_bytes(shapes: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], metadata: Mapping[str, str]) -> int:
+    """How long the file of `stream_safetensors` will be."""
+    return 8 + len(_header(shapes, metadata)) + sum(math.prod(shape) * dtype.itemsize for dtype, shape in shapes.values())
+
+
+def save_tensors(path: Path, tensors: Mapping[str, Tensor], *, metadata: Mapping[str, str]) -> None:
+    """Writes `tensors` to `path`, which appears whole or not at all."""
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        shapes = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
+        stream_safetensors(partial, shapes, fetch=tensors.__getitem__, metadata=metadata)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def save_text(path: Path, text: str) -> None:
+    """Writes `text` to `path`, which appears whole or not at all."""
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        with partial.open("w", encoding="utf-8", newline="\n") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def tensor_bytes(tensor: Tensor) -> memoryview:
+    """The bytes of a tensor in row-major order, without a copy where it is contiguous and on the CPU."""
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    return memoryview(flat.view(torch.uint8).numpy().data)
+
+
+def _order(shapes: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]) -> list[str]:
+    """Wide dtypes first, so that every tensor is aligned; then by name."""
+    return sorted(shapes, key=lambda name: (-shapes[name][0].itemsize, name))
+
+
+def _header(shapes: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], metadata: Mapping[str, str]) -> bytes:
+    header: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
+    position = 0
+    for name in _order(shapes):
+        dtype, shape = shapes[name]
+        end = position + math.prod(shape) * dtype.itemsize
+        header[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [position, end]}
+        position = end
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode("utf-8")
+    return text + b" " * (-len(text) % 8)
