@@ -131,6 +131,14 @@ def test_raw_text_has_one_begin_token_if_the_tokenizer_adds_one(piece_tokenizer,
     assert not plain.supervised[0] and plain.supervised[1:].all()
 
 
+def test_template_that_writes_the_begin_token_gets_no_second_one(piece_tokenizer):
+    piece_tokenizer.chat_template = "{{ bos_token }}{% for m in messages %}{{ m['content'] + eos_token }}{% endfor %}"
+    example = Encoder(piece_tokenizer, spec()).encode(pair("the film", "good"))
+    piece_tokenizer.chat_template = None
+    assert example.ids.tolist().count(piece_tokenizer.bos_token_id) == 1 and example.ids[0] == piece_tokenizer.bos_token_id
+    assert learnt(piece_tokenizer, example).strip() == "good</s>"
+
+
 def test_supervise_all_keeps_what_follows_the_last_answer(byte_tokenizer):
     tokenizer = byte_tokenizer()
     row = Row((Turn("user", "a", False), Turn("assistant", "b", True), Turn("user", "c", False)), None, None, "f:1")

@@ -82,6 +82,12 @@ def test_default_index_is_selective():
     assert lsh_bands(0.8) == (25, 5)
 
 
+def test_pair_of_exactly_the_threshold_counts():
+    parts = {"test": rows("t", "one two three four five six"), "training": rows("a", "one two three four five six seven")}
+    (pair,) = find_duplicates(parts, 0.8)
+    assert pair.similarity == 0.8  # 4 triples of 5
+
+
 def test_short_and_wordless_texts():
     assert find_duplicates({"test": rows("t", "ok", "!!"), "training": rows("a", "no", "??")}, 0.8) == ()
     found = find_duplicates({"test": rows("t", "ok", "!!"), "training": rows("a", "OK.", "!!")}, 0.8)

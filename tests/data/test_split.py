@@ -81,6 +81,12 @@ def test_labels_keep_their_share():
     assert Counter(r.label for r in split.held_out) == {"many": 90, "rare": 10}
 
 
+def test_places_left_over_go_to_the_largest_remainders():
+    rows = [row(f"t{n}", "abc"[min(n // 7, 2)], source=f"f:{n}") for n in range(20)]  # 7, 7 and 6 rows
+    split = split_rows(rows, spec(held_out_fraction=0.25))
+    assert Counter(r.label for r in split.held_out) == {"a": 2, "b": 2, "c": 1}
+
+
 def test_a_label_is_never_held_out_as_a_whole():
     rows = [row("only one", "rare"), row("only one", "rare", source="f:2"), *(row(f"t{n}", "many") for n in range(5))]
     for seed in range(20):

@@ -102,6 +102,12 @@ def test_template_that_hides_the_text_is_refused(byte_tokenizer):
         learnt(TWO, byte_tokenizer(SHOUTED))
 
 
+def test_template_that_repeats_a_part_of_the_text_is_refused(byte_tokenizer):
+    repeats = "{% for m in messages %}{{ '<|start|>' + m['content'] + m['content'][0] + '<|end|>' }}{% endfor %}"
+    with pytest.raises(DataError, match="cannot be found in the result"):
+        learnt(TWO, byte_tokenizer(repeats))
+
+
 def test_template_that_knows_no_system_prompt_is_named(byte_tokenizer):
     with pytest.raises(
         DataError, match=r"refuses the turns \(system, user, assistant\): Only user and assistant.*chat_template off"

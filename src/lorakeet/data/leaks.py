@@ -198,7 +198,7 @@ def _near_pairs(documents: Sequence[_Document], threshold: float) -> Iterator[Le
         found: set[tuple[str, str]] = set()
         for other in sorted(index.query(signature)):
             small, large = sorted((len(sets[number]), len(sets[other])))
-            if small < threshold * large:  # the similarity cannot exceed small / large
+            if small / large < threshold:  # the similarity cannot exceed small / large
                 continue
             similarity = jaccard(sets[number], sets[other])
             if similarity >= threshold:

@@ -206,7 +206,7 @@ def _clean(text: str, spec: DataSpec) -> str:
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
-        # JSON can write half of a character (\\ud83d alone), which no tokenizer takes.
+        # JSON can write half of a character (the escape of one surrogate), which no tokenizer takes.
         raise _Unusable(
             f"the text holds half of a character at position {error.start}; mend its escapes or remove the row."
         ) from error
