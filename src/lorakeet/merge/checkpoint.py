@@ -1,0 +1,130 @@
+"""A model folder on disk: its safetensors shards by tensor name, its config.json, and the files that go along."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lorakeet.errors import ConfigError, DataError
+from lorakeet.formats.safe import SafeFile, Stored, open_safetensors
+
+CONFIG = "config.json"
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+_WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".ot"}
+_PICKLES = {".bin", ".pt", ".pth", ".ckpt"}
+_NOT_COPIED = {CONFIG, "README.md"}  # the card describes the base
+_ALONG = ("additional_chat_templates",)
+_TOKENIZER = ("tokenizer", "special_tokens", "added_tokens", "vocab", "merges", "spiece", "chat_template")
+# Words that one class puts before its parts and another does not, so a checkpoint may lack them.
+_WRAPPERS = {"model", "transformer", "language_model", "text_model", "base_model"}
+# What a module is called in memory, and what Mixtral's checkpoints call it.
+_RENAMED = ((".mlp.", ".block_sparse_moe."),)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """The tensors of a model folder by name, without reading them."""
+
+    folder: Path
+    shards: Mapping[str, SafeFile]  # by file name
+    home: Mapping[str, str]  # tensor name to file name
+    config: Mapping[str, Any]
+
+    def stored(self, name: str) -> Stored:
+        return self.shards[self.home[name]].tensors[name]
+
+    def find(self, wanted: str) -> str | None:
+        """The name on disk of the parameter that a model calls `wanted`, or None."""
+        spellings = [wanted, *(wanted.replace(old, new) for old, new in _RENAMED if old in wanted)]
+        for spelling in spellings:
+            if spelling in self.home:
+                return spelling
+        cores = {_core(spelling) for spelling in spellings}
+        found = [name for name in self.home if _core(name) in cores]
+        return found[0] if len(found) == 1 else None
+
+    def setting(self, name: str) -> Any:
+        """A value of config.json, also from the text_config of a model with several parts; None where it is not."""
+        text = self.config.get("text_config")
+        return self.config.get(name, text.get(name) if isinstance(text, dict) else None)
+
+
+def _core(name: str) -> str:
+    parts = name.split(".")
+    while len(parts) > 2 and parts[0] in _WRAPPERS:
+        parts = parts[1:]
+    return ".".join(parts)
+
+
+def open_checkpoint(folder: Path) -> Checkpoint:
+    """The checkpoint in `folder`, every shard's header checked. ConfigError, DataError name what is missing or broken."""
+    if not folder.is_dir():
+        raise ConfigError(f"{folder} is not a folder; expected one with {CONFIG} and {SINGLE} or {INDEX}.")
+    config = _read_object(folder / CONFIG) if (folder / CONFIG).exists() else {}
+    if config.get("quantization_config"):
+        method = config["quantization_config"].get("quant_method", "unknown")
+        raise ConfigError(
+            f"{folder} holds quantised weights ({method}); a merge needs the dense model they were made from. Name that one."
+        )
+    if (folder / INDEX).exists():
+        home = _read_object(folder / INDEX).get("weight_map")
+        if not isinstance(home, dict) or not all(isinstance(file, str) for file in home.values()):
+            raise DataError(f"{folder / INDEX} has no weight_map from tensor names to file names.")
+    elif (folder / SINGLE).exists():
+        home = dict.fromkeys(open_safetensors(folder / SINGLE).tensors, SINGLE)
+    else:
+        pickles = sorted(file.name for file in folder.iterdir() if file.suffix in _PICKLES)
+        also = f" {', '.join(pickles)}: pickle files, which are never opened; save the model as safetensors." if pickles else ""
+        raise DataError(f"{folder} has neither {SINGLE} nor {INDEX}.{also}")
+    odd = sorted({file for file in home.values() if Path(file).name != file})
+    if odd:
+        raise DataError(f"{folder / INDEX} names files outside of its folder: {', '.join(odd)}.")
+    shards = {file: open_safetensors(folder / file) for file in sorted(set(home.values()))}
+    lost = sorted(name for name, file in home.items() if name not in shards[file].tensors)
+    if lost:
+        raise DataError(f"{folder / INDEX} lists {len(lost)} tensors that their files do not have: {', '.join(lost[:8])}.")
+    return Checkpoint(folder, shards, home, config)
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror or error}.") from error
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise DataError(f"{path} is not JSON: {error}.") from error
+    if not isinstance(data, dict):
+        raise DataError(f"{path} is not a JSON object.")
+    return data
+
+
+def files_along(source: Path, tokenizer: Path | None) -> list[Path]:
+    """The files to copy beside the weights: all that is no weight, the tokenizer's from `tokenizer` if given."""
+    files = [file for file in sorted(source.iterdir()) if file.is_file() and _goes_along(file)]
+    for name in _ALONG:
+        files += sorted(file for file in (source / name).glob("*") if file.is_file())
+    if tokenizer is not None:
+        own = [file for file in sorted(tokenizer.iterdir()) if file.is_file() and _is_tokenizer(file) and _goes_along(file)]
+        files = [file for file in files if not _is_tokenizer(file)] + own
+    return files
+
+
+def _goes_along(file: Path) -> bool:
+    return file.suffix not in _WEIGHTS and file.name not in _NOT_COPIED and not file.name.endswith(".index.json")
+
+
+def _is_tokenizer(file: Path) -> bool:
+    return file.name.startswith(_TOKENIZER)
+
+
+def copy_along(files: Iterable[Path], out: Path) -> None:
+    """Copies the contents of `files` into `out`; those of a known subfolder keep it."""
+    for file in files:
+        place = out / file.parent.name if file.parent.name in _ALONG else out
+        place.mkdir(exist_ok=True)
+        shutil.copyfile(file, place / file.name)

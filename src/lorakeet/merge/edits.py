@@ -1,0 +1,242 @@
+"""Which tensors of a checkpoint an adapter changes, and how: worked out and checked before a byte is written.
+
+    linear, conv1d, conv2d, embedding     PATH.weight                                  fold
+    experts, kept in one tensor           BLOCK.gate_up_proj, BLOCK.down_proj          fold, all experts
+    experts, kept one by one              BLOCK.0.w1.weight, .w3, .w2                  fold, one expert's rows
+                                          BLOCK.0.gate_proj.weight, .up_proj, .down_proj
+    a pair's bias                         PATH.bias                                    add scale·bias
+    trained token rows                    PATH.weight                                  write the rows, lengthen if needed
+    extras                                the parameter                                replace
+
+Where the head shares the embedding's weight and only one of the two changes, the head gets a tensor of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lorakeet.core.adapter import Adapter, Pair, TokenRows
+from lorakeet.core.dora import DoraPair
+from lorakeet.core.lowrank import LoraPair
+from lorakeet.core.math import Kind, delta, fold
+from lorakeet.core.plan import PlanEntry
+from lorakeet.errors import Problems
+from lorakeet.merge.checkpoint import Checkpoint
+
+EMBEDDINGS = ("embed_tokens", "wte", "word_embeddings", "embed_in", "tok_embeddings")
+HEADS = ("lm_head", "embed_out")
+CONV1D_MODELS = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")
+TRANSPOSED_EXPERTS = ("gpt_oss", "llama4", "llama4_text")
+# Rows of a fused parameter, in order, as checkpoints with one matrix per expert name them.
+_PARTS = {"gate_up_proj": (("w1", "w3"), ("gate_proj", "up_proj")), "down_proj": (("w2",), ("down_proj",))}
+
+
+@dataclass
+class Edit:
+    """What becomes of one tensor: `steps` in turn, on fp32; `shape` is the result's. `source` is where it is read."""
+
+    source: str
+    shape: tuple[int, ...]
+    steps: list[Callable[[Tensor], Tensor]] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Edits:
+    """All changes by name of the written tensor, changed settings of config.json, and what the user should know."""
+
+    by_name: dict[str, Edit]
+    config: dict[str, Any]
+    notes: tuple[str, ...]
+
+
+def edits_for(checkpoint: Checkpoint, adapter: Adapter) -> Edits:
+    """The changes that `adapter` makes to `checkpoint`. ConfigError lists every tensor that is missing or has another shape."""
+    planner = _Planner(checkpoint, Problems(f"The adapter does not fit {checkpoint.folder}"))
+    planner.untie(adapter)
+    for path, tensor in adapter.extras.items():
+        planner.replace(path, tensor)
+    for path, rows in adapter.token_rows.items():
+        planner.write_rows(path, rows)
+    for path, pair in adapter.pairs.items():
+        if pair.kind == "experts":
+            planner.fold_experts(path, pair)
+        else:
+            planner.fold(path, pair)
+    planner.problems.raise_if_any()
+    return Edits(planner.edits, planner.config, tuple(planner.notes))
+
+
+class _Planner:
+    def __init__(self, checkpoint: Checkpoint, problems: Problems) -> None:
+        self.checkpoint = checkpoint
+        self.problems = problems
+        self.edits: dict[str, Edit] = {}
+        self.config: dict[str, Any] = {}
+        self.notes: list[str] = []
+        self.head = ""  # name of the head's new tensor, once untied
+        self.model_type = str(checkpoint.setting("model_type") or "")
+
+    def untie(self, adapter: Adapter) -> None:
+        """Gives the head a tensor of its own, where it shares the embedding's and the adapter changes one of them alone."""
+        embedding = next((name for name in self.checkpoint.home if _leaf(name.rpartition(".")[0]) in EMBEDDINGS), None)
+        head = next((found for name in HEADS if (found := self.checkpoint.find(f"{name}.weight"))), None)
+        if embedding is None or (head is not None and self.checkpoint.setting("tie_word_embeddings") is not True):
+            return
+        changed = [*adapter.pairs, *(path.rpartition(".")[0] for path in adapter.extras)]
+        heads = [path for path in (*changed, *adapter.token_rows) if _leaf(path) in HEADS]
+        if not heads and not any(_leaf(path) in EMBEDDINGS for path in changed):
+            return
+        self.head = f"{heads[0] if heads else HEADS[0]}.weight"
+        self.edits[self.head] = Edit(embedding, self.checkpoint.stored(embedding).shape)
+        self.config["tie_word_embeddings"] = False
+        self.notes.append(
+            f"The base shares one weight between {embedding} and its head; the adapter changes one of them alone, so {self.head} "
+            "is now written separately and tie_word_embeddings is false."
+        )
+
+    def edit(self, wanted: str) -> Edit | None:
+        """The edit of the parameter `wanted`, begun if it is new; None, with a problem noted, where the checkpoint lacks it."""
+        if self.head and wanted == self.head:
+            return self.edits[self.head]
+        name = self.checkpoint.find(wanted)
+        if name is None:
+            self.problems.add(f"{wanted}: the checkpoint has no such tensor.")
+            return None
+        stored = self.checkpoint.stored(name)
+        if stored.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+            self.problems.add(f"{name} is stored as {stored.dtype}, which cannot be folded into; use the dense model.")
+            return None
+        return self.edits.setdefault(name, Edit(name, stored.shape))
+
+    def replace(self, path: str, tensor: Tensor) -> None:
+        edit = self.edit(path)
+        if edit is None:
+            return
+        shape = tuple(tensor.shape)
+        vocabulary = _leaf(path.rpartition(".")[0]) in (*EMBEDDINGS, *HEADS) and shape[1:] == edit.shape[1:]
+        if shape != edit.shape and not vocabulary:
+            self.problems.add(f"{path} is {edit.shape} in the checkpoint and {shape} in the adapter.")
+            return
+        if shape != edit.shape:
+            self._resize_vocabulary(shape[0])
+        edit.shape = shape
+        edit.steps.append(lambda _: tensor.float())
+
+    def write_rows(self, path: str, rows: TokenRows) -> None:
+        edit = self.edit(f"{path}.weight")
+        if edit is None:
+            return
+        if len(edit.shape) != 2 or edit.shape[1] != rows.rows.shape[1]:
+            self.problems.add(f"{path}.weight is {edit.shape} in the checkpoint; the trained rows are {tuple(rows.rows.shape)}.")
+            return
+        count = max(edit.shape[0], max(rows.ids) + 1)
+        if count != edit.shape[0]:
+            self._resize_vocabulary(count)
+            tokens = f" ({', '.join(rows.tokens)})" if rows.tokens else ""
+            self.notes.append(f"{path}.weight grows from {edit.shape[0]} to {count} rows for the new tokens{tokens}.")
+        edit.shape = (count, edit.shape[1])
+        edit.steps.append(lambda weight: _with_rows(weight, rows, count))
+
+    def _resize_vocabulary(self, count: int) -> None:
+        self.config["vocab_size"] = max(count, self.config.get("vocab_size", 0))
+
+    def fold(self, path: str, pair: Pair) -> None:
+        edit = self.edit(f"{path}.weight")
+        if edit is None:
+            return
+        kind = self._kind(path, pair, edit.shape)
+        shape = _weight_shape(pair, kind)
+        if edit.shape != shape:
+            self.problems.add(f"{path}.weight is {edit.shape} in the checkpoint; the pair is for {shape} ({kind}).")
+            return
+        edit.steps.append(lambda weight: module_of(path, pair, kind).fold(weight))
+        if pair.bias is not None:
+            self._add_bias(path, pair.bias * pair.scale)
+
+    def _add_bias(self, path: str, bias: Tensor) -> None:
+        name = self.checkpoint.find(f"{path}.bias")
+        if name is None:
+            self.problems.add(
+                f"{path} has no bias in the checkpoint, and the pair adds one, which the model's configuration "
+                f"({self.model_type or 'unknown'}) has no place for. Keep this adapter unmerged."
+            )
+            return
+        edit = self.edits.setdefault(name, Edit(name, self.checkpoint.stored(name).shape))
+        edit.steps.append(lambda old: fold(old, bias))
+
+    def _kind(self, path: str, pair: Pair, shape: tuple[int, ...]) -> Kind:
+        """linear and conv1d look alike in an adapter; the stored shape decides, and where it is square, the model's type."""
+        if pair.kind not in ("linear", "conv1d"):
+            return pair.kind
+        out_in = (pair.B.shape[0], pair.A.shape[1])
+        if shape == out_in != out_in[::-1]:
+            return "linear"
+        if shape == out_in[::-1] != out_in:
+            return "conv1d"
+        return "conv1d" if self.model_type in CONV1D_MODELS and _leaf(path) not in HEADS else "linear"
+
+    def fold_experts(self, path: str, pair: Pair) -> None:
+        block, _, parameter = path.rpartition(".")
+        if self.model_type in TRANSPOSED_EXPERTS:
+            self.problems.add(f"{path}: the experts of {self.model_type} are stored transposed, which is not supported.")
+            return
+        if self.checkpoint.find(path) is not None:
+            edit = self.edit(path)
+            shape = (pair.A.shape[0], pair.B.shape[1], pair.A.shape[2])
+            if edit is not None and edit.shape != shape:
+                self.problems.add(f"{path} is {edit.shape} in the checkpoint; the pair is for {shape}.")
+            elif edit is not None:
+                edit.steps.append(lambda weight: module_of(path, pair, "experts").fold(weight))
+            return
+        spellings = _PARTS.get(parameter, ())
+        parts = next((p for p in spellings if self.checkpoint.find(f"{block}.0.{p[0]}.weight")), None)
+        if parts is None:
+            tried = ", ".join([path, *(f"{block}.0.{p[0]}.weight" for p in spellings)])
+            self.problems.add(f"{path}: the checkpoint has no such tensor (tried {tried}).")
+            return
+        for expert in range(pair.A.shape[0]):
+            for part, B in zip(parts, pair.B[expert].chunk(len(parts)), strict=True):
+                self._fold_expert(f"{block}.{expert}.{part}.weight", pair.A[expert], B, pair.scale)
+
+    def _fold_expert(self, name: str, A: Tensor, B: Tensor, scale: float) -> None:
+        edit = self.edit(name)
+        shape = (B.shape[0], A.shape[1])
+        if edit is not None and edit.shape != shape:
+            self.problems.add(f"{name} is {edit.shape} in the checkpoint; the pair is for {shape}.")
+        elif edit is not None:
+            edit.steps.append(lambda weight: fold(weight, delta(A.float(), B.float(), scale)))
+
+
+def module_of(path: str, pair: Pair, kind: Kind) -> LoraPair:
+    """The pair as the module that knows how to fold itself."""
+    shape = _weight_shape(pair, kind)
+    planned = shape[::-1] if kind == "conv1d" else shape
+    variant = "lora" if pair.magnitude is None else "dora"
+    entry = PlanEntry(path, kind, planned, pair.rank, pair.alpha, pair.scale_rule, variant)  # type: ignore[arg-type]
+    module = LoraPair(entry) if pair.magnitude is None else DoraPair(entry)
+    module.load(pair)
+    return module
+
+
+def _weight_shape(pair: Pair, kind: Kind) -> tuple[int, ...]:
+    """The stored weight's shape that `pair` is for (table in core/math)."""
+    if kind == "experts":
+        return pair.A.shape[0], pair.B.shape[1], pair.A.shape[2]
+    if kind in ("conv1d", "embedding"):
+        return pair.A.shape[1], pair.B.shape[0]
+    return pair.B.shape[0], *pair.A.shape[1:]
+
+
+def _with_rows(weight: Tensor, rows: TokenRows, count: int) -> Tensor:
+    """`weight` lengthened to `count` rows by the mean of its own, with the trained rows written in."""
+    added = weight.mean(0, keepdim=True).expand(count - weight.shape[0], -1)
+    return torch.cat([weight, added]).index_copy_(0, torch.tensor(rows.ids), rows.rows.float())
+
+
+def _leaf(path: str) -> str:
+    return path.rpartition(".")[2]
