@@ -74,6 +74,12 @@ def activate(model: nn.Module, name: str | None) -> None:
         layer.active = name if name is not None and name in layer.adapters else None
 
 
+def use_products(model: nn.Module, products: torch.dtype) -> None:
+    """Makes every adapted layer run its matrix products in `products` (core/precision), whatever its weights are kept in."""
+    for _, layer in modules.adapted_layers(model):
+        layer.products = products
+
+
 def attach(model: nn.Module, adapter: Adapter, name: str = "default") -> None:
     """Adds a finished adapter under `name` and makes it active.
 

@@ -1,0 +1,132 @@
+"""A .gguf model as a dense safetensors folder, made once and kept in the cache folder."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+from lorakeet.errors import DataError, EnvironmentProblem
+from lorakeet.models.quiet import quiet_transformers
+
+_LAYOUT = 1  # counted up when what is written into a copy changes
+_MAGIC = b"GGUF"
+_LARGEST_GROWTH = 10  # fp32 bytes of a copy per byte of a 3-bit file: the room that must be free
+
+
+def cache_folder() -> Path:
+    """Where copies are kept: the folder that LORAKEET_CACHE names, or ~/.cache/lorakeet."""
+    named = os.environ.get("LORAKEET_CACHE")
+    return Path(named).expanduser() if named else Path.home() / ".cache" / "lorakeet"
+
+
+def dense_copy(path: Path, say: Callable[[str], None]) -> Path:
+    """The folder with the dense fp32 copy and the tokenizer of a .gguf file; made if the cache has none of this content.
+
+    The copy appears whole or not at all. Raises DataError for a file that is no readable GGUF, EnvironmentProblem where a
+    package or room on the disk is missing.
+    """
+    _check_magic(path)
+    folder = cache_folder() / "gguf"
+    target = folder / f"{path.stem}-{_digest(path, folder)[:16]}-{_LAYOUT}"
+    if (target / "config.json").is_file():
+        return target
+    for package in ("gguf", "accelerate"):
+        if importlib.util.find_spec(package) is None:
+            raise EnvironmentProblem(f"Reading {path.name} needs the package {package}: pip install 'lorakeet[gguf]' accelerate")
+    _check_room(path, folder)
+    say(f"Unpacking {path.name} once into {target}; later runs read that copy.")
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".unpacking-") as work:
+        partial = Path(work) / "copy"
+        _convert(path, partial)
+        try:
+            os.replace(partial, target)
+        except OSError:
+            if not (target / "config.json").is_file():  # otherwise another process was faster, with the same content
+                raise
+    return target
+
+
+def _convert(path: Path, out: Path) -> None:
+    try:
+        with quiet_transformers():
+            tokenizer: Any = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+            model: Any = AutoModelForCausalLM.from_pretrained(
+                path.parent, gguf_file=path.name, quantization_config=GgufConfig(dequantize=True), dtype=torch.float32
+            )
+            model.config.quantization_config = None
+            del model.config.quantization_config
+            model.save_pretrained(out)
+            tokenizer.save_pretrained(out)
+    except (ValueError, KeyError, RuntimeError, IndexError, NotImplementedError) as error:
+        raise DataError(
+            f"{path} cannot be unpacked: {type(error).__name__}: {error}. The file may be cut off (fetch it again), or of an "
+            "architecture that transformers does not read from GGUF (use the model's safetensors folder)."
+        ) from error
+
+
+def _check_magic(path: Path) -> None:
+    try:
+        with path.open("rb") as file:
+            magic = file.read(4)
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror}.") from error
+    if magic != _MAGIC:
+        raise DataError(f"{path} is not a GGUF file: it begins with {magic!r}, expected {_MAGIC!r}. Fetch it again.")
+
+
+def _check_room(path: Path, folder: Path) -> None:
+    wanted, free = path.stat().st_size * _LARGEST_GROWTH, shutil.disk_usage(folder).free
+    if free < wanted:
+        raise EnvironmentProblem(
+            f"The dense copy of {path.name} needs up to {wanted / 1e9:.1f} GB in {folder}, which has {free / 1e9:.1f} GB free. "
+            "Free some, or set LORAKEET_CACHE to a folder on a larger disk."
+        )
+
+
+def _digest(path: Path, folder: Path) -> str:
+    """sha256 of the file's content; computed once per path, size and time of change, and remembered in the cache."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise EnvironmentProblem(
+            f"The cache folder {folder} cannot be made: {error.strerror}. Set LORAKEET_CACHE to a folder that can be written."
+        ) from error
+    stat = path.stat()
+    note = folder / "digests.json"
+    known = _remembered(note)
+    key, stamp = str(path.resolve()), [stat.st_size, stat.st_mtime_ns]
+    if key in known and known[key][:2] == stamp:
+        return str(known[key][2])
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 22):
+            digest.update(block)
+    known[key] = [*stamp, digest.hexdigest()]
+    handle, partial = tempfile.mkstemp(dir=folder, prefix=".digests-")
+    with os.fdopen(handle, "w", encoding="utf-8") as out:
+        json.dump(known, out, indent=1)
+    os.replace(partial, note)
+    return digest.hexdigest()
+
+
+def _remembered(note: Path) -> dict[str, Any]:
+    """What was noted; nothing where the note is missing or damaged, since it can be made again."""
+    try:
+        known = json.loads(note.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return (
+        {key: value for key, value in known.items() if isinstance(value, list) and len(value) == 3}
+        if isinstance(known, dict)
+        else {}
+    )

@@ -1,0 +1,182 @@
+"""Loads a text model and proves, on a few tokens, that Lorakeet's way through it gives the model's own logits."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from lorakeet.data.pack import Batch
+from lorakeet.errors import ConfigError, DataError, EnvironmentProblem
+from lorakeet.models.attention import VARLEN, register
+from lorakeet.models.families import family_of
+from lorakeet.models.placement import device_for, dtype_for, products_for
+from lorakeet.models.quiet import quiet_transformers
+from lorakeet.models.source import find_source
+from lorakeet.models.spec import ModelSpec
+from lorakeet.models.text import TextModel
+
+CHECK_ROWS = (5, 3)  # tokens of the two rows of the check
+HEAD_TOLERANCE = 8  # in units of the dtype's rounding: both sides multiply the same numbers
+ATTENTION_TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}  # relative to the largest logit
+
+
+def load_text_model(spec: ModelSpec, *, say: Callable[[str], None] | None = None) -> TextModel:
+    """The model that `spec` names, frozen and checked; `say` gets what the user should know (default: the log).
+
+    Raises ConfigError or DataError for a wrong name or damaged files, EnvironmentProblem for what this machine lacks or
+    where the check of the head or of the attention fails.
+    """
+    tell = say or logging.getLogger("lorakeet").info
+    source = find_source(spec, tell)
+    device = device_for(spec.device)
+    dtype = dtype_for(spec.dtype, device)
+    model = _model(source, dtype).to(device)
+    text = TextModel(
+        model=model,
+        tokenizer=load_tokenizer(source),
+        name=spec.path,
+        source=source,
+        family=family_of(model.config.get_text_config()),
+        device=device,
+        dtype=dtype,
+        products=products_for(spec, dtype, device),
+    )
+    with torch.no_grad(), quiet_transformers():
+        reference = _own_logits(text)
+        check_head(text, reference)
+        _choose_attention(text, spec.attention, reference, tell)
+    return text
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """The tokenizer in `folder`; DataError where it cannot be read."""
+    try:
+        with quiet_transformers():
+            return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except (ValueError, OSError, KeyError, TypeError, ImportError) as error:
+        raise DataError(
+            f"The tokenizer in {folder} cannot be loaded: {type(error).__name__}: {error}. Fetch it again."
+        ) from error
+
+
+def _model(source: Path, dtype: torch.dtype) -> Any:
+    """The frozen model in eval mode, with eager attention, on the CPU; the weights' pages stay those of the files if they can."""
+    config = _config(source)
+    try:
+        with quiet_transformers():
+            model, report = AutoModelForCausalLM.from_pretrained(
+                source,
+                config=config,
+                dtype=dtype,
+                attn_implementation="eager",
+                use_safetensors=True,
+                local_files_only=True,
+                output_loading_info=True,
+            )
+    except (ValueError, RuntimeError, OSError, KeyError) as error:
+        raise DataError(
+            f"The '{config.model_type}' model in {source} cannot be loaded for text generation: {type(error).__name__}: {error}"
+        ) from error
+    missing = sorted(report["missing_keys"])
+    if missing:
+        raise DataError(
+            f"{source} lacks {len(missing)} weights of its '{config.model_type}' architecture, such as {missing[0]}; they would "
+            "be random numbers. Fetch the model again, or check architectures in its config.json."
+        )
+    return model.requires_grad_(False).eval()
+
+
+def _config(source: Path) -> Any:
+    try:
+        with quiet_transformers():
+            config = AutoConfig.from_pretrained(source, local_files_only=True)
+    except (ValueError, OSError, KeyError, TypeError) as error:
+        raise DataError(f"{source / 'config.json'} does not describe a model that transformers knows: {error}") from error
+    if getattr(config, "quantization_config", None):
+        raise ConfigError(f"{source} holds quantised weights; name the unquantised model.")
+    return config
+
+
+def _check_batch(text: TextModel, rows: tuple[int, ...]) -> Batch:
+    """Some ordinary ids, with every position a target."""
+    size = text.model.get_input_embeddings().weight.shape[0]
+    count = sum(CHECK_ROWS)
+    ids = (torch.arange(count) * 7919 + 11) % size
+    first = sum(CHECK_ROWS) - sum(rows)
+    tokens = ids[first:]
+    return Batch(tokens, rows, torch.arange(len(tokens)), tokens, tuple(map(str, range(len(rows))))).to(text.device)
+
+
+def _own_logits(text: TextModel) -> Tensor:
+    """What the model itself answers for the rows of the check, one at a time, with eager attention: (tokens, vocabulary)."""
+    batch = _check_batch(text, CHECK_ROWS)
+    rows = batch.ids.split(list(batch.lengths))  # type: ignore[no-untyped-call]
+    return torch.cat([text.model(input_ids=row[None], use_cache=False).logits[0] for row in rows])
+
+
+def check_head(text: TextModel, reference: Tensor) -> None:
+    """Raises EnvironmentProblem unless `head` of `hidden` is the model's own logits `reference`, from the same attention."""
+    kind = text.model.config.model_type
+    if text.model.get_output_embeddings() is None:
+        raise EnvironmentProblem(f"Models of type '{kind}' have no output layer over the vocabulary that could be found.")
+    rows = _check_batch(text, CHECK_ROWS).ids.split(list(CHECK_ROWS))  # type: ignore[no-untyped-call]
+    ours = []
+    for row in rows:
+        single = Batch(row, (len(row),), torch.arange(len(row), device=row.device), row, ("check",))
+        ours.append(text.head(text.hidden(single)))
+    logits = torch.cat(ours)
+    worst = float((logits.float() - reference.float()).abs().max()) if logits.shape == reference.shape else float("inf")
+    allowed = HEAD_TOLERANCE * torch.finfo(text.dtype).eps * float(reference.abs().max())
+    if not worst <= allowed:
+        raise EnvironmentProblem(
+            f"The head of '{kind}' models computes its logits in a way that Lorakeet does not know: on {len(logits)} tokens the "
+            f"largest difference is {worst:.3g}, where rounding explains {allowed:.3g}. Models of this type cannot be used yet; "
+            "please report it."
+        )
+
+
+def _choose_attention(text: TextModel, asked: str, reference: Tensor, say: Callable[[str], None]) -> None:
+    """Sets the first attention that gives the model's own logits; only the one `asked` for, unless that is auto."""
+    failures: list[str] = []
+    for attention in ("varlen", "sdpa", "eager") if asked == "auto" else (asked,):
+        failure = _try_attention(text, attention, reference)
+        if failure is None:
+            if failures:
+                say(f"Attention: {attention}, as {'; '.join(failures)}.")
+            return
+        failures.append(failure)
+    raise EnvironmentProblem(f"model.attention {asked} cannot be used: {'; '.join(failures)}. Use model.attention auto.")
+
+
+def _try_attention(text: TextModel, attention: str, reference: Tensor) -> str | None:
+    """None when the model now runs with `attention` and still gives its own logits; else why it does not."""
+    kind = text.model.config.model_type
+    try:
+        set_attention(text.model, attention)
+        if text.attention != attention:
+            return f"'{kind}' models cannot exchange their attention for {attention}"
+        logits = text.head(text.hidden(_check_batch(text, CHECK_ROWS)))
+    except EnvironmentProblem as error:
+        return str(error).rstrip(".")
+    except (ValueError, ImportError, TypeError) as error:
+        return f"'{kind}' models do not run with {attention} ({str(error).splitlines()[0].rstrip('.')})"
+    # The median over tokens: rounding may send a single token of a mixture to another expert.
+    differences = (logits.float() - reference.float()).abs().amax(1)
+    allowed = ATTENTION_TOLERANCE[text.dtype] * float(reference.abs().max())
+    if not float(differences.median()) <= allowed:
+        return f"{attention} gives other logits than the '{kind}' model's own code (by {float(differences.median()):.3g})"
+    return None
+
+
+def set_attention(model: Any, attention: str) -> None:
+    """Makes the model attend by varlen, sdpa or eager, through transformers' own switch."""
+    if attention == "varlen":
+        register()
+    with quiet_transformers():
+        model.set_attn_implementation(VARLEN if attention == "varlen" else attention)

