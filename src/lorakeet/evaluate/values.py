@@ -1,0 +1,116 @@
+"""Frozen dataclasses to JSON and back, for every value that the run folder keeps.
+
+JSON has no infinity and no NaN, and a measurement may be either; both are written as the strings "inf", "-inf", "nan".
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import types
+from collections.abc import Mapping
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from lorakeet.errors import DataError, nearest
+
+T = TypeVar("T")
+
+
+def encode(value: Any) -> Any:
+    """A copy of `value` made of JSON types only; dataclasses become objects, tuples become arrays."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {field.name: encode(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {str(key): encode(item) for key, item in value.items()}
+    if isinstance(value, (tuple, list)):
+        return [encode(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    raise TypeError(f"Cannot write {type(value).__name__} as JSON; expected dataclasses, tuples, mappings, numbers and text.")
+
+
+def decode(kind: type[T], data: Any, *, where: str = "") -> T:
+    """The value of type `kind` that `encode` turned into `data`; DataError names unknown and missing keys."""
+    result: T = _decode(kind, data, where or kind.__name__)
+    return result
+
+
+def to_text(value: Any) -> str:
+    """JSON text of `value`, indented, one trailing newline, never NaN or Infinity."""
+    return json.dumps(encode(value), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def from_text(kind: type[T], text: str, *, where: str) -> T:
+    """The value in `text`; DataError says `where` and on which line the text is broken."""
+    try:
+        data = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise DataError(
+            f"{where} is not JSON: line {error.lineno}: {error.msg}. Write it again with the same command."
+        ) from error
+    return decode(kind, data, where=where)
+
+
+def _decode(kind: Any, data: Any, where: str) -> Any:
+    origin, arguments = get_origin(kind), get_args(kind)
+    if origin in (Union, types.UnionType):
+        return _decode_union(arguments, data, where)
+    if origin is Literal:
+        if data not in arguments:
+            raise DataError(f"{where} is {data!r}; expected one of {', '.join(map(repr, arguments))}.")
+        return data
+    if dataclasses.is_dataclass(kind):
+        return _decode_dataclass(kind, data, where)
+    if origin is tuple:  # every tuple in these values is tuple[kind, ...]
+        _expect(data, list, where)
+        return tuple(_decode(arguments[0], item, f"{where}[{index}]") for index, item in enumerate(data))
+    if origin in (dict, Mapping):
+        _expect(data, dict, where)
+        return {key: _decode(arguments[1], item, f"{where}.{key}") for key, item in data.items()}
+    if kind is float:
+        return _decode_float(data, where)
+    if kind is not Any:
+        _expect(data, kind, where)
+    return data
+
+
+def _decode_union(arguments: tuple[Any, ...], data: Any, where: str) -> Any:
+    if data is None and type(None) in arguments:
+        return None
+    kinds = [kind for kind in arguments if kind is not type(None)]
+    for kind in kinds[:-1]:
+        try:
+            return _decode(kind, data, where)
+        except DataError:
+            continue
+    return _decode(kinds[-1], data, where)
+
+
+def _decode_dataclass(kind: Any, data: Any, where: str) -> Any:
+    _expect(data, dict, where)
+    hints = get_type_hints(kind)
+    fields = {field.name: field for field in dataclasses.fields(kind)}
+    for key in data:
+        if key not in fields:
+            raise DataError(f"{where} has an unknown key '{key}'; expected {', '.join(fields)}.{nearest(key, fields)}")
+    for name, field in fields.items():
+        required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+        if required and name not in data:
+            raise DataError(f"{where} lacks the key '{name}'; it was cut off or written by another program.")
+    return kind(**{key: _decode(hints[key], item, f"{where}.{key}") for key, item in data.items()})
+
+
+def _decode_float(data: Any, where: str) -> float:
+    if isinstance(data, str) and data in ("inf", "-inf", "nan"):
+        return float(data)
+    if isinstance(data, bool) or not isinstance(data, (int, float)):
+        raise DataError(f"{where} is {data!r}; expected a number.")
+    return float(data)
+
+
+def _expect(data: Any, kind: type, where: str) -> None:
+    if not isinstance(data, kind) or (kind is int and isinstance(data, bool)):
+        raise DataError(f"{where} is {data!r}; expected {kind.__name__}.")

@@ -1,0 +1,62 @@
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass, field
+from typing import Literal
+
+import pytest
+
+from lorakeet.errors import DataError
+from lorakeet.evaluate.values import decode, encode, from_text, to_text
+
+
+@dataclass(frozen=True)
+class Leaf:
+    size: float
+    kind: Literal["a", "b"] = "a"
+
+
+@dataclass(frozen=True)
+class Tree:
+    leaves: tuple[Leaf, ...]
+    named: dict[str, Leaf] = field(default_factory=dict)
+    top: Leaf | None = None
+    grid: tuple[tuple[int, ...], ...] = ()
+
+
+def test_round_trip_with_infinity_and_nothing() -> None:
+    tree = Tree((Leaf(1.5), Leaf(math.inf, "b")), {"x": Leaf(-math.inf)}, None, ((1, 2), (3,)))
+    assert from_text(Tree, to_text(tree), where="tree.json") == tree
+    assert math.isnan(decode(Leaf, encode(Leaf(math.nan))).size)
+
+
+def test_text_is_strict_json() -> None:
+    json.loads(to_text(Leaf(math.nan)), parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        ({"size": 1.0, "knd": "a"}, "Did you mean 'kind'?"),
+        ({"kind": "a"}, "lacks the key 'size'"),
+        ({"size": "large"}, "'large'; expected a number"),
+        ({"size": True}, "True; expected a number"),
+        ({"size": 1, "kind": "c"}, "expected one of 'a', 'b'"),
+        ([1], "expected dict"),
+    ],
+)
+def test_wrong_data_is_named(data: object, words: str) -> None:
+    with pytest.raises(DataError, match="Leaf") as caught:
+        decode(Leaf, data)
+    assert words in str(caught.value)
+
+
+def test_broken_text_names_the_line() -> None:
+    with pytest.raises(DataError, match=r"report\.json is not JSON: line 2"):
+        from_text(Leaf, '{"size":\n oops}', where="report.json")
+
+
+def test_foreign_types_are_refused() -> None:
+    with pytest.raises(TypeError, match="complex"):
+        encode(1j)
