@@ -1,0 +1,176 @@
+"""What a classifier's answers are worth: accuracy, macro-F1, log-loss, calibration, confusion, each with its interval."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lorakeet.errors import DataError, Problems
+from lorakeet.evaluate.calibration import calibration_error
+from lorakeet.evaluate.intervals import Estimate, Floats, Integers, Statistic, bootstrap, mean, share
+from lorakeet.evaluate.spec import EvaluateSpec
+
+METRICS = ("accuracy", "macro_f1", "log_loss", "calibration_error", "brier")
+HIGHER_IS_BETTER = {"accuracy": True, "macro_f1": True, "log_loss": False, "calibration_error": False, "brier": False}
+
+
+@dataclass(frozen=True, eq=False)
+class Answers:
+    """One system's label log-probabilities on rows whose truth is known.
+
+    `truth` (n,) and the columns of `log_probs` (n, labels) index `labels`. `groups` names the rows that belong together
+    (intervals then resample groups). `note` says what a reader must know about the system. Ties go to the first label.
+    """
+
+    system: str
+    labels: tuple[str, ...]
+    truth: Integers
+    log_probs: Floats
+    groups: tuple[Hashable, ...] | None = None
+    note: str = ""
+
+    def __post_init__(self) -> None:
+        problems = Problems(f"The answers of '{self.system}' cannot be measured", kind=DataError)
+        n, width = len(self.truth), len(self.labels)
+        if width < 2:
+            problems.add(f"Classification needs at least 2 labels; found {width}: {', '.join(self.labels) or 'none'}.")
+        if n < 1:
+            problems.add("There are 0 rows to answer; expected at least 1. Evaluate on a file that has rows.")
+        if self.log_probs.shape != (n, width):
+            problems.add(f"The log-probabilities have the shape {self.log_probs.shape}; expected ({n}, {width}): rows, labels.")
+        elif n and bool(np.isnan(self.log_probs).any()):
+            row = int(np.flatnonzero(np.isnan(self.log_probs).any(axis=1))[0])
+            problems.add(f"Row {row} has NaN log-probabilities; the model's output overflowed. Evaluate in fp32 or bf16.")
+        elif n and float(np.abs(np.exp(self.log_probs).sum(axis=1) - 1).max()) > 1e-4:
+            row = int(np.abs(np.exp(self.log_probs).sum(axis=1) - 1).argmax())
+            problems.add(f"Row {row} has probabilities that sum to {np.exp(self.log_probs[row]).sum():.4f}; expected 1.")
+        if n and width and (int(self.truth.min()) < 0 or int(self.truth.max()) >= width):
+            problems.add(f"A true label has the index {int(self.truth.max())}; expected 0 to {width - 1}.")
+        if self.groups is not None and len(self.groups) != n:
+            problems.add(f"There are {len(self.groups)} group ids for {n} rows; expected one for each row.")
+        problems.raise_if_any()
+
+    @property
+    def probabilities(self) -> Floats:
+        return np.asarray(np.exp(self.log_probs))
+
+    @property
+    def predicted(self) -> Integers:
+        return np.asarray(self.log_probs.argmax(axis=1))
+
+    @property
+    def correct(self) -> NDArray[np.bool_]:
+        return np.asarray(self.predicted == self.truth)
+
+    @property
+    def confidence(self) -> Floats:
+        """Probability of the predicted label (n,)."""
+        return np.asarray(self.probabilities.max(axis=1))
+
+    @property
+    def surprise(self) -> Floats:
+        """-log p(true label) of each row (n,), in nats; their mean is the log-loss. A probability of 0 counts as exp(-700)."""
+        return np.asarray(np.minimum(-self.log_probs[np.arange(len(self.truth)), self.truth], 700.0))
+
+
+def answers_from_probabilities(
+    system: str,
+    probabilities: Floats,
+    *,
+    labels: Sequence[str],
+    truth: Integers,
+    groups: Sequence[Hashable] | None = None,
+    note: str = "",
+) -> Answers:
+    """Answers of a system that gives probabilities (n, labels) rather than log-probabilities."""
+    with np.errstate(divide="ignore"):
+        logs = np.log(np.asarray(probabilities, dtype=np.float64))
+    return Answers(system, tuple(labels), np.asarray(truth), logs, None if groups is None else tuple(groups), note)
+
+
+def measure(answers: Answers, spec: EvaluateSpec) -> dict[str, Estimate]:
+    """The five METRICS of `answers`: accuracy (Wilson), macro-F1, log-loss, calibration error and Brier score (bootstrap)."""
+    n, groups = len(answers.truth), answers.groups
+    errors = answers.probabilities - np.eye(len(answers.labels))[answers.truth]
+    return {
+        "accuracy": share(answers.correct, spec=spec, groups=groups),
+        "macro_f1": bootstrap(macro_f1(answers), n, spec=spec, groups=groups),
+        "log_loss": mean(answers.surprise, spec=spec, groups=groups),
+        "calibration_error": calibration_error(answers.confidence, answers.correct, spec=spec, groups=groups),
+        "brier": mean(np.sum(errors**2, axis=1), spec=spec, groups=groups),
+    }
+
+
+def accuracy(answers: Answers) -> Statistic:
+    """The share of rows answered correctly, as a function of row weights."""
+    correct = answers.correct.astype(np.float64)
+    return lambda weights: (weights @ correct) / weights.sum(axis=1)
+
+
+def log_loss(answers: Answers) -> Statistic:
+    """The mean of -log p(true label) in nats, as a function of row weights."""
+    surprise = answers.surprise
+    return lambda weights: (weights @ surprise) / weights.sum(axis=1)
+
+
+def macro_f1(answers: Answers) -> Statistic:
+    """The unweighted mean of F1 = 2 hits / (true + predicted) over labels, as a function of row weights.
+
+    A label that is neither true nor predicted in the (re)sample is left out of the mean; a label that is true but never
+    predicted counts 0. Both as scikit-learn does by default.
+    """
+    table = np.eye(len(answers.labels))
+    true, predicted = table[answers.truth], table[answers.predicted]
+    hits = true * predicted
+
+    def statistic(weights: Floats) -> Floats:
+        occurs = weights @ (true + predicted)  # (draws, labels)
+        present = occurs > 0
+        scores = np.where(present, 2 * (weights @ hits) / np.where(present, occurs, 1), 0)
+        return np.asarray(scores.sum(axis=1) / present.sum(axis=1))
+
+    return statistic
+
+
+@dataclass(frozen=True)
+class LabelScore:
+    """Precision and recall of one label; `precision` is None where it was never answered, `recall` where it is never true."""
+
+    label: str
+    precision: Estimate | None
+    recall: Estimate | None
+
+
+@dataclass(frozen=True)
+class Confusion:
+    """Counts of rows by true label (first index) and answered label (second), and each label's precision and recall."""
+
+    system: str
+    labels: tuple[str, ...]
+    counts: tuple[tuple[int, ...], ...]
+    scores: tuple[LabelScore, ...]
+
+
+def confusion(answers: Answers, spec: EvaluateSpec) -> Confusion:
+    """The confusion matrix of `answers`; label scores have Wilson's interval, or a bootstrap over groups."""
+    width = len(answers.labels)
+    counts = np.bincount(answers.truth * width + answers.predicted, minlength=width * width).reshape(width, width)
+    scores = tuple(
+        LabelScore(
+            label,
+            precision=_share_among(answers, answers.predicted == index, spec),
+            recall=_share_among(answers, answers.truth == index, spec),
+        )
+        for index, label in enumerate(answers.labels)
+    )
+    return Confusion(answers.system, answers.labels, tuple(tuple(int(count) for count in row) for row in counts), scores)
+
+
+def _share_among(answers: Answers, chosen: NDArray[np.bool_], spec: EvaluateSpec) -> Estimate | None:
+    if not chosen.any():
+        return None
+    groups = None if answers.groups is None else [answers.groups[row] for row in np.flatnonzero(chosen)]
+    return share(answers.correct[chosen], spec=spec, groups=groups)

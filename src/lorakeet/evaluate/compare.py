@@ -1,0 +1,159 @@
+"""Is one system better than another on the same rows? Paired differences, exact or randomisation tests, plain verdicts."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import stats
+
+from lorakeet.errors import DataError
+from lorakeet.evaluate.answers import HIGHER_IS_BETTER, Answers, accuracy, log_loss, macro_f1
+from lorakeet.evaluate.intervals import Estimate, Floats, Statistic, bootstrap
+from lorakeet.evaluate.likelihood import RowLosses
+from lorakeet.evaluate.spec import EvaluateSpec
+
+Verdict = Literal["better", "worse", "no difference shown"]
+_CELLS = 2_000_000
+
+
+@dataclass(frozen=True)
+class Paired:
+    """Rows by which of two systems is right; `only_left` and `only_right` are the discordant ones."""
+
+    both: int
+    only_left: int
+    only_right: int
+    neither: int
+
+    @property
+    def n(self) -> int:
+        return self.both + self.only_left + self.only_right + self.neither
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """left - right in one metric on the same rows: interval, test, verdict on `left`; `paired` where answers can be right."""
+
+    left: str
+    right: str
+    metric: str
+    difference: Estimate
+    p_value: float
+    test: str
+    higher_is_better: bool
+    verdict: Verdict
+    paired: Paired | None = None
+
+
+def mcnemar(only_left: int, only_right: int) -> float:
+    """The two-sided p-value of the exact McNemar test: discordant rows fall on either side with probability 1/2."""
+    if only_left + only_right == 0:
+        return 1.0
+    return float(stats.binomtest(only_left, only_left + only_right, 0.5).pvalue)
+
+
+def pair(left: Answers, right: Answers) -> Paired:
+    """Counts of rows that both, one or neither of two systems answers correctly."""
+    mine, other = left.correct, right.correct
+    return Paired(int(np.sum(mine & other)), int(np.sum(mine & ~other)), int(np.sum(~mine & other)), int(np.sum(~mine & ~other)))
+
+
+def compare_answers(left: Answers, right: Answers, spec: EvaluateSpec) -> tuple[Comparison, ...]:
+    """Paired comparisons in accuracy, macro-F1 and log-loss.
+
+    Accuracy is tested by exact McNemar (over groups: by randomisation); macro-F1 and log-loss by randomisation, which
+    exchanges the two systems' answers on random rows (Noreen 1989). Verdicts need the test and the interval to agree.
+    """
+    _same_rows(left, right)
+    stacked = Answers(
+        f"{left.system}|{right.system}", left.labels, np.tile(left.truth, 2), np.concatenate([left.log_probs, right.log_probs])
+    )
+    paired = pair(left, right)
+    results = []
+    for metric, make in (("accuracy", accuracy), ("macro_f1", macro_f1), ("log_loss", log_loss)):
+        difference = _difference(make(left), make(right), n=paired.n, spec=spec, groups=left.groups)
+        if metric == "accuracy" and left.groups is None:
+            difference = _widen_if_flat(difference, paired)
+            p_value, test = mcnemar(paired.only_left, paired.only_right), "exact McNemar"
+        else:
+            p_value, test = randomisation(make(stacked), paired.n, spec=spec, groups=left.groups), "paired randomisation"
+        higher = HIGHER_IS_BETTER[metric]
+        verdict = _verdict(difference, p_value, higher_is_better=higher)
+        results.append(Comparison(left.system, right.system, metric, difference, p_value, test, higher, verdict, paired))
+    return tuple(results)
+
+
+def compare_losses(left: RowLosses, right: RowLosses, spec: EvaluateSpec) -> Comparison:
+    """The paired difference in nats a token, Σ(left - right) / Σ tokens, for rows of any kind; negative is better."""
+    if not np.array_equal(left.tokens, right.tokens) or left.groups != right.groups:
+        raise DataError(
+            f"'{left.system}' and '{right.system}' were scored on different rows or tokens; score the same file with both."
+        )
+    n, tokens = len(left.tokens), left.tokens.astype(np.float64)
+    gap = left.losses - right.losses
+    difference = bootstrap(lambda weights: (weights @ gap) / (weights @ tokens), n, spec=spec, groups=left.groups)
+    summed = np.concatenate([left.losses, right.losses]) / tokens.sum()
+    p_value = randomisation(lambda weights: weights @ summed, n, spec=spec, groups=left.groups)
+    verdict = _verdict(difference, p_value, higher_is_better=False)
+    return Comparison(left.system, right.system, "loss", difference, p_value, "paired randomisation", False, verdict)
+
+
+def randomisation(stacked: Statistic, n: int, *, spec: EvaluateSpec, groups: Sequence[Hashable] | None = None) -> float:
+    """The two-sided p-value of exchanging left and right on random rows, or groups of rows.
+
+    `stacked` takes weights (draws, 2n): the left system's rows, then the right system's. Exact at any n; with k rows or
+    groups it cannot fall below 2^(1-k), so that a handful of rows never proves anything.
+    """
+    ones, zeros = np.ones((1, n)), np.zeros((1, n))
+    observed = abs(_gap(stacked, ones, zeros))
+    numbers: dict[Hashable, int] = {}
+    index = np.array([numbers.setdefault(group, len(numbers)) for group in (range(n) if groups is None else groups)])
+    generator = np.random.default_rng([spec.seed, 1])
+    at_once, reached = max(1, _CELLS // (2 * n)), 0
+    for start in range(0, spec.resamples, at_once):
+        draws = min(at_once, spec.resamples - start)
+        swapped = generator.integers(0, 2, size=(draws, len(numbers))).astype(np.float64)[:, index]
+        reached += int(np.sum(np.abs(_gap(stacked, 1 - swapped, swapped)) >= observed - 1e-12))
+    return (reached + 1) / (spec.resamples + 1)
+
+
+def _gap(stacked: Statistic, left: Floats, right: Floats) -> NDArray[np.float64]:
+    return stacked(np.concatenate([left, right], axis=1)) - stacked(np.concatenate([right, left], axis=1))
+
+
+def _difference(left: Statistic, right: Statistic, *, n: int, spec: EvaluateSpec, groups: Sequence[Hashable] | None) -> Estimate:
+    return bootstrap(lambda weights: left(weights) - right(weights), n, spec=spec, groups=groups)
+
+
+def _widen_if_flat(difference: Estimate, paired: Paired) -> Estimate:
+    """Bonett and Price's (2012) interval where every row gives the same difference and the bootstrap has no width.
+
+    p = (discordant one way + 1)/(n + 2), q the other way:  (p - q) ± z sqrt((p + q - (p - q)²)/(n + 2))
+    """
+    if difference.low < difference.high:
+        return difference
+    p, q = ((count + 1) / (paired.n + 2) for count in (paired.only_left, paired.only_right))
+    reach = float(stats.norm.ppf(0.5 + difference.confidence / 2)) * math.sqrt((p + q - (p - q) ** 2) / (paired.n + 2))
+    low, high = max(-1.0, p - q - reach), min(1.0, p - q + reach)
+    value = difference.value
+    return Estimate(value, min(low, value), max(high, value), paired.n, "Bonett-Price", difference.confidence)
+
+
+def _verdict(difference: Estimate, p_value: float, *, higher_is_better: bool) -> Verdict:
+    if not difference.excludes_zero or p_value >= 1 - difference.confidence:
+        return "no difference shown"
+    return "better" if (difference.value > 0) == higher_is_better else "worse"
+
+
+def _same_rows(left: Answers, right: Answers) -> None:
+    if left.labels != right.labels or not np.array_equal(left.truth, right.truth) or left.groups != right.groups:
+        raise DataError(
+            f"'{left.system}' and '{right.system}' did not answer the same rows with the same labels "
+            f"({len(left.truth)} rows, {len(left.labels)} labels; {len(right.truth)} rows, {len(right.labels)} labels). "
+            "Answer the same file with both."
+        )

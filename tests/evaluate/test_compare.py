@@ -1,0 +1,121 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from lorakeet.errors import DataError
+from lorakeet.evaluate.answers import Answers, answers_from_probabilities
+from lorakeet.evaluate.compare import compare_answers, compare_losses, mcnemar, pair, randomisation
+from lorakeet.evaluate.likelihood import RowLosses
+from lorakeet.evaluate.spec import EvaluateSpec
+
+QUICK = EvaluateSpec(resamples=600)
+
+
+def answers(name: str, correct: np.ndarray, *, groups: tuple[int, ...] | None = None) -> Answers:
+    """Two-label answers that are right where `correct`, all with the confidence 0.8; the truth alternates."""
+    truth = np.arange(len(correct)) % 2
+    said = np.where(correct, truth, 1 - truth)
+    table = np.full((len(correct), 2), 0.2)
+    table[np.arange(len(correct)), said] = 0.8
+    return answers_from_probabilities(name, table, labels=("a", "b"), truth=truth, groups=groups)
+
+
+def test_mcnemar_is_the_exact_binomial_test() -> None:
+    assert mcnemar(88, 23) == pytest.approx(stats.binomtest(88, 111).pvalue)
+    assert mcnemar(0, 0) == 1.0
+    assert mcnemar(3, 0) == pytest.approx(0.25)
+
+
+def test_a_clear_gain_is_better_and_its_reverse_worse() -> None:
+    generator = np.random.default_rng(0)
+    left, right = answers("adapter", generator.random(300) < 0.85), answers("base", generator.random(300) < 0.6)
+    gains, losses = compare_answers(left, right, QUICK), compare_answers(right, left, QUICK)
+    assert [item.metric for item in gains] == ["accuracy", "macro_f1", "log_loss"]
+    assert [item.verdict for item in gains] == ["better"] * 3
+    assert [item.verdict for item in losses] == ["worse"] * 3
+    paired = gains[0].paired
+    assert paired == pair(left, right) and paired is not None and paired.n == 300
+    assert gains[0].difference.value == pytest.approx((paired.only_left - paired.only_right) / 300)
+    assert gains[0].test == "exact McNemar" and gains[0].p_value == pytest.approx(mcnemar(paired.only_left, paired.only_right))
+    assert gains[2].difference.value < 0
+
+
+def test_few_rows_show_no_difference_even_if_all_agree() -> None:
+    found = compare_answers(answers("adapter", np.ones(4, dtype=bool)), answers("base", np.zeros(4, dtype=bool)), QUICK)
+    assert {item.verdict for item in found} == {"no difference shown"}
+    assert found[0].difference.low < found[0].difference.high
+
+
+def test_equal_systems_have_an_interval_with_width() -> None:
+    same = answers("adapter", np.arange(50) < 40)
+    accuracy = compare_answers(same, same, QUICK)[0]
+    assert accuracy.difference.method == "Bonett-Price"
+    assert accuracy.difference.low < 0 < accuracy.difference.high and accuracy.p_value == 1.0
+
+
+def test_paired_interval_is_narrower_than_unpaired_would_be() -> None:
+    generator = np.random.default_rng(3)
+    base = generator.random(400) < 0.7
+    adapter = np.where(generator.random(400) < 0.05, ~base, base)
+    difference = compare_answers(answers("adapter", adapter), answers("base", base), QUICK)[0].difference
+    assert difference.high - difference.low < 0.6 * 2 * 1.96 * np.sqrt(2 * 0.7 * 0.3 / 400)
+
+
+def test_false_alarms_stay_below_five_percent() -> None:
+    generator = np.random.default_rng(4)
+    spec = EvaluateSpec(resamples=300)
+    alarms = np.zeros(3)
+    for _ in range(150):
+        shared = generator.random(120)
+        pairs = [answers(name, shared + 0.3 * generator.normal(size=120) < 0.7) for name in ("adapter", "base")]
+        alarms += [item.verdict != "no difference shown" for item in compare_answers(pairs[0], pairs[1], spec)]
+    assert np.all(alarms / 150 <= 0.09)
+
+
+def test_difference_interval_covers_95_percent() -> None:
+    generator = np.random.default_rng(5)
+    covered = []
+    for _ in range(200):
+        both = generator.random((2, 200))
+        found = compare_answers(answers("adapter", both[0] < 0.8), answers("base", both[1] < 0.65), EvaluateSpec(resamples=300))
+        covered.append(found[0].difference.low <= 0.15 <= found[0].difference.high)
+    assert 0.90 < np.mean(covered) <= 0.99
+
+
+def test_groups_replace_mcnemar_by_randomisation() -> None:
+    generator = np.random.default_rng(6)
+    groups = tuple(row // 30 for row in range(120))
+    left = answers("adapter", generator.random(120) < 0.9, groups=groups)
+    right = answers("base", generator.random(120) < 0.5, groups=groups)
+    accuracy = compare_answers(left, right, QUICK)[0]
+    assert accuracy.test == "paired randomisation"
+    assert accuracy.verdict == "no difference shown"  # four groups cannot fall below p = 1/8
+
+
+def test_randomisation_equals_mcnemar_on_accuracy() -> None:
+    left, right = np.arange(60) < 45, np.arange(60) % 3 > 0
+    stacked = np.concatenate([left, right]).astype(float) / 60
+    only_left, only_right = int(np.sum(left & ~right)), int(np.sum(~left & right))
+    found = randomisation(lambda weights: weights @ stacked, 60, spec=EvaluateSpec(resamples=20_000))
+    assert found == pytest.approx(mcnemar(only_left, only_right), abs=0.02)
+
+
+def test_losses_of_any_rows_are_compared_by_token() -> None:
+    generator = np.random.default_rng(7)
+    tokens = generator.integers(5, 200, size=150)
+    base = tokens * generator.normal(2.5, 0.4, size=150)
+    adapter = base - tokens * generator.normal(0.2, 0.3, size=150)
+    found = compare_losses(RowLosses("adapter", adapter, tokens), RowLosses("base", base, tokens), QUICK)
+    assert found.difference.value == pytest.approx((adapter.sum() - base.sum()) / tokens.sum())
+    assert found.verdict == "better" and found.metric == "loss" and not found.higher_is_better
+    few = [RowLosses(name, losses[:4], tokens[:4]) for name, losses in (("adapter", adapter), ("base", base))]
+    assert compare_losses(few[0], few[1], QUICK).verdict == "no difference shown"
+
+
+def test_different_rows_are_refused() -> None:
+    with pytest.raises(DataError, match="4 rows, 2 labels; 5 rows, 2 labels"):
+        compare_answers(answers("adapter", np.ones(4, dtype=bool)), answers("base", np.ones(5, dtype=bool)), QUICK)
+    with pytest.raises(DataError, match="different rows or tokens"):
+        compare_losses(RowLosses("a", np.ones(2), np.array([1, 2])), RowLosses("b", np.ones(2), np.array([1, 3])), QUICK)
