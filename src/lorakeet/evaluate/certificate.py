@@ -1,0 +1,114 @@
+"""certificate.json: what was checked for equality with what, by how much it differs, and whether that is allowed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lorakeet.errors import DataError, VerificationFailed
+from lorakeet.evaluate.intervals import Estimate
+from lorakeet.evaluate.values import decode, encode, from_text, to_text
+
+
+@dataclass(frozen=True)
+class Check:
+    """One comparison of `left` with `right`: what was measured, what was allowed, and the verdict.
+
+    `measured` and `tolerance` have the same keys. `floors` names the keys whose measured value must not be *below* the
+    tolerance; all others must not be above. `estimates` holds the intervals of those measures that are means.
+    """
+
+    name: str
+    left: str
+    right: str
+    measured: dict[str, float]
+    tolerance: dict[str, float]
+    passed: bool
+    detail: str = ""
+    n: int = 0
+    floors: tuple[str, ...] = ()
+    estimates: dict[str, Estimate] = field(default_factory=dict)
+
+    def exceeded(self) -> tuple[str, ...]:
+        """The measures that are outside their tolerance; NaN always is."""
+        return tuple(
+            key
+            for key, limit in self.tolerance.items()
+            if not (self.measured[key] >= limit if key in self.floors else self.measured[key] <= limit)
+        )
+
+    def __str__(self) -> str:
+        numbers = ", ".join(
+            f"{key.replace('_', ' ')} {value:.3g} ({'at least' if key in self.floors else 'at most'} {self.tolerance[key]:.3g})"
+            for key, value in self.measured.items()
+        )
+        return f"{'pass' if self.passed else 'FAIL'}  {self.name}: {self.left} against {self.right}: {numbers}, n={self.n}"
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """All checks of one artefact; it passes when there is at least one check and every check passes."""
+
+    subject: str
+    checks: tuple[Check, ...]
+    facts: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def passed(self) -> bool:
+        return bool(self.checks) and all(check.passed for check in self.checks)
+
+    def write(self, path: Path) -> None:
+        """Writes certificate.json with a top-level "passed" for machines."""
+        path.write_text(to_text({"passed": self.passed, **encode(self)}), encoding="utf-8")
+
+    def raise_if_failed(self) -> None:
+        """Raises VerificationFailed that names every failed check, its measures outside tolerance and its detail."""
+        if self.passed:
+            return
+        if not self.checks:
+            raise VerificationFailed(f"{self.subject} was not verified: no check was made; expected at least one.")
+        lines = [f"{self.subject} does not compute what it should:"]
+        for check in self.checks:
+            if not check.passed:
+                lines.append(f"  - {check}. {check.detail}".rstrip())
+        lines.append("Do not use it; merge again in fp32, or report the layer named above.")
+        raise VerificationFailed("\n".join(lines))
+
+
+def read_certificate(path: Path) -> Certificate:
+    """The certificate in a certificate.json; DataError where it is missing, broken or says "passed" against its own checks."""
+    try:
+        data = from_text(dict[str, Any], path.read_text(encoding="utf-8"), where=str(path))
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"Cannot read the certificate {path}: {error}; expected a file that a verified run wrote.") from error
+    claimed = data.pop("passed", None)
+    certificate = decode(Certificate, data, where=str(path))
+    if claimed != certificate.passed:
+        raise DataError(f'{path} says "passed": {claimed}, but its checks say {certificate.passed}. Verify the artefact again.')
+    return certificate
+
+
+def judge(
+    name: str,
+    measured: Mapping[str, float],
+    *,
+    tolerance: Mapping[str, float],
+    between: tuple[str, str],
+    floors: tuple[str, ...] = (),
+    n: int = 0,
+    detail: str = "",
+) -> Check:
+    """The check of `measured` against `tolerance` (same keys), with `passed` worked out."""
+    left, right = between
+    check = Check(name, left, right, dict(measured), dict(tolerance), False, detail, n, floors)
+    return Check(name, left, right, check.measured, check.tolerance, not check.exceeded(), detail, n, floors)
+
+
+def worst_layer(differences: Mapping[str, float]) -> str:
+    """A sentence that names the layer with the largest difference; NaN counts as the largest."""
+    if not differences:
+        return ""
+    name = max(differences, key=lambda layer: (differences[layer] != differences[layer], differences[layer]))
+    return f"The worst layer is {name}: it differs by {differences[name]:.3g} (of {len(differences)} layers)."

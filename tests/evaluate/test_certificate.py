@@ -1,0 +1,69 @@
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from lorakeet.errors import DataError, VerificationFailed
+from lorakeet.evaluate.certificate import Certificate, Check, judge, read_certificate, worst_layer
+from lorakeet.evaluate.intervals import proportion
+
+
+def check(*, kl: float = 1e-9, agreement: float = 1.0) -> Check:
+    return judge(
+        "merged model",
+        {"mean_kl": kl, "top1_agreement": agreement},
+        tolerance={"mean_kl": 1e-6, "top1_agreement": 0.99},
+        between=("adapter", "merged"),
+        floors=("top1_agreement",),
+        n=500,
+        detail="The worst layer is q.",
+    )
+
+
+def test_floors_and_ceilings() -> None:
+    assert check().passed
+    assert check(kl=1e-5).exceeded() == ("mean_kl",)
+    assert check(agreement=0.98).exceeded() == ("top1_agreement",)
+    assert check(kl=math.nan).exceeded() == ("mean_kl",)
+
+
+def test_round_trip_and_a_verdict_for_machines(tmp_path: Path) -> None:
+    good = replace(check(), estimates={"top1_agreement": proportion(500, 500)})
+    certificate = Certificate("merged/", (good, check(kl=math.inf)), {"precision": "fp32"})
+    certificate.write(tmp_path / "certificate.json")
+    assert json.loads((tmp_path / "certificate.json").read_text())["passed"] is False
+    assert read_certificate(tmp_path / "certificate.json") == certificate
+
+
+def test_failure_names_measure_limit_and_layer() -> None:
+    Certificate("merged/", (check(),)).raise_if_failed()
+    with pytest.raises(VerificationFailed) as caught:
+        Certificate("merged/", (check(), check(kl=0.5))).raise_if_failed()
+    message = str(caught.value)
+    assert "mean kl 0.5 (at most 1e-06)" in message and "The worst layer is q." in message and message.count("FAIL") == 1
+    assert caught.value.exit_code == 3
+
+
+def test_no_check_is_no_pass() -> None:
+    with pytest.raises(VerificationFailed, match="no check was made"):
+        Certificate("merged/", ()).raise_if_failed()
+
+
+def test_an_edited_or_missing_certificate_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "certificate.json"
+    Certificate("merged/", (check(kl=1.0),)).write(path)
+    path.write_text(path.read_text().replace('"passed": false', '"passed": true', 1))
+    with pytest.raises(DataError, match='says "passed": True'):
+        read_certificate(path)
+    with pytest.raises(DataError, match=r"none\.json"):
+        read_certificate(tmp_path / "none.json")
+
+
+def test_worst_layer_prefers_nan() -> None:
+    assert "is b: it differs by 0.5 (of 2 layers)" in worst_layer({"a": 0.1, "b": 0.5})
+    assert "is c" in worst_layer({"a": 9.0, "c": math.nan, "d": 1.0})
+    assert worst_layer({}) == ""
