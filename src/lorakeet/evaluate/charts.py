@@ -1,0 +1,196 @@
+"""Drawings of the report as inline SVG and HTML; they take values and return markup whose data is escaped.
+
+Coordinates are percentages, so that a drawing fills its column at any width while its text keeps its size. Colours are
+classes that report.css defines for light, dark and print.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from markupsafe import Markup
+
+from lorakeet.evaluate.calibration import ReliabilityBin
+from lorakeet.evaluate.compare import Paired
+from lorakeet.evaluate.intervals import Estimate
+from lorakeet.evaluate.wording import number
+
+_SQUARES = 1000  # squares drawn at most; each then stands for several rows
+
+
+@dataclass(frozen=True)
+class Point:
+    """A value after `step` optimizer steps, with its interval where it has one."""
+
+    step: int
+    value: float
+    low: float | None = None
+    high: float | None = None
+
+
+@dataclass(frozen=True)
+class Curves:
+    """Train and held-out loss and learning rate by step; `best_step` is the checkpoint kept, `ended` says why training did."""
+
+    train: tuple[Point, ...] = ()
+    held_out: tuple[Point, ...] = ()
+    learning_rate: tuple[Point, ...] = ()
+    best_step: int | None = None
+    ended: str = ""
+
+
+@dataclass(frozen=True)
+class Axis:
+    """A stretch of numbers drawn over 0 to 100 % of a width, with round ticks."""
+
+    low: float
+    high: float
+    ticks: tuple[float, ...]
+
+    def at(self, value: float) -> float:
+        """The place of `value` in percent, kept inside the drawing."""
+        place = 100 * (value - self.low) / (self.high - self.low)
+        return round(min(100.0, max(0.0, place)), 2) if math.isfinite(place) else 100.0
+
+    def label(self, tick: float) -> str:
+        step = self.ticks[1] - self.ticks[0] if len(self.ticks) > 1 else tick
+        digits = next((count for count in range(12) if abs(round(step, count) - step) < 1e-9 * abs(step)), 12)
+        return number(tick + 0.0, digits)
+
+
+def axis(values: Sequence[float], *, zero: bool = False, count: int = 4) -> Axis:
+    """The axis around the finite `values`, with about `count` ticks; `zero` keeps 0 on it."""
+    finite = [value for value in values if math.isfinite(value)] + ([0.0] if zero else [])
+    low, high = (min(finite), max(finite)) if finite else (0.0, 1.0)
+    span = (high - low) or abs(high) or 1.0
+    low, high = low - 0.06 * span, high + 0.06 * span
+    raw = (high - low) / count
+    size = 10.0 ** math.floor(math.log10(raw))
+    step = size * min((factor for factor in (1, 2, 2.5, 5, 10) if factor * size >= raw), default=10)
+    first = math.ceil(low / step)
+    ticks = tuple(round(step * index, 12) for index in range(first, math.floor(high / step) + 1))
+    return Axis(low, high, ticks)
+
+
+def interval_axis(estimates: Sequence[Estimate], *, zero: bool = False) -> Axis:
+    """The axis that holds every value and interval of `estimates`."""
+    return axis([edge for item in estimates for edge in (item.low, item.value, item.high)], zero=zero)
+
+
+def interval_bar(estimate: Estimate, scale: Axis, role: str, *, zero: bool = False) -> Markup:
+    """A dot at the value with a line over its interval, on light tick lines; the number itself stands in the page's text."""
+    parts = [_line(scale.at(tick), 0, scale.at(tick), 100, "zero" if zero and tick == 0 else "tick") for tick in scale.ticks]
+    low, high, middle = scale.at(estimate.low), scale.at(estimate.high), scale.at(estimate.value)
+    parts.append(_line(low, 50, high, 50, f"bar {role}"))
+    parts.append(Markup('<circle cx="{}%" cy="50%" r="5.5" class="dot {}"/>').format(middle, role))
+    return Markup('<svg class="track" aria-hidden="true">{}</svg>').format(Markup("").join(parts))
+
+
+def axis_labels(scale: Axis) -> Markup:
+    """The ticks' numbers, each centred on its place."""
+    spans = [Markup('<span style="left:{}%">{}</span>').format(scale.at(tick), scale.label(tick)) for tick in scale.ticks]
+    return Markup('<div class="ticks" aria-hidden="true">{}</div>').format(Markup("").join(spans))
+
+
+def squares(paired: Paired) -> Markup:
+    """One square for each held-out row, coloured by which system is right; above 1000 rows a square stands for several."""
+    each = max(1, math.ceil(paired.n / _SQUARES))
+    counts = (
+        ("both-right", paired.both),
+        ("fixed", paired.only_left),
+        ("broke", paired.only_right),
+        ("both-wrong", paired.neither),
+    )
+    cells = Markup("").join(Markup('<i class="{}"></i>').format(kind) * math.ceil(count / each) for kind, count in counts)
+    return Markup('<div class="squares" aria-hidden="true" data-each="{}">{}</div>').format(each, cells)
+
+
+def learning_curves(curves: Curves) -> Markup:
+    """Train loss (each step faint, running mean strong) and held-out loss by step, the best checkpoint marked."""
+    points = [*curves.train, *curves.held_out]
+    last = max((point.step for point in points), default=1)
+    steps = Axis(0, max(1, last), axis([0, last], count=5).ticks)
+    steps = Axis(0, steps.high, tuple(tick for tick in steps.ticks if 0 <= tick <= last and tick == int(tick)))
+    edges = [edge for point in points for edge in (point.value, point.low, point.high) if edge is not None]
+    values = axis(_without_extremes(edges))
+    shapes = [_line(0, 100 - values.at(tick), 100, 100 - values.at(tick), "tick") for tick in values.ticks]
+    shapes += [_path(curves.train, steps, values, "train raw"), _path(_running_mean(curves.train), steps, values, "train")]
+    shapes.append(_path(curves.held_out, steps, values, "held"))
+    best = next((point for point in curves.held_out if point.step == curves.best_step), None)
+    if best is not None:
+        shapes.append(_line(steps.at(best.step), 0, steps.at(best.step), 100, "best"))
+    for point in curves.held_out:
+        x, y = steps.at(point.step), 100 - values.at(point.value)
+        if point.low is not None and point.high is not None:
+            shapes.append(_line(x, 100 - values.at(point.low), x, 100 - values.at(point.high), "whisker held"))
+        mark = "dot held kept" if point is best else "dot held"
+        shapes.append(Markup('<circle cx="{}%" cy="{}%" r="{}" class="{}"/>').format(x, y, 6.5 if point is best else 3.5, mark))
+    return Markup('<div class="plot"><div class="y">{}</div><svg class="area" aria-hidden="true">{}</svg>{}{}</div>').format(
+        Markup("").join(
+            Markup('<span style="top:{}%">{}</span>').format(round(100 - values.at(tick), 2), values.label(tick))
+            for tick in values.ticks
+        ),
+        Markup("").join(shapes),
+        axis_labels(steps),
+        _rate_strip(curves.learning_rate, steps),
+    )
+
+
+def _rate_strip(rates: Sequence[Point], steps: Axis) -> Markup:
+    top = max((point.value for point in rates), default=0.0)
+    if top <= 0:
+        return Markup("")
+    shape = _path(rates, steps, Axis(0, top * 1.08, ()), "rate")
+    label = Markup('<span class="strip-label">learning rate, at most {}</span>').format(f"{top:.1e}".replace("e-0", "e-"))
+    return Markup('<div class="strip">{}<svg class="area" aria-hidden="true">{}</svg></div>').format(label, shape)
+
+
+def reliability_plot(bins: Sequence[ReliabilityBin], role: str) -> Markup:
+    """Accuracy against confidence, one dot a bin with its interval; a perfectly calibrated system lies on the diagonal."""
+    unit = Axis(0, 1, (0.0, 0.25, 0.5, 0.75, 1.0))
+    shapes = [_line(0, 100 - unit.at(tick), 100, 100 - unit.at(tick), "tick") for tick in unit.ticks]
+    shapes.append(_line(0, 100, 100, 0, "diagonal"))
+    for entry in bins:
+        x, estimate = unit.at(entry.confidence), entry.accuracy
+        shapes.append(_line(x, 100 - unit.at(estimate.low), x, 100 - unit.at(estimate.high), f"whisker {role}"))
+        shapes.append(Markup('<circle cx="{}%" cy="{}%" r="5" class="dot {}"/>').format(x, 100 - unit.at(estimate.value), role))
+    marks = Markup("").join(Markup('<span style="top:{}%">{}</span>').format(100 - unit.at(t), f"{t:g}") for t in unit.ticks)
+    return Markup('<div class="plot square"><div class="y">{}</div><svg class="area" aria-hidden="true">{}</svg>{}</div>').format(
+        marks, Markup("").join(shapes), axis_labels(Axis(0, 1, (0.0, 0.5, 1.0)))
+    )
+
+
+def _line(x1: float, y1: float, x2: float, y2: float, kind: str) -> Markup:
+    place = (round(x1, 2), round(y1, 2), round(x2, 2), round(y2, 2))
+    return Markup('<line x1="{}%" y1="{}%" x2="{}%" y2="{}%" class="{}"/>').format(*place, kind)
+
+
+def _path(points: Sequence[Point], steps: Axis, values: Axis, kind: str) -> Markup:
+    """A line through `points`, in a box of 100 by 100 that is stretched while its stroke is not."""
+    usable = [point for point in points if math.isfinite(point.value)]
+    if len(usable) < 2:
+        return Markup("")
+    places = " ".join(f"{steps.at(point.step)},{round(100 - values.at(point.value), 2)}" for point in usable)
+    return Markup(
+        '<svg viewBox="0 0 100 100" preserveAspectRatio="none" width="100%" height="100%" x="0" y="0">'
+        '<polyline points="{}" class="{}"/></svg>'
+    ).format(places, kind)
+
+
+def _running_mean(points: Sequence[Point]) -> list[Point]:
+    reach = len(points) // 40
+    result: list[Point] = []
+    for index, point in enumerate(points):
+        window = [near.value for near in points[max(0, index - reach) : index + reach + 1] if math.isfinite(near.value)]
+        if window:
+            result.append(Point(point.step, sum(window) / len(window)))
+    return result
+
+
+def _without_extremes(edges: Sequence[float]) -> list[float]:
+    """The values, without the highest 2 % where these would take up more than half of the drawing."""
+    finite = sorted(edge for edge in edges if math.isfinite(edge))
+    usual = finite[: max(1, math.ceil(len(finite) * 0.98))]
+    return usual if finite and finite[-1] - finite[0] > 2 * (usual[-1] - usual[0]) else finite

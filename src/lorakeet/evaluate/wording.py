@@ -1,0 +1,88 @@
+"""How numbers and metrics are written for people."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class MetricWords:
+    """A metric's name in a heading and inside a sentence, what it means, and which way is better.
+
+    A metric that is not `drawn` has no chart of its own and stands in the table only.
+    """
+
+    title: str
+    inline: str
+    meaning: str
+    higher_is_better: bool
+    digits: int = 3
+    drawn: bool = True
+
+
+METRIC_WORDS = {
+    "accuracy": MetricWords("Accuracy", "accuracy", "Share of rows answered right", True),
+    "macro_f1": MetricWords("Macro-F1", "macro-F1", "Mean F1 over labels, rare ones count as much", True),
+    "log_loss": MetricWords("Log-loss", "log-loss", "Surprise at the true label, in nats", False),
+    "calibration_error": MetricWords("Calibration error", "calibration error", "Gap between confidence and accuracy", False),
+    "brier": MetricWords("Brier score", "Brier score", "Squared error of the probabilities", False, drawn=False),
+    "loss": MetricWords("Loss", "nats a token", "Mean surprise at a token, in nats", False),
+    "perplexity": MetricWords("Perplexity", "perplexity", "exp(loss): choices a token, in effect", False, 2),
+}
+
+
+CHECK_WORDS = {
+    "logit": "largest logit difference, of the largest logit",
+    "mean_kl": "mean KL, nats a token",
+    "top1_agreement": "same most likely token",
+    "non_finite": "logits that are not finite",
+    "loss": "loss difference, nats a token",
+    "effect": "KL as a share of the adapter's effect",
+}
+
+
+def check_words(name: str) -> str:
+    """The words for a measure of a certificate; an unknown one is called by its name."""
+    return CHECK_WORDS.get(name, name.replace("_", " "))
+
+
+def compact(value: float) -> str:
+    """A number in three significant digits, with a real minus sign."""
+    if not math.isfinite(value):
+        return number(value)
+    return f"{value:.3g}".replace("e-0", "e-").replace("e+0", "e").replace("e+", "e").replace("-", "−")
+
+
+def metric_words(name: str) -> MetricWords:
+    """The words for a metric; an unknown one is called by its name and said to be better when higher."""
+    return METRIC_WORDS.get(name) or MetricWords(name.replace("_", " "), name.replace("_", " "), "", True)
+
+
+def number(value: float | None, digits: int = 3) -> str:
+    """A number as text: fixed digits, a real minus sign, powers of ten where digits would all be zero."""
+    if value is None:
+        return "–"
+    if not math.isfinite(value):
+        return {math.inf: "∞", -math.inf: "−∞"}.get(value, "not a number")
+    if value != 0 and (abs(value) < 0.5 * 10**-digits or abs(value) >= 1e6):
+        text = f"{value:.1e}".replace("e-0", "e-").replace("e+0", "e").replace("e+", "e")
+    else:
+        text = f"{value:.{digits}f}"
+    return text.replace("-", "−")
+
+
+def signed(value: float, digits: int = 3) -> str:
+    """A difference as text, always with its sign; zero has none."""
+    text = number(value, digits)
+    return f"+{text}" if value > 0 and math.isfinite(value) else text
+
+
+def bytes_text(count: int | None) -> str:
+    """A size as text, 1 GB = 1e9 bytes."""
+    if count is None:
+        return "–"
+    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= size:
+            return f"{count / size:.{2 if unit == 'GB' else 0}f} {unit}"
+    return f"{count} bytes"

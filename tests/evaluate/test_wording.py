@@ -1,0 +1,40 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from lorakeet.evaluate.wording import bytes_text, check_words, compact, metric_words, number, signed
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (0.8049, "0.805"),
+        (-0.5, "−0.500"),
+        (0.0, "0.000"),
+        (1.4e-11, "1.4e−11"),
+        (math.inf, "∞"),
+        (math.nan, "not a number"),
+        (None, "–"),
+    ],
+)
+def test_numbers(value: float | None, text: str) -> None:
+    assert number(value) == text
+
+
+def test_signs() -> None:
+    assert (signed(0.17), signed(-0.17), signed(0.0)) == ("+0.170", "−0.170", "0.000")
+
+
+def test_compact_numbers() -> None:
+    assert (compact(2.04e-5), compact(1.0), compact(-3.0), compact(1e20)) == ("2.04e−5", "1", "−3", "1e20")
+
+
+def test_sizes() -> None:
+    assert [bytes_text(size) for size in (None, 12, 94_000_000, 1_720_000_000)] == ["–", "12 bytes", "94 MB", "1.72 GB"]
+
+
+def test_unknown_names_are_said_as_they_are() -> None:
+    assert metric_words("token_rate").title == "token rate" and check_words("some_thing") == "some thing"
+    assert not metric_words("log_loss").higher_is_better
