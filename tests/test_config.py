@@ -18,7 +18,7 @@ data:
   train: rows.jsonl
   chat_template: off
 lora: {rank: 4, alpha: 12, target_modules: [q_proj, v_proj], alpha_pattern: {'.*q_proj': 1e-3}}
-seed: 7
+train: {seed: 7}
 """
 
 
@@ -36,7 +36,7 @@ def complaint(path: Path, overrides: Any = None) -> str:
 
 def test_a_run_file_is_read_with_its_plain_values(tmp_path: Path) -> None:
     config = read_run(written(tmp_path, RUN))
-    assert config.model.path == "some/folder" and config.data.train == "rows.jsonl" and config.seed == 7
+    assert config.model.path == "some/folder" and config.data.train == "rows.jsonl" and config.train.seed == 7
     assert config.data.chat_template == "off", "off is text here, not false as in YAML 1.1"
     assert (config.lora.rank, config.lora.alpha, config.lora.alpha_pattern) == (4, 12.0, {".*q_proj": 1e-3})
 
@@ -76,20 +76,21 @@ def test_text_survives_yaml(tmp_path: Path, value: str) -> None:
 
 def test_every_problem_of_file_and_flags_is_listed_with_its_source(tmp_path: Path) -> None:
     path = written(tmp_path, "model: m\ndata: {train: t}\nlora: {rnak: 8, alpha: -1}\n")
-    text = complaint(path, {"lora.dropout": "lots", "seed": "-1"})
+    text = complaint(path, {"lora.dropout": "lots", "train.seed": "-1"})
     assert f"Unknown key 'lora.rnak' in {path}. Did you mean 'lora.rank'?" in text
     assert "lora.dropout (flag --lora.dropout) is 'lots' (text); expected a number." in text
+    assert "train.seed is -1" in text
 
 
 def test_model_and_rows_are_asked_for(tmp_path: Path) -> None:
-    text = complaint(written(tmp_path, "seed: 3\n"))
+    text = complaint(written(tmp_path, "out: there\n"))
     assert "model is missing" in text and "data.train is empty" in text
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("lora: {rank: 4\nseed: 1\n", "is not valid YAML at line 2"),
+        ("lora: {rank: 4\nout: x\n", "is not valid YAML at line 2"),
         ("lora:\n  rank: 4\n  rank: 8\n", "is not valid YAML at line 3, column 3: key 'rank' is given twice"),
         ("- a\n- b\n", "holds ['a', 'b']; expected keys such as 'model: …'"),
         ("just words\n", "holds 'just words'"),

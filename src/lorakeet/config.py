@@ -31,13 +31,11 @@ class RunConfig:
     train: TrainSpec = field(default_factory=TrainSpec, metadata={"help": "The training."})
     evaluate: EvaluateSpec = field(default_factory=EvaluateSpec, metadata={"help": "The measurements."})
     kind: Literal["text"] = field(default="text", metadata={"help": "What the model makes; text is a causal language model."})
-    seed: int = field(default=0, metadata={"help": "Seed of the start, the order of the rows, dropout and the held-out split."})
     out: str = field(default="runs/lorakeet", metadata={"help": "Folder of the run; it must not exist yet."})
 
     def validate(self) -> list[str]:
         """Every problem that no part can see alone."""
-        found = [] if self.out.strip() else ["out is empty; name the folder that the run is written to, e.g. runs/first."]
-        return found + ([f"seed is {self.seed}; it must be 0 or more."] if self.seed < 0 else [])
+        return [] if self.out.strip() else ["out is empty; name the folder that the run is written to, e.g. runs/first."]
 
 
 def read_run(path: Path | None, overrides: Mapping[str, Any] | None = None) -> RunConfig:

@@ -40,10 +40,10 @@ def test_options_of_a_verb_become_arguments_and_flags() -> None:
 
 def test_only_what_was_typed_is_handed_on() -> None:
     command = click.Command("demo", params=setting_flags(RunConfig))
-    typed = ["--seed", "0", "--lora.rank_pattern", "a=1", "--lora.rank_pattern", "b=2", "--data.labels", "x"]
+    typed = ["--train.seed", "0", "--lora.rank_pattern", "a=1", "--lora.rank_pattern", "b=2", "--data.labels", "x"]
     values = command.make_context("demo", typed).params
     found = given_values(command, values, lambda param: isinstance(param, SettingFlag))
-    assert found == {"seed": "0", "lora.rank_pattern": {"a": "1", "b": "2"}, "data.labels": "x"}
+    assert found == {"train.seed": "0", "lora.rank_pattern": {"a": "1", "b": "2"}, "data.labels": "x"}
 
 
 @pytest.mark.parametrize(

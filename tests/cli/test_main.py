@@ -85,7 +85,7 @@ def test_every_verb_has_help(verb: str, capsys: pytest.CaptureFixture[str]) -> N
         (["finetune", "--model", "m", "--data", "d", "--lora.rank", "-1"], "lora.rank is -1"),
         (["finetune", "none.yaml"], "none.yaml does not exist"),
         (["finetune", "--resume", "nowhere"], "--resume nowhere: no run lies there"),
-        (["finetune", "a.yaml", "--resume", "r", "--seed", "3"], "so leave out a.yaml, --seed"),
+        (["finetune", "a.yaml", "--resume", "r", "--out", "x"], "so leave out a.yaml, --out"),
         (["completion", "tcsh"], "'tcsh' is not one of 'bash', 'zsh', 'fish'"),
     ],
 )
@@ -111,10 +111,10 @@ def test_flags_and_file_reach_the_workflow(called: list[Any], tmp_path: Path, ca
 
 
 def test_a_resumed_run_keeps_its_own_settings(called: list[Any], tmp_path: Path) -> None:
-    (tmp_path / "config.yaml").write_text("model: m\ndata: rows.jsonl\nseed: 9\n")
+    (tmp_path / "config.yaml").write_text("model: m\ndata: rows.jsonl\ntrain: {seed: 9}\n")
     assert main(["finetune", "--resume", str(tmp_path)]) == 0
     (config,), named = called[0]
-    assert config.seed == 9 and named["resume"] == tmp_path
+    assert config.train.seed == 9 and named["resume"] == tmp_path
 
 
 def test_positional_arguments_and_options_are_passed_by_their_names(called: list[Any]) -> None:
