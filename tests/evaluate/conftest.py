@@ -98,9 +98,7 @@ def example_report() -> Report:
         memory=(MemoryUse("peak of the process", 1_900_000_000, 1_720_000_000), MemoryUse("weights", 269_000_000, 269_000_000)),
         memory_budget=4_000_000_000,
         speed={"training": "498 tokens/s", "time": "8 min 12 s", "steps": "76", "tokens seen": "221,400"},
-        certificate=Certificate(
-            "the merged model equals the trained adapter", (check,), {"precision": "fp32", "tokens": "2,049"}
-        ),
+        certificate=example_certificate(),
         facts={
             "model": "SmolLM2-135M-Instruct",
             "data": "drugsComTrain.tsv, 599 rows",
