@@ -1,0 +1,149 @@
+"""adapter_config.json: what is refused by name, what is read over, and what PEFT makes of ours."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lorakeet.core.adapter import Adapter, TokenRows
+from lorakeet.errors import ConfigError, DataError
+from lorakeet.formats import peft as lorakeet_peft
+from lorakeet.formats import peft_config
+from tiny.adapters import random_pair
+from tiny.dense import fold_into
+from tiny.models import tiny_model
+from tiny.peft_oracle import by_peft, change_config, logits
+
+REFUSED: list[tuple[str, Any]] = [
+    ("bias", "all"),
+    ("bias", "lora_only"),
+    ("layer_replication", [[0, 1], [0, 2]]),
+    ("alora_invocation_tokens", [1, 2]),
+    ("use_qalora", True),
+    ("use_bdlora", {"nblocks": 2}),
+    ("arrow_config", {"top_k": 3}),
+    ("kasa_config", {"beta": 1e-4}),
+    ("monteclora_config", {"a": 1}),
+    ("megatron_config", {"a": 1}),
+    ("ensure_weight_tying", True),
+    ("peft_type", "ADALORA"),
+    ("a_key_of_tomorrow", 3),
+    ("init_lora_weights", "pissa_niter_16"),
+    ("init_lora_weights", "olora"),
+    ("init_lora_weights", "corda"),
+    ("init_lora_weights", "loftq"),
+    ("init_lora_weights", "lora_ga"),
+]
+
+
+@pytest.mark.parametrize(("key", "value"), REFUSED)
+def test_keys_that_change_the_function_are_refused_by_name(key: str, value: Any, folder: Path) -> None:
+    change_config(folder, **{key: value})
+    with pytest.raises(ConfigError) as error:
+        lorakeet_peft.read(folder)
+    assert key in str(error.value) and repr(value) in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"a_key_of_tomorrow": None, "another": False, "third": []},
+        {"init_lora_weights": "eva", "eva_config": {"rho": 2.0}},
+        {"init_lora_weights": "gaussian", "lora_dropout": 0.1},
+        {"init_lora_weights": "mica"},
+        {"loftq_config": None, "exclude_modules": ["k_proj"], "peft_version": "0.99"},
+    ],
+)
+def test_keys_without_effect_are_read_over(changes: dict[str, Any], folder: Path, plain_folder: Path) -> None:
+    change_config(folder, **changes)
+    pairs = lorakeet_peft.read(folder).pairs
+    assert len(pairs) == 4
+    assert all(torch.equal(pair.A, pairs[path].A) for path, pair in lorakeet_peft.read(plain_folder).pairs.items())
+
+
+def test_all_refusals_come_at_once(folder: Path) -> None:
+    change_config(folder, bias="all", use_qalora=True, r=0, lora_alpha="x", rank_pattern={"(": 4}, target_modules=3)
+    with pytest.raises(ConfigError, match="6 problems"):
+        lorakeet_peft.read(folder)
+
+
+def test_every_known_key_of_the_installed_peft_is_known_here(folder: Path) -> None:
+    """A new key of PEFT at its default must not stop a plain adapter; this says when there is one to look at."""
+    keys = set(json.loads((folder / "adapter_config.json").read_text()))
+    assert keys <= peft_config._READ | peft_config._NO_EFFECT | set(peft_config._REFUSED)
+
+
+@pytest.mark.parametrize(("text", "message"), [(None, "cannot be read"), ("{", "is not JSON"), ("[]", "holds a JSON list")])
+def test_configuration_files_that_are_none(text: str | None, message: str, folder: Path) -> None:
+    file = folder / "adapter_config.json"
+    file.unlink() if text is None else file.write_text(text)
+    with pytest.raises(DataError, match=message):
+        lorakeet_peft.read(folder)
+
+
+def test_ranks_of_paths_that_end_alike_stay_apart(tmp_path: Path) -> None:
+    """`block.q` ends like `outer.block.q`, and `.` must not match any letter."""
+    paths = {"block.q": 4, "outer.block.q": 2, "outer.block_q": 6, "outer.blockxq": 4}
+    shapes = {path: random_pair("linear", torch.zeros(8, 8), rank=rank, alpha=3.0 * rank) for path, rank in paths.items()}
+    lorakeet_peft.write(Adapter(shapes), tmp_path)
+    from peft.utils.other import get_pattern_key
+
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert config["r"] == 4 and config["lora_alpha"] == 12
+    for name, default, factor in (("rank_pattern", 4, 1), ("alpha_pattern", 12, 3)):
+        for path, rank in paths.items():
+            assert config[name].get(get_pattern_key(config[name].keys(), path), default) == rank * factor
+    assert {path: pair.rank for path, pair in lorakeet_peft.read(tmp_path).pairs.items()} == paths
+
+
+def test_one_scale_rule_on_disk(tmp_path: Path) -> None:
+    weight = torch.zeros(8, 8)
+    pairs = {name: random_pair("linear", weight, scale_rule="alpha/sqrt(rank)") for name in "abc"}
+    pairs["d"] = random_pair("linear", weight)
+    lorakeet_peft.write(Adapter(pairs), tmp_path)
+    back = lorakeet_peft.read(tmp_path).pairs
+    assert {pair.scale_rule for pair in back.values()} == {"alpha/sqrt(rank)"}
+    assert {name: pair.scale for name, pair in back.items()} == {"a": 6, "b": 6, "c": 6, "d": 3}
+
+
+def test_what_peft_has_no_place_for_is_listed(tmp_path: Path) -> None:
+    pair, dora = random_pair("linear", torch.zeros(8, 8)), random_pair("linear", torch.ones(8, 8), dora=True)
+    biased = random_pair("linear", torch.zeros(8, 8), bias=torch.zeros(8))
+    experts = random_pair("experts", torch.zeros(3, 8, 6))
+    rows = TokenRows((1, 2), torch.zeros(3, 8))
+    with pytest.raises(ConfigError, match="4 problems") as error:
+        lorakeet_peft.write(Adapter({"a": pair, "b": dora, "c": biased, "m.d": experts}, {}, {"a": rows}), tmp_path / "new")
+    for part in ("1 pairs are DoRA and 3 are not", "m.d is of kind experts", "a has both", "a has 2 token ids and 3 rows"):
+        assert part in str(error.value)
+    assert not (tmp_path / "new").exists()
+
+
+def test_pissa_kept_as_a_difference_loads(tmp_path: Path) -> None:
+    """PEFT's converted PiSSA adapter has twice the rank and no longer needs a changed base."""
+    import peft
+
+    config = {"target_modules": ["q_proj"], "init_lora_weights": "pissa"}
+    wrapped = by_peft(tmp_path / "raw", tiny_model("llama"), randomise=False, **config)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        wrapped.peft_config["default"].init_lora_weights = True
+        wrapped.save_pretrained(tmp_path / "start")
+        wrapped.peft_config["default"].init_lora_weights = "pissa"
+        with torch.no_grad():
+            for name, parameter in wrapped.named_parameters():
+                if "lora_" in name:
+                    parameter.add_(torch.randn_like(parameter) * 0.05)
+        trained = logits(wrapped)
+        wrapped.save_pretrained(tmp_path / "diff", path_initial_model_for_weight_conversion=str(tmp_path / "start"))
+    assert peft.__version__.startswith("0.21")
+    adapter = lorakeet_peft.read(tmp_path / "diff")
+    assert {pair.rank for pair in adapter.pairs.values()} == {8}
+    assert (trained - logits(fold_into(tiny_model("llama"), adapter))).abs().max() <= 1e-4
+    with pytest.raises(ConfigError, match=r"(?s)init_lora_weights is 'pissa'.*path_initial_model_for_weight_conversion") as error:
+        lorakeet_peft.read(tmp_path / "raw")
+    assert "differs from the one on disk" in str(error.value)
