@@ -46,9 +46,10 @@ def calibration_error(
     """The expected calibration error Σ_bins |share · (accuracy - confidence)| with an interval by test inversion.
 
     Noise alone makes this sum positive, once in the sample and once more in every resample, so that plain bootstrap
-    intervals of a well calibrated system never reach down to the truth (in simulation they cover 0 to 60 %). Instead the
-    gaps g are scaled, t·g, the bootstrap noise e of each draw is added, and the interval keeps every error t·Σ|g| under
-    which the observed Σ|g| is no surprise:
+    intervals of a well calibrated system rarely reach down to the truth: in simulation at 95 %, 100 to 1000 rows, BCa and
+    percentile intervals covered 0 %, basic ones 54 to 63 %; this one covered 91 to 100 %, good calibration or bad.
+    The gaps g are scaled, t·g, the bootstrap noise e of each draw is added, and the interval keeps every error t·Σ|g|
+    under which the observed Σ|g| is no surprise:
 
         low:  the smallest t with P(Σ|t·g + e| >= Σ|g|) >= (1 - confidence)/2;   high: the largest t with P(... <= ...) as much
 
