@@ -19,10 +19,16 @@ class ModelSpec:
         default="auto",
         metadata={"help": "Precision of the frozen weights and of the products; auto takes bfloat16 where the processor has it."},
     )
+    products: Literal["auto", "float32", "bfloat16", "float16"] = field(
+        default="auto",
+        metadata={"help": "Precision of the matrix products; auto measures which is fastest here for the stored precision."},
+    )
     device: str = field(default="auto", metadata={"help": "auto, cpu, cuda, cuda:1, mps."})
     attention: Literal["auto", "varlen", "sdpa", "eager"] = field(
         default="auto",
-        metadata={"help": "varlen attends row by row without padding; auto takes it where the model's attention can be exchanged."},
+        metadata={
+            "help": "varlen attends row by row without padding; auto takes it where the model's attention can be exchanged."
+        },
     )
 
     def validate(self) -> list[str]:

@@ -55,13 +55,19 @@ class RunFolder:
     def create(cls, path: Path) -> RunFolder:
         """A new run in `path`, which must not exist or be empty; ConfigError otherwise."""
         run = cls(path)
-        if path.exists() and not path.is_dir():
-            raise ConfigError(f"The run folder {path} is a file; choose another --out.")
-        if path.is_dir() and any(path.iterdir()):
-            go_on = f"go on with it: {run.resume_command}; or choose" if run.config.exists() else "choose"
-            raise ConfigError(f"The run folder {path} exists already; nothing in it was touched. You can {go_on} another --out.")
+        run.require_free()
         run.checkpoints.mkdir(parents=True)
         return run
+
+    def require_free(self) -> None:
+        """Raises ConfigError unless the folder is empty or not there yet; writes nothing."""
+        if self.path.exists() and not self.path.is_dir():
+            raise ConfigError(f"The run folder {self.path} is a file; choose another --out.")
+        if self.path.is_dir() and any(self.path.iterdir()):
+            go_on = f"go on with it: {self.resume_command}; or choose" if self.config.exists() else "choose"
+            raise ConfigError(
+                f"The run folder {self.path} exists already; nothing in it was touched. You can {go_on} another --out."
+            )
 
     @classmethod
     def open(cls, path: Path) -> RunFolder:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numpy as np
-import torch
 from torch import Tensor
 from torch.nn import Parameter
 
@@ -15,7 +13,8 @@ from lorakeet.data.batches import StepOrder
 from lorakeet.data.chat import Example
 from lorakeet.data.pack import Batch, micro_batches
 from lorakeet.models import inject
-from lorakeet.models.text import TextModel, token_logprobs
+from lorakeet.models.score import row_losses
+from lorakeet.models.text import TextModel
 from lorakeet.train.spec import TrainSpec, learning_rate_for
 from lorakeet.train.task import HeldOut, Size
 from lorakeet.train.text_loss import text_loss
@@ -30,7 +29,7 @@ class TextTask:
         self.text, self.train, self.spec, self.name = text, list(train), spec, name
         lengths = tuple(len(example.ids) for example in train) if spec.length_grouping else None
         self.order = StepOrder(len(self.train), spec.batch_size, spec.seed, lengths)
-        self.held_out_batches = micro_batches(held_out, spec.micro_tokens)
+        self.held_out_rows = list(held_out)
 
     @property
     def steps_per_epoch(self) -> int:
@@ -47,7 +46,7 @@ class TextTask:
         return {
             f"{path}.{key}": buffer
             for path, module in self.text.model.named_modules()
-            if isinstance(module, LoraPair) and f"adapters.{self.name}" in path
+            if isinstance(module, LoraPair) and f".adapters.{self.name}." in f"{path}."
             for key, buffer in module.named_buffers(recurse=False)
         }
 
@@ -62,18 +61,10 @@ class TextTask:
         return text_loss(self.text, batch.to(self.text.device), chunk=self.spec.head_chunk)[0]
 
     def held_out(self) -> HeldOut | None:
-        if not self.held_out_batches:
+        if not self.held_out_rows:
             return None
-        self.text.model.eval()
-        sums: list[np.ndarray] = []
-        weights: list[np.ndarray] = []
-        with torch.no_grad():
-            for batch in self.held_out_batches:
-                losses = -token_logprobs(self.text, batch.to(self.text.device), chunk=self.spec.head_chunk).double().cpu().numpy()
-                rows, count = batch.target_rows.cpu().numpy(), len(batch.lengths)
-                sums.append(np.bincount(rows, weights=losses, minlength=count))
-                weights.append(np.bincount(rows, minlength=count).astype(np.float64))
-        return HeldOut(np.concatenate(sums), np.concatenate(weights))
+        spec = self.spec
+        return HeldOut(*row_losses(self.text, self.held_out_rows, micro_tokens=spec.micro_tokens, chunk=spec.head_chunk))
 
     def adapter(self) -> Adapter:
         return inject.adapter_of(self.text.model, self.name, base=self.text.name)

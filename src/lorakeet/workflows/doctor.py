@@ -61,25 +61,20 @@ class Checkup:
 
 def doctor(*, console: Console) -> Checkup:
     """The checkup of this machine, after printing it as a table with the commands that mend what is missing."""
-    findings = (
-        _python(),
-        *_required_packages(),
-        *_torch(),
-        *(_extra(name, purpose) for name, purpose in USER_EXTRAS.items()),
-        _quickstart_packages(),
-        _memory(),
-        _disk(Path.cwd()),
-        _cache(cache_folder(os.environ)),
-        _hub(os.environ),
-    )
-    checkup = Checkup(findings)
+    packages = _required_packages()
+    findings = [_python(), packages]
+    if packages.good:
+        findings += _torch()
+    findings += [_extra(name, purpose) for name, purpose in USER_EXTRAS.items()]
+    findings += [_quickstart_packages(), _memory(), _disk(Path.cwd())]
+    if all(finding.good for finding in findings if finding.required):
+        from lorakeet.models.gguf_copy import cache_folder  # here, since it needs the packages that were looked for above
+
+        findings.append(_cache(cache_folder()))
+    findings.append(_hub(os.environ))
+    checkup = Checkup(tuple(findings))
     _print(checkup, console)
     return checkup
-
-
-def cache_folder(environment: Mapping[str, str]) -> Path:
-    """Where dense copies of models are kept: LORAKEET_CACHE, or ~/.cache/lorakeet."""
-    return Path(environment.get("LORAKEET_CACHE") or Path.home() / ".cache" / "lorakeet").expanduser()
 
 
 def _python() -> Finding:
@@ -113,11 +108,11 @@ def pip_command(needs: list[Requirement], *flags: str) -> str:
     return shlex.join([sys.executable, "-m", "pip", "install", *flags, *words])
 
 
-def _required_packages() -> list[Finding]:
+def _required_packages() -> Finding:
     needs = _requirements("")
     missing = [need for need in needs if _installed(need) is None]
     found = f"{len(needs)} installed" if not missing else "missing or outdated: " + ", ".join(need.name for need in missing)
-    return [Finding("packages", not missing, found, pip_command(missing) if missing else "", True)]
+    return Finding("packages", not missing, found, pip_command(missing) if missing else "", True)
 
 
 def _extra(name: str, purpose: str) -> Finding:
@@ -138,22 +133,30 @@ def _torch() -> list[Finding]:
     except (ImportError, OSError) as error:  # OSError: a shared library that torch needs is missing
         remedy = pip_command([need for need in _requirements("") if need.name == "torch"], "--force-reinstall")
         return [Finding("torch", False, f"cannot be imported: {error}", remedy, True)]
-    found = [Finding("torch", True, f"{torch.__version__}, {torch.get_num_threads()} threads", required=True)]
-    able: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
-    fast = [name for name in ("amx_bf16", "avx512_bf16", "bf16") if able.get(name)]
-    said = f"bf16 products in hardware ({', '.join(fast)})" if fast else "no bf16 products in hardware; fp32 is used on it"
-    processor = str(able.get("cpu_name") or torch.backends.cpu.get_cpu_capability())
-    found.append(Finding("processor", True, f"{processor}: {said}"))
-    return [*found, _accelerator(torch)]
+    from lorakeet.core.precision import fastest_products
+    from lorakeet.models.placement import device_for, dtype_for
+
+    processor = torch.device("cpu")
+    stored = dtype_for("auto", processor)
+    products = fastest_products(stored, processor)
+    dtypes = f"weights kept as {_word(stored)}, multiplied as {_word(products)} (measured)"
+    name = str(torch.cpu.get_capabilities().get("cpu_name") or torch.backends.cpu.get_cpu_capability())
+    return [
+        Finding("torch", True, f"{torch.__version__}, {torch.get_num_threads()} threads", required=True),
+        Finding("processor", True, f"{name}: {dtypes}"),
+        Finding("GPU", True, _accelerator(torch, device_for("auto"))),
+    ]
 
 
-def _accelerator(torch: Any) -> Finding:
-    if torch.cuda.is_available():
+def _word(dtype: Any) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _accelerator(torch: Any, device: Any) -> str:
+    if device.type == "cuda":
         cards = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
-        return Finding("GPU", True, ", ".join(f"{card.name} with {card.total_memory / GIB:.0f} GiB" for card in cards))
-    if torch.backends.mps.is_available():
-        return Finding("GPU", True, "Apple Metal (device mps)")
-    return Finding("GPU", True, "none; training runs on the processor")
+        return ", ".join(f"{card.name} with {card.total_memory / GIB:.0f} GiB" for card in cards)
+    return "Apple Metal (device mps)" if device.type == "mps" else "none; training runs on the processor"
 
 
 def _memory() -> Finding:

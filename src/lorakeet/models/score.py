@@ -1,0 +1,99 @@
+"""How likely a model finds rows and labels: summed log-probabilities, computed on rows laid end to end, without gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from lorakeet.data.chat import Candidates, Example, Ids
+from lorakeet.data.pack import Batch, micro_batches
+from lorakeet.models.text import TextModel, token_logprobs
+
+Floats = NDArray[np.float64]
+Progress = Callable[[int], None]  # called with the number of rows just done
+
+HEAD_CHUNK = 256
+
+
+def row_losses(
+    text: TextModel, rows: Sequence[Example], *, micro_tokens: int, chunk: int = HEAD_CHUNK, progress: Progress | None = None
+) -> tuple[Floats, Floats]:
+    """−Σ log p over the targets of each row, in the order of `rows` (rows,), and how many targets it has (rows,)."""
+    text.model.eval()
+    sums, weights = np.zeros(len(rows)), np.zeros(len(rows))
+    for batch in _numbered_batches(rows, micro_tokens):
+        losses = -token_logprobs(text, batch.to(text.device), chunk=chunk).double().cpu().numpy()
+        places, count = batch.target_rows.cpu().numpy(), len(batch.lengths)
+        numbers = [int(key) for key in batch.keys]
+        sums[numbers] = np.bincount(places, weights=losses, minlength=count)
+        weights[numbers] = np.bincount(places, minlength=count)
+        if progress is not None:
+            progress(count)
+    return sums, weights
+
+
+def label_scores(
+    text: TextModel, rows: Sequence[Candidates], *, micro_tokens: int, chunk: int = HEAD_CHUNK, progress: Progress | None = None
+) -> Floats:
+    """log p(label | prompt) of every label of every row (rows, labels), summed over the label's tokens.
+
+    What all labels end in (the end-of-turn token) is left out as long as no label is then the beginning of another. Labels of
+    one token are read off one pass over the prompt; longer ones take a pass each.
+    """
+    text.model.eval()
+    answers = [distinguishing(row.completions) for row in rows]
+    scores = np.full((len(rows), len(rows[0].completions) if rows else 0), np.nan)
+    short = [index for index, endings in enumerate(answers) if all(len(ending) == 1 for ending in endings)]
+    prompts = [_example(rows[index].prompt, answers[index][0]) for index in short]
+    for batch in _numbered_batches(prompts, micro_tokens):
+        log_probs = _log_probs_at_targets(text, batch, chunk)
+        for place, number in enumerate(int(key) for key in batch.keys):
+            index = short[number]
+            scores[index] = log_probs[place, [int(ending[0]) for ending in answers[index]]].double().cpu().numpy()
+        if progress is not None:
+            progress(len(batch.lengths))
+    for index in sorted(set(range(len(rows))) - set(short)):
+        examples = [_example(rows[index].prompt, ending) for ending in answers[index]]
+        scores[index] = -row_losses(text, examples, micro_tokens=micro_tokens, chunk=chunk)[0]
+        if progress is not None:
+            progress(1)
+    return scores
+
+
+def distinguishing(completions: Sequence[Ids]) -> list[Ids]:
+    """The completions without their common ending, unless one of them would then be the beginning of another."""
+    shared = 0
+    shortest = min(len(completion) for completion in completions)
+    while shared < shortest - 1 and len({int(completion[-1 - shared]) for completion in completions}) == 1:
+        shared += 1
+    for cut in range(shared, 0, -1):
+        endings = [completion[: len(completion) - cut] for completion in completions]
+        if not any(
+            one is not other and len(one) <= len(other) and np.array_equal(one, other[: len(one)])
+            for one in endings
+            for other in endings
+        ):
+            return endings
+    return list(completions)
+
+
+def _numbered_batches(rows: Sequence[Example], micro_tokens: int) -> list[Batch]:
+    """Micro-batches whose keys are the rows' numbers, since packing changes the order."""
+    return micro_batches([replace(row, key=str(number)) for number, row in enumerate(rows)], micro_tokens)
+
+
+def _example(prompt: Ids, ending: Ids) -> Example:
+    supervised = np.zeros(len(prompt) + len(ending), bool)
+    supervised[len(prompt) :] = True
+    return Example(np.concatenate([prompt, ending]), supervised, "", None, False)
+
+
+def _log_probs_at_targets(text: TextModel, batch: Batch, chunk: int) -> torch.Tensor:
+    """log p over the vocabulary at the one target of each row (rows, vocabulary): a micro-batch holds few rows."""
+    with torch.no_grad():
+        hidden = text.hidden(batch.to(text.device))
+        return torch.cat([text.head(part).float().log_softmax(-1) for part in hidden.split(chunk)])  # type: ignore[no-untyped-call]

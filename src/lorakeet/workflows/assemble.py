@@ -1,0 +1,75 @@
+"""From a run's settings to everything it works with: rows, model, plan and token ids, checked before anything is written."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+from rich.console import Console
+
+from lorakeet.config import RunConfig
+from lorakeet.core.plan import Plan
+from lorakeet.data.batches import StepOrder
+from lorakeet.data.chat import Encoded, Encoder, encode_rows
+from lorakeet.data.prepare import Dataset, load_dataset
+from lorakeet.data.rows import Row
+from lorakeet.errors import DataError
+from lorakeet.models.load import load_text_model
+from lorakeet.models.targets import plan_for
+from lorakeet.models.text import TextModel
+
+
+@dataclass(frozen=True)
+class Assembly:
+    """What a run works with. `config` is resolved: nothing in it is "auto" where this machine decided."""
+
+    config: RunConfig
+    dataset: Dataset
+    text: TextModel
+    plan: Plan
+    encoder: Encoder
+    train: Encoded
+    held_out: Encoded
+    new_token_ids: tuple[int, ...]
+
+    @property
+    def judged(self) -> tuple[str, tuple[Row, ...]]:
+        """The rows that the verdict is about, and what they are called: the test rows, or else the held-out ones."""
+        return ("test", self.dataset.test) if self.dataset.test else ("held-out", self.dataset.held_out)
+
+    @property
+    def tokens_per_epoch(self) -> int:
+        return sum(len(example.ids) for example in self.train.examples)
+
+    @property
+    def steps(self) -> int:
+        order = StepOrder(len(self.train.examples), self.config.train.batch_size, self.config.train.seed)
+        return self.config.train.total_steps(order.steps_per_epoch)
+
+
+def assemble(config: RunConfig, console: Console) -> Assembly:
+    """Rows first (quick to fail), then the model, then the plan and the ids; ConfigError and DataError as they arise."""
+    dataset = load_dataset(config.data)
+    if not dataset.held_out:
+        raise DataError(
+            "No rows are held out, so nothing could be proved; set data.held_out_fraction above 0 or name a data.held_out file."
+        )
+    text = load_text_model(config.model, say=console.print)
+    config = resolved(config, text)
+    plan = plan_for(text.model, config.lora, text.family)
+    new_token_ids = text.add_tokens(config.lora.new_tokens)  # before any row is encoded
+    encoder = Encoder(text.tokenizer, config.data, dataset.labels)
+    train, held_out = (encode_rows(rows, encoder) for rows in (dataset.train, dataset.held_out))
+    return Assembly(config, dataset, text, plan, encoder, train, held_out, new_token_ids)
+
+
+def resolved(config: RunConfig, text: TextModel) -> RunConfig:
+    """The settings with the dtype, device, attention and products that this machine chose, so that a resumed run keeps them."""
+    model = dataclasses.replace(
+        config.model,
+        dtype=str(text.dtype).removeprefix("torch."),  # type: ignore[arg-type]
+        device=str(text.device),
+        attention=text.attention,  # type: ignore[arg-type]
+        products=str(text.products).removeprefix("torch."),  # type: ignore[arg-type]
+    )
+    return dataclasses.replace(config, model=model)

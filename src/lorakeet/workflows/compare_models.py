@@ -1,0 +1,50 @@
+"""Runs two functions of one or two models on the same batches and compares their logits chunk by chunk."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from lorakeet.data.pack import Batch
+from lorakeet.evaluate.parity import Parity, ParityMeter
+from lorakeet.evaluate.spec import EvaluateSpec
+from lorakeet.models.inject import activate
+from lorakeet.models.text import TextModel
+
+CHUNK = 256  # positions whose logits are held at once
+
+Side = tuple[TextModel, str | None]  # a model, and the adapter that is on (None for the bare base)
+
+
+def compare(left: Side, right: Side, batches: Sequence[Batch], *, spec: EvaluateSpec) -> Parity:
+    """How far `right` is from `left` on the targets of `batches`; the two may be one model with different adapters on."""
+    meter = ParityMeter()
+    with torch.no_grad():
+        for number, batch in enumerate(batches):
+            hidden_left, hidden_right = _hidden(left, batch), _hidden(right, batch)
+            rows = batch.target_rows.tolist()
+            for start in range(0, batch.targets, CHUNK):
+                part = slice(start, start + CHUNK)
+                meter.add(
+                    left[0].head(hidden_left[part]),
+                    right[0].head(hidden_right[part]),
+                    targets=batch.target_ids[part],
+                    texts=[(number, row) for row in rows[part]],
+                )
+    return meter.result(spec)
+
+
+def compare_on(text: TextModel, batches: Sequence[Batch], *, left: str | None, right: str | None, spec: EvaluateSpec) -> Parity:
+    """`compare` for two adapters of one model."""
+    return compare((text, left), (text, right), batches, spec=spec)
+
+
+def _hidden(side: Side, batch: Batch) -> Tensor:
+    text, name = side
+    activate(text.model, name)
+    text.model.eval()
+    return text.hidden(batch.to(text.device))
+
+

@@ -1,0 +1,142 @@
+"""`lorakeet finetune`: trains an adapter and proves it against its base on rows that it never saw.
+
+assemble (rows, model, plan, ids) → inject → train → judge (base, adapter, floors) → certify → report.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from lorakeet.config import RunConfig, dump_yaml
+from lorakeet.data.split import check_split_record, read_split_record, write_split_record
+from lorakeet.evaluate.certificate import Certificate
+from lorakeet.evaluate.report import Report, write_report
+from lorakeet.evaluate.values import encode
+from lorakeet.models.inject import inject, use_products
+from lorakeet.train.log import read_metrics
+from lorakeet.train.loop import Outcome, train
+from lorakeet.train.progress import reporter_for
+from lorakeet.train.run import RunFolder
+from lorakeet.train.text_task import TextTask
+from lorakeet.workflows import page
+from lorakeet.workflows.assemble import Assembly, assemble
+from lorakeet.workflows.certify import certify_run
+from lorakeet.workflows.judge import Judge
+from lorakeet.workflows.show import show_certificate, show_plan, show_results
+
+
+@dataclass(frozen=True)
+class FinetuneResult:
+    """What a run gave; a dry run has no outcome."""
+
+    setup: Assembly
+    run: RunFolder
+    outcome: Outcome | None = None
+    report: Report | None = None
+
+    @property
+    def exit_code(self) -> int:
+        return 0
+
+    def to_mapping(self) -> dict[str, Any]:
+        """Plain values for --json."""
+        found: dict[str, Any] = {
+            "run": str(self.run.path),
+            "trained_parameters": self.setup.plan.parameters,
+            "pairs": len(self.setup.plan.entries),
+            "steps": self.setup.steps,
+            "tokens_per_epoch": self.setup.tokens_per_epoch,
+            "rows": {
+                "train": len(self.setup.dataset.train),
+                "held_out": len(self.setup.dataset.held_out),
+                "test": len(self.setup.dataset.test),
+            },
+        }
+        if self.outcome is None or self.report is None:
+            return {**found, "dry_run": True, "plan": self.setup.plan.to_mapping()}
+        return {**found, "outcome": encode(self.outcome), "report": encode(self.report)}
+
+
+def finetune(config: RunConfig, *, resume: Path | None = None, dry_run: bool = False, console: Console) -> FinetuneResult:
+    """Trains, judges and certifies; everything is in the run folder `config.out`, or in `resume`.
+
+    Raises ConfigError, DataError and EnvironmentProblem before anything is written, RunStopped when the run ends early, and
+    VerificationFailed when the certificate fails (the run folder then holds it).
+    """
+    run = RunFolder.open(resume) if resume else RunFolder(Path(config.out))
+    if not resume and not dry_run:
+        run.require_free()
+    setup = assemble(config, console)
+    show_plan(setup, console)
+    if dry_run:
+        return FinetuneResult(setup, run)
+    _begin(setup, run, resume=resume is not None)
+    inject(setup.text.model, setup.plan, seed=setup.config.train.seed, token_ids=setup.new_token_ids)
+    use_products(setup.text.model, setup.text.products)
+    task = TextTask(setup.text, setup.train.examples, held_out=setup.held_out.examples, spec=setup.config.train)
+    outcome = train(
+        task,
+        setup.config.train,
+        run=run,
+        identity=_identity(setup),
+        resume=resume is not None,
+        report=reporter_for(console, machine=not console.is_terminal),
+    )
+    report = _prove(setup, outcome, run, console)
+    return FinetuneResult(setup, run, outcome, report)
+
+
+def _begin(setup: Assembly, run: RunFolder, *, resume: bool) -> None:
+    """Writes config.yaml and split.json of a new run; checks that a resumed one sees the same rows."""
+    record = setup.dataset.split_record()
+    if resume and run.split.exists():
+        check_split_record(read_split_record(run.split), record)
+        return
+    if not resume:
+        RunFolder.create(run.path)
+    run.write(run.config, dump_yaml(setup.config))
+    write_split_record(run.split, record)
+
+
+def _identity(setup: Assembly) -> dict[str, str]:
+    """What must be equal for a run to be resumed, besides the training settings."""
+    config = setup.config
+    parts = {
+        "model": dataclasses.asdict(config.model),
+        "lora": dataclasses.asdict(config.lora),
+        "data": [[example.key, example.ids.tolist()] for example in (*setup.train.examples, *setup.held_out.examples)],
+    }
+    return {name: hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest() for name, value in parts.items()}
+
+
+def _prove(setup: Assembly, outcome: Outcome, run: RunFolder, console: Console) -> Report:
+    """Judges, certifies and reports; VerificationFailed when the certificate fails."""
+    part, rows = setup.judged
+    judge = Judge(setup.config, setup.text, setup.encoder, rows, console)
+    learnt_from = [*setup.dataset.train, *(setup.dataset.held_out if part == "test" else ())]
+    measured = judge.report(f"Fine-tuning {setup.text.name}", learnt_from=learnt_from)
+    drift = judge.drift()
+    certificate = certify_run(
+        setup.text, run.adapter, setup.held_out.examples, base_loss=outcome.base_loss, spec=setup.config.evaluate
+    )
+    certificate.write(run.certificate)
+    report = page.complete(
+        measured, setup, outcome, run=run, metrics=read_metrics(run.metrics), certificate=certificate, drift=drift
+    )
+    write_report(report, run.path)
+    show_results(report, console)
+    _say_where(run, certificate, console)
+    certificate.raise_if_failed()
+    return report
+
+
+def _say_where(run: RunFolder, certificate: Certificate, console: Console) -> None:
+    show_certificate(certificate, console)
+    console.print(f"Report: {run.page}   Adapter: {run.adapter}   Certificate: {run.certificate}", soft_wrap=True)

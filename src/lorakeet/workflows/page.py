@@ -1,0 +1,119 @@
+"""The report of a run: the measured sections of `judge` together with curves, leaks, memory, speed and circumstances."""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from lorakeet.data.leaks import LeakReport
+from lorakeet.evaluate.certificate import Certificate
+from lorakeet.evaluate.report import Command, Curves, Drift, Leak, MemoryUse, Point, Report
+from lorakeet.train.loop import Outcome
+from lorakeet.train.run import RunFolder
+from lorakeet.workflows import facts
+from lorakeet.workflows.assemble import Assembly
+
+
+def complete(
+    measured: Report,
+    setup: Assembly,
+    outcome: Outcome,
+    *,
+    run: RunFolder,
+    metrics: Sequence[dict[str, Any]],
+    certificate: Certificate,
+    drift: Drift | None,
+) -> Report:
+    """`measured` with everything else that the page shows."""
+    part, rows = setup.judged
+    return replace(
+        measured,
+        subtitle=f"{setup.text.name} on {Path(setup.config.data.train).name}, judged on {len(rows)} {part} rows",
+        created=datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+        facts=_facts(setup, run),
+        curves=curves(metrics, outcome),
+        leaks=leaks(setup.dataset.leaks),
+        drift=drift,
+        memory=(MemoryUse("training, whole process", None, outcome.peak_bytes),),
+        speed=_speed(metrics, outcome),
+        certificate=certificate,
+        warnings=_warnings(setup),
+        next_commands=_next(run),
+    )
+
+
+def curves(metrics: Sequence[dict[str, Any]], outcome: Outcome) -> Curves:
+    """The curves in metrics.jsonl."""
+    steps = [record for record in metrics if record.get("loss") is not None]
+    held_out = [record for record in metrics if record.get("held_out_loss") is not None]
+    return Curves(
+        train=tuple(Point(record["step"], record["loss"]) for record in steps),
+        held_out=tuple(Point(r["step"], r["held_out_loss"], r["low"], r["high"]) for r in held_out),
+        learning_rate=tuple(Point(record["step"], record["lr"]) for record in steps),
+        best_step=outcome.best_step,
+        ended=outcome.reason,
+    )
+
+
+def leaks(found: LeakReport) -> tuple[Leak, ...]:
+    """Each row that stood on both sides of a split, and what became of it."""
+    dropped = {row.source for row in found.dropped}
+    return tuple(
+        Leak(
+            held_out=pair.twin.source,
+            train=pair.row.source,
+            similarity=pair.similarity,
+            action=f"dropped from {pair.row_part}" if pair.row.source in dropped else "kept",
+            text=" ".join(pair.row.text.split())[:200],
+        )
+        for pair in found.across
+    )
+
+
+def _facts(setup: Assembly, run: RunFolder) -> dict[str, str]:
+    config, data = setup.config, setup.dataset
+    lora, model = config.lora, config.model
+    return {
+        "Model": f"{setup.text.name}, {model.dtype} weights, {model.products} products, {model.attention} attention",
+        "Adapter": f"{lora.variant}, rank {lora.rank}, alpha {lora.alpha:g} ({lora.scale_rule}), {setup.plan.summary()}",
+        "Rows": f"{len(data.train)} training, {len(data.held_out)} held-out, {len(data.test)} test",
+        "Seeds": f"training {config.train.seed}, split {config.data.split_seed}, evaluation {config.evaluate.seed}",
+        "Versions": facts.versions(),
+        "Machine": facts.machine(setup.text.device),
+        "Run folder": str(run.path),
+    }
+
+
+def _speed(metrics: Sequence[dict[str, Any]], outcome: Outcome) -> dict[str, str]:
+    rates = sorted(record["tokens_per_second"] for record in metrics if record.get("tokens_per_second"))
+    found = {
+        "Training time": f"{outcome.seconds:.0f} s, held-out evaluations included",
+        "Tokens trained on": f"{outcome.tokens:,}",
+        "Steps": f"{outcome.steps} of {outcome.planned_steps} ({outcome.reason})",
+        "Learning rate": f"{outcome.learning_rate:.2e} at its highest",
+    }
+    if rates:
+        found["Tokens a second"] = f"{rates[len(rates) // 2]:,.0f} (median over steps)"
+    return found
+
+
+def _warnings(setup: Assembly) -> tuple[str, ...]:
+    found = []
+    longer = f"training rows were longer than {setup.config.data.max_tokens} tokens and"
+    if setup.train.truncated:
+        found.append(f"{setup.train.truncated} {longer} were shortened.")
+    if setup.train.dropped:
+        found.append(f"{len(setup.train.dropped)} {longer} left out.")
+    if not setup.dataset.test:
+        found.append("There are no test rows: the checkpoint was chosen on the same held-out rows that it is judged on.")
+    return tuple(found)
+
+
+def _next(run: RunFolder) -> tuple[Command, ...]:
+    return (
+        Command(f"lorakeet merge {run.path} --out {run.path}-merged", "fold the adapter into a model that transformers loads"),
+        Command(f"lorakeet evaluate {run.path} --data FILE", "measure it on rows of your own"),
+    )

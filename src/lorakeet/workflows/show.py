@@ -1,0 +1,72 @@
+"""What a run prints in the terminal: the plan, an example with its learnt tokens, and the table of results."""
+
+from __future__ import annotations
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from lorakeet.data.chat import show_example
+from lorakeet.evaluate.certificate import Certificate
+from lorakeet.evaluate.intervals import Estimate
+from lorakeet.evaluate.report import Report
+from lorakeet.evaluate.wording import METRIC_WORDS, metric_words, number, signed
+from lorakeet.workflows.assemble import Assembly
+
+
+def show_plan(setup: Assembly, console: Console) -> None:
+    """The rows, the leaks, one example in colour, and which matrices get which rank."""
+    data = setup.dataset
+    console.print(f"[bold]Rows[/]: {len(data.train)} training, {len(data.held_out)} held-out, {len(data.test)} test")
+    for line in data.leaks.lines():
+        console.print(Text(line))
+    for name, encoded in (("training", setup.train), ("held-out", setup.held_out)):
+        if encoded.truncated or encoded.dropped:
+            limit = f"{setup.config.data.max_tokens} tokens"
+            console.print(f"{encoded.truncated} {name} rows shortened to {limit}, {len(encoded.dropped)} left out")
+    console.print("[bold]One training row[/] (learnt tokens in green):")
+    console.print(show_example(setup.train.examples[0], setup.text.tokenizer))
+    table = Table("path", "weight", "rank", "scale", "parameters", title="Plan", title_justify="left")
+    for row in setup.plan.rows():
+        table.add_row(*(Text(cell) for cell in row))
+    console.print(table)
+    model = setup.config.model
+    console.print(Text(setup.plan.summary()))
+    console.print(
+        f"{setup.steps} steps of {setup.config.train.batch_size} rows, {setup.tokens_per_epoch:,} tokens a pass; "
+        f"{model.dtype} weights, {model.products} products, {model.attention} attention on {model.device}"
+    )
+
+
+def show_results(report: Report, console: Console) -> None:
+    """The verdict, every system's metrics with their intervals, and the paired differences."""
+    names = [name for name in METRIC_WORDS if any(name in system.metrics for system in report.systems)]
+    table = Table("", *(metric_words(name).title for name in names), title=report.subtitle, title_justify="left")
+    for system in report.systems:
+        cells = (_cell(system.metrics.get(name), METRIC_WORDS[name].digits) for name in names)
+        table.add_row(system.name, *cells, style="bold" if system.role == "adapter" else "")
+    console.print(table)
+    differences = Table("difference", "metric", "value", "p", "verdict", title="Paired, on the same rows", title_justify="left")
+    for item in report.comparisons:
+        words, diff = metric_words(item.metric), item.difference
+        value = f"{signed(diff.value)} [{signed(diff.low)}, {signed(diff.high)}]"
+        p = f"{item.p_value:.2g} ({item.test})"
+        differences.add_row(f"{item.left} − {item.right}", words.title, Text(value), p, item.verdict)
+    if report.comparisons:
+        console.print(differences)
+    if report.drift is not None:
+        console.print(Text(f"Drift from the base: {_cell(report.drift.mean_kl, 4)} nats a token on {report.drift.texts} texts"))
+    if report.verdict is not None:
+        console.print(Text(report.verdict.sentence, style="bold"))
+
+
+def show_certificate(certificate: Certificate, console: Console) -> None:
+    """One line a check."""
+    for check in certificate.checks:
+        console.print(Text(str(check), style="green" if check.passed else "bold red"))
+
+
+def _cell(estimate: Estimate | None, digits: int) -> Text:
+    if estimate is None:
+        return Text("")
+    return Text(f"{number(estimate.value, digits)} [{number(estimate.low, digits)}, {number(estimate.high, digits)}]")
