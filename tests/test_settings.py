@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lorakeet.errors import ConfigError, Problems
@@ -178,6 +178,7 @@ def test_types_are_described_in_words() -> None:
     assert choices(Literal["a", "b"] | None) == ("a", "b") and choices(int | None) == ()
 
 
+@settings(deadline=None)
 @given(
     st.builds(
         Craft,

@@ -71,7 +71,6 @@ def test_source_and_tests_mirror_each_other() -> None:
         for path in (file.relative_to(ROOT / "tests") for file in (ROOT / "tests").rglob("test_*.py"))
         if path.parts[0] not in own
     }
-    without_source = sorted(f"tests/{path.parent / f'test_{path.name}.py'}" for path in tests - modules)
-    assert not without_source, "these tests belong to no file of src/lorakeet:\n" + "\n".join(without_source)
-    without_test = sorted(f"{path}.py wants tests/{path.parent / f'test_{path.name}.py'}" for path in modules - tests)
-    assert not without_test, "\n".join(without_test)
+    strays = [f"tests/{path.parent / f'test_{path.name}.py'} belongs to no file of src/lorakeet" for path in tests - modules]
+    untested = [f"{path}.py wants tests/{path.parent / f'test_{path.name}.py'}" for path in modules - tests]
+    assert not strays + untested, "\n".join(sorted(strays + untested)) + "\nlaws across files belong into tests/laws"

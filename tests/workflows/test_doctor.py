@@ -12,7 +12,7 @@ from packaging.requirements import Requirement
 from rich.console import Console
 
 from lorakeet.workflows import doctor as module
-from lorakeet.workflows.doctor import Checkup, Finding, available_memory, cache_folder, doctor, pip_command
+from lorakeet.workflows.doctor import Checkup, Finding, available_memory, doctor, pip_command
 
 
 def printed(monkeypatch: pytest.MonkeyPatch) -> tuple[Checkup, str]:
@@ -46,11 +46,6 @@ def test_a_missing_package_is_named_with_its_command(monkeypatch: pytest.MonkeyP
 def test_only_what_is_required_decides_the_exit_code() -> None:
     assert Checkup((Finding("a", True, "x", required=True), Finding("b", False, "y", "do"))).exit_code == 0
     assert Checkup((Finding("a", False, "x", "do", required=True),)).exit_code == 2
-
-
-def test_the_cache_folder_follows_its_one_variable() -> None:
-    assert cache_folder({"LORAKEET_CACHE": "/a/b"}) == Path("/a/b")
-    assert cache_folder({}) == Path.home() / ".cache" / "lorakeet"
 
 
 def test_a_cache_that_cannot_be_written_is_required_and_mended(monkeypatch: pytest.MonkeyPatch) -> None:
