@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from lorakeet.data.chat import Example
 from lorakeet.data.pack import micro_batches
-from lorakeet.evaluate.certificate import Certificate, Check, judge
+from lorakeet.evaluate.certificate import Certificate, Check, judge, worst_layer
 from lorakeet.evaluate.parity import TOLERANCES, Precision
 from lorakeet.evaluate.spec import EvaluateSpec
 from lorakeet.formats.detect import read_adapter
+from lorakeet.formats.safe import open_safetensors
+from lorakeet.models.folded import folded_weights
 from lorakeet.models.inject import activate, attach, eject, use_products
 from lorakeet.models.score import row_losses
 from lorakeet.models.text import TextModel
-from lorakeet.workflows.compare_models import compare_on
+from lorakeet.workflows.compare_models import Side, compare, compare_on
 
 REREAD = "reread"
 MICRO_TOKENS = 2048
@@ -66,3 +71,43 @@ def _base_untouched(text: TextModel, rows: Sequence[Example], base_loss: float) 
         between=("base before training", "base with the adapter off"),
         n=int(weights.sum()),
     )
+
+
+def certify_merge(live: Side, merged: TextModel, rows: Sequence[Example], *, out: Path, spec: EvaluateSpec) -> Certificate:
+    """One check: base + adapter against the merged model, both computed in fp32 so that only the stored rounding can differ.
+
+    Where the check fails its detail names the weight of the merged model that is farthest from what it should be.
+    """
+    batches = micro_batches(rows, MICRO_TOKENS)
+    text, name = live
+    precision = PRECISIONS[stored_dtype(merged)]
+    effect = compare((text, name), (text, None), batches, spec=spec)
+    parity = compare(live, (merged, None), batches, spec=spec)
+    between = ("base + adapter", f"{out.name}/, loaded again")
+    check = parity.check("merged model", TOLERANCES[precision], between=between, base=effect)
+    if not check.passed:
+        check = replace(check, detail=worst_layer(weight_differences(text, name, merged)))
+    facts = {"model": text.name, "compared in": "float32", "stored as": stored_dtype(merged), "rows": str(len(rows))}
+    return Certificate(f"The merged model {out}", (check,), facts)
+
+
+def stored_dtype(merged: TextModel) -> str:
+    """The dtype in which most numbers of a model folder are stored: float32, bfloat16 or float16."""
+    counts: Counter[str] = Counter()
+    for file in sorted(merged.source.glob("*.safetensors")):
+        for stored in open_safetensors(file).tensors.values():
+            counts[str(stored.dtype).removeprefix("torch.")] += math.prod(stored.shape)
+    return next((name for name, _ in counts.most_common() if name in PRECISIONS), "float32")
+
+
+def weight_differences(live: TextModel, name: str | None, merged: TextModel) -> dict[str, float]:
+    """For each weight, ‖merged − expected‖ / ‖expected‖ in the largest entry; expected is W, or W with the pair folded in."""
+    found: dict[str, float] = {}
+    theirs = dict(merged.model.named_parameters(remove_duplicate=False))
+    for path, expected in folded_weights(live.model, name):
+        if path in theirs and theirs[path].shape == expected.shape:
+            other = theirs[path].detach().float()
+            found[path] = float((other - expected.float()).abs().max() / expected.float().abs().max().clamp_min(1e-12))
+        else:
+            found[path] = math.inf
+    return found

@@ -67,24 +67,13 @@ class Judge:
         spec = self.config.evaluate
         if spec.drift_texts == 0:
             return None
-        activate(self.text.model, None)
-        start = self._begin_token()
-        seed = seed_for(spec.seed, "drift") % 2**31
-        texts = sample(self.text, [[start]] * spec.drift_texts, max_tokens=spec.drift_tokens, seed=seed, temperature=1.0)
-        examples = [_all_supervised([start, *ids], number) for number, ids in enumerate(texts) if len(ids)]
+        examples = sampled_texts(self.text, spec.drift_texts, spec.drift_tokens, seed=spec.seed)
         batches = micro_batches(examples, self.config.train.micro_tokens)
         parity = compare_on(self.text, batches, left=None, right=self.name, spec=spec)
         return Drift(parity.mean_kl, len(examples), f"{parity.tokens:,} tokens sampled at temperature 1, seed {spec.seed}")
 
     def _fits(self, row: Row) -> bool:
         return self.encoder.encode(row) is not None
-
-    def _begin_token(self) -> int:
-        tokenizer = self.text.tokenizer
-        for token in (tokenizer.bos_token_id, tokenizer.eos_token_id):
-            if token is not None:
-                return int(token)
-        return 0
 
     def _answers(self, rows: Sequence[Row], system: str) -> Answers:
         candidates: list[Candidates] = [found for row in rows if (found := self.encoder.candidates(row)) is not None]
@@ -130,6 +119,14 @@ class Judge:
             sources=[row.source for row in rows],
             spec=self.config.evaluate,
         )
+
+
+def sampled_texts(text: TextModel, count: int, tokens: int, *, seed: int) -> list[Example]:
+    """Texts that the base writes from its begin token at temperature 1, every token but the first a target."""
+    activate(text.model, None)
+    start = next((t for t in (text.tokenizer.bos_token_id, text.tokenizer.eos_token_id) if t is not None), 0)
+    written = sample(text, [[int(start)]] * count, max_tokens=tokens, seed=seed_for(seed, "drift") % 2**31, temperature=1.0)
+    return [_all_supervised([int(start), *ids], number) for number, ids in enumerate(written) if len(ids)]
 
 
 def _bar(console: Console) -> Bar:

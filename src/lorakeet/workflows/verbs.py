@@ -26,7 +26,14 @@ class EvaluateOptions:
     """What is measured, and on which rows."""
 
     run_or_adapter: str = field(metadata=_RUN)
-    data: str | None = field(default=None, metadata={"help": "File of rows to measure on; without it, the rows held out."})
+    data: str | None = field(
+        default=None, metadata={"help": "File of rows to measure on; without it, the run's test rows, else its held-out rows."}
+    )
+    config: Path | None = field(
+        default=None, metadata={"help": "Run file with the data and model settings; without it, the run's own."}
+    )
+    base: str | None = field(default=None, metadata={"help": "The base model; without it, the one that run or adapter names."})
+    out: Path | None = field(default=None, metadata={"help": "Folder for a report of this measurement; nothing is written else."})
 
 
 @dataclass(frozen=True)

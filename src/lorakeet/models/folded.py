@@ -1,0 +1,44 @@
+"""What every weight of a model should be once an adapter is folded in: the yardstick for a merged model, matrix by matrix."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from lorakeet.core.experts import ExpertPairs
+from lorakeet.core.extras import Rows, TrainedModule
+from lorakeet.core.layers import AdaptedLayer
+from lorakeet.core.lowrank import LoraPair
+from lorakeet.models.modules import adapted_layers, original_modules
+
+
+def folded_weights(model: nn.Module, name: str | None) -> Iterator[tuple[str, Tensor]]:
+    """(path of the parameter, W with adapter `name` folded in) for every parameter of the model, one at a time."""
+    changed: dict[str, tuple[nn.Module, str]] = {}
+    for path, layer in adapted_layers(model):
+        if name is None or name not in layer.adapters:
+            continue
+        held = layer.adapters[name]
+        leaves = held.keys() if isinstance(held, ExpertPairs) else _leaves(layer, held)
+        changed.update({f"{path}.{leaf}": (held, leaf) for leaf in leaves})
+    for path, module in original_modules(model):
+        for leaf, parameter in module.named_parameters(recurse=False):
+            full = f"{path}.{leaf}" if path else leaf
+            with torch.no_grad():
+                yield full, _expected(parameter.detach(), *changed[full]) if full in changed else parameter.detach()
+
+
+def _leaves(layer: AdaptedLayer, held: nn.Module) -> list[str]:
+    return [key for key, _ in held.named_parameters()] if isinstance(layer, TrainedModule) else ["weight"]
+
+
+def _expected(weight: Tensor, held: nn.Module, leaf: str) -> Tensor:
+    if isinstance(held, ExpertPairs):
+        held = held[leaf]
+    if isinstance(held, LoraPair):
+        return held.fold(weight)
+    if isinstance(held, Rows):
+        return weight.float().index_copy(0, held.ids, held.values.detach())
+    return held.get_parameter(leaf).detach()

@@ -1,0 +1,119 @@
+"""`lorakeet merge`: folds an adapter into its base, on disk, and certifies that the merged model is the live one."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import Progress as Bar
+
+from lorakeet.data.chat import Encoder, Example, encode_rows
+from lorakeet.data.prepare import load_dataset
+from lorakeet.errors import ConfigError
+from lorakeet.evaluate.certificate import Certificate
+from lorakeet.evaluate.values import encode
+from lorakeet.merge.fold import MergeResult, merge_into
+from lorakeet.models.inject import activate
+from lorakeet.models.load import load_text_model
+from lorakeet.models.source import find_source
+from lorakeet.models.spec import ModelSpec
+from lorakeet.models.text import TextModel
+from lorakeet.workflows.certify import certify_merge
+from lorakeet.workflows.judge import sampled_texts
+from lorakeet.workflows.opened import NAME, Opened, open_adapter
+from lorakeet.workflows.show import show_certificate
+
+CERTIFICATE = "certificate.json"
+CHECK_TOKENS = 8192  # at most so many tokens of held-out rows go through both models
+SAMPLED_TEXTS, SAMPLED_TOKENS = 32, 64  # where there are no held-out rows, the base writes these itself
+
+
+@dataclass(frozen=True)
+class Merged:
+    """What was written and what the check found."""
+
+    result: MergeResult
+    certificate: Certificate
+
+    @property
+    def exit_code(self) -> int:
+        return 0 if self.certificate.passed else 3
+
+    def to_mapping(self) -> dict[str, Any]:
+        """Plain values for --json."""
+        return {
+            "out": str(self.result.folder),
+            "tensors": self.result.tensors,
+            "changed": self.result.changed,
+            "bytes": self.result.bytes,
+            "worst_rounding": {"tensor": self.result.worst[0], "difference": self.result.worst[1]},
+            "notes": list(self.result.notes),
+            "passed": self.certificate.passed,
+            "certificate": encode(self.certificate),
+        }
+
+
+def merge(run_or_adapter: str, *, out: Path, base: str | None = None, console: Console) -> Merged:
+    """Writes the merged model to `out`, compares it with base + adapter in fp32, and writes its certificate beside it.
+
+    Raises VerificationFailed (exit code 3) naming the worst layer when the two differ by more than rounding explains; what was
+    written stays for inspection, with a certificate that says so.
+    """
+    if out.exists():
+        raise ConfigError(f"{out} exists already and is never overwritten. Choose another folder or remove that one.")
+    opened = open_adapter(Path(run_or_adapter), base=base)
+    source = find_source(opened.config.model, console.print)
+    with Bar(console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("folding")
+        result = merge_into(
+            source,
+            opened.adapter,
+            out,
+            tokenizer=_tokenizer_of(opened),
+            on_progress=lambda done, total, name: bar.update(task, completed=done, total=total, description=f"folding {name}"),
+        )
+    console.print(f"Wrote {result.tensors} tensors ({result.changed} changed, {result.bytes:,} bytes) to {out}", soft_wrap=True)
+    if result.worst[0]:
+        console.print(f"Rounding moved {result.worst[0]} most, by {result.worst[1]:.2g}", soft_wrap=True)
+    for note in result.notes:
+        console.print(note, soft_wrap=True)
+    certificate = _certify(opened, out, console)
+    certificate.write(out / CERTIFICATE)
+    show_certificate(certificate, console)
+    certificate.raise_if_failed()
+    return Merged(result, certificate)
+
+
+def _certify(opened: Opened, out: Path, console: Console) -> Certificate:
+    live = opened.text_model(console, dtype="float32")
+    rows = _check_rows(opened, live, console)
+    merged_spec = ModelSpec(path=str(out), dtype="float32", products="float32", device=opened.config.model.device)
+    merged = load_text_model(merged_spec, say=console.print)
+    activate(live.model, NAME)
+    return certify_merge((live, NAME), merged, rows, out=out, spec=opened.config.evaluate)
+
+
+def _check_rows(opened: Opened, live: TextModel, console: Console) -> Sequence[Example]:
+    """Held-out rows of the run with every token a target; for a bare adapter, texts that the base samples."""
+    if opened.run is None:
+        console.print("No run, so no held-out rows: the two models are compared on texts that the base samples.", soft_wrap=True)
+        return sampled_texts(live, SAMPLED_TEXTS, SAMPLED_TOKENS, seed=opened.config.evaluate.seed)
+    dataset = load_dataset(opened.config.data)
+    encoder = Encoder(live.tokenizer, dataclasses.replace(opened.config.data, supervise="all"), dataset.labels)
+    chosen: list[Example] = []
+    tokens = 0
+    for example in encode_rows(dataset.held_out, encoder).examples:
+        if chosen and tokens + len(example.ids) > CHECK_TOKENS:
+            break
+        chosen.append(example)
+        tokens += len(example.ids)
+    return chosen
+
+
+def _tokenizer_of(opened: Opened) -> Path | None:
+    """The tokenizer that a run with new tokens saved beside its adapter."""
+    return opened.folder if (opened.folder / "tokenizer_config.json").is_file() else None

@@ -1,0 +1,66 @@
+"""A finished adapter opened again: a run folder with its settings, or a bare adapter folder with the base that it names."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+
+from lorakeet.config import RunConfig, read_run
+from lorakeet.core.adapter import Adapter
+from lorakeet.core.spec import LoraSpec
+from lorakeet.errors import ConfigError
+from lorakeet.formats.detect import read_adapter
+from lorakeet.models.inject import attach, use_products
+from lorakeet.models.load import load_text_model
+from lorakeet.models.spec import ModelSpec
+from lorakeet.models.text import TextModel
+from lorakeet.train.run import RunFolder
+
+NAME = "default"
+
+
+@dataclass(frozen=True)
+class Opened:
+    """An adapter with what is known about it; `run` is None for a bare adapter folder."""
+
+    adapter: Adapter
+    config: RunConfig
+    run: RunFolder | None
+    folder: Path
+
+    def text_model(self, console: Console, *, dtype: str | None = None, with_adapter: bool = True) -> TextModel:
+        """The base with the adapter attached and active; `dtype` overrides the one that the run was trained in."""
+        spec = self.config.model
+        if dtype is not None:
+            spec = dataclasses.replace(spec, dtype=dtype, products=dtype)  # type: ignore[arg-type]
+        text = load_text_model(spec, say=console.print)
+        if with_adapter:
+            rows = next(iter(self.adapter.token_rows.values()), None)
+            if rows is not None and rows.tokens:
+                text.add_tokens(rows.tokens)
+            attach(text.model, self.adapter, NAME)
+            use_products(text.model, text.products)
+        return text
+
+
+def open_adapter(path: Path, *, base: str | None = None, config: Path | None = None) -> Opened:
+    """The adapter in a run folder or in a folder of PEFT's layout. `base` and `config` win over what is written there.
+
+    Raises DataError where there is no adapter, ConfigError where nothing says which base it belongs to.
+    """
+    run = RunFolder(path) if (path / "config.yaml").is_file() else None
+    adapter = read_adapter(path)
+    settings = read_run(config) if config else read_run(run.config) if run else _bare(path, adapter, base)
+    if base is not None:
+        settings = dataclasses.replace(settings, model=dataclasses.replace(settings.model, path=base))
+    return Opened(adapter, settings, run, run.adapter if run else path)
+
+
+def _bare(path: Path, adapter: Adapter, base: str | None) -> RunConfig:
+    name = base or adapter.base
+    if not name:
+        raise ConfigError(f"{path} does not name its base model (base_model_name_or_path is empty); name it with --base.")
+    return RunConfig(model=ModelSpec(path=name), lora=LoraSpec())
