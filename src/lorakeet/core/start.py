@@ -24,7 +24,8 @@ def begin(pair: LoraPair, start: str, *, weight: Tensor, path: str, seed: int) -
     with torch.no_grad():
         if start in ("pissa", "olora"):
             A, B = (_pissa if start == "pissa" else _olora)(weight.float().cpu(), pair.A.shape[0], generator)
-            root = math.sqrt(pair.scale)  # so that scale·B·A is the part that was cut out
+            # PiSSA's scale·B·A is the part that was cut out; OLoRA's B stays orthonormal, as its authors' code has it.
+            root = math.sqrt(pair.scale) if start == "pissa" else 1.0
             _set_anchored(pair, A / root, B / root)
         elif start == "orthogonal":
             for A, B in zip(pair.A, pair.B, strict=True) if pair.kind == "experts" else [(pair.A, pair.B)]:
