@@ -73,7 +73,7 @@ def _write(
         output = text.model.get_decoder()(input_ids=ids, attention_mask=mask, position_ids=positions, cache=cache, use_cache=True)
         cache = output.cache
         logits = text.head(output.last_hidden_state[:, -1]).float().cpu()
-        chosen = [_draw(logits[row], temperature, generators[row]) if row in open_rows else 0 for row in range(len(prompts))]
+        chosen = _draw(logits, temperature, generators)
         for row in sorted(open_rows):
             written[row].append(chosen[row])
             if chosen[row] in ends:
@@ -85,10 +85,13 @@ def _write(
     return written
 
 
-def _draw(logits: Tensor, temperature: float, generator: torch.Generator) -> int:
+def _draw(logits: Tensor, temperature: float, generators: list[torch.Generator]) -> list[int]:
+    """One id for each row of logits (rows, vocabulary): the first whose cumulated probability passes the row's luck."""
     if temperature == 0:
-        return int(logits.argmax())
-    return int(torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator))
+        return [int(number) for number in logits.argmax(-1)]
+    cumulated = (logits / temperature).softmax(-1).double().cumsum(-1)
+    luck = torch.stack([torch.rand(1, generator=generator, dtype=torch.float64) for generator in generators])
+    return [int(number) for number in torch.searchsorted(cumulated, luck * cumulated[:, -1:], right=True).squeeze(1)]
 
 
 @contextmanager
