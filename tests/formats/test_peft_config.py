@@ -66,6 +66,15 @@ def test_keys_without_effect_are_read_over(changes: dict[str, Any], folder: Path
     assert all(torch.equal(pair.A, pairs[path].A) for path, pair in lorakeet_peft.read(plain_folder).pairs.items())
 
 
+def test_dora_with_a_bias_is_refused(folder: Path, tmp_path: Path) -> None:
+    change_config(folder, use_dora=True, lora_bias=True)
+    with pytest.raises(ConfigError, match="use_dora and lora_bias are both True"):
+        lorakeet_peft.read(folder)
+    pair = random_pair("linear", torch.ones(8, 8), dora=True, bias=torch.zeros(8))
+    with pytest.raises(ConfigError, match="q is a DoRA pair with a bias"):
+        lorakeet_peft.write(Adapter({"q": pair}), tmp_path / "new")
+
+
 def test_all_refusals_come_at_once(folder: Path) -> None:
     change_config(folder, bias="all", use_qalora=True, r=0, lora_alpha="x", rank_pattern={"(": 4}, target_modules=3)
     with pytest.raises(ConfigError, match="6 problems"):

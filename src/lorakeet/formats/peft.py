@@ -136,9 +136,7 @@ def _kind(config: PeftConfig, note: Mapping[str, Any], path: str, slots: Slots) 
     return "conv1d" if config.fan_in_fan_out else "linear"
 
 
-def _add_pair(
-    config: PeftConfig, path: str, kind: Kind, slots: Slots, *, pairs: dict[str, Pair], problems: Problems
-) -> None:
+def _add_pair(config: PeftConfig, path: str, kind: Kind, slots: Slots, *, pairs: dict[str, Pair], problems: Problems) -> None:
     first, second = _factor_slots(kind)
     missing = [slot for slot in (first, second) if slot not in slots]
     if missing:
@@ -270,9 +268,7 @@ def _nesting(adapter: Adapter) -> dict[str, int]:
             module, _, name = path.rpartition(".")
             blocks.setdefault(module, []).append(name)
     return {
-        f"{module}.{name}": depth
-        for module, names in blocks.items()
-        for name, depth in peft_experts.order_on_disk(names).items()
+        f"{module}.{name}": depth for module, names in blocks.items() for name, depth in peft_experts.order_on_disk(names).items()
     }
 
 

@@ -120,6 +120,10 @@ def _refuse(data: dict[str, Any], path: Path, problems: Problems) -> None:
                 f"{path}: the key {key} = {data[key]!r} is not known here, so what it changes would be lost. "
                 "Set it to null if it has no effect on a trained adapter."
             )
+    if data.get("use_dora") and data.get("lora_bias"):
+        problems.add(
+            f"{path}: use_dora and lora_bias are both True; PEFT counts the bias into the rows' lengths, which is not supported."
+        )
     start = data.get("init_lora_weights", True)
     if str(start).lower() not in _HARMLESS_STARTS and start is not None:
         problems.add(
@@ -275,8 +279,9 @@ def check_writable(adapter: Adapter) -> None:
     for path, pair in adapter.pairs.items():
         if biased and pair.kind in ("experts", "embedding"):
             problems.add(f"{path} is of kind {pair.kind}, which PEFT cannot hold in an adapter with a bias in its pairs.")
-        if pair.kind == "embedding" and pair.magnitude is not None:
-            problems.add(f"{path} is an embedding with a DoRA magnitude, which is not supported.")
+        if pair.magnitude is not None and (pair.kind in ("embedding", "experts") or pair.bias is not None):
+            what = f"of kind {pair.kind}" if pair.bias is None else "with a bias"
+            problems.add(f"{path} is a DoRA pair {what}, which is not supported.")
         if pair.kind == "experts" and "." not in path:
             problems.add(f"{path} is a parameter of the whole model; PEFT can only name parameters of a module inside it.")
         if path in adapter.token_rows:

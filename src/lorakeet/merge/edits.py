@@ -155,7 +155,9 @@ class _Planner:
             self.problems.add(f"{path}.weight is {edit.shape} in the checkpoint; the pair is for {shape} ({kind}).")
             return
         edit.steps.append(lambda weight: module_of(path, pair, kind).fold(weight))
-        if pair.bias is not None:
+        if pair.bias is not None and pair.magnitude is not None:
+            self.problems.add(f"{path} is a DoRA pair with a bias, which cannot be merged.")
+        elif pair.bias is not None:
             self._add_bias(path, pair.bias * pair.scale)
 
     def _add_bias(self, path: str, bias: Tensor) -> None:

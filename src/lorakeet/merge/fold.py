@@ -139,9 +139,7 @@ def _shards(checkpoint: Checkpoint, edits: Edits, dtype: Dtype) -> dict[str, Sha
     return shards
 
 
-def _write_small_files(
-    folder: Path, checkpoint: Checkpoint, edits: Edits, *, shards: Mapping[str, Shapes], dtype: Dtype
-) -> None:
+def _write_small_files(folder: Path, checkpoint: Checkpoint, edits: Edits, *, shards: Mapping[str, Shapes], dtype: Dtype) -> None:
     if list(shards) != [SINGLE]:
         sizes = [shape.numel() * kind.itemsize for shapes in shards.values() for kind, shape in map(_sized, shapes.values())]
         index = {
