@@ -185,8 +185,8 @@ def _shape_problem(config: PeftConfig, path: str, kind: Kind, A: Tensor, B: Tens
         return f"{path} has A {tuple(A.shape)} and B {tuple(B.shape)}: their ranks {A.shape[0]} and {B.shape[1]} differ."
     if A.shape[0] != rank:
         return (
-            f"{path} has rank {A.shape[0]} on disk, but {CONFIG_NAME} says {rank}, so its scale is uncertain. PEFT sorts the keys "
-            "of rank_pattern when it saves: where two of them match one module, another one may have been first in training."
+            f"{path} has rank {A.shape[0]} on disk, but {CONFIG_NAME} says {rank}, so its scale is uncertain. PEFT sorts the "
+            "keys of rank_pattern when it saves: where two match one module, another may have been first in training."
         )
     return ""
 
