@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -16,6 +17,7 @@ from lorakeet.core.plan import PlanEntry
 from lorakeet.data.batches import StepOrder
 from lorakeet.data.chat import Example
 from lorakeet.data.pack import Batch, micro_batches
+from lorakeet.formats import peft
 from lorakeet.train.spec import TrainSpec
 from lorakeet.train.task import HeldOut, Size
 from lorakeet.train.text_loss import text_loss
@@ -113,3 +115,6 @@ class TinyTask:
 
     def adapter(self) -> Adapter:
         return Adapter({name: pair.value() for name, pair in self.text.pairs().items()}, base="tiny")
+
+    def save(self, folder: Path) -> None:
+        peft.write(self.adapter(), folder)

@@ -27,7 +27,6 @@ from lorakeet.errors import DataError, EnvironmentProblem, RunStopped
 from lorakeet.evaluate import intervals
 from lorakeet.evaluate.intervals import Estimate
 from lorakeet.evaluate.spec import EvaluateSpec
-from lorakeet.formats import peft
 from lorakeet.memory.measure import PeakMemory
 from lorakeet.train import checkpoint, durable, gradients, rng, schedule
 from lorakeet.train.checkpoint import Position, Snapshot
@@ -277,7 +276,7 @@ class Training(Generic[BatchT]):
 
     def _publish(self) -> None:
         with self._writing("The adapter"), durable.new_folder(self.run.adapter) as folder:
-            peft.write(self.task.adapter(), folder)
+            self.task.save(folder)
 
     def _write(self, record: Record) -> None:
         with self._writing("metrics.jsonl"):

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import Parameter
-
-from lorakeet.core.adapter import Adapter
 
 BatchT = TypeVar("BatchT")
 
@@ -66,6 +65,6 @@ class Task(Protocol[BatchT]):
         """The loss of every held-out row as the adapter is now; None where no rows were held out. Draws no random numbers."""
         ...
 
-    def adapter(self) -> Adapter:
-        """The adapter as it is now, as a value."""
+    def save(self, folder: Path) -> None:
+        """Writes the adapter as it is now into the empty `folder`, with all that is needed to open it again."""
         ...

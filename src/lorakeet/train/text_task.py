@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 from torch import Tensor
 from torch.nn import Parameter
@@ -12,6 +13,7 @@ from lorakeet.core.lowrank import LoraPair
 from lorakeet.data.batches import StepOrder
 from lorakeet.data.chat import Example
 from lorakeet.data.pack import Batch, micro_batches
+from lorakeet.formats import peft
 from lorakeet.models import inject
 from lorakeet.models.score import row_losses
 from lorakeet.models.text import TextModel
@@ -67,4 +69,12 @@ class TextTask:
         return HeldOut(*row_losses(self.text, self.held_out_rows, micro_tokens=spec.micro_tokens, chunk=spec.head_chunk))
 
     def adapter(self) -> Adapter:
+        """The adapter as it is now, as a value."""
         return inject.adapter_of(self.text.model, self.name, base=self.text.name)
+
+    def save(self, folder: Path) -> None:
+        """Writes adapter/ in PEFT's layout; where the run added tokens, the tokenizer that has them goes with it."""
+        adapter = self.adapter()
+        peft.write(adapter, folder)
+        if any(rows.tokens for rows in adapter.token_rows.values()):
+            self.text.tokenizer.save_pretrained(folder)
