@@ -37,7 +37,7 @@ class Loud(Silent):
 
 def work(path: Path) -> int:
     """Begins or goes on with the run in `path`; the exit code."""
-    resume = path.exists()
+    resume = (path / "checkpoints").exists()  # killed before, there is nothing to go on with
     run = RunFolder.open(path) if resume else RunFolder.create(path)
     try:
         train(TinyTask(SPEC), SPEC, run=run, resume=resume, report=Loud())
@@ -48,6 +48,7 @@ def work(path: Path) -> int:
 
 
 def serve() -> None:
+    torch.optim.AdamW([torch.zeros(1)])  # brings in what torch loads late, once for all processes
     for line in sys.stdin:
         order = json.loads(line)
         said, says = os.pipe()

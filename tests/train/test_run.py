@@ -56,3 +56,15 @@ def test_opening_finishes_an_interrupted_replacement(tmp_path: Path) -> None:
     RunFolder.open(run.path)
     assert [path.name for path in run.adapter.iterdir()] == ["new"]
     assert list(run.checkpoints.iterdir()) == []
+
+
+def test_two_processes_cannot_train_one_run(tmp_path: Path) -> None:
+    run = RunFolder.create(tmp_path / "run")
+    half_written = run.checkpoints / ".step-000001.partial"
+    half_written.mkdir()
+    with run.locked():
+        with pytest.raises(ConfigError, match="Another process is training"):
+            RunFolder.open(run.path)
+        assert half_written.is_dir()
+    RunFolder.open(run.path)
+    assert not half_written.exists()

@@ -65,6 +65,7 @@ class Damaged(Exception):
 
 
 def name_of(step: int) -> str:
+    """ "step-000040"."""
     return f"step-{step:06d}"
 
 

@@ -74,7 +74,7 @@ def train(
     tensor gets no gradient, ConfigError when a resumed run was begun with other settings.
     """
     training = Training(task, spec, run=run, report=report or Silent())
-    with PeakMemory() as memory, interrupt or Interrupt() as stop:
+    with run.locked(), PeakMemory() as memory, interrupt or Interrupt() as stop:
         training.memory = memory
         training.open(identity or {}, resume=resume)
         try:

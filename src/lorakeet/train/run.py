@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import fcntl
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -71,16 +74,32 @@ class RunFolder:
 
     @classmethod
     def open(cls, path: Path) -> RunFolder:
-        """The run in `path`, after an interrupted replacement of one of its folders was finished; ConfigError if it is none."""
+        """The run in `path`, to go on with it: an interrupted replacement of one of its folders is finished first.
+
+        ConfigError if it is none, or if another process is training it. To read a run, `RunFolder(path)` is enough.
+        """
         run = cls(path)
         if not path.is_dir():
             raise ConfigError(f"There is no run folder {path}; expected the --out of an earlier finetune. Check the path.")
         if not run.config.exists() and not run.checkpoints.is_dir():
             raise ConfigError(f"{path} is not a run folder: it has neither config.yaml nor checkpoints. Check the path.")
-        run.checkpoints.mkdir(exist_ok=True)
-        durable.recover(run.path)
-        durable.recover(run.checkpoints)
+        with run.locked():
+            run.checkpoints.mkdir(exist_ok=True)
+            durable.recover(run.path)
+            durable.recover(run.checkpoints)
         return run
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """A context in which no other process trains this run; the lock ends with the process, however that ends."""
+        with (self.path / ".lock").open("wb") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise ConfigError(
+                    f"Another process is training {self.path}. Wait until it ends or stop it with Ctrl-C, then try again."
+                ) from error
+            yield
 
     def write(self, path: Path, text: str) -> None:
         """Writes one file of the run in one step (config.yaml, split.json, the report)."""
