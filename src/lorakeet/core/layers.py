@@ -19,14 +19,21 @@ from lorakeet.core.plan import PlanEntry
 from lorakeet.core.start import begin
 
 
-class AdaptedLayer(nn.Module):
+class StandIn(nn.Module):
+    """A module that stands in a model in place of `original`, which it holds untouched."""
+
+    def __init__(self, original: nn.Module) -> None:
+        super().__init__()
+        self.original = original
+
+
+class AdaptedLayer(StandIn):
     """A frozen module with any number of named adapters, one of which may be active."""
 
     products: torch.dtype | None = None  # dtype of the matrix products (core/precision); None: that of the input
 
     def __init__(self, original: nn.Module) -> None:
-        super().__init__()
-        self.original = original
+        super().__init__(original)
         self.adapters = nn.ModuleDict()
         self.active: str | None = None
 

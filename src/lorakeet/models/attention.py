@@ -10,6 +10,7 @@ rows are computed in fp32 there and kept in the model's dtype between forward an
 from __future__ import annotations
 
 import math
+from itertools import accumulate
 from typing import Any, cast
 
 import torch
@@ -44,18 +45,17 @@ def row_attention(
     rows = cast("tuple[int, ...]", lengths)
     scale = settings.get("scaling") or 1 / math.sqrt(query.shape[-1])
     window, softcap, dropout = settings.get("sliding_window"), settings.get("softcap"), settings.get("dropout") or 0.0
+    if query.device.type == "cpu" and softcap is None and dropout == 0.0 and (window is None or max(rows) <= window):
+        return cast(Tensor, _CausalRows.apply(query, key, value, rows, scale)), None  # type: ignore[no-untyped-call]
     outputs = []
     for q, k, v in zip(*(torch.split(states, list(rows), dim=2) for states in (query, key, value)), strict=True):
-        masked = window is not None and q.shape[2] > window
         if softcap is not None:
             out = _softcapped(q, k, v, scale, softcap, window)
-        elif masked or dropout > 0 or q.device.type != "cpu":
-            mask = _band(q.shape[2], window, q.device) if masked else None
+        else:
+            mask = _band(q.shape[2], window, q.device) if window is not None and q.shape[2] > window else None
             out = nn.functional.scaled_dot_product_attention(
                 q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=mask is None, scale=scale, enable_gqa=True
             )
-        else:
-            out = cast(Tensor, _CausalRow.apply(q, k, v, scale))  # type: ignore[no-untyped-call]
         outputs.append(out.transpose(1, 2))
     return torch.cat(outputs, dim=1), None
 
@@ -78,56 +78,71 @@ def _refuse_unknown(module: nn.Module, query: Tensor, lengths: Any, mask: Tensor
         raise EnvironmentProblem(f"{kind} uses {', '.join(unknown)}, which row attention does not have; use attention: sdpa.")
 
 
-class _CausalRow(torch.autograd.Function):
-    """softmax(s·Q·Kᵀ + causal mask)·V of one row by torch's CPU flash kernel in fp32; saves Q, K, V, O in their own dtype.
+class _CausalRows(torch.autograd.Function):
+    """softmax(s·Q·Kᵀ + causal mask)·V of each row by torch's CPU flash kernel in fp32; saves Q, K, V, O in their own dtype.
 
     Grouped queries: head h = kv·G + g attends to key head kv. The groups stand in the batch dimension over an expanded (not
-    copied) K and V, and dK, dV are summed over it.
+    copied) K and V, and dK, dV are summed over it. The result is (1, tokens, heads, d).
     """
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-        groups = q.shape[1] // k.shape[1]
-        out, logsumexp = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            _by_group(q.float(), groups), *_expanded(k, v, groups), 0.0, True, scale=scale
-        )
-        result = _by_head(out).to(q.dtype)
-        ctx.save_for_backward(q, k, v, result, logsumexp)
-        ctx.scale, ctx.groups = scale, groups
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, rows: tuple[int, ...], scale: float) -> Tensor:
+        groups = query.shape[1] // key.shape[1]
+        q, k, v = _by_group(query.float(), groups), key.float(), value.float()
+        result = torch.empty_like(query.transpose(1, 2), memory_format=torch.contiguous_format)
+        place = _by_group(result.transpose(1, 2), groups)
+        logsumexps = []
+        for part in _parts(rows):
+            out, logsumexp = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+                q[:, :, part], _expanded(k, part, groups), _expanded(v, part, groups), 0.0, True, scale=scale
+            )
+            place[:, :, part] = out
+            logsumexps.append(logsumexp)
+        ctx.save_for_backward(query, key, value, result, *logsumexps)
+        ctx.rows, ctx.scale = rows, scale
         return result
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, result, logsumexp = ctx.saved_tensors
-        groups = ctx.groups
-        grad_q, grad_k, grad_v = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            _by_group(grad.float(), groups),
-            _by_group(q.float(), groups),
-            *_expanded(k, v, groups),
-            _by_group(result.float(), groups),
-            logsumexp,
-            0.0,
-            True,
-            scale=ctx.scale,
-        )
-        grads = _by_head(grad_q), grad_k.sum(0, keepdim=True), grad_v.sum(0, keepdim=True)
-        return grads[0].to(q.dtype), grads[1].to(k.dtype), grads[2].to(v.dtype), None
+        query, key, value, result, *logsumexps = ctx.saved_tensors
+        groups = query.shape[1] // key.shape[1]
+        q, k, v = _by_group(query.float(), groups), key.float(), value.float()
+        g, o = (_by_group(states.float().transpose(1, 2), groups) for states in (grad, result))
+        grads = [torch.empty_like(states) for states in (query, key, value)]
+        place = _by_group(grads[0], groups)
+        for part, logsumexp in zip(_parts(ctx.rows), logsumexps, strict=True):
+            grad_q, grad_k, grad_v = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+                g[:, :, part],
+                q[:, :, part],
+                _expanded(k, part, groups),
+                _expanded(v, part, groups),
+                o[:, :, part],
+                logsumexp,
+                0.0,
+                True,
+                scale=ctx.scale,
+            )
+            place[:, :, part] = grad_q
+            grads[1][0, :, part] = grad_k.sum(0)
+            grads[2][0, :, part] = grad_v.sum(0)
+        return *grads, None, None
+
+
+def _parts(rows: tuple[int, ...]) -> list[slice]:
+    """Where each row stands among the tokens."""
+    ends = list(accumulate(rows))
+    return [slice(end - length, end) for end, length in zip(ends, rows, strict=True)]
 
 
 def _by_group(states: Tensor, groups: int) -> Tensor:
-    """(1, kv·groups, n, d) to (groups, kv, n, d)."""
+    """(1, kv·groups, n, d) seen as (groups, kv, n, d)."""
     _, heads, n, d = states.shape
     return states.view(heads // groups, groups, n, d).transpose(0, 1)
 
 
-def _by_head(states: Tensor) -> Tensor:
-    """(groups, kv, n, d) back to (1, kv·groups, n, d)."""
-    groups, kv, n, d = states.shape
-    return states.transpose(0, 1).reshape(1, kv * groups, n, d)
-
-
-def _expanded(k: Tensor, v: Tensor, groups: int) -> tuple[Tensor, Tensor]:
-    return k.float().expand(groups, -1, -1, -1), v.float().expand(groups, -1, -1, -1)
+def _expanded(states: Tensor, part: slice, groups: int) -> Tensor:
+    """One row of (1, kv, tokens, d), seen once for each group: (groups, kv, n, d)."""
+    return states[:, :, part].expand(groups, -1, -1, -1)
 
 
 def _band(n: int, window: int | None, device: torch.device) -> Tensor:

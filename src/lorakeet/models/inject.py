@@ -23,6 +23,7 @@ from lorakeet.core.plan import ExtraEntry, Plan, PlanEntry
 from lorakeet.errors import ConfigError, Problems, nearest
 from lorakeet.models import modules
 from lorakeet.models.fits import plan_of
+from lorakeet.models.fuse import unfuse
 from lorakeet.models.token_rows import put_rows, shrink
 
 
@@ -64,6 +65,8 @@ def eject(model: nn.Module, name: str | None = None) -> None:
     for path, layer in layers:
         if not len(layer.adapters):
             modules.replace(model, path, layer.original)
+    if not adapter_names(model):
+        unfuse(model)
 
 
 def activate(model: nn.Module, name: str | None) -> None:
@@ -272,7 +275,7 @@ def _put_extra(model: nn.Module, extra: ExtraEntry, name: str, token_ids: tuple[
         first = cast(Tensor, modules.bare(module).weight).shape[0]
         put_rows(model, extra, name, tuple(range(first, first + len(extra.tokens))) if token_ids is None else token_ids)
         return module
-    layer = module if isinstance(module, TrainedModule) else TrainedModule(module)
+    layer = module if isinstance(module, TrainedModule) else TrainedModule(modules.bare(module))
     trained = layer.new_copy()
     layer.attach(name, trained)
     layer.train(modules.bare(module).training)

@@ -8,7 +8,7 @@ from typing import Any, cast
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from lorakeet.core.layers import AdaptedLayer
+from lorakeet.core.layers import AdaptedLayer, StandIn
 from lorakeet.core.math import Kind
 from lorakeet.models.families import Family
 
@@ -18,7 +18,7 @@ HEADS = ("lm_head", "embed_out", "score", "classifier", "classification_head", "
 
 def original_modules(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
     """(path, module) in model order, each adapted module as the one that it stands for."""
-    module = model.original if isinstance(model, AdaptedLayer) else model
+    module = bare(model)
     yield prefix, module
     for name, child in module.named_children():
         yield from original_modules(child, f"{prefix}.{name}" if prefix else name)
@@ -36,14 +36,14 @@ def find(model: nn.Module, path: str) -> nn.Module | None:
     """The module at `path` as it stands in the model (adapted or not), looking through adapted ones; None where none is."""
     here: nn.Module | None = model
     for name in path.split(".") if path else ():
-        inside = here.original if isinstance(here, AdaptedLayer) else here
+        inside = bare(here) if here is not None else None
         here = dict(inside.named_children()).get(name) if inside is not None else None
     return here
 
 
 def bare(module: nn.Module) -> nn.Module:
-    """The frozen module itself, where it is adapted."""
-    return module.original if isinstance(module, AdaptedLayer) else module
+    """The frozen module itself, where another stands in for it."""
+    return module.original if isinstance(module, StandIn) else module
 
 
 def replace(model: nn.Module, path: str, module: nn.Module) -> None:

@@ -19,6 +19,7 @@ from lorakeet.data.split import check_split_record, read_split_record, write_spl
 from lorakeet.evaluate.certificate import Certificate
 from lorakeet.evaluate.report import Report, write_report
 from lorakeet.evaluate.values import encode
+from lorakeet.models.fuse import fuse
 from lorakeet.models.inject import inject, use_products
 from lorakeet.train.log import read_metrics
 from lorakeet.train.loop import Outcome, train
@@ -80,6 +81,7 @@ def finetune(config: RunConfig, *, resume: Path | None = None, dry_run: bool = F
     _begin(setup, run, resume=resume is not None)
     inject(setup.text.model, setup.plan, seed=setup.config.train.seed, token_ids=setup.new_token_ids)
     use_products(setup.text.model, setup.text.products)
+    fuse(setup.text.model)
     task = TextTask(setup.text, setup.train.examples, held_out=setup.held_out.examples, spec=setup.config.train)
     outcome = train(
         task,

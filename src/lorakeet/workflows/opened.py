@@ -13,6 +13,7 @@ from lorakeet.core.adapter import Adapter
 from lorakeet.core.spec import LoraSpec
 from lorakeet.errors import ConfigError
 from lorakeet.formats.detect import read_adapter
+from lorakeet.models.fuse import fuse
 from lorakeet.models.inject import attach, use_products
 from lorakeet.models.load import load_text_model
 from lorakeet.models.spec import ModelSpec
@@ -43,6 +44,7 @@ class Opened:
                 text.add_tokens(rows.tokens)
             attach(text.model, self.adapter, NAME)
             use_products(text.model, text.products)
+            fuse(text.model)
         return text
 
 

@@ -1,0 +1,73 @@
+"""Fusing a whole model changes neither its logits nor its gradients, and is taken out without a trace."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from lorakeet.core.layers import StandIn
+from lorakeet.core.spec import LoraSpec
+from lorakeet.models import fuse, inject
+from lorakeet.models.families import family_of
+from lorakeet.models.targets import plan_for
+
+GATED = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3")
+
+
+def prepared(model: Any) -> dict[str, torch.nn.Parameter]:
+    plan = plan_for(model, LoraSpec(rank=4, alpha=12), family_of(model.config))
+    inject.inject(model, plan)
+    parameters = inject.trained_parameters(model)
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            if name.endswith(".B"):
+                parameter.normal_(std=0.05)
+    return parameters
+
+
+def run(model: Any, parameters: dict[str, torch.nn.Parameter]) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    for parameter in parameters.values():
+        parameter.grad = None
+    ids = (torch.arange(24) * 7 % 50).view(2, 12)
+    logits = model(input_ids=ids).logits
+    logits.log_softmax(-1)[..., 3].sum().backward()
+    return logits.detach(), [parameter.grad for parameter in parameters.values()]
+
+
+@pytest.mark.parametrize("family", [*GATED, "phi3", "gpt2", "mixtral"])
+def test_logits_and_gradients_stay(tiny_model: Callable[..., Any], family: str) -> None:
+    model = tiny_model(family)
+    parameters = prepared(model)
+    logits, gradients = run(model, parameters)
+    count = fuse.fuse(model)
+    assert count >= (2 if family in GATED else 0)
+    fused_logits, fused_gradients = run(model, parameters)
+    torch.testing.assert_close(fused_logits, logits, rtol=1e-5, atol=1e-5)
+    for found, expected in zip(fused_gradients, gradients, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_eject_takes_the_stand_ins_out(tiny_model: Callable[..., Any]) -> None:
+    model = tiny_model("llama")
+    before = {path: type(module) for path, module in model.named_modules()}
+    prepared(model)
+    assert fuse.fuse(model) > 0
+    assert fuse.fuse(model) == 0
+    inject.eject(model)
+    assert {path: type(module) for path, module in model.named_modules()} == before
+
+
+def test_paths_of_the_adapter_do_not_change(tiny_model: Callable[..., Any]) -> None:
+    model = tiny_model("llama")
+    prepared(model)
+    before = inject.adapter_of(model)
+    fuse.fuse(model)
+    after = inject.adapter_of(model)
+    assert list(after.pairs) == list(before.pairs)
+    assert any(isinstance(module, StandIn) and "mlp" in path for path, module in model.named_modules())
+    inject.attach(model, before, "again")
+    assert inject.adapter_names(model) == ["default", "again"]
