@@ -18,6 +18,8 @@ def plan_of(model: nn.Module, adapter: Adapter) -> Plan:
 
     Raises ConfigError "The adapter does not fit this base" with every missing module and wrong shape.
     """
+    if not adapter.parameters:
+        raise ConfigError("The adapter holds nothing: no pairs, no whole modules, no token rows. Check how it was made.")
     wrong: list[str] = []
     places = {path: module for path, module in modules.original_modules(model) if path}
     entries = [entry for path, pair in adapter.pairs.items() if (entry := _entry(places, path, pair, wrong))]

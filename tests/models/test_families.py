@@ -1,0 +1,56 @@
+"""Families as data: every tested model has its own line, and its names are names of that model."""
+
+from __future__ import annotations
+
+import pytest
+from transformers import AutoConfig
+
+from lorakeet.models.families import FAMILIES, GENERIC, family_of, in_group, rate_for
+from lorakeet.models.modules import original_modules
+from tiny.models import FAMILIES as TINY
+from tiny.models import tiny_model
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_the_names_of_a_family_are_in_its_model(name: str) -> None:
+    model = tiny_model(name)
+    family = family_of(model.config)
+    assert family.name == name
+    paths = [path for path, _ in original_modules(model)]
+    assert family.blocks in paths
+    inside = [path for path in paths if path.startswith(f"{family.blocks}.")]
+    for leaf in (*family.attention, *family.fused):
+        assert any(path.endswith(f".{leaf}") for path in inside), leaf
+    for key in (family.soft_cap, family.logit_factor, family.logit_divisor):
+        assert not key or hasattr(model.config, key)
+
+
+@pytest.mark.parametrize("model_type", [kind for family in FAMILIES for kind in family.model_types])
+def test_configuration_keys_exist_in_transformers(model_type: str) -> None:
+    config, family = AutoConfig.for_model(model_type), family_of(model_type)
+    for key in (family.soft_cap, family.logit_factor, family.logit_divisor):
+        assert not key or hasattr(config, key)
+
+
+def test_no_model_type_stands_twice() -> None:
+    kinds = [kind for family in FAMILIES for kind in family.model_types]
+    assert len(kinds) == len(set(kinds))
+
+
+def test_unknown_models_are_generic() -> None:
+    assert family_of("something_new") is GENERIC
+    assert family_of(object()) is GENERIC
+
+
+@pytest.mark.parametrize(
+    ("model_type", "expected"), [("llama", 5e-4 * (2000 / 576) ** 0.781), ("qwen2", 5e-4 * (2000 / 576) ** 0.0775)]
+)
+def test_learning_rate_rule(model_type: str, expected: float) -> None:
+    assert rate_for(family_of(model_type), 576) == pytest.approx(expected)
+
+
+def test_groups_by_name_or_by_parent() -> None:
+    assert in_group("h.0.attn.c_proj", ("attn.c_proj",), ())
+    assert not in_group("h.0.mlp.c_proj", ("attn.c_proj",), ())
+    assert in_group("layers.0.self_attn.dense", (), ("attn",))
+    assert not in_group("layers.0.mlp.attn_like", (), ("attn",))
