@@ -76,13 +76,19 @@ def check_labels(parts: dict[str, Sequence[Row]], labels: Sequence[str]) -> None
     problems = Problems("Rows cannot be judged", DataError)
     for part, rows in parts.items():
         unseen: dict[str, list[str]] = {}
+        bare = [row.source for row in rows if labels and row.label is None]
+        if bare:
+            problems.add(f"{len(bare)} {part} rows ({_some(bare)}) have no label, and the training rows have; label them too.")
         for row in rows:
             if row.label is not None and row.label not in labels:
                 unseen.setdefault(row.label, []).append(row.source)
         for label, sources in unseen.items():
-            where = ", ".join(sources[:_SHOWN]) + (f" and {len(sources) - _SHOWN} more" if len(sources) > _SHOWN else "")
             problems.add(
-                f"The label {label!r} of {len(sources)} {part} rows ({where}) is unseen in training, which has "
+                f"The label {label!r} of {len(sources)} {part} rows ({_some(sources)}) is unseen in training, which has "
                 f"{', '.join(map(repr, labels)) or 'no labels'}; remove the rows or add some to training.{nearest(label, labels)}"
             )
     problems.raise_if_any()
+
+
+def _some(sources: Sequence[str]) -> str:
+    return ", ".join(sources[:_SHOWN]) + (f" and {len(sources) - _SHOWN} more" if len(sources) > _SHOWN else "")

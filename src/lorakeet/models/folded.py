@@ -11,6 +11,7 @@ from lorakeet.core.experts import ExpertPairs
 from lorakeet.core.extras import Rows, TrainedModule
 from lorakeet.core.layers import AdaptedLayer
 from lorakeet.core.lowrank import LoraPair
+from lorakeet.core.math import fold
 from lorakeet.models.modules import adapted_layers, original_modules
 
 
@@ -21,7 +22,7 @@ def folded_weights(model: nn.Module, name: str | None) -> Iterator[tuple[str, Te
         if name is None or name not in layer.adapters:
             continue
         held = layer.adapters[name]
-        leaves = held.keys() if isinstance(held, ExpertPairs) else _leaves(layer, held)
+        leaves = list(held.keys()) if isinstance(held, ExpertPairs) else _leaves(layer, held)
         changed.update({f"{path}.{leaf}": (held, leaf) for leaf in leaves})
     for path, module in original_modules(model):
         for leaf, parameter in module.named_parameters(recurse=False):
@@ -31,12 +32,16 @@ def folded_weights(model: nn.Module, name: str | None) -> Iterator[tuple[str, Te
 
 
 def _leaves(layer: AdaptedLayer, held: nn.Module) -> list[str]:
-    return [key for key, _ in held.named_parameters()] if isinstance(layer, TrainedModule) else ["weight"]
+    if isinstance(layer, TrainedModule):
+        return [key for key, _ in held.named_parameters()]
+    return ["weight", "bias"] if isinstance(held, LoraPair) and held.bias is not None else ["weight"]
 
 
 def _expected(weight: Tensor, held: nn.Module, leaf: str) -> Tensor:
     if isinstance(held, ExpertPairs):
         held = held[leaf]
+    if isinstance(held, LoraPair) and leaf == "bias" and held.bias is not None:
+        return fold(weight, held.scale * held.bias.detach())
     if isinstance(held, LoraPair):
         return held.fold(weight)
     if isinstance(held, Rows):

@@ -7,6 +7,7 @@ import json
 import math
 import os
 from collections.abc import Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -60,6 +61,13 @@ class Sink(Protocol):
     def write(self, record: Record) -> None: ...
 
     def close(self) -> None: ...
+
+
+def require_sink(log_to: str) -> None:
+    """Raises EnvironmentProblem where the package behind `train.log_to` is not installed."""
+    extra = {"tensorboard": "track", "wandb": "wandb"}.get(log_to)
+    if extra is not None and find_spec(log_to) is None:
+        raise _missing(log_to, extra)
 
 
 def sink_for(log_to: str, folder: Path, *, step: int = 0) -> Sink | None:

@@ -30,12 +30,18 @@ class Assembly:
     encoder: Encoder
     train: Encoded
     held_out: Encoded
+    test: Encoded
     new_token_ids: tuple[int, ...]
 
     @property
     def judged(self) -> tuple[str, tuple[Row, ...]]:
         """The rows that the verdict is about, and what they are called: the test rows, or else the held-out ones."""
         return ("test", self.dataset.test) if self.dataset.test else ("held-out", self.dataset.held_out)
+
+    @property
+    def encoded(self) -> dict[str, Encoded]:
+        """The token ids of each part of the rows, by its name."""
+        return {"training": self.train, "held-out": self.held_out, "test": self.test}
 
     @property
     def tokens_per_epoch(self) -> int:
@@ -55,12 +61,24 @@ def assemble(config: RunConfig, console: Console) -> Assembly:
             "No rows are held out, so nothing could be proved; set data.held_out_fraction above 0 or name a data.held_out file."
         )
     text = load_text_model(config.model, say=console.print)
-    config = resolved(config, text)
+    config = within_context(resolved(config, text), text, console)
     plan = plan_for(text.model, config.lora, text.family)
     new_token_ids = text.add_tokens(config.lora.new_tokens)  # before any row is encoded
     encoder = Encoder(text.tokenizer, config.data, dataset.labels)
-    train, held_out = (encode_rows(rows, encoder) for rows in (dataset.train, dataset.held_out))
-    return Assembly(config, dataset, text, plan, encoder, train, held_out, new_token_ids)
+    train, held_out, test = (encode_rows(rows, encoder) for rows in (dataset.train, dataset.held_out, dataset.test))
+    if dataset.labels:
+        encoder.candidates(dataset.held_out[0])  # a template that keeps answers from being compared is found now
+    return Assembly(config, dataset, text, plan, encoder, train, held_out, test, new_token_ids)
+
+
+def within_context(config: RunConfig, text: TextModel, console: Console) -> RunConfig:
+    """The settings with data.max_tokens no longer than the rows that the model can take; says so where it is."""
+    limit, asked = text.context, config.data.max_tokens
+    if limit is None or asked <= limit:
+        return config
+    said = f"data.max_tokens is {asked}, but {text.name} takes rows of at most {limit} tokens; {limit} is used."
+    console.print(said, markup=False, soft_wrap=True)
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, max_tokens=limit))
 
 
 def resolved(config: RunConfig, text: TextModel) -> RunConfig:

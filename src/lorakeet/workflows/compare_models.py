@@ -46,5 +46,3 @@ def _hidden(side: Side, batch: Batch) -> Tensor:
     activate(text.model, name)
     text.model.eval()
     return text.hidden(batch.to(text.device))
-
-

@@ -17,8 +17,10 @@ from lorakeet.data.rows import Row
 from lorakeet.errors import ConfigError
 from lorakeet.evaluate.report import Report, write_report
 from lorakeet.evaluate.values import encode
+from lorakeet.workflows.assemble import within_context
 from lorakeet.workflows.judge import Judge
 from lorakeet.workflows.opened import NAME, Opened, open_adapter
+from lorakeet.workflows.place import require_empty, writing
 from lorakeet.workflows.show import show_results
 
 
@@ -54,19 +56,20 @@ def evaluate(
     console: Console,
 ) -> Evaluated:
     """Measures base and adapter on `data`, or on the test (else held-out) rows of the run; writes a report to `out` if named."""
-    if out is not None and out.exists() and any(out.iterdir()):
-        raise ConfigError(f"{out} exists already and is not empty; choose another --out.")
+    if out is not None:
+        require_empty(out)
     opened = open_adapter(Path(run_or_adapter), base=base, config=config)
     rows = _rows_of_file(opened, data) if data else _rows_of_run(opened)
     text = opened.text_model(console)
-    settings = opened.config
+    settings = within_context(opened.config, text, console)
     encoder = Encoder(text.tokenizer, settings.data, rows.labels)
     judge = Judge(settings, text, encoder, rows.rows, console, NAME)
     report = judge.report(f"{run_or_adapter} on {rows.named}", learnt_from=rows.learnt_from)
     report = dataclasses.replace(report, subtitle=f"{text.name}, {len(rows.rows)} rows of {rows.named}", drift=judge.drift())
     if out is not None:
-        out.mkdir(parents=True, exist_ok=True)
-        write_report(report, out)
+        with writing(f"The report in {out}", "Free some space, or choose another --out."):
+            out.mkdir(parents=True, exist_ok=True)
+            write_report(report, out)
         console.print(f"Report: {out / 'report.html'}", soft_wrap=True)
     show_results(report, console)
     return Evaluated(report)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,12 +17,13 @@ from rich.console import Console
 
 from lorakeet.config import RunConfig, dump_yaml
 from lorakeet.data.split import check_split_record, read_split_record, write_split_record
+from lorakeet.errors import RunStopped
 from lorakeet.evaluate.certificate import Certificate
 from lorakeet.evaluate.report import Report, write_report
 from lorakeet.evaluate.values import encode
 from lorakeet.models.fuse import fuse
 from lorakeet.models.inject import inject, use_products
-from lorakeet.train.log import read_metrics
+from lorakeet.train.log import read_metrics, require_sink
 from lorakeet.train.loop import Outcome, train
 from lorakeet.train.progress import reporter_for
 from lorakeet.train.run import RunFolder
@@ -30,6 +32,7 @@ from lorakeet.workflows import page
 from lorakeet.workflows.assemble import Assembly, assemble
 from lorakeet.workflows.certify import certify_run
 from lorakeet.workflows.judge import Judge
+from lorakeet.workflows.place import require_place, writing
 from lorakeet.workflows.show import show_certificate, show_plan, show_results
 
 
@@ -71,18 +74,19 @@ def finetune(config: RunConfig, *, resume: Path | None = None, dry_run: bool = F
     Raises ConfigError, DataError and EnvironmentProblem before anything is written, RunStopped when the run ends early, and
     VerificationFailed when the certificate fails (the run folder then holds it).
     """
-    run = RunFolder.open(resume) if resume else RunFolder(Path(config.out))
-    if not resume and not dry_run:
-        run.require_free()
+    run = RunFolder(resume or Path(config.out))
+    if not dry_run:
+        _require_run(run, resume=resume is not None)
+    require_sink(config.train.log_to)
     setup = assemble(config, console)
     show_plan(setup, console)
     if dry_run:
         return FinetuneResult(setup, run)
-    _begin(setup, run, resume=resume is not None)
     inject(setup.text.model, setup.plan, seed=setup.config.train.seed, token_ids=setup.new_token_ids)
     use_products(setup.text.model, setup.text.products)
     fuse(setup.text.model)
     task = TextTask(setup.text, setup.train.examples, held_out=setup.held_out.examples, spec=setup.config.train)
+    _begin(setup, run, resume=resume is not None)
     outcome = train(
         task,
         setup.config.train,
@@ -91,8 +95,23 @@ def finetune(config: RunConfig, *, resume: Path | None = None, dry_run: bool = F
         resume=resume is not None,
         report=reporter_for(console, machine=not console.is_terminal),
     )
-    report = _prove(setup, outcome, run, console)
+    try:
+        report = _prove(setup, outcome, run, console)
+    except KeyboardInterrupt:
+        raise RunStopped(
+            f"Ctrl-C: the training is done and {run.adapter} is whole, but it was not judged to the end. "
+            f"Judge it with: {run.resume_command}"
+        ) from None
     return FinetuneResult(setup, run, outcome, report)
+
+
+def _require_run(run: RunFolder, *, resume: bool) -> None:
+    """Opens a run to go on with it, or makes sure that a new one can be written."""
+    if resume:
+        RunFolder.open(run.path)
+        return
+    run.require_free()
+    require_place(run.path)
 
 
 def _begin(setup: Assembly, run: RunFolder, *, resume: bool) -> None:
@@ -101,10 +120,16 @@ def _begin(setup: Assembly, run: RunFolder, *, resume: bool) -> None:
     if resume and run.split.exists():
         check_split_record(read_split_record(run.split), record)
         return
-    if not resume:
-        RunFolder.create(run.path)
-    run.write(run.config, dump_yaml(setup.config))
-    write_split_record(run.split, record)
+    with writing(f"The run folder {run.path}", "Free some space, or choose another --out."):
+        try:
+            if not resume:
+                RunFolder.create(run.path)
+            run.write(run.config, dump_yaml(setup.config))
+            write_split_record(run.split, record)
+        except OSError:
+            if not resume:
+                shutil.rmtree(run.path, ignore_errors=True)
+            raise
 
 
 def _identity(setup: Assembly) -> dict[str, str]:
@@ -128,11 +153,12 @@ def _prove(setup: Assembly, outcome: Outcome, run: RunFolder, console: Console) 
     certificate = certify_run(
         setup.text, run.adapter, setup.held_out.examples, base_loss=outcome.base_loss, spec=setup.config.evaluate
     )
-    certificate.write(run.certificate)
     report = page.complete(
         measured, setup, outcome, run=run, metrics=read_metrics(run.metrics), certificate=certificate, drift=drift
     )
-    write_report(report, run.path)
+    with writing(f"The report in {run.path}", f"The adapter is whole. Free some space, then: {run.resume_command}"):
+        certificate.write(run.certificate)
+        write_report(report, run.path)
     show_results(report, console)
     _say_where(run, certificate, console)
     certificate.raise_if_failed()

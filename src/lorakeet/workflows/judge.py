@@ -68,6 +68,8 @@ class Judge:
         if spec.drift_texts == 0:
             return None
         examples = sampled_texts(self.text, spec.drift_texts, spec.drift_tokens, seed=spec.seed)
+        if not examples:
+            return None
         batches = micro_batches(examples, self.config.train.micro_tokens)
         parity = compare_on(self.text, batches, left=None, right=self.name, spec=spec)
         return Drift(parity.mean_kl, len(examples), f"{parity.tokens:,} tokens sampled at temperature 1, seed {spec.seed}")
@@ -96,7 +98,7 @@ class Judge:
         texts = [row.text for row in rows]
         known = [row.text for row in learnt_from]
         tfidf = tfidf_logistic(known, train_labels, texts=texts, truth=truth, labels=labels, groups=groups)
-        note = f"learnt from {len(learnt_from)} rows, the held-out ones included" + (f"; {tfidf.note}" if tfidf.note else "")
+        note = f"learnt from {len(learnt_from)} rows" + (f"; {tfidf.note}" if tfidf.note else "")
         return [majority, replace(tfidf, note=note)]
 
     def _language_report(self, title: str, rows: Sequence[Row]) -> Report:
@@ -106,9 +108,7 @@ class Judge:
             activate(self.text.model, None if system == BASE else self.name)
             with _bar(self.console) as bar:
                 task = bar.add_task(f"{system} reads {len(rows)} rows", total=len(rows))
-                sums, counts = row_losses(
-                    self.text, examples, micro_tokens=micro_tokens, progress=partial(bar.advance, task)
-                )
+                sums, counts = row_losses(self.text, examples, micro_tokens=micro_tokens, progress=partial(bar.advance, task))
             found[system] = RowLosses(system, sums, counts.astype(np.int64), _groups(rows))
         return language_report(
             title,
@@ -158,5 +158,3 @@ def _all_supervised(ids: Sequence[int], number: int) -> Example:
     supervised = np.ones(len(ids), bool)
     supervised[0] = False
     return Example(np.array(ids, np.int64), supervised, f"sample-{number}", None, False)
-
-

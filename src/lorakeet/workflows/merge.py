@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.progress import Progress as Bar
 
 from lorakeet.data.chat import Encoder, Example, encode_rows
-from lorakeet.data.prepare import load_dataset
+from lorakeet.data.prepare import Dataset, load_dataset
 from lorakeet.errors import ConfigError
 from lorakeet.evaluate.certificate import Certificate
 from lorakeet.evaluate.values import encode
@@ -25,6 +25,7 @@ from lorakeet.models.text import TextModel
 from lorakeet.workflows.certify import certify_merge
 from lorakeet.workflows.judge import sampled_texts
 from lorakeet.workflows.opened import NAME, Opened, open_adapter
+from lorakeet.workflows.place import require_place
 from lorakeet.workflows.show import show_certificate
 
 CERTIFICATE = "certificate.json"
@@ -65,7 +66,9 @@ def merge(run_or_adapter: str, *, out: Path, base: str | None = None, console: C
     """
     if out.exists():
         raise ConfigError(f"{out} exists already and is never overwritten. Choose another folder or remove that one.")
+    require_place(out)
     opened = open_adapter(Path(run_or_adapter), base=base)
+    dataset = load_dataset(opened.config.data) if opened.run else None  # missing rows are found before anything is written
     source = find_source(opened.config.model, console.print)
     with Bar(console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("folding")
@@ -73,7 +76,7 @@ def merge(run_or_adapter: str, *, out: Path, base: str | None = None, console: C
             source,
             opened.adapter,
             out,
-            tokenizer=_tokenizer_of(opened),
+            tokenizer=opened.tokenizer,
             on_progress=lambda done, total, name: bar.update(task, completed=done, total=total, description=f"folding {name}"),
         )
     console.print(f"Wrote {result.tensors} tensors ({result.changed} changed, {result.bytes:,} bytes) to {out}", soft_wrap=True)
@@ -81,28 +84,27 @@ def merge(run_or_adapter: str, *, out: Path, base: str | None = None, console: C
         console.print(f"Rounding moved {result.worst[0]} most, by {result.worst[1]:.2g}", soft_wrap=True)
     for note in result.notes:
         console.print(note, soft_wrap=True)
-    certificate = _certify(opened, out, console)
+    certificate = _certify(opened, dataset, out, console)
     certificate.write(out / CERTIFICATE)
     show_certificate(certificate, console)
     certificate.raise_if_failed()
     return Merged(result, certificate)
 
 
-def _certify(opened: Opened, out: Path, console: Console) -> Certificate:
+def _certify(opened: Opened, dataset: Dataset | None, out: Path, console: Console) -> Certificate:
     live = opened.text_model(console, dtype="float32")
-    rows = _check_rows(opened, live, console)
+    rows = _check_rows(opened, dataset, live, console)
     merged_spec = ModelSpec(path=str(out), dtype="float32", products="float32", device=opened.config.model.device)
     merged = load_text_model(merged_spec, say=console.print)
     activate(live.model, NAME)
     return certify_merge((live, NAME), merged, rows, out=out, spec=opened.config.evaluate)
 
 
-def _check_rows(opened: Opened, live: TextModel, console: Console) -> Sequence[Example]:
+def _check_rows(opened: Opened, dataset: Dataset | None, live: TextModel, console: Console) -> Sequence[Example]:
     """Held-out rows of the run with every token a target; for a bare adapter, texts that the base samples."""
-    if opened.run is None:
+    if dataset is None:
         console.print("No run, so no held-out rows: the two models are compared on texts that the base samples.", soft_wrap=True)
         return sampled_texts(live, SAMPLED_TEXTS, SAMPLED_TOKENS, seed=opened.config.evaluate.seed)
-    dataset = load_dataset(opened.config.data)
     encoder = Encoder(live.tokenizer, dataclasses.replace(opened.config.data, supervise="all"), dataset.labels)
     chosen: list[Example] = []
     tokens = 0
@@ -112,8 +114,3 @@ def _check_rows(opened: Opened, live: TextModel, console: Console) -> Sequence[E
         chosen.append(example)
         tokens += len(example.ids)
     return chosen
-
-
-def _tokenizer_of(opened: Opened) -> Path | None:
-    """The tokenizer that a run with new tokens saved beside its adapter."""
-    return opened.folder if (opened.folder / "tokenizer_config.json").is_file() else None

@@ -9,13 +9,13 @@ from pathlib import Path
 from rich.console import Console
 
 from lorakeet.config import RunConfig, read_run
-from lorakeet.core.adapter import Adapter
+from lorakeet.core.adapter import Adapter, TokenRows
 from lorakeet.core.spec import LoraSpec
-from lorakeet.errors import ConfigError
+from lorakeet.errors import ConfigError, DataError
 from lorakeet.formats.detect import read_adapter
 from lorakeet.models.fuse import fuse
 from lorakeet.models.inject import attach, use_products
-from lorakeet.models.load import load_text_model
+from lorakeet.models.load import load_text_model, load_tokenizer
 from lorakeet.models.spec import ModelSpec
 from lorakeet.models.text import TextModel
 from lorakeet.train.run import RunFolder
@@ -38,14 +38,27 @@ class Opened:
         if dtype is not None:
             spec = dataclasses.replace(spec, dtype=dtype, products=dtype)  # type: ignore[arg-type]
         text = load_text_model(spec, say=console.print)
+        if self.tokenizer is not None:
+            text.tokenizer = load_tokenizer(self.tokenizer)
         if with_adapter:
-            rows = next(iter(self.adapter.token_rows.values()), None)
-            if rows is not None and rows.tokens:
-                text.add_tokens(rows.tokens)
+            for rows in self.adapter.token_rows.values():
+                self._check_ids(rows, text.add_tokens(rows.tokens))
             attach(text.model, self.adapter, NAME)
             use_products(text.model, text.products)
             fuse(text.model)
         return text
+
+    @property
+    def tokenizer(self) -> Path | None:
+        """The folder of the tokenizer that was saved beside the adapter, as a run with new tokens does; None without one."""
+        return self.folder if (self.folder / "tokenizer_config.json").is_file() else None
+
+    def _check_ids(self, rows: TokenRows, ids: tuple[int, ...]) -> None:
+        if rows.tokens and ids != rows.ids:
+            raise DataError(
+                f"The new tokens {', '.join(rows.tokens)} of {self.folder} have the ids {rows.ids}, but the tokenizer gives them "
+                f"{ids}. Put the tokenizer of the training beside the adapter, or name the base that it was trained on."
+            )
 
 
 def open_adapter(path: Path, *, base: str | None = None, config: Path | None = None) -> Opened:

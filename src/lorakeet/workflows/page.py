@@ -102,11 +102,12 @@ def _speed(metrics: Sequence[dict[str, Any]], outcome: Outcome) -> dict[str, str
 
 def _warnings(setup: Assembly) -> tuple[str, ...]:
     found = []
-    longer = f"training rows were longer than {setup.config.data.max_tokens} tokens and"
-    if setup.train.truncated:
-        found.append(f"{setup.train.truncated} {longer} were shortened.")
-    if setup.train.dropped:
-        found.append(f"{len(setup.train.dropped)} {longer} left out.")
+    for name, encoded in setup.encoded.items():
+        longer = f"{name} rows were longer than {setup.config.data.max_tokens} tokens and"
+        if encoded.truncated:
+            found.append(f"{encoded.truncated} {longer} were shortened.")
+        if encoded.dropped:
+            found.append(f"{len(encoded.dropped)} {longer} left out.")
     if not setup.dataset.test:
         found.append("There are no test rows: the checkpoint was chosen on the same held-out rows that it is judged on.")
     return tuple(found)

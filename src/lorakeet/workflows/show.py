@@ -20,7 +20,7 @@ def show_plan(setup: Assembly, console: Console) -> None:
     console.print(f"[bold]Rows[/]: {len(data.train)} training, {len(data.held_out)} held-out, {len(data.test)} test")
     for line in data.leaks.lines():
         console.print(Text(line))
-    for name, encoded in (("training", setup.train), ("held-out", setup.held_out)):
+    for name, encoded in setup.encoded.items():
         if encoded.truncated or encoded.dropped:
             limit = f"{setup.config.data.max_tokens} tokens"
             console.print(f"{encoded.truncated} {name} rows shortened to {limit}, {len(encoded.dropped)} left out")

@@ -1,0 +1,37 @@
+"""Where results go: checked before the work begins, and what the system refuses is said in words."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from lorakeet.errors import ConfigError, EnvironmentProblem
+from lorakeet.train.durable import is_full
+
+
+def require_place(out: Path) -> None:
+    """Raises EnvironmentProblem unless a new folder can be made at `out`; nothing is made."""
+    above = next(folder for folder in out.absolute().parents if folder.exists())
+    if not above.is_dir():
+        raise EnvironmentProblem(f"{out} cannot be made, since {above} is a file. Choose another --out.")
+    if not os.access(above, os.W_OK | os.X_OK):
+        raise EnvironmentProblem(f"{out} cannot be made: {above} may not be written to. Choose another --out.")
+
+
+def require_empty(out: Path) -> None:
+    """Raises ConfigError unless `out` is missing or an empty folder, and EnvironmentProblem where it cannot be made."""
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise ConfigError(f"{out} exists already and is no empty folder; nothing in it was touched. Choose another --out.")
+    require_place(out)
+
+
+@contextmanager
+def writing(what: str, remedy: str) -> Iterator[None]:
+    """A context in which a refused write becomes an EnvironmentProblem that ends with `remedy`."""
+    try:
+        yield
+    except OSError as error:
+        why = "the disk (or the quota) is full" if is_full(error) else "the system refused"
+        raise EnvironmentProblem(f"{what} could not be written: {why} ({error}). {remedy}") from error
