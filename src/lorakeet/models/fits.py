@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, cast
 
+import torch
 from torch import nn
 
 from lorakeet.core.adapter import Adapter, Pair, TokenRows
@@ -23,7 +24,7 @@ def plan_of(model: nn.Module, adapter: Adapter) -> Plan:
     wrong: list[str] = []
     places = {path: module for path, module in modules.original_modules(model) if path}
     entries = [entry for path, pair in adapter.pairs.items() if (entry := _entry(places, path, pair, wrong))]
-    extras = [*_whole(places, adapter, wrong), *_rows(places, adapter, wrong)]
+    extras = [*_whole(places, adapter, wrong), *_rows(places, adapter, wrong, head=modules.output_layer(model))]
     wrong += _clashes(entries, extras)
     if wrong:
         heading = f"The adapter does not fit this base ({len(wrong)} problem{'s' if len(wrong) > 1 else ''}):"
@@ -37,17 +38,18 @@ def _entry(places: dict[str, nn.Module], path: str, pair: Pair, wrong: list[str]
     if isinstance(found, str):
         wrong.append(found)
         return None
+    kind, shape = found
     entry = PlanEntry(
         path=path,
-        kind=pair.kind,
-        shape=found,
+        kind=kind,
+        shape=shape,
         rank=pair.rank,
         alpha=pair.alpha,
         scale_rule=pair.scale_rule,
         variant="lora" if pair.magnitude is None else "dora",
     )
     shapes = [("A", pair.A, entry.shape_a), ("B", pair.B, entry.shape_b)]
-    rows = found[1] if pair.kind == "embedding" else found[0]
+    rows = shape[1] if kind == "embedding" else shape[0]
     shapes += [(name, part, (rows,)) for name, part in (("magnitude", pair.magnitude), ("bias", pair.bias)) if part is not None]
     for name, part, expected in shapes:
         if tuple(part.shape) != expected:
@@ -55,22 +57,25 @@ def _entry(places: dict[str, nn.Module], path: str, pair: Pair, wrong: list[str]
     return entry
 
 
-def _weight(places: dict[str, nn.Module], path: str, kind: Kind) -> tuple[int, ...] | str:
-    """The shape of the frozen weight at `path`, or what is wrong with it."""
+def _weight(places: dict[str, nn.Module], path: str, kind: Kind) -> tuple[Kind, tuple[int, ...]] | str:
+    """The kind and shape of the frozen weight at `path`, or what is wrong with it.
+
+    A pair for a linear weight fits GPT-2's Conv1D and the other way round: the factors are the same, and files mix them up.
+    """
     parent, _, leaf = path.rpartition(".")
     if kind == "experts":
         block = places.get(parent)
         stacks = modules.expert_stacks(block) if block is not None else []
         if block is None or leaf not in stacks:
             return f"'{path}': this base has no such expert parameter.{nearest(path, [f'{parent}.{stack}' for stack in stacks])}"
-        return tuple(block.get_parameter(leaf).shape)
+        return kind, tuple(block.get_parameter(leaf).shape)
     module = places.get(path)
     if module is None:
         return f"'{path}': this base has no such module.{nearest(path, places)}"
     here = modules.kind_of(module)
-    if here != kind:
+    if here is None or (here != kind and {here, kind} != {"linear", "conv1d"}):
         return f"'{path}': the pair is for a {kind} weight, but this base has a {type(module).__name__} there."
-    return modules.weight_shape(module, kind)
+    return here, modules.weight_shape(module, here)
 
 
 def _whole(places: dict[str, nn.Module], adapter: Adapter, wrong: list[str]) -> list[ExtraEntry]:
@@ -84,6 +89,10 @@ def _whole(places: dict[str, nn.Module], adapter: Adapter, wrong: list[str]) -> 
         elif parameter.shape != tensor.shape:
             needed, given = _shown(tuple(parameter.shape)), _shown(tuple(tensor.shape))
             wrong.append(f"'{path}': it is {given}, but this base needs {needed}.")
+        elif owner in adapter.pairs and leaf == "weight":
+            # PEFT saves the frozen weight beside the pair of an embedding or head; the base's own adds nothing.
+            if not torch.equal(parameter.detach().cpu().float(), tensor.float()):
+                wrong.append(f"'{path}': the adapter has a pair for it and another weight than this base has.")
         else:
             owners[owner] = None
     outer = [owner for owner in owners if not any(owner.startswith(f"{other}.") for other in owners)]
@@ -96,13 +105,19 @@ def _whole(places: dict[str, nn.Module], adapter: Adapter, wrong: list[str]) -> 
     return entries
 
 
-def _rows(places: dict[str, nn.Module], adapter: Adapter, wrong: list[str]) -> list[ExtraEntry]:
+def _rows(
+    places: dict[str, nn.Module], adapter: Adapter, wrong: list[str], *, head: nn.Module | None
+) -> list[ExtraEntry]:
+    """One entry for each embedding with trained rows. A head that is tied to it shares them, whether the file says so or not."""
+    head_path = next((path for path, module in places.items() if module is head), "") if head is not None else ""
     entries = []
     for path, rows in adapter.token_rows.items():
         problem = _rows_problem(places, path, rows)
         if problem:
             wrong.append(problem)
-        entries.append(ExtraEntry(path, "rows", tuple(rows.rows.shape), rows.tokens, rows.tied))
+        shared = head_path not in ("", path) and cast(Any, head).weight is getattr(places.get(path), "weight", None)
+        tied = rows.tied or (head_path if shared else "")
+        entries.append(ExtraEntry(path, "rows", tuple(rows.rows.shape), rows.tokens, tied))
     return entries
 
 
