@@ -1,0 +1,170 @@
+"""Loading: what is refused, what is checked, and that a wrong head or attention never passes."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+
+from lorakeet.errors import ConfigError, DataError, EnvironmentProblem, LorakeetError
+from lorakeet.models import families, load
+from lorakeet.models.load import load_text_model, load_tokenizer
+from lorakeet.models.spec import ModelSpec
+from tiny.models import FAMILIES, save_tiny_llama, tiny_tokenizer
+
+
+def spec(path: Path, **settings: Any) -> ModelSpec:
+    return ModelSpec(**{"path": str(path), "dtype": "float32", "device": "cpu", **settings})
+
+
+@pytest.fixture
+def folder(tiny_llama_folder: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(tiny_llama_folder, tmp_path / "model"))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_every_family_passes_its_check_in_silence(
+    tmp_path: Path, family: str, dtype: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        save_tiny_llama(tmp_path, family=family)
+    capfd.readouterr()
+    said: list[str] = []
+    text = load_text_model(spec(tmp_path, dtype=dtype), say=said.append)
+    assert (text.attention, said) == ("varlen", [])
+    assert text.dtype == text.model.dtype == getattr(torch, dtype)
+    assert not text.model.training
+    assert not any(parameter.requires_grad for parameter in text.model.parameters())
+    assert capfd.readouterr() == ("", "")
+
+
+def test_the_loaded_weights_are_those_of_the_file(folder: Path) -> None:
+    text = load_text_model(spec(folder))
+    stored = load_file(folder / "model.safetensors")
+    assert all(torch.equal(text.model.get_parameter(name), tensor) for name, tensor in stored.items())
+    assert text.name == str(folder)
+    assert text.source == folder
+
+
+def test_gemma2_on_sdpa_is_refused_as_it_would_lose_its_cap(tmp_path: Path) -> None:
+    save_tiny_llama(tmp_path, family="gemma2")
+    with pytest.raises(EnvironmentProblem, match=r"model.attention sdpa cannot be used.*gemma2.*Use model.attention auto"):
+        load_text_model(spec(tmp_path, attention="sdpa"))
+
+
+@pytest.mark.parametrize(
+    ("family", "settings"), [("gemma2", {}), ("cohere", {"logit_scale": 0.5}), ("granite", {"logits_scaling": 4.0})]
+)
+def test_a_head_formula_that_is_not_known_never_passes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str, settings: dict[str, Any]
+) -> None:
+    """The same model loads with its own family's data, and is refused when treated as one of no known family."""
+    _save(tmp_path, family, settings)
+    load_text_model(spec(tmp_path))
+    monkeypatch.setattr(load, "family_of", lambda _: families.GENERIC)
+    with pytest.raises(EnvironmentProblem, match=f"The head of '{family}' models computes its logits in a way"):
+        load_text_model(spec(tmp_path))
+
+
+def _save(folder: Path, family: str, settings: dict[str, Any]) -> None:
+    if family in FAMILIES:
+        save_tiny_llama(folder, family=family)
+        return
+    tokenizer = tiny_tokenizer()
+    config = transformers.AutoConfig.for_model(
+        family,
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        pad_token_id=3,
+        bos_token_id=1,
+        eos_token_id=2,
+        **settings,
+    )
+    torch.manual_seed(0)
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def test_attention_that_gives_other_logits_is_not_used(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from lorakeet.models import attention
+
+    right = attention.row_attention
+
+    def wrong(*arguments: Any, **settings: Any) -> Any:
+        output, weights = right(*arguments, **settings)
+        return output.flip(1), weights
+
+    monkeypatch.setattr(attention, "row_attention", wrong)
+    said: list[str] = []
+    try:
+        assert load_text_model(spec(folder), say=said.append).attention == "sdpa"
+        assert "varlen gives other logits than the 'llama' model's own code" in said[0]
+        with pytest.raises(EnvironmentProblem, match=r"model.attention varlen cannot be used: varlen gives other logits"):
+            load_text_model(spec(folder, attention="varlen"))
+    finally:
+        monkeypatch.undo()
+        attention.register()
+    assert load_text_model(spec(folder)).attention == "varlen"
+
+
+def test_missing_weights_are_named_not_drawn_at_random(folder: Path) -> None:
+    file = folder / "model.safetensors"
+    tensors = load_file(file)
+    del tensors["model.layers.1.mlp.up_proj.weight"]
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(DataError, match=r"lacks 1 weights of its 'llama' architecture, such as model.layers.1.mlp.up_proj"):
+        load_text_model(spec(folder))
+
+
+def change_config(folder: Path, **changes: Any) -> None:
+    file = folder / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+
+
+@pytest.mark.parametrize(
+    ("changes", "kind", "words"),
+    [
+        ({"hidden_size": 64}, DataError, "cannot be loaded"),
+        ({"model_type": "no_such_model"}, DataError, "does not describe a model that transformers knows"),
+        ({"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}, ConfigError, "quantised weights"),
+        ({"model_type": "vit"}, DataError, "cannot be loaded for text generation"),
+    ],
+)
+def test_configurations_that_do_not_fit(folder: Path, changes: dict[str, Any], kind: type[LorakeetError], words: str) -> None:
+    change_config(folder, **changes)
+    with pytest.raises(kind, match=words):
+        load_text_model(spec(folder))
+
+
+def test_a_damaged_tokenizer(folder: Path) -> None:
+    (folder / "tokenizer.json").write_text("{")
+    with pytest.raises(DataError, match="The tokenizer in"):
+        load_text_model(spec(folder))
+
+
+def test_a_tokenizer_alone(folder: Path) -> None:
+    assert load_tokenizer(folder)("hi")["input_ids"]
+
+
+def test_transformers_settings_are_as_before(folder: Path) -> None:
+    from transformers.utils import logging
+
+    before = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    load_text_model(spec(folder))
+    change_config(folder, hidden_size=64)
+    with pytest.raises(DataError):
+        load_text_model(spec(folder))
+    assert (logging.get_verbosity(), logging.is_progress_bar_enabled()) == before

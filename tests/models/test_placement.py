@@ -1,0 +1,46 @@
+"""Device and dtype: what auto means here, and what is refused."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from lorakeet.errors import ConfigError, EnvironmentProblem
+from lorakeet.models.placement import device_for, dtype_for, products_for
+from lorakeet.models.spec import ModelSpec
+
+CPU = torch.device("cpu")
+
+
+def test_a_named_dtype_and_device_are_taken() -> None:
+    assert dtype_for("float16", CPU) == torch.float16
+    assert device_for("cpu") == CPU
+    assert products_for(ModelSpec(products="float32"), torch.bfloat16, CPU) == torch.float32
+
+
+@pytest.mark.parametrize(("features", "expected"), [({"avx512_bf16": True}, torch.bfloat16), ({"avx512_f": True}, torch.float32)])
+def test_auto_takes_bfloat16_where_the_processor_has_it(
+    monkeypatch: pytest.MonkeyPatch, features: dict[str, bool], expected: torch.dtype
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: features)
+    assert dtype_for("auto", CPU) == expected
+
+
+def test_auto_device_exists() -> None:
+    torch.zeros(1, device=device_for("auto"))
+
+
+def test_auto_products_are_the_stored_dtype_or_float32() -> None:
+    assert products_for(ModelSpec(), torch.bfloat16, CPU) in (torch.bfloat16, torch.float32)
+    assert products_for(ModelSpec(), torch.float32, CPU) == torch.float32
+
+
+@pytest.mark.parametrize("name", ["gpu", "xla", "meta"])
+def test_unknown_devices(name: str) -> None:
+    with pytest.raises(ConfigError, match=f"model.device is '{name}'; expected auto, cpu"):
+        device_for(name)
+
+
+def test_devices_that_are_not_here() -> None:
+    with pytest.raises(EnvironmentProblem, match=r"model.device is 'cuda:63'"):
+        device_for("cuda:63")

@@ -1,0 +1,138 @@
+"""The two halves of a text model: layouts agree, the head is the model's own, nothing leaks between rows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lorakeet.data.pack import Batch
+from lorakeet.models.inject import activate, trained_parameters
+from lorakeet.models.load import load_text_model, set_attention
+from lorakeet.models.spec import ModelSpec
+from lorakeet.models.text import TextModel, target_logits, token_logprobs
+from tiny.models import FAMILIES, save_tiny_llama
+
+Rows = Callable[..., Batch]
+LENGTHS = (9, 14, 3, 21)  # longer than the tiny sliding window of 8
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    made: dict[str, Path] = {}
+
+    def folder(family: str) -> Path:
+        if family not in made:
+            tied = family not in ("llama", "mixtral")
+            made[family] = save_tiny_llama(tmp_path_factory.mktemp(family), family=family, tie_word_embeddings=tied)
+        return made[family]
+
+    return folder
+
+
+def load(folder: Path, **settings: Any) -> TextModel:
+    return load_text_model(ModelSpec(**{"path": str(folder), "dtype": "float32", "device": "cpu", **settings}))
+
+
+def one_at_a_time(text: TextModel, batch: Batch) -> torch.Tensor:
+    """Log-probabilities from the model's own logits, row by row, with its own eager attention."""
+    usual = text.attention
+    set_attention(text.model, "eager")
+    found = []
+    for row in batch.ids.split(list(batch.lengths)):
+        log_p = text.model(input_ids=row[None]).logits[0].log_softmax(-1)
+        found.append(log_p[torch.arange(len(row) - 1), row[1:]])
+    set_attention(text.model, usual)
+    return torch.cat(found)
+
+
+CASES = [(family, attention) for family in FAMILIES for attention in ("varlen", "sdpa", "eager")]
+CASES.remove(("gemma2", "sdpa"))  # refused: see test_load
+
+
+@pytest.mark.parametrize(("family", "attention"), CASES)
+def test_packed_is_one_at_a_time(
+    folders: Callable[[str], Path], adapted: Callable[..., Any], rows: Rows, family: str, attention: str
+) -> None:
+    text, batch = load(folders(family), attention=attention), rows(LENGTHS)
+    assert text.attention == attention
+    assert text.family.name == family
+    adapted(text.model)
+    found = token_logprobs(text, batch, chunk=7)
+    assert found.dtype == torch.float32
+    assert found.shape == (batch.targets,)
+    assert torch.allclose(found, one_at_a_time(text, batch), atol=2e-4)
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "gemma2", "gpt2"])
+def test_gradients_agree_between_layouts(
+    folders: Callable[[str], Path], adapted: Callable[..., Any], rows: Rows, family: str
+) -> None:
+    grads = []
+    for attention in ("varlen", "eager"):
+        text = load(folders(family), attention=attention)
+        adapted(text.model)
+        text.head(text.hidden(rows(LENGTHS))).log_softmax(-1).square().mean().backward()
+        grads.append([parameter.grad for parameter in trained_parameters(text.model).values()])
+    for one, other in zip(*grads, strict=True):
+        assert torch.allclose(one, other, atol=1e-5, rtol=1e-3)
+
+
+def test_a_row_does_not_see_its_neighbours(folders: Callable[[str], Path], rows: Rows) -> None:
+    text, batch = load(folders("llama")), rows((6, 9))
+    other = rows((6, 9), seed=1)
+    mixed = Batch(torch.cat([other.ids[:6], batch.ids[6:]]), batch.lengths, batch.target_positions, batch.target_ids, batch.keys)
+    assert torch.equal(token_logprobs(text, batch)[5:], token_logprobs(text, mixed)[5:])
+
+
+def test_logits_come_in_chunks_and_without_gradient(
+    folders: Callable[[str], Path], adapted: Callable[..., Any], rows: Rows
+) -> None:
+    text, batch = load(folders("llama")), rows((5, 9))
+    adapted(text.model)
+    parts = list(target_logits(text, batch, chunk=5))
+    assert [len(part) for part in parts] == [5, 5, 2]
+    assert not any(part.requires_grad for part in parts)
+    with torch.no_grad():
+        assert torch.allclose(torch.cat(parts), text.head(text.hidden(batch)), atol=1e-5)
+    assert text.hidden(batch).requires_grad
+
+
+def test_a_batch_without_targets(folders: Callable[[str], Path], rows: Rows) -> None:
+    text, batch = load(folders("llama")), rows((4,))
+    none = Batch(batch.ids, batch.lengths, batch.target_positions[:0], batch.target_ids[:0], batch.keys)
+    assert token_logprobs(text, none).shape == (0,)
+    assert not list(target_logits(text, none))
+
+
+@pytest.mark.parametrize(("family", "plain"), [("llama", True), ("qwen2", True), ("gpt2", True), ("gemma2", False)])
+def test_the_head_weight_where_logits_are_a_plain_product(
+    folders: Callable[[str], Path], rows: Rows, family: str, plain: bool
+) -> None:
+    text = load(folders(family))
+    weight = text.head_weight
+    assert (weight is not None) == plain
+    hidden = text.hidden(rows((5,)))
+    if weight is not None:
+        assert torch.allclose(text.head(hidden), hidden @ weight.t(), atol=1e-5)
+    else:
+        assert text.head(hidden).abs().max() < 30  # the cap
+
+
+def test_an_adapted_head_is_no_plain_weight(folders: Callable[[str], Path], adapted: Callable[..., Any]) -> None:
+    text = load(folders("llama"))
+    adapted(text.model, target_modules=("lm_head",))
+    assert text.head_weight is None
+    activate(text.model, None)
+    assert text.head_weight is not None
+
+
+def test_new_tokens_get_ids_from_the_tokenizer(folders: Callable[[str], Path], adapted: Callable[..., Any]) -> None:
+    text = load(folders("qwen2"))
+    count = len(text.tokenizer)
+    assert text.add_tokens(("<x>", "<y>", "<x>")) == (count, count + 1, count)
+    assert text.tokenizer("a<y>")["input_ids"][-1] == count + 1
+    assert text.context == 256
