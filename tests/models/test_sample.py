@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from tiny.models import save_tiny_llama
 
 from lorakeet.models.load import load_text_model
 from lorakeet.models.sample import end_ids, sample
@@ -39,6 +40,14 @@ def test_greedy_is_the_likeliest_token_each_time(text: TextModel) -> None:
         assert ids.dtype == np.int64
         assert ids.tolist() == greedy_by_hand(text, prompt, 12)
     assert text.attention == "varlen"
+
+
+def test_left_padding_does_not_shift_learnt_positions(tmp_path: Path) -> None:
+    """GPT-2 adds a learnt vector for each absolute position, so a shifted row would write something else."""
+    save_tiny_llama(tmp_path, family="gpt2")
+    gpt2 = load_text_model(ModelSpec(path=str(tmp_path), dtype="float32", device="cpu"))
+    for prompt, ids in zip(PROMPTS, sample(gpt2, PROMPTS, max_tokens=8, temperature=0), strict=True):
+        assert ids.tolist() == greedy_by_hand(gpt2, prompt, 8)
 
 
 def test_a_seed_gives_the_same_texts_and_leaves_other_luck_alone(text: TextModel) -> None:

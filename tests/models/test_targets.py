@@ -98,6 +98,11 @@ def test_names_endings_exclusion_and_layers(planned: Planned) -> None:
     assert "lm_head" in leaves(planned(model, target_modules=("q_proj", "lm_head"), layers="1"))
 
 
+def test_a_regular_expression_excludes_whole_paths_only(planned: Planned) -> None:
+    text = message(planned, tiny_model("llama"), exclude_modules=(r".*self_attn\.[qk]",))
+    assert "matches no module of the model" in text
+
+
 def test_patterns_set_rank_and_alpha(planned: Planned) -> None:
     plan = planned(
         tiny_model("mixtral"), rank_pattern={r"layers\.1\..*q_proj": 2, "experts.down_proj": 3}, alpha_pattern={"q_proj": 5.0}

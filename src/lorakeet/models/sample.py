@@ -91,7 +91,8 @@ def _draw(logits: Tensor, temperature: float, generators: list[torch.Generator])
         return [int(number) for number in logits.argmax(-1)]
     cumulated = (logits / temperature).softmax(-1).double().cumsum(-1)
     luck = torch.stack([torch.rand(1, generator=generator, dtype=torch.float64) for generator in generators])
-    return [int(number) for number in torch.searchsorted(cumulated, luck * cumulated[:, -1:], right=True).squeeze(1).clamp_max(logits.shape[1] - 1)]
+    found = torch.searchsorted(cumulated, luck * cumulated[:, -1:], right=True).squeeze(1)
+    return [int(number) for number in found.clamp_max(logits.shape[1] - 1)]
 
 
 @contextmanager

