@@ -1,0 +1,267 @@
+"""`workflows.finetune`: a whole run over the tiny Llama, what it leaves on disk, and that going on ends in the same bytes."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from tiny.peft_oracle import into_peft
+from tiny.runs import adapter_bytes, chats, quiet, reviews, run, settings, tree, write_rows
+
+from lorakeet.config import read_run
+from lorakeet.core.adapter import Adapter
+from lorakeet.data.split import read_split_record
+from lorakeet.errors import ConfigError, DataError, EnvironmentProblem, RunStopped
+from lorakeet.evaluate.certificate import read_certificate
+from lorakeet.evaluate.report import read_report
+from lorakeet.formats import peft
+from lorakeet.models.load import set_attention
+from lorakeet.models.text import TextModel
+from lorakeet.train.checkpoint import found
+from lorakeet.train.log import read_metrics
+from lorakeet.workflows import finetune as workflow
+from lorakeet.workflows.finetune import finetune
+from lorakeet.workflows.opened import open_adapter
+
+PROMPT = "alder birch cedar <|im_end|> quince"
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_rows(tmp_path_factory.mktemp("rows") / "rows.jsonl", reviews(40))
+
+
+def logits_of(text: TextModel, ids: torch.Tensor) -> torch.Tensor:
+    """What the model, with its active adapter, answers through transformers' own forward."""
+    set_attention(text.model, "sdpa")
+    with torch.no_grad():
+        return text.model(input_ids=ids).logits
+
+
+def test_the_run_folder_holds_what_the_contract_says(finished: Any) -> None:
+    path = finished.path
+    assert {entry.name for entry in path.iterdir() if not entry.name.startswith(".")} == {
+        "config.yaml", "split.json", "adapter", "checkpoints", "metrics.jsonl", "report.json", "report.html", "certificate.json"
+    }  # fmt: skip
+    assert sorted(file.name for file in (path / "adapter").iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
+    assert [folder.name for folder in found(path / "checkpoints")] == ["step-000005", "step-000006"]
+    record = read_split_record(path / "split.json")
+    assert record["held_out"] == sorted(row.key for row in finished.result.setup.dataset.held_out)
+    assert record["train_rows"] == 53 and record["test_rows"] == 13  # 60 rows, 6 held out, one dropped as a leak
+    losses = [record for record in read_metrics(path / "metrics.jsonl") if "loss" in record]
+    assert [record["step"] for record in losses] == [1, 2, 3, 4, 5, 6]
+    certificate = read_certificate(path / "certificate.json")
+    assert certificate.passed and [check.name for check in certificate.checks] == ["adapter on disk", "base untouched"]
+    assert all(check.measured["loss"] == 0 for check in certificate.checks)
+    assert peft.read(path / "adapter").base == str(finished.model)
+
+
+def test_the_report_is_filled_and_self_contained(finished: Any) -> None:
+    report = read_report(finished.path / "report.json")
+    assert report == finished.result.report
+    assert [system.role for system in report.systems] == ["adapter", "base", "floor", "floor"]
+    assert all({"accuracy", "macro_f1", "log_loss"} <= system.metrics.keys() for system in report.systems)
+    assert "learnt from 59 rows" in report.systems[2].note  # training and held-out rows
+    assert report.drift is not None and report.drift.texts == 4 and report.drift.mean_kl.value > 0
+    assert report.curves is not None and len(report.curves.train) == 6 and report.curves.held_out[0].step == 0
+    assert report.leaks is not None and [leak.action for leak in report.leaks] == ["dropped from training"]
+    assert len(report.rows) == report.rows_of == 13
+    assert {"Model", "Adapter", "Rows", "Seeds", "Versions", "Machine"} <= report.facts.keys()
+    assert report.verdict is not None and report.memory[0].used and report.speed["Steps"] == "6 of 6 (all steps done)"
+    assert report.certificate is not None and report.certificate.passed
+    page = (finished.path / "report.html").read_text()
+    assert "<svg" in page and not re.search(r"(src|href)=.?https?:", page)
+    mapping = finished.result.to_mapping()
+    assert mapping["rows"] == {"train": 53, "held_out": 6, "test": 13} and mapping["outcome"]["steps"] == 6
+    json.dumps(mapping)
+    assert finished.result.exit_code == 0
+
+
+def test_the_saved_settings_can_be_run_again_and_give_the_same_bytes(finished: Any, tmp_path: Path) -> None:
+    config = read_run(finished.path / "config.yaml", {"out": str(tmp_path / "again")})
+    assert "auto" not in (config.model.device, config.model.attention, config.model.dtype, config.model.products)
+    finetune(config, console=quiet())
+    assert adapter_bytes(tmp_path / "again") == adapter_bytes(finished.path)
+    assert (tmp_path / "again" / "split.json").read_bytes() == (finished.path / "split.json").read_bytes()
+
+
+def test_resuming_a_finished_run_judges_it_again_and_changes_no_adapter(finished: Any, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(finished.path, copy)
+    (copy / "report.json").unlink()
+    config = read_run(copy / "config.yaml")
+    result = finetune(config, resume=copy, console=quiet())
+    assert adapter_bytes(copy) == adapter_bytes(finished.path)
+    assert result.report is not None and result.report.systems == finished.result.report.systems
+    assert read_report(copy / "report.json").systems == finished.result.report.systems
+
+
+def test_a_run_without_its_last_steps_is_resumed_to_the_same_bytes(finished: Any, tmp_path: Path) -> None:
+    """What a kill leaves: an older checkpoint, an older adapter, metrics that go too far, and nothing after training."""
+    copy = tmp_path / "copy"
+    shutil.copytree(finished.path, copy)
+    for name in ("report.json", "report.html", "certificate.json"):
+        (copy / name).unlink()
+    shutil.rmtree(copy / "checkpoints" / "step-000006")
+    shutil.rmtree(copy / "adapter")
+    finetune(read_run(copy / "config.yaml"), resume=copy, console=quiet())
+    assert adapter_bytes(copy) == adapter_bytes(finished.path)
+    steps = [[record["step"] for record in read_metrics(path / "metrics.jsonl")] for path in (copy, finished.path)]
+    assert steps[0] == steps[1]
+
+
+def test_a_resumed_run_wants_the_rows_that_it_began_with(finished: Any, tmp_path: Path) -> None:
+    copy, data = tmp_path / "copy", tmp_path / "rows.jsonl"
+    shutil.copytree(finished.path, copy)
+    before = tree(copy)
+    write_rows(data, reviews(61, seed=9))
+    config = read_run(copy / "config.yaml", {"data.train": str(data)})
+    with pytest.raises(DataError, match="not what this run started with"):
+        finetune(config, resume=copy, console=quiet())
+    assert tree(copy) == before
+
+
+def test_a_dry_run_writes_nothing(tiny_llama_folder: Path, rows: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    result = finetune(settings(tiny_llama_folder, rows, out), dry_run=True, console=quiet())
+    mapping = result.to_mapping()
+    assert mapping["dry_run"] is True and mapping["steps"] == 6 and mapping["pairs"] == len(mapping["plan"]["entries"]) == 14
+    assert mapping["trained_parameters"] == 3712 and mapping["tokens_per_epoch"] > 0
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_dry_run_of_a_run_to_go_on_with_writes_nothing(finished: Any) -> None:
+    before = tree(finished.path)
+    result = finetune(read_run(finished.path / "config.yaml"), resume=finished.path, dry_run=True, console=quiet())
+    assert result.to_mapping()["dry_run"] is True and tree(finished.path) == before
+
+
+def test_rows_without_labels_are_judged_by_their_loss(tiny_llama_folder: Path, tmp_path: Path) -> None:
+    data = write_rows(tmp_path / "chats.jsonl", chats(30))
+    result = run(tiny_llama_folder, data, tmp_path / "run", {"train.steps": 12})
+    assert result.report is not None and result.outcome is not None
+    assert result.report.task == "language"
+    adapter, base = result.report.systems
+    assert (adapter.role, base.role) == ("adapter", "base") and {"loss", "perplexity"} <= adapter.metrics.keys()
+    assert base.metrics["loss"].value == pytest.approx(result.outcome.base_loss, abs=1e-6)
+    assert adapter.metrics["loss"].value == pytest.approx(result.outcome.best_loss, abs=1e-6)
+    assert adapter.metrics["loss"].value < base.metrics["loss"].value
+    assert "no test rows" in result.report.warnings[0]
+
+
+def test_every_turn_of_the_assistant_is_learnt_through_the_template(tiny_llama_folder: Path, tmp_path: Path) -> None:
+    data = write_rows(tmp_path / "chats.jsonl", chats(30))
+    setup = finetune(settings(tiny_llama_folder, data, tmp_path / "run"), dry_run=True, console=quiet()).setup
+    example = setup.train.examples[0]
+    row = next(row for row in setup.dataset.train if row.key == example.key)
+    learnt = setup.text.tokenizer.decode(example.ids[example.supervised].tolist())
+    assert learnt == "".join(f"{turn.text}<|im_end|>" for turn in row.turns if turn.supervised)
+    assert setup.text.tokenizer.decode(example.ids.tolist()).startswith("<|im_start|>user\n")
+
+
+def test_new_tokens_are_opened_again_here_and_in_peft(tiny_llama_folder: Path, rows: Path, tmp_path: Path) -> None:
+    result = run(tiny_llama_folder, rows, tmp_path / "run", {"lora.new_tokens": "<plant>,<stone>"})
+    folder = tmp_path / "run" / "adapter"
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    ids = tokenizer("<plant> oak <stone>")["input_ids"]
+    assert ids[0] == 320 and ids[-1] == 321 and tokenizer.chat_template
+    again = open_adapter(folder).text_model(quiet(), dtype="float32")
+    base = transformers.AutoModelForCausalLM.from_pretrained(tiny_llama_folder)
+    base.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    with torch.no_grad():
+        ours = logits_of(result.setup.text, torch.tensor([ids]))
+        theirs = into_peft(base, folder)(torch.tensor([ids])).logits
+    torch.testing.assert_close(logits_of(again, torch.tensor([ids])), ours, atol=1e-5, rtol=0)
+    torch.testing.assert_close(theirs, ours, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"lora.variant": "dora"},
+        {"lora.start": "pissa"},
+        {"lora.start": "olora"},
+        {"lora.rank_pattern": r"q_proj=2,layers\.1\.mlp\..*=3", "lora.alpha_pattern": "q_proj=5"},
+        {"lora.scale_rule": "alpha/sqrt(rank)", "lora.target_modules": "embed_tokens,q_proj"},
+        {"lora.extra_modules": "model.norm"},
+    ],
+    ids=["dora", "pissa", "olora", "patterns", "rslora-embedding", "whole-norm"],
+)
+def test_what_a_run_leaves_loads_in_peft_with_equal_logits(
+    tiny_llama_folder: Path, rows: Path, tmp_path: Path, changes: dict[str, str]
+) -> None:
+    result = run(tiny_llama_folder, rows, tmp_path / "run", {**changes, "evaluate.drift_texts": 0, "train.steps": 4})
+    ids = result.setup.text.tokenizer(PROMPT, return_tensors="pt")["input_ids"]
+    base = transformers.AutoModelForCausalLM.from_pretrained(tiny_llama_folder)
+    with torch.no_grad():
+        before = base(ids).logits
+        ours = logits_of(result.setup.text, ids)
+        theirs = into_peft(base, tmp_path / "run" / "adapter")(ids).logits
+    torch.testing.assert_close(theirs, ours, atol=1e-5, rtol=0)
+    assert float((ours - before).abs().max()) > 1e-3
+    assert result.report is not None and result.report.drift is None
+
+
+def test_ranks_on_disk_follow_the_patterns(tiny_llama_folder: Path, rows: Path, tmp_path: Path) -> None:
+    run(tiny_llama_folder, rows, tmp_path / "run", {"lora.rank_pattern": "q_proj=2", "train.steps": 1})
+    pairs: Adapter = peft.read(tmp_path / "run" / "adapter")
+    assert {path.rpartition(".")[2]: pair.rank for path, pair in pairs.pairs.items() if "self_attn" in path} == {
+        "q_proj": 2, "k_proj": 4, "v_proj": 4, "o_proj": 4
+    }  # fmt: skip
+
+
+def test_ctrl_c_while_judging_says_how_to_go_on(
+    tiny_llama_folder: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(workflow.Judge, "report", interrupted)
+    out = tmp_path / "run"
+    with pytest.raises(RunStopped, match="the training is done") as stopped:
+        run(tiny_llama_folder, rows, out, {"train.steps": 2})
+    assert f"lorakeet finetune --resume {out}" in str(stopped.value) and stopped.value.__cause__ is None
+    monkeypatch.undo()
+    adapter = adapter_bytes(out)
+    finetune(read_run(out / "config.yaml"), resume=out, console=quiet())
+    assert adapter_bytes(out) == adapter and (out / "report.html").is_file()
+
+
+def test_a_run_that_cannot_be_injected_writes_nothing(
+    tiny_llama_folder: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise ConfigError("no")
+
+    monkeypatch.setattr(workflow, "inject", refuse)
+    with pytest.raises(ConfigError):
+        run(tiny_llama_folder, rows, tmp_path / "run")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_sink_that_is_not_installed_is_said_before_anything_is_written(
+    tiny_llama_folder: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lorakeet.train.log.find_spec", lambda name: None)
+    with pytest.raises(EnvironmentProblem, match=r"train\.log_to is wandb, but the package wandb is not installed"):
+        run(tiny_llama_folder, rows, tmp_path / "run", {"train.log_to": "wandb"})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_best_checkpoint_is_what_is_kept_and_judged(tiny_llama_folder: Path, tmp_path: Path) -> None:
+    """A rate that overshoots in the end: an earlier adapter is the best, and it is the one in the report and on disk."""
+    data = write_rows(tmp_path / "chats.jsonl", chats(30))
+    changes = {"lora.alpha": 200, "train.learning_rate": 0.05, "train.schedule": "constant", "train.evaluate_every": 1}
+    result = run(tiny_llama_folder, data, tmp_path / "run", {**changes, "train.steps": 8, "train.patience": 0})
+    held_out = [r["held_out_loss"] for r in read_metrics(tmp_path / "run" / "metrics.jsonl") if "held_out_loss" in r]
+    best = min(range(9), key=held_out.__getitem__)
+    assert 0 < best < 8
+    assert result.outcome is not None and result.report is not None
+    assert (result.outcome.best_step, result.outcome.best_loss) == (best, held_out[best])
+    assert result.report.systems[0].metrics["loss"].value == pytest.approx(held_out[best], abs=1e-6) != held_out[-1]

@@ -1,0 +1,48 @@
+"""`workflows.place`: what keeps a result from being written is said before the work begins."""
+
+from __future__ import annotations
+
+import errno
+import os
+from pathlib import Path
+
+import pytest
+
+from lorakeet.errors import ConfigError, EnvironmentProblem
+from lorakeet.workflows.place import require_empty, require_place, writing
+
+
+def test_a_folder_below_an_existing_one_can_be_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for out in (tmp_path / "new", tmp_path / "a" / "b" / "c", Path("relative"), Path("runs/one")):
+        require_place(out)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_nothing_can_be_made_below_a_file(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(EnvironmentProblem, match=r"since .*file is a file\. Choose another --out"):
+        require_place(tmp_path / "file" / "run")
+
+
+def test_a_folder_that_may_not_be_written_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    with pytest.raises(EnvironmentProblem, match="may not be written to"):
+        require_place(tmp_path / "run")
+
+
+def test_an_empty_folder_is_a_place_and_a_full_one_is_not(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    require_empty(tmp_path / "empty")
+    (tmp_path / "file").write_text("x")
+    for taken in (tmp_path, tmp_path / "file"):
+        with pytest.raises(ConfigError, match="nothing in it was touched"):
+            require_empty(taken)
+
+
+@pytest.mark.parametrize(("number", "why"), [(errno.ENOSPC, "is full"), (errno.EACCES, "the system refused")])
+def test_a_refused_write_is_said_in_words(number: int, why: str) -> None:
+    with pytest.raises(EnvironmentProblem, match=f"The report could not be written: .*{why}.*Do this"), writing(
+        "The report", "Do this."
+    ):
+        raise OSError(number, "no")
