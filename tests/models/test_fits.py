@@ -89,4 +89,5 @@ def test_half_of_a_whole_module_is_refused(adapted: Callable[..., Any]) -> None:
 def test_pair_and_whole_weight_for_one_module() -> None:
     adapter = random_adapter(tiny_model("llama"), "lm_head")
     both = replace(adapter, extras={"lm_head.weight": torch.zeros(96, 32)})
-    assert "'lm_head.weight': the adapter has a pair for it and another weight than this base has" in message(tiny_model("llama"), both)
+    words = "'lm_head.weight': the adapter has a pair for it and another weight than this base has"
+    assert words in message(tiny_model("llama"), both)

@@ -7,12 +7,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tiny.models import save_tiny_llama
 
 from lorakeet.models.load import load_text_model
 from lorakeet.models.sample import end_ids, sample
 from lorakeet.models.spec import ModelSpec
 from lorakeet.models.text import TextModel
+from tiny.models import save_tiny_llama
 
 PROMPTS = [[5, 6, 7], list(range(5, 18)), [9]]
 
