@@ -98,7 +98,8 @@ def certify_merge(live: Side, merged: TextModel, rows: Sequence[Example], *, out
 
 def check_weights(differences: Mapping[str, float], *, between: tuple[str, str]) -> Check:
     """The check that every weight of a merged model is the folded one; its detail names the worst one where it fails."""
-    found = {"mean_difference": max(differences.values(), default=math.nan)}
+    worst = max(differences.values(), key=lambda found: (math.isnan(found), found), default=math.nan)
+    found = {"mean_difference": worst}
     allowed = {"mean_difference": WEIGHT_TOLERANCE}
     check = judge("merged weights", found, tolerance=allowed, between=between, n=len(differences))
     return check if check.passed else replace(check, detail=worst_layer(differences))

@@ -1,0 +1,120 @@
+"""`workflows.certify`: what the certificates measure, and that they fail when something is wrong."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny.runs import quiet
+
+from lorakeet.core.adapter import Adapter
+from lorakeet.evaluate.certificate import Certificate, read_certificate
+from lorakeet.evaluate.spec import EvaluateSpec
+from lorakeet.formats import peft
+from lorakeet.merge.fold import merge_into
+from lorakeet.models.inject import adapter_names
+from lorakeet.models.load import load_text_model
+from lorakeet.models.spec import ModelSpec
+from lorakeet.models.text import TextModel
+from lorakeet.workflows.certify import (
+    certify_merge,
+    certify_run,
+    check_weights,
+    precision_of,
+    stored_dtype,
+    weight_differences,
+)
+from lorakeet.workflows.opened import NAME, open_adapter
+
+SPEC = EvaluateSpec(resamples=100)
+
+
+@pytest.fixture
+def live(finished: Any) -> TextModel:
+    return open_adapter(finished.path).text_model(quiet(), dtype="float32")
+
+
+def merged(finished: Any, out: Path, **more: Any) -> TextModel:
+    merge_into(finished.model, peft.read(finished.path / "adapter"), out, **more)
+    return load_text_model(ModelSpec(str(out), dtype="float32", products="float32"))
+
+
+def rows_of(finished: Any) -> Any:
+    return finished.result.setup.held_out.examples
+
+
+def test_the_adapter_on_disk_is_compared_with_the_live_one(finished: Any, live: TextModel, tmp_path: Path) -> None:
+    adapter = peft.read(finished.path / "adapter")
+    loss = finished.result.outcome.base_loss
+    same = certify_run(live, finished.path / "adapter", rows_of(finished), base_loss=loss, spec=SPEC, name=NAME)
+    assert same.passed and [check.name for check in same.checks] == ["adapter on disk", "base untouched"]
+    assert adapter_names(live.model) == [NAME]
+    one = next(iter(adapter.pairs))
+    adapter.pairs[one].B.mul_(1.001)
+    peft.write(Adapter(adapter.pairs, base="x"), tmp_path / "adapter")
+    other = certify_run(live, tmp_path / "adapter", rows_of(finished), base_loss=None, spec=SPEC, name=NAME)
+    assert not other.passed and len(other.checks) == 1
+    assert adapter_names(live.model) == [NAME]
+
+
+def test_a_base_that_training_changed_is_found(finished: Any, live: TextModel) -> None:
+    with torch.no_grad():
+        live.model.get_parameter("model.norm.weight").mul_(1.01)
+    loss = finished.result.outcome.base_loss
+    found = certify_run(live, finished.path / "adapter", rows_of(finished), base_loss=loss, spec=SPEC, name=NAME)
+    assert {check.name: check.passed for check in found.checks} == {"adapter on disk": True, "base untouched": False}
+
+
+def test_a_faithful_merge_differs_by_nothing(finished: Any, live: TextModel, tmp_path: Path) -> None:
+    whole = merged(finished, tmp_path / "merged")
+    differences = weight_differences(live, NAME, whole)
+    assert set(differences) == {name for name, _ in whole.model.named_parameters(remove_duplicate=False)}
+    assert max(differences.values()) < 1e-6
+    assert certify_merge((live, NAME), whole, rows_of(finished), out=tmp_path / "merged", spec=SPEC).passed
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_a_merge_in_half_precision_is_compared_as_it_is_stored(
+    finished: Any, live: TextModel, tmp_path: Path, dtype: str
+) -> None:
+    whole = merged(finished, tmp_path / "merged", dtype=dtype)
+    assert stored_dtype(whole) == dtype and whole.dtype == torch.float32 and precision_of(whole) == "fp32"
+    assert max(weight_differences(live, NAME, whole).values()) < 1e-6
+
+
+def test_the_bare_base_is_no_merge(finished: Any, live: TextModel) -> None:
+    base = load_text_model(ModelSpec(str(finished.model), dtype="float32"))
+    found = certify_merge((live, NAME), base, rows_of(finished), out=finished.model, spec=SPEC)
+    assert not found.passed and found.checks[0].measured["effect"] == pytest.approx(1.0, abs=1e-3)
+    assert "The worst layer is model.layers." in found.checks[1].detail
+
+
+def test_equal_weights_under_other_settings_are_told_apart(finished: Any, live: TextModel, tmp_path: Path) -> None:
+    merged(finished, tmp_path / "merged")
+    config = tmp_path / "merged" / "config.json"
+    config.write_text(config.read_text().replace('"rms_norm_eps": 1e-06', '"rms_norm_eps": 0.5'))
+    other = load_text_model(ModelSpec(str(tmp_path / "merged"), dtype="float32"))
+    found = certify_merge((live, NAME), other, rows_of(finished), out=tmp_path / "merged", spec=SPEC)
+    assert [check.passed for check in found.checks] == [False, True]
+    assert "its configuration or tokenizer differs" in found.checks[0].detail
+
+
+def test_a_weight_of_another_shape_or_with_a_hole_is_the_worst(finished: Any, live: TextModel, tmp_path: Path) -> None:
+    whole = merged(finished, tmp_path / "merged")
+    whole.model.model.norm.weight = torch.nn.Parameter(torch.ones(3))
+    assert weight_differences(live, NAME, whole)["model.norm.weight"] == math.inf
+    whole.model.model.norm.weight = live.model.get_parameter("model.norm.weight")
+    with torch.no_grad():
+        whole.model.get_parameter("model.layers.0.mlp.up_proj.weight")[0, 0] = math.nan
+    check = check_weights(weight_differences(live, NAME, whole), between=("a", "b"))
+    assert not check.passed and "model.layers.0.mlp.up_proj.weight" in check.detail
+    certificate = Certificate("merged", (check,))
+    certificate.write(tmp_path / "certificate.json")
+    assert not read_certificate(tmp_path / "certificate.json").passed
+
+
+def test_no_weight_at_all_is_no_pass() -> None:
+    assert not check_weights({}, between=("a", "b")).passed

@@ -1,0 +1,62 @@
+"""`workflows.compare_models`: two functions on the same batches."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from tiny.runs import quiet
+
+from lorakeet.data.pack import micro_batches
+from lorakeet.evaluate.spec import EvaluateSpec
+from lorakeet.models.inject import activate
+from lorakeet.models.load import load_text_model, set_attention
+from lorakeet.models.spec import ModelSpec
+from lorakeet.workflows import compare_models
+from lorakeet.workflows.compare_models import compare, compare_on
+from lorakeet.workflows.opened import NAME, open_adapter
+
+SPEC = EvaluateSpec(resamples=100)
+
+
+def test_a_model_equals_itself_and_differs_from_its_base_as_computed_by_hand(
+    finished: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compare_models, "CHUNK", 3)  # several chunks a batch
+    text = open_adapter(finished.path).text_model(quiet(), dtype="float32")
+    rows = finished.result.setup.held_out.examples
+    batches = micro_batches(rows, 100)
+    assert len(batches) > 1
+    same = compare_on(text, batches, left=NAME, right=NAME, spec=SPEC)
+    assert same.max_logit_difference == 0 and same.mean_kl.value == 0 and same.texts == len(rows)
+    found = compare((text, None), (text, NAME), batches, spec=SPEC)
+    set_attention(text.model, "sdpa")
+    kl, largest, loss = [], 0.0, []
+    for row in rows:
+        sides = []
+        for name in (None, NAME):
+            activate(text.model, name)
+            with torch.no_grad():
+                sides.append(text.model(input_ids=torch.from_numpy(row.ids)[None]).logits[0].double())
+        for place in row.supervised.nonzero()[0]:
+            base, adapter = (side[place - 1] for side in sides)
+            p, q = base.log_softmax(-1), adapter.log_softmax(-1)
+            kl.append(float((p.exp() * (p - q)).sum()))
+            loss.append(float(p[row.ids[place]] - q[row.ids[place]]))
+            largest = max(largest, float((base - adapter).abs().max()))
+    assert found.tokens == len(kl)
+    assert found.mean_kl.value == pytest.approx(sum(kl) / len(kl), rel=1e-4)
+    assert found.max_logit_difference == pytest.approx(largest, rel=1e-4)
+    assert found.loss_difference is not None
+    assert found.loss_difference.value == pytest.approx(sum(loss) / len(loss), rel=1e-4)
+
+
+def test_two_models_are_compared_each_with_its_own_head(finished: Any) -> None:
+    text = open_adapter(finished.path).text_model(quiet(), dtype="float32")
+    base = load_text_model(ModelSpec(str(finished.model), dtype="float32"))
+    batches = micro_batches(finished.result.setup.held_out.examples, 2048)
+    assert compare((text, None), (base, None), batches, spec=SPEC).max_logit_difference < 1e-5
+    with torch.no_grad():
+        base.model.model.norm.weight.mul_(2)
+    assert compare((text, None), (base, None), batches, spec=SPEC).max_logit_difference > 0.1
