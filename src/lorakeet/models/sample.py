@@ -15,7 +15,7 @@ from lorakeet.models.load import set_attention
 from lorakeet.models.text import TextModel
 
 Ids = NDArray[np.int64]
-ROWS_AT_ONCE = 16
+ROWS_AT_ONCE = 64  # a step costs nearly the same for 64 rows as for 16: the weights are read once
 
 
 def sample(
