@@ -13,7 +13,27 @@ from rich.console import Console
 from lorakeet.config import RunConfig, read_run
 from lorakeet.workflows.finetune import FinetuneResult, finetune
 
-WORDS = "alder birch cedar daisy elder fern grass holly iris juniper kelp larch maple nettle oak pine quince rose sedge".split()
+WORDS = [
+    "alder",
+    "birch",
+    "cedar",
+    "daisy",
+    "elder",
+    "fern",
+    "grass",
+    "holly",
+    "iris",
+    "juniper",
+    "kelp",
+    "larch",
+    "maple",
+    "nettle",
+    "oak",
+    "pine",
+    "quince",
+    "rose",
+    "sedge",
+]
 LABELS = ("good", "bad", "so so")
 QUICK = {
     "model.dtype": "float32",

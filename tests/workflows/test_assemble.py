@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 import transformers
 from rich.console import Console
-from tiny.models import save_tiny_llama
-from tiny.runs import chats, quiet, reviews, settings, write_rows
 
 from lorakeet.errors import ConfigError, DataError
 from lorakeet.workflows.assemble import assemble
+from tiny.models import save_tiny_llama
+from tiny.runs import chats, quiet, reviews, settings, write_rows
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +52,7 @@ def test_a_shorter_limit_is_kept_without_a_word(finished: Any, rows: Path, tmp_p
 
 
 def test_without_held_out_rows_there_is_no_proof(finished: Any, rows: Path, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="No rows are held out.*data.held_out_fraction"):
+    with pytest.raises(DataError, match=r"No rows are held out.*data.held_out_fraction"):
         assemble(settings(finished.model, rows, tmp_path, {"data.held_out_fraction": 0}), quiet())
 
 

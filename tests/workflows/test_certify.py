@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from tiny.runs import quiet
 
 from lorakeet.core.adapter import Adapter
 from lorakeet.evaluate.certificate import Certificate, read_certificate
@@ -28,6 +27,7 @@ from lorakeet.workflows.certify import (
     weight_differences,
 )
 from lorakeet.workflows.opened import NAME, open_adapter
+from tiny.runs import quiet
 
 SPEC = EvaluateSpec(resamples=100)
 

@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from tiny.runs import quiet
 
 from lorakeet.data.pack import micro_batches
 from lorakeet.evaluate.spec import EvaluateSpec
@@ -16,6 +15,7 @@ from lorakeet.models.spec import ModelSpec
 from lorakeet.workflows import compare_models
 from lorakeet.workflows.compare_models import compare, compare_on
 from lorakeet.workflows.opened import NAME, open_adapter
+from tiny.runs import quiet
 
 SPEC = EvaluateSpec(resamples=100)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 import shutil
@@ -11,8 +12,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from tiny.peft_oracle import into_peft
-from tiny.runs import adapter_bytes, chats, quiet, reviews, run, settings, tree, write_rows
+from rich.console import Console
 
 from lorakeet.config import read_run
 from lorakeet.core.adapter import Adapter
@@ -28,6 +28,8 @@ from lorakeet.train.log import read_metrics
 from lorakeet.workflows import finetune as workflow
 from lorakeet.workflows.finetune import finetune
 from lorakeet.workflows.opened import open_adapter
+from tiny.peft_oracle import into_peft
+from tiny.runs import adapter_bytes, chats, quiet, reviews, run, settings, tree, write_rows
 
 PROMPT = "alder birch cedar <|im_end|> quince"
 
@@ -89,6 +91,17 @@ def test_the_saved_settings_can_be_run_again_and_give_the_same_bytes(finished: A
     finetune(config, console=quiet())
     assert adapter_bytes(tmp_path / "again") == adapter_bytes(finished.path)
     assert (tmp_path / "again" / "split.json").read_bytes() == (finished.path / "split.json").read_bytes()
+
+
+def test_what_the_loop_says_reaches_the_person(finished: Any, tmp_path: Path) -> None:
+    """Also where no terminal is, as in a log file: steps and held-out losses, and that a checkpoint was damaged."""
+    copy, said = tmp_path / "copy", io.StringIO()
+    shutil.copytree(finished.path, copy)
+    (copy / "checkpoints" / "step-000006" / "trained.safetensors").write_bytes(b"x")
+    finetune(read_run(copy / "config.yaml"), resume=copy, console=Console(file=said, width=200))
+    assert "The checkpoint step-000006 is damaged" in said.getvalue()
+    assert "step 6/6 · loss " in said.getvalue() and "step 6: held-out loss " in said.getvalue()
+    assert adapter_bytes(copy) == adapter_bytes(finished.path)
 
 
 def test_resuming_a_finished_run_judges_it_again_and_changes_no_adapter(finished: Any, tmp_path: Path) -> None:

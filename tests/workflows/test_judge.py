@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tiny.runs import chats, quiet, run, write_rows
 
 from lorakeet.data.chat import Encoder
 from lorakeet.errors import DataError
@@ -18,6 +17,7 @@ from lorakeet.models.load import set_attention
 from lorakeet.models.text import TextModel
 from lorakeet.workflows.judge import Judge, sampled_texts
 from lorakeet.workflows.opened import NAME, open_adapter
+from tiny.runs import chats, quiet, run, write_rows
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +73,7 @@ def test_the_floors_learn_from_the_rows_that_are_named(finished: Any, text: Text
     dataset = finished.result.setup.dataset
     judge = judge_of(finished, text, dataset.test)
     with_floors = judge.report("t", learnt_from=dataset.train[:30])
-    assert [system.note for system in with_floors.systems if system.role == "floor"][0] == "learnt from 30 rows"
+    assert next(system.note for system in with_floors.systems if system.role == "floor") == "learnt from 30 rows"
     assert [system.role for system in judge.report("t", learnt_from=()).systems] == ["adapter", "base"]
     without = replace(judge, config=replace(judge.config, evaluate=replace(judge.config.evaluate, baselines=False)))
     assert [system.role for system in without.report("t", learnt_from=dataset.train).systems] == ["adapter", "base"]

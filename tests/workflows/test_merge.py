@@ -13,9 +13,6 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
-from tiny.models import save_tiny_llama
-from tiny.peft_oracle import by_peft
-from tiny.runs import quiet, reviews, run, write_rows
 
 from lorakeet.cli.main import main
 from lorakeet.core.adapter import Adapter
@@ -25,6 +22,9 @@ from lorakeet.formats import peft
 from lorakeet.merge.fold import MergeResult, merge_into
 from lorakeet.workflows import merge as workflow
 from lorakeet.workflows.merge import merge
+from tiny.models import save_tiny_llama
+from tiny.peft_oracle import by_peft
+from tiny.runs import quiet, reviews, run, write_rows
 
 Mend = Callable[[Adapter], Adapter]
 

@@ -10,15 +10,15 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from tiny.models import save_tiny_llama
-from tiny.peft_oracle import by_peft, change_config
-from tiny.runs import quiet, reviews, run, write_rows
 
 from lorakeet.errors import ConfigError, DataError
 from lorakeet.formats import peft
 from lorakeet.models.inject import adapter_names
 from lorakeet.models.load import set_attention
 from lorakeet.workflows.opened import NAME, open_adapter
+from tiny.models import save_tiny_llama
+from tiny.peft_oracle import by_peft, change_config
+from tiny.runs import quiet, reviews, run, write_rows
 
 
 def test_a_run_brings_its_settings_and_its_adapter(finished: Any) -> None:
@@ -52,7 +52,7 @@ def test_the_base_can_be_named_and_must_be_known(finished: Any, tmp_path: Path) 
     settings.write_text("model: third\ndata: other.jsonl\n")
     assert open_adapter(finished.path, config=settings).config.data.train == "other.jsonl"
     peft.write(replace(peft.read(finished.path / "adapter"), base=""), tmp_path / "adapter")
-    with pytest.raises(ConfigError, match="does not name its base model.*--base"):
+    with pytest.raises(ConfigError, match=r"does not name its base model.*--base"):
         open_adapter(tmp_path / "adapter")
     assert open_adapter(tmp_path / "adapter", base="named").config.model.path == "named"
 

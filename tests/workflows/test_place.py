@@ -42,7 +42,8 @@ def test_an_empty_folder_is_a_place_and_a_full_one_is_not(tmp_path: Path) -> Non
 
 @pytest.mark.parametrize(("number", "why"), [(errno.ENOSPC, "is full"), (errno.EACCES, "the system refused")])
 def test_a_refused_write_is_said_in_words(number: int, why: str) -> None:
-    with pytest.raises(EnvironmentProblem, match=f"The report could not be written: .*{why}.*Do this"), writing(
-        "The report", "Do this."
+    with (
+        pytest.raises(EnvironmentProblem, match=f"The report could not be written: .*{why}.*Do this"),
+        writing("The report", "Do this."),
     ):
         raise OSError(number, "no")

@@ -124,7 +124,7 @@ def _run(verb: Verb, command: click.Command, values: dict[str, Any]) -> int:
     if verb.config != "none":
         flags = given_values(command, values, lambda param: isinstance(param, SettingFlag))
         positional.insert(0, _config(verb, values.get("config"), named.get("resume"), flags))
-    named["console"] = Console(stderr=values["json"])
+    named["console"] = Console(stderr=values["json"], markup=False, emoji=False)  # names of files may hold [brackets]
     result = verb.run(positional, named)
     if values["json"]:
         click.echo(json.dumps(result.to_mapping(), ensure_ascii=False, indent=2))

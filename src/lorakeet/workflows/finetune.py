@@ -93,7 +93,7 @@ def finetune(config: RunConfig, *, resume: Path | None = None, dry_run: bool = F
         run=run,
         identity=_identity(setup),
         resume=resume is not None,
-        report=reporter_for(console, machine=not console.is_terminal),
+        report=reporter_for(console),
     )
     try:
         report = _prove(setup, outcome, run, console)

@@ -17,14 +17,15 @@ from lorakeet.workflows.assemble import Assembly
 def show_plan(setup: Assembly, console: Console) -> None:
     """The rows, the leaks, one example in colour, and which matrices get which rank."""
     data = setup.dataset
-    console.print(f"[bold]Rows[/]: {len(data.train)} training, {len(data.held_out)} held-out, {len(data.test)} test")
+    counts = f": {len(data.train)} training, {len(data.held_out)} held-out, {len(data.test)} test"
+    console.print(Text.assemble(("Rows", "bold"), counts))
     for line in data.leaks.lines():
         console.print(Text(line))
     for name, encoded in setup.encoded.items():
         if encoded.truncated or encoded.dropped:
             limit = f"{setup.config.data.max_tokens} tokens"
             console.print(f"{encoded.truncated} {name} rows shortened to {limit}, {len(encoded.dropped)} left out")
-    console.print("[bold]One training row[/] (learnt tokens in green):")
+    console.print(Text.assemble(("One training row", "bold"), " (learnt tokens in green):"))
     console.print(show_example(setup.train.examples[0], setup.text.tokenizer))
     table = Table("path", "weight", "rank", "scale", "parameters", title="Plan", title_justify="left")
     for row in setup.plan.rows():
@@ -41,7 +42,7 @@ def show_plan(setup: Assembly, console: Console) -> None:
 def show_results(report: Report, console: Console) -> None:
     """The verdict, every system's metrics with their intervals, and the paired differences."""
     names = [name for name in METRIC_WORDS if any(name in system.metrics for system in report.systems)]
-    table = Table("", *(metric_words(name).title for name in names), title=report.subtitle, title_justify="left")
+    table = Table("", *(metric_words(name).title for name in names), title=Text(report.subtitle), title_justify="left")
     for system in report.systems:
         cells = (_cell(system.metrics.get(name), METRIC_WORDS[name].digits) for name in names)
         table.add_row(system.name, *cells, style="bold" if system.role == "adapter" else "")

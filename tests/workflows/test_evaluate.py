@@ -1,0 +1,90 @@
+"""`workflows.evaluate`: any adapter on any rows."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import transformers
+
+from lorakeet.config import RunConfig
+from lorakeet.errors import ConfigError, DataError, EnvironmentProblem
+from lorakeet.evaluate.report import read_report
+from lorakeet.evaluate.spec import EvaluateSpec
+from lorakeet.workflows.evaluate import evaluate
+from tiny.models import save_tiny_llama
+from tiny.peft_oracle import by_peft
+from tiny.runs import chats, quiet, reviews, tree, write_rows
+
+
+def test_a_run_is_measured_on_its_own_test_rows_as_its_report_says(finished: Any) -> None:
+    before = tree(finished.path)
+    report = evaluate(str(finished.path), console=quiet()).report
+    own = finished.result.report
+    assert report.systems == own.systems and report.comparisons == own.comparisons and report.drift == own.drift
+    assert report.subtitle.endswith("13 rows of the test file")
+    assert tree(finished.path) == before
+
+
+def test_a_run_is_measured_on_a_file_and_writes_a_report_where_it_is_told(finished: Any, tmp_path: Path) -> None:
+    data = write_rows(tmp_path / "fresh.jsonl", reviews(9, seed=5))
+    found = evaluate(str(finished.path), data=str(data), out=tmp_path / "out", console=quiet())
+    assert found.report.systems[0].metrics["accuracy"].n == 9
+    assert [system.role for system in found.report.systems] == ["adapter", "base", "floor", "floor"]
+    assert "learnt from 59 rows" in found.report.systems[2].note
+    assert read_report(tmp_path / "out" / "report.json") == found.report and (tmp_path / "out" / "report.html").is_file()
+    assert json.loads(json.dumps(found.to_mapping()))["subtitle"].endswith("9 rows of fresh.jsonl")
+
+
+@pytest.mark.parametrize(("kind", "metric"), [(reviews, "accuracy"), (chats, "loss")])
+def test_a_bare_adapter_of_peft_needs_only_a_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: Callable[[int], list[Any]], metric: str
+) -> None:
+    quick = partial(RunConfig, evaluate=EvaluateSpec(resamples=200, drift_texts=2, drift_tokens=4))
+    monkeypatch.setattr("lorakeet.workflows.opened.RunConfig", quick)
+    base = save_tiny_llama(tmp_path / "base")
+    by_peft(tmp_path / "adapter", transformers.AutoModelForCausalLM.from_pretrained(base), target_modules=["q_proj"])
+    data = write_rows(tmp_path / "rows.jsonl", kind(9))
+    report = evaluate(str(tmp_path / "adapter"), data=str(data), console=quiet()).report
+    adapter, bare = report.systems
+    assert (adapter.role, bare.role) == ("adapter", "base") and {metric} <= adapter.metrics.keys()
+    assert report.subtitle == f"{base}, 9 rows of rows.jsonl" and report.drift is not None and report.drift.texts == 2
+
+
+def test_a_bare_adapter_takes_rows_and_template_from_a_run_file(finished: Any) -> None:
+    found = evaluate(str(finished.path / "adapter"), config=finished.path / "config.yaml", console=quiet())
+    assert found.report.systems == finished.result.report.systems
+
+
+def test_a_bare_adapter_without_rows_is_asked_for_some(finished: Any) -> None:
+    with pytest.raises(ConfigError, match="name a file with --data, or a run file with --config"):
+        evaluate(str(finished.path / "adapter"), console=quiet())
+
+
+def test_labels_that_the_run_does_not_know_are_named(finished: Any, tmp_path: Path) -> None:
+    data = write_rows(tmp_path / "rows.jsonl", [*reviews(6), {"text": "odd", "label": "goood"}])
+    with pytest.raises(DataError, match=r"'goood' of 1 evaluated rows .*unseen in training.*Did you mean 'good'"):
+        evaluate(str(finished.path), data=str(data), console=quiet())
+
+
+def test_a_report_never_lands_on_something_else(finished: Any, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("kept")
+    for out in (tmp_path, tmp_path / "file"):
+        with pytest.raises(ConfigError, match="exists already"):
+            evaluate(str(finished.path), out=out, console=quiet())
+    with pytest.raises(EnvironmentProblem, match="is a file"):
+        evaluate(str(finished.path), out=tmp_path / "file" / "deep", console=quiet())
+    assert (tmp_path / "file").read_text() == "kept"
+
+
+def test_an_adapter_on_another_base_is_refused_with_every_mismatch(finished: Any, tmp_path: Path) -> None:
+    other = save_tiny_llama(tmp_path / "other", hidden_size=16, num_hidden_layers=1)
+    with pytest.raises(ConfigError, match=r"does not fit this base \((\d+) problems\)") as refused:
+        evaluate(str(finished.path), base=str(other), console=quiet())
+    said = str(refused.value)
+    assert "'model.layers.0.self_attn.q_proj': A is 4×32, but this base needs 4×16." in said
+    assert all(f"'model.layers.1.{name}'" in said for name in ("self_attn.q_proj", "mlp.down_proj"))

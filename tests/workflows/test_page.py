@@ -1,0 +1,59 @@
+"""`workflows.page`: what a run's report says besides the measurements."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from lorakeet.train.log import read_metrics
+from lorakeet.train.run import RunFolder
+from lorakeet.workflows.assemble import assemble
+from lorakeet.workflows.page import complete, curves, leaks
+from tiny.runs import quiet, reviews, settings, write_rows
+
+
+def test_the_curves_are_those_of_the_metrics(finished: Any) -> None:
+    metrics = read_metrics(finished.path / "metrics.jsonl")
+    found = curves(metrics, finished.result.outcome)
+    assert [(point.step, point.value) for point in found.train] == [(r["step"], r["loss"]) for r in metrics if "loss" in r]
+    assert found.held_out[0].step == 0 and found.held_out[0].value == finished.result.outcome.base_loss
+    assert all(point.low is not None and point.low <= point.value <= point.high for point in found.held_out)
+    assert found.best_step == finished.result.outcome.best_step and found.ended == "all steps done"
+
+
+def test_a_loss_that_was_no_number_leaves_a_gap(finished: Any) -> None:
+    metrics = [{"step": 1, "loss": None, "lr": 0.1}, {"step": 2, "loss": 1.5, "lr": 0.1}]
+    assert [point.step for point in curves(metrics, finished.result.outcome).train] == [2]
+
+
+def test_every_leak_is_named_with_its_fate(finished: Any, tmp_path: Path) -> None:
+    (leak,) = leaks(finished.result.setup.dataset.leaks)
+    assert leak.held_out == "judged.jsonl:13" and leak.train == "rows.jsonl:1" and leak.action == "dropped from training"
+    assert leak.similarity == 1 and leak.text.endswith("GOOD")
+    config = settings(finished.model, finished.data, tmp_path / "run", {"data.test": finished.test, "data.on_leak": "keep"})
+    (kept,) = leaks(assemble(config, quiet()).dataset.leaks)
+    assert kept.action == "kept"
+
+
+def test_rows_that_were_cut_or_left_out_are_warned_of(finished: Any, tmp_path: Path) -> None:
+    records = [*reviews(30), {"text": "long " * 60, "label": "good"}]
+    data = write_rows(tmp_path / "rows.jsonl", records)
+    test = write_rows(tmp_path / "test.jsonl", [*reviews(5, seed=2), {"text": "far " * 60, "label": "bad"}])
+    for too_long, said in (("truncate", "were shortened."), ("drop", "left out.")):
+        config = settings(finished.model, data, tmp_path / "run", {"data.test": test, "data.too_long": too_long})
+        result, setup = finished.result, assemble(config, quiet())
+        run, certificate = RunFolder(finished.path), result.report.certificate
+        report = complete(result.report, setup, result.outcome, run=run, metrics=[], certificate=certificate, drift=None)
+        parts = {warning.split()[1]: warning for warning in report.warnings}
+        assert set(parts) == {"test", "training"} or set(parts) == {"test", "held-out"}
+        assert parts["test"] == f"1 test rows were longer than 120 tokens and {said}"
+
+
+def test_the_next_commands_name_the_run(finished: Any) -> None:
+    commands = [item.command for item in finished.result.report.next_commands]
+    assert commands == [
+        f"lorakeet merge {finished.path} --out {finished.path}-merged",
+        f"lorakeet evaluate {finished.path} --data FILE",
+    ]
+    assert replace(finished.result.report).facts["Run folder"] == str(finished.path)
