@@ -1,0 +1,69 @@
+"""`models.folded`: what each weight should be once an adapter is folded in."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from lorakeet.core.adapter import Adapter, TokenRows
+from lorakeet.core.math import delta, scale_of
+from lorakeet.models.folded import folded_weights
+from lorakeet.models.inject import attach
+from tiny.adapters import random_adapter, random_pair
+
+
+def folded(model: Any, name: str | None) -> dict[str, torch.Tensor]:
+    return dict(folded_weights(model, name))
+
+
+@pytest.mark.parametrize(
+    ("family", "leaves"),
+    [("llama", ()), ("gpt2", ("c_attn", "c_proj")), ("mixtral", ("gate_up_proj", "down_proj")), ("qwen2", ("embed_tokens",))],
+)
+def test_changed_weights_have_their_pair_and_others_are_as_they_were(
+    tiny_model: Callable[..., Any], family: str, leaves: tuple[str, ...]
+) -> None:
+    model = tiny_model(family)
+    before = {name: parameter.clone() for name, parameter in model.named_parameters(remove_duplicate=False)}
+    adapter = random_adapter(model, *leaves)
+    attach(model, adapter, "mine")
+    found = folded(model, "mine")
+    assert found.keys() == before.keys()
+    changed = {path if pair.kind == "experts" else f"{path}.weight": pair for path, pair in adapter.pairs.items()}
+    assert changed
+    for name, weight in found.items():
+        expected = before[name]
+        if name in changed:
+            pair = changed[name]
+            expected = expected + delta(pair.A, pair.B, scale_of(pair.alpha, pair.rank), pair.kind)
+            assert not torch.equal(expected, before[name])
+        torch.testing.assert_close(weight, expected, atol=1e-6, rtol=1e-6)
+    assert all(torch.equal(weight, before[name]) for name, weight in folded(model, None).items())
+
+
+def test_the_folded_weights_compute_what_the_adapted_model_computes(tiny_model: Callable[..., Any]) -> None:
+    model, plain = tiny_model("llama"), tiny_model("llama")
+    pair = random_pair("linear", model.model.layers[0].mlp.up_proj.weight, dora=True)
+    other = random_pair("linear", model.model.layers[1].self_attn.q_proj.weight)
+    pairs = {"model.layers.0.mlp.up_proj": pair, "model.layers.1.self_attn.q_proj": other}
+    extras = {"model.norm.weight": torch.rand(32)}
+    rows = {"model.embed_tokens": TokenRows((5, 9), torch.randn(2, 32))}
+    attach(model, Adapter(pairs, extras, rows, base="tiny"))
+    plain.load_state_dict(folded(model, "default"))
+    ids = torch.tensor([[5, 9, 3, 40]])
+    with torch.no_grad():
+        torch.testing.assert_close(model(ids).logits, plain(ids).logits, atol=1e-5, rtol=1e-5)
+
+
+def test_a_pairs_bias_is_folded_into_the_layers(tiny_model: Callable[..., Any]) -> None:
+    model, plain = tiny_model("qwen2"), tiny_model("qwen2")
+    path = "model.layers.0.self_attn.q_proj"
+    layer = model.get_submodule(path)
+    attach(model, Adapter({path: random_pair("linear", layer.weight, bias=torch.randn(32))}, base="tiny"))
+    plain.load_state_dict(folded(model, "default"))
+    ids = torch.tensor([[5, 9, 3, 40]])
+    with torch.no_grad():
+        torch.testing.assert_close(model(ids).logits, plain(ids).logits, atol=1e-5, rtol=1e-5)
