@@ -1,0 +1,100 @@
+"""Row attention against torch's own attention with a block mask: outputs, gradients, windows, caps, and what it refuses."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lorakeet.errors import EnvironmentProblem
+from lorakeet.models.attention import VARLEN, register, row_attention
+
+HEADS, KV, WIDTH = 6, 2, 8
+ROWS = (5, 1, 9, 3)
+
+
+def states(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
+    torch.manual_seed(0)
+    tokens = sum(ROWS)
+    return tuple(torch.randn(1, heads, tokens, WIDTH, dtype=dtype).requires_grad_() for heads in (HEADS, KV, KV))
+
+
+def literal(q: Tensor, k: Tensor, v: Tensor, window: int | None = None, cap: float | None = None) -> Tensor:
+    """softmax(mask(q·kᵀ/√d))·v with one mask over all tokens."""
+    k, v = (x.repeat_interleave(HEADS // KV, dim=1) for x in (k, v))
+    row = torch.repeat_interleave(torch.arange(len(ROWS)), torch.tensor(ROWS))
+    place = torch.arange(sum(ROWS))
+    seen = (row[:, None] == row) & (place[:, None] >= place)
+    if window is not None:
+        seen &= place[:, None] - place < window
+    scores = q @ k.transpose(-1, -2) / WIDTH**0.5
+    scores = scores if cap is None else cap * torch.tanh(scores / cap)
+    return (scores.masked_fill(~seen, float("-inf")).softmax(-1) @ v).transpose(1, 2)
+
+
+def both(dtype: torch.dtype, **settings: object) -> list[tuple[Tensor, Tensor]]:
+    """(found, expected) of the output and of each gradient."""
+    pairs = []
+    weights = torch.randn(1, sum(ROWS), HEADS, WIDTH, generator=torch.Generator().manual_seed(1)).to(dtype)
+    for ours in (True, False):
+        q, k, v = states(dtype)
+        if ours:
+            out, extra = row_attention(nn.Module(), q, k, v, row_lengths=ROWS, scaling=WIDTH**-0.5, **settings)
+            assert extra is None
+        else:
+            out = literal(q.double(), k.double(), v.double(), settings.get("sliding_window"), settings.get("softcap"))  # type: ignore[arg-type]
+        (out * weights).sum().backward()
+        pairs.append([out.detach(), q.grad, k.grad, v.grad])
+    return list(zip(*pairs, strict=True))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("settings", [{}, {"sliding_window": 3}, {"sliding_window": 100}, {"softcap": 2.0}])
+def test_equals_a_block_mask(settings: dict[str, object]) -> None:
+    for found, expected in both(torch.float32, **settings):
+        torch.testing.assert_close(found.double(), expected.double(), rtol=1e-4, atol=1e-5)
+
+
+def test_softcap_and_window_together() -> None:
+    for found, expected in both(torch.float32, softcap=2.0, sliding_window=3):
+        torch.testing.assert_close(found.double(), expected.double(), rtol=1e-4, atol=1e-5)
+
+
+def test_bf16_keeps_its_dtype_and_rounds_little() -> None:
+    for found, expected in both(torch.bfloat16):
+        assert found.dtype == torch.bfloat16
+        torch.testing.assert_close(found.double(), expected.double(), rtol=3e-2, atol=3e-2)
+
+
+def test_a_row_does_not_see_its_neighbours() -> None:
+    q, k, v = (x.detach() for x in states())
+    before = row_attention(nn.Module(), q, k, v, row_lengths=ROWS)[0]
+    v = v.clone()
+    v[:, :, 5] += 1  # the only token of the second row
+    after = row_attention(nn.Module(), q, k, v, row_lengths=ROWS)[0]
+    changed = (before != after).flatten(2).any(-1)[0].nonzero().flatten().tolist()
+    assert changed == [5]
+
+
+@pytest.mark.parametrize(
+    ("settings", "word"),
+    [
+        ({"row_lengths": None}, "row_lengths"),
+        ({"row_lengths": (5, 5)}, "10 tokens"),
+        ({"s_aux": torch.zeros(6)}, "s_aux"),
+        ({"is_causal": False}, "is_causal"),
+        ({"attention_mask": torch.zeros(1, 1, 18, 18)}, "attention_mask"),
+    ],
+)
+def test_refuses_what_it_does_not_compute(settings: dict[str, object], word: str) -> None:
+    q, k, v = states()
+    with pytest.raises(EnvironmentProblem, match=word) as caught:
+        row_attention(nn.Module(), q, k, v, **{"row_lengths": ROWS, **settings})  # type: ignore[arg-type]
+    assert "attention: sdpa" in str(caught.value)
+
+
+def test_register_twice_is_register_once() -> None:
+    from transformers import AttentionInterface
+
+    register()
+    register()
+    assert AttentionInterface()[VARLEN] is row_attention
