@@ -26,7 +26,7 @@ class EvaluateSpec:
     drift_texts: int = field(
         default=64, metadata={"help": "Texts that the base samples once, on which the adapter's drift is measured; 0 for none."}
     )
-    drift_tokens: int = field(default=64, metadata={"help": "Tokens in each drift text."})
+    drift_tokens: int = field(default=32, metadata={"help": "Tokens in each drift text."})
     show_rows: int = field(default=40, metadata={"help": "Held-out rows that the report shows side by side."})
 
     def validate(self) -> None:
