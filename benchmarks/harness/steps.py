@@ -1,0 +1,87 @@
+"""What a contender measures of itself, and the main function that all contenders share. Plain Python, no torch."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from harness.workload import Workload, read_workload
+
+PACKAGES = ("torch", "transformers", "peft", "trl", "accelerate", "datasets", "unsloth", "unsloth_zoo", "lorakeet")
+
+
+@dataclass
+class StepLog:
+    """Seconds and loss of each step, and the most memory the process ever held (VmHWM)."""
+
+    losses: list[float] = field(default_factory=list)
+    seconds: list[float] = field(default_factory=list)
+    notes: dict[str, object] = field(default_factory=dict)
+    loaded_bytes: int = 0  # the peak until training begins: loading the model is a part of it
+    last: float = 0.0
+
+    def begin(self) -> None:
+        """Starts the clock of the first step. To be called before anything resets the system's own peak."""
+        self.loaded_bytes = max(self.loaded_bytes, peak_bytes())
+        self.last = time.perf_counter()
+
+    def step(self) -> None:
+        """Ends a step: its seconds run from the end of the one before it, whatever the library does in between."""
+        now = time.perf_counter()
+        self.seconds.append(now - self.last)
+        self.last = now
+
+    def write(self, path: Path) -> None:
+        import torch  # whatever the contender is, it stands on torch
+
+        found = {
+            "losses": self.losses,
+            "seconds": self.seconds,
+            "peak_bytes": max(self.loaded_bytes, peak_bytes()),
+            "peak_bytes_before_training": self.loaded_bytes,
+            "threads": torch.get_num_threads(),
+            "packages": installed(PACKAGES),
+            "notes": self.notes,
+        }
+        path.write_text(json.dumps(found, indent=1), encoding="utf-8")
+
+
+def contender(train: Callable[[Workload, str], StepLog], arguments: Sequence[str] | None = None) -> None:
+    """Runs `train(workload, dtype)` in this process and writes what it measured."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("workload", type=Path)
+    parser.add_argument("result", type=Path)
+    parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto")
+    given = parser.parse_args(arguments)
+    workload = read_workload(given.workload)
+    log = train(workload, given.dtype)
+    if not len(log.losses) == len(log.seconds) == len(workload.steps):
+        raise SystemExit(f"{len(log.losses)} losses and {len(log.seconds)} times of {len(workload.steps)} steps were recorded")
+    log.write(given.result)
+
+
+def peak_bytes() -> int:
+    """The most resident bytes of this process (VmHWM; getrusage where there is no /proc)."""
+    try:
+        text = Path("/proc/self/status").read_text(encoding="utf-8")
+    except OSError:
+        import resource
+
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # macOS counts in bytes
+    return next(int(line.split()[1]) * 1024 for line in text.splitlines() if line.startswith("VmHWM:"))
+
+
+def installed(packages: Sequence[str]) -> dict[str, str]:
+    """The versions of those of the packages that are installed here."""
+    found = {}
+    for package in packages:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found

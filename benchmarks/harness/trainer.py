@@ -1,0 +1,84 @@
+"""What the contenders that use TRL's SFTTrainer share: the dataset, the arguments, the clock. Imports no trainer itself."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from harness.steps import StepLog
+from harness.workload import Workload
+
+
+def prompts_and_completions(workload: Workload) -> dict[str, list[str]]:
+    """The columns of a prompt-completion dataset, whose completions alone are learnt by default."""
+    return {
+        "prompt": [row.prompt for row in workload.rows],
+        "completion": [row.completion for row in workload.rows],
+    }
+
+
+def arguments(workload: Workload, folder: str) -> dict[str, Any]:
+    """What both runs must have equal. Everything else is left at the library's default, gradient checkpointing included."""
+    return {
+        "output_dir": folder,
+        "per_device_train_batch_size": workload.batch_size,
+        "gradient_accumulation_steps": 1,
+        "max_steps": len(workload.steps),
+        "learning_rate": workload.learning_rate,
+        "lr_scheduler_type": "constant",
+        "max_grad_norm": workload.clip_norm,
+        "adam_beta1": workload.betas[0],
+        "adam_beta2": workload.betas[1],
+        "adam_epsilon": workload.epsilon,
+        "weight_decay": workload.weight_decay,
+        "train_sampling_strategy": "sequential",
+        "seed": workload.seed,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+    }
+
+
+def clock(base: type, log: StepLog) -> Any:
+    """A TrainerCallback (its class is `base`) that hands steps and losses to the log."""
+
+    class Clock(base):  # type: ignore[misc]
+        def on_train_begin(self, args: Any, state: Any, control: Any, **more: Any) -> None:
+            log.begin()
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **more: Any) -> None:
+            log.step()
+
+        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **more: Any) -> None:
+            if logs and "loss" in logs:
+                log.losses.append(float(logs["loss"]))
+
+    return Clock()
+
+
+def require_same_rows(dataset: Any, workload: Workload) -> None:
+    """SystemExit where the trainer's own tokenizing gave other ids or other targets than the workload's."""
+    for number, (theirs, row) in enumerate(zip(dataset, workload.rows, strict=True)):
+        if list(theirs["input_ids"]) != list(row.ids):
+            raise SystemExit(f"Row {number}: the trainer has the ids {theirs['input_ids']}, the workload {list(row.ids)}.")
+        mask = theirs["completion_mask"] if "completion_mask" in theirs else [label != -100 for label in theirs["labels"]]
+        if [place for place, value in enumerate(mask) if value] != list(row.targets):
+            raise SystemExit(f"Row {number}: the trainer learns other tokens than the workload's {list(row.targets)}.")
+
+
+def start_from(model: Any, workload: Workload) -> None:
+    """Puts the workload's A and B into a PEFT model, so that its losses can be compared step by step."""
+    from peft import load_peft_weights, set_peft_model_state_dict
+
+    set_peft_model_state_dict(model, load_peft_weights(workload.adapter, device="cpu"))
+
+
+def facts(trainer: Any) -> dict[str, object]:
+    """What the library made of the settings."""
+    parameters = list(trainer.model.parameters())
+    return {
+        "weights": str(next(each.dtype for each in parameters if not each.requires_grad)).removeprefix("torch."),
+        "products": "bfloat16" if trainer.args.bf16 else "float32",
+        "gradient checkpointing": trainer.args.gradient_checkpointing,
+        "trained parameters": sum(each.numel() for each in parameters if each.requires_grad),
+    }

@@ -1,0 +1,69 @@
+"""The rows, in their order, and the settings that every contender trains with. Plain Python: other environments read it too."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row: its token ids, the places of the ids that are learnt, and the same as the texts that TRL wants."""
+
+    ids: tuple[int, ...]
+    targets: tuple[int, ...]  # indices into ids; each is predicted from the tokens before it
+    prompt: str
+    completion: str  # without the end-of-text token, which TRL adds itself
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What is trained on what; `steps[i]` are the rows of optimizer step i."""
+
+    model: str  # folder with config.json, safetensors and tokenizer
+    adapter: str  # PEFT folder with the A and B that all begin from
+    rank: int
+    alpha: float
+    target_modules: tuple[str, ...]
+    learning_rate: float
+    clip_norm: float
+    betas: tuple[float, float]
+    epsilon: float
+    weight_decay: float
+    seed: int
+    micro_tokens: int  # tokens computed at once, for those who may choose
+    steps: tuple[tuple[Row, ...], ...]
+
+    @property
+    def rows(self) -> list[Row]:
+        """All rows, in the order in which they are trained on."""
+        return [row for step in self.steps for row in step]
+
+    @property
+    def batch_size(self) -> int:
+        return len(self.steps[0])
+
+    @property
+    def tokens(self) -> list[int]:
+        """Tokens of each step, padding not counted."""
+        return [sum(len(row.ids) for row in step) for step in self.steps]
+
+    @property
+    def longest(self) -> int:
+        return max(len(row.ids) for row in self.rows)
+
+    def write(self, path: Path) -> None:
+        path.write_text(json.dumps(asdict(self)), encoding="utf-8")
+
+
+def read_workload(path: Path) -> Workload:
+    """The workload that `Workload.write` wrote to `path`."""
+    found = json.loads(path.read_text(encoding="utf-8"))
+    steps = tuple(tuple(_row(row) for row in step) for step in found.pop("steps"))
+    found["target_modules"], found["betas"] = tuple(found["target_modules"]), tuple(found["betas"])
+    return Workload(**found, steps=steps)
+
+
+def _row(found: dict[str, object]) -> Row:
+    return Row(**{key: tuple(value) if isinstance(value, list) else value for key, value in found.items()})  # type: ignore[arg-type]
