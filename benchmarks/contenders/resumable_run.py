@@ -12,6 +12,7 @@ from rich.console import Console
 
 from contenders.quickstart_workload import quickstart
 from lorakeet.memory.measure import PeakMemory
+from lorakeet.models.fuse import fuse
 from lorakeet.models.inject import inject, use_products
 from lorakeet.train.interrupt import Interrupt
 from lorakeet.train.loop import Training
@@ -60,6 +61,7 @@ def _training(given: argparse.Namespace) -> Training:  # type: ignore[type-arg]
     setup = assemble(replace(config, train=spec), Console(stderr=True))
     inject(setup.text.model, setup.plan, seed=given.seed)
     use_products(setup.text.model, setup.text.products)
+    fuse(setup.text.model)
     task = TextTask(setup.text, setup.train.examples, held_out=setup.held_out.examples[:HELD_OUT], spec=spec)
     run = RunFolder.open(given.run) if given.resume else RunFolder.create(given.run)
     return Training(task, spec, run=run, report=Silent())

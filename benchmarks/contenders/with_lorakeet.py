@@ -10,6 +10,7 @@ from harness.workload import Workload
 from rich.console import Console
 
 from contenders.quickstart_workload import quickstart, task_of
+from lorakeet.models.fuse import fuse
 from lorakeet.models.inject import inject, use_products
 from lorakeet.train.loop import train
 from lorakeet.train.progress import Record, Silent
@@ -38,6 +39,7 @@ def train_lorakeet(workload: Workload, dtype: str) -> StepLog:
     setup = assemble(quickstart(steps=steps, seed=workload.seed, dtype=dtype), Console(stderr=True))
     inject(setup.text.model, setup.plan, seed=workload.seed)
     use_products(setup.text.model, setup.text.products)
+    fuse(setup.text.model)
     task = task_of(setup)
     _require_same_rows(task, workload)
     log = StepLog(
