@@ -12,6 +12,7 @@ from rich.console import Console
 from lorakeet.evaluate.certificate import Certificate, judge
 from lorakeet.workflows.assemble import assemble
 from lorakeet.workflows.show import show_certificate, show_plan, show_results
+from tiny.models import save_tiny_llama
 from tiny.runs import quiet, reviews, settings, write_rows
 
 
@@ -61,3 +62,13 @@ def test_every_check_is_a_line(finished: Any) -> None:
     bad = judge("merged model", {"logit": 2.0}, tolerance={"logit": 1.0}, between=("a", "b"), n=3)
     text = printed(show_certificate, Certificate("x", (*finished.result.report.certificate.checks, bad)))
     assert text.count("pass  ") == 2 and "FAIL  merged model: a against b" in text
+
+
+def test_a_missing_chat_template_is_said(finished: Any, tmp_path: Path) -> None:
+    model = save_tiny_llama(tmp_path / "model")
+    (model / "chat_template.jinja").unlink()
+    said = "The tokenizer has no chat template, so turns are joined as raw text"
+    setup = assemble(settings(model, finished.data, tmp_path / "run"), quiet())
+    assert said in printed(show_plan, setup) and said not in printed(show_plan, finished.result.setup)
+    chosen = assemble(settings(model, finished.data, tmp_path / "run", {"data.chat_template": "off"}), quiet())
+    assert said not in printed(show_plan, chosen)

@@ -58,7 +58,7 @@ def held_out_count(rows: int, spec: DataSpec) -> int:
     if rows < needed:
         raise DataError(
             f"{rows} rows are too few to hold out {spec.held_out_fraction:.0%} of them; expected at least {needed}. "
-            "Add rows, give a file of held-out rows (--data.held_out FILE), or hold out none (--data.held_out_fraction 0)."
+            "Add rows, give a file of held-out rows (--data.held_out FILE), or raise --data.held_out_fraction."
         )
     count = round(spec.held_out_fraction * rows)
     if rows >= 10 * spec.held_out_minimum:

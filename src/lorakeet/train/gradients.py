@@ -47,7 +47,8 @@ def require_gradients(parameters: Mapping[str, Parameter], step: int) -> None:
     found = [f"no gradient: {_listed(missing)}"] * bool(missing) + [f"only zeros: {_listed(silent)}"] * bool(silent)
     raise VerificationFailed(
         f"In step {step} the gradient did not reach every trained tensor; {'; '.join(found)}. Training would have left them "
-        "as they began. Take these modules out with lora.exclude_modules, or report the model."
+        f"as they began. {'Where the loss jumped in step 1, lower train.learning_rate; else take' if step > 1 else 'Take'} these "
+        "modules out with lora.exclude_modules, or report the model."
     )
 
 

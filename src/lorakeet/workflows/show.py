@@ -7,6 +7,7 @@ from rich.table import Table
 from rich.text import Text
 
 from lorakeet.data.chat import show_example
+from lorakeet.data.template import uses_template
 from lorakeet.evaluate.certificate import Certificate
 from lorakeet.evaluate.intervals import Estimate
 from lorakeet.evaluate.report import Report
@@ -25,6 +26,8 @@ def show_plan(setup: Assembly, console: Console) -> None:
         if encoded.truncated or encoded.dropped:
             limit = f"{setup.config.data.max_tokens} tokens"
             console.print(f"{encoded.truncated} {name} rows shortened to {limit}, {len(encoded.dropped)} left out")
+    if _lacks_template(setup):
+        console.print("The tokenizer has no chat template, so turns are joined as raw text.", soft_wrap=True)
     console.print(Text.assemble(("One training row", "bold"), " (learnt tokens in green):"))
     console.print(show_example(setup.train.examples[0], setup.text.tokenizer))
     table = Table("path", "weight", "rank", "scale", "parameters", title="Plan", title_justify="left")
@@ -37,6 +40,12 @@ def show_plan(setup: Assembly, console: Console) -> None:
         f"{setup.steps} steps of {setup.config.train.batch_size} rows, {setup.tokens_per_epoch:,} tokens a pass; "
         f"{model.dtype} weights, {model.products} products, {model.attention} attention on {model.device}"
     )
+
+
+def _lacks_template(setup: Assembly) -> bool:
+    """Whether turns with roles go without the template that they would otherwise get."""
+    data, row = setup.config.data, setup.dataset.train[0]
+    return data.chat_template == "auto" and bool(row.turns[0].role) and not uses_template(setup.text.tokenizer, data)
 
 
 def show_results(report: Report, console: Console) -> None:

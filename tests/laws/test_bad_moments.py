@@ -1,0 +1,155 @@
+"""What goes wrong during a run, at the command line: what is kept, what is said, and that going on ends in the same bytes."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from lorakeet.cli.main import main
+from lorakeet.evaluate.certificate import read_certificate
+from lorakeet.formats import peft
+from lorakeet.train import checkpoint
+from lorakeet.train.log import read_metrics
+from tiny.runs import QUICK, adapter_bytes, reviews, write_rows
+
+STEPS = 120
+PATIENCE = 90.0  # seconds until a process counts as hung
+
+
+def command(model: Path, data: Path, out: Path, **changes: object) -> list[str]:
+    named = {**QUICK, "model": model, "data": data, "out": out, "evaluate.drift_texts": 0}
+    named |= {key.replace("__", "."): value for key, value in changes.items()}
+    return ["finetune", *(word for key, value in named.items() for word in (f"--{key}", str(value)))]
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_rows(tmp_path_factory.mktemp("rows") / "rows.jsonl", reviews(40))
+
+
+def steps_done(run: Path) -> int:
+    return max((record["step"] for record in read_metrics(run / "metrics.jsonl") if "loss" in record), default=0)
+
+
+def test_a_loss_that_is_no_number_stops_the_run_and_keeps_what_was_good(
+    tiny_llama_folder: Path, rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    wild = {"lora__alpha": 1000, "train__learning_rate": 1, "train__schedule": "constant", "train__evaluate_every": 1}
+    assert main(command(tiny_llama_folder, rows, run, **wild)) == 4
+    said = " ".join(capsys.readouterr().err.split())
+    step = steps_done(run)
+    assert 0 < step < 6
+    assert f"Step {step + 1}: the loss is" in said and "The step was not taken." in said
+    assert "Start a new run with a lower train.learning_rate (now 1)" in said
+    (newest,) = checkpoint.found(run / "checkpoints")[-1:]
+    assert newest.name == checkpoint.name_of(step) and f"Kept: the checkpoint {newest}" in said
+    assert checkpoint.load(newest).position.step == step
+    held_out = {r["step"]: r["held_out_loss"] for r in read_metrics(run / "metrics.jsonl") if "held_out_loss" in r}
+    best = min(held_out, key=held_out.__getitem__)
+    assert f"{run / 'adapter'} (held-out loss {held_out[best]:.4f} at step {best})" in said
+    assert len(peft.read(run / "adapter").pairs) == 14
+    assert not (run / "report.json").exists()
+
+
+@contextmanager
+def files_up_to(size: int) -> Iterator[None]:
+    """No file may grow above `size` bytes: what a full disk or quota looks like to a process."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_disk_that_is_full_from_the_start_leaves_nothing(
+    tiny_llama_folder: Path, rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with files_up_to(500):
+        assert main(command(tiny_llama_folder, rows, tmp_path / "run")) == 2
+    said = capsys.readouterr().err
+    assert f"The run folder {tmp_path / 'run'} could not be written: the disk (or the quota) is full" in said
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_disk_leaves_the_checkpoint_before_and_the_run_goes_on(
+    tiny_llama_folder: Path, rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    assert main(command(tiny_llama_folder, rows, whole)) == 0
+    assert main(command(tiny_llama_folder, rows, run)) == 0
+    newest = checkpoint.found(run / "checkpoints")[-1]
+    for path in sorted(newest.iterdir()):
+        path.unlink()
+    newest.rmdir()  # as if it had been killed after step 5
+    for name in ("report.json", "report.html", "certificate.json"):
+        (run / name).unlink()
+    capsys.readouterr()
+    with files_up_to(20_000):  # room for an adapter, none for the moments
+        assert main(["finetune", "--resume", str(run)]) == 2
+    said = " ".join(capsys.readouterr().err.split())
+    assert f"The checkpoint of step 6 could not be written in {run}: the disk (or the quota) is full" in said
+    assert "The previous checkpoint step-000005 is intact" in said
+    assert f"Free some space, then go on with: lorakeet finetune --resume {run}" in said
+    assert [path.name for path in checkpoint.found(run / "checkpoints")] == ["step-000005"]
+    assert checkpoint.load(run / "checkpoints" / "step-000005").position.step == 5
+    assert list((run / "checkpoints").glob(".*")) == []
+    assert main(["finetune", "--resume", str(run)]) == 0
+    assert adapter_bytes(run) == adapter_bytes(whole)
+
+
+def test_a_disk_that_is_full_for_the_report_says_that_the_adapter_is_whole(
+    tiny_llama_folder: Path, rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    assert main(command(tiny_llama_folder, rows, run)) == 0
+    capsys.readouterr()
+    adapter = adapter_bytes(run)
+    assert (run / "report.html").stat().st_size > 30_000
+    with files_up_to(30_000):  # resuming a finished run only judges it again
+        assert main(["finetune", "--resume", str(run)]) == 2
+    said = capsys.readouterr().err
+    assert f"The report in {run} could not be written" in said and "The adapter is whole" in said
+    assert adapter_bytes(run) == adapter
+
+
+def test_ctrl_c_finishes_the_step_and_the_run_goes_on_to_the_same_bytes(
+    tiny_llama_folder: Path, rows: Path, tmp_path: Path
+) -> None:
+    run, whole = tmp_path / "run", tmp_path / "whole"
+    changes = {"train__steps": STEPS, "train__evaluate_every": 20, "train__checkpoint_every": 50, "train__patience": 0}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        [sys.executable, "-m", "lorakeet", *command(tiny_llama_folder, rows, run, **changes)],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment,
+    )  # fmt: skip
+    deadline = time.monotonic() + PATIENCE
+    while steps_done(run) < 3:
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()[1]
+        time.sleep(0.001)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=PATIENCE)
+    assert process.returncode == 4, said
+    step = steps_done(run)
+    assert step < STEPS
+    words = " ".join(said.split())
+    assert f"Error: Ctrl-C: stopped after step {step} of {STEPS}, with the checkpoint" in words and "Traceback" not in said
+    assert f"Go on with: lorakeet finetune --resume {run}" in words
+    assert checkpoint.load(run / "checkpoints" / checkpoint.name_of(step)).position.step == step
+    resumed = [sys.executable, "-m", "lorakeet", "finetune", "--resume", str(run), "--json"]
+    answer = subprocess.run(resumed, capture_output=True, text=True, env=environment, check=True, timeout=PATIENCE).stdout
+    assert json.loads(answer)["outcome"]["steps"] == STEPS and read_certificate(run / "certificate.json").passed
+    undisturbed = [sys.executable, "-m", "lorakeet", *command(tiny_llama_folder, rows, whole, **changes)]
+    subprocess.run(undisturbed, capture_output=True, env=environment, check=True, timeout=PATIENCE)
+    assert adapter_bytes(run) == adapter_bytes(whole)
