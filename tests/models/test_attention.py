@@ -92,6 +92,21 @@ def test_refuses_what_it_does_not_compute(settings: dict[str, object], word: str
     assert "attention: sdpa" in str(caught.value)
 
 
+def test_a_window_that_only_the_mask_knows_is_refused() -> None:
+    module = nn.Module()
+    module.config = type("Config", (), {"sliding_window": 8})()
+    q, k, v = states()
+    with pytest.raises(EnvironmentProblem, match="window of 8 tokens that only its mask knows, for a row of 9"):
+        row_attention(module, q, k, v, row_lengths=ROWS)
+    row_attention(module, q, k, v, row_lengths=ROWS, sliding_window=None)  # this layer says that it has none
+
+
+def test_values_may_be_narrower_than_keys() -> None:
+    q, k, v = states()
+    out = row_attention(nn.Module(), q, k, v[..., :4], row_lengths=ROWS, scaling=WIDTH**-0.5)[0]
+    torch.testing.assert_close(out, literal(q, k, v)[..., :4], rtol=1e-4, atol=1e-5)
+
+
 def test_register_twice_is_register_once() -> None:
     from transformers import AttentionInterface
 

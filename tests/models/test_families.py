@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from transformers import AutoConfig
 
-from lorakeet.models.families import FAMILIES, GENERIC, family_of, in_group, rate_for
+from lorakeet.models.families import FAMILIES, GENERIC, family_of, in_group
 from lorakeet.models.modules import original_modules
 from tiny.models import FAMILIES as TINY
 from tiny.models import tiny_model
@@ -40,13 +40,6 @@ def test_no_model_type_stands_twice() -> None:
 def test_unknown_models_are_generic() -> None:
     assert family_of("something_new") is GENERIC
     assert family_of(object()) is GENERIC
-
-
-@pytest.mark.parametrize(
-    ("model_type", "expected"), [("llama", 5e-4 * (2000 / 576) ** 0.781), ("qwen2", 5e-4 * (2000 / 576) ** 0.0775)]
-)
-def test_learning_rate_rule(model_type: str, expected: float) -> None:
-    assert rate_for(family_of(model_type), 576) == pytest.approx(expected)
 
 
 def test_groups_by_name_or_by_parent() -> None:

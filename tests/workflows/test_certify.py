@@ -99,7 +99,7 @@ def test_equal_weights_under_other_settings_are_told_apart(finished: Any, live: 
     other = load_text_model(ModelSpec(str(tmp_path / "merged"), dtype="float32"))
     found = certify_merge((live, NAME), other, rows_of(finished), out=tmp_path / "merged", spec=SPEC)
     assert [check.passed for check in found.checks] == [False, True]
-    assert "its configuration or tokenizer differs" in found.checks[0].detail
+    assert "the configuration or the tokenizer differs" in found.checks[0].detail
 
 
 def test_a_weight_of_another_shape_or_with_a_hole_is_the_worst(finished: Any, live: TextModel, tmp_path: Path) -> None:

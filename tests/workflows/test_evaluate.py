@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import transformers
 
-from lorakeet.config import RunConfig
+from lorakeet.config import RunConfig, read_run
 from lorakeet.errors import ConfigError, DataError, EnvironmentProblem
 from lorakeet.evaluate.report import read_report
 from lorakeet.evaluate.spec import EvaluateSpec
@@ -38,6 +38,21 @@ def test_a_run_is_measured_on_a_file_and_writes_a_report_where_it_is_told(finish
     assert "learnt from 59 rows" in found.report.systems[2].note
     assert read_report(tmp_path / "out" / "report.json") == found.report and (tmp_path / "out" / "report.html").is_file()
     assert json.loads(json.dumps(found.to_mapping()))["subtitle"].endswith("9 rows of fresh.jsonl")
+
+
+def test_rows_that_the_run_has_seen_are_named_and_left_out(finished: Any, tmp_path: Path) -> None:
+    trained = Path(read_run(finished.path / "config.yaml").data.train)
+    seen = trained.read_text().splitlines(keepends=True)[10:13]
+    (tmp_path / "seen.jsonl").write_text("".join(seen))
+    with pytest.raises(DataError, match="All 3 rows were seen in training, so they prove nothing"):
+        evaluate(str(finished.path), data=str(tmp_path / "seen.jsonl"), console=quiet())
+    data = write_rows(tmp_path / "mixed.jsonl", reviews(9, seed=5))
+    with data.open("a") as file:
+        file.write("".join(seen))
+    report = evaluate(str(finished.path), data=str(data), console=quiet()).report
+    assert report.systems[0].metrics["accuracy"].n == 9 and report.subtitle.endswith("9 rows of mixed.jsonl")
+    assert report.leaks is not None and len({leak.held_out for leak in report.leaks}) == 3
+    assert "3 of 12 rows also stand in the training or held-out rows (left out)." in report.warnings
 
 
 @pytest.mark.parametrize(("kind", "metric"), [(reviews, "accuracy"), (chats, "loss")])

@@ -73,7 +73,7 @@ class Certificate:
         for check in self.checks:
             if not check.passed:
                 lines.append(f"  - {check}. {check.detail}".rstrip())
-        lines.append("Do not use it; merge again in fp32, or report the layer named above.")
+        lines.append("Do not use it.")
         raise VerificationFailed("\n".join(lines))
 
 

@@ -45,7 +45,8 @@ def row_attention(
     rows = cast("tuple[int, ...]", lengths)
     scale = settings.get("scaling") or 1 / math.sqrt(query.shape[-1])
     window, softcap, dropout = settings.get("sliding_window"), settings.get("softcap"), settings.get("dropout") or 0.0
-    if query.device.type == "cpu" and softcap is None and dropout == 0.0 and (window is None or max(rows) <= window):
+    plain = softcap is None and dropout == 0.0 and (window is None or max(rows) <= window)
+    if plain and query.device.type == "cpu" and query.shape[-1] == value.shape[-1]:
         return cast(Tensor, _CausalRows.apply(query, key, value, rows, scale)), None  # type: ignore[no-untyped-call]
     outputs = []
     for q, k, v in zip(*(torch.split(states, list(rows), dim=2) for states in (query, key, value)), strict=True):
@@ -74,8 +75,19 @@ def _refuse_unknown(module: nn.Module, query: Tensor, lengths: Any, mask: Tensor
         unknown.append("is_causal=False")
     if mask is not None:
         unknown.append("attention_mask")
+    if (limit := _limit_in_mask(module, settings)) is not None and max(lengths) > limit:
+        unknown.append(f"a window of {limit} tokens that only its mask knows, for a row of {max(lengths)} tokens")
     if unknown:
         raise EnvironmentProblem(f"{kind} uses {', '.join(unknown)}, which row attention does not have; use attention: sdpa.")
+
+
+def _limit_in_mask(module: nn.Module, settings: dict[str, Any]) -> int | None:
+    """The window or chunk of a model that does not hand it on to its attention (Qwen2-MoE, Llama 4), or None."""
+    if "sliding_window" in settings:
+        return None
+    config = getattr(module, "config", None)
+    limits = [getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size")]
+    return min((limit for limit in limits if isinstance(limit, int) and limit > 0), default=None)
 
 
 class _CausalRows(torch.autograd.Function):

@@ -5,7 +5,6 @@ A new family is one line in `FAMILIES`. A model that is in no line gets `GENERIC
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -55,11 +54,6 @@ def family_of(config: Any) -> Family:
     """The family of a transformers configuration (or of a bare `model_type`), or `GENERIC`."""
     model_type = config if isinstance(config, str) else getattr(config, "model_type", "")
     return next((family for family in FAMILIES if model_type in family.model_types), GENERIC)
-
-
-def rate_for(family: Family, hidden: int) -> float:
-    """The learning rate 5e-5·10·(2000/hidden)^p of the house's rule for LoRA."""
-    return 5e-5 * 10 * math.pow(2000 / hidden, family.rate_exponent)
 
 
 def in_group(path: str, names: Iterable[str], words: Iterable[str]) -> bool:

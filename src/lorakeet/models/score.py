@@ -45,7 +45,8 @@ def label_scores(
     one token are read off one pass over the prompt; longer ones take a pass each.
     """
     text.model.eval()
-    answers = [distinguishing(row.completions) for row in rows]
+    ends = frozenset(int(number) for number in text.tokenizer.all_special_ids)
+    answers = [distinguishing(row.completions, ends) for row in rows]
     scores = np.full((len(rows), len(rows[0].completions) if rows else 0), np.nan)
     short = [index for index, endings in enumerate(answers) if all(len(ending) == 1 for ending in endings)]
     prompts = [_example(rows[index].prompt, answers[index][0]) for index in short]
@@ -64,11 +65,11 @@ def label_scores(
     return scores
 
 
-def distinguishing(completions: Sequence[Ids]) -> list[Ids]:
-    """The completions without their common ending, unless one of them would then be the beginning of another."""
+def distinguishing(completions: Sequence[Ids], ends: frozenset[int]) -> list[Ids]:
+    """The completions without the special tokens that end all of them, unless one would then be the beginning of another."""
     shared = 0
     shortest = min(len(completion) for completion in completions)
-    while shared < shortest - 1 and len({int(completion[-1 - shared]) for completion in completions}) == 1:
+    while shared < shortest - 1 and _ending_of_all(completions, shared) & ends:
         shared += 1
     for cut in range(shared, 0, -1):
         endings = [completion[: len(completion) - cut] for completion in completions]
@@ -79,6 +80,12 @@ def distinguishing(completions: Sequence[Ids]) -> list[Ids]:
         ):
             return endings
     return list(completions)
+
+
+def _ending_of_all(completions: Sequence[Ids], back: int) -> frozenset[int]:
+    """The one token that all completions have `back` places before their last; empty where they differ."""
+    found = frozenset(int(completion[-1 - back]) for completion in completions)
+    return found if len(found) == 1 else frozenset()
 
 
 def _numbered_batches(rows: Sequence[Example], micro_tokens: int) -> list[Batch]:

@@ -21,6 +21,8 @@ from lorakeet.data.pack import Batch
 from lorakeet.models.attention import VARLEN
 from lorakeet.models.families import Family
 
+HEAD_TILE = 8192  # rows of the head's weight that are cast to the products' dtype at once
+
 
 @dataclass
 class TextModel:
@@ -58,8 +60,17 @@ class TextModel:
         return states.flatten(0, 1).index_select(0, places[batch.target_positions])
 
     def head(self, hidden: Tensor) -> Tensor:
-        """(n, hidden) to the model's logits (n, vocabulary), with the family's factor, divisor and soft cap."""
-        logits = cast(Tensor, self.model.get_output_embeddings()(hidden))
+        """(n, hidden) to the model's logits (n, vocabulary), with the family's factor, divisor and soft cap.
+
+        Where products run in another dtype than the weights are stored in, the logits keep the products' dtype: rounded to
+        bf16, close answers would tie.
+        """
+        weight = self._plain_head_weight
+        if weight is not None and self.products != weight.dtype and weight.dtype == hidden.dtype:
+            wide = hidden.to(self.products)  # in tiles, so that no second copy of the whole weight is held
+            logits = torch.cat([torch.mm(wide, tile.to(self.products).t()) for tile in torch.split(weight, HEAD_TILE)], dim=-1)
+        else:
+            logits = cast(Tensor, self.model.get_output_embeddings()(hidden))
         config = self.model.config.get_text_config()
         if self.family.logit_factor:
             logits = logits * getattr(config, self.family.logit_factor)
@@ -71,15 +82,20 @@ class TextModel:
     @property
     def head_weight(self) -> Tensor | None:
         """The frozen (vocabulary, hidden) weight when logits are exactly hidden·Wᵀ, without bias, cap or adapter; else None."""
+        shaped = self.family.logit_factor or self.family.logit_divisor
+        cap = self.family.soft_cap and getattr(self.model.config.get_text_config(), self.family.soft_cap, None) is not None
+        return None if shaped or cap else self._plain_head_weight
+
+    @property
+    def _plain_head_weight(self) -> Tensor | None:
+        """The frozen weight of a head that is an nn.Linear without bias and without active adapter; else None."""
         layer = self.model.get_output_embeddings()
         if isinstance(layer, AdaptedLayer):
             if layer.active is not None:
                 return None
             layer = layer.original
-        shaped = self.family.logit_factor or self.family.logit_divisor
-        cap = self.family.soft_cap and getattr(self.model.config.get_text_config(), self.family.soft_cap, None) is not None
-        plain = type(layer) is nn.Linear and layer.bias is None and not shaped and not cap
-        return layer.weight.detach() if plain and not layer.weight.requires_grad else None
+        plain = type(layer) is nn.Linear and layer.bias is None and not layer.weight.requires_grad
+        return layer.weight.detach() if plain else None
 
     def add_tokens(self, tokens: tuple[str, ...]) -> tuple[int, ...]:
         """Adds `tokens` to the tokenizer and returns their ids, for `inject(…, token_ids=…)`; ones it has keep their id."""

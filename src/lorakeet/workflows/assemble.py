@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 
+import torch
 from rich.console import Console
 
 from lorakeet.config import RunConfig
@@ -13,7 +14,7 @@ from lorakeet.data.batches import StepOrder
 from lorakeet.data.chat import Encoded, Encoder, encode_rows
 from lorakeet.data.prepare import Dataset, load_dataset
 from lorakeet.data.rows import Row
-from lorakeet.errors import DataError
+from lorakeet.errors import ConfigError, DataError
 from lorakeet.models.load import load_text_model
 from lorakeet.models.targets import plan_for
 from lorakeet.models.text import TextModel
@@ -61,6 +62,10 @@ def assemble(config: RunConfig, console: Console) -> Assembly:
             "No rows are held out, so nothing could be proved; set data.held_out_fraction above 0 or name a data.held_out file."
         )
     text = load_text_model(config.model, say=console.print)
+    if text.dtype == torch.float16:
+        raise ConfigError(
+            "model.dtype is float16, in which small gradients become 0 without a word; train with bfloat16 or float32."
+        )
     config = within_context(resolved(config, text), text, console)
     plan = plan_for(text.model, config.lora, text.family)
     new_token_ids = text.add_tokens(config.lora.new_tokens)  # before any row is encoded

@@ -91,7 +91,11 @@ def certify_merge(live: Side, merged: TextModel, rows: Sequence[Example], *, out
     check = parity.check("merged model", TOLERANCES[precision], between=between, base=effect)
     weights = check_weights(weight_differences(text, name, merged), between=(between[0], f"{out.name}/"))
     if not check.passed and weights.passed:
-        check = replace(check, detail="Every weight is what it should be, so its configuration or tokenizer differs.")
+        check = replace(
+            check,
+            detail=f"Every weight is what it should be, rounded to {stored_dtype(merged)}; if that rounding is too coarse for "
+            "this adapter, merge with --dtype float32. Otherwise the configuration or the tokenizer differs.",
+        )
     facts = {"model": text.name, "compared in": "float32", "stored as": stored_dtype(merged), "rows": str(len(rows))}
     return Certificate(f"The merged model {out}", (check, weights), facts)
 
@@ -103,6 +107,12 @@ def check_weights(differences: Mapping[str, float], *, between: tuple[str, str])
     allowed = {"mean_difference": WEIGHT_TOLERANCE}
     check = judge("merged weights", found, tolerance=allowed, between=between, n=len(differences))
     return check if check.passed else replace(check, detail=worst_layer(differences))
+
+
+def stored_dtypes(merged: TextModel) -> dict[str, torch.dtype]:
+    """The dtype in which each tensor of a model folder is stored, by its name in the file."""
+    files = [open_safetensors(file) for file in sorted(merged.source.glob("*.safetensors"))]
+    return {name: stored.dtype for file in files for name, stored in file.tensors.items()}
 
 
 def stored_dtype(merged: TextModel) -> str:
@@ -117,14 +127,15 @@ def stored_dtype(merged: TextModel) -> str:
 def weight_differences(live: TextModel, name: str | None, merged: TextModel) -> dict[str, float]:
     """For each weight, mean |merged − expected| / mean |expected|; expected is W, or W with the pair folded in.
 
-    `expected` is rounded to the dtype in which the merged model is stored, so that a faithful merge gives 0 or nearly 0.
+    `expected` is rounded to the dtype in which the merged model stores that weight, so that a faithful merge gives 0 or nearly 0.
     """
     found: dict[str, float] = {}
-    stored = getattr(torch, stored_dtype(merged))
+    usual, dtypes = getattr(torch, stored_dtype(merged)), stored_dtypes(merged)
     theirs = dict(merged.model.named_parameters(remove_duplicate=False))
     for path, expected in folded_weights(live.model, name):
         if path in theirs and theirs[path].shape == expected.shape:
-            wanted, other = expected.to(stored).float(), theirs[path].detach().float().to(expected.device)
+            wanted = expected.to(dtypes.get(path, usual)).float()
+            other = theirs[path].detach().float().to(expected.device)
             found[path] = float((other - wanted).abs().mean() / wanted.abs().mean().clamp_min(1e-12))
         else:
             found[path] = math.inf

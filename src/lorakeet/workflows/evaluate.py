@@ -11,15 +11,18 @@ from rich.console import Console
 
 from lorakeet.config import RunConfig
 from lorakeet.data.chat import Encoder
+from lorakeet.data.leaks import LeakReport, find_duplicates
 from lorakeet.data.prepare import check_labels, find_labels, load_dataset
 from lorakeet.data.read import read_rows
 from lorakeet.data.rows import Row
-from lorakeet.errors import ConfigError
+from lorakeet.data.spec import DataSpec
+from lorakeet.errors import ConfigError, DataError
 from lorakeet.evaluate.report import Report, write_report
 from lorakeet.evaluate.values import encode
 from lorakeet.workflows.assemble import within_context
 from lorakeet.workflows.judge import Judge
 from lorakeet.workflows.opened import NAME, Opened, open_adapter
+from lorakeet.workflows.page import leaks
 from lorakeet.workflows.place import require_empty, writing
 from lorakeet.workflows.show import show_results
 
@@ -44,6 +47,8 @@ class _Rows:
     named: str
     labels: tuple[str, ...]
     learnt_from: tuple[Row, ...]
+    leaks: LeakReport | None = None
+    warnings: tuple[str, ...] = ()
 
 
 def evaluate(
@@ -65,7 +70,15 @@ def evaluate(
     encoder = Encoder(text.tokenizer, settings.data, rows.labels)
     judge = Judge(settings, text, encoder, rows.rows, console, NAME)
     report = judge.report(f"{run_or_adapter} on {rows.named}", learnt_from=rows.learnt_from)
-    report = dataclasses.replace(report, subtitle=f"{text.name}, {len(rows.rows)} rows of {rows.named}", drift=judge.drift())
+    report = dataclasses.replace(
+        report,
+        subtitle=f"{text.name}, {report.rows_of} rows of {rows.named}",
+        drift=judge.drift(),
+        leaks=leaks(rows.leaks) if rows.leaks is not None else None,
+        warnings=(*rows.warnings, *report.warnings),
+    )
+    for warning in report.warnings:
+        console.print(warning, markup=False, soft_wrap=True)
     if out is not None:
         with writing(f"The report in {out}", "Free some space, or choose another --out."):
             out.mkdir(parents=True, exist_ok=True)
@@ -92,4 +105,24 @@ def _rows_of_file(opened: Opened, data: str) -> _Rows:
         return _Rows(rows, Path(data).name, find_labels(rows, settings.data), ())
     dataset = load_dataset(settings.data)
     check_labels({"evaluated": rows}, dataset.labels)
-    return _Rows(rows, Path(data).name, dataset.labels, (*dataset.train, *dataset.held_out))
+    learnt = (*dataset.train, *dataset.held_out)
+    left, found = _without_seen(rows, learnt, settings.data)
+    seen = len(rows) - len(left)
+    fate = "left out" if settings.data.on_leak == "drop" else "kept, as data.on_leak says: the verdict is not about unseen rows"
+    said = (f"{seen or len(found.across)} of {len(rows)} rows also stand in the training or held-out rows ({fate}).",)
+    return _Rows(left, Path(data).name, dataset.labels, learnt, found, said if found.across else ())
+
+
+def _without_seen(rows: tuple[Row, ...], learnt: tuple[Row, ...], spec: DataSpec) -> tuple[tuple[Row, ...], LeakReport]:
+    """The rows without those that the run has seen, as data.on_leak says, and the pairs that were found."""
+    found = find_duplicates({"training": learnt, "test": rows}, spec.near_duplicates)
+    pairs = tuple(pair for pair in found if pair.row_part != pair.twin_part)
+    sources = {pair.row.source if pair.row_part == "test" else pair.twin.source for pair in pairs}
+    seen = tuple(row for row in rows if row.source in sources)
+    if pairs and spec.on_leak == "refuse":
+        advice = "Remove them, or set data.on_leak to drop or keep."
+        raise DataError(f"{len(seen)} rows were seen in training, first {pairs[0]}. {advice}")
+    left = tuple(row for row in rows if row.source not in sources) if spec.on_leak == "drop" else rows
+    if not left:
+        raise DataError(f"All {len(rows)} rows were seen in training, so they prove nothing. Name a file of other rows.")
+    return left, LeakReport(pairs, spec.on_leak, seen if spec.on_leak == "drop" else ())

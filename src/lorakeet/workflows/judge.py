@@ -49,8 +49,15 @@ class Judge:
         rows = [row for row in self.rows if self._fits(row)]
         if not rows:
             raise DataError("There is no row to judge by; name a file with rows, or raise data.max_tokens.")
-        if not self.encoder.labels:
-            return self._language_report(title, rows)
+        if self.encoder.labels:
+            report = self._classification_report(title, rows, learnt_from)
+        else:
+            report = self._language_report(title, rows)
+        left_out = len(self.rows) - len(rows)
+        said = (f"{left_out} rows longer than {self.encoder.spec.max_tokens} tokens were left out of the judgement.",)
+        return replace(report, warnings=said if left_out else ())
+
+    def _classification_report(self, title: str, rows: Sequence[Row], learnt_from: Sequence[Row]) -> Report:
         base, adapter = self._answers(rows, BASE), self._answers(rows, ADAPTER)
         return classification_report(
             title,

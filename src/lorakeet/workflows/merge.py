@@ -16,7 +16,7 @@ from lorakeet.data.prepare import Dataset, load_dataset
 from lorakeet.errors import ConfigError
 from lorakeet.evaluate.certificate import Certificate
 from lorakeet.evaluate.values import encode
-from lorakeet.merge.fold import MergeResult, merge_into
+from lorakeet.merge.fold import Dtype, MergeResult, merge_into
 from lorakeet.models.inject import activate
 from lorakeet.models.load import load_text_model
 from lorakeet.models.source import find_source
@@ -40,10 +40,6 @@ class Merged:
     result: MergeResult
     certificate: Certificate
 
-    @property
-    def exit_code(self) -> int:
-        return 0 if self.certificate.passed else 3
-
     def to_mapping(self) -> dict[str, Any]:
         """Plain values for --json."""
         return {
@@ -58,7 +54,9 @@ class Merged:
         }
 
 
-def merge(run_or_adapter: str, *, out: Path, base: str | None = None, console: Console) -> Merged:
+def merge(
+    run_or_adapter: str, *, out: Path, base: str | None = None, dtype: Dtype = "same", console: Console
+) -> Merged:
     """Writes the merged model to `out`, compares it with base + adapter in fp32, and writes its certificate beside it.
 
     Raises VerificationFailed (exit code 3) naming the worst layer when the two differ by more than rounding explains; what was
@@ -76,6 +74,7 @@ def merge(run_or_adapter: str, *, out: Path, base: str | None = None, console: C
             source,
             opened.adapter,
             out,
+            dtype=dtype,
             tokenizer=opened.tokenizer,
             on_progress=lambda done, total, name: bar.update(task, completed=done, total=total, description=f"folding {name}"),
         )

@@ -69,6 +69,8 @@ def open_adapter(path: Path, *, base: str | None = None, config: Path | None = N
     run = RunFolder(path) if (path / "config.yaml").is_file() else None
     adapter = read_adapter(path)
     settings = read_run(config) if config else read_run(run.config) if run else _bare(path, adapter, base)
+    if not config:  # a run remembers the device that it was trained on; this machine may have another
+        settings = dataclasses.replace(settings, model=dataclasses.replace(settings.model, device="auto"))
     if base is not None:
         settings = dataclasses.replace(settings, model=dataclasses.replace(settings.model, path=base))
     return Opened(adapter, settings, run, run.adapter if run else path)

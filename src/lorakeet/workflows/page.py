@@ -28,10 +28,10 @@ def complete(
     drift: Drift | None,
 ) -> Report:
     """`measured` with everything else that the page shows."""
-    part, rows = setup.judged
+    part, _ = setup.judged
     return replace(
         measured,
-        subtitle=f"{setup.text.name} on {Path(setup.config.data.train).name}, judged on {len(rows)} {part} rows",
+        subtitle=f"{setup.text.name} on {Path(setup.config.data.train).name}, judged on {measured.rows_of} {part} rows",
         created=datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
         facts=_facts(setup, run),
         curves=curves(metrics, outcome),
@@ -40,7 +40,7 @@ def complete(
         memory=(MemoryUse("training, whole process", None, outcome.peak_bytes),),
         speed=_speed(metrics, outcome),
         certificate=certificate,
-        warnings=_warnings(setup),
+        warnings=(*_warnings(setup), *measured.warnings),
         next_commands=_next(run),
     )
 

@@ -42,7 +42,10 @@ class MergeOptions:
 
     run_or_adapter: str = field(metadata=_RUN)
     out: Path = field(metadata={"help": "Folder to write the merged model to; it must not exist yet."})
-    base: str | None = field(default=None, metadata={"help": "The base model; without it, the one that the run names."})
+    base: str | None = field(default=None, metadata={"help": "The base model; without it, the one that run or adapter names."})
+    dtype: Literal["same", "float32", "bfloat16", "float16"] = field(
+        default="same", metadata={"help": "How the merged weights are stored; same keeps what each has in the base."}
+    )
 
 
 @dataclass(frozen=True)
