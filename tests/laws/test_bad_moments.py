@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import resource
 import signal
 import subprocess
@@ -153,3 +154,29 @@ def test_ctrl_c_finishes_the_step_and_the_run_goes_on_to_the_same_bytes(
     undisturbed = [sys.executable, "-m", "lorakeet", *command(tiny_llama_folder, rows, whole, **changes)]
     subprocess.run(undisturbed, capture_output=True, env=environment, check=True, timeout=PATIENCE)
     assert adapter_bytes(run) == adapter_bytes(whole)
+
+
+def test_killed_again_and_again_the_run_goes_on_to_the_same_bytes(tiny_llama_folder: Path, rows: Path, tmp_path: Path) -> None:
+    """`kill -9` of `lorakeet finetune` itself: while it starts, and three times at a random moment of the training."""
+    run, whole = tmp_path / "run", tmp_path / "whole"
+    changes = {"train__steps": STEPS, "train__evaluate_every": 20, "train__checkpoint_every": 10, "train__patience": 0}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    arguments = command(tiny_llama_folder, rows, run, **changes)
+    chance = random.Random(20)
+    for round_number in range(4):
+        process = subprocess.Popen(
+            [sys.executable, "-m", "lorakeet", *arguments], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment
+        )
+        until, deadline = steps_done(run) + chance.randint(1, 30), time.monotonic() + PATIENCE
+        while round_number and steps_done(run) < until and process.poll() is None:
+            assert time.monotonic() < deadline
+            time.sleep(0.001)
+        time.sleep(chance.uniform(0, 0.05) if round_number else chance.uniform(0.5, 3))
+        process.kill()
+        process.wait()
+        if (run / "config.yaml").is_file():
+            arguments = ["finetune", "--resume", str(run)]
+    assert main(arguments) == 0
+    assert main(command(tiny_llama_folder, rows, whole, **changes)) == 0
+    assert adapter_bytes(run) == adapter_bytes(whole)
+    assert read_certificate(run / "certificate.json").passed

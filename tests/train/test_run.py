@@ -68,3 +68,12 @@ def test_two_processes_cannot_train_one_run(tmp_path: Path) -> None:
         assert half_written.is_dir()
     RunFolder.open(run.path)
     assert not half_written.exists()
+
+
+def test_a_run_killed_before_it_had_settings_leaves_its_folder_free(tmp_path: Path) -> None:
+    run = RunFolder.create(tmp_path / "run")
+    (run.path / ".config.yaml.partial").write_text("half")
+    assert RunFolder.create(run.path) == run
+    run.write(run.config, "model: x")
+    with pytest.raises(ConfigError, match="exists already"):
+        RunFolder.create(run.path)

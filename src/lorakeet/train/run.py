@@ -59,18 +59,22 @@ class RunFolder:
         """A new run in `path`, which must not exist or be empty; ConfigError otherwise."""
         run = cls(path)
         run.require_free()
-        run.checkpoints.mkdir(parents=True)
+        run.checkpoints.mkdir(parents=True, exist_ok=True)
         return run
 
     def require_free(self) -> None:
         """Raises ConfigError unless the folder is empty or not there yet; writes nothing."""
         if self.path.exists() and not self.path.is_dir():
             raise ConfigError(f"The run folder {self.path} is a file; choose another --out.")
-        if self.path.is_dir() and any(self.path.iterdir()):
+        if self.path.is_dir() and self._holds_something():
             go_on = f"go on with it: {self.resume_command}; or choose" if self.config.exists() else "choose"
             raise ConfigError(
                 f"The run folder {self.path} exists already; nothing in it was touched. You can {go_on} another --out."
             )
+
+    def _holds_something(self) -> bool:
+        """Whether anything but empty folders and hidden files is there: those are left by a run killed before it had settings."""
+        return any(found.is_file() and not found.name.startswith(".") for found in self.path.rglob("*"))
 
     @classmethod
     def open(cls, path: Path) -> RunFolder:
