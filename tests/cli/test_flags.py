@@ -35,7 +35,7 @@ def test_help_is_grouped_by_section() -> None:
 def test_options_of_a_verb_become_arguments_and_flags() -> None:
     parameters, arguments = option_flags(MergeOptions)
     assert list(arguments) == ["RUN_OR_ADAPTER"]
-    assert [param.name for param in parameters] == ["run_or_adapter", "out", "base"]
+    assert [param.name for param in parameters] == ["run_or_adapter", "out", "base", "dtype"]
 
 
 def test_only_what_was_typed_is_handed_on() -> None:
