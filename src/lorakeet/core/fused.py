@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from lorakeet.core.base import FrozenBase
 from lorakeet.core.layers import LoraLinear, StandIn
 from lorakeet.core.lowrank import LoraPair
-from lorakeet.core.math import add_low_rank
+from lorakeet.core.math import add_low_rank, grad_of_b, shrink_grad
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,7 @@ class GatedMlpFunction(torch.autograd.Function):
 
 def _through(grad: Tensor, b: Tensor, shrunk: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """u = s·∂y·B (tokens, rank) and ∂B = s·∂yᵀ·(x·Aᵀ) (out, rank)."""
-    return torch.mm(grad, b).mul_(scale), torch.mm(grad.t(), shrunk).mul_(scale)
+    return shrink_grad(grad, b, scale), grad_of_b(grad, shrunk, scale)
 
 
 class GatedMlp(StandIn):

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from lorakeet.core.adapter import Pair
 from lorakeet.core.base import FrozenBase
-from lorakeet.core.math import Kind, ScaleRule, add_low_rank, alpha_for, delta, fold
+from lorakeet.core.math import Kind, ScaleRule, add_low_rank, alpha_for, delta, fold, grad_of_b, shrink_grad
 from lorakeet.core.plan import PlanEntry
 
 
@@ -63,9 +63,9 @@ class LowRankLinear(torch.autograd.Function):
         dtype_x, dtype_a, dtype_b = ctx.dtypes
         grad = grad.to(shrunk.dtype).contiguous()
         source = source.to(shrunk.dtype)
-        u = torch.mm(grad, b).mul_(ctx.scale)  # (tokens, rank)
+        u = shrink_grad(grad, b, ctx.scale)
         grad_a = torch.mm(u.t(), source).to(dtype_a) if need_a else None
-        grad_b = torch.mm(grad.t(), shrunk).mul_(ctx.scale).to(dtype_b) if need_b else None
+        grad_b = grad_of_b(grad, shrunk, ctx.scale).to(dtype_b) if need_b else None
         grad_x = ctx.base.matmul_t(grad) if need_x else None
         if not ctx.has_dropout:
             if grad_x is not None:

@@ -50,3 +50,13 @@ def fold(weight: Tensor, change: Tensor) -> Tensor:
 def add_low_rank(y: Tensor, shrunk: Tensor, B: Tensor, scale: float) -> Tensor:
     """Adds scale·(x·Aᵀ)·Bᵀ to `y` (tokens, out) in place, given `shrunk` = x·Aᵀ (tokens, rank)."""
     return y.addmm_(shrunk, B.t(), alpha=scale)
+
+
+def shrink_grad(grad: Tensor, B: Tensor, scale: float) -> Tensor:
+    """u = s·∂y·B (tokens, rank): what reaches the rank side; then ∂A = uᵀ·x and ∂x gains u·A."""
+    return torch.mm(grad, B).mul_(scale)
+
+
+def grad_of_b(grad: Tensor, shrunk: Tensor, scale: float) -> Tensor:
+    """∂B = s·∂yᵀ·(x·Aᵀ) (out, rank), given `shrunk` = x·Aᵀ."""
+    return torch.mm(grad.t(), shrunk).mul_(scale)
