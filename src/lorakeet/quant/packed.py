@@ -1,0 +1,103 @@
+"""A weight kept in packed buffers, and the linear layer that holds it. Each way of packing is one subclass of `PackedBase`."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from lorakeet.core.lowrank import frozen_linear
+
+
+class PackedBase(nn.Module):
+    """A frozen weight W (out, in) in packed buffers; a FrozenBase (core/base).
+
+    A subclass registers its buffers and answers `unpack` and `store`. W is brought back for each product into one buffer that
+    all bases share (`Scratch`), so that however many layers a model has, one dense matrix exists at a time, and autograd
+    never sees it.
+    """
+
+    def __init__(self, shape: tuple[int, int]) -> None:
+        super().__init__()
+        self._shape = shape
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in)."""
+        return self._shape
+
+    @property
+    def bytes(self) -> int:
+        """What the packed buffers take."""
+        return sum(buffer.numel() * buffer.element_size() for buffer in self.buffers())
+
+    @property
+    def device(self) -> torch.device:
+        """Where the packed buffers are."""
+        return next(self.buffers()).device
+
+    def unpack(self, out: Tensor) -> Tensor:
+        """Writes W, dequantised, into `out` (out, in), whose dtype it is rounded to once, and returns it."""
+        raise NotImplementedError(f"{type(self).__name__} must say how its buffers are unpacked.")
+
+    def store(self, weight: Tensor) -> None:
+        """Quantises `weight` (out, in) into the buffers."""
+        raise NotImplementedError(f"{type(self).__name__} must say how a weight is packed.")
+
+    def dense(self) -> Tensor:
+        """W, dequantised, as a fresh fp32 tensor (out, in)."""
+        return self.unpack(torch.empty(self.shape, dtype=torch.float32, device=self.device))
+
+    def matmul(self, x: Tensor) -> Tensor:
+        """x (tokens, in) to x·Wᵀ (tokens, out) in the dtype of x."""
+        return torch.mm(x, self._unpacked(x.dtype).t())
+
+    def matmul_t(self, grad: Tensor) -> Tensor:
+        """grad (tokens, out) to grad·W (tokens, in) in the dtype of grad."""
+        return torch.mm(grad, self._unpacked(grad.dtype))
+
+    def _unpacked(self, dtype: torch.dtype) -> Tensor:
+        """W in the shared buffer: valid until the next base is unpacked."""
+        return self.unpack(SCRATCH.matrix(self.shape, dtype, self.device))
+
+
+class Scratch:
+    """One growing buffer for each device and dtype, lent as a matrix until it is asked for again."""
+
+    def __init__(self) -> None:
+        self._buffers: dict[tuple[torch.dtype, torch.device], Tensor] = {}
+
+    def matrix(self, shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> Tensor:
+        """Uninitialised memory of that shape; the tensor lent before is no longer valid."""
+        size = shape[0] * shape[1]
+        held = self._buffers.get((dtype, device))
+        if held is None or held.numel() < size:
+            self._buffers.pop((dtype, device), None)
+            held = self._buffers[dtype, device] = torch.empty(size, dtype=dtype, device=device)
+        return held[:size].view(shape)
+
+    def clear(self) -> None:
+        """Gives the memory back."""
+        self._buffers.clear()
+
+
+SCRATCH = Scratch()
+
+
+class PackedLinear(nn.Module):
+    """Stands where an nn.Linear stood: x·Wᵀ + b over a packed weight, differentiable in x."""
+
+    def __init__(self, base: PackedBase, bias: Tensor | None = None) -> None:
+        super().__init__()
+        self.base = base
+        self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+
+    @property
+    def in_features(self) -> int:
+        return self.base.shape[1]
+
+    @property
+    def out_features(self) -> int:
+        return self.base.shape[0]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return frozen_linear(x, self.base, bias=self.bias)

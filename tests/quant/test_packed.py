@@ -1,0 +1,64 @@
+"""A packed weight behind the four methods, shown with the simplest packing there is: W as bf16."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from lorakeet.quant.packed import SCRATCH, PackedBase, PackedLinear
+
+
+class Narrow(PackedBase):
+    """W rounded to bf16."""
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__((weight.shape[0], weight.shape[1]))
+        self.register_buffer("packed", weight.bfloat16())
+
+    def unpack(self, out: Tensor) -> Tensor:
+        return out.copy_(self.get_buffer("packed"))
+
+    def store(self, weight: Tensor) -> None:
+        self.get_buffer("packed").copy_(weight)
+
+
+@pytest.fixture
+def weight() -> Tensor:
+    return torch.randn(6, 10, generator=torch.Generator().manual_seed(0)).bfloat16().float()
+
+
+def test_products_are_those_of_the_dense_weight(weight: Tensor) -> None:
+    base = Narrow(weight)
+    x, g = torch.randn(4, 10), torch.randn(4, 6)
+    assert torch.equal(base.matmul(x), x @ weight.T)
+    assert torch.equal(base.matmul_t(g), g @ weight)
+    assert torch.equal(base.dense(), weight)
+    assert base.bytes == weight.numel() * 2
+
+
+def test_gradients_reach_the_input(weight: Tensor) -> None:
+    bias = torch.randn(6)
+    layer = PackedLinear(Narrow(weight), bias)
+    x = torch.randn(2, 3, 10, requires_grad=True)
+    layer(x).square().sum().backward()
+    found, x.grad = x.grad, None
+    (x @ weight.T + bias).square().sum().backward()
+    torch.testing.assert_close(found, x.grad)
+    assert (layer.in_features, layer.out_features) == (10, 6)
+
+
+def test_scratch_holds_one_matrix_however_many_bases_use_it(weight: Tensor) -> None:
+    SCRATCH.clear()
+    bases = [Narrow(weight), Narrow(weight[:3])]
+    for base in bases:
+        base.matmul(torch.randn(2, 10))
+    assert [buffer.numel() for buffer in SCRATCH._buffers.values()] == [60]
+    dense = bases[0].dense()
+    bases[1].matmul(torch.randn(2, 10))
+    assert torch.equal(dense, weight), "a matrix handed out by dense() is the caller's own"
+
+
+def test_a_packing_must_say_how(weight: Tensor) -> None:
+    with pytest.raises(NotImplementedError, match="unpacked"):
+        PackedBase((2, 2)).unpack(weight)
