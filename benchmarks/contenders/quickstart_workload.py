@@ -12,9 +12,9 @@ from rich.console import Console
 from lorakeet.config import RunConfig, read_run
 from lorakeet.data.chat import Example
 from lorakeet.formats import peft
-from lorakeet.models.inject import adapter_of, inject
+from lorakeet.models.inject import adapter_of
 from lorakeet.train.text_task import TextTask
-from lorakeet.workflows.assemble import Assembly, assemble
+from lorakeet.workflows.assemble import Assembly, assemble, ready_to_train
 from lorakeet.workflows.quickstart import config_path
 
 
@@ -34,11 +34,6 @@ def quickstart(*, steps: int, seed: int, dtype: str = "auto", out: str = "unused
         checkpoint_every=steps + 1,
     )
     return replace(config, train=train)
-
-
-def task_of(setup: Assembly) -> TextTask:
-    """The task that trains; nothing is held out, so that only training is timed."""
-    return TextTask(setup.text, setup.train.examples, held_out=(), spec=setup.config.train)
 
 
 def workload_of(setup: Assembly, task: TextTask, *, steps: int, adapter: Path) -> Workload:
@@ -79,8 +74,8 @@ def main() -> None:
     parser.add_argument("--seed", type=int, required=True)
     given = parser.parse_args()
     setup = assemble(quickstart(steps=given.steps, seed=given.seed), Console(stderr=True))
-    inject(setup.text.model, setup.plan, seed=given.seed)
-    workload = workload_of(setup, task_of(setup), steps=given.steps, adapter=given.workload.with_name("adapter"))
+    task = ready_to_train(setup, held_out=())
+    workload = workload_of(setup, task, steps=given.steps, adapter=given.workload.with_name("adapter"))
     workload.write(given.workload)
 
 

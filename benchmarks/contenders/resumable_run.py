@@ -12,14 +12,11 @@ from rich.console import Console
 
 from contenders.quickstart_workload import quickstart
 from lorakeet.memory.measure import PeakMemory
-from lorakeet.models.fuse import fuse
-from lorakeet.models.inject import inject, use_products
 from lorakeet.train.interrupt import Interrupt
 from lorakeet.train.loop import Training
 from lorakeet.train.progress import Silent
 from lorakeet.train.run import RunFolder
-from lorakeet.train.text_task import TextTask
-from lorakeet.workflows.assemble import assemble
+from lorakeet.workflows.assemble import assemble, ready_to_train
 
 HELD_OUT = 8  # rows: enough that a best adapter is kept, so that the checkpoint is as large as in a real run
 ROWS_A_STEP = 4
@@ -59,10 +56,7 @@ def _training(given: argparse.Namespace) -> Training:  # type: ignore[type-arg]
     config = quickstart(steps=given.steps, seed=given.seed)
     spec = replace(config.train, batch_size=ROWS_A_STEP, evaluate_every=1, checkpoint_every=1)
     setup = assemble(replace(config, train=spec), Console(stderr=True))
-    inject(setup.text.model, setup.plan, seed=given.seed)
-    use_products(setup.text.model, setup.text.products)
-    fuse(setup.text.model)
-    task = TextTask(setup.text, setup.train.examples, held_out=setup.held_out.examples[:HELD_OUT], spec=spec)
+    task = ready_to_train(setup, held_out=setup.held_out.examples[:HELD_OUT])
     run = RunFolder.open(given.run) if given.resume else RunFolder.create(given.run)
     return Training(task, spec, run=run, report=Silent())
 

@@ -9,14 +9,12 @@ from harness.steps import StepLog, contender
 from harness.workload import Workload
 from rich.console import Console
 
-from contenders.quickstart_workload import quickstart, task_of
-from lorakeet.models.fuse import fuse
-from lorakeet.models.inject import inject, use_products
+from contenders.quickstart_workload import quickstart
 from lorakeet.train.loop import train
 from lorakeet.train.progress import Record, Silent
 from lorakeet.train.run import RunFolder
 from lorakeet.train.text_task import TextTask
-from lorakeet.workflows.assemble import assemble
+from lorakeet.workflows.assemble import assemble, ready_to_train
 
 
 class Recorder(Silent):
@@ -37,10 +35,7 @@ def train_lorakeet(workload: Workload, dtype: str) -> StepLog:
     """The workload's steps; SystemExit where this process would train on other ids than the workload holds."""
     steps = len(workload.steps)
     setup = assemble(quickstart(steps=steps, seed=workload.seed, dtype=dtype), Console(stderr=True))
-    inject(setup.text.model, setup.plan, seed=workload.seed)
-    use_products(setup.text.model, setup.text.products)
-    fuse(setup.text.model)
-    task = task_of(setup)
+    task = ready_to_train(setup, held_out=())  # so that only training is timed
     _require_same_rows(task, workload)
     log = StepLog(
         notes={

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from harness.steps import StepLog, contender
+from harness.trainer import lora_settings
 from harness.workload import Row, Workload
 from peft import LoraConfig, get_peft_model, load_peft_weights, set_peft_model_state_dict
 from torch import Tensor
@@ -58,13 +59,7 @@ def adapted_model(workload: Workload, dtype: torch.dtype) -> Any:
     base = AutoModelForCausalLM.from_pretrained(workload.model, dtype=dtype, attn_implementation="sdpa", local_files_only=True)
     model = get_peft_model(
         base,
-        LoraConfig(
-            r=workload.rank,
-            lora_alpha=workload.alpha,
-            target_modules=list(workload.target_modules),
-            lora_dropout=0.0,
-            task_type="CAUSAL_LM",
-        ),
+        LoraConfig(**lora_settings(workload), task_type="CAUSAL_LM"),
     )
     set_peft_model_state_dict(model, load_peft_weights(workload.adapter, device="cpu"))
     return model.train()

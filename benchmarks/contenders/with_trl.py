@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from tempfile import TemporaryDirectory
+from typing import Any
 
 from datasets import Dataset
 from harness.steps import StepLog, contender
-from harness.trainer import arguments, clock, facts, prompts_and_completions, require_same_rows, start_from
+from harness.trainer import lora_settings, prompts_and_completions, train_with
 from harness.workload import Workload
 from peft import LoraConfig
 from transformers import TrainerCallback
@@ -15,26 +15,16 @@ from trl import SFTConfig, SFTTrainer
 
 def train_trl(workload: Workload, dtype: str) -> StepLog:
     """The workload's steps; bfloat16 is the trainer's `bf16` (TRL's default), float32 switches it off."""
-    log = StepLog()
-    with TemporaryDirectory() as folder:
-        trainer = SFTTrainer(
+
+    def trainer(arguments: dict[str, Any]) -> SFTTrainer:
+        return SFTTrainer(
             model=workload.model,
-            args=SFTConfig(**arguments(workload, folder), bf16=dtype == "bfloat16", use_cpu=True),
+            args=SFTConfig(**arguments, bf16=dtype == "bfloat16", use_cpu=True),
             train_dataset=Dataset.from_dict(prompts_and_completions(workload)),
-            peft_config=LoraConfig(
-                r=workload.rank,
-                lora_alpha=workload.alpha,
-                target_modules=list(workload.target_modules),
-                lora_dropout=0.0,
-                task_type="CAUSAL_LM",
-            ),
-            callbacks=[clock(TrainerCallback, log)],
+            peft_config=LoraConfig(**lora_settings(workload), task_type="CAUSAL_LM"),
         )
-        require_same_rows(trainer.train_dataset, workload)
-        start_from(trainer.model, workload)
-        log.notes = facts(trainer)
-        trainer.train()
-    return log
+
+    return train_with(trainer, TrainerCallback, workload)
 
 
 if __name__ == "__main__":

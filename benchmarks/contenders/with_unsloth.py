@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from tempfile import TemporaryDirectory
+from typing import Any
 
 from unsloth import FastLanguageModel, is_bfloat16_supported  # isort: skip  (asks to be imported before all others)
 from datasets import Dataset
 from harness.steps import StepLog, contender
-from harness.trainer import arguments, clock, facts, prompts_and_completions, require_same_rows, start_from
+from harness.trainer import lora_settings, prompts_and_completions, train_with
 from harness.workload import Workload
 from transformers import TrainerCallback
 from trl import SFTConfig, SFTTrainer
@@ -20,28 +20,21 @@ def train_unsloth(workload: Workload, dtype: str) -> StepLog:
     )
     model = FastLanguageModel.get_peft_model(
         model,
-        r=workload.rank,
-        target_modules=list(workload.target_modules),
-        lora_alpha=workload.alpha,
-        lora_dropout=0,
+        **lora_settings(workload),
         bias="none",
         use_gradient_checkpointing="unsloth",
         random_state=workload.seed,
     )
-    log = StepLog()
-    with TemporaryDirectory() as folder:
-        trainer = SFTTrainer(
+
+    def trainer(arguments: dict[str, Any]) -> SFTTrainer:
+        return SFTTrainer(
             model=model,
             processing_class=tokenizer,
             train_dataset=Dataset.from_dict(prompts_and_completions(workload)),
-            args=SFTConfig(**arguments(workload, folder), bf16=is_bfloat16_supported()),
-            callbacks=[clock(TrainerCallback, log)],
+            args=SFTConfig(**arguments, bf16=is_bfloat16_supported()),
         )
-        require_same_rows(trainer.train_dataset, workload)
-        start_from(trainer.model, workload)
-        log.notes = facts(trainer)
-        trainer.train()
-    return log
+
+    return train_with(trainer, TrainerCallback, workload)
 
 
 if __name__ == "__main__":

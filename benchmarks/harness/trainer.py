@@ -1,11 +1,36 @@
-"""What the contenders that use TRL's SFTTrainer share: the dataset, the arguments, the clock. Imports no trainer itself."""
+"""What the contenders that use TRL's SFTTrainer share: dataset, arguments, clock, training. Imports no trainer itself."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from harness.steps import StepLog
 from harness.workload import Workload
+
+
+def train_with(trainer_for: Callable[[dict[str, Any]], Any], callback: type, workload: Workload) -> StepLog:
+    """Trains the workload with the trainer that `trainer_for` makes of the shared arguments; `callback` is TrainerCallback."""
+    log = StepLog()
+    with TemporaryDirectory() as folder:
+        trainer = trainer_for(arguments(workload, folder))
+        trainer.add_callback(clock(callback, log))
+        require_same_rows(trainer.train_dataset, workload)
+        start_from(trainer.model, workload)
+        log.notes = facts(trainer)
+        trainer.train()
+    return log
+
+
+def lora_settings(workload: Workload) -> dict[str, Any]:
+    """The workload's pairs in the words that PEFT and unsloth share."""
+    return {
+        "r": workload.rank,
+        "lora_alpha": workload.alpha,
+        "target_modules": list(workload.target_modules),
+        "lora_dropout": 0,
+    }
 
 
 def prompts_and_completions(workload: Workload) -> dict[str, list[str]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,13 +12,15 @@ from rich.console import Console
 from lorakeet.config import RunConfig
 from lorakeet.core.plan import Plan
 from lorakeet.data.batches import StepOrder
-from lorakeet.data.chat import Encoded, Encoder, encode_rows
+from lorakeet.data.chat import Encoded, Encoder, Example, encode_rows
 from lorakeet.data.prepare import Dataset, load_dataset
 from lorakeet.data.rows import Row
 from lorakeet.errors import ConfigError, DataError
+from lorakeet.models.adapt import begin_adapter
 from lorakeet.models.load import load_text_model
 from lorakeet.models.targets import plan_for
 from lorakeet.models.text import TextModel
+from lorakeet.train.text_task import TextTask
 
 
 @dataclass(frozen=True)
@@ -74,6 +77,17 @@ def assemble(config: RunConfig, console: Console) -> Assembly:
     if dataset.labels:
         encoder.candidates(dataset.held_out[0])  # a template that keeps answers from being compared is found now
     return Assembly(config, dataset, text, plan, encoder, train, held_out, test, new_token_ids)
+
+
+def ready_to_train(setup: Assembly, *, held_out: Sequence[Example] | None = None) -> TextTask:
+    """The task that `train` runs: the plan's pairs are now in the model, begun from the run's seed.
+
+    `held_out` are the rows to choose the best adapter by: the run's, unless others (or none) are named.
+    """
+    spec = setup.config.train
+    begin_adapter(setup.text, setup.plan, seed=spec.seed, token_ids=setup.new_token_ids)
+    rows = setup.held_out.examples if held_out is None else held_out
+    return TextTask(setup.text, setup.train.examples, held_out=rows, spec=spec)
 
 
 def within_context(config: RunConfig, text: TextModel, console: Console) -> RunConfig:

@@ -21,15 +21,12 @@ from lorakeet.errors import RunStopped
 from lorakeet.evaluate.certificate import Certificate
 from lorakeet.evaluate.report import Report, write_report
 from lorakeet.evaluate.values import encode
-from lorakeet.models.fuse import fuse
-from lorakeet.models.inject import inject, use_products
 from lorakeet.train.log import read_metrics, require_sink
 from lorakeet.train.loop import Outcome, train
 from lorakeet.train.progress import reporter_for
 from lorakeet.train.run import RunFolder
-from lorakeet.train.text_task import TextTask
 from lorakeet.workflows import page
-from lorakeet.workflows.assemble import Assembly, assemble
+from lorakeet.workflows.assemble import Assembly, assemble, ready_to_train
 from lorakeet.workflows.certify import certify_run
 from lorakeet.workflows.judge import Judge
 from lorakeet.workflows.place import require_place, writing
@@ -82,10 +79,7 @@ def finetune(config: RunConfig, *, resume: Path | None = None, dry_run: bool = F
     show_plan(setup, console)
     if dry_run:
         return FinetuneResult(setup, run)
-    inject(setup.text.model, setup.plan, seed=setup.config.train.seed, token_ids=setup.new_token_ids)
-    use_products(setup.text.model, setup.text.products)
-    fuse(setup.text.model)
-    task = TextTask(setup.text, setup.train.examples, held_out=setup.held_out.examples, spec=setup.config.train)
+    task = ready_to_train(setup)
     _begin(setup, run, resume=resume is not None)
     outcome = train(
         task,

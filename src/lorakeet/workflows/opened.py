@@ -13,8 +13,7 @@ from lorakeet.core.adapter import Adapter, TokenRows
 from lorakeet.core.spec import LoraSpec
 from lorakeet.errors import ConfigError, DataError
 from lorakeet.formats.detect import read_adapter
-from lorakeet.models.fuse import fuse
-from lorakeet.models.inject import attach, use_products
+from lorakeet.models.adapt import put_adapter
 from lorakeet.models.load import load_text_model, load_tokenizer
 from lorakeet.models.spec import ModelSpec
 from lorakeet.models.text import TextModel
@@ -43,9 +42,7 @@ class Opened:
         if with_adapter:
             for rows in self.adapter.token_rows.values():
                 self._check_ids(rows, text.add_tokens(rows.tokens))
-            attach(text.model, self.adapter, NAME)
-            use_products(text.model, text.products)
-            fuse(text.model)
+            put_adapter(text, self.adapter, NAME)
         return text
 
     @property

@@ -1,0 +1,31 @@
+"""An adapter in a text model, ready to compute: the pairs in their places, the products' dtype, the fused pieces."""
+
+from __future__ import annotations
+
+from lorakeet.core.adapter import Adapter
+from lorakeet.core.plan import Plan
+from lorakeet.models.fuse import fuse
+from lorakeet.models.inject import attach, inject, use_products
+from lorakeet.models.text import TextModel
+
+
+def begin_adapter(
+    text: TextModel, plan: Plan, *, seed: int, token_ids: tuple[int, ...] = (), name: str = "default"
+) -> None:
+    """Puts the new pairs of `plan` into `text` as the adapter `name`, and makes the model compute as it will be trained.
+
+    `token_ids` are those of added tokens. Raises ConfigError where the plan does not fit the model.
+    """
+    inject(text.model, plan, name, seed=seed, token_ids=token_ids)
+    _compute(text)
+
+
+def put_adapter(text: TextModel, adapter: Adapter, name: str = "default") -> None:
+    """Puts a finished `adapter` into `text`, and makes the model compute as in training; ConfigError where it does not fit."""
+    attach(text.model, adapter, name)
+    _compute(text)
+
+
+def _compute(text: TextModel) -> None:
+    use_products(text.model, text.products)
+    fuse(text.model)
