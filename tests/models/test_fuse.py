@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lorakeet.core.layers import StandIn
 from lorakeet.core.spec import LoraSpec
@@ -71,3 +72,21 @@ def test_paths_of_the_adapter_do_not_change(tiny_model: Callable[..., Any]) -> N
     assert any(isinstance(module, StandIn) and "mlp" in path for path, module in model.named_modules())
     inject.attach(model, before, "again")
     assert inject.adapter_names(model) == ["default", "again"]
+
+
+def stand_ins(model: Any) -> dict[str, type[StandIn]]:
+    return {path: type(module) for path, module in model.named_modules() if isinstance(module, StandIn)}
+
+
+@pytest.mark.parametrize("family", [*GATED, "phi3", "gpt2"])
+def test_a_model_without_numbers_gets_the_same_stand_ins(tiny_model: Callable[..., Any], family: str) -> None:
+    real = tiny_model(family)
+    prepared(real)
+    count = fuse.fuse(real)
+    with FakeTensorMode():
+        planned = tiny_model(family)
+        prepared(planned)
+        state = torch.get_rng_state()
+        assert fuse.fuse(planned) == count
+    assert stand_ins(planned) == stand_ins(real)
+    assert torch.equal(torch.get_rng_state(), state), "probing a planned model must draw no random numbers"

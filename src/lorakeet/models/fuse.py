@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily  # torch offers no public name
 
 from lorakeet.core.fused import ACTIVATIONS, FrozenRmsNorm, GatedMlp
 from lorakeet.core.layers import StandIn
 from lorakeet.models import modules
 
 _PROBE_ROWS = 5
+_PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
+_WIDTH = 8  # of the small copy that is probed where a model has shapes but no numbers
 FUSED_TOLERANCE = 16  # in units of the dtype's rounding: the fused function rounds at other places
 
 
@@ -25,7 +29,7 @@ def fuse(model: nn.Module) -> int:
         standing = modules.find(model, path)
         if isinstance(standing, StandIn) or standing is None or not path:
             continue
-        stand_in = _mlp(module) or _norm(module)
+        stand_in = _stand_in(module)
         if stand_in is not None:
             stand_in.train(module.training)
             modules.replace(model, path, stand_in)
@@ -40,16 +44,33 @@ def unfuse(model: nn.Module) -> None:
             modules.replace(model, path, module)
 
 
-def _mlp(module: nn.Module) -> StandIn | None:
+def _stand_in(module: nn.Module) -> StandIn | None:
+    """What may stand for `module`; where it has shapes but no numbers (a planned model), a small copy of it is probed."""
+    if not any(parameter.is_meta or isinstance(parameter, FakeTensor) for parameter in module.parameters()):
+        return _mlp(module) or _norm(module)
+    if not _has_mlp_names(module) and set(module._parameters) != {"weight"}:
+        return None
+    with unset_fake_temporarily():
+        found = _stand_in(_small_copy(module))
+    if isinstance(found, GatedMlp):
+        return GatedMlp(module, next(name for name, activation in ACTIVATIONS.items() if activation is found.activation))
+    return None if found is None else FrozenRmsNorm(module)
+
+
+def _has_mlp_names(module: nn.Module) -> bool:
     children = {name for name, _ in module.named_children()}
-    if not {"gate_proj", "up_proj", "down_proj"} <= children or children - {"gate_proj", "up_proj", "down_proj", "act_fn"}:
+    return set(_PROJECTIONS) <= children and not children - {*_PROJECTIONS, "act_fn"}
+
+
+def _mlp(module: nn.Module) -> GatedMlp | None:
+    if not _has_mlp_names(module):
         return None
     act = getattr(module, "act_fn", None)
-    gate, up, down = (getattr(module, name) for name in ("gate_proj", "up_proj", "down_proj"))
+    gate, up, down = (getattr(module, name) for name in _PROJECTIONS)
     weight = cast(Tensor, gate.weight)
-    x = _probe(weight.shape[1], weight)
-    if act is None or x is None:
+    if act is None or not weight.is_floating_point():
         return None
+    x = _probe(weight.shape[1], weight)
     with torch.no_grad():
         theirs = module(x)
         for name, activation in ACTIVATIONS.items():
@@ -61,21 +82,38 @@ def _mlp(module: nn.Module) -> StandIn | None:
     return None
 
 
-def _norm(module: nn.Module) -> StandIn | None:
+def _norm(module: nn.Module) -> FrozenRmsNorm | None:
     own = dict(module.named_parameters())
     if set(own) != {"weight"} or not isinstance(getattr(module, "variance_epsilon", None), float) or own["weight"].requires_grad:
         return None
-    x = _probe(own["weight"].shape[0], own["weight"])
-    if x is None:
+    if not own["weight"].is_floating_point():
         return None
+    x = _probe(own["weight"].shape[0], own["weight"])
     stand_in = FrozenRmsNorm(module)
     with torch.no_grad():
         return stand_in if torch.equal(cast(Any, stand_in)(x), module(x)) else None
 
 
-def _probe(width: int, like: Tensor) -> Tensor | None:
-    """Random input (rows, width) in the dtype and on the device of a weight; None for a weight without numbers."""
-    if like.is_meta or not like.is_floating_point():
-        return None
+def _probe(width: int, like: Tensor) -> Tensor:
+    """Random input (rows, width) in the dtype and on the device of a weight."""
     noise = torch.randn(_PROBE_ROWS, width, generator=torch.Generator().manual_seed(0))
     return noise.to(device=like.device, dtype=like.dtype)
+
+
+def _small_copy(module: nn.Module) -> nn.Module:
+    """The module over small random weights: which function it computes does not depend on how wide its matrices are."""
+    dtype = next(parameter.dtype for parameter in module.parameters())
+    generator = torch.Generator().manual_seed(0)
+    small = copy.copy(module)
+    small._parameters, small._modules = dict(module._parameters), dict(module._modules)
+    for name in module._parameters:
+        small._parameters[name] = _random(generator, dtype, _WIDTH)
+    for name in set(_PROJECTIONS) & set(module._modules):
+        linear = nn.Linear(_WIDTH, _WIDTH, bias=False, device="meta")
+        linear.weight = _random(generator, dtype, _WIDTH, _WIDTH)
+        small._modules[name] = linear
+    return small
+
+
+def _random(generator: torch.Generator, dtype: torch.dtype, *shape: int) -> nn.Parameter:
+    return nn.Parameter(torch.randn(*shape, generator=generator).to(dtype), requires_grad=False)
