@@ -62,3 +62,18 @@ def test_scratch_holds_one_matrix_however_many_bases_use_it(weight: Tensor) -> N
 def test_a_packing_must_say_how(weight: Tensor) -> None:
     with pytest.raises(NotImplementedError, match="unpacked"):
         PackedBase((2, 2)).unpack(weight)
+    with pytest.raises(NotImplementedError, match="packed"):
+        PackedBase((2, 2)).store(weight)
+    with pytest.raises(NotImplementedError, match="mean"):
+        _ = PackedBase((2, 2)).settings
+
+
+def test_a_layer_shows_its_weight_as_the_module_that_it_stands_for(weight: Tensor) -> None:
+    assert torch.equal(PackedLinear(Narrow(weight)).weight, weight)
+    assert torch.equal(PackedLinear(Narrow(weight), transposed=True).weight, weight.t())
+
+
+def test_products_run_in_the_dtype_that_is_set(weight: Tensor) -> None:
+    layer, x = PackedLinear(Narrow(weight)), torch.randn(4, 10).bfloat16()
+    layer.products = torch.float32
+    assert torch.equal(layer(x), (x.float() @ weight.T).bfloat16())

@@ -44,18 +44,17 @@ class DoraPair(LoraPair):
         norm2 = self.base_norm2 + 2 * self.scale * cross + self.scale**2 * square
         return norm2.clamp_min(_TINY).sqrt()
 
-    def gain(self, base: FrozenBase) -> Tensor:
-        """m / ‖W + s·B·A‖ by row (out,), fp32."""
+    def gain(self, base: FrozenBase, dtype: torch.dtype) -> Tensor:
+        """m / ‖W + s·B·A‖ by row (out,), fp32; the product W·Aᵀ runs in `dtype`."""
         with torch.no_grad():
-            dense = base.dense()
-            A = self.factors()[0].detach().flatten(1).to(dense.dtype)
+            A = self.factors()[0].detach().flatten(1).to(dtype)
             norm = self._norm(base.matmul(A).t())
         return self.magnitude / norm
 
     def forward(
         self, x: Tensor, base: FrozenBase, bias: Tensor | None = None, products: torch.dtype | None = None
     ) -> Tensor:
-        y = super().forward(x, base, None, products) * self.gain(base).to(x.dtype)
+        y = super().forward(x, base, None, products) * self.gain(base, products or x.dtype).to(x.dtype)
         return y if bias is None else y + bias
 
     def fold(self, weight: Tensor) -> Tensor:

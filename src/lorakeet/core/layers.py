@@ -124,7 +124,7 @@ class LoraConv2d(AdaptedLayer):
         if not isinstance(pair, DoraPair):
             return cast(Tensor, conv(x)) + low_rank
         plain = nn.functional.conv2d(x, conv.weight, None, conv.stride, conv.padding, conv.dilation)
-        y = (plain + low_rank) * pair.gain(_FlatConv(conv)).to(dtype).view(1, -1, 1, 1)
+        y = (plain + low_rank) * pair.gain(_FlatConv(conv), dtype).to(dtype).view(1, -1, 1, 1)
         return y if conv.bias is None else y + conv.bias.view(1, -1, 1, 1)
 
 

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from lorakeet.core.lowrank import frozen_linear
+
+TILE = 1 << 20  # numbers that are packed or unpacked at once: their temporary copies stay in a CPU's cache
+GPU_TILE = 1 << 24  # on a GPU a call costs more than the memory that it takes
 
 
 class PackedBase(nn.Module):
@@ -35,6 +41,11 @@ class PackedBase(nn.Module):
         """Where the packed buffers are."""
         return next(self.buffers()).device
 
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Everything that is needed to read the buffers again but their numbers, as plain values that JSON can hold."""
+        raise NotImplementedError(f"{type(self).__name__} must say what its buffers mean.")
+
     def unpack(self, out: Tensor) -> Tensor:
         """Writes W, dequantised, into `out` (out, in), whose dtype it is rounded to once, and returns it."""
         raise NotImplementedError(f"{type(self).__name__} must say how its buffers are unpacked.")
@@ -58,6 +69,21 @@ class PackedBase(nn.Module):
     def _unpacked(self, dtype: torch.dtype) -> Tensor:
         """W in the shared buffer: valid until the next base is unpacked."""
         return self.unpack(SCRATCH.matrix(self.shape, dtype, self.device))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedBase:
+        """Moves the buffers; a cast of the model (`.to(bfloat16)`, `.half()`) leaves them as they are, since they are a code."""
+
+        def moved(buffer: Tensor) -> Tensor:
+            applied = fn(buffer)
+            return applied if applied.dtype == buffer.dtype else buffer.to(applied.device)
+
+        return super()._apply(moved, recurse)  # type: ignore[no-untyped-call, no-any-return]
+
+
+def tile_of(device: torch.device, multiple: int) -> int:
+    """How many numbers to pack or unpack at once on a device: about TILE, in whole multiples of `multiple`."""
+    wanted = TILE if device.type == "cpu" else GPU_TILE
+    return max(1, wanted // multiple) * multiple
 
 
 class Scratch:
@@ -84,11 +110,17 @@ SCRATCH = Scratch()
 
 
 class PackedLinear(nn.Module):
-    """Stands where an nn.Linear stood: x·Wᵀ + b over a packed weight, differentiable in x."""
+    """Stands where an nn.Linear stood: x·Wᵀ + b over a packed weight, differentiable in x.
 
-    def __init__(self, base: PackedBase, bias: Tensor | None = None) -> None:
+    `transposed` marks one that stands for GPT-2's Conv1D, whose own weight is (in, out); the base is (out, in) all the same.
+    """
+
+    products: torch.dtype | None = None  # dtype of the matrix products (core/precision); None: that of the input
+
+    def __init__(self, base: PackedBase, bias: Tensor | None = None, *, transposed: bool = False) -> None:
         super().__init__()
         self.base = base
+        self.transposed = transposed
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
 
     @property
@@ -99,5 +131,17 @@ class PackedLinear(nn.Module):
     def out_features(self) -> int:
         return self.base.shape[0]
 
+    @property
+    def weight(self) -> Tensor:
+        """W, dequantised, as a fresh fp32 tensor in the orientation of the module that this one stands for.
+
+        For code that reads a weight; products go through the base, which needs no such copy.
+        """
+        dense = self.base.dense()
+        return dense.t() if self.transposed else dense
+
     def forward(self, x: Tensor) -> Tensor:
-        return frozen_linear(x, self.base, bias=self.bias)
+        return frozen_linear(x, self.base, bias=self.bias, products=self.products)
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"

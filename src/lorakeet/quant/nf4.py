@@ -1,0 +1,273 @@
+"""NF4, the 4-bit code of QLoRA (https://arxiv.org/abs/2305.14314), with double quantisation; the numbers are bitsandbytes'.
+
+W is cut, row after row, into blocks of `block_size` numbers. Each block keeps its largest absolute value a and 4 bits for every
+number: the nearest of 16 levels in [−1, 1], the quantiles of a normal distribution.
+
+        W[i] = LEVELS[code[i]] · a[i / block]                 two codes to a byte, the first one in the high half
+
+Double quantisation keeps a itself in 8 bits, less its mean, in blocks of 256 with a scale s each:
+
+        a[j] = DYNAMIC[absmax[j]] · s[j / 256] + mean         4.127 bits a number in all, for blocks of 64
+
+Weights are packed by this file, on the CPU, whatever the device, so that the same weight becomes the same bytes on every
+machine. They are unpacked by bitsandbytes' kernels where that package is installed, else by this file: bit for bit the same.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import logging
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lorakeet.quant.packed import PackedBase, tile_of
+
+# Section 3 and appendix E of the paper; fp32 values as published with its code.
+LEVELS = (
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453,
+    -0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0,
+    0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+)  # fmt: skip
+BLOCK_SIZES = (32, 64, 128, 256, 512, 1024)
+SCALE_BLOCK = 256  # absmax values that share one scale
+BINS = 65536  # bitsandbytes' CPU code finds the nearest of the 256 levels in a table of so many bins over [−1, 1]
+_TINY = 1e-38  # a block of zeros divides by this
+KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+class Nf4Base(PackedBase):
+    """W in NF4. Buffers: `packed` (⌈n/2⌉ bytes), `absmax` (a byte or an fp32 per block), `scales` and `mean` (fp32)."""
+
+    packed: Tensor
+    absmax: Tensor
+    scales: Tensor | None
+    mean: Tensor | None
+
+    def __init__(
+        self,
+        shape: tuple[int, int],
+        *,
+        block_size: int = 64,
+        double_quant: bool = True,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        super().__init__(shape)
+        if block_size not in BLOCK_SIZES:
+            raise ValueError(f"block_size is {block_size}; expected one of {', '.join(map(str, BLOCK_SIZES))}")
+        self.block_size = block_size
+        self.double_quant = double_quant
+        for name, (dtype, size) in buffer_shapes(shape, block_size=block_size, double_quant=double_quant).items():
+            self.register_buffer(name, torch.zeros(size, dtype=dtype, device=device))
+        if not double_quant:
+            self.register_buffer("scales", None)
+            self.register_buffer("mean", None)
+
+    @classmethod
+    def of(cls, weight: Tensor, *, block_size: int = 64, double_quant: bool = True) -> Nf4Base:
+        """`weight` (out, in) in any floating dtype, packed on the CPU."""
+        base = cls((weight.shape[0], weight.shape[1]), block_size=block_size, double_quant=double_quant)
+        base.store(weight)
+        return base
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        return {
+            "method": "nf4",
+            "shape": list(self.shape),
+            "block_size": self.block_size,
+            "double_quant": self.double_quant,
+        }
+
+    def store(self, weight: Tensor) -> None:
+        if tuple(weight.shape) != self.shape:
+            raise ValueError(f"the weight is {tuple(weight.shape)}, but this base is {self.shape}")
+        flat = weight.detach().cpu().contiguous().view(-1)
+        packed, absmax = pack(flat, self.block_size)
+        self.packed.copy_(packed)
+        if self.scales is None or self.mean is None:
+            self.absmax.copy_(absmax)
+            return
+        mean = absmax.mean()
+        codes, scales = pack_absmax(absmax - mean)
+        self.absmax.copy_(codes)
+        self.scales.copy_(scales)
+        self.mean.copy_(mean)
+
+    def block_maxima(self, first: int, last: int) -> Tensor:
+        """The largest absolute values of the blocks first … last − 1, fp32; `first` is a multiple of 256."""
+        part = self.absmax[first:last]
+        if self.scales is None or self.mean is None:
+            return part
+        scales = self.scales[first // SCALE_BLOCK : math.ceil(last / SCALE_BLOCK)]
+        levels = _dynamic(self.device)[part.int()]
+        return levels * scales.repeat_interleave(SCALE_BLOCK)[: len(part)] + self.mean
+
+    def unpack(self, out: Tensor) -> Tensor:
+        flat, size = out.view(-1), self.block_size
+        step = tile_of(self.device, size * SCALE_BLOCK)
+        for start in range(0, len(flat), step):
+            stop = min(start + step, len(flat))
+            maxima = self.block_maxima(start // size, math.ceil(stop / size))
+            packed = self.packed[start // 2 : (stop + 1) // 2]
+            flat[start:stop].copy_(self._values(packed, maxima, stop - start, out.dtype))
+        return out
+
+    def _values(self, packed: Tensor, maxima: Tensor, count: int, dtype: torch.dtype) -> Tensor:
+        """`count` numbers; whole blocks through bitsandbytes where it is there."""
+        size = self.block_size
+        whole = count - count % size
+        if not whole or not has_kernels(packed.device):
+            return values(packed, maxima, size)[:count]
+        # Always as rows of one block: with rows that end within a block, bitsandbytes 0.50's AVX-512 kernel reads the wrong
+        # absmax (seen for widths that are multiples of 16 but not of 64).
+        kernel = torch.ops.bitsandbytes.dequantize_4bit.default
+        target = dtype if dtype in KERNEL_DTYPES else torch.float32
+        blocks = whole // size
+        found: Tensor = kernel(packed[: whole // 2], maxima[:blocks], size, "nf4", (blocks, size), target).view(-1)
+        if whole == count:
+            return found
+        tail = values(packed[whole // 2 :], maxima[blocks:], size)[: count - whole]
+        return torch.cat([found, tail.to(target)])
+
+
+def buffer_shapes(
+    shape: tuple[int, int], *, block_size: int, double_quant: bool
+) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+    """Dtype and shape of each buffer of a weight (out, in)."""
+    count = shape[0] * shape[1]
+    blocks = math.ceil(count / block_size)
+    found: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {"packed": (torch.uint8, (math.ceil(count / 2),))}
+    if not double_quant:
+        return {**found, "absmax": (torch.float32, (blocks,))}
+    scales = {"scales": (torch.float32, (math.ceil(blocks / SCALE_BLOCK),)), "mean": (torch.float32, ())}
+    return {**found, "absmax": (torch.uint8, (blocks,)), **scales}
+
+
+def pack(flat: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
+    """Numbers (n,) to their 4-bit codes, two to a byte (⌈n/2⌉,), and the largest absolute value of each block, fp32."""
+    levels = torch.tensor(LEVELS)
+    bounds = (levels[:-1] + levels[1:]) / 2
+    codes, maxima = [], []
+    for part in torch.split(flat, tile_of(flat.device, block_size)):
+        wide = part.float()
+        whole = len(wide) - len(wide) % block_size
+        blocks = wide[:whole].view(-1, block_size)
+        largest = blocks.abs().amax(1)
+        scaled = [(blocks * (1.0 / largest.clamp_min(_TINY))[:, None]).clamp_(-1, 1).view(-1)]
+        maxima.append(largest)
+        if whole < len(wide):  # a block that is not full; divided, where full ones are multiplied by the inverse
+            rest = wide[whole:]
+            most = rest.abs().amax().clamp_min(_TINY)
+            scaled.append((rest / most).clamp_(-1, 1))
+            maxima.append(most[None])
+        numbers = torch.cat(scaled)
+        numbers = torch.nn.functional.pad(numbers, (0, len(numbers) % 2))
+        found = torch.bucketize(numbers, bounds, out_int32=True).to(torch.uint8)
+        codes.append((found[::2] << 4) | found[1::2])
+    return torch.cat(codes), torch.cat(maxima)
+
+
+def pack_absmax(absmax: Tensor) -> tuple[Tensor, Tensor]:
+    """Centred block maxima (b,) to 8-bit codes (b,) and one scale for each 256 of them, fp32."""
+    padded = torch.nn.functional.pad(absmax, (0, -len(absmax) % SCALE_BLOCK)).view(-1, SCALE_BLOCK)
+    scales = padded.abs().amax(1)
+    scaled = (padded * (1.0 / scales.clamp_min(_TINY))[:, None]).clamp_(-1, 1)
+    bins = ((scaled + 1.0) * 0.5 * (BINS - 1) + 0.5).int()
+    codes = _bin_codes()[bins]
+    codes[scales == 0] = 0
+    return codes.view(-1)[: len(absmax)], scales
+
+
+def values(packed: Tensor, maxima: Tensor, block_size: int) -> Tensor:
+    """Packed codes (b,) and the maxima of their blocks to the numbers (2·b,), fp32: what bitsandbytes computes too."""
+    numbers = torch.nn.functional.embedding(packed.int(), _level_pairs(packed.device)).view(-1)
+    whole = len(numbers) - len(numbers) % block_size
+    numbers[:whole].view(-1, block_size).mul_(maxima[: whole // block_size, None])
+    if whole < len(numbers):
+        numbers[whole:].mul_(maxima[-1])
+    return numbers
+
+
+_TABLES: dict[tuple[str, torch.device], Tensor] = {}
+
+
+def _table(name: str, device: torch.device, make: Callable[[], Tensor]) -> Tensor:
+    """What `make` gives, kept for each device; a tensor without numbers (a fake one, while a step is traced) is not kept."""
+    held = _TABLES.get((name, device))
+    if held is None:
+        held = make().to(device)
+        if type(held) is Tensor:
+            _TABLES[name, device] = held
+    return held
+
+
+def _level_pairs(device: torch.device) -> Tensor:
+    """The two levels of each byte (256, 2)."""
+
+    def pairs() -> Tensor:
+        levels, byte = torch.tensor(LEVELS), torch.arange(256)
+        return torch.stack([levels[byte >> 4], levels[byte & 15]], dim=1)
+
+    return _table("pairs", device, pairs)
+
+
+def _dynamic(device: torch.device) -> Tensor:
+    """The 256 levels of 8-bit dynamic quantisation (https://arxiv.org/abs/1511.04561) in rising order, fp32."""
+    return _table("dynamic", device, dynamic_levels)
+
+
+def dynamic_levels() -> Tensor:
+    """For each power of ten from 1e-6 to 1 the middles of 2^i equal parts of [0.1, 1], with either sign; and 0 and 1."""
+    levels = [0.0, 1.0]
+    for exponent in range(7):
+        edges = torch.linspace(0.1, 1, 2**exponent + 1, dtype=torch.float32)
+        middles = (10 ** (exponent - 6) * ((edges[:-1] + edges[1:]) / 2.0)).tolist()
+        levels += [*middles, *(-middle for middle in middles)]
+    return torch.tensor(sorted(levels), dtype=torch.float32)
+
+
+def _bin_codes() -> Tensor:
+    """The code of each bin: the level that is nearest to the bin's value (65536,)."""
+
+    def codes() -> Tensor:
+        levels = dynamic_levels()
+        at = -1.0 + (2.0 * torch.arange(BINS, dtype=torch.float32)) / (BINS - 1)
+        return torch.bucketize(at, 0.5 * (levels[:-1] + levels[1:])).to(torch.uint8)
+
+    return _table("bins", torch.device("cpu"), codes)
+
+
+def has_kernels(device: torch.device) -> bool:
+    """Whether bitsandbytes unpacks on such a device; imported at the first call, which takes a few seconds."""
+    return device.type in ("cpu", "cuda") and _bitsandbytes()
+
+
+def missing_kernels() -> str:
+    """What a user should know where bitsandbytes is missing; empty where it is installed."""
+    if importlib.util.find_spec("bitsandbytes") is not None:
+        return ""
+    return (
+        "bitsandbytes is not installed: NF4 weights are unpacked by Lorakeet's own code, to the same numbers but more slowly. "
+        "For its kernels: pip install 'lorakeet[nf4]'"
+    )
+
+
+@functools.cache
+def _bitsandbytes() -> bool:
+    """Imports the package, without its note about a kernel for inference that it would fetch from a hub."""
+    if importlib.util.find_spec("bitsandbytes") is None:
+        return False
+    log = logging.getLogger("bitsandbytes.backends.cpu.ops")
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        import bitsandbytes  # noqa: F401
+    finally:
+        log.setLevel(level)
+    return True
