@@ -247,6 +247,35 @@ def test_a_held_out_loss_that_is_not_a_number_stops_too(tmp_path: Path) -> None:
         go(tmp_path / "run", SPEC, task)
 
 
+def test_a_held_out_loss_far_above_the_base_stops_too(tmp_path: Path) -> None:
+    task = Scripted(SPEC)
+    task.losses = iter([9.0, 5.0, 19.5])
+    with pytest.raises(RunStopped) as error:
+        go(tmp_path / "run", SPEC, task)
+    said = str(error.value)
+    assert said.startswith("Step 6: training diverged, the held-out loss is 19.5 nats a token and was 9 before training. Kept:")
+    assert "step-000004" in said and "(held-out loss 5.0000 at step 3)" in said
+    assert "lower train.learning_rate" in said
+
+
+def test_a_divergence_in_the_first_step_is_no_missing_gradient(tmp_path: Path) -> None:
+    """One absurd step leaves a model whose gradients vanish; the remedy is the learning rate, not lora.exclude_modules."""
+
+    class Burst(TinyTask):
+        def loss(self, batch: Batch) -> Tensor:
+            loss = super().loss(batch)
+            return loss if self.parameters()["first.B"].abs().max() == 0 else loss * 0 + 1e4
+
+        def held_out(self) -> HeldOut | None:
+            found = super().held_out()
+            assert found is not None
+            jumped = self.parameters()["first.B"].abs().max() > 0
+            return HeldOut(found.sums * 100, found.weights) if jumped else found
+
+    with pytest.raises(RunStopped, match=r"Step 3: training diverged"):
+        go(tmp_path / "run", SPEC, Burst(SPEC))
+
+
 @pytest.mark.parametrize("start", ["kaiming", "pissa"])
 def test_interrupted_and_resumed_equals_uninterrupted(tmp_path: Path, start: str) -> None:
     """Twice interrupted, in a step with a checkpoint of its own and in one without; dropout draws random numbers all along."""

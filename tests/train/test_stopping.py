@@ -25,6 +25,12 @@ def test_patience_counts_evaluations_since_the_last_improvement() -> None:
     assert not watch.exhausted(0)
 
 
+def test_a_loss_far_above_the_base_is_a_divergence() -> None:
+    watch, _ = seen([2.0])
+    assert watch.diverged(12.1) and not watch.diverged(11.9)
+    assert not Watch().diverged(100.0)  # without held-out rows there is nothing to compare with
+
+
 def test_small_gains_are_kept_but_do_not_count() -> None:
     watch, best = seen([9.0, 3.0, 2.95, 2.91, 2.85], min_improvement=0.1)
     assert best == [False, True, True, True, True]

@@ -145,7 +145,7 @@ class Training(Generic[BatchT]):
         loss = self._accumulate(batches, sizes, step)
         norm = gradients.gradient_norm(self.parameters)
         self._require_finite(step, loss, norm)
-        if step <= 2:
+        if step <= 2 and not self.at.watch.diverged(loss):  # a model that diverged has silent gradients everywhere
             gradients.require_gradients(self.parameters, step)
         gradients.clip(self.parameters, self.spec.clip_norm, norm=norm)
         rate = self.learning_rate * schedule.factor(step, self.total, warmup=self.warmup, shape=self.spec.schedule)
@@ -206,12 +206,17 @@ class Training(Generic[BatchT]):
         if not np.isfinite(held_out.sums).all():
             self._stop_diverged(f"Step {self.at.step}: the held-out loss is not finite.")
         estimate = _mean_loss(held_out.sums, held_out.weights, seed=self.spec.seed)
+        watch = self.at.watch
+        if watch.diverged(estimate.value):
+            self._stop_diverged(
+                f"Step {self.at.step}: training diverged, the held-out loss is {estimate.value:.4g} nats a token and was "
+                f"{watch.base_loss:.4g} before training."
+            )
         record: Record = {
             "step": self.at.step, "held_out_loss": estimate.value, "low": estimate.low, "high": estimate.high, "n": estimate.n
         }  # fmt: skip
         self._write(record)
         self.report.held_out(record)
-        watch = self.at.watch
         if watch.see(self.at.step, estimate.value, min_improvement=self.spec.min_improvement):
             self.best = _copies(self.parameters)
             self._publish()

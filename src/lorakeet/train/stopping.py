@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+DIVERGED = 10.0  # nats a token above the base: e^10, the rows have become 22,000 times less likely a token
+
 
 @dataclass
 class Watch:
@@ -31,6 +33,10 @@ class Watch:
             return False
         self.best_loss, self.best_step = loss, step
         return True
+
+    def diverged(self, loss: float) -> bool:
+        """Whether `loss` is so far above the base's that no later step will mend it."""
+        return self.base_loss is not None and loss > self.base_loss + DIVERGED
 
     def exhausted(self, patience: int) -> bool:
         """Whether `patience` evaluations in a row brought no improvement; never with a patience of 0."""
