@@ -110,6 +110,16 @@ def test_ranks_of_paths_that_end_alike_stay_apart(tmp_path: Path) -> None:
     assert {path: pair.rank for path, pair in lorakeet_peft.read(tmp_path).pairs.items()} == paths
 
 
+def test_alphas_that_disagree_on_one_module_are_refused(folder: Path) -> None:
+    path = next(iter(lorakeet_peft.read(folder).pairs))
+    leaf = path.rpartition(".")[2]
+    change_config(folder, alpha_pattern={leaf: 24, f"^{path}": 24})
+    assert lorakeet_peft.read(folder).pairs[path].alpha == 24
+    change_config(folder, alpha_pattern={leaf: 24, f"^{path}": 3})
+    with pytest.raises(ConfigError, match=rf"keys that disagree on {path}: '{leaf}' says 24, '\^{path}' says 3\. Keep"):
+        lorakeet_peft.read(folder)
+
+
 def test_one_scale_rule_on_disk(tmp_path: Path) -> None:
     weight = torch.zeros(8, 8)
     pairs = {name: random_pair("linear", weight, scale_rule="alpha/sqrt(rank)") for name in "abc"}

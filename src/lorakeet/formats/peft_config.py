@@ -17,7 +17,7 @@ from typing import Any
 from lorakeet.core.adapter import Adapter, Pair
 from lorakeet.core.math import ScaleRule, alpha_for
 from lorakeet.core.spec import pattern_value
-from lorakeet.errors import DataError, Problems
+from lorakeet.errors import ConfigError, DataError, Problems
 
 CONFIG_NAME = "adapter_config.json"
 NO_TARGETS = "dummy-target-modules"  # PEFT's word for an adapter that has no pair at all
@@ -79,9 +79,17 @@ class PeftConfig:
         return int(pattern_value(dict(self.rank_pattern), path) or self.rank)
 
     def alpha_of(self, path: str) -> float:
-        """The alpha of the pair at `path`: the first matching key of alpha_pattern, or lora_alpha."""
-        found = pattern_value(dict(self.alpha_pattern), path)
-        return self.alpha if found is None else found
+        """The alpha of the pair at `path`: that of the matching keys of alpha_pattern, or lora_alpha.
+
+        ConfigError where two keys match and disagree: PEFT takes the first, and the order of keys is not safe in JSON.
+        """
+        values = {key: value for key, value in self.alpha_pattern.items() if pattern_value({key: value}, path) is not None}
+        if len(set(values.values())) > 1:
+            said = ", ".join(f"{key!r} says {value:g}" for key, value in values.items())
+            raise ConfigError(
+                f"{CONFIG_NAME}: alpha_pattern has keys that disagree on {path}: {said}. Keep the one that it was trained with."
+            )
+        return next(iter(values.values()), self.alpha)
 
     def targets(self, path: str) -> bool:
         """Whether target_modules names the module at `path`, by PEFT's rule."""
