@@ -1,13 +1,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
 import numpy as np
 import pytest
 
 from lorakeet.errors import DataError
-from lorakeet.evaluate.likelihood import RowLosses, answer_by_likelihood, label_log_probs, measure_losses
+from lorakeet.evaluate.likelihood import RowLosses, label_log_probs, measure_losses
 from lorakeet.evaluate.spec import EvaluateSpec
 
 QUICK = EvaluateSpec(resamples=400)
@@ -24,26 +23,6 @@ def test_rows_without_a_likelihood_are_named(row: list[float]) -> None:
         label_log_probs(np.array([[-1.0, -2.0], row]))
     with pytest.raises(DataError, match="expected \\(rows, labels\\)"):
         label_log_probs(np.array(row))
-
-
-def test_the_scorer_sees_batches_and_answers_keep_their_order() -> None:
-    seen: list[int] = []
-
-    def scorer(items: Sequence[str]) -> np.ndarray:
-        seen.append(len(items))
-        return np.array([[-float(item.count("a")), -float(item.count("b"))] for item in items])
-
-    answers = answer_by_likelihood(
-        ["a", "bb", "ab", "aab", "b"], scorer, system="toy", labels=("x", "y"), truth=[1, 0, 0, 1, 0], batch=2
-    )
-    assert seen == [2, 2, 1]
-    assert answers.predicted.tolist() == [1, 0, 0, 1, 0] and answers.correct.all()
-    assert answers.confidence[2] == pytest.approx(0.5)
-
-
-def test_no_items_is_a_data_error() -> None:
-    with pytest.raises(DataError, match="0 rows"):
-        answer_by_likelihood([], lambda items: np.zeros((0, 2)), system="toy", labels=("x", "y"), truth=[])
 
 
 def test_loss_is_token_weighted_and_perplexity_its_exponential() -> None:

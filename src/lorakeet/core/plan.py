@@ -1,6 +1,6 @@
 """The Plan: which matrix gets which pair, decided before anything is allocated. Plain data; `models/targets` makes it.
 
-The Plan can be printed, saved, edited and read again; `models/inject` does what it says and nothing else.
+The Plan can be printed before anything is allocated; `models/inject` does what it says and nothing else.
 """
 
 from __future__ import annotations
@@ -89,16 +89,8 @@ class Plan:
         return sum(entry.parameters for entry in self.entries) + sum(extra.parameters for extra in self.extras)
 
     def to_mapping(self) -> dict[str, Any]:
-        """Plain lists and numbers, for JSON; `from_mapping` reads it back."""
+        """Plain lists and numbers, for JSON."""
         return asdict(self)
-
-    @staticmethod
-    def from_mapping(data: dict[str, Any]) -> Plan:
-        entries = tuple(PlanEntry(**{**entry, "shape": tuple(entry["shape"])}) for entry in data["entries"])
-        extras = tuple(
-            ExtraEntry(**{**extra, "shape": tuple(extra["shape"]), "tokens": tuple(extra["tokens"])}) for extra in data["extras"]
-        )
-        return Plan(entries, extras, data["frozen_parameters"])
 
     def rows(self) -> list[tuple[str, str, str, str, str]]:
         """Table rows (path, shape, rank, scale, parameters); equal entries of several blocks share one: `layers.[0-29].…`."""

@@ -38,15 +38,6 @@ class StepOrder:
         """Steps in which every row is seen once."""
         return math.ceil(self.rows / self.batch_size)
 
-    def steps(self, epochs: float) -> int:
-        """Steps of that many epochs, rounded up."""
-        return math.ceil(round(epochs * self.steps_per_epoch, 6))
-
-    def epoch(self, step: int) -> float:
-        """Epochs that are done when `step` steps are."""
-        whole, rest = divmod(step, self.steps_per_epoch)
-        return whole + min(rest * self.batch_size / self.rows, 1.0)
-
     def indices(self, step: int) -> list[int]:
         """The rows of step `step`, counted from 0."""
         epoch, place = divmod(step, self.steps_per_epoch)

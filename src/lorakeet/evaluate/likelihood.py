@@ -3,20 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Hashable
 from dataclasses import dataclass
-from typing import TypeVar
 
 import numpy as np
 from scipy.special import log_softmax
 
 from lorakeet.errors import DataError, Problems
-from lorakeet.evaluate.answers import Answers
 from lorakeet.evaluate.intervals import Estimate, Floats, Integers, ratio
 from lorakeet.evaluate.spec import EvaluateSpec
-
-T = TypeVar("T")
-Scorer = Callable[[Sequence[T]], Floats]  # items -> summed log-probability of each candidate (items, labels)
 
 
 def label_log_probs(table: Floats) -> Floats:
@@ -36,23 +31,6 @@ def label_log_probs(table: Floats) -> Floats:
             f"Row {row} has the candidate scores {found}; expected finite log-probabilities. Evaluate in fp32 or bf16."
         )
     return np.asarray(log_softmax(scores, axis=1))
-
-
-def answer_by_likelihood(
-    items: Sequence[T],
-    scorer: Scorer[T],
-    *,
-    system: str,
-    labels: Sequence[str],
-    truth: Sequence[int] | Integers,
-    groups: Sequence[Hashable] | None = None,
-    batch: int = 16,
-) -> Answers:
-    """Answers of the model behind `scorer`, which is called on `batch` items at a time."""
-    tables = [np.asarray(scorer(items[start : start + batch]), dtype=np.float64) for start in range(0, len(items), batch)]
-    table = np.concatenate(tables) if tables else np.zeros((0, len(labels)))
-    log_probs = label_log_probs(table)
-    return Answers(system, tuple(labels), np.asarray(truth, dtype=np.int64), log_probs, None if groups is None else tuple(groups))
 
 
 @dataclass(frozen=True, eq=False)
