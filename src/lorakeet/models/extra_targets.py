@@ -38,7 +38,12 @@ def _whole_modules(model: nn.Module, spec: LoraSpec, problems: Problems) -> list
             problems.add(f"No module matches lora.extra_modules '{name}'.{nearest(name, leaves)}")
         for path, module in matches:
             count = sum(parameter.numel() for parameter in module.parameters())
-            if count:
+            if modules.is_packed(module):
+                problems.add(
+                    f"lora.extra_modules '{path}' has packed weights, which are never trained; leave it out, or keep the model's "
+                    "weights with model.quantize none."
+                )
+            elif count:
                 found[path] = ExtraEntry(path, "module", (count,))
             else:
                 problems.add(f"lora.extra_modules '{path}' is a {type(module).__name__} without parameters; leave it out.")

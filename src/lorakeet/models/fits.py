@@ -12,6 +12,7 @@ from lorakeet.core.math import Kind
 from lorakeet.core.plan import ExtraEntry, Plan, PlanEntry
 from lorakeet.errors import ConfigError, nearest
 from lorakeet.models import modules
+from lorakeet.quant.adopt import weights_in
 
 
 def plan_of(model: nn.Module, adapter: Adapter) -> Plan:
@@ -30,7 +31,7 @@ def plan_of(model: nn.Module, adapter: Adapter) -> Plan:
         heading = f"The adapter does not fit this base ({len(wrong)} problem{'s' if len(wrong) > 1 else ''}):"
         advice = "Use the base that it was trained on" + (f": {adapter.base}." if adapter.base else ".")
         raise ConfigError("\n".join([heading, *(f"  - {line}" for line in wrong), advice]))
-    return Plan(tuple(entries), tuple(extras), sum(parameter.numel() for parameter in model.parameters()))
+    return Plan(tuple(entries), tuple(extras), weights_in(model))
 
 
 def _entry(places: dict[str, nn.Module], path: str, pair: Pair, wrong: list[str]) -> PlanEntry | None:
@@ -84,6 +85,8 @@ def _whole(places: dict[str, nn.Module], adapter: Adapter, wrong: list[str]) -> 
     for path, tensor in adapter.extras.items():
         owner, _, leaf = path.rpartition(".")
         parameter = dict(places[owner].named_parameters(recurse=False)).get(leaf) if owner in places else None
+        if owner in places and leaf == "weight" and owner in adapter.pairs and modules.is_packed(places[owner]):
+            continue  # a copy of the frozen weight beside its pair, before it was packed: nothing to compare it with
         if parameter is None:
             wrong.append(f"'{path}': this base has no such parameter.{nearest(path, [f'{place}.{leaf}' for place in places])}")
         elif parameter.shape != tensor.shape:

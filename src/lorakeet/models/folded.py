@@ -13,10 +13,11 @@ from lorakeet.core.layers import AdaptedLayer
 from lorakeet.core.lowrank import LoraPair
 from lorakeet.core.math import fold
 from lorakeet.models.modules import adapted_layers, original_modules
+from lorakeet.quant.packed import PackedLinear
 
 
 def folded_weights(model: nn.Module, name: str | None) -> Iterator[tuple[str, Tensor]]:
-    """(path of the parameter, W with adapter `name` folded in) for every parameter of the model, one at a time."""
+    """(path of the parameter, W with adapter `name` folded in) for every parameter of the model, one at a time, packed ones in fp32."""
     changed: dict[str, tuple[nn.Module, str]] = {}
     for path, layer in adapted_layers(model):
         if name is None or name not in layer.adapters:
@@ -25,6 +26,10 @@ def folded_weights(model: nn.Module, name: str | None) -> Iterator[tuple[str, Te
         leaves = list(held.keys()) if isinstance(held, ExpertPairs) else _leaves(layer, held)
         changed.update({f"{path}.{leaf}": (held, leaf) for leaf in leaves})
     for path, module in original_modules(model):
+        if isinstance(module, PackedLinear):
+            full = f"{path}.weight"
+            with torch.no_grad():
+                yield full, _expected(module.weight, *changed[full]) if full in changed else module.weight
         for leaf, parameter in module.named_parameters(recurse=False):
             full = f"{path}.{leaf}" if path else leaf
             with torch.no_grad():

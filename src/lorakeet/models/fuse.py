@@ -45,8 +45,10 @@ def unfuse(model: nn.Module) -> None:
 
 
 def _stand_in(module: nn.Module) -> StandIn | None:
-    """What may stand for `module`; where it has shapes but no numbers (a planned model), a small copy of it is probed."""
-    if not any(parameter.is_meta or isinstance(parameter, FakeTensor) for parameter in module.parameters()):
+    """What may stand for `module`; a small copy of it is probed where it has shapes but no numbers (a planned model), and where
+    weights are packed, which would all be unpacked several times."""
+    no_numbers = any(parameter.is_meta or isinstance(parameter, FakeTensor) for parameter in module.parameters())
+    if not no_numbers and not modules.is_packed(module):
         return _mlp(module) or _norm(module)
     if not _has_mlp_names(module) and set(module._parameters) != {"weight"}:
         return None
@@ -102,7 +104,7 @@ def _probe(width: int, like: Tensor) -> Tensor:
 
 def _small_copy(module: nn.Module) -> nn.Module:
     """The module over small random weights: which function it computes does not depend on how wide its matrices are."""
-    dtype = next(parameter.dtype for parameter in module.parameters())
+    dtype = next((parameter.dtype for parameter in module.parameters()), torch.float32)
     generator = torch.Generator().manual_seed(0)
     small = copy.copy(module)
     small._parameters, small._modules = dict(module._parameters), dict(module._modules)

@@ -8,6 +8,7 @@ the head computes, since both go on sharing the frozen original (and the other w
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
@@ -17,7 +18,7 @@ from lorakeet.core.adapter import Adapter, Pair, TokenRows
 from lorakeet.core.dora import DoraPair
 from lorakeet.core.experts import ExpertPairs, LoraExperts
 from lorakeet.core.extras import Rows, TokenRowsLayer, TrainedModule
-from lorakeet.core.layers import AdaptedLayer, LoraConv2d, LoraEmbedding, LoraLinear, base_of, new_pair
+from lorakeet.core.layers import AdaptedLayer, LoraConv2d, LoraEmbedding, LoraLinear, new_pair
 from lorakeet.core.lowrank import LoraPair
 from lorakeet.core.plan import ExtraEntry, Plan, PlanEntry
 from lorakeet.errors import ConfigError, Problems, nearest
@@ -25,6 +26,8 @@ from lorakeet.models import modules
 from lorakeet.models.fits import plan_of
 from lorakeet.models.fuse import unfuse
 from lorakeet.models.token_rows import put_rows, shrink
+from lorakeet.quant.adopt import base_of
+from lorakeet.quant.packed import PackedLinear
 
 
 def inject(
@@ -39,13 +42,8 @@ def inject(
     _check_places(model, plan)
     _freeze(model)
     for entry in plan.entries:
-        module = _pair_module(model, entry)
-        weight = cast(Tensor, module.get_parameter(_expert_leaf(entry) or "weight"))
-
-        def rows_first(weight: Tensor = weight, kind: str = entry.kind) -> Tensor:
-            return weight.detach().t() if kind == "conv1d" else weight.detach()
-
-        _put_pair(model, entry, name, new_pair(entry, weight=rows_first, seed=seed, device=weight.device))
+        weight, device = _frozen_rows(model, entry)
+        _put_pair(model, entry, name, new_pair(entry, weight=weight, seed=seed, device=device))
     for extra in plan.extras:
         _put_extra(model, extra, name, token_ids)
     activate(model, name)
@@ -78,9 +76,12 @@ def activate(model: nn.Module, name: str | None) -> None:
 
 
 def use_products(model: nn.Module, products: torch.dtype) -> None:
-    """Makes every adapted layer run its matrix products in `products` (core/precision), whatever its weights are kept in."""
+    """Makes every adapted and every packed layer run its products in `products` (core/precision), whatever its weights are."""
     for _, layer in modules.adapted_layers(model):
         layer.products = products
+    for _, module in modules.original_modules(model):
+        if isinstance(module, PackedLinear):
+            module.products = products
 
 
 def attach(model: nn.Module, adapter: Adapter, name: str = "default") -> None:
@@ -215,6 +216,10 @@ def _pair_module(model: nn.Module, entry: PlanEntry) -> nn.Module:
     return modules.bare(cast(nn.Module, modules.find(model, _module_path(entry))))
 
 
+def _frozen_rows(model: nn.Module, entry: PlanEntry) -> tuple[Callable[[], Tensor], torch.device]:
+    return modules.frozen_rows(_pair_module(model, entry), entry.kind, _expert_leaf(entry) or "weight")
+
+
 def _layer_class(entry: PlanEntry) -> type[AdaptedLayer]:
     classes: dict[str, type[AdaptedLayer]] = {"embedding": LoraEmbedding, "conv2d": LoraConv2d, "experts": LoraExperts}
     return classes.get(entry.kind, LoraLinear)
@@ -260,11 +265,11 @@ def _check_experts(layer: LoraExperts, path: str) -> None:
 
 
 def _filled_pair(model: nn.Module, entry: PlanEntry, value: Pair) -> LoraPair:
-    weight = cast(Tensor, _pair_module(model, entry).get_parameter(_expert_leaf(entry) or "weight")).detach()
+    weight, device = _frozen_rows(model, entry)
     kind = DoraPair if entry.variant == "dora" else LoraPair
-    pair = kind(entry, device=weight.device, bias=value.bias is not None)
+    pair = kind(entry, device=device, bias=value.bias is not None)
     if isinstance(pair, DoraPair):
-        pair.measure(weight.t() if entry.kind == "conv1d" else weight)
+        pair.measure(weight())
     pair.load(value)
     return pair
 

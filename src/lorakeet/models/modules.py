@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, cast
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from lorakeet.core.layers import AdaptedLayer, StandIn
 from lorakeet.core.math import Kind
 from lorakeet.models.families import Family
+from lorakeet.quant.packed import PackedBase, PackedLinear
 
 EXPERT_PARAMETERS = ("gate_up_proj", "up_proj", "down_proj")
 HEADS = ("lm_head", "embed_out", "score", "classifier", "classification_head", "qa_outputs", "value_head", "v_head")
@@ -55,6 +57,8 @@ def replace(model: nn.Module, path: str, module: nn.Module) -> None:
 
 def kind_of(module: nn.Module) -> Kind | None:
     """The kind of pair that fits `module`, or None; experts are parameters, see `expert_stacks`."""
+    if isinstance(module, PackedLinear):
+        return "conv1d" if module.transposed else "linear"
     if isinstance(module, Conv1D):
         return "conv1d"
     # A class with a forward of its own, or whose weight others read past forward (nn.MultiheadAttention), would ignore the pair.
@@ -70,8 +74,23 @@ def kind_of(module: nn.Module) -> Kind | None:
 
 def weight_shape(module: nn.Module, kind: Kind) -> tuple[int, ...]:
     """The weight's shape with output rows first, as `PlanEntry.shape` has it."""
+    if isinstance(module, PackedLinear):
+        return module.base.shape
     shape = tuple(cast(Any, module).weight.shape)
     return shape[::-1] if kind == "conv1d" else shape
+
+
+def frozen_rows(module: nn.Module, kind: Kind, leaf: str = "weight") -> tuple[Callable[[], Tensor], torch.device]:
+    """What gives the frozen weight with output rows first, and its device; a packed weight is unpacked at each call only."""
+    if isinstance(module, PackedLinear):
+        return module.base.dense, module.base.device
+    weight = module.get_parameter(leaf).detach()
+    return (lambda: weight.t() if kind == "conv1d" else weight), weight.device
+
+
+def is_packed(module: nn.Module) -> bool:
+    """Whether a weight of `module`, or of one within it, is kept packed."""
+    return any(isinstance(held, PackedBase) for held in module.modules())
 
 
 def expert_stacks(module: nn.Module) -> list[str]:

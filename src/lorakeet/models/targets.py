@@ -16,6 +16,7 @@ from lorakeet.errors import Problems, nearest
 from lorakeet.models import modules
 from lorakeet.models.extra_targets import plan_extras
 from lorakeet.models.families import Family, in_group
+from lorakeet.quant.adopt import weights_in
 
 KEYWORDS = ("all-linear", "attention", "mlp", "experts")
 _WORDS = {"attention": ("attn", "attention"), "mlp": ("mlp", "feed_forward", "ffn", "feedforward", "moe")}
@@ -53,7 +54,7 @@ def plan_for(model: nn.Module, spec: LoraSpec, family: Family) -> Plan:
     if not problems.messages and not entries and not extras:
         problems.add("Nothing would be trained: every target is excluded or outside lora.layers. Widen one of them.")
     problems.raise_if_any()
-    return Plan(entries, extras, sum(parameter.numel() for parameter in model.parameters()))
+    return Plan(entries, extras, weights_in(model))
 
 
 def _sites(model: nn.Module) -> Iterable[Site]:
