@@ -25,9 +25,11 @@ from lorakeet.models.load import set_attention
 from lorakeet.models.text import TextModel
 from lorakeet.train.checkpoint import found
 from lorakeet.train.log import read_metrics
+from lorakeet.workflows import assemble as assembling
 from lorakeet.workflows import finetune as workflow
 from lorakeet.workflows.finetune import finetune
 from lorakeet.workflows.opened import open_adapter
+from tiny.models import save_tiny_llama
 from tiny.peft_oracle import into_peft
 from tiny.runs import adapter_bytes, chats, quiet, reviews, run, settings, tree, write_rows
 
@@ -138,6 +140,19 @@ def test_a_resumed_run_wants_the_rows_that_it_began_with(finished: Any, tmp_path
     with pytest.raises(DataError, match="not what this run started with"):
         finetune(config, resume=copy, console=quiet())
     assert tree(copy) == before
+
+
+def test_a_resumed_run_wants_the_model_that_it_began_with(finished: Any, tmp_path: Path) -> None:
+    """Other weights of the same shapes under the same path: nothing but their content tells them apart."""
+    model, out = tmp_path / "model", tmp_path / "run"
+    shutil.copytree(finished.model, model)
+    run(model, finished.data, out)
+    before = tree(out)
+    shutil.rmtree(model)
+    save_tiny_llama(model, seed=1)
+    with pytest.raises(ConfigError, match=r"files of the base model changed since .* began \(sha256 .*; bring the old ones back"):
+        finetune(read_run(out / "config.yaml"), resume=out, console=quiet())
+    assert tree(out) == before
 
 
 def test_a_dry_run_writes_nothing(tiny_llama_folder: Path, rows: Path, tmp_path: Path) -> None:
@@ -252,7 +267,7 @@ def test_a_run_that_cannot_be_injected_writes_nothing(
     def refuse(*_: Any, **__: Any) -> None:
         raise ConfigError("no")
 
-    monkeypatch.setattr(workflow, "inject", refuse)
+    monkeypatch.setattr(assembling, "begin_adapter", refuse)
     with pytest.raises(ConfigError):
         run(tiny_llama_folder, rows, tmp_path / "run")
     assert list(tmp_path.iterdir()) == []

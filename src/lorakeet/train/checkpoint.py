@@ -149,12 +149,20 @@ def require_same(saved: Mapping[str, Any], now: Mapping[str, Any], *, run: Path)
     """Raises ConfigError that names every setting in which the run on disk and this one differ."""
     problems = Problems(f"The run {run} cannot go on with other settings than it began with", ConfigError)
     for key in sorted(saved.keys() | now.keys()):
-        if saved.get(key) != now.get(key):
-            problems.add(
-                f"{key} was {saved.get(key)!r} when {run} began and is {now.get(key)!r} now; "
-                "take the old value to resume, or start a new run with another --out."
-            )
+        if saved.get(key) == now.get(key):
+            continue
+        if key.startswith("train."):
+            said = f"{key} was {saved.get(key)!r} when {run} began and is {now.get(key)!r} now; take the old value to resume"
+        else:
+            hashes = _hashes(saved.get(key), now.get(key))
+            said = f"The {key} changed since {run} began{hashes}; bring the old ones back to resume"
+        problems.add(f"{said}, or start a new run with another --out.")
     problems.raise_if_any()
+
+
+def _hashes(before: Any, now: Any) -> str:
+    """ " (sha256 1a2b… then, 3c4d… now)" where both are known."""
+    return f" (sha256 {before[:8]}… then, {now[:8]}… now)" if before and now else ""
 
 
 def _on_cpu(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -21,6 +21,7 @@ from lorakeet.errors import RunStopped
 from lorakeet.evaluate.certificate import Certificate
 from lorakeet.evaluate.report import Report, write_report
 from lorakeet.evaluate.values import encode
+from lorakeet.models.fingerprint import fingerprint
 from lorakeet.train.log import read_metrics, require_sink
 from lorakeet.train.loop import Outcome, train
 from lorakeet.train.progress import reporter_for
@@ -129,12 +130,14 @@ def _begin(setup: Assembly, run: RunFolder, *, resume: bool) -> None:
 def _identity(setup: Assembly) -> dict[str, str]:
     """What must be equal for a run to be resumed, besides the training settings."""
     config = setup.config
+    examples = (*setup.train.examples, *setup.held_out.examples)
     parts = {
-        "model": dataclasses.asdict(config.model),
-        "lora": dataclasses.asdict(config.lora),
-        "data": [[example.key, example.ids.tolist()] for example in (*setup.train.examples, *setup.held_out.examples)],
+        "model settings": dataclasses.asdict(config.model),
+        "lora settings": dataclasses.asdict(config.lora),
+        "tokens of the rows": [[example.key, example.ids.tolist()] for example in examples],
     }
-    return {name: hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest() for name, value in parts.items()}
+    hashes = {name: hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest() for name, value in parts.items()}
+    return {**hashes, "files of the base model": fingerprint(setup.text.source)}
 
 
 def _prove(setup: Assembly, outcome: Outcome, run: RunFolder, console: Console) -> Report:
