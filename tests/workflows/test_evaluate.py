@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -53,6 +54,30 @@ def test_rows_that_the_run_has_seen_are_named_and_left_out(finished: Any, tmp_pa
     assert report.systems[0].metrics["accuracy"].n == 9 and report.subtitle.endswith("9 rows of mixed.jsonl")
     assert report.leaks is not None and len({leak.held_out for leak in report.leaks}) == 3
     assert "3 of 12 rows also stand in the training or held-out rows (left out)." in report.warnings
+
+
+def test_a_file_can_be_judged_where_the_rows_of_the_run_are_gone(finished: Any, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(finished.path, run)
+    gone = tmp_path / "gone.jsonl"
+    config = (run / "config.yaml").read_text()
+    (run / "config.yaml").write_text(config.replace(str(finished.data), str(gone)))
+    held_out = finished.result.setup.dataset.held_out[0]
+    fresh = reviews(9, seed=5)
+    data = write_rows(tmp_path / "fresh.jsonl", [*fresh, {"text": held_out.text, "label": held_out.label}])
+    report = evaluate(str(run), data=str(data), console=quiet()).report
+    whole = evaluate(str(finished.path), data=str(write_rows(tmp_path / "nine.jsonl", fresh)), console=quiet()).report
+    assert report.systems == whole.systems[:2]  # the adapter and the base; the floors had nothing to learn from
+    assert f"The run's own rows cannot be read ('{gone}' does not exist" in report.warnings[0]
+    assert report.warnings[1] == "1 of 10 rows are held-out rows of the run (left out)."
+    odd = write_rows(tmp_path / "odd.jsonl", [*reviews(6), {"text": "odd", "label": "goood"}])
+    with pytest.raises(DataError, match=r"'goood' of 1 evaluated rows .*Did you mean 'good'"):
+        evaluate(str(run), data=str(odd), console=quiet())
+    with pytest.raises(DataError, match=r"gone\.jsonl' does not exist"):
+        evaluate(str(run), console=quiet())
+    (run / "config.yaml").write_text((run / "config.yaml").read_text().replace("on_leak: drop", "on_leak: refuse"))
+    with pytest.raises(DataError, match=r"gone\.jsonl' does not exist"):
+        evaluate(str(run), data=str(data), console=quiet())
 
 
 @pytest.mark.parametrize(("kind", "metric"), [(reviews, "accuracy"), (chats, "loss")])

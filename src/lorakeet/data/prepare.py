@@ -28,7 +28,7 @@ class Dataset:
 
     def split_record(self) -> dict[str, object]:
         """The content of split.json for these rows."""
-        return split_record(self.train, self.held_out, self.test)
+        return split_record(self.train, self.held_out, self.test, labels=self.labels)
 
 
 def load_dataset(spec: DataSpec) -> Dataset:

@@ -71,10 +71,13 @@ def by_content(rows: Iterable[Row], seed: int) -> tuple[Row, ...]:
     return tuple(sorted(rows, key=lambda row: (_rank(row.key, seed), row.source)))
 
 
-def split_record(train: Sequence[Row], held_out: Sequence[Row], test: Sequence[Row] = ()) -> dict[str, object]:
-    """The content of split.json: the held-out rows' hashes, and one hash for all training and all test rows."""
+def split_record(
+    train: Sequence[Row], held_out: Sequence[Row], test: Sequence[Row] = (), *, labels: Sequence[str] = ()
+) -> dict[str, object]:
+    """The content of split.json: labels, the held-out rows' hashes, and one hash for all training and all test rows."""
     return {
         "format": SPLIT_FORMAT,
+        "labels": list(labels),
         "train_rows": len(train),
         "train_sha256": _digest(train),
         "test_rows": len(test),

@@ -16,7 +16,8 @@ from lorakeet.data.prepare import check_labels, find_labels, load_dataset
 from lorakeet.data.read import read_rows
 from lorakeet.data.rows import Row
 from lorakeet.data.spec import DataSpec
-from lorakeet.errors import ConfigError, DataError
+from lorakeet.data.split import read_split_record
+from lorakeet.errors import ConfigError, DataError, EnvironmentProblem, LorakeetError
 from lorakeet.evaluate.report import Report, write_report
 from lorakeet.evaluate.values import encode
 from lorakeet.workflows.assemble import within_context
@@ -98,12 +99,18 @@ def _rows_of_run(opened: Opened) -> _Rows:
 
 
 def _rows_of_file(opened: Opened, data: str) -> _Rows:
-    """The rows of `data`, read as the run's rows are; labels are the run's where it has a run, else those of the file."""
+    """The rows of `data`, read as the run's rows are; labels are the run's where it has a run, else those of the file.
+
+    The run's own rows are needed for the leak check and for the floors alone: where they cannot be read, that is said.
+    """
     settings: RunConfig = opened.config
     rows = tuple(read_rows(data, dataclasses.replace(settings.data, limit=None)))
     if not settings.data.train:
         return _Rows(rows, Path(data).name, find_labels(rows, settings.data), ())
-    dataset = load_dataset(settings.data)
+    try:
+        dataset = load_dataset(settings.data)
+    except (DataError, EnvironmentProblem) as error:
+        return _rows_without_training(opened, rows, Path(data).name, error)
     check_labels({"evaluated": rows}, dataset.labels)
     learnt = (*dataset.train, *dataset.held_out)
     left, found = _without_seen(rows, learnt, settings.data)
@@ -111,6 +118,26 @@ def _rows_of_file(opened: Opened, data: str) -> _Rows:
     fate = "left out" if settings.data.on_leak == "drop" else "kept, as data.on_leak says: the verdict is not about unseen rows"
     said = (f"{seen or len(found.across)} of {len(rows)} rows also stand in the training or held-out rows ({fate}).",)
     return _Rows(left, Path(data).name, dataset.labels, learnt, found, said if found.across else ())
+
+
+def _rows_without_training(opened: Opened, rows: tuple[Row, ...], named: str, why: LorakeetError) -> _Rows:
+    """The rows of a file where the run's are gone: labels and hashes of the held-out rows stand in its split.json."""
+    policy = opened.config.data.on_leak
+    if opened.run is None or policy == "refuse":
+        raise why
+    record = read_split_record(opened.run.split)
+    labels, held_out = record.get("labels"), record["held_out"]
+    if not isinstance(labels, list) or not isinstance(held_out, list):
+        raise why
+    check_labels({"evaluated": rows}, [str(label) for label in labels])
+    seen = set(map(str, held_out))
+    left = tuple(row for row in rows if row.key not in seen) if policy == "drop" else rows
+    if not left:
+        raise DataError(f"All {len(rows)} rows are held-out rows of the run. Name a file of other rows.") from why
+    said = [f"The run's own rows cannot be read ({why}) So copies of training rows were not looked for, and no floor was learnt."]
+    if len(left) < len(rows):
+        said.append(f"{len(rows) - len(left)} of {len(rows)} rows are held-out rows of the run (left out).")
+    return _Rows(left, named, tuple(map(str, labels)), (), None, tuple(said))
 
 
 def _without_seen(rows: tuple[Row, ...], learnt: tuple[Row, ...], spec: DataSpec) -> tuple[tuple[Row, ...], LeakReport]:
