@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import builtins
 import json
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,47 @@ def test_tensorboard_gets_every_number(tmp_path: Path) -> None:
     events.Reload()
     assert events.Tags()["scalars"] == ["loss"]
     assert [(event.step, event.value) for event in events.Scalars("loss")] == [(1, 0.5), (2, 1.0)]
+
+
+def offline_history(folder: Path) -> list[dict[str, float]]:
+    """What the real wandb wrote below `folder`: protobufs in a LevelDB log (blocks of 32 KiB, records in pieces)."""
+    from wandb.proto import wandb_internal_pb2
+
+    (file,) = folder.glob("wandb/offline-run-*/run-*.wandb")
+    data, at, held, found = file.read_bytes(), 7, b"", []
+    while at + 7 <= len(data):
+        _, length, kind = struct.unpack("<IHB", data[at : at + 7])
+        piece = data[at + 7 : at + 7 + length]
+        at += 7 + length
+        at += -at % 2**15 if 2**15 - at % 2**15 < 7 else 0  # a header is never split over two blocks
+        held = piece if kind in (1, 2) else held + piece  # whole, first; middle, last
+        if kind in (1, 4):
+            record = wandb_internal_pb2.Record()
+            record.ParseFromString(held)
+            items = {item.key or item.nested_key[0]: json.loads(item.value_json) for item in record.history.item}
+            found += [{key: value for key, value in items.items() if key in ("_step", "loss", "held_out_loss")}] if items else []
+    return found
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_wandb_gets_every_number_and_goes_on_in_the_same_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wandb = pytest.importorskip("wandb")
+    for name, value in {"WANDB_MODE": "offline", "WANDB_SILENT": "true", "WANDB_CONFIG_DIR": str(tmp_path / "settings")}.items():
+        monkeypatch.setenv(name, value)
+    names, found = [], []
+    for run in (tmp_path / "run", tmp_path / "run", tmp_path / "other"):
+        run.mkdir(exist_ok=True)
+        sink = sink_for("wandb", run)
+        assert sink is not None
+        names.append((wandb.run.project, wandb.run.name, wandb.run.id))
+        if len(names) == 1:
+            sink.write({"step": 1, "loss": 0.5, "lr": None})
+            sink.write({"step": 1, "held_out_loss": 0.75})
+            sink.write({"step": 2, "loss": 0.25})
+        sink.close()
+        found = found or offline_history(run)
+    assert found == [{"_step": 1, "loss": 0.5, "held_out_loss": 0.75}, {"_step": 2, "loss": 0.25}]
+    assert names[0] == names[1] != names[2] and names[0][:2] == ("lorakeet", "run")
 
 
 @pytest.mark.parametrize(("log_to", "extra"), [("tensorboard", "track"), ("wandb", "wandb")])
