@@ -3,20 +3,19 @@
 The model runs on one sequence (1, tokens) with `row_lengths=(n₁, n₂, …)` among its keyword arguments and position ids that
 begin again at each row. Each row attends to itself alone, so the cost is Σn² and not (Σn)².
 
-On a CPU the bf16 backward of torch's flash kernel is about three times slower than its fp32 one (measured: docs/log.md), so
-rows are computed in fp32 there and kept in the model's dtype between forward and backward.
+On a CPU the rows are computed by core/row_attention: torch's own bf16 backward is several times too slow there.
 """
 
 from __future__ import annotations
 
 import math
-from itertools import accumulate
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
+from lorakeet.core.row_attention import causal_rows
 from lorakeet.errors import EnvironmentProblem
 
 VARLEN = "lorakeet_varlen"
@@ -37,8 +36,9 @@ def row_attention(
 ) -> tuple[Tensor, None]:
     """query (1, heads, tokens, d), key and value (1, kv heads, tokens, d) to (1, tokens, heads, d), as transformers expects.
 
-    Settings used: `row_lengths`, `scaling`, `dropout`, `sliding_window`, `softcap`. Raises EnvironmentProblem for what it
-    does not implement (attention sinks, position biases, non-causal attention), so that nothing is left out in silence.
+    Settings used: `row_lengths`, `row_products` (dtype of the products on a CPU; fp32 if none), `scaling`, `dropout`,
+    `sliding_window`, `softcap`. Raises EnvironmentProblem for what it does not implement (attention sinks, position biases,
+    non-causal attention), so that nothing is left out in silence.
     """
     lengths = settings.get("row_lengths")
     _refuse_unknown(module, query, lengths, attention_mask, settings)
@@ -47,7 +47,7 @@ def row_attention(
     window, softcap, dropout = settings.get("sliding_window"), settings.get("softcap"), settings.get("dropout") or 0.0
     plain = softcap is None and dropout == 0.0 and (window is None or max(rows) <= window)
     if plain and query.device.type == "cpu" and query.shape[-1] == value.shape[-1]:
-        return cast(Tensor, _CausalRows.apply(query, key, value, rows, scale)), None  # type: ignore[no-untyped-call]
+        return causal_rows(query, key, value, rows, scale, settings.get("row_products") or torch.float32), None
     outputs = []
     for q, k, v in zip(*(torch.split(states, list(rows), dim=2) for states in (query, key, value)), strict=True):
         if softcap is not None:
@@ -88,73 +88,6 @@ def _limit_in_mask(module: nn.Module, settings: dict[str, Any]) -> int | None:
     config = getattr(module, "config", None)
     limits = [getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size")]
     return min((limit for limit in limits if isinstance(limit, int) and limit > 0), default=None)
-
-
-class _CausalRows(torch.autograd.Function):
-    """softmax(s·Q·Kᵀ + causal mask)·V of each row by torch's CPU flash kernel in fp32; saves Q, K, V, O in their own dtype.
-
-    Grouped queries: head h = kv·G + g attends to key head kv. The groups stand in the batch dimension over an expanded (not
-    copied) K and V, and dK, dV are summed over it. The result is (1, tokens, heads, d).
-    """
-
-    @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, rows: tuple[int, ...], scale: float) -> Tensor:
-        groups = query.shape[1] // key.shape[1]
-        q, k, v = _by_group(query.float(), groups), key.float(), value.float()
-        result = torch.empty_like(query.transpose(1, 2), memory_format=torch.contiguous_format)
-        place = _by_group(result.transpose(1, 2), groups)
-        logsumexps = []
-        for part in _parts(rows):
-            out, logsumexp = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-                q[:, :, part], _expanded(k, part, groups), _expanded(v, part, groups), 0.0, True, scale=scale
-            )
-            place[:, :, part] = out
-            logsumexps.append(logsumexp)
-        ctx.save_for_backward(query, key, value, result, *logsumexps)
-        ctx.rows, ctx.scale = rows, scale
-        return result
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        query, key, value, result, *logsumexps = ctx.saved_tensors
-        groups = query.shape[1] // key.shape[1]
-        q, k, v = _by_group(query.float(), groups), key.float(), value.float()
-        g, o = (_by_group(states.float().transpose(1, 2), groups) for states in (grad, result))
-        grads = [torch.empty_like(states) for states in (query, key, value)]
-        place = _by_group(grads[0], groups)
-        for part, logsumexp in zip(_parts(ctx.rows), logsumexps, strict=True):
-            grad_q, grad_k, grad_v = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-                g[:, :, part],
-                q[:, :, part],
-                _expanded(k, part, groups),
-                _expanded(v, part, groups),
-                o[:, :, part],
-                logsumexp,
-                0.0,
-                True,
-                scale=ctx.scale,
-            )
-            place[:, :, part] = grad_q
-            grads[1][0, :, part] = grad_k.sum(0)
-            grads[2][0, :, part] = grad_v.sum(0)
-        return *grads, None, None
-
-
-def _parts(rows: tuple[int, ...]) -> list[slice]:
-    """Where each row stands among the tokens."""
-    ends = list(accumulate(rows))
-    return [slice(end - length, end) for end, length in zip(ends, rows, strict=True)]
-
-
-def _by_group(states: Tensor, groups: int) -> Tensor:
-    """(1, kv·groups, n, d) seen as (groups, kv, n, d)."""
-    _, heads, n, d = states.shape
-    return states.view(heads // groups, groups, n, d).transpose(0, 1)
-
-
-def _expanded(states: Tensor, part: slice, groups: int) -> Tensor:
-    """One row of (1, kv, tokens, d), seen once for each group: (groups, kv, n, d)."""
-    return states[:, :, part].expand(groups, -1, -1, -1)
 
 
 def _band(n: int, window: int | None, device: torch.device) -> Tensor:

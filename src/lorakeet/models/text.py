@@ -20,6 +20,7 @@ from lorakeet.core.layers import AdaptedLayer
 from lorakeet.data.pack import Batch
 from lorakeet.models.attention import VARLEN
 from lorakeet.models.families import Family
+from lorakeet.quant.packed import PackedLinear
 
 HEAD_TILE = 8192  # rows of the head's weight that are cast to the products' dtype at once
 
@@ -53,7 +54,9 @@ class TextModel:
         """The decoder's last hidden states where a target is to be predicted, (targets, hidden), with gradient if enabled."""
         batch = batch.to(self.device)
         if self.attention == "varlen":
-            states = self._decode(batch.ids[None], position_ids=batch.positions[None], row_lengths=batch.lengths)
+            states = self._decode(
+                batch.ids[None], position_ids=batch.positions[None], row_lengths=batch.lengths, row_products=self.products
+            )
             return states[0].index_select(0, batch.target_positions)
         padded, places = _padded(batch, self._pad)
         states = self._decode(padded)
@@ -65,12 +68,14 @@ class TextModel:
         Where products run in another dtype than the weights are stored in, the logits keep the products' dtype: rounded to
         bf16, close answers would tie.
         """
-        weight = self._plain_head_weight
-        if weight is not None and self.products != weight.dtype and weight.dtype == hidden.dtype:
+        weight, layer = self._plain_head_weight, self.model.get_output_embeddings()
+        if isinstance(layer, PackedLinear):
+            logits = cast(Tensor, layer(hidden.to(self.products)))
+        elif weight is not None and self.products != weight.dtype and weight.dtype == hidden.dtype:
             wide = hidden.to(self.products)  # in tiles, so that no second copy of the whole weight is held
             logits = torch.cat([torch.mm(wide, tile.to(self.products).t()) for tile in torch.split(weight, HEAD_TILE)], dim=-1)
         else:
-            logits = cast(Tensor, self.model.get_output_embeddings()(hidden))
+            logits = cast(Tensor, layer(hidden))
         config = self.model.config.get_text_config()
         if self.family.logit_factor:
             logits = logits * getattr(config, self.family.logit_factor)

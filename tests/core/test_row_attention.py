@@ -1,0 +1,71 @@
+"""Both ways of computing row attention against attention written out in double precision; what they keep."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from lorakeet.core import row_attention
+from lorakeet.core.row_attention import causal_rows
+
+HEADS, KV, WIDTH = 6, 2, 8
+ROWS = (5, 1, 9, 3)
+SCALE = 0.3
+
+
+def states(dtype: torch.dtype) -> list[Tensor]:
+    torch.manual_seed(0)
+    return [torch.randn(1, heads, sum(ROWS), WIDTH).to(dtype).requires_grad_() for heads in (HEADS, KV, KV)]
+
+
+def literal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """softmax(mask(scale·q·kᵀ))·v with one mask over all tokens."""
+    k, v = (x.repeat_interleave(HEADS // KV, dim=1) for x in (k, v))
+    row = torch.repeat_interleave(torch.arange(len(ROWS)), torch.tensor(ROWS))
+    seen = (row[:, None] == row) & torch.ones(len(row), len(row), dtype=torch.bool).tril()
+    scores = (q @ k.transpose(-1, -2) * SCALE).masked_fill(~seen, float("-inf"))
+    return (scores.softmax(-1) @ v).transpose(1, 2)
+
+
+def outputs_and_gradients(dtype: torch.dtype, products: torch.dtype | None) -> list[Tensor]:
+    q, k, v = states(dtype)
+    weights = torch.randn(1, sum(ROWS), HEADS, WIDTH, generator=torch.Generator().manual_seed(1)).to(dtype)
+    if products is None:
+        out = literal(q.double(), k.double(), v.double())
+    else:
+        out = causal_rows(q, k, v, ROWS, SCALE, products)
+        assert out.dtype == dtype
+    (out * weights).sum().backward()
+    return [out.detach(), *(x.grad for x in (q, k, v) if x.grad is not None)]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "products", "tolerance"),
+    [(torch.float32, torch.float32, 1e-5), (torch.bfloat16, torch.float32, 3e-2), (torch.bfloat16, torch.bfloat16, 3e-2)],
+)
+def test_equals_attention_written_out(dtype: torch.dtype, products: torch.dtype, tolerance: float) -> None:
+    for found, expected in zip(outputs_and_gradients(dtype, products), outputs_and_gradients(dtype, None), strict=True):
+        torch.testing.assert_close(found.double(), expected.double(), rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("queries", [2, 4])
+def test_blocks_of_queries_change_nothing_but_rounding(queries: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = outputs_and_gradients(torch.bfloat16, torch.bfloat16)
+    monkeypatch.setattr(row_attention, "QUERIES", queries)
+    for found, expected in zip(outputs_and_gradients(torch.bfloat16, torch.bfloat16), whole, strict=True):
+        torch.testing.assert_close(found.float(), expected.float(), rtol=2e-2, atol=2e-2)
+
+
+def test_products_keep_only_what_came_in() -> None:
+    kept: list[Tensor] = []
+    q, k, v = states(torch.bfloat16)
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):  # type: ignore[func-returns-value]
+        causal_rows(q, k, v, ROWS, SCALE, torch.bfloat16)
+    assert {x.data_ptr() for x in kept} == {x.data_ptr() for x in (q, k, v)}
+
+
+def test_fp32_states_are_never_rounded_to_narrow_products() -> None:
+    exact = outputs_and_gradients(torch.float32, None)
+    for found, expected in zip(outputs_and_gradients(torch.float32, torch.bfloat16), exact, strict=True):
+        torch.testing.assert_close(found.double(), expected.double(), rtol=1e-5, atol=1e-5)
