@@ -17,7 +17,7 @@ from lorakeet.quant.packed import PackedLinear
 
 
 def folded_weights(model: nn.Module, name: str | None) -> Iterator[tuple[str, Tensor]]:
-    """(path of the parameter, W with adapter `name` folded in) for every parameter of the model, one at a time, packed ones in fp32."""
+    """(path of the parameter, W with adapter `name` folded in) for every parameter, one at a time; packed ones in fp32."""
     changed: dict[str, tuple[nn.Module, str]] = {}
     for path, layer in adapted_layers(model):
         if name is None or name not in layer.adapters:

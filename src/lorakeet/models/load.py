@@ -12,14 +12,16 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from lorakeet.data.pack import Batch
-from lorakeet.errors import ConfigError, DataError, EnvironmentProblem
+from lorakeet.errors import DataError, EnvironmentProblem
 from lorakeet.models.attention import VARLEN, register
 from lorakeet.models.families import family_of
 from lorakeet.models.placement import device_for, dtype_for, products_for
+from lorakeet.models.quantized import load_quantised, stored_quantisation
 from lorakeet.models.quiet import quiet_transformers
 from lorakeet.models.source import find_source
 from lorakeet.models.spec import ModelSpec
 from lorakeet.models.text import TextModel
+from lorakeet.quant.spec import QuantSpec
 
 CHECK_ROWS = (5, 3)  # tokens of the two rows of the check
 HEAD_TOLERANCE = 8  # in units of the dtype's rounding: both sides multiply the same numbers
@@ -36,7 +38,7 @@ def load_text_model(spec: ModelSpec, *, say: Callable[[str], None] | None = None
     source = find_source(spec, tell)
     device = device_for(spec.device)
     dtype = dtype_for(spec.dtype, device)
-    model = _model(source, dtype).to(device)
+    model = _model(source, dtype, spec.quantize, tell).to(device)
     text = TextModel(
         model=model,
         tokenizer=load_tokenizer(source),
@@ -65,9 +67,11 @@ def load_tokenizer(folder: Path) -> Any:
         ) from error
 
 
-def _model(source: Path, dtype: torch.dtype) -> Any:
+def _model(source: Path, dtype: torch.dtype, quantize: QuantSpec, say: Callable[[str], None]) -> Any:
     """The frozen model in eval mode, with eager attention, on the CPU; the weights' pages stay those of the files if they can."""
     config = _config(source)
+    if quantize.method != "none" or stored_quantisation(config):
+        return load_quantised(source, config, dtype, quantize, say)
     try:
         with quiet_transformers():
             model, report = AutoModelForCausalLM.from_pretrained(
@@ -95,12 +99,9 @@ def _model(source: Path, dtype: torch.dtype) -> Any:
 def _config(source: Path) -> Any:
     try:
         with quiet_transformers():
-            config = AutoConfig.from_pretrained(source, local_files_only=True)
+            return AutoConfig.from_pretrained(source, local_files_only=True)
     except (ValueError, OSError, KeyError, TypeError) as error:
         raise DataError(f"{source / 'config.json'} does not describe a model that transformers knows: {error}") from error
-    if getattr(config, "quantization_config", None):
-        raise ConfigError(f"{source} holds quantised weights; name the unquantised model.")
-    return config
 
 
 def _check_batch(text: TextModel, rows: tuple[int, ...]) -> Batch:

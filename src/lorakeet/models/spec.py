@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from lorakeet.quant.spec import QuantSpec
+
 
 @dataclass(frozen=True)
 class ModelSpec:
@@ -22,6 +24,10 @@ class ModelSpec:
     products: Literal["auto", "float32", "bfloat16", "float16"] = field(
         default="auto",
         metadata={"help": "Precision of the matrix products; auto measures which is fastest here for the stored precision."},
+    )
+    quantize: QuantSpec = field(
+        default_factory=QuantSpec,
+        metadata={"help": "How the frozen linear layers are kept in memory.", "shorthand": "method"},
     )
     device: str = field(default="auto", metadata={"help": "auto, cpu, cuda, cuda:1, mps."})
     attention: Literal["auto", "varlen", "sdpa", "eager"] = field(
