@@ -17,7 +17,8 @@ from typing import Any
 from lorakeet.core.adapter import Adapter, Pair
 from lorakeet.core.math import ScaleRule, alpha_for
 from lorakeet.core.spec import pattern_value
-from lorakeet.errors import ConfigError, DataError, Problems
+from lorakeet.errors import ConfigError, Problems
+from lorakeet.formats.json_object import read_object
 
 CONFIG_NAME = "adapter_config.json"
 NO_TARGETS = "dummy-target-modules"  # PEFT's word for an adapter that has no pair at all
@@ -101,14 +102,7 @@ class PeftConfig:
 def read_config(folder: Path) -> PeftConfig:
     """The configuration in `folder`. DataError for a file that is not one, ConfigError listing every key that is refused."""
     path = folder / CONFIG_NAME
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror or error}. A PEFT adapter folder holds it.") from error
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise DataError(f"{path} is not JSON: {error}.") from error
-    if not isinstance(data, dict):
-        raise DataError(f"{path} holds a JSON {type(data).__name__}; expected an object with the keys of a LoRA configuration.")
+    data = read_object(path, expected="the configuration of an adapter in PEFT's layout")
     problems = Problems(f"{path} describes an adapter that cannot be read")
     _refuse(data, path, problems)
     _check_values(data, path, problems)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lorakeet.errors import ConfigError, DataError
+from lorakeet.formats.json_object import read_object
 from lorakeet.formats.safe import SafeFile, Stored, open_safetensors
 
 CONFIG = "config.json"
@@ -65,14 +65,14 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     """The checkpoint in `folder`, every shard's header checked. ConfigError, DataError name what is missing or broken."""
     if not folder.is_dir():
         raise ConfigError(f"{folder} is not a folder; expected one with {CONFIG} and {SINGLE} or {INDEX}.")
-    config = _read_object(folder / CONFIG) if (folder / CONFIG).exists() else {}
+    config = read_object(folder / CONFIG, expected="the settings of a model") if (folder / CONFIG).exists() else {}
     if config.get("quantization_config"):
         method = config["quantization_config"].get("quant_method", "unknown")
         raise ConfigError(
             f"{folder} holds quantised weights ({method}); a merge needs the dense model they were made from. Name that one."
         )
     if (folder / INDEX).exists():
-        home = _read_object(folder / INDEX).get("weight_map")
+        home = read_object(folder / INDEX, expected="an index of shards").get("weight_map")
         if not isinstance(home, dict) or not all(isinstance(file, str) for file in home.values()):
             raise DataError(f"{folder / INDEX} has no weight_map from tensor names to file names.")
     elif (folder / SINGLE).exists():
@@ -89,18 +89,6 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     if lost:
         raise DataError(f"{folder / INDEX} lists {len(lost)} tensors that their files do not have: {', '.join(lost[:8])}.")
     return Checkpoint(folder, shards, home, config)
-
-
-def _read_object(path: Path) -> dict[str, Any]:
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror or error}.") from error
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise DataError(f"{path} is not JSON: {error}.") from error
-    if not isinstance(data, dict):
-        raise DataError(f"{path} is not a JSON object.")
-    return data
 
 
 def files_along(source: Path, tokenizer: Path | None) -> list[Path]:

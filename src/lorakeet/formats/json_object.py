@@ -1,0 +1,22 @@
+"""A JSON file that holds one object, read with words for everything that it may be instead."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from lorakeet.errors import DataError
+
+
+def read_object(path: Path, *, expected: str) -> dict[str, Any]:
+    """The object in `path`. DataError where it cannot be read or is something else; `expected` says what should be there."""
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror or error}. Expected {expected}.") from error
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise DataError(f"{path} is not JSON: {error}. Expected {expected}.") from error
+    if not isinstance(data, dict):
+        raise DataError(f"{path} holds a JSON {type(data).__name__}; expected {expected}.")
+    return data
