@@ -9,10 +9,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from lorakeet.quant import nf4
 from lorakeet.quant.adopt import empty_base
 from lorakeet.quant.nf4 import LEVELS, Nf4Base
+from lorakeet.quant.packed import SCRATCH
 
 SHAPES = [(64, 64), (6, 128), (7, 48), (16, 100), (5, 33), (1, 1), (576, 320)]  # also rows that end within a block, and odd sizes
 DTYPES = [torch.float32, torch.bfloat16]
@@ -96,6 +98,16 @@ def test_packing_in_tiles_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> No
 def test_on_the_meta_device_it_has_shapes_only() -> None:
     base = Nf4Base((8, 64), device="meta")
     assert base.matmul(torch.empty(3, 64, device="meta")).shape == (3, 8)
+
+
+def test_under_a_trace_it_is_fake_and_leaves_nothing_behind() -> None:
+    base, x = Nf4Base.of(random_weight((8, 64))), torch.randn(3, 64)
+    before = base.matmul(x)
+    with FakeTensorMode():
+        traced = Nf4Base((8, 64)).matmul(torch.empty(3, 64))
+    assert isinstance(traced, FakeTensor) and traced.shape == (3, 8)
+    assert torch.equal(base.matmul(x), before)
+    SCRATCH.clear()
 
 
 def test_wrong_settings_and_shapes_are_refused() -> None:

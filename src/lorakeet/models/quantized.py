@@ -309,7 +309,9 @@ def _stock_of(
 def _nf4_stock(files: Mapping[str, SafeFile], stored: Mapping[str, Any]) -> Stock:
     kind = stored.get("bnb_4bit_quant_type", "fp4") if stored.get("load_in_4bit") else "LLM.int8"
     if kind != "nf4":
-        raise ConfigError(f"The quantised weights are {kind} of bitsandbytes, of whose ways only nf4 is read; name the dense model.")
+        raise ConfigError(
+            f"The quantised weights are {kind} of bitsandbytes, of whose ways only nf4 is read. Name the unquantised model."
+        )
     return _stock_of(files, on_disk.NF4_STATE, on_disk.NF4_PARTS, on_disk.nf4_base)
 
 

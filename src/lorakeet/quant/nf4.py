@@ -105,7 +105,7 @@ class Nf4Base(PackedBase):
         if self.scales is None or self.mean is None:
             return part
         scales = self.scales[first // SCALE_BLOCK : math.ceil(last / SCALE_BLOCK)]
-        levels = _dynamic(self.device)[part.int()]
+        levels = _dynamic(part)[part.int()]
         return levels * scales.repeat_interleave(SCALE_BLOCK)[: len(part)] + self.mean
 
     def unpack(self, out: Tensor) -> Tensor:
@@ -179,14 +179,14 @@ def pack_absmax(absmax: Tensor) -> tuple[Tensor, Tensor]:
     scales = padded.abs().amax(1)
     scaled = (padded * (1.0 / scales.clamp_min(_TINY))[:, None]).clamp_(-1, 1)
     bins = ((scaled + 1.0) * 0.5 * (BINS - 1) + 0.5).int()
-    codes = _bin_codes()[bins]
+    codes = _bin_codes(absmax)[bins]
     codes[scales == 0] = 0
     return codes.view(-1)[: len(absmax)], scales
 
 
 def values(packed: Tensor, maxima: Tensor, block_size: int) -> Tensor:
     """Packed codes (b,) and the maxima of their blocks to the numbers (2·b,), fp32: what bitsandbytes computes too."""
-    numbers = torch.nn.functional.embedding(packed.int(), _level_pairs(packed.device)).view(-1)
+    numbers = torch.nn.functional.embedding(packed.int(), _level_pairs(packed)).view(-1)
     whole = len(numbers) - len(numbers) % block_size
     numbers[:whole].view(-1, block_size).mul_(maxima[: whole // block_size, None])
     if whole < len(numbers):
@@ -197,29 +197,29 @@ def values(packed: Tensor, maxima: Tensor, block_size: int) -> Tensor:
 _TABLES: dict[tuple[str, torch.device], Tensor] = {}
 
 
-def _table(name: str, device: torch.device, make: Callable[[], Tensor]) -> Tensor:
-    """What `make` gives, kept for each device; a tensor without numbers (a fake one, while a step is traced) is not kept."""
-    held = _TABLES.get((name, device))
+def _table(name: str, like: Tensor, make: Callable[[], Tensor], shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """What `make` gives, on the device of `like`, kept for each device; beside a fake tensor (of a traced step) a fake one."""
+    if type(like) is not Tensor:
+        return torch.empty(shape, dtype=dtype, device=like.device)
+    held = _TABLES.get((name, like.device))
     if held is None:
-        held = make().to(device)
-        if type(held) is Tensor:
-            _TABLES[name, device] = held
+        held = _TABLES[name, like.device] = make().to(like.device)
     return held
 
 
-def _level_pairs(device: torch.device) -> Tensor:
+def _level_pairs(like: Tensor) -> Tensor:
     """The two levels of each byte (256, 2)."""
 
     def pairs() -> Tensor:
         levels, byte = torch.tensor(LEVELS), torch.arange(256)
         return torch.stack([levels[byte >> 4], levels[byte & 15]], dim=1)
 
-    return _table("pairs", device, pairs)
+    return _table("pairs", like, pairs, (256, 2), torch.float32)
 
 
-def _dynamic(device: torch.device) -> Tensor:
+def _dynamic(like: Tensor) -> Tensor:
     """The 256 levels of 8-bit dynamic quantisation (https://arxiv.org/abs/1511.04561) in rising order, fp32."""
-    return _table("dynamic", device, dynamic_levels)
+    return _table("dynamic", like, dynamic_levels, (256,), torch.float32)
 
 
 def dynamic_levels() -> Tensor:
@@ -232,7 +232,7 @@ def dynamic_levels() -> Tensor:
     return torch.tensor(sorted(levels), dtype=torch.float32)
 
 
-def _bin_codes() -> Tensor:
+def _bin_codes(like: Tensor) -> Tensor:
     """The code of each bin: the level that is nearest to the bin's value (65536,)."""
 
     def codes() -> Tensor:
@@ -240,7 +240,7 @@ def _bin_codes() -> Tensor:
         at = -1.0 + (2.0 * torch.arange(BINS, dtype=torch.float32)) / (BINS - 1)
         return torch.bucketize(at, 0.5 * (levels[:-1] + levels[1:])).to(torch.uint8)
 
-    return _table("bins", torch.device("cpu"), codes)
+    return _table("bins", like, codes, (BINS,), torch.uint8)
 
 
 def has_kernels(device: torch.device) -> bool:

@@ -87,18 +87,22 @@ def tile_of(device: torch.device, multiple: int) -> int:
 
 
 class Scratch:
-    """One growing buffer for each device and dtype, lent as a matrix until it is asked for again."""
+    """One growing buffer for each device and dtype, lent as a matrix until it is asked for again.
+
+    Fake tensors, with which a step is traced, have buffers of their own; whoever traces clears them after it.
+    """
 
     def __init__(self) -> None:
-        self._buffers: dict[tuple[torch.dtype, torch.device], Tensor] = {}
+        self._buffers: dict[tuple[torch.dtype, torch.device, type[Tensor]], Tensor] = {}
 
     def matrix(self, shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> Tensor:
         """Uninitialised memory of that shape; the tensor lent before is no longer valid."""
         size = shape[0] * shape[1]
-        held = self._buffers.get((dtype, device))
+        key = (dtype, device, type(torch.empty(0, device=device)))
+        held = self._buffers.get(key)
         if held is None or held.numel() < size:
-            self._buffers.pop((dtype, device), None)
-            held = self._buffers[dtype, device] = torch.empty(size, dtype=dtype, device=device)
+            self._buffers.pop(key, None)
+            held = self._buffers[key] = torch.empty(size, dtype=dtype, device=device)
         return held[:size].view(shape)
 
     def clear(self) -> None:
