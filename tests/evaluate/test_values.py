@@ -3,12 +3,13 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
 
 import pytest
 
 from lorakeet.errors import DataError
-from lorakeet.evaluate.values import decode, encode, from_text, to_text
+from lorakeet.evaluate.values import decode, encode, from_text, put_text, to_text
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,15 @@ def test_wrong_data_is_named(data: object, words: str) -> None:
 def test_broken_text_names_the_line() -> None:
     with pytest.raises(DataError, match=r"report\.json is not JSON: line 2"):
         from_text(Leaf, '{"size":\n oops}', where="report.json")
+
+
+def test_a_file_that_cannot_be_written_is_as_it_was(tmp_path: Path) -> None:
+    put_text(tmp_path / "a.json", "one")
+    with pytest.raises(UnicodeEncodeError):
+        put_text(tmp_path / "a.json", "two \ud800")  # no UTF-8
+    assert (tmp_path / "a.json").read_text() == "one" and len(list(tmp_path.iterdir())) == 1
+    put_text(tmp_path / "a.json", "three")
+    assert (tmp_path / "a.json").read_text() == "three" and len(list(tmp_path.iterdir())) == 1
 
 
 def test_foreign_types_are_refused() -> None:

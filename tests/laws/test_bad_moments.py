@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import random
@@ -13,8 +14,10 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
+import transformers
 
 from lorakeet.cli.main import main
 from lorakeet.evaluate.certificate import read_certificate
@@ -123,6 +126,57 @@ def test_a_disk_that_is_full_for_the_report_says_that_the_adapter_is_whole(
     said = capsys.readouterr().err
     assert f"The report in {run} could not be written" in said and "The adapter is whole" in said
     assert adapter_bytes(run) == adapter
+
+
+@pytest.mark.parametrize("refused", [OSError(errno.ENOSPC, "No space left on device"), Exception("disk full (os error 28)")])
+def test_a_disk_that_is_full_for_the_tokenizer_keeps_the_adapter_before(
+    tiny_llama_folder: Path, rows: Path, tmp_path: Path, monkeypatch: Any, capsys: Any, refused: Exception
+) -> None:
+    """New tokens bring their tokenizer into adapter/; the library that writes it reports a full disk in a way of its own."""
+    run, real, saves = tmp_path / "run", transformers.PreTrainedTokenizerBase.save_pretrained, []
+
+    def save(self: Any, folder: Path, **options: Any) -> Any:
+        saves.append(folder)
+        if len(saves) > 2:
+            (Path(folder) / "tokenizer.json").write_text('{"half')
+            raise refused
+        return real(self, folder, **options)
+
+    monkeypatch.setattr(transformers.PreTrainedTokenizerBase, "save_pretrained", save)
+    arguments = command(tiny_llama_folder, rows, run, lora__new_tokens="<plant>", train__evaluate_every=1)
+    assert main(arguments) == 2
+    said = " ".join(capsys.readouterr().err.split())
+    assert said.count("Error:") == 1 and "Traceback" not in said
+    assert f"The adapter could not be written in {run}: the disk (or the quota) is full" in said
+    assert "The previous checkpoint step-000002 is intact. Free some space" in said and f"finetune --resume {run}" in said
+    assert checkpoint.load(run / "checkpoints" / "step-000002").position.step == 2
+    assert len(transformers.AutoTokenizer.from_pretrained(run / "adapter")) == 321 and list(run.glob(".adapter*")) == []
+    monkeypatch.undo()
+    assert main(["finetune", "--resume", str(run)]) == 0
+    assert main(command(tiny_llama_folder, rows, tmp_path / "whole", lora__new_tokens="<plant>", train__evaluate_every=1)) == 0
+    assert adapter_bytes(run) == adapter_bytes(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("name", ["certificate.json", "report.json", "report.html"])
+def test_a_disk_that_is_full_for_one_file_of_the_report_keeps_the_one_before(
+    tiny_llama_folder: Path, rows: Path, tmp_path: Path, monkeypatch: Any, capsys: Any, name: str
+) -> None:
+    run = tmp_path / "run"
+    assert main(command(tiny_llama_folder, rows, run)) == 0
+    before, real = (run / name).read_bytes(), Path.write_text
+
+    def write(self: Path, text: str, **options: Any) -> int:
+        if name in self.name:
+            real(self, text[:100], **options)
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return real(self, text, **options)
+
+    monkeypatch.setattr(Path, "write_text", write)
+    assert main(["finetune", "--resume", str(run)]) == 2
+    said = " ".join(capsys.readouterr().err.split())
+    assert f"The report in {run} could not be written: the disk (or the quota) is full" in said and "The adapter is whole" in said
+    assert (run / name).read_bytes() == before and list(run.glob(f".{name}*")) == []
+    assert checkpoint.load(checkpoint.found(run / "checkpoints")[-1]).position.step == 6
 
 
 def test_ctrl_c_finishes_the_step_and_the_run_goes_on_to_the_same_bytes(

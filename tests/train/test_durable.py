@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 from safetensors import SafetensorError
+from tokenizers import Tokenizer
+from tokenizers.models import BPE
 
 from lorakeet.train import durable
 
@@ -84,6 +86,19 @@ def test_files_are_replaced_in_one_step(tmp_path: Path) -> None:
     durable.write_file(tmp_path / "f", b"two")
     assert (tmp_path / "f").read_bytes() == b"two"
     assert [path.name for path in tmp_path.iterdir()] == ["f"]
+
+
+def test_what_rust_says_of_a_refused_write_is_an_os_error(tmp_path: Path) -> None:
+    with pytest.raises(OSError) as error, durable.as_os_error():
+        Tokenizer(BPE()).save(str(tmp_path))  # the real library, where a folder stands
+    assert error.value.errno == errno.EISDIR and not durable.is_full(error.value)
+    with pytest.raises(OSError) as error, durable.as_os_error():
+        raise Exception("No space left on device (os error 28)")
+    assert error.value.errno == errno.ENOSPC and durable.is_full(error.value)
+    for other in (ValueError("no os error"), OSError(errno.EACCES, "Permission denied (os error 28)")):
+        with pytest.raises(type(other)) as passed, durable.as_os_error():
+            raise other
+        assert passed.value is other
 
 
 def test_full_disk_is_recognised() -> None:

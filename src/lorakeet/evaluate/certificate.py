@@ -9,7 +9,7 @@ from typing import Any
 
 from lorakeet.errors import DataError, VerificationFailed
 from lorakeet.evaluate.intervals import Estimate
-from lorakeet.evaluate.values import decode, encode, from_text, to_text
+from lorakeet.evaluate.values import decode, encode, from_text, put_text, to_text
 
 
 @dataclass(frozen=True)
@@ -60,8 +60,8 @@ class Certificate:
         return bool(self.checks) and all(check.passed for check in self.checks)
 
     def write(self, path: Path) -> None:
-        """Writes certificate.json with a top-level "passed" for machines."""
-        path.write_text(to_text({"passed": self.passed, **encode(self)}), encoding="utf-8")
+        """Writes certificate.json with a top-level "passed" for machines; it is there whole or as it was before."""
+        put_text(path, to_text({"passed": self.passed, **encode(self)}))
 
     def raise_if_failed(self) -> None:
         """Raises VerificationFailed that names every failed check, its measures outside tolerance and its detail."""

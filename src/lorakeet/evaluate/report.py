@@ -19,7 +19,7 @@ from lorakeet.evaluate.certificate import Certificate
 from lorakeet.evaluate.charts import Curves, Point
 from lorakeet.evaluate.compare import Comparison
 from lorakeet.evaluate.intervals import Estimate
-from lorakeet.evaluate.values import from_text, to_text
+from lorakeet.evaluate.values import from_text, put_text, to_text
 from lorakeet.evaluate.verdict import Verdict
 from lorakeet.evaluate.wording import METRIC_WORDS, bytes_text, check_words, compact, metric_words, number, signed
 
@@ -169,9 +169,9 @@ class Report:
 
 
 def write_report(report: Report, folder: Path) -> None:
-    """Writes report.json and report.html into `folder`."""
-    (folder / "report.json").write_text(to_text(report), encoding="utf-8")
-    (folder / "report.html").write_text(render_html(report), encoding="utf-8")
+    """Writes report.json and report.html into `folder`; each is there whole or as it was before."""
+    put_text(folder / "report.json", to_text(report))
+    put_text(folder / "report.html", render_html(report))
 
 
 def read_report(path: Path) -> Report:

@@ -8,8 +8,10 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
 import types
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from lorakeet.errors import DataError, nearest
@@ -41,6 +43,16 @@ def decode(kind: type[T], data: Any, *, where: str = "") -> T:
 def to_text(value: Any) -> str:
     """JSON text of `value`, indented, one trailing newline, never NaN or Infinity."""
     return json.dumps(encode(value), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def put_text(path: Path, text: str) -> None:
+    """Writes `text` to `path`, which is there whole or as it was before; OSError where the system refuses."""
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        partial.write_text(text, encoding="utf-8")
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def from_text(kind: type[T], text: str, *, where: str) -> T:

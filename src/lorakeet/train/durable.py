@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,6 +16,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
+_OS_ERROR = re.compile(r"\(os error (\d+)\)")
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
@@ -81,6 +83,21 @@ def flush(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+@contextmanager
+def as_os_error() -> Iterator[None]:
+    """A context in which what a Rust library raises for a refused write, a bare Exception "… (os error N)", is the OSError N.
+
+    The tokenizers library does so, without a class of its own; every other error passes as it is.
+    """
+    try:
+        yield
+    except Exception as error:
+        number = _OS_ERROR.search(str(error))
+        if isinstance(error, OSError) or number is None:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1]))) from error
 
 
 def is_full(error: Exception) -> bool:

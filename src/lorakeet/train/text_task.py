@@ -17,6 +17,7 @@ from lorakeet.formats import peft
 from lorakeet.models import inject
 from lorakeet.models.score import row_losses
 from lorakeet.models.text import TextModel
+from lorakeet.train import durable
 from lorakeet.train.spec import TrainSpec, learning_rate_for
 from lorakeet.train.task import HeldOut, Size
 from lorakeet.train.text_loss import text_loss
@@ -77,4 +78,5 @@ class TextTask:
         adapter = self.adapter()
         peft.write(adapter, folder)
         if any(rows.tokens for rows in adapter.token_rows.values()):
-            self.text.tokenizer.save_pretrained(folder)
+            with durable.as_os_error():
+                self.text.tokenizer.save_pretrained(folder)
