@@ -4,17 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import fields
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from lorakeet.core.start import seed_for
 from lorakeet.models.load import set_attention
 from lorakeet.models.text import TextModel
 
 Ids = NDArray[np.int64]
+# transformers 5.24 renamed it; the last release for Python 3.10 is 5.20.
+CACHE = "cache" if "cache" in {part.name for part in fields(BaseModelOutputWithPast)} else "past_key_values"
 ROWS_AT_ONCE = 64  # a step costs nearly the same for 64 rows as for 16: the weights are read once
 
 
@@ -70,8 +74,9 @@ def _write(
     cache = None
     for _ in range(max_tokens):
         positions = (mask.cumsum(1) - 1).clamp_min(0)[:, -ids.shape[1] :]
-        output = text.model.get_decoder()(input_ids=ids, attention_mask=mask, position_ids=positions, cache=cache, use_cache=True)
-        cache = output.cache
+        held = {CACHE: cache, "use_cache": True}
+        output = text.model.get_decoder()(input_ids=ids, attention_mask=mask, position_ids=positions, **held)
+        cache = getattr(output, CACHE)
         logits = text.head(output.last_hidden_state[:, -1]).float().cpu()
         chosen = _draw(logits, temperature, generators)
         for row in sorted(open_rows):
