@@ -5,18 +5,21 @@ from __future__ import annotations
 import ast
 import dataclasses
 import importlib
+import re
 import types
 import typing
 from typing import Any
 
 import pytest
 
-from lorakeet.config import RunConfig
+import lorakeet
+from lorakeet.config import RunConfig, read_run
 from lorakeet.settings import fields_of
 from lorakeet.workflows.verbs import VERBS
-from structure.tree import named, parsed, source_files
+from structure.tree import SOURCE, named, parsed, source_files
 
 PLAIN = (bool, int, float, str)
+NAMES = (ast.Name, ast.Attribute)
 DEFINITIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
 
 
@@ -89,6 +92,45 @@ def test_every_module_and_public_name_is_documented() -> None:
             if isinstance(node, DEFINITIONS) and not node.name.startswith("_") and not ast.get_docstring(node):
                 missing.append(f"{named(path)}:{node.lineno} {node.name}")
     assert not missing, "no docstring:\n" + "\n".join(missing)
+
+
+def used_names() -> set[str]:
+    """Every name that the package calls, inherits from or annotates with, and every word of its templates."""
+    found = {verb.function.rpartition(":")[2] or verb.name for verb in VERBS}
+    for path in source_files():
+        for statement in parsed(path).body:
+            own = getattr(statement, "name", "")  # that a function calls itself is no use of it
+            nodes = [node for node in ast.walk(statement) if isinstance(node, NAMES)]
+            found |= {node.id if isinstance(node, ast.Name) else node.attr for node in nodes} - {own}
+    for template in SOURCE.rglob("*.j2"):
+        found |= set(re.findall(r"\w+", template.read_text(encoding="utf-8")))
+    return found
+
+
+def registers(node: ast.stmt) -> bool:
+    """Whether a decorator hands the function to a registry, such as click's commands."""
+    return any("." in ast.unparse(decorator).partition("(")[0] for decorator in getattr(node, "decorator_list", []))
+
+
+def test_every_public_function_and_class_is_used_or_offered() -> None:
+    used = used_names() | set(lorakeet.__all__)
+    idle = [
+        f"{named(path)}:{node.lineno} {node.name}"
+        for path in source_files()
+        for node in parsed(path).body
+        if isinstance(node, DEFINITIONS) and not node.name.startswith("_") and node.name not in used and not registers(node)
+    ]
+    assert not idle, "used nowhere in the package and not in lorakeet.__all__; call them or take them out:\n" + "\n".join(idle)
+
+
+def test_what_the_package_offers_can_be_imported_from_it() -> None:
+    assert all(getattr(lorakeet, name) is not None for name in lorakeet.__all__)
+    stub = ast.parse((SOURCE / "__init__.pyi").read_text(encoding="utf-8"))
+    typed = {node.names[0].name: node.module for node in stub.body if isinstance(node, ast.ImportFrom)}
+    assert typed == lorakeet._PLACES and {*typed, "__version__"} == set(lorakeet.__all__)
+    assert lorakeet.read_run is read_run and lorakeet.RunConfig is RunConfig
+    with pytest.raises(AttributeError, match=r"no attribute 'finetnue'; it has LorakeetError, RunConfig"):
+        _ = lorakeet.finetnue
 
 
 @pytest.mark.parametrize("path", source_files(), ids=named)
