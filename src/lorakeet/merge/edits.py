@@ -13,7 +13,7 @@ Where the head shares the embedding's weight and only one of the two changes, th
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -36,6 +36,9 @@ TRANSPOSED_EXPERTS = ("gpt_oss", "llama4", "llama4_text")
 _PARTS = {"gate_up_proj": (("w1", "w3"), ("gate_proj", "up_proj")), "down_proj": (("w2",), ("down_proj",))}
 
 
+Change = Callable[[str, int], Tensor]  # path and number of the expert to ΔW (out, in), fp32
+
+
 @dataclass
 class Edit:
     """What becomes of one tensor: `steps` in turn, on fp32; `shape` is the result's. `source` is where it is read."""
@@ -54,9 +57,19 @@ class Edits:
     notes: tuple[str, ...]
 
 
-def edits_for(checkpoint: Checkpoint, adapter: Adapter) -> Edits:
-    """The changes that `adapter` makes to `checkpoint`. ConfigError lists every tensor that is missing or has another shape."""
-    planner = _Planner(checkpoint, Problems(f"The adapter does not fit {checkpoint.folder}"))
+def edits_for(
+    checkpoint: Checkpoint,
+    adapter: Adapter,
+    *,
+    change: Change | None = None,
+    before: Mapping[str, Callable[[Tensor], Tensor]] | None = None,
+) -> Edits:
+    """The changes that `adapter` makes to `checkpoint`. ConfigError lists every tensor that is missing or has another shape.
+
+    `change` gives each ΔW in place of the pairs, which then say only where and of what shape it is. `before` gives, by name on
+    disk, what becomes of a tensor first, changed by the adapter or not (rounding it as a quantised base does).
+    """
+    planner = _Planner(checkpoint, Problems(f"The adapter does not fit {checkpoint.folder}"), change)
     planner.untie(adapter)
     for path, tensor in adapter.extras.items():
         planner.replace(path, tensor)
@@ -68,12 +81,15 @@ def edits_for(checkpoint: Checkpoint, adapter: Adapter) -> Edits:
         else:
             planner.fold(path, pair)
     planner.problems.raise_if_any()
+    for name, step in (before or {}).items():
+        planner.edits.setdefault(name, Edit(name, checkpoint.stored(name).shape)).steps.insert(0, step)
     return Edits(planner.edits, planner.config, tuple(planner.notes))
 
 
 class _Planner:
-    def __init__(self, checkpoint: Checkpoint, problems: Problems) -> None:
+    def __init__(self, checkpoint: Checkpoint, problems: Problems, change: Change | None = None) -> None:
         self.checkpoint = checkpoint
+        self.change = change
         self.problems = problems
         self.edits: dict[str, Edit] = {}
         self.config: dict[str, Any] = {}
@@ -154,7 +170,7 @@ class _Planner:
         if edit.shape != shape:
             self.problems.add(f"{path}.weight is {edit.shape} in the checkpoint; the pair is for {shape} ({kind}).")
             return
-        edit.steps.append(lambda weight: module_of(path, pair, kind).fold(weight))
+        edit.steps.append(self._step(path, pair, kind))
         if pair.bias is not None and pair.magnitude is not None:
             self.problems.add(f"{path} is a DoRA pair with a bias, which cannot be merged.")
         elif pair.bias is not None:
@@ -193,7 +209,7 @@ class _Planner:
             if edit is not None and edit.shape != shape:
                 self.problems.add(f"{path} is {edit.shape} in the checkpoint; the pair is for {shape}.")
             elif edit is not None:
-                edit.steps.append(lambda weight: module_of(path, pair, "experts").fold(weight))
+                edit.steps.append(self._step(path, pair, "experts"))
             return
         spellings = _PARTS.get(parameter, ())
         parts = next((p for p in spellings if self.checkpoint.find(f"{block}.0.{p[0]}.weight")), None)
@@ -201,17 +217,40 @@ class _Planner:
             tried = ", ".join([path, *(f"{block}.0.{p[0]}.weight" for p in spellings)])
             self.problems.add(f"{path}: the checkpoint has no such tensor (tried {tried}).")
             return
+        rows = pair.B.shape[1] // len(parts)
         for expert in range(pair.A.shape[0]):
-            for part, B in zip(parts, pair.B[expert].chunk(len(parts)), strict=True):
-                self._fold_expert(f"{block}.{expert}.{part}.weight", pair.A[expert], B, pair.scale)
+            for number, part in enumerate(parts):
+                own = slice(number * rows, (number + 1) * rows)
+                self._fold_expert(path, pair, f"{block}.{expert}.{part}.weight", expert, own)
 
-    def _fold_expert(self, name: str, A: Tensor, B: Tensor, scale: float) -> None:
+    def _fold_expert(self, path: str, pair: Pair, name: str, expert: int, rows: slice) -> None:
         edit = self.edit(name)
-        shape = (B.shape[0], A.shape[1])
-        if edit is not None and edit.shape != shape:
+        shape = (rows.stop - rows.start, pair.A.shape[2])
+        if edit is None:
+            return
+        if edit.shape != shape:
             self.problems.add(f"{name} is {edit.shape} in the checkpoint; the pair is for {shape}.")
-        elif edit is not None:
-            edit.steps.append(lambda weight: fold(weight, delta(A.float(), B.float(), scale)))
+        elif self.change is None:
+            A, B = pair.A[expert].float(), pair.B[expert, rows].float()
+            edit.steps.append(lambda weight: fold(weight, delta(A, B, pair.scale)))
+        else:
+            change = self.change
+            edit.steps.append(lambda weight: fold(weight, change(path, expert)[rows]))
+
+    def _step(self, path: str, pair: Pair, kind: Kind) -> Callable[[Tensor], Tensor]:
+        """What folds the pair, or the change that stands for it, into the stored weight."""
+        change = self.change
+        if change is None:
+            return lambda weight: module_of(path, pair, kind).fold(weight)
+        return lambda weight: fold_change(weight, kind, lambda expert: change(path, expert))
+
+
+def fold_change(weight: Tensor, kind: Kind, change: Callable[[int], Tensor]) -> Tensor:
+    """W + ΔW, where `change` gives ΔW of the numbered expert (0 where there are none) as (out, in)."""
+    if kind == "experts":
+        return torch.stack([fold(weight[expert], change(expert)) for expert in range(weight.shape[0])])
+    found = change(0)
+    return fold(weight, found.t() if kind in ("conv1d", "embedding") else found.view(weight.shape))
 
 
 def module_of(path: str, pair: Pair, kind: Kind) -> LoraPair:

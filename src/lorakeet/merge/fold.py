@@ -21,7 +21,7 @@ from lorakeet.core.adapter import Adapter
 from lorakeet.errors import ConfigError, EnvironmentProblem
 from lorakeet.formats.safe import save_text, stored_bytes, stream_safetensors
 from lorakeet.merge.checkpoint import CONFIG, INDEX, SINGLE, Checkpoint, copy_along, files_along, open_checkpoint
-from lorakeet.merge.edits import Edit, Edits, edits_for
+from lorakeet.merge.edits import Change, Edit, Edits, edits_for
 
 Dtype = Literal["same", "float32", "bfloat16", "float16"]
 Progress = Callable[[int, int, str], None]  # tensors written, tensors in all, name of the last
@@ -53,18 +53,20 @@ def merge_into(
     *,
     dtype: Dtype = "same",
     tokenizer: Path | None = None,
+    change: Change | None = None,
+    before: Mapping[str, Callable[[Tensor], Tensor]] | None = None,
     on_progress: Progress | None = None,
 ) -> MergeResult:
     """Writes the model in `source` with `adapter` folded in to the new folder `out`, which appears whole or not at all.
 
     `dtype` converts every floating tensor, "same" keeps each one's. Tokenizer files come from `tokenizer` where given (a run
-    that added tokens), else from `source`. ConfigError: `out` exists, or the adapter does not fit (all of it listed).
-    EnvironmentProblem: the disk is too full, checked before and during the writing.
+    that added tokens), else from `source`. `change` and `before` as in `edits_for`. ConfigError: `out` exists, or
+    the adapter does not fit (all of it listed). EnvironmentProblem: the disk is too full, checked before and during the writing.
     """
     if out.exists():
         raise ConfigError(f"{out} exists already and is never overwritten. Choose another folder or remove that one.")
     checkpoint = open_checkpoint(source)
-    edits = edits_for(checkpoint, adapter)
+    edits = edits_for(checkpoint, adapter, change=change, before=before)
     shards = _shards(checkpoint, edits, dtype)
     files = files_along(source, tokenizer)
     metadata = {file: checkpoint.shards[file].metadata or {"format": "pt"} for file in shards}

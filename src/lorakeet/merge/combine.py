@@ -1,0 +1,270 @@
+"""Several adapters into one, in ΔW space: what may be combined, and the combined pair or change of each matrix."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from lorakeet.core.adapter import Adapter, Pair, TokenRows
+from lorakeet.core.math import Kind, delta
+from lorakeet.core.start import seed_for
+from lorakeet.errors import Problems, nearest
+from lorakeet.merge.factors import LowRank, best_of_factors, best_of_matrix, stacked
+from lorakeet.merge.methods import METHODS, Method, Part, combined
+
+Progress = Callable[[int, int, str], None]  # matrices done, matrices in all, path of the last
+
+
+@dataclass(frozen=True)
+class CombineSpec:
+    """How adapters become one: the method (merge/methods), a weight for each, and the rank of the result.
+
+    `rank` None keeps an exact sum exact and compresses others to the largest rank that goes in. `density` is the share of
+    entries that pruning methods keep; `seed` decides which where chance does.
+    """
+
+    method: str = "linear"
+    weights: tuple[float, ...] = ()  # empty: 1/n each
+    rank: int | None = None
+    density: float = 0.5
+    seed: int = 0
+
+    def validate(self) -> list[str]:
+        """Every problem of these settings in words."""
+        found = []
+        if self.method not in METHODS:
+            found.append(f"method is {self.method!r}; expected one of {', '.join(METHODS)}.{nearest(self.method, METHODS)}")
+        if self.rank is not None and self.rank < 1:
+            found.append(f"rank is {self.rank}; expected 1 or more.")
+        if self.method == "cat" and self.rank is not None:
+            found.append(f"method cat keeps every factor, so rank {self.rank} has no meaning; use linear or svd to compress.")
+        if not 0 < self.density <= 1:
+            found.append(f"density is {self.density}; expected more than 0 and at most 1.")
+        return found
+
+
+@dataclass(frozen=True)
+class Combined:
+    """One adapter, how far each of its matrices is from the combined ΔW, and what the user should know."""
+
+    adapter: Adapter
+    errors: Mapping[str, float]  # ‖ΔW − B·A‖ / ‖ΔW‖ by path; 0 where nothing was compressed
+    error: float  # the same over all matrices together
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Combination:
+    """Adapters that were found to go together, ready to be combined matrix by matrix."""
+
+    adapters: tuple[Adapter, ...]
+    weights: tuple[float, ...]
+    method: Method
+    spec: CombineSpec
+    extras: Mapping[str, Tensor] = field(default_factory=dict)
+    token_rows: Mapping[str, TokenRows] = field(default_factory=dict)
+
+    @property
+    def paths(self) -> list[str]:
+        """Every matrix that some adapter changes, in the order of the first adapter that does."""
+        return list(dict.fromkeys(path for adapter in self.adapters for path in adapter.pairs))
+
+    def kind(self, path: str) -> Kind:
+        return next(pair.kind for pair, _, _ in self._parts(path))
+
+    def shape(self, path: str) -> tuple[int, ...]:
+        """The shape of the pair's factors with the rank left out: (out, *in), or (experts, out, in)."""
+        return _outline(next(pair for pair, _, _ in self._parts(path)))
+
+    def experts(self, path: str) -> int:
+        """How many matrices lie at `path`: 1 but for experts."""
+        return self.shape(path)[0] if self.kind(path) == "experts" else 1
+
+    def change(self, path: str, expert: int = 0) -> Tensor:
+        """The combined ΔW of one matrix, fp32, as (out, in): convolutions flattened, experts one at a time."""
+        parts = []
+        for pair, weight, number in self._parts(path):
+            A, B = _flat(pair)
+            make = _maker(A[expert], B[expert], pair.scale)
+            parts.append(Part(make, weight, seed_for(self.spec.seed, f"{number}/{path}/{expert}")))
+        return combined(self.method, parts, density=self.spec.density, total=sum(map(abs, self.weights)))
+
+    def outline(self) -> Adapter:
+        """An adapter with the places, kinds and shapes of the combination, but the numbers of its first pairs."""
+        pairs = {path: next(pair for pair, _, _ in self._parts(path)) for path in self.paths}
+        return Adapter(pairs, self.extras, self.token_rows, self.adapters[0].base)
+
+    def pair(self, path: str) -> tuple[Pair, list[LowRank]]:
+        """The combined pair, of scale 1, and its low-rank matrices, one for each expert."""
+        found = [self._low_rank(path, expert) for expert in range(self.experts(path))]
+        rank = max(low.A.shape[0] for low in found)
+        A = torch.stack([_padded(low.A, rank, 0) for low in found])
+        B = torch.stack([_padded(low.B, rank, 1) for low in found])
+        kind, shape = self.kind(path), self.shape(path)
+        if kind != "experts":
+            A, B = A[0], B[0]
+        if kind == "conv2d":
+            A, B = A.view(rank, *shape[1:]), B.view(shape[0], rank, 1, 1)
+        return Pair(A, B, float(rank), kind, bias=self._bias(path)), found
+
+    def _low_rank(self, path: str, expert: int) -> LowRank:
+        if not self.method.exact:
+            return best_of_matrix(self.change(path, expert), self._rank(path), seed_for(self.spec.seed, f"{path}/{expert}"))
+        flat = [(pair, weight, *_flat(pair)) for pair, weight, _ in self._parts(path)]
+        A, B = stacked([(A[expert], B[expert], weight * pair.scale) for pair, weight, A, B in flat])
+        if self.spec.rank is None and not self.method.compress:
+            widest = min(B.shape[0], A.shape[1])  # more factors than that say the same with fewer
+            return LowRank(A, B, 0.0, 1.0) if A.shape[0] <= widest else best_of_factors(A, B, widest)
+        return best_of_factors(A, B, min(self._rank(path), A.shape[0]))
+
+    def _rank(self, path: str) -> int:
+        """The rank asked for, or the largest that goes in; at most what the matrix can have."""
+        shape = self.shape(path)
+        widest = min(shape[1:]) if self.kind(path) == "experts" else min(shape[0], torch.Size(shape[1:]).numel())
+        asked = self.spec.rank or max(pair.rank for pair, _, _ in self._parts(path))
+        return min(asked, widest)
+
+    def _bias(self, path: str) -> Tensor | None:
+        """Σ w·s·bias of the pairs that have one, for a pair of scale 1."""
+        found = [pair.bias.float() * (weight * pair.scale) for pair, weight, _ in self._parts(path) if pair.bias is not None]
+        return torch.stack(found).sum(0) if found else None
+
+    def _parts(self, path: str) -> Iterator[tuple[Pair, float, int]]:
+        for number, (adapter, weight) in enumerate(zip(self.adapters, self.weights, strict=True)):
+            if path in adapter.pairs:
+                yield adapter.pairs[path], weight, number
+
+
+def combination(adapters: Mapping[str, Adapter], spec: CombineSpec) -> Combination:
+    """The adapters, by the name that messages use, checked. ConfigError lists everything that keeps them from being combined."""
+    names, values = list(adapters), list(adapters.values())
+    problems = Problems("These adapters cannot be combined")
+    for message in spec.validate():
+        problems.add(message)
+    if spec.weights and len(spec.weights) != len(values):
+        problems.add(f"There are {len(spec.weights)} weights for {len(values)} adapters; give one for each.")
+    if not all(math.isfinite(weight) for weight in spec.weights):
+        problems.add(f"The weights {', '.join(map(str, spec.weights))} are not all numbers.")
+    problems.raise_if_any()
+    method = METHODS[spec.method]
+    _check_pairs(names, values, method, problems)
+    extras = _shared_extras(names, values, problems)
+    token_rows = _shared_rows(names, values, problems)
+    problems.raise_if_any()
+    weights = spec.weights or (1 / len(values),) * len(values)
+    return Combination(tuple(values), tuple(map(float, weights)), method, spec, extras, token_rows)
+
+
+def combine(adapters: Mapping[str, Adapter], spec: CombineSpec, *, on_progress: Progress | None = None) -> Combined:
+    """One adapter out of several, matrix by matrix. Pairs of the result have scale 1, the true scales are in B.
+
+    ConfigError lists everything that keeps the adapters from being combined.
+    """
+    plan = combination(adapters, spec)
+    pairs: dict[str, Pair] = {}
+    errors: dict[str, float] = {}
+    lost = whole = 0.0
+    paths = plan.paths
+    for number, path in enumerate(paths, 1):
+        pairs[path], found = plan.pair(path)
+        here, size = sum(low.lost for low in found), sum(low.whole for low in found)
+        errors[path] = (here / size) ** 0.5 if size > 0 else 0.0
+        lost, whole = lost + here, whole + size
+        if on_progress is not None:
+            on_progress(number, len(paths), path)
+    first = plan.adapters[0]
+    metadata = {key: value for key, value in first.metadata.items() if all(a.metadata.get(key) == value for a in plan.adapters)}
+    adapter = Adapter(pairs, plan.extras, plan.token_rows, first.base, metadata)
+    return Combined(adapter, errors, (lost / whole) ** 0.5 if whole > 0 else 0.0, tuple(_uneven(adapters)))
+
+
+def _check_pairs(names: Sequence[str], adapters: Sequence[Adapter], method: Method, problems: Problems) -> None:
+    for name, adapter in zip(names, adapters, strict=True):
+        dora = [path for path, pair in adapter.pairs.items() if pair.magnitude is not None]
+        if dora:
+            problems.add(
+                f"{name} is a DoRA adapter ({len(dora)} pairs, first {dora[0]}): its change of a weight depends on the "
+                "weight, so it is no ΔW that could be summed. Merge it alone into its base."
+            )
+        biased = [path for path, pair in adapter.pairs.items() if pair.bias is not None]
+        if biased and not method.exact:
+            problems.add(f"{name} has biases in its pairs (first {biased[0]}), for which {method.name} says nothing; use linear.")
+    seen: dict[str, tuple[str, Pair]] = {}
+    for name, adapter in zip(names, adapters, strict=True):
+        for path, pair in adapter.pairs.items():
+            other, known = seen.setdefault(path, (name, pair))
+            if _alike(known.kind, pair.kind) and _outline(known) == _outline(pair):
+                continue
+            problems.add(f"{path} is {known.kind} {_outline(known)} in {other} and {pair.kind} {_outline(pair)} in {name}.")
+
+
+def _alike(one: Kind, other: Kind) -> bool:
+    """GPT-2's conv1d has the factors of a linear weight, and files mix the two up."""
+    return one == other or {one, other} == {"linear", "conv1d"}
+
+
+def _shared_extras(names: Sequence[str], adapters: Sequence[Adapter], problems: Problems) -> dict[str, Tensor]:
+    """The whole parameters, which all adapters must have alike; the frozen weight that PEFT saves under a pair may lack."""
+    found: dict[str, Tensor] = {}
+    for path in dict.fromkeys(path for adapter in adapters for path in adapter.extras):
+        holders = [name for name, adapter in zip(names, adapters, strict=True) if path in adapter.extras]
+        tensors = [adapter.extras[path] for adapter in adapters if path in adapter.extras]
+        lacking = [name for name in names if name not in holders]
+        under_a_pair = any(path.rpartition(".")[0] in adapter.pairs for adapter in adapters)
+        if lacking and not under_a_pair:
+            problems.add(f"{', '.join(holders)} trained {path} whole, {', '.join(lacking)} did not; whole weights have no sum.")
+        elif any(other.shape != tensors[0].shape or not torch.equal(other, tensors[0]) for other in tensors[1:]):
+            problems.add(f"{path} was trained whole and differs between {', '.join(holders)}; whole weights have no sum.")
+        found[path] = tensors[0]
+    return found
+
+
+def _shared_rows(names: Sequence[str], adapters: Sequence[Adapter], problems: Problems) -> dict[str, TokenRows]:
+    """Trained token rows, which all adapters must have alike."""
+    found: dict[str, TokenRows] = {}
+    for path in dict.fromkeys(path for adapter in adapters for path in adapter.token_rows):
+        rows = [adapter.token_rows.get(path) for adapter in adapters]
+        first = next(row for row in rows if row is not None)
+        if any(row is None or row.ids != first.ids or not torch.equal(row.rows, first.rows) for row in rows):
+            problems.add(f"The trained token rows of {path} differ between {', '.join(names)}; rows of new tokens have no sum.")
+        found[path] = first
+    return found
+
+
+def _uneven(adapters: Mapping[str, Adapter]) -> Iterator[str]:
+    """A sentence for each adapter that leaves matrices alone which others change."""
+    everything = {path for adapter in adapters.values() for path in adapter.pairs}
+    for name, adapter in adapters.items():
+        if len(adapter.pairs) < len(everything):
+            yield f"{name} changes {len(adapter.pairs)} of the {len(everything)} matrices; for the others it counts as no change."
+
+
+def _outline(pair: Pair) -> tuple[int, ...]:
+    if pair.kind == "experts":
+        return pair.A.shape[0], pair.B.shape[1], pair.A.shape[2]
+    return pair.B.shape[0], *pair.A.shape[1:]
+
+
+def _flat(pair: Pair) -> tuple[Tensor, Tensor]:
+    """A (matrices, rank, in) and B (matrices, out, rank) in fp32."""
+    if pair.kind == "experts":
+        return pair.A.float(), pair.B.float()
+    return pair.A.float().flatten(1)[None], pair.B.float().flatten(1)[None]
+
+
+def _maker(A: Tensor, B: Tensor, scale: float) -> Callable[[], Tensor]:
+    return lambda: delta(A, B, scale)
+
+
+def _padded(factor: Tensor, rank: int, dim: int) -> Tensor:
+    """The factor with zeros up to `rank`."""
+    lacking = rank - factor.shape[dim]
+    if not lacking:
+        return factor
+    shape = list(factor.shape)
+    shape[dim] = lacking
+    return torch.cat([factor, factor.new_zeros(shape)], dim=dim)
