@@ -20,6 +20,7 @@ from lorakeet.core.fused import GatedMlp
 from lorakeet.core.layers import LoraLinear, new_pair
 from lorakeet.core.lowrank import LoraPair
 from lorakeet.core.plan import PlanEntry
+from lorakeet.quant.gguf import GgufBase
 from lorakeet.quant.int8 import Int8Base
 from lorakeet.quant.nf4 import Nf4Base
 from lorakeet.quant.packed import SCRATCH, PackedBase, PackedLinear
@@ -28,12 +29,20 @@ from tiny.adapters import random_pair
 OUT, IN, TOKENS = 96, 128, 5
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2.0**-6}
 
+def gguf_base(weight: Tensor, kind: str) -> GgufBase:
+    base = GgufBase((weight.shape[0], weight.shape[1]), kind)
+    base.store(weight)
+    return base
+
+
 # What makes a base of a weight (out, in); a new way of packing is one line here.
 BASES: dict[str, Callable[[Tensor], PackedBase]] = {
     "nf4": Nf4Base.of,
     "nf4, plain scales": lambda weight: Nf4Base.of(weight, double_quant=False),
     "nf4, blocks of 128": lambda weight: Nf4Base.of(weight, block_size=128),
     "int8": Int8Base.of,
+    "gguf, Q4_1": lambda weight: gguf_base(weight, "Q4_1"),
+    "gguf, Q8_0": lambda weight: gguf_base(weight, "Q8_0"),
 }
 every_base = pytest.mark.parametrize("make", BASES.values(), ids=BASES)
 every_dtype = pytest.mark.parametrize("dtype", TOLERANCE, ids=str)

@@ -16,8 +16,8 @@ _NAMES = {
 }  # fmt: skip
 
 
-def write_tiny_gguf(path: Path) -> Any:
-    """Writes `path` and returns the fp32 model that it holds."""
+def write_tiny_gguf(path: Path, kind: str | None = None) -> Any:
+    """Writes `path` and returns the fp32 model that it was made of; matrices that divide into blocks of type `kind` are packed."""
     import gguf
 
     tokenizer = tiny_tokenizer()
@@ -37,7 +37,12 @@ def write_tiny_gguf(path: Path) -> Any:
     _add_tokenizer(writer, tokenizer)
     for name, tensor in model.state_dict().items():
         if name != "lm_head.weight":
-            writer.add_tensor(_gguf_name(name), _as_stored(name, tensor.numpy(), config))
+            weight = _as_stored(name, tensor.numpy(), config)
+            raw = None if kind is None or weight.ndim < 2 else gguf.GGMLQuantizationType[kind]
+            if raw is not None and weight.shape[-1] % gguf.GGML_QUANT_SIZES[raw][0] == 0:
+                writer.add_tensor(_gguf_name(name), gguf.quants.quantize(weight, raw), raw_dtype=raw)
+            else:
+                writer.add_tensor(_gguf_name(name), weight)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

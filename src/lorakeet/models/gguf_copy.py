@@ -37,15 +37,12 @@ def dense_copy(path: Path, say: Callable[[str], None]) -> Path:
     The copy appears whole or not at all. Raises DataError for a file that is no readable GGUF, EnvironmentProblem where a
     package or room on the disk is missing.
     """
-    _check_magic(path)
     folder = cache_folder() / "gguf"
-    target = folder / f"{path.stem}-{_digest(path, folder)[:16]}-{_LAYOUT}"
+    target = folder / f"{path.stem}-{content_digest(path)[:16]}-{_LAYOUT}"
     if (target / "config.json").is_file():
         return target
-    for package in ("gguf", "accelerate"):
-        if importlib.util.find_spec(package) is None:
-            raise EnvironmentProblem(f"Reading {path.name} needs the package {package}: pip install 'lorakeet[gguf]' accelerate")
-    _check_room(path, folder)
+    require_gguf(path)
+    require_room(path, folder, path.stat().st_size * _LARGEST_GROWTH)
     say(f"Unpacking {path.name} once into {target}; later runs read that copy.")
     with tempfile.TemporaryDirectory(dir=folder, prefix=".unpacking-") as work:
         partial = Path(work) / "copy"
@@ -76,6 +73,13 @@ def _convert(path: Path, out: Path) -> None:
         ) from error
 
 
+def require_gguf(path: Path) -> None:
+    """Raises EnvironmentProblem where a package that reads .gguf files is missing."""
+    for package in ("gguf", "accelerate"):
+        if importlib.util.find_spec(package) is None:
+            raise EnvironmentProblem(f"Reading {path.name} needs the package {package}: pip install 'lorakeet[gguf]' accelerate")
+
+
 def _check_magic(path: Path) -> None:
     try:
         with path.open("rb") as file:
@@ -86,17 +90,23 @@ def _check_magic(path: Path) -> None:
         raise DataError(f"{path} is not a GGUF file: it begins with {magic!r}, expected {_MAGIC!r}. Fetch it again.")
 
 
-def _check_room(path: Path, folder: Path) -> None:
-    wanted, free = path.stat().st_size * _LARGEST_GROWTH, shutil.disk_usage(folder).free
+def require_room(path: Path, folder: Path, wanted: int) -> None:
+    """Raises EnvironmentProblem where the disk of `folder` has no `wanted` bytes for a copy of `path`."""
+    free = shutil.disk_usage(folder).free
     if free < wanted:
         raise EnvironmentProblem(
-            f"The dense copy of {path.name} needs up to {wanted / 1e9:.1f} GB in {folder}, which has {free / 1e9:.1f} GB free. "
+            f"The copy of {path.name} needs up to {wanted / 1e9:.1f} GB in {folder}, which has {free / 1e9:.1f} GB free. "
             "Free some, or set LORAKEET_CACHE to a folder on a larger disk."
         )
 
 
-def _digest(path: Path, folder: Path) -> str:
-    """sha256 of the file's content; computed once per path, size and time of change, and remembered in the cache."""
+def content_digest(path: Path) -> str:
+    """sha256 of a .gguf file; computed once per path, size and time of change, and remembered in the cache.
+
+    DataError for a file that cannot be read or is no GGUF, EnvironmentProblem for a cache that cannot be written.
+    """
+    _check_magic(path)
+    folder = cache_folder() / "gguf"
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

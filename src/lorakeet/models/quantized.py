@@ -58,7 +58,7 @@ def load_quantised(source: Path, config: Any, dtype: torch.dtype, spec: QuantSpe
             f"{source} holds weights quantised by '{method}'; readable are {', '.join(READERS)}.{nearest(method, READERS)} "
             "Name the unquantised model."
         )
-    if stored and spec.method != "none":
+    if stored and spec.method != "none" and (spec.method, method) != ("gguf", on_disk.GGUF_METHOD):
         raise ConfigError(
             f"model.quantize.method is {spec.method}, but the weights in {source} are quantised already ({method}), and rounding "
             "them twice would lose more. Set model.quantize.method to none, or name the unquantised model."
@@ -136,8 +136,8 @@ def packable(model: nn.Module, *, head: bool) -> dict[str, nn.Module]:
     tied = {name.removesuffix(".weight") for pair in getattr(model, "all_tied_weights_keys", {}).items() for name in pair}
     wide = tuple(getattr(model, "_keep_in_fp32_modules", None) or ())  # what transformers' own quantisers leave alone too
     found: dict[str, nn.Module] = {}
-    for path, module in modules.original_modules(model):
-        if type(module) not in (nn.Linear, Conv1D) or modules.is_router(model, path):
+    for path, module in linear_layers(model).items():
+        if modules.is_router(model, path):
             continue
         is_head = modules.is_head(model, path, module)
         if is_head and head and path in tied:
@@ -148,6 +148,11 @@ def packable(model: nn.Module, *, head: bool) -> dict[str, nn.Module]:
         if path not in tied and (head or not is_head) and not set(path.split(".")) & set(wide):
             found[path] = module
     return found
+
+
+def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """Every dense linear layer of a model, by path: nn.Linear and GPT-2's Conv1D themselves, no class derived from them."""
+    return {path: module for path, module in modules.original_modules(model) if type(module) in (nn.Linear, Conv1D)}
 
 
 def owners(model: Any, names: Mapping[str, Any]) -> dict[str, str]:
@@ -319,8 +324,13 @@ def _int8_stock(files: Mapping[str, SafeFile], stored: Mapping[str, Any]) -> Sto
     return _stock_of(files, "_scale", on_disk.INT8_PARTS, on_disk.int8_base)
 
 
+def _gguf_stock(files: Mapping[str, SafeFile], stored: Mapping[str, Any]) -> Stock:
+    return _stock_of(files, on_disk.GGUF_TYPE, ("", on_disk.GGUF_TYPE), on_disk.gguf_base)
+
+
 # What config.json calls a way of packing, and what reads a folder in it: a new one is a line here.
 READERS: dict[str, Callable[[Mapping[str, SafeFile], Mapping[str, Any]], Stock]] = {
     "bitsandbytes": _nf4_stock,
     on_disk.INT8_METHOD: _int8_stock,
+    on_disk.GGUF_METHOD: _gguf_stock,
 }

@@ -21,6 +21,7 @@ from lorakeet.data.locate import PACKAGE, locate, package_file
 from lorakeet.errors import ConfigError, DataError, EnvironmentProblem, Problems
 from lorakeet.formats.safe import open_safetensors
 from lorakeet.models.gguf_copy import dense_copy
+from lorakeet.models.gguf_packed import packed_copy
 from lorakeet.models.quiet import quiet_transformers
 from lorakeet.models.spec import ModelSpec
 
@@ -45,7 +46,9 @@ def find_source(spec: ModelSpec, say: Callable[[str], None]) -> Path:
             raise DataError(
                 f"model.path '{spec.path}' is a {path.suffix or 'plain'} file; expected a model folder or a .gguf file."
             )
-        path = dense_copy(path, say)
+        path = packed_copy(path, say) if spec.quantize.method == "gguf" else dense_copy(path, say)
+    elif spec.quantize.method == "gguf":
+        raise ConfigError(f"model.quantize.method is gguf, but '{spec.path}' is no .gguf file. Set it to none, or name one.")
     check_folder(path)
     return path
 

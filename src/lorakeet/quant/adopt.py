@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lorakeet.core import layers
 from lorakeet.core.base import FrozenBase
+from lorakeet.quant.gguf import GgufBase
 from lorakeet.quant.int8 import Int8Base
 from lorakeet.quant.nf4 import Nf4Base
 from lorakeet.quant.packed import PackedBase, PackedLinear
@@ -39,7 +40,9 @@ def empty_base(settings: Mapping[str, Any], device: torch.device | str = "cpu") 
     if settings["method"] == "nf4":
         block_size, double_quant = int(settings["block_size"]), bool(settings["double_quant"])
         return Nf4Base((out, width), block_size=block_size, double_quant=double_quant, device=device)
-    raise ValueError(f"method is {settings['method']!r}; expected nf4 or int8")
+    if settings["method"] == "gguf":
+        return GgufBase((out, width), str(settings["type"]), device=device)
+    raise ValueError(f"method is {settings['method']!r}; expected gguf, nf4 or int8")
 
 
 def weights_in(module: nn.Module) -> int:

@@ -13,6 +13,11 @@ int8 (no other program reads it; config.json says quant_method lorakeet_int8, wh
 
     x.weight          int8 (out, in)
     x.weight_scale    fp32 (out,)         W[r, c] = weight[r, c] · weight_scale[r]
+
+GGUF blocks (quant_method lorakeet_gguf: what models/gguf_packed lays out in the cache from a .gguf file):
+
+    x.weight              uint8 (out, bytes of a row)    the blocks of the file
+    x.weight.ggml_type    uint8 (n,)                     the name of their type in ASCII
 """
 
 from __future__ import annotations
@@ -26,6 +31,7 @@ import torch
 from torch import Tensor
 
 from lorakeet.errors import DataError
+from lorakeet.quant.gguf import BLOCK_TYPES, GgufBase
 from lorakeet.quant.int8 import Int8Base
 from lorakeet.quant.nf4 import BLOCK_SIZES, LEVELS, SCALE_BLOCK, Nf4Base, buffer_shapes, dynamic_levels
 from lorakeet.quant.packed import PackedBase
@@ -34,6 +40,8 @@ NF4_STATE = ".quant_state.bitsandbytes__nf4"
 NF4_PARTS = ("", ".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map", NF4_STATE)
 INT8_PARTS = ("", "_scale")
 INT8_METHOD = "lorakeet_int8"
+GGUF_METHOD = "lorakeet_gguf"
+GGUF_TYPE = ".ggml_type"
 _STATE_BYTES = 320  # the JSON is filled up with blanks, so that a file's layout is known before its numbers are
 Shapes = dict[str, tuple[torch.dtype, tuple[int, ...]]]
 
@@ -108,6 +116,22 @@ def int8_base(name: str, parts: Mapping[str, Tensor]) -> Int8Base:
         raise DataError(f"{name}: it is {packed.dtype} {tuple(packed.shape)}, but its model says int8 matrices.")
     base = Int8Base((packed.shape[0], packed.shape[1]))
     _fill(name, base, {"packed": packed, "scale": parts["_scale"]})
+    return base
+
+
+def gguf_type_tensor(kind: str) -> Tensor:
+    """The name of a ggml type as a tensor."""
+    return torch.tensor(list(kind.encode("ascii")), dtype=torch.uint8)
+
+
+def gguf_base(name: str, parts: Mapping[str, Tensor]) -> GgufBase:
+    """The base in the blocks of `name`; DataError where they are none."""
+    packed, kind = parts[""], bytes(parts[GGUF_TYPE].tolist()).decode("ascii", "replace")
+    block = BLOCK_TYPES.get(kind)
+    if block is None or packed.dim() != 2 or packed.dtype != torch.uint8 or packed.shape[1] % block.bytes:
+        raise DataError(f"{name}: {packed.dtype} {tuple(packed.shape)} is no matrix of {kind} blocks.")
+    base = GgufBase((packed.shape[0], packed.shape[1] // block.bytes * block.size), kind)
+    _fill(name, base, {"packed": packed})
     return base
 
 

@@ -12,12 +12,15 @@ NF4_BLOCK_SIZES = (32, 64, 128, 256, 512, 1024)
 class QuantSpec:
     """The quantisation of a model's frozen linear layers as it is loaded; embeddings, norms and experts stay as they are.
 
-    A model whose files are quantised already (NF4 of bitsandbytes, GPTQ, GGUF) is recognised by them: leave `method` at none.
+    A model folder that is quantised already (NF4 of bitsandbytes, GPTQ) is recognised by its files: leave `method` at none.
     """
 
-    method: Literal["none", "nf4", "int8"] = field(
+    method: Literal["none", "nf4", "int8", "gguf"] = field(
         default="none",
-        metadata={"help": "none keeps the weights as they are; nf4 is QLoRA's 4-bit code, int8 one byte a weight."},
+        metadata={
+            "help": "none keeps the weights as they are; nf4 is QLoRA's 4-bit code, int8 one byte a weight; gguf keeps the "
+            "blocks of a .gguf file, which is unpacked to dense weights otherwise."
+        },
     )
     block_size: int = field(
         default=64, metadata={"help": "Weights that share one scale in nf4: 32, 64, 128, 256, 512 or 1024."}

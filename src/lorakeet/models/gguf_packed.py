@@ -1,0 +1,166 @@
+"""A .gguf model as a folder that keeps the file's own blocks, so that an adapter is trained on the file's own numbers.
+
+    x.weight              uint8 (out, bytes of a row)    the rows of a linear layer, as they stand in the file
+    x.weight.ggml_type    uint8 (n,)                     the name of their type, such as Q4_K, in ASCII
+    all else              fp32                           embeddings, norms, and layers whose type is F32, F16 or BF16
+
+Rows are put in the order that transformers wants (llama.cpp permutes the queries and keys of Llama); a row's blocks stay whole.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import AutoConfig, AutoTokenizer
+from transformers.modeling_gguf_pytorch_utils import (
+    TENSOR_PROCESSORS,
+    TensorProcessor,
+    get_gguf_hf_weights_map,
+    load_gguf_checkpoint,
+)
+
+from lorakeet.errors import DataError, Problems
+from lorakeet.formats.safe import stored_bytes, stream_safetensors
+from lorakeet.models.gguf_copy import cache_folder, content_digest, require_gguf, require_room
+from lorakeet.models.quantized import packable, skeleton
+from lorakeet.models.quiet import quiet_transformers
+from lorakeet.quant.gguf import BLOCK_TYPES
+from lorakeet.quant.on_disk import GGUF_METHOD, GGUF_TYPE, gguf_type_tensor
+
+_LAYOUT = 1  # counted up when what is written into a copy changes
+_PLAIN = ("F32", "F16", "BF16")
+
+
+@dataclass(frozen=True)
+class _Tensor:
+    """One tensor of the file: what it will be called, its rows in the model's order, and whether it stays packed."""
+
+    name: str
+    data: np.ndarray[Any, Any]
+    kind: str
+    process: Callable[[np.ndarray[Any, Any]], np.ndarray[Any, Any]]
+    packed: bool
+
+    def read(self) -> Tensor:
+        """The blocks (out, bytes of a row), or the numbers in fp32."""
+        from gguf import GGMLQuantizationType, quants
+
+        if self.packed:
+            rows = self.process(np.arange(len(self.data), dtype=np.int64)[:, None]).reshape(-1)
+            if not np.array_equal(np.sort(rows), np.arange(len(rows))):
+                raise NotImplementedError(f"transformers changes the numbers of {self.name} as it reads them")
+            return torch.from_numpy(np.ascontiguousarray(self.data[rows]))
+        numbers = self.process(quants.dequantize(self.data, GGMLQuantizationType[self.kind]))
+        return torch.from_numpy(np.array(numbers, dtype=np.float32))
+
+
+def packed_copy(path: Path, say: Callable[[str], None]) -> Path:
+    """The folder with the blocks, configuration and tokenizer of a .gguf file; made if the cache has none of this content.
+
+    Raises DataError for a file that is no readable GGUF or has layers of a type that is not read (all of them named),
+    EnvironmentProblem where a package or room on the disk is missing.
+    """
+    target = cache_folder() / "gguf-packed" / f"{path.stem}-{content_digest(path)[:16]}-{_LAYOUT}"
+    if (target / "config.json").is_file():
+        return target
+    require_gguf(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    say(f"Laying out the blocks of {path.name} once in {target}; later runs read that folder.")
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".packing-") as work:
+        partial = Path(work) / "copy"
+        try:
+            _write(path, partial)
+        except (ValueError, KeyError, RuntimeError, IndexError, NotImplementedError) as error:
+            raise DataError(
+                f"{path} cannot be read: {type(error).__name__}: {error}. The file may be cut off (fetch it again), or of an "
+                "architecture that transformers does not read from GGUF (use the model's safetensors folder)."
+            ) from error
+        try:
+            os.replace(partial, target)
+        except OSError:
+            if not (target / "config.json").is_file():  # otherwise another process was faster, with the same content
+                raise
+    return target
+
+
+def _write(path: Path, out: Path) -> None:
+    with quiet_transformers(), contextlib.redirect_stderr(io.StringIO()):  # its progress bar heeds no setting
+        config: Any = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
+        tokenizer: Any = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    tensors = {tensor.name: tensor for tensor in _tensors(path, config)}
+    shapes = {name: shape for tensor in tensors.values() for name, shape in _shapes(tensor).items()}
+    require_room(path, out.parent, stored_bytes(shapes, {"format": "pt"}))
+    out.mkdir()
+
+    def fetch(name: str) -> Tensor:
+        if name.endswith(GGUF_TYPE):
+            return gguf_type_tensor(tensors[name.removesuffix(GGUF_TYPE)].kind)
+        return tensors[name].read()
+
+    stream_safetensors(out / "model.safetensors", shapes, fetch=fetch, metadata={"format": "pt"})
+    tokenizer.save_pretrained(out)
+    config.quantization_config = {"quant_method": GGUF_METHOD}
+    config.save_pretrained(out)
+
+
+def _tensors(path: Path, config: Any) -> list[_Tensor]:
+    """What the file holds, under transformers' names; DataError with every layer whose type is not read."""
+    from gguf import GGUFReader
+
+    reader = GGUFReader(path)
+    model = skeleton(config)
+    parsed = load_gguf_checkpoint(str(path), return_tensors=False)
+    architecture = str(bytes(reader.fields["general.architecture"].parts[-1]), "utf-8")
+    processor = TENSOR_PROCESSORS.get(architecture, TensorProcessor)(config=parsed["config"])
+    names = get_gguf_hf_weights_map(model, processor)
+    layers = packable(model, head=False)
+    problems = Problems(f"{path} cannot be trained on as it is", DataError)
+    found = []
+    for entry in reader.tensors:
+        if len(entry.shape) > 2:
+            problems.add(f"{entry.name} holds experts, whose blocks are not trained on; use model.quantize none, a dense copy.")
+            continue
+        renamed = processor.process(
+            weights=np.zeros((1, 1)) if len(entry.shape) < 2 else np.zeros((int(entry.shape[1]), 1)),
+            name=entry.name, tensor_key_mapping=names, parsed_parameters=parsed,
+        )  # fmt: skip
+        name, kind = names.get(renamed.name), entry.tensor_type.name
+        if name is None:
+            continue
+        layer = name.removesuffix(".weight") in layers and kind not in _PLAIN
+        if layer and kind not in BLOCK_TYPES:
+            problems.add(f"{entry.name} is {kind}; layers may be {', '.join((*BLOCK_TYPES, *_PLAIN))}.")
+        found.append(_Tensor(name, entry.data, kind, _process(processor, entry.name, names, parsed), layer))
+    problems.raise_if_any()
+    return found
+
+
+def _process(
+    processor: Any, name: str, names: Mapping[str, str], parsed: Mapping[str, Any]
+) -> Callable[[np.ndarray[Any, Any]], np.ndarray[Any, Any]]:
+    """What transformers does to the numbers of a tensor of that name."""
+
+    def process(weights: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+        done = processor.process(weights=weights, name=name, tensor_key_mapping=names, parsed_parameters=parsed)
+        return np.asarray(done.weights)
+
+    return process
+
+
+def _shapes(tensor: _Tensor) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+    """Dtype and shape of what is written for one tensor."""
+    if not tensor.packed:
+        return {tensor.name: (torch.float32, tuple(tensor.read().shape))}
+    blocks = tuple(int(size) for size in tensor.data.shape)
+    kind = (torch.uint8, (len(tensor.kind),))
+    return {tensor.name: (torch.uint8, blocks), tensor.name + GGUF_TYPE: kind}
