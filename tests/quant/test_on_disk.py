@@ -78,5 +78,7 @@ def test_int8_there_and_back() -> None:
     assert torch.equal(on_disk.int8_base("w", parts).dense(), base.dense())
     with pytest.raises(DataError, match="w: it is"):
         on_disk.int8_base("w", {**parts, "": WEIGHT})
+    with pytest.raises(DataError, match="with 5 scales"):
+        on_disk.int8_base("w", {**parts, "_scale": torch.zeros(5)})
     with pytest.raises(DataError, match="scale is"):
-        on_disk.int8_base("w", {**parts, "_scale": torch.zeros(3)})
+        on_disk.int8_base("w", {**parts, "_scale": torch.zeros(12).half()})

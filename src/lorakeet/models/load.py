@@ -69,7 +69,7 @@ def load_tokenizer(folder: Path) -> Any:
 
 def _model(source: Path, dtype: torch.dtype, quantize: QuantSpec, say: Callable[[str], None]) -> Any:
     """The frozen model in eval mode, with eager attention, on the CPU; the weights' pages stay those of the files if they can."""
-    config = _config(source)
+    config = read_config(source)
     if quantize.method != "none" or stored_quantisation(config):
         return load_quantised(source, config, dtype, quantize, say)
     try:
@@ -96,7 +96,8 @@ def _model(source: Path, dtype: torch.dtype, quantize: QuantSpec, say: Callable[
     return model.requires_grad_(False).eval()
 
 
-def _config(source: Path) -> Any:
+def read_config(source: Path) -> Any:
+    """The configuration of the model in a folder; DataError where transformers knows no such model."""
     try:
         with quiet_transformers():
             return AutoConfig.from_pretrained(source, local_files_only=True)

@@ -9,10 +9,10 @@ NF4, the tensors of `x.weight` (n numbers, b blocks), as transformers reads them
     x.weight.nested_quant_map            fp32 (256,)         the levels of absmax
     x.weight.quant_state.bitsandbytes__nf4   uint8           JSON: block sizes, shape, dtype, the mean of absmax
 
-int8 (no other program reads it; config.json says quant_method lorakeet_int8, which transformers refuses by name):
+int8 (no other program reads it; config.json says quant_method lorakeet_int8):
 
-    x.weight          int8 (out, in)
-    x.weight_scale    fp32 (out,)         W[r, c] = weight[r, c] · weight_scale[r]
+    x.weight          int8 (out·in, 1)    rows end to end; transformers, which would skip an unknown quant_method and take the
+    x.weight_scale    fp32 (out,)         steps for weights, refuses this shape.  W[r, c] = weight[r·in + c] · weight_scale[r]
 
 GGUF blocks (quant_method lorakeet_gguf: what models/gguf_packed lays out in the cache from a .gguf file):
 
@@ -101,21 +101,23 @@ def nf4_base(name: str, parts: Mapping[str, Tensor]) -> Nf4Base:
 
 def int8_shapes(shape: tuple[int, int]) -> Shapes:
     """Dtype and shape of each tensor of an int8 weight, by what follows the weight's name."""
-    return {"": (torch.int8, shape), "_scale": (torch.float32, (shape[0],))}
+    return {"": (torch.int8, (shape[0] * shape[1], 1)), "_scale": (torch.float32, (shape[0],))}
 
 
 def int8_tensors(base: Int8Base) -> dict[str, Tensor]:
     """The tensors of an int8 weight, by what follows its name."""
-    return {"": base.packed, "_scale": base.scale}
+    return {"": base.packed.reshape(-1, 1), "_scale": base.scale}
 
 
 def int8_base(name: str, parts: Mapping[str, Tensor]) -> Int8Base:
     """The base in the tensors of `name`; DataError where they are none."""
-    packed = parts[""]
-    if packed.dtype != torch.int8 or packed.dim() != 2:
-        raise DataError(f"{name}: it is {packed.dtype} {tuple(packed.shape)}, but its model says int8 matrices.")
-    base = Int8Base((packed.shape[0], packed.shape[1]))
-    _fill(name, base, {"packed": packed, "scale": parts["_scale"]})
+    packed, scale = parts[""], parts["_scale"]
+    if packed.dtype != torch.int8 or scale.dim() != 1 or not len(scale) or packed.numel() % len(scale):
+        raise DataError(
+            f"{name}: it is {packed.dtype} {tuple(packed.shape)} with {scale.numel()} scales; expected int8, as many in each row."
+        )
+    base = Int8Base((len(scale), packed.numel() // len(scale)))
+    _fill(name, base, {"packed": packed.view(base.shape), "scale": scale})
     return base
 
 

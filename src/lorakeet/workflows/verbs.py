@@ -49,6 +49,22 @@ class MergeOptions:
 
 
 @dataclass(frozen=True)
+class QuantizeOptions:
+    """Which model is packed, how, and where the result goes."""
+
+    model: str = field(
+        metadata={"help": "A model folder, a .gguf file, package:NAME or a hub id, unquantised.", "positional": True}
+    )
+    method: Literal["nf4", "int8"] = field(
+        metadata={"help": "nf4 writes bitsandbytes' layout, which transformers loads; int8 one that only Lorakeet reads."}
+    )
+    out: Path = field(metadata={"help": "Folder to write the packed model to; it must not exist yet."})
+    head: Literal["keep", "quantize"] = field(
+        default="keep", metadata={"help": "Whether the output layer over the vocabulary is packed as well."}
+    )
+
+
+@dataclass(frozen=True)
 class DoctorOptions:
     """The check of the machine has nothing to set."""
 
@@ -79,5 +95,6 @@ VERBS = (
     Verb("finetune", "Train an adapter and prove it against its base.", FinetuneOptions, "file"),
     Verb("evaluate", "Measure a run or an adapter on rows of your own.", EvaluateOptions),
     Verb("merge", "Fold an adapter into its base, and certify the result.", MergeOptions),
+    Verb("quantize", "Pack a model's linear layers in 4 or 8 bits, on disk.", QuantizeOptions),
     Verb("doctor", "Check this machine; say what is missing and how to mend it.", DoctorOptions),
 )

@@ -1,0 +1,134 @@
+"""Writes a model folder whose tensors are made as they are written: shard by shard, there whole or not at all."""
+
+from __future__ import annotations
+
+import errno
+import json
+import math
+import os
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lorakeet.errors import ConfigError, EnvironmentProblem
+from lorakeet.formats.safe import save_text, stored_bytes, stream_safetensors
+from lorakeet.merge.checkpoint import CONFIG, INDEX, SINGLE, copy_along
+
+SHARD_BYTES = 1 << 30  # tensors that are made together wait in memory for their place in the file: at most a shard of them
+_METADATA = {"format": "pt"}  # what transformers asks of its files
+Shapes = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
+Progress = Callable[[int, int, str], None]  # parts done, parts in all, a tensor of the last one
+
+
+@dataclass(frozen=True)
+class Part:
+    """Tensors that are made together, such as those of one packed weight; their dtypes and shapes are known before."""
+
+    shapes: Shapes
+    make: Callable[[], Mapping[str, Tensor]]
+
+    @property
+    def bytes(self) -> int:
+        return sum(math.prod(shape) * dtype.itemsize for dtype, shape in self.shapes.values())
+
+
+def write_model(
+    out: Path,
+    parts: Sequence[Part],
+    *,
+    config: Mapping[str, Any],
+    along: Sequence[Path] = (),
+    shard_bytes: int = SHARD_BYTES,
+    on_progress: Progress | None = None,
+) -> int:
+    """Writes the tensors of `parts`, config.json and copies of the files `along` to the new folder `out`; returns its bytes.
+
+    At most one shard of made tensors and what one `make` needs are in memory. ConfigError where `out` exists,
+    EnvironmentProblem where the disk is too full, seen before or during the writing; nothing is left behind then.
+    """
+    if out.exists():
+        raise ConfigError(f"{out} exists already and is never overwritten. Choose another folder or remove that one.")
+    shards = _shards(parts, shard_bytes)
+    needed = sum(stored_bytes(_shapes(shard), _METADATA) for shard in shards.values())
+    needed += sum(file.stat().st_size for file in along)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    if shutil.disk_usage(out.parent).free < needed:
+        raise EnvironmentProblem(_full(out.parent, needed))
+    partial = out.with_name(f".{out.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        partial.mkdir()
+        maker = _Maker(len(parts), on_progress)
+        for file, shard in shards.items():
+            maker.begin(shard)
+            stream_safetensors(partial / file, _shapes(shard), fetch=maker.fetch, metadata=_METADATA)
+        if list(shards) != [SINGLE]:
+            save_text(partial / INDEX, _index(shards))
+        save_text(partial / CONFIG, json.dumps(config, indent=2, ensure_ascii=False) + "\n")
+        copy_along(along, partial)
+        os.rename(partial, out)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            shutil.rmtree(partial, ignore_errors=True)
+            raise EnvironmentProblem(_full(out.parent, needed)) from error
+        raise
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return needed
+
+
+class _Maker:
+    """Makes a part when its first tensor is asked for, and holds the rest of it until that is asked for too."""
+
+    def __init__(self, total: int, on_progress: Progress | None) -> None:
+        self.total = total
+        self.on_progress = on_progress
+        self.done = 0
+        self.home: dict[str, Part] = {}
+        self.made: dict[str, Tensor] = {}
+
+    def begin(self, shard: Sequence[Part]) -> None:
+        self.home = {name: part for part in shard for name in part.shapes}
+
+    def fetch(self, name: str) -> Tensor:
+        if name not in self.made:
+            self.made.update(self.home[name].make())
+            self.done += 1
+            if self.on_progress is not None:
+                self.on_progress(self.done, self.total, name)
+        return self.made.pop(name)
+
+
+def _shards(parts: Sequence[Part], most: int) -> dict[str, list[Part]]:
+    """The parts of each file, in order, each file of at most `most` bytes unless a single part is larger."""
+    files: list[list[Part]] = [[]]
+    for part in parts:
+        if files[-1] and sum(held.bytes for held in files[-1]) + part.bytes > most:
+            files.append([])
+        files[-1].append(part)
+    if len(files) == 1:
+        return {SINGLE: files[0]}
+    return {f"model-{number:05d}-of-{len(files):05d}.safetensors": shard for number, shard in enumerate(files, 1)}
+
+
+def _shapes(shard: Sequence[Part]) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+    return {name: stored for part in shard for name, stored in part.shapes.items()}
+
+
+def _index(shards: Mapping[str, Sequence[Part]]) -> str:
+    total = sum(part.bytes for shard in shards.values() for part in shard)
+    home = {name: file for file, shard in shards.items() for part in shard for name in part.shapes}
+    return json.dumps({"metadata": {"total_size": total}, "weight_map": home}, indent=2, sort_keys=True) + "\n"
+
+
+def _full(folder: Path, needed: int) -> str:
+    free = shutil.disk_usage(folder).free
+    return (
+        f"The model needs {needed:,} bytes on the disk of {folder}, and {free:,} are free. "
+        "Free some space or name an --out folder on another disk; nothing was left behind."
+    )

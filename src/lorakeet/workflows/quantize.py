@@ -1,0 +1,147 @@
+"""`lorakeet quantize`: writes a model with its linear layers packed, in a layout that others load.
+
+nf4 is written as bitsandbytes and transformers read it. int8 is a layout of Lorakeet's own (quant/on_disk), which is said.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from rich.console import Console
+from rich.progress import Progress as Bar
+from torch import Tensor, nn
+
+from lorakeet.errors import ConfigError
+from lorakeet.export.packed_model import Part, write_model
+from lorakeet.formats.safe import SafeFile
+from lorakeet.merge.checkpoint import files_along, open_checkpoint
+from lorakeet.models.load import load_text_model, read_config
+from lorakeet.models.modules import kind_of, weight_shape
+from lorakeet.models.quantized import linear_layers, owners, packable, skeleton, tensor_files
+from lorakeet.models.source import find_source
+from lorakeet.models.spec import ModelSpec
+from lorakeet.quant import on_disk
+from lorakeet.quant.int8 import Int8Base
+from lorakeet.quant.nf4 import Nf4Base
+from lorakeet.quant.packed import PackedBase
+from lorakeet.workflows.place import require_place
+
+Method = Literal["nf4", "int8"]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a method packs one weight and what it writes; the names of tensors follow the weight's own."""
+
+    pack: Callable[[Tensor], PackedBase]
+    shapes: Callable[[tuple[int, int]], on_disk.Shapes]
+    tensors: Callable[[Any, torch.dtype], Mapping[str, Tensor]]
+    config: Callable[[list[str], str], dict[str, Any]]  # from the layers that are kept and the dtype of the model
+    note: str  # who reads it
+
+
+LAYOUTS: dict[str, Layout] = {
+    "nf4": Layout(
+        pack=Nf4Base.of,
+        shapes=lambda shape: on_disk.nf4_shapes(shape, block_size=64, double_quant=True),
+        tensors=on_disk.nf4_tensors,
+        config=lambda kept, dtype: on_disk.nf4_config(block_size=64, double_quant=True, dense=kept, dtype=dtype),
+        note="transformers loads it where bitsandbytes is installed, and so does Lorakeet.",
+    ),
+    "int8": Layout(
+        pack=Int8Base.of,
+        shapes=on_disk.int8_shapes,
+        tensors=lambda base, dtype: on_disk.int8_tensors(base),
+        config=lambda kept, dtype: on_disk.int8_config(kept),
+        note="int8 is a layout of Lorakeet's own, which no other program reads.",
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """What was written, and how far packing moved each weight: ‖W − packed W‖ / ‖W‖."""
+
+    folder: Path
+    method: str
+    bytes: int
+    error: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def worst(self) -> tuple[str, float]:
+        """The weight that was moved most, and by how much."""
+        return max(self.error.items(), key=lambda item: (item[1], item[0]))
+
+    def to_mapping(self) -> dict[str, Any]:
+        """Plain values for --json."""
+        mean = sum(self.error.values()) / len(self.error)
+        return {
+            "out": str(self.folder),
+            "method": self.method,
+            "bytes": self.bytes,
+            "packed": len(self.error),
+            "mean_relative_error": mean,
+            "worst_relative_error": {"tensor": self.worst[0], "error": self.worst[1]},
+        }
+
+
+def quantize(
+    model: str, *, method: Method, out: Path, head: Literal["keep", "quantize"] = "keep", console: Console
+) -> Quantized:
+    """Writes `model` with packed linear layers to `out`, a matrix at a time, and loads the result again as a check.
+
+    Raises ConfigError where `out` exists, the model is quantised already or nothing in it can be packed.
+    """
+    if out.exists():
+        raise ConfigError(f"{out} exists already and is never overwritten. Choose another folder or remove that one.")
+    require_place(out)
+    source = find_source(ModelSpec(path=model), console.print)
+    checkpoint = open_checkpoint(source)  # refuses weights that are quantised already
+    config = read_config(source)
+    plain = skeleton(config)
+    chosen = packable(plain, head=head == "quantize")
+    if not chosen:
+        raise ConfigError(f"{model} has no linear layers that could be packed; its '{config.model_type}' blocks hold none.")
+    error: dict[str, float] = {}
+    layout, files = LAYOUTS[method], tensor_files(source)
+    places = owners(plain, files)
+    parts = [_part(name, file, chosen.get(places.get(name, "")), layout, error) for name, file in files.items()]
+    kept = [path for path in linear_layers(plain) if path not in chosen]
+    dtype = str(getattr(config, "dtype", None) or torch.float32).removeprefix("torch.")
+    with Bar(console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("packing")
+        written = write_model(
+            out,
+            parts,
+            config={**checkpoint.config, "quantization_config": layout.config(kept, dtype)},
+            along=files_along(source, None),
+            on_progress=lambda done, total, name: bar.update(task, completed=done, total=total, description=f"packing {name}"),
+        )
+    result = Quantized(out, method, written, error)
+    console.print(f"Wrote {written:,} bytes to {out}: {len(error)} weights in {method}. {layout.note}", soft_wrap=True)
+    console.print(f"Packing moved {result.worst[0]} most: by {result.worst[1]:.2%} of its length.", soft_wrap=True)
+    load_text_model(ModelSpec(path=str(out)), say=console.print)
+    return result
+
+
+def _part(name: str, file: SafeFile, module: nn.Module | None, layout: Layout, error: dict[str, float]) -> Part:
+    """The tensor as it is, or, where it is the weight of `module`, packed; `error` takes down what packing did to it."""
+    stored = file.tensors[name]
+    if module is None:
+        return Part({name: (stored.dtype, stored.shape)}, lambda: {name: file.read(name)})
+    transposed = kind_of(module) == "conv1d"
+    out, width = weight_shape(module, "conv1d" if transposed else "linear")
+
+    def make() -> dict[str, Tensor]:
+        weight = file.read(name)
+        base = layout.pack(weight.t() if transposed else weight)
+        exact, packed = weight.float(), base.dense()
+        norm = exact.norm().clamp_min(torch.finfo(torch.float32).tiny)
+        error[name] = float(packed.sub_(exact.t() if transposed else exact).norm() / norm)
+        return {name + part: tensor for part, tensor in layout.tensors(base, weight.dtype).items()}
+
+    return Part({name + part: found for part, found in layout.shapes((out, width)).items()}, make)
