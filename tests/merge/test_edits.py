@@ -97,7 +97,7 @@ def test_everything_wrong_is_listed(tmp_path: Path) -> None:
         "model.none": LINEAR,
         "model.packed": LINEAR,
         "model.c": random_pair("linear", torch.zeros(9, 8)),
-        "model.q": random_pair("linear", torch.zeros(8, 8), bias=torch.zeros(8)),
+        "model.q": random_pair("linear", torch.zeros(8, 8), bias=torch.ones(8)),
         "model.mlp.experts.gate_up_proj": random_pair("experts", torch.zeros(3, 12, 8)),
         "model.mlp.experts.down_proj": random_pair("experts", torch.zeros(3, 8, 7)),
     }

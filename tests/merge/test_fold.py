@@ -138,10 +138,15 @@ def test_a_pairs_bias_is_added_where_the_module_has_one(tmp_path: Path) -> None:
 
 
 def test_a_pairs_bias_is_refused_where_the_module_has_none(tmp_path: Path) -> None:
-    adapter = random_adapter(tiny_model("llama"), "q_proj", bias=torch.zeros(32))
+    adapter = random_adapter(tiny_model("llama"), "q_proj", bias=torch.ones(32))
     with pytest.raises(ConfigError, match=r"layers\.0\.self_attn\.q_proj has no bias in the checkpoint"):
         merge_into(saved(tmp_path / "base", "llama"), adapter, tmp_path / "merged")
     assert [path.name for path in tmp_path.iterdir()] == ["base"]
+
+
+def test_a_bias_of_zeros_adds_nothing_and_needs_no_place(tmp_path: Path) -> None:
+    """PEFT writes one for every pair of an adapter in which any pair has a bias."""
+    check(tmp_path, "llama", random_adapter(tiny_model("llama"), "q_proj", bias=torch.zeros(32)))
 
 
 def test_shards_keep_their_layout(tmp_path: Path) -> None:

@@ -173,7 +173,7 @@ class _Planner:
         edit.steps.append(self._step(path, pair, kind))
         if pair.bias is not None and pair.magnitude is not None:
             self.problems.add(f"{path} is a DoRA pair with a bias, which cannot be merged.")
-        elif pair.bias is not None:
+        elif pair.bias is not None and bool(pair.bias.any()):  # PEFT writes zeros where only other pairs have one
             self._add_bias(path, pair.bias * pair.scale)
 
     def _add_bias(self, path: str, bias: Tensor) -> None:
@@ -211,10 +211,9 @@ class _Planner:
             elif edit is not None:
                 edit.steps.append(self._step(path, pair, "experts"))
             return
-        spellings = _PARTS.get(parameter, ())
-        parts = next((p for p in spellings if self.checkpoint.find(f"{block}.0.{p[0]}.weight")), None)
-        if parts is None:
-            tried = ", ".join([path, *(f"{block}.0.{p[0]}.weight" for p in spellings)])
+        parts = _part_names(self.checkpoint, path)
+        if not parts:
+            tried = ", ".join([path, *(f"{block}.0.{p[0]}.weight" for p in _PARTS.get(parameter, ()))])
             self.problems.add(f"{path}: the checkpoint has no such tensor (tried {tried}).")
             return
         rows = pair.B.shape[1] // len(parts)
@@ -243,6 +242,23 @@ class _Planner:
         if change is None:
             return lambda weight: module_of(path, pair, kind).fold(weight)
         return lambda weight: fold_change(weight, kind, lambda expert: change(path, expert))
+
+
+def _part_names(checkpoint: Checkpoint, path: str) -> tuple[str, ...]:
+    """What the matrices of one expert are called that make up the fused parameter `path`, in order; () where there are none."""
+    block, _, parameter = path.rpartition(".")
+    found = (parts for parts in _PARTS.get(parameter, ()) if checkpoint.find(f"{block}.0.{parts[0]}.weight"))
+    return next(found, ())
+
+
+def expert_parts(checkpoint: Checkpoint, path: str) -> list[list[str]]:
+    """The tensors on disk, for each expert in order, that make up the fused parameter `path`; [] where it is none."""
+    found: list[list[str]] = []
+    block, parts = path.rpartition(".")[0], _part_names(checkpoint, path)
+    while parts and checkpoint.find(f"{block}.{len(found)}.{parts[0]}.weight"):
+        names = [checkpoint.find(f"{block}.{len(found)}.{part}.weight") for part in parts]
+        found.append([name for name in names if name is not None])
+    return found
 
 
 def fold_change(weight: Tensor, kind: Kind, change: Callable[[int], Tensor]) -> Tensor:
