@@ -31,6 +31,7 @@ from lorakeet.errors import DataError, Problems
 from lorakeet.formats import peft_experts
 from lorakeet.formats.peft_config import CONFIG_NAME, PeftConfig, check_writable, config_text, read_config
 from lorakeet.formats.safe import SafeFile, open_safetensors, save_tensors, save_text
+from lorakeet.formats.tensors import check_finite, named_like_a_part
 
 MODEL_NAME = "adapter_model.safetensors"
 PICKLE_NAME = "adapter_model.bin"
@@ -74,9 +75,11 @@ def _sorted_by_kind(file: SafeFile, problems: Problems) -> tuple[dict[str, Slots
     tokens: dict[str, Tensor] = {}
     others: dict[str, Tensor] = {}
     for name in sorted(file.tensors):
+        if not named_like_a_part(name, file, problems):
+            continue
         tensor = file.read(name)
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor.float()).all()):
-            problems.add(f"{file.path}: {name} has NaN or infinite values. The training diverged; use an earlier checkpoint.")
+        if tensor.is_floating_point():
+            check_finite(tensor.float(), f"{file.path}: {name}", problems)
         if not name.startswith(_PREFIX):
             problems.add(f"{file.path}: {name} does not begin with {_PREFIX!r}, as every tensor of a PEFT adapter does.")
             continue

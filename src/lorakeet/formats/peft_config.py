@@ -103,6 +103,11 @@ def read_config(folder: Path) -> PeftConfig:
     """The configuration in `folder`. DataError for a file that is not one, ConfigError listing every key that is refused."""
     path = folder / CONFIG_NAME
     data = read_object(path, expected="the configuration of an adapter in PEFT's layout")
+    return parse_config(data, path)
+
+
+def parse_config(data: dict[str, Any], path: object) -> PeftConfig:
+    """The configuration in `data`, as PEFT's `LoraConfig` writes it; `path` is what errors call it. ConfigError lists all."""
     problems = Problems(f"{path} describes an adapter that cannot be read")
     _refuse(data, path, problems)
     _check_values(data, path, problems)
@@ -110,7 +115,7 @@ def read_config(folder: Path) -> PeftConfig:
     return _parse(data)
 
 
-def _refuse(data: dict[str, Any], path: Path, problems: Problems) -> None:
+def _refuse(data: dict[str, Any], path: object, problems: Problems) -> None:
     if str(data.get("peft_type", "LORA")).upper() != "LORA":
         problems.add(f"{path}: peft_type is {data['peft_type']!r}; only LORA is supported.")
     for key, default in _REFUSED.items():
@@ -135,7 +140,10 @@ def _refuse(data: dict[str, Any], path: Path, problems: Problems) -> None:
         )
 
 
-def _check_values(data: dict[str, Any], path: Path, problems: Problems) -> None:
+def _check_values(data: dict[str, Any], path: object, problems: Problems) -> None:
+    for key, what in (("r", "rank"), ("lora_alpha", "alpha")):
+        if key not in data:
+            problems.add(f"{path} has no {key}, so the {what} and with it the scale are unknown. Fetch the file again.")
     rank, alpha = data.get("r", 8), data.get("lora_alpha", 8)
     if not _number(rank) or rank < 1 or int(rank) != rank:
         problems.add(f"{path}: r is {rank!r}; expected a whole number of 1 or more.")

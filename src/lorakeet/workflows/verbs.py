@@ -65,6 +65,26 @@ class QuantizeOptions:
 
 
 @dataclass(frozen=True)
+class ConvertOptions:
+    """Which adapter becomes which format."""
+
+    source: Path = field(metadata={"help": "An adapter: a file or folder of any format, or a run folder.", "positional": True})
+    out: Path = field(
+        metadata={"help": "File (kohya, diffusers, gguf) or folder (peft, mlx) to write; it must not exist.", "positional": True}
+    )
+    to: Literal["peft", "kohya", "diffusers", "gguf", "mlx"] = field(metadata={"help": "The format to write."})
+    base: Path | None = field(
+        default=None, metadata={"help": "The base's folder or config.json: gguf needs it, and the adapter is checked against it."}
+    )
+    rank: int | None = field(
+        default=None, metadata={"help": "Compress what is no pair (LoHa, LoKr; DoRA in gguf) to this rank; its error is printed."}
+    )
+    error: float | None = field(
+        default=None, metadata={"help": "Compress it to the smallest rank whose relative error is at most this, such as 0.01."}
+    )
+
+
+@dataclass(frozen=True)
 class DoctorOptions:
     """The check of the machine has nothing to set."""
 
@@ -96,5 +116,6 @@ VERBS = (
     Verb("evaluate", "Measure a run or an adapter on rows of your own.", EvaluateOptions),
     Verb("merge", "Fold an adapter into its base, and certify the result.", MergeOptions),
     Verb("quantize", "Pack a model's linear layers in 4 or 8 bits, on disk.", QuantizeOptions),
+    Verb("convert", "Write an adapter in another program's format, and check it.", ConvertOptions),
     Verb("doctor", "Check this machine; say what is missing and how to mend it.", DoctorOptions),
 )

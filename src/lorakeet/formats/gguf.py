@@ -1,0 +1,281 @@
+"""LoRA adapters as GGUF files, the way llama.cpp reads them.
+
+    general.type "adapter" · general.architecture as in the base · adapter.type "lora" · adapter.lora.alpha (float)
+    BLOCK.weight.lora_a   (rank, in)     BLOCK.weight.lora_b   (out, rank)
+
+llama.cpp's scale is alpha/rank with the rank of each tensor, or 1 where alpha is missing or 0. Pairs that all have one alpha
+by that rule are written as they are; otherwise the true scale of each is multiplied into its B and no alpha is written.
+
+Llama and Mistral files hold the rows of q and k in another order (pairs of neighbours instead of halves are rotated), which
+changes the rows of W, so of B: A stays. How many heads there are is noted in the file, and else taken from the base.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from lorakeet.core.adapter import Adapter, Pair
+from lorakeet.core.math import Kind, alpha_for
+from lorakeet.errors import ConfigError, DataError, EnvironmentProblem, Problems, nearest
+from lorakeet.formats.base_model import BaseModel
+from lorakeet.formats.limits import check_holds
+from lorakeet.formats.sd_names import table
+from lorakeet.formats.tensors import check_finite, factor_problem
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+MAGIC = b"GGUF"
+_NOTE = "lorakeet.note"  # our key: what GGUF has no key for; llama.cpp does not read it
+_A, _B = ".weight.lora_a", ".weight.lora_b"
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What decides names and row orders: transformers' model type, its blocks, and its heads."""
+
+    model_type: str
+    blocks: int
+    heads: int
+    kv_heads: int
+
+    @property
+    def architecture(self) -> str:
+        return str(table("gguf")["architectures"][self.model_type])
+
+    def heads_of(self, module: str) -> int:
+        """How many heads the rows of `module` are permuted by; 0 for modules whose rows stay."""
+        if self.model_type not in table("gguf")["permuted"]:
+            return 0
+        return {"q_proj": self.heads, "k_proj": self.kv_heads}.get(module.rpartition(".")[2], 0)
+
+    def names(self) -> dict[str, str]:
+        """GGUF's name of each module that can carry a pair, by gguf's own map, with the module's path."""
+        gguf = _gguf()
+        arch = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == self.architecture)
+        mapped = gguf.get_tensor_name_map(arch, self.blocks)
+        modules = table("gguf")["modules"]
+        found: dict[str, str] = {}
+        for template in modules.get(self.model_type, modules[""]):
+            for block in range(self.blocks if "{n}" in template else 1):
+                path = template.replace("{n}", str(block))
+                if (name := mapped.get_name(path)) is not None:
+                    found[name] = path
+        return found
+
+
+def _gguf() -> Any:
+    if importlib.util.find_spec("gguf") is None:
+        raise EnvironmentProblem("GGUF files need the package gguf, which is not installed. Run: pip install 'lorakeet[gguf]'")
+    import gguf
+
+    return gguf
+
+
+def layout_of(config: Mapping[str, Any], where: object) -> Layout:
+    """The layout that a config.json describes. ConfigError for a model type that is not known here, or missing numbers."""
+    model_type = str(config.get("model_type", ""))
+    known = table("gguf")["architectures"]
+    if model_type not in known:
+        raise ConfigError(
+            f"{where}: the model type {model_type!r} has no known GGUF layout here; known are {', '.join(sorted(known))}."
+            f"{nearest(model_type, known)} Merge the adapter into its base instead (lorakeet merge)."
+        )
+    blocks = config.get("num_hidden_layers", config.get("n_layer"))
+    heads = config.get("num_attention_heads", config.get("n_head"))
+    kv_heads = config.get("num_key_value_heads") or heads
+    numbers = (blocks, heads, kv_heads)
+    if not all(isinstance(number, int) and not isinstance(number, bool) and 0 < number <= 100_000 for number in numbers):
+        names = "num_hidden_layers, num_attention_heads and num_key_value_heads"
+        raise ConfigError(f"{where}: {names} are {numbers}; expected whole numbers of 1 or more.")
+    return Layout(model_type, int(blocks), int(heads), int(kv_heads))
+
+
+def permute(B: Tensor, heads: int) -> Tensor:
+    """The rows of (out, …) in llama.cpp's order: within each head, halves interleaved."""
+    return B.reshape(heads, 2, B.shape[0] // heads // 2, -1).transpose(1, 2).reshape(B.shape)
+
+
+def unpermute(B: Tensor, heads: int) -> Tensor:
+    """The inverse of `permute`."""
+    return B.reshape(heads, B.shape[0] // heads // 2, 2, -1).transpose(1, 2).reshape(B.shape)
+
+
+def write(adapter: Adapter, path: Path, *, base: BaseModel | None = None) -> None:
+    """Writes `adapter` to the file `path` for the model that `base` describes; the same adapter gives the same bytes.
+
+    ConfigError names what a GGUF adapter has no place for. The caller renames the file into place.
+    """
+    check_holds(adapter, "gguf", kinds=("linear", "conv1d"), dora=False, folds=True)
+    layout = _layout(adapter, base)
+    names = {module: name for name, module in layout.names().items()}
+    problems = Problems("The adapter cannot be written as gguf")
+    for module, pair in adapter.pairs.items():
+        heads = layout.heads_of(module)
+        if module not in names:
+            problems.add(f"{module} has no name in GGUF's {layout.architecture} layout.{nearest(module, names)}")
+        elif heads and pair.B.shape[0] % (2 * heads):
+            rows = pair.B.shape[0]
+            problems.add(f"{module} has {rows} rows, which {heads} heads do not share evenly; is --base the right model?")
+    if "lm_head" in adapter.pairs and base is not None and base.config().get("tie_word_embeddings"):
+        problems.add("lm_head shares its weight with the embedding in this base, so GGUF has no tensor for its pair. Merge it.")
+    problems.raise_if_any()
+    alphas = {float(torch.tensor(alpha_for(pair.scale, pair.rank))) for pair in adapter.pairs.values()}
+    alpha = alphas.pop() if len(alphas) == 1 else None
+    gguf = _gguf()
+    writer = gguf.GGUFWriter(str(path), layout.architecture)
+    writer.add_type(gguf.GGUFType.ADAPTER)
+    writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
+    if alpha:
+        writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, alpha)
+    writer.add_string(_NOTE, _note(adapter, layout))
+    for module, pair in sorted(adapter.pairs.items()):
+        B = pair.B.float() if alpha else pair.B.float() * pair.scale
+        heads = layout.heads_of(module)
+        writer.add_tensor(names[module] + _A, _array(pair.A.float()))
+        writer.add_tensor(names[module] + _B, _array(permute(B, heads) if heads else B))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def _layout(adapter: Adapter, base: BaseModel | None) -> Layout:
+    if base is None:
+        raise ConfigError("A GGUF adapter has its base's names and head counts; name the base: --base FOLDER or its config.json.")
+    return layout_of(base.config(), base.path)
+
+
+def _array(tensor: Tensor) -> NDArray[Any]:
+    array: NDArray[Any] = tensor.detach().cpu().contiguous().numpy()
+    return array
+
+
+def _note(adapter: Adapter, layout: Layout) -> str:
+    metadata = {key: value for key, value in adapter.metadata.items() if key not in ("task_type", "revision", "lora_dropout")}
+    note = {"base": adapter.base, "layout": vars(layout), "metadata": metadata}
+    return json.dumps(note, sort_keys=True, ensure_ascii=False)
+
+
+def read(path: Path, *, base: BaseModel | None = None) -> Adapter:
+    """The adapter in the file `path`. DataError lists everything that cannot be understood.
+
+    ConfigError where neither the file nor `base` says how a Llama's heads are ordered.
+    """
+    reader = _open(path)
+    texts = {key: _text(reader, key) for key in ("general.type", "general.architecture", "adapter.type", _NOTE)}
+    if (texts["general.type"], texts["adapter.type"]) != ("adapter", "lora"):
+        raise DataError(
+            f"{path} is a GGUF file of type {texts['general.type']!r}; expected 'adapter' with adapter.type 'lora' "
+            f"(it says {texts['adapter.type']!r})."
+        )
+    note = _parsed_note(path, texts[_NOTE])
+    layout = _layout_for(path, texts["general.architecture"], note, base)
+    problems = Problems(f"The adapter in {path} cannot be read", DataError)
+    groups: dict[str, dict[str, Tensor]] = {}
+    for tensor in reader.tensors:
+        slot = next((suffix for suffix in (_A, _B) if tensor.name.endswith(suffix)), "")
+        if not slot:
+            problems.add(f"{path}: {tensor.name} is a kind of tensor that is not known here.")
+            continue
+        values = torch.from_numpy(_gguf().quants.dequantize(tensor.data, tensor.tensor_type).copy()).float()
+        check_finite(values, f"{path}: {tensor.name}", problems)
+        groups.setdefault(tensor.name.removesuffix(slot), {})[slot] = values
+    alpha = _number(reader, "adapter.lora.alpha")
+    pairs = _pairs(path, groups, layout, alpha, problems)
+    problems.raise_if_any()
+    metadata = {str(key): str(value) for key, value in note.get("metadata", {}).items()}
+    return Adapter(pairs, base=str(note.get("base", "")), metadata=metadata)
+
+
+def _pairs(
+    path: Path, groups: Mapping[str, Mapping[str, Tensor]], layout: Layout, alpha: float | None, problems: Problems
+) -> dict[str, Pair]:
+    names = layout.names()
+    pairs: dict[str, Pair] = {}
+    for name, slots in groups.items():
+        module = names.get(name)
+        if module is None:
+            model = f"a {layout.model_type} model with {layout.blocks} blocks"
+            problems.add(f"{path}: {name} is no module of {model}.{nearest(name, names)}")
+        elif missing := [slot for slot in (_A, _B) if slot not in slots]:
+            problems.add(f"{path}: {name} has no {' and no '.join(slot.rpartition('.')[2] for slot in missing)}.")
+        elif wrong := factor_problem(name, slots[_A], slots[_B]):
+            problems.add(f"{path}: {wrong}")
+        else:
+            A, B, heads = slots[_A], slots[_B], layout.heads_of(module)
+            if heads and B.shape[0] % (2 * heads):
+                problems.add(f"{path}: {name} has {B.shape[0]} rows, which {heads} heads do not share evenly.")
+                continue
+            kind: Kind = "conv1d" if layout.model_type == "gpt2" and module != "lm_head" else "linear"
+            B = unpermute(B, heads).contiguous() if heads else B
+            pairs[module] = Pair(A, B, alpha if alpha else float(A.shape[0]), kind)
+    return dict(sorted(pairs.items()))
+
+
+def _open(path: Path) -> Any:
+    gguf = _gguf()
+    try:
+        with path.open("rb") as file:
+            if file.read(4) != MAGIC:
+                raise DataError(f"{path} is not a GGUF file: it does not begin with {MAGIC.decode()}. It may have been cut off.")
+        return gguf.GGUFReader(path)
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror or error}.") from error
+    except (ValueError, IndexError, KeyError, OverflowError, TypeError, MemoryError) as error:
+        raise DataError(f"{path} is not a whole GGUF file ({error}). It may have been cut off; fetch it again.") from error
+
+
+def _text(reader: Any, key: str) -> str:
+    found = reader.get_field(key)
+    value = None if found is None else found.contents()
+    return value if isinstance(value, str) else ""
+
+
+def _number(reader: Any, key: str) -> float | None:
+    found = reader.get_field(key)
+    return None if found is None else float(found.contents())
+
+
+def _parsed_note(path: Path, text: str) -> dict[str, Any]:
+    try:
+        note = json.loads(text or "{}")
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise DataError(f"{path}: the key {_NOTE} is not JSON ({error}).") from error
+    if not isinstance(note, dict) or not isinstance(note.get("metadata", {}), dict):
+        raise DataError(f"{path}: the key {_NOTE} is not a table.")
+    return note
+
+
+def _layout_for(path: Path, architecture: str, note: Mapping[str, Any], base: BaseModel | None) -> Layout:
+    """The layout from the base, else from our own note."""
+    if base is not None:
+        layout = layout_of(base.config(), base.path)
+    elif isinstance(note.get("layout"), dict):
+        own = note["layout"]
+        layout = layout_of(
+            {
+                "model_type": own.get("model_type"),
+                "num_hidden_layers": own.get("blocks"),
+                "num_attention_heads": own.get("heads"),
+                "num_key_value_heads": own.get("kv_heads"),
+            },
+            f"{path}: {_NOTE}",
+        )
+    else:
+        raise ConfigError(
+            f"{path} is for the architecture {architecture!r} and does not say how many blocks and heads its base has. "
+            "Name the base: --base FOLDER or its config.json."
+        )
+    if layout.architecture != architecture:
+        ours = f"{layout.architecture!r} ({layout.model_type})"
+        raise DataError(f"{path} is for the architecture {architecture!r}; the base is {ours}. Name its own base.")
+    return layout

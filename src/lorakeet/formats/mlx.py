@@ -1,0 +1,145 @@
+"""mlx-lm's adapter folder: adapters.safetensors and adapter_config.json.
+
+    PATH.lora_a   (in, rank)     A transposed
+    PATH.lora_b   (rank, out)    B transposed
+    PATH.m        (out,)         DoRA
+
+ΔW = scale·(lora_a·lora_b)ᵀ with one `scale` and one `rank` for the whole adapter, and no alpha. Where pairs differ, their
+scales are multiplied into lora_b (scale 1) and lower ranks are filled up with zeros: both leave ΔW as it was.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lorakeet.core.adapter import Adapter, Pair
+from lorakeet.core.math import alpha_for
+from lorakeet.errors import ConfigError, DataError, Problems
+from lorakeet.formats.json_object import read_object
+from lorakeet.formats.limits import all_or_none_dora, check_holds
+from lorakeet.formats.safe import open_safetensors, save_tensors, save_text
+from lorakeet.formats.sd_names import component_of
+from lorakeet.formats.tensors import read_tensors
+
+MODEL_NAME = "adapters.safetensors"
+CONFIG_NAME = "adapter_config.json"
+SLOTS = ("lora_a", "lora_b", "m")
+
+
+def read(folder: Path) -> Adapter:
+    """The adapter in `folder`. DataError lists everything that cannot be understood."""
+    path = folder / CONFIG_NAME
+    config = read_object(path, expected=f"the configuration that mlx-lm writes beside {MODEL_NAME}")
+    problems = Problems(f"The adapter in {folder} cannot be read", DataError)
+    scale = _scale(config, path, problems)
+    file = open_safetensors(folder / MODEL_NAME)
+    groups: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in read_tensors(file, problems).items():
+        module, _, slot = name.rpartition(".")
+        if module and slot in SLOTS:
+            groups.setdefault(module, {})[slot] = tensor
+        else:
+            problems.add(f"{file.path}: {name} {tuple(tensor.shape)} is a kind of tensor that is not known here.")
+    pairs: dict[str, Pair] = {}
+    for module, slots in sorted(groups.items()):
+        pair = _pair(module, slots, scale)
+        if isinstance(pair, str):
+            problems.add(f"{file.path}: {pair}")
+        else:
+            pairs[module] = pair
+    problems.raise_if_any()
+    metadata = {key: value for key, value in file.metadata.items() if key != "format"}
+    return Adapter(pairs, base=str(config.get("model") or ""), metadata=metadata)
+
+
+def _scale(config: Mapping[str, Any], path: Path, problems: Problems) -> float:
+    kind = config.get("fine_tune_type", "lora")
+    if kind not in ("lora", "dora"):
+        problems.add(f"{path}: fine_tune_type is {kind!r}; only 'lora' and 'dora' are adapters.")
+        return 1.0
+    parameters = config.get("lora_parameters")
+    scale = parameters.get("scale") if isinstance(parameters, dict) else None
+    if not isinstance(scale, (int, float)) or isinstance(scale, bool):
+        hint = " Its 'alpha' is no key of mlx-lm." if isinstance(parameters, dict) and "alpha" in parameters else ""
+        problems.add(f"{path}: lora_parameters.scale is {scale!r}; expected a number, without which the scale is unknown.{hint}")
+        return 1.0
+    return float(scale)
+
+
+def _pair(module: str, slots: Mapping[str, Tensor], scale: float) -> Pair | str:
+    missing = [slot for slot in ("lora_a", "lora_b") if slot not in slots]
+    if missing:
+        return f"{module} has {', '.join(sorted(slots))} but no {' and no '.join(missing)}."
+    a, b, m = slots["lora_a"], slots["lora_b"], slots.get("m")
+    if a.dim() != 2 or b.dim() != 2 or a.shape[1] != b.shape[0] or 0 in (*a.shape, *b.shape):
+        return (
+            f"{module} has lora_a {tuple(a.shape)} and lora_b {tuple(b.shape)}; expected (in, rank) and (rank, out). "
+            "Pairs on experts are not read from this format."
+        )
+    if m is not None and m.shape != b.shape[1:]:
+        return f"{module} has m {tuple(m.shape)}; lora_b {tuple(b.shape)} needs {b.shape[1]} numbers."
+    return Pair(a.t().contiguous(), b.t().contiguous(), alpha_for(scale, a.shape[1]), magnitude=m)
+
+
+def write(adapter: Adapter, folder: Path) -> None:
+    """Writes `adapter` into `folder` (made if missing) so that mlx-lm loads it; the same adapter gives the same bytes.
+
+    ConfigError names what the format has no place for.
+    """
+    check_holds(adapter, "mlx", kinds=("linear",), dora=True)
+    all_or_none_dora(adapter, "mlx")
+    images = [module for module in adapter.pairs if component_of(module)]
+    if images:
+        raise ConfigError(f"{len(images)} pairs belong to an image model ({', '.join(images[:3])}), which mlx-lm does not have.")
+    scales = {_rounded(pair.scale) for pair in adapter.pairs.values()}
+    scale = scales.pop() if len(scales) == 1 else 1.0
+    rank = max(pair.rank for pair in adapter.pairs.values())
+    tensors: dict[str, Tensor] = {}
+    for module, pair in adapter.pairs.items():
+        B = pair.B.float() if _rounded(pair.scale) == scale else pair.B.float() * pair.scale
+        missing = rank - pair.rank
+        tensors[f"{module}.lora_a"] = torch.nn.functional.pad(pair.A.float().t(), (0, missing)).contiguous()
+        tensors[f"{module}.lora_b"] = torch.nn.functional.pad(B.t(), (0, 0, 0, missing)).contiguous()
+        if pair.magnitude is not None:
+            tensors[f"{module}.m"] = pair.magnitude.float()
+    folder.mkdir(parents=True, exist_ok=True)
+    save_tensors(folder / MODEL_NAME, tensors, metadata={"format": "mlx", **_texts(adapter)})
+    save_text(folder / CONFIG_NAME, _config_text(adapter, rank, scale))
+
+
+def _rounded(scale: float) -> float:
+    """12 digits: alpha = scale·rank and back costs the last bit, which must not change what is written."""
+    return float(f"{scale:.12g}")
+
+
+def _texts(adapter: Adapter) -> dict[str, str]:
+    return {key: value for key, value in adapter.metadata.items() if key not in ("task_type", "revision", "lora_dropout")}
+
+
+def _config_text(adapter: Adapter, rank: int, scale: float) -> str:
+    """adapter_config.json; num_layers −1 is mlx-lm's word for all layers, `keys` are names inside one of them."""
+    config: dict[str, Any] = {
+        "fine_tune_type": "dora" if any(pair.magnitude is not None for pair in adapter.pairs.values()) else "lora",
+        "lora_parameters": {
+            "dropout": 0.0,
+            "keys": sorted({_inside_layer(module) for module in adapter.pairs}),
+            "rank": rank,
+            "scale": scale,
+        },
+        "model": adapter.base,
+        "num_layers": -1,
+    }
+    return json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+
+
+def _inside_layer(module: str) -> str:
+    """The name after the layer's number (self_attn.q_proj), or the whole path of a module outside the layers."""
+    parts = module.split(".")
+    numbers = [index for index, part in enumerate(parts[:-1]) if part.isdigit()]
+    return ".".join(parts[numbers[0] + 1 :]) if numbers else module

@@ -1,0 +1,182 @@
+"""`lorakeet convert`: an adapter in another program's format, checked by reading back what was written. Loads no model."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from rich.console import Console
+
+from lorakeet.core.adapter import Adapter
+from lorakeet.errors import ConfigError, VerificationFailed
+from lorakeet.formats import diffusers, gguf, kohya, mlx, peft
+from lorakeet.formats.base_model import BaseModel, check_fits, open_base
+from lorakeet.formats.compare import LIMIT, Difference, compare
+from lorakeet.formats.dense import Compression
+from lorakeet.formats.detect import Found, detect, read_found
+from lorakeet.formats.dora_fold import fold_dora
+from lorakeet.formats.sd_names import with_components, without_component
+from lorakeet.train.durable import flush
+from lorakeet.workflows.place import require_place, writing
+
+Target = Literal["peft", "kohya", "diffusers", "gguf", "mlx"]
+_SUFFIX = {"kohya": ".safetensors", "diffusers": ".safetensors", "gguf": ".gguf"}  # the others are folders
+_SHOWN = 8  # pairs listed one by one
+
+
+@dataclass(frozen=True)
+class Converted:
+    """What was read and written, and by how much the two differ."""
+
+    source: Found
+    target: Target
+    out: Path
+    adapter: Adapter
+    difference: Difference
+    notes: tuple[str, ...]
+
+    def to_mapping(self) -> dict[str, Any]:
+        """Plain values for --json."""
+        return {
+            "from": self.source.format,
+            "evidence": self.source.evidence,
+            "to": self.target,
+            "out": str(self.out),
+            "pairs": len(self.adapter.pairs),
+            "parameters": self.adapter.parameters,
+            "ranks": {str(rank): count for rank, count in sorted(_ranks(self.adapter).items())},
+            "scales": {f"{scale:g}": count for scale, count in sorted(_scales(self.adapter).items())},
+            "largest_relative_difference": self.difference.worst,
+            "allowed": LIMIT,
+            "notes": list(self.notes),
+        }
+
+
+def convert(
+    source: Path,
+    out: Path,
+    *,
+    to: Target,
+    base: Path | None = None,
+    rank: int | None = None,
+    error: float | None = None,
+    console: Console,
+) -> Converted:
+    """Writes the adapter at `source` to `out` in the format `to`, reads it back, and compares every effective ΔW.
+
+    `rank` and `error` allow what is not a pair (LoHa, LoKr, DoRA in GGUF) to be compressed to one. ConfigError: `out` exists,
+    or the target cannot hold the adapter (tensors named). DataError: `source` is damaged. VerificationFailed: what was read back
+    differs by more than 1e-6; nothing is then left at `out`.
+    """
+    compression = Compression(rank, error)
+    _check_out(out, to)
+    notes: list[str] = []
+
+    def say(text: str) -> None:
+        notes.append(text)
+        console.print(text, soft_wrap=True)
+
+    known = None if base is None else open_base(base)
+    found = detect(source)
+    say(f"{found.path} is {found.format}: {found.evidence}")
+    adapter = with_components(read_found(found, base=known, compression=compression, say=say))
+    if known is not None:
+        check_fits(adapter, known)
+    if to == "gguf" and compression.asked and any(pair.magnitude is not None for pair in adapter.pairs.values()):
+        adapter = fold_dora(adapter, known, compression, say)
+    with writing(str(out), "Free some space or choose another place for OUT."), _in_place(out) as partial:
+        _write(adapter, partial, to, known)
+        back = with_components(_read_back(partial, to, known))
+        difference = compare(adapter, back)
+        if not difference.equal:
+            _fail(difference, out)
+    result = Converted(found, to, out, adapter, difference, tuple(notes))
+    _show(result, console)
+    return result
+
+
+def _check_out(out: Path, to: Target) -> None:
+    if os.path.lexists(out):
+        raise ConfigError(f"{out} exists already and is never overwritten. Choose another name or remove it.")
+    suffix = _SUFFIX.get(to)
+    if suffix and out.suffix != suffix:
+        raise ConfigError(f"OUT is {out}, but {to} is a single file; expected a name like {out.name}{suffix}.")
+    if not suffix and out.suffix in set(_SUFFIX.values()):
+        raise ConfigError(f"OUT is {out}, but {to} is a folder; expected a name without {out.suffix}.")
+    require_place(out)
+
+
+@contextmanager
+def _in_place(out: Path) -> Iterator[Path]:
+    """A path beside `out` to write to, which becomes `out` when the block ends; on an error nothing is left."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    stage = out.with_name(f".{out.name}.partial")
+    shutil.rmtree(stage, ignore_errors=True)
+    try:
+        stage.mkdir()
+        yield stage / out.name
+        for path in sorted((stage / out.name).rglob("*")):
+            flush(path)
+        flush(stage / out.name)
+        os.rename(stage / out.name, out)
+        flush(out.parent)
+    finally:
+        shutil.rmtree(stage, ignore_errors=True)
+
+
+def _write(adapter: Adapter, path: Path, to: Target, base: BaseModel | None) -> None:
+    writers: dict[str, Callable[[], None]] = {
+        "peft": lambda: peft.write(without_component(adapter), path),
+        "mlx": lambda: mlx.write(adapter, path),
+        "kohya": lambda: kohya.write(adapter, path, base=base),
+        "diffusers": lambda: diffusers.write(adapter, path),
+        "gguf": lambda: gguf.write(adapter, path, base=base),
+    }
+    writers[to]()
+
+
+def _read_back(path: Path, to: Target, base: BaseModel | None) -> Adapter:
+    found = detect(path)
+    if found.format != to:
+        raise VerificationFailed(f"What was written as {to} looks like {found.format} ({found.evidence}). Please report this.")
+    return read_found(found, base=base, say=lambda _: None)
+
+
+def _fail(difference: Difference, out: Path) -> None:
+    why = list(difference.problems[:5])
+    if difference.worst > LIMIT:
+        by = f"{difference.worst:.2g} relative (allowed {LIMIT:g})"
+        why.append(f"the effective ΔW of {difference.path} differs by {by}")
+    raise VerificationFailed(f"What was written is not the adapter that was read, so {out} was not kept: {'; '.join(why)}.")
+
+
+def _ranks(adapter: Adapter) -> Counter[int]:
+    return Counter(pair.rank for pair in adapter.pairs.values())
+
+
+def _scales(adapter: Adapter) -> Counter[float]:
+    return Counter(float(f"{pair.scale:.6g}") for pair in adapter.pairs.values())
+
+
+def _show(result: Converted, console: Console) -> None:
+    """What was written: tensors, ranks and scales, and the check."""
+    pairs = result.adapter.pairs
+    for path in list(pairs)[:_SHOWN]:
+        pair = pairs[path]
+        console.print(f"  {path}: rank {pair.rank}, scale {pair.scale:g}, {pair.kind}", soft_wrap=True)
+    if len(pairs) > _SHOWN:
+        console.print(f"  … and {len(pairs) - _SHOWN} more pairs", soft_wrap=True)
+    ranks = ", ".join(f"{rank} ({count} pairs)" for rank, count in sorted(_ranks(result.adapter).items()))
+    scales = ", ".join(f"{scale:g} ({count})" for scale, count in sorted(_scales(result.adapter).items()))
+    console.print(f"Wrote {len(pairs)} pairs to {result.out} as {result.target}: rank {ranks}; scale {scales}", soft_wrap=True)
+    console.print(
+        f"Read back: the effective ΔW of all {len(pairs)} pairs equal to {result.difference.worst:.1e} relative "
+        f"(allowed {LIMIT:g}; worst {result.difference.path or 'none'})",
+        soft_wrap=True,
+    )
