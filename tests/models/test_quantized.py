@@ -95,7 +95,6 @@ def test_what_is_packed_does_not_depend_on_the_dtype_of_the_run(tiny_model: Call
 
 def test_one_dense_matrix_at_a_time(tiny_model: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every packed weight's dense tensor is gone before the next one is read."""
-    import gc
     import weakref
 
     folder, config = saved(tiny_model("llama"), tmp_path)
@@ -104,7 +103,6 @@ def test_one_dense_matrix_at_a_time(tiny_model: Callable[..., Any], tmp_path: Pa
     read = SafeFile.read
 
     def watched(self: SafeFile, name: str) -> Tensor:
-        gc.collect()
         worst.append([held for held, tensor in live if tensor() is not None and "proj" in held])
         tensor = read(self, name)
         live.append((name, weakref.ref(tensor)))

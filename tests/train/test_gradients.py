@@ -33,6 +33,15 @@ def test_two_zero_gradients_are_refused_at_once() -> None:
         require_gradients(pair(ZERO_A, torch.zeros(3, 2), EXTRA), 1)
 
 
+def test_a_length_of_dora_without_gradient_is_refused_at_once() -> None:
+    parameters = {**pair(ZERO_A, B, EXTRA), "l.magnitude": Parameter(torch.ones(3))}
+    parameters["l.magnitude"].grad = torch.ones(3)
+    require_gradients(parameters, 1)
+    parameters["l.magnitude"].grad = torch.zeros(3)
+    with pytest.raises(VerificationFailed, match=r"step 1.*only zeros: l\.magnitude\."):
+        require_gradients(parameters, 1)
+
+
 def test_missing_gradients_are_all_named() -> None:
     with pytest.raises(VerificationFailed, match=r"no gradient: l\.A, head\.weight"):
         require_gradients(pair(None, B, None), 1)

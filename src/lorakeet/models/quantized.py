@@ -53,6 +53,7 @@ def load_quantised(source: Path, config: Any, dtype: torch.dtype, spec: QuantSpe
     """
     stored = stored_quantisation(config)
     method = str(stored.get("quant_method", "")) if stored else ""
+    name = method_of(stored) if stored else spec.method
     if stored and method not in READERS:
         raise ConfigError(
             f"{source} holds weights quantised by '{method}'; readable are {', '.join(READERS)}.{nearest(method, READERS)} "
@@ -68,7 +69,7 @@ def load_quantised(source: Path, config: Any, dtype: torch.dtype, spec: QuantSpe
     model = load_packed(stock, config, dtype, source)
     bases = [module for module in model.modules() if isinstance(module, PackedBase)]
     packed, dense = sum(base.bytes for base in bases), sum(base.shape[0] * base.shape[1] for base in bases) * dtype.itemsize
-    say(f"{len(bases)} linear layers are {method or spec.method}: {packed / 1e6:,.1f} MB in place of {dense / 1e6:,.1f} MB.")
+    say(f"{len(bases)} linear layers are {name}: {packed / 1e6:,.1f} MB in place of {dense / 1e6:,.1f} MB.")
     experts = sum(module.get_parameter(name).nbytes for module in model.modules() for name in modules.expert_stacks(module))
     if experts:
         say(f"The experts of this model are no linear layers to transformers and stay as they are: {experts / 1e6:,.1f} MB.")
@@ -83,6 +84,12 @@ def stored_quantisation(config: Any) -> dict[str, Any] | None:
     if not found:
         return None
     return dict(found) if isinstance(found, Mapping) else dict(found.to_dict())
+
+
+def method_of(stored: Mapping[str, Any]) -> str:
+    """What Lorakeet calls the way of packing that a quantization_config describes: nf4, int8, gptq, …; empty without one."""
+    method = str(stored.get("quant_method", ""))
+    return "nf4" if method == "bitsandbytes" else method.removeprefix("lorakeet_")
 
 
 def tensor_files(folder: Path) -> dict[str, SafeFile]:

@@ -30,13 +30,16 @@ def require_gradients(parameters: Mapping[str, Parameter], step: int) -> None:
 
     All must be there. Where a pair begins with B = 0 the gradient of A is zero in step 1 by construction (it is u·x with
     u = s·g·B), and the other way round where A = 0: so one of the two must be non-zero in step 1, and both in step 2.
-    Extras need only be there: the rows of a new token have a zero gradient in a step without that token.
+    The lengths of DoRA must be non-zero at once. Extras need only be there: the rows of a new token have a zero gradient in a
+    step without that token.
     """
     missing = [name for name, parameter in parameters.items() if parameter.grad is None]
     silent: list[str] = []
     for name in parameters:
         path, _, kind = name.rpartition(".")
         partner = f"{path}.B"
+        if kind == "magnitude" and partner in parameters and _is_zero(parameters[name]):
+            silent.append(name)
         if kind != "A" or partner not in parameters:
             continue
         zero = [which for which in (name, partner) if _is_zero(parameters[which])]

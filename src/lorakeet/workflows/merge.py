@@ -39,6 +39,7 @@ class Merged:
 
     result: MergeResult
     certificate: Certificate
+    notes: tuple[str, ...] = ()
 
     def to_mapping(self) -> dict[str, Any]:
         """Plain values for --json."""
@@ -48,7 +49,7 @@ class Merged:
             "changed": self.result.changed,
             "bytes": self.result.bytes,
             "worst_rounding": {"tensor": self.result.worst[0], "difference": self.result.worst[1]},
-            "notes": list(self.result.notes),
+            "notes": [*self.result.notes, *self.notes],
             "passed": self.certificate.passed,
             "certificate": encode(self.certificate),
         }
@@ -67,7 +68,7 @@ def merge(
     require_place(out)
     opened = open_adapter(Path(run_or_adapter), base=base)
     dataset = load_dataset(opened.config.data) if opened.run else None  # missing rows are found before anything is written
-    source = find_source(opened.config.model, console.print)
+    source = find_source(opened.dense_spec, console.print)
     with Bar(console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("folding")
         result = merge_into(
@@ -81,17 +82,27 @@ def merge(
     console.print(f"Wrote {result.tensors} tensors ({result.changed} changed, {result.bytes:,} bytes) to {out}", soft_wrap=True)
     if result.worst[0]:
         console.print(f"Rounding moved {result.worst[0]} most, by {result.worst[1]:.2g}", soft_wrap=True)
-    for note in result.notes:
+    for note in (*result.notes, *_about_base(opened)):
         console.print(note, soft_wrap=True)
     certificate = _certify(opened, dataset, out, console)
     certificate.write(out / CERTIFICATE)
     show_certificate(certificate, console)
     certificate.raise_if_failed()
-    return Merged(result, certificate)
+    return Merged(result, certificate, tuple(_about_base(opened)))
+
+
+def _about_base(opened: Opened) -> list[str]:
+    """What there is to say where the adapter was trained on another base than the one it is folded into."""
+    if not opened.trained_on:
+        return []
+    return [
+        f"The adapter was trained on a base in {opened.trained_on} and is folded into the unquantised weights: the merged model is "
+        "not exactly the one that the run measured, and its own scores may differ a little."
+    ]
 
 
 def _certify(opened: Opened, dataset: Dataset | None, out: Path, console: Console) -> Certificate:
-    live = opened.text_model(console, dtype="float32")
+    live = opened.text_model(console, dtype="float32", dense=True)
     rows = _check_rows(opened, dataset, live, console)
     merged_spec = ModelSpec(path=str(out), dtype="float32", products="float32", device=opened.config.model.device)
     merged = load_text_model(merged_spec, say=console.print)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,10 +14,13 @@ from lorakeet.core.adapter import Adapter, TokenRows
 from lorakeet.core.spec import LoraSpec
 from lorakeet.errors import ConfigError, DataError
 from lorakeet.formats.detect import read_adapter
+from lorakeet.merge.checkpoint import CONFIG
 from lorakeet.models.adapt import put_adapter
 from lorakeet.models.load import load_text_model, load_tokenizer
+from lorakeet.models.quantized import method_of
 from lorakeet.models.spec import ModelSpec
 from lorakeet.models.text import TextModel
+from lorakeet.quant.spec import QuantSpec
 from lorakeet.train.run import RunFolder
 
 NAME = "default"
@@ -31,9 +35,29 @@ class Opened:
     run: RunFolder | None
     folder: Path
 
-    def text_model(self, console: Console, *, dtype: str | None = None, with_adapter: bool = True) -> TextModel:
-        """The base with the adapter attached and active; `dtype` overrides the one that the run was trained in."""
-        spec = self.config.model
+    @property
+    def dense_spec(self) -> ModelSpec:
+        """The base as it was before it was quantised for the run."""
+        return dataclasses.replace(self.config.model, quantize=QuantSpec())
+
+    @property
+    def trained_on(self) -> str:
+        """How the base of the run was quantised: nf4, int8, gptq, …; empty where it was not, and for a bare adapter."""
+        if self.run is None:
+            return ""
+        model = read_run(self.run.config).model
+        config = Path(model.path).expanduser() / CONFIG
+        if model.quantize.method != "none" or not config.is_file():
+            return model.quantize.method.replace("none", "")
+        stored = json.loads(config.read_text(encoding="utf-8")).get("quantization_config") or {}
+        return method_of(stored)
+
+    def text_model(
+        self, console: Console, *, dtype: str | None = None, with_adapter: bool = True, dense: bool = False
+    ) -> TextModel:
+        """The base with the adapter attached and active; `dtype` overrides the one that the run was trained in, and `dense`
+        leaves its weights as they were before they were quantised."""
+        spec = self.dense_spec if dense else self.config.model
         if dtype is not None:
             spec = dataclasses.replace(spec, dtype=dtype, products=dtype)  # type: ignore[arg-type]
         text = load_text_model(spec, say=console.print)

@@ -21,7 +21,15 @@ from lorakeet.formats.safe import SafeFile
 from lorakeet.merge.checkpoint import files_along, open_checkpoint
 from lorakeet.models.load import load_text_model, read_config
 from lorakeet.models.modules import kind_of, weight_shape
-from lorakeet.models.quantized import linear_layers, owners, packable, skeleton, tensor_files
+from lorakeet.models.quantized import (
+    linear_layers,
+    method_of,
+    owners,
+    packable,
+    skeleton,
+    stored_quantisation,
+    tensor_files,
+)
 from lorakeet.models.source import find_source
 from lorakeet.models.spec import ModelSpec
 from lorakeet.quant import on_disk
@@ -100,8 +108,10 @@ def quantize(
         raise ConfigError(f"{out} exists already and is never overwritten. Choose another folder or remove that one.")
     require_place(out)
     source = find_source(ModelSpec(path=model), console.print)
-    checkpoint = open_checkpoint(source)  # refuses weights that are quantised already
     config = read_config(source)
+    if stored := stored_quantisation(config):
+        raise ConfigError(f"{model} holds quantised weights ({method_of(stored)}); name the unquantised model.")
+    checkpoint = open_checkpoint(source)
     plain = skeleton(config)
     chosen = packable(plain, head=head == "quantize")
     if not chosen:
