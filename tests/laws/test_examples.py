@@ -1,0 +1,110 @@
+"""Every example does what it says: run as it stands, in the order a reader would, with a tiny model in place of the real one."""
+
+from __future__ import annotations
+
+import csv
+import os
+import runpy
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from lorakeet.cli.main import main
+from structure.tree import ROOT
+from tiny.runs import reviews
+
+QUICK = ["--model.dtype", "float32", "--lora.rank", "4", "--lora.alpha", "12", "--train.epochs", "1", "--train.batch_size", "16",
+         "--evaluate.resamples", "200", "--evaluate.drift_texts", "2", "--evaluate.drift_tokens", "4"]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def desk(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An empty folder with the examples in it, as in the repository."""
+    folder = tmp_path_factory.mktemp("desk")
+    (folder / "examples").symlink_to(ROOT / "examples")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def dates(desk: Path, tiny_llama_folder: Path) -> Path:
+    """The run of examples/completion.yaml, which other examples go on from."""
+    before = Path.cwd()
+    os.chdir(desk)
+    try:
+        assert main(["finetune", "examples/completion.yaml", "--model", str(tiny_llama_folder), *QUICK]) == 0
+    finally:
+        os.chdir(before)
+    return desk / "runs" / "dates"
+
+
+def commands_of(script: str) -> list[list[str]]:
+    """The lorakeet commands of a shell script, without the word lorakeet."""
+    lines = (ROOT / "examples" / script).read_text(encoding="utf-8").splitlines()
+    return [shlex.split(line)[1:] for line in lines if line.startswith("lorakeet ")]
+
+
+def test_prompt_and_completion(dates: Path) -> None:
+    assert (dates / "report.html").is_file() and (dates / "adapter" / "adapter_config.json").is_file()
+
+
+def test_chat(desk: Path, tiny_llama_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.chdir(desk)
+    assert main(["finetune", "examples/chat.yaml", "--model", str(tiny_llama_folder), *QUICK]) == 0
+    assert (desk / "runs" / "date-chats" / "report.html").is_file()
+    assert "8 pairs" in capsys.readouterr().out  # 2 blocks, 4 matrices of attention
+
+
+def test_the_quickstart(desk: Path, tiny_llama_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(desk)
+    for name, seed in (("train.tsv", 0), ("test.tsv", 1)):
+        with (desk / name).open("w", newline="") as file:
+            writer = csv.writer(file, delimiter="\t")
+            writer.writerow(["review", "rating"])
+            writer.writerows([row["text"], row["label"]] for row in reviews(40, seed=seed))
+    given = ["--model", str(tiny_llama_folder), "--data.train", "train.tsv", "--data.test", "test.tsv", *QUICK]
+    assert main(["quickstart", *given]) == 0
+    assert main(["finetune", "examples/drug_reviews.yaml", "--out", "runs/another", "--dry-run", *given]) == 0
+    assert (desk / "runs" / "drug-reviews" / "certificate.json").is_file() and not (desk / "runs" / "another").exists()
+
+
+def test_evaluate(dates: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(dates.parents[1])
+    assert [main(command) for command in commands_of("evaluate.sh")] == [0]
+    assert Path("reports/more-dates/report.html").is_file()
+
+
+def test_merge(dates: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(dates.parents[1])
+    assert [main(command) for command in commands_of("merge.sh")] == [0]
+    assert Path("runs/dates-merged/model.safetensors").is_file() and Path("runs/dates-merged/certificate.json").is_file()
+
+
+def test_doctor(capsys: pytest.CaptureFixture[str]) -> None:
+    assert [main(command) for command in commands_of("doctor.sh")] in ([0], [2])  # 2 where this machine lacks something
+    assert "python" in capsys.readouterr().out
+
+
+def test_resume(desk: Path, tiny_llama_folder: Path) -> None:
+    """As a script, with real processes: the first one is stopped, the second one goes on."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    arguments = ["--model", str(tiny_llama_folder), *QUICK, "--train.steps", "60", "--train.evaluate_every", "20"]
+    script = ["sh", "examples/resume.sh", *arguments]
+    ended = subprocess.run(script, cwd=desk, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    assert ended.returncode == 0, ended.stderr
+    words = " ".join(ended.stderr.split())
+    assert "SIGTERM: stopped after step" in words and "Go on with: lorakeet finetune --resume runs/resumed" in words
+    assert (desk / "runs" / "resumed" / "report.html").is_file()
+
+
+def test_from_python(
+    desk: Path, tiny_llama_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(desk)
+    changes = [f"{flag[2:]}={value}" for flag, value in zip(QUICK[::2], QUICK[1::2], strict=True)]
+    monkeypatch.setattr(sys, "argv", ["python_api.py", f"model={tiny_llama_folder}", *changes])
+    runpy.run_path("examples/python_api.py", run_name="__main__")
+    said = capsys.readouterr().out
+    assert "nats a token" in said and "certificate passed: True" in said and "14 pairs; " in said
