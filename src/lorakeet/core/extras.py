@@ -26,7 +26,8 @@ class TrainedModule(AdaptedLayer):
 
     def current(self) -> nn.Module:
         """The copy in use, or the original."""
-        return self.adapters[self.active] if self.active is not None and self.active in self.adapters else self.original
+        active = self.active
+        return self.original if active is None else self.adapters[active]
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         current = self.current()
@@ -70,7 +71,7 @@ class TokenRowsEmbedding(TokenRowsLayer):
 
     def forward(self, ids: Tensor) -> Tensor:
         y = cast(Tensor, self.original(ids))
-        if self.active is None or self.active not in self.adapters:
+        if self.active is None:
             return y
         rows = cast(Rows, self.adapters[self.active])
         slots = rows.slots(ids)
@@ -83,7 +84,7 @@ class TokenRowsHead(TokenRowsLayer):
 
     def forward(self, hidden: Tensor) -> Tensor:
         logits = cast(Tensor, self.original(hidden))
-        if self.active is None or self.active not in self.adapters:
+        if self.active is None:
             return logits
         rows = cast(Rows, self.adapters[self.active])
         own = hidden @ rows.values.t().to(hidden.dtype)  # (…, rows)

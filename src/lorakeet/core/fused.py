@@ -128,9 +128,7 @@ class GatedMlp(StandIn):
 def _plain_pair(layer: nn.Module) -> LoraPair | None:
     """The active pair if it is plain LoRA without dropout or biases, which the fused function covers; else None."""
     pair = layer.pair() if isinstance(layer, LoraLinear) else None
-    if type(pair) is not LoraPair or pair.bias is not None or cast(LoraLinear, layer).bias is not None:
-        return None
-    return None if pair.training and pair.dropout > 0 else pair
+    return pair if pair is not None and pair.plain and cast(LoraLinear, layer).bias is None else None
 
 
 class RmsNormFunction(torch.autograd.Function):

@@ -1,22 +1,29 @@
 """The modules that stand in the model in place of the frozen ones. Each holds the original, untouched, and its adapters by name.
 
-`active` is the name of the adapter in use, or None for the bare base: then the original module runs, bit for bit.
+`active` is the name of the adapter in use, or None for the bare base: then the original module runs, bit for bit. Where the
+selection divides a batch, each share of its tokens has an adapter of its own (core/batched).
 `models/inject` puts these in and takes them out; nothing else replaces modules.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from lorakeet.core.base import DenseBase, FrozenBase, TransposedBase
+from lorakeet.core.batched import Stack, shared_low_rank
 from lorakeet.core.dora import DoraPair
 from lorakeet.core.lowrank import LoraPair, frozen_linear
 from lorakeet.core.plan import PlanEntry
+from lorakeet.core.selection import Selection, Share
 from lorakeet.core.start import begin
+
+STACK_BELOW = 16  # tokens of a share on average, below which pairs are stacked where no gradient is asked for
 
 
 class StandIn(nn.Module):
@@ -25,6 +32,10 @@ class StandIn(nn.Module):
     def __init__(self, original: nn.Module) -> None:
         super().__init__()
         self.original = original
+
+    def at_hand(self) -> AbstractContextManager[object]:
+        """A context in which the frozen weights within have numbers; they always do, unless they are streamed."""
+        return nullcontext()
 
 
 class AdaptedLayer(StandIn):
@@ -35,7 +46,25 @@ class AdaptedLayer(StandIn):
     def __init__(self, original: nn.Module) -> None:
         super().__init__(original)
         self.adapters = nn.ModuleDict()
-        self.active: str | None = None
+        self.selection = Selection()  # models/inject gives all layers of a model the same one
+
+    @property
+    def active(self) -> str | None:
+        """The adapter that every token uses, if this layer has it; None for the bare base and where tokens have their own."""
+        selection = self.selection
+        if selection.shares is not None or selection.active is None or selection.active not in self.adapters:
+            return None
+        return selection.active
+
+    @active.setter
+    def active(self, name: str | None) -> None:
+        self.selection.use(name)
+
+    @property
+    def in_use(self) -> bool:
+        """Whether any adapter of this layer counts just now."""
+        shares = self.selection.shares
+        return self.active is not None if shares is None else any(share.name in self.adapters for share in shares)
 
     def attach(self, name: str, adapter: nn.Module) -> None:
         """Adds `adapter` under `name`; `activate` makes it count."""
@@ -44,7 +73,6 @@ class AdaptedLayer(StandIn):
     def detach(self, name: str) -> None:
         """Forgets the adapter `name`; if it was active, the bare base is in use again."""
         del self.adapters[name]
-        self.active = None if self.active == name else self.active
 
     @property
     def weight(self) -> Tensor:
@@ -57,7 +85,13 @@ class AdaptedLayer(StandIn):
 
     def pair(self) -> LoraPair | None:
         """The active pair, or None where the active adapter leaves this layer alone."""
-        return cast(LoraPair, self.adapters[self.active]) if self.active is not None and self.active in self.adapters else None
+        active = self.active
+        return None if active is None else cast(LoraPair, self.adapters[active])
+
+    def divided(self, tokens: int) -> list[tuple[Share, LoraPair]]:
+        """The shares of the batch that have a pair here, in tokens of a layer that sees so many."""
+        shares = self.selection.shares_over(tokens)
+        return [(share, cast(LoraPair, self.adapters[share.name])) for share in shares if share.name in self.adapters]
 
 
 class LoraLinear(AdaptedLayer):
@@ -66,6 +100,7 @@ class LoraLinear(AdaptedLayer):
     def __init__(self, original: nn.Module, base: FrozenBase) -> None:
         super().__init__(original)
         self.base = base
+        self._stack: Stack | None = None
 
     @property
     def in_features(self) -> int:
@@ -76,12 +111,45 @@ class LoraLinear(AdaptedLayer):
         return self.base.shape[0]
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.in_use and self.selection.shares is not None:
+            flat = x.reshape(-1, x.shape[-1])
+            return self._divided(flat).view(*x.shape[:-1], -1)
         pair = self.pair()
         if pair is not None:
             return cast(Tensor, pair(x, self.base, self.bias, self.products))
         if self.products is None or self.products == x.dtype:
             return cast(Tensor, self.original(x))
         return frozen_linear(x, self.base, bias=self.bias, products=self.products)
+
+    def _divided(self, x: Tensor) -> Tensor:
+        """x (tokens, in) to (tokens, out), each share of the tokens with its pair."""
+        shares = self.divided(len(x))
+        if not all(pair.plain for _, pair in shares):
+            return self._one_by_one(x, shares)
+        pairs = {share.name: pair for share, pair in shares}
+        if torch.is_grad_enabled() or len(x) > STACK_BELOW * len(shares):
+            return shared_low_rank(x, self.base, shares, bias=self.bias, products=self.products)
+        products = self.products or x.dtype
+        stack = self._stack
+        if stack is None or stack.products != products or stack.pairs != tuple(pairs.values()):
+            stack = self._stack = Stack(pairs, products)
+        gates = self.selection.gates(stack.layout, len(x), stack.A)
+        return stack.apply(x.to(products), self.base, gates, self.bias).to(x.dtype)
+
+    def _one_by_one(self, x: Tensor, shares: list[tuple[Share, LoraPair]]) -> Tensor:
+        """For pairs that are more than A and B: each share goes through its pair by itself, all other tokens through the base."""
+        ends = sorted({0, len(x), *(share.start for share, _ in shares), *(share.stop for share, _ in shares)})
+        parts = []
+        for start, stop in itertools.pairwise(ends):
+            here = [(share, pair) for share, pair in shares if share.start <= start < share.stop]
+            if len(here) > 1 or any(share.weight != 1.0 for share, _ in here):
+                raise ValueError("DoRA, biases and dropout have no weighted mix within a batch: their effects do not add up")
+            part = x[start:stop]
+            if here:
+                parts.append(here[0][1](part, self.base, self.bias, self.products))
+            else:
+                parts.append(frozen_linear(part, self.base, bias=self.bias, products=self.products))
+        return torch.cat(parts)
 
 
 class LoraEmbedding(AdaptedLayer):
@@ -91,12 +159,19 @@ class LoraEmbedding(AdaptedLayer):
 
     def forward(self, ids: Tensor) -> Tensor:
         y = cast(Tensor, self.original(ids))
+        if self.selection.shares is not None:
+            flat, rows = ids.reshape(-1), y.reshape(-1, y.shape[-1])
+            for share, held in self.divided(len(flat)):
+                places = torch.arange(share.start, share.stop, device=rows.device)
+                rows = rows.index_add(0, places, self._low_rank(flat[places], held, share.weight).to(y.dtype))
+            return rows.view(y.shape)
         pair = self.pair()
-        if pair is None:
-            return y
+        return y if pair is None else y + self._low_rank(ids, pair).to(y.dtype)
+
+    def _low_rank(self, ids: Tensor, pair: LoraPair, weight: float = 1.0) -> Tensor:
+        """What `pair` adds to the rows of `ids` (…): (…, hidden), fp32."""
         shrunk = nn.functional.embedding(ids, pair.A.t())  # (…, rank)
-        factor = pair.scale * embed_scale(self.original)
-        return y + (factor * (shrunk @ pair.B.t())).to(y.dtype)
+        return weight * pair.scale * embed_scale(self.original) * (shrunk @ pair.B.t())
 
 
 def embed_scale(module: nn.Module) -> float:
@@ -111,6 +186,8 @@ class LoraConv2d(AdaptedLayer):
     original: nn.Conv2d
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.in_use and self.selection.shares is not None:
+            raise ValueError("pairs on convolutions cannot differ within a batch; switch between adapters instead")
         pair = self.pair()
         if pair is None:
             return cast(Tensor, self.original(x))

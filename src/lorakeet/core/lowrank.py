@@ -139,6 +139,11 @@ class LoraPair(nn.Module):
         self.register_buffer("anchor_A", None)
         self.register_buffer("anchor_B", None)
 
+    @property
+    def plain(self) -> bool:
+        """Whether this is LoRA alone: no trained length, no bias, no dropout in use."""
+        return type(self) is LoraPair and self.bias is None and not (self.training and self.dropout > 0)
+
     def factors(self) -> tuple[Tensor, Tensor]:
         """A and B as used: with an anchor, [A; A₀] and [B, −B₀], of twice the rank."""
         if self.anchor_A is None or self.anchor_B is None:

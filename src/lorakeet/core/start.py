@@ -23,7 +23,7 @@ def begin(pair: LoraPair, start: str, *, weight: Tensor, path: str, seed: int) -
     generator = torch.Generator().manual_seed(seed_for(seed, path))
     with torch.no_grad():
         if start in ("pissa", "olora"):
-            A, B = (_pissa if start == "pissa" else _olora)(weight.float().cpu(), pair.A.shape[0], generator)
+            A, B = (leading_factors if start == "pissa" else _olora)(weight.float().cpu(), pair.A.shape[0], generator)
             # PiSSA's scale·B·A is the part that was cut out; OLoRA's B stays orthonormal, as its authors' code has it.
             root = math.sqrt(pair.scale) if start == "pissa" else 1.0
             _set_anchored(pair, A / root, B / root)
@@ -55,8 +55,11 @@ def _set_anchored(pair: LoraPair, A: Tensor, B: Tensor) -> None:
     pair.anchor_B = pair.B.detach().clone()
 
 
-def _pissa(weight: Tensor, rank: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """The top `rank` singular triples, split as B = U√S, A = √S·Vᵀ (https://arxiv.org/abs/2404.02948)."""
+def leading_factors(weight: Tensor, rank: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """A, B of the top `rank` singular triples of `weight` (out, in), split as B = U√S, A = √S·Vᵀ (PiSSA, arXiv 2404.02948).
+
+    B·A is the best approximation of that rank; of large matrices nearly so, by a randomised SVD that draws from `generator`.
+    """
     if min(weight.shape) <= max(EXACT_SVD_UP_TO, rank + OVERSAMPLING):
         U, S, Vh = torch.linalg.svd(weight, full_matrices=False)
     else:

@@ -21,6 +21,7 @@ from lorakeet.core.extras import Rows, TokenRowsLayer, TrainedModule
 from lorakeet.core.layers import AdaptedLayer, LoraConv2d, LoraEmbedding, LoraLinear, new_pair
 from lorakeet.core.lowrank import LoraPair
 from lorakeet.core.plan import ExtraEntry, Plan, PlanEntry
+from lorakeet.core.selection import Selection
 from lorakeet.errors import ConfigError, Problems, nearest
 from lorakeet.models import modules
 from lorakeet.models.fits import plan_of
@@ -42,10 +43,12 @@ def inject(
     _check_places(model, plan)
     _freeze(model)
     for entry in plan.entries:
-        weight, device = _frozen_rows(model, entry)
-        _put_pair(model, entry, name, new_pair(entry, weight=weight, seed=seed, device=device))
+        with modules.at_hand(model, entry.path):
+            weight, device = _frozen_rows(model, entry)
+            _put_pair(model, entry, name, new_pair(entry, weight=weight, seed=seed, device=device))
     for extra in plan.extras:
-        _put_extra(model, extra, name, token_ids)
+        with modules.at_hand(model, extra.path):
+            _put_extra(model, extra, name, token_ids)
     activate(model, name)
 
 
@@ -71,8 +74,16 @@ def activate(model: nn.Module, name: str | None) -> None:
     """Makes the adapter `name` count, or none of them: then every original module runs, bit for bit."""
     if name is not None and name not in adapter_names(model):
         raise ConfigError(_unknown(model, name))
-    for _, layer in modules.adapted_layers(model):
-        layer.active = name if name is not None and name in layer.adapters else None
+    selection_of(model).use(name)
+
+
+def selection_of(model: nn.Module) -> Selection:
+    """The one Selection of all adapted layers of the model: `use` switches it, `divide` gives tokens adapters of their own."""
+    layers = [layer for _, layer in modules.adapted_layers(model)]
+    shared = layers[0].selection if layers else Selection()
+    for layer in layers:
+        layer.selection = shared
+    return shared
 
 
 def use_products(model: nn.Module, products: torch.dtype) -> None:
@@ -93,13 +104,15 @@ def attach(model: nn.Module, adapter: Adapter, name: str = "default") -> None:
     plan = plan_of(model, adapter)
     _freeze(model)
     for entry in plan.entries:
-        _put_pair(model, entry, name, _filled_pair(model, entry, adapter.pairs[entry.path]))
+        with modules.at_hand(model, entry.path):
+            _put_pair(model, entry, name, _filled_pair(model, entry, adapter.pairs[entry.path]))
     for extra in plan.extras:
         if extra.kind == "rows":
             rows = adapter.token_rows[extra.path]
             put_rows(model, extra, name, rows.ids, rows.rows)
             continue
-        trained = _put_extra(model, extra, name, None)
+        with modules.at_hand(model, extra.path):
+            trained = _put_extra(model, extra, name, None)
         with torch.no_grad():
             for key, parameter in trained.named_parameters():
                 parameter.copy_(adapter.extras[f"{extra.path}.{key}"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any, cast
 
 import torch
@@ -41,6 +42,18 @@ def find(model: nn.Module, path: str) -> nn.Module | None:
         inside = bare(here) if here is not None else None
         here = dict(inside.named_children()).get(name) if inside is not None else None
     return here
+
+
+@contextmanager
+def at_hand(model: nn.Module, path: str) -> Iterator[None]:
+    """A context in which the weights of the module at `path` have numbers, also where they lie in a store until they are needed."""
+    names = path.split(".")
+    with ExitStack() as stack:
+        for count in range(len(names) + 1):
+            standing = find(model, ".".join(names[:count]))
+            if isinstance(standing, StandIn):
+                stack.enter_context(standing.at_hand())
+        yield
 
 
 def bare(module: nn.Module) -> nn.Module:

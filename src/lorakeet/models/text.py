@@ -17,12 +17,12 @@ import torch
 from torch import Tensor, nn
 
 from lorakeet.core.layers import AdaptedLayer
+from lorakeet.core.tiles import Rows, tiled_product
 from lorakeet.data.pack import Batch
 from lorakeet.models.attention import VARLEN
 from lorakeet.models.families import Family
+from lorakeet.models.streamed import Streamed, StreamedHead
 from lorakeet.quant.packed import PackedLinear
-
-HEAD_TILE = 8192  # rows of the head's weight that are cast to the products' dtype at once
 
 
 @dataclass
@@ -37,6 +37,7 @@ class TextModel:
     device: torch.device
     dtype: torch.dtype  # of the frozen weights
     products: torch.dtype  # of the matrix products over them (core/precision)
+    streamed: Streamed | None = None  # where the frozen blocks come in from a store
 
     @property
     def attention(self) -> str:
@@ -71,9 +72,8 @@ class TextModel:
         weight, layer = self._plain_head_weight, self.model.get_output_embeddings()
         if isinstance(layer, PackedLinear):
             logits = cast(Tensor, layer(hidden.to(self.products)))
-        elif weight is not None and self.products != weight.dtype and weight.dtype == hidden.dtype:
-            wide = hidden.to(self.products)  # in tiles, so that no second copy of the whole weight is held
-            logits = torch.cat([torch.mm(wide, tile.to(self.products).t()) for tile in torch.split(weight, HEAD_TILE)], dim=-1)
+        elif weight is not None:
+            logits = tiled_product(hidden.to(self.products), weight)
         else:
             logits = cast(Tensor, layer(hidden))
         config = self.model.config.get_text_config()
@@ -85,18 +85,20 @@ class TextModel:
         return logits if cap is None else torch.tanh(logits / cap) * cap
 
     @property
-    def head_weight(self) -> Tensor | None:
+    def head_weight(self) -> Rows | None:
         """The frozen (vocabulary, hidden) weight when logits are exactly hidden·Wᵀ, without bias, cap or adapter; else None."""
         shaped = self.family.logit_factor or self.family.logit_divisor
         cap = self.family.soft_cap and getattr(self.model.config.get_text_config(), self.family.soft_cap, None) is not None
         return None if shaped or cap else self._plain_head_weight
 
     @property
-    def _plain_head_weight(self) -> Tensor | None:
+    def _plain_head_weight(self) -> Rows | None:
         """The frozen weight of a head that is an nn.Linear without bias and without active adapter; else None."""
         layer = self.model.get_output_embeddings()
+        if isinstance(layer, StreamedHead):
+            return layer.rows
         if isinstance(layer, AdaptedLayer):
-            if layer.active is not None:
+            if layer.in_use:
                 return None
             layer = layer.original
         plain = type(layer) is nn.Linear and layer.bias is None and not layer.weight.requires_grad

@@ -1,0 +1,116 @@
+"""Tokens with pairs of their own equal one adapter at a time: results and gradients, mixes, bare tokens, both ways."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lorakeet.core.base import DenseBase
+from lorakeet.core.batched import Stack, shared_low_rank
+from lorakeet.core.lowrank import LoraPair
+from lorakeet.core.plan import PlanEntry
+from lorakeet.core.selection import Share, gates_of
+
+IN, OUT, TOKENS = 12, 10, 9
+RANKS = {"a": 4, "b": 2, "c": 6}
+SHARES = (Share(0, 3, "a"), Share(3, 4, "b"), Share(6, 9, "c", 0.7), Share(6, 8, "a", -0.5))  # 4 and 5 use none, 6 … 8 a mix
+
+
+def pair(name: str) -> LoraPair:
+    rank = RANKS[name]
+    entry = PlanEntry(path="w", kind="linear", shape=(OUT, IN), rank=rank, alpha=3.0 * rank)
+    made = LoraPair(entry).eval()
+    generator = torch.Generator().manual_seed(rank)
+    with torch.no_grad():
+        made.A.normal_(generator=generator)
+        made.B.normal_(generator=generator)
+    return made
+
+
+@pytest.fixture
+def pairs() -> dict[str, LoraPair]:
+    return {name: pair(name) for name in RANKS}
+
+
+@pytest.fixture
+def layer() -> nn.Linear:
+    torch.manual_seed(0)
+    return nn.Linear(IN, OUT).requires_grad_(False)
+
+
+def one_at_a_time(x: Tensor, layer: nn.Linear, pairs: dict[str, LoraPair]) -> Tensor:
+    """The definition: every token by itself."""
+    rows = []
+    for token, row in enumerate(x):
+        weight = layer.weight
+        for share in SHARES:
+            if share.start <= token < share.stop:
+                held = pairs[share.name]
+                weight = weight + share.weight * held.scale * (held.B @ held.A)
+        rows.append(row @ weight.T + layer.bias)
+    return torch.stack(rows)
+
+
+def inputs() -> Tensor:
+    return torch.randn(TOKENS, IN, generator=torch.Generator().manual_seed(1))
+
+
+def test_equals_one_token_at_a_time_with_gradients(layer: nn.Linear, pairs: dict[str, LoraPair]) -> None:
+    found = []
+    for ours in (True, False):
+        x = inputs().requires_grad_()
+        for held in pairs.values():
+            held.zero_grad()
+        if ours:
+            shares = [(share, pairs[share.name]) for share in SHARES]
+            y = shared_low_rank(x, DenseBase(layer), shares, bias=layer.bias)
+        else:
+            y = one_at_a_time(x, layer, pairs)
+        y.square().sum().backward()
+        found.append([y.detach(), x.grad, *(p.grad.clone() for held in pairs.values() for p in (held.A, held.B))])  # type: ignore[union-attr]
+    for ours_value, expected in zip(*found, strict=True):
+        torch.testing.assert_close(ours_value, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_stack_gives_the_same(layer: nn.Linear, pairs: dict[str, LoraPair]) -> None:
+    stack = Stack(pairs, torch.float32)
+    gates = gates_of(SHARES, stack.layout, TOKENS, stack.A)
+    assert gates.shape == (TOKENS, sum(RANKS.values()))
+    assert gates[4:6].count_nonzero() == 0, "tokens without an adapter use none of the stack"
+    x = inputs()
+    torch.testing.assert_close(stack.apply(x, DenseBase(layer), gates, layer.bias), one_at_a_time(x, layer, pairs))
+
+
+def test_bare_tokens_are_the_base_bit_for_bit(layer: nn.Linear, pairs: dict[str, LoraPair]) -> None:
+    x, base = inputs(), DenseBase(layer)
+    plain = base.matmul(x) + layer.bias
+    shares = [(share, pairs[share.name]) for share in SHARES]
+    assert torch.equal(shared_low_rank(x, base, shares, bias=layer.bias)[4:6], plain[4:6])
+    stack = Stack(pairs, torch.float32)
+    assert torch.equal(stack.apply(x, base, gates_of(SHARES, stack.layout, TOKENS, x), layer.bias)[4:6], plain[4:6])
+
+
+def test_bf16_states_over_fp32_pairs(layer: nn.Linear, pairs: dict[str, LoraPair]) -> None:
+    x = inputs().bfloat16().requires_grad_()
+    shares = [(share, pairs[share.name]) for share in SHARES]
+    y = shared_low_rank(x, DenseBase(layer), shares, bias=layer.bias, products=torch.float32)
+    y.sum().backward()
+    assert (y.dtype, x.grad.dtype, pairs["a"].A.grad.dtype) == (torch.bfloat16, torch.bfloat16, torch.float32)  # type: ignore[union-attr]
+    torch.testing.assert_close(y.float(), one_at_a_time(x.detach().float(), layer, pairs), rtol=1e-2, atol=1e-2)
+
+
+def test_a_stack_copies_once_and_never_follows(pairs: dict[str, LoraPair]) -> None:
+    stack = Stack(pairs, torch.bfloat16)
+    with torch.no_grad():
+        pairs["a"].A.zero_()
+    assert stack.A[:4].count_nonzero() > 0
+    assert (stack.A.shape, stack.B.shape, stack.A.dtype) == ((12, IN), (OUT, 12), torch.bfloat16)
+
+
+def test_what_is_plain() -> None:
+    held = pair("a")
+    assert held.plain
+    held.dropout = 0.1
+    assert held.plain
+    assert not held.train().plain
