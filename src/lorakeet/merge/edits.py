@@ -99,7 +99,7 @@ class _Planner:
 
     def untie(self, adapter: Adapter) -> None:
         """Gives the head a tensor of its own, where it shares the embedding's and the adapter changes one of them alone."""
-        embedding = next((name for name in self.checkpoint.home if _leaf(name.rpartition(".")[0]) in EMBEDDINGS), None)
+        embedding = _embedding(self.checkpoint)
         head = next((found for name in HEADS if (found := self.checkpoint.find(f"{name}.weight"))), None)
         if embedding is None or (head is not None and self.checkpoint.setting("tie_word_embeddings") is not True):
             return
@@ -242,6 +242,16 @@ class _Planner:
         if change is None:
             return lambda weight: module_of(path, pair, kind).fold(weight)
         return lambda weight: fold_change(weight, kind, lambda expert: change(path, expert))
+
+
+def find_shared(checkpoint: Checkpoint, wanted: str) -> str | None:
+    """The name on disk of the parameter `wanted`; of a head without a tensor of its own, the embedding's that it shares."""
+    name = checkpoint.find(wanted)
+    return _embedding(checkpoint) if name is None and _leaf(wanted.rpartition(".")[0]) in HEADS else name
+
+
+def _embedding(checkpoint: Checkpoint) -> str | None:
+    return next((name for name in checkpoint.home if _leaf(name.rpartition(".")[0]) in EMBEDDINGS), None)
 
 
 def _part_names(checkpoint: Checkpoint, path: str) -> tuple[str, ...]:

@@ -23,7 +23,7 @@ from lorakeet.core.math import Kind
 from lorakeet.core.start import seed_for
 from lorakeet.errors import ConfigError, Problems
 from lorakeet.merge.checkpoint import Checkpoint
-from lorakeet.merge.edits import EMBEDDINGS, HEADS, expert_parts
+from lorakeet.merge.edits import HEADS, expert_parts, find_shared
 from lorakeet.merge.factors import LowRank, best_of_matrix
 from lorakeet.models import modules
 
@@ -221,9 +221,7 @@ class _Extraction:
 
 def _names(checkpoint: Checkpoint, path: str) -> list[list[str]]:
     """The tensors of a parameter on disk: one list an expert where they are kept one by one; the head may be the embedding."""
-    name = checkpoint.find(path)
-    if name is None and path.rpartition(".")[0].rpartition(".")[2] in HEADS:
-        name = next((stored for stored in checkpoint.home if stored.rpartition(".")[0].rpartition(".")[2] in EMBEDDINGS), None)
+    name = find_shared(checkpoint, path)
     if name is not None:
         return [[name]]
     return expert_parts(checkpoint, path)

@@ -13,9 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-EXACT_SVD = 768  # up to this smaller side a whole SVD of ΔW takes about a second; above it, a randomised one
-OVERSAMPLING = 16  # directions beyond the rank, and rounds of the power iteration: Halko, Martinsson and Tropp (2011), §4.5
-POWER_ROUNDS = 4
+from lorakeet.core.start import leading_factors
 
 
 @dataclass(frozen=True)
@@ -56,31 +54,12 @@ def best_of_factors(A: Tensor, B: Tensor, rank: int) -> LowRank:
 
 
 def best_of_matrix(change: Tensor, rank: int, seed: int) -> LowRank:
-    """The best approximation of `change` (out, in) of at most `rank`: by a whole SVD where it is small, else a randomised one.
+    """The best approximation of `change` (out, in) of at most `rank`; of large matrices nearly so (core/start).
 
-    The randomised one projects on a random sample of the range, sharpened by power iterations, and is within a fraction of a
-    per cent of the best; its error is measured, not estimated.
+    The error is measured on the result, not estimated.
     """
     change = change.float()
-    rank = min(rank, *change.shape)
-    if min(change.shape) <= max(EXACT_SVD, 2 * (rank + OVERSAMPLING)):
-        u, s, vh = torch.linalg.svd(change, full_matrices=False)
-    else:
-        q = _range(change, rank + OVERSAMPLING, seed)
-        small, s, vh = torch.linalg.svd(q.t() @ change, full_matrices=False)
-        u = q @ small
-    root = s[:rank].sqrt()
-    A, B = (root[:, None] * vh[:rank]).contiguous(), (u[:, :rank] * root).contiguous()
+    A, B = leading_factors(change, min(rank, *change.shape), torch.Generator().manual_seed(seed))
+    A, B = A.contiguous(), B.contiguous()
     left = torch.addmm(change, B, A, alpha=-1.0)
     return LowRank(A, B, float(left.double().square().sum()), float(change.double().square().sum()))
-
-
-def _range(change: Tensor, width: int, seed: int) -> Tensor:
-    """An orthonormal basis (out, width) of nearly all of the range of `change`."""
-    generator = torch.Generator().manual_seed(seed)
-    sample = torch.randn(change.shape[1], width, generator=generator).to(change.device)
-    q: Tensor = torch.linalg.qr(change @ sample)[0]
-    for _ in range(POWER_ROUNDS):
-        other = torch.linalg.qr(change.t() @ q)[0]
-        q = torch.linalg.qr(change @ other)[0]
-    return q

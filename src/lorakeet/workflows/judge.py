@@ -46,7 +46,7 @@ class Judge:
 
         `learnt_from` are the rows that the floors (majority class, TF-IDF) learn from.
         """
-        rows = [row for row in self.rows if self._fits(row)]
+        rows = self.fitting()
         if not rows:
             raise DataError("There is no row to judge by; name a file with rows, or raise data.max_tokens.")
         if self.encoder.labels:
@@ -58,7 +58,7 @@ class Judge:
         return replace(report, warnings=said if left_out else ())
 
     def _classification_report(self, title: str, rows: Sequence[Row], learnt_from: Sequence[Row]) -> Report:
-        base, adapter = self._answers(rows, BASE), self._answers(rows, ADAPTER)
+        base, adapter = self.answers(rows, BASE), self.answers(rows, ADAPTER)
         return classification_report(
             title,
             adapter=adapter,
@@ -81,10 +81,12 @@ class Judge:
         parity = compare_on(self.text, batches, left=None, right=self.name, spec=spec)
         return Drift(parity.mean_kl, len(examples), f"{parity.tokens:,} tokens sampled at temperature 1, seed {spec.seed}")
 
-    def _fits(self, row: Row) -> bool:
-        return self.encoder.encode(row) is not None
+    def fitting(self) -> list[Row]:
+        """The rows that are short enough to be judged."""
+        return [row for row in self.rows if self.encoder.encode(row) is not None]
 
-    def _answers(self, rows: Sequence[Row], system: str) -> Answers:
+    def answers(self, rows: Sequence[Row], system: str) -> Answers:
+        """What the system says of labelled rows."""
         candidates: list[Candidates] = [found for row in rows if (found := self.encoder.candidates(row)) is not None]
         activate(self.text.model, None if system == BASE else self.name)
         with _bar(self.console) as bar:
@@ -109,23 +111,29 @@ class Judge:
         return [majority, replace(tfidf, note=note)]
 
     def _language_report(self, title: str, rows: Sequence[Row]) -> Report:
-        examples, micro_tokens = encode_rows(rows, self.encoder).examples, self.config.train.micro_tokens
-        found: dict[str, RowLosses] = {}
-        for system in (BASE, ADAPTER):
-            activate(self.text.model, None if system == BASE else self.name)
-            with _bar(self.console) as bar:
-                task = bar.add_task(f"{system} reads {len(rows)} rows", total=len(rows))
-                sums, counts = row_losses(self.text, examples, micro_tokens=micro_tokens, progress=partial(bar.advance, task))
-            found[system] = RowLosses(system, sums, counts.astype(np.int64), _groups(rows))
+        base, adapter = self.losses(rows, BASE), self.losses(rows, ADAPTER)
         return language_report(
             title,
-            adapter=found[ADAPTER],
-            base=found[BASE],
+            adapter=adapter,
+            base=base,
             texts=[_prompt(row) for row in rows],
             truths=[_answer(row) for row in rows],
             sources=[row.source for row in rows],
             spec=self.config.evaluate,
         )
+
+    def losses(self, rows: Sequence[Row], system: str) -> RowLosses:
+        """How likely the system finds the supervised tokens of rows."""
+        activate(self.text.model, None if system == BASE else self.name)
+        with _bar(self.console) as bar:
+            task = bar.add_task(f"{system} reads {len(rows)} rows", total=len(rows))
+            sums, counts = row_losses(
+                self.text,
+                encode_rows(rows, self.encoder).examples,
+                micro_tokens=self.config.train.micro_tokens,
+                progress=partial(bar.advance, task),
+            )
+        return RowLosses(system, sums, counts.astype(np.int64), _groups(rows))
 
 
 def sampled_texts(text: TextModel, count: int, tokens: int, *, seed: int) -> list[Example]:
