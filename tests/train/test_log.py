@@ -62,10 +62,10 @@ def test_tensorboard_gets_every_number(tmp_path: Path) -> None:
 
 
 def offline_history(folder: Path) -> list[dict[str, float]]:
-    """What the real wandb wrote below `folder`: protobufs in a LevelDB log (blocks of 32 KiB, records in pieces)."""
+    """What the real wandb wrote first below `folder`: protobufs in a LevelDB log (blocks of 32 KiB, records in pieces)."""
     from wandb.proto import wandb_internal_pb2
 
-    (file,) = folder.glob("wandb/offline-run-*/run-*.wandb")
+    file = min(folder.glob("wandb/offline-run-*/run-*.wandb"))  # their names begin with the time
     data, at, held, found = file.read_bytes(), 7, b"", []
     while at + 7 <= len(data):
         _, length, kind = struct.unpack("<IHB", data[at : at + 7])
@@ -86,7 +86,7 @@ def test_wandb_gets_every_number_and_goes_on_in_the_same_run(tmp_path: Path, mon
     wandb = pytest.importorskip("wandb")
     for name, value in {"WANDB_MODE": "offline", "WANDB_SILENT": "true", "WANDB_CONFIG_DIR": str(tmp_path / "settings")}.items():
         monkeypatch.setenv(name, value)
-    names, found = [], []
+    names = []
     for run in (tmp_path / "run", tmp_path / "run", tmp_path / "other"):
         run.mkdir(exist_ok=True)
         sink = sink_for("wandb", run)
@@ -97,8 +97,8 @@ def test_wandb_gets_every_number_and_goes_on_in_the_same_run(tmp_path: Path, mon
             sink.write({"step": 1, "held_out_loss": 0.75})
             sink.write({"step": 2, "loss": 0.25})
         sink.close()
-        found = found or offline_history(run)
-    assert found == [{"_step": 1, "loss": 0.5, "held_out_loss": 0.75}, {"_step": 2, "loss": 0.25}]
+    wandb.teardown()  # waits for its own process, which writes the files
+    assert offline_history(tmp_path / "run") == [{"_step": 1, "loss": 0.5, "held_out_loss": 0.75}, {"_step": 2, "loss": 0.25}]
     assert names[0] == names[1] != names[2] and names[0][:2] == ("lorakeet", "run")
 
 
