@@ -19,7 +19,7 @@ from lorakeet.data.chat import Example
 from lorakeet.data.pack import Batch, micro_batches
 from lorakeet.formats import peft
 from lorakeet.train.spec import TrainSpec
-from lorakeet.train.task import HeldOut, Size
+from lorakeet.train.task import HeldOut, Size, by_batch
 from lorakeet.train.text_loss import text_loss
 
 VOCAB, HIDDEN = 40, 16
@@ -96,6 +96,9 @@ class TinyTask:
 
     def size(self, batch: Batch) -> Size:
         return Size(rows=len(batch.lengths), tokens=batch.tokens, targets=batch.targets)
+
+    def gradients(self, batches: Sequence[Batch], targets: int) -> Tensor:
+        return by_batch(self.loss, batches, targets)
 
     def loss(self, batch: Batch) -> Tensor:
         self.text.train()

@@ -193,9 +193,7 @@ class LoraConv2d(AdaptedLayer):
             return cast(Tensor, self.original(x))
         conv, dtype = self.original, x.dtype
         dropped = nn.functional.dropout(x, pair.dropout, pair.training)
-        shrunk = nn.functional.conv2d(
-            dropped, pair.A.to(dtype), stride=conv.stride, padding=conv.padding, dilation=conv.dilation
-        )
+        shrunk = nn.functional.conv2d(dropped, pair.A.to(dtype), stride=conv.stride, padding=conv.padding, dilation=conv.dilation)
         bias = None if pair.bias is None else pair.bias.to(dtype)
         low_rank = nn.functional.conv2d(shrunk, pair.B.to(dtype), bias) * pair.scale
         if not isinstance(pair, DoraPair):

@@ -4,24 +4,26 @@ from __future__ import annotations
 
 from lorakeet.core.adapter import Adapter
 from lorakeet.core.plan import Plan
+from lorakeet.models.fits import plan_of
 from lorakeet.models.fuse import fuse
 from lorakeet.models.inject import attach, inject, use_products
+from lorakeet.models.streamed import hold
 from lorakeet.models.text import TextModel
 
 
-def begin_adapter(
-    text: TextModel, plan: Plan, *, seed: int, token_ids: tuple[int, ...] = (), name: str = "default"
-) -> None:
+def begin_adapter(text: TextModel, plan: Plan, *, seed: int, token_ids: tuple[int, ...] = (), name: str = "default") -> None:
     """Puts the new pairs of `plan` into `text` as the adapter `name`, and makes the model compute as it will be trained.
 
     `token_ids` are those of added tokens. Raises ConfigError where the plan does not fit the model.
     """
+    hold(text.model, plan)
     inject(text.model, plan, name, seed=seed, token_ids=token_ids)
     _compute(text)
 
 
 def put_adapter(text: TextModel, adapter: Adapter, name: str = "default") -> None:
     """Puts a finished `adapter` into `text`, and makes the model compute as in training; ConfigError where it does not fit."""
+    hold(text.model, plan_of(text.model, adapter))
     attach(text.model, adapter, name)
     _compute(text)
 

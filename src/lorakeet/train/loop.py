@@ -179,13 +179,8 @@ class Training(Generic[BatchT]):
             raise DataError(
                 f"No token of the {rows} rows of step {step} is supervised; check data.supervise and data.max_tokens."
             )
-        total = torch.zeros((), dtype=torch.float64)
-        for batch, size in zip(batches, sizes, strict=True):
-            if size.targets:
-                loss = self.task.loss(batch)
-                (loss / targets).backward()  # type: ignore[no-untyped-call]
-                total = total.to(loss.device) + loss.detach().double()
-        return total.item() / targets
+        supervised = [batch for batch, size in zip(batches, sizes, strict=True) if size.targets]
+        return self.task.gradients(supervised, targets).item() / targets
 
     def _require_finite(self, step: int, loss: float, norm: Tensor) -> None:
         if math.isfinite(loss) and bool(torch.isfinite(norm)):

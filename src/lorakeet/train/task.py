@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, TypeVar
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import Parameter
@@ -30,6 +31,27 @@ class HeldOut:
 
     sums: NDArray[np.float64]  # (rows,)
     weights: NDArray[np.float64]  # (rows,)
+
+
+def by_batch(loss: Callable[[BatchT], Tensor], batches: Sequence[BatchT], targets: int) -> Tensor:
+    """Forward and backward of each micro-batch in turn. `loss` gives the sum of the loss over a batch's targets, with gradient.
+
+    Each micro-batch draws its random numbers (dropout) from a seed of its own, drawn first: a task that computes the batches in
+    another order draws the same ones.
+    """
+    total = torch.zeros((), dtype=torch.float64)
+    for batch, seed in zip(batches, batch_seeds(len(batches)), strict=True):
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            found = loss(batch)
+            (found / targets).backward()  # type: ignore[no-untyped-call]
+        total = total.to(found.device) + found.detach().double()
+    return total
+
+
+def batch_seeds(count: int) -> list[int]:
+    """A seed for each micro-batch of a step, drawn from torch's generator."""
+    return [int(seed) for seed in torch.randint(2**62, (count,))]
 
 
 class Task(Protocol[BatchT]):
@@ -57,8 +79,11 @@ class Task(Protocol[BatchT]):
 
     def size(self, batch: BatchT) -> Size: ...
 
-    def loss(self, batch: BatchT) -> Tensor:
-        """The sum of the loss over the batch's targets, with gradient."""
+    def gradients(self, batches: Sequence[BatchT], targets: int) -> Tensor:
+        """Adds ∂(Σ losses / targets) to the gradients of the parameters, micro-batch after micro-batch; Σ losses, fp64, detached.
+
+        `batches` are those of one step that have targets. `by_batch` is the usual way.
+        """
         ...
 
     def held_out(self) -> HeldOut | None:

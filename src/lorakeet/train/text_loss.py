@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
+from lorakeet.core.tiles import Rows, back_product, tiles
 from lorakeet.data.pack import Batch
 
 CHUNK = 256
@@ -23,7 +24,7 @@ class TextHead(Protocol):
     """The part of a TextModel that the loss needs (see models/text)."""
 
     @property
-    def head_weight(self) -> Tensor | None: ...
+    def head_weight(self) -> Rows | None: ...
 
     def hidden(self, batch: Batch) -> Tensor: ...
 
@@ -48,17 +49,20 @@ class _FrozenHeadLoss(torch.autograd.Function):
         L = log Σ exp z − z_t        ∂L/∂z = p − onehot(t)        ∂L/∂h = (p − onehot(t))·W
 
     W gets no gradient, so ∂L/∂h needs nothing from the backward pass but the factor ∂/∂L, a single number. It is computed
-    per chunk while z is at hand: no logits are kept and none are computed twice. Softmax runs in fp32.
+    per chunk while z is at hand: no logits are kept and none are computed twice. Softmax runs in fp32. W is used in tiles of
+    rows, whether it is in memory or in a store, so that both give the same bits.
     """
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int, wants_grad: bool) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, weight: Rows, targets: Tensor, chunk: int, wants_grad: bool) -> Tensor:
         exact = torch.promote_types(hidden.dtype, torch.float32)
         total = torch.zeros((), dtype=exact, device=hidden.device)
         grad = torch.empty_like(hidden) if wants_grad else None
         for start in range(0, len(targets), chunk):
             part = slice(start, start + chunk)
-            logits = torch.mm(hidden[part], weight.t()).to(exact)  # (chunk, vocab)
+            logits = torch.empty((len(hidden[part]), weight.shape[0]), dtype=exact, device=hidden.device)  # (chunk, vocab)
+            for tile in tiles(weight.shape[0]):
+                logits[:, tile] = torch.mm(hidden[part], weight[tile].t())
             index = targets[part].unsqueeze(1)
             chosen = logits.gather(1, index).squeeze(1)
             top = logits.amax(1, keepdim=True)
@@ -67,7 +71,7 @@ class _FrozenHeadLoss(torch.autograd.Function):
             total += (norm.log() + top).squeeze(1).sub_(chosen).sum()
             if grad is not None:
                 likelihood.div_(norm).scatter_add_(1, index, torch.full_like(norm, -1.0))
-                grad[part] = torch.mm(likelihood.to(weight.dtype), weight)
+                grad[part] = back_product(likelihood, weight, weight.dtype)
         if grad is not None:
             ctx.save_for_backward(grad)
         return total
@@ -79,7 +83,7 @@ class _FrozenHeadLoss(torch.autograd.Function):
         return grad * upstream.to(grad.dtype), None, None, None, None
 
 
-def frozen_head_loss(hidden: Tensor, weight: Tensor, targets: Tensor, *, chunk: int = CHUNK) -> Tensor:
+def frozen_head_loss(hidden: Tensor, weight: Rows, targets: Tensor, *, chunk: int = CHUNK) -> Tensor:
     """Sum of −log softmax(hidden·Wᵀ)[target]; hidden (n, hidden), W (vocab, hidden) frozen, targets (n,)."""
     if hidden.dtype != weight.dtype:
         hidden = hidden.to(weight.dtype)

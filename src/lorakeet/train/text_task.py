@@ -14,25 +14,38 @@ from lorakeet.data.batches import StepOrder
 from lorakeet.data.chat import Example
 from lorakeet.data.pack import Batch, micro_batches
 from lorakeet.formats import peft
+from lorakeet.memory.spill import Aside
 from lorakeet.models import inject
 from lorakeet.models.score import row_losses
 from lorakeet.models.text import TextModel
 from lorakeet.train import durable
+from lorakeet.train.layer_major import by_block
 from lorakeet.train.spec import TrainSpec, learning_rate_for
-from lorakeet.train.task import HeldOut, Size
+from lorakeet.train.task import HeldOut, Size, by_batch
 from lorakeet.train.text_loss import text_loss
 
 
 class TextTask:
-    """Trains the adapter `name`, which must have been injected into `text.model` and be active."""
+    """Trains the adapter `name`, which must have been injected into `text.model` and be active.
+
+    The inputs of a streamed model's blocks are kept in a file in the folder `scratch`, where one is named, else in memory.
+    """
 
     def __init__(
-        self, text: TextModel, train: Sequence[Example], *, held_out: Sequence[Example], spec: TrainSpec, name: str = "default"
+        self,
+        text: TextModel,
+        train: Sequence[Example],
+        *,
+        held_out: Sequence[Example],
+        spec: TrainSpec,
+        name: str = "default",
+        scratch: Path | None = None,
     ) -> None:
         self.text, self.train, self.spec, self.name = text, list(train), spec, name
         lengths = tuple(len(example.ids) for example in train) if spec.length_grouping else None
         self.order = StepOrder(len(self.train), spec.batch_size, spec.seed, lengths)
         self.held_out_rows = list(held_out)
+        self.aside = Aside(scratch)
 
     @property
     def steps_per_epoch(self) -> int:
@@ -47,7 +60,7 @@ class TextTask:
 
     def fixed(self) -> dict[str, Tensor]:
         return {
-            f"{path}.{key}": buffer
+            f"{path.replace('.original.', '.')}.{key}": buffer  # the same name whatever stands for a block
             for path, module in self.text.model.named_modules()
             if isinstance(module, LoraPair) and f".adapters.{self.name}." in f"{path}."
             for key, buffer in module.named_buffers(recurse=False)
@@ -59,7 +72,15 @@ class TextTask:
     def size(self, batch: Batch) -> Size:
         return Size(rows=len(batch.lengths), tokens=batch.tokens, targets=batch.targets)
 
+    def gradients(self, batches: Sequence[Batch], targets: int) -> Tensor:
+        streamed = self.text.streamed
+        if streamed is not None:
+            self.text.model.train()
+            return by_block(self.text, streamed, batches, targets, aside=self.aside, chunk=self.spec.head_chunk)
+        return by_batch(self.loss, batches, targets)
+
     def loss(self, batch: Batch) -> Tensor:
+        """The sum of the loss over the batch's targets, with gradient, in training mode."""
         self.text.model.train()
         return text_loss(self.text, batch.to(self.text.device), chunk=self.spec.head_chunk)[0]
 

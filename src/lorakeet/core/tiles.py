@@ -1,0 +1,61 @@
+"""Products with the rows of a large frozen matrix, a tile of rows at a time, so that the matrix need not be in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, Protocol, cast
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+TILE = 8192  # rows: of a Llama-2 7B's head 67 MB in bf16
+
+
+class Rows(Protocol):
+    """A matrix whose rows can be had in parts: a tensor, or one that lies in a store."""
+
+    @property
+    def shape(self) -> Any:
+        """(rows, columns)."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the numbers."""
+
+    def __getitem__(self, part: slice, /) -> Tensor:
+        """Some of the rows."""
+
+
+def tiles(rows: int, tile: int = TILE) -> Iterator[slice]:
+    """Slices of at most `tile` rows, end to end."""
+    for start in range(0, rows, tile):
+        yield slice(start, min(start + tile, rows))
+
+
+class _TiledProduct(torch.autograd.Function):
+    """y = x·Wᵀ and ∂x = ∂y·W, both by tiles of W; ∂x is summed in fp32. Nothing is saved."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Rows) -> Tensor:
+        ctx.weight = weight
+        return torch.cat([torch.mm(x, weight[part].to(x.dtype).t()) for part in tiles(weight.shape[0])], dim=-1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None]:
+        return back_product(grad, ctx.weight, grad.dtype).to(grad.dtype), None
+
+
+def tiled_product(x: Tensor, weight: Rows) -> Tensor:
+    """x (n, columns) to x·Wᵀ (n, rows) in the dtype of x, differentiable in x."""
+    return cast(Tensor, _TiledProduct.apply(x, weight))  # type: ignore[no-untyped-call]
+
+
+def back_product(grad: Tensor, weight: Rows, products: torch.dtype) -> Tensor:
+    """grad (n, rows) to grad·W (n, columns): each tile's product in `products`, their sum in fp32 (fp64 for fp64)."""
+    exact = torch.promote_types(products, torch.float32)
+    total = torch.zeros((grad.shape[0], weight.shape[1]), dtype=exact, device=grad.device)
+    for part in tiles(weight.shape[0]):
+        total += torch.mm(grad[:, part].to(products), weight[part].to(products))
+    return total

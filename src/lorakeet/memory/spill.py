@@ -1,0 +1,63 @@
+"""Tensors put aside in order and taken back: in memory, or in a scratch file that nobody else sees."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Hashable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from lorakeet.errors import EnvironmentProblem
+from lorakeet.memory.store import raw_bytes
+
+
+class Aside:
+    """Keeps CPU tensors by key until they are taken; with a `folder`, in a file there that vanishes with the process."""
+
+    def __init__(self, folder: Path | None = None) -> None:
+        self._held: dict[Hashable, Tensor] = {}
+        self._places: dict[Hashable, tuple[int, torch.dtype, tuple[int, ...]]] = {}
+        self._end = 0
+        self._folder = folder
+        self._file = None if folder is None else tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 - closed by `close`
+
+    def put(self, key: Hashable, tensor: Tensor) -> None:
+        """Keeps `tensor`, which must not be written to afterwards; EnvironmentProblem where the disk is full."""
+        if self._file is None:
+            self._held[key] = tensor
+            return
+        view = raw_bytes(tensor.contiguous())
+        done = 0
+        try:
+            while done < len(view):
+                done += os.pwrite(self._file.fileno(), view[done:], self._end + done)
+        except OSError as error:
+            raise EnvironmentProblem(
+                f"The scratch file of activations in {self._folder} cannot be written: {error.strerror}. Free some space there."
+            ) from error
+        self._places[key] = self._end, tensor.dtype, tuple(tensor.shape)
+        self._end += len(view)
+
+    def take(self, key: Hashable) -> Tensor:
+        """The tensor kept under `key`, which is then forgotten; when all are taken, the file is empty again."""
+        if self._file is None:
+            return self._held.pop(key)
+        begin, dtype, shape = self._places.pop(key)
+        found = torch.empty(shape, dtype=dtype)
+        view = raw_bytes(found)
+        done = 0
+        while done < len(view):
+            done += os.preadv(self._file.fileno(), [view[done:]], begin + done)
+        if not self._places:
+            self._end = 0
+        return found
+
+    def close(self) -> None:
+        """Forgets everything."""
+        self._held.clear()
+        self._places.clear()
+        if self._file is not None:
+            self._file.close()

@@ -1,0 +1,83 @@
+"""Records of a store that come into two buffers in turn: while one is computed with, a thread reads the next into the other."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lorakeet.memory.store import Record, Store
+
+
+@dataclass
+class _Slot:
+    """A buffer, the record that it holds or is being filled with, and the reading."""
+
+    buffer: Tensor
+    index: int | None = None
+    reading: Future[None] | None = None
+
+
+class RecordStream:
+    """The records `names` of `store`, by their number. At most two are in memory, each in a buffer as long as the longest."""
+
+    def __init__(self, store: Store, names: Sequence[str]) -> None:
+        self.store = store
+        self.records: list[Record] = [store.record(name) for name in names]
+        self._slots: list[_Slot] = []
+        self._reader = ThreadPoolExecutor(1, thread_name_prefix="lorakeet-store")
+        self.bytes_read = 0
+
+    @property
+    def slot_bytes(self) -> int:
+        """How long each of the two buffers is."""
+        return max(record.bytes for record in self.records)
+
+    def bring(self, index: int, then: int) -> dict[str, Tensor]:
+        """The tensors of record `index`, valid until the call after the next; `then` is read meanwhile into the other buffer.
+
+        Raises what reading raised: DataError where the store was cut off.
+        """
+        slot = self._holding(index)
+        if slot is None:
+            slot = self._fill(index, keep=None)
+        if slot.reading is not None:
+            slot.reading.result()
+            slot.reading = None
+        if self._holding(then) is None:
+            self._fill(then, keep=slot)
+        return self.records[index].views(slot.buffer)
+
+    def release(self) -> None:
+        """Gives the buffers back to the system; the next `bring` makes new ones."""
+        for slot in self._slots:
+            if slot.reading is not None:
+                slot.reading.result()
+        self._slots = []
+
+    def close(self) -> None:
+        """Ends the reading thread and closes the store."""
+        self._reader.shutdown(wait=True)
+        self._slots = []
+        self.store.close()
+
+    def _holding(self, index: int) -> _Slot | None:
+        return next((slot for slot in self._slots if slot.index == index), None)
+
+    def _fill(self, index: int, *, keep: _Slot | None) -> _Slot:
+        """Begins to read record `index` into a buffer other than `keep`."""
+        if len(self._slots) < 2:
+            self._slots.append(_Slot(torch.empty(self.slot_bytes, dtype=torch.uint8)))
+            slot = self._slots[-1]
+        else:
+            slot = next(slot for slot in self._slots if slot is not keep)
+        if slot.reading is not None:
+            slot.reading.result()
+        record = self.records[index]
+        slot.index = index
+        slot.reading = self._reader.submit(self.store.read, record.begin, slot.buffer[: record.bytes])
+        self.bytes_read += record.bytes
+        return slot

@@ -1,0 +1,300 @@
+"""From a model's files to a store, tensor by tensor, and from a store to a model that streams: never the whole in memory.
+
+transformers names, joins and converts the tensors as it always does; what it would put into the model goes into the store.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+from transformers.core_model_loading import ConversionOps
+from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING, register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from lorakeet.errors import ConfigError, DataError
+from lorakeet.memory.store import Store, StoredRows, StoreWriter, new_store
+from lorakeet.memory.stream import RecordStream
+from lorakeet.models import modules
+from lorakeet.models.families import Family
+from lorakeet.models.fingerprint import fingerprint
+from lorakeet.models.quantized import READERS, Stock, dense_stock, quantised_stock, skeleton, stored_quantisation, tensor_files
+from lorakeet.models.quiet import quiet_transformers
+from lorakeet.models.streamed import Streamed, StreamedEmbedding, StreamedHead
+from lorakeet.quant.adopt import empty_base
+from lorakeet.quant.packed import PackedBase, PackedLinear
+from lorakeet.quant.spec import QuantSpec
+
+_METHOD = "lorakeet_store"  # under which transformers knows this way of loading
+
+
+def streamed_model(
+    source: Path,
+    config: Any,
+    dtype: torch.dtype,
+    *,
+    quantize: QuantSpec,
+    family: Family,
+    folder: Path,
+    say: Callable[[str], None],
+) -> tuple[Any, Streamed]:
+    """The frozen model in eval mode, with eager attention, and its blocks, from a store in `folder`, made if it is missing.
+
+    Raises ConfigError where the model has no list of blocks, DataError for damaged files or a store of another model,
+    EnvironmentProblem where the store cannot be written.
+    """
+    same = identity(source, dtype, quantize)
+    path = folder / f"{source.name}-{same['model'][:16]}-{quantize.method}-{same['dtype']}.safetensors"
+    if not path.is_file():
+        say(f"Writing the frozen weights once into {path}; later runs read that store.")
+        write_store(path, same, source=source, config=config, dtype=dtype, quantize=quantize, family=family)
+    return open_streamed(Store.open(path, same), config, dtype, family)
+
+
+def identity(source: Path, dtype: torch.dtype, quantize: QuantSpec) -> dict[str, str]:
+    """What a store must have been made from."""
+    packing = f"{quantize.method} {quantize.block_size} {quantize.double_quant} {quantize.head}"
+    return {"model": fingerprint(source), "dtype": str(dtype).removeprefix("torch."), "packing": packing}
+
+
+def write_store(
+    path: Path, same: Mapping[str, str], *, source: Path, config: Any, dtype: torch.dtype, quantize: QuantSpec, family: Family
+) -> None:
+    """Writes the store of a model folder to `path`, one block in memory at a time."""
+    stock = _stock_of(source, config, quantize)
+    empty = empty_model(config, dtype)
+    records = records_of(empty, family)
+    size = sum(tensor.nbytes for tensor in empty.state_dict().values())  # of the dense model: an upper bound
+    more: dict[str, str] = {}
+    with new_store(path, identity=more, tensors=8 * len(empty.state_dict()), size=0 if stock.packed else size) as writer:
+        collected = _Collector(writer, empty, records)
+        _read_all(stock, config, dtype, collected, source)
+        collected.finish(source)
+        more.update(same, packed=json.dumps(collected.packed))
+
+
+def open_streamed(store: Store, config: Any, dtype: torch.dtype, family: Family) -> tuple[Any, Streamed]:
+    """The model over an open store whose records are its blocks."""
+    model = empty_model(config, dtype)
+    for path, settings in json.loads(store.identity["packed"]).items():
+        module = model.get_submodule(path)
+        base = empty_base(settings, device="meta")
+        model.set_submodule(path, PackedLinear(base, module.bias, transposed=not isinstance(module, nn.Linear)))
+    model.requires_grad_(False).eval()
+    prefix, count = modules.block_prefix(model, family)
+    streamed = Streamed(RecordStream(store, [f"{prefix}.{index}" for index in range(count)]))
+    _make_small_ones_real(model)
+    blocks = cast(nn.ModuleList, model.get_submodule(prefix))
+    for index in range(count):
+        blocks[index] = streamed.add(blocks[index])
+    _stream_ends(model, store)
+    for name in store.tensors:
+        if not name.startswith(f"{prefix}."):
+            _make_resident(model, store, name)
+    return model, streamed
+
+
+def _stock_of(source: Path, config: Any, quantize: QuantSpec) -> Stock:
+    """What the files of a model promise, packed as they are or as `quantize` asks."""
+    files, stored = tensor_files(source), stored_quantisation(config)
+    if stored:
+        return READERS[str(stored.get("quant_method", ""))](files, stored)
+    return dense_stock(files) if quantize.method == "none" else quantised_stock(dense_stock(files), config, quantize)
+
+
+def empty_model(config: Any, dtype: torch.dtype) -> Any:
+    """The model that `config` describes, on the meta device, with eager attention and weights tied."""
+    plain = skeleton(config).config
+    with torch.device("meta"), quiet_transformers():
+        model = AutoModelForCausalLM.from_config(plain, dtype=dtype, attn_implementation="eager")
+    model.tie_weights()
+    return model
+
+
+def records_of(model: Any, family: Family) -> dict[str, set[str]]:
+    """The names of each block's tensors, by the block's path; ConfigError where the model has no list of blocks."""
+    prefix, count = modules.block_prefix(model, family)
+    if not count:
+        raise ConfigError(f"{type(model).__name__} has no list of blocks that could be streamed. Leave memory.budget out.")
+    found: dict[str, set[str]] = {f"{prefix}.{index}": set() for index in range(count)}
+    for name in model.state_dict():
+        if name.startswith(f"{prefix}."):
+            found[".".join(name.split(".")[: prefix.count(".") + 2])].add(name)
+    return found
+
+
+class _Collector:
+    """Gathers what arrives until a block is whole, and hands it to the store."""
+
+    def __init__(self, writer: StoreWriter, skeleton: Any, records: Mapping[str, set[str]]) -> None:
+        self.writer = writer
+        self.packed: dict[str, Any] = {}
+        self.problems: list[str] = []
+        self.shapes = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in skeleton.state_dict().items()}
+        self.transposed = {name for name, module in skeleton.named_modules() if modules.kind_of(module) == "conv1d"}
+        self._record_of = {name: record for record, names in records.items() for name in names}
+        self._waiting = {record: set(names) for record, names in records.items()}
+        self._held: dict[str, dict[str, Tensor]] = {record: {} for record in records}
+        self.seen: set[str] = set()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Collector:
+        """transformers copies its settings, and this within them; there is one file all the same."""
+        return self
+
+    def take(self, name: str, value: Tensor | PackedBase) -> None:
+        """A tensor under its name in the model, or a packed weight under the name that the dense one would have."""
+        shape, dtype = self.shapes[name]
+        if isinstance(value, PackedBase):
+            path = name.removesuffix(".weight")
+            expected = shape[::-1] if path in self.transposed else shape
+            parts = {f"{path}.base.{leaf}": tensor for leaf, tensor in value.state_dict().items()}
+            self.packed[path] = value.settings
+            if value.shape != expected:
+                self.problems.append(f"'{name}' is {value.shape}, but the model needs {expected}.")
+        else:
+            parts = {name: value.to(dtype)}
+            if tuple(value.shape) != shape:
+                self.problems.append(f"'{name}' is {tuple(value.shape)}, but the model needs {shape}.")
+        self.seen.add(name)
+        record = self._record_of.get(name)
+        if record is None:
+            for full, tensor in parts.items():
+                self.writer.add(full.rpartition(".")[0], {full.rpartition(".")[2]: tensor})
+            return
+        self._held[record].update({full.removeprefix(f"{record}."): tensor for full, tensor in parts.items()})
+        self._waiting[record].discard(name)
+        if not self._waiting[record]:
+            self.writer.add(record, self._held.pop(record))
+
+    def finish(self, source: Path) -> None:
+        """DataError that lists what is missing or of another shape."""
+        missing = sorted(name for names in self._waiting.values() for name in names)
+        problems = [*self.problems, *(f"'{name}' is missing." for name in missing)]
+        if problems:
+            shown = "".join(f"\n  - {line}" for line in problems[:40])
+            raise DataError(f"{source} is no whole model ({len(problems)} problems):{shown}")
+
+
+class _StoreConfig(QuantizationConfigMixin):  # type: ignore[misc]
+    """Carries the collector through transformers."""
+
+    def __init__(self, collector: _Collector) -> None:
+        self.quant_method = _METHOD
+        self.collector = collector
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"quant_method": self.quant_method}
+
+
+class _StoreQuantizer(HfQuantizer):  # type: ignore[misc]
+    """transformers' hook for weights that are set in another form than they are named in: here they are set nowhere."""
+
+    requires_calibration = False
+    is_trainable = True
+
+    def is_serializable(self) -> bool:
+        return False
+
+    def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
+        return True
+
+    def get_quantize_ops(self) -> ConversionOps:
+        return _Send(self.quantization_config.collector)
+
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        self.remove_quantization_config(model)
+        return model
+
+
+class _Send(ConversionOps):  # type: ignore[misc]
+    """Sends what arrives to the collector."""
+
+    def __init__(self, collector: _Collector) -> None:
+        self.collector = collector
+
+    def convert(self, input_dict: dict[str, Any], **context: Any) -> dict[str, Any]:
+        for name, value in input_dict.items():
+            full = name if name in self.collector.shapes else context["full_layer_name"]
+            self.collector.take(full, value[0] if isinstance(value, list) else value)
+            context["missing_keys"].discard(full)
+        return {}
+
+
+class _Promise:
+    """A tensor or a packed weight that is read when transformers asks for all of it."""
+
+    def __init__(self, read: Callable[[], Any]) -> None:
+        self._read = read
+
+    def __getitem__(self, index: Any) -> Any:
+        return self._read()
+
+
+def _read_all(stock: Stock, config: Any, dtype: torch.dtype, collector: _Collector, source: Path) -> None:
+    """Lets transformers read everything that `stock` promises."""
+    if _METHOD not in AUTO_QUANTIZER_MAPPING:
+        register_quantization_config(_METHOD)(_StoreConfig)
+        register_quantizer(_METHOD)(_StoreQuantizer)
+    empty = skeleton(config)
+    kind, plain = type(empty), empty.config
+    promises = {name: _Promise(read) for name, read in (*stock.dense.items(), *stock.packed.items())}
+    try:
+        with quiet_transformers():
+            kind.from_pretrained(
+                None,
+                config=plain,
+                state_dict=promises,
+                quantization_config=_StoreConfig(collector),
+                dtype=dtype,
+                attn_implementation="eager",
+            )
+    except (ValueError, RuntimeError, KeyError) as error:
+        raise DataError(
+            f"The '{config.model_type}' model in {source} cannot be loaded for text generation: {type(error).__name__}: {error}"
+        ) from error
+
+
+def _make_small_ones_real(model: Any) -> None:
+    """Computes the buffers that are in no file (the angles of rotary positions), as transformers does when it loads."""
+    with torch.no_grad():
+        for module in model.modules():
+            names = [name for name in module._non_persistent_buffers_set if module._buffers.get(name) is not None]
+            if names:
+                for name in names:
+                    module._buffers[name] = torch.empty_like(module._buffers[name], device="cpu")
+                model._init_weights(module)
+
+
+def _stream_ends(model: Any, store: Store) -> None:
+    """Lets stand-ins read the embedding and a plain head row by row."""
+    embedding, head = modules.input_layer(model), modules.output_layer(model)
+    path = modules.path_of(model, embedding)
+    tied = head is not None and embedding is not None and cast(Any, head).weight is cast(Any, embedding).weight
+    if modules.kind_of(cast(nn.Module, embedding)) == "embedding" and f"{path}.weight" in store.tensors:
+        modules.replace(model, path, StreamedEmbedding(cast(nn.Embedding, embedding), StoredRows(store, f"{path}.weight")))
+        stored = f"{path}.weight" if tied else f"{modules.path_of(model, head)}.weight"
+        if type(head) is nn.Linear and head.bias is None and stored in store.tensors:
+            modules.replace(model, modules.path_of(model, head), StreamedHead(head, StoredRows(store, stored)))
+
+
+def _make_resident(model: Any, store: Store, name: str) -> None:
+    """Reads one tensor into its place, unless it is streamed."""
+    path, _, leaf = name.rpartition(".")
+    module = modules.find(model, path)
+    if module is None or isinstance(module, (StreamedEmbedding, StreamedHead)):
+        return
+    if leaf in module._parameters:
+        tensor = nn.Parameter(store.tensor(name), requires_grad=False)
+        empty = module._parameters[leaf]
+        for other in model.modules():  # tied ones stay one
+            for key, held in other._parameters.items():
+                if held is empty:
+                    other._parameters[key] = tensor
+    else:
+        module._buffers[leaf] = store.tensor(name)

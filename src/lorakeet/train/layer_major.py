@@ -1,0 +1,160 @@
+"""Gradients of a streamed text model: every micro-batch of a step passes through a block before the block leaves.
+
+    forward   block 0 … n−1    of each batch only the block's input is kept
+    head      the loss of each batch, and ∂loss/∂(output of block n−1)
+    backward  block n−1 … 0    the block is computed again with gradients, then differentiated; its weights come in once
+
+The operations are those of a resident model, and each parameter's gradients are added up batch after batch as there: the sums
+are the same to the last bit. Only the order among blocks differs, which no sum sees.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from lorakeet.data.pack import Batch
+from lorakeet.memory.spill import Aside
+from lorakeet.models.streamed import Passage, Streamed, plain_output
+from lorakeet.models.text import TextModel
+from lorakeet.train.task import batch_seeds
+from lorakeet.train.text_loss import text_loss
+
+
+def by_block(text: TextModel, streamed: Streamed, batches: Sequence[Batch], targets: int, *, aside: Aside, chunk: int) -> Tensor:
+    """Adds ∂(Σ losses / targets) to the gradients of the trained parameters; Σ losses, fp64, detached.
+
+    `aside` keeps the inputs of the blocks until the backward pass; `chunk` supervised tokens go through the head at once.
+    """
+    step = _Step(text, streamed, [batch.to(text.device) for batch in batches], aside)
+    step.enter()
+    step.forward()
+    total = step.head(targets, chunk)
+    step.backward()
+    return total
+
+
+class _Step:
+    """One optimizer step's micro-batches on their way."""
+
+    def __init__(self, text: TextModel, streamed: Streamed, batches: list[Batch], aside: Aside) -> None:
+        self.text, self.streamed, self.batches, self.aside = text, streamed, batches, aside
+        self.random = [_Random(seed) for seed in batch_seeds(len(batches))]
+        self.passages: list[Passage] = []
+        self.states: list[Tensor] = []  # outputs of the last block so far; in the backward pass their gradients
+        self.outer: list[dict[nn.Parameter, Tensor]] = []  # by batch: gradients of what lies outside the blocks, from the head
+        self.parameters = [parameter for parameter in text.model.parameters() if parameter.requires_grad]
+        self.lowest = next((block.index for block in streamed.blocks if _is_trained(block)), len(streamed.blocks))
+
+    def enter(self) -> None:
+        """The embeddings of each batch, and what the decoder hands to its blocks."""
+        for batch, random in zip(self.batches, self.random, strict=True):
+            with random.drawing(), self.streamed.recording() as passage:
+                self.text.hidden(batch)
+            self.passages.append(passage)
+            self.states.append(cast(Tensor, passage.entry).detach())
+        if self._trains_entry:
+            self.lowest = 0
+
+    @property
+    def _trains_entry(self) -> bool:
+        return any(cast(Tensor, passage.entry).requires_grad for passage in self.passages)
+
+    def forward(self) -> None:
+        """All batches through all blocks, without gradients."""
+        last = len(self.streamed.blocks) - 1
+        for index in range(last + 1):
+            with self.streamed.present(index, min(index + 1, last)) as block, torch.no_grad():
+                for number, random in enumerate(self.random):
+                    if index >= self.lowest:
+                        self.aside.put((index, number), self.states[number])
+                    with random.drawing(keep_for=index):
+                        args, kwargs = self.passages[number].arguments[index]
+                        self.states[number] = plain_output(block(self.states[number], *args, **kwargs))
+
+    def head(self, targets: int, chunk: int) -> Tensor:
+        """The losses, and in `states` their gradients with respect to the last block's outputs."""
+        total = torch.zeros((), dtype=torch.float64)
+        for number, (batch, random) in enumerate(zip(self.batches, self.random, strict=True)):
+            leaf = self.states[number].requires_grad_(self.lowest < len(self.streamed.blocks))
+            with random.drawing(), self.streamed.replaying(leaf):
+                loss, _ = text_loss(self.text, batch, chunk=chunk)
+            (loss / targets).backward()  # type: ignore[no-untyped-call]
+            total = total.to(loss.device) + loss.detach().double()
+            self.states[number] = cast(Tensor, leaf.grad)
+            del leaf, loss
+            if self._trains_entry:
+                self.outer.append(self._taken_gradients())
+        return total
+
+    def backward(self) -> None:
+        """All batches back through the blocks that train something, and into the embeddings where these do."""
+        for index in reversed(range(self.lowest, len(self.streamed.blocks))):
+            with self.streamed.present(index, max(index - 1, 0)) as block:
+                for number, random in enumerate(self.random):
+                    states = self.aside.take((index, number)).detach()
+                    states.requires_grad_(index > self.lowest or self._trains_entry)
+                    with random.again(index), torch.enable_grad():
+                        args, kwargs = self.passages[number].arguments[index]
+                        output = plain_output(block(states, *args, **kwargs))
+                    torch.autograd.backward(output, self.states[number])
+                    self.states[number] = cast(Tensor, states.grad)
+                    del states, output
+        if self._trains_entry:
+            self._into_entry()
+
+    def _into_entry(self) -> None:
+        """Gradients of trained embeddings. What head and embedding share is summed within a batch first, as autograd does."""
+        sums: dict[nn.Parameter, Tensor] = {}
+        for passage, grad, from_head in zip(self.passages, self.states, self.outer, strict=True):
+            inner = self._taken_gradients()  # of the blocks: they are whole already
+            torch.autograd.backward(cast(Tensor, passage.entry), grad)
+            found = self._taken_gradients()
+            for parameter in {**from_head, **found}:
+                parts = [part[parameter] for part in (from_head, found) if parameter in part]
+                batch_sum = parts[0] if len(parts) == 1 else parts[0] + parts[1]
+                sums[parameter] = batch_sum if parameter not in sums else sums[parameter] + batch_sum
+            for parameter, held in inner.items():
+                parameter.grad = held
+        for parameter, found_sum in sums.items():
+            parameter.grad = found_sum
+
+    def _taken_gradients(self) -> dict[nn.Parameter, Tensor]:
+        """The gradients that are there now, taken off the parameters."""
+        found = {parameter: parameter.grad for parameter in self.parameters if parameter.grad is not None}
+        for parameter in found:
+            parameter.grad = None
+        return found
+
+
+class _Random:
+    """The random numbers of one micro-batch: they go on from block to block, and come again in the backward pass."""
+
+    def __init__(self, seed: int) -> None:
+        self._state = torch.Generator().manual_seed(seed).get_state()
+        self._kept: dict[int, Tensor] = {}
+
+    @contextmanager
+    def drawing(self, keep_for: int | None = None) -> Iterator[None]:
+        """torch draws from this micro-batch's numbers; where they stand at block `keep_for` is kept."""
+        if keep_for is not None:
+            self._kept[keep_for] = self._state
+        with torch.random.fork_rng(devices=[]):
+            torch.set_rng_state(self._state)
+            yield
+            self._state = torch.get_rng_state()
+
+    @contextmanager
+    def again(self, index: int) -> Iterator[None]:
+        """torch draws once more what block `index` drew."""
+        with torch.random.fork_rng(devices=[]):
+            torch.set_rng_state(self._kept.pop(index))
+            yield
+
+
+def _is_trained(block: nn.Module) -> bool:
+    return any(parameter.requires_grad for parameter in block.parameters())
