@@ -36,8 +36,8 @@ def row_attention(
 ) -> tuple[Tensor, None]:
     """query (1, heads, tokens, d), key and value (1, kv heads, tokens, d) to (1, tokens, heads, d), as transformers expects.
 
-    Settings used: `row_lengths`, `row_products` (dtype of the products on a CPU; fp32 if none), `scaling`, `dropout`,
-    `sliding_window`, `softcap`. Raises EnvironmentProblem for what it does not implement (attention sinks, position biases,
+    Settings used: `row_lengths`, `row_cache` (where earlier tokens of the rows are), `row_products` (dtype of the products on a
+    CPU; fp32 if none), `scaling`, `dropout`, `sliding_window`, `softcap`. Raises EnvironmentProblem for what it does not implement (attention sinks, position biases,
     non-causal attention), so that nothing is left out in silence.
     """
     lengths = settings.get("row_lengths")
@@ -45,6 +45,8 @@ def row_attention(
     rows = cast("tuple[int, ...]", lengths)
     scale = settings.get("scaling") or 1 / math.sqrt(query.shape[-1])
     window, softcap, dropout = settings.get("sliding_window"), settings.get("softcap"), settings.get("dropout") or 0.0
+    if (cache := settings.get("row_cache")) is not None:  # generation: models/kv_cache
+        return cast(Tensor, cache.attend(module.layer_idx, query, key, value, scale, window=window, cap=softcap)), None
     plain = softcap is None and dropout == 0.0 and (window is None or max(rows) <= window)
     if plain and query.device.type == "cpu" and query.shape[-1] == value.shape[-1]:
         return causal_rows(query, key, value, rows, scale, settings.get("row_products") or torch.float32), None
