@@ -46,7 +46,7 @@ def row_attention(
     scale = settings.get("scaling") or 1 / math.sqrt(query.shape[-1])
     window, softcap, dropout = settings.get("sliding_window"), settings.get("softcap"), settings.get("dropout") or 0.0
     if (cache := settings.get("row_cache")) is not None:  # generation: models/kv_cache
-        return cast(Tensor, cache.attend(module.layer_idx, query, key, value, scale, window=window, cap=softcap)), None
+        return cast(Tensor, cache.attend(module.layer_idx, query, key, value, scale=scale, window=window, cap=softcap)), None
     plain = softcap is None and dropout == 0.0 and (window is None or max(rows) <= window)
     if plain and query.device.type == "cpu" and query.shape[-1] == value.shape[-1]:
         return causal_rows(query, key, value, rows, scale, settings.get("row_products") or torch.float32), None

@@ -74,7 +74,9 @@ class Pass:
         self._single_slots = torch.tensor([row.slot for row, _ in single], dtype=torch.int64)
         self._single_ends = torch.tensor([row.start for row, _ in single], dtype=torch.int64)
 
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float, *, window: int | None, cap: float | None) -> Tensor:
+    def attend(
+        self, layer: int, q: Tensor, k: Tensor, v: Tensor, *, scale: float, window: int | None = None, cap: float | None = None
+    ) -> Tensor:
         """q (1, heads, tokens, d), k and v (1, kv heads, tokens, d) of the new tokens to (1, tokens, heads, d)."""
         keys, values = self.cache.layer(layer, k, v)
         out = torch.empty(1, q.shape[2], q.shape[1], v.shape[3], dtype=q.dtype, device=q.device)
@@ -94,23 +96,31 @@ class Pass:
                 )  # fmt: skip
                 out[0, part] = found[0].view(q.shape[1], last - first, -1).transpose(0, 1)
         if self._single:
-            out[0, self._single_at] = self._attend_single(q, k, v, (keys, values), scale, window, cap)
+            found = self._attend_single(q, (k, v), (keys, values), scale=scale, window=window, cap=cap)
+            out[0, self._single_at] = found
         return out
 
     def _attend_single(
-        self, q: Tensor, k: Tensor, v: Tensor, held: tuple[Tensor, Tensor], scale: float, window: int | None, cap: float | None
+        self,
+        q: Tensor,
+        new: tuple[Tensor, Tensor],
+        held: tuple[Tensor, Tensor],
+        *,
+        scale: float,
+        window: int | None,
+        cap: float | None,
     ) -> Tensor:
         """The rows that have one new token, together: (rows, heads, d)."""
         slots, ends, at = self._single_slots, self._single_ends, self._single_at
-        for states, new in zip(held, (k, v), strict=True):
-            states[slots, :, ends] = new[0, :, at].transpose(0, 1)
+        for states, added in zip(held, new, strict=True):
+            states[slots, :, ends] = added[0, :, at].transpose(0, 1)
         longest = int(ends.max()) + 1
         first, last = int(slots.min()), int(slots.max()) + 1
         if torch.equal(slots, torch.arange(first, last)):  # neighbours: seen where they lie, without a copy
             keys, values = (states[first:last, :, :longest] for states in held)
         else:
             keys, values = (states[slots, :, :longest] for states in held)
-        queries = q[0, :, at].transpose(0, 1).reshape(len(slots), k.shape[1], -1, q.shape[3])  # (rows, kv, G, d)
+        queries = q[0, :, at].transpose(0, 1).reshape(len(slots), new[0].shape[1], -1, q.shape[3])  # (rows, kv, G, d)
         distance = ends[:, None] - torch.arange(longest)
         seen = distance >= 0 if window is None else (distance >= 0) & (distance < window)
         found = _attention(queries, keys, values, seen[:, None, None, :].to(q.device), scale, cap)
