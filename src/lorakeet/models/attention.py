@@ -37,8 +37,8 @@ def row_attention(
     """query (1, heads, tokens, d), key and value (1, kv heads, tokens, d) to (1, tokens, heads, d), as transformers expects.
 
     Settings used: `row_lengths`, `row_cache` (where earlier tokens of the rows are), `row_products` (dtype of the products on a
-    CPU; fp32 if none), `scaling`, `dropout`, `sliding_window`, `softcap`. Raises EnvironmentProblem for what it does not implement (attention sinks, position biases,
-    non-causal attention), so that nothing is left out in silence.
+    CPU; fp32 if none), `scaling`, `dropout`, `sliding_window`, `softcap`. Raises EnvironmentProblem for what it does not
+    implement (attention sinks, position biases, non-causal attention), so that nothing is left out in silence.
     """
     lengths = settings.get("row_lengths")
     _refuse_unknown(module, query, lengths, attention_mask, settings)
