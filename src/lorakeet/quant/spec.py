@@ -18,8 +18,8 @@ class QuantSpec:
     method: Literal["none", "nf4", "int8", "gguf"] = field(
         default="none",
         metadata={
-            "help": "none keeps the weights as they are; nf4 is QLoRA's 4-bit code, int8 one byte a weight; gguf keeps the "
-            "blocks of a .gguf file, which is unpacked to dense weights otherwise."
+            "help": "none: as they are, a .gguf file unpacked; nf4: QLoRA's 4-bit code; int8: a byte a weight; "
+            "gguf: the file's own blocks."
         },
     )
     block_size: int = field(
