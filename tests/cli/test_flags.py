@@ -11,7 +11,7 @@ import pytest
 from lorakeet.cli.flags import SettingFlag, SettingsCommand, given_values, option_flags, setting_flags, shown_default
 from lorakeet.config import RunConfig
 from lorakeet.settings import Setting, fields_of
-from lorakeet.workflows.verbs import MergeOptions
+from lorakeet.workflows.verbs import EvaluateOptions, MergeOptions
 
 
 def test_every_setting_is_a_flag_with_help() -> None:
@@ -33,9 +33,18 @@ def test_help_is_grouped_by_section() -> None:
 
 
 def test_options_of_a_verb_become_arguments_and_flags() -> None:
-    parameters, arguments = option_flags(MergeOptions)
+    parameters, arguments = option_flags(EvaluateOptions)
     assert list(arguments) == ["RUN_OR_ADAPTER"]
-    assert [param.name for param in parameters] == ["run_or_adapter", "out", "base", "dtype"]
+    assert [param.name for param in parameters] == ["run_or_adapter", "data", "config", "base", "out"]
+
+
+def test_an_argument_of_several_values_takes_all_of_them() -> None:
+    parameters, arguments = option_flags(MergeOptions)
+    assert list(arguments) == ["RUNS_OR_ADAPTERS"] and parameters[0].nargs == -1
+    command = click.Command("merge", params=parameters)
+    for typed in (["a,b"], ["a", "b"]):
+        values = command.make_context("merge", list(typed)).params
+        assert given_values(command, values, lambda param: True)["runs_or_adapters"] == typed
 
 
 def test_only_what_was_typed_is_handed_on() -> None:

@@ -79,7 +79,7 @@ def test_every_verb_has_help(verb: str, capsys: pytest.CaptureFixture[str]) -> N
         (["finetune", "--rank", "8"], "No such flag '--rank'. Did you mean '--lora.rank'?"),
         (["merge", "a", "--outt", "x"], "No such flag '--outt'. Did you mean '--out'?"),
         (["merge", "a"], "out is missing in the command lorakeet merge; expected a path."),
-        (["merge", "a", "b"], "Got unexpected extra argument (b)"),
+        (["evaluate", "a", "b"], "Got unexpected extra argument (b)"),
         (["finetune", "--lora.rank"], "Option '--lora.rank' requires an argument"),
         (["finetune", "--model", "m", "--data", "d", "--lora.rank", "x"], "lora.rank (flag --lora.rank) is 'x' (text)"),
         (["finetune", "--model", "m", "--data", "d", "--lora.rank", "-1"], "lora.rank is -1"),
@@ -120,7 +120,10 @@ def test_a_resumed_run_keeps_its_own_settings(called: list[Any], tmp_path: Path)
 def test_positional_arguments_and_options_are_passed_by_their_names(called: list[Any]) -> None:
     assert main(["merge", "runs/a", "--out", "merged"]) == 0
     positional, named = called[0]
-    assert positional == ["runs/a"] and named["out"] == Path("merged") and named["base"] is None
+    assert positional == [("runs/a",)] and named["out"] == Path("merged") and named["base"] is None
+    assert main(["merge", "runs/a,b", "runs/c", "--out", "merged", "--weights", "0.7,0.3"]) == 0
+    positional, named = called[1]
+    assert positional == [("runs/a,b", "runs/c")] and named["weights"] == (0.7, 0.3)
 
 
 def test_json_stands_alone_on_standard_output(called: list[Any], capsys: pytest.CaptureFixture[str]) -> None:

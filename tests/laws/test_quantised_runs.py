@@ -80,13 +80,13 @@ def test_a_folder_in_nf4_trains_to_the_same_bytes_as_packing_while_loading(
     name = "adapter_model.safetensors"
     assert adapter_bytes(tmp_path / "run")[name] == adapter_bytes(on_nf4)[name]
     with pytest.raises(ConfigError, match=r"quantised weights \(bitsandbytes\)"):
-        merge(str(tmp_path / "run"), out=tmp_path / "merged", console=quiet())
-    merged = merge(str(tmp_path / "run"), out=tmp_path / "merged", base=str(tiny_llama_folder), console=quiet())
+        merge([str(tmp_path / "run")], out=tmp_path / "merged", console=quiet())
+    merged = merge([str(tmp_path / "run")], out=tmp_path / "merged", base=str(tiny_llama_folder), console=quiet())
     assert merged.certificate.passed and "base in nf4" in merged.to_mapping()["notes"][-1]
 
 
 def test_the_merge_goes_into_the_unquantised_weights_and_says_so(on_nf4: Path, tiny_llama_folder: Path, tmp_path: Path) -> None:
-    merged = merge(str(on_nf4), out=tmp_path / "merged", console=quiet())
+    merged = merge([str(on_nf4)], out=tmp_path / "merged", into="original", console=quiet())
     assert merged.certificate.passed and "base in nf4" in merged.notes[0]
     pair = load_file(on_nf4 / "adapter" / "adapter_model.safetensors")
     path = "model.layers.0.mlp.up_proj"

@@ -87,7 +87,9 @@ def option_flags(options: type[DataclassInstance]) -> tuple[list[click.Parameter
         if by_name[setting.path].metadata.get("positional"):
             metavar = setting.path.upper()
             arguments[metavar] = setting.help
-            parameters.append(click.Argument([setting.path], metavar=metavar, required=False))
+            several = typing.get_origin(setting.kind) is tuple
+            shown = f"{metavar}…" if several else metavar
+            parameters.append(click.Argument([setting.path], metavar=shown, nargs=-1 if several else 1, required=False))
         else:
             parameters.append(_option(setting))
     return parameters, arguments
@@ -100,7 +102,8 @@ def given_values(command: click.Command, values: dict[str, Any], chosen: Callabl
         value = values.get(param.name or "")
         if chosen(param) and value not in (None, (), False):
             path = param.setting.path if isinstance(param, SettingFlag) else str(param.name)
-            found[path] = _joined(value, getattr(param, "setting", None))
+            positional = isinstance(param, click.Argument) and isinstance(value, tuple)
+            found[path] = list(value) if positional else _joined(value, getattr(param, "setting", None))
     return found
 
 

@@ -97,9 +97,13 @@ def files_along(source: Path, tokenizer: Path | None) -> list[Path]:
     for name in _ALONG:
         files += sorted(file for file in (source / name).glob("*") if file.is_file())
     if tokenizer is not None:
-        own = [file for file in sorted(tokenizer.iterdir()) if file.is_file() and _is_tokenizer(file) and _goes_along(file)]
-        files = [file for file in files if not _is_tokenizer(file)] + own
+        files = [file for file in files if not _is_tokenizer(file)] + tokenizer_files(tokenizer)
     return files
+
+
+def tokenizer_files(folder: Path) -> list[Path]:
+    """The files of `folder` that make up a tokenizer."""
+    return [file for file in sorted(folder.iterdir()) if file.is_file() and _is_tokenizer(file) and _goes_along(file)]
 
 
 def _goes_along(file: Path) -> bool:

@@ -14,7 +14,7 @@ from lorakeet.core.math import Kind, delta
 from lorakeet.core.start import seed_for
 from lorakeet.errors import Problems, nearest
 from lorakeet.merge.factors import LowRank, best_of_factors, best_of_matrix, stacked
-from lorakeet.merge.methods import METHODS, Method, Part, combined
+from lorakeet.merge.methods import METHODS, Method, Part, one_of
 
 Progress = Callable[[int, int, str], None]  # matrices done, matrices in all, path of the last
 
@@ -49,12 +49,11 @@ class CombineSpec:
 
 @dataclass(frozen=True)
 class Combined:
-    """One adapter, how far each of its matrices is from the combined ΔW, and what the user should know."""
+    """One adapter, and how far each of its matrices is from the combined ΔW."""
 
     adapter: Adapter
     errors: Mapping[str, float]  # ‖ΔW − B·A‖ / ‖ΔW‖ by path; 0 where nothing was compressed
     error: float  # the same over all matrices together
-    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -67,6 +66,7 @@ class Combination:
     spec: CombineSpec
     extras: Mapping[str, Tensor] = field(default_factory=dict)
     token_rows: Mapping[str, TokenRows] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()  # what the user should know
 
     @property
     def paths(self) -> list[str]:
@@ -91,7 +91,7 @@ class Combination:
             A, B = _flat(pair)
             make = _maker(A[expert], B[expert], pair.scale)
             parts.append(Part(make, weight, seed_for(self.spec.seed, f"{number}/{path}/{expert}")))
-        return combined(self.method, parts, density=self.spec.density, total=sum(map(abs, self.weights)))
+        return one_of(self.method, parts, density=self.spec.density, total=sum(map(abs, self.weights)))
 
     def outline(self) -> Adapter:
         """An adapter with the places, kinds and shapes of the combination, but the numbers of its first pairs."""
@@ -110,6 +110,24 @@ class Combination:
         if kind == "conv2d":
             A, B = A.view(rank, *shape[1:]), B.view(shape[0], rank, 1, 1)
         return Pair(A, B, float(rank), kind, bias=self._bias(path)), found
+
+    def combined(self, on_progress: Progress | None = None) -> Combined:
+        """The one adapter, matrix by matrix. Its pairs have scale 1, the true scales are in B."""
+        pairs: dict[str, Pair] = {}
+        errors: dict[str, float] = {}
+        lost = whole = 0.0
+        paths = self.paths
+        for number, path in enumerate(paths, 1):
+            pairs[path], found = self.pair(path)
+            here, size = sum(low.lost for low in found), sum(low.whole for low in found)
+            errors[path] = math.sqrt(here / size) if size > 0 else 0.0
+            lost, whole = lost + here, whole + size
+            if on_progress is not None:
+                on_progress(number, len(paths), path)
+        first, others = self.adapters[0], self.adapters[1:]
+        metadata = {key: value for key, value in first.metadata.items() if all(a.metadata.get(key) == value for a in others)}
+        adapter = Adapter(pairs, self.extras, self.token_rows, first.base, metadata)
+        return Combined(adapter, errors, math.sqrt(lost / whole) if whole > 0 else 0.0)
 
     def _low_rank(self, path: str, expert: int) -> LowRank:
         if not self.method.exact:
@@ -156,30 +174,13 @@ def combination(adapters: Mapping[str, Adapter], spec: CombineSpec) -> Combinati
     token_rows = _shared_rows(names, values, problems)
     problems.raise_if_any()
     weights = spec.weights or (1 / len(values),) * len(values)
-    return Combination(tuple(values), tuple(map(float, weights)), method, spec, extras, token_rows)
+    notes = tuple(_uneven(adapters))
+    return Combination(tuple(values), tuple(map(float, weights)), method, spec, extras, token_rows, notes)
 
 
-def combine(adapters: Mapping[str, Adapter], spec: CombineSpec, *, on_progress: Progress | None = None) -> Combined:
-    """One adapter out of several, matrix by matrix. Pairs of the result have scale 1, the true scales are in B.
-
-    ConfigError lists everything that keeps the adapters from being combined.
-    """
-    plan = combination(adapters, spec)
-    pairs: dict[str, Pair] = {}
-    errors: dict[str, float] = {}
-    lost = whole = 0.0
-    paths = plan.paths
-    for number, path in enumerate(paths, 1):
-        pairs[path], found = plan.pair(path)
-        here, size = sum(low.lost for low in found), sum(low.whole for low in found)
-        errors[path] = (here / size) ** 0.5 if size > 0 else 0.0
-        lost, whole = lost + here, whole + size
-        if on_progress is not None:
-            on_progress(number, len(paths), path)
-    first = plan.adapters[0]
-    metadata = {key: value for key, value in first.metadata.items() if all(a.metadata.get(key) == value for a in plan.adapters)}
-    adapter = Adapter(pairs, plan.extras, plan.token_rows, first.base, metadata)
-    return Combined(adapter, errors, (lost / whole) ** 0.5 if whole > 0 else 0.0, tuple(_uneven(adapters)))
+def combine(adapters: Mapping[str, Adapter], spec: CombineSpec) -> Combined:
+    """One adapter out of several. ConfigError lists everything that keeps them from being combined."""
+    return combination(adapters, spec).combined()
 
 
 def _check_pairs(names: Sequence[str], adapters: Sequence[Adapter], method: Method, problems: Problems) -> None:
@@ -247,6 +248,12 @@ def _outline(pair: Pair) -> tuple[int, ...]:
     if pair.kind == "experts":
         return pair.A.shape[0], pair.B.shape[1], pair.A.shape[2]
     return pair.B.shape[0], *pair.A.shape[1:]
+
+
+def dense(pair: Pair, expert: int = 0) -> Tensor:
+    """ΔW of one matrix of a pair, fp32, as (out, in): convolutions flattened."""
+    A, B = _flat(pair)
+    return delta(A[expert], B[expert], pair.scale)
 
 
 def _flat(pair: Pair) -> tuple[Tensor, Tensor]:

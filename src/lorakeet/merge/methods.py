@@ -105,7 +105,7 @@ METHODS = {
 }
 
 
-def combined(
+def one_of(
     method: Method, parts: Sequence[Part], *, density: float, total: float | None = None
 ) -> Tensor:
     """One ΔW (out, in) from those of the adapters that change this matrix.

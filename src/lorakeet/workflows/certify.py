@@ -6,21 +6,26 @@ import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from lorakeet.core.adapter import Adapter
 from lorakeet.data.chat import Example
 from lorakeet.data.pack import micro_batches
+from lorakeet.errors import ConfigError
 from lorakeet.evaluate.certificate import Certificate, Check, judge, worst_layer
 from lorakeet.evaluate.parity import TOLERANCES, Parity, Precision
 from lorakeet.evaluate.spec import EvaluateSpec
 from lorakeet.formats.detect import read_adapter
 from lorakeet.merge.checkpoint import Checkpoint, open_checkpoint
-from lorakeet.merge.edits import find_shared
+from lorakeet.merge.combine import Combination, Combined, dense
+from lorakeet.merge.edits import find_shared, fold_change
 from lorakeet.models.folded import folded_weights
 from lorakeet.models.inject import activate, attach, eject, use_products
+from lorakeet.models.modules import find, kind_of
 from lorakeet.models.score import row_losses
 from lorakeet.models.text import TextModel
 from lorakeet.workflows.compare_models import Side, compare, compare_on
@@ -29,6 +34,7 @@ REREAD = "reread"
 MICRO_TOKENS = 2048
 ROW_TOLERANCE = 1e-4  # of one row of a weight; a pair that matters moves it by 1e-3 and more
 FLIPS = 3
+COMBINED_TOLERANCE = 1e-4  # of a matrix's ΔW; fp32 sums differ by about 1e-6 of it
 WEIGHT_TOLERANCE = 1e-5  # sums in another order differ by about 1e-7 of a weight; a pair that matters moves it by 1e-3 and more
 PRECISIONS: dict[str, Precision] = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 
@@ -111,6 +117,42 @@ def certify_merge(
         )
     facts = {"model": text.name, "compared in": "float32", "stored as": stored.usual, "rows": str(len(rows))}
     return Certificate(f"The merged model {out}", (check, weights), facts)
+
+
+def certify_combined(plan: Combination, stated: Combined, written: Adapter, *, out: Path) -> Certificate:
+    """One check of an adapter on disk, matrix by matrix: its ΔW is the combined one, up to the error that was stated for it."""
+    beyond: dict[str, float] = {}
+    for path in plan.paths:
+        lost = whole = 0.0
+        for expert in range(plan.experts(path)):
+            wanted = plan.change(path, expert)
+            given = dense(written.pairs[path], expert) if path in written.pairs else torch.zeros_like(wanted)
+            lost += float((given - wanted).double().square().sum())
+            whole += float(wanted.double().square().sum())
+        beyond[path] = max(0.0, math.sqrt(lost / whole) - stated.errors[path]) if whole > 0 else math.sqrt(lost)
+    check = judge(
+        "combined changes",
+        {"error_beyond_stated": _worst(beyond)},
+        tolerance={"error_beyond_stated": COMBINED_TOLERANCE},
+        between=(f"{plan.method.name} of {len(plan.adapters)} adapters", f"{out.name}/, read again"),
+        n=len(beyond),
+    )
+    check = check if check.passed else replace(check, detail=worst_layer(beyond))
+    facts = {"method": plan.method.name, "weights": ", ".join(map(str, plan.weights)), "stated error": f"{stated.error:.3g}"}
+    return Certificate(f"The combined adapter {out}", (check,), facts)
+
+
+def fold_in_place(text: TextModel, plan: Combination) -> None:
+    """Folds the combined changes into the weights of a dense model in memory, a matrix at a time; a shared weight is parted."""
+    for path in plan.paths:
+        experts = plan.kind(path) == "experts"
+        owner, leaf = path.rpartition(".")[::2] if experts else (path, "weight")
+        module = find(text.model, owner)
+        if module is None or not hasattr(module, leaf):
+            raise ConfigError(f"The base has no {owner}.{leaf}, which the combined adapters change.")
+        kind = "experts" if experts else kind_of(module) or plan.kind(path)
+        weight = fold_change(module.get_parameter(leaf).detach(), kind, partial(plan.change, path))
+        setattr(module, leaf, torch.nn.Parameter(weight, requires_grad=False))
 
 
 @dataclass(frozen=True)

@@ -1,113 +1,239 @@
-"""`lorakeet merge`: folds an adapter into its base, on disk, and certifies that the merged model is the live one."""
+"""`lorakeet merge`: folds adapters into their base, or combines them into one, on disk, and certifies what was written."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from rich.console import Console
 from rich.progress import Progress as Bar
+from rich.table import Table
+from rich.text import Text
 
+from lorakeet.core.adapter import Adapter
 from lorakeet.data.chat import Encoder, Example, encode_rows
+from lorakeet.data.pack import micro_batches
 from lorakeet.data.prepare import Dataset, load_dataset
-from lorakeet.errors import ConfigError
+from lorakeet.errors import ConfigError, Problems
 from lorakeet.evaluate.certificate import Certificate
+from lorakeet.evaluate.parity import Parity
 from lorakeet.evaluate.values import encode
+from lorakeet.formats import peft
+from lorakeet.merge.checkpoint import copy_along, tokenizer_files
+from lorakeet.merge.combine import Combination, Combined, CombineSpec, combination
+from lorakeet.merge.dequantise import roundings
 from lorakeet.merge.fold import Dtype, MergeResult, merge_into
+from lorakeet.models.adapt import put_adapter
 from lorakeet.models.inject import activate
 from lorakeet.models.load import load_text_model
 from lorakeet.models.source import find_source
 from lorakeet.models.spec import ModelSpec
 from lorakeet.models.text import TextModel
-from lorakeet.workflows.certify import certify_merge
+from lorakeet.train.durable import new_folder
+from lorakeet.workflows.certify import MICRO_TOKENS, certify_combined, certify_merge, fold_in_place
+from lorakeet.workflows.choose_base import Choice, Into, choose_base
+from lorakeet.workflows.compare_models import compare
 from lorakeet.workflows.judge import sampled_texts
 from lorakeet.workflows.opened import NAME, Opened, open_adapter
-from lorakeet.workflows.place import require_place
+from lorakeet.workflows.place import require_place, writing
 from lorakeet.workflows.show import show_certificate
 
 CERTIFICATE = "certificate.json"
 CHECK_TOKENS = 8192  # at most so many tokens of held-out rows go through both models
 SAMPLED_TEXTS, SAMPLED_TOKENS = 32, 64  # where there are no held-out rows, the base writes these itself
 
+Method = Literal["linear", "cat", "svd", "magnitude", "ties", "dare", "della"]
+Step = Callable[[int, int, str], None]
+
 
 @dataclass(frozen=True)
 class Merged:
-    """What was written and what the check found."""
+    """What was written and what the check found; `result` is None where an adapter was written."""
 
-    result: MergeResult
+    out: Path
     certificate: Certificate
+    result: MergeResult | None = None
+    combined: Combined | None = None
+    choice: Choice | None = None
     notes: tuple[str, ...] = ()
 
     def to_mapping(self) -> dict[str, Any]:
         """Plain values for --json."""
-        return {
-            "out": str(self.result.folder),
-            "tensors": self.result.tensors,
-            "changed": self.result.changed,
-            "bytes": self.result.bytes,
-            "worst_rounding": {"tensor": self.result.worst[0], "difference": self.result.worst[1]},
-            "notes": [*self.result.notes, *self.notes],
-            "passed": self.certificate.passed,
-            "certificate": encode(self.certificate),
-        }
+        found: dict[str, Any] = {"out": str(self.out), "notes": list(self.notes)}
+        if self.result is not None:
+            tensor, difference = self.result.worst
+            found |= {"tensors": self.result.tensors, "changed": self.result.changed, "bytes": self.result.bytes}
+            found["worst_rounding"] = {"tensor": tensor, "difference": difference}
+        if self.combined is not None:
+            found |= {"error": self.combined.error, "errors": dict(self.combined.errors)}
+        if self.choice is not None:
+            found["into"] = self.choice.to_mapping()
+        return found | {"passed": self.certificate.passed, "certificate": encode(self.certificate)}
 
 
-def merge(
-    run_or_adapter: str, *, out: Path, base: str | None = None, dtype: Dtype = "same", console: Console
+def merge(  # noqa: PLR0913 - one parameter for each option of the verb
+    runs_or_adapters: Sequence[str],
+    *,
+    out: Path,
+    to: Literal["auto", "model", "adapter"] = "auto",
+    method: Method = "linear",
+    weights: Sequence[float] = (),
+    rank: int | None = None,
+    density: float = 0.5,
+    seed: int = 0,
+    into: Into = "auto",
+    base: str | None = None,
+    dtype: Dtype = "same",
+    console: Console,
 ) -> Merged:
-    """Writes the merged model to `out`, compares it with base + adapter in fp32, and writes its certificate beside it.
+    """Writes the merged model, or the combined adapter, to `out`, checks it against what it should be, with a certificate beside.
 
     Raises VerificationFailed (exit code 3) naming the worst layer when the two differ by more than rounding explains; what was
-    written stays for inspection, with a certificate that says so.
+    written stays for inspection, with a certificate that says so. ConfigError lists what keeps adapters from being combined.
     """
     if out.exists():
         raise ConfigError(f"{out} exists already and is never overwritten. Choose another folder or remove that one.")
     require_place(out)
-    opened = open_adapter(Path(run_or_adapter), base=base)
-    dataset = load_dataset(opened.config.data) if opened.run else None  # missing rows are found before anything is written
-    source = find_source(opened.dense_spec, console.print)
-    with Bar(console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task("folding")
-        result = merge_into(
-            source,
-            opened.adapter,
-            out,
-            dtype=dtype,
-            tokenizer=opened.tokenizer,
-            on_progress=lambda done, total, name: bar.update(task, completed=done, total=total, description=f"folding {name}"),
-        )
-    console.print(f"Wrote {result.tensors} tensors ({result.changed} changed, {result.bytes:,} bytes) to {out}", soft_wrap=True)
-    if result.worst[0]:
-        console.print(f"Rounding moved {result.worst[0]} most, by {result.worst[1]:.2g}", soft_wrap=True)
-    for note in (*result.notes, *_about_base(opened)):
-        console.print(note, soft_wrap=True)
-    certificate = _certify(opened, dataset, out, console)
-    certificate.write(out / CERTIFICATE)
+    opened = _opened(runs_or_adapters, base)
+    spec = CombineSpec(method, tuple(weights), rank, density, seed)
+    alone = len(opened) == 1 and spec == CombineSpec(density=density, seed=seed)  # nothing is asked that combines or compresses
+    if to == "auto":
+        to = "model" if len(opened) == 1 else "adapter"
+    adapters = {name: item.adapter for name, item in zip(runs_or_adapters, opened, strict=True)}
+    plan = None if alone and to == "model" else combination(adapters, spec)
+    if plan is not None:
+        shares = ", ".join(f"{weight:g} · {name}" for name, weight in zip(adapters, plan.weights, strict=True))
+        console.print(f"{plan.method.name}: {shares}", soft_wrap=True)
+        for note in plan.notes:
+            console.print(note, soft_wrap=True)
+    if to == "adapter" and plan is not None:
+        return _into_adapter(plan, opened[0], out, console)
+    return _ModelMerge(opened, plan, out, dtype, into, console).run()
+
+
+def _opened(paths: Sequence[str], base: str | None) -> list[Opened]:
+    """Every adapter; ConfigError unless they name one base, where none is given."""
+    problems = Problems("These adapters cannot be merged together")
+    twice = sorted({path for path in paths if list(paths).count(path) > 1})
+    if twice:
+        problems.add(f"{', '.join(twice)} is named more than once; name each adapter once and give it a weight.")
+    problems.raise_if_any()
+    opened = [open_adapter(Path(path), base=base) for path in paths]
+    bases = {item.config.model.path for item in opened}
+    if len(bases) > 1:
+        named = "; ".join(f"{path} on {item.config.model.path}" for path, item in zip(paths, opened, strict=True))
+        problems.add(f"The adapters were trained on different bases: {named}. If they are the same, name it with --base.")
+    problems.raise_if_any()
+    return opened
+
+
+def _into_adapter(plan: Combination, first: Opened, out: Path, console: Console) -> Merged:
+    """Writes the combined adapter in PEFT's layout, reads it again, and checks every matrix against the combined ΔW."""
+    with _progress(console, "combining") as step:
+        combined = plan.combined(step)
+    _show_errors(combined, console)
+    with writing(f"The adapter {out}", "Free some space, or choose another --out."):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with new_folder(out) as folder:
+            peft.write(combined.adapter, folder)
+            if first.tokenizer is not None:
+                copy_along(tokenizer_files(first.tokenizer), folder)
+            certificate = certify_combined(plan, combined, peft.read(folder), out=out)
+            certificate.write(folder / CERTIFICATE)
+    console.print(f"Wrote an adapter of {combined.adapter.parameters:,} parameters to {out}", soft_wrap=True)
     show_certificate(certificate, console)
     certificate.raise_if_failed()
-    return Merged(result, certificate, tuple(_about_base(opened)))
+    return Merged(out, certificate, combined=combined, notes=plan.notes)
 
 
-def _about_base(opened: Opened) -> list[str]:
-    """What there is to say where the adapter was trained on another base than the one it is folded into."""
-    if not opened.trained_on:
-        return []
-    return [
-        f"The adapter was trained on a base in {opened.trained_on} and is folded into the unquantised weights: the merged model is "
-        "not exactly the one that the run measured, and its own scores may differ a little."
-    ]
+@dataclass(frozen=True)
+class _ModelMerge:
+    """One merge into a base: what goes in, and the steps that write and certify it."""
 
+    opened: Sequence[Opened]
+    plan: Combination | None  # None: the one adapter as it is
+    out: Path
+    dtype: Dtype
+    into: Into
+    console: Console
 
-def _certify(opened: Opened, dataset: Dataset | None, out: Path, console: Console) -> Certificate:
-    live = opened.text_model(console, dtype="float32", dense=True)
-    rows = _check_rows(opened, dataset, live, console)
-    merged_spec = ModelSpec(path=str(out), dtype="float32", products="float32", device=opened.config.model.device)
-    merged = load_text_model(merged_spec, say=console.print)
-    activate(live.model, NAME)
-    return certify_merge((live, NAME), merged, rows, out=out, spec=opened.config.evaluate)
+    @property
+    def folds_whole(self) -> bool:
+        """Whether ΔW is folded as it is, since its method makes it dense and no rank was asked for."""
+        return self.plan is not None and not self.plan.method.exact and self.plan.spec.rank is None
+
+    def run(self) -> Merged:
+        first, plan, console = self.opened[0], self.plan, self.console
+        judged = next((item for item in self.opened if item.run is not None), first)
+        dataset = load_dataset(judged.config.data) if judged.run else None  # missing rows are found before anything is written
+        source = find_source(first.dense_spec, console.print)
+        choice = choose_base(self.into, self.opened, dataset, console)
+        combined = None
+        if plan is not None and not self.folds_whole:
+            with _progress(console, "combining") as step:
+                combined = plan.combined(step)
+            _show_errors(combined, console)
+        if self.folds_whole and choice.base == "dequantised":
+            raise ConfigError("The dequantised base takes pairs only: give the changes a --rank, or merge --into original.")
+        whole = plan if self.folds_whole else None
+        adapter = whole.outline() if whole else combined.adapter if combined else first.adapter
+        result = self._write(source, adapter, whole, choice)
+        notes = tuple(note for note in (*result.notes, choice.why) if note)
+        for note in notes:
+            console.print(note, soft_wrap=True)
+        said = dataclasses.replace(judged, adapter=adapter, folder=first.folder)
+        live, rows, effect, merged = self._sides(said, whole, choice, dataset)
+        certificate = certify_merge(live, merged, rows, out=self.out, spec=judged.config.evaluate, effect=effect)
+        certificate.write(self.out / CERTIFICATE)
+        show_certificate(certificate, console)
+        certificate.raise_if_failed()
+        return Merged(self.out, certificate, result, combined, choice, notes)
+
+    def _write(self, source: Path, adapter: Adapter, whole: Combination | None, choice: Choice) -> MergeResult:
+        console, first = self.console, self.opened[0]
+        before = roundings(source, first.config.model.quantize) if choice.base == "dequantised" else None
+        with _progress(console, "folding") as step:
+            result = merge_into(
+                source,
+                adapter,
+                self.out,
+                dtype=self.dtype,
+                tokenizer=first.tokenizer,
+                change=whole.change if whole else None,
+                before=before,
+                on_progress=step,
+            )
+        wrote = f"Wrote {result.tensors} tensors ({result.changed} changed, {result.bytes:,} bytes) to {self.out}"
+        console.print(wrote, soft_wrap=True)
+        if result.worst[0]:
+            console.print(f"Rounding moved {result.worst[0]} most, by {result.worst[1]:.2g}", soft_wrap=True)
+        return result
+
+    def _sides(
+        self, opened: Opened, whole: Combination | None, choice: Choice, dataset: Dataset | None
+    ) -> tuple[tuple[TextModel, str | None], Sequence[Example], Parity | None, TextModel]:
+        """What should be, the rows to compare on, how far it is from the base where that is known, and what was written."""
+        console = self.console
+        live = opened.text_model(console, dtype="float32", dense=choice.base == "original", with_adapter=whole is None)
+        rows = _check_rows(opened, dataset, live, console)
+        spec = ModelSpec(path=str(self.out), dtype="float32", products="float32", device=opened.config.model.device)
+        merged = load_text_model(spec, say=console.print)
+        if whole is None:
+            activate(live.model, NAME)
+            return (live, NAME), rows, None, merged
+        effect = compare((merged, None), (live, None), micro_batches(rows, MICRO_TOKENS), spec=opened.config.evaluate)
+        fold_in_place(live, whole)
+        rest = Adapter({}, whole.extras, whole.token_rows)
+        if not rest.parameters:
+            return (live, None), rows, effect, merged
+        for token_rows in rest.token_rows.values():
+            live.add_tokens(token_rows.tokens)
+        put_adapter(live, rest, NAME)
+        return (live, NAME), rows, effect, merged
 
 
 def _check_rows(opened: Opened, dataset: Dataset | None, live: TextModel, console: Console) -> Sequence[Example]:
@@ -124,3 +250,28 @@ def _check_rows(opened: Opened, dataset: Dataset | None, live: TextModel, consol
         chosen.append(example)
         tokens += len(example.ids)
     return chosen
+
+
+@contextmanager
+def _progress(console: Console, what: str) -> Iterator[Step]:
+    """A live line while something is done tensor by tensor."""
+    with Bar(console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task(what)
+        yield lambda done, total, name: bar.update(task, completed=done, total=total, description=f"{what} {name}")
+
+
+def _show_errors(combined: Combined, console: Console) -> None:
+    """How far each matrix is from the combined ΔW, where anything was compressed."""
+    if not any(combined.errors.values()):
+        console.print(f"{len(combined.errors)} matrices combined exactly")
+        return
+    show_matrices({path: (combined.adapter.pairs[path].rank, error) for path, error in combined.errors.items()}, console)
+    console.print(f"Relative error over all matrices: {combined.error:.4f}")
+
+
+def show_matrices(found: Mapping[str, tuple[int, float]], console: Console) -> None:
+    """A table of the rank and the relative error of each matrix."""
+    table = Table("matrix", "rank", "relative error", title="‖ΔW − B·A‖ / ‖ΔW‖", title_justify="left")
+    for path, (rank, error) in found.items():
+        table.add_row(Text(path), str(rank), f"{error:.4f}")
+    console.print(table)

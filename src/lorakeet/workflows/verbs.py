@@ -38,10 +38,30 @@ class EvaluateOptions:
 
 @dataclass(frozen=True)
 class MergeOptions:
-    """What is folded into which base, and where the result goes."""
+    """Which adapters are merged, how, and where the result goes."""
 
-    run_or_adapter: str = field(metadata=_RUN)
-    out: Path = field(metadata={"help": "Folder to write the merged model to; it must not exist yet."})
+    runs_or_adapters: tuple[str, ...] = field(
+        metadata={"help": "Run folders, or folders with an adapter in PEFT's layout: one or several.", "positional": True}
+    )
+    out: Path = field(metadata={"help": "Folder to write the merged model, or the combined adapter, to; it must not exist yet."})
+    to: Literal["auto", "model", "adapter"] = field(
+        default="auto", metadata={"help": "auto folds one adapter into its base and combines several into one adapter."}
+    )
+    method: Literal["linear", "cat", "svd", "magnitude", "ties", "dare", "della"] = field(
+        default="linear",
+        metadata={"help": "linear and cat are the exact weighted sum of the changes, svd is it compressed; the others prune."},
+    )
+    weights: tuple[float, ...] = field(default=(), metadata={"help": "One for each adapter, such as 0.7,0.3; without them 1/n."})
+    rank: int | None = field(
+        default=None,
+        metadata={"help": "Rank of the combined pairs; without it exact sums stay exact, others get the largest one."},
+    )
+    density: float = field(default=0.5, metadata={"help": "Share of the entries that magnitude, ties, dare and della keep."})
+    seed: int = field(default=0, metadata={"help": "What dare and della drop depends on it."})
+    into: Literal["original", "dequantised", "auto"] = field(
+        default="auto",
+        metadata={"help": "Base of an adapter that was trained on nf4 or int8: auto measures both on the held-out rows."},
+    )
     base: str | None = field(default=None, metadata={"help": "The base model; without it, the one that run or adapter names."})
     dtype: Literal["same", "float32", "bfloat16", "float16"] = field(
         default="same", metadata={"help": "How the merged weights are stored; same keeps what each has in the base."}
@@ -114,7 +134,7 @@ VERBS = (
     Verb("quickstart", "Fine-tune a small model on real reviews, start to end.", FinetuneOptions, "shipped", "finetune:finetune"),
     Verb("finetune", "Train an adapter and prove it against its base.", FinetuneOptions, "file"),
     Verb("evaluate", "Measure a run or an adapter on rows of your own.", EvaluateOptions),
-    Verb("merge", "Fold an adapter into its base, and certify the result.", MergeOptions),
+    Verb("merge", "Fold adapters into a model, or combine them; certified.", MergeOptions),
     Verb("quantize", "Pack a model's linear layers in 4 or 8 bits, on disk.", QuantizeOptions),
     Verb("convert", "Write an adapter in another program's format, and check it.", ConvertOptions),
     Verb("doctor", "Check this machine; say what is missing and how to mend it.", DoctorOptions),

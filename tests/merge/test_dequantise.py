@@ -1,0 +1,50 @@
+"""`merge.dequantise`: the dense numbers are those that a model computes with which was packed as it was loaded."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lorakeet.core.adapter import Adapter
+from lorakeet.merge.checkpoint import open_checkpoint
+from lorakeet.merge.dequantise import roundings
+from lorakeet.merge.fold import merge_into
+from lorakeet.models.load import load_text_model
+from lorakeet.models.modules import original_modules
+from lorakeet.models.spec import ModelSpec
+from lorakeet.quant.packed import PackedLinear
+from lorakeet.quant.spec import QuantSpec
+from tiny.models import save_tiny_llama
+
+SPECS = [QuantSpec("nf4"), QuantSpec("nf4", block_size=32, double_quant=False), QuantSpec("int8")]
+
+
+def packed_weights(folder: Path, spec: QuantSpec) -> dict[str, torch.Tensor]:
+    text = load_text_model(ModelSpec(str(folder), dtype="float32", quantize=spec), say=lambda said: None)
+    return {f"{path}.weight": m.base.dense() for path, m in original_modules(text.model) if isinstance(m, PackedLinear)}
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=lambda spec: f"{spec.method}-{spec.block_size}")
+def test_a_merge_of_nothing_writes_what_the_packed_model_means(spec: QuantSpec, tiny_llama_folder: Path, tmp_path: Path) -> None:
+    wanted = packed_weights(tiny_llama_folder, spec)
+    before: Any = roundings(tiny_llama_folder, spec)
+    assert set(before) == set(wanted) and len(wanted) == 14
+    merge_into(tiny_llama_folder, Adapter({}), tmp_path / "merged", before=before)
+    base, merged = open_checkpoint(tiny_llama_folder), open_checkpoint(tmp_path / "merged")
+    for name in base.home:
+        old, new = (c.shards[c.home[name]].read(name) for c in (base, merged))
+        assert torch.equal(new, wanted.get(name, old)), name
+        assert torch.equal(new, old) is (name not in wanted)
+
+
+def test_half_precision_is_packed_as_it_is_stored(tmp_path: Path) -> None:
+    folder = save_tiny_llama(tmp_path / "base")
+    merge_into(folder, Adapter({}), tmp_path / "half", dtype="bfloat16", tokenizer=folder)
+    wanted = packed_weights(tmp_path / "half", QuantSpec("nf4"))
+    merge_into(tmp_path / "half", Adapter({}), tmp_path / "merged", before=roundings(tmp_path / "half", QuantSpec("nf4")))
+    merged = open_checkpoint(tmp_path / "merged")
+    for name, weight in wanted.items():
+        assert torch.equal(merged.shards[merged.home[name]].read(name), weight.bfloat16())
