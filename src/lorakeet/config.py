@@ -14,6 +14,7 @@ from lorakeet.core.spec import LoraSpec
 from lorakeet.data.spec import DataSpec
 from lorakeet.errors import ConfigError
 from lorakeet.evaluate.spec import EvaluateSpec
+from lorakeet.memory.spec import MemorySpec
 from lorakeet.models.spec import ModelSpec
 from lorakeet.settings import load, override, to_mapping
 from lorakeet.train.spec import TrainSpec
@@ -29,6 +30,9 @@ class RunConfig:
     lora: LoraSpec = field(default_factory=LoraSpec, metadata={"help": "The low-rank pairs."})
     data: DataSpec = field(default_factory=DataSpec, metadata={"help": "The rows.", "shorthand": "train"})
     train: TrainSpec = field(default_factory=TrainSpec, metadata={"help": "The training."})
+    memory: MemorySpec = field(
+        default_factory=MemorySpec, metadata={"help": "The memory that it may take.", "shorthand": "budget"}
+    )
     evaluate: EvaluateSpec = field(default_factory=EvaluateSpec, metadata={"help": "The measurements."})
     kind: Literal["text"] = field(default="text", metadata={"help": "What the model makes; text is a causal language model."})
     out: str = field(default="runs/lorakeet", metadata={"help": "Folder of the run; it must not exist yet."})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Callable
 from pathlib import Path
@@ -20,7 +21,9 @@ from lorakeet.models.quantized import load_quantised, stored_quantisation
 from lorakeet.models.quiet import quiet_transformers
 from lorakeet.models.source import find_source
 from lorakeet.models.spec import ModelSpec
+from lorakeet.models.streamed_load import streamed_model
 from lorakeet.models.text import TextModel
+from lorakeet.quant.gptq_config import METHOD, OLD_CONFIG
 from lorakeet.quant.spec import QuantSpec
 
 CHECK_ROWS = (5, 3)  # tokens of the two rows of the check
@@ -28,8 +31,10 @@ HEAD_TOLERANCE = 8  # in units of the dtype's rounding: both sides multiply the 
 ATTENTION_TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}  # relative to the largest logit
 
 
-def load_text_model(spec: ModelSpec, *, say: Callable[[str], None] | None = None) -> TextModel:
+def load_text_model(spec: ModelSpec, *, say: Callable[[str], None] | None = None, store: Path | None = None) -> TextModel:
     """The model that `spec` names, frozen and checked; `say` gets what the user should know (default: the log).
+
+    With a folder `store`, its blocks are streamed from a store there (models/streamed).
 
     Raises ConfigError or DataError for a wrong name or damaged files, EnvironmentProblem for what this machine lacks or
     where the check of the head or of the attention fails.
@@ -38,7 +43,13 @@ def load_text_model(spec: ModelSpec, *, say: Callable[[str], None] | None = None
     source = find_source(spec, tell)
     device = device_for(spec.device)
     dtype = dtype_for(spec.dtype, device)
-    model = _model(source, dtype, spec.quantize, tell).to(device)
+    streamed = None
+    if store is None:
+        model = _model(source, dtype, spec.quantize, tell).to(device)
+    else:
+        config = read_config(source)
+        family = family_of(config.get_text_config())
+        model, streamed = streamed_model(source, config, dtype, quantize=spec.quantize, family=family, folder=store, say=tell)
     text = TextModel(
         model=model,
         tokenizer=load_tokenizer(source),
@@ -48,6 +59,7 @@ def load_text_model(spec: ModelSpec, *, say: Callable[[str], None] | None = None
         device=device,
         dtype=dtype,
         products=products_for(spec, dtype, device),
+        streamed=streamed,
     )
     with torch.no_grad(), quiet_transformers():
         reference = _own_logits(text)
@@ -100,7 +112,10 @@ def read_config(source: Path) -> Any:
     """The configuration of the model in a folder; DataError where transformers knows no such model."""
     try:
         with quiet_transformers():
-            return AutoConfig.from_pretrained(source, local_files_only=True)
+            config = AutoConfig.from_pretrained(source, local_files_only=True)
+        if not stored_quantisation(config) and (source / OLD_CONFIG).is_file():  # GPTQ folders of before 2024
+            config.quantization_config = {"quant_method": METHOD, **json.loads((source / OLD_CONFIG).read_text(encoding="utf-8"))}
+        return config
     except (ValueError, OSError, KeyError, TypeError) as error:
         raise DataError(f"{source / 'config.json'} does not describe a model that transformers knows: {error}") from error
 

@@ -24,7 +24,16 @@ from lorakeet.memory.stream import RecordStream
 from lorakeet.models import modules
 from lorakeet.models.families import Family
 from lorakeet.models.fingerprint import fingerprint
-from lorakeet.models.quantized import READERS, Stock, dense_stock, quantised_stock, skeleton, stored_quantisation, tensor_files
+from lorakeet.models.quantized import (
+    READERS,
+    Stock,
+    dense_stock,
+    packable,
+    quantised_stock,
+    skeleton,
+    stored_quantisation,
+    tensor_files,
+)
 from lorakeet.models.quiet import quiet_transformers
 from lorakeet.models.streamed import Streamed, StreamedEmbedding, StreamedHead
 from lorakeet.quant.adopt import empty_base
@@ -83,9 +92,7 @@ def open_streamed(store: Store, config: Any, dtype: torch.dtype, family: Family)
     """The model over an open store whose records are its blocks."""
     model = empty_model(config, dtype)
     for path, settings in json.loads(store.identity["packed"]).items():
-        module = model.get_submodule(path)
-        base = empty_base(settings, device="meta")
-        model.set_submodule(path, PackedLinear(base, module.bias, transposed=not isinstance(module, nn.Linear)))
+        _put_packed(model, path, settings)
     model.requires_grad_(False).eval()
     prefix, count = modules.block_prefix(model, family)
     streamed = Streamed(RecordStream(store, [f"{prefix}.{index}" for index in range(count)]))
@@ -114,6 +121,23 @@ def empty_model(config: Any, dtype: torch.dtype) -> Any:
     with torch.device("meta"), quiet_transformers():
         model = AutoModelForCausalLM.from_config(plain, dtype=dtype, attn_implementation="eager")
     model.tie_weights()
+    return model
+
+
+def empty_packed(config: Any, dtype: torch.dtype, quantize: QuantSpec) -> Any:
+    """The model on the meta device with its linear layers packed as they will be: as `quantize` asks, or as its files are.
+
+    Files that are packed already count as nf4: about as large as any 4-bit file.
+    """
+    model = empty_model(config, dtype)
+    stored = stored_quantisation(config)
+    method = "nf4" if stored and quantize.method == "none" else quantize.method
+    if method == "none":
+        return model
+    settings = {"method": method, "block_size": quantize.block_size, "double_quant": quantize.double_quant}
+    for path, module in packable(model, head=quantize.head == "quantize").items():
+        shape = modules.weight_shape(module, cast(Any, modules.kind_of(module)))
+        _put_packed(model, path, {**settings, "shape": list(shape)})
     return model
 
 
@@ -258,6 +282,13 @@ def _read_all(stock: Stock, config: Any, dtype: torch.dtype, collector: _Collect
         raise DataError(
             f"The '{config.model_type}' model in {source} cannot be loaded for text generation: {type(error).__name__}: {error}"
         ) from error
+
+
+def _put_packed(model: Any, path: str, settings: Mapping[str, Any]) -> None:
+    """A packed layer without numbers in place of the linear one at `path`."""
+    module = model.get_submodule(path)
+    base = empty_base(settings, device="meta")
+    model.set_submodule(path, PackedLinear(base, module.bias, transposed=not isinstance(module, nn.Linear)))
 
 
 def _make_small_ones_real(model: Any) -> None:

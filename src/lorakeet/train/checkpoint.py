@@ -24,10 +24,10 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load as tensors_from
-from safetensors.torch import save as bytes_of
 from torch import Tensor
 
 from lorakeet.errors import ConfigError, Problems
+from lorakeet.formats.safe import stream_safetensors
 from lorakeet.train import durable
 from lorakeet.train.spec import TrainSpec
 from lorakeet.train.stopping import Watch
@@ -79,7 +79,7 @@ def save(folder: Path, snapshot: Snapshot, *, keep: int) -> Path:
     with durable.new_folder(target) as new:
         hashes = {}
         for name, mapping in tensors.items():
-            hashes[f"{name}.safetensors"] = _write(new / f"{name}.safetensors", bytes_of(_on_cpu(mapping)))
+            hashes[f"{name}.safetensors"] = _write_tensors(new / f"{name}.safetensors", mapping)
         hashes["state.json"] = _write(new / "state.json", _json(state))
         _write(new / MANIFEST, _json(hashes))
     for old in found(folder)[:-keep]:
@@ -165,8 +165,15 @@ def _hashes(before: Any, now: Any) -> str:
     return f" (sha256 {before[:8]}… then, {now[:8]}… now)" if before and now else ""
 
 
-def _on_cpu(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> str:
+    """Writes one tensor after the other, so that no copy of all of them is held; the file's SHA-256."""
+    shapes = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
+    stream_safetensors(path, shapes, fetch=tensors.__getitem__, metadata={})
+    found = hashlib.sha256()
+    with path.open("rb") as file:
+        while piece := file.read(1 << 20):
+            found.update(piece)
+    return found.hexdigest()
 
 
 def _write(path: Path, data: bytes) -> str:

@@ -25,25 +25,32 @@ from lorakeet.train.task import batch_seeds
 from lorakeet.train.text_loss import text_loss
 
 
-def by_block(text: TextModel, streamed: Streamed, batches: Sequence[Batch], targets: int, *, aside: Aside, chunk: int) -> Tensor:
+def by_block(
+    text: TextModel, streamed: Streamed, batches: Sequence[Batch], targets: int, *, aside: Aside, chunk: int, together: int = 0
+) -> Tensor:
     """Adds ∂(Σ losses / targets) to the gradients of the trained parameters; Σ losses, fp64, detached.
 
     `aside` keeps the inputs of the blocks until the backward pass; `chunk` supervised tokens go through the head at once.
+    At most `together` micro-batches (0: all) pass through a block while it is in; more of them cost more memory.
     """
-    step = _Step(text, streamed, [batch.to(text.device) for batch in batches], aside)
-    step.enter()
-    step.forward()
-    total = step.head(targets, chunk)
-    step.backward()
+    total = torch.zeros((), dtype=torch.float64)
+    seeds, size = batch_seeds(len(batches)), together or max(1, len(batches))
+    for start in range(0, len(batches), size):
+        part = slice(start, start + size)
+        step = _Step(text, streamed, [batch.to(text.device) for batch in batches[part]], seeds[part], aside)
+        step.enter()
+        step.forward()
+        total = step.head(total, targets, chunk)
+        step.backward()
     return total
 
 
 class _Step:
     """One optimizer step's micro-batches on their way."""
 
-    def __init__(self, text: TextModel, streamed: Streamed, batches: list[Batch], aside: Aside) -> None:
+    def __init__(self, text: TextModel, streamed: Streamed, batches: list[Batch], seeds: list[int], aside: Aside) -> None:
         self.text, self.streamed, self.batches, self.aside = text, streamed, batches, aside
-        self.random = [_Random(seed) for seed in batch_seeds(len(batches))]
+        self.random = [_Random(seed) for seed in seeds]
         self.passages: list[Passage] = []
         self.states: list[Tensor] = []  # outputs of the last block so far; in the backward pass their gradients
         self.outer: list[dict[nn.Parameter, Tensor]] = []  # by batch: gradients of what lies outside the blocks, from the head
@@ -76,9 +83,9 @@ class _Step:
                         args, kwargs = self.passages[number].arguments[index]
                         self.states[number] = plain_output(block(self.states[number], *args, **kwargs))
 
-    def head(self, targets: int, chunk: int) -> Tensor:
-        """The losses, and in `states` their gradients with respect to the last block's outputs."""
-        total = torch.zeros((), dtype=torch.float64)
+    def head(self, total: Tensor, targets: int, chunk: int) -> Tensor:
+        """`total` with the losses added, and in `states` their gradients with respect to the last block's outputs."""
+        before = self._taken_gradients() if self._trains_entry else {}
         for number, (batch, random) in enumerate(zip(self.batches, self.random, strict=True)):
             leaf = self.states[number].requires_grad_(self.lowest < len(self.streamed.blocks))
             with random.drawing(), self.streamed.replaying(leaf):
@@ -89,6 +96,8 @@ class _Step:
             del leaf, loss
             if self._trains_entry:
                 self.outer.append(self._taken_gradients())
+        for parameter, grad in before.items():
+            parameter.grad = grad
         return total
 
     def backward(self) -> None:
@@ -109,19 +118,16 @@ class _Step:
 
     def _into_entry(self) -> None:
         """Gradients of trained embeddings. What head and embedding share is summed within a batch first, as autograd does."""
-        sums: dict[nn.Parameter, Tensor] = {}
+        held = self._taken_gradients()  # of the blocks, and of batches before these
         for passage, grad, from_head in zip(self.passages, self.states, self.outer, strict=True):
-            inner = self._taken_gradients()  # of the blocks: they are whole already
             torch.autograd.backward(cast(Tensor, passage.entry), grad)
             found = self._taken_gradients()
             for parameter in {**from_head, **found}:
                 parts = [part[parameter] for part in (from_head, found) if parameter in part]
-                batch_sum = parts[0] if len(parts) == 1 else parts[0] + parts[1]
-                sums[parameter] = batch_sum if parameter not in sums else sums[parameter] + batch_sum
-            for parameter, held in inner.items():
-                parameter.grad = held
-        for parameter, found_sum in sums.items():
-            parameter.grad = found_sum
+                of_batch = parts[0] if len(parts) == 1 else parts[0] + parts[1]
+                held[parameter] = of_batch if parameter not in held else held[parameter] + of_batch
+        for parameter, total in held.items():
+            parameter.grad = total
 
     def _taken_gradients(self) -> dict[nn.Parameter, Tensor]:
         """The gradients that are there now, taken off the parameters."""

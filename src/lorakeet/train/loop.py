@@ -66,14 +66,17 @@ def train(
     resume: bool = False,
     report: Reporter | None = None,
     interrupt: Interrupt | None = None,
+    budget: int | None = None,
 ) -> Outcome:
     """Trains `task` and leaves the best adapter in RUN/adapter.
 
-    `identity` names what else must be equal when the run is resumed ({"data": hash, "lora": …}). Raises RunStopped after
+    `identity` names what else must be equal when the run is resumed ({"data": hash, "lora": …}). Where the process grows
+    beyond `budget` bytes, that is said once. Raises RunStopped after
     Ctrl-C and on a loss that is not a number, EnvironmentProblem when the disk is full, VerificationFailed when a trained
     tensor gets no gradient, ConfigError when a resumed run was begun with other settings.
     """
     training = Training(task, spec, run=run, report=report or Silent())
+    training.budget = budget
     with run.locked(), PeakMemory() as memory, interrupt or Interrupt() as stop:
         training.memory = memory
         training.open(identity or {}, resume=resume)
@@ -90,6 +93,7 @@ class Training(Generic[BatchT]):
     memory: PeakMemory
     metrics: Metrics
     sink: Sink | None = None
+    budget: int | None = None  # bytes of memory that the process should keep; forgotten once it was found broken
 
     def __init__(self, task: Task[BatchT], spec: TrainSpec, *, run: RunFolder, report: Reporter) -> None:
         self.task, self.spec, self.run, self.report = task, spec, run, report
@@ -167,6 +171,17 @@ class Training(Generic[BatchT]):
         }
         self._write(record)
         self.report.step(record)
+        self._watch_memory(step)
+
+    def _watch_memory(self, step: int) -> None:
+        """Says once when more memory was held than the budget allows."""
+        held = self.memory.now()
+        if self.budget is not None and held > self.budget:
+            self.report.say(
+                f"Step {step}: the process held {held:,} bytes at most, above its budget of {self.budget:,}. The run goes on; "
+                "please report the model and the settings."
+            )
+            self.budget = None
 
     def _accumulate(self, batches: Sequence[BatchT], sizes: Sequence[Size], step: int) -> float:
         """Adds up the gradients of the step's mean loss, and returns that loss.

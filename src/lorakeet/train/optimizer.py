@@ -42,9 +42,9 @@ class Optimizer:
         self.adamw.zero_grad(set_to_none=True)
 
     def state(self) -> dict[str, Tensor]:
-        """Copies of the moments and step counts, by `parameter|moment`; empty before the first step."""
+        """The moments and step counts as they are, not copied, by `parameter|moment`; empty before the first step."""
         return {
-            f"{name}|{key}": value.detach().cpu().clone()
+            f"{name}|{key}": value.detach().cpu()
             for name, parameter in self.parameters.items()
             for key, value in self.adamw.state.get(parameter, {}).items()
         }

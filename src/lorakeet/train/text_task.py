@@ -28,7 +28,8 @@ from lorakeet.train.text_loss import text_loss
 class TextTask:
     """Trains the adapter `name`, which must have been injected into `text.model` and be active.
 
-    The inputs of a streamed model's blocks are kept in a file in the folder `scratch`, where one is named, else in memory.
+    Of a streamed model, `together` micro-batches (0: all) pass through a block while it is in, and the inputs of its blocks
+    are kept in a file in the folder `scratch`, where one is named, else in memory.
     """
 
     def __init__(
@@ -40,12 +41,13 @@ class TextTask:
         spec: TrainSpec,
         name: str = "default",
         scratch: Path | None = None,
+        together: int = 0,
     ) -> None:
         self.text, self.train, self.spec, self.name = text, list(train), spec, name
         lengths = tuple(len(example.ids) for example in train) if spec.length_grouping else None
         self.order = StepOrder(len(self.train), spec.batch_size, spec.seed, lengths)
         self.held_out_rows = list(held_out)
-        self.aside = Aside(scratch)
+        self.aside, self.together = Aside(scratch), together
 
     @property
     def steps_per_epoch(self) -> int:
@@ -76,7 +78,9 @@ class TextTask:
         streamed = self.text.streamed
         if streamed is not None:
             self.text.model.train()
-            return by_block(self.text, streamed, batches, targets, aside=self.aside, chunk=self.spec.head_chunk)
+            return by_block(
+                self.text, streamed, batches, targets, aside=self.aside, chunk=self.spec.head_chunk, together=self.together
+            )
         return by_batch(self.loss, batches, targets)
 
     def loss(self, batch: Batch) -> Tensor:

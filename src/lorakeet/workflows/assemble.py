@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from rich.console import Console
@@ -21,6 +22,7 @@ from lorakeet.models.load import load_text_model
 from lorakeet.models.targets import plan_for
 from lorakeet.models.text import TextModel
 from lorakeet.train.text_task import TextTask
+from lorakeet.workflows.arrange import Arrangement, arrange
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,7 @@ class Assembly:
     held_out: Encoded
     test: Encoded
     new_token_ids: tuple[int, ...]
+    arrangement: Arrangement = field(default_factory=Arrangement)  # how memory.budget is kept
 
     @property
     def judged(self) -> tuple[str, tuple[Row, ...]]:
@@ -64,7 +67,8 @@ def assemble(config: RunConfig, console: Console) -> Assembly:
         raise DataError(
             "No rows are held out, so nothing could be proved; set data.held_out_fraction above 0 or name a data.held_out file."
         )
-    text = load_text_model(config.model, say=console.print)
+    arrangement = arrange(config, _say(console))
+    text = load_text_model(config.model, say=console.print, store=arrangement.store)
     if text.dtype == torch.float16:
         raise ConfigError(
             "model.dtype is float16, in which small gradients become 0 without a word; train with bfloat16 or float32."
@@ -76,7 +80,7 @@ def assemble(config: RunConfig, console: Console) -> Assembly:
     train, held_out, test = (encode_rows(rows, encoder) for rows in (dataset.train, dataset.held_out, dataset.test))
     if dataset.labels:
         encoder.candidates(dataset.held_out[0])  # a template that keeps answers from being compared is found now
-    return Assembly(config, dataset, text, plan, encoder, train, held_out, test, new_token_ids)
+    return Assembly(config, dataset, text, plan, encoder, train, held_out, test, new_token_ids, arrangement)
 
 
 def ready_to_train(setup: Assembly, *, held_out: Sequence[Example] | None = None) -> TextTask:
@@ -87,7 +91,12 @@ def ready_to_train(setup: Assembly, *, held_out: Sequence[Example] | None = None
     spec = setup.config.train
     begin_adapter(setup.text, setup.plan, seed=spec.seed, token_ids=setup.new_token_ids)
     rows = setup.held_out.examples if held_out is None else held_out
-    return TextTask(setup.text, setup.train.examples, held_out=rows, spec=spec)
+    kept = setup.arrangement
+    return TextTask(setup.text, setup.train.examples, held_out=rows, spec=spec, scratch=kept.scratch, together=kept.together)
+
+
+def _say(console: Console) -> Callable[[str], None]:
+    return partial(console.print, markup=False, soft_wrap=True)
 
 
 def within_context(config: RunConfig, text: TextModel, console: Console) -> RunConfig:

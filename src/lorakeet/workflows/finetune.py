@@ -89,6 +89,7 @@ def finetune(config: RunConfig, *, resume: Path | None = None, dry_run: bool = F
         identity=_identity(setup),
         resume=resume is not None,
         report=reporter_for(console),
+        budget=setup.arrangement.budget,
     )
     try:
         report = _prove(setup, outcome, run, console)

@@ -11,6 +11,7 @@ from typing import Any
 from lorakeet.data.leaks import LeakReport
 from lorakeet.evaluate.certificate import Certificate
 from lorakeet.evaluate.report import Command, Curves, Drift, Leak, MemoryUse, Point, Report
+from lorakeet.memory.measure import peak_bytes
 from lorakeet.train.loop import Outcome
 from lorakeet.train.run import RunFolder
 from lorakeet.workflows import facts
@@ -37,7 +38,7 @@ def complete(
         curves=curves(metrics, outcome),
         leaks=leaks(setup.dataset.leaks),
         drift=drift,
-        memory=(MemoryUse("training, whole process", None, outcome.peak_bytes),),
+        memory=_memory(setup, outcome),
         speed=_speed(metrics, outcome),
         certificate=certificate,
         warnings=(*_warnings(setup), *measured.warnings),
@@ -85,6 +86,15 @@ def _facts(setup: Assembly, run: RunFolder) -> dict[str, str]:
         "Machine": facts.machine(setup.text.device),
         "Run folder": str(run.path),
     }
+
+
+def _memory(setup: Assembly, outcome: Outcome) -> tuple[MemoryUse, ...]:
+    """Planned and used bytes; without a budget nothing was planned."""
+    kept = setup.arrangement
+    used = (MemoryUse("training, whole process", kept.planned, outcome.peak_bytes),)
+    if kept.budget is None:
+        return used
+    return (*used, MemoryUse("training and judging, against memory.budget", kept.budget, peak_bytes()))
 
 
 def _speed(metrics: Sequence[dict[str, Any]], outcome: Outcome) -> dict[str, str]:

@@ -1,0 +1,35 @@
+"""What the C library's memory allocator holds beside the tensors, and how to make it hold less.
+
+glibc serves pieces of less than 32 MiB from a heap that it grows and cuts, and a freed piece between two used ones stays with
+the process: torch asks for aligned pieces, which glibc cuts from larger ones, so that a freed piece seldom fits the next tensor
+of its size. Larger pieces are mapped one by one and go back to the system when they are freed.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import platform
+
+LARGEST_HEAP_PIECE = 32 << 20  # bytes; glibc raises its threshold up to this as pieces are freed (mallopt(3), DEFAULT_MMAP_THRESHOLD_MAX)
+SLACK = 0.36  # of the tensors on the heap, at their peak; benchmarks/plan_accuracy.py measures it
+SMALL_SLACK = 24 << 20  # bytes: the heap's free top and Python's own growth during a run
+_THRESHOLD = 1 << 20  # bytes of the smallest piece that `return_freed_memory` has mapped
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
+
+
+def slack(heap: int) -> int:
+    """Bytes to count beside `heap` bytes of tensors on the heap."""
+    return math.ceil(heap * SLACK) + SMALL_SLACK
+
+
+def return_freed_memory() -> bool:
+    """Has every tensor of 1 MiB or more go back to the system as soon as it is freed; whether the C library takes the order.
+
+    The process then holds what its tensors take, and nothing beside; the pages of each new tensor have to be cleared again,
+    which costs a small model about a fifth of its speed. Only glibc has the setting, and it stays until the process ends.
+    """
+    if platform.libc_ver()[0] != "glibc":
+        return False
+    library = ctypes.CDLL(None)
+    return all(library.mallopt(ctypes.c_int(name), ctypes.c_int(_THRESHOLD)) for name in (_M_MMAP_THRESHOLD, _M_TRIM_THRESHOLD))

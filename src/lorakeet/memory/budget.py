@@ -1,0 +1,52 @@
+"""A memory budget as a person writes it ("2GiB", "500 MB"), and how much memory this machine has."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+from lorakeet.errors import ConfigError
+
+UNITS = {"KB": 1000, "MB": 1000**2, "GB": 1000**3, "TB": 1000**4, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30, "TiB": 1 << 40}
+_NUMBER = re.compile(r"([+-]?)(\d+(?:[.,]\d+)?|[.,]\d+)\s*([A-Za-z]*)")
+_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
+
+
+def parse_budget(text: str) -> int:
+    """Bytes of "2GiB", "1.5 GB" or "500MB". Raises ConfigError without a unit, with an unknown one, and for zero or less."""
+    example = f"expected a number and one of {', '.join(UNITS)}, such as 2GiB or 500MB"
+    match = _NUMBER.fullmatch(text.strip())
+    if match is None:
+        raise ConfigError(f"memory is {text!r}; {example}.")
+    sign, number, unit = match.groups()
+    if not unit:
+        raise ConfigError(f"memory is {text!r}, without a unit; {example}.")
+    factor = {name.lower(): size for name, size in UNITS.items()}.get(unit.lower())
+    if factor is None:
+        raise ConfigError(f"memory is {text!r}, and {unit!r} is no unit of memory; {example}.")
+    size = int(float(number.replace(",", ".")) * factor)
+    if sign == "-" or size <= 0:
+        raise ConfigError(f"memory is {text!r}; it must be above 0, such as 2GiB.")
+    return size
+
+
+def machine_bytes() -> int:
+    """The memory of this machine in bytes, or of the container that this process is kept in, whichever is less."""
+    found = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    for limit in map(Path, _LIMITS):
+        try:
+            text = limit.read_text(encoding="ascii").strip()
+        except OSError:
+            continue
+        if text.isdigit():
+            found = min(found, int(text))
+    return found
+
+
+def larger_than_machine(budget: int) -> str:
+    """A warning where the budget is more than this machine has; else empty."""
+    have = machine_bytes()
+    if budget <= have:
+        return ""
+    return f"The memory budget is {budget:,} bytes, but this machine has {have:,}: keeping the budget does not make the run fit."
