@@ -11,8 +11,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from lorakeet.cli.main import main
+from lorakeet.formats.detect import read_adapter
 from structure.tree import ROOT
 from tiny.runs import reviews
 
@@ -43,7 +45,7 @@ def dates(desk: Path, tiny_llama_folder: Path) -> Path:
 def commands_of(script: str) -> list[list[str]]:
     """The lorakeet commands of a shell script, without the word lorakeet."""
     lines = (ROOT / "examples" / script).read_text(encoding="utf-8").splitlines()
-    return [shlex.split(line)[1:] for line in lines if line.startswith("lorakeet ")]
+    return [shlex.split(line, comments=True)[1:] for line in lines if line.startswith("lorakeet ")]
 
 
 def test_prompt_and_completion(dates: Path) -> None:
@@ -88,6 +90,13 @@ def test_merge(dates: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(dates.parents[1])
     assert [main(command) for command in commands_of("merge.sh")] == [0]
     assert Path("runs/dates-merged/model.safetensors").is_file() and Path("runs/dates-merged/certificate.json").is_file()
+
+
+def test_convert(dates: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(dates.parents[1])
+    assert [main(command) for command in commands_of("convert.sh")] == [0, 0]
+    there, back = (read_adapter(folder).pairs for folder in (dates, Path("runs/dates-peft")))
+    assert there.keys() == back.keys() and all(torch.equal(there[path].A, back[path].A) for path in there)
 
 
 def test_doctor(capsys: pytest.CaptureFixture[str]) -> None:

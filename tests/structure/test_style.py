@@ -2,15 +2,51 @@
 
 from __future__ import annotations
 
+import ast
 import subprocess
 import sys
 
-from structure.tree import ROOT
+from structure.tree import ROOT, committed_files, named, parsed
 
 
 def output_of(*arguments: str) -> tuple[int, str]:
     run = subprocess.run([sys.executable, "-m", *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
     return run.returncode, run.stdout + run.stderr
+
+
+# What the standard library has only since 3.11 to 3.13; ruff's target-version finds new syntax.
+NEWER = {
+    "tomllib", "asyncio.TaskGroup", "asyncio.timeout", "contextlib.chdir", "copy.replace", "datetime.UTC", "enum.StrEnum",
+    "enum.ReprEnum", "enum.verify", "hashlib.file_digest", "itertools.batched", "math.cbrt", "math.exp2", "math.sumprod",
+    "math.fma", "operator.call", "typing.LiteralString", "typing.Never", "typing.NotRequired", "typing.ReadOnly",
+    "typing.Required", "typing.Self", "typing.TypeIs", "typing.TypeVarTuple", "typing.Unpack", "typing.assert_never",
+    "typing.assert_type", "typing.override", "typing.reveal_type", "warnings.deprecated",
+    "BaseExceptionGroup", "ExceptionGroup", "PythonFinalizationError",
+}  # fmt: skip
+
+
+def newer_than_310(tree: ast.Module) -> set[str]:
+    """The names of NEWER that a file imports or uses."""
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found |= {f"{node.module}.{alias.name}" for alias in node.names} | {str(node.module)}
+        elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+            found.add(f"{node.value.id}.{node.attr}")
+        elif isinstance(node, ast.Name):
+            found.add(node.id)
+    return found & NEWER
+
+
+def test_nothing_needs_more_than_python_310() -> None:
+    files = [path for path in committed_files() if path.suffix == ".py"]
+    found = {named(path): names for path in files if (names := newer_than_310(parsed(path)))}
+    assert not found, found
+    assert newer_than_310(ast.parse("import tomllib\nfrom typing import Self\nx = datetime.UTC")) == {
+        "tomllib", "typing.Self", "datetime.UTC"
+    }  # fmt: skip
 
 
 def test_ruff_finds_nothing() -> None:
