@@ -1,13 +1,24 @@
-"""Finding the adapter that a path means."""
+"""Finding the adapter that a path means, and its format, with what says so."""
 
 from __future__ import annotations
 
+import json
+import re
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from lorakeet.errors import DataError
-from lorakeet.formats.detect import read_adapter
+from lorakeet.formats.base_model import open_base
+from lorakeet.formats.compare import compare
+from lorakeet.formats.detect import detect, read_adapter
+from tiny.portable import llama_config
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+KOHYA = "lora_unet_mid_block_resnets_0_conv1"
 
 
 def test_a_folder_a_file_in_it_and_a_run_are_the_same_adapter(folder: Path) -> None:
@@ -16,18 +27,88 @@ def test_a_folder_a_file_in_it_and_a_run_are_the_same_adapter(folder: Path) -> N
 
 
 @pytest.mark.parametrize(
-    ("name", "message"),
+    ("name", "kind", "evidence"),
     [
-        ("nowhere", "does not exist; expected a folder with adapter_config.json"),
-        ("old.bin", "is a pickle file"),
-        ("empty", r"holds no adapter: .* only weights\.gguf"),
-        ("torch", r"adapter_model\.bin is a pickle file|adapter_config\.json cannot be read"),
+        ("peft", "peft", "the folder holds adapter_config.json or adapter_model.safetensors"),
+        ("mlx", "mlx", "the folder holds adapters.safetensors"),
+        ("mlx/adapters.safetensors", "mlx", "the folder holds adapters.safetensors"),
+        ("gguf.gguf", "gguf", "the file begins with GGUF"),
+        ("kohya.safetensors", "kohya", r"\d+ of \d+ tensors are named like lora_"),
+        ("diffusers.safetensors", "diffusers", r"tensors are named like (unet|text_encoder)\."),
+        ("diffusers_spelled.safetensors", "diffusers", r"tensors are named like (unet|text_encoder)\."),
     ],
 )
-def test_what_is_no_adapter(name: str, message: str, tmp_path: Path) -> None:
-    (tmp_path / "old.bin").write_bytes(b"\x80")
-    for part, file in (("empty", "weights.gguf"), ("torch", "adapter_model.bin")):
-        (tmp_path / part).mkdir()
-        (tmp_path / part / file).write_bytes(b"")
+def test_real_files_are_told_apart(name: str, kind: str, evidence: str, tmp_path: Path) -> None:
+    found = detect(GOLDEN / name)
+    assert found.format == kind
+    assert re.search(evidence, found.evidence)
+    assert read_adapter(GOLDEN / name, base=open_base(llama_config(tmp_path))).pairs
+
+
+def test_reads_what_peft_wrote() -> None:
+    adapter = read_adapter(GOLDEN / "peft")
+    expected = load_file(GOLDEN / "peft.delta.safetensors")
+    assert adapter.pairs.keys() == expected.keys() and len({pair.scale for pair in adapter.pairs.values()}) == 3
+    for path, delta in expected.items():
+        torch.testing.assert_close(adapter.pairs[path].delta(), delta, atol=1e-6, rtol=1e-5)
+
+
+def test_a_folder_with_one_adapter_file_means_that_file(tmp_path: Path) -> None:
+    (tmp_path / "one").mkdir()
+    (tmp_path / "one" / "x.safetensors").write_bytes((GOLDEN / "kohya.safetensors").read_bytes())
+    assert compare(read_adapter(tmp_path / "one"), read_adapter(GOLDEN / "kohya.safetensors")).equal
+
+
+def two_files(path: Path) -> None:
+    path.mkdir()
+    for name in ("a", "b"):
+        save_file({f"{KOHYA}.alpha": torch.ones(1)}, path / f"{name}.safetensors")
+
+
+def mixed(path: Path) -> None:
+    save_file({f"{KOHYA}.alpha": torch.ones(1), "unet.a.to_q.lora_A.weight": torch.ones(2, 2)}, path)
+
+
+def hostile(header: str) -> Callable[[Path], None]:
+    def write(path: Path) -> None:
+        raw = header.encode()
+        path.write_bytes(len(raw).to_bytes(8, "little") + raw)
+
+    return write
+
+
+def spans(first: tuple[int, int], second: tuple[int, int]) -> str:
+    names = (f"{KOHYA}.lora_down.weight", f"{KOHYA}.lora_up.weight")
+    both = zip(names, (first, second), strict=True)
+    return json.dumps({name: {"dtype": "F32", "shape": [2], "data_offsets": span} for name, span in both}) + " " * 16
+
+
+@pytest.mark.parametrize(
+    ("name", "make", "message"),
+    [
+        ("nowhere", lambda path: None, r"does not exist; expected a folder of PEFT or mlx-lm, or a \.safetensors or \.gguf file"),
+        ("old.bin", lambda path: path.write_bytes(b"\x80"), "is a pickle file, which can run code"),
+        ("old.PT", lambda path: path.write_bytes(b"\x80"), "is a pickle file"),
+        ("empty", lambda path: path.mkdir(), "holds no adapter: .* only nothing"),
+        ("files", two_files, r"holds 2 adapter files \(a\.safetensors, b\.safetensors\); name one of them"),
+        ("w.gguf", lambda path: path.write_bytes(b""), "is not a GGUF file: it does not begin with GGUF"),
+        ("m.safetensors", mixed, r"mixes formats: 1 as in diffusers \(unet\.a.*; 1 as in kohya \(lora_unet_mid"),
+        ("u.safetensors", lambda path: save_file({"conv.weight": torch.ones(2)}, path), r"format: .* called conv\.weight"),
+        ("none.safetensors", lambda path: save_file({}, path), "its 0 tensors are called none at all"),
+        ("p.safetensors", lambda path: save_file({"base_model.model.q.lora_A.weight": torch.ones(2)}, path),
+         r"has tensors as in peft, but another name; rename it to adapter_model\.safetensors"),
+        ("q.safetensors", lambda path: save_file({"model.q.lora_a": torch.ones(2)}, path), r"rename it to adapters\.safetensors"),
+        ("cut.safetensors", lambda path: path.write_bytes((GOLDEN / "kohya.safetensors").read_bytes()[:-40]), "it was cut off"),
+        ("half.safetensors", lambda path: path.write_bytes((GOLDEN / "kohya.safetensors").read_bytes()[:200]), "have been cut"),
+        ("huge.safetensors", lambda path: path.write_bytes((2**63).to_bytes(8, "little") + b"{}"), "announces a header of 9,223"),
+        ("shape.safetensors", hostile(spans((0, 8), (8, 16)).replace("[2]", "[4611686018427387904]")), "needs 18,446,744"),
+        ("overlap.safetensors", hostile(spans((0, 8), (4, 12))), "overlaps another tensor"),
+        ("hole.safetensors", hostile(spans((0, 8), (12, 20))), "leaves bytes before it"),
+        ("negative.safetensors", hostile(spans((-8, 0), (0, 8))), "must be lists of whole numbers"),
+        ("json.safetensors", hostile("[" * 100_000), "its header is not JSON"),
+    ],
+)  # fmt: skip
+def test_what_is_no_adapter(name: str, make: Callable[[Path], None], message: str, tmp_path: Path) -> None:
+    make(tmp_path / name)
     with pytest.raises(DataError, match=message):
         read_adapter(tmp_path / name)

@@ -90,3 +90,29 @@ def _load_into_clip(tensors: Any, alphas: Any, clip: Any, metadata: Any) -> None
     peft.inject_adapter_in_model(config, clip)
     result = peft.set_peft_model_state_dict(clip, state)
     assert not result.unexpected_keys
+
+
+def sd_adapter(unet: Any, clip: Any, *, dora: bool = False) -> Any:
+    """Pairs of mixed ranks and alphas on attention, convolutions and text encoder, at paths as they stand on disk."""
+    from lorakeet.core.adapter import Adapter
+    from tiny.adapters import random_pair
+
+    torch.manual_seed(6)
+    found = [(f"unet.{path}", module.weight) for path, module in unet.named_modules()
+             if path.endswith(("to_q", "to_out.0", "conv1", "proj_in", "ff.net.2"))]  # fmt: skip
+    found += [(f"text_encoder.text_model.{path}", module.weight) for path, module in clip.named_modules()
+              if path.endswith(("q_proj", "out_proj", "fc1"))]  # fmt: skip
+    pairs = {}
+    for index, (path, weight) in enumerate(found):
+        kind = "conv2d" if weight.dim() == 4 else "linear"
+        pairs[path] = random_pair(kind, weight, rank=(2, 4, 3)[index % 3], alpha=(12.0, 20.0)[index % 2], dora=dora)
+    return Adapter(pairs)
+
+
+def fold_images(adapter: Any, unet: Any, clip: Any) -> None:
+    """Writes the adapter into the weights of both parts."""
+    from lorakeet.core.adapter import Adapter
+    from tiny.dense import fold_into
+
+    pairs = {path.replace("text_encoder.text_model.", "text_encoder."): pair for path, pair in adapter.pairs.items()}
+    fold_into(torch.nn.ModuleDict({"unet": unet, "text_encoder": clip}), Adapter(pairs))

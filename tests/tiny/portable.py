@@ -37,7 +37,8 @@ _CLIP = {
 def image_adapter(*, sdxl: bool = False, clip: bool = True, dora: bool = False) -> Adapter:
     """Ranks 2 to 4, alphas 12 and 20, linear layers and convolutions."""
     torch.manual_seed(4)
-    modules: dict[str, tuple[str, tuple[int, ...]]] = {f"unet.{path}": what for path, what in {**_UNET, **(_SDXL if sdxl else _SD1)}.items()}
+    unet = {**_UNET, **(_SDXL if sdxl else _SD1)}
+    modules: dict[str, tuple[str, tuple[int, ...]]] = {f"unet.{path}": what for path, what in unet.items()}
     if clip:
         modules |= {f"text_encoder.{path}": what for path, what in _CLIP.items()}
     if clip and sdxl:

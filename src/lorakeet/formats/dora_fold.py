@@ -28,9 +28,10 @@ def fold_dora(adapter: Adapter, base: BaseModel | None, compression: Compression
     folded: dict[str, Pair] = {}
     for path, pair in dora.items():
         weight = base.weight(path)
-        module = DoraPair(PlanEntry(path, pair.kind, tuple(weight.shape), pair.rank, pair.alpha, pair.scale_rule, "dora"))
+        shape = (pair.B.shape[0], *pair.A.shape[1:])  # a Plan counts GPT-2's transposed weights as (out, in) too
+        module = DoraPair(PlanEntry(path, pair.kind, shape, pair.rank, pair.alpha, pair.scale_rule, "dora"))
         module.load(pair)
-        change = module.fold(weight) - weight
+        change = module.fold(weight).detach() - weight
         plain, error = compress(change.t() if pair.kind == "conv1d" else change, compression)
         folded[path] = dataclasses.replace(plain, kind=pair.kind)
         say(f"{path}: DoRA folded into a plain pair of rank {plain.rank}, relative error {error:.2g}")

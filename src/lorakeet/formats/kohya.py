@@ -2,7 +2,9 @@
 
     PREFIX_MODULE.lora_down.weight   (rank, in), for a convolution (rank, in, k, k)
     PREFIX_MODULE.lora_up.weight     (out, rank), for a convolution (out, rank, 1, 1)
-    PREFIX_MODULE.alpha              a number; scale = alpha/rank of this module; without any, the scale is 1
+    PREFIX_MODULE.alpha              a number; scale = alpha/rank of this module; without any, the scale is 1.
+                                     Written with one value for all: diffusers 0.42 loads alphas of attention and text
+                                     encoder wrongly where they differ, so what differs is multiplied into lora_up
     PREFIX_MODULE.dora_scale         (out, 1) or (out, 1, 1, 1)
     PREFIX_MODULE.lora_mid.weight    (rank, rank, k, k): a convolution in Tucker form, multiplied into lora_down when read
 
@@ -12,7 +14,8 @@ the names of Stability's own code. Metadata (ss_*, modelspec.*) is kept, but for
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -26,7 +29,7 @@ from lorakeet.formats.base_model import BaseModel
 from lorakeet.formats.dense import Compression, compress
 from lorakeet.formats.limits import check_holds
 from lorakeet.formats.safe import open_safetensors, save_tensors
-from lorakeet.formats.sd_names import family_of, flat_keys, kohya_key
+from lorakeet.formats.sd_names import FAMILY_KEY, family_of, flat_keys, kohya_key, ldm_keys, unet_modules
 from lorakeet.formats.tensors import factor_problem, read_tensors
 
 Say = Callable[[str], None]
@@ -65,12 +68,28 @@ def read(path: Path, *, base: BaseModel | None = None, compression: Compression 
     problems.raise_if_any()
     if dense:
         pairs |= _compressed(path, dense, compression, say)
+    metadata = {key: value for key, value in file.metadata.items() if key not in (*_HASHES, "format")}
+    if family := _spelled(groups, [*pairs, *dense]):
+        metadata[FAMILY_KEY] = family
     if not any("alpha" in slots for slots in groups.values()):
         say(f"{path} has no alpha for any module; by kohya's rule every scale is 1.")
-    metadata = {key: value for key, value in file.metadata.items() if key not in (*_HASHES, "format")}
     if dropped := sorted(set(file.metadata) & set(_HASHES)):
         say(f"Left out {', '.join(dropped)}: hashes of a file that is written anew.")
     return Adapter(dict(sorted(pairs.items())), base=metadata.get("ss_sd_model_name", ""), metadata=metadata)
+
+
+def _spelled(groups: Iterable[str], pairs: Iterable[str]) -> str:
+    """The family that the spelling of the keys gives away, or an empty string.
+
+    lora_te1 alone says little: diffusers writes it for SD 1.x too, whose UNet has modules that SDXL's has not.
+    """
+    keys = list(groups)
+    if any(key.startswith("lora_te_") for key in keys):
+        return "sd1"
+    if any(key.startswith("lora_te2_") or key in ldm_keys() for key in keys):
+        return "sdxl"
+    unet = {path.partition(".")[2] for path in pairs if path.startswith("unet.")}
+    return "sdxl" if any(key.startswith("lora_te1_") for key in keys) and unet <= unet_modules("sdxl") else ""
 
 
 def _groups(tensors: Mapping[str, Tensor], path: Path, problems: Problems) -> dict[str, dict[str, Tensor]]:
@@ -145,6 +164,11 @@ def _compressed(
     return pairs
 
 
+def _alpha_of(pair: Pair) -> float:
+    """The alpha of the pair by the rule alpha/rank, as fp32 holds it."""
+    return float(torch.tensor(alpha_for(pair.scale, pair.rank)))
+
+
 def write(adapter: Adapter, path: Path, *, base: BaseModel | None = None) -> None:
     """Writes `adapter` to the file `path`, which appears whole or not at all; the same adapter gives the same bytes.
 
@@ -155,16 +179,20 @@ def write(adapter: Adapter, path: Path, *, base: BaseModel | None = None) -> Non
     family = family_of(dict(adapter.pairs), adapter.metadata, None if base is None else base.config("unet"))
     problems = Problems("The adapter cannot be written as kohya")
     tensors: dict[str, Tensor] = {}
+    alphas = Counter(_alpha_of(pair) for pair in adapter.pairs.values())
+    alpha = min(alphas, key=lambda value: (value == 0, -alphas[value], value))  # the most frequent; 0 only where all are 0
     for module, pair in adapter.pairs.items():
         key = kohya_key(module, family, own)
         if key is None:
             hint = nearest(module, flat_keys(own).values())
             problems.add(f"{module} is no module of Stable Diffusion ({family}), so it has no key in kohya's format.{hint}")
             continue
-        tensors[f"{key}.{_DOWN}.weight"], tensors[f"{key}.{_UP}.weight"] = pair.A.float(), pair.B.float()
-        tensors[f"{key}.alpha"] = torch.tensor(alpha_for(pair.scale, pair.rank))
+        own_alpha = _alpha_of(pair)
+        tensors[f"{key}.{_DOWN}.weight"] = pair.A.float()
+        tensors[f"{key}.{_UP}.weight"] = pair.B.float() if own_alpha == alpha else pair.B.float() * (own_alpha / alpha)
+        tensors[f"{key}.alpha"] = torch.tensor(alpha)
         if pair.magnitude is not None:
             tensors[f"{key}.dora_scale"] = pair.magnitude.float().reshape(-1, *[1] * (pair.A.dim() - 1))
     problems.raise_if_any()
-    metadata = {key: value for key, value in adapter.metadata.items() if key not in _PEFT_ONLY}
+    metadata = {key: value for key, value in adapter.metadata.items() if key not in (*_PEFT_ONLY, FAMILY_KEY)}
     save_tensors(path, tensors, metadata={"format": "pt", **metadata})

@@ -84,7 +84,7 @@ def open_safetensors(path: Path) -> SafeFile:
             header = _parse(path, file.read(length))
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror or error}.") from error
-    metadata = header.pop("__metadata__", {})
+    metadata = header.pop("__metadata__", None) or {}  # mlx writes null
     problems = Problems(f"{path} is not a sound safetensors file", DataError)
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         problems.add(f"{path}: __metadata__ is not a table of texts.")

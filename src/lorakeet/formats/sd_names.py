@@ -22,6 +22,7 @@ from lorakeet.errors import ConfigError, Problems, nearest
 Family = Literal["sd1", "sdxl"]
 COMPONENTS = ("unet", "text_encoder", "text_encoder_2", "transformer")
 COMPONENT_KEY = "component"  # Adapter.metadata of a PEFT folder that belongs to one component of a pipeline
+FAMILY_KEY = "sd_family"  # Adapter.metadata: what a kohya file's spelling said, SD 1.x or SDXL
 _ENCODERS = ("text_encoder", "text_encoder_2")
 _UNET_PARTS = ("down_blocks", "mid_block", "up_blocks", "conv_in", "conv_out", "time_embedding", "add_embedding")
 _CLIP_PARTS = ("encoder.layers.", "embeddings.", "final_layer_norm")
@@ -161,6 +162,12 @@ def _known_keys() -> dict[str, str]:
     return found
 
 
+@functools.cache
+def ldm_keys() -> frozenset[str]:
+    """Kohya's keys of SDXL's UNet in the names of Stability's code, which differ from diffusers' there."""
+    return frozenset(f"lora_unet_{flat(theirs)}" for ours, theirs in ldm_names("sdxl").items() if ours != theirs)
+
+
 def _prefixes(component: str) -> tuple[str, ...]:
     return {"unet": ("lora_unet",), "text_encoder": ("lora_te", "lora_te1"), "text_encoder_2": ("lora_te2",)}.get(component, ())
 
@@ -172,7 +179,7 @@ def family_of(pairs: dict[str, Pair], metadata: Any = None, config: Any = None) 
     """
     if config and "cross_attention_dim" in config:
         return "sdxl" if config.get("addition_embed_type") == "text_time" else "sd1"
-    version = str((metadata or {}).get("ss_base_model_version", ""))
+    version = str((metadata or {}).get("ss_base_model_version") or (metadata or {}).get(FAMILY_KEY, ""))
     if version.startswith("sd"):
         return "sdxl" if version.startswith("sdxl") else "sd1"
     unet = {path.partition(".")[2]: pair for path, pair in pairs.items() if component_of(path) == "unet"}

@@ -1,0 +1,40 @@
+"""llama.cpp itself, through llama-cpp-py-sync: logits of a .gguf model, with a .gguf LoRA adapter."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+
+
+def llama_cpp_logits(model: Path, ids: list[int], adapter: Path | None = None) -> torch.Tensor:
+    """The last token's logits (vocab,); AssertionError where llama.cpp refuses a file."""
+    from llama_cpp_py_sync._cffi_bindings import get_ffi, get_lib
+
+    ffi, lib = get_ffi(), get_lib()
+    quiet = ffi.callback("void(enum ggml_log_level, const char *, void *)", lambda level, text, data: None)
+    lib.llama_log_set(quiet, ffi.NULL)
+    lib.llama_backend_init()
+    loaded = lib.llama_model_load_from_file(str(model).encode(), lib.llama_model_default_params())
+    assert loaded != ffi.NULL, f"llama.cpp does not load {model}"
+    try:
+        settings = lib.llama_context_default_params()
+        settings.n_ctx, settings.n_threads, settings.n_threads_batch = 64, 1, 1
+        settings.flash_attn_type = 0
+        settings.type_k = settings.type_v = 0  # fp32
+        context = lib.llama_init_from_model(loaded, settings)
+        if adapter is not None:
+            lora = lib.llama_adapter_lora_init(loaded, str(adapter).encode())
+            assert lora != ffi.NULL, f"llama.cpp does not load the adapter {adapter}"
+            adapters, scales = ffi.new("struct llama_adapter_lora *[1]", [lora]), ffi.new("float[1]", [1.0])
+            assert lib.llama_set_adapters_lora(context, adapters, 1, scales) == 0
+        tokens = ffi.new("llama_token[]", ids)
+        assert lib.llama_decode(context, lib.llama_batch_get_one(tokens, len(ids))) == 0
+        size = lib.llama_vocab_n_tokens(lib.llama_model_get_vocab(loaded))
+        values = np.frombuffer(ffi.buffer(lib.llama_get_logits_ith(context, -1), size * 4), dtype=np.float32).copy()
+        lib.llama_free(context)
+        return torch.from_numpy(values)
+    finally:
+        lib.llama_model_free(loaded)
+        lib.llama_log_set(ffi.NULL, ffi.NULL)
