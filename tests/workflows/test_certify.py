@@ -27,6 +27,7 @@ from lorakeet.workflows.certify import (
     certify_run,
     check_weights,
     difference,
+    first_tokens,
     precision_of,
     weight_differences,
 )
@@ -175,3 +176,10 @@ def test_a_model_in_several_shards_of_mixed_dtype_is_compared_as_it_is_stored(fi
     assert stored.dtype("model.layers.1.mlp.up_proj.weight") == torch.bfloat16
     found = certify_merge((live, NAME), whole, rows_of(finished), out=tmp_path / "merged", spec=SPEC)
     assert found.passed, found.checks
+
+
+def test_rows_up_to_a_number_of_tokens(finished: Any) -> None:
+    rows = rows_of(finished)
+    assert first_tokens(rows, 1) == [rows[0]]
+    assert first_tokens(rows, len(rows[0].ids) + len(rows[1].ids)) == list(rows[:2])
+    assert first_tokens(rows, 10**6) == list(rows)

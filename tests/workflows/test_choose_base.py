@@ -47,8 +47,8 @@ def test_auto_takes_the_base_that_measures_better(
     def scores(opened: Any, dataset: Any, base: str, console: Any) -> Any:
         found = real(opened, dataset, base, console)
         if base == worse:
-            found.log_probs[:] = np.log(0.01)
-            found.log_probs[range(len(found.truth)), (found.truth + 1) % 3] = np.log(0.98)
+            found.log_probs[:] = np.log(1e-9)
+            found.log_probs[range(len(found.truth)), (found.truth + 1) % 3] = np.log1p(-2e-9)
         return found
 
     monkeypatch.setattr(workflow, "_scores", scores)

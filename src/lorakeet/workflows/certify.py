@@ -86,6 +86,17 @@ def _base_untouched(text: TextModel, rows: Sequence[Example], base_loss: float) 
     )
 
 
+def first_tokens(examples: Sequence[Example], tokens: int) -> list[Example]:
+    """The first examples that have at most so many tokens together; at least one."""
+    chosen: list[Example] = []
+    for example in examples:
+        tokens -= len(example.ids)
+        if chosen and tokens < 0:
+            break
+        chosen.append(example)
+    return chosen
+
+
 def certify_merge(
     live: Side,
     merged: TextModel,

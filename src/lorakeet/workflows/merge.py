@@ -34,7 +34,7 @@ from lorakeet.models.source import find_source
 from lorakeet.models.spec import ModelSpec
 from lorakeet.models.text import TextModel
 from lorakeet.train.durable import new_folder
-from lorakeet.workflows.certify import MICRO_TOKENS, certify_combined, certify_merge, fold_in_place
+from lorakeet.workflows.certify import MICRO_TOKENS, certify_combined, certify_merge, first_tokens, fold_in_place
 from lorakeet.workflows.choose_base import Choice, Into, choose_base
 from lorakeet.workflows.compare_models import compare
 from lorakeet.workflows.judge import sampled_texts
@@ -242,14 +242,7 @@ def _check_rows(opened: Opened, dataset: Dataset | None, live: TextModel, consol
         console.print("No run, so no held-out rows: the two models are compared on texts that the base samples.", soft_wrap=True)
         return sampled_texts(live, SAMPLED_TEXTS, SAMPLED_TOKENS, seed=opened.config.evaluate.seed)
     encoder = Encoder(live.tokenizer, dataclasses.replace(opened.config.data, supervise="all"), dataset.labels)
-    chosen: list[Example] = []
-    tokens = 0
-    for example in encode_rows(dataset.held_out, encoder).examples:
-        if chosen and tokens + len(example.ids) > CHECK_TOKENS:
-            break
-        chosen.append(example)
-        tokens += len(example.ids)
-    return chosen
+    return first_tokens(encode_rows(dataset.held_out, encoder).examples, CHECK_TOKENS)
 
 
 @contextmanager

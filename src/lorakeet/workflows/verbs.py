@@ -22,6 +22,17 @@ class FinetuneOptions:
 
 
 @dataclass(frozen=True)
+class PlanOptions:
+    """Short names for the settings that decide how much memory a run takes."""
+
+    rank: int | None = field(default=None, metadata={"help": "Wins over --lora.rank."})
+    tokens: int | None = field(
+        default=None, metadata={"help": "Tokens of a row and of a micro-batch; wins over --data.max_tokens, --train.micro_tokens."}
+    )
+    quantize: Literal["none", "nf4", "int8"] | None = field(default=None, metadata={"help": "Wins over --model.quantize."})
+
+
+@dataclass(frozen=True)
 class EvaluateOptions:
     """What is measured, and on which rows."""
 
@@ -69,19 +80,43 @@ class MergeOptions:
 
 
 @dataclass(frozen=True)
+class ExtractOptions:
+    """Out of which tuned model an adapter is made, of which rank, and where it goes."""
+
+    tuned: str = field(metadata={"help": "The fully tuned model: a folder, package:NAME or a hub id.", "positional": True})
+    base: str = field(metadata={"help": "The model that it was tuned from.", "positional": True})
+    out: Path = field(metadata={"help": "Folder to write the adapter to; it must not exist yet."})
+    rank: int = field(default=16, metadata={"help": "Rank of every pair."})
+    whole: Literal["all", "none"] = field(
+        default="all",
+        metadata={"help": "What no pair can hold (embeddings, head, norms) is kept whole where it changed, or named as left out."},
+    )
+    data: str | None = field(
+        default=None, metadata={"help": "File of rows to compare on; without it, texts that the tuned model samples."}
+    )
+
+
+@dataclass(frozen=True)
 class QuantizeOptions:
     """Which model is packed, how, and where the result goes."""
 
     model: str = field(
         metadata={"help": "A model folder, a .gguf file, package:NAME or a hub id, unquantised.", "positional": True}
     )
-    method: Literal["nf4", "int8"] = field(
-        metadata={"help": "nf4 writes bitsandbytes' layout, which transformers loads; int8 one that only Lorakeet reads."}
+    method: Literal["nf4", "int8", "gptq"] = field(
+        metadata={"help": "nf4 and gptq (needs --calibration) are layouts that transformers loads; int8 only Lorakeet reads."}
     )
     out: Path = field(metadata={"help": "Folder to write the packed model to; it must not exist yet."})
     head: Literal["keep", "quantize"] = field(
         default="keep", metadata={"help": "Whether the output layer over the vocabulary is packed as well."}
     )
+    bits: int = field(default=4, metadata={"help": "Bits a weight in gptq: 2, 3, 4 or 8."})
+    group_size: int = field(default=128, metadata={"help": "Weights of a row that share a scale in gptq; -1 is the whole row."})
+    desc_act: bool = field(default=False, metadata={"help": "Whether gptq makes groups in the order of the inputs' strength."})
+    sym: bool = field(default=True, metadata={"help": "Whether gptq's ranges lie evenly around 0; if not, gptq_v2 is written."})
+    calibration: str | None = field(default=None, metadata={"help": "File of rows on which gptq sees what each layer reads."})
+    calibration_rows: int = field(default=128, metadata={"help": "So many rows of it at most, from the top."})
+    calibration_tokens: int = field(default=2048, metadata={"help": "So many tokens of each row at most."})
 
 
 @dataclass(frozen=True)
@@ -118,6 +153,7 @@ class Verb:
     options: type[Any]
     config: Literal["none", "file", "shipped"] = "none"  # does the function take a RunConfig first, and where does it come from
     function: str = ""
+    reads_rows: bool = True  # without a run file, data.train must be named
 
     def run(self, positional: list[Any], named: dict[str, Any]) -> Any:
         """The result of the verb's function; only here is the module imported that does the work."""
@@ -133,8 +169,10 @@ class Verb:
 VERBS = (
     Verb("quickstart", "Fine-tune a small model on real reviews, start to end.", FinetuneOptions, "shipped", "finetune:finetune"),
     Verb("finetune", "Train an adapter and prove it against its base.", FinetuneOptions, "file"),
+    Verb("plan", "Say how much memory a run will take, without its weights.", PlanOptions, "file", reads_rows=False),
     Verb("evaluate", "Measure a run or an adapter on rows of your own.", EvaluateOptions),
     Verb("merge", "Fold adapters into a model, or combine them; certified.", MergeOptions),
+    Verb("extract", "Make an adapter out of a fully tuned model.", ExtractOptions),
     Verb("quantize", "Pack a model's linear layers in 4 or 8 bits, on disk.", QuantizeOptions),
     Verb("convert", "Write an adapter in another program's format, and check it.", ConvertOptions),
     Verb("doctor", "Check this machine; say what is missing and how to mend it.", DoctorOptions),

@@ -1,0 +1,156 @@
+"""`lorakeet extract`: an adapter out of a fully tuned model, with how much of the tuning it holds, measured on tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import Progress as Bar
+
+from lorakeet.data.chat import Encoder, Example, encode_rows
+from lorakeet.data.pack import micro_batches
+from lorakeet.data.prepare import find_labels
+from lorakeet.data.read import read_rows
+from lorakeet.data.rows import Row
+from lorakeet.data.spec import DataSpec
+from lorakeet.errors import ConfigError, DataError
+from lorakeet.evaluate.certificate import Certificate, judge
+from lorakeet.evaluate.spec import EvaluateSpec
+from lorakeet.evaluate.values import encode
+from lorakeet.evaluate.wording import number
+from lorakeet.formats import peft
+from lorakeet.merge.checkpoint import open_checkpoint
+from lorakeet.merge.extract import Extracted, Whole
+from lorakeet.merge.extract import extract as extract_adapter
+from lorakeet.models.adapt import put_adapter
+from lorakeet.models.load import load_text_model, read_config
+from lorakeet.models.quantized import skeleton
+from lorakeet.models.source import find_source
+from lorakeet.models.spec import ModelSpec
+from lorakeet.models.text import TextModel
+from lorakeet.train.durable import new_folder
+from lorakeet.workflows.certify import MICRO_TOKENS, first_tokens
+from lorakeet.workflows.compare_models import compare
+from lorakeet.workflows.judge import sampled_texts
+from lorakeet.workflows.merge import CERTIFICATE, CHECK_TOKENS, SAMPLED_TEXTS, SAMPLED_TOKENS, show_matrices
+from lorakeet.workflows.opened import NAME
+from lorakeet.workflows.place import require_place, writing
+from lorakeet.workflows.show import show_certificate
+
+
+@dataclass(frozen=True)
+class ExtractedAdapter:
+    """What was written, how much of each change it holds, and how near it comes to the tuned model."""
+
+    out: Path
+    found: Extracted
+    certificate: Certificate
+
+    def to_mapping(self) -> dict[str, Any]:
+        """Plain values for --json."""
+        return {
+            "out": str(self.out),
+            "parameters": self.found.adapter.parameters,
+            "energy": self.found.energy,
+            "errors": {path: low.error for path, low in self.found.captured.items()},
+            "unchanged": self.found.unchanged,
+            "whole": sorted(self.found.adapter.extras),
+            "left_out": list(self.found.left_out),
+            "notes": list(self.found.notes),
+            "passed": self.certificate.passed,
+            "certificate": encode(self.certificate),
+        }
+
+
+def extract(
+    tuned: str, base: str, *, out: Path, rank: int = 16, whole: Whole = "all", data: str | None = None, console: Console
+) -> ExtractedAdapter:
+    """Writes the adapter that takes `base` nearest to `tuned` to `out`, and compares base + adapter with the tuned model.
+
+    They are compared on the rows of `data`, or on texts that the tuned model samples. Raises ConfigError listing what the two
+    models do not share, VerificationFailed (exit code 3) where the adapter does not bring the base nearer to the tuned model.
+    """
+    if out.exists():
+        raise ConfigError(f"{out} exists already and is never overwritten. Choose another folder or remove that one.")
+    require_place(out)
+    rows = tuple(read_rows(data, DataSpec(train=data))) if data else ()
+    folder, source = (find_source(ModelSpec(path=name), console.print) for name in (tuned, base))
+    with Bar(console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("comparing")
+        found = extract_adapter(
+            open_checkpoint(folder),
+            open_checkpoint(source),
+            skeleton(read_config(source)),
+            rank=rank,
+            whole=whole,
+            on_progress=lambda done, total, path: bar.update(task, completed=done, total=total, description=f"comparing {path}"),
+        )
+    found = replace(found, adapter=replace(found.adapter, base=base))
+    _show(found, console)
+    with writing(f"The adapter {out}", "Free some space, or choose another --out."):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with new_folder(out) as place:
+            peft.write(found.adapter, place)
+    console.print(f"Wrote an adapter of {found.adapter.parameters:,} parameters to {out}", soft_wrap=True)
+    certificate = _certify(base, tuned, out, (rows, data or ""), console)
+    certificate.write(out / CERTIFICATE)
+    show_certificate(certificate, console)
+    certificate.raise_if_failed()
+    return ExtractedAdapter(out, found, certificate)
+
+
+def _show(found: Extracted, console: Console) -> None:
+    pairs = found.adapter.pairs
+    if pairs:
+        show_matrices({path: (pairs[path].rank, low.error) for path, low in found.captured.items()}, console)
+        console.print(f"Captured {number(100 * found.energy, 2)} % of the energy of the change in {len(pairs)} matrices")
+    if found.adapter.extras:
+        console.print(f"Kept whole: {', '.join(found.adapter.extras)}", soft_wrap=True)
+    if found.left_out:
+        console.print(f"Left out, though changed: {', '.join(found.left_out)}", soft_wrap=True)
+    for note in found.notes:
+        console.print(note, soft_wrap=True)
+
+
+def _examples(rows: Sequence[Row], data: str, text: TextModel) -> Sequence[Example]:
+    """The rows with every token a target, or texts that `text` writes where there are none."""
+    if not rows:
+        return sampled_texts(text, SAMPLED_TEXTS, SAMPLED_TOKENS, seed=EvaluateSpec().seed)
+    spec = DataSpec(train=data, supervise="all")
+    found = encode_rows(rows, Encoder(text.tokenizer, spec, find_labels(rows, spec))).examples
+    if not found:
+        raise DataError(f"{data} has no row that could be read as tokens; name a file with rows in --data.")
+    return first_tokens(found, CHECK_TOKENS)
+
+
+def _certify(base: str, tuned: str, out: Path, data: tuple[Sequence[Row], str], console: Console) -> Certificate:
+    """KL(tuned ‖ base + adapter), beside KL(tuned ‖ base): an approximation has no tolerance but to be nearer than nothing."""
+    spec = EvaluateSpec()
+    specs = (ModelSpec(path=name, dtype="float32", products="float32") for name in (tuned, base))
+    theirs, mine = (load_text_model(model, say=console.print) for model in specs)
+    batches = micro_batches(_examples(*data, theirs), MICRO_TOKENS)
+    before = compare((theirs, None), (mine, None), batches, spec=spec)
+    put_adapter(mine, peft.read(out), NAME)
+    after = compare((theirs, None), (mine, NAME), batches, spec=spec)
+    distance = before.mean_kl.value
+    measured = {"mean_kl": after.mean_kl.value, "non_finite": float(after.non_finite)}
+    check = judge(
+        "extracted adapter",
+        measured,
+        tolerance={"mean_kl": distance, "non_finite": 0.0},
+        between=("tuned model", "base + adapter"),
+        n=after.tokens,
+        detail=f"The bare base is at {distance:.3g}: the adapter brings it no nearer. Raise --rank, or keep --whole all.",
+    )
+    check = replace(check, estimates={"mean_kl": after.mean_kl, "mean_kl of the base": before.mean_kl})
+    where = data[1] or "texts that the tuned model samples"
+    console.print(
+        f"KL from the tuned model on {after.tokens:,} tokens of {where}: base {before.mean_kl}, base + adapter {after.mean_kl}; "
+        f"top-1 agreement {before.top1_agreement.value:.3f} and {after.top1_agreement.value:.3f}",
+        soft_wrap=True,
+    )
+    facts = {"tuned": tuned, "base": base, "rows": where}
+    return Certificate(f"The extracted adapter {out}", (check if not check.passed else replace(check, detail=""),), facts)
