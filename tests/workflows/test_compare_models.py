@@ -13,7 +13,7 @@ from lorakeet.models.inject import activate
 from lorakeet.models.load import load_text_model, set_attention
 from lorakeet.models.spec import ModelSpec
 from lorakeet.workflows import compare_models
-from lorakeet.workflows.compare_models import compare, compare_on
+from lorakeet.workflows.compare_models import compare, compare_on, first_tokens
 from lorakeet.workflows.opened import NAME, open_adapter
 from tiny.runs import quiet
 
@@ -60,3 +60,10 @@ def test_two_models_are_compared_each_with_its_own_head(finished: Any) -> None:
     with torch.no_grad():
         base.model.model.norm.weight.mul_(2)
     assert compare((text, None), (base, None), batches, spec=SPEC).max_logit_difference > 0.1
+
+
+def test_rows_up_to_a_number_of_tokens(finished: Any) -> None:
+    rows = finished.result.setup.held_out.examples
+    assert first_tokens(rows, 1) == [rows[0]]
+    assert first_tokens(rows, len(rows[0].ids) + len(rows[1].ids)) == list(rows[:2])
+    assert first_tokens(rows, 10**6) == list(rows)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from lorakeet.data.chat import Example
 from lorakeet.data.pack import Batch
 from lorakeet.evaluate.parity import Parity, ParityMeter
 from lorakeet.evaluate.spec import EvaluateSpec
@@ -46,3 +47,14 @@ def _hidden(side: Side, batch: Batch) -> Tensor:
     activate(text.model, name)
     text.model.eval()
     return text.hidden(batch.to(text.device))
+
+
+def first_tokens(examples: Sequence[Example], tokens: int) -> list[Example]:
+    """The first examples that have at most so many tokens together; at least one."""
+    chosen: list[Example] = []
+    for example in examples:
+        tokens -= len(example.ids)
+        if chosen and tokens < 0:
+            break
+        chosen.append(example)
+    return chosen

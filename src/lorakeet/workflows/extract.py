@@ -32,8 +32,8 @@ from lorakeet.models.source import find_source
 from lorakeet.models.spec import ModelSpec
 from lorakeet.models.text import TextModel
 from lorakeet.train.durable import new_folder
-from lorakeet.workflows.certify import MICRO_TOKENS, first_tokens
-from lorakeet.workflows.compare_models import compare
+from lorakeet.workflows.certify import MICRO_TOKENS
+from lorakeet.workflows.compare_models import compare, first_tokens
 from lorakeet.workflows.judge import sampled_texts
 from lorakeet.workflows.merge import CERTIFICATE, CHECK_TOKENS, SAMPLED_TEXTS, SAMPLED_TOKENS, show_matrices
 from lorakeet.workflows.opened import NAME

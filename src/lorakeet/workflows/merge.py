@@ -34,9 +34,9 @@ from lorakeet.models.source import find_source
 from lorakeet.models.spec import ModelSpec
 from lorakeet.models.text import TextModel
 from lorakeet.train.durable import new_folder
-from lorakeet.workflows.certify import MICRO_TOKENS, certify_combined, certify_merge, first_tokens, fold_in_place
+from lorakeet.workflows.certify import MICRO_TOKENS, certify_combined, certify_merge, fold_in_place
 from lorakeet.workflows.choose_base import Choice, Into, choose_base
-from lorakeet.workflows.compare_models import compare
+from lorakeet.workflows.compare_models import compare, first_tokens
 from lorakeet.workflows.judge import sampled_texts
 from lorakeet.workflows.opened import NAME, Opened, open_adapter
 from lorakeet.workflows.place import require_place, writing
