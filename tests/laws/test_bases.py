@@ -21,6 +21,7 @@ from lorakeet.core.layers import LoraLinear, new_pair
 from lorakeet.core.lowrank import LoraPair
 from lorakeet.core.plan import PlanEntry
 from lorakeet.quant.gguf import GgufBase
+from lorakeet.quant.gptq import GptqBase
 from lorakeet.quant.int8 import Int8Base
 from lorakeet.quant.nf4 import Nf4Base
 from lorakeet.quant.packed import SCRATCH, PackedBase, PackedLinear
@@ -35,12 +36,20 @@ def gguf_base(weight: Tensor, kind: str) -> GgufBase:
     return base
 
 
+def gptq_base(weight: Tensor, bits: int, sym: bool) -> GptqBase:
+    base = GptqBase((weight.shape[0], weight.shape[1]), bits=bits, groups=4, sym=sym)
+    base.store(weight)
+    return base
+
+
 # What makes a base of a weight (out, in); a new way of packing is one line here.
 BASES: dict[str, Callable[[Tensor], PackedBase]] = {
     "nf4": Nf4Base.of,
     "nf4, plain scales": lambda weight: Nf4Base.of(weight, double_quant=False),
     "nf4, blocks of 128": lambda weight: Nf4Base.of(weight, block_size=128),
     "int8": Int8Base.of,
+    "gptq, 4 bits": lambda weight: gptq_base(weight, 4, True),
+    "gptq, 8 bits, asymmetric": lambda weight: gptq_base(weight, 8, False),
     "gguf, Q4_1": lambda weight: gguf_base(weight, "Q4_1"),
     "gguf, Q8_0": lambda weight: gguf_base(weight, "Q8_0"),
 }

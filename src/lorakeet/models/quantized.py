@@ -23,11 +23,11 @@ from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING, register_quanti
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from lorakeet.errors import ConfigError, DataError, nearest
+from lorakeet.errors import ConfigError, DataError, Problems, nearest
 from lorakeet.formats.safe import SafeFile, open_safetensors
 from lorakeet.models import modules
 from lorakeet.models.quiet import quiet_transformers
-from lorakeet.quant import on_disk
+from lorakeet.quant import gptq, gptq_config, on_disk
 from lorakeet.quant.adopt import quantised
 from lorakeet.quant.nf4 import Nf4Base, missing_kernels
 from lorakeet.quant.packed import PackedBase, PackedLinear
@@ -335,9 +335,35 @@ def _gguf_stock(files: Mapping[str, SafeFile], stored: Mapping[str, Any]) -> Sto
     return _stock_of(files, on_disk.GGUF_TYPE, ("", on_disk.GGUF_TYPE), on_disk.gguf_base)
 
 
+def _gptq_stock(files: Mapping[str, SafeFile], stored: Mapping[str, Any]) -> Stock:
+    config = gptq_config.parse(stored, "config.json")
+    ends = {f".{part}" for part in gptq.PARTS}
+    names = dict.fromkeys(name.rpartition(".")[0] for name in files if name.endswith((".qweight", ".qzeros")))
+    problems = Problems("The model's GPTQ tensors do not fit its settings", DataError)
+    packed: dict[str, Callable[[], PackedBase]] = {}
+    for name in names:
+        settings = config.for_layer(name)
+        held = {part: files[f"{name}.{part}"] for part in gptq.PARTS if f"{name}.{part}" in files}
+        kept = {part: file.tensors[f"{name}.{part}"] for part, file in held.items()}
+        if settings is None:
+            problems.add(f"'{name}' is packed, but 'dynamic' in config.json says that it is dense.")
+            continue
+        for problem in gptq_config.layer_problems(name, {part: (one.dtype, one.shape) for part, one in kept.items()}, settings):
+            problems.add(problem)
+        packed[f"{name}.weight"] = _gptq_reader(name, held, settings)
+    problems.raise_if_any()
+    taken = {f"{name}{end}" for name in names for end in ends}
+    return Stock({name: _reader(file, name) for name, file in files.items() if name not in taken}, packed)
+
+
+def _gptq_reader(name: str, held: Mapping[str, SafeFile], settings: gptq_config.GptqConfig) -> Callable[[], PackedBase]:
+    return lambda: gptq_config.base_from(name, {part: file.read(f"{name}.{part}") for part, file in held.items()}, settings)
+
+
 # What config.json calls a way of packing, and what reads a folder in it: a new one is a line here.
 READERS: dict[str, Callable[[Mapping[str, SafeFile], Mapping[str, Any]], Stock]] = {
     "bitsandbytes": _nf4_stock,
     on_disk.INT8_METHOD: _int8_stock,
     on_disk.GGUF_METHOD: _gguf_stock,
+    gptq_config.METHOD: _gptq_stock,
 }

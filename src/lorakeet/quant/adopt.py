@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from lorakeet.core import layers
 from lorakeet.core.base import FrozenBase
 from lorakeet.quant.gguf import GgufBase
+from lorakeet.quant.gptq import GptqBase
 from lorakeet.quant.int8 import Int8Base
 from lorakeet.quant.nf4 import Nf4Base
 from lorakeet.quant.packed import PackedBase, PackedLinear
@@ -42,7 +43,10 @@ def empty_base(settings: Mapping[str, Any], device: torch.device | str = "cpu") 
         return Nf4Base((out, width), block_size=block_size, double_quant=double_quant, device=device)
     if settings["method"] == "gguf":
         return GgufBase((out, width), str(settings["type"]), device=device)
-    raise ValueError(f"method is {settings['method']!r}; expected gguf, nf4 or int8")
+    if settings["method"] == "gptq":
+        sizes = {name: int(settings[name]) for name in ("bits", "groups")}
+        return GptqBase((out, width), **sizes, sym=settings["sym"], zero_format=settings["zero_format"], device=device)
+    raise ValueError(f"method is {settings['method']!r}; expected gguf, gptq, nf4 or int8")
 
 
 def weights_in(module: nn.Module) -> int:

@@ -1,6 +1,7 @@
 """`lorakeet quantize`: writes a model with its linear layers packed, in a layout that others load.
 
-nf4 is written as bitsandbytes and transformers read it. int8 is a layout of Lorakeet's own (quant/on_disk), which is said.
+nf4 is written as bitsandbytes and transformers read it. int8 is a layout of Lorakeet's own (quant/on_disk), which
+is said. gptq is made in workflows/gptq.
 """
 
 from __future__ import annotations
@@ -33,12 +34,14 @@ from lorakeet.models.quantized import (
 from lorakeet.models.source import find_source
 from lorakeet.models.spec import ModelSpec
 from lorakeet.quant import on_disk
+from lorakeet.quant.gptq_solve import Layout as GptqLayout
 from lorakeet.quant.int8 import Int8Base
 from lorakeet.quant.nf4 import Nf4Base
 from lorakeet.quant.packed import PackedBase
+from lorakeet.workflows.gptq import Calibration, write_gptq
 from lorakeet.workflows.place import require_place
 
-Method = Literal["nf4", "int8"]
+Method = Literal["nf4", "int8", "gptq"]
 
 
 @dataclass(frozen=True)
@@ -72,7 +75,7 @@ LAYOUTS: dict[str, Layout] = {
 
 @dataclass(frozen=True)
 class Quantized:
-    """What was written, and how far packing moved each weight: ‖W − packed W‖ / ‖W‖."""
+    """What was written, and how far packing moved each weight, ‖W − W′‖ / ‖W‖, or with gptq its outputs X·Wᵀ."""
 
     folder: Path
     method: str
@@ -97,13 +100,38 @@ class Quantized:
         }
 
 
-def quantize(
-    model: str, *, method: Method, out: Path, head: Literal["keep", "quantize"] = "keep", console: Console
+def quantize(  # noqa: PLR0913 - the options of the verb
+    model: str,
+    *,
+    method: Method,
+    out: Path,
+    head: Literal["keep", "quantize"] = "keep",
+    bits: int = 4,
+    group_size: int = 128,
+    desc_act: bool = False,
+    sym: bool = True,
+    calibration: str | None = None,
+    calibration_rows: int = 128,
+    calibration_tokens: int = 2048,
+    console: Console,
 ) -> Quantized:
     """Writes `model` with packed linear layers to `out`, a matrix at a time, and loads the result again as a check.
 
-    Raises ConfigError where `out` exists, the model is quantised already or nothing in it can be packed.
+    What follows `head` counts for gptq alone (workflows/gptq). Raises ConfigError where `out` exists, the model is quantised
+    already or nothing in it can be packed.
     """
+    if method == "gptq":
+        layout = GptqLayout(bits, group_size, desc_act, sym, "gptq" if sym else "gptq_v2")
+        rows = Calibration(calibration, calibration_rows, calibration_tokens)
+        written, error = write_gptq(model, out=out, head=head, layout=layout, calibration=rows, console=console)
+        return Quantized(out, method, written, error)
+    return _pack(model, method=method, out=out, head=head, console=console)
+
+
+def _pack(
+    model: str, *, method: Literal["nf4", "int8"], out: Path, head: Literal["keep", "quantize"], console: Console
+) -> Quantized:
+    """nf4 and int8: each weight by itself."""
     if out.exists():
         raise ConfigError(f"{out} exists already and is never overwritten. Choose another folder or remove that one.")
     require_place(out)

@@ -1,0 +1,242 @@
+"""GPTQ over a text model, one decoder block at a time: what goes into a block is kept, everything else comes and goes.
+
+    rows ─► embedding ─► inputs of block 0 ─► [its layers, stage by stage] ─► inputs of block 1 ─► …
+
+The layers of a block that read the same input make a stage (q, k, v; o; gate, up; down). A stage is quantised with the inputs
+that it gets from the quantised stages before it; then the whole quantised block computes the inputs of the next one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from lorakeet.data.chat import Example
+from lorakeet.data.pack import Batch, micro_batches, pack
+from lorakeet.errors import ConfigError, DataError, Problems
+from lorakeet.models import modules
+from lorakeet.models.quantized import packable
+from lorakeet.models.text import TextModel
+from lorakeet.quant.gptq import GptqBase, buffer_shapes
+from lorakeet.quant.gptq_solve import Hessian, Layout, sensitivity, solve
+from lorakeet.quant.packed import PackedLinear
+
+
+@dataclass(frozen=True)
+class QuantisedBlock:
+    """The packed layers of one block, by path in the model, and how far each one's outputs moved on the calibration rows."""
+
+    number: int
+    count: int
+    layers: dict[str, GptqBase]
+    errors: dict[str, float]  # ‖X·(W − W′)ᵀ‖ / ‖X·Wᵀ‖
+
+
+def block_layers(model: nn.Module, prefix: str) -> dict[str, nn.Module]:
+    """The linear layers inside the blocks at `prefix`, by path."""
+    return {path: module for path, module in packable(model, head=False).items() if path.startswith(f"{prefix}.")}
+
+
+def check_layers(layers: dict[str, nn.Module], layout: Layout) -> None:
+    """Raises ConfigError that names every layer whose shape does not fit the format."""
+    problems = Problems(f"The layers do not fit {layout.bits} bits in groups of {layout.group_size}")
+    for path, module in layers.items():
+        out, columns = weight_of(module).shape
+        size = columns if layout.group_size == -1 else layout.group_size
+        if columns % size:
+            fitting = [str(other) for other in (128, 64, 32) if columns % other == 0]
+            advice = f"take --group-size {', '.join(fitting)} or -1" if fitting else "take --group-size -1"
+            problems.add(f"'{path}' has {columns} inputs, no multiple of the group size {size}; {advice}.")
+            continue
+        try:
+            buffer_shapes((out, columns), bits=layout.bits, groups=columns // size)
+        except ValueError as error:
+            problems.add(f"'{path}': {error}.")
+    problems.raise_if_any()
+
+
+def weight_of(module: nn.Module) -> Tensor:
+    """The weight of a linear layer as (out, in)."""
+    weight = cast(Tensor, module.weight).detach()
+    return weight.t() if isinstance(module, Conv1D) else weight
+
+
+def quantise_blocks(
+    text: TextModel, rows: Sequence[Example], layout: Layout, *, damping: float = 0.01, micro_tokens: int = 2048
+) -> Iterator[QuantisedBlock]:
+    """Quantises the blocks of `text` in order, which it uses up: a block that has been handed out is no longer in the model.
+
+    Raises ConfigError for layers that do not fit `layout`, DataError for too few tokens, before the first block.
+    """
+    prefix, count = modules.block_prefix(text.model, text.family)
+    layers = block_layers(text.model, prefix) if count else {}
+    if not layers:
+        raise ConfigError(f"{text.name} has no linear layers in a list of blocks, so there is nothing that GPTQ could quantise.")
+    check_layers(layers, layout)
+    check_tokens(rows, max(weight_of(module).shape[1] for module in layers.values()))
+    blocks = cast(nn.ModuleList, modules.find(text.model, prefix))
+    with torch.no_grad():
+        states, calls = _record(text, blocks, _batches(text, rows, micro_tokens))
+        for number in range(count):
+            path = f"{prefix}.{number}"
+            own = {name[len(path) + 1 :]: module for name, module in layers.items() if name.startswith(f"{path}.")}
+            block = _Block(blocks[number], states, calls[number])
+            bases, errors = _quantise(block, own, layout, damping)
+            block.advance()
+            blocks[number] = nn.Identity()
+            for name in own:
+                del layers[f"{path}.{name}"]
+            yield QuantisedBlock(
+                number,
+                count,
+                {f"{path}.{name}": base for name, base in bases.items()},
+                {f"{path}.{name}": error for name, error in errors.items()},
+            )
+
+
+def check_tokens(rows: Sequence[Example], widest: int) -> None:
+    """Raises DataError where the rows have fewer tokens than the widest layer has inputs: its H could not have full rank."""
+    tokens = sum(len(row.ids) for row in rows)
+    if tokens < widest:
+        raise DataError(
+            f"The calibration rows have {tokens:,} tokens, but the widest layer has {widest:,} inputs, and GPTQ needs at least "
+            "as many tokens to tell them apart. Give more or longer rows."
+        )
+
+
+def _batches(text: TextModel, rows: Sequence[Example], micro_tokens: int) -> list[Batch]:
+    """Rows laid end to end where the attention keeps them apart, else one by one: padding would count as inputs."""
+    if text.attention == "varlen":
+        return micro_batches(rows, micro_tokens)
+    return [pack([row]) for row in rows]
+
+
+class _Recorder(nn.Module):
+    """Stands in for a block, keeps what it is called with, and hands its input on as it is."""
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        self.block = [block]  # in a list, so that it is no submodule
+        self.states: list[Tensor] = []
+        self.calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.__dict__["block"][0], name)  # models read settings such as attention_type off their blocks
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        self.states.append(hidden_states)
+        self.calls.append((args, kwargs))
+        return hidden_states
+
+
+def _record(
+    text: TextModel, blocks: nn.ModuleList, batches: Sequence[Batch]
+) -> tuple[list[Tensor], list[list[tuple[tuple[Any, ...], dict[str, Any]]]]]:
+    """The inputs of the first block, batch by batch, and what else each block is called with, without running any block."""
+    originals = list(blocks)
+    recorders = [_Recorder(block) for block in originals]
+    try:
+        for number, recorder in enumerate(recorders):
+            blocks[number] = recorder
+        for batch in batches:
+            text.hidden(batch)
+    finally:
+        for number, block in enumerate(originals):
+            blocks[number] = block
+    return recorders[0].states, [recorder.calls for recorder in recorders]
+
+
+class _Enough(Exception):
+    """Ends the pass through a block once the stage's inputs are known."""
+
+
+class _Block:
+    """A block with its inputs, batch by batch."""
+
+    def __init__(self, module: nn.Module, states: list[Tensor], calls: list[tuple[tuple[Any, ...], dict[str, Any]]]) -> None:
+        self.module, self.states, self.calls = module, states, calls
+
+    def run(self, number: int) -> Tensor:
+        """The block's output for a batch."""
+        args, kwargs = self.calls[number]
+        found = self.module(self.states[number], *args, **kwargs)
+        return cast(Tensor, found[0] if isinstance(found, tuple) else found)
+
+    def advance(self) -> None:
+        """Replaces the inputs by the outputs, which are the inputs of the next block."""
+        for number in range(len(self.states)):
+            self.states[number] = self.run(number)
+
+    def inputs_of(self, layer: nn.Module, take: Callable[[Tensor], None]) -> None:
+        """Calls `take` with the input of `layer` for each batch; the block runs no further than that."""
+
+        def stop(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            take(args[0])
+            raise _Enough
+
+        handle = layer.register_forward_pre_hook(stop)
+        try:
+            for number in range(len(self.states)):
+                try:
+                    self.run(number)
+                except _Enough:
+                    continue
+        finally:
+            handle.remove()
+
+    def stages(self, layers: dict[str, nn.Module]) -> list[list[str]]:
+        """The layers in the order in which they are called, those with the same input together."""
+        seen: list[tuple[Tensor, list[str]]] = []
+
+        def note(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+            def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+                known = next((names for tensor, names in seen if tensor is args[0]), None)
+                if known is None:
+                    seen.append((args[0], [name]))
+                elif name not in known:
+                    known.append(name)
+
+            return hook
+
+        handles = [layer.register_forward_pre_hook(note(name)) for name, layer in layers.items()]
+        try:
+            self.run(0)
+        finally:
+            for handle in handles:
+                handle.remove()
+        return [names for _, names in seen]
+
+
+def _quantise(
+    block: _Block, layers: dict[str, nn.Module], layout: Layout, damping: float
+) -> tuple[dict[str, GptqBase], dict[str, float]]:
+    """Puts a PackedLinear in the place of every layer, stage by stage."""
+    bases: dict[str, GptqBase] = {}
+    errors: dict[str, float] = {}
+    for stage in block.stages(layers):
+        hessian = Hessian(weight_of(layers[stage[0]]).shape[1], block.states[0].device)
+        block.inputs_of(layers[stage[0]], hessian.add)
+        inputs = sensitivity(hessian.matrix, damping=damping)
+        for name in stage:
+            layer, weight = layers[name], weight_of(layers[name])
+            base = solve(weight, inputs, layout)
+            bases[name], errors[name] = base, output_error(weight, base, hessian.matrix)
+            packed = PackedLinear(base, cast(Any, layer).bias, transposed=isinstance(layer, Conv1D))
+            block.module.set_submodule(name, packed)
+    return bases, errors
+
+
+def output_error(weight: Tensor, base: GptqBase, hessian: Tensor) -> float:
+    """‖X·(W − W′)ᵀ‖ / ‖X·Wᵀ‖ on the inputs X of H = Σ x·xᵀ / n: √(tr(D·H·Dᵀ) / tr(W·H·Wᵀ)), D = W − W′."""
+    wide = weight.float()
+    change = wide - base.dense()
+    lost, whole = (float(((part @ hessian) * part).sum()) for part in (change, wide))
+    return (max(lost, 0.0) / whole) ** 0.5 if whole > 0 else 0.0

@@ -1,0 +1,119 @@
+"""GPTQ weights (https://arxiv.org/abs/2210.17323) as a frozen base, in the tensors of the checkpoints that the world has.
+
+    qweight   int32 (in·bits/32, out)        codes down each column               quant/gptq_pack
+    qzeros    int32 (groups, out·bits/32)    zero points along each row
+    scales    fp16  (groups, out)
+    g_idx     int32 (in,)                    the group of each input column; with desc_act in any order
+
+    W[r, c] = scales[g, r] · (code[c, r] − zero[g, r]),  g = g_idx[c]
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lorakeet.quant.gptq_grid import Grid, groups_in_order, nearest_codes
+from lorakeet.quant.gptq_pack import BITS, WORD, ZeroFormat, pack, pack_zeros, unpack, unpack_zeros, words_for
+from lorakeet.quant.packed import PackedBase, tile_of
+
+PARTS = ("qweight", "qzeros", "scales", "g_idx")
+Shapes = dict[str, tuple[torch.dtype, tuple[int, ...]]]
+
+
+class GptqBase(PackedBase):
+    """W (out, in) in GPTQ's four tensors, as they lie in the file."""
+
+    qweight: Tensor
+    qzeros: Tensor
+    scales: Tensor
+    g_idx: Tensor
+
+    def __init__(
+        self,
+        shape: tuple[int, int],
+        *,
+        bits: int,
+        groups: int,
+        sym: bool = True,
+        zero_format: ZeroFormat = "gptq",
+        device: torch.device | str = "cpu",
+    ) -> None:
+        super().__init__(shape)
+        self.bits, self.groups, self.sym, self.zero_format = bits, groups, sym, zero_format
+        for name, (dtype, size) in buffer_shapes(shape, bits=bits, groups=groups).items():
+            self.register_buffer(name, torch.zeros(size, dtype=dtype, device=device))
+        self.g_idx.copy_(groups_in_order(shape[1], math.ceil(shape[1] / groups)))
+
+    @classmethod
+    def of(cls, codes: Tensor, grid: Grid, *, bits: int, sym: bool, zero_format: ZeroFormat = "gptq") -> GptqBase:
+        """The base with these codes (out, in) and this grid; `sym` says how `store` fits another weight."""
+        shape = (codes.shape[0], codes.shape[1])
+        groups = grid.scales.shape[0]
+        base = cls(shape, bits=bits, groups=groups, sym=sym, zero_format=zero_format, device=codes.device)
+        base.fill(codes, grid)
+        return base
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        return {
+            "method": "gptq",
+            "shape": list(self.shape),
+            "bits": self.bits,
+            "groups": self.groups,
+            "sym": self.sym,
+            "zero_format": self.zero_format,
+        }
+
+    @property
+    def grid(self) -> Grid:
+        """Scales, zero points and groups, to quantise another weight with them (quant/gptq_solve)."""
+        return Grid(self.scales, unpack_zeros(self.qzeros, self.bits, self.zero_format), self.g_idx)
+
+    def fill(self, codes: Tensor, grid: Grid) -> None:
+        """Takes over codes (out, in) and a grid."""
+        self.qweight.copy_(pack(codes.t(), self.bits))
+        self.qzeros.copy_(pack_zeros(grid.zeros, self.bits, self.zero_format))
+        self.scales.copy_(grid.scales)
+        self.g_idx.copy_(grid.g_idx)
+
+    def store(self, weight: Tensor) -> None:
+        """Rounds `weight` (out, in) to the nearest values, with scales and zero points fitted anew in the groups of now.
+
+        Better: quant/gptq_solve, which needs the layer's inputs.
+        """
+        if tuple(weight.shape) != self.shape:
+            raise ValueError(f"the weight is {tuple(weight.shape)}, but this base is {self.shape}")
+        self.fill(*nearest_codes(weight.detach().to(self.device), self.bits, self.sym, self.g_idx, self.groups))
+
+    def unpack(self, out: Tensor) -> Tensor:
+        rows, columns = self.shape
+        scales = self.scales.float()
+        zeros = unpack_zeros(self.qzeros, self.bits, self.zero_format).float()
+        step = tile_of(self.device, rows * WORD) // rows  # columns of W at once: whole words of each width
+        for start in range(0, columns, step):
+            stop = min(start + step, columns)
+            words = self.qweight[start * self.bits // WORD : stop * self.bits // WORD]
+            group = self.g_idx[start:stop]
+            values = unpack(words, self.bits).float().sub_(zeros[group]).mul_(scales[group])  # (columns of the tile, out)
+            out[:, start:stop].copy_(values.t())
+        return out
+
+
+def buffer_shapes(shape: tuple[int, int], *, bits: int, groups: int) -> Shapes:
+    """Dtype and shape of each tensor of a weight (out, in); ValueError where `bits` or a size do not fit the format."""
+    rows, columns = shape
+    if bits not in BITS:
+        raise ValueError(f"bits is {bits}; expected one of {', '.join(map(str, BITS))}")
+    down, along = words_for(columns, bits), words_for(rows, bits)
+    if down is None or along is None:
+        raise ValueError(f"a weight of {rows}×{columns} does not fill whole words with {bits} bits a number")
+    return {
+        "qweight": (torch.int32, (down, rows)),
+        "qzeros": (torch.int32, (groups, along)),
+        "scales": (torch.float16, (groups, rows)),
+        "g_idx": (torch.int32, (columns,)),
+    }

@@ -1,0 +1,84 @@
+"""GPTQ's codes in 32-bit words: a stream of `bits` bits a code, lowest bit first, down each column of qweight.
+
+    bit of the stream     0 … bits−1 │ bits … 2·bits−1 │ …            word w holds the bits 32·w … 32·w + 31
+    code                  0          │ 1               │ …            32 codes fill `bits` words, also of 3 bits
+
+qzeros holds the zero points in the same way along each row. Checkpoints of format "gptq" keep zero − 1 in them, those of
+"gptq_v2" the zero point itself. For 2, 4 and 8 bits the 1 is taken from and added to whole words, as the programs do that
+write such files: a zero point of 0 borrows from the field above it, and gets back what it borrowed.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+BITS = (2, 3, 4, 8)
+WORD = 32
+ZeroFormat = Literal["gptq", "gptq_v2"]
+
+
+def words_for(codes: int, bits: int) -> int | None:
+    """How many words `codes` codes fill, or None where they do not fill whole words."""
+    words, rest = divmod(codes * bits, WORD)
+    return None if rest else words
+
+
+def pack(codes: Tensor, bits: int) -> Tensor:
+    """Codes (n, columns) of any integer dtype, each below 2^bits, to int32 words (n·bits/32, columns)."""
+    count, columns = codes.shape
+    words = words_for(count, bits)
+    if words is None:
+        raise ValueError(f"{count} codes of {bits} bits do not fill whole words of {WORD} bits")
+    wide = torch.zeros(words + 1, columns, dtype=torch.int64, device=codes.device)  # one more, for codes over a border
+    places = torch.arange(count, device=codes.device) * bits
+    shifted = codes.to(torch.int64) << (places % WORD)[:, None]
+    word = places // WORD
+    wide.index_add_(0, word, shifted & 0xFFFFFFFF)
+    wide.index_add_(0, word + 1, shifted >> WORD)
+    wide = wide[:words]
+    return torch.where(wide >= 1 << 31, wide - (1 << 32), wide).to(torch.int32)
+
+
+def unpack(words: Tensor, bits: int) -> Tensor:
+    """int32 words (w, columns) to codes (w·32/bits, columns), uint8."""
+    mask = (1 << bits) - 1
+    if WORD % bits == 0:
+        shifts = torch.arange(0, WORD, bits, dtype=torch.int32, device=words.device)
+        codes = (words[:, None] >> shifts[:, None]).bitwise_and_(mask)  # the sign that >> drags in is masked away
+        return codes.to(torch.uint8).reshape(-1, words.shape[1])
+    periods = words.view(-1, bits, words.shape[1])  # 32 codes each
+    codes = torch.empty(len(periods), WORD, words.shape[1], dtype=torch.uint8, device=words.device)
+    for place in range(WORD):
+        word, shift = divmod(place * bits, WORD)
+        code = periods[:, word] >> shift
+        held = WORD - shift
+        if held < bits:
+            code = (code & ((1 << held) - 1)) | (periods[:, word + 1] << held)
+        codes[:, place] = (code & mask).to(torch.uint8)
+    return codes.view(-1, words.shape[1])
+
+
+def pack_zeros(zeros: Tensor, bits: int, zero_format: ZeroFormat) -> Tensor:
+    """Zero points (groups, out) to qzeros (groups, out·bits/32), int32."""
+    if zero_format == "gptq_v2":
+        return pack(zeros.t(), bits).t().contiguous()
+    if WORD % bits:
+        return pack(((zeros.to(torch.int32) - 1) & ((1 << bits) - 1)).t(), bits).t().contiguous()
+    return pack(zeros.t(), bits).t().contiguous() - _ones(bits)
+
+
+def unpack_zeros(qzeros: Tensor, bits: int, zero_format: ZeroFormat) -> Tensor:
+    """qzeros (groups, out·bits/32) to zero points (groups, out), uint8."""
+    if zero_format == "gptq_v2":
+        return unpack(qzeros.t().contiguous(), bits).t()
+    if WORD % bits:
+        return ((unpack(qzeros.t().contiguous(), bits) + 1) & ((1 << bits) - 1)).t()
+    return unpack((qzeros + _ones(bits)).t().contiguous(), bits).t()
+
+
+def _ones(bits: int) -> int:
+    """A word with a 1 in each of its fields."""
+    return sum(1 << place for place in range(0, WORD, bits))

@@ -1,0 +1,155 @@
+"""GPTQ (Frantar et al., https://arxiv.org/abs/2210.17323): codes for a weight W such that X·Wᵀ changes least.
+
+Columns are rounded one after the other; the columns still to come are moved so that they make up for the error. With
+H = Σ x·xᵀ over the inputs of the layer and U the upper Cholesky factor of H⁻¹ (H⁻¹ = Uᵀ·U),
+
+    e = (w_i − round(w_i)) / U[i, i]          W[:, i+1:] −= e · U[i, i+1:]
+
+is equations 2 and 3 of the paper, for all rows at once. Columns are taken in blocks: inside one the updates are made at once,
+the columns behind it are updated with one product (its section 3.3). The columns with the strongest inputs come first.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lorakeet.errors import DataError
+from lorakeet.quant.gptq import GptqBase
+from lorakeet.quant.gptq_grid import Grid, codes_for, fit, groups_in_order, nearest_codes
+from lorakeet.quant.gptq_pack import ZeroFormat
+
+BLOCK = 128  # columns whose errors are handed on together
+DAMPINGS = 6  # each ten times the one before, until H has a Cholesky factor
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a weight is to be kept: `group_size` −1 is one group for the whole row.
+
+    Without `desc_act`, groups are neighbours, and their scales are fitted to the weight as it is given. With it, groups are made
+    of the columns in the order in which they are rounded, and fitted when their turn comes.
+    """
+
+    bits: int = 4
+    group_size: int = 128
+    desc_act: bool = False
+    sym: bool = True
+    zero_format: ZeroFormat = "gptq"
+
+
+class Hessian:
+    """H = Σ x·xᵀ / n over the inputs of a linear layer, (in, in) in fp32, gathered batch by batch."""
+
+    def __init__(self, columns: int, device: torch.device | str = "cpu") -> None:
+        self.matrix = torch.zeros(columns, columns, device=device)
+        self.tokens = 0
+
+    def add(self, x: Tensor) -> None:
+        """Takes in inputs (…, in) of any floating dtype."""
+        rows = x.reshape(-1, x.shape[-1]).float()
+        total = self.tokens + len(rows)
+        self.matrix.addmm_(rows.t(), rows, beta=self.tokens / total, alpha=1 / total)
+        self.tokens = total
+
+
+@dataclass(frozen=True)
+class Sensitivity:
+    """What `solve` needs of a layer's inputs; the same for all layers that read them."""
+
+    order: Tensor  # (in,) the columns, those with the strongest inputs first
+    factor: Tensor  # (in, in) U, in that order
+
+
+def sensitivity(hessian: Tensor, *, damping: float = 0.01) -> Sensitivity:
+    """The order of the columns and U of (H + λ·I)⁻¹ = Uᵀ·U, from H (in, in).
+
+    λ is `damping` times the mean diagonal of H, ten times more as long as that fails. Inputs that are always 0 count as if
+    their mean square were the others', so that their weights are rounded to the nearest. DataError where H has numbers that
+    are not finite or stays singular.
+    """
+    strength = hessian.diagonal()
+    if not bool(torch.isfinite(strength).all()):
+        raise DataError("The inputs of a layer are not finite on the calibration rows. Check the model and the rows.")
+    order = strength.argsort(descending=True, stable=True)
+    mean = float(strength.mean()) or 1.0
+    for attempt in range(DAMPINGS):
+        damped = hessian[order][:, order]
+        diagonal = damped.diagonal()
+        diagonal[diagonal == 0] = mean
+        diagonal += damping * 10**attempt * mean
+        lower, failed = torch.linalg.cholesky_ex(damped)
+        if int(failed):
+            continue
+        factor, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
+        if not int(failed):
+            return Sensitivity(order, factor)
+    raise DataError(
+        f"The inputs of a layer with {len(hessian)} columns cannot be told apart, even with a damping of "
+        f"{damping * 10 ** (DAMPINGS - 1):g}. Give more calibration rows."
+    )
+
+
+def solve(weight: Tensor, inputs: Sensitivity, layout: Layout, *, grid: Grid | None = None) -> GptqBase:
+    """weight (out, in) as a GptqBase, rounded so that the outputs on `inputs` change least.
+
+    With `grid`, its scales, zero points and groups are kept and only codes are chosen: so a changed weight goes back into the
+    layout of its file. Without, they are fitted as `layout` says; its group_size and desc_act count only then.
+    """
+    given = weight.detach().float()
+    g_idx = groups_in_order(weight.shape[1], layout.group_size, weight.device)
+    if grid is not None:
+        g_idx = grid.g_idx
+    elif layout.desc_act:
+        g_idx = torch.empty_like(g_idx).index_copy_(0, inputs.order, g_idx)
+    else:
+        _, grid = nearest_codes(given, layout.bits, layout.sym, g_idx, int(g_idx.max()) + 1)
+    rounding = _Rounding(given[:, inputs.order], g_idx[inputs.order].long(), layout, grid)
+    for start in range(0, weight.shape[1], BLOCK):
+        rounding.block(start, inputs.factor)
+    codes = torch.empty_like(rounding.codes).index_copy_(1, inputs.order, rounding.codes)
+    kept = Grid(rounding.scales, rounding.zeros, g_idx)
+    return GptqBase.of(codes, kept, bits=layout.bits, sym=layout.sym, zero_format=layout.zero_format)
+
+
+class _Rounding:
+    """The state of `solve`, with the columns in the order in which they are rounded."""
+
+    def __init__(self, weight: Tensor, group_of: Tensor, layout: Layout, grid: Grid | None) -> None:
+        rows, groups = weight.shape[0], int(group_of.max()) + 1
+        self.weight = weight.contiguous()  # (out, in); a copy, moved as the errors come in
+        self.group_of = group_of
+        self.bits, self.sym = layout.bits, layout.sym
+        self.codes = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device)
+        if grid is None:
+            self.scales = torch.ones(groups, rows, dtype=torch.float16, device=weight.device)
+            self.zeros = torch.zeros(groups, rows, dtype=torch.uint8, device=weight.device)
+            self.unfitted = set(range(groups))
+        else:
+            self.scales, self.zeros, self.unfitted = grid.scales, grid.zeros, set()
+
+    def block(self, start: int, factor: Tensor) -> None:
+        """Rounds BLOCK columns from `start` on, and moves all that come after them."""
+        stop = min(start + BLOCK, self.weight.shape[1])
+        errors = self.weight.new_zeros(self.weight.shape[0], stop - start)
+        for i in range(start, stop):
+            group = int(self.group_of[i])
+            if group in self.unfitted:
+                self._fit(group, stop, errors @ factor[start:stop])
+            scale, zero, column = self.scales[group].float(), self.zeros[group].float(), self.weight[:, i]
+            code = codes_for(column, scale, zero, self.bits)
+            error = (column - scale * (code - zero)) / factor[i, i]
+            self.codes[:, i] = code.to(torch.uint8)
+            self.weight[:, i + 1 : stop].addr_(error, factor[i, i + 1 : stop], alpha=-1)
+            errors[:, i - start] = error
+        self.weight[:, stop:].addmm_(errors, factor[start:stop, stop:], alpha=-1)
+
+    def _fit(self, group: int, stop: int, pending: Tensor) -> None:
+        """Scale and zero point for the columns of `group` as they are now; those from `stop` on are still to be moved."""
+        members = (self.group_of == group).nonzero().squeeze(1)
+        behind = members[members >= stop]
+        now = torch.cat([self.weight[:, members[members < stop]], self.weight[:, behind] - pending[:, behind]], dim=1)
+        self.scales[group], self.zeros[group] = fit(now, self.bits, self.sym)
+        self.unfitted.discard(group)

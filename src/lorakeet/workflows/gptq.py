@@ -1,0 +1,180 @@
+"""`lorakeet quantize --method gptq`: calibrated 4-bit weights in the layout that transformers loads through gptqmodel."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from rich.console import Console
+from rich.progress import Progress as Bar
+from torch import Tensor
+
+from lorakeet import __version__
+from lorakeet.data.chat import Encoder, Example, encode_rows
+from lorakeet.data.read import read_rows
+from lorakeet.data.spec import DataSpec
+from lorakeet.errors import ConfigError, Problems
+from lorakeet.export.packed_model import Part, write_model
+from lorakeet.merge.checkpoint import files_along, open_checkpoint
+from lorakeet.models.gptq_blocks import QuantisedBlock, block_layers, check_layers, quantise_blocks, weight_of
+from lorakeet.models.load import load_text_model, read_config
+from lorakeet.models.modules import block_prefix
+from lorakeet.models.quantized import method_of, owners, stored_quantisation, tensor_files
+from lorakeet.models.source import find_source
+from lorakeet.models.spec import ModelSpec
+from lorakeet.models.text import TextModel
+from lorakeet.quant.gptq import PARTS, GptqBase, buffer_shapes
+from lorakeet.quant.gptq_config import GptqConfig, to_mapping
+from lorakeet.quant.gptq_pack import BITS
+from lorakeet.quant.gptq_solve import Layout
+from lorakeet.workflows.place import require_place
+
+DAMPING = 0.01  # the paper's
+MICRO_TOKENS = 2048
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Where the calibration rows come from, and how much of them is used."""
+
+    file: str | None
+    rows: int = 128
+    max_tokens: int = 2048
+
+
+def write_gptq(
+    model: str,
+    *,
+    out: Path,
+    head: Literal["keep", "quantize"] = "keep",
+    layout: Layout,
+    calibration: Calibration,
+    console: Console,
+) -> tuple[int, dict[str, float]]:
+    """Writes `model` with GPTQ weights to `out` and loads it again as a check.
+
+    Returns the bytes, and how far each layer's outputs moved on the rows: ‖X·(W − W′)ᵀ‖ / ‖X·Wᵀ‖. The rows' states and one
+    block's packed layers are held beside the model, whose dense blocks go as they are done. Raises ConfigError for layers that
+    do not fit the layout, DataError for too few calibration tokens, before anything is written.
+    """
+    _check(out, head, layout, calibration)
+    spec = DataSpec(train=str(calibration.file), supervise="all", max_tokens=calibration.max_tokens, limit=calibration.rows)
+    rows = read_rows(spec.train, spec)
+    text = load_text_model(_as_stored(model, console), say=console.print)
+    examples = encode_rows(rows, Encoder(text.tokenizer, spec)).examples
+    errors: dict[str, float] = {}
+    with Bar(console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("measuring inputs", total=None)
+
+        def done(block: QuantisedBlock) -> None:
+            errors.update(block.errors)
+            bar.update(task, total=block.count, completed=block.number + 1, description=f"block {block.number + 1}")
+
+        written = _write(text, examples, layout, out, done)
+    worst = max(errors, key=lambda path: (errors[path], path))
+    console.print(
+        f"Wrote {written:,} bytes to {out}: {len(errors)} layers in {layout.bits} bits, format {layout.zero_format}. Lorakeet "
+        "loads it, and transformers where gptqmodel is installed.",
+        soft_wrap=True,
+    )
+    moved = f"The outputs of {worst} moved most on the calibration rows: by {errors[worst]:.2%} of their length."
+    console.print(moved, soft_wrap=True)
+    load_text_model(ModelSpec(path=str(out)), say=console.print)
+    return written, errors
+
+
+def _check(out: Path, head: str, layout: Layout, calibration: Calibration) -> None:
+    """Raises ConfigError with everything that is wrong with the settings."""
+    problems = Problems("The GPTQ settings cannot be used")
+    if out.exists():
+        problems.add(f"{out} exists already and is never overwritten. Choose another folder or remove that one.")
+    if head != "keep":
+        problems.add("--head is quantize, but GPTQ is done on the blocks alone. Leave --head at keep.")
+    if layout.bits not in BITS:
+        problems.add(f"--bits is {layout.bits}; GPTQ's are {', '.join(map(str, BITS))}.")
+    if layout.group_size != -1 and layout.group_size < 1:
+        problems.add(f"--group-size is {layout.group_size}; expected a number of columns such as 128, or -1 for the whole row.")
+    if calibration.rows < 1 or calibration.max_tokens < 2:
+        problems.add("--calibration-rows and --calibration-tokens must leave something: at least 1 row and 2 tokens.")
+    if calibration.file is None:
+        problems.add(
+            "--calibration is missing: GPTQ measures on rows what each layer reads. Name a file of texts such as the model will "
+            "see."
+        )
+    problems.raise_if_any()
+    require_place(out)
+
+
+def _as_stored(model: str, console: Console) -> ModelSpec:
+    """The model in the dtype of its files, or in fp32, so that weights are rounded once."""
+    source = find_source(ModelSpec(path=model), console.print)
+    config = read_config(source)
+    if stored := stored_quantisation(config):
+        raise ConfigError(f"{model} holds quantised weights ({method_of(stored)}); name the unquantised model.")
+    narrow = getattr(config, "dtype", None) == torch.bfloat16
+    return ModelSpec(path=str(source), dtype="bfloat16" if narrow else "float32", products="bfloat16" if narrow else "float32")
+
+
+def _write(
+    text: TextModel, rows: Sequence[Example], layout: Layout, out: Path, done: Callable[[QuantisedBlock], None]
+) -> int:
+    """Writes the folder, block by block as they are quantised; returns its bytes."""
+    prefix, count = block_prefix(text.model, text.family)
+    layers = block_layers(text.model, prefix) if count else {}
+    check_layers(layers, layout)
+    shapes = {path: (weight_of(module).shape[0], weight_of(module).shape[1]) for path, module in layers.items()}
+    del layers  # so that a block's dense weights can go
+    checkpoint, files = open_checkpoint(text.source), tensor_files(text.source)
+    places = {name: path for name, path in owners(text.model, files).items() if path in shapes}
+    solved = _Solved(quantise_blocks(text, rows, layout, damping=DAMPING, micro_tokens=MICRO_TOKENS), done)
+    solved.advance()  # what is wrong with rows or layers is said before anything is written
+    parts = [
+        _packed(name, places[name], shapes[places[name]], layout, solved)
+        if name in places
+        else Part({name: (file.tensors[name].dtype, file.tensors[name].shape)}, _reader(file.read, name))
+        for name, file in files.items()
+    ]
+    settings = GptqConfig(layout.bits, layout.group_size, layout.desc_act, layout.sym, layout.zero_format)
+    words = to_mapping(settings, damping=DAMPING, version=__version__)
+    config = {**checkpoint.config, "quantization_config": words}
+    return write_model(out, parts, config=config, along=files_along(text.source, None))
+
+
+class _Solved:
+    """The packed layers by path; the blocks are done as far as the next one asked for needs it."""
+
+    def __init__(self, blocks: Iterator[QuantisedBlock], done: Callable[[QuantisedBlock], None]) -> None:
+        self.blocks, self.done = blocks, done
+        self.waiting: dict[str, GptqBase] = {}
+
+    def advance(self) -> None:
+        """Quantises the next block."""
+        block = next(self.blocks)
+        self.waiting.update(block.layers)
+        self.done(block)
+
+    def take(self, path: str) -> GptqBase:
+        """The packed layer at `path`, which is forgotten here."""
+        while path not in self.waiting:
+            self.advance()
+        return self.waiting.pop(path)
+
+
+def _packed(name: str, path: str, shape: tuple[int, int], layout: Layout, solved: _Solved) -> Part:
+    """The four tensors that stand for the weight `name` of the layer at `path`."""
+    groups = 1 if layout.group_size == -1 else shape[1] // layout.group_size
+    own = name.removesuffix(".weight")
+
+    def make() -> Mapping[str, Tensor]:
+        base = solved.take(path)
+        return {f"{own}.{part}": base.get_buffer(part).cpu() for part in PARTS}
+
+    stored = buffer_shapes(shape, bits=layout.bits, groups=groups)
+    return Part({f"{own}.{part}": kind for part, kind in stored.items()}, make)
+
+
+def _reader(read: Callable[[str], Tensor], name: str) -> Callable[[], Mapping[str, Tensor]]:
+    return lambda: {name: read(name)}

@@ -1,0 +1,98 @@
+"""GPTQ's algorithm: errors of outputs against round-to-nearest, and each column's move against a direct solution."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from lorakeet.errors import DataError
+from lorakeet.quant.gptq_grid import groups_in_order, nearest_codes
+from lorakeet.quant.gptq_solve import Hessian, Layout, sensitivity, solve
+
+OUT, IN, GROUP = 64, 256, 64
+
+
+@pytest.fixture(scope="module")
+def inputs() -> Tensor:
+    """Correlated, of uneven strength, as the inputs of a layer are."""
+    chance = torch.Generator().manual_seed(0)
+    mixed = torch.randn(2048, 48, generator=chance) @ torch.randn(48, IN, generator=chance)
+    return (mixed + torch.randn(2048, IN, generator=chance)) * torch.rand(IN, generator=chance)
+
+
+@pytest.fixture(scope="module")
+def weight() -> Tensor:
+    return torch.randn(OUT, IN, generator=torch.Generator().manual_seed(1)) * 0.05
+
+
+def hessian_of(x: Tensor) -> Tensor:
+    hessian = Hessian(IN)
+    for part in x.split(500):  # type: ignore[no-untyped-call]
+        hessian.add(part[None])
+    return hessian.matrix
+
+
+def error(x: Tensor, weight: Tensor, other: Tensor) -> float:
+    return float((x @ (weight - other).T).norm() / (x @ weight.T).norm())
+
+
+def test_the_hessian_is_the_mean_over_all_tokens(inputs: Tensor) -> None:
+    torch.testing.assert_close(hessian_of(inputs), inputs.T @ inputs / len(inputs), rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("sym", [True, False])
+@pytest.mark.parametrize("desc_act", [True, False])
+def test_outputs_move_far_less_than_with_rounding_to_the_nearest(
+    bits: int, sym: bool, desc_act: bool, inputs: Tensor, weight: Tensor
+) -> None:
+    base = solve(weight, sensitivity(hessian_of(inputs)), Layout(bits, GROUP, desc_act, sym))
+    nearest = base.dense()
+    base_error = error(inputs, weight, nearest)
+    base.g_idx.copy_(groups_in_order(IN, GROUP))
+    base.store(weight)
+    assert base_error < 0.5 * error(inputs, weight, base.dense())
+
+
+def test_one_column_of_two_is_moved_to_make_up_for_the_other() -> None:
+    """With two inputs, what is left of the first column's error is the least that a change of the second can leave."""
+    chance = torch.Generator().manual_seed(3)
+    x = torch.randn(400, 2, generator=chance) @ torch.tensor([[2.0, 0.9], [0.0, 0.8]])
+    weight = torch.randn(8, 2, generator=chance)
+    hessian = x.T @ x / len(x)
+    found = sensitivity(hessian, damping=1e-7)
+    first, second = found.order.tolist()
+    assert hessian[first, first] >= hessian[second, second]
+    lost = 0.1
+    best = lost * hessian[first, second] / hessian[second, second]  # argmin over d of ‖x·(lost, −d)‖
+    moved = lost / found.factor[0, 0] * found.factor[0, 1]
+    torch.testing.assert_close(-moved, best, rtol=1e-3, atol=1e-4)
+    assert weight.shape == (8, 2)
+
+
+def test_a_grid_that_is_given_is_kept(inputs: Tensor, weight: Tensor) -> None:
+    codes, grid = nearest_codes(weight, 4, True, torch.arange(IN, dtype=torch.int32) % 4, 4)
+    base = solve(weight * 1.01, sensitivity(hessian_of(inputs)), Layout(4, GROUP), grid=grid)
+    for name in ("scales", "zeros", "g_idx"):
+        assert torch.equal(getattr(base.grid, name), getattr(grid, name))
+    steps = grid.scales.float()[grid.g_idx.long()].T
+    nearest = (codes.float() - 8) * steps
+    assert error(inputs, weight * 1.01, base.dense()) < 0.5 * error(inputs, weight * 1.01, nearest)
+
+
+def test_inputs_that_are_always_0_are_rounded_to_the_nearest(inputs: Tensor, weight: Tensor) -> None:
+    dead = inputs.clone()
+    dead[:, 5] = 0
+    base = solve(weight, sensitivity(hessian_of(dead)), Layout(8, -1))
+    step = base.scales.float()[0]
+    assert bool(((base.dense() - weight)[:, 5].abs() <= 0.51 * step).all())
+
+
+def test_one_token_is_enough_with_damping_and_inputs_that_are_not_finite_are_refused(inputs: Tensor, weight: Tensor) -> None:
+    single = hessian_of(inputs[:1])
+    assert bool(torch.isfinite(solve(weight, sensitivity(single), Layout(4, GROUP)).dense()).all())
+    broken = inputs.clone()
+    broken[7, 3] = float("inf")
+    with pytest.raises(DataError, match="not finite"):
+        sensitivity(hessian_of(broken))
