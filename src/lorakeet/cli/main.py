@@ -123,6 +123,8 @@ def _run(verb: Verb, command: click.Command, values: dict[str, Any]) -> int:
     named = {name: getattr(options, name) for name, spec in specs.items() if not spec.metadata.get("positional")}
     if verb.config != "none":
         flags = given_values(command, values, lambda param: isinstance(param, SettingFlag))
+        if not verb.reads_rows and not values.get("config"):
+            flags.setdefault("data.train", "no rows are read")
         positional.insert(0, _config(verb, values.get("config"), named.get("resume"), flags))
     named["console"] = Console(stderr=values["json"], markup=False, emoji=False)  # names of files may hold [brackets]
     result = verb.run(positional, named)

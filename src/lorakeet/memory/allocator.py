@@ -11,7 +11,7 @@ import ctypes
 import math
 import platform
 
-LARGEST_HEAP_PIECE = 32 << 20  # bytes; glibc raises its threshold up to this as pieces are freed (mallopt(3), DEFAULT_MMAP_THRESHOLD_MAX)
+LARGEST_HEAP_PIECE = 32 << 20  # bytes; glibc raises its threshold up to this as pieces are freed (mallopt(3))
 SLACK = 0.36  # of the tensors on the heap, at their peak; benchmarks/plan_accuracy.py measures it
 SMALL_SLACK = 24 << 20  # bytes: the heap's free top and Python's own growth during a run
 _THRESHOLD = 1 << 20  # bytes of the smallest piece that `return_freed_memory` has mapped

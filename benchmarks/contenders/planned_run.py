@@ -1,0 +1,101 @@
+"""A short run of any settings in a process of its own, which says how much memory each phase really held."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+
+from lorakeet.config import RunConfig, read_run
+from lorakeet.memory.allocator import return_freed_memory
+from lorakeet.memory.measure import peak_bytes, reset_peak, resident_bytes
+from lorakeet.models.adapt import begin_adapter
+from lorakeet.models.load import load_text_model
+from lorakeet.models.outline import config_from, outline
+from lorakeet.models.targets import plan_for
+from lorakeet.models.text import TextModel
+from lorakeet.quant.packed import PackedBase
+from lorakeet.train.log import Metrics
+from lorakeet.train.rehearsal import CHECKPOINT, EVALUATE, STEP, training_on
+from lorakeet.train.run import RunFolder
+from lorakeet.workflows import finetune  # noqa: F401 - what a run has in memory before it begins
+from lorakeet.workflows.forecast_run import LOAD, Precision, rows_of, runtime_bytes
+
+STEPS = 2
+
+
+def main() -> None:
+    asked = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
+    found = _runtime(asked) if asked.get("runtime") else _phases(asked)
+    Path(sys.argv[2]).write_text(json.dumps(found), encoding="utf-8")
+
+
+def read_settings(asked: Mapping[str, Any]) -> tuple[RunConfig, Precision]:
+    """The run's settings, and how its weights are kept and multiplied."""
+    config = read_run(None, {"data.train": "none", "model.path": "made-up", **asked["settings"]})
+    dtype = getattr(torch, config.model.dtype)
+    products = dtype if config.model.products == "auto" else getattr(torch, config.model.products)
+    return config, Precision(dtype, products, config.model.quantize)
+
+
+def _runtime(asked: Mapping[str, Any]) -> dict[str, int]:
+    return {"runtime": runtime_bytes(read_settings(asked)[1])}
+
+
+def _phases(asked: Mapping[str, Any]) -> dict[str, int]:
+    """The most resident bytes in each phase."""
+    config, precision = read_settings(asked)
+    peaks: dict[str, int] = {"start": resident_bytes()}
+    if asked["returning"] and not return_freed_memory():
+        raise SystemExit("this C library does not take orders about freed memory")
+    if asked["shape"] is None:
+        with _peak(peaks, LOAD):
+            text = load_text_model(config.model)
+    else:
+        text = _random_model(asked["shape"], config, precision)
+    with TemporaryDirectory() as folder:
+        begin_adapter(text, plan_for(text.model, config.lora, text.family), seed=0)
+        rows = rows_of(config)
+        training = training_on(text, config.train, rows, 2 if config.train.batch_size > rows.count else 1)
+        training.run = RunFolder.create(Path(folder) / "run")
+        training.metrics = Metrics(training.run.metrics)
+        training.task.held_out_rows = training.task.train
+        with _peak(peaks, EVALUATE):
+            training.evaluate()
+        with _peak(peaks, STEP):
+            for _ in range(STEPS):
+                training.step()
+        with _peak(peaks, CHECKPOINT):
+            training.save()
+        training.close()
+    return peaks
+
+
+@contextmanager
+def _peak(peaks: dict[str, int], phase: str) -> Iterator[None]:
+    if not reset_peak():
+        raise SystemExit("this system does not let a process reset its peak of memory")
+    yield
+    peaks[phase] = peak_bytes()
+
+
+def _random_model(shape: Mapping[str, Any], config: RunConfig, precision: Precision) -> TextModel:
+    """Random weights of that shape; every page is written, as if it had been loaded."""
+    text = outline(
+        config_from(dict(shape)), name="made-up", dtype=precision.dtype, products=precision.products, quantize=precision.quantize
+    )
+    for base in text.model.modules():
+        if isinstance(base, PackedBase):
+            for buffer in base.buffers():
+                buffer.fill_(1)
+    return text
+
+
+if __name__ == "__main__":
+    main()

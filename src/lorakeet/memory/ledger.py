@@ -1,0 +1,198 @@
+"""A ledger of every tensor that a computation holds, kept while it runs on shapes alone: no weights, no arithmetic.
+
+The real code runs, training step and all, on torch's fake tensors: tensors with shape, dtype and device but without memory.
+Each operator that makes a new storage is entered, each storage that Python or autograd lets go is struck out, so views are
+counted once, in-place results not at all, and what autograd saves for as long as it saves it.
+
+A computation that asks a number of a tensor (`loss.item()`, `bool(isfinite(norm))`) is answered 1: planned is the run in which
+all is finite and every gradient arrives.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Literal, cast
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode  # torch offers no public name
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
+
+from lorakeet.memory.allocator import LARGEST_HEAP_PIECE
+
+Kind = Literal["base", "adapter", "moments", "gradients", "saved activations", "logits", "scratch"]
+_KEPT = ("base", "adapter", "moments", "gradients")  # a tensor of these stays what it is when autograd saves it too
+
+
+@dataclass(frozen=True)
+class Held:
+    """The most bytes held at once in one phase, and what they were at that moment."""
+
+    bytes: int = 0
+    kinds: dict[str, int] = field(default_factory=dict)
+    heap: int = 0  # of these, in pieces that the C library keeps on its heap (memory/allocator), the base left out
+
+
+@dataclass
+class Work:
+    """What one phase computes and moves: FLOPs of matrix products (2 a multiplication with addition), bytes of results."""
+
+    flops: int = 0
+    written: int = 0
+
+
+class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """A context: runs what is in it on fake tensors and keeps the account. `vocabulary` tells logits by their width.
+
+    `peaks` and `work` are by the name of the phase; a phase's peak counts what was there before it began.
+    """
+
+    def __init__(self, vocabulary: int = 0) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.vocabulary = vocabulary
+        self.held: Counter[str] = Counter()
+        self.bytes = 0
+        self.heap = 0
+        self.peaks: dict[str, Held] = {}
+        self.work: dict[str, Work] = {}
+        self._phase = ""
+        self._entries: dict[int, tuple[int, str, weakref.ref[Any]]] = {}  # storage → bytes, kind, and the watch on its end
+        self._hooks: list[torch.utils.hooks.RemovableHandle] = []
+        self._fake = FakeTensorMode()
+        self._saving = torch.autograd.graph.saved_tensors_hooks(self._saved, _same)
+
+    def __enter__(self) -> Ledger:
+        self._fake.__enter__()
+        self._saving.__enter__()
+        super().__enter__()  # type: ignore[no-untyped-call]
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
+        self._saving.__exit__(*error)
+        self._fake.__exit__(*error)
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """A stretch of the run with a peak of its own. Phases do not nest; the same name again raises that phase's peak."""
+        before, self._phase = self._phase, name
+        self._mark()
+        try:
+            yield
+        finally:
+            self._phase = before
+
+    def name(self, kind: Kind, tensors: Iterable[Tensor]) -> None:
+        """Says what these tensors are; until then a result is scratch."""
+        for tensor in tensors:
+            self._enter_storage(tensor, kind)
+            self._rename(tensor, kind)
+
+    def watch_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Counts what arrives in `.grad` of these as gradients."""
+
+        def arrived(parameter: Tensor) -> None:
+            if parameter.grad is not None:
+                self.name("gradients", [parameter.grad])
+
+        for parameter in parameters:
+            self._hooks.append(parameter.register_post_accumulate_grad_hook(arrived))  # type: ignore[no-untyped-call]
+
+    def close(self) -> None:
+        """Takes the hooks off the parameters again."""
+        while self._hooks:
+            self._hooks.pop().remove()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten._local_scalar_dense.default and isinstance(args[0], FakeTensor):
+            return _one(args[0].dtype)
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        work = self.work.setdefault(self._phase, Work())
+        count = _FLOPS.get(getattr(func, "_overloadpacket", None))
+        if count is not None:
+            work.flops += int(count(*args, **kwargs, out_val=result))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, Tensor):
+                work.written += self._enter_storage(leaf, self._kind_of(leaf))
+        return result
+
+    def _kind_of(self, tensor: Tensor) -> Kind:
+        return "logits" if self.vocabulary and tensor.dim() > 1 and tensor.shape[-1] == self.vocabulary else "scratch"
+
+    def _enter_storage(self, tensor: Tensor, kind: Kind) -> int:
+        """Enters the tensor's storage if it is new; the bytes that it adds."""
+        if not isinstance(tensor, FakeTensor):
+            return 0
+        storage = tensor.untyped_storage()
+        key, size = storage._cdata, storage.nbytes()
+        if key in self._entries or size == 0:
+            return 0
+        self._entries[key] = size, kind, weakref.ref(storage, lambda _: self._strike(key))
+        self.bytes += size
+        self._count(kind, size)
+        self._mark()
+        return size
+
+    def _count(self, kind: str, size: int) -> None:
+        self.held[kind] += size
+        if kind != "base" and abs(size) < LARGEST_HEAP_PIECE:
+            self.heap += size
+
+    def _strike(self, key: int) -> None:
+        size, kind, _ = self._entries.pop(key)
+        self._count(kind, -size)
+        self.bytes -= size
+
+    def _rename(self, tensor: Tensor, kind: Kind) -> None:
+        key = tensor.untyped_storage()._cdata
+        if key not in self._entries:
+            return
+        size, old, watch = self._entries[key]
+        self._count(old, -size)
+        self._count(kind, size)
+        self._entries[key] = size, kind, watch
+
+    def _saved(self, tensor: Tensor) -> Tensor:
+        if isinstance(tensor, FakeTensor):
+            _, kind, _ = self._entries.get(tensor.untyped_storage()._cdata, (0, "base", None))
+            if kind not in _KEPT:
+                self._rename(tensor, "saved activations")
+        return tensor
+
+    def _mark(self) -> None:
+        if self.bytes > self.peaks.get(self._phase, Held()).bytes:
+            self.peaks[self._phase] = Held(self.bytes, {kind: size for kind, size in self.held.items() if size}, self.heap)
+
+
+def _attention_flops(query: Tensor, key: Tensor, value: Tensor, *_: Any, products: int, **__: Any) -> int:
+    """FLOPs of the scores and their use, every one of queries × keys counted as torch counts its other attention kernels."""
+    return products * 2 * query.shape[:-1].numel() * key.shape[-2] * (query.shape[-1] + value.shape[-1]) // 2
+
+
+# torch counts its GPU attention kernels only.
+_FLOPS = {
+    **flop_registry,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: partial(_attention_flops, products=2),
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda _, *rest, **more: _attention_flops(
+        *rest, products=5, **more
+    ),
+}
+
+
+def _same(tensor: Tensor) -> Tensor:
+    return tensor
+
+
+def _one(dtype: torch.dtype) -> Any:
+    """The number that stands for every number."""
+    if dtype == torch.bool:
+        return True
+    return 1.0 if dtype.is_floating_point else cast(Any, 1)

@@ -1,0 +1,145 @@
+"""A text model from its configuration alone: shapes without weights, for what is planned before anything is loaded.
+
+Built inside a memory.ledger.Ledger its tensors take no memory; built outside they are real and random.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable
+from functools import cache
+from importlib.resources import files
+from importlib.resources.abc import Traversable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor  # torch offers no public name
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from lorakeet.data.locate import PACKAGE, locate, package_file
+from lorakeet.errors import ConfigError, nearest
+from lorakeet.models.families import family_of
+from lorakeet.models.load import set_attention
+from lorakeet.models.quantized import packable
+from lorakeet.models.quiet import quiet_transformers
+from lorakeet.models.spec import ModelSpec
+from lorakeet.models.text import TextModel
+from lorakeet.quant.adopt import empty_base
+from lorakeet.quant.packed import TILE, PackedBase, PackedLinear
+from lorakeet.quant.spec import QuantSpec
+
+
+@cache
+def published() -> dict[str, Traversable]:
+    """The config.json of well-known models that ships with Lorakeet, by hub id."""
+    folder = files("lorakeet.models") / "shapes"
+    shapes = [entry for entry in folder.iterdir() if entry.name.endswith(".json")]
+    return {entry.name.removesuffix(".json").replace("--", "/"): entry for entry in shapes}
+
+
+def config_of(spec: ModelSpec, say: Callable[[str], None]) -> Any:
+    """The transformers configuration of the model that `spec.path` names; no weights are read or fetched.
+
+    A folder's own config.json, the header of a .gguf file, a published shape (which needs no network), or the config.json of
+    a hub id. Raises ConfigError where there is none.
+    """
+    name = spec.path
+    found = {known.lower(): known for known in published()}.get(name.lower())
+    if found is not None:
+        return config_from(json.loads(published()[found].read_text(encoding="utf-8")))
+    local = _local(name)
+    try:
+        with quiet_transformers():
+            if local is None:
+                say(f"Asking the model hub for the config.json of {name}.")
+                return AutoConfig.from_pretrained(name, revision=spec.revision)
+            if local.suffix.lower() == ".gguf":
+                return AutoConfig.from_pretrained(local.parent, gguf_file=local.name)
+            return AutoConfig.from_pretrained(local, local_files_only=True)
+    except (ValueError, OSError, KeyError, TypeError, ImportError) as error:
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+        raise ConfigError(
+            f"model.path '{name}' has no configuration that could be read: {first}. Name a folder with config.json, "
+            f"a .gguf file, package:NAME, a hub id, or one of the shapes that need no network: {', '.join(published())}."
+            f"{nearest(name, list(published()))}"
+        ) from error
+
+
+def config_from(settings: dict[str, Any]) -> Any:
+    """A transformers configuration from the content of a config.json."""
+    kind = settings["model_type"]
+    return AutoConfig.for_model(kind, **{key: value for key, value in settings.items() if key != "model_type"})
+
+
+def outline(
+    config: Any,
+    *,
+    name: str,
+    dtype: torch.dtype,
+    products: torch.dtype,
+    device: torch.device | str = "cpu",
+    attention: str = "auto",
+    quantize: QuantSpec | None = None,
+) -> TextModel:
+    """The frozen model that `config` describes, in eval mode, its linear layers packed as `quantize` asks; without a tokenizer.
+
+    Attention auto is varlen, which is what nearly every model is found to run with when it is loaded.
+    """
+    device = torch.device(device)
+    with quiet_transformers(), torch.device(device):
+        own = copy.deepcopy(config)  # in which transformers notes the dtype
+        model = AutoModelForCausalLM.from_config(own, dtype=dtype, attn_implementation="eager")
+    model = model.requires_grad_(False).eval()
+    if quantize is not None and quantize.method != "none":
+        _pack(model, quantize, device)
+    set_attention(model, "varlen" if attention == "auto" else attention)
+    family = family_of(model.config.get_text_config())
+    return TextModel(
+        model=model, tokenizer=None, name=name, source=Path(), family=family, device=device, dtype=dtype, products=products
+    )
+
+
+def _pack(model: nn.Module, spec: QuantSpec, device: torch.device) -> None:
+    """Puts a packed layer of zeros where a loaded model would hold a packed weight."""
+    settings = {"method": spec.method, "block_size": spec.block_size, "double_quant": spec.double_quant}
+    for path, module in packable(model, head=spec.head == "quantize").items():
+        weight: Any = module.weight
+        transposed = not isinstance(module, nn.Linear)
+        shape = tuple(weight.shape[::-1] if transposed else weight.shape)
+        bias: Any = module.bias
+        base = empty_base({**settings, "shape": shape}, device=device)
+        if isinstance(weight, FakeTensor):
+            base = OutlinedBase(base)
+        model.set_submodule(path, PackedLinear(base, bias, transposed=transposed))
+
+
+class OutlinedBase(PackedBase):
+    """Stands in an outline for a packed base with the same buffers: of the equal tiles that it unpacks, one is worked through."""
+
+    def __init__(self, base: PackedBase) -> None:
+        super().__init__(base.shape)
+        self._settings = base.settings
+        for name, buffer in base.named_buffers():
+            self.register_buffer(name, buffer)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        return self._settings
+
+    def unpack(self, out: Tensor) -> Tensor:
+        rows = min(self.shape[0], max(1, -(-TILE // self.shape[1])))
+        tile = empty_base({**self.settings, "shape": (rows, self.shape[1])}, device=self.device)
+        tile.unpack(out[:rows])
+        return out
+
+
+def _local(name: str) -> Path | None:
+    if name.startswith(PACKAGE):
+        distribution, _, relative = name[len(PACKAGE) :].partition("/")
+        return package_file(distribution, suffix=relative or ".gguf")
+    if Path(name).expanduser().exists() or name.lower().endswith(".gguf"):
+        return locate(name)
+    return None

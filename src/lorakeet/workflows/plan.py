@@ -1,0 +1,213 @@
+"""`lorakeet plan`: how much memory and time a run will take, phase by phase, before anything is loaded."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from lorakeet.config import RunConfig
+from lorakeet.evaluate.wording import bytes_text
+from lorakeet.memory.allocator import return_freed_memory
+from lorakeet.memory.budget import larger_than_machine
+from lorakeet.memory.forecast import KINDS, Forecast
+from lorakeet.models.outline import config_of
+from lorakeet.models.placement import dtype_for, products_for
+from lorakeet.workflows import finetune as _run  # noqa: F401 - what a run has in memory is in memory here, to be counted
+from lorakeet.workflows.forecast_run import MERGE, Planned, Precision, forecast_run, runtime_bytes
+
+PROBE_SIZE, PROBE_BYTES, PROBE_REPEATS = 1024, 64 << 20, 5
+
+
+@dataclass(frozen=True)
+class Speed:
+    """What this machine does at best: FLOPs a second in matrix products, bytes a second written."""
+
+    flops: float
+    bytes: float
+
+
+@dataclass(frozen=True)
+class Advice:
+    """A change of the settings, and the peak of the run with it."""
+
+    change: str
+    peak: int
+
+
+@dataclass(frozen=True)
+class PlanResult:
+    """What a run will take; `advice` where that is more than its budget."""
+
+    config: RunConfig
+    planned: Planned
+    speed: Speed
+    budget: int | None
+    advice: tuple[Advice, ...] = ()
+
+    @property
+    def peak(self) -> int:
+        """The most bytes that `lorakeet finetune` will hold."""
+        return training_peak(self.planned.forecast)
+
+    @property
+    def seconds(self) -> float:
+        """The least time of one micro-batch in training: the longer of its arithmetic and its writing."""
+        work = self.planned.work
+        return max(work.flops / self.speed.flops, work.written / self.speed.bytes)
+
+    def to_mapping(self) -> dict[str, Any]:
+        """Plain values for --json."""
+        planned, work = self.planned, self.planned.work
+        return {
+            "model": self.config.model.path,
+            "trained_parameters": planned.plan.parameters,
+            "micro_batch": {"rows": planned.rows.count, "tokens": planned.rows.tokens},
+            "phases": [phase.to_mapping() for phase in planned.forecast.phases],
+            "peak": self.peak,
+            "budget": self.budget,
+            "fits": None if self.budget is None else self.peak <= self.budget,
+            "advice": [dataclasses.asdict(item) for item in self.advice],
+            "speed": {**dataclasses.asdict(work), "flops_per_second": self.speed.flops, "bytes_per_second": self.speed.bytes,
+                      "seconds_at_least": self.seconds, "tokens_per_second_at_most": planned.rows.tokens / self.seconds},
+        }  # fmt: skip
+
+
+def plan(
+    config: RunConfig,
+    *,
+    rank: int | None = None,
+    tokens: int | None = None,
+    quantize: Literal["none", "nf4", "int8"] | None = None,
+    console: Console,
+) -> PlanResult:
+    """Plans the run of `config` from the model's configuration; needs neither its weights nor rows, and writes nothing.
+
+    `rank`, `tokens` (of a row and of a micro-batch) and `quantize` win over the settings of these. Where memory.budget is set
+    and the run would hold more, the result says what would help. Raises ConfigError for a model that is not known.
+    """
+    config = _with(config, rank, tokens, quantize)
+    budget = config.memory.bytes
+    if budget is not None:
+        if warning := larger_than_machine(budget):
+            console.print(warning, soft_wrap=True)
+        return_freed_memory()  # as a run under a budget does
+    model_config = config_of(config.model, console.print)
+    device = torch.device("cpu")
+    dtype = dtype_for(config.model.dtype, device)
+    precision = Precision(dtype, products_for(config.model, dtype, device), config.model.quantize)
+    speed = _speed(precision.products)
+    runtime = runtime_bytes(precision)
+    returning = budget is not None
+    planned = forecast_run(config, model_config, precision, runtime=runtime, returning=returning)
+    advice: tuple[Advice, ...] = ()
+    if budget is not None and training_peak(planned.forecast) > budget:
+        found = []
+        for change, other, other_precision in _changes(config, precision, planned):
+            with_it = forecast_run(other, model_config, other_precision, runtime=runtime, returning=returning)
+            found.append(Advice(change, training_peak(with_it.forecast)))
+        advice = tuple(sorted(found, key=lambda item: item.peak))
+    result = PlanResult(config, planned, speed, budget, advice)
+    show_plan(result, console)
+    return result
+
+
+def training_peak(forecast: Forecast) -> int:
+    """The most bytes in the phases that `lorakeet finetune` goes through; merging is a process of its own."""
+    return max(phase.bytes for phase in forecast.phases if phase.name != MERGE)
+
+
+def show_plan(result: PlanResult, console: Console) -> None:
+    """The table of phases and kinds, the peak against the budget, what would help, and the bound of speed."""
+    planned = result.planned
+    phases = planned.forecast.phases
+    shown = [kind for kind in KINDS if any(kind in phase.kinds for phase in phases)]
+    table = Table(title="Memory of the process at the peak of each phase", title_justify="left")
+    for column in ("phase", *shown, "all"):
+        table.add_column(column, justify="left" if column == "phase" else "right")
+    for phase in phases:
+        cells = [bytes_text(phase.kinds[kind]) if kind in phase.kinds else "" for kind in shown]
+        table.add_row(phase.name, *cells, Text(bytes_text(phase.bytes), style="bold"))
+    rows, work = planned.rows, planned.work
+    console.print(table)
+    console.print(
+        f"{planned.plan.parameters:,} trained parameters; micro-batches of {rows.count} × {rows.length} tokens, all learnt.",
+        soft_wrap=True,
+    )
+    console.print(f"Peak of the run: {bytes_text(result.peak)}{_against(result)}.", soft_wrap=True)
+    for item in result.advice:
+        fits = "fits" if result.budget is not None and item.peak <= result.budget else "is still too much"
+        console.print(f"  {item.change}: {bytes_text(item.peak)}, {fits}", soft_wrap=True)
+    console.print(
+        f"A micro-batch takes at least {result.seconds:.2g} s here: {work.flops / 1e9:,.0f} GFLOP at "
+        f"{result.speed.flops / 1e9:,.0f} GFLOP/s, {work.written / 1e9:.1f} GB of results at {result.speed.bytes / 1e9:.1f} GB/s; "
+        f"at most {rows.tokens / result.seconds:,.0f} tokens a second.",
+        soft_wrap=True,
+    )
+
+
+def _against(result: PlanResult) -> str:
+    if result.budget is None:
+        return ""
+    left = result.budget - result.peak
+    said = f"{bytes_text(left)} less than" if left >= 0 else f"{bytes_text(-left)} more than"
+    stream = "" if left >= 0 else "; finetune streams frozen weights from disk where that makes a run fit. What would help"
+    return f", {said} the budget of {bytes_text(result.budget)}{stream}"
+
+
+def _with(config: RunConfig, rank: int | None, tokens: int | None, quantize: Any) -> RunConfig:
+    lora, data, train, model = config.lora, config.data, config.train, config.model
+    if rank is not None:
+        lora = dataclasses.replace(lora, rank=rank)
+    if tokens is not None:
+        data, train = dataclasses.replace(data, max_tokens=tokens), dataclasses.replace(train, micro_tokens=tokens)
+    if quantize is not None:
+        model = dataclasses.replace(model, quantize=dataclasses.replace(model.quantize, method=quantize))
+    return dataclasses.replace(config, lora=lora, data=data, train=train, model=model)
+
+
+def _changes(config: RunConfig, precision: Precision, planned: Planned) -> Iterator[tuple[str, RunConfig, Precision]]:
+    """Settings that take less memory: what to say of each, and the run with it."""
+    if precision.dtype == torch.float32:
+        narrow = dataclasses.replace(precision, dtype=torch.bfloat16)
+        yield "--model.dtype bfloat16", config, narrow
+    if precision.quantize.method == "none":
+        packed = dataclasses.replace(precision, quantize=dataclasses.replace(precision.quantize, method="nf4"))
+        yield "--model.quantize nf4", config, packed
+    rows, lora = planned.rows, config.lora
+    if rows.count > 1:
+        fewer = rows.length * (rows.count // 2)
+        train = dataclasses.replace(config.train, micro_tokens=fewer)
+        yield f"--train.micro_tokens {fewer}", dataclasses.replace(config, train=train), precision
+    elif rows.length > 64:
+        shorter = dataclasses.replace(config.data, max_tokens=rows.length // 2)
+        yield f"--data.max_tokens {rows.length // 2}", dataclasses.replace(config, data=shorter), precision
+    if lora.rank >= 8:
+        lower = dataclasses.replace(lora, rank=lora.rank // 2)
+        yield f"--lora.rank {lower.rank}", dataclasses.replace(config, lora=lower), precision
+    if lora.target_modules == ("all-linear",):
+        fewer_targets = dataclasses.replace(lora, target_modules=("attention",))
+        yield "--lora.target_modules attention", dataclasses.replace(config, lora=fewer_targets), precision
+
+
+def _speed(products: torch.dtype) -> Speed:
+    """The best of a few square products and of a few copies: about a tenth of a second."""
+    square = torch.ones(PROBE_SIZE, PROBE_SIZE, dtype=products)
+    source = torch.ones(PROBE_BYTES, dtype=torch.uint8)
+    target = torch.empty_like(source)
+    product = min(_timed(lambda: torch.mm(square, square)) for _ in range(PROBE_REPEATS))
+    copy = min(_timed(lambda: target.copy_(source)) for _ in range(PROBE_REPEATS))
+    return Speed(2 * PROBE_SIZE**3 / product, PROBE_BYTES / copy)
+
+
+def _timed(work: Any) -> float:
+    began = time.perf_counter()
+    work()
+    return time.perf_counter() - began

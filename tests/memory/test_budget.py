@@ -1,0 +1,40 @@
+"""Budgets as people write them, and what is no budget."""
+
+from __future__ import annotations
+
+import pytest
+
+from lorakeet.errors import ConfigError
+from lorakeet.memory.budget import larger_than_machine, machine_bytes, parse_budget
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [("2GiB", 2 << 30), ("6 GB", 6 * 10**9), ("500MB", 500 * 10**6), (" 1.5 gib ", 3 << 29), ("1,5GB", 1_500_000_000)],
+)
+def test_numbers_with_units(text: str, expected: int) -> None:
+    assert parse_budget(text) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("2000000000", "without a unit"),
+        ("-2GiB", "above 0"),
+        ("0GB", "above 0"),
+        ("2 GO", "no unit of memory"),
+        ("two GiB", "expected a number"),
+        ("", "expected a number"),
+    ],
+)
+def test_what_is_no_budget_is_refused_with_an_example(text: str, said: str) -> None:
+    with pytest.raises(ConfigError, match=said) as error:
+        parse_budget(text)
+    assert repr(text) in str(error.value) and "2GiB" in str(error.value)
+
+
+def test_more_than_the_machine_has_is_said() -> None:
+    have = machine_bytes()
+    assert have > 1 << 28
+    assert larger_than_machine(have) == ""
+    assert f"{have + 1:,}" in larger_than_machine(have + 1)

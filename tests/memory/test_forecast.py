@@ -1,0 +1,28 @@
+"""From the peaks of a ledger to what a process holds."""
+
+from __future__ import annotations
+
+from lorakeet.memory.allocator import slack
+from lorakeet.memory.forecast import Forecast, phases_of
+from lorakeet.memory.ledger import Held
+
+GIB = 1 << 30
+PEAKS = {
+    "step": Held(5 * GIB, {"base": 3 * GIB, "saved activations": 2 * GIB}, heap=2 * GIB),
+    "save": Held(4 * GIB, {"base": 3 * GIB, "scratch": GIB}, heap=GIB),
+}
+
+
+def test_a_heap_that_was_large_stays_large() -> None:
+    step, save = phases_of(PEAKS, GIB // 2)
+    assert step.bytes == GIB // 2 + 5 * GIB + slack(2 * GIB)
+    assert save.bytes == step.bytes, "the heap of the step is still there"
+    assert Forecast((save, step)).peak.bytes == step.bytes
+    assert Forecast((step, save)).phase("save") is save
+
+
+def test_returned_memory_leaves_only_a_little_beside_the_tensors() -> None:
+    step, save = phases_of(PEAKS, GIB // 2, returning=True)
+    assert step.bytes == GIB // 2 + 5 * GIB + slack(0)
+    assert save.bytes == GIB // 2 + 4 * GIB + slack(0)
+    assert save.to_mapping()["kinds"] == {"runtime": GIB // 2, "base": 3 * GIB, "scratch": GIB, "allocator": slack(0)}

@@ -1,0 +1,100 @@
+"""The ledger against sums that can be done by hand: views, in-place results, what autograd saves and lets go."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from lorakeet.memory.ledger import Ledger
+
+MB = 1 << 20
+SQUARE = 512  # fp32: 1 MiB
+
+
+def test_views_and_in_place_results_are_counted_once() -> None:
+    with Ledger() as ledger:
+        x = torch.zeros(SQUARE, SQUARE)
+        view = x.t()[:100].view(-1) if x.t()[:100].is_contiguous() else x[:100].view(-1)
+        x.add_(1)
+        assert ledger.bytes == MB and view.shape == (100 * SQUARE,)
+        y = x + 1
+        assert ledger.bytes == 2 * MB
+        del x
+        assert ledger.bytes == 2 * MB, "a view keeps the whole storage"
+        del view
+        assert ledger.bytes == MB
+        del y
+    assert ledger.bytes == 0
+
+
+def test_each_phase_has_its_own_peak_that_counts_what_was_there() -> None:
+    with Ledger() as ledger:
+        x = torch.zeros(SQUARE, SQUARE)
+        ledger.name("base", [x])
+        with ledger.phase("first"):
+            del_me = x + 1
+            del del_me
+        with ledger.phase("second"):
+            y = x[0] + 1
+    assert ledger.peaks["first"].kinds == {"base": MB, "scratch": MB}
+    assert ledger.peaks["second"].bytes == MB + y.nbytes
+
+
+def test_saved_activations_live_until_the_backward_pass_lets_them_go() -> None:
+    with Ledger() as ledger:
+        x, w = torch.zeros(SQUARE, SQUARE), nn.Parameter(torch.zeros(SQUARE, SQUARE))
+        ledger.name("base", [x])
+        ledger.name("adapter", [w])
+        ledger.watch_gradients([w])
+        with ledger.phase("step"):
+            h = torch.mm(x, w).sigmoid()  # sigmoid saves its result
+            loss = h.sum()
+            del h
+            assert ledger.held["saved activations"] == MB
+            loss.backward()
+            del loss
+        assert ledger.held["saved activations"] == 0
+        assert ledger.held["gradients"] == MB
+        w.grad = None
+        assert ledger.held["gradients"] == 0
+        ledger.close()
+    assert ledger.peaks["step"].kinds["saved activations"] == MB
+
+
+def test_logits_are_known_by_their_width() -> None:
+    with Ledger(vocabulary=1000) as ledger:
+        logits = torch.zeros(7, 16) @ torch.zeros(16, 1000)
+        assert ledger.held["logits"] == logits.nbytes
+
+
+def test_numbers_that_are_asked_for_are_one() -> None:
+    with Ledger():
+        x = torch.zeros(3)
+        assert x.sum().item() == 1.0 and bool(torch.isfinite(x).all()) and int(x.long()[0]) == 1
+
+
+def test_work_is_counted_by_phase() -> None:
+    with Ledger() as ledger:
+        a, b = torch.zeros(8, 16), torch.zeros(16, 4)
+        with ledger.phase("product"):
+            torch.mm(a, b)
+    assert ledger.work["product"].flops == 2 * 8 * 16 * 4
+    assert ledger.work["product"].written == 8 * 4 * 4
+
+
+def test_attention_on_a_cpu_is_counted_too() -> None:
+    with Ledger() as ledger:
+        q = torch.zeros(1, 2, 5, 4)
+        with ledger.phase("attention"):
+            torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, q, q, 0.0, True)
+    assert ledger.work["attention"].flops == 2 * (2 * 2 * 5 * 5 * 4)
+
+
+def test_large_pieces_and_the_base_are_not_on_the_heap() -> None:
+    with Ledger() as ledger:
+        base = torch.zeros(SQUARE, SQUARE)
+        ledger.name("base", [base])
+        large, small = torch.zeros(9 * MB), torch.zeros(SQUARE, SQUARE)
+        assert ledger.heap == small.nbytes
+        del large, small
+        assert ledger.heap == 0

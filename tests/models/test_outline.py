@@ -1,0 +1,82 @@
+"""Models from configurations alone: published shapes with their published sizes, and packed layers as a loaded model has them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from lorakeet.errors import ConfigError
+from lorakeet.memory.ledger import Ledger
+from lorakeet.models.outline import OutlinedBase, config_from, config_of, outline, published
+from lorakeet.models.spec import ModelSpec
+from lorakeet.quant.adopt import weights_in
+from lorakeet.quant.packed import PackedBase
+from lorakeet.quant.spec import QuantSpec
+
+PARAMETERS = {  # as the model cards and the weights' indices say
+    "meta-llama/Llama-2-7b-hf": 6_738_415_616,
+    "meta-llama/Llama-2-13b-hf": 13_015_864_320,
+    "meta-llama/Llama-2-70b-hf": 68_976_648_192,
+    "meta-llama/Llama-3.1-8B": 8_030_261_248,
+    "meta-llama/Llama-3.1-70B": 70_553_706_496,
+    "mistralai/Mistral-7B-v0.1": 7_241_732_096,
+    "mistralai/Mistral-7B-v0.3": 7_248_023_552,
+    "Qwen/Qwen2.5-7B": 7_615_616_512,
+    "HuggingFaceTB/SmolLM2-135M": 134_515_008,
+}
+SMALL = {
+    "model_type": "llama", "vocab_size": 96, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 2,
+}  # fmt: skip
+
+
+def quiet(_: str) -> None:
+    return None
+
+
+def test_every_published_shape_has_its_published_size() -> None:
+    assert set(published()) == set(PARAMETERS)
+    for name, expected in PARAMETERS.items():
+        config = config_of(ModelSpec(path=name.upper()), quiet)  # hub ids do not heed case
+        with Ledger():
+            text = outline(config, name=name, dtype=torch.bfloat16, products=torch.float32)
+            assert weights_in(text.model) == expected, name
+
+
+def test_a_folder_and_its_config_give_the_same(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(SMALL))
+    assert config_of(ModelSpec(path=str(tmp_path)), quiet).hidden_size == 64
+
+
+def test_what_has_no_configuration_is_refused_with_the_nearest_name(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"no configuration.*meta-llama/Llama-2-7b-hf.*Did you mean 'meta-llama/Llama-2-7b-hf'"):
+        config_of(ModelSpec(path="meta-llama/Llama-2-7b-hv"), quiet)
+    with pytest.raises(ConfigError, match="no configuration"):
+        config_of(ModelSpec(path=str(tmp_path)), quiet)
+
+
+@pytest.mark.parametrize("method", ["nf4", "int8"])
+def test_packed_layers_have_the_bytes_of_the_real_ones(method: str) -> None:
+    spec = QuantSpec(method=method)  # type: ignore[arg-type]
+    settings = {"name": "small", "dtype": torch.float32, "products": torch.float32, "quantize": spec}
+    real = outline(config_from(SMALL), **settings)  # type: ignore[arg-type]
+    with Ledger():
+        planned = outline(config_from(SMALL), **settings)  # type: ignore[arg-type]
+        found = {path: base.bytes for path, base in planned.model.named_modules() if isinstance(base, PackedBase)}
+    expected = {path: base.bytes for path, base in real.model.named_modules() if isinstance(base, PackedBase)}
+    assert found == expected and len(found) == 14
+    assert weights_in(planned.model) == weights_in(real.model)
+
+
+def test_one_tile_of_an_outlined_base_is_worked_through() -> None:
+    spec = QuantSpec(method="nf4")
+    with Ledger() as ledger:
+        text = outline(config_from(SMALL), name="small", dtype=torch.float32, products=torch.float32, quantize=spec)
+        base = next(module for module in text.model.modules() if isinstance(module, OutlinedBase))
+        x = torch.zeros(3, base.shape[1])
+        with ledger.phase("product"):
+            assert base.matmul(x).shape == (3, base.shape[0])
+    assert ledger.peaks["product"].bytes > 0

@@ -1,0 +1,66 @@
+"""`lorakeet plan` from the command line's point of view."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+from rich.console import Console
+
+from lorakeet.cli.main import lorakeet
+from lorakeet.config import read_run
+from lorakeet.workflows import plan as plan_module
+from lorakeet.workflows.plan import PlanResult, plan
+
+SMALL = {
+    "model_type": "llama", "vocab_size": 96, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 2,
+}  # fmt: skip
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with a config.json and nothing else; the order to the C library would outlast the test."""
+    monkeypatch.setattr(plan_module, "return_freed_memory", lambda: True)
+    (tmp_path / "config.json").write_text(json.dumps(SMALL))
+    return tmp_path
+
+
+def planned(folder: Path, budget: str = "", **options: object) -> tuple[PlanResult, str]:
+    given = {"model.path": str(folder), "data.train": "none", "lora.alpha": "12", "model.dtype": "float32"}
+    config = read_run(None, {**given, **({"memory.budget": budget} if budget else {})})
+    text = io.StringIO()
+    result = plan(config, rank=4, tokens=32, console=Console(file=text, width=200), **options)  # type: ignore[arg-type]
+    return result, text.getvalue()
+
+
+def test_the_table_says_phases_kinds_and_peak(folder: Path) -> None:
+    result, text = planned(folder)
+    for word in ("train step", "merge", "saved activations", "runtime", "Peak of the run", "tokens a second"):
+        assert word in text
+    assert result.config.lora.rank == 4 and result.planned.rows.tokens == 32
+    assert result.peak == max(phase.bytes for phase in result.planned.forecast.phases if phase.name != "merge")
+    assert result.advice == () and result.to_mapping()["fits"] is None
+
+
+def test_a_budget_that_is_too_small_brings_advice_with_numbers(folder: Path) -> None:
+    result, text = planned(folder, budget="64MB")
+    assert result.to_mapping()["fits"] is False and "more than the budget" in text
+    changes = {item.change for item in result.advice}
+    assert {"--model.dtype bfloat16", "--model.quantize nf4", "--lora.target_modules attention"} <= changes
+    assert all(item.peak < result.peak for item in result.advice if "bfloat16" in item.change or "nf4" in item.change)
+    enough, text = planned(folder, budget="100TB")
+    assert enough.to_mapping()["fits"] is True and "less than the budget" in text and "this machine has" in text
+
+
+def test_the_verb_needs_neither_rows_nor_weights(folder: Path) -> None:
+    command = ["plan", "--model", str(folder), "--quantize", "nf4", "--rank", "4", "--tokens", "32", "--json"]
+    done = CliRunner().invoke(lorakeet, command, standalone_mode=False)
+    assert done.exception is None, done.exception
+    found = json.loads(done.stdout)
+    assert found["peak"] > 0 and found["micro_batch"] == {"rows": 1, "tokens": 32}
+    assert found["speed"]["flops"] > 0 and found["trained_parameters"] > 0
+    assert sorted(path.name for path in folder.iterdir()) == ["config.json"]
