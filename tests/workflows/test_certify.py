@@ -16,7 +16,6 @@ from lorakeet.evaluate.certificate import Certificate, read_certificate
 from lorakeet.evaluate.spec import EvaluateSpec
 from lorakeet.formats import peft
 from lorakeet.merge.fold import merge_into
-from lorakeet.models.inject import adapter_names
 from lorakeet.models.load import load_text_model
 from lorakeet.models.spec import ModelSpec
 from lorakeet.models.text import TextModel
@@ -24,11 +23,8 @@ from lorakeet.workflows.certify import (
     Difference,
     StoredAs,
     certify_merge,
-    certify_run,
     check_weights,
     difference,
-    first_tokens,
-    precision_of,
     weight_differences,
 )
 from lorakeet.workflows.opened import NAME, open_adapter
@@ -51,28 +47,6 @@ def rows_of(finished: Any) -> Any:
     return finished.result.setup.held_out.examples
 
 
-def test_the_adapter_on_disk_is_compared_with_the_live_one(finished: Any, live: TextModel, tmp_path: Path) -> None:
-    adapter = peft.read(finished.path / "adapter")
-    loss = finished.result.outcome.base_loss
-    same = certify_run(live, finished.path / "adapter", rows_of(finished), base_loss=loss, spec=SPEC, name=NAME)
-    assert same.passed and [check.name for check in same.checks] == ["adapter on disk", "base untouched"]
-    assert adapter_names(live.model) == [NAME]
-    one = next(iter(adapter.pairs))
-    adapter.pairs[one].B.mul_(1.001)
-    peft.write(Adapter(adapter.pairs, base="x"), tmp_path / "adapter")
-    other = certify_run(live, tmp_path / "adapter", rows_of(finished), base_loss=None, spec=SPEC, name=NAME)
-    assert not other.passed and len(other.checks) == 1
-    assert adapter_names(live.model) == [NAME]
-
-
-def test_a_base_that_training_changed_is_found(finished: Any, live: TextModel) -> None:
-    with torch.no_grad():
-        live.model.get_parameter("model.norm.weight").mul_(1.01)
-    loss = finished.result.outcome.base_loss
-    found = certify_run(live, finished.path / "adapter", rows_of(finished), base_loss=loss, spec=SPEC, name=NAME)
-    assert {check.name: check.passed for check in found.checks} == {"adapter on disk": True, "base untouched": False}
-
-
 def test_a_faithful_merge_differs_by_nothing(finished: Any, live: TextModel, tmp_path: Path) -> None:
     whole = merged(finished, tmp_path / "merged")
     differences = weight_differences(live, NAME, whole)
@@ -87,7 +61,7 @@ def test_a_merge_in_half_precision_is_compared_as_it_is_stored(
     finished: Any, live: TextModel, tmp_path: Path, dtype: str
 ) -> None:
     whole = merged(finished, tmp_path / "merged", dtype=dtype)
-    assert StoredAs.of(whole).usual == dtype and whole.dtype == torch.float32 and precision_of(whole) == "fp32"
+    assert StoredAs.of(whole).usual == dtype and whole.dtype == torch.float32
     assert all(found.mean < 1e-6 and found.row < 1e-5 for found in weight_differences(live, NAME, whole).values())
 
 
@@ -176,10 +150,3 @@ def test_a_model_in_several_shards_of_mixed_dtype_is_compared_as_it_is_stored(fi
     assert stored.dtype("model.layers.1.mlp.up_proj.weight") == torch.bfloat16
     found = certify_merge((live, NAME), whole, rows_of(finished), out=tmp_path / "merged", spec=SPEC)
     assert found.passed, found.checks
-
-
-def test_rows_up_to_a_number_of_tokens(finished: Any) -> None:
-    rows = rows_of(finished)
-    assert first_tokens(rows, 1) == [rows[0]]
-    assert first_tokens(rows, len(rows[0].ids) + len(rows[1].ids)) == list(rows[:2])
-    assert first_tokens(rows, 10**6) == list(rows)

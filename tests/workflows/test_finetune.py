@@ -61,7 +61,11 @@ def test_the_run_folder_holds_what_the_contract_says(finished: Any) -> None:
     losses = [record for record in read_metrics(path / "metrics.jsonl") if "loss" in record]
     assert [record["step"] for record in losses] == [1, 2, 3, 4, 5, 6]
     certificate = read_certificate(path / "certificate.json")
-    assert certificate.passed and [check.name for check in certificate.checks] == ["adapter on disk", "base untouched"]
+    assert certificate.passed and [check.name for check in certificate.checks] == [
+        "adapter on disk",
+        "base untouched",
+        "frozen weights",
+    ]
     assert all(check.measured["loss"] == 0 for check in certificate.checks)
     assert peft.read(path / "adapter").base == str(finished.model)
 

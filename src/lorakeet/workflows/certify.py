@@ -1,4 +1,4 @@
-"""The certificate of a run and of a merged model: what was compared with what, and by how much it differs."""
+"""The certificate of a merged model and of a combined adapter: what was compared with what, and by how much it differs."""
 
 from __future__ import annotations
 
@@ -19,82 +19,20 @@ from lorakeet.errors import ConfigError
 from lorakeet.evaluate.certificate import Certificate, Check, judge, worst_layer
 from lorakeet.evaluate.parity import TOLERANCES, Parity, Precision
 from lorakeet.evaluate.spec import EvaluateSpec
-from lorakeet.formats.detect import read_adapter
 from lorakeet.merge.checkpoint import Checkpoint, open_checkpoint
 from lorakeet.merge.combine import Combination, Combined, dense
 from lorakeet.merge.edits import find_shared, fold_change
 from lorakeet.models.folded import folded_weights
-from lorakeet.models.inject import activate, attach, eject, use_products
 from lorakeet.models.modules import find, kind_of
-from lorakeet.models.score import row_losses
 from lorakeet.models.text import TextModel
-from lorakeet.workflows.compare_models import Side, compare, compare_on
+from lorakeet.workflows.compare_models import Side, compare
 
-REREAD = "reread"
 MICRO_TOKENS = 2048
 ROW_TOLERANCE = 1e-4  # of one row of a weight; a pair that matters moves it by 1e-3 and more
 FLIPS = 3
 COMBINED_TOLERANCE = 1e-4  # of a matrix's ΔW; fp32 sums differ by about 1e-6 of it
 WEIGHT_TOLERANCE = 1e-5  # sums in another order differ by about 1e-7 of a weight; a pair that matters moves it by 1e-3 and more
 PRECISIONS: dict[str, Precision] = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
-
-
-def precision_of(text: TextModel) -> Precision:
-    """The row of TOLERANCES for a model held as `text` is."""
-    return PRECISIONS[str(text.dtype).removeprefix("torch.")]
-
-
-def certify_run(
-    text: TextModel,
-    adapter: Path,
-    rows: Sequence[Example],
-    *,
-    base_loss: float | None,
-    spec: EvaluateSpec,
-    name: str = "default",
-) -> Certificate:
-    """Two checks: the adapter on disk is the live one, and the base without adapter is what it was before training.
-
-    The first compares the same arithmetic, so fp32's tolerance holds whatever the model's dtype. The second allows the dtype's
-    rounding, since an anchored start (PiSSA, OLoRA) is equal to the base to rounding only.
-    """
-    attach(text.model, read_adapter(adapter), REREAD)
-    use_products(text.model, text.products)
-    batches = micro_batches(rows, MICRO_TOKENS)
-    try:
-        parity = compare_on(text, batches, left=name, right=REREAD, spec=spec)
-    finally:
-        eject(text.model, REREAD)
-    checks = [parity.check("adapter on disk", TOLERANCES["fp32"], between=("live adapter", str(adapter.name) + "/ read again"))]
-    if base_loss is not None:
-        checks.append(_base_untouched(text, rows, base_loss))
-    activate(text.model, name)
-    facts = {"model": text.name, "dtype": str(text.dtype).removeprefix("torch."), "rows": "held-out"}
-    return Certificate(f"The adapter {adapter}", tuple(checks), facts)
-
-
-def _base_untouched(text: TextModel, rows: Sequence[Example], base_loss: float) -> Check:
-    activate(text.model, None)
-    sums, weights = row_losses(text, rows, micro_tokens=MICRO_TOKENS)
-    loss = float(sums.sum() / weights.sum())
-    return judge(
-        "base untouched",
-        {"loss": abs(loss - base_loss)},
-        tolerance={"loss": TOLERANCES[precision_of(text)].loss},
-        between=("base before training", "base with the adapter off"),
-        n=int(weights.sum()),
-    )
-
-
-def first_tokens(examples: Sequence[Example], tokens: int) -> list[Example]:
-    """The first examples that have at most so many tokens together; at least one."""
-    chosen: list[Example] = []
-    for example in examples:
-        tokens -= len(example.ids)
-        if chosen and tokens < 0:
-            break
-        chosen.append(example)
-    return chosen
 
 
 def certify_merge(

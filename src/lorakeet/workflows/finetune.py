@@ -22,13 +22,14 @@ from lorakeet.evaluate.certificate import Certificate
 from lorakeet.evaluate.report import Report, write_report
 from lorakeet.evaluate.values import encode
 from lorakeet.models.fingerprint import fingerprint
+from lorakeet.models.frozen import frozen_digests
 from lorakeet.train.log import read_metrics, require_sink
 from lorakeet.train.loop import Outcome, train
 from lorakeet.train.progress import reporter_for
 from lorakeet.train.run import RunFolder
 from lorakeet.workflows import page
 from lorakeet.workflows.assemble import Assembly, assemble, ready_to_train
-from lorakeet.workflows.certify import certify_run
+from lorakeet.workflows.certify_run import certify_run
 from lorakeet.workflows.judge import Judge
 from lorakeet.workflows.place import require_place, writing
 from lorakeet.workflows.show import show_certificate, show_plan, show_results
@@ -82,6 +83,7 @@ def finetune(config: RunConfig, *, resume: Path | None = None, dry_run: bool = F
         return FinetuneResult(setup, run)
     task = ready_to_train(setup)
     _begin(setup, run, resume=resume is not None)
+    before = {} if setup.arrangement.store else frozen_digests(setup.text.model)  # streamed weights are only read
     outcome = train(
         task,
         setup.config.train,
@@ -92,7 +94,7 @@ def finetune(config: RunConfig, *, resume: Path | None = None, dry_run: bool = F
         budget=setup.arrangement.budget,
     )
     try:
-        report = _prove(setup, outcome, run, console)
+        report = _prove(setup, outcome, run, before, console)
     except KeyboardInterrupt:
         raise RunStopped(
             f"Ctrl-C: the training is done and {run.adapter} is whole, but it was not judged to the end. "
@@ -141,7 +143,7 @@ def _identity(setup: Assembly) -> dict[str, str]:
     return {**hashes, "files of the base model": fingerprint(setup.text.source)}
 
 
-def _prove(setup: Assembly, outcome: Outcome, run: RunFolder, console: Console) -> Report:
+def _prove(setup: Assembly, outcome: Outcome, run: RunFolder, before: dict[str, str], console: Console) -> Report:
     """Judges, certifies and reports; VerificationFailed when the certificate fails."""
     part, rows = setup.judged
     judge = Judge(setup.config, setup.text, setup.encoder, rows, console)
@@ -149,7 +151,12 @@ def _prove(setup: Assembly, outcome: Outcome, run: RunFolder, console: Console) 
     measured = judge.report(f"Fine-tuning {setup.text.name}", learnt_from=learnt_from)
     drift = judge.drift()
     certificate = certify_run(
-        setup.text, run.adapter, setup.held_out.examples, base_loss=outcome.base_loss, spec=setup.config.evaluate
+        setup.text,
+        run.adapter,
+        setup.held_out.examples,
+        before=before,
+        model=setup.config.model if setup.arrangement.budget is None else None,  # a budget has room for one base
+        spec=setup.config.evaluate,
     )
     report = page.complete(
         measured, setup, outcome, run=run, metrics=read_metrics(run.metrics), certificate=certificate, drift=drift
