@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ from safetensors.torch import load_file, save_file
 from lorakeet.core.adapter import Adapter
 from lorakeet.errors import ConfigError, DataError
 from lorakeet.formats import kohya
+from lorakeet.formats.base_model import open_base
+from lorakeet.formats.compare import compare
 from lorakeet.formats.dense import Compression
 from tiny.adapters import random_pair
 from tiny.images import diffusers as diffusers_package
@@ -137,6 +140,31 @@ def test_loha_needs_to_be_asked_for_and_states_its_error(tmp_path: Path) -> None
     a1, b1, a2, b2 = (tensors[f"{CONV.replace('conv1', 'time_emb_proj')}.{name}"] for name in factors)
     torch.testing.assert_close(exact.delta(), 3 * (a1 @ b1) * (a2 @ b2), atol=1e-4, rtol=1e-4)
     assert len(said) == 1 and "LoHa compressed to rank 4, relative error" in said[0]
+
+
+def test_a_base_of_another_shape_brings_its_own_modules(tmp_path: Path) -> None:
+    (tmp_path / "base" / "unet").mkdir(parents=True)
+    (tmp_path / "base" / "unet" / "config.json").write_text('{"_class_name": "UNet2DConditionModel", "cross_attention_dim": 16}')
+    save_file({"my_blocks.0.to_q.weight": torch.ones(8, 8)}, tmp_path / "base" / "unet" / "model.safetensors")
+    base = open_base(tmp_path / "base")
+    adapter = Adapter({"unet.my_blocks.0.to_q": random_pair("linear", torch.ones(8, 8))})
+    kohya.write(adapter, tmp_path / "a.safetensors", base=base)
+    assert "lora_unet_my_blocks_0_to_q.alpha" in load_file(tmp_path / "a.safetensors")
+    assert compare(adapter, kohya.read(tmp_path / "a.safetensors", base=base)).equal
+    with pytest.raises(DataError, match="name its folder with --base"):
+        kohya.read(tmp_path / "a.safetensors")
+
+
+def test_alphas_that_differ_are_written_as_one(tmp_path: Path) -> None:
+    """diffusers 0.42.1 takes the most frequent alpha for attention and text encoder, whatever their own is."""
+    adapter = image_adapter()
+    assert len({pair.alpha for pair in adapter.pairs.values()}) == 2
+    kohya.write(adapter, tmp_path / "a.safetensors")
+    back = kohya.read(tmp_path / "a.safetensors")
+    assert {pair.alpha for pair in back.pairs.values()} == {12.0} and compare(adapter, back).equal
+    silent = Adapter({path: dataclasses.replace(pair, alpha=0.0) for path, pair in adapter.pairs.items()})
+    kohya.write(silent, tmp_path / "b.safetensors")
+    assert {pair.alpha for pair in kohya.read(tmp_path / "b.safetensors").pairs.values()} == {0.0}
 
 
 def test_what_kohya_does_not_have_is_refused(tmp_path: Path) -> None:

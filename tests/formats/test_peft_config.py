@@ -81,6 +81,14 @@ def test_all_refusals_come_at_once(folder: Path) -> None:
         lorakeet_peft.read(folder)
 
 
+@pytest.mark.parametrize(("key", "what"), [("lora_alpha", "alpha"), ("r", "rank")])
+def test_a_missing_rank_or_alpha_is_no_default(key: str, what: str, folder: Path) -> None:
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps({name: value for name, value in json.loads(path.read_text()).items() if name != key}))
+    with pytest.raises(ConfigError, match=rf"has no {key}, so the {what} and with it the scale are unknown"):
+        lorakeet_peft.read(folder)
+
+
 def test_every_known_key_of_the_installed_peft_is_known_here(folder: Path) -> None:
     """A new key of PEFT at its default must not stop a plain adapter; this says when there is one to look at."""
     keys = set(json.loads((folder / "adapter_config.json").read_text()))
