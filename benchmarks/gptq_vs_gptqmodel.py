@@ -1,0 +1,153 @@
+"""Claim: GPTQ weights made here are as good as gptqmodel's on the same calibration rows, and its files are read to its numbers.
+
+    python benchmarks/gptq_vs_gptqmodel.py --gptqmodel-python VENV/bin/python [--rows 64] [--tokens 512] [--judged 24]
+
+gptqmodel pins numpy, so it lives in a virtual environment of its own: `pip install "gptqmodel>=7.6,<7.7" optimum` there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+import torch
+from harness.machine import origin, write_result
+from harness.processes import run
+from rich.console import Console
+from safetensors import safe_open
+
+from lorakeet.config import read_run
+from lorakeet.data.chat import Example
+from lorakeet.data.prepare import load_dataset
+from lorakeet.data.rows import Row
+from lorakeet.models.gptq_blocks import block_layers, quantise_blocks, weight_of
+from lorakeet.models.load import load_text_model
+from lorakeet.models.modules import block_prefix
+from lorakeet.models.score import row_losses
+from lorakeet.models.spec import ModelSpec
+from lorakeet.models.text import TextModel
+from lorakeet.quant.gptq import GptqBase
+from lorakeet.quant.gptq_grid import groups_in_order, nearest_codes
+from lorakeet.quant.gptq_solve import Layout
+
+RUN_FILE = Path(__file__).parents[1] / "examples" / "drug_reviews.yaml"
+ALLOWED = 1.01  # our perplexity over gptqmodel's
+THEIRS = Path(__file__).with_name("contenders") / "with_gptqmodel.py"
+
+
+def examples(text: TextModel, rows: Sequence[Row], count: int, tokens: int) -> list[Example]:
+    """The rows' texts laid end to end and cut into `count` pieces of `tokens` tokens, every one of them a target."""
+    ids: list[int] = []
+    for row in rows:
+        ids += [*text.tokenizer.encode(max((turn.free_text for turn in row.turns), key=len)), text.tokenizer.eos_token_id]
+        if len(ids) >= count * tokens:
+            break
+    if len(ids) < count * tokens:
+        raise SystemExit(f"the data has {len(ids)} tokens, fewer than {count}·{tokens}; take fewer")
+    supervised = np.arange(tokens) > 0
+    return [
+        Example(np.array(ids[start : start + tokens], np.int64), supervised, str(start), None, False)
+        for start in range(0, count * tokens, tokens)
+    ]
+
+
+def perplexity(text: TextModel, rows: Sequence[Example]) -> float:
+    losses, targets = row_losses(text, rows, micro_tokens=1024)
+    return float(np.exp(losses.sum() / targets.sum()))
+
+
+def with_weights(path: str, weights: dict[str, torch.Tensor]) -> TextModel:
+    text = loaded(path)
+    for layer, weight in weights.items():
+        text.model.get_submodule(layer).weight.data = weight
+    return text
+
+
+def loaded(path: str) -> TextModel:
+    return load_text_model(ModelSpec(path=path, dtype="float32", products="float32"), say=lambda line: None)
+
+
+def ours(path: str, rows: Sequence[Example], layout: Layout, console: Console) -> dict[str, torch.Tensor]:
+    """Every layer as Lorakeet's GPTQ leaves it."""
+    found: dict[str, torch.Tensor] = {}
+    for block in quantise_blocks(loaded(path), rows, layout):
+        console.print(f"block {block.number + 1} of {block.count}: outputs moved by {max(block.errors.values()):.2%} at most")
+        found |= {layer: base.dense() for layer, base in block.layers.items()}
+    return found
+
+
+def nearest(path: str, layout: Layout) -> dict[str, torch.Tensor]:
+    """Every layer rounded to the nearest."""
+    text = loaded(path)
+    found: dict[str, torch.Tensor] = {}
+    for layer, module in block_layers(text.model, block_prefix(text.model, text.family)[0]).items():
+        weight = weight_of(module)
+        g_idx = groups_in_order(weight.shape[1], layout.group_size)
+        codes, grid = nearest_codes(weight, layout.bits, layout.sym, g_idx, int(g_idx.max()) + 1)
+        found[layer] = GptqBase.of(codes, grid, bits=layout.bits, sym=layout.sym).dense()
+    return found
+
+
+def differing(text: TextModel, dense: Path) -> tuple[int, int]:
+    """How many layers we unpack to other fp16 numbers than gptqmodel, and how many there are."""
+    bases = {path: module for path, module in text.model.named_modules() if isinstance(module, GptqBase)}
+    with safe_open(dense, "pt") as file:
+        names = list(file.keys())
+        wrong = sum(not torch.equal(bases[f"{name}.base"].dense().half(), file.get_tensor(name)) for name in names)
+    return wrong, len(names)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--gptqmodel-python", help="the Python of an environment with gptqmodel; needed")
+    parser.add_argument("--rows", type=int, default=64, help="calibration rows")
+    parser.add_argument("--tokens", type=int, default=512, help="tokens of each row")
+    parser.add_argument("--judged", type=int, default=24, help="rows on which the perplexity is measured")
+    parser.add_argument("--group-size", type=int, default=64)
+    parser.add_argument("--bits", type=int, default=4)
+    parser.add_argument("--desc-act", action="store_true")
+    parser.add_argument("--results", type=Path, default=Path(__file__).with_name("results"), help="where the result is written")
+    given = parser.parse_args(arguments)
+    if given.gptqmodel_python is None:
+        print("Not measured: give --gptqmodel-python, the Python of an environment with gptqmodel.")
+        return 0
+    about, console = origin(), Console()
+    config = read_run(RUN_FILE, {"data.limit": "20000"})
+    data, dense = load_dataset(config.data), loaded(config.model.path)
+    rows = examples(dense, data.train, given.rows, given.tokens)
+    judged = examples(dense, data.test, given.judged, given.tokens)
+    layout = Layout(given.bits, given.group_size, given.desc_act)
+    found: dict[str, Any] = {"dense": perplexity(dense, judged)}
+    source = str(dense.source)
+    found["nearest"] = perplexity(with_weights(source, nearest(source, layout)), judged)
+    found["lorakeet"] = perplexity(with_weights(source, ours(source, rows, layout, console)), judged)
+    python = os.path.abspath(given.gptqmodel_python)  # not resolved: a link is what makes it a virtual environment's
+    os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")
+    with TemporaryDirectory() as name:
+        folder = Path(name)
+        (folder / "ids.json").write_text(json.dumps([row.ids.tolist() for row in rows]))
+        words = [str(THEIRS), source, str(folder / "ids.json"), str(folder / "out"), str(given.bits), str(given.group_size)]
+        run([python, *words, "true" if given.desc_act else "false"], log=folder / "log")
+        run([python, str(THEIRS), "--dense", str(folder / "out"), str(folder / "dense")], log=folder / "log")
+        text = loaded(str(folder / "out"))
+        found["gptqmodel"] = perplexity(text, judged)
+        wrong, layers = differing(text, folder / "dense")
+    for way, value in found.items():
+        print(f"{way:12} perplexity {value:.3f}  ({value / found['dense'] - 1:+.1%})")
+    kept = found["lorakeet"] <= ALLOWED * found["gptqmodel"] and not wrong
+    print(f"within 1 % of gptqmodel's, and its {layers} layers read to its numbers ({wrong} differ): {'yes' if kept else 'NO'}")
+    content = {"perplexity": found, "layers": layers, "layers_that_differ": wrong, "claim_kept": kept}
+    content["settings"] = {key: str(value) for key, value in vars(given).items() if key not in ("results", "gptqmodel_python")}
+    print(f"Written: {write_result('gptq_vs_gptqmodel', content, seed=0, about=about, folder=given.results)}")
+    return 0 if kept else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
