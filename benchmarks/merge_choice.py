@@ -27,7 +27,7 @@ from lorakeet.config import read_run
 from lorakeet.core.adapter import Adapter
 from lorakeet.formats import peft as peft_format
 from lorakeet.formats.detect import read_adapter
-from lorakeet.merge.combine import CombineSpec, combine
+from lorakeet.merge.combine import CombineSpec, combination
 from lorakeet.merge.factors import best_of_factors, stacked
 from lorakeet.models.load import load_text_model
 from lorakeet.models.spec import ModelSpec
@@ -84,11 +84,11 @@ def measure(
             exact[path] = exact[path] + change if path in exact else change
     errors = {f"peft {name}": value for name, value in _with_peft(adapters, weights, exact, folder).items()}
     for method in ("linear", "cat", "svd"):
-        found = combine(adapters, CombineSpec(method, weights)).adapter
+        found = combination(adapters, CombineSpec(method, weights)).combined().adapter
         errors[f"lorakeet {method}"] = _error(lambda path, found=found: found.pairs[path].delta(), exact)
     by_rank = {}
     for rank in RANKS:
-        found = combine(adapters, CombineSpec("linear", weights, rank=rank)).adapter
+        found = combination(adapters, CombineSpec("linear", weights, rank=rank)).combined().adapter
         by_rank[rank] = _error(lambda path, found=found: found.pairs[path].delta(), exact)
     return errors, by_rank
 

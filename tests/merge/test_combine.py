@@ -13,7 +13,7 @@ import transformers
 from lorakeet.core.adapter import Adapter, TokenRows
 from lorakeet.errors import ConfigError
 from lorakeet.formats import peft
-from lorakeet.merge.combine import CombineSpec, combination, combine
+from lorakeet.merge.combine import CombineSpec, combination
 from lorakeet.merge.fold import merge_into
 from tiny.adapters import random_adapter, random_pair
 from tiny.dense import change
@@ -45,7 +45,7 @@ def wanted(adapters: dict[str, Adapter], path: str) -> torch.Tensor:
 @pytest.mark.parametrize("case", CASES)
 def test_the_sum_is_exact_in_delta_space(case: str, method: str) -> None:
     adapters = two(CASES[case][0], *CASES[case][1])
-    found = combine(adapters, CombineSpec(method, WEIGHTS))
+    found = combination(adapters, CombineSpec(method, WEIGHTS)).combined()
     assert set(found.adapter.pairs) == set(adapters["one"].pairs)
     for path, pair in found.adapter.pairs.items():
         whole = wanted(adapters, path)
@@ -59,7 +59,7 @@ def test_the_sum_is_exact_in_delta_space(case: str, method: str) -> None:
 @pytest.mark.parametrize("case", CASES)
 def test_a_rank_gives_the_best_approximation_and_its_error(case: str) -> None:
     adapters = two(CASES[case][0], *CASES[case][1])
-    found = combine(adapters, CombineSpec("linear", WEIGHTS, rank=5))
+    found = combination(adapters, CombineSpec("linear", WEIGHTS, rank=5)).combined()
     lost = whole = 0.0
     for path, pair in found.adapter.pairs.items():
         exact = wanted(adapters, path)
@@ -73,7 +73,7 @@ def test_a_rank_gives_the_best_approximation_and_its_error(case: str) -> None:
 
 
 def test_svd_keeps_the_largest_rank_that_goes_in() -> None:
-    found = combine(two("llama"), CombineSpec("svd", WEIGHTS))
+    found = combination(two("llama"), CombineSpec("svd", WEIGHTS)).combined()
     ranks = {path.rpartition(".")[2]: pair.rank for path, pair in found.adapter.pairs.items()}
     assert ranks["q_proj"] == 6 and found.error > 0.01
 
@@ -82,10 +82,10 @@ def test_convolutions_are_combined() -> None:
     torch.manual_seed(0)
     weight = torch.randn(8, 3, 3, 3)
     adapters = {name: Adapter({"conv": random_pair("conv2d", weight)}) for name in ("a", "b")}
-    found = combine(adapters, CombineSpec("linear", WEIGHTS))
+    found = combination(adapters, CombineSpec("linear", WEIGHTS)).combined()
     torch.testing.assert_close(change(found.adapter.pairs["conv"]), wanted(adapters, "conv"), atol=1e-6, rtol=0)
     assert found.adapter.pairs["conv"].A.shape == (8, 3, 3, 3)
-    low = combine(adapters, CombineSpec("ties", WEIGHTS, rank=3)).adapter.pairs["conv"]
+    low = combination(adapters, CombineSpec("ties", WEIGHTS, rank=3)).combined().adapter.pairs["conv"]
     assert low.A.shape == (3, 3, 3, 3) and low.B.shape == (8, 3, 1, 1)
 
 
@@ -96,7 +96,7 @@ def test_a_pruned_change_at_full_rank_is_the_one_that_is_folded(case: str, metho
     family, leaves = CASES[case]
     adapters = two(family, *leaves)
     spec = CombineSpec(method, (0.7, 0.4), rank=512, density=0.4, seed=5)
-    found = combine(adapters, spec)
+    found = combination(adapters, spec).combined()
     assert found.error < 1e-5
     tiny_model(family).save_pretrained(tmp_path / "base")
     plan = combination(adapters, spec)
@@ -115,7 +115,7 @@ def test_a_pruned_change_at_full_rank_is_the_one_that_is_folded(case: str, metho
 
 def test_the_true_scale_survives_the_disk(tmp_path: Path) -> None:
     adapters = two("llama")
-    found = combine(adapters, CombineSpec("linear", WEIGHTS, rank=5)).adapter
+    found = combination(adapters, CombineSpec("linear", WEIGHTS, rank=5)).combined().adapter
     peft.write(found, tmp_path / "adapter")
     again = peft.read(tmp_path / "adapter")
     for path, pair in found.pairs.items():
@@ -126,21 +126,21 @@ def test_biases_are_summed_with_their_scales() -> None:
     adapters = {
         name: Adapter({"a.q_proj": random_pair("linear", torch.randn(6, 5), rank=2, bias=torch.ones(6))}) for name in ("a", "b")
     }
-    pair = combine(adapters, CombineSpec("linear", WEIGHTS)).adapter.pairs["a.q_proj"]
+    pair = combination(adapters, CombineSpec("linear", WEIGHTS)).combined().adapter.pairs["a.q_proj"]
     assert pair.bias is not None
     torch.testing.assert_close(pair.bias * pair.scale, torch.full((6,), 6 * 0.3))
     with pytest.raises(ConfigError, match=r"a has biases in its pairs \(first a\.q_proj\), for which ties says nothing"):
-        combine({"a": adapters["a"]}, CombineSpec("ties"))
+        combination({"a": adapters["a"]}, CombineSpec("ties")).combined()
 
 
 def test_equal_extras_and_rows_stay(tmp_path: Path) -> None:
     rows = TokenRows((3,), torch.ones(1, 32))
     parts = {"extras": {"model.norm.weight": torch.ones(32)}, "token_rows": {"model.embed_tokens": rows}}
     adapters = {name: replace(adapter, **parts) for name, adapter in two("llama").items()}
-    found = combine(adapters, CombineSpec()).adapter
+    found = combination(adapters, CombineSpec()).combined().adapter
     assert set(found.extras) == {"model.norm.weight"} and found.token_rows["model.embed_tokens"] == rows
     under = replace(two("llama")["one"], extras={"model.layers.0.mlp.up_proj.weight": torch.ones(2)})
-    assert combine({"a": under, "b": two("llama")["other"]}, CombineSpec()).adapter.extras
+    assert combination({"a": under, "b": two("llama")["other"]}, CombineSpec()).combined().adapter.extras
 
 
 def test_everything_that_has_no_sum_is_listed() -> None:
@@ -153,8 +153,9 @@ def test_everything_that_has_no_sum_is_listed() -> None:
         token_rows={"model.embed_tokens": TokenRows((1,), torch.ones(1, 32))},
     )
     dora = random_adapter(tiny_model("llama"), "v_proj", dora=True)
+    whole = replace(one, extras={"model.norm.weight": torch.zeros(32)})
     with pytest.raises(ConfigError) as raised:
-        combine({"one": replace(one, extras={"model.norm.weight": torch.zeros(32)}), "odd": odd, "dora": dora}, CombineSpec())
+        combination({"one": whole, "odd": odd, "dora": dora}, CombineSpec())
     said = str(raised.value)
     for words in (
         "These adapters cannot be combined (5 problems)",
@@ -180,7 +181,7 @@ def test_everything_that_has_no_sum_is_listed() -> None:
 )
 def test_settings_without_meaning_are_refused(spec: Any, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        combine(two("llama"), spec)
+        combination(two("llama"), spec).combined()
 
 
 def test_extras_that_differ_are_named() -> None:
@@ -190,4 +191,4 @@ def test_extras_that_differ_are_named() -> None:
         "other": replace(other, extras={"model.norm.weight": torch.ones(32)}),
     }
     with pytest.raises(ConfigError, match=r"model\.norm\.weight was trained whole and differs between one, other"):
-        combine(adapters, CombineSpec())
+        combination(adapters, CombineSpec()).combined()

@@ -27,11 +27,11 @@ class CombineSpec:
     entries that pruning methods keep; `seed` decides which where chance does.
     """
 
-    method: str = "linear"
-    weights: tuple[float, ...] = ()  # empty: 1/n each
-    rank: int | None = None
-    density: float = 0.5
-    seed: int = 0
+    method: str = field(default="linear", metadata={"help": "Which changes are kept of each adapter, and how they are summed."})
+    weights: tuple[float, ...] = field(default=(), metadata={"help": "One for each adapter; 1/n each without them."})
+    rank: int | None = field(default=None, metadata={"help": "Rank of every combined pair."})
+    density: float = field(default=0.5, metadata={"help": "Share of the entries that pruning keeps."})
+    seed: int = field(default=0, metadata={"help": "Decides which entries are dropped where chance does."})
 
     def validate(self) -> list[str]:
         """Every problem of these settings in words."""
@@ -176,11 +176,6 @@ def combination(adapters: Mapping[str, Adapter], spec: CombineSpec) -> Combinati
     weights = spec.weights or (1 / len(values),) * len(values)
     notes = tuple(_uneven(adapters))
     return Combination(tuple(values), tuple(map(float, weights)), method, spec, extras, token_rows, notes)
-
-
-def combine(adapters: Mapping[str, Adapter], spec: CombineSpec) -> Combined:
-    """One adapter out of several. ConfigError lists everything that keeps them from being combined."""
-    return combination(adapters, spec).combined()
 
 
 def _check_pairs(names: Sequence[str], adapters: Sequence[Adapter], method: Method, problems: Problems) -> None:
