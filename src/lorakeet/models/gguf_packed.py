@@ -34,7 +34,7 @@ from lorakeet.formats.safe import stored_bytes, stream_safetensors
 from lorakeet.models.gguf_copy import cache_folder, content_digest, require_gguf, require_room
 from lorakeet.models.quantized import packable, skeleton
 from lorakeet.models.quiet import quiet_transformers
-from lorakeet.quant.gguf import BLOCK_TYPES
+from lorakeet.quant.gguf import BLOCK_TYPES, FileTensor, read_gguf
 from lorakeet.quant.on_disk import GGUF_METHOD, GGUF_TYPE, gguf_type_tensor
 
 _LAYOUT = 1  # counted up when what is written into a copy changes
@@ -46,22 +46,18 @@ class _Tensor:
     """One tensor of the file: what it will be called, its rows in the model's order, and whether it stays packed."""
 
     name: str
-    data: np.ndarray[Any, Any]
-    kind: str
+    stored: FileTensor
     process: Callable[[np.ndarray[Any, Any]], np.ndarray[Any, Any]]
     packed: bool
 
     def read(self) -> Tensor:
         """The blocks (out, bytes of a row), or the numbers in fp32."""
-        from gguf import GGMLQuantizationType, quants
-
         if self.packed:
-            rows = self.process(np.arange(len(self.data), dtype=np.int64)[:, None]).reshape(-1)
+            rows = self.process(np.arange(len(self.stored.data), dtype=np.int64)[:, None]).reshape(-1)
             if not np.array_equal(np.sort(rows), np.arange(len(rows))):
                 raise NotImplementedError(f"transformers changes the numbers of {self.name} as it reads them")
-            return torch.from_numpy(np.ascontiguousarray(self.data[rows]))
-        numbers = self.process(quants.dequantize(self.data, GGMLQuantizationType[self.kind]))
-        return torch.from_numpy(np.array(numbers, dtype=np.float32))
+            return torch.from_numpy(np.ascontiguousarray(self.stored.data[rows]))
+        return torch.from_numpy(np.array(self.process(self.stored.numbers()), dtype=np.float32))
 
 
 def packed_copy(path: Path, say: Callable[[str], None]) -> Path:
@@ -104,7 +100,7 @@ def _write(path: Path, out: Path) -> None:
 
     def fetch(name: str) -> Tensor:
         if name.endswith(GGUF_TYPE):
-            return gguf_type_tensor(tensors[name.removesuffix(GGUF_TYPE)].kind)
+            return gguf_type_tensor(tensors[name.removesuffix(GGUF_TYPE)].stored.kind)
         return tensors[name].read()
 
     stream_safetensors(out / "model.safetensors", shapes, fetch=fetch, metadata={"format": "pt"})
@@ -115,32 +111,29 @@ def _write(path: Path, out: Path) -> None:
 
 def _tensors(path: Path, config: Any) -> list[_Tensor]:
     """What the file holds, under transformers' names; DataError with every layer whose type is not read."""
-    from gguf import GGUFReader
-
-    reader = GGUFReader(path)
+    architecture, stored = read_gguf(path)
     model = skeleton(config)
     parsed = load_gguf_checkpoint(str(path), return_tensors=False)
-    architecture = str(bytes(reader.fields["general.architecture"].parts[-1]), "utf-8")
     processor = TENSOR_PROCESSORS.get(architecture, TensorProcessor)(config=parsed["config"])
     names = get_gguf_hf_weights_map(model, processor)
     layers = packable(model, head=False)
     problems = Problems(f"{path} cannot be trained on as it is", DataError)
     found = []
-    for entry in reader.tensors:
+    for entry in stored:
         if len(entry.shape) > 2:
             problems.add(f"{entry.name} holds experts, whose blocks are not trained on; use model.quantize none, a dense copy.")
             continue
         renamed = processor.process(
-            weights=np.zeros((1, 1)) if len(entry.shape) < 2 else np.zeros((int(entry.shape[1]), 1)),
+            weights=np.zeros((1, 1)) if len(entry.shape) < 2 else np.zeros((entry.shape[0], 1)),
             name=entry.name, tensor_key_mapping=names, parsed_parameters=parsed,
         )  # fmt: skip
-        name, kind = names.get(renamed.name), entry.tensor_type.name
+        name, kind = names.get(renamed.name), entry.kind
         if name is None:
             continue
         layer = name.removesuffix(".weight") in layers and kind not in _PLAIN
         if layer and kind not in BLOCK_TYPES:
             problems.add(f"{entry.name} is {kind}; layers may be {', '.join((*BLOCK_TYPES, *_PLAIN))}.")
-        found.append(_Tensor(name, entry.data, kind, _process(processor, entry.name, names, parsed), layer))
+        found.append(_Tensor(name, entry, _process(processor, entry.name, names, parsed), layer))
     problems.raise_if_any()
     return found
 
@@ -161,6 +154,6 @@ def _shapes(tensor: _Tensor) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
     """Dtype and shape of what is written for one tensor."""
     if not tensor.packed:
         return {tensor.name: (torch.float32, tuple(tensor.read().shape))}
-    blocks = tuple(int(size) for size in tensor.data.shape)
-    kind = (torch.uint8, (len(tensor.kind),))
+    blocks = tuple(int(size) for size in tensor.stored.data.shape)
+    kind = (torch.uint8, (len(tensor.stored.kind),))
     return {tensor.name: (torch.uint8, blocks), tensor.name + GGUF_TYPE: kind}

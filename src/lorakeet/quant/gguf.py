@@ -15,9 +15,12 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from lorakeet.errors import EnvironmentProblem
@@ -125,6 +128,34 @@ BLOCK_TYPES = {
     "Q5_K": BlockType(256, 176, _q5_k),
     "Q6_K": BlockType(256, 210, _q6_k),
 }
+
+
+@dataclass(frozen=True)
+class FileTensor:
+    """A tensor of a .gguf file: its ggml type, its shape with rows first, and its bytes as they lie in the file."""
+
+    name: str
+    kind: str
+    shape: tuple[int, ...]
+    data: NDArray[Any]
+
+    def numbers(self) -> NDArray[np.float32]:
+        """What the bytes mean, whatever the type, in fp32."""
+        from gguf import GGMLQuantizationType, quants
+
+        return np.asarray(quants.dequantize(self.data, GGMLQuantizationType[self.kind]), dtype=np.float32)
+
+
+def read_gguf(path: Path) -> tuple[str, list[FileTensor]]:
+    """The architecture that a .gguf file names, and its tensors, whose bytes stay in the file until they are used."""
+    from gguf import GGUFReader
+
+    reader = GGUFReader(path)
+    architecture = str(bytes(reader.fields["general.architecture"].parts[-1]), "utf-8")
+    return architecture, [
+        FileTensor(entry.name, entry.tensor_type.name, tuple(int(size) for size in reversed(entry.shape)), entry.data)
+        for entry in reader.tensors
+    ]
 
 
 def row_bytes(width: int, kind: str) -> int:
