@@ -10,7 +10,7 @@ from lorakeet.core.base import DenseBase
 from lorakeet.core.batched import Stack, shared_low_rank
 from lorakeet.core.lowrank import LoraPair
 from lorakeet.core.plan import PlanEntry
-from lorakeet.core.selection import Share, gates_of
+from lorakeet.core.selection import Share, table_of
 
 IN, OUT, TOKENS = 12, 10, 9
 RANKS = {"a": 4, "b": 2, "c": 6}
@@ -73,13 +73,30 @@ def test_equals_one_token_at_a_time_with_gradients(layer: nn.Linear, pairs: dict
         torch.testing.assert_close(ours_value, expected, rtol=1e-4, atol=1e-4)
 
 
+def stacked(x: Tensor, layer: nn.Linear, stack: Stack) -> Tensor:
+    y = DenseBase(layer).matmul(x) + layer.bias
+    return stack.add(y, x, table_of(SHARES, stack.layout, stack.A))
+
+
 def test_a_stack_gives_the_same(layer: nn.Linear, pairs: dict[str, LoraPair]) -> None:
-    stack = Stack(pairs, torch.float32)
-    gates = gates_of(SHARES, stack.layout, TOKENS, stack.A)
-    assert gates.shape == (TOKENS, sum(RANKS.values()))
-    assert gates[4:6].count_nonzero() == 0, "tokens without an adapter use none of the stack"
     x = inputs()
-    torch.testing.assert_close(stack.apply(x, DenseBase(layer), gates, layer.bias), one_at_a_time(x, layer, pairs))
+    torch.testing.assert_close(stacked(x, layer, Stack(pairs, torch.float32)), one_at_a_time(x, layer, pairs))
+
+
+def test_a_stack_takes_new_pairs_in_free_places(layer: nn.Linear, pairs: dict[str, LoraPair]) -> None:
+    x = inputs()
+    stack = Stack({"old": pair("c"), "a": pairs["a"], "c": pairs["c"]}, torch.float32)
+    before = stack.A
+    assert stack.take(pairs) and stack.A is before, "b, of a smaller rank, takes the place of old"
+    torch.testing.assert_close(stacked(x, layer, stack), one_at_a_time(x, layer, pairs))
+    assert not stack.take({**pairs, "more": pair("a")}), "no place is free"
+    assert not stack.take({"a": pairs["a"]}), "two of three places would be empty"
+    assert not Stack({"b": pairs["b"]}, torch.float32).take({"a": pairs["a"]}), "its rank is larger"
+    renewed = {**pairs, "a": pair("a")}
+    with torch.no_grad():
+        renewed["a"].A.mul_(2)
+    assert stack.take(renewed), "another pair under the same name is another pair"
+    torch.testing.assert_close(stacked(x, layer, stack), one_at_a_time(x, layer, renewed))
 
 
 def test_bare_tokens_are_the_base_bit_for_bit(layer: nn.Linear, pairs: dict[str, LoraPair]) -> None:
@@ -87,8 +104,7 @@ def test_bare_tokens_are_the_base_bit_for_bit(layer: nn.Linear, pairs: dict[str,
     plain = base.matmul(x) + layer.bias
     shares = [(share, pairs[share.name]) for share in SHARES]
     assert torch.equal(shared_low_rank(x, base, shares, bias=layer.bias)[4:6], plain[4:6])
-    stack = Stack(pairs, torch.float32)
-    assert torch.equal(stack.apply(x, base, gates_of(SHARES, stack.layout, TOKENS, x), layer.bias)[4:6], plain[4:6])
+    assert torch.equal(stacked(x, layer, Stack(pairs, torch.float32))[4:6], plain[4:6])
 
 
 def test_bf16_states_over_fp32_pairs(layer: nn.Linear, pairs: dict[str, LoraPair]) -> None:
@@ -104,8 +120,8 @@ def test_a_stack_copies_once_and_never_follows(pairs: dict[str, LoraPair]) -> No
     stack = Stack(pairs, torch.bfloat16)
     with torch.no_grad():
         pairs["a"].A.zero_()
-    assert stack.A[:4].count_nonzero() > 0
-    assert (stack.A.shape, stack.B.shape, stack.A.dtype) == ((12, IN), (OUT, 12), torch.bfloat16)
+    assert stack.A[0].count_nonzero() > 0
+    assert (stack.A.shape, stack.B.shape, stack.A.dtype) == ((3, 6, IN), (3, 6, OUT), torch.bfloat16)
 
 
 def test_what_is_plain() -> None:

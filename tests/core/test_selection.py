@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lorakeet.core.selection import Selection, Share, gates_of
+from lorakeet.core.selection import Selection, Share, table_of
 
 
 def test_dividing_ends_with_the_next_use() -> None:
@@ -31,18 +31,22 @@ def test_a_unit_may_be_several_tokens() -> None:
         selection.shares_over(13)
 
 
-def test_gates_hold_weight_times_scale_and_are_kept() -> None:
+def test_a_table_holds_tokens_with_weight_times_scale_and_is_kept() -> None:
     selection = Selection()
-    selection.divide([Share(0, 1, "a"), Share(1, 2, "b", 0.5), Share(1, 2, "a", 2.0), Share(0, 2, "gone")], units=3)
-    layout = (("a", 1, 3.0), ("b", 2, 4.0))
-    gates = selection.gates(layout, 3, torch.zeros(0))
-    assert gates.tolist() == [[3, 0, 0], [6, 2, 2], [0, 0, 0]]
-    assert selection.gates(layout, 3, torch.zeros(0)) is gates
-    selection.divide([Share(0, 1, "b")], units=3)
-    assert selection.gates(layout, 3, torch.zeros(0)).tolist() == [[0, 4, 4], [0, 0, 0], [0, 0, 0]]
+    shares = (Share(1, 3, "a"), Share(2, 3, "b", 0.5), Share(0, 2, "gone"))
+    selection.divide(shares, units=3)
+    layout = (("a", 3.0), ("b", 4.0))
+    tokens, factors = selection.table(layout, shares, torch.zeros(0))
+    assert tokens.tolist() == [1, 2, 2, 0]
+    assert factors.tolist() == [[[3.0], [3.0]], [[2.0], [0.0]]]
+    assert selection.table(layout, shares, torch.zeros(0))[0] is tokens
+    selection.divide(list(shares), units=3)
+    assert selection.table(layout, shares, torch.zeros(0))[0] is tokens, "the same rows write another token"
+    selection.divide(shares, units=4)
+    assert selection.table(layout, shares, torch.zeros(0))[0] is not tokens
 
 
 def test_overlapping_shares_add_up() -> None:
-    gates = gates_of([Share(0, 2, "a", 0.25), Share(0, 1, "a", 0.5)], (("a", 1, 4.0),), 2, torch.zeros(0, dtype=torch.bfloat16))
-    assert gates.tolist() == [[3.0], [1.0]]
-    assert gates.dtype == torch.bfloat16
+    shares = [Share(0, 2, "a", 0.25), Share(0, 1, "a", 0.5)]
+    tokens, factors = table_of(shares, (("a", 4.0),), torch.zeros(0, dtype=torch.bfloat16))
+    assert (tokens.tolist(), factors.flatten().tolist(), factors.dtype) == ([0, 1], [3.0, 1.0], torch.bfloat16)

@@ -5,7 +5,7 @@
             └── tokens of share 2:  w₂·s₂ · x·A₂ᵀ·B₂ᵀ ── added to its part of y       (shares may overlap: a mix)
 
 Two ways give the same numbers to rounding. Share by share costs what the pairs cost and is differentiable; stacked, all pairs are
-one A (Σ rank, in) and one B (out, Σ rank), and what a token does not use is multiplied by zero: two products whatever the
+one A (P, rank, in) and one B (P, rank, out), each pair sees its own tokens, and the number of products does not depend on the
 number of adapters, which wins where each share has a token or two (decoding).
 """
 
@@ -19,8 +19,8 @@ from torch import Tensor
 
 from lorakeet.core.base import FrozenBase
 from lorakeet.core.lowrank import LoraPair
-from lorakeet.core.math import add_low_rank, grad_of_b, shrink_grad
-from lorakeet.core.selection import Layout, Share
+from lorakeet.core.math import add_low_rank, add_stacked, grad_of_b, shrink_grad
+from lorakeet.core.selection import Layout, Share, Table
 
 
 class SharedLowRank(torch.autograd.Function):
@@ -87,23 +87,50 @@ def shared_low_rank(
 
 
 class Stack:
-    """The pairs of several adapters on one weight, one below the other, in the dtype of the products; for inference.
+    """The pairs of several adapters on one weight, side by side, in the dtype of the products; for inference.
 
-    Copies A and B once, when the set of adapters in use changes, not for every token.
+    Copies A and B when an adapter comes into use, not for every token; the place of one that is no longer used is kept until
+    another needs it. Pairs of a smaller rank are filled up with zeros.
     """
 
     def __init__(self, pairs: dict[str, LoraPair], products: torch.dtype) -> None:
         factors = [pair.factors() for pair in pairs.values()]
-        self.A = torch.cat([A.detach().to(products) for A, _ in factors])  # (Σ rank, in)
-        self.B = torch.cat([B.detach().to(products) for _, B in factors], dim=1)  # (out, Σ rank)
-        self.products = products
-        self.pairs = tuple(pairs.values())
         ranks = [A.shape[0] for A, _ in factors]
-        self.layout: Layout = tuple((name, rank, pair.scale) for (name, pair), rank in zip(pairs.items(), ranks, strict=True))
+        first_a, first_b = factors[0]
+        self.rank, self.products = max(ranks), products
+        self.A = first_a.new_zeros((len(pairs), self.rank, first_a.shape[1]), dtype=products, requires_grad=False)
+        self.B = first_b.new_zeros((len(pairs), self.rank, first_b.shape[0]), dtype=products, requires_grad=False)
+        self._held: list[tuple[str, LoraPair]] = list(pairs.items())
+        for place, (_, pair) in enumerate(self._held):
+            self._copy(place, pair)
+        self.layout: Layout = tuple((name, pair.scale) for name, pair in self._held)
 
-    def apply(self, x: Tensor, base: FrozenBase, gates: Tensor, bias: Tensor | None = None) -> Tensor:
-        """x (tokens, in) in the products' dtype and `gates` (tokens, Σ rank) to (tokens, out), without gradient."""
-        y = base.matmul(x)
-        if bias is not None:
-            y.add_(bias)
-        return add_low_rank(y, torch.mm(x, self.A.t()).mul_(gates), self.B, 1.0)
+    def take(self, pairs: dict[str, LoraPair]) -> bool:
+        """Makes the stack hold `pairs`, copying only those that are new; False where a stack made anew is the better way.
+
+        That is where too few places are free, a rank is too large, or most places would be empty.
+        """
+        held = dict(self._held)
+        new = [(name, pair) for name, pair in pairs.items() if held.get(name) is not pair]
+        if not new:
+            return len(held) <= 2 * len(pairs)
+        free = [place for place, (name, pair) in enumerate(self._held) if pairs.get(name) is not pair]
+        if len(new) > len(free) or len(held) > 2 * len(pairs) or any(pair.factors()[0].shape[0] > self.rank for _, pair in new):
+            return False
+        for place, (name, pair) in zip(free, new, strict=False):
+            self._held[place] = name, pair
+            self._copy(place, pair)
+        self.layout = tuple((name, pair.scale) for name, pair in self._held)
+        return True
+
+    def _copy(self, place: int, pair: LoraPair) -> None:
+        A, B = (factor.detach() for factor in pair.factors())
+        rank = A.shape[0]
+        self.A[place, :rank].copy_(A)
+        self.B[place, :rank].copy_(B.t())
+        self.A[place, rank:].zero_()
+        self.B[place, rank:].zero_()
+
+    def add(self, y: Tensor, x: Tensor, table: Table) -> Tensor:
+        """Adds to `y` (tokens, out), in place, what the pairs give the tokens of `x` (tokens, in); both in `products`."""
+        return add_stacked(y, x, self.A, self.B, *table)

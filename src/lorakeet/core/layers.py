@@ -8,8 +8,9 @@ selection divides a batch, each share of its tokens has an adapter of its own (c
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -20,10 +21,10 @@ from lorakeet.core.batched import Stack, shared_low_rank
 from lorakeet.core.dora import DoraPair
 from lorakeet.core.lowrank import LoraPair, frozen_linear
 from lorakeet.core.plan import PlanEntry
-from lorakeet.core.selection import Selection, Share
+from lorakeet.core.selection import Selection, Share, Table
 from lorakeet.core.start import begin
 
-STACK_BELOW = 16  # tokens of a share on average, below which pairs are stacked where no gradient is asked for
+STACK_UP_TO = 16  # tokens of a share up to which its pair is stacked with others where no gradient is asked for
 
 
 class StandIn(nn.Module):
@@ -94,6 +95,22 @@ class AdaptedLayer(StandIn):
         return [(share, cast(LoraPair, self.adapters[share.name])) for share in shares if share.name in self.adapters]
 
 
+@dataclass(frozen=True)
+class _Division:
+    """How a linear layer goes about the shares of a batch: worked out once, used for every token that the same rows write."""
+
+    shares: tuple[Share, ...] | None
+    tokens: int
+    products: torch.dtype
+    long: Sequence[tuple[Share, LoraPair]] = ()  # share by share
+    stack: Stack | None = None  # for all others
+    table: Table | None = None
+    special: Sequence[tuple[Share, LoraPair]] = ()  # where a pair is more than A and B, each share by itself
+
+    def holds(self, shares: tuple[Share, ...] | None, tokens: int, products: torch.dtype) -> bool:
+        return self.shares is shares and self.tokens == tokens and self.products == products
+
+
 class LoraLinear(AdaptedLayer):
     """nn.Linear, GPT-2's Conv1D or a quantised linear layer, seen through a FrozenBase."""
 
@@ -101,6 +118,7 @@ class LoraLinear(AdaptedLayer):
         super().__init__(original)
         self.base = base
         self._stack: Stack | None = None
+        self._division: _Division | None = None
 
     @property
     def in_features(self) -> int:
@@ -123,20 +141,52 @@ class LoraLinear(AdaptedLayer):
 
     def _divided(self, x: Tensor) -> Tensor:
         """x (tokens, in) to (tokens, out), each share of the tokens with its pair."""
-        shares = self.divided(len(x))
-        if not all(pair.plain for _, pair in shares):
-            return self._one_by_one(x, shares)
-        pairs = {share.name: pair for share, pair in shares}
-        if torch.is_grad_enabled() or len(x) > STACK_BELOW * len(shares):
+        if torch.is_grad_enabled() or self.training:
+            shares = self.divided(len(x))
+            if not all(pair.plain for _, pair in shares):
+                return self._one_by_one(x, shares)
             return shared_low_rank(x, self.base, shares, bias=self.bias, products=self.products)
         products = self.products or x.dtype
-        stack = self._stack
-        if stack is None or stack.products != products or stack.pairs != tuple(pairs.values()):
-            stack = self._stack = Stack(pairs, products)
-        gates = self.selection.gates(stack.layout, len(x), stack.A)
-        return stack.apply(x.to(products), self.base, gates, self.bias).to(x.dtype)
+        division = self._division
+        if division is None or not division.holds(self.selection.shares, len(x), products):
+            division = self._division = self._divide(len(x), products)
+        if division.special:
+            return self._one_by_one(x, division.special)
+        wide = x.to(products)
+        y = shared_low_rank(wide, self.base, division.long, bias=self.bias, products=products)
+        if division.stack is not None and division.table is not None:
+            division.stack.add(y, wide, division.table)
+        return y.to(x.dtype)
 
-    def _one_by_one(self, x: Tensor, shares: list[tuple[Share, LoraPair]]) -> Tensor:
+    def _divide(self, tokens: int, products: torch.dtype) -> _Division:
+        """How this layer goes about the shares; the same for every step until rows come or go."""
+        shares, given = self.divided(tokens), self.selection.shares
+        if not all(pair.plain for _, pair in shares):
+            return _Division(given, tokens, products, special=shares)
+        long = [(share, pair) for share, pair in shares if share.stop - share.start > STACK_UP_TO]
+        short = {share: pair for share, pair in shares if share.stop - share.start <= STACK_UP_TO}
+        if not short:
+            return _Division(given, tokens, products, long=long)
+        stack = self._stack_of({share.name: pair for share, pair in short.items()}, products)
+        return _Division(given, tokens, products, long, stack, self.selection.table(stack.layout, tuple(short), stack.A))
+
+    def _stack_of(self, pairs: dict[str, LoraPair], products: torch.dtype) -> Stack:
+        """A stack that holds `pairs`: the one of the step before, as it is or with new ones in it, or a new one."""
+        stack = self._stack
+        if stack is None or stack.products != products or not stack.take(pairs):
+            stack = self._stack = Stack(pairs, products)
+        return stack
+
+    def attach(self, name: str, adapter: nn.Module) -> None:
+        super().attach(name, adapter)
+        self._division = None
+
+    def detach(self, name: str) -> None:
+        """As for every layer; copies of its pair that a stack holds go too."""
+        super().detach(name)
+        self._stack = self._division = None
+
+    def _one_by_one(self, x: Tensor, shares: Sequence[tuple[Share, LoraPair]]) -> Tensor:
         """For pairs that are more than A and B: each share goes through its pair by itself, all other tokens through the base."""
         ends = sorted({0, len(x), *(share.start for share, _ in shares), *(share.stop for share, _ in shares)})
         parts = []

@@ -52,6 +52,17 @@ def add_low_rank(y: Tensor, shrunk: Tensor, B: Tensor, scale: float) -> Tensor:
     return y.addmm_(shrunk, B.t(), alpha=scale)
 
 
+def add_stacked(y: Tensor, x: Tensor, A: Tensor, B: Tensor, tokens: Tensor, factors: Tensor) -> Tensor:
+    """Adds to `y` (n, out), in place, what P pairs of one rank give the rows of `x` (n, in): A (P, rank, in), B (P, rank, out).
+
+    `tokens` (P·m,) are the rows that each pair sees, m of them, `factors` (P, m, 1) their weight·scale; 0 where a place is empty.
+    The number of products does not depend on P.
+    """
+    seen = x.index_select(0, tokens).view(A.shape[0], -1, x.shape[1])
+    shrunk = torch.bmm(seen, A.transpose(1, 2)).mul_(factors)
+    return y.index_add_(0, tokens, torch.bmm(shrunk, B).flatten(0, 1))
+
+
 def shrink_grad(grad: Tensor, B: Tensor, scale: float) -> Tensor:
     """u = s·∂y·B (tokens, rank): what reaches the rank side; then ∂A = uᵀ·x and ∂x gains u·A."""
     return torch.mm(grad, B).mul_(scale)

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-Layout = tuple[tuple[str, int, float], ...]  # (adapter, rank, scale) of the pairs of a stack, in order
+Layout = tuple[tuple[str, float], ...]  # (adapter, scale) of the pairs of a stack, in order
+Table = tuple[Tensor, Tensor]  # which tokens each pair of a stack sees, and weight·scale of each; see table_of
 
 
 @dataclass(frozen=True)
@@ -31,12 +32,12 @@ class Selection:
         self.active: str | None = None
         self.shares: tuple[Share, ...] | None = None
         self.units = 0
-        self._gates: dict[tuple[Layout, int, torch.dtype, torch.device], Tensor] = {}
+        self._tables: dict[tuple[Layout, tuple[Share, ...], torch.dtype, torch.device], Table] = {}
 
     def use(self, name: str | None) -> None:
         """Everything uses the adapter `name`, or the bare base. The name is not checked here; see models/inject.activate."""
         self.active, self.shares = name, None
-        self._gates.clear()
+        self._tables.clear()
 
     def divide(self, shares: Iterable[Share], *, units: int) -> None:
         """The next batches have `units` units, and each share of them its adapter; units in no share use the bare base.
@@ -47,8 +48,10 @@ class Selection:
         for share in given:
             if not 0 <= share.start < share.stop <= units:
                 raise ValueError(f"{share} does not lie within a batch of {units}")
+        if given == self.shares and units == self.units:
+            return  # the same rows write another token: what was worked out for them still holds
         self.shares, self.units = given, units
-        self._gates.clear()
+        self._tables.clear()
 
     def shares_over(self, tokens: int) -> tuple[Share, ...]:
         """The shares in tokens, where a layer sees `tokens` of them: as many for each unit."""
@@ -60,24 +63,30 @@ class Selection:
             return shares
         return tuple(Share(share.start * each, share.stop * each, share.name, share.weight) for share in shares)
 
-    def gates(self, layout: Layout, tokens: int, like: Tensor) -> Tensor:
-        """`gates_of` the shares, kept until they change: every layer with the same ranks and scales asks for the same."""
-        key = layout, tokens, like.dtype, like.device
-        if key not in self._gates:
-            self._gates[key] = gates_of(self.shares_over(tokens), layout, tokens, like)
-        return self._gates[key]
+    def table(self, layout: Layout, shares: tuple[Share, ...], like: Tensor) -> Table:
+        """`table_of` the shares, kept until they change: every layer with the same adapters and scales asks for the same."""
+        key = layout, shares, like.dtype, like.device
+        if key not in self._tables:
+            self._tables[key] = table_of(shares, layout, like)
+        return self._tables[key]
 
 
-def gates_of(shares: Iterable[Share], layout: Layout, tokens: int, like: Tensor) -> Tensor:
-    """(tokens, Σ rank): weight·scale where a token uses a pair of the stack `layout`, else 0; dtype and device of `like`."""
-    starts: dict[str, tuple[int, int, float]] = {}
-    width = 0
-    for name, rank, scale in layout:
-        starts[name] = (width, width + rank, scale)
-        width += rank
-    gates = torch.zeros(tokens, width)
+def table_of(shares: Iterable[Share], layout: Layout, like: Tensor) -> Table:
+    """For a stack of P pairs: tokens (P·m,) and factors (P, m, 1), where m is the most tokens that one pair sees.
+
+    Each pair's tokens come with weight·scale; a pair with fewer of them sees token 0 with factor 0. Dtype and device of `like`.
+    """
+    seen: dict[str, dict[int, float]] = {name: {} for name, _ in layout}
     for share in shares:
-        if share.name in starts:
-            first, last, scale = starts[share.name]
-            gates[share.start : share.stop, first:last] += share.weight * scale
-    return gates.to(device=like.device, dtype=like.dtype)
+        if share.name in seen:
+            mine = seen[share.name]
+            for token in range(share.start, share.stop):
+                mine[token] = mine.get(token, 0.0) + share.weight
+    most = max((len(mine) for mine in seen.values()), default=0)
+    tokens, factors = [], []
+    for name, scale in layout:
+        mine, empty = seen[name], most - len(seen[name])
+        tokens += [*mine, *([0] * empty)]
+        factors += [*(weight * scale for weight in mine.values()), *([0.0] * empty)]
+    found = torch.tensor(factors).view(len(layout), most, 1)
+    return torch.tensor(tokens, dtype=torch.int64).to(like.device), found.to(device=like.device, dtype=like.dtype)
