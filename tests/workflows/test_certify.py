@@ -11,7 +11,6 @@ import pytest
 import torch
 import transformers
 
-from lorakeet.core.adapter import Adapter
 from lorakeet.evaluate.certificate import Certificate, read_certificate
 from lorakeet.evaluate.spec import EvaluateSpec
 from lorakeet.formats import peft
