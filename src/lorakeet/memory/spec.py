@@ -15,12 +15,11 @@ class MemorySpec:
     budget: str = field(
         default="",
         metadata={
-            "help": "The most memory that the process may hold, such as 2GiB; frozen weights that do not fit are streamed from "
-            "disk. Left out, everything stays in memory."
+            "help": "The most memory that the process may hold, such as 2GiB; weights that do not fit are streamed from disk."
         },
     )
     store: str = field(
-        default="", metadata={"help": "Folder for the store of streamed weights; left out, one in the cache folder, used again."}
+        default="", metadata={"help": "Folder for the store of streamed weights; left out, one in the cache folder."}
     )
 
     @property

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+import weakref
 from collections.abc import Hashable
 from pathlib import Path
 
@@ -22,7 +23,8 @@ class Aside:
         self._places: dict[Hashable, tuple[int, torch.dtype, tuple[int, ...]]] = {}
         self._end = 0
         self._folder = folder
-        self._file = None if folder is None else tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 - closed by `close`
+        self._file = None if folder is None else tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 - closed below
+        self._closing = None if self._file is None else weakref.finalize(self, self._file.close)
 
     def put(self, key: Hashable, tensor: Tensor) -> None:
         """Keeps `tensor`, which must not be written to afterwards; EnvironmentProblem where the disk is full."""
@@ -59,5 +61,5 @@ class Aside:
         """Forgets everything."""
         self._held.clear()
         self._places.clear()
-        if self._file is not None:
-            self._file.close()
+        if self._closing is not None:
+            self._closing()

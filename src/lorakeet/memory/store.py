@@ -15,6 +15,7 @@ import json
 import os
 import shutil
 import tempfile
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -170,7 +171,8 @@ class Store:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.identity, self.tensors = _read_header(path)
-        self._file = path.open("rb", buffering=0)
+        self._descriptor = os.open(path, os.O_RDONLY)
+        self._closing = weakref.finalize(self, os.close, self._descriptor)  # also where nobody calls `close`
 
     @classmethod
     def open(cls, path: Path, identity: Mapping[str, str]) -> Store:
@@ -198,7 +200,7 @@ class Store:
         view = raw_bytes(into)
         done = 0
         while done < len(view):
-            count = os.preadv(self._file.fileno(), [view[done:]], begin + done)
+            count = os.preadv(self._descriptor, [view[done:]], begin + done)
             if count == 0:
                 raise DataError(f"The store {self.path} ends at byte {begin + done:,}; it was cut off. {_REMEDY}")
             done += count
@@ -212,7 +214,7 @@ class Store:
 
     def close(self) -> None:
         """Closes the file."""
-        self._file.close()
+        self._closing()
 
 
 class StoredRows:

@@ -182,37 +182,22 @@ def plain_output(output: Any) -> Tensor:
     )
 
 
-def frozen_tensors(block: nn.Module) -> dict[str, Tensor]:
-    """Every parameter and persistent buffer of a block without adapter, by its path in the block."""
-    return {name: tensor.detach() for name, tensor in block.state_dict(keep_vars=True).items()}
-
-
-def put_out(block: nn.Module) -> None:
-    """Replaces every frozen tensor of a block by one of its shape on the meta device."""
-    for name, tensor in frozen_tensors(block).items():
-        if not tensor.is_meta:
-            module = block.get_submodule(name.rpartition(".")[0])
-            _sit(_Seat(module, name.rpartition(".")[2], name, tensor), tensor.to("meta"))
-
-
 def hold(model: nn.Module, plan: Plan) -> None:
     """Makes the embedding and the head resident where `plan` puts something on them; the rest goes on streaming."""
     paths = [entry.path for entry in plan.entries]
     paths += [path for extra in plan.extras for path in (extra.path, extra.tied) if path]
     found = [modules.find(model, path) for path in dict.fromkeys(paths)]
-    asked = [stand_in for stand_in in found if isinstance(stand_in, (StreamedEmbedding, StreamedHead))]
-    if not asked:
-        return
-    shared: dict[int, nn.Parameter] = {}  # by the identity of the empty weight, so that tied ones stay one
+    asked = {stand_in.weight for stand_in in found if isinstance(stand_in, (StreamedEmbedding, StreamedHead))}
+    shared: dict[Tensor, nn.Parameter] = {}  # by the empty weight, so that tied ones stay one
     for path, module in list(modules.original_modules(model)):
         stand_in = modules.find(model, path)
         if not isinstance(stand_in, (StreamedEmbedding, StreamedHead)):
             continue
-        if stand_in in asked or any(stand_in.weight is other.weight for other in asked):
-            weight = cast(nn.Parameter, stand_in.weight)
-            if id(weight) not in shared:
-                shared[id(weight)] = nn.Parameter(stand_in.rows[0 : stand_in.rows.shape[0]], requires_grad=False)
-            cast(Any, module).weight = shared[id(weight)]
+        empty = stand_in.weight
+        if empty in asked:
+            if empty not in shared:
+                shared[empty] = nn.Parameter(stand_in.rows[0 : stand_in.rows.shape[0]], requires_grad=False)
+            cast(Any, module).weight = shared[empty]
             modules.replace(model, path, module)
 
 

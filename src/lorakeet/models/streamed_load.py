@@ -28,6 +28,7 @@ from lorakeet.models.quantized import (
     READERS,
     Stock,
     dense_stock,
+    method_of,
     packable,
     quantised_stock,
     skeleton,
@@ -111,7 +112,13 @@ def _stock_of(source: Path, config: Any, quantize: QuantSpec) -> Stock:
     """What the files of a model promise, packed as they are or as `quantize` asks."""
     files, stored = tensor_files(source), stored_quantisation(config)
     if stored:
-        return READERS[str(stored.get("quant_method", ""))](files, stored)
+        method = str(stored.get("quant_method", ""))
+        if method not in READERS or quantize.method not in ("none", method_of(stored)):
+            raise ConfigError(
+                f"{source} holds weights quantised by '{method}' and model.quantize.method is {quantize.method}; readable are "
+                f"{', '.join(READERS)}, with model.quantize.method none. Name the unquantised model to quantise it."
+            )
+        return READERS[method](files, stored)
     return dense_stock(files) if quantize.method == "none" else quantised_stock(dense_stock(files), config, quantize)
 
 
@@ -124,14 +131,18 @@ def empty_model(config: Any, dtype: torch.dtype) -> Any:
     return model
 
 
-def empty_packed(config: Any, dtype: torch.dtype, quantize: QuantSpec) -> Any:
+def empty_packed(config: Any, dtype: torch.dtype, quantize: QuantSpec, files: int) -> Any:
     """The model on the meta device with its linear layers packed as they will be: as `quantize` asks, or as its files are.
 
-    Files that are packed already count as nf4: about as large as any 4-bit file.
+    Files that are packed already, `files` bytes in all, count as nf4 or int8, whichever they are nearer to.
     """
     model = empty_model(config, dtype)
-    stored = stored_quantisation(config)
-    method = "nf4" if stored and quantize.method == "none" else quantize.method
+    stored, method = stored_quantisation(config), quantize.method
+    if stored:
+        chosen = packable(model, head=False)
+        dense = sum(tensor.nbytes for name, tensor in model.state_dict().items() if name.removesuffix(".weight") not in chosen)
+        weights = sum(cast(Tensor, module.weight).numel() for module in chosen.values())
+        method = "nf4" if files - dense < 0.7 * weights else "int8"
     if method == "none":
         return model
     settings = {"method": method, "block_size": quantize.block_size, "double_quant": quantize.double_quant}

@@ -54,7 +54,8 @@ def arrange(config: RunConfig, say: Callable[[str], None]) -> Arrangement:
         say(warning)
     return_freed_memory()
     source = find_source(config.model, say)
-    shapes, step = shapes_of(config, read_config(source))
+    files = sum(path.stat().st_size for path in source.glob("*.safetensors"))
+    shapes, step = shapes_of(config, read_config(source), files)
     runtime = resident_bytes()
     choice = choose(shapes, step, runtime, budget)
     if choice is None:
@@ -70,13 +71,13 @@ def arrange(config: RunConfig, say: Callable[[str], None]) -> Arrangement:
     return Arrangement(budget, choice.planned, folder, folder if choice.aside else None, choice.together)
 
 
-def shapes_of(config: RunConfig, model_config: Any) -> tuple[Shapes, Step]:
-    """The numbers that decide, from the settings and the model's configuration; no weight is read."""
+def shapes_of(config: RunConfig, model_config: Any, files: int) -> tuple[Shapes, Step]:
+    """The numbers that decide, from the settings, the model's configuration and the bytes of its files; no weight is read."""
     device = device_for(config.model.device)
     dtype = dtype_for(config.model.dtype, device)
     products = products_for(config.model, dtype, device)
     text, family = model_config.get_text_config(), family_of(model_config.get_text_config())
-    model = empty_packed(model_config, dtype, config.model.quantize)
+    model = empty_packed(model_config, dtype, config.model.quantize, files)
     sizes = dict.fromkeys(records_of(model, family), 0)
     prefix = next(iter(sizes)).rpartition(".")[0]
     ends = {f"{modules.path_of(model, end)}.weight" for end in (modules.input_layer(model), modules.output_layer(model))}

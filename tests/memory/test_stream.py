@@ -1,0 +1,54 @@
+"""Two buffers in turn: every record is right whatever the order, and no more than two are held."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from lorakeet.errors import DataError
+from lorakeet.memory.store import Store, new_store
+from lorakeet.memory.stream import RecordStream
+
+
+def stream(folder: Path, count: int = 5) -> RecordStream:
+    with new_store(folder / "s", identity={}, tensors=count) as writer:
+        for number in range(count):
+            writer.add(f"b.{number}", {"w": torch.full((10 + number,), float(number))})
+    return RecordStream(Store(folder / "s"), [f"b.{number}" for number in range(count)])
+
+
+def test_there_and_back_reads_twice_what_was_not_still_there_at_the_turn(tmp_path: Path) -> None:
+    found = stream(tmp_path)
+    order = [0, 1, 2, 3, 4, 4, 3, 2, 1, 0]
+    for place, index in enumerate(order):
+        then = order[min(place + 1, len(order) - 1)]
+        views = found.bring(index, then)
+        assert torch.equal(views["w"], torch.full((10 + index,), float(index)))
+    assert found.bytes_read == sum(record.bytes for record in found.records) * 2 - sum(
+        record.bytes for record in found.records[3:]
+    )
+    found.close()
+
+
+def test_any_order_gives_the_right_record_while_another_is_read(tmp_path: Path) -> None:
+    found = stream(tmp_path)
+    chance = torch.Generator().manual_seed(0)
+    for _ in range(50):
+        index, then = torch.randint(5, (2,), generator=chance).tolist()
+        views = found.bring(index, then)
+        assert bool((views["w"] == index).all()) and len(views["w"]) == 10 + index
+    assert len(found._slots) <= 2 and found.slot_bytes == found.records[4].bytes
+    found.release()
+    assert bool((found.bring(2, 3)["w"] == 2).all())
+    found.close()
+
+
+def test_what_the_reader_meets_is_raised_where_the_record_is_wanted(tmp_path: Path) -> None:
+    found = stream(tmp_path)
+    os.truncate(tmp_path / "s", found.records[3].begin + 4)
+    found.bring(2, 3)
+    with pytest.raises(DataError, match="cut off"):
+        found.bring(3, 4)

@@ -1,0 +1,105 @@
+"""From files to a store and to a streaming model: every family's tensors, and what is missing or foreign is said."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import AutoConfig
+
+from lorakeet.errors import ConfigError, DataError
+from lorakeet.memory.store import Store
+from lorakeet.models.families import GENERIC, family_of
+from lorakeet.models.streamed_load import empty_model, empty_packed, identity, open_streamed, records_of, write_store
+from lorakeet.quant.spec import QuantSpec
+from tiny.models import FAMILIES, save_tiny_llama
+from tiny.streams import loaded
+
+PLAIN = QuantSpec()
+
+
+@pytest.mark.parametrize("method", ["none", "nf4"])
+@pytest.mark.parametrize("family", [name for name in FAMILIES if name not in ("llama", "qwen2", "mixtral")])
+def test_every_family_gives_the_resident_models_logits(family: str, method: str, tmp_path: Path) -> None:
+    folder = save_tiny_llama(tmp_path / "model", family=family)
+    ids = torch.arange(5, 17)[None]
+    resident, streamed = loaded(folder, method=method), loaded(folder, tmp_path / "store", method=method)
+    assert streamed.attention == resident.attention
+    with torch.no_grad():
+        assert torch.equal(*(text.head(text.model.get_decoder()(input_ids=ids, row_lengths=(12,), use_cache=False)
+                                       .last_hidden_state[0]) for text in (resident, streamed)))  # fmt: skip
+
+
+def test_a_store_is_used_again_and_belongs_to_its_model(tmp_path: Path) -> None:
+    folder, store = save_tiny_llama(tmp_path / "model"), tmp_path / "store"
+    loaded(folder, store)
+    (path,) = store.iterdir()
+    stamp = path.stat().st_mtime_ns
+    loaded(folder, store)
+    assert path.stat().st_mtime_ns == stamp
+    other = save_tiny_llama(tmp_path / "other" / "model", seed=1)
+    loaded(other, store)
+    assert len(list(store.iterdir())) == 2
+    stolen = next(file for file in store.iterdir() if file != path)
+    stolen.write_bytes(path.read_bytes())
+    with pytest.raises(DataError, match="holds another model"):
+        loaded(other, store)
+    loaded(folder, store, dtype="bfloat16")
+    loaded(folder, store, method="int8")
+    assert len(list(store.iterdir())) == 4
+
+
+def test_a_truncated_store_is_refused(tmp_path: Path) -> None:
+    folder, store = save_tiny_llama(tmp_path / "model"), tmp_path / "store"
+    loaded(folder, store)
+    (path,) = store.iterdir()
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(DataError, match="is damaged"):
+        loaded(folder, store)
+
+
+def test_missing_and_misshapen_tensors_are_listed_and_no_store_is_left(tmp_path: Path) -> None:
+    folder = save_tiny_llama(tmp_path / "model")
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["model.layers.1.mlp.up_proj.weight"]
+    tensors["model.layers.0.self_attn.q_proj.weight"] = torch.zeros(3, 3)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(DataError) as caught:
+        loaded(folder, tmp_path / "store")
+    assert "layers.1.mlp.up_proj.weight' is missing" in str(caught.value)
+    assert "layers.0.self_attn.q_proj.weight' is (3, 3)" in str(caught.value)
+    assert list((tmp_path / "store").iterdir()) == []
+
+
+def test_a_model_without_a_list_of_blocks_is_refused() -> None:
+    with pytest.raises(ConfigError, match="no list of blocks"):
+        records_of(nn.Linear(2, 2), GENERIC)
+
+
+def test_the_store_names_packed_layers_and_holds_every_tensor_once(tmp_path: Path) -> None:
+    folder = save_tiny_llama(tmp_path / "model")
+    config, path = AutoConfig.from_pretrained(folder), tmp_path / "s"
+    quantize = QuantSpec(method="nf4")
+    same = identity(folder, torch.float32, quantize)
+    write_store(path, same, source=folder, config=config, dtype=torch.float32, quantize=quantize, family=family_of(config))
+    store = Store.open(path, same)
+    assert len(json.loads(store.identity["packed"])) == 14
+    assert sum("embed_tokens" in name for name in store.tensors) == 1 and not any("lm_head" in name for name in store.tensors)
+    model, streamed = open_streamed(store, config, torch.float32, family_of(config))
+    assert len(streamed.blocks) == 2 and not model.model.norm.weight.is_meta and not model.model.rotary_emb.inv_freq.is_meta
+    streamed.stream.close()
+
+
+def test_planned_sizes_are_those_of_the_loaded_model(tmp_path: Path) -> None:
+    folder = save_tiny_llama(tmp_path / "model")
+    config = AutoConfig.from_pretrained(folder)
+    for method in ("none", "nf4", "int8"):
+        quantize = QuantSpec(method=method)  # type: ignore[arg-type]
+        planned = empty_packed(config, torch.float32, quantize, files=0).state_dict()
+        real = loaded(folder, method=method).model.state_dict()
+        assert {name: tensor.nbytes for name, tensor in planned.items()} == {name: t.nbytes for name, t in real.items()}
+    assert all(tensor.is_meta for tensor in empty_model(config, torch.bfloat16).state_dict().values())

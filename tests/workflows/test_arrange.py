@@ -1,0 +1,82 @@
+"""memory.budget: what is decided for which budget, and whole runs that are the same with it and without."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from lorakeet.errors import ConfigError, EnvironmentProblem
+from lorakeet.memory.bound import least, resident
+from lorakeet.memory.measure import resident_bytes
+from lorakeet.models.load import read_config
+from lorakeet.workflows.arrange import Arrangement, arrange, shapes_of
+from lorakeet.workflows.finetune import finetune
+from tiny.models import save_tiny_llama
+from tiny.runs import adapter_bytes, chats, quiet, run, settings, write_rows
+
+WIDE = {"num_hidden_layers": 24, "hidden_size": 256, "intermediate_size": 512}
+CHANGES = {"train.steps": "2", "train.micro_tokens": "128", "evaluate.drift_texts": "0"}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny_llama(tmp_path_factory.mktemp("wide") / "model", **WIDE)
+
+
+def test_without_a_budget_nothing_is_arranged(model: Path, tmp_path: Path) -> None:
+    assert arrange(settings(model, tmp_path / "rows", tmp_path / "run"), print) == Arrangement()
+
+
+def test_a_large_budget_streams_nothing_and_a_middling_one_does(model: Path, tmp_path: Path) -> None:
+    config = settings(model, tmp_path / "rows", tmp_path / "run", CHANGES)
+    shapes, step = shapes_of(config, read_config(model), files=0)
+    assert shapes.blocks == 24 and shapes.block_total > 20 * shapes.block_bytes and step.batches > 1
+    said: list[str] = []
+    large = settings(model, tmp_path / "rows", tmp_path / "run", {**CHANGES, "memory.budget": "8GiB"})
+    assert arrange(large, said.append).store is None and "stays in memory" in said[-1]
+    now = resident_bytes()
+    middle = (least(shapes, step, now) + resident(shapes, step, now)) // 2
+    smaller = settings(
+        model, tmp_path / "rows", tmp_path / "run", {**CHANGES, "memory.budget": f"{middle // 1000}KB", "memory.store": "there"}
+    )
+    found = arrange(smaller, said.append)
+    assert found.store == Path("there") and found.together >= 1 and "streamed from disk" in said[-1]
+    assert found.planned is not None and found.budget is not None and found.planned <= found.budget
+
+
+def test_a_budget_below_the_floor_is_refused_with_the_least_that_works(model: Path, tmp_path: Path) -> None:
+    small = settings(model, write_rows(tmp_path / "rows.jsonl", chats(30)), tmp_path / "run", {"memory.budget": "64MiB"})
+    with pytest.raises(ConfigError, match=r"memory.budget is 0.06 GiB, but this run takes at least 0\.\d\d GiB"):
+        finetune(small, console=quiet())
+    assert not (tmp_path / "run").exists()
+
+
+def test_more_than_the_machine_has_is_warned_of(model: Path, tmp_path: Path) -> None:
+    said: list[str] = []
+    arrange(settings(model, tmp_path / "rows", tmp_path / "run", {"memory.budget": "900TiB"}), said.append)
+    assert "this machine has" in said[0]
+
+
+def test_a_device_that_cannot_stream_is_refused(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    monkeypatch.setattr("lorakeet.workflows.arrange.device_for", lambda _: torch.device("cuda"))
+    with pytest.raises(EnvironmentProblem, match="CPU only"):
+        arrange(settings(model, tmp_path / "rows", tmp_path / "run", {"memory.budget": "8GiB"}), print)
+
+
+def test_a_run_within_a_budget_ends_in_the_same_bytes(model: Path, tmp_path: Path) -> None:
+    data = write_rows(tmp_path / "rows.jsonl", chats(40))
+    plain = run(model, data, tmp_path / "plain", CHANGES)
+    config = settings(model, data, tmp_path / "kept", CHANGES)
+    shapes, step = shapes_of(config, read_config(model), files=0)
+    now = resident_bytes()
+    budget = f"{(least(shapes, step, now) + resident(shapes, step, now)) // 2000}KB"
+    kept = run(model, data, tmp_path / "kept", {**CHANGES, "memory.budget": budget, "memory.store": str(tmp_path / "store")})
+    assert kept.setup.text.streamed is not None and plain.outcome is not None and kept.outcome is not None
+    assert kept.outcome.best_loss == plain.outcome.best_loss
+    assert adapter_bytes(tmp_path / "kept") == adapter_bytes(tmp_path / "plain")
+    assert kept.report is not None
+    planned, against = kept.report.memory
+    assert planned.planned is not None and planned.used is not None and against.planned == kept.setup.arrangement.budget
