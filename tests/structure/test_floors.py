@@ -16,6 +16,7 @@ PLACES: dict[str, tuple[str, ...]] = {
     "diffusers": ("models/image.py",),
     "bitsandbytes": ("quant/",),
     "gguf": ("formats/gguf.py", "quant/gguf.py", "export/gguf_model.py"),
+    "llama_cpp_py_sync": ("export/llama_cpp.py",),
     "peft": (),
     "trl": (),
     "accelerate": (),

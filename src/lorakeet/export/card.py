@@ -1,0 +1,116 @@
+"""README.md beside an export: what it is, how it was measured, with the run's own figures, and how to use it.
+
+The front matter is what model hubs read: base model, licence, data sets, tags. Nothing is stated that is not known.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from lorakeet.evaluate.certificate import Certificate
+from lorakeet.evaluate.intervals import Estimate
+from lorakeet.evaluate.report import Report
+from lorakeet.evaluate.wording import METRIC_WORDS, metric_words, number, signed
+
+_HUB = "hub:"
+
+
+@dataclass(frozen=True)
+class CardFacts:
+    """What the card states besides the run's report; empty fields are left out."""
+
+    title: str
+    base_model: str
+    files: Mapping[str, str]  # name → what it is
+    usage: Sequence[str]  # commands
+    library: str = ""
+    licence: str = ""
+    datasets: Sequence[str] = ()
+    notes: Sequence[str] = ()
+    settings: Mapping[str, str] = field(default_factory=dict)
+
+
+def card(facts: CardFacts, report: Report | None, certificate: Certificate | None) -> str:
+    """The text of the README.md."""
+    parts = [_front(facts), f"# {facts.title}", ""]
+    parts.append(f"A LoRA adapter trained on `{facts.base_model}` with [Lorakeet](https://pypi.org/project/lorakeet/).")
+    if report is not None and report.verdict is not None:
+        parts += ["", f"**{report.verdict.sentence}**"]
+    parts += ["", "## Files", "", *(f"- `{name}`: {what}" for name, what in facts.files.items())]
+    parts += ["", "## Use", "", "```", *facts.usage, "```"]
+    if report is not None and report.systems:
+        parts += ["", "## How good it is", "", *_results(report)]
+    settings = {**facts.settings, **(report.facts if report is not None else {})}
+    settings.pop("Run folder", None)
+    if settings:
+        parts += ["", "## How it was made", "", "| | |", "| --- | --- |"]
+        parts += [f"| {_cell(name)} | {_cell(text)} |" for name, text in settings.items()]
+    if certificate is not None:
+        parts += ["", "## Is it the model that was trained?", "", *_checks(certificate)]
+    said = [*facts.notes, *(report.warnings if report is not None else ())]
+    if not facts.licence:
+        said.append("The base model's folder does not say its licence; look it up before you pass this on.")
+    parts += ["", "## What to know", "", *(f"- {note}" for note in said)]
+    return "\n".join(parts) + "\n"
+
+
+def _front(facts: CardFacts) -> str:
+    front: dict[str, Any] = {"base_model": facts.base_model, "base_model_relation": "finetune"}
+    if facts.library:
+        front["library_name"] = facts.library
+    if facts.licence:
+        front["license"] = facts.licence
+    names = [name[len(_HUB) :].partition("#")[0] for name in facts.datasets if name.startswith(_HUB)]
+    if names:
+        front["datasets"] = names
+    front |= {"pipeline_tag": "text-generation", "tags": ["lora", "lorakeet"]}
+    return f"---\n{yaml.safe_dump(front, sort_keys=False, allow_unicode=True)}---\n"
+
+
+def _results(report: Report) -> list[str]:
+    """The table of systems with their intervals, and the paired differences."""
+    names = [name for name in METRIC_WORDS if any(name in system.metrics for system in report.systems)]
+    titles = " | ".join(metric_words(name).title for name in names)
+    lines = [f"| system | {titles} | n |", "| --- |" + " --- |" * (len(names) + 1)]
+    for system in report.systems:
+        cells = [_estimate(system.metrics.get(name), metric_words(name).digits) for name in names]
+        n = next((str(found.n) for found in system.metrics.values()), "")
+        lines.append(f"| {_cell(system.name)} | " + " | ".join(cells) + f" | {n} |")
+    lines += [""] if report.comparisons else []
+    for item in report.comparisons:
+        found = item.difference
+        lines.append(
+            f"- {item.left} − {item.right}, {metric_words(item.metric).inline}: {signed(found.value)} "
+            f"[{signed(found.low)}, {signed(found.high)}], {item.verdict} (p {item.p_value:.2g}, {item.test}, n = {found.n})"
+        )
+    lines += ["", "Square brackets are 95 % intervals on rows that training never saw."] if report.systems else []
+    return lines
+
+
+def _estimate(found: Estimate | None, digits: int) -> str:
+    return "" if found is None else f"{number(found.value, digits)} [{number(found.low, digits)}, {number(found.high, digits)}]"
+
+
+def _checks(certificate: Certificate) -> list[str]:
+    verdict = "All checks passed" if certificate.passed else "**Not all checks passed: do not use it**"
+    return [f"{verdict}.", "", *(f"- {check}" for check in certificate.checks)]
+
+
+def licence_of(folder: Path) -> str:
+    """The licence that a model folder's README.md names in its front matter; empty where it names none."""
+    try:
+        text = (folder / "README.md").read_text(encoding="utf-8")
+        front = yaml.safe_load(text.split("---")[1]) if text.startswith("---") else None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, IndexError):
+        return ""
+    found = front.get("license") if isinstance(front, dict) else None
+    return found if isinstance(found, str) else ""
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|").replace("\n", " ")

@@ -1,0 +1,94 @@
+"""The tensors of a model folder with an adapter folded in, made one by one, and how much of the change a file holds."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from lorakeet.core.adapter import Adapter
+from lorakeet.merge.checkpoint import Checkpoint, open_checkpoint
+from lorakeet.merge.edits import Edits, edits_for
+
+
+class Folded:
+    """A base and the changes of an adapter, by the names of the tensors on disk. One tensor is made at a time, in fp32."""
+
+    def __init__(self, source: Path, adapter: Adapter | None) -> None:
+        """ConfigError lists every tensor of the adapter that does not fit the model in `source`."""
+        self.checkpoint: Checkpoint = open_checkpoint(source)
+        self.edits = Edits({}, {}, ()) if adapter is None else edits_for(self.checkpoint, adapter)
+
+    @property
+    def names(self) -> list[str]:
+        """Every tensor, those that the adapter adds last."""
+        return list(dict.fromkeys([*self.checkpoint.home, *self.edits.by_name]))
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape of the tensor once the adapter is folded in."""
+        edit = self.edits.by_name.get(name)
+        return edit.shape if edit else self.checkpoint.stored(name).shape
+
+    @torch.no_grad()
+    def fetch(self, name: str, *, folded: bool = True) -> Tensor:
+        """The tensor in fp32; without `folded` as it is in the base."""
+        edit = self.edits.by_name.get(name)
+        source = edit.source if edit else name
+        tensor = self.checkpoint.shards[self.checkpoint.home[source]].read(source).float()
+        for step in edit.steps if edit and folded else ():
+            tensor = step(tensor)
+        return tensor
+
+
+class Expected(Protocol):
+    """What tensors should be, by name: `Folded`, or a layout of it under other names."""
+
+    @property
+    def names(self) -> list[str]: ...
+
+    def fetch(self, name: str, *, folded: bool = True) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """How one stored tensor relates to what it should be, W + Δ.
+
+    share: ⟨stored − W, Δ⟩ / ⟨Δ, Δ⟩: 1 when the whole change is there, 0 when none is, c when it was scaled by c; NaN where Δ = 0.
+    Rounding to a few bits is nearly independent of Δ, so `share` stays readable where rounding is larger than the change;
+    `share_error` is how far rounding alone moves it, ‖stored − W − Δ‖ / (‖Δ‖·√n).
+    rounding: ‖stored − (W + Δ)‖ / ‖W + Δ‖. moved: ‖stored − W‖ / ‖Δ‖, large where another adapter was folded in.
+    """
+
+    share: float
+    share_error: float
+    rounding: float
+    moved: float
+
+
+def compare_stored(expected: Expected, stored: Iterable[tuple[str, Tensor]]) -> dict[str, StoredTensor]:
+    """Every tensor of `expected` against the stored one of its name; infinite differences where one is missing or misshapen."""
+    lost = StoredTensor(0.0, 0.0, math.inf, 0.0)
+    found = dict.fromkeys(expected.names, lost)
+    for name, tensor in stored:
+        if name in found:
+            found[name] = _compare(expected.fetch(name, folded=False), expected.fetch(name), tensor)
+    return found
+
+
+def _compare(base: Tensor, wanted: Tensor, stored: Tensor) -> StoredTensor:
+    if stored.shape != wanted.shape:
+        return StoredTensor(0.0, 0.0, math.inf, 0.0)
+    error = (stored.float() - wanted).double()
+    rounding = float(error.norm() / wanted.double().norm().clamp_min(1e-30))
+    if base.shape != wanted.shape or torch.equal(base, wanted):
+        return StoredTensor(math.nan, 0.0, rounding, 0.0)
+    change = (wanted - base).double()
+    size = float(change.norm())
+    moved = stored.double() - base.double()
+    share = float((moved * change).sum()) / size**2
+    return StoredTensor(share, float(error.norm()) / (size * math.sqrt(error.numel())), rounding, float(moved.norm()) / size)

@@ -1,0 +1,276 @@
+"""A whole model as one GGUF file for llama.cpp and Ollama, with an adapter folded in; written tensor by tensor.
+
+Each matrix is read, folded in fp32 by `merge/edits`, put in llama.cpp's order, rounded once to its type and written: one matrix
+is held at a time. Norms, biases and other vectors stay fp32, as llama.cpp wants them.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import shutil
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lorakeet.core.adapter import Adapter
+from lorakeet.errors import ConfigError, DataError, EnvironmentProblem, Problems
+from lorakeet.export.folded import Folded
+from lorakeet.export.gguf_layout import ModelLayout, layout_of
+from lorakeet.export.vocabulary import Vocabulary, vocabulary_of
+
+DIRECT = {"f32": ("F32", 0), "f16": ("F16", 1), "bf16": ("BF16", 32), "q8_0": ("Q8_0", 7)}  # type, general.file_type
+FILE_TYPE = "general.file_type"
+DIGEST = "lorakeet.adapter_sha256"  # our key: which adapter is folded in; others do not read it
+_BLOCK = 32  # weights in a block of Q8_0
+_NOT_TEXT = ("vision_tower.", "multi_modal_projector.", "vision_model.", "model.vision_tower.", "model.multi_modal_projector.")
+_INNER = re.compile(r"^(model\.)?language_model\.(?:model\.)?(?!lm_head)")
+Progress = Callable[[int, int, str], None]  # tensors written, tensors in all, name of the last
+
+
+@dataclass(frozen=True)
+class GgufModel:
+    """What was written: how many tensors of which type, and what the reader should know."""
+
+    path: Path
+    bytes: int
+    types: Mapping[str, int]
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class _Item:
+    name: str  # in the GGUF file
+    shape: tuple[int, ...]
+    type: str
+    fetch: Callable[[], Tensor]
+
+
+class GgufTensors:
+    """The tensors of a base with an adapter folded in, by GGUF name, made when they are asked for: fp32, in llama.cpp's order."""
+
+    def __init__(self, source: Path, adapter: Adapter | None) -> None:
+        """ConfigError lists what does not fit, or has no place in llama.cpp's architecture."""
+        self.folded = Folded(source, adapter)
+        self.own = {**self.folded.checkpoint.config, **self.folded.edits.config}
+        self.layout: ModelLayout = layout_of(self.own, source)
+        self.notes = [*self.folded.edits.notes, *self.layout.notes]
+        self.home = self._named()
+
+    def _named(self) -> dict[str, str]:
+        """GGUF name → name in the checkpoint."""
+        gguf = _gguf()
+        arch = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == self.layout.architecture.name)
+        names = gguf.get_tensor_name_map(arch, int(self.layout.metadata["block_count"]))
+        problems = Problems(f"{self.folded.checkpoint.folder} cannot be written as GGUF")
+        tied = self.own.get("tie_word_embeddings") is True
+        found: dict[str, str] = {}
+        skipped = 0
+        for name in self.folded.names:
+            plain = _INNER.sub("model.", name)
+            if name.startswith(_NOT_TEXT):
+                skipped += 1
+            elif plain == "lm_head.weight" and tied:
+                continue  # llama.cpp takes the embedding where there is no output.weight
+            elif (mapped := names.get_name(plain, try_suffixes=(".weight", ".bias"))) is None:
+                problems.add(f"{name} has no place in llama.cpp's {self.layout.architecture.name}.")
+            else:
+                found[mapped] = name
+        if skipped:
+            self.notes.append(f"{skipped} tensors of the vision part were left out: the file holds the language model alone.")
+        problems.raise_if_any()
+        return found
+
+    @property
+    def names(self) -> list[str]:
+        """The tensors by GGUF name."""
+        return list(self.home)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape of the tensor that GGUF calls `name`."""
+        return self.folded.shape(self.home[name])
+
+    @torch.no_grad()
+    def fetch(self, name: str, *, folded: bool = True) -> Tensor:
+        """The tensor that GGUF calls `name`; without `folded` as it is in the base."""
+        tensor = self.folded.fetch(self.home[name], folded=folded)
+        change = self.layout.change_of(_INNER.sub("model.", self.home[name]))
+        return tensor if change is None else change(tensor)
+
+
+def write_gguf(
+    source: Path,
+    adapter: Adapter | None,
+    out: Path,
+    *,
+    tokenizer: Any,
+    quant: str = "f16",
+    facts: Mapping[str, str] | None = None,
+    on_progress: Progress | None = None,
+) -> GgufModel:
+    """Writes the model in `source` with `adapter` folded in to the new file `out`, there whole or not at all.
+
+    quant: f32, f16, bf16 or q8_0; other types are made from such a file by `export/llama_cpp`. `facts` go into the metadata.
+    ConfigError lists what does not fit or exists already, EnvironmentProblem what the machine lacks.
+    """
+    if out.exists():
+        raise ConfigError(f"{out} exists already and is never overwritten. Choose another name or remove that file.")
+    merged = GgufTensors(source, adapter)
+    vocabulary = vocabulary_of(tokenizer, merged.shape("token_embd.weight")[0])
+    items, notes = _items(merged, DIRECT[quant][0])
+    needed = sum(_bytes(item.shape, item.type) for item in items)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(out.parent).free
+    if free < needed:
+        raise EnvironmentProblem(f"{out} needs {needed:,} bytes and {free:,} are free. Free some, or choose another disk.")
+    partial = out.with_name(f".{out.name}.partial")
+    try:
+        _write(partial, merged.layout, vocabulary, items, {**(facts or {}), FILE_TYPE: DIRECT[quant][1]}, on_progress)
+        os.replace(partial, out)
+    finally:
+        partial.unlink(missing_ok=True)
+    types = Counter(item.type for item in items)
+    return GgufModel(out, out.stat().st_size, dict(types), (*merged.notes, *notes))
+
+
+def _items(merged: GgufTensors, wanted: str) -> tuple[list[_Item], list[str]]:
+    """What is to be written, in order, and the note on matrices that keep a wider type."""
+    items = [_Item(name, tuple(t.shape), "F32", lambda t=t: t) for name, t in merged.layout.rope.items()]  # type: ignore[misc]
+    wide = 0
+    for name in merged.home:
+        shape = merged.shape(name)
+        kind = wanted if len(shape) > 1 else "F32"
+        if kind == "Q8_0" and shape[-1] % _BLOCK:
+            kind, wide = "F16", wide + 1
+        items.append(_Item(name, shape, kind, lambda name=name: merged.fetch(name)))  # type: ignore[misc]
+    said = f"{wide} matrices have a width that blocks of {_BLOCK} do not divide; they are stored as F16."
+    return items, [said] if wide else []
+
+
+def _write(
+    path: Path,
+    layout: ModelLayout,
+    vocabulary: Vocabulary,
+    items: list[_Item],
+    facts: Mapping[str, str | int],
+    on_progress: Progress | None,
+) -> None:
+    gguf = _gguf()
+    writer = gguf.GGUFWriter(str(path), layout.architecture.name)
+    try:
+        _add_metadata(writer, layout, facts)
+        _add_vocabulary(writer, vocabulary)
+        for item in items:
+            kind = gguf.GGMLQuantizationType[item.type]
+            size = _bytes(item.shape, item.type)
+            if item.type in ("F32", "F16"):
+                dtype = "float32" if item.type == "F32" else "float16"
+                writer.add_tensor_info(item.name, item.shape, np.dtype(dtype), size)
+            else:
+                shape = gguf.quant_shape_to_byte_shape(item.shape, kind)
+                writer.add_tensor_info(item.name, shape, np.dtype("uint8"), size, raw_dtype=kind)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        for number, item in enumerate(items, 1):
+            values = item.fetch().contiguous().numpy()
+            writer.write_tensor_data(gguf.quants.quantize(values, gguf.GGMLQuantizationType[item.type]))
+            if on_progress is not None:
+                on_progress(number, len(items), item.name)
+    finally:
+        writer.close()
+
+
+def _add_metadata(writer: Any, layout: ModelLayout, facts: Mapping[str, str | int]) -> None:
+    writer.add_type("model")
+    writer.add_quantization_version(2)
+    values = {**facts, **{f"{layout.architecture.name}.{key}": value for key, value in layout.metadata.items()}}
+    for key, value in values.items():
+        if isinstance(value, str):
+            writer.add_string(key, value)
+        elif isinstance(value, float):
+            writer.add_float32(key, value)
+        else:
+            writer.add_uint32(key, int(value))
+
+
+def _add_vocabulary(writer: Any, vocabulary: Vocabulary) -> None:
+    writer.add_tokenizer_model(vocabulary.model)
+    writer.add_tokenizer_pre(vocabulary.pre)
+    writer.add_token_list(list(vocabulary.tokens))
+    writer.add_token_types(list(vocabulary.kinds))
+    if vocabulary.scores:
+        writer.add_token_scores(list(vocabulary.scores))
+    if vocabulary.merges:
+        writer.add_token_merges(list(vocabulary.merges))
+    for key, number in vocabulary.special.items():
+        writer.add_uint32(f"tokenizer.ggml.{key}_token_id", number)
+    writer.add_add_bos_token(vocabulary.add_bos)
+    writer.add_add_eos_token(vocabulary.add_eos)
+    writer.add_add_space_prefix(vocabulary.space_prefix)
+    if vocabulary.chat_template is not None:
+        writer.add_chat_template(vocabulary.chat_template)
+
+
+def _bytes(shape: tuple[int, ...], kind: str) -> int:
+    gguf = _gguf()
+    block, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]]
+    return int(torch.Size(shape).numel()) // int(block) * int(size)
+
+
+def _gguf() -> Any:
+    if importlib.util.find_spec("gguf") is None:
+        raise EnvironmentProblem("GGUF files need the package gguf, which is not installed. Run: pip install 'lorakeet[gguf]'")
+    import gguf
+
+    return gguf
+
+
+class GgufFile:
+    """A GGUF file opened for reading: its metadata, and its tensors one at a time."""
+
+    def __init__(self, path: Path) -> None:
+        """DataError where the file cannot be read."""
+        self.path = path
+        try:
+            self._reader = _gguf().GGUFReader(str(path))
+        except (ValueError, OSError, KeyError, IndexError) as error:
+            why = f"{type(error).__name__}: {error}"
+            raise DataError(f"{path} is no readable GGUF file: {why}. Write or fetch it again.") from error
+
+    def value(self, key: str) -> Any:
+        """The value of a metadata key; None where the file has none."""
+        field = self._reader.fields.get(key)
+        return None if field is None else field.contents()
+
+    @property
+    def is_adapter(self) -> bool:
+        """Whether it is a LoRA adapter and not a model."""
+        return bool(self.value("general.type") == "adapter")
+
+    @property
+    def tensor_types(self) -> Counter[str]:
+        """How many of its tensors are stored in which type."""
+        return Counter(str(tensor.tensor_type.name) for tensor in self._reader.tensors)
+
+    @property
+    def types(self) -> Counter[str]:
+        """How many numbers of its matrices are stored in which type."""
+        counts: Counter[str] = Counter()
+        for tensor in self._reader.tensors:
+            if len(tensor.shape) > 1:
+                counts[str(tensor.tensor_type.name)] += int(tensor.n_elements)
+        return counts
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """(name, fp32 values) of every tensor, unpacked one at a time."""
+        for tensor in self._reader.tensors:
+            values = _gguf().quants.dequantize(tensor.data, tensor.tensor_type)
+            yield tensor.name, torch.from_numpy(np.array(values, np.float32))

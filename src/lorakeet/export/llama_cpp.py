@@ -1,0 +1,207 @@
+"""llama.cpp in this process, through the package llama-cpp-py-sync: its own quantiser, tokenizer and logits.
+
+It is what Ollama and LM Studio run, so it is the judge of what was exported. Everything is kept in fp32 that can be (the cache
+of keys and values; no flash attention), so that what remains of a difference is the file's.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lorakeet.errors import ConfigError, EnvironmentProblem
+
+FILE_TYPES = {  # llama_ftype of llama.h
+    "q4_0": 2, "q4_1": 3, "q8_0": 7, "q5_0": 8, "q5_1": 9, "q2_k": 10, "q3_k_s": 11, "q3_k_m": 12, "q3_k_l": 13,
+    "q4_k_s": 14, "q4_k_m": 15, "q5_k_s": 16, "q5_k_m": 17, "q6_k": 18, "iq4_nl": 25, "iq4_xs": 30,
+}  # fmt: skip
+_F32 = 0  # ggml_type
+_ERRORS = 4  # ggml_log_level from which llama.cpp's lines are kept for a message
+
+
+def is_installed() -> bool:
+    """Whether llama.cpp can be used here."""
+    return importlib.util.find_spec("llama_cpp_py_sync") is not None
+
+
+class _Library:
+    """The loaded library with its log kept instead of printed."""
+
+    def __init__(self) -> None:
+        if not is_installed():
+            raise EnvironmentProblem("This needs llama.cpp, which is not installed. Run: pip install 'lorakeet[llama]'")
+        from llama_cpp_py_sync import _cffi_bindings
+
+        bindings: Any = _cffi_bindings
+        self.ffi, self.lib = bindings.get_ffi(), bindings.get_lib()
+        self.said: list[str] = []
+        self._log = self.ffi.callback("void(enum ggml_log_level, const char *, void *)", self._note)
+        self.lib.llama_backend_init()
+
+    def listen(self) -> None:
+        """Takes llama.cpp's log, which other users of the library may have taken in the meantime."""
+        self.lib.llama_log_set(self._log, self.ffi.NULL)
+
+    def _note(self, level: int, text: Any, _: Any) -> None:
+        if level == _ERRORS:
+            self.said.append(self.ffi.string(text).decode("utf-8", "replace").strip())
+
+    def reason(self) -> str:
+        """The last errors that llama.cpp has logged, as one line."""
+        lines = [line for line in self.said if line][-3:]
+        self.said.clear()
+        return "; ".join(lines) or "it gives no reason"
+
+
+_loaded: list[_Library] = []
+
+
+def _library() -> _Library:
+    if not _loaded:
+        _loaded.append(_Library())
+    _loaded[0].listen()
+    return _loaded[0]
+
+
+def quantise(source: Path, out: Path, quant: str, *, threads: int = 1) -> None:
+    """Writes `source`, a GGUF file in f32, f16 or bf16, to `out` in the mixture of types that llama.cpp calls `quant`."""
+    library = _library()
+    params = library.lib.llama_model_quantize_default_params()
+    params.ftype = FILE_TYPES[quant]
+    params.nthread = threads
+    held = library.ffi.new("llama_model_quantize_params *", params)
+    if library.lib.llama_model_quantize(str(source).encode(), str(out).encode(), held):
+        out.unlink(missing_ok=True)
+        raise EnvironmentProblem(f"llama.cpp could not quantise {source.name} to {quant}: {library.reason()}.")
+
+
+class LlamaCpp:
+    """One GGUF model in llama.cpp, with at most one LoRA adapter on it. Close it, or use it in a `with` block."""
+
+    def __init__(self, model: Path, *, adapter: Path | None = None, context: int = 2048, threads: int = 1) -> None:
+        """ConfigError where llama.cpp refuses the model or the adapter, with the reason that it gives."""
+        self._library = _library()
+        self._ffi, self._lib = self._library.ffi, self._library.lib
+        self._model = self._context = self._ffi.NULL
+        params = self._lib.llama_model_default_params()
+        params.n_gpu_layers = 0
+        self._model = self._lib.llama_model_load_from_file(str(model).encode(), params)
+        if self._model == self._ffi.NULL:
+            raise ConfigError(f"llama.cpp cannot load {model}: {self._library.reason()}.")
+        self._vocab = self._lib.llama_model_get_vocab(self._model)
+        self._start(context, threads)
+        if adapter is not None:
+            self._put(adapter)
+
+    def _start(self, context: int, threads: int) -> None:
+        params = self._lib.llama_context_default_params()
+        params.n_ctx = params.n_batch = params.n_ubatch = self.length = context
+        params.n_threads = params.n_threads_batch = threads
+        params.type_k = params.type_v = _F32
+        params.flash_attn_type = 0
+        params.n_seq_max = 1
+        params.no_perf = True
+        self._context = self._lib.llama_init_from_model(self._model, params)
+        if self._context == self._ffi.NULL:
+            reason = self._library.reason()
+            self.close()
+            raise ConfigError(f"llama.cpp has no room for a context of {context} tokens: {reason}.")
+
+    def _put(self, adapter: Path) -> None:
+        lora = self._lib.llama_adapter_lora_init(self._model, str(adapter).encode())
+        if lora == self._ffi.NULL:
+            reason = self._library.reason()
+            self.close()
+            raise ConfigError(f"llama.cpp cannot load the adapter {adapter}: {reason}.")
+        held, scales = self._ffi.new("struct llama_adapter_lora *[1]", [lora]), self._ffi.new("float[1]", [1.0])
+        self._lib.llama_set_adapters_lora(self._context, held, 1, scales)
+
+    def tokenise(self, text: str, *, add_special: bool = True) -> list[int]:
+        """The ids of `text`, special tokens within it read as such; with `add_special` also those that the file asks to add."""
+        raw = text.encode("utf-8")
+        room = len(raw) + 8
+        buffer = self._ffi.new("llama_token[]", room)
+        count = self._lib.llama_tokenize(self._vocab, raw, len(raw), buffer, room, add_special, True)
+        return [int(buffer[place]) for place in range(count)]
+
+    def logits(self, ids: Sequence[int]) -> Tensor:
+        """The logits after each token of `ids`, (tokens, vocabulary), fp32, with nothing before them."""
+        self._lib.llama_memory_clear(self._lib.llama_get_memory(self._context), True)
+        return self._decode(ids, 0, all_of_them=True)
+
+    def greedy(self, prompt: Sequence[int], tokens: int, ends: frozenset[int]) -> list[int]:
+        """What the model writes after `prompt`, likeliest token by token, up to `tokens` or one of `ends` (included)."""
+        self._lib.llama_memory_clear(self._lib.llama_get_memory(self._context), True)
+        written: list[int] = []
+        last = self._decode(prompt, 0)
+        while len(written) < tokens:
+            written.append(int(last[-1].argmax()))
+            if written[-1] in ends:
+                break
+            last = self._decode(written[-1:], len(prompt) + len(written) - 1)
+        return written
+
+    def _decode(self, ids: Sequence[int], start: int, *, all_of_them: bool = False) -> Tensor:
+        if start + len(ids) > self.length:
+            raise ConfigError(f"{start + len(ids)} tokens do not fit into llama.cpp's context of {self.length} tokens.")
+        with self._batch(ids, start, all_of_them) as batch:
+            if self._lib.llama_decode(self._context, batch):
+                raise EnvironmentProblem(f"llama.cpp could not compute {len(ids)} tokens: {self._library.reason()}.")
+        rows = len(ids) if all_of_them else 1
+        size = rows * self.vocabulary * 4
+        raw = self._ffi.buffer(self._lib.llama_get_logits(self._context), size)
+        return torch.from_numpy(np.frombuffer(raw, np.float32).reshape(rows, self.vocabulary).copy())
+
+    @contextmanager
+    def _batch(self, ids: Sequence[int], start: int, all_of_them: bool) -> Iterator[Any]:
+        batch = self._lib.llama_batch_init(len(ids), 0, 1)
+        try:
+            batch.n_tokens = len(ids)
+            for place, number in enumerate(ids):
+                batch.token[place], batch.pos[place] = int(number), start + place
+                batch.n_seq_id[place], batch.seq_id[place][0] = 1, 0
+                batch.logits[place] = all_of_them or place == len(ids) - 1
+            yield batch
+        finally:
+            self._lib.llama_batch_free(batch)
+
+    @property
+    def vocabulary(self) -> int:
+        """How many tokens the model knows."""
+        return int(self._lib.llama_vocab_n_tokens(self._vocab))
+
+    @property
+    def bos(self) -> int:
+        """The id of the begin token; -1 where there is none."""
+        return int(self._lib.llama_vocab_bos(self._vocab))
+
+    @property
+    def adds_bos(self) -> bool:
+        """Whether llama.cpp puts the begin token before a prompt by itself."""
+        return bool(self._lib.llama_vocab_get_add_bos(self._vocab))
+
+    def ends(self, number: int) -> bool:
+        """Whether llama.cpp stops writing after this token."""
+        return bool(self._lib.llama_vocab_is_eog(self._vocab, number))
+
+    def close(self) -> None:
+        """Frees the model and its context."""
+        if self._context != self._ffi.NULL:
+            self._lib.llama_free(self._context)
+            self._context = self._ffi.NULL
+        if self._model != self._ffi.NULL:
+            self._lib.llama_model_free(self._model)
+            self._model = self._ffi.NULL
+
+    def __enter__(self) -> LlamaCpp:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()

@@ -1,0 +1,72 @@
+"""How far an exported model may be from the live one, by the type its matrices are stored in, and why.
+
+Seen with llama.cpp on SmolLM2-135M with a random rank-4 adapter on all 210 linear layers, 67 tokens, against fp32 in torch:
+
+    type     mean KL    top-1 agreement
+    F32      < 1e-8     1.0       largest difference of a log-probability 8e-5
+    F16      8e-6       0.985     llama.cpp rounds the activations to F16 too
+    Q8_0     0.013      0.90      activations in 8 bits as well
+    Q4_K_M   0.10       0.76
+
+A model of 135 M parameters suffers most from few bits, so larger ones stay further inside. The numbers allowed are 5 to 20 times
+what was seen. From 8 bits down the logits alone could hide a wrong scale; what bites there is `share`, how much of the adapter's
+change the stored weights hold (`export/folded`), which rounding hardly moves. In fp32 ten per cent of the scale or one missing
+layer is 100 times outside (`evaluate/parity`). Gemma's logits differ by 2e-4 of the largest even in F32, because ggml looks its
+GELU up in a table of half-precision numbers.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from lorakeet.evaluate.parity import Tolerance
+
+
+@dataclass(frozen=True)
+class Allowed:
+    """What is allowed of one kind of storage.
+
+    parity: of the logits. rounding: ‖stored − wanted‖ / ‖wanted‖ of a matrix. share: of a matrix, |share − 1| beyond what
+    rounding explains. gap: nats between the live model's two likeliest tokens where greedy texts may part.
+    """
+
+    name: str
+    parity: Tolerance
+    rounding: float
+    share: float
+    gap: float
+    metric: float  # share of rows on which the answer may differ
+
+
+_LOOSE = math.inf  # few bits may cost more than the adapter changes, so the share of its effect is not judged
+F32 = Allowed("F32", Tolerance(logit=1e-3, mean_kl=1e-6, top1_agreement=0.995, loss=1e-4, effect=1e-2), 1e-5, 1e-3, 1e-2, 0.01)
+F16 = Allowed("F16", Tolerance(logit=0.05, mean_kl=5e-4, top1_agreement=0.95, loss=5e-3, effect=0.1), 1e-3, 0.01, 0.1, 0.03)
+BF16 = Allowed("BF16", Tolerance(logit=0.5, mean_kl=1e-2, top1_agreement=0.9, loss=2e-2, effect=0.2), 5e-3, 0.03, 0.5, 0.05)
+Q8 = Allowed("8 bits", Tolerance(logit=0.5, mean_kl=0.1, top1_agreement=0.75, loss=0.1, effect=_LOOSE), 0.02, 0.05, 1.0, 0.1)
+Q6 = Allowed("6 bits", Tolerance(logit=0.75, mean_kl=0.2, top1_agreement=0.7, loss=0.2, effect=_LOOSE), 0.06, 0.1, 1.5, 0.15)
+Q5 = Allowed("5 bits", Tolerance(logit=1.0, mean_kl=0.35, top1_agreement=0.6, loss=0.3, effect=_LOOSE), 0.12, 0.15, 2.0, 0.2)
+Q4 = Allowed("4 bits", Tolerance(logit=1.0, mean_kl=0.6, top1_agreement=0.5, loss=0.5, effect=_LOOSE), 0.2, 0.2, 3.0, 0.25)
+Q3 = Allowed("3 bits", Tolerance(logit=1.5, mean_kl=1.5, top1_agreement=0.3, loss=1.0, effect=_LOOSE), 0.4, 0.3, 5.0, 0.4)
+Q2 = Allowed("2 bits", Tolerance(logit=2.0, mean_kl=3.0, top1_agreement=0.1, loss=2.0, effect=_LOOSE), 0.7, 0.4, 8.0, 0.6)
+BY_TYPE: dict[str, Allowed] = {"F32": F32, "F16": F16, "BF16": BF16, "Q8_0": Q8, "Q6_K": Q6}
+BY_BITS: dict[str, Allowed] = {"Q5": Q5, "Q4": Q4, "IQ4": Q4, "Q3": Q3, "IQ3": Q3, "Q2": Q2, "IQ2": Q2, "IQ1": Q2}
+_NOTABLE = 0.05  # a type that holds less than this share of the numbers does not set the tolerance
+PRECISIONS: dict[str, Allowed] = {
+    "float32": F32, "float16": F16, "bfloat16": BF16,
+    "8-bit": Q8, "6-bit": Q6, "5-bit": Q5, "4-bit": Q4, "3-bit": Q3, "2-bit": Q2,
+}  # fmt: skip
+
+
+def allowed_for(types: Mapping[str, int]) -> Allowed:
+    """The row for a file whose matrices hold so many numbers of each type: that of the coarsest type that counts."""
+    total = sum(types.values()) or 1
+    rows = [row_of(name) for name, count in types.items() if count / total >= _NOTABLE]
+    return max(rows or [F32], key=lambda row: row.rounding)
+
+
+def row_of(name: str) -> Allowed:
+    """The row of one GGUF type; types that are not known here are judged as 4 bits."""
+    bits = name.partition("_")[0]
+    return BY_TYPE.get(name) or BY_BITS.get(bits, Q4)

@@ -1,0 +1,67 @@
+"""`export.card`: the run's own figures stand in it, the front matter is YAML, and nothing is claimed that is not known."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import yaml
+
+from lorakeet.evaluate.certificate import Certificate, judge
+from lorakeet.evaluate.intervals import Estimate
+from lorakeet.evaluate.report import Report, SystemResult
+from lorakeet.evaluate.verdict import Phrase, Verdict
+from lorakeet.export.card import CardFacts, card, licence_of
+
+FACTS = CardFacts(
+    title="reviews",
+    base_model="org/model",
+    files={"model.gguf": "the model"},
+    usage=["llama-server -m model.gguf"],
+    library="gguf",
+    licence="apache-2.0",
+    datasets=("hub:org/reviews#train", "private.jsonl"),
+    notes=("A note.",),
+)
+ACCURACY = Estimate(0.8125, 0.75, 0.86, 64, "wilson")
+REPORT = Report(
+    "A run",
+    facts={"Rows": "90 training | 10 held-out", "Run folder": "runs/a"},
+    verdict=Verdict((Phrase("The adapter is better", "+0.10, 95 % 0.02 to 0.18"),), "better"),
+    systems=(SystemResult("adapter", "adapter", {"accuracy": ACCURACY}),),
+    warnings=("There are no test rows.",),
+)
+
+
+def front_of(text: str) -> dict[str, object]:
+    found: dict[str, object] = yaml.safe_load(text.split("---")[1])
+    return found
+
+
+def test_figures_files_and_checks() -> None:
+    check = judge("logits", {"mean_kl": 0.0}, tolerance={"mean_kl": 1e-6}, between=("live", "file"), n=9)
+    text = card(FACTS, REPORT, Certificate("x", (check,)))
+    assert "**The adapter is better (+0.10, 95 % 0.02 to 0.18).**" in text
+    assert "| adapter | 0.812 [0.750, 0.860] | 64 |" in text or "| adapter | 0.813 [0.750, 0.860] | 64 |" in text
+    assert "90 training \\| 10 held-out" in text and "runs/a" not in text
+    assert "All checks passed." in text and "- There are no test rows." in text and "- A note." in text
+    front = front_of(text)
+    assert front["base_model"] == "org/model" and front["license"] == "apache-2.0" and front["datasets"] == ["org/reviews"]
+
+
+def test_what_is_not_known_is_not_stated() -> None:
+    text = card(CardFacts("a", "b", {}, ["c"]), None, None)
+    assert set(front_of(text)) == {"base_model", "base_model_relation", "pipeline_tag", "tags"}
+    assert "does not say its licence" in text and "How good it is" not in text and "trained?" not in text
+
+
+def test_a_failed_check_is_said() -> None:
+    check = judge("logits", {"mean_kl": 1.0}, tolerance={"mean_kl": 1e-6}, between=("live", "file"))
+    assert "do not use it" in card(FACTS, None, Certificate("x", (check,)))
+
+
+def test_the_licence_of_a_base(tmp_path: Path) -> None:
+    assert licence_of(tmp_path) == ""
+    readme = tmp_path / "README.md"
+    for text, licence in (("---\nlicense: mit\n---\n# A", "mit"), ("# no front", ""), ("---\n[broken\n---", ""), ("---\n- a\n---", "")):
+        readme.write_text(text)
+        assert licence_of(tmp_path) == licence
