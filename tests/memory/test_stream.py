@@ -52,3 +52,12 @@ def test_what_the_reader_meets_is_raised_where_the_record_is_wanted(tmp_path: Pa
     found.bring(2, 3)
     with pytest.raises(DataError, match="cut off"):
         found.bring(3, 4)
+
+
+def test_with_a_slot_for_each_record_all_are_read_once(tmp_path: Path) -> None:
+    two = stream(tmp_path)
+    found = RecordStream(two.store, [f"b.{number}" for number in range(5)], slots=5)
+    for index in (0, 1, 2, 3, 4, 3, 2, 1, 0, 1):
+        assert bool((found.bring(index, (index + 1) % 5)["w"] == index).all())
+    assert found.bytes_read == sum(record.bytes for record in found.records)
+    two.close()

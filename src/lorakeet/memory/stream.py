@@ -22,10 +22,13 @@ class _Slot:
 
 
 class RecordStream:
-    """The records `names` of `store`, by their number. At most two are in memory, each in a buffer as long as the longest."""
+    """The records `names` of `store`, by their number. At most `slots` are in memory, each in a buffer as long as the longest.
 
-    def __init__(self, store: Store, names: Sequence[str]) -> None:
-        self.store = store
+    Two slots are what streaming needs; with as many slots as records each is read once and stays.
+    """
+
+    def __init__(self, store: Store, names: Sequence[str], *, slots: int = 2) -> None:
+        self.store, self.slots = store, slots
         self.records: list[Record] = [store.record(name) for name in names]
         self._slots: list[_Slot] = []
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="lorakeet-store")
@@ -33,11 +36,11 @@ class RecordStream:
 
     @property
     def slot_bytes(self) -> int:
-        """How long each of the two buffers is."""
+        """How long each of the buffers is."""
         return max(record.bytes for record in self.records)
 
     def bring(self, index: int, then: int) -> dict[str, Tensor]:
-        """The tensors of record `index`, valid until the call after the next; `then` is read meanwhile into the other buffer.
+        """The tensors of record `index`, valid until the next call; `then` is read meanwhile into the other buffer.
 
         Raises what reading raised: DataError where the store was cut off.
         """
@@ -69,7 +72,7 @@ class RecordStream:
 
     def _fill(self, index: int, *, keep: _Slot | None) -> _Slot:
         """Begins to read record `index` into a buffer other than `keep`."""
-        if len(self._slots) < 2:
+        if len(self._slots) < self.slots:
             self._slots.append(_Slot(torch.empty(self.slot_bytes, dtype=torch.uint8)))
             slot = self._slots[-1]
         else:

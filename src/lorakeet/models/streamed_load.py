@@ -89,14 +89,14 @@ def write_store(
         more.update(same, packed=json.dumps(collected.packed))
 
 
-def open_streamed(store: Store, config: Any, dtype: torch.dtype, family: Family) -> tuple[Any, Streamed]:
-    """The model over an open store whose records are its blocks."""
+def open_streamed(store: Store, config: Any, dtype: torch.dtype, family: Family, *, slots: int = 2) -> tuple[Any, Streamed]:
+    """The model over an open store whose records are its blocks, of which `slots` are in memory at a time."""
     model = empty_model(config, dtype)
     for path, settings in json.loads(store.identity["packed"]).items():
         _put_packed(model, path, settings)
     model.requires_grad_(False).eval()
     prefix, count = modules.block_prefix(model, family)
-    streamed = Streamed(RecordStream(store, [f"{prefix}.{index}" for index in range(count)]))
+    streamed = Streamed(RecordStream(store, [f"{prefix}.{index}" for index in range(count)], slots=slots))
     _make_small_ones_real(model)
     blocks = cast(nn.ModuleList, model.get_submodule(prefix))
     for index in range(count):

@@ -1,0 +1,258 @@
+"""Claim: LoRA on models of true size within a stated memory, their frozen 4-bit weights streamed from disk.
+
+    python benchmarks/memory_claims.py [--claims 7b 13b 70b overhead] [--stores FOLDER]
+
+Each claim runs in a process of its own over random weights in the model's true shapes, packed in NF4 into a store that is made
+once (7B: 3.9 GB, 13B: 7 GB, 70B: 36 GB). The run is the real training loop, checkpoint and adapter on disk included. Its peak is
+VmHWM of /proc/self/status from the start of the process to its end: resident pages of every kind, those of files too. There is no
+GPU here: the GPU column is the planned sum of the tensors of a step, and was not run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+import torch
+from harness.machine import origin, warn_if_busy, write_result
+from harness.random_store import write_random_store
+
+from lorakeet.config import RunConfig
+from lorakeet.core.spec import LoraSpec
+from lorakeet.data.chat import Example
+from lorakeet.data.spec import DataSpec
+from lorakeet.memory.allocator import return_freed_memory
+from lorakeet.memory.bound import choose, streamed
+from lorakeet.memory.measure import peak_bytes, resident_bytes
+from lorakeet.memory.store import Store
+from lorakeet.models.adapt import begin_adapter
+from lorakeet.models.families import family_of
+from lorakeet.models.load import set_attention
+from lorakeet.models.outline import config_of
+from lorakeet.models.placement import products_for
+from lorakeet.models.spec import ModelSpec
+from lorakeet.models.streamed_load import open_streamed
+from lorakeet.models.targets import plan_for
+from lorakeet.models.text import TextModel
+from lorakeet.quant.spec import QuantSpec
+from lorakeet.train.loop import Outcome, train
+from lorakeet.train.progress import Record, Silent
+from lorakeet.train.run import RunFolder
+from lorakeet.train.spec import TrainSpec
+from lorakeet.train.text_task import TextTask
+from lorakeet.workflows.arrange import shapes_of
+
+NF4 = QuantSpec(method="nf4")
+ADAM_BYTES = 16  # a parameter in mixed-precision full fine-tuning: 2 weight, 2 gradient, 4 master copy, 8 moments
+SLOWER = 1.15
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A model, how it is trained, and the bytes that the process may hold."""
+
+    model: str
+    tokens: int
+    steps: int
+    budget: int
+    layers: int | None = None  # fewer blocks than the model has, for what does not depend on their number
+    slots: int = 2  # blocks in memory; 0 for all
+    batches: int = 1
+
+
+CLAIMS = {
+    "7b": Claim("meta-llama/Llama-2-7b-hf", tokens=2048, steps=3, budget=2 << 30),
+    "13b": Claim("meta-llama/Llama-2-13b-hf", tokens=2048, steps=1, budget=2_500_000_000),
+    "70b": Claim("meta-llama/Llama-2-70b-hf", tokens=64, steps=1, budget=6_000_000_000),
+}
+OVERHEAD = Claim("meta-llama/Llama-2-7b-hf", tokens=2048, steps=2, budget=4 << 30, layers=4)
+
+
+class Clock(Silent):
+    """The seconds of each step."""
+
+    def __init__(self) -> None:
+        self.seconds: list[float] = []
+        self.losses: list[float] = []
+        self.last = time.perf_counter()
+
+    def step(self, record: Record) -> None:
+        now = time.perf_counter()
+        self.seconds.append(now - self.last)
+        self.losses.append(float(record["loss"]))
+        self.last = now
+        print(f"step {record['step']}: {self.seconds[-1]:.1f} s, peak {peak_bytes() / 1e9:.3f} GB", file=sys.stderr, flush=True)
+
+
+def work(claim: Claim, stores: Path) -> dict[str, Any]:
+    """Runs one claim in this process."""
+    return_freed_memory()
+    config, settings = model_config(claim), run_config(claim)
+    shapes, step = shapes_of(settings, config, files=0)
+    choice = choose(replace(shapes, block_total=1 << 60), step, resident_bytes(), claim.budget)  # nothing but streaming
+    aside, planned = (choice.aside, choice.planned) if choice is not None else (True, None)
+    text = model_over(claim, config, stores)
+    assert text.streamed is not None
+    begin_adapter(text, plan_for(text.model, settings.lora, text.family), seed=0)
+    clock, before = Clock(), peak_bytes()
+    with TemporaryDirectory(dir=stores) as folder:
+        task = TextTask(
+            text, rows(claim), held_out=(), spec=settings.train, scratch=stores if aside else None, together=claim.batches
+        )
+        clock.last = time.perf_counter()
+        outcome: Outcome = train(task, settings.train, run=RunFolder.create(Path(folder) / "run"), report=clock)
+    return {
+        "model": claim.model, "blocks": shapes.blocks, "tokens": claim.tokens * claim.batches, "steps": outcome.steps,
+        "seconds": clock.seconds, "losses": clock.losses, "trained": step.trained, "inputs_on_disk": aside,
+        "budget": claim.budget, "planned": planned, "peak": max(before, outcome.peak_bytes, peak_bytes()),
+        "gpu_planned": streamed(shapes, step, 0, together=1, aside=False), "read_bytes": text.streamed.stream.bytes_read,
+        "parameters": parameters_of(settings, config),
+    }  # fmt: skip
+
+
+def parameters_of(settings: RunConfig, config: Any) -> int:
+    """Of the model as it was before it was packed."""
+    shapes, _ = shapes_of(replace(settings, model=replace(settings.model, quantize=QuantSpec())), config, files=0)
+    return int((shapes.block_total + shapes.end_bytes + shapes.rest_bytes) // shapes.state)
+
+
+def model_config(claim: Claim) -> Any:
+    config = config_of(ModelSpec(path=claim.model), say=print)
+    if claim.layers is not None:
+        config.num_hidden_layers = claim.layers
+    return config
+
+
+def run_config(claim: Claim) -> RunConfig:
+    """Rank 16 on every linear layer; rows of `tokens` tokens, one a micro-batch."""
+    return RunConfig(
+        model=ModelSpec(path=claim.model, dtype="bfloat16", device="cpu", quantize=NF4),
+        lora=LoraSpec(rank=16, alpha=32.0),
+        data=DataSpec(train="random rows", max_tokens=claim.tokens),
+        train=TrainSpec(steps=claim.steps, batch_size=claim.batches, micro_tokens=claim.tokens, learning_rate=1e-4),
+    )
+
+
+def model_over(claim: Claim, config: Any, stores: Path) -> TextModel:
+    """The model over its store, which is made by a process of its own where it is missing."""
+    path = store_of(claim, stores)
+    if not path.is_file():
+        make = [sys.executable, __file__, "--make-store", json.dumps([claim.model, claim.layers]), "--stores", str(stores)]
+        subprocess.run(make, check=True)
+    family, device = family_of(config), torch.device("cpu")
+    model, blocks = open_streamed(Store(path), config, torch.bfloat16, family, slots=claim.slots or config.num_hidden_layers)
+    set_attention(model, "varlen")
+    products = products_for(run_config(claim).model, torch.bfloat16, device)
+    return TextModel(model, None, claim.model, Path(), family, device, torch.bfloat16, products, streamed=blocks)
+
+
+def store_of(claim: Claim, stores: Path) -> Path:
+    return stores / f"{claim.model.rpartition('/')[2]}-{claim.layers or 'all'}.safetensors"
+
+
+def rows(claim: Claim) -> list[Example]:
+    """Random rows, every token but the first learnt."""
+    draw = np.random.default_rng(0)
+    supervised = np.arange(claim.tokens) > 0
+    return [
+        Example(draw.integers(5, 31_000, size=claim.tokens), supervised, str(number), None, False)
+        for number in range(claim.steps * claim.batches)
+    ]
+
+
+def in_own_process(claim: Claim, stores: Path) -> dict[str, Any]:
+    """The result of `work` in a fresh process, whose peak is that of the claim alone."""
+    command = [sys.executable, __file__, "--worker", json.dumps(claim.__dict__), "--stores", str(stores)]
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def overhead(stores: Path, pairs: int) -> dict[str, Any]:
+    """Streamed against the same computation with every block in memory, alternated; the second step of each run is timed."""
+    seconds: dict[str, list[float]] = {"resident": [], "streamed": []}
+    losses = set()
+    for _ in range(pairs):
+        for name, slots in (("resident", 0), ("streamed", 2)):
+            found = in_own_process(replace(OVERHEAD, slots=slots), stores)
+            seconds[name].append(found["seconds"][-1])
+            losses.add(tuple(found["losses"]))
+    medians = {name: float(np.median(values)) for name, values in seconds.items()}
+    ratio = medians["streamed"] / medians["resident"]
+    return {"seconds": seconds, "ratio": ratio, "kept": ratio <= SLOWER, "same_losses": len(losses) == 1}
+
+
+def hiding_tokens(stores: Path, found: dict[str, Any]) -> dict[str, float]:
+    """Tokens a step from which computing takes longer than reading: seconds to read the bytes / seconds a token."""
+    (path, *_) = sorted(stores.glob("*.safetensors"), key=lambda file: file.stat().st_size, reverse=True)
+    buffer = bytearray(64 << 20)
+    begun, count = time.perf_counter(), 0
+    with path.open("rb", buffering=0) as file:
+        while count < 2 << 30 and (size := file.readinto(buffer)):
+            count += size
+    rate = count / (time.perf_counter() - begun)
+    a_token = found["seconds"][-1] / found["tokens"]
+    return {"read_bytes_a_second": rate, "tokens": found["read_bytes"] / found["steps"] / rate / a_token}
+
+
+def table(found: dict[str, dict[str, Any]]) -> str:
+    lines = [
+        "| model | tokens | steps | planned | process peak | allowed | kept | of full fine-tuning | GPU, planned, not run |",
+        "|---|---:|---:|---:|---:|---:|---|---:|---:|",
+    ]
+    for one in found.values():
+        full = ADAM_BYTES * one["parameters"]
+        planned = "-" if one["planned"] is None else f"{one['planned'] / 1e9:.2f} GB"
+        lines.append(
+            f"| {one['model']} | {one['tokens']:,} | {one['steps']} | {planned} | {one['peak'] / 1e9:.2f} GB | "
+            f"{one['budget'] / 1e9:.2f} GB | {'yes' if one['peak'] <= one['budget'] else 'NO'} | "
+            f"1/{full / one['peak']:.0f} of {full / 1e9:,.0f} GB | {one['gpu_planned'] / 1e9:.2f} GB |"
+        )
+    return "\n".join(lines)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--claims", nargs="+", default=["7b", "13b", "70b", "overhead"], choices=[*CLAIMS, "overhead"])
+    parser.add_argument("--stores", type=Path, default=Path("stores"), help="folder for the stores and scratch files")
+    parser.add_argument("--pairs", type=int, default=3, help="alternated pairs behind the overhead")
+    parser.add_argument("--results", type=Path, default=Path(__file__).with_name("results"), help="where the result is written")
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    parser.add_argument("--make-store", help=argparse.SUPPRESS)
+    given = parser.parse_args(arguments)
+    given.stores.mkdir(parents=True, exist_ok=True)
+    if given.make_store:
+        name, layers = json.loads(given.make_store)
+        claim = Claim(name, 1, 1, 1, layers=layers)
+        config = model_config(claim)
+        write_random_store(store_of(claim, given.stores), config, torch.bfloat16, quantize=NF4, family=family_of(config))
+        return 0
+    if given.worker:
+        print(json.dumps(work(Claim(**json.loads(given.worker)), given.stores)))
+        return 0
+    about = origin()
+    print(warn_if_busy(about) or "The machine is idle.", file=sys.stderr)
+    found = {name: in_own_process(CLAIMS[name], given.stores) for name in given.claims if name in CLAIMS}
+    print(table(found))
+    content: dict[str, Any] = {"claims": found}
+    if found:
+        content["hiding"] = hiding_tokens(given.stores, next(iter(found.values())))
+        print(f"\nReading is hidden from {content['hiding']['tokens']:,.0f} tokens a step on.")
+    if "overhead" in given.claims:
+        content["overhead"] = overhead(given.stores, given.pairs)
+        print(f"Streamed / the same with every block in memory: {content['overhead']['ratio']:.3f}")
+    print(f"Written: {write_result('memory_claims', content, seed=0, about=about, folder=given.results)}")
+    return 0 if all(one["peak"] <= one["budget"] for one in found.values()) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
