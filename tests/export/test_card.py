@@ -62,6 +62,7 @@ def test_a_failed_check_is_said() -> None:
 def test_the_licence_of_a_base(tmp_path: Path) -> None:
     assert licence_of(tmp_path) == ""
     readme = tmp_path / "README.md"
-    for text, licence in (("---\nlicense: mit\n---\n# A", "mit"), ("# no front", ""), ("---\n[broken\n---", ""), ("---\n- a\n---", "")):
+    nothing = ("# no front", "---\n[broken\n---", "---\n- a\n---")
+    for text, licence in (("---\nlicense: mit\n---\n# A", "mit"), *((text, "") for text in nothing)):
         readme.write_text(text)
         assert licence_of(tmp_path) == licence

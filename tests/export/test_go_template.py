@@ -32,7 +32,8 @@ def test_templates(template: str, text: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "template", ["{{ if .System }}x", "x{{ end }}", "{{ slice .System 1 }}", "{{ .System | len }}", "{{ $x }}", "{{ range .Messages }}"]
+    "template",
+    ["{{ if .System }}x", "x{{ end }}", "{{ slice .System 1 }}", "{{ .System | len }}", "{{ $x }}", "{{ range .Messages }}"],
 )
 def test_what_is_not_understood_is_refused(template: str) -> None:
     with pytest.raises(ConfigError, match="template"):

@@ -42,7 +42,7 @@ def test_logits_do_not_depend_on_what_was_asked_before(model: Path) -> None:
         written = engine.greedy([5, 6, 7], 6, frozenset())
         assert len(written) == 6 and written[0] == int(first[-1].argmax())
         assert engine.greedy([5, 6, 7], 6, frozenset({written[2]}))[-1] == written[2]
-        with pytest.raises(ConfigError, match="do not fit into llama.cpp's context of"):
+        with pytest.raises(ConfigError, match=r"do not fit into llama\.cpp's context of"):
             engine.logits([1] * 5000)
 
 
@@ -53,6 +53,6 @@ def test_what_is_refused_is_said(model: Path, tmp_path: Path) -> None:
         LlamaCpp(broken)
     with pytest.raises(ConfigError, match="cannot load the adapter"):
         LlamaCpp(model, adapter=model, context=32)
-    with pytest.raises(EnvironmentProblem, match="could not quantise broken.gguf to q4_0"):
+    with pytest.raises(EnvironmentProblem, match=r"could not quantise broken\.gguf to q4_0"):
         quantise(broken, tmp_path / "out.gguf", "q4_0")
     assert not (tmp_path / "out.gguf").exists()

@@ -14,11 +14,13 @@ def test_the_modelfile_of_a_known_family() -> None:
     model = describe(tiny_tokenizer(), system="Be brief.", adapter=True, say=said.append)
     assert not said and model.family == "ChatML"
     lines = model.modelfile().splitlines()
-    assert lines[:2] == ["FROM ./model.gguf", "ADAPTER ./adapter.gguf"] and lines[2].startswith('TEMPLATE """{{- range .Messages }}')
+    assert lines[:2] == ["FROM ./model.gguf", "ADAPTER ./adapter.gguf"]
+    assert lines[2].startswith('TEMPLATE """{{- range .Messages }}')
     assert 'SYSTEM """Be brief."""' in lines and 'PARAMETER stop """<|im_end|>"""' in lines
     body = model.request("m", {"model.gguf": "sha256:1", "adapter.gguf": "sha256:2"})
     assert body["files"] == {"model.gguf": "sha256:1"} and body["adapters"] == {"adapter.gguf": "sha256:2"}
-    assert body["template"] == model.template and body["parameters"] == {"stop": list(model.stops)} and body["system"] == "Be brief."
+    assert (body["template"], body["system"]) == (model.template, "Be brief.")
+    assert body["parameters"] == {"stop": list(model.stops)}
 
 
 def test_an_unknown_template_is_said_and_left_to_the_file() -> None:

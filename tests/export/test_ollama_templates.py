@@ -12,7 +12,10 @@ from tiny.models import tiny_tokenizer
 LOOP = "{% for m in messages %}"
 PROMPT = "{% if add_generation_prompt %}"
 JINJA = {
-    "ChatML": LOOP + "<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}" + PROMPT + "<|im_start|>assistant\n{% endif %}",
+    "ChatML": LOOP
+    + "<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    + PROMPT
+    + "<|im_start|>assistant\n{% endif %}",
     "Llama 3": LOOP
     + "<|start_header_id|>{{ m.role }}<|end_header_id|>\n\n{{ m.content | trim }}<|eot_id|>{% endfor %}"
     + PROMPT
@@ -72,6 +75,6 @@ def beginning(tokenizer: Any) -> Any:
     return TemplateProcessing(single=f"{bos} $A", special_tokens=[(bos, tokenizer.bos_token_id)])
 
 
-@pytest.mark.parametrize("template", ["{% for m in messages %}({{ m.role }}) {{ m.content }}{% endfor %}", JINJA["ChatML"] + "!", None])
+@pytest.mark.parametrize("template", [LOOP + "({{ m.role }}) {{ m.content }}{% endfor %}", JINJA["ChatML"] + "!", None])
 def test_other_templates_are_not_guessed(template: str | None) -> None:
     assert recognise(with_template(template)) is None  # type: ignore[arg-type]

@@ -26,7 +26,8 @@ def sentencepiece_like() -> Any:
     core.pre_tokenizer = pre_tokenizers.Metaspace()
     core.train_from_iterator(corpus, trainers.BpeTrainer(vocab_size=120, show_progress=False))
     learnt = json.loads(core.to_str())["model"]
-    names = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *sorted(learnt["vocab"], key=learnt["vocab"].get)]
+    pieces = sorted(learnt["vocab"], key=learnt["vocab"].get)
+    names = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *pieces]
     vocab = {name: number for number, name in enumerate(dict.fromkeys(names))}
     merges = [tuple(merge) for merge in learnt["merges"]]
     core = Tokenizer(models.BPE(vocab=vocab, merges=merges, unk_token="<unk>", byte_fallback=True, fuse_unk=True))
@@ -78,7 +79,7 @@ def test_known_regular_expressions_have_a_name_that_llama_cpp_reads_alike(patter
 def test_what_llama_cpp_could_not_repeat_is_refused() -> None:
     odd = tiny_tokenizer()
     odd.backend_tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    with pytest.raises(ConfigError, match="no pre-tokenizer of llama.cpp"):
+    with pytest.raises(ConfigError, match=r"no pre-tokenizer of llama\.cpp"):
         vocabulary_of(odd, len(odd))
     lowered = tiny_tokenizer()
     lowered.backend_tokenizer.normalizer = normalizers.Lowercase()
@@ -86,5 +87,5 @@ def test_what_llama_cpp_could_not_repeat_is_refused() -> None:
         vocabulary_of(lowered, len(lowered))
     with pytest.raises(ConfigError, match="is it the tokenizer of this model"):
         vocabulary_of(tiny_tokenizer(), 5)
-    with pytest.raises(ConfigError, match="without a tokenizer.json"):
+    with pytest.raises(ConfigError, match=r"without a tokenizer\.json"):
         vocabulary_of(object(), 5)

@@ -66,7 +66,7 @@ def test_the_run_folder_holds_what_the_contract_says(finished: Any) -> None:
         "base untouched",
         "frozen weights",
     ]
-    assert all(check.measured["loss"] == 0 for check in certificate.checks)
+    assert all(check.measured.get("loss", 0.0) == 0 for check in certificate.checks)
     assert peft.read(path / "adapter").base == str(finished.model)
 
 

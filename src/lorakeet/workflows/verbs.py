@@ -140,6 +140,47 @@ class ConvertOptions:
 
 
 @dataclass(frozen=True)
+class ExportOptions:
+    """What is written for which program, and where."""
+
+    run_or_adapter: str = field(metadata=_RUN)
+    out: Path = field(metadata={"help": "File (gguf) or folder (ollama) to write; it must not exist yet."})
+    to: Literal["gguf", "ollama"] = field(
+        default="gguf", metadata={"help": "gguf: one file for llama.cpp and its relatives; ollama: a folder with a Modelfile."}
+    )
+    quant: Literal[
+        "f32", "f16", "bf16", "q8_0", "q6_k", "q5_k_m", "q5_k_s", "q5_1", "q5_0", "q4_k_m", "q4_k_s", "q4_1", "q4_0",
+        "q3_k_l", "q3_k_m", "q3_k_s", "q2_k", "iq4_nl", "iq4_xs",
+    ] = field(  # fmt: skip
+        default="f16", metadata={"help": "How the matrices are stored; all but the first four need llama.cpp (lorakeet[llama])."}
+    )
+    base: str | None = field(default=None, metadata={"help": "The base model; without it, the one that run or adapter names."})
+    separate: bool = field(default=False, metadata={"help": "Keep base and adapter in two files (ollama) instead of merging."})
+    push: bool = field(default=False, metadata={"help": "Make the model on a running Ollama server as well."})
+    name: str | None = field(default=None, metadata={"help": "The model's name; without it, that of the run folder."})
+    host: str = field(default="http://127.0.0.1:11434", metadata={"help": "Address of the Ollama server for --push."})
+
+
+@dataclass(frozen=True)
+class VerifyOptions:
+    """What is compared with the live adapter, or where the adapter is to run."""
+
+    run_or_adapter: str = field(metadata={**_RUN, "help": "A run folder or an adapter folder; with --deploy also a run file."})
+    against: tuple[str, ...] = field(
+        default=(), metadata={"help": "Merged folder, .gguf model or adapter, Ollama folder or http address; may be repeated."}
+    )
+    base: str | None = field(default=None, metadata={"help": "The base model; without it, the one that run or adapter names."})
+    base_gguf: Path | None = field(default=None, metadata={"help": "The GGUF file of the base, for a GGUF adapter."})
+    precision: Literal["auto", "float32", "float16", "bfloat16", "8-bit", "6-bit", "5-bit", "4-bit", "3-bit", "2-bit"] = field(
+        default="auto", metadata={"help": "Which tolerances apply; auto reads it off the file, and takes float16 for a server."}
+    )
+    rows: int = field(default=16, metadata={"help": "How many held-out rows go through both sides."})
+    deploy: Literal["vllm", "llama.cpp", "ollama", "peft"] | None = field(
+        default=None, metadata={"help": "Compare nothing; say whether the adapter will load in this program."}
+    )
+
+
+@dataclass(frozen=True)
 class DoctorOptions:
     """The check of the machine has nothing to set."""
 
@@ -175,5 +216,7 @@ VERBS = (
     Verb("extract", "Make an adapter out of a fully tuned model.", ExtractOptions),
     Verb("quantize", "Pack a model's linear layers in 4 or 8 bits, on disk.", QuantizeOptions),
     Verb("convert", "Write an adapter in another program's format, and check it.", ConvertOptions),
+    Verb("export", "Write the merged model as GGUF or for Ollama, and check it.", ExportOptions),
+    Verb("verify", "Prove that what was merged, exported or served is the model.", VerifyOptions),
     Verb("doctor", "Check this machine; say what is missing and how to mend it.", DoctorOptions),
 )

@@ -1,0 +1,225 @@
+"""What a trained adapter became, opened to be compared with it: a merged folder, a GGUF file, a base with a GGUF adapter."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import jinja2
+import numpy as np
+import torch
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+from rich.console import Console
+from torch import Tensor
+
+from lorakeet.data.chat import Example
+from lorakeet.data.pack import pack
+from lorakeet.errors import ConfigError
+from lorakeet.export.folded import Folded, StoredTensor, compare_stored
+from lorakeet.export.gguf_model import GgufFile, GgufTensors
+from lorakeet.export.llama_cpp import LlamaCpp
+from lorakeet.export.tolerances import F32, PRECISIONS, Allowed, allowed_for
+from lorakeet.formats import gguf
+from lorakeet.formats.base_model import open_base
+from lorakeet.merge.checkpoint import open_checkpoint
+from lorakeet.models.inject import activate
+from lorakeet.models.load import load_text_model
+from lorakeet.models.sample import sample
+from lorakeet.models.spec import ModelSpec
+from lorakeet.models.text import TextModel
+from lorakeet.workflows.opened import Opened
+
+Messages = Sequence[dict[str, str]]
+
+
+class Artefact(Protocol):
+    """Something that should compute what base + adapter compute."""
+
+    name: str
+    allowed: Allowed
+
+    def tokenise(self, text: str) -> list[int]:
+        """The ids of a raw text, begin token included if the artefact adds one."""
+
+    def prompt(self, messages: Messages) -> list[int] | None:
+        """The ids of a conversation through the artefact's own chat template; None where it has none."""
+
+    def logits(self, ids: Sequence[int]) -> Tensor:
+        """The logits after each token, (tokens, vocabulary), fp32."""
+
+    def greedy(self, prompt: Sequence[int], tokens: int, ends: frozenset[int]) -> list[int]:
+        """The likeliest continuation, up to `tokens` or one of `ends`."""
+
+    def stored(self, source: Path, opened: Opened) -> dict[str, StoredTensor]:
+        """Every stored tensor against what it should be."""
+
+
+@dataclass
+class InTorch:
+    """A model in torch: the live adapter on its base, or a merged folder."""
+
+    text: TextModel
+    adapter: str | None
+    name: str
+    allowed: Allowed = F32
+
+    def tokenise(self, text: str) -> list[int]:
+        return [int(number) for number in self.text.tokenizer.encode(text, add_special_tokens=True)]
+
+    def prompt(self, messages: Messages) -> list[int] | None:
+        tokenizer = self.text.tokenizer
+        if not tokenizer.chat_template:
+            return None
+        text = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
+        return [int(number) for number in tokenizer.encode(text, add_special_tokens=False)]
+
+    def logits(self, ids: Sequence[int]) -> Tensor:
+        """The logits after each token; the last row is computed by letting the first token follow."""
+        activate(self.text.model, self.adapter)
+        self.text.model.eval()
+        array = np.array([*ids, ids[0]], np.int64)
+        supervised = np.ones(len(array), bool)
+        supervised[0] = False
+        with torch.no_grad():
+            hidden = self.text.hidden(pack([Example(array, supervised, "row", None, False)]))
+            return torch.cat([self.text.head(part).float().cpu() for part in torch.split(hidden, 256)])
+
+    def greedy(self, prompt: Sequence[int], tokens: int, ends: frozenset[int]) -> list[int]:
+        activate(self.text.model, self.adapter)
+        written = sample(self.text, [list(prompt)], max_tokens=tokens, temperature=0.0)[0]
+        return [int(number) for number in written]
+
+    def stored(self, source: Path, opened: Opened) -> dict[str, StoredTensor]:
+        folder = self.text.source
+        held = open_checkpoint(folder)
+        expected = Folded(source, opened.adapter)
+        names = {held.find(name) or name: name for name in expected.names}
+        stored = ((names.get(name, name), held.shards[file].read(name)) for name, file in held.home.items())
+        return compare_stored(expected, stored)
+
+
+@dataclass
+class InLlamaCpp:
+    """A GGUF model in llama.cpp; with `lora` a base and a GGUF adapter that is applied as it runs."""
+
+    engine: LlamaCpp
+    file: GgufFile
+    name: str
+    allowed: Allowed
+    lora: Path | None = None
+
+    def tokenise(self, text: str) -> list[int]:
+        return self.engine.tokenise(text)
+
+    def prompt(self, messages: Messages) -> list[int] | None:
+        """As llama-server does: the file's template, from which a begin token is taken that llama.cpp adds itself."""
+        template = self.file.value("tokenizer.chat_template")
+        if template is None:
+            return None
+        tokens = self.file.value("tokenizer.ggml.tokens")
+        marks = {key: self._token(tokens, key) for key in ("bos", "eos")}
+        text = render_template(str(template), messages, bos=marks["bos"], eos=marks["eos"])
+        begun = self.engine.adds_bos and bool(marks["bos"])
+        return self.engine.tokenise(text.removeprefix(marks["bos"]) if begun else text)
+
+    def _token(self, tokens: Sequence[str], key: str) -> str:
+        number = self.file.value(f"tokenizer.ggml.{key}_token_id")
+        return "" if number is None else str(tokens[int(number)])
+
+    def logits(self, ids: Sequence[int]) -> Tensor:
+        return self.engine.logits(ids)
+
+    def greedy(self, prompt: Sequence[int], tokens: int, ends: frozenset[int]) -> list[int]:
+        return self.engine.greedy(prompt, tokens, ends)
+
+    def stored(self, source: Path, opened: Opened) -> dict[str, StoredTensor]:
+        if self.lora is None:
+            return compare_stored(GgufTensors(source, opened.adapter), self.file.tensors())
+        found = compare_stored(GgufTensors(source, None), self.file.tensors())
+        theirs = gguf.read(self.lora, base=open_base(source))
+        changes = _Changes({path: pair.delta() for path, pair in opened.adapter.pairs.items()})
+        return found | compare_stored(changes, ((path, pair.delta()) for path, pair in theirs.pairs.items()))
+
+
+@dataclass
+class _Changes:
+    """ΔW by module, as the change of a base of zeros: what a LoRA file should hold."""
+
+    by_path: dict[str, Tensor]
+
+    @property
+    def names(self) -> list[str]:
+        return list(self.by_path)
+
+    def fetch(self, name: str, *, folded: bool = True) -> Tensor:
+        return self.by_path[name] if folded else torch.zeros_like(self.by_path[name])
+
+
+def render_template(template: str, messages: Messages, *, bos: str, eos: str) -> str:
+    """What a chat template in a GGUF file says, rendered as transformers renders it; nothing in it can reach this process."""
+
+    def refuse(reason: str) -> str:
+        raise jinja2.TemplateError(reason)
+
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
+    environment.globals["raise_exception"] = refuse
+    try:
+        return environment.from_string(template).render(
+            messages=list(messages), add_generation_prompt=True, bos_token=bos, eos_token=eos
+        )
+    except jinja2.TemplateError as error:
+        raise ConfigError(f"The chat template in the file cannot be rendered: {error}.") from error
+
+
+@contextmanager
+def open_artefact(
+    target: str, opened: Opened, *, base: Path | None, precision: str, console: Console, context: int
+) -> Iterator[Artefact]:
+    """The artefact at `target`: a merged folder, a GGUF model, or a GGUF adapter together with the GGUF model `base`.
+
+    `precision` names the row of tolerances, auto takes it from what is stored. ConfigError for what is none of these.
+    """
+    path = Path(target)
+    if path.is_dir() and (path / "model.gguf").is_file():
+        adapter = path / "adapter.gguf"
+        base, path = (path / "model.gguf", adapter) if adapter.is_file() else (base, path / "model.gguf")
+    if path.is_dir():
+        spec = ModelSpec(path=str(path), dtype="float32", products="float32", device=opened.config.model.device)
+        yield InTorch(load_text_model(spec, say=console.print), None, f"{target}/", _row(precision, _folder_types(path)))
+        return
+    if not path.is_file():
+        raise ConfigError(f"--against {target} does not exist; expected a merged folder, a .gguf file or an http address.")
+    file = GgufFile(path)
+    if not file.is_adapter:
+        with LlamaCpp(path, context=context) as engine:
+            yield InLlamaCpp(engine, file, path.name, _row(precision, file.types))
+        return
+    if base is None:
+        raise ConfigError(f"{target} is an adapter; name the GGUF file of its base too: --base-gguf FILE.")
+    model = GgufFile(base)
+    with LlamaCpp(base, adapter=path, context=context) as engine:
+        allowed = _row(precision, {**model.types, **file.types} if precision == "auto" else {})
+        yield InLlamaCpp(engine, model, f"{base.name} + {path.name}", allowed, path)
+
+
+def _row(precision: str, types: Any) -> Allowed:
+    return allowed_for(types) if precision == "auto" else PRECISIONS[precision]
+
+
+def _folder_types(folder: Path) -> dict[str, int]:
+    names = {"float32": "F32", "bfloat16": "BF16", "float16": "F16", "float64": "F32"}
+    counts: dict[str, int] = {}
+    for file in open_checkpoint(folder).shards.values():
+        for stored in file.tensors.values():
+            if len(stored.shape) > 1:
+                kind = names.get(str(stored.dtype).removeprefix("torch."), "F32")
+                counts[kind] = counts.get(kind, 0) + int(torch.Size(stored.shape).numel())
+    return counts
+
+
+def live_side(opened: Opened, console: Console) -> InTorch:
+    """The adapter on its base in fp32, with which everything is compared."""
+    return InTorch(opened.text_model(console, dtype="float32"), "default", "live adapter")

@@ -1,0 +1,197 @@
+"""The checks of one artefact against the live adapter: prompts, logits, answers, greedy texts, and every stored weight."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+
+from lorakeet.data.chat import Candidates, Ids
+from lorakeet.evaluate.certificate import Check, judge
+from lorakeet.evaluate.intervals import share
+from lorakeet.evaluate.parity import ParityMeter
+from lorakeet.evaluate.spec import EvaluateSpec
+from lorakeet.export.folded import StoredTensor
+from lorakeet.export.tolerances import Allowed
+from lorakeet.models.sample import end_ids
+from lorakeet.models.score import distinguishing
+from lorakeet.workflows.artefacts import Artefact, InTorch, Messages
+
+GREEDY_TOKENS = 64
+_SIGMA = 5  # of what rounding alone explains
+
+
+@dataclass(frozen=True)
+class Probes:
+    """What goes through both sides: held-out conversations, raw texts, whole rows as ids, and labelled prompts."""
+
+    conversations: Sequence[tuple[Messages, Ids]]  # messages, and the ids of the prompt in training
+    texts: Sequence[str]
+    rows: Sequence[Ids]
+    labelled: Sequence[Candidates]
+    prompts: Sequence[Ids]  # for greedy texts
+
+
+def check_prompts(live: InTorch, artefact: Artefact, probes: Probes) -> Check:
+    """Whether the artefact reads conversations and raw texts as the same ids; the detail names the first that differs."""
+    pairs: list[tuple[list[int], list[int], str]] = []
+    for messages, ids in probes.conversations:
+        theirs = artefact.prompt(messages)
+        pairs.append((ids.tolist(), [] if theirs is None else theirs, "prompt"))
+    pairs += [(live.tokenise(text), artefact.tokenise(text), "raw text") for text in probes.texts]
+    return check_ids(live, artefact.name, pairs)
+
+
+def check_ids(live: InTorch, name: str, pairs: Sequence[tuple[list[int], list[int], str]]) -> Check:
+    """The check of (ids here, ids there, what was encoded), with a sentence on the first that differ."""
+    wrong, detail = 0, ""
+    for ours, theirs, what in pairs:
+        if ours != theirs:
+            wrong += 1
+            detail = detail or first_difference(live, ours, theirs, what)
+    return judge(
+        f"{name}: prompt ids",
+        {"different_prompts": float(wrong)},
+        tolerance={"different_prompts": 0.0},
+        between=(live.name, name),
+        n=len(pairs),
+        detail=detail,
+    )
+
+
+def first_difference(live: InTorch, ours: Sequence[int], theirs: Sequence[int], what: str) -> str:
+    """A sentence on where two lists of ids part, and what is the likely cause."""
+    bos = live.text.tokenizer.bos_token_id
+    if list(theirs) == [bos, *ours]:
+        return f"The artefact puts a begin token (id {bos}) before a {what} that training did not have: BOS is doubled or added."
+    if list(ours) == [bos, *theirs]:
+        return f"The artefact leaves out the begin token (id {bos}) that training put before a {what}."
+    if not theirs:
+        return "The artefact has no chat template, and training used one."
+    place = next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), min(len(ours), len(theirs)))
+    shown = [repr(live.text.tokenizer.decode(list(ids[place : place + 4]))) for ids in (ours, theirs)]
+    cause = "the chat template or the pre-tokenizer differs" if what == "prompt" else "the pre-tokenizer differs"
+    return f"A {what} parts at token {place}: {shown[0]} here, {shown[1]} there. Likely cause: {cause}."
+
+
+def check_logits(live: InTorch, artefact: Artefact, probes: Probes, spec: EvaluateSpec) -> Check:
+    """Logits on the same ids of whole held-out rows, and how much of the adapter's own effect the difference is."""
+    base = InTorch(live.text, None, "base")
+    meter, effect = ParityMeter(), ParityMeter()
+    for number, ids in enumerate(probes.rows):
+        row = ids.tolist()
+        ours = live.logits(row)[:-1]
+        targets = torch.from_numpy(ids[1:])
+        theirs = artefact.logits(row)[:-1]
+        width = min(ours.shape[1], theirs.shape[1])  # a file may pad its vocabulary
+        meter.add(ours[:, :width], theirs[:, :width], targets=targets, texts=number)
+        effect.add(ours, base.logits(row)[:-1], targets=targets, texts=number)
+    judged = effect.result(spec) if math.isfinite(artefact.allowed.parity.effect) else None
+    return meter.result(spec).check(
+        f"{artefact.name}: logits", artefact.allowed.parity, between=(live.name, artefact.name), base=judged
+    )
+
+
+def check_answers(live: InTorch, artefact: Artefact, probes: Probes, spec: EvaluateSpec) -> Check:
+    """The task's metric on both sides, and the share of rows on which the likeliest label differs."""
+    ours, theirs = (np.array([_answer(side, row, live) for row in probes.labelled]) for side in (live, artefact))
+    truth = np.array([-1 if row.label is None else row.label for row in probes.labelled])
+    check = judge(
+        f"{artefact.name}: answers",
+        {"different_answers": float((ours != theirs).mean())},
+        tolerance={"different_answers": artefact.allowed.metric},
+        between=(live.name, artefact.name),
+        n=len(truth),
+    )
+    accuracies = {"accuracy_live": share(ours == truth, spec=spec), "accuracy_there": share(theirs == truth, spec=spec)}
+    return replace(check, estimates=accuracies)
+
+
+def _answer(side: Artefact, row: Candidates, live: InTorch) -> int:
+    """The likeliest label: Σ log p over what distinguishes each label's tokens."""
+    ends = frozenset(int(number) for number in live.text.tokenizer.all_special_ids)
+    scores = []
+    endings = distinguishing(row.completions, ends)
+    prompt = row.prompt.tolist()
+    shared = side.logits(prompt)[-1].log_softmax(-1) if all(len(ending) == 1 for ending in endings) else None
+    for ending in endings:
+        if shared is not None:
+            scores.append(float(shared[int(ending[0])]))
+            continue
+        ids = [*prompt, *ending.tolist()]
+        rows = side.logits(ids)[len(prompt) - 1 : -1].log_softmax(-1)
+        scores.append(float(rows.gather(1, torch.from_numpy(ending)[:, None]).sum()))
+    return int(np.argmax(scores))
+
+
+def check_greedy(live: InTorch, artefact: Artefact, probes: Probes) -> Check:
+    """Greedy texts of 64 tokens: where two part, the live model must have been nearly undecided.
+
+    `gap` is how much likelier, in nats, the live model found its own next token than the artefact's, at the first difference.
+    """
+    ends = end_ids(live.text)
+    worst, detail, equal = 0.0, "", 0
+    for prompt in probes.prompts:
+        ours = live.greedy(prompt.tolist(), GREEDY_TOKENS, ends)
+        theirs = artefact.greedy(prompt.tolist(), GREEDY_TOKENS, ends)
+        if ours == theirs:
+            equal += 1
+            continue
+        place = next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), min(len(ours), len(theirs)))
+        if place == min(len(ours), len(theirs)):
+            gap = math.inf  # one stopped, though nothing was said that ends a text
+        else:
+            after = live.logits([*prompt.tolist(), *ours[:place]])[-1].log_softmax(-1)
+            gap = float(after[ours[place]] - after[theirs[place]])
+        if gap >= worst:
+            worst = gap
+            tokens = [repr(live.text.tokenizer.decode(ids[place : place + 1])) for ids in (ours, theirs)]
+            detail = f"The first diverging token is number {place}: {tokens[0]} here, {tokens[1]} there, {gap:.3g} nats apart."
+    return judge(
+        f"{artefact.name}: greedy text",
+        {"gap": worst},
+        tolerance={"gap": artefact.allowed.gap},
+        between=(live.name, artefact.name),
+        n=len(probes.prompts),
+        detail=detail or f"{equal} of {len(probes.prompts)} texts of up to {GREEDY_TOKENS} tokens are equal.",
+    )
+
+
+def check_stored(name: str, stored: Mapping[str, StoredTensor], allowed: Allowed) -> Check:
+    """Whether every stored tensor is what it should be, and holds the whole of the adapter's change; names the worst one."""
+    errors = {tensor: share_error(found) for tensor, found in stored.items()}
+    roundings = {tensor: found.rounding for tensor, found in stored.items()}
+    worst = max(errors, key=lambda tensor: errors[tensor], default="")
+    roughest = max(roundings, key=lambda tensor: roundings[tensor], default="")
+    measured = {"share": errors.get(worst, math.nan), "rounding": roundings.get(roughest, math.nan)}
+    check = judge(
+        f"{name}: weights",
+        measured,
+        tolerance={"share": allowed.share, "rounding": allowed.rounding},
+        between=("base + adapter", name),
+        n=len(stored),
+    )
+    if check.passed:
+        return check
+    bad = worst if "share" in check.exceeded() else roughest
+    return replace(check, detail=f"The worst layer is {bad}: {_of(stored[bad])}." if bad else "No tensor was compared.")
+
+
+def share_error(found: StoredTensor) -> float:
+    """|share − 1| beyond five times what independent rounding explains; 0 where nothing was to change."""
+    if math.isinf(found.rounding):
+        return math.inf
+    if math.isnan(found.share):
+        return 0.0
+    return max(0.0, abs(found.share - 1) - _SIGMA * found.share_error)
+
+
+def _of(found: StoredTensor) -> str:
+    if math.isinf(found.rounding):
+        return "it is missing, or of another shape"
+    if math.isnan(found.share):
+        return f"it differs by {found.rounding:.3g} of its size, and the adapter does not change it"
+    return f"it holds {found.share:.3g} times the adapter's change and differs by {found.rounding:.3g} of its size"

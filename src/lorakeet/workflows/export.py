@@ -1,0 +1,227 @@
+"""`lorakeet export`: the trained model as a GGUF file, or as a folder for Ollama, certified in llama.cpp, with its card."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import Progress as Bar
+
+from lorakeet.errors import ConfigError
+from lorakeet.evaluate.certificate import Certificate
+from lorakeet.evaluate.report import Report, read_report
+from lorakeet.evaluate.values import encode
+from lorakeet.export import ollama
+from lorakeet.export.card import CardFacts, card, licence_of
+from lorakeet.export.gguf_model import DIGEST, DIRECT, GgufFile, GgufModel, write_gguf
+from lorakeet.export.llama_cpp import is_installed, quantise
+from lorakeet.export.ollama_push import push as push_model
+from lorakeet.formats import gguf
+from lorakeet.formats.base_model import open_base
+from lorakeet.formats.safe import open_safetensors, save_text
+from lorakeet.models.load import load_tokenizer
+from lorakeet.models.source import find_source
+from lorakeet.train.durable import new_folder
+from lorakeet.workflows.opened import Opened, open_adapter
+from lorakeet.workflows.place import require_place, writing
+from lorakeet.workflows.show import show_certificate
+from lorakeet.workflows.verify import certify_artefacts
+
+CERTIFICATE, CARD = "certificate.json", "README.md"
+CHECK_ROWS = 8
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What was written, and what llama.cpp said of it (None where llama.cpp is not installed)."""
+
+    out: Path
+    model: GgufModel
+    certificate: Certificate | None
+
+    def to_mapping(self) -> dict[str, Any]:
+        """Plain values for --json."""
+        return {
+            "out": str(self.out),
+            "bytes": self.model.bytes,
+            "types": dict(self.model.types),
+            "notes": list(self.model.notes),
+            "passed": None if self.certificate is None else self.certificate.passed,
+            "certificate": None if self.certificate is None else encode(self.certificate),
+        }
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What all steps of one export need."""
+
+    opened: Opened
+    source: Path
+    tokenizer: Any
+    quant: str
+    name: str
+    console: Console
+
+
+def export(  # noqa: PLR0913  (the options of a verb are its parameters)
+    run_or_adapter: str,
+    *,
+    out: Path,
+    to: str = "gguf",
+    quant: str = "f16",
+    base: str | None = None,
+    separate: bool = False,
+    push: bool = False,
+    name: str | None = None,
+    host: str = "http://127.0.0.1:11434",
+    console: Console,
+) -> Exported:
+    """Writes the merged model to `out`, checks it in llama.cpp against the live adapter, and writes card and certificate.
+
+    to: gguf (a file) or ollama (a folder with its Modelfile); `separate` keeps base and adapter in two files, for ollama.
+    Raises VerificationFailed (exit code 3) where the check fails; what was written stays, with a certificate that says so.
+    """
+    if out.exists():
+        raise ConfigError(f"{out} exists already and is never overwritten. Choose another --out or remove that one.")
+    if separate and to != "ollama":
+        raise ConfigError("--separate is for --to ollama; the adapter alone as a GGUF file: lorakeet convert … --to gguf.")
+    if push and to != "ollama":
+        raise ConfigError("--push gives a model to Ollama; it needs --to ollama.")
+    if quant not in DIRECT and not is_installed():
+        direct = ", ".join(DIRECT)
+        raise ConfigError(f"--quant {quant} needs llama.cpp's quantiser: pip install 'lorakeet[llama]', or take {direct}.")
+    require_place(out)
+    opened = open_adapter(Path(run_or_adapter), base=base)
+    source = find_source(opened.config.model, console.print)
+    title = name or (opened.run.path.name if opened.run else opened.folder.name)
+    job = _Job(opened, source, load_tokenizer(opened.tokenizer or source), quant, title, console)
+    if opened.config.model.quantize.method != "none":
+        console.print("The adapter was trained on a quantised base; it is folded into the dense weights that were quantised.")
+    with writing(f"The export {out}", "Free some space, or choose another --out."):
+        written = _to_gguf(job, out) if to == "gguf" else _to_ollama(job, out, separate)
+    for note in written.notes:
+        console.print(note, soft_wrap=True)
+    console.print(f"Wrote {written.bytes:,} bytes (tensors: {_types(written)}) to {out}", soft_wrap=True)
+    certificate = _certify(job, out, run_or_adapter)
+    _write_card(job, out, written, certificate, to)
+    if certificate is not None:
+        certificate.raise_if_failed()
+    if push:
+        model = _ollama_model(job, separate)
+        push_model(out, model, title, host=host, say=console.print)
+    return Exported(out, written, certificate)
+
+
+def _to_gguf(job: _Job, out: Path) -> GgufModel:
+    return _write_model(job, out, with_adapter=True)
+
+
+def _to_ollama(job: _Job, out: Path, separate: bool) -> GgufModel:
+    """The folder, whole or not at all: the Modelfile beside the GGUF files."""
+    model = _ollama_model(job, separate)
+    with new_folder(out) as folder:
+        if model.adapter:
+            gguf.write(job.opened.adapter, folder / model.adapter, base=open_base(job.source))
+        written = _write_model(job, folder / model.model, with_adapter=not separate)
+        save_text(folder / ollama.MODELFILE, model.modelfile())
+    return dataclasses.replace(written, path=out / model.model)
+
+
+def _ollama_model(job: _Job, separate: bool) -> ollama.OllamaModel:
+    system = job.opened.config.data.system or ""
+    return ollama.describe(job.tokenizer, system=system, adapter=separate, say=job.console.print)
+
+
+def _write_model(job: _Job, out: Path, *, with_adapter: bool) -> GgufModel:
+    """The GGUF model at `out`; types that gguf cannot write are made by llama.cpp from a wide file, which is then removed."""
+    adapter = job.opened.adapter if with_adapter else None
+    facts = {"general.name": job.name, "lorakeet.base": job.opened.config.model.path}
+    if with_adapter:
+        facts[DIGEST] = _digest(job.opened)
+    with Bar(console=job.console, transient=True, disable=not job.console.is_terminal) as bar:
+        task = bar.add_task("writing")
+
+        def show(done: int, total: int, tensor: str) -> None:
+            bar.update(task, completed=done, total=total, description=f"writing {tensor}")
+
+        if job.quant in DIRECT:
+            return write_gguf(
+                job.source, adapter, out, tokenizer=job.tokenizer, quant=job.quant, facts=facts, on_progress=show
+            )
+        wide, partial = out.with_name(f".{out.name}.wide"), out.with_name(f".{out.name}.partial")
+        try:
+            wide.unlink(missing_ok=True)
+            kept = write_gguf(
+                job.source, adapter, wide, tokenizer=job.tokenizer, quant=_wide(job.source), facts=facts, on_progress=show
+            )
+            quantise(wide, partial, job.quant)
+            partial.replace(out)
+        finally:
+            wide.unlink(missing_ok=True)
+            partial.unlink(missing_ok=True)
+    return GgufModel(out, out.stat().st_size, dict(GgufFile(out).tensor_types), kept.notes)
+
+
+def _wide(source: Path) -> str:
+    """The type that loses nothing of the stored base: f32, or bf16 where all matrices are bf16."""
+    kinds = {
+        str(stored.dtype)
+        for file in source.glob("*.safetensors")
+        for stored in open_safetensors(file).tensors.values()
+        if len(stored.shape) > 1
+    }
+    return "bf16" if kinds == {"torch.bfloat16"} else "f32"
+
+
+def _types(written: GgufModel) -> str:
+    return ", ".join(f"{count:,} {name}" for name, count in sorted(written.types.items(), key=lambda item: -item[1]))
+
+
+def _digest(opened: Opened) -> str:
+    """SHA-256 of the adapter's weights on disk, by which a stale export is known."""
+    digest = hashlib.sha256()
+    for file in sorted(opened.folder.glob("*.safetensors")):
+        digest.update(file.read_bytes())
+    return digest.hexdigest()
+
+
+def _certify(job: _Job, out: Path, subject: str) -> Certificate | None:
+    """The artefact in llama.cpp against the live adapter; None, said once, where llama.cpp is not installed."""
+    if not is_installed():
+        job.console.print("Not checked: llama.cpp is not installed here. pip install 'lorakeet[llama]', then: lorakeet verify")
+        return None
+    found = certify_artefacts(job.opened, [str(out)], rows=CHECK_ROWS, subject=subject, console=job.console)
+    found.write(_beside(out, CERTIFICATE))
+    show_certificate(found, job.console)
+    return found
+
+
+def _beside(out: Path, name: str) -> Path:
+    return out / name if out.is_dir() else out.with_name(f"{out.stem}.{name}")
+
+
+def _write_card(job: _Job, out: Path, written: GgufModel, certificate: Certificate | None, to: str) -> None:
+    run, config = job.opened.run, job.opened.config
+    report: Report | None = read_report(run.report) if run is not None and run.report.exists() else None
+    files = {written.path.name: f"the model, {written.bytes:,} bytes (tensors: {_types(written)})"}
+    if to == "ollama":
+        files |= {ollama.MODELFILE: "what Ollama is told"}
+        if (out / ollama.ADAPTER).exists():
+            files[ollama.ADAPTER] = "the adapter, applied to the model as it runs"
+    usage = ["cd FOLDER", f"ollama create {job.name} -f {ollama.MODELFILE}", f"ollama run {job.name}"]
+    facts = CardFacts(
+        title=job.name,
+        base_model=config.model.path,
+        files=files,
+        usage=usage if to == "ollama" else [f"llama-server -m {out.name}"],
+        library="gguf",
+        licence=licence_of(job.source),
+        datasets=(config.data.train,),
+        notes=written.notes,
+        settings={"Learning rows": Path(config.data.train).name or "not known"} if run else {},
+    )
+    save_text(_beside(out, CARD), card(facts, report, certificate))

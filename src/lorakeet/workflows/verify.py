@@ -1,0 +1,200 @@
+"""`lorakeet verify`: is what was merged, exported or served the model that was trained? Measured on the run's held-out rows.
+
+    live adapter in fp32  ──  the same ids, prompts, answers and texts  ──  each artefact of --against
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+
+from lorakeet.data.chat import Encoder, Ids
+from lorakeet.data.prepare import Dataset, load_dataset
+from lorakeet.data.rows import Row
+from lorakeet.data.template import is_templated
+from lorakeet.errors import ConfigError, DataError
+from lorakeet.evaluate.certificate import Certificate, Check, read_certificate
+from lorakeet.evaluate.report import read_report, write_report
+from lorakeet.evaluate.values import encode
+from lorakeet.export.deployment import Runtime
+from lorakeet.export.tolerances import F16, PRECISIONS
+from lorakeet.models.source import find_source
+from lorakeet.workflows.artefacts import Artefact, InTorch, Messages, live_side, open_artefact
+from lorakeet.workflows.causes import cause_from_logits, cause_from_weights
+from lorakeet.workflows.compare_artefact import (
+    GREEDY_TOKENS,
+    Probes,
+    check_answers,
+    check_greedy,
+    check_logits,
+    check_prompts,
+    check_stored,
+)
+from lorakeet.workflows.deploy import Deployable, check_deployment
+from lorakeet.workflows.judge import sampled_texts
+from lorakeet.workflows.opened import Opened, open_adapter
+from lorakeet.workflows.place import writing
+from lorakeet.workflows.server_artefact import Server, check_server
+from lorakeet.workflows.show import show_certificate
+
+ROWS, TEXTS, GREEDY = 16, 8, 4  # rows through both sides whole, raw texts, greedy continuations
+RAW_TEXTS = ("It's 10:30 on 12/04.", "naïve café, 日本語 🙂", "two  spaces\n\n\tand a tab", "x = y+1; // 1,234.5")
+SAMPLED_TEXTS, SAMPLED_TOKENS = 16, 64
+_MARGIN = 16  # positions of llama.cpp's context beyond the longest row and what is written after it
+
+
+@dataclass(frozen=True)
+class Verified:
+    """What the comparison found; `exit_code` is 3 where a check failed, which raises before this is returned."""
+
+    certificate: Certificate
+
+    @property
+    def exit_code(self) -> int:
+        return 0
+
+    def to_mapping(self) -> dict[str, Any]:
+        """Plain values for --json."""
+        return {"passed": self.certificate.passed, "certificate": encode(self.certificate)}
+
+
+def verify(
+    run_or_adapter: str,
+    *,
+    against: tuple[str, ...] = (),
+    base: str | None = None,
+    base_gguf: Path | None = None,
+    precision: str = "auto",
+    rows: int = ROWS,
+    deploy: Runtime | None = None,
+    console: Console,
+) -> Verified | Deployable:
+    """Compares the adapter, live on its base in fp32, with every artefact in `against`, and writes what was found.
+
+    The checks go into the run's certificate.json, report.json and report.html, beside what training put there. Raises
+    VerificationFailed (exit code 3) with the worst layer or the first diverging token and the likely cause; ConfigError for
+    an artefact that cannot be opened. With `deploy` nothing is compared: see `workflows/deploy`.
+    """
+    if deploy is not None:
+        return check_deployment(Path(run_or_adapter), deploy, console)
+    opened = open_adapter(Path(run_or_adapter), base=base)
+    targets = against or _found_beside(opened)
+    certificate = certify_artefacts(
+        opened, targets, base_gguf=base_gguf, precision=precision, rows=rows, subject=str(run_or_adapter), console=console
+    )
+    show_certificate(certificate, console)
+    if opened.run is not None:
+        _keep(opened, certificate)
+    certificate.raise_if_failed()
+    return Verified(certificate)
+
+
+def certify_artefacts(
+    opened: Opened,
+    targets: Sequence[str],
+    *,
+    base_gguf: Path | None = None,
+    precision: str = "auto",
+    rows: int = ROWS,
+    subject: str,
+    console: Console,
+) -> Certificate:
+    """The checks of every target against the live adapter."""
+    dataset = load_dataset(opened.config.data) if opened.run else None
+    source = find_source(opened.config.model, console.print)
+    live = live_side(opened, console)
+    probes = probes_of(opened, dataset, live, rows)
+    longest = max((len(ids) for ids in (*probes.rows, *probes.prompts)), default=0)
+    checks: list[Check] = []
+    for target in targets:
+        if target.startswith(("http://", "https://")):
+            allowed = F16 if precision == "auto" else PRECISIONS[precision]
+            checks += check_server(live, Server(target, allowed), probes)
+            continue
+        context = longest + GREEDY_TOKENS + _MARGIN
+        with open_artefact(target, opened, base=base_gguf, precision=precision, console=console, context=context) as artefact:
+            checks += _checks(live, artefact, probes, opened, source)
+    facts = {"model": live.text.name, "rows": f"{len(probes.rows)} held-out" if dataset else f"{len(probes.rows)} sampled"}
+    return Certificate(f"What became of {subject}", tuple(checks), {**facts, "live adapter": "computed in float32"})
+
+
+def _checks(live: InTorch, artefact: Artefact, probes: Probes, opened: Opened, source: Path) -> list[Check]:
+    spec = opened.config.evaluate
+    stored = artefact.stored(source, opened)
+    found = [check_prompts(live, artefact, probes), check_logits(live, artefact, probes, spec)]
+    if probes.labelled:
+        found.append(check_answers(live, artefact, probes, spec))
+    found += [check_greedy(live, artefact, probes), check_stored(artefact.name, stored, artefact.allowed)]
+    if all(check.passed for check in found[1:]):
+        return found
+    ids = probes.rows[0].tolist()
+    cause = cause_from_weights(stored, live) or cause_from_logits(live, ids, artefact.logits(ids))
+    explained = (check if check.passed else replace(check, detail=f"{check.detail} {cause}".strip()) for check in found[1:])
+    return [found[0], *explained]
+
+
+def probes_of(opened: Opened, dataset: Dataset | None, live: InTorch, rows: int) -> Probes:
+    """Held-out rows of the run; for a bare adapter, texts that the base samples. DataError where no row is short enough."""
+    if dataset is None:
+        spec = opened.config.evaluate
+        sampled = [example.ids for example in sampled_texts(live.text, SAMPLED_TEXTS, SAMPLED_TOKENS, seed=spec.seed)]
+        sampled = [ids for ids in sampled if len(ids) > 1]
+        return Probes([], RAW_TEXTS, sampled, [], [ids[: max(1, len(ids) // 2)] for ids in sampled[:GREEDY]])
+    encoder = Encoder(live.text.tokenizer, opened.config.data, dataset.labels)
+    chosen: list[tuple[Row, Any]] = []
+    for row in dataset.held_out:
+        example = encoder.encode(row)
+        if example is not None and not example.truncated and len(chosen) < rows:
+            chosen.append((row, example))
+    if not chosen:
+        raise DataError("Every held-out row is longer than data.max_tokens; raise --data.max_tokens or hold out other rows.")
+    starts = [int(np.flatnonzero(example.supervised)[0]) for _, example in chosen]
+    prompts = [example.ids[:start] for (_, example), start in zip(chosen, starts, strict=True)]
+    talks: list[tuple[Messages, Ids]] = [
+        (_messages(row), prompt)
+        for (row, _), prompt in zip(chosen, prompts, strict=True)
+        if is_templated(row, live.text.tokenizer, opened.config.data) and len(_messages(row)) > 0
+    ]
+    labelled = [found for row, _ in chosen if dataset.labels and (found := encoder.candidates(row)) is not None]
+    texts = (*RAW_TEXTS, *(row.text for row, _ in chosen[:TEXTS]))
+    return Probes(talks, texts, [example.ids for _, example in chosen], labelled, prompts[:GREEDY])
+
+
+def _messages(row: Row) -> Messages:
+    """The turns before the first that the model is to write."""
+    number = next((place for place, turn in enumerate(row.turns) if turn.supervised), 0)
+    return [{"role": turn.role, "content": turn.text} for turn in row.turns[:number]]
+
+
+def _found_beside(opened: Opened) -> tuple[str, ...]:
+    """What earlier commands wrote under the names that they print: RUN-merged, RUN-gguf and RUN-ollama."""
+    place = (opened.run.path if opened.run else opened.folder).absolute()
+    known = [place.with_name(f"{place.name}{ending}") for ending in ("-merged", ".gguf", "-ollama")]
+    found = tuple(str(path) for path in known if path.exists())
+    if not found:
+        raise ConfigError(
+            f"There is nothing to compare {place.name} with: name it with --against (a merged folder, a .gguf file, an http "
+            f"address). Looked for {', '.join(path.name for path in known)} beside it."
+        )
+    return found
+
+
+def _keep(opened: Opened, certificate: Certificate) -> None:
+    """Puts the checks into the run's certificate and report; those of the same names are replaced."""
+    run = opened.run
+    if run is None:
+        return
+    names = {check.name for check in certificate.checks}
+    before = read_certificate(run.certificate) if run.certificate.exists() else Certificate(f"The run {run.path}", ())
+    kept = tuple(check for check in before.checks if check.name not in names)
+    whole = dataclasses.replace(before, checks=(*kept, *certificate.checks), facts={**certificate.facts, **before.facts})
+    with writing(f"The certificate in {run.path}", "Free some space and verify again."):
+        whole.write(run.certificate)
+        if run.report.exists():
+            write_report(replace(read_report(run.report), certificate=whole), run.path)

@@ -1,0 +1,68 @@
+"""`workflows.artefacts`: each form is opened as what it is, and answers like the live model; templates cannot reach this process."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+from lorakeet.errors import ConfigError
+from lorakeet.export.tolerances import BF16, F32, Q4
+from lorakeet.merge.fold import merge_into
+from lorakeet.workflows.artefacts import InLlamaCpp, InTorch, live_side, open_artefact, render_template
+from lorakeet.workflows.opened import open_adapter
+from tiny.dense import fold_into
+from tiny.exports import write_lora, write_model
+from tiny.runs import quiet
+
+TALK = [{"role": "user", "content": "Is it 12:30?"}]
+IDS = [5, 9, 70, 33, 12, 40]
+
+
+def test_every_form_answers_like_the_live_model(finished: Any, tmp_path: Path) -> None:
+    opened = open_adapter(finished.path)
+    live = live_side(opened, quiet())
+    write_model(finished.model, opened.adapter, tmp_path / "model.gguf")
+    merge_into(finished.model, opened.adapter, tmp_path / "merged", dtype="bfloat16")
+    folder = tmp_path / "ollama"
+    folder.mkdir()
+    write_model(finished.model, None, folder / "model.gguf")
+    write_lora(finished.model, opened.adapter, folder / "adapter.gguf")
+    for target, kind, allowed, limit in (
+        ("model.gguf", InLlamaCpp, F32, 1e-4),
+        ("merged", InTorch, BF16, 0.5),
+        ("ollama", InLlamaCpp, F32, 1e-4),
+    ):
+        asked = {"base": None, "precision": "auto", "console": quiet(), "context": 128}
+        with open_artefact(str(tmp_path / target), opened, **asked) as artefact:  # type: ignore[arg-type]
+            assert isinstance(artefact, kind) and artefact.allowed is allowed
+            torch.testing.assert_close(artefact.logits(IDS), live.logits(IDS), atol=limit, rtol=0)
+            assert artefact.prompt(TALK) == live.prompt(TALK) and artefact.tokenise("a 1") == live.tokenise("a 1")
+            assert len(artefact.greedy(IDS, 3, frozenset())) in (1, 2, 3)
+            assert all(found.rounding < 0.01 for found in artefact.stored(finished.model, opened).values())
+    with open_artefact(
+        str(tmp_path / "model.gguf"), opened, base=None, precision="4-bit", console=quiet(), context=64
+    ) as artefact:
+        assert artefact.allowed is Q4
+
+
+def test_logits_of_the_live_model_are_its_own(finished: Any) -> None:
+    live = live_side(open_adapter(finished.path), quiet())
+    found = live.logits(IDS)
+    model = fold_into(transformers.AutoModelForCausalLM.from_pretrained(finished.model), open_adapter(finished.path).adapter)
+    with torch.no_grad():
+        wanted = model(torch.tensor([IDS])).logits[0]
+    assert found.shape == wanted.shape
+    torch.testing.assert_close(found, wanted, atol=2e-5, rtol=0)
+
+
+def test_a_template_in_a_file_is_rendered_and_cannot_reach_out() -> None:
+    assert render_template("{{ bos_token }}{{ messages[0].content }}{{ eos_token }}", TALK, bos="<s>", eos="</s>") == (
+        "<s>Is it 12:30?</s>"
+    )
+    for template in ("{{ ''.__class__.__mro__[1].__subclasses__() }}", "{{ raise_exception('no') }}", "{% if %}"):
+        with pytest.raises(ConfigError, match="cannot be rendered"):
+            render_template(template, TALK, bos="", eos="")

@@ -1,0 +1,80 @@
+"""`workflows.compare_artefact`: the checks of an artefact that is right, and of ones that are wrong in one way each."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+
+from lorakeet.data.chat import Candidates
+from lorakeet.evaluate.spec import EvaluateSpec
+from lorakeet.export.folded import StoredTensor
+from lorakeet.export.tolerances import F32, Q4
+from lorakeet.workflows.artefacts import InTorch, live_side
+from lorakeet.workflows.compare_artefact import (
+    Probes,
+    check_answers,
+    check_greedy,
+    check_ids,
+    check_logits,
+    check_stored,
+    first_difference,
+    share_error,
+)
+from lorakeet.workflows.opened import open_adapter
+from tiny.runs import quiet
+
+SPEC = EvaluateSpec(resamples=100)
+ROW = np.array([5, 9, 70, 33, 12, 40], np.int64)
+
+
+@pytest.fixture(scope="module")
+def live(finished: Any) -> InTorch:
+    return live_side(open_adapter(finished.path), quiet())
+
+
+@pytest.fixture(scope="module")
+def probes() -> Probes:
+    labelled = Candidates(ROW[:4], (ROW[4:], ROW[3:5], np.array([90, 91, 92], np.int64)), "row", 0, False)
+    return Probes([], [], [ROW, ROW[:3]], [labelled], [ROW[:4]])
+
+
+def test_the_model_is_equal_to_itself_and_its_base_is_not(live: InTorch, probes: Probes) -> None:
+    base = InTorch(live.text, None, "base")
+    assert check_logits(live, live, probes, SPEC).passed and check_answers(live, live, probes, SPEC).passed
+    assert check_greedy(live, live, probes).measured == {"gap": 0.0}
+    logits = check_logits(live, base, probes, SPEC)
+    assert not logits.passed and logits.measured["effect"] == pytest.approx(1.0)
+    assert "effect" not in check_logits(live, InTorch(live.text, None, "base", Q4), probes, SPEC).measured
+    greedy = check_greedy(live, base, probes)
+    assert not greedy.passed and "The first diverging token is number" in greedy.detail
+
+
+def test_where_ids_part_is_said_with_a_cause(live: InTorch) -> None:
+    bos = live.text.tokenizer.bos_token_id
+    assert "BOS is doubled" in first_difference(live, [5, 6], [bos, 5, 6], "prompt")
+    assert "leaves out the begin token" in first_difference(live, [bos, 5, 6], [5, 6], "prompt")
+    assert "has no chat template" in first_difference(live, [5], [], "prompt")
+    assert "parts at token 1" in first_difference(live, [5, 6, 7], [5, 8, 7], "raw text")
+    check = check_ids(live, "x", [([1], [1], "prompt"), ([1], [2], "prompt")])
+    assert not check.passed and check.measured["different_prompts"] == 1 and check.n == 2
+
+
+def test_stored_tensors_are_judged_by_share_and_rounding() -> None:
+    right = StoredTensor(1.0, 0.0, 1e-7, 1.0)
+    assert check_stored("x", {"a": right}, F32).passed and not check_stored("x", {}, F32).passed
+    for wrong, words in (
+        (StoredTensor(0.5, 0.0, 1e-7, 0.5), "it holds 0.5 times the adapter's change"),
+        (StoredTensor(math.nan, 0.0, 0.1, 0.0), "the adapter does not change it"),
+        (StoredTensor(0.0, 0.0, math.inf, 0.0), "it is missing, or of another shape"),
+    ):
+        check = check_stored("x", {"a": right, "b": wrong}, F32)
+        assert not check.passed and f"The worst layer is b: {words}" in check.detail.replace("it differs by 0.1 of its size, and ", "")
+
+
+def test_rounding_explains_a_part_of_the_share() -> None:
+    assert share_error(StoredTensor(0.9, 0.03, 0.1, 1.0)) == 0.0
+    assert share_error(StoredTensor(0.5, 0.03, 0.1, 1.0)) == pytest.approx(0.35)
+    assert share_error(StoredTensor(math.nan, 0.0, 0.1, 0.0)) == 0.0 and share_error(StoredTensor(0, 0, math.inf, 0)) == math.inf

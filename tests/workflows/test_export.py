@@ -1,0 +1,94 @@
+"""`workflows.export`: a file or a folder that llama.cpp confirms, with its card and its certificate; nothing half done."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lorakeet.cli.main import main
+from lorakeet.errors import ConfigError, EnvironmentProblem, VerificationFailed
+from lorakeet.evaluate.certificate import read_certificate
+from lorakeet.export.gguf_model import DIGEST, GgufFile
+from lorakeet.workflows import export as workflow
+from lorakeet.workflows.export import export
+from lorakeet.workflows.verify import verify
+from tiny.exports import write_model
+from tiny.runs import quiet
+
+
+def test_a_gguf_file_with_card_and_certificate(finished: Any, tmp_path: Path) -> None:
+    out = tmp_path / "reviews.gguf"
+    found = export(str(finished.path), out=out, quant="f16", console=quiet())
+    assert found.to_mapping()["passed"] is True and found.model.types["F16"] == 15
+    assert read_certificate(tmp_path / "reviews.certificate.json") == found.certificate
+    card = (tmp_path / "reviews.README.md").read_text()
+    verdict = finished.result.report.verdict
+    assert verdict.sentence in card and "All checks passed." in card and str(finished.model) in card
+    assert len(GgufFile(out).value(DIGEST)) == 64
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "reviews.README.md", "reviews.certificate.json", "reviews.gguf",
+    ]  # fmt: skip
+
+
+def test_types_of_llama_cpp_go_through_its_quantiser(finished: Any, tmp_path: Path) -> None:
+    found = export(str(finished.path), out=tmp_path / "small.gguf", quant="q4_0", console=quiet())
+    assert found.model.types["Q4_0"] > 10 and found.certificate is not None and found.certificate.passed
+    assert not list(tmp_path.glob(".*"))
+
+
+@pytest.mark.parametrize("separate", [False, True])
+def test_a_folder_for_ollama(finished: Any, tmp_path: Path, separate: bool) -> None:
+    out = tmp_path / "ollama"
+    found = export(str(finished.path), out=out, to="ollama", quant="f32", separate=separate, console=quiet())
+    assert found.certificate is not None and found.certificate.passed
+    names = {"Modelfile", "README.md", "certificate.json", "model.gguf"} | ({"adapter.gguf"} if separate else set())
+    assert {path.name for path in out.iterdir()} == names
+    modelfile = (out / "Modelfile").read_text()
+    assert modelfile.startswith("FROM ./model.gguf\n") and ("ADAPTER ./adapter.gguf\n" in modelfile) is separate
+    assert "<|im_start|>{{ .Role }}" in modelfile and not list(out.glob("*.safetensors"))
+    assert verify(str(finished.path), against=(str(out),), rows=2, console=quiet()).exit_code == 0
+
+
+def test_push_goes_to_the_server_that_was_named(finished: Any, tmp_path: Path) -> None:
+    with pytest.raises(EnvironmentProblem, match=r"http://127\.0\.0\.1:9 cannot be reached"):
+        export(
+            str(finished.path), out=tmp_path / "o", to="ollama", push=True, host="http://127.0.0.1:9", console=quiet()
+        )
+    assert (tmp_path / "o" / "Modelfile").is_file()
+
+
+def test_what_cannot_be_is_refused_before_anything_is_written(finished: Any, tmp_path: Path) -> None:
+    (tmp_path / "there").mkdir()
+    wrong: tuple[dict[str, Any], ...] = (
+        {"out": tmp_path / "there"},
+        {"out": tmp_path / "a.gguf", "separate": True},
+        {"out": tmp_path / "a.gguf", "push": True},
+    )
+    for settings, words in zip(wrong, ("never overwritten", "is for --to ollama", "needs --to ollama"), strict=True):
+        with pytest.raises(ConfigError, match=words):
+            export(str(finished.path), console=quiet(), **settings)
+    assert [path.name for path in tmp_path.iterdir()] == ["there"]
+
+
+def test_without_llama_cpp_it_is_said_that_nothing_was_checked(
+    finished: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(workflow, "is_installed", lambda: False)
+    assert main(["export", str(finished.path), "--out", str(tmp_path / "a.gguf")]) == 0
+    assert "Not checked: llama.cpp is not installed" in capsys.readouterr().out
+    with pytest.raises(ConfigError, match=r"needs llama\.cpp.s quantiser"):
+        export(str(finished.path), out=tmp_path / "b.gguf", quant="q4_k_m", console=quiet())
+
+
+def test_a_wrong_file_is_found_at_once(finished: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def forgets(source: Path, adapter: Any, out: Path, **more: Any) -> Any:
+        write_model(source, None, out)
+        return workflow.GgufModel(out, out.stat().st_size, {}, ())
+
+    monkeypatch.setattr(workflow, "write_gguf", forgets)
+    with pytest.raises(VerificationFailed, match="the adapter is not in it at all"):
+        export(str(finished.path), out=tmp_path / "a.gguf", console=quiet())
+    assert not read_certificate(tmp_path / "a.certificate.json").passed
+    assert "do not use it" in (tmp_path / "a.README.md").read_text()

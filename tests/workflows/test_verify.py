@@ -1,0 +1,178 @@
+"""`workflows.verify`: faithful artefacts pass in every form and precision; each usual mistake fails, with its cause named."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tokenizers.processors import TemplateProcessing
+
+from lorakeet.cli.main import main
+from lorakeet.core.adapter import Adapter, Pair
+from lorakeet.errors import ConfigError, VerificationFailed
+from lorakeet.evaluate.certificate import Check, read_certificate
+from lorakeet.evaluate.report import read_report
+from lorakeet.export.llama_cpp import quantise
+from lorakeet.formats import peft
+from lorakeet.formats.gguf import permute, unpermute
+from lorakeet.models.load import load_tokenizer
+from lorakeet.workflows.verify import verify
+from tiny.exports import loud_run, write_folder, write_lora, write_model
+from tiny.runs import quiet
+
+HEADS = {"q_proj": 4, "k_proj": 2}
+
+
+@dataclass(frozen=True)
+class Loud:
+    """A run with a visible adapter, its base, and the base as a GGUF file."""
+
+    path: Path
+    model: Path
+    adapter: Adapter
+    base_gguf: Path
+    quiet_adapter: Adapter  # of the run before it was made loud: an earlier state
+
+
+@pytest.fixture(scope="module")
+def loud(finished: Any, tmp_path_factory: pytest.TempPathFactory) -> Loud:
+    folder = tmp_path_factory.mktemp("loud")
+    path = loud_run(finished.path, folder / "run")
+    base = write_model(finished.model, None, folder / "base.gguf")
+    return Loud(path, finished.model, peft.read(path / "adapter"), base, peft.read(finished.path / "adapter"))
+
+
+def failed(loud: Loud, artefact: Path, **more: Any) -> tuple[str, list[str]]:
+    """The message, and which kinds of checks failed."""
+    with pytest.raises(VerificationFailed) as caught:
+        verify(str(loud.path), against=(str(artefact),), rows=3, console=quiet(), **more)
+    checks = read_certificate(loud.path / "certificate.json").checks
+    return str(caught.value), [kind(check) for check in checks if not check.passed and artefact.name in check.name]
+
+
+def kind(check: Check) -> str:
+    return check.name.rpartition(": ")[2]
+
+
+def test_faithful_artefacts_pass_and_the_run_keeps_the_proof(loud: Loud, tmp_path: Path) -> None:
+    merged = write_folder(loud.model, loud.adapter, tmp_path / "merged")
+    files = [write_model(loud.model, loud.adapter, tmp_path / f"{quant}.gguf", quant) for quant in ("f32", "f16", "q8_0")]
+    quantise(files[0], tmp_path / "q4_0.gguf", "q4_0")
+    lora = write_lora(loud.model, loud.adapter, tmp_path / "lora.gguf")
+    targets = tuple(map(str, (merged, *files, tmp_path / "q4_0.gguf", lora)))
+    found = verify(str(loud.path), against=targets, base_gguf=loud.base_gguf, rows=2, console=quiet())
+    assert found.to_mapping()["passed"] is True and found.exit_code == 0
+    kept = read_certificate(loud.path / "certificate.json")
+    kinds = ["prompt ids", "logits", "answers", "greedy text", "weights"]
+    names = [check.name for check in kept.checks]
+    assert names[:3] == ["adapter on disk", "base untouched", "frozen weights"] and len(names) == 3 + 6 * len(kinds)
+    assert [kind(check) for check in kept.checks[3:8]] == kinds
+    answers = next(check for check in kept.checks if kind(check) == "answers")
+    assert set(answers.estimates) == {"accuracy_live", "accuracy_there"}
+    assert read_report(loud.path / "report.json").certificate == kept
+    assert "q8_0.gguf: weights" in (loud.path / "report.html").read_text()
+    verify(str(loud.path), against=targets[:1], rows=2, console=quiet())
+    assert len(read_certificate(loud.path / "certificate.json").checks) == len(names)  # replaced, not doubled
+
+
+def changed(adapter: Adapter, change: Callable[[str, Pair], Pair | None]) -> Adapter:
+    pairs = {path: new for path, pair in adapter.pairs.items() if (new := change(path, pair)) is not None}
+    return dataclasses.replace(adapter, pairs=pairs)
+
+
+def wrong_scale(loud: Loud) -> Adapter:
+    return changed(loud.adapter, lambda _, pair: dataclasses.replace(pair, alpha=4.0))
+
+
+def a_permuted(loud: Loud) -> Adapter:
+    """What the writer makes of it has B as it was and A permuted."""
+
+    def mix_up(path: str, pair: Pair) -> Pair:
+        heads = HEADS.get(path.rpartition(".")[2], 0)
+        if not heads:
+            return pair
+        return dataclasses.replace(pair, A=permute(pair.A.t().contiguous(), heads).t().contiguous(), B=unpermute(pair.B, heads))
+
+    return changed(loud.adapter, mix_up)
+
+
+def one_layer_dropped(loud: Loud) -> Adapter:
+    return changed(loud.adapter, lambda path, pair: None if path == "model.layers.1.mlp.down_proj" else pair)
+
+
+def swapped(loud: Loud) -> Adapter:
+    return peft.read(loud_run(loud.path, loud.path.parent / "swapped", seed=5) / "adapter")
+
+
+def stale(loud: Loud) -> Adapter:
+    return loud.quiet_adapter
+
+
+MUTATIONS = [
+    (wrong_scale, "the scale; every matrix holds 0.3333 times the change. That is what comes out when alpha was ignored"),
+    (a_permuted, "the permutation of q and k"),
+    (one_layer_dropped, r"down_proj"),
+    (swapped, "another adapter, or an earlier state of this one"),
+    (stale, "another adapter, or an earlier state of this one"),
+]
+
+
+@pytest.mark.parametrize("form", ["merged", "lora"])
+@pytest.mark.parametrize(("mutate", "cause"), MUTATIONS, ids=lambda value: getattr(value, "__name__", ""))
+def test_each_mistake_fails_and_is_named(
+    loud: Loud, tmp_path: Path, mutate: Callable[[Loud], Adapter], cause: str, form: str
+) -> None:
+    loud_copy = dataclasses.replace(loud, path=tmp_path / "run")
+    loud_run(loud.path, loud_copy.path)
+    peft_bytes = (loud.path / "adapter" / "adapter_model.safetensors").read_bytes()
+    (loud_copy.path / "adapter" / "adapter_model.safetensors").write_bytes(peft_bytes)
+    adapter = mutate(loud_copy)
+    if form == "merged":
+        said, kinds = failed(loud_copy, write_model(loud.model, adapter, tmp_path / "m.gguf"))
+    else:
+        said, kinds = failed(loud_copy, write_lora(loud.model, adapter, tmp_path / "l.gguf"), base_gguf=loud.base_gguf)
+    assert {"logits", "weights"} <= set(kinds) and cause.replace("down_proj", "down") in said.replace("down_proj", "down")
+    assert "The worst layer is " in said and ("first diverging token" in said) == ("greedy text" in kinds)
+
+
+@pytest.mark.parametrize("quant", ["q8_0", "q4_0"])
+def test_few_bits_hide_no_mistake(loud: Loud, tmp_path: Path, quant: str) -> None:
+    half = changed(loud.adapter, lambda _, pair: dataclasses.replace(pair, alpha=6.0))
+    wide = write_model(loud.model, half, tmp_path / "wide.gguf")
+    quantise(wide, tmp_path / "few.gguf", quant)
+    said, kinds = failed(loud, tmp_path / "few.gguf")
+    assert "weights" in kinds and "the scale; every matrix holds 0." in said
+
+
+def test_a_doubled_begin_token_fails(loud: Loud, tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(loud.model)
+    bos = tokenizer.bos_token
+    added = TemplateProcessing(single=f"{bos} $A", special_tokens=[(bos, tokenizer.bos_token_id)])
+    tokenizer.backend_tokenizer.post_processor = added
+    said, kinds = failed(loud, write_model(loud.model, loud.adapter, tmp_path / "bos.gguf", tokenizer=tokenizer))
+    assert kinds == ["prompt ids"] and "BOS is doubled or added" in said
+
+
+def test_another_template_fails(loud: Loud, tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(loud.model)
+    tokenizer.chat_template = tokenizer.chat_template.replace("'\\n' }}{%", "': ' }}{%", 1)
+    said, kinds = failed(loud, write_model(loud.model, loud.adapter, tmp_path / "t.gguf", tokenizer=tokenizer))
+    assert kinds == ["prompt ids"] and "Likely cause: the chat template or the pre-tokenizer differs" in said
+
+
+def test_the_command_ends_with_3_and_without_artefacts_with_2(
+    loud: Loud, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["verify", str(loud.path), "--against", str(loud.base_gguf), "--rows", "2", "--json"]) == 3
+    assert "the adapter is not in it at all" in json.loads(capsys.readouterr().out)["message"]
+    assert main(["verify", str(loud.path), "--json"]) == 2
+    assert "There is nothing to compare" in json.loads(capsys.readouterr().out)["message"]
+    with pytest.raises(ConfigError, match="does not exist"):
+        verify(str(loud.path), against=(str(tmp_path / "gone.gguf"),), console=quiet())
+    with pytest.raises(ConfigError, match="name the GGUF file of its base"):
+        verify(str(loud.path), against=(str(write_lora(loud.model, loud.adapter, tmp_path / "l.gguf")),), console=quiet())
