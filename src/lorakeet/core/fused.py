@@ -6,7 +6,7 @@ x, the gate and the up projection; the activation and its product are computed a
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -17,6 +17,7 @@ from lorakeet.core.base import FrozenBase
 from lorakeet.core.layers import LoraLinear, StandIn
 from lorakeet.core.lowrank import LoraPair
 from lorakeet.core.math import add_low_rank, grad_of_b, shrink_grad
+from lorakeet.core.selection import Share
 
 
 @dataclass(frozen=True)
@@ -39,65 +40,90 @@ ACTIVATIONS = {
 
 @dataclass(frozen=True)
 class Projections:
-    """What a gated MLP multiplies with: three frozen weights, the scale of each pair, φ, and the dtype of the products."""
+    """What a gated MLP multiplies with: three frozen weights, φ, the dtype of the products, and which tokens use which pairs.
+
+    `parts` are slices of the tokens, each with the scales of its gate, up and down pair; tokens in none use the bare base.
+    """
 
     gate: FrozenBase
     up: FrozenBase
     down: FrozenBase
-    scales: tuple[float, float, float]
     activation: Activation
     products: torch.dtype
+    parts: tuple[tuple[slice, tuple[float, float, float]], ...]
 
 
 class GatedMlpFunction(torch.autograd.Function):
-    """y = D(φ(G(x)) ∘ U(x)) where G, U, D are frozen products with a pair each:  P(x) = x·Wᵀ + s·x·Aᵀ·Bᵀ.
+    """y = D(φ(G(x)) ∘ U(x)) where G, U, D are frozen products with pairs:  P(x) = x·Wᵀ + s·x·Aᵀ·Bᵀ on the tokens of each part.
 
     With g = G(x), u = U(x), h = φ(g) ∘ u and ∂L/∂y given, the chain rule reads
 
         ∂h = ∂y·D'     ∂u = ∂h ∘ φ(g)     ∂g = ∂h ∘ u ∘ φ'(g)     ∂x = ∂g·G' + ∂u·U'      P' = W + s·B·A, never formed
 
-    and each pair's ∂A, ∂B are those of LowRankLinear. Saved: x, g, u in the dtype of x, and the rank-sized products. h is
-    computed again. One cast of x serves both projections, one product with both A's shrinks it.
+    and each pair's ∂A, ∂B are those of LowRankLinear on the tokens of its part. Saved: x, g, u in the dtype of x, and the
+    rank-sized products. h is computed again. One cast of x serves both projections, one product with both A's shrinks it.
     """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, projections: Projections, *factors: Tensor) -> Tensor:
         p, dtype = projections, projections.products
-        a_gate, b_gate, a_up, b_up, a_down, b_down = (factor.to(dtype) for factor in factors)
         wide = x.to(dtype)
-        shrunk = torch.mm(wide, torch.cat([a_gate, a_up]).t())  # (tokens, rank + rank)
-        ranks = [a_gate.shape[0], a_up.shape[0]]
-        for_gate, for_up = (part.contiguous() for part in torch.split(shrunk, ranks, dim=1))
-        gate = add_low_rank(p.gate.matmul(wide), for_gate, b_gate, p.scales[0])
-        up = add_low_rank(p.up.matmul(wide), for_up, b_up, p.scales[1])
+        gate, up = p.gate.matmul(wide), p.up.matmul(wide)
+        shrunk: list[Tensor] = []  # of each part: x·Aᵀ for gate and for up, and h·Aᵀ for down
+        for (part, scales), (a_gate, b_gate, a_up, b_up, _, _) in _by_part(p, factors):
+            both = torch.mm(wide[part], torch.cat([a_gate, a_up]).t())  # (tokens of the part, rank + rank)
+            for_gate, for_up = (half.contiguous() for half in torch.split(both, [len(a_gate), len(a_up)], dim=1))
+            add_low_rank(gate[part], for_gate, b_gate, scales[0])
+            add_low_rank(up[part], for_up, b_up, scales[1])
+            shrunk += [for_gate, for_up]
         inner = p.activation.forward(gate).mul_(up)
-        for_down = torch.mm(inner, a_down.t())
-        y = add_low_rank(p.down.matmul(inner), for_down, b_down, p.scales[2])
-        ctx.save_for_backward(x, gate.to(x.dtype), up.to(x.dtype), for_gate, for_up, for_down, *factors)
+        y = p.down.matmul(inner)
+        for (part, scales), (*_, a_down, b_down) in _by_part(p, factors):
+            for_down = torch.mm(inner[part], a_down.t())
+            add_low_rank(y[part], for_down, b_down, scales[2])
+            shrunk.append(for_down)
+        ctx.save_for_backward(x, gate.to(x.dtype), up.to(x.dtype), *shrunk, *factors)
         ctx.projections = p
         return y.to(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, gate, up, for_gate, for_up, for_down, *factors = ctx.saved_tensors
         p: Projections = ctx.projections
-        a_gate, b_gate, a_up, b_up, a_down, b_down = (factor.to(p.products) for factor in factors)
+        count = len(p.parts)
+        x, gate, up, *rest = ctx.saved_tensors
+        into, for_down, factors = rest[: 2 * count], rest[2 * count : 3 * count], rest[3 * count :]
         grad, gate, up = grad.to(p.products).contiguous(), gate.to(p.products), up.to(p.products)
+        wide = x.to(p.products)
         active = p.activation.forward(gate)
-        u_down, grad_b_down = _through(grad, b_down, for_down, p.scales[2])
-        grad_a_down = torch.mm(u_down.t(), active * up)
-        grad_inner = p.down.matmul_t(grad).addmm_(u_down, a_down)
+        grad_inner = p.down.matmul_t(grad)
+        of_down = []  # ∂A and ∂B of each part
+        for ((part, scales), (*_, a_down, b_down)), h in zip(_by_part(p, factors), for_down, strict=True):
+            u, grad_b = _through(grad[part], b_down, h, scales[2])
+            grad_inner[part].addmm_(u, a_down)
+            of_down.append((torch.mm(u.t(), active[part] * up[part]), grad_b))
         grad_gate = p.activation.backward(up.mul_(grad_inner), gate)
         grad_up = active.mul_(grad_inner)
-        u_gate, grad_b_gate = _through(grad_gate, b_gate, for_gate, p.scales[0])
-        u_up, grad_b_up = _through(grad_up, b_up, for_up, p.scales[1])
-        both = torch.cat([u_gate, u_up], dim=1)  # (tokens, rank + rank)
-        grad_a_gate, grad_a_up = torch.split(torch.mm(both.t(), x.to(p.products)), [a_gate.shape[0], a_up.shape[0]])
-        grad_x = None
-        if ctx.needs_input_grad[0]:
-            grad_x = p.gate.matmul_t(grad_gate).add_(p.up.matmul_t(grad_up)).addmm_(both, torch.cat([a_gate, a_up])).to(x.dtype)
-        grads = (grad_a_gate, grad_b_gate, grad_a_up, grad_b_up, grad_a_down, grad_b_down)
-        return grad_x, None, *(found.to(factor.dtype) for found, factor in zip(grads, factors, strict=True))
+        need_x = ctx.needs_input_grad[0]
+        grad_x = p.gate.matmul_t(grad_gate).add_(p.up.matmul_t(grad_up)) if need_x else None
+        grads: list[Tensor] = []
+        for number, ((part, scales), (a_gate, b_gate, a_up, b_up, _, _)) in enumerate(_by_part(p, factors)):
+            u_gate, grad_b_gate = _through(grad_gate[part], b_gate, into[2 * number], scales[0])
+            u_up, grad_b_up = _through(grad_up[part], b_up, into[2 * number + 1], scales[1])
+            both = torch.cat([u_gate, u_up], dim=1)  # (tokens of the part, rank + rank)
+            grad_a_gate, grad_a_up = torch.split(torch.mm(both.t(), wide[part]), [len(a_gate), len(a_up)])
+            if grad_x is not None:
+                grad_x[part].addmm_(both, torch.cat([a_gate, a_up]))
+            grads += [grad_a_gate, grad_b_gate, grad_a_up, grad_b_up, *of_down[number]]
+        found = (grad.to(factor.dtype) for grad, factor in zip(grads, factors, strict=True))
+        return None if grad_x is None else grad_x.to(x.dtype), None, *found
+
+
+def _by_part(
+    p: Projections, factors: Sequence[Tensor]
+) -> Iterator[tuple[tuple[slice, tuple[float, float, float]], tuple[Tensor, ...]]]:
+    """Each part of the tokens with its six factors, in the dtype of the products."""
+    for number, part in enumerate(p.parts):
+        yield part, tuple(factor.to(p.products) for factor in factors[6 * number : 6 * number + 6])
 
 
 def _through(grad: Tensor, b: Tensor, shrunk: Tensor, scale: float) -> tuple[Tensor, Tensor]:
@@ -106,29 +132,53 @@ def _through(grad: Tensor, b: Tensor, shrunk: Tensor, scale: float) -> tuple[Ten
 
 
 class GatedMlp(StandIn):
-    """Stands for an MLP of transformers with gate_proj, up_proj, down_proj; fused where all three carry a plain active pair."""
+    """Stands for an MLP of transformers with gate_proj, up_proj, down_proj.
+
+    Fused where all three carry plain pairs of the same adapters; anything else is left to the original's own code.
+    """
 
     def __init__(self, original: nn.Module, activation: str) -> None:
         super().__init__(original)
         self.activation = ACTIVATIONS[activation]
 
     def forward(self, x: Tensor) -> Tensor:
-        layers = [cast(LoraLinear, getattr(self.original, name)) for name in ("gate_proj", "up_proj", "down_proj")]
-        pairs = [_plain_pair(layer) for layer in layers]
-        if any(pair is None for pair in pairs):
+        flat = x.reshape(-1, x.shape[-1])
+        layers = [getattr(self.original, name) for name in ("gate_proj", "up_proj", "down_proj")]
+        parts = _shared_parts(layers, len(flat))
+        if not parts:
             return cast(Tensor, self.original(x))
-        gate, up, down = (layer.base for layer in layers)
-        scales = cast("tuple[float, float, float]", tuple(cast(LoraPair, pair).scale for pair in pairs))
-        projections = Projections(gate, up, down, scales, self.activation, layers[0].products or x.dtype)
-        factors = [factor for pair in pairs for factor in cast(LoraPair, pair).factors()]
-        y = cast(Tensor, GatedMlpFunction.apply(x.reshape(-1, x.shape[-1]), projections, *factors))  # type: ignore[no-untyped-call]
+        first = cast(LoraLinear, layers[0])
+        gate, up, down = (cast(LoraLinear, layer).base for layer in layers)
+        scaled = tuple((part, cast("tuple[float, float, float]", scales)) for part, scales, _ in parts)
+        projections = Projections(gate, up, down, self.activation, first.products or x.dtype, scaled)
+        factors = [factor for _, _, held in parts for factor in held]
+        y = cast(Tensor, GatedMlpFunction.apply(flat, projections, *factors))  # type: ignore[no-untyped-call]
         return y.view(x.shape)
 
 
-def _plain_pair(layer: nn.Module) -> LoraPair | None:
-    """The active pair if it is plain LoRA without dropout or biases, which the fused function covers; else None."""
-    pair = layer.pair() if isinstance(layer, LoraLinear) else None
-    return pair if pair is not None and pair.plain and cast(LoraLinear, layer).bias is None else None
+def _shared_parts(layers: Sequence[nn.Module], tokens: int) -> list[tuple[slice, tuple[float, ...], list[Tensor]]]:
+    """(tokens, scales, factors) of each part of a batch; empty unless all layers have plain pairs for the same parts."""
+    uses = [_plain_uses(layer, tokens) for layer in layers]
+    if not all(uses) or len({tuple((share.start, share.stop, share.name, share.weight) for share, _ in use) for use in uses}) > 1:
+        return []
+    found = []
+    for together in zip(*uses, strict=True):
+        share = together[0][0]
+        scales = tuple(share.weight * pair.scale for _, pair in together)
+        factors = [factor for _, pair in together for factor in pair.factors()]
+        found.append((slice(share.start, share.stop), scales, factors))
+    return found
+
+
+def _plain_uses(layer: nn.Module, tokens: int) -> list[tuple[Share, LoraPair]]:
+    """Which tokens use which pair of a layer; empty where one of them is more than A and B, or the layer has a bias."""
+    if not isinstance(layer, LoraLinear) or layer.bias is not None:
+        return []
+    uses = layer.divided(tokens) if layer.selection.shares is not None else []
+    active = layer.active
+    if active is not None:
+        uses = [(Share(0, tokens, active), cast(LoraPair, layer.adapters[active]))]
+    return uses if all(pair.plain for _, pair in uses) else []
 
 
 class RmsNormFunction(torch.autograd.Function):

@@ -1,0 +1,282 @@
+"""Several adapters trained in one pass over one frozen base, each to what it would become alone.
+
+    each round   every member that is still learning takes one step of its own:
+                 parts of the members' micro-batches laid end to end → one pass forward and back → gradients of each member
+                 → its own checks, clipping, learning rate and AdamW
+    now and then its held-out loss → its best values; a member that is done, or diverges, leaves the round
+
+The base's weights are read once for all members' tokens, and stand in memory once. Rows attend to themselves alone and each token
+uses its own member's pairs (core/batched), so a member's gradients are those of its single run, to rounding.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from lorakeet.core.layers import LoraEmbedding, LoraLinear
+from lorakeet.core.selection import Selection, Share
+from lorakeet.data.batches import StepOrder
+from lorakeet.data.chat import Example
+from lorakeet.data.pack import Batch, micro_batches
+from lorakeet.errors import ConfigError
+from lorakeet.evaluate import intervals
+from lorakeet.evaluate.intervals import Estimate
+from lorakeet.evaluate.spec import EvaluateSpec
+from lorakeet.models.inject import selection_of, trained_parameters
+from lorakeet.models.modules import adapted_layers
+from lorakeet.models.score import row_losses
+from lorakeet.models.text import TextModel
+from lorakeet.train import gradients, schedule
+from lorakeet.train.optimizer import Optimizer
+from lorakeet.train.spec import TrainSpec, learning_rate_for
+from lorakeet.train.stopping import Watch
+from lorakeet.train.text_loss import any_head_loss, frozen_head_loss
+
+RESAMPLES = 1000  # behind the interval of each held-out loss
+
+
+@dataclass(frozen=True)
+class Member:
+    """One adapter, injected into the model under `name`: its settings, its training rows, the rows that choose its best step."""
+
+    name: str
+    spec: TrainSpec
+    train: Sequence[Example]
+    held_out: Sequence[Example]
+
+
+@dataclass
+class Progress:
+    """Where a member stands; what it learnt is in the model, at its last or (when it is done) its best step."""
+
+    member: Member
+    total: int
+    learning_rate: float
+    step: int = 0
+    losses: list[float] = field(default_factory=list)  # of each step, nats a supervised token
+    held_out: list[tuple[int, Estimate]] = field(default_factory=list)  # (step, loss)
+    watch: Watch = field(default_factory=Watch)
+    done: str = ""  # why it learns no more; empty while it does
+    diverged: bool = False
+    tokens: int = 0
+
+    @property
+    def best(self) -> Estimate | None:
+        """The held-out loss at the step whose values it keeps."""
+        return next((loss for step, loss in self.held_out if step == self.watch.best_step), None)
+
+
+class Many:
+    """Members in training. `round` takes one step of each that still learns; `finish` puts the best values of each back."""
+
+    def __init__(self, text: TextModel, members: Sequence[Member]) -> None:
+        """Raises ConfigError for no members, equal names, a streamed model, or adapters that cannot share a batch."""
+        names = [member.name for member in members]
+        if not names or len(set(names)) < len(names):
+            raise ConfigError(f"Adapters that are trained together need different names, one or more; given: {names}.")
+        if text.attention != "varlen" or text.streamed is not None:
+            raise ConfigError("Training several adapters at once needs model.attention varlen and a model that is not streamed.")
+        self.text = text
+        _require_sharable(text, names)
+        self.selection: Selection = selection_of(text.model)
+        self._members = [_Learner(text, member) for member in members]
+
+    @property
+    def progress(self) -> list[Progress]:
+        """Where each member stands, in the order in which they were given."""
+        return [learner.at for learner in self._members]
+
+    def round(self) -> None:
+        """One optimizer step of every member that still learns."""
+        learning = [learner for learner in self._members if not learner.at.done]
+        for learner in learning:
+            if learner.at.step == 0:
+                self._evaluate(learner)
+        learning = [learner for learner in learning if not learner.at.done]
+        if not learning:
+            return
+        self.text.model.train()
+        sums = self._gradients(learning)
+        for learner, loss in zip(learning, sums, strict=True):
+            learner.step(loss)
+            if not learner.at.done and learner.wants_evaluation:
+                self._evaluate(learner)
+            if not learner.at.done and learner.at.step == learner.at.total:
+                learner.at.done = "all steps done"
+
+    def finish(self) -> None:
+        """Every member's best values in the model; members that had not finished stay where they are."""
+        for learner in self._members:
+            learner.restore()
+        self.selection.use(None)
+
+    def stop(self, name: str, reason: str) -> None:
+        """Member `name` learns no more (a search has given it up); its best values stay."""
+        learner = next(learner for learner in self._members if learner.at.member.name == name)
+        learner.at.done = learner.at.done or reason
+
+    def _gradients(self, learning: Sequence[_Learner]) -> list[float]:
+        """Σ losses of each member's step; its gradients are those of the mean over its own targets."""
+        steps = [learner.batches(len(learning)) for learner in learning]
+        targets = [sum(batch.targets for batch in batches) for batches in steps]
+        sums = [0.0] * len(learning)
+        for number in range(max(map(len, steps))):
+            together = [(index, batches[number]) for index, batches in enumerate(steps) if number < len(batches)]
+            joined = join([batch for _, batch in together])
+            self.selection.divide(self._shares(learning, together), units=joined.tokens)
+            hidden = self.text.hidden(joined)
+            total: Tensor | None = None
+            parts = torch.split(hidden, [batch.targets for _, batch in together])
+            for (index, batch), states in zip(together, parts, strict=True):
+                if not batch.targets:
+                    continue
+                loss = self._loss(states, batch, learning[index])
+                sums[index] += loss.item()
+                total = loss / targets[index] if total is None else total + loss / targets[index]
+            if total is not None:
+                total.backward()  # type: ignore[no-untyped-call]
+        for learner, count in zip(learning, targets, strict=True):
+            learner.targets = count
+        return sums
+
+    @staticmethod
+    def _shares(learning: Sequence[_Learner], together: Sequence[tuple[int, Batch]]) -> list[Share]:
+        shares, place = [], 0
+        for index, batch in together:
+            shares.append(Share(place, place + batch.tokens, learning[index].at.member.name))
+            place += batch.tokens
+        return shares
+
+    def _loss(self, states: Tensor, batch: Batch, learner: _Learner) -> Tensor:
+        chunk = learner.at.member.spec.head_chunk
+        targets = batch.target_ids.to(states.device)
+        weight = self.text.head_weight
+        if weight is not None:
+            return frozen_head_loss(states, weight, targets, chunk=chunk)
+        return any_head_loss(states, self.text.head, targets, chunk=chunk)
+
+    def _evaluate(self, learner: _Learner) -> None:
+        member = learner.at.member
+        if not member.held_out:
+            return
+        self.selection.use(member.name)
+        sums, weights = row_losses(
+            self.text, member.held_out, micro_tokens=member.spec.micro_tokens, chunk=member.spec.head_chunk
+        )
+        self.text.model.train()
+        learner.see(intervals.ratio(sums, weights, spec=EvaluateSpec(resamples=RESAMPLES, seed=member.spec.seed)))
+
+
+class _Learner:
+    """One member with its optimizer and its place."""
+
+    def __init__(self, text: TextModel, member: Member) -> None:
+        spec = member.spec
+        lengths = tuple(len(example.ids) for example in member.train) if spec.length_grouping else None
+        self.order = StepOrder(len(member.train), spec.batch_size, spec.seed, lengths)
+        self.parameters = trained_parameters(text.model, member.name)
+        for parameter in self.parameters.values():
+            parameter.requires_grad_(True)  # injecting the next adapter had frozen this one
+        self.optimizer = Optimizer(self.parameters, spec)
+        rule = learning_rate_for(int(text.model.config.get_text_config().hidden_size), text.family.rate_exponent)
+        rate = spec.learning_rate if spec.learning_rate is not None else rule
+        self.at = Progress(member, spec.total_steps(self.order.steps_per_epoch), rate)
+        self.warmup = schedule.warmup_steps(self.at.total, spec.warmup_fraction)
+        self.every = spec.evaluation_interval(self.order.steps_per_epoch)
+        self.targets = 0
+        self._best: Mapping[str, Tensor] | None = None
+
+    def batches(self, members: int) -> list[Batch]:
+        """This step's rows in parts, each with its share of the tokens that are computed at once."""
+        rows = [self.at.member.train[row] for row in self.order.indices(self.at.step)]
+        return micro_batches(rows, max(1, self.at.member.spec.micro_tokens // members))
+
+    def step(self, loss: float) -> None:
+        """Takes the step whose gradients are there, unless they or the loss are no numbers."""
+        at, spec = self.at, self.at.member.spec
+        norm = gradients.gradient_norm(self.parameters)
+        mean = loss / max(self.targets, 1)
+        if not (math.isfinite(mean) and bool(torch.isfinite(norm))):
+            self.optimizer.adamw.zero_grad(set_to_none=True)
+            at.done, at.diverged = f"step {at.step + 1}: the loss is {mean:.4g}, the gradient's norm {norm.item():.4g}", True
+            return
+        gradients.clip(self.parameters, spec.clip_norm, norm=norm)
+        at.step += 1
+        at.tokens += sum(len(at.member.train[row].ids) for row in self.order.indices(at.step - 1))
+        at.losses.append(mean)
+        self.optimizer.step(at.learning_rate * schedule.factor(at.step, at.total, warmup=self.warmup, shape=spec.schedule))
+
+    @property
+    def wants_evaluation(self) -> bool:
+        return self.at.step == self.at.total or self.at.step % self.every == 0
+
+    def see(self, loss: Estimate) -> None:
+        """Takes in a held-out loss: keeps the values if it is the best, ends the member where it diverged or learns no more."""
+        at, watch, spec = self.at, self.at.watch, self.at.member.spec
+        at.held_out.append((at.step, loss))
+        if not math.isfinite(loss.value) or watch.diverged(loss.value):
+            at.done, at.diverged = f"step {at.step}: the held-out loss is {loss.value:.4g} nats a token", True
+            return
+        if watch.see(at.step, loss.value, min_improvement=spec.min_improvement):
+            self._best = {name: parameter.detach().clone() for name, parameter in self.parameters.items()}
+        if watch.exhausted(spec.patience):
+            at.done = f"no improvement in {watch.stale} evaluations after step {watch.best_step}"
+
+    def restore(self) -> None:
+        """The best values, where held-out rows have chosen some."""
+        if self._best is not None:
+            with torch.no_grad():
+                for name, parameter in self.parameters.items():
+                    parameter.copy_(self._best[name])
+
+
+def _require_sharable(text: TextModel, names: Sequence[str]) -> None:
+    """Raises ConfigError that lists what of the adapters cannot differ within a batch."""
+    head = text.model.get_output_embeddings()
+    wrong = [
+        path
+        for path, layer in adapted_layers(text.model)
+        if (layer is head or not isinstance(layer, (LoraLinear, LoraEmbedding))) and any(name in layer.adapters for name in names)
+    ]
+    if wrong:
+        shown = ", ".join(wrong[:8]) + (f" and {len(wrong) - 8} more" if len(wrong) > 8 else "")
+        raise ConfigError(
+            f"Adapters on the output head, on experts and convolutions, whole trained modules and token rows cannot be trained "
+            f"together in one batch: {shown}. Leave these out, or train one adapter at a time."
+        )
+
+
+def join(batches: Sequence[Batch]) -> Batch:
+    """Several batches as one, end to end; the targets stay in the batches' order."""
+    starts = [0]
+    for batch in batches:
+        starts.append(starts[-1] + batch.tokens)
+    return Batch(
+        ids=torch.cat([batch.ids for batch in batches]),
+        lengths=tuple(length for batch in batches for length in batch.lengths),
+        target_positions=torch.cat([batch.target_positions + start for batch, start in zip(batches, starts, strict=False)]),
+        target_ids=torch.cat([batch.target_ids for batch in batches]),
+        keys=tuple(key for batch in batches for key in batch.keys),
+    )
+
+
+def train_many(
+    text: TextModel, members: Sequence[Member], *, watch: Callable[[Many], None] | None = None
+) -> list[Progress]:
+    """Trains all members to their ends and leaves the best values of each in the model, no adapter active.
+
+    `watch` is called after every round and may stop members (`Many.stop`). Dropout draws other numbers than in a single run;
+    without it a member ends where its single run ends, to rounding.
+    """
+    many = Many(text, members)
+    while any(not at.done for at in many.progress):
+        many.round()
+        if watch is not None:
+            watch(many)
+    many.finish()
+    return many.progress

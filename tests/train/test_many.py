@@ -1,0 +1,149 @@
+"""Adapters trained together become what each becomes alone; each ends on its own; the base is read once for all of them."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from lorakeet.core.base import DenseBase
+from lorakeet.core.spec import LoraSpec
+from lorakeet.data.chat import Example
+from lorakeet.errors import ConfigError
+from lorakeet.models import inject
+from lorakeet.models.fuse import fuse
+from lorakeet.models.load import load_text_model
+from lorakeet.models.spec import ModelSpec
+from lorakeet.models.targets import plan_for
+from lorakeet.models.text import TextModel
+from lorakeet.train.loop import train
+from lorakeet.train.many import Many, Member, join, train_many
+from lorakeet.train.run import RunFolder
+from lorakeet.train.spec import TrainSpec
+from lorakeet.train.text_task import TextTask
+
+SPEC = TrainSpec(steps=6, batch_size=4, micro_tokens=60, learning_rate=5e-3, evaluate_every=2, patience=0)
+WANTED = {
+    "a": (LoraSpec(rank=4, alpha=12.0), SPEC, 1),
+    "b": (LoraSpec(rank=2, alpha=6.0, target_modules=("q_proj", "v_proj")), dataclasses.replace(SPEC, steps=4, seed=3), 1),
+    "c": (LoraSpec(rank=6, alpha=18.0, variant="dora"), dataclasses.replace(SPEC, learning_rate=1e-2, batch_size=3), 5),
+}
+
+
+def rows(count: int, seed: int) -> list[Example]:
+    """Rows of 8 to 19 tokens that count upwards, the second half supervised."""
+    generator = np.random.default_rng(seed)
+    lengths, starts = generator.integers(8, 20, size=count), generator.integers(4, 60, size=count)
+    return [
+        Example(np.arange(start, start + n, dtype=np.int64), np.arange(n) >= n // 2, f"{seed}-{number}", None, False)
+        for number, (start, n) in enumerate(zip(starts, lengths, strict=True))
+    ]
+
+
+def load(folder: Path) -> TextModel:
+    return load_text_model(ModelSpec(path=str(folder), dtype="float32", device="cpu"))
+
+
+def together(folder: Path, names: str, **changes: Any) -> tuple[TextModel, list[Member]]:
+    text, members = load(folder), []
+    for name in names:
+        lora, spec, seed = WANTED[name]
+        spec = dataclasses.replace(spec, **changes)
+        inject.inject(text.model, plan_for(text.model, lora, text.family), name, seed=spec.seed)
+        members.append(Member(name, spec, rows(14, seed), rows(6, 2)))
+    fuse(text.model)
+    return text, members
+
+
+def alone(folder: Path, name: str, out: Path) -> tuple[dict[str, Tensor], float | None]:
+    lora, spec, seed = WANTED[name]
+    text = load(folder)
+    inject.inject(text.model, plan_for(text.model, lora, text.family), seed=spec.seed)
+    fuse(text.model)
+    task = TextTask(text, rows(14, seed), held_out=rows(6, 2), spec=spec)
+    outcome = train(task, spec, run=RunFolder.create(out))
+    return {key: value.detach() for key, value in task.parameters().items()}, outcome.best_loss
+
+
+def test_each_becomes_what_it_becomes_alone(tiny_llama_folder: Path, tmp_path: Path) -> None:
+    text, members = together(tiny_llama_folder, "abc")
+    ended = train_many(text, members)
+    assert [at.step for at in ended] == [6, 4, 6]
+    assert {at.done for at in ended} == {"all steps done"}
+    for at in ended:
+        name = at.member.name
+        expected, best = alone(tiny_llama_folder, name, tmp_path / name)
+        found = inject.trained_parameters(text.model, name)
+        assert found.keys() == expected.keys()
+        for key, value in expected.items():
+            torch.testing.assert_close(found[key], value, rtol=2e-3, atol=2e-4)
+        assert at.best is not None and best is not None
+        assert at.best.value == pytest.approx(best, rel=1e-4)
+        assert [step for step, _ in at.held_out] == list(range(0, at.total + 1, 2))
+
+
+def test_the_base_is_multiplied_once_for_all(tiny_llama_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    counts = []
+    for names in ("a", "ab"):
+        text, members = together(tiny_llama_folder, names, micro_tokens=400)
+        calls = []
+        usual = DenseBase.matmul
+        monkeypatch.setattr(DenseBase, "matmul", lambda self, x, usual=usual, calls=calls: calls.append(1) or usual(self, x))
+        many = Many(text, [dataclasses.replace(member, held_out=()) for member in members])
+        many.round()
+        counts.append(len(calls))
+        monkeypatch.setattr(DenseBase, "matmul", usual)
+    assert counts[0] == counts[1] > 0
+
+
+def test_each_ends_on_its_own(tiny_llama_folder: Path) -> None:
+    text, members = together(tiny_llama_folder, "ab")
+    members[0] = dataclasses.replace(members[0], spec=dataclasses.replace(SPEC, learning_rate=1e-9, patience=1))
+
+    def give_up(many: Many) -> None:
+        if many.progress[1].step == 3:
+            many.stop("b", "given up")
+
+    stale, stopped = train_many(text, members, watch=give_up)
+    assert stale.done.startswith("no improvement in 1 evaluations") or stale.step == 6
+    assert (stopped.done, stopped.step) == ("given up", 3)
+
+
+def test_one_that_diverges_leaves_the_others_alone(tiny_llama_folder: Path, tmp_path: Path) -> None:
+    text, members = together(tiny_llama_folder, "ab")
+    with torch.no_grad():
+        next(iter(inject.trained_parameters(text.model, "b").values())).fill_(float("nan"))
+    members[1] = dataclasses.replace(members[1], held_out=())
+    good, bad = train_many(text, members)
+    assert bad.diverged and bad.step == 0
+    assert bad.done.startswith("step 1: the loss is")
+    assert bad.done.endswith("the gradient's norm nan")
+    expected, _ = alone(tiny_llama_folder, "a", tmp_path / "a")
+    for key, value in inject.trained_parameters(text.model, "a").items():
+        torch.testing.assert_close(value, expected[key], rtol=2e-3, atol=2e-4)
+    assert good.done == "all steps done"
+
+
+def test_what_cannot_share_a_batch_is_named(tiny_llama_folder: Path) -> None:
+    text = load(tiny_llama_folder)
+    lora = LoraSpec(rank=4, alpha=12.0, target_modules=("q_proj", "lm_head"))
+    inject.inject(text.model, plan_for(text.model, lora, text.family), "a")
+    with pytest.raises(ConfigError, match=r"cannot be trained together in one batch: .*lm_head"):
+        Many(text, [Member("a", SPEC, rows(4, 1), ())])
+    with pytest.raises(ConfigError, match="different names"):
+        Many(text, [])
+
+
+def test_joined_batches_keep_their_rows_and_targets() -> None:
+    from lorakeet.data.pack import pack
+
+    examples = rows(5, 1)
+    joined, whole = join([pack(examples[:2]), pack(examples[2:])]), pack(examples)
+    assert (joined.lengths, joined.keys) == (whole.lengths, whole.keys)
+    for part in ("ids", "target_positions", "target_ids"):
+        assert torch.equal(getattr(joined, part), getattr(whole, part))
