@@ -12,7 +12,7 @@ import math
 import platform
 
 LARGEST_HEAP_PIECE = 32 << 20  # bytes; glibc raises its threshold up to this as pieces are freed (mallopt(3))
-SLACK = 0.36  # of the tensors on the heap, at their peak; benchmarks/plan_accuracy.py measures it
+SLACK = 0.36  # of the tensors that come and go on the heap, at their peak; benchmarks/plan_accuracy.py measures it
 SMALL_SLACK = 24 << 20  # bytes: the heap's free top and Python's own growth during a run
 _THRESHOLD = 1 << 20  # bytes of the smallest piece that `return_freed_memory` has mapped
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h

@@ -37,7 +37,7 @@ class Held:
 
     bytes: int = 0
     kinds: dict[str, int] = field(default_factory=dict)
-    heap: int = 0  # of these, in pieces that the C library keeps on its heap (memory/allocator), the base left out
+    heap: int = 0  # of these, what comes and goes in pieces that the C library keeps on its heap (memory/allocator)
 
 
 @dataclass
@@ -143,7 +143,7 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def _count(self, kind: str, size: int) -> None:
         self.held[kind] += size
-        if kind != "base" and abs(size) < LARGEST_HEAP_PIECE:
+        if kind not in _KEPT and abs(size) < LARGEST_HEAP_PIECE:
             self.heap += size
 
     def _strike(self, key: int) -> None:

@@ -147,8 +147,8 @@ def show_plan(result: PlanResult, console: Console) -> None:
         console.print(f"  {item.change}: {bytes_text(item.peak)}, {fits}", soft_wrap=True)
     console.print(
         f"A micro-batch takes at least {result.seconds:.2g} s here: {work.flops / 1e9:,.0f} GFLOP at "
-        f"{result.speed.flops / 1e9:,.0f} GFLOP/s, {work.written / 1e9:.1f} GB of results at {result.speed.bytes / 1e9:.1f} GB/s; "
-        f"at most {rows.tokens / result.seconds:,.0f} tokens a second.",
+        f"{result.speed.flops / 1e9:,.0f} GFLOP/s, {work.written / 1e9:.1f} GB of results at {result.speed.bytes / 1e9:.1f} "
+        f"GB/s; at most {rows.tokens / result.seconds:,.0f} tokens a second.",
         soft_wrap=True,
     )
 
