@@ -36,6 +36,7 @@ from lorakeet.memory.measure import peak_bytes, resident_bytes
 from lorakeet.memory.store import Store
 from lorakeet.models.adapt import begin_adapter
 from lorakeet.models.families import family_of
+from lorakeet.models.gguf_copy import cache_folder
 from lorakeet.models.load import set_attention
 from lorakeet.models.outline import config_of
 from lorakeet.models.placement import products_for
@@ -71,7 +72,7 @@ class Claim:
 
 CLAIMS = {
     "7b": Claim("meta-llama/Llama-2-7b-hf", tokens=2048, steps=3, budget=2 << 30),
-    "13b": Claim("meta-llama/Llama-2-13b-hf", tokens=2048, steps=1, budget=2_500_000_000),
+    "13b": Claim("meta-llama/Llama-2-13b-hf", tokens=1024, steps=2, budget=2_500_000_000, batches=2),
     "70b": Claim("meta-llama/Llama-2-70b-hf", tokens=64, steps=1, budget=6_000_000_000),
 }
 OVERHEAD = Claim("meta-llama/Llama-2-7b-hf", tokens=2048, steps=2, budget=4 << 30, layers=4)
@@ -223,7 +224,7 @@ def table(found: dict[str, dict[str, Any]]) -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--claims", nargs="+", default=["7b", "13b", "70b", "overhead"], choices=[*CLAIMS, "overhead"])
-    parser.add_argument("--stores", type=Path, default=Path("stores"), help="folder for the stores and scratch files")
+    parser.add_argument("--stores", type=Path, default=cache_folder() / "claims", help="folder for stores and scratch files")
     parser.add_argument("--pairs", type=int, default=3, help="alternated pairs behind the overhead")
     parser.add_argument("--results", type=Path, default=Path(__file__).with_name("results"), help="where the result is written")
     parser.add_argument("--worker", help=argparse.SUPPRESS)

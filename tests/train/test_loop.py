@@ -378,3 +378,12 @@ def test_metrics_are_json_lines(tmp_path: Path) -> None:
     go(tmp_path / "run")
     for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines():
         json.loads(line, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+
+
+def test_a_broken_memory_budget_is_said_once_and_a_kept_one_never(tmp_path: Path) -> None:
+    for name, budget, times in (("broken", 1, 1), ("kept", 1 << 50, 0)):
+        said: list[str] = []
+        report = Silent()
+        report.say = said.append  # type: ignore[method-assign]
+        train(TinyTask(SPEC), SPEC, run=RunFolder.create(tmp_path / name), report=report, budget=budget)
+        assert len([line for line in said if "above its budget of 1" in line]) == times

@@ -12,6 +12,7 @@ from lorakeet.memory.measure import resident_bytes
 from lorakeet.models.load import read_config
 from lorakeet.workflows.arrange import Arrangement, arrange, shapes_of
 from lorakeet.workflows.finetune import finetune
+from lorakeet.workflows.opened import open_adapter
 from tiny.models import save_tiny_llama
 from tiny.runs import adapter_bytes, chats, quiet, run, settings, write_rows
 
@@ -77,6 +78,10 @@ def test_a_run_within_a_budget_ends_in_the_same_bytes(model: Path, tmp_path: Pat
     assert kept.setup.text.streamed is not None and plain.outcome is not None and kept.outcome is not None
     assert kept.outcome.best_loss == plain.outcome.best_loss
     assert adapter_bytes(tmp_path / "kept") == adapter_bytes(tmp_path / "plain")
+    again = open_adapter(tmp_path / "kept").text_model(quiet(), within_budget=True)
+    assert (
+        again.streamed is not None and open_adapter(tmp_path / "plain").text_model(quiet(), within_budget=True).streamed is None
+    )
     assert kept.report is not None
     planned, against = kept.report.memory
     assert planned.planned is not None and planned.used is not None and against.planned == kept.setup.arrangement.budget

@@ -19,6 +19,7 @@ from lorakeet.models.text import TextModel
 Ids = NDArray[np.int64]
 # transformers 5.24 renamed it; the last release for Python 3.10 is 5.20.
 CACHE = "cache" if "cache" in {part.name for part in fields(BaseModelOutputWithPast)} else "past_key_values"
+STREAMED_CACHE = 128 << 20  # bytes of keys and values beside a streamed model: less than a training step's moments
 ROWS_AT_ONCE = 64  # a step costs nearly the same for 64 rows as for 16: the weights are read once
 
 
@@ -41,8 +42,9 @@ def sample(
     text.model.eval()
     try:
         with torch.no_grad(), _cached_attention(text):
-            for start in range(0, len(order), ROWS_AT_ONCE):
-                rows = order[start : start + ROWS_AT_ONCE]
+            at_once = _rows_at_once(text, max((len(prompt) for prompt in prompts), default=1) + max_tokens)
+            for start in range(0, len(order), at_once):
+                rows = order[start : start + at_once]
                 chosen = [torch.as_tensor(np.asarray(prompts[row], np.int64)) for row in rows]
                 drawn = _write(text, chosen, max_tokens, (ends, temperature, [generators[row] for row in rows]))
                 for row, ids in zip(rows, drawn, strict=True):
@@ -50,6 +52,18 @@ def sample(
     finally:
         text.model.train(was_training)
     return [np.asarray(ids, np.int64) for ids in written]
+
+
+def _rows_at_once(text: TextModel, length: int) -> int:
+    """How many rows of `length` tokens are written together: fewer under a memory budget, so that their keys and values fit."""
+    if text.streamed is None:
+        return ROWS_AT_ONCE
+    config = text.model.config.get_text_config()
+    heads = int(config.num_attention_heads)
+    width = int(getattr(config, "head_dim", None) or config.hidden_size // heads)
+    kept = int(getattr(config, "num_key_value_heads", None) or heads)
+    row = 2 * length * kept * width * text.dtype.itemsize * len(text.streamed.blocks)
+    return max(1, min(ROWS_AT_ONCE, STREAMED_CACHE // row))
 
 
 def end_ids(text: TextModel) -> frozenset[int]:

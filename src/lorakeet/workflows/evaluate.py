@@ -66,7 +66,7 @@ def evaluate(
         require_empty(out)
     opened = open_adapter(Path(run_or_adapter), base=base, config=config)
     rows = _rows_of_file(opened, data) if data else _rows_of_run(opened)
-    text = opened.text_model(console)
+    text = opened.text_model(console, within_budget=True)
     settings = within_context(opened.config, text, console)
     encoder = Encoder(text.tokenizer, settings.data, rows.labels)
     judge = Judge(settings, text, encoder, rows.rows, console, NAME)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from rich.console import Console
@@ -22,6 +23,7 @@ from lorakeet.models.spec import ModelSpec
 from lorakeet.models.text import TextModel
 from lorakeet.quant.spec import QuantSpec
 from lorakeet.train.run import RunFolder
+from lorakeet.workflows.arrange import arrange
 
 NAME = "default"
 
@@ -53,14 +55,24 @@ class Opened:
         return method_of(stored)
 
     def text_model(
-        self, console: Console, *, dtype: str | None = None, with_adapter: bool = True, dense: bool = False
+        self,
+        console: Console,
+        *,
+        dtype: str | None = None,
+        with_adapter: bool = True,
+        dense: bool = False,
+        within_budget: bool = False,
     ) -> TextModel:
         """The base with the adapter attached and active; `dtype` overrides the one that the run was trained in, and `dense`
-        leaves its weights as they were before they were quantised."""
+        leaves its weights as they were before they were quantised. `within_budget` keeps the run's memory.budget, if need be by
+        streaming the weights: for what only computes and reads no weight.
+        """
         spec = self.dense_spec if dense else self.config.model
         if dtype is not None:
             spec = dataclasses.replace(spec, dtype=dtype, products=dtype)  # type: ignore[arg-type]
-        text = load_text_model(spec, say=console.print)
+        say = partial(console.print, markup=False, soft_wrap=True)
+        store = arrange(self.config, say).store if within_budget else None
+        text = load_text_model(spec, say=console.print, store=store)
         if self.tokenizer is not None:
             text.tokenizer = load_tokenizer(self.tokenizer)
         if with_adapter:
