@@ -127,14 +127,23 @@ class LoraPair(nn.Module):
     anchor_A: Tensor | None
     anchor_B: Tensor | None
 
-    def __init__(self, entry: PlanEntry, *, device: torch.device | str = "cpu", bias: bool = False) -> None:
+    def __init__(
+        self,
+        entry: PlanEntry,
+        *,
+        device: torch.device | str = "cpu",
+        bias: bool = False,
+        given: tuple[Tensor, Tensor] | None = None,
+    ) -> None:
+        """Zeros, or A and B as `given`: these are taken as they are, frozen, without a copy."""
         super().__init__()
         self.kind: Kind = entry.kind
         self.scale = entry.scale
         self.scale_rule: ScaleRule = entry.scale_rule
         self.dropout = entry.dropout
-        self.A = nn.Parameter(torch.zeros(entry.shape_a, device=device))
-        self.B = nn.Parameter(torch.zeros(entry.shape_b, device=device))
+        A, B = (torch.zeros(shape, device=device) for shape in (entry.shape_a, entry.shape_b)) if given is None else given
+        self.A = nn.Parameter(A, requires_grad=given is None)
+        self.B = nn.Parameter(B, requires_grad=given is None)
         self.bias = nn.Parameter(torch.zeros(entry.shape_b[0], device=device)) if bias else None
         self.register_buffer("anchor_A", None)
         self.register_buffer("anchor_B", None)

@@ -18,7 +18,7 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -46,8 +46,11 @@ _CONFIG_KEYS = ("task_type", "revision", "lora_dropout")  # Adapter.metadata tha
 Slots = dict[str, Tensor]
 
 
-def read(folder: Path) -> Adapter:
-    """The adapter in `folder`. ConfigError and DataError list everything that cannot be understood; nothing is dropped."""
+def read(folder: Path, *, opened: Callable[[Path], SafeFile] = open_safetensors) -> Adapter:
+    """The adapter in `folder`. ConfigError and DataError list everything that cannot be understood; nothing is dropped.
+
+    `opened` decides how the tensors come in (formats/slab).
+    """
     config = read_config(folder)
     model = folder / MODEL_NAME
     if not model.exists() and (folder / PICKLE_NAME).exists():
@@ -55,7 +58,7 @@ def read(folder: Path) -> Adapter:
             f"{folder / PICKLE_NAME} is a pickle file, which can run code when it is loaded, so it is never opened. "
             f"Save the adapter again in PEFT, which writes {MODEL_NAME}."
         )
-    file = open_safetensors(model)
+    file = opened(model)
     problems = Problems(f"The adapter in {folder} cannot be read", DataError)
     groups, tokens, others = _sorted_by_kind(file, problems)
     note = _note(file)
@@ -78,7 +81,7 @@ def _sorted_by_kind(file: SafeFile, problems: Problems) -> tuple[dict[str, Slots
         if not named_like_a_part(name, file, problems):
             continue
         tensor = file.read(name)
-        if tensor.is_floating_point():
+        if tensor.is_floating_point() and not file.finite:
             check_finite(tensor.float(), f"{file.path}: {name}", problems)
         if not name.startswith(_PREFIX):
             problems.add(f"{file.path}: {name} does not begin with {_PREFIX!r}, as every tensor of a PEFT adapter does.")

@@ -56,6 +56,7 @@ class SafeFile:
     path: Path
     tensors: Mapping[str, Stored]
     metadata: Mapping[str, str]
+    finite: bool = False  # whether it is known already that no number is NaN or infinite
 
     def read(self, name: str) -> Tensor:
         """The tensor `name`, in memory of its own."""

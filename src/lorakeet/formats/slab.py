@@ -1,0 +1,96 @@
+"""A safetensors file read whole into one piece of memory of its own: tensors are views, and closing it gives every byte back.
+
+Serving loads adapters this way. A mapped file would be quicker still, but who cuts a mapped file short kills the process that
+reads it; a copy has what the file had when it was read.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import mmap
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from lorakeet.errors import DataError
+from lorakeet.formats.safe import SafeFile, open_safetensors
+
+_AT_ONCE = getattr(mmap, "MAP_POPULATE", 0)  # Linux hands out all pages in one call, which takes half the time of one by one
+
+
+@dataclass(frozen=True)
+class Slab(SafeFile):
+    """A checked file whose tensors lie in `data`, one anonymous mapping that ends with the last of its tensors."""
+
+    data: mmap.mmap | None = None
+    start: int = 0  # where in the file `data` begins
+
+    def read(self, name: str) -> Tensor:
+        """The tensor `name` as a view of the slab, in the dtype of the file."""
+        stored = self.tensors[name]
+        first, count = stored.begin - self.start, stored.end - stored.begin
+        if self.data is None or not count:
+            return torch.empty(stored.shape, dtype=stored.dtype)
+        if first % stored.dtype.itemsize:  # some writers do not align: only then a copy
+            return torch.frombuffer(bytearray(self.data[first : first + count]), dtype=stored.dtype).view(stored.shape)
+        numbers = count // stored.dtype.itemsize
+        return torch.frombuffer(self.data, dtype=stored.dtype, count=numbers, offset=first).view(stored.shape)
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 over names, shapes, dtypes and numbers: two files with one digest hold the same tensors."""
+        found = hashlib.sha256()
+        for name, stored in sorted(self.tensors.items()):
+            found.update(f"{name} {stored.dtype} {stored.shape} {stored.begin - self.start}\n".encode())
+        if self.data is not None:
+            found.update(self.data)
+        return found.hexdigest()
+
+
+@dataclass(frozen=True)
+class Outline(SafeFile):
+    """A checked file of which only the header is read: its tensors have shapes and dtypes, and no numbers."""
+
+    finite: bool = True  # nothing to look at
+
+    def read(self, name: str) -> Tensor:
+        """The tensor `name` on the meta device."""
+        stored = self.tensors[name]
+        return torch.empty(stored.shape, dtype=stored.dtype, device="meta")
+
+
+def open_slab(path: Path) -> Slab:
+    """The whole file in memory. DataError as in `open_safetensors`, and where the file changes while it is read."""
+    file = open_safetensors(path)
+    start = min((stored.begin for stored in file.tensors.values()), default=0)
+    length = max((stored.end for stored in file.tensors.values()), default=0) - start
+    if not length:
+        return Slab(file.path, file.tensors, file.metadata)
+    data = mmap.mmap(-1, length, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _AT_ONCE)
+    with path.open("rb", buffering=0) as source:
+        source.seek(start)
+        view, done = memoryview(data), 0
+        while done < length and (count := source.readinto(view[done:])):
+            done += count
+    view.release()
+    if done != length:
+        raise DataError(f"{path} became shorter while it was read. Fetch the file again.")
+    return Slab(file.path, file.tensors, file.metadata, _finite(data, file), data, start)
+
+
+def open_outline(path: Path) -> Outline:
+    """The header of the file, checked; DataError as in `open_safetensors`."""
+    file = open_safetensors(path)
+    return Outline(file.path, file.tensors, file.metadata)
+
+
+def _finite(data: mmap.mmap, file: SafeFile) -> bool:
+    """Whether one sum shows that all numbers are finite; False means that each tensor has to be looked at."""
+    dtypes = {stored.dtype for stored in file.tensors.values()}
+    dtype = next(iter(dtypes))
+    if len(dtypes) > 1 or not dtype.is_floating_point or dtype.itemsize == 1:
+        return False
+    numbers = torch.frombuffer(data, dtype=dtype, count=len(data) // dtype.itemsize)
+    return bool(torch.isfinite(numbers.sum(dtype=torch.float32 if dtype.itemsize < 4 else dtype)))

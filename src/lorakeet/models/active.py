@@ -1,0 +1,147 @@
+"""A live model that adapters come to and leave while it runs: places for pairs are made once, so that nobody walks the model.
+
+Loading a second or a thousandth adapter costs the same: a look at its shapes, and one entry in a table for each of its pairs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from lorakeet.core.adapter import Adapter, Pair
+from lorakeet.core.dora import DoraPair
+from lorakeet.core.layers import AdaptedLayer, LoraLinear
+from lorakeet.core.lowrank import LoraPair
+from lorakeet.core.math import Kind
+from lorakeet.core.plan import PlanEntry
+from lorakeet.errors import ConfigError, Problems, nearest
+from lorakeet.models import modules
+from lorakeet.models.fuse import fuse
+from lorakeet.models.inject import selection_of, use_products
+from lorakeet.models.text import TextModel
+from lorakeet.quant.adopt import base_of
+
+
+@dataclass(frozen=True)
+class _Place:
+    """A frozen linear weight that pairs can be put on."""
+
+    layer: LoraLinear
+    kind: Kind
+    shape: tuple[int, ...]  # (out, in)
+
+
+class LiveModel:
+    """A text model whose linear layers (the head and routers left out) hold any number of adapters by name.
+
+    `attach` and `detach` may be called while another thread runs the model with other adapters. Adapters whose pairs lie
+    elsewhere, or that train whole modules or token rows, are refused: their rows could not share a batch with others.
+    """
+
+    def __init__(self, text: TextModel) -> None:
+        self.text = text
+        self._places: dict[str, _Place] = {}
+        self._held: dict[str, tuple[LoraLinear, ...]] = {}
+        self._bytes: dict[str, int] = {}
+        model = text.model
+        head = modules.output_layer(model)
+        for path, module in list(modules.original_modules(model)):
+            kind = modules.kind_of(module)
+            if kind not in ("linear", "conv1d") or module is head or modules.is_router(model, path):
+                continue
+            standing = modules.find(model, path)
+            if isinstance(standing, AdaptedLayer) and not isinstance(standing, LoraLinear):
+                continue
+            layer = standing if isinstance(standing, LoraLinear) else LoraLinear(module, base_of(module, kind))
+            if layer is not standing:
+                modules.replace(model, path, layer)
+            self._places[path] = _Place(layer, kind, modules.weight_shape(module, kind))
+        self.selection = selection_of(model)
+        use_products(model, text.products)
+        fuse(model)
+        model.eval()
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The adapters that are on the model."""
+        return tuple(self._held)
+
+    def bytes_of(self, name: str) -> int:
+        """What the numbers of an adapter on the model take, in fp32."""
+        return self._bytes[name]
+
+    def check(self, adapter: Adapter) -> dict[str, PlanEntry]:
+        """The entries of the pairs of `adapter`, whose tensors may lie on the meta device.
+
+        ConfigError "The adapter cannot be served on this base" lists every missing module, wrong shape and homeless part.
+        """
+        problems = Problems("The adapter cannot be served on this base")
+        entries = {path: entry for path, pair in adapter.pairs.items() if (entry := self._entry(path, pair, problems))}
+        advice = "Merge the adapter into its base (lorakeet merge) and serve that."
+        for what, found in (("whole parameters", adapter.extras), ("token rows", adapter.token_rows)):
+            if found:
+                problems.add(f"It trains {what} ({', '.join(sorted(found)[:3])}), which cannot differ within a batch. {advice}")
+        if not adapter.pairs and not problems.messages:
+            problems.add("It holds no pair.")
+        problems.raise_if_any()
+        return entries
+
+    def attach(self, name: str, adapter: Adapter) -> None:
+        """Puts `adapter` on the model under `name`; its tensors are taken as they are, without a copy.
+
+        ConfigError as in `check`, and where the name is taken.
+        """
+        entries = self.check(adapter)
+        if name in self._held:
+            raise ConfigError(f"An adapter '{name}' is already on the model; detach it first.")
+        pairs = {path: self._pair(entry, adapter.pairs[path]) for path, entry in entries.items()}
+        for path, pair in pairs.items():
+            self._places[path].layer.attach(name, pair)
+        self._held[name] = tuple(self._places[path].layer for path in pairs)
+        self._bytes[name] = 4 * adapter.parameters
+
+    def detach(self, name: str) -> None:
+        """Takes the adapter off the model; its memory is free when nothing else refers to it. Not while rows use it."""
+        for layer in self._held.pop(name):
+            layer.detach(name)
+        del self._bytes[name]
+        if self.selection.active == name:
+            self.selection.use(None)
+
+    def mixes(self, name: str) -> bool:
+        """Whether a weighted mix with this adapter is possible: all its pairs are plain LoRA."""
+        return all(layer.adapters[name].plain for layer in self._held[name])
+
+    def _entry(self, path: str, pair: Pair, problems: Problems) -> PlanEntry | None:
+        place = self._places.get(path)
+        if place is None:
+            near = nearest(path, self._places)
+            problems.add(f"'{path}': no pair can be served there, or this base has no such module.{near}")
+            return None
+        entry = PlanEntry(
+            path, place.kind, place.shape, pair.rank, pair.alpha, pair.scale_rule, "lora" if pair.magnitude is None else "dora"
+        )
+        shapes = [("A", pair.A, entry.shape_a), ("B", pair.B, entry.shape_b)]
+        for part, tensor, expected in shapes:
+            if tuple(tensor.shape) != expected:
+                problems.add(f"'{path}': {part} is {tuple(tensor.shape)}, but this base needs {expected}.")
+        if pair.kind not in ("linear", "conv1d"):
+            problems.add(f"'{path}': the pair is for a weight of kind {pair.kind}, but this one is {place.kind}.")
+        for part, vector in (("magnitude", pair.magnitude), ("bias", pair.bias)):
+            if vector is not None and tuple(vector.shape) != (place.shape[0],):
+                problems.add(f"'{path}': {part} is {tuple(vector.shape)}, but this base needs ({place.shape[0]},).")
+        return entry
+
+    def _pair(self, entry: PlanEntry, value: Pair) -> LoraPair:
+        device = self.text.device
+        if value.magnitude is not None:
+            weight, _ = modules.frozen_rows(self._places[entry.path].layer.original, entry.kind)
+            dora = DoraPair(entry, device=device, bias=value.bias is not None)
+            dora.measure(weight())
+            dora.load(value)
+            return dora.requires_grad_(False).eval()
+        pair = LoraPair(entry, given=(value.A.to(device), value.B.to(device)), device=device, bias=value.bias is not None)
+        if pair.bias is not None and value.bias is not None:
+            pair.bias = nn.Parameter(value.bias.to(device), requires_grad=False)
+        return pair

@@ -1,0 +1,300 @@
+"""Continuous batching: one thread steps the model; texts come and go between steps, each with its own adapters.
+
+    submit ──► queue (bounded) ──► slot ──► prompt, a chunk a step ──► a token a step ──► done, stopped, cancelled, too late
+
+Every step takes all texts that write, one token each, and at most `chunk` tokens of prompts, so that a long prompt delays the
+others by no more than a chunk.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Literal, TypeVar
+
+from torch import Tensor
+
+from lorakeet.core.selection import Selection
+from lorakeet.errors import ConfigError, LorakeetError
+from lorakeet.models.kv_cache import KeyValues, Row, step
+from lorakeet.models.sample import end_ids
+from lorakeet.models.text import TextModel
+from lorakeet.serve.sampling import Chooser, Chosen, Sampling
+from lorakeet.serve.slots import Slots, key_of
+from lorakeet.serve.text_stream import TextStream
+
+Reason = Literal["stop", "length", "timeout", "cancelled", "error"]
+T = TypeVar("T")
+
+
+class QueueFull(LorakeetError):
+    """No room for another request; `retry_after` says in how many seconds there may be."""
+
+    def __init__(self, waiting: int, retry_after: int) -> None:
+        super().__init__(f"{waiting} requests are waiting, which is as many as may; try again in {retry_after} s.")
+        self.retry_after = retry_after
+
+
+class Draining(LorakeetError):
+    """The server is shutting down and takes nothing new."""
+
+
+@dataclass(frozen=True)
+class Event:
+    """What happened to a text: a token came (`chosen`, with the text that can be shown), or it ended (`reason`)."""
+
+    text: str = ""
+    chosen: Chosen | None = None
+    reason: Reason | None = None
+    error: str = ""
+
+
+@dataclass(frozen=True)
+class Request:
+    """A text to be written after the tokens `ids`, with the adapters, by version, that weigh on it."""
+
+    ids: tuple[int, ...]
+    sampling: Sampling = field(default_factory=Sampling)
+    adapters: Mapping[str, float] = field(default_factory=dict)
+    timeout: float | None = None  # seconds from submission to the last token
+
+
+@dataclass
+class Timing:
+    """When what happened, in seconds of time.monotonic; 0.0 for what has not."""
+
+    submitted: float = 0.0
+    first: float = 0.0
+    ended: float = 0.0
+
+
+class Job:
+    """A request in the engine. `listener` hears its events from the engine's thread and must return at once."""
+
+    def __init__(self, request: Request, listener: Callable[[Event], None], stream: TextStream) -> None:
+        self.request, self.listener, self.stream = request, listener, stream
+        self.chooser = Chooser(request.sampling)
+        self.timing = Timing(submitted=time.monotonic())
+        self.cancelled = False
+        self.slot = -1
+        self.done = 0  # tokens of prompt and text whose keys and values are in the cache
+        self.cached = 0  # tokens of the prompt that were there already
+        self.written: list[int] = []
+        self.pending: tuple[int, ...] = request.ids  # to be computed next: the rest of the prompt, or the last token
+
+    def cancel(self) -> None:
+        """Ends the text before its next token; its slot is then free."""
+        self.cancelled = True
+
+
+class Engine:
+    """One model, its cache and its thread. `start` it, `submit` to it from any thread, `drain` it."""
+
+    def __init__(
+        self,
+        text: TextModel,
+        selection: Selection,
+        *,
+        slots: int = 16,
+        context: int = 2048,
+        waiting: int = 256,
+        chunk: int = 256,
+    ) -> None:
+        """`slots` texts are written at once, of at most `context` tokens with their prompts; `waiting` more may queue."""
+        self.text, self.selection, self.context, self.chunk = text, selection, context, chunk
+        self.cache = KeyValues(slots=slots, capacity=context)
+        self.slots = Slots(self.cache)
+        self.most_waiting = waiting
+        self.steps = 0
+        self._ends = end_ids(text)
+        self._queue: deque[Job] = deque()
+        self._running: list[Job] = []
+        self._calls: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._wake = threading.Condition()
+        self._state: Literal["new", "running", "draining", "stopped"] = "new"
+        self._thread = threading.Thread(target=self._run, name="lorakeet-engine", daemon=True)
+        self._pace = 1.0  # seconds that a text took, on average of late
+        self.failure = ""
+
+    @property
+    def ready(self) -> bool:
+        """Whether requests are taken."""
+        return self._state == "running"
+
+    @property
+    def load(self) -> tuple[int, int]:
+        """(texts that are being written, texts that wait)."""
+        return len(self._running), len(self._queue)
+
+    def start(self) -> None:
+        """Starts the thread."""
+        self._state = "running"
+        self._thread.start()
+
+    def submit(self, request: Request, listener: Callable[[Event], None]) -> Job:
+        """Queues `request`. ConfigError for what cannot be served, QueueFull where too many wait, Draining at the end."""
+        request.sampling.check()
+        if not request.ids:
+            raise ConfigError("The prompt has no token; it needs at least one.")
+        if len(request.ids) >= self.context:
+            raise ConfigError(
+                f"The prompt has {len(request.ids):,} tokens; with at least one to write, at most {self.context - 1:,} fit the "
+                "context. Shorten it, or start the server with a larger --context."
+            )
+        job = Job(request, listener, TextStream(self.text.tokenizer, request.sampling.stop))
+        with self._wake:
+            if self._state != "running":
+                raise Draining(self.failure or "The server is shutting down.")
+            if len(self._queue) >= self.most_waiting:
+                turns = -(-len(self._queue) // self.cache.slots)
+                raise QueueFull(len(self._queue), max(1, round(turns * self._pace)))
+            self._queue.append(job)
+            self._wake.notify()
+        return job
+
+    def call(self, function: Callable[[], T]) -> Future[T]:
+        """Runs `function` in the engine's thread between two steps: nothing then runs the model."""
+        future: Future[T] = Future()
+
+        def run() -> None:
+            try:
+                future.set_result(function())
+            except Exception as error:  # handed on to whoever waits for the result
+                future.set_exception(error)
+
+        with self._wake:
+            if self._state == "stopped":
+                raise Draining("The server has stopped.")
+            self._calls.put(run)
+            self._wake.notify()
+        return future
+
+    def drain(self, timeout: float | None = None) -> bool:
+        """Takes nothing new, lets what was taken end, then stops; after `timeout` seconds the rest is cancelled.
+
+        Returns whether everything ended by itself.
+        """
+        with self._wake:
+            self._state = "draining" if self._state == "running" else self._state
+            self._wake.notify()
+        self._thread.join(timeout)
+        whole = not self._thread.is_alive()
+        if not whole:
+            for job in (*self._queue, *self._running):
+                job.cancel()
+            self._thread.join()
+        return whole
+
+    def _run(self) -> None:
+        try:
+            self._loop()
+        finally:
+            with self._wake:
+                if self._state != "stopped":  # an error that nobody foresaw: said to all, and raised
+                    self._state, self.failure = "stopped", "The engine has failed; its log says why. Start the server again."
+            while not self._calls.empty():
+                self._calls.get()()
+            for job in (*self._running, *tuple(self._queue)):
+                self._finish(job, "error", self.failure)
+
+    def _loop(self) -> None:
+        while True:
+            with self._wake:
+                while not (self._queue or self._running) and self._calls.empty():
+                    if self._state == "draining":
+                        self._state = "stopped"
+                        return
+                    self._wake.wait()
+            while not self._calls.empty():
+                self._calls.get()()
+            self._sweep()
+            self._admit()
+            if self._running:
+                self._guarded_step()
+
+    def _sweep(self) -> None:
+        """Ends what was cancelled or is too late, running or waiting."""
+        now = time.monotonic()
+        for job in (*self._running, *tuple(self._queue)):
+            limit = job.request.timeout
+            if job.cancelled:
+                self._finish(job, "cancelled")
+            elif limit is not None and now - job.timing.submitted > limit:
+                self._finish(job, "timeout")
+
+    def _admit(self) -> None:
+        while self._queue and self.slots.free:
+            with self._wake:
+                job = self._queue.popleft()
+            job.slot, job.cached = self.slots.take(key_of(job.request.adapters), job.request.ids)
+            job.done, job.pending = job.cached, job.request.ids[job.cached :]
+            self._running.append(job)
+
+    def _guarded_step(self) -> None:
+        """One step. What the model cannot do (a bug, memory) ends the texts of this step, and the engine goes on."""
+        jobs, rows = self._rows()
+        try:
+            logits = step(self.text, self.cache, rows, self.selection)
+        except (RuntimeError, ValueError, MemoryError) as error:
+            for job in jobs:
+                self._finish(job, "error", f"{type(error).__name__}: {error}")
+            return
+        self.steps += 1
+        self._take(jobs, rows, logits.cpu())
+
+    def _rows(self) -> tuple[list[Job], list[Row]]:
+        """Whose tokens are computed next: everyone who writes, then prompts up to a chunk; in the order of slots."""
+        room, chosen = self.chunk, []
+        for job in self._running:  # in the order of arrival
+            count = len(job.pending)
+            if job.written or count == 1:
+                chosen.append((job, count))
+            elif room > 0:
+                count = min(count, room)
+                room -= count
+                chosen.append((job, count))
+        chosen.sort(key=lambda pair: pair[0].slot)
+        rows = [Row(job.slot, job.done, job.pending[:count], job.request.adapters) for job, count in chosen]
+        return [job for job, _ in chosen], rows
+
+    def _take(self, jobs: list[Job], rows: list[Row], logits: Tensor) -> None:
+        for job, row, found in zip(jobs, rows, logits, strict=True):
+            self.slots.wrote(job.slot, row.ids)
+            job.done += len(row.ids)
+            job.pending = job.pending[len(row.ids) :]
+            if not job.pending:
+                self._next(job, found)
+
+    def _next(self, job: Job, logits: Tensor) -> None:
+        """The next token of a text: told to its listener, and the text goes on or ends."""
+        chosen = job.chooser.choose(logits)
+        if not job.written:
+            job.timing.first = time.monotonic()
+        job.written.append(chosen.token)
+        if chosen.token in self._ends:
+            self._finish(job, "stop")
+            return
+        piece = job.stream.add(chosen.token)
+        job.listener(Event(piece, chosen))
+        if job.stream.stopped:
+            self._finish(job, "stop")
+        elif len(job.written) >= job.request.sampling.max_tokens or job.done >= self.context:
+            self._finish(job, "length")
+        else:
+            job.pending = (chosen.token,)
+
+    def _finish(self, job: Job, reason: Reason, error: str = "") -> None:
+        if job.slot >= 0:
+            self._running.remove(job)
+            self.slots.release(job.slot)
+            self._pace += 0.1 * (time.monotonic() - job.timing.submitted - self._pace)
+        else:
+            with self._wake:
+                self._queue.remove(job)
+        job.timing.ended = time.monotonic()
+        job.listener(Event(job.stream.end(), None, reason, error))

@@ -1,0 +1,88 @@
+"""From logits to the next token: temperature, nucleus, seed, log-probabilities. One Chooser for each text that is written."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lorakeet.core.start import seed_for
+from lorakeet.errors import Problems
+
+MOST_LOGPROBS = 20
+MOST_STOPS = 16
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How one text is written. `temperature` 0 takes the likeliest token; `logprobs` is how many alternatives are told of."""
+
+    max_tokens: int = 256
+    temperature: float = 1.0
+    top_p: float = 1.0
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    logprobs: int | None = None
+
+    def check(self) -> None:
+        """Raises ConfigError that lists every value outside its range."""
+        problems = Problems("The request cannot be served")
+        if self.max_tokens < 1:
+            problems.add(f"max_tokens is {self.max_tokens}; it must be 1 or more.")
+        if not 0.0 <= self.temperature <= 2.0:
+            problems.add(f"temperature is {self.temperature}; it must lie between 0 and 2.")
+        if not 0.0 < self.top_p <= 1.0:
+            problems.add(f"top_p is {self.top_p}; it must be above 0 and at most 1.")
+        if self.logprobs is not None and not 0 <= self.logprobs <= MOST_LOGPROBS:
+            problems.add(f"logprobs is {self.logprobs}; it must lie between 0 and {MOST_LOGPROBS}.")
+        if len(self.stop) > MOST_STOPS or any(not text for text in self.stop):
+            problems.add(f"stop must be at most {MOST_STOPS} texts, none of them empty.")
+        problems.raise_if_any()
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """A token, its log-probability under the model (temperature 1), and the likeliest tokens with theirs."""
+
+    token: int
+    logprob: float | None = None
+    top: tuple[tuple[int, float], ...] = ()
+
+
+class Chooser:
+    """Draws the tokens of one text. With a seed its luck depends on nothing else, least of all on the rest of the batch."""
+
+    def __init__(self, sampling: Sampling) -> None:
+        self.sampling = sampling
+        self._generator: torch.Generator | None = None
+        if sampling.temperature > 0:
+            self._generator = torch.Generator()
+            if sampling.seed is None:
+                self._generator.seed()
+            else:
+                self._generator.manual_seed(seed_for(sampling.seed, "sample/0"))
+
+    def choose(self, logits: Tensor) -> Chosen:
+        """The next token for `logits` (vocabulary,), fp32 on the CPU."""
+        token = self._draw(logits)
+        if self.sampling.logprobs is None:
+            return Chosen(token)
+        found = logits.log_softmax(-1)
+        values, ids = found.topk(min(self.sampling.logprobs, len(found)))
+        return Chosen(token, float(found[token]), tuple(zip(ids.tolist(), values.tolist(), strict=True)))
+
+    def _draw(self, logits: Tensor) -> int:
+        """The first token whose cumulated probability passes the luck, within the nucleus (https://arxiv.org/abs/1904.09751)."""
+        if self._generator is None:
+            return int(logits.argmax())
+        shares = (logits / self.sampling.temperature).softmax(-1).double()
+        luck = float(torch.rand(1, generator=self._generator, dtype=torch.float64))
+        if self.sampling.top_p == 1.0:
+            cumulated = shares.cumsum(-1)
+            return min(int(torch.searchsorted(cumulated, luck * cumulated[-1], right=True)), len(logits) - 1)
+        ordered, ids = shares.sort(descending=True)
+        cumulated = ordered.cumsum(-1)
+        kept = int((cumulated < self.sampling.top_p).sum()) + 1  # the smallest set that holds at least top_p
+        last = min(kept, len(ids)) - 1
+        return int(ids[min(int(torch.searchsorted(cumulated[: last + 1], luck * cumulated[last], right=True)), last)])

@@ -1,0 +1,62 @@
+"""A slab has what the file has, keeps it whatever happens to the file, and knows when it is broken."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from lorakeet.errors import DataError
+from lorakeet.formats.slab import open_outline, open_slab
+
+TENSORS = {"a": torch.randn(3, 5), "b": torch.randn(7), "c": torch.zeros(0, 4)}
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    save_file(TENSORS, tmp_path / "x.safetensors")
+    return tmp_path / "x.safetensors"
+
+
+def test_tensors_are_those_of_the_file(file: Path) -> None:
+    slab = open_slab(file)
+    for name, tensor in TENSORS.items():
+        assert torch.equal(slab.read(name), tensor) and slab.read(name).shape == tensor.shape
+    assert slab.finite and slab.read("a").untyped_storage().data_ptr() > 0
+
+
+def test_other_dtypes_and_odd_places(tmp_path: Path) -> None:
+    mixed = {"a": torch.randn(3).bfloat16(), "b": torch.randn(5), "c": torch.tensor([1, 2], dtype=torch.int8)}
+    save_file(mixed, tmp_path / "m.safetensors")
+    slab = open_slab(tmp_path / "m.safetensors")
+    assert not slab.finite, "each tensor has to be looked at"
+    assert all(torch.equal(slab.read(name), tensor) for name, tensor in mixed.items())
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_broken_numbers_are_seen(file: Path, value: float) -> None:
+    save_file({**TENSORS, "b": torch.tensor([1.0, value])}, file)
+    assert not open_slab(file).finite
+
+
+def test_cutting_or_replacing_the_file_changes_nothing(file: Path) -> None:
+    slab = open_slab(file)
+    file.write_bytes(b"short")
+    assert torch.equal(slab.read("a"), TENSORS["a"])
+    with pytest.raises(DataError, match="not a whole safetensors file"):
+        open_slab(file)
+
+
+def test_a_digest_is_of_the_numbers(file: Path, tmp_path: Path) -> None:
+    first = open_slab(file).digest
+    save_file(TENSORS, tmp_path / "again.safetensors", metadata={"other": "words"})
+    assert open_slab(tmp_path / "again.safetensors").digest == first
+    save_file({**TENSORS, "b": TENSORS["b"] + 1}, file)
+    assert open_slab(file).digest != first
+
+
+def test_an_outline_has_shapes_and_no_numbers(file: Path) -> None:
+    outline = open_outline(file)
+    assert outline.read("a").is_meta and outline.read("a").shape == (3, 5) and outline.finite

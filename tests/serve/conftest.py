@@ -1,0 +1,96 @@
+"""What the tests of serving share: a tiny live model, adapters on disk, and an engine that answers in one call."""
+
+from __future__ import annotations
+
+import queue
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lorakeet.formats import peft
+from lorakeet.models.active import LiveModel
+from lorakeet.models.load import load_text_model
+from lorakeet.models.spec import ModelSpec
+from lorakeet.serve.engine import Engine, Event, Job, Request
+from lorakeet.serve.sampling import Sampling
+from tiny.adapters import random_adapter
+from tiny.models import tiny_model
+
+VOCABULARY = 320
+
+
+@pytest.fixture
+def live(tiny_llama_folder: Path) -> LiveModel:
+    return LiveModel(load_text_model(ModelSpec(path=str(tiny_llama_folder), dtype="float32")))
+
+
+@pytest.fixture
+def bare(live: LiveModel) -> Any:
+    """A model of the same shapes, without anything on it, for making adapters."""
+    return tiny_model("llama", vocab_size=live.text.model.config.vocab_size)
+
+
+@pytest.fixture
+def saved(bare: Any, tmp_path: Path) -> Callable[..., Path]:
+    """`saved("a", seed=1)`: a random adapter in PEFT's layout on disk, strong enough to change what is written."""
+
+    def build(name: str, *leaves: str, seed: int = 0, rank: int = 4, **options: Any) -> Path:
+        folder = tmp_path / "adapters" / name
+        peft.write(random_adapter(bare, *leaves, seed=seed, rank=rank, alpha=3.0 * rank, **options), folder)
+        return folder
+
+    return build
+
+
+@dataclass
+class Answer:
+    """What a job told its listener."""
+
+    ids: list[int]
+    text: str
+    reason: str
+    events: list[Event]
+
+
+class Asking:
+    """An engine with calls that wait."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+
+    def begin(
+        self, ids: tuple[int, ...], adapters: Mapping[str, float] | None = None, *, timeout: float | None = None, **sampling: Any
+    ) -> tuple[Job, queue.SimpleQueue[Event]]:
+        events: queue.SimpleQueue[Event] = queue.SimpleQueue()
+        settings = Sampling(**{"temperature": 0.0, "max_tokens": 12, **sampling})
+        return self.engine.submit(Request(ids, settings, adapters or {}, timeout), events.put), events
+
+    def end(self, begun: tuple[Job, queue.SimpleQueue[Event]]) -> Answer:
+        events: list[Event] = []
+        while not events or events[-1].reason is None:
+            events.append(begun[1].get(timeout=30))
+        ids = [event.chosen.token for event in events if event.chosen is not None]
+        assert events[-1].reason is not None
+        return Answer(ids, "".join(event.text for event in events), events[-1].reason, events)
+
+    def ask(self, ids: tuple[int, ...], adapters: Mapping[str, float] | None = None, **options: Any) -> Answer:
+        return self.end(self.begin(ids, adapters, **options))
+
+
+@pytest.fixture
+def asking(live: LiveModel) -> Iterator[Callable[..., Asking]]:
+    """`asking(slots=4)`: an engine over the tiny model, stopped when the test ends."""
+    made: list[Engine] = []
+
+    def build(**settings: Any) -> Asking:
+        engine = Engine(live.text, live.selection, **{"slots": 4, "context": 64, "chunk": 8, **settings})
+        engine.start()
+        made.append(engine)
+        return Asking(engine)
+
+    yield build
+    for engine in made:
+        engine.drain(timeout=0.0)

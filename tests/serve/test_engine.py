@@ -1,0 +1,179 @@
+"""The engine writes what the model writes alone, whatever else is in the batch; and ends what must end."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lorakeet.errors import ConfigError
+from lorakeet.formats import peft
+from lorakeet.models.active import LiveModel
+from lorakeet.models.sample import end_ids, sample
+from lorakeet.serve.engine import Draining, QueueFull
+
+PROMPTS: tuple[tuple[int, ...], ...] = (
+    (30, 51, 77), tuple(range(40, 70)), (200, 5), (99, 98, 97, 96, 95), (30, 51, 77, 80, 90), tuple(range(100, 121)),
+    (8,), (250, 251, 9), tuple(range(40, 60)),
+)  # fmt: skip
+A, B = {"a": 1.0}, {"b": 1.0}
+WANTED: tuple[dict[str, float], ...] = (A, {}, B, A, B, A, {}, B, A)
+
+
+@pytest.fixture
+def loaded(live: LiveModel, saved: Callable[..., Path]) -> LiveModel:
+    for seed, name in enumerate("ab"):
+        live.attach(name, peft.read(saved(name, seed=seed, rank=4 if name == "a" else 2)))
+    return live
+
+
+def alone(live: LiveModel, ids: tuple[int, ...], name: str | None, tokens: int = 12, **options: Any) -> list[int]:
+    """What models/sample writes one at a time, without the end token."""
+    live.selection.use(name)
+    found = sample(live.text, [ids], max_tokens=tokens, **{"temperature": 0.0, **options})[0].tolist()
+    return found[:-1] if found[-1] in end_ids(live.text) else found
+
+
+def test_greedy_texts_equal_those_written_one_at_a_time(loaded: LiveModel, asking: Callable[..., Any]) -> None:
+    expected = [alone(loaded, ids, next(iter(wanted), None)) for ids, wanted in zip(PROMPTS, WANTED, strict=True)]
+    server = asking(slots=4)
+    begun = [server.begin(ids, wanted) for ids, wanted in zip(PROMPTS, WANTED, strict=True)]
+    assert [server.end(job).ids for job in begun] == expected
+    assert len({tuple(ids) for ids in expected}) > 6, "the adapters and prompts make a difference"
+    again = [server.ask(ids, wanted) for ids, wanted in zip(PROMPTS, WANTED, strict=True)]
+    assert [answer.ids for answer in again] == expected
+
+
+def test_a_seeded_text_does_not_depend_on_the_batch(loaded: LiveModel, asking: Callable[..., Any]) -> None:
+    expected = alone(loaded, PROMPTS[0], "a", temperature=1.0, seed=7)
+    server = asking()
+    others = [server.begin(ids, wanted, temperature=1.5) for ids, wanted in zip(PROMPTS, WANTED, strict=True)]
+    assert server.ask(PROMPTS[0], {"a": 1.0}, temperature=1.0, seed=7).ids == expected
+    for job in others:
+        server.end(job)
+
+
+def test_beginnings_are_reused_for_the_same_adapter_only(loaded: LiveModel, asking: Callable[..., Any]) -> None:
+    long, server = tuple(range(40, 70)), asking(slots=2)
+    expected = {name: alone(loaded, (*long, 7), name) for name in ("a", "b")}
+    server.ask(long, {"a": 1.0}, max_tokens=1)
+    same = server.begin((*long, 7), {"a": 1.0})
+    assert server.end(same).ids == expected["a"] and same[0].cached == len(long)
+    other = server.begin((*long, 7), {"b": 1.0})
+    assert server.end(other).ids == expected["b"] and other[0].cached == 0
+    for weights in ({"a": 0.5}, {"a": 1.0, "b": 1.0}, {}):
+        mixed = server.begin((*long, 7), weights)
+        server.end(mixed)
+        assert mixed[0].cached == 0, weights
+
+
+def test_a_beginning_is_copied_from_a_text_that_is_being_written(loaded: LiveModel, asking: Callable[..., Any]) -> None:
+    long, server = tuple(range(40, 70)), asking(slots=2)
+    expected = alone(loaded, (*long, 7), "a")
+    seen = threading.Event()
+    first = server.begin(long, {"a": 1.0}, max_tokens=34)
+    threading.Thread(target=lambda: (first[1].get(timeout=30), seen.set())).start()
+    assert seen.wait(30)
+    second = server.begin((*long, 7), {"a": 1.0})
+    assert server.end(second).ids == expected and second[0].cached == len(long)
+    server.end(first)
+
+
+def test_long_prompts_come_in_chunks_between_the_tokens_of_others(loaded: LiveModel, asking: Callable[..., Any]) -> None:
+    prompt = tuple(range(40, 70))
+    expected = alone(loaded, prompt, None, tokens=2)
+    server = asking(chunk=4)
+    writing = server.begin((30, 51, 77), {"a": 1.0}, max_tokens=40)
+    writing[1].get(timeout=30)
+    before = server.engine.steps
+    assert server.ask(prompt, {}, max_tokens=2).ids == expected
+    assert server.engine.steps - before >= len(prompt) // 4
+    assert server.end(writing).ids
+
+
+def test_cancelled_late_and_waiting_texts_end(loaded: LiveModel, asking: Callable[..., Any]) -> None:
+    server = asking(slots=1)
+    running, waiting = server.begin((30, 51), max_tokens=60), server.begin((30, 52), max_tokens=60)
+    late = server.begin((30, 53), max_tokens=60, timeout=0.0)
+    waiting[0].cancel()
+    assert server.end(waiting).reason == "cancelled" and server.end(late).reason == "timeout"
+    running[0].cancel()
+    assert server.end(running).reason in ("cancelled", "stop", "length")
+    assert server.ask((30, 54), max_tokens=2).reason in ("length", "stop"), "the slot is free again"
+
+
+def test_a_full_queue_says_when_to_come_back(asking: Callable[..., Any]) -> None:
+    server = asking(slots=1, waiting=1)
+    gate = threading.Event()
+    blocked = server.engine.call(gate.wait)
+    first = server.begin((30, 51), max_tokens=2)
+    with pytest.raises(QueueFull, match="1 requests are waiting") as error:
+        server.begin((30, 51))
+    assert error.value.retry_after >= 1
+    gate.set()
+    assert blocked.result(30) and server.end(first).reason in ("length", "stop")
+
+
+def test_draining_ends_what_was_taken_and_takes_nothing_new(asking: Callable[..., Any]) -> None:
+    server = asking(slots=1)
+    begun = [server.begin((30, 51), max_tokens=5) for _ in range(3)]
+    assert server.engine.drain(timeout=30)
+    assert {server.end(job).reason for job in begun} <= {"length", "stop"}
+    with pytest.raises(Draining, match="shutting down"):
+        server.begin((1, 2))
+    assert not server.engine.ready
+
+
+@pytest.mark.parametrize(
+    ("ids", "settings", "message"),
+    [
+        ((), {}, "at least one"),
+        (tuple(range(3, 67)), {}, "64 tokens; with at least one to write, at most 63 fit"),
+        ((3,), {"temperature": -1.0}, "temperature is -1.0; it must lie between 0 and 2"),
+        ((3,), {"top_p": 0.0}, "top_p is 0.0"),
+        ((3,), {"max_tokens": 0}, "max_tokens is 0"),
+        ((3,), {"logprobs": 21}, "logprobs is 21"),
+        ((3,), {"stop": ("",)}, "none of them empty"),
+    ],
+)
+def test_what_cannot_be_served_is_refused(ids: tuple[int, ...], settings: Any, message: str, asking: Callable[..., Any]) -> None:
+    with pytest.raises(ConfigError, match=message):
+        asking().begin(ids, **settings)
+
+
+def test_texts_end_with_the_context(asking: Callable[..., Any], loaded: LiveModel) -> None:
+    answer = asking(context=8).ask((30, 51, 77), {"a": 1.0}, max_tokens=100)
+    assert len(answer.ids) == 6 and answer.reason == "length", "three of the prompt, and the last one is never fed back"
+
+
+def test_a_failed_step_ends_its_texts_and_the_engine_goes_on(asking: Callable[..., Any], loaded: LiveModel) -> None:
+    server = asking()
+
+    def fail(*_: Any) -> None:
+        raise RuntimeError("out of luck")
+
+    layer = loaded.text.model.get_decoder().layers[0]
+    hook = layer.register_forward_pre_hook(fail)
+    answer = server.ask((30, 51))
+    assert answer.reason == "error" and "out of luck" in answer.events[-1].error
+    hook.remove()
+    assert server.ask((30, 51), max_tokens=2).reason in ("length", "stop")
+
+
+def test_stop_texts_end_a_text_and_are_not_shown(asking: Callable[..., Any], loaded: LiveModel) -> None:
+    server = asking()
+    whole = server.ask((30, 51, 77), {"a": 1.0})
+    stop = whole.text[4:7]
+    answer = server.ask((30, 51, 77), {"a": 1.0}, stop=(stop,))
+    assert answer.reason == "stop" and answer.text == whole.text[: whole.text.index(stop)]
+
+
+def test_logprobs_are_those_of_the_model(asking: Callable[..., Any], loaded: LiveModel) -> None:
+    server = asking()
+    answer = server.ask((30, 51, 77), {"a": 1.0}, logprobs=3, max_tokens=4)
+    for event in answer.events[:-1]:
+        assert event.chosen.top[0] == (event.chosen.token, event.chosen.logprob) and len(event.chosen.top) == 3
+        assert event.chosen.logprob < 0

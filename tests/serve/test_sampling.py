@@ -1,0 +1,46 @@
+"""Tokens are drawn from the nucleus with the shares that the model gives, and a seed decides them."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+import torch
+
+from lorakeet.serve.sampling import Chooser, Sampling
+
+LOGITS = torch.tensor([0.4, 0.1, 0.3, 0.2]).log()
+
+
+def drawn(count: int, **settings: float) -> Counter[int]:
+    chooser = Chooser(Sampling(seed=3, **settings))  # type: ignore[arg-type]
+    return Counter(chooser.choose(LOGITS).token for _ in range(count))
+
+
+def test_temperature_zero_takes_the_likeliest() -> None:
+    assert drawn(5, temperature=0.0) == {0: 5}
+
+
+def test_shares_are_those_of_the_model() -> None:
+    found = drawn(4000)
+    for token, share in enumerate((0.4, 0.1, 0.3, 0.2)):
+        assert found[token] / 4000 == pytest.approx(share, abs=0.04)
+
+
+def test_the_nucleus_is_the_smallest_set_that_holds_top_p() -> None:
+    assert set(drawn(500, top_p=0.65)) == {0, 2}
+    assert set(drawn(500, top_p=0.75)) == {0, 2, 3}
+    assert set(drawn(50, top_p=0.05)) == {0}
+
+
+def test_a_seed_decides() -> None:
+    first, second = (Chooser(Sampling(seed=5)) for _ in range(2))
+    assert [first.choose(LOGITS).token for _ in range(20)] == [second.choose(LOGITS).token for _ in range(20)]
+
+
+def test_logprobs_do_not_depend_on_temperature() -> None:
+    for temperature in (0.0, 2.0):
+        chosen = Chooser(Sampling(temperature=temperature, seed=0, logprobs=2)).choose(LOGITS)
+        assert chosen.logprob == pytest.approx(float(LOGITS[chosen.token]))
+        assert [token for token, _ in chosen.top] == [0, 2]
+    assert Chooser(Sampling(seed=0)).choose(LOGITS).logprob is None
