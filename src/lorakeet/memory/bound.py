@@ -46,6 +46,12 @@ class Step:
     tokens: int  # of the largest micro-batch
     batches: int  # micro-batches of a step
     head_chunk: int
+    keeps_best: bool = True  # whether the best adapter so far is kept beside the one in training, as held-out rows ask for
+
+    @property
+    def kept_bytes(self) -> int:
+        """Parameters and moments, and the best parameters."""
+        return (16 if self.keeps_best else 12) * self.trained
 
 
 def work(model: Shapes, step: Step) -> int:
@@ -62,7 +68,7 @@ def resident(model: Shapes, step: Step, runtime: int) -> int:
     """The peak of a step in a process that holds `runtime` bytes, with every weight in memory."""
     saved = model.blocks * step.tokens * model.state * (9 * model.hidden + 2 * model.inner)
     base = model.block_total + model.end_bytes + model.rest_bytes
-    return runtime + RUNTIME + base + 20 * step.trained + int(MARGIN * saved) + work(model, step)
+    return runtime + RUNTIME + base + step.kept_bytes + 4 * step.trained + int(MARGIN * saved) + work(model, step)
 
 
 def streamed(model: Shapes, step: Step, runtime: int, *, together: int, aside: bool) -> int:
@@ -73,7 +79,7 @@ def streamed(model: Shapes, step: Step, runtime: int, *, together: int, aside: b
     states = together * step.tokens * model.hidden * model.state
     inputs = 0 if aside else model.blocks * states
     passing = max(inputs, 4 * step.trained) + 2 * states
-    return runtime + RUNTIME + model.rest_bytes + 16 * step.trained + 2 * model.block_bytes + passing + work(model, step)
+    return runtime + RUNTIME + model.rest_bytes + step.kept_bytes + 2 * model.block_bytes + passing + work(model, step)
 
 
 @dataclass(frozen=True)
