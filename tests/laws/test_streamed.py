@@ -7,9 +7,11 @@ from typing import Any
 
 import pytest
 
+from lorakeet.cli.main import main
 from lorakeet.core.spec import LoraSpec
 from tiny.gguf_file import write_tiny_gguf
 from tiny.models import save_tiny_llama
+from tiny.runs import reviews, write_rows
 from tiny.streams import loaded, trained
 
 STEPS = 20
@@ -69,3 +71,10 @@ def test_whatever_is_trained(lora: dict[str, Any], tied: bool, tmp_path: Path) -
         lora = {**lora, "extra_modules": ("input_layernorm",)}
     folder = save_tiny_llama(tmp_path / "model", tie_word_embeddings=tied, num_hidden_layers=3)
     both(folder, tmp_path, steps=4, base={}, lora=lora, together=2)
+
+
+def test_a_gptq_base(tmp_path: Path) -> None:
+    folder, rows = save_tiny_llama(tmp_path / "model"), write_rows(tmp_path / "rows.jsonl", reviews(40))
+    words = ["quantize", str(folder), "--method", "gptq", "--group-size", "16", "--calibration", str(rows)]
+    assert main([*words, "--out", str(tmp_path / "gptq")]) == 0
+    both(tmp_path / "gptq", tmp_path, steps=STEPS, base={}, lora={})
