@@ -16,6 +16,7 @@ from lorakeet.errors import ConfigError
 from lorakeet.evaluate.spec import EvaluateSpec
 from lorakeet.memory.spec import MemorySpec
 from lorakeet.models.spec import ModelSpec
+from lorakeet.ranks.spec import RanksSpec
 from lorakeet.settings import load, override, to_mapping
 from lorakeet.train.spec import TrainSpec
 
@@ -28,6 +29,7 @@ class RunConfig:
 
     model: ModelSpec = field(default_factory=ModelSpec, metadata={"help": "The base model.", "shorthand": "path"})
     lora: LoraSpec = field(default_factory=LoraSpec, metadata={"help": "The low-rank pairs."})
+    ranks: RanksSpec = field(default_factory=RanksSpec, metadata={"help": "How ranks are chosen.", "shorthand": "choose"})
     data: DataSpec = field(default_factory=DataSpec, metadata={"help": "The rows.", "shorthand": "train"})
     train: TrainSpec = field(default_factory=TrainSpec, metadata={"help": "The training."})
     memory: MemorySpec = field(
@@ -39,7 +41,11 @@ class RunConfig:
 
     def validate(self) -> list[str]:
         """Every problem that no part can see alone."""
-        return [] if self.out.strip() else ["out is empty; name the folder that the run is written to, e.g. runs/first."]
+        found = [] if self.out.strip() else ["out is empty; name the folder that the run is written to, e.g. runs/first."]
+        if self.ranks.choose == "auto" and self.lora.rank_pattern:
+            count = len(self.lora.rank_pattern)
+            found.append(f"ranks.choose is auto, but lora.rank_pattern gives {count} ranks itself. Leave one of them out.")
+        return found
 
 
 def read_run(path: Path | None, overrides: Mapping[str, Any] | None = None) -> RunConfig:

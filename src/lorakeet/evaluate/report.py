@@ -19,6 +19,7 @@ from lorakeet.evaluate.certificate import Certificate
 from lorakeet.evaluate.charts import Curves, Point
 from lorakeet.evaluate.compare import Comparison
 from lorakeet.evaluate.intervals import Estimate
+from lorakeet.evaluate.rank_values import RankCurve, RankMap, Search, curve_plot
 from lorakeet.evaluate.values import from_text, put_text, to_text
 from lorakeet.evaluate.verdict import Verdict
 from lorakeet.evaluate.wording import METRIC_WORDS, bytes_text, check_words, compact, metric_words, number, signed
@@ -154,6 +155,9 @@ class Report:
     systems: tuple[SystemResult, ...] = ()
     comparisons: tuple[Comparison, ...] = ()
     curves: Curves | None = None
+    ranks: RankMap | None = None
+    rank_curve: RankCurve | None = None
+    search: Search | None = None
     confusions: tuple[Confusion, ...] = ()
     reliabilities: tuple[Reliability, ...] = ()
     rows: tuple[SideBySide, ...] = ()
@@ -200,7 +204,7 @@ def render_html(report: Report) -> str:
     environment.filters.update(
         number=number, signed=signed, bytes=bytes_text, metric=metric_words, measure=check_words, compact=compact
     )
-    environment.globals.update(charts=charts, metric_words=METRIC_WORDS, outcomes=OUTCOMES)
+    environment.globals.update(charts=charts, metric_words=METRIC_WORDS, outcomes=OUTCOMES, rank_plot=curve_plot)
     template = environment.get_template("report.html.j2")
     return template.render(
         report=report,

@@ -23,6 +23,7 @@ from lorakeet.models.targets import plan_for
 from lorakeet.models.text import TextModel
 from lorakeet.train.text_task import TextTask
 from lorakeet.workflows.arrange import Arrangement, arrange
+from lorakeet.workflows.choose_ranks import choose_ranks
 
 
 @dataclass(frozen=True)
@@ -80,6 +81,8 @@ def assemble(config: RunConfig, console: Console) -> Assembly:
     train, held_out, test = (encode_rows(rows, encoder) for rows in (dataset.train, dataset.held_out, dataset.test))
     if dataset.labels:
         encoder.candidates(dataset.held_out[0])  # a template that keeps answers from being compared is found now
+    if config.ranks.choose == "auto":
+        config, plan = choose_ranks(config, text, plan, train.examples, console)
     return Assembly(config, dataset, text, plan, encoder, train, held_out, test, new_token_ids, arrangement)
 
 

@@ -17,7 +17,7 @@ from rich.console import Console
 
 from lorakeet.config import RunConfig, dump_yaml
 from lorakeet.data.split import check_split_record, read_split_record, write_split_record
-from lorakeet.errors import RunStopped
+from lorakeet.errors import ConfigError, RunStopped
 from lorakeet.evaluate.certificate import Certificate
 from lorakeet.evaluate.report import Report, write_report
 from lorakeet.evaluate.values import encode
@@ -67,12 +67,15 @@ class FinetuneResult:
         return {**found, "outcome": encode(self.outcome), "report": encode(self.report)}
 
 
-def finetune(config: RunConfig, *, resume: Path | None = None, dry_run: bool = False, console: Console) -> FinetuneResult:
+def finetune(
+    config: RunConfig, *, resume: Path | None = None, dry_run: bool = False, budget: str | None = None, console: Console
+) -> FinetuneResult:
     """Trains, judges and certifies; everything is in the run folder `config.out`, or in `resume`.
 
     Raises ConfigError, DataError and EnvironmentProblem before anything is written, RunStopped when the run ends early, and
     VerificationFailed when the certificate fails (the run folder then holds it).
     """
+    config = _with_budget(config, budget)
     run = RunFolder(resume or Path(config.out))
     if not dry_run:
         _require_run(run, resume=resume is not None)
@@ -101,6 +104,16 @@ def finetune(config: RunConfig, *, resume: Path | None = None, dry_run: bool = F
             f"Judge it with: {run.resume_command}"
         ) from None
     return FinetuneResult(setup, run, outcome, report)
+
+
+def _with_budget(config: RunConfig, budget: str | None) -> RunConfig:
+    """The settings with ranks.budget as --budget says; a resumed run has its ranks already."""
+    if budget is None:
+        return config
+    ranks = dataclasses.replace(config.ranks, budget=budget)
+    if problems := ranks.validate():
+        raise ConfigError("; ".join(problems))
+    return dataclasses.replace(config, ranks=ranks)
 
 
 def _require_run(run: RunFolder, *, resume: bool) -> None:

@@ -8,8 +8,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from lorakeet.core.plan import Plan
 from lorakeet.data.leaks import LeakReport
 from lorakeet.evaluate.certificate import Certificate
+from lorakeet.evaluate.rank_values import RankCell, RankMap
 from lorakeet.evaluate.report import Command, Curves, Drift, Leak, MemoryUse, Point, Report
 from lorakeet.memory.measure import peak_bytes
 from lorakeet.train.loop import Outcome
@@ -36,6 +38,7 @@ def complete(
         created=datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
         facts=_facts(setup, run),
         curves=curves(metrics, outcome),
+        ranks=rank_map(setup.plan),
         leaks=leaks(setup.dataset.leaks),
         drift=drift,
         memory=_memory(setup, outcome),
@@ -57,6 +60,17 @@ def curves(metrics: Sequence[dict[str, Any]], outcome: Outcome) -> Curves:
         best_step=outcome.best_step,
         ended=outcome.reason,
     )
+
+
+def rank_map(plan: Plan) -> RankMap | None:
+    """The ranks by block and matrix; None where all are the same."""
+    cells = []
+    for entry in plan.entries:
+        parts = entry.path.split(".")
+        number = next((index for index, part in enumerate(parts) if part.isdigit()), None)
+        layer, matrix = ("", entry.path) if number is None else (parts[number], ".".join(parts[number + 1 :]))
+        cells.append(RankCell(layer, matrix, entry.rank))
+    return RankMap(tuple(cells)) if len({cell.rank for cell in cells}) > 1 else None
 
 
 def leaks(found: LeakReport) -> tuple[Leak, ...]:

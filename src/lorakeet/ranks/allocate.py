@@ -1,0 +1,99 @@
+"""A parameter budget spent rank by rank, each time on the matrix where the next rank is worth most for its parameters."""
+
+from __future__ import annotations
+
+import heapq
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+from lorakeet.core.plan import Plan, PlanEntry
+from lorakeet.core.spec import LoraSpec
+from lorakeet.errors import ConfigError, DataError
+
+Gains = Mapping[str, Sequence[float]]  # by path: what rank 1, 2, … adds, never rising
+
+
+def allocate(plan: Plan, gains: Gains, budget: int, *, largest: int | None = None, step: int = 1) -> Plan:
+    """`plan` with other ranks: pairs of at most `budget` parameters in all, Σ gains as high as a greedy choice makes it.
+
+    Every pair keeps rank `step` at least, and gets at most `largest` and as many ranks as it has gains. Since gains never rise,
+    the best next rank by gain a parameter is the best of all choices, but for the last few parameters. Raises ConfigError for a
+    budget below one rank (`step` ranks) each or above what fits, DataError for gains that are no numbers.
+    """
+    check_gains(gains)
+    ceilings = {entry.path: _ceiling(entry, gains[entry.path], largest, step) for entry in plan.entries}
+    ranks = {entry.path: step for entry in plan.entries}
+    _check_budget(plan, budget, ceilings, step)
+    left = budget - sum(replace(entry, rank=step).parameters for entry in plan.entries)
+    costs = {entry.path: step * rank_cost(entry) for entry in plan.entries}
+    order = {entry.path: number for number, entry in enumerate(plan.entries)}
+
+    def worth(path: str) -> tuple[float, int, str]:
+        rank = ranks[path]
+        return -sum(gains[path][rank : rank + step]) / costs[path], order[path], path
+
+    queue = [worth(path) for path in ranks if ranks[path] + step <= ceilings[path]]
+    heapq.heapify(queue)
+    while queue:
+        _, _, path = heapq.heappop(queue)
+        if costs[path] > left:
+            continue  # cheaper matrices may still get one
+        ranks[path] += step
+        left -= costs[path]
+        if ranks[path] + step <= ceilings[path]:
+            heapq.heappush(queue, worth(path))
+    return replace(plan, entries=tuple(replace(entry, rank=ranks[entry.path]) for entry in plan.entries))
+
+
+def rank_cost(entry: PlanEntry) -> int:
+    """Parameters of one more rank of the pair: in + out, times the experts."""
+    return replace(entry, rank=2).parameters - replace(entry, rank=1).parameters
+
+
+def pair_parameters(plan: Plan) -> int:
+    """Parameters of all pairs of the plan, DoRA's lengths included, extras not."""
+    return sum(entry.parameters for entry in plan.entries)
+
+
+def check_gains(gains: Gains) -> None:
+    """Raises DataError that names the matrices whose gains are no finite numbers."""
+    wrong = [path for path, values in gains.items() if not all(math.isfinite(value) for value in values)]
+    if wrong:
+        more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
+        raise DataError(
+            f"What ranks are worth in '{wrong[0]}'{more} is no finite number (of {len(gains)} matrices). The model's loss or "
+            "states are not finite on these rows: try model.dtype float32, or give ranks in lora.rank_pattern."
+        )
+
+
+def rank_pattern(plan: Plan, spec: LoraSpec) -> dict[str, int]:
+    """What `lora.rank_pattern` must say beside `lora.rank` for the ranks of `plan`: a whole path for each other rank."""
+    return {entry.path: entry.rank for entry in plan.entries if entry.rank != spec.rank}
+
+
+def _ceiling(entry: PlanEntry, gains: Sequence[float], largest: int | None, step: int) -> int:
+    most = min(len(gains), entry.largest_rank, largest or entry.largest_rank)
+    return max(step, most - most % step)
+
+
+def _check_budget(plan: Plan, budget: int, ceilings: Mapping[str, int], step: int) -> None:
+    least = sum(replace(entry, rank=step).parameters for entry in plan.entries)
+    full = sum(replace(entry, rank=entry.largest_rank).parameters for entry in plan.entries)
+    most = sum(replace(entry, rank=ceilings[entry.path]).parameters for entry in plan.entries)
+    count = len(plan.entries)
+    if budget < least:
+        raise ConfigError(
+            f"The budget of {budget:,} parameters is below rank {step} for each of the {count} targets, which takes {least:,}. "
+            "Raise the budget, or name fewer lora.target_modules."
+        )
+    if budget > full:
+        raise ConfigError(
+            f"The budget of {budget:,} parameters is above the full rank of all {count} targets, which has {full:,}. Lower the "
+            "budget: a pair above full rank has more parameters than directions."
+        )
+    if budget > most:
+        raise ConfigError(
+            f"The budget of {budget:,} parameters is above what the highest rank that was measured can take ({most:,} for "
+            f"{count} targets of rank {max(ceilings.values())} at most). Lower the budget, or raise ranks.max_rank."
+        )

@@ -1,0 +1,182 @@
+"""What the first, second, … rank of each matrix is worth, from a few batches and without a gradient of a matrix's own size.
+
+The gradient of a pair is a product with the gradient G = ∂L/∂W of its frozen weight: at B = 0 it is ∂L/∂B = G·Aᵀ, and at A = 0 it
+is ∂L/∂A = Bᵀ·G. Training's own backward pass over a pair with random A therefore gives the sketch of a randomised SVD (Halko et
+al. 2011), and a second pass with B = orth(G·Aᵀ) gives the small matrix Bᵀ·G that holds the leading singular triples. Any base
+that can be trained over can be scored: packed, experts, convolutions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any, Literal, cast
+
+import torch
+from torch import Tensor, nn
+
+from lorakeet.core.plan import Plan, PlanEntry
+from lorakeet.core.start import seed_for
+from lorakeet.errors import ConfigError
+from lorakeet.models import modules
+
+OVERSAMPLING = 8  # directions beyond the highest rank, so that this one is found well
+
+
+def sketch_plan(plan: Plan, largest: int) -> Plan:
+    """The plan of the pairs that gradients are read from: plain, of rank `largest` and a little more, of scale 1."""
+    return replace(plan, entries=tuple(_sketch_entry(entry, largest) for entry in plan.entries), extras=())
+
+
+def _sketch_entry(entry: PlanEntry, largest: int) -> PlanEntry:
+    rank = min(largest + OVERSAMPLING, entry.largest_rank)
+    return replace(
+        entry, rank=rank, alpha=float(rank), scale_rule="alpha/rank", variant="lora", start="kaiming", dropout=0.0
+    )
+
+
+def gradient_gains(
+    plan: Plan, parameters: Mapping[str, nn.Parameter], backward: Callable[[int], None], *, largest: int, seed: int
+) -> dict[str, list[float]]:
+    """By path, how much of the gradient's energy the k-th rank catches, k = 1 … `largest`, as the other half of the rows sees it.
+
+    `plan` is the `sketch_plan`, `parameters` its pairs in the model (PATH.A, PATH.B), and `backward(half)` adds the gradients of
+    the mean loss over half 0 or 1 of the rows. Directions u_k, v_k and σ_k come from half 0; the gain is σ_k·u_kᵀ·G₁·v_k with
+    G₁ of half 1: σ_k² where both halves agree, nothing on average where a direction is noise of a few rows. (LoRA-GA, arXiv
+    2407.05000, and GoRA take σ_k² itself, which grows with the noise.)
+    """
+    generator = torch.Generator().manual_seed(seed_for(seed, "ranks"))
+    with torch.no_grad():
+        for entry in plan.entries:
+            A, B = parameters[f"{entry.path}.A"], parameters[f"{entry.path}.B"]
+            A.copy_(torch.randn(A.shape, generator=generator))
+            B.zero_()
+    _clear(parameters)
+    backward(0)
+    with torch.no_grad():
+        for entry in plan.entries:
+            A, B = parameters[f"{entry.path}.A"], parameters[f"{entry.path}.B"]
+            sketch = _columns(_grad(B), entry)  # G·Aᵀ
+            B.copy_(torch.linalg.qr(torch.nan_to_num(sketch)).Q.view(B.shape))  # what is no number shows in the second pass again
+            A.zero_()
+    halves = []
+    for half in (0, 1):
+        _clear(parameters)
+        backward(half)
+        halves.append({entry.path: _rows(_grad(parameters[f"{entry.path}.A"]), entry).double().cpu() for entry in plan.entries})
+    _clear(parameters)
+    return {path: _shared_energy(halves[0][path], halves[1][path], largest) for path in halves[0]}
+
+
+def _grad(parameter: nn.Parameter) -> Tensor:
+    return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+
+
+def _clear(parameters: Mapping[str, nn.Parameter]) -> None:
+    for parameter in parameters.values():
+        parameter.grad = None
+
+
+def _columns(B: Tensor, entry: PlanEntry) -> Tensor:
+    """(…, out, rank), batched over experts."""
+    return B if entry.kind == "experts" else B.flatten(1)
+
+
+def _rows(A: Tensor, entry: PlanEntry) -> Tensor:
+    """(…, rank, in), batched over experts."""
+    return A if entry.kind == "experts" else A.flatten(1)
+
+
+def _shared_energy(found: Tensor, other: Tensor, largest: int) -> list[float]:
+    """σ_k·u_kᵀ·`other`·v_k of the singular triples of `found` (…, rank, in), never rising; summed over experts."""
+    if not (found.isfinite().all() and other.isfinite().all()):
+        return [float("nan")] * min(largest, found.shape[-2])
+    U, S, Vh = torch.linalg.svd(found, full_matrices=False)
+    seen = torch.einsum("...ik,...ij,...kj->...k", U, other, Vh)
+    energy = (S * seen).clamp(min=0)
+    total = energy.flatten(0, -2).sum(0) if energy.dim() > 1 else energy
+    return falling(total.tolist()[:largest])
+
+
+def falling(values: list[float]) -> list[float]:
+    """The nearest sequence (least squares) that never rises: a rank is spent only after the ones before it."""
+    blocks: list[tuple[float, int]] = []  # (mean, length); pool adjacent violators
+    for value in values:
+        blocks.append((value, 1))
+        while len(blocks) > 1 and blocks[-2][0] < blocks[-1][0]:
+            (a, m), (b, n) = blocks[-2:]
+            blocks[-2:] = [((a * m + b * n) / (m + n), m + n)]
+    return [mean for mean, length in blocks for _ in range(length)]
+
+
+def variance_gains(
+    model: nn.Module,
+    plan: Plan,
+    forward: Callable[[], None],
+    *,
+    of: Literal["input", "output"],
+    largest: int,
+    seed: int,
+) -> dict[str, list[float]]:
+    """By path, the share of the second moment of the matrix's inputs x, or outputs W·x, that its k-th direction holds.
+
+    input: EVA (arXiv 2410.07170), where rank goes to the directions that explain most of the activations. output: weight ×
+    activation, the singular values of W·C^½ with C = E[x·xᵀ], as in CorDA (arXiv 2406.05223). `forward()` runs the bare model over
+    the rows. The moments are never formed: C·Ω for a random Ω gives the leading eigenvalues (Nyström), ‖x‖² the whole.
+    """
+    refused = [entry.path for entry in plan.entries if entry.kind not in ("linear", "conv1d")]
+    if refused:
+        raise ConfigError(
+            f"ranks.score {'activation' if of == 'input' else 'sensitivity'} reads linear layers only, not '{refused[0]}'. Use "
+            "ranks.score gradient, or exclude it."
+        )
+    generator = torch.Generator().manual_seed(seed_for(seed, "ranks"))
+    sketches: dict[str, _Sketch] = {}
+    handles = []
+    for entry in plan.entries:
+        width = entry.shape[1] if of == "input" else entry.shape[0]
+        sketch = sketches[entry.path] = _Sketch(width, min(largest + OVERSAMPLING, width), generator)
+        module = modules.bare(cast(nn.Module, modules.find(model, entry.path)))
+        handles.append(module.register_forward_hook(_watch(sketch, of)))
+    try:
+        with torch.no_grad():
+            forward()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {entry.path: sketches[entry.path].shares(min(largest, entry.largest_rank)) for entry in plan.entries}
+
+
+def _watch(sketch: _Sketch, of: str) -> Callable[..., None]:
+    def hook(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+        del module
+        sketch.add(inputs[0] if of == "input" else output)
+
+    return hook
+
+
+class _Sketch:
+    """C·Ω and the trace of a second moment C = Σ x·xᵀ that is never formed."""
+
+    def __init__(self, width: int, size: int, generator: torch.Generator) -> None:
+        self.omega = torch.linalg.qr(torch.randn(width, size, generator=generator)).Q  # (width, size)
+        self.product = torch.zeros(width, size)
+        self.trace = 0.0
+
+    def add(self, states: Tensor) -> None:
+        """Takes in states (…, width)."""
+        x = states.detach().flatten(0, -2).float().cpu()
+        self.product += x.t() @ (x @ self.omega)
+        self.trace += float(x.double().square().sum())
+
+    def shares(self, count: int) -> list[float]:
+        """The leading eigenvalues over the trace, falling: of (C·Ω)·(Ωᵀ·C·Ω)⁻¹·(C·Ω)ᵀ."""
+        if not self.product.isfinite().all() or self.trace == 0:
+            return [float("nan")] * count
+        Y, core = self.product.double(), self.omega.double().t() @ self.product.double()
+        values, vectors = torch.linalg.eigh((core + core.t()) / 2)
+        kept = values > values[-1].clamp(min=0) * 1e-10
+        root = (Y @ vectors[:, kept]) / values[kept].sqrt()
+        found = torch.linalg.svdvals(root).square() / self.trace
+        padded = torch.cat([found, torch.zeros(max(0, count - len(found)), dtype=found.dtype)])
+        return [float(value) for value in padded[:count]]
