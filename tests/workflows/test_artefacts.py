@@ -1,4 +1,4 @@
-"""`workflows.artefacts`: each form is opened as what it is, and answers like the live model; templates cannot reach this process."""
+"""`workflows.artefacts`: each form is opened as what it is and answers like the live model; templates cannot reach out."""
 
 from __future__ import annotations
 

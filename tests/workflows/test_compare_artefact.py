@@ -71,7 +71,15 @@ def test_stored_tensors_are_judged_by_share_and_rounding() -> None:
         (StoredTensor(0.0, 0.0, math.inf, 0.0), "it is missing, or of another shape"),
     ):
         check = check_stored("x", {"a": right, "b": wrong}, F32)
-        assert not check.passed and f"The worst layer is b: {words}" in check.detail.replace("it differs by 0.1 of its size, and ", "")
+        assert not check.passed and check.detail.startswith("The worst layer is b: ") and words in check.detail
+
+
+def test_a_change_below_the_rounding_is_said_and_is_no_mistake() -> None:
+    swallowed = StoredTensor(0.05, 0.001, 0.1, 0.4, noise=9.0)
+    check = check_stored("x", {"a": StoredTensor(1.0, 0.0, 0.1, 1.0), "b": swallowed}, Q4)
+    assert check.passed and "In 1 matrices rounding to 4 bits is larger than the adapter's change; they hold 0.05" in check.detail
+    coarse = StoredTensor(0.05, 0.001, 0.9, 0.4, noise=9.0)
+    assert not check_stored("x", {"b": coarse}, Q4).passed
 
 
 def test_rounding_explains_a_part_of_the_share() -> None:

@@ -62,12 +62,15 @@ class StoredTensor:
     Rounding to a few bits is nearly independent of Δ, so `share` stays readable where rounding is larger than the change;
     `share_error` is how far rounding alone moves it, ‖stored − W − Δ‖ / (‖Δ‖·√n).
     rounding: ‖stored − (W + Δ)‖ / ‖W + Δ‖. moved: ‖stored − W‖ / ‖Δ‖, large where another adapter was folded in.
+    noise: ‖stored − (W + Δ)‖ / ‖Δ‖; above 1 the rounding is larger than the change, and where W itself lies on the grid of the
+    few bits it swallows the change instead of adding noise to it.
     """
 
     share: float
     share_error: float
     rounding: float
     moved: float
+    noise: float = 0.0
 
 
 def compare_stored(expected: Expected, stored: Iterable[tuple[str, Tensor]]) -> dict[str, StoredTensor]:
@@ -91,4 +94,5 @@ def _compare(base: Tensor, wanted: Tensor, stored: Tensor) -> StoredTensor:
     size = float(change.norm())
     moved = stored.double() - base.double()
     share = float((moved * change).sum()) / size**2
-    return StoredTensor(share, float(error.norm()) / (size * math.sqrt(error.numel())), rounding, float(moved.norm()) / size)
+    noise = float(error.norm()) / size
+    return StoredTensor(share, noise / math.sqrt(error.numel()), rounding, float(moved.norm()) / size, noise)
