@@ -108,6 +108,13 @@ def test_convert(dates: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert there.keys() == back.keys() and all(torch.equal(there[path].A, back[path].A) for path in there)
 
 
+def test_export_and_verify(dates: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(dates.parents[1])
+    assert [main(command) for command in commands_of("export.sh")] == [0]
+    assert {"Modelfile", "model.gguf", "README.md", "certificate.json"} == {path.name for path in Path("runs/dates-ollama").iterdir()}
+    assert [main(command) for command in commands_of("verify.sh")] == [0, 0]
+
+
 def test_doctor(capsys: pytest.CaptureFixture[str]) -> None:
     assert [main(command) for command in commands_of("doctor.sh")] in ([0], [2])  # 2 where this machine lacks something
     assert "python" in capsys.readouterr().out
