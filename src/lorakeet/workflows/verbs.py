@@ -140,6 +140,12 @@ class ConvertOptions:
     )
 
 
+Quant = Literal[
+    "f32", "f16", "bf16", "q8_0", "q6_k", "q5_k_m", "q5_k_s", "q5_1", "q5_0", "q4_k_m", "q4_k_s", "q4_1", "q4_0", "q3_k_l",
+    "q3_k_m", "q3_k_s", "q2_k", "iq4_nl", "iq4_xs",
+]  # fmt: skip
+
+
 @dataclass(frozen=True)
 class ExportOptions:
     """What is written for which program, and where."""
@@ -149,10 +155,7 @@ class ExportOptions:
     to: Literal["gguf", "ollama"] = field(
         default="gguf", metadata={"help": "gguf: one file for llama.cpp and its relatives; ollama: a folder with a Modelfile."}
     )
-    quant: Literal[
-        "f32", "f16", "bf16", "q8_0", "q6_k", "q5_k_m", "q5_k_s", "q5_1", "q5_0", "q4_k_m", "q4_k_s", "q4_1", "q4_0",
-        "q3_k_l", "q3_k_m", "q3_k_s", "q2_k", "iq4_nl", "iq4_xs",
-    ] = field(  # fmt: skip
+    quant: Quant = field(
         default="f16", metadata={"help": "How the matrices are stored; all but the first four need llama.cpp (lorakeet[llama])."}
     )
     base: str | None = field(default=None, metadata={"help": "The base model; without it, the one that run or adapter names."})
