@@ -46,7 +46,7 @@ def find(model: nn.Module, path: str) -> nn.Module | None:
 
 @contextmanager
 def at_hand(model: nn.Module, path: str) -> Iterator[None]:
-    """A context in which the weights of the module at `path` have numbers, also where they lie in a store until they are needed."""
+    """A context in which the weights of the module at `path` have numbers, also where they lie in a store until needed."""
     names = path.split(".")
     with ExitStack() as stack:
         for count in range(len(names) + 1):
