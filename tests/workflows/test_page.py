@@ -54,6 +54,7 @@ def test_the_next_commands_name_the_run(finished: Any) -> None:
     commands = [item.command for item in finished.result.report.next_commands]
     assert commands == [
         f"lorakeet merge {finished.path} --out {finished.path}-merged",
+        f"lorakeet export {finished.path} --to ollama --out {finished.path}-ollama",
         f"lorakeet evaluate {finished.path} --data FILE",
     ]
     assert replace(finished.result.report).facts["Run folder"] == str(finished.path)

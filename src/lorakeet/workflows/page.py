@@ -140,5 +140,6 @@ def _warnings(setup: Assembly) -> tuple[str, ...]:
 def _next(run: RunFolder) -> tuple[Command, ...]:
     return (
         Command(f"lorakeet merge {run.path} --out {run.path}-merged", "fold the adapter into a model that transformers loads"),
+        Command(f"lorakeet export {run.path} --to ollama --out {run.path}-ollama", "write it for Ollama, checked in llama.cpp"),
         Command(f"lorakeet evaluate {run.path} --data FILE", "measure it on rows of your own"),
     )
