@@ -1,0 +1,107 @@
+"""An adapter's files: looked at by their headers first, read whole later, and known again by their content."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+from lorakeet.core.adapter import Adapter
+from lorakeet.errors import DataError
+from lorakeet.formats import peft
+from lorakeet.formats.base_model import open_base
+from lorakeet.formats.detect import Found, detect, read_found
+from lorakeet.formats.peft_config import CONFIG_NAME
+from lorakeet.formats.slab import Slab, open_outline, open_slab
+from lorakeet.models.active import LiveModel
+
+Stamp = tuple[tuple[int, int, int], ...]  # (inode, size, time of change) of each file
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where an adapter lies and what it held when it was looked at."""
+
+    found: Found
+    bytes: int  # that its numbers take in memory
+    ranks: tuple[int, ...]
+    scales: tuple[float, ...]
+    stamp: Stamp
+    digest: str = ""  # SHA-256 of configuration and numbers; empty until they are read
+
+    @property
+    def path(self) -> Path:
+        return self.found.path
+
+
+def inspect(path: Path, live: LiveModel, digest: str = "") -> Source:
+    """Looks at the adapter at `path`, of any format, and checks its names, shapes and scale against the model.
+
+    PEFT folders by their headers alone; other formats are read. `digest` is what the content is known to be.
+    """
+    found = detect(path)
+    stamp = _stamp(found)
+    outline = peft.read(found.path, opened=open_outline) if found.format == "peft" else _converted(found, live)
+    entries = live.check(outline).values()
+    ranks, scales = {entry.rank for entry in entries}, {float(f"{entry.scale:.6g}") for entry in entries}
+    return Source(found, 4 * outline.parameters, tuple(sorted(ranks)), tuple(sorted(scales)), stamp, digest)
+
+
+def read(source: Source, name: str, live: LiveModel) -> tuple[Adapter, Source]:
+    """The adapter with its numbers, and its source with what they were.
+
+    DataError where the content is not the one that was known: by the files' stamps, or, where these differ, by the digest.
+    """
+    stamp = _stamp(source.found)
+    opened: list[Slab] = []
+    if source.found.format == "peft":
+        adapter = peft.read(source.path, opened=partial(_kept, opened))
+    else:
+        adapter = _converted(source.found, live)
+    if source.digest and stamp == source.stamp and stamp == _stamp(source.found):
+        return adapter, source
+    digest = _digest(source.found, opened)
+    if source.digest and source.digest != digest:
+        raise DataError(
+            f"The files of '{name}' at {source.path} have changed since they were checked. Load them again under that name "
+            "(load_inplace) to serve what they hold now."
+        )
+    return adapter, replace(source, digest=digest, stamp=stamp, bytes=4 * adapter.parameters)
+
+
+def _kept(opened: list[Slab], path: Path) -> Slab:
+    opened.append(open_slab(path))
+    return opened[-1]
+
+
+def _digest(found: Found, opened: list[Slab]) -> str:
+    total = hashlib.sha256()
+    if opened:
+        total.update((found.path / CONFIG_NAME).read_bytes())
+        total.update(opened[0].digest.encode())
+    else:
+        for file in _files(found):
+            total.update(file.read_bytes())
+    return total.hexdigest()
+
+
+def _files(found: Found) -> list[Path]:
+    if found.path.is_file():
+        return [found.path]
+    return sorted(file for file in found.path.iterdir() if file.suffix in (".safetensors", ".json") and file.is_file())
+
+
+def _stamp(found: Found) -> Stamp:
+    files = [found.path / CONFIG_NAME, found.path / peft.MODEL_NAME] if found.format == "peft" else _files(found)
+    stats = [file.stat() for file in files if file.exists()]
+    return tuple((stat.st_ino, stat.st_size, stat.st_mtime_ns) for stat in stats)
+
+
+def _converted(found: Found, live: LiveModel) -> Adapter:
+    """An adapter in another format than PEFT's, by the names of the base."""
+    return read_found(found, base=open_base(live.text.source), say=_unheard)
+
+
+def _unheard(_: str) -> None:
+    """Notes of a reader; the checks say what matters."""

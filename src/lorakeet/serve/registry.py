@@ -1,0 +1,273 @@
+"""Adapters by name, with versions: known by the thousand, a few in memory, each checked before anyone can ask for it.
+
+A name points to one version. A new version takes over in one assignment; texts that are being written keep the old one until
+they end, and then its memory is freed. Within the model and the prefix cache an adapter is called by name and content.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from lorakeet.errors import ConfigError, EnvironmentProblem, nearest
+from lorakeet.models.active import LiveModel
+from lorakeet.serve.engine import Engine
+from lorakeet.serve.naming import UnknownModel, check_name, wanted
+from lorakeet.serve.on_disk import Source, inspect, read
+from lorakeet.serve.probe import Probe, Prober, compare_record, find_certificate, read_record
+
+
+class NoRoom(EnvironmentProblem):
+    """The adapters in use fill the memory that adapters may take."""
+
+
+@dataclass
+class Version:
+    """One content under one name."""
+
+    name: str
+    source: Source
+    key: str = ""  # in the model; empty until it is loaded for the first time
+    loaded: bool = False
+    users: int = 0
+    pinned: bool = False
+    retired: bool = False  # its name is gone, or points to another version
+    used: float = 0.0
+    probe: Probe | None = None
+    certificate: Path | None = None
+    loads: int = 0
+    load_seconds: float = 0.0  # the last load
+
+
+@dataclass(frozen=True)
+class Lease:
+    """Versions that must stay as they are until `Registry.release`; `adapters` are their weights by key."""
+
+    versions: tuple[Version, ...] = ()
+    adapters: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def label(self) -> str:
+        """The names, for metrics and logs."""
+        return "+".join(version.name for version in self.versions)
+
+
+class Registry:
+    """The adapters of one live model. Every method may be called from any thread but the engine's; loading one waits for it."""
+
+    def __init__(
+        self,
+        live: LiveModel,
+        engine: Engine,
+        *,
+        base: str,
+        budget: int | None = None,
+        changed: Callable[[], None] | None = None,
+    ) -> None:
+        """`budget` bounds the bytes of adapters in memory; `changed` is called after names came, went or moved."""
+        self.live, self.engine, self.base, self.budget = live, engine, base, budget
+        self.prober = Prober(live.text, live.selection)
+        self._changed = changed or (lambda: None)
+        self._current: dict[str, Version] = {}
+        self._resident: dict[str, Version] = {}  # by key
+        self._lock = threading.Lock()  # the tables; held for moments
+        self._loading = threading.Lock()  # one load at a time
+        self._serial = 0
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All names that can be asked for."""
+        return tuple(self._current)
+
+    @property
+    def resident_bytes(self) -> int:
+        """What the adapters in memory take."""
+        with self._lock:
+            return sum(version.source.bytes for version in self._resident.values())
+
+    @property
+    def resident(self) -> int:
+        """How many adapters are in memory, old versions that are still used included."""
+        return len(self._resident)
+
+    def get(self, name: str) -> Version:
+        """The version that `name` points to; UnknownModel without one."""
+        found = self._current.get(name)
+        if found is None:
+            raise UnknownModel(f"No adapter '{name}' is loaded.{nearest(name, self.names)}")
+        return found
+
+    def register(self, name: str, path: Path, *, pinned: bool = False, probe: Probe | None = None, digest: str = "") -> Version:
+        """Makes an adapter known by its header: names, shapes and scale now, its numbers when it is first asked for."""
+        check_name(name)
+        version = Version(name, inspect(path, self.live, digest), pinned=pinned, probe=probe, certificate=find_certificate(path))
+        with self._lock:
+            if name in self._current:
+                raise ConfigError(f"An adapter '{name}' is loaded already; unload it first, or load it in place.")
+            self._current[name] = version
+        self._changed()
+        return version
+
+    def load(self, name: str, path: Path, *, replace: bool = False, pinned: bool = False) -> Version:
+        """Reads, checks and probes an adapter; only then the name points to it, in one assignment.
+
+        ConfigError: the name is taken and `replace` is False, or it does not fit; DataError: broken files;
+        VerificationFailed: it computes something else than its certificate says.
+        """
+        check_name(name)
+        with self._loading:
+            if name in self._current and not replace:
+                raise ConfigError(f"An adapter '{name}' is loaded already; unload it first, or load it in place.")
+            version = Version(name, inspect(path, self.live), pinned=pinned, certificate=find_certificate(path))
+            self._bring_in(version)
+            with self._lock:
+                old, self._current[name] = self._current.get(name), version
+            self._retire(old)
+        self._changed()
+        return version
+
+    def unload(self, name: str) -> None:
+        """Takes the name away at once; the memory is freed when the last text that uses it has ended."""
+        with self._loading:
+            with self._lock:
+                version = self._current.pop(name, None)
+            if version is None:
+                raise UnknownModel(f"No adapter '{name}' is loaded.{nearest(name, self.names)}")
+            self._retire(version)
+        self._changed()
+
+    def pin(self, name: str, pinned: bool) -> None:
+        """A pinned adapter is loaded and never put out of memory to make room."""
+        version = self.get(name)
+        version.pinned = pinned
+        if pinned:
+            self.release(self.lease_of({name: 1.0}))
+        self._changed()
+
+    def lease(self, model: str) -> Lease:
+        """What `model` means (serve/naming), in memory and kept there until it is released."""
+        return self.lease_of(wanted(model, base=(self.base,), known=self._current.keys()))
+
+    def lease_of(self, weights: Mapping[str, float]) -> Lease:
+        """As `lease`, for adapters by name with weights. NoRoom where those in use fill the memory."""
+        held: list[Version] = []
+        try:
+            for name in weights:
+                held.append(self._hold(name))
+            adapters = {version.key: weights[version.name] for version in held}
+            single = [version.name for version in held if not self.live.mixes(version.key)]
+            if single and (len(held) > 1 or set(adapters.values()) != {1.0}):
+                raise ConfigError(f"{', '.join(single)} has DoRA or biases, which have no weighted mix; ask for it by itself.")
+            return Lease(tuple(held), adapters)
+        except BaseException:
+            self._let_go(held)
+            raise
+
+    def release(self, lease: Lease) -> None:
+        """Ends a lease; old versions that nobody uses any more are freed."""
+        self._let_go(list(lease.versions))
+
+    def _hold(self, name: str) -> Version:
+        with self._lock:
+            version = self._current.get(name)
+            if version is not None and version.loaded:
+                version.users += 1
+                version.used = time.monotonic()
+                return version
+        with self._loading:
+            version = self.get(name)
+            if not version.loaded:
+                self._bring_in(version)
+            with self._lock:
+                version.users += 1
+                version.used = time.monotonic()
+            return version
+
+    def _let_go(self, versions: list[Version]) -> None:
+        idle = []
+        with self._lock:
+            for version in versions:
+                version.users -= 1
+                if version.retired and not version.users and version.loaded:
+                    version.loaded = False
+                    idle.append(version)
+        for version in idle:
+            self._put_out(version)
+
+    def _retire(self, version: Version | None) -> None:
+        if version is None:
+            return
+        with self._lock:
+            version.retired = True
+            idle = version.loaded and not version.users
+            version.loaded = version.loaded and not idle
+        if idle:
+            self._put_out(version)
+
+    def _bring_in(self, version: Version) -> None:
+        """Reads the numbers and puts them on the model. The first time, they are also probed; later the file must be the same."""
+        began = time.perf_counter()
+        adapter, version.source = read(version.source, version.name, self.live)
+        self._make_room(version.source.bytes)
+        if not version.key:
+            self._serial += 1
+            version.key = f"{version.name.replace('.', '%')}@{version.source.digest[:12]}-{self._serial}"
+        self.live.attach(version.key, adapter)
+        if not version.loads:
+            try:
+                self._verify(version)
+            except BaseException:
+                self._on_engine(lambda: self.live.detach(version.key))
+                raise
+        with self._lock:
+            version.loaded, version.used = True, time.monotonic()
+            self._resident[version.key] = version
+        version.loads += 1
+        version.load_seconds = time.perf_counter() - began
+
+    def _verify(self, version: Version) -> None:
+        found = self.engine.call(lambda: self.prober.probe(version.key)).result()
+        if version.probe is not None:
+            compare_record(version.name, found, version.probe, self.prober.tolerance, "the server's record of it")
+        if version.certificate is not None:
+            record = read_record(version.certificate)
+            if record is not None:
+                compare_record(version.name, found, record, self.prober.tolerance, str(version.certificate))
+        version.probe = found
+
+    def _make_room(self, needed: int) -> None:
+        """Puts out the adapters that were used longest ago until `needed` bytes fit the budget."""
+        while self.budget is not None:
+            with self._lock:
+                held = sum(version.source.bytes for version in self._resident.values())
+                if held + needed <= self.budget:
+                    return
+                idle = [v for v in self._resident.values() if v.loaded and not v.users and not v.pinned]
+                oldest = min(idle, key=lambda v: v.used, default=None)
+                if oldest is not None:
+                    oldest.loaded = False
+            if oldest is None:
+                raise NoRoom(
+                    f"The adapter takes {needed:,} bytes; {held:,} of {self.budget:,} are taken by adapters that are in use or "
+                    "pinned. Try again, unpin one, or start the server with more --memory."
+                )
+            self._put_out(oldest)
+
+    def _put_out(self, version: Version) -> None:
+        """Takes a version that nobody uses off the model, with what the prefix cache holds of it."""
+
+        def leave() -> None:
+            self.live.detach(version.key)
+            self.engine.slots.forget(version.key)
+
+        self._on_engine(leave)
+        with self._lock:
+            self._resident.pop(version.key, None)
+
+    def _on_engine(self, function: Callable[[], None]) -> None:
+        self.engine.call(function).result()
+
+

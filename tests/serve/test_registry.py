@@ -1,0 +1,215 @@
+"""The registry: known by the thousand, few in memory, upgraded while in use, refused when wrong, and nothing left behind."""
+
+from __future__ import annotations
+
+import gc
+import json
+import shutil
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lorakeet.errors import ConfigError, DataError, VerificationFailed
+from lorakeet.evaluate.certificate import Certificate, judge
+from lorakeet.formats import gguf, peft
+from lorakeet.formats.base_model import open_base
+from lorakeet.models.active import LiveModel
+from lorakeet.serve.naming import UnknownModel
+from lorakeet.serve.probe import extend_certificate
+from lorakeet.serve.registry import NoRoom, Registry
+
+IDS = (30, 51, 77, 80)
+
+
+@pytest.fixture
+def server(asking: Callable[..., Any]) -> Any:
+    return asking()
+
+
+@pytest.fixture
+def registry(live: LiveModel, server: Any) -> Registry:
+    return Registry(live, server.engine, base="base")
+
+
+def write(server: Any, registry: Registry, model: str) -> list[int]:
+    lease = registry.lease(model)
+    try:
+        found: list[int] = server.ask(IDS, lease.adapters).ids
+    finally:
+        registry.release(lease)
+    return found
+
+
+def tensors() -> tuple[int, int]:
+    gc.collect()
+    found = [held for held in gc.get_objects() if issubclass(type(held), torch.Tensor)]
+    return len(found), sum(held.numel() for held in found)
+
+
+def test_names_mixes_and_the_base(registry: Registry, server: Any, saved: Callable[..., Path]) -> None:
+    registry.register("a", saved("a", seed=1))
+    registry.load("b.1", saved("b", seed=2))
+    texts = [tuple(write(server, registry, model)) for model in ("a", "base:b.1", "base", "a*0.2+b.1*0.8")]
+    assert len(set(texts)) == 4, texts
+    assert write(server, registry, "a:latest") == list(texts[0]) == write(server, registry, "a*1")
+    assert write(server, registry, "a*0.1 + b.1*0.8 + a*0.1") == list(texts[3])
+    with pytest.raises(UnknownModel, match=r"No model 'b\.2' is served. Did you mean 'b\.1'"):
+        registry.lease("b.2")
+    for broken in ("a*x", "a*nan"):
+        with pytest.raises(ConfigError, match="is no number"):
+            registry.lease(broken)
+
+
+def test_loading_and_unloading_leaves_nothing(registry: Registry, server: Any, saved: Callable[..., Path]) -> None:
+    folder = saved("a")
+
+    def cycle() -> None:
+        registry.load("a", folder)
+        registry.unload("a")
+
+    registry.load("a", folder)
+    write(server, registry, "a")
+    registry.unload("a")
+    cycle()
+    before = tensors()
+    for _ in range(150):
+        cycle()
+    assert tensors() == before
+    assert (registry.resident, registry.resident_bytes, registry.names, registry.live.names) == (0, 0, (), ())
+
+
+def test_an_upgrade_under_one_name_while_a_text_is_written(registry: Registry, server: Any, saved: Callable[..., Path]) -> None:
+    registry.load("a", saved("old", seed=1))
+    old = registry.lease("a")
+    expected = server.ask(IDS, old.adapters, max_tokens=40).ids
+    begun = server.begin(IDS, old.adapters, max_tokens=40)
+    registry.load("a", saved("new", seed=2), replace=True)
+    new = write(server, registry, "a")
+    assert server.end(begun).ids == expected, "it ends on the version that it began with"
+    assert new != expected[: len(new)] and registry.resident == 2
+    registry.release(old)
+    assert registry.resident == 1 and len(registry.live.names) == 1, "the old version is freed with its last user"
+
+
+def test_unloading_while_a_text_is_written(registry: Registry, server: Any, saved: Callable[..., Path]) -> None:
+    registry.load("a", saved("a"))
+    lease = registry.lease("a")
+    begun = server.begin(IDS, lease.adapters, max_tokens=40)
+    registry.unload("a")
+    with pytest.raises(UnknownModel):
+        registry.lease("a")
+    assert registry.resident == 1 and server.end(begun).reason in ("length", "stop")
+    registry.release(lease)
+    assert registry.resident == 0
+
+
+def test_thousands_known_few_in_memory(live: LiveModel, server: Any, saved: Callable[..., Path]) -> None:
+    first = saved("a0")
+    size = peft.read(first).parameters * 4
+    registry = Registry(live, server.engine, base="base", budget=3 * size)
+    for number in range(200):
+        registry.register(f"a{number}", first if number % 2 else saved("other", seed=9))
+    assert registry.resident == 0
+    for number in range(0, 20):
+        write(server, registry, f"a{number}")
+        assert registry.resident_bytes <= 3 * size
+    assert [registry.get(f"a{number}").loaded for number in (16, 17, 18, 19)] == [False, True, True, True]
+    registry.pin("a17", True)
+    for number in (30, 31, 32):
+        write(server, registry, f"a{number}")
+    assert registry.get("a17").loaded
+    leases = [registry.lease(name) for name in ("a1", "a2")]
+    with pytest.raises(NoRoom, match="in use or pinned"):
+        registry.lease("a3")
+    for lease in leases:
+        registry.release(lease)
+    write(server, registry, "a3")
+    assert registry.get("a1").loads == 2, "loaded, put out, and loaded again"
+
+
+def test_a_changed_file_is_refused_until_it_is_loaded_again(live: LiveModel, server: Any, saved: Callable[..., Path]) -> None:
+    folder, other = saved("a", seed=1), saved("b", seed=2)
+    registry = Registry(live, server.engine, base="base", budget=peft.read(folder).parameters * 4)
+    registry.load("a", folder)
+    registry.register("b", other)
+    expected = write(server, registry, "a")
+    shutil.copy(other / peft.MODEL_NAME, folder / peft.MODEL_NAME)
+    assert write(server, registry, "a") == expected, "what is in memory is what was checked"
+    write(server, registry, "b")
+    with pytest.raises(DataError, match=r"'a' at .* have changed since they were checked"):
+        registry.lease("a")
+    (folder / peft.MODEL_NAME).write_bytes(b"cut")
+    with pytest.raises(DataError, match="not a whole safetensors file"):
+        registry.load("a", folder, replace=True)
+    shutil.copy(other / peft.MODEL_NAME, folder / peft.MODEL_NAME)
+    registry.load("a", folder, replace=True)
+    assert write(server, registry, "a") == write(server, registry, "b")
+
+
+def test_the_same_name_at_once_is_loaded_once(registry: Registry, saved: Callable[..., Path]) -> None:
+    folder, errors = saved("a"), []
+
+    def load() -> None:
+        try:
+            registry.load("a", folder)
+        except ConfigError as error:
+            errors.append(str(error))
+
+    threads = [threading.Thread(target=load) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(errors) == 3 and all("is loaded already" in error for error in errors)
+    assert registry.resident == 1
+
+
+def test_a_certificate_is_held_to(registry: Registry, server: Any, saved: Callable[..., Path]) -> None:
+    folder = saved("a")
+    path = folder / "certificate.json"
+    check = judge("run", {"x": 0.0}, tolerance={"x": 1.0}, between=("a", "b"))
+    Certificate("The run", (check,)).write(path)
+    version = registry.load("a", folder)
+    assert version.probe is not None and version.probe.effect > 0.1
+    extended = extend_certificate(path, "a", version.probe, registry.prober.tolerance)
+    assert extended.passed and [found.name for found in extended.checks] == ["run", "served"]
+    registry.load("a", folder, replace=True)
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps({**config, "lora_alpha": 4.0}))
+    with pytest.raises(VerificationFailed, match=r"'a' does not compute what .*certificate\.json says: .* differ by"):
+        registry.load("a", folder, replace=True)
+    assert registry.get("a").source.scales == (3.0,) and registry.resident == 1, "the good version is still served"
+
+
+def test_wrong_adapters_are_refused_before_they_are_seen(registry: Registry, saved: Callable[..., Path]) -> None:
+    folder = saved("a")
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps({**config, "r": 8}))
+    for name in ("../a", "a/b", "a+b", "a*2", "", "a..b", "a:b", ".a"):
+        with pytest.raises(ConfigError, match="cannot be used"):
+            registry.register(name, folder)
+    for call in (registry.register, registry.load):
+        with pytest.raises(DataError, match="rank 4 on disk"):
+            call("a", folder)
+    assert registry.names == ()
+
+
+def test_dora_is_served_but_not_mixed(registry: Registry, server: Any, saved: Callable[..., Path]) -> None:
+    registry.load("d", saved("d", dora=True))
+    registry.load("a", saved("a", seed=1))
+    assert write(server, registry, "d") != write(server, registry, "base")
+    with pytest.raises(ConfigError, match="d has DoRA or biases"):
+        registry.lease("a*0.5+d*0.5")
+    assert registry.get("a").users == registry.get("d").users == 0
+
+
+def test_other_formats(registry: Registry, server: Any, saved: Callable[..., Path], tiny_llama_folder: Path) -> None:
+    folder = saved("a", "q_proj", "up_proj", seed=1)
+    gguf.write(peft.read(folder), folder.parent / "a.gguf", base=open_base(tiny_llama_folder))
+    registry.load("a", folder)
+    registry.load("g", folder.parent / "a.gguf")
+    assert write(server, registry, "g") == write(server, registry, "a")
