@@ -121,8 +121,8 @@ def variance_gains(
     """By path, the share of the second moment of the matrix's inputs x, or outputs W·x, that its k-th direction holds.
 
     input: EVA (arXiv 2410.07170), where rank goes to the directions that explain most of the activations. output: weight ×
-    activation, the singular values of W·C^½ with C = E[x·xᵀ], as in CorDA (arXiv 2406.05223). `forward()` runs the bare model over
-    the rows. The moments are never formed: C·Ω for a random Ω gives the leading eigenvalues (Nyström), ‖x‖² the whole.
+    activation, the singular values of W·C^½ with C = E[x·xᵀ], as in CorDA (arXiv 2406.05223). `forward()` runs the bare model
+    over the rows. The moments are never formed: C·Ω for a random Ω gives the leading eigenvalues (Nyström), ‖x‖² the whole.
     """
     refused = [entry.path for entry in plan.entries if entry.kind not in ("linear", "conv1d")]
     if refused:

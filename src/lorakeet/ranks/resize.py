@@ -1,0 +1,178 @@
+"""Pairs cut to a lower rank where it is missed least: the SVD of ΔW weighted by what reads it and by what the loss asks of it.
+
+With C = E[x·xᵀ] of a matrix's inputs and S = E[g·gᵀ] of the loss's gradients at its outputs, the change of the loss that an error
+E of ΔW makes is, to second order and in K-FAC's approximation (Martens and Grosse 2015, arXiv 1503.05671), ½·‖S^½·E·C^½‖²_F. The
+best cut in that norm is a truncated SVD of S^½·ΔW·C^½. Since ΔW = s·B·A is thin, neither S nor C is ever formed:
+
+    M = E[(A·x)(A·x)ᵀ] = L·Lᵀ      N = E[(Bᵀ·g)(Bᵀ·g)ᵀ] = Rᵀ·R      R·L = U·Σ·Vᵀ, all (rank, rank)
+
+    B' = B·R⁻¹·U_k·Σ_k^½      A' = Σ_k^½·V_kᵀ·L⁻¹·A      ΔW' = s·B'·A'
+
+With S the identity this is the activation-weighted SVD, with both the plain one of Eckart and Young.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from lorakeet.core.adapter import Adapter, Pair
+from lorakeet.core.lowrank import LoraPair
+from lorakeet.core.math import alpha_for
+from lorakeet.core.plan import Plan
+from lorakeet.errors import ConfigError, DataError, Problems
+from lorakeet.models import modules
+from lorakeet.ranks.allocate import allocate
+from lorakeet.ranks.spec import parameter_count
+
+DAMPING = 0.01  # share of the mean of C and S added to every direction: few rows leave directions that they never saw
+Weighting = Literal["loss", "activation", "none"]
+
+
+@dataclass
+class Moments:
+    """What one pair saw, summed over tokens: M and N of the module's docstring, and the traces of C and S, in fp64."""
+
+    inputs: Tensor  # Σ (A·x)(A·x)ᵀ, (rank, rank)
+    gradients: Tensor  # Σ (Bᵀ·g)(Bᵀ·g)ᵀ, (rank, rank)
+    input_trace: float = 0.0
+    gradient_trace: float = 0.0
+
+
+@dataclass(frozen=True)
+class Spectrum:
+    """A pair turned so that its components stand in the order in which they are missed: any rank is a prefix of it."""
+
+    A: Tensor  # (rank, in)
+    B: Tensor  # (out, rank)
+    values: Tensor  # s·Σ, falling; what rank k and above are worth is Σ_{j>k} values²
+
+
+def check_pairs(adapter: Adapter) -> None:
+    """Raises ConfigError that names every pair that cannot be cut."""
+    problems = Problems("This adapter cannot be compressed")
+    if not adapter.pairs:
+        problems.add("It holds no low-rank pairs.")
+    for path, pair in adapter.pairs.items():
+        if pair.magnitude is not None:
+            problems.add(f"'{path}' is a DoRA pair: its row lengths belong to the ΔW that they were trained with.")
+        elif pair.kind not in ("linear", "conv1d"):
+            problems.add(f"'{path}' is on a {pair.kind} weight; only pairs on linear layers are cut.")
+    problems.raise_if_any()
+
+
+@contextmanager
+def watching(model: nn.Module, name: str) -> Iterator[dict[str, Moments]]:
+    """A context in which forward and backward passes over the active adapter `name` fill the Moments of its pairs, by path.
+
+    The pairs must be called as modules: no fused MLP may stand in for them (models/fuse.unfuse).
+    """
+    found: dict[str, Moments] = {}
+    handles = []
+    for path, layer in modules.adapted_layers(model):
+        pair = dict(layer.adapters.items()).get(name)
+        if isinstance(pair, LoraPair):
+            zeros = torch.zeros(pair.A.shape[0], pair.A.shape[0], dtype=torch.float64)
+            found[path] = Moments(zeros, zeros.clone())
+            handles.append(pair.register_forward_hook(_watch(found[path])))
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _watch(moments: Moments) -> Callable[..., None]:
+    def hook(pair: LoraPair, inputs: tuple[Any, ...], output: Tensor) -> None:
+        A, B = pair.A.detach(), pair.B.detach()
+        x = inputs[0].detach().flatten(0, -2).float()
+        moments.inputs += _gram(x @ A.t())
+        moments.input_trace += float(x.double().square().sum())
+
+        def seen(grad: Tensor) -> None:
+            g = grad.detach().flatten(0, -2).float()
+            moments.gradients += _gram(g @ B)
+            moments.gradient_trace += float(g.double().square().sum())
+
+        output.register_hook(seen)  # type: ignore[no-untyped-call]
+
+    return hook
+
+
+def _gram(states: Tensor) -> Tensor:
+    wide = states.double().cpu()
+    return wide.t() @ wide
+
+
+def spectrum(pair: Pair, moments: Moments, weighting: Weighting = "loss") -> Spectrum:
+    """`pair` by components in the order of Σ (see above), on the CPU. Raises DataError where the moments are no numbers."""
+    A, B = pair.A.double(), pair.B.double()
+    M, N = A @ A.t(), B.t() @ B
+    if weighting != "none":
+        M = moments.inputs + DAMPING * moments.input_trace / A.shape[1] * M
+    if weighting == "loss":
+        N = moments.gradients + DAMPING * moments.gradient_trace / B.shape[0] * N
+    if not (M.isfinite().all() and N.isfinite().all()):
+        what = "What a pair reads, or the loss's gradient at it, is no finite number on these rows"
+        raise DataError(f"{what}. Check the adapter with lorakeet evaluate, or try --weighting none.")
+    L, L_inverse = _root(M)
+    R, R_inverse = (factor.t() for factor in _root(N))
+    U, S, Vh = torch.linalg.svd(R @ L, full_matrices=False)
+    new_a, new_b = S.sqrt()[:, None] * (Vh @ (L_inverse @ A)), (B @ (R_inverse @ U)) * S.sqrt()
+    lengths = (new_b.norm(dim=0) / new_a.norm(dim=1).clamp(min=1e-300)).sqrt()  # neither factor far larger than the other
+    lengths = torch.where(lengths > 0, lengths, torch.ones_like(lengths))
+    return Spectrum((new_a * lengths[:, None]).float(), (new_b / lengths).float(), S * abs(pair.scale))
+
+
+def _root(moment: Tensor) -> tuple[Tensor, Tensor]:
+    """L with `moment` = L·Lᵀ, and its pseudo-inverse."""
+    values, vectors = torch.linalg.eigh((moment + moment.t()) / 2)
+    values = values.clamp(min=0)
+    root = values.sqrt()
+    inverse = torch.where(values > values[-1] * 1e-14, 1 / root.clamp(min=1e-300), torch.zeros_like(root))
+    return vectors * root, inverse[:, None] * vectors.t()
+
+
+def spectra(adapter: Adapter, moments: Mapping[str, Moments], weighting: Weighting = "loss") -> dict[str, Spectrum]:
+    """The Spectrum of every pair. Raises ConfigError for pairs that cannot be cut, DataError for moments that are no numbers."""
+    check_pairs(adapter)
+    return {path: spectrum(pair, moments[path], weighting) for path, pair in adapter.pairs.items()}
+
+
+def cut_to_budget(adapter: Adapter, plan: Plan, found: Mapping[str, Spectrum], budget: int) -> Adapter:
+    """`adapter` with pairs of at most `budget` parameters in all, the ranks where Σ² is largest for its parameters.
+
+    `plan` is what the adapter amounts to in its base. Raises ConfigError for a budget below rank 1 each or above what there is.
+    """
+    gains = {path: falling.values.square().tolist() for path, falling in found.items()}
+    chosen = allocate(plan, gains, budget)
+    return cut(adapter, found, {entry.path: entry.rank for entry in chosen.entries})
+
+
+def cut(adapter: Adapter, found: Mapping[str, Spectrum], ranks: Mapping[str, int]) -> Adapter:
+    """`adapter` with its pairs at `ranks` (or at their own, where that is lower), of the same scale; extras as they were."""
+    pairs = {path: _first(pair, found[path], ranks[path]) for path, pair in adapter.pairs.items()}
+    return replace(adapter, pairs=pairs)
+
+
+def _first(pair: Pair, whole: Spectrum, rank: int) -> Pair:
+    rank = min(rank, pair.rank)
+    A, B = whole.A[:rank].contiguous(), whole.B[:, :rank].contiguous()
+    return replace(pair, A=A, B=B, alpha=alpha_for(pair.scale, rank, pair.scale_rule))
+
+
+def target(text: str, adapter: Adapter, plan: Plan, found: Mapping[str, Spectrum]) -> Adapter:
+    """The adapter that "0.5M" (parameters of its pairs) or "rank 8" asks for. Raises ConfigError for anything else."""
+    word = text.strip().lower()
+    if not word.startswith("r"):
+        return cut_to_budget(adapter, plan, found, parameter_count(text, "--to"))
+    number = word.removeprefix("rank").removeprefix("r").strip()
+    highest = max(pair.rank for pair in adapter.pairs.values())
+    if not number.isdigit() or not 1 <= int(number) < highest:
+        raise ConfigError(f"--to is {text!r}; expected parameters such as 0.5M, or 'rank N' with N from 1 to {highest - 1}.")
+    return cut(adapter, found, dict.fromkeys(adapter.pairs, int(number)))

@@ -1,0 +1,291 @@
+"""`lorakeet compress`: an adapter cut to fewer parameters, each size measured on held-out rows, the smallest good one kept.
+
+open → Moments on training rows → spectra → one cut for each size → losses on held-out rows, paired → report and adapter.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from lorakeet.config import RunConfig, dump_yaml
+from lorakeet.core.adapter import Adapter
+from lorakeet.core.plan import Plan
+from lorakeet.core.start import seed_for
+from lorakeet.data.chat import Encoder, Example, encode_rows
+from lorakeet.data.pack import micro_batches
+from lorakeet.data.prepare import Dataset, load_dataset
+from lorakeet.data.split import write_split_record
+from lorakeet.errors import ConfigError, DataError, VerificationFailed
+from lorakeet.evaluate.certificate import Certificate, judge
+from lorakeet.evaluate.compare import compare_losses
+from lorakeet.evaluate.likelihood import RowLosses
+from lorakeet.evaluate.rank_values import CurvePoint, RankCurve
+from lorakeet.evaluate.report import Report, write_report
+from lorakeet.evaluate.values import encode
+from lorakeet.evaluate.wording import signed
+from lorakeet.formats import peft
+from lorakeet.models.fits import plan_of
+from lorakeet.models.fuse import fuse, unfuse
+from lorakeet.models.inject import activate, attach, eject
+from lorakeet.models.text import TextModel
+from lorakeet.ranks.allocate import pair_parameters, rank_pattern
+from lorakeet.ranks.resize import Spectrum, Weighting, check_pairs, cut_to_budget, spectra, target, watching
+from lorakeet.train.durable import new_folder
+from lorakeet.train.run import RunFolder
+from lorakeet.train.text_task import TextTask
+from lorakeet.workflows import facts
+from lorakeet.workflows.assemble import within_context
+from lorakeet.workflows.judge import BASE, Judge
+from lorakeet.workflows.opened import NAME, Opened, open_adapter
+from lorakeet.workflows.page import rank_map
+from lorakeet.workflows.place import require_empty, writing
+from lorakeet.workflows.show import show_certificate, show_results
+
+SHARES = (0.75, 0.5, 0.375, 0.25, 0.1875, 0.125, 0.0625, 0.03125)  # of the pairs' parameters: the points of the curve
+CUT = "cut"  # the name that a cut adapter has on the model while it is measured
+FULL = "as trained"
+
+
+@dataclass(frozen=True)
+class Compressed:
+    """The curve, what was written, and its report."""
+
+    out: Path
+    curve: RankCurve
+    written: Adapter
+    report: Report
+
+    def to_mapping(self) -> dict[str, Any]:
+        """Plain values for --json."""
+        return {
+            "out": str(self.out),
+            "parameters": self.written.parameters,
+            "ranks": {path: pair.rank for path, pair in self.written.pairs.items()},
+            "curve": encode(self.curve),
+        }
+
+
+@dataclass(frozen=True)
+class _Cut:
+    name: str
+    adapter: Adapter
+    parameters: int
+
+
+def compress(  # noqa: PLR0913 - each is a flag of the verb
+    run: str,
+    *,
+    out: Path,
+    to: str | None = None,
+    tolerance: str = "1%",
+    rows: int = 256,
+    weighting: Weighting = "loss",
+    base: str | None = None,
+    config: Path | None = None,
+    console: Console,
+) -> Compressed:
+    """Writes the adapter of `run` cut to `to`, or to the smallest size that loses at most `tolerance` of its gain, to `out`.
+
+    Raises ConfigError and DataError for what cannot be cut or measured, VerificationFailed where no cut is good enough.
+    """
+    require_empty(out)
+    share = _share(tolerance)
+    opened = open_adapter(Path(run), base=base, config=config)
+    check_pairs(opened.adapter)
+    if not opened.config.data.train:
+        raise ConfigError("A bare adapter brings no rows to measure on; name the run file that it was trained with in --config.")
+    dataset = load_dataset(opened.config.data)
+    if not dataset.held_out:
+        raise DataError("The run holds no rows out, so no cut could be judged; name a data.held_out file in its run file.")
+    text = opened.text_model(console)
+    settings = within_context(opened.config, text, console)
+    encoder = Encoder(text.tokenizer, settings.data, dataset.labels)
+    plan = plan_of(text.model, opened.adapter)
+    examples = _sample(encode_rows(dataset.train, encoder).examples, rows, settings)
+    found = _spectra(opened.adapter, text, settings, examples, weighting)
+    cuts = _cuts(opened.adapter, plan, found, to)
+    judged = Judge(settings, text, encoder, dataset.held_out, console, NAME)
+    curve = _curve(judged, cuts, pair_parameters(plan), share)
+    _show(curve, console)
+    name = cuts[0].name if to is not None else curve.marked
+    if not name:
+        raise VerificationFailed(
+            f"No cut of {run} {curve.rule} on {len(dataset.held_out)} held-out rows; nothing was written. Keep the adapter as "
+            "trained, allow more with --tolerance, or name a size with --to."
+        )
+    chosen = next(item for item in cuts if item.name == name)
+    return _write(opened, chosen, curve, judged, dataset, out)
+
+
+def _share(text: str) -> float:
+    """0.01 for "1%" or "0.01". Raises ConfigError."""
+    match = re.fullmatch(r"(\d+(?:\.\d*)?|\.\d+)\s*(%?)", text.strip())
+    value = float(match[1]) / (100 if match[2] else 1) if match else -1.0
+    if not 0 <= value < 1:
+        raise ConfigError(f"--tolerance is {text!r}; expected a share of the gain that may be lost, such as 1% or 0.01.")
+    return value
+
+
+def _sample(examples: Sequence[Example], count: int, config: RunConfig) -> list[Example]:
+    if count < 1:
+        raise ConfigError(f"--rows is {count}; the weights of the cut need 1 training row or more. Use 256.")
+    return sorted(examples, key=lambda example: seed_for(config.train.seed, f"compress/{example.key}"))[:count]
+
+
+def _spectra(
+    adapter: Adapter, text: TextModel, config: RunConfig, rows: Sequence[Example], weighting: Weighting
+) -> dict[str, Spectrum]:
+    """Every pair by components, from what it sees on training rows; the adapter stays on the model as NAME."""
+    unfuse(text.model)  # so that every pair is called by itself
+    activate(text.model, NAME)
+    spec = config.train
+    task = TextTask(text, rows, held_out=(), spec=spec, name=NAME)
+    batches = [batch for batch in micro_batches(rows, spec.micro_tokens) if batch.targets]
+    with watching(text.model, NAME) as moments, torch.random.fork_rng(devices=[]):
+        task.gradients(batches, 1)
+    for parameter in task.parameters().values():
+        parameter.grad = None
+    text.model.eval()
+    fuse(text.model)  # what is measured from here on computes as evaluate does
+    return spectra(adapter, moments, weighting)
+
+
+def _cuts(adapter: Adapter, plan: Plan, found: dict[str, Spectrum], to: str | None) -> list[_Cut]:
+    """The size that was asked for first, then the other sizes of the curve, the largest first."""
+    full = pair_parameters(plan)
+    least = pair_parameters(replace(plan, entries=tuple(replace(entry, rank=1) for entry in plan.entries)))
+    cuts = [] if to is None else [_named(target(to, adapter, plan, found))]
+    if to is not None and cuts[0].parameters >= full:
+        raise ConfigError(f"--to {to} is no less than the {full:,} parameters that the pairs have. Name a smaller size.")
+    for share in SHARES:
+        if least <= round(share * full) < full:
+            item = _named(cut_to_budget(adapter, plan, found, round(share * full)))
+            if item.parameters not in {other.parameters for other in cuts}:
+                cuts.append(item)
+    if not cuts:
+        raise ConfigError(f"The pairs have {full:,} parameters and rank 1 each: there is nothing to cut.")
+    return cuts
+
+
+def _named(adapter: Adapter) -> _Cut:
+    parameters = sum(pair.A.numel() + pair.B.numel() for pair in adapter.pairs.values())
+    ranks = sorted({pair.rank for pair in adapter.pairs.values()})
+    span = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]}-{ranks[-1]}"
+    return _Cut(f"{parameters:,} parameters, {span}", adapter, parameters)
+
+
+def _curve(judged: Judge, cuts: Sequence[_Cut], full_parameters: int, share: float) -> RankCurve:
+    """Every cut and the whole adapter on the held-out rows, paired."""
+    rows, spec = judged.fitting(), judged.config.evaluate
+    base, full = judged.losses(rows, BASE), replace(judged.losses(rows, NAME), system=FULL)
+    gain = compare_losses(base, full, spec).difference
+    points = [CurvePoint(FULL, full_parameters, gain)]
+    for item in sorted(cuts, key=lambda item: -item.parameters):
+        losses = _losses_of(judged, rows, item)
+        points.append(
+            CurvePoint(
+                item.name, item.parameters, compare_losses(base, losses, spec).difference, compare_losses(losses, full, spec)
+            )
+        )
+    rule = f"loses at most {100 * share:g} % of its gain, with the whole interval"
+    good = [point for point in points[1:] if _good(point, gain.value, share)]
+    return RankCurve(tuple(points), rule, min(good, key=lambda point: point.parameters).name if good else "")
+
+
+def _good(point: CurvePoint, gain: float, share: float) -> bool:
+    """Not "no difference shown", which few rows always give: the interval itself must exclude a larger loss."""
+    found = point.against_full
+    return found is not None and found.difference.high <= share * max(gain, 0.0)
+
+
+def _losses_of(judged: Judge, rows: Sequence[Any], item: _Cut) -> RowLosses:
+    attach(judged.text.model, item.adapter, CUT)
+    try:
+        return replace(replace(judged, name=CUT).losses(rows, CUT), system=item.name)
+    finally:
+        eject(judged.text.model, CUT)
+
+
+def _write(opened: Opened, chosen: _Cut, curve: RankCurve, judged: Judge, dataset: Dataset, out: Path) -> Compressed:
+    """A run folder with the cut adapter, read back and measured from disk; its report has the rank curve."""
+    text, console = judged.text, judged.console
+    plan = plan_of(text.model, chosen.adapter)
+    lora = replace(judged.config.lora, rank_pattern=rank_pattern(plan, judged.config.lora))
+    config = replace(judged.config, lora=lora, out=str(out))
+    rows = judged.fitting()
+    with writing(f"The run folder {out}", "Free some space, or choose another --out."), new_folder(out) as place:
+        folder = RunFolder(place)
+        folder.adapter.mkdir()
+        peft.write(chosen.adapter, folder.adapter)
+        if opened.tokenizer is not None:
+            text.tokenizer.save_pretrained(folder.adapter)
+        back = _Cut(chosen.name, peft.read(folder.adapter), chosen.parameters)
+        certificate = _certify(_losses_of(judged, rows, chosen), _losses_of(judged, rows, back), out)
+        part, judging = ("test", dataset.test) if dataset.test else ("held-out", dataset.held_out)
+        report = _report(replace(judged, rows=judging), back, curve, (part, opened, dataset))
+        report = replace(report, ranks=rank_map(plan), certificate=certificate)
+        folder.write(folder.config, dump_yaml(config))
+        write_split_record(folder.split, dataset.split_record())
+        certificate.write(folder.certificate)
+        write_report(report, place)
+    show_results(report, console)
+    show_certificate(certificate, console)
+    console.print(f"Wrote {chosen.name} to {out / 'adapter'}   Report: {out / 'report.html'}", soft_wrap=True)
+    certificate.raise_if_failed()
+    return Compressed(out, curve, chosen.adapter, report)
+
+
+def _certify(live: RowLosses, stored: RowLosses, out: Path) -> Certificate:
+    off = float(abs(live.losses - stored.losses).max())
+    between = ("cut adapter", "what was written")
+    check = judge("adapter on disk", {"loss": off}, tolerance={"loss": 0.0}, between=between, n=len(live.losses))
+    return Certificate(f"The compressed adapter {out}", (check,))
+
+
+def _report(judged: Judge, item: _Cut, curve: RankCurve, about: tuple[str, Opened, Dataset]) -> Report:
+    """The cut adapter against its base on the judged rows, with the rank curve and, in words, its loss against the whole one."""
+    part, opened, dataset = about
+    rows, spec = judged.fitting(), judged.config.evaluate
+    against = compare_losses(_losses_of(judged, rows, item), replace(judged.losses(rows, NAME), system=FULL), spec)
+    found = against.difference
+    confirmed = f"{signed(found.value, 4)} nats a token [{signed(found.low, 4)}, {signed(found.high, 4)}], n = {found.n}"
+    learnt = (*dataset.train, *(dataset.held_out if part == "test" else ()))
+    attach(judged.text.model, item.adapter, CUT)
+    try:
+        report = replace(judged, name=CUT).report(f"Compressing {opened.folder.parent.name}", learnt_from=learnt)
+    finally:
+        eject(judged.text.model, CUT)
+    return replace(
+        report,
+        subtitle=f"{judged.text.name}, cut to {item.name}, judged on {report.rows_of} {part} rows",
+        rank_curve=curve,
+        facts={
+            "Adapter": f"{item.name}, cut from {opened.folder}",
+            f"Loss minus that as trained, on {part} rows": f"{confirmed}: {against.verdict}",
+            "Versions": facts.versions(),
+            "Machine": facts.machine(judged.text.device),
+        },
+    )
+
+
+def _show(curve: RankCurve, console: Console) -> None:
+    table = Table("adapter", "gain, nats a token", "loss − as trained", "verdict", title="The rank curve", title_justify="left")
+    for point in curve.points:
+        gain, against = point.gain, point.against_full
+        cells = [f"{gain.value:.4f} [{gain.low:.4f}, {gain.high:.4f}]"]
+        if against is not None:
+            found = against.difference
+            cells += [f"{signed(found.value, 4)} [{signed(found.low, 4)}, {signed(found.high, 4)}]", against.verdict]
+        table.add_row(point.name, *(Text(cell) for cell in cells), style="bold" if point.name == curve.marked else "")
+    console.print(table)
+    said = f"Smallest that {curve.rule}: {curve.marked}" if curve.marked else f"No cut {curve.rule}."
+    console.print(said, markup=False, soft_wrap=True)

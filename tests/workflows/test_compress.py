@@ -1,0 +1,129 @@
+"""`lorakeet compress`: the curve, the folder that it leaves, and what is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lorakeet.config import read_run
+from lorakeet.core.adapter import Adapter
+from lorakeet.errors import ConfigError, DataError, VerificationFailed
+from lorakeet.evaluate.certificate import read_certificate
+from lorakeet.evaluate.report import read_report
+from lorakeet.formats import peft
+from lorakeet.workflows.compress import compress
+from lorakeet.workflows.evaluate import evaluate
+from lorakeet.workflows.opened import open_adapter
+from tiny.runs import quiet, reviews, run, tree, write_rows
+
+
+@pytest.fixture(scope="module")
+def trained(tiny_llama_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of rank 8 that has learnt something, with enough held-out rows."""
+    folder = tmp_path_factory.mktemp("trained")
+    data, test = write_rows(folder / "rows.jsonl", reviews(200)), write_rows(folder / "test.jsonl", reviews(30, seed=5))
+    changes = {"lora.rank": 8, "lora.alpha": 24, "train.steps": 12, "data.held_out_fraction": 0.2, "data.test": test}
+    run(tiny_llama_folder, data, folder / "run", {**changes, "evaluate.baselines": "false"})
+    return folder / "run"
+
+
+def parameters(adapter: Adapter) -> int:
+    return sum(pair.A.numel() + pair.B.numel() for pair in adapter.pairs.values())
+
+
+@pytest.fixture(scope="module")
+def compressed(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    before = tree(trained)
+    result = compress(str(trained), out=tmp_path_factory.mktemp("cut") / "cut", tolerance="10%", console=quiet())
+    assert tree(trained) == before
+    return result
+
+
+def test_the_smallest_size_within_the_tolerance_is_written(compressed: Any, trained: Path) -> None:
+    curve, full = compressed.curve, peft.read(trained / "adapter")
+    sizes = [point.parameters for point in curve.points]
+    assert curve.points[0].name == "as trained" and sizes[0] == parameters(full) and sizes == sorted(sizes, reverse=True)
+    gain = curve.points[0].gain.value
+    within = [p.name for p in curve.points[1:] if p.against_full is not None and p.against_full.difference.high <= 0.1 * gain]
+    assert gain > 0 and curve.marked == within[-1] and 1 <= len(within) < len(curve.points) - 1
+    marked = next(point for point in curve.points if point.name == curve.marked)
+    assert parameters(peft.read(compressed.out / "adapter")) == marked.parameters < sizes[0]
+    assert compressed.to_mapping()["parameters"] == marked.parameters
+
+
+def test_what_it_leaves_is_a_run_that_other_verbs_open(compressed: Any, trained: Path) -> None:
+    out = compressed.out
+    assert {path.name for path in out.iterdir()} == {
+        "config.yaml", "split.json", "adapter", "report.json", "report.html", "certificate.json"
+    }  # fmt: skip
+    assert (out / "split.json").read_bytes() == (trained / "split.json").read_bytes()
+    assert read_certificate(out / "certificate.json").passed
+    opened = open_adapter(out)
+    config = read_run(out / "config.yaml")
+    assert {path: pair.rank for path, pair in opened.adapter.pairs.items()} == {
+        path: config.lora.rank_pattern.get(path, config.lora.rank) for path in opened.adapter.pairs
+    }
+    assert all(pair.scale == pytest.approx(3.0) for pair in opened.adapter.pairs.values())
+    again = evaluate(str(out), console=quiet()).report
+    assert again.systems[0].metrics == compressed.report.systems[0].metrics
+
+
+def test_the_report_has_the_curve_with_intervals_and_what_the_test_rows_say(compressed: Any) -> None:
+    report = read_report(compressed.out / "report.json")
+    assert report.rank_curve == compressed.curve and report.rows_of == 30
+    assert "Loss minus that as trained, on test rows" in report.facts and "n = 30" in str(report.facts)
+    page = (compressed.out / "report.html").read_text()
+    assert "The rank curve" in page and f"Marked: {compressed.curve.marked}" in page
+
+
+def test_a_size_that_was_asked_for_is_what_is_written(trained: Path, tmp_path: Path) -> None:
+    by_rank = compress(str(trained), out=tmp_path / "rank", to="rank 2", rows=20, weighting="activation", console=quiet())
+    assert {pair.rank for pair in peft.read(tmp_path / "rank" / "adapter").pairs.values()} == {2}
+    assert "rank 2" in [point.name for point in by_rank.curve.points][-1] or len(by_rank.curve.points) > 2
+    compress(str(trained), out=tmp_path / "count", to="2k", rows=20, weighting="none", console=quiet())
+    assert 1900 < parameters(peft.read(tmp_path / "count" / "adapter")) <= 2000
+
+
+def test_a_bare_adapter_needs_a_run_file(trained: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"brings no rows.*--config"):
+        compress(str(trained / "adapter"), out=tmp_path / "cut", console=quiet())
+    config = trained / "config.yaml"
+    found = compress(str(trained / "adapter"), out=tmp_path / "cut", to="rank 2", rows=5, config=config, console=quiet())
+    assert (found.out / "adapter" / "adapter_model.safetensors").is_file()
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"to": "lots"}, r"--to is 'lots'; expected a number of parameters such as"),
+        ({"to": "rank 8"}, r"--to is 'rank 8'; expected parameters such as 0\.5M, or 'rank N' with N from 1 to 7"),
+        ({"to": "100"}, r"budget of 100 parameters is below rank 1 for each of the 14 targets"),
+        ({"to": "9M"}, r"above what the highest rank|above the full rank"),
+        ({"tolerance": "much"}, r"--tolerance is 'much'; expected a share"),
+        ({"tolerance": "150%"}, r"--tolerance is '150%'"),
+        ({"rows": 0}, r"--rows is 0"),
+    ],
+)
+def test_sizes_that_cannot_be(trained: Path, tmp_path: Path, given: dict[str, Any], words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        compress(str(trained), out=tmp_path / "cut", console=quiet(), **given)
+    assert not (tmp_path / "cut").exists()
+
+
+def test_where_every_cut_loses_too_much_nothing_is_written(trained: Path, tmp_path: Path) -> None:
+    with pytest.raises(VerificationFailed, match=r"No cut .* loses at most 0 % of its gain.*nothing was written.*--to"):
+        compress(str(trained), out=tmp_path / "cut", tolerance="0", console=quiet())
+    assert not (tmp_path / "cut").exists()
+
+
+def test_what_there_is_to_lose(finished: Any, trained: Path, tmp_path: Path) -> None:
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").touch()
+    with pytest.raises(ConfigError, match="exists already"):
+        compress(str(trained), out=tmp_path / "full", console=quiet())
+    no_rows = tmp_path / "config.yaml"
+    no_rows.write_text((trained / "config.yaml").read_text().replace("held_out_fraction: 0.2", "held_out_fraction: 0.0"))
+    with pytest.raises(DataError, match=r"holds no rows out|no cut could be judged"):
+        compress(str(trained / "adapter"), out=tmp_path / "cut", config=no_rows, console=quiet())
