@@ -119,3 +119,16 @@ def test_other_attention_is_refused(tmp_path: Path) -> None:
     text = load_text_model(ModelSpec(path=path, dtype="float32", attention="sdpa"))
     with pytest.raises(ConfigError, match=r"needs model\.attention varlen; this model runs with sdpa"):
         step(text, KeyValues(slots=1, capacity=4), [Row(0, 0, (1,), {})])
+
+
+def test_a_short_row_beside_a_long_one_meets_zeros_past_its_end_whatever_memory_held(text: TextModel) -> None:
+    config = text.model.config
+    shape = (2, config.num_key_value_heads, 16, config.hidden_size // config.num_attention_heads)
+    dirty = [torch.full(shape, float("nan")) for _ in range(64)]
+    del dirty
+    cache = KeyValues(slots=2, capacity=16)
+    long, short = SEQUENCES[0], SEQUENCES[1]
+    step(text, cache, [Row(0, 0, long[:-1], {}), Row(1, 0, short[:-1], {})])
+    logits = step(text, cache, [Row(0, len(long) - 1, long[-1:], {}), Row(1, len(short) - 1, short[-1:], {})])
+    close(logits[1], whole(text, short))
+    assert all(bool(states[1, :, len(short) :].eq(0).all()) for layer in cache._layers.values() for states in layer)

@@ -6,6 +6,8 @@ They are laid end to end as in training, so there is no padding; single tokens o
 
 from __future__ import annotations
 
+import math
+import mmap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -43,7 +45,7 @@ class KeyValues:
         """The keys and values (slots, kv heads, capacity, d) of a layer; made like `key` and `value` (1, kv heads, n, d)."""
         if number not in self._layers:
             shapes = [(self.slots, states.shape[1], self.capacity, states.shape[3]) for states in (key, value)]
-            self._layers[number] = (key.new_empty(shapes[0]), value.new_empty(shapes[1]))
+            self._layers[number] = (_zeros(shapes[0], key), _zeros(shapes[1], value))
         return self._layers[number]
 
     def copy_prefix(self, source: int, target: int, count: int) -> None:
@@ -125,6 +127,19 @@ class Pass:
         seen = distance >= 0 if window is None else (distance >= 0) & (distance < window)
         found = _attention(queries, keys, values, seen[:, None, None, :].to(q.device), scale, cap)
         return found.reshape(len(slots), q.shape[1], -1)
+
+
+def _zeros(shape: tuple[int, ...], like: Tensor) -> Tensor:
+    """Zeros that take no memory until they are written, where the system hands out pages so.
+
+    A shorter row beside a longer one multiplies values past its own end by 0, which must be numbers: memory as it comes may hold
+    a NaN, and 0·NaN is NaN.
+    """
+    size = math.prod(shape) * like.element_size()
+    if like.device.type != "cpu" or size == 0:
+        return like.new_zeros(shape)
+    pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return torch.frombuffer(pages, dtype=like.dtype).view(shape)
 
 
 def _stacked(states: Tensor, kv: int) -> Tensor:
