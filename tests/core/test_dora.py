@@ -71,6 +71,33 @@ def test_the_start_changes_nothing(start: str) -> None:
     assert torch.allclose(pair(x, base_of(module, "linear"), module.bias), module(x), atol=1e-5)
 
 
+@pytest.mark.parametrize("products", [torch.bfloat16, torch.float32])
+def test_the_gain_is_not_rounded_to_bf16(products: torch.dtype) -> None:
+    """bf16's neighbours of 0.994 are 0.9922 and 0.9961: a gain rounded to one of them errs on all rows alike."""
+    torch.manual_seed(0)
+    module, x = nn.Linear(64, 64, bias=False).bfloat16(), torch.randn(256, 64).bfloat16()
+    pair = pair_on(module, "linear", random=False)
+    with torch.no_grad():
+        pair.magnitude.mul_(0.994)
+    got = pair(x, base_of(module, "linear"), None, products)
+    wanted = x.double() @ literal(module.weight.detach(), pair).T
+    assert got.dtype == torch.bfloat16
+    assert abs((got.double() * wanted).sum() / (wanted * wanted).sum() - 1) < 5e-4  # numbers are rounded, each for itself
+
+
+def test_a_convolution_s_gain_is_not_rounded_to_bf16() -> None:
+    torch.manual_seed(0)
+    conv, x = nn.Conv2d(8, 8, 3, bias=False).bfloat16(), torch.randn(4, 8, 8, 8).bfloat16()
+    pair = pair_on(conv, "conv2d", random=False)
+    with torch.no_grad():
+        pair.magnitude.mul_(0.994)
+    layer = LoraConv2d(conv).eval()
+    layer.attach("a", pair)
+    layer.active = "a"
+    wanted = nn.functional.conv2d(x.double(), literal(conv.weight.detach(), pair))
+    assert abs((layer(x).double() * wanted).sum() / (wanted * wanted).sum() - 1) < 5e-4
+
+
 def test_gradients_with_the_norm_held_constant() -> None:
     torch.manual_seed(0)
     module, x = nn.Linear(6, 9), torch.randn(5, 6)

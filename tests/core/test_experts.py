@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from lorakeet.core.experts import ExpertPairs, LoraExperts, supports
 from lorakeet.core.lowrank import LoraPair
 from lorakeet.core.plan import PlanEntry
+from lorakeet.core.selection import Share
 from tiny.models import tiny_model
 
 
@@ -102,3 +103,10 @@ def test_other_modules_are_no_experts(block: Any) -> None:
     assert "no gate_up_proj and down_proj" in supports(nn.Linear(2, 2))
     del block.act_fn
     assert "no act_fn" in supports(block)
+
+
+def test_a_divided_batch_is_refused_and_not_answered_by_the_base(block: Any) -> None:
+    layer = with_pairs(block, "down_proj")
+    layer.selection.divide([Share(0, 3, "a")], units=7)
+    with pytest.raises(ValueError, match="pairs on experts cannot differ within a batch"):
+        layer(*routed())

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from lorakeet.core.extras import Rows, TokenRowsEmbedding, TokenRowsHead, TrainedModule
+from lorakeet.core.selection import Share
 
 
 @pytest.fixture(autouse=True)
@@ -68,3 +69,17 @@ def test_rows_replace_lookups_and_logits_of_their_ids_alone() -> None:
     for layer, value in ((lookup, ids), (logits, hidden)):
         layer.active = None
         assert torch.equal(layer(value), layer.original(value))
+
+
+def test_a_divided_batch_is_refused_and_not_answered_by_the_base() -> None:
+    whole, lookup = TrainedModule(nn.Linear(4, 3)), TokenRowsEmbedding(nn.Embedding(10, 4))
+    logits = TokenRowsHead(nn.Linear(4, 10))
+    whole.attach("a", whole.new_copy())
+    for layer in (lookup, logits):
+        layer.attach("a", Rows((7,), torch.zeros(1, 4)))
+    for layer, x in ((whole, torch.randn(2, 4)), (lookup, torch.tensor([7, 1])), (logits, torch.randn(2, 4))):
+        layer.selection.divide([Share(0, 1, "a")], units=2)
+        with pytest.raises(ValueError, match="cannot differ within a batch"):
+            layer(x)
+        layer.selection.divide([Share(0, 1, "b")], units=2)  # no adapter of this layer
+        assert torch.equal(layer(x), layer.original(x))

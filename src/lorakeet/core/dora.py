@@ -51,10 +51,9 @@ class DoraPair(LoraPair):
             norm = self._norm(base.matmul(A).t())
         return self.magnitude / norm
 
-    def forward(
-        self, x: Tensor, base: FrozenBase, bias: Tensor | None = None, products: torch.dtype | None = None
-    ) -> Tensor:
-        y = super().forward(x, base, None, products) * self.gain(base, products or x.dtype).to(x.dtype)
+    def forward(self, x: Tensor, base: FrozenBase, bias: Tensor | None = None, products: torch.dtype | None = None) -> Tensor:
+        y = super().forward(x, base, None, products)
+        y = (y * self.gain(base, products or x.dtype)).to(y.dtype)  # a gain in bf16 would be wrong by up to 0.4 %
         return y if bias is None else y + bias
 
     def fold(self, weight: Tensor) -> Tensor:

@@ -26,6 +26,7 @@ class LoraExperts(AdaptedLayer):
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """hidden_states (tokens, hidden), top_k_index and top_k_weights (tokens, k) to (tokens, hidden)."""
+        self.require_undivided("pairs on experts")
         if self.active is None:
             return cast(Tensor, self.original(hidden_states, top_k_index, top_k_weights))
         pairs = cast(ExpertPairs, self.adapters[self.active])

@@ -26,6 +26,7 @@ class TrainedModule(AdaptedLayer):
 
     def current(self) -> nn.Module:
         """The copy in use, or the original."""
+        self.require_undivided("modules trained whole")
         active = self.active
         return self.original if active is None else self.adapters[active]
 
@@ -70,6 +71,7 @@ class TokenRowsEmbedding(TokenRowsLayer):
     """An embedding of which only the rows of some tokens are trained."""
 
     def forward(self, ids: Tensor) -> Tensor:
+        self.require_undivided("rows of tokens")
         y = cast(Tensor, self.original(ids))
         if self.active is None:
             return y
@@ -83,6 +85,7 @@ class TokenRowsHead(TokenRowsLayer):
     """An output head with trained rows, its own or those of a tied embedding: their logits come from the rows."""
 
     def forward(self, hidden: Tensor) -> Tensor:
+        self.require_undivided("rows of tokens")
         logits = cast(Tensor, self.original(hidden))
         if self.active is None:
             return logits

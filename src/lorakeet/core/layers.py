@@ -89,6 +89,11 @@ class AdaptedLayer(StandIn):
         active = self.active
         return None if active is None else cast(LoraPair, self.adapters[active])
 
+    def require_undivided(self, what: str) -> None:
+        """ValueError where a share of a divided batch uses an adapter of this layer, which can only serve whole batches."""
+        if self.selection.shares is not None and self.in_use:
+            raise ValueError(f"{what} cannot differ within a batch; switch between adapters instead")
+
     def divided(self, tokens: int) -> list[tuple[Share, LoraPair]]:
         """The shares of the batch that have a pair here, in tokens of a layer that sees so many."""
         shares = self.selection.shares_over(tokens)
@@ -236,8 +241,7 @@ class LoraConv2d(AdaptedLayer):
     original: nn.Conv2d
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.in_use and self.selection.shares is not None:
-            raise ValueError("pairs on convolutions cannot differ within a batch; switch between adapters instead")
+        self.require_undivided("pairs on convolutions")
         pair = self.pair()
         if pair is None:
             return cast(Tensor, self.original(x))
@@ -249,7 +253,7 @@ class LoraConv2d(AdaptedLayer):
         if not isinstance(pair, DoraPair):
             return cast(Tensor, conv(x)) + low_rank
         plain = nn.functional.conv2d(x, conv.weight, None, conv.stride, conv.padding, conv.dilation)
-        y = (plain + low_rank) * pair.gain(_FlatConv(conv), dtype).to(dtype).view(1, -1, 1, 1)
+        y = ((plain + low_rank) * pair.gain(_FlatConv(conv), dtype).view(1, -1, 1, 1)).to(dtype)
         return y if conv.bias is None else y + conv.bias.view(1, -1, 1, 1)
 
 
