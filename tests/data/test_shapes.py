@@ -148,3 +148,8 @@ def test_half_a_character_is_refused():
 def test_bad_messages(messages, said):
     with pytest.raises(DataError, match=said):
         shape({"messages": messages})
+
+
+def test_nan_is_an_empty_field():
+    with pytest.raises(DataError, match="f:2: column 'label' is empty"):
+        shape({"text": "a", "label": 1.0}, {"text": "b", "label": float("nan")})

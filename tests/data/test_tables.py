@@ -90,3 +90,18 @@ def test_empty_files_have_no_records(tmp_path):
 
 def test_plain_lines(tmp_path):
     assert records(tmp_path / "a.txt", "one\n\ntwo\r\n") == [("a.txt:1", {"text": "one"}), ("a.txt:3", {"text": "two"})]
+
+
+@pytest.mark.parametrize(
+    ("value", "said"), [("9" * 5000, "limit"), ("[" * 100_000, "brackets within brackets too deep")], ids=["digits", "brackets"]
+)
+def test_what_python_s_own_limits_refuse_is_named_like_other_broken_lines(tmp_path, value, said):
+    for name in ("a.jsonl", "a.json"):
+        with pytest.raises(DataError, match=f"{name}:1: broken JSON .*{said}"):
+            records(tmp_path / name, '{"a": ' + value + "}\n")
+
+
+@pytest.mark.parametrize(("content", "line"), [("[1,\n", 2), ('[\n"a\u2028b",\n{]', 3), ("", 1)])
+def test_an_array_that_breaks_off_is_named_by_its_line(tmp_path, content, line):
+    with pytest.raises(DataError, match=f"a.json:{line}: broken JSON at column"):
+        records(tmp_path / "a.json", content)

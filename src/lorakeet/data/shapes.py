@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -192,7 +193,8 @@ def _text(values: dict[str, object], column: str, spec: DataSpec, may_be_empty: 
     value = values.get(column)
     if value is not None and not isinstance(value, (str, int, float)):
         raise _Unusable(f"column '{column}' holds {type(value).__name__}; expected text.")
-    text = "" if value is None else _clean(str(value), spec)
+    absent = value is None or (isinstance(value, float) and math.isnan(value))  # tables of numbers have NaN for nothing
+    text = "" if absent else _clean(str(value), spec)
     if not text.strip() and not may_be_empty:
         raise _Unusable(f"column '{column}' is empty; remove the row or fill it.")
     return text

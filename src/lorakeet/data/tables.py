@@ -56,10 +56,8 @@ def _json_lines(stream: IO[str], name: str, problems: RowProblems) -> Iterator[R
         source = f"{name}:{number}"
         try:
             values = json.loads(line)
-        except json.JSONDecodeError as error:
-            problems.add(
-                source, f"broken JSON at column {error.colno} ({error.msg}): {_start_of(line)}; mend or remove the line."
-            )
+        except (ValueError, RecursionError) as error:
+            problems.add(source, f"broken JSON{_where(error)}: {_start_of(line)}; mend or remove the line.")
             continue
         if isinstance(values, dict):
             yield Record(source, values)
@@ -71,10 +69,11 @@ def _json_array(stream: IO[str], name: str, problems: RowProblems) -> Iterator[R
     text = stream.read()
     try:
         rows = json.loads(text)
-    except json.JSONDecodeError as error:
-        line = text.splitlines()[error.lineno - 1] if text.strip() else ""
-        hint = "; if each line is an object of its own, name the file .jsonl" if error.msg == "Extra data" else ""
-        problems.add(f"{name}:{error.lineno}", f"broken JSON at column {error.colno} ({error.msg}): {_start_of(line)}{hint}.")
+    except (ValueError, RecursionError) as error:
+        number = error.lineno if isinstance(error, json.JSONDecodeError) else 1
+        line = text.split("\n")[number - 1]  # json counts no other line ends
+        hint = "; if each line is an object of its own, name the file .jsonl" if "Extra data" in str(error) else ""
+        problems.add(f"{name}:{number}", f"broken JSON{_where(error)}: {_start_of(line)}{hint}.")
         return
     if not isinstance(rows, list):
         problems.add(name, f"expected an array of objects, got {_start_of(text)}; write one object a line in a .jsonl file.")
@@ -84,6 +83,13 @@ def _json_array(stream: IO[str], name: str, problems: RowProblems) -> Iterator[R
             yield Record(f"{name}[{number}]", values)
         else:
             problems.add(f"{name}[{number}]", f"expected an object in braces, got {_start_of(json.dumps(values))}.")
+
+
+def _where(error: Exception) -> str:
+    """Where and why: a column, or what Python has a limit for (digits of a number, lists within lists)."""
+    if isinstance(error, json.JSONDecodeError):
+        return f" at column {error.colno} ({error.msg})"
+    return " (brackets within brackets too deep)" if isinstance(error, RecursionError) else f" ({error})"
 
 
 def _separated(delimiter: str) -> Callable[[IO[str], str, RowProblems], Iterator[Record]]:
