@@ -72,7 +72,7 @@ class Claim:
 
 CLAIMS = {
     "7b": Claim("meta-llama/Llama-2-7b-hf", tokens=2048, steps=3, budget=2 << 30),
-    "13b": Claim("meta-llama/Llama-2-13b-hf", tokens=1024, steps=2, budget=2_500_000_000, batches=2),
+    "13b": Claim("meta-llama/Llama-2-13b-hf", tokens=256, steps=1, budget=2_500_000_000, batches=2),
     "70b": Claim("meta-llama/Llama-2-70b-hf", tokens=64, steps=1, budget=6_000_000_000),
 }
 OVERHEAD = Claim("meta-llama/Llama-2-7b-hf", tokens=2048, steps=2, budget=4 << 30, layers=4)
@@ -252,7 +252,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if "overhead" in given.claims:
         content["overhead"] = overhead(given.stores, given.pairs)
         print(f"Streamed / the same with every block in memory: {content['overhead']['ratio']:.3f}")
-    print(f"Written: {write_result('memory_claims', content, seed=0, about=about, folder=given.results)}")
+    name = "_".join(("memory_claims", *given.claims))
+    print(f"Written: {write_result(name, content, seed=0, about=about, folder=given.results)}")
     return 0 if all(one["peak"] <= one["budget"] for one in found.values()) else 1
 
 
