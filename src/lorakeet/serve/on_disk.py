@@ -41,7 +41,7 @@ def inspect(path: Path, live: LiveModel, digest: str = "") -> Source:
     PEFT folders by their headers alone; other formats are read. `digest` is what the content is known to be.
     """
     found = detect(path)
-    stamp = _stamp(found)
+    stamp = () if digest else _stamp(found)  # a digest from before a restart is compared with the content at the first load
     outline = peft.read(found.path, opened=open_outline) if found.format == "peft" else _converted(found, live)
     entries = live.check(outline).values()
     ranks, scales = {entry.rank for entry in entries}, {float(f"{entry.scale:.6g}") for entry in entries}

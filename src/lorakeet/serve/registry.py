@@ -75,12 +75,18 @@ class Registry:
         self._resident: dict[str, Version] = {}  # by key
         self._lock = threading.Lock()  # the tables; held for moments
         self._loading = threading.Lock()  # one load at a time
+        self._numbers: dict[str, int] = {}
         self._serial = 0
 
     @property
     def names(self) -> tuple[str, ...]:
         """All names that can be asked for."""
         return tuple(self._current)
+
+    @property
+    def versions(self) -> tuple[Version, ...]:
+        """What the names point to."""
+        return tuple(self._current.values())
 
     @property
     def resident_bytes(self) -> int:
@@ -92,6 +98,10 @@ class Registry:
     def resident(self) -> int:
         """How many adapters are in memory, old versions that are still used included."""
         return len(self._resident)
+
+    def number_of(self, name: str) -> int:
+        """The number of a name, for those who ask by numbers; it never belongs to another name."""
+        return self._numbers.setdefault(name, len(self._numbers))
 
     def get(self, name: str) -> Version:
         """The version that `name` points to; UnknownModel without one."""

@@ -1,0 +1,148 @@
+"""API keys: who may use which adapters, how often, and who may load and unload. Keys are kept as hashes and never written out."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lorakeet.errors import ConfigError, LorakeetError, Problems
+from lorakeet.formats.json_object import read_object
+
+EVERYTHING = "*"
+_MINUTE = 60.0
+
+
+class NotAllowed(LorakeetError):
+    """No key, a wrong one, or one that does not cover what was asked; `status` is HTTP's."""
+
+    def __init__(self, message: str, status: int) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+class QuotaSpent(LorakeetError):
+    """The key has asked as often as it may in a minute."""
+
+    def __init__(self, owner: str, quota: int, retry_after: int) -> None:
+        super().__init__(f"'{owner}' may ask {quota} times a minute; try again in {retry_after} s.")
+        self.retry_after = retry_after
+
+
+@dataclass
+class Caller:
+    """Who a key belongs to and what it may do. Without a file of keys everyone is the one Caller that may do everything."""
+
+    owner: str = ""
+    adapters: frozenset[str] = frozenset({EVERYTHING})
+    admin: bool = True
+    per_minute: int | None = None
+    _asked: deque[float] = field(default_factory=deque)
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def sees(self, name: str) -> bool:
+        """Whether the adapter `name` exists for this caller."""
+        return EVERYTHING in self.adapters or name in self.adapters
+
+    def visible(self, names: Iterable[str]) -> tuple[str, ...]:
+        """Those of `names` that exist for this caller."""
+        return tuple(name for name in names if self.sees(name))
+
+    def require_admin(self) -> None:
+        """NotAllowed where the key may not load, unload or change adapters."""
+        if not self.admin:
+            raise NotAllowed(f"The key of '{self.owner}' may use adapters, not load or change them.", 403)
+
+    def count(self, now: Callable[[], float] = time.monotonic) -> None:
+        """Counts a request; QuotaSpent where there were too many in the last minute."""
+        if self.per_minute is None:
+            return
+        with self._lock:
+            moment = now()
+            while self._asked and moment - self._asked[0] >= _MINUTE:
+                self._asked.popleft()
+            if len(self._asked) >= self.per_minute:
+                raise QuotaSpent(self.owner, self.per_minute, max(1, int(_MINUTE - (moment - self._asked[0]) + 0.999)))
+            self._asked.append(moment)
+
+
+class Access:
+    """Finds the Caller of a request. Without keys, everyone may do everything: the server then listens on this machine only."""
+
+    def __init__(self, callers: dict[str, Caller] | None = None) -> None:
+        """`callers` by the SHA-256 of their key."""
+        self._callers = callers
+        self._everyone = Caller()
+
+    @property
+    def open(self) -> bool:
+        """Whether no key is asked for."""
+        return self._callers is None
+
+    def caller(self, header: str | None) -> Caller:
+        """The caller of "Authorization: Bearer KEY"; NotAllowed (401) without a key that is known."""
+        if self._callers is None:
+            return self._everyone
+        kind, _, key = (header or "").partition(" ")
+        if kind.lower() == "bearer" and key:
+            given = hashed(key.strip())
+            for known, caller in self._callers.items():
+                if hmac.compare_digest(known, given):
+                    return caller
+        raise NotAllowed("No valid API key; send it as 'Authorization: Bearer KEY'.", 401)
+
+
+def hashed(key: str) -> str:
+    """What is kept of a key."""
+    return hashlib.sha256(key.encode()).hexdigest()
+
+
+def read_keys(path: Path) -> Access:
+    """The keys in a JSON file {"keys": [{"key" or "sha256", "owner", "adapters", "admin", "requests_per_minute"}]}.
+
+    ConfigError lists everything that is wrong, and shows no key.
+    """
+    data = read_object(path, expected="an object with a list of keys")
+    problems = Problems(f"The keys in {path} cannot be used")
+    callers: dict[str, Caller] = {}
+    entries = data.get("keys")
+    if not isinstance(entries, list) or not entries:
+        raise ConfigError(f'{path} has no keys; expected {{"keys": [{{"key": "…", "owner": "…", "adapters": ["…"]}}]}}.')
+    for number, entry in enumerate(entries, start=1):
+        problem = _problem(entry)
+        if problem:
+            problems.add(f"{path}, key {number}: {problem}")
+            continue
+        known = entry.get("sha256") or hashed(entry["key"])
+        if known in callers:
+            problems.add(f"{path}, key {number}: the same key stands there twice.")
+        adapters = entry.get("adapters", [EVERYTHING])
+        admin, quota = bool(entry.get("admin", False)), entry.get("requests_per_minute")
+        callers[known] = Caller(str(entry.get("owner", number)), frozenset(adapters), admin, quota)
+    problems.raise_if_any()
+    return Access(callers)
+
+
+def _problem(entry: Any) -> str:
+    """What is wrong with one entry of the file, or an empty string."""
+    if not isinstance(entry, dict):
+        return "it is no object."
+    unknown = set(entry) - {"key", "sha256", "owner", "adapters", "admin", "requests_per_minute"}
+    if unknown:
+        return f"unknown fields {', '.join(sorted(unknown))}."
+    key, digest = entry.get("key"), entry.get("sha256")
+    if not (isinstance(key, str) and len(key) >= 8) and not (isinstance(digest, str) and len(digest) == 64):
+        return "it needs a key of at least 8 characters, or the sha256 of one in hex."
+    adapters = entry.get("adapters", [])
+    if not isinstance(adapters, list) or not all(isinstance(name, str) for name in adapters):
+        return "adapters must be a list of names, or ['*']."
+    quota = entry.get("requests_per_minute")
+    if quota is not None and (not isinstance(quota, int) or quota < 1):
+        return "requests_per_minute must be a whole number of 1 or more."
+    return ""

@@ -1,0 +1,227 @@
+"""The HTTP server: routes, keys, errors as each API words them, limits on bodies, logs, and an end that loses nothing."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import socket
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from typing import Any
+
+import uvicorn
+from starlette.applications import Starlette
+from starlette.requests import ClientDisconnect
+from starlette.requests import Request as HttpRequest
+from starlette.responses import JSONResponse, PlainTextResponse, Response
+from starlette.routing import Route
+
+from lorakeet.errors import ConfigError, DataError, EnvironmentProblem, LorakeetError, VerificationFailed
+from lorakeet.serve import lifecycle, ollama, openai
+from lorakeet.serve.access import Caller, NotAllowed, QuotaSpent
+from lorakeet.serve.engine import Draining, QueueFull
+from lorakeet.serve.lifecycle import TooLarge
+from lorakeet.serve.naming import UnknownModel
+from lorakeet.serve.registry import NoRoom
+from lorakeet.serve.service import Service
+
+Handler = Callable[[HttpRequest], Awaitable[Response]]
+_STATUS: tuple[tuple[type[Exception], int, str], ...] = (  # the first that fits: more special ones come first
+    (UnknownModel, 404, "NotFoundError"),
+    (QueueFull, 429, "rate_limit_error"),
+    (QuotaSpent, 429, "rate_limit_error"),
+    (Draining, 503, "unavailable"),
+    (NoRoom, 503, "unavailable"),
+    (TooLarge, 413, "invalid_request_error"),
+    (VerificationFailed, 422, "verification_failed"),
+    (ConfigError, 400, "invalid_request_error"),
+    (DataError, 400, "invalid_request_error"),
+    (EnvironmentProblem, 503, "unavailable"),
+    (LorakeetError, 500, "server_error"),
+    (OSError, 507, "storage_error"),
+)
+_NO_ROOM_SECONDS = 1  # until an adapter in use may be free
+log = logging.getLogger("lorakeet.serve")
+
+
+def build_app(service: Service) -> Starlette:
+    """The application. No CORS headers are ever sent, so that a page from elsewhere cannot read an answer."""
+    routes = [
+        Route("/healthz", _plain(lambda: PlainTextResponse("ok"))),
+        Route("/readyz", _plain(lambda: _ready(service))),
+        Route("/metrics", _of_caller(service, lambda caller: _metrics(service, caller))),
+        Route("/v1/models", _of_caller(service, lambda caller: openai.models(service, caller))),
+        Route("/v1/chat/completions", _of_body(service, openai.chat_completions), methods=["POST"]),
+        Route("/v1/completions", _of_body(service, openai.completions), methods=["POST"]),
+        Route("/v1/load_lora_adapter", _of_body(service, lifecycle.load), methods=["POST"]),
+        Route("/v1/unload_lora_adapter", _of_body(service, lifecycle.unload), methods=["POST"]),
+        Route("/lora-adapters", _of_caller(service, lambda caller: lifecycle.scales(service, caller)), methods=["GET"]),
+        Route("/lora-adapters", _of_body(service, lifecycle.set_scales), methods=["POST"]),
+        Route("/api/tags", _of_caller(service, lambda caller: ollama.tags(service, caller))),
+        Route("/api/version", _of_caller(service, lambda caller: ollama.version(service, caller))),
+        Route("/api/chat", _of_body(service, ollama.chat), methods=["POST"]),
+        Route("/api/generate", _of_body(service, ollama.generate), methods=["POST"]),
+        *_adapter_routes(service),
+    ]
+
+    @asynccontextmanager
+    async def life(_: Starlette) -> AsyncIterator[None]:
+        yield
+        await asyncio.to_thread(service.engine.drain, service.limits.timeout)
+        await service.settle()
+
+    return Starlette(routes=routes, lifespan=life)
+
+
+def _adapter_routes(service: Service) -> list[Route]:
+    def name(request: HttpRequest) -> str:
+        return str(request.path_params["name"])
+
+    async def look(request: HttpRequest) -> Response:
+        return await lifecycle.look(service, _caller(service, request), name(request))
+
+    async def accept(request: HttpRequest) -> Response:
+        return await lifecycle.accept(service, _caller(service, request), name(request), await _body(service, request))
+
+    async def pin(request: HttpRequest) -> Response:
+        return await lifecycle.pin(service, _caller(service, request), name(request), await _body(service, request))
+
+    async def certify(request: HttpRequest) -> Response:
+        return await lifecycle.certify(service, _caller(service, request), name(request))
+
+    async def remove(request: HttpRequest) -> Response:
+        return await lifecycle.remove(service, _caller(service, request), name(request))
+
+    async def receive(request: HttpRequest) -> Response:
+        file = str(request.path_params["file"])
+        return await lifecycle.receive(service, _caller(service, request), request, name(request), file)
+
+    one = "/v1/adapters/{name}"
+    return [
+        Route(one, _guarded(look), methods=["GET"]),
+        Route(one, _guarded(accept), methods=["POST"]),
+        Route(one, _guarded(remove), methods=["DELETE"]),
+        Route(f"{one}/pin", _guarded(pin), methods=["POST"]),
+        Route(f"{one}/certificate", _guarded(certify), methods=["POST"]),
+        Route(f"{one}/{{file}}", _guarded(receive), methods=["PUT"]),
+    ]
+
+
+def run_server(app: Starlette, *, host: str, port: int, ready: Callable[[int], None]) -> None:
+    """Serves until SIGINT or SIGTERM, then lets what was begun end. `ready` hears the port once connections are taken."""
+    try:
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        listening = socket.create_server((host, port), family=family, backlog=2048)
+    except OSError as error:
+        raise EnvironmentProblem(
+            f"The server cannot listen on {host}:{port}: {error.strerror or error}. Choose another --host or --port."
+        ) from error
+    config = uvicorn.Config(app, log_level="warning", access_log=False, server_header=False)
+    _Server(config, ready).run([listening])
+
+
+class _Server(uvicorn.Server):
+    """uvicorn's server, which says when it listens."""
+
+    def __init__(self, config: uvicorn.Config, ready: Callable[[int], None]) -> None:
+        super().__init__(config)
+        self._ready = ready
+
+    async def startup(self, sockets: Any = None) -> None:
+        await super().startup(sockets)
+        if self.started:
+            self._ready(self.servers[0].sockets[0].getsockname()[1])
+
+
+def _plain(answer: Callable[[], Response]) -> Handler:
+    async def handle(_: HttpRequest) -> Response:
+        return answer()
+
+    return handle
+
+
+def _of_caller(service: Service, answer: Callable[[Caller], Awaitable[Response]]) -> Handler:
+    """A route that reads nothing but who asks."""
+
+    async def handle(request: HttpRequest) -> Response:
+        return await answer(_caller(service, request))
+
+    return _guarded(handle)
+
+
+def _of_body(service: Service, answer: Callable[[Service, Caller, HttpRequest, Any], Awaitable[Response]]) -> Handler:
+    """A route that reads a JSON body."""
+
+    async def handle(request: HttpRequest) -> Response:
+        caller = _caller(service, request)
+        return await answer(service, caller, request, await _body(service, request))
+
+    return _guarded(handle)
+
+
+def _guarded(handle: Handler) -> Handler:
+    """Turns errors into answers: vLLM's and OpenAI's shape, and Ollama's where its paths are asked for."""
+
+    async def answer(request: HttpRequest) -> Response:
+        try:
+            return await handle(request)
+        except ClientDisconnect:
+            return Response(status_code=499)  # nobody reads this
+        except (LorakeetError, OSError) as error:
+            status, kind = next((status, kind) for known, status, kind in _STATUS if isinstance(error, known))
+            if isinstance(error, NotAllowed):
+                status, kind = error.status, "authentication_error"
+            message = f"The server's disk refuses: {error.strerror}." if isinstance(error, OSError) else str(error)
+            log.warning("refused path=%s status=%d reason=%s", request.url.path, status, json.dumps(message[:500]))
+            headers = _retry(error)
+            if request.url.path.startswith("/api/"):
+                return JSONResponse({"error": message}, status, headers)
+            code = "model_not_found" if status == 404 else None
+            return JSONResponse({"error": {"message": message, "type": kind, "param": None, "code": code}}, status, headers)
+
+    return answer
+
+
+def _retry(error: Exception) -> dict[str, str]:
+    seconds = getattr(error, "retry_after", _NO_ROOM_SECONDS if isinstance(error, NoRoom) else None)
+    return {} if seconds is None else {"Retry-After": str(seconds)}
+
+
+def _caller(service: Service, request: HttpRequest) -> Caller:
+    return service.access.caller(request.headers.get("authorization"))
+
+
+async def _body(service: Service, request: HttpRequest) -> Any:
+    """The JSON of a request; an empty body is an empty object."""
+    raw = bytearray()
+    async for piece in request.stream():
+        raw += piece
+        if len(raw) > service.limits.body:
+            raise TooLarge(f"The request is larger than the {service.limits.body:,} bytes that this server takes.")
+    try:
+        return json.loads(raw) if raw else {}
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"The request is not JSON: {error}.") from error
+
+
+def _ready(service: Service) -> Response:
+    if service.engine.ready:
+        return PlainTextResponse("ready")
+    return PlainTextResponse(service.engine.failure or "not ready", 503)
+
+
+async def _metrics(service: Service, caller: Caller) -> Response:
+    caller.require_admin()
+    running, waiting = service.engine.load
+    registry = service.registry
+    gauges: dict[str, float] = {
+        "running_texts": running,
+        "waiting_texts": waiting,
+        "engine_steps": service.engine.steps,
+        "adapters_known": len(registry.names),
+        "adapters_resident": registry.resident,
+        "adapters_resident_bytes": registry.resident_bytes,
+        "kv_cache_bytes": service.engine.cache.bytes,
+    }
+    return PlainTextResponse(service.metrics.text(gauges), media_type="text/plain; version=0.0.4")

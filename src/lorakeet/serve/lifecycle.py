@@ -1,0 +1,152 @@
+"""Adapters over HTTP: vLLM's load and unload, llama.cpp's /lora-adapters, and our own upload, pin, look and certify."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import Any
+
+from starlette.requests import Request as HttpRequest
+from starlette.responses import JSONResponse, PlainTextResponse, Response
+
+from lorakeet.errors import ConfigError, DataError
+from lorakeet.serve.access import Caller
+from lorakeet.serve.fields import Fields
+from lorakeet.serve.probe import extend_certificate
+from lorakeet.serve.registry import Version
+from lorakeet.serve.service import Service
+from lorakeet.serve.store import Store
+
+
+class TooLarge(DataError):
+    """A body or a file is larger than the server takes."""
+
+
+async def load(service: Service, caller: Caller, request: HttpRequest, data: Any) -> Response:
+    """POST /v1/load_lora_adapter {"lora_name", "lora_path", "load_inplace", "pinned"}, as vLLM and SGLang have it."""
+    caller.require_admin()
+    fields = Fields(data)
+    fields.refuse({"lora_name", "lora_path", "load_inplace", "pinned", "base_model_name"}, (), {"is_3d_lora_weight": False})
+    name, path = fields.text("lora_name"), Path(fields.text("lora_path")).expanduser()
+    load_in_place, pinned = fields.flag("load_inplace"), fields.flag("pinned")
+    await asyncio.to_thread(service.registry.load, name, path, replace=load_in_place, pinned=pinned)
+    return PlainTextResponse(f"Success: LoRA adapter '{name}' added successfully.")
+
+
+async def unload(service: Service, caller: Caller, request: HttpRequest, data: Any) -> Response:
+    """POST /v1/unload_lora_adapter {"lora_name"}."""
+    caller.require_admin()
+    name = Fields(data).text("lora_name")
+    await asyncio.to_thread(_drop, service, name)
+    return PlainTextResponse(f"Success: LoRA adapter '{name}' removed successfully.")
+
+
+async def scales(service: Service, caller: Caller) -> Response:
+    """GET /lora-adapters: every adapter with the scale of requests that name none."""
+    found = [
+        {
+            "id": service.registry.number_of(version.name), "path": str(version.source.path),
+            "scale": service.scales.get(version.name, 0.0), "task_name": version.name, "prompt_prefix": "",
+        }
+        for version in service.registry.versions
+        if caller.sees(version.name)
+    ]  # fmt: skip
+    return JSONResponse(found)
+
+
+async def set_scales(service: Service, caller: Caller, request: HttpRequest, data: Any) -> Response:
+    """POST /lora-adapters [{"id", "scale"}]: what requests for the base use from now on; adapters that are not named get 0."""
+    caller.require_admin()
+    service.scales = service.by_number(caller, data)
+    return JSONResponse({"success": True})
+
+
+async def look(service: Service, caller: Caller, name: str) -> Response:
+    """GET /v1/adapters/NAME."""
+    return JSONResponse(_about(_seen(service, caller, name)))
+
+
+async def pin(service: Service, caller: Caller, name: str, data: Any) -> Response:
+    """POST /v1/adapters/NAME/pin {"pinned": true}: a pinned adapter is in memory and stays there."""
+    caller.require_admin()
+    _seen(service, caller, name)
+    await asyncio.to_thread(service.registry.pin, name, Fields(data).flag("pinned", True))
+    return JSONResponse(_about(service.registry.get(name)))
+
+
+async def certify(service: Service, caller: Caller, name: str) -> Response:
+    """POST /v1/adapters/NAME/certificate: adds to the certificate beside the adapter that it is served as it was verified."""
+    caller.require_admin()
+    version = _seen(service, caller, name)
+    if version.certificate is None:
+        raise DataError(f"No certificate.json lies beside '{name}' ({version.source.path}); a run folder or a merge has one.")
+    if version.probe is None:
+        service.registry.release(await asyncio.to_thread(service.registry.lease_of, {name: 1.0}))
+    assert version.probe is not None
+    tolerance = service.registry.prober.tolerance
+    written = await asyncio.to_thread(extend_certificate, version.certificate, name, version.probe, tolerance)
+    return JSONResponse({"path": str(version.certificate), "passed": written.passed, "checks": [str(c) for c in written.checks]})
+
+
+async def receive(service: Service, caller: Caller, request: HttpRequest, name: str, file: str) -> Response:
+    """PUT /v1/adapters/NAME/FILE: one file of an upload, in pieces; nothing is visible before the upload is accepted."""
+    caller.require_admin()
+    limit, place = service.limits.upload, _store(service).incoming(name, file)
+    size = 0
+    try:
+        with place.open("wb") as target:
+            async for piece in request.stream():
+                size += len(piece)
+                if size > limit:
+                    raise TooLarge(f"{file} is larger than the {limit:,} bytes that this server takes.")
+                await asyncio.to_thread(target.write, piece)
+    except BaseException:
+        place.unlink(missing_ok=True)
+        raise
+    return JSONResponse({"name": name, "file": file, "bytes": size})
+
+
+async def accept(service: Service, caller: Caller, name: str, data: Any) -> Response:
+    """POST /v1/adapters/NAME {"replace": false}: checks an upload whole, and only then serves it."""
+    caller.require_admin()
+    store, replace = _store(service), Fields(data).flag("replace")
+    await asyncio.to_thread(store.accept, name, service.registry, replace=replace)
+    return JSONResponse(_about(service.registry.get(name)))
+
+
+async def remove(service: Service, caller: Caller, name: str) -> Response:
+    """DELETE /v1/adapters/NAME: no longer served, and what was uploaded of it is deleted."""
+    caller.require_admin()
+    _seen(service, caller, name)
+    await asyncio.to_thread(_drop, service, name)
+    return JSONResponse({"name": name, "removed": True})
+
+
+def _drop(service: Service, name: str) -> None:
+    service.registry.unload(name)
+    service.scales.pop(name, None)
+    if service.store is not None:
+        service.store.forget(name)
+
+
+def _seen(service: Service, caller: Caller, name: str) -> Version:
+    if not caller.sees(name) or name not in service.registry.names:
+        raise service.unknown(caller, name)
+    return service.registry.get(name)
+
+
+def _store(service: Service) -> Store:
+    if service.store is None:
+        raise ConfigError("Uploads need a folder to keep them in; start the server with --adapters-dir DIR.")
+    return service.store
+
+
+def _about(version: Version) -> dict[str, Any]:
+    probe = version.probe
+    about = {
+        "name": version.name, "path": str(version.source.path), "format": version.source.found.format,
+        "digest": version.source.digest, "bytes": version.source.bytes, "ranks": list(version.source.ranks),
+        "scales": list(version.source.scales), "loaded": version.loaded, "pinned": version.pinned, "users": version.users,
+        "loads": version.loads, "load_seconds": round(version.load_seconds, 6),
+    }  # fmt: skip
+    return {**about, "effect": None if probe is None else round(probe.effect, 6)}

@@ -1,0 +1,232 @@
+"""OpenAI's /v1/chat/completions, /v1/completions and /v1/models (https://platform.openai.com/docs/api-reference)."""
+
+from __future__ import annotations
+
+import json
+import time
+import uuid
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from typing import Any
+
+from starlette.requests import Request as HttpRequest
+from starlette.responses import JSONResponse, Response, StreamingResponse
+
+from lorakeet.errors import ConfigError, LorakeetError
+from lorakeet.serve.access import Caller
+from lorakeet.serve.engine import Event
+from lorakeet.serve.fields import Fields
+from lorakeet.serve.multiplex import collect, merged
+from lorakeet.serve.sampling import Chosen, Sampling
+from lorakeet.serve.service import Service, Writing
+
+_COMMON = {"model", "max_tokens", "temperature", "top_p", "n", "seed", "stop", "stream", "stream_options", "logprobs", "lora"}
+_CHAT = _COMMON | {"messages", "max_completion_tokens", "top_logprobs"}
+_COMPLETION = _COMMON | {"prompt"}
+_WITHOUT_EFFECT = {"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "parallel_tool_calls"}
+_NEUTRAL: dict[str, Any] = {
+    "frequency_penalty": 0, "presence_penalty": 0, "logit_bias": {}, "tools": [], "tool_choice": "none", "functions": [],
+    "response_format": {"type": "text"}, "echo": False, "best_of": 1, "suffix": "", "modalities": ["text"],
+}  # fmt: skip
+_ROLES = ("system", "user", "assistant", "developer", "tool")
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """A request, understood."""
+
+    model: str
+    ids: tuple[int, ...]
+    sampling: Sampling
+    n: int
+    stream: bool
+    usage: bool  # whether the stream ends with counts
+    chat: bool
+    tell: bool  # log-probabilities
+
+
+async def chat_completions(service: Service, caller: Caller, request: HttpRequest, data: Any) -> Response:
+    """POST /v1/chat/completions."""
+    fields = Fields(data)
+    fields.refuse(_CHAT, _WITHOUT_EFFECT, _NEUTRAL)
+    tell = fields.flag("logprobs")
+    top = fields.whole("top_logprobs", 0) or 0
+    if top and not tell:
+        raise ConfigError("top_logprobs needs logprobs: true.")
+    limit = fields.whole("max_completion_tokens", fields.whole("max_tokens"))
+    ids = service.chat_ids(messages(fields))
+    asked = _asked(service, fields, ids, limit, logprobs=top if tell else None, chat=True)
+    return await _answer(service, caller, request, asked, fields)
+
+
+async def completions(service: Service, caller: Caller, request: HttpRequest, data: Any) -> Response:
+    """POST /v1/completions; the prompt is a text or a list of token ids."""
+    fields = Fields(data)
+    fields.refuse(_COMPLETION, _WITHOUT_EFFECT, _NEUTRAL)
+    prompt = fields.data.get("prompt")
+    if isinstance(prompt, list) and prompt and all(isinstance(part, int) and not isinstance(part, bool) for part in prompt):
+        vocabulary = len(service.text.tokenizer)
+        if not all(0 <= number < vocabulary for number in prompt):
+            raise ConfigError(f"prompt holds a token id outside 0 … {vocabulary - 1}.")
+        ids = tuple(prompt)
+    elif isinstance(prompt, list) and len(prompt) == 1 and isinstance(prompt[0], str):
+        ids = service.prompt_ids(prompt[0])
+    else:
+        ids = service.prompt_ids(fields.text("prompt"))
+    limit = fields.whole("max_tokens", 16)
+    asked = _asked(service, fields, ids, limit, logprobs=fields.whole("logprobs"), chat=False)
+    return await _answer(service, caller, request, asked, fields)
+
+
+def messages(fields: Fields) -> list[dict[str, str]]:
+    """The messages of a chat request; text parts are joined. ConfigError for anything but text."""
+    given = fields.data.get("messages")
+    if not isinstance(given, list) or not given:
+        raise ConfigError("messages is missing or empty; expected a list of {role, content}.")
+    found = []
+    for number, entry in enumerate(given):
+        message = Fields(entry, f"messages[{number}]")
+        role, content = message.text("role"), message.data.get("content")
+        if role not in _ROLES:
+            raise ConfigError(f"role of messages[{number}] is {role!r}; expected one of {', '.join(_ROLES)}.")
+        if isinstance(content, list):
+            parts = [Fields(part, f"a part of messages[{number}]") for part in content]
+            if any(part.text("type") != "text" for part in parts):
+                raise ConfigError(f"messages[{number}] has a part that is no text; this server takes text only.")
+            content = "".join(part.text("text") for part in parts)
+        if not isinstance(content, str):
+            raise ConfigError(f"content of messages[{number}] must be a text.")
+        found.append({"role": "system" if role == "developer" else role, "content": content})
+    return found
+
+
+def _asked(
+    service: Service, fields: Fields, ids: tuple[int, ...], limit: int | None, *, logprobs: int | None, chat: bool
+) -> _Asked:
+    sampling = Sampling(
+        max_tokens=max(1, service.engine.context - len(ids)) if limit is None else limit,
+        temperature=fields.number("temperature", 1.0),
+        top_p=fields.number("top_p", 1.0),
+        seed=fields.whole("seed"),
+        stop=fields.texts("stop"),
+        logprobs=logprobs,
+    )
+    sampling.check()
+    stream, usage = fields.flag("stream"), fields.inner("stream_options").flag("include_usage")
+    return _Asked(fields.text("model"), ids, sampling, fields.whole("n", 1) or 0, stream, usage, chat, logprobs is not None)
+
+
+async def _answer(service: Service, caller: Caller, request: HttpRequest, asked: _Asked, fields: Fields) -> Response:
+    meant = service.weigh(caller, asked.model, fields)
+    writing = await service.write(caller, meant, asked.ids, asked.sampling, texts=asked.n)
+    head = {
+        "id": ("chatcmpl-" if asked.chat else "cmpl-") + uuid.uuid4().hex,
+        "created": int(time.time()),
+        "model": asked.model,
+    }
+    if asked.stream:
+        return StreamingResponse(_stream(service, writing, asked, head), media_type="text/event-stream")
+    try:
+        found = await collect(request, writing)
+    finally:
+        service.close(writing)
+    if found is None:
+        return Response(status_code=499)  # the client is gone; nobody reads this
+    choices = [_whole(service, asked, index, events) for index, events in enumerate(found)]
+    kind = "chat.completion" if asked.chat else "text_completion"
+    return JSONResponse({**head, "object": kind, "choices": choices, "usage": _usage(writing)})
+
+
+async def _stream(service: Service, writing: Writing, asked: _Asked, head: dict[str, Any]) -> AsyncIterator[str]:
+    """Server-sent events, one for each piece of text that can be shown."""
+    kind = "chat.completion.chunk" if asked.chat else "text_completion"
+    try:
+        if asked.chat:
+            for text in writing.texts:
+                delta = {"role": "assistant", "content": ""}
+                yield _sse({**head, "object": kind, "choices": [{"index": text.index, "delta": delta, "finish_reason": None}]})
+        async for index, event in merged(writing.texts):
+            if event.reason == "error":
+                yield _sse({"error": {"message": event.error, "type": "server_error", "param": None, "code": None}})
+            elif event.text or event.reason or event.chosen is not None:
+                yield _sse({**head, "object": kind, "choices": [_piece(service, asked, index, event)]})
+        if asked.usage:
+            yield _sse({**head, "object": kind, "choices": [], "usage": _usage(writing)})
+        yield "data: [DONE]\n\n"
+    finally:
+        service.close(writing)
+
+
+def _piece(service: Service, asked: _Asked, index: int, event: Event) -> dict[str, Any]:
+    told = _logprobs(service, asked, [event.chosen] if event.chosen else [])
+    finish = _finish(event)
+    if asked.chat:
+        delta = {"content": event.text} if event.text or event.chosen else {}
+        return {"index": index, "delta": delta, "finish_reason": finish, "logprobs": told}
+    return {"index": index, "text": event.text, "finish_reason": finish, "logprobs": told}
+
+
+def _whole(service: Service, asked: _Asked, index: int, events: list[Event]) -> dict[str, Any]:
+    last = events[-1]
+    if last.reason == "error":
+        raise LorakeetError(last.error)
+    content = "".join(event.text for event in events)
+    told = _logprobs(service, asked, [event.chosen for event in events if event.chosen is not None])
+    body = {"message": {"role": "assistant", "content": content, "refusal": None}} if asked.chat else {"text": content}
+    return {"index": index, **body, "finish_reason": _finish(last), "logprobs": told}
+
+
+def _finish(event: Event) -> str | None:
+    """OpenAI knows "stop" and "length"; a text that ran out of time was cut, as by a limit."""
+    if event.reason is None:
+        return None
+    return "stop" if event.reason == "stop" else "length"
+
+
+def _logprobs(service: Service, asked: _Asked, chosen: list[Chosen]) -> dict[str, Any] | None:
+    if not asked.tell:
+        return None
+    named = [(_token(service, one.token), one) for one in chosen]
+    if asked.chat:
+        content = [
+            {**_entry(token, one.logprob), "top_logprobs": [_entry(_token(service, other), value) for other, value in one.top]}
+            for token, one in named
+        ]
+        return {"content": content, "refusal": None}
+    return {
+        "tokens": [token for token, _ in named],
+        "token_logprobs": [one.logprob for _, one in named],
+        "top_logprobs": [{_token(service, other): value for other, value in one.top} for _, one in named],
+        "text_offset": [],
+    }
+
+
+def _entry(token: str, logprob: float | None) -> dict[str, Any]:
+    return {"token": token, "logprob": logprob, "bytes": list(token.encode())}
+
+
+def _token(service: Service, number: int) -> str:
+    return str(service.text.tokenizer.decode([number], skip_special_tokens=False, clean_up_tokenization_spaces=False))
+
+
+def _usage(writing: Writing) -> dict[str, Any]:
+    return {
+        "prompt_tokens": writing.prompt,
+        "completion_tokens": writing.written,
+        "total_tokens": writing.prompt + writing.written,
+        "prompt_tokens_details": {"cached_tokens": writing.cached},
+    }
+
+
+def _sse(data: dict[str, Any]) -> str:
+    return f"data: {json.dumps(data, ensure_ascii=False)}\n\n"
+
+
+async def models(service: Service, caller: Caller) -> Response:
+    """GET /v1/models: the base, and the adapters that the caller may use, each with `parent` and `root`."""
+    listed = [{"id": service.base, "object": "model", "created": service.began, "owned_by": "lorakeet", "parent": None}]
+    for version in service.registry.versions:
+        if caller.sees(version.name):
+            about = {"parent": service.base, "root": str(version.source.path), "loaded": version.loaded, "pinned": version.pinned}
+            listed.append({"id": version.name, "object": "model", "created": service.began, "owned_by": "lorakeet", **about})
+    return JSONResponse({"object": "list", "data": listed})

@@ -1,0 +1,234 @@
+"""What the HTTP surfaces share: from a model name and a prompt to texts being written, with leases, limits and counts."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import AsyncIterator, Coroutine, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from jinja2 import TemplateError
+
+from lorakeet.errors import ConfigError
+from lorakeet.models.text import TextModel
+from lorakeet.serve.access import Access, Caller
+from lorakeet.serve.engine import Engine, Event, Job, Request
+from lorakeet.serve.fields import Fields
+from lorakeet.serve.metrics import Metrics
+from lorakeet.serve.naming import UnknownModel, wanted
+from lorakeet.serve.registry import Lease, Registry
+from lorakeet.serve.sampling import Sampling
+from lorakeet.serve.store import Store
+
+MOST_TEXTS = 16  # that one request may ask for
+log = logging.getLogger("lorakeet.serve")
+
+
+class Text:
+    """One text that is being written."""
+
+    def __init__(self, index: int) -> None:
+        self.index = index
+        self.job: Job | None = None
+        self.ended = asyncio.Event()
+        self._events: asyncio.Queue[Event] = asyncio.Queue()
+        self._loop = asyncio.get_running_loop()
+
+    def hear(self, event: Event) -> None:
+        """Called in the engine's thread."""
+        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody reads any more
+            self._loop.call_soon_threadsafe(self._take, event)
+
+    def _take(self, event: Event) -> None:
+        self._events.put_nowait(event)
+        if event.reason is not None:
+            self.ended.set()
+
+    async def events(self) -> AsyncIterator[Event]:
+        """Every event; the last one has a reason."""
+        while True:
+            event = await self._events.get()
+            yield event
+            if event.reason is not None:
+                return
+
+
+@dataclass
+class Writing:
+    """The texts of one request; `close` it whatever happens."""
+
+    texts: tuple[Text, ...]
+    lease: Lease
+    prompt: int  # tokens
+    began: float
+
+    @property
+    def cached(self) -> int:
+        """Tokens of the prompt that the prefix cache held, for the first text."""
+        job = self.texts[0].job
+        return 0 if job is None else job.cached
+
+    @property
+    def written(self) -> int:
+        """Tokens of all texts so far."""
+        return sum(len(text.job.written) for text in self.texts if text.job is not None)
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one request may take."""
+
+    timeout: float = 600.0  # seconds
+    body: int = 8 << 20  # bytes of JSON
+    upload: int = 1 << 30  # bytes of a file
+
+
+class Service:
+    """The parts of a server, and the life of a request in it."""
+
+    def __init__(
+        self,
+        text: TextModel,
+        engine: Engine,
+        registry: Registry,
+        *,
+        access: Access | None = None,
+        store: Store | None = None,
+        limits: Limits | None = None,
+    ) -> None:
+        self.text, self.engine, self.registry = text, engine, registry
+        self.access, self.store, self.limits = access or Access(), store, limits or Limits()
+        self.metrics = Metrics()
+        self.began = int(time.time())
+        self.scales: dict[str, float] = {}  # llama.cpp's: by adapter, for requests that name none
+        self._ending: set[asyncio.Task[None]] = set()
+
+    @property
+    def base(self) -> str:
+        """The name of the base model."""
+        return self.registry.base
+
+    def prompt_ids(self, prompt: str) -> tuple[int, ...]:
+        """The tokens of a raw prompt, with those that the tokenizer puts around one."""
+        return tuple(self.text.tokenizer.encode(prompt, add_special_tokens=True))
+
+    def chat_ids(self, messages: Sequence[dict[str, str]]) -> tuple[int, ...]:
+        """The tokens of a conversation that the model is to go on with; ConfigError where the chat template refuses it."""
+        tokenizer = self.text.tokenizer
+        if not tokenizer.chat_template:
+            raise ConfigError(f"{self.base} has no chat template; send the whole prompt to /v1/completions instead.")
+        try:
+            prompt = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
+        except TemplateError as error:
+            raise ConfigError(f"The chat template of {self.base} refuses these messages: {error}.") from error
+        return tuple(tokenizer.encode(prompt, add_special_tokens=False))
+
+    def meant(self, caller: Caller, model: str) -> dict[str, float]:
+        """The adapters that `model` means for this caller; others' adapters do not exist for it."""
+        return wanted(model, base=(self.base,), known=caller.visible(self.registry.names))
+
+    def weigh(self, caller: Caller, model: str, fields: Fields) -> dict[str, float]:
+        """As `meant`; a request for the base takes llama.cpp's `lora` list, or the scales that were set for everyone."""
+        meant = self.meant(caller, model)
+        if fields.data.get("lora") is not None:
+            if meant:
+                raise ConfigError("lora and an adapter as model exclude each other; ask for the base with lora.")
+            return self.by_number(caller, fields.data["lora"])
+        return meant or {name: scale for name, scale in self.scales.items() if scale and caller.sees(name)}
+
+    def by_number(self, caller: Caller, data: Any) -> dict[str, float]:
+        """llama.cpp's [{"id", "scale"}] as weights by name; ids are those of GET /lora-adapters."""
+        if not isinstance(data, list):
+            raise ConfigError('Expected a list such as [{"id": 0, "scale": 0.5}].')
+        numbered = {self.registry.number_of(name): name for name in caller.visible(self.registry.names)}
+        found: dict[str, float] = {}
+        for entry in data:
+            fields = Fields(entry, "an entry of the list")
+            number, scale = fields.whole("id"), fields.number("scale", 1.0)
+            if number not in numbered:
+                raise ConfigError(f"There is no adapter {number}; GET /lora-adapters lists them.")
+            if scale:
+                found[numbered[number]] = scale
+        return found
+
+    async def write(
+        self, caller: Caller, meant: dict[str, float], ids: tuple[int, ...], sampling: Sampling, *, texts: int = 1
+    ) -> Writing:
+        """Begins `texts` texts after `ids`. Whatever the registry and the engine refuse is raised before anything is written."""
+        if not 1 <= texts <= MOST_TEXTS:
+            raise ConfigError(f"n is {texts}; it must lie between 1 and {MOST_TEXTS}.")
+        caller.count()
+        began = time.monotonic()
+        lease = await asyncio.to_thread(self._lease, meant)
+        writing = Writing(tuple(Text(index) for index in range(texts)), lease, len(ids), began)
+        try:
+            for text in writing.texts:
+                seeded = sampling if sampling.seed is None else replace(sampling, seed=sampling.seed + text.index)
+                request = Request(ids, seeded, lease.adapters, self.limits.timeout)
+                text.job = self.engine.submit(request, text.hear)
+        except BaseException:
+            self.close(writing, "refused")
+            raise
+        return writing
+
+    def close(self, writing: Writing, outcome: str = "") -> None:
+        """Cancels what is not ended, and ends the lease when it is."""
+        self._after(self._end(writing, outcome))
+
+    async def _end(self, writing: Writing, outcome: str) -> None:
+        begun = [text for text in writing.texts if text.job is not None]
+        late = [text for text in begun if not text.ended.is_set()]
+        for text in late:
+            assert text.job is not None
+            text.job.cancel()
+            await text.ended.wait()
+        await asyncio.to_thread(self.registry.release, writing.lease)
+        label = writing.lease.label or self.base
+        outcome = outcome or ("cancelled" if late else "done")
+        self.metrics.add("requests", adapter=label, outcome=outcome)
+        for text in begun:
+            assert text.job is not None
+            self._measure(label, text.job)
+        log.info(
+            "request model=%s outcome=%s prompt=%d cached=%d written=%d seconds=%.3f",
+            label, outcome, writing.prompt, writing.cached, writing.written, time.monotonic() - writing.began,
+        )  # fmt: skip
+
+    def _lease(self, meant: dict[str, float]) -> Lease:
+        loads = {version.name: version.loads for version in self.registry.versions if version.name in meant}
+        lease = self.registry.lease_of(meant)
+        for version in lease.versions:
+            if version.loads != loads.get(version.name):
+                self.metrics.add("loads", adapter=version.name)
+                self.metrics.observe("load", version.load_seconds, adapter=version.name)
+        return lease
+
+    def _measure(self, label: str, job: Job) -> None:
+        timing = job.timing
+        self.metrics.add("prompt", len(job.request.ids), adapter=label)
+        self.metrics.add("cached", job.cached, adapter=label)
+        self.metrics.add("written", len(job.written), adapter=label)
+        if timing.first:
+            self.metrics.observe("first", timing.first - timing.submitted, adapter=label)
+            if len(job.written) > 1:
+                self.metrics.observe("token", (timing.ended - timing.first) / (len(job.written) - 1), adapter=label)
+
+    def _after(self, work: Coroutine[Any, Any, None]) -> None:
+        """Runs `work` whatever becomes of the request that began it."""
+        task = asyncio.get_running_loop().create_task(work)
+        self._ending.add(task)
+        task.add_done_callback(self._ending.discard)
+
+    async def settle(self) -> None:
+        """Waits until every request that was closed has ended."""
+        while self._ending:
+            await asyncio.gather(*self._ending)
+
+    def unknown(self, caller: Caller, name: str) -> UnknownModel:
+        """The error for a name that this caller cannot see, the same whether it exists or not."""
+        with contextlib.suppress(UnknownModel):
+            wanted(name, base=(), known=caller.visible(self.registry.names))
+        return UnknownModel(f"No adapter '{name}' is loaded.")

@@ -1,0 +1,53 @@
+"""Ollama's API by its own client: an adapter is a model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import ollama
+import pytest
+
+MESSAGES = [{"role": "user", "content": "The doctor gave me this drug."}]
+GREEDY = {"temperature": 0, "num_predict": 12}
+
+
+@pytest.fixture
+def client(site: Callable[..., Any]) -> Any:
+    found = ollama.Client(host=site().url)
+    yield found
+    found._client.close()
+
+
+def test_adapters_are_models(client: Any) -> None:
+    assert [model.model for model in client.list().models] == ["tiny", "a", "b"]
+    texts = [client.chat(name, MESSAGES, options=GREEDY).message.content for name in ("tiny", "a", "b")]
+    assert len(set(texts)) == 3
+    assert client.chat("a:latest", MESSAGES, options=GREEDY).message.content == texts[1]
+
+
+def test_streams_add_up(client: Any) -> None:
+    whole = client.chat("a", MESSAGES, options=GREEDY)
+    pieces = list(client.chat("a", MESSAGES, options=GREEDY, stream=True))
+    assert "".join(piece.message.content for piece in pieces) == whole.message.content
+    assert pieces[-1].done and pieces[-1].eval_count == whole.eval_count and pieces[-1].done_reason in ("stop", "length")
+    assert len(pieces) > 5
+
+
+def test_generate_goes_through_the_template_unless_raw(client: Any) -> None:
+    prompt = MESSAGES[0]["content"]
+    assert client.generate("a", prompt, options=GREEDY).response == client.chat("a", MESSAGES, options=GREEDY).message.content
+    raw = client.generate("a", prompt, raw=True, options=GREEDY)
+    assert raw.prompt_eval_count < client.generate("a", prompt, options=GREEDY).prompt_eval_count
+    told = client.generate("a", prompt, system="Be brief.", options=GREEDY)
+    assert told.prompt_eval_count > client.generate("a", prompt, options=GREEDY).prompt_eval_count
+    pieces = client.generate("a", prompt, raw=True, options=GREEDY, stream=True)
+    assert "".join(piece.response for piece in pieces) == raw.response
+
+
+def test_refusals_are_ollamas(client: Any) -> None:
+    with pytest.raises(ollama.ResponseError, match="No model 'c' is served") as error:
+        client.chat("c", MESSAGES)
+    assert error.value.status_code == 404
+    with pytest.raises(ollama.ResponseError, match="top_k is 40, which this server does not support"):
+        client.chat("a", MESSAGES, options={"top_k": 40})

@@ -1,0 +1,102 @@
+"""OpenAI's API by its own client: texts equal the engine's, streams equal the whole, and every setting has its effect."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import openai
+import pytest
+
+MESSAGES = [{"role": "user", "content": "The doctor gave me this drug."}]
+
+
+@pytest.fixture
+def served(site: Callable[..., Any]) -> Any:
+    return site()
+
+
+@pytest.fixture
+def client(served: Any) -> Any:
+    with openai.OpenAI(base_url=f"{served.url}/v1", api_key="none", max_retries=0) as found:
+        yield found
+
+
+def chat(client: Any, model: str, **options: Any) -> Any:
+    settings = {"temperature": 0, "max_tokens": 12, **options}
+    return client.chat.completions.create(model=model, messages=MESSAGES, **settings)
+
+
+def test_models_are_listed_with_their_parent(client: Any) -> None:
+    listed = {model.id: model for model in client.models.list()}
+    assert list(listed) == ["tiny", "a", "b"]
+    assert listed["a"].parent == "tiny" and listed["a"].root.endswith("/a")
+
+
+def test_adapters_base_and_mixes(client: Any) -> None:
+    names = ("tiny", "a", "b", "a*0.2+b*0.8", "a*3")
+    texts = {name: chat(client, name).choices[0].message.content for name in names}
+    assert len(set(texts.values())) >= 4, texts
+    assert chat(client, "tiny:a").choices[0].message.content == texts["a"]
+    answer = chat(client, "a")
+    assert answer.choices[0].finish_reason in ("stop", "length") and answer.object == "chat.completion"
+    usage = answer.usage
+    assert usage.prompt_tokens > 10 and usage.total_tokens == usage.prompt_tokens + usage.completion_tokens
+    assert usage.prompt_tokens_details.cached_tokens == usage.prompt_tokens - 1
+
+
+def test_a_stream_adds_up_to_the_whole(client: Any) -> None:
+    whole = chat(client, "a")
+    pieces = list(chat(client, "a", stream=True, stream_options={"include_usage": True}))
+    assert pieces[0].choices[0].delta.role == "assistant"
+    assert "".join(p.choices[0].delta.content or "" for p in pieces if p.choices) == whole.choices[0].message.content
+    assert [p.choices[0].finish_reason for p in pieces if p.choices][-1] == whole.choices[0].finish_reason
+    assert pieces[-1].usage.completion_tokens == whole.usage.completion_tokens
+    assert len(pieces) > 5, "it came in pieces"
+
+
+def test_stop_seed_n_and_logprobs(client: Any) -> None:
+    whole = chat(client, "a").choices[0].message.content
+    stop = whole[3:5]
+    cut = chat(client, "a", stop=[stop, "never"]).choices[0]
+    assert cut.message.content == whole[: whole.index(stop)] and cut.finish_reason == "stop"
+    warm = {"temperature": 1.5, "top_p": 0.9, "seed": 11, "n": 3}
+    first, second = ([c.message.content for c in chat(client, "a", **warm).choices] for _ in range(2))
+    assert first == second and len(set(first)) == 3
+    told = chat(client, "a", logprobs=True, top_logprobs=2).choices[0].logprobs.content
+    assert all(entry.top_logprobs[0].logprob == entry.logprob < 0 for entry in told)
+    assert "".join(entry.token for entry in told).startswith(whole[:3])
+
+
+def test_completions(client: Any) -> None:
+    answer = client.completions.create(model="b", prompt="This drug", temperature=0, max_tokens=8, logprobs=2)
+    assert answer.choices[0].text and len(answer.choices[0].logprobs.token_logprobs) == answer.usage.completion_tokens
+    again = client.completions.create(model="b", prompt="This drug", temperature=0, max_tokens=8, stream=True)
+    assert "".join(piece.choices[0].text for piece in again) == answer.choices[0].text
+    ids = client.completions.create(model="b", prompt=[30, 51, 77], temperature=0, max_tokens=8)
+    assert ids.usage.prompt_tokens == 3
+
+
+def test_refusals_are_openais(client: Any) -> None:
+    with pytest.raises(openai.NotFoundError, match=r"No model 'bb' is served\. Did you mean 'b'"):
+        chat(client, "bb")
+    for changes, message in (
+        ({"temperature": 3}, "between 0 and 2"),
+        ({"max_tokens": 0}, "max_tokens is 0"),
+        ({"n": 17}, "n is 17"),
+        ({"stop": [""]}, "none of them empty"),
+        ({"frequency_penalty": 0.5}, "frequency_penalty is 0.5, which this server does not support"),
+        ({"extra_body": {"tempratur": 1}}, "tempratur in the request is not known here"),
+        ({"top_logprobs": 2}, "needs logprobs"),
+    ):
+        with pytest.raises(openai.BadRequestError, match=message):
+            chat(client, "a", **changes)
+    for broken in ([], [{"role": "clown", "content": "x"}], [{"role": "user", "content": [{"type": "image_url"}]}]):
+        with pytest.raises(openai.BadRequestError):
+            client.chat.completions.create(model="a", messages=broken)
+    with pytest.raises(openai.BadRequestError, match="at most 127 fit"):
+        client.completions.create(model="a", prompt="word " * 300)
+
+
+def test_an_ignorable_field_is_ignored_and_a_neutral_one_too(client: Any) -> None:
+    assert chat(client, "a", user="me", frequency_penalty=0, response_format={"type": "text"}).choices[0].message.content
