@@ -320,6 +320,6 @@ def _read_number(kind: type[int] | type[float], value: Any) -> int | float:
         number = float(value)
     except (ValueError, OverflowError):
         raise _Misfit from None
-    if math.isnan(number) or (kind is int and not number.is_integer()):
+    if not math.isfinite(number) or (kind is int and not number.is_integer()):
         raise _Misfit
     return int(number) if kind is int else number

@@ -26,7 +26,7 @@ def test_every_field_has_help_and_the_defaults_are_valid() -> None:
         {"learning_rate": math.nan}, {"learning_rate": 5.0}, {"b_learning_rate_ratio": 0.0}, {"weight_decay": -0.1},
         {"beta1": 1.0}, {"beta2": -0.1}, {"epsilon": 0.0}, {"warmup_fraction": 1.0}, {"clip_norm": -1.0}, {"head_chunk": 0},
         {"evaluate_every": 0}, {"patience": -1}, {"min_improvement": -1.0}, {"checkpoint_every": 0}, {"keep_checkpoints": 0},
-        {"seed": -1},
+        {"seed": -1}, {"seed": 2**63},
     ],
 )  # fmt: skip
 def test_each_wrong_value_is_named(change: dict[str, float]) -> None:

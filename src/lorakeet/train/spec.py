@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 EVALUATIONS_A_RUN = 10  # when `evaluate_every` is left out
+LARGEST_SEED = 2**63 - 1  # what torch takes
 
 
 @dataclass(frozen=True)
@@ -86,6 +87,8 @@ class TrainSpec:
         for name in ("patience", "seed", "weight_decay", "clip_norm", "min_improvement"):
             if not _finite(getattr(self, name), 0.0):
                 found.append(f"train.{name} is {getattr(self, name):g}; it must be 0 or more.")
+        if self.seed > LARGEST_SEED:
+            found.append(f"train.seed is {self.seed}; it must be at most {LARGEST_SEED} (64 bits).")
         for name in ("epochs", "b_learning_rate_ratio", "epsilon"):
             value = getattr(self, name)
             if not _finite(value, 0.0) or value == 0:
