@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -51,10 +51,10 @@ def label_scores(
     short = [index for index, endings in enumerate(answers) if all(len(ending) == 1 for ending in endings)]
     prompts = [_example(rows[index].prompt, answers[index][0]) for index in short]
     for batch in _numbered_batches(prompts, micro_tokens):
-        log_probs = _log_probs_at_targets(text, batch, chunk)
-        for place, number in enumerate(int(key) for key in batch.keys):
-            index = short[number]
-            scores[index] = log_probs[place, [int(ending[0]) for ending in answers[index]]].double().cpu().numpy()
+        numbers = iter(short[int(key)] for key in batch.keys)
+        for log_probs in log_probs_at_targets(text, batch, chunk):
+            for row, index in zip(log_probs, numbers, strict=False):
+                scores[index] = row[[int(ending[0]) for ending in answers[index]]].double().cpu().numpy()
         if progress is not None:
             progress(len(batch.lengths))
     for index in sorted(set(range(len(rows))) - set(short)):
@@ -99,8 +99,11 @@ def _example(prompt: Ids, ending: Ids) -> Example:
     return Example(np.concatenate([prompt, ending]), supervised, "", None, False)
 
 
-def _log_probs_at_targets(text: TextModel, batch: Batch, chunk: int) -> torch.Tensor:
-    """log p over the vocabulary at the one target of each row (rows, vocabulary): a micro-batch holds few rows."""
+def log_probs_at_targets(text: TextModel, batch: Batch, chunk: int) -> Iterator[torch.Tensor]:
+    """log p over the vocabulary at the one target of each row, (chunk, vocabulary) at a time, without gradient."""
     with torch.no_grad():
         hidden = text.hidden(batch.to(text.device))
-        return torch.cat([text.head(part).float().log_softmax(-1) for part in hidden.split(chunk)])  # type: ignore[no-untyped-call]
+    for part in hidden.split(chunk):  # type: ignore[no-untyped-call]
+        with torch.no_grad():
+            log_probs = text.head(part).float().log_softmax(-1)
+        yield log_probs
