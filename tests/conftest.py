@@ -29,3 +29,19 @@ def tiny_llama_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from tiny.models import save_tiny_llama
 
     return save_tiny_llama(tmp_path_factory.mktemp("tiny") / "llama")
+
+
+@pytest.fixture(scope="session")
+def tiny_sd_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A saved tiny Stable Diffusion 1.x (16×16 pixels). Do not write into it."""
+    from tiny.pipelines import save_tiny_sd
+
+    return save_tiny_sd(tmp_path_factory.mktemp("tiny") / "sd")
+
+
+@pytest.fixture(scope="session")
+def tiny_sdxl_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A saved tiny SDXL (16×16 pixels, two text encoders). Do not write into it."""
+    from tiny.pipelines import save_tiny_sdxl
+
+    return save_tiny_sdxl(tmp_path_factory.mktemp("tiny") / "sdxl")

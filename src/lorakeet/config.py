@@ -11,6 +11,7 @@ from typing import Any, Literal
 import yaml
 
 from lorakeet.core.spec import LoraSpec
+from lorakeet.data.image_spec import ImageSpec
 from lorakeet.data.spec import DataSpec
 from lorakeet.errors import ConfigError
 from lorakeet.evaluate.spec import EvaluateSpec
@@ -18,6 +19,7 @@ from lorakeet.memory.spec import MemorySpec
 from lorakeet.models.spec import ModelSpec
 from lorakeet.ranks.spec import RanksSpec
 from lorakeet.settings import load, override, to_mapping
+from lorakeet.train.image_spec import DiffusionSpec
 from lorakeet.train.spec import TrainSpec
 
 __all__ = ["RunConfig", "dump_yaml", "read_run", "read_yaml"]
@@ -36,7 +38,11 @@ class RunConfig:
         default_factory=MemorySpec, metadata={"help": "The memory that it may take.", "shorthand": "budget"}
     )
     evaluate: EvaluateSpec = field(default_factory=EvaluateSpec, metadata={"help": "The measurements."})
-    kind: Literal["text"] = field(default="text", metadata={"help": "What the model makes; text is a causal language model."})
+    images: ImageSpec = field(default_factory=ImageSpec, metadata={"help": "The pictures, for kind image."})
+    diffusion: DiffusionSpec = field(default_factory=DiffusionSpec, metadata={"help": "Noise, loss and samples, for kind image."})
+    kind: Literal["text", "image"] = field(
+        default="text", metadata={"help": "What the model makes: text (a causal language model) or image (Stable Diffusion)."}
+    )
     out: str = field(default="runs/lorakeet", metadata={"help": "Folder of the run; it must not exist yet."})
 
     def validate(self) -> list[str]:

@@ -14,8 +14,11 @@ import pytest
 import torch
 
 from lorakeet.cli.main import main
+from lorakeet.data.images import open_pixels
+from lorakeet.evaluate.report import read_report
 from lorakeet.formats.detect import read_adapter
 from structure.tree import ROOT
+from tiny.pictures import album
 from tiny.runs import reviews
 
 QUICK = ["--model.dtype", "float32", "--lora.rank", "4", "--lora.alpha", "12", "--train.epochs", "1", "--train.batch_size", "16",
@@ -114,6 +117,21 @@ def test_export_and_verify(dates: Path, monkeypatch: pytest.MonkeyPatch) -> None
     written = {path.name for path in Path("runs/dates-ollama").iterdir()}
     assert written == {"Modelfile", "model.gguf", "README.md", "certificate.json"}
     assert [main(command) for command in commands_of("verify.sh")] == [0, 0]
+
+
+def test_photos_and_generate(tiny_sd_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("LORAKEET_CACHE", str(tmp_path / "cache"))
+    album(Path("photos"), 30)
+    quick = ["--model.dtype", "float32", "--model.device", "cpu", "--lora.rank", "4", "--train.steps", "4",
+             "--diffusion.sample_steps", "2", "--evaluate.resamples", "200", "--train.learning_rate", "5e-3"]  # fmt: skip
+    assert main(["finetune", str(ROOT / "examples" / "photos.yaml"), "--model", str(tiny_sd_folder), *quick]) == 0
+    assert read_report(Path("runs/photos/report.json")).samples is not None
+    commands = commands_of("generate.sh")
+    assert [main([*command, "--steps", "2", "--dtype", "float32"]) for command in commands] == [0, 0, 0]
+    places = ("whole/000.png", "half/000.png", "both/000.png", "both/001.png")
+    whole, half, base, again = (open_pixels(Path("pictures") / place)[0].astype(int) for place in places)
+    assert abs(whole - again).max() <= 2 and abs(whole - base).sum() >= abs(half - base).sum()
 
 
 def test_doctor(capsys: pytest.CaptureFixture[str]) -> None:

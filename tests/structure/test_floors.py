@@ -13,7 +13,7 @@ from structure.tree import ROOT, imported, named, source_files
 PLACES: dict[str, tuple[str, ...]] = {
     "transformers": ("models/",),
     "tokenizers": ("models/",),
-    "diffusers": ("models/image.py",),
+    "diffusers": ("models/image",),
     "bitsandbytes": ("quant/",),
     "gguf": ("formats/gguf.py", "quant/gguf.py", "export/gguf_model.py"),
     "llama_cpp_py_sync": ("export/llama_cpp.py",),

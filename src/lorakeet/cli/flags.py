@@ -91,7 +91,7 @@ def option_flags(options: type[DataclassInstance]) -> tuple[list[click.Parameter
             shown = f"{metavar}…" if several else metavar
             parameters.append(click.Argument([setting.path], metavar=shown, nargs=-1 if several else 1, required=False))
         else:
-            parameters.append(_option(setting))
+            parameters.append(_option(setting, whole=bool(by_name[setting.path].metadata.get("whole"))))
     return parameters, arguments
 
 
@@ -102,8 +102,8 @@ def given_values(command: click.Command, values: dict[str, Any], chosen: Callabl
         value = values.get(param.name or "")
         if chosen(param) and value not in (None, (), False):
             path = param.setting.path if isinstance(param, SettingFlag) else str(param.name)
-            positional = isinstance(param, click.Argument) and isinstance(value, tuple)
-            found[path] = list(value) if positional else _joined(value, getattr(param, "setting", None))
+            whole = isinstance(value, tuple) and (isinstance(param, click.Argument) or getattr(param, "whole", False))
+            found[path] = list(value) if whole else _joined(value, getattr(param, "setting", None))
     return found
 
 
@@ -118,10 +118,22 @@ def nearest_flag(typed: str, command: click.Command) -> str:
     return nearest(typed, section) or nearest(typed, flags)
 
 
-def _option(setting: Setting) -> click.Option:
+class _Repeated(click.Option):
+    """A flag of a verb that may be given several times; `whole` where a comma in its text is part of the text."""
+
+    whole = False
+
+
+def _option(setting: Setting, *, whole: bool = False) -> click.Option:
     flag = "--" + setting.path.replace("_", "-")
     if setting.kind is bool:
         return click.Option([flag], is_flag=True, help=setting.help)
+    if typing.get_origin(setting.kind) in (tuple, dict):
+        text = _metavar(setting.kind)
+        metavar = text.removesuffix(",…") if whole else text
+        option = _Repeated([flag], type=_Text(setting.kind), multiple=True, help=_help(setting), metavar=metavar)
+        option.whole = whole
+        return option
     return click.Option([flag], type=_Text(setting.kind), help=_help(setting), metavar=_metavar(setting.kind))
 
 

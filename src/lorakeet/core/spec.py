@@ -29,7 +29,7 @@ class LoraSpec:
     target_modules: tuple[str, ...] = field(
         default=("all-linear",),
         metadata={
-            "help": "Module names or path endings; or all-linear, attention, mlp; embeddings and lm_head only if named."
+            "help": "Module names or path endings; or all-linear, attention, mlp, conv; embeddings and lm_head only if named."
         },
     )
     exclude_modules: tuple[str, ...] = field(

@@ -20,6 +20,7 @@ from lorakeet.evaluate.charts import Curves, Point
 from lorakeet.evaluate.compare import Comparison
 from lorakeet.evaluate.intervals import Estimate
 from lorakeet.evaluate.rank_values import RankCurve, RankMap, Search, curve_plot
+from lorakeet.evaluate.samples import Memorisation, SampleGrid
 from lorakeet.evaluate.values import from_text, put_text, to_text
 from lorakeet.evaluate.verdict import Verdict
 from lorakeet.evaluate.wording import METRIC_WORDS, bytes_text, check_words, compact, metric_words, number, signed
@@ -147,7 +148,7 @@ class Report:
     """
 
     title: str
-    task: Literal["classification", "language"] = "classification"
+    task: Literal["classification", "language", "image"] = "classification"
     subtitle: str = ""
     created: str = ""
     facts: dict[str, str] = field(default_factory=dict)
@@ -164,6 +165,8 @@ class Report:
     rows_of: int = 0
     leaks: tuple[Leak, ...] | None = None
     drift: Drift | None = None
+    samples: SampleGrid | None = None
+    memorisation: Memorisation | None = None
     memory: tuple[MemoryUse, ...] = ()
     memory_budget: int | None = None
     speed: dict[str, str] = field(default_factory=dict)

@@ -11,7 +11,7 @@ from lorakeet.evaluate.compare import Comparison
 from lorakeet.evaluate.wording import metric_words, signed
 
 Tone = Literal["better", "mixed", "none", "worse"]
-PRIMARY = ("accuracy", "loss")  # the metric that the headline speaks of: the first one that was compared
+PRIMARY = ("accuracy", "loss", "denoising_loss")  # the metric that the headline speaks of: the first one that was compared
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,7 @@ METRIC_WORDS = {
     "calibration_error": MetricWords("Calibration error", "calibration error", "Gap between confidence and accuracy", False),
     "brier": MetricWords("Brier score", "Brier score", "Squared error of the probabilities", False, drawn=False),
     "loss": MetricWords("Loss", "nats a token", "Mean surprise at a token, in nats", False),
+    "denoising_loss": MetricWords("Denoising loss", "mean squared error", "Squared error of the predicted noise", False, 4),
     "perplexity": MetricWords("Perplexity", "perplexity", "exp(loss): choices a token, in effect", False, 2),
 }
 
@@ -38,6 +39,7 @@ CHECK_WORDS = {
     "top1_agreement": "same most likely token",
     "non_finite": "logits that are not finite",
     "loss": "loss difference, nats a token",
+    "latent": "largest latent difference, of the largest latent",
     "effect": "KL as a share of the adapter's effect",
 }
 

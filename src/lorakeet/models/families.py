@@ -31,6 +31,15 @@ class Family:
 
 GENERIC = Family("generic", (), attention=(), mlp=(), blocks="")
 
+# The UNet and the CLIP encoders of Stable Diffusion, in diffusers' and transformers' names.
+DIFFUSION = Family(
+    "diffusion",
+    (),
+    attention=("to_q", "to_k", "to_v", "to_out.0", "q_proj", "k_proj", "v_proj", "out_proj"),
+    mlp=("ff.net.0.proj", "ff.net.2", "fc1", "fc2"),
+    blocks="",
+)
+
 FAMILIES: tuple[Family, ...] = (
     Family("llama", ("llama",)),
     Family("mistral", ("mistral", "ministral")),

@@ -18,7 +18,7 @@ from lorakeet.models.extra_targets import plan_extras
 from lorakeet.models.families import Family, in_group
 from lorakeet.quant.adopt import weights_in
 
-KEYWORDS = ("all-linear", "attention", "mlp", "experts")
+KEYWORDS = ("all-linear", "attention", "mlp", "experts", "conv")
 _WORDS = {"attention": ("attn", "attention"), "mlp": ("mlp", "feed_forward", "ffn", "feedforward", "moe")}
 
 
@@ -36,8 +36,8 @@ class Site:
 def plan_for(model: nn.Module, spec: LoraSpec, family: Family) -> Plan:
     """What `spec` means for `model`: every pair and extra, in model order.
 
-    Targets are the keywords all-linear (linear layers and experts, without heads and routers), attention, mlp and experts,
-    or names and path endings. Raises ConfigError with every problem at once.
+    Targets are the keywords all-linear (linear layers and experts, without heads and routers), attention, mlp, experts and conv
+    (2-D convolutions, without a UNet's first and last one), or names and path endings. Raises ConfigError with every problem.
     """
     spec.check()
     problems = Problems("These LoRA settings do not fit the model")
@@ -85,6 +85,8 @@ def named(path: str, name: str) -> bool:
 
 
 def _in_keyword(site: Site, keyword: str, family: Family) -> bool:
+    if keyword == "conv":
+        return site.kind == "conv2d" and not named(site.path, "conv_in") and not named(site.path, "conv_out")
     if not site.common:
         return False
     if keyword == "all-linear":

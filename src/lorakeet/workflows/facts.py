@@ -11,7 +11,7 @@ import torch
 
 from lorakeet import __version__
 
-PACKAGES = ("torch", "transformers", "safetensors", "numpy", "scikit-learn")
+PACKAGES = ("torch", "transformers", "diffusers", "safetensors", "numpy", "scikit-learn")
 
 
 def versions() -> str:

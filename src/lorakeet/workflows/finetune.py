@@ -8,15 +8,13 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
-from lorakeet.config import RunConfig, dump_yaml
-from lorakeet.data.split import check_split_record, read_split_record, write_split_record
+from lorakeet.config import RunConfig
 from lorakeet.errors import ConfigError, RunStopped
 from lorakeet.evaluate.certificate import Certificate
 from lorakeet.evaluate.report import Report, write_report
@@ -29,7 +27,9 @@ from lorakeet.train.progress import reporter_for
 from lorakeet.train.run import RunFolder
 from lorakeet.workflows import page
 from lorakeet.workflows.assemble import Assembly, assemble, ready_to_train
+from lorakeet.workflows.begin import begin_run
 from lorakeet.workflows.certify_run import certify_run
+from lorakeet.workflows.image_finetune import ImageResult, finetune_images
 from lorakeet.workflows.judge import Judge
 from lorakeet.workflows.place import require_place, writing
 from lorakeet.workflows.show import show_certificate, show_plan, show_results
@@ -69,7 +69,7 @@ class FinetuneResult:
 
 def finetune(
     config: RunConfig, *, resume: Path | None = None, dry_run: bool = False, budget: str | None = None, console: Console
-) -> FinetuneResult:
+) -> FinetuneResult | ImageResult:
     """Trains, judges and certifies; everything is in the run folder `config.out`, or in `resume`.
 
     Raises ConfigError, DataError and EnvironmentProblem before anything is written, RunStopped when the run ends early, and
@@ -80,6 +80,8 @@ def finetune(
     if not dry_run:
         _require_run(run, resume=resume is not None)
     require_sink(config.train.log_to)
+    if config.kind == "image":
+        return finetune_images(config, run, resume=resume is not None, dry_run=dry_run, console=console)
     setup = assemble(config, console)
     show_plan(setup, console)
     if dry_run:
@@ -127,20 +129,7 @@ def _require_run(run: RunFolder, *, resume: bool) -> None:
 
 def _begin(setup: Assembly, run: RunFolder, *, resume: bool) -> None:
     """Writes config.yaml and split.json of a new run; checks that a resumed one sees the same rows."""
-    record = setup.dataset.split_record()
-    if resume and run.split.exists():
-        check_split_record(read_split_record(run.split), record)
-        return
-    with writing(f"The run folder {run.path}", "Free some space, or choose another --out."):
-        try:
-            if not resume:
-                RunFolder.create(run.path)
-            run.write(run.config, dump_yaml(setup.config))
-            write_split_record(run.split, record)
-        except OSError:
-            if not resume:
-                shutil.rmtree(run.path, ignore_errors=True)
-            raise
+    begin_run(run, setup.config, setup.dataset.split_record(), resume=resume)
 
 
 def _identity(setup: Assembly) -> dict[str, str]:

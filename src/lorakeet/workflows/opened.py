@@ -102,6 +102,10 @@ def open_adapter(path: Path, *, base: str | None = None, config: Path | None = N
     run = RunFolder(path) if (path / "config.yaml").is_file() else None
     adapter = read_adapter(path)
     settings = read_run(config) if config else read_run(run.config) if run else _bare(path, adapter, base)
+    if settings.kind == "image":
+        raise ConfigError(
+            f"{path} is a run on images. Draw with it by lorakeet generate, or write it for other programs by lorakeet convert."
+        )
     if not config:  # a run remembers the device that it was trained on; this machine may have another
         settings = dataclasses.replace(settings, model=dataclasses.replace(settings.model, device="auto"))
     if base is not None:

@@ -14,6 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from lorakeet.config import RunConfig
+from lorakeet.errors import ConfigError
 from lorakeet.evaluate.wording import bytes_text
 from lorakeet.memory.allocator import return_freed_memory
 from lorakeet.memory.budget import larger_than_machine
@@ -93,6 +94,8 @@ def plan(
     `rank`, `tokens` (of a row and of a micro-batch) and `quantize` win over the settings of these. Where memory.budget is set
     and the run would hold more, the result says what would help. Raises ConfigError for a model that is not known.
     """
+    if config.kind == "image":
+        raise ConfigError("lorakeet plan is for text models; of runs on images it knows no memory. Use finetune --dry-run.")
     config = _with(config, rank, tokens, quantize)
     budget = config.memory.bytes
     if budget is not None:

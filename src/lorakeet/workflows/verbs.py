@@ -185,6 +185,38 @@ class VerifyOptions:
 
 
 @dataclass(frozen=True)
+class GenerateOptions:
+    """What is drawn, with which model and adapters, and where it goes."""
+
+    prompt: tuple[str, ...] = field(metadata={"help": "What a picture shows; may be repeated.", "whole": True})
+    out: Path = field(metadata={"help": "Folder to write the pictures to; it must not exist yet."})
+    model: str | None = field(
+        default=None, metadata={"help": "A folder saved by diffusers, or a hub id; without it, the one that the adapter names."}
+    )
+    adapter: tuple[str, ...] = field(
+        default=(), metadata={"help": "NAME=PATH of a run folder or an adapter of any format; may be repeated.", "whole": True}
+    )
+    weights: dict[str, float] = field(
+        default_factory=dict, metadata={"help": "The mix of all pictures, such as a=0.7,b=0.3; one adapter alone counts fully."}
+    )
+    each: tuple[str, ...] = field(
+        default=(), metadata={"help": "A mix for each prompt in turn: a name, base, or names with weights as in a=0.7+b=0.3."}
+    )
+    count: int = field(default=1, metadata={"help": "Pictures of each prompt."})
+    seed: int = field(default=0, metadata={"help": "Of the first picture's noise; further pictures of a prompt count on."})
+    steps: int = field(default=30, metadata={"help": "Steps of the model's own sampler."})
+    guidance: float = field(
+        default=7.5, metadata={"help": "How much further than without guidance a picture follows its prompt; 1 is off."}
+    )
+    negative: str = field(default="", metadata={"help": "What guidance leads away from."})
+    size: str | None = field(
+        default=None, metadata={"help": "Width x height in pixels, such as 512x768; without it, the model's own."}
+    )
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = field(default="auto", metadata={"help": "Precision of the model."})
+    device: str = field(default="auto", metadata={"help": "auto, cpu, cuda, cuda:1, mps."})
+
+
+@dataclass(frozen=True)
 class CompressOptions:
     """How far an adapter is cut, and on which rows that is weighed."""
 
@@ -241,5 +273,6 @@ VERBS = (
     Verb("convert", "Write an adapter in another program's format, and check it.", ConvertOptions),
     Verb("export", "Write the merged model as GGUF or for Ollama, and check it.", ExportOptions),
     Verb("verify", "Prove that what was merged, exported or served is the model.", VerifyOptions),
+    Verb("generate", "Draw pictures with an image model and adapters, mixed or one each.", GenerateOptions),
     Verb("doctor", "Check this machine; say what is missing and how to mend it.", DoctorOptions),
 )

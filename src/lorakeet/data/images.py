@@ -1,0 +1,258 @@
+"""A folder of captioned pictures as rows: every file is read, turned upright and hashed, or named with the reason why not."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import math
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lorakeet.data.image_spec import ImageSpec
+from lorakeet.errors import DataError, EnvironmentProblem, Problems
+
+ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+CAPTION_COLUMNS = ("text", "caption", "prompt")
+HASH_SIDE = 16
+_ORIENTATION = 0x0112  # EXIF tag
+_CLEARLY = 3  # grey levels of 255
+
+Pixels = NDArray[np.uint8]  # (height, width, 3)
+
+
+@dataclass(frozen=True)
+class ImageRow:
+    """One picture: `pixels_key` is the hash of its upright pixels, `key` that of pixels and caption."""
+
+    path: Path
+    caption: str
+    width: int
+    height: int
+    pixels_key: str
+    looks: int  # 256-bit difference hash: alike pictures differ in few bits
+    source: str
+
+    @property
+    def key(self) -> str:
+        return hashlib.sha256(f"{self.pixels_key}\n{self.caption}".encode("utf-8", "surrogatepass")).hexdigest()
+
+
+@dataclass(frozen=True)
+class Album:
+    """The pictures of a folder that can be used, and a sentence about every file that was changed or left out."""
+
+    rows: tuple[ImageRow, ...]
+    remarks: tuple[str, ...]
+
+
+def read_album(folder: Path, spec: ImageSpec, *, limit: int | None = None) -> Album:
+    """The pictures below `folder`, in the order of their paths, exact copies once.
+
+    A caption stands in metadata.jsonl (file_name, and text, caption or prompt), else in NAME.txt beside NAME.png, else it is
+    `spec.caption`. Files that are broken, or smaller than `spec.smallest`, are left out with a remark. DataError names every
+    picture without a caption, and says so where no picture is left.
+    """
+    if not folder.is_dir():
+        raise DataError(f"data.train {folder} is no folder; kind: image expects a folder of pictures with captions.")
+    files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in ENDINGS and path.is_file())
+    if not files:
+        raise DataError(f"{folder} holds no picture ({', '.join(ENDINGS)}).")
+    captions = _listed_captions(folder)
+    problems = Problems(f"The pictures in {folder} cannot be used", DataError)
+    rows: dict[str, ImageRow] = {}
+    remarks: list[str] = []
+    for path in files[:limit]:
+        name = path.relative_to(folder).as_posix()
+        found = _row(path, name, captions, spec, remarks, problems)
+        if found is not None and (twin := rows.setdefault(found.pixels_key, found)) is not found:
+            remarks.append(f"{name} is a copy of {twin.source}; it counts once.")
+    problems.raise_if_any()
+    if not rows:
+        listed = "\n".join(f"  - {line}" for line in remarks)
+        raise DataError(f"None of the {len(files)} pictures in {folder} can be used:\n{listed}")
+    return Album(tuple(rows.values()), tuple(remarks))
+
+
+def open_pixels(path: Path) -> tuple[Pixels, list[str]]:
+    """The upright RGB pixels (height, width, 3) of a picture, and what had to be done to it, in words.
+
+    Turns it by its EXIF tag, takes the first frame of an animation, converts CMYK, grey, palette and 16-bit pictures, and lays
+    transparent ones on white. OSError or ValueError where it cannot be read whole.
+    """
+    image_module, operations = _pillow()
+    done: list[str] = []
+    too_large = (image_module.DecompressionBombError, image_module.DecompressionBombWarning)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        warnings.simplefilter("error", image_module.DecompressionBombWarning)
+        try:
+            with image_module.open(path) as image:
+                if getattr(image, "is_animated", False):
+                    done.append(f"has {image.n_frames} frames, of which the first is used")
+                image.load()
+                if image.getexif().get(_ORIENTATION, 1) != 1:
+                    done.append("was turned upright by its EXIF tag")
+                upright = operations.exif_transpose(image)
+                if upright.mode == "CMYK":
+                    done.append("was converted from CMYK")
+                return _rgb(upright, image_module, done), done
+        except (*too_large, SyntaxError, EOFError) as error:  # besides OSError, what Pillow raises for broken files
+            raise ValueError(str(error)) from error
+
+
+def cut(pixels: Pixels, size: tuple[int, int], *, crop: int = 0, key: str = "") -> tuple[Pixels, tuple[int, int]]:
+    """`pixels` scaled to cover `size` (height, width) and cut to it, with the cut's (top, left) in the scaled picture.
+
+    Crop 0 is the middle; further ones lie where a hash of `key` and the number says.
+    """
+    height, width = size
+    image_module, _ = _pillow()
+    scale = max(height / pixels.shape[0], width / pixels.shape[1])
+    scaled = max(height, round(pixels.shape[0] * scale)), max(width, round(pixels.shape[1] * scale))
+    image = image_module.fromarray(pixels).resize(scaled[::-1], image_module.Resampling.LANCZOS)
+    room = scaled[0] - height, scaled[1] - width
+    if crop == 0:
+        top, left = room[0] // 2, room[1] // 2
+    else:
+        digest = hashlib.sha256(f"crop {crop} {key}".encode()).digest()
+        top, left = (int.from_bytes(digest[at : at + 8], "little") % (space + 1) for at, space in ((0, room[0]), (8, room[1])))
+    return np.asarray(image)[top : top + height, left : left + width].copy(), (top, left)
+
+
+def bucket_sizes(resolution: int, step: int) -> list[tuple[int, int]]:
+    """The sizes (height, width) of examples: multiples of `step`, of at most resolution² pixels, sides between half and twice it.
+
+    For each height, the widest that fits; the square is one of them where `step` divides `resolution`.
+    """
+    found = set()
+    for height in range(step, 2 * resolution + 1, step):
+        width = resolution * resolution // height // step * step
+        if resolution <= 2 * height and resolution <= 2 * width <= 4 * resolution:
+            found.add((height, width))
+    return sorted(found)
+
+
+def bucket_of(row: ImageRow, sizes: list[tuple[int, int]]) -> tuple[int, int]:
+    """The size whose shape is nearest to the picture's: the least |log| of the ratio of their aspects."""
+    aspect = row.height / row.width
+    return min(sizes, key=lambda size: (abs(math.log(size[0] / size[1] / aspect)), -size[0] * size[1], size))
+
+
+def _row(
+    path: Path, name: str, captions: Mapping[str, str], spec: ImageSpec, remarks: list[str], problems: Problems
+) -> ImageRow | None:
+    try:
+        pixels, done = open_pixels(path)
+    except (OSError, ValueError) as error:
+        remarks.append(f"{name} cannot be read ({error}); it is left out.")
+        return None
+    remarks += [f"{name} {what}." for what in done]
+    height, width = pixels.shape[:2]
+    if min(height, width) < spec.smallest:
+        remarks.append(f"{name} has {width}×{height} pixels, a side below images.smallest {spec.smallest}; it is left out.")
+        return None
+    caption = captions.get(name)
+    if caption is None:
+        beside = path.with_suffix(".txt")
+        caption = _text(beside) if beside.is_file() else spec.caption
+    if not caption.strip():
+        problems.add(f"{name} has no caption; write {path.stem}.txt beside it, a line in metadata.jsonl, or set images.caption.")
+        return None
+    digest = hashlib.sha256(f"{height} {width} ".encode() + pixels.tobytes()).hexdigest()
+    return ImageRow(path, " ".join(caption.split()), width, height, digest, looks_of(pixels), name)
+
+
+def looks_of(pixels: Pixels) -> int:
+    """The difference hash: for 16×16 places of a small grey picture, whether the next place to the right is clearly brighter.
+
+    Clearly, so that noise in an even background decides no bit.
+    """
+    image_module, _ = _pillow()
+    small = image_module.fromarray(pixels).convert("L").resize((HASH_SIDE + 1, HASH_SIDE), image_module.Resampling.BOX)
+    grey = np.asarray(small, np.int16)
+    return int.from_bytes(np.packbits(grey[:, 1:] > grey[:, :-1] + _CLEARLY).tobytes(), "big")
+
+
+def _rgb(image: Any, image_module: Any, done: list[str]) -> Pixels:
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        wide = image.convert("RGBA")
+        if np.asarray(wide)[..., 3].min() < 255:
+            done.append("has transparent places, which were laid on white")
+        image = image_module.alpha_composite(image_module.new("RGBA", wide.size, "white"), wide)
+    elif image.mode.startswith("I;16") or image.mode in ("I", "F"):
+        values = np.asarray(image, np.float64)
+        scaled = values / (257.0 if image.mode != "F" else max(values.max() / 255.0, 1e-9))
+        image = image_module.fromarray(np.clip(scaled, 0, 255).round().astype(np.uint8))
+        done.append("has more than 8 bits a channel, which were scaled to 8")
+    return np.asarray(image.convert("RGB"), np.uint8)
+
+
+def _listed_captions(folder: Path) -> dict[str, str]:
+    """Captions by path from metadata.jsonl; DataError names every line that cannot be used."""
+    file = folder / "metadata.jsonl"
+    if not file.is_file():
+        return {}
+    problems = Problems(f"{file} cannot be used", DataError)
+    found: dict[str, str] = {}
+    for number, record in _records(_text(file), file, problems):
+        name = record.get("file_name")
+        caption = next((record[column] for column in CAPTION_COLUMNS if isinstance(record.get(column), str)), None)
+        if not isinstance(name, str) or caption is None:
+            columns = " or ".join(CAPTION_COLUMNS)
+            problems.add(f"{file.name}:{number} has {', '.join(record) or 'nothing'}; expected file_name and {columns}.")
+        elif not (folder / name).is_file():
+            problems.add(f"{file.name}:{number} names {name}, which does not exist in {folder}.")
+        else:
+            found[Path(name).as_posix()] = caption
+    problems.raise_if_any()
+    return found
+
+
+def _records(text: str, file: Path, problems: Problems) -> Iterator[tuple[int, dict[str, Any]]]:
+    for number, line in enumerate(text.splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError as error:
+            problems.add(f"{file.name}:{number} is not JSON: {error.msg}.")
+            continue
+        if isinstance(record, dict):
+            yield number, record
+        else:
+            problems.add(f"{file.name}:{number} holds {record!r:.40}; expected an object with file_name and a caption.")
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} is not UTF-8 text (byte {error.start}). Save it as UTF-8.") from None
+
+
+def _pillow() -> tuple[Any, Any]:
+    try:
+        from PIL import Image, ImageOps
+    except ImportError as error:
+        raise EnvironmentProblem(
+            f"Pictures need Pillow, which is not installed ({error}). Install it: pip install 'lorakeet[images]'"
+        ) from error
+    return Image, ImageOps
+
+
+def png_of(pixels: Pixels, *, largest: int | None = None) -> bytes:
+    """The picture as a PNG file's bytes, scaled down so that no side is above `largest`."""
+    image_module, _ = _pillow()
+    image = image_module.fromarray(np.ascontiguousarray(pixels))
+    if largest is not None and max(image.size) > largest:
+        image.thumbnail((largest, largest), image_module.Resampling.LANCZOS)
+    buffer = io.BytesIO()
+    image.save(buffer, format="PNG")
+    return buffer.getvalue()

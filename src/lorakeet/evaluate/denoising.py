@@ -1,0 +1,57 @@
+"""A report on pictures from the denoising losses of base and adapter: paired, at the same timesteps and noises."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from lorakeet.evaluate.compare import compare_losses
+from lorakeet.evaluate.likelihood import RowLosses, measure_losses
+from lorakeet.evaluate.report import Reply, Report, Role, SideBySide, SystemResult
+from lorakeet.evaluate.spec import EvaluateSpec
+from lorakeet.evaluate.verdict import verdict_of
+
+METRIC = "denoising_loss"
+
+
+def denoising_report(
+    title: str, *, adapter: RowLosses, base: RowLosses, captions: Sequence[str], sources: Sequence[str], spec: EvaluateSpec
+) -> Report:
+    """Loss of each system with its interval, the paired difference and the verdict; a row is a picture.
+
+    `losses` of a row are the squared errors added up over its fixed timesteps, `tokens` the number of these.
+    """
+    roles: tuple[tuple[RowLosses, Role], ...] = ((adapter, "adapter"), (base, "base"))
+    systems = tuple(SystemResult(rows.system, role, {METRIC: measure_losses(rows, spec)["loss"]}) for rows, role in roles)
+    comparison = replace(compare_losses(adapter, base, spec), metric=METRIC)
+    mine, other = adapter.losses / adapter.tokens, base.losses / base.tokens
+    order = np.argsort(mine - other, kind="stable")
+    half = spec.show_rows // 2
+    if len(order) > spec.show_rows:
+        order = np.concatenate([order[: spec.show_rows - half], order[len(order) - half :]])
+    return Report(
+        title,
+        task="image",
+        systems=systems,
+        comparisons=(comparison,),
+        verdict=verdict_of((comparison,)),
+        rows=tuple(
+            SideBySide(captions[row], sources[row], Reply(loss=float(other[row])), Reply(loss=float(mine[row])), sources[row])
+            for row in order
+        ),
+        rows_of=len(captions),
+        warnings=too_few(len(captions)),
+    )
+
+
+def too_few(pictures: int) -> tuple[str, ...]:
+    """What must be said where so few pictures are judged that nothing could be shown, whatever the adapter learnt."""
+    least = 2.0 ** (1 - pictures)
+    if least <= 0.05:
+        return ()
+    return (
+        f"Only {pictures} pictures are held out: the paired test cannot give a p-value below {least:g}, so no difference can be "
+        "shown. Hold out 6 or more (data.held_out_fraction, or a folder as data.held_out).",
+    )

@@ -1,0 +1,139 @@
+"""Latents of pictures and embeddings of captions, computed once and kept on disk under a hash of all that they depend on."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lorakeet.data.image_spec import ImageSpec
+from lorakeet.data.images import ImageRow, Pixels, bucket_of, bucket_sizes, cut, open_pixels
+from lorakeet.errors import ConfigError, DataError, EnvironmentProblem
+from lorakeet.formats.safe import open_safetensors, save_tensors
+from lorakeet.models.gguf_copy import cache_folder
+from lorakeet.models.image import Conditioning, ImageModel
+
+AT_ONCE = 4  # captions, and cut-outs of a picture, that are encoded together
+Progress = Callable[[int], None]  # called with the number of pictures or captions just done
+
+
+@dataclass(frozen=True)
+class EncodedImage:
+    """A picture's cut-outs as latents (variants, channels, h, w), fp32 on the CPU; the first is the middle, not mirrored.
+
+    sizes (variants, 6): the picture's height and width, top and left of the cut, the example's height and width, in pixels.
+    """
+
+    row: ImageRow
+    latents: Tensor
+    sizes: Tensor
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """The examples' sizes (height, width) in pixels that a model and the settings give."""
+
+    allowed: list[tuple[int, int]]
+
+    @classmethod
+    def of(cls, model: ImageModel, spec: ImageSpec) -> Sizes:
+        """ConfigError where the settings ask for a size that the UNet cannot halve."""
+        step = model.factor * 2 ** (len(model.unet.config.block_out_channels) - 1)
+        resolution = spec.resolution or model.resolution
+        wanted = spec.bucket_step or max(step, resolution // 8 // step * step)
+        for name, value in (("resolution", resolution), ("bucket_step", wanted)):
+            if value % step:
+                raise ConfigError(f"images.{name} is {value}, but {model.name} halves {step} pixels; use a multiple of {step}.")
+        return cls(bucket_sizes(resolution, wanted) if spec.buckets else [(resolution, resolution)])
+
+
+def encode_images(
+    model: ImageModel, rows: Sequence[ImageRow], spec: ImageSpec, *, say: Callable[[str], None], progress: Progress | None = None
+) -> list[EncodedImage]:
+    """Every row's latents, from the cache where they are in it. EnvironmentProblem where the cache cannot be written."""
+    folder = _folder(spec, "latents")
+    sizes = Sizes.of(model, spec)
+    found = []
+    for row in rows:
+        size = bucket_of(row, sizes.allowed)
+        key = f"{row.pixels_key} {model.autoencoder_digest} {size} {spec.crops} {spec.flip}"
+        held = _kept(folder, key, lambda row=row, size=size: _variants(model, row, size, spec), say)  # type: ignore[misc]
+        found.append(EncodedImage(row, held["latents"], held["sizes"]))
+        if progress:
+            progress(1)
+    return found
+
+
+class Captions:
+    """The conditioning of captions, each computed once; the empty caption is what a dropped one becomes."""
+
+    def __init__(self, model: ImageModel, spec: ImageSpec, *, say: Callable[[str], None]) -> None:
+        self.model, self.say = model, say
+        self.folder = _folder(spec, "texts")
+        self.known: dict[str, Conditioning] = {}
+
+    def of(self, caption: str) -> Conditioning:
+        """The conditioning of one caption, (1, tokens, width), fp32 on the CPU."""
+        if caption not in self.known:
+            key = f"{self.model.kind} {self.model.encoders_digest}\n{caption}"
+            held = _kept(self.folder, key, lambda: self._describe(caption), self.say)
+            self.known[caption] = Conditioning(held["states"], held.get("pooled"))
+        return self.known[caption]
+
+    def _describe(self, caption: str) -> dict[str, Tensor]:
+        with torch.no_grad():
+            told = self.model.describe([caption])
+        found = {"states": told.states.float().cpu()}
+        return found if told.pooled is None else {**found, "pooled": told.pooled.float().cpu()}
+
+
+def as_pixels(pictures: Sequence[Pixels]) -> Tensor:
+    """uint8 pictures (height, width, 3) of one size as the autoencoder takes them: (n, 3, height, width) in [−1, 1]."""
+    stacked = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2)
+    return stacked.float() / 127.5 - 1
+
+
+def _variants(model: ImageModel, row: ImageRow, size: tuple[int, int], spec: ImageSpec) -> dict[str, Tensor]:
+    try:
+        pixels, _ = open_pixels(row.path)
+    except (OSError, ValueError) as error:
+        raise DataError(f"{row.path} could be read when the run began and cannot be read now: {error}.") from error
+    pictures, sizes = [], []
+    for crop in range(spec.crops):
+        piece, (top, left) = cut(pixels, size, crop=crop, key=row.pixels_key)
+        for picture in (piece, piece[:, ::-1].copy())[: 1 + spec.flip]:
+            pictures.append(picture)
+            sizes.append([row.height, row.width, top, left, *size])
+    parts = [as_pixels(pictures[start : start + AT_ONCE]) for start in range(0, len(pictures), AT_ONCE)]
+    return {"latents": torch.cat([model.encode(part).cpu() for part in parts]), "sizes": torch.tensor(sizes, dtype=torch.float32)}
+
+
+def _folder(spec: ImageSpec, name: str) -> Path:
+    folder = (Path(spec.cache).expanduser() if spec.cache else cache_folder() / "images") / name
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise EnvironmentProblem(f"The cache folder {folder} cannot be made: {error.strerror}. Set images.cache.") from error
+    return folder
+
+
+def _kept(folder: Path, key: str, make: Callable[[], Mapping[str, Tensor]], say: Callable[[str], None]) -> dict[str, Tensor]:
+    """What the cache holds under `key`, or what `make` gives, which is then kept."""
+    path = folder / f"{hashlib.sha256(key.encode('utf-8', 'surrogatepass')).hexdigest()}.safetensors"
+    if path.is_file():
+        try:
+            file = open_safetensors(path)
+            return {name: file.read(name) for name in file.tensors}
+        except DataError as error:
+            say(f"A file of the cache is damaged and is made again: {error}")
+    made = {name: tensor.contiguous() for name, tensor in make().items()}
+    try:
+        save_tensors(path, made, metadata={})
+    except OSError as error:
+        raise EnvironmentProblem(f"The cache {folder} cannot be written ({error}). Free space or set images.cache.") from error
+    return made

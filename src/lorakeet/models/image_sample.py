@@ -1,0 +1,155 @@
+"""Pictures that a model draws: the same noise for the same seed, and for each picture of a batch its own adapters and weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from lorakeet.core.layers import LoraConv2d
+from lorakeet.core.lowrank import LoraPair
+from lorakeet.core.selection import Share
+from lorakeet.errors import ConfigError
+from lorakeet.models.image import Conditioning, ImageModel, quiet_diffusers
+from lorakeet.models.inject import adapter_names, selection_of
+from lorakeet.models.modules import adapted_layers
+
+Mix = Mapping[str, float]  # adapters with their weights; none of them is the base
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """How pictures are drawn: steps of the model's own scheduler, guidance (1 is off), what to stay away from, size in pixels."""
+
+    steps: int = 30
+    guidance: float = 7.5
+    negative: str = ""
+    size: tuple[int, int] | None = None  # height and width; None: what the model was made for
+    at_once: int = 4
+
+
+def draw_latents(
+    model: ImageModel,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    sampler: Sampler,
+    *,
+    mixes: Sequence[Mix] | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> Tensor:
+    """Latents (n, channels, h, w), fp32, of one picture for each prompt and seed.
+
+    Up to rounding, a picture does not depend on those that are drawn beside it. `mixes` gives each picture its adapters; without
+    it the adapter that is active counts for all. Afterwards the selection is as it was. ConfigError where adapters cannot differ
+    within a batch (`why_not_mixed`).
+    """
+    if mixes is not None:
+        _check_mixes(model, mixes)
+    model.parts.eval()
+    selection = selection_of(model.parts)
+    before = selection.active
+    found = []
+    try:
+        for at in range(0, len(prompts), sampler.at_once):
+            part = slice(at, at + sampler.at_once)
+            found.append(_batch(model, prompts[part], seeds[part], sampler, None if mixes is None else mixes[part]))
+            if progress:
+                progress(len(prompts[part]))
+    finally:
+        selection.use(before)
+    return torch.cat(found)
+
+
+def why_not_mixed(model: ImageModel, mixes: Sequence[Mix]) -> str:
+    """Why these mixes cannot share a batch, or cannot be weighted at all, as adapters side by side; empty where they can.
+
+    What all pictures share, one adapter at weight 1 or none, is no mix and always works.
+    """
+    if len({_single(mix) for mix in mixes}) == 1 and _single(mixes[0]) is not None:
+        return ""
+    names = {name for mix in mixes for name in mix}
+    for path, layer in adapted_layers(model.parts):
+        for name in names & set(layer.adapters):
+            if isinstance(layer, LoraConv2d):
+                return f"'{name}' changes the convolution {path}, and a convolution has one adapter for a whole batch"
+            if not cast(LoraPair, layer.adapters[name]).plain:
+                return f"'{name}' has more than A and B on {path} (DoRA, a bias or dropout), which has no weighted sum"
+    return ""
+
+
+def _batch(
+    model: ImageModel, prompts: Sequence[str], seeds: Sequence[int], sampler: Sampler, mixes: Sequence[Mix] | None
+) -> Tensor:
+    height, width = sampler.size or (model.resolution, model.resolution)
+    places = (int(model.unet.config.in_channels), height // model.factor, width // model.factor)
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    noise = torch.stack([torch.randn(places, generator=generator) for generator in generators])
+    guided = sampler.guidance > 1
+    with torch.no_grad():
+        _select(model, mixes, 1)
+        texts = _texts(model.describe(prompts), model.describe([sampler.negative] * len(prompts)) if guided else None)
+        _select(model, mixes, 2 if guided else 1)
+        with quiet_diffusers():
+            found = model.pipeline(
+                **texts,
+                latents=noise.to(model.device, model.dtype),
+                generator=generators,
+                num_inference_steps=sampler.steps,
+                guidance_scale=sampler.guidance if guided else 1.0,
+                height=height,
+                width=width,
+                output_type="latent",
+            ).images
+    return cast(Tensor, found).float()
+
+
+def _texts(told: Conditioning, other: Conditioning | None) -> dict[str, Any]:
+    """The arguments by which diffusers' pipelines take embeddings in place of prompts."""
+    texts: dict[str, Any] = {"prompt_embeds": told.states}
+    if told.pooled is not None:
+        texts["pooled_prompt_embeds"] = told.pooled
+    if other is not None:
+        texts["negative_prompt_embeds"] = other.states
+        if other.pooled is not None:
+            texts["negative_pooled_prompt_embeds"] = other.pooled
+    return texts
+
+
+def _check_mixes(model: ImageModel, mixes: Sequence[Mix]) -> None:
+    known = adapter_names(model.parts)
+    unknown = sorted({name for mix in mixes for name in mix} - set(known))
+    if unknown:
+        raise ConfigError(f"No adapter {', '.join(unknown)} is on the model (it has {', '.join(known) or 'none'}).")
+    if why := why_not_mixed(model, mixes):
+        raise ConfigError(f"These pictures cannot be drawn in one batch: {why}. Draw them one mix at a time.")
+
+
+def _single(mix: Mix) -> str | None:
+    """The adapter that is the whole mix, "" for the base, None for a weighted mix."""
+    if not mix:
+        return ""
+    return next(iter(mix)) if list(mix.values()) == [1.0] else None
+
+
+def _select(model: ImageModel, mixes: Sequence[Mix] | None, times: int) -> None:
+    """Gives each picture its mix, where the batch holds the pictures `times` times in a row (unguided, then guided)."""
+    if mixes is None:
+        return
+    selection = selection_of(model.parts)
+    first = _single(mixes[0])
+    if first is not None and all(_single(mix) == first for mix in mixes):
+        selection.use(first or None)
+        return
+    count = len(mixes)
+    shares: list[Share] = []
+    for place in range(count * times):
+        for name, weight in mixes[place % count].items():
+            last = next((share for share in reversed(shares) if share.name == name), None)
+            if last is not None and last.stop == place and last.weight == weight:
+                shares[shares.index(last)] = Share(last.start, place + 1, name, weight)
+            else:
+                shares.append(Share(place, place + 1, name, weight))
+    selection.divide(shares, units=count * times)

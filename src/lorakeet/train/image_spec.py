@@ -1,0 +1,54 @@
+"""The settings of diffusion training and of the samples that a run draws. Imports no torch: the command line reads it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class DiffusionSpec:
+    """How noise is added, weighed and judged: the `diffusion` part of a run file, used with kind: image."""
+
+    prediction: Literal["auto", "epsilon", "v_prediction"] = field(
+        default="auto", metadata={"help": "What the model predicts; auto takes the word of its scheduler."}
+    )
+    min_snr_gamma: float = field(
+        default=0.0, metadata={"help": "Caps the weight of nearly clean examples (arXiv 2303.09556); 5 is usual, 0 is off."}
+    )
+    noise_offset: float = field(
+        default=0.0, metadata={"help": "Share of noise that is one number for a whole channel: for dark or bright pictures."}
+    )
+    timesteps: Literal["uniform", "logit-normal"] = field(
+        default="uniform", metadata={"help": "Which timesteps are trained: all alike, or those in the middle more often."}
+    )
+    text_encoder: bool = field(
+        default=False, metadata={"help": "Adapt the text encoders as well; then captions are encoded in every step."}
+    )
+    checkpointing: bool = field(
+        default=False, metadata={"help": "Compute the UNet's activations twice instead of keeping them: less memory, more time."}
+    )
+    at_once: int = field(
+        default=4, metadata={"help": "Pictures that are computed together; the rows of a step are cut into such parts."}
+    )
+    held_out_timesteps: int = field(
+        default=8, metadata={"help": "Fixed timesteps, with fixed noise, at which each held-out picture is judged."}
+    )
+    prompts: tuple[str, ...] = field(
+        default=(), metadata={"help": "What the report's samples show; left out, the first three captions of judged pictures."}
+    )
+    seeds: int = field(default=1, metadata={"help": "Samples of each prompt and weight; 0 draws none."})
+    sample_steps: int = field(default=30, metadata={"help": "Steps of the sampler for each sample."})
+    guidance: float = field(
+        default=7.5, metadata={"help": "How much further the samples follow the prompt than without guidance; 1 is off."}
+    )
+
+    def validate(self) -> list[str]:
+        """Every problem of these settings in words; empty when they can be used."""
+        found: list[str] = []
+        for name, least in (("min_snr_gamma", 0), ("noise_offset", 0), ("at_once", 1), ("held_out_timesteps", 1), ("seeds", 0),
+                            ("sample_steps", 1), ("guidance", 0)):  # fmt: skip
+            value = getattr(self, name)
+            if not value >= least:
+                found.append(f"diffusion.{name} is {value:g}; it must be {least} or more.")
+        return found

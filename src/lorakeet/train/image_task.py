@@ -1,0 +1,190 @@
+"""Pictures as a task of the loop: an ImageModel with one injected adapter, encoded training and held-out pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from lorakeet.core.adapter import Adapter
+from lorakeet.core.lowrank import LoraPair
+from lorakeet.data.batches import StepOrder
+from lorakeet.data.image_spec import ImageSpec
+from lorakeet.formats import peft
+from lorakeet.formats.sd_names import with_components, without_component
+from lorakeet.models import inject
+from lorakeet.models.image import Conditioning, ImageModel, stack
+from lorakeet.models.image_cache import Captions, EncodedImage
+from lorakeet.train.image_loss import Draw, add_noise, draw, errors_of, fixed_draws, target_of, weights_of
+from lorakeet.train.image_spec import DiffusionSpec
+from lorakeet.train.spec import TrainSpec
+from lorakeet.train.task import HeldOut, Size, by_batch
+
+LEARNING_RATE = 1e-4  # what diffusers' and kohya's documentation use for LoRA on Stable Diffusion
+
+
+@dataclass(frozen=True)
+class ImageBatch:
+    """n pictures of one size, with everything that chance decided about them."""
+
+    latents: Tensor  # (n, channels, h, w)
+    noise: Tensor  # the same shape
+    timesteps: Tensor  # (n,)
+    captions: tuple[str, ...]
+    sizes: Tensor  # (n, 6)
+
+
+class ImageTask:
+    """Trains the adapter `name`, which must have been injected into `model.parts` and be active."""
+
+    def __init__(
+        self,
+        model: ImageModel,
+        train: Sequence[EncodedImage],
+        *,
+        held_out: Sequence[EncodedImage],
+        captions: Captions,
+        spec: TrainSpec,
+        images: ImageSpec,
+        diffusion: DiffusionSpec,
+        name: str = "default",
+    ) -> None:
+        self.model, self.train, self.held_out_rows, self.captions = model, list(train), list(held_out), captions
+        self.spec, self.images, self.diffusion, self.name = spec, images, diffusion, name
+        self.order = StepOrder(len(self.train), spec.batch_size, spec.seed)
+        self.prediction = model.prediction if diffusion.prediction == "auto" else diffusion.prediction
+        if diffusion.checkpointing:
+            model.unet.enable_gradient_checkpointing()
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return self.order.steps_per_epoch
+
+    @property
+    def learning_rate(self) -> float:
+        return LEARNING_RATE
+
+    def parameters(self) -> dict[str, Parameter]:
+        return inject.trained_parameters(self.model.parts, self.name)
+
+    def fixed(self) -> dict[str, Tensor]:
+        return {
+            f"{path}.{key}": buffer
+            for path, module in self.model.parts.named_modules()
+            if isinstance(module, LoraPair) and f".adapters.{self.name}." in f"{path}."
+            for key, buffer in module.named_buffers(recurse=False)
+        }
+
+    def batches(self, step: int) -> list[ImageBatch]:
+        """The step's pictures in parts of one size and at most `at_once`; their noise does not depend on how they are cut."""
+        drawn: dict[tuple[int, ...], list[tuple[EncodedImage, Draw]]] = {}
+        for place, number in enumerate(self.order.indices(step)):
+            picture = self.train[number]
+            shape = tuple(picture.latents.shape[1:])
+            chance = draw(
+                shape, self.diffusion, seed=self.spec.seed, step=step, place=place, variants=len(picture.latents),
+                timesteps=len(self.model.alphas_cumprod), dropout=self.images.caption_dropout,
+            )  # fmt: skip
+            drawn.setdefault(shape, []).append((picture, chance))
+        size = self.diffusion.at_once
+        return [_batch(same[at : at + size]) for same in drawn.values() for at in range(0, len(same), size)]
+
+    def size(self, batch: ImageBatch) -> Size:
+        """A picture is one token and one target: the step's loss is the mean over its pictures."""
+        return Size(rows=len(batch.latents), tokens=len(batch.latents), targets=len(batch.latents))
+
+    def gradients(self, batches: Sequence[ImageBatch], targets: int) -> Tensor:
+        return by_batch(self.loss, batches, targets)
+
+    def loss(self, batch: ImageBatch) -> Tensor:
+        """The sum of the weighted errors of a batch's pictures, with gradient, in training mode."""
+        self.model.parts.train()
+        alphas = self.model.alphas_cumprod[batch.timesteps]
+        weights = weights_of(alphas, self.prediction, self.diffusion.min_snr_gamma)
+        errors = self._errors(batch, alphas)
+        return (errors * weights.to(errors.device)).sum()
+
+    def held_out(self) -> HeldOut | None:
+        """For each held-out picture the sum of its plain errors at fixed timesteps and noises, and how many those are."""
+        if not self.held_out_rows:
+            return None
+        return HeldOut(*denoising_errors(self.model, self.held_out_rows, self.captions, self.diffusion))
+
+    def adapter(self) -> Adapter:
+        """The adapter as it is now, as a value whose paths begin with the component, as every format has them."""
+        return with_components(inject.adapter_of(self.model.parts, self.name, base=self.model.name))
+
+    def save(self, folder: Path) -> None:
+        """Writes adapter/ in PEFT's layout; an adapter of the UNet alone has the UNet's own paths, so that PEFT can load it."""
+        peft.write(without_component(self.adapter()), folder)
+
+    def _errors(self, batch: ImageBatch, alphas: Tensor) -> Tensor:
+        return _errors(self.model, batch, alphas, self._told, self.prediction)
+
+    def _told(self, captions: Sequence[str]) -> Conditioning:
+        if self.diffusion.text_encoder:
+            return self.model.describe(captions)
+        return stack([self.captions.of(caption) for caption in captions])
+
+
+def denoising_errors(
+    model: ImageModel,
+    rows: Sequence[EncodedImage],
+    captions: Captions,
+    spec: DiffusionSpec,
+    *,
+    progress: Callable[[int], None] | None = None,
+) -> tuple[np.ndarray[tuple[int], np.dtype[np.float64]], np.ndarray[tuple[int], np.dtype[np.float64]]]:
+    """For each picture, the sum of its squared errors at `spec.held_out_timesteps` fixed timesteps, and how many those are.
+
+    Timesteps and noises depend on the picture alone, so that two models, or two steps of one run, are compared on the same ones.
+    No weighting: the numbers of runs with and without min-SNR can be compared.
+    """
+    prediction = model.prediction if spec.prediction == "auto" else spec.prediction
+    model.parts.eval()
+    sums = np.zeros(len(rows))
+
+    def told(texts: Sequence[str]) -> Conditioning:
+        return model.describe(texts) if spec.text_encoder else stack([captions.of(text) for text in texts])
+
+    with torch.no_grad():
+        for number, picture in enumerate(rows):
+            latents = picture.latents[0]
+            timesteps, noises = fixed_draws(
+                tuple(latents.shape), picture.row.key, count=spec.held_out_timesteps, timesteps=len(model.alphas_cumprod)
+            )
+            for at in range(0, len(timesteps), spec.at_once):
+                some = timesteps[at : at + spec.at_once]
+                count = len(some)
+                batch = ImageBatch(
+                    latents.expand(count, *latents.shape), noises[at : at + count], some, (picture.row.caption,) * count,
+                    picture.sizes[:1].expand(count, 6),
+                )  # fmt: skip
+                sums[number] += float(_errors(model, batch, model.alphas_cumprod[some], told, prediction).double().sum())
+            if progress:
+                progress(1)
+    return sums, np.full(len(rows), float(spec.held_out_timesteps))
+
+
+def _errors(
+    model: ImageModel, batch: ImageBatch, alphas: Tensor, told: Callable[[Sequence[str]], Conditioning], prediction: str
+) -> Tensor:
+    latents, noise = batch.latents.to(model.device), batch.noise.to(model.device)
+    noisy = add_noise(latents, noise, alphas)
+    predicted = model.predict(noisy, batch.timesteps, told(batch.captions), batch.sizes)
+    return errors_of(predicted, target_of(latents, noise, alphas, prediction))
+
+
+def _batch(drawn: Sequence[tuple[EncodedImage, Draw]]) -> ImageBatch:
+    return ImageBatch(
+        latents=torch.stack([picture.latents[chance.variant] for picture, chance in drawn]),
+        noise=torch.stack([chance.noise for _, chance in drawn]),
+        timesteps=torch.tensor([chance.timestep for _, chance in drawn]),
+        captions=tuple("" if chance.dropped else picture.row.caption for picture, chance in drawn),
+        sizes=torch.stack([picture.sizes[chance.variant] for picture, chance in drawn]),
+    )

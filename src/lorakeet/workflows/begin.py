@@ -1,0 +1,30 @@
+"""A run folder begun: its settings and the record of its split, both or neither; or, on resuming, the split compared."""
+
+from __future__ import annotations
+
+import shutil
+
+from lorakeet.config import RunConfig, dump_yaml
+from lorakeet.data.split import check_split_record, read_split_record, write_split_record
+from lorakeet.train.run import RunFolder
+from lorakeet.workflows.place import writing
+
+
+def begin_run(run: RunFolder, config: RunConfig, record: dict[str, object], *, resume: bool) -> None:
+    """Writes config.yaml and split.json of a new run; DataError where a resumed one does not see the same rows.
+
+    `record` is the split as data/split describes it. EnvironmentProblem where the folder cannot be written; it is then gone.
+    """
+    if resume and run.split.exists():
+        check_split_record(read_split_record(run.split), record)
+        return
+    with writing(f"The run folder {run.path}", "Free some space, or choose another --out."):
+        try:
+            if not resume:
+                RunFolder.create(run.path)
+            run.write(run.config, dump_yaml(config))
+            write_split_record(run.split, record)
+        except OSError:
+            if not resume:
+                shutil.rmtree(run.path, ignore_errors=True)
+            raise

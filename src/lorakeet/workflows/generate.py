@@ -1,0 +1,236 @@
+"""`lorakeet generate`: draws pictures with any number of adapters on one image model, one or a weighted mix for each picture."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from rich.console import Console
+from rich.progress import Progress as Bar
+from torch import Tensor
+
+from lorakeet.config import read_run
+from lorakeet.core.adapter import Adapter
+from lorakeet.data.images import png_of
+from lorakeet.errors import ConfigError, Problems, nearest
+from lorakeet.formats.detect import read_adapter
+from lorakeet.merge.combine import CombineSpec, combination
+from lorakeet.models.image import ImageModel, load_image_model, put_image_adapter
+from lorakeet.models.image_sample import Mix, Sampler, draw_latents, why_not_mixed
+from lorakeet.models.inject import activate, adapter_names, eject
+from lorakeet.models.spec import ModelSpec
+from lorakeet.train import durable
+from lorakeet.workflows.image_judge import scaled
+from lorakeet.workflows.place import require_empty, writing
+
+BASE = "base"
+
+
+@dataclass(frozen=True)
+class Picture:
+    """What one picture is drawn from."""
+
+    file: str
+    prompt: str
+    seed: int
+    mix: dict[str, float]
+
+
+@dataclass(frozen=True)
+class GenerateResult:
+    """The pictures, in order, and the folder that they are in."""
+
+    folder: Path
+    model: str
+    pictures: tuple[Picture, ...]
+
+    @property
+    def exit_code(self) -> int:
+        return 0
+
+    def to_mapping(self) -> dict[str, Any]:
+        """Plain values for --json."""
+        return {"folder": str(self.folder), "model": self.model, "pictures": [asdict(picture) for picture in self.pictures]}
+
+
+def generate(  # noqa: PLR0913 - one parameter for each option of the verb
+    *,
+    prompt: tuple[str, ...],
+    out: Path,
+    model: str | None = None,
+    adapter: tuple[str, ...] = (),
+    weights: dict[str, float] | None = None,
+    each: tuple[str, ...] = (),
+    count: int = 1,
+    seed: int = 0,
+    steps: int = 30,
+    guidance: float = 7.5,
+    negative: str = "",
+    size: str | None = None,
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
+    device: str = "auto",
+    console: Console,
+) -> GenerateResult:
+    """Draws `count` pictures of each prompt into the new folder `out`; the same seed gives the same noise whatever the adapters.
+
+    `adapter` are NAME=PATH (or one PATH), `weights` the mix of all pictures, `each` a mix for each prompt: a name, base, or
+    a=0.7+b=0.3. ConfigError with every problem at once; nothing is written unless all pictures are drawn.
+    """
+    require_empty(out)
+    paths = _named_paths(adapter)
+    mixes = _mixes(prompt, list(paths), weights or {}, each)
+    adapters = {name: read_adapter(path) for name, path in paths.items()}
+    say = partial(console.print, markup=False, soft_wrap=True)
+    spec = ModelSpec(path=model or _base_of(paths, adapters), dtype=dtype, device=device)
+    held = load_image_model(spec, say=say)
+    for name, value in adapters.items():
+        put_image_adapter(held, value, name)
+    activate(held.parts, None)
+    asked = [(text, seed + number, mix) for text, mix in zip(prompt, mixes, strict=True) for number in range(count)]
+    sampler = Sampler(steps, guidance, negative, _size(size, held))
+    with Bar(console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task(f"{len(asked)} pictures", total=len(asked))
+        latents = _drawn(held, adapters, asked, sampler, say=say, progress=partial(bar.advance, task))
+    pictures = tuple(Picture(f"{number:03}.png", *one[:2], dict(one[2])) for number, one in enumerate(asked))
+    with writing(f"The pictures in {out}", "Free some space, or choose another --out."), durable.new_folder(out) as folder:
+        for picture, one in zip(pictures, latents, strict=True):
+            durable.write_plain(folder / picture.file, png_of(held.decode(one[None])[0].numpy()))
+        record = json.dumps([asdict(picture) for picture in pictures], indent=1, ensure_ascii=False)
+        durable.write_plain(folder / "pictures.json", f"{record}\n".encode())
+    say(f"{len(pictures)} pictures in {out}")
+    return GenerateResult(out, held.name, pictures)
+
+
+def parse_mix(text: str) -> dict[str, float]:
+    """`a`, `a=0.7+b=0.3` or `base` as adapters with weights; ConfigError for anything else."""
+    if text.strip() == BASE:
+        return {}
+    found: dict[str, float] = {}
+    for part in text.split("+"):
+        name, sign, number = part.strip().partition("=")
+        try:
+            weight = float(number) if sign else 1.0
+        except ValueError:
+            weight = float("nan")
+        if not name or not math.isfinite(weight) or name in found:
+            raise ConfigError(f"The mix '{text}' cannot be read; expected a name, {BASE}, or names with weights: a=0.7+b=0.3.")
+        found[name.strip()] = weight
+    return found
+
+
+def _named_paths(given: Sequence[str]) -> dict[str, Path]:
+    problems = Problems("These adapters cannot be used")
+    found: dict[str, Path] = {}
+    for text in given:
+        name, sign, path = text.partition("=")
+        if not sign or "/" in name:
+            name, path = ("adapter" if len(given) == 1 else Path(text).stem), text
+        if name == BASE or name in found:
+            why = "means no adapter" if name == BASE else "is given twice"
+            problems.add(f"The adapter name '{name}' {why}; choose another: NAME={path}.")
+        found[name] = Path(path).expanduser()
+    problems.raise_if_any()
+    return found
+
+
+def _mixes(prompts: Sequence[str], names: list[str], weights: Mapping[str, float], each: Sequence[str]) -> list[Mix]:
+    """The mix of each prompt."""
+    problems = Problems("These pictures cannot be drawn")
+    if not prompts:
+        problems.add("No prompt is given; add --prompt 'what the picture shows'.")
+    if weights and each:
+        problems.add("--weights is one mix for all pictures and --each one for each prompt; give one of them.")
+    if len(each) > 1 and len(each) != len(prompts):
+        problems.add(f"--each has {len(each)} mixes for {len(prompts)} prompts; give one for each prompt.")
+    if len(names) > 1 and not weights and not each:
+        example = f"--weights {names[0]}=1,{names[1]}=0.5"
+        problems.add(f"Several adapters are given ({', '.join(names)}); say how much of each: {example}.")
+    mixes: list[Mix] = [parse_mix(text) for text in each] if each else [dict(weights) or dict.fromkeys(names, 1.0)]
+    for name in sorted({name for mix in mixes for name in mix} - set(names)):
+        problems.add(f"No adapter is called '{name}' (given are {', '.join(names) or 'none'}).{nearest(name, names)}")
+    problems.raise_if_any()
+    return mixes if len(mixes) == len(prompts) else mixes * len(prompts)
+
+
+def _base_of(paths: Mapping[str, Path], adapters: Mapping[str, Adapter]) -> str:
+    """The model that the first adapter was trained on."""
+    for name, path in paths.items():
+        if (path / "config.yaml").is_file():
+            return read_run(path / "config.yaml").model.path
+        if adapters[name].base:
+            return adapters[name].base
+    raise ConfigError("Nothing says which model to draw with; name it with --model (a folder saved by diffusers, or a hub id).")
+
+
+def _size(text: str | None, model: ImageModel) -> tuple[int, int] | None:
+    if text is None:
+        return None
+    step = model.factor * 2 ** (len(model.unet.config.block_out_channels) - 1)
+    try:
+        width, height = (int(part) for part in text.lower().replace("×", "x").split("x"))
+    except ValueError:
+        raise ConfigError(f"--size is '{text}'; expected width x height in pixels, such as 512x768.") from None
+    if width % step or height % step or width < step or height < step:
+        raise ConfigError(f"--size is '{text}'; this model needs multiples of {step} pixels.")
+    return height, width
+
+
+def _drawn(
+    model: ImageModel,
+    adapters: Mapping[str, Adapter],
+    asked: Sequence[tuple[str, int, Mix]],
+    sampler: Sampler,
+    *,
+    say: Callable[[str], None],
+    progress: Callable[[int], None],
+) -> Tensor:
+    """The latents of all pictures: in shared batches where adapters can lie side by side, else one mix after the other."""
+    prompts, seeds, mixes = [one[0] for one in asked], [one[1] for one in asked], [one[2] for one in asked]
+    why = why_not_mixed(model, mixes)
+    if not why:
+        return draw_latents(model, prompts, seeds, sampler, mixes=mixes, progress=progress)
+    distinct = list({tuple(mix.items()): mix for mix in mixes}.values())
+    if len(distinct) > 1:
+        say(f"The pictures are drawn one mix after the other, since {why}.")
+    found: dict[int, Tensor] = {}
+    for mix in distinct:
+        places = [place for place, other in enumerate(mixes) if other == mix]
+        _use(model, adapters, mix)
+        try:
+            drawn = draw_latents(
+                model, [prompts[place] for place in places], [seeds[place] for place in places], sampler, progress=progress
+            )
+        finally:
+            _unuse(model)
+        found |= dict(zip(places, drawn, strict=True))
+    return torch.stack([found[place] for place in range(len(asked))])
+
+
+_MIXED = "mixed-for-these-pictures"
+
+
+def _use(model: ImageModel, adapters: Mapping[str, Adapter], mix: Mix) -> None:
+    """Makes the mix the active adapter: itself, with its scale changed, or several summed exactly (factors side by side)."""
+    if not mix:
+        activate(model.parts, None)
+    elif list(mix.values()) == [1.0]:
+        activate(model.parts, next(iter(mix)))
+    elif len(mix) == 1:
+        [(name, weight)] = mix.items()
+        put_image_adapter(model, scaled(adapters[name], weight), _MIXED)
+    else:
+        spec = CombineSpec(method="cat", weights=tuple(mix.values()))
+        summed = combination({name: adapters[name] for name in mix}, spec).combined()
+        put_image_adapter(model, summed.adapter, _MIXED)
+
+
+def _unuse(model: ImageModel) -> None:
+    if _MIXED in adapter_names(model.parts):
+        eject(model.parts, _MIXED)
+    activate(model.parts, None)

@@ -1,0 +1,167 @@
+"""Measures an image model with and without its adapter: denoising loss on judged pictures, samples side by side, memorisation."""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.progress import Progress as Bar
+from torch import Tensor
+
+from lorakeet.config import RunConfig
+from lorakeet.core.adapter import Adapter
+from lorakeet.data.images import png_of
+from lorakeet.evaluate.denoising import denoising_report
+from lorakeet.evaluate.likelihood import RowLosses
+from lorakeet.evaluate.report import Report
+from lorakeet.evaluate.samples import Memorisation, Near, Sample, SampleGrid, SampleRow, nearest_distances
+from lorakeet.models.image import ImageModel
+from lorakeet.models.image_cache import Captions, EncodedImage
+from lorakeet.models.image_sample import Sampler, draw_latents
+from lorakeet.models.inject import activate, adapter_of, attach, eject
+from lorakeet.train import durable
+from lorakeet.train.image_task import denoising_errors
+
+BASE, ADAPTER = "base", "adapter"
+WEIGHTS = (0.5, 1.0, 1.5)
+SHOWN = 256  # pixels: the larger side of a sample in the report; the files have all
+POOLED = 16  # places to a side at which latents are compared
+SPACE = "1 − cosine of the autoencoder's latents, averaged to at most 16×16 places, the training pictures' mean taken off"
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """Samples of one column: latents (prompts × seeds, channels, h, w)."""
+
+    column: str
+    latents: Tensor
+
+
+@dataclass(frozen=True)
+class ImageJudge:
+    """Measures `model` on the judged pictures with the adapter `name` on and off."""
+
+    config: RunConfig
+    model: ImageModel
+    captions: Captions
+    judged: Sequence[EncodedImage]
+    train: Sequence[EncodedImage]
+    console: Console
+    name: str = "default"
+
+    def report(self, title: str, folder: Path) -> Report:
+        """The measured sections; the samples are written to `folder` as PNG files, in one go."""
+        base, adapter = self.losses(BASE), self.losses(ADAPTER)
+        rows = [picture.row for picture in self.judged]
+        report = denoising_report(
+            title, adapter=adapter, base=base, captions=[row.caption for row in rows], sources=[row.source for row in rows],
+            spec=self.config.evaluate,
+        )  # fmt: skip
+        if not self.config.diffusion.seeds:
+            return report
+        drawn = self.samples()
+        pictures = [self.model.decode(one.latents).numpy() for one in drawn]
+        self._write(folder, drawn, pictures)
+        return replace(report, samples=self._grid(drawn, pictures), memorisation=self.memorisation(drawn))
+
+    def losses(self, system: str) -> RowLosses:
+        """The denoising loss of each judged picture, summed over its fixed timesteps."""
+        activate(self.model.parts, None if system == BASE else self.name)
+        with _bar(self.console) as bar:
+            task = bar.add_task(f"{system} sees {len(self.judged)} pictures", total=len(self.judged))
+            sums, counts = denoising_errors(
+                self.model, self.judged, self.captions, self.config.diffusion, progress=partial(bar.advance, task)
+            )
+        return RowLosses(system, sums, counts.astype(np.int64))
+
+    @property
+    def asked(self) -> list[tuple[str, int]]:
+        """(prompt, seed) of each row of samples."""
+        found = self.config.diffusion.prompts or tuple(dict.fromkeys(picture.row.caption for picture in self.judged))[:3]
+        return [(prompt, self.config.evaluate.seed + number) for prompt in found for number in range(self.config.diffusion.seeds)]
+
+    def samples(self) -> list[Drawn]:
+        """The base's samples, and the adapter's at each weight, all from the same noise."""
+        held = adapter_of(self.model.parts, self.name)
+        diffusion = self.config.diffusion
+        sampler = Sampler(diffusion.sample_steps, diffusion.guidance, at_once=diffusion.at_once, size=self._size())
+        prompts, seeds = [prompt for prompt, _ in self.asked], [seed for _, seed in self.asked]
+        found = []
+        with _bar(self.console) as bar:
+            task = bar.add_task("samples", total=len(prompts) * (1 + len(WEIGHTS)))
+            for weight in (0.0, *WEIGHTS):
+                column = f"{ADAPTER} × {weight:g}" if weight else BASE
+                if weight:
+                    attach(self.model.parts, scaled(held, weight), "sampled")
+                else:
+                    activate(self.model.parts, None)
+                try:
+                    latents = draw_latents(self.model, prompts, seeds, sampler, progress=partial(bar.advance, task))
+                finally:
+                    if weight:
+                        eject(self.model.parts, "sampled")
+                found.append(Drawn(column, latents))
+        activate(self.model.parts, self.name)
+        return found
+
+    def memorisation(self, drawn: Sequence[Drawn]) -> Memorisation:
+        """Each sample's nearest training picture, against how near the judged pictures come."""
+        training = features_of([picture.latents[0] for picture in self.train])
+        judged, _ = nearest_distances(features_of([picture.latents[0] for picture in self.judged]), training)
+        floor = float(judged.min())
+        found = []
+        for one in drawn:
+            distances, places = nearest_distances(features_of(list(one.latents)), training)
+            for (prompt, seed), distance, place in zip(self.asked, distances, places, strict=True):
+                source = self.train[int(place)].row.source
+                found.append(Near(prompt, seed, one.column, source, float(distance), bool(distance < floor)))
+        return Memorisation(tuple(found), floor, float(np.median(judged)), len(self.judged), SPACE)
+
+    def _size(self) -> tuple[int, int] | None:
+        side = self.config.images.resolution
+        return None if side is None else (side, side)
+
+    def _grid(self, drawn: Sequence[Drawn], pictures: Sequence[np.ndarray]) -> SampleGrid:
+        rows = []
+        for place, (prompt, seed) in enumerate(self.asked):
+            cells = [
+                Sample(one.column, base64.b64encode(png_of(column[place], largest=SHOWN)).decode())
+                for one, column in zip(drawn, pictures, strict=True)
+            ]
+            rows.append(SampleRow(prompt, seed, tuple(cells)))
+        scheduler = type(self.model.pipeline.scheduler).__name__
+        detail = f"{scheduler}, {self.config.diffusion.sample_steps} steps, guidance {self.config.diffusion.guidance:g}"
+        return SampleGrid(tuple(one.column for one in drawn), tuple(rows), detail)
+
+    def _write(self, folder: Path, drawn: Sequence[Drawn], pictures: Sequence[np.ndarray]) -> None:
+        with durable.new_folder(folder) as made:
+            for one, column in zip(drawn, pictures, strict=True):
+                for place, (_, seed) in enumerate(self.asked):
+                    name = one.column.replace(" × ", "-")
+                    prompt = place // self.config.diffusion.seeds
+                    durable.write_plain(made / f"{prompt}-seed{seed}-{name}.png", png_of(column[place]))
+
+
+def scaled(adapter: Adapter, weight: float) -> Adapter:
+    """The adapter with its scale times `weight`."""
+    pairs = {path: dataclasses.replace(pair, alpha=pair.alpha * weight) for path, pair in adapter.pairs.items()}
+    return dataclasses.replace(adapter, pairs=pairs)
+
+
+def features_of(latents: Sequence[Tensor]) -> np.ndarray[tuple[int, int], np.dtype[np.float64]]:
+    """Latents (channels, h, w) of any size averaged to as many places: (n, features)."""
+    side = min(POOLED, *(min(one.shape[1:]) for one in latents)) if latents else POOLED
+    side = min(side, POOLED)
+    pooled = [torch.nn.functional.adaptive_avg_pool2d(one.float().cpu()[None], side).flatten() for one in latents]
+    return torch.stack(pooled).double().numpy()
+
+
+def _bar(console: Console) -> Bar:
+    return Bar(console=console, transient=True, disable=not console.is_terminal)

@@ -1,0 +1,115 @@
+"""A file written here draws in the real diffusers what it draws here, and a kohya file loads here with the right scales."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+from safetensors.torch import save_file
+
+from lorakeet.core.spec import LoraSpec
+from lorakeet.formats import peft
+from lorakeet.formats.detect import read_adapter
+from lorakeet.formats.sd_names import with_components, without_component
+from lorakeet.models.image import ImageModel, image_plan, load_image_model, put_image_adapter, quiet_diffusers
+from lorakeet.models.image_sample import Sampler, draw_latents
+from lorakeet.models.inject import adapter_of, eject, inject, trained_parameters
+from lorakeet.models.spec import ModelSpec
+from lorakeet.workflows.convert import convert
+from tiny.images import diffusers
+
+SAMPLER = Sampler(steps=4, guidance=3.0)
+MIXED = LoraSpec(
+    rank=4, alpha=12.0, target_modules=("all-linear", "conv"), rank_pattern={"to_k": 2}, alpha_pattern={"to_v": 20.0, "to_q": 3.0}
+)
+
+
+def trained(folder: Path, *, text_encoder: bool = False) -> ImageModel:
+    """A pipeline with an adapter of mixed ranks and alphas on linear layers and convolutions, begun at random."""
+    model = load_image_model(ModelSpec(path=str(folder), dtype="float32", device="cpu"), say=lambda _: None)
+    inject(model.parts, image_plan(model, MIXED, text_encoder=text_encoder), "trained")
+    with torch.no_grad():
+        for name, parameter in trained_parameters(model.parts, "trained").items():
+            if name.endswith(".B"):
+                parameter.normal_(0, 0.03, generator=torch.Generator().manual_seed(len(name)))
+    return model
+
+
+def as_run(model: ImageModel, folder: Path) -> Path:
+    folder.mkdir()
+    peft.write(without_component(with_components(adapter_of(model.parts, "trained"))), folder)
+    return folder
+
+
+def in_diffusers(model: ImageModel, file: Path) -> torch.Tensor:
+    """What the same prompt and noise give in a pipeline of diffusers' own that has loaded `file`."""
+    with quiet_diffusers():
+        pipeline: Any = getattr(diffusers(), type(model.pipeline).__name__).from_pretrained(model.name)
+        pipeline.set_progress_bar_config(disable=True)
+        before = drawn(pipeline)
+        pipeline.load_lora_weights(str(file.parent), weight_name=file.name)
+        after = drawn(pipeline)
+    assert (after - before).abs().max() > 0.01 * before.abs().max()
+    return after
+
+
+def drawn(pipeline: Any) -> torch.Tensor:
+    noise = torch.randn((4, 8, 8), generator=torch.Generator().manual_seed(1))[None]
+    with torch.no_grad():
+        found = pipeline(
+            "red box", latents=noise, num_inference_steps=4, guidance_scale=3.0, height=16, width=16, output_type="latent"
+        )
+    return found.images  # type: ignore[no-any-return]
+
+
+def apart(left: torch.Tensor, right: torch.Tensor) -> float:
+    return float((left - right).abs().max() / right.abs().max())
+
+
+@pytest.mark.parametrize(
+    ("kind", "to", "text_encoder"),
+    [
+        ("sd", "diffusers", True),
+        ("sd", "kohya", True),
+        ("sd", "kohya", False),
+        ("sdxl", "diffusers", True),
+        ("sdxl", "diffusers", False),
+    ],
+)
+def test_the_real_diffusers_draws_the_same(
+    kind: str, to: str, text_encoder: bool, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    base = request.getfixturevalue(f"tiny_{kind}_folder")
+    model = trained(base, text_encoder=text_encoder)
+    ours = draw_latents(model, ["red box"], [1], SAMPLER)
+    file = tmp_path / "written.safetensors"
+    convert(as_run(model, tmp_path / "adapter"), file, to=to, base=base, console=Console(quiet=True))  # type: ignore[arg-type]
+    assert apart(in_diffusers(model, file), ours) < 1e-4
+    eject(model.parts)
+    put_image_adapter(model, read_adapter(file), "read")
+    assert apart(draw_latents(model, ["red box"], [1], SAMPLER), ours) < 1e-5
+
+
+def test_a_file_by_kohyas_key_scheme_has_its_scales(tiny_sd_folder: Path, tmp_path: Path) -> None:
+    """Written by hand: `lora_unet_…` keys, alpha apart from rank, ranks and alphas of their own."""
+    model = load_image_model(ModelSpec(path=str(tiny_sd_folder), dtype="float32", device="cpu"), say=lambda _: None)
+    generator = torch.Generator().manual_seed(0)
+    prefix = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1"
+    tensors, wanted = {}, {}
+    for name, rank, alpha in (("to_q", 2, 6.0), ("to_k", 4, 1.0), ("to_v", 3, 12.0)):
+        down, up = torch.randn((rank, 8), generator=generator), torch.randn((8, rank), generator=generator)
+        tensors |= {f"{prefix}_{name}.lora_down.weight": down, f"{prefix}_{name}.lora_up.weight": up}
+        tensors[f"{prefix}_{name}.alpha"] = torch.tensor(alpha)
+        wanted[name] = alpha / rank * up @ down
+    save_file(tensors, tmp_path / "kohya.safetensors")
+    put_image_adapter(model, read_adapter(tmp_path / "kohya.safetensors", say=lambda _: None), "kohya")
+    held = adapter_of(model.parts, "kohya")
+    for name, change in wanted.items():
+        pair = held.pairs[f"unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.{name}"]
+        assert torch.allclose(pair.delta(), change, atol=1e-5)
+    x = torch.randn(1, 3, 8, generator=generator)
+    layer = model.unet.down_blocks[0].attentions[0].transformer_blocks[0].attn1.to_q
+    assert torch.allclose(layer(x), layer.original(x) + x @ wanted["to_q"].t(), atol=1e-5)

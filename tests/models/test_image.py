@@ -1,0 +1,163 @@
+"""Tiny pipelines of diffusers, loaded, adapted and asked for predictions."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from lorakeet.core.adapter import Adapter
+from lorakeet.core.spec import LoraSpec
+from lorakeet.errors import ConfigError, DataError, EnvironmentProblem
+from lorakeet.formats.sd_names import with_components
+from lorakeet.models.image import ImageModel, fitted, image_plan, load_image_model, put_image_adapter, stack
+from lorakeet.models.inject import activate, adapter_of, eject, inject
+from lorakeet.models.modules import find
+from lorakeet.models.spec import ModelSpec
+from lorakeet.quant.spec import QuantSpec
+from tiny.pipelines import save_tiny_sd
+
+
+def load(folder: Path, **changes: object) -> ImageModel:
+    spec = ModelSpec(**{"path": str(folder), "dtype": "float32", "device": "cpu", **changes})  # type: ignore[arg-type]
+    return load_image_model(spec, say=lambda _: None)
+
+
+@pytest.fixture(params=["sd", "sdxl"])
+def model(request: pytest.FixtureRequest) -> ImageModel:
+    return load(request.getfixturevalue(f"tiny_{request.param}_folder"))
+
+
+def lora(*targets: str, **changes: object) -> LoraSpec:
+    return LoraSpec(**{"rank": 4, "alpha": 12.0, "target_modules": targets, **changes})  # type: ignore[arg-type]
+
+
+def prediction(model: ImageModel, *captions: str) -> torch.Tensor:
+    noisy = torch.randn((len(captions), 4, 8, 8), generator=torch.Generator().manual_seed(0))
+    sizes = torch.tensor([[16.0, 16, 0, 0, 16, 16]] * len(captions))
+    with torch.no_grad():
+        return model.predict(noisy, torch.full((len(captions),), 500), model.describe(captions), sizes)
+
+
+def test_what_is_known_of_a_pipeline(model: ImageModel) -> None:
+    assert (model.resolution, model.factor, model.prediction) == (16, 2, "epsilon")
+    assert list(model.parts) == ["unet", "text_encoder", *(["text_encoder_2"] if model.kind == "sdxl" else [])]
+    assert model.alphas_cumprod.shape == (1000,) and 0.99 < model.alphas_cumprod[0] < 1 and model.alphas_cumprod[-1] < 0.01
+    assert not any(parameter.requires_grad for parameter in (*model.parts.parameters(), *model.vae.parameters()))
+    assert model.cut_off(["ab", "a" * 20]) == ["a" * 20]
+    told = model.describe(["ab", "cd"])
+    assert told.states.shape[:2] == (2, 12) and (told.pooled is None) == (model.kind == "sd")
+    one = model.describe(["ab"])
+    assert torch.equal(stack([one, one]).states[1], one.states[0])
+
+
+def test_latents_and_pictures_have_the_right_shapes_and_range(model: ImageModel) -> None:
+    latents = model.encode(torch.rand(2, 3, 16, 24) * 2 - 1)
+    assert latents.shape == (2, 4, 8, 12) and torch.isfinite(latents).all()
+    pictures = model.decode(latents)
+    assert pictures.shape == (2, 16, 24, 3) and pictures.dtype == torch.uint8
+
+
+def test_sdxl_is_told_zeros_for_the_empty_caption(tiny_sdxl_folder: Path, tiny_sd_folder: Path) -> None:
+    told = load(tiny_sdxl_folder).describe(["", "ab"])
+    assert told.pooled is not None and not told.states[0].any() and not told.pooled[0].any() and told.states[1].any()
+    assert load(tiny_sd_folder).describe([""]).states.any()
+
+
+@pytest.mark.parametrize("targets", [("attention",), ("attention", "mlp"), ("all-linear", "conv")])
+def test_new_pairs_change_nothing_and_filled_ones_do(model: ImageModel, targets: tuple[str, ...]) -> None:
+    before = prediction(model, "ab", "cd")
+    inject(model.parts, image_plan(model, lora(*targets), text_encoder=True), seed=1)
+    assert torch.equal(prediction(model, "ab", "cd"), before) or (prediction(model, "ab", "cd") - before).abs().max() < 1e-5
+    with torch.no_grad():
+        for name, parameter in model.parts.named_parameters():
+            if name.endswith(".B"):
+                parameter.normal_(0, 0.05)
+    assert (prediction(model, "ab", "cd") - before).abs().max() > 1e-3
+    activate(model.parts, None)
+    assert torch.equal(prediction(model, "ab", "cd"), before)
+    eject(model.parts)
+    assert torch.equal(prediction(model, "ab", "cd"), before)
+
+
+def test_the_presets_name_what_they_should(model: ImageModel) -> None:
+    def paths(*targets: str, text_encoder: bool = False) -> list[str]:
+        return [entry.path for entry in image_plan(model, lora(*targets), text_encoder=text_encoder).entries]
+
+    attention = paths("attention")
+    assert attention and all(path.endswith(("to_q", "to_k", "to_v", "to_out.0")) and ".attn" in path for path in attention)
+    assert {path.rpartition(".ff.")[2] for path in paths("mlp")} == {"net.0.proj", "net.2"}
+    convolutions = paths("conv")
+    assert any(path.endswith("resnets.0.conv1") for path in convolutions)
+    assert "unet.conv_in" not in convolutions and "unet.conv_out" not in convolutions
+    encoders = [path for path in paths("attention", text_encoder=True) if path.startswith("text_encoder")]
+    assert encoders and all(path.endswith("_proj") for path in encoders)
+
+
+def test_rank_patterns_and_layers(model: ImageModel) -> None:
+    plan = image_plan(model, lora("attention", rank_pattern={"to_k": 2}, alpha_pattern={"to_v": 20.0}), text_encoder=False)
+    assert {(entry.rank, entry.alpha) for entry in plan.entries} == {(4, 12.0), (2, 12.0), (4, 20.0)}
+    with pytest.raises(ConfigError, match="no single list of blocks"):
+        image_plan(model, lora("attention", layers="top:1"), text_encoder=False)
+    with pytest.raises(ConfigError, match="No module matches target 'to_g'"):
+        image_plan(model, lora("to_g"), text_encoder=False)
+
+
+def test_an_adapter_comes_back_through_the_names_of_disk(model: ImageModel) -> None:
+    inject(model.parts, image_plan(model, lora("all-linear"), text_encoder=True), "first")
+    with torch.no_grad():
+        for name, parameter in model.parts.named_parameters():
+            if name.endswith(".B"):
+                parameter.normal_(0, 0.05)
+    wanted = prediction(model, "ab")
+    on_disk = with_components(adapter_of(model.parts, "first"))
+    assert any(path.startswith("text_encoder.text_model.encoder") for path in on_disk.pairs)
+    assert all(find(model.parts, path) is not None for path in fitted(model, on_disk).pairs)
+    eject(model.parts)
+    put_image_adapter(model, on_disk, "second")
+    assert torch.equal(prediction(model, "ab"), wanted)
+
+
+def test_an_adapter_of_another_model_is_refused(tiny_sd_folder: Path) -> None:
+    model = load(tiny_sd_folder)
+    pair = Adapter({"unet.down_blocks.7.attn.to_q": adapter_of_one(model)})
+    with pytest.raises(ConfigError, match=r"does not fit|no such module|has no"):
+        put_image_adapter(model, pair)
+
+
+def adapter_of_one(model: ImageModel) -> object:
+    inject(model.parts, image_plan(model, lora("to_q"), text_encoder=False), "one")
+    return next(iter(adapter_of(model.parts, "one").pairs.values()))
+
+
+def test_digests_tell_models_apart(tiny_sd_folder: Path, tiny_sdxl_folder: Path) -> None:
+    first, second, again = load(tiny_sd_folder), load(tiny_sdxl_folder), load(tiny_sd_folder)
+    assert first.encoders_digest == again.encoders_digest != second.encoders_digest
+    assert first.autoencoder_digest == again.autoencoder_digest != second.autoencoder_digest
+    inject(first.parts, image_plan(first, lora("attention"), text_encoder=True))
+    del first.__dict__["encoders_digest"]
+    assert first.encoders_digest == again.encoders_digest  # adapters are not part of the base
+
+
+def test_what_cannot_be_loaded(tmp_path: Path, tiny_sd_folder: Path) -> None:
+    single = tmp_path / "model.safetensors"
+    single.write_bytes(b"x")
+    with pytest.raises(ConfigError, match="is a single file"):
+        load(single)
+    with pytest.raises(DataError, match=r"no model_index\.json"):
+        load(tmp_path)
+    (tmp_path / "model_index.json").write_text('{"_class_name": "FluxPipeline"}')
+    with pytest.raises(ConfigError, match="is a FluxPipeline; expected StableDiffusionPipeline"):
+        load(tmp_path)
+    (tmp_path / "model_index.json").write_text((tiny_sd_folder / "model_index.json").read_text())
+    with pytest.raises(EnvironmentProblem, match="cannot be loaded"):
+        load(tmp_path)
+    with pytest.raises(ConfigError, match=r"model\.quantize is nf4"):
+        load(tiny_sd_folder, quantize=QuantSpec(method="nf4"))
+
+
+def test_other_predictions(tmp_path: Path) -> None:
+    assert load(save_tiny_sd(tmp_path / "v", prediction="v_prediction")).prediction == "v_prediction"
+    with pytest.raises(ConfigError, match="predicts 'sample'"):
+        load(save_tiny_sd(tmp_path / "x", prediction="sample"))

@@ -1,0 +1,23 @@
+"""Wrong settings of diffusion training are all named."""
+
+from __future__ import annotations
+
+from lorakeet.train.image_spec import DiffusionSpec
+
+
+def test_the_defaults_can_be_used() -> None:
+    assert DiffusionSpec().validate() == []
+
+
+def test_every_wrong_setting_is_named() -> None:
+    found = DiffusionSpec(min_snr_gamma=-1, at_once=0, held_out_timesteps=0, sample_steps=0, seeds=-1, guidance=float("nan"))
+    wrong = (
+        "min_snr_gamma is -1",
+        "at_once is 0",
+        "held_out_timesteps is 0",
+        "sample_steps is 0",
+        "seeds is -1",
+        "guidance is nan",
+    )
+    for name in wrong:
+        assert any(f"diffusion.{name}" in message for message in found.validate()), name

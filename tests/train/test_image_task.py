@@ -1,0 +1,143 @@
+"""Pictures in the loop: what a step sees, what it costs, and that a resumed run ends in the same bits."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from lorakeet.core.spec import LoraSpec
+from lorakeet.data.image_spec import ImageSpec
+from lorakeet.data.images import read_album
+from lorakeet.errors import RunStopped
+from lorakeet.formats.detect import read_adapter
+from lorakeet.models.image import ImageModel, image_plan, load_image_model
+from lorakeet.models.image_cache import Captions, encode_images
+from lorakeet.models.inject import activate, inject
+from lorakeet.models.spec import ModelSpec
+from lorakeet.train.image_spec import DiffusionSpec
+from lorakeet.train.image_task import ImageTask, denoising_errors
+from lorakeet.train.interrupt import Interrupt
+from lorakeet.train.loop import train
+from lorakeet.train.progress import Silent
+from lorakeet.train.run import RunFolder
+from lorakeet.train.spec import TrainSpec
+from tiny.pictures import album
+
+TRAIN = TrainSpec(steps=6, batch_size=3, learning_rate=3e-3, seed=2)
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("images")
+    album(folder / "wide", 5, size=(24, 32))
+    album(folder / "square", 7, first=5)
+    return folder
+
+
+def new_task(
+    folder: Path, cache: Path, *, spec: TrainSpec = TRAIN, diffusion: DiffusionSpec | None = None, dropout: float = 0.0,
+    targets: tuple[str, ...] = ("attention", "conv"),
+) -> ImageTask:  # fmt: skip
+    diffusion = diffusion or DiffusionSpec()
+    model: ImageModel = load_image_model(ModelSpec(path=str(folder), dtype="float32", device="cpu"), say=lambda _: None)
+    images = ImageSpec(cache=str(cache / "kept"), flip=True, smallest=8)
+    rows = encode_images(model, read_album(cache, images).rows, images, say=print)
+    lora = LoraSpec(rank=4, alpha=12.0, target_modules=targets, dropout=dropout)
+    inject(model.parts, image_plan(model, lora, text_encoder=diffusion.text_encoder), seed=1)
+    return ImageTask(
+        model,
+        rows[:9],
+        held_out=rows[9:],
+        captions=Captions(model, images, say=print),
+        spec=spec,
+        images=images,
+        diffusion=diffusion,
+    )
+
+
+def test_a_step_is_cut_by_size_and_its_noise_is_not(tiny_sd_folder: Path, cache: Path) -> None:
+    one, four = (
+        new_task(tiny_sd_folder, cache, diffusion=DiffusionSpec(at_once=n), spec=replace(TRAIN, batch_size=9)) for n in (1, 4)
+    )
+    apart, together = one.batches(2), four.batches(2)
+    assert len(apart) == 9 and 2 < len(together) < 6
+    assert all(len(batch.latents) == 1 for batch in apart)
+    noises = [{float(noise.sum()) for batch in batches for noise in batch.noise} for batches in (apart, together)]
+    assert noises[0] == noises[1] and len(noises[0]) == 9
+    sums = []
+    for task, batches in ((one, apart), (four, together)):
+        total = task.gradients(batches, 9)
+        sums.append(
+            (float(total), [parameter.grad.clone() for parameter in task.parameters().values() if parameter.grad is not None])
+        )
+    assert sums[0][0] == pytest.approx(sums[1][0], rel=1e-5)
+    assert all(torch.allclose(left, right, atol=1e-6) for left, right in zip(sums[0][1], sums[1][1], strict=True))
+
+
+def test_the_loss_counts_pictures_and_min_snr_lowers_it(tiny_sd_folder: Path, cache: Path) -> None:
+    plain, weighted = (new_task(tiny_sd_folder, cache, diffusion=DiffusionSpec(min_snr_gamma=gamma)) for gamma in (0.0, 0.5))
+    for left, right in zip(plain.batches(0), weighted.batches(0), strict=True):
+        assert 0 < weighted.loss(right).item() < plain.loss(left).item()
+        assert plain.size(left).targets == len(left.latents)
+
+
+def test_checkpointing_changes_memory_not_gradients(tiny_sd_folder: Path, cache: Path) -> None:
+    gradients = []
+    for checkpointing in (False, True):
+        task = new_task(tiny_sd_folder, cache, diffusion=DiffusionSpec(checkpointing=checkpointing))
+        task.gradients(task.batches(0), 3)
+        gradients.append({name: parameter.grad for name, parameter in task.parameters().items()})
+    assert all(torch.allclose(gradients[0][name], gradients[1][name], atol=1e-6) for name in gradients[0])  # type: ignore[arg-type]
+
+
+def test_held_out_losses_are_the_same_whenever_they_are_asked(tiny_sd_folder: Path, cache: Path) -> None:
+    task = new_task(tiny_sd_folder, cache)
+    first = task.held_out()
+    torch.manual_seed(7)
+    second = task.held_out()
+    assert first is not None and second is not None and np.array_equal(first.sums, second.sums)
+    assert (first.weights == 8).all() and len(first.sums) == 3
+    activate(task.model.parts, None)
+    base, _ = denoising_errors(task.model, task.held_out_rows, task.captions, task.diffusion)
+    assert np.allclose(base, first.sums, rtol=1e-6)  # B is 0: the adapter is the base, on the same timesteps and noises
+
+
+@pytest.mark.parametrize("text_encoder", [False, True])
+def test_training_lowers_the_loss_and_the_saved_adapter_is_the_trained_one(
+    tiny_sd_folder: Path, cache: Path, tmp_path: Path, text_encoder: bool
+) -> None:
+    task = new_task(tiny_sd_folder, cache, diffusion=DiffusionSpec(text_encoder=text_encoder), targets=("attention",))
+    outcome = train(task, replace(TRAIN, steps=10), run=RunFolder.create(tmp_path / "run"))
+    assert outcome.best_loss is not None and outcome.base_loss is not None and outcome.best_loss < outcome.base_loss
+    held = task.adapter()
+    on_disk = read_adapter(tmp_path / "run" / "adapter")
+    assert any(path.startswith("text_encoder.text_model.") for path in held.pairs) == text_encoder
+    assert len(on_disk.pairs) == len(held.pairs)
+    for path, pair in held.pairs.items():
+        other = on_disk.pairs[path if text_encoder else path.removeprefix("unet.")]
+        assert torch.equal(pair.B, other.B) and pair.scale == other.scale == 3.0
+
+
+def test_a_resumed_run_ends_in_the_same_bits(tiny_sdxl_folder: Path, cache: Path, tmp_path: Path) -> None:
+    spec = replace(TRAIN, evaluate_every=2)
+    whole = new_task(tiny_sdxl_folder, cache, spec=spec, dropout=0.2)
+    train(whole, spec, run=RunFolder.create(tmp_path / "whole"))
+
+    class AfterThree(Silent):
+        def step(self, record: object) -> None:
+            if record["step"] == 3:  # type: ignore[index]
+                stop.requested = "Ctrl-C"
+
+    stop = Interrupt()
+    cut = RunFolder.create(tmp_path / "cut")
+    with pytest.raises(RunStopped):
+        train(new_task(tiny_sdxl_folder, cache, spec=spec, dropout=0.2), spec, run=cut, report=AfterThree(), interrupt=stop)
+    resumed = new_task(tiny_sdxl_folder, cache, spec=spec, dropout=0.2)
+    train(resumed, spec, run=cut, resume=True)
+    assert all(torch.equal(value, resumed.parameters()[name]) for name, value in whole.parameters().items())
+    file = Path("adapter") / "adapter_model.safetensors"
+    assert (tmp_path / "whole" / file).read_bytes() == (cut.path / file).read_bytes()

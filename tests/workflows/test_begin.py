@@ -1,0 +1,36 @@
+"""A run folder is begun whole, and on resuming its split is compared."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from lorakeet.config import RunConfig, read_run
+from lorakeet.data.spec import DataSpec
+from lorakeet.data.split import split_record
+from lorakeet.errors import DataError, EnvironmentProblem
+from lorakeet.models.spec import ModelSpec
+from lorakeet.train.run import RunFolder
+from lorakeet.workflows import begin
+
+CONFIG = RunConfig(model=ModelSpec(path="m"), data=DataSpec(train="rows.jsonl"))
+
+
+def test_settings_and_split_are_written_and_compared(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path / "run")
+    begin.begin_run(run, CONFIG, split_record([], []), resume=False)
+    assert read_run(run.config) == CONFIG and run.split.is_file()
+    begin.begin_run(run, CONFIG, split_record([], []), resume=True)
+    with pytest.raises(DataError, match="not what this run started with"):
+        begin.begin_run(run, CONFIG, {**split_record([], []), "held_out": ["x"]}, resume=True)
+
+
+def test_a_refused_write_leaves_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(begin, "write_split_record", refuse)
+    with pytest.raises(EnvironmentProblem, match="full"):
+        begin.begin_run(RunFolder(tmp_path / "run"), CONFIG, split_record([], []), resume=False)
+    assert not (tmp_path / "run").exists()

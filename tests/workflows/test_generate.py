@@ -1,0 +1,113 @@
+"""`lorakeet generate`: pictures by adapters, weights and mixes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from rich.console import Console
+
+from lorakeet.cli.main import main
+from lorakeet.core.spec import LoraSpec
+from lorakeet.data.images import open_pixels
+from lorakeet.errors import ConfigError
+from lorakeet.formats import diffusers, peft
+from lorakeet.formats.sd_names import with_components, without_component
+from lorakeet.models.image import image_plan, load_image_model
+from lorakeet.models.inject import adapter_of, inject, trained_parameters
+from lorakeet.models.spec import ModelSpec
+from lorakeet.workflows.generate import generate, parse_mix
+
+
+@pytest.fixture(scope="module")
+def adapters(tiny_sd_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """linear (a PEFT folder that names its base) and conv (a diffusers file), both strong enough to be seen."""
+    folder = tmp_path_factory.mktemp("adapters")
+    model = load_image_model(ModelSpec(path=str(tiny_sd_folder), dtype="float32", device="cpu"), say=lambda _: None)
+    for seed, (name, targets) in enumerate((("linear", ("all-linear",)), ("conv", ("conv", "attention")))):
+        inject(model.parts, image_plan(model, LoraSpec(rank=4, alpha=12.0, target_modules=targets), text_encoder=False), name)
+        with torch.no_grad():
+            for key, parameter in trained_parameters(model.parts, name).items():
+                if key.endswith(".B"):
+                    parameter.normal_(0, 0.1, generator=torch.Generator().manual_seed(seed))
+    (folder / "linear").mkdir()
+    peft.write(without_component(with_components(adapter_of(model.parts, "linear", base=str(tiny_sd_folder)))), folder / "linear")
+    diffusers.write(with_components(adapter_of(model.parts, "conv")), folder / "conv.safetensors")
+    return {"linear": folder / "linear", "conv": folder / "conv.safetensors"}
+
+
+def drawn(out: Path, **options: Any) -> list[np.ndarray]:
+    given = {"prompt": ("red box, wide",), "steps": 3, "guidance": 3.0, "dtype": "float32", "device": "cpu", **options}
+    result = generate(out=out, console=Console(quiet=True), **given)
+    return [open_pixels(out / picture.file)[0].astype(int) for picture in result.pictures]
+
+
+def test_one_adapter_its_weight_and_none(tiny_sd_folder: Path, adapters: dict[str, Path], tmp_path: Path) -> None:
+    [base] = drawn(tmp_path / "base", model=str(tiny_sd_folder))
+    [off] = drawn(tmp_path / "off", adapter=(str(adapters["linear"]),), each=("base",))
+    [whole] = drawn(tmp_path / "whole", adapter=(f"a={adapters['linear']}",))
+    [half] = drawn(tmp_path / "half", adapter=(f"a={adapters['linear']}",), weights={"a": 0.5})
+    assert np.array_equal(base, off) and base.shape == (16, 16, 3)
+    assert abs(whole - base).mean() > abs(half - base).mean() > 0
+    record = json.loads((tmp_path / "half" / "pictures.json").read_text())
+    assert record == [{"file": "000.png", "prompt": "red box, wide", "seed": 0, "mix": {"a": 0.5}}]
+
+
+def test_a_mix_for_each_picture_is_what_it_is_alone(tiny_sd_folder: Path, adapters: dict[str, Path], tmp_path: Path) -> None:
+    named = tuple(f"{name}={path}" for name, path in adapters.items())
+    prompts = ("a", "b", "c", "d")
+    each = ("linear", "conv=0.5", "linear=0.5+conv=0.5", "base")
+    together = drawn(tmp_path / "all", prompt=prompts, adapter=named, each=each, count=2, model=str(tiny_sd_folder))
+    assert len(together) == 8
+    for place, (prompt, mix) in enumerate(zip(prompts, each, strict=True)):
+        alone = drawn(tmp_path / str(place), prompt=(prompt,), adapter=named, each=(mix,), count=2, model=str(tiny_sd_folder))
+        for one, other in zip(alone, together[2 * place : 2 * place + 2], strict=True):
+            assert abs(one - other).max() <= 1  # of 255: rounding of a batch of another size
+
+
+def test_the_command_line_keeps_commas_and_takes_flags_several_times(
+    adapters: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["generate", "--prompt", "red, box", "--prompt", "x", "--adapter", f"a={adapters['linear']}", "--weights", "a=0.5"]
+    rest = ["--steps", "2", "--size", "24x16", "--out", str(tmp_path / "out"), "--dtype", "float32", "--json"]
+    code = main([*command, *rest])
+    found = json.loads(capsys.readouterr().out)
+    assert code == 0 and [picture["prompt"] for picture in found["pictures"]] == ["red, box", "x"]
+    assert open_pixels(tmp_path / "out" / "001.png")[0].shape == (16, 24, 3)
+    assert main(["generate", "--prompt", "x", "--out", str(tmp_path / "out")]) == 2
+    assert "exists already" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"prompt": ()}, "No prompt is given"),
+        ({"adapter": ("a=x", "b=y")}, "say how much of each"),
+        ({"adapter": ("a=x",), "weights": {"aa": 1.0}}, "No adapter is called 'aa'"),
+        ({"adapter": ("a=x",), "each": ("a", "a", "a")}, "3 mixes for 1 prompts"),
+        ({"adapter": ("a=x",), "each": ("a",), "weights": {"a": 1.0}}, "give one of them"),
+        ({"adapter": ("a=x", "a=y")}, "is given twice"),
+        ({}, "name it with --model"),
+    ],
+)
+def test_what_cannot_be_drawn_is_said_before_anything_is_loaded(options: dict[str, Any], said: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=said):
+        drawn(tmp_path / "out", **options)
+    assert not (tmp_path / "out").exists()
+
+
+def test_sizes_that_do_not_fit(tiny_sd_folder: Path, tmp_path: Path) -> None:
+    for size, said in (("16", "expected width x height"), ("18x16", "multiples of 4")):
+        with pytest.raises(ConfigError, match=said):
+            drawn(tmp_path / "out", model=str(tiny_sd_folder), size=size)
+
+
+def test_mixes_are_read() -> None:
+    assert parse_mix("base") == {} and parse_mix("a") == {"a": 1.0} and parse_mix("a=0.7 + b=-0.3") == {"a": 0.7, "b": -0.3}
+    for text in ("a=x", "=1", "a+a", "a=nan"):
+        with pytest.raises(ConfigError, match="cannot be read"):
+            parse_mix(text)

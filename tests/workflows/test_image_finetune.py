@@ -1,0 +1,69 @@
+"""`lorakeet finetune` with kind: image, start to end."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from lorakeet.cli.main import main
+from lorakeet.config import read_run
+from lorakeet.errors import ConfigError
+from lorakeet.evaluate.certificate import read_certificate
+from lorakeet.evaluate.report import read_report
+from lorakeet.workflows.finetune import finetune
+from lorakeet.workflows.image_finetune import ImageResult
+from tiny.image_runs import image_config, image_run
+
+
+@pytest.fixture(scope="module")
+def result(tiny_sd_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> ImageResult:
+    return image_run(tiny_sd_folder, tmp_path_factory.mktemp("run"))
+
+
+def test_the_run_folder_holds_what_it_should(result: ImageResult) -> None:
+    run = result.run
+    assert read_run(run.config).diffusion.prediction == "epsilon" and len(json.loads(run.split.read_text())["held_out"]) == 8
+    assert (run.adapter / "adapter_config.json").is_file() and len(list((run.path / "samples").iterdir())) == 4
+    assert read_certificate(run.certificate).passed
+
+
+def test_the_report_tells_base_from_adapter(result: ImageResult) -> None:
+    report = read_report(result.run.report)
+    assert report == result.report and report.task == "image" and report.comparisons[0].verdict == "better"
+    assert report.samples is not None and report.samples.columns[0] == "base" and report.memorisation is not None
+    assert "Not run" in report.facts and any("held-out pictures that it is judged on" in warning for warning in report.warnings)
+    assert [command.command.split()[1] for command in report.next_commands] == ["generate", "convert"]
+    mapping = result.to_mapping()
+    assert mapping["pictures"] == {"train": 12, "held_out": 8, "test": 0} and mapping["outcome"]["steps"] == 8
+
+
+def test_a_finished_run_is_judged_again_to_the_same_numbers(result: ImageResult) -> None:
+    config = read_run(result.run.config)
+    again = finetune(config, resume=result.run.path, console=Console(quiet=True))
+    assert isinstance(again, ImageResult) and again.report is not None and result.report is not None
+    assert again.report.comparisons == result.report.comparisons and again.report.samples == result.report.samples
+
+
+def test_other_verbs_say_what_to_do_with_it(result: ImageResult, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["merge", str(result.run.path), "--out", str(tmp_path / "x")]) == 2
+    assert "is a run on images" in capsys.readouterr().err
+    assert main(["plan", str(result.run.config)]) == 2
+    assert "for text models" in capsys.readouterr().err
+    for kind in ("kohya", "diffusers"):
+        assert main(["convert", str(result.run.path), str(tmp_path / f"{kind}.safetensors"), "--to", kind, "--base",
+                     read_run(result.run.config).model.path]) == 0  # fmt: skip
+
+
+def test_a_dry_run_writes_nothing_but_the_cache(tiny_sdxl_folder: Path, tmp_path: Path) -> None:
+    found = finetune(image_config(tiny_sdxl_folder, tmp_path), dry_run=True, console=Console(quiet=True))
+    assert found.to_mapping()["dry_run"] and not (tmp_path / "run").exists()
+
+
+def test_a_resumed_run_with_other_pictures_or_settings_is_refused(tiny_sd_folder: Path, tmp_path: Path) -> None:
+    first = image_run(tiny_sd_folder, tmp_path, diffusion__seeds=0)
+    other = image_config(tiny_sd_folder, tmp_path, diffusion__seeds=0, diffusion__min_snr_gamma=5)
+    with pytest.raises(ConfigError, match="diffusion settings"):
+        finetune(other, resume=first.run.path, console=Console(quiet=True))

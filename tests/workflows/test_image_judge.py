@@ -1,0 +1,69 @@
+"""Samples at equal seeds, scaled adapters, and features of latents."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+
+from lorakeet.models.image_sample import Sampler, draw_latents
+from lorakeet.models.inject import activate, adapter_names, adapter_of, attach, trained_parameters
+from lorakeet.workflows.image_assemble import assemble_images, ready_to_train
+from lorakeet.workflows.image_judge import Drawn, ImageJudge, features_of, scaled
+from tiny.image_runs import image_config
+
+
+@pytest.fixture
+def judge(tiny_sd_folder: Path, tmp_path: Path) -> ImageJudge:
+    config = image_config(tiny_sd_folder, tmp_path, lora__target_modules="attention,conv", diffusion__seeds=2)
+    setup = assemble_images(config, Console(quiet=True))
+    ready_to_train(setup)
+    with torch.no_grad():
+        for name, parameter in trained_parameters(setup.model.parts).items():
+            if name.endswith(".B"):
+                parameter.normal_(0, 0.05, generator=torch.Generator().manual_seed(0))
+    return ImageJudge(setup.config, setup.model, setup.captions, setup.held_out, setup.train, Console(quiet=True))
+
+
+def test_columns_are_the_base_and_the_weights_from_the_same_noise(judge: ImageJudge) -> None:
+    drawn = judge.samples()
+    assert [one.column for one in drawn] == ["base", "adapter × 0.5", "adapter × 1", "adapter × 1.5"]
+    assert judge.asked == [("red box", 0), ("red box", 1)] and drawn[0].latents.shape == (2, 4, 8, 8)
+    sampler = Sampler(2, 7.5, at_once=4)
+    activate(judge.model.parts, "default")
+    assert torch.allclose(drawn[2].latents, draw_latents(judge.model, ["red box"] * 2, [0, 1], sampler), atol=1e-4)
+    activate(judge.model.parts, None)
+    assert torch.equal(drawn[0].latents, draw_latents(judge.model, ["red box"] * 2, [0, 1], sampler))
+    apart = [float((one.latents - drawn[0].latents).abs().mean()) for one in drawn]
+    assert apart == sorted(apart) and apart[1] > 0 and adapter_names(judge.model.parts) == ["default"]
+
+
+def test_the_report_has_the_grid_the_files_and_the_nearest_pictures(judge: ImageJudge, tmp_path: Path) -> None:
+    report = judge.report("Title", tmp_path / "samples")
+    assert report.samples is not None and len(report.samples.rows) == 2 and len(report.samples.rows[0].samples) == 4
+    assert len(list((tmp_path / "samples").glob("*.png"))) == 8
+    assert report.memorisation is not None and len(report.memorisation.nearest) == 8
+    assert {near.source for near in report.memorisation.nearest} <= {picture.row.source for picture in judge.train}
+
+
+def test_a_training_picture_drawn_again_is_suspicious(judge: ImageJudge) -> None:
+    copies = torch.stack([judge.train[3].latents[0], torch.randn(4, 8, 8, generator=torch.Generator().manual_seed(0))])
+    found = judge.memorisation([Drawn("adapter × 1", copies)])
+    assert [near.suspicious for near in found.nearest] == [True, False]
+    assert found.nearest[0].source == judge.train[3].row.source and found.nearest[0].distance < 1e-9 < found.floor
+
+
+def test_scaling_an_adapter_scales_its_change(judge: ImageJudge) -> None:
+    adapter = adapter_of(judge.model.parts)
+    half = scaled(adapter, 0.5)
+    path = next(iter(adapter.pairs))
+    assert torch.allclose(half.pairs[path].delta(), adapter.pairs[path].delta() / 2)
+    attach(judge.model.parts, half, "at-half")
+    assert adapter_names(judge.model.parts) == ["default", "at-half"]
+
+
+def test_features_have_one_size_for_latents_of_any() -> None:
+    assert features_of([torch.randn(4, 20, 40), torch.randn(4, 64, 16)]).shape == (2, 4 * 16 * 16)
+    assert features_of([torch.randn(4, 8, 10), torch.randn(4, 40, 40)]).shape == (2, 4 * 8 * 8)
