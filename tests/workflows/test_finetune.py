@@ -159,6 +159,17 @@ def test_a_resumed_run_wants_the_model_that_it_began_with(finished: Any, tmp_pat
     assert tree(out) == before
 
 
+def test_a_resumed_run_finds_its_model_at_another_place(finished: Any, tmp_path: Path) -> None:
+    out, moved = tmp_path / "run", tmp_path / "moved"
+    shutil.copytree(finished.path, out)
+    shutil.copytree(finished.model, moved)
+    config = read_run(out / "config.yaml", {"model.path": str(moved)})
+    result = finetune(config, resume=out, console=quiet())
+    assert result.outcome is not None and result.outcome.steps == 6
+    weights = "adapter_model.safetensors"  # the other file names the model's new place
+    assert adapter_bytes(out)[weights] == adapter_bytes(finished.path)[weights]
+
+
 def test_a_dry_run_writes_nothing(tiny_llama_folder: Path, rows: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     result = finetune(settings(tiny_llama_folder, rows, out), dry_run=True, console=quiet())
