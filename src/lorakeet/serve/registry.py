@@ -65,7 +65,7 @@ class Registry:
         *,
         base: str,
         budget: int | None = None,
-        changed: Callable[[], None] | None = None,
+        changed: Callable[[], object] | None = None,
     ) -> None:
         """`budget` bounds the bytes of adapters in memory; `changed` is called after names came, went or moved."""
         self.live, self.engine, self.base, self.budget = live, engine, base, budget

@@ -70,10 +70,17 @@ class MergeOptions:
     )
     density: float = field(default=0.5, metadata={"help": "Share of the entries that magnitude, ties, dare and della keep."})
     seed: int = field(default=0, metadata={"help": "What dare and della drop depends on it."})
-    into: Literal["original", "dequantised", "auto"] = field(
+    into: Literal["original", "dequantised", "auto", "packed"] = field(
         default="auto",
-        metadata={"help": "Base of an adapter that was trained on nf4 or int8: auto measures both on the held-out rows."},
+        metadata={"help": "Base of a run on nf4 or int8: auto measures both on the held-out rows. packed stays quantised."},
     )
+    like: str | None = field(
+        default=None,
+        metadata={"help": "For packed: the GPTQ or NF4 folder or .gguf file whose layout is kept; without it the run's base."},
+    )
+    calibration_rows: int = field(default=64, metadata={"help": "For packed: training rows on which layers' inputs are seen."})
+    finish_steps: int = field(default=0, metadata={"help": "For packed: steps that train the pairs through the quantiser."})
+    keep: float = field(default=0.95, metadata={"help": "For packed: least share of the held-out gain that must survive."})
     base: str | None = field(default=None, metadata={"help": "The base model; without it, the one that run or adapter names."})
     dtype: Literal["same", "float32", "bfloat16", "float16"] = field(
         default="same", metadata={"help": "How the merged weights are stored; same keeps what each has in the base."}
@@ -217,6 +224,26 @@ class GenerateOptions:
 
 
 @dataclass(frozen=True)
+class TuneOptions:
+    """How long is searched, and between what."""
+
+    results: Path | None = field(default=None, metadata={"help": "Folder for the chosen settings and report; else OUT-tune."})
+    minutes: float | None = field(default=None, metadata={"help": "The search ends after so many minutes."})
+    tokens: int | None = field(default=None, metadata={"help": "The search ends after so many trained tokens of all trials."})
+    quick: bool = field(default=False, metadata={"help": "Only three learning rates: half, once and twice the run file's."})
+    together: int = field(default=4, metadata={"help": "Trials that are trained in one pass over the base."})
+    rate_factors: tuple[float, ...] = field(
+        default=(0.25, 4.0), metadata={"help": "Lowest and highest learning rate, as factors of the run file's."}
+    )
+    rank_choices: tuple[int, ...] = field(default=(4, 8, 16, 32), metadata={"help": "Ranks to choose from."})
+    target_choices: tuple[str, ...] = field(
+        default=("all-linear", "attention", "mlp"), metadata={"help": "Targets to choose from, as in lora.target_modules."}
+    )
+    seeds: int = field(default=1, metadata={"help": "Seeds with which the winner is confirmed against the run file's settings."})
+    difference: float = field(default=0.05, metadata={"help": "Nats a token by which trials should be told apart."})
+
+
+@dataclass(frozen=True)
 class CompressOptions:
     """How far an adapter is cut, and on which rows that is weighed."""
 
@@ -232,6 +259,38 @@ class CompressOptions:
     )
     base: str | None = field(default=None, metadata={"help": "The base model; without it, the one that run or adapter names."})
     config: Path | None = field(default=None, metadata={"help": "Run file with the data settings, for a bare adapter."})
+
+
+@dataclass(frozen=True)
+class ServeOptions:
+    """Which model and adapters are served, to whom, and what they may take."""
+
+    model: str = field(metadata={"help": "The base: a folder, a .gguf file, package:NAME or a hub id."})
+    adapter: tuple[str, ...] = field(default=(), metadata={"help": "name=PATH of an adapter of any format or a run; repeatable."})
+    adapters_dir: Path | None = field(
+        default=None, metadata={"help": "Folder for uploads and the list of names; adapters that lie in it are served too."}
+    )
+    memory: str | None = field(
+        default=None, metadata={"help": "What adapters may take in memory, such as 2GiB; others wait on disk. Without it, no bound."}
+    )
+    slots: int = field(default=16, metadata={"help": "Texts that are written at once."})
+    context: int | None = field(
+        default=None, metadata={"help": "Most tokens of a text with its prompt; 2048, or fewer where the model takes fewer."}
+    )
+    host: str = field(default="127.0.0.1", metadata={"help": "Address to listen on; others than this machine's own need --keys."})
+    port: int = field(default=8000, metadata={"help": "Port to listen on; 0 takes a free one."})
+    keys: Path | None = field(default=None, metadata={"help": "JSON file of API keys with the adapters that each may use."})
+    queue: int = field(default=256, metadata={"help": "Requests that may wait; beyond them the answer is 429."})
+    timeout: float = field(default=600.0, metadata={"help": "Seconds that one request may take."})
+    upload_limit: str = field(default="1GiB", metadata={"help": "Largest file of an upload."})
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = field(
+        default="auto", metadata={"help": "Precision of the base; auto takes bfloat16 where the processor has it."}
+    )
+    quantize: Literal["none", "nf4", "int8"] = field(default="none", metadata={"help": "How the base is kept in memory."})
+    engine: Literal["lorakeet", "vllm"] = field(
+        default="lorakeet", metadata={"help": "vllm checks the adapters against its limits and prints its command."}
+    )
+    out: Path | None = field(default=None, metadata={"help": "For --engine vllm: folder for copies of what it would misread."})
 
 
 @dataclass(frozen=True)
@@ -265,6 +324,7 @@ VERBS = (
     Verb("quickstart", "Fine-tune a small model on real reviews, start to end.", FinetuneOptions, "shipped", "finetune:finetune"),
     Verb("finetune", "Train an adapter and prove it against its base.", FinetuneOptions, "file"),
     Verb("plan", "Say how much memory a run will take, without its weights.", PlanOptions, "file", reads_rows=False),
+    Verb("tune", "Choose learning rate, rank and targets on held-out rows.", TuneOptions, "file"),
     Verb("evaluate", "Measure a run or an adapter on rows of your own.", EvaluateOptions),
     Verb("merge", "Fold adapters into a model, or combine them; certified.", MergeOptions),
     Verb("compress", "Cut an adapter to the smallest size that shows no loss.", CompressOptions),
@@ -274,5 +334,6 @@ VERBS = (
     Verb("export", "Write the merged model as GGUF or for Ollama, and check it.", ExportOptions),
     Verb("verify", "Prove that what was merged, exported or served is the model.", VerifyOptions),
     Verb("generate", "Draw pictures with an image model and adapters, mixed or one each.", GenerateOptions),
+    Verb("serve", "Serve one base with many adapters over HTTP.", ServeOptions),
     Verb("doctor", "Check this machine; say what is missing and how to mend it.", DoctorOptions),
 )

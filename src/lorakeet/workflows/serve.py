@@ -1,0 +1,232 @@
+"""`lorakeet serve`: one base and many adapters over HTTP, or the vLLM command that serves the same adapters right."""
+
+from __future__ import annotations
+
+import logging
+import shlex
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any, Literal
+
+from rich.console import Console
+
+from lorakeet.errors import ConfigError, EnvironmentProblem, Problems
+from lorakeet.formats import peft
+from lorakeet.formats.detect import detect, read_adapter
+from lorakeet.formats.vllm import check_vllm, max_rank, misread, uniform
+from lorakeet.memory.budget import larger_than_machine, parse_budget
+from lorakeet.models.active import LiveModel
+from lorakeet.models.load import load_text_model
+from lorakeet.models.spec import ModelSpec
+from lorakeet.models.text import TextModel
+from lorakeet.quant.spec import QuantSpec
+from lorakeet.serve.access import read_keys
+from lorakeet.serve.engine import Engine
+from lorakeet.serve.naming import check_name
+from lorakeet.serve.registry import Registry
+from lorakeet.serve.service import Limits, Service
+from lorakeet.serve.store import Store
+from lorakeet.workflows.place import writing
+
+CONTEXT = 2048  # tokens of a text with its prompt, unless asked for or the model has fewer
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+_MISSING = "lorakeet serve needs starlette and uvicorn; install them with: pip install 'lorakeet[serve]'."
+
+
+@dataclass(frozen=True)
+class Served:
+    """What was served, or with which command vLLM serves it."""
+
+    url: str = ""
+    adapters: tuple[str, ...] = ()
+    command: str = ""
+
+    def to_mapping(self) -> dict[str, Any]:
+        """Plain values for --json."""
+        return {"url": self.url, "adapters": list(self.adapters), "command": self.command}
+
+
+def serve(  # noqa: PLR0913 - one argument for each option
+    *,
+    model: str,
+    adapter: tuple[str, ...] = (),
+    adapters_dir: Path | None = None,
+    memory: str | None = None,
+    slots: int = 16,
+    context: int | None = None,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    keys: Path | None = None,
+    queue: int = 256,
+    timeout: float = 600.0,
+    upload_limit: str = "1GiB",
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
+    quantize: Literal["none", "nf4", "int8"] = "none",
+    engine: Literal["lorakeet", "vllm"] = "lorakeet",
+    out: Path | None = None,
+    console: Console,
+    ready: Callable[[Service, int], None] | None = None,
+) -> Served:
+    """Serves until SIGINT or SIGTERM; with engine vllm, checks the adapters and prints the command instead.
+
+    `ready` hears the service and its port once connections are taken. ConfigError and DataError for what cannot be served,
+    EnvironmentProblem where a package or the port is missing.
+    """
+    adapters = named_paths(adapter)
+    if engine == "vllm":
+        return _for_vllm(model, adapters, out, context, console)
+    limits = Limits(timeout=timeout, upload=parse_budget(upload_limit))
+    budget = None if memory is None else parse_budget(memory)
+    _check({"slots": slots, "queue": queue, "timeout": timeout}, out, "" if keys else host, budget, console)
+    run_server, build_app = _http()
+    access = None if keys is None else read_keys(keys)
+    spec = ModelSpec(path=model, dtype=dtype, quantize=QuantSpec(method=quantize))
+    text = load_text_model(spec, say=console.print)
+    runner = Engine(text, (live := LiveModel(text)).selection, slots=slots, context=_context(text, context), waiting=queue)
+    store = None if adapters_dir is None else Store(adapters_dir)
+
+    def changed() -> None:
+        if store is not None:
+            store.remember(registry)
+
+    registry = Registry(live, runner, base=base_name(model), budget=budget, changed=changed)
+    for name, path in adapters.items():
+        registry.register(name, path)
+    if store is not None:
+        store.restore(registry, console.print)
+    service = Service(text, runner, registry, access=access, store=store, limits=limits)
+    runner.start()
+    urls: list[str] = []
+
+    def listening(taken: int) -> None:
+        urls.append(f"http://{f'[{host}]' if ':' in host else host}:{taken}")
+        known = len(registry.names)
+        console.print(f"Serving {registry.base} with {known} adapter{'' if known == 1 else 's'} at {urls[0]}/v1", soft_wrap=True)
+        if ready is not None:
+            ready(service, taken)
+
+    try:
+        with _logs():
+            run_server(build_app(service), host=host, port=port, ready=listening)
+    finally:
+        runner.drain(timeout=0.0)
+    return Served(urls[0] if urls else "", registry.names)
+
+
+def named_paths(given: Sequence[str]) -> dict[str, Path]:
+    """name=PATH, …, as a mapping. ConfigError lists every entry that is wrong."""
+    problems = Problems("--adapter cannot be used")
+    found: dict[str, Path] = {}
+    for entry in given:
+        name, equals, path = entry.partition("=")
+        if not equals or not path:
+            problems.add(f"--adapter {entry}: expected name=PATH, such as reviews=runs/reviews.")
+            continue
+        try:
+            check_name(name)
+        except ConfigError as error:
+            problems.add(str(error))
+            continue
+        if name in found:
+            problems.add(f"--adapter {entry}: the name '{name}' is given twice.")
+        found[name] = Path(path).expanduser()
+    problems.raise_if_any()
+    return found
+
+
+def base_name(model: str) -> str:
+    """What the base is called: the last part of its path or id."""
+    return Path(model.rpartition(":")[2]).name or model
+
+
+def _check(numbers: Mapping[str, float], out: Path | None, host: str, budget: int | None, console: Console) -> None:
+    """ConfigError for flags that contradict each other; `host` is empty where keys are asked for."""
+    problems = Problems("The server cannot be started")
+    if host and host not in LOOPBACK:
+        problems.add(f"--host {host} lets others in, who could load and unload adapters; give --keys FILE, or leave --host out.")
+    for flag, value in numbers.items():
+        if value <= 0:
+            problems.add(f"--{flag} is {value}; it must be above 0.")
+    if out is not None:
+        problems.add("--out is for --engine vllm only; --adapters-dir is where a server keeps uploads.")
+    problems.raise_if_any()
+    if budget is not None and (warning := larger_than_machine(budget)):
+        console.print(warning, soft_wrap=True)
+
+
+def _http() -> tuple[Callable[..., None], Callable[[Service], Any]]:
+    try:
+        from lorakeet.serve.http import build_app, run_server
+    except ImportError as error:
+        raise EnvironmentProblem(_MISSING) from error
+    return run_server, build_app
+
+
+def _context(text: TextModel, asked: int | None) -> int:
+    most = text.context
+    if asked is not None and (asked < 2 or (most is not None and asked > most)):
+        raise ConfigError(f"--context is {asked}; {text.name} takes between 2 and {most or 'any number of'} tokens.")
+    return asked or min(CONTEXT, most or CONTEXT)
+
+
+class _Line(logging.Formatter):
+    """time=… level=… and the message, which is key=value already; one event a line."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        moment = datetime.fromtimestamp(record.created, timezone.utc).isoformat(timespec="milliseconds")
+        return f"time={moment} level={record.levelname.lower()} {record.getMessage()}"
+
+
+@contextmanager
+def _logs() -> Iterator[None]:
+    """The server's log on standard error while it runs."""
+    logger, handler = logging.getLogger("lorakeet.serve"), logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_Line())
+    before, propagates = logger.level, logger.propagate
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(before)
+        logger.propagate = propagates
+
+
+def _for_vllm(model: str, adapters: dict[str, Path], out: Path | None, context: int | None, console: Console) -> Served:
+    """Checks every adapter against vLLM's limits and prints the command; what vLLM would misread is written anew to `out`."""
+    if not adapters:
+        raise ConfigError("--engine vllm needs at least one --adapter name=PATH.")
+    problems = Problems("vLLM cannot serve these adapters")
+    ready: dict[str, Path] = {}
+    ranks = []
+    for name, path in adapters.items():
+        found, held = detect(path), read_adapter(path, say=console.print)
+        try:
+            check_vllm(held)
+        except ConfigError as error:
+            problems.add(f"'{name}': {error}")
+            continue
+        ranks.append(max_rank(held))
+        if found.format == "peft" and not misread(held):
+            ready[name] = found.path
+        elif out is None:
+            why = "vLLM would give it wrong scales" if found.format == "peft" else f"it is stored as {found.format}"
+            problems.add(f"'{name}': {why}; name a folder for an exact copy that it reads right: --out FOLDER.")
+        else:
+            ready[name] = out / name
+            with writing(str(out), "Free some space or choose another place for --out."):
+                peft.write(uniform(held), ready[name])
+            console.print(f"'{name}': written to {ready[name]} with its scale in B and one rank", soft_wrap=True)
+    problems.raise_if_any()
+    words = ["vllm", "serve", model, "--enable-lora", "--max-lora-rank", str(max(ranks)), "--max-loras", str(min(len(ready), 8))]
+    words += ["--max-cpu-loras", str(len(ready))]
+    words += [] if context is None else ["--max-model-len", str(context)]
+    words += ["--lora-modules", *(f"{name}={path.resolve()}" for name, path in ready.items())]
+    console.print(shlex.join(words), soft_wrap=True)
+    return Served(adapters=tuple(ready), command=shlex.join(words))

@@ -1,0 +1,119 @@
+"""`lorakeet serve`: a server as a user starts it, killed and started again, and the command for vLLM."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx
+import pytest
+
+from lorakeet.cli.main import main
+from lorakeet.formats import peft
+from lorakeet.formats.detect import read_adapter
+from lorakeet.formats.vllm import misread
+from tiny.adapters import random_adapter
+from tiny.models import tiny_model
+
+BODY = {"model": "a", "prompt": "This drug", "temperature": 0, "max_tokens": 8}
+
+
+@pytest.fixture
+def adapters(tmp_path: Path) -> Path:
+    bare = tiny_model("llama", vocab_size=320)
+    for seed, name in enumerate(("a", "b")):
+        peft.write(random_adapter(bare, seed=seed), tmp_path / name)
+    return tmp_path
+
+
+@contextmanager
+def server(*arguments: object) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """The verb in a process of its own, and where it answers."""
+    command = [sys.executable, "-m", "lorakeet", "serve", "--dtype", "float32", "--port", "0", *map(str, arguments)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", "COLUMNS": "300"}
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
+    assert process.stdout is not None
+    said = []
+    for line in process.stdout:
+        said.append(line)
+        if line.startswith("Serving "):
+            break
+    else:
+        raise AssertionError("".join(said))
+    try:
+        yield process, said[-1].split(" at ")[1].strip().removesuffix("/v1")
+    finally:
+        process.kill()
+        process.wait()
+        process.stdout.close()
+
+
+def text(url: str, model: str) -> str:
+    answer = httpx.post(f"{url}/v1/completions", json={**BODY, "model": model}, timeout=60)
+    assert answer.status_code == 200, answer.text
+    found: str = answer.json()["choices"][0]["text"]
+    return found
+
+
+def test_killed_and_started_again(tiny_llama_folder: Path, adapters: Path, tmp_path: Path) -> None:
+    arguments = ("--model", tiny_llama_folder, "--adapters-dir", tmp_path / "kept")
+    with server(*arguments, "--adapter", f"a={adapters / 'a'}") as (process, url):
+        for file in ("adapter_config.json", peft.MODEL_NAME):
+            httpx.put(f"{url}/v1/adapters/sent/{file}", content=(adapters / "b" / file).read_bytes())
+        assert httpx.post(f"{url}/v1/adapters/sent", json={}).status_code == 200
+        texts = {name: text(url, name) for name in ("a", "sent", "llama")}
+        assert len(set(texts.values())) == 3
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    with server(*arguments) as (process, url):
+        assert {name: text(url, name) for name in texts} == texts
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=60) in (0, -signal.SIGTERM)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--adapter", "a"], "expected name=PATH"),
+        (["--adapter", "../a=x"], "cannot be used"),
+        (["--adapter", "a=nowhere"], "nowhere does not exist"),
+        (["--host", "0.0.0.0"], "--host 0.0.0.0 lets others in"),
+        (["--slots", "0"], "--slots is 0"),
+        (["--out", "x"], "--out is for --engine vllm"),
+        (["--memory", "2"], "without a unit"),
+        (["--context", "100000"], "--context is 100000"),
+    ],
+)
+def test_refusals(
+    arguments: list[str], message: str, tiny_llama_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["serve", "--model", str(tiny_llama_folder), "--dtype", "float32", *arguments]) == 2
+    assert message in " ".join(capsys.readouterr().err.split())
+
+
+def test_the_command_for_vllm(adapters: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    bare = tiny_model("llama", vocab_size=320)
+    mixed = {**random_adapter(bare, "q_proj").pairs, **random_adapter(bare, "v_proj", rank=9).pairs}
+    peft.write(type(read_adapter(adapters / "a"))(mixed), adapters / "mixed")
+    command = ["serve", "--engine", "vllm", "--model", "org/base", "--adapter", f"a={adapters / 'a'}"]
+    assert main([*command, "--json"]) == 0
+    words = shlex.split(json.loads(capsys.readouterr().out)["command"])
+    assert words[:4] == ["vllm", "serve", "org/base", "--enable-lora"] and words[5] == "8"
+    assert words[-2:] == ["--lora-modules", f"a={(adapters / 'a').resolve()}"]
+    wrong = [*command, "--adapter", f"m={adapters / 'mixed'}"]
+    assert main(wrong) == 2 and "'m': vLLM would give it wrong scales" in " ".join(capsys.readouterr().err.split())
+    assert main([*wrong, "--out", str(tmp_path / "for-vllm"), "--json"]) == 0
+    words = shlex.split(json.loads(capsys.readouterr().out)["command"])
+    assert words[5] == "16" and words[-1] == f"m={(tmp_path / 'for-vllm' / 'm').resolve()}"
+    assert not misread(read_adapter(tmp_path / "for-vllm" / "m"))
+    peft.write(random_adapter(bare, dora=True), adapters / "dora")
+    assert main([*command, "--adapter", f"d={adapters / 'dora'}"]) == 2
+    assert "DoRA" in capsys.readouterr().err
+    assert main(["serve", "--engine", "vllm", "--model", "x"]) == 2
