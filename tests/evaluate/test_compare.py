@@ -6,7 +6,8 @@ from scipy import stats
 
 from lorakeet.errors import DataError
 from lorakeet.evaluate.answers import Answers, answers_from_probabilities
-from lorakeet.evaluate.compare import compare_answers, compare_losses, mcnemar, pair, randomisation
+from lorakeet.evaluate.compare import Comparison, compare_answers, compare_losses, holm, mcnemar, pair, randomisation
+from lorakeet.evaluate.intervals import Estimate
 from lorakeet.evaluate.likelihood import RowLosses
 from lorakeet.evaluate.spec import EvaluateSpec
 
@@ -119,3 +120,15 @@ def test_different_rows_are_refused() -> None:
         compare_answers(answers("adapter", np.ones(4, dtype=bool)), answers("base", np.ones(5, dtype=bool)), QUICK)
     with pytest.raises(DataError, match="different rows or tokens"):
         compare_losses(RowLosses("a", np.ones(2), np.array([1, 2])), RowLosses("b", np.ones(2), np.array([1, 3])), QUICK)
+
+
+def test_holm_corrects_for_the_number_of_comparisons_and_keeps_their_order() -> None:
+    """Holm's own steps: the smallest times m, the next times m - 1, never falling; verdicts follow."""
+    gain = Estimate(-0.1, -0.2, -0.05, 50, "BCa bootstrap")
+    p_values = (0.03, 0.01, 0.02, 0.9)
+    given = [Comparison(f"trial {p}", "base", "loss", gain, p, "paired randomisation", False, "better") for p in p_values]
+    found = holm(given)
+    assert [round(one.p_value, 6) for one in found] == [0.06, 0.04, 0.06, 0.9]
+    assert [one.verdict for one in found] == ["no difference shown", "better", "no difference shown", "no difference shown"]
+    assert [one.left for one in found] == [one.left for one in given] and "Holm over 4" in found[0].test
+    assert holm([]) == () and holm(given[:1])[0].p_value == 0.03

@@ -29,6 +29,7 @@ PLACES: dict[str, tuple[str, ...]] = {
     "pyarrow": ("data/",),
     "tensorboard": ("train/log.py",),
     "wandb": ("train/log.py",),
+    "optuna": ("workflows/search.py", "workflows/tune.py"),
     "fastapi": ("serve/http.py", "studio/app.py"),
     "uvicorn": ("serve/http.py", "studio/app.py"),
     "starlette": ("serve/http.py", "studio/app.py"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -101,6 +101,21 @@ def compare_losses(left: RowLosses, right: RowLosses, spec: EvaluateSpec) -> Com
     p_value = randomisation(lambda weights: weights @ summed, n, spec=spec, groups=left.groups)
     verdict = _verdict(difference, p_value, higher_is_better=False)
     return Comparison(left.system, right.system, "loss", difference, p_value, "paired randomisation", False, verdict)
+
+
+def holm(comparisons: Sequence[Comparison]) -> tuple[Comparison, ...]:
+    """The same comparisons with p-values adjusted for their number (Holm 1979), and verdicts that hold for all of them together.
+
+    The k-th smallest of m p-values is multiplied by m − k + 1, and none is below the one before it.
+    """
+    order = sorted(range(len(comparisons)), key=lambda index: comparisons[index].p_value)
+    found, last = list(comparisons), 0.0
+    for place, index in enumerate(order):
+        one = comparisons[index]
+        last = max(last, min(1.0, (len(order) - place) * one.p_value))
+        verdict = _verdict(one.difference, last, higher_is_better=one.higher_is_better)
+        found[index] = replace(one, p_value=last, test=f"{one.test}, Holm over {len(order)}", verdict=verdict)
+    return tuple(found)
 
 
 def randomisation(stacked: Statistic, n: int, *, spec: EvaluateSpec, groups: Sequence[Hashable] | None = None) -> float:

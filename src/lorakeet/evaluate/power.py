@@ -1,0 +1,59 @@
+"""How small a difference so many rows can show, and how many rows a given difference needs; said before anything is compared."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+from scipy import stats
+
+from lorakeet.errors import DataError
+from lorakeet.evaluate.intervals import Floats
+
+CORRELATION = 0.9  # assumed between two trained adapters' losses on the same row: easy rows are easy for both
+POWER = 0.8
+
+
+@dataclass(frozen=True)
+class PairedPower:
+    """What a paired comparison of losses on `rows` rows can show, from the spread of one system's losses."""
+
+    rows: int
+    spread: float  # standard deviation of a row's difference, nats a token
+    confidence: float
+
+    @property
+    def smallest(self) -> float:
+        """The difference in nats a token that is shown with a probability of 80 %: (z_{1−α/2} + z_{0.8})·sd/√n."""
+        return self._reach * self.spread / math.sqrt(self.rows)
+
+    def rows_for(self, difference: float) -> int:
+        """Rows that show a difference of so many nats a token with a probability of 80 %."""
+        return max(2, math.ceil((self._reach * self.spread / difference) ** 2))
+
+    @property
+    def _reach(self) -> float:
+        return float(stats.norm.ppf(0.5 + self.confidence / 2) + stats.norm.ppf(POWER))
+
+    def sentence(self, difference: float) -> str:
+        """In words, with the number of rows that `difference` needs where there are too few."""
+        base = (
+            f"{self.rows} rows show a difference of {self.smallest:.3g} nats a token or more with a probability of "
+            f"{POWER:.0%} (if losses of two trials correlate by {CORRELATION:g} over rows)."
+        )
+        needed = self.rows_for(difference)
+        if needed <= self.rows:
+            return base
+        return f"{base} Too few rows to tell trials apart by {difference:g}: that needs about {needed:,}."
+
+
+def paired_power(losses: Floats, tokens: Floats, *, confidence: float) -> PairedPower:
+    """From one system's summed losses (n,) and tokens (n,): sd of a row's difference is √(2·(1 − ρ)) times that of its loss.
+
+    The loss a token is a ratio Σl/Σt, so a row counts by its residual (l − r·t)/mean(t). Raises DataError below 2 rows.
+    """
+    if len(losses) < 2:
+        raise DataError(f"{len(losses)} held-out rows tell no two trials apart; hold out 2 rows or more.")
+    residuals = (losses - losses.sum() / tokens.sum() * tokens) / tokens.mean()
+    return PairedPower(len(losses), float(np.std(residuals, ddof=1)) * math.sqrt(2 * (1 - CORRELATION)), confidence)

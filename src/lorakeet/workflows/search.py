@@ -1,0 +1,275 @@
+"""Trials of a search: trained in generations over one base, the worse given up on the way, the best confirmed on other rows."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from torch import nn
+
+from lorakeet.core.adapter import Adapter
+from lorakeet.data.chat import Example
+from lorakeet.errors import DataError
+from lorakeet.evaluate.compare import Comparison, compare_losses, holm
+from lorakeet.evaluate.likelihood import RowLosses, measure_losses
+from lorakeet.evaluate.power import paired_power
+from lorakeet.evaluate.rank_values import Search, TrialResult
+from lorakeet.evaluate.wording import signed
+from lorakeet.models.adapt import begin_adapter
+from lorakeet.models.inject import activate, adapter_names, adapter_of, attach, eject
+from lorakeet.models.score import row_losses
+from lorakeet.train.many import Many, Member, Progress, train_many
+from lorakeet.train.spec import TrainSpec
+from lorakeet.workflows.assemble import Assembly
+from lorakeet.workflows.search_space import Point, Space, plan_of_point
+
+RUNGS = (0.25, 0.5)  # shares of a trial's steps after which the worse half is given up
+START = "run file"  # the trial with the run file's own settings, which all others are compared with
+CONFIRM = "confirm"
+HALVED, SPENT = "given up at a rung", "the budget is spent"
+
+
+@dataclass
+class Trial:
+    """One choice of settings and what became of it."""
+
+    name: str
+    point: Point
+    at: Progress | None = None
+    losses: RowLosses | None = None
+    adapter: Adapter | None = None
+    asked: Any = None  # the sampler's own handle
+
+    @property
+    def whole(self) -> bool:
+        """Whether it was trained to its own end."""
+        return self.at is not None and not self.at.diverged and self.at.done not in (HALVED, SPENT)
+
+
+@dataclass
+class Budget:
+    """What is left of the time and the tokens."""
+
+    seconds: float | None
+    tokens: int | None
+    began: float = field(default_factory=time.monotonic)
+    used: int = 0
+
+    def spent(self, more: int = 0) -> bool:
+        """Whether nothing is left, `more` tokens of trials in progress counted."""
+        late = self.seconds is not None and time.monotonic() - self.began > self.seconds
+        return late or (self.tokens is not None and self.used + more >= self.tokens)
+
+
+@dataclass(frozen=True)
+class SearchRows:
+    """Which rows choose and which confirm."""
+
+    search: list[Example]
+    confirm: list[Example]
+    groups: dict[str, str]  # by key of the example; empty where rows have none
+    where: str  # what the rows of the confirmation are called
+
+
+class Trials:
+    """Trials over one model in memory."""
+
+    def __init__(self, setup: Assembly, space: Space, rows: SearchRows, budget: Budget, console: Console) -> None:
+        self.setup, self.space, self.rows, self.budget, self.console = setup, space, rows, budget, console
+        self.all: list[Trial] = []
+
+    def power(self, difference: float) -> str:
+        """What the rows of the search can show, from the bare base's losses."""
+        base = self.losses("base", self.rows.search, None)
+        confidence = self.setup.config.evaluate.confidence
+        return paired_power(base.losses, base.tokens.astype(np.float64), confidence=confidence).sentence(difference)
+
+    def losses(self, system: str, rows: Sequence[Example], name: str | None) -> RowLosses:
+        """The losses of the adapter `name` on the model, None for the bare base."""
+        text, spec = self.setup.text, self.setup.config.train
+        activate(text.model, name)
+        sums, counts = row_losses(text, rows, micro_tokens=spec.micro_tokens, chunk=spec.head_chunk)
+        groups = tuple(self.rows.groups.get(row.key, row.key) for row in rows) if self.rows.groups else None
+        return RowLosses(system, sums, counts.astype(np.int64), groups)
+
+    def run(self, study: Any, together: int) -> None:
+        """Generations until the budget is spent; the run file's own settings are in the first one."""
+        while not self.all or not self.budget.spent():
+            fresh = [] if self.all else [Trial(START, Point())]
+            fresh += [self._ask(study, len(self.all) + number) for number in range(len(fresh), together)]
+            self.generation(fresh, rungs=RUNGS)
+            for trial in fresh:
+                if trial.asked is not None:
+                    _tell(study, trial)
+
+    def _ask(self, study: Any, count: int) -> Trial:
+        asked = study.ask()
+
+        def number(name: str, low: float, high: float) -> float:
+            return float(asked.suggest_float(name, low, high, log=True))
+
+        point = self.space.draw(number, asked.suggest_categorical)
+        return Trial(f"trial {count}", point, asked=asked)
+
+    def generation(self, trials: Sequence[Trial], *, rungs: Sequence[float]) -> None:
+        """Trains `trials` in one pass over the base; their losses are on them, the model is bare again afterwards."""
+        text, names = self.setup.text, {f"trial_{index}": trial for index, trial in enumerate(trials)}
+        try:
+            members = [self._member(name, trial) for name, trial in names.items()]
+            left = list(rungs)
+
+            def watch(many: Many) -> None:
+                _halve(many, left)
+                if self.budget.spent(sum(at.tokens for at in many.progress)):
+                    for name in names:
+                        many.stop(name, SPENT)
+
+            for (name, trial), at in zip(names.items(), train_many(text, members, watch=watch), strict=True):
+                trial.at = at
+                self.budget.used += at.tokens
+                if not at.diverged:
+                    trial.losses = self._finite(trial, name)
+        finally:
+            for name in names:
+                _eject(text.model, name)
+        self.all += trials
+        for trial in trials:
+            self._say(trial)
+
+    def _finite(self, trial: Trial, name: str) -> RowLosses | None:
+        """Its losses on the rows of the search; a trial whose losses are no numbers has diverged after all."""
+        text, at = self.setup.text, trial.at
+        assert at is not None
+        trial.adapter = adapter_of(text.model, name, base=text.name)
+        try:
+            return self.losses(trial.name, self.rows.search, name)
+        except DataError:
+            at.diverged, at.done = True, f"step {at.step}: losses on held-out rows are no numbers"
+            return None
+
+    def _member(self, name: str, trial: Trial, seed: int = 0) -> Member:
+        setup = self.setup
+        plan = plan_of_point(setup.text, self.space, trial.point)
+        spec = self._train_spec(self.space.resolved(trial.point).train, seed)
+        begin_adapter(setup.text, plan, seed=spec.seed, token_ids=setup.new_token_ids, name=name)
+        return Member(name, spec, setup.train.examples, self.rows.search)
+
+    def _train_spec(self, spec: TrainSpec, seed: int) -> TrainSpec:
+        """The run's own length, with held-out losses at the rungs."""
+        every = max(1, self.setup.steps // 8) if spec.evaluate_every is None else spec.evaluate_every
+        return replace(spec, steps=self.setup.steps, evaluate_every=every, seed=spec.seed + seed)
+
+    def best(self) -> Trial:
+        """The trial of lowest held-out loss, of those that were trained to their end where there are any."""
+        measured = [trial for trial in self.all if trial.losses is not None]
+        whole = [trial for trial in measured if trial.whole] or measured
+        if not whole:
+            raise DataError(
+                "Every trial diverged: the learning rates are far too high for these rows, or the rows are broken. Lower "
+                "--rate-factors or train.learning_rate."
+            )
+        return min(whole, key=loss_of)
+
+    def confirm(self, winner: Trial, seeds: int) -> Comparison | None:
+        """The winner against the run file's settings on rows that the search never saw, over `seeds` seeds each.
+
+        None where the winner is the run file's settings, or these diverged.
+        """
+        start = self.all[0]
+        if winner is start or start.adapter is None or start.losses is None:
+            return None
+        sides = []
+        for trial in (winner, start):
+            assert trial.adapter is not None
+            attach(self.setup.text.model, trial.adapter, CONFIRM)
+            sides.append([self.losses(trial.name, self.rows.confirm, CONFIRM)])
+            _eject(self.setup.text.model, CONFIRM)
+        for seed in range(1, seeds):
+            names = {"winner": winner, "start": start}
+            train_many(self.setup.text, [self._member(name, trial, seed) for name, trial in names.items()])
+            for side, (name, trial) in zip(sides, names.items(), strict=True):
+                side.append(self.losses(trial.name, self.rows.confirm, name))
+                _eject(self.setup.text.model, name)
+        left, right = (replace(side[0], losses=np.mean([one.losses for one in side], axis=0)) for side in sides)
+        return compare_losses(left, right, self.setup.config.evaluate)
+
+    def result(self, winner: Trial, confirmed: Comparison | None, power: str) -> Search:
+        """Every trial with its interval and its comparison with the run file's settings, Holm-corrected."""
+        start, spec = self.all[0], self.setup.config.evaluate
+        whole = [trial for trial in self.all[1:] if trial.whole]  # one that was given up is behind for that reason alone
+        others = [(trial, trial.losses) for trial in whole if trial.losses is not None] if start.losses is not None else []
+        against = holm([compare_losses(losses, start.losses, spec) for _, losses in others if start.losses is not None])
+        by_name = {trial.name: one for (trial, _), one in zip(others, against, strict=True)}
+        results = tuple(self._line(trial, by_name.get(trial.name)) for trial in self.all)
+        return Search(results, len(self.rows.search), power, winner.name, self._conclusion(winner, confirmed))
+
+    def _line(self, trial: Trial, against: Comparison | None) -> TrialResult:
+        at = trial.at
+        assert at is not None
+        loss = None if trial.losses is None else measure_losses(trial.losses, self.setup.config.evaluate)["loss"]
+        words = trial.point.words(self.space.rate)
+        return TrialResult(trial.name, words, at.step, at.tokens, at.done, at.diverged, loss, against)
+
+    def _conclusion(self, winner: Trial, confirmed: Comparison | None) -> str:
+        words = winner.point.words(self.space.rate)
+        if confirmed is None:
+            if winner is self.all[0]:
+                return "No trial was better than the run file's own settings; keep them."
+            return f"The run file's own settings diverged; the best trial is {winner.name} ({words}), unconfirmed."
+        found = confirmed.difference
+        numbers = f"{signed(found.value, 4)} nats a token [{signed(found.low, 4)}, {signed(found.high, 4)}], n = {found.n}"
+        where = f"on {self.rows.where}"
+        if confirmed.verdict == "better":
+            return f"{winner.name.capitalize()} ({words}) is better than the run file's settings {where}: {numbers}."
+        return f"{confirmed.verdict.capitalize()} between {winner.name} ({words}) and the run file's settings {where}: {numbers}."
+
+    def _say(self, trial: Trial) -> None:
+        at = trial.at
+        assert at is not None
+        loss = "diverged" if trial.losses is None else f"held-out loss {loss_of(trial):.4f}"
+        said = f"{trial.name}: {trial.point.words(self.space.rate)}: {loss} after {at.step} steps ({at.done})"
+        self.console.print(said, markup=False, soft_wrap=True)
+
+
+def loss_of(trial: Trial) -> float:
+    """Its held-out loss in nats a token."""
+    assert trial.losses is not None
+    return float(trial.losses.losses.sum() / trial.losses.tokens.sum())
+
+
+def _halve(many: Many, left: list[float]) -> None:
+    """Gives up the worse half by held-out loss once every trial has passed the next rung."""
+    learning = [at for at in many.progress if not at.done]
+    if not left or len(learning) < 2 or any(at.step < left[0] * at.total for at in learning):
+        return
+    seen = [(at.held_out[-1][1].value, at.member.name) for at in learning if at.held_out and at.held_out[-1][0] > 0]
+    if len(seen) < len(learning):
+        return
+    left.pop(0)
+    for _, name in sorted(seen)[(len(seen) + 1) // 2 :]:
+        many.stop(name, HALVED)
+
+
+def _tell(study: Any, trial: Trial) -> None:
+    """The result to the sampler: a loss, one that was given up, or a failure."""
+    from optuna.trial import TrialState
+
+    if trial.losses is None:
+        study.tell(trial.asked, state=TrialState.FAIL)
+        return
+    if trial.whole:
+        study.tell(trial.asked, loss_of(trial))
+        return
+    assert trial.at is not None
+    trial.asked.report(loss_of(trial), trial.at.step)
+    study.tell(trial.asked, state=TrialState.PRUNED)
+
+
+def _eject(model: nn.Module, name: str) -> None:
+    """Takes the adapter out, if it got as far as being on the model."""
+    if name in adapter_names(model):
+        eject(model, name)

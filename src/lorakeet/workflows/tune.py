@@ -1,0 +1,181 @@
+"""`lorakeet tune`: learning rate, rank and targets chosen on held-out rows, and the choice confirmed on rows that it never saw.
+
+rows for the search | rows for the confirmation → what so many rows can show, in words → generations of trials in one pass over
+the base (train/many), the worse half given up twice on the way → the best trial against the run file's settings, on other rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from lorakeet.config import RunConfig, dump_yaml
+from lorakeet.core.start import seed_for
+from lorakeet.data.rows import Row
+from lorakeet.errors import DataError, EnvironmentProblem, Problems
+from lorakeet.evaluate.compare import Comparison
+from lorakeet.evaluate.rank_values import Search
+from lorakeet.evaluate.report import Command, Report, write_report
+from lorakeet.evaluate.values import encode
+from lorakeet.evaluate.wording import signed
+from lorakeet.train.durable import new_folder, write_file
+from lorakeet.workflows import facts
+from lorakeet.workflows.assemble import Assembly, assemble
+from lorakeet.workflows.place import require_empty, writing
+from lorakeet.workflows.search import START, Budget, SearchRows, Trial, Trials
+from lorakeet.workflows.search_space import QUICK_FACTORS, Point, space_for
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """The settings that won, the search, and where both are written."""
+
+    out: Path
+    config: RunConfig
+    search: Search
+    confirmed: Comparison | None
+
+    def to_mapping(self) -> dict[str, Any]:
+        """Plain values for --json."""
+        confirmed = None if self.confirmed is None else encode(self.confirmed)
+        return {"out": str(self.out), "search": encode(self.search), "confirmed": confirmed}
+
+
+def tune(  # noqa: PLR0913 - each is a flag of the verb
+    config: RunConfig,
+    *,
+    results: Path | None = None,
+    minutes: float | None = None,
+    tokens: int | None = None,
+    quick: bool = False,
+    together: int = 4,
+    rate_factors: tuple[float, ...] = (0.25, 4.0),
+    rank_choices: tuple[int, ...] = (4, 8, 16, 32),
+    target_choices: tuple[str, ...] = ("all-linear", "attention", "mlp"),
+    seeds: int = 1,
+    difference: float = 0.05,
+    console: Console,
+) -> Tuned:
+    """Searches and confirms; writes config.yaml (the settings to train with) and a report to `results`, else OUT-tune.
+
+    Raises ConfigError and DataError for what cannot be searched, before anything is trained.
+    """
+    out = Path(f"{config.out}-tune") if results is None else results
+    _check(minutes, tokens, quick, together, seeds, difference)
+    require_empty(out)
+    sampler = None if quick else _sampler(config.train.seed)
+    setup = assemble(config, console)
+    if quick:
+        rate_factors, rank_choices, target_choices = QUICK_FACTORS, (), ()
+    space = space_for(
+        setup.config, setup.text, rate_factors=rate_factors, rank_choices=rank_choices, target_choices=target_choices
+    )
+    search = Trials(setup, space, _rows(setup), Budget(None if minutes is None else 60 * minutes, tokens), console)
+    power = search.power(difference)
+    console.print(power, markup=False, soft_wrap=True)
+    if quick:
+        others = [Trial(f"rate ×{factor:g}", Point(factor)) for factor in QUICK_FACTORS if factor != 1.0]
+        search.generation([Trial(START, Point()), *others], rungs=())
+    else:
+        search.run(sampler, together)
+    winner = search.best()
+    confirmed = search.confirm(winner, seeds)
+    found = search.result(winner, confirmed, power)
+    _show(found, console)
+    start = search.all[0]
+    chosen = winner if start.losses is None or (confirmed is not None and confirmed.verdict == "better") else start
+    settings = replace(space.resolved(chosen.point), out=config.out)
+    _write(out, settings, found, setup, console)
+    return Tuned(out, settings, found, confirmed)
+
+
+def _check(
+    minutes: float | None, tokens: int | None, quick: bool, together: int, seeds: int, difference: float
+) -> None:
+    problems = Problems("The search cannot begin")
+    if not quick and minutes is None and tokens is None:
+        problems.add("No budget is given; say how long the search may take with --minutes or --tokens, or use --quick.")
+    numbers = {"--minutes": minutes, "--tokens": tokens, "--seeds": seeds, "--difference": difference}
+    wrong = {name: value for name, value in numbers.items() if value is not None and value <= 0}
+    problems.messages += [f"{name} is {value:g}; it must be above 0." for name, value in wrong.items()]
+    if together < 2:
+        problems.add(f"--together is {together}; trials are compared with each other, so 2 or more are trained at once.")
+    problems.raise_if_any()
+
+
+def _sampler(seed: int) -> Any:
+    """An Optuna study. Raises EnvironmentProblem where the package is missing."""
+    try:
+        import optuna
+    except ImportError:
+        remedy = "Install it with pip install 'lorakeet[tune]', or take --quick."
+        raise EnvironmentProblem(f"The package optuna, which draws the trials, is missing. {remedy}") from None
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    return optuna.create_study(sampler=optuna.samplers.TPESampler(seed=seed))
+
+
+def _rows(setup: Assembly) -> SearchRows:
+    """Held-out rows for the search; for the confirmation the test rows, or else half of the held-out rows, chosen by content."""
+    held_out = list(setup.held_out.examples)
+    groups = _groups([*setup.dataset.held_out, *setup.dataset.test])
+    if setup.test.examples:
+        return SearchRows(held_out, list(setup.test.examples), groups, "test rows")
+    seed = setup.config.data.split_seed
+    units = sorted({groups.get(e.key, e.key) for e in held_out}, key=lambda unit: seed_for(seed, f"tune/{unit}"))
+    first = set(units[: (len(units) + 1) // 2])
+    search = [example for example in held_out if groups.get(example.key, example.key) in first]
+    confirm = [example for example in held_out if groups.get(example.key, example.key) not in first]
+    if min(len(search), len(confirm)) < 2:
+        raise DataError(
+            f"{len(held_out)} held-out rows are too few: some choose, others confirm, and each part needs 2 rows. Raise "
+            "data.held_out_fraction, or name a data.test file."
+        )
+    return SearchRows(search, confirm, groups, "held-out rows that the search never saw")
+
+
+def _groups(rows: Sequence[Row]) -> dict[str, str]:
+    return {row.key: row.group or row.key for row in rows} if any(row.group for row in rows) else {}
+
+
+def _show(search: Search, console: Console) -> None:
+    columns = ("trial", "settings", "steps", "loss, nats a token", "− run file", "verdict")
+    table = Table(*columns, title="The search", title_justify="left")
+    for trial in search.trials:
+        loss, against = trial.loss, trial.against_start
+        cells = ["diverged" if loss is None else f"{loss.value:.4f} [{loss.low:.4f}, {loss.high:.4f}]"]
+        if against is not None:
+            found = against.difference
+            cells += [f"{signed(found.value, 4)} [{signed(found.low, 4)}, {signed(found.high, 4)}]", against.verdict]
+        style = "bold" if trial.name == search.winner else ""
+        table.add_row(trial.name, trial.settings, str(trial.steps), *(Text(cell) for cell in cells), style=style)
+    console.print(table)
+    console.print(search.conclusion, markup=False, soft_wrap=True)
+
+
+def _write(out: Path, settings: RunConfig, search: Search, setup: Assembly, console: Console) -> None:
+    report = Report(
+        "A search for settings",
+        task="language",
+        subtitle=f"{setup.text.name}, {len(search.trials)} trials",
+        search=search,
+        warnings=(search.power,),
+        facts={
+            "Rows": f"{len(setup.dataset.train)} training, {search.rows} for the search",
+            "Seeds": f"training {settings.train.seed}, evaluation {settings.evaluate.seed}",
+            "Versions": facts.versions(),
+            "Machine": facts.machine(setup.text.device),
+        },
+        next_commands=(Command(f"lorakeet finetune {out / 'config.yaml'}", "train with the settings that were chosen"),),
+    )
+    with writing(f"The search in {out}", "Free some space, or choose another --out."):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with new_folder(out) as place:
+            write_file(place / "config.yaml", dump_yaml(settings).encode())
+            write_report(report, place)
+    console.print(f"Settings: {out / 'config.yaml'}   Report: {out / 'report.html'}", soft_wrap=True)

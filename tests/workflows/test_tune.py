@@ -1,0 +1,113 @@
+"""`lorakeet tune`: the verb from run file to chosen settings, and what is refused or said before it begins."""
+
+from __future__ import annotations
+
+import io
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from lorakeet.config import read_run
+from lorakeet.errors import ConfigError, DataError, EnvironmentProblem
+from lorakeet.evaluate.report import read_report
+from lorakeet.workflows.tune import tune
+from tiny.runs import quiet, reviews, settings, write_rows
+
+SLOW = {"train.learning_rate": 0.003, "train.steps": 8, "data.held_out_fraction": 0.25}
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_rows(tmp_path_factory.mktemp("rows") / "rows.jsonl", reviews(120))
+
+
+def test_a_search_finds_better_settings_and_confirms_them_elsewhere(tiny_llama_folder: Path, rows: Path, tmp_path: Path) -> None:
+    config = settings(tiny_llama_folder, rows, tmp_path / "run", {**SLOW, "evaluate.resamples": 2000})
+    said, choices = io.StringIO(), {"rank_choices": (2, 4), "target_choices": ("all-linear", "mlp")}
+    found = tune(config, tokens=20_000, **choices, console=Console(file=said, width=200))  # type: ignore[arg-type]
+    assert found.out == tmp_path / "run-tune" and {path.name for path in found.out.iterdir()} == {
+        "config.yaml", "report.json", "report.html"
+    }  # fmt: skip
+    search = read_report(found.out / "report.json").search
+    assert search == found.search and search is not None and search.trials[0].name == "run file" and len(search.trials) >= 4
+    assert sum(trial.tokens for trial in search.trials) < 30_000
+    assert found.confirmed is not None and found.confirmed.verdict == "better" and found.confirmed.difference.n == 15
+    chosen = read_run(found.out / "config.yaml")
+    assert chosen.train.learning_rate is not None and chosen.train.learning_rate > 0.003 and chosen.out == config.out
+    assert "is better than the run file's settings on held-out rows that the search never saw" in search.conclusion
+    text = said.getvalue()
+    assert text.index("15 rows show a difference of") < text.index("run file: learning rate")  # before the search
+    assert found.to_mapping()["confirmed"]["verdict"] == "better"
+
+
+def test_three_rates_in_one_pass_and_no_difference_said_so(tiny_llama_folder: Path, rows: Path, tmp_path: Path) -> None:
+    """At rates of next to nothing, the three trials are the base: the run file's settings stay."""
+    config = settings(tiny_llama_folder, rows, tmp_path / "run", {**SLOW, "train.learning_rate": 1e-30})
+    found = tune(config, quick=True, results=tmp_path / "quick", difference=0.01, console=quiet())
+    assert [trial.name for trial in found.search.trials] == ["run file", "rate ×0.5", "rate ×2"]
+    assert {trial.steps for trial in found.search.trials} == {6}  # nothing improves, so patience ends them
+    verdicts = [one.against_start and one.against_start.verdict for one in found.search.trials]
+    assert verdicts == [None, "no difference shown", "no difference shown"]
+    assert found.search.conclusion.startswith("No trial was better") and found.confirmed is None
+    assert read_run(found.out / "config.yaml").train.learning_rate == 1e-30
+    assert "Too few rows to tell trials apart by 0.01: that needs about" in found.search.power
+    assert found.search.power in read_report(found.out / "report.json").warnings
+
+
+def test_test_rows_confirm_where_there_are_some(tiny_llama_folder: Path, rows: Path, tmp_path: Path) -> None:
+    test = write_rows(tmp_path / "test.jsonl", reviews(21, seed=9))
+    config = settings(tiny_llama_folder, rows, tmp_path / "run", {**SLOW, "data.test": test})
+    found = tune(config, quick=True, console=quiet())
+    assert found.search.rows == 30 and "on test rows" in found.search.conclusion
+    assert found.confirmed is not None and found.confirmed.difference.n == 21
+
+
+def test_groups_of_rows_stay_together(tiny_llama_folder: Path, tmp_path: Path) -> None:
+    records = [{**record, "who": f"person {number // 4}"} for number, record in enumerate(reviews(120))]
+    data = write_rows(tmp_path / "rows.jsonl", records)
+    config = settings(tiny_llama_folder, data, tmp_path / "run", {**SLOW, "data.group_column": "who", "train.steps": 2})
+    found = tune(config, quick=True, console=quiet())
+    assert found.search.trials[0].loss is not None and "groups" in found.search.trials[0].loss.method
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({}, ["No budget is given", "--minutes", "--quick"]),
+        ({"minutes": -1.0}, ["--minutes is -1"]),
+        ({"tokens": 0, "seeds": 0}, ["--tokens is 0", "--seeds is 0"]),
+        ({"minutes": 1.0, "together": 1}, ["--together is 1", "2 or more"]),
+        ({"quick": True, "difference": 0.0}, ["--difference is 0"]),
+        ({"minutes": 1.0, "rank_choices": (), "target_choices": (), "rate_factors": ()}, ["nothing in it to choose"]),
+    ],
+)
+def test_searches_that_cannot_begin(
+    tiny_llama_folder: Path, rows: Path, tmp_path: Path, given: dict[str, Any], words: list[str]
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        tune(settings(tiny_llama_folder, rows, tmp_path / "run", SLOW), console=quiet(), **given)
+    assert all(word in str(caught.value) for word in words) and not (tmp_path / "run-tune").exists()
+
+
+def test_a_missing_optuna_is_named_and_quick_needs_none(
+    tiny_llama_folder: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "optuna", None)
+    config = settings(tiny_llama_folder, rows, tmp_path / "run", {**SLOW, "train.steps": 1})
+    with pytest.raises(EnvironmentProblem, match=r"optuna.*missing.*lorakeet\[tune\].*--quick"):
+        tune(config, minutes=1.0, console=quiet())
+    assert tune(config, quick=True, console=quiet()).search.trials
+
+
+def test_too_few_rows_and_a_place_that_is_taken_are_refused(tiny_llama_folder: Path, tmp_path: Path) -> None:
+    few = write_rows(tmp_path / "few.jsonl", reviews(9))
+    config = settings(tiny_llama_folder, few, tmp_path / "run", {**SLOW, "data.held_out_fraction": 0.2})
+    with pytest.raises(DataError, match=r"held-out rows are too few: some choose, others confirm.*data\.test"):
+        tune(config, quick=True, console=quiet())
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "file").touch()
+    with pytest.raises(ConfigError, match="exists already"):
+        tune(settings(tiny_llama_folder, few, tmp_path / "run", SLOW), quick=True, results=tmp_path / "taken", console=quiet())
