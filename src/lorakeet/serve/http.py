@@ -14,7 +14,7 @@ import uvicorn
 from starlette.applications import Starlette
 from starlette.requests import ClientDisconnect
 from starlette.requests import Request as HttpRequest
-from starlette.responses import JSONResponse, PlainTextResponse, Response
+from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from lorakeet.errors import ConfigError, DataError, EnvironmentProblem, LorakeetError, VerificationFailed
@@ -24,6 +24,7 @@ from lorakeet.serve.engine import Draining, QueueFull
 from lorakeet.serve.lifecycle import TooLarge
 from lorakeet.serve.naming import UnknownModel
 from lorakeet.serve.registry import NoRoom
+from lorakeet.serve.reply import Reply
 from lorakeet.serve.service import Service
 
 Handler = Callable[[HttpRequest], Awaitable[Response]]
@@ -79,23 +80,23 @@ def _adapter_routes(service: Service) -> list[Route]:
         return str(request.path_params["name"])
 
     async def look(request: HttpRequest) -> Response:
-        return await lifecycle.look(service, _caller(service, request), name(request))
+        return _sent(await lifecycle.look(service, _caller(service, request), name(request)))
 
     async def accept(request: HttpRequest) -> Response:
-        return await lifecycle.accept(service, _caller(service, request), name(request), await _body(service, request))
+        return _sent(await lifecycle.accept(service, _caller(service, request), name(request), await _body(service, request)))
 
     async def pin(request: HttpRequest) -> Response:
-        return await lifecycle.pin(service, _caller(service, request), name(request), await _body(service, request))
+        return _sent(await lifecycle.pin(service, _caller(service, request), name(request), await _body(service, request)))
 
     async def certify(request: HttpRequest) -> Response:
-        return await lifecycle.certify(service, _caller(service, request), name(request))
+        return _sent(await lifecycle.certify(service, _caller(service, request), name(request)))
 
     async def remove(request: HttpRequest) -> Response:
-        return await lifecycle.remove(service, _caller(service, request), name(request))
+        return _sent(await lifecycle.remove(service, _caller(service, request), name(request)))
 
     async def receive(request: HttpRequest) -> Response:
         file = str(request.path_params["file"])
-        return await lifecycle.receive(service, _caller(service, request), request, name(request), file)
+        return _sent(await lifecycle.receive(service, _caller(service, request), request, name(request), file))
 
     one = "/v1/adapters/{name}"
     return [
@@ -141,21 +142,27 @@ def _plain(answer: Callable[[], Response]) -> Handler:
     return handle
 
 
-def _of_caller(service: Service, answer: Callable[[Caller], Awaitable[Response]]) -> Handler:
+def _sent(reply: Reply) -> Response:
+    if isinstance(reply.body, str):
+        return Response(reply.body, reply.status, media_type=reply.media)
+    return StreamingResponse(reply.body, reply.status, media_type=reply.media)
+
+
+def _of_caller(service: Service, answer: Callable[[Caller], Awaitable[Reply]]) -> Handler:
     """A route that reads nothing but who asks."""
 
     async def handle(request: HttpRequest) -> Response:
-        return await answer(_caller(service, request))
+        return _sent(await answer(_caller(service, request)))
 
     return _guarded(handle)
 
 
-def _of_body(service: Service, answer: Callable[[Service, Caller, HttpRequest, Any], Awaitable[Response]]) -> Handler:
+def _of_body(service: Service, answer: Callable[[Service, Caller, HttpRequest, Any], Awaitable[Reply]]) -> Handler:
     """A route that reads a JSON body."""
 
     async def handle(request: HttpRequest) -> Response:
         caller = _caller(service, request)
-        return await answer(service, caller, request, await _body(service, request))
+        return _sent(await answer(service, caller, request, await _body(service, request)))
 
     return _guarded(handle)
 
@@ -211,7 +218,7 @@ def _ready(service: Service) -> Response:
     return PlainTextResponse(service.engine.failure or "not ready", 503)
 
 
-async def _metrics(service: Service, caller: Caller) -> Response:
+async def _metrics(service: Service, caller: Caller) -> Reply:
     caller.require_admin()
     running, waiting = service.engine.load
     registry = service.registry
@@ -224,4 +231,4 @@ async def _metrics(service: Service, caller: Caller) -> Response:
         "adapters_resident_bytes": registry.resident_bytes,
         "kv_cache_bytes": service.engine.cache.bytes,
     }
-    return PlainTextResponse(service.metrics.text(gauges), media_type="text/plain; version=0.0.4")
+    return Reply(service.metrics.text(gauges), "text/plain; version=0.0.4")

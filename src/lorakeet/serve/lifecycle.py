@@ -6,14 +6,12 @@ import asyncio
 from pathlib import Path
 from typing import Any
 
-from starlette.requests import Request as HttpRequest
-from starlette.responses import JSONResponse, PlainTextResponse, Response
-
 from lorakeet.errors import ConfigError, DataError
 from lorakeet.serve.access import Caller
 from lorakeet.serve.fields import Fields
 from lorakeet.serve.probe import extend_certificate
 from lorakeet.serve.registry import Version
+from lorakeet.serve.reply import Incoming, Reply, as_json
 from lorakeet.serve.service import Service
 from lorakeet.serve.store import Store
 
@@ -22,7 +20,7 @@ class TooLarge(DataError):
     """A body or a file is larger than the server takes."""
 
 
-async def load(service: Service, caller: Caller, request: HttpRequest, data: Any) -> Response:
+async def load(service: Service, caller: Caller, request: Incoming, data: Any) -> Reply:
     """POST /v1/load_lora_adapter {"lora_name", "lora_path", "load_inplace", "pinned"}, as vLLM and SGLang have it."""
     caller.require_admin()
     fields = Fields(data)
@@ -30,18 +28,18 @@ async def load(service: Service, caller: Caller, request: HttpRequest, data: Any
     name, path = fields.text("lora_name"), Path(fields.text("lora_path")).expanduser()
     load_in_place, pinned = fields.flag("load_inplace"), fields.flag("pinned")
     await asyncio.to_thread(service.registry.load, name, path, replace=load_in_place, pinned=pinned)
-    return PlainTextResponse(f"Success: LoRA adapter '{name}' added successfully.")
+    return Reply(f"Success: LoRA adapter '{name}' added successfully.")
 
 
-async def unload(service: Service, caller: Caller, request: HttpRequest, data: Any) -> Response:
+async def unload(service: Service, caller: Caller, request: Incoming, data: Any) -> Reply:
     """POST /v1/unload_lora_adapter {"lora_name"}."""
     caller.require_admin()
     name = Fields(data).text("lora_name")
     await asyncio.to_thread(_drop, service, name)
-    return PlainTextResponse(f"Success: LoRA adapter '{name}' removed successfully.")
+    return Reply(f"Success: LoRA adapter '{name}' removed successfully.")
 
 
-async def scales(service: Service, caller: Caller) -> Response:
+async def scales(service: Service, caller: Caller) -> Reply:
     """GET /lora-adapters: every adapter with the scale of requests that name none."""
     found = [
         {
@@ -51,30 +49,30 @@ async def scales(service: Service, caller: Caller) -> Response:
         for version in service.registry.versions
         if caller.sees(version.name)
     ]  # fmt: skip
-    return JSONResponse(found)
+    return as_json(found)
 
 
-async def set_scales(service: Service, caller: Caller, request: HttpRequest, data: Any) -> Response:
+async def set_scales(service: Service, caller: Caller, request: Incoming, data: Any) -> Reply:
     """POST /lora-adapters [{"id", "scale"}]: what requests for the base use from now on; adapters that are not named get 0."""
     caller.require_admin()
     service.scales = service.by_number(caller, data)
-    return JSONResponse({"success": True})
+    return as_json({"success": True})
 
 
-async def look(service: Service, caller: Caller, name: str) -> Response:
+async def look(service: Service, caller: Caller, name: str) -> Reply:
     """GET /v1/adapters/NAME."""
-    return JSONResponse(_about(_seen(service, caller, name)))
+    return as_json(_about(_seen(service, caller, name)))
 
 
-async def pin(service: Service, caller: Caller, name: str, data: Any) -> Response:
+async def pin(service: Service, caller: Caller, name: str, data: Any) -> Reply:
     """POST /v1/adapters/NAME/pin {"pinned": true}: a pinned adapter is in memory and stays there."""
     caller.require_admin()
     _seen(service, caller, name)
     await asyncio.to_thread(service.registry.pin, name, Fields(data).flag("pinned", True))
-    return JSONResponse(_about(service.registry.get(name)))
+    return as_json(_about(service.registry.get(name)))
 
 
-async def certify(service: Service, caller: Caller, name: str) -> Response:
+async def certify(service: Service, caller: Caller, name: str) -> Reply:
     """POST /v1/adapters/NAME/certificate: adds to the certificate beside the adapter that it is served as it was verified."""
     caller.require_admin()
     version = _seen(service, caller, name)
@@ -85,10 +83,10 @@ async def certify(service: Service, caller: Caller, name: str) -> Response:
     assert version.probe is not None
     tolerance = service.registry.prober.tolerance
     written = await asyncio.to_thread(extend_certificate, version.certificate, name, version.probe, tolerance)
-    return JSONResponse({"path": str(version.certificate), "passed": written.passed, "checks": [str(c) for c in written.checks]})
+    return as_json({"path": str(version.certificate), "passed": written.passed, "checks": [str(c) for c in written.checks]})
 
 
-async def receive(service: Service, caller: Caller, request: HttpRequest, name: str, file: str) -> Response:
+async def receive(service: Service, caller: Caller, request: Incoming, name: str, file: str) -> Reply:
     """PUT /v1/adapters/NAME/FILE: one file of an upload, in pieces; nothing is visible before the upload is accepted."""
     caller.require_admin()
     limit, place = service.limits.upload, _store(service).incoming(name, file)
@@ -103,23 +101,23 @@ async def receive(service: Service, caller: Caller, request: HttpRequest, name: 
     except BaseException:
         place.unlink(missing_ok=True)
         raise
-    return JSONResponse({"name": name, "file": file, "bytes": size})
+    return as_json({"name": name, "file": file, "bytes": size})
 
 
-async def accept(service: Service, caller: Caller, name: str, data: Any) -> Response:
+async def accept(service: Service, caller: Caller, name: str, data: Any) -> Reply:
     """POST /v1/adapters/NAME {"replace": false}: checks an upload whole, and only then serves it."""
     caller.require_admin()
     store, replace = _store(service), Fields(data).flag("replace")
     await asyncio.to_thread(store.accept, name, service.registry, replace=replace)
-    return JSONResponse(_about(service.registry.get(name)))
+    return as_json(_about(service.registry.get(name)))
 
 
-async def remove(service: Service, caller: Caller, name: str) -> Response:
+async def remove(service: Service, caller: Caller, name: str) -> Reply:
     """DELETE /v1/adapters/NAME: no longer served, and what was uploaded of it is deleted."""
     caller.require_admin()
     _seen(service, caller, name)
     await asyncio.to_thread(_drop, service, name)
-    return JSONResponse({"name": name, "removed": True})
+    return as_json({"name": name, "removed": True})
 
 
 def _drop(service: Service, name: str) -> None:

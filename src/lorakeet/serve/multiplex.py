@@ -6,9 +6,8 @@ import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Sequence
 
-from starlette.requests import Request as HttpRequest
-
 from lorakeet.serve.engine import Event
+from lorakeet.serve.reply import Incoming
 from lorakeet.serve.service import Text, Writing
 
 
@@ -32,7 +31,7 @@ async def merged(texts: Sequence[Text]) -> AsyncIterator[tuple[int, Event]]:
             task.cancel()
 
 
-async def collect(request: HttpRequest, writing: Writing) -> list[list[Event]] | None:
+async def collect(request: Incoming, writing: Writing) -> list[list[Event]] | None:
     """All events of each text, or None once the client is gone."""
     found: list[list[Event]] = [[] for _ in writing.texts]
 
@@ -51,7 +50,7 @@ async def collect(request: HttpRequest, writing: Writing) -> list[list[Event]] |
                 await task
 
 
-async def _gone(request: HttpRequest) -> None:
+async def _gone(request: Incoming) -> None:
     """Returns when the client has closed the connection."""
     while (await request.receive())["type"] != "http.disconnect":
         pass

@@ -8,15 +8,13 @@ from collections.abc import AsyncIterator
 from datetime import datetime, timezone
 from typing import Any
 
-from starlette.requests import Request as HttpRequest
-from starlette.responses import JSONResponse, Response, StreamingResponse
-
 from lorakeet import __version__
 from lorakeet.errors import ConfigError, LorakeetError
 from lorakeet.serve.access import Caller
 from lorakeet.serve.fields import Fields
 from lorakeet.serve.multiplex import collect, merged
 from lorakeet.serve.openai import messages
+from lorakeet.serve.reply import NOBODY, Incoming, Reply, as_json
 from lorakeet.serve.sampling import Sampling
 from lorakeet.serve.service import Service, Writing
 
@@ -34,7 +32,7 @@ _NEUTRAL_OPTIONS: dict[str, Any] = {
 _UNTIL_FULL = (-1, -2)  # Ollama's num_predict for "until the end" and "until the context is full"
 
 
-async def chat(service: Service, caller: Caller, request: HttpRequest, data: Any) -> Response:
+async def chat(service: Service, caller: Caller, request: Incoming, data: Any) -> Reply:
     """POST /api/chat; the model is the name of an adapter, with or without ":latest"."""
     fields = Fields(data)
     fields.refuse(_CHAT, (), _NEUTRAL)
@@ -42,7 +40,7 @@ async def chat(service: Service, caller: Caller, request: HttpRequest, data: Any
     return await _answer(service, caller, request, fields, ids, chat=True)
 
 
-async def generate(service: Service, caller: Caller, request: HttpRequest, data: Any) -> Response:
+async def generate(service: Service, caller: Caller, request: Incoming, data: Any) -> Reply:
     """POST /api/generate; the prompt goes through the chat template, if there is one, unless `raw` is set."""
     fields = Fields(data)
     fields.refuse(_GENERATE, (), _NEUTRAL)
@@ -58,8 +56,8 @@ async def generate(service: Service, caller: Caller, request: HttpRequest, data:
 
 
 async def _answer(
-    service: Service, caller: Caller, request: HttpRequest, fields: Fields, ids: tuple[int, ...], *, chat: bool
-) -> Response:
+    service: Service, caller: Caller, request: Incoming, fields: Fields, ids: tuple[int, ...], *, chat: bool
+) -> Reply:
     options = fields.inner("options")
     options.refuse(_OPTIONS, _NO_EFFECT, _NEUTRAL_OPTIONS)
     most = options.whole("num_predict", -1)
@@ -74,17 +72,17 @@ async def _answer(
     model = fields.text("model")
     writing = await service.write(caller, service.weigh(caller, model, fields), ids, sampling)
     if fields.flag("stream", True):
-        return StreamingResponse(_stream(service, writing, model, chat), media_type="application/x-ndjson")
+        return Reply(_stream(service, writing, model, chat), "application/x-ndjson")
     try:
         found = await collect(request, writing)
     finally:
         service.close(writing)
     if found is None:
-        return Response(status_code=499)
+        return NOBODY
     last = found[0][-1]
     if last.reason == "error":
         raise LorakeetError(last.error)
-    return JSONResponse(_line(model, "".join(event.text for event in found[0]), chat, last.reason, writing))
+    return as_json(_line(model, "".join(event.text for event in found[0]), chat, last.reason, writing))
 
 
 async def _stream(service: Service, writing: Writing, model: str, chat: bool) -> AsyncIterator[str]:
@@ -122,7 +120,7 @@ def _now() -> str:
     return datetime.now(timezone.utc).isoformat().replace("+00:00", "Z")
 
 
-async def tags(service: Service, caller: Caller) -> Response:
+async def tags(service: Service, caller: Caller) -> Reply:
     """GET /api/tags: the base and the adapters, as models."""
     details = {"format": "safetensors", "family": service.text.family.name, "parent_model": service.base}
     found = [{"name": service.base, "model": service.base, "modified_at": _now(), "size": 0, "digest": "", "details": details}]
@@ -130,9 +128,9 @@ async def tags(service: Service, caller: Caller) -> Response:
         if caller.sees(version.name):
             about = {"size": version.source.bytes, "digest": version.source.digest, "details": details}
             found.append({"name": version.name, "model": version.name, "modified_at": _now(), **about})
-    return JSONResponse({"models": found})
+    return as_json({"models": found})
 
 
-async def version(service: Service, caller: Caller) -> Response:
+async def version(service: Service, caller: Caller) -> Reply:
     """GET /api/version."""
-    return JSONResponse({"version": __version__})
+    return as_json({"version": __version__})

@@ -9,14 +9,12 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from typing import Any
 
-from starlette.requests import Request as HttpRequest
-from starlette.responses import JSONResponse, Response, StreamingResponse
-
 from lorakeet.errors import ConfigError, LorakeetError
 from lorakeet.serve.access import Caller
 from lorakeet.serve.engine import Event
 from lorakeet.serve.fields import Fields
 from lorakeet.serve.multiplex import collect, merged
+from lorakeet.serve.reply import NOBODY, Incoming, Reply, as_json
 from lorakeet.serve.sampling import Chosen, Sampling
 from lorakeet.serve.service import Service, Writing
 
@@ -45,7 +43,7 @@ class _Asked:
     tell: bool  # log-probabilities
 
 
-async def chat_completions(service: Service, caller: Caller, request: HttpRequest, data: Any) -> Response:
+async def chat_completions(service: Service, caller: Caller, request: Incoming, data: Any) -> Reply:
     """POST /v1/chat/completions."""
     fields = Fields(data)
     fields.refuse(_CHAT, _WITHOUT_EFFECT, _NEUTRAL)
@@ -59,7 +57,7 @@ async def chat_completions(service: Service, caller: Caller, request: HttpReques
     return await _answer(service, caller, request, asked, fields)
 
 
-async def completions(service: Service, caller: Caller, request: HttpRequest, data: Any) -> Response:
+async def completions(service: Service, caller: Caller, request: Incoming, data: Any) -> Reply:
     """POST /v1/completions; the prompt is a text or a list of token ids."""
     fields = Fields(data)
     fields.refuse(_COMPLETION, _WITHOUT_EFFECT, _NEUTRAL)
@@ -116,7 +114,7 @@ def _asked(
     return _Asked(fields.text("model"), ids, sampling, fields.whole("n", 1) or 0, stream, usage, chat, logprobs is not None)
 
 
-async def _answer(service: Service, caller: Caller, request: HttpRequest, asked: _Asked, fields: Fields) -> Response:
+async def _answer(service: Service, caller: Caller, request: Incoming, asked: _Asked, fields: Fields) -> Reply:
     meant = service.weigh(caller, asked.model, fields)
     writing = await service.write(caller, meant, asked.ids, asked.sampling, texts=asked.n)
     head = {
@@ -125,16 +123,16 @@ async def _answer(service: Service, caller: Caller, request: HttpRequest, asked:
         "model": asked.model,
     }
     if asked.stream:
-        return StreamingResponse(_stream(service, writing, asked, head), media_type="text/event-stream")
+        return Reply(_stream(service, writing, asked, head), "text/event-stream")
     try:
         found = await collect(request, writing)
     finally:
         service.close(writing)
     if found is None:
-        return Response(status_code=499)  # the client is gone; nobody reads this
+        return NOBODY
     choices = [_whole(service, asked, index, events) for index, events in enumerate(found)]
     kind = "chat.completion" if asked.chat else "text_completion"
-    return JSONResponse({**head, "object": kind, "choices": choices, "usage": _usage(writing)})
+    return as_json({**head, "object": kind, "choices": choices, "usage": _usage(writing)})
 
 
 async def _stream(service: Service, writing: Writing, asked: _Asked, head: dict[str, Any]) -> AsyncIterator[str]:
@@ -222,11 +220,11 @@ def _sse(data: dict[str, Any]) -> str:
     return f"data: {json.dumps(data, ensure_ascii=False)}\n\n"
 
 
-async def models(service: Service, caller: Caller) -> Response:
+async def models(service: Service, caller: Caller) -> Reply:
     """GET /v1/models: the base, and the adapters that the caller may use, each with `parent` and `root`."""
     listed = [{"id": service.base, "object": "model", "created": service.began, "owned_by": "lorakeet", "parent": None}]
     for version in service.registry.versions:
         if caller.sees(version.name):
             about = {"parent": service.base, "root": str(version.source.path), "loaded": version.loaded, "pinned": version.pinned}
             listed.append({"id": version.name, "object": "model", "created": service.began, "owned_by": "lorakeet", **about})
-    return JSONResponse({"object": "list", "data": listed})
+    return as_json({"object": "list", "data": listed})

@@ -41,13 +41,12 @@ _MISSING = "lorakeet serve needs starlette and uvicorn; install them with: pip i
 class Served:
     """What was served, or with which command vLLM serves it."""
 
-    url: str = ""
     adapters: tuple[str, ...] = ()
     command: str = ""
 
     def to_mapping(self) -> dict[str, Any]:
         """Plain values for --json."""
-        return {"url": self.url, "adapters": list(self.adapters), "command": self.command}
+        return {"adapters": list(self.adapters), "command": self.command}
 
 
 def serve(  # noqa: PLR0913 - one argument for each option
@@ -69,12 +68,10 @@ def serve(  # noqa: PLR0913 - one argument for each option
     engine: Literal["lorakeet", "vllm"] = "lorakeet",
     out: Path | None = None,
     console: Console,
-    ready: Callable[[Service, int], None] | None = None,
 ) -> Served:
     """Serves until SIGINT or SIGTERM; with engine vllm, checks the adapters and prints the command instead.
 
-    `ready` hears the service and its port once connections are taken. ConfigError and DataError for what cannot be served,
-    EnvironmentProblem where a package or the port is missing.
+    ConfigError and DataError for what cannot be served, EnvironmentProblem where a package or the port is missing.
     """
     adapters = named_paths(adapter)
     if engine == "vllm":
@@ -100,21 +97,12 @@ def serve(  # noqa: PLR0913 - one argument for each option
         store.restore(registry, console.print)
     service = Service(text, runner, registry, access=access, store=store, limits=limits)
     runner.start()
-    urls: list[str] = []
-
-    def listening(taken: int) -> None:
-        urls.append(f"http://{f'[{host}]' if ':' in host else host}:{taken}")
-        known = len(registry.names)
-        console.print(f"Serving {registry.base} with {known} adapter{'' if known == 1 else 's'} at {urls[0]}/v1", soft_wrap=True)
-        if ready is not None:
-            ready(service, taken)
-
     try:
         with _logs():
-            run_server(build_app(service), host=host, port=port, ready=listening)
+            run_server(build_app(service), host=host, port=port, ready=lambda taken: _say(registry, host, taken, console))
     finally:
         runner.drain(timeout=0.0)
-    return Served(urls[0] if urls else "", registry.names)
+    return Served(registry.names)
 
 
 def named_paths(given: Sequence[str]) -> dict[str, Path]:
@@ -156,6 +144,12 @@ def _check(numbers: Mapping[str, float], out: Path | None, host: str, budget: in
     problems.raise_if_any()
     if budget is not None and (warning := larger_than_machine(budget)):
         console.print(warning, soft_wrap=True)
+
+
+def _say(registry: Registry, host: str, port: int, console: Console) -> None:
+    known, where = len(registry.names), f"[{host}]" if ":" in host else host
+    adapters = f"{known} adapter{'' if known == 1 else 's'}"
+    console.print(f"Serving {registry.base} with {adapters} at http://{where}:{port}/v1", soft_wrap=True)
 
 
 def _http() -> tuple[Callable[..., None], Callable[[Service], Any]]:
