@@ -10,8 +10,10 @@ import torch
 
 from lorakeet.core.adapter import Adapter, TokenRows
 from lorakeet.core.math import delta, scale_of
-from lorakeet.models.folded import folded_weights
-from lorakeet.models.inject import attach
+from lorakeet.errors import ConfigError
+from lorakeet.models.folded import fold_layers, folded_weights
+from lorakeet.models.fuse import fuse
+from lorakeet.models.inject import activate, attach
 from tiny.adapters import random_adapter, random_pair
 
 
@@ -67,3 +69,28 @@ def test_a_pairs_bias_is_folded_into_the_layers(tiny_model: Callable[..., Any]) 
     ids = torch.tensor([[5, 9, 3, 40]])
     with torch.no_grad():
         torch.testing.assert_close(model(ids).logits, plain(ids).logits, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_folded_layers_are_plain_and_compute_what_the_adapted_model_computes(
+    tiny_model: Callable[..., Any], family: str
+) -> None:
+    """Also where another layer stays adapted, and where pieces were fused."""
+    model = tiny_model(family)
+    adapter = random_adapter(model, *(("c_attn", "c_proj") if family == "gpt2" else ()))
+    attach(model, adapter, "mine")
+    activate(model, "mine")
+    fuse(model)
+    ids = torch.arange(12)[None]
+    with torch.no_grad():
+        before = model(ids).logits
+        paths = list(adapter.pairs)
+        expected = {path: dict(folded_weights(model, "mine"))[f"{path}.weight"] for path in paths}
+        fold_layers(model, "mine", paths)
+        torch.testing.assert_close(model(ids).logits, before, atol=1e-5, rtol=1e-4)
+    for path in paths:
+        layer = model.get_submodule(path)
+        assert type(layer) is torch.nn.Linear
+        torch.testing.assert_close(layer.weight, expected[path].t() if family == "gpt2" else expected[path], atol=1e-6, rtol=0)
+    with pytest.raises(ConfigError, match=r"no layer 'model\.nowhere'"):
+        fold_layers(model, "mine", ["model.nowhere"])

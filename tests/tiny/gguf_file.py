@@ -6,7 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
+from lorakeet.quant.gguf_codes import fitted
 from tiny.models import tiny_model, tiny_tokenizer
 
 _NAMES = {
@@ -16,12 +18,15 @@ _NAMES = {
 }  # fmt: skip
 
 
-def write_tiny_gguf(path: Path, kind: str | None = None) -> Any:
-    """Writes `path` and returns the fp32 model that it was made of; matrices that divide into blocks of type `kind` are packed."""
+def write_tiny_gguf(path: Path, kind: str | None = None, **changes: Any) -> Any:
+    """Writes `path` and returns the fp32 model that it was made of; matrices that divide into blocks of type `kind` are packed.
+
+    `changes` are settings of the model's configuration.
+    """
     import gguf
 
     tokenizer = tiny_tokenizer()
-    model = tiny_model("llama", vocab_size=len(tokenizer), tie_word_embeddings=True)
+    model = tiny_model("llama", vocab_size=len(tokenizer), tie_word_embeddings=True, **changes)
     config = model.config
     writer = gguf.GGUFWriter(str(path), "llama")
     writer.add_name("tiny")
@@ -40,7 +45,7 @@ def write_tiny_gguf(path: Path, kind: str | None = None) -> Any:
             weight = _as_stored(name, tensor.numpy(), config)
             raw = None if kind is None or weight.ndim < 2 else gguf.GGMLQuantizationType[kind]
             if raw is not None and weight.shape[-1] % gguf.GGML_QUANT_SIZES[raw][0] == 0:
-                writer.add_tensor(_gguf_name(name), gguf.quants.quantize(weight, raw), raw_dtype=raw)
+                writer.add_tensor(_gguf_name(name), _blocks(weight, raw), raw_dtype=raw)
             else:
                 writer.add_tensor(_gguf_name(name), weight)
     writer.write_header_to_file()
@@ -48,6 +53,15 @@ def write_tiny_gguf(path: Path, kind: str | None = None) -> Any:
     writer.write_tensors_to_file()
     writer.close()
     return model
+
+
+def _blocks(weight: np.ndarray, kind: Any) -> np.ndarray:
+    """The weight in blocks: by the gguf package, or, of the K types, which it does not write, by Lorakeet."""
+    import gguf
+
+    if not kind.name.endswith("_K"):
+        return gguf.quants.quantize(weight, kind)
+    return fitted(torch.from_numpy(np.ascontiguousarray(weight)), kind.name).packed.numpy()
 
 
 def _add_tokenizer(writer: Any, tokenizer: Any) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +13,9 @@ from lorakeet.core.extras import Rows, TrainedModule
 from lorakeet.core.layers import AdaptedLayer
 from lorakeet.core.lowrank import LoraPair
 from lorakeet.core.math import fold
-from lorakeet.models.modules import adapted_layers, original_modules
+from lorakeet.errors import ConfigError
+from lorakeet.models.fuse import unfuse
+from lorakeet.models.modules import adapted_layers, bare, find, kind_of, original_modules, replace
 from lorakeet.quant.packed import PackedLinear
 
 
@@ -34,6 +37,29 @@ def folded_weights(model: nn.Module, name: str | None) -> Iterator[tuple[str, Te
             full = f"{path}.{leaf}" if path else leaf
             with torch.no_grad():
                 yield full, _expected(parameter.detach(), *changed[full]) if full in changed else parameter.detach()
+
+
+def fold_layers(model: nn.Module, name: str, paths: Collection[str]) -> None:
+    """Puts a plain nn.Linear with W in fp32, the adapter `name` folded in, in the place of each linear layer of `paths`.
+
+    Other layers keep what they have; fused pieces are taken out, since they look into the layers that go.
+    """
+    unfuse(model)
+    for path in paths:
+        module = find(model, path)
+        if module is None:
+            raise ConfigError(f"The model has no layer '{path}', which is packed in the quantised file.")
+        original = bare(module)
+        held = module.adapters[name] if isinstance(module, AdaptedLayer) and name in module.adapters else None
+        with torch.no_grad():
+            weight = cast(Tensor, original.weight).detach().float()
+            weight = held.fold(weight) if isinstance(held, LoraPair) else weight
+            weight = weight.t().contiguous() if kind_of(original) == "conv1d" else weight
+        linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+        linear.weight = nn.Parameter(weight, requires_grad=False)
+        bias = cast("Tensor | None", original.bias)
+        linear.register_parameter("bias", None if bias is None else nn.Parameter(bias.detach(), requires_grad=False))
+        replace(model, path, linear)
 
 
 def _leaves(layer: AdaptedLayer, held: nn.Module) -> list[str]:

@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer
 from transformers.modeling_gguf_pytorch_utils import (
@@ -34,7 +35,7 @@ from lorakeet.formats.safe import stored_bytes, stream_safetensors
 from lorakeet.models.gguf_copy import cache_folder, content_digest, require_gguf, require_room
 from lorakeet.models.quantized import packable, skeleton
 from lorakeet.models.quiet import quiet_transformers
-from lorakeet.quant.gguf import BLOCK_TYPES, FileTensor, read_gguf
+from lorakeet.quant.gguf import BLOCK_TYPES, FileTensor, GgufBase, read_gguf
 from lorakeet.quant.on_disk import GGUF_METHOD, GGUF_TYPE, gguf_type_tensor
 
 _LAYOUT = 1  # counted up when what is written into a copy changes
@@ -50,13 +51,17 @@ class _Tensor:
     process: Callable[[np.ndarray[Any, Any]], np.ndarray[Any, Any]]
     packed: bool
 
+    def rows(self) -> NDArray[np.int64]:
+        """Which row of the file is each of the model's."""
+        rows = self.process(np.arange(len(self.stored.data), dtype=np.int64)[:, None]).reshape(-1)
+        if not np.array_equal(np.sort(rows), np.arange(len(rows))):
+            raise NotImplementedError(f"transformers changes the numbers of {self.name} as it reads them")
+        return rows
+
     def read(self) -> Tensor:
         """The blocks (out, bytes of a row), or the numbers in fp32."""
         if self.packed:
-            rows = self.process(np.arange(len(self.stored.data), dtype=np.int64)[:, None]).reshape(-1)
-            if not np.array_equal(np.sort(rows), np.arange(len(rows))):
-                raise NotImplementedError(f"transformers changes the numbers of {self.name} as it reads them")
-            return torch.from_numpy(np.ascontiguousarray(self.stored.data[rows]))
+            return torch.from_numpy(np.ascontiguousarray(self.stored.data[self.rows()]))
         return torch.from_numpy(np.array(self.process(self.stored.numbers()), dtype=np.float32))
 
 
@@ -87,6 +92,30 @@ def packed_copy(path: Path, say: Callable[[str], None]) -> Path:
             if not (target / "config.json").is_file():  # otherwise another process was faster, with the same content
                 raise
     return target
+
+
+def file_blocks(path: Path, layers: Mapping[str, GgufBase]) -> dict[int, bytes]:
+    """What stands where in the .gguf file `path`, by offset, once its weights are `layers`, by transformers' names."""
+    with quiet_transformers(), contextlib.redirect_stderr(io.StringIO()):
+        config: Any = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
+    found = {}
+    for tensor in _tensors(path, config):
+        if tensor.name in layers:
+            blocks = np.empty_like(tensor.stored.data)
+            blocks[tensor.rows()] = layers[tensor.name].packed.cpu().numpy()
+            found[tensor.stored.offset] = blocks.tobytes()
+    return found
+
+
+def packed_types(path: Path) -> dict[str, str]:
+    """The ggml type of each linear layer that stays packed, by the layer's path; from the file's header.
+
+    Raises DataError and EnvironmentProblem as `packed_copy` does.
+    """
+    require_gguf(path)
+    with quiet_transformers(), contextlib.redirect_stderr(io.StringIO()):
+        config: Any = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
+    return {tensor.name.removesuffix(".weight"): tensor.stored.kind for tensor in _tensors(path, config) if tensor.packed}
 
 
 def _write(path: Path, out: Path) -> None:

@@ -22,9 +22,11 @@ from lorakeet.errors import ConfigError, DataError, Problems
 from lorakeet.models import modules
 from lorakeet.models.quantized import packable
 from lorakeet.models.text import TextModel
-from lorakeet.quant.gptq import GptqBase, buffer_shapes
-from lorakeet.quant.gptq_solve import Hessian, Layout, sensitivity, solve
-from lorakeet.quant.packed import PackedLinear
+from lorakeet.quant.gptq import buffer_shapes
+from lorakeet.quant.gptq_solve import Hessian, Layout, Sensitivity, output_error, sensitivity, solve
+from lorakeet.quant.packed import PackedBase, PackedLinear
+
+Pack = Callable[[str, Tensor, Sensitivity, Tensor], PackedBase]  # path, weight (out, in), its inputs, their H
 
 
 @dataclass(frozen=True)
@@ -33,7 +35,7 @@ class QuantisedBlock:
 
     number: int
     count: int
-    layers: dict[str, GptqBase]
+    layers: dict[str, PackedBase]
     errors: dict[str, float]  # ‖X·(W − W′)ᵀ‖ / ‖X·Wᵀ‖
 
 
@@ -75,27 +77,53 @@ def quantise_blocks(
     """
     prefix, count = modules.block_prefix(text.model, text.family)
     layers = block_layers(text.model, prefix) if count else {}
+    check_layers(layers, layout)
+    yield from pack_blocks(
+        text,
+        rows,
+        lambda path, weight, inputs, hessian: solve(weight, inputs, layout),
+        layers,
+        damping=damping,
+        micro_tokens=micro_tokens,
+    )
+
+
+def pack_blocks(
+    text: TextModel,
+    rows: Sequence[Example],
+    pack: Pack,
+    layers: dict[str, nn.Module],
+    *,
+    damping: float = 0.01,
+    micro_tokens: int = 2048,
+    keep: bool = False,
+) -> Iterator[QuantisedBlock]:
+    """Packs `layers`, linear ones within the blocks, by path, as `pack` says; others stay. `layers` is empty in the end, so that
+    dense weights go as they are done. `keep` leaves the packed blocks in the model, which else is used up.
+
+    ConfigError where there is nothing to pack, DataError for too few tokens, before the first block.
+    """
+    prefix, count = modules.block_prefix(text.model, text.family)
     if not layers:
         raise ConfigError(f"{text.name} has no linear layers in a list of blocks, so there is nothing that GPTQ could quantise.")
-    check_layers(layers, layout)
     check_tokens(rows, max(weight_of(module).shape[1] for module in layers.values()))
     blocks = cast(nn.ModuleList, modules.find(text.model, prefix))
     with torch.no_grad():
         states, calls = _record(text, blocks, _batches(text, rows, micro_tokens))
         for number in range(count):
-            path = f"{prefix}.{number}"
-            own = {name[len(path) + 1 :]: module for name, module in layers.items() if name.startswith(f"{path}.")}
+            start = f"{prefix}.{number}."
+            own = {name.removeprefix(start): layers.pop(name) for name in list(layers) if name.startswith(start)}
             block = _Block(blocks[number], states, calls[number])
-            bases, errors = _quantise(block, own, layout, damping)
+            bases, errors = _quantise(block, own, lambda name, *given, at=start: pack(at + name, *given), damping)
             block.advance()
-            blocks[number] = nn.Identity()
-            for name in own:
-                del layers[f"{path}.{name}"]
+            own.clear()
+            if not keep:
+                blocks[number] = nn.Identity()
             yield QuantisedBlock(
                 number,
                 count,
-                {f"{path}.{name}": base for name, base in bases.items()},
-                {f"{path}.{name}": error for name, error in errors.items()},
+                {start + name: base for name, base in bases.items()},
+                {start + name: error for name, error in errors.items()},
             )
 
 
@@ -216,27 +244,19 @@ class _Block:
 
 
 def _quantise(
-    block: _Block, layers: dict[str, nn.Module], layout: Layout, damping: float
-) -> tuple[dict[str, GptqBase], dict[str, float]]:
+    block: _Block, layers: dict[str, nn.Module], pack: Pack, damping: float
+) -> tuple[dict[str, PackedBase], dict[str, float]]:
     """Puts a PackedLinear in the place of every layer, stage by stage."""
-    bases: dict[str, GptqBase] = {}
+    bases: dict[str, PackedBase] = {}
     errors: dict[str, float] = {}
-    for stage in block.stages(layers):
+    for stage in block.stages(layers) if layers else []:
         hessian = Hessian(weight_of(layers[stage[0]]).shape[1], block.states[0].device)
         block.inputs_of(layers[stage[0]], hessian.add)
         inputs = sensitivity(hessian.matrix, damping=damping)
         for name in stage:
             layer, weight = layers[name], weight_of(layers[name])
-            base = solve(weight, inputs, layout)
-            bases[name], errors[name] = base, output_error(weight, base, hessian.matrix)
+            base = pack(name, weight, inputs, hessian.matrix)
+            bases[name], errors[name] = base, output_error(weight, base.dense(), hessian.matrix)
             packed = PackedLinear(base, cast(Any, layer).bias, transposed=isinstance(layer, Conv1D))
             block.module.set_submodule(name, packed)
     return bases, errors
-
-
-def output_error(weight: Tensor, base: GptqBase, hessian: Tensor) -> float:
-    """‖X·(W − W′)ᵀ‖ / ‖X·Wᵀ‖ on the inputs X of H = Σ x·xᵀ / n: √(tr(D·H·Dᵀ) / tr(W·H·Wᵀ)), D = W − W′."""
-    wide = weight.float()
-    change = wide - base.dense()
-    lost, whole = (float(((part @ hessian) * part).sum()) for part in (change, wide))
-    return (max(lost, 0.0) / whole) ** 0.5 if whole > 0 else 0.0

@@ -24,6 +24,7 @@ from lorakeet.models.gguf_copy import dense_copy
 from lorakeet.models.gguf_packed import packed_copy
 from lorakeet.models.quiet import quiet_transformers
 from lorakeet.models.spec import ModelSpec
+from lorakeet.quant.on_disk import GGUF_METHOD
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _WANTED = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]
@@ -47,10 +48,26 @@ def find_source(spec: ModelSpec, say: Callable[[str], None]) -> Path:
                 f"model.path '{spec.path}' is a {path.suffix or 'plain'} file; expected a model folder or a .gguf file."
             )
         path = packed_copy(path, say) if spec.quantize.method == "gguf" else dense_copy(path, say)
-    elif spec.quantize.method == "gguf":
+    elif spec.quantize.method == "gguf" and not _holds_blocks(path):
         raise ConfigError(f"model.quantize.method is gguf, but '{spec.path}' is no .gguf file. Set it to none, or name one.")
     check_folder(path)
     return path
+
+
+def gguf_file(name: str) -> Path | None:
+    """The .gguf file that a model path names, as it is or as a package's; None where it names none."""
+    path = _local(ModelSpec(path=name))
+    return path if path is not None and path.is_file() and path.suffix.lower() == ".gguf" else None
+
+
+def _holds_blocks(folder: Path) -> bool:
+    """Whether `folder` is what models/gguf_packed makes of a .gguf file, as a loaded model names its source."""
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (ValueError, OSError):
+        return False
+    stored = config.get("quantization_config") if isinstance(config, dict) else None
+    return isinstance(stored, dict) and stored.get("quant_method") == GGUF_METHOD
 
 
 def _local(spec: ModelSpec) -> Path | None:

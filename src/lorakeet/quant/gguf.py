@@ -36,7 +36,7 @@ class BlockType:
     decode: Callable[[Tensor], Tensor]
 
 
-def _half(blocks: Tensor, start: int) -> Tensor:
+def half(blocks: Tensor, start: int) -> Tensor:
     """The fp16 number at a byte of each block, (n, 1) in fp32."""
     return blocks[:, start : start + 2].contiguous().view(torch.float16).float()
 
@@ -53,26 +53,26 @@ def _fifth_bits(packed: Tensor) -> Tensor:
 
 
 def _q4_0(blocks: Tensor) -> Tensor:
-    return _half(blocks, 0) * (_nibbles(blocks[:, 2:]).float() - 8)
+    return half(blocks, 0) * (_nibbles(blocks[:, 2:]).float() - 8)
 
 
 def _q4_1(blocks: Tensor) -> Tensor:
-    return _half(blocks, 0) * _nibbles(blocks[:, 4:]).float() + _half(blocks, 2)
+    return half(blocks, 0) * _nibbles(blocks[:, 4:]).float() + half(blocks, 2)
 
 
 def _q5_0(blocks: Tensor) -> Tensor:
-    return _half(blocks, 0) * ((_nibbles(blocks[:, 6:]) | _fifth_bits(blocks[:, 2:6])).float() - 16)
+    return half(blocks, 0) * ((_nibbles(blocks[:, 6:]) | _fifth_bits(blocks[:, 2:6])).float() - 16)
 
 
 def _q5_1(blocks: Tensor) -> Tensor:
-    return _half(blocks, 0) * (_nibbles(blocks[:, 8:]) | _fifth_bits(blocks[:, 4:8])).float() + _half(blocks, 2)
+    return half(blocks, 0) * (_nibbles(blocks[:, 8:]) | _fifth_bits(blocks[:, 4:8])).float() + half(blocks, 2)
 
 
 def _q8_0(blocks: Tensor) -> Tensor:
-    return _half(blocks, 0) * blocks[:, 2:].view(torch.int8).float()
+    return half(blocks, 0) * blocks[:, 2:].view(torch.int8).float()
 
 
-def _scales_and_minima(packed: Tensor) -> tuple[Tensor, Tensor]:
+def scales_and_minima(packed: Tensor) -> tuple[Tensor, Tensor]:
     """The twelve bytes of a K-block to its eight scales and eight minima, (n, 8, 1) each in fp32.
 
     The first four of each are the low six bits of bytes 0-3 and 4-7; the others have their low halves in bytes 8-11 and their
@@ -86,8 +86,8 @@ def _scales_and_minima(packed: Tensor) -> tuple[Tensor, Tensor]:
 
 def _k_blocks(blocks: Tensor, codes: Tensor) -> Tensor:
     """Codes (n, 8, 32) under the scales of Q4_K and Q5_K to numbers (n, 256)."""
-    scales, minima = _scales_and_minima(blocks[:, 4:16])
-    d, e = _half(blocks, 0)[:, :, None], _half(blocks, 2)[:, :, None]
+    scales, minima = scales_and_minima(blocks[:, 4:16])
+    d, e = half(blocks, 0)[:, :, None], half(blocks, 2)[:, :, None]
     return torch.sub((d * scales) * codes.float(), e * minima).flatten(1)
 
 
@@ -114,7 +114,7 @@ def _q6_k(blocks: Tensor) -> Tensor:
     shifts = torch.arange(0, 8, 2, dtype=torch.uint8, device=blocks.device)[:, None]
     high = ((blocks[:, 128:192].reshape(n, 2, 1, 32) >> shifts) & 3).view(n, 8, 32)
     codes = (low | (high << 4)).view(n, 16, 16).float() - 32
-    scales = _half(blocks, 208) * blocks[:, 192:208].contiguous().view(torch.int8).float()
+    scales = half(blocks, 208) * blocks[:, 192:208].contiguous().view(torch.int8).float()
     return (scales[:, :, None] * codes).flatten(1)
 
 
@@ -138,6 +138,7 @@ class FileTensor:
     kind: str
     shape: tuple[int, ...]
     data: NDArray[Any]
+    offset: int = 0  # where the bytes begin in the file
 
     def numbers(self) -> NDArray[np.float32]:
         """What the bytes mean, whatever the type, in fp32."""
@@ -153,7 +154,8 @@ def read_gguf(path: Path) -> tuple[str, list[FileTensor]]:
     reader = GGUFReader(path)
     architecture = str(bytes(reader.fields["general.architecture"].parts[-1]), "utf-8")
     return architecture, [
-        FileTensor(entry.name, entry.tensor_type.name, tuple(int(size) for size in reversed(entry.shape)), entry.data)
+        FileTensor(entry.name, entry.tensor_type.name, tuple(int(size) for size in reversed(entry.shape)), entry.data,
+                   int(entry.data_offset))
         for entry in reader.tensors
     ]
 

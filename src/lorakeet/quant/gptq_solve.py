@@ -11,6 +11,7 @@ the columns behind it are updated with one product (its section 3.3). The column
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -92,6 +93,14 @@ def sensitivity(hessian: Tensor, *, damping: float = 0.01) -> Sensitivity:
     )
 
 
+def output_error(weight: Tensor, other: Tensor, hessian: Tensor) -> float:
+    """‖X·(W − W′)ᵀ‖ / ‖X·Wᵀ‖ on the inputs X of H = Σ x·xᵀ / n: √(tr(D·H·Dᵀ) / tr(W·H·Wᵀ)), D = W − W′."""
+    wide = weight.float()
+    change = wide - other
+    lost, whole = (float(((part @ hessian) * part).sum()) for part in (change, wide))
+    return (max(lost, 0.0) / whole) ** 0.5 if whole > 0 else 0.0
+
+
 def solve(weight: Tensor, inputs: Sensitivity, layout: Layout, *, grid: Grid | None = None) -> GptqBase:
     """weight (out, in) as a GptqBase, rounded so that the outputs on `inputs` change least.
 
@@ -106,50 +115,78 @@ def solve(weight: Tensor, inputs: Sensitivity, layout: Layout, *, grid: Grid | N
         g_idx = torch.empty_like(g_idx).index_copy_(0, inputs.order, g_idx)
     else:
         _, grid = nearest_codes(given, layout.bits, layout.sym, g_idx, int(g_idx.max()) + 1)
-    rounding = _Rounding(given[:, inputs.order], g_idx[inputs.order].long(), layout, grid)
-    for start in range(0, weight.shape[1], BLOCK):
-        rounding.block(start, inputs.factor)
-    codes = torch.empty_like(rounding.codes).index_copy_(1, inputs.order, rounding.codes)
-    kept = Grid(rounding.scales, rounding.zeros, g_idx)
-    return GptqBase.of(codes, kept, bits=layout.bits, sym=layout.sym, zero_format=layout.zero_format)
+    walk = Walk(given, inputs)
+    groups = _Groups(walk, g_idx[inputs.order].long(), layout, grid)
+    walk.run(groups.nearest)
+    kept = Grid(groups.scales, groups.zeros, g_idx)
+    return GptqBase.of(walk.in_order(walk.codes), kept, bits=layout.bits, sym=layout.sym, zero_format=layout.zero_format)
 
 
-class _Rounding:
-    """The state of `solve`, with the columns in the order in which they are rounded."""
+class Walk:
+    """The columns of a weight in the order in which they are rounded; those still to come move as the errors come in.
 
-    def __init__(self, weight: Tensor, group_of: Tensor, layout: Layout, grid: Grid | None) -> None:
-        rows, groups = weight.shape[0], int(group_of.max()) + 1
-        self.weight = weight.contiguous()  # (out, in); a copy, moved as the errors come in
-        self.group_of = group_of
-        self.bits, self.sym = layout.bits, layout.sym
+    `weight` (out, in): each column as it was when its turn came. `codes` (out, in) uint8. Both in that order; `in_order`
+    brings them back into the weight's.
+    """
+
+    def __init__(self, weight: Tensor, inputs: Sensitivity) -> None:
+        self.weight = weight[:, inputs.order].contiguous()
         self.codes = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device)
-        if grid is None:
-            self.scales = torch.ones(groups, rows, dtype=torch.float16, device=weight.device)
-            self.zeros = torch.zeros(groups, rows, dtype=torch.uint8, device=weight.device)
-            self.unfitted = set(range(groups))
-        else:
-            self.scales, self.zeros, self.unfitted = grid.scales, grid.zeros, set()
+        self.order, self.factor = inputs.order, inputs.factor
+        self.start = self.stop = 0  # the block in work
+        self.errors = self.weight.new_zeros(0)
 
-    def block(self, start: int, factor: Tensor) -> None:
-        """Rounds BLOCK columns from `start` on, and moves all that come after them."""
-        stop = min(start + BLOCK, self.weight.shape[1])
-        errors = self.weight.new_zeros(self.weight.shape[0], stop - start)
+    def run(self, nearest: Callable[[Tensor, int], tuple[Tensor, Tensor]]) -> None:
+        """Rounds every column. `nearest` takes a column (out,) and its place, and gives codes and the values that they mean."""
+        for start in range(0, self.weight.shape[1], BLOCK):
+            self.start, self.stop = start, min(start + BLOCK, self.weight.shape[1])
+            self._block(nearest)
+
+    def _block(self, nearest: Callable[[Tensor, int], tuple[Tensor, Tensor]]) -> None:
+        """Rounds the columns of a block, and moves all that come after them."""
+        start, stop, factor = self.start, self.stop, self.factor
+        errors = self.errors = self.weight.new_zeros(self.weight.shape[0], stop - start)
         for i in range(start, stop):
-            group = int(self.group_of[i])
-            if group in self.unfitted:
-                self._fit(group, stop, errors @ factor[start:stop])
-            scale, zero, column = self.scales[group].float(), self.zeros[group].float(), self.weight[:, i]
-            code = codes_for(column, scale, zero, self.bits)
-            error = (column - scale * (code - zero)) / factor[i, i]
+            column = self.weight[:, i]
+            code, value = nearest(column, i)
+            error = (column - value) / factor[i, i]
             self.codes[:, i] = code.to(torch.uint8)
             self.weight[:, i + 1 : stop].addr_(error, factor[i, i + 1 : stop], alpha=-1)
             errors[:, i - start] = error
         self.weight[:, stop:].addmm_(errors, factor[start:stop, stop:], alpha=-1)
 
-    def _fit(self, group: int, stop: int, pending: Tensor) -> None:
-        """Scale and zero point for the columns of `group` as they are now; those from `stop` on are still to be moved."""
-        members = (self.group_of == group).nonzero().squeeze(1)
-        behind = members[members >= stop]
-        now = torch.cat([self.weight[:, members[members < stop]], self.weight[:, behind] - pending[:, behind]], dim=1)
-        self.scales[group], self.zeros[group] = fit(now, self.bits, self.sym)
-        self.unfitted.discard(group)
+    def now(self, places: Tensor) -> Tensor:
+        """The columns at `places` as they are just now; those behind the block are still to be moved."""
+        behind = places[places >= self.stop]
+        pending = self.errors @ self.factor[self.start : self.stop][:, behind]
+        return torch.cat([self.weight[:, places[places < self.stop]], self.weight[:, behind] - pending], dim=1)
+
+    def in_order(self, columns: Tensor) -> Tensor:
+        """A tensor (out, in) of this order in the weight's own."""
+        return torch.empty_like(columns).index_copy_(1, self.order, columns)
+
+
+class _Groups:
+    """The scales and zero points of `solve`; without a grid, each group's are fitted when the first of its columns comes."""
+
+    def __init__(self, walk: Walk, group_of: Tensor, layout: Layout, grid: Grid | None) -> None:
+        rows, groups, device = len(walk.weight), int(group_of.max()) + 1, walk.weight.device
+        self.walk, self.group_of, self.names = walk, group_of, group_of.tolist()
+        self.bits, self.sym = layout.bits, layout.sym
+        if grid is None:
+            self.scales = torch.ones(groups, rows, dtype=torch.float16, device=device)
+            self.zeros = torch.zeros(groups, rows, dtype=torch.uint8, device=device)
+            self.unfitted = set(range(groups))
+        else:
+            self.scales, self.zeros, self.unfitted = grid.scales, grid.zeros, set()
+
+    def nearest(self, column: Tensor, place: int) -> tuple[Tensor, Tensor]:
+        """The codes of a column and what they mean."""
+        group = self.names[place]
+        if group in self.unfitted:
+            members = self.walk.now((self.group_of == group).nonzero().squeeze(1))
+            self.scales[group], self.zeros[group] = fit(members, self.bits, self.sym)
+            self.unfitted.discard(group)
+        scale, zero = self.scales[group].float(), self.zeros[group].float()
+        code = codes_for(column, scale, zero, self.bits)
+        return code, scale * (code - zero)

@@ -76,6 +76,13 @@ def nf4_tensors(base: Nf4Base, dtype: torch.dtype) -> dict[str, Tensor]:
     return {**found, NF4_STATE: torch.tensor(list(text), dtype=torch.uint8)}
 
 
+def nf4_dtype(state: Tensor) -> torch.dtype:
+    """The dtype in which others unpack an NF4 weight, from its quant_state; fp32 where it names none."""
+    named = json.loads(bytes(state.tolist()).decode("utf-8")).get("dtype", "float32")
+    found = getattr(torch, str(named), torch.float32)
+    return found if isinstance(found, torch.dtype) else torch.float32
+
+
 def nf4_base(name: str, parts: Mapping[str, Tensor]) -> Nf4Base:
     """The base in the tensors of `name`, by what follows it. DataError where they are no NF4 weight as this module reads it."""
     try:

@@ -45,6 +45,8 @@ def choose_base(into: Into, opened: Sequence[Opened], dataset: Dataset | None, c
     Raises ConfigError where the dequantised base is asked for and there is none.
     """
     first = opened[0]
+    if first.trained_on == "gguf" and first.config.model.quantize.method == "gguf":
+        return Choice("original", "Merged into the numbers that the .gguf file stands for, on which the run was trained.")
     packed = first.config.model.quantize.method in ("nf4", "int8")
     if not first.trained_on or not packed:
         if into == "dequantised":

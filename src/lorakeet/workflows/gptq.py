@@ -26,10 +26,11 @@ from lorakeet.models.quantized import method_of, owners, stored_quantisation, te
 from lorakeet.models.source import find_source
 from lorakeet.models.spec import ModelSpec
 from lorakeet.models.text import TextModel
-from lorakeet.quant.gptq import PARTS, GptqBase, buffer_shapes
+from lorakeet.quant.gptq import PARTS, buffer_shapes
 from lorakeet.quant.gptq_config import GptqConfig, to_mapping
 from lorakeet.quant.gptq_pack import BITS
 from lorakeet.quant.gptq_solve import Layout
+from lorakeet.quant.packed import PackedBase
 from lorakeet.workflows.place import require_place
 
 DAMPING = 0.01  # the paper's
@@ -148,7 +149,7 @@ class _Solved:
 
     def __init__(self, blocks: Iterator[QuantisedBlock], done: Callable[[QuantisedBlock], None]) -> None:
         self.blocks, self.done = blocks, done
-        self.waiting: dict[str, GptqBase] = {}
+        self.waiting: dict[str, PackedBase] = {}
 
     def advance(self) -> None:
         """Quantises the next block."""
@@ -156,7 +157,7 @@ class _Solved:
         self.waiting.update(block.layers)
         self.done(block)
 
-    def take(self, path: str) -> GptqBase:
+    def take(self, path: str) -> PackedBase:
         """The packed layer at `path`, which is forgotten here."""
         while path not in self.waiting:
             self.advance()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,6 +20,7 @@ from lorakeet.data.pack import micro_batches
 from lorakeet.data.prepare import Dataset, load_dataset
 from lorakeet.errors import ConfigError, Problems
 from lorakeet.evaluate.certificate import Certificate
+from lorakeet.evaluate.intervals import Estimate
 from lorakeet.evaluate.parity import Parity
 from lorakeet.evaluate.values import encode
 from lorakeet.formats import peft
@@ -35,9 +36,11 @@ from lorakeet.models.spec import ModelSpec
 from lorakeet.models.text import TextModel
 from lorakeet.train.durable import new_folder
 from lorakeet.workflows.certify import MICRO_TOKENS, certify_combined, certify_merge, fold_in_place
-from lorakeet.workflows.choose_base import Choice, Into, choose_base
+from lorakeet.workflows.choose_base import Choice, choose_base
+from lorakeet.workflows.choose_base import Into as DenseInto
 from lorakeet.workflows.compare_models import compare, first_tokens
 from lorakeet.workflows.judge import sampled_texts
+from lorakeet.workflows.merge_packed import PackedMerge, merge_packed
 from lorakeet.workflows.opened import NAME, Opened, open_adapter
 from lorakeet.workflows.place import require_place, writing
 from lorakeet.workflows.show import show_certificate
@@ -47,6 +50,7 @@ CHECK_TOKENS = 8192  # at most so many tokens of held-out rows go through both m
 SAMPLED_TEXTS, SAMPLED_TOKENS = 32, 64  # where there are no held-out rows, the base writes these itself
 
 Method = Literal["linear", "cat", "svd", "magnitude", "ties", "dare", "della"]
+Into = Literal["original", "dequantised", "auto", "packed"]
 Step = Callable[[int, int, str], None]
 
 
@@ -60,6 +64,7 @@ class Merged:
     combined: Combined | None = None
     choice: Choice | None = None
     notes: tuple[str, ...] = ()
+    surviving: Mapping[str, Estimate] = field(default_factory=dict)  # share of the held-out gain, by way
 
     def to_mapping(self) -> dict[str, Any]:
         """Plain values for --json."""
@@ -72,6 +77,8 @@ class Merged:
             found |= {"error": self.combined.error, "errors": dict(self.combined.errors)}
         if self.choice is not None:
             found["into"] = self.choice.to_mapping()
+        if self.surviving:
+            found["surviving_share"] = {way: encode(share) for way, share in self.surviving.items()}
         return found | {"passed": self.certificate.passed, "certificate": encode(self.certificate)}
 
 
@@ -86,6 +93,10 @@ def merge(  # noqa: PLR0913 - one parameter for each option of the verb
     density: float = 0.5,
     seed: int = 0,
     into: Into = "auto",
+    like: str | None = None,
+    calibration_rows: int = 64,
+    finish_steps: int = 0,
+    keep: float = 0.95,
     base: str | None = None,
     dtype: Dtype = "same",
     console: Console,
@@ -94,6 +105,7 @@ def merge(  # noqa: PLR0913 - one parameter for each option of the verb
 
     Raises VerificationFailed (exit code 3) naming the worst layer when the two differ by more than rounding explains; what was
     written stays for inspection, with a certificate that says so. ConfigError lists what keeps adapters from being combined.
+    With `into` "packed" the model stays quantised (workflows/merge_packed), which `like` to `keep` are for.
     """
     if out.exists():
         raise ConfigError(f"{out} exists already and is never overwritten. Choose another folder or remove that one.")
@@ -101,6 +113,14 @@ def merge(  # noqa: PLR0913 - one parameter for each option of the verb
     opened = _opened(runs_or_adapters, base)
     spec = CombineSpec(method, tuple(weights), rank, density, seed)
     alone = len(opened) == 1 and spec == CombineSpec(density=density, seed=seed)  # nothing is asked that combines or compresses
+    packing = PackedMerge(like, calibration_rows, finish_steps, keep)
+    if into == "packed":
+        _require_alone(alone and to != "adapter" and dtype == "same")
+        dataset = load_dataset(opened[0].config.data) if opened[0].run else None
+        certificate, surviving = merge_packed(opened[0], dataset, out, spec=packing, console=console)
+        return Merged(out, certificate, surviving=surviving)
+    if packing != PackedMerge():
+        raise ConfigError("--like, --calibration-rows, --finish-steps and --keep go with --into packed; add it or leave them.")
     if to == "auto":
         to = "model" if len(opened) == 1 else "adapter"
     adapters = {name: item.adapter for name, item in zip(runs_or_adapters, opened, strict=True)}
@@ -113,6 +133,15 @@ def merge(  # noqa: PLR0913 - one parameter for each option of the verb
     if to == "adapter" and plan is not None:
         return _into_adapter(plan, opened[0], out, console)
     return _ModelMerge(opened, plan, out, dtype, into, console).run()
+
+
+def _require_alone(alone: bool) -> None:
+    """Raises ConfigError unless one adapter is merged as it is."""
+    if not alone:
+        raise ConfigError(
+            "--into packed takes one run as it is: no --to adapter, --weights, --rank, --method or --dtype. Combine first "
+            "(lorakeet merge A B --to adapter), then merge the result."
+        )
 
 
 def _opened(paths: Sequence[str], base: str | None) -> list[Opened]:
@@ -158,7 +187,7 @@ class _ModelMerge:
     plan: Combination | None  # None: the one adapter as it is
     out: Path
     dtype: Dtype
-    into: Into
+    into: DenseInto
     console: Console
 
     @property

@@ -1,0 +1,60 @@
+"""A changed weight back into the layout of a quantised file: rounded to the nearest, or with GPTQ's error feedback.
+
+W + ΔW lies between the values that a few bits can take, and ΔW is mostly smaller than the gaps: rounding to the nearest takes
+most of it away again. With error feedback (quant/gptq_solve) the columns still to come make up for each rounding, so that what
+is lost is spread where the layer's inputs do not see it. The scales are those of the file, or fitted to the changed weight in
+the file's own groups; whichever moves the layer's outputs less is taken.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor
+
+from lorakeet.quant.gptq_solve import Sensitivity, Walk, output_error
+from lorakeet.quant.packed import PackedBase
+from lorakeet.quant.regrid import Grid, fitted, grid_of
+
+Scales = Literal["kept", "fitted"]
+
+
+@dataclass(frozen=True)
+class Requantised:
+    """A weight on a grid, and how it came there."""
+
+    base: PackedBase
+    grid: Grid
+    latent: Tensor  # (out, in) fp32: what each number was when it was rounded, its share of the others' errors included
+    scales: Scales
+    error: float  # ‖X·(W − W′)ᵀ‖ / ‖X·Wᵀ‖ on the inputs X
+
+
+def round_to_nearest(like: PackedBase, weight: Tensor) -> PackedBase:
+    """`weight` (out, in) in the layout of `like`, as a quantiser without data makes it: scales fitted, numbers rounded."""
+    return fitted(like, weight.detach().float())
+
+
+def round_with_feedback(like: PackedBase, weight: Tensor, inputs: Sensitivity, hessian: Tensor) -> Requantised:
+    """`weight` (out, in) in the layout of `like`, such that the outputs on the inputs of H (in, in) change least."""
+    wide = weight.detach().float()
+    tried = [_on(grid_of(base), scales, wide, inputs, hessian) for scales, base in _candidates(like, wide)]
+    return min(tried, key=lambda found: found.error)
+
+
+def _candidates(like: PackedBase, weight: Tensor) -> list[tuple[Scales, PackedBase]]:
+    return [("kept", like), ("fitted", fitted(like, weight))]
+
+
+def _on(grid: Grid, scales: Scales, weight: Tensor, inputs: Sensitivity, hessian: Tensor) -> Requantised:
+    walk = Walk(weight, inputs)
+    columns = inputs.order.tolist()
+    walk.run(_nearest(grid, columns))
+    base = grid.filled(walk.in_order(walk.codes))
+    return Requantised(base, grid, walk.in_order(walk.weight), scales, output_error(weight, base.dense(), hessian))
+
+
+def _nearest(grid: Grid, columns: list[int]) -> Callable[[Tensor, int], tuple[Tensor, Tensor]]:
+    return lambda numbers, place: grid.column(numbers, columns[place])

@@ -1,0 +1,132 @@
+"""GGUF blocks taken apart and put together: the grid of values that a block's scales span, its codes, and scales fitted anew.
+
+Every type of quant/gguf is a code with a step and an offset for each 32 numbers (Q6_K: 16):
+
+    x = step·code − offset        code from 0 to `highest`
+
+    Q4_0, Q5_0, Q8_0      step d             offset d·(8, 16, 128)
+    Q4_1, Q5_1            step d             offset −m
+    Q4_K, Q5_K            step d·s           offset e·m
+    Q6_K                  step d·s           offset 32·d·s
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lorakeet.quant.gguf import BLOCK_TYPES, GgufBase, half, scales_and_minima
+
+HIGHEST = {"Q4_0": 15, "Q4_1": 15, "Q5_0": 31, "Q5_1": 31, "Q8_0": 255, "Q4_K": 15, "Q5_K": 31, "Q6_K": 63}
+K_TYPES = ("Q4_K", "Q5_K", "Q6_K")
+_SIX = 63  # largest scale and minimum of Q4_K and Q5_K
+_MIDDLE = {"Q4_0": 8, "Q5_0": 16, "Q8_0": 128}
+_CODES_AT = {"Q4_0": 2, "Q4_1": 4, "Q5_0": 6, "Q5_1": 8, "Q8_0": 2}
+_FIFTH_AT = {"Q5_0": 2, "Q5_1": 4}
+
+
+def steps(base: GgufBase) -> tuple[Tensor, Tensor]:
+    """Step and offset of every group of numbers, (out, groups) fp32 each; a group is 32 neighbours, in Q6_K 16."""
+    kind, rows = base.kind, base.shape[0]
+    blocks = base.packed.view(-1, BLOCK_TYPES[kind].bytes)
+    if kind in ("Q4_K", "Q5_K"):
+        scales, minima = scales_and_minima(blocks[:, 4:16])
+        step, offset = half(blocks, 0) * scales[:, :, 0], half(blocks, 2) * minima[:, :, 0]
+    elif kind == "Q6_K":
+        step = half(blocks, 208) * blocks[:, 192:208].contiguous().view(torch.int8).float()
+        offset = step * 32
+    else:
+        step = half(blocks, 0)
+        offset = step * _MIDDLE[kind] if kind in _MIDDLE else -half(blocks, 2)
+    return step.reshape(rows, -1), offset.reshape(rows, -1)
+
+
+def with_codes(base: GgufBase, codes: Tensor) -> GgufBase:
+    """A base with the scales of `base` and other codes (out, in) uint8."""
+    kind = base.kind
+    block = BLOCK_TYPES[kind]
+    found = GgufBase(base.shape, kind, device=base.device)
+    found.packed.copy_(base.packed)
+    blocks, own = found.packed.view(-1, block.bytes), codes.reshape(-1, block.size)
+    n = len(blocks)
+    if kind == "Q6_K":
+        low = own.view(n, 2, 2, 64) & 15
+        blocks[:, :128] = (low[:, :, 0] | (low[:, :, 1] << 4)).reshape(n, 128)
+        high = own.view(n, 2, 4, 32) >> 4
+        blocks[:, 128:192] = (high[:, :, 0] | high[:, :, 1] << 2 | high[:, :, 2] << 4 | high[:, :, 3] << 6).reshape(n, 64)
+    elif kind in K_TYPES:
+        nibbles = own.view(n, 4, 2, 32) & 15
+        blocks[:, -128:] = (nibbles[:, :, 0] | (nibbles[:, :, 1] << 4)).reshape(n, 128)
+        if kind == "Q5_K":
+            blocks[:, 16:48] = _bits(own.view(n, 8, 32).transpose(1, 2) >> 4)
+    elif kind == "Q8_0":
+        blocks[:, 2:] = own ^ 128  # code − 128 as a signed byte
+    else:
+        start = _CODES_AT[kind]
+        blocks[:, start : start + 16] = (own[:, :16] & 15) | ((own[:, 16:] & 15) << 4)
+        if kind in _FIFTH_AT:
+            at = _FIFTH_AT[kind]
+            blocks[:, at : at + 4] = _bits(own.view(n, 4, 8) >> 4)
+    return found
+
+
+def _bits(flags: Tensor) -> Tensor:
+    """Flags (…, 8), each 0 or 1, to bytes (…), the first flag lowest."""
+    weights = 1 << torch.arange(8, dtype=torch.uint8, device=flags.device)
+    return (flags * weights).sum(-1, dtype=torch.uint8)
+
+
+def fitted(weight: Tensor, kind: str) -> GgufBase:
+    """`weight` (out, in) rounded to the nearest in blocks of type `kind`, with scales fitted to it.
+
+    Simple types as the gguf package writes them. K types: each group's range, from 0 or its least number to 0 or its largest
+    one, is cut evenly, and the ranges are rounded to the block's common steps; llama.cpp's quantiser searches for better ones.
+    """
+    base = GgufBase((weight.shape[0], weight.shape[1]), kind, device="cpu")
+    if kind not in K_TYPES:
+        base.store(weight)
+        return base
+    wide = weight.detach().float().cpu()
+    if kind == "Q6_K":
+        _fit_six(base, wide.reshape(-1, 16, 16))
+    else:
+        _fit_k(base, wide.reshape(-1, 8, 32))
+    step, offset = steps(base)
+    grouped = wide.view(len(wide), step.shape[1], -1)
+    codes = nearest(grouped, step[:, :, None], offset[:, :, None], HIGHEST[kind])
+    return with_codes(base, codes.to(torch.uint8).view(weight.shape))
+
+
+def nearest(numbers: Tensor, step: Tensor, offset: Tensor, highest: int) -> Tensor:
+    """The nearest codes as whole fp32 numbers; where the step is 0 the code is 0."""
+    safe = torch.where(step == 0, torch.ones_like(step), step)
+    return torch.where(step == 0, torch.zeros_like(numbers), ((numbers + offset) / safe).round_().clamp_(0, highest))
+
+
+def _fit_k(base: GgufBase, groups: Tensor) -> None:
+    """Writes d, e and the 6-bit scales and minima of Q4_K or Q5_K for groups (blocks, 8, 32)."""
+    low, high = groups.amin(2).clamp(max=0), groups.amax(2).clamp(min=0)
+    step, offset = (high - low) / HIGHEST[base.kind], -low
+    blocks = base.packed.view(len(groups), -1)
+    parts = []
+    for at, wanted in ((0, step), (2, offset)):
+        common = (wanted.amax(1, keepdim=True) / _SIX).half()
+        blocks[:, at : at + 2] = common.view(torch.uint8)
+        common = common.float()
+        ratio = torch.where(common > 0, wanted / torch.where(common > 0, common, 1.0), 0.0)
+        parts.append(ratio.round().clamp(0, _SIX).to(torch.uint8))
+    scales, minima = parts
+    blocks[:, 4:8] = scales[:, :4] | (scales[:, 4:] >> 4 << 6)
+    blocks[:, 8:12] = minima[:, :4] | (minima[:, 4:] >> 4 << 6)
+    blocks[:, 12:16] = (scales[:, 4:] & 15) | ((minima[:, 4:] & 15) << 4)
+
+
+def _fit_six(base: GgufBase, groups: Tensor) -> None:
+    """Writes d and the scales of Q6_K for groups (blocks, 16, 16): codes from −32 to 31 span each group's largest number."""
+    step = groups.abs().amax(2) / 31
+    common = (step.amax(1, keepdim=True) / 127).half()
+    blocks = base.packed.view(len(groups), -1)
+    blocks[:, 208:210] = common.view(torch.uint8)
+    wide = common.float()
+    ratio = torch.where(wide > 0, step / torch.where(wide > 0, wide, 1.0), 0.0)
+    blocks[:, 192:208] = ratio.round().clamp(0, 127).to(torch.int8).view(torch.uint8)

@@ -1,0 +1,155 @@
+"""The numbers that a packed weight can take: its grid, kept as it is or fitted to another weight, and other codes on it.
+
+A grid gives for each number of a weight (out, in) the nearest value that the packing can hold under scales that stand fixed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from lorakeet.quant import gguf_codes
+from lorakeet.quant.gguf import GgufBase
+from lorakeet.quant.gptq import GptqBase
+from lorakeet.quant.nf4 import LEVELS, Nf4Base, nibbles
+from lorakeet.quant.packed import PackedBase
+
+
+class Grid(Protocol):
+    """Values under fixed scales."""
+
+    def column(self, numbers: Tensor, at: int) -> tuple[Tensor, Tensor]:
+        """The codes of column `at` for `numbers` (out,), and the values that they mean, fp32."""
+        ...
+
+    def values(self, weight: Tensor) -> Tensor:
+        """The nearest values to a weight (out, in), fp32."""
+        ...
+
+    def nearest(self, weight: Tensor) -> PackedBase:
+        """A weight (out, in) packed with its nearest values."""
+        ...
+
+    def filled(self, codes: Tensor) -> PackedBase:
+        """The packed weight with these codes (out, in) uint8."""
+        ...
+
+
+@dataclass(frozen=True)
+class EvenGrid:
+    """x = step·code − offset: GPTQ's and GGUF's."""
+
+    step: Tensor  # (out, groups) fp32
+    offset: Tensor  # (out, groups) fp32
+    group_of: Tensor  # (in,)
+    highest: int
+    fill: Callable[[Tensor], PackedBase]
+
+    def column(self, numbers: Tensor, at: int) -> tuple[Tensor, Tensor]:
+        group = int(self.group_of[at])
+        step, offset = self.step[:, group], self.offset[:, group]
+        codes = gguf_codes.nearest(numbers, step, offset, self.highest)
+        return codes, step * codes - offset
+
+    def values(self, weight: Tensor) -> Tensor:
+        codes, step, offset = self._wide(weight)
+        return step * codes - offset
+
+    def nearest(self, weight: Tensor) -> PackedBase:
+        return self.fill(self._wide(weight)[0].to(torch.uint8))
+
+    def _wide(self, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        step, offset = self.step[:, self.group_of], self.offset[:, self.group_of]
+        return gguf_codes.nearest(weight, step, offset, self.highest), step, offset
+
+    def filled(self, codes: Tensor) -> PackedBase:
+        return self.fill(codes)
+
+
+@dataclass(frozen=True)
+class LevelGrid:
+    """x = LEVELS[code]·a, a the largest absolute value of the number's block: NF4's."""
+
+    largest: Tensor  # (out, in) fp32
+    fill: Callable[[Tensor], PackedBase]
+
+    def column(self, numbers: Tensor, at: int) -> tuple[Tensor, Tensor]:
+        return self._nearest(numbers, self.largest[:, at].contiguous())
+
+    def values(self, weight: Tensor) -> Tensor:
+        return self._nearest(weight, self.largest)[1]
+
+    def nearest(self, weight: Tensor) -> PackedBase:
+        return self.fill(self._nearest(weight, self.largest)[0].to(torch.uint8))
+
+    def _nearest(self, numbers: Tensor, largest: Tensor) -> tuple[Tensor, Tensor]:
+        levels = torch.tensor(LEVELS, device=numbers.device)
+        safe = torch.where(largest == 0, torch.ones_like(largest), largest)
+        codes = torch.bucketize(numbers / safe, (levels[:-1] + levels[1:]) / 2)
+        return codes, levels[codes] * largest
+
+    def filled(self, codes: Tensor) -> PackedBase:
+        return self.fill(codes)
+
+
+def grid_of(base: PackedBase) -> Grid:
+    """The grid that the scales of `base` span. ValueError for a base that is none of GPTQ, NF4 and GGUF."""
+    if isinstance(base, GptqBase):
+        return _gptq(base)
+    if isinstance(base, GgufBase):
+        step, offset = gguf_codes.steps(base)
+        group_of = torch.arange(base.shape[1], device=base.device) // (base.shape[1] // step.shape[1])
+        return EvenGrid(step, offset, group_of, gguf_codes.HIGHEST[base.kind], lambda codes: gguf_codes.with_codes(base, codes))
+    if isinstance(base, Nf4Base):
+        return _nf4(base)
+    raise ValueError(f"{type(base).__name__} has no grid here; expected GptqBase, Nf4Base or GgufBase")
+
+
+def fitted(like: PackedBase, weight: Tensor) -> PackedBase:
+    """`weight` (out, in) rounded to the nearest, in the layout of `like` (bits, groups, blocks), with scales fitted to it."""
+    if isinstance(like, GgufBase):
+        return gguf_codes.fitted(weight, like.kind)
+    if isinstance(like, Nf4Base):
+        return Nf4Base.of(weight, block_size=like.block_size, double_quant=like.double_quant)
+    if isinstance(like, GptqBase):
+        found = _empty(like)
+        found.g_idx.copy_(like.g_idx)
+        found.store(weight)
+        return found
+    raise ValueError(f"{type(like).__name__} has no grid here; expected GptqBase, Nf4Base or GgufBase")
+
+
+def _empty(like: GptqBase) -> GptqBase:
+    return GptqBase(
+        like.shape, bits=like.bits, groups=like.groups, sym=like.sym, zero_format=like.zero_format, device=like.device
+    )
+
+
+def _gptq(base: GptqBase) -> EvenGrid:
+    grid = base.grid
+    step = grid.scales.float().t().contiguous()
+
+    def filled(codes: Tensor) -> PackedBase:
+        found = _empty(base)
+        found.fill(codes, grid)
+        return found
+
+    return EvenGrid(step, step * grid.zeros.float().t(), grid.g_idx.long(), 2**base.bits - 1, filled)
+
+
+def _nf4(base: Nf4Base) -> LevelGrid:
+    count = base.shape[0] * base.shape[1]
+    maxima = base.block_maxima(0, len(base.absmax))
+    largest = maxima.repeat_interleave(base.block_size)[:count].view(base.shape)
+
+    def filled(codes: Tensor) -> PackedBase:
+        found = Nf4Base(base.shape, block_size=base.block_size, double_quant=base.double_quant, device=base.device)
+        found.load_state_dict(base.state_dict())
+        found.packed.copy_(nibbles(codes.view(-1)))
+        return found
+
+    return LevelGrid(largest, filled)

@@ -1,0 +1,67 @@
+"""The finish of a merge into a quantised model: a few steps that train the pairs through the quantiser they end up in."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from lorakeet.core.adapter import Adapter
+from lorakeet.data.batches import StepOrder
+from lorakeet.data.chat import Example
+from lorakeet.data.pack import micro_batches
+from lorakeet.merge.requantise import Requantised
+from lorakeet.merge.straight_through import StraightThroughLinear
+from lorakeet.models.modules import find, replace
+from lorakeet.models.text import TextModel
+from lorakeet.quant.packed import PackedBase, PackedLinear
+from lorakeet.train.optimizer import Optimizer
+from lorakeet.train.spec import TrainSpec, learning_rate_for
+from lorakeet.train.text_loss import text_loss
+
+CLIP = 1.0
+
+
+def finish(
+    text: TextModel,
+    solved: Mapping[str, Requantised],
+    adapter: Adapter,
+    rows: Sequence[Example],
+    *,
+    steps: int,
+    spec: TrainSpec,
+    on_step: Callable[[int, float], None],
+) -> dict[str, PackedBase]:
+    """Trains the pairs of `adapter` through the grids of `solved`, whose packed layers are in `text`; returns the layers then.
+
+    Batches, rate and seed are those of the run; the rate falls to 0 in a line. `on_step` hears of each step and its loss in
+    nats a token. `text` holds what is returned.
+    """
+    layers: dict[str, StraightThroughLinear] = {}
+    for path, pair in adapter.pairs.items():
+        if path in solved:
+            bias = cast("Tensor | None", cast(nn.Module, find(text.model, path)).bias)
+            layers[path] = StraightThroughLinear(solved[path].latent, pair, solved[path].grid, bias)
+            replace(text.model, path, layers[path])
+    parameters = {f"{path}.{leaf}": layer.get_parameter(leaf) for path, layer in layers.items() for leaf in ("A", "B")}
+    optimizer = Optimizer(parameters, dataclasses.replace(spec, weight_decay=0.0))
+    hidden = int(text.model.config.get_text_config().hidden_size)
+    rate = spec.learning_rate or learning_rate_for(hidden, text.family.rate_exponent)
+    order = StepOrder(len(rows), min(spec.batch_size, len(rows)), spec.seed)
+    for step in range(steps):
+        batches = micro_batches([rows[row] for row in order.indices(step)], spec.micro_tokens)
+        targets, total = sum(batch.targets for batch in batches), 0.0
+        for batch in batches:
+            loss, _ = text_loss(text, batch.to(text.device), chunk=spec.head_chunk)
+            (loss / targets).backward()  # type: ignore[no-untyped-call]
+            total += float(loss.detach())
+        torch.nn.utils.clip_grad_norm_(parameters.values(), CLIP)
+        optimizer.step(rate * (1 - step / steps))
+        on_step(step + 1, total / targets)
+    bases = {path: layer.packed() for path, layer in layers.items()}
+    for path, base in bases.items():
+        replace(text.model, path, PackedLinear(base, layers[path].bias))
+    return bases

@@ -1,0 +1,263 @@
+"""`lorakeet merge --into packed`: an adapter into a quantised model that stays quantised, and how much of its gain survives."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import Progress as Bar
+from rich.table import Table
+
+from lorakeet.data.chat import Encoder, Example, encode_rows
+from lorakeet.data.prepare import Dataset
+from lorakeet.errors import ConfigError, Problems
+from lorakeet.evaluate.certificate import Certificate, judge
+from lorakeet.evaluate.intervals import Estimate
+from lorakeet.evaluate.survival import Scores, surviving_share
+from lorakeet.export.repacked import write_repacked
+from lorakeet.merge.requantise import Requantised, round_to_nearest, round_with_feedback
+from lorakeet.models.folded import fold_layers
+from lorakeet.models.gptq_blocks import block_layers, pack_blocks, weight_of
+from lorakeet.models.layout import PackedLayout, read_layout
+from lorakeet.models.load import load_text_model
+from lorakeet.models.modules import block_prefix, find
+from lorakeet.models.modules import replace as put
+from lorakeet.models.score import row_losses
+from lorakeet.models.spec import ModelSpec
+from lorakeet.models.text import TextModel
+from lorakeet.quant.packed import PackedBase, PackedLinear
+from lorakeet.quant.spec import QuantSpec
+from lorakeet.workflows.finish_packed import finish
+from lorakeet.workflows.judge import ADAPTER, BASE, Judge
+from lorakeet.workflows.opened import NAME, Opened
+from lorakeet.workflows.show import show_certificate
+
+CERTIFICATE = "certificate.json"
+NEAREST, FEEDBACK, FINISHED, WRITTEN = "rounded to the nearest", "error feedback", "error feedback, finished", "written"
+
+
+@dataclass(frozen=True)
+class PackedMerge:
+    """How an adapter is merged into a quantised model."""
+
+    like: str | None = None  # the model whose layout is kept; None: the base of the run
+    calibration_rows: int = 64
+    finish_steps: int = 0
+    keep: float = 0.95  # least share of the held-out gain
+
+
+@dataclass
+class _Measured:
+    """The scores of each system on the held-out rows."""
+
+    scores: dict[str, Scores] = field(default_factory=dict)
+
+    def share(self, system: str, opened: Opened) -> Estimate:
+        return surviving_share(self.scores[BASE], self.scores[ADAPTER], self.scores[system], opened.config.evaluate)
+
+
+def merge_packed(
+    opened: Opened, dataset: Dataset | None, out: Path, *, spec: PackedMerge, console: Console
+) -> tuple[Certificate, dict[str, Estimate]]:
+    """Writes the quantised model with the adapter in it to `out`, loads it again and measures it on the held-out rows.
+
+    Returns the certificate, which lies beside what was written, and the share of the gain that survives each way. The whole
+    model is held in fp32. ConfigError, before anything is measured, for what cannot be merged so; VerificationFailed where less
+    than `spec.keep` survives.
+    """
+    layout = read_layout(spec.like or opened.config.model.path, console.print)
+    if dataset is None:
+        raise ConfigError("--into packed needs a run, whose training rows calibrate and whose held-out rows judge; name one.")
+    _check(opened, layout, out, spec)
+    measured = _Measured()
+    merge = _Merge(opened, dataset, layout, spec, console, measured)
+    merge.measure_live()
+    console.print("Rounding to the nearest, to compare with", soft_wrap=True)
+    merge.measure(merge.rounded(), NEAREST)
+    text, solved = merge.with_feedback()
+    merge.measure(text, FEEDBACK)
+    bases: Mapping[str, PackedBase] = {path: found.base for path, found in solved.items()}
+    if spec.finish_steps:
+        bases = {**bases, **merge.finished(text, solved)}
+    kept = sum(found.scales == "kept" for found in solved.values())
+    console.print(f"{len(solved)} layers packed: {kept} with the file's own scales, the others with fitted ones.", soft_wrap=True)
+    written = write_repacked(layout, bases, out, tokenizer=opened.tokenizer)
+    console.print(f"Wrote {written:,} bytes to {out}", soft_wrap=True)
+    merge.measure(_loaded(out, layout, opened, console), WRITTEN)
+    shares = {system: measured.share(system, opened) for system in measured.scores if system not in (BASE, ADAPTER)}
+    _show(shares, console)
+    certificate = _certificate(opened, layout, out, shares, spec)
+    certificate.write(out.with_name(f"{out.name}.{CERTIFICATE}") if layout.file else out / CERTIFICATE)
+    show_certificate(certificate, console)
+    certificate.raise_if_failed()
+    return certificate, shares
+
+
+def _check(opened: Opened, layout: PackedLayout, out: Path, spec: PackedMerge) -> None:
+    """Raises ConfigError with everything that keeps the adapter from being merged into that layout."""
+    problems = Problems(f"The adapter cannot be merged into {layout.method} as it is")
+    adapter = opened.adapter
+    if layout.file is not None and out.suffix.lower() != ".gguf":
+        problems.add(f"--out is {out.name}, but what is written is a .gguf file; give it a name that ends in .gguf.")
+    if layout.file is None and out.suffix.lower() == ".gguf":
+        problems.add(f"--out is {out.name}, but what is written is a folder; give it a name without .gguf.")
+    elsewhere = [path for path in adapter.pairs if path not in layout.layers]
+    if elsewhere:
+        problems.add(f"It changes layers that are not packed there: {', '.join(elsewhere[:8])}. Merge --into original.")
+    if adapter.extras or adapter.token_rows:
+        problems.add("It has trained modules or token rows beside its pairs, which are not packed. Merge --into original.")
+    biased = [path for path, pair in adapter.pairs.items() if pair.bias is not None and bool(pair.bias.any())]
+    if biased:
+        problems.add(f"Its pairs have biases, which packed layers have no place for: {', '.join(biased[:8])}.")
+    if spec.calibration_rows < 1 or spec.finish_steps < 0 or not 0 < spec.keep <= 1:
+        problems.add("--calibration-rows is at least 1, --finish-steps at least 0, and --keep a share above 0, such as 0.95.")
+    problems.raise_if_any()
+
+
+@dataclass(frozen=True)
+class _Merge:
+    """The steps of one merge."""
+
+    opened: Opened
+    dataset: Dataset
+    layout: PackedLayout
+    spec: PackedMerge
+    console: Console
+    measured: _Measured
+
+    def live(self) -> TextModel:
+        return self.opened.text_model(self.console, dtype="float32")
+
+    def measure_live(self) -> None:
+        """The run's base and its adapter, in fp32."""
+        text = self.live()
+        for system in (BASE, ADAPTER):
+            self.measured.scores[system] = self._scores(text, system)
+
+    def measure(self, text: TextModel, system: str) -> None:
+        self.measured.scores[system] = replace(self._scores(text, BASE), system=system)
+
+    def _scores(self, text: TextModel, system: str) -> Scores:
+        encoder = Encoder(text.tokenizer, self.opened.config.data, self.dataset.labels)
+        judge_ = Judge(self.opened.config, text, encoder, self.dataset.held_out, self.console, NAME)
+        rows = judge_.fitting()
+        return judge_.answers(rows, system) if self.dataset.labels else judge_.losses(rows, system)
+
+    def folded(self) -> TextModel:
+        """The model with the adapter folded in, its layers plain numbers in fp32 where the layout packs them."""
+        text = self.live()
+        fold_layers(text.model, NAME, self.layout.layers)
+        return text
+
+    def rounded(self) -> TextModel:
+        """Every layer rounded to the nearest, with scales fitted to it."""
+        text = self.folded()
+        for path, read in self.layout.layers.items():
+            layer = find(text.model, path)
+            assert layer is not None
+            put(text.model, path, PackedLinear(round_to_nearest(read(), weight_of(layer)), layer.bias))  # type: ignore[arg-type]
+        return text
+
+    def rows(self, text: TextModel) -> tuple[list[Example], list[Example]]:
+        """Calibration rows, spread over the training rows, and the others."""
+        encoder = Encoder(text.tokenizer, self.opened.config.data, self.dataset.labels)
+        examples = list(encode_rows(self.dataset.train, encoder).examples)
+        count = min(self.spec.calibration_rows, (len(examples) + 1) // 2 if self.spec.finish_steps else len(examples))
+        chosen = set(range(0, len(examples), max(1, len(examples) // count))[:count])
+        others = [example for number, example in enumerate(examples) if number not in chosen]
+        return [examples[number] for number in sorted(chosen)], others
+
+    def with_feedback(self) -> tuple[TextModel, dict[str, Requantised]]:
+        """The model with every layer packed by error feedback on the calibration rows, and how each was."""
+        text = self.folded()
+        rows, _ = self.rows(text)
+        layers = block_layers(text.model, block_prefix(text.model, text.family)[0])
+        outside = sorted(set(self.layout.layers) - set(layers))
+        if outside:
+            raise ConfigError(f"Packed layers outside of the blocks cannot be calibrated: {', '.join(outside[:8])}.")
+        solved: dict[str, Requantised] = {}
+
+        def pack(path: str, *given: object) -> PackedBase:
+            solved[path] = round_with_feedback(self.layout.layers[path](), *given)  # type: ignore[arg-type]
+            return solved[path].base
+
+        chosen = {path: layer for path, layer in layers.items() if path in self.layout.layers}
+        del layers
+        with Bar(console=self.console, transient=True, disable=not self.console.is_terminal) as bar:
+            task = bar.add_task(f"error feedback on {len(rows)} rows", total=None)
+            for block in pack_blocks(text, rows, pack, chosen, keep=True):
+                bar.update(task, total=block.count, completed=block.number + 1)
+        return text, solved
+
+    def finished(self, text: TextModel, solved: Mapping[str, Requantised]) -> Mapping[str, PackedBase]:
+        """The layers after the finish where it lowers the loss on the calibration rows, which it does not train on; else none."""
+        judged, rows = self.rows(text)
+        before = _loss(text, judged)
+        with Bar(console=self.console, transient=True, disable=not self.console.is_terminal) as bar:
+            task = bar.add_task("finishing", total=self.spec.finish_steps)
+            bases = finish(
+                text,
+                solved,
+                self.opened.adapter,
+                rows,
+                steps=self.spec.finish_steps,
+                spec=self.opened.config.train,
+                on_step=lambda step, loss: bar.update(task, completed=step, description=f"finishing, loss {loss:.4f}"),
+            )
+        after = _loss(text, judged)
+        self.measure(text, FINISHED)
+        self.console.print(
+            f"{self.spec.finish_steps} steps through the quantiser moved the loss on {len(judged)} calibration rows from "
+            f"{before:.4f} to {after:.4f}; {'they are kept' if after < before else 'error feedback alone is kept'}.",
+            soft_wrap=True,
+        )
+        return bases if after < before else {}
+
+
+def _loss(text: TextModel, rows: Sequence[Example]) -> float:
+    losses, targets = row_losses(text, rows, micro_tokens=2048)
+    return float(losses.sum() / targets.sum())
+
+
+def _loaded(out: Path, layout: PackedLayout, opened: Opened, console: Console) -> TextModel:
+    """What was written, loaded again with its packed layers."""
+    quantize = QuantSpec(method="gguf") if layout.file is not None else QuantSpec()
+    spec = ModelSpec(path=str(out), dtype="float32", products="float32", device=opened.config.model.device, quantize=quantize)
+    return load_text_model(spec, say=console.print)
+
+
+def _show(shares: Mapping[str, Estimate], console: Console) -> None:
+    """A table of what survives each way."""
+    table = Table("way", "share of the held-out gain", title="What survives of the adapter", title_justify="left")
+    for system, share in shares.items():
+        table.add_row(system, str(share))
+    console.print(table)
+
+
+def _certificate(
+    opened: Opened, layout: PackedLayout, out: Path, shares: Mapping[str, Estimate], spec: PackedMerge
+) -> Certificate:
+    """One check: the share of the held-out gain that the written model has, against the least that was asked for."""
+    written, nearest = shares[WRITTEN], shares[NEAREST]
+    check = judge(
+        "held-out gain in the quantised model",
+        {"surviving_share": written.value},
+        tolerance={"surviving_share": spec.keep},
+        between=("base + adapter", f"{out.name}, loaded again"),
+        floors=("surviving_share",),
+        n=written.n,
+        detail=(
+            f"{written} of the gain survives; rounding to the nearest would keep {nearest.value:.3f}. More calibration rows or "
+            "--finish-steps 300 may keep more."
+        ),
+    )
+    check = replace(check, estimates={"surviving_share": written})
+    facts = {
+        "layout": f"{layout.method} of {(layout.file or layout.folder).name}",
+        "calibration rows": str(spec.calibration_rows),
+        "finish steps": str(spec.finish_steps),
+        **{f"share, {system}": str(share) for system, share in shares.items()},
+    }
+    return Certificate(f"The merged {layout.method} model {out}", (check,), facts)

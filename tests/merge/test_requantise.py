@@ -1,0 +1,77 @@
+"""A changed weight in a quantised layout: error feedback against rounding to the nearest, on the inputs of the layer."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from lorakeet.core.math import delta, fold
+from lorakeet.merge.requantise import round_to_nearest, round_with_feedback
+from lorakeet.quant import gguf_codes
+from lorakeet.quant.gptq import GptqBase
+from lorakeet.quant.gptq_grid import groups_in_order, nearest_codes
+from lorakeet.quant.gptq_solve import Hessian, sensitivity
+from lorakeet.quant.nf4 import Nf4Base
+from lorakeet.quant.packed import PackedBase
+
+OUT, IN, RANK, SCALE = 64, 256, 4, 3.0
+
+
+def numbers(*shape: int, seed: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture(scope="module")
+def inputs() -> Tensor:
+    return (numbers(1024, 40, seed=0) @ numbers(40, IN, seed=1) + numbers(1024, IN, seed=2)) * numbers(IN, seed=3).abs()
+
+
+def packed(kind: str) -> PackedBase:
+    weight = 0.05 * numbers(OUT, IN, seed=4)
+    if kind == "gptq":
+        codes, grid = nearest_codes(weight, 4, True, groups_in_order(IN, 64), IN // 64)
+        return GptqBase.of(codes, grid, bits=4, sym=True)
+    return Nf4Base.of(weight) if kind == "nf4" else gguf_codes.fitted(weight, kind)
+
+
+KINDS = ("gptq", "nf4", "Q4_0", "Q4_K")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_much_more_of_a_small_change_reaches_the_outputs(kind: str, inputs: Tensor) -> None:
+    """A change smaller than the gaps between values: of its effect on the outputs the nearest values lose far more."""
+    like = packed(kind)
+    change = delta(numbers(RANK, IN, seed=5), 4e-4 * numbers(OUT, RANK, seed=6), SCALE)
+    wanted = fold(like.dense(), change)
+    hessian = Hessian(IN)
+    hessian.add(inputs)
+    found = round_with_feedback(like, wanted, sensitivity(hessian.matrix), hessian.matrix)
+    nearest = round_to_nearest(like, wanted)
+    effect = (inputs @ change.T).norm()
+    lost = [float((inputs @ (base.dense() - wanted).T).norm() / effect) for base in (found.base, nearest)]
+    assert lost[0] < 0.5 * lost[1]
+    assert found.base.settings == like.settings
+    measured = float((inputs @ (found.base.dense() - wanted).T).norm() / (inputs @ wanted.T).norm())
+    assert found.error == pytest.approx(measured, rel=1e-2)
+    torch.testing.assert_close(found.grid.nearest(found.latent).dense(), found.base.dense())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_unchanged_weight_keeps_its_bytes(kind: str, inputs: Tensor) -> None:
+    like = packed(kind)
+    hessian = Hessian(IN)
+    hessian.add(inputs)
+    found = round_with_feedback(like, like.dense(), sensitivity(hessian.matrix), hessian.matrix)
+    assert found.error < 1e-4
+    torch.testing.assert_close(found.base.dense(), like.dense(), rtol=1e-5, atol=1e-6)
+    if found.scales == "kept":
+        assert all(torch.equal(found.base.get_buffer(part), buffer) for part, buffer in like.named_buffers())
+
+
+def test_scales_are_fitted_where_the_files_own_are_too_small(inputs: Tensor) -> None:
+    like = packed("gptq")
+    hessian = Hessian(IN)
+    hessian.add(inputs)
+    seen = sensitivity(hessian.matrix)
+    assert round_with_feedback(like, like.dense() * 4, seen, hessian.matrix).scales == "fitted"
