@@ -46,3 +46,17 @@ def test_problems(planned: Callable[..., Plan], settings: dict[str, Any], words:
 def test_new_tokens_need_a_token_embedding(planned: Callable[..., Plan]) -> None:
     with pytest.raises(ConfigError, match="needs a token embedding, which Sequential does not have"):
         planned(nn.Sequential(nn.Linear(8, 8)), new_tokens=("<a>",))
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"extra_modules": ("lm_head",)}, "leave it out of extra_modules"),
+        ({"target_modules": ("lm_head",)}, "'lm_head' would be trained as an extra, and 'lm_head' gets a pair as well"),
+    ],
+)
+def test_a_tied_head_that_gets_new_rows_takes_nothing_else(
+    planned: Callable[..., Plan], settings: dict[str, Any], words: str
+) -> None:
+    with pytest.raises(ConfigError, match=words):
+        planned(tiny_model("qwen2"), new_tokens=("<a>",), **settings)

@@ -15,15 +15,15 @@ from lorakeet.models import modules
 def plan_extras(model: nn.Module, spec: LoraSpec, adapted: list[str], problems: Problems) -> tuple[ExtraEntry, ...]:
     """The extras that `spec` asks for; `adapted` are the paths that get a pair, which no extra may share."""
     extras = [*_whole_modules(model, spec, problems), *_new_rows(model, spec, problems)]
-    taken = {extra.path: extra.kind for extra in extras}
-    for extra in extras:
-        clash = [path for path in adapted if path == extra.path or path.startswith(f"{extra.path}.")]
+    taken = [path for extra in extras for path in (extra.path, extra.tied) if path]  # a tied head gets the new rows too
+    for place in dict.fromkeys(taken):
+        clash = [path for path in adapted if path == place or path.startswith(f"{place}.")]
         if clash:
-            problems.add(f"'{extra.path}' would be trained as an extra, and '{clash[0]}' gets a pair as well; choose one.")
-        inside = [path for path in taken if path.startswith(f"{extra.path}.")]
+            problems.add(f"'{place}' would be trained as an extra, and '{clash[0]}' gets a pair as well; choose one.")
+        inside = [path for path in taken if path.startswith(f"{place}.")]
         if inside:
-            problems.add(f"'{extra.path}' and '{inside[0]}' within it are both extras; name one.")
-    if len(taken) < len(extras):
+            problems.add(f"'{place}' and '{inside[0]}' within it are both extras; name one.")
+    if len(set(taken)) < len(taken):
         problems.add("New tokens train rows of a module that lora.extra_modules trains whole; leave it out of extra_modules.")
     return tuple(extras)
 
