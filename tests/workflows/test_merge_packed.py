@@ -83,6 +83,7 @@ def test_a_gguf_run_stays_one_file(kind: str, data: Path, tmp_path: Path, monkey
     out = tmp_path / "merged.gguf"
     merged = merge([str(tmp_path / "run")], out=out, into="packed", keep=0.5, console=quiet())
     assert read_certificate(tmp_path / "merged.gguf.certificate.json") == merged.certificate and merged.certificate.passed
+    assert "outputs moved by" in merged.certificate.facts[f"14 layers in {kind}"]
     assert out.stat().st_size == (tmp_path / "tiny.gguf").stat().st_size
     old, new = read_layout(str(tmp_path / "tiny.gguf"), silent), read_layout(str(out), silent)
     for path, pair in open_adapter(tmp_path / "run").adapter.pairs.items():

@@ -89,6 +89,7 @@ def merge_packed(
     shares = {system: measured.share(system, opened) for system in measured.scores if system not in (BASE, ADAPTER)}
     _show(shares, console)
     certificate = _certificate(opened, layout, out, shares, spec)
+    certificate = replace(certificate, facts={**certificate.facts, **_moved(solved)})
     certificate.write(out.with_name(f"{out.name}.{CERTIFICATE}") if layout.file else out / CERTIFICATE)
     show_certificate(certificate, console)
     certificate.raise_if_failed()
@@ -226,6 +227,15 @@ def _loaded(out: Path, layout: PackedLayout, opened: Opened, console: Console) -
     quantize = QuantSpec(method="gguf") if layout.file is not None else QuantSpec()
     spec = ModelSpec(path=str(out), dtype="float32", products="float32", device=opened.config.model.device, quantize=quantize)
     return load_text_model(spec, say=console.print)
+
+
+def _moved(solved: Mapping[str, Requantised]) -> dict[str, str]:
+    """How far error feedback moved the outputs of the layers of each type on the calibration rows, as a mean."""
+    errors: dict[str, list[float]] = {}
+    for found in solved.values():
+        settings = found.base.settings
+        errors.setdefault(str(settings.get("type", settings["method"])), []).append(found.error)
+    return {f"{len(own)} layers in {kind}": f"outputs moved by {sum(own) / len(own):.2%}" for kind, own in errors.items()}
 
 
 def _show(shares: Mapping[str, Estimate], console: Console) -> None:
