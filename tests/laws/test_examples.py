@@ -192,5 +192,5 @@ def test_serving_two_adapters(
         runpy.run_path(str(ROOT / "examples" / "serve_two_adapters.py"), run_name="__main__")
         server.terminate()
     said = capsys.readouterr().out.splitlines()
-    assert [line.partition(":")[0] for line in said] == ["llama", "dates", "again", "dates*0.5+again*0.5", "streamed"]
+    assert [line.partition(":")[0] for line in said[:5]] == ["llama", "dates", "again", "dates*0.5+again*0.5", "streamed"]
     assert said[1].partition(":")[2] == said[2].partition(":")[2] == said[3].partition(":")[2], "the same adapter, and its mean"
