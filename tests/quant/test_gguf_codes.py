@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from lorakeet.quant.gguf import BLOCK_TYPES, GgufBase
-from lorakeet.quant.gguf_codes import HIGHEST, K_TYPES, fitted, nearest, steps, with_codes
+from lorakeet.quant.gguf_codes import HIGHEST, K_TYPES, fitted, inverted, nearest, steps, with_codes
 
 
 def weight(rows: int = 6, columns: int = 512, seed: int = 0) -> Tensor:
@@ -34,7 +34,7 @@ def test_any_codes_are_read_back_as_step_times_code_less_offset(kind: str) -> No
 def test_the_nearest_codes_of_what_a_block_means_are_its_own(kind: str) -> None:
     base = fitted(weight(), kind)
     step, offset = wide(base)
-    codes = nearest(base.dense(), step, offset, HIGHEST[kind])
+    codes = nearest(base.dense(), inverted(step), offset, HIGHEST[kind])
     assert torch.equal(with_codes(base, codes.to(torch.uint8)).packed, base.packed)
 
 

@@ -53,7 +53,7 @@ def _on(grid: Grid, scales: Scales, weight: Tensor, inputs: Sensitivity, hessian
     columns = inputs.order.tolist()
     walk.run(_nearest(grid, columns))
     base = grid.filled(walk.in_order(walk.codes))
-    return Requantised(base, grid, walk.in_order(walk.weight), scales, output_error(weight, base.dense(), hessian))
+    return Requantised(base, grid, walk.in_order(walk.columns), scales, output_error(weight, base.dense(), hessian))
 
 
 def _nearest(grid: Grid, columns: list[int]) -> Callable[[Tensor, int], tuple[Tensor, Tensor]]:

@@ -93,14 +93,18 @@ def fitted(weight: Tensor, kind: str) -> GgufBase:
         _fit_k(base, wide.reshape(-1, 8, 32))
     step, offset = steps(base)
     grouped = wide.view(len(wide), step.shape[1], -1)
-    codes = nearest(grouped, step[:, :, None], offset[:, :, None], HIGHEST[kind])
+    codes = nearest(grouped, inverted(step)[:, :, None], offset[:, :, None], HIGHEST[kind])
     return with_codes(base, codes.to(torch.uint8).view(weight.shape))
 
 
-def nearest(numbers: Tensor, step: Tensor, offset: Tensor, highest: int) -> Tensor:
-    """The nearest codes as whole fp32 numbers; where the step is 0 the code is 0."""
-    safe = torch.where(step == 0, torch.ones_like(step), step)
-    return torch.where(step == 0, torch.zeros_like(numbers), ((numbers + offset) / safe).round_().clamp_(0, highest))
+def nearest(numbers: Tensor, inverse: Tensor, offset: Tensor, highest: int) -> Tensor:
+    """The nearest codes as whole fp32 numbers; `inverse` is 1/step (`inverted`)."""
+    return torch.add(numbers, offset).mul_(inverse).round_().clamp_(0, highest)
+
+
+def inverted(step: Tensor) -> Tensor:
+    """1/step, and 0 where the step is 0, so that the code is 0 there."""
+    return torch.where(step == 0, 0.0, 1 / torch.where(step == 0, 1.0, step))
 
 
 def _fit_k(base: GgufBase, groups: Tensor) -> None:

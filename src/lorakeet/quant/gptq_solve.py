@@ -125,52 +125,52 @@ def solve(weight: Tensor, inputs: Sensitivity, layout: Layout, *, grid: Grid | N
 class Walk:
     """The columns of a weight in the order in which they are rounded; those still to come move as the errors come in.
 
-    `weight` (out, in): each column as it was when its turn came. `codes` (out, in) uint8. Both in that order; `in_order`
-    brings them back into the weight's.
+    `columns` (in, out), so that each one lies together in memory: as it was when its turn came. `codes` (in, out) uint8. Both in
+    that order; `in_order` brings them back into the weight's.
     """
 
     def __init__(self, weight: Tensor, inputs: Sensitivity) -> None:
-        self.weight = weight[:, inputs.order].contiguous()
-        self.codes = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device)
+        self.columns = weight.t()[inputs.order].contiguous()
+        self.codes = torch.empty(self.columns.shape, dtype=torch.uint8, device=weight.device)
         self.order, self.factor = inputs.order, inputs.factor
         self.start = self.stop = 0  # the block in work
-        self.errors = self.weight.new_zeros(0)
+        self.errors = self.columns.new_zeros(0)
 
     def run(self, nearest: Callable[[Tensor, int], tuple[Tensor, Tensor]]) -> None:
         """Rounds every column. `nearest` takes a column (out,) and its place, and gives codes and the values that they mean."""
-        for start in range(0, self.weight.shape[1], BLOCK):
-            self.start, self.stop = start, min(start + BLOCK, self.weight.shape[1])
+        for start in range(0, len(self.columns), BLOCK):
+            self.start, self.stop = start, min(start + BLOCK, len(self.columns))
             self._block(nearest)
 
     def _block(self, nearest: Callable[[Tensor, int], tuple[Tensor, Tensor]]) -> None:
         """Rounds the columns of a block, and moves all that come after them."""
         start, stop, factor = self.start, self.stop, self.factor
-        errors = self.errors = self.weight.new_zeros(self.weight.shape[0], stop - start)
+        errors = self.errors = self.columns.new_zeros(stop - start, self.columns.shape[1])
+        pivots = factor.diagonal()[start:stop].tolist()
         for i in range(start, stop):
-            column = self.weight[:, i]
+            column = self.columns[i]
             code, value = nearest(column, i)
-            error = (column - value) / factor[i, i]
-            self.codes[:, i] = code.to(torch.uint8)
-            self.weight[:, i + 1 : stop].addr_(error, factor[i, i + 1 : stop], alpha=-1)
-            errors[:, i - start] = error
-        self.weight[:, stop:].addmm_(errors, factor[start:stop, stop:], alpha=-1)
+            error = torch.sub(column, value, out=errors[i - start]).div_(pivots[i - start])
+            self.codes[i] = code
+            self.columns[i + 1 : stop].addr_(factor[i, i + 1 : stop], error, alpha=-1)
+        self.columns[stop:].addmm_(factor[start:stop, stop:].t(), errors, alpha=-1)
 
     def now(self, places: Tensor) -> Tensor:
-        """The columns at `places` as they are just now; those behind the block are still to be moved."""
+        """The columns at `places`, (out, places), as they are just now; those behind the block are still to be moved."""
         behind = places[places >= self.stop]
-        pending = self.errors @ self.factor[self.start : self.stop][:, behind]
-        return torch.cat([self.weight[:, places[places < self.stop]], self.weight[:, behind] - pending], dim=1)
+        pending = self.factor[self.start : self.stop][:, behind].t() @ self.errors
+        return torch.cat([self.columns[places[places < self.stop]], self.columns[behind] - pending]).t()
 
     def in_order(self, columns: Tensor) -> Tensor:
-        """A tensor (out, in) of this order in the weight's own."""
-        return torch.empty_like(columns).index_copy_(1, self.order, columns)
+        """A tensor (in, out) of this order as one (out, in) in the weight's own."""
+        return torch.empty_like(columns).index_copy_(0, self.order, columns).t().contiguous()
 
 
 class _Groups:
     """The scales and zero points of `solve`; without a grid, each group's are fitted when the first of its columns comes."""
 
     def __init__(self, walk: Walk, group_of: Tensor, layout: Layout, grid: Grid | None) -> None:
-        rows, groups, device = len(walk.weight), int(group_of.max()) + 1, walk.weight.device
+        rows, groups, device = walk.columns.shape[1], int(group_of.max()) + 1, walk.columns.device
         self.walk, self.group_of, self.names = walk, group_of, group_of.tolist()
         self.bits, self.sym = layout.bits, layout.sym
         if grid is None:

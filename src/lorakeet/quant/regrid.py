@@ -43,28 +43,28 @@ class Grid(Protocol):
 class EvenGrid:
     """x = step·code − offset: GPTQ's and GGUF's."""
 
-    step: Tensor  # (out, groups) fp32
-    offset: Tensor  # (out, groups) fp32
-    group_of: Tensor  # (in,)
+    step: Tensor  # (groups, out) fp32
+    inverse: Tensor  # (groups, out) 1/step
+    offset: Tensor  # (groups, out) fp32
+    group_of: list[int]  # of each column
     highest: int
     fill: Callable[[Tensor], PackedBase]
 
     def column(self, numbers: Tensor, at: int) -> tuple[Tensor, Tensor]:
-        group = int(self.group_of[at])
-        step, offset = self.step[:, group], self.offset[:, group]
-        codes = gguf_codes.nearest(numbers, step, offset, self.highest)
-        return codes, step * codes - offset
+        group = self.group_of[at]
+        offset = self.offset[group]
+        codes = gguf_codes.nearest(numbers, self.inverse[group], offset, self.highest)
+        return codes, torch.mul(self.step[group], codes).sub_(offset)
 
     def values(self, weight: Tensor) -> Tensor:
-        codes, step, offset = self._wide(weight)
-        return step * codes - offset
+        return self._codes(weight).mul_(self.step[self.group_of].t()).sub_(self.offset[self.group_of].t())
 
     def nearest(self, weight: Tensor) -> PackedBase:
-        return self.fill(self._wide(weight)[0].to(torch.uint8))
+        return self.fill(self._codes(weight).to(torch.uint8))
 
-    def _wide(self, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        step, offset = self.step[:, self.group_of], self.offset[:, self.group_of]
-        return gguf_codes.nearest(weight, step, offset, self.highest), step, offset
+    def _codes(self, weight: Tensor) -> Tensor:
+        inverse, offset = self.inverse[self.group_of].t(), self.offset[self.group_of].t()
+        return gguf_codes.nearest(weight, inverse, offset, self.highest)
 
     def filled(self, codes: Tensor) -> PackedBase:
         return self.fill(codes)
@@ -78,7 +78,7 @@ class LevelGrid:
     fill: Callable[[Tensor], PackedBase]
 
     def column(self, numbers: Tensor, at: int) -> tuple[Tensor, Tensor]:
-        return self._nearest(numbers, self.largest[:, at].contiguous())
+        return self._nearest(numbers, self.largest[:, at])
 
     def values(self, weight: Tensor) -> Tensor:
         return self._nearest(weight, self.largest)[1]
@@ -101,9 +101,9 @@ def grid_of(base: PackedBase) -> Grid:
     if isinstance(base, GptqBase):
         return _gptq(base)
     if isinstance(base, GgufBase):
-        step, offset = gguf_codes.steps(base)
-        group_of = torch.arange(base.shape[1], device=base.device) // (base.shape[1] // step.shape[1])
-        return EvenGrid(step, offset, group_of, gguf_codes.HIGHEST[base.kind], lambda codes: gguf_codes.with_codes(base, codes))
+        step, offset = (part.t().contiguous() for part in gguf_codes.steps(base))
+        group_of = [column // (base.shape[1] // len(step)) for column in range(base.shape[1])]
+        return _even(step, offset, group_of, gguf_codes.HIGHEST[base.kind], lambda codes: gguf_codes.with_codes(base, codes))
     if isinstance(base, Nf4Base):
         return _nf4(base)
     raise ValueError(f"{type(base).__name__} has no grid here; expected GptqBase, Nf4Base or GgufBase")
@@ -131,14 +131,20 @@ def _empty(like: GptqBase) -> GptqBase:
 
 def _gptq(base: GptqBase) -> EvenGrid:
     grid = base.grid
-    step = grid.scales.float().t().contiguous()
+    step = grid.scales.float()
 
     def filled(codes: Tensor) -> PackedBase:
         found = _empty(base)
         found.fill(codes, grid)
         return found
 
-    return EvenGrid(step, step * grid.zeros.float().t(), grid.g_idx.long(), 2**base.bits - 1, filled)
+    return _even(step, step * grid.zeros.float(), grid.g_idx.tolist(), 2**base.bits - 1, filled)
+
+
+def _even(
+    step: Tensor, offset: Tensor, group_of: list[int], highest: int, fill: Callable[[Tensor], PackedBase]
+) -> EvenGrid:
+    return EvenGrid(step, gguf_codes.inverted(step), offset, group_of, highest, fill)
 
 
 def _nf4(base: Nf4Base) -> LevelGrid:
