@@ -125,7 +125,7 @@ def test_missing_and_unreadable_files(bench: Bench) -> None:
     bench.refused(bench.finetune(model="./no/model"), "'./no/model' does not exist", "Check the path")
     bench.refused(bench.finetune(model="rows.jsonl"), "'rows.jsonl' is a .jsonl file", "expected a model folder or a .gguf")
     bench.refused(["finetune", bench.write("list.yaml", "- 1\n")], "list.yaml holds [1]", "expected keys such as")
-    bench.refused(["evaluate", "no/run"], "no/run does not exist", "adapter_config.json")
+    bench.refused(["evaluate", "no/run"], "no/run does not exist", "expected a folder of PEFT")
     bench.refused(["merge", "no/run", "--out", "merged"], "no/run does not exist")
 
 

@@ -44,7 +44,7 @@ def test_the_two_commands_of_the_readme_exist() -> None:
     for target in ("quickstart", "test"):
         assert f"make {target}" in readme
         assert re.search(rf"^{target}: install$", makefile, re.MULTILINE)
-    for target in re.findall(r"\bmake (\w+)", readme + text_of("CONTRIBUTING.md")):
+    for target in re.findall(r"(?:^|`)make (\w+)", readme + text_of("CONTRIBUTING.md"), re.MULTILINE):
         assert re.search(rf"^{target}:", makefile, re.MULTILINE), f"make {target}"
 
 

@@ -60,8 +60,9 @@ def test_the_results_name_every_system_and_the_verdict(finished: Any) -> None:
 
 def test_every_check_is_a_line(finished: Any) -> None:
     bad = judge("merged model", {"logit": 2.0}, tolerance={"logit": 1.0}, between=("a", "b"), n=3)
-    text = printed(show_certificate, Certificate("x", (*finished.result.report.certificate.checks, bad)))
-    assert text.count("pass  ") == 2 and "FAIL  merged model: a against b" in text
+    good = finished.result.report.certificate.checks
+    text = printed(show_certificate, Certificate("x", (*good, bad)))
+    assert text.count("pass  ") == len(good) > 0 and "FAIL  merged model: a against b" in text
 
 
 def test_a_missing_chat_template_is_said(finished: Any, tmp_path: Path) -> None:
