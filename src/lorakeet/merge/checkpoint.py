@@ -69,7 +69,8 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     if config.get("quantization_config"):
         method = config["quantization_config"].get("quant_method", "unknown")
         raise ConfigError(
-            f"{folder} holds quantised weights ({method}); a merge needs the dense model they were made from. Name that one."
+            f"{folder} holds quantised weights ({method}); a merge needs the dense model they were made from. Name that "
+            "one with --base, or keep it quantised: lorakeet merge RUN --into packed."
         )
     if (folder / INDEX).exists():
         home = read_object(folder / INDEX, expected="an index of shards").get("weight_map")
