@@ -144,6 +144,9 @@ class GatedMlp(StandIn):
     def forward(self, x: Tensor) -> Tensor:
         flat = x.reshape(-1, x.shape[-1])
         layers = [getattr(self.original, name) for name in ("gate_proj", "up_proj", "down_proj")]
+        divided = any(isinstance(layer, LoraLinear) and layer.selection.shares is not None for layer in layers)
+        if divided and not torch.is_grad_enabled():  # the layers by themselves stack short shares (core/layers)
+            return cast(Tensor, self.original(x))
         parts = _shared_parts(layers, len(flat))
         if not parts:
             return cast(Tensor, self.original(x))
