@@ -111,7 +111,7 @@ def compress(  # noqa: PLR0913 - each is a flag of the verb
     encoder = Encoder(text.tokenizer, settings.data, dataset.labels)
     plan = plan_of(text.model, opened.adapter)
     examples = _sample(encode_rows(dataset.train, encoder).examples, rows, settings)
-    found = _spectra(opened.adapter, text, settings, examples, weighting)
+    found = weighed(opened.adapter, text, settings, examples, weighting)
     cuts = _cuts(opened.adapter, plan, found, to)
     judged = Judge(settings, text, encoder, dataset.held_out, console, NAME)
     curve = _curve(judged, cuts, pair_parameters(plan), share)
@@ -141,16 +141,16 @@ def _sample(examples: Sequence[Example], count: int, config: RunConfig) -> list[
     return sorted(examples, key=lambda example: seed_for(config.train.seed, f"compress/{example.key}"))[:count]
 
 
-def _spectra(
-    adapter: Adapter, text: TextModel, config: RunConfig, rows: Sequence[Example], weighting: Weighting
+def weighed(
+    adapter: Adapter, text: TextModel, config: RunConfig, rows: Sequence[Example], weighting: Weighting, name: str = NAME
 ) -> dict[str, Spectrum]:
-    """Every pair by components, from what it sees on training rows; the adapter stays on the model as NAME."""
+    """Every pair by components, from what it sees on `rows`; `adapter` is on the model as `name`, and stays there."""
     unfuse(text.model)  # so that every pair is called by itself
-    activate(text.model, NAME)
+    activate(text.model, name)
     spec = config.train
-    task = TextTask(text, rows, held_out=(), spec=spec, name=NAME)
+    task = TextTask(text, rows, held_out=(), spec=spec, name=name)
     batches = [batch for batch in micro_batches(rows, spec.micro_tokens) if batch.targets]
-    with watching(text.model, NAME) as moments, torch.random.fork_rng(devices=[]):
+    with watching(text.model, name) as moments, torch.random.fork_rng(devices=[]):
         task.gradients(batches, 1)
     for parameter in task.parameters().values():
         parameter.grad = None

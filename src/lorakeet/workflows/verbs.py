@@ -294,6 +294,24 @@ class ServeOptions:
 
 
 @dataclass(frozen=True)
+class CompressOptions:
+    """How far an adapter is cut, and on which rows that is weighed."""
+
+    run: str = field(metadata=_RUN)
+    out: Path = field(metadata={"help": "Run folder to write the cut adapter to; it must not exist yet."})
+    to: str | None = field(
+        default=None, metadata={"help": "Size: parameters such as 0.5M, or 'rank 8'; left out, the smallest within --tolerance."}
+    )
+    tolerance: str = field(default="1%", metadata={"help": "Share of the gain that may be lost; the whole interval must be below."})
+    rows: int = field(default=256, metadata={"help": "So many training rows weigh what is cut."})
+    weighting: Literal["loss", "activation", "none"] = field(
+        default="loss", metadata={"help": "What a cut is weighed by: inputs and gradients (loss), inputs (activation), or nothing."}
+    )
+    base: str | None = field(default=None, metadata={"help": "The base model; without it, the one that run or adapter names."})
+    config: Path | None = field(default=None, metadata={"help": "Run file with the data settings, for a bare adapter."})
+
+
+@dataclass(frozen=True)
 class DoctorOptions:
     """The check of the machine has nothing to set."""
 

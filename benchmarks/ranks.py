@@ -1,0 +1,280 @@
+"""Claim: an adapter allocated or compressed to half the parameters of uniform rank 16 shows no loss against it.
+
+    python benchmarks/ranks.py --task reviews --seeds 0,1 --arms uniform-16,allocated-8 [--together 4]
+    python benchmarks/ranks.py --summary
+
+Two real tasks with test rows that choose nothing: sentiment of drug reviews, and the condition that a review is about (the ten
+most frequent). Every arm is trained from the same rows by N-adapter runs; its best step is chosen on held-out rows. The work is
+long, so it is done in parts: each (task, seed, arm) is a line of --raw, and what is there is not done again. --summary compares
+all arms with uniform-16 on the same test rows, mean over seeds, paired, Holm-corrected. An arm NAME@F has F times the learning
+rate. Accuracies and losses are no timings: a busy machine does not change them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import statistics
+import sys
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+from harness.machine import origin, write_result
+from rich.console import Console
+
+from lorakeet.config import RunConfig, read_run
+from lorakeet.core.adapter import Adapter
+from lorakeet.core.spec import LoraSpec
+from lorakeet.data.locate import locate_data, open_text
+from lorakeet.evaluate.compare import compare_losses, holm
+from lorakeet.evaluate.likelihood import RowLosses
+from lorakeet.evaluate.spec import EvaluateSpec
+from lorakeet.models.adapt import begin_adapter, put_adapter
+from lorakeet.models.fits import plan_of
+from lorakeet.models.inject import adapter_of, eject, trained_parameters
+from lorakeet.models.targets import plan_for
+from lorakeet.ranks.allocate import pair_parameters
+from lorakeet.ranks.resize import cut_to_budget
+from lorakeet.ranks.spec import RanksSpec
+from lorakeet.train.many import Member, Progress, train_many
+from lorakeet.workflows.assemble import Assembly, assemble
+from lorakeet.workflows.choose_ranks import choose_ranks
+from lorakeet.workflows.compress import weighed
+from lorakeet.workflows.judge import Judge
+from lorakeet.workflows.quickstart import config_path
+
+BASELINE = "uniform-16"
+HALVES = ("allocated-8", "compressed-8")  # half the parameters of the baseline
+COMPRESSED = {"compressed-16": 16, "compressed-8": 8, "compressed-4": 4}  # from uniform-64, when that is trained
+CONDITIONS = 10
+ARMS: dict[str, dict[str, Any]] = {
+    **{f"uniform-{rank}": {"rank": rank} for rank in (2, 4, 8, 16, 32, 64)},
+    "attention-16": {"rank": 16, "target_modules": ("attention",)},
+    "mlp-16": {"rank": 16, "target_modules": ("mlp",)},
+    "attention-equal": {"rank": 42, "target_modules": ("attention",)},  # about as many parameters as all-linear of rank 16
+    "mlp-equal": {"rank": 26, "target_modules": ("mlp",)},
+    "allocated-16": {"score": "gradient", "like": 16},
+    "allocated-8": {"score": "gradient", "like": 8},
+    "activation-16": {"score": "activation", "like": 16},
+    "sensitivity-16": {"score": "sensitivity", "like": 16},
+    "dora-16": {"rank": 16, "variant": "dora"},
+    "rslora-16": {"rank": 16, "scale_rule": "alpha/sqrt(rank)"},
+    "rslora-64": {"rank": 64, "scale_rule": "alpha/sqrt(rank)"},
+    "pissa-16": {"rank": 16, "start": "pissa"},
+    "loraplus-16": {"rank": 16, "b_learning_rate_ratio": 16.0},
+}
+DEFAULT = [*ARMS, "rslora-16@0.5", "pissa-16@0.3", "loraplus-16@0.25", "uniform-16@0.5", "uniform-16@2"]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    given = _parser().parse_args(arguments)
+    if given.summary:
+        return summary(given.raw, given.results)
+    arms = [arm for arm in given.arms.split(",") if arm]
+    if unknown := [arm for arm in arms if arm.partition("@")[0] not in ARMS]:
+        raise SystemExit(f"There are no arms {', '.join(unknown)}; there are {', '.join(ARMS)}, each also as NAME@FACTOR.")
+    given.raw.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(prefix="lorakeet-bench-") as folder:
+        setup = assemble(run_of(given.task, Path(folder), given), Console(stderr=True))
+        for seed in map(int, given.seeds.split(",")):
+            done = {record["arm"] for record in records(given.raw) if (record["task"], record["seed"]) == (given.task, seed)}
+            todo = [arm for arm in arms if arm not in done]
+            for start in range(0, len(todo), given.together):
+                group = todo[start : start + given.together]
+                print(f"{given.task}, seed {seed}: {', '.join(group)}", file=sys.stderr, flush=True)
+                for record in trained(setup, group, seed, given.task):
+                    with given.raw.open("a", encoding="utf-8") as file:
+                        file.write(json.dumps(record) + "\n")
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--task", choices=("reviews", "conditions"), default="reviews")
+    parser.add_argument("--arms", default=",".join(DEFAULT), help="separated by commas; compressed ones come with uniform-64")
+    parser.add_argument("--seeds", default="0,1,2,3,4")
+    parser.add_argument("--together", type=int, default=4, help="adapters in one pass over the base")
+    parser.add_argument("--epochs", type=float, default=2.0)
+    parser.add_argument("--steps", type=int, help="fewer optimizer steps, to try the script")
+    parser.add_argument("--limit", type=int, help="fewer rows of each file, to try the script")
+    parser.add_argument("--model", help="another base, to try the script")
+    parser.add_argument("--raw", type=Path, default=Path("runs/ranks.jsonl"), help="a line for each task, seed and arm")
+    parser.add_argument("--summary", action="store_true", help="train nothing; compare what is in --raw and write the result")
+    parser.add_argument("--results", type=Path, default=Path(__file__).with_name("results"), help="where the result is written")
+    return parser
+
+
+def run_of(task: str, folder: Path, given: argparse.Namespace) -> RunConfig:
+    """The shipped run file at alpha 32; for `conditions`, on the rows of the most frequent ones."""
+    flags = {"lora.alpha": "32", "train.epochs": str(given.epochs), "evaluate.baselines": "false", "out": str(folder / "run")}
+    flags |= {f"data.{name}": str(given.limit) for name in ("limit",) if given.limit}
+    flags |= {"train.steps": str(given.steps)} if given.steps else {}
+    flags |= {"model": given.model} if given.model else {}
+    if task == "conditions":
+        shipped = read_run(config_path()).data
+        kept: tuple[str, ...] = ()
+        for name, file in (("train", shipped.train), ("test", str(shipped.test))):
+            rows = _reviews(file)
+            kept = kept or tuple(sorted(word for word, _ in Counter(r["label"] for r in rows).most_common(CONDITIONS)))
+            path = folder / f"{name}.jsonl"
+            path.write_text("".join(json.dumps(row) + "\n" for row in rows if row["label"] in kept), encoding="utf-8")
+            flags[f"data.{name}"] = str(path)
+        flags |= {"data.text_column": "text", "data.label_column": "label"}
+        flags["data.template"] = "Review of a drug: {text}\nIt was taken for"
+    return read_run(config_path(), flags)
+
+
+def _reviews(file: str) -> list[dict[str, str]]:
+    """Reviews and their conditions, in which the source has cut final letters r and initial letters F."""
+    with open_text(locate_data(file)) as lines:
+        rows = csv.DictReader(lines, delimiter="\t")
+        return [{"text": row["review"], "label": row["condition"].strip()} for row in rows if row["condition"].strip()]
+
+
+def trained(setup: Assembly, arms: Sequence[str], seed: int, task: str) -> list[dict[str, Any]]:
+    """One record for each arm, trained together, and for what is compressed from uniform-64."""
+    names = {f"arm_{index}": arm for index, arm in enumerate(arms)}
+    members = [_member(setup, name, arm, seed) for name, arm in names.items()]
+    found = []
+    for (name, arm), at in zip(names.items(), train_many(setup.text, members), strict=True):
+        adapter = adapter_of(setup.text.model, name, base=setup.text.name)
+        count = sum(parameter.numel() for parameter in trained_parameters(setup.text.model, name).values())  # PiSSA stores twice
+        found.append(_record(setup, name, arm, count, at) | {"task": task, "seed": seed})
+        if arm == "uniform-64" and not at.diverged:
+            found += [record | {"task": task, "seed": seed} for record in _compressed(setup, name, adapter, at)]
+        eject(setup.text.model, name)
+    return found
+
+
+def _member(setup: Assembly, name: str, arm: str, seed: int) -> Member:
+    which, _, factor = arm.partition("@")
+    wanted = dict(ARMS[which])
+    rate = float(setup.config.train.learning_rate or 1e-3) * float(factor or 1)
+    ratio = wanted.pop("b_learning_rate_ratio", 1.0)
+    spec = replace(setup.config.train, learning_rate=rate, b_learning_rate_ratio=ratio, seed=seed)
+    lora = _allocated(setup, seed, **wanted) if "score" in wanted else replace(setup.config.lora, **wanted)
+    plan = plan_for(setup.text.model, lora, setup.text.family)
+    begin_adapter(setup.text, plan, seed=seed, name=name)
+    return Member(name, spec, setup.train.examples, setup.held_out.examples)
+
+
+def _allocated(setup: Assembly, seed: int, *, score: Any, like: int) -> LoraSpec:
+    """The ranks that --ranks auto chooses for the parameters of uniform rank `like`; measured on a model without adapters."""
+    lora = replace(setup.config.lora, rank=like)
+    config = replace(
+        setup.config, lora=lora, ranks=RanksSpec(choose="auto", score=score), train=replace(setup.config.train, seed=seed)
+    )
+    bare = plan_for(setup.text.model, lora, setup.text.family)
+    return choose_ranks(config, setup.text, bare, setup.train.examples, Console(stderr=True))[0].lora
+
+
+def _compressed(setup: Assembly, name: str, adapter: Adapter, at: Progress) -> list[dict[str, Any]]:
+    """The adapter on the model cut to the parameters of lower ranks, each measured."""
+    text, found = setup.text, []
+    plan = plan_of(text.model, adapter)
+    spectra = weighed(adapter, text, setup.config, setup.train.examples[:256], "loss", name)
+    for arm, rank in COMPRESSED.items():
+        budget = pair_parameters(replace(plan, entries=tuple(replace(entry, rank=rank) for entry in plan.entries)))
+        cut = cut_to_budget(adapter, plan, spectra, budget)
+        put_adapter(text, cut, "cut")
+        found.append(_record(setup, "cut", arm, cut.parameters, at))
+        eject(text.model, "cut")
+    return found
+
+
+def _record(setup: Assembly, name: str, arm: str, parameters: int, at: Progress) -> dict[str, Any]:
+    """What the test rows say of the adapter `name`, row by row."""
+    about = {"arm": arm, "parameters": parameters, "best_step": at.watch.best_step, "steps": at.step, "ended": at.done}
+    if at.diverged:
+        return {**about, "diverged": True}
+    judge = Judge(setup.config, setup.text, setup.encoder, setup.dataset.test, Console(quiet=True), name)
+    answers = judge.answers(judge.fitting(), name)
+    losses = -answers.log_probs[np.arange(len(answers.truth)), answers.truth]
+    best = None if at.best is None else at.best.value
+    correct = "".join("1" if right else "0" for right in answers.correct)
+    return {**about, "held_out_loss": best, "losses": [round(float(value), 4) for value in losses], "correct": correct}
+
+
+def records(raw: Path) -> list[dict[str, Any]]:
+    """The lines of the raw file; none where it is not there yet."""
+    return [json.loads(line) for line in raw.read_text(encoding="utf-8").splitlines()] if raw.exists() else []
+
+
+def summary(raw: Path, results: Path) -> int:
+    """Compares every arm with the baseline over the seeds that both have; 1 where both halves lose on some task."""
+    about, content = origin(), {}
+    for task in ("reviews", "conditions"):
+        lines = [record for record in records(raw) if record["task"] == task and not record.get("diverged")]
+        by_arm: dict[str, dict[int, Mapping[str, Any]]] = {}
+        for record in lines:
+            by_arm.setdefault(record["arm"], {})[record["seed"]] = record
+        if BASELINE in by_arm:
+            diverged = Counter(r["arm"] for r in records(raw) if r["task"] == task and r.get("diverged"))
+            content[task] = {"arms": _compared(by_arm), "diverged": dict(diverged)}
+            _show(task, content[task])
+    if not content:
+        raise SystemExit(f"{raw} has no line of {BASELINE} yet; train it first.")
+    held = {task: any(table["arms"].get(arm, {}).get("verdict") != "worse" for arm in HALVES if arm in table["arms"])
+            for task, table in content.items()}  # fmt: skip
+    print(f"Half the parameters of {BASELINE} without a loss shown: {held}")
+    print(f"Written: {write_result('ranks', {'tasks': content, 'kept': held}, seed=0, about=about, folder=results)}")
+    return 0 if all(held.values()) else 1
+
+
+def _compared(by_arm: Mapping[str, Mapping[int, Mapping[str, Any]]]) -> dict[str, dict[str, Any]]:
+    base, spec = by_arm[BASELINE], EvaluateSpec()
+    table, comparisons = {}, {}
+    for arm, runs in by_arm.items():
+        seeds = sorted(set(runs) & set(base))
+        if not seeds:
+            continue
+        accuracies = [_accuracy(runs[seed]) for seed in seeds]
+        means = [statistics.fmean(runs[seed]["losses"]) for seed in seeds]
+        gaps = [mean - statistics.fmean(base[seed]["losses"]) for mean, seed in zip(means, seeds, strict=True)]
+        table[arm] = {
+            "seeds": seeds,
+            "parameters": round(statistics.fmean(runs[seed]["parameters"] for seed in seeds)),
+            "accuracy": statistics.fmean(accuracies),
+            "accuracy_sd_over_seeds": statistics.stdev(accuracies) if len(seeds) > 1 else None,
+            "log_loss": statistics.fmean(means),
+            "gap_sd_over_seeds": statistics.stdev(gaps) if len(seeds) > 1 else None,
+        }
+        if arm != BASELINE:
+            left, right = (_mean_rows(arm_runs, seeds, name) for arm_runs, name in ((runs, arm), (base, BASELINE)))
+            comparisons[arm] = compare_losses(left, right, spec)
+    for arm, found in zip(comparisons, holm(list(comparisons.values())), strict=True):
+        gap = found.difference
+        table[arm] |= {"gap": gap.value, "low": gap.low, "high": gap.high, "n": gap.n, "p_holm": found.p_value}
+        table[arm]["verdict"] = found.verdict
+    return table
+
+
+def _accuracy(record: Mapping[str, Any]) -> float:
+    return record["correct"].count("1") / len(record["correct"])
+
+
+def _mean_rows(runs: Mapping[int, Mapping[str, Any]], seeds: Sequence[int], name: str) -> RowLosses:
+    losses = np.mean([runs[seed]["losses"] for seed in seeds], axis=0)
+    return RowLosses(name, losses, np.ones(len(losses), dtype=np.int64))
+
+
+def _show(task: str, found: Mapping[str, Any]) -> None:
+    print(f"\n{task}: log-loss on test rows, mean over seeds; gap to {BASELINE} with 95 % interval over rows, p by Holm")
+    for arm, line in sorted(found["arms"].items(), key=lambda item: item[1]["log_loss"]):
+        gap = f"{line['gap']:+.4f} [{line['low']:+.4f}, {line['high']:+.4f}] p {line['p_holm']:.3g}" if "gap" in line else ""
+        print(
+            f"{arm:20}{line['parameters']:>12,}  accuracy {line['accuracy']:.3f}  log-loss {line['log_loss']:.4f}  "
+            f"{len(line['seeds'])} seeds  {gap}  {line.get('verdict', 'baseline')}"
+        )
+    for arm, count in found["diverged"].items():
+        print(f"{arm:20} diverged in {count} seeds")
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
