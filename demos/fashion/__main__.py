@@ -1,0 +1,144 @@
+"""From nothing to two adapters of a small image model that swap and mix: python -m demos.fashion [--quick] [--out FOLDER].
+
+1. A latent diffusion model in Stable Diffusion's own classes is pre-trained on Fashion-MNIST without two of its ten kinds.
+2. `lorakeet finetune` trains an adapter on 40 photos of a kind that it never saw, and one on 40 photos with a new look.
+3. Base, adapters and their mix are judged on photos that none of them saw, also on the new kind in the new look.
+4. `lorakeet generate` draws with each of them, and with both, in one batch.
+
+The model is a small stand-in, since no weights of the real one come with this package. With `model: stable-diffusion-v1-5/…` and
+a folder of your photos, examples/photos.yaml is the real thing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from rich.console import Console
+from rich.table import Table
+
+from demos.fashion.photos import KINDS, UNSEEN, Photos, caption, drawn_photos, inverted, load_photos, save_album
+from demos.fashion.pretrain import Budget, pretrained
+from lorakeet.config import RunConfig, read_run
+from lorakeet.data.images import read_album
+from lorakeet.evaluate.compare import compare_losses
+from lorakeet.evaluate.likelihood import RowLosses
+from lorakeet.formats.detect import read_adapter
+from lorakeet.merge.combine import CombineSpec, combination
+from lorakeet.models.gguf_copy import cache_folder
+from lorakeet.models.image import load_image_model, put_image_adapter
+from lorakeet.models.image_cache import Captions, encode_images
+from lorakeet.models.inject import activate
+from lorakeet.train.image_task import denoising_errors
+from lorakeet.workflows.finetune import finetune
+from lorakeet.workflows.generate import generate
+
+LOOK = "negative"
+KIND = UNSEEN[0]
+TRAIN, HELD_OUT = 40, 60
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--out", type=Path, default=Path("runs/fashion"), help="folder for runs and pictures")
+    parser.add_argument("--cache", type=Path, default=cache_folder() / "fashion", help="where photos and base model are kept")
+    parser.add_argument("--steps", type=int, default=300, help="optimizer steps of each adapter")
+    parser.add_argument("--quick", action="store_true", help="drawn pictures and few steps: does it run?")
+    options = parser.parse_args()
+    console = Console()
+    quick = options.quick
+    photos, labels, source = (*drawn_photos(each=40), "drawn") if quick else load_photos(options.cache)
+    budget = Budget(2, 2, 4) if quick else Budget()
+    steps, sizes = (2, (8, 6)) if quick else (options.steps, (TRAIN, HELD_OUT))
+    base = options.cache / f"base-{'quick' if quick else source.split()[0].lower()}"
+    console.print(f"{len(photos):,} pictures ({source}); base model without {' and '.join(UNSEEN)}. It is a small stand-in.")
+    pretrained(base, photos, labels, budget)
+    albums = make_albums(options.cache / "albums", photos, labels, sizes)
+    runs = {}
+    for name in ("kind", "look"):
+        config = settings(base, albums, name, out=options.out / name, steps=steps, quick=quick)
+        console.rule(f"{name}: {len(list(albums[name].glob('*.png')))} photos in {albums[name]}")
+        finetune(config, console=console)
+        runs[name] = options.out / name
+    crossed = cross_table(base, runs, albums, config, console)
+    (options.out / "crossed.json").write_text(json.dumps(crossed, indent=1) + "\n", encoding="utf-8")
+    draw(base, runs, options.out / "pictures", console, quick=quick)
+
+
+def make_albums(folder: Path, photos: Photos, labels: NDArray[np.uint8], sizes: tuple[int, int]) -> dict[str, Path]:
+    """Training and held-out albums of the new kind and of the new look, and a held-out one of both together."""
+    train, held_out = sizes
+    kind = photos[labels == KINDS.index(KIND)]
+    seen = np.flatnonzero(~np.isin(labels, [KINDS.index(name) for name in UNSEEN]))
+    some = np.random.default_rng(0).permutation(seen)[: train + held_out]
+    looks = [caption(KINDS[labels[row]], look=LOOK) for row in some]
+    parts = {
+        "kind": (kind[:train], [caption(KIND)] * train),
+        "kind-held-out": (kind[train : train + held_out], [caption(KIND)] * held_out),
+        "look": (inverted(photos[some[:train]]), looks[:train]),
+        "look-held-out": (inverted(photos[some[train:]]), looks[train:]),
+        "both-held-out": (inverted(kind[train + held_out : train + 2 * held_out]), [caption(KIND, look=LOOK)] * held_out),
+    }
+    return {name: save_album(folder / name, *part) for name, part in parts.items()}
+
+
+def settings(base: Path, albums: dict[str, Path], name: str, *, out: Path, steps: int, quick: bool) -> RunConfig:
+    """The run file of one adapter, as `lorakeet finetune` would read it."""
+    given: dict[str, Any] = {
+        "kind": "image", "model.path": base, "model.dtype": "float32", "lora.rank": 8, "lora.alpha": 16,
+        "lora.target_modules": "all-linear", "data.train": albums[name], "data.held_out": albums[f"{name}-held-out"],
+        "train.steps": steps, "train.batch_size": 8, "diffusion.at_once": 8, "train.learning_rate": "2e-3",
+        "diffusion.sample_steps": 2 if quick else 20, "diffusion.guidance": 3, "images.smallest": 28, "out": out,
+        "evaluate.resamples": 500 if quick else 10_000,
+    }  # fmt: skip
+    return read_run(None, {key: str(value) for key, value in given.items()})
+
+
+def cross_table(
+    base: Path, runs: dict[str, Path], albums: dict[str, Path], config: RunConfig, console: Console
+) -> dict[str, dict[str, float | str]]:
+    """The denoising loss of base, adapters and their sum on every held-out album, each compared with the base."""
+    model = load_image_model(config.model, say=lambda _: None)
+    adapters = {name: read_adapter(run) for name, run in runs.items()}
+    adapters["both"] = combination(dict(adapters), CombineSpec(method="cat", weights=(1.0, 1.0))).combined().adapter
+    for name, adapter in adapters.items():
+        put_image_adapter(model, adapter, name)
+    captions = Captions(model, config.images, say=console.print)
+    table = Table("held-out photos", "base", *adapters, title="Denoising loss; then what each adds", title_justify="left")
+    found: dict[str, dict[str, float | str]] = {}
+    for place in ("kind-held-out", "look-held-out", "both-held-out"):
+        rows = encode_images(model, read_album(albums[place], config.images).rows, config.images, say=console.print)
+        losses = {}
+        for name in (None, *adapters):
+            activate(model.parts, name)
+            sums, counts = denoising_errors(model, rows, captions, config.diffusion)
+            losses[name or "base"] = RowLosses(name or "base", sums, counts.astype(np.int64))
+        cells = [f"{losses['base'].losses.sum() / losses['base'].tokens.sum():.4f}"]
+        found[place] = {"base": float(cells[0])}
+        for name in adapters:
+            compared = compare_losses(losses[name], losses["base"], replace(config.evaluate, resamples=2000))
+            gap = compared.difference
+            cells.append(f"{gap.value:+.4f} [{gap.low:+.4f}, {gap.high:+.4f}] {compared.verdict}")
+            found[place] |= {name: gap.value, f"{name} verdict": compared.verdict}
+        table.add_row(place, *cells)
+    console.print(table)
+    return found
+
+
+def draw(base: Path, runs: dict[str, Path], out: Path, console: Console, *, quick: bool) -> None:
+    """One batch in which every picture has its own adapters."""
+    each = ("base", "kind", "look", "kind=1+look=1")
+    prompts = (caption(KIND), caption(KIND), caption("coat", look=LOOK), caption(KIND, look=LOOK))
+    generate(
+        prompt=prompts, out=out, model=str(base), adapter=tuple(f"{name}={run}" for name, run in runs.items()), each=each,
+        count=4, steps=2 if quick else 30, guidance=3.0, dtype="float32", console=console,
+    )  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,27 @@
+"""`make quickstart-images` runs from pre-training to pictures; here with drawn pictures and so few steps that nothing is learnt."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from lorakeet.evaluate.report import read_report
+from structure.tree import ROOT
+
+
+def test_the_demo_runs_from_start_to_end(tmp_path: Path) -> None:
+    environment = {**os.environ, "LORAKEET_CACHE": str(tmp_path / "cache"), "PYTHONWARNINGS": "ignore"}
+    command = [sys.executable, "-m", "demos.fashion", "--quick", "--cache", str(tmp_path / "fashion"), "--out", str(tmp_path / "out")]
+    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr[-3000:]
+    for name in ("kind", "look"):
+        report = read_report(tmp_path / "out" / name / "report.json")
+        assert report.certificate is not None and report.certificate.passed and report.samples is not None
+    crossed = json.loads((tmp_path / "out" / "crossed.json").read_text())
+    assert list(crossed) == ["kind-held-out", "look-held-out", "both-held-out"]
+    assert {"base", "kind", "look", "both"} <= crossed["both-held-out"].keys()
+    assert len(list((tmp_path / "out" / "pictures").glob("*.png"))) == 16
+    assert "quickstart-images: install" in (ROOT / "Makefile").read_text(encoding="utf-8")
