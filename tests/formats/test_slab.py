@@ -20,17 +20,19 @@ def file(tmp_path: Path) -> Path:
     return tmp_path / "x.safetensors"
 
 
-def test_tensors_are_those_of_the_file(file: Path) -> None:
-    slab = open_slab(file)
+@pytest.mark.parametrize("mapped", [False, True])
+def test_tensors_are_those_of_the_file(file: Path, mapped: bool) -> None:
+    slab = open_slab(file, mapped=mapped)
     for name, tensor in TENSORS.items():
         assert torch.equal(slab.read(name), tensor) and slab.read(name).shape == tensor.shape
     assert slab.finite and slab.read("a").untyped_storage().data_ptr() > 0
 
 
-def test_other_dtypes_and_odd_places(tmp_path: Path) -> None:
+@pytest.mark.parametrize("mapped", [False, True])
+def test_other_dtypes_and_odd_places(tmp_path: Path, mapped: bool) -> None:
     mixed = {"a": torch.randn(3).bfloat16(), "b": torch.randn(5), "c": torch.tensor([1, 2], dtype=torch.int8)}
     save_file(mixed, tmp_path / "m.safetensors")
-    slab = open_slab(tmp_path / "m.safetensors")
+    slab = open_slab(tmp_path / "m.safetensors", mapped=mapped)
     assert not slab.finite, "each tensor has to be looked at"
     assert all(torch.equal(slab.read(name), tensor) for name, tensor in mixed.items())
 
@@ -38,7 +40,7 @@ def test_other_dtypes_and_odd_places(tmp_path: Path) -> None:
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_broken_numbers_are_seen(file: Path, value: float) -> None:
     save_file({**TENSORS, "b": torch.tensor([1.0, value])}, file)
-    assert not open_slab(file).finite
+    assert not open_slab(file).finite and not open_slab(file, mapped=True).finite
 
 
 def test_cutting_or_replacing_the_file_changes_nothing(file: Path) -> None:
@@ -51,6 +53,7 @@ def test_cutting_or_replacing_the_file_changes_nothing(file: Path) -> None:
 
 def test_a_digest_is_of_the_numbers(file: Path, tmp_path: Path) -> None:
     first = open_slab(file).digest
+    assert open_slab(file, mapped=True).digest == first
     save_file(TENSORS, tmp_path / "again.safetensors", metadata={"other": "words"})
     assert open_slab(tmp_path / "again.safetensors").digest == first
     save_file({**TENSORS, "b": TENSORS["b"] + 1}, file)

@@ -44,6 +44,7 @@ def test_a_restart_finds_everything_again(registry: Registry, saved: Callable[..
     assert again.names == ("known", "loaded", "sent", "dropped")
     assert len(said) == 1 and "broken is not served" in said[0]
     assert again.get("loaded").pinned and (again.get("loaded").probe.difference(registry.get("loaded").probe) or 0) < 1e-5  # type: ignore[union-attr]
+    assert [again.get(name).source.private for name in again.names] == [False, False, True, False]
     assert again.get("sent").source.digest == registry.get("sent").source.digest != ""
     assert not (tmp_path / "s" / ".incoming").exists(), "what had not come in whole is gone"
     for name in registry.names:

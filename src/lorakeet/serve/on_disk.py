@@ -28,6 +28,7 @@ class Source:
     ranks: tuple[int, ...]
     scales: tuple[float, ...]
     stamp: Stamp
+    private: bool = False  # whether nobody but the server writes its files, so that they may be mapped
     digest: str = ""  # SHA-256 of configuration and numbers; empty until they are read
 
     @property
@@ -35,7 +36,7 @@ class Source:
         return self.found.path
 
 
-def inspect(path: Path, live: LiveModel, digest: str = "") -> Source:
+def inspect(path: Path, live: LiveModel, digest: str = "", *, private: bool = False) -> Source:
     """Looks at the adapter at `path`, of any format, and checks its names, shapes and scale against the model.
 
     PEFT folders by their headers alone; other formats are read. `digest` is what the content is known to be.
@@ -45,7 +46,7 @@ def inspect(path: Path, live: LiveModel, digest: str = "") -> Source:
     outline = peft.read(found.path, opened=open_outline) if found.format == "peft" else _converted(found, live)
     entries = live.check(outline).values()
     ranks, scales = {entry.rank for entry in entries}, {float(f"{entry.scale:.6g}") for entry in entries}
-    return Source(found, 4 * outline.parameters, tuple(sorted(ranks)), tuple(sorted(scales)), stamp, digest)
+    return Source(found, 4 * outline.parameters, tuple(sorted(ranks)), tuple(sorted(scales)), stamp, private, digest)
 
 
 def read(source: Source, name: str, live: LiveModel) -> tuple[Adapter, Source]:
@@ -56,7 +57,7 @@ def read(source: Source, name: str, live: LiveModel) -> tuple[Adapter, Source]:
     stamp = _stamp(source.found)
     opened: list[Slab] = []
     if source.found.format == "peft":
-        adapter = peft.read(source.path, opened=partial(_kept, opened))
+        adapter = peft.read(source.path, opened=partial(_kept, opened, source.private))
     else:
         adapter = _converted(source.found, live)
     if source.digest and stamp == source.stamp and stamp == _stamp(source.found):
@@ -70,8 +71,8 @@ def read(source: Source, name: str, live: LiveModel) -> tuple[Adapter, Source]:
     return adapter, replace(source, digest=digest, stamp=stamp, bytes=4 * adapter.parameters)
 
 
-def _kept(opened: list[Slab], path: Path) -> Slab:
-    opened.append(open_slab(path))
+def _kept(opened: list[Slab], private: bool, path: Path) -> Slab:
+    opened.append(open_slab(path, mapped=private))
     return opened[-1]
 
 

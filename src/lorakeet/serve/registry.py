@@ -110,10 +110,23 @@ class Registry:
             raise UnknownModel(f"No adapter '{name}' is loaded.{nearest(name, self.names)}")
         return found
 
-    def register(self, name: str, path: Path, *, pinned: bool = False, probe: Probe | None = None, digest: str = "") -> Version:
-        """Makes an adapter known by its header: names, shapes and scale now, its numbers when it is first asked for."""
+    def register(
+        self,
+        name: str,
+        path: Path,
+        *,
+        pinned: bool = False,
+        probe: Probe | None = None,
+        digest: str = "",
+        private: bool = False,
+    ) -> Version:
+        """Makes an adapter known by its header: names, shapes and scale now, its numbers when it is first asked for.
+
+        `private`: nobody but this server writes its files, so that they are mapped instead of copied.
+        """
         check_name(name)
-        version = Version(name, inspect(path, self.live, digest), pinned=pinned, probe=probe, certificate=find_certificate(path))
+        source = inspect(path, self.live, digest, private=private)
+        version = Version(name, source, pinned=pinned, probe=probe, certificate=find_certificate(path))
         with self._lock:
             if name in self._current:
                 raise ConfigError(f"An adapter '{name}' is loaded already; unload it first, or load it in place.")
@@ -121,7 +134,9 @@ class Registry:
         self._changed()
         return version
 
-    def load(self, name: str, path: Path, *, replace: bool = False, pinned: bool = False) -> Version:
+    def load(
+        self, name: str, path: Path, *, replace: bool = False, pinned: bool = False, private: bool = False
+    ) -> Version:
         """Reads, checks and probes an adapter; only then the name points to it, in one assignment.
 
         ConfigError: the name is taken and `replace` is False, or it does not fit; DataError: broken files;
@@ -131,7 +146,8 @@ class Registry:
         with self._loading:
             if name in self._current and not replace:
                 raise ConfigError(f"An adapter '{name}' is loaded already; unload it first, or load it in place.")
-            version = Version(name, inspect(path, self.live), pinned=pinned, certificate=find_certificate(path))
+            source = inspect(path, self.live, private=private)
+            version = Version(name, source, pinned=pinned, certificate=find_certificate(path))
             self._bring_in(version)
             with self._lock:
                 old, self._current[name] = self._current.get(name), version

@@ -57,7 +57,9 @@ class Store:
                 try:
                     probe = Probe.from_text(entry["probe"], str(self.folder / LIST)) if entry["probe"] else None
                     pinned, digest = bool(entry["pinned"]), str(entry["digest"])
-                    registry.register(name, Path(entry["path"]), pinned=pinned, probe=probe, digest=digest)
+                    path = Path(entry["path"])
+                    private = path.parent == (self.folder / UPLOADS).resolve()
+                    registry.register(name, path, pinned=pinned, probe=probe, digest=digest, private=private)
                 except (LorakeetError, KeyError, TypeError) as error:
                     say(f"'{name}' is not served: {error}")
             for path in sorted(self.folder.iterdir()):
@@ -99,7 +101,7 @@ class Store:
         place = self.folder / UPLOADS / f"{name}@{number}"
         os.rename(came, place)
         try:
-            registry.load(name, place, replace=replace)
+            registry.load(name, place, replace=replace, private=True)
         except BaseException:
             shutil.rmtree(place, ignore_errors=True)
             raise
