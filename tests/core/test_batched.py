@@ -116,11 +116,14 @@ def test_bf16_states_over_fp32_pairs(layer: nn.Linear, pairs: dict[str, LoraPair
     torch.testing.assert_close(y.float(), one_at_a_time(x.detach().float(), layer, pairs), rtol=1e-2, atol=1e-2)
 
 
-def test_a_stack_copies_once_and_never_follows(pairs: dict[str, LoraPair]) -> None:
+def test_a_stack_copies_again_only_what_was_written_to(pairs: dict[str, LoraPair]) -> None:
     stack = Stack(pairs, torch.bfloat16)
     with torch.no_grad():
         pairs["a"].A.zero_()
+    stack.A[1] = 7.0  # would be gone if the second pair were copied again
     assert stack.A[0].count_nonzero() > 0
+    assert stack.take(pairs)
+    assert stack.A[0].count_nonzero() == 0 and bool((stack.A[1] == 7.0).all())
     assert (stack.A.shape, stack.B.shape, stack.A.dtype) == ((3, 6, IN), (3, 6, OUT), torch.bfloat16)
 
 

@@ -86,8 +86,13 @@ def shared_low_rank(
     return cast(Tensor, apply(x, base, bias, products or x.dtype, parts, *factors))
 
 
+def stacked_in(products: torch.dtype, device: torch.device) -> torch.dtype:
+    """The dtype of a stack: on a CPU fp32, in which products with a few rows are faster than in bf16; else that of the products."""
+    return torch.float32 if device.type == "cpu" else products
+
+
 class Stack:
-    """The pairs of several adapters on one weight, side by side, in the dtype of the products; for inference.
+    """The pairs of several adapters on one weight, side by side, in the dtype `products`; for inference.
 
     Copies A and B when an adapter comes into use, not for every token; the place of one that is no longer used is kept until
     another needs it. Pairs of a smaller rank are filled up with zeros.
@@ -101,6 +106,7 @@ class Stack:
         self.A = first_a.new_zeros((len(pairs), self.rank, first_a.shape[1]), dtype=products, requires_grad=False)
         self.B = first_b.new_zeros((len(pairs), self.rank, first_b.shape[0]), dtype=products, requires_grad=False)
         self._held: list[tuple[str, LoraPair]] = list(pairs.items())
+        self._factors: dict[int, tuple[Tensor, Tensor, int]] = {}  # what was copied, and how often it had been written to
         for place, (_, pair) in enumerate(self._held):
             self._copy(place, pair)
         self.layout: Layout = tuple((name, pair.scale) for name, pair in self._held)
@@ -112,6 +118,9 @@ class Stack:
         """
         held = dict(self._held)
         new = [(name, pair) for name, pair in pairs.items() if held.get(name) is not pair]
+        for place, (A, B, version) in self._factors.items():
+            if version >= 0 and A._version + B._version != version:  # trained, or loaded anew, since it was copied
+                self._copy(place, self._held[place][1])
         if not new:
             return len(held) <= 2 * len(pairs)
         free = [place for place, (name, pair) in enumerate(self._held) if pairs.get(name) is not pair]
@@ -124,6 +133,8 @@ class Stack:
         return True
 
     def _copy(self, place: int, pair: LoraPair) -> None:
+        counted = not (pair.A.is_inference() or pair.B.is_inference())  # torch counts no writing to tensors of inference mode
+        self._factors[place] = pair.A, pair.B, pair.A._version + pair.B._version if counted else -1
         A, B = (factor.detach() for factor in pair.factors())
         rank = A.shape[0]
         self.A[place, :rank].copy_(A)
@@ -132,5 +143,5 @@ class Stack:
         self.B[place, rank:].zero_()
 
     def add(self, y: Tensor, x: Tensor, table: Table) -> Tensor:
-        """Adds to `y` (tokens, out), in place, what the pairs give the tokens of `x` (tokens, in); both in `products`."""
+        """Adds to `y` (tokens, out), in place, what the pairs give the tokens of `x` (tokens, in), whatever their dtype."""
         return add_stacked(y, x, self.A, self.B, *table)

@@ -158,6 +158,7 @@ def _tensors(path: Path, config: Any) -> list[_Tensor]:
         )  # fmt: skip
         name, kind = names.get(renamed.name), entry.kind
         if name is None:
+            problems.add(f"{entry.name} has no place in transformers' model; use the model's safetensors folder.")
             continue
         layer = name.removesuffix(".weight") in layers and kind not in _PLAIN
         if layer and kind not in BLOCK_TYPES:

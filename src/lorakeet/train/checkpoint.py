@@ -89,7 +89,8 @@ def save(folder: Path, snapshot: Snapshot, *, keep: int) -> Path:
 
 def found(folder: Path) -> list[Path]:
     """The checkpoints in `folder`, oldest first, damaged ones included."""
-    return sorted(path for path in folder.glob("step-" + "[0-9]" * 6) if path.is_dir())
+    steps = (path for path in folder.glob("step-[0-9]*") if path.is_dir() and path.name.removeprefix("step-").isdigit())
+    return sorted(steps, key=lambda path: int(path.name.removeprefix("step-")))
 
 
 def load(path: Path) -> Snapshot:

@@ -6,7 +6,8 @@
     now and then its held-out loss → its best values; a member that is done, or diverges, leaves the round
 
 The base's weights are read once for all members' tokens, and stand in memory once. Rows attend to themselves alone and each token
-uses its own member's pairs (core/batched), so a member's gradients are those of its single run, to rounding.
+uses its own member's pairs (core/batched), so a member's gradients are those of its single run, to rounding; dropout alone draws
+other numbers than there.
 """
 
 from __future__ import annotations
@@ -205,6 +206,12 @@ class _Learner:
             self.optimizer.adamw.zero_grad(set_to_none=True)
             at.done, at.diverged = f"step {at.step + 1}: the loss is {mean:.4g}, the gradient's norm {norm.item():.4g}", True
             return
+        if at.watch.diverged(mean):
+            self.optimizer.adamw.zero_grad(set_to_none=True)
+            at.done, at.diverged = f"step {at.step + 1}: the loss is {mean:.4g} nats a token", True
+            return
+        if at.step < 2:
+            gradients.require_gradients(self.parameters, at.step + 1)
         gradients.clip(self.parameters, spec.clip_norm, norm=norm)
         at.step += 1
         at.tokens += sum(len(at.member.train[row].ids) for row in self.order.indices(at.step - 1))

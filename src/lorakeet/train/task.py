@@ -40,8 +40,9 @@ def by_batch(loss: Callable[[BatchT], Tensor], batches: Sequence[BatchT], target
     another order draws the same ones.
     """
     total = torch.zeros((), dtype=torch.float64)
+    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
     for batch, seed in zip(batches, batch_seeds(len(batches)), strict=True):
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(devices=devices):
             torch.manual_seed(seed)
             found = loss(batch)
             (found / targets).backward()  # type: ignore[no-untyped-call]

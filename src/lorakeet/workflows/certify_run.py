@@ -64,6 +64,9 @@ def certify_run(
         ]
     activate(live.model, name)
     facts = {"model": live.name, "dtype": str(live.dtype).removeprefix("torch."), "rows": "held-out"}
+    if not before or model is None:
+        missing = ["frozen weights"] * (not before) + ["base untouched"] * (model is None)
+        facts["not checked, for want of memory"] = ", ".join(missing)
     return Certificate(f"The adapter {adapter}", tuple(checks), facts)
 
 
