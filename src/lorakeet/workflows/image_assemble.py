@@ -91,8 +91,8 @@ def show_image_plan(setup: ImageAssembly, console: Console) -> None:
     factor = setup.model.factor
     sizes = sorted({(int(p.latents.shape[2]) * factor, int(p.latents.shape[3]) * factor) for p in setup.train})
     console.print(f"Examples of {', '.join(f'{width}×{height}' for height, width in sizes)} pixels")
-    table = Table("path", "weight", "rank", "scale", "parameters", title="Plan", title_justify="left")
-    for row in setup.plan.rows():
+    table = Table("module", "pairs", "rank", "scale", "parameters", title="Plan", title_justify="left")
+    for row in _by_module(setup.plan):
         table.add_row(*(Text(cell) for cell in row))
     console.print(table)
     console.print(Text(setup.plan.summary()))
@@ -101,6 +101,18 @@ def show_image_plan(setup: ImageAssembly, console: Console) -> None:
         f"{setup.steps} steps of {config.train.batch_size} pictures; {config.model.dtype} weights on {config.model.device}; "
         f"the model predicts {config.diffusion.prediction}"
     )
+
+
+def _by_module(plan: Plan) -> list[tuple[str, str, str, str, str]]:
+    """Table rows: a UNet has too many places to list, so modules of one name, rank and scale share a row."""
+    groups: dict[tuple[str, int, float], list[int]] = {}
+    for entry in plan.entries:
+        parts = entry.path.split(".")
+        name = ".".join([parts[0], "…", *[part for part in parts[-3:] if not part.isdigit()]])
+        groups.setdefault((name, entry.rank, entry.scale), []).append(entry.parameters)
+    return [
+        (name, str(len(counts)), str(rank), f"{scale:g}", f"{sum(counts):,}") for (name, rank, scale), counts in groups.items()
+    ]
 
 
 def _check_settings(config: RunConfig) -> None:
