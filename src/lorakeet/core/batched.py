@@ -87,7 +87,7 @@ def shared_low_rank(
 
 
 def stacked_in(products: torch.dtype, device: torch.device) -> torch.dtype:
-    """The dtype of a stack: on a CPU fp32, in which products with a few rows are faster than in bf16; else that of the products."""
+    """The dtype of a stack: fp32 on a CPU, where products of a few rows are faster in it than in bf16; else `products`."""
     return torch.float32 if device.type == "cpu" else products
 
 

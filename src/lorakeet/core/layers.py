@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from lorakeet.core.base import DenseBase, FrozenBase, TransposedBase
-from lorakeet.core.batched import Stack, shared_low_rank
+from lorakeet.core.batched import Stack, shared_low_rank, stacked_in
 from lorakeet.core.dora import DoraPair
 from lorakeet.core.lowrank import LoraPair, frozen_linear
 from lorakeet.core.plan import PlanEntry
@@ -97,7 +97,8 @@ class AdaptedLayer(StandIn):
     def divided(self, tokens: int) -> list[tuple[Share, LoraPair]]:
         """The shares of the batch that have a pair here, in tokens of a layer that sees so many."""
         shares = self.selection.shares_over(tokens)
-        return [(share, cast(LoraPair, self.adapters[share.name])) for share in shares if share.name in self.adapters]
+        held = self.adapters._modules  # the plain dict: this runs for every layer whenever rows come or go
+        return [(share, cast(LoraPair, held[share.name])) for share in shares if share.name in held]
 
 
 @dataclass(frozen=True)
@@ -158,7 +159,11 @@ class LoraLinear(AdaptedLayer):
         if division.special:
             return self._one_by_one(x, division.special)
         wide = x.to(products)
-        y = shared_low_rank(wide, self.base, division.long, bias=self.bias, products=products)
+        if division.long:
+            y = shared_low_rank(wide, self.base, division.long, bias=self.bias, products=products)
+        else:
+            y = self.base.matmul(wide)
+            y = y if self.bias is None else y.add_(self.bias)
         if division.stack is not None and division.table is not None:
             division.stack.add(y, wide, division.table)
         return y.to(x.dtype)
@@ -172,7 +177,8 @@ class LoraLinear(AdaptedLayer):
         short = {share: pair for share, pair in shares if share.stop - share.start <= STACK_UP_TO}
         if not short:
             return _Division(given, tokens, products, long=long)
-        stack = self._stack_of({share.name: pair for share, pair in short.items()}, products)
+        dtype = stacked_in(products, short[next(iter(short))].A.device)
+        stack = self._stack_of({share.name: pair for share, pair in short.items()}, dtype)
         return _Division(given, tokens, products, long, stack, self.selection.table(stack.layout, tuple(short), stack.A))
 
     def _stack_of(self, pairs: dict[str, LoraPair], products: torch.dtype) -> Stack:

@@ -56,11 +56,11 @@ def add_stacked(y: Tensor, x: Tensor, A: Tensor, B: Tensor, tokens: Tensor, fact
     """Adds to `y` (n, out), in place, what P pairs of one rank give the rows of `x` (n, in): A (P, rank, in), B (P, rank, out).
 
     `tokens` (P·m,) are the rows that each pair sees, m of them, `factors` (P, m, 1) their weight·scale; 0 where a place is empty.
-    The number of products does not depend on P.
+    The products run in the dtype of A and B, and their number does not depend on P.
     """
-    seen = x.index_select(0, tokens).view(A.shape[0], -1, x.shape[1])
+    seen = x.index_select(0, tokens).to(A.dtype).view(A.shape[0], -1, x.shape[1])
     shrunk = torch.bmm(seen, A.transpose(1, 2)).mul_(factors)
-    return y.index_add_(0, tokens, torch.bmm(shrunk, B).flatten(0, 1))
+    return y.index_add_(0, tokens, torch.bmm(shrunk, B).flatten(0, 1).to(y.dtype))
 
 
 def shrink_grad(grad: Tensor, B: Tensor, scale: float) -> Tensor:
