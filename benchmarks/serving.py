@@ -160,8 +160,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     about = origin()
     print(warn_if_busy(about) or "The machine is idle.", file=sys.stderr)
-    counts = [1, 8, 64] if given.quick else [1, 8, 64, 1000, 2000]
-    requests, tokens = (32, 24) if given.quick else (192, 64)
+    counts = [1, 64] if given.quick else [1, 8, 64, 1000, 2000]
+    requests, tokens = (32, 16) if given.quick else (192, 64)
     found: dict[str, Any] = {}
     with TemporaryDirectory() as folder:
         source, shapes = shapes_of(MODEL)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from lorakeet.core.base import DenseBase
-from lorakeet.core.batched import Stack, shared_low_rank
+from lorakeet.core.batched import Stack, shared_low_rank, stacked_in
 from lorakeet.core.lowrank import LoraPair
 from lorakeet.core.plan import PlanEntry
 from lorakeet.core.selection import Share, table_of
@@ -133,3 +133,14 @@ def test_what_is_plain() -> None:
     held.dropout = 0.1
     assert held.plain
     assert not held.train().plain
+
+
+def test_a_stack_of_another_dtype_than_the_states(layer: nn.Linear, pairs: dict[str, LoraPair]) -> None:
+    assert stacked_in(torch.bfloat16, torch.device("cpu")) == torch.float32
+    assert stacked_in(torch.bfloat16, torch.device("cuda")) == torch.bfloat16
+    x = inputs().bfloat16()
+    stack = Stack(pairs, stacked_in(torch.bfloat16, x.device))
+    y = DenseBase(layer).matmul(x.float()).add_(layer.bias).bfloat16()
+    found = stack.add(y, x, table_of(SHARES, stack.layout, stack.A))
+    assert found.dtype == torch.bfloat16
+    torch.testing.assert_close(found.float(), one_at_a_time(x.float(), layer, pairs), rtol=2e-2, atol=6e-2)

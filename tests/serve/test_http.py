@@ -194,6 +194,20 @@ def test_stopping_lets_streams_end(site: Callable[..., Any]) -> None:
         served.service.engine.call(print)
 
 
+def test_stopping_with_an_old_version_in_use_frees_it(site: Callable[..., Any], saved: Callable[..., Path]) -> None:
+    served = site()
+    registry = served.service.registry
+    with httpx.stream("POST", f"{served.url}/v1/completions", json={**BODY, "max_tokens": 60, "stream": True}) as stream:
+        lines = stream.iter_lines()
+        next(lines)
+        registry.load("a", saved("a-new", seed=9), replace=True)
+        stopping = threading.Thread(target=served.stop)
+        stopping.start()
+        assert [line for line in lines if line][-1] == "data: [DONE]"
+    stopping.join()
+    assert len(registry.live.names) == 1 and not served.service.engine.ready
+
+
 def test_a_port_that_is_taken(site: Callable[..., Any]) -> None:
     served = site()
     port = int(served.url.rpartition(":")[2])

@@ -69,8 +69,8 @@ def build_app(service: Service) -> Starlette:
     @asynccontextmanager
     async def life(_: Starlette) -> AsyncIterator[None]:
         yield
+        await service.settle()  # with the engine still running: adapters are put out by it
         await asyncio.to_thread(service.engine.drain, service.limits.timeout)
-        await service.settle()
 
     return Starlette(routes=routes, lifespan=life)
 
