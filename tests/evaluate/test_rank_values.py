@@ -28,10 +28,12 @@ def test_the_curve_has_a_dot_for_each_point_and_marks_one() -> None:
 
 def test_the_sections_are_on_the_page_with_their_data_escaped() -> None:
     trial = TrialResult("trial 1", "rate <1e-3>", 5, 100, "diverged at step 5", True)
-    report = Report("A run", ranks=RankMap((RankCell("0", "q", 4), RankCell("", "<head>", 8))), rank_curve=CURVE,
-                    search=Search((trial,), 50, "Differences below 0.1 cannot be seen.", conclusion="No difference shown."))  # fmt: skip
+    search = Search((trial,), 50, "Differences below 0.1 cannot be seen.", conclusion="No difference shown.")
+    ranks = RankMap((RankCell("0", "q", 4), RankCell("", "<head>", 8)))
+    report = Report("A run", ranks=ranks, rank_curve=CURVE, search=search)
     page = render_html(report)
-    for words in ("&lt;head&gt;", "rate &lt;1e-3&gt;", "Marked: rank &lt;2&gt;, the smallest that shows no loss", "Differences below 0.1"):
+    marked = "Marked: rank &lt;2&gt;, the smallest that shows no loss"
+    for words in ("&lt;head&gt;", "rate &lt;1e-3&gt;", marked, "Differences below 0.1"):
         assert words in page, words
     assert page.count("<head>") == 1 and "diverged" in page
     assert from_text(Report, to_text(report), where="here") == report

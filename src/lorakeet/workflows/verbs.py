@@ -28,7 +28,7 @@ class PlanOptions:
 
     rank: int | None = field(default=None, metadata={"help": "Wins over --lora.rank."})
     tokens: int | None = field(
-        default=None, metadata={"help": "Tokens of a row and of a micro-batch; wins over --data.max_tokens, --train.micro_tokens."}
+        default=None, metadata={"help": "Tokens of a row and a micro-batch; wins over --data.max_tokens, --train.micro_tokens."}
     )
     quantize: Literal["none", "nf4", "int8"] | None = field(default=None, metadata={"help": "Wins over --model.quantize."})
 
@@ -97,7 +97,7 @@ class ExtractOptions:
     rank: int = field(default=16, metadata={"help": "Rank of every pair."})
     whole: Literal["all", "none"] = field(
         default="all",
-        metadata={"help": "What no pair can hold (embeddings, head, norms) is kept whole where it changed, or named as left out."},
+        metadata={"help": "What no pair can hold (embeddings, head, norms) is kept whole where changed, or named as left out."},
     )
     data: str | None = field(
         default=None, metadata={"help": "File of rows to compare on; without it, texts that the tuned model samples."}
@@ -252,10 +252,10 @@ class CompressOptions:
     to: str | None = field(
         default=None, metadata={"help": "Size: parameters such as 0.5M, or 'rank 8'; left out, the smallest within --tolerance."}
     )
-    tolerance: str = field(default="1%", metadata={"help": "Share of the gain that may be lost; the whole interval must be below."})
+    tolerance: str = field(default="1%", metadata={"help": "Share of the gain that may be lost, interval and all."})
     rows: int = field(default=256, metadata={"help": "So many training rows weigh what is cut."})
     weighting: Literal["loss", "activation", "none"] = field(
-        default="loss", metadata={"help": "What a cut is weighed by: inputs and gradients (loss), inputs (activation), or nothing."}
+        default="loss", metadata={"help": "What weighs a cut: inputs and gradients (loss), inputs (activation), or nothing."}
     )
     base: str | None = field(default=None, metadata={"help": "The base model; without it, the one that run or adapter names."})
     config: Path | None = field(default=None, metadata={"help": "Run file with the data settings, for a bare adapter."})
@@ -291,24 +291,6 @@ class ServeOptions:
         default="lorakeet", metadata={"help": "vllm checks the adapters against its limits and prints its command."}
     )
     out: Path | None = field(default=None, metadata={"help": "For --engine vllm: folder for copies of what it would misread."})
-
-
-@dataclass(frozen=True)
-class CompressOptions:
-    """How far an adapter is cut, and on which rows that is weighed."""
-
-    run: str = field(metadata=_RUN)
-    out: Path = field(metadata={"help": "Run folder to write the cut adapter to; it must not exist yet."})
-    to: str | None = field(
-        default=None, metadata={"help": "Size: parameters such as 0.5M, or 'rank 8'; left out, the smallest within --tolerance."}
-    )
-    tolerance: str = field(default="1%", metadata={"help": "Share of the gain that may be lost; the whole interval must be below."})
-    rows: int = field(default=256, metadata={"help": "So many training rows weigh what is cut."})
-    weighting: Literal["loss", "activation", "none"] = field(
-        default="loss", metadata={"help": "What a cut is weighed by: inputs and gradients (loss), inputs (activation), or nothing."}
-    )
-    base: str | None = field(default=None, metadata={"help": "The base model; without it, the one that run or adapter names."})
-    config: Path | None = field(default=None, metadata={"help": "Run file with the data settings, for a bare adapter."})
 
 
 @dataclass(frozen=True)
