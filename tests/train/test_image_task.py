@@ -14,7 +14,7 @@ from lorakeet.data.image_spec import ImageSpec
 from lorakeet.data.images import read_album
 from lorakeet.errors import RunStopped
 from lorakeet.formats.detect import read_adapter
-from lorakeet.models.image import ImageModel, image_plan, load_image_model
+from lorakeet.models.image import ImageModel, image_plan, load_image_model, stack
 from lorakeet.models.image_cache import Captions, encode_images
 from lorakeet.models.inject import activate, inject
 from lorakeet.models.spec import ModelSpec
@@ -26,6 +26,7 @@ from lorakeet.train.progress import Silent
 from lorakeet.train.run import RunFolder
 from lorakeet.train.spec import TrainSpec
 from tiny.pictures import album
+from tiny.pipelines import save_tiny_sd
 
 TRAIN = TrainSpec(steps=6, batch_size=3, learning_rate=3e-3, seed=2)
 
@@ -141,3 +142,19 @@ def test_a_resumed_run_ends_in_the_same_bits(tiny_sdxl_folder: Path, cache: Path
     assert all(torch.equal(value, resumed.parameters()[name]) for name, value in whole.parameters().items())
     file = Path("adapter") / "adapter_model.safetensors"
     assert (tmp_path / "whole" / file).read_bytes() == (cut.path / file).read_bytes()
+
+
+def test_a_model_that_predicts_v_is_trained_on_v(cache: Path, tmp_path: Path) -> None:
+    task = new_task(save_tiny_sd(tmp_path / "v", prediction="v_prediction"), cache, targets=("attention",))
+    assert task.prediction == "v_prediction"
+    [batch] = [one for one in task.batches(0) if len(one.latents)][:1]
+    alphas = task.model.alphas_cumprod[batch.timesteps].view(-1, 1, 1, 1)
+    wanted = alphas.sqrt() * batch.noise - (1 - alphas).sqrt() * batch.latents
+    noisy = alphas.sqrt() * batch.latents + (1 - alphas).sqrt() * batch.noise
+    with torch.no_grad():
+        told = stack([task.captions.of(caption) for caption in batch.captions])
+        predicted = task.model.predict(noisy, batch.timesteps, told, batch.sizes)
+        loss = task.loss(batch)
+    assert loss.item() == pytest.approx((predicted - wanted).square().flatten(1).mean(1).sum().item(), rel=1e-5)
+    outcome = train(task, replace(TRAIN, steps=8), run=RunFolder.create(tmp_path / "run"))
+    assert outcome.best_loss is not None and outcome.base_loss is not None and outcome.best_loss < outcome.base_loss

@@ -333,7 +333,7 @@ VERBS = (
     Verb("convert", "Write an adapter in another program's format, and check it.", ConvertOptions),
     Verb("export", "Write the merged model as GGUF or for Ollama, and check it.", ExportOptions),
     Verb("verify", "Prove that what was merged, exported or served is the model.", VerifyOptions),
-    Verb("generate", "Draw pictures with an image model and adapters, mixed or one each.", GenerateOptions),
+    Verb("generate", "Draw pictures with an image model and its adapters.", GenerateOptions),
     Verb("serve", "Serve one base with many adapters over HTTP.", ServeOptions),
     Verb("doctor", "Check this machine; say what is missing and how to mend it.", DoctorOptions),
 )
