@@ -177,3 +177,22 @@ def test_logprobs_are_those_of_the_model(asking: Callable[..., Any], loaded: Liv
     for event in answer.events[:-1]:
         assert event.chosen.top[0] == (event.chosen.token, event.chosen.logprob) and len(event.chosen.top) == 3
         assert event.chosen.logprob < 0
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_an_error_that_nobody_foresaw_is_said_to_all(asking: Callable[..., Any], loaded: LiveModel) -> None:
+    server = asking(slots=1)
+
+    def fail(*_: Any) -> None:
+        raise KeyError("a bug")
+
+    gate = threading.Event()
+    server.engine.call(gate.wait)
+    begun = [server.begin((30, 51)) for _ in range(2)]
+    hook = loaded.text.model.get_decoder().layers[0].register_forward_pre_hook(fail)
+    gate.set()
+    assert [server.end(job).reason for job in begun] == ["error", "error"]
+    hook.remove()
+    assert not server.engine.ready and "has failed" in server.engine.failure
+    with pytest.raises(Draining, match="has failed"):
+        server.begin((30, 51))

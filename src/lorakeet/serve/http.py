@@ -180,7 +180,7 @@ def _guarded(handle: Handler) -> Handler:
             if isinstance(error, NotAllowed):
                 status, kind = error.status, "authentication_error"
             message = f"The server's disk refuses: {error.strerror}." if isinstance(error, OSError) else str(error)
-            log.warning("refused path=%s status=%d reason=%s", request.url.path, status, json.dumps(message[:500]))
+            log.warning("refused path=%s status=%d reason=%s", json.dumps(request.url.path), status, json.dumps(message[:500]))
             headers = _retry(error)
             if request.url.path.startswith("/api/"):
                 return JSONResponse({"error": message}, status, headers)
