@@ -213,3 +213,17 @@ def test_other_formats(registry: Registry, server: Any, saved: Callable[..., Pat
     registry.load("a", folder)
     registry.load("g", folder.parent / "a.gguf")
     assert write(server, registry, "g") == write(server, registry, "a")
+
+
+def test_probes_are_made_where_they_can_be_compared(registry: Registry, saved: Callable[..., Path]) -> None:
+    folder = saved("a")
+    registry.register("known", folder)
+    registry.release(registry.lease("known"))
+    assert registry.get("known").probe is None, "no record to compare with, and nobody's text waits for one"
+    made = registry.probe("known")
+    assert registry.get("known").probe == made == registry.load("loaded", folder).probe
+    other = saved("b", seed=2)
+    registry.register("recorded", other, probe=made)
+    with pytest.raises(VerificationFailed, match="'recorded' does not compute what the server's record of it says"):
+        registry.lease("recorded")
+    assert registry.get("recorded").users == 0 and not registry.get("recorded").loaded

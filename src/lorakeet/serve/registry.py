@@ -148,7 +148,7 @@ class Registry:
                 raise ConfigError(f"An adapter '{name}' is loaded already; unload it first, or load it in place.")
             source = inspect(path, self.live, private=private)
             version = Version(name, source, pinned=pinned, certificate=find_certificate(path))
-            self._bring_in(version)
+            self._bring_in(version, record=True)
             with self._lock:
                 old, self._current[name] = self._current.get(name), version
             self._retire(old)
@@ -233,8 +233,12 @@ class Registry:
         if idle:
             self._put_out(version)
 
-    def _bring_in(self, version: Version) -> None:
-        """Reads the numbers and puts them on the model. The first time, they are also probed; later the file must be the same."""
+    def _bring_in(self, version: Version, *, record: bool = False) -> None:
+        """Reads the numbers and puts them on the model. The first time they are probed, where there is a record to compare with
+        or one is to be made (`record`); later the files must be the same.
+
+        Without a record a probe would show nothing, and the texts of others would wait for its steps.
+        """
         began = time.perf_counter()
         adapter, version.source = read(version.source, version.name, self.live)
         self._make_room(version.source.bytes)
@@ -244,7 +248,7 @@ class Registry:
         self.live.attach(version.key, adapter)
         if not version.loads:
             try:
-                self._verify(version)
+                self._verify(version, record)
             except BaseException:
                 self._on_engine(lambda: self.live.detach(version.key))
                 raise
@@ -254,15 +258,27 @@ class Registry:
         version.loads += 1
         version.load_seconds = time.perf_counter() - began
 
-    def _verify(self, version: Version) -> None:
+    def _verify(self, version: Version, record: bool) -> None:
+        certified = None if version.certificate is None else read_record(version.certificate)
+        if not record and certified is None and version.probe is None:
+            return
         found = self.engine.call(lambda: self.prober.probe(version.key)).result()
         if version.probe is not None:
             compare_record(version.name, found, version.probe, self.prober.tolerance, "the server's record of it")
-        if version.certificate is not None:
-            record = read_record(version.certificate)
-            if record is not None:
-                compare_record(version.name, found, record, self.prober.tolerance, str(version.certificate))
+        if certified is not None:
+            compare_record(version.name, found, certified, self.prober.tolerance, str(version.certificate))
         version.probe = found
+
+    def probe(self, name: str) -> Probe:
+        """The record of an adapter, made now if there is none."""
+        lease = self.lease_of({name: 1.0})
+        try:
+            version = lease.versions[0]
+            if version.probe is None:
+                version.probe = self.engine.call(lambda: self.prober.probe(version.key)).result()
+            return version.probe
+        finally:
+            self.release(lease)
 
     def _make_room(self, needed: int) -> None:
         """Puts out the adapters that were used longest ago until `needed` bytes fit the budget."""
