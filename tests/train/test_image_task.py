@@ -107,11 +107,12 @@ def test_held_out_losses_are_the_same_whenever_they_are_asked(tiny_sd_folder: Pa
     assert np.allclose(base, first.sums, rtol=1e-6)  # B is 0: the adapter is the base, on the same timesteps and noises
 
 
-@pytest.mark.parametrize("text_encoder", [False, True])
+@pytest.mark.parametrize(("kind", "text_encoder"), [("sd", False), ("sd", True), ("sdxl", True)])
 def test_training_lowers_the_loss_and_the_saved_adapter_is_the_trained_one(
-    tiny_sd_folder: Path, cache: Path, tmp_path: Path, text_encoder: bool
+    request: pytest.FixtureRequest, cache: Path, tmp_path: Path, kind: str, text_encoder: bool
 ) -> None:
-    task = new_task(tiny_sd_folder, cache, diffusion=DiffusionSpec(text_encoder=text_encoder), targets=("attention",))
+    folder = request.getfixturevalue(f"tiny_{kind}_folder")
+    task = new_task(folder, cache, diffusion=DiffusionSpec(text_encoder=text_encoder), targets=("attention",))
     outcome = train(task, replace(TRAIN, steps=10), run=RunFolder.create(tmp_path / "run"))
     assert outcome.best_loss is not None and outcome.base_loss is not None and outcome.best_loss < outcome.base_loss
     held = task.adapter()

@@ -203,12 +203,20 @@ def image_plan(model: ImageModel, spec: LoraSpec, *, text_encoder: bool) -> Plan
     """What `spec` means for the UNet and, where asked for, for the text encoders.
 
     Besides module names: attention, mlp (the feed-forward layers), all-linear, and conv (all convolutions but the first and the
-    last one). ConfigError with every problem at once.
+    last one). The last block of SDXL's first text encoder is left out: its output is not used. ConfigError with every problem.
     """
     if spec.layers != "all":
         raise ConfigError(f"lora.layers is '{spec.layers}', but a UNet has no single list of blocks; use lora.exclude_modules.")
     chosen = {name: part for name, part in model.parts.items() if name == "unet" or text_encoder}
-    return plan_for(nn.ModuleDict(chosen), spec, DIFFUSION)
+    plan = plan_for(nn.ModuleDict(chosen), spec, DIFFUSION)
+    return replace(plan, entries=tuple(entry for entry in plan.entries if not _unused(model, entry.path)))
+
+
+def _unused(model: ImageModel, path: str) -> bool:
+    """Whether the module at `path` is in the last block of SDXL's first text encoder: the states are taken before it."""
+    if model.kind != "sdxl" or not path.startswith("text_encoder."):
+        return False
+    return f".layers.{model.parts['text_encoder'].config.num_hidden_layers - 1}." in path
 
 
 def put_image_adapter(model: ImageModel, adapter: Adapter, name: str = "default") -> None:
