@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from lorakeet.core.adapter import Adapter
@@ -216,7 +217,8 @@ def _unused(model: ImageModel, path: str) -> bool:
     """Whether the module at `path` is in the last block of SDXL's first text encoder: the states are taken before it."""
     if model.kind != "sdxl" or not path.startswith("text_encoder."):
         return False
-    return f".layers.{model.parts['text_encoder'].config.num_hidden_layers - 1}." in path
+    blocks = int(model.pipeline.text_encoder.config.num_hidden_layers)
+    return f".layers.{blocks - 1}." in path
 
 
 def put_image_adapter(model: ImageModel, adapter: Adapter, name: str = "default") -> None:
@@ -270,7 +272,7 @@ def _class_of(spec: ModelSpec) -> tuple[str, str, dict[str, Any]]:
 def _as_problem(spec: ModelSpec) -> Iterator[None]:
     try:
         yield
-    except OSError as error:
+    except (OSError, ValueError, SafetensorError) as error:  # what diffusers raises for files that lack or are broken
         raise EnvironmentProblem(
             f"model.path '{spec.path}' cannot be loaded: {error}. Expected a folder that diffusers saved, or a hub id that this "
             "machine can reach; pickled weights are not opened."

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -139,11 +140,8 @@ def _encoded(model: ImageModel, rows: tuple[ImageRow, ...], config: RunConfig, c
 
 
 def _resolved(config: RunConfig, model: ImageModel) -> RunConfig:
-    spec = dataclasses.replace(
-        config.model,
-        dtype=str(model.dtype).removeprefix("torch."),
-        device=str(model.device),  # type: ignore[arg-type]
-    )
+    dtype: Any = str(model.dtype).removeprefix("torch.")
+    spec = dataclasses.replace(config.model, dtype=dtype, device=str(model.device))
     diffusion = config.diffusion
     if diffusion.prediction == "auto":
         diffusion = dataclasses.replace(diffusion, prediction=model.prediction)  # type: ignore[arg-type]
