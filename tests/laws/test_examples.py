@@ -89,6 +89,13 @@ def test_quantize(desk: Path, tiny_llama_folder: Path, monkeypatch: pytest.Monke
     assert (desk / "runs" / "dates-nf4" / "certificate.json").is_file()
 
 
+def test_plan(tiny_llama_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    shape, run = commands_of("plan.sh")
+    assert main([str(tiny_llama_folder) if word == "meta-llama/Llama-2-7b-hf" else word for word in shape]) == 0
+    assert main([*run, "--model", str(tiny_llama_folder)]) == 0
+
+
 def test_merge(dates: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(dates.parents[1])
     assert [main(command) for command in commands_of("merge.sh")] == [0]

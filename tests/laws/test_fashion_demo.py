@@ -1,4 +1,4 @@
-"""`make quickstart-images` runs from pre-training to pictures; here with drawn pictures and so few steps that nothing is learnt."""
+"""`make quickstart-images` runs from pre-training to pictures; here with drawn pictures and too few steps to learn anything."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from structure.tree import ROOT
 
 def test_the_demo_runs_from_start_to_end(tmp_path: Path) -> None:
     environment = {**os.environ, "LORAKEET_CACHE": str(tmp_path / "cache"), "PYTHONWARNINGS": "ignore"}
-    command = [sys.executable, "-m", "demos.fashion", "--quick", "--cache", str(tmp_path / "fashion"), "--out", str(tmp_path / "out")]
+    folders = ["--cache", str(tmp_path / "fashion"), "--out", str(tmp_path / "out")]
+    command = [sys.executable, "-m", "demos.fashion", "--quick", *folders]
     run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr[-3000:]
     for name in ("kind", "look"):

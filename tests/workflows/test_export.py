@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,12 @@ from lorakeet.workflows.export import export
 from lorakeet.workflows.verify import verify
 from tiny.exports import write_model
 from tiny.runs import quiet
+
+
+@pytest.fixture(scope="module")
+def finished(finished: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A copy of the finished run, since checks are added to its certificate."""
+    return dataclasses.replace(finished, path=Path(shutil.copytree(finished.path, tmp_path_factory.mktemp("export") / "run")))
 
 
 def test_a_gguf_file_with_card_and_certificate(finished: Any, tmp_path: Path) -> None:

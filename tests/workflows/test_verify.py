@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,25 +60,28 @@ def kind(check: Check) -> str:
     return check.name.rpartition(": ")[2]
 
 
-def test_faithful_artefacts_pass_and_the_run_keeps_the_proof(loud: Loud, tmp_path: Path) -> None:
+def test_faithful_artefacts_pass_and_the_run_keeps_the_proof(loud: Loud, finished: Any, tmp_path: Path) -> None:
+    run = Path(shutil.copytree(loud.path, tmp_path / "run"))
+    for name in ("certificate.json", "report.json"):  # without what other tests had added
+        shutil.copy(finished.path / name, run / name)
     merged = write_folder(loud.model, loud.adapter, tmp_path / "merged")
     files = [write_model(loud.model, loud.adapter, tmp_path / f"{quant}.gguf", quant) for quant in ("f32", "f16", "q8_0")]
     quantise(files[0], tmp_path / "q4_0.gguf", "q4_0")
     lora = write_lora(loud.model, loud.adapter, tmp_path / "lora.gguf")
     targets = tuple(map(str, (merged, *files, tmp_path / "q4_0.gguf", lora)))
-    found = verify(str(loud.path), against=targets, base_gguf=loud.base_gguf, rows=2, console=quiet())
+    found = verify(str(run), against=targets, base_gguf=loud.base_gguf, rows=2, console=quiet())
     assert found.to_mapping()["passed"] is True and found.exit_code == 0
-    kept = read_certificate(loud.path / "certificate.json")
+    kept = read_certificate(run / "certificate.json")
     kinds = ["prompt ids", "logits", "answers", "greedy text", "weights"]
     names = [check.name for check in kept.checks]
     assert names[:3] == ["adapter on disk", "base untouched", "frozen weights"] and len(names) == 3 + 6 * len(kinds)
     assert [kind(check) for check in kept.checks[3:8]] == kinds
     answers = next(check for check in kept.checks if kind(check) == "answers")
     assert set(answers.estimates) == {"accuracy_live", "accuracy_there"}
-    assert read_report(loud.path / "report.json").certificate == kept
-    assert "q8_0.gguf: weights" in (loud.path / "report.html").read_text()
-    verify(str(loud.path), against=targets[:1], rows=2, console=quiet())
-    assert len(read_certificate(loud.path / "certificate.json").checks) == len(names)  # replaced, not doubled
+    assert read_report(run / "report.json").certificate == kept
+    assert "q8_0.gguf: weights" in (run / "report.html").read_text()
+    verify(str(run), against=targets[:1], rows=2, console=quiet())
+    assert len(read_certificate(run / "certificate.json").checks) == len(names)  # replaced, not doubled
 
 
 def changed(adapter: Adapter, change: Callable[[str, Pair], Pair | None]) -> Adapter:

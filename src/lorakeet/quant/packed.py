@@ -86,6 +86,11 @@ def tile_of(device: torch.device, multiple: int) -> int:
     return max(1, wanted // multiple) * multiple
 
 
+def _world(tensor: Tensor) -> object:
+    """What a tensor's numbers belong to: the trace that made it, or its plain type."""
+    return getattr(tensor, "fake_mode", type(tensor))
+
+
 class Scratch:
     """One growing buffer for each device and dtype, lent as a matrix until it is asked for again.
 
@@ -93,12 +98,12 @@ class Scratch:
     """
 
     def __init__(self) -> None:
-        self._buffers: dict[tuple[torch.dtype, torch.device, type[Tensor]], Tensor] = {}
+        self._buffers: dict[tuple[torch.dtype, torch.device, object], Tensor] = {}
 
     def matrix(self, shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> Tensor:
         """Uninitialised memory of that shape; the tensor lent before is no longer valid."""
         size = shape[0] * shape[1]
-        key = (dtype, device, type(torch.empty(0, device=device)))
+        key = (dtype, device, _world(torch.empty(0, device=device)))
         held = self._buffers.get(key)
         if held is None or held.numel() < size:
             self._buffers.pop(key, None)
