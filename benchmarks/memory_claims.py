@@ -100,7 +100,7 @@ def work(claim: Claim, stores: Path) -> dict[str, Any]:
     config, settings = model_config(claim), run_config(claim)
     shapes, step = shapes_of(settings, config, files=0)
     step = replace(step, keeps_best=False)  # there are no held-out rows to choose by
-    choice = choose(replace(shapes, block_total=1 << 60), step, resident_bytes(), claim.budget)  # nothing but streaming
+    choice = choose(shapes, step, resident_bytes(), claim.budget)
     aside, planned = (choice.aside, choice.planned) if choice is not None else (True, None)
     text = model_over(claim, config, stores)
     assert text.streamed is not None

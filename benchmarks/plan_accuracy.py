@@ -17,11 +17,18 @@ from statistics import median
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import torch
 from contenders.planned_run import read_settings
 from harness.machine import origin, write_result
-from harness.processes import run_module
+from harness.processes import run, run_module
 
-from lorakeet.models.outline import config_from, config_of, published
+from lorakeet.config import RunConfig
+from lorakeet.memory.bound import streamed
+from lorakeet.models.load import read_config
+from lorakeet.models.outline import config_from, config_of, local_files, outline, published
+from lorakeet.models.source import find_source
+from lorakeet.models.spec import ModelSpec
+from lorakeet.workflows.arrange import shapes_of
 from lorakeet.workflows.forecast_run import forecast_run
 
 ALLOWED_MEDIAN = 0.10
@@ -33,6 +40,12 @@ def published_shape(name: str, **changes: Any) -> dict[str, Any]:
     return {**json.loads(published()[name].read_text(encoding="utf-8")), **changes}
 
 
+def gptq(name: str, bits: int = 4, **changes: Any) -> dict[str, Any]:
+    stored = {"quant_method": "gptq", "bits": bits, "group_size": 64, "desc_act": False, "sym": True}
+    return published_shape(name, quantization_config=stored, **changes)
+
+
+GPTQ_FOLDER = "GPTQ folder"  # 6 layers of SmolLM2, made by `lorakeet quantize`
 SHAPES: dict[str, dict[str, Any] | None] = {
     "SmolLM2-135M": None,  # the real one, loaded from its package
     "SmolLM2 shape": published_shape("HuggingFaceTB/SmolLM2-135M"),
@@ -45,6 +58,9 @@ SHAPES: dict[str, dict[str, Any] | None] = {
         "Qwen/Qwen2.5-7B", hidden_size=896, intermediate_size=4864, num_hidden_layers=3, num_attention_heads=14,
         num_key_value_heads=2, tie_word_embeddings=True,
     ),
+    GPTQ_FOLDER: None,
+    "6 layers of SmolLM2 in GPTQ": gptq("HuggingFaceTB/SmolLM2-135M", num_hidden_layers=6),
+    "2 layers of Mistral-7B in 3-bit GPTQ": gptq("mistralai/Mistral-7B-v0.3", 3, num_hidden_layers=2, vocab_size=8192),
     "2 layers of Mistral-7B": published_shape("mistralai/Mistral-7B-v0.3", num_hidden_layers=2, vocab_size=8192),
 }  # fmt: skip
 
@@ -62,12 +78,14 @@ class Configuration:
     rank: int = 16
     targets: str = "all-linear"
     returning: bool = False  # freed memory goes back to the system at once
+    streamed: bool = False  # blocks come in from a store on disk
 
     @property
     def name(self) -> str:
         words = [self.shape, self.dtype, self.quantize, f"{self.length} tokens", f"micro {self.micro_tokens}"]
         words += [f"batch {self.batch}", f"rank {self.rank}", self.targets]
-        return ", ".join([*words, "returning"] if self.returning else words)
+        ways = {"returning": self.returning, "streamed": self.streamed}
+        return ", ".join([*words, *(way for way, chosen in ways.items() if chosen)])
 
     def to_mapping(self) -> dict[str, Any]:
         settings = {
@@ -76,7 +94,7 @@ class Configuration:
             "lora.rank": self.rank, "lora.target_modules": self.targets,
         }  # fmt: skip
         texts = {key: str(value) for key, value in settings.items()}
-        return {"settings": texts, "shape": SHAPES[self.shape], "returning": self.returning}
+        return {"settings": texts, "shape": SHAPES[self.shape], "returning": self.returning or self.streamed}
 
 
 C = Configuration
@@ -85,6 +103,15 @@ CONFIGURATIONS = (
     C("SmolLM2-135M", quantize="nf4", length=128, micro_tokens=256),
     C("SmolLM2-135M", dtype="bfloat16", batch=1),
     C("SmolLM2-135M", quantize="int8", dtype="bfloat16", batch=1),
+    C("SmolLM2-135M", quantize="gguf", batch=1),
+    C("SmolLM2-135M", quantize="gguf", dtype="bfloat16", length=128, micro_tokens=256, batch=2),
+    C("SmolLM2-135M", length=512, batch=2, streamed=True),
+    C("SmolLM2-135M", quantize="nf4", dtype="bfloat16", length=256, batch=4, streamed=True),
+    C("SmolLM2-135M", quantize="gguf", dtype="bfloat16", length=512, batch=2, rank=4, streamed=True),
+    C(GPTQ_FOLDER, dtype="bfloat16"),
+    C(GPTQ_FOLDER, length=512, rank=8),
+    C("6 layers of SmolLM2 in GPTQ", dtype="bfloat16", length=1024, micro_tokens=1024, batch=2),
+    C("2 layers of Mistral-7B in 3-bit GPTQ", dtype="bfloat16", length=512),
     C("SmolLM2 shape", length=128, micro_tokens=256, returning=True),
     C("SmolLM2 shape", dtype="bfloat16", length=512, batch=1),
     C("6 layers of SmolLM2"),
@@ -149,20 +176,58 @@ class _Bench:
 
     def line(self, configuration: Configuration) -> dict[str, Any]:
         asked = configuration.to_mapping()
+        if configuration.shape == GPTQ_FOLDER:
+            asked["settings"]["model.path"] = str(self._gptq_folder())
+        if configuration.streamed:
+            asked["store"] = str(self.folder / "stores")
         config, precision = read_settings(asked)
         shape = asked["shape"]
         model_config = config_from(dict(shape)) if shape else config_of(config.model, print)
+        if configuration.streamed:
+            return self._streamed(configuration, asked, config)
         runtime = self._runtime(configuration, asked)
         forecast = forecast_run(
-            config, model_config, precision, runtime=runtime, returning=configuration.returning, tokenizer=shape is None
-        ).forecast
+            config, model_config, precision, runtime=runtime, returning=configuration.returning, tokenizer=shape is None,
+            files=None if shape else local_files(config.model.path),
+        ).forecast  # fmt: skip
         used = self._child(asked)
         planned = {name: forecast.phase(name).bytes for name in used if name != "start"}
+        return self._compared(configuration, planned, used, runtime)
+
+    def _streamed(self, configuration: Configuration, asked: Mapping[str, Any], config: RunConfig) -> dict[str, Any]:
+        source = find_source(config.model, print)
+        files = sum(path.stat().st_size for path in source.glob("*.safetensors"))
+        shapes, step = shapes_of(config, read_config(source), files)
+        used = self._child(asked)
+        bound = streamed(shapes, step, used["start"], together=step.batches, aside=False)
+        return self._compared(configuration, {name: bound for name in used if name != "start"}, used, used["start"])
+
+    def _compared(
+        self, configuration: Configuration, planned: Mapping[str, int], used: Mapping[str, int], runtime: int
+    ) -> dict[str, Any]:
         most, peak = max(planned.values()), max(used.values())
         return {
             "name": configuration.name, "planned": most, "used": peak, "overestimate": most / peak - 1, "runtime": runtime,
             "phases": {name: {"planned": planned[name], "used": used[name]} for name in planned},
         }  # fmt: skip
+
+    def _gptq_folder(self) -> Path:
+        """6 layers of SmolLM2 with random weights, packed by `lorakeet quantize` on made-up rows; made once."""
+        dense, packed = self.folder / "dense", self.folder / "gptq"
+        if packed.exists():
+            return packed
+        shape = published_shape("HuggingFaceTB/SmolLM2-135M", num_hidden_layers=6)
+        text = outline(config_from(shape), name="made-up", dtype=torch.float32, products=torch.float32)
+        text.model.save_pretrained(dense)
+        for file in find_source(ModelSpec(path=REAL), print).glob("*token*"):
+            (dense / file.name).write_bytes(file.read_bytes())
+        rows = self.folder / "calibration.jsonl"
+        text_of = "one two three four five six seven eight. " * 8
+        lines = [json.dumps({"text": f"Row {number}: {text_of}"}) for number in range(64)]
+        rows.write_text("\n".join(lines), encoding="utf-8")
+        command = [sys.executable, "-m", "lorakeet", "quantize", str(dense), "--method", "gptq", "--bits", "4"]
+        run([*command, "--group-size", "64", "--calibration", str(rows), "--out", str(packed)], log=self.folder / "quantize.txt")
+        return packed
 
     def _runtime(self, configuration: Configuration, asked: Mapping[str, Any]) -> int:
         key = configuration.dtype, configuration.quantize

@@ -25,7 +25,7 @@ from lorakeet.train.log import Metrics
 from lorakeet.train.rehearsal import CHECKPOINT, EVALUATE, STEP, training_on
 from lorakeet.train.run import RunFolder
 from lorakeet.workflows import finetune  # noqa: F401 - what a run has in memory before it begins
-from lorakeet.workflows.forecast_run import LOAD, Precision, rows_of, runtime_bytes
+from lorakeet.workflows.forecast_run import LOAD, Precision, judging_of, rows_of, runtime_bytes
 
 STEPS = 2
 
@@ -54,9 +54,10 @@ def _phases(asked: Mapping[str, Any]) -> dict[str, int]:
     peaks: dict[str, int] = {"start": resident_bytes()}
     if asked["returning"] and not return_freed_memory():
         raise SystemExit("this C library does not take orders about freed memory")
+    store = Path(asked["store"]) if asked.get("store") else None
     if asked["shape"] is None:
         with _peak(peaks, LOAD):
-            text = load_text_model(config.model)
+            text = load_text_model(config.model, store=store)
     else:
         text = _random_model(asked["shape"], config, precision)
     with TemporaryDirectory() as folder:
@@ -65,12 +66,13 @@ def _phases(asked: Mapping[str, Any]) -> dict[str, int]:
         training = training_on(text, config.train, rows, 2 if config.train.batch_size > rows.count else 1)
         training.run = RunFolder.create(Path(folder) / "run")
         training.metrics = Metrics(training.run.metrics)
-        training.task.held_out_rows = training.task.train
-        with _peak(peaks, EVALUATE):
-            training.evaluate()
+        judged = training_on(text, config.train, judging_of(config).rows, 1).task.train
+        training.task.held_out_rows = training.task.train if store else judged
         with _peak(peaks, STEP):
             for _ in range(STEPS):
                 training.step()
+        with _peak(peaks, EVALUATE):
+            training.evaluate()
         with _peak(peaks, CHECKPOINT):
             training.save()
         training.close()

@@ -45,3 +45,25 @@ def test_freed_tensors_leave_the_process_at_once() -> None:
 def test_slack_grows_with_what_is_on_the_heap() -> None:
     assert slack(0) == SMALL_SLACK
     assert slack(2 << 30) - slack(1 << 30) > 0.2 * (1 << 30)
+
+
+HEAP = """
+import torch
+from lorakeet.memory.allocator import give_back_free_memory
+from lorakeet.memory.measure import resident_bytes
+pieces = [torch.ones(32 << 10) for _ in range(800)]
+kept = pieces[::8]
+held = resident_bytes()
+del pieces
+before = resident_bytes()
+assert give_back_free_memory()
+print(held, before, resident_bytes())
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc can")
+def test_free_pieces_between_used_ones_can_be_given_back() -> None:
+    done = subprocess.run([sys.executable, "-c", HEAP], capture_output=True, text=True, check=True)
+    held, before, after = map(int, done.stdout.split())
+    assert held - after > 60 << 20, "700 of 800 pieces of 128 KiB are free"
+    assert before - after > 0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from lorakeet.memory.bound import Shapes, Step, choose, least, resident, streamed, work
+from lorakeet.memory.bound import Shapes, Step, choose, least, streamed, work
 
 LLAMA_7B = Shapes(
     blocks=32, block_bytes=104 * 10**6, block_total=32 * 104 * 10**6, end_bytes=524 * 10**6, rest_bytes=8192,
@@ -19,16 +19,17 @@ def test_one_block_of_llama_takes_what_was_measured_and_a_tenth() -> None:
     assert measured <= work(LLAMA_7B, STEP) <= 1.15 * measured
 
 
-def test_everything_stays_where_there_is_room() -> None:
+def test_where_there_is_room_all_batches_pass_together_with_their_inputs_in_memory() -> None:
     choice = choose(LLAMA_7B, STEP, RUNTIME, 64 << 30)
-    assert choice is not None and not choice.streams and choice.planned == resident(LLAMA_7B, STEP, RUNTIME)
+    assert choice is not None and choice.together == STEP.batches and not choice.aside
+    assert choice.planned == streamed(LLAMA_7B, STEP, RUNTIME, together=STEP.batches, aside=False)
 
 
 def test_a_smaller_budget_puts_fewer_batches_together_then_inputs_aside_then_refuses() -> None:
     seen = []
-    for budget in range(resident(LLAMA_7B, STEP, RUNTIME) - 1, least(LLAMA_7B, STEP, RUNTIME) - 1, -(50 << 20)):
+    for budget in range(8 << 30, least(LLAMA_7B, STEP, RUNTIME) - 1, -(50 << 20)):
         choice = choose(LLAMA_7B, STEP, RUNTIME, budget)
-        assert choice is not None and choice.streams and choice.planned <= budget
+        assert choice is not None and choice.planned <= budget
         seen.append(choice)
     assert seen[0].together == 4 and not seen[0].aside and seen[-1].aside
     assert [choice.together for choice in seen] == sorted((choice.together for choice in seen), reverse=True)
@@ -46,4 +47,4 @@ def test_longer_batches_more_parameters_and_inputs_in_memory_take_more() -> None
 
 def test_llama_7b_at_2048_tokens_fits_into_two_gibibytes() -> None:
     choice = choose(LLAMA_7B, replace(STEP, batches=1), RUNTIME, 2 << 30)
-    assert choice is not None and choice.streams and choice.aside
+    assert choice is not None and choice.aside

@@ -7,16 +7,17 @@ from pathlib import Path
 import pytest
 
 from lorakeet.errors import ConfigError, EnvironmentProblem
-from lorakeet.memory.bound import least, resident
+from lorakeet.memory.bound import least
 from lorakeet.memory.measure import resident_bytes
 from lorakeet.models.load import read_config
-from lorakeet.workflows.arrange import Arrangement, arrange, shapes_of
+from lorakeet.workflows.arrange import Arrangement, Loaded, arrange, shapes_of
 from lorakeet.workflows.finetune import finetune
 from lorakeet.workflows.opened import open_adapter
 from tiny.models import save_tiny_llama
 from tiny.runs import adapter_bytes, chats, quiet, run, settings, write_rows
 
-WIDE = {"num_hidden_layers": 24, "hidden_size": 256, "intermediate_size": 512}
+WIDE = {"num_hidden_layers": 24, "hidden_size": 256, "intermediate_size": 1024}
+NO_LABELS = Loaded(labelled=False, characters=10_000)
 CHANGES = {"train.steps": "2", "train.micro_tokens": "128", "evaluate.drift_texts": "0"}
 
 
@@ -35,15 +36,22 @@ def test_a_large_budget_streams_nothing_and_a_middling_one_does(model: Path, tmp
     assert shapes.blocks == 24 and shapes.block_total > 20 * shapes.block_bytes and step.batches > 1
     said: list[str] = []
     large = settings(model, tmp_path / "rows", tmp_path / "run", {**CHANGES, "memory.budget": "8GiB"})
-    assert arrange(large, said.append).store is None and "stays in memory" in said[-1]
-    now = resident_bytes()
-    middle = (least(shapes, step, now) + resident(shapes, step, now)) // 2
+    whole = arrange(large, said.append)
+    assert whole.store is None and "stays in memory" in said[-1] and whole.forecast is not None
+    middle = (least(shapes, step, resident_bytes()) + whole.forecast.peak) // 2
     smaller = settings(
         model, tmp_path / "rows", tmp_path / "run", {**CHANGES, "memory.budget": f"{middle // 1000}KB", "memory.store": "there"}
     )
     found = arrange(smaller, said.append)
     assert found.store == Path("there") and found.together >= 1 and "streamed from disk" in said[-1]
     assert found.planned is not None and found.budget is not None and found.planned <= found.budget
+
+
+def test_a_run_is_forecast_without_a_budget_too(model: Path, tmp_path: Path) -> None:
+    config = settings(model, tmp_path / "rows", tmp_path / "run", CHANGES)
+    found = arrange(config, print, NO_LABELS)
+    assert found.store is None and found.budget is None and found.forecast is not None
+    assert found.planned == found.forecast.training_peak <= found.forecast.peak
 
 
 def test_a_budget_below_the_floor_is_refused_with_the_least_that_works(model: Path, tmp_path: Path) -> None:
@@ -72,8 +80,9 @@ def test_a_run_within_a_budget_ends_in_the_same_bytes(model: Path, tmp_path: Pat
     plain = run(model, data, tmp_path / "plain", CHANGES)
     config = settings(model, data, tmp_path / "kept", CHANGES)
     shapes, step = shapes_of(config, read_config(model), files=0)
-    now = resident_bytes()
-    budget = f"{(least(shapes, step, now) + resident(shapes, step, now)) // 2000}KB"
+    whole = arrange(settings(model, data, tmp_path / "kept", {**CHANGES, "memory.budget": "8GiB"}), print, NO_LABELS).forecast
+    assert whole is not None and whole.peak > least(shapes, step, resident_bytes())
+    budget = f"{(least(shapes, step, resident_bytes()) + whole.peak) // 2000}KB"
     kept = run(model, data, tmp_path / "kept", {**CHANGES, "memory.budget": budget, "memory.store": str(tmp_path / "store")})
     assert kept.setup.text.streamed is not None and plain.outcome is not None and kept.outcome is not None
     assert kept.outcome.best_loss == plain.outcome.best_loss
@@ -83,5 +92,6 @@ def test_a_run_within_a_budget_ends_in_the_same_bytes(model: Path, tmp_path: Pat
         again.streamed is not None and open_adapter(tmp_path / "plain").text_model(quiet(), within_budget=True).streamed is None
     )
     assert kept.report is not None
-    planned, against = kept.report.memory
-    assert planned.planned is not None and planned.used is not None and against.planned == kept.setup.arrangement.budget
+    training, _, against = kept.report.memory
+    assert training.planned is not None and training.used is not None and against.planned == kept.setup.arrangement.budget
+    assert plain.report is not None and all(use.planned and use.used for use in plain.report.memory)

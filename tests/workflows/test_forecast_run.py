@@ -10,7 +10,19 @@ from lorakeet.errors import ConfigError
 from lorakeet.models.outline import config_from
 from lorakeet.quant.spec import QuantSpec
 from lorakeet.train.rehearsal import Rows
-from lorakeet.workflows.forecast_run import LOAD, MERGE, TOKENIZER_ENTRY, Planned, Precision, forecast_run, rows_of, runtime_bytes
+from lorakeet.workflows.forecast_run import (
+    CERTIFY,
+    FLOORS,
+    LOAD,
+    MERGE,
+    TOKENIZER_ENTRY,
+    Planned,
+    Precision,
+    forecast_run,
+    judging_of,
+    rows_of,
+    runtime_bytes,
+)
 
 SMALL = {
     "model_type": "llama", "vocab_size": 96, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
@@ -38,13 +50,40 @@ def test_the_largest_micro_batch(max_tokens: str, micro_tokens: str, batch: str,
     assert found == expected
 
 
+def test_judged_are_as_many_rows_as_fit_whatever_a_step_has() -> None:
+    assert judging_of(settings(train__micro_tokens="4096", train__batch_size="1")).rows == Rows(32, 128)
+    assert judging_of(settings(train__micro_tokens="64")).rows == Rows(32, 32), "the certificate reads 1,024 tokens at once"
+
+
 def test_every_phase_holds_the_runtime_the_tokenizer_and_the_base() -> None:
     found = planned()
-    assert [phase.name for phase in found.forecast.phases] == ["load", "evaluate", "train step", "checkpoint", "merge"]
+    names = ["load", "train step", "evaluate", "checkpoint", "judge", "certify", "merge", "export"]
+    assert [phase.name for phase in found.forecast.phases] == names
     for phase in found.forecast.phases:
-        assert phase.kinds["runtime"] == RUNTIME + 96 * TOKENIZER_ENTRY
+        more = {"judge": FLOORS, "certify": FLOORS + 96 * TOKENIZER_ENTRY}.get(phase.name, 0)
+        assert phase.kinds["runtime"] == RUNTIME + 96 * TOKENIZER_ENTRY + more
     assert found.forecast.phase(LOAD).kinds["base"] == found.base
     assert found.forecast.phase(MERGE).kinds["base"] >= 1.9 * found.base, "base + adapter beside the merged model, both in fp32"
+    assert found.peak == max(phase.bytes for phase in found.forecast.phases if phase.name not in ("merge", "export"))
+    assert found.training_peak <= found.peak and found.to_mapping()["peak"] == found.peak
+
+
+def test_the_certificate_reads_the_base_again_but_not_under_a_budget() -> None:
+    twice = planned().forecast.phase(CERTIFY)
+    once = forecast_run(settings(), config_from(SMALL), FP32, runtime=RUNTIME, returning=True).forecast.phase(CERTIFY)
+    assert twice.kinds["base"] == 2 * once.kinds["base"]
+
+
+def test_rows_without_labels_have_no_floors() -> None:
+    found = forecast_run(settings(), config_from(SMALL), FP32, runtime=RUNTIME, labelled=False)
+    assert found.forecast.phase("judge").kinds["runtime"] == RUNTIME + 96 * TOKENIZER_ENTRY
+
+
+def test_a_gptq_model_is_planned_as_it_is_packed() -> None:
+    stored = {"quant_method": "gptq", "bits": 4, "group_size": 32, "desc_act": False, "sym": True}
+    packed = forecast_run(settings(), config_from({**SMALL, "quantization_config": stored}), FP32, runtime=RUNTIME)
+    dense = planned()
+    assert packed.base < 0.5 * dense.base and packed.plan.parameters == dense.plan.parameters
 
 
 def test_another_dtype_than_the_files_leaves_the_files_pages_too() -> None:
@@ -53,8 +92,8 @@ def test_another_dtype_than_the_files_leaves_the_files_pages_too() -> None:
     assert "scratch" not in planned().forecast.phase(LOAD).kinds
 
 
-def test_what_cannot_be_planned_is_refused() -> None:
-    with pytest.raises(ConfigError, match="cannot be planned"):
+def test_gguf_blocks_need_a_file_that_has_them() -> None:
+    with pytest.raises(ConfigError, match=r"names no \.gguf file"):
         planned(Precision(torch.float32, torch.float32, QuantSpec(method="gguf")))
 
 

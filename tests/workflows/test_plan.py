@@ -42,13 +42,14 @@ def test_the_table_says_phases_kinds_and_peak(folder: Path) -> None:
     for word in ("train step", "merge", "saved activations", "runtime", "Peak of the run", "tokens a second"):
         assert word in text
     assert result.config.lora.rank == 4 and result.planned.rows.tokens == 32
-    assert result.peak == max(phase.bytes for phase in result.planned.forecast.phases if phase.name != "merge")
+    assert result.peak == max(phase.bytes for phase in result.planned.forecast.phases if phase.name not in ("merge", "export"))
     assert result.advice == () and result.to_mapping()["fits"] is None
 
 
 def test_a_budget_that_is_too_small_brings_advice_with_numbers(folder: Path) -> None:
     result, text = planned(folder, budget="64MB")
     assert result.to_mapping()["fits"] is False and "more than the budget" in text
+    assert result.streamed is None and result.least is not None and "finetune refuses: it needs at least" in text
     changes = {item.change for item in result.advice}
     assert {"--model.dtype bfloat16", "--model.quantize nf4", "--lora.target_modules attention"} <= changes
     assert all(item.peak < result.peak for item in result.advice if "bfloat16" in item.change or "nf4" in item.change)

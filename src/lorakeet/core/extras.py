@@ -16,8 +16,12 @@ class TrainedModule(AdaptedLayer):
 
     def new_copy(self) -> nn.Module:
         """A trainable fp32 copy of the original."""
-        trained = copy.deepcopy(self.original).float()
-        trained.requires_grad_(True)
+        trained = copy.deepcopy(self.original)
+        for module in trained.modules():  # not .float(), which swaps tensors in place: tensors without numbers cannot be
+            for name, parameter in module.named_parameters(recurse=False):
+                setattr(module, name, nn.Parameter(parameter.detach().float()))
+            for name, buffer in module.named_buffers(recurse=False):
+                setattr(module, name, buffer.float() if buffer.is_floating_point() else buffer)
         return trained
 
     @property

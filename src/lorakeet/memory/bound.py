@@ -1,4 +1,4 @@
-"""How much memory a training step takes at most, resident and streamed, from a model's shapes: sums that a reader can check.
+"""How much memory a streamed training step takes at most, from a model's shapes: sums that a reader can check.
 
 Counted are the tensors of the step in train/loop and core/fused. `WORK` is what one block's forward and backward pass hold
 beside its input, in bytes for each token:
@@ -64,13 +64,6 @@ def work(model: Shapes, step: Step) -> int:
     return int(MARGIN * max(step.tokens * max(mlp, attention), head)) + model.largest * p
 
 
-def resident(model: Shapes, step: Step, runtime: int) -> int:
-    """The peak of a step in a process that holds `runtime` bytes, with every weight in memory."""
-    saved = model.blocks * step.tokens * model.state * (9 * model.hidden + 2 * model.inner)
-    base = model.block_total + model.end_bytes + model.rest_bytes
-    return runtime + RUNTIME + base + step.kept_bytes + 4 * step.trained + int(MARGIN * saved) + work(model, step)
-
-
 def streamed(model: Shapes, step: Step, runtime: int, *, together: int, aside: bool) -> int:
     """The peak of a step with two blocks in memory and `together` micro-batches on their way; `aside`: block inputs on disk.
 
@@ -84,30 +77,26 @@ def streamed(model: Shapes, step: Step, runtime: int, *, together: int, aside: b
 
 @dataclass(frozen=True)
 class Choice:
-    """How a run is arranged, and the bytes that it is planned to take."""
+    """How a run is streamed, and the bytes that it is planned to take."""
 
-    streams: bool
     planned: int
-    together: int = 0  # micro-batches that pass through a block while it is in
-    aside: bool = False
+    together: int  # micro-batches that pass through a block while it is in
+    aside: bool  # whether block inputs are kept on disk
 
 
 def choose(model: Shapes, step: Step, runtime: int, budget: int) -> Choice | None:
-    """The fastest arrangement within `budget`; None where none is.
+    """The fastest way to stream within `budget`; None where there is none.
 
-    Everything resident, else as many micro-batches as possible at once, with their block inputs in memory if there is room.
+    As many micro-batches as possible at once, with their block inputs in memory if there is room.
     """
-    whole = resident(model, step, runtime)
-    if whole <= budget:
-        return Choice(False, whole)
     for together in range(step.batches, 0, -1):
         for aside in (False, True):
             planned = streamed(model, step, runtime, together=together, aside=aside)
             if planned <= budget:
-                return Choice(True, planned, together, aside)
+                return Choice(planned, together, aside)
     return None
 
 
 def least(model: Shapes, step: Step, runtime: int) -> int:
-    """The smallest budget that some arrangement keeps."""
-    return min(resident(model, step, runtime), streamed(model, step, runtime, together=1, aside=True))
+    """The smallest budget that streaming keeps."""
+    return streamed(model, step, runtime, together=1, aside=True)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,16 +45,30 @@ class Forecast:
         return {phase.name: phase for phase in self.phases}[name]
 
 
-def phases_of(held: Mapping[str, Held], runtime: int, *, returning: bool = False) -> tuple[Phase, ...]:
+def phases_of(
+    held: Mapping[str, Held], runtime: int, *, returning: bool = False, trimmed_before: Collection[str] = ()
+) -> tuple[Phase, ...]:
     """The phases, in their order, at the peaks of a ledger, in a process that holds `runtime` bytes beside its tensors.
 
     `returning`: freed memory goes back to the system at once. Where it does not, the heap stays as large as it ever was
-    (memory/allocator), so that a phase may hold what an earlier one has freed.
+    (memory/allocator), so that a phase may hold what an earlier one has freed; but not before the phases in `trimmed_before`.
     """
     found, heap = [], 0
     for name, peak in held.items():
+        heap = 0 if name in trimmed_before else heap
         heap = 0 if returning else max(heap, peak.heap + slack(peak.heap))
         beside = slack(0) if returning else heap - peak.heap
-        kinds = {"runtime": runtime, **peak.kinds, "allocator": beside}
+        kinds = {**peak.kinds, "runtime": runtime + peak.kinds.get("runtime", 0), "allocator": beside}
         found.append(Phase(name, {kind: kinds[kind] for kind in KINDS if kinds.get(kind)}))
     return tuple(found)
+
+
+def with_more(peak: Held, **kinds: int) -> Held:
+    """The same moment with so many more bytes of some kinds."""
+    together = Counter(peak.kinds) + Counter(kinds)
+    return Held(peak.bytes + sum(kinds.values()), dict(together), peak.heap)
+
+
+def larger(one: Held, other: Held) -> Held:
+    """Whichever of two moments holds more."""
+    return one if one.bytes >= other.bytes else other

@@ -48,6 +48,13 @@ class Work:
     written: int = 0
 
 
+class _Mode(FakeTensorMode):  # type: ignore[no-untyped-call]
+    """The mode to which fake tensors belong; a copied module's tensors belong to the same one."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Mode:
+        return self
+
+
 class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """A context: runs what is in it on fake tensors and keeps the account. `vocabulary` tells logits by their width.
 
@@ -65,7 +72,7 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._phase = ""
         self._entries: dict[int, tuple[int, str, weakref.ref[Any]]] = {}  # storage → bytes, kind, and the watch on its end
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
-        self._fake = FakeTensorMode()
+        self._fake = _Mode()
         self._saving = torch.autograd.graph.saved_tensors_hooks(self._saved, _same)
 
     def __enter__(self) -> Ledger:

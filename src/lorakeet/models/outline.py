@@ -5,7 +5,6 @@ Built inside a memory.ledger.Ledger its tensors take no memory; built outside th
 
 from __future__ import annotations
 
-import copy
 import json
 from collections.abc import Callable
 from functools import cache
@@ -23,11 +22,13 @@ from lorakeet.data.locate import PACKAGE, locate, package_file
 from lorakeet.errors import ConfigError, nearest
 from lorakeet.models.families import family_of
 from lorakeet.models.load import set_attention
-from lorakeet.models.quantized import packable
+from lorakeet.models.packing import Packing, packing_of
+from lorakeet.models.quantized import plain_config
 from lorakeet.models.quiet import quiet_transformers
 from lorakeet.models.spec import ModelSpec
 from lorakeet.models.text import TextModel
 from lorakeet.quant.adopt import empty_base
+from lorakeet.quant.gptq_pack import WORD
 from lorakeet.quant.packed import TILE, PackedBase, PackedLinear
 from lorakeet.quant.spec import QuantSpec
 
@@ -50,7 +51,7 @@ def config_of(spec: ModelSpec, say: Callable[[str], None]) -> Any:
     found = {known.lower(): known for known in published()}.get(name.lower())
     if found is not None:
         return config_from(json.loads(published()[found].read_text(encoding="utf-8")))
-    local = _local(name)
+    local = local_files(name)
     try:
         with quiet_transformers():
             if local is None:
@@ -83,18 +84,19 @@ def outline(
     device: torch.device | str = "cpu",
     attention: str = "auto",
     quantize: QuantSpec | None = None,
+    files: Path | None = None,
 ) -> TextModel:
-    """The frozen model that `config` describes, in eval mode, its linear layers packed as `quantize` asks; without a tokenizer.
+    """The frozen model that `config` describes, in eval mode, without a tokenizer; its linear layers are packed as `quantize`
+    asks, or as they are already in `files`, a folder or .gguf file.
 
     Attention auto is varlen, which is what nearly every model is found to run with when it is loaded.
     """
     device = torch.device(device)
     with quiet_transformers(), torch.device(device):
-        own = copy.deepcopy(config)  # in which transformers notes the dtype
+        own = plain_config(config)  # a copy, in which transformers notes the dtype
         model = AutoModelForCausalLM.from_config(own, dtype=dtype, attn_implementation="eager")
     model = model.requires_grad_(False).eval()
-    if quantize is not None and quantize.method != "none":
-        _pack(model, quantize, device)
+    _pack(model, packing_of(model, config, quantize or QuantSpec(), files), device)
     set_attention(model, "varlen" if attention == "auto" else attention)
     family = family_of(model.config.get_text_config())
     return TextModel(
@@ -102,18 +104,16 @@ def outline(
     )
 
 
-def _pack(model: nn.Module, spec: QuantSpec, device: torch.device) -> None:
+def _pack(model: nn.Module, packing: Packing, device: torch.device) -> None:
     """Puts a packed layer of zeros where a loaded model would hold a packed weight."""
-    settings = {"method": spec.method, "block_size": spec.block_size, "double_quant": spec.double_quant}
-    for path, module in packable(model, head=spec.head == "quantize").items():
+    for path, settings in packing.items():
+        module = model.get_submodule(path)
         weight: Any = module.weight
-        transposed = not isinstance(module, nn.Linear)
-        shape = tuple(weight.shape[::-1] if transposed else weight.shape)
         bias: Any = module.bias
-        base = empty_base({**settings, "shape": shape}, device=device)
+        base = empty_base(settings, device=device)
         if isinstance(weight, FakeTensor):
             base = OutlinedBase(base)
-        model.set_submodule(path, PackedLinear(base, bias, transposed=transposed))
+        model.set_submodule(path, PackedLinear(base, bias, transposed=not isinstance(module, nn.Linear)))
 
 
 class OutlinedBase(PackedBase):
@@ -130,13 +130,17 @@ class OutlinedBase(PackedBase):
         return self._settings
 
     def unpack(self, out: Tensor) -> Tensor:
-        rows = min(self.shape[0], max(1, -(-TILE // self.shape[1])))
-        tile = empty_base({**self.settings, "shape": (rows, self.shape[1])}, device=self.device)
-        tile.unpack(out[:rows])
+        rows, columns = self.shape
+        if self.settings["method"] == "gptq":  # whose tiles are of columns, in whole words
+            columns = min(columns, max(1, -(-TILE // (rows * WORD))) * WORD)
+        else:
+            rows = min(rows, max(1, -(-TILE // columns)))
+        empty_base({**self.settings, "shape": (rows, columns)}, device=self.device).unpack(out[:rows, :columns])
         return out
 
 
-def _local(name: str) -> Path | None:
+def local_files(name: str) -> Path | None:
+    """The folder or .gguf file on this machine that a model path names; None for a hub id."""
     if name.startswith(PACKAGE):
         distribution, _, relative = name[len(PACKAGE) :].partition("/")
         return package_file(distribution, suffix=relative or ".gguf")

@@ -132,7 +132,7 @@ def quantised_stock(stock: Stock, config: Any, spec: QuantSpec) -> Stock:
 def skeleton(config: Any) -> Any:
     """The model that `config` describes, on the meta device: shapes without numbers."""
     with torch.device("meta"), quiet_transformers():
-        return AutoModelForCausalLM.from_config(_plain(config))
+        return AutoModelForCausalLM.from_config(plain_config(config))
 
 
 def packable(model: nn.Module, *, head: bool) -> dict[str, nn.Module]:
@@ -184,7 +184,7 @@ def load_packed(stock: Stock, config: Any, dtype: torch.dtype, source: Path) -> 
     Dense tensors are cast to `dtype`; packed ones are taken as they are.
     """
     _register()
-    plain, empty = _plain(config), skeleton(config)
+    plain, empty = plain_config(config), skeleton(config)
     places = owners(empty, stock.packed)
     strange = sorted(set(stock.packed) - set(places))
     if strange:
@@ -287,7 +287,7 @@ def _register() -> None:
         register_quantizer(_METHOD)(_PackedQuantizer)
 
 
-def _plain(config: Any) -> Any:
+def plain_config(config: Any) -> Any:
     """The configuration without its word about quantisation."""
     found = copy.deepcopy(config)
     for part in (found, found.get_text_config()):

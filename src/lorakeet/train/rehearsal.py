@@ -1,4 +1,4 @@
-"""A run rehearsed on shapes: the real training step, evaluation and checkpoint, with their tensors entered in a ledger.
+"""A run rehearsed on shapes: its real step, evaluation, checkpoint and judging, with their tensors entered in a ledger.
 
 Nothing here knows what a layer computes or keeps: the model is built as for a run, one adapter is put in, and `Training.step`
 takes a step over it, with the moments of an earlier one. What is planned is what is run.
@@ -7,6 +7,7 @@ takes a step over it, with the moments of an earlier one. What is planned is wha
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -14,14 +15,24 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch._subclasses.fake_tensor import (  # torch offers no public names
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    UnsupportedOperatorException,
+)
 
 from lorakeet.core.plan import Plan
 from lorakeet.core.spec import LoraSpec
 from lorakeet.data.chat import Example
 from lorakeet.data.pack import Batch, pack
+from lorakeet.errors import ConfigError
+from lorakeet.evaluate.parity import CELLS, differences
 from lorakeet.memory.ledger import Held, Ledger, Work
 from lorakeet.memory.measure import PeakMemory
 from lorakeet.models.adapt import begin_adapter
+from lorakeet.models.inject import activate
+from lorakeet.models.sample import ROWS_AT_ONCE, sample
+from lorakeet.models.score import HEAD_CHUNK
 from lorakeet.models.targets import plan_for
 from lorakeet.models.text import TextModel, token_logprobs
 from lorakeet.quant.adopt import weights_in
@@ -33,7 +44,7 @@ from lorakeet.train.run import RunFolder
 from lorakeet.train.spec import TrainSpec
 from lorakeet.train.text_task import TextTask
 
-EVALUATE, STEP, CHECKPOINT = "evaluate", "train step", "checkpoint"
+EVALUATE, STEP, CHECKPOINT, JUDGE = "evaluate", "train step", "checkpoint", "judge"
 MICRO_BATCHES = 2  # rehearsed in each step: from the second one on gradients are there to be added to
 
 
@@ -59,52 +70,107 @@ class Rehearsal:
     peaks: Mapping[str, Held]
     parameters: int  # numbers in the frozen model, packed ones counted one by one
     largest: int  # numbers in its largest matrix
+    packed: bool = False  # whether any of its matrices is
     work: Work = field(default_factory=Work)
 
 
-def rehearse(
-    build: Callable[[], TextModel], lora: LoraSpec, spec: TrainSpec, *, rows: Rows, micro_batches: int = MICRO_BATCHES
-) -> Rehearsal:
-    """Runs `build` and then held-out evaluation, steps and a checkpoint of its model, on shapes alone.
+class NotPlanned(ConfigError):
+    """The model computes in a way that cannot be followed on shapes, such as experts that are chosen by the numbers."""
 
-    `rows` is the largest micro-batch of the run. Raises ConfigError where `lora` does not fit the model.
+
+@dataclass(frozen=True)
+class Judging:
+    """What a run judges by: texts that the base writes, and the rows that go through models at once."""
+
+    rows: Rows
+    texts: int = 64
+    text_tokens: int = 32
+
+
+def rehearse(
+    build: Callable[[], TextModel],
+    lora: LoraSpec,
+    spec: TrainSpec,
+    *,
+    rows: Rows,
+    micro_batches: int = MICRO_BATCHES,
+    judging: Judging | None = None,
+) -> Rehearsal:
+    """Runs `build` and then steps, held-out evaluation, a checkpoint and judging of its model, on shapes alone.
+
+    `rows` is the largest micro-batch of a step, those of `judging` (left out: the same) that of all else. Raises ConfigError
+    where `lora` does not fit the model, NotPlanned where its arithmetic cannot be followed.
     """
     SCRATCH.clear()  # a matrix with numbers must not be lent to a rehearsal, nor one without numbers to a run
     try:
-        with Ledger() as ledger:
-            return _rehearsed(ledger, build, lora, spec, rows=rows, micro_batches=micro_batches)
+        with torch.random.fork_rng(devices=[]), warnings.catch_warnings(), Ledger() as ledger:
+            warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")  # as the copy of a whole module does
+            return _Rehearsing(ledger, build(), lora, spec).go(rows, micro_batches, judging or Judging(rows))
+    except (UnsupportedOperatorException, DynamicOutputShapeException, DataDependentOutputException) as error:
+        raise NotPlanned(f"This model cannot be planned: what it computes depends on its numbers ({error}).") from error
     finally:
         SCRATCH.clear()
 
 
-def _rehearsed(
-    ledger: Ledger, build: Callable[[], TextModel], lora: LoraSpec, spec: TrainSpec, *, rows: Rows, micro_batches: int
-) -> Rehearsal:
-    text = build()
-    ledger.vocabulary = int(text.model.config.get_text_config().vocab_size)
-    ledger.name("base", [*text.model.parameters(), *text.model.buffers()])
-    plan = plan_for(text.model, lora, text.family)
-    begin_adapter(text, plan, seed=0)
-    training = training_on(text, spec, rows, micro_batches)
-    parameters = training.parameters.values()
-    ledger.name("adapter", [*parameters, *training.task.fixed().values()])
-    ledger.watch_gradients(parameters)
-    batch = made_up_batch(rows).to(text.device)
-    with ledger.phase(EVALUATE):
-        text.model.eval()
-        token_logprobs(text, batch, chunk=spec.head_chunk)
+class _Rehearsing:
+    """One rehearsal in progress."""
+
+    def __init__(self, ledger: Ledger, text: TextModel, lora: LoraSpec, spec: TrainSpec) -> None:
+        self.ledger, self.text, self.spec = ledger, text, spec
+        config = text.model.config.get_text_config()
+        text.model.generation_config = None  # whose end ids would end the texts that are written at their first token
+        ledger.vocabulary = int(config.vocab_size)
+        ledger.name("base", [*text.model.parameters(), *text.model.buffers()])
+        self.plan = plan_for(text.model, lora, text.family)
+        begin_adapter(text, self.plan, seed=0, token_ids=tuple(range(len(lora.new_tokens))))
+
+    def go(self, rows: Rows, micro_batches: int, judging: Judging) -> Rehearsal:
+        ledger, text = self.ledger, self.text
+        self._train(rows, micro_batches, judging.rows)
+        with ledger.phase(JUDGE):
+            _judge(text, judging)
+        ledger.close()
+        step = ledger.work[STEP]
+        work = Work(step.flops // micro_batches, step.written // micro_batches)
+        parameters = weights_in(text.model) - self.plan.parameters
+        packed = any(isinstance(module, PackedBase) for module in text.model.modules())
+        return Rehearsal(self.plan, ledger.held["base"], ledger.peaks, parameters, _largest(text), packed, work)
+
+    def _train(self, rows: Rows, micro_batches: int, evaluated: Rows) -> None:
+        ledger, text = self.ledger, self.text
+        training = training_on(text, self.spec, rows, micro_batches)
+        parameters = training.parameters.values()
+        ledger.name("adapter", [*parameters, *training.task.fixed().values()])
+        ledger.watch_gradients(parameters)
         best = [parameter.detach().clone() for parameter in parameters]
-    ledger.name("adapter", best)
-    _begin_moments(training)
-    ledger.name("moments", _moments(training))
-    with ledger.phase(STEP):
-        training.step()
-    with ledger.phase(CHECKPOINT):
-        _checkpoint(training)
-    ledger.close()
-    step = ledger.work[STEP]
-    work = Work(step.flops // micro_batches, step.written // micro_batches)
-    return Rehearsal(plan, ledger.held["base"], ledger.peaks, weights_in(text.model) - plan.parameters, _largest(text), work)
+        ledger.name("adapter", best)
+        _begin_moments(training)
+        ledger.name("moments", _moments(training))
+        with ledger.phase(STEP):
+            training.step()
+        with ledger.phase(EVALUATE):
+            text.model.eval()
+            token_logprobs(text, made_up_batch(evaluated).to(text.device), chunk=self.spec.head_chunk)
+        with ledger.phase(CHECKPOINT):
+            _checkpoint(training)
+
+
+def _judge(text: TextModel, judging: Judging) -> None:
+    """Labels scored, two models' logits compared, texts written by the base: each with what it holds at its peak."""
+    text.model.eval()
+    batch = made_up_batch(judging.rows).to(text.device)
+    with torch.no_grad():
+        hidden = text.hidden(batch)
+        text.head(hidden[:HEAD_CHUNK]).float().log_softmax(-1)
+        other = torch.empty_like(hidden)
+        left, right = text.head(hidden[:HEAD_CHUNK]), text.head(other[:HEAD_CHUNK])
+        part = slice(0, max(1, CELLS // left.shape[1]))
+        differences(left[part].double(), right[part].double(), batch.target_ids[:HEAD_CHUNK][part])
+        del hidden, other, left, right
+    if judging.texts:
+        activate(text.model, None)
+        count = min(judging.texts, ROWS_AT_ONCE)  # read at once, they hold as much as when they are written token by token
+        sample(text, [np.ones(judging.text_tokens, np.int64)] * count, max_tokens=1)
 
 
 def _largest(text: TextModel) -> int:

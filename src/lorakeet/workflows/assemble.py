@@ -22,7 +22,7 @@ from lorakeet.models.load import load_text_model
 from lorakeet.models.targets import plan_for
 from lorakeet.models.text import TextModel
 from lorakeet.train.text_task import TextTask
-from lorakeet.workflows.arrange import Arrangement, arrange
+from lorakeet.workflows.arrange import Arrangement, Loaded, arrange
 from lorakeet.workflows.choose_ranks import choose_ranks
 
 
@@ -68,7 +68,9 @@ def assemble(config: RunConfig, console: Console) -> Assembly:
         raise DataError(
             "No rows are held out, so nothing could be proved; set data.held_out_fraction above 0 or name a data.held_out file."
         )
-    arrangement = arrange(config, _say(console))
+    parts = (dataset.train, dataset.held_out, dataset.test)
+    loaded = Loaded(bool(dataset.labels), sum(len(row.text) for rows in parts for row in rows))
+    arrangement = arrange(config, _say(console), loaded)
     text = load_text_model(config.model, say=console.print, store=arrangement.store)
     if text.dtype == torch.float16:
         raise ConfigError(
@@ -78,7 +80,7 @@ def assemble(config: RunConfig, console: Console) -> Assembly:
     plan = plan_for(text.model, config.lora, text.family)
     new_token_ids = text.add_tokens(config.lora.new_tokens)  # before any row is encoded
     encoder = Encoder(text.tokenizer, config.data, dataset.labels)
-    train, held_out, test = (encode_rows(rows, encoder) for rows in (dataset.train, dataset.held_out, dataset.test))
+    train, held_out, test = (encode_rows(rows, encoder) for rows in parts)
     if dataset.labels:
         encoder.candidates(dataset.held_out[0])  # a template that keeps answers from being compared is found now
     if config.ranks.choose == "auto":

@@ -19,6 +19,7 @@ from lorakeet.errors import ConfigError, RunStopped
 from lorakeet.evaluate.certificate import Certificate
 from lorakeet.evaluate.report import Report, write_report
 from lorakeet.evaluate.values import encode
+from lorakeet.memory.allocator import give_back_free_memory
 from lorakeet.models.fingerprint import fingerprint
 from lorakeet.models.frozen import frozen_digests
 from lorakeet.train.log import read_metrics, require_sink
@@ -62,6 +63,8 @@ class FinetuneResult:
                 "test": len(self.setup.dataset.test),
             },
         }
+        if self.setup.arrangement.forecast is not None:
+            found["memory"] = self.setup.arrangement.forecast.to_mapping()
         if self.outcome is None or self.report is None:
             return {**found, "dry_run": True, "plan": self.setup.plan.to_mapping()}
         return {**found, "outcome": encode(self.outcome), "report": encode(self.report)}
@@ -98,6 +101,7 @@ def finetune(
         report=reporter_for(console),
         budget=setup.arrangement.budget,
     )
+    give_back_free_memory()  # what training's heap grew to is not held beside the two models of the certificate
     try:
         report = _prove(setup, outcome, run, before, console)
     except KeyboardInterrupt:

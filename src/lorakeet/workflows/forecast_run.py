@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,8 +12,7 @@ import torch
 from lorakeet.config import RunConfig
 from lorakeet.core.plan import Plan
 from lorakeet.core.spec import LoraSpec
-from lorakeet.errors import ConfigError
-from lorakeet.memory.forecast import Forecast, phases_of
+from lorakeet.memory.forecast import Forecast, larger, phases_of, with_more
 from lorakeet.memory.ledger import Held, Work
 from lorakeet.memory.measure import resident_bytes
 from lorakeet.models.adapt import begin_adapter
@@ -21,11 +21,27 @@ from lorakeet.models.targets import plan_for
 from lorakeet.models.text import token_logprobs
 from lorakeet.quant.packed import SCRATCH
 from lorakeet.quant.spec import QuantSpec
-from lorakeet.train.rehearsal import CHECKPOINT, EVALUATE, STEP, Rehearsal, Rows, made_up_batch, rehearse, training_on
+from lorakeet.train.rehearsal import (
+    CHECKPOINT,
+    EVALUATE,
+    JUDGE,
+    STEP,
+    Judging,
+    Rehearsal,
+    Rows,
+    made_up_batch,
+    rehearse,
+    training_on,
+)
 from lorakeet.train.spec import TrainSpec
 
-LOAD, MERGE = "load", "merge"
+LOAD, CERTIFY, MERGE, EXPORT = "load", "certify", "merge", "export"
+LATER = (MERGE, EXPORT)  # processes of their own
 TOKENIZER_ENTRY = 1024  # bytes for each word of a vocabulary; measured: 45.8 MiB for SmolLM2's 49,152
+ROW_BYTES = 9  # for each character of a row: at most a token, with its id and whether it is learnt
+INTERVALS = 64 << 20  # bytes: numpy's copies of the weights of resamples (evaluate/intervals), whatever the number of rows
+FLOORS = 128 << 20  # bytes: scikit-learn (63 MiB when imported) and its tables of words
+CHECK_TOKENS = 1024  # of a micro-batch of the certificate (workflows/certify_run)
 _SMALL = {
     "model_type": "llama", "vocab_size": 512, "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2,
     "num_attention_heads": 4, "num_key_value_heads": 2,
@@ -51,23 +67,40 @@ class Planned:
     work: Work  # of one micro-batch in training
     base: int  # bytes
 
+    @property
+    def peak(self) -> int:
+        """The most bytes that `lorakeet finetune` will hold: of training, judging and certifying."""
+        return max(phase.bytes for phase in self.forecast.phases if phase.name not in LATER)
+
+    @property
+    def training_peak(self) -> int:
+        """The most bytes until training ends."""
+        training = (LOAD, STEP, EVALUATE, CHECKPOINT)
+        return max(phase.bytes for phase in self.forecast.phases if phase.name in training)
+
+    def to_mapping(self) -> dict[str, Any]:
+        """Plain values for --json."""
+        return {"peak": self.peak, "phases": [phase.to_mapping() for phase in self.forecast.phases]}
+
 
 def runtime_bytes(precision: Precision) -> int:
     """What this process holds beside the tensors of a model, once it has done everything that a run does.
 
     Found by doing it on a very small model, so that the code of every kernel and the libraries' own buffers are there.
     """
-    text = outline(
-        config_from(_SMALL), name="probe", dtype=precision.dtype, products=precision.products, quantize=precision.quantize
-    )
-    begin_adapter(text, plan_for(text.model, LoraSpec(), text.family), seed=0)
-    rows = Rows(64, 2)
-    training = training_on(text, TrainSpec(), rows)
-    token_logprobs(text, made_up_batch(rows))
-    for parameter in training.parameters.values():  # made-up weights: what counts is that every kernel runs
-        parameter.grad = torch.ones_like(parameter)
-    training.optimizer.step(1e-3)
-    training.step()
+    quantize = precision.quantize if precision.quantize.method in ("nf4", "int8") else QuantSpec()
+    with torch.random.fork_rng(devices=[]):
+        text = outline(
+            config_from(_SMALL), name="probe", dtype=precision.dtype, products=precision.products, quantize=quantize
+        )
+        begin_adapter(text, plan_for(text.model, LoraSpec(), text.family), seed=0)
+        rows = Rows(64, 2)
+        training = training_on(text, TrainSpec(), rows)
+        token_logprobs(text, made_up_batch(rows))
+        for parameter in training.parameters.values():  # made-up weights: what counts is that every kernel runs
+            parameter.grad = torch.ones_like(parameter)
+        training.optimizer.step(1e-3)
+        training.step()
     SCRATCH.clear()
     return resident_bytes()
 
@@ -78,52 +111,94 @@ def rows_of(config: RunConfig) -> Rows:
     return Rows(length, max(1, min(config.train.micro_tokens // length, config.train.batch_size)))
 
 
+def judging_of(config: RunConfig) -> Judging:
+    """The largest micro-batch of held-out rows, of those of the judgement and of the certificate, and the texts of the drift."""
+    length, spec = config.data.max_tokens, config.evaluate
+    at_once = max(config.train.micro_tokens, CHECK_TOKENS)
+    return Judging(Rows(length, max(1, at_once // length)), spec.drift_texts, spec.drift_tokens)
+
+
 def forecast_run(
     config: RunConfig,
     model_config: Any,
     precision: Precision,
     *,
     runtime: int,
+    files: Path | None = None,
     returning: bool = False,
     tokenizer: bool = True,
+    labelled: bool = True,
 ) -> Planned:
-    """What a run of `config` on the model of `model_config` will hold; `returning` as in memory/forecast.
+    """What a run of `config` on the model of `model_config` will hold; `returning` (a run under a budget) as in memory/forecast.
 
-    `runtime` is what the process holds beside tensors and tokenizer. Raises ConfigError where the settings do not fit the
-    model, or where its kind of packing cannot be planned.
+    `runtime` is what the process holds beside tensors and tokenizer, `files` the model's folder or .gguf file where there is one,
+    `labelled` whether rows may have labels. Raises ConfigError where the settings do not fit the model, NotPlanned where its
+    arithmetic cannot be followed.
     """
-    if precision.quantize.method not in ("none", "nf4", "int8"):
-        raise ConfigError(
-            f"model.quantize {precision.quantize.method} cannot be planned from a configuration: each of its matrices is packed "
-            "in its own way. Plan with nf4, which takes about as much as a 4-bit file."
-        )
-    if tokenizer:
-        runtime += TOKENIZER_ENTRY * int(model_config.get_text_config().vocab_size)
+    words = TOKENIZER_ENTRY * int(model_config.get_text_config().vocab_size) if tokenizer else 0
     rows = rows_of(config)
     build = partial(
         outline, model_config, name=config.model.path, dtype=precision.dtype, products=precision.products,
-        attention=config.model.attention, quantize=precision.quantize,
+        attention=config.model.attention, quantize=precision.quantize, files=files,
     )  # fmt: skip
     micro_batches = 2 if config.train.batch_size > rows.count else 1
-    found = rehearse(build, config.lora, config.train, rows=rows, micro_batches=micro_batches)
-    training = {LOAD: _load(model_config, found, precision), **{name: found.peaks[name] for name in (EVALUATE, STEP, CHECKPOINT)}}
-    phases = phases_of(training, runtime, returning=returning)
-    merge = phases_of({MERGE: _merge(found)}, runtime, returning=returning)  # a process of its own
-    return Planned(Forecast((*phases, *merge)), found.plan, rows, found.work, found.base)
+    found = rehearse(
+        build, config.lora, config.train, rows=rows, micro_batches=micro_batches, judging=judging_of(config)
+    )
+    load, judge = _load(model_config, found, precision), found.peaks[JUDGE]
+    floors = FLOORS if labelled and config.evaluate.baselines else 0
+    kept = Held(found.base + 4 * found.plan.parameters, {"base": found.base, "adapter": 4 * found.plan.parameters})
+    judged = with_more(larger(judge, with_more(kept, scratch=INTERVALS)), runtime=floors)
+    again = Again(found, load, judge, words, second=not returning)
+    held = {
+        LOAD: load,
+        STEP: found.peaks[STEP],
+        EVALUATE: found.peaks[EVALUATE],
+        CHECKPOINT: found.peaks[CHECKPOINT],
+        JUDGE: judged,
+        CERTIFY: with_more(again.peak(kept), runtime=floors),
+    }
+    run = phases_of(held, runtime + words, returning=returning, trimmed_before=(JUDGE,))
+    later = [phases_of({name: peak}, runtime + words) for name, peak in ((MERGE, _merge(found)), (EXPORT, _export(found)))]
+    return Planned(Forecast((*run, *(phase for (phase,) in later))), found.plan, rows, found.work, found.base)
+
+
+@dataclass(frozen=True)
+class Again:
+    """The certificate's part: the base with the adapter from disk, beside the live one (`second`) or within it."""
+
+    found: Rehearsal
+    load: Held
+    judge: Held
+    words: int  # bytes of a second tokenizer
+    second: bool
+
+    def peak(self, kept: Held) -> Held:
+        """The most held while the second base is loaded, or while the two are compared."""
+        adapter = 4 * self.found.plan.parameters
+        if not self.second:
+            return with_more(self.judge, adapter=2 * adapter)
+        loading = with_more(kept, **self.load.kinds, runtime=self.words)
+        return larger(loading, with_more(self.judge, base=self.found.base, adapter=2 * adapter, runtime=self.words))
 
 
 def _load(model_config: Any, found: Rehearsal, precision: Precision) -> Held:
     """The base, and while it is read: the file's own pages where the dtype changes, a matrix as stored where it is packed."""
     stored = getattr(model_config, "dtype", None) or torch.float32
-    if precision.quantize.method != "none":
-        return Held(kinds={"base": found.base, "scratch": found.largest * stored.itemsize})
+    if found.packed:
+        return with_more(Held(), base=found.base, scratch=found.largest * stored.itemsize)
     pages = found.parameters * stored.itemsize if stored != precision.dtype else 0
-    return Held(kinds={"base": found.base, "scratch": pages})
+    return with_more(Held(), base=found.base, scratch=pages)
 
 
 def _merge(found: Rehearsal) -> Held:
     """The merged model is compared with base + adapter, both in fp32, weight by weight; the writing takes less."""
     weight = found.largest * torch.float32.itemsize
-    return Held(kinds={
-        "base": 2 * found.parameters * torch.float32.itemsize, "adapter": 2 * found.plan.parameters * 4, "scratch": 4 * weight,
-    })  # fmt: skip
+    both = 2 * found.parameters * torch.float32.itemsize
+    return with_more(Held(), base=both, adapter=2 * found.plan.parameters * 4, scratch=4 * weight)
+
+
+def _export(found: Rehearsal) -> Held:
+    """The GGUF file in llama.cpp is compared with base + adapter in fp32; in f16 it takes half as much beside it."""
+    whole = found.parameters * torch.float32.itemsize
+    return with_more(Held(), base=whole + whole // 2, adapter=2 * found.plan.parameters * 4, scratch=4 * 4 * found.largest)

@@ -103,12 +103,16 @@ def _facts(setup: Assembly, run: RunFolder) -> dict[str, str]:
 
 
 def _memory(setup: Assembly, outcome: Outcome) -> tuple[MemoryUse, ...]:
-    """Planned and used bytes; without a budget nothing was planned."""
-    kept = setup.arrangement
-    used = (MemoryUse("training, whole process", kept.planned, outcome.peak_bytes),)
+    """Planned and used bytes: of training, then of all up to the certificate; and the latter against a budget."""
+    kept, whole = setup.arrangement, peak_bytes()
+    planned = None if kept.forecast is None else kept.forecast.peak
+    used = (
+        MemoryUse("training, whole process", kept.planned, outcome.peak_bytes),
+        MemoryUse("training, judging and certificate", planned, whole),
+    )
     if kept.budget is None:
         return used
-    return (*used, MemoryUse("training and judging, against memory.budget", kept.budget, peak_bytes()))
+    return (*used, MemoryUse("training and judging, against memory.budget", kept.budget, whole))
 
 
 def _speed(metrics: Sequence[dict[str, Any]], outcome: Outcome) -> dict[str, str]:

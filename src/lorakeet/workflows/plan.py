@@ -6,6 +6,7 @@ import dataclasses
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -17,12 +18,14 @@ from lorakeet.config import RunConfig
 from lorakeet.errors import ConfigError
 from lorakeet.evaluate.wording import bytes_text
 from lorakeet.memory.allocator import return_freed_memory
+from lorakeet.memory.bound import Choice, choose, least
 from lorakeet.memory.budget import larger_than_machine
-from lorakeet.memory.forecast import KINDS, Forecast
-from lorakeet.models.outline import config_of
-from lorakeet.models.placement import dtype_for, products_for
+from lorakeet.memory.forecast import KINDS
+from lorakeet.memory.measure import resident_bytes
+from lorakeet.models.outline import config_of, local_files
 from lorakeet.workflows import finetune as _run  # noqa: F401 - what a run has in memory is in memory here, to be counted
-from lorakeet.workflows.forecast_run import MERGE, Planned, Precision, forecast_run, runtime_bytes
+from lorakeet.workflows.arrange import precision_of, shapes_of
+from lorakeet.workflows.forecast_run import Planned, Precision, forecast_run, runtime_bytes
 
 PROBE_SIZE, PROBE_BYTES, PROBE_REPEATS = 1024, 64 << 20, 5
 
@@ -51,12 +54,14 @@ class PlanResult:
     planned: Planned
     speed: Speed
     budget: int | None
+    streamed: Choice | None = None  # how `lorakeet finetune` keeps a budget that is too small for weights in memory
+    least: int | None = None  # the smallest budget that streaming keeps; of the same runs
     advice: tuple[Advice, ...] = ()
 
     @property
     def peak(self) -> int:
-        """The most bytes that `lorakeet finetune` will hold."""
-        return training_peak(self.planned.forecast)
+        """The most bytes that `lorakeet finetune` will hold with its weights in memory."""
+        return self.planned.peak
 
     @property
     def seconds(self) -> float:
@@ -75,6 +80,8 @@ class PlanResult:
             "peak": self.peak,
             "budget": self.budget,
             "fits": None if self.budget is None else self.peak <= self.budget,
+            "streamed": None if self.streamed is None else dataclasses.asdict(self.streamed),
+            "streamed_least": self.least,
             "advice": [dataclasses.asdict(item) for item in self.advice],
             "speed": {**dataclasses.asdict(work), "flops_per_second": self.speed.flops, "bytes_per_second": self.speed.bytes,
                       "seconds_at_least": self.seconds, "tokens_per_second_at_most": planned.rows.tokens / self.seconds},
@@ -102,29 +109,24 @@ def plan(
         if warning := larger_than_machine(budget):
             console.print(warning, soft_wrap=True)
         return_freed_memory()  # as a run under a budget does
-    model_config = config_of(config.model, console.print)
-    device = torch.device("cpu")
-    dtype = dtype_for(config.model.dtype, device)
-    precision = Precision(dtype, products_for(config.model, dtype, device), config.model.quantize)
+    model_config, files = config_of(config.model, console.print), local_files(config.model.path)
+    precision = precision_of(config)
     speed = _speed(precision.products)
-    runtime = runtime_bytes(precision)
-    returning = budget is not None
-    planned = forecast_run(config, model_config, precision, runtime=runtime, returning=returning)
-    advice: tuple[Advice, ...] = ()
-    if budget is not None and training_peak(planned.forecast) > budget:
-        found = []
-        for change, other, other_precision in _changes(config, precision, planned):
-            with_it = forecast_run(other, model_config, other_precision, runtime=runtime, returning=returning)
-            found.append(Advice(change, training_peak(with_it.forecast)))
-        advice = tuple(sorted(found, key=lambda item: item.peak))
-    result = PlanResult(config, planned, speed, budget, advice)
+    before, runtime = resident_bytes(), runtime_bytes(precision)
+    forecast = partial(forecast_run, model_config=model_config, runtime=runtime, files=files, returning=budget is not None)
+    planned = forecast(config, precision=precision)
+    result = PlanResult(config, planned, speed, budget)
+    if budget is not None and planned.peak > budget:
+        size = sum(path.stat().st_size for path in files.glob("*.safetensors")) if files is not None and files.is_dir() else 0
+        shapes, step = shapes_of(config, model_config, size)
+        changes = _changes(config, precision, planned)
+        found = [Advice(change, forecast(other, precision=kept).peak) for change, other, kept in changes]
+        result = dataclasses.replace(
+            result, streamed=choose(shapes, step, before, budget), least=least(shapes, step, before),
+            advice=tuple(sorted(found, key=lambda item: item.peak)),
+        )  # fmt: skip
     show_plan(result, console)
     return result
-
-
-def training_peak(forecast: Forecast) -> int:
-    """The most bytes in the phases that `lorakeet finetune` goes through; merging is a process of its own."""
-    return max(phase.bytes for phase in forecast.phases if phase.name != MERGE)
 
 
 def show_plan(result: PlanResult, console: Console) -> None:
@@ -145,6 +147,8 @@ def show_plan(result: PlanResult, console: Console) -> None:
         soft_wrap=True,
     )
     console.print(f"Peak of the run: {bytes_text(result.peak)}{_against(result)}.", soft_wrap=True)
+    if result.least is not None:
+        console.print(f"{_streaming(result)} With weights in memory it would take:", soft_wrap=True)
     for item in result.advice:
         fits = "fits" if result.budget is not None and item.peak <= result.budget else "is still too much"
         console.print(f"  {item.change}: {bytes_text(item.peak)}, {fits}", soft_wrap=True)
@@ -161,8 +165,16 @@ def _against(result: PlanResult) -> str:
         return ""
     left = result.budget - result.peak
     said = f"{bytes_text(left)} less than" if left >= 0 else f"{bytes_text(-left)} more than"
-    stream = "" if left >= 0 else "; finetune streams frozen weights from disk where that makes a run fit. What would help"
-    return f", {said} the budget of {bytes_text(result.budget)}{stream}"
+    return f" with its weights in memory, {said} the budget of {bytes_text(result.budget)}"
+
+
+def _streaming(result: PlanResult) -> str:
+    """What finetune does where the weights do not fit."""
+    if result.streamed is not None:
+        aside, size = "on disk" if result.streamed.aside else "in memory", bytes_text(result.streamed.planned)
+        return f"finetune streams the frozen blocks from disk instead: {size}, inputs of blocks {aside}."
+    least_that_works = bytes_text(min(result.least or result.peak, result.peak))
+    return f"finetune refuses: it needs at least {least_that_works}, with its blocks streamed from disk."
 
 
 def _with(config: RunConfig, rank: int | None, tokens: int | None, quantize: Any) -> RunConfig:

@@ -11,7 +11,7 @@ from lorakeet.data.template import uses_template
 from lorakeet.evaluate.certificate import Certificate
 from lorakeet.evaluate.intervals import Estimate
 from lorakeet.evaluate.report import Report
-from lorakeet.evaluate.wording import METRIC_WORDS, metric_words, number, signed
+from lorakeet.evaluate.wording import METRIC_WORDS, bytes_text, metric_words, number, signed
 from lorakeet.workflows.assemble import Assembly
 
 
@@ -40,6 +40,10 @@ def show_plan(setup: Assembly, console: Console) -> None:
         f"{setup.steps} steps of {setup.config.train.batch_size} rows, {setup.tokens_per_epoch:,} tokens a pass; "
         f"{model.dtype} weights, {model.products} products, {model.attention} attention on {model.device}"
     )
+    planned = setup.arrangement.forecast
+    if planned is not None:
+        most = max((phase for phase in planned.forecast.phases if phase.bytes == planned.peak), key=lambda phase: phase.bytes)
+        console.print(f"Memory: at most {bytes_text(planned.peak)} of this process planned, in the phase: {most.name}")
 
 
 def _lacks_template(setup: Assembly) -> bool:
