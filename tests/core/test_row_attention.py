@@ -57,6 +57,16 @@ def test_blocks_of_queries_change_nothing_but_rounding(queries: int, monkeypatch
         torch.testing.assert_close(found.float(), expected.float(), rtol=2e-2, atol=2e-2)
 
 
+def test_products_see_few_shapes_whatever_the_lengths(monkeypatch: pytest.MonkeyPatch) -> None:
+    shapes: set[tuple[int, ...]] = set()
+    usual = torch.bmm
+    monkeypatch.setattr(torch, "bmm", lambda a, b: shapes.add((*a.shape, *b.shape)) or usual(a, b))  # type: ignore[func-returns-value]
+    for length in range(33, 65):  # every length of one piece
+        q, k, v = (torch.randn(1, heads, length, WIDTH).bfloat16().requires_grad_() for heads in (HEADS, KV, KV))
+        causal_rows(q, k, v, (length,), SCALE, torch.bfloat16).sum().backward()
+    assert len(shapes) == 3  # P·V and ∂S·K, ∂O·Vᵀ, Pᵀ·∂O and ∂Sᵀ·Q
+
+
 def test_products_keep_only_what_came_in() -> None:
     kept: list[Tensor] = []
     q, k, v = states(torch.bfloat16)

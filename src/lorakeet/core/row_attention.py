@@ -16,6 +16,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+PIECE = 32  # lengths are rounded up to whole pieces: oneDNN keeps code of its own for every shape that it has seen
 QUERIES = 256  # queries whose scores exist at once: heads · 256 · (keys so far) numbers, whatever the row's length
 
 
@@ -39,10 +40,11 @@ class ProductRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, rows: tuple[int, ...], scale: float) -> Tensor:
         result = torch.empty_like(query.transpose(1, 2), memory_format=torch.contiguous_format)
-        groups = query.shape[1] // key.shape[1]
+        kv = key.shape[1]
         for queries, keys in _blocks(rows):
-            weights = _softmax(_stacked(query, queries, groups), key[0, :, keys], groups, scale)
-            _unstack(result.transpose(1, 2), queries, torch.bmm(weights, value[0, :, keys]))
+            q, k, v = _padded(query, queries, kv), _padded(key, keys, kv), _padded(value, keys, kv)
+            weights = _softmax(q, k, _width(queries), _width(keys), scale)
+            _unpad(result.transpose(1, 2), queries, torch.bmm(weights, v))
         ctx.save_for_backward(query, key, value)
         ctx.rows, ctx.scale = rows, scale
         return result
@@ -50,25 +52,28 @@ class ProductRows(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value = ctx.saved_tensors
-        groups = query.shape[1] // key.shape[1]
+        kv = key.shape[1]
         grad_q = torch.empty_like(query)
         grad_k, grad_v = torch.zeros_like(key, dtype=torch.float32), torch.zeros_like(value, dtype=torch.float32)
         for queries, keys in _blocks(ctx.rows):
-            q, k, v = _stacked(query, queries, groups), key[0, :, keys], value[0, :, keys]
-            g = _stacked(grad.transpose(1, 2), queries, groups)
-            weights = _softmax(q, k, groups, ctx.scale)
-            grad_v[0, :, keys] += torch.bmm(weights.transpose(1, 2), g)
+            q, k, v = _padded(query, queries, kv), _padded(key, keys, kv), _padded(value, keys, kv)
+            g, count = _padded(grad.transpose(1, 2), queries, kv), _width(keys)
+            weights = _softmax(q, k, _width(queries), count, ctx.scale)
+            grad_v[0, :, keys] += torch.bmm(weights.transpose(1, 2), g)[:, :count]
             grad_weights = torch.bmm(g, v.transpose(1, 2))
             grad_scores = torch.ops.aten._softmax_backward_data(grad_weights, weights, -1, weights.dtype)
-            grad_k[0, :, keys] += torch.bmm(grad_scores.transpose(1, 2), q)
-            _unstack(grad_q, queries, torch.bmm(grad_scores, k))
+            grad_k[0, :, keys] += torch.bmm(grad_scores.transpose(1, 2), q)[:, :count]
+            _unpad(grad_q, queries, torch.bmm(grad_scores, k))
         return grad_q.mul_(ctx.scale), grad_k.mul_(ctx.scale).to(key.dtype), grad_v.to(value.dtype), None, None
 
 
-def _softmax(q: Tensor, k: Tensor, groups: int, scale: float) -> Tensor:
-    """softmax(scale·q·kᵀ + mask) of stacked queries (kv, G·b, d) that are the last b of the keys (kv, m, d), in q's dtype."""
-    b, m = q.shape[1] // groups, k.shape[1]
-    mask = torch.full((b, m), float("-inf"), dtype=q.dtype, device=q.device).triu_(m - b + 1)
+def _softmax(q: Tensor, k: Tensor, queries: int, keys: int, scale: float) -> Tensor:
+    """softmax(scale·q·kᵀ + mask) in q's dtype; of q (kv, G·b, d) the first `queries` of each b are real, the last of `keys` keys.
+
+    Keys behind the real ones come after every real query, so the causal mask hides them too.
+    """
+    groups = q.shape[1] // _whole(queries)
+    mask = torch.full((_whole(queries), k.shape[1]), float("-inf"), dtype=q.dtype, device=q.device).triu_(keys - queries + 1)
     scores = torch.baddbmm(mask.repeat(groups, 1), q, k.transpose(1, 2), alpha=scale)
     return torch.softmax(scores, -1, dtype=torch.float32).to(q.dtype)
 
@@ -81,16 +86,29 @@ def _blocks(rows: tuple[int, ...]) -> Iterator[tuple[slice, slice]]:
             yield slice(start, stop), slice(part.start, stop)
 
 
-def _stacked(states: Tensor, part: slice, groups: int) -> Tensor:
-    """One part of (1, kv·G, tokens, d) as (kv, G·b, d)."""
+def _width(part: slice) -> int:
+    return int(part.stop - part.start)
+
+
+def _whole(count: int) -> int:
+    """`count` rounded up to whole PIECES."""
+    return -(-count // PIECE) * PIECE
+
+
+def _padded(states: Tensor, part: slice, kv: int) -> Tensor:
+    """One part of (1, kv·G, tokens, d) as (kv, G·b, d), b whole pieces, filled up with zeros."""
     _, heads, _, d = states.shape
-    return states[0, :, part].reshape(heads // groups, -1, d)
+    count = _width(part)
+    out = states.new_zeros(kv, heads // kv, _whole(count), d)
+    out[:, :, :count] = states[0, :, part].view(kv, heads // kv, count, d)
+    return out.view(kv, -1, d)
 
 
-def _unstack(target: Tensor, part: slice, block: Tensor) -> None:
-    """Writes (kv, G·b, d) to its places in (1, kv·G, tokens, d)."""
+def _unpad(target: Tensor, part: slice, block: Tensor) -> None:
+    """Writes the real rows of (kv, G·b, d) to their places in (1, kv·G, tokens, d)."""
     place = target[0, :, part]
-    place.copy_(block.view(place.shape))
+    count = place.shape[1]
+    place.copy_(block.view(place.shape[0], -1, place.shape[2])[:, :count])
 
 
 class FlashRows(torch.autograd.Function):

@@ -38,8 +38,8 @@ def finish(
 ) -> dict[str, PackedBase]:
     """Trains the pairs of `adapter` through the grids of `solved`, whose packed layers are in `text`; returns the layers then.
 
-    Batches and seed are those of the run, the rate is `RATE` of its, and falls to 0 in a line. `on_step` hears of each step and its loss in
-    nats a token. `text` holds what is returned.
+    Batches and seed are those of the run, the rate is `RATE` of its, and falls to 0 in a line. `on_step` hears of each step
+    and its loss in nats a token. `text` holds what is returned.
     """
     layers: dict[str, StraightThroughLinear] = {}
     for path, pair in adapter.pairs.items():
