@@ -60,15 +60,20 @@ class SafeFile:
 
     def read(self, name: str) -> Tensor:
         """The tensor `name`, in memory of its own."""
-        stored = self.tensors[name]
-        data = bytearray(stored.end - stored.begin)
+        stored, data = self.tensors[name], self.bytes_of(name)
         if not data:
             return torch.empty(stored.shape, dtype=stored.dtype)
+        return torch.frombuffer(data, dtype=stored.dtype).view(stored.shape)
+
+    def bytes_of(self, name: str) -> bytearray:
+        """The bytes of the tensor `name`."""
+        stored = self.tensors[name]
+        data = bytearray(stored.end - stored.begin)
         with self.path.open("rb") as file:
             file.seek(stored.begin)
             if file.readinto(data) != len(data):
                 raise DataError(f"{self.path} became shorter while it was read. Fetch the file again.")
-        return torch.frombuffer(data, dtype=stored.dtype).view(stored.shape)
+        return data
 
 
 def open_safetensors(path: Path) -> SafeFile:

@@ -69,7 +69,7 @@ def _types_in(files: Mapping[str, SafeFile], path: str) -> str:
     name = next((name for name in files if name.endswith(f"{path}.weight{on_disk.GGUF_TYPE}")), None)
     if name is None:
         raise ConfigError(f"The folder has no GGUF blocks of {path}. Name the .gguf file, or fetch the folder again.")
-    return bytes(files[name].read(name).tolist()).decode("ascii", "replace")
+    return files[name].bytes_of(name).decode("ascii", "replace")  # no tensor: the shapes are being traced
 
 
 def _gptq(settings: gptq_config.GptqConfig | None, columns: int) -> Mapping[str, Any] | None:
