@@ -8,7 +8,6 @@ Documented at https://github.com/ollama/ollama/blob/main/docs/api.md.
 
 from __future__ import annotations
 
-import hashlib
 import http.client
 import json
 from collections.abc import Callable, Iterator
@@ -19,6 +18,7 @@ from urllib.parse import urlsplit
 
 from lorakeet.errors import ConfigError, EnvironmentProblem
 from lorakeet.export.ollama import OllamaModel
+from lorakeet.formats.digest import sha256_of
 
 DEFAULT_HOST = "http://127.0.0.1:11434"
 _PIECE = 1 << 20
@@ -43,7 +43,7 @@ def push(
     digests: dict[str, str] = {}
     for file in filter(None, (model.model, model.adapter)):
         path = folder / file
-        digests[file] = f"sha256:{_digest(path)}"
+        digests[file] = f"sha256:{sha256_of(path)}"
         if server.has(digests[file]):
             say(f"{file} is on {host} already.")
         else:
@@ -135,11 +135,3 @@ def _pieces(path: Path, size: int, on_progress: Progress | None) -> Iterator[byt
             yield piece
             if on_progress is not None:
                 on_progress(path.name, sent, size)
-
-
-def _digest(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while piece := file.read(_PIECE):
-            digest.update(piece)
-    return digest.hexdigest()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
+from lorakeet.formats.digest import add_file
 from lorakeet.formats.safe import open_safetensors
 
 WHOLE = 256 * 2**20  # bytes: shards that are together smaller are hashed from end to end, about a second
@@ -23,16 +24,10 @@ def fingerprint(folder: Path) -> str:
     for shard in shards:
         found.update(f"\n{shard.name} {shard.stat().st_size}\n".encode())
         if whole:
-            _add_whole(found, shard)
+            add_file(found, shard)
         else:
             _add_pieces(found, shard)
     return found.hexdigest()
-
-
-def _add_whole(found: hashlib._Hash, shard: Path) -> None:
-    with shard.open("rb") as file:
-        while piece := file.read(2**20):
-            found.update(piece)
 
 
 def _add_pieces(found: hashlib._Hash, shard: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import importlib.util
 import io
 import json
@@ -18,6 +17,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 from lorakeet.errors import DataError, EnvironmentProblem
+from lorakeet.formats.digest import sha256_of
 from lorakeet.models.quiet import quiet_transformers
 
 _LAYOUT = 1  # counted up when what is written into a copy changes
@@ -44,15 +44,20 @@ def dense_copy(path: Path, say: Callable[[str], None]) -> Path:
     require_gguf(path)
     require_room(path, folder, path.stat().st_size * _LARGEST_GROWTH)
     say(f"Unpacking {path.name} once into {target}; later runs read that copy.")
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".unpacking-") as work:
+    make_whole(target, lambda partial: _convert(path, partial))
+    return target
+
+
+def make_whole(target: Path, make: Callable[[Path], None]) -> None:
+    """Lets `make` write a model folder elsewhere on the same disk and moves it to `target`, which appears whole or not at all."""
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".unpacking-") as work:
         partial = Path(work) / "copy"
-        _convert(path, partial)
+        make(partial)
         try:
             os.replace(partial, target)
         except OSError:
             if not (target / "config.json").is_file():  # otherwise another process was faster, with the same content
                 raise
-    return target
 
 
 def _convert(path: Path, out: Path) -> None:
@@ -119,16 +124,13 @@ def content_digest(path: Path) -> str:
     key, stamp = str(path.resolve()), [stat.st_size, stat.st_mtime_ns]
     if key in known and known[key][:2] == stamp:
         return str(known[key][2])
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 22):
-            digest.update(block)
-    known[key] = [*stamp, digest.hexdigest()]
+    digest = sha256_of(path)
+    known[key] = [*stamp, digest]
     handle, partial = tempfile.mkstemp(dir=folder, prefix=".digests-")
     with os.fdopen(handle, "w", encoding="utf-8") as out:
         json.dump(known, out, indent=1)
     os.replace(partial, note)
-    return digest.hexdigest()
+    return digest
 
 
 def _remembered(note: Path) -> dict[str, Any]:

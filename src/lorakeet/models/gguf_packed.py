@@ -11,8 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import os
-import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,7 +30,7 @@ from transformers.modeling_gguf_pytorch_utils import (
 
 from lorakeet.errors import DataError, Problems
 from lorakeet.formats.safe import stored_bytes, stream_safetensors
-from lorakeet.models.gguf_copy import cache_folder, content_digest, require_gguf, require_room
+from lorakeet.models.gguf_copy import cache_folder, content_digest, make_whole, require_gguf, require_room
 from lorakeet.models.quantized import packable, skeleton
 from lorakeet.models.quiet import quiet_transformers
 from lorakeet.quant.gguf import BLOCK_TYPES, FileTensor, GgufBase, read_gguf
@@ -77,20 +75,13 @@ def packed_copy(path: Path, say: Callable[[str], None]) -> Path:
     require_gguf(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     say(f"Laying out the blocks of {path.name} once in {target}; later runs read that folder.")
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".packing-") as work:
-        partial = Path(work) / "copy"
-        try:
-            _write(path, partial)
-        except (ValueError, KeyError, RuntimeError, IndexError, NotImplementedError) as error:
-            raise DataError(
-                f"{path} cannot be read: {type(error).__name__}: {error}. The file may be cut off (fetch it again), or of an "
-                "architecture that transformers does not read from GGUF (use the model's safetensors folder)."
-            ) from error
-        try:
-            os.replace(partial, target)
-        except OSError:
-            if not (target / "config.json").is_file():  # otherwise another process was faster, with the same content
-                raise
+    try:
+        make_whole(target, lambda partial: _write(path, partial))
+    except (ValueError, KeyError, RuntimeError, IndexError, NotImplementedError) as error:
+        raise DataError(
+            f"{path} cannot be read: {type(error).__name__}: {error}. The file may be cut off (fetch it again), or of an "
+            "architecture that transformers does not read from GGUF (use the model's safetensors folder)."
+        ) from error
     return target
 
 
@@ -183,7 +174,8 @@ def _process(
 def _shapes(tensor: _Tensor) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
     """Dtype and shape of what is written for one tensor."""
     if not tensor.packed:
-        return {tensor.name: (torch.float32, tuple(tensor.read().shape))}
+        shape = tensor.process(np.zeros(tensor.stored.shape, np.float32)).shape  # nothing is dequantised for it
+        return {tensor.name: (torch.float32, tuple(shape))}
     blocks = tuple(int(size) for size in tensor.stored.data.shape)
     kind = (torch.uint8, (len(tensor.stored.kind),))
     return {tensor.name: (torch.uint8, blocks), tensor.name + GGUF_TYPE: kind}

@@ -27,6 +27,7 @@ from safetensors.torch import load as tensors_from
 from torch import Tensor
 
 from lorakeet.errors import ConfigError, Problems
+from lorakeet.formats.digest import sha256_of
 from lorakeet.formats.safe import stream_safetensors
 from lorakeet.train import durable
 from lorakeet.train.spec import TrainSpec
@@ -170,11 +171,7 @@ def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> str:
     """Writes one tensor after the other, so that no copy of all of them is held; the file's SHA-256."""
     shapes = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
     stream_safetensors(path, shapes, fetch=tensors.__getitem__, metadata={})
-    found = hashlib.sha256()
-    with path.open("rb") as file:
-        while piece := file.read(1 << 20):
-            found.update(piece)
-    return found.hexdigest()
+    return sha256_of(path)
 
 
 def _write(path: Path, data: bytes) -> str:

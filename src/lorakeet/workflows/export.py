@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from lorakeet.export.llama_cpp import is_installed, quantise
 from lorakeet.export.ollama_push import push as push_model
 from lorakeet.formats import gguf
 from lorakeet.formats.base_model import open_base
+from lorakeet.formats.digest import sha256_of
 from lorakeet.formats.safe import open_safetensors, save_text
 from lorakeet.models.load import load_tokenizer
 from lorakeet.models.source import find_source
@@ -183,10 +183,7 @@ def _types(written: GgufModel) -> str:
 
 def _digest(opened: Opened) -> str:
     """SHA-256 of the adapter's weights on disk, by which a stale export is known."""
-    digest = hashlib.sha256()
-    for file in sorted(opened.folder.glob("*.safetensors")):
-        digest.update(file.read_bytes())
-    return digest.hexdigest()
+    return sha256_of(*sorted(opened.folder.glob("*.safetensors")))
 
 
 def _certify(job: _Job, out: Path, subject: str) -> Certificate | None:
