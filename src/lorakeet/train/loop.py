@@ -24,9 +24,6 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from lorakeet.errors import DataError, EnvironmentProblem, RunStopped
-from lorakeet.evaluate import intervals
-from lorakeet.evaluate.intervals import Estimate
-from lorakeet.evaluate.spec import EvaluateSpec
 from lorakeet.memory.measure import PeakMemory
 from lorakeet.train import checkpoint, durable, gradients, rng, schedule
 from lorakeet.train.checkpoint import Position, Snapshot
@@ -37,8 +34,6 @@ from lorakeet.train.progress import Record, Reporter, Silent
 from lorakeet.train.run import RunFolder
 from lorakeet.train.spec import TrainSpec
 from lorakeet.train.task import BatchT, Size, Task
-
-RESAMPLES = 1000  # behind the interval of each held-out loss on the way; the report uses more
 
 
 @dataclass(frozen=True)
@@ -215,7 +210,7 @@ class Training(Generic[BatchT]):
             return
         if not np.isfinite(held_out.sums).all():
             self._stop_diverged(f"Step {self.at.step}: the held-out loss is not finite.")
-        estimate = _mean_loss(held_out.sums, held_out.weights, seed=self.spec.seed)
+        estimate = held_out.mean(seed=self.spec.seed)
         watch = self.at.watch
         if watch.diverged(estimate.value):
             self._stop_diverged(
@@ -324,10 +319,6 @@ class Training(Generic[BatchT]):
                 f"{what} could not be written in {self.run.path}: {why} ({error}).{previous} "
                 f"Free some space, then go on with: {self.run.resume_command}"
             ) from error
-
-
-def _mean_loss(sums: Any, weights: Any, *, seed: int) -> Estimate:
-    return intervals.ratio(sums, weights, spec=EvaluateSpec(resamples=RESAMPLES, seed=seed))
 
 
 def _copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

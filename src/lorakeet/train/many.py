@@ -21,24 +21,21 @@ from torch import Tensor
 
 from lorakeet.core.layers import LoraEmbedding, LoraLinear
 from lorakeet.core.selection import Selection, Share
-from lorakeet.data.batches import StepOrder
 from lorakeet.data.chat import Example
 from lorakeet.data.pack import Batch, micro_batches
 from lorakeet.errors import ConfigError
-from lorakeet.evaluate import intervals
 from lorakeet.evaluate.intervals import Estimate
-from lorakeet.evaluate.spec import EvaluateSpec
 from lorakeet.models.inject import selection_of, trained_parameters
 from lorakeet.models.modules import adapted_layers
 from lorakeet.models.score import row_losses
 from lorakeet.models.text import TextModel
 from lorakeet.train import gradients, schedule
 from lorakeet.train.optimizer import Optimizer
-from lorakeet.train.spec import TrainSpec, learning_rate_for
+from lorakeet.train.spec import TrainSpec
 from lorakeet.train.stopping import Watch
-from lorakeet.train.text_loss import any_head_loss, frozen_head_loss
-
-RESAMPLES = 1000  # behind the interval of each held-out loss
+from lorakeet.train.task import HeldOut
+from lorakeet.train.text_loss import head_loss
+from lorakeet.train.text_task import learning_rate_of, order_of
 
 
 @dataclass(frozen=True)
@@ -136,7 +133,8 @@ class Many:
             for (index, batch), states in zip(together, parts, strict=True):
                 if not batch.targets:
                     continue
-                loss = self._loss(states, batch, learning[index])
+                chunk = learning[index].at.member.spec.head_chunk
+                loss = head_loss(self.text, states, batch.target_ids, chunk=chunk)
                 sums[index] += loss.item()
                 total = loss / targets[index] if total is None else total + loss / targets[index]
             if total is not None:
@@ -153,24 +151,15 @@ class Many:
             place += batch.tokens
         return shares
 
-    def _loss(self, states: Tensor, batch: Batch, learner: _Learner) -> Tensor:
-        chunk = learner.at.member.spec.head_chunk
-        targets = batch.target_ids.to(states.device)
-        weight = self.text.head_weight
-        if weight is not None:
-            return frozen_head_loss(states, weight, targets, chunk=chunk)
-        return any_head_loss(states, self.text.head, targets, chunk=chunk)
-
     def _evaluate(self, learner: _Learner) -> None:
         member = learner.at.member
         if not member.held_out:
             return
         self.selection.use(member.name)
-        sums, weights = row_losses(
-            self.text, member.held_out, micro_tokens=member.spec.micro_tokens, chunk=member.spec.head_chunk
-        )
+        spec = member.spec
+        found = HeldOut(*row_losses(self.text, member.held_out, micro_tokens=spec.micro_tokens, chunk=spec.head_chunk))
         self.text.model.train()
-        learner.see(intervals.ratio(sums, weights, spec=EvaluateSpec(resamples=RESAMPLES, seed=member.spec.seed)))
+        learner.see(found.mean(seed=spec.seed))
 
 
 class _Learner:
@@ -178,14 +167,12 @@ class _Learner:
 
     def __init__(self, text: TextModel, member: Member) -> None:
         spec = member.spec
-        lengths = tuple(len(example.ids) for example in member.train) if spec.length_grouping else None
-        self.order = StepOrder(len(member.train), spec.batch_size, spec.seed, lengths)
+        self.order = order_of(member.train, spec)
         self.parameters = trained_parameters(text.model, member.name)
         for parameter in self.parameters.values():
             parameter.requires_grad_(True)  # injecting the next adapter had frozen this one
         self.optimizer = Optimizer(self.parameters, spec)
-        rule = learning_rate_for(int(text.model.config.get_text_config().hidden_size), text.family.rate_exponent)
-        rate = spec.learning_rate if spec.learning_rate is not None else rule
+        rate = spec.learning_rate if spec.learning_rate is not None else learning_rate_of(text)
         self.at = Progress(member, spec.total_steps(self.order.steps_per_epoch), rate)
         self.warmup = schedule.warmup_steps(self.at.total, spec.warmup_fraction)
         self.every = spec.evaluation_interval(self.order.steps_per_epoch)

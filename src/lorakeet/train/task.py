@@ -13,6 +13,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import Parameter
 
+from lorakeet.evaluate import intervals
+from lorakeet.evaluate.intervals import Estimate
+from lorakeet.evaluate.spec import EvaluateSpec
+
+RESAMPLES = 1000  # behind the interval of each held-out loss on the way; the report uses more
 BatchT = TypeVar("BatchT")
 
 
@@ -31,6 +36,10 @@ class HeldOut:
 
     sums: NDArray[np.float64]  # (rows,)
     weights: NDArray[np.float64]  # (rows,)
+
+    def mean(self, *, seed: int) -> Estimate:
+        """The loss a target, with its interval over rows."""
+        return intervals.ratio(self.sums, self.weights, spec=EvaluateSpec(resamples=RESAMPLES, seed=seed))
 
 
 def by_batch(loss: Callable[[BatchT], Tensor], batches: Sequence[BatchT], targets: int) -> Tensor:

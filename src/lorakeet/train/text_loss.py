@@ -33,12 +33,16 @@ class TextHead(Protocol):
 
 def text_loss(text: TextHead, batch: Batch, *, chunk: int = CHUNK) -> tuple[Tensor, int]:
     """The sum of −log p(target) over the supervised tokens of `batch`, with gradient, and how many tokens that are."""
-    hidden = text.hidden(batch)  # (targets, hidden)
-    targets = batch.target_ids.to(hidden.device)
+    return head_loss(text, text.hidden(batch), batch.target_ids, chunk=chunk), batch.targets
+
+
+def head_loss(text: TextHead, hidden: Tensor, targets: Tensor, *, chunk: int = CHUNK) -> Tensor:
+    """The sum of −log p(target) of hidden states (n, hidden) that the decoder has given already, targets (n,), with gradient."""
+    targets = targets.to(hidden.device)
     weight = text.head_weight
     if weight is not None:
-        return frozen_head_loss(hidden, weight, targets, chunk=chunk), len(targets)
-    return any_head_loss(hidden, text.head, targets, chunk=chunk), len(targets)
+        return frozen_head_loss(hidden, weight, targets, chunk=chunk)
+    return any_head_loss(hidden, text.head, targets, chunk=chunk)
 
 
 class _FrozenHeadLoss(torch.autograd.Function):

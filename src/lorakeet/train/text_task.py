@@ -44,8 +44,7 @@ class TextTask:
         together: int = 0,
     ) -> None:
         self.text, self.train, self.spec, self.name = text, list(train), spec, name
-        lengths = tuple(len(example.ids) for example in train) if spec.length_grouping else None
-        self.order = StepOrder(len(self.train), spec.batch_size, spec.seed, lengths)
+        self.order = order_of(self.train, spec)
         self.held_out_rows = list(held_out)
         self.aside, self.together = Aside(scratch), together
 
@@ -55,7 +54,7 @@ class TextTask:
 
     @property
     def learning_rate(self) -> float:
-        return learning_rate_for(int(self.text.model.config.get_text_config().hidden_size), self.text.family.rate_exponent)
+        return learning_rate_of(self.text)
 
     def parameters(self) -> dict[str, Parameter]:
         return inject.trained_parameters(self.text.model, self.name)
@@ -105,3 +104,14 @@ class TextTask:
         if any(rows.tokens for rows in adapter.token_rows.values()):
             with durable.as_os_error():
                 self.text.tokenizer.save_pretrained(folder)
+
+
+def order_of(rows: Sequence[Example], spec: TrainSpec) -> StepOrder:
+    """Which of `rows` each step sees, rows of similar length together where the settings say so."""
+    lengths = tuple(len(example.ids) for example in rows) if spec.length_grouping else None
+    return StepOrder(len(rows), spec.batch_size, spec.seed, lengths)
+
+
+def learning_rate_of(text: TextModel) -> float:
+    """The rate that the rule gives for this model, where the settings name none."""
+    return learning_rate_for(int(text.model.config.get_text_config().hidden_size), text.family.rate_exponent)

@@ -19,8 +19,9 @@ from lorakeet.models.modules import find, replace
 from lorakeet.models.text import TextModel
 from lorakeet.quant.packed import PackedBase, PackedLinear
 from lorakeet.train.optimizer import Optimizer
-from lorakeet.train.spec import TrainSpec, learning_rate_for
+from lorakeet.train.spec import TrainSpec
 from lorakeet.train.text_loss import text_loss
+from lorakeet.train.text_task import learning_rate_of
 
 CLIP = 1.0
 RATE = 0.1  # of the run's: at its full rate 20 steps on SmolLM2 in GPTQ undid part of what error feedback had kept
@@ -49,8 +50,7 @@ def finish(
             replace(text.model, path, layers[path])
     parameters = {f"{path}.{leaf}": layer.get_parameter(leaf) for path, layer in layers.items() for leaf in ("A", "B")}
     optimizer = Optimizer(parameters, dataclasses.replace(spec, weight_decay=0.0))
-    hidden = int(text.model.config.get_text_config().hidden_size)
-    rate = RATE * (spec.learning_rate or learning_rate_for(hidden, text.family.rate_exponent))
+    rate = RATE * (spec.learning_rate or learning_rate_of(text))
     order = StepOrder(len(rows), min(spec.batch_size, len(rows)), spec.seed)
     for step in range(steps):
         batches = micro_batches([rows[row] for row in order.indices(step)], spec.micro_tokens)

@@ -12,7 +12,7 @@ from lorakeet.core.spec import LoraSpec
 from lorakeet.errors import ConfigError, Problems
 from lorakeet.models.targets import plan_for
 from lorakeet.models.text import TextModel
-from lorakeet.train.spec import learning_rate_for
+from lorakeet.train.text_task import learning_rate_of
 
 QUICK_FACTORS = (0.5, 1.0, 2.0)
 
@@ -77,7 +77,7 @@ def space_for(
 ) -> Space:
     """The space that the flags describe. Raises ConfigError with every choice that does not fit, and where there is none."""
     problems = Problems("The search space cannot be used")
-    rule = learning_rate_for(int(text.model.config.get_text_config().hidden_size), text.family.rate_exponent)
+    rule = learning_rate_of(text)
     rate = config.train.learning_rate if config.train.learning_rate is not None else rule
     low, high = (min(rate_factors), max(rate_factors)) if rate_factors else (1.0, 1.0)
     if low <= 0 or rate * high > 1:
