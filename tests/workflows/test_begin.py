@@ -26,6 +26,12 @@ def test_settings_and_split_are_written_and_compared(tmp_path: Path) -> None:
         begin.begin_run(run, CONFIG, {**split_record([], []), "held_out": ["x"]}, resume=True)
 
 
+def test_an_identity_changes_with_its_part_alone() -> None:
+    first, other = (begin.identity_of({"a": {"x": 1, "y": 2}, "b": value}) for value in ([1], [2]))
+    assert first["a"] == other["a"] == begin.identity_of({"a": {"y": 2, "x": 1}})["a"]
+    assert first["b"] != other["b"]
+
+
 def test_a_refused_write_leaves_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object) -> None:
         raise OSError(28, "No space left on device")

@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Sequence
 
 from lorakeet.serve.engine import Event
 from lorakeet.serve.reply import Incoming
-from lorakeet.serve.service import Text, Writing
+from lorakeet.serve.service import Service, Text, Writing
 
 
 async def merged(texts: Sequence[Text]) -> AsyncIterator[tuple[int, Event]]:
@@ -48,6 +48,14 @@ async def collect(request: Incoming, writing: Writing) -> list[list[Event]] | No
             task.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await task
+
+
+async def answered(service: Service, request: Incoming, writing: Writing) -> list[list[Event]] | None:
+    """As `collect`; the writing is closed then, whatever came of it."""
+    try:
+        return await collect(request, writing)
+    finally:
+        service.close(writing)
 
 
 async def _gone(request: Incoming) -> None:

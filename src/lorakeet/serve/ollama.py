@@ -12,7 +12,7 @@ from lorakeet import __version__
 from lorakeet.errors import ConfigError, LorakeetError
 from lorakeet.serve.access import Caller
 from lorakeet.serve.fields import Fields
-from lorakeet.serve.multiplex import collect, merged
+from lorakeet.serve.multiplex import answered, merged
 from lorakeet.serve.openai import messages
 from lorakeet.serve.reply import NOBODY, Incoming, Reply, as_json
 from lorakeet.serve.sampling import Sampling
@@ -73,10 +73,7 @@ async def _answer(
     writing = await service.write(caller, service.weigh(caller, model, fields), ids, sampling)
     if fields.flag("stream", True):
         return Reply(_stream(service, writing, model, chat), "application/x-ndjson")
-    try:
-        found = await collect(request, writing)
-    finally:
-        service.close(writing)
+    found = await answered(service, request, writing)
     if found is None:
         return NOBODY
     last = found[0][-1]

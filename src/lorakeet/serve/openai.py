@@ -13,7 +13,7 @@ from lorakeet.errors import ConfigError, LorakeetError
 from lorakeet.serve.access import Caller
 from lorakeet.serve.engine import Event
 from lorakeet.serve.fields import Fields
-from lorakeet.serve.multiplex import collect, merged
+from lorakeet.serve.multiplex import answered, merged
 from lorakeet.serve.reply import NOBODY, Incoming, Reply, as_json
 from lorakeet.serve.sampling import Chosen, Sampling
 from lorakeet.serve.service import Service, Writing
@@ -124,10 +124,7 @@ async def _answer(service: Service, caller: Caller, request: Incoming, asked: _A
     }
     if asked.stream:
         return Reply(_stream(service, writing, asked, head), "text/event-stream")
-    try:
-        found = await collect(request, writing)
-    finally:
-        service.close(writing)
+    found = await answered(service, request, writing)
     if found is None:
         return NOBODY
     choices = [_whole(service, asked, index, events) for index, events in enumerate(found)]

@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import shutil
+from collections.abc import Mapping
+from typing import Any
 
 from lorakeet.config import RunConfig, dump_yaml
 from lorakeet.data.split import check_split_record, read_split_record, write_split_record
 from lorakeet.train.run import RunFolder
 from lorakeet.workflows.place import writing
+
+
+def identity_of(parts: Mapping[str, Any]) -> dict[str, str]:
+    """The SHA-256 of each part (values that JSON can hold) of what must be equal for a run to be resumed."""
+    return {name: hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest() for name, value in parts.items()}
 
 
 def begin_run(run: RunFolder, config: RunConfig, record: dict[str, object], *, resume: bool) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import os
 import platform
 from importlib.metadata import PackageNotFoundError, version
@@ -12,6 +13,11 @@ import torch
 from lorakeet import __version__
 
 PACKAGES = ("torch", "transformers", "diffusers", "safetensors", "numpy", "scikit-learn")
+
+
+def now() -> str:
+    """The time in UTC, to the minute."""
+    return datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
 
 
 def versions() -> str:

@@ -6,8 +6,6 @@ assemble (rows, model, plan, ids) → inject → train → judge (base, adapter,
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,9 +13,8 @@ from typing import Any
 from rich.console import Console
 
 from lorakeet.config import RunConfig
-from lorakeet.errors import ConfigError, RunStopped
-from lorakeet.evaluate.certificate import Certificate
-from lorakeet.evaluate.report import Report, write_report
+from lorakeet.errors import ConfigError
+from lorakeet.evaluate.report import Report
 from lorakeet.evaluate.values import encode
 from lorakeet.memory.allocator import give_back_free_memory
 from lorakeet.models.fingerprint import fingerprint
@@ -28,12 +25,13 @@ from lorakeet.train.progress import reporter_for
 from lorakeet.train.run import RunFolder
 from lorakeet.workflows import page
 from lorakeet.workflows.assemble import Assembly, assemble, ready_to_train
-from lorakeet.workflows.begin import begin_run
+from lorakeet.workflows.begin import begin_run, identity_of
 from lorakeet.workflows.certify_run import certify_run
+from lorakeet.workflows.conclude import conclude, judging
 from lorakeet.workflows.image_finetune import ImageResult, finetune_images
 from lorakeet.workflows.judge import Judge
-from lorakeet.workflows.place import require_place, writing
-from lorakeet.workflows.show import show_certificate, show_plan, show_results
+from lorakeet.workflows.place import require_place
+from lorakeet.workflows.show import show_plan
 
 
 @dataclass(frozen=True)
@@ -90,7 +88,7 @@ def finetune(
     if dry_run:
         return FinetuneResult(setup, run)
     task = ready_to_train(setup)
-    _begin(setup, run, resume=resume is not None)
+    begin_run(run, setup.config, setup.dataset.split_record(), resume=resume is not None)
     before = {} if setup.arrangement.store else frozen_digests(setup.text.model)  # streamed weights are only read
     outcome = train(
         task,
@@ -102,13 +100,8 @@ def finetune(
         budget=setup.arrangement.budget,
     )
     give_back_free_memory()  # what training's heap grew to is not held beside the two models of the certificate
-    try:
+    with judging(run):
         report = _prove(setup, outcome, run, before, console)
-    except KeyboardInterrupt:
-        raise RunStopped(
-            f"Ctrl-C: the training is done and {run.adapter} is whole, but it was not judged to the end. "
-            f"Judge it with: {run.resume_command}"
-        ) from None
     return FinetuneResult(setup, run, outcome, report)
 
 
@@ -131,11 +124,6 @@ def _require_run(run: RunFolder, *, resume: bool) -> None:
     require_place(run.path)
 
 
-def _begin(setup: Assembly, run: RunFolder, *, resume: bool) -> None:
-    """Writes config.yaml and split.json of a new run; checks that a resumed one sees the same rows."""
-    begin_run(run, setup.config, setup.dataset.split_record(), resume=resume)
-
-
 def _identity(setup: Assembly) -> dict[str, str]:
     """What must be equal for a run to be resumed, besides the training settings."""
     config = setup.config
@@ -145,8 +133,7 @@ def _identity(setup: Assembly) -> dict[str, str]:
         "lora settings": dataclasses.asdict(config.lora),
         "tokens of the rows": [[example.key, example.ids.tolist()] for example in examples],
     }
-    hashes = {name: hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest() for name, value in parts.items()}
-    return {**hashes, "files of the base model": fingerprint(setup.text.source)}
+    return {**identity_of(parts), "files of the base model": fingerprint(setup.text.source)}
 
 
 def _prove(setup: Assembly, outcome: Outcome, run: RunFolder, before: dict[str, str], console: Console) -> Report:
@@ -167,15 +154,5 @@ def _prove(setup: Assembly, outcome: Outcome, run: RunFolder, before: dict[str, 
     report = page.complete(
         measured, setup, outcome, run=run, metrics=read_metrics(run.metrics), certificate=certificate, drift=drift
     )
-    with writing(f"The report in {run.path}", f"The adapter is whole. Free some space, then: {run.resume_command}"):
-        certificate.write(run.certificate)
-        write_report(report, run.path)
-    show_results(report, console)
-    _say_where(run, certificate, console)
-    certificate.raise_if_failed()
+    conclude(report, certificate, run, console)
     return report
-
-
-def _say_where(run: RunFolder, certificate: Certificate, console: Console) -> None:
-    show_certificate(certificate, console)
-    console.print(f"Report: {run.page}   Adapter: {run.adapter}   Certificate: {run.certificate}", soft_wrap=True)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import datetime
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from lorakeet.config import RunConfig
 from lorakeet.core.plan import Plan
 from lorakeet.data.leaks import LeakReport
 from lorakeet.evaluate.certificate import Certificate
@@ -35,14 +37,14 @@ def complete(
     return replace(
         measured,
         subtitle=f"{setup.text.name} on {Path(setup.config.data.train).name}, judged on {measured.rows_of} {part} rows",
-        created=datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+        created=facts.now(),
         facts=_facts(setup, run),
         curves=curves(metrics, outcome),
         ranks=rank_map(setup.plan),
         leaks=leaks(setup.dataset.leaks),
         drift=drift,
         memory=_memory(setup, outcome),
-        speed=_speed(metrics, outcome),
+        speed=speed(metrics, outcome),
         certificate=certificate,
         warnings=(*_warnings(setup), *measured.warnings),
         next_commands=_next(run),
@@ -89,15 +91,24 @@ def leaks(found: LeakReport) -> tuple[Leak, ...]:
 
 
 def _facts(setup: Assembly, run: RunFolder) -> dict[str, str]:
-    config, data = setup.config, setup.dataset
-    lora, model = config.lora, config.model
+    data, model = setup.dataset, setup.config.model
+    about = f"{setup.text.name}, {model.dtype} weights, {model.products} products, {model.attention} attention"
+    rows = {"Rows": f"{len(data.train)} training, {len(data.held_out)} held-out, {len(data.test)} test"}
+    return run_facts(setup.config, setup.plan, run, setup.text.device, model=about, about=rows)
+
+
+def run_facts(
+    config: RunConfig, plan: Plan, run: RunFolder, device: torch.device, *, model: str, about: Mapping[str, str]
+) -> dict[str, str]:
+    """The circumstances of a run, in the order of the page; `about` is what only this kind of run has to say."""
+    lora = config.lora
     return {
-        "Model": f"{setup.text.name}, {model.dtype} weights, {model.products} products, {model.attention} attention",
-        "Adapter": f"{lora.variant}, rank {lora.rank}, alpha {lora.alpha:g} ({lora.scale_rule}), {setup.plan.summary()}",
-        "Rows": f"{len(data.train)} training, {len(data.held_out)} held-out, {len(data.test)} test",
+        "Model": model,
+        "Adapter": f"{lora.variant}, rank {lora.rank}, alpha {lora.alpha:g} ({lora.scale_rule}), {plan.summary()}",
+        **about,
         "Seeds": f"training {config.train.seed}, split {config.data.split_seed}, evaluation {config.evaluate.seed}",
         "Versions": facts.versions(),
-        "Machine": facts.machine(setup.text.device),
+        "Machine": facts.machine(device),
         "Run folder": str(run.path),
     }
 
@@ -115,16 +126,19 @@ def _memory(setup: Assembly, outcome: Outcome) -> tuple[MemoryUse, ...]:
     return (*used, MemoryUse("training and judging, against memory.budget", kept.budget, whole))
 
 
-def _speed(metrics: Sequence[dict[str, Any]], outcome: Outcome) -> dict[str, str]:
+def speed(
+    metrics: Sequence[dict[str, Any]], outcome: Outcome, *, unit: str = "Tokens", drawn: str = "", digits: int = 0
+) -> dict[str, str]:
+    """How long training took and how much it saw, counted in `unit`."""
     rates = sorted(record["tokens_per_second"] for record in metrics if record.get("tokens_per_second"))
     found = {
         "Training time": f"{outcome.seconds:.0f} s, held-out evaluations included",
-        "Tokens trained on": f"{outcome.tokens:,}",
+        f"{unit} trained on": f"{outcome.tokens:,}{drawn}",
         "Steps": f"{outcome.steps} of {outcome.planned_steps} ({outcome.reason})",
         "Learning rate": f"{outcome.learning_rate:.2e} at its highest",
     }
     if rates:
-        found["Tokens a second"] = f"{rates[len(rates) // 2]:,.0f} (median over steps)"
+        found[f"{unit} a second"] = f"{rates[len(rates) // 2]:,.{digits}f} (median over steps)"
     return found
 
 
