@@ -17,7 +17,7 @@ from lorakeet.formats.safe import SafeFile
 from lorakeet.merge.checkpoint import CONFIG, files_along
 from lorakeet.models.gguf_packed import file_blocks
 from lorakeet.models.layout import PackedLayout
-from lorakeet.models.quantized import tensor_files
+from lorakeet.models.stock import tensor_files
 from lorakeet.quant import gptq, on_disk
 from lorakeet.quant.gguf import GgufBase
 from lorakeet.quant.gptq import GptqBase

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from lorakeet.models import modules
 from lorakeet.models.load import read_config
-from lorakeet.models.quantized import owners, packable, skeleton, tensor_files
+from lorakeet.models.quantized import owners, packable, skeleton
+from lorakeet.models.stock import tensor_files
 from lorakeet.quant.adopt import quantised
 from lorakeet.quant.spec import QuantSpec
 

@@ -9,9 +9,10 @@ from pathlib import Path
 from lorakeet.errors import ConfigError
 from lorakeet.models.gguf_packed import packed_copy
 from lorakeet.models.load import read_config
-from lorakeet.models.quantized import READERS, method_of, owners, skeleton, stored_quantisation, tensor_files
+from lorakeet.models.quantized import owners, skeleton
 from lorakeet.models.source import find_source, gguf_file
 from lorakeet.models.spec import ModelSpec
+from lorakeet.models.stock import READERS, method_of, stored_quantisation, tensor_files
 from lorakeet.quant.packed import PackedBase
 
 METHODS = ("gptq", "nf4", "gguf")

@@ -17,10 +17,11 @@ from lorakeet.errors import DataError, EnvironmentProblem
 from lorakeet.models.attention import VARLEN, register
 from lorakeet.models.families import family_of
 from lorakeet.models.placement import device_for, dtype_for, products_for
-from lorakeet.models.quantized import load_quantised, stored_quantisation
+from lorakeet.models.quantized import load_quantised
 from lorakeet.models.quiet import quiet_transformers
 from lorakeet.models.source import find_source
 from lorakeet.models.spec import ModelSpec
+from lorakeet.models.stock import stored_quantisation
 from lorakeet.models.streamed_load import streamed_model
 from lorakeet.models.text import TextModel
 from lorakeet.quant.gptq_config import METHOD, OLD_CONFIG

@@ -12,7 +12,8 @@ from lorakeet.errors import ConfigError
 from lorakeet.formats.safe import SafeFile
 from lorakeet.models import modules
 from lorakeet.models.gguf_packed import packed_types
-from lorakeet.models.quantized import method_of, owners, packable, stored_quantisation, tensor_files
+from lorakeet.models.quantized import owners, packable
+from lorakeet.models.stock import method_of, stored_quantisation, tensor_files
 from lorakeet.quant import gptq_config, on_disk
 from lorakeet.quant.spec import QuantSpec
 

@@ -24,18 +24,9 @@ from lorakeet.memory.stream import RecordStream
 from lorakeet.models import modules
 from lorakeet.models.families import Family
 from lorakeet.models.fingerprint import fingerprint
-from lorakeet.models.quantized import (
-    READERS,
-    Stock,
-    dense_stock,
-    method_of,
-    packable,
-    quantised_stock,
-    skeleton,
-    stored_quantisation,
-    tensor_files,
-)
+from lorakeet.models.quantized import packable, quantised_stock, skeleton
 from lorakeet.models.quiet import quiet_transformers
+from lorakeet.models.stock import READERS, Stock, dense_stock, method_of, stored_quantisation, tensor_files
 from lorakeet.models.streamed import Streamed, StreamedEmbedding, StreamedHead
 from lorakeet.quant.adopt import empty_base
 from lorakeet.quant.packed import PackedBase, PackedLinear

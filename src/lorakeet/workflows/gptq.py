@@ -22,9 +22,10 @@ from lorakeet.merge.checkpoint import files_along, open_checkpoint
 from lorakeet.models.gptq_blocks import QuantisedBlock, block_layers, check_layers, quantise_blocks, weight_of
 from lorakeet.models.load import load_text_model, read_config
 from lorakeet.models.modules import block_prefix
-from lorakeet.models.quantized import method_of, owners, stored_quantisation, tensor_files
+from lorakeet.models.quantized import owners
 from lorakeet.models.source import find_source
 from lorakeet.models.spec import ModelSpec
+from lorakeet.models.stock import method_of, stored_quantisation, tensor_files
 from lorakeet.models.text import TextModel
 from lorakeet.quant.gptq import PARTS, buffer_shapes
 from lorakeet.quant.gptq_config import GptqConfig, to_mapping
@@ -119,9 +120,7 @@ def _as_stored(model: str, console: Console) -> ModelSpec:
     return ModelSpec(path=str(source), dtype="bfloat16" if narrow else "float32", products="bfloat16" if narrow else "float32")
 
 
-def _write(
-    text: TextModel, rows: Sequence[Example], layout: Layout, out: Path, done: Callable[[QuantisedBlock], None]
-) -> int:
+def _write(text: TextModel, rows: Sequence[Example], layout: Layout, out: Path, done: Callable[[QuantisedBlock], None]) -> int:
     """Writes the folder, block by block as they are quantised; returns its bytes."""
     prefix, count = block_prefix(text.model, text.family)
     layers = block_layers(text.model, prefix) if count else {}

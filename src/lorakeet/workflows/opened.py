@@ -18,8 +18,8 @@ from lorakeet.formats.detect import read_adapter
 from lorakeet.merge.checkpoint import CONFIG
 from lorakeet.models.adapt import put_adapter
 from lorakeet.models.load import load_text_model, load_tokenizer
-from lorakeet.models.quantized import method_of
 from lorakeet.models.spec import ModelSpec
+from lorakeet.models.stock import method_of
 from lorakeet.models.text import TextModel
 from lorakeet.quant.spec import QuantSpec
 from lorakeet.train.run import RunFolder

@@ -22,17 +22,10 @@ from lorakeet.formats.safe import SafeFile
 from lorakeet.merge.checkpoint import files_along, open_checkpoint
 from lorakeet.models.load import load_text_model, read_config
 from lorakeet.models.modules import kind_of, weight_shape
-from lorakeet.models.quantized import (
-    linear_layers,
-    method_of,
-    owners,
-    packable,
-    skeleton,
-    stored_quantisation,
-    tensor_files,
-)
+from lorakeet.models.quantized import linear_layers, owners, packable, skeleton
 from lorakeet.models.source import find_source
 from lorakeet.models.spec import ModelSpec
+from lorakeet.models.stock import method_of, stored_quantisation, tensor_files
 from lorakeet.quant import on_disk
 from lorakeet.quant.gptq_solve import Layout as GptqLayout
 from lorakeet.quant.int8 import Int8Base
