@@ -6,7 +6,7 @@ import io
 
 from rich.console import Console
 
-from lorakeet.train.progress import Bar, Lines, Reporter, Silent, reporter_for
+from lorakeet.train.progress import PICTURES, Bar, Lines, Reporter, Silent, reporter_for
 
 STEP = {"step": 3, "loss": 1.25, "tokens_per_second": 401.7, "memory_bytes": 1_600_000_000}
 HELD_OUT = {"step": 3, "held_out_loss": 1.5, "low": 1.4, "high": 1.6, "n": 64}
@@ -41,6 +41,12 @@ def test_the_bar_shows_loss_held_out_loss_speed_and_memory() -> None:
     shown = out.getvalue()
     for part in ("step 3/10", "loss 1.2500", "402 tokens/s", "1.6 GB", "held-out loss 1.5000", "a [word]"):
         assert part in shown
+
+
+def test_pictures_are_counted_as_pictures() -> None:
+    out = io.StringIO()
+    run(reporter_for(Console(file=out, width=60), words=PICTURES))
+    assert "402 pictures/s" in out.getvalue() and "1.6000, 64 pictures)" in out.getvalue() and "token" not in out.getvalue()
 
 
 def test_machines_hear_nothing() -> None:

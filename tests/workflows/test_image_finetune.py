@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -60,6 +61,15 @@ def test_other_verbs_say_what_to_do_with_it(result: ImageResult, tmp_path: Path,
 def test_a_dry_run_writes_nothing_but_the_cache(tiny_sdxl_folder: Path, tmp_path: Path) -> None:
     found = finetune(image_config(tiny_sdxl_folder, tmp_path), dry_run=True, console=Console(quiet=True))
     assert found.to_mapping()["dry_run"] and not (tmp_path / "run").exists()
+
+
+def test_a_base_that_was_moved_is_known_by_its_content(tiny_sd_folder: Path, tmp_path: Path) -> None:
+    first = image_run(tiny_sd_folder, tmp_path, diffusion__seeds=0)
+    moved = shutil.copytree(tiny_sd_folder, tmp_path / "elsewhere")
+    again = finetune(
+        image_config(moved, tmp_path, diffusion__seeds=0, out=first.run.path), resume=first.run.path, console=Console(quiet=True)
+    )
+    assert isinstance(again, ImageResult) and again.outcome is not None and again.outcome.steps == 8
 
 
 def test_a_resumed_run_with_other_pictures_or_settings_is_refused(tiny_sd_folder: Path, tmp_path: Path) -> None:

@@ -214,7 +214,7 @@ class Training(Generic[BatchT]):
         watch = self.at.watch
         if watch.diverged(estimate.value):
             self._stop_diverged(
-                f"Step {self.at.step}: training diverged, the held-out loss is {estimate.value:.4g} nats a token and was "
+                f"Step {self.at.step}: training diverged, the held-out loss is {estimate.value:.4g} and was "
                 f"{watch.base_loss:.4g} before training."
             )
         record: Record = {

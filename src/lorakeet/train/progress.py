@@ -4,12 +4,24 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Protocol
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 Record = Mapping[str, float | int | None]
+
+
+@dataclass(frozen=True)
+class Words:
+    """What a run computes, and what its held-out loss is a mean over, in the plural."""
+
+    computed: str = "tokens"
+    judged: str = "rows"
+
+
+TEXT, PICTURES = Words(), Words("pictures", "pictures")
 
 
 class Reporter(Protocol):
@@ -41,10 +53,10 @@ class Silent:
 
 
 class Bar:
-    """One line at the foot of a terminal: loss, held-out loss, tokens a second, memory, time left."""
+    """One line at the foot of a terminal: loss, held-out loss, tokens or pictures a second, memory, time left."""
 
-    def __init__(self, console: Console) -> None:
-        self.console = console
+    def __init__(self, console: Console, words: Words = TEXT) -> None:
+        self.console, self.words = console, words
         self._bar = Progress(
             TextColumn("step {task.completed}/{task.total}"),
             BarColumn(bar_width=20),
@@ -61,11 +73,11 @@ class Bar:
 
     def step(self, record: Record) -> None:
         if self._task is not None:
-            self._bar.update(self._task, completed=int(record["step"] or 0), numbers=numbers(record) + self._held_out)
+            self._bar.update(self._task, completed=int(record["step"] or 0), numbers=numbers(record, self.words) + self._held_out)
 
     def held_out(self, record: Record) -> None:
         self._held_out = f" · held-out {_loss(record['held_out_loss'])}"
-        self.console.print(held_out_line(record), highlight=False)
+        self.console.print(held_out_line(record, self.words), highlight=False)
 
     def say(self, text: str) -> None:
         self.console.print(text, highlight=False, markup=False, soft_wrap=True)
@@ -77,8 +89,8 @@ class Bar:
 class Lines:
     """A plain line at most every `every` seconds, and one for each held-out evaluation."""
 
-    def __init__(self, console: Console, *, every: float = 30.0) -> None:
-        self.console = console
+    def __init__(self, console: Console, words: Words = TEXT, *, every: float = 30.0) -> None:
+        self.console, self.words = console, words
         self.every = every
         self._total = 0
         self._last = -every
@@ -90,10 +102,10 @@ class Lines:
         now = time.monotonic()
         if now - self._last >= self.every or record["step"] == self._total:
             self._last = now
-            self.say(f"step {record['step']}/{self._total} · {numbers(record)}")
+            self.say(f"step {record['step']}/{self._total} · {numbers(record, self.words)}")
 
     def held_out(self, record: Record) -> None:
-        self.say(held_out_line(record))
+        self.say(held_out_line(record, self.words))
 
     def say(self, text: str) -> None:
         self.console.print(text, highlight=False, markup=False, soft_wrap=True)
@@ -101,23 +113,26 @@ class Lines:
     def close(self) -> None: ...
 
 
-def reporter_for(console: Console, *, machine: bool = False) -> Reporter:
+def reporter_for(console: Console, *, words: Words = TEXT, machine: bool = False) -> Reporter:
     """The bar in a terminal, lines elsewhere, silence where a machine reads (`--json`)."""
     if machine:
         return Silent()
-    return Bar(console) if console.is_terminal else Lines(console)
+    return Bar(console, words) if console.is_terminal else Lines(console, words)
 
 
-def numbers(record: Record) -> str:
-    """ "loss 1.234 · 402 tokens/s · 1.6 GB" of one training record."""
+def numbers(record: Record, words: Words = TEXT) -> str:
+    """ "loss 1.234 · 402 tokens/s · 1.6 GB" of one training record; rare units with a decimal."""
     speed, memory = record["tokens_per_second"] or 0, record["memory_bytes"] or 0
-    return f"loss {_loss(record['loss'])} · {speed:.0f} tokens/s · {memory / 1e9:.1f} GB"
+    rate = f"{speed:.0f}" if speed >= 10 else f"{speed:.2g}"
+    return f"loss {_loss(record['loss'])} · {rate} {words.computed}/s · {memory / 1e9:.1f} GB"
 
 
-def held_out_line(record: Record) -> str:
+def held_out_line(record: Record, words: Words = TEXT) -> str:
     """ "step 40: held-out loss 1.234 (1.201 to 1.270, 64 rows)"."""
     low, high = _loss(record["low"]), _loss(record["high"])
-    return f"step {record['step']}: held-out loss {_loss(record['held_out_loss'])} ({low} to {high}, {record['n']} rows)"
+    return (
+        f"step {record['step']}: held-out loss {_loss(record['held_out_loss'])} ({low} to {high}, {record['n']} {words.judged})"
+    )
 
 
 def _loss(value: float | int | None) -> str:

@@ -56,7 +56,7 @@ class TrainSpec:
     )
     min_improvement: float = field(
         default=0.0,
-        metadata={"help": "By how much (nats a token) held-out loss must fall to count as an improvement for patience."},
+        metadata={"help": "By how much held-out loss (text: nats a token) must fall to count as an improvement for patience."},
     )
     checkpoint_every: int | None = field(
         default=None, metadata={"help": "Steps between checkpoints; left out, one with every held-out evaluation."}

@@ -18,7 +18,7 @@ from lorakeet.evaluate.report import Command, Leak, MemoryUse, Report
 from lorakeet.evaluate.values import encode
 from lorakeet.train.log import read_metrics
 from lorakeet.train.loop import Outcome, train
-from lorakeet.train.progress import reporter_for
+from lorakeet.train.progress import PICTURES, reporter_for
 from lorakeet.train.run import RunFolder
 from lorakeet.workflows import facts, page
 from lorakeet.workflows.begin import begin_run, identity_of
@@ -67,8 +67,9 @@ def finetune_images(config: RunConfig, run: RunFolder, *, resume: bool, dry_run:
     task = ready_to_train(setup)
     begin_run(run, setup.config, setup.dataset.split_record(), resume=resume)
     outcome = train(
-        task, setup.config.train, run=run, identity=_identity(setup, before), resume=resume, report=reporter_for(console)
-    )
+        task, setup.config.train, run=run, identity=_identity(setup, before), resume=resume,
+        report=reporter_for(console, words=PICTURES),
+    )  # fmt: skip
     with judging(run):
         report = _prove(setup, outcome, run, before, console)
     return ImageResult(setup, run, outcome, report)
@@ -79,7 +80,7 @@ def _identity(setup: ImageAssembly, digests: dict[str, str]) -> dict[str, str]:
     config = setup.config
     images = {**dataclasses.asdict(config.images), "cache": ""}
     parts = {
-        "model settings": dataclasses.asdict(config.model),
+        "model settings": dataclasses.asdict(replace(config.model, path="")),  # its numbers are known by their content
         "lora settings": dataclasses.asdict(config.lora),
         "images settings": images,
         "diffusion settings": dataclasses.asdict(config.diffusion),
