@@ -17,9 +17,15 @@ from lorakeet.models import modules
 from lorakeet.models.active import LiveModel
 from lorakeet.models.adapt import put_adapter
 from lorakeet.models.inject import activate
+from lorakeet.models.kv_cache import KeyValues, Row, step
 from lorakeet.models.load import load_text_model
 from lorakeet.models.spec import ModelSpec
 from lorakeet.models.text import TextModel
+from lorakeet.quant.adopt import quantised
+from lorakeet.quant.gguf import GgufBase
+from lorakeet.quant.gptq import GptqBase
+from lorakeet.quant.packed import PackedBase, PackedLinear
+from lorakeet.quant.spec import QuantSpec
 from tiny.adapters import random_adapter
 from tiny.models import tiny_model
 
@@ -58,6 +64,56 @@ def test_computes_what_an_attached_adapter_computes(text: TextModel, bare: Any, 
     assert live.mixes("a@1") is not dora
     live.detach("a@1")
     assert torch.equal(logits(text), plain) and live.names == ()
+
+
+def packed(text: TextModel, kind: str) -> None:
+    """Every linear layer of the blocks whose width divides into blocks of that kind, packed in place."""
+    for path, module in list(modules.original_modules(text.model)):
+        if modules.kind_of(module) != "linear" or path == "lm_head" or (kind == "Q4_0" and module.in_features % 32):
+            continue
+        shape = (module.out_features, module.in_features)
+        if kind == "Q4_0":
+            base: PackedBase = GgufBase(shape, kind)
+            base.store(module.weight)
+        elif kind == "gptq":
+            base = GptqBase(shape, bits=4, groups=2, sym=True)
+            base.store(module.weight)
+        else:
+            base = quantised(module.weight, QuantSpec(method=kind))  # type: ignore[arg-type]
+        modules.replace(text.model, path, PackedLinear(base, module.bias))
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8", "gptq", "Q4_0"])
+def test_rows_of_a_batch_over_a_packed_base_are_what_they_are_alone(kind: str, text: TextModel, bare: Any) -> None:
+    packed(text, kind)
+    live = LiveModel(text)
+    before = {name: buffer.clone() for name, buffer in text.model.named_buffers()}
+    live.attach("a@1", random_adapter(bare, seed=1))
+    live.attach("b@1", random_adapter(bare, "q_proj", "down_proj", seed=2, rank=2, alpha=6.0))
+    rows = [
+        ({"a@1": 1.0}, tuple(range(20, 45))),  # a prompt longer than what is stacked
+        ({}, (30, 51)),
+        ({"b@1": 1.0}, (77, 80, 9)),
+        ({"a@1": 0.3, "b@1": 0.7}, (12, 60, 61, 9)),
+    ]
+
+    def written(chosen: list[int]) -> torch.Tensor:
+        """The logits of three steps: the prompts, then two tokens a row."""
+        cache, found = KeyValues(slots=4, capacity=32), []
+        starts = dict.fromkeys(chosen, 0)
+        for ids in ([rows[row][1] for row in chosen], [(5,)] * len(chosen), [(8,)] * len(chosen)):
+            asked = [Row(row, starts[row], given, rows[row][0]) for row, given in zip(chosen, ids, strict=True)]
+            starts.update({row: starts[row] + len(given) for row, given in zip(chosen, ids, strict=True)})
+            found.append(step(text, cache, asked, live.selection))
+        return torch.stack(found, dim=1)  # (rows, steps, vocabulary)
+
+    together = written([0, 1, 2, 3])
+    for row in range(4):
+        torch.testing.assert_close(together[row], written([row])[0], rtol=1e-4, atol=1e-4)
+    assert (together[0] - together[2]).abs().max() > 0.1
+    assert sum(isinstance(layer.base, PackedBase) for layers in live._held.values() for layer in layers) > 10
+    after = dict(text.model.named_buffers())
+    assert all(torch.equal(buffer, after[name]) for name, buffer in before.items()), "the base stays as it was packed"
 
 
 def test_loading_walks_nothing_and_leaves_nothing(

@@ -7,11 +7,15 @@ from pathlib import Path
 
 import pytest
 
-from lorakeet.errors import DataError, VerificationFailed
+from lorakeet.errors import ConfigError, DataError, VerificationFailed
 from lorakeet.evaluate.certificate import Certificate, judge
 from lorakeet.formats import peft
 from lorakeet.models.active import LiveModel
-from lorakeet.serve.probe import FACT, Probe, Prober, compare_record, extend_certificate, find_certificate, read_record
+from lorakeet.models.adapt import put_adapter
+from lorakeet.models.load import load_text_model
+from lorakeet.models.spec import ModelSpec
+from lorakeet.quant.spec import QuantSpec
+from lorakeet.serve.probe import FACT, Probe, Prober, compare_record, extend_certificate, find_certificate, read_record, record
 
 
 def test_probes_tell_functions_apart(live: LiveModel, saved: Callable[..., Path]) -> None:
@@ -33,6 +37,24 @@ def test_probes_tell_functions_apart(live: LiveModel, saved: Callable[..., Path]
     assert not compare_record("b", other, elsewhere, prober.tolerance, "the record"), "nothing to compare with"
 
 
+def test_the_record_of_training_is_what_a_server_finds(tiny_llama_folder: Path, saved: Callable[..., Path]) -> None:
+    folder = saved("a", seed=1)
+    found: dict[str, tuple[Probe, Probe, Probe, float]] = {}
+    for method, dtype in (("none", "float32"), ("nf4", "float32"), ("none", "bfloat16")):
+        spec = ModelSpec(path=str(tiny_llama_folder), dtype=dtype, products="float32", quantize=QuantSpec(method=method))  # type: ignore[arg-type]
+        trained, served = (load_text_model(spec, say=lambda _: None) for _ in range(2))
+        put_adapter(trained, peft.read(folder), "default")
+        live = LiveModel(served)
+        prober = Prober(served, live.selection)
+        live.attach("a@1", peft.read(folder))
+        known, theirs = record(trained, "default"), prober.probe("a@1")
+        assert (known.difference(theirs) or 0.0) <= theirs.apart + 1e-5 < prober.tolerance < known.effect, (method, dtype)
+        found[f"{method} {dtype}"] = known, theirs, Probe.from_text(known.to_text(), "here"), prober.tolerance
+    plain, packed, half = found.values()
+    assert packed[0].base == f"{plain[0].base}, nf4 block_size=64 double_quant=True" and packed[0].difference(plain[0]) is None
+    assert (half[0].precision, half[3]) == ("float32 over bfloat16", 0.25), "activations are rounded as the weights are"
+
+
 def test_certificates_are_found_held_to_and_extended(tmp_path: Path) -> None:
     folder = tmp_path / "run" / "adapter"
     folder.mkdir(parents=True)
@@ -44,6 +66,8 @@ def test_certificates_are_found_held_to_and_extended(tmp_path: Path) -> None:
     probe = Probe("base", "float32", (0.5, -1.0), 0.2)
     assert extend_certificate(path, "a", probe, 1e-3).passed
     assert read_record(path) == probe
+    with pytest.raises(ConfigError, match="written for base in float32; this server runs base in bfloat16"):
+        extend_certificate(path, "a", Probe("base", "bfloat16", (0.5, -1.0), 0.2), 1e-3)
     apart = extend_certificate(path, "a", Probe("base", "float32", (0.5, -3.0), 0.2), 1e-3)
     assert not apart.passed and [check.name for check in apart.checks] == ["run", "served"]
     with pytest.raises(DataError, match="its checks failed"):

@@ -19,7 +19,7 @@ from lorakeet.formats import gguf, peft
 from lorakeet.formats.base_model import open_base
 from lorakeet.models.active import LiveModel
 from lorakeet.serve.naming import UnknownModel
-from lorakeet.serve.probe import extend_certificate
+from lorakeet.serve.probe import Probe, extend_certificate
 from lorakeet.serve.registry import NoRoom, Registry
 
 IDS = (30, 51, 77, 80)
@@ -183,6 +183,17 @@ def test_a_certificate_is_held_to(registry: Registry, server: Any, saved: Callab
     with pytest.raises(VerificationFailed, match=r"'a' does not compute what .*certificate\.json says: .* differ by"):
         registry.load("a", folder, replace=True)
     assert registry.get("a").source.scales == (3.0,) and registry.resident == 1, "the good version is still served"
+
+
+def test_a_record_of_another_base_is_said_not_to_compare(
+    registry: Registry, saved: Callable[..., Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = saved("a")
+    check = judge("run", {"x": 0.0}, tolerance={"x": 1.0}, between=("a", "b"))
+    elsewhere = Probe("base, nf4 block_size=64 double_quant=True", "float32", (0.0,) * 64).to_text()
+    Certificate("The run", (check,), {"probe": elsewhere}).write(folder / "certificate.json")
+    registry.load("a", folder)
+    assert "not compared adapter=a" in caplog.text and "nf4 block_size=64" in caplog.text and registry.names == ("a",)
 
 
 def test_wrong_adapters_are_refused_before_they_are_seen(registry: Registry, saved: Callable[..., Path]) -> None:

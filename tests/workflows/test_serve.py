@@ -5,22 +5,28 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
 
 from lorakeet.cli.main import main
+from lorakeet.errors import ConfigError, VerificationFailed
+from lorakeet.evaluate.certificate import read_certificate
 from lorakeet.formats import peft
 from lorakeet.formats.detect import read_adapter
 from lorakeet.formats.vllm import misread
+from lorakeet.workflows.verify import verify
 from tiny.adapters import random_adapter
 from tiny.models import tiny_model
+from tiny.runs import quiet
 
 BODY = {"model": "a", "prompt": "This drug", "temperature": 0, "max_tokens": 8}
 
@@ -76,6 +82,30 @@ def test_killed_and_started_again(tiny_llama_folder: Path, adapters: Path, tmp_p
         assert {name: text(url, name) for name in texts} == texts
         process.send_signal(signal.SIGTERM)
         assert process.wait(timeout=60) in (0, -signal.SIGTERM)
+
+
+def test_a_run_is_served_as_it_was_trained_and_its_certificate_says_so(finished: Any, tmp_path: Path) -> None:
+    run = shutil.copytree(finished.path, tmp_path / "run")
+    wrong = shutil.copytree(finished.path, tmp_path / "wrong")
+    config = wrong / "adapter" / "adapter_config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "lora_alpha": 4}))
+    given = [f"--adapter={name}={folder / 'adapter'}" for name, folder in (("run", run), ("wrong", wrong))]
+    with server("--model", finished.model, *given) as (_, url):
+        assert text(url, "run") != text(url, finished.model.name)
+        answer = httpx.post(f"{url}/v1/completions", json={**BODY, "model": "wrong"}, timeout=60)
+        assert answer.status_code == 422 and "does not compute what" in answer.json()["error"]["message"]
+        with pytest.raises(ConfigError, match=rf"serves {finished.model.name}, run, wrong; say which .* --against {url}#NAME"):
+            verify(str(run), against=(url,), precision="float32", rows=2, console=quiet())
+        found: Any = verify(str(run), against=(f"{url}/v1#run",), precision="float32", rows=2, console=quiet())
+        assert found.certificate.checks[0].n > 2
+        with pytest.raises(VerificationFailed, match="greedy text"):
+            third = shutil.copytree(run, tmp_path / "third")
+            verify(str(third), against=(f"{url}#{finished.model.name}",), rows=2, console=quiet())
+        assert httpx.post(f"{url}/v1/adapters/run/certificate", timeout=60).json()["passed"]
+    certificate = read_certificate(run / "certificate.json")
+    assert [check.name for check in certificate.checks[-2:]] == [f"{url}/v1#run: greedy text", "served"]
+    served = certificate.checks[-1]
+    assert served.right == "the record of the training" and served.measured["logprob_difference"] < 2e-3
 
 
 @pytest.mark.parametrize(

@@ -1,12 +1,14 @@
-"""A few log-probabilities that tell one function from another: recorded when an adapter comes in, compared ever after.
+"""A few log-probabilities that tell one function from another: recorded when an adapter is trained, compared ever after.
 
-The same prompt goes through the model twice, with the adapter alone and the way a mixed batch serves it; both must agree. What
-they give is compared with the record that came with the adapter, so that a forgotten scale or a missed layer cannot go unseen.
+`record` is what training leaves in the certificate: whole rows of a prompt through the model with the adapter on. A server sends
+the same prompt through twice, as training did and the way a mixed batch serves it; both must agree with each other and with the
+record that came with the adapter, so that a forgotten scale, a missed layer or another base cannot go unseen.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,10 +16,13 @@ import torch
 from torch import Tensor
 
 from lorakeet.core.selection import Selection
-from lorakeet.errors import DataError, VerificationFailed
+from lorakeet.data.pack import Batch
+from lorakeet.errors import ConfigError, DataError, VerificationFailed
 from lorakeet.evaluate.certificate import Certificate, judge, read_certificate
+from lorakeet.models.inject import selection_of
 from lorakeet.models.kv_cache import KeyValues, Row, step
 from lorakeet.models.text import TextModel
+from lorakeet.quant.packed import PackedBase
 
 FACT = "probe"  # the fact of a certificate that holds the record
 CERTIFICATE = "certificate.json"
@@ -31,9 +36,10 @@ class Probe:
     """Log-probabilities of some tokens after some beginnings of the probe prompt, and what they were computed with."""
 
     base: str
-    precision: str
+    precision: str  # of the products, and of the weights where these are kept in another
     logprobs: tuple[float, ...]
     effect: float = 0.0  # the largest difference from the bare base
+    apart: float = 0.0  # the largest difference between a mixed batch and the adapter by itself; 0 where nothing was served
 
     def difference(self, other: Probe) -> float | None:
         """The largest difference, or None where the two were computed with another base or precision."""
@@ -44,7 +50,8 @@ class Probe:
     def to_text(self) -> str:
         """The record as one line of JSON."""
         numbers = [round(number, 6) for number in self.logprobs]
-        return json.dumps({"base": self.base, "precision": self.precision, "logprobs": numbers, "effect": round(self.effect, 6)})
+        sizes = {"effect": round(self.effect, 6), "apart": round(self.apart, 6)}
+        return json.dumps({"base": self.base, "precision": self.precision, "logprobs": numbers, **sizes})
 
     @staticmethod
     def from_text(text: str, where: str) -> Probe:
@@ -52,9 +59,17 @@ class Probe:
         try:
             data = json.loads(text)
             numbers = tuple(float(number) for number in data["logprobs"])
-            return Probe(str(data["base"]), str(data["precision"]), numbers, float(data["effect"]))
+            sizes = float(data["effect"]), float(data.get("apart", 0.0))
+            return Probe(str(data["base"]), str(data["precision"]), numbers, *sizes)
         except (ValueError, KeyError, TypeError) as error:
             raise DataError(f"The probe in {where} is broken ({type(error).__name__}: {error}); verify the run again.") from error
+
+
+def record(text: TextModel, name: str) -> Probe:
+    """What the adapter `name`, on the model as it was trained, gives for the probe prompt. It is the active one afterwards."""
+    selection, beginnings = selection_of(text.model), _beginnings(text)
+    bare, found = (_alone(text, selection, beginnings, active) for active in (None, name))
+    return Probe(_base(text), _precision(text), _numbers(found), float((found - bare).abs().max()))
 
 
 class Prober:
@@ -62,13 +77,10 @@ class Prober:
 
     def __init__(self, text: TextModel, selection: Selection) -> None:
         self.text, self.selection = text, selection
-        ids = tuple(text.tokenizer.encode(_PROMPT, add_special_tokens=False))
-        every = max(1, len(ids) // _PLACES)
-        self._beginnings = [ids[: every * (place + 1)] for place in range(_PLACES) if every * (place + 1) <= len(ids)]
-        self._cache = KeyValues(slots=len(self._beginnings), capacity=len(ids))
-        self.base = text.source.name if not text.name else Path(text.name.rpartition(":")[2]).name
-        self.precision = str(text.products).removeprefix("torch.")
-        self.tolerance = TOLERANCE[self.precision]
+        self._beginnings = _beginnings(text)
+        self._cache = KeyValues(slots=len(self._beginnings), capacity=len(self._beginnings[-1]))
+        self.base, self.precision = _base(text), _precision(text)
+        self.tolerance = max(TOLERANCE[_word(dtype)] for dtype in (text.products, text.dtype))
         self._bare: Tensor | None = None
 
     def probe(self, name: str) -> Probe:
@@ -76,8 +88,7 @@ class Prober:
         if self._bare is None:
             self._bare = self._served({})
         served = self._served({name: 1.0})
-        self.selection.use(name)
-        alone = self._read(step(self.text, self._cache, [Row(slot, 0, ids, {}) for slot, ids in enumerate(self._beginnings)]))
+        alone = _alone(self.text, self.selection, self._beginnings, name)
         self.selection.use(None)
         apart = float((served - alone).abs().max())
         if not apart <= self.tolerance:  # NaN is apart
@@ -86,19 +97,63 @@ class Prober:
                 f"{self.tolerance:g}). It is not served. Please report this."
             )
         effect = float((served - self._bare).abs().max())
-        return Probe(self.base, self.precision, tuple(float(number) for number in served.flatten()), effect)
+        return Probe(self.base, self.precision, _numbers(served), effect, apart)
 
     def _served(self, adapters: dict[str, float]) -> Tensor:
         rows = [Row(slot, 0, ids, adapters) for slot, ids in enumerate(self._beginnings)]
-        found = self._read(step(self.text, self._cache, rows, self.selection))
+        found = _spread(step(self.text, self._cache, rows, self.selection))
         self.selection.use(None)
         return found
 
-    def _read(self, logits: Tensor) -> Tensor:
-        """Log-probabilities (places, tokens) of tokens spread over the vocabulary."""
-        width = logits.shape[1]
-        places = torch.arange(0, width, max(1, width // _TOKENS), device=logits.device)[:_TOKENS]
-        return logits.log_softmax(-1)[:, places].cpu()
+
+def _beginnings(text: TextModel) -> list[tuple[int, ...]]:
+    """The probe prompt up to each of a few places."""
+    ids = tuple(text.tokenizer.encode(_PROMPT, add_special_tokens=False))
+    every = max(1, len(ids) // _PLACES)
+    return [ids[: every * (place + 1)] for place in range(_PLACES) if every * (place + 1) <= len(ids)]
+
+
+def _alone(text: TextModel, selection: Selection, beginnings: Sequence[tuple[int, ...]], name: str | None) -> Tensor:
+    """Log-probabilities (places, tokens) with one adapter, or none, on every token: the way of training and evaluation."""
+    lengths = tuple(len(ids) for ids in beginnings)
+    ids = torch.tensor([number for beginning in beginnings for number in beginning])
+    last = torch.tensor(lengths).cumsum(0).sub(1)
+    batch = Batch(ids, lengths, last, ids[last], tuple(map(str, range(len(lengths)))))
+    selection.use(name)
+    text.model.eval()
+    with torch.no_grad():
+        return _spread(text.head(text.hidden(batch)).float())
+
+
+def _spread(logits: Tensor) -> Tensor:
+    """Log-probabilities (places, tokens) of tokens spread over the vocabulary."""
+    width = logits.shape[1]
+    places = torch.arange(0, width, max(1, width // _TOKENS), device=logits.device)[:_TOKENS]
+    return logits.log_softmax(-1)[:, places].cpu()
+
+
+def _numbers(found: Tensor) -> tuple[float, ...]:
+    return tuple(float(number) for number in found.flatten())
+
+
+def _base(text: TextModel) -> str:
+    """The base's name, and how its weights are packed where they are: another packing is another function."""
+    name = text.source.name if not text.name else Path(text.name.rpartition(":")[2]).name
+    kinds = {
+        " ".join(f"{value}" if key == "method" else f"{key}={value}" for key, value in module.settings.items() if key != "shape")
+        for module in text.model.modules()
+        if isinstance(module, PackedBase)
+    }
+    return ", ".join([name, *sorted(kinds)])
+
+
+def _precision(text: TextModel) -> str:
+    products, weights = _word(text.products), _word(text.dtype)
+    return products if products == weights else f"{products} over {weights}"
+
+
+def _word(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def compare_record(name: str, found: Probe, record: Probe, tolerance: float, where: str) -> bool:
@@ -129,19 +184,27 @@ def read_record(certificate: Path) -> Probe | None:
 
 
 def extend_certificate(path: Path, name: str, probe: Probe, tolerance: float) -> Certificate:
-    """Adds to a certificate that the adapter is served as it was verified, with the record for every later load."""
-    old = read_certificate(path)
-    record = read_record(path) or probe
-    difference = probe.difference(record)
+    """Adds to a certificate that the adapter is served as it was verified, with the record for every later load.
+
+    A certificate without a record gets this one, and the check is that a mixed batch gives what the adapter gives by itself.
+    ConfigError where the record was made with another base or precision, since then nothing was shown.
+    """
+    old, known = read_certificate(path), read_record(path)
+    difference = probe.apart if known is None else probe.difference(known)
+    if known is not None and difference is None:
+        raise ConfigError(
+            f"{path} was written for {known.base} in {known.precision}; this server runs {probe.base} in {probe.precision}, so "
+            "that nothing can be compared. Start it with the --model, --dtype and --quantize of the training."
+        )
     check = judge(
         "served",
-        {"logprob_difference": 0.0 if difference is None else difference},
+        {"logprob_difference": float(difference or 0.0)},
         tolerance={"logprob_difference": tolerance},
-        between=("base + adapter, in a mixed batch", "the record of the probe prompt"),
+        between=("in a mixed batch", "by itself" if known is None else "the record of the training"),
         n=len(probe.logprobs),
         detail=f"served as '{name}'",
     )
     kept = tuple(before for before in old.checks if before.name != check.name)
-    new = Certificate(old.subject, (*kept, check), {**old.facts, FACT: record.to_text()})
+    new = Certificate(old.subject, (*kept, check), {**old.facts, FACT: (known or probe).to_text()})
     new.write(path)
     return new

@@ -6,6 +6,8 @@ they end, and then its memory is freed. Within the model and the prefix cache an
 
 from __future__ import annotations
 
+import json
+import logging
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -18,6 +20,8 @@ from lorakeet.serve.engine import Engine
 from lorakeet.serve.naming import UnknownModel, check_name, wanted
 from lorakeet.serve.on_disk import Source, inspect, read
 from lorakeet.serve.probe import Probe, Prober, compare_record, find_certificate, read_record
+
+log = logging.getLogger("lorakeet.serve")
 
 
 class NoRoom(EnvironmentProblem):
@@ -263,10 +267,11 @@ class Registry:
         if not record and certified is None and version.probe is None:
             return
         found = self.engine.call(lambda: self.prober.probe(version.key)).result()
-        if version.probe is not None:
-            compare_record(version.name, found, version.probe, self.prober.tolerance, "the server's record of it")
-        if certified is not None:
-            compare_record(version.name, found, certified, self.prober.tolerance, str(version.certificate))
+        known = {"the server's record of it": version.probe, str(version.certificate): certified}
+        for where, one in known.items():
+            if one is not None and not compare_record(version.name, found, one, self.prober.tolerance, where):
+                about = f"{one.base} in {one.precision}, here {found.base} in {found.precision}"
+                log.warning("not compared adapter=%s record=%s reason=%s", version.name, json.dumps(where), json.dumps(about))
         version.probe = found
 
     def probe(self, name: str) -> Probe:

@@ -25,6 +25,7 @@ from lorakeet.models.inject import activate, attach, eject, use_products
 from lorakeet.models.load import load_text_model
 from lorakeet.models.spec import ModelSpec
 from lorakeet.models.text import TextModel
+from lorakeet.serve.probe import FACT, record
 from lorakeet.workflows.compare_models import compare, first_tokens
 
 CHECK_TOKENS = 1024  # of held-out rows, every token a target
@@ -64,6 +65,7 @@ def certify_run(
         ]
     activate(live.model, name)
     facts = {"model": live.name, "dtype": str(live.dtype).removeprefix("torch."), "rows": "held-out"}
+    facts[FACT] = record(live, name).to_text()  # what a server compares with before it serves the adapter
     if not before or model is None:
         missing = ["frozen weights"] * (not before) + ["base untouched"] * (model is None)
         facts["not checked, for want of memory"] = ", ".join(missing)

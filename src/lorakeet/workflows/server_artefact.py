@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lorakeet.errors import EnvironmentProblem
+from lorakeet.errors import ConfigError, EnvironmentProblem
 from lorakeet.evaluate.certificate import Check, judge
 from lorakeet.export.tolerances import Allowed
 from lorakeet.workflows.artefacts import InTorch, Messages
@@ -34,13 +34,14 @@ class Step:
 
 
 class Server:
-    """A served model at `url`; `model` is its name where the server has several."""
+    """A served model at `url`, which ends in #NAME where the server has several: http://127.0.0.1:8000#reviews."""
 
-    def __init__(self, url: str, allowed: Allowed, model: str = "") -> None:
-        """EnvironmentProblem where nothing answers."""
-        self.url, self.allowed, self.name = url.rstrip("/"), allowed, url
+    def __init__(self, url: str, allowed: Allowed) -> None:
+        """EnvironmentProblem where nothing answers, ConfigError where several models do and none is named."""
+        place, _, model = url.partition("#")
+        self.url, self.allowed, self.name = place.rstrip("/").removesuffix("/v1"), allowed, url
         self.native = self._asks_props()
-        self.model = model or ("" if self.native else self._first_model())
+        self.model = model or ("" if self.native else self._only_model())
 
     def _asks_props(self) -> bool:
         try:
@@ -50,9 +51,12 @@ class Server:
             return False
         return True
 
-    def _first_model(self) -> str:
-        listed = self._call("/v1/models").get("data") or [{}]
-        return str(listed[0].get("id", ""))
+    def _only_model(self) -> str:
+        names = [str(model.get("id", "")) for model in self._call("/v1/models").get("data") or [{}]]
+        if len(names) > 1:
+            listed = ", ".join(names[:8]) + (", …" if len(names) > 8 else "")
+            raise ConfigError(f"{self.url} serves {listed}; say which of them is meant: --against {self.url}#NAME.")
+        return names[0]
 
     def tokenise(self, text: str) -> list[int] | None:
         """The ids of a raw text; None where the server does not tell."""

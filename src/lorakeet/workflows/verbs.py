@@ -20,6 +20,9 @@ class FinetuneOptions:
     resume: Path | None = field(default=None, metadata={"help": "Go on with this run folder from its last checkpoint."})
     dry_run: bool = field(default=False, metadata={"help": "Print the plan, parameters, tokens and steps, then stop."})
     budget: str | None = field(default=None, metadata={"help": "Short for --ranks.budget: parameters spent under --ranks auto."})
+    quick: bool = field(
+        default=False, metadata={"help": "Try 0.5, 1 and 2 times the learning rate first, also where the run file gives one."}
+    )
 
 
 @dataclass(frozen=True)
@@ -178,7 +181,8 @@ class VerifyOptions:
 
     run_or_adapter: str = field(metadata={**_RUN, "help": "A run folder or an adapter folder; with --deploy also a run file."})
     against: tuple[str, ...] = field(
-        default=(), metadata={"help": "Merged folder, .gguf model or adapter, Ollama folder or http address; may be repeated."}
+        default=(),
+        metadata={"help": "Merged folder, .gguf model or adapter, Ollama folder, or http address (URL#NAME for one of several)."},
     )
     base: str | None = field(default=None, metadata={"help": "The base model; without it, the one that run or adapter names."})
     base_gguf: Path | None = field(default=None, metadata={"help": "The GGUF file of the base, for a GGUF adapter."})

@@ -25,6 +25,7 @@ from lorakeet.evaluate.values import encode
 from lorakeet.export.deployment import Runtime
 from lorakeet.export.tolerances import F16, PRECISIONS
 from lorakeet.models.source import find_source
+from lorakeet.serve.probe import FACT, record
 from lorakeet.workflows.artefacts import Artefact, InTorch, Messages, live_side, open_artefact
 from lorakeet.workflows.causes import cause_from_logits, cause_from_weights
 from lorakeet.workflows.compare_artefact import (
@@ -38,7 +39,7 @@ from lorakeet.workflows.compare_artefact import (
 )
 from lorakeet.workflows.deploy import Deployable, check_deployment
 from lorakeet.workflows.judge import sampled_texts
-from lorakeet.workflows.opened import Opened, open_adapter
+from lorakeet.workflows.opened import NAME, Opened, open_adapter
 from lorakeet.workflows.place import writing
 from lorakeet.workflows.server_artefact import Server, check_server
 from lorakeet.workflows.show import show_certificate
@@ -121,7 +122,8 @@ def certify_artefacts(
         with open_artefact(target, opened, base=base_gguf, precision=precision, console=console, context=context) as artefact:
             checks += _checks(live, artefact, probes, opened, source)
     facts = {"model": live.text.name, "rows": f"{len(probes.rows)} held-out" if dataset else f"{len(probes.rows)} sampled"}
-    return Certificate(f"What became of {subject}", tuple(checks), {**facts, "live adapter": "computed in float32"})
+    facts = {**facts, "live adapter": "computed in float32", FACT: record(live.text, NAME).to_text()}
+    return Certificate(f"What became of {subject}", tuple(checks), facts)
 
 
 def _checks(live: InTorch, artefact: Artefact, probes: Probes, opened: Opened, source: Path) -> list[Check]:
