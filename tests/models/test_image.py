@@ -153,8 +153,19 @@ def test_what_cannot_be_loaded(tmp_path: Path, tiny_sd_folder: Path) -> None:
     (tmp_path / "model_index.json").write_text((tiny_sd_folder / "model_index.json").read_text())
     with pytest.raises(EnvironmentProblem, match="cannot be loaded"):
         load(tmp_path)
-    with pytest.raises(ConfigError, match=r"model\.quantize is nf4"):
-        load(tiny_sd_folder, quantize=QuantSpec(method="nf4"))
+    with pytest.raises(ConfigError, match=r"model\.quantize is gguf"):
+        load(tiny_sd_folder, quantize=QuantSpec(method="gguf"))
+
+
+def test_a_packed_unet_predicts_nearly_the_same_and_trains(tiny_sdxl_folder: Path) -> None:
+    dense = load(tiny_sdxl_folder)
+    model = load(tiny_sdxl_folder, quantize=QuantSpec(method="int8"))
+    wanted, found = prediction(dense, "ab"), prediction(model, "ab")
+    assert 0 < (found - wanted).abs().max() < 0.02 * wanted.abs().max()
+    plan = image_plan(model, lora("all-linear", "conv"), text_encoder=False)
+    assert plan == image_plan(dense, lora("all-linear", "conv"), text_encoder=False)
+    inject(model.parts, plan, seed=1)
+    assert (prediction(model, "ab") - found).abs().max() < 1e-5
 
 
 def test_other_predictions(tmp_path: Path) -> None:

@@ -63,6 +63,14 @@ def test_a_dry_run_writes_nothing_but_the_cache(tiny_sdxl_folder: Path, tmp_path
     assert found.to_mapping()["dry_run"] and not (tmp_path / "run").exists()
 
 
+def test_a_quantised_unet_is_trained_and_certified(tiny_sdxl_folder: Path, tmp_path: Path) -> None:
+    changes = {"model__quantize": "nf4", "diffusion__checkpointing": True, "diffusion__seeds": 0, "train__steps": 4}
+    found = image_run(tiny_sdxl_folder, tmp_path, **changes)
+    assert found.outcome is not None and (found.outcome.best_loss or 9) < (found.outcome.base_loss or 0)
+    assert read_certificate(found.run.certificate).passed
+    assert found.report is not None and "linear layers of the UNet in nf4" in found.report.facts["Model"]
+
+
 def test_a_base_that_was_moved_is_known_by_its_content(tiny_sd_folder: Path, tmp_path: Path) -> None:
     first = image_run(tiny_sd_folder, tmp_path, diffusion__seeds=0)
     moved = shutil.copytree(tiny_sd_folder, tmp_path / "elsewhere")

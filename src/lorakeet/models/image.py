@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -21,6 +21,7 @@ from lorakeet.errors import ConfigError, DataError, EnvironmentProblem
 from lorakeet.formats.sd_names import with_components
 from lorakeet.models.families import DIFFUSION
 from lorakeet.models.frozen import frozen_digests
+from lorakeet.models.image_packed import METHODS, load_packed_denoiser
 from lorakeet.models.inject import attach
 from lorakeet.models.modules import find
 from lorakeet.models.placement import device_for, dtype_for
@@ -177,13 +178,15 @@ def load_image_model(spec: ModelSpec, *, say: Callable[[str], None] = print) -> 
     """
     for message in spec.validate():
         raise ConfigError(message)
-    if spec.quantize.method != "none":
-        raise ConfigError(f"model.quantize is {spec.quantize.method}, but the UNet of an image model is not quantised; use none.")
+    if spec.quantize.method not in ("none", *METHODS):
+        raise ConfigError(f"model.quantize is {spec.quantize.method}; the layers of an image model can be {', '.join(METHODS)}.")
     device = device_for(spec.device)
     dtype = dtype_for(spec.dtype, device)
     kind, pipeline_class, extra = _class_of(spec)
     say(f"Loading {spec.path} ({pipeline_class}, {str(dtype).removeprefix('torch.')}) with diffusers.")
     with quiet_diffusers(), _as_problem(spec):
+        if spec.quantize.method != "none":
+            extra["unet"] = load_packed_denoiser(_folder_of(spec) / "unet", new_denoiser, dtype, spec.quantize, say=say)
         pipeline = getattr(diffusers(), pipeline_class).from_pretrained(
             spec.path, revision=spec.revision, torch_dtype=dtype, use_safetensors=True, **extra
         )
@@ -198,6 +201,11 @@ def load_image_model(spec: ModelSpec, *, say: Callable[[str], None] = print) -> 
     if prediction not in ("epsilon", "v_prediction"):
         raise ConfigError(f"{spec.path} predicts '{prediction}'; expected epsilon or v_prediction.")
     return ImageModel(spec.path, kind, pipeline, parts, device, dtype)
+
+
+def new_denoiser(config: Mapping[str, Any]) -> Any:
+    """The denoiser that the content of its config.json describes, on the current default device, its weights random."""
+    return getattr(diffusers(), config["_class_name"]).from_config(dict(config))
 
 
 def image_plan(model: ImageModel, spec: LoraSpec, *, text_encoder: bool) -> Plan:
@@ -247,6 +255,14 @@ def diffusers() -> Any:
                 f"Image models need diffusers, which is not installed ({error}). Install it: pip install 'lorakeet[images]'"
             ) from error
     return package
+
+
+def _folder_of(spec: ModelSpec) -> Path:
+    """The folder of the pipeline, fetched first where `spec.path` is a hub id."""
+    path = Path(spec.path).expanduser()
+    if path.is_dir():
+        return path
+    return Path(diffusers().DiffusionPipeline.download(spec.path, revision=spec.revision, use_safetensors=True))
 
 
 def _class_of(spec: ModelSpec) -> tuple[str, str, dict[str, Any]]:

@@ -16,6 +16,7 @@ from lorakeet.config import RunConfig
 from lorakeet.evaluate.certificate import Certificate
 from lorakeet.evaluate.report import Command, Leak, MemoryUse, Report
 from lorakeet.evaluate.values import encode
+from lorakeet.models.spec import ModelSpec
 from lorakeet.train.log import read_metrics
 from lorakeet.train.loop import Outcome, train
 from lorakeet.train.progress import PICTURES, reporter_for
@@ -129,7 +130,7 @@ def _complete(measured: Report, setup: ImageAssembly, outcome: Outcome, run: Run
             setup.plan,
             run,
             setup.model.device,
-            model=f"{setup.model.name}, {config.model.dtype} weights, predicts {config.diffusion.prediction}",
+            model=f"{setup.model.name}, {_weights(config.model)}, predicts {config.diffusion.prediction}",
             about={
                 "Pictures": f"{len(data.train)} training, {len(data.held_out)} held-out, {len(data.test)} test",
                 "Judged at": f"{timesteps} fixed timesteps with fixed noise for each picture, unweighted",
@@ -144,6 +145,12 @@ def _complete(measured: Report, setup: ImageAssembly, outcome: Outcome, run: Run
         warnings=tuple(warnings),
         next_commands=_next(setup, run),
     )
+
+
+def _weights(spec: ModelSpec) -> str:
+    """How the frozen weights are kept, in words."""
+    method = spec.quantize.method
+    return f"{spec.dtype} weights" + ("" if method == "none" else f", linear layers of the UNet in {method}")
 
 
 def _next(setup: ImageAssembly, run: RunFolder) -> tuple[Command, ...]:

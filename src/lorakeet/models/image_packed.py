@@ -1,0 +1,90 @@
+"""A denoiser (UNet) with packed linear layers: built empty and filled from its files; the dense one is never in memory."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from lorakeet.errors import DataError, Problems
+from lorakeet.formats.safe import SafeFile, open_safetensors
+from lorakeet.models.packing import Packing
+from lorakeet.quant.adopt import quantised
+from lorakeet.quant.nf4 import missing_kernels
+from lorakeet.quant.packed import PackedLinear
+from lorakeet.quant.spec import QuantSpec
+
+METHODS = ("nf4", "int8")
+_NAME = "diffusion_pytorch_model.safetensors"
+_WIDE = ("time_embedding", "add_embedding", "time_text_embed")  # few numbers, on which every result depends
+Make = Callable[[Mapping[str, Any]], nn.Module]  # a denoiser from the content of its config.json
+
+
+def packing_of_denoiser(model: nn.Module, spec: QuantSpec) -> Packing:
+    """How each linear layer of `model` is packed: all but those that embed timestep and sizes; convolutions stay as they are."""
+    if spec.method == "none":
+        return {}
+    settings = {"method": spec.method, "block_size": spec.block_size, "double_quant": spec.double_quant}
+    return {
+        path: {**settings, "shape": (module.out_features, module.in_features)}
+        for path, module in model.named_modules()
+        if type(module) is nn.Linear and path.partition(".")[0] not in _WIDE
+    }
+
+
+def load_packed_denoiser(
+    folder: Path, make: Make, dtype: torch.dtype, spec: QuantSpec, *, say: Callable[[str], None] = print
+) -> nn.Module:
+    """The denoiser in `folder` (config.json and safetensors) on the CPU, its linear layers packed from the dtype of the file.
+
+    All other numbers are rounded to `dtype`. DataError lists every tensor that is missing, unknown or of another shape.
+    """
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    with torch.device("meta"):
+        model = make(config)
+    packing, files = packing_of_denoiser(model, spec), denoiser_files(folder)
+    _check(folder, model, files)
+    held = dense = 0
+    for name, file in files.items():
+        path, _, leaf = name.rpartition(".")
+        module, tensor = model.get_submodule(path), file.read(name)
+        if path in packing and leaf == "weight":
+            base = quantised(tensor, spec)
+            held, dense = held + base.bytes, dense + tensor.numel() * dtype.itemsize
+            model.set_submodule(path, PackedLinear(base, getattr(module, "bias", None)))
+        elif leaf in module._parameters:
+            setattr(module, leaf, nn.Parameter(tensor.to(dtype), requires_grad=False))
+        else:
+            module._buffers[leaf] = tensor
+    say(f"{len(packing)} linear layers are {spec.method}: {held / 1e6:,.1f} MB in place of {dense / 1e6:,.1f} MB.")
+    if spec.method == "nf4" and missing_kernels():
+        say(missing_kernels())
+    return model.requires_grad_(False).eval()
+
+
+def denoiser_files(folder: Path) -> dict[str, SafeFile]:
+    """The file of each tensor of a folder that diffusers saved, headers checked; nothing is read."""
+    index = folder / f"{_NAME}.index.json"
+    if not index.is_file():
+        file = open_safetensors(folder / _NAME)
+        return dict.fromkeys(file.tensors, file)
+    home = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+    opened = {name: open_safetensors(folder / name) for name in sorted(set(home.values()))}
+    lost = [name for name, file in home.items() if name not in opened[file].tensors]
+    if lost:
+        raise DataError(f"{index} lists {len(lost)} tensors that their files do not have, such as {lost[0]}.")
+    return {name: opened[file] for name, file in home.items()}
+
+
+def _check(folder: Path, model: nn.Module, files: Mapping[str, SafeFile]) -> None:
+    problems = Problems(f"{folder} does not hold the model that its config.json describes", DataError)
+    wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    for name in sorted({*wanted, *files}):
+        found = tuple(files[name].tensors[name].shape) if name in files else None
+        if found != wanted.get(name):
+            problems.add(f"'{name}' is {found or 'missing'}; expected {wanted.get(name, 'none')}.")
+    problems.raise_if_any()
