@@ -253,7 +253,7 @@ def test_a_held_out_loss_far_above_the_base_stops_too(tmp_path: Path) -> None:
     with pytest.raises(RunStopped) as error:
         go(tmp_path / "run", SPEC, task)
     said = str(error.value)
-    assert said.startswith("Step 6: training diverged, the held-out loss is 19.5 nats a token and was 9 before training. Kept:")
+    assert said.startswith("Step 6: training diverged, the held-out loss is 19.5 and was 9 before training. Kept:")
     assert "step-000004" in said and "(held-out loss 5.0000 at step 3)" in said
     assert "lower train.learning_rate" in said
 
@@ -387,3 +387,15 @@ def test_a_broken_memory_budget_is_said_once_and_a_kept_one_never(tmp_path: Path
         report.say = said.append  # type: ignore[method-assign]
         train(TinyTask(SPEC), SPEC, run=RunFolder.create(tmp_path / name), report=report, budget=budget)
         assert len([line for line in said if "above its budget of 1" in line]) == times
+
+
+@pytest.mark.parametrize("stop", [0, 5])
+def test_under_a_budget_the_best_adapter_is_on_disk_and_a_run_leaves_the_same_bytes(stop: int, tmp_path: Path) -> None:
+    go(tmp_path / "memory")
+    if stop:  # and goes on from a checkpoint
+        stopped(tmp_path / "disk", stop, budget=1 << 50)
+    go(tmp_path / "disk", budget=1 << 50, resume=bool(stop))
+    assert adapter_bytes(tmp_path / "disk") == adapter_bytes(tmp_path / "memory")
+    for one in (tmp_path / "memory" / "checkpoints").glob("*/*.safetensors"):
+        assert (tmp_path / "disk" / "checkpoints" / one.parent.name / one.name).read_bytes() == one.read_bytes()
+    assert not RunFolder(tmp_path / "disk").best.exists()

@@ -46,12 +46,11 @@ class Step:
     tokens: int  # of the largest micro-batch
     batches: int  # micro-batches of a step
     head_chunk: int
-    keeps_best: bool = True  # whether the best adapter so far is kept beside the one in training, as held-out rows ask for
 
     @property
     def kept_bytes(self) -> int:
-        """Parameters and moments, and the best parameters."""
-        return (16 if self.keeps_best else 12) * self.trained
+        """Parameters and moments; the best parameters so far are on disk (train/best)."""
+        return 12 * self.trained
 
 
 def work(model: Shapes, step: Step) -> int:
@@ -67,7 +66,7 @@ def work(model: Shapes, step: Step) -> int:
 def streamed(model: Shapes, step: Step, runtime: int, *, together: int, aside: bool) -> int:
     """The peak of a step with two blocks in memory and `together` micro-batches on their way; `aside`: block inputs on disk.
 
-    A trained parameter takes 4 bytes, its moments 8, the best one so far 4. Its gradient's 4 come as the block inputs go.
+    A trained parameter takes 4 bytes, its moments 8. Its gradient's 4 come as the block inputs go.
     """
     states = together * step.tokens * model.hidden * model.state
     inputs = 0 if aside else model.blocks * states

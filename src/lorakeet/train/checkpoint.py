@@ -16,19 +16,17 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load as tensors_from
 from torch import Tensor
 
-from lorakeet.errors import ConfigError, Problems
+from lorakeet.errors import ConfigError, DataError, Problems
 from lorakeet.formats.digest import sha256_of
-from lorakeet.formats.safe import stream_safetensors
+from lorakeet.formats.safe import open_safetensors, stream_safetensors
 from lorakeet.train import durable
 from lorakeet.train.spec import TrainSpec
 from lorakeet.train.stopping import Watch
@@ -50,8 +48,27 @@ class Position:
 
 
 @dataclass
+class StoredTensors(Mapping[str, Tensor]):
+    """The tensors of a safetensors file, each read when it is asked for, so that one at a time is in memory.
+
+    Raises DataError where the file is not sound.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._file = open_safetensors(path)
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._file.read(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._file.tensors)
+
+    def __len__(self) -> int:
+        return len(self._file.tensors)
+
+
 class Snapshot:
-    """A checkpoint in memory."""
+    """A checkpoint: of a run in progress, or on disk with its tensors still there."""
 
     position: Position
     trained: Mapping[str, Tensor]
@@ -95,21 +112,21 @@ def found(folder: Path) -> list[Path]:
 
 
 def load(path: Path) -> Snapshot:
-    """The checkpoint at `path`; Damaged if any byte is not what was written."""
+    """The checkpoint at `path`, its tensors read one at a time as they are asked for; Damaged if any byte is not as written."""
     try:
         hashes = json.loads((path / MANIFEST).read_bytes())
-        files = {name: (path / name).read_bytes() for name in hashes}
-        wrong = [name for name, data in files.items() if hashlib.sha256(data).hexdigest() != hashes[name]]
+        wrong = [name for name, digest in hashes.items() if sha256_of(path / name) != digest]
         if wrong:
             raise Damaged(f"{', '.join(wrong)} changed since it was written")
-        state = json.loads(files["state.json"])
-        tensors = {name.removesuffix(".safetensors"): tensors_from(data) for name, data in files.items() if name != "state.json"}
+        state = json.loads((path / "state.json").read_bytes())
+        names = [name.removesuffix(".safetensors") for name in hashes if name != "state.json"]
+        tensors: dict[str, Mapping[str, Tensor]] = {name: StoredTensors(path / f"{name}.safetensors") for name in names}
         identity, watch = state.pop("identity"), Watch(**state.pop("watch"))
         best = tensors.pop("best", None)
         return Snapshot(Position(**state, watch=watch), best=best, identity=identity, **tensors)
     except FileNotFoundError as error:
         raise Damaged(f"{Path(error.filename).name} is missing") from error
-    except (ValueError, TypeError, KeyError, AttributeError, SafetensorError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, DataError) as error:
         raise Damaged(f"{MANIFEST} or what it lists cannot be read ({error})") from error
 
 

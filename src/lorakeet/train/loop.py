@@ -26,6 +26,7 @@ from torch import Tensor
 from lorakeet.errors import DataError, EnvironmentProblem, RunStopped
 from lorakeet.memory.measure import PeakMemory
 from lorakeet.train import checkpoint, durable, gradients, rng, schedule
+from lorakeet.train.best import Best
 from lorakeet.train.checkpoint import Position, Snapshot
 from lorakeet.train.interrupt import Interrupt
 from lorakeet.train.log import Metrics, Sink, sink_for
@@ -65,13 +66,14 @@ def train(
 ) -> Outcome:
     """Trains `task` and leaves the best adapter in RUN/adapter.
 
-    `identity` names what else must be equal when the run is resumed ({"data": hash, "lora": …}). Where the process grows
-    beyond `budget` bytes, that is said once. Raises RunStopped after
+    `identity` names what else must be equal when the run is resumed ({"data": hash, "lora": …}). With a `budget` in bytes the
+    best adapter so far is on disk alone, and where the process grows beyond it, that is said once. Raises RunStopped after
     Ctrl-C and on a loss that is not a number, EnvironmentProblem when the disk is full, VerificationFailed when a trained
     tensor gets no gradient, ConfigError when a resumed run was begun with other settings.
     """
     training = Training(task, spec, run=run, report=report or Silent())
-    training.budget = budget
+    if budget is not None:
+        training.budget, training.best = budget, Best(run.best)
     with run.locked(), PeakMemory() as memory, interrupt or Interrupt() as stop:
         training.memory = memory
         training.open(identity or {}, resume=resume)
@@ -100,7 +102,7 @@ class Training(Generic[BatchT]):
         self.evaluate_every = spec.evaluation_interval(task.steps_per_epoch)
         self.checkpoint_every = spec.checkpoint_interval(task.steps_per_epoch)
         self.at = Position()
-        self.best: dict[str, Tensor] | None = None
+        self.best = Best()
         self.identity: dict[str, Any] = {}
         self.last_checkpoint: Path | None = None
 
@@ -223,7 +225,8 @@ class Training(Generic[BatchT]):
         self._write(record)
         self.report.held_out(record)
         if watch.see(self.at.step, estimate.value, min_improvement=self.spec.min_improvement):
-            self.best = _copies(self.parameters)
+            with self._writing("The best adapter so far"):
+                self.best.keep(self.parameters)
             self._publish()
         if watch.exhausted(self.spec.patience):
             self.at.stopped = (
@@ -237,15 +240,15 @@ class Training(Generic[BatchT]):
             self.at.metrics_bytes = self.metrics.offset
             self.at.seconds = self.earlier_seconds + time.perf_counter() - self.started
             snapshot = Snapshot(
-                self.at, {**self.parameters, **self.task.fixed()}, self.optimizer.state(), rng.states(), self.best,
+                self.at, {**self.parameters, **self.task.fixed()}, self.optimizer.state(), rng.states(), self.best.tensors,
                 {"same": self.identity, "environment": checkpoint.environment()},
             )  # fmt: skip
             self.last_checkpoint = checkpoint.save(self.run.checkpoints, snapshot, keep=self.spec.keep_checkpoints)
 
     def finish(self) -> Outcome:
         """Puts the best adapter back into the model and into RUN/adapter."""
-        if self.best is not None:
-            _copy_into(self.parameters, self.best)
+        if self.best.tensors is not None:
+            _copy_into(self.parameters, self.best.tensors)
         self._publish()
         watch = self.at.watch
         return Outcome(
@@ -262,6 +265,7 @@ class Training(Generic[BatchT]):
         )
 
     def close(self) -> None:
+        self.best.close()
         self.report.close()
         self.metrics.close()
         if self.sink is not None:
@@ -275,8 +279,9 @@ class Training(Generic[BatchT]):
         if changed:
             self.report.say(f"Changed since the checkpoint: {', '.join(changed)}. The result may differ in its last digits.")
         if snapshot.best is not None:
-            self.best = dict(snapshot.best)
-            _copy_into(self.parameters, self.best)
+            _copy_into(self.parameters, snapshot.best)
+            with self._writing("The best adapter so far"):
+                self.best.keep(self.parameters)
             self._publish()
         _copy_into({**self.parameters, **self.task.fixed()}, snapshot.trained)
         self.optimizer.load(snapshot.moments)
@@ -319,10 +324,6 @@ class Training(Generic[BatchT]):
                 f"{what} could not be written in {self.run.path}: {why} ({error}).{previous} "
                 f"Free some space, then go on with: {self.run.resume_command}"
             ) from error
-
-
-def _copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}
 
 
 def _copy_into(live: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:

@@ -39,6 +39,11 @@ class RunFolder:
         return self.path / "metrics.jsonl"
 
     @property
+    def best(self) -> Path:
+        """Where the best tensors so far are while a run trains that has no memory for them."""
+        return self.path / ".best.safetensors"
+
+    @property
     def report(self) -> Path:
         return self.path / "report.json"
 
