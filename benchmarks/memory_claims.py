@@ -98,8 +98,7 @@ def work(claim: Claim, stores: Path) -> dict[str, Any]:
     """Runs one claim in this process."""
     return_freed_memory()
     config, settings = model_config(claim), run_config(claim)
-    shapes, step = shapes_of(settings, config, files=0)
-    step = replace(step, keeps_best=False)  # there are no held-out rows to choose by
+    shapes, step = shapes_of(settings, config)
     choice = choose(shapes, step, resident_bytes(), claim.budget)
     aside, planned = (choice.aside, choice.planned) if choice is not None else (True, None)
     text = model_over(claim, config, stores)
@@ -111,7 +110,8 @@ def work(claim: Claim, stores: Path) -> dict[str, Any]:
             text, rows(claim), held_out=(), spec=settings.train, scratch=stores if aside else None, together=claim.batches
         )
         clock.last = time.perf_counter()
-        outcome: Outcome = train(task, settings.train, run=RunFolder.create(Path(folder) / "run"), report=clock)
+        run = RunFolder.create(Path(folder) / "run")
+        outcome: Outcome = train(task, settings.train, run=run, report=clock, budget=claim.budget)
     return {
         "model": claim.model, "blocks": shapes.blocks, "tokens": claim.tokens * claim.batches, "steps": outcome.steps,
         "seconds": clock.seconds, "losses": clock.losses, "trained": step.trained, "inputs_on_disk": aside,
@@ -123,7 +123,7 @@ def work(claim: Claim, stores: Path) -> dict[str, Any]:
 
 def parameters_of(settings: RunConfig, config: Any) -> int:
     """Of the model as it was before it was packed."""
-    shapes, _ = shapes_of(replace(settings, model=replace(settings.model, quantize=QuantSpec())), config, files=0)
+    shapes, _ = shapes_of(replace(settings, model=replace(settings.model, quantize=QuantSpec())), config)
     return int((shapes.block_total + shapes.end_bytes + shapes.rest_bytes) // shapes.state)
 
 

@@ -1,10 +1,11 @@
 """Claim: what `lorakeet plan` says is never less than what a run then takes, and seldom much more.
 
-    python benchmarks/plan_accuracy.py [--only TEXT] [--lines FOLDER]
+    python benchmarks/plan_accuracy.py [--only TEXT] [--measured FOLDER]
 
 Every configuration is planned from its shapes, then run for real in a process of its own; both peaks are of the whole process.
 Most are two steps of training with evaluation and checkpoint; "whole" ones are `lorakeet finetune`, judged and certified.
-With --lines what was measured is kept in FOLDER, one file for each configuration, and a second call at the same commit goes on.
+With --measured what was measured is kept in FOLDER, and a second call measures only what is not there; plans are made anew, but
+for whole runs, which make theirs. Each line of the result names the commit at which it was measured.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import argparse
 import hashlib
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -102,7 +103,7 @@ class Configuration:
             "lora.rank": self.rank, "lora.target_modules": self.targets,
         }  # fmt: skip
         if self.whole:
-            settings |= {"train.steps": 2, "train.evaluate_every": 1}
+            settings |= {"train.steps": 2, "train.evaluate_every": 1, "train.learning_rate": 1e-4}  # a given rate is not searched
         if self.budget:
             settings |= {"memory.budget": self.budget}
         texts = {key: str(value) for key, value in settings.items()}
@@ -169,16 +170,16 @@ CONFIGURATIONS = (
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--only", default="", help="only configurations whose name holds this text")
-    parser.add_argument("--lines", type=Path, help="where the lines of this commit are kept, to go on with")
+    parser.add_argument("--measured", type=Path, help="where measurements are kept, to go on with")
     parser.add_argument("--results", type=Path, default=Path(__file__).with_name("results"), help="where the result is written")
     given = parser.parse_args(arguments)
     about = origin()
     chosen = [configuration for configuration in CONFIGURATIONS if given.only in configuration.name]
     with TemporaryDirectory(prefix="lorakeet-bench-") as temporary:
-        bench = _Bench(Path(temporary))
+        bench = _Bench(Path(temporary), _Measured(given.measured, about["commit"]["commit"]))
         lines = []
         for configuration in chosen:
-            lines.append(_kept(bench, configuration, given.lines, about["commit"]["commit"]))
+            lines.append(bench.line(configuration))
             _show(lines[-1])
     over = [line["overestimate"] for line in lines]
     broken = [line["name"] for line in lines if line["overestimate"] < 0]
@@ -191,25 +192,31 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 1 if broken or median(over) > ALLOWED_MEDIAN else 0
 
 
-def _kept(bench: _Bench, configuration: Configuration, folder: Path | None, commit: str) -> dict[str, Any]:
-    """The configuration's line: from `folder` where one of that commit is there, else measured and put there."""
-    if folder is None:
-        return bench.line(configuration)
-    name = hashlib.sha256(f"{commit} {configuration.name}".encode()).hexdigest()[:16]
-    path = folder / f"{name}.json"
-    if not path.is_file():
-        folder.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(bench.line(configuration)), encoding="utf-8")
-    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return found
+class _Measured:
+    """What processes found, by name, each with the commit at which it ran; with a folder, kept there to go on with."""
+
+    def __init__(self, folder: Path | None, commit: str) -> None:
+        self.folder, self.commit = folder, commit
+
+    def get(self, name: str, measure: Callable[[], dict[str, int]]) -> tuple[dict[str, int], str]:
+        """What `measure` gives or once gave under that name, and the commit of then."""
+        if self.folder is None:
+            return measure(), self.commit
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path = self.folder / f"{hashlib.sha256(name.encode()).hexdigest()[:16]}.json"
+        if not path.is_file():
+            content = {"name": name, "commit": self.commit, "found": measure()}
+            path.write_text(json.dumps(content), encoding="utf-8")
+        kept = json.loads(path.read_text(encoding="utf-8"))
+        return kept["found"], kept["commit"]
 
 
 class _Bench:
     """Plans and runs; what a process holds before a model is found once for each precision."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.runtimes: dict[tuple[str, str], int] = {}
+    def __init__(self, folder: Path, measured: _Measured) -> None:
+        self.folder, self.measured = folder, measured
+        self.runtimes: dict[tuple[str, str, str], int] = {}
 
     def line(self, configuration: Configuration) -> dict[str, Any]:
         asked = configuration.to_mapping()
@@ -229,35 +236,37 @@ class _Bench:
             config, model_config, precision, runtime=runtime, returning=configuration.returning, tokenizer=shape is None,
             files=None if shape else local_files(config.model.path),
         ).forecast  # fmt: skip
-        used = self._child(asked)
+        used, commit = self.measured.get(configuration.name, lambda: self._child(asked))
         planned = {name: forecast.phase(name).bytes for name in used if name != "start"}
-        return self._compared(configuration, planned, used, runtime)
+        return self._compared(configuration, planned, used, runtime, commit)
 
     def _streamed(self, configuration: Configuration, asked: Mapping[str, Any], config: RunConfig) -> dict[str, Any]:
         source = find_source(config.model, print)
-        files = sum(path.stat().st_size for path in source.glob("*.safetensors"))
-        shapes, step = shapes_of(config, read_config(source), files)
-        used = self._child(asked)
+        shapes, step = shapes_of(config, read_config(source), source)
+        used, commit = self.measured.get(configuration.name, lambda: self._child(asked))
         bound = streamed(shapes, step, used["start"], together=step.batches, aside=False)
-        return self._compared(configuration, {name: bound for name in used if name != "start"}, used, used["start"])
+        return self._compared(configuration, {name: bound for name in used if name != "start"}, used, used["start"], commit)
 
     def _whole(self, configuration: Configuration, settings: Mapping[str, str]) -> dict[str, Any]:
         labelled = configuration.whole == "labelled"
-        found = self._child({"settings": settings, "tokens": configuration.length, "labelled": labelled}, WHOLE)
-        return self._compared(configuration, {"run": found["planned"]}, {"run": found["used"]}, 0)
+        asked = {"settings": settings, "tokens": configuration.length, "labelled": labelled}
+        found, commit = self.measured.get(configuration.name, lambda: self._child(asked, WHOLE))
+        return self._compared(configuration, {"run": found["planned"]}, {"run": found["used"]}, 0, commit)
 
     def _compared(
-        self, configuration: Configuration, planned: Mapping[str, int], used: Mapping[str, int], runtime: int
+        self, configuration: Configuration, planned: Mapping[str, int], used: Mapping[str, int], runtime: int, commit: str
     ) -> dict[str, Any]:
         most, peak = max(planned.values()), max(used.values())
         return {
             "name": configuration.name, "planned": most, "used": peak, "overestimate": most / peak - 1, "runtime": runtime,
+            "measured_at": commit,
             "phases": {name: {"planned": planned[name], "used": used[name]} for name in planned},
         }  # fmt: skip
 
     def _gptq_folder(self) -> Path:
         """6 layers of SmolLM2 with random weights, packed by `lorakeet quantize` on made-up rows; made once."""
-        dense, packed = self.folder / "dense", self.folder / "gptq"
+        home = self.measured.folder or self.folder
+        dense, packed = home / "dense", home / "gptq"
         if packed.exists():
             return packed
         shape = published_shape("HuggingFaceTB/SmolLM2-135M", num_hidden_layers=6)
@@ -265,7 +274,7 @@ class _Bench:
         text.model.save_pretrained(dense)
         for file in find_source(ModelSpec(path=REAL), print).glob("*token*"):
             (dense / file.name).write_bytes(file.read_bytes())
-        rows = self.folder / "calibration.jsonl"
+        rows = home / "calibration.jsonl"
         text_of = "one two three four five six seven eight. " * 8
         lines = [json.dumps({"text": f"Row {number}: {text_of}"}) for number in range(64)]
         rows.write_text("\n".join(lines), encoding="utf-8")
@@ -274,9 +283,10 @@ class _Bench:
         return packed
 
     def _runtime(self, configuration: Configuration, asked: Mapping[str, Any]) -> int:
-        key = configuration.dtype, configuration.quantize
+        key = configuration.dtype, configuration.products, configuration.quantize
         if key not in self.runtimes:
-            self.runtimes[key] = self._child({**asked, "runtime": True})["runtime"]
+            found, _ = self.measured.get(f"runtime {key}", lambda: self._child({**asked, "runtime": True}))
+            self.runtimes[key] = found["runtime"]
         return self.runtimes[key]
 
     def _child(self, asked: Mapping[str, Any], module: str = MODULE) -> dict[str, int]:

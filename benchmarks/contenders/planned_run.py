@@ -20,6 +20,7 @@ from lorakeet.models.load import load_text_model
 from lorakeet.models.outline import config_from, outline
 from lorakeet.models.targets import plan_for
 from lorakeet.models.text import TextModel
+from lorakeet.quant.gptq import GptqBase
 from lorakeet.quant.packed import PackedBase
 from lorakeet.train.log import Metrics
 from lorakeet.train.rehearsal import CHECKPOINT, EVALUATE, STEP, training_on
@@ -28,6 +29,7 @@ from lorakeet.workflows import finetune  # noqa: F401 - what a run has in memory
 from lorakeet.workflows.forecast_run import LOAD, Precision, judging_of, rows_of, runtime_bytes
 
 STEPS = 2
+GPTQ_SCALE = 0.004  # of random codes: weights as large as those that a model begins with
 
 
 def main() -> None:
@@ -93,7 +95,11 @@ def _random_model(shape: Mapping[str, Any], config: RunConfig, precision: Precis
         config_from(dict(shape)), name="made-up", dtype=precision.dtype, products=precision.products, quantize=precision.quantize
     )
     for base in text.model.modules():
-        if isinstance(base, PackedBase):
+        if isinstance(base, GptqBase):  # rows that are alike would leave attention without gradients
+            base.qweight.random_()
+            base.qzeros.random_()
+            base.scales.fill_(GPTQ_SCALE)
+        elif isinstance(base, PackedBase):
             for buffer in base.buffers():
                 buffer.fill_(1)
     return text

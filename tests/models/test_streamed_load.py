@@ -99,7 +99,7 @@ def test_planned_sizes_are_those_of_the_loaded_model(tmp_path: Path) -> None:
     config = AutoConfig.from_pretrained(folder)
     for method in ("none", "nf4", "int8"):
         quantize = QuantSpec(method=method)  # type: ignore[arg-type]
-        planned = empty_packed(config, torch.float32, quantize, files=0).state_dict()
+        planned = empty_packed(config, torch.float32, quantize).state_dict()
         real = loaded(folder, method=method).model.state_dict()
         assert {name: tensor.nbytes for name, tensor in planned.items()} == {name: t.nbytes for name, t in real.items()}
     assert all(tensor.is_meta for tensor in empty_model(config, torch.bfloat16).state_dict().values())

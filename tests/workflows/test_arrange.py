@@ -32,7 +32,7 @@ def test_without_a_budget_nothing_is_arranged(model: Path, tmp_path: Path) -> No
 
 def test_a_large_budget_streams_nothing_and_a_middling_one_does(model: Path, tmp_path: Path) -> None:
     config = settings(model, tmp_path / "rows", tmp_path / "run", CHANGES)
-    shapes, step = shapes_of(config, read_config(model), files=0)
+    shapes, step = shapes_of(config, read_config(model), model)
     assert shapes.blocks == 24 and shapes.block_total > 20 * shapes.block_bytes and step.batches > 1
     said: list[str] = []
     large = settings(model, tmp_path / "rows", tmp_path / "run", {**CHANGES, "memory.budget": "8GiB"})
@@ -79,7 +79,7 @@ def test_a_run_within_a_budget_ends_in_the_same_bytes(model: Path, tmp_path: Pat
     data = write_rows(tmp_path / "rows.jsonl", chats(40))
     plain = run(model, data, tmp_path / "plain", CHANGES)
     config = settings(model, data, tmp_path / "kept", CHANGES)
-    shapes, step = shapes_of(config, read_config(model), files=0)
+    shapes, step = shapes_of(config, read_config(model), model)
     whole = arrange(settings(model, data, tmp_path / "kept", {**CHANGES, "memory.budget": "8GiB"}), print, NO_LABELS).forecast
     assert whole is not None and whole.peak > least(shapes, step, resident_bytes())
     budget = f"{(least(shapes, step, resident_bytes()) + whole.peak) // 2000}KB"

@@ -24,7 +24,8 @@ from lorakeet.memory.stream import RecordStream
 from lorakeet.models import modules
 from lorakeet.models.families import Family
 from lorakeet.models.fingerprint import fingerprint
-from lorakeet.models.quantized import packable, quantised_stock, skeleton
+from lorakeet.models.packing import packing_of
+from lorakeet.models.quantized import quantised_stock, skeleton
 from lorakeet.models.quiet import quiet_transformers
 from lorakeet.models.stock import READERS, Stock, dense_stock, method_of, stored_quantisation, tensor_files
 from lorakeet.models.streamed import Streamed, StreamedEmbedding, StreamedHead
@@ -122,24 +123,11 @@ def empty_model(config: Any, dtype: torch.dtype) -> Any:
     return model
 
 
-def empty_packed(config: Any, dtype: torch.dtype, quantize: QuantSpec, files: int) -> Any:
-    """The model on the meta device with its linear layers packed as they will be: as `quantize` asks, or as its files are.
-
-    Files that are packed already, `files` bytes in all, count as nf4 or int8, whichever they are nearer to.
-    """
+def empty_packed(config: Any, dtype: torch.dtype, quantize: QuantSpec, files: Path | None = None) -> Any:
+    """The model on the meta device with its linear layers packed as they will be: as `quantize` asks, or as its `files` are."""
     model = empty_model(config, dtype)
-    stored, method = stored_quantisation(config), quantize.method
-    if stored:
-        chosen = packable(model, head=False)
-        dense = sum(tensor.nbytes for name, tensor in model.state_dict().items() if name.removesuffix(".weight") not in chosen)
-        weights = sum(cast(Tensor, module.weight).numel() for module in chosen.values())
-        method = "nf4" if files - dense < 0.7 * weights else "int8"
-    if method == "none":
-        return model
-    settings = {"method": method, "block_size": quantize.block_size, "double_quant": quantize.double_quant}
-    for path, module in packable(model, head=quantize.head == "quantize").items():
-        shape = modules.weight_shape(module, cast(Any, modules.kind_of(module)))
-        _put_packed(model, path, {**settings, "shape": list(shape)})
+    for path, settings in packing_of(model, config, quantize, files).items():
+        _put_packed(model, path, settings)
     return model
 
 

@@ -104,8 +104,7 @@ def _streamed(
     config: RunConfig, model_config: Any, source: Path, planned: Planned | None, say: Callable[[str], None]
 ) -> Arrangement:
     budget = config.memory.bytes or 0
-    files = sum(path.stat().st_size for path in source.glob("*.safetensors"))
-    shapes, step = shapes_of(config, model_config, files)
+    shapes, step = shapes_of(config, model_config, source)
     runtime = resident_bytes()
     choice = choose(shapes, step, runtime, budget)
     if choice is None:
@@ -126,8 +125,10 @@ def _streamed(
     return Arrangement(budget, choice.planned, folder, folder if choice.aside else None, choice.together)
 
 
-def shapes_of(config: RunConfig, model_config: Any, files: int) -> tuple[Shapes, Step]:
-    """The numbers that decide, from the settings, the model's configuration and the bytes of its files; no weight is read."""
+def shapes_of(config: RunConfig, model_config: Any, files: Path | None = None) -> tuple[Shapes, Step]:
+    """The numbers that decide, from the settings, the model's configuration and its `files`, where there are any: their headers
+    say how weights are packed, and no weight is read.
+    """
     device = device_for(config.model.device)
     dtype = dtype_for(config.model.dtype, device)
     products = products_for(config.model, dtype, device)

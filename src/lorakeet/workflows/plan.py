@@ -117,8 +117,7 @@ def plan(
     planned = forecast(config, precision=precision)
     result = PlanResult(config, planned, speed, budget)
     if budget is not None and planned.peak > budget:
-        size = sum(path.stat().st_size for path in files.glob("*.safetensors")) if files is not None and files.is_dir() else 0
-        shapes, step = shapes_of(config, model_config, size)
+        shapes, step = shapes_of(config, model_config, files)
         changes = _changes(config, precision, planned)
         found = [Advice(change, forecast(other, precision=kept).peak) for change, other, kept in changes]
         result = dataclasses.replace(
