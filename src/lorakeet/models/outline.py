@@ -96,7 +96,7 @@ def outline(
         own = plain_config(config)  # a copy, in which transformers notes the dtype
         model = AutoModelForCausalLM.from_config(own, dtype=dtype, attn_implementation="eager")
     model = model.requires_grad_(False).eval()
-    _pack(model, packing_of(model, config, quantize or QuantSpec(), files), device)
+    put_packed(model, packing_of(model, config, quantize or QuantSpec(), files), device)
     set_attention(model, "varlen" if attention == "auto" else attention)
     family = family_of(model.config.get_text_config())
     return TextModel(
@@ -104,7 +104,7 @@ def outline(
     )
 
 
-def _pack(model: nn.Module, packing: Packing, device: torch.device) -> None:
+def put_packed(model: nn.Module, packing: Packing, device: torch.device) -> None:
     """Puts a packed layer of zeros where a loaded model would hold a packed weight."""
     for path, settings in packing.items():
         module = model.get_submodule(path)

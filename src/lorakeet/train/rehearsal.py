@@ -144,15 +144,15 @@ class _Rehearsing:
         ledger.watch_gradients(parameters)
         best = [parameter.detach().clone() for parameter in parameters]
         ledger.name("adapter", best)
-        _begin_moments(training)
-        ledger.name("moments", _moments(training))
+        begin_moments(training)
+        ledger.name("moments", moments_of(training))
         with ledger.phase(STEP):
             training.step()
         with ledger.phase(EVALUATE):
             text.model.eval()
             token_logprobs(text, made_up_batch(evaluated).to(text.device), chunk=self.spec.head_chunk)
         with ledger.phase(CHECKPOINT):
-            _checkpoint(training)
+            copy_for_checkpoint(training)
 
 
 def _judge(text: TextModel, judging: Judging) -> None:
@@ -180,7 +180,7 @@ def _largest(text: TextModel) -> int:
     return max([*dense, *packed])
 
 
-def _checkpoint(training: Training[Any]) -> None:
+def copy_for_checkpoint(training: Training[Any]) -> None:
     """The copies that a checkpoint takes: of the moments, of each of them as bytes, and of these joined to a file."""
     moments = training.optimizer.state()
     parts = [torch.empty(tensor.nbytes, dtype=torch.uint8) for tensor in moments.values()]
@@ -192,7 +192,7 @@ def training_on(text: TextModel, spec: TrainSpec, rows: Rows, micro_batches: int
     examples = [_row(rows, number) for number in range(rows.count * micro_batches)]
     spec = replace(spec, batch_size=len(examples), micro_tokens=rows.tokens)
     training = Training(TextTask(text, examples, held_out=(), spec=spec), spec, run=RunFolder(Path()), report=Silent())
-    training.memory, training.metrics = PeakMemory(), _Nowhere()
+    training.memory, training.metrics = PeakMemory(), Nowhere()
     training.earlier_seconds = training.started = 0.0
     return training
 
@@ -202,7 +202,7 @@ def made_up_batch(rows: Rows) -> Batch:
     return pack([_row(rows, number) for number in range(rows.count)])
 
 
-class _Nowhere(Metrics):
+class Nowhere(Metrics):
     """Metrics that are not written."""
 
     def __init__(self) -> None:
@@ -217,12 +217,12 @@ def _row(rows: Rows, number: int) -> Example:
     return Example(np.full(rows.length, 3, np.int64), places >= max(1, rows.prompt), str(number), None, False)
 
 
-def _begin_moments(training: Training[Any]) -> None:
+def begin_moments(training: Training[Any]) -> None:
     """AdamW's moments as they are from the second step on."""
     for parameter in training.parameters.values():
         parameter.grad = torch.zeros_like(parameter)
     training.optimizer.step(0.0)
 
 
-def _moments(training: Training[Any]) -> list[torch.Tensor]:
+def moments_of(training: Training[Any]) -> list[torch.Tensor]:
     return [value for state in training.optimizer.adamw.state.values() for value in state.values()]
