@@ -32,7 +32,8 @@ from lorakeet.train.spec import TrainSpec
 from lorakeet.train.stopping import Watch
 
 MANIFEST = "manifest.json"
-MAY_CHANGE = {"checkpoint_every", "keep_checkpoints", "log_to"}  # settings that do not touch what is learnt or reported
+# settings that do not touch what is learnt or reported from the first step on
+MAY_CHANGE = {"checkpoint_every", "keep_checkpoints", "log_to", "rate_trial_steps"}
 
 
 @dataclass
@@ -47,7 +48,6 @@ class Position:
     watch: Watch = field(default_factory=Watch)
 
 
-@dataclass
 class StoredTensors(Mapping[str, Tensor]):
     """The tensors of a safetensors file, each read when it is asked for, so that one at a time is in memory.
 
@@ -67,6 +67,7 @@ class StoredTensors(Mapping[str, Tensor]):
         return len(self._file.tensors)
 
 
+@dataclass
 class Snapshot:
     """A checkpoint: of a run in progress, or on disk with its tensors still there."""
 

@@ -27,6 +27,10 @@ class RunFolder:
         return self.path / "split.json"
 
     @property
+    def rates(self) -> Path:
+        return self.path / "rates.json"
+
+    @property
     def adapter(self) -> Path:
         return self.path / "adapter"
 
@@ -35,13 +39,13 @@ class RunFolder:
         return self.path / "checkpoints"
 
     @property
-    def metrics(self) -> Path:
-        return self.path / "metrics.jsonl"
-
-    @property
     def best(self) -> Path:
         """Where the best tensors so far are while a run trains that has no memory for them."""
         return self.path / ".best.safetensors"
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / "metrics.jsonl"
 
     @property
     def report(self) -> Path:
