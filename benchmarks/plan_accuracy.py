@@ -49,7 +49,8 @@ def gptq(name: str, bits: int = 4, **changes: Any) -> dict[str, Any]:
     return published_shape(name, quantization_config=stored, **changes)
 
 
-GPTQ_FOLDER = "GPTQ folder"  # 6 layers of SmolLM2, made by `lorakeet quantize`
+DENSE_FOLDER = "folder of 6 layers"  # of SmolLM2, with random weights
+GPTQ_FOLDER = "GPTQ folder"  # the same, made by `lorakeet quantize`
 SHAPES: dict[str, dict[str, Any] | None] = {
     "SmolLM2-135M": None,  # the real one, loaded from its package
     "SmolLM2 shape": published_shape("HuggingFaceTB/SmolLM2-135M"),
@@ -62,10 +63,11 @@ SHAPES: dict[str, dict[str, Any] | None] = {
         "Qwen/Qwen2.5-7B", hidden_size=896, intermediate_size=4864, num_hidden_layers=3, num_attention_heads=14,
         num_key_value_heads=2, tie_word_embeddings=True,
     ),
+    DENSE_FOLDER: None,
     GPTQ_FOLDER: None,
     "6 layers of SmolLM2 in GPTQ": gptq("HuggingFaceTB/SmolLM2-135M", num_hidden_layers=6),
-    "2 layers of Mistral-7B in 3-bit GPTQ": gptq("mistralai/Mistral-7B-v0.3", 3, num_hidden_layers=2, vocab_size=8192),
-    "2 layers of Mistral-7B": published_shape("mistralai/Mistral-7B-v0.3", num_hidden_layers=2, vocab_size=8192),
+    "1 layer of Mistral-7B in 3-bit GPTQ": gptq("mistralai/Mistral-7B-v0.3", 3, num_hidden_layers=1, vocab_size=8192),
+    "1 layer of Mistral-7B": published_shape("mistralai/Mistral-7B-v0.3", num_hidden_layers=1, vocab_size=8192),
 }  # fmt: skip
 
 
@@ -103,7 +105,7 @@ class Configuration:
             "lora.rank": self.rank, "lora.target_modules": self.targets,
         }  # fmt: skip
         if self.whole:
-            settings |= {"train.steps": 2, "train.evaluate_every": 1, "train.learning_rate": 1e-4}  # a given rate is not searched
+            settings |= {"train.steps": 2, "train.evaluate_every": 2, "train.learning_rate": 1e-4, "evaluate.drift_texts": 16}
         if self.budget:
             settings |= {"memory.budget": self.budget}
         texts = {key: str(value) for key, value in settings.items()}
@@ -112,58 +114,53 @@ class Configuration:
 
 C = Configuration
 CONFIGURATIONS = (
-    C("SmolLM2-135M", length=128, micro_tokens=256),
-    C("SmolLM2-135M", quantize="nf4", length=128, micro_tokens=256),
-    C("SmolLM2-135M", dtype="bfloat16", batch=1),
-    C("SmolLM2-135M", quantize="int8", dtype="bfloat16", batch=1),
-    C("SmolLM2-135M", quantize="gguf", batch=1),
-    C("SmolLM2-135M", quantize="gguf", dtype="bfloat16", length=128, micro_tokens=256, batch=2),
-    C("SmolLM2-135M", length=512, batch=2, streamed=True),
-    C("SmolLM2-135M", quantize="nf4", dtype="bfloat16", length=256, batch=4, streamed=True),
-    C("SmolLM2-135M", quantize="gguf", dtype="bfloat16", length=512, batch=2, rank=4, streamed=True),
-    C(GPTQ_FOLDER, dtype="bfloat16"),
-    C(GPTQ_FOLDER, length=512, rank=8),
-    C("6 layers of SmolLM2 in GPTQ", dtype="bfloat16", length=1024, micro_tokens=1024, batch=2),
-    C("2 layers of Mistral-7B in 3-bit GPTQ", dtype="bfloat16", length=512),
-    C("SmolLM2 shape", length=128, micro_tokens=256, returning=True),
-    C("SmolLM2 shape", dtype="bfloat16", length=512, batch=1),
     C("6 layers of SmolLM2"),
-    C("6 layers of SmolLM2", length=1024, micro_tokens=1024, batch=2),
     C("6 layers of SmolLM2", length=128, micro_tokens=1024, batch=16),
     C("6 layers of SmolLM2", length=2048, micro_tokens=2048, batch=1),
-    C("6 layers of SmolLM2", length=2048, micro_tokens=2048, batch=2, returning=True),
+    C("6 layers of SmolLM2", length=1024, micro_tokens=1024, batch=2, returning=True),
     C("6 layers of SmolLM2", rank=4),
     C("6 layers of SmolLM2", rank=64),
     C("6 layers of SmolLM2", targets="attention"),
     C("6 layers of SmolLM2", targets="mlp", rank=8),
+    C("6 layers of SmolLM2", products="bfloat16"),
     C("6 layers of SmolLM2", dtype="bfloat16"),
     C("6 layers of SmolLM2", dtype="bfloat16", length=1024, micro_tokens=1024, batch=2),
     C("6 layers of SmolLM2", dtype="bfloat16", rank=64, returning=True),
     C("6 layers of SmolLM2", quantize="nf4", dtype="bfloat16", length=512, micro_tokens=1024),
     C("6 layers of SmolLM2", quantize="int8"),
-    C("4 layers, hidden 1024"),
-    C("4 layers, hidden 1024", length=1024, micro_tokens=1024, batch=2, returning=True),
-    C("4 layers, hidden 1024", dtype="bfloat16", rank=32),
-    C("4 layers, hidden 1024", quantize="nf4", length=512, micro_tokens=1024),
-    C("4 layers, hidden 1024", quantize="int8", dtype="bfloat16"),
-    C("3 layers of Qwen2.5 at hidden 896"),
-    C("3 layers of Qwen2.5 at hidden 896", dtype="bfloat16", length=512),
+    C("6 layers of SmolLM2", quantize="int8", dtype="bfloat16", length=512),
+    C(GPTQ_FOLDER, dtype="bfloat16"),
+    C(GPTQ_FOLDER, length=512, rank=8),
+    C("6 layers of SmolLM2 in GPTQ", dtype="bfloat16", length=1024, micro_tokens=1024, batch=2),
+    C("4 layers, hidden 1024", batch=2),
+    C("4 layers, hidden 1024", dtype="bfloat16", rank=32, batch=2),
+    C("4 layers, hidden 1024", quantize="nf4", length=512, batch=1),
+    C("4 layers, hidden 1024", products="bfloat16", length=512, batch=1, returning=True),
+    C("3 layers of Qwen2.5 at hidden 896", batch=2),
     C("3 layers of Qwen2.5 at hidden 896", quantize="nf4", dtype="bfloat16", batch=1, micro_tokens=256),
-    C("2 layers of Mistral-7B", dtype="bfloat16"),
-    C("2 layers of Mistral-7B", quantize="nf4", dtype="bfloat16"),
-    C("2 layers of Mistral-7B", quantize="nf4", dtype="bfloat16", length=1024, micro_tokens=1024, batch=2, returning=True),
-    C("2 layers of Mistral-7B", quantize="int8", dtype="bfloat16", length=512),
-    C("6 layers of SmolLM2", products="bfloat16"),
-    C("4 layers, hidden 1024", products="bfloat16", length=512, batch=2),
-    C("SmolLM2-135M", whole="texts"),
-    C("SmolLM2-135M", dtype="bfloat16", whole="texts", length=128),
-    C("SmolLM2-135M", whole="labelled", length=128),
-    C("SmolLM2-135M", quantize="nf4", dtype="bfloat16", whole="labelled"),
-    C("SmolLM2-135M", quantize="int8", dtype="bfloat16", whole="texts", length=128),
-    C("SmolLM2-135M", dtype="bfloat16", whole="texts", budget="2GiB"),
+    C("1 layer of Mistral-7B", dtype="bfloat16", length=128, batch=1),
+    C("1 layer of Mistral-7B", quantize="nf4", dtype="bfloat16", batch=1),
+    C("1 layer of Mistral-7B", quantize="int8", dtype="bfloat16", batch=1, returning=True),
+    C("1 layer of Mistral-7B in 3-bit GPTQ", dtype="bfloat16", length=128, batch=1),
+    C("SmolLM2-135M", length=128, micro_tokens=256, batch=2),
+    C("SmolLM2-135M", dtype="bfloat16", batch=1),
+    C("SmolLM2-135M", quantize="nf4", length=128, micro_tokens=256, batch=2),
+    C("SmolLM2-135M", quantize="int8", dtype="bfloat16", batch=1),
+    C("SmolLM2-135M", quantize="gguf", batch=1),
+    C("SmolLM2-135M", quantize="gguf", dtype="bfloat16", length=128, micro_tokens=256, batch=2),
+    C("SmolLM2-135M", length=512, batch=1, streamed=True),
+    C("SmolLM2-135M", quantize="nf4", dtype="bfloat16", batch=2, streamed=True),
+    C("SmolLM2-135M", quantize="gguf", dtype="bfloat16", length=512, batch=1, rank=4, streamed=True),
+    C(GPTQ_FOLDER, dtype="bfloat16", streamed=True),
+    C(DENSE_FOLDER, whole="texts"),
+    C(DENSE_FOLDER, whole="labelled", length=128),
+    C(DENSE_FOLDER, dtype="bfloat16", whole="labelled"),
+    C(DENSE_FOLDER, quantize="nf4", dtype="bfloat16", whole="labelled"),
+    C(DENSE_FOLDER, quantize="int8", dtype="bfloat16", whole="texts", length=128),
+    C(DENSE_FOLDER, dtype="bfloat16", whole="texts", budget="2GiB"),
     C(GPTQ_FOLDER, dtype="bfloat16", whole="texts"),
-    C("SmolLM2-135M", quantize="nf4", dtype="bfloat16", whole="texts", length=512, batch=2, budget="900MiB"),
-    C("SmolLM2-135M", quantize="nf4", dtype="bfloat16", whole="labelled", budget="900MiB"),
+    C("SmolLM2-135M", whole="texts", batch=2),
+    C("SmolLM2-135M", quantize="nf4", dtype="bfloat16", whole="texts", length=512, batch=1, budget="850MiB"),
 )
 
 
@@ -220,8 +217,9 @@ class _Bench:
 
     def line(self, configuration: Configuration) -> dict[str, Any]:
         asked = configuration.to_mapping()
-        if configuration.shape == GPTQ_FOLDER:
-            asked["settings"]["model.path"] = str(self._gptq_folder())
+        if configuration.shape in (DENSE_FOLDER, GPTQ_FOLDER):
+            dense, packed = self._folders()
+            asked["settings"]["model.path"] = str(dense if configuration.shape == DENSE_FOLDER else packed)
         if configuration.streamed:
             asked["store"] = str(self.folder / "stores")
         if configuration.whole:
@@ -263,12 +261,12 @@ class _Bench:
             "phases": {name: {"planned": planned[name], "used": used[name]} for name in planned},
         }  # fmt: skip
 
-    def _gptq_folder(self) -> Path:
-        """6 layers of SmolLM2 with random weights, packed by `lorakeet quantize` on made-up rows; made once."""
+    def _folders(self) -> tuple[Path, Path]:
+        """6 layers of SmolLM2 with random weights, and the same packed by `lorakeet quantize` on made-up rows; made once."""
         home = self.measured.folder or self.folder
         dense, packed = home / "dense", home / "gptq"
         if packed.exists():
-            return packed
+            return dense, packed
         shape = published_shape("HuggingFaceTB/SmolLM2-135M", num_hidden_layers=6)
         text = outline(config_from(shape), name="made-up", dtype=torch.float32, products=torch.float32)
         text.model.save_pretrained(dense)
@@ -276,11 +274,11 @@ class _Bench:
             (dense / file.name).write_bytes(file.read_bytes())
         rows = home / "calibration.jsonl"
         text_of = "one two three four five six seven eight. " * 8
-        lines = [json.dumps({"text": f"Row {number}: {text_of}"}) for number in range(64)]
+        lines = [json.dumps({"text": f"Row {number}: {text_of}"}) for number in range(16)]
         rows.write_text("\n".join(lines), encoding="utf-8")
         command = [sys.executable, "-m", "lorakeet", "quantize", str(dense), "--method", "gptq", "--bits", "4"]
         run([*command, "--group-size", "64", "--calibration", str(rows), "--out", str(packed)], log=self.folder / "quantize.txt")
-        return packed
+        return dense, packed
 
     def _runtime(self, configuration: Configuration, asked: Mapping[str, Any]) -> int:
         key = configuration.dtype, configuration.products, configuration.quantize
