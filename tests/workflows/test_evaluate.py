@@ -31,6 +31,11 @@ def test_a_run_is_measured_on_its_own_test_rows_as_its_report_says(finished: Any
     assert tree(finished.path) == before
 
 
+def test_a_budget_that_cannot_be_kept_is_refused(finished: Any) -> None:
+    with pytest.raises(ConfigError, match=r"memory\.budget is .*, but this run takes at least"):
+        evaluate(str(finished.path), memory="50MiB", console=quiet())
+
+
 def test_a_run_is_measured_on_a_file_and_writes_a_report_where_it_is_told(finished: Any, tmp_path: Path) -> None:
     data = write_rows(tmp_path / "fresh.jsonl", reviews(9, seed=5))
     found = evaluate(str(finished.path), data=str(data), out=tmp_path / "out", console=quiet())

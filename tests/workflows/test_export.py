@@ -40,6 +40,12 @@ def test_a_gguf_file_with_card_and_certificate(finished: Any, tmp_path: Path) ->
     ]  # fmt: skip
 
 
+def test_a_budget_without_room_for_the_check_is_refused_before_anything_is_written(finished: Any, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="but the check of an export takes about"):
+        export(str(finished.path), out=tmp_path / "model.gguf", memory="50MiB", console=quiet())
+    assert not list(tmp_path.iterdir())
+
+
 def test_types_of_llama_cpp_go_through_its_quantiser(finished: Any, tmp_path: Path) -> None:
     found = export(str(finished.path), out=tmp_path / "small.gguf", quant="q4_0", console=quiet())
     assert found.model.types["Q4_0"] > 10 and found.certificate is not None and found.certificate.passed

@@ -73,6 +73,13 @@ def test_new_tokens_are_in_the_merged_tokenizer(tiny_llama_folder: Path, tmp_pat
     assert tokenizer.convert_tokens_to_ids("<plant>") == 320 and model.config.vocab_size == 321
 
 
+def test_a_budget_without_room_for_the_check_is_refused_before_anything_is_written(finished: Any, tmp_path: Path) -> None:
+    for into in ("original", "packed"):
+        with pytest.raises(ConfigError, match=r"but (the check of a merged model|a merge into packed weights) takes about"):
+            merge([str(finished.path)], out=tmp_path / "merged", into=into, memory="50MiB", console=quiet())  # type: ignore[arg-type]
+    assert not (tmp_path / "merged").exists()
+
+
 def test_what_is_in_the_way_is_said_before_anything_is_written(finished: Any, tmp_path: Path) -> None:
     out = tmp_path / "merged"
     out.mkdir()

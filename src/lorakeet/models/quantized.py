@@ -59,12 +59,19 @@ def load_quantised(source: Path, config: Any, dtype: torch.dtype, spec: QuantSpe
     bases = [module for module in model.modules() if isinstance(module, PackedBase)]
     packed, dense = sum(base.bytes for base in bases), sum(base.shape[0] * base.shape[1] for base in bases) * dtype.itemsize
     say(f"{len(bases)} linear layers are {name}: {packed / 1e6:,.1f} MB in place of {dense / 1e6:,.1f} MB.")
-    experts = sum(module.get_parameter(name).nbytes for module in model.modules() for name in modules.expert_stacks(module))
-    if experts:
-        say(f"The experts of this model are no linear layers to transformers and stay as they are: {experts / 1e6:,.1f} MB.")
+    if kept := kept_experts(model):
+        say(kept)
     if any(isinstance(base, Nf4Base) for base in bases) and missing_kernels():
         say(missing_kernels())
     return model
+
+
+def kept_experts(model: nn.Module) -> str:
+    """A sentence on the stacked experts of a model, which no way of packing takes; empty where it has none."""
+    size = sum(module.get_parameter(name).nbytes for module in model.modules() for name in modules.expert_stacks(module))
+    if not size:
+        return ""
+    return f"The experts of this model are no linear layers to transformers and stay as they are: {size / 1e6:,.1f} MB."
 
 
 def quantised_stock(stock: Stock, config: Any, spec: QuantSpec) -> Stock:

@@ -59,12 +59,16 @@ def evaluate(
     config: Path | None = None,
     base: str | None = None,
     out: Path | None = None,
+    memory: str | None = None,
     console: Console,
 ) -> Evaluated:
-    """Measures base and adapter on `data`, or on the test (else held-out) rows of the run; writes a report to `out` if named."""
+    """Measures base and adapter on `data`, or on the test (else held-out) rows of the run; writes a report to `out` if named.
+
+    `memory`, or else the run's memory.budget, is kept, if need be by streaming the weights.
+    """
     if out is not None:
         require_empty(out)
-    opened = open_adapter(Path(run_or_adapter), base=base, config=config)
+    opened = open_adapter(Path(run_or_adapter), base=base, config=config).within(memory)
     rows = _rows_of_file(opened, data) if data else _rows_of_run(opened)
     text = opened.text_model(console, within_budget=True)
     settings = within_context(opened.config, text, console)

@@ -33,6 +33,7 @@ from lorakeet.workflows.verify import certify_artefacts
 
 CERTIFICATE, CARD = "certificate.json", "README.md"
 CHECK_ROWS = 8
+LLAMA_CPP = 1.5  # copies of the base in fp32: one, and llama.cpp's in f16
 
 
 @dataclass(frozen=True)
@@ -78,11 +79,13 @@ def export(  # noqa: PLR0913  (the options of a verb are its parameters)
     push: bool = False,
     name: str | None = None,
     host: str = "http://127.0.0.1:11434",
+    memory: str | None = None,
     console: Console,
 ) -> Exported:
     """Writes the merged model to `out`, checks it in llama.cpp against the live adapter, and writes card and certificate.
 
     to: gguf (a file) or ollama (a folder with its Modelfile); `separate` keeps base and adapter in two files, for ollama.
+    `memory`, or else the run's memory.budget, has to have room for the check, or nothing is written (ConfigError).
     Raises VerificationFailed (exit code 3) where the check fails; what was written stays, with a certificate that says so.
     """
     if out.exists():
@@ -95,7 +98,9 @@ def export(  # noqa: PLR0913  (the options of a verb are its parameters)
         direct = ", ".join(DIRECT)
         raise ConfigError(f"--quant {quant} needs llama.cpp's quantiser: pip install 'lorakeet[llama]', or take {direct}.")
     require_place(out)
-    opened = open_adapter(Path(run_or_adapter), base=base)
+    opened = open_adapter(Path(run_or_adapter), base=base).within(memory)
+    if is_installed():
+        opened.require_room(LLAMA_CPP, "the check of an export", console)
     source = find_source(opened.config.model, console.print)
     title = name or (opened.run.path.name if opened.run else opened.folder.name)
     job = _Job(opened, source, load_tokenizer(opened.tokenizer or source), quant, title, console)
@@ -149,9 +154,7 @@ def _write_model(job: _Job, out: Path, *, with_adapter: bool) -> GgufModel:
             bar.update(task, completed=done, total=total, description=f"writing {tensor}")
 
         if job.quant in DIRECT:
-            return write_gguf(
-                job.source, adapter, out, tokenizer=job.tokenizer, quant=job.quant, facts=facts, on_progress=show
-            )
+            return write_gguf(job.source, adapter, out, tokenizer=job.tokenizer, quant=job.quant, facts=facts, on_progress=show)
         wide, partial = out.with_name(f".{out.name}.wide"), out.with_name(f".{out.name}.partial")
         try:
             wide.unlink(missing_ok=True)

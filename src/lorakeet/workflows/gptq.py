@@ -22,7 +22,7 @@ from lorakeet.merge.checkpoint import files_along, open_checkpoint
 from lorakeet.models.gptq_blocks import QuantisedBlock, block_layers, check_layers, quantise_blocks, weight_of
 from lorakeet.models.load import load_text_model, read_config
 from lorakeet.models.modules import block_prefix
-from lorakeet.models.quantized import owners
+from lorakeet.models.quantized import kept_experts, owners
 from lorakeet.models.source import find_source
 from lorakeet.models.spec import ModelSpec
 from lorakeet.models.stock import method_of, stored_quantisation, tensor_files
@@ -66,6 +66,9 @@ def write_gptq(
     spec = DataSpec(train=str(calibration.file), supervise="all", max_tokens=calibration.max_tokens, limit=calibration.rows)
     rows = read_rows(spec.train, spec)
     text = load_text_model(_as_stored(model, console), say=console.print)
+    experts = kept_experts(text.model)
+    if experts:  # said before the long work, not after it
+        console.print(experts, soft_wrap=True)
     examples = encode_rows(rows, Encoder(text.tokenizer, spec)).examples
     errors: dict[str, float] = {}
     with Bar(console=console, transient=True, disable=not console.is_terminal) as bar:
@@ -84,7 +87,12 @@ def write_gptq(
     )
     moved = f"The outputs of {worst} moved most on the calibration rows: by {errors[worst]:.2%} of their length."
     console.print(moved, soft_wrap=True)
-    load_text_model(ModelSpec(path=str(out)), say=console.print)
+
+    def say(line: str) -> None:
+        if line != experts:
+            console.print(line)
+
+    load_text_model(ModelSpec(path=str(out)), say=say)
     return written, errors
 
 

@@ -99,23 +99,26 @@ def merge(  # noqa: PLR0913 - one parameter for each option of the verb
     keep: float = 0.95,
     base: str | None = None,
     dtype: Dtype = "same",
+    memory: str | None = None,
     console: Console,
 ) -> Merged:
     """Writes the merged model, or the combined adapter, to `out`, checks it against what it should be, with a certificate beside.
 
     Raises VerificationFailed (exit code 3) naming the worst layer when the two differ by more than rounding explains; what was
     written stays for inspection, with a certificate that says so. ConfigError lists what keeps adapters from being combined.
+    `memory`, or else the run's memory.budget, has to have room for the check, or nothing is written (ConfigError).
     With `into` "packed" the model stays quantised (workflows/merge_packed), which `like` to `keep` are for.
     """
     if out.exists():
         raise ConfigError(f"{out} exists already and is never overwritten. Choose another folder or remove that one.")
     require_place(out)
-    opened = _opened(runs_or_adapters, base)
+    opened = [item.within(memory) for item in _opened(runs_or_adapters, base)]
     spec = CombineSpec(method, tuple(weights), rank, density, seed)
     alone = len(opened) == 1 and spec == CombineSpec(density=density, seed=seed)  # nothing is asked that combines or compresses
     packing = PackedMerge(like, calibration_rows, finish_steps, keep)
     if into == "packed":
         _require_alone(alone and to != "adapter" and dtype == "same")
+        opened[0].require_room(1, "a merge into packed weights", console)
         dataset = load_dataset(opened[0].config.data) if opened[0].run else None
         certificate, surviving = merge_packed(opened[0], dataset, out, spec=packing, console=console)
         return Merged(out, certificate, surviving=surviving)
@@ -197,6 +200,7 @@ class _ModelMerge:
 
     def run(self) -> Merged:
         first, plan, console = self.opened[0], self.plan, self.console
+        first.require_room(2, "the check of a merged model", console)
         judged = next((item for item in self.opened if item.run is not None), first)
         dataset = load_dataset(judged.config.data) if judged.run else None  # missing rows are found before anything is written
         source = find_source(first.dense_spec, console.print)

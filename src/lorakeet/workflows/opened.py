@@ -14,18 +14,25 @@ from lorakeet.config import RunConfig, read_run
 from lorakeet.core.adapter import Adapter, TokenRows
 from lorakeet.core.spec import LoraSpec
 from lorakeet.errors import ConfigError, DataError
+from lorakeet.evaluate.wording import bytes_text
 from lorakeet.formats.detect import read_adapter
+from lorakeet.memory.budget import parse_budget
+from lorakeet.memory.measure import resident_bytes
 from lorakeet.merge.checkpoint import CONFIG
 from lorakeet.models.adapt import put_adapter
-from lorakeet.models.load import load_text_model, load_tokenizer
+from lorakeet.models.load import load_text_model, load_tokenizer, read_config
+from lorakeet.models.quantized import skeleton
+from lorakeet.models.source import find_source
 from lorakeet.models.spec import ModelSpec
 from lorakeet.models.stock import method_of
 from lorakeet.models.text import TextModel
+from lorakeet.quant.adopt import weights_in
 from lorakeet.quant.spec import QuantSpec
 from lorakeet.train.run import RunFolder
 from lorakeet.workflows.arrange import arrange
 
 NAME = "default"
+FP32 = 4  # bytes
 
 
 @dataclass(frozen=True)
@@ -80,6 +87,27 @@ class Opened:
                 self._check_ids(rows, text.add_tokens(rows.tokens))
             put_adapter(text, self.adapter, NAME)
         return text
+
+    def within(self, memory: str | None) -> Opened:
+        """The same, with `memory` (such as "2GiB") in place of the run's memory.budget; None keeps that."""
+        if memory is None:
+            return self
+        kept = dataclasses.replace(self.config.memory, budget=memory)
+        parse_budget(memory)
+        return dataclasses.replace(self, config=dataclasses.replace(self.config, memory=kept))
+
+    def require_room(self, copies: float, what: str, console: Console) -> None:
+        """Raises ConfigError where memory.budget has no room for `copies` of the base in fp32, which `what` compares."""
+        budget = self.config.memory.bytes
+        if budget is None:
+            return
+        source = find_source(self.dense_spec, partial(console.print, markup=False, soft_wrap=True))
+        needed = resident_bytes() + int(copies * FP32 * weights_in(skeleton(read_config(source))))
+        if needed > budget:
+            raise ConfigError(
+                f"The budget is {bytes_text(budget)}, but {what} takes about {bytes_text(needed)}: models are compared in fp32 "
+                "with their weights in memory, and are not streamed. Give that much with --memory, or do it on a larger machine."
+            )
 
     @property
     def tokenizer(self) -> Path | None:

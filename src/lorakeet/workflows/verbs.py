@@ -11,6 +11,7 @@ __all__ = ["VERBS", "Verb"]
 
 
 _RUN = {"help": "A run folder, or a folder with an adapter in PEFT's layout.", "positional": True}
+_MEMORY = {"help": "The most memory that this may take, such as 2GiB; without it, the run's memory.budget."}
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,7 @@ class EvaluateOptions:
     )
     base: str | None = field(default=None, metadata={"help": "The base model; without it, the one that run or adapter names."})
     out: Path | None = field(default=None, metadata={"help": "Folder for a report of this measurement; nothing is written else."})
+    memory: str | None = field(default=None, metadata=_MEMORY)
 
 
 @dataclass(frozen=True)
@@ -88,6 +90,7 @@ class MergeOptions:
     dtype: Literal["same", "float32", "bfloat16", "float16"] = field(
         default="same", metadata={"help": "How the merged weights are stored; same keeps what each has in the base."}
     )
+    memory: str | None = field(default=None, metadata=_MEMORY)
 
 
 @dataclass(frozen=True)
@@ -173,6 +176,7 @@ class ExportOptions:
     push: bool = field(default=False, metadata={"help": "Make the model on a running Ollama server as well."})
     name: str | None = field(default=None, metadata={"help": "The model's name; without it, that of the run folder."})
     host: str = field(default="http://127.0.0.1:11434", metadata={"help": "Address of the Ollama server for --push."})
+    memory: str | None = field(default=None, metadata=_MEMORY)
 
 
 @dataclass(frozen=True)
