@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +13,15 @@ from torch import Tensor
 
 from lorakeet.memory.store import new_store
 from lorakeet.models.families import Family
-from lorakeet.models.quantized import packable
+from lorakeet.models.packing import packing_of
 from lorakeet.models.streamed_load import empty_model, records_of
-from lorakeet.quant.adopt import quantised
+from lorakeet.quant.adopt import empty_base, quantised
+from lorakeet.quant.gptq import GptqBase
 from lorakeet.quant.packed import PackedBase
 from lorakeet.quant.spec import QuantSpec
 
 SPREAD = 0.02  # standard deviation of the weights, as models are initialised
+GPTQ_SCALE = 0.004  # of uniform 4-bit codes: about that spread
 
 
 def write_random_store(
@@ -26,11 +29,12 @@ def write_random_store(
 ) -> dict[str, str]:
     """Writes the store of the model that `config` describes and returns its identity; one block is in memory at a time.
 
-    One normal matrix of each shape is packed as `quantize` asks. The other matrices of that shape have its scales, and codes
-    drawn anew from a uniform distribution: they are as large and as much work as a real model's, which is all they are for.
+    One normal matrix of each shape is packed as `quantize` asks; in GPTQ, where `config` says so, one has random codes. The other
+    matrices of that shape have its scales, and codes drawn anew from a uniform distribution: they are as large and as much work
+    as a real model's, which is all they are for.
     """
     model = empty_model(config, dtype)
-    chosen = packable(model, head=quantize.head == "quantize") if quantize.method != "none" else {}
+    chosen = packing_of(model, config, quantize)
     draw = _Draw(np.random.default_rng(seed), quantize)
     identity = {"model": f"random {seed}", "dtype": str(dtype).removeprefix("torch."), "packing": quantize.method}
     settings: dict[str, Any] = {}
@@ -48,7 +52,7 @@ def write_random_store(
             for name in sorted(names):
                 path_in_model, leaf = name.removesuffix(".weight"), name.removeprefix(f"{record}.")
                 if path_in_model in chosen and name.endswith(".weight"):
-                    base = draw.packed(shapes[name])
+                    base = draw.packed(shapes[name], chosen[path_in_model])
                     settings[path_in_model] = base.settings
                     place = leaf.removesuffix(".weight")
                     held.update({f"{place}.base.{key}": tensor.clone() for key, tensor in base.state_dict().items()})
@@ -76,16 +80,25 @@ class _Draw:
             parts.append(torch.randn(rows, *like.shape[1:], generator=self._torch).mul_(SPREAD).to(like.dtype))
         return torch.cat(parts)
 
-    def packed(self, like: Tensor) -> PackedBase:
+    def packed(self, like: Tensor, settings: Mapping[str, Any]) -> PackedBase:
         """A packed matrix; valid until the next of its shape."""
         shape = (like.shape[0], like.shape[1])
         base = self._made.get(shape)
         if base is None:
-            base = self._made[shape] = quantised(torch.randn(shape, generator=self._torch).mul_(SPREAD), self.quantize)
+            base = self._made[shape] = self._first(shape, settings)
             return base
-        codes = max(base.buffers(), key=lambda buffer: buffer.numel())
-        drawn = np.frombuffer(self.random.bytes(codes.numel()), np.int8 if codes.dtype == torch.int8 else np.uint8)
-        codes.copy_(torch.from_numpy(drawn.copy()).view(codes.shape))
+        codes = max(base.buffers(), key=lambda buffer: buffer.nbytes)
+        codes.view(torch.uint8).view(-1).copy_(torch.frombuffer(bytearray(self.random.bytes(codes.nbytes)), dtype=torch.uint8))
+        return base
+
+    def _first(self, shape: tuple[int, int], settings: Mapping[str, Any]) -> PackedBase:
+        if settings["method"] != "gptq":
+            return quantised(torch.randn(shape, generator=self._torch).mul_(SPREAD), self.quantize)
+        base = empty_base(settings)
+        assert isinstance(base, GptqBase)
+        base.qweight.random_(generator=self._torch)
+        base.qzeros.random_(generator=self._torch)
+        base.scales.fill_(GPTQ_SCALE)
         return base
 
 
