@@ -22,7 +22,7 @@ from lorakeet.models.spec import ModelSpec
 from lorakeet.models.targets import plan_for
 from lorakeet.models.text import TextModel
 from lorakeet.train.loop import train
-from lorakeet.train.many import Many, Member, join, train_many
+from lorakeet.train.many import Many, Member, at_once, join, train_many
 from lorakeet.train.run import RunFolder
 from lorakeet.train.spec import TrainSpec
 from lorakeet.train.text_task import TextTask
@@ -147,3 +147,16 @@ def test_joined_batches_keep_their_rows_and_targets() -> None:
     assert (joined.lengths, joined.keys) == (whole.lengths, whole.keys)
     for part in ("ids", "target_positions", "target_ids"):
         assert torch.equal(getattr(joined, part), getattr(whole, part))
+
+
+def test_a_pass_holds_no_more_tokens_than_that_of_a_single_run() -> None:
+    """Also where the parts of the members are longer than their shares, since no row is cut."""
+    from lorakeet.data.pack import pack
+
+    steps = [[pack([row]) for row in rows(count, seed)] for count, seed in ((7, 1), (2, 2), (4, 3))]
+    passes = list(at_once(steps, 40))
+    assert all(sum(batch.tokens for _, batch in one) <= 40 and len(one) > 1 for one in passes[:-1])
+    assert [index for one in passes for index, _ in one] == [0, 1, 2, 0, 1, 2, 0, 2, 0, 2, 0, 0, 0]
+    for index, batches in enumerate(steps):
+        assert [batch for one in passes for member, batch in one if member == index] == batches
+    assert [len(one) for one in at_once(steps, 1)] == [1] * 13, "a part that is longer goes alone"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +16,8 @@ from lorakeet.models import modules
 from lorakeet.models.inject import adapter_names
 from lorakeet.ranks.allocate import pair_parameters
 from lorakeet.workflows import choose_ranks as choosing
-from lorakeet.workflows.assemble import assemble
-from lorakeet.workflows.choose_ranks import choose_ranks
+from lorakeet.workflows.assemble import assemble, ready_to_train
+from lorakeet.workflows.choose_ranks import choose_ranks, start_directions
 from lorakeet.workflows.finetune import finetune
 from tiny.runs import adapter_bytes, quiet, settings
 
@@ -106,5 +108,35 @@ def test_scores_that_are_no_numbers_are_refused(finished: Any, tmp_path: Path, m
     auto = settings(finished.model, finished.data, tmp_path / "run", AUTO)
     with pytest.raises(DataError, match=r"is no finite number \(of 14 matrices\)"):
         choose_ranks(auto, setup.text, setup.plan, setup.train.examples, quiet())
-    with pytest.raises(DataError, match="needs 2 training rows or more; there are 1"):
+    with pytest.raises(DataError, match=r"ranks\.choose auto needs 2 training rows or more; there are 1"):
         choosing.choose_ranks(auto, setup.text, setup.plan, setup.train.examples[:1], quiet())
+
+
+@pytest.mark.parametrize("start", ["gradient", "activation"])
+def test_pairs_begin_along_what_was_measured_and_resume_to_the_same_bytes(finished: Any, tmp_path: Path, start: str) -> None:
+    config = settings(finished.model, finished.data, tmp_path / "run", {"lora.start": start, "train.steps": 4})
+    setup = assemble(config, quiet())
+    found = start_directions(setup.config, setup.text, setup.plan, setup.train.examples)
+    task = ready_to_train(setup)
+    for entry in setup.plan.entries:
+        A, B = (task.parameters()[f"{entry.path}.{name}"] for name in "AB")
+        assert torch.equal(A, found[entry.path]) and not B.any()
+        torch.testing.assert_close(A @ A.t(), torch.eye(4) / 3, rtol=1e-3, atol=1e-3)
+    done = finetune(config, console=quiet())
+    before = adapter_bytes(done.run.path)
+    for kept in ("step-000004", None):  # from an older checkpoint, and from none
+        for path in done.run.checkpoints.iterdir():
+            if kept is None or path.name == kept:
+                shutil.rmtree(path)
+        finetune(read_run(done.run.config), resume=done.run.path, console=quiet())
+        assert adapter_bytes(done.run.path) == before
+
+
+def test_starts_that_are_measured_need_linear_layers_and_a_model_in_memory(finished: Any, tmp_path: Path) -> None:
+    changes = {"lora.start": "gradient", "lora.target_modules": "q_proj,embed_tokens"}
+    with pytest.raises(ConfigError, match=r"lora\.start gradient is for linear layers, not for embedding weights"):
+        assemble(settings(finished.model, finished.data, tmp_path / "run", changes), quiet())
+    setup = assemble(settings(finished.model, finished.data, tmp_path / "run", {"lora.start": "activation"}), quiet())
+    streamed = replace(setup.text, streamed=object())
+    with pytest.raises(ConfigError, match=r"lora\.start activation reads .* memory\.budget streams this one"):
+        start_directions(setup.config, streamed, setup.plan, setup.train.examples)

@@ -12,6 +12,7 @@ from rich.console import Console
 
 from lorakeet.cli.main import lorakeet
 from lorakeet.config import read_run
+from lorakeet.errors import ConfigError
 from lorakeet.workflows import plan as plan_module
 from lorakeet.workflows.plan import PlanResult, plan
 
@@ -29,9 +30,10 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def planned(folder: Path, budget: str = "", **options: object) -> tuple[PlanResult, str]:
+def planned(folder: Path, budget: str = "", ranks: str = "", **options: object) -> tuple[PlanResult, str]:
     given = {"model.path": str(folder), "data.train": "none", "lora.alpha": "12", "model.dtype": "float32"}
-    config = read_run(None, {**given, **({"memory.budget": budget} if budget else {})})
+    given |= {"memory.budget": budget} if budget else {}
+    config = read_run(None, {**given, **({"ranks": "auto", "ranks.budget": ranks} if ranks else {})})
     text = io.StringIO()
     result = plan(config, rank=4, tokens=32, console=Console(file=text, width=200), **options)  # type: ignore[arg-type]
     return result, text.getvalue()
@@ -44,6 +46,15 @@ def test_the_table_says_phases_kinds_and_peak(folder: Path) -> None:
     assert result.config.lora.rank == 4 and result.planned.rows.tokens == 32
     assert result.peak == max(phase.bytes for phase in result.planned.forecast.phases if phase.name not in ("merge", "export"))
     assert result.advice == () and result.to_mapping()["fits"] is None
+
+
+def test_ranks_that_will_be_chosen_are_planned_by_their_budget(folder: Path) -> None:
+    given, _ = planned(folder)
+    auto, text = planned(folder, ranks="20k")
+    assert 19_800 < auto.planned.plan.parameters <= 20_000 and auto.planned.plan.parameters > 1.5 * given.planned.plan.parameters
+    assert "At most " in text and "that ranks.choose auto may choose" in text and "measure ranks" in text
+    with pytest.raises(ConfigError, match="below rank 1 for each of the 14 targets"):
+        planned(folder, ranks="100")
 
 
 def test_a_budget_that_is_too_small_brings_advice_with_numbers(folder: Path) -> None:

@@ -23,7 +23,7 @@ class PlanEntry:
     alpha: float
     scale_rule: ScaleRule = "alpha/rank"
     variant: Literal["lora", "dora"] = "lora"
-    start: Literal["kaiming", "gaussian", "pissa", "olora", "orthogonal"] = "kaiming"
+    start: Literal["kaiming", "gaussian", "pissa", "olora", "orthogonal", "gradient", "activation"] = "kaiming"
     dropout: float = 0.0
 
     @property

@@ -22,9 +22,12 @@ class LoraSpec:
     variant: Literal["lora", "dora"] = field(
         default="lora", metadata={"help": "lora, or dora: a trained length for each row of the weight (arXiv 2402.09353)."}
     )
-    start: Literal["kaiming", "gaussian", "pissa", "olora", "orthogonal"] = field(
+    start: Literal["kaiming", "gaussian", "pissa", "olora", "orthogonal", "gradient", "activation"] = field(
         default="kaiming",
-        metadata={"help": "How A and B begin: B = 0 (kaiming, gaussian), top singular vectors (pissa), QR (olora), orthogonal."},
+        metadata={
+            "help": "How A and B begin: B = 0 and A random (kaiming, gaussian) or along gradients or inputs of ranks.rows rows "
+            "(gradient, activation); top singular vectors (pissa), QR (olora), orthogonal."
+        },
     )
     target_modules: tuple[str, ...] = field(
         default=("all-linear",),

@@ -14,6 +14,7 @@ from torch import Tensor
 from lorakeet.core.lowrank import LoraPair
 
 EXACT_SVD_UP_TO = 256  # smaller matrices get an exact SVD; larger ones the randomised one (Halko et al. 2011)
+MEASURED = ("gradient", "activation")  # starts whose A is measured on rows (ranks/score); until it is, the pair is all zeros
 OVERSAMPLING = 16
 POWER_ITERATIONS = 8
 
@@ -27,6 +28,9 @@ def begin(pair: LoraPair, start: str, *, weight: Tensor, path: str, seed: int) -
             # PiSSA's scale·B·A is the part that was cut out; OLoRA's B stays orthonormal, as its authors' code has it.
             root = math.sqrt(pair.scale) if start == "pissa" else 1.0
             _set_anchored(pair, A / root, B / root)
+        elif start in MEASURED:
+            pair.A.zero_()  # with B = 0 nothing would learn, which the first steps' check of gradients would find
+            pair.B.zero_()
         elif start == "orthogonal":
             for A, B in zip(pair.A, pair.B, strict=True) if pair.kind == "experts" else [(pair.A, pair.B)]:
                 _orthogonal(A, B, generator)

@@ -2,22 +2,40 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
 from lorakeet.core.adapter import Adapter
 from lorakeet.core.plan import Plan
 from lorakeet.models.fits import plan_of
 from lorakeet.models.fuse import fuse
-from lorakeet.models.inject import attach, inject, use_products
+from lorakeet.models.inject import attach, inject, trained_parameters, use_products
 from lorakeet.models.streamed import hold
 from lorakeet.models.text import TextModel
 
 
-def begin_adapter(text: TextModel, plan: Plan, *, seed: int, token_ids: tuple[int, ...] = (), name: str = "default") -> None:
+def begin_adapter(
+    text: TextModel,
+    plan: Plan,
+    *,
+    seed: int,
+    token_ids: tuple[int, ...] = (),
+    name: str = "default",
+    directions: Mapping[str, Tensor] | None = None,
+) -> None:
     """Puts the new pairs of `plan` into `text` as the adapter `name`, and makes the model compute as it will be trained.
 
-    `token_ids` are those of added tokens. Raises ConfigError where the plan does not fit the model.
+    `token_ids` are those of added tokens, `directions` by path the A (rank, in) of pairs whose start is measured
+    (core/start.MEASURED). Raises ConfigError where the plan does not fit the model.
     """
     hold(text.model, plan)
     inject(text.model, plan, name, seed=seed, token_ids=token_ids)
+    parameters = trained_parameters(text.model, name) if directions else {}
+    with torch.no_grad():
+        for path, A in (directions or {}).items():
+            parameters[f"{path}.A"].copy_(A)
     _compute(text)
 
 

@@ -12,6 +12,7 @@ from lorakeet.core.experts import supports
 from lorakeet.core.math import Kind
 from lorakeet.core.plan import Plan, PlanEntry, path_range
 from lorakeet.core.spec import LoraSpec, layers_chosen, pattern_value
+from lorakeet.core.start import MEASURED
 from lorakeet.errors import Problems, nearest
 from lorakeet.models import modules
 from lorakeet.models.extra_targets import plan_extras
@@ -209,7 +210,7 @@ def _check_variants(entries: tuple[PlanEntry, ...], problems: Problems) -> None:
         example = f"{kind} weights such as '{same[0].path}'"
         if same[0].variant == "dora" and kind in ("embedding", "experts"):
             problems.add(f"lora.variant dora cannot be put on {example}; exclude them or use lora.variant lora.")
-        if same[0].start in ("pissa", "olora") and kind not in ("linear", "conv1d"):
+        if same[0].start in ("pissa", "olora", *MEASURED) and kind not in ("linear", "conv1d"):
             problems.add(
                 f"lora.start {same[0].start} is for linear layers, not for {example}; exclude them or use lora.start kaiming."
             )

@@ -17,9 +17,10 @@ from torch import Tensor, nn
 
 from lorakeet.core.plan import Plan, PlanEntry
 from lorakeet.core.start import seed_for
-from lorakeet.errors import ConfigError
+from lorakeet.errors import ConfigError, DataError
 from lorakeet.models import modules
 
+LENGTH = 3**-0.5  # of a row of A: that of the random start, so that learning rates mean the same
 OVERSAMPLING = 8  # directions beyond the highest rank, so that this one is found well
 
 
@@ -35,15 +36,16 @@ def _sketch_entry(entry: PlanEntry, largest: int) -> PlanEntry:
     )
 
 
-def gradient_gains(
-    plan: Plan, parameters: Mapping[str, nn.Parameter], backward: Callable[[int], None], *, largest: int, seed: int
-) -> dict[str, list[float]]:
-    """By path, how much of the gradient's energy the k-th rank catches, k = 1 … `largest`, as the other half of the rows sees it.
+Halves = tuple[dict[str, Tensor], dict[str, Tensor]]  # by path, Bᵀ·G (…, rank, in) of each half of the rows
+
+
+def gradient_halves(
+    plan: Plan, parameters: Mapping[str, nn.Parameter], backward: Callable[[int], None], *, seed: int
+) -> Halves:
+    """Bᵀ·G of each half of the rows, where B is an orthonormal basis of what the first half's G reaches most.
 
     `plan` is the `sketch_plan`, `parameters` its pairs in the model (PATH.A, PATH.B), and `backward(half)` adds the gradients of
-    the mean loss over half 0 or 1 of the rows. Directions u_k, v_k and σ_k come from half 0; the gain is σ_k·u_kᵀ·G₁·v_k with
-    G₁ of half 1: σ_k² where both halves agree, nothing on average where a direction is noise of a few rows. (LoRA-GA, arXiv
-    2407.05000, and GoRA take σ_k² itself, which grows with the noise.)
+    the mean loss over half 0 or 1 of the rows.
     """
     generator = torch.Generator().manual_seed(seed_for(seed, "ranks"))
     with torch.no_grad():
@@ -63,9 +65,41 @@ def gradient_gains(
     for half in (0, 1):
         _clear(parameters)
         backward(half)
-        halves.append({entry.path: _rows(_grad(parameters[f"{entry.path}.A"]), entry).double().cpu() for entry in plan.entries})
+        halves.append({entry.path: _rows(_grad(parameters[f"{entry.path}.A"]), entry).cpu() for entry in plan.entries})
     _clear(parameters)
+    return halves[0], halves[1]
+
+
+def gradient_gains(halves: Halves, *, largest: int) -> dict[str, list[float]]:
+    """By path, how much of the gradient's energy the k-th rank catches, k = 1 … `largest`, as the other half of the rows sees it.
+
+    Directions u_k, v_k and σ_k come from half 0; the gain is σ_k·u_kᵀ·G₁·v_k with G₁ of half 1: σ_k² where both halves agree,
+    nothing on average where a direction is noise of a few rows. (LoRA-GA, arXiv 2407.05000, and GoRA take σ_k² itself, which
+    grows with the noise.)
+    """
     return {path: _shared_energy(halves[0][path], halves[1][path], largest) for path in halves[0]}
+
+
+def gradient_directions(halves: Halves, ranks: Mapping[str, int]) -> dict[str, Tensor]:
+    """By path, A (rank, in) along the leading right singular vectors of the gradient of all rows, in rows of a random A's length.
+
+    At B = 0 the first step's ∂L/∂B = s·G·Aᵀ is then the most of G that so many rows of A can pass on. LoRA-GA begins in the same
+    directions, but with B ≠ 0 and the product taken off the base; here the base and the size of what is saved stay as they are.
+    """
+    found = {}
+    for path, rank in ranks.items():
+        both = (halves[0][path] + halves[1][path]).double()
+        _require_finite(path, both)
+        found[path] = (LENGTH * torch.linalg.svd(both, full_matrices=False).Vh[:rank]).float()
+    return found
+
+
+def _require_finite(path: str, numbers: Tensor) -> None:
+    if not numbers.isfinite().all():
+        raise DataError(
+            f"What '{path}' sees of the rows is no finite number, so lora.start has no direction there. Try model.dtype float32, "
+            "or lora.start kaiming."
+        )
 
 
 def _grad(parameter: nn.Parameter) -> Tensor:
@@ -91,6 +125,7 @@ def _shared_energy(found: Tensor, other: Tensor, largest: int) -> list[float]:
     """σ_k·u_kᵀ·`other`·v_k of the singular triples of `found` (…, rank, in), never rising; summed over experts."""
     if not (found.isfinite().all() and other.isfinite().all()):
         return [float("nan")] * min(largest, found.shape[-2])
+    found, other = found.double(), other.double()  # one matrix at a time: all of them would take twice the memory
     U, S, Vh = torch.linalg.svd(found, full_matrices=False)
     seen = torch.einsum("...ik,...ij,...kj->...k", U, other, Vh)
     energy = (S * seen).clamp(min=0)
@@ -109,7 +144,17 @@ def falling(values: list[float]) -> list[float]:
     return [mean for mean, length in blocks for _ in range(length)]
 
 
-def variance_gains(
+def variance_gains(sketches: Mapping[str, Sketch], plan: Plan, *, largest: int) -> dict[str, list[float]]:
+    """By path, the share of the second moment of what was sketched that its k-th direction holds, k = 1 … `largest`."""
+    return {entry.path: sketches[entry.path].shares(min(largest, entry.largest_rank)) for entry in plan.entries}
+
+
+def activation_directions(sketches: Mapping[str, Sketch], ranks: Mapping[str, int]) -> dict[str, Tensor]:
+    """By path, A (rank, in) along the directions that hold most of the inputs, as EVA begins; rows as long as a random A's."""
+    return {path: LENGTH * sketches[path].directions(path, rank) for path, rank in ranks.items()}
+
+
+def sketch_states(
     model: nn.Module,
     plan: Plan,
     forward: Callable[[], None],
@@ -117,12 +162,12 @@ def variance_gains(
     of: Literal["input", "output"],
     largest: int,
     seed: int,
-) -> dict[str, list[float]]:
-    """By path, the share of the second moment of the matrix's inputs x, or outputs W·x, that its k-th direction holds.
+) -> dict[str, Sketch]:
+    """By path, a sketch of the second moment of the matrix's inputs x, or outputs W·x; `forward()` runs the bare model.
 
     input: EVA (arXiv 2410.07170), where rank goes to the directions that explain most of the activations. output: weight ×
-    activation, the singular values of W·C^½ with C = E[x·xᵀ], as in CorDA (arXiv 2406.05223). `forward()` runs the bare model
-    over the rows. The moments are never formed: C·Ω for a random Ω gives the leading eigenvalues (Nyström), ‖x‖² the whole.
+    activation, the singular values of W·C^½ with C = E[x·xᵀ], as in CorDA (arXiv 2406.05223). The moments are never formed: C·Ω
+    for a random Ω gives the leading eigenvalues (Nyström), ‖x‖² the whole.
     """
     refused = [entry.path for entry in plan.entries if entry.kind not in ("linear", "conv1d")]
     if refused:
@@ -131,11 +176,11 @@ def variance_gains(
             "ranks.score gradient, or exclude it."
         )
     generator = torch.Generator().manual_seed(seed_for(seed, "ranks"))
-    sketches: dict[str, _Sketch] = {}
+    sketches: dict[str, Sketch] = {}
     handles = []
     for entry in plan.entries:
         width = entry.shape[1] if of == "input" else entry.shape[0]
-        sketch = sketches[entry.path] = _Sketch(width, min(largest + OVERSAMPLING, width), generator)
+        sketch = sketches[entry.path] = Sketch(width, min(largest + OVERSAMPLING, width), generator)
         module = modules.bare(cast(nn.Module, modules.find(model, entry.path)))
         handles.append(module.register_forward_hook(_watch(sketch, of)))
     try:
@@ -144,10 +189,10 @@ def variance_gains(
     finally:
         for handle in handles:
             handle.remove()
-    return {entry.path: sketches[entry.path].shares(min(largest, entry.largest_rank)) for entry in plan.entries}
+    return sketches
 
 
-def _watch(sketch: _Sketch, of: str) -> Callable[..., None]:
+def _watch(sketch: Sketch, of: str) -> Callable[..., None]:
     def hook(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
         del module
         sketch.add(inputs[0] if of == "input" else output)
@@ -155,11 +200,11 @@ def _watch(sketch: _Sketch, of: str) -> Callable[..., None]:
     return hook
 
 
-class _Sketch:
+class Sketch:
     """C·Ω and the trace of a second moment C = Σ x·xᵀ that is never formed."""
 
     def __init__(self, width: int, size: int, generator: torch.Generator) -> None:
-        self.omega = torch.linalg.qr(torch.randn(width, size, generator=generator)).Q  # (width, size)
+        self.omega: Tensor = torch.linalg.qr(torch.randn(width, size, generator=generator)).Q  # (width, size)
         self.product = torch.zeros(width, size)
         self.trace = 0.0
 
@@ -170,13 +215,26 @@ class _Sketch:
         self.trace += float(x.double().square().sum())
 
     def shares(self, count: int) -> list[float]:
-        """The leading eigenvalues over the trace, falling: of (C·Ω)·(Ωᵀ·C·Ω)⁻¹·(C·Ω)ᵀ."""
+        """The leading eigenvalues over the trace, falling; not numbers where the states were none."""
         if not self.product.isfinite().all() or self.trace == 0:
             return [float("nan")] * count
+        found = torch.linalg.svdvals(self._root()).square() / self.trace
+        padded = torch.cat([found, torch.zeros(max(0, count - len(found)), dtype=found.dtype)])
+        return [float(value) for value in padded[:count]]
+
+    def directions(self, path: str, count: int) -> Tensor:
+        """The leading eigenvectors as rows (count, width), random ones where the states span fewer; DataError as no numbers."""
+        _require_finite(path, self.product)
+        found = self.omega.t()[:count].clone()
+        if self.trace > 0:
+            vectors = torch.linalg.svd(self._root(), full_matrices=False).U.t()[:count]
+            found[: len(vectors)] = vectors.float()
+        return found
+
+    def _root(self) -> Tensor:
+        """R (width, directions) with R·Rᵀ = (C·Ω)·(Ωᵀ·C·Ω)⁻¹·(C·Ω)ᵀ."""
         Y, core = self.product.double(), self.omega.double().t() @ self.product.double()
         values, vectors = torch.linalg.eigh((core + core.t()) / 2)
         kept = values > values[-1].clamp(min=0) * 1e-10
-        root = (Y @ vectors[:, kept]) / values[kept].sqrt()
-        found = torch.linalg.svdvals(root).square() / self.trace
-        padded = torch.cat([found, torch.zeros(max(0, count - len(found)), dtype=found.dtype)])
-        return [float(value) for value in padded[:count]]
+        root: Tensor = (Y @ vectors[:, kept]) / values[kept].sqrt()
+        return root

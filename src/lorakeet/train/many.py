@@ -12,21 +12,23 @@ other numbers than there.
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from lorakeet.core.layers import LoraEmbedding, LoraLinear
+from lorakeet.core.plan import Plan
 from lorakeet.core.selection import Selection, Share
 from lorakeet.data.chat import Example
 from lorakeet.data.pack import Batch, micro_batches
 from lorakeet.errors import ConfigError
 from lorakeet.evaluate.intervals import Estimate
 from lorakeet.models.inject import selection_of, trained_parameters
-from lorakeet.models.modules import adapted_layers
+from lorakeet.models.modules import adapted_layers, find, output_layer
 from lorakeet.models.score import row_losses
 from lorakeet.models.text import TextModel
 from lorakeet.train import gradients, schedule
@@ -123,8 +125,7 @@ class Many:
         steps = [learner.batches(len(learning)) for learner in learning]
         targets = [sum(batch.targets for batch in batches) for batches in steps]
         sums = [0.0] * len(learning)
-        for number in range(max(map(len, steps))):
-            together = [(index, batches[number]) for index, batches in enumerate(steps) if number < len(batches)]
+        for together in at_once(steps, max(learner.at.member.spec.micro_tokens for learner in learning)):
             joined = join([batch for _, batch in together])
             self.selection.divide(self._shares(learning, together), units=joined.tokens)
             hidden = self.text.hidden(joined)
@@ -229,6 +230,17 @@ class _Learner:
                     parameter.copy_(self._best[name])
 
 
+def why_not_together(text: TextModel, plan: Plan) -> str:
+    """Why adapters of this plan cannot be trained together on this model, in words; empty where they can."""
+    if text.attention != "varlen" or text.streamed is not None:
+        return "several adapters at once need model.attention varlen and a model in memory"
+    head = output_layer(text.model)
+    kinds = ("experts", "conv2d")
+    wrong = [entry.path for entry in plan.entries if entry.kind in kinds or find(text.model, entry.path) is head]
+    wrong += [extra.path for extra in plan.extras]
+    return f"an adapter on {wrong[0]} cannot share a batch with others" if wrong else ""
+
+
 def _require_sharable(text: TextModel, names: Sequence[str]) -> None:
     """Raises ConfigError that lists what of the adapters cannot differ within a batch."""
     head = text.model.get_output_embeddings()
@@ -243,6 +255,22 @@ def _require_sharable(text: TextModel, names: Sequence[str]) -> None:
             f"Adapters on the output head, on experts and convolutions, whole trained modules and token rows cannot be trained "
             f"together in one batch: {shown}. Leave these out, or train one adapter at a time."
         )
+
+
+def at_once(steps: Sequence[Sequence[Batch]], tokens: int) -> Iterator[list[tuple[int, Batch]]]:
+    """Which parts of the members' steps go through the base together: (member, part), of `tokens` tokens or one part at most.
+
+    Members take turns, so that a pass mixes as many of them as it holds, and holds no more tokens than that of a single run.
+    """
+    turns = itertools.zip_longest(*steps)
+    found: list[tuple[int, Batch]] = []
+    for index, batch in ((index, batch) for turn in turns for index, batch in enumerate(turn) if batch is not None):
+        if found and sum(part.tokens for _, part in found) + batch.tokens > tokens:
+            yield found
+            found = []
+        found.append((index, batch))
+    if found:
+        yield found
 
 
 def join(batches: Sequence[Batch]) -> Batch:

@@ -24,6 +24,10 @@ class TrainSpec:
     learning_rate: float | None = field(
         default=None, metadata={"help": "Highest learning rate; left out, it follows from the model's hidden size."}
     )
+    rate_trial_steps: int = field(
+        default=12,
+        metadata={"help": "Steps of a trial of 0.5, 1 and 2 times the rate before a run that leaves learning_rate out; 0: none."},
+    )
     b_learning_rate_ratio: float = field(
         default=1.0, metadata={"help": "Learning rate of B over that of everything else; LoRA+ uses 16 (arXiv 2402.12354)."}
     )
@@ -84,7 +88,7 @@ class TrainSpec:
             value = getattr(self, name)
             if value is not None and value < 1:
                 found.append(f"train.{name} is {value}; it must be 1 or more.")
-        for name in ("patience", "seed", "weight_decay", "clip_norm", "min_improvement"):
+        for name in ("patience", "seed", "weight_decay", "clip_norm", "min_improvement", "rate_trial_steps"):
             if not _finite(getattr(self, name), 0.0):
                 found.append(f"train.{name} is {getattr(self, name):g}; it must be 0 or more.")
         if self.seed > LARGEST_SEED:

@@ -23,7 +23,7 @@ from lorakeet.models.targets import plan_for
 from lorakeet.models.text import TextModel
 from lorakeet.train.text_task import TextTask
 from lorakeet.workflows.arrange import Arrangement, Loaded, arrange
-from lorakeet.workflows.choose_ranks import choose_ranks
+from lorakeet.workflows.choose_ranks import choose_ranks, start_directions
 
 
 @dataclass(frozen=True)
@@ -94,10 +94,16 @@ def ready_to_train(setup: Assembly, *, held_out: Sequence[Example] | None = None
     `held_out` are the rows to choose the best adapter by: the run's, unless others (or none) are named.
     """
     spec = setup.config.train
-    begin_adapter(setup.text, setup.plan, seed=spec.seed, token_ids=setup.new_token_ids)
+    begin_pairs(setup, setup.plan, seed=spec.seed)
     rows = setup.held_out.examples if held_out is None else held_out
     kept = setup.arrangement
     return TextTask(setup.text, setup.train.examples, held_out=rows, spec=spec, scratch=kept.scratch, together=kept.together)
+
+
+def begin_pairs(setup: Assembly, plan: Plan, *, seed: int, name: str = "default") -> None:
+    """Puts the pairs of `plan` into the model as the run's settings begin them: lora.start may want a look at training rows."""
+    directions = start_directions(setup.config, setup.text, plan, setup.train.examples)
+    begin_adapter(setup.text, plan, seed=seed, token_ids=setup.new_token_ids, name=name, directions=directions)
 
 
 def _say(console: Console) -> Callable[[str], None]:

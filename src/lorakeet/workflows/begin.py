@@ -10,6 +10,8 @@ from typing import Any
 
 from lorakeet.config import RunConfig, dump_yaml
 from lorakeet.data.split import check_split_record, read_split_record, write_split_record
+from lorakeet.evaluate.rank_values import Search
+from lorakeet.evaluate.values import from_text, to_text
 from lorakeet.train.run import RunFolder
 from lorakeet.workflows.place import writing
 
@@ -19,10 +21,13 @@ def identity_of(parts: Mapping[str, Any]) -> dict[str, str]:
     return {name: hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest() for name, value in parts.items()}
 
 
-def begin_run(run: RunFolder, config: RunConfig, record: dict[str, object], *, resume: bool) -> None:
+def begin_run(
+    run: RunFolder, config: RunConfig, record: dict[str, object], *, resume: bool, rates: Search | None = None
+) -> None:
     """Writes config.yaml and split.json of a new run; DataError where a resumed one does not see the same rows.
 
-    `record` is the split as data/split describes it. EnvironmentProblem where the folder cannot be written; it is then gone.
+    `record` is the split as data/split describes it, `rates` the trial that chose the learning rate, where there was one.
+    EnvironmentProblem where the folder cannot be written; it is then gone.
     """
     if resume and run.split.exists():
         check_split_record(read_split_record(run.split), record)
@@ -33,7 +38,14 @@ def begin_run(run: RunFolder, config: RunConfig, record: dict[str, object], *, r
                 RunFolder.create(run.path)
             run.write(run.config, dump_yaml(config))
             write_split_record(run.split, record)
+            if rates is not None:
+                run.write(run.rates, to_text(rates))
         except OSError:
             if not resume:
                 shutil.rmtree(run.path, ignore_errors=True)
             raise
+
+
+def rates_of(run: RunFolder) -> Search | None:
+    """The trial that chose the learning rate of a run; None where there was none. DataError where its file is broken."""
+    return from_text(Search, run.rates.read_text(encoding="utf-8"), where=str(run.rates)) if run.rates.is_file() else None

@@ -4,24 +4,37 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Literal
 
 import torch
 from rich.console import Console
+from torch import Tensor
 
 from lorakeet.config import RunConfig
 from lorakeet.core.plan import Plan
-from lorakeet.core.start import seed_for
+from lorakeet.core.start import MEASURED, seed_for
 from lorakeet.data.chat import Example
 from lorakeet.data.pack import micro_batches
 from lorakeet.errors import ConfigError, DataError
+from lorakeet.memory.allocator import give_back_free_memory
 from lorakeet.models.adapt import begin_adapter
-from lorakeet.models.inject import eject, trained_parameters
+from lorakeet.models.inject import activate, eject, trained_parameters
 from lorakeet.models.targets import plan_for
 from lorakeet.models.text import TextModel
 from lorakeet.ranks.allocate import Gains, allocate, pair_parameters, rank_pattern
-from lorakeet.ranks.score import gradient_gains, sketch_plan, variance_gains
-from lorakeet.ranks.spec import parameter_count
+from lorakeet.ranks.score import (
+    Halves,
+    Sketch,
+    activation_directions,
+    gradient_directions,
+    gradient_gains,
+    gradient_halves,
+    sketch_plan,
+    sketch_states,
+    variance_gains,
+)
 from lorakeet.train.text_task import TextTask
+from lorakeet.workflows.forecast_choices import budget_of
 
 NAME = "ranks"  # of the pairs that gradients are read from, while they are
 
@@ -35,9 +48,10 @@ def choose_ranks(
     does not fit or a model that cannot be scored, DataError for scores that are no numbers.
     """
     spec = config.ranks
-    budget = pair_parameters(plan) if spec.budget is None else parameter_count(spec.budget, "ranks.budget")
+    budget = budget_of(config, plan)
     step = 2 if config.lora.start == "orthogonal" else 1
     gains = _gains(config, text, plan, examples)
+    give_back_free_memory()  # what scoring grew to is not held beside the run
     chosen = allocate(plan, gains, budget, largest=spec.max_rank, step=step)
     lora = replace(config.lora, rank_pattern=rank_pattern(chosen, config.lora))
     ranks = [entry.rank for entry in chosen.entries]
@@ -52,31 +66,62 @@ def choose_ranks(
     return config, replace(plan_for(text.model, lora, text.family), frozen_parameters=plan.frozen_parameters)
 
 
+def start_directions(config: RunConfig, text: TextModel, plan: Plan, examples: Sequence[Example]) -> dict[str, Tensor]:
+    """The A of every pair where lora.start is measured (gradient, activation) on ranks.rows rows; empty for other starts.
+
+    The same for a run and for its resumption. Raises as `choose_ranks` does.
+    """
+    start = config.lora.start
+    if start not in MEASURED:
+        return {}
+    rows = _rows(config, text, examples, f"lora.start {start}")
+    ranks = {entry.path: entry.rank for entry in plan.entries}
+    if start == "gradient":
+        return gradient_directions(_halves(config, text, plan, rows, max(ranks.values())), ranks)
+    return activation_directions(_sketches(config, text, plan, rows, "input", max(ranks.values())), ranks)
+
+
 def _gains(config: RunConfig, text: TextModel, plan: Plan, examples: Sequence[Example]) -> Gains:
-    spec = config.ranks
+    score, largest = config.ranks.score, config.ranks.max_rank
+    rows = _rows(config, text, examples, "ranks.choose auto")
+    if score == "gradient":
+        return gradient_gains(_halves(config, text, plan, rows, largest), largest=largest)
+    of: Literal["input", "output"] = "input" if score == "activation" else "output"
+    return variance_gains(_sketches(config, text, plan, rows, of, largest), plan, largest=largest)
+
+
+def _rows(config: RunConfig, text: TextModel, examples: Sequence[Example], what: str) -> list[Example]:
+    """The training rows on which is measured; ConfigError and DataError where that cannot be."""
     if text.streamed is not None:
         raise ConfigError(
-            "ranks.choose auto reads gradients of a model in memory, but memory.budget streams this one. Choose the ranks in a "
-            "run without the budget (--dry-run --json prints them), then give them in lora.rank_pattern."
+            f"{what} reads gradients or states of a model in memory, but memory.budget streams this one. Choose the ranks in a "
+            "run without the budget (--dry-run --json prints them), then give them in lora.rank_pattern, with lora.start kaiming."
         )
-    rows = sorted(examples, key=lambda example: seed_for(config.train.seed, f"ranks/{example.key}"))[: spec.rows]
+    rows = sorted(examples, key=lambda example: seed_for(config.train.seed, f"ranks/{example.key}"))[: config.ranks.rows]
     if len(rows) < 2:
-        raise DataError(f"ranks.choose auto needs 2 training rows or more; there are {len(rows)}. Give ranks in lora.rank.")
-    if spec.score == "gradient":
-        return _by_gradient(config, text, plan, rows)
+        raise DataError(
+            f"{what} needs 2 training rows or more; there are {len(rows)}. Give ranks in lora.rank, with lora.start kaiming."
+        )
+    return rows
+
+
+def _sketches(
+    config: RunConfig, text: TextModel, plan: Plan, rows: Sequence[Example], of: Literal["input", "output"], largest: int
+) -> dict[str, Sketch]:
+    """Of the states of the bare base on the rows."""
 
     def forward() -> None:
         for batch in micro_batches(rows, config.train.micro_tokens):
             text.hidden(batch.to(text.device))
 
-    of, seed = "input" if spec.score == "activation" else "output", config.train.seed
+    activate(text.model, None)
     text.model.eval()
-    return variance_gains(text.model, plan, forward, of=of, largest=spec.max_rank, seed=seed)  # type: ignore[arg-type]
+    return sketch_states(text.model, plan, forward, of=of, largest=largest, seed=config.train.seed)
 
 
-def _by_gradient(config: RunConfig, text: TextModel, plan: Plan, rows: Sequence[Example]) -> Gains:
+def _halves(config: RunConfig, text: TextModel, plan: Plan, rows: Sequence[Example], largest: int) -> Halves:
     """Training's own backward pass over temporary pairs; the model is as before afterwards."""
-    sketch = sketch_plan(plan, config.ranks.max_rank)
+    sketch = sketch_plan(plan, largest)
     with torch.random.fork_rng(devices=[]):
         begin_adapter(text, sketch, seed=config.train.seed, name=NAME)
         try:
@@ -87,10 +132,7 @@ def _by_gradient(config: RunConfig, text: TextModel, plan: Plan, rows: Sequence[
                 batches = [batch for batch in halves[half] if batch.targets]
                 task.gradients(batches, max(1, sum(batch.targets for batch in batches)))
 
-            parameters = trained_parameters(text.model, NAME)
-            return gradient_gains(
-                sketch, parameters, backward, largest=config.ranks.max_rank, seed=config.train.seed
-            )
+            return gradient_halves(sketch, trained_parameters(text.model, NAME), backward, seed=config.train.seed)
         finally:
             eject(text.model, NAME)
             text.model.eval()

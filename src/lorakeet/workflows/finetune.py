@@ -1,6 +1,6 @@
 """`lorakeet finetune`: trains an adapter and proves it against its base on rows that it never saw.
 
-assemble (rows, model, plan, ids) → inject → train → judge (base, adapter, floors) → certify → report.
+assemble (rows, model, plan, ids) → choose the rate → inject → train → judge (base, adapter, floors) → certify → report.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ from typing import Any
 from rich.console import Console
 
 from lorakeet.config import RunConfig
-from lorakeet.errors import ConfigError
+from lorakeet.errors import ConfigError, Problems
+from lorakeet.evaluate.rank_values import Search
 from lorakeet.evaluate.report import Report
 from lorakeet.evaluate.values import encode
 from lorakeet.memory.allocator import give_back_free_memory
@@ -25,8 +26,9 @@ from lorakeet.train.progress import reporter_for
 from lorakeet.train.run import RunFolder
 from lorakeet.workflows import page
 from lorakeet.workflows.assemble import Assembly, assemble, ready_to_train
-from lorakeet.workflows.begin import begin_run, identity_of
+from lorakeet.workflows.begin import begin_run, identity_of, rates_of
 from lorakeet.workflows.certify_run import certify_run
+from lorakeet.workflows.choose_rate import choose_rate
 from lorakeet.workflows.conclude import conclude, judging
 from lorakeet.workflows.image_finetune import ImageResult, finetune_images
 from lorakeet.workflows.judge import Judge
@@ -69,10 +71,17 @@ class FinetuneResult:
 
 
 def finetune(
-    config: RunConfig, *, resume: Path | None = None, dry_run: bool = False, budget: str | None = None, console: Console
+    config: RunConfig,
+    *,
+    resume: Path | None = None,
+    dry_run: bool = False,
+    budget: str | None = None,
+    quick: bool = False,
+    console: Console,
 ) -> FinetuneResult | ImageResult:
     """Trains, judges and certifies; everything is in the run folder `config.out`, or in `resume`.
 
+    A run whose settings name no learning rate, or one that is asked to by `quick`, tries three first (workflows/choose_rate).
     Raises ConfigError, DataError and EnvironmentProblem before anything is written, RunStopped when the run ends early, and
     VerificationFailed when the certificate fails (the run folder then holds it).
     """
@@ -81,14 +90,16 @@ def finetune(
     if not dry_run:
         _require_run(run, resume=resume is not None)
     require_sink(config.train.log_to)
+    _check_quick(config, quick, resume)
     if config.kind == "image":
         return finetune_images(config, run, resume=resume is not None, dry_run=dry_run, console=console)
     setup = assemble(config, console)
     show_plan(setup, console)
     if dry_run:
         return FinetuneResult(setup, run)
+    setup, rates = (setup, rates_of(run)) if resume else choose_rate(setup, console, asked=quick)
     task = ready_to_train(setup)
-    begin_run(run, setup.config, setup.dataset.split_record(), resume=resume is not None)
+    begin_run(run, setup.config, setup.dataset.split_record(), resume=resume is not None, rates=rates)
     before = {} if setup.arrangement.store else frozen_digests(setup.text.model)  # streamed weights are only read
     outcome = train(
         task,
@@ -101,7 +112,7 @@ def finetune(
     )
     give_back_free_memory()  # what training's heap grew to is not held beside the two models of the certificate
     with judging(run):
-        report = _prove(setup, outcome, run, before, console)
+        report = _prove(setup, outcome, run, before, rates, console)
     return FinetuneResult(setup, run, outcome, report)
 
 
@@ -113,6 +124,20 @@ def _with_budget(config: RunConfig, budget: str | None) -> RunConfig:
     if problems := ranks.validate():
         raise ConfigError("; ".join(problems))
     return dataclasses.replace(config, ranks=ranks)
+
+
+def _check_quick(config: RunConfig, quick: bool, resume: Path | None) -> None:
+    """Raises ConfigError where --quick cannot mean anything."""
+    if not quick:
+        return
+    problems = Problems("--quick cannot be used")
+    if resume is not None:
+        problems.add(f"{resume} has its learning rate already, and a resumed run keeps it. Leave --quick out.")
+    if config.kind == "image":
+        problems.add("Learning rates are tried for text models only. Leave --quick out, and compare whole runs.")
+    if config.train.rate_trial_steps == 0:
+        problems.add("train.rate_trial_steps is 0, which tries none. Give the number of steps to try, such as 12.")
+    problems.raise_if_any()
 
 
 def _require_run(run: RunFolder, *, resume: bool) -> None:
@@ -136,7 +161,9 @@ def _identity(setup: Assembly) -> dict[str, str]:
     return {**identity_of(parts), "files of the base model": fingerprint(setup.text.source)}
 
 
-def _prove(setup: Assembly, outcome: Outcome, run: RunFolder, before: dict[str, str], console: Console) -> Report:
+def _prove(
+    setup: Assembly, outcome: Outcome, run: RunFolder, before: dict[str, str], rates: Search | None, console: Console
+) -> Report:
     """Judges, certifies and reports; VerificationFailed when the certificate fails."""
     part, rows = setup.judged
     judge = Judge(setup.config, setup.text, setup.encoder, rows, console)
@@ -152,7 +179,7 @@ def _prove(setup: Assembly, outcome: Outcome, run: RunFolder, before: dict[str, 
         spec=setup.config.evaluate,
     )
     report = page.complete(
-        measured, setup, outcome, run=run, metrics=read_metrics(run.metrics), certificate=certificate, drift=drift
+        measured, setup, outcome, run=run, metrics=read_metrics(run.metrics), certificate=certificate, drift=drift, rates=rates
     )
     conclude(report, certificate, run, console)
     return report

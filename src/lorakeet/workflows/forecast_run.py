@@ -34,8 +34,9 @@ from lorakeet.train.rehearsal import (
     training_on,
 )
 from lorakeet.train.spec import TrainSpec
+from lorakeet.workflows.forecast_choices import while_measuring, while_trying_rates, with_largest_ranks
 
-LOAD, CERTIFY, MERGE, EXPORT = "load", "certify", "merge", "export"
+LOAD, SCORE, CERTIFY, MERGE, EXPORT = "load", "measure ranks", "certify", "merge", "export"
 LATER = (MERGE, EXPORT)  # processes of their own
 TOKENIZER_ENTRY = 1024  # bytes for each word of a vocabulary; measured: 45.8 MiB for SmolLM2's 49,152
 ROW_BYTES = 9  # for each character of a row: at most a token, with its id and whether it is learnt
@@ -66,6 +67,7 @@ class Planned:
     rows: Rows
     work: Work  # of one micro-batch in training
     base: int  # bytes
+    rate_trial: int = 0  # bytes of three adapters in training (workflows/choose_rate), tried only where that is not the peak
 
     @property
     def peak(self) -> int:
@@ -75,7 +77,7 @@ class Planned:
     @property
     def training_peak(self) -> int:
         """The most bytes until training ends."""
-        training = (LOAD, STEP, EVALUATE, CHECKPOINT)
+        training = (LOAD, SCORE, STEP, EVALUATE, CHECKPOINT)
         return max(phase.bytes for phase in self.forecast.phases if phase.name in training)
 
     def to_mapping(self) -> dict[str, Any]:
@@ -142,9 +144,14 @@ def forecast_run(
         attention=config.model.attention, quantize=precision.quantize, files=files,
     )  # fmt: skip
     micro_batches = 2 if config.train.batch_size > rows.count else 1
-    found = rehearse(
-        build, config.lora, config.train, rows=rows, micro_batches=micro_batches, judging=judging_of(config)
+    rehearsed = partial(
+        rehearse, build, spec=config.train, rows=rows, micro_batches=micro_batches, judging=judging_of(config)
     )
+    found = rehearsed(config.lora)
+    measuring = while_measuring(config, found, rehearsed)
+    before = {} if measuring is None else {SCORE: measuring}
+    if config.ranks.choose == "auto":
+        found = with_largest_ranks(config, found, rehearsed)
     load, judge = _load(model_config, found, precision), found.peaks[JUDGE]
     floors = FLOORS if labelled and config.evaluate.baselines else 0
     kept = Held(found.base + 4 * found.plan.parameters, {"base": found.base, "adapter": 4 * found.plan.parameters})
@@ -152,15 +159,18 @@ def forecast_run(
     again = Again(found, load, judge, words, second=not returning)
     held = {
         LOAD: load,
+        **before,
         STEP: found.peaks[STEP],
         EVALUATE: found.peaks[EVALUATE],
         CHECKPOINT: found.peaks[CHECKPOINT],
         JUDGE: judged,
         CERTIFY: with_more(again.peak(kept), runtime=floors),
     }
-    run = phases_of(held, runtime + words, returning=returning, trimmed_before=(JUDGE,))
+    run = phases_of(held, runtime + words, returning=returning, trimmed_before=(STEP, JUDGE) if before else (JUDGE,))
     later = [phases_of({name: peak}, runtime + words) for name, peak in ((MERGE, _merge(found)), (EXPORT, _export(found)))]
-    return Planned(Forecast((*run, *(phase for (phase,) in later))), found.plan, rows, found.work, found.base)
+    trial = {"rate trial": while_trying_rates(config, found, rows)}
+    (tried,) = phases_of(trial, runtime + words, returning=returning)
+    return Planned(Forecast((*run, *(phase for (phase,) in later))), found.plan, rows, found.work, found.base, tried.bytes)
 
 
 @dataclass(frozen=True)

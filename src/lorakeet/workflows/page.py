@@ -13,7 +13,7 @@ from lorakeet.config import RunConfig
 from lorakeet.core.plan import Plan
 from lorakeet.data.leaks import LeakReport
 from lorakeet.evaluate.certificate import Certificate
-from lorakeet.evaluate.rank_values import RankCell, RankMap
+from lorakeet.evaluate.rank_values import RankCell, RankMap, Search
 from lorakeet.evaluate.report import Command, Curves, Drift, Leak, MemoryUse, Point, Report
 from lorakeet.memory.measure import peak_bytes
 from lorakeet.train.loop import Outcome
@@ -31,8 +31,9 @@ def complete(
     metrics: Sequence[dict[str, Any]],
     certificate: Certificate,
     drift: Drift | None,
+    rates: Search | None = None,
 ) -> Report:
-    """`measured` with everything else that the page shows."""
+    """`measured` with everything else that the page shows; `rates` is the trial that chose the learning rate."""
     part, _ = setup.judged
     return replace(
         measured,
@@ -41,6 +42,7 @@ def complete(
         facts=_facts(setup, run),
         curves=curves(metrics, outcome),
         ranks=rank_map(setup.plan),
+        search=rates,
         leaks=leaks(setup.dataset.leaks),
         drift=drift,
         memory=_memory(setup, outcome),

@@ -141,10 +141,10 @@ def show_plan(result: PlanResult, console: Console) -> None:
         table.add_row(phase.name, *cells, Text(bytes_text(phase.bytes), style="bold"))
     rows, work = planned.rows, planned.work
     console.print(table)
-    console.print(
-        f"{planned.plan.parameters:,} trained parameters; micro-batches of {rows.count} × {rows.length} tokens, all learnt.",
-        soft_wrap=True,
-    )
+    trained = f"{planned.plan.parameters:,} trained parameters"
+    if result.config.ranks.choose == "auto":
+        trained = f"At most {trained}, the ranks those that hold most of all that ranks.choose auto may choose"
+    console.print(f"{trained}; micro-batches of {rows.count} × {rows.length} tokens, all learnt.", soft_wrap=True)
     console.print(f"Peak of the run: {bytes_text(result.peak)}{_against(result)}.", soft_wrap=True)
     if result.least is not None:
         console.print(f"{_streaming(result)} With weights in memory it would take:", soft_wrap=True)

@@ -19,18 +19,18 @@ from lorakeet.evaluate.likelihood import RowLosses, measure_losses
 from lorakeet.evaluate.power import paired_power
 from lorakeet.evaluate.rank_values import Search, TrialResult
 from lorakeet.evaluate.wording import signed
-from lorakeet.models.adapt import begin_adapter
 from lorakeet.models.inject import activate, adapter_names, adapter_of, attach, eject
 from lorakeet.models.score import row_losses
 from lorakeet.train.many import Many, Member, Progress, train_many
 from lorakeet.train.spec import TrainSpec
-from lorakeet.workflows.assemble import Assembly
+from lorakeet.workflows.assemble import Assembly, begin_pairs
 from lorakeet.workflows.search_space import Point, Space, plan_of_point
 
 RUNGS = (0.25, 0.5)  # shares of a trial's steps after which the worse half is given up
 START = "run file"  # the trial with the run file's own settings, which all others are compared with
 CONFIRM = "confirm"
 HALVED, SPENT = "given up at a rung", "the budget is spent"
+TRIED = "the steps of the trial are done"
 
 
 @dataclass
@@ -115,15 +115,22 @@ class Trials:
         point = self.space.draw(number, asked.suggest_categorical)
         return Trial(f"trial {count}", point, asked=asked)
 
-    def generation(self, trials: Sequence[Trial], *, rungs: Sequence[float]) -> None:
-        """Trains `trials` in one pass over the base; their losses are on them, the model is bare again afterwards."""
+    def generation(self, trials: Sequence[Trial], *, rungs: Sequence[float], steps: int | None = None) -> None:
+        """Trains `trials` in one pass over the base; their losses are on them, the model is bare again afterwards.
+
+        `steps`: only so many of the run's first steps, with no look at held-out rows before they are done.
+        """
         text, names = self.setup.text, {f"trial_{index}": trial for index, trial in enumerate(trials)}
+        held_out = self.rows.search if steps is None else []
         try:
-            members = [self._member(name, trial) for name, trial in names.items()]
+            members = [self._member(name, trial, held_out) for name, trial in names.items()]
             left = list(rungs)
 
             def watch(many: Many) -> None:
                 _halve(many, left)
+                for at in many.progress:
+                    if steps is not None and at.step >= steps:
+                        many.stop(at.member.name, TRIED)
                 if self.budget.spent(sum(at.tokens for at in many.progress)):
                     for name in names:
                         many.stop(name, SPENT)
@@ -151,12 +158,12 @@ class Trials:
             at.diverged, at.done = True, f"step {at.step}: losses on held-out rows are no numbers"
             return None
 
-    def _member(self, name: str, trial: Trial, seed: int = 0) -> Member:
+    def _member(self, name: str, trial: Trial, held_out: Sequence[Example], seed: int = 0) -> Member:
         setup = self.setup
         plan = plan_of_point(setup.text, self.space, trial.point)
         spec = self._train_spec(self.space.resolved(trial.point).train, seed)
-        begin_adapter(setup.text, plan, seed=spec.seed, token_ids=setup.new_token_ids, name=name)
-        return Member(name, spec, setup.train.examples, self.rows.search)
+        begin_pairs(setup, plan, seed=spec.seed, name=name)
+        return Member(name, spec, setup.train.examples, held_out)
 
     def _train_spec(self, spec: TrainSpec, seed: int) -> TrainSpec:
         """The run's own length, with held-out losses at the rungs."""
@@ -190,7 +197,8 @@ class Trials:
             _eject(self.setup.text.model, CONFIRM)
         for seed in range(1, seeds):
             names = {"winner": winner, "start": start}
-            train_many(self.setup.text, [self._member(name, trial, seed) for name, trial in names.items()])
+            search = self.rows.search
+            train_many(self.setup.text, [self._member(name, trial, search, seed) for name, trial in names.items()])
             for side, (name, trial) in zip(sides, names.items(), strict=True):
                 side.append(self.losses(trial.name, self.rows.confirm, name))
                 _eject(self.setup.text.model, name)

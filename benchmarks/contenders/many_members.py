@@ -1,0 +1,87 @@
+"""One process of benchmarks/many_adapters.py: some adapters trained in one pass, or one adapter by the ordinary loop.
+
+    python -m contenders.many_members RESULT --members 8 --batch 2 --steps 6 [--loop]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from harness.steps import PACKAGES, installed, peak_bytes
+from rich.console import Console
+
+from lorakeet.config import read_run
+from lorakeet.models.adapt import begin_adapter
+from lorakeet.train.log import read_metrics
+from lorakeet.train.loop import train
+from lorakeet.train.many import Many, Member, train_many
+from lorakeet.train.run import RunFolder
+from lorakeet.train.text_task import TextTask
+from lorakeet.workflows.assemble import Assembly, assemble
+from lorakeet.workflows.quickstart import config_path
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("result", type=Path)
+    parser.add_argument("--members", type=int, default=8)
+    parser.add_argument("--batch", type=int, default=2)
+    parser.add_argument("--steps", type=int, default=6)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--loop", action="store_true", help="the loop of lorakeet finetune, of one adapter")
+    given = parser.parse_args(arguments)
+    with TemporaryDirectory(prefix="lorakeet-bench-") as folder:
+        flags = {
+            "train.batch_size": str(given.batch), "train.steps": str(given.steps), "train.patience": "0",
+            "train.checkpoint_every": str(given.steps), "evaluate.baselines": "false", "out": f"{folder}/run",
+        }  # fmt: skip
+        setup = assemble(read_run(config_path(), flags), Console(quiet=True))
+        loaded = peak_bytes()
+        found = _loop(setup, given) if given.loop else _many(setup, given)
+    about = {"loaded_bytes": loaded, "peak_bytes": max(loaded, peak_bytes()), "threads": torch.get_num_threads()}
+    given.result.write_text(json.dumps({**found, **about, "packages": installed(PACKAGES)}), encoding="utf-8")
+    return 0
+
+
+def _many(setup: Assembly, given: argparse.Namespace) -> dict[str, Any]:
+    """Members of different seeds and rates; seconds and tokens of each round."""
+    members = []
+    for number in range(given.members):
+        rate = float(setup.config.train.learning_rate or 1e-3) * 2.0 ** (number % 4 - 2)
+        spec = replace(setup.config.train, learning_rate=rate, seed=given.seed + number)
+        begin_adapter(setup.text, setup.plan, seed=spec.seed, name=f"member_{number}")
+        members.append(Member(f"member_{number}", spec, setup.train.examples, ()))
+    seconds, tokens, last = [], [], time.perf_counter()
+
+    def watch(many: Many) -> None:
+        nonlocal last
+        now = time.perf_counter()
+        seconds.append(now - last)
+        tokens.append(sum(at.tokens for at in many.progress) - sum(tokens))
+        last = now
+
+    ended = train_many(setup.text, members, watch=watch)
+    return {"seconds": seconds, "tokens": tokens, "losses": [at.losses for at in ended]}
+
+
+def _loop(setup: Assembly, given: argparse.Namespace) -> dict[str, Any]:
+    spec = replace(setup.config.train, seed=given.seed)
+    begin_adapter(setup.text, setup.plan, seed=spec.seed)
+    run = RunFolder.create(Path(setup.config.out))
+    train(TextTask(setup.text, setup.train.examples, held_out=(), spec=spec), spec, run=run)
+    steps = [record for record in read_metrics(run.metrics) if "loss" in record]
+    tokens = [record["tokens"] for record in steps]
+    seconds = [count / record["tokens_per_second"] for count, record in zip(tokens, steps, strict=True)]
+    return {"seconds": seconds, "tokens": tokens, "losses": [[record["loss"] for record in steps]]}
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,101 @@
+"""What is held before a run's first step, while ranks are measured and rates tried, and the largest run that a budget buys."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+
+from lorakeet.config import RunConfig
+from lorakeet.core.plan import Plan
+from lorakeet.core.spec import LoraSpec
+from lorakeet.core.start import MEASURED
+from lorakeet.memory.forecast import with_more
+from lorakeet.memory.ledger import Held
+from lorakeet.ranks.allocate import allocate, pair_parameters, rank_cost, rank_pattern
+from lorakeet.ranks.score import OVERSAMPLING, sketch_plan
+from lorakeet.ranks.spec import parameter_count
+from lorakeet.train.rehearsal import EVALUATE, STEP, Rehearsal, Rows
+from lorakeet.workflows.search_space import QUICK_FACTORS
+
+VALUE = 4  # bytes of a trained number, of its gradient, and of each of its two moments
+
+
+def budget_of(config: RunConfig, plan: Plan) -> int:
+    """Parameters of all pairs that --ranks auto may spend: ranks.budget, or as many as lora.rank takes. Raises ConfigError."""
+    return pair_parameters(plan) if config.ranks.budget is None else parameter_count(config.ranks.budget, "ranks.budget")
+
+
+def largest_ranks(config: RunConfig, plan: Plan) -> LoraSpec:
+    """Of all ways to spend the budget of --ranks auto, the one with the most rank, which holds the most memory.
+
+    Adapter, gradients and moments follow the parameters, which are the budget's whatever is chosen; what is saved of a token for
+    the backward pass follows the sum of all ranks, which is largest where the cheapest matrices get them. Raises ConfigError
+    for a budget that cannot be spent.
+    """
+    step = 2 if config.lora.start == "orthogonal" else 1
+    alike = {entry.path: [1.0] * min(config.ranks.max_rank, entry.largest_rank) for entry in plan.entries}
+    most = allocate(plan, alike, budget_of(config, plan), largest=config.ranks.max_rank, step=step)
+    return replace(config.lora, rank_pattern=rank_pattern(most, config.lora))
+
+
+def with_largest_ranks(config: RunConfig, found: Rehearsal, rehearsed: Callable[[LoraSpec], Rehearsal]) -> Rehearsal:
+    """The rehearsal of a run with `largest_ranks`, and beside it what another choice may hold: what was left of the budget, and
+    the largest product of one pair. `found` is that of the run with lora.rank.
+    """
+    most = rehearsed(largest_ranks(config, found.plan))
+    left = max(0, budget_of(config, found.plan) - pair_parameters(most.plan))
+    widest = VALUE * config.ranks.max_rank * max((rank_cost(entry) for entry in found.plan.entries), default=0)
+    kept = {"adapter": 2 * VALUE * left, "moments": 2 * VALUE * left}
+    peaks = {
+        name: with_more(peak, scratch=widest, **(kept if "moments" in peak.kinds else {})) for name, peak in most.peaks.items()
+    }
+    peaks[STEP] = with_more(peaks[STEP], gradients=VALUE * left)
+    return replace(most, peaks=peaks)
+
+
+def while_measuring(config: RunConfig, run: Rehearsal, rehearsed: Callable[[LoraSpec], Rehearsal]) -> Held | None:
+    """The most held while training rows are measured, for --ranks auto or for lora.start; None where neither asks for it.
+
+    `run` is the rehearsal of the run, `rehearsed` rehearses one with other pairs.
+    """
+    wanted: list[tuple[str, int]] = []
+    if config.ranks.choose == "auto":
+        wanted.append((config.ranks.score, config.ranks.max_rank))
+    if config.lora.start in MEASURED:
+        wanted.append((config.lora.start, max(entry.rank for entry in run.plan.entries)))
+    if not wanted:
+        return None
+    gradients = [largest for what, largest in wanted if what == "gradient"]
+    if gradients:
+        return _with_gradients(config, run.plan, rehearsed, max(gradients))
+    sides = {"activation": 1, "sensitivity": 0}  # of (out, in)
+    sketches = max(
+        sum((largest + OVERSAMPLING) * entry.shape[sides[what]] for entry in run.plan.entries) for what, largest in wanted
+    )
+    return with_more(run.peaks[EVALUATE], scratch=2 * VALUE * sketches)
+
+
+def _with_gradients(config: RunConfig, plan: Plan, rehearsed: Callable[[LoraSpec], Rehearsal], largest: int) -> Held:
+    """Of temporary pairs with their gradients, and what both halves of the rows have shown."""
+    sketch = sketch_plan(plan, largest)
+    plain = replace(config.lora, alpha=1.0, variant="lora", start="kaiming", dropout=0.0, extra_modules=(), new_tokens=())
+    step = rehearsed(replace(plain, rank_pattern=rank_pattern(sketch, plain))).peaks[STEP]
+    kinds = {**step.kinds}
+    kinds["adapter"] = kinds.get("adapter", 0) - VALUE * sketch.parameters  # no best values are kept
+    kinds.pop("moments", None)
+    halves = 2 * sum(math.prod(entry.shape_a) for entry in sketch.entries)
+    kinds["scratch"] = kinds.get("scratch", 0) + VALUE * halves
+    return Held(sum(kinds.values()), kinds, step.heap)
+
+
+def while_trying_rates(config: RunConfig, found: Rehearsal, rows: Rows) -> Held:
+    """The most held while rates are tried: more adapters with gradients and moments, in passes of micro_tokens or one row."""
+    members, step = len(QUICK_FACTORS), found.peaks[STEP]
+    own = VALUE * found.plan.parameters  # a run keeps its best values too, a trial none
+    tokens = max(config.data.max_tokens, min(config.train.micro_tokens, members * rows.tokens))
+    more = max(0.0, tokens / rows.tokens - 1)
+    passing = {kind: round(more * step.kinds.get(kind, 0)) for kind in ("saved activations", "logits", "scratch")}
+    return with_more(
+        step, adapter=(members - 2) * own, moments=(members - 1) * 2 * own, gradients=(members - 1) * own, **passing
+    )
