@@ -274,7 +274,7 @@ class _Bench:
             (dense / file.name).write_bytes(file.read_bytes())
         rows = home / "calibration.jsonl"
         text_of = "one two three four five six seven eight. " * 8
-        lines = [json.dumps({"text": f"Row {number}: {text_of}"}) for number in range(16)]
+        lines = [json.dumps({"text": f"Row {number}: {text_of}"}) for number in range(40)]
         rows.write_text("\n".join(lines), encoding="utf-8")
         command = [sys.executable, "-m", "lorakeet", "quantize", str(dense), "--method", "gptq", "--bits", "4"]
         run([*command, "--group-size", "64", "--calibration", str(rows), "--out", str(packed)], log=self.folder / "quantize.txt")
