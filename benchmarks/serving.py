@@ -1,8 +1,10 @@
-"""Claim: one server with thousands of adapters writes as fast as with one, in flat memory; PEFT's mixed batches beside it.
+"""Claim: one server with thousands of adapters writes as fast as with one, in flat memory; PEFT and llama.cpp beside it.
 
-    python benchmarks/serving.py [--quick] [--streams 16] [--peft]
+    python benchmarks/serving.py [--quick] [--streams 16] [--peft] [--llama]
 
 Real clients over loopback stream completions from `lorakeet serve`. Every request begins as one ends, so that `streams` are open.
+--llama asks llama.cpp's server (pip install xllamacpp) the same, over the same weights as GGUF: its base alone, one adapter, and
+8 adapters in turn; also with weights of 8 bits, where it has kernels that Lorakeet has not.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,6 +34,7 @@ RANK = 8
 FILES = 64  # distinct adapters on disk; larger numbers of names point to them in turn
 MEMORY = "512MB"  # what adapters may take
 PROMPT = "The patient took the drug for two weeks and wrote the following review of it. "
+IN_TURN = 8  # adapters that llama.cpp is asked for
 AT_MANY, MIXED = 0.93, 0.85  # the promises: throughput at many adapters over one; mixed over the base alone
 
 
@@ -76,7 +79,20 @@ def server(arguments: Sequence[str]) -> Iterator[tuple[str, int]]:
             process.terminate()
 
 
-def traffic(url: str, names: list[str], *, streams: int, requests: int, tokens: int, zipf: bool, seed: int) -> Measured:
+Asking = Callable[[str], dict[str, Any]]  # from the name of an adapter to what a request says of it
+
+
+def traffic(
+    url: str,
+    names: list[str],
+    *,
+    streams: int,
+    requests: int,
+    tokens: int,
+    zipf: bool,
+    seed: int,
+    asking: Asking = lambda name: {"model": name},
+) -> Measured:
     """`requests` streamed completions, `streams` at a time, of adapters drawn uniformly or by Zipf's law."""
     draw = random.Random(seed)
     weights = [1.0 / (rank + 1) for rank in range(len(names))] if zipf else None
@@ -90,7 +106,7 @@ def traffic(url: str, names: list[str], *, streams: int, requests: int, tokens: 
                     model = next(models, None)
                 if model is None:
                     return
-                count, first, each = stream(client, url, model, tokens, draw.random())
+                count, first, each = stream(client, url, asking(model), tokens, draw.random())
                 with lock:
                     found.tokens += count
                     found.first.append(first)
@@ -106,9 +122,9 @@ def traffic(url: str, names: list[str], *, streams: int, requests: int, tokens: 
     return found
 
 
-def stream(client: httpx.Client, url: str, model: str, tokens: int, luck: float) -> tuple[int, float, float]:
+def stream(client: httpx.Client, url: str, model: dict[str, Any], tokens: int, luck: float) -> tuple[int, float, float]:
     """(tokens, seconds to the first, mean seconds between) of one streamed completion."""
-    body = {"model": model, "prompt": f"{PROMPT}({luck:.6f})", "max_tokens": tokens, "temperature": 0, "stream": True, "n": 1}
+    body = {**model, "prompt": f"{PROMPT}({luck:.6f})", "max_tokens": tokens, "temperature": 0, "stream": True, "n": 1}
     began, times = time.perf_counter(), []
     with client.stream("POST", f"{url}/v1/completions", json={**body, "stream_options": {"include_usage": True}}) as answer:
         if answer.status_code != 200:
@@ -151,16 +167,68 @@ def with_peft(source: Path, folders: list[Path], *, rows: int, tokens: int) -> d
     return {"tokens_per_second": rows * tokens / (time.perf_counter() - began)}
 
 
+@contextmanager
+def llama_server(model: Path, adapters: Sequence[Path], *, slots: int) -> Iterator[tuple[str, int]]:
+    """llama.cpp's server over a GGUF file with these GGUF adapters: where it answers, and its process."""
+    threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    given = {"model": str(model), "adapters": [str(p) for p in adapters], "slots": slots, "context": 512, "threads": threads}
+    command = [sys.executable, "-m", "contenders.llama_server", json.dumps(given)]
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, cwd=Path(__file__).parent
+    ) as process:
+        assert process.stdout is not None and process.stdin is not None
+        line = next((line for line in process.stdout if line.startswith("listening ")), "")
+        if not line:
+            raise SystemExit("llama.cpp's server did not start; is xllamacpp installed?")
+        try:
+            yield line.split()[1], process.pid
+        finally:
+            process.stdin.close()
+            process.terminate()
+
+
+def with_llama(source: Path, folders: list[Path], work: Path, shared: dict[str, int]) -> dict[str, Any]:
+    """The same traffic to llama.cpp's server: {"llama.cpp f16 base": numbers, …}."""
+    from lorakeet.export.gguf_model import write_gguf
+    from lorakeet.formats import gguf, peft
+    from lorakeet.formats.base_model import open_base
+    from lorakeet.models.load import load_tokenizer
+
+    adapters = []
+    for number, folder in enumerate(folders[:IN_TURN]):
+        adapters.append(work / f"a{number}.gguf")
+        gguf.write(peft.read(folder), adapters[-1], base=open_base(source))
+
+    def asking(name: str) -> dict[str, Any]:
+        return {"lora": [{"id": int(name), "scale": 1.0}] if name else []}
+
+    found: dict[str, Any] = {}
+    for kind in ("f16", "q8_0"):
+        model = write_gguf(source, None, work / f"{kind}.gguf", tokenizer=load_tokenizer(source), quant=kind).path
+        with llama_server(model, adapters, slots=shared["streams"]) as (url, pid):
+            for law, names in (("base", [""]), ("one adapter", ["0"]), ("in turn", [str(n) for n in range(len(adapters))])):
+                warm = {**shared, "requests": min(shared["requests"], 2 * shared["streams"]), "tokens": 4}
+                traffic(url, names, zipf=False, seed=1, asking=asking, **warm)
+                measured = traffic(url, names, zipf=False, seed=0, asking=asking, **shared)
+                measured.resident = resident(pid)
+                key = f"llama.cpp {kind} {law}"
+                found[key] = measured.to_mapping()
+                print(f"{key:28}: {_line(found[key])}", flush=True)
+    return found
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="few requests and adapters: within five minutes")
     parser.add_argument("--streams", type=int, default=16, help="requests that are open at once")
     parser.add_argument("--peft", action="store_true", help="also transformers + PEFT with adapter_names")
+    parser.add_argument("--llama", action="store_true", help="also llama.cpp's server, 8 adapters in turn")
     parser.add_argument("--results", type=Path, default=Path(__file__).with_name("results"), help="where the result is written")
     given = parser.parse_args(arguments)
     about = origin()
     print(warn_if_busy(about) or "The machine is idle.", file=sys.stderr)
-    counts = [1, 64] if given.quick else [1, 8, 64, 1000, 2000]
+    counts = [1, 64] if given.quick else [1, IN_TURN, 64, 1000, 2000]
+    counts = sorted({*counts, *([IN_TURN] if given.llama else [])})
     requests, tokens = (32, 16) if given.quick else (192, 64)
     found: dict[str, Any] = {}
     with TemporaryDirectory() as folder:
@@ -185,6 +253,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                     measured.resident = resident(pid)
                     found[f"{count} {law}"] = measured.to_mapping()
                     print(f"{count:5} adapters, {law:8}: {_line(found[f'{count} {law}'])}", flush=True)
+        if given.llama:
+            found |= with_llama(source, folders, Path(folder), shared)
         if given.peft:
             rows = min(given.streams, len(folders))
             found["peft adapter_names"] = with_peft(source, folders, rows=rows, tokens=tokens)
@@ -212,6 +282,11 @@ def _report(found: dict[str, Any], counts: list[int], about: dict[str, Any], res
     }
     if "peft adapter_names" in found:
         ratios["over_peft"] = speed(f"{many} uniform") / speed("peft adapter_names")
+    if "llama.cpp f16 in turn" in found:
+        ours = {"in turn": f"{IN_TURN} uniform", "one adapter": f"{few} uniform", "base": f"{few} base"}
+        for kind in ("f16", "q8_0"):
+            theirs = {law: speed(f"llama.cpp {kind} {law}") for law in ours}
+            ratios |= {f"{law.replace(' ', '_')}_over_llama_{kind}": speed(key) / theirs[law] for law, key in ours.items()}
     kept = ratios["many_over_one"] >= AT_MANY and ratios["mixed_over_base"] >= MIXED
     print(f"\nRatios (promised: many_over_one {AT_MANY}, mixed_over_base {MIXED}):")
     print("  " + ", ".join(f"{name} {value:.2f}" for name, value in ratios.items()))

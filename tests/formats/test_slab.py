@@ -51,6 +51,31 @@ def test_cutting_or_replacing_the_file_changes_nothing(file: Path) -> None:
         open_slab(file)
 
 
+def bytes_read() -> int:
+    """What this process has asked the system to read so far."""
+    counts = dict(line.split(": ") for line in Path("/proc/self/io").read_text().splitlines())
+    return int(counts["rchar"])
+
+
+@pytest.mark.skipif(not Path("/proc/self/io").exists(), reason="the system counts no reads")
+def test_a_copy_reads_each_byte_once_and_a_map_reads_the_header_only(tmp_path: Path) -> None:
+    """However many are held already."""
+    numbers = 6 << 20  # bytes of numbers: more than a large page
+    save_file({"a": torch.randn(numbers // 8), "b": torch.randn(numbers // 8)}, tmp_path / "x.safetensors")
+    size = (tmp_path / "x.safetensors").stat().st_size
+    open_slab(tmp_path / "x.safetensors")
+    asking = [bytes_read(), bytes_read()]
+    own = asking[1] - asking[0]  # what asking itself reads
+    held, counts = [], dict[bool, set[int]]({False: set(), True: set()})
+    for mapped in (False, True) * 4:
+        before = bytes_read()
+        held.append(open_slab(tmp_path / "x.safetensors", mapped=mapped))
+        counts[mapped].add(bytes_read() - before - own)
+    (copied,), (mapped_,) = counts[False], counts[True]
+    assert mapped_ < 10_000 and numbers <= copied - mapped_ <= size
+    assert all(torch.equal(slab.read("b"), held[0].read("b")) for slab in held)
+
+
 def test_a_digest_is_of_the_numbers(file: Path, tmp_path: Path) -> None:
     first = open_slab(file).digest
     assert open_slab(file, mapped=True).digest == first

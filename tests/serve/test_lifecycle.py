@@ -82,6 +82,18 @@ def test_an_upload_is_served_once_it_is_whole_and_checked(http: Any, served: Any
         assert http.put(path, content=b"x").status_code in (400, 404)
 
 
+def test_two_uploads_of_one_name_keep_their_files_apart(http: Any, saved: Callable[..., Path]) -> None:
+    first, second = saved("first", seed=1), saved("second", seed=2, rank=6)
+    for file in ("adapter_config.json", peft.MODEL_NAME):
+        for upload, folder in (("1", first), ("2", second)):
+            assert http.put(f"/v1/adapters/up/{file}?upload={upload}", content=(folder / file).read_bytes()).status_code == 200
+    assert http.post("/v1/adapters/up", json={}).status_code == 400, "nothing came under no id"
+    assert http.post("/v1/adapters/up?upload=2", json={}).json()["ranks"] == [6]
+    taken = http.post("/v1/adapters/up?upload=1", json={})
+    assert taken.status_code == 400 and "is loaded already" in taken.json()["error"]["message"]
+    assert http.get("/v1/adapters/up").json()["ranks"] == [6]
+
+
 def test_an_upload_has_a_limit(site: Callable[..., Any], saved: Callable[..., Path], tmp_path: Path) -> None:
     served = site(store=tmp_path / "small", limits=Limits(upload=1000))
     answer = httpx.put(f"{served.url}/v1/adapters/up/adapter_model.safetensors", content=bytes(2000))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from typing import Any
 
@@ -43,6 +44,15 @@ def test_generate_goes_through_the_template_unless_raw(client: Any) -> None:
     assert told.prompt_eval_count > client.generate("a", prompt, options=GREEDY).prompt_eval_count
     pieces = client.generate("a", prompt, raw=True, options=GREEDY, stream=True)
     assert "".join(piece.response for piece in pieces) == raw.response
+
+
+def test_json_by_a_schema(client: Any) -> None:
+    schema = {"type": "object", "properties": {"ok": {"type": "boolean"}}, "required": ["ok"], "additionalProperties": False}
+    found = client.chat("a", MESSAGES, options={**GREEDY, "num_predict": 40}, format=schema).message.content
+    assert json.loads(found)["ok"] in (True, False)
+    assert client.generate("a", "x", options=GREEDY, format="json").response.lstrip()[0] == "{"
+    with pytest.raises(ollama.ResponseError, match="expected json or a JSON schema"):
+        client._request_raw("POST", "/api/generate", json={"model": "a", "prompt": "x", "format": "xml"})
 
 
 def test_refusals_are_ollamas(client: Any) -> None:

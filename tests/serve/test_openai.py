@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from typing import Any
 
@@ -75,6 +76,23 @@ def test_completions(client: Any) -> None:
     assert "".join(piece.choices[0].text for piece in again) == answer.choices[0].text
     ids = client.completions.create(model="b", prompt=[30, 51, 77], temperature=0, max_tokens=8)
     assert ids.usage.prompt_tokens == 3
+
+
+def test_json_by_a_schema(client: Any) -> None:
+    properties = {"drug": {"enum": ["aspirin", "statin"]}, "stars": {"type": "integer", "minimum": 1, "maximum": 5}}
+    schema = {"type": "object", "properties": properties, "required": [*properties], "additionalProperties": False}
+    asked = {"type": "json_schema", "json_schema": {"name": "review", "strict": True, "schema": schema}}
+    for model, options in (("a", {}), ("b", {"temperature": 1.5, "seed": 3})):
+        choice = chat(client, model, max_tokens=60, response_format=asked, **options).choices[0]
+        found = json.loads(choice.message.content)
+        assert choice.finish_reason == "stop" and found["drug"] in properties["drug"]["enum"] and 1 <= found["stars"] <= 5
+    pieces = chat(client, "a", max_tokens=60, response_format=asked, stream=True)
+    whole = json.loads(chat(client, "a", max_tokens=60, response_format=asked).choices[0].message.content)
+    assert json.loads("".join(piece.choices[0].delta.content or "" for piece in pieces)) == whole
+    assert chat(client, "a", response_format={"type": "json_object"}).choices[0].message.content.lstrip()[0] == "{"
+    for broken in ({"type": "xml"}, {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "nothing"}}}):
+        with pytest.raises(openai.BadRequestError, match=r"expected text, json_object or json_schema|cannot be kept to"):
+            chat(client, "a", response_format=broken)
 
 
 def test_refusals_are_openais(client: Any) -> None:

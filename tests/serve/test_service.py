@@ -72,7 +72,25 @@ def test_what_is_refused_holds_nothing(service: Service) -> None:
 def test_a_template_that_refuses_is_the_callers_problem(service: Service) -> None:
     service.text.tokenizer.chat_template = "{{ raise_exception('no such role') }}"
     with pytest.raises(ConfigError, match="refuses these messages"):
-        service.chat_ids([{"role": "user", "content": "x"}])
+        asyncio.run(service.chat_ids([{"role": "user", "content": "x"}]))
     service.text.tokenizer.chat_template = None
     with pytest.raises(ConfigError, match="has no chat template"):
-        service.chat_ids([{"role": "user", "content": "x"}])
+        asyncio.run(service.chat_ids([{"role": "user", "content": "x"}]))
+
+
+def test_a_prompt_that_cannot_fit_is_not_tokenised(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+    encode = service.text.tokenizer.encode
+
+    def watched(text: str, **options: Any) -> Any:
+        asked.append(text)
+        return encode(text, **options)
+
+    monkeypatch.setattr(service.text.tokenizer, "encode", watched)
+    longest = max(len(token) for token in service.text.tokenizer.get_vocab())
+    most = service.engine.context * longest
+    for call in (service.prompt_ids, lambda text: service.chat_ids([{"role": "user", "content": text}])):
+        with pytest.raises(ConfigError, match=r"characters, which is more than the \d+ tokens"):
+            asyncio.run(call("x" * (most + 1)))  # type: ignore[operator]
+        assert asked == []
+    assert len(asyncio.run(service.prompt_ids("x" * most))) >= service.engine.context and len(asked) == 1

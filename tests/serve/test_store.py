@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ import pytest
 from lorakeet.errors import ConfigError, DataError
 from lorakeet.formats import peft
 from lorakeet.models.active import LiveModel
+from lorakeet.serve.naming import UnknownModel
 from lorakeet.serve.registry import Registry
 from lorakeet.serve.store import LIST, Store
 
@@ -24,7 +27,8 @@ def registry(live: LiveModel, asking: Callable[..., Any]) -> Registry:
 
 def upload(store: Store, name: str, folder: Path) -> None:
     for file in ("adapter_config.json", peft.MODEL_NAME):
-        shutil.copy(folder / file, store.incoming(name, file))
+        with store.incoming(name, file) as part:
+            shutil.copy(folder / file, part)
 
 
 def test_a_restart_finds_everything_again(registry: Registry, saved: Callable[..., Path], tmp_path: Path) -> None:
@@ -87,5 +91,61 @@ def test_uploads_are_kept_only_when_they_pass(registry: Registry, saved: Callabl
     store.accept("a", registry, replace=True)
     assert sorted(p.name for p in (tmp_path / "s" / "uploads").iterdir()) == [registry.get("a").source.path.name]
     for name, file in (("../x", peft.MODEL_NAME), ("x", "../../etc"), ("x", "adapter_model.bin"), ("x/y", peft.MODEL_NAME)):
-        with pytest.raises(ConfigError):
-            store.incoming(name, file)
+        with pytest.raises(ConfigError), store.incoming(name, file):
+            pass
+
+
+def test_the_same_name_sent_by_many_at_once_ends_in_one_whole_version(
+    registry: Registry, saved: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Ranks differ, so that a configuration beside another's numbers would be refused; alphas differ too."""
+    store = Store(tmp_path / "s")
+    folders = [saved(f"v{number}", seed=number, rank=2 + number) for number in range(4)]
+    errors: list[BaseException] = []
+    begun = threading.Barrier(len(folders) + 1)
+
+    def send(number: int) -> None:
+        begun.wait()
+        try:
+            for _ in range(3):
+                for file in ("adapter_config.json", peft.MODEL_NAME):
+                    with store.incoming("a", file, f"admin {number}") as part:
+                        shutil.copy(folders[number] / file, part)
+                store.accept("a", registry, replace=True, uploader=f"admin {number}")
+        except BaseException as error:
+            errors.append(error)
+
+    def drop() -> None:
+        begun.wait()
+        for _ in range(6):
+            with contextlib.suppress(UnknownModel):
+                registry.unload("a")
+            store.tidy("a", registry)
+
+    threads = [threading.Thread(target=send, args=(number,)) for number in range(len(folders))] + [threading.Thread(target=drop)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert errors == []
+    served = registry.get("a")
+    rank = served.source.ranks[0]
+    for file in ("adapter_config.json", peft.MODEL_NAME):
+        assert (served.source.path / file).read_bytes() == (folders[rank - 2] / file).read_bytes()
+    assert [place.name for place in (tmp_path / "s" / "uploads").iterdir()] == [served.source.path.name]
+    assert registry.resident == 1 and not list((tmp_path / "s" / ".incoming").rglob("*.part"))
+
+
+def test_a_file_that_is_sent_twice_at_once_is_one_of_the_two(tmp_path: Path) -> None:
+    store = Store(tmp_path / "s")
+    with store.incoming("a", peft.MODEL_NAME) as first, store.incoming("a", peft.MODEL_NAME) as second:
+        assert first != second
+        with first.open("wb") as one:
+            one.write(b"1" * 1000)
+            second.write_bytes(b"2" * 10)
+            one.write(b"1" * 1000)
+    assert [file.read_bytes() for file in (tmp_path / "s").rglob(peft.MODEL_NAME)] == [b"1" * 2000]
+    with pytest.raises(ZeroDivisionError), store.incoming("a", peft.MODEL_NAME) as broken:
+        broken.write_bytes(b"3")
+        _ = 1 / 0
+    assert [file.read_bytes() for file in (tmp_path / "s").rglob(peft.MODEL_NAME)] == [b"1" * 2000]

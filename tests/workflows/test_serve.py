@@ -7,10 +7,12 @@ import os
 import shlex
 import shutil
 import signal
+import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +63,20 @@ def server(*arguments: object) -> Iterator[tuple[subprocess.Popen[str], str]]:
         process.stdout.close()
 
 
+@contextmanager
+def crowd(url: str, count: int) -> Iterator[None]:
+    """So many connections that say nothing, half a header, half a body, or ask for a stream and do not read it."""
+    host, port = url.removeprefix("http://").split(":")
+    body = json.dumps({**BODY, "max_tokens": 4, "stream": True})
+    head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n"
+    said = ["", head, f"{head}\r\n{body[: len(body) // 2]}", f"{head}\r\n{body}"]
+    with ExitStack() as opened:
+        for number in range(count):
+            one = opened.enter_context(socket.create_connection((host, int(port)), timeout=60))
+            one.sendall(said[3 if number % 50 == 0 else number % 3].encode())
+        yield
+
+
 def text(url: str, model: str) -> str:
     answer = httpx.post(f"{url}/v1/completions", json={**BODY, "model": model}, timeout=60)
     assert answer.status_code == 200, answer.text
@@ -76,6 +92,13 @@ def test_killed_and_started_again(tiny_llama_folder: Path, adapters: Path, tmp_p
         assert httpx.post(f"{url}/v1/adapters/sent", json={}).status_code == 200
         texts = {name: text(url, name) for name in ("a", "sent", "llama")}
         assert len(set(texts.values())) == 3
+        with crowd(url, 500):
+            assert {name: text(url, name) for name in texts} == texts
+        for _ in range(600):
+            if "lorakeet_running_texts 0" in (page := httpx.get(f"{url}/metrics", timeout=60).text):
+                break
+            time.sleep(0.1)
+        assert "lorakeet_running_texts 0" in page and "lorakeet_waiting_texts 0" in page
         process.send_signal(signal.SIGKILL)
         process.wait()
     with server(*arguments) as (process, url):

@@ -24,6 +24,7 @@ from lorakeet.errors import ConfigError, LorakeetError
 from lorakeet.models.kv_cache import KeyValues, Row, step
 from lorakeet.models.sample import end_ids
 from lorakeet.models.text import TextModel
+from lorakeet.serve.grammar import Grammar, GrammarFailed
 from lorakeet.serve.sampling import Chooser, Chosen, Sampling
 from lorakeet.serve.slots import Slots, key_of
 from lorakeet.serve.text_stream import TextStream
@@ -62,6 +63,7 @@ class Request:
     sampling: Sampling = field(default_factory=Sampling)
     adapters: Mapping[str, float] = field(default_factory=dict)
     timeout: float | None = None  # seconds from submission to the last token
+    grammar: Grammar | None = None  # that the text keeps to
 
 
 @dataclass
@@ -78,7 +80,7 @@ class Job:
 
     def __init__(self, request: Request, listener: Callable[[Event], None], stream: TextStream) -> None:
         self.request, self.listener, self.stream = request, listener, stream
-        self.chooser = Chooser(request.sampling)
+        self.chooser = Chooser(request.sampling, request.grammar.begin() if request.grammar else None)
         self.timing = Timing(submitted=time.monotonic())
         self.cancelled = False
         self.slot = -1
@@ -272,7 +274,11 @@ class Engine:
 
     def _next(self, job: Job, logits: Tensor) -> None:
         """The next token of a text: told to its listener, and the text goes on or ends."""
-        chosen = job.chooser.choose(logits)
+        try:
+            chosen = job.chooser.choose(logits)
+        except GrammarFailed as error:
+            self._finish(job, "error", str(error))
+            return
         if not job.written:
             job.timing.first = time.monotonic()
         job.written.append(chosen.token)
@@ -281,7 +287,7 @@ class Engine:
             return
         piece = job.stream.add(chosen.token)
         job.listener(Event(piece, chosen))
-        if job.stream.stopped:
+        if job.stream.stopped or (job.chooser.guide is not None and job.chooser.guide.finished):
             self._finish(job, "stop")
         elif len(job.written) >= job.request.sampling.max_tokens or job.done >= self.context:
             self._finish(job, "length")

@@ -79,11 +79,15 @@ def _adapter_routes(service: Service) -> list[Route]:
     def name(request: HttpRequest) -> str:
         return str(request.path_params["name"])
 
+    def upload(request: HttpRequest) -> str:
+        return request.query_params.get("upload", "")
+
     async def look(request: HttpRequest) -> Response:
         return _sent(await lifecycle.look(service, _caller(service, request), name(request)))
 
     async def accept(request: HttpRequest) -> Response:
-        return _sent(await lifecycle.accept(service, _caller(service, request), name(request), await _body(service, request)))
+        caller = _caller(service, request)
+        return _sent(await lifecycle.accept(service, caller, name(request), await _body(service, request), upload(request)))
 
     async def pin(request: HttpRequest) -> Response:
         return _sent(await lifecycle.pin(service, _caller(service, request), name(request), await _body(service, request)))
@@ -96,7 +100,7 @@ def _adapter_routes(service: Service) -> list[Route]:
 
     async def receive(request: HttpRequest) -> Response:
         file = str(request.path_params["file"])
-        return _sent(await lifecycle.receive(service, _caller(service, request), request, name(request), file))
+        return _sent(await lifecycle.receive(service, _caller(service, request), request, name(request), file, upload(request)))
 
     one = "/v1/adapters/{name}"
     return [

@@ -84,29 +84,27 @@ async def certify(service: Service, caller: Caller, name: str) -> Reply:
     return as_json({"path": str(version.certificate), "passed": written.passed, "checks": [str(c) for c in written.checks]})
 
 
-async def receive(service: Service, caller: Caller, request: Incoming, name: str, file: str) -> Reply:
-    """PUT /v1/adapters/NAME/FILE: one file of an upload, in pieces; nothing is visible before the upload is accepted."""
+async def receive(service: Service, caller: Caller, request: Incoming, name: str, file: str, upload: str) -> Reply:
+    """PUT /v1/adapters/NAME/FILE[?upload=ID]: one file of an upload, in pieces; nothing is visible before it is accepted.
+
+    Files of one key and one `upload` belong together.
+    """
     caller.require_admin()
-    limit, place = service.limits.upload, _store(service).incoming(name, file)
-    size = 0
-    try:
-        with place.open("wb") as target:
-            async for piece in request.stream():
-                size += len(piece)
-                if size > limit:
-                    raise TooLarge(f"{file} is larger than the {limit:,} bytes that this server takes.")
-                await asyncio.to_thread(target.write, piece)
-    except BaseException:
-        place.unlink(missing_ok=True)
-        raise
+    limit, size = service.limits.upload, 0
+    with _store(service).incoming(name, file, _uploader(caller, upload)) as place, place.open("wb") as target:
+        async for piece in request.stream():
+            size += len(piece)
+            if size > limit:
+                raise TooLarge(f"{file} is larger than the {limit:,} bytes that this server takes.")
+            await asyncio.to_thread(target.write, piece)
     return as_json({"name": name, "file": file, "bytes": size})
 
 
-async def accept(service: Service, caller: Caller, name: str, data: Any) -> Reply:
-    """POST /v1/adapters/NAME {"replace": false}: checks an upload whole, and only then serves it."""
+async def accept(service: Service, caller: Caller, name: str, data: Any, upload: str) -> Reply:
+    """POST /v1/adapters/NAME[?upload=ID] {"replace": false}: checks an upload whole, and only then serves it."""
     caller.require_admin()
     store, replace = _store(service), Fields(data).flag("replace")
-    await asyncio.to_thread(store.accept, name, service.registry, replace=replace)
+    await asyncio.to_thread(store.accept, name, service.registry, replace=replace, uploader=_uploader(caller, upload))
     return as_json(_about(service.registry.get(name)))
 
 
@@ -122,13 +120,17 @@ def _drop(service: Service, name: str) -> None:
     service.registry.unload(name)
     service.scales.pop(name, None)
     if service.store is not None:
-        service.store.forget(name)
+        service.store.tidy(name, service.registry)
 
 
 def _seen(service: Service, caller: Caller, name: str) -> Version:
     if not caller.sees(name) or name not in service.registry.names:
         raise service.unknown(caller, name)
     return service.registry.get(name)
+
+
+def _uploader(caller: Caller, upload: str) -> str:
+    return f"{caller.owner}\n{upload}"
 
 
 def _store(service: Service) -> Store:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from datetime import datetime, timezone
 from typing import Any
 
@@ -12,16 +12,17 @@ from lorakeet import __version__
 from lorakeet.errors import ConfigError, LorakeetError
 from lorakeet.serve.access import Caller
 from lorakeet.serve.fields import Fields
+from lorakeet.serve.grammar import ANY_OBJECT
 from lorakeet.serve.multiplex import answered, merged
 from lorakeet.serve.openai import messages
 from lorakeet.serve.reply import NOBODY, Incoming, Reply, as_json
 from lorakeet.serve.sampling import Sampling
 from lorakeet.serve.service import Service, Writing
 
-_CHAT = {"model", "messages", "stream", "options", "keep_alive"}
-_GENERATE = {"model", "prompt", "stream", "options", "keep_alive", "system", "raw"}
+_CHAT = {"model", "messages", "stream", "options", "keep_alive", "format"}
+_GENERATE = {"model", "prompt", "stream", "options", "keep_alive", "format", "system", "raw"}
 _NEUTRAL: dict[str, Any] = {
-    "tools": [], "format": "", "think": False, "images": [], "suffix": "", "template": "", "context": [], "logprobs": False,
+    "tools": [], "think": False, "images": [], "suffix": "", "template": "", "context": [], "logprobs": False,
 }  # fmt: skip
 _OPTIONS = {"temperature", "top_p", "seed", "num_predict", "stop"}
 _NO_EFFECT = {"num_ctx", "num_thread", "num_gpu", "num_batch", "num_keep", "use_mmap", "main_gpu", "low_vram", "numa"}
@@ -36,7 +37,7 @@ async def chat(service: Service, caller: Caller, request: Incoming, data: Any) -
     """POST /api/chat; the model is the name of an adapter, with or without ":latest"."""
     fields = Fields(data)
     fields.refuse(_CHAT, (), _NEUTRAL)
-    ids = service.chat_ids(messages(fields))
+    ids = await service.chat_ids(messages(fields))
     return await _answer(service, caller, request, fields, ids, chat=True)
 
 
@@ -48,10 +49,10 @@ async def generate(service: Service, caller: Caller, request: Incoming, data: An
     if not prompt:
         raise ConfigError("prompt is missing or empty.")
     if fields.flag("raw") or not service.text.tokenizer.chat_template:
-        ids = service.prompt_ids(f"{system}\n{prompt}" if system else prompt)
+        ids = await service.prompt_ids(f"{system}\n{prompt}" if system else prompt)
     else:
         turns = [{"role": "system", "content": system}] if system else []
-        ids = service.chat_ids([*turns, {"role": "user", "content": prompt}])
+        ids = await service.chat_ids([*turns, {"role": "user", "content": prompt}])
     return await _answer(service, caller, request, fields, ids, chat=False)
 
 
@@ -70,7 +71,7 @@ async def _answer(
         stop=options.texts("stop"),
     )
     model = fields.text("model")
-    writing = await service.write(caller, service.weigh(caller, model, fields), ids, sampling)
+    writing = await service.write(caller, service.weigh(caller, model, fields), ids, sampling, schema=_schema(fields))
     if fields.flag("stream", True):
         return Reply(_stream(service, writing, model, chat), "application/x-ndjson")
     found = await answered(service, request, writing)
@@ -80,6 +81,16 @@ async def _answer(
     if last.reason == "error":
         raise LorakeetError(last.error)
     return as_json(_line(model, "".join(event.text for event in found[0]), chat, last.reason, writing))
+
+
+def _schema(fields: Fields) -> Mapping[str, Any] | None:
+    """Ollama's format: "json", or a JSON schema itself."""
+    asked = fields.data.get("format")
+    if asked == "json":
+        return ANY_OBJECT
+    if isinstance(asked, str) and asked:
+        raise ConfigError(f"format is {asked!r}; expected json or a JSON schema.")
+    return fields.inner("format").data if asked else None
 
 
 async def _stream(service: Service, writing: Writing, model: str, chat: bool) -> AsyncIterator[str]:

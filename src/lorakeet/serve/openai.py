@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,18 +13,22 @@ from lorakeet.errors import ConfigError, LorakeetError
 from lorakeet.serve.access import Caller
 from lorakeet.serve.engine import Event
 from lorakeet.serve.fields import Fields
+from lorakeet.serve.grammar import ANY_OBJECT
 from lorakeet.serve.multiplex import answered, merged
 from lorakeet.serve.reply import NOBODY, Incoming, Reply, as_json
 from lorakeet.serve.sampling import Chosen, Sampling
 from lorakeet.serve.service import Service, Writing
 
-_COMMON = {"model", "max_tokens", "temperature", "top_p", "n", "seed", "stop", "stream", "stream_options", "logprobs", "lora"}
+_COMMON = {
+    "model", "max_tokens", "temperature", "top_p", "n", "seed", "stop", "stream", "stream_options", "logprobs", "lora",
+    "response_format",
+}  # fmt: skip
 _CHAT = _COMMON | {"messages", "max_completion_tokens", "top_logprobs"}
 _COMPLETION = _COMMON | {"prompt"}
 _WITHOUT_EFFECT = {"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "parallel_tool_calls"}
 _NEUTRAL: dict[str, Any] = {
     "frequency_penalty": 0, "presence_penalty": 0, "logit_bias": {}, "tools": [], "tool_choice": "none", "functions": [],
-    "response_format": {"type": "text"}, "echo": False, "best_of": 1, "suffix": "", "modalities": ["text"],
+    "echo": False, "best_of": 1, "suffix": "", "modalities": ["text"],
 }  # fmt: skip
 _ROLES = ("system", "user", "assistant", "developer", "tool")
 
@@ -41,6 +45,7 @@ class _Asked:
     usage: bool  # whether the stream ends with counts
     chat: bool
     tell: bool  # log-probabilities
+    schema: Mapping[str, Any] | None  # of JSON that is written
 
 
 async def chat_completions(service: Service, caller: Caller, request: Incoming, data: Any) -> Reply:
@@ -52,7 +57,7 @@ async def chat_completions(service: Service, caller: Caller, request: Incoming, 
     if top and not tell:
         raise ConfigError("top_logprobs needs logprobs: true.")
     limit = fields.whole("max_completion_tokens", fields.whole("max_tokens"))
-    ids = service.chat_ids(messages(fields))
+    ids = await service.chat_ids(messages(fields))
     asked = _asked(service, fields, ids, limit, logprobs=top if tell else None, chat=True)
     return await _answer(service, caller, request, asked, fields)
 
@@ -68,9 +73,9 @@ async def completions(service: Service, caller: Caller, request: Incoming, data:
             raise ConfigError(f"prompt holds a token id outside 0 … {vocabulary - 1}.")
         ids = tuple(prompt)
     elif isinstance(prompt, list) and len(prompt) == 1 and isinstance(prompt[0], str):
-        ids = service.prompt_ids(prompt[0])
+        ids = await service.prompt_ids(prompt[0])
     else:
-        ids = service.prompt_ids(fields.text("prompt"))
+        ids = await service.prompt_ids(fields.text("prompt"))
     limit = fields.whole("max_tokens", 16)
     asked = _asked(service, fields, ids, limit, logprobs=fields.whole("logprobs"), chat=False)
     return await _answer(service, caller, request, asked, fields)
@@ -111,12 +116,24 @@ def _asked(
     )
     sampling.check()
     stream, usage = fields.flag("stream"), fields.inner("stream_options").flag("include_usage")
-    return _Asked(fields.text("model"), ids, sampling, fields.whole("n", 1) or 0, stream, usage, chat, logprobs is not None)
+    texts, schema = fields.whole("n", 1) or 0, _schema(fields)
+    return _Asked(fields.text("model"), ids, sampling, texts, stream, usage, chat, logprobs is not None, schema)
+
+
+def _schema(fields: Fields) -> Mapping[str, Any] | None:
+    """What response_format asks for: a JSON schema, any JSON object, or nothing."""
+    asked = fields.inner("response_format")
+    kind = asked.text("type", "text")
+    if kind == "json_schema":
+        return asked.inner("json_schema").inner("schema").data
+    if kind not in ("text", "json_object"):
+        raise ConfigError(f"type of response_format is {kind!r}; expected text, json_object or json_schema.")
+    return ANY_OBJECT if kind == "json_object" else None
 
 
 async def _answer(service: Service, caller: Caller, request: Incoming, asked: _Asked, fields: Fields) -> Reply:
     meant = service.weigh(caller, asked.model, fields)
-    writing = await service.write(caller, meant, asked.ids, asked.sampling, texts=asked.n)
+    writing = await service.write(caller, meant, asked.ids, asked.sampling, texts=asked.n, schema=asked.schema)
     head = {
         "id": ("chatcmpl-" if asked.chat else "cmpl-") + uuid.uuid4().hex,
         "created": int(time.time()),

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lorakeet.core.start import seed_for
 from lorakeet.errors import Problems
+from lorakeet.serve.grammar import Guide
 
 MOST_LOGPROBS = 20
 MOST_STOPS = 16
@@ -53,8 +54,8 @@ class Chosen:
 class Chooser:
     """Draws the tokens of one text. With a seed its luck depends on nothing else, least of all on the rest of the batch."""
 
-    def __init__(self, sampling: Sampling) -> None:
-        self.sampling = sampling
+    def __init__(self, sampling: Sampling, guide: Guide | None = None) -> None:
+        self.sampling, self.guide = sampling, guide
         self._generator: torch.Generator | None = None
         if sampling.temperature > 0:
             self._generator = torch.Generator()
@@ -64,8 +65,10 @@ class Chooser:
                 self._generator.manual_seed(seed_for(sampling.seed, "sample/0"))
 
     def choose(self, logits: Tensor) -> Chosen:
-        """The next token for `logits` (vocabulary,), fp32 on the CPU."""
-        token = self._draw(logits)
+        """The next token for `logits` (vocabulary,), fp32 on the CPU; GrammarFailed where its guide lets none follow."""
+        token = self._draw(logits if self.guide is None else self.guide.narrow(logits))
+        if self.guide is not None:
+            self.guide.take(token)
         if self.sampling.logprobs is None:
             return Chosen(token)
         found = logits.log_softmax(-1)

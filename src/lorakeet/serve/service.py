@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import threading
 import time
-from collections.abc import AsyncIterator, Coroutine, Sequence
+from collections.abc import AsyncIterator, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,6 +18,7 @@ from lorakeet.models.text import TextModel
 from lorakeet.serve.access import Access, Caller
 from lorakeet.serve.engine import Engine, Event, Job, Request
 from lorakeet.serve.fields import Fields
+from lorakeet.serve.grammar import Grammars
 from lorakeet.serve.metrics import Metrics
 from lorakeet.serve.naming import UnknownModel, wanted
 from lorakeet.serve.registry import Lease, Registry
@@ -101,8 +103,10 @@ class Service:
     ) -> None:
         self.text, self.engine, self.registry = text, engine, registry
         self.access, self.store, self.limits = access or Access(), store, limits or Limits()
-        self.metrics = Metrics()
+        self.metrics, self.grammars = Metrics(), Grammars(text)
         self.began = int(time.time())
+        self._tokenizing = threading.Lock()  # one prompt at a time, beside the loop that sends what is written
+        self._longest = 0  # characters of the longest token
         self.scales: dict[str, float] = {}  # llama.cpp's: by adapter, for requests that name none
         self._ending: set[asyncio.Task[None]] = set()
 
@@ -111,12 +115,30 @@ class Service:
         """The name of the base model."""
         return self.registry.base
 
-    def prompt_ids(self, prompt: str) -> tuple[int, ...]:
-        """The tokens of a raw prompt, with those that the tokenizer puts around one."""
-        return tuple(self.text.tokenizer.encode(prompt, add_special_tokens=True))
+    async def prompt_ids(self, prompt: str) -> tuple[int, ...]:
+        """The tokens of a raw prompt, with those that the tokenizer puts around one; ConfigError where it must be too long."""
+        return await asyncio.to_thread(self._encoded, prompt, whole=False)
 
-    def chat_ids(self, messages: Sequence[dict[str, str]]) -> tuple[int, ...]:
+    async def chat_ids(self, messages: Sequence[dict[str, str]]) -> tuple[int, ...]:
         """The tokens of a conversation that the model is to go on with; ConfigError where the chat template refuses it."""
+        return await asyncio.to_thread(self._chat_ids, messages)
+
+    def _encoded(self, prompt: str, *, whole: bool) -> tuple[int, ...]:
+        """Tokens, with those around a prompt unless it is `whole` as it is.
+
+        What cannot fit is not looked at: a prompt of megabytes would keep a core busy for seconds.
+        """
+        with self._tokenizing:
+            if self._longest == 0:
+                self._longest = max((len(token) for token in self.text.tokenizer.get_vocab()), default=1)
+            if len(prompt) > self.engine.context * self._longest:
+                raise ConfigError(
+                    f"The prompt has {len(prompt):,} characters, which is more than the {self.engine.context:,} tokens of the "
+                    "context can hold. Shorten it, or start the server with a larger --context."
+                )
+            return tuple(self.text.tokenizer.encode(prompt, add_special_tokens=not whole))
+
+    def _chat_ids(self, messages: Sequence[dict[str, str]]) -> tuple[int, ...]:
         tokenizer = self.text.tokenizer
         if not tokenizer.chat_template:
             raise ConfigError(f"{self.base} has no chat template; send the whole prompt to /v1/completions instead.")
@@ -124,7 +146,7 @@ class Service:
             prompt = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
         except TemplateError as error:
             raise ConfigError(f"The chat template of {self.base} refuses these messages: {error}.") from error
-        return tuple(tokenizer.encode(prompt, add_special_tokens=False))
+        return self._encoded(prompt, whole=True)
 
     def meant(self, caller: Caller, model: str) -> dict[str, float]:
         """The adapters that `model` means for this caller; others' adapters do not exist for it."""
@@ -155,19 +177,24 @@ class Service:
         return found
 
     async def write(
-        self, caller: Caller, meant: dict[str, float], ids: tuple[int, ...], sampling: Sampling, *, texts: int = 1
-    ) -> Writing:
-        """Begins `texts` texts after `ids`. Whatever the registry and the engine refuse is raised before anything is written."""
+        self, caller: Caller, meant: dict[str, float], ids: tuple[int, ...], sampling: Sampling, *, texts: int = 1,
+        schema: Mapping[str, Any] | None = None,
+    ) -> Writing:  # fmt: skip
+        """Begins `texts` texts after `ids`, which are JSON of that `schema`, if there is one.
+
+        Whatever the schema's grammar, the registry and the engine refuse is raised before anything is written.
+        """
         if not 1 <= texts <= MOST_TEXTS:
             raise ConfigError(f"n is {texts}; it must lie between 1 and {MOST_TEXTS}.")
         caller.count()
         began = time.monotonic()
+        grammar = None if schema is None else await asyncio.to_thread(self.grammars.of_schema, schema)
         lease = await asyncio.to_thread(self._lease, meant)
         writing = Writing(tuple(Text(index) for index in range(texts)), lease, len(ids), began)
         try:
             for text in writing.texts:
                 seeded = sampling if sampling.seed is None else replace(sampling, seed=sampling.seed + text.index)
-                request = Request(ids, seeded, lease.adapters, self.limits.timeout)
+                request = Request(ids, seeded, lease.adapters, self.limits.timeout, grammar)
                 text.job = self.engine.submit(request, text.hear)
         except BaseException:
             self.close(writing, "refused")

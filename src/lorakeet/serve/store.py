@@ -1,12 +1,19 @@
-"""The folder in which a server keeps uploaded adapters and its list of names: whole or not at all, whatever kills the server."""
+"""The folder in which a server keeps uploaded adapters and its list of names: whole or not at all, whatever kills the server.
+
+Every uploader has a place of its own in which files come in, so that two who send the same name at once never mix their files;
+which of them is served is decided one after the other, by loading it.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
 import threading
-from collections.abc import Callable
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +37,8 @@ class Store:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._lock = threading.Lock()
+        self._lock = threading.Lock()  # the list
+        self._changing = threading.Lock()  # which uploads there are
         self._restoring = False
         folder.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(folder / _INCOMING, ignore_errors=True)  # what a killed server had not finished
@@ -81,34 +89,57 @@ class Store:
             found = read_object(path, expected="the list of adapters that a server wrote").get("adapters", {})
         return found
 
-    def incoming(self, name: str, file: str) -> Path:
-        """Where a file of an upload is written while it comes in. ConfigError for names that are none."""
+    @contextmanager
+    def incoming(self, name: str, file: str, uploader: str = "") -> Iterator[Path]:
+        """Where a file of an upload is written while it comes in; it counts, whole, when the block ends without an error.
+
+        ConfigError for names that are none.
+        """
         check_name(name)
         if file not in ACCEPTED:
             raise ConfigError(f"The file {file!r} is not taken; an upload is {', '.join(ACCEPTED)}.")
-        folder = self.folder / _INCOMING / name
-        folder.mkdir(parents=True, exist_ok=True)
-        return folder / file
+        part = self.folder / _INCOMING / f"{uuid.uuid4().hex}.part"
+        part.parent.mkdir(exist_ok=True)
+        try:
+            yield part
+            place = self._coming(name, uploader)
+            place.mkdir(parents=True, exist_ok=True)
+            os.replace(part, place / file)
+        finally:
+            part.unlink(missing_ok=True)
 
-    def accept(self, name: str, registry: Registry, *, replace: bool) -> None:
+    def accept(self, name: str, registry: Registry, *, replace: bool, uploader: str = "") -> None:
         """Loads what came in for `name`; only if every check passes is it kept and visible. Errors as in Registry.load."""
         check_name(name)
-        came = self.folder / _INCOMING / name
-        if not (came / CONFIG_NAME).is_file() or not (came / MODEL_NAME).is_file():
-            raise DataError(f"The upload of '{name}' is not whole: it needs {CONFIG_NAME} and {MODEL_NAME}.")
-        (self.folder / UPLOADS).mkdir(exist_ok=True)
-        number = 1 + max((int(p.name.rpartition("@")[2]) for p in (self.folder / UPLOADS).glob(f"{name}@*")), default=0)
-        place = self.folder / UPLOADS / f"{name}@{number}"
-        os.rename(came, place)
-        try:
-            registry.load(name, place, replace=replace, private=True)
-        except BaseException:
-            shutil.rmtree(place, ignore_errors=True)
-            raise
-        self.forget(name, keep=place)
-
-    def forget(self, name: str, *, keep: Path | None = None) -> None:
-        """Removes the uploads of a name; what is in memory stays as long as it is used."""
-        for place in (self.folder / UPLOADS).glob(f"{name}@*"):
-            if place != keep:
+        with self._changing:
+            came = self._coming(name, uploader)
+            if not (came / CONFIG_NAME).is_file() or not (came / MODEL_NAME).is_file():
+                raise DataError(f"The upload of '{name}' is not whole: it needs {CONFIG_NAME} and {MODEL_NAME}.")
+            (self.folder / UPLOADS).mkdir(exist_ok=True)
+            number = 1 + max((int(p.name.rpartition("@")[2]) for p in self._uploads(name)), default=0)
+            place = self.folder / UPLOADS / f"{name}@{number}"
+            os.rename(came, place)
+            try:
+                registry.load(name, place, replace=replace, private=True)
+            except BaseException:
                 shutil.rmtree(place, ignore_errors=True)
+                raise
+            self._tidy(name, registry)
+
+    def tidy(self, name: str, registry: Registry) -> None:
+        """Removes the uploads of a name but the one that it points to; what is in memory stays as long as it is used."""
+        with self._changing:
+            self._tidy(name, registry)
+
+    def _tidy(self, name: str, registry: Registry) -> None:
+        served = {version.source.path for version in registry.versions if version.name == name}
+        for place in self._uploads(name):
+            if place not in served:
+                shutil.rmtree(place, ignore_errors=True)
+
+    def _uploads(self, name: str) -> list[Path]:
+        return list((self.folder / UPLOADS).glob(f"{name}@*"))
+
+    def _coming(self, name: str, uploader: str) -> Path:
+        """The place of one uploader's files of `name`; who it is may be any text, so that its hash is the folder's name."""
+        return self.folder / _INCOMING / hashlib.sha256(uploader.encode()).hexdigest()[:16] / name

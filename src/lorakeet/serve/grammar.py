@@ -1,0 +1,113 @@
+"""JSON that keeps to a schema: before each draw, the tokens that cannot lead to such a text are taken out (llguidance)."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lorakeet.errors import ConfigError, EnvironmentProblem, LorakeetError
+from lorakeet.models.sample import end_ids
+from lorakeet.models.text import TextModel
+
+ANY_OBJECT: Mapping[str, Any] = {"type": "object"}
+_SPACE = r"( |\n {0,24})?"  # a small model that may write any number of spaces sometimes writes nothing else
+_MOST_SYMBOLS = 100_000  # of a grammar; a schema that needs more would hold up the texts of others
+
+
+class GrammarFailed(LorakeetError):
+    """A text cannot be gone on with under its schema."""
+
+
+class Guide:
+    """Where one text is in its grammar. `narrow` before each draw, `take` after it."""
+
+    def __init__(self, matcher: Any) -> None:
+        self._matcher = matcher
+
+    def narrow(self, logits: Tensor) -> Tensor:
+        """`logits` (vocabulary,) with −∞ where the token may not come next. GrammarFailed where llguidance gives up."""
+        allowed = torch.frombuffer(bytearray(self._matcher.compute_logit_bias()), dtype=torch.uint8)
+        self._check()
+        return logits.masked_fill(allowed[: len(logits)] == 0, float("-inf"))
+
+    def take(self, token: int) -> None:
+        """The text goes on with `token`."""
+        self._matcher.consume_token(token)
+        self._check()
+
+    @property
+    def finished(self) -> bool:
+        """Whether nothing can follow: the text is whole."""
+        return bool(self._matcher.is_stopped())
+
+    def _check(self) -> None:
+        if self._matcher.is_error():
+            raise GrammarFailed(f"The text cannot be gone on with under its schema: {_first_line(self._matcher.get_error())}.")
+
+
+class Grammar:
+    """A schema, understood; any number of texts may begin with it."""
+
+    def __init__(self, matcher: Any) -> None:
+        self._matcher = matcher
+
+    def begin(self) -> Guide:
+        """A guide for one text."""
+        return Guide(self._matcher.deep_copy())
+
+
+class Grammars:
+    """Schemas over the tokens of one model. May be used from any thread."""
+
+    def __init__(self, text: TextModel) -> None:
+        self._text = text
+        self._tokenizer: Any = None
+        self._lock = threading.Lock()
+
+    def of_schema(self, schema: Mapping[str, Any]) -> Grammar:
+        """The grammar of a JSON schema.
+
+        ConfigError for a schema that is wrong, too large or asks what llguidance does not know, EnvironmentProblem without it.
+        """
+        guidance = _library()
+        tokenizer, limits = self._prepared(guidance), guidance.LLParserLimits(max_grammar_size=_MOST_SYMBOLS)
+        try:
+            grammar = guidance.LLMatcher.grammar_from_json_schema(json.dumps(schema), overrides={"whitespace_pattern": _SPACE})
+        except ValueError as error:
+            raise ConfigError(f"The JSON schema cannot be read: {_first_line(str(error))}.") from error
+        if problem := guidance.LLMatcher.validate_grammar(grammar, tokenizer, limits=limits):
+            raise ConfigError(f"The JSON schema cannot be kept to: {_first_line(problem)}.")
+        return Grammar(guidance.LLMatcher(tokenizer, grammar, log_level=0, limits=limits))
+
+    def _prepared(self, guidance: Any) -> Any:
+        """The model's tokens as llguidance wants them: made once, when the first schema comes."""
+        with self._lock:
+            if self._tokenizer is None:
+                fast = getattr(self._text.tokenizer, "backend_tokenizer", None)
+                if fast is None:
+                    raise ConfigError(f"JSON schemas need a fast tokenizer; that of {self._text.name} is none.")
+                described = json.loads(fast.to_str())
+                described.update({"padding": None, "truncation": None})
+                width = max(self._text.model.config.get_text_config().vocab_size, len(self._text.tokenizer))
+                ends = sorted(end_ids(self._text))
+                self._tokenizer = guidance.LLTokenizer(json.dumps(described), n_vocab=width, eos_token=ends)
+            return self._tokenizer
+
+
+def _library() -> Any:
+    try:
+        import llguidance
+    except ImportError as error:
+        raise EnvironmentProblem(
+            "JSON schemas need llguidance, which this server's machine lacks; install it with: pip install 'lorakeet[serve]'."
+        ) from error
+    return llguidance
+
+
+def _first_line(message: str) -> str:
+    return message.strip().split("\n")[0].rstrip(".")
