@@ -33,6 +33,7 @@ PLACES: dict[str, tuple[str, ...]] = {
     "fastapi": ("serve/http.py", "studio/app.py"),
     "uvicorn": ("serve/http.py", "studio/app.py"),
     "starlette": ("serve/http.py", "studio/app.py"),
+    "llguidance": ("serve/grammar.py",),
 }
 # What answers `--help` and makes forms: no tensor library behind it.
 LIGHT = ("settings.py", "config.py", "errors.py", "__init__.py", "__main__.py", "cli/", "workflows/verbs.py")
