@@ -19,6 +19,38 @@ def states(dtype: torch.dtype) -> list[Tensor]:
     return [torch.randn(1, heads, sum(ROWS), WIDTH).to(dtype).requires_grad_() for heads in (HEADS, KV, KV)]
 
 
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 3e-2)])
+@pytest.mark.parametrize("queries", [4, 256])
+def test_a_prefix_that_rows_share_counts_for_each_of_them(
+    dtype: torch.dtype, tolerance: float, queries: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Against rows that each carry the prefix: equal outputs, and the prefix's gradient is the sum over the rows."""
+    monkeypatch.setattr(row_attention, "QUERIES", queries)
+    row_attention._alike.cache_clear()
+    prefix, rows, filler = 3, (2, 6, 1, 5), 4
+    apart = [list(range(prefix)) + list(range(prefix + sum(rows[:i]), prefix + sum(rows[: i + 1]))) for i in range(len(rows))]
+    tokens = prefix + sum(rows) + filler
+    torch.manual_seed(0)
+    given = [torch.randn(1, heads, tokens, WIDTH).to(dtype).requires_grad_() for heads in (HEADS, KV, KV)]
+    weights = torch.randn(1, tokens, HEADS, WIDTH)
+    out = causal_rows(*given, rows, SCALE, dtype, prefix)
+    assert not out[:, -filler:].any()
+    (out.float() * weights).sum().backward()
+    found = [out.detach(), *(states.grad for states in given)]
+    exact = [states.detach().double().requires_grad_() for states in given]
+    expected = torch.zeros(1, tokens, HEADS, WIDTH, dtype=torch.float64)
+    for number, places in enumerate(apart):
+        q, k, v = (states[:, :, places] for states in exact)
+        k, v = (states.repeat_interleave(HEADS // KV, dim=1) for states in (k, v))
+        own = slice(prefix if number else 0, None)
+        attended = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=SCALE).transpose(1, 2)
+        expected = expected.index_add(1, torch.tensor(places[own]), attended[:, own])
+    (expected * weights).sum().backward()
+    for ours, theirs in zip(found, [expected.detach(), *(states.grad for states in exact)], strict=True):
+        torch.testing.assert_close(ours.double(), theirs, rtol=tolerance, atol=tolerance)
+    row_attention._alike.cache_clear()
+
+
 def literal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """softmax(mask(scale·q·kᵀ))·v with one mask over all tokens."""
     k, v = (x.repeat_interleave(HEADS // KV, dim=1) for x in (k, v))
@@ -53,6 +85,7 @@ def test_equals_attention_written_out(dtype: torch.dtype, products: torch.dtype,
 def test_blocks_of_queries_change_nothing_but_rounding(queries: int, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = outputs_and_gradients(torch.bfloat16, torch.bfloat16)
     monkeypatch.setattr(row_attention, "QUERIES", queries)
+    row_attention._alike.cache_clear()
     for found, expected in zip(outputs_and_gradients(torch.bfloat16, torch.bfloat16), whole, strict=True):
         torch.testing.assert_close(found.float(), expected.float(), rtol=2e-2, atol=2e-2)
 

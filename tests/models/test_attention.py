@@ -79,7 +79,7 @@ def test_a_row_does_not_see_its_neighbours() -> None:
     ("settings", "word"),
     [
         ({"row_lengths": None}, "row_lengths"),
-        ({"row_lengths": (5, 5)}, "10 tokens"),
+        ({"row_lengths": (15, 5)}, "20 tokens"),
         ({"s_aux": torch.zeros(6)}, "s_aux"),
         ({"is_causal": False}, "is_causal"),
         ({"attention_mask": torch.zeros(1, 1, 18, 18)}, "attention_mask"),

@@ -54,7 +54,7 @@ def test_each_block_sees_what_the_quantised_ones_before_it_make(family: str, att
         finished.model.set_submodule(path, layer)
     with torch.no_grad():
         for row in rows():
-            finished.hidden(pack([row]))
+            finished.hidden(pack([row]), every_token=True)
     for path, base in bases.items():
         weight = dense.model.get_submodule(path).weight
         weight = weight.t() if family == "gpt2" else weight

@@ -53,6 +53,33 @@ class Projections:
     parts: tuple[tuple[slice, tuple[float, float, float]], ...]
 
 
+@dataclass(frozen=True)
+class Normed:
+    """How y = w ∘ (x·ρ) came about. What is multiplied with y may keep x and ρ, which are kept anyway, and make y again."""
+
+    x: Tensor
+    rho: Tensor
+    weight: Tensor
+
+    @staticmethod
+    def of(y: Tensor) -> Normed | None:
+        """What a FrozenRmsNorm noted on its result, its rows end to end; None for any other tensor."""
+        found = cast("Normed | None", getattr(y, _NOTE, None))
+        return None if found is None else Normed(found.x.flatten(0, -2), found.rho.flatten(0, -2), found.weight)
+
+    def kept(self) -> tuple[Tensor, ...]:
+        """What `again` takes."""
+        return self.x, self.rho, self.weight
+
+    @staticmethod
+    def again(x: Tensor, rho: Tensor, weight: Tensor) -> Tensor:
+        """y, to the last bit."""
+        return weight * (x.float() * rho).to(x.dtype)
+
+
+_NOTE = "lorakeet_normed"
+
+
 class GatedMlpFunction(torch.autograd.Function):
     """y = D(φ(G(x)) ∘ U(x)) where G, U, D are frozen products with pairs:  P(x) = x·Wᵀ + s·x·Aᵀ·Bᵀ on the tokens of each part.
 
@@ -60,12 +87,13 @@ class GatedMlpFunction(torch.autograd.Function):
 
         ∂h = ∂y·D'     ∂u = ∂h ∘ φ(g)     ∂g = ∂h ∘ u ∘ φ'(g)     ∂x = ∂g·G' + ∂u·U'      P' = W + s·B·A, never formed
 
-    and each pair's ∂A, ∂B are those of LowRankLinear on the tokens of its part. Saved: x, g, u in the dtype of x, and the
-    rank-sized products. h is computed again. One cast of x serves both projections, one product with both A's shrinks it.
+    and each pair's ∂A, ∂B are those of LowRankLinear on the tokens of its part. Saved: x (or what it was normed from), g and u
+    in the dtype of x, and the rank-sized products. h is computed again. One cast of x serves both projections, one product with
+    both A's shrinks it.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, projections: Projections, *factors: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, projections: Projections, normed: Normed | None, *factors: Tensor) -> Tensor:
         p, dtype = projections, projections.products
         wide = x.to(dtype)
         gate, up = p.gate.matmul(wide), p.up.matmul(wide)
@@ -82,15 +110,18 @@ class GatedMlpFunction(torch.autograd.Function):
             for_down = torch.mm(inner[part], a_down.t())
             add_low_rank(y[part], for_down, b_down, scales[2])
             shrunk.append(for_down)
-        ctx.save_for_backward(x, gate.to(x.dtype), up.to(x.dtype), *shrunk, *factors)
-        ctx.projections = p
+        source = (x,) if normed is None else normed.kept()
+        ctx.save_for_backward(gate.to(x.dtype), up.to(x.dtype), *source, *shrunk, *factors)
+        ctx.projections, ctx.source = p, len(source)
         return y.to(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         p: Projections = ctx.projections
         count = len(p.parts)
-        x, gate, up, *rest = ctx.saved_tensors
+        gate, up, *rest = ctx.saved_tensors
+        source, rest = rest[: ctx.source], rest[ctx.source :]
+        x = source[0] if len(source) == 1 else Normed.again(*source)
         into, for_down, factors = rest[: 2 * count], rest[2 * count : 3 * count], rest[3 * count :]
         grad, gate, up = grad.to(p.products).contiguous(), gate.to(p.products), up.to(p.products)
         wide = x.to(p.products)
@@ -115,7 +146,7 @@ class GatedMlpFunction(torch.autograd.Function):
                 grad_x[part].addmm_(both, torch.cat([a_gate, a_up]))
             grads += [grad_a_gate, grad_b_gate, grad_a_up, grad_b_up, *of_down[number]]
         found = (grad.to(factor.dtype) for grad, factor in zip(grads, factors, strict=True))
-        return None if grad_x is None else grad_x.to(x.dtype), None, *found
+        return None if grad_x is None else grad_x.to(x.dtype), None, None, *found
 
 
 def _by_part(
@@ -155,7 +186,7 @@ class GatedMlp(StandIn):
         scaled = tuple((part, cast("tuple[float, float, float]", scales)) for part, scales, _ in parts)
         projections = Projections(gate, up, down, self.activation, first.products or x.dtype, scaled)
         factors = [factor for _, _, held in parts for factor in held]
-        y = cast(Tensor, GatedMlpFunction.apply(flat, projections, *factors))  # type: ignore[no-untyped-call]
+        y = cast(Tensor, GatedMlpFunction.apply(flat, projections, Normed.of(x), *factors))  # type: ignore[no-untyped-call]
         return y.view(x.shape)
 
 
@@ -185,17 +216,18 @@ def _plain_uses(layer: nn.Module, tokens: int) -> list[tuple[Share, LoraPair]]:
 
 
 class RmsNormFunction(torch.autograd.Function):
-    """y = w ∘ x̂ with x̂ = x·ρ, ρ = 1/√(mean(x²) + ε), in fp32;  ∂x = ρ·(w∘∂y − x̂·mean(w∘∂y∘x̂)). Saves x and ρ; w is frozen."""
+    """(y, ρ): y = w ∘ x̂, x̂ = x·ρ, ρ = 1/√(mean(x²) + ε), in fp32;  ∂x = ρ·(w∘∂y − x̂·mean(w∘∂y∘x̂)). Saves x and ρ; w is frozen."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
         wide = x.float()
         rho = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True).add_(epsilon))
         ctx.save_for_backward(x, rho, weight)
-        return weight * (wide * rho).to(x.dtype)
+        ctx.mark_non_differentiable(rho)
+        return weight * wide.mul_(rho).to(x.dtype) if wide is not x else weight * (wide * rho), rho
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, None]:
+    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, None, None]:
         x, rho, weight = ctx.saved_tensors
         if not ctx.needs_input_grad[0]:
             return None, None, None
@@ -215,4 +247,7 @@ class FrozenRmsNorm(StandIn):
 
     def forward(self, x: Tensor) -> Tensor:
         epsilon = cast(float, self.original.variance_epsilon)
-        return cast(Tensor, RmsNormFunction.apply(x, self.weight, epsilon))  # type: ignore[no-untyped-call]
+        y, rho = cast("tuple[Tensor, Tensor]", RmsNormFunction.apply(x, self.weight, epsilon))  # type: ignore[no-untyped-call]
+        if torch.is_grad_enabled():
+            setattr(y, _NOTE, Normed(x.detach(), rho, self.weight))
+        return y

@@ -15,6 +15,7 @@ LARGEST_HEAP_PIECE = 32 << 20  # bytes; glibc raises its threshold up to this as
 SLACK = 0.36  # of the tensors that come and go on the heap, at their peak; benchmarks/plan_accuracy.py measures it
 SMALL_SLACK = 24 << 20  # bytes: the heap's free top and Python's own growth during a run
 _THRESHOLD = 1 << 20  # bytes of the smallest piece that `return_freed_memory` has mapped
+_NEVER = (1 << 31) - 1  # bytes at the heap's top beyond which it is cut
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
 
 
@@ -33,6 +34,18 @@ def return_freed_memory() -> bool:
         return False
     library = ctypes.CDLL(None)
     return all(library.mallopt(ctypes.c_int(name), ctypes.c_int(_THRESHOLD)) for name in (_M_MMAP_THRESHOLD, _M_TRIM_THRESHOLD))
+
+
+def keep_freed_memory() -> bool:
+    """Has pieces of up to 32 MiB come from the heap, whose free top stays; whether the C library takes the order (glibc).
+
+    Left to itself, glibc maps the first pieces of each size and cuts the heap whenever a step's activations are freed, and the
+    system clears every page again in the next step. The process holds no more for it than it did at its peak.
+    """
+    if platform.libc_ver()[0] != "glibc":
+        return False
+    library, wanted = ctypes.CDLL(None), {_M_MMAP_THRESHOLD: LARGEST_HEAP_PIECE, _M_TRIM_THRESHOLD: _NEVER}
+    return all(library.mallopt(ctypes.c_int(name), ctypes.c_int(value)) for name, value in wanted.items())
 
 
 def give_back_free_memory() -> bool:

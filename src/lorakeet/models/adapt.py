@@ -32,6 +32,8 @@ def begin_adapter(
     """
     hold(text.model, plan)
     inject(text.model, plan, name, seed=seed, token_ids=token_ids)
+    drops = any(entry.dropout for entry in plan.entries) or bool(getattr(text.model.config, "attention_dropout", 0.0))
+    text.shares_prefix = text.shares_prefix and not drops  # each row drops numbers of its own
     parameters = trained_parameters(text.model, name) if directions else {}
     with torch.no_grad():
         for path, A in (directions or {}).items():

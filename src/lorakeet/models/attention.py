@@ -1,7 +1,8 @@
 """Causal attention over rows laid end to end: no padding, no attention across rows. Registered with transformers by name.
 
 The model runs on one sequence (1, tokens) with `row_lengths=(n₁, n₂, …)` among its keyword arguments and position ids that
-begin again at each row. Each row attends to itself alone, so the cost is Σn² and not (Σn)².
+begin again at each row. Each row attends to itself alone, so the cost is Σn² and not (Σn)²; tokens behind the
+last row are filler.
 
 On a CPU the rows are computed by core/row_attention: torch's own bf16 backward is several times too slow there.
 """
@@ -36,22 +37,27 @@ def row_attention(
 ) -> tuple[Tensor, None]:
     """query (1, heads, tokens, d), key and value (1, kv heads, tokens, d) to (1, tokens, heads, d), as transformers expects.
 
-    Settings used: `row_lengths`, `row_cache` (where earlier tokens of the rows are), `row_products` (dtype of the products on a
-    CPU; fp32 if none), `scaling`, `dropout`, `sliding_window`, `softcap`. Raises EnvironmentProblem for what it does not
-    implement (attention sinks, position biases, non-causal attention), so that nothing is left out in silence.
+    Settings used: `row_lengths`, `row_prefix` (tokens that stand once before all rows and belong to each), `row_cache` (where
+    earlier tokens of the rows are), `row_products` (dtype of the products on a CPU; fp32 if none), `scaling`, `dropout`,
+    `sliding_window`, `softcap`. Raises EnvironmentProblem for what it does not implement (attention sinks, position biases,
+    non-causal attention), so that nothing is left out in silence.
     """
     lengths = settings.get("row_lengths")
     _refuse_unknown(module, query, lengths, attention_mask, settings)
-    rows = cast("tuple[int, ...]", lengths)
+    rows, prefix = cast("tuple[int, ...]", lengths), cast(int, settings.get("row_prefix", 0))
     scale = settings.get("scaling") or 1 / math.sqrt(query.shape[-1])
     window, softcap, dropout = settings.get("sliding_window"), settings.get("softcap"), settings.get("dropout") or 0.0
     if (cache := settings.get("row_cache")) is not None:  # generation: models/kv_cache
         return cast(Tensor, cache.attend(module.layer_idx, query, key, value, scale=scale, window=window, cap=softcap)), None
-    plain = softcap is None and dropout == 0.0 and (window is None or max(rows) <= window)
+    plain = softcap is None and dropout == 0.0 and (window is None or prefix + max(rows) <= window)
     if plain and query.device.type == "cpu" and query.shape[-1] == value.shape[-1]:
-        return causal_rows(query, key, value, rows, scale, settings.get("row_products") or torch.float32), None
+        products = settings.get("row_products") or torch.float32
+        return causal_rows(query, key, value, rows, scale, products, prefix), None
     outputs = []
-    for q, k, v in zip(*(torch.split(states, list(rows), dim=2) for states in (query, key, value)), strict=True):
+    parts = [prefix, *rows, query.shape[2] - prefix - sum(rows)]  # what fills up is a row of its own
+    first, *others = zip(*(torch.split(states, parts, dim=2) for states in (query, key, value)), strict=True)
+    for number, own in enumerate(others):
+        q, k, v = (torch.cat(pair, dim=2) if prefix else pair[1] for pair in zip(first, own, strict=True))
         if softcap is not None:
             out = _softcapped(q, k, v, scale, softcap, window)
         else:
@@ -59,7 +65,7 @@ def row_attention(
             out = nn.functional.scaled_dot_product_attention(
                 q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=mask is None, scale=scale, enable_gqa=True
             )
-        outputs.append(out.transpose(1, 2))
+        outputs.append(out[:, :, prefix if number else 0 :].transpose(1, 2))  # the prefix's own outputs: once
     return torch.cat(outputs, dim=1), None
 
 
@@ -67,9 +73,10 @@ def _refuse_unknown(module: nn.Module, query: Tensor, lengths: Any, mask: Tensor
     kind = type(module).__name__
     if lengths is None:
         raise EnvironmentProblem(f"{kind} did not hand row_lengths on to its attention; load this model with attention: sdpa.")
-    if query.shape[0] != 1 or query.shape[2] != sum(lengths):
+    total, longest = (settings.get("row_prefix", 0) + of_rows for of_rows in (sum(lengths), max(lengths)))
+    if query.shape[0] != 1 or query.shape[2] < total:
         raise EnvironmentProblem(
-            f"{kind} gave its attention queries of shape {tuple(query.shape)} for rows of {sum(lengths)} tokens in all; "
+            f"{kind} gave its attention queries of shape {tuple(query.shape)} for rows of {total} tokens in all; "
             "load this model with attention: sdpa."
         )
     unknown = [name for name in ("s_aux", "position_bias", "cache") if settings.get(name) is not None]
@@ -77,8 +84,8 @@ def _refuse_unknown(module: nn.Module, query: Tensor, lengths: Any, mask: Tensor
         unknown.append("is_causal=False")
     if mask is not None:
         unknown.append("attention_mask")
-    if (limit := _limit_in_mask(module, settings)) is not None and max(lengths) > limit:
-        unknown.append(f"a window of {limit} tokens that only its mask knows, for a row of {max(lengths)} tokens")
+    if (limit := _limit_in_mask(module, settings)) is not None and longest > limit:
+        unknown.append(f"a window of {limit} tokens that only its mask knows, for a row of {longest} tokens")
     if unknown:
         raise EnvironmentProblem(f"{kind} uses {', '.join(unknown)}, which row attention does not have; use attention: sdpa.")
 

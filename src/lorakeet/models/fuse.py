@@ -10,17 +10,22 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily  # torch offers no public name
 
 from lorakeet.core.fused import ACTIVATIONS, FrozenRmsNorm, GatedMlp
-from lorakeet.core.layers import StandIn
+from lorakeet.core.fused_attention import INPUTS, RotaryAttention
+from lorakeet.core.layers import LoraLinear, StandIn, base_of, new_pair
+from lorakeet.core.plan import PlanEntry
+from lorakeet.errors import EnvironmentProblem
 from lorakeet.models import modules
+from lorakeet.models.attention import VARLEN
 
 _PROBE_ROWS = 5
+_PROBE_LENGTHS = (4, 3)  # tokens of the two rows that an attention is probed with
 _PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 _WIDTH = 8  # of the small copy that is probed where a model has shapes but no numbers
 FUSED_TOLERANCE = 16  # in units of the dtype's rounding: the fused function rounds at other places
 
 
 def fuse(model: nn.Module) -> int:
-    """Lets stand-ins run the gated MLPs and RMSNorms, each first compared with its original on random input; returns how many.
+    """Lets stand-ins run gated MLPs, RMSNorms and row attention, each first compared with its original; returns how many.
 
     The stand-ins hold the originals, so that paths, weights and adapters stay as they are; `unfuse` takes them out.
     """
@@ -40,13 +45,15 @@ def fuse(model: nn.Module) -> int:
 def unfuse(model: nn.Module) -> None:
     """Takes every stand-in of `fuse` out again."""
     for path, module in list(modules.original_modules(model)):
-        if isinstance(modules.find(model, path), (GatedMlp, FrozenRmsNorm)):
+        if isinstance(modules.find(model, path), (GatedMlp, FrozenRmsNorm, RotaryAttention)):
             modules.replace(model, path, module)
 
 
 def _stand_in(module: nn.Module) -> StandIn | None:
     """What may stand for `module`; a small copy of it is probed where it has shapes but no numbers (a planned model), and where
     weights are packed, which would all be unpacked several times."""
+    if _has_attention_names(module):
+        return _attention(module)
     no_numbers = any(parameter.is_meta or isinstance(parameter, FakeTensor) for parameter in module.parameters())
     if not no_numbers and not modules.is_packed(module):
         return _mlp(module) or _norm(module)
@@ -62,6 +69,51 @@ def _stand_in(module: nn.Module) -> StandIn | None:
 def _has_mlp_names(module: nn.Module) -> bool:
     children = {name for name, _ in module.named_children()}
     return set(_PROJECTIONS) <= children and not children - {*_PROJECTIONS, "act_fn"}
+
+
+def _has_attention_names(module: nn.Module) -> bool:
+    return {name for name, _ in module.named_children()} == {*INPUTS, "o_proj"} and not module._parameters
+
+
+def _attention(module: nn.Module) -> RotaryAttention | None:
+    """A small fp32 copy with pairs is asked, so that the answer shows the function itself: no cap, norm or other way to turn."""
+    named = getattr(getattr(module, "config", None), "_attn_implementation", None)
+    if named != VARLEN or not isinstance(getattr(module, "scaling", None), float):
+        return None
+    generator, count = torch.Generator().manual_seed(1), sum(_PROBE_LENGTHS)
+    with unset_fake_temporarily(), torch.no_grad():
+        small = _small_attention(module)
+        x = torch.randn(1, count, _WIDTH, generator=generator)
+        turn = torch.rand(1, count, cast(int, module.head_dim) // 2, generator=generator).mul_(6).repeat(1, 1, 2)
+        given = {"position_embeddings": (turn.cos(), turn.sin()), "row_lengths": _PROBE_LENGTHS, "attention_mask": None}
+        try:
+            theirs, ours = (cast(Any, attention)(x, **given)[0] for attention in (small, RotaryAttention(small)))
+        except (TypeError, RuntimeError, EnvironmentProblem):
+            return None
+        equal = torch.allclose(ours, theirs, rtol=1e-4, atol=1e-4 * float(theirs.abs().max()))
+    return RotaryAttention(module) if equal else None
+
+
+def _small_attention(module: nn.Module) -> nn.Module:
+    """The attention over small random weights with pairs, wide enough for its heads; its scores are large, so that caps show."""
+    generator = torch.Generator().manual_seed(0)
+    small = copy.copy(module)
+    small._modules = dict(module._modules)
+    head, groups = cast(int, module.head_dim), cast(int, getattr(module, "num_key_value_groups", 1))
+    shapes = {"q_proj": (2 * groups * head, _WIDTH), "k_proj": (2 * head, _WIDTH), "v_proj": (2 * head, _WIDTH)}
+    for name, shape in {**shapes, "o_proj": (_WIDTH, 2 * groups * head)}.items():
+        biased = getattr(module._modules[name], "bias", None) is not None
+        linear = nn.Linear(1, 1, bias=False, device="meta")
+        linear.weight = _random(generator, torch.float32, *shape)
+        if biased:
+            linear.bias = _random(generator, torch.float32, shape[0])
+        pair = new_pair(PlanEntry(name, "linear", shape, 2, 2.0), weight=lambda: torch.empty(0), seed=0)
+        nn.init.normal_(pair.B, generator=generator)
+        layer = LoraLinear(linear, base_of(linear, "linear"))
+        layer.attach("probe", pair.eval())
+        layer.active = "probe"
+        small._modules[name] = layer
+    return small.eval()
 
 
 def _mlp(module: nn.Module) -> GatedMlp | None:

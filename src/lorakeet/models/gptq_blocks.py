@@ -175,7 +175,7 @@ def _record(
         for number, recorder in enumerate(recorders):
             blocks[number] = recorder
         for batch in batches:
-            text.hidden(batch)
+            text.hidden(batch, every_token=True)
     finally:
         for number, block in enumerate(originals):
             blocks[number] = block

@@ -100,7 +100,15 @@ def outline(
     set_attention(model, "varlen" if attention == "auto" else attention)
     family = family_of(model.config.get_text_config())
     return TextModel(
-        model=model, tokenizer=None, name=name, source=Path(), family=family, device=device, dtype=dtype, products=products
+        model=model,
+        tokenizer=None,
+        name=name,
+        source=Path(),
+        family=family,
+        device=device,
+        dtype=dtype,
+        products=products,
+        shares_prefix=False,  # which tokens rows share is not known before they are; so none: more memory, never less
     )
 
 

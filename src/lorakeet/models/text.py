@@ -19,10 +19,13 @@ from torch import Tensor, nn
 from lorakeet.core.layers import AdaptedLayer
 from lorakeet.core.tiles import Rows, tiled_product
 from lorakeet.data.pack import Batch
+from lorakeet.data.prefix import as_laid, shared_once
 from lorakeet.models.attention import VARLEN
 from lorakeet.models.families import Family
 from lorakeet.models.streamed import Streamed, StreamedHead
 from lorakeet.quant.packed import PackedLinear
+
+WHOLE = 32  # tokens of a varlen batch are filled up to a multiple: oneDNN is slower on others, and keeps code for every shape
 
 
 @dataclass
@@ -38,6 +41,7 @@ class TextModel:
     dtype: torch.dtype  # of the frozen weights
     products: torch.dtype  # of the matrix products over them (core/precision)
     streamed: Streamed | None = None  # where the frozen blocks come in from a store
+    shares_prefix: bool = True  # whether tokens that all rows begin with are computed once: not where dropout differs by row
 
     @property
     def attention(self) -> str:
@@ -51,14 +55,24 @@ class TextModel:
         limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
         return None if limit is None else int(limit)
 
-    def hidden(self, batch: Batch) -> Tensor:
-        """The decoder's last hidden states where a target is to be predicted, (targets, hidden), with gradient if enabled."""
+    def hidden(self, batch: Batch, *, every_token: bool = False) -> Tensor:
+        """The decoder's last hidden states where a target is to be predicted, (targets, hidden), with gradient if enabled.
+
+        Tokens that all rows begin with pass through the model once, and filler makes their number whole; not so if the model
+        must see `every_token` of the batch and no other, as whoever watches or divides what passes through it wants.
+        """
         batch = batch.to(self.device)
         if self.attention == "varlen":
+            laid = shared_once(batch) if self.shares_prefix and not every_token else as_laid(batch)
+            filler = batch.ids.new_zeros(0 if every_token else -len(laid.ids) % WHOLE)
             states = self._decode(
-                batch.ids[None], position_ids=batch.positions[None], row_lengths=batch.lengths, row_products=self.products
+                torch.cat([laid.ids, filler])[None],
+                position_ids=torch.cat([laid.positions, filler])[None],
+                row_lengths=laid.lengths,
+                row_prefix=laid.prefix,
+                row_products=self.products,
             )
-            return states[0].index_select(0, batch.target_positions)
+            return states[0].index_select(0, laid.target_positions)
         padded, places = _padded(batch, self._pad)
         states = self._decode(padded)
         return states.flatten(0, 1).index_select(0, places[batch.target_positions])

@@ -24,6 +24,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from lorakeet.errors import DataError, EnvironmentProblem, RunStopped
+from lorakeet.memory.allocator import keep_freed_memory
 from lorakeet.memory.measure import PeakMemory
 from lorakeet.train import checkpoint, durable, gradients, rng, schedule
 from lorakeet.train.best import Best
@@ -72,7 +73,9 @@ def train(
     tensor gets no gradient, ConfigError when a resumed run was begun with other settings.
     """
     training = Training(task, spec, run=run, report=report or Silent())
-    if budget is not None:
+    if budget is None:
+        keep_freed_memory()
+    else:
         training.budget, training.best = budget, Best(run.best)
     with run.locked(), PeakMemory() as memory, interrupt or Interrupt() as stop:
         training.memory = memory

@@ -128,7 +128,7 @@ class Many:
         for together in at_once(steps, max(learner.at.member.spec.micro_tokens for learner in learning)):
             joined = join([batch for _, batch in together])
             self.selection.divide(self._shares(learning, together), units=joined.tokens)
-            hidden = self.text.hidden(joined)
+            hidden = self.text.hidden(joined, every_token=True)
             total: Tensor | None = None
             parts = torch.split(hidden, [batch.targets for _, batch in together])
             for (index, batch), states in zip(together, parts, strict=True):

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from lorakeet.config import RunConfig
 from lorakeet.core.plan import Plan
-from lorakeet.core.start import MEASURED, seed_for
+from lorakeet.core.spec import MEASURED
+from lorakeet.core.start import seed_for
 from lorakeet.data.chat import Example
 from lorakeet.data.pack import micro_batches
 from lorakeet.errors import ConfigError, DataError
@@ -112,7 +113,7 @@ def _sketches(
 
     def forward() -> None:
         for batch in micro_batches(rows, config.train.micro_tokens):
-            text.hidden(batch.to(text.device))
+            text.hidden(batch.to(text.device), every_token=True)
 
     activate(text.model, None)
     text.model.eval()

@@ -1,0 +1,209 @@
+"""The inner half of an attention layer as one autograd function: q, k and v with their pairs, rotary positions, row attention.
+
+Fusing saves casts, memory and hundreds of small operations a block, not formulas: the low-rank products are those of core/math
+over any FrozenBase, the attention is a kernel of core/row_attention.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from lorakeet.core.base import DenseBase, FrozenBase
+from lorakeet.core.fused import Normed
+from lorakeet.core.layers import LoraLinear, StandIn
+from lorakeet.core.math import add_low_rank, grad_of_b, shrink_grad
+from lorakeet.core.row_attention import FlashRows, ProductRows, kernel_for
+
+INPUTS = ("q_proj", "k_proj", "v_proj")
+_CACHES = ("row_cache", "cache", "past_key_values")  # where the keys of earlier tokens would be
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What q, k and v are multiplied with: three frozen weights, their biases, the scales of their pairs (None: no pair)."""
+
+    bases: Sequence[FrozenBase]
+    biases: Sequence[Tensor | None]
+    scales: Sequence[float | None]
+    head: int  # numbers of one head
+    products: torch.dtype
+    kernel: ProductRows | FlashRows
+
+
+class RotaryAttentionFunction(torch.autograd.Function):
+    """O = attention(R·Q(x), R·K(x), V(x)) with P(x) = x·Wᵀ + b + s·x·Aᵀ·Bᵀ, and R the rotation of each head by its position.
+
+    R turns the two halves (a, b) of a head to (a·c₁ − b·s₁, b·c₂ + a·s₂). With ∂O given, the kernel gives the gradients of the
+    turned states; Rᵀ turns them back, (a·c₁ + b·s₂, b·c₂ − a·s₁), and then, with u = s·∂·B for each of the three,
+
+        ∂B = s·∂ᵀ·(x·Aᵀ)      ∂A = uᵀ·x      ∂x = Σ (∂·W + u·A)
+
+    One product with all A's shrinks x, one with all u's gives all ∂A. Saved: x (or what it was normed from), the three states,
+    the rank-sized products.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, cos: Tensor, sin: Tensor, inputs: Inputs, normed: Normed | None, *factors: Tensor
+    ) -> Tensor:
+        wide = x.to(inputs.products)
+        outs = [base.matmul(wide) for base in inputs.bases]
+        for out, bias in zip(outs, inputs.biases, strict=True):
+            if bias is not None:
+                out.add_(bias)
+        shrunk = _shrunk(wide, inputs, factors)
+        for (place, b, scale), part in zip(_pairs(inputs, factors), shrunk, strict=True):
+            add_low_rank(outs[place], part, b, scale)
+        turn = cos.to(inputs.products), sin.to(inputs.products)
+        query, key, value = (out.view(len(x), -1, inputs.head) for out in outs)
+        states = [_laid(states, x.dtype) for states in (_turned(query, *turn), _turned(key, *turn), value)]
+        result, kept = inputs.kernel.forward(*states)
+        source = (x,) if normed is None else normed.kept()
+        ctx.save_for_backward(cos, sin, *source, *states, *kept, *shrunk, *factors)
+        ctx.inputs, ctx.source, ctx.kept = inputs, len(source), len(kept)
+        return result.reshape(len(x), -1)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        inputs: Inputs = ctx.inputs
+        cos, sin, *rest = ctx.saved_tensors
+        source, rest = rest[: ctx.source], rest[ctx.source :]
+        x = source[0] if len(source) == 1 else Normed.again(*source)
+        states, kept, rest = rest[:3], rest[3 : 3 + ctx.kept], rest[3 + ctx.kept :]
+        pairs = sum(scale is not None for scale in inputs.scales)
+        shrunk, factors = rest[:pairs], rest[pairs:]
+        found = inputs.kernel.backward(grad.view(1, len(x), -1, inputs.head), *states, *kept)
+        turn = cos.to(inputs.products), sin.to(inputs.products)
+        query, key, value = (states[0].transpose(0, 1).to(inputs.products) for states in found)  # (tokens, heads, head)
+        turned = _turned(query, *turn, back=True), _turned(key, *turn, back=True), value
+        grads = [states.reshape(len(x), -1) for states in turned]
+        through, of_b = [], []  # u and ∂B of each pair
+        for (place, b, scale), part in zip(_pairs(inputs, factors), shrunk, strict=True):
+            through.append(shrink_grad(grads[place], b, scale))
+            of_b.append(grad_of_b(grads[place], part, scale))
+        together = torch.cat(through, dim=1)  # (tokens, all ranks)
+        of_a = torch.split(torch.mm(together.t(), x.to(inputs.products)), [part.shape[1] for part in through])
+        grad_x = None
+        if ctx.needs_input_grad[0]:
+            grad_x = inputs.bases[0].matmul_t(grads[0])
+            for base, of_base in zip(inputs.bases[1:], grads[1:], strict=True):
+                grad_x.add_(base.matmul_t(of_base))
+            grad_x = grad_x.addmm_(together, _stacked(inputs, factors)).to(x.dtype)
+        of_factors = [grad for pair in zip(of_a, of_b, strict=True) for grad in pair]
+        return grad_x, None, None, None, None, *(grad.to(factor.dtype) for grad, factor in zip(of_factors, factors, strict=True))
+
+
+def _pairs(inputs: Inputs, factors: Sequence[Tensor]) -> Iterator[tuple[int, Tensor, float]]:
+    """(which of q, k, v it belongs to, B in the dtype of the products, scale) of each pair."""
+    given = iter(factors[1::2])
+    for place, scale in enumerate(inputs.scales):
+        if scale is not None:
+            yield place, next(given).to(inputs.products), scale
+
+
+def _stacked(inputs: Inputs, factors: Sequence[Tensor]) -> Tensor:
+    """All A's one below the other (all ranks, in), in the dtype of the products."""
+    return torch.cat(list(factors[::2])).to(inputs.products)
+
+
+def _shrunk(wide: Tensor, inputs: Inputs, factors: Sequence[Tensor]) -> list[Tensor]:
+    """x·Aᵀ (tokens, rank) of each pair, out of one product."""
+    both = torch.mm(wide, _stacked(inputs, factors).t())
+    return [part.contiguous() for part in torch.split(both, [len(a) for a in factors[::2]], dim=1)]
+
+
+def _turned(states: Tensor, cos: Tensor, sin: Tensor, *, back: bool = False) -> Tensor:
+    """R·states, or Rᵀ·states, of (tokens, heads, head); cos and sin are (tokens, head)."""
+    half = states.shape[2] // 2
+    a, b = states[..., :half], states[..., half:]
+    c1, c2 = cos[:, None, :half], cos[:, None, half:]
+    s1, s2 = sin[:, None, :half], sin[:, None, half:]
+    if back:
+        s1, s2 = -s2, -s1
+    out = torch.empty_like(states, memory_format=torch.contiguous_format)
+    torch.mul(a, c1, out=out[..., :half]).addcmul_(b, s1, value=-1)
+    torch.mul(b, c2, out=out[..., half:]).addcmul_(a, s2)
+    return out
+
+
+def _laid(states: Tensor, dtype: torch.dtype) -> Tensor:
+    """(tokens, heads, head) as (1, heads, tokens, head), without moving a number."""
+    return states.to(dtype).transpose(0, 1)[None]
+
+
+class RotaryAttention(StandIn):
+    """Stands for an attention of transformers with q_proj, k_proj, v_proj, o_proj and rotary positions on whole heads.
+
+    Fused where rows lie end to end on a CPU and q, k and v carry plain pairs for all tokens, or none; anything else is left to
+    the original's own code.
+    """
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        position_embeddings: tuple[Tensor, Tensor] | None = None,
+        attention_mask: Tensor | None = None,
+        **settings: Any,
+    ) -> tuple[Tensor, None]:
+        inputs, factors = self._inputs(hidden_states, position_embeddings, attention_mask, settings)
+        if inputs is None or position_embeddings is None:
+            return cast(
+                "tuple[Tensor, None]",
+                self.original(hidden_states, position_embeddings=position_embeddings, attention_mask=attention_mask, **settings),
+            )
+        cos, sin = (part[0] for part in position_embeddings)
+        given = hidden_states[0], cos, sin, inputs, Normed.of(hidden_states)
+        states = cast(Tensor, RotaryAttentionFunction.apply(*given, *factors))  # type: ignore[no-untyped-call]
+        return cast(nn.Module, self.original.o_proj)(states[None]), None
+
+    def _inputs(
+        self, x: Tensor, turn: tuple[Tensor, Tensor] | None, mask: Tensor | None, settings: dict[str, Any]
+    ) -> tuple[Inputs | None, list[Tensor]]:
+        """What the fused function works with, and A and B of each pair; None where it is not to be used."""
+        nothing: tuple[None, list[Tensor]] = None, []
+        rows, cached = settings.get("row_lengths"), any(settings.get(name) is not None for name in _CACHES)
+        if rows is None or cached or mask is not None or turn is None or x.device.type != "cpu" or len(x) != 1:
+            return nothing
+        head, prefix = cast(int, self.original.head_dim), cast(int, settings.get("row_prefix", 0))
+        if (
+            turn[0].shape != (1, x.shape[1], head)
+            or any(prefix + max(rows) > limit for limit in self._windows())
+            or self._drops()
+        ):
+            return nothing
+        layers = [getattr(self.original, name) for name in INPUTS]
+        if not all(_known(layer) for layer in layers):
+            return nothing
+        pairs = [layer.pair() if isinstance(layer, LoraLinear) else None for layer in layers]
+        held = [pair for pair in pairs if pair is not None]
+        if not held or not all(pair.plain for pair in held):
+            return nothing
+        products = next(layer.products for layer in layers if isinstance(layer, LoraLinear)) or x.dtype
+        kernel = kernel_for(x.dtype, settings.get("row_products") or torch.float32)(
+            rows, cast(float, self.original.scaling), prefix
+        )
+        bases = [layer.base if isinstance(layer, LoraLinear) else DenseBase(layer) for layer in layers]
+        scales = [None if pair is None else pair.scale for pair in pairs]
+        inputs = Inputs(bases, [layer.bias for layer in layers], scales, head, products, kernel)
+        return inputs, [factor for pair in held for factor in pair.factors()]
+
+    def _windows(self) -> list[int]:
+        """The tokens that a query looks back at, where the layer or its model limits them."""
+        original = self.original
+        limits = [getattr(holder, "sliding_window", None) for holder in (original, getattr(original, "config", None))]
+        return [limit for limit in limits if isinstance(limit, int)]
+
+    def _drops(self) -> bool:
+        return bool(self.training and getattr(self.original, "attention_dropout", 0.0))
+
+
+def _known(layer: nn.Module) -> bool:
+    """Whether the function can multiply with this layer: one that takes pairs, with none or one for all tokens, or nn.Linear."""
+    if isinstance(layer, LoraLinear):
+        return layer.selection.shares is None
+    return type(layer) is nn.Linear and not layer.weight.requires_grad
