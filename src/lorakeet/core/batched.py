@@ -139,8 +139,9 @@ class Stack:
         rank = A.shape[0]
         self.A[place, :rank].copy_(A)
         self.B[place, :rank].copy_(B.t())
-        self.A[place, rank:].zero_()
-        self.B[place, rank:].zero_()
+        if rank < self.rank:
+            self.A[place, rank:].zero_()
+            self.B[place, rank:].zero_()
 
     def add(self, y: Tensor, x: Tensor, table: Table) -> Tensor:
         """Adds to `y` (tokens, out), in place, what the pairs give the tokens of `x` (tokens, in), whatever their dtype."""

@@ -174,12 +174,13 @@ class LoraLinear(AdaptedLayer):
         if not all(pair.plain for _, pair in shares):
             return _Division(given, tokens, products, special=shares)
         long = [(share, pair) for share, pair in shares if share.stop - share.start > STACK_UP_TO]
-        short = {share: pair for share, pair in shares if share.stop - share.start <= STACK_UP_TO}
+        short = [(share, pair) for share, pair in shares if share.stop - share.start <= STACK_UP_TO]
         if not short:
             return _Division(given, tokens, products, long=long)
-        dtype = stacked_in(products, short[next(iter(short))].A.device)
-        stack = self._stack_of({share.name: pair for share, pair in short.items()}, dtype)
-        return _Division(given, tokens, products, long, stack, self.selection.table(stack.layout, tuple(short), stack.A))
+        dtype = stacked_in(products, short[0][1].A.device)
+        stack = self._stack_of({share.name: pair for share, pair in short}, dtype)
+        table = self.selection.table(stack.layout, tuple(share for share, _ in short), stack.A)
+        return _Division(given, tokens, products, long, stack, table)
 
     def _stack_of(self, pairs: dict[str, LoraPair], products: torch.dtype) -> Stack:
         """A stack that holds `pairs`: the one of the step before, as it is or with new ones in it, or a new one."""

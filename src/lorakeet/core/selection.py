@@ -32,7 +32,7 @@ class Selection:
         self.active: str | None = None
         self.shares: tuple[Share, ...] | None = None
         self.units = 0
-        self._tables: dict[tuple[Layout, tuple[Share, ...], torch.dtype, torch.device], Table] = {}
+        self._tables: list[tuple[tuple[Layout, tuple[Share, ...], torch.dtype, torch.device], Table]] = []
 
     def use(self, name: str | None) -> None:
         """Everything uses the adapter `name`, or the bare base. The name is not checked here; see models/inject.activate."""
@@ -64,11 +64,16 @@ class Selection:
         return tuple(Share(share.start * each, share.stop * each, share.name, share.weight) for share in shares)
 
     def table(self, layout: Layout, shares: tuple[Share, ...], like: Tensor) -> Table:
-        """`table_of` the shares, kept until they change: every layer with the same adapters and scales asks for the same."""
+        """`table_of` the shares, kept until they change: every layer with the same adapters and scales asks for the same.
+
+        The few there are, are compared one by one: to hash as many shares as a batch has rows takes ten times as long.
+        """
         key = layout, shares, like.dtype, like.device
-        if key not in self._tables:
-            self._tables[key] = table_of(shares, layout, like)
-        return self._tables[key]
+        for known, found in self._tables:
+            if known == key:
+                return found
+        self._tables.append((key, table_of(shares, layout, like)))
+        return self._tables[-1][1]
 
 
 def table_of(shares: Iterable[Share], layout: Layout, like: Tensor) -> Table:
