@@ -35,7 +35,7 @@ from lorakeet.data.locate import locate_data, open_text
 from lorakeet.evaluate.compare import compare_losses, holm
 from lorakeet.evaluate.likelihood import RowLosses
 from lorakeet.evaluate.spec import EvaluateSpec
-from lorakeet.models.adapt import begin_adapter, put_adapter
+from lorakeet.models.adapt import put_adapter
 from lorakeet.models.fits import plan_of
 from lorakeet.models.inject import adapter_of, eject, trained_parameters
 from lorakeet.models.targets import plan_for
@@ -43,7 +43,7 @@ from lorakeet.ranks.allocate import pair_parameters
 from lorakeet.ranks.resize import cut_to_budget
 from lorakeet.ranks.spec import RanksSpec
 from lorakeet.train.many import Member, Progress, train_many
-from lorakeet.workflows.assemble import Assembly, assemble
+from lorakeet.workflows.assemble import Assembly, assemble, begin_pairs
 from lorakeet.workflows.choose_ranks import choose_ranks
 from lorakeet.workflows.compress import weighed
 from lorakeet.workflows.judge import Judge
@@ -67,6 +67,8 @@ ARMS: dict[str, dict[str, Any]] = {
     "rslora-16": {"rank": 16, "scale_rule": "alpha/sqrt(rank)"},
     "rslora-64": {"rank": 64, "scale_rule": "alpha/sqrt(rank)"},
     "pissa-16": {"rank": 16, "start": "pissa"},
+    "gradient-start-16": {"rank": 16, "start": "gradient"},
+    "activation-start-16": {"rank": 16, "start": "activation"},
     "loraplus-16": {"rank": 16, "b_learning_rate_ratio": 16.0},
 }
 DEFAULT = [*ARMS, "rslora-16@0.5", "pissa-16@0.3", "loraplus-16@0.25", "uniform-16@0.5", "uniform-16@2"]
@@ -160,7 +162,7 @@ def _member(setup: Assembly, name: str, arm: str, seed: int) -> Member:
     spec = replace(setup.config.train, learning_rate=rate, b_learning_rate_ratio=ratio, seed=seed)
     lora = _allocated(setup, seed, **wanted) if "score" in wanted else replace(setup.config.lora, **wanted)
     plan = plan_for(setup.text.model, lora, setup.text.family)
-    begin_adapter(setup.text, plan, seed=seed, name=name)
+    begin_pairs(replace(setup, config=replace(setup.config, lora=lora)), plan, seed=seed, name=name)
     return Member(name, spec, setup.train.examples, setup.held_out.examples)
 
 

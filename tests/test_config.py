@@ -41,6 +41,11 @@ def test_a_run_file_is_read_with_its_plain_values(tmp_path: Path) -> None:
     assert (config.lora.rank, config.lora.alpha, config.lora.alpha_pattern) == (4, 12.0, {".*q_proj": 1e-3})
 
 
+def test_a_start_that_is_measured_on_rows_is_not_for_pictures(tmp_path: Path) -> None:
+    path = written(tmp_path, "kind: image\nmodel: some/folder\ndata: pictures\nlora: {start: gradient}\n")
+    assert "lora.start gradient is measured on rows of text, but kind is image" in complaint(path)
+
+
 def test_flags_win_over_the_file(tmp_path: Path) -> None:
     config = read_run(written(tmp_path, RUN), {"lora.rank": "8", "model": "other", "model.dtype": "float32", "data.test": "t"})
     assert (config.lora.rank, config.lora.alpha, config.model.path, config.model.dtype) == (8, 12.0, "other", "float32")

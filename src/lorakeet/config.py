@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import yaml
 
-from lorakeet.core.spec import LoraSpec
+from lorakeet.core.spec import MEASURED, LoraSpec
 from lorakeet.data.image_spec import ImageSpec
 from lorakeet.data.spec import DataSpec
 from lorakeet.errors import ConfigError
@@ -51,6 +51,8 @@ class RunConfig:
         if self.ranks.choose == "auto" and self.lora.rank_pattern:
             count = len(self.lora.rank_pattern)
             found.append(f"ranks.choose is auto, but lora.rank_pattern gives {count} ranks itself. Leave one of them out.")
+        if self.kind == "image" and self.lora.start in MEASURED:
+            found.append(f"lora.start {self.lora.start} is measured on rows of text, but kind is image. Use lora.start kaiming.")
         return found
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -21,6 +21,7 @@ from lorakeet.models.load import load_text_model
 from lorakeet.models.spec import ModelSpec
 from lorakeet.models.targets import plan_for
 from lorakeet.models.text import TextModel
+from lorakeet.quant.spec import QuantSpec
 from lorakeet.train.loop import train
 from lorakeet.train.many import Many, Member, at_once, join, train_many
 from lorakeet.train.run import RunFolder
@@ -45,12 +46,14 @@ def rows(count: int, seed: int) -> list[Example]:
     ]
 
 
-def load(folder: Path) -> TextModel:
-    return load_text_model(ModelSpec(path=str(folder), dtype="float32", device="cpu"))
+def load(folder: Path, packed: Literal["none", "nf4", "int8"] = "none") -> TextModel:
+    return load_text_model(ModelSpec(path=str(folder), dtype="float32", device="cpu", quantize=QuantSpec(method=packed)))
 
 
-def together(folder: Path, names: str, **changes: Any) -> tuple[TextModel, list[Member]]:
-    text, members = load(folder), []
+def together(
+    folder: Path, names: str, packed: Literal["none", "nf4", "int8"] = "none", **changes: Any
+) -> tuple[TextModel, list[Member]]:
+    text, members = load(folder, packed), []
     for name in names:
         lora, spec, seed = WANTED[name]
         spec = dataclasses.replace(spec, **changes)
@@ -60,9 +63,11 @@ def together(folder: Path, names: str, **changes: Any) -> tuple[TextModel, list[
     return text, members
 
 
-def alone(folder: Path, name: str, out: Path) -> tuple[dict[str, Tensor], float | None]:
+def alone(
+    folder: Path, name: str, out: Path, packed: Literal["none", "nf4", "int8"] = "none"
+) -> tuple[dict[str, Tensor], float | None]:
     lora, spec, seed = WANTED[name]
-    text = load(folder)
+    text = load(folder, packed)
     inject.inject(text.model, plan_for(text.model, lora, text.family), seed=spec.seed)
     fuse(text.model)
     task = TextTask(text, rows(14, seed), held_out=rows(6, 2), spec=spec)
@@ -85,6 +90,18 @@ def test_each_becomes_what_it_becomes_alone(tiny_llama_folder: Path, tmp_path: P
         assert at.best is not None and best is not None
         assert at.best.value == pytest.approx(best, rel=1e-4)
         assert [step for step, _ in at.held_out] == list(range(0, at.total + 1, 2))
+
+
+@pytest.mark.parametrize("packed", ["nf4", "int8"])
+def test_each_becomes_what_it_becomes_alone_over_a_packed_base(
+    tiny_llama_folder: Path, tmp_path: Path, packed: Literal["nf4", "int8"]
+) -> None:
+    text, members = together(tiny_llama_folder, "ab", packed)
+    for at in train_many(text, members):
+        name = at.member.name
+        expected, _ = alone(tiny_llama_folder, name, tmp_path / name, packed)
+        for key, value in inject.trained_parameters(text.model, name).items():
+            torch.testing.assert_close(value, expected[key], rtol=2e-3, atol=2e-4)
 
 
 def test_the_base_is_multiplied_once_for_all(tiny_llama_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,6 +8,8 @@ from typing import Literal
 
 from lorakeet.errors import Problems
 
+MEASURED = ("gradient", "activation")  # starts whose A is measured on training rows (ranks/score)
+
 
 @dataclass(frozen=True)
 class LoraSpec:

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from lorakeet.core.lowrank import LoraPair
+from lorakeet.core.spec import MEASURED
 
 EXACT_SVD_UP_TO = 256  # smaller matrices get an exact SVD; larger ones the randomised one (Halko et al. 2011)
-MEASURED = ("gradient", "activation")  # starts whose A is measured on rows (ranks/score); until it is, the pair is all zeros
 OVERSAMPLING = 16
 POWER_ITERATIONS = 8
 

@@ -11,8 +11,7 @@ from torch import nn
 from lorakeet.core.experts import supports
 from lorakeet.core.math import Kind
 from lorakeet.core.plan import Plan, PlanEntry, path_range
-from lorakeet.core.spec import LoraSpec, layers_chosen, pattern_value
-from lorakeet.core.start import MEASURED
+from lorakeet.core.spec import MEASURED, LoraSpec, layers_chosen, pattern_value
 from lorakeet.errors import Problems, nearest
 from lorakeet.models import modules
 from lorakeet.models.extra_targets import plan_extras

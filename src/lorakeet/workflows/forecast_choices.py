@@ -8,8 +8,7 @@ from dataclasses import replace
 
 from lorakeet.config import RunConfig
 from lorakeet.core.plan import Plan
-from lorakeet.core.spec import LoraSpec
-from lorakeet.core.start import MEASURED
+from lorakeet.core.spec import MEASURED, LoraSpec
 from lorakeet.memory.forecast import with_more
 from lorakeet.memory.ledger import Held
 from lorakeet.ranks.allocate import allocate, pair_parameters, rank_cost, rank_pattern
