@@ -35,3 +35,12 @@ def test_a_failed_check_is_raised_after_everything_is_written_and_shown(finished
     assert read_certificate(run.certificate) == certificate and read_report(run.path / "report.json") == report
     said = console.export_text()
     assert said.index("something between") < said.index("FAIL  base untouched") < said.index(f"Report: {run.page}")
+    assert "Next: " not in said
+
+
+def test_what_may_follow_is_said_last(finished: Any, tmp_path: Path) -> None:
+    run, report = RunFolder.create(tmp_path / "run"), finished.result.report
+    console = Console(record=True, width=200, file=io.StringIO())
+    conclude(report, report.certificate, run, console)
+    last = console.export_text().splitlines()[-len(report.next_commands) :]
+    assert [line.removeprefix("Next: ").partition("   (")[0] for line in last] == [item.command for item in report.next_commands]

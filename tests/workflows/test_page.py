@@ -55,6 +55,8 @@ def test_the_next_commands_name_the_run(finished: Any) -> None:
     assert commands == [
         f"lorakeet merge {finished.path} --out {finished.path}-merged",
         f"lorakeet export {finished.path} --to ollama --out {finished.path}-ollama",
+        f"lorakeet verify {finished.path}",
+        f"lorakeet serve --model {finished.model} --adapter {finished.path.name}={finished.path}",
         f"lorakeet evaluate {finished.path} --data FILE",
     ]
     assert replace(finished.result.report).facts["Run folder"] == str(finished.path)

@@ -28,7 +28,10 @@ def judging(run: RunFolder) -> Iterator[None]:
 
 
 def conclude(report: Report, certificate: Certificate, run: RunFolder, console: Console, *, remarks: Sequence[str] = ()) -> None:
-    """Writes both into the run folder, prints them with `remarks` between, and raises VerificationFailed if a check failed."""
+    """Writes both into the run folder, prints them with `remarks` between, then the commands that may follow.
+
+    Raises VerificationFailed if a check failed; nothing is recommended then.
+    """
     with writing(f"The report in {run.path}", f"The adapter is whole. Free some space, then: {run.resume_command}"):
         certificate.write(run.certificate)
         write_report(report, run.path)
@@ -38,3 +41,5 @@ def conclude(report: Report, certificate: Certificate, run: RunFolder, console: 
     show_certificate(certificate, console)
     console.print(f"Report: {run.page}   Adapter: {run.adapter}   Certificate: {run.certificate}", soft_wrap=True)
     certificate.raise_if_failed()
+    for item in report.next_commands:
+        console.print(f"Next: {item.command}   ({item.purpose})", markup=False, highlight=False, soft_wrap=True)

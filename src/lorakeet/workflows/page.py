@@ -49,7 +49,7 @@ def complete(
         speed=speed(metrics, outcome),
         certificate=certificate,
         warnings=(*_warnings(setup), *measured.warnings),
-        next_commands=_next(run),
+        next_commands=_next(setup.config, run),
     )
 
 
@@ -157,9 +157,14 @@ def _warnings(setup: Assembly) -> tuple[str, ...]:
     return tuple(found)
 
 
-def _next(run: RunFolder) -> tuple[Command, ...]:
+def _next(config: RunConfig, run: RunFolder) -> tuple[Command, ...]:
+    packed = config.model.quantize.method
+    quantize = f" --quantize {packed}" if packed in ("nf4", "int8") else ""
+    serving = f"lorakeet serve --model {config.model.path}{quantize} --adapter {run.path.name}={run.path}"
     return (
         Command(f"lorakeet merge {run.path} --out {run.path}-merged", "fold the adapter into a model that transformers loads"),
         Command(f"lorakeet export {run.path} --to ollama --out {run.path}-ollama", "write it for Ollama, checked in llama.cpp"),
+        Command(f"lorakeet verify {run.path}", "compare what these two wrote with the live adapter"),
+        Command(serving, "answer over HTTP, as OpenAI's API and Ollama's do"),
         Command(f"lorakeet evaluate {run.path} --data FILE", "measure it on rows of your own"),
     )
