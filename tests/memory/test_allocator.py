@@ -42,6 +42,31 @@ def test_freed_tensors_leave_the_process_at_once() -> None:
     assert after - before < 8 << 20
 
 
+FAULTS = """
+import resource
+import torch
+from lorakeet.memory.allocator import keep_freed_memory
+{order}
+def step():
+    return [torch.ones(3 << 18) for _ in range(40)]
+step(), step()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(10):
+    step()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc has the setting")
+def test_kept_memory_is_not_cleared_by_the_system_in_every_step() -> None:
+    usual, kept = (
+        int(subprocess.run([sys.executable, "-c", FAULTS.format(order=order)], capture_output=True, text=True, check=True).stdout)
+        for order in ("", "assert keep_freed_memory()")
+    )
+    assert usual > 10_000, "glibc cuts its heap by itself; if it no longer does, the order is not needed"
+    assert kept < 500
+
+
 def test_slack_grows_with_what_is_on_the_heap() -> None:
     assert slack(0) == SMALL_SLACK
     assert slack(2 << 30) - slack(1 << 30) > 0.2 * (1 << 30)

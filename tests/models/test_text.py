@@ -9,10 +9,13 @@ from typing import Any
 import pytest
 import torch
 
+from lorakeet.core.spec import LoraSpec
 from lorakeet.data.pack import Batch
+from lorakeet.models.adapt import begin_adapter
 from lorakeet.models.inject import activate, trained_parameters
 from lorakeet.models.load import load_text_model, set_attention
 from lorakeet.models.spec import ModelSpec
+from lorakeet.models.targets import plan_for
 from lorakeet.models.text import TextModel, target_logits, token_logprobs
 from tiny.models import FAMILIES, save_tiny_llama
 
@@ -79,6 +82,48 @@ def test_gradients_agree_between_layouts(
         grads.append([parameter.grad for parameter in trained_parameters(text.model).values()])
     for one, other in zip(*grads, strict=True):
         assert torch.allclose(one, other, atol=1e-5, rtol=1e-3)
+
+
+def beginning_alike(rows: Rows, shared: int) -> Batch:
+    """Rows of different lengths whose first `shared` tokens are the same ones."""
+    batch = rows(LENGTHS)
+    ids, start = batch.ids.clone(), 0
+    for length in batch.lengths:
+        ids[start : start + shared] = batch.ids[:shared]
+        start += length
+    targets = torch.cat([row[1:] for row in ids.split(list(batch.lengths))])
+    return Batch(ids, batch.lengths, batch.target_positions, targets, batch.keys)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("shared", [1, 2])
+def test_what_rows_share_is_computed_once_and_counts_for_each(
+    folders: Callable[[str], Path], adapted: Callable[..., Any], rows: Rows, family: str, shared: int
+) -> None:
+    """Losses, also of targets within the shared tokens, and gradients equal those of rows that share nothing."""
+    text, batch = load(folders(family)), beginning_alike(rows, shared)
+    adapted(text.model)
+    seen: list[int] = []
+    text.model.get_input_embeddings().register_forward_hook(lambda *call: seen.append(call[1][0].shape[-1]))
+    found = []
+    for every_token in (False, True):
+        text.model.zero_grad()
+        logits = text.head(text.hidden(batch, every_token=every_token))
+        torch.nn.functional.cross_entropy(logits, batch.target_ids, reduction="sum").backward()
+        found.append([logits.detach(), *(parameter.grad for parameter in trained_parameters(text.model).values())])
+    tokens = sum(LENGTHS)
+    once = tokens - shared * (len(LENGTHS) - 1)
+    assert seen == [once + -once % 32, tokens]
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-3)
+
+
+def test_rows_that_drop_numbers_of_their_own_share_nothing(tiny_llama_folder: Path) -> None:
+    kept, dropped = (load(tiny_llama_folder) for _ in range(2))
+    for text, dropout in ((kept, 0.0), (dropped, 0.1)):
+        plan = plan_for(text.model, LoraSpec(rank=4, alpha=12, dropout=dropout), text.family)
+        begin_adapter(text, plan, seed=0)
+    assert kept.shares_prefix and not dropped.shares_prefix
 
 
 def test_a_row_does_not_see_its_neighbours(folders: Callable[[str], Path], rows: Rows) -> None:

@@ -209,7 +209,7 @@ class _Indexed:
 
     def put(self, target: Tensor, found: Tensor) -> None:
         """Writes each block's own of (blocks·kv, G·width, d) to its places in (tokens, kv·G, d)."""
-        target.index_copy_(0, self.owners, self._own(self._laid(found, target), target))
+        target[self.owners] = self._own(self._laid(found, target), target)
 
     def add(self, target: Tensor, found: Tensor) -> None:
         """Adds everything that `found` holds for the tokens, own or shared, to their places; shapes as in `put`."""
