@@ -32,12 +32,13 @@ from tiny.adapters import random_pair
 OUT, IN, TOKENS = 256, 512, 5  # rows and columns that GGUF's blocks of 256 divide
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2.0**-6}
 
-COARSE = {"gptq, 2 bits": 0.6, "gptq, 3 bits, act-order": 0.25}  # ‖W − W′‖ / ‖W‖ of bases that are further off than 0.12
+# How far `store` moves what was unpacked, as a share of the largest weight, and ‖W − W′‖ / ‖W‖. Two bits: half a step is a third.
+MOVED, COARSE = (0.16, 0.12), {"gptq, 2 bits": (0.34, 0.61), "gptq, 3 bits, act-order": (0.16, 0.25)}
 
 
 def gptq_base(weight: Tensor, bits: int, sym: bool, *, ordered: bool = True) -> GptqBase:
-    """Four groups of columns, in the order of the columns or, as desc_act makes them, in any."""
-    base = GptqBase((weight.shape[0], weight.shape[1]), bits=bits, groups=4, sym=sym)
+    """Groups of 32 columns, in the order of the columns or, as desc_act makes them, in any."""
+    base = GptqBase((weight.shape[0], weight.shape[1]), bits=bits, groups=weight.shape[1] // 32, sym=sym)
     if not ordered:
         base.g_idx.copy_(base.g_idx[torch.randperm(weight.shape[1], generator=torch.Generator().manual_seed(3))])
     base.store(weight)
@@ -221,5 +222,6 @@ def test_storing_what_was_unpacked_changes_little_and_is_stable(name: str) -> No
     base = BASES[name](weight_of())
     once = base.dense()
     base.store(once)
-    assert float((base.dense() - once).abs().max()) <= 0.16 * float(once.abs().max())
-    assert (base.dense() - weight_of()).norm() / weight_of().norm() <= COARSE.get(name, 0.12)
+    moved, error = COARSE.get(name, MOVED)
+    assert float((base.dense() - once).abs().max()) <= moved * float(once.abs().max())
+    assert (base.dense() - weight_of()).norm() / weight_of().norm() <= error

@@ -181,10 +181,9 @@ def _largest(text: TextModel) -> int:
 
 
 def copy_for_checkpoint(training: Training[Any]) -> None:
-    """The copies that a checkpoint takes: of the moments, of each of them as bytes, and of these joined to a file."""
-    moments = training.optimizer.state()
-    parts = [torch.empty(tensor.nbytes, dtype=torch.uint8) for tensor in moments.values()]
-    torch.empty(sum(part.nbytes for part in parts), dtype=torch.uint8)
+    """The copy of the trained tensors that RUN/adapter is written from; a checkpoint is written from the tensors themselves."""
+    copies = [parameter.detach().clone() for parameter in training.parameters.values()]
+    del copies
 
 
 def training_on(text: TextModel, spec: TrainSpec, rows: Rows, micro_batches: int = MICRO_BATCHES) -> Training[Any]:
