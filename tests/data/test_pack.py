@@ -60,6 +60,12 @@ def test_micro_batches_fill_up():
     assert [batch.lengths for batch in micro_batches(rows, 10)] == [(6, 4), (5, 3, 2)]
 
 
+def test_micro_batches_are_few_and_alike():
+    rows = [Example(np.zeros(n, np.int64), np.zeros(n, bool), str(n), None, False) for n in (9, 8, 7, 6, 2, 1)]
+    assert [batch.tokens for batch in micro_batches(rows, 20)] == [17, 16]
+    assert [batch.tokens for batch in micro_batches(rows, 1000)] == [33]
+
+
 def test_types_and_device():
     batch = pack([Example(np.arange(4), np.array([False, True, False, True]), "k", 0, False)]).to("cpu")
     assert {batch.ids.dtype, batch.target_ids.dtype, batch.target_positions.dtype, batch.positions.dtype} == {torch.int64}

@@ -12,6 +12,7 @@ import torch
 from lorakeet.core.spec import LoraSpec
 from lorakeet.data.pack import Batch
 from lorakeet.models.adapt import begin_adapter
+from lorakeet.models.fuse import fuse
 from lorakeet.models.inject import activate, trained_parameters
 from lorakeet.models.load import load_text_model, set_attention
 from lorakeet.models.spec import ModelSpec
@@ -116,6 +117,31 @@ def test_what_rows_share_is_computed_once_and_counts_for_each(
     assert seen == [once + -once % 32, tokens]
     for one, other in zip(*found, strict=True):
         torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-3)
+
+
+def test_the_last_block_computes_only_what_is_read(tiny_llama_folder: Path, adapted: Callable[..., Any], rows: Rows) -> None:
+    """One target a row: the last MLP sees these tokens alone, the one before all; losses and gradients stay."""
+    text, batch = load(tiny_llama_folder), beginning_alike(rows, 2)
+    adapted(text.model)
+    fuse(text.model)
+    ends = torch.tensor(batch.lengths).cumsum(0) - 2
+    few = Batch(batch.ids, batch.lengths, ends, batch.ids[ends + 1], batch.keys)
+    seen: list[int] = []
+    for block in text.model.model.layers[-2:]:
+        inner = block.mlp.original.down_proj.base
+        usual = inner.matmul
+        inner.matmul = lambda x, usual=usual: seen.append(len(x)) or usual(x)
+    found = []
+    for every_token in (False, True):
+        text.model.zero_grad()
+        logits = text.head(text.hidden(few, every_token=every_token))
+        torch.nn.functional.cross_entropy(logits, few.target_ids, reduction="sum").backward()
+        found.append([logits.detach(), *(parameter.grad for parameter in trained_parameters(text.model).values())])
+    once = sum(LENGTHS) - 2 * (len(LENGTHS) - 1)
+    assert seen == [once + -once % 32, len(LENGTHS), sum(LENGTHS), sum(LENGTHS)]
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-3)
+    assert token_logprobs(text, batch).shape == (batch.targets,)  # the narrowing is over
 
 
 def test_rows_that_drop_numbers_of_their_own_share_nothing(tiny_llama_folder: Path) -> None:

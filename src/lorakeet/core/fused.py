@@ -168,11 +168,19 @@ class GatedMlp(StandIn):
     Fused where all three carry plain pairs of the same adapters; anything else is left to the original's own code.
     """
 
+    only: Tensor | None = None  # (n,): the tokens whose results anybody reads; the others' are zeros
+
     def __init__(self, original: nn.Module, activation: str) -> None:
         super().__init__(original)
         self.activation = ACTIVATIONS[activation]
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.only is None:
+            return self._of(x)
+        return spread(self._of(x.flatten(0, -2).index_select(0, self.only)), self.only, x.shape)
+
+    def _of(self, x: Tensor) -> Tensor:
+        """The MLP of every token of x (…, hidden)."""
         flat = x.reshape(-1, x.shape[-1])
         layers = [getattr(self.original, name) for name in ("gate_proj", "up_proj", "down_proj")]
         divided = any(isinstance(layer, LoraLinear) and layer.selection.shares is not None for layer in layers)
@@ -188,6 +196,11 @@ class GatedMlp(StandIn):
         factors = [factor for _, _, held in parts for factor in held]
         y = cast(Tensor, GatedMlpFunction.apply(flat, projections, Normed.of(x), *factors))  # type: ignore[no-untyped-call]
         return y.view(x.shape)
+
+
+def spread(found: Tensor, places: Tensor, shape: torch.Size) -> Tensor:
+    """(n, hidden) at `places` (n,), each named once, of the tokens of a tensor of `shape` (…, hidden), and zeros elsewhere."""
+    return found.new_zeros(shape).flatten(0, -2).index_copy(0, places, found).view(shape)
 
 
 def _shared_parts(layers: Sequence[nn.Module], tokens: int) -> list[tuple[slice, tuple[float, ...], list[Tensor]]]:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lorakeet.core.base import DenseBase, FrozenBase
-from lorakeet.core.fused import Normed
+from lorakeet.core.fused import Normed, spread
 from lorakeet.core.layers import LoraLinear, StandIn
 from lorakeet.core.math import add_low_rank, grad_of_b, shrink_grad
 from lorakeet.core.row_attention import FlashRows, ProductRows, kernel_for
@@ -143,6 +143,8 @@ class RotaryAttention(StandIn):
     the original's own code.
     """
 
+    only: Tensor | None = None  # (n,): the tokens whose results anybody reads; the others' are zeros
+
     def forward(
         self,
         hidden_states: Tensor,
@@ -159,7 +161,10 @@ class RotaryAttention(StandIn):
         cos, sin = (part[0] for part in position_embeddings)
         given = hidden_states[0], cos, sin, inputs, Normed.of(hidden_states)
         states = cast(Tensor, RotaryAttentionFunction.apply(*given, *factors))  # type: ignore[no-untyped-call]
-        return cast(nn.Module, self.original.o_proj)(states[None]), None
+        outward = cast(nn.Module, self.original.o_proj)
+        if self.only is None:
+            return outward(states[None]), None
+        return spread(outward(states.index_select(0, self.only)), self.only, hidden_states.shape), None
 
     def _inputs(
         self, x: Tensor, turn: tuple[Tensor, Tensor] | None, mask: Tensor | None, settings: dict[str, Any]

@@ -77,17 +77,32 @@ def pack(examples: Sequence[Example]) -> Batch:
 def micro_batches(examples: Sequence[Example], max_tokens: int) -> list[Batch]:
     """The examples of one step in batches of at most `max_tokens` tokens each; a longer row stands alone.
 
-    First-fit decreasing by length, equal lengths in their given order: few batches, and the same ones for the same step.
+    As few batches as first-fit decreasing needs, and of about the same size: the largest one decides how much memory a step
+    takes. The same batches for the same examples.
     """
+    lengths = [len(example.ids) for example in examples]
+    bins = _first_fit(lengths, max_tokens)
+    low, high = max(lengths, default=0), max_tokens  # the bins are as few at `high`
+    while low < high:
+        middle = (low + high) // 2
+        tighter = _first_fit(lengths, middle)
+        if len(tighter) <= len(bins):
+            bins, high = tighter, middle
+        else:
+            low = middle + 1
+    return [pack([examples[number] for number in sorted(chosen)]) for chosen in bins]
+
+
+def _first_fit(lengths: Sequence[int], most: int) -> list[list[int]]:
+    """Numbers of the lengths in bins of at most `most`: longest first, equal ones in order, each into the first that fits."""
     bins: list[list[int]] = []
     rooms: list[int] = []
-    for number in sorted(range(len(examples)), key=lambda number: (-len(examples[number].ids), number)):
-        length = len(examples[number].ids)
-        place = next((index for index, room in enumerate(rooms) if length <= room), None)
+    for number in sorted(range(len(lengths)), key=lambda number: (-lengths[number], number)):
+        place = next((index for index, room in enumerate(rooms) if lengths[number] <= room), None)
         if place is None:
             bins.append([number])
-            rooms.append(max_tokens - length)
+            rooms.append(most - lengths[number])
         else:
             bins[place].append(number)
-            rooms[place] -= length
-    return [pack([examples[number] for number in sorted(chosen)]) for chosen in bins]
+            rooms[place] -= lengths[number]
+    return bins

@@ -9,6 +9,7 @@ on the right needs no mask, since a causal model never looks ahead.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -16,10 +17,13 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from lorakeet.core.fused import GatedMlp
+from lorakeet.core.fused_attention import RotaryAttention
 from lorakeet.core.layers import AdaptedLayer
 from lorakeet.core.tiles import Rows, tiled_product
 from lorakeet.data.pack import Batch
-from lorakeet.data.prefix import as_laid, shared_once
+from lorakeet.data.prefix import Layout, as_laid, shared_once
+from lorakeet.models import modules
 from lorakeet.models.attention import VARLEN
 from lorakeet.models.families import Family
 from lorakeet.models.streamed import Streamed, StreamedHead
@@ -63,19 +67,44 @@ class TextModel:
         """
         batch = batch.to(self.device)
         if self.attention == "varlen":
-            laid = shared_once(batch) if self.shares_prefix and not every_token else as_laid(batch)
+            laid = as_laid(batch) if every_token else self.laid(batch)
             filler = batch.ids.new_zeros(0 if every_token else -len(laid.ids) % WHOLE)
-            states = self._decode(
-                torch.cat([laid.ids, filler])[None],
-                position_ids=torch.cat([laid.positions, filler])[None],
-                row_lengths=laid.lengths,
-                row_prefix=laid.prefix,
-                row_products=self.products,
-            )
+            with self.last_block_at(None if every_token else laid):
+                states = self._decode(
+                    torch.cat([laid.ids, filler])[None],
+                    position_ids=torch.cat([laid.positions, filler])[None],
+                    row_lengths=laid.lengths,
+                    row_prefix=laid.prefix,
+                    row_products=self.products,
+                )
             return states[0].index_select(0, laid.target_positions)
         padded, places = _padded(batch, self._pad)
         states = self._decode(padded)
         return states.flatten(0, 1).index_select(0, places[batch.target_positions])
+
+    def laid(self, batch: Batch) -> Layout:
+        """The batch as the model sees it where rows lie end to end."""
+        return shared_once(batch) if self.shares_prefix else as_laid(batch)
+
+    @contextmanager
+    def last_block_at(self, laid: Layout | None) -> Iterator[None]:
+        """A context in which the fused parts of the last block compute only what is read of it: the tokens that predict a target.
+
+        Everything before it needs every token, for the keys and values of those that follow. None: all of them.
+        """
+        parts: list[GatedMlp | RotaryAttention] = []
+        if laid is not None and 2 * len(laid.target_positions) < len(laid.ids):
+            prefix, count = modules.block_prefix(self.model, self.family)
+            last = modules.find(self.model, f"{prefix}.{count - 1}") if count else None
+            parts = [part for part in last.modules() if isinstance(part, (GatedMlp, RotaryAttention))] if last else []
+        only = torch.unique(laid.target_positions) if parts and laid is not None and laid.prefix else None
+        for part in parts:
+            part.only = laid.target_positions if only is None and laid is not None else only
+        try:
+            yield
+        finally:
+            for part in parts:
+                part.only = None
 
     def head(self, hidden: Tensor) -> Tensor:
         """(n, hidden) to the model's logits (n, vocabulary), with the family's factor, divisor and soft cap.

@@ -11,7 +11,7 @@ are the same to the last bit. Only the order among blocks differs, which no sum 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import cast
 
 import torch
@@ -79,7 +79,7 @@ class _Step:
                 for number, random in enumerate(self.random):
                     if index >= self.lowest:
                         self.aside.put((index, number), self.states[number])
-                    with random.drawing(keep_for=index):
+                    with random.drawing(keep_for=index), self._narrowed(index, number):
                         args, kwargs = self.passages[number].arguments[index]
                         self.states[number] = plain_output(block(self.states[number], *args, **kwargs))
 
@@ -107,7 +107,7 @@ class _Step:
                 for number, random in enumerate(self.random):
                     states = self.aside.take((index, number)).detach()
                     states.requires_grad_(index > self.lowest or self._trains_entry)
-                    with random.again(index), torch.enable_grad():
+                    with random.again(index), torch.enable_grad(), self._narrowed(index, number):
                         args, kwargs = self.passages[number].arguments[index]
                         output = plain_output(block(states, *args, **kwargs))
                     torch.autograd.backward(output, self.states[number])
@@ -115,6 +115,11 @@ class _Step:
                     del states, output
         if self._trains_entry:
             self._into_entry()
+
+    def _narrowed(self, index: int, number: int) -> AbstractContextManager[None]:
+        """Of the last block only what the loss of batch `number` reads is computed, as in a resident model."""
+        last = index == len(self.streamed.blocks) - 1 and self.text.attention == "varlen"
+        return self.text.last_block_at(self.text.laid(self.batches[number]) if last else None)
 
     def _into_entry(self) -> None:
         """Gradients of trained embeddings. What head and embedding share is summed within a batch first, as autograd does."""
