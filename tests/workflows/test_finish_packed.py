@@ -48,6 +48,7 @@ def test_the_loss_falls_and_only_codes_of_the_given_layers_change(tiny_llama_fol
         rows,
         steps=12,
         spec=TrainSpec(batch_size=8, learning_rate=0.2),
+        products=torch.float32,
         on_step=lambda step, loss: heard.append((step, loss)),
     )
     assert [step for step, _ in heard] == list(range(1, 13)) and heard[-1][1] < heard[0][1]

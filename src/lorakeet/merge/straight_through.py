@@ -10,37 +10,78 @@ of the grid, so a small change of A and B moves some of them over.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from lorakeet.core.adapter import Pair
-from lorakeet.core.math import delta, scale_of
+from lorakeet.core.math import delta, grad_of_b, scale_of, shrink_grad
 from lorakeet.quant.packed import PackedBase
 from lorakeet.quant.regrid import Grid
 
 
 class StraightThroughLinear(nn.Module):
-    """Stands where a packed layer stood while its pair is trained through the grid."""
+    """Stands where a packed layer stood while its pair is trained through the grid.
 
-    def __init__(self, latent: Tensor, pair: Pair, grid: Grid, bias: Tensor | None) -> None:
+    It computes with the weight of the last `round`, kept in `products`, the dtype of its matrix products.
+    """
+
+    def __init__(
+        self, latent: Tensor, pair: Pair, grid: Grid, bias: Tensor | None, *, products: torch.dtype = torch.float32
+    ) -> None:
         super().__init__()
         self.scale = scale_of(pair.alpha, pair.rank, pair.scale_rule)
         self.A, self.B = (nn.Parameter(factor.detach().clone().float().to(latent.device)) for factor in (pair.A, pair.B))
         with torch.no_grad():
             self.start = latent - delta(self.A, self.B, self.scale)  # V − s·B₀·A₀
-        self.grid = grid
+        self.grid, self.products = grid, products
         self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
+        self.round()
 
+    @torch.no_grad()
     def weight(self) -> Tensor:
-        """V + s·(B·A − B₀·A₀), (out, in), differentiable in A and B."""
-        return self.start + delta(self.A, self.B, self.scale)
+        """V + s·(B·A − B₀·A₀), (out, in) fp32."""
+        return delta(self.A, self.B, self.scale).add_(self.start)
+
+    @torch.no_grad()
+    def round(self) -> None:
+        """Takes the values of the grid that are nearest to A and B as they are now."""
+        self.rounded = self.grid.values(self.weight()).to(self.products)
 
     @torch.no_grad()
     def packed(self) -> PackedBase:
-        """What the layer computes with, packed."""
+        """The nearest values, packed."""
         return self.grid.nearest(self.weight())
 
     def forward(self, x: Tensor) -> Tensor:
-        wide = self.weight()
-        weight = wide + (self.grid.values(wide.detach()) - wide).detach()
-        return torch.nn.functional.linear(x, weight.to(x.dtype), self.bias)
+        flat = x.reshape(-1, x.shape[-1])
+        y: Tensor = _StraightThrough.apply(flat, self.A, self.B, self.scale, self.rounded, self.bias)  # type: ignore[no-untyped-call]
+        return y.view(*x.shape[:-1], y.shape[-1])
+
+
+class _StraightThrough(torch.autograd.Function):
+    """y = x·Qᵀ + b, whose gradient is that of x·(V + s·(B·A − B₀·A₀))ᵀ for A and B, and g·Q for x.
+
+    As in core/lowrank the rank-sized factor is multiplied first, so no gradient of W is ever formed.
+    """
+
+    @staticmethod
+    def forward(  # noqa: PLR0917 - apply() takes positional arguments only
+        ctx: Any, x: Tensor, A: Tensor, B: Tensor, scale: float, rounded: Tensor, bias: Tensor | None
+    ) -> Tensor:
+        wide, a, b = (factor.to(rounded.dtype) for factor in (x, A, B))
+        y = torch.mm(wide, rounded.t())
+        ctx.save_for_backward(wide, torch.mm(wide, a.t()), b, rounded)
+        ctx.scale, ctx.dtypes = scale, (x.dtype, A.dtype)
+        return (y if bias is None else y.add_(bias)).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, shrunk, b, rounded = ctx.saved_tensors
+        dtype_x, dtype_pair = ctx.dtypes
+        grad = grad.to(rounded.dtype).contiguous()
+        grad_a = torch.mm(shrink_grad(grad, b, ctx.scale).t(), x).to(dtype_pair)
+        grad_b = grad_of_b(grad, shrunk, ctx.scale).to(dtype_pair)
+        grad_x = torch.mm(grad, rounded).to(dtype_x) if ctx.needs_input_grad[0] else None
+        return grad_x, grad_a, grad_b, None, None, None

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from lorakeet.core.adapter import Adapter
-from lorakeet.data.batches import StepOrder
 from lorakeet.data.chat import Example
 from lorakeet.data.pack import micro_batches
 from lorakeet.merge.requantise import Requantised
@@ -18,13 +17,15 @@ from lorakeet.merge.straight_through import StraightThroughLinear
 from lorakeet.models.modules import find, replace
 from lorakeet.models.text import TextModel
 from lorakeet.quant.packed import PackedBase, PackedLinear
+from lorakeet.train import schedule
 from lorakeet.train.optimizer import Optimizer
 from lorakeet.train.spec import TrainSpec
 from lorakeet.train.text_loss import text_loss
-from lorakeet.train.text_task import learning_rate_of
+from lorakeet.train.text_task import learning_rate_of, order_of
 
 CLIP = 1.0
 RATE = 0.1  # of the run's: at its full rate 20 steps on SmolLM2 in GPTQ undid part of what error feedback had kept
+WARMUP = 0.1  # of the steps, since AdamW's first ones are as long as the rate whatever the gradient is
 
 
 def finish(
@@ -35,23 +36,25 @@ def finish(
     *,
     steps: int,
     spec: TrainSpec,
+    products: torch.dtype,
     on_step: Callable[[int, float], None],
 ) -> dict[str, PackedBase]:
     """Trains the pairs of `adapter` through the grids of `solved`, whose packed layers are in `text`; returns the layers then.
 
-    Batches and seed are those of the run, the rate is `RATE` of its, and falls to 0 in a line. `on_step` hears of each step
-    and its loss in nats a token. `text` holds what is returned.
+    Batches and seed are those of the run; the rate rises to `RATE` of its and falls in a line. The matrix products run in
+    `products` (core/precision), codes are chosen in fp32. `on_step` hears of each step and its loss in nats a token. `text`
+    holds what is returned.
     """
     layers: dict[str, StraightThroughLinear] = {}
     for path, pair in adapter.pairs.items():
         if path in solved:
             bias = cast("Tensor | None", cast(nn.Module, find(text.model, path)).bias)
-            layers[path] = StraightThroughLinear(solved[path].latent, pair, solved[path].grid, bias)
+            layers[path] = StraightThroughLinear(solved[path].latent, pair, solved[path].grid, bias, products=products)
             replace(text.model, path, layers[path])
     parameters = {f"{path}.{leaf}": layer.get_parameter(leaf) for path, layer in layers.items() for leaf in ("A", "B")}
     optimizer = Optimizer(parameters, dataclasses.replace(spec, weight_decay=0.0))
     rate = RATE * (spec.learning_rate or learning_rate_of(text))
-    order = StepOrder(len(rows), min(spec.batch_size, len(rows)), spec.seed)
+    order, warmup = order_of(rows, spec), schedule.warmup_steps(steps, WARMUP)
     for step in range(steps):
         batches = micro_batches([rows[row] for row in order.indices(step)], spec.micro_tokens)
         targets, total = sum(batch.targets for batch in batches), 0.0
@@ -60,7 +63,9 @@ def finish(
             (loss / targets).backward()  # type: ignore[no-untyped-call]
             total += float(loss.detach())
         torch.nn.utils.clip_grad_norm_(parameters.values(), CLIP)
-        optimizer.step(rate * (1 - step / steps))
+        optimizer.step(rate * schedule.factor(step + 1, steps, warmup=warmup, shape="linear"))
+        for layer in layers.values():
+            layer.round()
         on_step(step + 1, total / targets)
     bases = {path: layer.packed() for path, layer in layers.items()}
     for path, base in bases.items():

@@ -1,4 +1,7 @@
-"""`lorakeet merge --into packed`: an adapter into a quantised model that stays quantised, and how much of its gain survives."""
+"""`lorakeet merge --into packed`: an adapter into a quantised model that stays quantised, and how much of its gain survives.
+
+Measured on the rows that judged the run: its test rows, or else its held-out ones. Nothing is chosen by them.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import torch
 from rich.console import Console
 from rich.progress import Progress as Bar
 from rich.table import Table
@@ -20,6 +24,7 @@ from lorakeet.export.repacked import write_repacked
 from lorakeet.merge.requantise import Requantised, round_to_nearest, round_with_feedback
 from lorakeet.models.folded import fold_layers
 from lorakeet.models.gptq_blocks import block_layers, pack_blocks, weight_of
+from lorakeet.models.inject import use_products
 from lorakeet.models.layout import PackedLayout, read_layout
 from lorakeet.models.load import load_text_model
 from lorakeet.models.modules import block_prefix, find
@@ -35,6 +40,7 @@ from lorakeet.workflows.opened import NAME, Opened
 from lorakeet.workflows.show import show_certificate
 
 CERTIFICATE = "certificate.json"
+MICRO_TOKENS = 4096  # through the model at once, without gradients; every packed layer is unpacked once for them
 NEAREST, FEEDBACK, FINISHED, WRITTEN = "rounded to the nearest", "error feedback", "error feedback, finished", "written"
 
 
@@ -128,6 +134,12 @@ class _Merge:
     console: Console
     measured: _Measured
 
+    @property
+    def products(self) -> torch.dtype:
+        """In which dtype the run's matrix products were fastest."""
+        named = self.opened.config.model.products
+        return torch.float32 if named == "auto" else getattr(torch, named)
+
     def live(self) -> TextModel:
         return self.opened.text_model(self.console, dtype="float32")
 
@@ -141,8 +153,11 @@ class _Merge:
         self.measured.scores[system] = replace(self._scores(text, BASE), system=system)
 
     def _scores(self, text: TextModel, system: str) -> Scores:
+        use_products(text.model, self.products)
         encoder = Encoder(text.tokenizer, self.opened.config.data, self.dataset.labels)
-        judge_ = Judge(self.opened.config, text, encoder, self.dataset.held_out, self.console, NAME)
+        judged = self.dataset.test or self.dataset.held_out
+        config = replace(self.opened.config, train=replace(self.opened.config.train, micro_tokens=MICRO_TOKENS))
+        judge_ = Judge(config, text, encoder, judged, self.console, NAME)
         rows = judge_.fitting()
         return judge_.answers(rows, system) if self.dataset.labels else judge_.losses(rows, system)
 
@@ -195,7 +210,7 @@ class _Merge:
     def finished(self, text: TextModel, solved: Mapping[str, Requantised]) -> Mapping[str, PackedBase]:
         """The layers after the finish where it lowers the loss on the calibration rows, which it does not train on; else none."""
         judged, rows = self.rows(text)
-        before = _loss(text, judged)
+        before = self._loss(text, judged)
         with Bar(console=self.console, transient=True, disable=not self.console.is_terminal) as bar:
             task = bar.add_task("finishing", total=self.spec.finish_steps)
             bases = finish(
@@ -205,9 +220,10 @@ class _Merge:
                 rows,
                 steps=self.spec.finish_steps,
                 spec=self.opened.config.train,
+                products=self.products,
                 on_step=lambda step, loss: bar.update(task, completed=step, description=f"finishing, loss {loss:.4f}"),
             )
-        after = _loss(text, judged)
+        after = self._loss(text, judged)
         self.measure(text, FINISHED)
         self.console.print(
             f"{self.spec.finish_steps} steps through the quantiser moved the loss on {len(judged)} calibration rows from "
@@ -216,10 +232,10 @@ class _Merge:
         )
         return bases if after < before else {}
 
-
-def _loss(text: TextModel, rows: Sequence[Example]) -> float:
-    losses, targets = row_losses(text, rows, micro_tokens=2048)
-    return float(losses.sum() / targets.sum())
+    def _loss(self, text: TextModel, rows: Sequence[Example]) -> float:
+        use_products(text.model, self.products)  # layers that were packed since then are new
+        losses, targets = row_losses(text, rows, micro_tokens=MICRO_TOKENS)
+        return float(losses.sum() / targets.sum())
 
 
 def _loaded(out: Path, layout: PackedLayout, opened: Opened, console: Console) -> TextModel:
