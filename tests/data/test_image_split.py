@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from lorakeet.data import image_split
 from lorakeet.data.image_spec import ImageSpec
-from lorakeet.data.image_split import alike_groups, distances, load_images
+from lorakeet.data.image_split import ImageDataset, alike_groups, distances
 from lorakeet.data.spec import DataSpec
 from lorakeet.errors import DataError
 from tiny.pictures import album, drawn
@@ -19,6 +21,22 @@ IMAGES = ImageSpec(smallest=8)
 
 def data(folder: Path, **changes: object) -> DataSpec:
     return DataSpec(**{"train": str(folder), "held_out_fraction": 0.25, **changes})  # type: ignore[arg-type]
+
+
+def load_images(spec: DataSpec, images: ImageSpec) -> ImageDataset:
+    return image_split.load_images(spec, images, tables=Path(spec.train).parent / "tables")
+
+
+def test_pictures_of_the_kind_have_a_caption_and_are_not_judged_by(tmp_path: Path) -> None:
+    train, kind = album(tmp_path / "a", 8), album(tmp_path / "kind", 5, first=30)
+    for file in kind.glob("*.txt"):
+        file.unlink()
+    judged = load_images(data(train), IMAGES).held_out[0]
+    Image.open(judged.path).save(kind / "judged.png")
+    found = load_images(data(train), replace(IMAGES, prior=str(kind), prior_caption="a thing"))
+    assert len(found.prior) == 5 and {row.caption for row in found.prior} == {"a thing"}
+    assert [(one.train.source, one.judged.source) for one in found.alike] == [("judged.png", judged.source)]
+    assert load_images(data(train), IMAGES).prior == ()
 
 
 def test_the_split_does_not_depend_on_names(tmp_path: Path) -> None:

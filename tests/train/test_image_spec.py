@@ -9,6 +9,11 @@ def test_the_defaults_can_be_used() -> None:
     assert DiffusionSpec().validate() == []
 
 
+def test_samples_on_the_way_need_seeds() -> None:
+    assert DiffusionSpec(progress=True).validate() == []
+    assert "diffusion.seeds is 0" in DiffusionSpec(progress=True, seeds=0).validate()[0]
+
+
 def test_every_wrong_setting_is_named() -> None:
     found = DiffusionSpec(min_snr_gamma=-1, at_once=0, held_out_timesteps=0, sample_steps=0, seeds=-1, guidance=float("nan"))
     wrong = (

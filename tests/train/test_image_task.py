@@ -86,6 +86,36 @@ def test_the_loss_counts_pictures_and_min_snr_lowers_it(tiny_sd_folder: Path, ca
         assert plain.size(left).targets == len(left.latents)
 
 
+def test_pictures_of_the_kind_are_learnt_beside_the_subject(tiny_sd_folder: Path, cache: Path) -> None:
+    plain, task = new_task(tiny_sd_folder, cache), new_task(tiny_sd_folder, cache, diffusion=DiffusionSpec(prior_weight=0.5))
+    task.prior = task.held_out_rows
+    others = {picture.row.caption for picture in task.prior}
+    batches = task.batches(1)
+    count = sum(len(batch.latents) for batch in batches)
+    assert count == 6 and task.size(batches[0]).targets == len(batches[0].latents) and others
+    noises = {float(noise.sum()) for batch in plain.batches(1) for noise in batch.noise}
+    own = other = 0.0
+    for batch in batches:
+        shares = torch.ones(len(batch.latents)) if batch.shares is None else batch.shares
+        for place, share in enumerate(shares.tolist()):
+            one = replace(batch, latents=batch.latents[place][None], noise=batch.noise[place][None], shares=None,
+                          timesteps=batch.timesteps[place][None], captions=(batch.captions[place],),
+                          sizes=batch.sizes[place][None])  # fmt: skip
+            error = float(task.loss(one).detach())
+            own, other = (own + error, other) if share == 2 else (own, other + error)
+            assert (share == 2) == (float(one.noise.sum()) in noises)
+    loss = float(task.gradients(batches, count)) / count
+    assert loss == pytest.approx(own / 3 + 0.5 * other / 3, rel=1e-4)
+
+
+def test_who_watches_is_told_the_step(tiny_sd_folder: Path, cache: Path, tmp_path: Path) -> None:
+    seen: list[int] = []
+    task = new_task(tiny_sd_folder, cache)
+    task.watch = seen.append
+    train(task, replace(TRAIN, evaluate_every=2), run=RunFolder.create(tmp_path / "run"))
+    assert seen == [0, 2, 4, 6]
+
+
 def test_checkpointing_changes_memory_not_gradients(tiny_sd_folder: Path, cache: Path) -> None:
     gradients = []
     for checkpointing in (False, True):

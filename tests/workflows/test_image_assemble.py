@@ -2,33 +2,28 @@
 
 from __future__ import annotations
 
-import io
 from pathlib import Path
 
 import pytest
 from rich.console import Console
 
 from lorakeet.errors import ConfigError
-from lorakeet.workflows.image_assemble import assemble_images, ready_to_train, show_image_plan
+from lorakeet.workflows.image_assemble import assemble_images, ready_to_train
 from tiny.image_runs import image_config
 
 
 def test_everything_is_there_and_resolved(tiny_sd_folder: Path, tmp_path: Path) -> None:
-    console = Console(record=True, width=200, file=io.StringIO())
-    setup = assemble_images(image_config(tiny_sd_folder, tmp_path), console)
+    setup = assemble_images(image_config(tiny_sd_folder, tmp_path), Console(quiet=True))
     assert (len(setup.train), len(setup.held_out), setup.test) == (12, 8, []) and setup.steps == 8
     assert setup.config.diffusion.prediction == "epsilon" and setup.config.model.device == "cpu"
-    assert setup.judged == ("held-out", setup.held_out)
-    show_image_plan(setup, console)
-    said = console.export_text()
-    assert "12 training, 8 held-out" in said and "16×16 pixels" in said and "8 steps of 4 pictures" in said
+    assert setup.judged == ("held-out", setup.held_out) and setup.arrangement.planned is None
     task = ready_to_train(setup)
     assert len(task.parameters()) == 2 * len(setup.plan.entries) and not (tmp_path / "run").exists()
 
 
 def test_settings_of_text_models_are_refused_together(tiny_sd_folder: Path, tmp_path: Path) -> None:
-    config = image_config(tiny_sd_folder, tmp_path, memory__budget="8GiB", lora__new_tokens="<a>", data__test="hub:a/b")
-    with pytest.raises(ConfigError, match=r"3 problems[\s\S]*memory\.budget[\s\S]*new_tokens[\s\S]*data\.test is hub:a/b"):
+    config = image_config(tiny_sd_folder, tmp_path, lora__new_tokens="<a>", ranks__choose="auto")
+    with pytest.raises(ConfigError, match=r"2 problems[\s\S]*new_tokens[\s\S]*ranks\.choose"):
         assemble_images(config, Console(quiet=True))
 
 

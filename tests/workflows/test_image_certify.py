@@ -9,6 +9,7 @@ import torch
 
 from lorakeet.formats import peft
 from lorakeet.formats.sd_names import without_component
+from lorakeet.models.image_sample import Sampler
 from lorakeet.workflows.image_certify import certify_images, image_digests, latent_check
 from tiny.image_runs import image_run
 
@@ -20,17 +21,17 @@ def test_a_run_passes_and_what_was_changed_fails(tiny_sd_folder: Path, tmp_path:
     before = image_digests(model)
 
     def names(**changes: object) -> list[str]:
-        given = {"before": before, "spec": spec, "guidance": 3.0, **changes}
+        given = {"before": before, "spec": spec, "sampler": Sampler(guidance=3.0), **changes}
         return [check.name for check in certify_images(model, run.adapter, ["red box"], **given).checks if not check.passed]  # type: ignore[arg-type]
 
-    assert names() == []
+    assert names() == [] and names(spec=None) == []
     held = peft.read(run.adapter)
     path = next(path for path, pair in held.pairs.items() if pair.B.abs().max() > 0)
     other = replace(held, pairs={**held.pairs, path: replace(held.pairs[path], B=held.pairs[path].B * 1.5)})
     for file in run.adapter.iterdir():
         file.unlink()
     peft.write(without_component(other), run.adapter)
-    assert names() == ["adapter on disk"]
+    assert names() == ["adapter on disk"] and names(spec=None) == ["adapter on disk"]
     with torch.no_grad():
         model.unet.conv_in.weight.add_(0.01)
     assert names() == ["adapter on disk", "base untouched", "frozen weights"]

@@ -30,6 +30,14 @@ class ImageSpec:
     caption_dropout: float = field(
         default=0.1, metadata={"help": "Share of training examples that are seen without caption, which guidance needs."}
     )
+    prior: str = field(
+        default="",
+        metadata={"help": "Folder of pictures of the subject's kind, learnt beside it so that the kind is kept."},
+    )
+    prior_caption: str = field(
+        default="", metadata={"help": "Caption of these, such as 'a photo of a dog'; without a folder the base draws them."}
+    )
+    prior_count: int = field(default=100, metadata={"help": "How many pictures of the kind the base draws."})
     smallest: int = field(
         default=32, metadata={"help": "Pictures with a side below so many pixels are left out, and named; 0 takes all."}
     )
@@ -44,7 +52,8 @@ class ImageSpec:
     def validate(self) -> list[str]:
         """Every problem of these settings in words; empty when they can be used."""
         found: list[str] = []
-        for name, least in (("resolution", 8), ("bucket_step", 1), ("crops", 1), ("smallest", 0), ("near_duplicates", 0)):
+        for name, least in (("resolution", 8), ("bucket_step", 1), ("crops", 1), ("smallest", 0), ("near_duplicates", 0),
+                            ("prior_count", 1)):  # fmt: skip
             value = getattr(self, name)
             if value is not None and value < least:
                 found.append(f"images.{name} is {value}; it must be {least} or more.")

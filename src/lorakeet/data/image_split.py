@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from lorakeet.data.image_spec import ImageSpec
+from lorakeet.data.image_tables import is_table, unpacked
 from lorakeet.data.images import HASH_SIDE, ImageRow, read_album
 from lorakeet.data.rows import Row, Turn
 from lorakeet.data.spec import DataSpec
@@ -38,6 +39,7 @@ class ImageDataset:
     test: tuple[ImageRow, ...]
     alike: tuple[Alike, ...]
     remarks: tuple[str, ...]
+    prior: tuple[ImageRow, ...] = ()  # of the subject's kind
 
     @property
     def judged(self) -> tuple[str, tuple[ImageRow, ...]]:
@@ -50,12 +52,16 @@ class ImageDataset:
         return split_record(train, held_out, test)
 
 
-def load_images(data: DataSpec, images: ImageSpec) -> ImageDataset:
-    """The pictures that `data` names, split and compared. DataError for what cannot be used, and where nothing is held out."""
-    album = read_album(Path(data.train).expanduser(), images, limit=data.limit)
+def load_images(data: DataSpec, images: ImageSpec, *, tables: Path) -> ImageDataset:
+    """The pictures that `data` names, split and compared; those in tables are unpacked below `tables`.
+
+    DataError for what cannot be used, and where nothing is held out.
+    """
+    album = read_album(_folder(data.train, tables, data.limit), images, limit=data.limit)
     remarks = list(album.remarks)
-    held_out = _other_album(data.held_out, images, remarks)
-    test = _other_album(data.test, images, remarks)
+    held_out = _other_album(data.held_out, images, tables, remarks)
+    test = _other_album(data.test, images, tables, remarks)
+    of_prior = replace(images, caption=images.prior_caption)
     train = album.rows
     if not data.held_out:
         train, held_out = _parted(train, data, images)
@@ -67,13 +73,18 @@ def load_images(data: DataSpec, images: ImageSpec) -> ImageDataset:
         )
     if not train:
         raise DataError("Every training picture is also a held-out or test one; give other pictures, or set data.on_leak keep.")
-    return ImageDataset(train, held_out, test, alike, tuple(remarks))
+    prior, known = _without_leaks(_other_album(images.prior, of_prior, tables, remarks), (*held_out, *test), data, images)
+    return ImageDataset(train, held_out, test, (*alike, *known), tuple(remarks), prior)
 
 
-def _other_album(folder: str | None, spec: ImageSpec, remarks: list[str]) -> tuple[ImageRow, ...]:
-    if not folder:
+def _folder(name: str, tables: Path, limit: int | None = None) -> Path:
+    return unpacked(name, tables, limit=limit) if is_table(name) else Path(name).expanduser()
+
+
+def _other_album(name: str | None, spec: ImageSpec, tables: Path, remarks: list[str]) -> tuple[ImageRow, ...]:
+    if not name:
         return ()
-    album = read_album(Path(folder).expanduser(), spec)
+    album = read_album(_folder(name, tables), spec)
     remarks += album.remarks
     return album.rows
 

@@ -107,13 +107,20 @@ class ImageModel:
         encoders = nn.ModuleDict({name: part for name, part in self.parts.items() if name in ENCODERS})
         return _digest(encoders, repr(vocabularies))
 
+    @cached_property
+    def denoiser_digest(self) -> str:
+        """SHA-256 over the UNet's frozen numbers: what the base draws is the same where it is."""
+        return _digest(self.unet, self.prediction)
+
     def encode(self, pixels: Tensor) -> Tensor:
         """Pixels (n, 3, height, width) in [−1, 1] to latents (n, channels, height/factor, width/factor), fp32.
 
-        The mean of the autoencoder's distribution, not a sample of it: the same picture always has the same latent.
+        The mean of the autoencoder's distribution, not a sample of it: the same picture always has the same latent. One picture
+        at a time, as in `decode`: at 1024² the autoencoder holds gigabytes for each.
         """
         with torch.no_grad():
-            mean = self.vae.encode(pixels.to(self.device, torch.float32)).latent_dist.mean
+            wide = pixels.to(self.device, torch.float32)
+            mean = torch.cat([self.vae.encode(wide[place : place + 1]).latent_dist.mean for place in range(len(wide))])
         config = self.vae.config
         return cast(Tensor, (mean - (getattr(config, "shift_factor", None) or 0.0)) * config.scaling_factor)
 
@@ -121,10 +128,12 @@ class ImageModel:
         """Latents to pictures (n, height, width, 3), uint8 on the CPU."""
         config = self.vae.config
         wide = latents.to(self.device, torch.float32) / config.scaling_factor + (getattr(config, "shift_factor", None) or 0.0)
+        found = []
         with torch.no_grad():
-            pixels = self.vae.decode(wide, return_dict=False)[0]
-        scaled = ((pixels.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
-        return cast(Tensor, scaled.permute(0, 2, 3, 1).cpu())
+            for part in wide.split(1):
+                pixels = self.vae.decode(part, return_dict=False)[0]
+                found.append(((pixels.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8))
+        return torch.cat(found).permute(0, 2, 3, 1).cpu()
 
     def describe(self, captions: Sequence[str]) -> Conditioning:
         """The conditioning of `captions`, with gradient where one is asked for; what is longer than CLIP's limit is cut off.
@@ -225,7 +234,7 @@ def _unused(model: ImageModel, path: str) -> bool:
     """Whether the module at `path` is in the last block of SDXL's first text encoder: the states are taken before it."""
     if model.kind != "sdxl" or not path.startswith("text_encoder."):
         return False
-    blocks = int(model.pipeline.text_encoder.config.num_hidden_layers)
+    blocks = int(cast(Any, model.parts["text_encoder"]).config.num_hidden_layers)
     return f".layers.{blocks - 1}." in path
 
 

@@ -56,13 +56,13 @@ def encode_images(
     model: ImageModel, rows: Sequence[ImageRow], spec: ImageSpec, *, say: Callable[[str], None], progress: Progress | None = None
 ) -> list[EncodedImage]:
     """Every row's latents, from the cache where they are in it. EnvironmentProblem where the cache cannot be written."""
-    folder = _folder(spec, "latents")
+    folder = cache_in(spec, "latents")
     sizes = Sizes.of(model, spec)
     found = []
     for row in rows:
         size = bucket_of(row, sizes.allowed)
         key = f"{row.pixels_key} {model.autoencoder_digest} {size} {spec.crops} {spec.flip}"
-        held = _kept(folder, key, lambda row=row, size=size: _variants(model, row, size, spec), say)  # type: ignore[misc]
+        held = kept(folder, key, lambda row=row, size=size: _variants(model, row, size, spec), say)  # type: ignore[misc]
         found.append(EncodedImage(row, held["latents"], held["sizes"]))
         if progress:
             progress(1)
@@ -74,14 +74,14 @@ class Captions:
 
     def __init__(self, model: ImageModel, spec: ImageSpec, *, say: Callable[[str], None]) -> None:
         self.model, self.say = model, say
-        self.folder = _folder(spec, "texts")
+        self.folder = cache_in(spec, "texts")
         self.known: dict[str, Conditioning] = {}
 
     def of(self, caption: str) -> Conditioning:
         """The conditioning of one caption, (1, tokens, width), fp32 on the CPU."""
         if caption not in self.known:
             key = f"{self.model.kind} {self.model.encoders_digest}\n{caption}"
-            held = _kept(self.folder, key, lambda: self._describe(caption), self.say)
+            held = kept(self.folder, key, lambda: self._describe(caption), self.say)
             self.known[caption] = Conditioning(held["states"], held.get("pooled"))
         return self.known[caption]
 
@@ -113,7 +113,8 @@ def _variants(model: ImageModel, row: ImageRow, size: tuple[int, int], spec: Ima
     return {"latents": torch.cat([model.encode(part).cpu() for part in parts]), "sizes": torch.tensor(sizes, dtype=torch.float32)}
 
 
-def _folder(spec: ImageSpec, name: str) -> Path:
+def cache_in(spec: ImageSpec, name: str) -> Path:
+    """The folder of the cache for one sort of things, made if need be; EnvironmentProblem where it cannot be."""
     folder = (Path(spec.cache).expanduser() if spec.cache else cache_folder() / "images") / name
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -122,7 +123,7 @@ def _folder(spec: ImageSpec, name: str) -> Path:
     return folder
 
 
-def _kept(folder: Path, key: str, make: Callable[[], Mapping[str, Tensor]], say: Callable[[str], None]) -> dict[str, Tensor]:
+def kept(folder: Path, key: str, make: Callable[[], Mapping[str, Tensor]], say: Callable[[str], None]) -> dict[str, Tensor]:
     """What the cache holds under `key`, or what `make` gives, which is then kept."""
     path = folder / f"{hashlib.sha256(key.encode('utf-8', 'surrogatepass')).hexdigest()}.safetensors"
     if path.is_file():

@@ -22,6 +22,9 @@ class DiffusionSpec:
     timesteps: Literal["uniform", "logit-normal"] = field(
         default="uniform", metadata={"help": "Which timesteps are trained: all alike, or those in the middle more often."}
     )
+    prior_weight: float = field(
+        default=1.0, metadata={"help": "Weight of the pictures of the subject's kind (images.prior) against the subject's own."}
+    )
     text_encoder: bool = field(
         default=False, metadata={"help": "Adapt the text encoders as well; then captions are encoded in every step."}
     )
@@ -38,6 +41,9 @@ class DiffusionSpec:
         default=(), metadata={"help": "What the report's samples show; left out, the first three captions of judged pictures."}
     )
     seeds: int = field(default=1, metadata={"help": "Samples of each prompt and weight; 0 draws none."})
+    progress: bool = field(
+        default=False, metadata={"help": "Draw the prompts, at the same seeds, with every held-out evaluation: RUN/progress."}
+    )
     sample_steps: int = field(default=30, metadata={"help": "Steps of the sampler for each sample."})
     guidance: float = field(
         default=7.5, metadata={"help": "How much further the samples follow the prompt than without guidance; 1 is off."}
@@ -46,9 +52,12 @@ class DiffusionSpec:
     def validate(self) -> list[str]:
         """Every problem of these settings in words; empty when they can be used."""
         found: list[str] = []
-        for name, least in (("min_snr_gamma", 0), ("noise_offset", 0), ("at_once", 1), ("held_out_timesteps", 1), ("seeds", 0),
+        for name, least in (("min_snr_gamma", 0), ("noise_offset", 0), ("prior_weight", 0),
+                            ("at_once", 1), ("held_out_timesteps", 1), ("seeds", 0),
                             ("sample_steps", 1), ("guidance", 0)):  # fmt: skip
             value = getattr(self, name)
             if not value >= least:
                 found.append(f"diffusion.{name} is {value:g}; it must be {least} or more.")
+        if self.progress and not self.seeds:
+            found.append("diffusion.progress is true, but diffusion.seeds is 0, which draws nothing; set it to 1 or more.")
         return found

@@ -13,6 +13,7 @@ from torch.nn import Parameter
 
 from lorakeet.core.adapter import Adapter
 from lorakeet.core.lowrank import LoraPair
+from lorakeet.core.start import seed_for
 from lorakeet.data.batches import StepOrder
 from lorakeet.data.image_spec import ImageSpec
 from lorakeet.formats import peft
@@ -37,10 +38,19 @@ class ImageBatch:
     timesteps: Tensor  # (n,)
     captions: tuple[str, ...]
     sizes: Tensor  # (n, 6)
+    shares: Tensor | None = None  # (n,) by which their errors count, where there are pictures of the subject's kind
 
 
 class ImageTask:
-    """Trains the adapter `name`, which must have been injected into `model.parts` and be active."""
+    """Trains the adapter `name`, which must have been injected into `model.parts` and be active.
+
+    With `prior`, pictures of the subject's kind, a step sees as many of them as of the subject, and its loss is the mean error of
+    the subject's pictures + `diffusion.prior_weight` · that of the others (DreamBooth, https://arxiv.org/abs/2208.12242).
+    `watch` is called with the number of steps taken after each held-out evaluation.
+    """
+
+    prior: Sequence[EncodedImage] = ()
+    watch: Callable[[int], None] | None = None
 
     def __init__(
         self,
@@ -56,6 +66,7 @@ class ImageTask:
     ) -> None:
         self.model, self.train, self.held_out_rows, self.captions = model, list(train), list(held_out), captions
         self.spec, self.images, self.diffusion, self.name = spec, images, diffusion, name
+        self.taken = 0
         self.order = StepOrder(len(self.train), spec.batch_size, spec.seed)
         self.prediction = model.prediction if diffusion.prediction == "auto" else diffusion.prediction
         if diffusion.checkpointing:
@@ -82,17 +93,27 @@ class ImageTask:
 
     def batches(self, step: int) -> list[ImageBatch]:
         """The step's pictures in parts of one size and at most `at_once`; their noise does not depend on how they are cut."""
-        drawn: dict[tuple[int, ...], list[tuple[EncodedImage, Draw]]] = {}
-        for place, number in enumerate(self.order.indices(step)):
-            picture = self.train[number]
+        self.taken = step + 1
+        drawn: dict[tuple[int, ...], list[tuple[EncodedImage, Draw, float]]] = {}
+        for place, (picture, share) in enumerate(self._pictures(step)):
             shape = tuple(picture.latents.shape[1:])
             chance = draw(
                 shape, self.diffusion, seed=self.spec.seed, step=step, place=place, variants=len(picture.latents),
                 timesteps=len(self.model.alphas_cumprod), dropout=self.images.caption_dropout,
             )  # fmt: skip
-            drawn.setdefault(shape, []).append((picture, chance))
+            drawn.setdefault(shape, []).append((picture, chance, share))
         size = self.diffusion.at_once
         return [_batch(same[at : at + size]) for same in drawn.values() for at in range(0, len(same), size)]
+
+    def _pictures(self, step: int) -> list[tuple[EncodedImage, float]]:
+        """The pictures of a step and by how much each counts, so that Σ share·error / all pictures is the step's loss."""
+        own = [self.train[number] for number in self.order.indices(step)]
+        if not self.prior:
+            return [(picture, 1.0) for picture in own]
+        generator = torch.Generator().manual_seed(seed_for(self.spec.seed, f"prior of step {step}"))
+        others = torch.randint(len(self.prior), (len(own),), generator=generator).tolist()
+        weight = 2.0 * self.diffusion.prior_weight
+        return [*((picture, 2.0) for picture in own), *((self.prior[number], weight) for number in others)]
 
     def size(self, batch: ImageBatch) -> Size:
         """A picture is one token and one target: the step's loss is the mean over its pictures."""
@@ -106,6 +127,8 @@ class ImageTask:
         self.model.parts.train()
         alphas = self.model.alphas_cumprod[batch.timesteps]
         weights = weights_of(alphas, self.prediction, self.diffusion.min_snr_gamma)
+        if batch.shares is not None:
+            weights = weights * batch.shares
         errors = self._errors(batch, alphas)
         return (errors * weights.to(errors.device)).sum()
 
@@ -113,7 +136,10 @@ class ImageTask:
         """For each held-out picture the sum of its plain errors at fixed timesteps and noises, and how many those are."""
         if not self.held_out_rows:
             return None
-        return HeldOut(*denoising_errors(self.model, self.held_out_rows, self.captions, self.diffusion))
+        found = HeldOut(*denoising_errors(self.model, self.held_out_rows, self.captions, self.diffusion))
+        if self.watch is not None:
+            self.watch(self.taken)
+        return found
 
     def adapter(self) -> Adapter:
         """The adapter as it is now, as a value whose paths begin with the component, as every format has them."""
@@ -180,11 +206,13 @@ def _errors(
     return errors_of(predicted, target_of(latents, noise, alphas, prediction))
 
 
-def _batch(drawn: Sequence[tuple[EncodedImage, Draw]]) -> ImageBatch:
+def _batch(drawn: Sequence[tuple[EncodedImage, Draw, float]]) -> ImageBatch:
+    shares = torch.tensor([share for *_, share in drawn])
     return ImageBatch(
-        latents=torch.stack([picture.latents[chance.variant] for picture, chance in drawn]),
-        noise=torch.stack([chance.noise for _, chance in drawn]),
-        timesteps=torch.tensor([chance.timestep for _, chance in drawn]),
-        captions=tuple("" if chance.dropped else picture.row.caption for picture, chance in drawn),
-        sizes=torch.stack([picture.sizes[chance.variant] for picture, chance in drawn]),
+        latents=torch.stack([picture.latents[chance.variant] for picture, chance, _ in drawn]),
+        noise=torch.stack([chance.noise for _, chance, _ in drawn]),
+        timesteps=torch.tensor([chance.timestep for _, chance, _ in drawn]),
+        captions=tuple("" if chance.dropped else picture.row.caption for picture, chance, _ in drawn),
+        sizes=torch.stack([picture.sizes[chance.variant] for picture, chance, _ in drawn]),
+        shares=None if bool((shares == 1).all()) else shares,
     )

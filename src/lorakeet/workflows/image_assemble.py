@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from typing import Any
 
 import torch
 from rich.console import Console
 from rich.progress import Progress as Bar
-from rich.table import Table
-from rich.text import Text
 
 from lorakeet.config import RunConfig
 from lorakeet.core.plan import Plan
@@ -20,9 +20,12 @@ from lorakeet.data.image_split import ImageDataset, load_images
 from lorakeet.data.images import ImageRow
 from lorakeet.errors import ConfigError, Problems
 from lorakeet.models.image import ImageModel, image_plan, load_image_model
-from lorakeet.models.image_cache import Captions, EncodedImage, encode_images
+from lorakeet.models.image_cache import Captions, EncodedImage, cache_in, encode_images
+from lorakeet.models.image_prior import drawn_prior
+from lorakeet.models.image_sample import Sampler
 from lorakeet.models.inject import inject
 from lorakeet.train.image_task import ImageTask
+from lorakeet.workflows.image_forecast import ImageArrangement, arrange_images
 
 
 @dataclass(frozen=True)
@@ -37,6 +40,8 @@ class ImageAssembly:
     train: list[EncodedImage]
     held_out: list[EncodedImage]
     test: list[EncodedImage]
+    prior: list[EncodedImage]  # of the subject's kind
+    arrangement: ImageArrangement
 
     @property
     def judged(self) -> tuple[str, list[EncodedImage]]:
@@ -49,87 +54,75 @@ class ImageAssembly:
         return self.config.train.total_steps(order.steps_per_epoch)
 
 
-def assemble_images(config: RunConfig, console: Console) -> ImageAssembly:
-    """Pictures first (quick to fail), then the model, the plan and the latents; ConfigError and DataError as they arise."""
+def assemble_images(config: RunConfig, console: Console, *, asked: bool = False) -> ImageAssembly:
+    """Pictures first (quick to fail), then memory (`asked`: without a budget too), model, plan and latents.
+
+    ConfigError and DataError as they arise.
+    """
     _check_settings(config)
     say = partial(console.print, markup=False, soft_wrap=True)
-    dataset = load_images(config.data, config.images)
+    dataset = load_images(config.data, config.images, tables=cache_in(config.images, "tables"))
     for remark in dataset.remarks:
         say(remark)
     for alike in dataset.alike:
         say(f"{alike.train.source} is nearly {alike.judged.source} ({alike.bits} of 256 bits differ): {alike.action}.")
+    arrangement = arrange_images(config, say, asked=asked)
+    config = arrangement.config
     model = load_image_model(config.model, say=say)
     if model.dtype == torch.float16:
         raise ConfigError(
             "model.dtype is float16, in which small gradients become 0 without a word; train with bfloat16 or float32."
         )
     plan = image_plan(model, config.lora, text_encoder=config.diffusion.text_encoder)
-    rows = (*dataset.train, *dataset.held_out, *dataset.test)
+    rows = (*dataset.train, *dataset.held_out, *dataset.test, *dataset.prior)
     for caption in model.cut_off(sorted({row.caption for row in rows})):
         say(f"A caption is longer than the text encoder reads, so its end does not count: {caption[:60]}…")
     encoded = _encoded(model, rows, config, console)
-    first, second = len(dataset.train), len(dataset.train) + len(dataset.held_out)
+    train, held_out, test, prior = _parts(encoded, (dataset.train, dataset.held_out, dataset.test, dataset.prior))
+    if config.images.prior_caption and not config.images.prior:
+        prior = _drawn(model, config, console)
     captions = Captions(model, config.images, say=say)
-    return ImageAssembly(
-        _resolved(config, model), dataset, model, plan, captions, encoded[:first], encoded[first:second], encoded[second:]
-    )
+    return ImageAssembly(_resolved(config, model), dataset, model, plan, captions, train, held_out, test, prior, arrangement)
 
 
-def ready_to_train(setup: ImageAssembly) -> ImageTask:
-    """The task that `train` runs: the plan's pairs are now in the model, begun from the run's seed."""
+def ready_to_train(setup: ImageAssembly, watch: Callable[[int], None] | None = None) -> ImageTask:
+    """The task that `train` runs: the plan's pairs are now in the model, begun from the run's seed. `watch` as in ImageTask."""
     inject(setup.model.parts, setup.plan, seed=setup.config.train.seed)
-    return ImageTask(
+    task = ImageTask(
         setup.model, setup.train, held_out=setup.held_out, captions=setup.captions, spec=setup.config.train,
         images=setup.config.images, diffusion=setup.config.diffusion,
     )  # fmt: skip
-
-
-def show_image_plan(setup: ImageAssembly, console: Console) -> None:
-    """How many pictures there are, of which sizes, and which matrices get which rank."""
-    data = setup.dataset
-    counts = f": {len(data.train)} training, {len(data.held_out)} held-out, {len(data.test)} test"
-    console.print(Text.assemble(("Pictures", "bold"), counts))
-    factor = setup.model.factor
-    sizes = sorted({(int(p.latents.shape[2]) * factor, int(p.latents.shape[3]) * factor) for p in setup.train})
-    console.print(f"Examples of {', '.join(f'{width}×{height}' for height, width in sizes)} pixels")
-    table = Table("module", "pairs", "rank", "scale", "parameters", title="Plan", title_justify="left")
-    for row in _by_module(setup.plan):
-        table.add_row(*(Text(cell) for cell in row))
-    console.print(table)
-    console.print(Text(setup.plan.summary()))
-    config = setup.config
-    console.print(
-        f"{setup.steps} steps of {config.train.batch_size} pictures; {config.model.dtype} weights on {config.model.device}; "
-        f"the model predicts {config.diffusion.prediction}"
-    )
-
-
-def _by_module(plan: Plan) -> list[tuple[str, str, str, str, str]]:
-    """Table rows: a UNet has too many places to list, so modules of one name, rank and scale share a row."""
-    groups: dict[tuple[str, int, float], list[int]] = {}
-    for entry in plan.entries:
-        parts = entry.path.split(".")
-        name = ".".join([parts[0], "…", *[part for part in parts[-3:] if not part.isdigit()]])
-        groups.setdefault((name, entry.rank, entry.scale), []).append(entry.parameters)
-    return [
-        (name, str(len(counts)), str(rank), f"{scale:g}", f"{sum(counts):,}") for (name, rank, scale), counts in groups.items()
-    ]
+    task.prior, task.watch = setup.prior, watch
+    return task
 
 
 def _check_settings(config: RunConfig) -> None:
     """ConfigError for every setting that a run on images does not have."""
     problems = Problems("These settings do not go with kind: image")
-    if config.memory.budget:
-        problems.add("memory.budget is set, but runs on images are not planned; leave it out. diffusion.checkpointing saves.")
     if config.lora.new_tokens or config.lora.extra_modules:
         problems.add("lora.new_tokens and lora.extra_modules are for text models; leave them out.")
     if config.ranks.choose == "auto":
         problems.add("ranks.choose is auto, which is for text models; use given.")
-    for name in ("train", "held_out", "test"):
-        value = getattr(config.data, name)
-        if value and (value.startswith("hub:") or value.endswith(".parquet")):
-            problems.add(f"data.{name} is {value}; pictures are read from a folder.")
     problems.raise_if_any()
+
+
+def _parts(encoded: list[EncodedImage], parts: Sequence[Sequence[ImageRow]]) -> list[list[EncodedImage]]:
+    """What was encoded together, apart again."""
+    found = iter(encoded)
+    return [list(islice(found, len(part))) for part in parts]
+
+
+def _drawn(model: ImageModel, config: RunConfig, console: Console) -> list[EncodedImage]:
+    say = partial(console.print, markup=False, soft_wrap=True)
+    with Bar(console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("pictures of the subject's kind", total=config.images.prior_count)
+        return drawn_prior(model, config.images, sampler_of(config), say=say, progress=partial(bar.advance, task))
+
+
+def sampler_of(config: RunConfig) -> Sampler:
+    """How the settings have pictures drawn."""
+    spec, side = config.diffusion, config.images.resolution
+    return Sampler(spec.sample_steps, spec.guidance, size=None if side is None else (side, side), at_once=spec.at_once)
 
 
 def _encoded(model: ImageModel, rows: tuple[ImageRow, ...], config: RunConfig, console: Console) -> list[EncodedImage]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from lorakeet.config import RunConfig
 from lorakeet.evaluate.certificate import Certificate
 from lorakeet.evaluate.report import Command, Leak, MemoryUse, Report
 from lorakeet.evaluate.values import encode
+from lorakeet.memory.measure import peak_bytes
 from lorakeet.models.spec import ModelSpec
 from lorakeet.train.log import read_metrics
 from lorakeet.train.loop import Outcome, train
@@ -24,9 +26,10 @@ from lorakeet.train.run import RunFolder
 from lorakeet.workflows import facts, page
 from lorakeet.workflows.begin import begin_run, identity_of
 from lorakeet.workflows.conclude import conclude, judging
-from lorakeet.workflows.image_assemble import ImageAssembly, assemble_images, ready_to_train, show_image_plan
+from lorakeet.workflows.image_assemble import ImageAssembly, assemble_images, ready_to_train
 from lorakeet.workflows.image_certify import certify_images, image_digests
 from lorakeet.workflows.image_judge import ImageJudge
+from lorakeet.workflows.image_show import show_forecast, show_image_plan
 from lorakeet.workflows.place import writing
 
 
@@ -53,6 +56,8 @@ class ImageResult:
             "steps": self.setup.steps,
             "pictures": {"train": len(data.train), "held_out": len(data.held_out), "test": len(data.test)},
         }
+        if self.setup.arrangement.planned is not None:
+            found["memory"] = self.setup.arrangement.planned.to_mapping()
         if self.outcome is None or self.report is None:
             return {**found, "dry_run": True, "plan": self.setup.plan.to_mapping()}
         return {**found, "outcome": encode(self.outcome), "report": encode(self.report)}
@@ -60,16 +65,18 @@ class ImageResult:
 
 def finetune_images(config: RunConfig, run: RunFolder, *, resume: bool, dry_run: bool, console: Console) -> ImageResult:
     """Trains, judges and certifies; everything is in the run folder. Errors as in workflows/finetune."""
-    setup = assemble_images(config, console)
+    setup = assemble_images(config, console, asked=dry_run)
     show_image_plan(setup, console)
     if dry_run:
+        if setup.arrangement.planned is not None:
+            show_forecast(setup.arrangement.planned, console)
         return ImageResult(setup, run)
     before = image_digests(setup.model)
-    task = ready_to_train(setup)
+    task = ready_to_train(setup, partial(_watch, setup, run, console) if setup.config.diffusion.progress else None)
     begin_run(run, setup.config, setup.dataset.split_record(), resume=resume)
     outcome = train(
         task, setup.config.train, run=run, identity=_identity(setup, before), resume=resume,
-        report=reporter_for(console, words=PICTURES),
+        report=reporter_for(console, words=PICTURES), budget=setup.arrangement.budget,
     )  # fmt: skip
     with judging(run):
         report = _prove(setup, outcome, run, before, console)
@@ -85,10 +92,17 @@ def _identity(setup: ImageAssembly, digests: dict[str, str]) -> dict[str, str]:
         "lora settings": dataclasses.asdict(config.lora),
         "images settings": images,
         "diffusion settings": dataclasses.asdict(config.diffusion),
-        "pictures": [picture.row.key for picture in (*setup.train, *setup.held_out)],
+        "pictures": [picture.row.key for picture in (*setup.train, *setup.held_out, *setup.prior)],
         "base model": digests,
     }
     return identity_of(parts)
+
+
+def _watch(setup: ImageAssembly, run: RunFolder, console: Console, step: int) -> None:
+    """Draws the run's prompts as the adapter is after `step` steps, into RUN/progress."""
+    judge = ImageJudge(setup.config, setup.model, setup.captions, setup.judged[1], setup.train, console)
+    with writing(f"The samples in {run.path}", f"Free some space, then: {run.resume_command}"):
+        judge.draw_progress(run.path / "progress" / f"step-{step:06}")
 
 
 def _prove(setup: ImageAssembly, outcome: Outcome, run: RunFolder, before: dict[str, str], console: Console) -> Report:
@@ -99,8 +113,9 @@ def _prove(setup: ImageAssembly, outcome: Outcome, run: RunFolder, before: dict[
         measured = judge.report(f"Fine-tuning {setup.model.name}", run.path / "samples")
     prompts = [picture.row.caption for picture in pictures[:2]]
     certificate = certify_images(
-        setup.model, run.adapter, prompts, before=before, spec=setup.config.model, guidance=setup.config.diffusion.guidance
-    )
+        setup.model, run.adapter, prompts, before=before, sampler=judge.sampler,
+        spec=setup.config.model if setup.arrangement.budget is None else None,  # a budget has room for one base
+    )  # fmt: skip
     report = _complete(measured, setup, outcome, run, certificate)
     remarks = []
     if report.memorisation is not None:
@@ -132,19 +147,40 @@ def _complete(measured: Report, setup: ImageAssembly, outcome: Outcome, run: Run
             setup.model.device,
             model=f"{setup.model.name}, {_weights(config.model)}, predicts {config.diffusion.prediction}",
             about={
-                "Pictures": f"{len(data.train)} training, {len(data.held_out)} held-out, {len(data.test)} test",
+                "Pictures": f"{len(data.train)} training, {len(data.held_out)} held-out, {len(data.test)} test{_beside(setup)}",
                 "Judged at": f"{timesteps} fixed timesteps with fixed noise for each picture, unweighted",
                 "Not run": "prompt-following and style scores, which need an encoder that is not part of the model",
             },
         ),
         curves=page.curves(metrics, outcome),
         leaks=alike,
-        memory=(MemoryUse("training, whole process", None, outcome.peak_bytes),),
+        memory=_memory(setup, outcome),
         speed=page.speed(metrics, outcome, unit="Pictures", drawn=", each as often as it was drawn", digits=2),
         certificate=certificate,
         warnings=tuple(warnings),
         next_commands=_next(setup, run),
     )
+
+
+def _memory(setup: ImageAssembly, outcome: Outcome) -> tuple[MemoryUse, ...]:
+    """Planned and used bytes, where the run was planned, and against a budget."""
+    planned, budget = setup.arrangement.planned, setup.arrangement.budget
+    if planned is None:
+        return (MemoryUse("training, whole process", None, outcome.peak_bytes),)
+    found = (
+        MemoryUse("training, whole process", planned.training_peak, outcome.peak_bytes),
+        MemoryUse("training, judging and certificate", planned.peak, peak_bytes()),
+    )
+    return found if budget is None else (*found, MemoryUse("the whole run, against memory.budget", budget, peak_bytes()))
+
+
+def _beside(setup: ImageAssembly) -> str:
+    """The pictures of the subject's kind, where there are any."""
+    spec = setup.config.images
+    if not setup.prior:
+        return ""
+    whence = spec.prior or f"drawn by the base of '{spec.prior_caption}'"
+    return f"; {len(setup.prior)} of the subject's kind ({whence}), weight {setup.config.diffusion.prior_weight:g}"
 
 
 def _weights(spec: ModelSpec) -> str:

@@ -28,6 +28,7 @@ from lorakeet.models.image_sample import Sampler, draw_latents
 from lorakeet.models.inject import activate, adapter_of, attach, eject
 from lorakeet.train import durable
 from lorakeet.train.image_task import denoising_errors
+from lorakeet.workflows.image_assemble import sampler_of
 
 BASE, ADAPTER = "base", "adapter"
 WEIGHTS = (0.5, 1.0, 1.5)
@@ -87,11 +88,22 @@ class ImageJudge:
         found = self.config.diffusion.prompts or tuple(dict.fromkeys(picture.row.caption for picture in self.judged))[:3]
         return [(prompt, self.config.evaluate.seed + number) for prompt in found for number in range(self.config.diffusion.seeds)]
 
+    @property
+    def sampler(self) -> Sampler:
+        """How the settings have samples drawn."""
+        return sampler_of(self.config)
+
+    def draw_progress(self, folder: Path) -> None:
+        """Draws every prompt with the adapter as it is, in one go into `folder`; takes no random numbers from the run."""
+        prompts, seeds = [prompt for prompt, _ in self.asked], [seed for _, seed in self.asked]
+        with torch.random.fork_rng():
+            latents = draw_latents(self.model, prompts, seeds, self.sampler)
+        self._write(folder, [Drawn(ADAPTER, latents)], [self.model.decode(latents).numpy()])
+
     def samples(self) -> list[Drawn]:
         """The base's samples, and the adapter's at each weight, all from the same noise."""
         held = adapter_of(self.model.parts, self.name)
-        diffusion = self.config.diffusion
-        sampler = Sampler(diffusion.sample_steps, diffusion.guidance, at_once=diffusion.at_once, size=self._size())
+        sampler = self.sampler
         prompts, seeds = [prompt for prompt, _ in self.asked], [seed for _, seed in self.asked]
         found = []
         with _bar(self.console) as bar:
@@ -123,10 +135,6 @@ class ImageJudge:
                 source = self.train[int(place)].row.source
                 found.append(Near(prompt, seed, one.column, source, float(distance), bool(distance < floor)))
         return Memorisation(tuple(found), floor, float(np.median(judged)), len(self.judged), SPACE)
-
-    def _size(self) -> tuple[int, int] | None:
-        side = self.config.images.resolution
-        return None if side is None else (side, side)
 
     def _grid(self, drawn: Sequence[Drawn], pictures: Sequence[np.ndarray]) -> SampleGrid:
         rows = []

@@ -15,7 +15,6 @@ from rich.table import Table
 from rich.text import Text
 
 from lorakeet.config import RunConfig
-from lorakeet.errors import ConfigError
 from lorakeet.evaluate.wording import bytes_text
 from lorakeet.memory.allocator import return_freed_memory
 from lorakeet.memory.bound import Choice, choose, least
@@ -26,6 +25,7 @@ from lorakeet.models.outline import config_of, local_files
 from lorakeet.workflows import finetune as _run  # noqa: F401 - what a run has in memory is in memory here, to be counted
 from lorakeet.workflows.arrange import precision_of, shapes_of
 from lorakeet.workflows.forecast_run import Planned, Precision, forecast_run, runtime_bytes
+from lorakeet.workflows.image_plan import ImagePlanResult, plan_images
 
 PROBE_SIZE, PROBE_BYTES, PROBE_REPEATS = 1024, 64 << 20, 5
 
@@ -95,15 +95,15 @@ def plan(
     tokens: int | None = None,
     quantize: Literal["none", "nf4", "int8"] | None = None,
     console: Console,
-) -> PlanResult:
+) -> PlanResult | ImagePlanResult:
     """Plans the run of `config` from the model's configuration; needs neither its weights nor rows, and writes nothing.
 
     `rank`, `tokens` (of a row and of a micro-batch) and `quantize` win over the settings of these. Where memory.budget is set
     and the run would hold more, the result says what would help. Raises ConfigError for a model that is not known.
     """
-    if config.kind == "image":
-        raise ConfigError("lorakeet plan is for text models; of runs on images it knows no memory. Use finetune --dry-run.")
     config = _with(config, rank, tokens, quantize)
+    if config.kind == "image":
+        return plan_images(config, console)
     budget = config.memory.bytes
     if budget is not None:
         if warning := larger_than_machine(budget):

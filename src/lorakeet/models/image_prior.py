@@ -1,0 +1,41 @@
+"""Pictures of the subject's kind that the base itself draws: DreamBooth's way to keep what the model knows of the kind."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from lorakeet.data.image_spec import ImageSpec
+from lorakeet.data.images import ImageRow
+from lorakeet.models.image import ImageModel
+from lorakeet.models.image_cache import EncodedImage, cache_in, kept
+from lorakeet.models.image_sample import Sampler, draw_latents
+
+
+def drawn_prior(
+    model: ImageModel,
+    spec: ImageSpec,
+    sampler: Sampler,
+    *,
+    say: Callable[[str], None],
+    progress: Callable[[int], None] | None = None,
+) -> list[EncodedImage]:
+    """`spec.prior_count` pictures of `spec.prior_caption` as latents, seeds 0, 1, …; kept in the cache. No adapter may be on."""
+    caption, count = spec.prior_caption, spec.prior_count
+    height, width = sampler.size or (model.resolution, model.resolution)
+    parts = (model.denoiser_digest, model.encoders_digest, model.dtype, height, width, sampler.steps, sampler.guidance, count)
+    key = " ".join(map(str, parts)) + f"\n{caption}"
+
+    def make() -> dict[str, Tensor]:
+        say(f"The base draws {count} pictures of '{caption}'; they are kept for other runs.")
+        return {"latents": draw_latents(model, [caption] * count, list(range(count)), sampler, progress=progress).cpu()}
+
+    latents = kept(cache_in(spec, "prior"), key, make, say)["latents"]
+    sizes = torch.tensor([[height, width, 0, 0, height, width]], dtype=torch.float32)
+    names = [hashlib.sha256(f"{key}\n{seed}".encode()).hexdigest() for seed in range(count)]
+    rows = [ImageRow(Path(), caption, width, height, name, 0, f"drawn with seed {seed}") for seed, name in enumerate(names)]
+    return [EncodedImage(row, one[None], sizes) for row, one in zip(rows, latents, strict=True)]

@@ -1,0 +1,182 @@
+"""A run on pictures rehearsed on shapes: encoding, steps, evaluation, checkpoint and sampling, entered in a ledger.
+
+As in train/rehearsal, the real code runs on tensors without memory: what is planned is what is run.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from lorakeet.core.plan import Plan
+from lorakeet.core.spec import LoraSpec
+from lorakeet.data.image_spec import ImageSpec
+from lorakeet.data.images import ImageRow
+from lorakeet.memory.ledger import Held, Ledger, Work
+from lorakeet.memory.measure import PeakMemory
+from lorakeet.models.image import Conditioning, ImageModel, image_plan
+from lorakeet.models.image_cache import Captions, EncodedImage
+from lorakeet.models.inject import inject
+from lorakeet.quant.adopt import weights_in
+from lorakeet.quant.packed import SCRATCH, PackedBase
+from lorakeet.train.image_spec import DiffusionSpec
+from lorakeet.train.image_task import ImageBatch, ImageTask
+from lorakeet.train.loop import Training
+from lorakeet.train.progress import Silent
+from lorakeet.train.rehearsal import CHECKPOINT, EVALUATE, JUDGE, STEP, Nowhere, begin_moments, copy_for_checkpoint, moments_of
+from lorakeet.train.run import RunFolder
+from lorakeet.train.spec import TrainSpec
+
+ENCODE = "encode"  # pictures to latents, captions to embeddings
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """The largest pictures of a run: (height, width) in pixels of an example, and of what is drawn at once with guidance."""
+
+    example: tuple[int, int]
+    micro_batch: int
+    micro_batches: int
+    drawn: tuple[int, int]
+    drawn_at_once: int
+
+
+@dataclass(frozen=True)
+class ImageRehearsal:
+    """What was held and done. `peaks` in bytes by phase, `base` the frozen pipeline, `work` that of one micro-batch of a step."""
+
+    plan: Plan
+    base: int
+    peaks: Mapping[str, Held]
+    work: Work
+    unet: int  # numbers in the UNet, packed ones counted one by one
+    largest: int  # numbers in its largest matrix
+
+
+def rehearse_images(
+    build: Callable[[], ImageModel], lora: LoraSpec, train: TrainSpec, diffusion: DiffusionSpec, pictures: Pictures
+) -> ImageRehearsal:
+    """Runs `build`, then encodes, trains, evaluates, saves and draws, on shapes alone. ConfigError where `lora` does not fit."""
+    SCRATCH.clear()  # as in train/rehearsal
+    try:
+        with torch.random.fork_rng(devices=[]), Ledger() as ledger:
+            model = build()
+            ledger.name("base", [*model.parts.parameters(), *model.parts.buffers(), *model.vae.parameters()])
+            base = ledger.held["base"]
+            unet, largest = weights_in(model.unet), _largest(model)
+            plan = image_plan(model, lora, text_encoder=diffusion.text_encoder)
+            go_through(model, plan, train, diffusion, pictures, ledger)
+            ledger.close()
+            step = ledger.work[STEP]
+            work = Work(step.flops // pictures.micro_batches, step.written // pictures.micro_batches)
+            return ImageRehearsal(plan, base, ledger.peaks, work, unet, largest)
+    finally:
+        SCRATCH.clear()
+
+
+def go_through(
+    model: ImageModel, plan: Plan, train: TrainSpec, diffusion: DiffusionSpec, pictures: Pictures, ledger: Ledger | None = None
+) -> None:
+    """Everything that a run does with `model`, once, on made-up pictures; entered in `ledger`, or really computed without one."""
+    account = ledger or _NoLedger()
+    height, width = pictures.example
+    with account.phase(ENCODE):
+        latents = model.encode(torch.zeros(1, 3, height, width)).cpu()
+        with torch.no_grad():
+            told = model.describe(["a picture"]).to(torch.device("cpu"), torch.float32)
+    inject(model.parts, plan)
+    training = _training(model, latents, told, train, diffusion, pictures)
+    parameters = training.parameters.values()
+    account.name("adapter", [*parameters, *training.task.fixed().values()])
+    account.watch_gradients(parameters)
+    best = [parameter.detach().clone() for parameter in parameters]
+    account.name("adapter", best)
+    begin_moments(training)
+    account.name("moments", moments_of(training))
+    with account.phase(STEP):
+        training.step()
+    task = cast(_MadeUp, training.task)
+    with account.phase(EVALUATE):
+        task.judge(diffusion.at_once)
+    with account.phase(CHECKPOINT):
+        copy_for_checkpoint(training)
+    with account.phase(JUDGE), torch.no_grad():
+        model.parts.eval()
+        count, place = 2 * pictures.drawn_at_once, tuple(side // model.factor for side in pictures.drawn)
+        noisy, timesteps, sizes = torch.zeros(count, *latents.shape[1:2], *place), torch.ones(count), task.train[0].sizes
+        model.predict(noisy, timesteps, _repeated(told, count), sizes.expand(count, 6))
+        model.decode(noisy[:1])
+
+
+def _training(
+    model: ImageModel, latents: Tensor, told: Conditioning, train: TrainSpec, diffusion: DiffusionSpec, pictures: Pictures
+) -> Training[Any]:
+    """A Training on made-up pictures, ready to `step`, that writes nothing."""
+    height, width = pictures.example
+    row = ImageRow(Path(), "a picture", width, height, "0", 0, "made up")
+    picture = EncodedImage(row, latents, torch.tensor([[height, width, 0, 0, height, width]], dtype=torch.float32))
+    spec = replace(train, batch_size=pictures.micro_batch * pictures.micro_batches)
+    task = _MadeUp(
+        model, [picture], held_out=[], captions=cast(Captions, _Told(told)), spec=spec, images=ImageSpec(), diffusion=diffusion
+    )
+    task.cut = pictures
+    training = Training(task, spec, run=RunFolder(Path()), report=Silent())
+    training.memory, training.metrics = PeakMemory(), Nowhere()
+    training.earlier_seconds = training.started = 0.0
+    return training
+
+
+class _MadeUp(ImageTask):
+    """Batches whose draws need no numbers."""
+
+    cut: Pictures
+
+    def batches(self, step: int) -> list[ImageBatch]:
+        return [self._batch(self.cut.micro_batch) for _ in range(self.cut.micro_batches)]
+
+    def judge(self, count: int) -> None:
+        """The errors of `count` timesteps of a picture, as held-out evaluation computes them."""
+        self.model.parts.eval()
+        with torch.no_grad():
+            batch = self._batch(count)
+            self._errors(batch, self.model.alphas_cumprod[batch.timesteps])
+
+    def _batch(self, count: int) -> ImageBatch:
+        [picture] = self.train
+        latents = picture.latents.expand(count, *picture.latents.shape[1:])
+        timesteps, captions = torch.full((count,), 500), (picture.row.caption,) * count
+        return ImageBatch(latents, torch.randn_like(latents), timesteps, captions, picture.sizes.expand(count, 6))
+
+
+class _Told:
+    """The embeddings of every caption."""
+
+    def __init__(self, told: Conditioning) -> None:
+        self.told = told
+
+    def of(self, caption: str) -> Conditioning:
+        return self.told
+
+
+class _NoLedger(Ledger):  # type: ignore[no-untyped-call]
+    """Keeps no account: what is named and bracketed is really computed."""
+
+    def watch_gradients(self, parameters: Any) -> None:
+        return None
+
+
+def _largest(model: ImageModel) -> int:
+    packed: list[int] = [math.prod(module.shape) for module in model.unet.modules() if isinstance(module, PackedBase)]
+    dense: list[int] = [parameter.numel() for parameter in model.unet.parameters()]
+    return max([*packed, *dense])
+
+
+def _repeated(told: Conditioning, count: int) -> Conditioning:
+    pooled = None if told.pooled is None else told.pooled.expand(count, *told.pooled.shape[1:])
+    return Conditioning(told.states.expand(count, *told.states.shape[1:]), pooled)

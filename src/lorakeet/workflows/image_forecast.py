@@ -1,0 +1,234 @@
+"""How much memory a run on pictures will take, phase by phase, from its settings and the model's configurations alone."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lorakeet.config import RunConfig
+from lorakeet.core.plan import Plan
+from lorakeet.core.spec import LoraSpec
+from lorakeet.errors import ConfigError, EnvironmentProblem
+from lorakeet.evaluate.wording import bytes_text
+from lorakeet.memory.allocator import return_freed_memory
+from lorakeet.memory.budget import larger_than_machine
+from lorakeet.memory.forecast import Forecast, larger, phases_of, with_more
+from lorakeet.memory.ledger import Held, Work
+from lorakeet.memory.measure import resident_bytes
+from lorakeet.models.image import image_plan
+from lorakeet.models.image_cache import Sizes
+from lorakeet.models.image_outline import Shapes, outline_image, shapes_of_images
+from lorakeet.models.image_packed import denoiser_files
+from lorakeet.models.placement import device_for, dtype_for
+from lorakeet.quant.packed import SCRATCH, PackedBase
+from lorakeet.train.image_rehearsal import ENCODE, ImageRehearsal, Pictures, go_through, rehearse_images
+from lorakeet.train.image_spec import DiffusionSpec
+from lorakeet.train.rehearsal import CHECKPOINT, EVALUATE, JUDGE, STEP
+from lorakeet.train.spec import TrainSpec
+
+LOAD, CERTIFY = "load", "certify"
+PROMPTS = 3  # whose samples are drawn where the settings name none
+INTERVALS = 64 << 20  # bytes: numpy's copies of the weights of resamples (evaluate/intervals)
+_SMALL: Shapes = {
+    "_class_name": "StableDiffusionPipeline",
+    "unet": {"_class_name": "UNet2DConditionModel", "sample_size": 8, "block_out_channels": [32, 64], "layers_per_block": 1,
+             "down_block_types": ["CrossAttnDownBlock2D", "DownBlock2D"], "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D"],
+             "cross_attention_dim": 32, "attention_head_dim": 4},
+    "vae": {"block_out_channels": [32, 64], "down_block_types": ["DownEncoderBlock2D"] * 2,
+            "up_block_types": ["UpDecoderBlock2D"] * 2, "layers_per_block": 1},
+    "text_encoder": {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
+                     "num_attention_heads": 4, "max_position_embeddings": 16, "bos_token_id": 0, "eos_token_id": 1,
+                     "pad_token_id": 1},
+    "scheduler": {"beta_schedule": "scaled_linear", "num_train_timesteps": 1000},
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class ImagePlanned:
+    """The forecast of a run, with what it is made of."""
+
+    forecast: Forecast
+    plan: Plan
+    pictures: Pictures
+    work: Work  # of one micro-batch in training
+    tensors: int  # bytes of tensors alone at the peak of training: what a card has to hold
+
+    @property
+    def peak(self) -> int:
+        """The most bytes that the process will hold."""
+        return self.forecast.peak.bytes
+
+    @property
+    def training_peak(self) -> int:
+        """The most bytes until training ends."""
+        return max(phase.bytes for phase in self.forecast.phases if phase.name in (LOAD, ENCODE, STEP, EVALUATE, CHECKPOINT))
+
+    def to_mapping(self) -> dict[str, Any]:
+        """Plain values for --json."""
+        phases = [phase.to_mapping() for phase in self.forecast.phases]
+        return {"peak": self.peak, "training_tensors": self.tensors, "phases": phases}
+
+
+@dataclass(frozen=True)
+class ImageArrangement:
+    """How a run on pictures keeps its budget: `config` has the settings that do. Without a budget nothing is planned."""
+
+    config: RunConfig
+    budget: int | None = None
+    planned: ImagePlanned | None = None
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What of this machine and of the model's files a forecast needs."""
+
+    dtype: torch.dtype
+    runtime: int  # bytes of the process beside its tensors
+    stored: int = 0  # bytes of the UNet's files whose numbers are rounded as they are read; -1: unknown, taken to be fp32
+    returning: bool = False  # whether freed memory goes back to the system at once, as in runs under a budget
+
+
+def arrange_images(config: RunConfig, say: Callable[[str], None], *, asked: bool = False) -> ImageArrangement:
+    """Plans the run if a budget is set, or it is `asked`; under a budget chooses what keeps it, and frees memory at once.
+
+    ConfigError with the least that works and what would help where no choice keeps it; EnvironmentProblem on other devices.
+    """
+    budget, device = config.memory.bytes, device_for(config.model.device)
+    if budget is None and not asked:
+        return ImageArrangement(config)
+    if budget is not None:
+        if device.type != "cpu":
+            raise EnvironmentProblem(
+                f"memory.budget is kept on the CPU only, but the model would be on {device}. Set model.device to cpu, or leave "
+                "the budget out; lorakeet plan says what the tensors take on any device."
+            )
+        if warning := larger_than_machine(budget):
+            say(warning)
+        return_freed_memory()
+    shapes = shapes_of_images(config.model, say)
+    machine = machine_of(config, returning=budget is not None)
+    if budget is None:
+        return ImageArrangement(config, None, forecast_images(config, shapes, machine))
+    tried: list[tuple[RunConfig, ImagePlanned]] = []
+    for change, other in ways(config):
+        planned = forecast_images(other, shapes, machine)
+        tried.append((other, planned))
+        if planned.peak <= budget:
+            with_it = f" with {change}" if change else ""
+            say(f"Memory: {bytes_text(planned.peak)} planned of {bytes_text(budget)}{with_it}.")
+            return ImageArrangement(other, budget, planned)
+    last, least = min(tried, key=lambda one: one[1].peak)
+    helping = [
+        f"{change}: {bytes_text(found.peak)}" for change, found in advice(last, shapes, machine) if found.peak < least.peak
+    ]
+    raise ConfigError(
+        f"memory.budget is {bytes_text(budget)}, but this run takes at least {bytes_text(least.peak)} (phase "
+        f"'{least.forecast.peak.name}'), one picture at a time and with checkpointing. Raise the budget"
+        + (f", or set {', '.join(helping)}." if helping else ".")
+    )
+
+
+def ways(config: RunConfig) -> Iterator[tuple[str, RunConfig]]:
+    """The settings as they are, then with what takes less memory for the same result up to rounding; what to say of each."""
+    yield "", config
+    one = dataclasses.replace(config.diffusion, at_once=1)
+    if config.diffusion.at_once > 1:
+        yield "diffusion.at_once 1", dataclasses.replace(config, diffusion=one)
+    if not config.diffusion.checkpointing:
+        both = dataclasses.replace(one, checkpointing=True)
+        yield "diffusion.at_once 1 and diffusion.checkpointing", dataclasses.replace(config, diffusion=both)
+
+
+def advice(config: RunConfig, shapes: Shapes, machine: Machine) -> Iterator[tuple[str, ImagePlanned]]:
+    """Changes of the result that take less memory, and the run with each."""
+    model, lora = config.model, config.lora
+    if machine.dtype == torch.float32:
+        narrow = dataclasses.replace(machine, dtype=torch.bfloat16)
+        yield "model.dtype bfloat16", forecast_images(config, shapes, narrow)
+    if model.quantize.method == "none":
+        packed = dataclasses.replace(model, quantize=dataclasses.replace(model.quantize, method="nf4"))
+        yield "model.quantize nf4", forecast_images(dataclasses.replace(config, model=packed), shapes, machine)
+    half = pictures_of(config, shapes).drawn[0] // 2
+    if half >= 256:
+        smaller = dataclasses.replace(config.images, resolution=half)
+        yield f"images.resolution {half}", forecast_images(dataclasses.replace(config, images=smaller), shapes, machine)
+    if lora.target_modules != ("attention",):
+        fewer = dataclasses.replace(lora, target_modules=("attention",))
+        yield "lora.target_modules attention", forecast_images(dataclasses.replace(config, lora=fewer), shapes, machine)
+
+
+def machine_of(config: RunConfig, *, returning: bool = False) -> Machine:
+    """This machine's part of a forecast of `config`."""
+    dtype = dtype_for(config.model.dtype, device_for(config.model.device))
+    return Machine(dtype, runtime_bytes(config, dtype), _rounded_bytes(Path(config.model.path).expanduser(), dtype), returning)
+
+
+def forecast_images(config: RunConfig, shapes: Shapes, machine: Machine) -> ImagePlanned:
+    """What a run of `config` on the model of `shapes` will hold. ConfigError where the settings do not fit the model."""
+    pictures, quantize = pictures_of(config, shapes), config.model.quantize
+    build = partial(outline_image, shapes, name=config.model.path, dtype=machine.dtype, quantize=quantize)
+    found = rehearse_images(build, config.lora, config.train, config.diffusion, pictures)
+    peaks, adapter = found.peaks, 4 * found.plan.parameters
+    load = with_more(Held(), base=found.base, scratch=_read(found, config, machine))
+    kept = with_more(Held(), base=found.base, adapter=2 * adapter)
+    judge = with_more(peaks[JUDGE], scratch=INTERVALS)
+    certify = with_more(judge, adapter=2 * adapter)  # the adapter from disk on the live model
+    if not machine.returning:  # or on a second one
+        loading = with_more(kept, **load.kinds)
+        certify = larger(loading, with_more(certify, base=found.base))
+    held = {LOAD: load, **{name: peaks[name] for name in (ENCODE, STEP, EVALUATE, CHECKPOINT)}, JUDGE: judge, CERTIFY: certify}
+    phases = phases_of(held, machine.runtime, returning=machine.returning)
+    tensors = max(peaks[name].bytes for name in (ENCODE, STEP, EVALUATE))
+    return ImagePlanned(Forecast(phases), found.plan, pictures, found.work, tensors)
+
+
+def pictures_of(config: RunConfig, shapes: Shapes) -> Pictures:
+    """The largest pictures that a run with these settings can meet. ConfigError where the UNet cannot halve their sides."""
+    with torch.device("meta"):
+        model = outline_image(shapes, name=config.model.path, dtype=torch.float32)
+    example = max(Sizes.of(model, config.images).allowed, key=lambda size: (size[0] * size[1], min(size)))
+    side = config.images.resolution or model.resolution
+    spec = config.diffusion
+    micro_batch = min(spec.at_once, config.train.batch_size)
+    drawn = max(2, (len(spec.prompts) or PROMPTS) * spec.seeds)
+    several = 2 if config.train.batch_size > micro_batch else 1
+    return Pictures(example, micro_batch, several, (side, side), min(spec.at_once, drawn))
+
+
+def runtime_bytes(config: RunConfig, dtype: torch.dtype) -> int:
+    """What this process holds beside the tensors of a model, once it has done everything that a run does, on a very small one."""
+    with torch.random.fork_rng(devices=[]):
+        model = outline_image(_SMALL, name="probe", dtype=dtype, quantize=config.model.quantize)
+        plan = image_plan(model, LoraSpec(target_modules=("attention",)), text_encoder=False)
+        for base in (module for module in model.parts.modules() if isinstance(module, PackedBase)):
+            base.store(0.1 * torch.randn(base.shape))
+        small = Pictures((32, 32), 2, 1, (32, 32), 1)
+        go_through(model, plan, TrainSpec(), DiffusionSpec(at_once=2, checkpointing=config.diffusion.checkpointing), small)
+    SCRATCH.clear()
+    return resident_bytes()
+
+
+def _rounded_bytes(folder: Path, dtype: torch.dtype) -> int:
+    """Bytes of the UNet's files in `folder` whose numbers are rounded to `dtype` as they are read; -1 where it has no files."""
+    if not any((folder / "unet").glob("*.safetensors")):
+        return -1
+    return sum(
+        stored.end - stored.begin
+        for name, file in denoiser_files(folder / "unet").items()
+        if (stored := file.tensors[name]).dtype != dtype
+    )
+
+
+def _read(found: ImageRehearsal, config: RunConfig, machine: Machine) -> int:
+    """What is in memory beside the base while it is read: the UNet's file, of which a packed one is read tensor by tensor."""
+    if config.model.quantize.method != "none":
+        return found.largest * torch.float32.itemsize
+    if machine.stored >= 0:
+        return machine.stored
+    return found.unet * torch.float32.itemsize if machine.dtype != torch.float32 else 0

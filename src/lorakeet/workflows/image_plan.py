@@ -1,0 +1,86 @@
+"""`lorakeet plan` for kind: image: how much memory a run on pictures will take, phase by phase, before anything is loaded."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+from rich.console import Console
+
+from lorakeet.config import RunConfig
+from lorakeet.evaluate.wording import bytes_text
+from lorakeet.memory.budget import larger_than_machine
+from lorakeet.models.image_outline import shapes_of_images
+from lorakeet.workflows import image_finetune as _run  # noqa: F401 - what a run has in memory is in memory here, to be counted
+from lorakeet.workflows.image_forecast import ImagePlanned, advice, forecast_images, machine_of, ways
+from lorakeet.workflows.image_show import show_forecast
+
+
+@dataclass(frozen=True)
+class ImagePlanResult:
+    """What a run will take; where that is more than its budget, `choices` (change, peak) are what it can do about it."""
+
+    config: RunConfig
+    planned: ImagePlanned
+    budget: int | None
+    choices: tuple[tuple[str, int], ...] = ()
+
+    @property
+    def peak(self) -> int:
+        """The most bytes that `lorakeet finetune` will hold with the settings as they are."""
+        return self.planned.peak
+
+    def to_mapping(self) -> dict[str, Any]:
+        """Plain values for --json."""
+        work, pictures = self.planned.work, self.planned.pictures
+        return {
+            "model": self.config.model.path,
+            "trained_parameters": self.planned.plan.parameters,
+            "micro_batch": {"pictures": pictures.micro_batch, "size": list(pictures.example)},
+            **self.planned.to_mapping(),
+            "budget": self.budget,
+            "fits": None if self.budget is None else self.peak <= self.budget,
+            "choices": [{"change": change, "peak": peak} for change, peak in self.choices],
+            "speed": dataclasses.asdict(work),
+        }
+
+
+def plan_images(config: RunConfig, console: Console) -> ImagePlanResult:
+    """Plans the run of `config` from the pipeline's configurations; needs neither weights nor pictures, and writes nothing.
+
+    ConfigError for a model that is not known and for settings that do not fit it.
+    """
+    budget = config.memory.bytes
+    if budget is not None and (warning := larger_than_machine(budget)):
+        console.print(warning, soft_wrap=True)
+
+    def say(text: str) -> None:
+        console.print(text, soft_wrap=True)
+
+    shapes = shapes_of_images(config.model, say)
+    machine = machine_of(config, returning=budget is not None)
+    planned = forecast_images(config, shapes, machine)
+    choices: list[tuple[str, int]] = []
+    if budget is not None and planned.peak > budget:
+        last = config
+        for change, last in ways(config):
+            if change:
+                choices.append((change, forecast_images(last, shapes, machine).peak))
+        choices += [(change, found.peak) for change, found in advice(last, shapes, machine)]
+    result = ImagePlanResult(config, planned, budget, tuple(choices))
+    show_forecast(planned, console)
+    _show_against(result, console)
+    return result
+
+
+def _show_against(result: ImagePlanResult, console: Console) -> None:
+    against = ""
+    if result.budget is not None:
+        left = result.budget - result.peak
+        said = f"{bytes_text(left)} less than" if left >= 0 else f"{bytes_text(-left)} more than"
+        against = f", {said} the budget of {bytes_text(result.budget)}"
+    console.print(f"Peak of the run: {bytes_text(result.peak)}{against}.", soft_wrap=True)
+    for change, peak in result.choices:
+        fits = "fits" if result.budget is not None and peak <= result.budget else "is still too much"
+        console.print(f"  {change}: {bytes_text(peak)}, {fits}", soft_wrap=True)

@@ -1,0 +1,51 @@
+"""What a run on pictures will hold, against what it holds, and how a budget is kept or refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from lorakeet.errors import ConfigError
+from lorakeet.evaluate.certificate import read_certificate
+from lorakeet.models.image_outline import shapes_of_images
+from lorakeet.workflows import image_forecast
+from lorakeet.workflows.image_forecast import arrange_images, forecast_images, machine_of, ways
+from tiny.image_runs import image_config, image_run
+
+
+@pytest.fixture(autouse=True)
+def heap_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The order to the C library would outlast the test."""
+    monkeypatch.setattr(image_forecast, "return_freed_memory", lambda: True)
+
+
+def test_a_budget_is_kept_reported_and_certified_with_one_base(tiny_sd_folder: Path, tmp_path: Path) -> None:
+    found = image_run(tiny_sd_folder, tmp_path, memory__budget="8GiB", diffusion__seeds=0, train__steps=2)
+    assert found.report is not None
+    uses = {use.what: use for use in found.report.memory}
+    whole = uses["training, judging and certificate"]
+    assert whole.planned is not None and uses["the whole run, against memory.budget"].planned == 8 * 2**30
+    certificate = read_certificate(found.run.certificate)
+    assert certificate.passed and [check.name for check in certificate.checks] == ["adapter on disk", "frozen weights"]
+    assert found.to_mapping()["memory"]["peak"] == whole.planned
+
+
+def test_what_takes_less_is_chosen_and_said(tiny_sd_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = image_config(tiny_sd_folder, tmp_path, memory__budget="1GiB")
+    monkeypatch.setattr(image_forecast, "runtime_bytes", lambda config, dtype: 0)
+    monkeypatch.setattr(image_forecast, "INTERVALS", 0)
+    machine, shapes = machine_of(config, returning=True), shapes_of_images(config.model, print)
+    peaks = [forecast_images(other, shapes, machine).peak for _, other in ways(config)]
+    assert len(peaks) == 3 and peaks[0] > peaks[1] >= peaks[2]
+    said: list[str] = []
+    between = image_config(tiny_sd_folder, tmp_path, memory__budget=f"{(peaks[0] + peaks[1]) / 2e6:.3f}MB")
+    chosen = arrange_images(between, said.append)
+    assert chosen.config.diffusion.at_once == 1 and not chosen.config.diffusion.checkpointing and "at_once 1" in said[-1]
+    with pytest.raises(ConfigError, match=r"takes at least .* \(phase '[\w ]+'\)[\s\S]*model\.quantize nf4"):
+        arrange_images(image_config(tiny_sd_folder, tmp_path, memory__budget=f"{peaks[2] / 4e6:.3f}MB"), said.append)
+
+
+def test_without_a_budget_nothing_is_planned(tiny_sd_folder: Path, tmp_path: Path) -> None:
+    config = image_config(tiny_sd_folder, tmp_path)
+    assert arrange_images(config, print).planned is None

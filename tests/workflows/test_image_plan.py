@@ -1,0 +1,61 @@
+"""`lorakeet plan` for runs on pictures, from configurations alone."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+from rich.console import Console
+
+from lorakeet.cli.main import lorakeet
+from lorakeet.workflows import image_forecast
+from lorakeet.workflows.image_plan import ImagePlanResult, plan_images
+from tiny.image_runs import image_config
+
+
+@pytest.fixture
+def configurations(tiny_sdxl_folder: Path, tmp_path: Path) -> Path:
+    """A pipeline without any weights."""
+    for file in tiny_sdxl_folder.rglob("*.json"):
+        copy = tmp_path / "shapes" / file.relative_to(tiny_sdxl_folder)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        copy.write_bytes(file.read_bytes())
+    return tmp_path / "shapes"
+
+
+def planned(folder: Path, room: Path, budget: str = "") -> tuple[ImagePlanResult, str]:
+    text = io.StringIO()
+    config = image_config(folder, room, memory__budget=budget, lora__target_modules="all-linear")
+    return plan_images(config, Console(file=text, width=200)), text.getvalue()
+
+
+def test_neither_weights_nor_pictures_are_needed(configurations: Path, tmp_path: Path) -> None:
+    result, text = planned(configurations, tmp_path)
+    assert "Peak of the run" in text and "train step" in text and result.choices == ()
+    mapping = result.to_mapping()
+    assert mapping["fits"] is None and mapping["micro_batch"] == {"pictures": 4, "size": [16, 16]}
+    assert mapping["peak"] == max(phase["bytes"] for phase in mapping["phases"]) > mapping["training_tensors"] > 0
+
+
+def test_a_budget_is_answered_with_what_helps(configurations: Path, tmp_path: Path) -> None:
+    result, text = planned(configurations, tmp_path, budget="64MB")
+    assert "more than the budget" in text and "is still too much" in text
+    changes = [change for change, _ in result.choices]
+    assert changes == ["diffusion.at_once 1", "diffusion.at_once 1 and diffusion.checkpointing", "model.dtype bfloat16",
+                       "model.quantize nf4", "lora.target_modules attention"]  # fmt: skip
+    enough, text = planned(configurations, tmp_path, budget="100TB")
+    assert enough.to_mapping()["fits"] and "less than the budget" in text and "this machine has" in text
+
+
+def test_the_verb_knows_published_shapes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(image_forecast, "runtime_bytes", lambda config, dtype: 10**9)
+    name = "stable-diffusion-v1-5/stable-diffusion-v1-5"
+    given = ["plan", "--kind", "image", "--model", name, "--data", "none", "--json", "--diffusion.at_once", "1",
+             "--model.dtype", "bfloat16", "--quantize", "nf4", "--rank", "4"]  # fmt: skip
+    found = CliRunner().invoke(lorakeet, given, catch_exceptions=False)
+    mapping = json.loads(found.stdout)
+    base = {phase["phase"]: phase["kinds"]["base"] for phase in mapping["phases"]}["train step"]
+    assert 1.8e9 < base < 2.0e9 and mapping["micro_batch"]["size"] == [512, 512]
