@@ -224,4 +224,5 @@ def begin_moments(training: Training[Any]) -> None:
 
 
 def moments_of(training: Training[Any]) -> list[torch.Tensor]:
+    """The tensors of AdamW's state."""
     return [value for state in training.optimizer.adamw.state.values() for value in state.values()]
