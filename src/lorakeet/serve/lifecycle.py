@@ -79,7 +79,7 @@ async def certify(service: Service, caller: Caller, name: str) -> Reply:
     if version.certificate is None:
         raise DataError(f"No certificate.json lies beside '{name}' ({version.source.path}); a run folder or a merge has one.")
     probe = await asyncio.to_thread(service.registry.probe, name)
-    tolerance = service.registry.prober.tolerance
+    tolerance = service.registry.prober.allowed(probe.effect)
     written = await asyncio.to_thread(extend_certificate, version.certificate, name, probe, tolerance)
     return as_json({"path": str(version.certificate), "passed": written.passed, "checks": [str(c) for c in written.checks]})
 

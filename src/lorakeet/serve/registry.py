@@ -269,7 +269,8 @@ class Registry:
         found = self.engine.call(lambda: self.prober.probe(version.key)).result()
         known = {"the server's record of it": version.probe, str(version.certificate): certified}
         for where, one in known.items():
-            if one is not None and not compare_record(version.name, found, one, self.prober.tolerance, where):
+            allowed = 0.0 if one is None else self.prober.allowed(one.effect)
+            if one is not None and not compare_record(version.name, found, one, allowed, where):
                 about = f"{one.base} in {one.precision}, here {found.base} in {found.precision}"
                 log.warning("not compared adapter=%s record=%s reason=%s", version.name, json.dumps(where), json.dumps(about))
         version.probe = found
