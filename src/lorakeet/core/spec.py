@@ -27,8 +27,8 @@ class LoraSpec:
     start: Literal["kaiming", "gaussian", "pissa", "olora", "orthogonal", "gradient", "activation"] = field(
         default="kaiming",
         metadata={
-            "help": "How A and B begin: B = 0 and A random (kaiming, gaussian) or along gradients or inputs of ranks.rows rows "
-            "(gradient, activation); top singular vectors (pissa), QR (olora), orthogonal."
+            "help": "A and B at first: B = 0 (kaiming, gaussian; A along gradient or activation of rows), top singular vectors "
+            "(pissa), QR (olora), orthogonal."
         },
     )
     target_modules: tuple[str, ...] = field(
