@@ -16,6 +16,7 @@ from lorakeet.core.spec import LoraSpec
 from lorakeet.data.chat import Example
 from lorakeet.errors import ConfigError
 from lorakeet.models import inject
+from lorakeet.models.adapt import begin_adapter
 from lorakeet.models.fuse import fuse
 from lorakeet.models.load import load_text_model
 from lorakeet.models.spec import ModelSpec
@@ -27,6 +28,8 @@ from lorakeet.train.many import Many, Member, at_once, join, train_many
 from lorakeet.train.run import RunFolder
 from lorakeet.train.spec import TrainSpec
 from lorakeet.train.text_task import TextTask
+from tiny.models import save_tiny_llama
+from tiny.streams import loaded
 
 SPEC = TrainSpec(steps=6, batch_size=4, micro_tokens=60, learning_rate=5e-3, evaluate_every=2, patience=0)
 WANTED = {
@@ -102,6 +105,38 @@ def test_each_becomes_what_it_becomes_alone_over_a_packed_base(
         expected, _ = alone(tiny_llama_folder, name, tmp_path / name, packed)
         for key, value in inject.trained_parameters(text.model, name).items():
             torch.testing.assert_close(value, expected[key], rtol=2e-3, atol=2e-4)
+
+
+def streamed_or_not(folder: Path, store: Path | None, names: str) -> tuple[TextModel, list[Member]]:
+    text, members = loaded(folder, store), []
+    for name in names:
+        lora, spec, seed = WANTED[name]
+        spec = dataclasses.replace(spec, steps=3)
+        begin_adapter(text, plan_for(text.model, lora, text.family), seed=spec.seed, name=name)
+        members.append(Member(name, spec, rows(14, seed), rows(6, 2)))
+    return text, members
+
+
+@pytest.mark.parametrize("together", [0, 1])
+def test_over_a_streamed_base_they_become_the_same_to_the_last_bit(tmp_path: Path, together: int) -> None:
+    folder, found = save_tiny_llama(tmp_path / "model", num_hidden_layers=3), []
+    for store in (None, tmp_path / "store"):
+        text, members = streamed_or_not(folder, store, "abc")
+        ended = train_many(text, members, scratch=store, together=together)
+        values = {f"{name}/{key}": value for name in "abc" for key, value in inject.trained_parameters(text.model, name).items()}
+        found.append(([at.losses for at in ended], values))
+    assert found[0][0] == found[1][0]
+    assert all(torch.equal(value, found[1][1][key]) for key, value in found[0][1].items())
+
+
+def test_a_block_is_read_twice_a_round_however_many_members_there_are(tmp_path: Path) -> None:
+    text, members = streamed_or_not(save_tiny_llama(tmp_path / "model", num_hidden_layers=6), tmp_path / "store", "abc")
+    many = Many(text, [dataclasses.replace(member, held_out=()) for member in members])
+    assert text.streamed is not None
+    many.round()
+    before, blocks = text.streamed.stream.bytes_read, sum(record.bytes for record in text.streamed.stream.records)
+    many.round()
+    assert blocks < text.streamed.stream.bytes_read - before < 2 * blocks
 
 
 def test_the_base_is_multiplied_once_for_all(tiny_llama_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,9 +10,9 @@ are the same to the last bit. Only the order among blocks differs, which no sum 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from typing import cast
+from typing import TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,8 @@ from lorakeet.models.text import TextModel
 from lorakeet.train.task import batch_seeds
 from lorakeet.train.text_loss import text_loss
 
+Given = TypeVar("Given")
+
 
 def by_block(
     text: TextModel, streamed: Streamed, batches: Sequence[Batch], targets: int, *, aside: Aside, chunk: int, together: int = 0
@@ -33,20 +35,55 @@ def by_block(
     `aside` keeps the inputs of the blocks until the backward pass; `chunk` supervised tokens go through the head at once.
     At most `together` micro-batches (0: all) pass through a block while it is in; more of them cost more memory.
     """
+
+    def loss(number: int) -> tuple[Tensor, Tensor]:
+        found, _ = text_loss(text, here[number], chunk=chunk)
+        return found / targets, found.detach()
+
+    here = [batch.to(text.device) for batch in batches]
+    return batches_by_block(text, streamed, here, loss, aside=aside, together=together)
+
+
+def batches_by_block(
+    text: TextModel,
+    streamed: Streamed,
+    batches: Sequence[Batch],
+    loss: Callable[[int], tuple[Tensor, Tensor]],
+    *,
+    aside: Aside,
+    together: int = 0,
+    prepare: Callable[[int], None] = lambda _: None,
+    every_token: bool = False,
+) -> Tensor:
+    """The same for any loss of each batch: `loss(number)` is what is differentiated and what is summed of batch `number`.
+
+    `prepare(number)` is called whenever the batch is about to be computed with, to say which adapters its tokens use;
+    `every_token` is what `loss` asks of TextModel.hidden.
+    """
     total = torch.zeros((), dtype=torch.float64)
     seeds, size = batch_seeds(len(batches)), together or max(1, len(batches))
     for start in range(0, len(batches), size):
         part = slice(start, start + size)
-        step = _Step(text, streamed, [batch.to(text.device) for batch in batches[part]], seeds[part], aside)
+        step = _Step(text, streamed, list(batches[part]), seeds[part], aside)
+        step.prepare, step.loss, step.every_token = _from(start, prepare), _from(start, loss), every_token
         step.enter()
         step.forward()
-        total = step.head(total, targets, chunk)
+        total = step.head(total)
         step.backward()
     return total
 
 
+def _from(start: int, of: Callable[[int], Given]) -> Callable[[int], Given]:
+    """`of`, counted from `start`."""
+    return lambda number: of(start + number)
+
+
 class _Step:
     """One optimizer step's micro-batches on their way."""
+
+    prepare: Callable[[int], None]
+    loss: Callable[[int], tuple[Tensor, Tensor]]
+    every_token: bool
 
     def __init__(self, text: TextModel, streamed: Streamed, batches: list[Batch], seeds: list[int], aside: Aside) -> None:
         self.text, self.streamed, self.batches, self.aside = text, streamed, batches, aside
@@ -59,9 +96,10 @@ class _Step:
 
     def enter(self) -> None:
         """The embeddings of each batch, and what the decoder hands to its blocks."""
-        for batch, random in zip(self.batches, self.random, strict=True):
+        for number, (batch, random) in enumerate(zip(self.batches, self.random, strict=True)):
+            self.prepare(number)
             with random.drawing(), self.streamed.recording() as passage:
-                self.text.hidden(batch)
+                self.text.hidden(batch, every_token=self.every_token)
             self.passages.append(passage)
             self.states.append(cast(Tensor, passage.entry).detach())
         if self._trains_entry:
@@ -77,21 +115,23 @@ class _Step:
         for index in range(last + 1):
             with self.streamed.present(index, min(index + 1, last)) as block, torch.no_grad():
                 for number, random in enumerate(self.random):
+                    self.prepare(number)
                     if index >= self.lowest:
                         self.aside.put((index, number), self.states[number])
                     with random.drawing(keep_for=index), self._narrowed(index, number):
                         args, kwargs = self.passages[number].arguments[index]
                         self.states[number] = plain_output(block(self.states[number], *args, **kwargs))
 
-    def head(self, total: Tensor, targets: int, chunk: int) -> Tensor:
+    def head(self, total: Tensor) -> Tensor:
         """`total` with the losses added, and in `states` their gradients with respect to the last block's outputs."""
         before = self._taken_gradients() if self._trains_entry else {}
-        for number, (batch, random) in enumerate(zip(self.batches, self.random, strict=True)):
+        for number, random in enumerate(self.random):
+            self.prepare(number)
             leaf = self.states[number].requires_grad_(self.lowest < len(self.streamed.blocks))
             with random.drawing(), self.streamed.replaying(leaf):
-                loss, _ = text_loss(self.text, batch, chunk=chunk)
-            (loss / targets).backward()  # type: ignore[no-untyped-call]
-            total = total.to(loss.device) + loss.detach().double()
+                loss, summed = self.loss(number)
+            loss.backward()  # type: ignore[no-untyped-call]
+            total = total.to(summed.device) + summed.double()
             self.states[number] = cast(Tensor, leaf.grad)
             del leaf, loss
             if self._trains_entry:
@@ -105,6 +145,7 @@ class _Step:
         for index in reversed(range(self.lowest, len(self.streamed.blocks))):
             with self.streamed.present(index, max(index - 1, 0)) as block:
                 for number, random in enumerate(self.random):
+                    self.prepare(number)
                     states = self.aside.take((index, number)).detach()
                     states.requires_grad_(index > self.lowest or self._trains_entry)
                     with random.again(index), torch.enable_grad(), self._narrowed(index, number):
@@ -118,7 +159,7 @@ class _Step:
 
     def _narrowed(self, index: int, number: int) -> AbstractContextManager[None]:
         """Of the last block only what the loss of batch `number` reads is computed, as in a resident model."""
-        last = index == len(self.streamed.blocks) - 1 and self.text.attention == "varlen"
+        last = index == len(self.streamed.blocks) - 1 and self.text.attention == "varlen" and not self.every_token
         return self.text.last_block_at(self.text.laid(self.batches[number]) if last else None)
 
     def _into_entry(self) -> None:

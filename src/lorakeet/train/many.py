@@ -16,6 +16,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -27,11 +28,13 @@ from lorakeet.data.chat import Example
 from lorakeet.data.pack import Batch, micro_batches
 from lorakeet.errors import ConfigError
 from lorakeet.evaluate.intervals import Estimate
+from lorakeet.memory.spill import Aside
 from lorakeet.models.inject import selection_of, trained_parameters
 from lorakeet.models.modules import adapted_layers, find, output_layer
 from lorakeet.models.score import row_losses
 from lorakeet.models.text import TextModel
 from lorakeet.train import gradients, schedule
+from lorakeet.train.layer_major import batches_by_block
 from lorakeet.train.optimizer import Optimizer
 from lorakeet.train.spec import TrainSpec
 from lorakeet.train.stopping import Watch
@@ -74,14 +77,18 @@ class Progress:
 class Many:
     """Members in training. `round` takes one step of each that still learns; `finish` puts the best values of each back."""
 
-    def __init__(self, text: TextModel, members: Sequence[Member]) -> None:
-        """Raises ConfigError for no members, equal names, a streamed model, or adapters that cannot share a batch."""
+    def __init__(self, text: TextModel, members: Sequence[Member], *, scratch: Path | None = None, together: int = 0) -> None:
+        """Raises ConfigError for no members, equal names, or adapters that cannot share a batch.
+
+        Of a streamed model, `together` passes (0: all of a step) go through a block while it is in, and the inputs of blocks are
+        kept in a file in the folder `scratch`, where one is named, else in memory.
+        """
         names = [member.name for member in members]
         if not names or len(set(names)) < len(names):
             raise ConfigError(f"Adapters that are trained together need different names, one or more; given: {names}.")
-        if text.attention != "varlen" or text.streamed is not None:
-            raise ConfigError("Training several adapters at once needs model.attention varlen and a model that is not streamed.")
-        self.text = text
+        if text.attention != "varlen":
+            raise ConfigError("Training several adapters at once needs model.attention varlen.")
+        self.text, self.aside, self.together = text, Aside(scratch), together
         _require_sharable(text, names)
         self.selection: Selection = selection_of(text.model)
         self._members = [_Learner(text, member) for member in members]
@@ -125,21 +132,36 @@ class Many:
         steps = [learner.batches(len(learning)) for learner in learning]
         targets = [sum(batch.targets for batch in batches) for batches in steps]
         sums = [0.0] * len(learning)
-        for together in at_once(steps, max(learner.at.member.spec.micro_tokens for learner in learning)):
-            joined = join([batch for _, batch in together])
-            self.selection.divide(self._shares(learning, together), units=joined.tokens)
-            hidden = self.text.hidden(joined, every_token=True)
-            total: Tensor | None = None
-            parts = torch.split(hidden, [batch.targets for _, batch in together])
-            for (index, batch), states in zip(together, parts, strict=True):
-                if not batch.targets:
-                    continue
-                chunk = learning[index].at.member.spec.head_chunk
-                loss = head_loss(self.text, states, batch.target_ids, chunk=chunk)
-                sums[index] += loss.item()
-                total = loss / targets[index] if total is None else total + loss / targets[index]
-            if total is not None:
-                total.backward()  # type: ignore[no-untyped-call]
+        passes = list(at_once(steps, max(learner.at.member.spec.micro_tokens for learner in learning)))
+        passes = [together for together in passes if any(batch.targets for _, batch in together)]
+        joined = [join([batch for _, batch in together]).to(self.text.device) for together in passes]
+
+        def prepare(number: int) -> None:
+            self.selection.divide(self._shares(learning, passes[number]), units=joined[number].tokens)
+
+        def loss(number: int) -> tuple[Tensor, Tensor]:
+            """Σ of the members' means, to be differentiated, and Σ of their losses."""
+            hidden = self.text.hidden(joined[number], every_token=True)
+            parts = torch.split(hidden, [batch.targets for _, batch in passes[number]])
+            means, wholes = [], []
+            for (index, batch), states in zip(passes[number], parts, strict=True):
+                if batch.targets:
+                    chunk = learning[index].at.member.spec.head_chunk
+                    own = head_loss(self.text, states, batch.target_ids, chunk=chunk)
+                    sums[index] += own.item()
+                    means.append(own / targets[index])
+                    wholes.append(own.detach())
+            return torch.stack(means).sum(), torch.stack(wholes).sum()
+
+        if self.text.streamed is not None:
+            batches_by_block(
+                self.text, self.text.streamed, joined, loss, aside=self.aside, together=self.together, prepare=prepare,
+                every_token=True,
+            )  # fmt: skip
+        else:
+            for number in range(len(passes)):
+                prepare(number)
+                loss(number)[0].backward()  # type: ignore[no-untyped-call]
         for learner, count in zip(learning, targets, strict=True):
             learner.targets = count
         return sums
@@ -232,8 +254,8 @@ class _Learner:
 
 def why_not_together(text: TextModel, plan: Plan) -> str:
     """Why adapters of this plan cannot be trained together on this model, in words; empty where they can."""
-    if text.attention != "varlen" or text.streamed is not None:
-        return "several adapters at once need model.attention varlen and a model in memory"
+    if text.attention != "varlen":
+        return "several adapters at once need model.attention varlen"
     head = output_layer(text.model)
     kinds = ("experts", "conv2d")
     wrong = [entry.path for entry in plan.entries if entry.kind in kinds or find(text.model, entry.path) is head]
@@ -288,14 +310,19 @@ def join(batches: Sequence[Batch]) -> Batch:
 
 
 def train_many(
-    text: TextModel, members: Sequence[Member], *, watch: Callable[[Many], None] | None = None
+    text: TextModel,
+    members: Sequence[Member],
+    *,
+    watch: Callable[[Many], None] | None = None,
+    scratch: Path | None = None,
+    together: int = 0,
 ) -> list[Progress]:
     """Trains all members to their ends and leaves the best values of each in the model, no adapter active.
 
     `watch` is called after every round and may stop members (`Many.stop`). Dropout draws other numbers than in a single run;
     without it a member ends where its single run ends, to rounding.
     """
-    many = Many(text, members)
+    many = Many(text, members, scratch=scratch, together=together)
     while any(not at.done for at in many.progress):
         many.round()
         if watch is not None:

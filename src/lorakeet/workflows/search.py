@@ -135,7 +135,9 @@ class Trials:
                     for name in names:
                         many.stop(name, SPENT)
 
-            for (name, trial), at in zip(names.items(), train_many(text, members, watch=watch), strict=True):
+            kept = self.setup.arrangement
+            ended = train_many(text, members, watch=watch, scratch=kept.scratch, together=kept.together)
+            for (name, trial), at in zip(names.items(), ended, strict=True):
                 trial.at = at
                 self.budget.used += at.tokens
                 if not at.diverged:
@@ -198,7 +200,9 @@ class Trials:
         for seed in range(1, seeds):
             names = {"winner": winner, "start": start}
             search = self.rows.search
-            train_many(self.setup.text, [self._member(name, trial, search, seed) for name, trial in names.items()])
+            members = [self._member(name, trial, search, seed) for name, trial in names.items()]
+            kept = self.setup.arrangement
+            train_many(self.setup.text, members, scratch=kept.scratch, together=kept.together)
             for side, (name, trial) in zip(sides, names.items(), strict=True):
                 side.append(self.losses(trial.name, self.rows.confirm, name))
                 _eject(self.setup.text.model, name)

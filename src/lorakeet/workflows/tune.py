@@ -23,13 +23,15 @@ from lorakeet.evaluate.compare import Comparison
 from lorakeet.evaluate.rank_values import Search
 from lorakeet.evaluate.report import Command, Report, write_report
 from lorakeet.evaluate.values import encode
-from lorakeet.evaluate.wording import signed
+from lorakeet.evaluate.wording import bytes_text, signed
 from lorakeet.train.durable import new_folder, write_file
 from lorakeet.workflows import facts
 from lorakeet.workflows.assemble import Assembly, assemble
 from lorakeet.workflows.place import require_empty, writing
 from lorakeet.workflows.search import START, Budget, SearchRows, Trial, Trials
 from lorakeet.workflows.search_space import QUICK_FACTORS, Point, space_for
+
+HELD_BY_A_NUMBER = 5 * 4  # bytes of a trained number: itself, its gradient, two moments, its best value
 
 
 @dataclass(frozen=True)
@@ -79,6 +81,10 @@ def tune(  # noqa: PLR0913 - each is a flag of the verb
     search = Trials(setup, space, _rows(setup), Budget(None if minutes is None else 60 * minutes, tokens), console)
     power = search.power(difference)
     console.print(power, markup=False, soft_wrap=True)
+    if setup.arrangement.budget is not None:
+        more = (len(QUICK_FACTORS) if quick else together) * HELD_BY_A_NUMBER * setup.plan.parameters
+        said = f"memory.budget is planned for one adapter; trained together, trials of this size hold {bytes_text(more)}."
+        console.print(said, markup=False, soft_wrap=True)
     if quick:
         others = [Trial(f"rate ×{factor:g}", Point(factor)) for factor in QUICK_FACTORS if factor != 1.0]
         search.generation([Trial(START, Point()), *others], rungs=())
