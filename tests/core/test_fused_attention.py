@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -64,7 +65,9 @@ def given(dtype: torch.dtype) -> dict[str, Any]:
     return {"position_embeddings": turn, "row_lengths": ROWS, "row_prefix": PREFIX, "row_products": dtype}
 
 
-def results(module: nn.Module, attention: Attention, dtype: torch.dtype, norm: nn.Module | None = None) -> list[Tensor]:
+def results(
+    module: nn.Module, attention: Attention, dtype: torch.dtype, norm: Callable[[Tensor], Tensor] | None = None
+) -> list[Tensor]:
     x = torch.randn(1, TOKENS, HIDDEN, generator=torch.Generator().manual_seed(2)).to(dtype).requires_grad_()
     for parameter in attention.parameters():
         parameter.grad = None
@@ -116,6 +119,15 @@ def test_a_normed_input_is_made_again_and_not_kept() -> None:
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
     hidden = {x.data_ptr() for x in kept if x.shape[-1] == HIDDEN and x.numel() == TOKENS * HIDDEN}
     assert len(hidden) == 1  # the norm's input, kept by both, and nothing of its size besides
+
+
+def test_a_normed_input_that_was_changed_since_is_kept_as_it_is() -> None:
+    attention = adapted(torch.float32, INPUTS)
+    norm = FrozenRmsNorm(Norm())
+    doubled = lambda x: norm(x).mul_(2)  # noqa: E731
+    found, expected = (results(module, attention, torch.float32, doubled) for module in (RotaryAttention(attention), attention))
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize(

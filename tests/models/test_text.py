@@ -144,6 +144,17 @@ def test_the_last_block_computes_only_what_is_read(tiny_llama_folder: Path, adap
     assert token_logprobs(text, batch).shape == (batch.targets,)  # the narrowing is over
 
 
+def test_a_watched_model_sees_every_token_and_no_other(tiny_llama_folder: Path, rows: Rows) -> None:
+    text, batch = load(tiny_llama_folder), beginning_alike(rows, 2)
+    fuse(text.model)
+    seen: list[int] = []
+    text.model.get_input_embeddings().register_forward_hook(lambda *call: seen.append(call[1][0].shape[-1]))
+    text.watched = True
+    text.hidden(batch)
+    assert seen == [batch.tokens]
+    assert text.laid(batch).prefix == 0
+
+
 def test_rows_that_drop_numbers_of_their_own_share_nothing(tiny_llama_folder: Path) -> None:
     kept, dropped = (load(tiny_llama_folder) for _ in range(2))
     for text, dropout in ((kept, 0.0), (dropped, 0.1)):

@@ -87,7 +87,7 @@ def test_measuring_ranks_is_a_phase_of_its_own(score: str) -> None:
     least = sum((12 + 8) * 4 * entry.shape[1 if score == "activation" else 0] for entry in found.plan.entries)
     assert held.kinds["scratch"] >= least
     planned = forecast_run(config, SMALL, Precision(torch.float32, torch.float32, QuantSpec()), runtime=1 << 20)
-    assert planned.forecast.phase(SCORE).kinds["scratch"] == held.kinds["scratch"]
+    assert planned.forecast.phase(SCORE).kinds["scratch"] >= held.kinds["scratch"]  # a run's held-out rows may be longer
     assert planned.peak >= planned.forecast.phase(SCORE).bytes <= planned.training_peak
 
 

@@ -60,12 +60,15 @@ class Normed:
     x: Tensor
     rho: Tensor
     weight: Tensor
+    version: int = 0  # of y, when this was noted: what was changed in place since is another y
 
     @staticmethod
     def of(y: Tensor) -> Normed | None:
         """What a FrozenRmsNorm noted on its result, its rows end to end; None for any other tensor."""
         found = cast("Normed | None", getattr(y, _NOTE, None))
-        return None if found is None else Normed(found.x.flatten(0, -2), found.rho.flatten(0, -2), found.weight)
+        if found is None or found.version != y._version:
+            return None
+        return Normed(found.x.flatten(0, -2), found.rho.flatten(0, -2), found.weight)
 
     def kept(self) -> tuple[Tensor, ...]:
         """What `again` takes."""
@@ -262,5 +265,5 @@ class FrozenRmsNorm(StandIn):
         epsilon = cast(float, self.original.variance_epsilon)
         y, rho = cast("tuple[Tensor, Tensor]", RmsNormFunction.apply(x, self.weight, epsilon))  # type: ignore[no-untyped-call]
         if torch.is_grad_enabled():
-            setattr(y, _NOTE, Normed(x.detach(), rho, self.weight))
+            setattr(y, _NOTE, Normed(x.detach(), rho, self.weight, y._version))
         return y

@@ -138,6 +138,8 @@ def _alike(rows: tuple[int, ...], prefix: int, heads: int) -> tuple[_Blocks, ...
     for row in _rows(rows, prefix):
         for start in range(0, len(row.tokens), QUERIES):
             stop = min(start + QUERIES, len(row.tokens))
+            if stop <= row.shared:
+                continue  # nothing of its own asks there
             shapes.setdefault((_whole(stop - start), start), []).append((row, stop))
     found = []
     for (width, offset), blocks in shapes.items():
@@ -215,8 +217,9 @@ class _Indexed:
         """Adds everything that `found` holds for the tokens, own or shared, to their places; shapes as in `put`."""
         laid = self._laid(found, target)
         if self.sharing is not None:
-            of_each = laid.view(*self.shape, *target.shape[1:])[:, : self.prefix].index_select(0, self.sharing)
-            target[: self.prefix] += of_each.sum(0, dtype=target.dtype)
+            count = min(self.prefix, self.shape[1])
+            of_each = laid.view(*self.shape, *target.shape[1:])[:, :count].index_select(0, self.sharing)
+            target[:count] += of_each.sum(0, dtype=target.dtype)
         target.index_copy_(0, self.owners, self._own(laid, target).add_(target.index_select(0, self.owners)))
 
     def _laid(self, found: Tensor, target: Tensor) -> Tensor:
@@ -256,7 +259,8 @@ class FlashRows:
             )
             place[:, :, part] = out
             logsumexps.append(logsumexp)
-        return self._gathered(result.transpose(1, 2), tokens, summed=False).transpose(1, 2), (result, *logsumexps)
+        gathered = self._gathered(result.transpose(1, 2), tokens, summed=False).transpose(1, 2).contiguous()
+        return gathered, (gathered, *logsumexps)
 
     def backward(
         self, grad: Tensor, query: Tensor, key: Tensor, value: Tensor, result: Tensor, *logsumexps: Tensor
@@ -266,7 +270,7 @@ class FlashRows:
         spread = [self._spread(states) for states in (query, key, value)]
         q, k, v = _by_group(spread[0].float(), groups), spread[1].float(), spread[2].float()
         upstream = self._spread(grad.transpose(1, 2), first_only=True)
-        g, o = _by_group(upstream.float(), groups), _by_group(result.float().transpose(1, 2), groups)
+        g, o = _by_group(upstream.float(), groups), _by_group(self._spread(result.transpose(1, 2)).float(), groups)
         grads = [torch.zeros_like(states) for states in spread]
         place = _by_group(grads[0], groups)
         for part, logsumexp in zip(_parts(self.rows), logsumexps, strict=True):

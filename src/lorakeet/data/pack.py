@@ -83,7 +83,7 @@ def micro_batches(examples: Sequence[Example], max_tokens: int) -> list[Batch]:
     lengths = [len(example.ids) for example in examples]
     bins = _first_fit(lengths, max_tokens)
     low, high = max(lengths, default=0), max_tokens  # the bins are as few at `high`
-    while low < high:
+    while low < high and len(lengths) <= _FEW:
         middle = (low + high) // 2
         tighter = _first_fit(lengths, middle)
         if len(tighter) <= len(bins):
@@ -91,6 +91,9 @@ def micro_batches(examples: Sequence[Example], max_tokens: int) -> list[Batch]:
         else:
             low = middle + 1
     return [pack([examples[number] for number in sorted(chosen)]) for chosen in bins]
+
+
+_FEW = 512  # rows up to which even bins are searched for: first-fit takes time with the square of their number
 
 
 def _first_fit(lengths: Sequence[int], most: int) -> list[list[int]]:

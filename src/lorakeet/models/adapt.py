@@ -32,7 +32,9 @@ def begin_adapter(
     """
     hold(text.model, plan)
     inject(text.model, plan, name, seed=seed, token_ids=token_ids)
-    drops = any(entry.dropout for entry in plan.entries) or bool(getattr(text.model.config, "attention_dropout", 0.0))
+    settings = vars(text.model.config.get_text_config())
+    rates = [rate for name, rate in settings.items() if "drop" in name and isinstance(rate, float)]
+    drops = any(entry.dropout for entry in plan.entries) or any(rates)
     text.shares_prefix = text.shares_prefix and not drops  # each row drops numbers of its own
     parameters = trained_parameters(text.model, name) if directions else {}
     with torch.no_grad():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from typing import Any, cast
 
 import torch
@@ -78,20 +79,28 @@ def _has_attention_names(module: nn.Module) -> bool:
 def _attention(module: nn.Module) -> RotaryAttention | None:
     """A small fp32 copy with pairs is asked, so that the answer shows the function itself: no cap, norm or other way to turn."""
     named = getattr(getattr(module, "config", None), "_attn_implementation", None)
-    if named != VARLEN or not isinstance(getattr(module, "scaling", None), float):
+    head, scaling = getattr(module, "head_dim", None), getattr(module, "scaling", None)
+    if named != VARLEN or not isinstance(scaling, float) or not isinstance(head, int) or _drops(module, but="attention_dropout"):
         return None
     generator, count = torch.Generator().manual_seed(1), sum(_PROBE_LENGTHS)
     with unset_fake_temporarily(), torch.no_grad():
         small = _small_attention(module)
         x = torch.randn(1, count, _WIDTH, generator=generator)
-        turn = torch.rand(1, count, cast(int, module.head_dim) // 2, generator=generator).mul_(6).repeat(1, 1, 2)
+        turn = torch.rand(1, count, head // 2, generator=generator).mul_(6).repeat(1, 1, 2)
         given = {"position_embeddings": (turn.cos(), turn.sin()), "row_lengths": _PROBE_LENGTHS, "attention_mask": None}
-        try:
-            theirs, ours = (cast(Any, attention)(x, **given)[0] for attention in (small, RotaryAttention(small)))
-        except (TypeError, RuntimeError, EnvironmentProblem):
-            return None
-        equal = torch.allclose(ours, theirs, rtol=1e-4, atol=1e-4 * float(theirs.abs().max()))
-    return RotaryAttention(module) if equal else None
+        for size in (1, 100):  # of the input: what is cut off only where numbers are large shows too
+            try:
+                theirs, ours = (cast(Any, attention)(size * x, **given)[0] for attention in (small, RotaryAttention(small)))
+            except (TypeError, RuntimeError, AttributeError, ValueError, EnvironmentProblem):
+                return None
+            if not torch.allclose(ours, theirs, rtol=1e-4, atol=1e-4 * float(theirs.abs().max())):
+                return None
+    return RotaryAttention(module)
+
+
+def _drops(module: nn.Module, *, but: str = "") -> bool:
+    """Whether the module's own code drops numbers in training, which a stand-in would not."""
+    return any("dropout" in name and name != but and isinstance(rate, float) and rate > 0 for name, rate in vars(module).items())
 
 
 def _small_attention(module: nn.Module) -> nn.Module:
@@ -122,7 +131,7 @@ def _mlp(module: nn.Module) -> GatedMlp | None:
     act = getattr(module, "act_fn", None)
     gate, up, down = (getattr(module, name) for name in _PROJECTIONS)
     weight = cast(Tensor, gate.weight)
-    if act is None or not weight.is_floating_point():
+    if act is None or not weight.is_floating_point() or _drops(module):
         return None
     x = _probe(weight.shape[1], weight)
     with torch.no_grad():
@@ -141,6 +150,8 @@ def _norm(module: nn.Module) -> FrozenRmsNorm | None:
     if set(own) != {"weight"} or not isinstance(getattr(module, "variance_epsilon", None), float) or own["weight"].requires_grad:
         return None
     if not own["weight"].is_floating_point():
+        return None
+    if len(inspect.signature(module.forward).parameters) != 1:  # a gated norm
         return None
     x = _probe(own["weight"].shape[0], own["weight"])
     stand_in = FrozenRmsNorm(module)

@@ -46,6 +46,7 @@ class TextModel:
     products: torch.dtype  # of the matrix products over them (core/precision)
     streamed: Streamed | None = None  # where the frozen blocks come in from a store
     shares_prefix: bool = True  # whether tokens that all rows begin with are computed once: not where dropout differs by row
+    watched: bool = False  # whether somebody looks at what passes through: then every token of a batch does, and no other
 
     @property
     def attention(self) -> str:
@@ -66,6 +67,7 @@ class TextModel:
         must see `every_token` of the batch and no other, as whoever watches or divides what passes through it wants.
         """
         batch = batch.to(self.device)
+        every_token = every_token or self.watched
         if self.attention == "varlen":
             laid = as_laid(batch) if every_token else self.laid(batch)
             filler = batch.ids.new_zeros(0 if every_token else -len(laid.ids) % WHOLE)
@@ -84,7 +86,7 @@ class TextModel:
 
     def laid(self, batch: Batch) -> Layout:
         """The batch as the model sees it where rows lie end to end."""
-        return shared_once(batch) if self.shares_prefix else as_laid(batch)
+        return shared_once(batch) if self.shares_prefix and not self.watched else as_laid(batch)
 
     @contextmanager
     def last_block_at(self, laid: Layout | None) -> Iterator[None]:
@@ -93,7 +95,7 @@ class TextModel:
         Everything before it needs every token, for the keys and values of those that follow. None: all of them.
         """
         parts: list[GatedMlp | RotaryAttention] = []
-        if laid is not None and 2 * len(laid.target_positions) < len(laid.ids):
+        if laid is not None and not self.watched and 2 * len(laid.target_positions) < len(laid.ids):
             prefix, count = modules.block_prefix(self.model, self.family)
             last = modules.find(self.model, f"{prefix}.{count - 1}") if count else None
             parts = [part for part in last.modules() if isinstance(part, (GatedMlp, RotaryAttention))] if last else []
