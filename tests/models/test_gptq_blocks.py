@@ -52,9 +52,9 @@ def test_each_block_sees_what_the_quantised_ones_before_it_make(family: str, att
         layer = PackedLinear(base, module.bias, transposed=type(module).__name__ == "Conv1D")
         layer.register_forward_pre_hook(lambda module, args, path=path: seen[path].append(args[0].flatten(0, -2)))
         finished.model.set_submodule(path, layer)
-    with torch.no_grad():
+    with torch.no_grad(), finished.every_token():
         for row in rows():
-            finished.hidden(pack([row]), every_token=True)
+            finished.hidden(pack([row]))
     for path, base in bases.items():
         weight = dense.model.get_submodule(path).weight
         weight = weight.t() if family == "gpt2" else weight

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +97,18 @@ def beginning_alike(rows: Rows, shared: int) -> Batch:
     return Batch(ids, batch.lengths, batch.target_positions, targets, batch.keys)
 
 
+def as_usual_and_with_every_token(text: TextModel, batch: Batch) -> list[list[Any]]:
+    """The logits at the targets and the gradients of the adapter, both ways."""
+    found = []
+    for context in (nullcontext(), text.every_token()):
+        text.model.zero_grad()
+        with context:
+            logits = text.head(text.hidden(batch))
+        torch.nn.functional.cross_entropy(logits, batch.target_ids, reduction="sum").backward()
+        found.append([logits.detach(), *(parameter.grad for parameter in trained_parameters(text.model).values())])
+    return found
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("shared", [1, 2])
 def test_what_rows_share_is_computed_once_and_counts_for_each(
@@ -106,12 +119,7 @@ def test_what_rows_share_is_computed_once_and_counts_for_each(
     adapted(text.model)
     seen: list[int] = []
     text.model.get_input_embeddings().register_forward_hook(lambda *call: seen.append(call[1][0].shape[-1]))
-    found = []
-    for every_token in (False, True):
-        text.model.zero_grad()
-        logits = text.head(text.hidden(batch, every_token=every_token))
-        torch.nn.functional.cross_entropy(logits, batch.target_ids, reduction="sum").backward()
-        found.append([logits.detach(), *(parameter.grad for parameter in trained_parameters(text.model).values())])
+    found = as_usual_and_with_every_token(text, batch)
     tokens = sum(LENGTHS)
     once = tokens - shared * (len(LENGTHS) - 1)
     assert seen == [once + -once % 32, tokens]
@@ -131,12 +139,7 @@ def test_the_last_block_computes_only_what_is_read(tiny_llama_folder: Path, adap
         inner = block.mlp.original.down_proj.base
         usual = inner.matmul
         inner.matmul = lambda x, usual=usual: seen.append(len(x)) or usual(x)
-    found = []
-    for every_token in (False, True):
-        text.model.zero_grad()
-        logits = text.head(text.hidden(few, every_token=every_token))
-        torch.nn.functional.cross_entropy(logits, few.target_ids, reduction="sum").backward()
-        found.append([logits.detach(), *(parameter.grad for parameter in trained_parameters(text.model).values())])
+    found = as_usual_and_with_every_token(text, few)
     once = sum(LENGTHS) - 2 * (len(LENGTHS) - 1)
     assert seen == [once + -once % 32, len(LENGTHS), sum(LENGTHS), sum(LENGTHS)]
     for one, other in zip(*found, strict=True):
@@ -149,10 +152,10 @@ def test_a_watched_model_sees_every_token_and_no_other(tiny_llama_folder: Path, 
     fuse(text.model)
     seen: list[int] = []
     text.model.get_input_embeddings().register_forward_hook(lambda *call: seen.append(call[1][0].shape[-1]))
-    text.watched = True
-    text.hidden(batch)
+    with text.every_token():
+        text.hidden(batch)
+        assert text.laid(batch).prefix == 0
     assert seen == [batch.tokens]
-    assert text.laid(batch).prefix == 0
 
 
 def test_rows_that_drop_numbers_of_their_own_share_nothing(tiny_llama_folder: Path) -> None:

@@ -70,14 +70,18 @@ class Normed:
             return None
         return Normed(found.x.flatten(0, -2), found.rho.flatten(0, -2), found.weight)
 
-    def kept(self) -> tuple[Tensor, ...]:
-        """What `again` takes."""
-        return self.x, self.rho, self.weight
 
-    @staticmethod
-    def again(x: Tensor, rho: Tensor, weight: Tensor) -> Tensor:
-        """y, to the last bit."""
-        return weight * (x.float() * rho).to(x.dtype)
+def kept_of(y: Tensor, normed: Normed | None) -> tuple[Tensor, ...]:
+    """What to save of `y` for the backward pass: itself, or what it was normed from."""
+    return (y,) if normed is None else (normed.x, normed.rho, normed.weight)
+
+
+def made_again(kept: Sequence[Tensor]) -> Tensor:
+    """y, to the last bit, from what `kept_of` gave."""
+    if len(kept) == 1:
+        return kept[0]
+    x, rho, weight = kept
+    return weight * (x.float() * rho).to(x.dtype)
 
 
 _NOTE = "lorakeet_normed"
@@ -113,7 +117,7 @@ class GatedMlpFunction(torch.autograd.Function):
             for_down = torch.mm(inner[part], a_down.t())
             add_low_rank(y[part], for_down, b_down, scales[2])
             shrunk.append(for_down)
-        source = (x,) if normed is None else normed.kept()
+        source = kept_of(x, normed)
         ctx.save_for_backward(gate.to(x.dtype), up.to(x.dtype), *source, *shrunk, *factors)
         ctx.projections, ctx.source = p, len(source)
         return y.to(x.dtype)
@@ -123,8 +127,7 @@ class GatedMlpFunction(torch.autograd.Function):
         p: Projections = ctx.projections
         count = len(p.parts)
         gate, up, *rest = ctx.saved_tensors
-        source, rest = rest[: ctx.source], rest[ctx.source :]
-        x = source[0] if len(source) == 1 else Normed.again(*source)
+        x, rest = made_again(rest[: ctx.source]), rest[ctx.source :]
         into, for_down, factors = rest[: 2 * count], rest[2 * count : 3 * count], rest[3 * count :]
         grad, gate, up = grad.to(p.products).contiguous(), gate.to(p.products), up.to(p.products)
         wide = x.to(p.products)

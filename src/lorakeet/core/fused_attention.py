@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lorakeet.core.base import DenseBase, FrozenBase
-from lorakeet.core.fused import Normed, spread
+from lorakeet.core.fused import Normed, kept_of, made_again, spread
 from lorakeet.core.layers import LoraLinear, StandIn
 from lorakeet.core.math import add_low_rank, grad_of_b, shrink_grad
 from lorakeet.core.row_attention import FlashRows, ProductRows, kernel_for
@@ -48,9 +48,7 @@ class RotaryAttentionFunction(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, cos: Tensor, sin: Tensor, inputs: Inputs, normed: Normed | None, *factors: Tensor
-    ) -> Tensor:
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor, inputs: Inputs, normed: Normed | None, *factors: Tensor) -> Tensor:
         wide = x.to(inputs.products)
         outs = [base.matmul(wide) for base in inputs.bases]
         for out, bias in zip(outs, inputs.biases, strict=True):
@@ -63,7 +61,7 @@ class RotaryAttentionFunction(torch.autograd.Function):
         query, key, value = (out.view(len(x), -1, inputs.head) for out in outs)
         states = [_laid(states, x.dtype) for states in (_turned(query, *turn), _turned(key, *turn), value)]
         result, kept = inputs.kernel.forward(*states)
-        source = (x,) if normed is None else normed.kept()
+        source = kept_of(x, normed)
         ctx.save_for_backward(cos, sin, *source, *states, *kept, *shrunk, *factors)
         ctx.inputs, ctx.source, ctx.kept = inputs, len(source), len(kept)
         return result.reshape(len(x), -1)
@@ -72,8 +70,7 @@ class RotaryAttentionFunction(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         inputs: Inputs = ctx.inputs
         cos, sin, *rest = ctx.saved_tensors
-        source, rest = rest[: ctx.source], rest[ctx.source :]
-        x = source[0] if len(source) == 1 else Normed.again(*source)
+        x, rest = made_again(rest[: ctx.source]), rest[ctx.source :]
         states, kept, rest = rest[:3], rest[3 : 3 + ctx.kept], rest[3 + ctx.kept :]
         pairs = sum(scale is not None for scale in inputs.scales)
         shrunk, factors = rest[:pairs], rest[pairs:]

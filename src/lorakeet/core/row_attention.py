@@ -249,8 +249,9 @@ class FlashRows:
     def forward(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
         """The result, and what `backward` needs beside Q, K and V."""
         groups, tokens = query.shape[1] // key.shape[1], query.shape[2]
-        q, k, v = _by_group(self._spread(query).float(), groups), self._spread(key).float(), self._spread(value).float()
-        result = torch.zeros_like(self._spread(query).transpose(1, 2), memory_format=torch.contiguous_format)
+        spread = [self._spread(states) for states in (query, key, value)]
+        q, k, v = _by_group(spread[0].float(), groups), spread[1].float(), spread[2].float()
+        result = torch.zeros_like(spread[0].transpose(1, 2), memory_format=torch.contiguous_format)
         place = _by_group(result.transpose(1, 2), groups)
         logsumexps = []
         for part in _parts(self.rows):

@@ -174,8 +174,9 @@ def _record(
     try:
         for number, recorder in enumerate(recorders):
             blocks[number] = recorder
-        for batch in batches:
-            text.hidden(batch, every_token=True)
+        with text.every_token():
+            for batch in batches:
+                text.hidden(batch)
     finally:
         for number, block in enumerate(originals):
             blocks[number] = block

@@ -13,6 +13,7 @@ from torch import nn
 from lorakeet.errors import DataError, Problems
 from lorakeet.formats.safe import SafeFile, open_safetensors
 from lorakeet.models.packing import Packing
+from lorakeet.models.stock import indexed
 from lorakeet.quant.adopt import quantised
 from lorakeet.quant.nf4 import missing_kernels
 from lorakeet.quant.packed import PackedLinear
@@ -69,15 +70,10 @@ def load_packed_denoiser(
 def denoiser_files(folder: Path) -> dict[str, SafeFile]:
     """The file of each tensor of a folder that diffusers saved, headers checked; nothing is read."""
     index = folder / f"{_NAME}.index.json"
-    if not index.is_file():
-        file = open_safetensors(folder / _NAME)
-        return dict.fromkeys(file.tensors, file)
-    home = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-    opened = {name: open_safetensors(folder / name) for name in sorted(set(home.values()))}
-    lost = [name for name, file in home.items() if name not in opened[file].tensors]
-    if lost:
-        raise DataError(f"{index} lists {len(lost)} tensors that their files do not have, such as {lost[0]}.")
-    return {name: opened[file] for name, file in home.items()}
+    if index.is_file():
+        return indexed(index)
+    file = open_safetensors(folder / _NAME)
+    return dict.fromkeys(file.tensors, file)
 
 
 def _check(folder: Path, model: nn.Module, files: Mapping[str, SafeFile]) -> None:

@@ -47,14 +47,19 @@ def method_of(stored: Mapping[str, Any]) -> str:
 def tensor_files(folder: Path) -> dict[str, SafeFile]:
     """The file of each tensor of a model folder, headers checked; nothing is read."""
     if (folder / _INDEX).is_file():
-        home = json.loads((folder / _INDEX).read_text(encoding="utf-8"))["weight_map"]
-        files = {file: open_safetensors(folder / file) for file in sorted(set(home.values()))}
-        lost = [name for name, file in home.items() if name not in files[file].tensors]
-        if lost:
-            raise DataError(f"{folder / _INDEX} lists {len(lost)} tensors that their files do not have, such as {lost[0]}.")
-        return {name: files[file] for name, file in home.items()}
+        return indexed(folder / _INDEX)
     shards = [folder / _SINGLE] if (folder / _SINGLE).is_file() else sorted(folder.glob("*.safetensors"))
     return {name: file for file in map(open_safetensors, shards) for name in file.tensors}
+
+
+def indexed(index: Path) -> dict[str, SafeFile]:
+    """The file of each tensor that an index beside several files lists, headers checked; nothing is read."""
+    home = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+    files = {file: open_safetensors(index.parent / file) for file in sorted(set(home.values()))}
+    lost = [name for name, file in home.items() if name not in files[file].tensors]
+    if lost:
+        raise DataError(f"{index} lists {len(lost)} tensors that their files do not have, such as {lost[0]}.")
+    return {name: files[file] for name, file in home.items()}
 
 
 def dense_stock(files: Mapping[str, SafeFile]) -> Stock:

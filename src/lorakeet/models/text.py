@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
 
@@ -46,7 +47,7 @@ class TextModel:
     products: torch.dtype  # of the matrix products over them (core/precision)
     streamed: Streamed | None = None  # where the frozen blocks come in from a store
     shares_prefix: bool = True  # whether tokens that all rows begin with are computed once: not where dropout differs by row
-    watched: bool = False  # whether somebody looks at what passes through: then every token of a batch does, and no other
+    sees_every_token: bool = False  # set by `every_token`
 
     @property
     def attention(self) -> str:
@@ -60,18 +61,17 @@ class TextModel:
         limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
         return None if limit is None else int(limit)
 
-    def hidden(self, batch: Batch, *, every_token: bool = False) -> Tensor:
+    def hidden(self, batch: Batch) -> Tensor:
         """The decoder's last hidden states where a target is to be predicted, (targets, hidden), with gradient if enabled.
 
-        Tokens that all rows begin with pass through the model once, and filler makes their number whole; not so if the model
-        must see `every_token` of the batch and no other, as whoever watches or divides what passes through it wants.
+        Tokens that all rows begin with pass through the model once, filler makes their number whole, and the last block computes
+        only what is read of it; not so within `every_token`.
         """
         batch = batch.to(self.device)
-        every_token = every_token or self.watched
         if self.attention == "varlen":
-            laid = as_laid(batch) if every_token else self.laid(batch)
-            filler = batch.ids.new_zeros(0 if every_token else -len(laid.ids) % WHOLE)
-            with self.last_block_at(None if every_token else laid):
+            laid = self.laid(batch)
+            filler = batch.ids.new_zeros(0 if self.sees_every_token else -len(laid.ids) % WHOLE)
+            with self.last_block_at(laid):
                 states = self._decode(
                     torch.cat([laid.ids, filler])[None],
                     position_ids=torch.cat([laid.positions, filler])[None],
@@ -84,29 +84,46 @@ class TextModel:
         states = self._decode(padded)
         return states.flatten(0, 1).index_select(0, places[batch.target_positions])
 
+    @contextmanager
+    def every_token(self) -> Iterator[None]:
+        """A context in which every token of a batch passes through every part of the model, and no other: for whoever watches or
+        divides what passes through it."""
+        before, self.sees_every_token = self.sees_every_token, True
+        try:
+            yield
+        finally:
+            self.sees_every_token = before
+
     def laid(self, batch: Batch) -> Layout:
         """The batch as the model sees it where rows lie end to end."""
-        return shared_once(batch) if self.shares_prefix and not self.watched else as_laid(batch)
+        return shared_once(batch) if self.shares_prefix and not self.sees_every_token else as_laid(batch)
 
     @contextmanager
-    def last_block_at(self, laid: Layout | None) -> Iterator[None]:
+    def last_block_at(self, laid: Layout) -> Iterator[None]:
         """A context in which the fused parts of the last block compute only what is read of it: the tokens that predict a target.
 
-        Everything before it needs every token, for the keys and values of those that follow. None: all of them.
+        Everything before it needs every token, for the keys and values of those that follow.
         """
-        parts: list[GatedMlp | RotaryAttention] = []
-        if laid is not None and not self.watched and 2 * len(laid.target_positions) < len(laid.ids):
-            prefix, count = modules.block_prefix(self.model, self.family)
-            last = modules.find(self.model, f"{prefix}.{count - 1}") if count else None
-            parts = [part for part in last.modules() if isinstance(part, (GatedMlp, RotaryAttention))] if last else []
-        only = torch.unique(laid.target_positions) if parts and laid is not None and laid.prefix else None
-        for part in parts:
-            part.only = laid.target_positions if only is None and laid is not None else only
+        few = not self.sees_every_token and 2 * len(laid.target_positions) < len(laid.ids)
+        parts = self._last_parts() if few else []
+        if parts:
+            only = torch.unique(laid.target_positions) if laid.prefix else laid.target_positions
+            for part in parts:
+                part.only = only
         try:
             yield
         finally:
             for part in parts:
                 part.only = None
+
+    @cached_property
+    def _blocks(self) -> tuple[str, int]:
+        return modules.block_prefix(self.model, self.family)
+
+    def _last_parts(self) -> list[GatedMlp | RotaryAttention]:
+        prefix, count = self._blocks
+        last = modules.find(self.model, f"{prefix}.{count - 1}") if count else None
+        return [] if last is None else [part for part in last.modules() if isinstance(part, (GatedMlp, RotaryAttention))]
 
     def head(self, hidden: Tensor) -> Tensor:
         """(n, hidden) to the model's logits (n, vocabulary), with the family's factor, divisor and soft cap.

@@ -5,7 +5,6 @@ As in train/rehearsal, the real code runs on tensors without memory: what is pla
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,18 +18,24 @@ from lorakeet.core.spec import LoraSpec
 from lorakeet.data.image_spec import ImageSpec
 from lorakeet.data.images import ImageRow
 from lorakeet.memory.ledger import Held, Ledger, Work
-from lorakeet.memory.measure import PeakMemory
 from lorakeet.models.image import Conditioning, ImageModel, image_plan
 from lorakeet.models.image_cache import Captions, EncodedImage
 from lorakeet.models.inject import inject
 from lorakeet.quant.adopt import weights_in
-from lorakeet.quant.packed import SCRATCH, PackedBase
+from lorakeet.quant.packed import SCRATCH
 from lorakeet.train.image_spec import DiffusionSpec
 from lorakeet.train.image_task import ImageBatch, ImageTask
 from lorakeet.train.loop import Training
-from lorakeet.train.progress import Silent
-from lorakeet.train.rehearsal import CHECKPOINT, EVALUATE, JUDGE, STEP, Nowhere, begin_moments, copy_for_checkpoint, moments_of
-from lorakeet.train.run import RunFolder
+from lorakeet.train.rehearsal import (
+    CHECKPOINT,
+    EVALUATE,
+    JUDGE,
+    STEP,
+    copy_for_checkpoint,
+    largest_matrix,
+    silent_training,
+    step_in_account,
+)
 from lorakeet.train.spec import TrainSpec
 
 ENCODE = "encode"  # pictures to latents, captions to embeddings
@@ -69,7 +74,7 @@ def rehearse_images(
             model = build()
             ledger.name("base", [*model.parts.parameters(), *model.parts.buffers(), *model.vae.parameters()])
             base = ledger.held["base"]
-            unet, largest = weights_in(model.unet), _largest(model)
+            unet, largest = weights_in(model.unet), largest_matrix(model.unet)
             plan = image_plan(model, lora, text_encoder=diffusion.text_encoder)
             go_through(model, plan, train, diffusion, pictures, ledger)
             ledger.close()
@@ -92,15 +97,7 @@ def go_through(
             told = model.describe(["a picture"]).to(torch.device("cpu"), torch.float32)
     inject(model.parts, plan)
     training = _training(model, latents, told, train, diffusion, pictures)
-    parameters = training.parameters.values()
-    account.name("adapter", [*parameters, *training.task.fixed().values()])
-    account.watch_gradients(parameters)
-    best = [parameter.detach().clone() for parameter in parameters]
-    account.name("adapter", best)
-    begin_moments(training)
-    account.name("moments", moments_of(training))
-    with account.phase(STEP):
-        training.step()
+    best = step_in_account(training, account)
     task = cast(_MadeUp, training.task)
     with account.phase(EVALUATE):
         task.judge(diffusion.at_once)
@@ -112,6 +109,7 @@ def go_through(
         noisy, timesteps, sizes = torch.zeros(count, *latents.shape[1:2], *place), torch.ones(count), task.train[0].sizes
         model.predict(noisy, timesteps, _repeated(told, count), sizes.expand(count, 6))
         model.decode(noisy[:1])
+    del best
 
 
 def _training(
@@ -126,10 +124,7 @@ def _training(
         model, [picture], held_out=[], captions=cast(Captions, _Told(told)), spec=spec, images=ImageSpec(), diffusion=diffusion
     )
     task.cut = pictures
-    training = Training(task, spec, run=RunFolder(Path()), report=Silent())
-    training.memory, training.metrics = PeakMemory(), Nowhere()
-    training.earlier_seconds = training.started = 0.0
-    return training
+    return silent_training(task, spec)
 
 
 class _MadeUp(ImageTask):
@@ -169,12 +164,6 @@ class _NoLedger(Ledger):  # type: ignore[no-untyped-call]
 
     def watch_gradients(self, parameters: Any) -> None:
         return None
-
-
-def _largest(model: ImageModel) -> int:
-    packed: list[int] = [math.prod(module.shape) for module in model.unet.modules() if isinstance(module, PackedBase)]
-    dense: list[int] = [parameter.numel() for parameter in model.unet.parameters()]
-    return max([*packed, *dense])
 
 
 def _repeated(told: Conditioning, count: int) -> Conditioning:

@@ -11,7 +11,7 @@ are the same to the last bit. Only the order among blocks differs, which no sum 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TypeVar, cast
 
 import torch
@@ -53,19 +53,17 @@ def batches_by_block(
     aside: Aside,
     together: int = 0,
     prepare: Callable[[int], None] = lambda _: None,
-    every_token: bool = False,
 ) -> Tensor:
     """The same for any loss of each batch: `loss(number)` is what is differentiated and what is summed of batch `number`.
 
-    `prepare(number)` is called whenever the batch is about to be computed with, to say which adapters its tokens use;
-    `every_token` is what `loss` asks of TextModel.hidden.
+    `prepare(number)` is called whenever the batch is about to be computed with, to say which adapters its tokens use.
     """
     total = torch.zeros((), dtype=torch.float64)
     seeds, size = batch_seeds(len(batches)), together or max(1, len(batches))
     for start in range(0, len(batches), size):
         part = slice(start, start + size)
         step = _Step(text, streamed, list(batches[part]), seeds[part], aside)
-        step.prepare, step.loss, step.every_token = _from(start, prepare), _from(start, loss), every_token
+        step.prepare, step.loss = _from(start, prepare), _from(start, loss)
         step.enter()
         step.forward()
         total = step.head(total)
@@ -83,7 +81,6 @@ class _Step:
 
     prepare: Callable[[int], None]
     loss: Callable[[int], tuple[Tensor, Tensor]]
-    every_token: bool
 
     def __init__(self, text: TextModel, streamed: Streamed, batches: list[Batch], seeds: list[int], aside: Aside) -> None:
         self.text, self.streamed, self.batches, self.aside = text, streamed, batches, aside
@@ -99,7 +96,7 @@ class _Step:
         for number, (batch, random) in enumerate(zip(self.batches, self.random, strict=True)):
             self.prepare(number)
             with random.drawing(), self.streamed.recording() as passage:
-                self.text.hidden(batch, every_token=self.every_token)
+                self.text.hidden(batch)
             self.passages.append(passage)
             self.states.append(cast(Tensor, passage.entry).detach())
         if self._trains_entry:
@@ -159,8 +156,8 @@ class _Step:
 
     def _narrowed(self, index: int, number: int) -> AbstractContextManager[None]:
         """Of the last block only what the loss of batch `number` reads is computed, as in a resident model."""
-        last = index == len(self.streamed.blocks) - 1 and self.text.attention == "varlen" and not self.every_token
-        return self.text.last_block_at(self.text.laid(self.batches[number]) if last else None)
+        last = index == len(self.streamed.blocks) - 1 and self.text.attention == "varlen"
+        return self.text.last_block_at(self.text.laid(self.batches[number])) if last else nullcontext()
 
     def _into_entry(self) -> None:
         """Gradients of trained embeddings. What head and embedding share is summed within a batch first, as autograd does."""

@@ -141,7 +141,7 @@ class Many:
 
         def loss(number: int) -> tuple[Tensor, Tensor]:
             """Σ of the members' means, to be differentiated, and Σ of their losses."""
-            hidden = self.text.hidden(joined[number], every_token=True)
+            hidden = self.text.hidden(joined[number])
             parts = torch.split(hidden, [batch.targets for _, batch in passes[number]])
             means, wholes = [], []
             for (index, batch), states in zip(passes[number], parts, strict=True):
@@ -153,15 +153,15 @@ class Many:
                     wholes.append(own.detach())
             return torch.stack(means).sum(), torch.stack(wholes).sum()
 
-        if self.text.streamed is not None:
-            batches_by_block(
-                self.text, self.text.streamed, joined, loss, aside=self.aside, together=self.together, prepare=prepare,
-                every_token=True,
-            )  # fmt: skip
-        else:
-            for number in range(len(passes)):
-                prepare(number)
-                loss(number)[0].backward()  # type: ignore[no-untyped-call]
+        with self.text.every_token():
+            if self.text.streamed is not None:
+                batches_by_block(
+                    self.text, self.text.streamed, joined, loss, aside=self.aside, together=self.together, prepare=prepare
+                )
+            else:
+                for number in range(len(passes)):
+                    prepare(number)
+                    loss(number)[0].backward()  # type: ignore[no-untyped-call]
         for learner, count in zip(learning, targets, strict=True):
             learner.targets = count
         return sums

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 from torch._subclasses.fake_tensor import (  # torch offers no public names
     DataDependentOutputException,
     DynamicOutputShapeException,
@@ -42,6 +43,7 @@ from lorakeet.train.loop import Training
 from lorakeet.train.progress import Silent
 from lorakeet.train.run import RunFolder
 from lorakeet.train.spec import TrainSpec
+from lorakeet.train.task import Task
 from lorakeet.train.text_task import TextTask
 
 EVALUATE, STEP, CHECKPOINT, JUDGE = "evaluate", "train step", "checkpoint", "judge"
@@ -134,25 +136,32 @@ class _Rehearsing:
         work = Work(step.flops // micro_batches, step.written // micro_batches)
         parameters = weights_in(text.model) - self.plan.parameters
         packed = any(isinstance(module, PackedBase) for module in text.model.modules())
-        return Rehearsal(self.plan, ledger.held["base"], ledger.peaks, parameters, _largest(text), packed, work)
+        return Rehearsal(self.plan, ledger.held["base"], ledger.peaks, parameters, largest_matrix(text.model), packed, work)
 
     def _train(self, rows: Rows, micro_batches: int, evaluated: Rows) -> None:
         ledger, text = self.ledger, self.text
         training = training_on(text, self.spec, rows, micro_batches)
-        parameters = training.parameters.values()
-        ledger.name("adapter", [*parameters, *training.task.fixed().values()])
-        ledger.watch_gradients(parameters)
-        best = [parameter.detach().clone() for parameter in parameters]
-        ledger.name("adapter", best)
-        begin_moments(training)
-        ledger.name("moments", moments_of(training))
-        with ledger.phase(STEP):
-            training.step()
+        best = step_in_account(training, ledger)
         with ledger.phase(EVALUATE):
             text.model.eval()
             token_logprobs(text, made_up_batch(evaluated).to(text.device), chunk=self.spec.head_chunk)
         with ledger.phase(CHECKPOINT):
             copy_for_checkpoint(training)
+        del best
+
+
+def step_in_account(training: Training[Any], ledger: Ledger) -> list[torch.Tensor]:
+    """A step as all but the first are, entered in `ledger`; the best values, which a run holds until it ends."""
+    parameters = training.parameters.values()
+    ledger.name("adapter", [*parameters, *training.task.fixed().values()])
+    ledger.watch_gradients(parameters)
+    best = [parameter.detach().clone() for parameter in parameters]
+    ledger.name("adapter", best)
+    begin_moments(training)
+    ledger.name("moments", moments_of(training))
+    with ledger.phase(STEP):
+        training.step()
+    return best
 
 
 def _judge(text: TextModel, judging: Judging) -> None:
@@ -173,10 +182,10 @@ def _judge(text: TextModel, judging: Judging) -> None:
         sample(text, [np.ones(judging.text_tokens, np.int64)] * count, max_tokens=1)
 
 
-def _largest(text: TextModel) -> int:
-    """How many numbers the largest frozen matrix stands for."""
-    dense: list[int] = [parameter.numel() for parameter in text.model.parameters() if not parameter.requires_grad]
-    packed: list[int] = [math.prod(module.shape) for module in text.model.modules() if isinstance(module, PackedBase)]
+def largest_matrix(model: nn.Module) -> int:
+    """How many numbers the largest frozen matrix of `model` stands for."""
+    dense: list[int] = [parameter.numel() for parameter in model.parameters() if not parameter.requires_grad]
+    packed: list[int] = [math.prod(module.shape) for module in model.modules() if isinstance(module, PackedBase)]
     return max([*dense, *packed])
 
 
@@ -190,7 +199,12 @@ def training_on(text: TextModel, spec: TrainSpec, rows: Rows, micro_batches: int
     """A Training of the adapter in `text` on made-up rows, ready to `step`, that writes nothing."""
     examples = [_row(rows, number) for number in range(rows.count * micro_batches)]
     spec = replace(spec, batch_size=len(examples), micro_tokens=rows.tokens)
-    training = Training(TextTask(text, examples, held_out=(), spec=spec), spec, run=RunFolder(Path()), report=Silent())
+    return silent_training(TextTask(text, examples, held_out=(), spec=spec), spec)
+
+
+def silent_training(task: Task[Any], spec: TrainSpec) -> Training[Any]:
+    """A Training of `task`, ready to `step`, that writes nothing."""
+    training = Training(task, spec, run=RunFolder(Path()), report=Silent())
     training.memory, training.metrics = PeakMemory(), Nowhere()
     training.earlier_seconds = training.started = 0.0
     return training

@@ -113,11 +113,12 @@ def _sketches(
 
     def forward() -> None:
         for batch in micro_batches(rows, config.train.micro_tokens):
-            text.hidden(batch.to(text.device), every_token=True)
+            text.hidden(batch.to(text.device))
 
     activate(text.model, None)
     text.model.eval()
-    return sketch_states(text.model, plan, forward, of=of, largest=largest, seed=config.train.seed)
+    with text.every_token():
+        return sketch_states(text.model, plan, forward, of=of, largest=largest, seed=config.train.seed)
 
 
 def _halves(config: RunConfig, text: TextModel, plan: Plan, rows: Sequence[Example], largest: int) -> Halves:

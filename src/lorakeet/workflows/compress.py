@@ -150,12 +150,8 @@ def weighed(
     spec = config.train
     task = TextTask(text, rows, held_out=(), spec=spec, name=name)
     batches = [batch for batch in micro_batches(rows, spec.micro_tokens) if batch.targets]
-    text.watched = True
-    try:
-        with watching(text.model, name) as moments, torch.random.fork_rng(devices=[]):
-            task.gradients(batches, 1)
-    finally:
-        text.watched = False
+    with text.every_token(), watching(text.model, name) as moments, torch.random.fork_rng(devices=[]):
+        task.gradients(batches, 1)
     for parameter in task.parameters().values():
         parameter.grad = None
     text.model.eval()

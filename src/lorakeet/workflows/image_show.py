@@ -8,9 +8,9 @@ from rich.text import Text
 
 from lorakeet.core.plan import Plan
 from lorakeet.evaluate.wording import bytes_text
-from lorakeet.memory.forecast import KINDS
 from lorakeet.workflows.image_assemble import ImageAssembly
 from lorakeet.workflows.image_forecast import ImagePlanned
+from lorakeet.workflows.show import memory_table
 
 
 def show_image_plan(setup: ImageAssembly, console: Console) -> None:
@@ -47,15 +47,7 @@ def _by_module(plan: Plan) -> list[tuple[str, str, str, str, str]]:
 
 def show_forecast(planned: ImagePlanned, console: Console) -> None:
     """The table of phases and kinds, and what was planned."""
-    phases = planned.forecast.phases
-    shown = [kind for kind in KINDS if any(kind in phase.kinds for phase in phases)]
-    table = Table(title="Memory of the process at the peak of each phase", title_justify="left")
-    for column in ("phase", *shown, "all"):
-        table.add_column(column, justify="left" if column == "phase" else "right")
-    for phase in phases:
-        cells = [bytes_text(phase.kinds[kind]) if kind in phase.kinds else "" for kind in shown]
-        table.add_row(phase.name, *cells, Text(bytes_text(phase.bytes), style="bold"))
-    console.print(table)
+    console.print(memory_table(planned.forecast))
     pictures = planned.pictures
     height, width = pictures.example
     console.print(

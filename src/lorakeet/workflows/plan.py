@@ -11,21 +11,19 @@ from typing import Any, Literal
 
 import torch
 from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
 from lorakeet.config import RunConfig
 from lorakeet.evaluate.wording import bytes_text
 from lorakeet.memory.allocator import return_freed_memory
 from lorakeet.memory.bound import Choice, choose, least
 from lorakeet.memory.budget import larger_than_machine
-from lorakeet.memory.forecast import KINDS
 from lorakeet.memory.measure import resident_bytes
 from lorakeet.models.outline import config_of, local_files
 from lorakeet.workflows import finetune as _run  # noqa: F401 - what a run has in memory is in memory here, to be counted
 from lorakeet.workflows.arrange import precision_of, shapes_of
 from lorakeet.workflows.forecast_run import Planned, Precision, forecast_run, runtime_bytes
 from lorakeet.workflows.image_plan import ImagePlanResult, plan_images
+from lorakeet.workflows.show import memory_table
 
 PROBE_SIZE, PROBE_BYTES, PROBE_REPEATS = 1024, 64 << 20, 5
 
@@ -131,16 +129,8 @@ def plan(
 def show_plan(result: PlanResult, console: Console) -> None:
     """The table of phases and kinds, the peak against the budget, what would help, and the bound of speed."""
     planned = result.planned
-    phases = planned.forecast.phases
-    shown = [kind for kind in KINDS if any(kind in phase.kinds for phase in phases)]
-    table = Table(title="Memory of the process at the peak of each phase", title_justify="left")
-    for column in ("phase", *shown, "all"):
-        table.add_column(column, justify="left" if column == "phase" else "right")
-    for phase in phases:
-        cells = [bytes_text(phase.kinds[kind]) if kind in phase.kinds else "" for kind in shown]
-        table.add_row(phase.name, *cells, Text(bytes_text(phase.bytes), style="bold"))
     rows, work = planned.rows, planned.work
-    console.print(table)
+    console.print(memory_table(planned.forecast))
     trained = f"{planned.plan.parameters:,} trained parameters"
     if result.config.ranks.choose == "auto":
         trained = f"At most {trained}, the ranks those that hold most of all that ranks.choose auto may choose"

@@ -1,4 +1,4 @@
-"""What a run prints in the terminal: the plan, an example with its learnt tokens, and the table of results."""
+"""What a run prints in the terminal: the plan, an example with its learnt tokens, memory, and the table of results."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from lorakeet.evaluate.certificate import Certificate
 from lorakeet.evaluate.intervals import Estimate
 from lorakeet.evaluate.report import Report
 from lorakeet.evaluate.wording import METRIC_WORDS, bytes_text, metric_words, number, signed
+from lorakeet.memory.forecast import KINDS, Forecast
 from lorakeet.workflows.assemble import Assembly
 
 
@@ -78,6 +79,18 @@ def show_certificate(certificate: Certificate, console: Console) -> None:
     """One line a check."""
     for check in certificate.checks:
         console.print(Text(str(check), style="green" if check.passed else "bold red"))
+
+
+def memory_table(forecast: Forecast) -> Table:
+    """What a run will hold at the peak of each phase, by kind."""
+    shown = [kind for kind in KINDS if any(kind in phase.kinds for phase in forecast.phases)]
+    table = Table(title="Memory of the process at the peak of each phase", title_justify="left")
+    for column in ("phase", *shown, "all"):
+        table.add_column(column, justify="left" if column == "phase" else "right")
+    for phase in forecast.phases:
+        cells = [bytes_text(phase.kinds[kind]) if kind in phase.kinds else "" for kind in shown]
+        table.add_row(phase.name, *cells, Text(bytes_text(phase.bytes), style="bold"))
+    return table
 
 
 def _cell(estimate: Estimate | None, digits: int) -> Text:
