@@ -85,3 +85,15 @@ def test_work_is_that_of_one_micro_batch() -> None:
     forward = 2 * found.parameters * ROWS.tokens
     assert 1.5 * forward < found.work.flops < 4 * forward  # forward and backward through the frozen weights
     assert found.work.written > found.base
+
+
+def test_made_up_rows_give_every_pair_a_gradient_whatever_the_made_up_weights() -> None:
+    """Rows of one token repeated had left queries and keys, whose values were all alike, with gradients of pure rounding."""
+    for seed in range(12):
+        torch.manual_seed(seed)
+        text = outline(config_from(SMALL), name="small", dtype=torch.bfloat16, products=torch.float32)
+        begin_adapter(text, plan_for(text.model, LORA, text.family), seed=0)
+        training = training_on(text, TrainSpec(), Rows(64, 2))
+        training.step()  # which raises where a gradient did not arrive
+        grads = {name: parameter.grad for name, parameter in training.parameters.items() if name.endswith("k_proj.B")}
+        assert all(grad is None or float(grad.abs().max()) > 1e-9 for grad in grads.values())
