@@ -26,7 +26,6 @@ def test_a_prefix_that_rows_share_counts_for_each_of_them(
 ) -> None:
     """Against rows that each carry the prefix: equal outputs, and the prefix's gradient is the sum over the rows."""
     monkeypatch.setattr(row_attention, "QUERIES", queries)
-    row_attention._alike.cache_clear()
     prefix, rows, filler = 3, (2, 6, 1, 5), 4
     apart = [list(range(prefix)) + list(range(prefix + sum(rows[:i]), prefix + sum(rows[: i + 1]))) for i in range(len(rows))]
     tokens = prefix + sum(rows) + filler
@@ -49,7 +48,6 @@ def test_a_prefix_that_rows_share_counts_for_each_of_them(
     (expected * weights).sum().backward()
     for ours, theirs in zip(found, [expected.detach(), *(states.grad for states in exact)], strict=True):
         torch.testing.assert_close(ours.double(), theirs, rtol=tolerance, atol=tolerance)
-    row_attention._alike.cache_clear()
 
 
 def literal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -86,7 +84,6 @@ def test_equals_attention_written_out(dtype: torch.dtype, products: torch.dtype,
 def test_blocks_of_queries_change_nothing_but_rounding(queries: int, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = outputs_and_gradients(torch.bfloat16, torch.bfloat16)
     monkeypatch.setattr(row_attention, "QUERIES", queries)
-    row_attention._alike.cache_clear()
     for found, expected in zip(outputs_and_gradients(torch.bfloat16, torch.bfloat16), whole, strict=True):
         torch.testing.assert_close(found.float(), expected.float(), rtol=2e-2, atol=2e-2)
 

@@ -69,5 +69,5 @@ def shrink_grad(grad: Tensor, B: Tensor, scale: float) -> Tensor:
 
 
 def grad_of_b(grad: Tensor, shrunk: Tensor, scale: float) -> Tensor:
-    """∂B = s·∂yᵀ·(x·Aᵀ) (out, rank), given `shrunk` = x·Aᵀ."""
-    return torch.mm(grad.t(), shrunk).mul_(scale)
+    """∂B = s·∂yᵀ·(x·Aᵀ) (out, rank), given `shrunk` = x·Aᵀ; computed as its transpose, which reads ∂y row by row."""
+    return torch.mm(shrunk.t(), grad).mul_(scale).t().contiguous()

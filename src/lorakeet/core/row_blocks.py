@@ -1,0 +1,167 @@
+"""Rows laid end to end seen as blocks of equal shape, so that many short rows go through one product or one kernel together.
+
+A row is its own tokens behind a prefix, if the rows share one, that stands once before all of them. A block is some of a row's
+queries with the keys up to its last one; blocks of equal shape are taken together. Blocks are filled up with token 0: as keys
+that stand behind every real query of their block, which the causal mask hides, and as queries whose results nobody reads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import accumulate
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+PIECE = 32  # lengths are rounded up to whole pieces: oneDNN keeps code of its own for every shape that it has seen
+
+
+@dataclass(frozen=True)
+class Places:
+    """The tokens of some blocks (blocks, width), filled up with token 0; where each is `own`: what is found there belongs to it.
+
+    A prefix stands in the first row as its own; the other rows look at it and answer nothing for it.
+    """
+
+    tokens: NDArray[np.int64]
+    own: NDArray[np.bool_]
+    shared: NDArray[np.bool_]  # blocks whose first tokens are the prefix, and not their own
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """Blocks of queries of equal shape, each with the keys up to its last one: `offset` keys come before its first query."""
+
+    queries: Places
+    keys: Places
+    offset: int
+    prefix: int
+
+
+@dataclass(frozen=True)
+class _Row:
+    """The tokens of a row, prefix and all, and how many of them are another row's."""
+
+    tokens: NDArray[np.int64]
+    shared: int
+
+
+@lru_cache(maxsize=8)
+def blocks_of_queries(rows: tuple[int, ...], prefix: int, heads: int, queries: int, scores: int) -> tuple[Blocks, ...]:
+    """All rows in blocks of up to `queries` queries, rounded up to whole pieces; as many together as have `scores` scores."""
+    shapes: dict[tuple[int, int], list[tuple[_Row, int]]] = {}  # (queries, offset): rows, and where the block stops
+    for row in _rows(rows, prefix):
+        for start in range(0, len(row.tokens), queries):
+            stop = min(start + queries, len(row.tokens))
+            if stop <= row.shared:
+                continue  # nothing of its own asks there
+            shapes.setdefault((_whole(stop - start), start), []).append((row, stop))
+    found = []
+    for (width, offset), blocks in shapes.items():
+        for chosen in _parted(blocks, scores // (heads * width * (offset + width))):
+            asked = _places(chosen, offset, width)
+            keys = asked if offset == 0 else _places(chosen, 0, offset + width)
+            found.append(Blocks(asked, keys, offset, prefix))
+    return tuple(found)
+
+
+@lru_cache(maxsize=8)
+def whole_rows(rows: tuple[int, ...], prefix: int, tokens: int) -> tuple[Blocks, ...]:
+    """Each row as one block, rows of nearly equal length together as far as they have `tokens` tokens."""
+    alike: dict[int, list[tuple[_Row, int]]] = {}
+    for row in _rows(rows, prefix):
+        alike.setdefault(_whole(len(row.tokens)), []).append((row, len(row.tokens)))
+    found = []
+    for width, blocks in alike.items():
+        for chosen in _parted(blocks, tokens // width):
+            places = _places(chosen, 0, max(stop for _, stop in chosen))
+            found.append(Blocks(places, places, 0, prefix))
+    return tuple(found)
+
+
+def _parted(blocks: list[tuple[_Row, int]], together: int) -> Iterator[list[tuple[_Row, int]]]:
+    """`blocks` in parts of `together`, at least one."""
+    size = max(1, together)
+    for start in range(0, len(blocks), size):
+        yield blocks[start : start + size]
+
+
+def _rows(rows: tuple[int, ...], prefix: int) -> Iterator[_Row]:
+    """The tokens of each row. The first one's own follow the prefix, so that together they are an ordinary row."""
+    ends = list(accumulate((prefix + rows[0], *rows[1:])))
+    for number, (start, stop) in enumerate(zip([0, *ends[:-1]], ends, strict=True)):
+        own = np.arange(start, stop)
+        yield _Row(own, 0) if number == 0 else _Row(np.concatenate([np.arange(prefix), own]), prefix)
+
+
+def _places(blocks: list[tuple[_Row, int]], start: int, width: int) -> Places:
+    """The tokens of each row from `start` to where its block stops, filled up to `width`."""
+    tokens = np.zeros((len(blocks), width), dtype=np.int64)
+    own = np.zeros((len(blocks), width), dtype=np.bool_)
+    for number, (row, stop) in enumerate(blocks):
+        tokens[number, : stop - start] = row.tokens[start:stop]
+        own[number, max(0, row.shared - start) : stop - start] = True
+    return Places(tokens, own, np.array([row.shared > start for row, _ in blocks]))
+
+
+class Indexed:
+    """The places of some blocks as tensors, to read from (tokens, heads, d) and to write to."""
+
+    def __init__(self, places: Places, prefix: int, device: torch.device) -> None:
+        self.shape = places.tokens.shape
+        tokens = places.tokens.reshape(-1)  # of each place of the blocks
+        whole = bool(places.own.all())
+        self.first = whole and bool((tokens == np.arange(len(tokens))).all())  # the first tokens as they stand: nothing to move
+        self.tokens = torch.tensor(tokens, device=device)
+        self.own = None if whole else torch.tensor(np.flatnonzero(places.own), device=device)
+        self.others = None if whole else torch.tensor(np.flatnonzero(~places.own), device=device)
+        self.owners = self.tokens if self.own is None else self.tokens.index_select(0, self.own)
+        self.prefix = prefix if places.shared.any() else 0
+        self.sharing = torch.tensor(np.flatnonzero(places.shared), device=device) if self.prefix else None
+
+    def of(self, states: Tensor, dtype: torch.dtype, *, blank: bool = False) -> Tensor:
+        """The blocks (blocks, width, heads, d) of states (1, heads, tokens, d); what is not a block's own blank on demand."""
+        source = states[0].transpose(0, 1)
+        chosen = source[: len(self.tokens)] if self.first else source.index_select(0, self.tokens)
+        chosen = chosen.to(dtype)
+        if blank and self.others is not None:
+            chosen.index_fill_(0, self.others, 0)
+        return chosen.view(*self.shape, *chosen.shape[1:])
+
+    def put(self, target: Tensor, found: Tensor) -> None:
+        """Writes each block's own of (blocks, width, heads, d) to its places in (tokens, heads, d)."""
+        if self.first:
+            target[: len(self.tokens)] = found.flatten(0, 1)
+        else:
+            target.index_copy_(0, self.owners, self._own(found).to(target.dtype))
+
+    def add(self, target: Tensor, found: Tensor) -> None:
+        """Adds everything that `found` holds for the tokens, own or shared, to their places; shapes as in `put`."""
+        own = self._own(found).to(target.dtype)
+        target.index_copy_(0, self.owners, own + target.index_select(0, self.owners))
+        self.add_shared(target, found)
+
+    def add_shared(self, target: Tensor, found: Tensor) -> None:
+        """Adds what `found` holds for a prefix that is another row's own to the prefix's places; shapes as in `put`."""
+        if self.sharing is not None:
+            count = min(self.prefix, self.shape[1])
+            target[:count] += found[:, :count].index_select(0, self.sharing).sum(0, dtype=target.dtype)
+
+    def _own(self, found: Tensor) -> Tensor:
+        flat = found.flatten(0, 1)
+        return flat if self.own is None else flat.index_select(0, self.own)
+
+
+def indexed(blocks: Blocks, device: torch.device) -> tuple[Indexed, Indexed]:
+    """The places of the queries and of the keys of some blocks; one and the same where these are."""
+    queries = Indexed(blocks.queries, blocks.prefix, device)
+    return queries, queries if blocks.keys is blocks.queries else Indexed(blocks.keys, blocks.prefix, device)
+
+
+def _whole(count: int) -> int:
+    """`count` rounded up to whole PIECES."""
+    return -(-count // PIECE) * PIECE
