@@ -30,6 +30,7 @@ from lorakeet.workflows.forecast_run import LOAD, Precision, judging_of, rows_of
 
 STEPS = 2
 GPTQ_SCALE = 0.004  # of random codes: weights as large as those that a model begins with
+PACKED_SCALE = 0.001  # the same for codes of a byte
 
 
 def main() -> None:
@@ -101,7 +102,12 @@ def _random_model(shape: Mapping[str, Any], config: RunConfig, precision: Precis
             base.scales.fill_(GPTQ_SCALE)
         elif isinstance(base, PackedBase):
             for buffer in base.buffers():
-                buffer.fill_(1)
+                if buffer.is_floating_point():
+                    buffer.fill_(PACKED_SCALE)
+                elif buffer.dtype == torch.int8:
+                    buffer.random_(-127, 128)
+                else:
+                    buffer.random_()
     return text
 
 

@@ -37,6 +37,7 @@ def test_every_setting_is_explained() -> None:
         ({"rank_pattern": {"q_proj": 0}}, r"lora\.rank_pattern 'q_proj' is 0"),
         ({"alpha_pattern": {"(": 4.0}}, r"lora\.alpha_pattern '\(' is not a regular expression"),
         ({"layers": "0-"}, r"lora\.layers is '0-'; expected all, a range"),
+        ({"layers": "0,3-1"}, r"lora\.layers has the range 3-1, which ends before it begins"),
         ({"layers": "top:0"}, r"lora\.layers is 'top:0'"),
         ({"layers": ""}, r"lora\.layers is ''"),
     ],

@@ -106,3 +106,10 @@ def test_full_disk_is_recognised() -> None:
     assert durable.is_full(SafetensorError("I/O error: No space left on device (os error 28)"))
     assert not durable.is_full(OSError(errno.EACCES, "Permission denied"))
     assert not durable.is_full(ValueError("28"))
+
+
+def test_space_is_the_remedy_of_a_full_disk_alone() -> None:
+    remedy = "Free some space, or choose another --out."
+    assert durable.refusal(OSError(errno.ENOSPC, "full"), remedy) == ("the disk (or the quota) is full", remedy)
+    why, other = durable.refusal(PermissionError(errno.EACCES, "no"), remedy)
+    assert why == "the system refused" and other == "See that files can be written there, or choose another --out."

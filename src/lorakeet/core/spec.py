@@ -95,8 +95,10 @@ _LAYERS = re.compile(r"all|top:[1-9]\d*|\d+(-\d+)?(,\d+(-\d+)?)*")
 
 
 def _layer_problems(text: str) -> list[str]:
-    if _LAYERS.fullmatch(text.replace(" ", "")):
-        return []
+    plain = text.replace(" ", "")
+    if _LAYERS.fullmatch(plain):
+        backward = [part for part in plain.split(",") if (ends := part.split("-"))[0].isdigit() and int(ends[0]) > int(ends[-1])]
+        return [f"lora.layers has the range {part}, which ends before it begins; write it the other way round." for part in backward]
     return [f"lora.layers is {text!r}; expected all, a range such as 0-11, a list such as 0,5,9, or top:8."]
 
 

@@ -187,9 +187,11 @@ def token_logprobs(text: TextModel, batch: Batch, *, chunk: int = 256) -> Tensor
     found = []
     targets = batch.target_ids.to(text.device)
     for start, logits in zip(range(0, batch.targets, chunk), target_logits(text, batch, chunk=chunk), strict=True):
-        wanted = targets[start : start + chunk, None]
         exact = logits.float()
-        found.append(exact.gather(1, wanted).squeeze(1) - exact.logsumexp(1))
+        chosen = exact.gather(1, targets[start : start + chunk, None])
+        top = exact.amax(1, keepdim=True)
+        norm = exact.sub_(top).exp_().sum(1, keepdim=True)  # in place: torch's logsumexp makes another (chunk, vocabulary)
+        found.append((chosen - top - norm.log()).squeeze(1))
     return torch.cat(found) if found else torch.empty(0, device=text.device)
 
 

@@ -107,6 +107,13 @@ def is_full(error: Exception) -> bool:
     return isinstance(error, SafetensorError) and any(f"os error {number}" in str(error) for number in FULL)
 
 
+def refusal(error: Exception, remedy: str) -> tuple[str, str]:
+    """Why a write was refused, and `remedy`, whose "Free some space" helps on a full disk alone, worded for it."""
+    if is_full(error):
+        return "the disk (or the quota) is full", remedy
+    return "the system refused", remedy.replace("Free some space", "See that files can be written there")
+
+
 def _put_in_place(target: Path) -> None:
     ready, old = _beside(target, "ready"), _beside(target, "old")
     if target.exists():

@@ -322,10 +322,9 @@ class Training(Generic[BatchT]):
             yield
         except (OSError, SafetensorError) as error:
             previous = f" The previous checkpoint {self.last_checkpoint.name} is intact." if self.last_checkpoint else ""
-            why = "the disk (or the quota) is full" if durable.is_full(error) else "the system refused"
+            why, remedy = durable.refusal(error, f"Free some space, then go on with: {self.run.resume_command}")
             raise EnvironmentProblem(
-                f"{what} could not be written in {self.run.path}: {why} ({error}).{previous} "
-                f"Free some space, then go on with: {self.run.resume_command}"
+                f"{what} could not be written in {self.run.path}: {why} ({error}).{previous} {remedy}"
             ) from error
 
 

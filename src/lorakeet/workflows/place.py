@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from lorakeet.errors import ConfigError, EnvironmentProblem
-from lorakeet.train.durable import is_full
+from lorakeet.train.durable import refusal
 
 
 def require_place(out: Path) -> None:
@@ -29,9 +29,9 @@ def require_empty(out: Path) -> None:
 
 @contextmanager
 def writing(what: str, remedy: str) -> Iterator[None]:
-    """A context in which a refused write becomes an EnvironmentProblem that ends with `remedy`."""
+    """A context in which a refused write becomes an EnvironmentProblem that ends with `remedy`, which is worded for a full disk."""
     try:
         yield
     except OSError as error:
-        why = "the disk (or the quota) is full" if is_full(error) else "the system refused"
+        why, remedy = refusal(error, remedy)
         raise EnvironmentProblem(f"{what} could not be written: {why} ({error}). {remedy}") from error
