@@ -98,7 +98,7 @@ def _layer_problems(text: str) -> list[str]:
     plain = text.replace(" ", "")
     if _LAYERS.fullmatch(plain):
         backward = [part for part in plain.split(",") if (ends := part.split("-"))[0].isdigit() and int(ends[0]) > int(ends[-1])]
-        return [f"lora.layers has the range {part}, which ends before it begins; write it the other way round." for part in backward]
+        return [f"lora.layers has the range {part}, which ends before it begins; turn it round." for part in backward]
     return [f"lora.layers is {text!r}; expected all, a range such as 0-11, a list such as 0,5,9, or top:8."]
 
 

@@ -29,7 +29,7 @@ def require_empty(out: Path) -> None:
 
 @contextmanager
 def writing(what: str, remedy: str) -> Iterator[None]:
-    """A context in which a refused write becomes an EnvironmentProblem that ends with `remedy`, which is worded for a full disk."""
+    """A context in which a refused write becomes an EnvironmentProblem that ends with `remedy`, worded for a full disk."""
     try:
         yield
     except OSError as error:
