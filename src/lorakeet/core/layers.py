@@ -39,6 +39,16 @@ class StandIn(nn.Module):
         return nullcontext()
 
 
+class BlockStandIn(StandIn):
+    """Stands for a whole decoder block, and answers what the decoder asks of it, such as the kind of its attention."""
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("original"), name)
+
+
 class AdaptedLayer(StandIn):
     """A frozen module with any number of named adapters, one of which may be active."""
 

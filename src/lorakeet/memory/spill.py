@@ -45,17 +45,29 @@ class Aside:
 
     def take(self, key: Hashable) -> Tensor:
         """The tensor kept under `key`, which is then forgotten; when all are taken, the file is empty again."""
+        found = self.look(key)
         if self._file is None:
-            return self._held.pop(key)
-        begin, dtype, shape = self._places.pop(key)
+            del self._held[key]
+        else:
+            del self._places[key]
+            if not self._places:
+                self._end = 0
+        return found
+
+    def look(self, key: Hashable) -> Tensor:
+        """The tensor kept under `key`, which stays; it must not be written to."""
+        if self._file is None:
+            return self._held[key]
+        begin, dtype, shape = self._places[key]
         found = torch.empty(shape, dtype=dtype)
         view = raw_bytes(found)
         done = 0
         while done < len(view):
             done += os.preadv(self._file.fileno(), [view[done:]], begin + done)
-        if not self._places:
-            self._end = 0
         return found
+
+    def __contains__(self, key: Hashable) -> bool:
+        return key in self._held or key in self._places
 
     def close(self) -> None:
         """Forgets everything."""

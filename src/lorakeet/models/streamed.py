@@ -17,7 +17,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from lorakeet.core.layers import StandIn
+from lorakeet.core.layers import BlockStandIn, StandIn
 from lorakeet.core.plan import Plan
 from lorakeet.core.tiles import tiled_product
 from lorakeet.errors import EnvironmentProblem
@@ -109,20 +109,13 @@ class Streamed:
         return cast(Tensor, self._replay) if last else states
 
 
-class StreamedBlock(StandIn):
+class StreamedBlock(BlockStandIn):
     """Stands for a decoder block whose weights come and go."""
 
     def __init__(self, original: nn.Module, index: int, streamed: Streamed) -> None:
         super().__init__(original)
         self.index = index
         self._streamed = streamed
-
-    def __getattr__(self, name: str) -> Any:
-        """What the decoder asks of its block, such as the kind of its attention."""
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(super().__getattr__("original"), name)
 
     def at_hand(self) -> AbstractContextManager[nn.Module]:
         """The block with its weights."""

@@ -9,7 +9,7 @@ on the right needs no mask, since a causal model never looks ahead.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -27,6 +27,7 @@ from lorakeet.data.prefix import Layout, as_laid, shared_once
 from lorakeet.models import modules
 from lorakeet.models.attention import VARLEN
 from lorakeet.models.families import Family
+from lorakeet.models.frozen_prefix import FrozenPrefix
 from lorakeet.models.streamed import Streamed, StreamedHead
 from lorakeet.quant.packed import PackedLinear
 
@@ -48,6 +49,7 @@ class TextModel:
     streamed: Streamed | None = None  # where the frozen blocks come in from a store
     shares_prefix: bool = True  # whether tokens that all rows begin with are computed once: not where dropout differs by row
     sees_every_token: bool = False  # set by `every_token`
+    prefix: FrozenPrefix | None = None  # the states of rows below the lowest trained block, where they are kept
 
     @property
     def attention(self) -> str:
@@ -71,7 +73,7 @@ class TextModel:
         if self.attention == "varlen":
             laid = self.laid(batch)
             filler = batch.ids.new_zeros(0 if self.sees_every_token else -len(laid.ids) % WHOLE)
-            with self.last_block_at(laid):
+            with self.last_block_at(laid), self._from_kept_states(batch, laid, len(filler)):
                 states = self._decode(
                     torch.cat([laid.ids, filler])[None],
                     position_ids=torch.cat([laid.positions, filler])[None],
@@ -83,6 +85,16 @@ class TextModel:
         padded, places = _padded(batch, self._pad)
         states = self._decode(padded)
         return states.flatten(0, 1).index_select(0, places[batch.target_positions])
+
+    def _from_kept_states(self, batch: Batch, laid: Layout, filler: int) -> AbstractContextManager[None]:
+        """A context in which the blocks below the lowest trained one hand on what is kept, where all rows of the batch are."""
+        if self.prefix is None or self.sees_every_token:
+            return nullcontext()
+        states = self.prefix.states_of(batch.ids, batch.lengths, laid.prefix)
+        if states is None:
+            return nullcontext()
+        whole = nn.functional.pad(states, (0, 0, 0, filler)).to(self.device)
+        return self.prefix.handing_on(whole[None])
 
     @contextmanager
     def every_token(self) -> Iterator[None]:

@@ -51,6 +51,10 @@ class TrainSpec:
         default=1.0, metadata={"help": "Largest norm of the whole gradient; longer ones are shortened. 0 is off."}
     )
     head_chunk: int = field(default=256, metadata={"help": "Supervised tokens that go through the output head at once."})
+    keep_prefix_states: bool = field(
+        default=True,
+        metadata={"help": "Compute what blocks below the lowest adapted one make of a row once; kept in a file of the run."},
+    )
     evaluate_every: int | None = field(
         default=None, metadata={"help": "Steps between held-out evaluations; left out, ten a run and at least one a pass."}
     )

@@ -6,6 +6,9 @@ assemble (rows, model, plan, ids) → choose the rate → inject → train → j
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,13 +20,16 @@ from lorakeet.errors import ConfigError, Problems
 from lorakeet.evaluate.rank_values import Search
 from lorakeet.evaluate.report import Report
 from lorakeet.evaluate.values import encode
+from lorakeet.evaluate.wording import bytes_text
 from lorakeet.memory.allocator import give_back_free_memory
 from lorakeet.models.fingerprint import fingerprint
 from lorakeet.models.frozen import frozen_digests
+from lorakeet.models.prefix_states import prefix_states
 from lorakeet.train.log import read_metrics, require_sink
 from lorakeet.train.loop import Outcome, train
 from lorakeet.train.progress import reporter_for
 from lorakeet.train.run import RunFolder
+from lorakeet.train.text_task import TextTask
 from lorakeet.workflows import page
 from lorakeet.workflows.assemble import Assembly, assemble, ready_to_train
 from lorakeet.workflows.begin import begin_run, identity_of, rates_of
@@ -101,19 +107,38 @@ def finetune(
     task = ready_to_train(setup)
     begin_run(run, setup.config, setup.dataset.split_record(), resume=resume is not None, rates=rates)
     before = {} if setup.arrangement.store else frozen_digests(setup.text.model)  # streamed weights are only read
-    outcome = train(
-        task,
-        setup.config.train,
-        run=run,
-        identity=_identity(setup),
-        resume=resume is not None,
-        report=reporter_for(console),
-        budget=setup.arrangement.budget,
-    )
+    with _kept_states(setup, task, run, console):
+        outcome = train(
+            task,
+            setup.config.train,
+            run=run,
+            identity=_identity(setup),
+            resume=resume is not None,
+            report=reporter_for(console),
+            budget=setup.arrangement.budget,
+        )
     give_back_free_memory()  # what training's heap grew to is not held beside the two models of the certificate
     with judging(run):
         report = _prove(setup, outcome, run, before, rates, console)
     return FinetuneResult(setup, run, outcome, report)
+
+
+@contextmanager
+def _kept_states(setup: Assembly, task: TextTask, run: RunFolder, console: Console) -> Iterator[None]:
+    """A context in which rows that are seen more than once pass the blocks below the lowest trained one only once."""
+    spec = setup.config.train
+    if not spec.keep_prefix_states:
+        yield
+        return
+    steps = spec.total_steps(task.steps_per_epoch)
+    uses = Counter(row for step in range(steps) for row in task.order.indices(step))
+    again = [task.train[row] for row, count in sorted(uses.items()) if count > 1]
+    rows = (*again, *(task.held_out_rows if steps > spec.evaluation_interval(task.steps_per_epoch) else ()))
+    with prefix_states(setup.text, rows, folder=run.path, micro_tokens=spec.micro_tokens) as prefix:
+        if prefix is not None:
+            what = f"The lowest {prefix.depth} blocks hold nothing that is trained: what they make of {len(rows)} rows"
+            console.print(f"{what} is computed once and kept ({bytes_text(prefix.bytes)}).", markup=False, soft_wrap=True)
+        yield
 
 
 def _with_budget(config: RunConfig, budget: str | None) -> RunConfig:

@@ -42,6 +42,7 @@ TOKENIZER_ENTRY = 1024  # bytes for each word of a vocabulary; measured: 45.8 Mi
 ROW_BYTES = 9  # for each character of a row: at most a token, with its id and whether it is learnt
 INTERVALS = 64 << 20  # bytes: numpy's copies of the weights of resamples (evaluate/intervals), whatever the number of rows
 FLOORS = 128 << 20  # bytes: scikit-learn (63 MiB when imported) and its tables of words
+NARROW = 40 << 20  # bytes: oneDNN's code for shapes of narrow products that the probe does not meet, and what one lays out anew
 CHECK_TOKENS = 1024  # of a micro-batch of the certificate (workflows/certify_run)
 _SMALL = {
     "model_type": "llama", "vocab_size": 512, "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2,
@@ -88,7 +89,8 @@ class Planned:
 def runtime_bytes(precision: Precision) -> int:
     """What this process holds beside the tensors of a model, once it has done everything that a run does.
 
-    Found by doing it on a very small model, so that the code of every kernel and the libraries' own buffers are there.
+    Found by doing it on a very small model, so that the code of every kernel and the libraries' own buffers are there; for
+    narrow products, whose library keeps code for every shape, with an allowance for those of the real model.
     """
     quantize = precision.quantize if precision.quantize.method in ("nf4", "int8") else QuantSpec()
     with torch.random.fork_rng(devices=[]):
@@ -105,7 +107,7 @@ def runtime_bytes(precision: Precision) -> int:
         training.optimizer.step(1e-3)
         training.step()
     SCRATCH.clear()
-    return resident_bytes()
+    return resident_bytes() + (NARROW if precision.products.itemsize < torch.float32.itemsize else 0)
 
 
 def rows_of(config: RunConfig) -> Rows:

@@ -1,0 +1,153 @@
+"""Passes that begin above the blocks that hold nothing trained: the same numbers from fewer blocks, and only where that is so."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from lorakeet.core.spec import LoraSpec
+from lorakeet.data.chat import Example
+from lorakeet.errors import EnvironmentProblem
+from lorakeet.memory.spill import Aside
+from lorakeet.models import inject, modules
+from lorakeet.models.adapt import begin_adapter
+from lorakeet.models.load import load_text_model
+from lorakeet.models.prefix_states import frozen_depth, prefix_states
+from lorakeet.models.spec import ModelSpec
+from lorakeet.models.targets import plan_for
+from lorakeet.models.text import TextModel
+from lorakeet.train.spec import TrainSpec
+from lorakeet.train.text_task import TextTask
+
+SPEC = TrainSpec(steps=2, batch_size=6, micro_tokens=60, learning_rate=1e-2)
+
+
+def rows(count: int = 6, seed: int = 0) -> list[Example]:
+    """Rows of 8 to 19 tokens that begin with the same two."""
+    draw = np.random.default_rng(seed)
+    found = []
+    for number, length in enumerate(draw.integers(8, 20, size=count)):
+        ids = np.concatenate([[5, 9], draw.integers(4, 60, size=length - 2)]).astype(np.int64)
+        found.append(Example(ids, np.arange(length) >= length // 2, f"{seed}-{number}", None, False))
+    return found
+
+
+def adapted(folder: Path, layers: str = "top:1", **changes: Any) -> TextModel:
+    text = load_text_model(ModelSpec(path=str(folder), dtype="float32", device="cpu"))
+    lora = LoraSpec(rank=4, alpha=12.0, layers=layers, **changes)
+    begin_adapter(text, plan_for(text.model, lora, text.family), seed=0)
+    for name, parameter in inject.trained_parameters(text.model, "default").items():
+        if name.endswith(".B"):
+            torch.nn.init.normal_(parameter, std=0.05, generator=torch.Generator().manual_seed(1))
+    return text
+
+
+def gradients(text: TextModel) -> tuple[float, dict[str, torch.Tensor]]:
+    """The loss of a step over `rows()`, and the gradients of the pairs."""
+    task = TextTask(text, rows(), held_out=(), spec=SPEC)
+    parameters = task.parameters()
+    for parameter in parameters.values():
+        parameter.grad = None
+    batches = task.batches(0)
+    loss = task.gradients(batches, sum(batch.targets for batch in batches)).item()
+    return loss, {name: parameter.grad.clone() for name, parameter in parameters.items() if parameter.grad is not None}
+
+
+def calls(text: TextModel) -> Counter[int]:
+    """Counts how often each block computes from now on."""
+    prefix, count = modules.block_prefix(text.model, text.family)
+    found: Counter[int] = Counter()
+    for number in range(count):
+        block: Any = modules.bare(modules.find(text.model, f"{prefix}.{number}"))  # type: ignore[arg-type]
+        block.register_forward_hook(lambda *_, number=number: found.update([number]))
+    return found
+
+
+@pytest.mark.parametrize("on_disk", [False, True])
+def test_the_loss_and_the_gradients_are_the_same_and_the_blocks_below_do_not_compute(
+    tiny_llama_folder: Path, tmp_path: Path, on_disk: bool
+) -> None:
+    text = adapted(tiny_llama_folder)
+    loss, expected = gradients(text)
+    counted = calls(text)
+    with prefix_states(text, rows(), folder=tmp_path if on_disk else None, micro_tokens=40) as prefix:
+        assert prefix is not None and prefix.depth == 1 and prefix.bytes == sum(len(row.ids) for row in rows()) * 32 * 4
+        filling = counted.copy()
+        assert filling[0] > 0 and filling[1] == 0, "the upper block is not needed for the states below it"
+        again, found = gradients(text)
+        assert counted[0] == filling[0] and counted[1] > 0
+        assert list(tmp_path.iterdir()) == [], "the scratch file has no name"
+    assert again == pytest.approx(loss, rel=1e-6)
+    assert set(found) == set(expected)
+    for name, grad in expected.items():
+        torch.testing.assert_close(found[name], grad, rtol=1e-4, atol=1e-5 * float(grad.abs().max()))
+    assert text.prefix is None and gradients(text)[0] == loss, "afterwards all blocks compute as before"
+
+
+def test_a_row_that_is_not_kept_passes_through_every_block(tiny_llama_folder: Path) -> None:
+    text = adapted(tiny_llama_folder)
+    loss, _ = gradients(text)
+    counted = calls(text)
+    with prefix_states(text, rows()[:-1], folder=None, micro_tokens=40) as prefix:
+        assert prefix is not None
+        filled = counted[0]
+        assert gradients(text)[0] == pytest.approx(loss, rel=1e-6)
+        assert counted[0] > filled
+
+
+def test_an_adapter_below_switches_the_kept_states_off(tiny_llama_folder: Path) -> None:
+    """Kept states are those of the bare blocks."""
+    text = adapted(tiny_llama_folder)
+    with prefix_states(text, rows(), folder=None, micro_tokens=40):
+        other = adapted(tiny_llama_folder, layers="all")
+        adapter = inject.adapter_of(other.model, "default", base="tiny")
+        expected = gradients(other)[0]
+        inject.attach(text.model, adapter, "all")
+        inject.activate(text.model, "all")
+        task = TextTask(text, rows(), held_out=rows(), spec=SPEC, name="all")
+        found = task.held_out()
+    assert found is not None
+    assert float(found.sums.sum()) == pytest.approx(expected, rel=1e-5)
+
+
+def test_only_frozen_blocks_below_every_trained_tensor_count(tiny_llama_folder: Path) -> None:
+    assert frozen_depth(adapted(tiny_llama_folder)) == 1
+    assert frozen_depth(adapted(tiny_llama_folder, layers="all")) == 0
+    assert frozen_depth(adapted(tiny_llama_folder, target_modules=("embed_tokens", "q_proj"))) == 0
+    with prefix_states(adapted(tiny_llama_folder, layers="0"), rows(), folder=None, micro_tokens=40) as prefix:
+        assert prefix is None
+    text = adapted(tiny_llama_folder)
+    text.model.config.attention_dropout = 0.1
+    assert frozen_depth(text) == 0, "numbers that are dropped differ from pass to pass"
+
+
+def test_kept_states_do_not_depend_on_the_order_of_the_rows(tiny_llama_folder: Path) -> None:
+    """So that a resumed run, which computes them again, ends in the same bytes."""
+    found = []
+    for given in (rows(), [*rows()[3:], *rows()[:3], rows()[0]]):
+        text = adapted(tiny_llama_folder)
+        with prefix_states(text, given, folder=None, micro_tokens=40) as prefix:
+            assert prefix is not None
+            ids = torch.from_numpy(np.concatenate([row.ids for row in rows()]))
+            states = prefix.states_of(ids, [len(row.ids) for row in rows()], 0)
+            assert states is not None
+            found.append(states)
+    assert torch.equal(*found)
+
+
+def test_a_full_disk_leaves_the_model_as_it_was(tiny_llama_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = adapted(tiny_llama_folder)
+    loss = gradients(text)[0]
+
+    def full(*_: Any) -> None:
+        raise EnvironmentProblem("full")
+
+    monkeypatch.setattr(Aside, "put", full)
+    with pytest.raises(EnvironmentProblem, match="full"), prefix_states(text, rows(), folder=tmp_path, micro_tokens=40):
+        pass
+    assert text.prefix is None and gradients(text)[0] == loss
