@@ -110,3 +110,53 @@ def test_fp32_states_are_never_rounded_to_narrow_products() -> None:
     exact = outputs_and_gradients(torch.float32, None)
     for found, expected in zip(outputs_and_gradients(torch.float32, torch.bfloat16), exact, strict=True):
         torch.testing.assert_close(found.double(), expected.double(), rtol=1e-5, atol=1e-5)
+
+
+LAYOUTS = [((33, 40, 64, 7, 1, 300), 0), ((10, 2, 600, 33), 100), ((32, 32, 32), 0), ((50,), 0)]
+
+
+@pytest.mark.parametrize(("rows", "prefix"), LAYOUTS)
+@pytest.mark.parametrize("tokens", [64, 4096])
+def test_rows_of_many_lengths_are_each_attended_alone(
+    rows: tuple[int, ...], prefix: int, tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Several calls of the flash kernel, and one: against each row by itself in double precision."""
+    monkeypatch.setattr(row_attention, "TOKENS", tokens)
+    torch.manual_seed(0)
+    total = prefix + sum(rows)
+    given = [torch.randn(1, heads, total, WIDTH).requires_grad_() for heads in (HEADS, KV, KV)]
+    weights = torch.randn(1, total, HEADS, WIDTH)
+    out = causal_rows(*given, rows, SCALE, torch.float32, prefix)
+    (out * weights).sum().backward()
+    exact = [states.detach().double().requires_grad_() for states in given]
+    expected, start = torch.zeros(1, total, HEADS, WIDTH, dtype=torch.float64), prefix
+    for number, length in enumerate(rows):
+        places = [*range(prefix), *range(start, start + length)]
+        start += length
+        q, k, v = (states[:, :, places] for states in exact)
+        k, v = (states.repeat_interleave(HEADS // KV, dim=1) for states in (k, v))
+        attended = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=SCALE).transpose(1, 2)
+        own = slice(prefix if number else 0, None)
+        expected = expected.index_add(1, torch.tensor(places[own]), attended[:, own])
+    (expected * weights).sum().backward()
+    pairs = zip([out, *(states.grad for states in given)], [expected, *(states.grad for states in exact)], strict=True)
+    for found, wanted in pairs:
+        assert found is not None and wanted is not None
+        torch.testing.assert_close(found.double(), wanted, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("bad", [0, 1])
+def test_what_is_not_finite_in_one_row_stays_there(dtype: torch.dtype, bad: int) -> None:
+    """A member of a many-adapter run that diverges must not take the others with it."""
+    rows = (30, 20)
+    torch.manual_seed(0)
+    given = [torch.randn(1, heads, sum(rows), WIDTH).to(dtype) for heads in (HEADS, KV, KV)]
+    broken, whole = (slice(0, 30), slice(30, 50)) if bad == 0 else (slice(30, 50), slice(0, 30))
+    for states in given:
+        states[:, :, broken] = float("nan")
+        states.requires_grad_()
+    out = causal_rows(*given, rows, SCALE, dtype)
+    out.sum().backward()
+    assert torch.isfinite(out[:, whole]).all()
+    assert all(states.grad is not None and torch.isfinite(states.grad[:, :, whole]).all() for states in given)

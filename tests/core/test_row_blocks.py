@@ -24,8 +24,8 @@ def test_every_query_belongs_to_one_block_alone(prefix: int) -> None:
 
 
 def test_rows_of_nearly_equal_length_go_together_up_to_a_number_of_tokens() -> None:
-    assert [blocks.queries.tokens.shape for blocks in whole_rows((30, 20, 31), 0, 1000)] == [(3, 31)]
-    assert [blocks.queries.tokens.shape for blocks in whole_rows((30, 20, 31), 0, 64)] == [(2, 30), (1, 31)]
+    assert [blocks.queries.tokens.shape for blocks in whole_rows((30, 29, 31, 70), 0, 1000)] == [(1, 70), (3, 31)]
+    assert [blocks.queries.tokens.shape for blocks in whole_rows((30, 29, 31), 0, 64)] == [(2, 31), (1, 29)]
     assert [blocks.queries.tokens.shape for blocks in whole_rows((500,), 0, 64)] == [(1, 500)], "a longer row stands alone"
     assert len(whole_rows((30, 90), 0, 1000)) == 2
 
@@ -57,3 +57,15 @@ def test_what_is_not_a_blocks_own_is_blank_where_asked() -> None:
     states = torch.ones(1, 1, TOKENS, 1)
     own = sum(float(places.of(states, torch.float32, blank=True).sum()) for places in laid(whole_rows(ROWS, PREFIX, 64)))
     assert own == TOKENS
+
+
+@pytest.mark.parametrize("rows", [(33,) * 40 + (64,) * 11, (17, 32) * 42, (5,) * 95 + (32,), (33,) * 20 + (64,)])
+def test_filling_up_takes_no_more_places_than_there_are_tokens(rows: tuple[int, ...]) -> None:
+    found = whole_rows(rows, 0, 4096)
+    assert max(blocks.queries.tokens.size for blocks in found) <= sum(rows)
+
+
+def test_a_block_is_filled_up_from_its_own_row() -> None:
+    for blocks in (*whole_rows((30, 20), 0, 64), *blocks_of_queries((30, 20), 0, 2, 64, 1 << 20)):
+        for tokens in blocks.keys.tokens:
+            assert set(tokens) <= set(range(30)) or set(tokens) <= set(range(30, 50))

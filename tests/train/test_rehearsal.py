@@ -95,5 +95,3 @@ def test_made_up_rows_give_every_pair_a_gradient_whatever_the_made_up_weights() 
         begin_adapter(text, plan_for(text.model, LORA, text.family), seed=0)
         training = training_on(text, TrainSpec(), Rows(64, 2))
         training.step()  # which raises where a gradient did not arrive
-        grads = {name: parameter.grad for name, parameter in training.parameters.items() if name.endswith("k_proj.B")}
-        assert all(grad is None or float(grad.abs().max()) > 1e-9 for grad in grads.values())

@@ -93,6 +93,7 @@ class ProductRows:
             grad_scores = torch.ops.aten._softmax_backward_data(grad_weights, weights, -1, weights.dtype)
             laid.keys.add(grad_k, laid.of_keys(torch.bmm(grad_scores.transpose(1, 2), q)))
             laid.queries.put(grad_q, laid.of_queries(torch.bmm(grad_scores, k)))
+            del weights, grad_weights, grad_scores  # before the next ones are made
         found = grad_q.mul_(self.scale), grad_k.mul_(self.scale).to(key.dtype), grad_v.to(value.dtype)
         grad_q, grad_k, grad_v = (states.transpose(0, 1)[None] for states in found)
         return grad_q, grad_k, grad_v
@@ -164,6 +165,7 @@ class FlashRows:
             out, logsumexp = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, True, scale=self.scale)
             places.put(result[0], out.transpose(1, 2))
             logsumexps.append(logsumexp)
+            del q, k, v, out  # before the next ones are made
         return result, (result, *logsumexps)
 
     def backward(
@@ -172,17 +174,18 @@ class FlashRows:
         """∂Q, ∂K, ∂V in the shapes of Q, K, V, fp32."""
         groups, d = query.shape[1] // key.shape[1], query.shape[3]
         grads: list[Tensor] = []  # (tokens, heads, d), made when the first kernel's inputs are gone
-        others = [torch.zeros(self.prefix, key.shape[1], d, device=key.device) for _ in range(2)]  # the prefix's by other rows
+        of_prefix = [torch.zeros(self.prefix, key.shape[1], d, device=key.device) for _ in range(2)]  # ∂K, ∂V by all rows but one
         for places, logsumexp in zip(self.places, logsumexps, strict=True):
             of_q, *found = self._kernel_backward(places, grad, (query, key, value), result, logsumexp)
             found = [states.view(*states.shape[:2], -1, groups, d).sum(3) if groups > 1 else states for states in found]
             grads = grads or [of_q.new_zeros(query.shape[2], *states.shape[2:]) for states in (of_q, *found)]
             for target, states in zip(grads, (of_q, *found), strict=True):
                 places.put(target, states)
-            for target, states in zip(others, found, strict=True):
+            for target, states in zip(of_prefix, found, strict=True):
                 places.add_shared(target, states)
-        grads[1][: self.prefix] += others[0]
-        grads[2][: self.prefix] += others[1]
+            del of_q, found, target, states  # before the next ones are made
+        grads[1][: self.prefix] += of_prefix[0]
+        grads[2][: self.prefix] += of_prefix[1]
         grad_q, grad_k, grad_v = (states.transpose(0, 1)[None] for states in grads)
         return grad_q, grad_k, grad_v
 
@@ -191,7 +194,8 @@ class FlashRows:
     ) -> list[Tensor]:
         """∂Q, and ∂K and ∂V for every head of Q, of some rows: (rows, width, heads, d)."""
         q, k, v = self._inputs(places, *given)
-        upstream, out = (places.of(states.transpose(1, 2), torch.float32, blank=states is grad) for states in (grad, result))
+        upstream = places.of(grad.transpose(1, 2), torch.float32, blank=True)
+        out = places.of(result.transpose(1, 2), torch.float32)
         found = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
             upstream.transpose(1, 2), q, k, v, out.transpose(1, 2), logsumexp, 0.0, True, scale=self.scale
         )

@@ -1,8 +1,9 @@
 """Rows laid end to end seen as blocks of equal shape, so that many short rows go through one product or one kernel together.
 
 A row is its own tokens behind a prefix, if the rows share one, that stands once before all of them. A block is some of a row's
-queries with the keys up to its last one; blocks of equal shape are taken together. Blocks are filled up with token 0: as keys
-that stand behind every real query of their block, which the causal mask hides, and as queries whose results nobody reads.
+queries with the keys up to its last one; blocks of equal shape are taken together. A block is filled up with its row's last
+token: as keys that stand behind every real query, which the causal mask hides, and as queries whose results nobody reads. So no
+number of one row meets another row, not even one that is not finite.
 """
 
 from __future__ import annotations
@@ -17,12 +18,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-PIECE = 32  # lengths are rounded up to whole pieces: oneDNN keeps code of its own for every shape that it has seen
+PIECE = 32  # of a length: products see whole ones, since oneDNN keeps code for every shape; rows with as many are alike
 
 
 @dataclass(frozen=True)
 class Places:
-    """The tokens of some blocks (blocks, width), filled up with token 0; where each is `own`: what is found there belongs to it.
+    """The tokens of some blocks (blocks, width), filled up with the row's last; where each is `own`: what is found belongs to it.
 
     A prefix stands in the first row as its own; the other rows look at it and answer nothing for it.
     """
@@ -71,15 +72,22 @@ def blocks_of_queries(rows: tuple[int, ...], prefix: int, heads: int, queries: i
 
 @lru_cache(maxsize=8)
 def whole_rows(rows: tuple[int, ...], prefix: int, tokens: int) -> tuple[Blocks, ...]:
-    """Each row as one block, rows of nearly equal length together as far as they have `tokens` tokens."""
-    alike: dict[int, list[tuple[_Row, int]]] = {}
-    for row in _rows(rows, prefix):
-        alike.setdefault(_whole(len(row.tokens)), []).append((row, len(row.tokens)))
+    """Each row as one block, rows of nearly equal length together, the longest first.
+
+    Filled up, those that go together have at most `tokens` places, and no more than all rows have tokens; or are one row.
+    """
+    every = sorted(_rows(rows, prefix), key=lambda row: -len(row.tokens))
+    most = min(tokens, sum(len(row.tokens) for row in every))
+    together: list[list[_Row]] = []
+    for row in every:
+        width = len(together[-1][0].tokens) if together else 0
+        if not together or _whole(len(row.tokens)) < _whole(width) or (len(together[-1]) + 1) * width > most:
+            together.append([])
+        together[-1].append(row)
     found = []
-    for width, blocks in alike.items():
-        for chosen in _parted(blocks, tokens // width):
-            places = _places(chosen, 0, max(stop for _, stop in chosen))
-            found.append(Blocks(places, places, 0, prefix))
+    for alike in together:
+        places = _places([(row, len(row.tokens)) for row in alike], 0, len(alike[0].tokens))
+        found.append(Blocks(places, places, 0, prefix))
     return tuple(found)
 
 
@@ -99,17 +107,18 @@ def _rows(rows: tuple[int, ...], prefix: int) -> Iterator[_Row]:
 
 
 def _places(blocks: list[tuple[_Row, int]], start: int, width: int) -> Places:
-    """The tokens of each row from `start` to where its block stops, filled up to `width`."""
+    """The tokens of each row from `start` to where its block stops, filled up to `width` with the last one."""
     tokens = np.zeros((len(blocks), width), dtype=np.int64)
     own = np.zeros((len(blocks), width), dtype=np.bool_)
     for number, (row, stop) in enumerate(blocks):
         tokens[number, : stop - start] = row.tokens[start:stop]
+        tokens[number, stop - start :] = row.tokens[stop - 1]
         own[number, max(0, row.shared - start) : stop - start] = True
     return Places(tokens, own, np.array([row.shared > start for row, _ in blocks]))
 
 
 class Indexed:
-    """The places of some blocks as tensors, to read from (tokens, heads, d) and to write to."""
+    """The places of some blocks as tensors, to read states from and to write into tensors (tokens, heads, d)."""
 
     def __init__(self, places: Places, prefix: int, device: torch.device) -> None:
         self.shape = places.tokens.shape

@@ -94,7 +94,7 @@ def runtime_bytes(precision: Precision) -> int:
     """
     quantize = precision.quantize if precision.quantize.method in ("nf4", "int8") else QuantSpec()
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
+        torch.default_generator.manual_seed(0)
         text = outline(
             config_from(_SMALL), name="probe", dtype=precision.dtype, products=precision.products, quantize=quantize
         )
