@@ -1,6 +1,6 @@
 """One process of benchmarks/frozen_prefix.py: the quickstart with adapters in the top layers, or in all.
 
-    python -m contenders.top_layers RESULT --layers top:8 --epochs 3 [--limit 200] [--no-kept]
+    python -m contenders.top_layers RESULT --layers top:8 --epochs 3 [--limit 200] [--kept]
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ import argparse
 import json
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -31,7 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--epochs", type=float, default=3.0)
     parser.add_argument("--limit", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--no-kept", action="store_true")
+    parser.add_argument("--kept", action="store_true")
     given = parser.parse_args(arguments)
     with TemporaryDirectory(prefix="lorakeet-bench-") as folder:
         flags = {
@@ -40,12 +41,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         }  # fmt: skip
         setup = assemble(read_run(config_path(), flags), Console(quiet=True))
         task, spec = ready_to_train(setup), setup.config.train
-        rows = [] if given.no_kept else [*task.train, *task.held_out_rows]
-        began = time.perf_counter()
-        with prefix_states(setup.text, rows, folder=Path(folder), micro_tokens=spec.micro_tokens) as prefix:
-            filled = time.perf_counter() - began
+        kept, filled, began = 0, 0.0, time.perf_counter()
+        with ExitStack() as stack:
+            if given.kept:
+                rows = (*task.train, *task.held_out_rows)
+                states = prefix_states(setup.text, rows, folder=Path(folder), micro_tokens=spec.micro_tokens)
+                kept, filled = stack.enter_context(states).bytes, time.perf_counter() - began
             outcome = train(task, spec, run=RunFolder.create(Path(folder) / "run"))
-            kept = 0 if prefix is None else prefix.bytes
     found = {
         "seconds": filled + outcome.seconds, "of_them_filling": filled, "kept_bytes": kept, "steps": outcome.steps,
         "tokens": outcome.tokens, "held_out_loss": outcome.best_loss, "base_loss": outcome.base_loss,

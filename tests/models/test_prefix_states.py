@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import shutil
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -12,7 +14,7 @@ import torch
 
 from lorakeet.core.spec import LoraSpec
 from lorakeet.data.chat import Example
-from lorakeet.errors import EnvironmentProblem
+from lorakeet.errors import ConfigError, EnvironmentProblem
 from lorakeet.memory.spill import Aside
 from lorakeet.models import inject, modules
 from lorakeet.models.adapt import begin_adapter
@@ -76,9 +78,9 @@ def test_the_loss_and_the_gradients_are_the_same_and_the_blocks_below_do_not_com
     loss, expected = gradients(text)
     counted = calls(text)
     with prefix_states(text, rows(), folder=tmp_path if on_disk else None, micro_tokens=40) as prefix:
-        assert prefix is not None and prefix.depth == 1 and prefix.bytes == sum(len(row.ids) for row in rows()) * 32 * 4
+        assert prefix.depth == 1 and prefix.bytes == sum(len(row.ids) for row in rows()) * 32 * 4
         filling = counted.copy()
-        assert filling[0] > 0 and filling[1] == 0, "the upper block is not needed for the states below it"
+        assert filling[1] == 2 < filling[0], "the upper block computes only when a cut pass is compared with a whole one"
         again, found = gradients(text)
         assert counted[0] == filling[0] and counted[1] > 0
         assert list(tmp_path.iterdir()) == [], "the scratch file has no name"
@@ -93,8 +95,7 @@ def test_a_row_that_is_not_kept_passes_through_every_block(tiny_llama_folder: Pa
     text = adapted(tiny_llama_folder)
     loss, _ = gradients(text)
     counted = calls(text)
-    with prefix_states(text, rows()[:-1], folder=None, micro_tokens=40) as prefix:
-        assert prefix is not None
+    with prefix_states(text, rows()[:-1], folder=None, micro_tokens=40):
         filled = counted[0]
         assert gradients(text)[0] == pytest.approx(loss, rel=1e-6)
         assert counted[0] > filled
@@ -117,13 +118,57 @@ def test_an_adapter_below_switches_the_kept_states_off(tiny_llama_folder: Path) 
 
 def test_only_frozen_blocks_below_every_trained_tensor_count(tiny_llama_folder: Path) -> None:
     assert frozen_depth(adapted(tiny_llama_folder)) == 1
-    assert frozen_depth(adapted(tiny_llama_folder, layers="all")) == 0
-    assert frozen_depth(adapted(tiny_llama_folder, target_modules=("embed_tokens", "q_proj"))) == 0
-    with prefix_states(adapted(tiny_llama_folder, layers="0"), rows(), folder=None, micro_tokens=40) as prefix:
-        assert prefix is None
+    for changes in ({"layers": "all"}, {"layers": "0"}):
+        with pytest.raises(ConfigError, match=r"the lowest block is adapted\. Adapt the top blocks only"):
+            frozen_depth(adapted(tiny_llama_folder, **changes))
+    with pytest.raises(ConfigError, match="something outside the blocks is trained"):
+        frozen_depth(adapted(tiny_llama_folder, target_modules=("embed_tokens", "q_proj")))
     text = adapted(tiny_llama_folder)
-    text.model.config.attention_dropout = 0.1
-    assert frozen_depth(text) == 0, "numbers that are dropped differ from pass to pass"
+    text.model.model.norm.weight.requires_grad_()
+    with pytest.raises(ConfigError, match="something outside the blocks is trained"):
+        frozen_depth(text)
+    text = adapted(tiny_llama_folder)
+    text.model.lm_head.weight = torch.nn.Parameter(text.model.lm_head.weight.detach().clone())
+    assert frozen_depth(text) == 1, "a trained head that is not the embedding stands above the blocks"
+
+
+def test_a_block_below_that_draws_random_numbers_is_found_out(tiny_llama_folder: Path) -> None:
+    text = adapted(tiny_llama_folder)
+    prefix, _ = modules.block_prefix(text.model, text.family)
+    block: Any = modules.find(text.model, f"{prefix}.0")
+    block.register_forward_hook(lambda module, given, out: out + 0.1 * torch.randn_like(out) if module.training else out)
+    with pytest.raises(ConfigError, match="a pass that begins there differs by"), prefix_states(
+        text, rows(), folder=None, micro_tokens=40
+    ):
+        pass
+    assert text.prefix is None and not text.model.training
+
+
+def test_dropout_of_the_pairs_above_is_no_hindrance(tiny_llama_folder: Path) -> None:
+    with prefix_states(adapted(tiny_llama_folder, dropout=0.3), rows(), folder=None, micro_tokens=40) as prefix:
+        assert prefix.depth == 1
+
+
+def test_a_block_that_hands_on_more_than_its_states_is_refused(tiny_llama_folder: Path) -> None:
+    text = adapted(tiny_llama_folder)
+    prefix, _ = modules.block_prefix(text.model, text.family)
+    upper: Any = modules.find(text.model, f"{prefix}.1")
+    lower: Any = modules.find(text.model, f"{prefix}.0")
+    handed: dict[str, torch.Tensor] = {}
+    lower.register_forward_hook(lambda module, given, out: handed.update(states=out))
+    upper.register_forward_pre_hook(lambda module, given: (given[0] + handed.pop("states"),))
+    with pytest.raises(ConfigError, match=r"cannot be entered between its blocks \(KeyError"), prefix_states(
+        text, rows(), folder=None, micro_tokens=40
+    ):
+        pass
+
+
+def test_a_disk_without_room_is_seen_beforehand(tiny_llama_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=100))
+    with pytest.raises(EnvironmentProblem, match=r"take [\d,]+ bytes .* and 100 are free.*keep_prefix_states off"), prefix_states(
+        adapted(tiny_llama_folder), rows(), folder=tmp_path, micro_tokens=40
+    ):
+        pass
 
 
 def test_kept_states_do_not_depend_on_the_order_of_the_rows(tiny_llama_folder: Path) -> None:
@@ -132,7 +177,6 @@ def test_kept_states_do_not_depend_on_the_order_of_the_rows(tiny_llama_folder: P
     for given in (rows(), [*rows()[3:], *rows()[:3], rows()[0]]):
         text = adapted(tiny_llama_folder)
         with prefix_states(text, given, folder=None, micro_tokens=40) as prefix:
-            assert prefix is not None
             ids = torch.from_numpy(np.concatenate([row.ids for row in rows()]))
             states = prefix.states_of(ids, [len(row.ids) for row in rows()], 0)
             assert states is not None

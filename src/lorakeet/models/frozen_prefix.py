@@ -1,13 +1,14 @@
-"""What the blocks below the lowest adapted one make of a row never changes in a run: computed once, kept, and handed on.
+"""What the blocks below the lowest adapted one make of a row stays the same in a run: computed once, kept, and handed on.
 
     ids ──► block 0 … depth−1 ──► states, by the row's ids ──► block depth … n−1, in every later pass
 
-A causal model without dropout computes the states of a row from its ids alone, whatever other rows are in the batch. Kept is the
-input of block `depth`, in the dtype of the model's states.
+For models whose blocks make the states of a row from its ids alone, without chance, and hand nothing else on
+(models/prefix_states tries that). Kept is the input of block `depth`, in the dtype of the model's states.
 """
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
@@ -107,5 +108,5 @@ def _rows(tokens: Tensor, lengths: Sequence[int]) -> tuple[Tensor, ...]:
 
 
 def _key(ids: Tensor) -> bytes:
-    """A row by its token ids: equal rows have equal states, and others never share any."""
-    return ids.cpu().numpy().tobytes()
+    """A row by its token ids: equal rows have equal states."""
+    return hashlib.blake2b(ids.cpu().numpy().tobytes(), digest_size=16).digest()

@@ -2,62 +2,126 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import shutil
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lorakeet.data.chat import Example
-from lorakeet.data.pack import pack
+from lorakeet.data.pack import Batch, pack
+from lorakeet.errors import ConfigError, EnvironmentProblem
 from lorakeet.memory.spill import Aside
 from lorakeet.models import modules
 from lorakeet.models.frozen_prefix import FrozenPrefix
 from lorakeet.models.text import TextModel
 
+SETTING = "train.keep_prefix_states"
+ALIKE = 64  # in units of the dtype's rounding, of the largest state: products of other shapes round at other places
+_UNFIT = (KeyError, IndexError, TypeError, ValueError, RuntimeError, AttributeError)  # of blocks that want more than states
+
 
 def frozen_depth(text: TextModel) -> int:
-    """How many of the lowest blocks, and what comes before them, hold nothing that is trained; 0 where that is of no use.
+    """How many of the lowest blocks hold nothing that is trained, where nothing else before them does either.
 
-    It cannot where the model is streamed, pads its rows, drops numbers in training, or trains its embedding.
+    Raises ConfigError where there is none, or where the model is streamed or pads its rows.
     """
-    settings = vars(text.model.config.get_text_config())
-    drops = any(rate for name, rate in settings.items() if "drop" in name and isinstance(rate, float))
-    embedding = text.model.get_input_embeddings()  # with what stands for it
-    if text.streamed is not None or text.attention != "varlen" or drops or embedding is None or _is_trained(embedding):
-        return 0
-    trained = [number for number, path in enumerate(_paths(text)) if _is_trained(modules.find(text.model, path))]
-    return min(trained, default=0)
+    if text.streamed is not None or text.attention != "varlen":
+        how = "streams its blocks" if text.streamed is not None else f"attends by {text.attention}"
+        raise ConfigError(f"{SETTING} is on, but this run {how}. Leave it off.")
+    paths = _paths(text)
+    trained = [number for number, path in enumerate(paths) if _trained(modules.find(text.model, path))]
+    allowed: set[nn.Parameter] = set()
+    for part in (*(modules.find(text.model, path) for path in paths), text.model.get_output_embeddings()):
+        allowed |= _trained(part)
+    outside = _trained(text.model) - allowed | _trained(text.model.get_input_embeddings())
+    depth = min(trained, default=len(paths))
+    if depth == 0 or outside:
+        what = "something outside the blocks is trained" if outside else "the lowest block is adapted"
+        raise ConfigError(f"{SETTING} is on, but {what}. Adapt the top blocks only, with lora.layers top:8, or leave it off.")
+    return depth
 
 
 @contextmanager
 def prefix_states(
-    text: TextModel, rows: Sequence[Example], *, folder: Path | None, micro_tokens: int
-) -> Iterator[FrozenPrefix | None]:
-    """A context in which passes over `rows` begin above the lowest blocks that hold nothing trained; None where there are none.
+    text: TextModel, rows: Sequence[Example], *, folder: Path | None, micro_tokens: int, say: Callable[[str], None] = print
+) -> Iterator[FrozenPrefix]:
+    """A context in which passes over `rows` begin above the lowest blocks, which hold nothing that is trained.
 
     Their states are computed at its beginning and kept in a scratch file in `folder`, which vanishes with the process, or in
     memory. Rows pass in an order of their own, by length, so that the same rows always give the same bits: a resumed run
-    computes them again. Raises EnvironmentProblem where the disk is full.
+    computes them again. Raises ConfigError where the model cannot be cut there (it is tried), EnvironmentProblem where the disk
+    has no room.
     """
-    depth = frozen_depth(text) if rows else 0
-    if not depth:
-        yield None
-        return
+    depth = frozen_depth(text)
+    parts = _parts(rows, micro_tokens)
+    needed = sum(len(row.ids) for part in parts for row in part) * _state_bytes(text)
+    if folder is not None and (free := shutil.disk_usage(folder).free) < needed:
+        raise EnvironmentProblem(
+            f"The states of {len(rows)} rows take {needed:,} bytes on the disk of {folder}, and {free:,} are free. "
+            f"Free some space, or turn {SETTING} off."
+        )
+    say(f"The lowest {depth} blocks hold nothing that is trained: what they make of {len(rows)} rows is kept ({needed:,} bytes).")
     prefix = FrozenPrefix(text.model, _paths(text), depth, Aside(folder))
     try:
         text.model.eval()
-        for part in _parts(rows, micro_tokens):
+        for number, part in enumerate(parts):
             batch = pack(part)
-            with torch.no_grad(), text.every_token(), prefix.recording() as found:
-                text.hidden(batch)
-            prefix.keep(batch.ids, batch.lengths, found[-1][0])
+            prefix.keep(batch.ids, batch.lengths, _recorded(text, prefix, batch))
+            if number == 0:
+                _require_alike(text, prefix, batch)
         text.prefix = prefix
         yield prefix
     finally:
         text.prefix = None
         prefix.close()
+
+
+def _recorded(text: TextModel, prefix: FrozenPrefix, batch: Batch) -> Tensor:
+    """The input (tokens, hidden) of the first block above, every row by itself."""
+    shares, text.shares_prefix = text.shares_prefix, False
+    try:
+        with torch.no_grad(), prefix.recording() as found:
+            text.hidden(batch)
+        states = found[-1]
+        if states.dim() != 3 or len(states) != 1:
+            raise ValueError(f"states of shape {tuple(states.shape)}")
+        return states[0, : batch.tokens]
+    except _UNFIT as error:
+        raise _cannot_be_cut(text, f"{type(error).__name__}: {error}") from error
+    finally:
+        text.shares_prefix = shares
+
+
+def _require_alike(text: TextModel, prefix: FrozenPrefix, batch: Batch) -> None:
+    """Raises ConfigError unless a pass in training mode that begins with kept states ends as a whole one does.
+
+    Both draw from the same seed, so that they differ where a block below draws random numbers, or hands on more than its states.
+    """
+    found = []
+    text.model.train()
+    try:
+        for kept in (None, prefix):
+            text.prefix = kept
+            with torch.random.fork_rng(devices=[]), torch.no_grad():
+                torch.default_generator.manual_seed(0)
+                found.append(text.hidden(batch).float())
+    except _UNFIT as error:
+        raise _cannot_be_cut(text, f"{type(error).__name__}: {error}") from error
+    finally:
+        text.prefix = None
+        text.model.eval()
+    whole, cut = found
+    off, allowed = float((whole - cut).abs().max()), ALIKE * torch.finfo(text.dtype).eps * float(whole.abs().max())
+    if not off <= allowed:
+        raise _cannot_be_cut(text, f"a pass that begins there differs by {off:.3g} from a whole one")
+
+
+def _cannot_be_cut(text: TextModel, why: str) -> ConfigError:
+    kind = text.model.config.model_type
+    return ConfigError(f"{SETTING} is on, but a '{kind}' model cannot be entered between its blocks ({why}). Leave it off.")
 
 
 def _parts(rows: Sequence[Example], micro_tokens: int) -> list[list[Example]]:
@@ -79,5 +143,11 @@ def _paths(text: TextModel) -> list[str]:
     return [f"{prefix}.{number}" for number in range(count)]
 
 
-def _is_trained(module: nn.Module | None) -> bool:
-    return module is not None and any(parameter.requires_grad for parameter in module.parameters())
+def _state_bytes(text: TextModel) -> int:
+    """Bytes of one token's states."""
+    return int(text.model.config.get_text_config().hidden_size) * text.dtype.itemsize
+
+
+def _trained(module: nn.Module | None) -> set[nn.Parameter]:
+    parameters = () if module is None else module.parameters()
+    return {parameter for parameter in parameters if parameter.requires_grad}

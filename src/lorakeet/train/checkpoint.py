@@ -150,6 +150,8 @@ def identity_of(
 ) -> dict[str, Any]:
     """What must be the same when a run goes on: settings, data and model (`more`, by name), and the trained tensors."""
     settings = {f"train.{key}": value for key, value in dataclasses.asdict(spec).items() if key not in MAY_CHANGE}
+    if not spec.keep_prefix_states:
+        del settings["train.keep_prefix_states"]  # so that runs from before there was this setting go on
     shapes = [[name, list(tensor.shape)] for name, tensor in parameters.items()]
     return {
         **settings,

@@ -52,7 +52,7 @@ class TrainSpec:
     )
     head_chunk: int = field(default=256, metadata={"help": "Supervised tokens that go through the output head at once."})
     keep_prefix_states: bool = field(
-        default=True,
+        default=False,
         metadata={"help": "Compute what blocks below the lowest adapted one make of a row once; kept in a file of the run."},
     )
     evaluate_every: int | None = field(

@@ -6,10 +6,10 @@ assemble (rows, model, plan, ids) → choose the rate → inject → train → j
 from __future__ import annotations
 
 import dataclasses
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +20,10 @@ from lorakeet.errors import ConfigError, Problems
 from lorakeet.evaluate.rank_values import Search
 from lorakeet.evaluate.report import Report
 from lorakeet.evaluate.values import encode
-from lorakeet.evaluate.wording import bytes_text
 from lorakeet.memory.allocator import give_back_free_memory
 from lorakeet.models.fingerprint import fingerprint
 from lorakeet.models.frozen import frozen_digests
-from lorakeet.models.prefix_states import prefix_states
+from lorakeet.models.prefix_states import frozen_depth, prefix_states
 from lorakeet.train.log import read_metrics, require_sink
 from lorakeet.train.loop import Outcome, train
 from lorakeet.train.progress import reporter_for
@@ -105,6 +104,8 @@ def finetune(
         return FinetuneResult(setup, run)
     setup, rates = (setup, rates_of(run)) if resume else choose_rate(setup, console, asked=quick)
     task = ready_to_train(setup)
+    if setup.config.train.keep_prefix_states:
+        frozen_depth(setup.text)  # refused before anything is written
     begin_run(run, setup.config, setup.dataset.split_record(), resume=resume is not None, rates=rates)
     before = {} if setup.arrangement.store else frozen_digests(setup.text.model)  # streamed weights are only read
     with _kept_states(setup, task, run, console):
@@ -125,19 +126,15 @@ def finetune(
 
 @contextmanager
 def _kept_states(setup: Assembly, task: TextTask, run: RunFolder, console: Console) -> Iterator[None]:
-    """A context in which rows that are seen more than once pass the blocks below the lowest trained one only once."""
+    """A context in which held-out rows, and training rows of several epochs, pass the lowest, untrained blocks once."""
     spec = setup.config.train
     if not spec.keep_prefix_states:
         yield
         return
-    steps = spec.total_steps(task.steps_per_epoch)
-    uses = Counter(row for step in range(steps) for row in task.order.indices(step))
-    again = [task.train[row] for row, count in sorted(uses.items()) if count > 1]
-    rows = (*again, *(task.held_out_rows if steps > spec.evaluation_interval(task.steps_per_epoch) else ()))
-    with prefix_states(setup.text, rows, folder=run.path, micro_tokens=spec.micro_tokens) as prefix:
-        if prefix is not None:
-            what = f"The lowest {prefix.depth} blocks hold nothing that is trained: what they make of {len(rows)} rows"
-            console.print(f"{what} is computed once and kept ({bytes_text(prefix.bytes)}).", markup=False, soft_wrap=True)
+    several = spec.total_steps(task.steps_per_epoch) >= 2 * task.steps_per_epoch
+    rows = (*task.held_out_rows, *(task.train if several else ()))
+    say = partial(console.print, markup=False, soft_wrap=True)
+    with prefix_states(setup.text, rows, folder=run.path, micro_tokens=spec.micro_tokens, say=say):
         yield
 
 
