@@ -112,7 +112,7 @@ def _streamed(
         if planned is not None:
             lowest = min(lowest, planned.peak)
         raise ConfigError(
-            f"memory.budget is {budget >> 20:,} MiB, but this run takes at least {-(-lowest >> 20):,} MiB "
+            f"memory.budget is {budget >> 20} MiB, but this run takes at least {-(-lowest >> 20)} MiB "
             f"({step.trained:,} trained parameters, micro-batches of {step.tokens:,} tokens), streamed or not. "
             "Raise the budget, or lower lora.rank, data.max_tokens or train.micro_tokens."
         )
