@@ -1,18 +1,17 @@
 """Claim: LoRA on models of true size within a stated memory, their frozen 4-bit weights streamed from disk.
 
-    python benchmarks/memory_claims.py [--claims 7b 7b-held-out 13b 70b overhead] [--stores FOLDER]
+    python benchmarks/memory_claims.py [--claims 7b 7b-held-out 13b 13b-in-memory 70b overhead] [--stores FOLDER]
 
-Each claim runs in a process of its own over random weights in the model's true shapes, packed in NF4 (13B: in 4-bit GPTQ, groups
-of 128) into a store that is made once (7B: 3.9 GB, 13B: 7 GB, 70B: 36 GB). The run is the real training loop, checkpoint and
-adapter on disk included; that of 7b-held-out chooses its best adapter by a held-out row. The peak is VmHWM of /proc/self/status
-from the start of the process to its end: resident pages of every kind, those of files too. There is no GPU here: the GPU column
-is the planned sum of the tensors of a step, and was not run.
+Each claim runs in a process of its own, which plans its run as `lorakeet finetune --memory.budget` does, over random weights in
+the model's true shapes, packed in NF4 (13B: in 4-bit GPTQ, groups of 128) into a store that is made once (7B: 3.9 GB, 13B: 7 GB,
+70B: 36 GB). The run is the real training loop, checkpoint and adapter on disk included; that of 7b-held-out chooses its best
+adapter by a held-out row. The peak is VmHWM of /proc/self/status from the start of the process to its end: resident pages of
+every kind, those of files too. There is no GPU here: the GPU column is the planned sum of the tensors of a step, and was not run.
 """
 
 from __future__ import annotations
 
 import argparse
-import copy
 import json
 import subprocess
 import sys
@@ -33,8 +32,7 @@ from lorakeet.core.spec import LoraSpec
 from lorakeet.data.chat import Example
 from lorakeet.data.spec import DataSpec
 from lorakeet.memory.allocator import return_freed_memory
-from lorakeet.memory.bound import choose, streamed
-from lorakeet.memory.measure import peak_bytes, resident_bytes
+from lorakeet.memory.measure import peak_bytes
 from lorakeet.memory.store import Store
 from lorakeet.models.adapt import begin_adapter
 from lorakeet.models.families import family_of
@@ -42,18 +40,21 @@ from lorakeet.models.gguf_copy import cache_folder
 from lorakeet.models.load import set_attention
 from lorakeet.models.outline import config_of
 from lorakeet.models.placement import products_for
+from lorakeet.models.quantized import skeleton
 from lorakeet.models.spec import ModelSpec
 from lorakeet.models.streamed_load import open_streamed
 from lorakeet.models.targets import plan_for
 from lorakeet.models.text import TextModel
+from lorakeet.quant.adopt import weights_in
 from lorakeet.quant.spec import QuantSpec
 from lorakeet.train.loop import Outcome, train
 from lorakeet.train.progress import Record, Silent
+from lorakeet.train.rehearsal import STEP, Streaming
 from lorakeet.train.run import RunFolder
 from lorakeet.train.spec import TrainSpec
 from lorakeet.train.text_task import TextTask
-from lorakeet.workflows.arrange import shapes_of
-from lorakeet.workflows.forecast_run import Precision, forecast_run, runtime_bytes
+from lorakeet.workflows.arrange import Loaded, batches_of, streamed_plans
+from lorakeet.workflows.choose_streaming import choose_streaming
 
 NF4 = QuantSpec(method="nf4")
 GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 128, "desc_act": False, "sym": True}
@@ -70,17 +71,17 @@ class Claim:
     steps: int
     budget: int
     layers: int | None = None  # fewer blocks than the model has, for what does not depend on their number
-    slots: int = 2  # blocks in memory; 0 for all
+    slots: int | None = None  # blocks in memory, 0 for all; left out, as many as the budget has room for
     batches: int = 1
     gptq: bool = False  # whether the weights are in 4-bit GPTQ, else in NF4
     held_out: int = 0  # rows
-    resident: int = 0  # bytes that a run with every weight in memory may be planned to take, where that is claimed
 
 
 CLAIMS = {
     "7b": Claim("meta-llama/Llama-2-7b-hf", tokens=2048, steps=3, budget=2 << 30),
     "7b-held-out": Claim("meta-llama/Llama-2-7b-hf", tokens=2048, steps=1, budget=2 << 30, held_out=1),
-    "13b": Claim("meta-llama/Llama-2-13b-hf", tokens=256, steps=1, budget=2_500_000_000, gptq=True, resident=10_000_000_000),
+    "13b": Claim("meta-llama/Llama-2-13b-hf", tokens=256, steps=1, budget=2_500_000_000, gptq=True),
+    "13b-in-memory": Claim("meta-llama/Llama-2-13b-hf", tokens=256, steps=1, budget=10_000_000_000, gptq=True),
     "70b": Claim("meta-llama/Llama-2-70b-hf", tokens=64, steps=1, budget=6_000_000_000),
 }
 OVERHEAD = Claim("meta-llama/Llama-2-7b-hf", tokens=2048, steps=2, budget=4 << 30, layers=4)
@@ -106,47 +107,33 @@ def work(claim: Claim, stores: Path) -> dict[str, Any]:
     """Runs one claim in this process."""
     return_freed_memory()
     config, settings = model_config(claim), run_config(claim)
-    shapes, step = shapes_of(settings, config)
-    choice = choose(shapes, step, resident_bytes(), claim.budget)
-    aside, planned = (choice.aside, choice.planned) if choice is not None else (True, None)
-    text = model_over(claim, config, stores)
+    plans, batches = streamed_plans(settings, config, None, Loaded(labelled=False)), batches_of(settings, config)
+    choice, least = choose_streaming(plans, batches, claim.budget), plans(Streaming(together=1, aside=True))
+    aside, together = (choice.aside, choice.together) if choice is not None else (True, 1)
+    slots = claim.slots if claim.slots is not None else 2 if choice is None else choice.slots
+    text = model_over(claim, config, stores, slots)
     assert text.streamed is not None
     begin_adapter(text, plan_for(text.model, settings.lora, text.family), seed=0)
-    clock, before = Clock(), peak_bytes()
+    clock = Clock()
     with TemporaryDirectory(dir=stores) as folder:
         examples = rows(claim)
         task = TextTask(
             text, examples[claim.held_out :], held_out=examples[: claim.held_out], spec=settings.train,
-            scratch=stores if aside else None, together=claim.batches,
+            scratch=stores if aside else None, together=together,
         )  # fmt: skip
         clock.last = time.perf_counter()
         run = RunFolder.create(Path(folder) / "run")
         outcome: Outcome = train(task, settings.train, run=run, report=clock, budget=claim.budget)
-    peak = max(before, outcome.peak_bytes, peak_bytes())  # before anything is planned in this process
+    step = plans(Streaming(together=1, aside=False)).forecast.phase(STEP)
     return {
-        "model": claim.model, "blocks": shapes.blocks, "tokens": claim.tokens * claim.batches, "steps": outcome.steps,
-        "seconds": clock.seconds, "losses": clock.losses, "trained": step.trained, "inputs_on_disk": aside,
-        "budget": claim.budget, "planned": planned, "peak": peak,
-        "resident_allowed": claim.resident or None,
-        "resident_planned": planned_resident(settings, config) if claim.resident else None,
-        "gpu_planned": streamed(shapes, step, 0, together=1, aside=False), "read_bytes": text.streamed.stream.bytes_read,
-        "parameters": parameters_of(settings, config),
+        "model": claim.model, "blocks": least.blocks, "tokens": claim.tokens * claim.batches, "steps": outcome.steps,
+        "seconds": clock.seconds, "losses": clock.losses, "trained": least.plan.parameters, "inputs_on_disk": aside,
+        "blocks_in_memory": slots or least.blocks, "budget": claim.budget,
+        "planned": (choice.planned if choice is not None else least).training_peak,
+        "peak": max(outcome.peak_bytes, peak_bytes()), "read_bytes": text.streamed.stream.bytes_read,
+        "gpu_planned": sum(size for kind, size in step.kinds.items() if kind not in ("runtime", "allocator")),
+        "parameters": weights_in(skeleton(config)),
     }  # fmt: skip
-
-
-def planned_resident(settings: RunConfig, config: Any) -> int:
-    """The most bytes until training ends with every weight in memory, as `lorakeet plan` gives it under a budget."""
-    dtype = torch.bfloat16
-    precision = Precision(dtype, products_for(settings.model, dtype, torch.device("cpu")), settings.model.quantize)
-    return forecast_run(settings, config, precision, runtime=runtime_bytes(precision), returning=True).training_peak
-
-
-def parameters_of(settings: RunConfig, config: Any) -> int:
-    """Of the model as it was before it was packed."""
-    config = copy.deepcopy(config)
-    config.quantization_config = None
-    shapes, _ = shapes_of(replace(settings, model=replace(settings.model, quantize=QuantSpec())), config)
-    return int((shapes.block_total + shapes.end_bytes + shapes.rest_bytes) // shapes.state)
 
 
 def model_config(claim: Claim) -> Any:
@@ -168,14 +155,14 @@ def run_config(claim: Claim) -> RunConfig:
     )
 
 
-def model_over(claim: Claim, config: Any, stores: Path) -> TextModel:
+def model_over(claim: Claim, config: Any, stores: Path, slots: int) -> TextModel:
     """The model over its store, which is made by a process of its own where it is missing."""
     path = store_of(claim, stores)
     if not path.is_file():
         make = [sys.executable, __file__, "--make-store", json.dumps(claim.__dict__), "--stores", str(stores)]
         subprocess.run(make, check=True)
     family, device = family_of(config), torch.device("cpu")
-    model, blocks = open_streamed(Store(path), config, torch.bfloat16, family, slots=claim.slots or config.num_hidden_layers)
+    model, blocks = open_streamed(Store(path), config, torch.bfloat16, family, slots=slots or config.num_hidden_layers)
     set_attention(model, "varlen")
     products = products_for(run_config(claim).model, torch.bfloat16, device)
     return TextModel(model, None, claim.model, Path(), family, device, torch.bfloat16, products, streamed=blocks)
@@ -237,9 +224,9 @@ def table(found: dict[str, dict[str, Any]]) -> str:
     ]
     for one in found.values():
         full = ADAM_BYTES * one["parameters"]
-        planned = "-" if one["planned"] is None else f"{one['planned'] / 1e9:.2f} GB"
         lines.append(
-            f"| {one['model']} | {one['tokens']:,} | {one['steps']} | {planned} | {one['peak'] / 1e9:.2f} GB | "
+            f"| {one['model']} | {one['tokens']:,} | {one['steps']} | {one['planned'] / 1e9:.2f} GB | "
+            f"{one['peak'] / 1e9:.2f} GB | "
             f"{one['budget'] / 1e9:.2f} GB | {'yes' if one['peak'] <= one['budget'] else 'NO'} | "
             f"1/{full / one['peak']:.0f} of {full / 1e9:,.0f} GB | {one['gpu_planned'] / 1e9:.2f} GB |"
         )
@@ -268,11 +255,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(warn_if_busy(about) or "The machine is idle.", file=sys.stderr)
     found = {name: in_own_process(CLAIMS[name], given.stores) for name in given.claims if name in CLAIMS}
     print(table(found))
-    for one in found.values():
-        if one["resident_planned"] is not None:
-            kept = "kept" if one["resident_planned"] <= one["resident_allowed"] else "NOT KEPT"
-            sizes = f"{one['resident_planned'] / 1e9:.2f} GB of {one['resident_allowed'] / 1e9:.2f} GB"
-            print(f"{one['model']} with its weights in memory, planned: {sizes}, {kept}.")
     content: dict[str, Any] = {"claims": found}
     if found:
         content["hiding"] = hiding_tokens(given.stores, next(iter(found.values())))
@@ -282,9 +264,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"Streamed / the same with every block in memory: {content['overhead']['ratio']:.3f}")
     name = "_".join(("memory_claims", *given.claims))
     print(f"Written: {write_result(name, content, seed=0, about=about, folder=given.results)}")
-    resident = [one for one in found.values() if one["resident_planned"] is not None]
-    kept_all = all(one["resident_planned"] <= one["resident_allowed"] for one in resident)
-    return 0 if kept_all and all(one["peak"] <= one["budget"] for one in found.values()) else 1
+    return 0 if all(one["peak"] <= one["planned"] <= one["budget"] for one in found.values()) else 1
 
 
 if __name__ == "__main__":

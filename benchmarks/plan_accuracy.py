@@ -27,13 +27,12 @@ from harness.machine import origin, write_result
 from harness.processes import run, run_module
 
 from lorakeet.config import RunConfig
-from lorakeet.memory.bound import streamed
 from lorakeet.models.load import read_config
 from lorakeet.models.outline import config_from, config_of, local_files, outline, published
 from lorakeet.models.source import find_source
 from lorakeet.models.spec import ModelSpec
-from lorakeet.workflows.arrange import shapes_of
-from lorakeet.workflows.forecast_run import forecast_run
+from lorakeet.train.rehearsal import Streaming
+from lorakeet.workflows.forecast_run import TOKENIZER_ENTRY, forecast_run
 
 ALLOWED_MEDIAN = 0.10
 MODULE, WHOLE = "contenders.planned_run", "contenders.whole_run"
@@ -230,8 +229,9 @@ class _Bench:
         if configuration.streamed:
             return self._streamed(configuration, asked, config)
         runtime = self._runtime(configuration, asked)
+        beside = runtime - (TOKENIZER_ENTRY * model_config.vocab_size if shape else 0)  # made-up models have no tokenizer
         forecast = forecast_run(
-            config, model_config, precision, runtime=runtime, returning=configuration.returning, tokenizer=shape is None,
+            config, model_config, precision, runtime=beside, returning=configuration.returning,
             files=None if shape else local_files(config.model.path),
         ).forecast  # fmt: skip
         used, commit = self.measured.get(configuration.name, lambda: self._child(asked))
@@ -239,11 +239,14 @@ class _Bench:
         return self._compared(configuration, planned, used, runtime, commit)
 
     def _streamed(self, configuration: Configuration, asked: Mapping[str, Any], config: RunConfig) -> dict[str, Any]:
-        source = find_source(config.model, print)
-        shapes, step = shapes_of(config, read_config(source), source)
+        _, precision = read_settings(asked)
+        source, runtime = find_source(config.model, print), self._runtime(configuration, asked)
+        forecast = forecast_run(
+            config, read_config(source), precision, runtime=runtime, files=source, returning=True, streaming=Streaming()
+        ).forecast
         used, commit = self.measured.get(configuration.name, lambda: self._child(asked))
-        bound = streamed(shapes, step, used["start"], together=step.batches, aside=False)
-        return self._compared(configuration, {name: bound for name in used if name != "start"}, used, used["start"], commit)
+        planned = {name: forecast.phase(name).bytes for name in used if name != "start"}
+        return self._compared(configuration, planned, used, runtime, commit)
 
     def _whole(self, configuration: Configuration, settings: Mapping[str, str]) -> dict[str, Any]:
         labelled = configuration.whole == "labelled"

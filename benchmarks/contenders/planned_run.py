@@ -22,6 +22,7 @@ from lorakeet.models.targets import plan_for
 from lorakeet.models.text import TextModel
 from lorakeet.quant.gptq import GptqBase
 from lorakeet.quant.packed import PackedBase
+from lorakeet.train.best import Best
 from lorakeet.train.log import Metrics
 from lorakeet.train.rehearsal import CHECKPOINT, EVALUATE, STEP, training_on
 from lorakeet.train.run import RunFolder
@@ -69,6 +70,8 @@ def _phases(asked: Mapping[str, Any]) -> dict[str, int]:
         training = training_on(text, config.train, rows, 2 if config.train.batch_size > rows.count else 1)
         training.run = RunFolder.create(Path(folder) / "run")
         training.metrics = Metrics(training.run.metrics)
+        if asked["returning"]:  # as a run under a budget
+            training.best = Best(training.run.best)
         judged = training_on(text, config.train, judging_of(config).rows, 1).task.train
         training.task.held_out_rows = training.task.train if store else judged
         with _peak(peaks, STEP):

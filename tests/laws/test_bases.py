@@ -205,6 +205,17 @@ def test_one_buffer_serves_all_bases(make: Any) -> None:
 
 
 @every_base
+def test_some_rows_are_unpacked_as_they_are_within_the_whole(make: Any) -> None:
+    rows = 2 * make(weight_of()).row_step  # two parts, so that one begins within W
+    base = make(torch.cat([weight_of(seed=seed) for seed in range(-(-rows // OUT))]))
+    whole, step = base.dense(), base.row_step
+    parts = [slice(start, min(start + step, len(whole))) for start in range(0, len(whole), step)]
+    assert len(parts) >= 2
+    for part in parts:
+        assert torch.equal(base.unpack(torch.empty(part.stop - part.start, IN), part.start), whole[part])
+
+
+@every_base
 @pytest.mark.parametrize("start", ["kaiming", "orthogonal", "pissa", "olora"])
 def test_every_start_leaves_the_function_as_it_was(make: Any, start: str) -> None:
     layer = packed_layer(make(weight_of()))

@@ -1,4 +1,4 @@
-"""Two buffers in turn: every record is right whatever the order, and no more than two are held."""
+"""Buffers in turn: every record is right whatever the order, no more are held than were asked for, and what is there stays."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from lorakeet.memory.store import Store, new_store
 from lorakeet.memory.stream import RecordStream
 
 
-def stream(folder: Path, count: int = 5) -> RecordStream:
+def stream(folder: Path, count: int = 5, slots: int = 2) -> RecordStream:
     with new_store(folder / "s", identity={}, tensors=count) as writer:
         for number in range(count):
             writer.add(f"b.{number}", {"w": torch.full((10 + number,), float(number))})
-    return RecordStream(Store(folder / "s"), [f"b.{number}" for number in range(count)])
+    return RecordStream(Store(folder / "s"), [f"b.{number}" for number in range(count)], slots=slots)
 
 
 def test_there_and_back_reads_twice_what_was_not_still_there_at_the_turn(tmp_path: Path) -> None:
@@ -61,3 +61,17 @@ def test_with_a_slot_for_each_record_all_are_read_once(tmp_path: Path) -> None:
         assert bool((found.bring(index, (index + 1) % 5)["w"] == index).all())
     assert found.bytes_read == sum(record.bytes for record in found.records)
     two.close()
+
+
+@pytest.mark.parametrize("slots", [2, 3, 4, 5])
+def test_forth_and_back_again_reads_only_what_has_no_place(slots: int, tmp_path: Path) -> None:
+    found = stream(tmp_path, slots=slots)
+    turn = [0, 1, 2, 3, 4, 4, 3, 2, 1, 0]
+    for _ in range(3):
+        for place, index in enumerate(turn):
+            assert bool((found.bring(index, turn[min(place + 1, 9)])["w"] == index).all())
+    out, back = found.records[slots:], found.records[: 5 - slots]  # read on the way out, and on the way back
+    first = sum(record.bytes for record in found.records[:slots])
+    assert found.bytes_read == first + 3 * sum(record.bytes for record in (*out, *back))
+    assert len(found._slots) == slots == len(found.fill())
+    found.close()

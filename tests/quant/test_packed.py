@@ -16,8 +16,8 @@ class Narrow(PackedBase):
         super().__init__((weight.shape[0], weight.shape[1]))
         self.register_buffer("packed", weight.bfloat16())
 
-    def unpack(self, out: Tensor) -> Tensor:
-        return out.copy_(self.get_buffer("packed"))
+    def unpack(self, out: Tensor, first: int = 0) -> Tensor:
+        return out.copy_(self.get_buffer("packed")[first : first + len(out)])
 
     def store(self, weight: Tensor) -> None:
         self.get_buffer("packed").copy_(weight)
@@ -35,6 +35,17 @@ def test_products_are_those_of_the_dense_weight(weight: Tensor) -> None:
     assert torch.equal(base.matmul_t(g), g @ weight)
     assert torch.equal(base.dense(), weight)
     assert base.bytes == weight.numel() * 2
+
+
+def test_in_fp32_some_rows_at_a_time_give_the_same_products(weight: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    base, x, g = Narrow(weight), torch.randn(4, 10), torch.randn(4, 6)
+    monkeypatch.setattr("lorakeet.quant.packed.PART_BYTES", 4 * 10 * 4)  # four rows of fp32
+    SCRATCH.clear()
+    torch.testing.assert_close(base.matmul(x), x @ weight.T)
+    torch.testing.assert_close(base.matmul_t(g), g @ weight)
+    assert [buffer.numel() for buffer in SCRATCH._buffers.values()] == [40]
+    narrow = base.matmul(x.bfloat16())
+    assert max(buffer.numel() for buffer in SCRATCH._buffers.values()) == 60 and narrow.dtype == torch.bfloat16
 
 
 def test_gradients_reach_the_input(weight: Tensor) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -22,19 +23,24 @@ from lorakeet.core.selection import Share
 
 @dataclass(frozen=True)
 class Activation:
-    """φ and its backward: grad (like x) and x to grad·φ'(x)."""
+    """φ and its backward: grad (like x) and x to grad·φ'(x), written into grad."""
 
     forward: Callable[[Tensor], Tensor]
     backward: Callable[[Tensor, Tensor], Tensor]
 
 
+def _gelu_backward(grad: Tensor, x: Tensor, approximate: str) -> Tensor:
+    return cast(Tensor, torch.ops.aten.gelu_backward(grad, x, approximate=approximate, grad_input=grad))
+
+
 ACTIVATIONS = {
-    "silu": Activation(nn.functional.silu, torch.ops.aten.silu_backward),
-    "gelu_tanh": Activation(
-        lambda x: nn.functional.gelu(x, approximate="tanh"),
-        lambda grad, x: cast(Tensor, torch.ops.aten.gelu_backward(grad, x, approximate="tanh")),
+    "silu": Activation(
+        nn.functional.silu, lambda grad, x: cast(Tensor, torch.ops.aten.silu_backward(grad, x, grad_input=grad))
     ),
-    "gelu": Activation(nn.functional.gelu, lambda grad, x: cast(Tensor, torch.ops.aten.gelu_backward(grad, x))),
+    "gelu_tanh": Activation(
+        partial(nn.functional.gelu, approximate="tanh"), partial(_gelu_backward, approximate="tanh")
+    ),
+    "gelu": Activation(nn.functional.gelu, partial(_gelu_backward, approximate="none")),
 }
 
 
@@ -85,6 +91,7 @@ def made_again(kept: Sequence[Tensor]) -> Tensor:
 
 
 _NOTE = "lorakeet_normed"
+COLUMNS = 2048  # of the inner width, at once
 
 
 class GatedMlpFunction(torch.autograd.Function):
@@ -130,16 +137,19 @@ class GatedMlpFunction(torch.autograd.Function):
         x, rest = made_again(rest[: ctx.source]), rest[ctx.source :]
         into, for_down, factors = rest[: 2 * count], rest[2 * count : 3 * count], rest[3 * count :]
         grad, gate, up = grad.to(p.products).contiguous(), gate.to(p.products), up.to(p.products)
-        wide = x.to(p.products)
         active = p.activation.forward(gate)
         grad_inner = p.down.matmul_t(grad)
         of_down = []  # ∂A and ∂B of each part
         for ((part, scales), (*_, a_down, b_down)), h in zip(_by_part(p, factors), for_down, strict=True):
             u, grad_b = _through(grad[part], b_down, h, scales[2])
             grad_inner[part].addmm_(u, a_down)
-            of_down.append((torch.mm(u.t(), active[part] * up[part]), grad_b))
+            of_down.append((_times_product(u.t(), active[part], up[part]), grad_b))
+        del grad
         grad_gate = p.activation.backward(up.mul_(grad_inner), gate)
+        del gate
         grad_up = active.mul_(grad_inner)
+        del grad_inner
+        wide = x.to(p.products)
         need_x = ctx.needs_input_grad[0]
         grad_x = p.gate.matmul_t(grad_gate).add_(p.up.matmul_t(grad_up)) if need_x else None
         grads: list[Tensor] = []
@@ -161,6 +171,12 @@ def _by_part(
     """Each part of the tokens with its six factors, in the dtype of the products."""
     for number, part in enumerate(p.parts):
         yield part, tuple(factor.to(p.products) for factor in factors[6 * number : 6 * number + 6])
+
+
+def _times_product(left: Tensor, one: Tensor, other: Tensor) -> Tensor:
+    """left (rank, tokens) · (one ∘ other) (tokens, width) to (rank, width); one ∘ other is never whole."""
+    parts = zip(torch.split(one, COLUMNS, dim=1), torch.split(other, COLUMNS, dim=1), strict=True)
+    return torch.cat([torch.mm(left, a * b) for a, b in parts], dim=1)
 
 
 def _through(grad: Tensor, b: Tensor, shrunk: Tensor, scale: float) -> tuple[Tensor, Tensor]:

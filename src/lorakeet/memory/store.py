@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lorakeet.errors import DataError, EnvironmentProblem
 
@@ -212,6 +212,10 @@ class Store:
         self.read(place.begin, found.view(-1))
         return found
 
+    def rows(self, name: str) -> StoredRows:
+        """The matrix of that name, to be read some rows at a time."""
+        return StoredRows(self, name)
+
     def close(self) -> None:
         """Closes the file."""
         self._closing()
@@ -246,6 +250,11 @@ class StoredRows:
         for place, row in enumerate(rows):
             self._store.read(self._place.begin + row * self._row, found[place])
         return found
+
+    def look_up(self, ids: Tensor) -> Tensor:
+        """The row of each of `ids` (…) as (…, columns); one read for each that differs."""
+        wanted, places = torch.unique(ids, return_inverse=True)
+        return nn.functional.embedding(places, self.gather(wanted.tolist()))
 
     @property
     def _row(self) -> int:

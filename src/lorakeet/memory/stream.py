@@ -1,10 +1,10 @@
-"""Records of a store that come into two buffers in turn: while one is computed with, a thread reads the next into the other."""
+"""Records of a store that come into buffers in turn: while one is computed with, a thread reads the next into another."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -12,19 +12,21 @@ from torch import Tensor
 from lorakeet.memory.store import Record, Store
 
 
-@dataclass
+@dataclass(eq=False)
 class _Slot:
-    """A buffer, the record that it holds or is being filled with, and the reading."""
+    """A buffer, the record that it holds or is being filled with, the reading, and the record's tensors in the buffer."""
 
     buffer: Tensor
     index: int | None = None
     reading: Future[None] | None = None
+    views: dict[str, Tensor] = field(default_factory=dict)
 
 
 class RecordStream:
     """The records `names` of `store`, by their number. At most `slots` are in memory, each in a buffer as long as the longest.
 
-    Two slots are what streaming needs; with as many slots as records each is read once and stays.
+    Two slots are what streaming needs; with as many slots as records each is read once and stays. Between the two, the record
+    that was used longest ago makes room, so that of n records in s slots a pass forth and back reads 2·(n − s).
     """
 
     def __init__(self, store: Store, names: Sequence[str], *, slots: int = 2) -> None:
@@ -50,9 +52,16 @@ class RecordStream:
         if slot.reading is not None:
             slot.reading.result()
             slot.reading = None
+        self._used(slot)
         if self._holding(then) is None:
             self._fill(then, keep=slot)
-        return self.records[index].views(slot.buffer)
+        return slot.views
+
+    def fill(self) -> list[Tensor]:
+        """Every buffer, made now; what they hold is what `bring` put there."""
+        while len(self._slots) < min(self.slots, len(self.records)):
+            self._slots.append(_Slot(torch.empty(self.slot_bytes, dtype=torch.uint8)))
+        return [slot.buffer for slot in self._slots]
 
     def release(self) -> None:
         """Gives the buffers back to the system; the next `bring` makes new ones."""
@@ -67,20 +76,27 @@ class RecordStream:
         self._slots = []
         self.store.close()
 
+    def _used(self, slot: _Slot) -> None:
+        """Puts `slot` last: slots stand in the order of their use."""
+        self._slots.remove(slot)
+        self._slots.append(slot)
+
     def _holding(self, index: int) -> _Slot | None:
         return next((slot for slot in self._slots if slot.index == index), None)
 
     def _fill(self, index: int, *, keep: _Slot | None) -> _Slot:
-        """Begins to read record `index` into a buffer other than `keep`."""
-        if len(self._slots) < self.slots:
-            self._slots.append(_Slot(torch.empty(self.slot_bytes, dtype=torch.uint8)))
-            slot = self._slots[-1]
-        else:
+        """Begins to read record `index` into a buffer other than `keep`: an empty one, else the one used longest ago."""
+        slot = next((slot for slot in self._slots if slot.index is None), None)
+        if slot is None and len(self._slots) < self.slots:
+            slot = _Slot(torch.empty(self.slot_bytes, dtype=torch.uint8))
+            self._slots.append(slot)
+        if slot is None:
             slot = next(slot for slot in self._slots if slot is not keep)
         if slot.reading is not None:
             slot.reading.result()
+        self._used(slot)
         record = self.records[index]
-        slot.index = index
+        slot.index, slot.views = index, record.views(slot.buffer)
         slot.reading = self._reader.submit(self.store.read, record.begin, slot.buffer[: record.bytes])
         self.bytes_read += record.bytes
         return slot

@@ -32,10 +32,12 @@ HEAD_TOLERANCE = 8  # in units of the dtype's rounding: both sides multiply the 
 ATTENTION_TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}  # relative to the largest logit
 
 
-def load_text_model(spec: ModelSpec, *, say: Callable[[str], None] | None = None, store: Path | None = None) -> TextModel:
+def load_text_model(
+    spec: ModelSpec, *, say: Callable[[str], None] | None = None, store: Path | None = None, slots: int = 2
+) -> TextModel:
     """The model that `spec` names, frozen and checked; `say` gets what the user should know (default: the log).
 
-    With a folder `store`, its blocks are streamed from a store there (models/streamed).
+    With a folder `store`, its blocks are streamed from a store there, `slots` of them in memory (models/streamed).
 
     Raises ConfigError or DataError for a wrong name or damaged files, EnvironmentProblem for what this machine lacks or
     where the check of the head or of the attention fails.
@@ -50,7 +52,9 @@ def load_text_model(spec: ModelSpec, *, say: Callable[[str], None] | None = None
     else:
         config = read_config(source)
         family = family_of(config.get_text_config())
-        model, streamed = streamed_model(source, config, dtype, quantize=spec.quantize, family=family, folder=store, say=tell)
+        model, streamed = streamed_model(
+            source, config, dtype, quantize=spec.quantize, family=family, folder=store, slots=slots, say=tell
+        )
     text = TextModel(
         model=model,
         tokenizer=load_tokenizer(source),

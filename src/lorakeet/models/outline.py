@@ -16,10 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor  # torch offers no public name
+from torch.utils._python_dispatch import _disable_current_modes  # nor for this
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from lorakeet.data.locate import PACKAGE, locate, package_file
 from lorakeet.errors import ConfigError, nearest
+from lorakeet.memory.ledger import Ledger
 from lorakeet.models.families import family_of
 from lorakeet.models.load import set_attention
 from lorakeet.models.packing import Packing, packing_of
@@ -125,11 +127,11 @@ def put_packed(model: nn.Module, packing: Packing, device: torch.device) -> None
 
 
 class OutlinedBase(PackedBase):
-    """Stands in an outline for a packed base with the same buffers: of the equal tiles that it unpacks, one is worked through."""
+    """Stands in an outline for a packed base with the same buffers. Unpacked, it only holds for a moment what unpacking holds."""
 
     def __init__(self, base: PackedBase) -> None:
         super().__init__(base.shape)
-        self._settings = base.settings
+        self._settings, self._row_step = base.settings, base.row_step
         for name, buffer in base.named_buffers():
             self.register_buffer(name, buffer)
 
@@ -137,14 +139,31 @@ class OutlinedBase(PackedBase):
     def settings(self) -> dict[str, Any]:
         return self._settings
 
-    def unpack(self, out: Tensor) -> Tensor:
-        rows, columns = self.shape
-        if self.settings["method"] == "gptq":  # whose tiles are of columns, in whole words
-            columns = min(columns, max(1, -(-TILE // (rows * WORD))) * WORD)
-        else:
-            rows = min(rows, max(1, -(-TILE // columns)))
-        empty_base({**self.settings, "shape": (rows, columns)}, device=self.device).unpack(out[:rows, :columns])
+    @property
+    def row_step(self) -> int:
+        return self._row_step
+
+    def unpack(self, out: Tensor, first: int = 0) -> Tensor:
+        settings = json.dumps({**self.settings, "shape": tuple(out.shape)})
+        torch.empty(_while_unpacking(settings, out.dtype), dtype=torch.uint8, device=out.device)
         return out
+
+
+@cache
+def _while_unpacking(settings: str, dtype: torch.dtype) -> int:
+    """The most bytes that unpacking such a weight holds beside the weight and its result: those of one of its equal tiles."""
+    packing = json.loads(settings)
+    rows, columns = packing["shape"]
+    if packing["method"] == "gptq":  # whose tiles are of columns, in whole words
+        columns = min(columns, max(1, -(-TILE // (rows * WORD))) * WORD)
+    else:
+        rows = min(rows, max(1, -(-TILE // columns)))
+    with _disable_current_modes(), Ledger() as ledger:
+        base, out = empty_base({**packing, "shape": (rows, columns)}), torch.empty(rows, columns, dtype=dtype)
+        before = ledger.bytes
+        with ledger.phase("unpack"):
+            base.unpack(out)
+        return ledger.peaks["unpack"].bytes - before
 
 
 def local_files(name: str) -> Path | None:

@@ -42,7 +42,7 @@ def sample(
     text.model.eval()
     try:
         with torch.no_grad(), _cached_attention(text):
-            at_once = _rows_at_once(text, max((len(prompt) for prompt in prompts), default=1) + max_tokens)
+            at_once = rows_at_once(text, max((len(prompt) for prompt in prompts), default=1) + max_tokens)
             for start in range(0, len(order), at_once):
                 rows = order[start : start + at_once]
                 chosen = [torch.as_tensor(np.asarray(prompts[row], np.int64)) for row in rows]
@@ -54,7 +54,7 @@ def sample(
     return [np.asarray(ids, np.int64) for ids in written]
 
 
-def _rows_at_once(text: TextModel, length: int) -> int:
+def rows_at_once(text: TextModel, length: int) -> int:
     """How many rows of `length` tokens are written together: fewer under a memory budget, so that their keys and values fit."""
     if text.streamed is None:
         return ROWS_AT_ONCE

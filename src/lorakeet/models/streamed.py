@@ -143,8 +143,7 @@ class StreamedEmbedding(StandIn):
         return cast(Tensor, self.original.weight)
 
     def forward(self, ids: Tensor) -> Tensor:
-        wanted, places = torch.unique(ids, return_inverse=True)
-        found = nn.functional.embedding(places, self.rows.gather(wanted.tolist()))
+        found = self.rows.look_up(ids)
         scale = getattr(self.original, "embed_scale", None)  # Gemma's
         return found if scale is None else found * scale.to(found.dtype)
 

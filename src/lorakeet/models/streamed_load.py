@@ -12,6 +12,8 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor  # torch offers no public name
+from torch.utils._python_dispatch import _disable_current_modes  # nor for this
 from transformers import AutoModelForCausalLM
 from transformers.core_model_loading import ConversionOps
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING, register_quantization_config, register_quantizer
@@ -19,7 +21,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from lorakeet.errors import ConfigError, DataError
-from lorakeet.memory.store import Store, StoredRows, StoreWriter, new_store
+from lorakeet.memory.store import Store, StoreWriter, new_store
 from lorakeet.memory.stream import RecordStream
 from lorakeet.models import modules
 from lorakeet.models.families import Family
@@ -44,9 +46,11 @@ def streamed_model(
     quantize: QuantSpec,
     family: Family,
     folder: Path,
+    slots: int = 2,
     say: Callable[[str], None],
 ) -> tuple[Any, Streamed]:
-    """The frozen model in eval mode, with eager attention, and its blocks, from a store in `folder`, made if it is missing.
+    """The frozen model in eval mode, with eager attention, and its blocks, from a store in `folder`, made if it is missing;
+    `slots` of them are in memory at a time.
 
     Raises ConfigError where the model has no list of blocks, DataError for damaged files or a store of another model,
     EnvironmentProblem where the store cannot be written.
@@ -56,7 +60,7 @@ def streamed_model(
     if not path.is_file():
         say(f"Writing the frozen weights once into {path}; later runs read that store.")
         write_store(path, same, source=source, config=config, dtype=dtype, quantize=quantize, family=family)
-    return open_streamed(Store.open(path, same), config, dtype, family)
+    return open_streamed(Store.open(path, same), config, dtype, family, slots=slots)
 
 
 def identity(source: Path, dtype: torch.dtype, quantize: QuantSpec) -> dict[str, str]:
@@ -81,11 +85,26 @@ def write_store(
         more.update(same, packed=json.dumps(collected.packed))
 
 
-def open_streamed(store: Store, config: Any, dtype: torch.dtype, family: Family, *, slots: int = 2) -> tuple[Any, Streamed]:
-    """The model over an open store whose records are its blocks, of which `slots` are in memory at a time."""
+def _empty_on_meta(settings: Mapping[str, Any]) -> PackedBase:
+    return empty_base(settings, device="meta")
+
+
+def open_streamed(
+    store: Store,
+    config: Any,
+    dtype: torch.dtype,
+    family: Family,
+    *,
+    slots: int = 2,
+    base_of: Callable[[Mapping[str, Any]], PackedBase] = _empty_on_meta,
+) -> tuple[Any, Streamed]:
+    """The model over an open store whose records are its blocks, of which `slots` are in memory at a time.
+
+    `base_of` makes a packed weight, still without numbers, from its settings.
+    """
     model = empty_model(config, dtype)
     for path, settings in json.loads(store.identity["packed"]).items():
-        _put_packed(model, path, settings)
+        _put_packed(model, path, base_of(settings))
     model.requires_grad_(False).eval()
     prefix, count = modules.block_prefix(model, family)
     streamed = Streamed(RecordStream(store, [f"{prefix}.{index}" for index in range(count)], slots=slots))
@@ -115,9 +134,9 @@ def _stock_of(source: Path, config: Any, quantize: QuantSpec) -> Stock:
 
 
 def empty_model(config: Any, dtype: torch.dtype) -> Any:
-    """The model that `config` describes, on the meta device, with eager attention and weights tied."""
-    plain = skeleton(config).config
-    with torch.device("meta"), quiet_transformers():
+    """The model that `config` describes, on the meta device, with eager attention and weights tied; seen by no trace."""
+    with _disable_current_modes(), torch.device("meta"), quiet_transformers():
+        plain = skeleton(config).config
         model = AutoModelForCausalLM.from_config(plain, dtype=dtype, attn_implementation="eager")
     model.tie_weights()
     return model
@@ -127,7 +146,7 @@ def empty_packed(config: Any, dtype: torch.dtype, quantize: QuantSpec, files: Pa
     """The model on the meta device with its linear layers packed as they will be: as `quantize` asks, or as its `files` are."""
     model = empty_model(config, dtype)
     for path, settings in packing_of(model, config, quantize, files).items():
-        _put_packed(model, path, settings)
+        _put_packed(model, path, _empty_on_meta(settings))
     return model
 
 
@@ -274,10 +293,9 @@ def _read_all(stock: Stock, config: Any, dtype: torch.dtype, collector: _Collect
         ) from error
 
 
-def _put_packed(model: Any, path: str, settings: Mapping[str, Any]) -> None:
-    """A packed layer without numbers in place of the linear one at `path`."""
+def _put_packed(model: Any, path: str, base: PackedBase) -> None:
+    """A packed layer over `base` in place of the linear one at `path`."""
     module = model.get_submodule(path)
-    base = empty_base(settings, device="meta")
     model.set_submodule(path, PackedLinear(base, module.bias, transposed=not isinstance(module, nn.Linear)))
 
 
@@ -288,8 +306,10 @@ def _make_small_ones_real(model: Any) -> None:
             names = [name for name in module._non_persistent_buffers_set if module._buffers.get(name) is not None]
             if names:
                 for name in names:
-                    module._buffers[name] = torch.empty_like(module._buffers[name], device="cpu")
-                model._init_weights(module)
+                    empty = cast(Tensor, module._buffers[name])
+                    module._buffers[name] = torch.empty(empty.shape, dtype=empty.dtype)
+                if not isinstance(module._buffers[names[0]], FakeTensor):  # a rehearsal's have no numbers
+                    model._init_weights(module)
 
 
 def _stream_ends(model: Any, store: Store) -> None:
@@ -298,10 +318,10 @@ def _stream_ends(model: Any, store: Store) -> None:
     path = modules.path_of(model, embedding)
     tied = head is not None and embedding is not None and cast(Any, head).weight is cast(Any, embedding).weight
     if modules.kind_of(cast(nn.Module, embedding)) == "embedding" and f"{path}.weight" in store.tensors:
-        modules.replace(model, path, StreamedEmbedding(cast(nn.Embedding, embedding), StoredRows(store, f"{path}.weight")))
+        modules.replace(model, path, StreamedEmbedding(cast(nn.Embedding, embedding), store.rows(f"{path}.weight")))
         stored = f"{path}.weight" if tied else f"{modules.path_of(model, head)}.weight"
         if type(head) is nn.Linear and head.bias is None and stored in store.tensors:
-            modules.replace(model, modules.path_of(model, head), StreamedHead(head, StoredRows(store, stored)))
+            modules.replace(model, modules.path_of(model, head), StreamedHead(head, store.rows(stored)))
 
 
 def _make_resident(model: Any, store: Store, name: str) -> None:

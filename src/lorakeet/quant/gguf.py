@@ -184,11 +184,11 @@ class GgufBase(PackedBase):
     def settings(self) -> dict[str, Any]:
         return {"method": "gguf", "shape": list(self.shape), "type": self.kind}
 
-    def unpack(self, out: Tensor) -> Tensor:
-        block, (rows, width) = BLOCK_TYPES[self.kind], self.shape
+    def unpack(self, out: Tensor, first: int = 0) -> Tensor:
+        block, width, packed = BLOCK_TYPES[self.kind], self.shape[1], self.packed[first : first + len(out)]
         step = max(1, tile_of(self.device, width) // width)
-        for start in range(0, rows, step):
-            blocks = self.packed[start : start + step].view(-1, block.bytes)
+        for start in range(0, len(out), step):
+            blocks = packed[start : start + step].view(-1, block.bytes)
             out[start : start + step].copy_(block.decode(blocks).view(-1, width))
         return out
 

@@ -89,14 +89,19 @@ class GptqBase(PackedBase):
             raise ValueError(f"the weight is {tuple(weight.shape)}, but this base is {self.shape}")
         self.fill(*nearest_codes(weight.detach().to(self.device), self.bits, self.sym, self.g_idx, self.groups))
 
-    def unpack(self, out: Tensor) -> Tensor:
-        rows, columns = self.shape
-        scales = self.scales.float()
-        zeros = unpack_zeros(self.qzeros, self.bits, self.zero_format).float()
+    @property
+    def row_step(self) -> int:
+        return WORD  # whose zero points fill whole words
+
+    def unpack(self, out: Tensor, first: int = 0) -> Tensor:
+        rows, columns = out.shape
+        here, zero_words = slice(first, first + rows), slice(first * self.bits // WORD, (first + rows) * self.bits // WORD)
+        scales = self.scales[:, here].float()
+        zeros = unpack_zeros(self.qzeros[:, zero_words], self.bits, self.zero_format).float()
         step = tile_of(self.device, rows * WORD) // rows  # columns of W at once: whole words of each width
         for start in range(0, columns, step):
             stop = min(start + step, columns)
-            words = self.qweight[start * self.bits // WORD : stop * self.bits // WORD]
+            words = self.qweight[start * self.bits // WORD : stop * self.bits // WORD, here]
             group = self.g_idx[start:stop]
             values = unpack(words, self.bits).float().sub_(zeros[group]).mul_(scales[group])  # (columns of the tile, out)
             out[:, start:stop].copy_(values.t())

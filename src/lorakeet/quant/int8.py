@@ -41,20 +41,21 @@ class Int8Base(PackedBase):
         if tuple(weight.shape) != self.shape:
             raise ValueError(f"the weight is {tuple(weight.shape)}, but this base is {self.shape}")
         weight = weight.detach().cpu()
-        for rows in self._tiles():
+        for rows in self._tiles(self.shape[0]):
             wide = weight[rows].float()
             scale = wide.abs().amax(1) / STEPS
             inverse = torch.where(scale > 0, 1 / scale, torch.zeros_like(scale))
             self.packed[rows] = (wide * inverse[:, None]).round_().clamp_(-STEPS, STEPS).to(torch.int8)
             self.scale[rows] = scale
 
-    def unpack(self, out: Tensor) -> Tensor:
-        for rows in self._tiles():
-            out[rows].copy_(self.packed[rows].float().mul_(self.scale[rows, None]))
+    def unpack(self, out: Tensor, first: int = 0) -> Tensor:
+        packed, scale = self.packed[first : first + len(out)], self.scale[first : first + len(out)]
+        for rows in self._tiles(len(out)):
+            out[rows].copy_(packed[rows].float().mul_(scale[rows, None]))
         return out
 
-    def _tiles(self) -> list[slice]:
-        """Slices of rows that together cover W, each of about a tile."""
-        rows, width = self.shape
+    def _tiles(self, rows: int) -> list[slice]:
+        """Slices of rows that together cover `rows` of W, each of about a tile."""
+        width = self.shape[1]
         step = max(1, tile_of(self.device, width) // max(1, width))
         return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]

@@ -108,13 +108,19 @@ class Nf4Base(PackedBase):
         levels = _dynamic(part)[part.int()]
         return levels * scales.repeat_interleave(SCALE_BLOCK)[: len(part)] + self.mean
 
-    def unpack(self, out: Tensor) -> Tensor:
-        flat, size = out.view(-1), self.block_size
+    @property
+    def row_step(self) -> int:
+        whole = self.block_size * SCALE_BLOCK
+        return whole // math.gcd(whole, self.shape[1])
+
+    def unpack(self, out: Tensor, first: int = 0) -> Tensor:
+        flat, size, before = out.view(-1), self.block_size, first * self.shape[1]
         step = tile_of(self.device, size * SCALE_BLOCK)
         for start in range(0, len(flat), step):
             stop = min(start + step, len(flat))
-            maxima = self.block_maxima(start // size, math.ceil(stop / size))
-            packed = self.packed[start // 2 : (stop + 1) // 2]
+            begin, end = before + start, before + stop
+            maxima = self.block_maxima(begin // size, math.ceil(end / size))
+            packed = self.packed[begin // 2 : (end + 1) // 2]
             flat[start:stop].copy_(self._values(packed, maxima, stop - start, out.dtype))
         return out
 

@@ -12,14 +12,15 @@ from lorakeet.core.lowrank import frozen_linear
 
 TILE = 1 << 20  # numbers that are packed or unpacked at once: their temporary copies stay in a CPU's cache
 GPU_TILE = 1 << 24  # on a GPU a call costs more than the memory that it takes
+PART_BYTES = 32 << 20  # of W in fp32 that are brought back at once on a CPU; narrower products take W whole
 
 
 class PackedBase(nn.Module):
     """A frozen weight W (out, in) in packed buffers; a FrozenBase (core/base).
 
     A subclass registers its buffers and answers `unpack` and `store`. W is brought back for each product into one buffer that
-    all bases share (`Scratch`), so that however many layers a model has, one dense matrix exists at a time, and autograd
-    never sees it.
+    all bases share (`Scratch`), in fp32 some rows at a time, so that however many layers a model has, one dense matrix exists at
+    a time, and autograd never sees it.
     """
 
     def __init__(self, shape: tuple[int, int]) -> None:
@@ -37,6 +38,11 @@ class PackedBase(nn.Module):
         return sum(buffer.numel() * buffer.element_size() for buffer in self.buffers())
 
     @property
+    def row_step(self) -> int:
+        """Rows can be unpacked from any multiple of this on."""
+        return 1
+
+    @property
     def device(self) -> torch.device:
         """Where the packed buffers are."""
         return next(self.buffers()).device
@@ -46,8 +52,11 @@ class PackedBase(nn.Module):
         """Everything that is needed to read the buffers again but their numbers, as plain values that JSON can hold."""
         raise NotImplementedError(f"{type(self).__name__} must say what its buffers mean.")
 
-    def unpack(self, out: Tensor) -> Tensor:
-        """Writes W, dequantised, into `out` (out, in), whose dtype it is rounded to once, and returns it."""
+    def unpack(self, out: Tensor, first: int = 0) -> Tensor:
+        """Writes rows of W from `first` (a multiple of `row_step`) on, dequantised, into `out` (rows, in), and returns it.
+
+        They are rounded once, to the dtype of `out`.
+        """
         raise NotImplementedError(f"{type(self).__name__} must say how its buffers are unpacked.")
 
     def store(self, weight: Tensor) -> None:
@@ -60,15 +69,36 @@ class PackedBase(nn.Module):
 
     def matmul(self, x: Tensor) -> Tensor:
         """x (tokens, in) to x·Wᵀ (tokens, out) in the dtype of x."""
-        return torch.mm(x, self._unpacked(x.dtype).t())
+        first, *others = self._parts(x.dtype)
+        if not others:
+            return torch.mm(x, self._rows(first, x.dtype).t())
+        y = x.new_empty(len(x), self.shape[0])
+        for part in (first, *others):
+            torch.mm(x, self._rows(part, x.dtype).t(), out=y[:, part])
+        return y
 
     def matmul_t(self, grad: Tensor) -> Tensor:
         """grad (tokens, out) to grad·W (tokens, in) in the dtype of grad."""
-        return torch.mm(grad, self._unpacked(grad.dtype))
+        first, *others = self._parts(grad.dtype)
+        if not others:
+            return torch.mm(grad, self._rows(first, grad.dtype))
+        found = torch.mm(grad[:, first], self._rows(first, grad.dtype))
+        for part in others:
+            found.addmm_(grad[:, part], self._rows(part, grad.dtype))
+        return found
 
-    def _unpacked(self, dtype: torch.dtype) -> Tensor:
-        """W in the shared buffer: valid until the next base is unpacked."""
-        return self.unpack(SCRATCH.matrix(self.shape, dtype, self.device))
+    def _parts(self, dtype: torch.dtype) -> list[slice]:
+        """The rows that are brought back at once: all of them, but for fp32 on a CPU no more than `PART_BYTES`."""
+        rows, width = self.shape
+        at_once = rows
+        if dtype == torch.float32 and self.device.type == "cpu":
+            step = self.row_step
+            at_once = max(step, PART_BYTES // (width * dtype.itemsize) // step * step)
+        return [slice(start, min(start + at_once, rows)) for start in range(0, rows, at_once)]
+
+    def _rows(self, part: slice, dtype: torch.dtype) -> Tensor:
+        """Those rows of W in the shared buffer: valid until others are unpacked."""
+        return self.unpack(SCRATCH.matrix((part.stop - part.start, self.shape[1]), dtype, self.device), part.start)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedBase:
         """Moves the buffers; a cast of the model (`.to(bfloat16)`, `.half()`) leaves them as they are, since they are a code."""

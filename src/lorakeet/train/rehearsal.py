@@ -30,9 +30,10 @@ from lorakeet.errors import ConfigError
 from lorakeet.evaluate.parity import CELLS, differences
 from lorakeet.memory.ledger import Held, Ledger, Work
 from lorakeet.memory.measure import PeakMemory
+from lorakeet.memory.outlined_disk import OutlinedAside
 from lorakeet.models.adapt import begin_adapter
 from lorakeet.models.inject import activate
-from lorakeet.models.sample import ROWS_AT_ONCE, sample
+from lorakeet.models.sample import rows_at_once, sample
 from lorakeet.models.score import HEAD_CHUNK
 from lorakeet.models.targets import plan_for
 from lorakeet.models.text import TextModel, token_logprobs
@@ -74,10 +75,21 @@ class Rehearsal:
     largest: int  # numbers in its largest matrix
     packed: bool = False  # whether any of its matrices is
     work: Work = field(default_factory=Work)
+    best_in_memory: bool = True  # whether the peaks hold the best values so far (train/best)
+    blocks: int = 0  # that are streamed
+    block_bytes: int = 0  # of each of the places that they come into
 
 
 class NotPlanned(ConfigError):
     """The model computes in a way that cannot be followed on shapes, such as experts that are chosen by the numbers."""
+
+
+@dataclass(frozen=True)
+class Streaming:
+    """How a streamed model is run: micro-batches that pass a block together (0: all), and whether its inputs go to disk."""
+
+    together: int = 0
+    aside: bool = False
 
 
 @dataclass(frozen=True)
@@ -97,17 +109,21 @@ def rehearse(
     rows: Rows,
     micro_batches: int = MICRO_BATCHES,
     judging: Judging | None = None,
+    streaming: Streaming | None = None,
+    best_in_memory: bool = True,
 ) -> Rehearsal:
     """Runs `build` and then steps, held-out evaluation, a checkpoint and judging of its model, on shapes alone.
 
-    `rows` is the largest micro-batch of a step, those of `judging` (left out: the same) that of all else. Raises ConfigError
-    where `lora` does not fit the model, NotPlanned where its arithmetic cannot be followed.
+    `rows` is the largest micro-batch of a step, those of `judging` (left out: the same) that of all else; `streaming` is for a
+    model that streams; under a budget the best values so far are not in memory. Raises ConfigError where `lora` does not fit the
+    model, NotPlanned where its arithmetic cannot be followed.
     """
     SCRATCH.clear()  # a matrix with numbers must not be lent to a rehearsal, nor one without numbers to a run
     try:
         with torch.random.fork_rng(devices=[]), warnings.catch_warnings(), Ledger() as ledger:
             warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")  # as the copy of a whole module does
-            return _Rehearsing(ledger, build(), lora, spec).go(rows, micro_batches, judging or Judging(rows))
+            rehearsing = _Rehearsing(ledger, build(), lora, spec, streaming or Streaming(), best_in_memory)
+            return rehearsing.go(rows, micro_batches, judging or Judging(rows))
     except (UnsupportedOperatorException, DynamicOutputShapeException, DataDependentOutputException) as error:
         raise NotPlanned(f"This model cannot be planned: what it computes depends on its numbers ({error}).") from error
     finally:
@@ -117,12 +133,17 @@ def rehearse(
 class _Rehearsing:
     """One rehearsal in progress."""
 
-    def __init__(self, ledger: Ledger, text: TextModel, lora: LoraSpec, spec: TrainSpec) -> None:
-        self.ledger, self.text, self.spec = ledger, text, spec
+    def __init__(
+        self, ledger: Ledger, text: TextModel, lora: LoraSpec, spec: TrainSpec, streaming: Streaming, best_in_memory: bool
+    ) -> None:
+        self.ledger, self.text, self.spec, self.streaming = ledger, text, spec, streaming
+        self.best_in_memory = best_in_memory
         config = text.model.config.get_text_config()
         text.model.generation_config = None  # whose end ids would end the texts that are written at their first token
         ledger.vocabulary = int(config.vocab_size)
         ledger.name("base", [*text.model.parameters(), *text.model.buffers()])
+        if text.streamed is not None:
+            ledger.name("base", text.streamed.stream.fill())
         self.plan = plan_for(text.model, lora, text.family)
         begin_adapter(text, self.plan, seed=0, token_ids=tuple(range(len(lora.new_tokens))))
 
@@ -136,12 +157,17 @@ class _Rehearsing:
         work = Work(step.flops // micro_batches, step.written // micro_batches)
         parameters = weights_in(text.model) - self.plan.parameters
         packed = any(isinstance(module, PackedBase) for module in text.model.modules())
-        return Rehearsal(self.plan, ledger.held["base"], ledger.peaks, parameters, largest_matrix(text.model), packed, work)
+        base, largest = ledger.held["base"], largest_matrix(text.model)
+        stream = None if text.streamed is None else text.streamed.stream
+        blocks, size = (0, 0) if stream is None else (len(stream.records), stream.slot_bytes)
+        return Rehearsal(
+            self.plan, base, ledger.peaks, parameters, largest, packed, work, self.best_in_memory, blocks, size
+        )
 
     def _train(self, rows: Rows, micro_batches: int, evaluated: Rows) -> None:
         ledger, text = self.ledger, self.text
-        training = training_on(text, self.spec, rows, micro_batches)
-        best = step_in_account(training, ledger)
+        training = training_on(text, self.spec, rows, micro_batches, self.streaming)
+        best = step_in_account(training, ledger, self.best_in_memory)
         with ledger.phase(EVALUATE):
             text.model.eval()
             token_logprobs(text, made_up_batch(evaluated).to(text.device), chunk=self.spec.head_chunk)
@@ -150,12 +176,12 @@ class _Rehearsing:
         del best
 
 
-def step_in_account(training: Training[Any], ledger: Ledger) -> list[torch.Tensor]:
-    """A step as all but the first are, entered in `ledger`; the best values, which a run holds until it ends."""
+def step_in_account(training: Training[Any], ledger: Ledger, best_in_memory: bool = True) -> list[torch.Tensor]:
+    """A step as all but the first are, entered in `ledger`; the best values, where a run holds them in memory until it ends."""
     parameters = training.parameters.values()
     ledger.name("adapter", [*parameters, *training.task.fixed().values()])
     ledger.watch_gradients(parameters)
-    best = [parameter.detach().clone() for parameter in parameters]
+    best = [parameter.detach().clone() for parameter in parameters if best_in_memory]
     ledger.name("adapter", best)
     begin_moments(training)
     ledger.name("moments", moments_of(training))
@@ -178,7 +204,7 @@ def _judge(text: TextModel, judging: Judging) -> None:
         del hidden, other, left, right
     if judging.texts:
         activate(text.model, None)
-        count = min(judging.texts, ROWS_AT_ONCE)  # read at once, they hold as much as when they are written token by token
+        count = min(judging.texts, rows_at_once(text, judging.text_tokens + 1))  # read at once, which holds as much
         sample(text, [np.ones(judging.text_tokens, np.int64)] * count, max_tokens=1)
 
 
@@ -195,11 +221,17 @@ def copy_for_checkpoint(training: Training[Any]) -> None:
     del copies
 
 
-def training_on(text: TextModel, spec: TrainSpec, rows: Rows, micro_batches: int = MICRO_BATCHES) -> Training[Any]:
+def training_on(
+    text: TextModel, spec: TrainSpec, rows: Rows, micro_batches: int = MICRO_BATCHES, streaming: Streaming | None = None
+) -> Training[Any]:
     """A Training of the adapter in `text` on made-up rows, ready to `step`, that writes nothing."""
+    streaming = streaming or Streaming()
     examples = [_row(rows, number) for number in range(rows.count * micro_batches)]
     spec = replace(spec, batch_size=len(examples), micro_tokens=rows.tokens)
-    return silent_training(TextTask(text, examples, held_out=(), spec=spec), spec)
+    task = TextTask(text, examples, held_out=(), spec=spec, together=streaming.together)
+    if streaming.aside:
+        task.aside = OutlinedAside()
+    return silent_training(task, spec)
 
 
 def silent_training(task: Task[Any], spec: TrainSpec) -> Training[Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -13,20 +14,14 @@ import torch
 from lorakeet.config import RunConfig
 from lorakeet.errors import ConfigError, EnvironmentProblem
 from lorakeet.memory.allocator import return_freed_memory
-from lorakeet.memory.bound import Shapes, Step, choose, least
 from lorakeet.memory.budget import larger_than_machine
-from lorakeet.memory.measure import resident_bytes
-from lorakeet.models import modules
-from lorakeet.models.families import family_of
 from lorakeet.models.gguf_copy import cache_folder
 from lorakeet.models.load import read_config
 from lorakeet.models.placement import device_for, dtype_for, products_for
 from lorakeet.models.source import find_source
-from lorakeet.models.streamed_load import empty_packed, records_of
-from lorakeet.models.targets import plan_for
-from lorakeet.quant.packed import PackedBase
-from lorakeet.train.rehearsal import NotPlanned
-from lorakeet.workflows.forecast_run import ROW_BYTES, Planned, Precision, forecast_run, runtime_bytes
+from lorakeet.train.rehearsal import NotPlanned, Streaming
+from lorakeet.workflows.choose_streaming import Batches, Choice, choose_streaming, least_streamed
+from lorakeet.workflows.forecast_run import ROW_BYTES, Planned, Precision, forecast_run, rows_of, runtime_bytes
 
 
 @dataclass(frozen=True)
@@ -38,7 +33,8 @@ class Arrangement:
     store: Path | None = None  # the folder of the store, where blocks are streamed
     scratch: Path | None = None  # the folder for block inputs, where they are not kept in memory
     together: int = 0  # micro-batches that pass through a block while it is in; 0 for all
-    forecast: Planned | None = None  # of a run whose weights stay in memory
+    slots: int = 2  # blocks in memory, where they are streamed
+    forecast: Planned | None = None
 
 
 @dataclass(frozen=True)
@@ -75,7 +71,7 @@ def arrange(config: RunConfig, say: Callable[[str], None], loaded: Loaded | None
     if planned is not None and planned.peak <= budget:
         say(f"Memory: {_size(planned.peak)} planned of {_size(budget)}; everything stays in memory.")
         return Arrangement(budget, planned.training_peak, forecast=planned)
-    return _streamed(config, model_config, source, planned, say)
+    return _streamed(config, model_config, source, planned, loaded or Loaded(), say)
 
 
 def _forecast(
@@ -101,67 +97,63 @@ def precision_of(config: RunConfig) -> Precision:
 
 
 def _streamed(
-    config: RunConfig, model_config: Any, source: Path, planned: Planned | None, say: Callable[[str], None]
+    config: RunConfig, model_config: Any, source: Path, planned: Planned | None, loaded: Loaded, say: Callable[[str], None]
 ) -> Arrangement:
     budget = config.memory.bytes or 0
-    shapes, step = shapes_of(config, model_config, source)
-    runtime = resident_bytes()
-    choice = choose(shapes, step, runtime, budget)
+    rehearsed = streamed_plans(config, model_config, source, loaded)
+    choice = choose_streaming(rehearsed, batches_of(config, model_config), budget)
     if choice is None:
-        lowest = least(shapes, step, runtime)
+        lowest = least_streamed(rehearsed)
         if planned is not None:
             lowest = min(lowest, planned.peak)
         raise ConfigError(
-            f"memory.budget is {budget >> 20} MiB, but this run takes at least {-(-lowest >> 20)} MiB "
-            f"({step.trained:,} trained parameters, micro-batches of {step.tokens:,} tokens), streamed or not. "
-            "Raise the budget, or lower lora.rank, data.max_tokens or train.micro_tokens."
+            f"memory.budget is {budget >> 20} MiB, but this run takes at least {-(-lowest >> 20)} MiB, streamed or not, with "
+            f"micro-batches of {rows_of(config).tokens:,} tokens. Raise the budget, or lower lora.rank, data.max_tokens or "
+            "train.micro_tokens."
         )
-    inputs = "on disk" if choice.aside else "in memory"
-    say(
-        f"Memory: {_size(choice.planned)} planned of {_size(budget)}; frozen blocks are streamed from disk, {choice.together} of "
-        f"{step.batches} micro-batches at once, their inputs kept {inputs}."
-    )
+    say(f"Memory: {_size(choice.planned.peak)} planned of {_size(budget)}; {streaming_text(choice)}.")
     folder = Path(config.memory.store).expanduser() if config.memory.store else cache_folder() / "stores"
-    return Arrangement(budget, choice.planned, folder, folder if choice.aside else None, choice.together)
-
-
-def shapes_of(config: RunConfig, model_config: Any, files: Path | None = None) -> tuple[Shapes, Step]:
-    """The numbers that decide, from the settings, the model's configuration and its `files`, where there are any: their headers
-    say how weights are packed, and no weight is read.
-    """
-    device = device_for(config.model.device)
-    dtype = dtype_for(config.model.dtype, device)
-    products = products_for(config.model, dtype, device)
-    text, family = model_config.get_text_config(), family_of(model_config.get_text_config())
-    model = empty_packed(model_config, dtype, config.model.quantize, files)
-    sizes = dict.fromkeys(records_of(model, family), 0)
-    prefix = next(iter(sizes)).rpartition(".")[0]
-    ends = {f"{modules.path_of(model, end)}.weight" for end in (modules.input_layer(model), modules.output_layer(model))}
-    tied = set(getattr(model, "all_tied_weights_keys", {}))
-    end_bytes = rest_bytes = 0
-    for name, tensor in model.state_dict().items():
-        if name.startswith(f"{prefix}."):
-            sizes[".".join(name.split(".")[: prefix.count(".") + 2])] += tensor.nbytes
-        elif name in ends:
-            end_bytes += 0 if name in tied else tensor.nbytes
-        else:
-            rest_bytes += tensor.nbytes
-    packed = [math.prod(base.shape) for base in model.modules() if isinstance(base, PackedBase)]
-    hidden = int(text.hidden_size)
-    shapes = Shapes(
-        blocks=len(sizes), block_bytes=max(sizes.values()), block_total=sum(sizes.values()), end_bytes=end_bytes,
-        rest_bytes=rest_bytes, largest=max(packed, default=0), hidden=hidden,
-        inner=int(getattr(text, "intermediate_size", None) or 4 * hidden), heads=int(text.num_attention_heads),
-        vocabulary=int(text.vocab_size), state=dtype.itemsize, product=products.itemsize,
+    return Arrangement(
+        budget, choice.planned.training_peak, folder, folder if choice.aside else None, choice.together, choice.slots,
+        choice.planned,
     )  # fmt: skip
-    return shapes, _step(config, plan_for(model, config.lora, family).parameters)
 
 
-def _step(config: RunConfig, trained: int) -> Step:
-    length, at_once = config.data.max_tokens, config.train.micro_tokens
-    rows = max(1, at_once // length)
-    batches = math.ceil(config.train.batch_size / rows)
-    return Step(trained, max(length, at_once), batches, config.train.head_chunk)
+def streaming_text(choice: Choice) -> str:
+    """The choice in words."""
+    inputs = "on disk" if choice.aside else "in memory"
+    if choice.all_stay:
+        return f"every frozen block stays in memory and is computed again in the backward pass, its inputs kept {inputs}"
+    return (
+        f"frozen blocks are streamed from disk, {choice.slots} of {choice.planned.blocks} in memory, {choice.together} "
+        f"micro-batches at once, their inputs kept {inputs}"
+    )
+
+
+def streamed_plans(
+    config: RunConfig, model_config: Any, files: Path | None, loaded: Loaded
+) -> Callable[[Streaming], Planned]:
+    """What a streamed run holds, by the way in which it streams; each way is rehearsed once. Raises ConfigError where the model
+    has no list of blocks.
+    """
+    precision = precision_of(config)
+    runtime = runtime_bytes(precision) + ROW_BYTES * loaded.characters
+
+    @cache
+    def plan(streaming: Streaming) -> Planned:
+        return forecast_run(
+            config, model_config, precision, runtime=runtime, files=files, returning=True, labelled=loaded.labelled,
+            streaming=streaming,
+        )  # fmt: skip
+
+    return plan
+
+
+def batches_of(config: RunConfig, model_config: Any) -> Batches:
+    """The micro-batches of a step of rows as long as data.max_tokens allows."""
+    rows, text = rows_of(config), model_config.get_text_config()
+    state = rows.tokens * int(text.hidden_size) * precision_of(config).dtype.itemsize
+    return Batches(math.ceil(config.train.batch_size / rows.count), state)
 
 
 def _size(count: int) -> str:

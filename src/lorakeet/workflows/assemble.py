@@ -71,7 +71,7 @@ def assemble(config: RunConfig, console: Console) -> Assembly:
     parts = (dataset.train, dataset.held_out, dataset.test)
     loaded = Loaded(bool(dataset.labels), sum(len(row.text) for rows in parts for row in rows))
     arrangement = arrange(config, _say(console), loaded)
-    text = load_text_model(config.model, say=console.print, store=arrangement.store)
+    text = load_text_model(config.model, say=console.print, store=arrangement.store, slots=arrangement.slots)
     if text.dtype == torch.float16:
         raise ConfigError(
             "model.dtype is float16, in which small gradients become 0 without a word; train with bfloat16 or float32."

@@ -62,7 +62,7 @@ def _why_not(setup: Assembly, steps: int) -> str:
     if refusal := why_not_together(setup.text, setup.plan):
         return refusal
     kept = setup.arrangement
-    if kept.forecast is None:
+    if kept.forecast is None or kept.store is not None:
         return "how much memory it would take is not known, and memory.budget is set" if kept.budget is not None else ""
     planned, most = kept.forecast.rate_trial, kept.budget or kept.forecast.peak
     if planned > most:

@@ -79,9 +79,11 @@ def _with_gradients(config: RunConfig, plan: Plan, rehearsed: Callable[[LoraSpec
     """Of temporary pairs with their gradients, and what both halves of the rows have shown."""
     sketch = sketch_plan(plan, largest)
     plain = replace(config.lora, alpha=1.0, variant="lora", start="kaiming", dropout=0.0, extra_modules=(), new_tokens=())
-    step = rehearsed(replace(plain, rank_pattern=rank_pattern(sketch, plain))).peaks[STEP]
+    found = rehearsed(replace(plain, rank_pattern=rank_pattern(sketch, plain)))
+    step = found.peaks[STEP]
     kinds = {**step.kinds}
-    kinds["adapter"] = kinds.get("adapter", 0) - VALUE * sketch.parameters  # no best values are kept
+    if found.best_in_memory:  # of which there are none yet
+        kinds["adapter"] = kinds.get("adapter", 0) - VALUE * sketch.parameters
     kinds.pop("moments", None)
     halves = 2 * sum(math.prod(entry.shape_a) for entry in sketch.entries)
     kinds["scratch"] = kinds.get("scratch", 0) + VALUE * halves
@@ -91,10 +93,11 @@ def _with_gradients(config: RunConfig, plan: Plan, rehearsed: Callable[[LoraSpec
 def while_trying_rates(config: RunConfig, found: Rehearsal, rows: Rows) -> Held:
     """The most held while rates are tried: more adapters with gradients and moments, in passes of micro_tokens or one row."""
     members, step = len(QUICK_FACTORS), found.peaks[STEP]
-    own = VALUE * found.plan.parameters  # a run keeps its best values too, a trial none
+    own = VALUE * found.plan.parameters
+    copies = 2 if found.best_in_memory else 1  # a run keeps its best values too, a trial none
     tokens = max(config.data.max_tokens, min(config.train.micro_tokens, members * rows.tokens))
     more = max(0.0, tokens / rows.tokens - 1)
     passing = {kind: round(more * step.kinds.get(kind, 0)) for kind in ("saved activations", "logits", "scratch")}
     return with_more(
-        step, adapter=(members - 2) * own, moments=(members - 1) * 2 * own, gradients=(members - 1) * own, **passing
+        step, adapter=(members - copies) * own, moments=(members - 1) * 2 * own, gradients=(members - 1) * own, **passing
     )

@@ -17,6 +17,7 @@ from lorakeet.memory.ledger import Held, Work
 from lorakeet.memory.measure import resident_bytes
 from lorakeet.models.adapt import begin_adapter
 from lorakeet.models.outline import config_from, outline
+from lorakeet.models.streamed_outline import streamed_outline
 from lorakeet.models.targets import plan_for
 from lorakeet.models.text import token_logprobs
 from lorakeet.quant.packed import SCRATCH
@@ -29,6 +30,7 @@ from lorakeet.train.rehearsal import (
     Judging,
     Rehearsal,
     Rows,
+    Streaming,
     made_up_batch,
     rehearse,
     training_on,
@@ -69,6 +71,8 @@ class Planned:
     work: Work  # of one micro-batch in training
     base: int  # bytes
     rate_trial: int = 0  # bytes of three adapters in training (workflows/choose_rate), tried only where that is not the peak
+    blocks: int = 0  # that are streamed
+    block_bytes: int = 0  # of each of the places that they come into
 
     @property
     def peak(self) -> int:
@@ -131,25 +135,26 @@ def forecast_run(
     runtime: int,
     files: Path | None = None,
     returning: bool = False,
-    tokenizer: bool = True,
     labelled: bool = True,
+    streaming: Streaming | None = None,
 ) -> Planned:
     """What a run of `config` on the model of `model_config` will hold; `returning` (a run under a budget) as in memory/forecast.
 
     `runtime` is what the process holds beside tensors and tokenizer, `files` the model's folder or .gguf file where there is one,
-    `labelled` whether rows may have labels. Raises ConfigError where the settings do not fit the model, NotPlanned where its
-    arithmetic cannot be followed.
+    `labelled` whether rows may have labels, `streaming` how blocks are streamed, where they are: two at a time. Raises
+    ConfigError where the settings do not fit the model, NotPlanned where its arithmetic cannot be followed.
     """
-    words = TOKENIZER_ENTRY * int(model_config.get_text_config().vocab_size) if tokenizer else 0
+    words = TOKENIZER_ENTRY * int(model_config.get_text_config().vocab_size)
     rows = rows_of(config)
     build = partial(
-        outline, model_config, name=config.model.path, dtype=precision.dtype, products=precision.products,
-        attention=config.model.attention, quantize=precision.quantize, files=files,
+        outline if streaming is None else streamed_outline, model_config, name=config.model.path, dtype=precision.dtype,
+        products=precision.products, attention=config.model.attention, quantize=precision.quantize, files=files,
     )  # fmt: skip
     micro_batches = 2 if config.train.batch_size > rows.count else 1
     rehearsed = partial(
-        rehearse, build, spec=config.train, rows=rows, micro_batches=micro_batches, judging=judging_of(config)
-    )
+        rehearse, build, spec=config.train, rows=rows, micro_batches=micro_batches, judging=judging_of(config),
+        streaming=streaming, best_in_memory=not returning,
+    )  # fmt: skip
     found = rehearsed(config.lora)
     measuring = while_measuring(config, found, rehearsed)
     before = {} if measuring is None else {SCORE: measuring}
@@ -170,6 +175,8 @@ def forecast_run(
         CERTIFY: with_more(again.peak(kept), runtime=floors),
     }
     run = phases_of(held, runtime + words, returning=returning, trimmed_before=(STEP, JUDGE) if before else (JUDGE,))
+    if streaming is not None:
+        return Planned(Forecast(run), found.plan, rows, found.work, found.base, 0, found.blocks, found.block_bytes)
     later = [phases_of({name: peak}, runtime + words) for name, peak in ((MERGE, _merge(found)), (EXPORT, _export(found)))]
     trial = {"rate trial": while_trying_rates(config, found, rows)}
     (tried,) = phases_of(trial, runtime + words, returning=returning)
@@ -198,7 +205,7 @@ class Again:
 def _load(model_config: Any, found: Rehearsal, precision: Precision) -> Held:
     """The base, and while it is read: the file's own pages where the dtype changes, a matrix as stored where it is packed."""
     stored = getattr(model_config, "dtype", None) or torch.float32
-    if found.packed:
+    if found.packed or found.blocks:
         return with_more(Held(), base=found.base, scratch=found.largest * stored.itemsize)
     pages = found.parameters * stored.itemsize if stored != precision.dtype else 0
     return with_more(Held(), base=found.base, scratch=pages)

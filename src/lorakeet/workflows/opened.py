@@ -29,7 +29,7 @@ from lorakeet.models.text import TextModel
 from lorakeet.quant.adopt import weights_in
 from lorakeet.quant.spec import QuantSpec
 from lorakeet.train.run import RunFolder
-from lorakeet.workflows.arrange import arrange
+from lorakeet.workflows.arrange import Arrangement, Loaded, arrange
 
 NAME = "default"
 FP32 = 4  # bytes
@@ -78,8 +78,8 @@ class Opened:
         if dtype is not None:
             spec = dataclasses.replace(spec, dtype=dtype, products=dtype)  # type: ignore[arg-type]
         say = partial(console.print, markup=False, soft_wrap=True)
-        store = arrange(self.config, say).store if within_budget else None
-        text = load_text_model(spec, say=console.print, store=store)
+        kept = arrange(self.config, say, Loaded(labelled=False)) if within_budget and self.config.memory.budget else Arrangement()
+        text = load_text_model(spec, say=console.print, store=kept.store, slots=kept.slots)
         if self.tokenizer is not None:
             text.tokenizer = load_tokenizer(self.tokenizer)
         if with_adapter:

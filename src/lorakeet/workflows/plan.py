@@ -15,12 +15,11 @@ from rich.console import Console
 from lorakeet.config import RunConfig
 from lorakeet.evaluate.wording import bytes_text
 from lorakeet.memory.allocator import return_freed_memory
-from lorakeet.memory.bound import Choice, choose, least
 from lorakeet.memory.budget import larger_than_machine
-from lorakeet.memory.measure import resident_bytes
 from lorakeet.models.outline import config_of, local_files
 from lorakeet.workflows import finetune as _run  # noqa: F401 - what a run has in memory is in memory here, to be counted
-from lorakeet.workflows.arrange import precision_of, shapes_of
+from lorakeet.workflows.arrange import Loaded, batches_of, precision_of, streamed_plans, streaming_text
+from lorakeet.workflows.choose_streaming import Choice, choose_streaming, least_streamed
 from lorakeet.workflows.forecast_run import Planned, Precision, forecast_run, runtime_bytes
 from lorakeet.workflows.image_plan import ImagePlanResult, plan_images
 from lorakeet.workflows.show import memory_table
@@ -78,7 +77,7 @@ class PlanResult:
             "peak": self.peak,
             "budget": self.budget,
             "fits": None if self.budget is None else self.peak <= self.budget,
-            "streamed": None if self.streamed is None else dataclasses.asdict(self.streamed),
+            "streamed": None if self.streamed is None else _streamed_mapping(self.streamed),
             "streamed_least": self.least,
             "advice": [dataclasses.asdict(item) for item in self.advice],
             "speed": {**dataclasses.asdict(work), "flops_per_second": self.speed.flops, "bytes_per_second": self.speed.bytes,
@@ -110,17 +109,17 @@ def plan(
     model_config, files = config_of(config.model, console.print), local_files(config.model.path)
     precision = precision_of(config)
     speed = _speed(precision.products)
-    before, runtime = resident_bytes(), runtime_bytes(precision)
+    runtime = runtime_bytes(precision)
     forecast = partial(forecast_run, model_config=model_config, runtime=runtime, files=files, returning=budget is not None)
     planned = forecast(config, precision=precision)
     result = PlanResult(config, planned, speed, budget)
     if budget is not None and planned.peak > budget:
-        shapes, step = shapes_of(config, model_config, files)
         changes = _changes(config, precision, planned)
         found = [Advice(change, forecast(other, precision=kept).peak) for change, other, kept in changes]
+        rehearsed = streamed_plans(config, model_config, files, Loaded())
         result = dataclasses.replace(
-            result, streamed=choose(shapes, step, before, budget), least=least(shapes, step, before),
-            advice=tuple(sorted(found, key=lambda item: item.peak)),
+            result, streamed=choose_streaming(rehearsed, batches_of(config, model_config), budget),
+            least=least_streamed(rehearsed), advice=tuple(sorted(found, key=lambda item: item.peak)),
         )  # fmt: skip
     show_plan(result, console)
     return result
@@ -136,6 +135,8 @@ def show_plan(result: PlanResult, console: Console) -> None:
         trained = f"At most {trained}, the ranks those that hold most of all that ranks.choose auto may choose"
     console.print(f"{trained}; micro-batches of {rows.count} × {rows.length} tokens, all learnt.", soft_wrap=True)
     console.print(f"Peak of the run: {bytes_text(result.peak)}{_against(result)}.", soft_wrap=True)
+    if result.streamed is not None:
+        console.print(memory_table(result.streamed.planned.forecast))
     if result.least is not None:
         console.print(f"{_streaming(result)} With weights in memory it would take:", soft_wrap=True)
     for item in result.advice:
@@ -160,10 +161,15 @@ def _against(result: PlanResult) -> str:
 def _streaming(result: PlanResult) -> str:
     """What finetune does where the weights do not fit."""
     if result.streamed is not None:
-        aside, size = "on disk" if result.streamed.aside else "in memory", bytes_text(result.streamed.planned)
-        return f"finetune streams the frozen blocks from disk instead: {size}, inputs of blocks {aside}."
+        peak = bytes_text(result.streamed.planned.peak)
+        return f"finetune keeps the budget: {peak} (the table above), {streaming_text(result.streamed)}."
     least_that_works = bytes_text(min(result.least or result.peak, result.peak))
     return f"finetune refuses: it needs at least {least_that_works}, with its blocks streamed from disk."
+
+
+def _streamed_mapping(choice: Choice) -> dict[str, Any]:
+    how = {"slots": choice.slots, "together": choice.together, "aside": choice.aside, "moved": choice.moved}
+    return {"planned": choice.planned.peak, **how, "phases": choice.planned.to_mapping()["phases"]}
 
 
 def _with(config: RunConfig, rank: int | None, tokens: int | None, quantize: Any) -> RunConfig:
