@@ -17,7 +17,7 @@ from tiny.streams import loaded, trained
 STEPS = 20
 
 
-def both(folder: Path, tmp_path: Path, *, steps: int, base: dict[str, str], lora: dict[str, Any], **streaming: Any) -> None:
+def both(folder: Path, tmp_path: Path, *, steps: int, base: dict[str, Any], lora: dict[str, Any], **streaming: Any) -> None:
     """Trains resident and streamed, and compares."""
     spec = LoraSpec(**{"rank": 4, "alpha": 12.0, **lora})
     resident = trained(loaded(folder, **base), tmp_path / "resident", steps=steps, lora=spec)
@@ -36,6 +36,16 @@ def test_every_base_and_variant_and_dtype(method: str, dtype: str, variant: str,
     steps = STEPS if variant == "lora" else 5
     streaming = {"scratch": tmp_path} if variant == "dora" else {"together": 2} if dtype == "bfloat16" else {}
     both(folder, tmp_path, steps=steps, base={"method": method, "dtype": dtype}, lora={"variant": variant}, **streaming)
+
+
+@pytest.mark.parametrize("slots", [2, 3, 4, 5])
+def test_however_many_blocks_stay_and_however_much_is_unpacked_at_once(
+    slots: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = save_tiny_llama(tmp_path / "model", num_hidden_layers=5, hidden_size=64, intermediate_size=512)
+    base = {"method": "nf4", "slots": slots}
+    monkeypatch.setattr("lorakeet.quant.packed.PART_BYTES", 256 * 64 * 4)  # half of the rows of gate and up
+    both(folder, tmp_path, steps=5, base=base, lora={}, together=2)
 
 
 @pytest.mark.parametrize("kind", ["Q4_1"])

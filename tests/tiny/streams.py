@@ -34,11 +34,13 @@ def rows(count: int, *, seed: int = 0, vocabulary: int = 90) -> list[Example]:
     return found
 
 
-def loaded(folder: Path, store: Path | None = None, *, method: str = "none", dtype: str = "float32") -> TextModel:
-    """The model in `folder`, resident, or streamed from a store in the folder `store`."""
+def loaded(
+    folder: Path, store: Path | None = None, *, method: str = "none", dtype: str = "float32", slots: int = 2
+) -> TextModel:
+    """The model in `folder`, resident, or streamed from a store in the folder `store` with `slots` blocks in memory."""
     quantize = QuantSpec(method=method)  # type: ignore[arg-type]
     spec = ModelSpec(path=str(folder), dtype=dtype, products=dtype, device="cpu", quantize=quantize)  # type: ignore[arg-type]
-    return load_text_model(spec, store=store, say=lambda _: None)
+    return load_text_model(spec, store=store, slots=slots, say=lambda _: None)
 
 
 class Losses(Silent):

@@ -68,6 +68,17 @@ def test_a_budget_that_is_too_small_brings_advice_with_numbers(folder: Path) -> 
     assert enough.to_mapping()["fits"] is True and "less than the budget" in text and "this machine has" in text
 
 
+def test_a_budget_that_streaming_keeps_shows_the_table_of_that_run(folder: Path) -> None:
+    wide = {**SMALL, "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 4}  # 67 million numbers
+    (folder / "config.json").write_text(json.dumps(wide))
+    refused, _ = planned(folder, budget="64MB")
+    assert refused.least is not None and refused.peak - refused.least > 80 * 10**6
+    kept, text = planned(folder, budget=f"{(refused.least + refused.peak) // 2000}KB")
+    assert kept.streamed is not None and kept.least is None and kept.advice == ()
+    assert "finetune keeps the budget" in text and text.count("train step") == 2
+    assert (kept.to_mapping()["streamed"] or {})["planned"] <= (kept.budget or 0) < kept.peak
+
+
 def test_the_verb_needs_neither_rows_nor_weights(folder: Path) -> None:
     command = ["plan", "--model", str(folder), "--quantize", "nf4", "--rank", "4", "--tokens", "32", "--json"]
     done = CliRunner().invoke(lorakeet, command, standalone_mode=False)

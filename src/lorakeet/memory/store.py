@@ -69,10 +69,13 @@ class Record:
 
     def views(self, buffer: Tensor) -> dict[str, Tensor]:
         """The tensors as views into `buffer` (bytes,), which holds the record from its first byte on."""
-        found = {}
+        found, whole = {}, {}
         for name, place in self.tensors.items():
-            raw = buffer[place.begin - self.begin : place.end - self.begin]
-            found[name] = raw.view(place.dtype).view(place.shape)
+            size = place.dtype.itemsize
+            if place.dtype not in whole:
+                whole[place.dtype] = buffer[: len(buffer) // size * size].view(place.dtype)
+            strides = [prod(place.shape[axis + 1 :]) for axis in range(len(place.shape))]
+            found[name] = whole[place.dtype].as_strided(place.shape, strides, (place.begin - self.begin) // size)
         return found
 
 

@@ -47,7 +47,11 @@ class Choice:
 
 def choose_streaming(plan: Callable[[Streaming], Planned], batches: Batches, budget: int) -> Choice | None:
     """The way that moves the fewest bytes within `budget`; None where there is none. `plan` rehearses a way (memory/ledger)."""
-    found = [choice for choice in _ways(plan, batches, budget) if choice.planned.peak <= budget]
+    found: list[Choice] = []
+    for aside in (False, True):
+        found += [choice for choice in _ways(plan, batches, budget, aside) if choice.planned.peak <= budget]
+        if any(choice.moved == 0 for choice in found):
+            break
     return min(found, key=lambda choice: (choice.moved, choice.planned.peak), default=None)
 
 
@@ -56,17 +60,17 @@ def least_streamed(plan: Callable[[Streaming], Planned]) -> int:
     return plan(Streaming(together=1, aside=True)).peak
 
 
-def _ways(plan: Callable[[Streaming], Planned], batches: Batches, budget: int) -> Iterator[Choice]:
-    """Every number of micro-batches together, with their inputs in memory and on disk, each with as many blocks as fit."""
-    for aside in (False, True):
-        one = plan(Streaming(together=1, aside=aside))
-        for together in range(1, batches.count + 1):
-            several = _with(one, 0, (together - 1) * batches.state_bytes * (HELD_STATES + (0 if aside else one.blocks)))
-            room = max(0, budget - several.peak) // one.block_bytes
-            slots = max(1, min(one.blocks, FEWEST + room))
-            moved = math.ceil(batches.count / together) * 2 * (one.blocks - slots) * one.block_bytes
-            moved += batches.count * 2 * one.blocks * batches.state_bytes if aside else 0
-            yield Choice(_with(several, max(0, slots - FEWEST) * one.block_bytes, 0), slots, together, aside, moved)
+def _ways(plan: Callable[[Streaming], Planned], batches: Batches, budget: int, aside: bool) -> Iterator[Choice]:
+    """Every number of micro-batches together, each with as many blocks as fit; at least two, or all where there is but one."""
+    one = plan(Streaming(together=1, aside=aside))
+    fewest, held = min(FEWEST, one.blocks), HELD_STATES + (0 if aside else one.blocks)
+    for together in range(1, batches.count + 1):
+        several = _with(one, 0, (together - 1) * batches.state_bytes * held)
+        room = max(0, budget - several.peak) // one.block_bytes
+        slots = min(one.blocks, fewest + room)
+        moved = math.ceil(batches.count / together) * 2 * (one.blocks - slots) * one.block_bytes
+        moved += batches.count * 2 * one.blocks * batches.state_bytes if aside else 0
+        yield Choice(_with(several, (slots - fewest) * one.block_bytes, 0), slots, together, aside, moved)
 
 
 def _with(planned: Planned, blocks: int, states: int) -> Planned:

@@ -45,7 +45,7 @@ class Advice:
 
 @dataclass(frozen=True)
 class PlanResult:
-    """What a run will take; `advice` where that is more than its budget."""
+    """What a run will take; `least` and `advice` where its budget cannot be kept."""
 
     config: RunConfig
     planned: Planned
@@ -114,13 +114,14 @@ def plan(
     planned = forecast(config, precision=precision)
     result = PlanResult(config, planned, speed, budget)
     if budget is not None and planned.peak > budget:
-        changes = _changes(config, precision, planned)
-        found = [Advice(change, forecast(other, precision=kept).peak) for change, other, kept in changes]
         rehearsed = streamed_plans(config, model_config, files, Loaded())
-        result = dataclasses.replace(
-            result, streamed=choose_streaming(rehearsed, batches_of(config, model_config), budget),
-            least=least_streamed(rehearsed), advice=tuple(sorted(found, key=lambda item: item.peak)),
-        )  # fmt: skip
+        streamed = choose_streaming(rehearsed, batches_of(config, model_config), budget)
+        result = dataclasses.replace(result, streamed=streamed)
+        if streamed is None:
+            changes = _changes(config, precision, planned)
+            found = [Advice(change, forecast(other, precision=kept).peak) for change, other, kept in changes]
+            advice = tuple(sorted(found, key=lambda item: item.peak))
+            result = dataclasses.replace(result, least=least_streamed(rehearsed), advice=advice)
     show_plan(result, console)
     return result
 
@@ -137,8 +138,14 @@ def show_plan(result: PlanResult, console: Console) -> None:
     console.print(f"Peak of the run: {bytes_text(result.peak)}{_against(result)}.", soft_wrap=True)
     if result.streamed is not None:
         console.print(memory_table(result.streamed.planned.forecast))
+        kept, how = bytes_text(result.streamed.planned.peak), streaming_text(result.streamed)
+        console.print(f"finetune keeps the budget: {kept} (the table above), {how}.", soft_wrap=True)
     if result.least is not None:
-        console.print(f"{_streaming(result)} With weights in memory it would take:", soft_wrap=True)
+        least_that_works = bytes_text(min(result.least, result.peak))
+        console.print(
+            f"finetune refuses: it needs at least {least_that_works}, with its blocks streamed from disk. With weights in memory "
+            "it would take:", soft_wrap=True,
+        )  # fmt: skip
     for item in result.advice:
         fits = "fits" if result.budget is not None and item.peak <= result.budget else "is still too much"
         console.print(f"  {item.change}: {bytes_text(item.peak)}, {fits}", soft_wrap=True)
@@ -156,15 +163,6 @@ def _against(result: PlanResult) -> str:
     left = result.budget - result.peak
     said = f"{bytes_text(left)} less than" if left >= 0 else f"{bytes_text(-left)} more than"
     return f" with its weights in memory, {said} the budget of {bytes_text(result.budget)}"
-
-
-def _streaming(result: PlanResult) -> str:
-    """What finetune does where the weights do not fit."""
-    if result.streamed is not None:
-        peak = bytes_text(result.streamed.planned.peak)
-        return f"finetune keeps the budget: {peak} (the table above), {streaming_text(result.streamed)}."
-    least_that_works = bytes_text(min(result.least or result.peak, result.peak))
-    return f"finetune refuses: it needs at least {least_that_works}, with its blocks streamed from disk."
 
 
 def _streamed_mapping(choice: Choice) -> dict[str, Any]:
