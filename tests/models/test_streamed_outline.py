@@ -23,13 +23,13 @@ from tiny.streams import loaded
 DTYPES = {"dtype": torch.float32, "products": torch.float32}
 
 
-def rehearsed(config: object, streaming: Streaming, batches: int = 2) -> Rehearsal:
-    build = partial(streamed_outline, config, name="made-up", **DTYPES)
+def rehearsed(config: object, streaming: Streaming, batches: int = 2, **changes: object) -> Rehearsal:
+    build = partial(streamed_outline, config, name="made-up", **{**DTYPES, **changes})
     return rehearse(build, LoraSpec(rank=2), TrainSpec(), rows=Rows(32, 2), micro_batches=batches, streaming=streaming)
 
 
-@pytest.mark.parametrize("family", [name for name in FAMILIES if "moe" not in name and name != "mixtral"])
-def test_every_family_without_experts_is_rehearsed_and_holds_less_than_resident(family: str) -> None:
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_is_rehearsed_and_holds_less_than_resident(family: str) -> None:
     config = tiny_model(family).config
     resident = rehearse(
         partial(outline, config, name="made-up", **DTYPES), LoraSpec(rank=2), TrainSpec(), rows=Rows(32, 2)
@@ -55,6 +55,13 @@ def test_its_places_are_as_large_as_those_of_the_loaded_model(method: str, tmp_p
         before = ledger.bytes
         assert len(text.streamed.stream.fill()) == 2
         assert ledger.bytes - before == 2 * size
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_attention_over_a_mask_is_rehearsed_too_and_holds_more(attention: str) -> None:
+    config = tiny_model("llama").config
+    by_rows = rehearsed(config, Streaming(together=1)).peaks[STEP].bytes
+    assert rehearsed(config, Streaming(together=1), attention=attention).peaks[STEP].bytes > by_rows
 
 
 def test_inputs_on_disk_and_fewer_batches_together_hold_less() -> None:

@@ -9,6 +9,7 @@ import pytest
 from lorakeet.config import RunConfig
 from lorakeet.errors import ConfigError, EnvironmentProblem
 from lorakeet.models.load import read_config
+from lorakeet.train.rehearsal import NotPlanned
 from lorakeet.workflows.arrange import Arrangement, Loaded, arrange, batches_of, streamed_plans
 from lorakeet.workflows.choose_streaming import least_streamed
 from lorakeet.workflows.finetune import finetune
@@ -59,6 +60,30 @@ def test_a_run_is_forecast_without_a_budget_too(model: Path, tmp_path: Path) -> 
     assert found.planned == found.forecast.training_peak <= found.forecast.peak
 
 
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
+def test_a_mixture_of_experts_keeps_a_budget_too(family: str, tmp_path: Path) -> None:
+    folder = save_tiny_llama(tmp_path / "model", family=family, **WIDE)
+    config = settings(folder, tmp_path / "rows", tmp_path / "run", CHANGES)
+    whole = arrange(config, print, NO_LABELS).forecast
+    assert whole is not None
+    middle = (least(config, folder) + whole.peak) // 2
+    budget = {**CHANGES, "memory.budget": f"{middle // 1000}KB", "memory.store": "there"}
+    found = arrange(settings(folder, tmp_path / "rows", tmp_path / "run", budget), print, NO_LABELS)
+    assert found.store == Path("there") and found.forecast is not None and found.forecast.peak <= middle
+
+
+def test_a_model_that_cannot_be_rehearsed_is_refused_a_budget_with_the_remedy(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(*_: object, **__: object) -> None:
+        raise NotPlanned("This model cannot be planned.")
+
+    monkeypatch.setattr("lorakeet.workflows.arrange.forecast_run", refused)
+    small = settings(model, tmp_path / "rows", tmp_path / "run", {"memory.budget": "1GiB"})
+    with pytest.raises(ConfigError, match=r"memory.budget cannot be kept .* Leave the budget out\."):
+        arrange(small, print, NO_LABELS)
+
+
 def test_a_budget_below_the_floor_is_refused_with_the_least_that_works(model: Path, tmp_path: Path) -> None:
     small = settings(model, write_rows(tmp_path / "rows.jsonl", chats(30)), tmp_path / "run", {"memory.budget": "64MiB"})
     with pytest.raises(ConfigError, match=r"memory.budget is 64 MiB, but this run takes at least \d+ MiB"):
@@ -93,10 +118,9 @@ def test_a_run_within_a_budget_ends_in_the_same_bytes(model: Path, tmp_path: Pat
     assert kept.outcome.best_loss == plain.outcome.best_loss
     assert adapter_bytes(tmp_path / "kept") == adapter_bytes(tmp_path / "plain")
     grown = f"{least(config, model) // 1000 + 8000}KB"  # what this process holds by now, after two runs, and no more
-    again = open_adapter(tmp_path / "kept").within(grown).text_model(quiet(), within_budget=True)
-    assert (
-        again.streamed is not None and open_adapter(tmp_path / "plain").text_model(quiet(), within_budget=True).streamed is None
-    )
+    again = open_adapter(tmp_path / "kept").within(grown).text_model(quiet(), within_budget=NO_LABELS)
+    without = open_adapter(tmp_path / "plain").text_model(quiet(), within_budget=NO_LABELS)
+    assert again.streamed is not None and without.streamed is None
     assert kept.report is not None
     training, _, against = kept.report.memory
     assert training.planned is not None and training.used is not None and against.planned == kept.setup.arrangement.budget

@@ -8,7 +8,7 @@ import pytest
 
 from lorakeet.memory.forecast import Forecast, Phase
 from lorakeet.train.rehearsal import STEP, Rows, Streaming
-from lorakeet.workflows.choose_streaming import Batches, Choice, choose_streaming, least_streamed
+from lorakeet.workflows.choose_streaming import HELD_STATES, Batches, Choice, choose_streaming, least_streamed
 from lorakeet.workflows.forecast_run import JUDGE, Planned
 
 BLOCKS, BLOCK, STATE = 10, 1000, 30
@@ -16,9 +16,17 @@ BATCHES = Batches(4, STATE)
 
 
 def plan(streaming: Streaming) -> Planned:
-    """A made-up run: 5,000 bytes, of which two blocks; inputs in memory are one state for each block."""
-    inputs = 0 if streaming.aside else BLOCKS * STATE
-    phases = (Phase(STEP, {"runtime": 2000, "base": 2000, "saved activations": 1000 + inputs}), Phase(JUDGE, {"runtime": 4000}))
+    """A made-up run as it is estimated: 5,000 bytes, of which two blocks, and what micro-batches on their way hold."""
+    return made_up(1000 + states(streaming, HELD_STATES) - HELD_STATES * STATE)
+
+
+def states(streaming: Streaming, held: int) -> int:
+    """Bytes of hidden states: `held` of each micro-batch, and one more for each block whose input stays in memory."""
+    return streaming.together * STATE * (held if streaming.aside else held + BLOCKS)
+
+
+def made_up(activations: int) -> Planned:
+    phases = (Phase(STEP, {"runtime": 2000, "base": 2000, "saved activations": activations}), Phase(JUDGE, {"runtime": 4000}))
     unknown: Any = None
     return Planned(Forecast(phases), unknown, Rows(1), unknown, 2000, blocks=BLOCKS, block_bytes=BLOCK)
 
@@ -44,9 +52,26 @@ def test_the_least_puts_inputs_aside_and_holds_two_blocks() -> None:
 
 
 def test_more_batches_together_are_worth_more_than_more_blocks_where_they_move_less() -> None:
-    found = chosen(5000 + 3 * 2 * STATE)  # of all four, with their inputs aside
+    found = chosen(5000 + 3 * HELD_STATES * STATE)  # of all four, with their inputs aside
     assert (found.together, found.aside, found.slots) == (4, True, 2)
-    assert found.planned.forecast.phase(STEP).kinds["saved activations"] == 1000 + 3 * 2 * STATE
+    assert found.planned.forecast.phase(STEP).kinds["saved activations"] == 1000 + 3 * HELD_STATES * STATE
+
+
+@pytest.mark.parametrize("held", [1, 9])
+def test_what_is_taken_has_been_rehearsed_whatever_was_estimated(held: int) -> None:
+    rehearsed: list[Streaming] = []
+
+    def otherwise(streaming: Streaming) -> Planned:
+        rehearsed.append(streaming)
+        return made_up(1000 + states(streaming, held))
+
+    for budget in range(least_streamed(otherwise), 16000, 211):
+        found = choose_streaming(otherwise, BATCHES, budget)
+        assert found is not None and found.planned.peak <= budget
+        way = Streaming(found.together, found.aside)
+        step = found.planned.forecast.phase(STEP)
+        assert way in rehearsed and step.kinds["saved activations"] == 1000 + states(way, held)
+        assert step.kinds["base"] == found.slots * BLOCK
 
 
 @pytest.mark.parametrize("step", [1, 97, 500])
@@ -68,4 +93,4 @@ def test_the_judge_may_be_what_decides() -> None:
 
     assert least_streamed(judged) == 9000
     found = choose_streaming(judged, BATCHES, 10_000)
-    assert found is not None and found.slots == 3 and found.planned.training_peak == 3000 + 3 * (2 + BLOCKS) * STATE
+    assert found is not None and found.slots == 3 and found.planned.training_peak == 3000

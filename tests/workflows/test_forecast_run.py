@@ -43,7 +43,7 @@ def planned(precision: Precision = FP32, **changes: str) -> Planned:
 
 @pytest.mark.parametrize(
     ("max_tokens", "micro_tokens", "batch", "expected"),
-    [("32", "100", "16", Rows(32, 3)), ("32", "100", "2", Rows(32, 2)), ("64", "32", "16", Rows(64, 1))],
+    [("32", "100", "16", Rows(25, 4)), ("32", "100", "2", Rows(32, 2)), ("64", "32", "16", Rows(64, 1))],
 )
 def test_the_largest_micro_batch(max_tokens: str, micro_tokens: str, batch: str, expected: Rows) -> None:
     found = rows_of(settings(data__max_tokens=max_tokens, train__micro_tokens=micro_tokens, train__batch_size=batch))

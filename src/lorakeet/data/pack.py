@@ -40,7 +40,8 @@ class Batch:
     def rows_of_tokens(self) -> torch.Tensor:
         """Number of the row of each token, (tokens,) int64: equal numbers may attend to each other."""
         lengths = torch.tensor(self.lengths, device=self.ids.device)
-        return torch.repeat_interleave(torch.arange(len(self.lengths), device=self.ids.device), lengths)
+        numbers = torch.arange(len(self.lengths), device=self.ids.device)
+        return torch.repeat_interleave(numbers, lengths, output_size=sum(self.lengths))
 
     @property
     def target_rows(self) -> torch.Tensor:

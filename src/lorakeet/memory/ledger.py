@@ -4,8 +4,9 @@ The real code runs, training step and all, on torch's fake tensors: tensors with
 Each operator that makes a new storage is entered, each storage that Python or autograd lets go is struck out, so views are
 counted once, in-place results not at all, and what autograd saves for as long as it saves it.
 
-A computation that asks a number of a tensor (`loss.item()`, `bool(isfinite(norm))`) is answered 1: planned is the run in which
-all is finite and every gradient arrives.
+A computation that asks a number of a tensor (`loss.item()`, `bool(isfinite(norm))`) is answered 1, and one that asks where
+something holds (`torch.where(chosen == expert)`) is answered: everywhere. Planned is the run in which all is finite, every
+gradient arrives, and one expert of a mixture gets every token.
 """
 
 from __future__ import annotations
@@ -121,7 +122,7 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if func is torch.ops.aten._local_scalar_dense.default and isinstance(args[0], FakeTensor):
             return _one(args[0].dtype)
         kwargs = kwargs or {}
-        result = _grouped_product(*args, **kwargs) if func is _GROUPED else func(*args, **kwargs)
+        result = _ANSWERS.get(func, func)(*args, **kwargs)
         work = self.work.setdefault(self._phase, Work())
         count = _FLOPS.get(getattr(func, "_overloadpacket", None))
         if count is not None:
@@ -194,14 +195,17 @@ _FLOPS = {
 }
 
 
-_GROUPED = torch.ops.aten._grouped_mm.default
+def _everywhere(condition: Tensor) -> Tensor:
+    """Every place of `condition` (numel, dims), int64."""
+    return condition.new_empty((condition.numel(), condition.dim()), dtype=torch.int64)
 
 
 def _grouped_product(left: Tensor, right: Tensor, *_: Any, **__: Any) -> Tensor:
     """The shape of left (tokens, in) times right (groups, in, out), which torch's own rule gives for bf16 alone."""
-    if left.dim() != 2 or right.dim() != 3:
-        raise NotImplementedError(f"a grouped product of {tuple(left.shape)} and {tuple(right.shape)} is not planned")
     return left.new_empty(left.shape[0], right.shape[-1])
+
+
+_ANSWERS = {torch.ops.aten.nonzero.default: _everywhere, torch.ops.aten._grouped_mm.default: _grouped_product}
 
 
 def _same(tensor: Tensor) -> Tensor:

@@ -42,7 +42,7 @@ class RecordStream:
         return max(record.bytes for record in self.records)
 
     def bring(self, index: int, then: int) -> dict[str, Tensor]:
-        """The tensors of record `index`, valid until the next call; `then` is read meanwhile into the other buffer.
+        """The tensors of record `index`, valid until the next call; `then` is read meanwhile into another buffer.
 
         Raises what reading raised: DataError where the store was cut off.
         """
@@ -62,13 +62,6 @@ class RecordStream:
         while len(self._slots) < min(self.slots, len(self.records)):
             self._slots.append(_Slot(torch.empty(self.slot_bytes, dtype=torch.uint8)))
         return [slot.buffer for slot in self._slots]
-
-    def release(self) -> None:
-        """Gives the buffers back to the system; the next `bring` makes new ones."""
-        for slot in self._slots:
-            if slot.reading is not None:
-                slot.reading.result()
-        self._slots = []
 
     def close(self) -> None:
         """Ends the reading thread and closes the store."""

@@ -270,7 +270,7 @@ def _check_experts(layer: LoraExperts, path: str) -> None:
         layer.active = "check"
         ours = layer(x, index, weights)
         layer.detach("check")
-    if (ours - theirs).abs().max() > 8 * torch.finfo(x.dtype).eps * theirs.abs().max():
+    if not (ours - theirs).abs().max() <= 8 * torch.finfo(x.dtype).eps * theirs.abs().max():
         raise ConfigError(
             f"'{path}' cannot be adapted: its {type(layer.original).__name__} computes something else than "
             "down(act(gate)·up); leave it out with lora.exclude_modules."

@@ -146,6 +146,7 @@ class _Rehearsing:
             ledger.name("base", text.streamed.stream.fill())
         self.plan = plan_for(text.model, lora, text.family)
         begin_adapter(text, self.plan, seed=0, token_ids=tuple(range(len(lora.new_tokens))))
+        ledger.name("base", [parameter for parameter in text.model.parameters() if not parameter.requires_grad])  # read for pairs
 
     def go(self, rows: Rows, micro_batches: int, judging: Judging) -> Rehearsal:
         ledger, text = self.ledger, self.text

@@ -101,7 +101,10 @@ def _streamed(
 ) -> Arrangement:
     budget = config.memory.bytes or 0
     rehearsed = streamed_plans(config, model_config, source, loaded)
-    choice = choose_streaming(rehearsed, batches_of(config, model_config), budget)
+    try:
+        choice = choose_streaming(rehearsed, batches_of(config, model_config), budget)
+    except NotPlanned as error:
+        raise ConfigError(f"memory.budget cannot be kept without a plan: {error} Leave the budget out.") from error
     if choice is None:
         lowest = least_streamed(rehearsed)
         if planned is not None:

@@ -5,6 +5,8 @@ makes room (memory/stream). So a step of b micro-batches moves
 
     blocks     ⌈b / together⌉ · 2·(n − s) · bytes of a block       nothing where every block has a place
     inputs     b · 2·n · bytes of a state                          where the inputs of blocks are kept on disk
+
+or less, where the lowest blocks train nothing.
 """
 
 from __future__ import annotations
@@ -18,7 +20,8 @@ from lorakeet.train.rehearsal import STEP, Streaming
 from lorakeet.workflows.forecast_run import Planned
 
 FEWEST = 2  # blocks in memory: one is computed with, one is read
-HELD_STATES = 2  # of a micro-batch on its way: what a block gets and what it gives
+HELD_STATES = 3  # of a micro-batch on its way, about: what a block gets, what it gives, and what else its decoder hands to it
+MOST_TOGETHER = 8  # micro-batches: the more pass together, the longer they take to rehearse
 
 
 @dataclass(frozen=True)
@@ -46,13 +49,15 @@ class Choice:
 
 
 def choose_streaming(plan: Callable[[Streaming], Planned], batches: Batches, budget: int) -> Choice | None:
-    """The way that moves the fewest bytes within `budget`; None where there is none. `plan` rehearses a way (memory/ledger)."""
-    found: list[Choice] = []
-    for aside in (False, True):
-        found += [choice for choice in _ways(plan, batches, budget, aside) if choice.planned.peak <= budget]
-        if any(choice.moved == 0 for choice in found):
-            break
-    return min(found, key=lambda choice: (choice.moved, choice.planned.peak), default=None)
+    """The way that moves the fewest bytes within `budget`; None where there is none. `plan` rehearses a way (memory/ledger).
+
+    Ways are ordered by an estimate from the rehearsals of one micro-batch at a time; the one that is taken has been rehearsed.
+    """
+    for way in sorted(_estimated(plan, batches, budget), key=lambda way: (way.moved, way.planned.peak)):
+        exact = _filled(plan(Streaming(way.together, way.aside)), way.together, way.aside, batches, budget)
+        if exact.planned.peak <= budget:
+            return exact
+    return None
 
 
 def least_streamed(plan: Callable[[Streaming], Planned]) -> int:
@@ -60,17 +65,27 @@ def least_streamed(plan: Callable[[Streaming], Planned]) -> int:
     return plan(Streaming(together=1, aside=True)).peak
 
 
-def _ways(plan: Callable[[Streaming], Planned], batches: Batches, budget: int, aside: bool) -> Iterator[Choice]:
-    """Every number of micro-batches together, each with as many blocks as fit; at least two, or all where there is but one."""
-    one = plan(Streaming(together=1, aside=aside))
-    fewest, held = min(FEWEST, one.blocks), HELD_STATES + (0 if aside else one.blocks)
-    for together in range(1, batches.count + 1):
-        several = _with(one, 0, (together - 1) * batches.state_bytes * held)
-        room = max(0, budget - several.peak) // one.block_bytes
-        slots = min(one.blocks, fewest + room)
-        moved = math.ceil(batches.count / together) * 2 * (one.blocks - slots) * one.block_bytes
-        moved += batches.count * 2 * one.blocks * batches.state_bytes if aside else 0
-        yield Choice(_with(several, (slots - fewest) * one.block_bytes, 0), slots, together, aside, moved)
+def _estimated(plan: Callable[[Streaming], Planned], batches: Batches, budget: int) -> Iterator[Choice]:
+    """The ways that seem to fit; inputs go to disk only where something moves with all of them in memory."""
+    for aside in (False, True):
+        one = plan(Streaming(1, aside))
+        held = HELD_STATES + (0 if aside else one.blocks)
+        for together in range(1, min(batches.count, MOST_TOGETHER) + 1):
+            way = _filled(_with(one, 0, (together - 1) * batches.state_bytes * held), together, aside, batches, budget)
+            if way.planned.peak <= budget:
+                yield way
+            if way.planned.peak <= budget and not way.moved:
+                return
+
+
+def _filled(planned: Planned, together: int, aside: bool, batches: Batches, budget: int) -> Choice:
+    """`planned`, which holds as few blocks as can be, with as many as fit into `budget`."""
+    fewest = min(FEWEST, planned.blocks)
+    room = max(0, budget - planned.peak) // planned.block_bytes
+    slots = min(planned.blocks, fewest + room)
+    moved = math.ceil(batches.count / together) * 2 * (planned.blocks - slots) * planned.block_bytes
+    moved += batches.count * 2 * planned.blocks * batches.state_bytes if aside else 0
+    return Choice(_with(planned, (slots - fewest) * planned.block_bytes, 0), slots, together, aside, moved)
 
 
 def _with(planned: Planned, blocks: int, states: int) -> Planned:

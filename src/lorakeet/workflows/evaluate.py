@@ -20,6 +20,7 @@ from lorakeet.data.split import read_split_record
 from lorakeet.errors import ConfigError, DataError, EnvironmentProblem, LorakeetError
 from lorakeet.evaluate.report import Report, write_report
 from lorakeet.evaluate.values import encode
+from lorakeet.workflows.arrange import Loaded
 from lorakeet.workflows.assemble import within_context
 from lorakeet.workflows.judge import Judge
 from lorakeet.workflows.opened import NAME, Opened, open_adapter
@@ -70,7 +71,8 @@ def evaluate(
         require_empty(out)
     opened = open_adapter(Path(run_or_adapter), base=base, config=config).within(memory)
     rows = _rows_of_file(opened, data) if data else _rows_of_run(opened)
-    text = opened.text_model(console, within_budget=True)
+    loaded = Loaded(bool(rows.labels), sum(len(row.text) for row in rows.rows))
+    text = opened.text_model(console, within_budget=loaded)
     settings = within_context(opened.config, text, console)
     encoder = Encoder(text.tokenizer, settings.data, rows.labels)
     judge = Judge(settings, text, encoder, rows.rows, console, NAME)

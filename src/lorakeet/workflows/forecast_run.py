@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -115,16 +116,22 @@ def runtime_bytes(precision: Precision) -> int:
 
 
 def rows_of(config: RunConfig) -> Rows:
-    """The largest micro-batch that a run with these settings can meet: rows of data.max_tokens, every token of them learnt."""
-    length = config.data.max_tokens
-    return Rows(length, max(1, min(config.train.micro_tokens // length, config.train.batch_size)))
+    """The largest micro-batch that a run with these settings can meet, every token of it learnt."""
+    length, train = config.data.max_tokens, config.train
+    return _filled(length, min(max(length, train.micro_tokens), length * train.batch_size))
 
 
 def judging_of(config: RunConfig) -> Judging:
     """The largest micro-batch of held-out rows, of those of the judgement and of the certificate, and the texts of the drift."""
     length, spec = config.data.max_tokens, config.evaluate
-    at_once = max(config.train.micro_tokens, CHECK_TOKENS)
-    return Judging(Rows(length, max(1, at_once // length)), spec.drift_texts, spec.drift_tokens)
+    at_once = max(config.train.micro_tokens, CHECK_TOKENS, length)
+    return Judging(_filled(length, at_once), spec.drift_texts, spec.drift_tokens)
+
+
+def _filled(length: int, tokens: int) -> Rows:
+    """Equal rows of at most `length` tokens that fill `tokens`, as few as there can be."""
+    count = math.ceil(tokens / length)
+    return Rows(math.ceil(tokens / count), count)
 
 
 def forecast_run(
@@ -150,7 +157,7 @@ def forecast_run(
         outline if streaming is None else streamed_outline, model_config, name=config.model.path, dtype=precision.dtype,
         products=precision.products, attention=config.model.attention, quantize=precision.quantize, files=files,
     )  # fmt: skip
-    micro_batches = 2 if config.train.batch_size > rows.count else 1
+    micro_batches = max(2 if config.train.batch_size > rows.count else 1, 0 if streaming is None else streaming.together)
     rehearsed = partial(
         rehearse, build, spec=config.train, rows=rows, micro_batches=micro_batches, judging=judging_of(config),
         streaming=streaming, best_in_memory=not returning,
@@ -203,10 +210,12 @@ class Again:
 
 
 def _load(model_config: Any, found: Rehearsal, precision: Precision) -> Held:
-    """The base, and while it is read: the file's own pages where the dtype changes, a matrix as stored where it is packed."""
+    """The base, and while it is read: the file's own pages where the dtype changes, a matrix as stored where it is packed or
+    goes into a store, there with its cast."""
     stored = getattr(model_config, "dtype", None) or torch.float32
     if found.packed or found.blocks:
-        return with_more(Held(), base=found.base, scratch=found.largest * stored.itemsize)
+        cast = precision.dtype.itemsize if found.blocks and stored != precision.dtype else 0
+        return with_more(Held(), base=found.base, scratch=found.largest * (stored.itemsize + cast))
     pages = found.parameters * stored.itemsize if stored != precision.dtype else 0
     return with_more(Held(), base=found.base, scratch=pages)
 

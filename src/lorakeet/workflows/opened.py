@@ -68,17 +68,17 @@ class Opened:
         dtype: str | None = None,
         with_adapter: bool = True,
         dense: bool = False,
-        within_budget: bool = False,
+        within_budget: Loaded | None = None,
     ) -> TextModel:
         """The base with the adapter attached and active; `dtype` overrides the one that the run was trained in, and `dense`
-        leaves its weights as they were before they were quantised. `within_budget` keeps the run's memory.budget, if need be by
-        streaming the weights: for what only computes and reads no weight.
+        leaves its weights as they were before they were quantised. `within_budget`, the rows beside which it stands, keeps the
+        run's memory.budget, if need be by streaming the weights: for what only computes and reads no weight.
         """
         spec = self.dense_spec if dense else self.config.model
         if dtype is not None:
             spec = dataclasses.replace(spec, dtype=dtype, products=dtype)  # type: ignore[arg-type]
         say = partial(console.print, markup=False, soft_wrap=True)
-        kept = arrange(self.config, say, Loaded(labelled=False)) if within_budget and self.config.memory.budget else Arrangement()
+        kept = arrange(self.config, say, within_budget) if within_budget and self.config.memory.budget else Arrangement()
         text = load_text_model(spec, say=console.print, store=kept.store, slots=kept.slots)
         if self.tokenizer is not None:
             text.tokenizer = load_tokenizer(self.tokenizer)
