@@ -4,9 +4,9 @@ The real code runs, training step and all, on torch's fake tensors: tensors with
 Each operator that makes a new storage is entered, each storage that Python or autograd lets go is struck out, so views are
 counted once, in-place results not at all, and what autograd saves for as long as it saves it.
 
-A computation that asks a number of a tensor (`loss.item()`, `bool(isfinite(norm))`) is answered 1, and one that asks where
-something holds (`torch.where(chosen == expert)`) is answered: everywhere. Planned is the run in which all is finite, every
-gradient arrives, and one expert of a mixture gets every token.
+A computation that asks a number of a tensor (`loss.item()`, `bool(isfinite(norm))`) is answered 1, one that asks where
+something holds (`torch.where(chosen == expert)`): everywhere, and whether two tensors are equal: no. Planned is the run in which
+all is finite, every gradient arrives, one expert of a mixture gets every token, and GPTQ's columns are in no order.
 """
 
 from __future__ import annotations
@@ -205,7 +205,15 @@ def _grouped_product(left: Tensor, right: Tensor, *_: Any, **__: Any) -> Tensor:
     return left.new_empty(left.shape[0], right.shape[-1])
 
 
-_ANSWERS = {torch.ops.aten.nonzero.default: _everywhere, torch.ops.aten._grouped_mm.default: _grouped_product}
+def _no(*_: Any) -> bool:
+    return False
+
+
+_ANSWERS = {
+    torch.ops.aten.nonzero.default: _everywhere,
+    torch.ops.aten._grouped_mm.default: _grouped_product,
+    torch.ops.aten.equal.default: _no,
+}
 
 
 def _same(tensor: Tensor) -> Tensor:

@@ -154,10 +154,8 @@ def _while_unpacking(settings: str, dtype: torch.dtype) -> int:
     """The most bytes that unpacking such a weight holds beside the weight and its result: those of one of its equal tiles."""
     packing = json.loads(settings)
     rows, columns = packing["shape"]
-    if packing["method"] == "gptq":  # whose tiles are of columns, in whole words
-        columns = min(columns, max(1, -(-TILE // (rows * WORD))) * WORD)
-    else:
-        rows = min(rows, max(1, -(-TILE // columns)))
+    step = WORD if packing["method"] == "gptq" else 1  # whose zero points fill whole words
+    rows = min(rows, max(1, -(-TILE // (columns * step))) * step)
     with _disable_current_modes(), Ledger() as ledger:
         base, out = empty_base({**packing, "shape": (rows, columns)}), torch.empty(rows, columns, dtype=dtype)
         before = ledger.bytes

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from lorakeet.quant.gptq_grid import Grid, groups_in_order, nearest_codes
-from lorakeet.quant.gptq_pack import BITS, WORD, ZeroFormat, pack, pack_zeros, unpack, unpack_zeros, words_for
+from lorakeet.quant.gptq_pack import BITS, WORD, ZeroFormat, pack, pack_zeros, unpack_rows, unpack_zeros, words_for
 from lorakeet.quant.packed import PackedBase, tile_of
 
 PARTS = ("qweight", "qzeros", "scales", "g_idx")
@@ -95,17 +95,29 @@ class GptqBase(PackedBase):
 
     def unpack(self, out: Tensor, first: int = 0) -> Tensor:
         rows, columns = out.shape
-        here, zero_words = slice(first, first + rows), slice(first * self.bits // WORD, (first + rows) * self.bits // WORD)
-        scales = self.scales[:, here].float()
-        zeros = unpack_zeros(self.qzeros[:, zero_words], self.bits, self.zero_format).float()
-        step = tile_of(self.device, rows * WORD) // rows  # columns of W at once: whole words of each width
-        for start in range(0, columns, step):
-            stop = min(start + step, columns)
-            words = self.qweight[start * self.bits // WORD : stop * self.bits // WORD, here]
-            group = self.g_idx[start:stop]
-            values = unpack(words, self.bits).float().sub_(zeros[group]).mul_(scales[group])  # (columns of the tile, out)
-            out[:, start:stop].copy_(values.t())
+        size = columns // self.groups if self._in_order() else 1  # columns next to each other that share scale and zero point
+        step = tile_of(self.device, columns * WORD) // columns
+        for start in range(0, rows, step):
+            stop = min(start + step, rows)
+            begin, end = first + start, first + stop
+            words = self.qweight[:, begin:end].t().contiguous()
+            values = unpack_rows(words, self.bits).float().view(stop - start, -1, size)
+            qzeros = self.qzeros[:, begin * self.bits // WORD : end * self.bits // WORD]
+            zeros, scales = unpack_zeros(qzeros, self.bits, self.zero_format).t(), self.scales[:, begin:end].t().float()
+            if size == 1:
+                zeros, scales = zeros[:, self.g_idx], scales[:, self.g_idx]
+            out[start:stop].copy_(values.sub_(zeros[..., None]).mul_(scales[..., None]).view(stop - start, columns))
         return out
+
+    def _in_order(self) -> bool:
+        """Whether the columns of each group stand together, all groups of one size, as they do without desc_act.
+
+        Not asked on a GPU, where the answer would wait for it.
+        """
+        columns = self.shape[1]
+        if columns % self.groups or self.device.type != "cpu":
+            return False
+        return torch.equal(self.g_idx, groups_in_order(columns, columns // self.groups))
 
 
 def buffer_shapes(shape: tuple[int, int], *, bits: int, groups: int) -> Shapes:

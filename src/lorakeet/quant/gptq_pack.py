@@ -61,6 +61,24 @@ def unpack(words: Tensor, bits: int) -> Tensor:
     return codes.view(-1, words.shape[1])
 
 
+def unpack_rows(words: Tensor, bits: int) -> Tensor:
+    """int32 words (rows, w), contiguous, whose codes run along each row, to codes (rows, w·32/bits), uint8.
+
+    A byte of two or four codes is spread over as many bytes, in place of a shift for each code.
+    """
+    if bits == 3:
+        return unpack(words.t(), bits).t().contiguous()
+    packed = words.view(torch.uint8)
+    if bits == 8:
+        return packed
+    if bits == 4:
+        wide = packed.to(torch.int16)
+        return wide.bitwise_left_shift(4).bitwise_or_(wide).bitwise_and_(0x0F0F).view(torch.uint8)
+    spread = packed.to(torch.int32)
+    spread = spread.bitwise_left_shift(12).bitwise_or_(spread).bitwise_and_(0x000F000F)
+    return spread.bitwise_left_shift(6).bitwise_or_(spread).bitwise_and_(0x03030303).view(torch.uint8)
+
+
 def pack_zeros(zeros: Tensor, bits: int, zero_format: ZeroFormat) -> Tensor:
     """Zero points (groups, out) to qzeros (groups, out·bits/32), int32."""
     if zero_format == "gptq_v2":

@@ -46,6 +46,8 @@ ROW_BYTES = 9  # for each character of a row: at most a token, with its id and w
 INTERVALS = 64 << 20  # bytes: numpy's copies of the weights of resamples (evaluate/intervals), whatever the number of rows
 FLOORS = 128 << 20  # bytes: scikit-learn (63 MiB when imported) and its tables of words
 NARROW = 40 << 20  # bytes: oneDNN's code for shapes of narrow products that the probe does not meet, and what one lays out anew
+COUNTS = 16  # of tokens in a micro-batch, that a run over rows of many lengths meets
+COUNT_BYTES = 15 << 19  # what stays of the code for each further one (memory/product_code), about 25 products
 CHECK_TOKENS = 1024  # of a micro-batch of the certificate (workflows/certify_run)
 _SMALL = {
     "model_type": "llama", "vocab_size": 512, "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2,
@@ -91,11 +93,12 @@ class Planned:
         return {"peak": self.peak, "phases": [phase.to_mapping() for phase in self.forecast.phases]}
 
 
-def runtime_bytes(precision: Precision) -> int:
+def runtime_bytes(precision: Precision, counts: int = COUNTS) -> int:
     """What this process holds beside the tensors of a model, once it has done everything that a run does.
 
     Found by doing it on a very small model, so that the code of every kernel and the libraries' own buffers are there; for
-    narrow products, whose library keeps code for every shape, with an allowance for those of the real model.
+    narrow products, whose library keeps code for every shape, with an allowance for those of the real model in micro-batches of
+    `counts` numbers of tokens.
     """
     quantize = precision.quantize if precision.quantize.method in ("nf4", "int8") else QuantSpec()
     with torch.random.fork_rng(devices=[]):
@@ -112,7 +115,8 @@ def runtime_bytes(precision: Precision) -> int:
         training.optimizer.step(1e-3)
         training.step()
     SCRATCH.clear()
-    return resident_bytes() + (NARROW if precision.products.itemsize < torch.float32.itemsize else 0)
+    narrow = NARROW + (counts - 1) * COUNT_BYTES if precision.products.itemsize < torch.float32.itemsize else 0
+    return resident_bytes() + narrow
 
 
 def rows_of(config: RunConfig) -> Rows:
