@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from lorakeet.core import row_attention
-from lorakeet.core.row_attention import causal_rows
+from lorakeet.core.row_attention import KEPT_KEYS, causal_rows
 
 HEADS, KV, WIDTH = 6, 2, 8
 ROWS = (5, 1, 9, 3)
@@ -98,12 +98,15 @@ def test_products_see_few_shapes_whatever_the_lengths(monkeypatch: pytest.Monkey
     assert len(shapes) == 3  # P·V and ∂S·K, ∂O·Vᵀ, Pᵀ·∂O and ∂Sᵀ·Q
 
 
-def test_products_keep_only_what_came_in() -> None:
+@pytest.mark.parametrize(("row", "weights"), [(KEPT_KEYS, True), (KEPT_KEYS + 1, False)])
+def test_products_keep_what_came_in_and_the_weights_of_short_rows(row: int, weights: bool) -> None:
     kept: list[Tensor] = []
-    q, k, v = states(torch.bfloat16)
+    q, k, v = (torch.randn(1, heads, row, 8, dtype=torch.bfloat16).requires_grad_() for heads in (4, 2, 2))
     with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):  # type: ignore[func-returns-value]
-        causal_rows(q, k, v, ROWS, SCALE, torch.bfloat16)
-    assert {x.data_ptr() for x in kept} == {x.data_ptr() for x in (q, k, v)}
+        causal_rows(q, k, v, (row,), SCALE, torch.bfloat16)
+    others = [x for x in kept if x.data_ptr() not in {states.data_ptr() for states in (q, k, v)}]
+    assert len(kept) - len(others) == 3 and len(others) == weights
+    assert sum(x.numel() for x in others) == (q.shape[1] * row * row if weights else 0)
 
 
 def test_fp32_states_are_never_rounded_to_narrow_products() -> None:

@@ -19,6 +19,7 @@ from torch import Tensor
 from lorakeet.core.row_blocks import Blocks, Indexed, blocks_of_queries, indexed, whole_rows
 
 QUERIES = 256  # queries of a row whose scores exist at once in products, whatever the row's length
+KEPT_KEYS = 128  # up to so many P is kept: no more bytes a token than a gated MLP keeps, and 4 % of a training step (docs/log.md)
 SCORES = 1 << 21  # scores (of all heads, of all blocks taken together) that exist at once, unless one block has more
 TOKENS = 1 << 12  # tokens of rows, each with its prefix, that the flash kernel is given at once, unless one row has more
 
@@ -53,14 +54,14 @@ class CausalRows(torch.autograd.Function):
 
 
 class ProductRows:
-    """Attention written out in batched products of the states' own (narrow) dtype; softmax in fp32. Keeps Q, K, V only.
+    """Attention written out in batched products of the states' own (narrow) dtype; softmax in fp32. Keeps Q, K, V, and few P.
 
     With S = s·Q·Kᵀ + mask, P = softmax(S), O = P·V and ∂O given:
 
         ∂V = Pᵀ·∂O      ∂P = ∂O·Vᵀ      ∂S = P ∘ (∂P − rowsum(P ∘ ∂P))      ∂Q = s·∂S·K      ∂K = s·∂Sᵀ·Q
 
     The queries of a group of heads stand one below the other, (kv, G·n, d), so that K and V are never repeated and ∂K, ∂V are
-    summed over the group by the product itself. P is computed again backward.
+    summed over the group by the product itself. P of more than `KEPT_KEYS` keys is computed again backward.
     """
 
     def __init__(self, rows: tuple[int, ...], scale: float, prefix: int = 0) -> None:
@@ -73,21 +74,27 @@ class ProductRows:
         heads, kv = query.shape[1], key.shape[1]
         blocks = blocks_of_queries(self.rows, self.prefix, heads, QUERIES, SCORES)
         self.laid = [_Laid(each, kv, query.device) for each in blocks]
+        kept = []
         for laid in self.laid:
             q, k, v = laid.queries_of(query), laid.keys_of(key), laid.keys_of(value)
-            laid.queries.put(result[0], laid.of_queries(torch.bmm(laid.softmax(q, k, self.scale), v)))
-        return result, ()
+            weights = laid.softmax(q, k, self.scale)
+            laid.queries.put(result[0], laid.of_queries(torch.bmm(weights, v)))
+            if laid.keeps_weights:
+                kept.append(weights)
+            del weights  # before the next one is made
+        return result, tuple(kept)
 
-    def backward(self, grad: Tensor, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def backward(self, grad: Tensor, query: Tensor, key: Tensor, value: Tensor, *kept: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """∂Q, ∂K, ∂V in the shapes of Q, K, V."""
         grad_q, grad_k, grad_v = (
             torch.zeros(states.shape[2], states.shape[1], states.shape[3], dtype=dtype, device=states.device)
             for states, dtype in ((query, query.dtype), (key, torch.float32), (value, torch.float32))
         )  # (tokens, heads, d); a prefix's and a long row's keys are met by several blocks, whose parts are added in fp32
+        held = iter(kept)
         for laid in self.laid:
             q, k, v = laid.queries_of(query), laid.keys_of(key), laid.keys_of(value)
             g = laid.queries_of(grad.transpose(1, 2), blank=True)
-            weights = laid.softmax(q, k, self.scale)
+            weights = next(held) if laid.keeps_weights else laid.softmax(q, k, self.scale)
             laid.keys.add(grad_v, laid.of_keys(torch.bmm(weights.transpose(1, 2), g)))
             grad_weights = torch.bmm(g, v.transpose(1, 2))
             grad_scores = torch.ops.aten._softmax_backward_data(grad_weights, weights, -1, weights.dtype)
@@ -105,6 +112,7 @@ class _Laid:
     def __init__(self, blocks: Blocks, kv: int, device: torch.device) -> None:
         self.offset, self.kv = blocks.offset, kv
         self.queries, self.keys = indexed(blocks, device)
+        self.keeps_weights = self.keys.shape[1] <= KEPT_KEYS
 
     def queries_of(self, states: Tensor, *, blank: bool = False) -> Tensor:
         """(1, kv·G, tokens, d) as (blocks·kv, G·width, d); what is not a block's own is blanked on demand."""

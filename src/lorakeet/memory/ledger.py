@@ -205,14 +205,16 @@ def _grouped_product(left: Tensor, right: Tensor, *_: Any, **__: Any) -> Tensor:
     return left.new_empty(left.shape[0], right.shape[-1])
 
 
-def _no(*_: Any) -> bool:
-    return False
+def _equal(one: Tensor, other: Tensor) -> bool:
+    """Tensors with numbers are compared; those without are not equal."""
+    numbered = not isinstance(one, FakeTensor) and not isinstance(other, FakeTensor)
+    return numbered and bool(torch.ops.aten.equal.default(one, other))
 
 
 _ANSWERS = {
     torch.ops.aten.nonzero.default: _everywhere,
     torch.ops.aten._grouped_mm.default: _grouped_product,
-    torch.ops.aten.equal.default: _no,
+    torch.ops.aten.equal.default: _equal,
 }
 
 

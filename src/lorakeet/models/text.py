@@ -31,7 +31,8 @@ from lorakeet.models.frozen_prefix import FrozenPrefix
 from lorakeet.models.streamed import Streamed, StreamedHead
 from lorakeet.quant.packed import PackedLinear
 
-WHOLE = 32  # tokens of a varlen batch are filled up to a multiple: oneDNN is slower on others, and keeps code for every shape
+WHOLE = 32  # tokens of a varlen batch are filled up to a multiple at least: products are slower on others
+COUNTS = 8  # of tokens between a power of two and the next: narrow products leave code behind for every one (memory/product_code)
 
 
 @dataclass
@@ -72,7 +73,7 @@ class TextModel:
         batch = batch.to(self.device)
         if self.attention == "varlen":
             laid = self.laid(batch)
-            filler = batch.ids.new_zeros(0 if self.sees_every_token else -len(laid.ids) % WHOLE)
+            filler = batch.ids.new_zeros(0 if self.sees_every_token else -len(laid.ids) % self._whole(len(laid.ids)))
             with self.last_block_at(laid), self._from_kept_states(batch, laid, len(filler)):
                 states = self._decode(
                     torch.cat([laid.ids, filler])[None],
@@ -85,6 +86,11 @@ class TextModel:
         padded, places = _padded(batch, self._pad)
         states = self._decode(padded)
         return states.flatten(0, 1).index_select(0, places[batch.target_positions])
+
+    def _whole(self, tokens: int) -> int:
+        """What the number of tokens that pass through the model together is a multiple of, where `tokens` of them count."""
+        below = 1 << max(tokens - 1, 1).bit_length() - 1
+        return max(WHOLE, below // COUNTS if self.products != torch.float32 else 0)
 
     def _from_kept_states(self, batch: Batch, laid: Layout, filler: int) -> AbstractContextManager[None]:
         """A context in which the blocks below the lowest trained one hand on what is kept, where all rows of the batch are."""
