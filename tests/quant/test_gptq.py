@@ -11,31 +11,32 @@ from torch import Tensor
 from lorakeet.quant import packed
 from lorakeet.quant.adopt import empty_base
 from lorakeet.quant.gptq import GptqBase, buffer_shapes
-from lorakeet.quant.gptq_grid import Grid
+from lorakeet.quant.gptq_grid import Grid, groups_in_order
 from lorakeet.quant.gptq_pack import ZeroFormat
 
-OUT, IN, GROUPS = 32, 96, 3
+OUT, IN, GROUPS = 64, 96, 3
 
 
-def parts(bits: int) -> tuple[Tensor, Grid]:
+def parts(bits: int, *, in_order: bool = False) -> tuple[Tensor, Grid]:
     chance = torch.Generator().manual_seed(bits)
     codes = torch.randint(0, 2**bits, (OUT, IN), generator=chance, dtype=torch.uint8)
     scales = (torch.rand(GROUPS, OUT, generator=chance) + 0.1).half()
     zeros = torch.randint(0, 2**bits, (GROUPS, OUT), generator=chance, dtype=torch.uint8)
     g_idx = torch.randint(0, GROUPS, (IN,), generator=chance, dtype=torch.int32)
-    return codes, Grid(scales, zeros, g_idx)
+    return codes, Grid(scales, zeros, groups_in_order(IN, IN // GROUPS) if in_order else g_idx)
 
 
+@pytest.mark.parametrize("in_order", [True, False])
 @pytest.mark.parametrize(("bits", "zero_format"), list(itertools.product((2, 3, 4, 8), ("gptq", "gptq_v2"))))
-def test_dense_is_the_formula(bits: int, zero_format: ZeroFormat, monkeypatch: pytest.MonkeyPatch) -> None:
-    codes, grid = parts(bits)
+def test_dense_is_the_formula(bits: int, zero_format: ZeroFormat, in_order: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    codes, grid = parts(bits, in_order=in_order)
     base = GptqBase.of(codes, grid, bits=bits, sym=False, zero_format=zero_format)
     expected = torch.empty(OUT, IN)
     for row, column in itertools.product(range(OUT), range(IN)):
         group = int(grid.g_idx[column])
         expected[row, column] = float(grid.scales[group, row]) * (int(codes[row, column]) - int(grid.zeros[group, row]))
     assert torch.equal(base.dense(), expected)
-    monkeypatch.setattr(packed, "TILE", OUT * 32)  # several tiles
+    monkeypatch.setattr(packed, "TILE", IN * 32)  # two tiles
     assert torch.equal(base.dense(), expected)
     assert torch.equal(base.unpack(torch.empty(OUT, IN, dtype=torch.bfloat16)), expected.bfloat16())
     assert torch.equal(base.grid.zeros, grid.zeros)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lorakeet.quant.gptq_pack import BITS, ZeroFormat, pack, pack_zeros, unpack, unpack_zeros, words_for
+from lorakeet.quant.gptq_pack import BITS, ZeroFormat, pack, pack_zeros, unpack, unpack_rows, unpack_zeros, words_for
 
 every_width = pytest.mark.parametrize("bits", BITS)
 
@@ -28,6 +28,7 @@ def test_words_hold_the_stream(bits: int) -> None:
     assert words.dtype == torch.int32 and words.shape == (64 * bits // 32, 5) and bool((words < 0).any())
     assert torch.equal(naive(words, bits), codes)
     assert torch.equal(unpack(words, bits).long(), codes)
+    assert torch.equal(unpack_rows(words.t().contiguous(), bits).long(), codes.t())
 
 
 @every_width
