@@ -122,7 +122,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(f"at least {ASKED:.0%} of the gain survives in every layout: {'yes' if kept else 'NO'}")
     settings_used = {"calibration_rows": given.calibration_rows, "finish_steps": given.finish_steps}
     content = {"layouts": found, "claim_kept": kept, **settings_used}
-    print(f"Written: {write_result('surviving_gain', content, seed=0, about=about, folder=given.results)}")
+    name = "_".join(("surviving_gain", *given.layouts))
+    print(f"Written: {write_result(name, content, seed=0, about=about, folder=given.results)}")
     return 0 if kept else 1
 
 
