@@ -53,6 +53,14 @@ def test_no_check_is_no_pass() -> None:
         Certificate("merged/", ()).raise_if_failed()
 
 
+def test_what_became_of_an_adapter_is_told_from_the_adapter_itself() -> None:
+    own, other = check(), replace(check(kl=1.0), name="C: /run-merged/: logits")
+    assert (own.artefact, other.artefact) == ("", "C: /run-merged/")
+    both = Certificate("run", (own, other))
+    assert both.own == (own,) and not both.passed
+    assert Certificate("model.gguf", (other,)).own == (other,), "what lies beside a file is judged by what it says of the file"
+
+
 def test_an_edited_or_missing_certificate_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "certificate.json"
     Certificate("merged/", (check(kl=1.0),)).write(path)

@@ -14,7 +14,7 @@ import pytest
 
 from lorakeet.errors import ConfigError, EnvironmentProblem
 from lorakeet.export.ollama import OllamaModel
-from lorakeet.export.ollama_push import push
+from lorakeet.export.ollama_push import push, require_address
 
 KEYS = {"model", "from", "files", "adapters", "template", "license", "system", "parameters", "messages", "stream", "quantize"}
 
@@ -115,4 +115,6 @@ def test_a_server_that_refuses_or_is_not_there(server: tuple[str, Any], folder: 
         push(folder, MODEL, "m", host="http://127.0.0.1:9", say=lambda _: None)
     with pytest.raises(ConfigError, match="expected an address"):
         push(folder, MODEL, "m", host="localhost:11434", say=lambda _: None)
+    with pytest.raises(ConfigError, match="expected an address"):
+        require_address("localhost:11434")
 

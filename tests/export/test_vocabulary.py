@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import transformers
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from lorakeet.errors import ConfigError
-from lorakeet.export.gguf_model import write_gguf
+from lorakeet.export.gguf_model import NAME, GgufFile, write_gguf
 from lorakeet.export.llama_cpp import LlamaCpp
 from lorakeet.export.vocabulary import BYTE, CONTROL, NORMAL, SPLITS, UNKNOWN, UNUSED, vocabulary_of
 from tiny.models import tiny_model, tiny_tokenizer
@@ -74,6 +75,59 @@ def test_known_regular_expressions_have_a_name_that_llama_cpp_reads_alike(patter
     texts = ("It'S 12345 o'clock", "a  b\n\n c", "Ünïcode 日本!?", "side effects at all.\r\n")
     with LlamaCpp(tmp_path / "model.gguf", context=64) as engine:
         assert [engine.tokenise(text) for text in texts] == [tokenizer.encode(text) for text in texts]
+
+
+def phi3_like(*, strips: bool = True) -> Any:
+    """Llama 2's habits with the special tokens of Phi-3, which swallow the spaces after them."""
+    tokenizer = sentencepiece_like()
+    marks = [AddedToken(mark, rstrip=strips, special=True) for mark in ("</s>", "<|user|>", "<|end|>", "<|assistant|>")]
+    tokenizer.add_tokens([AddedToken("<|endoftext|>", special=True), *marks], special_tokens=True)
+    return tokenizer
+
+
+def written(folder: Path, family: str, tokenizer: Any, name: str) -> tuple[Path, str]:
+    """A file with that general.name asked for, and the notes on it."""
+    tiny_model(family, vocab_size=len(tokenizer), tie_word_embeddings=True).save_pretrained(folder / "base")
+    found = write_gguf(folder / "base", None, folder / "m.gguf", tokenizer=tokenizer, quant="f32", facts={NAME: name})
+    return found.path, " ".join(found.notes)
+
+
+PHI3_TEXTS = ("<|user|>\n  It worked <|end|>\n<|assistant|>\nwell", "a</s>  b <|endoftext|> c <s> d")
+
+
+@pytest.mark.parametrize(("name", "kept"), [("reviews", "phi-3-reviews"), ("My-Phi3", "My-Phi3"), ("", "phi-3")])
+def test_llama_cpp_drops_the_spaces_that_the_tokenizer_of_phi3_drops(name: str, kept: str, tmp_path: Path) -> None:
+    tokenizer = phi3_like()
+    file, notes = written(tmp_path, "phi3", tokenizer, name)
+    assert GgufFile(file).value(NAME) == kept and ("only by phi-3 in that name" in notes) is (name != kept)
+    with LlamaCpp(file, context=64) as engine:
+        assert [engine.tokenise(text) for text in PHI3_TEXTS] == [tokenizer.encode(text) for text in PHI3_TEXTS]
+
+
+@pytest.mark.parametrize(
+    ("family", "tokenizer"),
+    [("llama", tiny_tokenizer), ("llama", phi3_like), ("phi3", lambda: phi3_like(strips=False)), ("phi3", tiny_tokenizer)],
+    ids=["without Phi-3's tokens", "another architecture", "no spaces are dropped", "Phi-3 with another vocabulary"],
+)
+def test_a_name_that_only_says_phi3_does_not_make_llama_cpp_read_it_as_phi3(
+    family: str, tokenizer: Callable[[], Any], tmp_path: Path
+) -> None:
+    held = tokenizer()
+    file, notes = written(tmp_path, family, held, "my-Phi-3-compare")
+    assert GgufFile(file).value(NAME) == "my-Phi_3-compare" and "by 'my-Phi-3-compare' llama.cpp would read it as Phi-3" in notes
+    texts = ("a</s>pain", "<|im_start|> a") if family == "llama" and held.bos_token == "<s>" else PHI3_TEXTS
+    with LlamaCpp(file, context=64) as engine:
+        assert [engine.tokenise(text) for text in texts] == [held.encode(text) for text in texts]
+
+
+def test_spaces_that_llama_cpp_cannot_be_told_to_drop_are_said(tmp_path: Path) -> None:
+    """Phi-4-mini: Phi-3's architecture and habits, without the tokens that llama.cpp then looks up."""
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_tokens([AddedToken("<|user|>", rstrip=True, special=True)], special_tokens=True)
+    file, notes = written(tmp_path, "phi3", tokenizer, "phi-3-mine")
+    assert GgufFile(file).value(NAME) == "phi_3-mine" and "drops spaces after <|user|>; llama.cpp keeps them" in notes
+    LlamaCpp(file, context=64).close()
+    assert "drops spaces after </s>, <|user|>" in written(tmp_path / "llama", "llama", phi3_like(), "mine")[1]
 
 
 def test_what_llama_cpp_could_not_repeat_is_refused() -> None:

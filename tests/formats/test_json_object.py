@@ -22,6 +22,7 @@ def test_an_object_is_read(tmp_path: Path) -> None:
         (b"{", "is not JSON"),
         (b"\xff\xfe", "is not JSON"),
         (b"[" * 100_000, "is not JSON"),
+        (b'{"n": ' + b"9" * 6000 + b"}", "is not JSON that can be read: .*6000 digits"),
         (b"[]", "holds a JSON list"),
         (b"3", "holds a JSON int"),
     ],

@@ -181,3 +181,26 @@ def test_what_kohya_does_not_have_is_refused(tmp_path: Path) -> None:
         with pytest.raises(ConfigError, match=message):
             kohya.write(adapter, out)
         assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("extra", "named"),
+    [
+        ({"dora_scale": torch.ones(6, 1)}, r"dora_scale \(6, 1\)"),
+        ({"lora_down.weight": torch.ones(2, 8), "lora_up.weight": torch.ones(6, 2)}, r"lora_down \(2, 8\), lora_up \(6, 2\)"),
+        ({"hada_w1_a": torch.ones(6, 2)}, r"lokr_w1 \(2, 2\), lokr_w2 \(3, 4\)"),
+    ],
+)
+def test_tensors_beside_a_product_that_would_be_lost_are_refused(
+    extra: dict[str, torch.Tensor], named: str, tmp_path: Path
+) -> None:
+    tensors = {f"{Q}.{name}": tensor for name, tensor in {"lokr_w1": torch.ones(2, 2), "lokr_w2": torch.ones(3, 4)}.items()}
+    assert len(kohya.read(saved(tmp_path, tensors), compression=Compression(rank=2), say=lambda _: None).pairs) == 1
+    tensors |= {f"{Q}.{name}": tensor for name, tensor in extra.items()}
+    with pytest.raises(DataError, match=rf"{Q} is Lo.., but has tensors that are not understood beside it: {named}\. .*Train"):
+        kohya.read(saved(tmp_path, tensors), compression=Compression(rank=2))
+
+
+def test_one_tensor_in_two_spellings_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=rf"{K} has lora_down twice, with and without \.weight; expected one"):
+        kohya.read(saved(tmp_path, {**good(), f"{K}.lora_down": torch.ones(2, 8)}))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lorakeet.formats.lycoris import algorithm, delta, is_dense
+from lorakeet.formats.lycoris import algorithm, delta, is_dense, not_understood
 
 
 def randoms(**shapes: tuple[int, ...]) -> dict[str, torch.Tensor]:
@@ -66,3 +66,18 @@ def test_incomplete_and_crooked_tensors_are_described() -> None:
     crooked = randoms(hada_w1_a=(5, 2), hada_w1_b=(3, 7), hada_w2_a=(5, 2), hada_w2_b=(2, 7))
     assert "shapes do not go together: hada_w1_a (5, 2)" in str(delta(crooked, 1.0))
     assert not is_dense(randoms(lora_down=(2, 3)))
+
+
+@pytest.mark.parametrize(
+    ("names", "extra"),
+    [
+        ("hada_w1_a hada_w1_b hada_w2_a hada_w2_b hada_t1 hada_t2 alpha", []),
+        ("lokr_w1 lokr_w2 alpha", []),
+        ("lokr_w1_a lokr_w1_b lokr_w2_a lokr_w2_b lokr_t2", []),
+        ("lokr_w1 lokr_w2 dora_scale", ["dora_scale"]),
+        ("lokr_w1 lokr_w1_a lokr_w2 lokr_t2", ["lokr_t2", "lokr_w1_a"]),
+        ("hada_w1_a hada_w1_b hada_w2_a hada_w2_b lokr_w1 lora_up lora_down", ["lokr_w1", "lora_down", "lora_up"]),
+    ],
+)
+def test_tensors_that_no_formula_uses_are_told(names: str, extra: list[str]) -> None:
+    assert not_understood(dict.fromkeys(names.split(), torch.ones(2, 2))) == extra

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import re
 import warnings
 from pathlib import Path
 from typing import Any
@@ -174,3 +176,67 @@ def test_pissa_kept_as_a_difference_loads(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"(?s)init_lora_weights is 'pissa'.*path_initial_model_for_weight_conversion") as error:
         lorakeet_peft.read(tmp_path / "raw")
     assert "differs from the one on disk" in str(error.value)
+
+
+NUMBERS: list[tuple[str, Any]] = [
+    *(
+        (name, {"q_proj": value})
+        for name in ("rank_pattern", "alpha_pattern")
+        for value in (math.inf, math.nan, 10**400, "x", True)
+    ),
+    *(("rank_pattern", {"q_proj": value}) for value in (0, -1, 2.5)),
+    *((name, value) for name in ("lora_alpha", "r") for value in (math.nan, math.inf, -math.inf, 10**400)),
+    ("lora_dropout", math.nan),
+    ("lora_dropout", "x"),
+]
+
+
+@pytest.mark.parametrize(("key", "value"), NUMBERS)
+def test_numbers_that_are_none_are_refused_by_name_and_value(key: str, value: Any, folder: Path) -> None:
+    change_config(folder, **{key: value})
+    shown = repr(value["q_proj"] if isinstance(value, dict) else value)
+    with pytest.raises(ConfigError, match=rf"adapter_config\.json: {key} (is|says) {re.escape(shown)}.*; expected a"):
+        lorakeet_peft.read(folder)
+
+
+SLOW = [
+    "(a+)+$",
+    "(.*a)*b",
+    "(a|a)+$",
+    "(a?){40}b",
+    "a?" * 30 + "a" * 30,
+    "(a|a)" * 30 + "b",
+    ".*.*.*.*.*b",
+    "(?x)(a+ )+",
+    "a" * 1001,
+]
+
+
+@pytest.mark.parametrize("key", SLOW)
+@pytest.mark.parametrize("name", ["rank_pattern", "alpha_pattern"])
+def test_keys_that_could_take_for_ever_are_refused(name: str, key: str) -> None:
+    with pytest.raises(ConfigError, match=rf"x: {name} has the key {re.escape(repr(key[:80]))}, which (may|is)"):
+        peft_config.parse_config({"r": 4, "lora_alpha": 8, name: {key: 2}}, "x")
+
+
+def test_a_slow_text_of_target_modules_is_refused_where_it_is_needed() -> None:
+    config = peft_config.parse_config({"r": 4, "lora_alpha": 8, "target_modules": "(a+)+$"}, "x")
+    with pytest.raises(ConfigError, match=r"target_modules is '\(a\+\)\+\$', which may take for ever"):
+        config.targets("a" * 60 + "b")
+    assert peft_config.parse_config({"r": 4, "lora_alpha": 8, "target_modules": r".*\.(q|v)_proj"}, "x").targets("a.q_proj")
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        "q_proj", r"layers.\d+.self_attn.q_proj", "model.layers.(0|1).self_attn.q_proj", "^model.*",
+        r"^model\.layers\.0\.self_attn\.q_proj",
+        r"(?:model\.)?layers\.[0-9]{1,2}\..*\.(?:q|k|v|o)_proj", r"(?P<block>model\.layers\.\d+)\.[^.)]+\.q_pro[j]",
+        r"(?!.*vision).*q_proj", r"model(\.\w\w\w\w\w\w){1}\.0.*", r"(mo){1}del[.]lay.+?\.q_proj",
+    ],
+)  # fmt: skip
+def test_ordinary_regular_expressions_are_matched_as_by_peft(key: str) -> None:
+    config = peft_config.parse_config({"r": 4, "lora_alpha": 8, "rank_pattern": {key: 2}, "alpha_pattern": {key: 3}}, "x")
+    path = "model.layers.0.self_attn.q_proj"
+    assert (config.rank_of(path), config.alpha_of(path)) == (2, 3)
+    assert (config.rank_of("head"), config.alpha_of("head")) == (4, 8)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from lorakeet.errors import DataError
-from lorakeet.formats.safe import open_safetensors, save_tensors, save_text, stored_bytes, stream_safetensors
+from lorakeet.formats.safe import open_safetensors, read_index, save_tensors, save_text, stored_bytes, stream_safetensors
 
 TENSORS = {
     "b": torch.randn(3, 5).bfloat16(),
@@ -94,6 +94,12 @@ HOSTILE: dict[str, tuple[bytes, str]] = {
     "negative shape": (raw({"a": entry(shape=[-2, -1])}, b"x" * 8), "whole numbers of 0 or more"),
     "fraction": (raw({"a": entry(shape=[2.0])}, b"x" * 8), "whole numbers of 0 or more"),
     "huge shape": (raw({"a": entry(shape=[2**62, 2**62])}, b"x" * 8), "has 8 bytes"),
+    "a number of 6,000 digits": (
+        raw(b'{"a":{"dtype":"F32","shape":[' + b"9" * 6000 + b'],"data_offsets":[0,8]}}', b"x" * 8),
+        "6,?000 digits",  # by Python's own limit, where it has one
+    ),
+    "a product of 8,000 digits": (raw({"a": entry(shape=[10**3999] * 2)}, b"x" * 8), "numbers of up to 4,000 digits; expected"),
+    "many dimensions": (raw({"a": entry(shape=[1] * 65)}, b"x" * 4), "has 65 dimensions .* expected at most 64"),
     "dtype": (raw({"a": entry(dtype="F128")}, b"x" * 8), "has the dtype 'F128'"),
     "dtype list": (raw({"a": entry(dtype=["F32"])}, b"x" * 8), "has the dtype"),
     "no dtype": (raw({"a": {"shape": [2]}}, b"x" * 8), "without exactly dtype, shape and data_offsets"),
@@ -134,3 +140,20 @@ def test_no_damage_does_anything_but_raise_data_error(
     except DataError:
         return
     assert all(opened.read(name).shape == stored.shape for name, stored in opened.tensors.items())
+
+
+@pytest.mark.parametrize("name", ["../stolen.safetensors", "/etc/x.safetensors", "sub/x", "..", "", "a\0b"])
+def test_an_index_names_files_beside_it_only(name: str, tmp_path: Path) -> None:
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"a": "x.safetensors"}}))
+    assert read_index(index) == {"a": "x.safetensors"}
+    index.write_text(json.dumps({"weight_map": {"a": "x.safetensors", "b": name}}))
+    with pytest.raises(DataError, match=f"index.json names files outside of its folder: {name}\\. .*expected names of files"):
+        read_index(index)
+
+
+def test_an_index_without_a_map_of_names_is_refused(tmp_path: Path) -> None:
+    for content in ({}, {"weight_map": []}, {"weight_map": {"a": 3}}):
+        (tmp_path / "i.json").write_text(json.dumps(content))
+        with pytest.raises(DataError, match=r"i\.json has no weight_map"):
+            read_index(tmp_path / "i.json")

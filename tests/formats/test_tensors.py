@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from lorakeet.errors import Problems
+from lorakeet.errors import DataError, Problems
 from lorakeet.formats.safe import open_safetensors
 from lorakeet.formats.tensors import factor_problem, read_tensors
 
@@ -38,3 +38,10 @@ def test_half_precision_is_read_as_fp32(tmp_path: Path) -> None:
 )  # fmt: skip
 def test_factors_that_are_no_pair(A: tuple[int, ...], B: tuple[int, ...], wrong: bool) -> None:
     assert bool(factor_problem("x", torch.ones(A), torch.ones(B))) is wrong
+
+
+def test_names_of_many_characters_are_refused(tmp_path: Path) -> None:
+    save_file({"a" * 301: torch.ones(1), "b" * 300: torch.ones(1)}, tmp_path / "x.safetensors")
+    problems = Problems("Bad", DataError)
+    assert list(read_tensors(open_safetensors(tmp_path / "x.safetensors"), problems)) == ["b" * 300]
+    assert len(problems.messages) == 1 and "name is 301 characters long ('aaaa" in problems.messages[0]

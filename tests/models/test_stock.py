@@ -57,3 +57,14 @@ def test_a_packed_folder_promises_its_layers_and_reads_none(
 
 def test_a_plain_model_has_no_stored_quantisation(folder: Path) -> None:
     assert stored_quantisation(AutoConfig.from_pretrained(folder)) is None and method_of({}) == ""
+
+
+def test_an_index_that_leads_out_of_the_folder_is_refused_before_the_file_is_opened(folder: Path) -> None:
+    path = folder / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    name, file = next(iter(index["weight_map"].items()))
+    (folder / file).rename(folder.parent / "stolen.safetensors")
+    index["weight_map"] = {name: "../stolen.safetensors"}
+    path.write_text(json.dumps(index))
+    with pytest.raises(DataError, match=r"names files outside of its folder: \.\./stolen\.safetensors"):
+        tensor_files(folder)

@@ -80,6 +80,21 @@ def test_certificates_are_found_held_to_and_extended(tmp_path: Path) -> None:
     assert not apart.passed and [check.name for check in apart.checks] == ["run", "served"]
     with pytest.raises(DataError, match="its checks failed"):
         read_record(path)
+    Certificate("The run", ()).write(path)
+    with pytest.raises(DataError, match="nothing was checked"):
+        read_record(path)
     Certificate("The run", (good,), {FACT: "{"}).write(path)
     with pytest.raises(DataError, match=r"The probe in .* is broken"):
+        read_record(path)
+
+
+def test_a_wrong_file_elsewhere_does_not_keep_an_adapter_from_being_served(tmp_path: Path) -> None:
+    path, probe = tmp_path / "certificate.json", Probe("base", "float32", (0.5, -1.0), 0.2)
+    good = judge("adapter on disk", {"x": 0.0}, tolerance={"x": 1.0}, between=("a", "b"))
+    wrong = judge("other.gguf: logits", {"x": 9.0}, tolerance={"x": 1.0}, between=("a", "b"))
+    Certificate("The run", (good, wrong), {FACT: probe.to_text()}).write(path)
+    assert read_record(path) == probe
+    assert [check.passed for check in extend_certificate(path, "a", probe, 1e-3).checks] == [True, False, True]
+    Certificate("The file", (wrong,), {FACT: probe.to_text()}).write(path)
+    with pytest.raises(DataError, match=r"its checks failed \(other\.gguf: logits\)"):
         read_record(path)

@@ -12,7 +12,7 @@ import transformers
 from lorakeet.errors import ConfigError
 from lorakeet.export.tolerances import BF16, F32, Q4
 from lorakeet.merge.fold import merge_into
-from lorakeet.workflows.artefacts import InLlamaCpp, InTorch, live_side, open_artefact, render_template
+from lorakeet.workflows.artefacts import InLlamaCpp, InTorch, is_there, live_side, name_of, open_artefact, render_template
 from lorakeet.workflows.opened import open_adapter
 from tiny.dense import fold_into
 from tiny.exports import write_lora, write_model
@@ -66,3 +66,17 @@ def test_a_template_in_a_file_is_rendered_and_cannot_reach_out() -> None:
     for template in ("{{ ''.__class__.__mro__[1].__subclasses__() }}", "{{ raise_exception('no') }}", "{% if %}"):
         with pytest.raises(ConfigError, match="cannot be rendered"):
             render_template(template, TALK, bos="", eos="")
+
+
+def test_names_tell_files_apart_and_lead_back_to_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    runs, away = tmp_path / "runs", tmp_path / "away"
+    for folder in (runs / "a", away):
+        folder.mkdir(parents=True)
+        (folder / "model.gguf").touch()
+    names = [name_of(folder / "model.gguf", runs) for folder in (runs / "a", away)]
+    assert names == ["a/model.gguf", (away / "model.gguf").as_posix()]
+    monkeypatch.chdir(away)
+    assert name_of(Path("../runs/a/model.gguf"), runs) == names[0] and name_of(Path("model.gguf"), None) == "model.gguf"
+    assert all(is_there(name, runs) for name in (*names, " + ".join(names), "http://127.0.0.1:1#x", "a/"))
+    (away / "model.gguf").unlink()
+    assert not is_there(names[1], runs) and not is_there(" + ".join(names), runs)

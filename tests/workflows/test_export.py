@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
+import io
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from lorakeet.cli.main import main
 from lorakeet.errors import ConfigError, EnvironmentProblem, VerificationFailed
 from lorakeet.evaluate.certificate import read_certificate
-from lorakeet.export.gguf_model import DIGEST, GgufFile
+from lorakeet.export.gguf_model import DIGEST, NAME, GgufFile
 from lorakeet.workflows import export as workflow
 from lorakeet.workflows.export import export
 from lorakeet.workflows.verify import verify
@@ -73,6 +76,77 @@ def test_push_goes_to_the_server_that_was_named(finished: Any, tmp_path: Path) -
     assert (tmp_path / "o" / "Modelfile").is_file()
 
 
+@pytest.mark.parametrize("separate", [False, True])
+def test_a_push_that_failed_is_made_up_for_by_the_same_command(
+    finished: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, separate: bool
+) -> None:
+    out, said, pushed = tmp_path / "o", io.StringIO(), []
+    console = Console(file=said, force_terminal=True, width=300)
+    words: dict[str, Any] = {"out": out, "to": "ollama", "push": True, "separate": separate, "console": console}
+    with pytest.raises(EnvironmentProblem, match=r"The same command sends it again.*cd \S*/o && ollama create run -f Modelfile"):
+        export(str(finished.path), host="http://127.0.0.1:9", **words)
+    before = {path: path.stat().st_mtime_ns for path in out.iterdir()}
+
+    def push(folder: Path, model: Any, name: str, *, on_progress: Any, **more: Any) -> None:
+        pushed.append((folder, name, model.adapter))
+        on_progress("model.gguf", 50, 100)
+
+    monkeypatch.setattr(workflow, "push_model", push)
+    found = export(str(finished.path), **words)
+    assert pushed == [(out, "run", "adapter.gguf" if separate else "")] and "sending model.gguf" in said.getvalue()
+    assert found.certificate is not None and found.certificate.passed and found.model.types["F16"] == 15
+    assert {path: path.stat().st_mtime_ns for path in out.iterdir()} == before
+
+
+def test_only_a_checked_export_of_the_same_adapter_and_settings_is_pushed_again(
+    finished: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(workflow, "push_model", lambda *given, **more: pytest.fail("it was pushed"))
+    words: dict[str, Any] = {"out": tmp_path / "o", "to": "ollama", "console": quiet()}
+    export(str(finished.path), **words)
+    for other in ({"quant": "f32"}, {"separate": True}):
+        with pytest.raises(ConfigError, match=r"never overwritten; --push sends a folder again only where .*quantisation: f"):
+            export(str(finished.path), push=True, **words, **other)
+    certificate = tmp_path / "o" / "certificate.json"
+    held = read_certificate(certificate)
+    dataclasses.replace(held, checks=(dataclasses.replace(held.checks[0], passed=False),)).write(certificate)
+    with pytest.raises(VerificationFailed):
+        export(str(finished.path), push=True, **words)
+    certificate.unlink()
+    with pytest.raises(ConfigError, match="holds a checked export"):
+        export(str(finished.path), push=True, **words)
+
+
+def test_a_wrong_address_is_found_before_anything_is_written(finished: Any, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="--host is 'localhost:11434'"):
+        export(str(finished.path), out=tmp_path / "o", to="ollama", push=True, host="localhost:11434", console=quiet())
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_model_that_is_called_phi3_and_is_none_is_read_as_what_it_is(finished: Any, tmp_path: Path) -> None:
+    found = export(str(finished.path), out=tmp_path / "a.gguf", name="my-phi-3-compare", console=quiet())
+    assert found.certificate is not None and found.certificate.passed
+    assert GgufFile(tmp_path / "a.gguf").value(NAME) == "my-phi_3-compare"
+    card = (tmp_path / "a.README.md").read_text()
+    assert "# my-phi-3-compare" in card and "The file's general.name is 'my-phi_3-compare'" in card
+
+
+@pytest.mark.parametrize("what", ["certificate", "card"])
+def test_a_disk_that_is_full_after_the_model_is_said_in_words(
+    finished: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    def full(*given: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    if what == "card":
+        monkeypatch.setattr(workflow, "save_text", full)
+    else:
+        monkeypatch.setattr(workflow.Certificate, "write", full)
+    with pytest.raises(EnvironmentProblem, match=r"card of .*a\.gguf could not be written: the disk .*is full.*and export again"):
+        export(str(finished.path), out=tmp_path / "a.gguf", console=quiet())
+    assert (tmp_path / "a.gguf").is_file()
+
+
 def test_what_cannot_be_is_refused_before_anything_is_written(finished: Any, tmp_path: Path) -> None:
     (tmp_path / "there").mkdir()
     wrong: tuple[dict[str, Any], ...] = (
@@ -106,3 +180,25 @@ def test_a_wrong_file_is_found_at_once(finished: Any, tmp_path: Path, monkeypatc
         export(str(finished.path), out=tmp_path / "a.gguf", console=quiet())
     assert not read_certificate(tmp_path / "a.certificate.json").passed
     assert "do not use it" in (tmp_path / "a.README.md").read_text()
+
+
+def test_a_file_that_llama_cpp_refuses_gets_a_certificate_and_a_card_that_say_so(
+    finished: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    real = workflow.write_gguf
+
+    def unknown(source: Path, adapter: Any, out: Path, **more: Any) -> Any:
+        found = real(source, adapter, out, **more)
+        key = b"general.architecture" + (8).to_bytes(4, "little") + (5).to_bytes(8, "little")
+        data = out.read_bytes()
+        assert key + b"llama" in data
+        out.write_bytes(data.replace(key + b"llama", key + b"lemma"))
+        return found
+
+    monkeypatch.setattr(workflow, "write_gguf", unknown)
+    assert main(["export", str(finished.path), "--out", str(tmp_path / "a.gguf")]) == 3
+    said = " ".join(capsys.readouterr().err.split())
+    assert "llama.cpp cannot load" in said and "unknown model architecture" in said and said.endswith("Do not use it.")
+    certificate = read_certificate(tmp_path / "a.certificate.json")
+    assert [check.name for check in certificate.checks] == ["a.gguf: loads in llama.cpp"] and not certificate.passed
+    assert "do not use it" in (tmp_path / "a.README.md").read_text() and (tmp_path / "a.gguf").is_file()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import shutil
@@ -14,8 +15,8 @@ import transformers
 from rich.console import Console
 
 from lorakeet.cli.main import main
-from lorakeet.errors import ConfigError, DataError, VerificationFailed
-from lorakeet.evaluate.certificate import read_certificate
+from lorakeet.errors import ConfigError, DataError, EnvironmentProblem, VerificationFailed
+from lorakeet.evaluate.certificate import Certificate, read_certificate
 from lorakeet.merge.extract import Extracted
 from lorakeet.workflows import extract as workflow
 from lorakeet.workflows.extract import extract
@@ -90,6 +91,18 @@ def test_an_adapter_that_brings_nothing_is_exit_code_3(
     with pytest.raises(VerificationFailed, match="the adapter brings it no nearer"):
         extract(str(tuned), str(tiny_llama_folder), out=tmp_path / "a", rank=16, console=quiet())
     assert not read_certificate(tmp_path / "a" / "certificate.json").passed
+
+
+def test_a_disk_that_is_full_after_the_adapter_is_said_in_words(
+    tuned: Path, tiny_llama_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*given: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Certificate, "write", full)
+    with pytest.raises(EnvironmentProblem, match=r"The certificate of .*/a could not be written: .*is full.*and extract again"):
+        extract(str(tuned), str(tiny_llama_folder), out=tmp_path / "a", rank=4, console=quiet())
+    assert (tmp_path / "a" / "adapter_model.safetensors").is_file()
 
 
 def test_nothing_is_written_where_something_is_wrong(tuned: Path, tiny_llama_folder: Path, tmp_path: Path) -> None:

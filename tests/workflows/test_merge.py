@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import re
 from collections.abc import Callable
@@ -17,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from lorakeet.cli.main import main
 from lorakeet.core.adapter import Adapter
 from lorakeet.errors import ConfigError, DataError, EnvironmentProblem, VerificationFailed
-from lorakeet.evaluate.certificate import read_certificate
+from lorakeet.evaluate.certificate import Certificate, read_certificate
 from lorakeet.formats import peft
 from lorakeet.merge.fold import MergeResult, merge_into
 from lorakeet.workflows import merge as workflow
@@ -89,6 +90,18 @@ def test_what_is_in_the_way_is_said_before_anything_is_written(finished: Any, tm
     with pytest.raises(EnvironmentProblem, match="is a file"):
         merge([str(finished.path)], out=tmp_path / "file" / "merged", console=quiet())
     assert list(out.iterdir()) == []
+
+
+def test_a_disk_that_is_full_after_the_model_is_said_in_words(
+    finished: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*given: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Certificate, "write", full)
+    with pytest.raises(EnvironmentProblem, match=r"The certificate of .*/m could not be written: .*is full.*and merge again"):
+        merge([str(finished.path)], out=tmp_path / "m", console=quiet())
+    assert (tmp_path / "m" / "model.safetensors").is_file()
 
 
 def test_rows_that_are_gone_are_missed_before_anything_is_written(finished: Any, tmp_path: Path) -> None:

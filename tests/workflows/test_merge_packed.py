@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +12,9 @@ import pytest
 import torch
 
 from lorakeet.cli.main import main
-from lorakeet.errors import ConfigError, VerificationFailed
-from lorakeet.evaluate.certificate import read_certificate
+from lorakeet.errors import ConfigError, EnvironmentProblem, VerificationFailed
+from lorakeet.evaluate.certificate import Certificate, read_certificate
+from lorakeet.evaluate.report import read_report
 from lorakeet.models.layout import read_layout
 from lorakeet.workflows.merge import merge
 from lorakeet.workflows.merge_packed import FEEDBACK, FINISHED, NEAREST, WRITTEN
@@ -92,6 +95,13 @@ def test_a_gguf_run_stays_one_file(kind: str, data: Path, tmp_path: Path, monkey
         assert float((new.layers[path]().dense() - wanted).norm()) < 0.2 * float(wanted.norm())
 
 
+def test_a_run_on_gptq_prints_a_merge_that_works(on_gptq: Path) -> None:
+    commands = [item.command for item in read_report(on_gptq / "report.json").next_commands]
+    assert commands[0] == f"lorakeet merge {on_gptq} --into packed --out {on_gptq}-merged"
+    assert not any("export" in command for command in commands), "an export folds into the unquantised base, and there is none"
+    assert main([*shlex.split(commands[0])[1:], "--keep", "0.5"]) == 0
+
+
 def test_less_than_was_asked_for_is_a_failure_that_says_what_survived(on_gptq: Path, tmp_path: Path) -> None:
     """A file whose own form has lost the adapter, as when none of it reaches the codes."""
     from lorakeet.workflows import merge_packed as workflow
@@ -107,6 +117,18 @@ def test_less_than_was_asked_for_is_a_failure_that_says_what_survived(on_gptq: P
             merge([str(on_gptq)], out=tmp_path / "out", into="packed", console=quiet())
     certificate = read_certificate(tmp_path / "out" / "certificate.json")
     assert not certificate.passed and abs(certificate.checks[0].measured["surviving_share"]) < 1e-3
+
+
+def test_a_disk_that_is_full_after_the_model_is_said_in_words(
+    on_gptq: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*given: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Certificate, "write", full)
+    with pytest.raises(EnvironmentProblem, match=r"The certificate of .*/m could not be written: .*is full.*and merge again"):
+        merge([str(on_gptq)], out=tmp_path / "m", into="packed", keep=0.5, console=quiet())
+    assert (tmp_path / "m" / "model.safetensors").is_file()
 
 
 def test_rows_without_labels_are_judged_by_their_loss(on_gptq: Path, tmp_path: Path) -> None:

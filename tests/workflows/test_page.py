@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import shlex
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from lorakeet.cli.main import main
 from lorakeet.train.log import read_metrics
 from lorakeet.train.run import RunFolder
 from lorakeet.workflows.assemble import assemble
@@ -48,6 +51,15 @@ def test_rows_that_were_cut_or_left_out_are_warned_of(finished: Any, tmp_path: P
         parts = {warning.split()[1]: warning for warning in report.warnings}
         assert set(parts) == {"test", "training"} or set(parts) == {"test", "held-out"}
         assert parts["test"] == f"1 test rows were longer than 120 tokens and {said}"
+
+
+def test_the_next_commands_run_as_they_are_printed(finished: Any, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(finished.path, run)
+    printed = [item.command.replace(str(finished.path), str(run)) for item in finished.result.report.next_commands]
+    for command in printed[:3]:  # merge, export, verify: serving does not end, and evaluating wants a file
+        assert main(shlex.split(command)[1:]) == 0, command
+    assert main(shlex.split(printed[-1].replace("FILE", str(finished.test)))[1:]) == 0
 
 
 def test_the_next_commands_name_the_run(finished: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -102,14 +103,15 @@ def serve(request: Any, finished: Any) -> Iterator[Any]:
 
 
 def test_the_right_model_passes_and_the_base_does_not(finished: Any, serve: Any, tmp_path: Path) -> None:
-    adapter = open_adapter(finished.path).adapter
+    run = shutil.copytree(finished.path, tmp_path / "run")  # whose certificate will hold a failed check
+    adapter = open_adapter(run).adapter
     right = serve(write_model(finished.model, adapter, tmp_path / "right.gguf"))
-    found: Any = verify(str(finished.path), against=(right,), rows=2, console=quiet())
+    found: Any = verify(str(run), against=(right,), rows=2, console=quiet())
     names = [check.name.rpartition(": ")[2] for check in found.certificate.checks]
     assert names in (["prompt ids", "greedy text"], ["greedy text"]) and found.certificate.checks[-1].n > 2
     wrong = serve(write_model(finished.model, None, tmp_path / "wrong.gguf"))
     with pytest.raises(VerificationFailed, match="first diverging token is number 0"):
-        verify(str(finished.path), against=(wrong,), rows=2, console=quiet())
+        verify(str(run), against=(wrong,), rows=2, console=quiet())
 
 
 def test_nothing_there_is_said() -> None:

@@ -22,6 +22,7 @@ from lorakeet.export.llama_cpp import quantise
 from lorakeet.formats import peft
 from lorakeet.formats.gguf import permute, unpermute
 from lorakeet.models.load import load_tokenizer
+from lorakeet.serve.probe import read_record
 from lorakeet.workflows.verify import verify
 from tiny.exports import loud_run, write_folder, write_lora, write_model
 from tiny.runs import quiet
@@ -81,6 +82,27 @@ def test_faithful_artefacts_pass_and_the_run_keeps_the_proof(loud: Loud, tmp_pat
     assert "q8_0.gguf: weights" in (run / "report.html").read_text()
     verify(str(run), against=targets[:1], rows=2, console=quiet())
     assert len(read_certificate(run / "certificate.json").checks) == len(names)  # replaced, not doubled
+
+
+def test_a_wrong_file_is_held_against_itself_only_and_until_it_is_gone(loud: Loud, tmp_path: Path) -> None:
+    run = Path(shutil.copytree(loud.path, tmp_path / "run"))
+    for folder in ("good", "wrong"):
+        (tmp_path / folder).mkdir()
+    good = write_model(loud.model, loud.adapter, tmp_path / "good" / "model.gguf")
+    wrong = write_model(loud.model, None, tmp_path / "wrong" / "model.gguf")
+    with pytest.raises(VerificationFailed, match=r"wrong/model\.gguf: weights"):
+        verify(str(run), against=(str(wrong),), rows=1, console=quiet())
+    verify(str(run), against=(str(good),), rows=1, console=quiet())
+    kept = read_certificate(run / "certificate.json")
+    assert {check.artefact: check.passed for check in kept.checks if kind(check) == "weights"} == {
+        "wrong/model.gguf": False,
+        "good/model.gguf": True,
+    }
+    assert not kept.passed and read_record(run / "certificate.json") is not None, "the adapter itself is served"
+    wrong.unlink()
+    verify(str(run), against=(str(good),), rows=1, console=quiet())
+    kept = read_certificate(run / "certificate.json")
+    assert kept.passed and {check.artefact for check in kept.checks} == {"", "good/model.gguf"}
 
 
 def changed(adapter: Adapter, change: Callable[[str, Pair], Pair | None]) -> Adapter:

@@ -31,6 +31,11 @@ class Check:
     floors: tuple[str, ...] = ()
     estimates: dict[str, Estimate] = field(default_factory=dict)
 
+    @property
+    def artefact(self) -> str:
+        """The folder, file or server that the check is about, as in "run-merged/: logits"; empty for the adapter itself."""
+        return self.name.rpartition(": ")[0]
+
     def exceeded(self) -> tuple[str, ...]:
         """The measures that are outside their tolerance; NaN always is."""
         return tuple(
@@ -58,6 +63,11 @@ class Certificate:
     @property
     def passed(self) -> bool:
         return bool(self.checks) and all(check.passed for check in self.checks)
+
+    @property
+    def own(self) -> tuple[Check, ...]:
+        """The checks of no artefact; all of them where there are no others, as in what lies beside an exported file."""
+        return tuple(check for check in self.checks if not check.artefact) or self.checks
 
     def write(self, path: Path) -> None:
         """Writes certificate.json with a top-level "passed" for machines; it is there whole or as it was before."""

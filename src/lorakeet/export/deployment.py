@@ -7,17 +7,18 @@ A table of facts with their sources. vLLM: `vllm/lora/peft_helper.py` and the en
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol
 
 from lorakeet.core.adapter import Adapter
-from lorakeet.core.spec import LoraSpec
+from lorakeet.core.math import Kind, ScaleRule
+from lorakeet.core.plan import Plan
 
 Runtime = Literal["vllm", "llama.cpp", "ollama", "peft"]
 Feature = Literal[
     "rank above 512", "rank above 16", "several ranks", "several scales", "rsLoRA", "DoRA", "bias in the pairs",
-    "whole modules", "new tokens", "embedding pairs", "head pairs", "expert pairs", "convolution pairs",
+    "whole modules", "new tokens", "embedding pairs", "tied head pairs", "expert pairs", "convolution pairs",
 ]  # fmt: skip
 Effect = Literal["refused", "wrong", "note"]
 
@@ -34,7 +35,7 @@ class Limit:
     source: str
 
 
-_ONE = "Use one rank and alpha, or merge."
+_ONE = "Use one rank and alpha (ranks.choose given), or merge."
 _MERGE = "Merge it (lorakeet merge), or leave the feature out."
 _MERGED_GGUF = "Export the merged model (lorakeet export --to gguf), or leave the feature out."
 _HELPER = "vllm/lora/peft_helper.py"
@@ -67,49 +68,59 @@ LIMITS: tuple[Limit, ...] = (
     *_gguf("whole modules", "GGUF adapters hold A and B only"),
     *_gguf("new tokens", "the vocabulary of the base file is fixed"),
     *_gguf("embedding pairs", "not written to GGUF adapters here", "llama.cpp issue 11554"),
-    *_gguf("head pairs", "a head that shares the embedding's weight has no tensor of its own"),
+    *_gguf("tied head pairs", "a head that shares the embedding's weight has no tensor of its own"),
     *_gguf("expert pairs", "not written to GGUF adapters here"),
     *_gguf("convolution pairs", "language models in GGUF have none"),
 )
 
 
-def features_of_spec(spec: LoraSpec) -> frozenset[Feature]:
-    """What an adapter with these settings will have, before it is trained."""
-    ranks = {spec.rank, *spec.rank_pattern.values()}
-    found: set[Feature] = set(_ranks(ranks))
-    if len(ranks) > 1:
-        found |= {"several ranks", "several scales"}
-    if spec.alpha_pattern:
-        found.add("several scales")
-    if spec.scale_rule == "alpha/sqrt(rank)":
-        found.add("rsLoRA")
-    if spec.variant == "dora":
-        found.add("DoRA")
-    if spec.extra_modules:
-        found.add("whole modules")
-    if spec.new_tokens:
-        found.add("new tokens")
-    return frozenset(found | _places(spec.target_modules))
+class _Pair(Protocol):
+    """What a planned pair and a finished one have in common."""
+
+    @property
+    def rank(self) -> int: ...
+    @property
+    def scale(self) -> float: ...
+    @property
+    def scale_rule(self) -> ScaleRule: ...
+    @property
+    def kind(self) -> Kind: ...
 
 
-def features_of_adapter(adapter: Adapter) -> frozenset[Feature]:
-    """What a finished adapter has."""
-    pairs = adapter.pairs.values()
-    found: set[Feature] = set(_ranks({pair.rank for pair in pairs}))
+def features_of_plan(plan: Plan, *, tied: bool, auto: int = 0) -> frozenset[Feature]:
+    """What an adapter of this plan will have, before it is trained; `tied` as in `features_of_adapter`.
+
+    `auto` is the highest rank that ranks.choose auto may give, 0 where ranks are given: layers then differ in rank and scale.
+    """
+    found = _features({entry.path: entry for entry in plan.entries}, tied)
+    if auto:
+        found -= {"rank above 512", "rank above 16", "several ranks", "several scales"}
+        found |= _ranks([min(auto, max((entry.largest_rank for entry in plan.entries), default=0))])
+        if auto > 1 and len(plan.entries) > 1:
+            found |= {"several ranks", "several scales"}
     checks: tuple[tuple[Feature, bool], ...] = (
-        ("several ranks", len({pair.rank for pair in pairs}) > 1),
-        ("several scales", len({pair.scale for pair in pairs}) > 1),
-        ("rsLoRA", any(pair.scale_rule == "alpha/sqrt(rank)" for pair in pairs)),
+        ("DoRA", any(entry.variant == "dora" for entry in plan.entries)),
+        ("whole modules", any(extra.kind == "module" for extra in plan.extras)),
+        ("new tokens", any(extra.kind == "rows" for extra in plan.extras)),
+    )
+    return frozenset(found | {feature for feature, here in checks if here})
+
+
+def features_of_adapter(adapter: Adapter, *, tied: bool) -> frozenset[Feature]:
+    """What a finished adapter has; `tied` says whether its base's head shares the embedding's weight (see `has_head`)."""
+    pairs = adapter.pairs.values()
+    checks: tuple[tuple[Feature, bool], ...] = (
         ("DoRA", any(pair.magnitude is not None for pair in pairs)),
         ("bias in the pairs", any(pair.bias is not None for pair in pairs)),
         ("whole modules", bool(adapter.extras)),
         ("new tokens", bool(adapter.token_rows)),
-        ("embedding pairs", any(pair.kind == "embedding" for pair in pairs)),
-        ("expert pairs", any(pair.kind == "experts" for pair in pairs)),
-        ("convolution pairs", any(pair.kind == "conv2d" for pair in pairs)),
     )
-    found |= {feature for feature, here in checks if here}
-    return frozenset(found | (_places(adapter.pairs) & {"head pairs"}))
+    return frozenset(_features(adapter.pairs, tied) | {feature for feature, here in checks if here})
+
+
+def has_head(paths: Iterable[str]) -> bool:
+    """Whether one of these modules is a head over the vocabulary, which some bases tie to their embedding."""
+    return any(path.rpartition(".")[2] in ("lm_head", "embed_out") for path in paths)
 
 
 def limits_of(runtime: Runtime, features: Iterable[Feature]) -> tuple[Limit, ...]:
@@ -120,6 +131,21 @@ def limits_of(runtime: Runtime, features: Iterable[Feature]) -> tuple[Limit, ...
     return tuple(sorted(found, key=lambda limit: order[limit.effect]))
 
 
+def _features(pairs: Mapping[str, _Pair], tied: bool) -> set[Feature]:
+    every = pairs.values()
+    kinds = {pair.kind for pair in every}
+    checks: tuple[tuple[Feature, bool], ...] = (
+        ("several ranks", len({pair.rank for pair in every}) > 1),
+        ("several scales", len({pair.scale for pair in every}) > 1),
+        ("rsLoRA", any(pair.scale_rule == "alpha/sqrt(rank)" for pair in every)),
+        ("embedding pairs", "embedding" in kinds),
+        ("tied head pairs", tied and has_head(pairs)),
+        ("expert pairs", "experts" in kinds),
+        ("convolution pairs", "conv2d" in kinds),
+    )
+    return {feature for feature, here in checks if here} | _ranks(pair.rank for pair in every)
+
+
 def _ranks(ranks: Iterable[int]) -> set[Feature]:
     largest = max(ranks, default=0)
     found: set[Feature] = set()
@@ -127,16 +153,4 @@ def _ranks(ranks: Iterable[int]) -> set[Feature]:
         found.add("rank above 512")
     elif largest > 16:
         found.add("rank above 16")
-    return found
-
-
-def _places(names: Iterable[str]) -> set[Feature]:
-    leaves = {name.rpartition(".")[2] for name in names}
-    found: set[Feature] = set()
-    if leaves & {"embed_tokens", "wte", "word_embeddings", "embed_in", "tok_embeddings"}:
-        found.add("embedding pairs")
-    if leaves & {"lm_head", "embed_out"}:
-        found.add("head pairs")
-    if leaves & {"gate_up_proj", "down_proj"} and any("experts" in name for name in names):
-        found.add("expert pairs")
     return found

@@ -24,10 +24,10 @@ from lorakeet.core.adapter import Adapter
 from lorakeet.errors import ConfigError, DataError, EnvironmentProblem, Problems
 from lorakeet.export.folded import Folded
 from lorakeet.export.gguf_layout import ModelLayout, layout_of
-from lorakeet.export.vocabulary import Vocabulary, vocabulary_of
+from lorakeet.export.vocabulary import Vocabulary, name_for_llama_cpp, vocabulary_of
 
 DIRECT = {"f32": ("F32", 0), "f16": ("F16", 1), "bf16": ("BF16", 32), "q8_0": ("Q8_0", 7)}  # type, general.file_type
-FILE_TYPE = "general.file_type"
+FILE_TYPE, NAME = "general.file_type", "general.name"
 DIGEST = "lorakeet.adapter_sha256"  # our key: which adapter is folded in; others do not read it
 _BLOCK = 32  # weights in a block of Q8_0
 _NOT_TEXT = ("vision_tower.", "multi_modal_projector.", "vision_model.", "model.vision_tower.", "model.multi_modal_projector.")
@@ -117,7 +117,8 @@ def write_gguf(
 ) -> GgufModel:
     """Writes the model in `source` with `adapter` folded in to the new file `out`, there whole or not at all.
 
-    quant: f32, f16, bf16 or q8_0; other types are made from such a file by `export/llama_cpp`. `facts` go into the metadata.
+    quant: f32, f16, bf16 or q8_0; other types are made from such a file by `export/llama_cpp`. `facts` go into the metadata,
+    general.name as llama.cpp needs it (`name_for_llama_cpp`).
     ConfigError lists what does not fit or exists already, EnvironmentProblem what the machine lacks.
     """
     if out.exists():
@@ -125,6 +126,10 @@ def write_gguf(
     merged = GgufTensors(source, adapter)
     vocabulary = vocabulary_of(tokenizer, merged.shape("token_embd.weight")[0])
     items, notes = _items(merged, DIRECT[quant][0])
+    values: dict[str, str | int] = {**(facts or {}), FILE_TYPE: DIRECT[quant][1]}
+    name, why = name_for_llama_cpp(str(values.pop(NAME, "")), merged.layout.architecture.name, vocabulary)
+    values |= {NAME: name} if name else {}
+    notes += [why] if why else []
     needed = sum(_bytes(item.shape, item.type) for item in items)
     out.parent.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(out.parent).free
@@ -132,7 +137,7 @@ def write_gguf(
         raise EnvironmentProblem(f"{out} needs {needed:,} bytes and {free:,} are free. Free some, or choose another disk.")
     partial = out.with_name(f".{out.name}.partial")
     try:
-        _write(partial, merged.layout, vocabulary, items, {**(facts or {}), FILE_TYPE: DIRECT[quant][1]}, on_progress)
+        _write(partial, merged.layout, vocabulary, items, values, on_progress)
         os.replace(partial, out)
     finally:
         partial.unlink(missing_ok=True)

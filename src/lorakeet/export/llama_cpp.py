@@ -26,6 +26,10 @@ _F32 = 0  # ggml_type
 _ERRORS = 4  # ggml_log_level from which llama.cpp's lines are kept for a message
 
 
+class Refused(ConfigError):
+    """llama.cpp does not load a file."""
+
+
 def is_installed() -> bool:
     """Whether llama.cpp can be used here."""
     return importlib.util.find_spec("llama_cpp_py_sync") is not None
@@ -86,7 +90,7 @@ class LlamaCpp:
     """One GGUF model in llama.cpp, with at most one LoRA adapter on it. Close it, or use it in a `with` block."""
 
     def __init__(self, model: Path, *, adapter: Path | None = None, context: int = 2048, threads: int = 1) -> None:
-        """ConfigError where llama.cpp refuses the model or the adapter, with the reason that it gives."""
+        """Refused where llama.cpp does not load the model or the adapter, with the reason that it gives."""
         self._library = _library()
         self._ffi, self._lib = self._library.ffi, self._library.lib
         self._model = self._context = self._ffi.NULL
@@ -94,7 +98,7 @@ class LlamaCpp:
         params.n_gpu_layers = 0
         self._model = self._lib.llama_model_load_from_file(str(model).encode(), params)
         if self._model == self._ffi.NULL:
-            raise ConfigError(f"llama.cpp cannot load {model}: {self._library.reason()}.")
+            raise Refused(f"llama.cpp cannot load {model}: {self._library.reason()}.")
         self._vocab = self._lib.llama_model_get_vocab(self._model)
         self._start(context, threads)
         if adapter is not None:
@@ -119,7 +123,7 @@ class LlamaCpp:
         if lora == self._ffi.NULL:
             reason = self._library.reason()
             self.close()
-            raise ConfigError(f"llama.cpp cannot load the adapter {adapter}: {reason}.")
+            raise Refused(f"llama.cpp cannot load the adapter {adapter}: {reason}.")
         held, scales = self._ffi.new("struct llama_adapter_lora *[1]", [lora]), self._ffi.new("float[1]", [1.0])
         self._lib.llama_set_adapters_lora(self._context, held, 1, scales)
 

@@ -26,6 +26,11 @@ _TIMEOUT = 600  # seconds of silence; making layers of a large model takes a whi
 Progress = Callable[[str, int, int], None]  # file name, bytes sent, bytes in all
 
 
+def require_address(host: str) -> None:
+    """Raises ConfigError unless `host` is an http address; nothing is sent."""
+    _Server(host)
+
+
 def push(
     folder: Path,
     model: OllamaModel,
@@ -75,7 +80,7 @@ class _Server:
             connection.close()
             raise EnvironmentProblem(
                 f"Ollama at {self.host} cannot be reached ({error or type(error).__name__}). Start it (ollama serve), or give "
-                "its address with --host; the folder is complete without it: ollama create NAME -f Modelfile."
+                "its address with --host."
             ) from error
 
     def has(self, digest: str) -> bool:

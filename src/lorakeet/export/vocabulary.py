@@ -25,6 +25,8 @@ _TEKKEN = (
     r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
     r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+_PHI3_NAME = re.compile("(phi)-?(3)", re.IGNORECASE)
+_PHI3_TOKENS = ("</s>", "<unk>", "<s>", "<|endoftext|>")  # what llama.cpp looks up under such a name
 # The regular expression of a Split before ByteLevel → llama.cpp's name of it.
 SPLITS: dict[str, str] = {_LLAMA3: "llama-bpe", _LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}"): "qwen2", _TEKKEN: "tekken"}
 
@@ -44,6 +46,7 @@ class Vocabulary:
     add_eos: bool
     space_prefix: bool
     chat_template: str | None
+    strips: tuple[str, ...] = ()  # tokens after which the tokenizer drops spaces
 
 
 def vocabulary_of(tokenizer: Any, rows: int) -> Vocabulary:
@@ -87,7 +90,28 @@ def vocabulary_of(tokenizer: Any, rows: int) -> Vocabulary:
         add_eos=eos is not None and len(first) > 1 and first[-1] == eos,
         space_prefix=_space_prefix(core),
         chat_template=_template(tokenizer),
+        strips=tuple(added["content"] for added in core.get("added_tokens", []) if added.get("rstrip")),
     )
+
+
+def name_for_llama_cpp(name: str, architecture: str, vocabulary: Vocabulary) -> tuple[str, str]:
+    """The general.name under which llama.cpp reads the vocabulary as it is, and why it is not `name` (else empty).
+
+    By "phi-3" or "phi3" in that name, and by nothing else, llama.cpp drops the spaces after special tokens; such a file
+    does not load unless it has four tokens that Phi-3 has.
+    """
+    if architecture == "phi3" and vocabulary.strips and set(_PHI3_TOKENS) <= set(vocabulary.tokens):
+        if _PHI3_NAME.search(name):
+            return name, ""
+        new = f"phi-3-{name}" if name else "phi-3"
+        why = "only by phi-3 in that name llama.cpp drops the spaces after special tokens, as this tokenizer does"
+        return new, f"The file's general.name is '{new}': {why}."
+    new = _PHI3_NAME.sub(r"\1_\2", name)
+    said = [f"The file's general.name is '{new}': by '{name}' llama.cpp would read it as Phi-3."] if new != name else []
+    if vocabulary.strips:
+        shown = ", ".join(vocabulary.strips[:4])
+        said.append(f"The tokenizer drops spaces after {shown}; llama.cpp keeps them in this model, so put none there.")
+    return new, " ".join(said)
 
 
 def _scores(tokens: tuple[str, ...], merges: tuple[str, ...]) -> tuple[float, ...]:

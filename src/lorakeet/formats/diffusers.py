@@ -90,7 +90,7 @@ def _configs(file: SafeFile) -> dict[str, PeftConfig]:
         return {}
     try:
         data = json.loads(text)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{file.path}: the metadata key {METADATA_KEY!r} is not JSON ({error}).") from error
     if not isinstance(data, dict):
         raise DataError(f"{file.path}: the metadata key {METADATA_KEY!r} is not a table.")

@@ -14,6 +14,8 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import mmap
+import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,6 +38,9 @@ if TYPE_CHECKING:
 MAGIC = b"GGUF"
 _NOTE = "lorakeet.note"  # our key: what GGUF has no key for; llama.cpp does not read it
 _A, _B = ".weight.lora_a", ".weight.lora_b"
+_TEXT, _ARRAY = 8, 9
+_SIZES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}  # bytes of a number, by GGUF's types
+_MOST_PARTS = 200_000  # keys, tensors and array elements in a header; the package gguf makes objects of each
 
 
 @dataclass(frozen=True)
@@ -221,13 +226,86 @@ def _pairs(
     return dict(sorted(pairs.items()))
 
 
+class _Header:
+    """A walk over a GGUF file's header that measures what each length announces, before the package gguf believes it.
+
+    magic, version u32 │ tensors u64, keys u64 │ key: text, type u32, value │ tensor: text, n u32, n × u64, type u32, offset u64
+    text: length u64, bytes │ array: type u32, count u64, values. ValueError names what is longer than the file.
+    """
+
+    def __init__(self, data: mmap.mmap) -> None:
+        self.data, self.place, self.order = data, len(MAGIC), "<"
+        self.parts = 0
+
+    def check(self) -> None:
+        version = self._number("I")
+        if version & 0xFFFF == 0:  # the other byte order
+            self.order, version = ">", int.from_bytes(version.to_bytes(4, "little"), "big")
+        if version not in (2, 3):
+            raise ValueError(f"its version is {version}; readable are 2 and 3")
+        tensors, keys = self._number("Q"), self._number("Q")
+        self._announce(keys, 13, "keys")
+        for _ in range(keys):
+            self._text()
+            self._value(self._number("I"), 0)
+        self._announce(tensors, 24, "tensors")
+        for _ in range(tensors):
+            self._text()
+            self._skip(8 * self._number("I") + 12)
+
+    def _number(self, form: str) -> int:
+        size = struct.calcsize(form)
+        self._skip(size)
+        return int(struct.unpack_from(self.order + form, self.data, self.place - size)[0])
+
+    def _skip(self, count: int) -> None:
+        left = len(self.data) - self.place
+        if count > left:
+            raise ValueError(f"at byte {self.place:,} it announces {count:,} bytes, of which the file has {left:,}")
+        self.place += count
+
+    def _announce(self, count: int, least: int, what: str) -> None:
+        """Checks `count` things of at least `least` bytes against what is left of the file, and against `_MOST_PARTS`."""
+        left = len(self.data) - self.place
+        self.parts += count
+        if count * least > left:
+            raise ValueError(f"at byte {self.place:,} it announces {count:,} {what}, for which {left:,} bytes are too few")
+        if self.parts > _MOST_PARTS:
+            raise ValueError(f"its header announces {self.parts:,} keys, tensors and elements; expected at most {_MOST_PARTS:,}")
+
+    def _text(self) -> None:
+        self._skip(self._number("Q"))
+
+    def _value(self, kind: int, depth: int) -> None:
+        if kind in _SIZES:
+            self._skip(_SIZES[kind])
+        elif kind == _TEXT:
+            self._text()
+        elif kind == _ARRAY and depth < 4:
+            inner, count = self._number("I"), self._number("Q")
+            self._announce(count, _SIZES.get(inner, 8), "array elements")
+            if inner in _SIZES:
+                self._skip(count * _SIZES[inner])
+                return
+            for _ in range(count):
+                self._value(inner, depth + 1)
+        else:
+            raise ValueError(f"at byte {self.place:,} stands a value of type {kind}, or arrays in more than four arrays")
+
+
 def _open(path: Path) -> Any:
     gguf = _gguf()
     try:
         with path.open("rb") as file:
             if file.read(4) != MAGIC:
                 raise DataError(f"{path} is not a GGUF file: it does not begin with {MAGIC.decode()}. It may have been cut off.")
-        return gguf.GGUFReader(path)
+            with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+                _Header(data).check()
+        reader = gguf.GGUFReader(path)
+        held, size = sum(tensor.n_bytes for tensor in reader.tensors), path.stat().st_size
+        if held > size:
+            raise ValueError(f"its tensors are {held:,} bytes together, more than the {size:,} of the file")
+        return reader
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror or error}.") from error
     except (ValueError, IndexError, KeyError, OverflowError, TypeError, MemoryError) as error:
@@ -248,7 +326,7 @@ def _number(reader: Any, key: str) -> float | None:
 def _parsed_note(path: Path, text: str) -> dict[str, Any]:
     try:
         note = json.loads(text or "{}")
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{path}: the key {_NOTE} is not JSON ({error}).") from error
     if not isinstance(note, dict) or not isinstance(note.get("metadata", {}), dict):
         raise DataError(f"{path}: the key {_NOTE} is not a table.")

@@ -15,8 +15,8 @@ def read_object(path: Path, *, expected: str) -> dict[str, Any]:
         data = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror or error}. Expected {expected}.") from error
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise DataError(f"{path} is not JSON: {error}. Expected {expected}.") from error
+    except (ValueError, RecursionError) as error:  # a plain ValueError for a number of thousands of digits
+        raise DataError(f"{path} is not JSON that can be read: {error}. Expected {expected}.") from error
     if not isinstance(data, dict):
         raise DataError(f"{path} holds a JSON {type(data).__name__}; expected {expected}.")
     return data

@@ -60,6 +60,8 @@ def read(path: Path, *, base: BaseModel | None = None, compression: Compression 
         elif module in pairs or module in dense:
             problems.add(f"{path}: {key} is a second spelling of {module}, which has its tensors already.")
         elif lycoris.is_dense(slots):
+            if extra := lycoris.not_understood(slots):
+                problems.add(_extra_message(path, key, slots, extra))
             dense[module] = slots
         elif isinstance(pair := _pair(module, slots), str):
             problems.add(f"{path}: {pair}")
@@ -76,6 +78,15 @@ def read(path: Path, *, base: BaseModel | None = None, compression: Compression 
     if dropped := sorted(set(file.metadata) & set(_HASHES)):
         say(f"Left out {', '.join(dropped)}: hashes of a file that is written anew.")
     return Adapter(dict(sorted(pairs.items())), base=metadata.get("ss_sd_model_name", ""), metadata=metadata)
+
+
+def _extra_message(path: Path, key: str, slots: Mapping[str, Tensor], extra: Iterable[str]) -> str:
+    algorithm = lycoris.algorithm(slots)
+    found = ", ".join(f"{slot} {tuple(slots[slot].shape)}" for slot in extra)
+    return (
+        f"{path}: {key} is {algorithm}, but has tensors that are not understood beside it: {found}. They would be lost; expected "
+        f"the tensors of one {algorithm} and alpha alone. Train the adapter again without them, or bake it into its base."
+    )
 
 
 def _spelled(groups: Iterable[str], pairs: Iterable[str]) -> str:
@@ -97,8 +108,11 @@ def _groups(tensors: Mapping[str, Tensor], path: Path, problems: Problems) -> di
     groups: dict[str, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
         key, _, slot = name.partition(".")
-        if key.startswith(PREFIXES) and slot.removesuffix(".weight") in SLOTS:
-            groups.setdefault(key, {})[slot.removesuffix(".weight")] = tensor
+        short = slot.removesuffix(".weight")
+        if key.startswith(PREFIXES) and short in groups.get(key, {}):
+            problems.add(f"{path}: {key} has {short} twice, with and without .weight; expected one. Fetch the file again.")
+        elif key.startswith(PREFIXES) and short in SLOTS:
+            groups.setdefault(key, {})[short] = tensor
         else:
             hint = nearest(slot, SLOTS)
             problems.add(f"{path}: {name} {tuple(tensor.shape)} is a kind of tensor that is not known here.{hint}")

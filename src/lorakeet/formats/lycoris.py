@@ -26,6 +26,16 @@ def algorithm(slots: Mapping[str, Tensor]) -> str:
     return "LoHa" if any(name in slots for name in LOHA) else "LoKr"
 
 
+def not_understood(slots: Mapping[str, Tensor]) -> list[str]:
+    """The tensors of one module that `delta` has no use for, sorted; such as DoRA's lengths, or a pair beside the products."""
+    if algorithm(slots) == "LoHa":
+        used = set(LOHA)
+    else:
+        used = {"lokr_w1"} if "lokr_w1" in slots else {"lokr_w1_a", "lokr_w1_b"}
+        used |= {"lokr_w2"} if "lokr_w2" in slots else {"lokr_w2_a", "lokr_w2_b", "lokr_t2"}
+    return sorted(set(slots) - used - {"alpha"})
+
+
 def delta(slots: Mapping[str, Tensor], alpha: float | None) -> Tensor | str:
     """ΔW in fp32, or what is wrong with the tensors of this module. Without alpha the scale is 1."""
     try:

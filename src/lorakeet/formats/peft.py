@@ -101,7 +101,7 @@ def _sorted_by_kind(file: SafeFile, problems: Problems) -> tuple[dict[str, Slots
 def _note(file: SafeFile) -> dict[str, Any]:
     try:
         note = json.loads(file.metadata.get(_NOTE, "{}"))
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{file.path}: the metadata key {_NOTE!r} is not JSON ({error}).") from error
     if not isinstance(note, dict) or not all(isinstance(part, dict) for part in note.values()):
         raise DataError(f"{file.path}: the metadata key {_NOTE!r} is not a table of tables.")

@@ -7,9 +7,11 @@ dropped. Keys that only steered the training, or that the tensors on disk alread
 from __future__ import annotations
 
 import json
+import math
 import re
+import sys
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -51,6 +53,14 @@ _REFUSED = {
 # Starts that leave the base weights as they were. "eva" and "mica" read them only.
 _HARMLESS_STARTS = {"true", "false", "gaussian", "eva", "orthogonal", "mica"}
 _EMPTY: tuple[Any, ...] = (None, False, "", [], {})
+
+# How long a key of rank_pattern or alpha_pattern may take to match, counted before it is tried.
+_LONGEST_KEY = 1000
+_STEPS_OF_A_REPETITION, _MOST_STEPS = 128.0, 1e8  # three repetitions, with some alternatives
+_TOKEN = re.compile(
+    r"\\.|\[\^?\]?(?:\\.|[^\]\\])*\]|\(\?P<\w+>|\(\?<?[:=!]|\(\?[aimsuL-]+[:)]|\(\??|(?P<repeat>(?:[*+?]|\{(?:\d+,?\d*|,\d*)\})[?+]?)|.",
+    re.DOTALL,
+)
 
 
 @dataclass(frozen=True)
@@ -95,6 +105,8 @@ class PeftConfig:
     def targets(self, path: str) -> bool:
         """Whether target_modules names the module at `path`, by PEFT's rule."""
         if isinstance(self.target_modules, str):
+            if wrong := _regex_problem(self.target_modules, self.target_modules, math.inf):
+                raise ConfigError(f"{CONFIG_NAME}: target_modules is {self.target_modules[:80]!r}, {wrong}")
             return re.fullmatch(self.target_modules, path) is not None
         return any(path == target or path.endswith(f".{target}") for target in self.target_modules)
 
@@ -145,20 +157,14 @@ def _check_values(data: dict[str, Any], path: object, problems: Problems) -> Non
         if key not in data:
             problems.add(f"{path} has no {key}, so the {what} and with it the scale are unknown. Fetch the file again.")
     rank, alpha = data.get("r", 8), data.get("lora_alpha", 8)
-    if not _number(rank) or rank < 1 or int(rank) != rank:
+    if not _rank(rank):
         problems.add(f"{path}: r is {rank!r}; expected a whole number of 1 or more.")
     if not _number(alpha):
-        problems.add(f"{path}: lora_alpha is {alpha!r}; expected a number.")
-    for name in ("rank_pattern", "alpha_pattern"):
-        pattern = data.get(name) or {}
-        if not isinstance(pattern, dict) or not all(_number(value) for value in pattern.values()):
-            problems.add(f"{path}: {name} is {pattern!r}; expected numbers by regular expression.")
-            continue
-        for key in pattern:
-            try:
-                re.compile(key)
-            except re.error as error:
-                problems.add(f"{path}: {name} has the key {key!r}, which is not a regular expression: {error}.")
+        problems.add(f"{path}: lora_alpha is {alpha!r}; expected a finite number. {_AGAIN}")
+    if not _number(dropout := data.get("lora_dropout") or 0.0):
+        problems.add(f"{path}: lora_dropout is {dropout!r}; expected a finite number or null.")
+    _check_pattern(data, "rank_pattern", (_rank, "a whole number of 1 or more"), path, problems)
+    _check_pattern(data, "alpha_pattern", (_number, "a finite number"), path, problems)
     for name in ("target_parameters", "modules_to_save"):
         if not _texts(data.get(name) or []):
             problems.add(f"{path}: {name} is {data[name]!r}; expected a list of names or null.")
@@ -170,8 +176,88 @@ def _check_values(data: dict[str, Any], path: object, problems: Problems) -> Non
         problems.add(f"{path}: trainable_token_indices is {tokens!r}; expected token ids, or lists of them by embedding name.")
 
 
+_AGAIN = "Put in the value that it was trained with, or fetch the file again."
+
+
+def _check_pattern(
+    data: dict[str, Any], name: str, expected: tuple[Callable[[Any], bool], str], path: object, problems: Problems
+) -> None:
+    """Adds what is wrong with the table `name` of values by regular expression; `expected`: a test of a value, and its words."""
+    good, words = expected
+    pattern = data.get(name) or {}
+    if not isinstance(pattern, dict):
+        problems.add(f"{path}: {name} is {pattern!r}; expected numbers by regular expression.")
+        return
+    for key, value in pattern.items():
+        if not good(value):
+            problems.add(f"{path}: {name} says {value!r} for {key[:80]!r}; expected {words}. {_AGAIN}")
+        if wrong := _regex_problem(key, rf"(.*\.)?({key})$", _MOST_STEPS):
+            problems.add(f"{path}: {name} has the key {key[:80]!r}, {wrong}")
+
+
+def _regex_problem(key: str, used: str, most_steps: float) -> str:
+    """What is wrong with the regular expression `key`, which is matched as `used`; an empty string where it is safe to try."""
+    if len(key) > _LONGEST_KEY:
+        return f"which is {len(key):,} characters long; expected at most {_LONGEST_KEY:,}. Split it into several."
+    try:
+        re.compile(key)
+        re.compile(used)
+    except (re.error, OverflowError, RecursionError) as error:
+        return f"which is not a regular expression: {error}."
+    if (steps := _steps(key)) > most_steps or steps == math.inf:
+        return (
+            "which may take for ever to match: expected at most three repetitions in a row, no repetition of a group that holds "
+            "repetitions or alternatives, and no rare kind of (?…). Use simpler keys, such as 'layers.0.q_proj' for one module."
+        )
+    return ""
+
+
+def _steps(key: str) -> float:
+    """How many ways there are at most to try the regular expression `key` on a long path; infinite for nested repetitions.
+
+    Parts in a row multiply, alternatives add up, and a repetition of what has one way only is as many as the path is long.
+    """
+    groups = [(0.0, 1.0, 1.0)]  # of each open group: its finished alternatives, this one without its last part, that part
+    for match in _TOKEN.finditer(key):
+        token, (done, before, last) = match[0], groups[-1]
+        if match["repeat"]:
+            low, high = _times(token)
+            if high > 1 and last > 1:
+                return math.inf
+            last = last + 1 if (low, high) == (0, 1) else max(last, min(high - low + 1, _STEPS_OF_A_REPETITION))
+            groups[-1] = (done, before, last)
+        elif token == "|":
+            groups[-1] = (done + before * last, 1.0, 1.0)
+        elif token == ")":
+            groups.pop()
+            outer_done, outer_before, outer_last = groups[-1]
+            groups[-1] = (outer_done, outer_before * outer_last, done + before * last)
+        elif token == "(?":
+            return math.inf
+        elif token.startswith("(") and not token.endswith(")"):
+            groups.append((0.0, 1.0, 1.0))
+        else:
+            groups[-1] = (done, before * last, 1.0)
+    done, before, last = groups[0]
+    return done + before * last
+
+
+def _times(token: str) -> tuple[float, float]:
+    """How often at least and at most the quantifier `token` repeats."""
+    if token[0] != "{":
+        return {"*": (0, math.inf), "+": (1, math.inf), "?": (0, 1)}[token[0]]
+    low, comma, high = token.rstrip("?+")[1:-1].partition(",")
+    least = float(low or 0)
+    return least, float(high or math.inf) if comma else least
+
+
 def _number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+    """Whether `value` is a number that fits in a float: not NaN, not infinite."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
+
+
+def _rank(value: Any) -> bool:
+    return _number(value) and value >= 1 and int(value) == value
 
 
 def _texts(value: Any) -> bool:

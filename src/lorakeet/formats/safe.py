@@ -20,8 +20,10 @@ import torch
 from torch import Tensor
 
 from lorakeet.errors import DataError, Problems
+from lorakeet.formats.json_object import read_object
 
 LARGEST_HEADER = 100_000_000  # bytes; the safetensors library's own limit
+_MOST_DIMENSIONS = 64  # torch's own limit
 DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -108,11 +110,30 @@ def open_safetensors(path: Path) -> SafeFile:
     return SafeFile(path, tensors, metadata)
 
 
+def read_index(path: Path) -> dict[str, str]:
+    """The file name of each tensor, by the index `path` of a model in several files beside it.
+
+    DataError where it is no such index, or names anything but files in its own folder.
+    """
+    home = read_object(path, expected="an index of shards").get("weight_map")
+    if not isinstance(home, dict) or not all(isinstance(file, str) for file in home.values()):
+        raise DataError(f"{path} has no weight_map from tensor names to file names. Fetch the file again.")
+    odd = sorted({file for file in home.values() if Path(file).name != file or file in ("", "..") or "\0" in file})
+    if odd:
+        raise DataError(
+            f"{path} names files outside of its folder: {', '.join(odd[:8])}. They are not opened; expected names of files "
+            "beside it. Fetch the model again."
+        )
+    return home
+
+
 def _parse(path: Path, raw: bytes) -> dict[str, Any]:
     try:
         header = json.loads(raw.decode("utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise DataError(f"{path} is not a safetensors file: its header is not JSON ({error}).") from error
+    except (ValueError, RecursionError) as error:  # a plain ValueError for a number of thousands of digits
+        raise DataError(
+            f"{path} is not a safetensors file: its header is not JSON that can be read ({error}). Fetch the file again."
+        ) from error
     if not isinstance(header, dict):
         raise DataError(f"{path} is not a safetensors file: its header is not a JSON object.")
     return header
@@ -127,6 +148,12 @@ def _entry(entry: Any, start: int) -> Stored | str:
         return f"has the dtype {dtype!r}; readable are {', '.join(DTYPES)}."
     if not _counts(shape) or not _counts(offsets) or len(offsets) != 2:
         return f"has the shape {shape!r} and the byte range {offsets!r}; both must be lists of whole numbers of 0 or more."
+    largest = max([0, *shape, *offsets])
+    if len(shape) > _MOST_DIMENSIONS or largest >= 2**63:
+        return (
+            f"has {len(shape):,} dimensions and numbers of up to {len(str(largest)):,} digits; expected at most "
+            f"{_MOST_DIMENSIONS} dimensions and numbers below 2^63."
+        )
     begin, end = offsets
     expected = math.prod(shape) * DTYPES[dtype].itemsize
     if end - begin != expected:

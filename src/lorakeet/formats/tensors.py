@@ -11,6 +11,7 @@ from lorakeet.errors import Problems
 from lorakeet.formats.safe import SafeFile
 
 _NAME = re.compile(r"[\w-]+(\.[\w-]+)*")  # no slash, no empty part: never a path to anywhere
+_LONGEST_NAME = 300  # characters; what is matched to regular expressions must not be long
 
 
 def read_tensors(file: SafeFile, problems: Problems) -> dict[str, Tensor]:
@@ -28,7 +29,13 @@ def read_tensors(file: SafeFile, problems: Problems) -> dict[str, Tensor]:
 
 
 def named_like_a_part(name: str, file: SafeFile, problems: Problems) -> bool:
-    """Whether `name` is words joined by dots; adds to `problems` where it is not."""
+    """Whether `name` is words joined by dots, and not very long; adds to `problems` where it is not."""
+    if len(name) > _LONGEST_NAME:
+        problems.add(
+            f"{file.path}: a tensor's name is {len(name):,} characters long ({name[:40]!r}…); expected at most {_LONGEST_NAME}. "
+            "Fetch the file again."
+        )
+        return False
     if _NAME.fullmatch(name):
         return True
     problems.add(f"{file.path}: the tensor {name!r} is not named like a part of a model (words joined by dots).")

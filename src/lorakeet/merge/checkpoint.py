@@ -10,7 +10,7 @@ from typing import Any
 
 from lorakeet.errors import ConfigError, DataError
 from lorakeet.formats.json_object import read_object
-from lorakeet.formats.safe import SafeFile, Stored, open_safetensors
+from lorakeet.formats.safe import SafeFile, Stored, open_safetensors, read_index
 
 CONFIG = "config.json"
 SINGLE = "model.safetensors"
@@ -73,18 +73,13 @@ def open_checkpoint(folder: Path) -> Checkpoint:
             "one with --base, or keep it quantised: lorakeet merge RUN --into packed."
         )
     if (folder / INDEX).exists():
-        home = read_object(folder / INDEX, expected="an index of shards").get("weight_map")
-        if not isinstance(home, dict) or not all(isinstance(file, str) for file in home.values()):
-            raise DataError(f"{folder / INDEX} has no weight_map from tensor names to file names.")
+        home = read_index(folder / INDEX)
     elif (folder / SINGLE).exists():
         home = dict.fromkeys(open_safetensors(folder / SINGLE).tensors, SINGLE)
     else:
         pickles = sorted(file.name for file in folder.iterdir() if file.suffix in _PICKLES)
         also = f" {', '.join(pickles)}: pickle files, which are never opened; save the model as safetensors." if pickles else ""
         raise DataError(f"{folder} has neither {SINGLE} nor {INDEX}.{also}")
-    odd = sorted({file for file in home.values() if Path(file).name != file})
-    if odd:
-        raise DataError(f"{folder / INDEX} names files outside of its folder: {', '.join(odd)}.")
     shards = {file: open_safetensors(folder / file) for file in sorted(set(home.values()))}
     lost = sorted(name for name, file in home.items() if name not in shards[file].tensors)
     if lost:

@@ -5,7 +5,6 @@ Only headers are read here; a tensor or a packed weight is read when it is calle
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from lorakeet.errors import ConfigError, DataError, Problems
-from lorakeet.formats.safe import SafeFile, open_safetensors
+from lorakeet.formats.safe import SafeFile, open_safetensors, read_index
 from lorakeet.quant import gptq, gptq_config, on_disk
 from lorakeet.quant.packed import PackedBase
 
@@ -54,7 +53,7 @@ def tensor_files(folder: Path) -> dict[str, SafeFile]:
 
 def indexed(index: Path) -> dict[str, SafeFile]:
     """The file of each tensor that an index beside several files lists, headers checked; nothing is read."""
-    home = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+    home = read_index(index)
     files = {file: open_safetensors(index.parent / file) for file in sorted(set(home.values()))}
     lost = [name for name, file in home.items() if name not in files[file].tensors]
     if lost:

@@ -183,10 +183,15 @@ def find_certificate(folder: Path) -> Path | None:
 
 
 def read_record(certificate: Path) -> Probe | None:
-    """The probe in a certificate, if there is one. DataError where the certificate is broken or did not pass."""
+    """The probe in a certificate, if there is one. DataError where it is broken, empty, or a check of the adapter itself failed.
+
+    What became of the adapter elsewhere, a merged folder or another file, says nothing of what is served here.
+    """
     found = read_certificate(certificate)
-    if not found.passed:
-        raise DataError(f"{certificate} says that its checks failed, so its adapter is not served. Train or verify it again.")
+    failed = [check.name for check in found.own if not check.passed]
+    if failed or not found.own:
+        what = f"its checks failed ({', '.join(failed)})" if failed else "nothing was checked"
+        raise DataError(f"{certificate} says that {what}, so its adapter is not served. Train or verify it again.")
     return Probe.from_text(found.facts[FACT], str(certificate)) if FACT in found.facts else None
 
 

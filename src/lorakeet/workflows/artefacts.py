@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -174,13 +175,40 @@ def render_template(template: str, messages: Messages, *, bos: str, eos: str) ->
         raise ConfigError(f"The chat template in the file cannot be rendered: {error}.") from error
 
 
+_JOINED = " + "  # between a base and an adapter that is applied as it runs
+SERVERS = ("http://", "https://")
+
+
+def name_of(path: Path, beside: Path | None) -> str:
+    """How checks call what is at `path`: from `beside` on where it is within, in full elsewhere; the last part without one."""
+    if beside is None:
+        return path.name
+    whole, around = Path(os.path.abspath(path)), os.path.abspath(beside)
+    return (whole.relative_to(around) if whole.is_relative_to(around) else whole).as_posix()
+
+
+def is_there(name: str, beside: Path) -> bool:
+    """Whether what `name_of` named is still on disk; true of a server, which need not answer now."""
+    if name.startswith(SERVERS) or (beside / name).exists():
+        return True
+    return all((beside / part).exists() for part in name.split(_JOINED))
+
+
 @contextmanager
 def open_artefact(
-    target: str, opened: Opened, *, base: Path | None, precision: str, console: Console, context: int
+    target: str,
+    opened: Opened,
+    *,
+    base: Path | None,
+    precision: str,
+    console: Console,
+    context: int,
+    beside: Path | None = None,
 ) -> Iterator[Artefact]:
     """The artefact at `target`: a merged folder, a GGUF model, or a GGUF adapter together with the GGUF model `base`.
 
-    `precision` names the row of tolerances, auto takes it from what is stored. ConfigError for what is none of these.
+    `precision` names the row of tolerances, auto takes it from what is stored; `beside` as in `name_of`. ConfigError for what
+    is none of these.
     """
     path = Path(target)
     if path.is_dir() and (path / "model.gguf").is_file():
@@ -188,21 +216,22 @@ def open_artefact(
         base, path = (path / "model.gguf", adapter) if adapter.is_file() else (base, path / "model.gguf")
     if path.is_dir():
         spec = ModelSpec(path=str(path), dtype="float32", products="float32", device=opened.config.model.device)
-        yield InTorch(load_text_model(spec, say=console.print), None, f"{target}/", _row(precision, _folder_types(path)))
+        name = f"{target if beside is None else name_of(path, beside)}/"
+        yield InTorch(load_text_model(spec, say=console.print), None, name, _row(precision, _folder_types(path)))
         return
     if not path.is_file():
         raise ConfigError(f"--against {target} does not exist; expected a merged folder, a .gguf file or an http address.")
     file = GgufFile(path)
     if not file.is_adapter:
         with LlamaCpp(path, context=context) as engine:
-            yield InLlamaCpp(engine, file, path.name, _row(precision, file.types))
+            yield InLlamaCpp(engine, file, name_of(path, beside), _row(precision, file.types))
         return
     if base is None:
         raise ConfigError(f"{target} is an adapter; name the GGUF file of its base too: --base-gguf FILE.")
     model = GgufFile(base)
     with LlamaCpp(base, adapter=path, context=context) as engine:
         allowed = _row(precision, {**model.types, **file.types} if precision == "auto" else {})
-        yield InLlamaCpp(engine, model, f"{base.name} + {path.name}", allowed, path)
+        yield InLlamaCpp(engine, model, _JOINED.join(name_of(file, beside) for file in (base, path)), allowed, path)
 
 
 def _row(precision: str, types: Any) -> Allowed:

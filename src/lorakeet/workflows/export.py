@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,15 +11,16 @@ from typing import Any
 from rich.console import Console
 from rich.progress import Progress as Bar
 
-from lorakeet.errors import ConfigError
-from lorakeet.evaluate.certificate import Certificate
+from lorakeet.errors import ConfigError, EnvironmentProblem
+from lorakeet.evaluate.certificate import Certificate, judge, read_certificate
 from lorakeet.evaluate.report import Report, read_report
 from lorakeet.evaluate.values import encode
 from lorakeet.export import ollama
 from lorakeet.export.card import CardFacts, card, licence_of
-from lorakeet.export.gguf_model import DIGEST, DIRECT, GgufFile, GgufModel, write_gguf
-from lorakeet.export.llama_cpp import is_installed, quantise
+from lorakeet.export.gguf_model import DIGEST, DIRECT, NAME, GgufFile, GgufModel, write_gguf
+from lorakeet.export.llama_cpp import Refused, is_installed, quantise
 from lorakeet.export.ollama_push import push as push_model
+from lorakeet.export.ollama_push import require_address
 from lorakeet.formats import gguf
 from lorakeet.formats.base_model import open_base
 from lorakeet.formats.digest import sha256_of
@@ -27,7 +29,7 @@ from lorakeet.models.load import load_tokenizer
 from lorakeet.models.source import find_source
 from lorakeet.train.durable import new_folder
 from lorakeet.workflows.opened import Opened, open_adapter
-from lorakeet.workflows.place import require_place, writing
+from lorakeet.workflows.place import require_place, writing, writing_certificate
 from lorakeet.workflows.show import show_certificate
 from lorakeet.workflows.verify import certify_artefacts
 
@@ -65,6 +67,8 @@ class _Job:
     tokenizer: Any
     quant: str
     name: str
+    separate: bool
+    subject: str
     console: Console
 
 
@@ -86,65 +90,115 @@ def export(  # noqa: PLR0913  (the options of a verb are its parameters)
 
     to: gguf (a file) or ollama (a folder with its Modelfile); `separate` keeps base and adapter in two files, for ollama.
     `memory`, or else the run's memory.budget, has to have room for the check, or nothing is written (ConfigError).
-    Raises VerificationFailed (exit code 3) where the check fails; what was written stays, with a certificate that says so.
+    `push` with an `out` that holds this export already, checked, gives it to Ollama as it is.
+    Raises VerificationFailed (exit code 3) where the check fails, or llama.cpp refuses the file; what was written stays, with a
+    certificate that says so.
     """
-    if out.exists():
+    written = push and (out / ollama.MODELFILE).is_file()
+    if out.exists() and not written:
         raise ConfigError(f"{out} exists already and is never overwritten. Choose another --out or remove that one.")
     if separate and to != "ollama":
         raise ConfigError("--separate is for --to ollama; the adapter alone as a GGUF file: lorakeet convert … --to gguf.")
     if push and to != "ollama":
         raise ConfigError("--push gives a model to Ollama; it needs --to ollama.")
+    if push:
+        require_address(host)
     if quant not in DIRECT and not is_installed():
         direct = ", ".join(DIRECT)
         raise ConfigError(f"--quant {quant} needs llama.cpp's quantiser: pip install 'lorakeet[llama]', or take {direct}.")
     require_place(out)
     opened = open_adapter(Path(run_or_adapter), base=base).within(memory)
-    if is_installed():
+    if is_installed() and not written:
         opened.require_room(LLAMA_CPP, "the check of an export", console)
     source = find_source(opened.config.model, console.print)
     title = name or (opened.run.path.name if opened.run else opened.folder.name)
-    job = _Job(opened, source, load_tokenizer(opened.tokenizer or source), quant, title, console)
-    if opened.config.model.quantize.method != "none":
+    job = _Job(opened, source, load_tokenizer(opened.tokenizer or source), quant, title, separate, run_or_adapter, console)
+    found = _written_before(job, out) if written else _written(job, out, to)
+    if push:
+        _push(job, found, host)
+    return found
+
+
+def _written(job: _Job, out: Path, to: str) -> Exported:
+    """Writes the model to `out`, then its certificate and card."""
+    console = job.console
+    if job.opened.config.model.quantize.method != "none":
         console.print("The adapter was trained on a quantised base; it is folded into the dense weights that were quantised.")
     with writing(f"The export {out}", "Free some space, or choose another --out."):
-        written = _to_gguf(job, out) if to == "gguf" else _to_ollama(job, out, separate)
+        written = _to_gguf(job, out) if to == "gguf" else _to_ollama(job, out)
     for note in written.notes:
         console.print(note, soft_wrap=True)
     console.print(f"Wrote {written.bytes:,} bytes (tensors: {_types(written)}) to {out}", soft_wrap=True)
-    certificate = _certify(job, out, run_or_adapter)
-    _write_card(job, out, written, certificate, to)
+    certificate = _certify(job, out)
+    with writing_certificate(out, "export", "The certificate and the card"):
+        if certificate is not None:
+            certificate.write(_beside(out, CERTIFICATE))
+        _write_card(job, out, written, certificate, to)
     if certificate is not None:
         certificate.raise_if_failed()
-    if push:
-        model = _ollama_model(job, separate)
-        push_model(out, model, title, host=host, say=console.print)
     return Exported(out, written, certificate)
+
+
+def _written_before(job: _Job, out: Path) -> Exported:
+    """The export in the folder `out`; ConfigError unless it is of this adapter and these settings, and was checked."""
+    path = out / CERTIFICATE
+    certificate = read_certificate(path) if path.exists() else None
+    expected = _identity(job)
+    files = [out / ollama.MODEL, *([out / ollama.ADAPTER] if job.separate else [])]
+    missing = not all(file.is_file() for file in files)
+    if certificate is None or missing or {key: certificate.facts.get(key) for key in expected} != expected:
+        said = "; ".join(f"{key}: {value}" for key, value in expected.items())
+        raise ConfigError(
+            f"{out} exists already and is never overwritten; --push sends a folder again only where it holds a checked export of "
+            f"this adapter with these settings ({said}). Choose another --out or remove that one."
+        )
+    certificate.raise_if_failed()
+    job.console.print(f"{out} holds this export already, and its check passed: it is sent as it is.", soft_wrap=True)
+    written = GgufModel(files[0], files[0].stat().st_size, dict(GgufFile(files[0]).tensor_types), ())
+    return Exported(out, written, certificate)
+
+
+def _push(job: _Job, found: Exported, host: str) -> None:
+    """Gives the folder to Ollama; EnvironmentProblem says how to go on where that fails."""
+    model = _ollama_model(job)
+    by_hand = f"cd {shlex.quote(str(found.out))} && ollama create {shlex.quote(job.name)} -f {ollama.MODELFILE}"
+    with Bar(console=job.console, transient=True, disable=not job.console.is_terminal) as bar:
+        task = bar.add_task("sending", total=None)
+
+        def show(file: str, sent: int, total: int) -> None:
+            bar.update(task, completed=sent, total=total, description=f"sending {file}")
+
+        try:
+            push_model(found.out, model, job.name, host=host, say=job.console.print, on_progress=show)
+        except EnvironmentProblem as error:
+            again = "The same command sends it again without writing it anew; or by hand" if found.certificate else "By hand"
+            raise EnvironmentProblem(f"{error} {found.out} is complete. {again}: {by_hand}") from error
 
 
 def _to_gguf(job: _Job, out: Path) -> GgufModel:
     return _write_model(job, out, with_adapter=True)
 
 
-def _to_ollama(job: _Job, out: Path, separate: bool) -> GgufModel:
+def _to_ollama(job: _Job, out: Path) -> GgufModel:
     """The folder, whole or not at all: the Modelfile beside the GGUF files."""
-    model = _ollama_model(job, separate)
+    model = _ollama_model(job)
     with new_folder(out) as folder:
         if model.adapter:
             gguf.write(job.opened.adapter, folder / model.adapter, base=open_base(job.source))
-        written = _write_model(job, folder / model.model, with_adapter=not separate)
+        written = _write_model(job, folder / model.model, with_adapter=not job.separate)
         save_text(folder / ollama.MODELFILE, model.modelfile())
     return dataclasses.replace(written, path=out / model.model)
 
 
-def _ollama_model(job: _Job, separate: bool) -> ollama.OllamaModel:
+def _ollama_model(job: _Job) -> ollama.OllamaModel:
     system = job.opened.config.data.system or ""
-    return ollama.describe(job.tokenizer, system=system, adapter=separate, say=job.console.print)
+    return ollama.describe(job.tokenizer, system=system, adapter=job.separate, say=job.console.print)
 
 
 def _write_model(job: _Job, out: Path, *, with_adapter: bool) -> GgufModel:
     """The GGUF model at `out`; types that gguf cannot write are made by llama.cpp from a wide file, which is then removed."""
     adapter = job.opened.adapter if with_adapter else None
-    facts = {"general.name": job.name, "lorakeet.base": job.opened.config.model.path}
+    facts = {NAME: job.name, "lorakeet.base": job.opened.config.model.path}
     if with_adapter:
         facts[DIGEST] = _digest(job.opened)
     with Bar(console=job.console, transient=True, disable=not job.console.is_terminal) as bar:
@@ -189,13 +243,35 @@ def _digest(opened: Opened) -> str:
     return sha256_of(*sorted(opened.folder.glob("*.safetensors")))
 
 
-def _certify(job: _Job, out: Path, subject: str) -> Certificate | None:
+def _identity(job: _Job) -> dict[str, str]:
+    """The facts in a certificate by which an export is known again."""
+    form = "base and adapter apart" if job.separate else "one model"
+    return {
+        "adapter SHA-256": _digest(job.opened),
+        "base": job.opened.config.model.path,
+        "quantisation": job.quant,
+        "form": form,
+    }
+
+
+def _certify(job: _Job, out: Path) -> Certificate | None:
     """The artefact in llama.cpp against the live adapter; None, said once, where llama.cpp is not installed."""
     if not is_installed():
         job.console.print("Not checked: llama.cpp is not installed here. pip install 'lorakeet[llama]', then: lorakeet verify")
         return None
-    found = certify_artefacts(job.opened, [str(out)], rows=CHECK_ROWS, subject=subject, console=job.console)
-    found.write(_beside(out, CERTIFICATE))
+    try:
+        found = certify_artefacts(job.opened, [str(out)], rows=CHECK_ROWS, subject=job.subject, console=job.console)
+    except Refused as error:
+        check = judge(
+            f"{out.name}: loads in llama.cpp",
+            {"refusals": 1.0},
+            tolerance={"refusals": 0.0},
+            between=("live adapter", out.name),
+            n=1,
+            detail=str(error),
+        )
+        found = Certificate(f"What became of {job.subject}", (check,))
+    found = dataclasses.replace(found, facts={**found.facts, **_identity(job)})
     show_certificate(found, job.console)
     return found
 

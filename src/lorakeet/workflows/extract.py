@@ -37,7 +37,7 @@ from lorakeet.workflows.compare_models import compare, first_tokens
 from lorakeet.workflows.judge import sampled_texts
 from lorakeet.workflows.merge import CERTIFICATE, CHECK_TOKENS, SAMPLED_TEXTS, SAMPLED_TOKENS, show_matrices
 from lorakeet.workflows.opened import NAME
-from lorakeet.workflows.place import require_place, writing
+from lorakeet.workflows.place import require_place, writing, writing_certificate
 from lorakeet.workflows.show import show_certificate
 
 
@@ -96,8 +96,9 @@ def extract(
             peft.write(found.adapter, place)
     console.print(f"Wrote an adapter of {found.adapter.parameters:,} parameters to {out}", soft_wrap=True)
     certificate = _certify(base, tuned, out, (rows, data or ""), console)
-    certificate.write(out / CERTIFICATE)
     show_certificate(certificate, console)
+    with writing_certificate(out, "extract"):
+        certificate.write(out / CERTIFICATE)
     certificate.raise_if_failed()
     return ExtractedAdapter(out, found, certificate)
 

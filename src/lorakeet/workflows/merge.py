@@ -42,7 +42,7 @@ from lorakeet.workflows.compare_models import compare, first_tokens
 from lorakeet.workflows.judge import sampled_texts
 from lorakeet.workflows.merge_packed import PackedMerge, merge_packed
 from lorakeet.workflows.opened import NAME, Opened, open_adapter
-from lorakeet.workflows.place import require_place, writing
+from lorakeet.workflows.place import require_place, writing, writing_certificate
 from lorakeet.workflows.show import show_certificate
 
 CERTIFICATE = "certificate.json"
@@ -221,8 +221,9 @@ class _ModelMerge:
         said = dataclasses.replace(judged, adapter=adapter, folder=first.folder)
         live, rows, effect, merged = self._sides(said, whole, choice, dataset)
         certificate = certify_merge(live, merged, rows, out=self.out, spec=judged.config.evaluate, effect=effect)
-        certificate.write(self.out / CERTIFICATE)
         show_certificate(certificate, console)
+        with writing_certificate(self.out, "merge"):
+            certificate.write(self.out / CERTIFICATE)
         certificate.raise_if_failed()
         return Merged(self.out, certificate, result, combined, choice, notes)
 

@@ -37,6 +37,7 @@ from lorakeet.quant.spec import QuantSpec
 from lorakeet.workflows.finish_packed import finish
 from lorakeet.workflows.judge import ADAPTER, BASE, Judge
 from lorakeet.workflows.opened import NAME, Opened
+from lorakeet.workflows.place import writing_certificate
 from lorakeet.workflows.show import show_certificate
 
 CERTIFICATE = "certificate.json"
@@ -96,8 +97,9 @@ def merge_packed(
     _show(shares, console)
     certificate = _certificate(opened, layout, out, shares, spec)
     certificate = replace(certificate, facts={**certificate.facts, **_moved(solved)})
-    certificate.write(out.with_name(f"{out.name}.{CERTIFICATE}") if layout.file else out / CERTIFICATE)
     show_certificate(certificate, console)
+    with writing_certificate(out, "merge"):
+        certificate.write(out.with_name(f"{out.name}.{CERTIFICATE}") if layout.file else out / CERTIFICATE)
     certificate.raise_if_failed()
     return certificate, shares
 

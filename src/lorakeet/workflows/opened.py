@@ -35,6 +35,14 @@ NAME = "default"
 FP32 = 4  # bytes
 
 
+def packed_on_disk(model: ModelSpec) -> str:
+    """How the weights in the model's folder are quantised: gptq, nf4, …; empty where they are not, or it is no local folder."""
+    config = Path(model.path).expanduser() / CONFIG
+    if not config.is_file():
+        return ""
+    return method_of(json.loads(config.read_text(encoding="utf-8")).get("quantization_config") or {})
+
+
 @dataclass(frozen=True)
 class Opened:
     """An adapter with what is known about it; `run` is None for a bare adapter folder."""
@@ -55,11 +63,7 @@ class Opened:
         if self.run is None:
             return ""
         model = read_run(self.run.config).model
-        config = Path(model.path).expanduser() / CONFIG
-        if model.quantize.method != "none" or not config.is_file():
-            return model.quantize.method.replace("none", "")
-        stored = json.loads(config.read_text(encoding="utf-8")).get("quantization_config") or {}
-        return method_of(stored)
+        return model.quantize.method.replace("none", "") or packed_on_disk(model)
 
     def text_model(
         self,

@@ -20,6 +20,7 @@ from lorakeet.train.loop import Outcome
 from lorakeet.train.run import RunFolder
 from lorakeet.workflows import facts
 from lorakeet.workflows.assemble import Assembly
+from lorakeet.workflows.opened import packed_on_disk
 
 
 def complete(
@@ -161,10 +162,16 @@ def _next(config: RunConfig, run: RunFolder) -> tuple[Command, ...]:
     packed = config.model.quantize.method
     quantize = f" --quantize {packed}" if packed in ("nf4", "int8") else ""
     serving = f"lorakeet serve --model {config.model.path}{quantize} --adapter {run.path.name}={run.path}"
-    return (
+    merged: tuple[Command, ...] = (
         Command(f"lorakeet merge {run.path} --out {run.path}-merged", "fold the adapter into a model that transformers loads"),
         Command(f"lorakeet export {run.path} --to ollama --out {run.path}-ollama", "write it for Ollama, checked in llama.cpp"),
         Command(f"lorakeet verify {run.path}", "compare what these two wrote with the live adapter"),
+    )
+    if packed == "none" and (stored := packed_on_disk(config.model)):  # there is no unquantised base to fold into
+        into = f"lorakeet merge {run.path} --into packed --out {run.path}-merged"
+        merged = (Command(into, f"fold the adapter into a model that stays {stored}"),)
+    return (
+        *merged,
         Command(serving, "answer over HTTP, as OpenAI's API and Ollama's do"),
         Command(f"lorakeet evaluate {run.path} --data FILE", "measure it on rows of your own"),
     )

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,7 +27,7 @@ from lorakeet.export.deployment import Runtime
 from lorakeet.export.tolerances import F16, PRECISIONS
 from lorakeet.models.source import find_source
 from lorakeet.serve.probe import FACT, record
-from lorakeet.workflows.artefacts import Artefact, InTorch, Messages, live_side, open_artefact
+from lorakeet.workflows.artefacts import SERVERS, Artefact, InTorch, Messages, is_there, live_side, open_artefact
 from lorakeet.workflows.causes import cause_from_logits, cause_from_weights
 from lorakeet.workflows.compare_artefact import (
     GREEDY_TOKENS,
@@ -78,17 +79,19 @@ def verify(
 ) -> Verified | Deployable:
     """Compares the adapter, live on its base in fp32, with every artefact in `against`, and writes what was found.
 
-    The checks go into the run's certificate.json, report.json and report.html, beside what training put there. Raises
-    VerificationFailed (exit code 3) with the worst layer or the first diverging token and the likely cause; ConfigError for
-    an artefact that cannot be opened. With `deploy` nothing is compared: see `workflows/deploy`.
+    The checks go into the run's certificate.json, report.json and report.html, beside what training put there, named by the paths
+    of the artefacts; checks of artefacts that were deleted go. Raises VerificationFailed (exit code 3) with the worst layer or
+    the first diverging token and the likely cause; ConfigError for an artefact that cannot be opened. With `deploy` nothing is
+    compared: see `workflows/deploy`.
     """
     if deploy is not None:
-        return check_deployment(Path(run_or_adapter), deploy, console)
+        return check_deployment(Path(run_or_adapter), deploy, console, base=base)
     opened = open_adapter(Path(run_or_adapter), base=base)
     targets = against or _found_beside(opened)
     certificate = certify_artefacts(
-        opened, targets, base_gguf=base_gguf, precision=precision, rows=rows, subject=str(run_or_adapter), console=console
-    )
+        opened, targets, base_gguf=base_gguf, precision=precision, rows=rows, subject=str(run_or_adapter), console=console,
+        beside=_place(opened).parent,
+    )  # fmt: skip
     show_certificate(certificate, console)
     if opened.run is not None:
         _keep(opened, certificate)
@@ -105,8 +108,9 @@ def certify_artefacts(
     rows: int = ROWS,
     subject: str,
     console: Console,
+    beside: Path | None = None,
 ) -> Certificate:
-    """The checks of every target against the live adapter."""
+    """The checks of every target against the live adapter, named by the target's path (artefacts.name_of)."""
     dataset = load_dataset(opened.config.data) if opened.run else None
     source = find_source(opened.config.model, console.print)
     live = live_side(opened, console)
@@ -114,12 +118,14 @@ def certify_artefacts(
     longest = max((len(ids) for ids in (*probes.rows, *probes.prompts)), default=0)
     checks: list[Check] = []
     for target in targets:
-        if target.startswith(("http://", "https://")):
+        if target.startswith(SERVERS):
             allowed = F16 if precision == "auto" else PRECISIONS[precision]
             checks += check_server(live, Server(target, allowed), probes)
             continue
         context = longest + GREEDY_TOKENS + _MARGIN
-        with open_artefact(target, opened, base=base_gguf, precision=precision, console=console, context=context) as artefact:
+        with open_artefact(
+            target, opened, base=base_gguf, precision=precision, console=console, context=context, beside=beside
+        ) as artefact:
             checks += _checks(live, artefact, probes, opened, source)
     facts = {"model": live.text.name, "rows": f"{len(probes.rows)} held-out" if dataset else f"{len(probes.rows)} sampled"}
     facts = {**facts, "live adapter": "computed in float32", FACT: record(live.text, NAME).to_text()}
@@ -176,7 +182,7 @@ def _messages(row: Row) -> Messages:
 
 def _found_beside(opened: Opened) -> tuple[str, ...]:
     """What earlier commands wrote under the names that they print: RUN-merged, RUN-gguf and RUN-ollama."""
-    place = (opened.run.path if opened.run else opened.folder).absolute()
+    place = _place(opened)
     known = [place.with_name(f"{place.name}{ending}") for ending in ("-merged", ".gguf", "-ollama")]
     found = tuple(str(path) for path in known if path.exists())
     if not found:
@@ -187,14 +193,22 @@ def _found_beside(opened: Opened) -> tuple[str, ...]:
     return found
 
 
+def _place(opened: Opened) -> Path:
+    return Path(os.path.abspath(opened.run.path if opened.run else opened.folder))
+
+
 def _keep(opened: Opened, certificate: Certificate) -> None:
-    """Puts the checks into the run's certificate and report; those of the same names are replaced."""
+    """Puts the checks into the run's certificate and report; those of the same artefacts, and of deleted ones, go."""
     run = opened.run
     if run is None:
         return
-    names = {check.name for check in certificate.checks}
+    again, beside = {check.artefact for check in certificate.checks}, _place(opened).parent
     before = read_certificate(run.certificate) if run.certificate.exists() else Certificate(f"The run {run.path}", ())
-    kept = tuple(check for check in before.checks if check.name not in names)
+    kept = tuple(
+        check
+        for check in before.checks
+        if not check.artefact or (check.artefact not in again and is_there(check.artefact, beside))
+    )
     whole = dataclasses.replace(before, checks=(*kept, *certificate.checks), facts={**certificate.facts, **before.facts})
     with writing(f"The certificate in {run.path}", "Free some space and verify again."):
         whole.write(run.certificate)
