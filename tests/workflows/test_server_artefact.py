@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -16,6 +19,7 @@ from lorakeet.errors import EnvironmentProblem, VerificationFailed
 from lorakeet.export.llama_cpp import LlamaCpp
 from lorakeet.export.tolerances import F16
 from lorakeet.models.load import load_tokenizer
+from lorakeet.workflows.convert import convert
 from lorakeet.workflows.opened import open_adapter
 from lorakeet.workflows.server_artefact import Server
 from lorakeet.workflows.verify import verify
@@ -112,6 +116,48 @@ def test_the_right_model_passes_and_the_base_does_not(finished: Any, serve: Any,
     wrong = serve(write_model(finished.model, None, tmp_path / "wrong.gguf"))
     with pytest.raises(VerificationFailed, match="first diverging token is number 0"):
         verify(str(run), against=(wrong,), rows=2, console=quiet())
+
+
+LLAMA_SERVER = """
+import json, sys
+import xllamacpp
+given = json.loads(sys.argv[1])
+params = xllamacpp.CommonParams()
+params.model.path = given["model"]
+params.n_ctx, params.n_parallel = 512, 1
+params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 1
+params.lora_adapters = [xllamacpp.CommonAdapterLoraInfo(path, 1.0) for path in given["adapters"]]
+server = xllamacpp.Server(params)
+print("listening", server.listening_address, flush=True)
+sys.stdin.read()
+"""
+
+
+@contextmanager
+def llama_server(model: Path, *adapters: Path) -> Iterator[str]:
+    """The address of llama.cpp's own server, which is what Ollama starts."""
+    given = json.dumps({"model": str(model), "adapters": [str(path) for path in adapters]})
+    command = [sys.executable, "-c", LLAMA_SERVER, given]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+    with subprocess.Popen(command, text=True, **pipes) as process:
+        assert process.stdout is not None
+        try:
+            yield next(line.split()[1] for line in iter(process.stdout.readline, "") if line.startswith("listening"))
+        finally:
+            process.kill()
+
+
+def test_a_real_llama_server_writes_what_the_live_adapter_writes_merged_or_not(finished: Any, tmp_path: Path) -> None:
+    run = shutil.copytree(finished.path, tmp_path / "run")
+    adapter = open_adapter(run).adapter
+    merged, base = (write_model(finished.model, held, tmp_path / name) for held, name in ((adapter, "m.gguf"), (None, "b.gguf")))
+    convert(run, tmp_path / "a.gguf", to="gguf", base=finished.model, console=quiet())
+    for model, adapters in ((merged, ()), (base, (tmp_path / "a.gguf",))):
+        with llama_server(model, *adapters) as url:
+            found: Any = verify(str(run), against=(url,), rows=2, console=quiet())
+            assert [check.name.rpartition(": ")[2] for check in found.certificate.checks] == ["prompt ids", "greedy text"]
+    with llama_server(base) as url, pytest.raises(VerificationFailed, match="first diverging token"):
+        verify(str(run), against=(url,), rows=2, console=quiet())
 
 
 def test_nothing_there_is_said() -> None:
