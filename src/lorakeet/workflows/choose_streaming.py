@@ -21,7 +21,7 @@ from lorakeet.workflows.forecast_run import Planned
 
 FEWEST = 2  # blocks in memory: one is computed with, one is read
 HELD_STATES = 3  # of a micro-batch on its way, about: what a block gets, what it gives, and what else its decoder hands to it
-MOST_TOGETHER = 8  # micro-batches: the more pass together, the longer they take to rehearse
+MOST_TOGETHER = 4  # micro-batches: each adds some 5 s to the rehearsal of 32 blocks
 
 
 @dataclass(frozen=True)
