@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lorakeet.errors import DataError
+from lorakeet.formats import mlx, peft
 from lorakeet.formats.base_model import open_base
 from lorakeet.formats.compare import compare
 from lorakeet.formats.detect import detect, read_adapter
@@ -65,6 +66,12 @@ def two_files(path: Path) -> None:
         save_file({f"{KOHYA}.alpha": torch.ones(1)}, path / f"{name}.safetensors")
 
 
+def two_formats(path: Path) -> None:
+    path.mkdir()
+    for name in (mlx.MODEL_NAME, peft.MODEL_NAME):
+        save_file({"a": torch.ones(1)}, path / name)
+
+
 def mixed(path: Path) -> None:
     save_file({f"{KOHYA}.alpha": torch.ones(1), "unet.a.to_q.lora_A.weight": torch.ones(2, 2)}, path)
 
@@ -91,6 +98,7 @@ def spans(first: tuple[int, int], second: tuple[int, int]) -> str:
         ("old.PT", lambda path: path.write_bytes(b"\x80"), "is a pickle file"),
         ("empty", lambda path: path.mkdir(), "holds no adapter: .* only nothing"),
         ("files", two_files, r"holds 2 adapter files \(a\.safetensors, b\.safetensors\); name one of them"),
+        ("both", two_formats, r"holds two adapters: adapters\.safetensors as mlx-lm and adapter_model\.safetensors as PEFT"),
         ("w.gguf", lambda path: path.write_bytes(b""), "is not a GGUF file: it does not begin with GGUF"),
         ("m.safetensors", mixed, r"mixes formats: 1 as in diffusers \(unet\.a.*; 1 as in kohya \(lora_unet_mid"),
         ("u.safetensors", lambda path: save_file({"conv.weight": torch.ones(2)}, path), r"format: .* called conv\.weight"),

@@ -152,3 +152,14 @@ def test_a_file_that_looks_like_another_format_is_caught(tmp_path: Path, monkeyp
     with pytest.raises(VerificationFailed, match="written as kohya looks like diffusers"):
         convert(GOLDEN / "kohya.safetensors", tmp_path / "out.safetensors", to="kohya", console=Console(quiet=True))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_rank_for_what_is_a_pair_already_is_refused_with_what_cuts_pairs(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    peft.write(text_adapter(), tmp_path / "in")
+    assert main(["convert", str(tmp_path / "in"), str(tmp_path / "out"), "--to", "mlx", "--rank", "2"]) == 2
+    assert "every change in" in (said := capsys.readouterr().err) and "lorakeet merge" in said
+    assert not (tmp_path / "out").exists()
+    cut = ["merge", str(tmp_path / "in"), "--to", "adapter", "--rank", "2", "--out", str(tmp_path / "cut")]
+    assert main(cut) == 0 and {pair.rank for pair in read_adapter(tmp_path / "cut").pairs.values()} == {2}

@@ -41,6 +41,11 @@ def detect(path: Path) -> Found:
         return _file(path)
     for folder in (path, path / "adapter"):
         if (folder / mlx.MODEL_NAME).is_file():
+            if (other := folder / peft.MODEL_NAME).is_file():
+                raise DataError(
+                    f"{folder} holds two adapters: {mlx.MODEL_NAME} as mlx-lm and {other.name} as PEFT writes it. Move the one that is "
+                    f"not meant, with its {CONFIG_NAME}, to a folder of its own."
+                )
             return Found("mlx", folder, f"the folder holds {mlx.MODEL_NAME}")
         if any((folder / name).exists() for name in (CONFIG_NAME, peft.MODEL_NAME, peft.PICKLE_NAME)):
             return Found("peft", folder, f"the folder holds {CONFIG_NAME} or {peft.MODEL_NAME}")
