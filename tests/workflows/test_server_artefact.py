@@ -21,7 +21,7 @@ from lorakeet.export.tolerances import F16
 from lorakeet.models.load import load_tokenizer
 from lorakeet.workflows.convert import convert
 from lorakeet.workflows.opened import open_adapter
-from lorakeet.workflows.server_artefact import Server
+from lorakeet.workflows.server_artefact import Server, _label
 from lorakeet.workflows.verify import verify
 from tiny.exports import write_model
 from tiny.runs import quiet
@@ -112,7 +112,10 @@ def test_the_right_model_passes_and_the_base_does_not(finished: Any, serve: Any,
     right = serve(write_model(finished.model, adapter, tmp_path / "right.gguf"))
     found: Any = verify(str(run), against=(right,), rows=2, console=quiet())
     names = [check.name.rpartition(": ")[2] for check in found.certificate.checks]
-    assert names in (["prompt ids", "greedy text"], ["greedy text"]) and found.certificate.checks[-1].n > 2
+    assert names in (["prompt ids", "greedy text", "answers"], ["greedy text", "answers"])
+    answers = found.certificate.checks[-1]
+    assert answers.measured == {"different_answers": 0} and answers.n == 2
+    assert answers.estimates["accuracy_live"] == answers.estimates["accuracy_there"]
     wrong = serve(write_model(finished.model, None, tmp_path / "wrong.gguf"))
     with pytest.raises(VerificationFailed, match="first diverging token is number 0"):
         verify(str(run), against=(wrong,), rows=2, console=quiet())
@@ -155,9 +158,16 @@ def test_a_real_llama_server_writes_what_the_live_adapter_writes_merged_or_not(f
     for model, adapters in ((merged, ()), (base, (tmp_path / "a.gguf",))):
         with llama_server(model, *adapters) as url:
             found: Any = verify(str(run), against=(url,), rows=2, console=quiet())
-            assert [check.name.rpartition(": ")[2] for check in found.certificate.checks] == ["prompt ids", "greedy text"]
+            names = [check.name.rpartition(": ")[2] for check in found.certificate.checks]
+            assert names == ["prompt ids", "greedy text", "answers"]
     with llama_server(base) as url, pytest.raises(VerificationFailed, match="first diverging token"):
         verify(str(run), against=(url,), rows=2, console=quiet())
+
+
+def test_the_label_that_was_written_is_the_longest_that_fits() -> None:
+    labels = ["bad", "bad taste", "good"]
+    found = [_label(labels, text) for text in (" bad taste.", "bad", "good\n", "goo", "")]
+    assert found == [1, 0, 2, -1, -1]
 
 
 def test_nothing_there_is_said() -> None:

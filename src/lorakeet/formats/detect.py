@@ -43,8 +43,8 @@ def detect(path: Path) -> Found:
         if (folder / mlx.MODEL_NAME).is_file():
             if (other := folder / peft.MODEL_NAME).is_file():
                 raise DataError(
-                    f"{folder} holds two adapters: {mlx.MODEL_NAME} as mlx-lm and {other.name} as PEFT writes it. Move the one that is "
-                    f"not meant, with its {CONFIG_NAME}, to a folder of its own."
+                    f"{folder} holds two adapters: {mlx.MODEL_NAME} as mlx-lm and {other.name} as PEFT writes it. Move the one "
+                    f"that is not meant, with its {CONFIG_NAME}, to a folder of its own."
                 )
             return Found("mlx", folder, f"the folder holds {mlx.MODEL_NAME}")
         if any((folder / name).exists() for name in (CONFIG_NAME, peft.MODEL_NAME, peft.PICKLE_NAME)):

@@ -92,8 +92,8 @@ def convert(
         adapter = fold_dora(adapter, known, compression, say)
     elif compression.asked and found.format != "lycoris":
         raise ConfigError(
-            f"--rank and --error say how what is no pair becomes one, but every change in {found.path} is a pair, which {to} takes as "
-            f"it is. Leave them out; lorakeet merge {source} --to adapter --rank N --out OUT cuts pairs."
+            f"--rank and --error say how what is no pair becomes one, but every change in {found.path} is a pair, which {to} "
+            f"takes as it is. Leave them out; lorakeet merge {source} --to adapter --rank N --out OUT cuts pairs."
         )
     with writing(str(out), "Free some space or choose another place for OUT."), _in_place(out) as partial:
         _write(adapter, partial, to, known)

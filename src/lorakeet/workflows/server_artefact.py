@@ -11,11 +11,15 @@ import json
 import urllib.error
 import urllib.request
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
+
+import numpy as np
 
 from lorakeet.errors import ConfigError, EnvironmentProblem
 from lorakeet.evaluate.certificate import Check, judge
+from lorakeet.evaluate.intervals import share
+from lorakeet.evaluate.spec import EvaluateSpec
 from lorakeet.export.tolerances import Allowed
 from lorakeet.workflows.artefacts import InTorch, Messages
 from lorakeet.workflows.compare_artefact import GREEDY_TOKENS, Probes, check_ids
@@ -98,14 +102,47 @@ class Server:
         return found
 
 
-def check_server(live: InTorch, server: Server, probes: Probes) -> list[Check]:
-    """Prompt ids where the server tells them; the log-probabilities and choices along what it writes."""
+def check_server(live: InTorch, server: Server, probes: Probes, spec: EvaluateSpec) -> list[Check]:
+    """Prompt ids where the server tells them; the log-probabilities and choices along what it writes; the task's answers."""
     checks: list[Check] = []
     if server.native:
         prompts = [(ids.tolist(), server.prompt(messages) or [], "prompt") for messages, ids in probes.conversations]
         raw = [(live.tokenise(text), server.tokenise(text) or [], "raw text") for text in probes.texts]
         checks.append(check_ids(live, server.name, [*prompts, *raw]))
-    return [*checks, _check_writing(live, server, probes)]
+    answers = [_check_answers(live, server, probes, spec)] if probes.labelled else []
+    return [*checks, _check_writing(live, server, probes), *answers]
+
+
+def _check_answers(live: InTorch, server: Server, probes: Probes, spec: EvaluateSpec) -> Check:
+    """The task's metric on both sides, by the label that each writes, and the share of rows on which they write another one."""
+    tokenizer = live.text.tokenizer
+    ends = {int(number) for number in tokenizer.all_special_ids}
+    ours, theirs = [], []
+    for row in probes.labelled:
+        labels = [tokenizer.decode([int(n) for n in ids if int(n) not in ends]).strip() for ids in row.completions]
+        tokens = max(len(ids) for ids in row.completions)
+        written: list[int] = []
+        while len(written) < tokens and not ends.intersection(written):
+            written.append(int(live.logits([*row.prompt.tolist(), *written])[-1].argmax()))
+        ours.append(_label(labels, tokenizer.decode(written, skip_special_tokens=True)))
+        theirs.append(_label(labels, "".join(step.text for step in server.write(row.prompt.tolist(), tokens))))
+    truth = np.array([-2 if row.label is None else row.label for row in probes.labelled])
+    here, there = np.array(ours), np.array(theirs)
+    check = judge(
+        f"{server.name}: answers",
+        {"different_answers": float((here != there).mean())},
+        tolerance={"different_answers": server.allowed.metric},
+        between=(live.name, server.name),
+        n=len(truth),
+    )
+    accuracies = {"accuracy_live": share(here == truth, spec=spec), "accuracy_there": share(there == truth, spec=spec)}
+    return replace(check, estimates=accuracies)
+
+
+def _label(labels: Sequence[str], text: str) -> int:
+    """The number of the longest label that `text` begins with; -1 where it begins with none."""
+    found = [number for number, label in enumerate(labels) if text.strip().startswith(label)]
+    return max(found, key=lambda number: len(labels[number]), default=-1)
 
 
 def _check_writing(live: InTorch, server: Server, probes: Probes) -> Check:

@@ -120,7 +120,7 @@ def certify_artefacts(
     for target in targets:
         if target.startswith(SERVERS):
             allowed = F16 if precision == "auto" else PRECISIONS[precision]
-            checks += check_server(live, Server(target, allowed), probes)
+            checks += check_server(live, Server(target, allowed), probes, opened.config.evaluate)
             continue
         context = longest + GREEDY_TOKENS + _MARGIN
         with open_artefact(
