@@ -14,11 +14,13 @@ from lorakeet.memory.product_code import KEPT, keep_little_code
 
 def test_what_the_environment_says_stays() -> None:
     environment: dict[str, str] = {}
-    keep_little_code(environment)
+    keep_little_code(environment=environment)
     assert environment == {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": str(KEPT)}
+    keep_little_code(7, environment)
+    assert environment == {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": str(KEPT)}, "whoever comes first is heeded"
     for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "DNNL_PRIMITIVE_CACHE_CAPACITY"):
         environment = {name: "7"}
-        keep_little_code(environment)
+        keep_little_code(environment=environment)
         assert environment == {name: "7"}
 
 

@@ -10,14 +10,15 @@ from __future__ import annotations
 import os
 from collections.abc import MutableMapping
 
+SERVED = 512  # products, where batches of every size come and go in steps of tens of milliseconds
 KEPT = 64  # products: above those of one micro-batch on its way through a block, so that each is made once a micro-batch
 _CAPACITY = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "DNNL_PRIMITIVE_CACHE_CAPACITY")  # oneDNN's developer guide, "Primitive Cache"
 
 
-def keep_little_code(environment: MutableMapping[str, str] = os.environ) -> None:
-    """Has oneDNN keep code for `KEPT` products, unless `environment` says otherwise.
+def keep_little_code(products: int = KEPT, environment: MutableMapping[str, str] = os.environ) -> None:
+    """Has oneDNN keep code for so many products, unless `environment` says otherwise; whoever comes first is heeded.
 
     oneDNN reads it at the first product in a process, and never again; making the code anew takes about 0.5 ms a product.
     """
     if not any(name in environment for name in _CAPACITY):
-        environment[_CAPACITY[0]] = str(KEPT)
+        environment[_CAPACITY[0]] = str(products)

@@ -19,6 +19,7 @@ from lorakeet.formats import peft
 from lorakeet.formats.detect import detect, read_adapter
 from lorakeet.formats.vllm import check_vllm, max_rank, misread, uniform
 from lorakeet.memory.budget import larger_than_machine, parse_budget
+from lorakeet.memory.product_code import SERVED, keep_little_code
 from lorakeet.models.active import LiveModel
 from lorakeet.models.load import load_text_model
 from lorakeet.models.spec import ModelSpec
@@ -82,6 +83,7 @@ def serve(  # noqa: PLR0913 - one argument for each option
     run_server, build_app = _http()
     access = None if keys is None else read_keys(keys)
     spec = ModelSpec(path=model, dtype=dtype, quantize=QuantSpec(method=quantize))
+    keep_little_code(SERVED)
     text = load_text_model(spec, say=console.print)
     runner = Engine(text, (live := LiveModel(text)).selection, slots=slots, context=_context(text, context), waiting=queue)
     store = None if adapters_dir is None else Store(adapters_dir)
