@@ -98,13 +98,21 @@ def check_logits(live: InTorch, artefact: Artefact, probes: Probes, spec: Evalua
 
 def check_answers(live: InTorch, artefact: Artefact, probes: Probes, spec: EvaluateSpec) -> Check:
     """The task's metric on both sides, and the share of rows on which the likeliest label differs."""
-    ours, theirs = (np.array([_answer(side, row, live) for row in probes.labelled]) for side in (live, artefact))
-    truth = np.array([-1 if row.label is None else row.label for row in probes.labelled])
+    ours, theirs = ([_answer(side, row, live) for row in probes.labelled] for side in (live, artefact))
+    return judge_answers((live.name, artefact.name), (ours, theirs), probes.labelled, artefact.allowed, spec)
+
+
+def judge_answers(
+    names: tuple[str, str], answers: tuple[list[int], list[int]], rows: Sequence[Candidates], allowed: Allowed, spec: EvaluateSpec
+) -> Check:
+    """What the live adapter and another side answered (numbers of labels, -1 for none), against each other and the truth."""
+    ours, theirs = map(np.array, answers)
+    truth = np.array([-2 if row.label is None else row.label for row in rows])  # which no answer is
     check = judge(
-        f"{artefact.name}: answers",
+        f"{names[1]}: answers",
         {"different_answers": float((ours != theirs).mean())},
-        tolerance={"different_answers": artefact.allowed.metric},
-        between=(live.name, artefact.name),
+        tolerance={"different_answers": allowed.metric},
+        between=names,
         n=len(truth),
     )
     accuracies = {"accuracy_live": share(ours == truth, spec=spec), "accuracy_there": share(theirs == truth, spec=spec)}

@@ -11,18 +11,16 @@ import json
 import urllib.error
 import urllib.request
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
-
-import numpy as np
 
 from lorakeet.errors import ConfigError, EnvironmentProblem
 from lorakeet.evaluate.certificate import Check, judge
-from lorakeet.evaluate.intervals import share
 from lorakeet.evaluate.spec import EvaluateSpec
 from lorakeet.export.tolerances import Allowed
+from lorakeet.models.sample import end_ids
 from lorakeet.workflows.artefacts import InTorch, Messages
-from lorakeet.workflows.compare_artefact import GREEDY_TOKENS, Probes, check_ids
+from lorakeet.workflows.compare_artefact import GREEDY_TOKENS, Probes, check_ids, judge_answers
 
 _TIMEOUT = 300
 _TOP = 5
@@ -115,28 +113,17 @@ def check_server(live: InTorch, server: Server, probes: Probes, spec: EvaluateSp
 
 def _check_answers(live: InTorch, server: Server, probes: Probes, spec: EvaluateSpec) -> Check:
     """The task's metric on both sides, by the label that each writes, and the share of rows on which they write another one."""
-    tokenizer = live.text.tokenizer
-    ends = {int(number) for number in tokenizer.all_special_ids}
-    ours, theirs = [], []
+    ends, ours, theirs = end_ids(live.text), [], []
+
+    def said(ids: Sequence[int]) -> str:
+        return str(live.text.tokenizer.decode(list(ids), skip_special_tokens=True)).strip()
+
     for row in probes.labelled:
-        labels = [tokenizer.decode([int(n) for n in ids if int(n) not in ends]).strip() for ids in row.completions]
+        labels, prompt = [said(ids.tolist()) for ids in row.completions], row.prompt.tolist()
         tokens = max(len(ids) for ids in row.completions)
-        written: list[int] = []
-        while len(written) < tokens and not ends.intersection(written):
-            written.append(int(live.logits([*row.prompt.tolist(), *written])[-1].argmax()))
-        ours.append(_label(labels, tokenizer.decode(written, skip_special_tokens=True)))
-        theirs.append(_label(labels, "".join(step.text for step in server.write(row.prompt.tolist(), tokens))))
-    truth = np.array([-2 if row.label is None else row.label for row in probes.labelled])
-    here, there = np.array(ours), np.array(theirs)
-    check = judge(
-        f"{server.name}: answers",
-        {"different_answers": float((here != there).mean())},
-        tolerance={"different_answers": server.allowed.metric},
-        between=(live.name, server.name),
-        n=len(truth),
-    )
-    accuracies = {"accuracy_live": share(here == truth, spec=spec), "accuracy_there": share(there == truth, spec=spec)}
-    return replace(check, estimates=accuracies)
+        ours.append(_label(labels, said(live.greedy(prompt, tokens, ends))))
+        theirs.append(_label(labels, "".join(step.text for step in server.write(prompt, tokens))))
+    return judge_answers((live.name, server.name), (ours, theirs), probes.labelled, server.allowed, spec)
 
 
 def _label(labels: Sequence[str], text: str) -> int:
