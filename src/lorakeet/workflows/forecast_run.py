@@ -20,7 +20,7 @@ from lorakeet.models.adapt import begin_adapter
 from lorakeet.models.outline import config_from, outline
 from lorakeet.models.streamed_outline import streamed_outline
 from lorakeet.models.targets import plan_for
-from lorakeet.models.text import token_logprobs
+from lorakeet.models.text import COUNTS, token_logprobs
 from lorakeet.quant.packed import SCRATCH
 from lorakeet.quant.spec import QuantSpec
 from lorakeet.train.rehearsal import (
@@ -46,8 +46,7 @@ ROW_BYTES = 9  # for each character of a row: at most a token, with its id and w
 INTERVALS = 64 << 20  # bytes: numpy's copies of the weights of resamples (evaluate/intervals), whatever the number of rows
 FLOORS = 128 << 20  # bytes: scikit-learn (63 MiB when imported) and its tables of words
 NARROW = 40 << 20  # bytes: oneDNN's code for shapes of narrow products that the probe does not meet, and what one lays out anew
-COUNTS = 8  # of tokens in a micro-batch, that a run over rows of many lengths meets (models/text)
-COUNT_BYTES = 15 << 19  # what stays of the code for each further one (memory/product_code), about 25 products
+COUNT_BYTES = 15 << 19  # what stays of the code for each further number of tokens (memory/product_code), about 25 products
 CHECK_TOKENS = 1024  # of a micro-batch of the certificate (workflows/certify_run)
 _SMALL = {
     "model_type": "llama", "vocab_size": 512, "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2,
