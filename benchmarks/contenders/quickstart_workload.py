@@ -18,10 +18,12 @@ from lorakeet.workflows.assemble import Assembly, assemble, ready_to_train
 from lorakeet.workflows.quickstart import config_path
 
 
-def quickstart(*, steps: int, seed: int, dtype: str = "auto", out: str = "unused") -> RunConfig:
+def quickstart(
+    *, steps: int, seed: int, dtype: str = "auto", out: str = "unused", shuffled: bool = False
+) -> RunConfig:
     """The shipped run file, with a constant learning rate: libraries differ in what a warm-up's first step is.
 
-    With `dtype` other than auto, weights and matrix products are both of that dtype.
+    With `dtype` other than auto, weights and matrix products are both of that dtype; `shuffled`, rows of any length share a step.
     """
     config = read_run(config_path(), {"model.device": "cpu", "model.dtype": dtype, "model.products": dtype, "out": out})
     train = replace(
@@ -29,6 +31,7 @@ def quickstart(*, steps: int, seed: int, dtype: str = "auto", out: str = "unused
         steps=steps,
         seed=seed,
         schedule="constant",
+        length_grouping=not shuffled,
         warmup_fraction=0.0,
         evaluate_every=steps + 1,
         checkpoint_every=steps + 1,
@@ -52,6 +55,7 @@ def workload_of(setup: Assembly, task: TextTask, *, steps: int, adapter: Path) -
         epsilon=train.epsilon,
         weight_decay=train.weight_decay,
         seed=train.seed,
+        shuffled=not train.length_grouping,
         micro_tokens=train.micro_tokens,
         steps=tuple(
             tuple(_row(setup, setup.train.examples[number]) for number in task.order.indices(step)) for step in range(steps)
@@ -72,8 +76,9 @@ def main() -> None:
     parser.add_argument("workload", type=Path)
     parser.add_argument("--steps", type=int, required=True)
     parser.add_argument("--seed", type=int, required=True)
+    parser.add_argument("--shuffled", action="store_true")
     given = parser.parse_args()
-    setup = assemble(quickstart(steps=given.steps, seed=given.seed), Console(stderr=True))
+    setup = assemble(quickstart(steps=given.steps, seed=given.seed, shuffled=given.shuffled), Console(stderr=True))
     task = ready_to_train(setup, held_out=())
     workload = workload_of(setup, task, steps=given.steps, adapter=given.workload.with_name("adapter"))
     workload.write(given.workload)

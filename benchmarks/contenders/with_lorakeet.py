@@ -34,7 +34,8 @@ class Recorder(Silent):
 def train_lorakeet(workload: Workload, dtype: str) -> StepLog:
     """The workload's steps; SystemExit where this process would train on other ids than the workload holds."""
     steps = len(workload.steps)
-    setup = assemble(quickstart(steps=steps, seed=workload.seed, dtype=dtype), Console(stderr=True))
+    config = quickstart(steps=steps, seed=workload.seed, dtype=dtype, shuffled=workload.shuffled)
+    setup = assemble(config, Console(stderr=True))
     task = ready_to_train(setup, held_out=())  # so that only training is timed
     _require_same_rows(task, workload)
     log = StepLog(

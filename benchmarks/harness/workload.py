@@ -33,6 +33,7 @@ class Workload:
     weight_decay: float
     seed: int
     micro_tokens: int  # tokens computed at once, for those who may choose
+    shuffled: bool  # rows of every length share a step, as documented trainers take them; else rows of alike length
     steps: tuple[tuple[Row, ...], ...]
 
     @property

@@ -54,7 +54,7 @@ class CausalRows(torch.autograd.Function):
 
 
 class ProductRows:
-    """Attention written out in batched products of the states' own (narrow) dtype; softmax in fp32. Keeps Q, K, V, and few P.
+    """Attention written out in batched products of the states' own (narrow) dtype. Keeps Q, K, V, and few P.
 
     With S = s·Q·Kᵀ + mask, P = softmax(S), O = P·V and ∂O given:
 
@@ -131,14 +131,14 @@ class _Laid:
         return _by_token(found, self.keys.shape)
 
     def softmax(self, q: Tensor, k: Tensor, scale: float) -> Tensor:
-        """softmax(scale·q·kᵀ + mask) in q's dtype, of q (·, G·b, d) and k (·, c, d).
+        """softmax(scale·q·kᵀ + mask) in q's dtype, of q (·, G·b, d) and k (·, c, d); torch sums in fp32 and rounds once.
 
         Keys that only fill a block up stand behind every real query, so the causal mask hides them too.
         """
         width = self.queries.shape[1]
         mask = torch.full((width, k.shape[1]), float("-inf"), dtype=q.dtype, device=q.device).triu_(self.offset + 1)
         scores = torch.baddbmm(mask.repeat(q.shape[1] // width, 1), q, k.transpose(1, 2), alpha=scale)
-        return torch.softmax(scores, -1, dtype=torch.float32).to(q.dtype)
+        return torch.softmax(scores, -1)
 
 
 def _by_key_head(blocks: Tensor, kv: int) -> Tensor:
