@@ -65,7 +65,7 @@ def _phases(asked: Mapping[str, Any]) -> dict[str, int]:
         with _peak(peaks, LOAD):
             text = load_text_model(config.model, store=store)
     else:
-        text = _random_model(asked["shape"], config, precision)
+        text = random_model(asked["shape"], config, precision)
     with TemporaryDirectory() as folder:
         begin_adapter(text, plan_for(text.model, config.lora, text.family), seed=0)
         rows = rows_of(config)
@@ -95,7 +95,7 @@ def _peak(peaks: dict[str, int], phase: str) -> Iterator[None]:
     peaks[phase] = peak_bytes()
 
 
-def _random_model(shape: Mapping[str, Any], config: RunConfig, precision: Precision) -> TextModel:
+def random_model(shape: Mapping[str, Any], config: RunConfig, precision: Precision) -> TextModel:
     """Random weights of that shape; every page is written, as if it had been loaded."""
     text = outline(
         config_from(dict(shape)), name="made-up", dtype=precision.dtype, products=precision.products, quantize=precision.quantize

@@ -124,7 +124,7 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
         kwargs = kwargs or {}
         result = _ANSWERS.get(func, func)(*args, **kwargs)
         work = self.work.setdefault(self._phase, Work())
-        count = _FLOPS.get(getattr(func, "_overloadpacket", None))
+        count = FLOPS.get(getattr(func, "_overloadpacket", None))
         if count is not None:
             work.flops += int(count(*args, **kwargs, out_val=result))
         for leaf in tree_leaves(result):
@@ -185,8 +185,8 @@ def _attention_flops(query: Tensor, key: Tensor, value: Tensor, *_: Any, product
     return products * 2 * query.shape[:-1].numel() * key.shape[-2] * (query.shape[-1] + value.shape[-1]) // 2
 
 
-# torch counts its GPU attention kernels only.
-_FLOPS = {
+# Of an aten operation and its result; torch itself counts its GPU attention kernels only.
+FLOPS = {
     **flop_registry,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: partial(_attention_flops, products=2),
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda _, *rest, **more: _attention_flops(

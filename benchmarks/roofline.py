@@ -1,0 +1,109 @@
+"""Claim: a training step runs at 0.85 of the machine's rate for rows of 512 tokens and more, at 0.6 for rows of 128.
+
+    python benchmarks/roofline.py [--quick] [--bases dense nf4 gptq] [--lengths 128 512 2048] [--steps 4]
+
+The rate is that of the fastest plain matrix product on this machine in the same dtype, measured in the same process. Achieved is
+FLOPs / seconds, phase by phase. The FLOPs are those of the products and of the attention that run (contenders/timed_step): norms,
+activations, dequantisation, the optimizer and every wait count as lost. SmolLM2-135M's shape with random weights, rank 8 on all
+linear layers; rows of one length, or rows of between half and one and a half times that length laid end to end.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from harness.machine import origin, warn_if_busy, write_result
+from harness.processes import run_module
+from plan_accuracy import gptq, published_shape
+
+from lorakeet.core.precision import fastest_products
+
+SHAPE = "HuggingFaceTB/SmolLM2-135M"
+LENGTHS, LEARNT, BASES, LAYOUTS = (128, 512, 2048), ("all", "completion", "label"), ("dense", "nf4", "gptq"), ("equal", "packed")
+ASKED = {128: 0.6, 512: 0.85, 2048: 0.85}
+TOKENS = 2048  # of a step
+SPREAD = (0.5, 1.5, 0.75, 1.25)  # of the length, in turn: rows of a packed step
+MICRO_TOKENS = 1024  # as the shipped run file has it; a longer row stands alone
+
+
+def cases(given: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Every combination; with --quick one base, one layout, label only."""
+    for base in given.bases:
+        for length in given.lengths:
+            for learnt in ("label",) if given.quick else LEARNT:
+                for layout in ("equal",) if given.quick else LAYOUTS:
+                    yield {"base": base, "length": length, "learnt": learnt, "layout": layout}
+
+
+def asked_of(case: Mapping[str, Any], steps: int, products: str) -> dict[str, Any]:
+    """What the process is told."""
+    count = max(1, TOKENS // case["length"])
+    equal = case["layout"] == "equal" or count == 1
+    lengths = [round(case["length"] * (1 if equal else SPREAD[number % len(SPREAD)])) for number in range(count)]
+    settings = {
+        "model.dtype": "bfloat16", "model.products": products,
+        "model.quantize.method": "nf4" if case["base"] == "nf4" else "none",
+        "data.max_tokens": max(lengths), "train.micro_tokens": MICRO_TOKENS, "train.batch_size": count, "lora.rank": 8,
+    }  # fmt: skip
+    shape = gptq(SHAPE) if case["base"] == "gptq" else published_shape(SHAPE)
+    texts = {key: str(value) for key, value in settings.items()}
+    return {"settings": texts, "shape": shape, "lengths": lengths, "learnt": case["learnt"], "steps": steps}
+
+
+def timed(asked: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """What contenders/timed_step found, in a fresh process."""
+    given, result = folder / "asked.json", folder / "found.json"
+    given.write_text(json.dumps(asked), encoding="utf-8")
+    run_module(sys.executable, "contenders.timed_step", [str(given), str(result)], log=folder / "log.txt")
+    found: dict[str, Any] = json.loads(result.read_text(encoding="utf-8"))
+    return found
+
+
+def shares(found: Mapping[str, Any]) -> dict[str, float]:
+    """Achieved over possible: of the forward pass, of the backward pass, and of the whole step, medians over its repetitions."""
+    seconds = {phase: statistics.median(values) for phase, values in found["seconds"].items()}
+    flops, rate = found["flops"], found["rate"]
+    by_phase = {phase: flops[phase] / seconds[phase] / rate for phase in flops}
+    return {**by_phase, "step": sum(flops.values()) / sum(seconds.values()) / rate}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="rows of one length, the label alone learnt")
+    parser.add_argument("--bases", nargs="+", choices=BASES, default=BASES)
+    parser.add_argument("--lengths", nargs="+", type=int, choices=LENGTHS, default=LENGTHS)
+    parser.add_argument("--steps", type=int, default=4, help="timed in each process, after two that are not")
+    parser.add_argument("--results", type=Path, default=Path(__file__).with_name("results"), help="where the result is written")
+    given = parser.parse_args(arguments)
+    about = origin()
+    print(warn_if_busy(about) or "The machine is idle.", file=sys.stderr)
+    products = str(fastest_products(torch.bfloat16)).removeprefix("torch.")
+    lines = []
+    print("base   tokens learnt     layout   forward backward   step  asked  tokens/s  GFLOP/s")
+    with TemporaryDirectory(prefix="lorakeet-bench-") as folder:
+        for case in cases(given):
+            found = timed(asked_of(case, given.steps, products), Path(folder))
+            share, asked = shares(found), ASKED[case["length"]]
+            speed = found["tokens"] / sum(statistics.median(values) for values in found["seconds"].values())
+            lines.append({**case, "shares": share, "asked": asked, "tokens_per_second": speed, **found})
+            print(
+                f"{case['base']:6} {case['length']:6} {case['learnt']:10} {case['layout']:7} {share['forward']:8.2f} "
+                f"{share['backward']:8.2f} {share['step']:6.2f} {asked:6.2f} {speed:9.0f} {found['rate'] / 1e9:8.0f}",
+                flush=True,
+            )
+    kept = all(line["shares"]["step"] >= line["asked"] for line in lines)
+    content = {"products": products, "tokens_a_step": TOKENS, "micro_tokens": MICRO_TOKENS, "lines": lines, "kept": kept}
+    print(f"Written: {write_result('roofline', content, seed=0, about=about, folder=given.results)}")
+    return 0 if kept else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
