@@ -51,6 +51,7 @@ def test_a_run_on_nf4_is_certified_and_keeps_its_setting(on_nf4: Path) -> None:
     "changes",
     [
         {"model.quantize": "int8", "lora.variant": "dora", "model.dtype": "bfloat16", "model.products": "float32"},
+        {"model.quantize.method": "int8", "model.quantize.int8_products": "true"},
         {"model.quantize.method": "nf4", "model.quantize.block_size": "128", "lora.start": "pissa"},
         {"model.quantize": "nf4", "lora.target_modules": "q_proj,up_proj", "lora.scale_rule": "alpha/sqrt(rank)"},
     ],

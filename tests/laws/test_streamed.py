@@ -38,6 +38,11 @@ def test_every_base_and_variant_and_dtype(method: str, dtype: str, variant: str,
     both(folder, tmp_path, steps=steps, base={"method": method, "dtype": dtype}, lora={"variant": variant}, **streaming)
 
 
+def test_products_in_int8(tmp_path: Path) -> None:
+    folder = save_tiny_llama(tmp_path / "model", num_hidden_layers=3)
+    both(folder, tmp_path, steps=5, base={"method": "int8", "int8_products": True, "dtype": "bfloat16"}, lora={}, together=2)
+
+
 @pytest.mark.parametrize("slots", [2, 3, 4, 5])
 def test_however_many_blocks_stay_and_however_much_is_unpacked_at_once(
     slots: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

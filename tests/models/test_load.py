@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from lorakeet.errors import ConfigError, DataError, EnvironmentProblem, Lorakeet
 from lorakeet.models import families, load
 from lorakeet.models.load import load_text_model, load_tokenizer
 from lorakeet.models.spec import ModelSpec
+from lorakeet.quant.spec import QuantSpec
 from tiny.models import FAMILIES, save_tiny_llama, tiny_tokenizer
 
 
@@ -127,6 +129,11 @@ def test_missing_weights_are_named_not_drawn_at_random(folder: Path) -> None:
     save_file(tensors, file, metadata={"format": "pt"})
     with pytest.raises(DataError, match=r"lacks 1 weights of its 'llama' architecture, such as model.layers.1.mlp.up_proj"):
         load_text_model(spec(folder))
+
+
+def test_int8_products_without_weights_in_int8_are_refused(folder: Path) -> None:
+    with pytest.raises(ConfigError, match=r"int8_products is true, but no weight .* Set model.quantize.method to int8"):
+        load_text_model(replace(spec(folder), quantize=QuantSpec(int8_products=True)))
 
 
 def change_config(folder: Path, **changes: Any) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -69,6 +70,23 @@ def test_packed_layers_have_the_bytes_of_the_real_ones(method: str) -> None:
     expected = {path: base.bytes for path, base in real.model.named_modules() if isinstance(base, PackedBase)}
     assert found == expected and len(found) == 14
     assert weights_in(planned.model) == weights_in(real.model)
+
+
+@pytest.mark.parametrize("in_int8", [False, True])
+def test_what_a_product_in_int8_holds_is_in_the_account(in_int8: bool) -> None:
+    spec = QuantSpec(method="int8", int8_products=in_int8)
+    dtypes: dict[str, Any] = {"dtype": torch.float32, "products": torch.float32}
+    tokens = 4096
+    with Ledger() as ledger:
+        text = outline(config_from(SMALL), name="small", quantize=spec, **dtypes)
+        base = next(module for module in text.model.train().modules() if isinstance(module, PackedBase))
+        x = torch.zeros(tokens, base.shape[1])
+        with ledger.phase("product"):
+            assert base.matmul(x).shape == (tokens, base.shape[0])
+        held = ledger.peaks["product"].bytes - x.nbytes
+    wanted = tokens * base.shape[0] * 8  # the sums in int32, and as fp32
+    assert (held >= wanted) is in_int8
+    assert ledger.work["product"].flops == 2 * tokens * base.shape[0] * base.shape[1]
 
 
 def test_one_tile_of_an_outlined_base_is_worked_through() -> None:

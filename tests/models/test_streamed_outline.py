@@ -57,6 +57,15 @@ def test_its_places_are_as_large_as_those_of_the_loaded_model(method: str, tmp_p
         assert ledger.bytes - before == 2 * size
 
 
+def test_products_in_int8_are_rehearsed() -> None:
+    config = tiny_model("llama").config
+    exact, coded = (
+        rehearsed(config, Streaming(together=1), quantize=QuantSpec(method="int8", int8_products=products))
+        for products in (False, True)
+    )
+    assert coded.block_bytes == exact.block_bytes and coded.peaks[STEP].bytes != exact.peaks[STEP].bytes
+
+
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_attention_over_a_mask_is_rehearsed_too_and_holds_more(attention: str) -> None:
     config = tiny_model("llama").config

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lorakeet.quant.adopt import empty_base
-from lorakeet.quant.int8 import Int8Base
+from lorakeet.quant.int8 import Int8Base, multiply_in_int8
 
 
 @pytest.fixture
@@ -50,3 +50,49 @@ def test_buffers_go_through_safetensors(weight: torch.Tensor, tmp_path: Path) ->
 def test_another_shape_is_refused(weight: torch.Tensor) -> None:
     with pytest.raises(ValueError, match=r"\(9, 50\)"):
         Int8Base((4, 4)).store(weight)
+
+
+@pytest.fixture
+def trained() -> Int8Base:
+    """A base that multiplies in int8, in training mode."""
+    base = Int8Base.of(torch.randn(48, 64, generator=torch.Generator().manual_seed(1)))
+    assert multiply_in_int8(base) == 1
+    return base.train()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_products_in_int8_are_near_the_exact_ones(trained: Int8Base, dtype: torch.dtype) -> None:
+    draw = torch.Generator().manual_seed(2)
+    x, grad = (torch.randn(40, width, generator=draw).to(dtype) for width in (64, 48))
+    given = x.clone(), grad.clone()
+    weight = trained.dense()
+    for found, exact in ((trained.matmul(x), x.float() @ weight.t()), (trained.matmul_t(grad), grad.float() @ weight)):
+        assert found.dtype == dtype and found.shape == exact.shape
+        off = float((found.float() - exact).norm() / exact.norm())
+        assert 1e-3 < off < 0.02  # rounded, and by about a step of 127
+    assert torch.equal(x, given[0]) and torch.equal(grad, given[1])
+
+
+def test_codes_that_need_no_rounding_multiply_exactly(trained: Int8Base) -> None:
+    codes = torch.randint(-127, 128, (8, 64), generator=torch.Generator().manual_seed(3)).float()
+    codes[:, 0] = 127
+    torch.testing.assert_close(trained.matmul(codes / 64), codes / 64 @ trained.dense().t(), rtol=1e-5, atol=1e-5)
+
+
+def test_judging_multiplies_exactly(trained: Int8Base) -> None:
+    x = torch.randn(5, 64, generator=torch.Generator().manual_seed(4))
+    assert torch.equal(trained.eval().matmul(x), x @ trained.dense().t())
+    assert not torch.equal(trained.train().matmul(x), x @ trained.dense().t())
+
+
+def test_a_row_of_zeros_and_one_that_is_no_number_stay_by_themselves(trained: Int8Base) -> None:
+    x = torch.randn(4, 64, generator=torch.Generator().manual_seed(5))
+    alone = trained.matmul(x[:1])
+    x[1], x[2, 3], x[3, 3] = 0, float("nan"), float("inf")
+    found = trained.matmul(x)
+    assert torch.equal(found[:1], alone) and not found[1].any()
+    assert not torch.isfinite(found[2]).any() and not torch.isfinite(found[3]).all()
+
+
+def test_only_int8_weights_are_told() -> None:
+    assert multiply_in_int8(torch.nn.Linear(3, 3)) == 0

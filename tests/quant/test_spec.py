@@ -18,5 +18,12 @@ def test_a_block_size_that_is_none_is_refused_with_the_ones_that_are(size: int) 
     assert str(size) in problem and "32, 64" in problem
 
 
+def test_int8_products_are_for_weights_in_int8() -> None:
+    assert QuantSpec(method="int8", int8_products=True).validate() == []
+    assert QuantSpec(method="none", int8_products=True).validate() == []  # of a folder that is stored in int8
+    (problem,) = QuantSpec(method="nf4", int8_products=True).validate()
+    assert "nf4" in problem and "Set the method to int8" in problem
+
+
 def test_settings_and_code_know_the_same_block_sizes() -> None:
     assert NF4_BLOCK_SIZES == nf4.BLOCK_SIZES

@@ -35,10 +35,16 @@ def rows(count: int, *, seed: int = 0, vocabulary: int = 90) -> list[Example]:
 
 
 def loaded(
-    folder: Path, store: Path | None = None, *, method: str = "none", dtype: str = "float32", slots: int = 2
+    folder: Path,
+    store: Path | None = None,
+    *,
+    method: str = "none",
+    dtype: str = "float32",
+    slots: int = 2,
+    int8_products: bool = False,
 ) -> TextModel:
     """The model in `folder`, resident, or streamed from a store in the folder `store` with `slots` blocks in memory."""
-    quantize = QuantSpec(method=method)  # type: ignore[arg-type]
+    quantize = QuantSpec(method=method, int8_products=int8_products)  # type: ignore[arg-type]
     spec = ModelSpec(path=str(folder), dtype=dtype, products=dtype, device="cpu", quantize=quantize)  # type: ignore[arg-type]
     return load_text_model(spec, store=store, slots=slots, say=lambda _: None)
 

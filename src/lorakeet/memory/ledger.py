@@ -185,9 +185,10 @@ def _attention_flops(query: Tensor, key: Tensor, value: Tensor, *_: Any, product
     return products * 2 * query.shape[:-1].numel() * key.shape[-2] * (query.shape[-1] + value.shape[-1]) // 2
 
 
-# Of an aten operation and its result; torch itself counts its GPU attention kernels only.
+# Of an aten operation and its result; torch itself leaves out integers, and attention on a CPU.
 FLOPS = {
     **flop_registry,
+    torch.ops.aten._int_mm: flop_registry[torch.ops.aten.mm],
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: partial(_attention_flops, products=2),
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda _, *rest, **more: _attention_flops(
         *rest, products=5, **more

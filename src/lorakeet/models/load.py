@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from lorakeet.data.pack import Batch
-from lorakeet.errors import DataError, EnvironmentProblem
+from lorakeet.errors import ConfigError, DataError, EnvironmentProblem
 from lorakeet.models.attention import VARLEN, register
 from lorakeet.models.families import family_of
 from lorakeet.models.placement import device_for, dtype_for, products_for
@@ -25,6 +25,7 @@ from lorakeet.models.stock import stored_quantisation
 from lorakeet.models.streamed_load import streamed_model
 from lorakeet.models.text import TextModel
 from lorakeet.quant.gptq_config import METHOD, OLD_CONFIG
+from lorakeet.quant.int8 import multiply_in_int8
 from lorakeet.quant.spec import QuantSpec
 
 CHECK_ROWS = (5, 3)  # tokens of the two rows of the check
@@ -54,6 +55,11 @@ def load_text_model(
         family = family_of(config.get_text_config())
         model, streamed = streamed_model(
             source, config, dtype, quantize=spec.quantize, family=family, folder=store, slots=slots, say=tell
+        )
+    if spec.quantize.int8_products and not multiply_in_int8(model):
+        raise ConfigError(
+            f"model.quantize.int8_products is true, but no weight of {spec.path} is kept in int8. Set model.quantize.method to "
+            "int8."
         )
     text = TextModel(
         model=model,

@@ -31,6 +31,7 @@ from lorakeet.models.spec import ModelSpec
 from lorakeet.models.text import TextModel
 from lorakeet.quant.adopt import empty_base
 from lorakeet.quant.gptq_pack import WORD
+from lorakeet.quant.int8 import multiply_in_int8
 from lorakeet.quant.packed import TILE, PackedBase, PackedLinear
 from lorakeet.quant.spec import QuantSpec
 
@@ -98,7 +99,8 @@ def outline(
         own = plain_config(config)  # a copy, in which transformers notes the dtype
         model = AutoModelForCausalLM.from_config(own, dtype=dtype, attn_implementation="eager")
     model = model.requires_grad_(False).eval()
-    put_packed(model, packing_of(model, config, quantize or QuantSpec(), files), device)
+    quantize = quantize or QuantSpec()
+    put_packed(model, packing_of(model, config, quantize, files), device, in_int8=quantize.int8_products)
     set_attention(model, "varlen" if attention == "auto" else attention)
     family = family_of(model.config.get_text_config())
     return TextModel(
@@ -114,16 +116,18 @@ def outline(
     )
 
 
-def put_packed(model: nn.Module, packing: Packing, device: torch.device) -> None:
-    """Puts a packed layer of zeros where a loaded model would hold a packed weight."""
+def put_packed(model: nn.Module, packing: Packing, device: torch.device, *, in_int8: bool = False) -> None:
+    """Puts a packed layer of zeros where a loaded model would hold a packed weight; `in_int8` as in quant/int8."""
     for path, settings in packing.items():
         module = model.get_submodule(path)
         weight: Any = module.weight
         bias: Any = module.bias
         base = empty_base(settings, device=device)
-        if isinstance(weight, FakeTensor):
+        if isinstance(weight, FakeTensor) and not in_int8:
             base = OutlinedBase(base)
         model.set_submodule(path, PackedLinear(base, bias, transposed=not isinstance(module, nn.Linear)))
+    if in_int8:
+        multiply_in_int8(model)
 
 
 class OutlinedBase(PackedBase):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from lorakeet.models.outline import OutlinedBase
 from lorakeet.models.streamed_load import empty_packed, open_streamed, records_of
 from lorakeet.models.text import TextModel
 from lorakeet.quant.adopt import empty_base
+from lorakeet.quant.int8 import multiply_in_int8
 from lorakeet.quant.packed import PackedBase, PackedLinear
 from lorakeet.quant.spec import QuantSpec
 
@@ -42,9 +44,13 @@ def streamed_outline(
     ConfigError where the model has no list of blocks.
     """
     family, device = family_of(config.get_text_config()), torch.device("cpu")
+    quantize = quantize or QuantSpec()
     with _disable_current_modes():  # what is not read yet is in no account
-        store = store_of(empty_packed(config, dtype, quantize or QuantSpec(), files), family)
-    model, streamed = open_streamed(store, config, dtype, family, slots=slots, base_of=_outlined)
+        store = store_of(empty_packed(config, dtype, quantize, files), family)
+    base_of = partial(empty_base, device="meta") if quantize.int8_products else _outlined
+    model, streamed = open_streamed(store, config, dtype, family, slots=slots, base_of=base_of)
+    if quantize.int8_products:
+        multiply_in_int8(model)
     set_attention(model, "varlen" if attention == "auto" else attention)
     return TextModel(
         model=model, tokenizer=None, name=name, source=Path(), family=family, device=device, dtype=dtype, products=products,

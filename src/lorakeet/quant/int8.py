@@ -1,6 +1,12 @@
 """int8 by rows: each row of W keeps its largest absolute value a, and every number one of 255 equal steps in [−a, a].
 
         W[r, c] = packed[r, c] · scale[r]        scale = a / 127
+
+In training, products can run in int8 too (`in_int8`): each row of what is multiplied is coded in the same way, q·t = x, and
+
+        x·Wᵀ = t ∘ (q·packedᵀ) ∘ scale        g·W = t ∘ (q·packed), where q·t = g ∘ scale
+
+with sums in int32, which are exact. Coding a row of normal numbers moves it by about 0.8 % of its size. Judging never does that.
 """
 
 from __future__ import annotations
@@ -8,7 +14,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lorakeet.quant.packed import PackedBase, tile_of
 
@@ -20,6 +26,7 @@ class Int8Base(PackedBase):
 
     packed: Tensor
     scale: Tensor
+    in_int8 = False  # whether products run in int8 while the model is in training mode
 
     def __init__(self, shape: tuple[int, int], *, device: torch.device | str = "cpu") -> None:
         super().__init__(shape)
@@ -54,8 +61,42 @@ class Int8Base(PackedBase):
             out[rows].copy_(packed[rows].float().mul_(scale[rows, None]))
         return out
 
+    def matmul(self, x: Tensor) -> Tensor:
+        if not self._codes(x):
+            return super().matmul(x)
+        codes, scale = _coded(x)
+        return torch._int_mm(codes, self.packed.t()).float().mul_(scale).mul_(self.scale).to(x.dtype)
+
+    def matmul_t(self, grad: Tensor) -> Tensor:
+        if not self._codes(grad):
+            return super().matmul_t(grad)
+        codes, scale = _coded(grad * self.scale)
+        return torch._int_mm(codes, self.packed).float().mul_(scale).to(grad.dtype)
+
+    def _codes(self, x: Tensor) -> bool:
+        """Whether x (tokens, ·) is multiplied in int8; CUDA's product wants more than 16 tokens and multiples of 8."""
+        if not (self.in_int8 and self.training):
+            return False
+        fits = len(x) > 16 and all(size % 8 == 0 for size in self.shape)
+        return x.device.type == "cpu" or (x.device.type == "cuda" and fits)
+
     def _tiles(self, rows: int) -> list[slice]:
         """Slices of rows that together cover `rows` of W, each of about a tile."""
         width = self.shape[1]
         step = max(1, tile_of(self.device, width) // max(1, width))
         return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
+
+
+def multiply_in_int8(model: nn.Module) -> int:
+    """Lets every int8 weight of `model` multiply in int8 while it is trained; how many there are."""
+    bases = [base for base in model.modules() if isinstance(base, Int8Base)]
+    for base in bases:
+        base.in_int8 = True
+    return len(bases)
+
+
+def _coded(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows (n, width) to codes int8 (n, width) and what one step of each row is worth, fp32 (n, 1)."""
+    scale = rows.abs().amax(1, keepdim=True).float().div_(STEPS)
+    inverse = torch.where(scale == 0, scale, 1 / scale)
+    return (rows * inverse).round_().to(torch.int8), scale

@@ -29,11 +29,20 @@ class QuantSpec:
     head: Literal["keep", "quantize"] = field(
         default="keep", metadata={"help": "Whether the output layer over the vocabulary is quantised as well."}
     )
+    int8_products: bool = field(
+        default=False,
+        metadata={"help": "Whether training multiplies by int8 weights in int8, forward and backward; judging never does."},
+    )
 
     def validate(self) -> list[str]:
         """Every problem of these settings in words."""
-        if self.block_size in NF4_BLOCK_SIZES:
-            return []
-        return [
-            f"model.quantize.block_size is {self.block_size}; expected one of {', '.join(map(str, NF4_BLOCK_SIZES))}, such as 64."
-        ]
+        problems = []
+        if self.block_size not in NF4_BLOCK_SIZES:
+            sizes = ", ".join(map(str, NF4_BLOCK_SIZES))
+            problems.append(f"model.quantize.block_size is {self.block_size}; expected one of {sizes}, such as 64.")
+        if self.int8_products and self.method not in ("int8", "none"):
+            problems.append(
+                f"model.quantize.int8_products is true, but model.quantize.method is {self.method}; products run in int8 over "
+                "weights in int8. Set the method to int8, or int8_products to false."
+            )
+        return problems
