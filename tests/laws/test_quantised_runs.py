@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from lorakeet.config import read_run
-from lorakeet.errors import ConfigError, VerificationFailed
+from lorakeet.errors import VerificationFailed
 from lorakeet.evaluate.report import read_report
 from lorakeet.evaluate.values import encode
 from lorakeet.quant.nf4 import Nf4Base
@@ -80,10 +80,9 @@ def test_a_folder_in_nf4_trains_to_the_same_bytes_as_packing_while_loading(
     run(tmp_path / "packed", data, tmp_path / "run", SHORT)
     name = "adapter_model.safetensors"
     assert adapter_bytes(tmp_path / "run")[name] == adapter_bytes(on_nf4)[name]
-    with pytest.raises(ConfigError, match=r"quantised weights \(bitsandbytes\)"):
-        merge([str(tmp_path / "run")], out=tmp_path / "merged", console=quiet())
-    merged = merge([str(tmp_path / "run")], out=tmp_path / "merged", base=str(tiny_llama_folder), console=quiet())
+    merged = merge([str(tmp_path / "run")], out=tmp_path / "merged", into="original", console=quiet())  # by its model card
     assert merged.certificate.passed and "base in nf4" in merged.to_mapping()["notes"][-1]
+    assert merged.to_mapping()["into"]["base"] == "original"
 
 
 def test_the_merge_goes_into_the_unquantised_weights_and_says_so(on_nf4: Path, tiny_llama_folder: Path, tmp_path: Path) -> None:

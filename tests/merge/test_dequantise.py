@@ -9,15 +9,18 @@ import pytest
 import torch
 
 from lorakeet.core.adapter import Adapter
+from lorakeet.errors import ConfigError
 from lorakeet.merge.checkpoint import open_checkpoint
-from lorakeet.merge.dequantise import roundings
+from lorakeet.merge.dequantise import open_dequantised, roundings
 from lorakeet.merge.fold import merge_into
 from lorakeet.models.load import load_text_model
 from lorakeet.models.modules import original_modules
 from lorakeet.models.spec import ModelSpec
 from lorakeet.quant.packed import PackedLinear
 from lorakeet.quant.spec import QuantSpec
+from lorakeet.workflows.quantize import quantize
 from tiny.models import save_tiny_llama
+from tiny.runs import quiet, reviews, write_rows
 
 SPECS = [QuantSpec("nf4"), QuantSpec("nf4", block_size=32, double_quant=False), QuantSpec("int8")]
 
@@ -48,3 +51,27 @@ def test_half_precision_is_packed_as_it_is_stored(tmp_path: Path) -> None:
     merged = open_checkpoint(tmp_path / "merged")
     for name, weight in wanted.items():
         assert torch.equal(merged.shards[merged.home[name]].read(name), weight.bfloat16())
+
+
+@pytest.mark.parametrize("method", ["nf4", "int8", "gptq"])
+def test_a_quantised_folder_is_seen_as_the_dense_model_of_it(method: Any, tiny_llama_folder: Path, tmp_path: Path) -> None:
+    rows = write_rows(tmp_path / "rows.jsonl", reviews(20))
+    layout = {"group_size": 16, "calibration": str(rows)} if method == "gptq" else {}
+    quantize(str(tiny_llama_folder), method=method, out=tmp_path / "packed", console=quiet(), **layout)
+    (tmp_path / "packed" / "quantize_config.json").write_text("{}")
+    wanted = packed_weights(tmp_path / "packed", QuantSpec())
+    merge_into(open_dequantised(tmp_path / "packed"), Adapter({}), tmp_path / "merged")
+    base, merged = open_checkpoint(tiny_llama_folder), open_checkpoint(tmp_path / "merged")  # which refuses quantised folders
+    assert set(merged.home) == set(base.home) and len(wanted) == 14
+    for name in base.home:
+        old, new = (c.shards[c.home[name]].read(name) for c in (base, merged))
+        assert new.dtype == old.dtype and torch.equal(new, wanted.get(name, old)), name
+    assert not (tmp_path / "merged" / "quantize_config.json").exists()
+    text = load_text_model(ModelSpec(str(tmp_path / "merged"), dtype="float32"), say=lambda said: None)
+    up = "model.layers.1.mlp.up_proj.weight"
+    assert torch.equal(text.model.get_parameter(up), wanted[up])
+
+
+def test_a_dense_folder_is_not_taken_for_a_quantised_one(tiny_llama_folder: Path) -> None:
+    with pytest.raises(ConfigError, match="expected a quantised model folder"):
+        open_dequantised(tiny_llama_folder)

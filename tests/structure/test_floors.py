@@ -21,7 +21,7 @@ PLACES: dict[str, tuple[str, ...]] = {
     "trl": (),
     "accelerate": (),
     "click": ("cli/",),
-    "yaml": ("config.py", "export/card.py"),
+    "yaml": ("config.py", "models/origin.py", "export/card.py"),
     "scipy": ("evaluate/",),
     "sklearn": ("evaluate/",),
     "datasketch": ("data/",),

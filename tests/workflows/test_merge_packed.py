@@ -182,8 +182,8 @@ def test_a_gguf_run_is_merged_densely_into_the_numbers_of_its_file(
     run(tmp_path / "tiny.gguf", data, tmp_path / "run", {"model.quantize": "gguf", "train.steps": 2})
     merged = merge([str(tmp_path / "run")], out=tmp_path / "out", console=quiet())
     assert merged.certificate.passed and merged.certificate.checks[0].measured["mean_kl"] < 1e-9
-    assert any("numbers that the .gguf file stands for" in note for note in merged.notes)
-    assert not any("unquantised" in note for note in merged.notes)
+    assert any("the weights that gguf stands for" in note for note in merged.notes)
+    assert any("No unquantised original of" in note for note in merged.notes)
     written, layout = load_file(tmp_path / "out" / "model.safetensors"), read_layout(str(tmp_path / "tiny.gguf"), silent)
     pairs = open_adapter(tmp_path / "run").adapter.pairs
     for path, read in layout.layers.items():

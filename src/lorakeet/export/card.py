@@ -16,6 +16,7 @@ from lorakeet.evaluate.certificate import Certificate
 from lorakeet.evaluate.intervals import Estimate
 from lorakeet.evaluate.report import Report
 from lorakeet.evaluate.wording import METRIC_WORDS, metric_words, number, signed
+from lorakeet.models.origin import card_facts
 
 _HUB = "hub:"
 
@@ -103,12 +104,7 @@ def _checks(certificate: Certificate) -> list[str]:
 
 def licence_of(folder: Path) -> str:
     """The licence that a model folder's README.md names in its front matter; empty where it names none."""
-    try:
-        text = (folder / "README.md").read_text(encoding="utf-8")
-        front = yaml.safe_load(text.split("---")[1]) if text.startswith("---") else None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, IndexError):
-        return ""
-    found = front.get("license") if isinstance(front, dict) else None
+    found = card_facts(folder).get("license")
     return found if isinstance(found, str) else ""
 
 

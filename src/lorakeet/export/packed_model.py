@@ -43,12 +43,13 @@ def write_model(
     *,
     config: Mapping[str, Any],
     along: Sequence[Path] = (),
+    card: str = "",
     shard_bytes: int = SHARD_BYTES,
     on_progress: Progress | None = None,
 ) -> int:
-    """Writes the tensors of `parts`, config.json and copies of the files `along` to the new folder `out`; returns its bytes.
+    """Writes the tensors of `parts`, config.json, copies of the files `along` and README.md with `card` to the new folder `out`.
 
-    At most one shard of made tensors and what one `make` needs are in memory. ConfigError where `out` exists,
+    Returns its bytes. At most one shard of made tensors and what one `make` needs are in memory. ConfigError where `out` exists,
     EnvironmentProblem where the disk is too full, seen before or during the writing; nothing is left behind then.
     """
     if out.exists():
@@ -71,6 +72,8 @@ def write_model(
             save_text(partial / INDEX, _index(shards))
         save_text(partial / CONFIG, json.dumps(config, indent=2, ensure_ascii=False) + "\n")
         copy_along(along, partial)
+        if card:
+            save_text(partial / "README.md", card)
         os.rename(partial, out)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):

@@ -1,17 +1,26 @@
-"""The base that a quantised run computed with, as dense numbers: what packing makes of each weight on disk."""
+"""The base that a quantised run computed with, as dense numbers: packed as it was loaded, or in the files on disk."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
+import torch
 from torch import Tensor
 
+from lorakeet.errors import ConfigError, DataError
+from lorakeet.formats.json_object import read_object
+from lorakeet.formats.safe import SafeFile, Stored
+from lorakeet.merge.checkpoint import CONFIG, Checkpoint
 from lorakeet.models import modules
 from lorakeet.models.load import read_config
 from lorakeet.models.quantized import owners, packable, skeleton
-from lorakeet.models.stock import tensor_files
+from lorakeet.models.stock import READERS, Stock, stored_quantisation, tensor_files
 from lorakeet.quant.adopt import quantised
+from lorakeet.quant.gptq import PARTS
 from lorakeet.quant.spec import QuantSpec
 
 
@@ -34,3 +43,76 @@ def _rounding(transposed: bool, spec: QuantSpec) -> Callable[[Tensor], Tensor]:
         return dense.t().contiguous() if transposed else dense
 
     return rounded
+
+
+@dataclass(frozen=True)
+class _Unpacked(SafeFile):
+    """A file of a quantised model, in which packed weights appear as the dense tensors that they stand for, in fp32 when read."""
+
+    made: Mapping[str, Callable[[], Tensor]] = field(default_factory=dict)
+
+    def read(self, name: str) -> Tensor:
+        return self.made[name]() if name in self.made else super().read(name)
+
+
+def open_dequantised(folder: Path) -> Checkpoint:
+    """The quantised model in `folder` (GPTQ, NF4, int8) seen as the dense one that it stands for; a weight is unpacked when read.
+
+    Unpacked weights count as stored in the dtype that config.json names, or else in that of most other tensors. ConfigError where
+    the folder is not quantised in a way that is read, DataError for packed weights that no layer of the model takes.
+    """
+    config = read_config(folder)
+    stored = stored_quantisation(config)
+    reader = READERS.get(str(stored.get("quant_method", ""))) if stored else None
+    if reader is None or stored is None:
+        raise ConfigError(f"{folder} holds no weights in {', '.join(READERS)}; expected a quantised model folder.")
+    files = tensor_files(folder)
+    stock = reader(files, stored)
+    plain = skeleton(config)
+    places = owners(plain, stock.packed)
+    strange = sorted(set(stock.packed) - set(places))
+    if strange:
+        raise DataError(f"{folder} has {len(strange)} packed weights that no layer of the model takes, such as {strange[0]}.")
+    dtype = _usual_dtype(config, stock, files)
+    tensors: dict[str, dict[str, Stored]] = {file.path.name: {} for file in files.values()}
+    for name in stock.dense:
+        tensors[files[name].path.name][name] = files[name].tensors[name]
+    made: dict[str, Callable[[], Tensor]] = {}
+    for name, path in places.items():
+        module = plain.get_submodule(path)
+        tensors[_home(name, files).path.name][name] = Stored(dtype, tuple(module.weight.shape), 0, 0)
+        made[name] = _dense(stock, name, modules.kind_of(module) == "conv1d")
+    shards = {file.path.name: file for file in files.values()}
+    unpacked = {name: _Unpacked(file.path, tensors[name], file.metadata, made=made) for name, file in shards.items()}
+    home = {name: file for file, shard in unpacked.items() for name in shard.tensors}
+    return Checkpoint(folder, unpacked, home, _settings(folder))
+
+
+def _settings(folder: Path) -> dict[str, Any]:
+    """config.json without its words about quantisation."""
+    found = read_object(folder / CONFIG, expected="the settings of a model")
+    for part in (found, found.get("text_config")):
+        if isinstance(part, dict):
+            part.pop("quantization_config", None)
+    return found
+
+
+def _dense(stock: Stock, name: str, transposed: bool) -> Callable[[], Tensor]:
+    def made() -> Tensor:
+        dense = stock.packed[name]().dense()
+        return dense.t().contiguous() if transposed else dense
+
+    return made
+
+
+def _home(name: str, files: Mapping[str, SafeFile]) -> SafeFile:
+    """The file in which the packed weight `name` lies, under its own name or GPTQ's."""
+    return files[name] if name in files else files[f"{name.removesuffix('.weight')}.{PARTS[0]}"]
+
+
+def _usual_dtype(config: Any, stock: Stock, files: Mapping[str, SafeFile]) -> torch.dtype:
+    named = getattr(config, "dtype", None) or getattr(config.get_text_config(), "dtype", None)
+    if isinstance(named, torch.dtype):
+        return named
+    kinds = Counter(files[name].tensors[name].dtype for name in stock.dense if files[name].tensors[name].dtype.is_floating_point)
+    return kinds.most_common(1)[0][0] if kinds else torch.float32

@@ -22,6 +22,7 @@ from lorakeet.errors import ConfigError, EnvironmentProblem
 from lorakeet.formats.safe import save_text, stored_bytes, stream_safetensors
 from lorakeet.merge.checkpoint import CONFIG, INDEX, SINGLE, Checkpoint, copy_along, files_along, open_checkpoint
 from lorakeet.merge.edits import Change, Edit, Edits, edits_for
+from lorakeet.quant.gptq_config import OLD_CONFIG
 
 Dtype = Literal["same", "float32", "bfloat16", "float16"]
 Progress = Callable[[int, int, str], None]  # tensors written, tensors in all, name of the last
@@ -47,7 +48,7 @@ class MergeResult:
 
 
 def merge_into(
-    source: Path,
+    source: Path | Checkpoint,
     adapter: Adapter,
     out: Path,
     *,
@@ -57,7 +58,7 @@ def merge_into(
     before: Mapping[str, Callable[[Tensor], Tensor]] | None = None,
     on_progress: Progress | None = None,
 ) -> MergeResult:
-    """Writes the model in `source` with `adapter` folded in to the new folder `out`, which appears whole or not at all.
+    """Writes the model `source` with `adapter` folded in to the new folder `out`, which appears whole or not at all.
 
     `dtype` converts every floating tensor, "same" keeps each one's. Tokenizer files come from `tokenizer` where given (a run
     that added tokens), else from `source`. `change` and `before` as in `edits_for`. ConfigError: `out` exists, or
@@ -65,10 +66,10 @@ def merge_into(
     """
     if out.exists():
         raise ConfigError(f"{out} exists already and is never overwritten. Choose another folder or remove that one.")
-    checkpoint = open_checkpoint(source)
+    checkpoint = open_checkpoint(source) if isinstance(source, Path) else source
     edits = edits_for(checkpoint, adapter, change=change, before=before)
     shards = _shards(checkpoint, edits, dtype)
-    files = files_along(source, tokenizer)
+    files = [file for file in files_along(checkpoint.folder, tokenizer) if file.name != OLD_CONFIG]  # what is written is dense
     metadata = {file: checkpoint.shards[file].metadata or {"format": "pt"} for file in shards}
     needed = sum(stored_bytes(shapes, metadata[file]) for file, shapes in shards.items())
     out.parent.mkdir(parents=True, exist_ok=True)

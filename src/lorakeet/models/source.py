@@ -11,6 +11,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
+    HFValidationError,
     LocalEntryNotFoundError,
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
@@ -58,6 +59,18 @@ def gguf_file(name: str) -> Path | None:
     """The .gguf file that a model path names, as it is or as a package's; None where it names none."""
     path = _local(ModelSpec(path=name))
     return path if path is not None and path.is_file() and path.suffix.lower() == ".gguf" else None
+
+
+def on_this_machine(spec: ModelSpec) -> Path | None:
+    """The file or folder that `spec.path` names where it is here already, a hub id in the hub's cache; nothing is fetched."""
+    try:
+        local = _local(spec)
+        if local is not None:
+            return local
+        with quiet_transformers():
+            return Path(snapshot_download(spec.path, revision=spec.revision, allow_patterns=_WANTED, local_files_only=True))
+    except (DataError, EnvironmentProblem, LocalEntryNotFoundError, HFValidationError):
+        return None
 
 
 def _holds_blocks(folder: Path) -> bool:

@@ -13,7 +13,7 @@ Products and sums are taken in fp32 in this order, as ggml's own reference does,
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -158,6 +158,14 @@ def read_gguf(path: Path) -> tuple[str, list[FileTensor]]:
                    int(entry.data_offset))
         for entry in reader.tensors
     ]
+
+
+def gguf_texts(path: Path, names: Iterable[str]) -> dict[str, str]:
+    """Those of the texts `names` that stand in the header of a .gguf file."""
+    from gguf import GGUFReader
+
+    fields = GGUFReader(path).fields
+    return {name: str(bytes(fields[name].parts[-1]), "utf-8", "replace") for name in names if name in fields}
 
 
 def row_bytes(width: int, kind: str) -> int:

@@ -22,6 +22,7 @@ from lorakeet.merge.checkpoint import files_along, open_checkpoint
 from lorakeet.models.gptq_blocks import QuantisedBlock, block_layers, check_layers, quantise_blocks, weight_of
 from lorakeet.models.load import load_text_model, read_config
 from lorakeet.models.modules import block_prefix
+from lorakeet.models.origin import packed_card
 from lorakeet.models.quantized import kept_experts, owners
 from lorakeet.models.source import find_source
 from lorakeet.models.spec import ModelSpec
@@ -78,7 +79,7 @@ def write_gptq(
             errors.update(block.errors)
             bar.update(task, total=block.count, completed=block.number + 1, description=f"block {block.number + 1}")
 
-        written = _write(text, examples, layout, out, done)
+        written = _write(model, text, examples, layout, out, done)
     worst = max(errors, key=lambda path: (errors[path], path))
     console.print(
         f"Wrote {written:,} bytes to {out}: {len(errors)} layers in {layout.bits} bits, format {layout.zero_format}. Lorakeet "
@@ -128,8 +129,10 @@ def _as_stored(model: str, console: Console) -> ModelSpec:
     return ModelSpec(path=str(source), dtype="bfloat16" if narrow else "float32", products="bfloat16" if narrow else "float32")
 
 
-def _write(text: TextModel, rows: Sequence[Example], layout: Layout, out: Path, done: Callable[[QuantisedBlock], None]) -> int:
-    """Writes the folder, block by block as they are quantised; returns its bytes."""
+def _write(
+    model: str, text: TextModel, rows: Sequence[Example], layout: Layout, out: Path, done: Callable[[QuantisedBlock], None]
+) -> int:
+    """Writes the folder, block by block as they are quantised; returns its bytes. `model` is what the user calls it."""
     prefix, count = block_prefix(text.model, text.family)
     layers = block_layers(text.model, prefix) if count else {}
     check_layers(layers, layout)
@@ -148,7 +151,8 @@ def _write(text: TextModel, rows: Sequence[Example], layout: Layout, out: Path, 
     settings = GptqConfig(layout.bits, layout.group_size, layout.desc_act, layout.sym, layout.zero_format)
     words = to_mapping(settings, damping=DAMPING, version=__version__)
     config = {**checkpoint.config, "quantization_config": words}
-    return write_model(out, parts, config=config, along=files_along(text.source, None))
+    card = packed_card(model, f"GPTQ, {layout.bits} bits")
+    return write_model(out, parts, config=config, along=files_along(text.source, None), card=card)
 
 
 class _Solved:

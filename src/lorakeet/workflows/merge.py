@@ -26,7 +26,7 @@ from lorakeet.evaluate.values import encode
 from lorakeet.formats import peft
 from lorakeet.merge.checkpoint import copy_along, tokenizer_files
 from lorakeet.merge.combine import Combination, Combined, CombineSpec, combination
-from lorakeet.merge.dequantise import roundings
+from lorakeet.merge.dequantise import open_dequantised, roundings
 from lorakeet.merge.fold import Dtype, MergeResult, merge_into
 from lorakeet.models.adapt import put_adapter
 from lorakeet.models.inject import activate
@@ -36,7 +36,7 @@ from lorakeet.models.spec import ModelSpec
 from lorakeet.models.text import TextModel
 from lorakeet.train.durable import new_folder
 from lorakeet.workflows.certify import MICRO_TOKENS, certify_combined, certify_merge, fold_in_place
-from lorakeet.workflows.choose_base import Choice, choose_base
+from lorakeet.workflows.choose_base import AT_LOAD, Choice, bases_of, choose_base
 from lorakeet.workflows.choose_base import Into as DenseInto
 from lorakeet.workflows.compare_models import compare, first_tokens
 from lorakeet.workflows.judge import sampled_texts
@@ -203,23 +203,26 @@ class _ModelMerge:
         first.require_room(2, "the check of a merged model", console)
         judged = next((item for item in self.opened if item.run is not None), first)
         dataset = load_dataset(judged.config.data) if judged.run else None  # missing rows are found before anything is written
-        source = find_source(first.dense_spec, console.print)
-        choice = choose_base(self.into, self.opened, dataset, console)
+        bases = bases_of(first)
+        choice = choose_base(self.into, self.opened, bases, dataset, console)
+        base = bases.of(choice.base)
+        packed = choice.base == "dequantised" and bases.kind != "gguf"  # a .gguf file's numbers are had as a dense copy
         combined = None
         if plan is not None and not self.folds_whole:
             with _progress(console, "combining") as step:
                 combined = plan.combined(step)
             _show_errors(combined, console)
-        if self.folds_whole and choice.base == "dequantised":
+        if self.folds_whole and packed:
             raise ConfigError("The dequantised base takes pairs only: give the changes a --rank, or merge --into original.")
         whole = plan if self.folds_whole else None
         adapter = whole.outline() if whole else combined.adapter if combined else first.adapter
-        result = self._write(source, adapter, whole, choice)
+        result = self._write(base, packed, adapter, whole)
         notes = tuple(note for note in (*result.notes, choice.why) if note)
         for note in notes:
             console.print(note, soft_wrap=True)
         said = dataclasses.replace(judged, adapter=adapter, folder=first.folder)
-        live, rows, effect, merged = self._sides(said, whole, choice, dataset)
+        said = said.over(base.config.model if packed else base.dense_spec)
+        live, rows, effect, merged = self._sides(said, whole, dataset)
         certificate = certify_merge(live, merged, rows, out=self.out, spec=judged.config.evaluate, effect=effect)
         show_certificate(certificate, console)
         with writing_certificate(self.out, "merge"):
@@ -227,12 +230,14 @@ class _ModelMerge:
         certificate.raise_if_failed()
         return Merged(self.out, certificate, result, combined, choice, notes)
 
-    def _write(self, source: Path, adapter: Adapter, whole: Combination | None, choice: Choice) -> MergeResult:
-        console, first = self.console, self.opened[0]
-        before = roundings(source, first.config.model.quantize) if choice.base == "dequantised" else None
+    def _write(self, base: Opened, packed: bool, adapter: Adapter, whole: Combination | None) -> MergeResult:
+        console, first, quantize = self.console, self.opened[0], base.config.model.quantize
+        source = find_source(base.dense_spec, console.print)
+        at_load = packed and quantize.method in AT_LOAD
+        before = roundings(source, quantize) if at_load else None
         with _progress(console, "folding") as step:
             result = merge_into(
-                source,
+                open_dequantised(source) if packed and not at_load else source,
                 adapter,
                 self.out,
                 dtype=self.dtype,
@@ -248,11 +253,11 @@ class _ModelMerge:
         return result
 
     def _sides(
-        self, opened: Opened, whole: Combination | None, choice: Choice, dataset: Dataset | None
+        self, opened: Opened, whole: Combination | None, dataset: Dataset | None
     ) -> tuple[tuple[TextModel, str | None], Sequence[Example], Parity | None, TextModel]:
         """What should be, the rows to compare on, how far it is from the base where that is known, and what was written."""
         console = self.console
-        live = opened.text_model(console, dtype="float32", dense=choice.base == "original", with_adapter=whole is None)
+        live = opened.text_model(console, dtype="float32", with_adapter=whole is None)
         rows = _check_rows(opened, dataset, live, console)
         spec = ModelSpec(path=str(self.out), dtype="float32", products="float32", device=opened.config.model.device)
         merged = load_text_model(spec, say=console.print)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -18,13 +17,12 @@ from lorakeet.evaluate.wording import bytes_text
 from lorakeet.formats.detect import read_adapter
 from lorakeet.memory.budget import parse_budget
 from lorakeet.memory.measure import resident_bytes
-from lorakeet.merge.checkpoint import CONFIG
 from lorakeet.models.adapt import put_adapter
 from lorakeet.models.load import load_text_model, load_tokenizer, read_config
+from lorakeet.models.origin import stored_as
 from lorakeet.models.quantized import skeleton
-from lorakeet.models.source import find_source
+from lorakeet.models.source import find_source, on_this_machine
 from lorakeet.models.spec import ModelSpec
-from lorakeet.models.stock import method_of
 from lorakeet.models.text import TextModel
 from lorakeet.quant.adopt import weights_in
 from lorakeet.quant.spec import QuantSpec
@@ -33,14 +31,6 @@ from lorakeet.workflows.arrange import Arrangement, Loaded, arrange
 
 NAME = "default"
 FP32 = 4  # bytes
-
-
-def packed_on_disk(model: ModelSpec) -> str:
-    """How the weights in the model's folder are quantised: gptq, nf4, …; empty where they are not, or it is no local folder."""
-    config = Path(model.path).expanduser() / CONFIG
-    if not config.is_file():
-        return ""
-    return method_of(json.loads(config.read_text(encoding="utf-8")).get("quantization_config") or {})
 
 
 @dataclass(frozen=True)
@@ -58,12 +48,25 @@ class Opened:
         return dataclasses.replace(self.config.model, quantize=QuantSpec())
 
     @property
-    def trained_on(self) -> str:
-        """How the base of the run was quantised: nf4, int8, gptq, …; empty where it was not, and for a bare adapter."""
+    def trained_model(self) -> ModelSpec:
+        """The base as the adapter was trained on it, whatever --base says now; of a bare adapter what its file names."""
         if self.run is None:
-            return ""
-        model = read_run(self.run.config).model
-        return model.quantize.method.replace("none", "") or packed_on_disk(model)
+            return ModelSpec(path=self.adapter.base or self.config.model.path)
+        return dataclasses.replace(read_run(self.run.config).model, device=self.config.model.device)
+
+    @property
+    def trained_on(self) -> str:
+        """How that base was quantised, as it was loaded or on disk (nf4, int8, gptq, gguf); empty where it was not.
+
+        Where it is not at its place any more, the base that --base names is looked at.
+        """
+        model = self.trained_model
+        here = model if on_this_machine(model) is not None else self.config.model
+        return model.quantize.method.replace("none", "") or stored_as(here)
+
+    def over(self, model: ModelSpec) -> Opened:
+        """The same adapter on another base, or on the same one held in another way."""
+        return dataclasses.replace(self, config=dataclasses.replace(self.config, model=model))
 
     def text_model(
         self,
@@ -71,14 +74,14 @@ class Opened:
         *,
         dtype: str | None = None,
         with_adapter: bool = True,
-        dense: bool = False,
         within_budget: Loaded | None = None,
     ) -> TextModel:
-        """The base with the adapter attached and active; `dtype` overrides the one that the run was trained in, and `dense`
-        leaves its weights as they were before they were quantised. `within_budget`, the rows beside which it stands, keeps the
-        run's memory.budget, if need be by streaming the weights: for what only computes and reads no weight.
+        """The base with the adapter attached and active; `dtype` overrides the one that the run was trained in.
+
+        `within_budget`, the rows beside which it stands, keeps the run's memory.budget, if need be by streaming the weights: for
+        what only computes and reads no weight.
         """
-        spec = self.dense_spec if dense else self.config.model
+        spec = self.config.model
         if dtype is not None:
             spec = dataclasses.replace(spec, dtype=dtype, products=dtype)  # type: ignore[arg-type]
         say = partial(console.print, markup=False, soft_wrap=True)

@@ -16,11 +16,11 @@ from lorakeet.evaluate.certificate import Certificate
 from lorakeet.evaluate.rank_values import RankCell, RankMap, Search
 from lorakeet.evaluate.report import Command, Curves, Drift, Leak, MemoryUse, Point, Report
 from lorakeet.memory.measure import peak_bytes
+from lorakeet.models.origin import packed_folder
 from lorakeet.train.loop import Outcome
 from lorakeet.train.run import RunFolder
 from lorakeet.workflows import facts
 from lorakeet.workflows.assemble import Assembly
-from lorakeet.workflows.opened import packed_on_disk
 
 
 def complete(
@@ -167,7 +167,7 @@ def _next(config: RunConfig, run: RunFolder) -> tuple[Command, ...]:
         Command(f"lorakeet export {run.path} --to ollama --out {run.path}-ollama", "write it for Ollama, checked in llama.cpp"),
         Command(f"lorakeet verify {run.path}", "compare what these two wrote with the live adapter"),
     )
-    if packed == "none" and (stored := packed_on_disk(config.model)):  # there is no unquantised base to fold into
+    if packed == "none" and (stored := packed_folder(Path(config.model.path).expanduser())):
         into = f"lorakeet merge {run.path} --into packed --out {run.path}-merged"
         merged = (Command(into, f"fold the adapter into a model that stays {stored}"),)
     return (

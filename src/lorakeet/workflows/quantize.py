@@ -22,6 +22,7 @@ from lorakeet.formats.safe import SafeFile
 from lorakeet.merge.checkpoint import files_along, open_checkpoint
 from lorakeet.models.load import load_text_model, read_config
 from lorakeet.models.modules import kind_of, weight_shape
+from lorakeet.models.origin import packed_card
 from lorakeet.models.quantized import linear_layers, owners, packable, skeleton
 from lorakeet.models.source import find_source
 from lorakeet.models.spec import ModelSpec
@@ -150,6 +151,7 @@ def _pack(
             parts,
             config={**checkpoint.config, "quantization_config": layout.config(kept, dtype)},
             along=files_along(source, None),
+            card=packed_card(model, method),
             on_progress=lambda done, total, name: bar.update(task, completed=done, total=total, description=f"packing {name}"),
         )
     result = Quantized(out, method, written, error)

@@ -77,7 +77,7 @@ class MergeOptions:
     seed: int = field(default=0, metadata={"help": "What dare and della drop depends on it."})
     into: Literal["original", "dequantised", "auto", "packed"] = field(
         default="auto",
-        metadata={"help": "Base of a run on nf4 or int8: auto measures both on the held-out rows. packed stays quantised."},
+        metadata={"help": "Base of a run on a quantised one: auto measures both on the held-out rows. packed stays quantised."},
     )
     like: str | None = field(
         default=None,
