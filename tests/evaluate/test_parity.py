@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from lorakeet.errors import DataError
-from lorakeet.evaluate.parity import TOLERANCES, ParityMeter, Tolerance
+from lorakeet.evaluate.parity import TOLERANCES, ParityMeter, Tolerance, kl_of_told
 from lorakeet.evaluate.spec import EvaluateSpec
 
 QUICK = EvaluateSpec(resamples=300)
@@ -109,3 +109,13 @@ def test_tolerances_widen_with_roundoff_and_are_explained() -> None:
         assert fp32 < fp16 < bf16
     assert all(field.metadata["help"] for field in dataclasses.fields(Tolerance))
     assert "certify in fp32" in (Tolerance.__doc__ or "")
+
+
+def test_kl_over_told_tokens_is_a_lower_bound_that_all_tokens_reach() -> None:
+    generator = torch.Generator().manual_seed(3)
+    p, q = (torch.randn(50, generator=generator, dtype=torch.float64).mul(3).log_softmax(0) for _ in range(2))
+    whole = float((p.exp() * (p - q)).sum())
+    likely = q.topk(50).indices.tolist()
+    found = [kl_of_told(p, {token: float(q[token]) for token in likely[:count]}) for count in (1, 5, 20, 50)]
+    assert found == sorted(found) and found[-1] == pytest.approx(whole, rel=1e-9) and 0 < found[0] < whole
+    assert kl_of_told(p, {token: float(p[token]) for token in likely[:5]}) == pytest.approx(0.0, abs=1e-12)

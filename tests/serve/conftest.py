@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import queue
-import threading
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
-import uvicorn
 
 from lorakeet.formats import peft
 from lorakeet.models.active import LiveModel
@@ -18,13 +16,13 @@ from lorakeet.models.load import load_text_model
 from lorakeet.models.spec import ModelSpec
 from lorakeet.serve.access import Access
 from lorakeet.serve.engine import Engine, Event, Job, Request
-from lorakeet.serve.http import _Server, build_app
 from lorakeet.serve.registry import Registry
 from lorakeet.serve.sampling import Sampling
 from lorakeet.serve.service import Limits, Service
 from lorakeet.serve.store import Store
 from tiny.adapters import random_adapter
 from tiny.models import tiny_model
+from tiny.site import Site
 
 VOCABULARY = 320
 
@@ -101,25 +99,6 @@ def asking(live: LiveModel) -> Iterator[Callable[..., Asking]]:
     yield build
     for engine in made:
         engine.drain(timeout=0.0)
-
-
-class Site:
-    """A server on a free port of this machine, in a thread."""
-
-    def __init__(self, service: Service) -> None:
-        self.service = service
-        self._server: Any = None
-        ready: queue.SimpleQueue[int] = queue.SimpleQueue()
-        config = uvicorn.Config(build_app(service), host="127.0.0.1", port=0, log_level="warning", access_log=False)
-        self._server = _Server(config, ready.put)
-        self._thread = threading.Thread(target=self._server.run)
-        self._thread.start()
-        self.url = f"http://127.0.0.1:{ready.get(timeout=30)}"
-
-    def stop(self) -> None:
-        """As SIGTERM stops it: what was begun ends first."""
-        self._server.should_exit = True
-        self._thread.join()
 
 
 @pytest.fixture

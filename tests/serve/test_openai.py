@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable
 from typing import Any
 
+import httpx
 import openai
 import pytest
 
@@ -118,3 +119,18 @@ def test_refusals_are_openais(client: Any) -> None:
 
 def test_an_ignorable_field_is_ignored_and_a_neutral_one_too(client: Any) -> None:
     assert chat(client, "a", user="me", frequency_penalty=0, response_format={"type": "text"}).choices[0].message.content
+
+
+def test_token_ids_are_told_before_anything_is_written(served: Any) -> None:
+    def told(**asked: Any) -> httpx.Response:
+        return httpx.post(f"{served.url}/tokenize", json={"model": "a", **asked}, timeout=60)
+
+    tokenizer = served.service.text.tokenizer
+    raw = told(prompt="This drug").json()
+    assert raw == {"count": len(raw["tokens"]), "max_model_len": 128, "tokens": tokenizer.encode("This drug")}
+    rendered = tokenizer.apply_chat_template(MESSAGES, tokenize=False, add_generation_prompt=True)
+    talk = told(messages=MESSAGES, add_generation_prompt=True).json()
+    assert talk["tokens"] == tokenizer.encode(rendered, add_special_tokens=False)
+    assert told(prompt="This drug", model="nobody").status_code == 404
+    assert told(prompt="This drug", add_special_tokens=False).status_code == 400
+    assert told(messages=MESSAGES, add_generation_prompt=False).status_code == 400

@@ -1,124 +1,183 @@
-"""`workflows.server_artefact`: a served model is compared by what it writes, over llama.cpp's API and over OpenAI's."""
+"""`workflows.server_artefact`: a served model is compared by what it tells, and what it does not tell is listed."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 import subprocess
 import sys
-import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from lorakeet.core.adapter import Pair
+from lorakeet.data.prepare import load_dataset
 from lorakeet.errors import EnvironmentProblem, VerificationFailed
-from lorakeet.export.llama_cpp import LlamaCpp
+from lorakeet.evaluate.certificate import Check, read_certificate
 from lorakeet.export.tolerances import F16
-from lorakeet.models.load import load_tokenizer
+from lorakeet.formats.gguf import permute, unpermute
+from lorakeet.models.active import LiveModel
+from lorakeet.models.load import load_text_model, load_tokenizer
+from lorakeet.models.spec import ModelSpec
+from lorakeet.serve.engine import Engine
+from lorakeet.serve.registry import Registry
+from lorakeet.serve.service import Service
+from lorakeet.workflows.artefacts import live_side
 from lorakeet.workflows.convert import convert
 from lorakeet.workflows.opened import open_adapter
 from lorakeet.workflows.server_artefact import Server, _label
-from lorakeet.workflows.verify import verify
-from tiny.exports import write_model
+from lorakeet.workflows.verify import probes_of, verify
+from tiny.exports import loud_run, write_model
 from tiny.runs import quiet
+from tiny.servers import KINDS, serving
+from tiny.site import Site
 
 
-class Served(BaseHTTPRequestHandler):
-    """The parts of both APIs that are asked for, answered by llama.cpp itself; `native` offers its own API too."""
-
-    engine: LlamaCpp
-    tokenizer: Any
-    native: bool
-    lock = threading.Lock()
-
-    def do_GET(self) -> None:
-        known = {"/v1/models": {"data": [{"id": "tiny"}]}, **({"/props": {"n_ctx": 512}} if self.native else {})}
-        self._say(known.get(self.path))
-
-    def do_POST(self) -> None:
-        asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        with self.lock:
-            self._say(self._answer(asked))
-
-    def _answer(self, asked: dict[str, Any]) -> dict[str, Any] | None:
-        if self.path == "/v1/completions":
-            steps = self._write(asked["prompt"], asked["max_tokens"])
-            assert asked["model"] == "tiny" and asked["temperature"] == 0
-            logprobs = {"tokens": [step["token"] for step in steps], "token_logprobs": [step["logprob"] for step in steps]}
-            return {"choices": [{"text": "", "logprobs": logprobs if asked.get("logprobs") else None}]}
-        if not self.native:
-            return None
-        if self.path == "/tokenize":
-            return {"tokens": self.engine.tokenise(asked["content"])}
-        if self.path == "/apply-template":
-            text = self.tokenizer.apply_chat_template(asked["messages"], tokenize=False, add_generation_prompt=True)
-            return {"prompt": text}
-        if self.path == "/completion":
-            return {"completion_probabilities": self._write(asked["prompt"], asked["n_predict"])}
-        return None
-
-    def _write(self, prompt: list[int], tokens: int) -> list[dict[str, Any]]:
-        found: list[dict[str, Any]] = []
-        ids = list(prompt)
-        for _ in range(tokens):
-            after = self.engine.logits(ids)[-1].log_softmax(-1)
-            ids.append(int(after.argmax()))
-            found.append({"id": ids[-1], "token": self.tokenizer.decode(ids[-1:]), "logprob": float(after.max())})
-            if ids[-1] == self.tokenizer.eos_token_id:
-                break
-        return found
-
-    def _say(self, body: dict[str, Any] | None) -> None:
-        data = json.dumps(body or {"error": "not found"}).encode()
-        self.send_response(404 if body is None else 200)
-        self.send_header("Content-Length", str(len(data)))
-        self.end_headers()
-        self.wfile.write(data)
-
-    def log_message(self, *_: object) -> None:
-        """Says nothing."""
+def kinds(checks: Sequence[Check]) -> list[str]:
+    return [check.name.rpartition(": ")[2] for check in checks]
 
 
-@pytest.fixture(params=[True, False], ids=["llama.cpp", "OpenAI"])
-def serve(request: Any, finished: Any) -> Iterator[Any]:
-    """`serve(file)` starts a server over a GGUF file and gives its address."""
-    started: list[Any] = []
-
-    def start(file: Path) -> str:
-        engine = LlamaCpp(file, context=512)
-        tokenizer = load_tokenizer(finished.model)
-        handler = type("Handler", (Served,), {"engine": engine, "tokenizer": tokenizer, "native": request.param})
-        server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-        thread = threading.Thread(target=server.serve_forever)
-        thread.start()
-        started.append((server, thread, engine))
-        return f"http://127.0.0.1:{server.server_port}"
-
-    yield start
-    for server, thread, engine in started:
-        server.shutdown()
-        thread.join()
-        server.server_close()
-        engine.close()
+@pytest.fixture(scope="module")
+def loud(finished: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return loud_run(finished.path, tmp_path_factory.mktemp("loud") / "run")
 
 
-def test_the_right_model_passes_and_the_base_does_not(finished: Any, serve: Any, tmp_path: Path) -> None:
-    run = shutil.copytree(finished.path, tmp_path / "run")  # whose certificate will hold a failed check
-    adapter = open_adapter(run).adapter
-    right = serve(write_model(finished.model, adapter, tmp_path / "right.gguf"))
-    found: Any = verify(str(run), against=(right,), rows=2, console=quiet())
-    names = [check.name.rpartition(": ")[2] for check in found.certificate.checks]
-    assert names in (["prompt ids", "greedy text", "answers"], ["greedy text", "answers"])
-    answers = found.certificate.checks[-1]
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_right_model_passes_and_the_base_does_not(finished: Any, loud: Path, kind: str, tmp_path: Path) -> None:
+    run = shutil.copytree(loud, tmp_path / "run")  # whose certificate will hold a failed check
+    adapter, tokenizer = open_adapter(run).adapter, load_tokenizer(finished.model)
+    with serving(write_model(finished.model, adapter, tmp_path / "right.gguf"), tokenizer, kind) as right:
+        found: Any = verify(str(run), against=(right,), rows=2, console=quiet())
+    checks = found.certificate.checks
+    tells = kind in ("llama.cpp", "vLLM")
+    assert kinds(checks) == ["prompt ids" if tells else "prompt lengths", "greedy text", "log-probabilities", "answers"]
+    told = checks[2]
+    assert told.measured["mean_kl"] < 1e-5 and told.measured["top1_agreement"] == 1 and told.measured["effect"] < 1e-3
+    assert told.n == {"vLLM": sum_of_places(run)}.get(kind, told.n) and told.n >= 8
+    assert set(told.estimates) == {"mean_kl", "top1_agreement"}
+    answers = checks[-1]
     assert answers.measured == {"different_answers": 0} and answers.n == 2
     assert answers.estimates["accuracy_live"] == answers.estimates["accuracy_there"]
-    wrong = serve(write_model(finished.model, None, tmp_path / "wrong.gguf"))
-    with pytest.raises(VerificationFailed, match="first diverging token is number 0"):
+    missing = {str(one) for one in found.certificate.unchecked}
+    assert f"not checked: the stored weights of {right}, since a server does not tell them" in missing
+    for what in ("conversations", "raw texts"):
+        line = f"not checked: the token ids of {what} of {right}, since the server does not tell"
+        assert (line in missing) is not tells
+    base = write_model(finished.model, None, tmp_path / "wrong.gguf")
+    with serving(base, tokenizer, kind) as wrong, pytest.raises(VerificationFailed, match="first diverging token is") as caught:
         verify(str(run), against=(wrong,), rows=2, console=quiet())
+    assert "log-probabilities" in str(caught.value) and "Likely cause: the adapter is not applied" in str(caught.value)
+    assert "effect" in str(caught.value)
+
+
+def sum_of_places(run: Path) -> int:
+    opened = open_adapter(run)
+    probes = probes_of(opened, load_dataset(opened.config.data), live_side(opened, quiet()), 2)
+    return sum(len(ids) - 1 for ids in probes.rows)
+
+
+def third(_: str, pair: Pair) -> Pair:
+    return dataclasses.replace(pair, alpha=4.0)
+
+
+def permuted(path: str, pair: Pair) -> Pair:
+    heads = {"q_proj": 4, "k_proj": 2}.get(path.rpartition(".")[2], 0)
+    if not heads:
+        return pair
+    return dataclasses.replace(pair, A=permute(pair.A.t().contiguous(), heads).t().contiguous(), B=unpermute(pair.B, heads))
+
+
+def without_a_block(path: str, pair: Pair) -> Pair:
+    return dataclasses.replace(pair, B=pair.B * 0) if ".layers.1." in path else pair
+
+
+@pytest.mark.parametrize(
+    ("mutate", "cause"),
+    [
+        (third, "the scale is 0.3333 times what it should be"),
+        (permuted, "A of q and k is permuted instead of B"),
+        (without_a_block, "the pairs of model.layers.1 are missing"),
+    ],
+)
+def test_each_mistake_of_a_served_model_is_named(finished: Any, loud: Path, mutate: Any, cause: str, tmp_path: Path) -> None:
+    run = shutil.copytree(loud, tmp_path / "run")
+    held = open_adapter(run).adapter
+    wrong = dataclasses.replace(held, pairs={path: mutate(path, pair) for path, pair in held.pairs.items()})
+    file = write_model(finished.model, wrong, tmp_path / "wrong.gguf")
+    for kind in ("llama.cpp", "vLLM"):
+        with serving(file, load_tokenizer(finished.model), kind) as url, pytest.raises(VerificationFailed) as caught:
+            verify(str(run), against=(url,), rows=2, console=quiet())
+        assert f"{url}: log-probabilities" in str(caught.value) and cause in str(caught.value)
+
+
+def test_another_template_is_seen_even_where_only_lengths_are_told(finished: Any, loud: Path, tmp_path: Path) -> None:
+    run = shutil.copytree(loud, tmp_path / "run")
+    file = write_model(finished.model, open_adapter(run).adapter, tmp_path / "right.gguf")
+    tokenizer = load_tokenizer(finished.model)
+    tokenizer.chat_template = tokenizer.bos_token + tokenizer.chat_template
+    for kind, words in (("llama.cpp", "BOS is doubled or added"), ("Ollama", "another chat template, or a begin token more")):
+        with serving(file, tokenizer, kind) as url, pytest.raises(VerificationFailed, match=words):
+            verify(str(run), against=(url,), rows=2, console=quiet())
+
+
+def test_a_server_that_tells_texts_alone_is_read_by_them(finished: Any, loud: Path, tmp_path: Path) -> None:
+    run = shutil.copytree(loud, tmp_path / "run")
+    tokenizer = load_tokenizer(finished.model)
+    right = write_model(finished.model, open_adapter(run).adapter, tmp_path / "right.gguf")
+    wrong = write_model(finished.model, None, tmp_path / "wrong.gguf")
+    with serving(right, tokenizer, "Ollama", logprobs=False) as url:
+        found: Any = verify(str(run), against=(url,), rows=2, console=quiet())
+    assert kinds(found.certificate.checks) == ["prompt lengths", "greedy text", "answers"]
+    greedy = found.certificate.checks[1]
+    assert set(greedy.measured) == {"gap"} and greedy.n > 4
+    line = f"not checked: log-probabilities and their KL of {url}, since the server does not tell"
+    assert line in {str(one) for one in found.certificate.unchecked}
+    with serving(wrong, tokenizer, "Ollama", logprobs=False) as url, pytest.raises(VerificationFailed, match="first diverging"):
+        verify(str(run), against=(url,), rows=2, console=quiet())
+
+
+def test_a_check_says_when_and_against_what_it_was_made(finished: Any, loud: Path, tmp_path: Path) -> None:
+    run = shutil.copytree(loud, tmp_path / "run")
+    tokenizer = load_tokenizer(finished.model)
+    files = [write_model(finished.model, held, tmp_path / f"{bool(held)}.gguf") for held in (None, open_adapter(run).adapter)]
+    with serving(files[0], tokenizer, "llama.cpp") as wrong, pytest.raises(VerificationFailed):
+        verify(str(run), against=(wrong,), rows=1, console=quiet())
+    with serving(files[1], tokenizer, "llama.cpp") as right:
+        verify(str(run), against=(right,), rows=1, console=quiet())
+    kept = read_certificate(run / "certificate.json")
+    dated = [check for check in kept.checks if check.artefact in (wrong, right)]
+    assert len(dated) == 8 and {check.against for check in dated} == {"/models/tiny.gguf by llama.cpp b7"}
+    assert all(abs((datetime.now(timezone.utc) - datetime.fromisoformat(check.made)).total_seconds()) < 600 for check in dated)
+    assert {one.artefact for one in kept.unchecked} == {wrong, right}
+    page = (run / "report.html").read_text()
+    assert "by llama.cpp b7" in page and f"not checked: the stored weights of {right}" in page and dated[0].made in page
+
+
+def test_lorakeet_serve_gives_what_the_live_adapter_gives(finished: Any, loud: Path, tmp_path: Path) -> None:
+    run = shutil.copytree(loud, tmp_path / "run")
+    (run / "certificate.json").unlink()  # its record is of the adapter before it was made loud
+    text = load_text_model(ModelSpec(path=str(finished.model), dtype="float32"))
+    live = LiveModel(text)
+    engine = Engine(text, live.selection, slots=2, context=256, chunk=64)
+    engine.start()
+    registry = Registry(live, engine, base="base", budget=None, changed=lambda: None)
+    registry.register("mine", run)
+    site = Site(Service(text, engine, registry))
+    try:
+        found: Any = verify(str(run), against=(f"{site.url}#mine",), precision="float32", rows=2, console=quiet())
+        names = kinds(found.certificate.checks)
+        with pytest.raises(VerificationFailed, match="the adapter is not applied"):
+            verify(str(run), against=(f"{site.url}/v1#base",), rows=2, console=quiet())
+    finally:
+        site.stop()
+        engine.drain(timeout=0.0)
+    assert names == ["prompt ids", "greedy text", "log-probabilities", "answers"]
+    assert found.certificate.checks[2].measured["mean_kl"] < 1e-8
 
 
 LLAMA_SERVER = """
@@ -159,7 +218,8 @@ def test_a_real_llama_server_writes_what_the_live_adapter_writes_merged_or_not(f
         with llama_server(model, *adapters) as url:
             found: Any = verify(str(run), against=(url,), rows=2, console=quiet())
             names = [check.name.rpartition(": ")[2] for check in found.certificate.checks]
-            assert names == ["prompt ids", "greedy text", "answers"]
+            assert names == ["prompt ids", "greedy text", "log-probabilities", "answers"]
+            assert found.certificate.checks[2].against.startswith(f"{model} by llama.cpp")
     with llama_server(base) as url, pytest.raises(VerificationFailed, match="first diverging token"):
         verify(str(run), against=(url,), rows=2, console=quiet())
 

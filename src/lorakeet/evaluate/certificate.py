@@ -17,7 +17,8 @@ class Check:
     """One comparison of `left` with `right`: what was measured, what was allowed, and the verdict.
 
     `measured` and `tolerance` have the same keys. `floors` names the keys whose measured value must not be *below* the
-    tolerance; all others must not be above. `estimates` holds the intervals of those measures that are means.
+    tolerance; all others must not be above. `estimates` holds the intervals of those measures that are means. `made` says when
+    (UTC) and `against` what a server said that it was, so that an old check can be told from what is served now.
     """
 
     name: str
@@ -30,6 +31,8 @@ class Check:
     n: int = 0
     floors: tuple[str, ...] = ()
     estimates: dict[str, Estimate] = field(default_factory=dict)
+    made: str = ""
+    against: str = ""
 
     @property
     def artefact(self) -> str:
@@ -49,7 +52,21 @@ class Check:
             f"{key.replace('_', ' ')} {value:.3g} ({'at least' if key in self.floors else 'at most'} {self.tolerance[key]:.3g})"
             for key, value in self.measured.items()
         )
-        return f"{'pass' if self.passed else 'FAIL'}  {self.name}: {self.left} against {self.right}: {numbers}, n={self.n}"
+        told = f"{self.right} ({self.against})" if self.against else self.right
+        made = f", made {self.made}" if self.made else ""
+        return f"{'pass' if self.passed else 'FAIL'}  {self.name}: {self.left} against {told}: {numbers}, n={self.n}{made}"
+
+
+@dataclass(frozen=True)
+class Unchecked:
+    """Something of an artefact that was not compared, and why not."""
+
+    artefact: str
+    what: str
+    why: str
+
+    def __str__(self) -> str:
+        return f"not checked: {self.what} of {self.artefact}, since {self.why}"
 
 
 @dataclass(frozen=True)
@@ -59,6 +76,7 @@ class Certificate:
     subject: str
     checks: tuple[Check, ...]
     facts: dict[str, str] = field(default_factory=dict)
+    unchecked: tuple[Unchecked, ...] = ()
 
     @property
     def passed(self) -> bool:

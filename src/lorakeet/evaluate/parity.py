@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+import math
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal, NamedTuple
 
@@ -15,6 +16,7 @@ from lorakeet.evaluate.intervals import Estimate, Floats, mean, share
 from lorakeet.evaluate.spec import EvaluateSpec
 
 CELLS = 1_000_000  # logits compared at once in float64: 8 MB a copy, of which about ten are held
+_REST = 1e-9  # what less than this is left of a distribution is rounding
 Precision = Literal["fp32", "bf16", "fp16"]
 
 
@@ -119,6 +121,20 @@ def differences(left: torch.Tensor, right: torch.Tensor, targets: torch.Tensor |
         at = targets.to(left.device).long().unsqueeze(1)
         loss = (p.gather(1, at) - q.gather(1, at)).squeeze(1)
     return Differences(bad.sum(), difference.max(), largest, kl, agrees, loss)
+
+
+def kl_of_told(ours: torch.Tensor, told: Mapping[int, float]) -> float:
+    """KL(ours ‖ theirs) in nats where of theirs only the log-probabilities of some tokens are `told`, by id.
+
+    Σ p·log(p/q) over these tokens and over all others taken as one: a lower bound of the whole KL (by the log-sum inequality).
+    `ours` (vocabulary,) are all log-probabilities of one place.
+    """
+    ids = list(told)
+    p, q = ours[ids].double(), torch.tensor([told[token] for token in ids], dtype=torch.float64, device=ours.device)
+    inside = float((p.exp() * (p - q)).sum())
+    rest_p, rest_q = (max(0.0, 1.0 - float(part.exp().sum())) for part in (p, q))
+    outside = 0.0 if rest_p < _REST else rest_p * math.log(rest_p / max(rest_q, _REST))
+    return max(0.0, inside + outside)
 
 
 class ParityMeter:

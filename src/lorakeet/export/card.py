@@ -99,7 +99,7 @@ def _estimate(found: Estimate | None, digits: int) -> str:
 
 def _checks(certificate: Certificate) -> list[str]:
     verdict = "All checks passed" if certificate.passed else "**Not all checks passed: do not use it**"
-    return [f"{verdict}.", "", *(f"- {check}" for check in certificate.checks)]
+    return [f"{verdict}.", "", *(f"- {found}" for found in (*certificate.checks, *certificate.unchecked))]
 
 
 def licence_of(folder: Path) -> str:

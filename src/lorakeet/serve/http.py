@@ -55,6 +55,7 @@ def build_app(service: Service) -> Starlette:
         Route("/v1/models", _of_caller(service, lambda caller: openai.models(service, caller))),
         Route("/v1/chat/completions", _of_body(service, openai.chat_completions), methods=["POST"]),
         Route("/v1/completions", _of_body(service, openai.completions), methods=["POST"]),
+        Route("/tokenize", _of_body(service, openai.tokenize), methods=["POST"]),
         Route("/v1/load_lora_adapter", _of_body(service, lifecycle.load), methods=["POST"]),
         Route("/v1/unload_lora_adapter", _of_body(service, lifecycle.unload), methods=["POST"]),
         Route("/lora-adapters", _of_caller(service, lambda caller: lifecycle.scales(service, caller)), methods=["GET"]),

@@ -1,4 +1,7 @@
-"""OpenAI's /v1/chat/completions, /v1/completions and /v1/models (https://platform.openai.com/docs/api-reference)."""
+"""OpenAI's /v1/chat/completions, /v1/completions and /v1/models (https://platform.openai.com/docs/api-reference).
+
+And vLLM's /tokenize, by which `lorakeet verify` sees whether prompts are read as in training.
+"""
 
 from __future__ import annotations
 
@@ -79,6 +82,17 @@ async def completions(service: Service, caller: Caller, request: Incoming, data:
     limit = fields.whole("max_tokens", 16)
     asked = _asked(service, fields, ids, limit, logprobs=fields.whole("logprobs"), chat=False)
     return await _answer(service, caller, request, asked, fields)
+
+
+async def tokenize(service: Service, caller: Caller, request: Incoming, data: Any) -> Reply:
+    """POST /tokenize, as vLLM has it: the ids of a raw prompt or of a conversation, before anything is written."""
+    fields = Fields(data)
+    chat = "messages" in fields.data
+    neutral = {"add_special_tokens": not chat, "add_generation_prompt": chat}
+    fields.refuse({"model", "messages" if chat else "prompt"}, (), neutral)
+    service.meant(caller, fields.text("model"))
+    ids = await (service.chat_ids(messages(fields)) if chat else service.prompt_ids(fields.text("prompt")))
+    return as_json({"count": len(ids), "max_model_len": service.engine.context, "tokens": list(ids)})
 
 
 def messages(fields: Fields) -> list[dict[str, str]]:

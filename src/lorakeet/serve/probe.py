@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -217,6 +217,6 @@ def extend_certificate(path: Path, name: str, probe: Probe, tolerance: float) ->
         detail=f"served as '{name}'",
     )
     kept = tuple(before for before in old.checks if before.name != check.name)
-    new = Certificate(old.subject, (*kept, check), {**old.facts, FACT: (known or probe).to_text()})
+    new = replace(old, checks=(*kept, check), facts={**old.facts, FACT: (known or probe).to_text()})
     new.write(path)
     return new

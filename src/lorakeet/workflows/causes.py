@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from lorakeet.core.lowrank import LoraPair
+from lorakeet.evaluate.parity import kl_of_told
 from lorakeet.export.folded import StoredTensor
-from lorakeet.formats.gguf import permute
+from lorakeet.formats.gguf import permute, unpermute
 from lorakeet.models.modules import adapted_layers
 from lorakeet.workflows.artefacts import InTorch
 
@@ -67,8 +68,23 @@ def _scale_words(found: float, live: InTorch) -> str:
 
 def cause_from_logits(live: InTorch, ids: Sequence[int], theirs: Tensor) -> str:
     """A sentence with the mistake whose logits on `ids` are nearest to `theirs` (tokens, vocabulary); nothing if none is near."""
-    now = _distance(live.logits(ids), theirs)
-    tried = {words: _distance(logits, theirs) for words, logits in _mistakes(live, ids)}
+    return _likeliest(live, ids, lambda ours: _distance(ours, theirs))
+
+
+def cause_from_told(live: InTorch, ids: Sequence[int], told: Mapping[int, Mapping[int, float]]) -> str:
+    """As `cause_from_logits`, where of `theirs` only some log-probabilities are told: by place of `ids`, by token id."""
+
+    def distance(ours: Tensor) -> float:
+        return float(np.mean([kl_of_told(ours[place].log_softmax(-1), known) for place, known in told.items()]))
+
+    return _likeliest(live, ids, distance)
+
+
+def _likeliest(live: InTorch, ids: Sequence[int], distance: Callable[[Tensor], float]) -> str:
+    now = distance(live.logits(ids))
+    tried: dict[str, float] = {}
+    for words, logits in _mistakes(live, ids):
+        tried[words] = min(distance(logits), tried.get(words, math.inf))
     words = min(tried, key=lambda one: tried[one], default="")
     if not words or not tried[words] <= _EXPLAINED * now:
         return "None of the usual mistakes (scale, missing layer, permutation, begin token, no adapter) explains it."
@@ -98,8 +114,11 @@ def _mistakes(live: InTorch, ids: Sequence[int]) -> Iterator[tuple[str, Tensor]]
     heads = {"q_proj": config.num_attention_heads, "k_proj": getattr(config, "num_key_value_heads", 0)}
     with _changed(live, lambda path, pair: _permute_a(pair, heads.get(path.rpartition(".")[2], 0))):
         yield "A of q and k is permuted instead of B", live.logits(ids)
-    with _changed(live, lambda path, pair: _permute_b(pair, heads.get(path.rpartition(".")[2], 0))):
-        yield "B of q and k has the row order of another format", live.logits(ids)
+    for order in (permute, unpermute):
+        with _changed(live, lambda path, pair, order=order: _reorder_b(pair, heads.get(path.rpartition(".")[2], 0), order)):  # type: ignore[misc]
+            yield "B of q and k has the row order of another format", live.logits(ids)
+    with _changed(live, lambda path, pair: _mix_up(pair, heads.get(path.rpartition(".")[2], 0))):
+        yield "A of q and k is permuted instead of B", live.logits(ids)
     for block in sorted({_block(path) for path, _ in _pairs(live)} - {""}):
         with _changed(live, lambda path, pair, block=block: pair.B.mul_(0.0 if _block(path) == block else 1.0)):  # type: ignore[misc]
             yield f"the pairs of {block} are missing", live.logits(ids)
@@ -138,6 +157,12 @@ def _permute_a(pair: LoraPair, heads: int) -> None:
         pair.A.copy_(permute(pair.A.t().contiguous(), heads).t())
 
 
-def _permute_b(pair: LoraPair, heads: int) -> None:
+def _reorder_b(pair: LoraPair, heads: int, order: Callable[[Tensor, int], Tensor]) -> None:
     if heads and pair.B.shape[0] % (2 * heads) == 0:
-        pair.B.copy_(permute(pair.B.detach().clone(), heads))
+        pair.B.copy_(order(pair.B.detach().clone(), heads))
+
+
+def _mix_up(pair: LoraPair, heads: int) -> None:
+    """A permuted in a file whose reader expects it of B, which it then takes apart again: B's rows end up moved as well."""
+    _permute_a(pair, heads)
+    _reorder_b(pair, heads, unpermute)

@@ -1,38 +1,35 @@
-"""A served model over HTTP, compared by what it writes: greedy tokens with their log-probabilities.
+"""A served model over HTTP, compared by what it tells: prompt ids, likeliest tokens with their log-probabilities, greedy texts.
 
-llama.cpp's own API (GET /props, POST /tokenize, /apply-template, /completion) is used where it answers, else OpenAI's
-POST /v1/completions, whose prompts may be token ids (llama.cpp, vLLM). A server gives no logits of a prompt, so the live model is
-asked about the same tokens that the server wrote.
+A server gives no whole logits. What it tells of a place, the likeliest tokens, is held against the live model's distribution:
+KL over those tokens and all others as one, a lower bound of the whole KL. What it does not tell is listed as not checked.
 """
 
 from __future__ import annotations
 
-import json
-import urllib.error
-import urllib.request
-from collections.abc import Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from lorakeet.errors import ConfigError, EnvironmentProblem
-from lorakeet.evaluate.certificate import Check, judge
+import numpy as np
+from torch import Tensor
+
+from lorakeet.data.chat import Ids
+from lorakeet.evaluate.certificate import Check, Unchecked, judge
+from lorakeet.evaluate.intervals import mean, share
+from lorakeet.evaluate.parity import kl_of_told
 from lorakeet.evaluate.spec import EvaluateSpec
 from lorakeet.export.tolerances import Allowed
 from lorakeet.models.sample import end_ids
-from lorakeet.workflows.artefacts import InTorch, Messages
+from lorakeet.workflows.artefacts import InTorch
+from lorakeet.workflows.causes import cause_from_told
 from lorakeet.workflows.compare_artefact import GREEDY_TOKENS, Probes, check_ids, judge_answers
+from lorakeet.workflows.server_apis import TOP, Step, Token, Written, find_api
 
-_TIMEOUT = 300
-_TOP = 5
-
-
-@dataclass(frozen=True)
-class Step:
-    """One written token: its text, its id where the server says it, and its log-probability."""
-
-    text: str
-    number: int | None
-    logprob: float
+PLACES = 8  # of a held-out row, where a server has to be asked about one place at a time
+_LOOKED_AT = 8 * TOP  # of the live model's likeliest tokens, before all of them are
+_PIECE = "\ufffd"  # how a piece of a character reads
+_LIKELY = math.log(0.01)  # log-probabilities of less likely tokens are not held against each other one by one
 
 
 class Server:
@@ -41,133 +38,329 @@ class Server:
     def __init__(self, url: str, allowed: Allowed) -> None:
         """EnvironmentProblem where nothing answers, ConfigError where several models do and none is named."""
         place, _, model = url.partition("#")
-        self.url, self.allowed, self.name = place.rstrip("/").removesuffix("/v1"), allowed, url
-        self.native = self._asks_props()
-        self.model = model or ("" if self.native else self._only_model())
+        self.allowed, self.name = allowed, url
+        self.api = find_api(place.rstrip("/").removesuffix("/v1"), model)
 
-    def _asks_props(self) -> bool:
-        try:
-            self._call("/props")
-        except EnvironmentProblem:
-            self._call("/v1/models")  # raises where nothing answers at all
-            return False
-        return True
 
-    def _only_model(self) -> str:
-        names = [str(model.get("id", "")) for model in self._call("/v1/models").get("data") or [{}]]
-        if len(names) > 1:
-            listed = ", ".join(names[:8]) + (", …" if len(names) > 8 else "")
-            raise ConfigError(f"{self.url} serves {listed}; say which of them is meant: --against {self.url}#NAME.")
-        return names[0]
+@dataclass(frozen=True)
+class Told:
+    """What a server tells of the tokens after some places of a text: by place, log-probabilities by id."""
 
-    def tokenise(self, text: str) -> list[int] | None:
-        """The ids of a raw text; None where the server does not tell."""
-        if not self.native:
-            return None
-        found = self._call("/tokenize", {"content": text, "add_special": True, "parse_special": True})
-        return [int(number) for number in found["tokens"]]
+    ids: list[int]
+    places: dict[int, dict[int, float]]  # place p is the token after ids[: p + 1]
 
-    def prompt(self, messages: Messages) -> list[int] | None:
-        """The ids of a conversation through the server's chat template; None where it does not tell."""
-        if not self.native:
-            return None
-        return self.tokenise(str(self._call("/apply-template", {"messages": list(messages)})["prompt"]))
 
-    def write(self, prompt: Sequence[int], tokens: int) -> list[Step]:
-        """The likeliest continuation, token by token."""
-        ids = [int(number) for number in prompt]
-        if self.native:
-            asked = {"prompt": ids, "n_predict": tokens, "temperature": 0, "n_probs": _TOP, "cache_prompt": False}
-            found = self._call("/completion", asked).get("completion_probabilities", [])
-            return [Step(str(one["token"]), int(one["id"]), float(one["logprob"])) for one in found]
-        asked = {"model": self.model, "prompt": ids, "max_tokens": tokens, "temperature": 0, "logprobs": _TOP}
-        given = self._call("/v1/completions", asked)["choices"][0].get("logprobs") or {}
-        pairs = zip(given.get("tokens", ()), given.get("token_logprobs", ()), strict=True)
-        return [Step(str(text), None, float(value)) for text, value in pairs]
+@dataclass
+class _Comparison:
+    """One server against the live adapter, with what was found and what could not be looked at."""
 
-    def _call(self, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
-        data = None if body is None else json.dumps(body).encode()
-        request = urllib.request.Request(self.url + path, data=data, headers={"Content-Type": "application/json"})
-        try:
-            with urllib.request.urlopen(request, timeout=_TIMEOUT) as response:
-                found = json.loads(response.read())
-        except (urllib.error.URLError, OSError, ValueError) as error:
-            raise EnvironmentProblem(
-                f"{self.url}{path} gives no answer that can be used ({error}). Start the server, or correct --against."
-            ) from error
-        if not isinstance(found, dict):
-            raise EnvironmentProblem(f"{self.url}{path} answers {str(found)[:80]!r}; expected a JSON object.")
+    live: InTorch
+    server: Server
+    probes: Probes
+    spec: EvaluateSpec
+    checks: list[Check] = field(default_factory=list)
+    unchecked: list[Unchecked] = field(default_factory=list)
+
+    def skip(self, what: str, why: str = "the server does not tell") -> None:
+        self.unchecked.append(Unchecked(self.server.name, what, why))
+
+    def check_prompts(self) -> None:
+        """The ids of conversations and raw texts, or at least how many a conversation has."""
+        api, probes = self.server.api, self.probes
+        pairs: list[tuple[list[int], list[int], str]] = []
+        lengths = [0, 0]  # different, compared
+        for messages, ids in probes.conversations:
+            theirs = api.prompt(messages)
+            if theirs is not None:
+                pairs.append((ids.tolist(), theirs, "prompt"))
+            elif (count := api.prompt_length(messages)) is not None:
+                lengths = [lengths[0] + (count != len(ids)), lengths[1] + 1]
+        talked = len(pairs)
+        told = [(text, api.tokenise(text)) for text in probes.texts]
+        raw = [(self.live.tokenise(text), theirs, "raw text") for text, theirs in told if theirs is not None]
+        if pairs or raw:
+            self.checks.append(check_ids(self.live, self.server.name, [*pairs, *raw]))
+        if lengths[1]:
+            self.checks.append(self._check_lengths(*lengths))
+        if not probes.conversations:
+            self.skip("the chat template", "these rows do not go through one")
+        elif not talked:
+            self.skip("the token ids of conversations")
+        if not raw:
+            self.skip("the token ids of raw texts")
+
+    def _check_lengths(self, wrong: int, compared: int) -> Check:
+        detail = "Likely cause: another chat template, or a begin token more or less." if wrong else ""
+        return judge(
+            f"{self.server.name}: prompt lengths",
+            {"different_lengths": float(wrong)},
+            tolerance={"different_lengths": 0.0},
+            between=(self.live.name, self.server.name),
+            n=compared,
+            detail=detail,
+        )
+
+    def written(self, prompt: Ids, tokens: int) -> Written | None:
+        """What the server writes after `prompt`; None where it takes no ids and no conversation has these."""
+        api = self.server.api
+        if api.takes_ids:
+            return api.write(prompt.tolist(), tokens)
+        messages = next((talk for talk, ids in self.probes.conversations if np.array_equal(ids, prompt)), None)
+        return None if messages is None else api.chat(messages, tokens)
+
+    def check_told(self, told: Sequence[Told]) -> None:
+        """Log-probabilities along held-out rows, or else along what the server wrote."""
+        if not any(one.places for one in told):
+            self.skip("log-probabilities and their KL")
+            return
+        found = _Distances()
+        for number, one in enumerate(told):
+            found.add(self.live, one, number)
+        check = found.check(self.live, self.server, self.spec)
+        if not check.passed:
+            worst = max(told, key=lambda one: len(one.places))
+            check = replace(check, detail=f"{check.detail} {cause_from_told(self.live, worst.ids, worst.places)}".strip())
+        self.checks.append(check)
+
+    def along_rows(self) -> list[Told]:
+        """What is told along held-out rows; nothing where the server takes no ids."""
+        if not self.server.api.takes_ids:
+            return []
+        return [Told(row.tolist(), self._along(row.tolist())) for row in self.probes.rows]
+
+    def _along(self, ids: list[int]) -> dict[int, dict[int, float]]:
+        api = self.server.api
+        told = api.along(ids)
+        if told is None:
+            places = sorted({int(place) for place in np.linspace(0, len(ids) - 2, min(PLACES, len(ids) - 1))})
+            answers = {place: api.write(ids[: place + 1], 1).steps for place in places}
+            told = {place: steps[0].top for place, steps in answers.items() if steps}
+        logits = self.live.logits(ids)
+        tokenizer = self.live.text.tokenizer
+        within = {place: top for place, top in told.items() if place < len(ids) - 1}
+        known = {place: _Place(tokenizer, logits[place], ids[place]).told(top) for place, top in within.items()}
+        return {place: found for place, found in known.items() if found}
+
+    def check_answers(self) -> None:
+        """The task's metric on both sides, by the label that each writes, and on how many rows they write another one."""
+        ends, ours, theirs, rows = end_ids(self.live.text), [], [], []
+        for row in self.probes.labelled:
+            labels = [_said(self.live, ids.tolist()) for ids in row.completions]
+            tokens = max(len(ids) for ids in row.completions)
+            answer = self.written(row.prompt, tokens)
+            if answer is None:
+                continue
+            rows.append(row)
+            ours.append(_label(labels, _said(self.live, self.live.greedy(row.prompt.tolist(), tokens, ends))))
+            theirs.append(_label(labels, answer.text or "".join(step.token.text for step in answer.steps)))
+        if rows:
+            names = (self.live.name, self.server.name)
+            self.checks.append(judge_answers(names, (ours, theirs), rows, self.server.allowed, self.spec))
+        elif self.probes.labelled:
+            self.skip("the task's answers", "the server takes no token ids, and these prompts are no conversations")
+
+    def check_writing(self) -> list[Told]:
+        """The live model's view of the server's texts: same log-probabilities, and no token that it found clearly worse."""
+        texts = [(prompt.tolist(), found) for prompt in self.probes.prompts if (found := self.written(prompt, GREEDY_TOKENS))]
+        if not texts:
+            self.skip("greedy texts", "the server takes no token ids, and these prompts are no conversations")
+            return []
+        readings = [_read(self.live, prompt, found, self.server.allowed.gap) for prompt, found in texts]
+        if not any(reading.tokens or reading.gap for reading in readings) and all(found.text for _, found in texts):
+            self.skip("greedy texts", "they begin with pieces of characters and the server does not tell their tokens")
+            return []
+        told = [reading.told for reading in readings if reading.told.places]
+        worst = max(readings, key=lambda reading: reading.gap)
+        measured = {"gap": worst.gap}
+        if any(reading.compared for reading in readings):
+            measured = {"logprob_difference": max(reading.difference for reading in readings), **measured}
+        detail = worst.detail
+        if not sum(reading.tokens for reading in readings):
+            measured["gap"], detail = math.inf, detail or "The server wrote nothing."
+        check = judge(
+            f"{self.server.name}: greedy text",
+            measured,
+            tolerance=dict.fromkeys(measured, self.server.allowed.gap),
+            between=(self.live.name, self.server.name),
+            n=sum(reading.tokens for reading in readings),
+            detail=detail,
+        )
+        self.checks.append(check)
+        return told
+
+
+def check_server(live: InTorch, server: Server, probes: Probes, spec: EvaluateSpec) -> tuple[list[Check], list[Unchecked]]:
+    """The checks of everything that the server tells, and what was not checked since it does not."""
+    found = _Comparison(live, server, probes, spec)
+    found.check_prompts()
+    along = found.along_rows()
+    told = found.check_writing()
+    found.check_told(along if any(one.places for one in along) else told)
+    found.check_answers()
+    found.skip("the stored weights", "a server does not tell them")
+    about = server.api.about()
+    return [replace(check, against=about) for check in found.checks], found.unchecked
+
+
+@dataclass
+class _Distances:
+    """The told log-probabilities against the live ones, place by place."""
+
+    kl: list[float] = field(default_factory=list)
+    effect: list[float] = field(default_factory=list)  # of the base on the same tokens
+    agrees: list[bool] = field(default_factory=list)
+    texts: list[int] = field(default_factory=list)
+    worst: float = 0.0
+    detail: str = ""
+
+    def add(self, live: InTorch, told: Told, number: int) -> None:
+        base = InTorch(live.text, None, "base").logits(told.ids).log_softmax(-1)
+        ours = live.logits(told.ids).log_softmax(-1)
+        for place, known in told.places.items():
+            self.kl.append(kl_of_told(ours[place], known))
+            self.effect.append(kl_of_told(ours[place], {token: float(base[place][token]) for token in known}))
+            self.agrees.append(int(ours[place].argmax()) == max(known, key=lambda token: known[token]))
+            self.texts.append(number)
+            for token, value in known.items():
+                mine = float(ours[place][token])
+                if max(mine, value) >= _LIKELY and abs(mine - value) > self.worst:
+                    self.worst = abs(mine - value)
+                    said = repr(live.text.tokenizer.decode([token]))
+                    self.detail = f"The worst is {said} after token {place} of text {number}: {mine:.3f} here, {value:.3f} there."
+
+    def check(self, live: InTorch, server: Server, spec: EvaluateSpec) -> Check:
+        groups = self.texts if len(set(self.texts)) > 1 else None
+        kl, agreement = mean(np.array(self.kl), spec=spec, groups=groups), share(np.array(self.agrees), spec=spec, groups=groups)
+        allowed, moved = server.allowed, float(np.mean(self.effect))
+        measured = {"mean_kl": kl.value, "logprob_difference": self.worst, "top1_agreement": agreement.value}
+        limits = {"mean_kl": allowed.parity.mean_kl, "logprob_difference": allowed.gap}
+        limits["top1_agreement"] = allowed.parity.top1_agreement
+        if math.isfinite(allowed.parity.effect) and moved > 0:
+            measured["effect"], limits["effect"] = kl.value / moved, allowed.parity.effect
+        check = judge(
+            f"{server.name}: log-probabilities",
+            measured,
+            tolerance=limits,
+            between=(live.name, server.name),
+            floors=("top1_agreement",),
+            n=len(self.kl),
+            detail=f"Of up to {TOP} likeliest tokens a place, all others as one. {self.detail}".strip(),
+        )
+        return replace(check, estimates={"mean_kl": kl, "top1_agreement": agreement})
+
+
+@dataclass
+class _Reading:
+    """How the live model reads a text that the server wrote."""
+
+    told: Told
+    gap: float = 0.0
+    difference: float = 0.0
+    tokens: int = 0
+    compared: int = 0  # log-probabilities
+    detail: str = ""
+
+
+def _read(live: InTorch, prompt: list[int], written: Written, most: float) -> _Reading:
+    """Follows the server's text token by token, until the live model finds one worse than its own by more than `most` nats."""
+    reading = _Reading(Told(list(prompt), {}))
+    ids, tokenizer = reading.told.ids, live.text.tokenizer
+    steps: Sequence[Step | None] = written.steps or [None] * GREEDY_TOKENS
+    rest = written.text
+    for number, step in enumerate(steps):
+        if step is None and not rest:
+            break
+        place = _Place(tokenizer, live.logits(ids)[-1].log_softmax(-1), ids[-1])
+        if step is None and place.begins_a_piece:
+            break
+        ours, (theirs, text) = int(place.after.argmax()), place.next(rest) if step is None else place.find(step.token)
+        behind = math.inf if theirs is None else float(place.after[ours] - place.after[theirs])
+        if behind > reading.gap:
+            reading.gap = behind
+            here, there = tokenizer.decode([ours]), rest[:12] if step is None else step.token.text
+            detail = f"The first diverging token is number {number}: {here!r} here, {there!r} there, {behind:.3g} nats off."
+            reading.detail = detail
+        if theirs is None:
+            break
+        if step is not None:
+            if known := place.told(step.top):
+                reading.told.places[len(ids) - 1] = known
+            if step.token.logprob is not None and not _ambiguous(step.token):
+                reading.difference = max(reading.difference, abs(float(place.after[theirs]) - step.token.logprob))
+                reading.compared += 1
+        ids.append(theirs)
+        rest = rest[len(text) :]
+        reading.tokens += 1
+        if behind > most:
+            break
+    return reading
+
+
+@dataclass(frozen=True)
+class _Place:
+    """A place of a text as the live model sees it, where tokens that a server tells by their text are looked up."""
+
+    tokenizer: Any
+    after: Tensor  # (vocabulary,), the larger the likelier
+    before: int  # the token that stands before it
+
+    @property
+    def begins_a_piece(self) -> bool:
+        """Whether the live model's next token is a piece of a character, which no text can show."""
+        return _PIECE in self.tokenizer.decode([int(self.after.argmax())])
+
+    def find(self, token: Token) -> tuple[int | None, str]:
+        """The id of a token, and its text: as told, or else the likeliest of the live model's with that text."""
+        if token.number is not None:
+            return token.number, token.text
+        return self._likeliest(lambda text: text == token.text)
+
+    def next(self, rest: str) -> tuple[int | None, str]:
+        """The likeliest token with which `rest` begins, and its text."""
+        return self._likeliest(lambda text: bool(text) and rest.startswith(text))
+
+    def told(self, top: Sequence[Token]) -> dict[int, float]:
+        """Log-probabilities by id.
+
+        Pieces of characters have one text in common, so they are left out where no ids are told, and so is a place where one of
+        them is the likeliest here or there.
+        """
+        found: dict[int, float] = {}
+        if not top or (self.begins_a_piece and any(token.number is None for token in top)):
+            return found
+        likeliest = max(top, key=lambda token: -math.inf if token.logprob is None else token.logprob)
+        if _ambiguous(likeliest):
+            return found
+        for token in top:
+            number = None if _ambiguous(token) else self.find(token)[0]
+            if number is not None and token.logprob is not None and 0 <= number < len(self.after):
+                found.setdefault(number, token.logprob)
         return found
 
+    def _likeliest(self, fits: Callable[[str], bool]) -> tuple[int | None, str]:
+        for count in (min(_LOOKED_AT, len(self.after)), len(self.after)):  # mostly the first few hold it
+            for number in self.after.topk(count).indices.tolist():
+                for text in self._spellings(number):
+                    if fits(text):
+                        return number, text
+        return None, ""
 
-def check_server(live: InTorch, server: Server, probes: Probes, spec: EvaluateSpec) -> list[Check]:
-    """Prompt ids where the server tells them; the log-probabilities and choices along what it writes; the task's answers."""
-    checks: list[Check] = []
-    if server.native:
-        prompts = [(ids.tolist(), server.prompt(messages) or [], "prompt") for messages, ids in probes.conversations]
-        raw = [(live.tokenise(text), server.tokenise(text) or [], "raw text") for text in probes.texts]
-        checks.append(check_ids(live, server.name, [*prompts, *raw]))
-    answers = [_check_answers(live, server, probes, spec)] if probes.labelled else []
-    return [*checks, _check_writing(live, server, probes), *answers]
+    def _spellings(self, number: int) -> tuple[str, ...]:
+        """The text of a token as servers write it: alone, or as what it adds to the text, which may begin with a blank."""
+        decode = self.tokenizer.decode
+        joined = decode([self.before, number]).removeprefix(decode([self.before]))
+        return decode([number]), decode([number], clean_up_tokenization_spaces=False), joined
 
 
-def _check_answers(live: InTorch, server: Server, probes: Probes, spec: EvaluateSpec) -> Check:
-    """The task's metric on both sides, by the label that each writes, and the share of rows on which they write another one."""
-    ends, ours, theirs = end_ids(live.text), [], []
+def _ambiguous(token: Token) -> bool:
+    return token.number is None and _PIECE in token.text
 
-    def said(ids: Sequence[int]) -> str:
-        return str(live.text.tokenizer.decode(list(ids), skip_special_tokens=True)).strip()
 
-    for row in probes.labelled:
-        labels, prompt = [said(ids.tolist()) for ids in row.completions], row.prompt.tolist()
-        tokens = max(len(ids) for ids in row.completions)
-        ours.append(_label(labels, said(live.greedy(prompt, tokens, ends))))
-        theirs.append(_label(labels, "".join(step.text for step in server.write(prompt, tokens))))
-    return judge_answers((live.name, server.name), (ours, theirs), probes.labelled, server.allowed, spec)
+def _said(live: InTorch, ids: Sequence[int]) -> str:
+    return str(live.text.tokenizer.decode(list(ids), skip_special_tokens=True)).strip()
 
 
 def _label(labels: Sequence[str], text: str) -> int:
     """The number of the longest label that `text` begins with; -1 where it begins with none."""
     found = [number for number, label in enumerate(labels) if text.strip().startswith(label)]
     return max(found, key=lambda number: len(labels[number]), default=-1)
-
-
-def _check_writing(live: InTorch, server: Server, probes: Probes) -> Check:
-    """The live model's view of the server's tokens: same log-probabilities, and no token that it found clearly worse."""
-    worst = gap = 0.0
-    count, detail = 0, ""
-    tokenizer = live.text.tokenizer
-    for prompt in probes.prompts:
-        written: list[int] = []
-        for place, step in enumerate(server.write(prompt.tolist(), GREEDY_TOKENS)):
-            after = live.logits([*prompt.tolist(), *written])[-1].log_softmax(-1)
-            ours = int(after.argmax())
-            number = step.number if step.number is not None else _named(tokenizer, step.text, after)
-            behind = float("inf") if number is None else float(after[ours] - after[number])
-            if behind > gap:
-                gap = behind
-                said = repr(tokenizer.decode([ours]))
-                detail = f"The first diverging token is number {place}: {said} here, {step.text!r} there, {behind:.3g} nats off."
-            if number is None:
-                break
-            worst = max(worst, abs(float(after[number]) - step.logprob))
-            written.append(number)
-            count += 1
-            if behind > server.allowed.gap:
-                break
-    if not count and not detail:
-        gap, detail = float("inf"), "The server wrote nothing, or gives no log-probabilities (logprobs, n_probs)."
-    return judge(
-        f"{server.name}: greedy text",
-        {"logprob_difference": worst, "gap": gap},
-        tolerance={"logprob_difference": server.allowed.gap, "gap": server.allowed.gap},
-        between=(live.name, server.name),
-        n=count,
-        detail=detail,
-    )
-
-
-def _named(tokenizer: Any, text: str, after: Any) -> int | None:
-    """The likeliest of the live model's first tokens whose text is `text`; None where none is."""
-    likely = [int(number) for number in after.topk(min(_TOP * 4, len(after))).indices]
-    return next((number for number in likely if tokenizer.decode([number]) == text), None)

@@ -76,9 +76,11 @@ def show_results(report: Report, console: Console) -> None:
 
 
 def show_certificate(certificate: Certificate, console: Console) -> None:
-    """One line a check."""
+    """One line a check, and one for each thing that was not checked."""
     for check in certificate.checks:
         console.print(Text(str(check), style="green" if check.passed else "bold red"))
+    for missing in certificate.unchecked:
+        console.print(Text(str(missing), style="yellow"))
 
 
 def memory_table(forecast: Forecast) -> Table:

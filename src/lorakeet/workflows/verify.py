@@ -9,6 +9,7 @@ import dataclasses
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from lorakeet.data.prepare import Dataset, load_dataset
 from lorakeet.data.rows import Row
 from lorakeet.data.template import is_templated
 from lorakeet.errors import ConfigError, DataError
-from lorakeet.evaluate.certificate import Certificate, Check, read_certificate
+from lorakeet.evaluate.certificate import Certificate, Check, Unchecked, read_certificate
 from lorakeet.evaluate.report import read_report, write_report
 from lorakeet.evaluate.values import encode
 from lorakeet.export.deployment import Runtime
@@ -117,10 +118,12 @@ def certify_artefacts(
     probes = probes_of(opened, dataset, live, rows)
     longest = max((len(ids) for ids in (*probes.rows, *probes.prompts)), default=0)
     checks: list[Check] = []
+    unchecked: list[Unchecked] = []
     for target in targets:
         if target.startswith(SERVERS):
             allowed = F16 if precision == "auto" else PRECISIONS[precision]
-            checks += check_server(live, Server(target, allowed), probes, opened.config.evaluate)
+            found, missing = check_server(live, Server(target, allowed), probes, opened.config.evaluate)
+            checks, unchecked = checks + found, unchecked + missing
             continue
         context = longest + GREEDY_TOKENS + _MARGIN
         with open_artefact(
@@ -129,7 +132,9 @@ def certify_artefacts(
             checks += _checks(live, artefact, probes, opened, source)
     facts = {"model": live.text.name, "rows": f"{len(probes.rows)} held-out" if dataset else f"{len(probes.rows)} sampled"}
     facts = {**facts, "live adapter": "computed in float32", FACT: record(live.text, NAME).to_text()}
-    return Certificate(f"What became of {subject}", tuple(checks), facts)
+    made = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    dated = tuple(replace(check, made=made) for check in checks)
+    return Certificate(f"What became of {subject}", dated, facts, tuple(unchecked))
 
 
 def _checks(live: InTorch, artefact: Artefact, probes: Probes, opened: Opened, source: Path) -> list[Check]:
@@ -209,7 +214,13 @@ def _keep(opened: Opened, certificate: Certificate) -> None:
         for check in before.checks
         if not check.artefact or (check.artefact not in again and is_there(check.artefact, beside))
     )
-    whole = dataclasses.replace(before, checks=(*kept, *certificate.checks), facts={**certificate.facts, **before.facts})
+    missing = tuple(one for one in before.unchecked if one.artefact not in again and is_there(one.artefact, beside))
+    whole = dataclasses.replace(
+        before,
+        checks=(*kept, *certificate.checks),
+        facts={**certificate.facts, **before.facts},
+        unchecked=(*missing, *certificate.unchecked),
+    )
     with writing(f"The certificate in {run.path}", "Free some space and verify again."):
         whole.write(run.certificate)
         if run.report.exists():

@@ -1,0 +1,166 @@
+"""Servers that answer as llama.cpp, vLLM, OpenAI and Ollama describe their APIs, and refuse what these do not know."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+from lorakeet.export.llama_cpp import LlamaCpp
+
+MODEL = "tiny"
+KINDS = ("llama.cpp", "vLLM", "OpenAI", "Ollama")
+
+
+class Fake(BaseHTTPRequestHandler):
+    """One request; `engine` computes, `tokenizer` renders conversations, `kind` is one of KINDS."""
+
+    engine: LlamaCpp
+    tokenizer: Any
+    kind: str
+    logprobs = True  # an Ollama of before 0.12.11 tells none
+    lock = threading.Lock()
+
+    def do_GET(self) -> None:
+        models = {"/v1/models": {"data": [{"id": MODEL, "owned_by": "someone"}]}}
+        known: dict[str, dict[str, Any]] = {
+            "llama.cpp": {"/props": {"n_ctx": 512, "model_path": "/models/tiny.gguf", "build_info": "b7"}, **models},
+            "vLLM": {"/version": {"version": "0.11.0"}, **models},
+            "OpenAI": models,
+            "Ollama": {
+                "/api/version": {"version": "0.12.11"},
+                "/api/tags": {"models": [{"name": f"{MODEL}:latest", "digest": "0123456789abcdef"}]},
+                **models,
+            },
+        }
+        self._say(known[self.kind].get(self.path))
+
+    def do_POST(self) -> None:
+        asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        answers = {
+            "llama.cpp": {"/tokenize": self.tokenize, "/apply-template": self.template, "/completion": self.completion},
+            "vLLM": {"/tokenize": self.vllm_tokenize, "/v1/completions": self.completions},
+            "OpenAI": {"/v1/completions": self.completions, "/v1/chat/completions": self.chat_completions},
+            "Ollama": {"/api/chat": self.ollama_chat},
+        }
+        answer = answers[self.kind].get(self.path)
+        with self.lock:
+            self._say(answer(asked) if answer else None)
+
+    def tokenize(self, asked: Any) -> dict[str, Any]:
+        assert set(asked) == {"content", "add_special", "parse_special"}
+        return {"tokens": self.engine.tokenise(asked["content"])}
+
+    def template(self, asked: Any) -> dict[str, Any]:
+        return {"prompt": self._rendered(asked["messages"])}
+
+    def completion(self, asked: Any) -> dict[str, Any]:
+        assert set(asked) == {"prompt", "n_predict", "temperature", "n_probs", "cache_prompt"} and not asked["cache_prompt"]
+        steps = self._write(asked["prompt"], asked["n_predict"], asked["n_probs"])
+        probabilities = [{**self._entry(step), "id": step[0][0], "top_logprobs": [
+            {**self._entry([one]), "id": one[0]} for one in step[1:]]} for step in steps]  # fmt: skip
+        return {"content": self._text(steps), "completion_probabilities": probabilities}
+
+    def vllm_tokenize(self, asked: Any) -> dict[str, Any]:
+        assert asked["model"] == MODEL
+        text = asked["prompt"] if "prompt" in asked else self._rendered(asked["messages"])
+        ids = self.engine.tokenise(text)
+        return {"count": len(ids), "max_model_len": 512, "tokens": ids}
+
+    def completions(self, asked: Any) -> dict[str, Any]:
+        assert asked["model"] == MODEL and asked["temperature"] == 0
+        by_id = asked.pop("return_tokens_as_token_ids", False)
+        along = asked.pop("prompt_logprobs", 0)
+        assert self.kind == "vLLM" or not (by_id or along)
+        assert set(asked) <= {"model", "prompt", "max_tokens", "temperature", "logprobs"}
+        steps = self._write(asked["prompt"], asked["max_tokens"], asked.get("logprobs") or 0)
+        name = (lambda number: f"token_id:{number}") if by_id else self._token
+        told = {
+            "tokens": [name(step[0][0]) for step in steps],
+            "token_logprobs": [step[0][1] for step in steps],
+            "top_logprobs": [{name(number): value for number, value in step[1:]} for step in steps],
+        }
+        choice = {"text": self._text(steps), "logprobs": told if "logprobs" in asked else None}
+        if along:
+            choice["prompt_logprobs"] = [None, *(
+                {str(number): {"logprob": value, "rank": 1, "decoded_token": self._token(number)} for number, value in top}
+                for top in (self._top(row, along) for row in self.engine.logits(asked["prompt"])[:-1].log_softmax(-1))
+            )]  # fmt: skip
+        return {"choices": [choice], "usage": {"prompt_tokens": len(asked["prompt"])}}
+
+    def chat_completions(self, asked: Any) -> dict[str, Any]:
+        ids = self.engine.tokenise(self._rendered(asked["messages"]))
+        steps = self._write(ids, asked["max_tokens"], asked.get("top_logprobs", 0))
+        message = {"role": "assistant", "content": self._text(steps)}
+        return {"choices": [{"message": message}], "usage": {"prompt_tokens": len(ids)}}
+
+    def ollama_chat(self, asked: Any) -> dict[str, Any]:
+        assert set(asked) == {"model", "messages", "stream", "options", "logprobs", "top_logprobs"} and asked["stream"] is False
+        options = asked["options"]
+        assert options["temperature"] == 0 and options["repeat_penalty"] == 1.0
+        ids = self.engine.tokenise(self._rendered(asked["messages"]))
+        steps = self._write(ids, options["num_predict"], asked["top_logprobs"])
+        told = [{**self._entry(step), "top_logprobs": [self._entry([one]) for one in step[1:]]} for step in steps]
+        answer = {"message": {"role": "assistant", "content": self._text(steps)}, "prompt_eval_count": len(ids), "done": True}
+        return {**answer, "logprobs": told} if self.logprobs else answer
+
+    def _rendered(self, messages: Any) -> str:
+        return str(self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+
+    def _token(self, number: int) -> str:
+        return str(self.tokenizer.decode([number]))
+
+    def _entry(self, step: Any) -> dict[str, Any]:
+        return {"token": self._token(step[0][0]), "logprob": step[0][1]}
+
+    def _text(self, steps: list[list[tuple[int, float]]]) -> str:
+        ids = [step[0][0] for step in steps]
+        return str(self.tokenizer.decode([number for number in ids if number != self.tokenizer.eos_token_id]))
+
+    def _top(self, row: Any, count: int) -> list[tuple[int, float]]:
+        values, ids = row.topk(count)
+        return [(int(number), float(value)) for number, value in zip(ids, values, strict=True)]
+
+    def _write(self, prompt: list[int], tokens: int, top: int) -> list[list[tuple[int, float]]]:
+        """For each written token: itself, and then the likeliest ones, as (id, log-probability)."""
+        found: list[list[tuple[int, float]]] = []
+        ids = list(prompt)
+        for _ in range(tokens):
+            after = self.engine.logits(ids)[-1].log_softmax(-1)
+            best = self._top(after, max(1, top))
+            ids.append(best[0][0])
+            found.append([best[0], *best])
+            if ids[-1] == self.tokenizer.eos_token_id:
+                break
+        return found
+
+    def _say(self, body: dict[str, Any] | None) -> None:
+        data = json.dumps(body or {"error": "not found"}).encode()
+        self.send_response(404 if body is None else 200)
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    def log_message(self, *_: object) -> None:
+        """Says nothing."""
+
+
+@contextmanager
+def serving(file: Path, tokenizer: Any, kind: str, **more: Any) -> Iterator[str]:
+    """The address of a server of the GGUF model `file`."""
+    engine = LlamaCpp(file, context=512)
+    handler = type("Handler", (Fake,), {"engine": engine, "tokenizer": tokenizer, "kind": kind, **more})
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}"
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
+        engine.close()
