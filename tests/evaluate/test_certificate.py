@@ -57,7 +57,14 @@ def test_what_became_of_an_adapter_is_told_from_the_adapter_itself() -> None:
     own, other = check(), replace(check(kl=1.0), name="C: /run-merged/: logits")
     assert (own.artefact, other.artefact) == ("", "C: /run-merged/")
     both = Certificate("run", (own, other))
-    assert both.own == (own,) and not both.passed
+    assert both.own == (own,) and both.passed and both.artefacts == {"C: /run-merged/": False}
+    assert both.verdict == "The own checks passed; C: /run-merged/ failed"
+    both.raise_if_failed()
+    alone = Certificate("model.gguf", (other,))
+    assert not alone.passed and alone.verdict == "Failed" and alone.failed_artefacts == ("C: /run-merged/",)
+    assert Certificate("run", (own, replace(own, name="x: logits"))).verdict == "Passed"
+    with pytest.raises(VerificationFailed, match="logits"):
+        alone.raise_if_failed()
     assert Certificate("model.gguf", (other,)).own == (other,), "what lies beside a file is judged by what it says of the file"
 
 
@@ -75,3 +82,24 @@ def test_worst_layer_prefers_nan() -> None:
     assert "is b: it differs by 0.5 (of 2 layers)" in worst_layer({"a": 0.1, "b": 0.5})
     assert "is c" in worst_layer({"a": 9.0, "c": math.nan, "d": 1.0})
     assert worst_layer({}) == ""
+
+
+def test_what_an_older_certificate_says_of_all_checks_is_still_read(tmp_path: Path) -> None:
+    """"passed" spoke of the artefacts too, so that one failed export made the whole run "passed": false."""
+    path = tmp_path / "certificate.json"
+    both = Certificate("run", (check(), replace(check(kl=1.0), name="run-merged/: logits")))
+    both.write(path)
+    written = json.loads(path.read_text())
+    assert written["passed"] is True and written["artefacts"] == {"run-merged/": False} and read_certificate(path) == both
+    older = {key: value for key, value in written.items() if key not in ("artefacts", "unchecked")}
+    for entry in older["checks"]:
+        del entry["made"], entry["against"]
+    path.write_text(json.dumps({**older, "passed": False}))
+    found = read_certificate(path)
+    assert found == both and found.passed and found.artefacts == {"run-merged/": False}
+    path.write_text(json.dumps({**written, "artefacts": {"run-merged/": True}}))
+    with pytest.raises(DataError, match=r'says "artefacts": .*Verify the artefacts again'):
+        read_certificate(path)
+    path.write_text(json.dumps({**written, "passed": False}))
+    with pytest.raises(DataError, match='says "passed": False'):
+        read_certificate(path)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import yaml
 
-from lorakeet.evaluate.certificate import Certificate, judge
+from lorakeet.evaluate.certificate import Certificate, Unchecked, judge
 from lorakeet.evaluate.intervals import Estimate
 from lorakeet.evaluate.report import Report, SystemResult
 from lorakeet.evaluate.verdict import Phrase, Verdict
@@ -57,6 +58,11 @@ def test_what_is_not_known_is_not_stated() -> None:
 def test_a_failed_check_is_said() -> None:
     check = judge("logits", {"mean_kl": 1.0}, tolerance={"mean_kl": 1e-6}, between=("live", "file"))
     assert "do not use it" in card(FACTS, None, Certificate("x", (check,)))
+    own = judge("x", {"x": 0.0}, tolerance={"x": 1.0}, between=("a", "b"))
+    missing = Unchecked("http://x", "the stored weights", "a server does not tell them")
+    text = card(FACTS, None, Certificate("x", (own, replace(check, name="run-merged/: logits")), unchecked=(missing,)))
+    assert "The own checks passed; run-merged/ failed." in text and "do not use it" not in text
+    assert "- not checked: the stored weights of http://x, since a server does not tell them" in text
 
 
 def test_the_licence_of_a_base(tmp_path: Path) -> None:

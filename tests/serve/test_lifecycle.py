@@ -126,9 +126,11 @@ def test_a_certificate_is_extended(http: Any, saved: Callable[..., Path]) -> Non
     assert http.post("/v1/adapters/a/certificate").status_code == 400, "none came with it"
     folder = saved("run", seed=7)
     check = judge("run", {"x": 0.0}, tolerance={"x": 1.0}, between=("a", "b"))
-    Certificate("The run", (check,)).write(folder / "certificate.json")
+    export = judge("run-merged/: logits", {"x": 2.0}, tolerance={"x": 1.0}, between=("a", "b"))
+    Certificate("The run", (check, export)).write(folder / "certificate.json")
     assert send(http, "unrelated", saved("z")).status_code == 200
     http.post("/v1/load_lora_adapter", json={"lora_name": "run", "lora_path": str(folder)})
     answer = http.post("/v1/adapters/run/certificate").json()
-    assert answer["passed"] and "served" in answer["checks"][1]
-    assert [found.name for found in read_certificate(folder / "certificate.json").checks] == ["run", "served"]
+    assert answer["passed"] and "served" in answer["checks"][2] and answer["artefacts"] == {"run-merged/": False}
+    names = [found.name for found in read_certificate(folder / "certificate.json").checks]
+    assert names == ["run", "run-merged/: logits", "served"]

@@ -9,7 +9,7 @@ from typing import Any
 
 from rich.console import Console
 
-from lorakeet.evaluate.certificate import Certificate, judge
+from lorakeet.evaluate.certificate import Certificate, Unchecked, judge
 from lorakeet.workflows.assemble import assemble
 from lorakeet.workflows.show import show_certificate, show_plan, show_results
 from tiny.models import save_tiny_llama
@@ -73,3 +73,13 @@ def test_a_missing_chat_template_is_said(finished: Any, tmp_path: Path) -> None:
     assert said in printed(show_plan, setup) and said not in printed(show_plan, finished.result.setup)
     chosen = assemble(settings(model, finished.data, tmp_path / "run", {"data.chat_template": "off"}), quiet())
     assert said not in printed(show_plan, chosen)
+
+
+def test_what_became_of_an_adapter_is_shown_beside_its_own_verdict() -> None:
+    own = judge("adapter on disk", {"x": 0.0}, tolerance={"x": 1.0}, between=("a", "b"))
+    other = judge("http://x: logits", {"x": 2.0}, tolerance={"x": 1.0}, between=("a", "b"))
+    missing = Unchecked("http://x", "the stored weights", "a server does not tell them")
+    text = printed(show_certificate, Certificate("run", (own, other), unchecked=(missing,)))
+    assert "not checked: the stored weights of http://x, since a server does not tell them" in text
+    assert text.rstrip().endswith("The own checks passed; http://x failed.")
+    assert "own checks" not in printed(show_certificate, Certificate("run", (own,)))

@@ -98,7 +98,11 @@ def test_a_wrong_file_is_held_against_itself_only_and_until_it_is_gone(loud: Lou
         "wrong/model.gguf": False,
         "good/model.gguf": True,
     }
-    assert not kept.passed and read_record(run / "certificate.json") is not None, "the adapter itself is served"
+    assert kept.passed and read_record(run / "certificate.json") is not None, "the adapter itself is served"
+    assert kept.verdict == "The own checks passed; wrong/model.gguf failed"
+    assert json.loads((run / "certificate.json").read_text())["artefacts"] == {"wrong/model.gguf": False, "good/model.gguf": True}
+    page = (run / "report.html").read_text()
+    assert "The own checks passed; wrong/model.gguf failed" in page and "certificate passed" in page
     wrong.unlink()
     verify(str(run), against=(str(good),), rows=1, console=quiet())
     kept = read_certificate(run / "certificate.json")

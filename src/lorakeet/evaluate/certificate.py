@@ -71,7 +71,11 @@ class Unchecked:
 
 @dataclass(frozen=True)
 class Certificate:
-    """All checks of one artefact; it passes when there is at least one check and every check passes."""
+    """The checks of a subject, a run or a file, and of what became of it elsewhere.
+
+    `passed` speaks of the subject alone: it is what is trained, served, recommended and refused by. What became of it, a merged
+    folder, a file, a server, has a verdict of its own in `artefacts`, and `verdict` says both in one sentence.
+    """
 
     subject: str
     checks: tuple[Check, ...]
@@ -80,7 +84,26 @@ class Certificate:
 
     @property
     def passed(self) -> bool:
-        return bool(self.checks) and all(check.passed for check in self.checks)
+        """Whether the subject's own checks were made, and all of them passed."""
+        return bool(self.own) and all(check.passed for check in self.own)
+
+    @property
+    def artefacts(self) -> dict[str, bool]:
+        """Every artefact that checks are about, by its name, and whether all of them passed."""
+        names = dict.fromkeys(check.artefact for check in self.checks if check.artefact)
+        return {name: all(check.passed for check in self.checks if check.artefact == name) for name in names}
+
+    @property
+    def failed_artefacts(self) -> tuple[str, ...]:
+        """The artefacts of which a check failed."""
+        return tuple(name for name, passed in self.artefacts.items() if not passed)
+
+    @property
+    def verdict(self) -> str:
+        """What card, report and terminal say of it."""
+        if not self.passed:
+            return "Failed"
+        return f"The own checks passed; {', '.join(self.failed_artefacts)} failed" if self.failed_artefacts else "Passed"
 
     @property
     def own(self) -> tuple[Check, ...]:
@@ -88,17 +111,17 @@ class Certificate:
         return tuple(check for check in self.checks if not check.artefact) or self.checks
 
     def write(self, path: Path) -> None:
-        """Writes certificate.json with a top-level "passed" for machines; it is there whole or as it was before."""
-        put_text(path, to_text({"passed": self.passed, **encode(self)}))
+        """Writes certificate.json with "passed" and "artefacts" on top for machines; it is there whole or as it was before."""
+        put_text(path, to_text({"passed": self.passed, "artefacts": self.artefacts, **encode(self)}))
 
     def raise_if_failed(self) -> None:
-        """Raises VerificationFailed that names every failed check, its measures outside tolerance and its detail."""
+        """Raises VerificationFailed that names every failed check of the subject, its measures outside tolerance, its detail."""
         if self.passed:
             return
         if not self.checks:
             raise VerificationFailed(f"{self.subject} was not verified: no check was made; expected at least one.")
         lines = [f"{self.subject} does not compute what it should:"]
-        for check in self.checks:
+        for check in self.own:
             if not check.passed:
                 lines.append(f"  - {check}. {check.detail}".rstrip())
         lines.append("Do not use it.")
@@ -111,10 +134,16 @@ def read_certificate(path: Path) -> Certificate:
         data = from_text(dict[str, Any], path.read_text(encoding="utf-8"), where=str(path))
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"Cannot read the certificate {path}: {error}; expected a file that a verified run wrote.") from error
-    claimed = data.pop("passed", None)
+    claimed, artefacts = data.pop("passed", None), data.pop("artefacts", None)
     certificate = decode(Certificate, data, where=str(path))
-    if claimed != certificate.passed:
+    meant = {certificate.passed}
+    if artefacts is None:  # an older file, whose "passed" spoke of all checks
+        meant.add(bool(certificate.checks) and all(check.passed for check in certificate.checks))
+    if claimed not in meant:
         raise DataError(f'{path} says "passed": {claimed}, but its checks say {certificate.passed}. Verify the artefact again.')
+    if artefacts not in (None, certificate.artefacts):
+        said = f'{path} says "artefacts": {artefacts}, but its checks say {certificate.artefacts}.'
+        raise DataError(f"{said} Verify the artefacts again.")
     return certificate
 
 

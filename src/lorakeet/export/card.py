@@ -98,7 +98,8 @@ def _estimate(found: Estimate | None, digits: int) -> str:
 
 
 def _checks(certificate: Certificate) -> list[str]:
-    verdict = "All checks passed" if certificate.passed else "**Not all checks passed: do not use it**"
+    good = certificate.verdict if certificate.failed_artefacts else "All checks passed"
+    verdict = good if certificate.passed else "**Not all checks passed: do not use it**"
     return [f"{verdict}.", "", *(f"- {found}" for found in (*certificate.checks, *certificate.unchecked))]
 
 

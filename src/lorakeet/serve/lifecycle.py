@@ -81,7 +81,8 @@ async def certify(service: Service, caller: Caller, name: str) -> Reply:
     probe = await asyncio.to_thread(service.registry.probe, name)
     tolerance = service.registry.prober.allowed(probe.effect)
     written = await asyncio.to_thread(extend_certificate, version.certificate, name, probe, tolerance)
-    return as_json({"path": str(version.certificate), "passed": written.passed, "checks": [str(c) for c in written.checks]})
+    told = {"passed": written.passed, "artefacts": written.artefacts, "checks": [str(check) for check in written.checks]}
+    return as_json({"path": str(version.certificate), **told})
 
 
 async def receive(service: Service, caller: Caller, request: Incoming, name: str, file: str, upload: str) -> Reply:

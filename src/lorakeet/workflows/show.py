@@ -81,6 +81,8 @@ def show_certificate(certificate: Certificate, console: Console) -> None:
         console.print(Text(str(check), style="green" if check.passed else "bold red"))
     for missing in certificate.unchecked:
         console.print(Text(str(missing), style="yellow"))
+    if certificate.passed and certificate.failed_artefacts:
+        console.print(Text(f"{certificate.verdict}.", style="bold yellow"))
 
 
 def memory_table(forecast: Forecast) -> Table:

@@ -64,7 +64,8 @@ class Verified:
 
     def to_mapping(self) -> dict[str, Any]:
         """Plain values for --json."""
-        return {"passed": self.certificate.passed, "certificate": encode(self.certificate)}
+        found = {"passed": self.certificate.passed, "artefacts": self.certificate.artefacts}
+        return {**found, "certificate": encode(self.certificate)}
 
 
 def verify(
