@@ -60,9 +60,10 @@ def test_pairs_that_do_not_fit_are_all_named(pipeline: Path) -> None:
     conv = "unet.mid_block.resnets.0.conv1"
     good = Adapter({conv: random_pair("conv2d", torch.ones(8, 4, 3, 3))})
     check_fits(good, base)
+    check_fits(Adapter({conv: random_pair("conv2d", torch.ones(8, 4, 3, 3), rank=9)}), base)  # said where it is read
     bad = Adapter(
         {
-            conv: random_pair("conv2d", torch.ones(8, 4, 3, 3), rank=9),
+            conv: random_pair("conv2d", torch.ones(8, 5, 3, 3)),
             "unet.mid_block.resnets.0.conv2": random_pair("conv2d", torch.ones(8, 4, 3, 3)),
             "text_encoder.text_model.encoder.layers.0.mlp.fc1": random_pair("linear", torch.ones(6, 5)),
         }
@@ -71,7 +72,7 @@ def test_pairs_that_do_not_fit_are_all_named(pipeline: Path) -> None:
         check_fits(bad, base)
     for words in (
         "3 problems",
-        f"{conv} has rank 9, more than the 8 that its weight (8, 4, 3, 3) can have",
+        f"{conv} is a pair for a weight (8, 5, 3, 3); {pipeline} has (8, 4, 3, 3) there",
         f"conv2 is no module of {pipeline}. Did you mean '{conv}'?",
         "is a pair for a weight (6, 5)",
     ):

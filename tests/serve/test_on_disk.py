@@ -12,6 +12,7 @@ import pytest
 from lorakeet.errors import ConfigError, DataError
 from lorakeet.formats import peft
 from lorakeet.models.active import LiveModel
+from lorakeet.serve import on_disk
 from lorakeet.serve.on_disk import inspect, read
 
 
@@ -40,3 +41,14 @@ def test_what_does_not_fit_is_refused_by_its_header(live: LiveModel, saved: Call
     folder = saved("a", "embed_tokens", "q_proj")
     with pytest.raises(ConfigError, match=r"'model\.embed_tokens': no pair can be served there"):
         inspect(folder, live)
+
+
+def test_a_rank_larger_than_the_layer_is_served_and_logged(
+    live: LiveModel, saved: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    heard: list[str] = []
+    monkeypatch.setattr(on_disk.log, "warning", lambda form, *given: heard.append(form % given))
+    inspect(saved("fits", rank=4), live)
+    assert not heard
+    assert inspect(saved("wide", "k_proj", rank=20), live).ranks == (20,)
+    assert len(heard) == 1 and "rank larger than the layer in 2 of 2 pairs" in heard[0] and "--to adapter --rank 20" in heard[0]

@@ -91,7 +91,7 @@ def place(tmp_path: Path) -> Path:
         ("text out.safetensors --to kohya", ["is no module of Stable Diffusion", "14 problems"]),
         ("text out.safetensors --to diffusers", ["belong to no component"]),
         ("image.safetensors out --to mlx", ["conv2d"]),
-        ("text out --to mlx --base narrow", ["has rank 4, more than the 3 that its weight"]),
+        ("text out --to mlx --base narrow", ["is a pair for a weight"]),
         ("gone out --to mlx", ["gone does not exist"]),
         ("text out --to onnx", ["'onnx'", "peft"]),
         ("text out --to mlx --rank 0", ["--rank is 0"]),

@@ -80,7 +80,7 @@ def _component(config: Mapping[str, Any]) -> str:
 
 
 def check_fits(adapter: Adapter, base: BaseModel) -> None:
-    """DataError listing every pair that has no module in `base`, another shape, or a rank larger than its layer."""
+    """DataError listing every pair that has no module in `base`, or another shape."""
     if not base.weights:
         return
     problems = Problems(f"The adapter does not fit {base.path}", DataError)
@@ -90,11 +90,6 @@ def check_fits(adapter: Adapter, base: BaseModel) -> None:
             continue
         if shape is None:
             problems.add(f"{path} is no module of {base.path}.{nearest(path, base.weights)}")
-        elif pair.rank > (most := _largest_rank(pair, shape)):
-            problems.add(
-                f"{path} has rank {pair.rank}, more than the {most} that its weight {shape} can have. The file is damaged, or "
-                "belongs to another base."
-            )
         elif _shape(pair) != shape:
             problems.add(f"{path} is a pair for a weight {_shape(pair)}; {base.path} has {shape} there.")
     problems.raise_if_any()
@@ -104,9 +99,3 @@ def _shape(pair: Pair) -> tuple[int, ...]:
     out, inner = pair.B.shape[0], tuple(pair.A.shape[1:])
     return (*inner, out) if pair.kind in ("conv1d", "embedding") else (out, *inner)
 
-
-def _largest_rank(pair: Pair, shape: tuple[int, ...]) -> int:
-    total = 1
-    for size in shape:
-        total *= size
-    return min(shape[0], total // shape[0])

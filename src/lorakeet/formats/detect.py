@@ -15,6 +15,7 @@ from lorakeet.formats.base_model import BaseModel
 from lorakeet.formats.dense import Compression
 from lorakeet.formats.peft_config import CONFIG_NAME
 from lorakeet.formats.safe import open_safetensors
+from lorakeet.formats.surplus import surplus_rank
 
 Format = Literal["peft", "kohya", "diffusers", "gguf", "mlx", "lycoris"]
 _PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
@@ -143,6 +144,13 @@ def read_found(
     say: Callable[[str], None] = print,
 ) -> Adapter:
     """The adapter that `detect` found; arguments and errors as in `read_adapter`."""
+    adapter = _read(found, base, compression, say)
+    if surplus := surplus_rank(adapter, str(found.path)):
+        say(surplus)
+    return adapter
+
+
+def _read(found: Found, base: BaseModel | None, compression: Compression | None, say: Callable[[str], None]) -> Adapter:
     if found.format == "peft":
         return peft.read(found.path)
     if found.format == "mlx":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -14,8 +15,10 @@ from lorakeet.formats.base_model import open_base
 from lorakeet.formats.detect import Found, detect, read_found
 from lorakeet.formats.peft_config import CONFIG_NAME
 from lorakeet.formats.slab import Slab, open_outline, open_slab
+from lorakeet.formats.surplus import surplus_rank
 from lorakeet.models.active import LiveModel
 
+log = logging.getLogger("lorakeet.serve")
 Stamp = tuple[tuple[int, int, int], ...]  # (inode, size, time of change) of each file
 
 
@@ -44,6 +47,8 @@ def inspect(path: Path, live: LiveModel, digest: str = "", *, private: bool = Fa
     found = detect(path)
     stamp = () if digest else _stamp(found)  # a digest from before a restart is compared with the content at the first load
     outline = peft.read(found.path, opened=open_outline) if found.format == "peft" else _converted(found, live)
+    if surplus := surplus_rank(outline, str(found.path)):
+        log.warning("%s", surplus)
     entries = live.check(outline).values()
     ranks, scales = {entry.rank for entry in entries}, {float(f"{entry.scale:.6g}") for entry in entries}
     return Source(found, 4 * outline.parameters, tuple(sorted(ranks)), tuple(sorted(scales)), stamp, private, digest)

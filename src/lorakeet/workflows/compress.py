@@ -99,7 +99,7 @@ def compress(  # noqa: PLR0913 - each is a flag of the verb
     """
     require_empty(out)
     share = _share(tolerance)
-    opened = open_adapter(Path(run), base=base, config=config)
+    opened = open_adapter(Path(run), base=base, config=config, say=console.print)
     check_pairs(opened.adapter)
     if not opened.config.data.train:
         raise ConfigError("A bare adapter brings no rows to measure on; name the run file that it was trained with in --config.")

@@ -95,9 +95,12 @@ def _planned_image(config: RunConfig, auto: int, say: Say) -> frozenset[Feature]
 
 def _finished(folder: Path, base: str | None, runtime: Runtime, say: Say) -> frozenset[Feature]:
     """Of an adapter as it is; its base is asked only where a pair is on the head and `runtime` minds a tied one."""
-    adapter = read_adapter(folder)
+    adapter = read_adapter(folder, say=say)
     asks = has_head(adapter.pairs) and bool(limits_of(runtime, ("tied head pairs",)))
-    return features_of_adapter(adapter, tied=asks and _ties(config_of(open_adapter(folder, base=base).config.model, say)))
+    if not asks:
+        return features_of_adapter(adapter, tied=False)
+    opened = open_adapter(folder, base=base, say=lambda _: None)  # what is odd about it was said
+    return features_of_adapter(adapter, tied=_ties(config_of(opened.config.model, say)))
 
 
 def _ties(model_config: Any) -> bool:

@@ -69,7 +69,7 @@ def evaluate(
     """
     if out is not None:
         require_empty(out)
-    opened = open_adapter(Path(run_or_adapter), base=base, config=config).within(memory)
+    opened = open_adapter(Path(run_or_adapter), base=base, config=config, say=console.print).within(memory)
     rows = _rows_of_file(opened, data) if data else _rows_of_run(opened)
     loaded = Loaded(bool(rows.labels), sum(len(row.text) for row in rows.rows))
     text = opened.text_model(console, within_budget=loaded)

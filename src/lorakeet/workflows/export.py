@@ -107,7 +107,7 @@ def export(  # noqa: PLR0913  (the options of a verb are its parameters)
         direct = ", ".join(DIRECT)
         raise ConfigError(f"--quant {quant} needs llama.cpp's quantiser: pip install 'lorakeet[llama]', or take {direct}.")
     require_place(out)
-    opened = open_adapter(Path(run_or_adapter), base=base).within(memory)
+    opened = open_adapter(Path(run_or_adapter), base=base, say=console.print).within(memory)
     if is_installed() and not written:
         opened.require_room(LLAMA_CPP, "the check of an export", console)
     source = find_source(opened.config.model, console.print)

@@ -85,8 +85,8 @@ def generate(  # noqa: PLR0913 - one parameter for each option of the verb
     require_empty(out)
     paths = _named_paths(adapter)
     mixes = _mixes(prompt, list(paths), weights or {}, each)
-    adapters = {name: read_adapter(path) for name, path in paths.items()}
     say = partial(console.print, markup=False, soft_wrap=True)
+    adapters = {name: read_adapter(path, say=say) for name, path in paths.items()}
     spec = ModelSpec(path=model or _base_of(paths, adapters), dtype=dtype, device=device)
     held = load_image_model(spec, say=say)
     for name, value in adapters.items():

@@ -112,7 +112,7 @@ def merge(  # noqa: PLR0913 - one parameter for each option of the verb
     if out.exists():
         raise ConfigError(f"{out} exists already and is never overwritten. Choose another folder or remove that one.")
     require_place(out)
-    opened = [item.within(memory) for item in _opened(runs_or_adapters, base)]
+    opened = [item.within(memory) for item in _opened(runs_or_adapters, base, console)]
     spec = CombineSpec(method, tuple(weights), rank, density, seed)
     alone = len(opened) == 1 and spec == CombineSpec(density=density, seed=seed)  # nothing is asked that combines or compresses
     packing = PackedMerge(like, calibration_rows, finish_steps, keep)
@@ -147,14 +147,14 @@ def _require_alone(alone: bool) -> None:
         )
 
 
-def _opened(paths: Sequence[str], base: str | None) -> list[Opened]:
+def _opened(paths: Sequence[str], base: str | None, console: Console) -> list[Opened]:
     """Every adapter; ConfigError unless they name one base, where none is given."""
     problems = Problems("These adapters cannot be merged together")
     twice = sorted({path for path in paths if list(paths).count(path) > 1})
     if twice:
         problems.add(f"{', '.join(twice)} is named more than once; name each adapter once and give it a weight.")
     problems.raise_if_any()
-    opened = [open_adapter(Path(path), base=base) for path in paths]
+    opened = [open_adapter(Path(path), base=base, say=console.print) for path in paths]
     bases = {item.config.model.path for item in opened}
     if len(bases) > 1:
         named = "; ".join(f"{path} on {item.config.model.path}" for path, item in zip(paths, opened, strict=True))

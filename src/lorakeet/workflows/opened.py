@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -129,13 +130,16 @@ class Opened:
             )
 
 
-def open_adapter(path: Path, *, base: str | None = None, config: Path | None = None) -> Opened:
-    """The adapter in a run folder or in a folder of PEFT's layout. `base` and `config` win over what is written there.
+def open_adapter(
+    path: Path, *, base: str | None = None, config: Path | None = None, say: Callable[[str], None] = print
+) -> Opened:
+    """The adapter in a run folder or in a folder of PEFT's layout. `base` and `config` win over what is written there;
+    `say` hears what is odd about it.
 
     Raises DataError where there is no adapter, ConfigError where nothing says which base it belongs to.
     """
     run = RunFolder(path) if (path / "config.yaml").is_file() else None
-    adapter = read_adapter(path)
+    adapter = read_adapter(path, say=say)
     settings = read_run(config) if config else read_run(run.config) if run else _bare(path, adapter, base)
     if settings.kind == "image":
         raise ConfigError(

@@ -88,7 +88,7 @@ def verify(
     """
     if deploy is not None:
         return check_deployment(Path(run_or_adapter), deploy, console, base=base)
-    opened = open_adapter(Path(run_or_adapter), base=base)
+    opened = open_adapter(Path(run_or_adapter), base=base, say=console.print)
     targets = against or _found_beside(opened)
     certificate = certify_artefacts(
         opened, targets, base_gguf=base_gguf, precision=precision, rows=rows, subject=str(run_or_adapter), console=console,
