@@ -9,7 +9,8 @@
     PREFIX_MODULE.lora_mid.weight    (rank, rank, k, k): a convolution in Tucker form, multiplied into lora_down when read
 
 PREFIX is lora_unet, lora_te (SD 1.x), lora_te1 and lora_te2 (SDXL). MODULE is the path with underscores, for SDXL's UNet in
-the names of Stability's own code. Metadata (ss_*, modelspec.*) is kept, but for hashes of tensors that are written anew.
+the names of Stability's own code. Metadata (ss_*, modelspec.*) is kept, but for hashes, and made where it is missing
+(formats/kohya_metadata).
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from lorakeet.errors import ConfigError, DataError, Problems, nearest
 from lorakeet.formats import lycoris
 from lorakeet.formats.base_model import BaseModel
 from lorakeet.formats.dense import Compression, compress
+from lorakeet.formats.kohya_metadata import HASH, hash_of, network_metadata
 from lorakeet.formats.limits import check_holds
 from lorakeet.formats.safe import open_safetensors, save_tensors
 from lorakeet.formats.sd_names import FAMILY_KEY, family_of, flat_keys, kohya_key, ldm_keys, unet_modules
@@ -36,7 +38,7 @@ Say = Callable[[str], None]
 PREFIXES = ("lora_unet_", "lora_te_", "lora_te1_", "lora_te2_")
 _DOWN, _UP, _MID = "lora_down", "lora_up", "lora_mid"
 SLOTS = (_DOWN, _UP, _MID, "alpha", "dora_scale", *lycoris.LOHA, *lycoris.LOKR)
-_HASHES = ("sshs_model_hash", "sshs_legacy_hash", "modelspec.hash_sha256")
+_HASHES = ("sshs_legacy_hash", "modelspec.hash_sha256")  # of a whole file; the one of the tensors is made anew
 _PEFT_ONLY = ("task_type", "revision", "lora_dropout")
 
 
@@ -70,7 +72,7 @@ def read(path: Path, *, base: BaseModel | None = None, compression: Compression 
     problems.raise_if_any()
     if dense:
         pairs |= _compressed(path, dense, compression, say)
-    metadata = {key: value for key, value in file.metadata.items() if key not in (*_HASHES, "format")}
+    metadata = {key: value for key, value in file.metadata.items() if key not in (HASH, *_HASHES, "format")}
     if family := _spelled(groups, [*pairs, *dense]):
         metadata[FAMILY_KEY] = family
     if not any("alpha" in slots for slots in groups.values()):
@@ -208,5 +210,7 @@ def write(adapter: Adapter, path: Path, *, base: BaseModel | None = None) -> Non
         if pair.magnitude is not None:
             tensors[f"{key}.dora_scale"] = pair.magnitude.float().reshape(-1, *[1] * (pair.A.dim() - 1))
     problems.raise_if_any()
-    metadata = {key: value for key, value in adapter.metadata.items() if key not in (*_PEFT_ONLY, FAMILY_KEY)}
-    save_tensors(path, tensors, metadata={"format": "pt", **metadata})
+    known = {key: value for key, value in adapter.metadata.items() if key not in (*_PEFT_ONLY, FAMILY_KEY)}
+    unet = {} if base is None else base.config("unet")
+    metadata = network_metadata(adapter.pairs, alpha, family=family, known=known, unet=unet)
+    save_tensors(path, tensors, metadata={"format": "pt", **metadata, HASH: hash_of(tensors)})

@@ -194,7 +194,7 @@ def stream_safetensors(
     with path.open("wb") as file:
         file.write(len(header).to_bytes(8, "little"))
         file.write(header)
-        for name in _order(shapes):
+        for name in in_order(shapes):
             tensor = fetch(name)
             if (tensor.dtype, tuple(tensor.shape)) != shapes[name]:
                 raise ValueError(f"{name} is {tensor.dtype} {tuple(tensor.shape)}, announced as {shapes[name]}")
@@ -239,15 +239,15 @@ def tensor_bytes(tensor: Tensor) -> memoryview:
     return memoryview(flat.view(torch.uint8).numpy().data)
 
 
-def _order(shapes: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]) -> list[str]:
-    """Wide dtypes first, so that every tensor is aligned; then by name."""
+def in_order(shapes: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]) -> list[str]:
+    """The names in the order in which a file holds them: wide dtypes first, so that every tensor is aligned; then by name."""
     return sorted(shapes, key=lambda name: (-shapes[name][0].itemsize, name))
 
 
 def _header(shapes: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], metadata: Mapping[str, str]) -> bytes:
     header: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
     position = 0
-    for name in _order(shapes):
+    for name in in_order(shapes):
         dtype, shape = shapes[name]
         end = position + math.prod(shape) * dtype.itemsize
         header[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [position, end]}
