@@ -21,6 +21,7 @@ from lorakeet.core.math import ScaleRule, alpha_for
 from lorakeet.core.spec import pattern_value
 from lorakeet.errors import ConfigError, Problems
 from lorakeet.formats.json_object import read_object
+from lorakeet.formats.pattern_cost import pattern_problem
 
 CONFIG_NAME = "adapter_config.json"
 NO_TARGETS = "dummy-target-modules"  # PEFT's word for an adapter that has no pair at all
@@ -53,14 +54,6 @@ _REFUSED = {
 # Starts that leave the base weights as they were. "eva" and "mica" read them only.
 _HARMLESS_STARTS = {"true", "false", "gaussian", "eva", "orthogonal", "mica"}
 _EMPTY: tuple[Any, ...] = (None, False, "", [], {})
-
-# How long a key of rank_pattern or alpha_pattern may take to match, counted before it is tried.
-_LONGEST_KEY = 1000
-_STEPS_OF_A_REPETITION, _MOST_STEPS = 128.0, 1e8  # three repetitions, with some alternatives
-_TOKEN = re.compile(
-    r"\\.|\[\^?\]?(?:\\.|[^\]\\])*\]|\(\?P<\w+>|\(\?<?[:=!]|\(\?[aimsuL-]+[:)]|\(\??|(?P<repeat>(?:[*+?]|\{(?:\d+,?\d*|,\d*)\})[?+]?)|.",
-    re.DOTALL,
-)
 
 
 @dataclass(frozen=True)
@@ -105,7 +98,7 @@ class PeftConfig:
     def targets(self, path: str) -> bool:
         """Whether target_modules names the module at `path`, by PEFT's rule."""
         if isinstance(self.target_modules, str):
-            if wrong := _regex_problem(self.target_modules, self.target_modules, math.inf):
+            if wrong := pattern_problem(self.target_modules, self.target_modules, most_steps=math.inf):
                 raise ConfigError(f"{CONFIG_NAME}: target_modules is {self.target_modules[:80]!r}, {wrong}")
             return re.fullmatch(self.target_modules, path) is not None
         return any(path == target or path.endswith(f".{target}") for target in self.target_modules)
@@ -191,64 +184,8 @@ def _check_pattern(
     for key, value in pattern.items():
         if not good(value):
             problems.add(f"{path}: {name} says {value!r} for {key[:80]!r}; expected {words}. {_AGAIN}")
-        if wrong := _regex_problem(key, rf"(.*\.)?({key})$", _MOST_STEPS):
+        if wrong := pattern_problem(key, rf"(.*\.)?({key})$"):
             problems.add(f"{path}: {name} has the key {key[:80]!r}, {wrong}")
-
-
-def _regex_problem(key: str, used: str, most_steps: float) -> str:
-    """What is wrong with the regular expression `key`, which is matched as `used`; an empty string where it is safe to try."""
-    if len(key) > _LONGEST_KEY:
-        return f"which is {len(key):,} characters long; expected at most {_LONGEST_KEY:,}. Split it into several."
-    try:
-        re.compile(key)
-        re.compile(used)
-    except (re.error, OverflowError, RecursionError) as error:
-        return f"which is not a regular expression: {error}."
-    if (steps := _steps(key)) > most_steps or steps == math.inf:
-        return (
-            "which may take for ever to match: expected at most three repetitions in a row, no repetition of a group that holds "
-            "repetitions or alternatives, and no rare kind of (?…). Use simpler keys, such as 'layers.0.q_proj' for one module."
-        )
-    return ""
-
-
-def _steps(key: str) -> float:
-    """How many ways there are at most to try the regular expression `key` on a long path; infinite for nested repetitions.
-
-    Parts in a row multiply, alternatives add up, and a repetition of what has one way only is as many as the path is long.
-    """
-    groups = [(0.0, 1.0, 1.0)]  # of each open group: its finished alternatives, this one without its last part, that part
-    for match in _TOKEN.finditer(key):
-        token, (done, before, last) = match[0], groups[-1]
-        if match["repeat"]:
-            low, high = _times(token)
-            if high > 1 and last > 1:
-                return math.inf
-            last = last + 1 if (low, high) == (0, 1) else max(last, min(high - low + 1, _STEPS_OF_A_REPETITION))
-            groups[-1] = (done, before, last)
-        elif token == "|":
-            groups[-1] = (done + before * last, 1.0, 1.0)
-        elif token == ")":
-            groups.pop()
-            outer_done, outer_before, outer_last = groups[-1]
-            groups[-1] = (outer_done, outer_before * outer_last, done + before * last)
-        elif token == "(?":
-            return math.inf
-        elif token.startswith("(") and not token.endswith(")"):
-            groups.append((0.0, 1.0, 1.0))
-        else:
-            groups[-1] = (done, before * last, 1.0)
-    done, before, last = groups[0]
-    return done + before * last
-
-
-def _times(token: str) -> tuple[float, float]:
-    """How often at least and at most the quantifier `token` repeats."""
-    if token[0] != "{":
-        return {"*": (0, math.inf), "+": (1, math.inf), "?": (0, 1)}[token[0]]
-    low, comma, high = token.rstrip("?+")[1:-1].partition(",")
-    least = float(low or 0)
-    return least, float(high or math.inf) if comma else least
 
 
 def _number(value: Any) -> bool:
