@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,15 +10,14 @@ from typing import Any
 from rich.console import Console
 from rich.progress import Progress as Bar
 
-from lorakeet.errors import ConfigError, EnvironmentProblem
-from lorakeet.evaluate.certificate import Certificate, judge, read_certificate
+from lorakeet.errors import ConfigError
+from lorakeet.evaluate.certificate import Certificate, judge
 from lorakeet.evaluate.report import Report, read_report
 from lorakeet.evaluate.values import encode
 from lorakeet.export import ollama
 from lorakeet.export.card import CardFacts, card, licence_of
 from lorakeet.export.gguf_model import DIGEST, DIRECT, NAME, GgufFile, GgufModel, write_gguf
 from lorakeet.export.llama_cpp import Refused, is_installed, quantise
-from lorakeet.export.ollama_push import push as push_model
 from lorakeet.export.ollama_push import require_address
 from lorakeet.formats import gguf
 from lorakeet.formats.base_model import open_base
@@ -30,6 +28,7 @@ from lorakeet.models.source import find_source
 from lorakeet.train.durable import new_folder
 from lorakeet.workflows.opened import Opened, open_adapter
 from lorakeet.workflows.place import require_place, writing, writing_certificate
+from lorakeet.workflows.push_export import exported_before, push_folder
 from lorakeet.workflows.show import show_certificate
 from lorakeet.workflows.verify import certify_artefacts
 
@@ -115,7 +114,8 @@ def export(  # noqa: PLR0913  (the options of a verb are its parameters)
     job = _Job(opened, source, load_tokenizer(opened.tokenizer or source), quant, title, separate, run_or_adapter, console)
     found = _written_before(job, out) if written else _written(job, out, to)
     if push:
-        _push(job, found, host)
+        checked = found.certificate is not None
+        push_folder(found.out, _ollama_model(job), job.name, host=host, checked=checked, console=console)
     return found
 
 
@@ -140,39 +140,10 @@ def _written(job: _Job, out: Path, to: str) -> Exported:
 
 
 def _written_before(job: _Job, out: Path) -> Exported:
-    """The export in the folder `out`; ConfigError unless it is of this adapter and these settings, and was checked."""
-    path = out / CERTIFICATE
-    certificate = read_certificate(path) if path.exists() else None
-    expected = _identity(job)
-    files = [out / ollama.MODEL, *([out / ollama.ADAPTER] if job.separate else [])]
-    missing = not all(file.is_file() for file in files)
-    if certificate is None or missing or {key: certificate.facts.get(key) for key in expected} != expected:
-        said = "; ".join(f"{key}: {value}" for key, value in expected.items())
-        raise ConfigError(
-            f"{out} exists already and is never overwritten; --push sends a folder again only where it holds a checked export of "
-            f"this adapter with these settings ({said}). Choose another --out or remove that one."
-        )
-    certificate.raise_if_failed()
+    """The export in the folder `out`, as an earlier command left it."""
+    written, certificate = exported_before(out, out / CERTIFICATE, _identity(job), separate=job.separate)
     job.console.print(f"{out} holds this export already, and its check passed: it is sent as it is.", soft_wrap=True)
-    written = GgufModel(files[0], files[0].stat().st_size, dict(GgufFile(files[0]).tensor_types), ())
     return Exported(out, written, certificate)
-
-
-def _push(job: _Job, found: Exported, host: str) -> None:
-    """Gives the folder to Ollama; EnvironmentProblem says how to go on where that fails."""
-    model = _ollama_model(job)
-    by_hand = f"cd {shlex.quote(str(found.out))} && ollama create {shlex.quote(job.name)} -f {ollama.MODELFILE}"
-    with Bar(console=job.console, transient=True, disable=not job.console.is_terminal) as bar:
-        task = bar.add_task("sending", total=None)
-
-        def show(file: str, sent: int, total: int) -> None:
-            bar.update(task, completed=sent, total=total, description=f"sending {file}")
-
-        try:
-            push_model(found.out, model, job.name, host=host, say=job.console.print, on_progress=show)
-        except EnvironmentProblem as error:
-            again = "The same command sends it again without writing it anew; or by hand" if found.certificate else "By hand"
-            raise EnvironmentProblem(f"{error} {found.out} is complete. {again}: {by_hand}") from error
 
 
 def _to_gguf(job: _Job, out: Path) -> GgufModel:
