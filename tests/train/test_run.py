@@ -18,6 +18,11 @@ def test_a_new_run_is_made_with_its_parents(tmp_path: Path) -> None:
     assert RunFolder.open(run.path).config.read_text() == "a: 1\n"
 
 
+def test_it_is_resumed_as_it_was_started(tmp_path: Path) -> None:
+    assert RunFolder(tmp_path).resume_command == f"lorakeet finetune --resume {tmp_path}"
+    assert RunFolder(tmp_path, "torchrun -m lorakeet").resume_command == f"torchrun -m lorakeet finetune --resume {tmp_path}"
+
+
 def test_an_empty_folder_may_be_used(tmp_path: Path) -> None:
     assert RunFolder.create(tmp_path).checkpoints.is_dir()
 

@@ -18,6 +18,7 @@ from lorakeet.data.batches import StepOrder
 from lorakeet.data.chat import Example
 from lorakeet.data.pack import Batch, micro_batches
 from lorakeet.formats import peft
+from lorakeet.train.processes import ALONE
 from lorakeet.train.spec import TrainSpec
 from lorakeet.train.task import HeldOut, Size, by_batch
 from lorakeet.train.text_loss import text_loss
@@ -71,6 +72,7 @@ class TinyTask:
     """The Task of train/task over a TinyText."""
 
     learning_rate = 0.02
+    processes = ALONE
 
     def __init__(
         self, spec: TrainSpec, *, rows: int = 48, held_out: int = 12, dropout: float = 0.1, start: str = "kaiming"

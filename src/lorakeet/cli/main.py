@@ -1,6 +1,7 @@
 """The command `lorakeet`: picks the verb, reads its settings, prints its result or its error, and sets the exit code.
 
 Exit codes: 0 done, 2 something to mend by the user, 3 a verification failed, 4 a run stopped early, 130 stopped by Ctrl-C.
+Of several processes that torchrun started, the first one prints.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import click
 
 from lorakeet import __version__
 from lorakeet.errors import ConfigError, LorakeetError, nearest
+from lorakeet.train.launch import launched
 from lorakeet.workflows.verbs import VERBS, Verb
 
 __all__ = ["main"]
@@ -116,6 +118,10 @@ def _run(verb: Verb, command: click.Command, values: dict[str, Any]) -> int:
     from lorakeet.cli.flags import SettingFlag, given_values
     from lorakeet.settings import load
 
+    launch = launched()
+    if launch.count > 1 and not verb.together:
+        started = f"and {launch.count} were started. Leave torchrun out."
+        raise ConfigError(f"lorakeet {verb.name} is the work of one process, {started}")
     specs = {spec.name: spec for spec in dataclasses.fields(verb.options)}
     given = given_values(command, values, lambda param: param.name in specs)
     options = load(verb.options, given, where=f"the command lorakeet {verb.name}")
@@ -126,9 +132,11 @@ def _run(verb: Verb, command: click.Command, values: dict[str, Any]) -> int:
         if not verb.reads_rows and not values.get("config"):
             flags.setdefault("data.train", "no rows are read")
         positional.insert(0, _config(verb, values.get("config"), named.get("resume"), flags))
-    named["console"] = Console(stderr=values["json"], markup=False, emoji=False)  # names of files may hold [brackets]
+    named["console"] = Console(  # names of files may hold [brackets]
+        stderr=values["json"], markup=False, emoji=False, quiet=not launch.first
+    )
     result = verb.run(positional, named)
-    if values["json"]:
+    if values["json"] and launch.first:
         click.echo(json.dumps(result.to_mapping(), ensure_ascii=False, indent=2))
     return int(getattr(result, "exit_code", 0))
 
@@ -162,6 +170,8 @@ def _usage_message(error: click.ClickException) -> str:
 def _report(error: BaseException, message: str, *, exit_code: int, as_json: bool, debug: bool) -> int:
     if debug:
         traceback.print_exception(error)
+    if not launched().first:  # what all of them find wrong; what one finds alone, train/processes says
+        return exit_code
     kind = "UsageError" if isinstance(error, click.ClickException) else "Stopped" if exit_code == 130 else type(error).__name__
     if as_json:
         click.echo(json.dumps({"error": kind, "message": message}, ensure_ascii=False))

@@ -50,6 +50,20 @@ class StepOrder:
         return _grouped(self.lengths, self.batch_size, self.seed, epoch)
 
 
+def dealt(lengths: Sequence[int], parts: int) -> list[list[int]]:
+    """The numbers of rows of those `lengths`, dealt out to `parts` of about equal length, each in rising order.
+
+    Longest first, equal ones in order, each to the part that has the least so far: the same parts for the same lengths.
+    """
+    found: list[list[int]] = [[] for _ in range(parts)]
+    held = [0] * parts
+    for number in sorted(range(len(lengths)), key=lambda number: (-lengths[number], number)):
+        least = held.index(min(held))
+        found[least].append(number)
+        held[least] += lengths[number]
+    return [sorted(part) for part in found]
+
+
 @lru_cache(maxsize=8)
 def _shuffled(count: int, seed: int, epoch: int, purpose: str = "rows") -> Order:
     # NumPy keeps the raw output of its bit generators stable over versions, which it does not promise of shuffle().

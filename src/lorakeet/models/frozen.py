@@ -9,13 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from lorakeet.models.modules import original_modules
+from lorakeet.models.shard import whole
 
 
 def frozen_digests(model: nn.Module) -> dict[str, str]:
     """SHA-256 of each frozen parameter and buffer of the model, by its path as it was before adapters.
 
     Reads every weight once: about a second for each gigabyte. A model that is streamed from disk has no numbers in memory; what
-    is on the meta device is left out.
+    is on the meta device is left out. Where processes have parted the model (models/shard), all must ask together.
     """
     found: dict[str, str] = {}
     for path, module in original_modules(model):
@@ -31,6 +32,7 @@ def changed_tensors(before: Mapping[str, str], after: Mapping[str, str]) -> list
 
 
 def _digest(tensor: Tensor) -> str:
+    tensor = whole(tensor)
     flat = tensor.cpu().contiguous().reshape(-1)
     digest = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
     if flat.numel():

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -35,7 +36,7 @@ class PackedBase(nn.Module):
     @property
     def bytes(self) -> int:
         """What the packed buffers take."""
-        return sum(buffer.numel() * buffer.element_size() for buffer in self.buffers())
+        return sum(held.numel() * held.element_size() for held in self._held())
 
     @property
     def row_step(self) -> int:
@@ -45,7 +46,11 @@ class PackedBase(nn.Module):
     @property
     def device(self) -> torch.device:
         """Where the packed buffers are."""
-        return next(self.buffers()).device
+        return next(self._held()).device
+
+    def _held(self) -> Iterator[Tensor]:
+        """The packed buffers, some of which are parameters where models/shard has parted them."""
+        return itertools.chain(self.parameters(), self.buffers())
 
     @property
     def settings(self) -> dict[str, Any]:

@@ -33,7 +33,7 @@ from lorakeet.train.stopping import Watch
 
 MANIFEST = "manifest.json"
 # settings that do not touch what is learnt or reported from the first step on
-MAY_CHANGE = {"checkpoint_every", "keep_checkpoints", "log_to", "rate_trial_steps"}
+MAY_CHANGE = {"checkpoint_every", "keep_checkpoints", "log_to", "rate_trial_steps", "shard"}
 
 
 @dataclass
@@ -161,10 +161,11 @@ def identity_of(
     }
 
 
-def environment() -> dict[str, Any]:
-    """What may change between two parts of a run, but then changes the last bits of the numbers."""
+def environment(processes: int = 1) -> dict[str, Any]:
+    """What may change between two parts of a run, but then changes the last bits of the numbers; several processes are named."""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
-    return {"torch": torch.__version__, "threads": torch.get_num_threads(), "device": device}
+    found = {"torch": torch.__version__, "threads": torch.get_num_threads(), "device": device}
+    return found if processes == 1 else {**found, "processes": processes}
 
 
 def require_same(saved: Mapping[str, Any], now: Mapping[str, Any], *, run: Path) -> None:

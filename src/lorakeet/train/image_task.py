@@ -23,6 +23,7 @@ from lorakeet.models.image import Conditioning, ImageModel, stack
 from lorakeet.models.image_cache import Captions, EncodedImage
 from lorakeet.train.image_loss import Draw, add_noise, draw, errors_of, fixed_draws, target_of, weights_of
 from lorakeet.train.image_spec import DiffusionSpec
+from lorakeet.train.processes import ALONE
 from lorakeet.train.spec import TrainSpec
 from lorakeet.train.task import HeldOut, Size, by_batch
 
@@ -49,6 +50,7 @@ class ImageTask:
     `watch` is called with the number of steps taken after each held-out evaluation.
     """
 
+    processes = ALONE
     prior: Sequence[EncodedImage] = ()
     watch: Callable[[int], None] | None = None
 

@@ -5,7 +5,8 @@
     now and then  held-out loss → the best adapter into RUN/adapter → a checkpoint
     the end    all steps done, no improvement any more, Ctrl-C, or a loss that is not a number
 
-A run is a function of its settings, its rows and its seed; on the CPU, interrupted and resumed, down to the last bit.
+A run is a function of its settings, its rows and its seed; on the CPU, interrupted and resumed, down to the last bit. Several
+processes (train/processes) take the same steps, each over its part of the rows; the first one writes and speaks for all.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic
@@ -32,6 +33,7 @@ from lorakeet.train.checkpoint import Position, Snapshot
 from lorakeet.train.interrupt import Interrupt
 from lorakeet.train.log import Metrics, Sink, sink_for
 from lorakeet.train.optimizer import Optimizer
+from lorakeet.train.processes import Processes, ProcessLost
 from lorakeet.train.progress import Record, Reporter, Silent
 from lorakeet.train.run import RunFolder
 from lorakeet.train.spec import TrainSpec
@@ -69,20 +71,22 @@ def train(
 
     `identity` names what else must be equal when the run is resumed ({"data": hash, "lora": …}). With a `budget` in bytes the
     best adapter so far is on disk alone, and where the process grows beyond it, that is said once. Raises RunStopped after
-    Ctrl-C and on a loss that is not a number, EnvironmentProblem when the disk is full, VerificationFailed when a trained
-    tensor gets no gradient, ConfigError when a resumed run was begun with other settings.
+    Ctrl-C, on a loss that is not a number and when another process of the run is gone, EnvironmentProblem when the disk is full,
+    VerificationFailed when a trained tensor gets no gradient, ConfigError when a resumed run was begun with other settings.
     """
     training = Training(task, spec, run=run, report=report or Silent())
     if budget is None:
         keep_freed_memory()
     else:
         training.budget, training.best = budget, Best(run.best)
-    with run.locked(), PeakMemory() as memory, interrupt or Interrupt() as stop:
+    with _locked(run, task.processes), PeakMemory() as memory, interrupt or Interrupt() as stop:
         training.memory = memory
         training.open(identity or {}, resume=resume)
         try:
             training.go(stop)
             return training.finish()
+        except ProcessLost as lost:
+            raise training.lost(lost) from lost
         finally:
             training.close()
 
@@ -91,12 +95,13 @@ class Training(Generic[BatchT]):
     """One run in progress."""
 
     memory: PeakMemory
-    metrics: Metrics
+    metrics: Metrics | None = None  # in the first process alone, as is the sink
     sink: Sink | None = None
     budget: int | None = None  # bytes of memory that the process should keep; forgotten once it was found broken
 
     def __init__(self, task: Task[BatchT], spec: TrainSpec, *, run: RunFolder, report: Reporter) -> None:
-        self.task, self.spec, self.run, self.report = task, spec, run, report
+        self.task, self.spec, self.run, self.processes = task, spec, run, task.processes
+        self.report = report if self.processes.first else Silent()
         self.parameters = task.parameters()
         self.optimizer = Optimizer(self.parameters, spec)
         self.learning_rate = spec.learning_rate if spec.learning_rate is not None else task.learning_rate
@@ -112,7 +117,14 @@ class Training(Generic[BatchT]):
     def open(self, identity: Mapping[str, str], *, resume: bool) -> None:
         """Begins at step 0, or where the newest whole checkpoint stands."""
         self.identity = checkpoint.identity_of(self.spec, identity, parameters=self.parameters, learning_rate=self.learning_rate)
+        self.processes.require_equal(self.identity)
         rng.seed_all(self.spec.seed)
+        self.processes.from_first(lambda: self._begin(resume))
+        self._take_over()
+        self.earlier_seconds, self.started = self.at.seconds, time.perf_counter()
+        self.report.begin(self.total, done=self.at.step)
+
+    def _begin(self, resume: bool) -> None:
         snapshot = checkpoint.load_newest(self.run.checkpoints, say=self.report.say) if resume else None
         if snapshot is not None:
             self._restore(snapshot)
@@ -120,8 +132,19 @@ class Training(Generic[BatchT]):
             self.report.say(f"{self.run.path} has no whole checkpoint yet; it begins again at step 0.")
         self.metrics = Metrics(self.run.metrics, keep=self.at.metrics_bytes)
         self.sink = sink_for(self.spec.log_to, self.run.path, step=self.at.step)
-        self.earlier_seconds, self.started = self.at.seconds, time.perf_counter()
-        self.report.begin(self.total, done=self.at.step)
+
+    def _take_over(self) -> None:
+        """Stands where the first process stands; the best values so far are that one's alone."""
+        if self.processes.count == 1:
+            return
+        self.processes.same({**self.parameters, **self.task.fixed()}.values())
+        at, last, moments, random = self.processes.from_first(
+            lambda: (self.at, self.last_checkpoint, self.optimizer.state(), rng.states())
+        )
+        if not self.processes.first:
+            self.at, self.last_checkpoint = at, last
+            self.optimizer.load(moments)
+            rng.restore(random)
 
     def go(self, stop: Interrupt) -> None:
         """All steps, until the last one or until something ends the run earlier."""
@@ -132,12 +155,14 @@ class Training(Generic[BatchT]):
             last = self.at.step == self.total
             if last or self.at.step % self.evaluate_every == 0:
                 self.evaluate()
-            if last or stop.requested or self.at.stopped or self.at.step % self.checkpoint_every == 0:
+            asked = self.processes.any(bool(stop.requested))
+            if last or asked or self.at.stopped or self.at.step % self.checkpoint_every == 0:
                 self.save()
-            if stop.requested and not last and not self.at.stopped:
+            if asked and not last and not self.at.stopped:
+                why = stop.requested or "Another process was asked to"
                 raise RunStopped(
-                    f"{stop.requested}: stopped after step {self.at.step} of {self.total}, with the checkpoint "
-                    f"{self.last_checkpoint}. Go on with: {self.run.resume_command}"
+                    f"{why}: stopped after step {self.at.step} of {self.total}, with the checkpoint {self.last_checkpoint}. "
+                    f"Go on with: {self.run.resume_command}"
                 )
 
     def step(self) -> None:
@@ -145,8 +170,8 @@ class Training(Generic[BatchT]):
         began = time.perf_counter()
         step = self.at.step + 1
         batches = self.task.batches(step - 1)
-        sizes = [self.task.size(batch) for batch in batches]
-        loss = self._accumulate(batches, sizes, step)
+        size = self._size(batches)
+        loss = self._accumulate(batches, size, step)
         norm = gradients.gradient_norm(self.parameters)
         self._require_finite(step, loss, norm)
         if step <= 2 and not self.at.watch.diverged(loss):  # a model that diverged has silent gradients everywhere
@@ -154,18 +179,17 @@ class Training(Generic[BatchT]):
         gradients.clip(self.parameters, self.spec.clip_norm, norm=norm)
         rate = self.learning_rate * schedule.factor(step, self.total, warmup=self.warmup, shape=self.spec.schedule)
         self.optimizer.step(rate)
-        tokens = sum(size.tokens for size in sizes)
-        self.at.step, self.at.tokens = step, self.at.tokens + tokens
+        self.at.step, self.at.tokens = step, self.at.tokens + size.tokens
         now = time.perf_counter()
         record = {
             "step": step,
             "epoch": step / self.task.steps_per_epoch,
             "loss": loss,
-            "tokens": tokens,
-            "supervised": sum(size.targets for size in sizes),
+            "tokens": size.tokens,
+            "supervised": size.targets,
             "lr": rate,
             "grad_norm": norm.item(),
-            "tokens_per_second": tokens / (now - began),
+            "tokens_per_second": size.tokens / (now - began),
             "seconds": self.earlier_seconds + now - self.started,
             "memory_bytes": self.memory.now(),
         }
@@ -183,19 +207,26 @@ class Training(Generic[BatchT]):
             )
             self.budget = None
 
-    def _accumulate(self, batches: Sequence[BatchT], sizes: Sequence[Size], step: int) -> float:
+    def _size(self, batches: Sequence[BatchT]) -> Size:
+        """The step as a whole, over all processes."""
+        sizes = [self.task.size(batch) for batch in batches]
+        rows, tokens, targets = (sum(getattr(size, name) for size in sizes) for name in ("rows", "tokens", "targets"))
+        return Size(*self.processes.total(rows, tokens, targets))
+
+    def _accumulate(self, batches: Sequence[BatchT], whole: Size, step: int) -> float:
         """Adds up the gradients of the step's mean loss, and returns that loss.
 
-        Each micro-batch counts by its supervised tokens: Σ losses / (all targets of the step), never a mean of means.
+        Each micro-batch counts by its supervised tokens: Σ losses / (all targets of the step), never a mean of means; of several
+        processes each has the terms of its rows, and all have the sum.
         """
-        targets = sum(size.targets for size in sizes)
-        if targets == 0:
-            rows = sum(size.rows for size in sizes)
+        if whole.targets == 0:
             raise DataError(
-                f"No token of the {rows} rows of step {step} is supervised; check data.supervise and data.max_tokens."
+                f"No token of the {whole.rows} rows of step {step} is supervised; check data.supervise and data.max_tokens."
             )
-        supervised = [batch for batch, size in zip(batches, sizes, strict=True) if size.targets]
-        return self.task.gradients(supervised, targets).item() / targets
+        supervised = [batch for batch in batches if self.task.size(batch).targets]
+        loss = self.processes.summed(self.task.gradients(supervised, whole.targets)).item() / whole.targets
+        self.processes.add_up(self.parameters.values())
+        return loss
 
     def _require_finite(self, step: int, loss: float, norm: Tensor) -> None:
         if math.isfinite(loss) and bool(torch.isfinite(norm)):
@@ -228,31 +259,38 @@ class Training(Generic[BatchT]):
         self._write(record)
         self.report.held_out(record)
         if watch.see(self.at.step, estimate.value, min_improvement=self.spec.min_improvement):
-            with self._writing("The best adapter so far"):
-                self.best.keep(self.parameters)
-            self._publish()
+            self.processes.from_first(self._keep)
         if watch.exhausted(self.spec.patience):
             self.at.stopped = (
                 f"no improvement in {watch.stale} evaluations after step {watch.best_step} (held-out loss {watch.best_loss:.4f})"
             )
 
+    def _keep(self) -> None:
+        """These are the best values so far."""
+        with self._writing("The best adapter so far"):
+            self.best.keep(self.parameters)
+        self._publish()
+
     def save(self) -> None:
-        """A checkpoint of everything that the rest of the run depends on."""
+        """A checkpoint of everything that the rest of the run depends on; all processes wait until it is whole."""
+        self.last_checkpoint = self.processes.from_first(self._save)
+
+    def _save(self) -> Path:
         with self._writing(f"The checkpoint of step {self.at.step}"):
-            self.metrics.flush()
-            self.at.metrics_bytes = self.metrics.offset
+            if self.metrics is not None:
+                self.metrics.flush()
+                self.at.metrics_bytes = self.metrics.offset
             self.at.seconds = self.earlier_seconds + time.perf_counter() - self.started
             snapshot = Snapshot(
                 self.at, {**self.parameters, **self.task.fixed()}, self.optimizer.state(), rng.states(), self.best.tensors,
-                {"same": self.identity, "environment": checkpoint.environment()},
+                {"same": self.identity, "environment": checkpoint.environment(self.processes.count)},
             )  # fmt: skip
-            self.last_checkpoint = checkpoint.save(self.run.checkpoints, snapshot, keep=self.spec.keep_checkpoints)
+            return checkpoint.save(self.run.checkpoints, snapshot, keep=self.spec.keep_checkpoints)
 
     def finish(self) -> Outcome:
-        """Puts the best adapter back into the model and into RUN/adapter."""
-        if self.best.tensors is not None:
-            _copy_into(self.parameters, self.best.tensors)
-        self._publish()
+        """Puts the best adapter back into the model, in every process, and into RUN/adapter."""
+        self.processes.from_first(self._put_back)
+        self.processes.same(self.parameters.values())
         watch = self.at.watch
         return Outcome(
             steps=self.at.step,
@@ -267,25 +305,34 @@ class Training(Generic[BatchT]):
             peak_bytes=self.memory.now(),
         )
 
+    def _put_back(self) -> None:
+        if self.best.tensors is not None:
+            _copy_into(self.parameters, self.best.tensors)
+        self._publish()
+
+    def lost(self, why: ProcessLost) -> RunStopped:
+        """What to say of a run whose other process is gone, maybe before it could say that a checkpoint was whole."""
+        self.last_checkpoint = next(reversed(checkpoint.found(self.run.checkpoints)), self.last_checkpoint)
+        return RunStopped(f"After step {self.at.step}: {why}. {self._kept()} Go on with: {self.run.resume_command}")
+
     def close(self) -> None:
         self.best.close()
         self.report.close()
-        self.metrics.close()
-        if self.sink is not None:
-            self.sink.close()
+        for written in (self.metrics, self.sink):
+            if written is not None:
+                written.close()
 
     def _restore(self, snapshot: Snapshot) -> None:
         """Takes over a checkpoint, and makes RUN/adapter what it was then."""
         checkpoint.require_same(snapshot.identity["same"], self.identity, run=self.run.path)
-        before, now = snapshot.identity["environment"], checkpoint.environment()
-        changed = [f"{key} {before[key]} → {now[key]}" for key in now if before.get(key) != now[key]]
+        before, now = snapshot.identity["environment"], checkpoint.environment(self.processes.count)
+        names = [key for key in {**before, **now} if before.get(key) != now.get(key)]
+        changed = [f"{key} {before.get(key, 1)} → {now.get(key, 1)}" for key in names]
         if changed:
             self.report.say(f"Changed since the checkpoint: {', '.join(changed)}. The result may differ in its last digits.")
         if snapshot.best is not None:
             _copy_into(self.parameters, snapshot.best)
-            with self._writing("The best adapter so far"):
-                self.best.keep(self.parameters)
-            self._publish()
+            self._keep()
         _copy_into({**self.parameters, **self.task.fixed()}, snapshot.trained)
         self.optimizer.load(snapshot.moments)
         rng.restore(snapshot.random)
@@ -297,6 +344,8 @@ class Training(Generic[BatchT]):
             self.task.save(folder)
 
     def _write(self, record: Record) -> None:
+        if self.metrics is None:
+            return
         with self._writing("metrics.jsonl"):
             self.metrics.write(record)
         if self.sink is not None:
@@ -326,6 +375,11 @@ class Training(Generic[BatchT]):
             raise EnvironmentProblem(
                 f"{what} could not be written in {self.run.path}: {why} ({error}).{previous} {remedy}"
             ) from error
+
+
+def _locked(run: RunFolder, processes: Processes) -> AbstractContextManager[None]:
+    """A context in which no other run of lorakeet trains in this folder."""
+    return run.locked() if processes.first else nullcontext()
 
 
 def _copy_into(live: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:

@@ -17,6 +17,7 @@ class RunFolder:
     """The paths of a run (their meaning: README of the run folder in the docs)."""
 
     path: Path
+    command: str = "lorakeet"  # how lorakeet is called so that it trains as it does now
 
     @property
     def config(self) -> Path:
@@ -61,7 +62,7 @@ class RunFolder:
 
     @property
     def resume_command(self) -> str:
-        return f"lorakeet finetune --resume {self.path}"
+        return f"{self.command} finetune --resume {self.path}"
 
     @classmethod
     def create(cls, path: Path) -> RunFolder:

@@ -55,6 +55,10 @@ class TrainSpec:
         default=False,
         metadata={"help": "Compute what blocks below the lowest adapted one make of a row once; kept in a file of the run."},
     )
+    shard: bool = field(
+        default=False,
+        metadata={"help": "Part the frozen blocks over the processes of torchrun (FSDP2), which else hold the whole base each."},
+    )
     evaluate_every: int | None = field(
         default=None, metadata={"help": "Steps between held-out evaluations; left out, ten a run and at least one a pass."}
     )

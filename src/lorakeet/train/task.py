@@ -16,6 +16,7 @@ from torch.nn import Parameter
 from lorakeet.evaluate import intervals
 from lorakeet.evaluate.intervals import Estimate
 from lorakeet.evaluate.spec import EvaluateSpec
+from lorakeet.train.processes import Processes
 
 RESAMPLES = 1000  # behind the interval of each held-out loss on the way; the report uses more
 BatchT = TypeVar("BatchT")
@@ -65,7 +66,12 @@ def batch_seeds(count: int) -> list[int]:
 
 
 class Task(Protocol[BatchT]):
-    """A model with one adapter in training, its rows and its loss."""
+    """A model with one adapter in training, its rows and its loss.
+
+    Where several `processes` train together, each sees its own part of the rows of a step, and the loop adds up.
+    """
+
+    processes: Processes
 
     @property
     def steps_per_epoch(self) -> int: ...
@@ -84,7 +90,7 @@ class Task(Protocol[BatchT]):
         ...
 
     def batches(self, step: int) -> Sequence[BatchT]:
-        """The micro-batches of optimizer step `step`, counted from 0: a function of the step alone, so that resuming is easy."""
+        """This process's micro-batches of step `step`, counted from 0: a function of the step alone, so that resuming is easy."""
         ...
 
     def size(self, batch: BatchT) -> Size: ...
@@ -97,7 +103,10 @@ class Task(Protocol[BatchT]):
         ...
 
     def held_out(self) -> HeldOut | None:
-        """The loss of every held-out row as the adapter is now; None where no rows were held out. Draws no random numbers."""
+        """The loss of every held-out row as the adapter is now, the same in every process; None where no rows were held out.
+
+        Draws no random numbers.
+        """
         ...
 
     def save(self, folder: Path) -> None:

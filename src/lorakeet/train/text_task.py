@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 
+import numpy as np
+import torch
 from torch import Tensor
 from torch.nn import Parameter
 
 from lorakeet.core.adapter import Adapter
 from lorakeet.core.lowrank import LoraPair
-from lorakeet.data.batches import StepOrder
+from lorakeet.data.batches import StepOrder, dealt
 from lorakeet.data.chat import Example
-from lorakeet.data.pack import Batch, micro_batches
+from lorakeet.data.pack import Batch, micro_batches, pack
 from lorakeet.formats import peft
 from lorakeet.memory.spill import Aside
 from lorakeet.models import inject
@@ -20,6 +23,7 @@ from lorakeet.models.score import row_losses
 from lorakeet.models.text import TextModel
 from lorakeet.train import durable
 from lorakeet.train.layer_major import by_block
+from lorakeet.train.processes import ALONE, Processes
 from lorakeet.train.spec import TrainSpec, learning_rate_for
 from lorakeet.train.task import HeldOut, Size, by_batch
 from lorakeet.train.text_loss import text_loss
@@ -30,6 +34,8 @@ class TextTask:
 
     Of a streamed model, `together` micro-batches (0: all) pass through a block while it is in, and the inputs of its blocks
     are kept in a file in the folder `scratch`, where one is named, else in memory.
+    The rows of a step, and the held-out rows, are dealt out to `processes` by their lengths. Where these have parted the model
+    itself (models/shard), all pass as many micro-batches, and all the held-out rows.
     """
 
     def __init__(
@@ -42,8 +48,10 @@ class TextTask:
         name: str = "default",
         scratch: Path | None = None,
         together: int = 0,
+        processes: Processes = ALONE,
     ) -> None:
         self.text, self.train, self.spec, self.name = text, list(train), spec, name
+        self.processes, self.in_step = processes, spec.shard and processes.count > 1
         self.order = order_of(self.train, spec)
         self.held_out_rows = list(held_out)
         self.aside, self.together = Aside(scratch), together
@@ -68,7 +76,14 @@ class TextTask:
         }
 
     def batches(self, step: int) -> list[Batch]:
-        return micro_batches([self.train[row] for row in self.order.indices(step)], self.spec.micro_tokens)
+        rows = [self.train[row] for row in self.order.indices(step)]
+        return micro_batches([rows[number] for number in self._own(rows)], self.spec.micro_tokens)
+
+    def _own(self, rows: Sequence[Example]) -> Sequence[int]:
+        """The numbers of those rows that this process computes with."""
+        if self.processes.count == 1:
+            return range(len(rows))
+        return dealt([len(row.ids) for row in rows], self.processes.count)[self.processes.rank]
 
     def size(self, batch: Batch) -> Size:
         return Size(rows=len(batch.lengths), tokens=batch.tokens, targets=batch.targets)
@@ -80,7 +95,17 @@ class TextTask:
             return by_block(
                 self.text, streamed, batches, targets, aside=self.aside, chunk=self.spec.head_chunk, together=self.together
             )
-        return by_batch(self.loss, batches, targets)
+        with self.processes.own_random():
+            idle = self.processes.most(len(batches)) - len(batches) if self.in_step else 0  # asked before anybody's first pass
+            total = by_batch(self.loss, batches, targets)
+            if idle:
+                by_batch(lambda batch: 0 * self.loss(batch), [pack([self._shortest])] * idle, targets)
+        return total
+
+    @cached_property
+    def _shortest(self) -> Example:
+        """The row with which a process keeps pace with others that have more micro-batches."""
+        return min((row for row in self.train if row.supervised.any()), key=lambda row: len(row.ids))
 
     def loss(self, batch: Batch) -> Tensor:
         """The sum of the loss over the batch's targets, with gradient, in training mode."""
@@ -91,7 +116,15 @@ class TextTask:
         if not self.held_out_rows:
             return None
         spec = self.spec
-        return HeldOut(*row_losses(self.text, self.held_out_rows, micro_tokens=spec.micro_tokens, chunk=spec.head_chunk))
+        own = list(range(len(self.held_out_rows)) if self.in_step else self._own(self.held_out_rows))
+        rows = [self.held_out_rows[number] for number in own]
+        found = row_losses(self.text, rows, micro_tokens=spec.micro_tokens, chunk=spec.head_chunk)
+        if self.processes.count == 1 or self.in_step:
+            return HeldOut(*found)
+        whole = np.zeros((2, len(self.held_out_rows)))
+        whole[:, own] = found
+        sums, weights = self.processes.summed(torch.from_numpy(whole)).numpy()  # each row by the one process that has it
+        return HeldOut(sums, weights)
 
     def adapter(self) -> Adapter:
         """The adapter as it is now, as a value."""

@@ -21,9 +21,11 @@ from lorakeet.models.adapt import begin_adapter
 from lorakeet.models.load import load_text_model
 from lorakeet.models.targets import plan_for
 from lorakeet.models.text import TextModel
+from lorakeet.train.processes import ALONE, Processes
 from lorakeet.train.text_task import TextTask
 from lorakeet.workflows.arrange import Arrangement, Loaded, arrange
 from lorakeet.workflows.choose_ranks import choose_ranks, start_directions
+from lorakeet.workflows.together import on_own_device
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,12 @@ class Assembly:
     test: Encoded
     new_token_ids: tuple[int, ...]
     arrangement: Arrangement = field(default_factory=Arrangement)  # how memory.budget is kept
+    processes: Processes = ALONE  # that train together
+
+    @property
+    def parted(self) -> bool:
+        """Whether the processes part the frozen blocks among themselves."""
+        return self.config.train.shard and self.processes.count > 1
 
     @property
     def judged(self) -> tuple[str, tuple[Row, ...]]:
@@ -61,8 +69,9 @@ class Assembly:
         return self.config.train.total_steps(order.steps_per_epoch)
 
 
-def assemble(config: RunConfig, console: Console) -> Assembly:
+def assemble(config: RunConfig, console: Console, processes: Processes = ALONE) -> Assembly:
     """Rows first (quick to fail), then the model, then the plan and the ids; ConfigError and DataError as they arise."""
+    config = on_own_device(config, processes)
     dataset = load_dataset(config.data)
     if not dataset.held_out:
         raise DataError(
@@ -71,12 +80,17 @@ def assemble(config: RunConfig, console: Console) -> Assembly:
     parts = (dataset.train, dataset.held_out, dataset.test)
     loaded = Loaded(bool(dataset.labels), sum(len(row.text) for rows in parts for row in rows))
     arrangement = arrange(config, _say(console), loaded)
-    text = load_text_model(config.model, say=console.print, store=arrangement.store, slots=arrangement.slots)
+    place = config.model.device
+    parted = config.train.shard and processes.count > 1  # a device has room for a part: the whole is loaded beside it
+    model = dataclasses.replace(config.model, device="cpu") if parted else config.model
+    text = load_text_model(model, say=console.print, store=arrangement.store, slots=arrangement.slots)
     if text.dtype == torch.float16:
         raise ConfigError(
             "model.dtype is float16, in which small gradients become 0 without a word; train with bfloat16 or float32."
         )
     config = within_context(resolved(config, text), text, console)
+    if parted:
+        config = dataclasses.replace(config, model=dataclasses.replace(config.model, device=place))
     plan = plan_for(text.model, config.lora, text.family)
     new_token_ids = text.add_tokens(config.lora.new_tokens)  # before any row is encoded
     encoder = Encoder(text.tokenizer, config.data, dataset.labels)
@@ -85,7 +99,7 @@ def assemble(config: RunConfig, console: Console) -> Assembly:
         encoder.candidates(dataset.held_out[0])  # a template that keeps answers from being compared is found now
     if config.ranks.choose == "auto":
         config, plan = choose_ranks(config, text, plan, train.examples, console)
-    return Assembly(config, dataset, text, plan, encoder, train, held_out, test, new_token_ids, arrangement)
+    return Assembly(config, dataset, text, plan, encoder, train, held_out, test, new_token_ids, arrangement, processes)
 
 
 def ready_to_train(setup: Assembly, *, held_out: Sequence[Example] | None = None) -> TextTask:
@@ -97,7 +111,10 @@ def ready_to_train(setup: Assembly, *, held_out: Sequence[Example] | None = None
     begin_pairs(setup, setup.plan, seed=spec.seed)
     rows = setup.held_out.examples if held_out is None else held_out
     kept = setup.arrangement
-    return TextTask(setup.text, setup.train.examples, held_out=rows, spec=spec, scratch=kept.scratch, together=kept.together)
+    return TextTask(
+        setup.text, setup.train.examples, held_out=rows, spec=spec, scratch=kept.scratch, together=kept.together,
+        processes=setup.processes,
+    )  # fmt: skip
 
 
 def begin_pairs(setup: Assembly, plan: Plan, *, seed: int, name: str = "default") -> None:

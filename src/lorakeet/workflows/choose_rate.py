@@ -61,6 +61,8 @@ def _why_not(setup: Assembly, steps: int) -> str:
         return f"{len(setup.held_out.examples)} held-out rows tell no two rates apart"
     if refusal := why_not_together(setup.text, setup.plan):
         return refusal
+    if setup.parted:
+        return "train.shard parts the base, and adapters that are trained at once are tried on a whole one"
     kept = setup.arrangement
     if kept.forecast is None or kept.store is not None:
         return "how much memory it would take is not known, and memory.budget is set" if kept.budget is not None else ""

@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 
 from lorakeet.config import RunConfig
@@ -24,8 +25,11 @@ from lorakeet.memory.allocator import give_back_free_memory
 from lorakeet.models.fingerprint import fingerprint
 from lorakeet.models.frozen import frozen_digests
 from lorakeet.models.prefix_states import frozen_depth, prefix_states
+from lorakeet.models.shard import part_blocks
+from lorakeet.train.launch import launched
 from lorakeet.train.log import read_metrics, require_sink
 from lorakeet.train.loop import Outcome, train
+from lorakeet.train.processes import joined
 from lorakeet.train.progress import reporter_for
 from lorakeet.train.run import RunFolder
 from lorakeet.train.text_task import TextTask
@@ -39,6 +43,7 @@ from lorakeet.workflows.image_finetune import ImageResult, finetune_images
 from lorakeet.workflows.judge import Judge
 from lorakeet.workflows.place import require_place
 from lorakeet.workflows.show import show_plan
+from lorakeet.workflows.together import require_combinable
 
 
 @dataclass(frozen=True)
@@ -87,41 +92,66 @@ def finetune(
     """Trains, judges and certifies; everything is in the run folder `config.out`, or in `resume`.
 
     A run whose settings name no learning rate, or one that is asked to by `quick`, tries three first (workflows/choose_rate).
+    Started by torchrun, all its processes train it together, and the first one does everything else (train/processes).
     Raises ConfigError, DataError and EnvironmentProblem before anything is written, RunStopped when the run ends early, and
     VerificationFailed when the certificate fails (the run folder then holds it).
     """
     config = _with_budget(config, budget)
-    run = RunFolder(resume or Path(config.out))
-    if not dry_run:
-        _require_run(run, resume=resume is not None)
-    require_sink(config.train.log_to)
-    _check_quick(config, quick, resume)
-    if config.kind == "image":
-        return finetune_images(config, run, resume=resume is not None, dry_run=dry_run, console=console)
-    setup = assemble(config, console)
-    show_plan(setup, console)
-    if dry_run:
-        return FinetuneResult(setup, run)
+    with joined(launched()) as processes:
+        require_combinable(config, processes.launch)
+        run = RunFolder(resume or Path(config.out), processes.launch.command)
+        if not dry_run:
+            processes.from_first(lambda: _require_run(run, resume=resume is not None))
+        require_sink(config.train.log_to)
+        _check_quick(config, quick, resume)
+        if config.kind == "image":
+            return finetune_images(config, run, resume=resume is not None, dry_run=dry_run, console=console)
+        setup = assemble(config, console, processes)
+        show_plan(setup, console)
+        if dry_run:
+            return FinetuneResult(setup, run)
+        return _trained(setup, run, resume=resume is not None, quick=quick, console=console)
+
+
+def _trained(setup: Assembly, run: RunFolder, *, resume: bool, quick: bool, console: Console) -> FinetuneResult:
+    """Trained by all processes; judged and certified by the first one, or by all where each has a part of the base only."""
+    processes = setup.processes
     setup, rates = (setup, rates_of(run)) if resume else choose_rate(setup, console, asked=quick)
+    setup = _with_rate(setup, processes.from_first(lambda: setup.config.train.learning_rate))
     task = ready_to_train(setup)
     if setup.config.train.keep_prefix_states:
         frozen_depth(setup.text)  # refused before anything is written
-    begin_run(run, setup.config, setup.dataset.split_record(), resume=resume is not None, rates=rates)
+    record = setup.dataset.split_record()
+    processes.from_first(lambda: begin_run(run, setup.config, record, resume=resume, rates=rates))
     before = {} if setup.arrangement.store else frozen_digests(setup.text.model)  # streamed weights are only read
+    if setup.parted:
+        part_blocks(setup.text, processes.count, torch.device(setup.config.model.device))
+    elif setup.config.train.shard:
+        console.print("train.shard parts the base over several processes. This is one, which holds it whole.", soft_wrap=True)
     with _kept_states(setup, task, run, console):
         outcome = train(
             task,
             setup.config.train,
             run=run,
             identity=_identity(setup),
-            resume=resume is not None,
+            resume=resume,
             report=reporter_for(console),
             budget=setup.arrangement.budget,
         )
+    if not setup.parted:
+        processes.part()
+        if not processes.first:
+            return FinetuneResult(setup, run, outcome)
     give_back_free_memory()  # what training's heap grew to is not held beside the two models of the certificate
     with judging(run):
         report = _prove(setup, outcome, run, before, rates, console)
     return FinetuneResult(setup, run, outcome, report)
+
+
+def _with_rate(setup: Assembly, rate: float | None) -> Assembly:
+    """The assembly with that learning rate, so that every process trains with the one that the first has chosen."""
+    train = dataclasses.replace(setup.config.train, learning_rate=rate)
+    return dataclasses.replace(setup, config=dataclasses.replace(setup.config, train=train))
 
 
 @contextmanager
@@ -186,7 +216,7 @@ def _identity(setup: Assembly) -> dict[str, str]:
 def _prove(
     setup: Assembly, outcome: Outcome, run: RunFolder, before: dict[str, str], rates: Search | None, console: Console
 ) -> Report:
-    """Judges, certifies and reports; VerificationFailed when the certificate fails."""
+    """Judges, certifies and reports, which the first process writes; VerificationFailed when the certificate fails."""
     part, rows = setup.judged
     judge = Judge(setup.config, setup.text, setup.encoder, rows, console)
     learnt_from = [*setup.dataset.train, *(setup.dataset.held_out if part == "test" else ())]
@@ -197,11 +227,16 @@ def _prove(
         run.adapter,
         setup.held_out.examples,
         before=before,
-        model=setup.config.model if setup.arrangement.budget is None else None,  # a budget has room for one base
+        model=None if setup.parted or setup.arrangement.budget is not None else setup.config.model,  # there is room for one base
         spec=setup.config.evaluate,
     )
-    report = page.complete(
-        measured, setup, outcome, run=run, metrics=read_metrics(run.metrics), certificate=certificate, drift=drift, rates=rates
-    )
-    conclude(report, certificate, run, console)
-    return report
+
+    def reported() -> Report:
+        metrics = read_metrics(run.metrics)
+        report = page.complete(
+            measured, setup, outcome, run=run, metrics=metrics, certificate=certificate, drift=drift, rates=rates
+        )
+        conclude(report, certificate, run, console)
+        return report
+
+    return setup.processes.from_first(reported) if setup.parted else reported()

@@ -97,6 +97,9 @@ def _facts(setup: Assembly, run: RunFolder) -> dict[str, str]:
     data, model = setup.dataset, setup.config.model
     about = f"{setup.text.name}, {model.dtype} weights, {model.products} products, {model.attention} attention"
     rows = {"Rows": f"{len(data.train)} training, {len(data.held_out)} held-out, {len(data.test)} test"}
+    if (count := setup.processes.count) > 1:
+        base = f"1/{count} of every frozen block" if setup.parted else "the whole base"
+        rows["Processes"] = f"{count}, each with {base} and its part of the rows of a step"
     return run_facts(setup.config, setup.plan, run, setup.text.device, model=about, about=rows)
 
 

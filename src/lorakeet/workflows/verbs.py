@@ -316,6 +316,7 @@ class Verb:
     config: Literal["none", "file", "shipped"] = "none"  # does the function take a RunConfig first, and where does it come from
     function: str = ""
     reads_rows: bool = True  # without a run file, data.train must be named
+    together: bool = False  # whether several processes may do it together
 
     def run(self, positional: list[Any], named: dict[str, Any]) -> Any:
         """The result of the verb's function; only here is the module imported that does the work."""
@@ -329,8 +330,15 @@ class Verb:
 
 
 VERBS = (
-    Verb("quickstart", "Fine-tune a small model on real reviews, start to end.", FinetuneOptions, "shipped", "finetune:finetune"),
-    Verb("finetune", "Train an adapter and prove it against its base.", FinetuneOptions, "file"),
+    Verb(
+        "quickstart",
+        "Fine-tune a small model on real reviews, start to end.",
+        FinetuneOptions,
+        "shipped",
+        "finetune:finetune",
+        together=True,
+    ),
+    Verb("finetune", "Train an adapter and prove it against its base.", FinetuneOptions, "file", together=True),
     Verb("plan", "Say how much memory a run will take, without its weights.", PlanOptions, "file", reads_rows=False),
     Verb("tune", "Choose learning rate, rank and targets on held-out rows.", TuneOptions, "file"),
     Verb("evaluate", "Measure a run or an adapter on rows of your own.", EvaluateOptions),

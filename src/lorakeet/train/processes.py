@@ -1,0 +1,264 @@
+"""The processes that train one run together: what they add up, what the first one decides, and who is missed when one dies.
+
+torch's own process group, started by torchrun: gloo between CPUs, where also the few numbers go that all must agree on, and NCCL
+between CUDA devices. Every process calls the same methods in the same order. A process that is alone exchanges nothing.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.rendezvous import rendezvous
+from torch.nn import Parameter
+
+from lorakeet.errors import LorakeetError, Problems, RunStopped
+from lorakeet.train.launch import Launch
+
+Made = TypeVar("Made")
+PATIENCE = timedelta(hours=2)  # until an exchange counts as failed; a process that died is noticed at once
+ROLL_CALL = 3.0  # seconds in which those that live answer
+_LISTEN = 0.2  # seconds between two looks for a roll call
+
+
+class ProcessLost(RunStopped):
+    """Another process died or gave up."""
+
+
+class Processes:
+    """All processes of a run, seen from this one. `store` is where torchrun lets them leave words for each other."""
+
+    def __init__(self, launch: Launch | None = None, store: Any = None) -> None:
+        self.launch = launch or Launch()
+        self.rank, self.count, self.first = self.launch.rank, self.launch.count, self.launch.first
+        self._store, self._open = store, self.count > 1
+        self._done = threading.Event()
+        self._listener = threading.Thread(target=self._answer, daemon=True)
+        if self._open:
+            self._listener.start()
+
+    def total(self, *numbers: int) -> tuple[int, ...]:
+        """Each number summed over all processes."""
+        if self.count == 1:
+            return numbers
+        found = self.summed(torch.tensor(numbers, dtype=torch.int64))
+        return tuple(int(number) for number in found)
+
+    def most(self, number: int) -> int:
+        """The largest `number` of any process."""
+        if self.count > 1:
+            found = torch.tensor(number)
+            with self._exchanging():
+                dist.all_reduce(found, op=dist.ReduceOp.MAX)
+            return int(found)
+        return number
+
+    def any(self, flag: bool) -> bool:
+        """Whether `flag` holds in any process."""
+        return self.total(int(flag))[0] > 0
+
+    def summed(self, values: Tensor) -> Tensor:
+        """`values`, of one shape everywhere, summed over all processes; on the CPU, unless it is alone."""
+        if self.count == 1:
+            return values
+        found = values.detach().cpu().clone()
+        with self._exchanging():
+            dist.all_reduce(found)
+        return found
+
+    def add_up(self, parameters: Iterable[Parameter]) -> None:
+        """Sums the gradients over all processes, in one flat buffer; a parameter without one anywhere keeps none."""
+        if self.count == 1:
+            return
+        held = list(parameters)
+        sizes = [parameter.numel() for parameter in held]
+        flat = torch.zeros(sum(sizes) + len(held), device=held[0].device)  # behind the gradients: how many processes have each
+        *parts, counts = flat.split([*sizes, len(held)])  # type: ignore[no-untyped-call]
+        for number, (parameter, part) in enumerate(zip(held, parts, strict=True)):
+            if parameter.grad is not None:
+                part.copy_(parameter.grad.flatten())
+                counts[number] = 1
+        with self._exchanging():
+            dist.all_reduce(flat)
+        for parameter, part, count in zip(held, parts, counts.tolist(), strict=True):
+            parameter.grad = part.view_as(parameter) if count else None
+
+    def same(self, tensors: Iterable[Tensor]) -> None:
+        """Makes every tensor what it is in the first process."""
+        if self.count == 1:
+            return
+        with self._exchanging(), torch.no_grad():
+            for tensor in tensors:
+                there = tensor.detach().contiguous()
+                dist.broadcast(there, src=0)
+                tensor.copy_(there)
+
+    def from_first(self, make: Callable[[], Made]) -> Made:
+        """What `make` gives in the first process, which alone calls it; all raise the LorakeetError that it raises there."""
+        if self.count == 1:
+            return make()
+        answer: list[Any] = [None, None]
+        if self.first:
+            try:
+                answer[0] = make()
+            except LorakeetError as error:
+                answer[1] = error
+        with self._exchanging():
+            dist.broadcast_object_list(answer, src=0)
+        made, raised = answer
+        if raised is not None:
+            raise raised
+        return made  # type: ignore[no-any-return]
+
+    def require_equal(self, values: Mapping[str, Any]) -> None:
+        """Raises ConfigError that names what is not the same in every process."""
+        if self.count == 1:
+            return
+        everywhere: list[Any] = [None] * self.count
+        with self._exchanging():
+            dist.all_gather_object(everywhere, dict(values))
+        problems = Problems("The processes do not train the same run")
+        for key in sorted({key for found in everywhere for key in found}):
+            others = [rank for rank, found in enumerate(everywhere) if found.get(key) != everywhere[0].get(key)]
+            if others:
+                problems.add(f"'{key}' is another in process {others[0]} than in process 0. Give all the same files and flags.")
+        problems.raise_if_any()
+
+    @contextmanager
+    def own_random(self) -> Iterator[None]:
+        """A context with random numbers of this process's own; after it, torch's generator is where it is in every process."""
+        if self.count == 1:
+            yield
+            return
+        seed = int(torch.randint(2**62, (1,)))
+        devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+        with torch.random.fork_rng(devices=devices):
+            torch.manual_seed(seed + self.rank)
+            yield
+
+    def part(self) -> None:
+        """The processes need each other no longer: each goes on alone once all have come here."""
+        if self._open:
+            self.total(0)
+        self.end()
+
+    def end(self) -> None:
+        """Exchanges nothing any more, and answers no roll call."""
+        self._close()
+        self._done.set()
+        if self._listener.is_alive():
+            self._listener.join()
+
+    def give_up(self, error: BaseException) -> None:
+        """Leaves word of an error that ends this process, for those that will miss it."""
+        if self._open and not isinstance(error, ProcessLost):
+            self._leave_word("gave-up", f"{type(error).__name__}: {error}")
+        self._close()
+
+    def said_below(self, text: str) -> bool:
+        """Whether a process before this one says the same; asked by each that is about to say it."""
+        self._leave_word("said", text)
+        deadline = time.monotonic() + 2 * ROLL_CALL  # others may have to wait for an answer first
+        while self.rank and time.monotonic() < deadline:
+            if any(self._word("said", rank) == text for rank in range(self.rank)):
+                return True
+            time.sleep(_LISTEN)
+        return False
+
+    def _close(self) -> None:
+        if self._open:
+            self._open = False
+            dist.destroy_process_group()
+
+    @contextmanager
+    def _exchanging(self) -> Iterator[None]:
+        """A context for torch's own exchanges: what they raise when another process is gone becomes ProcessLost."""
+        try:
+            yield
+        except RuntimeError as error:
+            traceback.clear_frames(error.__traceback__)  # which hold the connections
+            self._close()  # so that others, which wait for this one, notice too
+            if lost := self._missed():
+                raise ProcessLost(lost) from error
+            raise
+
+    def _missed(self) -> str:
+        """Who does not answer, or left word that it gave up; empty where all are well."""
+        self._leave_word("roll-call", "now")
+        others = [rank for rank in range(self.count) if rank != self.rank]
+        answered: set[int] = set()
+        deadline = time.monotonic() + ROLL_CALL
+        while len(answered) < len(others) and time.monotonic() < deadline:
+            time.sleep(_LISTEN)
+            answered = {rank for rank in others if self._word("here", rank) or self._word("gave-up", rank)}
+        gone = {rank: self._word("gave-up", rank) for rank in others}
+        said = [f"process {rank} of {self.count} gave up ({why})" for rank, why in gone.items() if why]
+        silent = [rank for rank in others if rank not in answered]
+        return " and ".join([*said, *(f"process {rank} of {self.count} died" for rank in silent)])
+
+    def _answer(self) -> None:
+        """Answers a roll call, whatever the main thread is busy with."""
+        try:
+            store = self._store.clone()  # a connection of its own, which waits for nobody
+            while not self._done.wait(_LISTEN):
+                if any(store.check([f"roll-call/{rank}"]) for rank in range(self.count)):
+                    store.set(f"here/{self.rank}", "1")
+                    return
+        except RuntimeError:  # the store is gone, and with it whoever would ask
+            return
+
+    def _leave_word(self, kind: str, text: str) -> None:
+        try:
+            self._store.set(f"{kind}/{self.rank}", text)
+        except RuntimeError as error:
+            print(f"Process {self.rank} cannot leave word for the others: {error}", file=sys.stderr)
+
+    def _word(self, kind: str, rank: int) -> str:
+        try:
+            key = f"{kind}/{rank}"
+            return bytes(self._store.get(key)).decode() if self._store.check([key]) else ""
+        except RuntimeError:  # it lay with a process that is gone
+            return ""
+
+
+ALONE = Processes()
+
+
+@contextmanager
+def joined(launch: Launch) -> Iterator[Processes]:
+    """A context in which the processes of `launch` work together.
+
+    A LorakeetError ends every process with its exit code: the first one raises it, as does one that is alone; the others say what
+    no process before them says, and leave with SystemExit.
+    """
+    if launch.count == 1:
+        yield ALONE
+        return
+    store, rank, count = next(rendezvous("env://"))
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    dist.init_process_group(backend, store=store, rank=rank, world_size=count, timeout=PATIENCE)
+    processes = Processes(launch, store)
+    try:
+        yield processes
+    except LorakeetError as error:
+        processes.give_up(error)
+        said = processes.said_below(str(error))
+        if launch.first:
+            raise
+        if not said:
+            print(f"Error: process {rank}: {error}", file=sys.stderr)
+        raise SystemExit(error.exit_code) from error
+    except BaseException as error:
+        processes.give_up(error)
+        raise
+    finally:
+        processes.end()

@@ -1,0 +1,64 @@
+"""A run that several processes train together: what that cannot be combined with, and on which device each computes."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+
+from lorakeet.config import RunConfig
+from lorakeet.errors import EnvironmentProblem, Problems
+from lorakeet.models.placement import device_for, dtype_for, products_for
+from lorakeet.train.launch import Launch
+from lorakeet.train.processes import Processes
+
+
+def require_combinable(config: RunConfig, launch: Launch) -> None:
+    """Raises ConfigError that names every setting which several processes cannot share yet; one process shares nothing."""
+    if launch.count == 1:
+        return
+    problems = Problems(f"{launch.count} processes cannot train this run together")
+    alone = f"Leave it out, or start one process (not {launch.count})."
+    if config.kind == "image":
+        problems.add(f"kind is image, which one process trains. Start lorakeet without torchrun (not {launch.count} processes).")
+    if config.memory.budget:
+        problems.add(f"memory.budget is {config.memory.budget}, which one process keeps by streaming its blocks. {alone}")
+    if config.train.keep_prefix_states:
+        problems.add(f"train.keep_prefix_states is on, which keeps the states of rows for one process. {alone}")
+    if config.train.shard and config.lora.variant == "dora":
+        problems.add("train.shard is on, and lora.variant dora measures whole weights. Leave one of them out.")
+    if config.train.batch_size < launch.count:
+        rows = f"train.batch_size is {config.train.batch_size}, fewer than {launch.count} processes"
+        problems.add(f"{rows}, so that some would never see a row. Give {launch.count} or more.")
+    if config.model.device == "mps":
+        problems.add("model.device is mps, and torch brings several processes together on cpu and cuda only. Use cpu.")
+    problems.raise_if_any()
+
+
+def on_own_device(config: RunConfig, processes: Processes) -> RunConfig:
+    """The settings with the device of this process, and the precision that suits the first one's machine.
+
+    Process i of a machine computes on its CUDA device i. Raises EnvironmentProblem where there are fewer of them.
+    """
+    launch, asked = processes.launch, config.model.device
+    if launch.count == 1:
+        return config
+    device = torch.device("cpu")
+    if asked.startswith("cuda") or (asked == "auto" and torch.cuda.is_available()):
+        if torch.cuda.device_count() < launch.local_count:
+            raise EnvironmentProblem(
+                f"{launch.local_count} processes were started on a machine where torch sees {torch.cuda.device_count()} CUDA "
+                f"devices. Start as many as there are (torchrun --nproc-per-node), or set model.device to cpu."
+            )
+        device = device_for(f"cuda:{launch.local_rank}")
+        torch.cuda.set_device(device)
+    elif asked != "auto":
+        device = device_for(asked)
+    model = replace(config.model, device=str(device))
+
+    def chosen() -> tuple[str, str]:
+        dtype = dtype_for(model.dtype, device)
+        return str(dtype).removeprefix("torch."), str(products_for(model, dtype, device)).removeprefix("torch.")
+
+    dtype, products = processes.from_first(chosen)  # what is fastest is measured, and may differ from one to the other
+    return replace(config, model=replace(model, dtype=dtype, products=products))  # type: ignore[arg-type]

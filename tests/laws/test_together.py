@@ -1,0 +1,180 @@
+"""A run of two processes is the run of one, to rounding; a checkpoint goes on with another number; a killed one is named."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from lorakeet.evaluate.certificate import read_certificate
+from lorakeet.evaluate.report import read_report
+from lorakeet.formats import peft
+from lorakeet.train import checkpoint
+from lorakeet.train.log import read_metrics
+from tiny.runs import QUICK, chats, write_rows
+from tiny.together import Together, together
+
+STEPS = 12
+NEAR = 1e-5  # relative: fp32 sums in another order
+
+
+@pytest.fixture(scope="module")
+def forked() -> Iterator[Together]:
+    with together() as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_rows(tmp_path_factory.mktemp("rows") / "rows.jsonl", chats(50))
+
+
+def arguments(model: Path, rows: Path, out: Path, **changes: str) -> list[str]:
+    given = {
+        **QUICK, "model.path": str(model), "data.train": str(rows), "out": str(out), "train.steps": str(STEPS),
+        "train.micro_tokens": "256", "train.evaluate_every": "4", "train.patience": "0",
+        **{name.replace("__", "."): value for name, value in changes.items()},
+    }  # fmt: skip
+    return ["finetune", *(f"--{name}={value}" for name, value in given.items())]
+
+
+@pytest.fixture(scope="module")
+def one(forked: Together, tiny_llama_folder: Path, rows: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of one process."""
+    run = tmp_path_factory.mktemp("one") / "run"
+    (ended,) = forked.run(arguments(tiny_llama_folder, rows, run), count=1)
+    assert ended.code == 0, ended.said
+    return run
+
+
+@pytest.fixture(scope="module")
+def two(forked: Together, tiny_llama_folder: Path, rows: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same run of two."""
+    run = tmp_path_factory.mktemp("two") / "run"
+    first, second = forked.run(arguments(tiny_llama_folder, rows, run))
+    assert (first.code, second.code) == (0, 0), first.said + second.said
+    assert "Adapter:" in first.answered and (second.answered, second.said) == ("", "")  # one speaks for both
+    return run
+
+
+def losses(run: Path) -> dict[str, list[float]]:
+    records = read_metrics(run / "metrics.jsonl")
+    kinds = ("loss", "held_out_loss", "tokens", "supervised")
+    return {kind: [record[kind] for record in records if kind in record] for kind in kinds}
+
+
+def worst(left: Path, right: Path) -> float:
+    """The largest relative difference of a matrix of the two adapters, in its own norm."""
+    one, two = (peft.read(run / "adapter").pairs for run in (left, right))
+    assert one.keys() == two.keys()
+    pairs = [(getattr(one[path], name), getattr(two[path], name)) for path in one for name in ("A", "B")]
+    return max(float((a - b).norm() / a.norm()) for a, b in pairs)
+
+
+def assert_same_run(left: Path, right: Path) -> None:
+    one, two = losses(left), losses(right)
+    assert len(one["loss"]) == STEPS and len(one["held_out_loss"]) == 4
+    for kind in one:
+        torch.testing.assert_close(torch.tensor(two[kind]), torch.tensor(one[kind]), rtol=NEAR, atol=0)
+    assert worst(left, right) < NEAR
+
+
+def test_two_processes_train_what_one_trains(one: Path, two: Path) -> None:
+    assert_same_run(one, two)
+    assert {path.name for path in two.iterdir()} == {path.name for path in one.iterdir()}
+    assert read_certificate(two / "certificate.json").passed
+    report = read_report(two / "report.json")
+    assert report.facts["Processes"] == "2, each with the whole base and its part of the rows of a step"
+    assert "Processes" not in read_report(one / "report.json").facts
+
+
+@pytest.mark.parametrize(("before", "after"), [(1, 2), (2, 1)])
+def test_a_checkpoint_goes_on_with_another_number(
+    forked: Together, one: Path, two: Path, tmp_path: Path, before: int, after: int
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(one if before == 1 else two, run)
+    shutil.rmtree(run / "checkpoints" / checkpoint.name_of(STEPS))
+    assert [path.name for path in checkpoint.found(run / "checkpoints")] == ["step-000008"]
+    ended = forked.run(["finetune", "--resume", run], count=after)
+    assert [process.code for process in ended] == [0] * after, ended[0].said
+    assert f"processes {before} → {after}" in ended[0].answered
+    assert_same_run(one, run)
+
+
+@pytest.mark.parametrize("method", ["none", "nf4"])
+def test_two_processes_with_a_part_of_the_base_each_train_what_one_trains(
+    forked: Together, tiny_llama_folder: Path, rows: Path, one: Path, tmp_path: Path, method: str
+) -> None:
+    """Also where one has more micro-batches than the other, and where the base is quantised; then one process judges it again."""
+    whole, run = one, tmp_path / "run"
+    changes = {"model__quantize": method, "train__micro_tokens": "150"}
+    if method != "none":
+        whole = tmp_path / "whole"
+        (ended,) = forked.run(arguments(tiny_llama_folder, rows, whole, **changes), count=1)
+        assert ended.code == 0, ended.said
+    first, second = forked.run(arguments(tiny_llama_folder, rows, run, train__shard="true", **changes))
+    assert (first.code, second.code) == (0, 0), first.said + second.said
+    assert second.answered == second.said == ""
+    assert_same_run(whole, run)
+    report, certificate = read_report(run / "report.json"), read_certificate(run / "certificate.json")
+    assert report.facts["Processes"] == "2, each with 1/2 of every frozen block and its part of the rows of a step"
+    assert certificate.passed and [check.name for check in certificate.checks] == ["adapter on disk", "frozen weights"]
+    other = read_report(whole / "report.json")
+    assert [system.metrics["loss"].value for system in report.systems] == pytest.approx(
+        [system.metrics["loss"].value for system in other.systems], rel=NEAR
+    )
+    (ended,) = forked.run(["finetune", "--resume", run], count=1)
+    assert ended.code == 0 and "This is one, which holds it whole" in ended.answered, ended.said
+
+
+def test_a_killed_process_leaves_the_checkpoint_and_is_named(
+    forked: Together, tiny_llama_folder: Path, rows: Path, one: Path, tmp_path: Path
+) -> None:
+    """Under torchrun itself, with a real kill."""
+    run = tmp_path / "run"
+    changes = {"train__checkpoint_every": "1", "train__steps": "100000", "train__evaluate_every": "100000"}
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "lorakeet"]
+    process = subprocess.Popen(
+        [*torchrun, *arguments(tiny_llama_folder, rows, run, **changes)],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    wait_for_step(run, 3)
+    os.kill(second_of(process.pid), signal.SIGKILL)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode != 0
+    newest = checkpoint.found(run / "checkpoints")[-1]
+    step = checkpoint.load(newest).position.step  # whole, by its own hashes
+    found = re.search(r"Error: After step (\d+): process 1 of 2 died\. Kept: the checkpoint (\S+)\. Go on with: (.*)", said)
+    assert found is not None, said
+    assert int(found[1]) in (step, step + 1) and found[2] == str(newest)
+    assert found[3] == f"torchrun --nproc-per-node 2 -m lorakeet finetune --resume {run}"
+
+
+def second_of(agent: int) -> int:
+    """The pid of process 1 of those that this torchrun started."""
+    for pid in (int(entry) for entry in os.listdir("/proc") if entry.isdigit()):
+        try:
+            with open(f"/proc/{pid}/stat") as stat, open(f"/proc/{pid}/environ", "rb") as environ:
+                parent = int(stat.read().rpartition(")")[2].split()[1])
+                if parent == agent and b"\0RANK=1\0" in b"\0" + environ.read():
+                    return pid
+        except OSError:
+            continue
+    raise AssertionError(f"torchrun {agent} has no process 1")
+
+
+def wait_for_step(run: Path, step: int) -> None:
+    deadline = time.monotonic() + 90
+    while max((record["step"] for record in read_metrics(run / "metrics.jsonl") if "loss" in record), default=0) < step:
+        assert time.monotonic() < deadline, f"no step {step}"
+        time.sleep(0.01)

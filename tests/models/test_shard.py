@@ -1,0 +1,107 @@
+"""`models.shard`: a parted model computes the same bits as a whole one, and each process keeps its part only."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch.distributed.tensor import DTensor
+
+from lorakeet.core.spec import LoraSpec
+from lorakeet.data.chat import Example
+from lorakeet.data.pack import Batch, pack
+from lorakeet.models.adapt import begin_adapter
+from lorakeet.models.frozen import frozen_digests
+from lorakeet.models.inject import trained_parameters
+from lorakeet.models.load import load_text_model
+from lorakeet.models.sample import sample
+from lorakeet.models.shard import part_blocks, whole
+from lorakeet.models.spec import ModelSpec
+from lorakeet.models.targets import plan_for
+from lorakeet.models.text import TextModel
+from lorakeet.quant.spec import QuantSpec
+from lorakeet.train.launch import launched
+from lorakeet.train.processes import joined
+from lorakeet.train.text_loss import text_loss
+from tiny.models import save_tiny_llama
+from tiny.together import Together, together
+
+
+@pytest.fixture(scope="module")
+def forked() -> Iterator[Together]:
+    with together() as found:
+        yield found
+
+
+def batch() -> Batch:
+    rows = [Example(np.arange(4 + n, 20 + 2 * n), np.arange(16 + n) >= 8, str(n), None, False) for n in range(3)]
+    return pack(rows)
+
+
+def computed(text: TextModel) -> tuple[float, dict[str, torch.Tensor], list[list[int]]]:
+    """The loss of a step of two micro-batches, its gradients, and what the model writes."""
+    text.model.train()
+    loss = torch.zeros(())
+    for _ in range(2):
+        loss, _ = text_loss(text, batch())
+        loss.backward()  # type: ignore[no-untyped-call]
+    parameters = trained_parameters(text.model)
+    grads = {name: parameter.grad.clone() for name, parameter in parameters.items() if parameter.grad is not None}
+    for parameter in parameters.values():
+        parameter.grad = None
+    return loss.item(), grads, [ids.tolist() for ids in sample(text, [[5, 6]], max_tokens=4)]
+
+
+def in_this_process(folder: str, method: str, layers: str) -> dict[str, Any]:
+    """What is the same before and after the blocks were parted, and how much of them is kept."""
+    with joined(launched()) as processes:
+        quantize = QuantSpec(method=method)  # type: ignore[arg-type]
+        text = load_text_model(ModelSpec(path=folder, dtype="float32", device="cpu", quantize=quantize))
+        plan = plan_for(text.model, LoraSpec(rank=4, alpha=12.0, layers=layers), text.family)
+        begin_adapter(text, plan, seed=1)
+        with torch.no_grad():
+            for name, parameter in trained_parameters(text.model).items():
+                if name.endswith(".B"):
+                    parameter.normal_(generator=torch.Generator().manual_seed(len(name)))
+        digests, before = frozen_digests(text.model), computed(text)
+        sizes = {name: p.numel() for name, p in text.model.named_parameters()}
+        part_blocks(text, processes.count, torch.device("cpu"))
+        after = computed(text)
+        parted = {name: p for name, p in text.model.named_parameters() if isinstance(p, DTensor)}
+        found = {
+            "loss": before[0] == after[0],
+            "gradients": len(before[1]) > 4 and all(torch.equal(before[1][name], grad) for name, grad in after[1].items()),
+            "texts": before[2] == after[2],
+            "digests": frozen_digests(text.model) == digests,
+            "kept": sum(p.to_local().numel() for p in parted.values()) / sum(p.numel() for p in parted.values()),
+            "codes": sum(p.numel() for p in parted.values() if not p.is_floating_point()),
+            "whole": sorted({name.rpartition(".")[2] for name in sizes.keys() - parted.keys() if "layers." in name}),
+        }
+        processes.part()
+        return found
+
+
+@pytest.mark.parametrize("method", ["none", "nf4", "int8"])
+@pytest.mark.parametrize("layers", ["all", "top:1"])
+def test_a_parted_model_computes_the_same_bits(forked: Together, tiny_llama_folder: Path, method: str, layers: str) -> None:
+    for found in forked.call("models.test_shard:in_this_process", str(tiny_llama_folder), method, layers):
+        assert found["loss"] and found["gradients"] and found["texts"] and found["digests"], found
+        assert 0.45 <= found["kept"] <= 0.55, found
+        assert (found["codes"] > 0) == (method != "none")
+        assert found["whole"] == ["A", "B"]
+
+
+def test_three_processes_have_uneven_parts(forked: Together, tmp_path: Path) -> None:
+    folder = save_tiny_llama(tmp_path / "model", hidden_size=40, intermediate_size=56)
+    answers = forked.call("models.test_shard:in_this_process", str(folder), "none", "all", count=3)
+    assert all(found["loss"] and found["gradients"] and found["digests"] for found in answers), answers
+    assert sum(found["kept"] for found in answers) == pytest.approx(1)
+
+
+def test_a_plain_tensor_is_whole_as_it_is() -> None:
+    tensor = torch.zeros(3)
+    assert whole(tensor) is tensor

@@ -1,0 +1,165 @@
+"""Real processes over gloo: what they add up, what the first one decides, and who is missed."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch.nn import Parameter
+
+from lorakeet.errors import ConfigError, DataError, RunStopped
+from lorakeet.train import processes as module
+from lorakeet.train.launch import Launch, launched
+from lorakeet.train.processes import ALONE, Processes, ProcessLost, joined
+from tiny.together import Together, together
+
+HERE = "train.test_processes"
+
+
+@pytest.fixture(scope="module")
+def forked() -> Iterator[Together]:
+    with together() as found:
+        yield found
+
+
+def everything() -> dict[str, Any]:
+    """What each method gives in this process."""
+    with joined(launched()) as processes:
+        rank, found = processes.rank, dict[str, Any]()
+        found["total"] = processes.total(rank + 1, 10)
+        found["any"] = [processes.any(rank == 1), processes.any(False)]
+        found["summed"] = processes.summed(torch.tensor([[0.5, rank]], dtype=torch.float64)).tolist()
+        both, one, none = (Parameter(torch.zeros(2, 3)) for _ in range(3))
+        both.grad = torch.full((2, 3), 1.0 + rank)
+        one.grad = torch.full((2, 3), 7.0) if rank == 1 else None
+        processes.add_up([both, one, none])
+        found["grads"] = [None if p.grad is None else p.grad.tolist() for p in (both, one, none)]
+        tensor = torch.full((2,), float(rank + 3))
+        transposed = torch.arange(6.0).view(2, 3).t() + rank
+        processes.same([tensor, transposed])
+        found["same"] = [tensor.tolist(), transposed.tolist()]
+        found["from first"] = processes.from_first(lambda: ["made by", rank])
+        torch.manual_seed(4)
+        with processes.own_random():
+            found["own random"] = torch.rand(1).item()
+        found["common random"] = torch.rand(1).item()
+        found["most"] = processes.most(10 * rank)
+        found["errors"] = [
+            _message(lambda: processes.from_first(_fails)),
+            _message(lambda: processes.require_equal({"a": 1, "b": rank})),
+        ]
+        processes.require_equal({"a": 1})
+        processes.part()
+        return found
+
+
+def _fails() -> None:
+    raise DataError("row 3 is empty")
+
+
+def _message(call: Callable[[], Any]) -> str:
+    try:
+        call()
+    except (ConfigError, DataError) as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
+def test_what_they_exchange(forked: Together) -> None:
+    first, second = forked.call(f"{HERE}:everything")
+    assert first["own random"] != second["own random"]
+    for found in (first, second):
+        assert found["total"] == [3, 20]
+        assert found["any"] == [True, False] and found["most"] == 10
+        assert found["summed"] == [[1.0, 1.0]]
+        assert found["grads"] == [[[3.0] * 3] * 2, [[7.0] * 3] * 2, None]
+        assert found["same"] == [[3.0, 3.0], [[0.0, 3.0], [1.0, 4.0], [2.0, 5.0]]]
+        assert found["from first"] == ["made by", 0]
+        assert found["common random"] == first["common random"]
+        assert found["errors"][0] == "DataError: row 3 is empty"
+        assert found["errors"][1] == (
+            "ConfigError: 'b' is another in process 1 than in process 0. Give all the same files and flags."
+        )
+
+
+def test_one_that_is_alone_exchanges_nothing() -> None:
+    parameter = Parameter(torch.zeros(2))
+    values = torch.arange(3.0)
+    before = torch.get_rng_state()
+    with joined(Launch()) as processes, processes.own_random():
+        assert processes is ALONE and processes.first
+        assert processes.total(4, 5) == (4, 5) and processes.any(True) and not processes.any(False)
+        assert processes.summed(values) is values
+        processes.add_up([parameter])
+        processes.same([values])
+        processes.require_equal({"a": 1})
+        assert processes.from_first(lambda: 7) == 7
+        processes.part()
+    assert parameter.grad is None and torch.equal(torch.get_rng_state(), before)
+
+
+def adding_until_one_dies(victim: int, how: str) -> str:
+    """The message in this process."""
+    module.ROLL_CALL = 1.0
+    try:
+        with joined(launched()) as processes:
+            for step in range(1000):
+                if processes.rank == victim and step == 3:
+                    _end(how)
+                if processes.rank == 0:
+                    time.sleep(0.05)  # others wait in the exchange, this one is busy, when it happens
+                processes.total(step)
+    except ProcessLost as lost:
+        return str(lost)
+    return "nothing"
+
+
+def _end(how: str) -> None:
+    if how == "killed":
+        os.kill(os.getpid(), signal.SIGKILL)
+    raise DataError("its file is gone") if how == "gave up" else KeyError("a bug")
+
+
+@pytest.mark.parametrize(
+    ("victim", "how", "message"),
+    [
+        (1, "killed", "process 1 of 3 died"),
+        (0, "killed", "process 0 of 3 died"),
+        (2, "gave up", "process 2 of 3 gave up (DataError: its file is gone)"),
+        (1, "bug", "process 1 of 3 gave up (KeyError: 'a bug')"),
+    ],
+)
+def test_the_one_that_is_gone_is_named(forked: Together, victim: int, how: str, message: str) -> None:
+    forked.start({"count": 3, "call": f"{HERE}:adding_until_one_dies", "with": [victim, how]})
+    ended = forked.end()
+    survivors = [one for rank, one in enumerate(ended) if rank != victim]
+    if victim == 0:
+        assert [one.code for one in survivors] == [4, 4]
+        assert [message in one.said for one in survivors] == [True, False]  # once, by the first that lives
+    else:
+        assert ended[0].answered.strip() == f'"{message}"' and ended[0].code == 0
+        assert [one.code for one in survivors[1:]] == [4] and message not in survivors[1].said
+    assert ended[victim].code == {"killed": -signal.SIGKILL, "gave up": 2, "bug": 1}[how]
+    assert ("Error: process 2: its file is gone" in ended[victim].said) == (how == "gave up")
+
+
+def an_error_of_all() -> None:
+    with joined(launched()):
+        raise RunStopped("the loss is nan")
+
+
+def test_an_error_of_all_is_raised_in_the_first_alone(forked: Together) -> None:
+    forked.start({"count": 2, "call": f"{HERE}:an_error_of_all", "with": []})
+    first, second = forked.end()
+    assert first.code == 1 and "RunStopped: the loss is nan" in first.said  # nobody caught it in this test
+    assert (second.code, second.said) == (RunStopped.exit_code, "")
+
+
+def test_processes_are_those_of_their_launch() -> None:
+    alone = Processes()
+    assert (alone.rank, alone.count, alone.first) == (0, 1, True)
