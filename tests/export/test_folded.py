@@ -20,6 +20,9 @@ class Base:
         self.change = 0.05 * torch.randn(64, 64, generator=generator)
         self.names = ["a", "b"]
 
+    def changes(self, name: str) -> bool:
+        return name == "a"
+
     def fetch(self, name: str, *, folded: bool = True) -> Tensor:
         return self.weight + self.change if folded and name == "a" else self.weight
 

@@ -88,8 +88,7 @@ def test_an_adapter_goes_from_one_to_the_other_and_out_again(family: str, tiny_m
     attach(dense, adapter_of(packed))
     with torch.no_grad():
         torch.testing.assert_close(packed(IDS, use_cache=False).logits, dense(IDS, use_cache=False).logits, rtol=0, atol=1e-5)
-    theirs = dict(folded_weights(dense, "default"))
-    ours = dict(folded_weights(packed, "default"))
+    theirs, ours = ({path: weight[:] for path, weight in folded_weights(model, "default")} for model in (dense, packed))
     assert set(ours) == set(theirs)
     for name, weight in ours.items():
         torch.testing.assert_close(weight, theirs[name], rtol=0, atol=1e-6)

@@ -64,14 +64,15 @@ def test_any_reader_of_safetensors_reads_it(tmp_path: Path) -> None:
 
 
 def test_rows_are_read_alone_and_in_parts(tmp_path: Path) -> None:
-    weight = torch.randn(9, 4).bfloat16()
-    with new_store(tmp_path / "s", identity=IDENTITY, tensors=1) as writer:
-        writer.add("embed", {"weight": weight})
+    weight, stack = torch.randn(9, 4).bfloat16(), torch.randn(5, 3, 2)
+    with new_store(tmp_path / "s", identity=IDENTITY, tensors=3) as writer:
+        writer.add("embed", {"weight": weight, "stack": stack, "norm": stack[0, 0]})
     store = Store(tmp_path / "s")
     rows = StoredRows(store, "embed.weight")
     assert rows.shape == (9, 4) and rows.dtype == torch.bfloat16
     assert torch.equal(rows[2:5], weight[2:5]) and torch.equal(rows[6:100], weight[6:])
     assert torch.equal(rows.gather([8, 0, 8]), weight[[8, 0, 8]])
+    assert torch.equal(store.rows("embed.stack")[3:], stack[3:]) and torch.equal(store.rows("embed.norm")[:], stack[0, 0])
     store.close()
 
 

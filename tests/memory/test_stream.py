@@ -73,3 +73,12 @@ def test_forth_and_back_again_reads_only_what_has_no_place(slots: int, tmp_path:
     assert found.bytes_read == first + 3 * sum(record.bytes for record in (*out, *back))
     assert len(found._slots) == slots == len(found.fill())
     found.close()
+
+
+def test_released_buffers_are_gone_and_come_again(tmp_path: Path) -> None:
+    found = stream(tmp_path)
+    found.bring(1, 2)
+    found.release()
+    assert found._slots == []
+    assert bool((found.bring(3, 4)["w"] == 3).all()) and len(found._slots) == 2
+    found.close()

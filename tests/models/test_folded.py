@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,14 +12,17 @@ import torch
 from lorakeet.core.adapter import Adapter, TokenRows
 from lorakeet.core.math import delta, scale_of
 from lorakeet.errors import ConfigError
+from lorakeet.models.adapt import put_adapter
 from lorakeet.models.folded import fold_layers, folded_weights
 from lorakeet.models.fuse import fuse
 from lorakeet.models.inject import activate, attach
 from tiny.adapters import random_adapter, random_pair
+from tiny.models import save_tiny_llama
+from tiny.streams import loaded
 
 
 def folded(model: Any, name: str | None) -> dict[str, torch.Tensor]:
-    return dict(folded_weights(model, name))
+    return {path: weight[:] for path, weight in folded_weights(model, name)}
 
 
 @pytest.mark.parametrize(
@@ -71,6 +75,40 @@ def test_a_pairs_bias_is_folded_into_the_layers(tiny_model: Callable[..., Any]) 
         torch.testing.assert_close(model(ids).logits, plain(ids).logits, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("family", "method", "leaves"),
+    [
+        ("llama", "none", ("q_proj", "embed_tokens")), ("llama", "nf4", ()), ("gpt2", "none", ("c_attn", "wte")),
+        ("mixtral", "none", ("gate_up_proj", "down_proj")), ("qwen2_moe", "none", ("gate_up_proj", "q_proj")),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_streamed_models_weights_are_read_from_its_store(
+    family: str, method: str, leaves: tuple[str, ...], tied: bool, tmp_path: Path
+) -> None:
+    folder = save_tiny_llama(tmp_path / "model", family=family, tie_word_embeddings=tied)
+    resident, streamed = loaded(folder, method=method), loaded(folder, tmp_path / "store", method=method)
+    adapter = random_adapter(loaded(folder).model, *leaves, dora=method == "nf4")
+    for text in (resident, streamed):
+        put_adapter(text, adapter, "mine")
+        text.release()
+    assert streamed.streamed is not None and not streamed.streamed.stream._slots
+    for name in ("mine", None):
+        wanted = {path: weight[:].clone() for path, weight in folded_weights(resident.model, name)}
+        found = {path: weight[:].clone() for path, weight in folded_weights(streamed.model, name, streamed.store)}
+        assert wanted.keys() == found.keys() and all(torch.equal(found[path], wanted[path]) for path in wanted)
+
+
+def test_of_a_stack_of_experts_those_are_folded_that_are_asked_for(tiny_model: Callable[..., Any]) -> None:
+    model = tiny_model("mixtral")
+    attach(model, random_adapter(model, "gate_up_proj"), "mine")
+    path = "model.layers.0.mlp.experts.gate_up_proj"
+    weight = dict(folded_weights(model, "mine"))[path]
+    assert weight.shape == (4, 96, 32) and weight.dtype == torch.float32
+    torch.testing.assert_close(weight[1:3], weight[:][1:3], atol=0, rtol=0)
+    assert not torch.equal(weight[1:2], model.get_parameter(path.replace("experts.", "experts.original."))[1:2])
+
+
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_folded_layers_are_plain_and_compute_what_the_adapted_model_computes(
     tiny_model: Callable[..., Any], family: str
@@ -85,7 +123,7 @@ def test_folded_layers_are_plain_and_compute_what_the_adapted_model_computes(
     with torch.no_grad():
         before = model(ids).logits
         paths = list(adapter.pairs)
-        expected = {path: dict(folded_weights(model, "mine"))[f"{path}.weight"] for path in paths}
+        expected = {path: folded(model, "mine")[f"{path}.weight"] for path in paths}
         fold_layers(model, "mine", paths)
         torch.testing.assert_close(model(ids).logits, before, atol=1e-5, rtol=1e-4)
     for path in paths:

@@ -7,15 +7,18 @@ from pathlib import Path
 import pytest
 import torch
 
+from lorakeet.core.adapter import Adapter
 from lorakeet.core.spec import LoraSpec
-from lorakeet.errors import EnvironmentProblem
+from lorakeet.errors import ConfigError, EnvironmentProblem
 from lorakeet.models import inject, modules
 from lorakeet.models.adapt import begin_adapter
+from lorakeet.models.fits import plan_of
 from lorakeet.models.sample import sample
 from lorakeet.models.score import row_losses
 from lorakeet.models.streamed import StreamedBlock, StreamedEmbedding, StreamedHead, hold, plain_output
 from lorakeet.models.targets import plan_for
 from lorakeet.models.text import TextModel
+from tiny.adapters import random_adapter
 from tiny.models import save_tiny_llama
 from tiny.streams import loaded, rows
 
@@ -105,3 +108,17 @@ def test_adapters_begin_and_come_back_as_on_the_resident_model(
         assert all(not layer.weight.is_meta for _, layer in modules.adapted_layers(text.model)) == (text is twins[0])
     assert begun[0].keys() == begun[1].keys()
     assert all(torch.equal(begun[0][name], begun[1][name]) and begun[1][name].device.type == "cpu" for name in begun[0])
+
+
+def test_the_frozen_weight_that_peft_saves_beside_a_pair_is_compared_where_it_lies(twins: tuple[TextModel, TextModel]) -> None:
+    resident, streamed = twins
+    pairs = random_adapter(resident.model, "embed_tokens").pairs
+    weight = resident.model.get_input_embeddings().weight.detach()
+    saved = Adapter(pairs, {"model.embed_tokens.weight": weight.clone()}, base="tiny")
+    other = Adapter(pairs, {"model.embed_tokens.weight": weight + 1}, base="tiny")
+    assert plan_of(streamed.model, saved) == plan_of(resident.model, saved)
+    assert isinstance(modules.find(streamed.model, "model.embed_tokens"), StreamedEmbedding)
+    for text in twins:
+        with pytest.raises(ConfigError, match="another weight than this base has"):
+            plan_of(text.model, other)
+    assert modules.input_layer(streamed.model).weight.is_meta  # type: ignore[union-attr]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,10 +11,12 @@ import torch
 
 from lorakeet.data.pack import micro_batches
 from lorakeet.evaluate.spec import EvaluateSpec
+from lorakeet.memory.stream import RecordStream
 from lorakeet.models.inject import activate
 from lorakeet.models.load import load_text_model, set_attention
 from lorakeet.models.spec import ModelSpec
 from lorakeet.workflows import compare_models
+from lorakeet.workflows.arrange import Arrangement
 from lorakeet.workflows.compare_models import compare, compare_on, first_tokens
 from lorakeet.workflows.opened import NAME, open_adapter
 from tiny.runs import quiet
@@ -67,3 +71,32 @@ def test_rows_up_to_a_number_of_tokens(finished: Any) -> None:
     assert first_tokens(rows, 1) == [rows[0]]
     assert first_tokens(rows, len(rows[0].ids) + len(rows[1].ids)) == list(rows[:2])
     assert first_tokens(rows, 10**6) == list(rows)
+
+
+def test_two_streamed_models_run_one_after_the_other_and_give_the_same_numbers(finished: Any, tmp_path: Path) -> None:
+    opened = open_adapter(finished.path)
+    batches = micro_batches(finished.result.setup.held_out.examples, 100)
+    spec = ModelSpec(str(finished.model), dtype="float32")
+    apart = replace(opened, kept=Arrangement(store=tmp_path / "live"))
+    left, right = apart.text_model(quiet(), dtype="float32"), load_text_model(spec, store=tmp_path / "base")
+    assert left.streamed is not None and right.streamed is not None and left.store is not right.store
+    left.release()
+    right.release()
+    both: list[bool] = []
+    for text, other in ((left, right), (right, left)):
+        text.streamed.stream.bring = watched(text.streamed.stream, other.streamed.stream, both)  # type: ignore[union-attr]
+    found = compare((left, NAME), (right, None), batches, spec=SPEC)
+    assert both and not any(both), "blocks of one of them at a time"
+    whole = compare((opened.text_model(quiet(), dtype="float32"), NAME), (load_text_model(spec), None), batches, spec=SPEC)
+    assert found == whole and found.max_logit_difference > 0
+    assert left.streamed.stream._slots == right.streamed.stream._slots == []
+
+
+def watched(stream: RecordStream, other: RecordStream, both: list[bool]) -> Any:
+    bring = stream.bring
+
+    def brought(index: int, then: int) -> Any:
+        both.append(bool(other._slots))
+        return bring(index, then)
+
+    return brought

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any, Protocol, cast
 
@@ -10,6 +11,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 TILE = 8192  # rows: of a Llama-2 7B's head 67 MB in bf16
+PART = 1 << 22  # numbers of two tensors that are compared at once
 
 
 class Rows(Protocol):
@@ -31,6 +33,11 @@ def tiles(rows: int, tile: int = TILE) -> Iterator[slice]:
     """Slices of at most `tile` rows, end to end."""
     for start in range(0, rows, tile):
         yield slice(start, min(start + tile, rows))
+
+
+def parts(shape: tuple[int, ...], numbers: int = PART) -> Iterator[slice]:
+    """Slices of the first dimension of a tensor of `shape` that hold about so many numbers each, end to end."""
+    yield from tiles(shape[0], max(1, numbers // max(math.prod(shape[1:]), 1)))
 
 
 class _TiledProduct(torch.autograd.Function):

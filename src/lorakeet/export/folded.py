@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from lorakeet.core.adapter import Adapter
+from lorakeet.core.tiles import parts
 from lorakeet.merge.checkpoint import Checkpoint, open_checkpoint
 from lorakeet.merge.edits import Edits, edits_for
 
@@ -34,6 +35,11 @@ class Folded:
         edit = self.edits.by_name.get(name)
         return edit.shape if edit else self.checkpoint.stored(name).shape
 
+    def changes(self, name: str) -> bool:
+        """Whether the adapter makes other numbers of the tensor."""
+        edit = self.edits.by_name.get(name)
+        return edit is not None and bool(edit.steps)
+
     @torch.no_grad()
     def fetch(self, name: str, *, folded: bool = True) -> Tensor:
         """The tensor in fp32; without `folded` as it is in the base."""
@@ -50,6 +56,8 @@ class Expected(Protocol):
 
     @property
     def names(self) -> list[str]: ...
+
+    def changes(self, name: str) -> bool: ...
 
     def fetch(self, name: str, *, folded: bool = True) -> Tensor: ...
 
@@ -79,20 +87,31 @@ def compare_stored(expected: Expected, stored: Iterable[tuple[str, Tensor]]) -> 
     found = dict.fromkeys(expected.names, lost)
     for name, tensor in stored:
         if name in found:
-            found[name] = _compare(expected.fetch(name, folded=False), expected.fetch(name), tensor)
+            base = expected.fetch(name, folded=False) if expected.changes(name) else None
+            found[name] = _compare(base, expected.fetch(name), tensor)
     return found
 
 
-def _compare(base: Tensor, wanted: Tensor, stored: Tensor) -> StoredTensor:
+def _compare(base: Tensor | None, wanted: Tensor, stored: Tensor) -> StoredTensor:
+    """In parts, in fp64; `base` is None where the adapter changes nothing."""
     if stored.shape != wanted.shape:
         return StoredTensor(0.0, 0.0, math.inf, 0.0)
-    error = (stored.float() - wanted).double()
-    rounding = float(error.norm() / wanted.double().norm().clamp_min(1e-30))
-    if base.shape != wanted.shape or torch.equal(base, wanted):
+    if base is not None and (base.shape != wanted.shape or torch.equal(base, wanted)):
+        base = None
+    error = size = change = moved = both = 0.0  # sums of squares; the last of products
+    for part in parts(tuple(wanted.shape)) if wanted.dim() else [...]:
+        right, given = wanted[part].double(), stored[part].double()
+        error, size = error + _squares(given - right), size + _squares(right)
+        if base is not None:
+            before = base[part].double()
+            change, moved = change + _squares(right - before), moved + _squares(given - before)
+            both += float(((given - before) * (right - before)).sum())
+    rounding = math.sqrt(error) / max(math.sqrt(size), 1e-30)
+    if base is None:
         return StoredTensor(math.nan, 0.0, rounding, 0.0)
-    change = (wanted - base).double()
-    size = float(change.norm())
-    moved = stored.double() - base.double()
-    share = float((moved * change).sum()) / size**2
-    noise = float(error.norm()) / size
-    return StoredTensor(share, noise / math.sqrt(error.numel()), rounding, float(moved.norm()) / size, noise)
+    noise = math.sqrt(error / change)
+    return StoredTensor(both / change, noise / math.sqrt(wanted.numel()), rounding, math.sqrt(moved / change), noise)
+
+
+def _squares(tensor: Tensor) -> float:
+    return float(tensor.square().sum())

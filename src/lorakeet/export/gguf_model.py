@@ -97,6 +97,10 @@ class GgufTensors:
         """The shape of the tensor that GGUF calls `name`."""
         return self.folded.shape(self.home[name])
 
+    def changes(self, name: str) -> bool:
+        """Whether the adapter makes other numbers of the tensor that GGUF calls `name`."""
+        return self.folded.changes(self.home[name])
+
     @torch.no_grad()
     def fetch(self, name: str, *, folded: bool = True) -> Tensor:
         """The tensor that GGUF calls `name`; without `folded` as it is in the base."""

@@ -23,6 +23,7 @@ FILE_TYPES = {  # llama_ftype of llama.h
     "q4_k_s": 14, "q4_k_m": 15, "q5_k_s": 16, "q5_k_m": 17, "q6_k": 18, "iq4_nl": 25, "iq4_xs": 30,
 }  # fmt: skip
 _F32 = 0  # ggml_type
+_CELLS = 256  # a context has a multiple of so many places
 _ERRORS = 4  # ggml_log_level from which llama.cpp's lines are kept for a message
 
 
@@ -86,16 +87,33 @@ def quantise(source: Path, out: Path, quant: str, *, threads: int = 1) -> None:
         raise EnvironmentProblem(f"llama.cpp could not quantise {source.name} to {quant}: {library.reason()}.")
 
 
+def context_bytes(config: Any, context: int) -> int:
+    """What llama.cpp holds beside the pages of its file, for a transformers text config: keys and values in fp32, and what one
+    pass over the whole context makes: scores of every head, the widest activations, and the logits.
+    """
+    hidden, heads = int(config.hidden_size), int(config.num_attention_heads)
+    width = int(getattr(config, "head_dim", None) or hidden // heads)
+    kept = int(getattr(config, "num_key_value_heads", None) or heads)
+    inner = int(getattr(config, "intermediate_size", None) or 4 * hidden)
+    cells = -(-context // _CELLS) * _CELLS
+    cache = 2 * cells * kept * width * int(config.num_hidden_layers)
+    return 4 * (cache + context * (2 * heads * cells + 4 * hidden + 3 * inner + 2 * int(config.vocab_size)))
+
+
 class LlamaCpp:
     """One GGUF model in llama.cpp, with at most one LoRA adapter on it. Close it, or use it in a `with` block."""
 
-    def __init__(self, model: Path, *, adapter: Path | None = None, context: int = 2048, threads: int = 1) -> None:
-        """Refused where llama.cpp does not load the model or the adapter, with the reason that it gives."""
+    def __init__(
+        self, model: Path, *, adapter: Path | None = None, context: int = 2048, threads: int = 1, repack: bool = True
+    ) -> None:
+        """Refused where llama.cpp does not load the model or the adapter, with the reason that it gives. Without `repack` it
+        makes no copies of weights in another layout: they stay the pages of the file.
+        """
         self._library = _library()
         self._ffi, self._lib = self._library.ffi, self._library.lib
         self._model = self._context = self._ffi.NULL
         params = self._lib.llama_model_default_params()
-        params.n_gpu_layers = 0
+        params.n_gpu_layers, params.use_extra_bufts = 0, repack
         self._model = self._lib.llama_model_load_from_file(str(model).encode(), params)
         if self._model == self._ffi.NULL:
             raise Refused(f"llama.cpp cannot load {model}: {self._library.reason()}.")

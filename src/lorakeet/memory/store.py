@@ -44,6 +44,10 @@ _ROOM = 256  # header bytes that are set aside for each tensor
 _PADDING = "padding."
 
 
+class StoreRefused(EnvironmentProblem):
+    """The disk takes no store."""
+
+
 @dataclass(frozen=True)
 class Place:
     """Where a tensor lies in the file."""
@@ -130,14 +134,14 @@ class StoreWriter:
 def new_store(path: Path, *, identity: Mapping[str, str], tensors: int, size: int = 0) -> Iterator[StoreWriter]:
     """A store in the making, which appears at `path` whole or not at all. `identity` names the model; plain words.
 
-    `tensors` is at least the number of tensors that will come, `size` about their bytes. Raises EnvironmentProblem where the
+    `tensors` is at least the number of tensors that will come, `size` about their bytes. Raises StoreRefused where the
     folder cannot be written or the disk has no room.
     """
     with _disk(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(path.parent).free
         if size > free:
-            raise EnvironmentProblem(
+            raise StoreRefused(
                 f"The store {path} needs {size / 1e9:.1f} GB, but its disk has {free / 1e9:.1f} GB free. Free some space, or "
                 "name a folder on another disk with memory.store."
             )
@@ -163,7 +167,7 @@ def _disk(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         why = _REFUSALS.get(error.errno or 0, error.strerror)
-        raise EnvironmentProblem(
+        raise StoreRefused(
             f"The store {path} cannot be written: {why}. Free some space, or name another folder with memory.store."
         ) from error
 
@@ -216,7 +220,7 @@ class Store:
         return found
 
     def rows(self, name: str) -> StoredRows:
-        """The matrix of that name, to be read some rows at a time."""
+        """The tensor of that name, to be read some rows at a time."""
         return StoredRows(self, name)
 
     def close(self) -> None:
@@ -225,7 +229,7 @@ class Store:
 
 
 class StoredRows:
-    """A matrix in the store of which some rows at a time are read: an embedding, or the weight of a head."""
+    """A tensor in the store of which some rows at a time are read: an embedding, the weight of a head, a stack of experts."""
 
     def __init__(self, store: Store, name: str) -> None:
         self._store, self._place = store, store.tensors[name]
@@ -236,20 +240,20 @@ class StoredRows:
         return self._place.dtype
 
     @property
-    def shape(self) -> tuple[int, int]:
-        """(rows, columns)."""
-        return self._place.shape[0], self._place.shape[1]
+    def shape(self) -> tuple[int, ...]:
+        """(rows, …)."""
+        return self._place.shape
 
     def __getitem__(self, part: slice) -> Tensor:
         """The rows of `part`, whose step is 1, as a fresh tensor."""
         start, stop, _ = part.indices(self.shape[0])
-        found = torch.empty((max(0, stop - start), self.shape[1]), dtype=self.dtype)
+        found = torch.empty((max(0, stop - start), *self.shape[1:]), dtype=self.dtype)
         self._store.read(self._place.begin + start * self._row, found)
         return found
 
     def gather(self, rows: Sequence[int]) -> Tensor:
-        """Those rows (len(rows), columns), one read each."""
-        found = torch.empty((len(rows), self.shape[1]), dtype=self.dtype)
+        """Those rows (len(rows), …), one read each."""
+        found = torch.empty((len(rows), *self.shape[1:]), dtype=self.dtype)
         for place, row in enumerate(rows):
             self._store.read(self._place.begin + row * self._row, found[place])
         return found
@@ -261,7 +265,7 @@ class StoredRows:
 
     @property
     def _row(self) -> int:
-        return self.shape[1] * self.dtype.itemsize
+        return prod(self.shape[1:]) * self.dtype.itemsize
 
 
 def raw_bytes(tensor: Tensor) -> memoryview:

@@ -63,6 +63,13 @@ class RecordStream:
             self._slots.append(_Slot(torch.empty(self.slot_bytes, dtype=torch.uint8)))
         return [slot.buffer for slot in self._slots]
 
+    def release(self) -> None:
+        """Lets the buffers go, with what is in them; the next `bring` makes new ones. No view of `bring` may be in use."""
+        for slot in self._slots:
+            if slot.reading is not None:
+                slot.reading.result()
+        self._slots = []
+
     def close(self) -> None:
         """Ends the reading thread and closes the store."""
         self._reader.shutdown(wait=True)

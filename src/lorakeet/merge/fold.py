@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import os
 import shutil
 from collections.abc import Callable, Mapping
@@ -26,6 +27,7 @@ from lorakeet.quant.gptq_config import OLD_CONFIG
 
 Dtype = Literal["same", "float32", "bfloat16", "float16"]
 Progress = Callable[[int, int, str], None]  # tensors written, tensors in all, name of the last
+_FP32_COPIES = 4  # of a changed tensor: before, its change, after, and the rounding that is measured
 Shapes = dict[str, tuple[torch.dtype, tuple[int, ...]]]
 
 
@@ -45,6 +47,14 @@ class MergeResult:
         """The changed tensor that rounding moved most, and by how much; ("", 0.0) when none was rounded."""
         moved = [item for item in self.rounding.items() if item[1] > 0]
         return max(moved, key=lambda item: (item[1], item[0]), default=("", 0.0))
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What a merge takes while it is written: bytes of memory beside the adapter, and bytes of disk."""
+
+    memory: int
+    disk: int
 
 
 def merge_into(
@@ -93,6 +103,23 @@ def merge_into(
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return MergeResult(out, writer.done, len(edits.by_name), needed, writer.rounding, edits.notes)
+
+
+def needs_of(source: Path | Checkpoint, adapter: Adapter, *, dtype: Dtype = "same", adapters: int = 0) -> Needs:
+    """What `merge_into` will take; a changed tensor is held as it is stored and four times in fp32, and once more for each of the
+    `adapters` of which a change is combined. ConfigError as there.
+    """
+    checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(source)
+    edits = edits_for(checkpoint, adapter)
+    held = 0
+    shards = _shards(checkpoint, edits, dtype)
+    for name, (kept, shape) in (item for shapes in shards.values() for item in shapes.items()):
+        edit = edits.by_name.get(name)
+        stored = checkpoint.stored(edit.source if edit else name).dtype.itemsize
+        exact = 4 * (_FP32_COPIES + adapters) if edit and edit.steps else 0
+        held = max(held, math.prod(shape) * (stored + (exact or kept.itemsize)))
+    disk = sum(stored_bytes(shapes, checkpoint.shards[file].metadata) for file, shapes in shards.items())
+    return Needs(held, disk)
 
 
 class _Writer:

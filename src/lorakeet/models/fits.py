@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lorakeet.core.adapter import Adapter, Pair, TokenRows
 from lorakeet.core.math import Kind
@@ -25,7 +25,7 @@ def plan_of(model: nn.Module, adapter: Adapter) -> Plan:
     wrong: list[str] = []
     places = {path: module for path, module in modules.original_modules(model) if path}
     entries = [entry for path, pair in adapter.pairs.items() if (entry := _entry(places, path, pair, wrong))]
-    extras = [*_whole(places, adapter, wrong), *_rows(places, adapter, wrong, head=modules.output_layer(model))]
+    extras = [*_whole(model, places, adapter, wrong), *_rows(places, adapter, wrong, head=modules.output_layer(model))]
     wrong += _clashes(entries, extras)
     if wrong:
         heading = f"The adapter does not fit this base ({len(wrong)} problem{'s' if len(wrong) > 1 else ''}):"
@@ -79,7 +79,7 @@ def _weight(places: dict[str, nn.Module], path: str, kind: Kind) -> tuple[Kind, 
     return here, modules.weight_shape(module, here)
 
 
-def _whole(places: dict[str, nn.Module], adapter: Adapter, wrong: list[str]) -> list[ExtraEntry]:
+def _whole(model: nn.Module, places: dict[str, nn.Module], adapter: Adapter, wrong: list[str]) -> list[ExtraEntry]:
     """One entry for each outermost module that owns trained parameters of the adapter."""
     owners: dict[str, None] = {}
     for path, tensor in adapter.extras.items():
@@ -94,7 +94,7 @@ def _whole(places: dict[str, nn.Module], adapter: Adapter, wrong: list[str]) -> 
             wrong.append(f"'{path}': it is {given}, but this base needs {needed}.")
         elif owner in adapter.pairs and leaf == "weight":
             # PEFT saves the frozen weight beside the pair of an embedding or head; the base's own adds nothing.
-            if not torch.equal(parameter.detach().cpu().float(), tensor.float()):
+            if not _is(model, owner, tensor):
                 wrong.append(f"'{path}': the adapter has a pair for it and another weight than this base has.")
         else:
             owners[owner] = None
@@ -106,6 +106,13 @@ def _whole(places: dict[str, nn.Module], adapter: Adapter, wrong: list[str]) -> 
         wrong += [f"'{name}': the adapter trains '{owner}' whole, but lacks this part." for name in lacking]
         entries.append(ExtraEntry(owner, "module", (sum(p.numel() for p in places[owner].parameters()),)))
     return entries
+
+
+def _is(model: nn.Module, path: str, weight: Tensor) -> bool:
+    """Whether the module at `path` has this weight; of a model without numbers nothing else is said."""
+    with modules.at_hand(model, path):
+        held = modules.bare(cast(nn.Module, modules.find(model, path))).get_parameter("weight")
+        return held.is_meta or torch.equal(held.detach().cpu().float(), weight.float())
 
 
 def _rows(

@@ -22,7 +22,7 @@ from lorakeet.models.quiet import quiet_transformers
 from lorakeet.models.source import find_source
 from lorakeet.models.spec import ModelSpec
 from lorakeet.models.stock import stored_quantisation
-from lorakeet.models.streamed_load import streamed_model
+from lorakeet.models.streamed_load import Changes, streamed_model
 from lorakeet.models.text import TextModel
 from lorakeet.quant.gptq_config import METHOD, OLD_CONFIG
 from lorakeet.quant.int8 import multiply_in_int8
@@ -34,11 +34,17 @@ ATTENTION_TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16:
 
 
 def load_text_model(
-    spec: ModelSpec, *, say: Callable[[str], None] | None = None, store: Path | None = None, slots: int = 2
+    spec: ModelSpec,
+    *,
+    say: Callable[[str], None] | None = None,
+    store: Path | None = None,
+    slots: int = 2,
+    changes: Changes | None = None,
 ) -> TextModel:
     """The model that `spec` names, frozen and checked; `say` gets what the user should know (default: the log).
 
-    With a folder `store`, its blocks are streamed from a store there, `slots` of them in memory (models/streamed).
+    With a folder `store`, its blocks are streamed from a store there, `slots` of them in memory (models/streamed), with `changes`
+    made to its weights.
 
     Raises ConfigError or DataError for a wrong name or damaged files, EnvironmentProblem for what this machine lacks or
     where the check of the head or of the attention fails.
@@ -52,9 +58,8 @@ def load_text_model(
         model = _model(source, dtype, spec.quantize, tell).to(device)
     else:
         config = read_config(source)
-        family = family_of(config.get_text_config())
         model, streamed = streamed_model(
-            source, config, dtype, quantize=spec.quantize, family=family, folder=store, slots=slots, say=tell
+            source, config, dtype, quantize=spec.quantize, folder=store, slots=slots, changes=changes, say=tell
         )
     if spec.quantize.int8_products and not multiply_in_int8(model):
         raise ConfigError(

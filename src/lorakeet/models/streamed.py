@@ -142,6 +142,10 @@ class StreamedEmbedding(StandIn):
         """The frozen weight, without numbers."""
         return cast(Tensor, self.original.weight)
 
+    def at_hand(self) -> AbstractContextManager[nn.Module]:
+        """The embedding with its whole weight in memory."""
+        return _whole(self.original, self.rows)
+
     def forward(self, ids: Tensor) -> Tensor:
         found = self.rows.look_up(ids)
         scale = getattr(self.original, "embed_scale", None)  # Gemma's
@@ -159,6 +163,10 @@ class StreamedHead(StandIn):
     def weight(self) -> Tensor:
         """The frozen weight, without numbers."""
         return cast(Tensor, self.original.weight)
+
+    def at_hand(self) -> AbstractContextManager[nn.Module]:
+        """The head with its whole weight in memory."""
+        return _whole(self.original, self.rows)
 
     def forward(self, hidden: Tensor) -> Tensor:
         return tiled_product(hidden.reshape(-1, hidden.shape[-1]), self.rows).view(*hidden.shape[:-1], -1)
@@ -191,6 +199,16 @@ def hold(model: nn.Module, plan: Plan) -> None:
                 shared[empty] = nn.Parameter(stand_in.rows[0 : stand_in.rows.shape[0]], requires_grad=False)
             cast(Any, module).weight = shared[empty]
             modules.replace(model, path, module)
+
+
+@contextmanager
+def _whole(module: nn.Module, rows: StoredRows) -> Iterator[nn.Module]:
+    seat = _Seat(module, "weight", "weight", cast(Tensor, module.weight))
+    try:
+        _sit(seat, rows[:])
+        yield module
+    finally:
+        _sit(seat, seat.empty)
 
 
 def _seat(block: nn.Module, name: str) -> _Seat:

@@ -24,7 +24,7 @@ from lorakeet.errors import ConfigError, DataError
 from lorakeet.memory.store import Store, StoreWriter, new_store
 from lorakeet.memory.stream import RecordStream
 from lorakeet.models import modules
-from lorakeet.models.families import Family
+from lorakeet.models.families import Family, family_of
 from lorakeet.models.fingerprint import fingerprint
 from lorakeet.models.packing import packing_of
 from lorakeet.models.quantized import quantised_stock, skeleton
@@ -35,6 +35,7 @@ from lorakeet.quant.adopt import empty_base
 from lorakeet.quant.packed import PackedBase, PackedLinear
 from lorakeet.quant.spec import QuantSpec
 
+Changes = Mapping[str, Callable[[Tensor], Tensor]]  # by the parameter's name in the model
 _METHOD = "lorakeet_store"  # under which transformers knows this way of loading
 
 
@@ -44,22 +45,25 @@ def streamed_model(
     dtype: torch.dtype,
     *,
     quantize: QuantSpec,
-    family: Family,
     folder: Path,
     slots: int = 2,
+    changes: Changes | None = None,
     say: Callable[[str], None],
 ) -> tuple[Any, Streamed]:
     """The frozen model in eval mode, with eager attention, and its blocks, from a store in `folder`, made if it is missing;
-    `slots` of them are in memory at a time.
+    `slots` of them are in memory at a time. `changes` are made to dense weights on their way into the store, which has to be
+    made now then.
 
     Raises ConfigError where the model has no list of blocks, DataError for damaged files or a store of another model,
     EnvironmentProblem where the store cannot be written.
     """
-    same = identity(source, dtype, quantize)
+    same, family = identity(source, dtype, quantize), family_of(config.get_text_config())
     path = folder / f"{source.name}-{same['model'][:16]}-{quantize.method}-{same['dtype']}.safetensors"
     if not path.is_file():
-        say(f"Writing the frozen weights once into {path}; later runs read that store.")
-        write_store(path, same, source=source, config=config, dtype=dtype, quantize=quantize, family=family)
+        say(f"Writing the frozen weights into {path}, from where they are streamed.")
+        write_store(
+            path, same, source=source, config=config, dtype=dtype, quantize=quantize, family=family, changes=changes
+        )
     return open_streamed(Store.open(path, same), config, dtype, family, slots=slots)
 
 
@@ -70,7 +74,15 @@ def identity(source: Path, dtype: torch.dtype, quantize: QuantSpec) -> dict[str,
 
 
 def write_store(
-    path: Path, same: Mapping[str, str], *, source: Path, config: Any, dtype: torch.dtype, quantize: QuantSpec, family: Family
+    path: Path,
+    same: Mapping[str, str],
+    *,
+    source: Path,
+    config: Any,
+    dtype: torch.dtype,
+    quantize: QuantSpec,
+    family: Family,
+    changes: Changes | None = None,
 ) -> None:
     """Writes the store of a model folder to `path`, one block in memory at a time."""
     stock = _stock_of(source, config, quantize)
@@ -79,7 +91,7 @@ def write_store(
     size = sum(tensor.nbytes for tensor in empty.state_dict().values())  # of the dense model: an upper bound
     more: dict[str, str] = {}
     with new_store(path, identity=more, tensors=8 * len(empty.state_dict()), size=0 if stock.packed else size) as writer:
-        collected = _Collector(writer, empty, records)
+        collected = _Collector(writer, empty, records, changes or {})
         _read_all(stock, config, dtype, collected, source)
         collected.finish(source)
         more.update(same, packed=json.dumps(collected.packed))
@@ -165,10 +177,11 @@ def records_of(model: Any, family: Family) -> dict[str, set[str]]:
 class _Collector:
     """Gathers what arrives until a block is whole, and hands it to the store."""
 
-    def __init__(self, writer: StoreWriter, skeleton: Any, records: Mapping[str, set[str]]) -> None:
-        self.writer = writer
+    def __init__(self, writer: StoreWriter, skeleton: Any, records: Mapping[str, set[str]], changes: Changes) -> None:
+        self.writer, self.changes = writer, changes
         self.packed: dict[str, Any] = {}
         self.problems: list[str] = []
+        self.refused: OSError | None = None  # what the disk said
         self.shapes = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in skeleton.state_dict().items()}
         self.transposed = {name for name, module in skeleton.named_modules() if modules.kind_of(module) == "conv1d"}
         self._record_of = {name: record for record, names in records.items() for name in names}
@@ -191,7 +204,7 @@ class _Collector:
             if value.shape != expected:
                 self.problems.append(f"'{name}' is {value.shape}, but the model needs {expected}.")
         else:
-            parts = {name: value.to(dtype)}
+            parts = {name: self.changes[name](value.to(dtype)) if name in self.changes else value.to(dtype)}
             if tuple(value.shape) != shape:
                 self.problems.append(f"'{name}' is {tuple(value.shape)}, but the model needs {shape}.")
         self.seen.add(name)
@@ -254,7 +267,11 @@ class _Send(ConversionOps):  # type: ignore[misc]
     def convert(self, input_dict: dict[str, Any], **context: Any) -> dict[str, Any]:
         for name, value in input_dict.items():
             full = name if name in self.collector.shapes else context["full_layer_name"]
-            self.collector.take(full, value[0] if isinstance(value, list) else value)
+            try:
+                self.collector.take(full, value[0] if isinstance(value, list) else value)
+            except OSError as error:  # of which transformers would keep no more than a line in its log
+                self.collector.refused = error
+                raise
             context["missing_keys"].discard(full)
         return {}
 
@@ -288,6 +305,8 @@ def _read_all(stock: Stock, config: Any, dtype: torch.dtype, collector: _Collect
                 attn_implementation="eager",
             )
     except (ValueError, RuntimeError, KeyError) as error:
+        if collector.refused is not None:
+            raise collector.refused from error
         raise DataError(
             f"The '{config.model_type}' model in {source} cannot be loaded for text generation: {type(error).__name__}: {error}"
         ) from error

@@ -24,6 +24,7 @@ from lorakeet.core.layers import AdaptedLayer
 from lorakeet.core.tiles import Rows, tiled_product
 from lorakeet.data.pack import Batch
 from lorakeet.data.prefix import Layout, as_laid, shared_once
+from lorakeet.memory.store import Store
 from lorakeet.models import modules
 from lorakeet.models.attention import VARLEN
 from lorakeet.models.families import Family
@@ -183,6 +184,16 @@ class TextModel:
             layer = layer.original
         plain = type(layer) is nn.Linear and layer.bias is None and not layer.weight.requires_grad
         return layer.weight.detach() if plain else None
+
+    @property
+    def store(self) -> Store | None:
+        """Where the frozen weights of a streamed model lie."""
+        return None if self.streamed is None else self.streamed.stream.store
+
+    def release(self) -> None:
+        """Takes the blocks of a streamed model out of memory; they come in again when it computes."""
+        if self.streamed is not None:
+            self.streamed.stream.release()
 
     def add_tokens(self, tokens: tuple[str, ...]) -> tuple[int, ...]:
         """Adds `tokens` to the tokenizer and returns their ids, for `inject(…, token_ids=…)`; ones it has keep their id."""

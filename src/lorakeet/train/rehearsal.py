@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -118,12 +119,32 @@ def rehearse(
     model that streams; under a budget the best values so far are not in memory. Raises ConfigError where `lora` does not fit the
     model, NotPlanned where its arithmetic cannot be followed.
     """
+    with _on_shapes() as ledger:
+        text = build()
+        plan = plan_for(text.model, lora, text.family)
+        rehearsing = _Rehearsing(ledger, text, plan, tuple(range(len(lora.new_tokens))))
+        return rehearsing.go(spec, rows, micro_batches, judging or Judging(rows), streaming or Streaming(), best_in_memory)
+
+
+def rehearse_judging(build: Callable[[], TextModel], plan: Plan, judging: Judging, *, token_ids: tuple[int, ...]) -> Rehearsal:
+    """Builds a model with the adapter of `plan` and judges it, on shapes alone; what it holds is in `peaks[JUDGE]`.
+
+    `token_ids` are those of trained token rows. Raises NotPlanned as `rehearse` does.
+    """
+    with _on_shapes() as ledger:
+        rehearsing = _Rehearsing(ledger, build(), plan, token_ids)
+        ledger.name("adapter", [parameter for parameter in rehearsing.text.model.parameters() if parameter.requires_grad])
+        return rehearsing.judged(judging)
+
+
+@contextmanager
+def _on_shapes() -> Iterator[Ledger]:
+    """A ledger for a rehearsal; NotPlanned where the arithmetic in it cannot be followed."""
     SCRATCH.clear()  # a matrix with numbers must not be lent to a rehearsal, nor one without numbers to a run
     try:
         with torch.random.fork_rng(devices=[]), warnings.catch_warnings(), Ledger() as ledger:
             warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")  # as the copy of a whole module does
-            rehearsing = _Rehearsing(ledger, build(), lora, spec, streaming or Streaming(), best_in_memory)
-            return rehearsing.go(rows, micro_batches, judging or Judging(rows))
+            yield ledger
     except (UnsupportedOperatorException, DynamicOutputShapeException, DataDependentOutputException) as error:
         raise NotPlanned(f"This model cannot be planned: what it computes depends on its numbers ({error}).") from error
     finally:
@@ -133,48 +154,44 @@ def rehearse(
 class _Rehearsing:
     """One rehearsal in progress."""
 
-    def __init__(
-        self, ledger: Ledger, text: TextModel, lora: LoraSpec, spec: TrainSpec, streaming: Streaming, best_in_memory: bool
-    ) -> None:
-        self.ledger, self.text, self.spec, self.streaming = ledger, text, spec, streaming
-        self.best_in_memory = best_in_memory
+    def __init__(self, ledger: Ledger, text: TextModel, plan: Plan, token_ids: tuple[int, ...]) -> None:
+        self.ledger, self.text, self.plan = ledger, text, plan
         config = text.model.config.get_text_config()
         text.model.generation_config = None  # whose end ids would end the texts that are written at their first token
         ledger.vocabulary = int(config.vocab_size)
         ledger.name("base", [*text.model.parameters(), *text.model.buffers()])
         if text.streamed is not None:
             ledger.name("base", text.streamed.stream.fill())
-        self.plan = plan_for(text.model, lora, text.family)
-        begin_adapter(text, self.plan, seed=0, token_ids=tuple(range(len(lora.new_tokens))))
+        begin_adapter(text, plan, seed=0, token_ids=token_ids)
         ledger.name("base", [parameter for parameter in text.model.parameters() if not parameter.requires_grad])  # read for pairs
 
-    def go(self, rows: Rows, micro_batches: int, judging: Judging) -> Rehearsal:
+    def go(
+        self, spec: TrainSpec, rows: Rows, micro_batches: int, judging: Judging, streaming: Streaming, best_in_memory: bool
+    ) -> Rehearsal:
+        training = training_on(self.text, spec, rows, micro_batches, streaming)
+        best = step_in_account(training, self.ledger, best_in_memory)
+        with self.ledger.phase(EVALUATE):
+            self.text.model.eval()
+            token_logprobs(self.text, made_up_batch(judging.rows).to(self.text.device), chunk=spec.head_chunk)
+        with self.ledger.phase(CHECKPOINT):
+            copy_for_checkpoint(training)
+        del best, training
+        step = self.ledger.work[STEP]
+        work = Work(step.flops // micro_batches, step.written // micro_batches)
+        return replace(self.judged(judging), work=work, best_in_memory=best_in_memory)
+
+    def judged(self, judging: Judging) -> Rehearsal:
+        """Judges, and says what was held since the rehearsal began."""
         ledger, text = self.ledger, self.text
-        self._train(rows, micro_batches, judging.rows)
         with ledger.phase(JUDGE):
             _judge(text, judging)
         ledger.close()
-        step = ledger.work[STEP]
-        work = Work(step.flops // micro_batches, step.written // micro_batches)
         parameters = weights_in(text.model) - self.plan.parameters
         packed = any(isinstance(module, PackedBase) for module in text.model.modules())
         base, largest = ledger.held["base"], largest_matrix(text.model)
         stream = None if text.streamed is None else text.streamed.stream
         blocks, size = (0, 0) if stream is None else (len(stream.records), stream.slot_bytes)
-        return Rehearsal(
-            self.plan, base, ledger.peaks, parameters, largest, packed, work, self.best_in_memory, blocks, size
-        )
-
-    def _train(self, rows: Rows, micro_batches: int, evaluated: Rows) -> None:
-        ledger, text = self.ledger, self.text
-        training = training_on(text, self.spec, rows, micro_batches, self.streaming)
-        best = step_in_account(training, ledger, self.best_in_memory)
-        with ledger.phase(EVALUATE):
-            text.model.eval()
-            token_logprobs(text, made_up_batch(evaluated).to(text.device), chunk=self.spec.head_chunk)
-        with ledger.phase(CHECKPOINT):
-            copy_for_checkpoint(training)
-        del best
+        return Rehearsal(self.plan, base, ledger.peaks, parameters, largest, packed, blocks=blocks, block_bytes=size)
 
 
 def step_in_account(training: Training[Any], ledger: Ledger, best_in_memory: bool = True) -> list[torch.Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -31,6 +32,7 @@ from lorakeet.models.load import load_text_model
 from lorakeet.models.sample import sample
 from lorakeet.models.spec import ModelSpec
 from lorakeet.models.text import TextModel
+from lorakeet.workflows.arrange import Arrangement
 from lorakeet.workflows.opened import Opened
 
 Messages = Sequence[dict[str, str]]
@@ -155,6 +157,9 @@ class _Changes:
     def names(self) -> list[str]:
         return list(self.by_path)
 
+    def changes(self, name: str) -> bool:
+        return name in self.by_path
+
     def fetch(self, name: str, *, folded: bool = True) -> Tensor:
         return self.by_path[name] if folded else torch.zeros_like(self.by_path[name])
 
@@ -207,31 +212,46 @@ def open_artefact(
 ) -> Iterator[Artefact]:
     """The artefact at `target`: a merged folder, a GGUF model, or a GGUF adapter together with the GGUF model `base`.
 
-    `precision` names the row of tolerances, auto takes it from what is stored; `beside` as in `name_of`. ConfigError for what
-    is none of these.
+    `precision` names the row of tolerances, auto takes it from what is stored; `beside` as in `name_of`. A model in torch keeps
+    the budget as `opened` does. ConfigError for what is none of these.
     """
     path = Path(target)
     if path.is_dir() and (path / "model.gguf").is_file():
         adapter = path / "adapter.gguf"
         base, path = (path / "model.gguf", adapter) if adapter.is_file() else (base, path / "model.gguf")
     if path.is_dir():
-        spec = ModelSpec(path=str(path), dtype="float32", products="float32", device=opened.config.model.device)
         name = f"{target if beside is None else name_of(path, beside)}/"
-        yield InTorch(load_text_model(spec, say=console.print), None, name, _row(precision, _folder_types(path)))
+        with _merged(path, opened, console) as text:
+            yield InTorch(text, None, name, _row(precision, _folder_types(path)))
         return
     if not path.is_file():
         raise ConfigError(f"--against {target} does not exist; expected a merged folder, a .gguf file or an http address.")
     file = GgufFile(path)
     if not file.is_adapter:
-        with LlamaCpp(path, context=context) as engine:
+        with LlamaCpp(path, context=context, repack=opened.kept is None) as engine:
             yield InLlamaCpp(engine, file, name_of(path, beside), _row(precision, file.types))
         return
     if base is None:
         raise ConfigError(f"{target} is an adapter; name the GGUF file of its base too: --base-gguf FILE.")
     model = GgufFile(base)
-    with LlamaCpp(base, adapter=path, context=context) as engine:
+    with LlamaCpp(base, adapter=path, context=context, repack=opened.kept is None) as engine:
         allowed = _row(precision, {**model.types, **file.types} if precision == "auto" else {})
         yield InLlamaCpp(engine, model, _JOINED.join(name_of(file, beside) for file in (base, path)), allowed, path)
+
+
+@contextmanager
+def _merged(folder: Path, opened: Opened, console: Console) -> Iterator[TextModel]:
+    """The model in `folder` in fp32; its store, where it has one, goes when the context ends."""
+    kept = opened.kept or Arrangement()
+    store = None if kept.store is None else kept.store / "artefact"
+    spec = ModelSpec(path=str(folder), dtype="float32", products="float32", device=opened.checked_on)
+    text = load_text_model(spec, say=console.print, store=store, slots=kept.slots)
+    try:
+        yield text
+    finally:
+        if text.streamed is not None and store is not None:
+            text.streamed.stream.close()
+            shutil.rmtree(store, ignore_errors=True)
 
 
 def _row(precision: str, types: Any) -> Allowed:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from lorakeet.core.adapter import Adapter
+from lorakeet.core.tiles import Rows, parts
 from lorakeet.data.chat import Example
 from lorakeet.data.pack import micro_batches
 from lorakeet.errors import ConfigError
@@ -22,8 +23,9 @@ from lorakeet.evaluate.spec import EvaluateSpec
 from lorakeet.merge.checkpoint import Checkpoint, open_checkpoint
 from lorakeet.merge.combine import Combination, Combined, dense
 from lorakeet.merge.edits import find_shared, fold_change
-from lorakeet.models.folded import folded_weights
-from lorakeet.models.modules import find, kind_of
+from lorakeet.models.folded import folded_weights, frozen_weights
+from lorakeet.models.modules import bare, find, kind_of
+from lorakeet.models.streamed_load import Changes
 from lorakeet.models.text import TextModel
 from lorakeet.workflows.compare_models import Side, compare
 
@@ -91,17 +93,26 @@ def certify_combined(plan: Combination, stated: Combined, written: Adapter, *, o
     return Certificate(f"The combined adapter {out}", (check,), facts)
 
 
-def fold_in_place(text: TextModel, plan: Combination) -> None:
-    """Folds the combined changes into the weights of a dense model in memory, a matrix at a time; a shared weight is parted."""
+def changes_of(model: torch.nn.Module, plan: Combination) -> Changes:
+    """What the combined changes make of the weights of `model`, by name, a matrix at a time; ConfigError where one lacks."""
+    found = {}
     for path in plan.paths:
         experts = plan.kind(path) == "experts"
         owner, leaf = path.rpartition(".")[::2] if experts else (path, "weight")
-        module = find(text.model, owner)
+        module = find(model, owner)
         if module is None or not hasattr(module, leaf):
             raise ConfigError(f"The base has no {owner}.{leaf}, which the combined adapters change.")
-        kind = "experts" if experts else kind_of(module) or plan.kind(path)
-        weight = fold_change(module.get_parameter(leaf).detach(), kind, partial(plan.change, path))
-        setattr(module, leaf, torch.nn.Parameter(weight, requires_grad=False))
+        kind = "experts" if experts else kind_of(bare(module)) or plan.kind(path)
+        found[f"{owner}.{leaf}"] = partial(fold_change, kind=kind, change=partial(plan.change, path))
+    return found
+
+
+def fold_in_place(text: TextModel, plan: Combination) -> None:
+    """Folds the combined changes into the weights of a dense model in memory, a matrix at a time; a shared weight is parted."""
+    for name, change in changes_of(text.model, plan).items():
+        owner, _, leaf = name.rpartition(".")
+        module = text.model.get_submodule(owner)
+        setattr(module, leaf, torch.nn.Parameter(change(module.get_parameter(leaf).detach()), requires_grad=False))
 
 
 @dataclass(frozen=True)
@@ -158,31 +169,40 @@ def weight_differences(live: TextModel, name: str | None, merged: TextModel) -> 
     """For each weight, mean |merged − expected| / mean |expected|; expected is W, or W with the pair folded in.
 
     `expected` is rounded to the dtype in which the merged model stores that weight, so that a faithful merge gives 0 or nearly 0.
+    Of streamed models one matrix is in memory at a time, of experts and of what the adapter leaves alone a part of one.
     """
     found: dict[str, Difference] = {}
     stored = StoredAs.of(merged)
-    theirs = dict(merged.model.named_parameters(remove_duplicate=False))
-    for path, expected in folded_weights(live.model, name):
-        if path in theirs and theirs[path].shape == expected.shape:
-            dtype = stored.dtype(path)
-            found[path] = difference(theirs[path].detach().float().to(expected.device), expected.to(dtype).float(), dtype)
+    theirs = dict(frozen_weights(merged.model, merged.store))
+    for path, expected in folded_weights(live.model, name, live.store):
+        given = theirs.get(path)
+        if given is not None and tuple(given.shape) == tuple(expected.shape):
+            found[path] = difference(given, expected, stored.dtype(path))
         else:
             found[path] = Difference(math.inf, math.inf)
     return found
 
 
-def difference(given: Tensor, wanted: Tensor, dtype: torch.dtype) -> Difference:
-    """How far `given` is from `wanted`, both fp32 and stored as `dtype`.
+@torch.no_grad()
+def difference(given: Rows, wanted: Rows, dtype: torch.dtype) -> Difference:
+    """How far `given` is from `wanted` as it is once it is stored as `dtype`; both are read in parts.
 
     Sums in another order fall on the other side of a rounding here and there, which a row of few numbers feels. So
     `FLIPS` roundings of its largest number are taken off each row. A row is compared with its own mean size, or a thousandth
     of the matrix's where it is nearly zero.
     """
-    off = (given - wanted).abs_()
-    size = wanted.abs()
-    whole = size.mean().clamp_min(1e-12)
-    width = wanted.shape[-1] if wanted.dim() > 1 else wanted.numel()
-    rows, sizes = off.reshape(-1, width), size.reshape(-1, width)
-    allowed = sizes.amax(1) * (FLIPS * torch.finfo(dtype).eps / width)
-    worst = ((rows.mean(1) - allowed) / torch.maximum(sizes.mean(1), whole * 1e-3)).max()
-    return Difference(float(off.mean() / whole), float(worst) if math.isnan(worst) else max(float(worst), 0.0))
+    shape = tuple(wanted.shape)
+    count, width = max(math.prod(shape), 1), shape[-1] if len(shape) > 1 else math.prod(shape)
+    total_off = total_size = 0.0
+    rows: list[Tensor] = []  # (2, rows): how far a row is off beyond its roundings, and its size
+    for part in parts(shape) if len(shape) > 1 else [slice(None)]:
+        right = wanted[part].to(dtype).float()
+        off, size = (given[part].to(right.device).float() - right).abs_(), right.abs()
+        total_off, total_size = total_off + float(off.sum(dtype=torch.float64)), total_size + float(size.sum(dtype=torch.float64))
+        off, size = off.reshape(-1, width), size.reshape(-1, width)
+        allowed = size.amax(1) * (FLIPS * torch.finfo(dtype).eps / width)
+        rows.append(torch.stack([off.mean(1) - allowed, size.mean(1)]))
+    whole = max(total_size / count, 1e-12)
+    beyond, sizes = torch.cat(rows, dim=1)
+    worst = float((beyond / sizes.clamp_min(whole * 1e-3)).max())
+    return Difference(total_off / count / whole, worst if math.isnan(worst) else max(worst, 0.0))

@@ -18,6 +18,7 @@ from lorakeet.evaluate.report import Report, SystemResult
 from lorakeet.evaluate.values import encode
 from lorakeet.models.origin import origin_of, packed_folder, stored_as
 from lorakeet.models.source import on_this_machine
+from lorakeet.workflows.arrange import Loaded
 from lorakeet.workflows.judge import ADAPTER, Judge
 from lorakeet.workflows.opened import NAME, Opened
 from lorakeet.workflows.show import show_results
@@ -161,7 +162,8 @@ def _measured(bases: Bases, dataset: Dataset, console: Console) -> Choice:
 
 def _scores(opened: Opened, dataset: Dataset, base: str, console: Console) -> Answers | RowLosses:
     console.print(f"Measuring the adapter over the {base} base")
-    text = opened.text_model(console)
+    loaded = Loaded(bool(dataset.labels), sum(len(row.text) for row in dataset.held_out))
+    text = opened.text_model(console, within_budget=loaded)
     encoder = Encoder(text.tokenizer, opened.config.data, dataset.labels)
     judge = Judge(opened.config, text, encoder, dataset.held_out, console, NAME)
     rows = judge.fitting()

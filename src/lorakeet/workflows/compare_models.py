@@ -1,8 +1,11 @@
-"""Runs two functions of one or two models on the same batches and compares their logits chunk by chunk."""
+"""Runs two functions of one or two models on the same batches and compares their logits chunk by chunk.
+
+Of two streamed models one runs after the other, so that the blocks of one at a time are in memory.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -23,8 +26,7 @@ def compare(left: Side, right: Side, batches: Sequence[Batch], *, spec: Evaluate
     """How far `right` is from `left` on the targets of `batches`; the two may be one model with different adapters on."""
     meter = ParityMeter()
     with torch.no_grad():
-        for number, batch in enumerate(batches):
-            hidden_left, hidden_right = _hidden(left, batch), _hidden(right, batch)
+        for number, (batch, (hidden_left, hidden_right)) in enumerate(zip(batches, _states(left, right, batches), strict=True)):
             rows = batch.target_rows.tolist()
             for start in range(0, batch.targets, CHUNK):
                 part = slice(start, start + CHUNK)
@@ -40,6 +42,18 @@ def compare(left: Side, right: Side, batches: Sequence[Batch], *, spec: Evaluate
 def compare_on(text: TextModel, batches: Sequence[Batch], *, left: str | None, right: str | None, spec: EvaluateSpec) -> Parity:
     """`compare` for two adapters of one model."""
     return compare((text, left), (text, right), batches, spec=spec)
+
+
+def _states(left: Side, right: Side, batches: Sequence[Batch]) -> Iterator[tuple[Tensor, Tensor]]:
+    """The hidden states of both sides at the targets of each batch, (targets, hidden)."""
+    apart = left[0] is not right[0] and left[0].streamed is not None and right[0].streamed is not None
+    first = [_hidden(left, batch) for batch in batches] if apart else []
+    if apart:
+        left[0].release()
+    for number, batch in enumerate(batches):
+        yield first[number] if apart else _hidden(left, batch), _hidden(right, batch)
+    if apart:
+        right[0].release()
 
 
 def _hidden(side: Side, batch: Batch) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,18 +24,20 @@ from lorakeet.formats import gguf
 from lorakeet.formats.base_model import open_base
 from lorakeet.formats.digest import sha256_of
 from lorakeet.formats.safe import open_safetensors, save_text
+from lorakeet.merge.checkpoint import open_checkpoint
 from lorakeet.models.load import load_tokenizer
 from lorakeet.models.source import find_source
 from lorakeet.train.durable import new_folder
+from lorakeet.workflows.forecast_check import FP32, plan_check, stores
 from lorakeet.workflows.opened import Opened, open_adapter
 from lorakeet.workflows.place import require_place, writing, writing_certificate
 from lorakeet.workflows.push_export import exported_before, push_folder
 from lorakeet.workflows.show import show_certificate
-from lorakeet.workflows.verify import certify_artefacts
+from lorakeet.workflows.verify import certify_artefacts, size_of_check
 
+_COPIES = 5  # of a tensor in fp32 while it is written: as it is, its change, after, and two for its rounding
 CERTIFICATE, CARD = "certificate.json", "README.md"
 CHECK_ROWS = 8
-LLAMA_CPP = 1.5  # copies of the base in fp32: one, and llama.cpp's in f16
 
 
 @dataclass(frozen=True)
@@ -88,7 +91,8 @@ def export(  # noqa: PLR0913  (the options of a verb are its parameters)
     """Writes the merged model to `out`, checks it in llama.cpp against the live adapter, and writes card and certificate.
 
     to: gguf (a file) or ollama (a folder with its Modelfile); `separate` keeps base and adapter in two files, for ollama.
-    `memory`, or else the run's memory.budget, has to have room for the check, or nothing is written (ConfigError).
+    The check keeps `memory`, or else the run's memory.budget, if need be by streaming; where it cannot, nothing is written
+    (ConfigError). The pages of the file that llama.cpp maps are not counted.
     `push` with an `out` that holds this export already, checked, gives it to Ollama as it is.
     Raises VerificationFailed (exit code 3) where the check fails, or llama.cpp refuses the file; what was written stays, with a
     certificate that says so.
@@ -107,9 +111,11 @@ def export(  # noqa: PLR0913  (the options of a verb are its parameters)
         raise ConfigError(f"--quant {quant} needs llama.cpp's quantiser: pip install 'lorakeet[llama]', or take {direct}.")
     require_place(out)
     opened = open_adapter(Path(run_or_adapter), base=base, say=console.print).within(memory)
-    if is_installed() and not written:
-        opened.require_room(LLAMA_CPP, "the check of an export", console)
     source = find_source(opened.config.model, console.print)
+    if is_installed() and not written:
+        held, disk = _taken(source, quant)
+        size = size_of_check(opened, [str(out)], source, "the check of an export", memory=held, disk=disk)
+        opened = plan_check(opened, size, out, console)
     title = name or (opened.run.path.name if opened.run else opened.folder.name)
     job = _Job(opened, source, load_tokenizer(opened.tokenizer or source), quant, title, separate, run_or_adapter, console)
     found = _written_before(job, out) if written else _written(job, out, to)
@@ -205,6 +211,12 @@ def _wide(source: Path) -> str:
     return "bf16" if kinds == {"torch.bfloat16"} else "f32"
 
 
+def _taken(source: Path, quant: str) -> tuple[int, int]:
+    """Bytes of memory while the file is written, a tensor at a time, and about those of the file."""
+    sizes = [math.prod(stored.shape) for file in open_checkpoint(source).shards.values() for stored in file.tensors.values()]
+    return _COPIES * FP32 * max(sizes), sum(sizes) * (FP32 if quant == "f32" else FP32 // 2)
+
+
 def _types(written: GgufModel) -> str:
     return ", ".join(f"{count:,} {name}" for name, count in sorted(written.types.items(), key=lambda item: -item[1]))
 
@@ -231,7 +243,8 @@ def _certify(job: _Job, out: Path) -> Certificate | None:
         job.console.print("Not checked: llama.cpp is not installed here. pip install 'lorakeet[llama]', then: lorakeet verify")
         return None
     try:
-        found = certify_artefacts(job.opened, [str(out)], rows=CHECK_ROWS, subject=job.subject, console=job.console)
+        with stores(job.opened, f"{out} itself is written, but not checked: remove it and export again."):
+            found = certify_artefacts(job.opened, [str(out)], rows=CHECK_ROWS, subject=job.subject, console=job.console)
     except Refused as error:
         check = judge(
             f"{out.name}: loads in llama.cpp",

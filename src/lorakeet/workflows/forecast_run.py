@@ -121,17 +121,17 @@ def runtime_bytes(precision: Precision, counts: int = COUNTS) -> int:
 def rows_of(config: RunConfig) -> Rows:
     """The largest micro-batch that a run with these settings can meet, every token of it learnt."""
     length, train = config.data.max_tokens, config.train
-    return _filled(length, min(max(length, train.micro_tokens), length * train.batch_size))
+    return filled(length, min(max(length, train.micro_tokens), length * train.batch_size))
 
 
 def judging_of(config: RunConfig) -> Judging:
     """The largest micro-batch of held-out rows, of those of the judgement and of the certificate, and the texts of the drift."""
     length, spec = config.data.max_tokens, config.evaluate
     at_once = max(config.train.micro_tokens, CHECK_TOKENS, length)
-    return Judging(_filled(length, at_once), spec.drift_texts, spec.drift_tokens)
+    return Judging(filled(length, at_once), spec.drift_texts, spec.drift_tokens)
 
 
-def _filled(length: int, tokens: int) -> Rows:
+def filled(length: int, tokens: int) -> Rows:
     """Equal rows of at most `length` tokens that fill `tokens`, as few as there can be."""
     count = math.ceil(tokens / length)
     return Rows(math.ceil(tokens / count), count)

@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.progress import Progress as Bar
 from rich.table import Table
 from rich.text import Text
+from torch import Tensor
 
 from lorakeet.core.adapter import Adapter
 from lorakeet.data.chat import Encoder, Example, encode_rows
@@ -24,10 +25,11 @@ from lorakeet.evaluate.intervals import Estimate
 from lorakeet.evaluate.parity import Parity
 from lorakeet.evaluate.values import encode
 from lorakeet.formats import peft
-from lorakeet.merge.checkpoint import copy_along, tokenizer_files
+from lorakeet.merge.checkpoint import Checkpoint, copy_along, tokenizer_files
 from lorakeet.merge.combine import Combination, Combined, CombineSpec, combination
 from lorakeet.merge.dequantise import open_dequantised, roundings
-from lorakeet.merge.fold import Dtype, MergeResult, merge_into
+from lorakeet.merge.edits import EMBEDDINGS, HEADS
+from lorakeet.merge.fold import Dtype, MergeResult, merge_into, needs_of
 from lorakeet.models.adapt import put_adapter
 from lorakeet.models.inject import activate
 from lorakeet.models.load import load_text_model
@@ -35,10 +37,14 @@ from lorakeet.models.source import find_source
 from lorakeet.models.spec import ModelSpec
 from lorakeet.models.text import TextModel
 from lorakeet.train.durable import new_folder
-from lorakeet.workflows.certify import MICRO_TOKENS, certify_combined, certify_merge, fold_in_place
+from lorakeet.train.rehearsal import Judging
+from lorakeet.workflows.arrange import Arrangement
+from lorakeet.workflows.certify import MICRO_TOKENS, certify_combined, certify_merge, changes_of, fold_in_place
 from lorakeet.workflows.choose_base import AT_LOAD, Choice, bases_of, choose_base
 from lorakeet.workflows.choose_base import Into as DenseInto
 from lorakeet.workflows.compare_models import compare, first_tokens
+from lorakeet.workflows.forecast_check import CheckSize, plan_check, stores
+from lorakeet.workflows.forecast_run import filled
 from lorakeet.workflows.judge import sampled_texts
 from lorakeet.workflows.merge_packed import PackedMerge, merge_packed
 from lorakeet.workflows.opened import NAME, Opened, open_adapter
@@ -52,6 +58,7 @@ SAMPLED_TEXTS, SAMPLED_TOKENS = 32, 64  # where there are no held-out rows, the 
 Method = Literal["linear", "cat", "svd", "magnitude", "ties", "dare", "della"]
 Into = Literal["original", "dequantised", "auto", "packed"]
 Step = Callable[[int, int, str], None]
+Roundings = Mapping[str, Callable[[Tensor], Tensor]]  # of packed weights, by their name on disk
 
 
 @dataclass(frozen=True)
@@ -200,7 +207,6 @@ class _ModelMerge:
 
     def run(self) -> Merged:
         first, plan, console = self.opened[0], self.plan, self.console
-        first.require_room(2, "the check of a merged model", console)
         judged = next((item for item in self.opened if item.run is not None), first)
         dataset = load_dataset(judged.config.data) if judged.run else None  # missing rows are found before anything is written
         bases = bases_of(first)
@@ -216,28 +222,48 @@ class _ModelMerge:
             raise ConfigError("The dequantised base takes pairs only: give the changes a --rank, or merge --into original.")
         whole = plan if self.folds_whole else None
         adapter = whole.outline() if whole else combined.adapter if combined else first.adapter
-        result = self._write(base, packed, adapter, whole)
+        said = dataclasses.replace(judged, adapter=adapter, folder=first.folder)
+        said = said.over(base.config.model if packed else base.dense_spec)
+        quantize, source = base.config.model.quantize, find_source(base.dense_spec, console.print)
+        at_load = packed and quantize.method in AT_LOAD
+        model = open_dequantised(source) if packed and not at_load else source
+        said = plan_check(said, self._check(said, model, whole), self.out, console)
+        if whole is not None:
+            _require_parted(said, whole)
+        result = self._write(model, adapter, whole, roundings(source, quantize) if at_load else None)
         notes = tuple(note for note in (*result.notes, choice.why) if note)
         for note in notes:
             console.print(note, soft_wrap=True)
-        said = dataclasses.replace(judged, adapter=adapter, folder=first.folder)
-        said = said.over(base.config.model if packed else base.dense_spec)
-        live, rows, effect, merged = self._sides(said, whole, dataset)
-        certificate = certify_merge(live, merged, rows, out=self.out, spec=judged.config.evaluate, effect=effect)
+        with stores(said, f"{self.out} itself is written, but not checked: remove it and merge again."):
+            live, rows, effect, merged = self._sides(said, whole, dataset)
+            certificate = certify_merge(live, merged, rows, out=self.out, spec=judged.config.evaluate, effect=effect)
         show_certificate(certificate, console)
         with writing_certificate(self.out, "merge"):
             certificate.write(self.out / CERTIFICATE)
         certificate.raise_if_failed()
         return Merged(self.out, certificate, result, combined, choice, notes)
 
-    def _write(self, base: Opened, packed: bool, adapter: Adapter, whole: Combination | None) -> MergeResult:
-        console, first, quantize = self.console, self.opened[0], base.config.model.quantize
-        source = find_source(base.dense_spec, console.print)
-        at_load = packed and quantize.method in AT_LOAD
-        before = roundings(source, quantize) if at_load else None
+    def _check(self, opened: Opened, source: Path | Checkpoint, whole: Combination | None) -> CheckSize:
+        """What the check of the merged model holds: two models, and a third one's store where the changes are no pairs."""
+        longest = opened.config.data.max_tokens if opened.run else SAMPLED_TOKENS + 1
+        texts = (0, 0) if opened.run else (SAMPLED_TEXTS, SAMPLED_TOKENS)
+        needs = needs_of(source, opened.adapter, dtype=self.dtype, adapters=0 if whole is None else len(whole.adapters))
+        return CheckSize(
+            "the check of a merged model",
+            Judging(filled(longest, max(longest, MICRO_TOKENS)), *texts),
+            waiting=CHECK_TOKENS,
+            writing=needs.memory,
+            artefact=needs.disk,
+            more_stores=0 if whole is None else 1,
+        )
+
+    def _write(
+        self, source: Path | Checkpoint, adapter: Adapter, whole: Combination | None, before: Roundings | None
+    ) -> MergeResult:
+        console, first = self.console, self.opened[0]
         with _progress(console, "folding") as step:
             result = merge_into(
-                open_dequantised(source) if packed and not at_load else source,
+                source,
                 adapter,
                 self.out,
                 dtype=self.dtype,
@@ -256,16 +282,18 @@ class _ModelMerge:
         self, opened: Opened, whole: Combination | None, dataset: Dataset | None
     ) -> tuple[tuple[TextModel, str | None], Sequence[Example], Parity | None, TextModel]:
         """What should be, the rows to compare on, how far it is from the base where that is known, and what was written."""
-        console = self.console
+        console, kept = self.console, opened.kept or Arrangement()
         live = opened.text_model(console, dtype="float32", with_adapter=whole is None)
         rows = _check_rows(opened, dataset, live, console)
-        spec = ModelSpec(path=str(self.out), dtype="float32", products="float32", device=opened.config.model.device)
-        merged = load_text_model(spec, say=console.print)
+        live.release()
+        spec = ModelSpec(path=str(self.out), dtype="float32", products="float32", device=opened.checked_on)
+        merged = load_text_model(spec, say=console.print, store=kept.store, slots=kept.slots)
+        merged.release()
         if whole is None:
             activate(live.model, NAME)
             return (live, NAME), rows, None, merged
         effect = compare((merged, None), (live, None), micro_batches(rows, MICRO_TOKENS), spec=opened.config.evaluate)
-        fold_in_place(live, whole)
+        live = _with_changes(live, whole, opened, console)
         rest = Adapter({}, whole.extras, whole.token_rows)
         if not rest.parameters:
             return (live, None), rows, effect, merged
@@ -273,6 +301,28 @@ class _ModelMerge:
             live.add_tokens(token_rows.tokens)
         put_adapter(live, rest, NAME)
         return (live, NAME), rows, effect, merged
+
+
+def _require_parted(opened: Opened, whole: Combination) -> None:
+    """Raises ConfigError where a weight that embedding and head may share would be changed on its way into a store."""
+    ends = [path for path in whole.paths if path.rpartition(".")[2] in (*EMBEDDINGS, *HEADS)]
+    if ends and opened.kept is not None and opened.kept.store is not None:
+        raise ConfigError(
+            f"{whole.method.name} changes {', '.join(ends)} by more than a pair, which is checked with models in memory: give "
+            "the changes a --rank, or the check more --memory."
+        )
+
+
+def _with_changes(live: TextModel, whole: Combination, opened: Opened, console: Console) -> TextModel:
+    """The dense base with the combined changes in its weights: in memory, or in a store that is made of it."""
+    if opened.kept is None or opened.kept.store is None:
+        fold_in_place(live, whole)
+        return live
+    apart = dataclasses.replace(opened.kept, store=opened.kept.store / "combined")
+    changes = changes_of(live.model, whole)
+    return dataclasses.replace(opened, kept=apart).text_model(
+        console, dtype="float32", with_adapter=False, changes=changes
+    )
 
 
 def _check_rows(opened: Opened, dataset: Dataset | None, live: TextModel, console: Console) -> Sequence[Example]:

@@ -24,6 +24,7 @@ from lorakeet.models.origin import stored_as
 from lorakeet.models.quantized import skeleton
 from lorakeet.models.source import find_source, on_this_machine
 from lorakeet.models.spec import ModelSpec
+from lorakeet.models.streamed_load import Changes
 from lorakeet.models.text import TextModel
 from lorakeet.quant.adopt import weights_in
 from lorakeet.quant.spec import QuantSpec
@@ -42,6 +43,7 @@ class Opened:
     config: RunConfig
     run: RunFolder | None
     folder: Path
+    kept: Arrangement | None = None  # how its models keep the budget of a check (workflows/forecast_check)
 
     @property
     def dense_spec(self) -> ModelSpec:
@@ -69,6 +71,11 @@ class Opened:
         """The same adapter on another base, or on the same one held in another way."""
         return dataclasses.replace(self, config=dataclasses.replace(self.config, model=model))
 
+    @property
+    def checked_on(self) -> str:
+        """The device of the models that a check compares: the CPU under a budget, which is kept there alone."""
+        return "cpu" if self.config.memory.budget else self.config.model.device
+
     def text_model(
         self,
         console: Console,
@@ -76,18 +83,22 @@ class Opened:
         dtype: str | None = None,
         with_adapter: bool = True,
         within_budget: Loaded | None = None,
+        changes: Changes | None = None,
     ) -> TextModel:
         """The base with the adapter attached and active; `dtype` overrides the one that the run was trained in.
 
         `within_budget`, the rows beside which it stands, keeps the run's memory.budget, if need be by streaming the weights: for
-        what only computes and reads no weight.
+        what only computes and reads no weight. `changes` are made to the weights on their way into the store of a streamed model.
         """
         spec = self.config.model
         if dtype is not None:
             spec = dataclasses.replace(spec, dtype=dtype, products=dtype)  # type: ignore[arg-type]
-        say = partial(console.print, markup=False, soft_wrap=True)
-        kept = arrange(self.config, say, within_budget) if within_budget and self.config.memory.budget else Arrangement()
-        text = load_text_model(spec, say=console.print, store=kept.store, slots=kept.slots)
+        say, kept = partial(console.print, markup=False, soft_wrap=True), Arrangement()
+        if self.kept is not None:
+            spec, kept = dataclasses.replace(spec, device=self.checked_on), self.kept
+        elif within_budget is not None and self.config.memory.budget:
+            kept = arrange(dataclasses.replace(self.config, model=spec), say, within_budget)
+        text = load_text_model(spec, say=console.print, store=kept.store, slots=kept.slots, changes=changes)
         if self.tokenizer is not None:
             text.tokenizer = load_tokenizer(self.tokenizer)
         if with_adapter:

@@ -11,7 +11,9 @@ __all__ = ["VERBS", "Verb"]
 
 
 _RUN = {"help": "A run folder, or a folder with an adapter in PEFT's layout.", "positional": True}
-_MEMORY = {"help": "The most memory that this may take, such as 2GiB; without it, the run's memory.budget."}
+_MEMORY = {
+    "help": "The most memory that this may take, such as 2GiB; weights that do not fit are streamed. Without it, memory.budget."
+}
 
 
 @dataclass(frozen=True)
@@ -197,6 +199,7 @@ class VerifyOptions:
     deploy: Literal["vllm", "llama.cpp", "ollama", "peft"] | None = field(
         default=None, metadata={"help": "Compare nothing; say whether the adapter will load in this program."}
     )
+    memory: str | None = field(default=None, metadata=_MEMORY)
 
 
 @dataclass(frozen=True)

@@ -25,9 +25,12 @@ from lorakeet.evaluate.certificate import Certificate, Check, Unchecked, read_ce
 from lorakeet.evaluate.report import read_report, write_report
 from lorakeet.evaluate.values import encode
 from lorakeet.export.deployment import Runtime
+from lorakeet.export.llama_cpp import context_bytes
 from lorakeet.export.tolerances import F16, PRECISIONS
+from lorakeet.models.load import read_config
 from lorakeet.models.source import find_source
 from lorakeet.serve.probe import FACT, record
+from lorakeet.train.rehearsal import Judging, Rows
 from lorakeet.workflows.artefacts import SERVERS, Artefact, InTorch, Messages, is_there, live_side, open_artefact
 from lorakeet.workflows.causes import cause_from_logits, cause_from_weights
 from lorakeet.workflows.compare_artefact import (
@@ -40,6 +43,7 @@ from lorakeet.workflows.compare_artefact import (
     check_stored,
 )
 from lorakeet.workflows.deploy import Deployable, check_deployment
+from lorakeet.workflows.forecast_check import CheckSize, plan_check, stores
 from lorakeet.workflows.judge import sampled_texts
 from lorakeet.workflows.opened import NAME, Opened, open_adapter
 from lorakeet.workflows.place import writing
@@ -68,7 +72,7 @@ class Verified:
         return {**found, "certificate": encode(self.certificate)}
 
 
-def verify(
+def verify(  # noqa: PLR0913  (the options of a verb are its parameters)
     run_or_adapter: str,
     *,
     against: tuple[str, ...] = (),
@@ -77,6 +81,7 @@ def verify(
     precision: str = "auto",
     rows: int = ROWS,
     deploy: Runtime | None = None,
+    memory: str | None = None,
     console: Console,
 ) -> Verified | Deployable:
     """Compares the adapter, live on its base in fp32, with every artefact in `against`, and writes what was found.
@@ -84,16 +89,20 @@ def verify(
     The checks go into the run's certificate.json, report.json and report.html, beside what training put there, named by the paths
     of the artefacts; checks of artefacts that were deleted go. Raises VerificationFailed (exit code 3) with the worst layer or
     the first diverging token and the likely cause; ConfigError for an artefact that cannot be opened. With `deploy` nothing is
-    compared: see `workflows/deploy`.
+    compared: see `workflows/deploy`. `memory`, or else the run's memory.budget, is kept, if need be by streaming the models.
     """
     if deploy is not None:
         return check_deployment(Path(run_or_adapter), deploy, console, base=base)
-    opened = open_adapter(Path(run_or_adapter), base=base, say=console.print)
+    opened = open_adapter(Path(run_or_adapter), base=base, say=console.print).within(memory)
     targets = against or _found_beside(opened)
-    certificate = certify_artefacts(
-        opened, targets, base_gguf=base_gguf, precision=precision, rows=rows, subject=str(run_or_adapter), console=console,
-        beside=_place(opened).parent,
-    )  # fmt: skip
+    source = find_source(opened.config.model, console.print)
+    size = size_of_check(opened, targets, source, "this check")
+    opened = plan_check(opened, size, _place(opened), console)
+    with stores(opened, "Nothing was compared."):
+        certificate = certify_artefacts(
+            opened, targets, base_gguf=base_gguf, precision=precision, rows=rows, subject=str(run_or_adapter), console=console,
+            beside=_place(opened).parent,
+        )  # fmt: skip
     show_certificate(certificate, console)
     if opened.run is not None:
         _keep(opened, certificate)
@@ -136,6 +145,30 @@ def certify_artefacts(
     made = datetime.now(timezone.utc).isoformat(timespec="seconds")
     dated = tuple(replace(check, made=made) for check in checks)
     return Certificate(f"What became of {subject}", dated, facts, tuple(unchecked))
+
+
+def size_of_check(
+    opened: Opened, targets: Sequence[str], source: Path, what: str, *, memory: int = 0, disk: int = 0
+) -> CheckSize:
+    """What comparing with `targets` holds: a second model in torch for a merged folder, llama.cpp's own for a GGUF file.
+
+    `memory` and `disk` are the bytes that writing them takes, where they are still to be written.
+    """
+    longest = (opened.config.data.max_tokens if opened.run else SAMPLED_TOKENS + 1) + GREEDY_TOKENS
+    files = [Path(target) for target in targets if not target.startswith(SERVERS)]
+    folders = [file for file in files if file.is_dir() and not (file / "model.gguf").is_file()]
+    llama = len(files) > len(folders)
+    return CheckSize(
+        what,
+        Judging(Rows(longest), 1 if opened.run else SAMPLED_TEXTS, longest if opened.run else SAMPLED_TOKENS),
+        models=2 if folders else 1,
+        alternate=True,
+        row=longest,
+        tensors=bool(files),
+        beside=context_bytes(read_config(source).get_text_config(), longest + _MARGIN) if llama else 0,
+        writing=memory,
+        artefact=disk,
+    )
 
 
 def _checks(live: InTorch, artefact: Artefact, probes: Probes, opened: Opened, source: Path) -> list[Check]:

@@ -1,0 +1,215 @@
+"""How the check of a merged or exported model keeps a memory budget: its models whole in fp32, or streamed, or refused.
+
+A check compares what base + adapter compute with what the artefact computes. Its phases, each with a peak of its own:
+
+    load      a model is read, or goes block by block into its store
+    compare   both compute; of two streamed models one after the other, but for the hidden states that wait for the second
+    weights   every stored tensor against the one it should be
+"""
+
+from __future__ import annotations
+
+import math
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from lorakeet.core.adapter import Adapter
+from lorakeet.core.plan import Plan
+from lorakeet.errors import ConfigError, EnvironmentProblem
+from lorakeet.evaluate.wording import bytes_text
+from lorakeet.memory.allocator import return_freed_memory
+from lorakeet.memory.budget import larger_than_machine
+from lorakeet.memory.forecast import phases_of, with_more
+from lorakeet.memory.ledger import Held
+from lorakeet.memory.store import StoreRefused
+from lorakeet.models.fits import plan_of
+from lorakeet.models.load import read_config
+from lorakeet.models.outline import outline
+from lorakeet.models.source import find_source
+from lorakeet.models.spec import ModelSpec
+from lorakeet.models.streamed_load import empty_model
+from lorakeet.models.streamed_outline import streamed_outline
+from lorakeet.train.rehearsal import JUDGE, Judging, NotPlanned, Rehearsal, rehearse_judging
+from lorakeet.workflows.arrange import Arrangement
+from lorakeet.workflows.choose_streaming import FEWEST
+from lorakeet.workflows.forecast_run import INTERVALS, TOKENIZER_ENTRY, Precision, runtime_bytes
+from lorakeet.workflows.opened import Opened
+from lorakeet.workflows.place import writing
+
+FP32 = 4  # bytes
+COPIES = 4  # of a matrix in fp32: as it is, its change, their sum, and one as it was stored or is looked at
+ROW_LOGITS = 4  # tables of logits (tokens, vocabulary) of one row: live, base, the artefact's, and the parts of the last one
+
+
+@dataclass(frozen=True)
+class CheckSize:
+    """What is compared with base + adapter, and how much of it is held at once, beside the models."""
+
+    what: str  # such as "the check of a merged model"
+    judging: Judging  # the largest batch, and the texts that the base writes
+    models: int = 2  # in torch, base + adapter among them; the other side may be llama.cpp or a server
+    alternate: bool = False  # whether the two take turns row by row, so that both have blocks in memory
+    waiting: int = 0  # positions whose hidden states wait for the other model
+    row: int = 0  # positions of a row whose logits are held whole
+    tensors: bool = False  # whether stored tensors are compared whole, also those that the adapter does not change
+    writing: int = 0  # bytes held while the artefact is written
+    beside: int = 0  # bytes that another program holds in this process
+    artefact: int = 0  # bytes of it on disk, where it is still to be written
+    more_stores: int = 0  # beside one for each model, where they are streamed
+
+
+@dataclass(frozen=True)
+class _Forecast:
+    """The most bytes held, and what streaming is made of."""
+
+    peak: int
+    blocks: int
+    block_bytes: int
+
+
+def plan_check(opened: Opened, check: CheckSize, place: Path, console: Console) -> Opened:
+    """`opened` with how its models keep its budget in `check`, which is said; as it was where it has none.
+
+    Stores go into memory.store where the run names it, else beside `place`; `with stores(…)` makes and removes their folder.
+    Raises ConfigError with the least that works, EnvironmentProblem where the disk lacks room.
+    """
+    budget = opened.config.memory.bytes
+    if budget is None:
+        return opened
+    say = partial(console.print, markup=False, soft_wrap=True)
+    if warning := larger_than_machine(budget):
+        say(warning)
+    return_freed_memory()
+    spec = opened.config.model
+    source = find_source(spec, say)
+    planner = _Planner(check, spec, source, read_config(source), opened.adapter)
+    try:
+        whole = planner.forecast(streamed=False)
+        found = whole if whole.peak <= budget else planner.forecast(streamed=True)
+    except NotPlanned as error:
+        say(str(error))
+        opened.require_room(check.models, check.what, console)
+        return replace(opened, kept=Arrangement(budget))
+    if check.beside:
+        say("llama.cpp maps its file: those pages are the system's to take back, and are not counted.")
+    if whole.peak <= budget:
+        say(f"Memory: {bytes_text(whole.peak)} planned of {bytes_text(budget)} for {check.what}; its models stay in memory.")
+        return replace(opened, kept=Arrangement(budget, whole.peak))
+    if found.peak > budget:
+        raise ConfigError(
+            f"The budget is {budget >> 20} MiB, but {check.what} takes at least {_mib(min(found.peak, whole.peak))}, with its "
+            f"models streamed from disk block by block ({_mib(whole.peak)} with them in memory). Give that with --memory, or "
+            "do it on a larger machine."
+        )
+    at_once = check.models if check.alternate else 1
+    slots = min(found.blocks, FEWEST + (budget - found.peak) // (found.block_bytes * at_once))
+    planned = found.peak + (slots - FEWEST) * found.block_bytes * at_once
+    named = opened.config.memory.store
+    folder = (Path(named).expanduser() if named else place.parent) / f".{place.name}.check"
+    _require_disk(folder, check, FP32 * planner.weights * (check.models + check.more_stores), whole.peak)
+    say(
+        f"Memory: {bytes_text(planned)} planned of {bytes_text(budget)} for {check.what}; weights are streamed from disk, "
+        f"{slots} of {found.blocks} blocks in memory."
+    )
+    return replace(opened, kept=Arrangement(budget, planned, folder, slots=slots))
+
+
+@contextmanager
+def stores(opened: Opened, remedy: str) -> Iterator[None]:
+    """A context with the folder of the stores, which is removed when it ends; a disk that gets full is told with `remedy`."""
+    folder = None if opened.kept is None else opened.kept.store
+    if folder is None:
+        yield
+        return
+    shutil.rmtree(folder, ignore_errors=True)
+    try:
+        with writing(f"The folder {folder} of the check", remedy):
+            folder.mkdir(parents=True)
+        yield
+    except StoreRefused as error:
+        raise EnvironmentProblem(f"{error} {remedy}") from error
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def adapted_bytes(plan: Plan, largest: int) -> int:
+    """Bytes in fp32 of the largest matrix that the adapter changes; of a stack of experts, one of them.
+
+    What is trained whole or in rows counts as the `largest` of the model, in numbers.
+    """
+    sizes = [math.prod(entry.shape[1:] if entry.kind == "experts" else entry.shape) for entry in plan.entries]
+    return FP32 * max([*sizes, *(largest for _ in plan.extras)], default=0)
+
+
+class _Planner:
+    """The forecasts of one check."""
+
+    def __init__(self, check: CheckSize, spec: ModelSpec, source: Path, config: Any, adapter: Adapter) -> None:
+        self.check, self.spec, self.source, self.config, self.adapter = check, spec, source, config, adapter
+        self.precision = Precision(torch.float32, torch.float32, spec.quantize)
+        empty = empty_model(config, torch.float32)
+        self.weights = sum(parameter.numel() for parameter in empty.parameters())
+        self.plan = plan_of(empty, adapter)
+        self.runtime = runtime_bytes(self.precision)
+
+    def forecast(self, *, streamed: bool) -> _Forecast:
+        """What is held with the models streamed, two blocks in memory, or with all of their weights in memory."""
+        check = self.check
+        build = partial(
+            streamed_outline if streamed else outline, self.config, name=self.spec.path, dtype=torch.float32,
+            products=torch.float32, attention=self.spec.attention, quantize=self.spec.quantize, files=self.source,
+        )  # fmt: skip
+        ids = next((rows.ids for rows in self.adapter.token_rows.values()), ())
+        found = rehearse_judging(build, self.plan, check.judging, token_ids=ids)
+        two = FEWEST * found.block_bytes
+        own = (found.base - two) * check.models  # what models have in memory all along: all of it, where they are not streamed
+        standing = two * check.models if check.alternate else 0
+        text, adapter = self.config.get_text_config(), FP32 * self.plan.parameters
+        held = {
+            "load": with_more(Held(), base=own + standing, adapter=adapter, scratch=self._reading(found)),
+            "compare": with_more(
+                found.peaks[JUDGE], base=own + max(standing, two) - found.base, runtime=check.beside,
+                scratch=INTERVALS + FP32 * check.waiting * int(text.hidden_size),
+                logits=FP32 * ROW_LOGITS * check.row * int(text.vocab_size),
+            ),
+            "weights": with_more(
+                Held(), base=own + standing, adapter=adapter, runtime=check.beside,
+                scratch=COPIES * (FP32 * found.largest if check.tensors else adapted_bytes(self.plan, found.largest)),
+            ),
+            "write": with_more(Held(), scratch=check.writing),
+        }  # fmt: skip
+        words = TOKENIZER_ENTRY * int(text.vocab_size) * check.models
+        phases = phases_of(held, self.runtime + words, returning=True)
+        return _Forecast(max(phase.bytes for phase in phases), found.blocks, found.block_bytes)
+
+    def _reading(self, found: Rehearsal) -> int:
+        """Beside the models, while one is read: a block on its way into the store, or the pages of files of another dtype."""
+        stored = (getattr(self.config, "dtype", None) or torch.float32).itemsize
+        if found.blocks:
+            return found.block_bytes + found.largest * (stored + FP32)
+        return self.weights * stored if stored != FP32 else 0
+
+
+def _require_disk(folder: Path, check: CheckSize, needed: int, whole: int) -> None:
+    """Raises EnvironmentProblem where the disk of the stores has no room for them and for what is still to be written."""
+    above = next(place for place in folder.absolute().parents if place.exists())
+    free = shutil.disk_usage(above).free
+    if needed + check.artefact > free:
+        raise EnvironmentProblem(
+            f"To keep the budget, {check.what} writes the weights in fp32 to {folder} until it is done: {bytes_text(needed)}, "
+            f"beside {bytes_text(check.artefact)} that stay; {bytes_text(free)} are free there. Free some space, name a folder "
+            f"on another disk with memory.store in the run's config.yaml, or give {_mib(whole)} with --memory."
+        )
+
+
+def _mib(count: int) -> str:
+    """Rounded up, so that as much as is named is enough."""
+    return f"{-(-count >> 20)} MiB"

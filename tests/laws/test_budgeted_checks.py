@@ -1,0 +1,168 @@
+"""A check within a memory budget is the check without one, number by number, and finds the same mistakes."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import transformers
+
+from lorakeet.core.adapter import Adapter
+from lorakeet.errors import ConfigError, EnvironmentProblem, VerificationFailed
+from lorakeet.evaluate.certificate import Certificate, read_certificate
+from lorakeet.memory.measure import resident_bytes
+from lorakeet.memory.store import StoreWriter
+from lorakeet.merge.fold import MergeResult, merge_into
+from lorakeet.workflows import merge as workflow
+from lorakeet.workflows.export import export
+from lorakeet.workflows.forecast_check import _Planner
+from lorakeet.workflows.merge import merge
+from lorakeet.workflows.verify import verify
+from tiny.models import save_tiny_llama
+from tiny.peft_oracle import by_peft
+from tiny.runs import chats, quiet, run, write_rows
+
+WIDE = {"num_hidden_layers": 8, "hidden_size": 256, "intermediate_size": 1024}
+CHANGES = {"train.steps": "2", "evaluate.drift_texts": "0"}
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run on a model of which two in fp32 are far more than two of its blocks."""
+    folder = tmp_path_factory.mktemp("wide")
+    model = save_tiny_llama(folder / "model", **WIDE)
+    run(model, write_rows(folder / "rows.jsonl", chats(40)), folder / "run", CHANGES)
+    return folder / "run"
+
+
+@contextmanager
+def forecasts() -> Iterator[dict[bool, int]]:
+    """The last forecasts within the context, by whether the models are streamed."""
+    found: dict[bool, int] = {}
+    before = _Planner.forecast
+
+    def noted(self: _Planner, *, streamed: bool) -> Any:
+        forecast = before(self, streamed=streamed)
+        found[streamed] = forecast.peak
+        return forecast
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_Planner, "forecast", noted)
+        yield found
+
+
+def middling(verb: Callable[..., Any]) -> str:
+    """A budget between what the check takes streamed and with its models in memory, found by asking for too little."""
+    with forecasts() as found, pytest.raises(ConfigError, match=r"takes at least .* streamed from disk block by block"):
+        verb(memory="1MiB")
+    assert found[True] < found[False]
+    return f"{(found[True] + found[False]) // 2000}KB"
+
+
+def streamed(verb: Callable[..., Any]) -> Any:
+    """What `verb` finds within a middling budget, having streamed."""
+    with forecasts() as found:
+        result = verb(memory=middling(verb))
+    assert found.keys() == {True, False}
+    return result
+
+
+def merging(path: Path, out: Path, **more: Any) -> Callable[..., Any]:
+    return lambda memory=None: merge([str(path)], out=out / "merged", memory=memory, console=quiet(), **more)
+
+
+def same(one: Certificate, other: Certificate) -> None:
+    assert one.checks == other.checks and dict(one.facts) == dict(other.facts)
+
+
+def test_a_merge_is_certified_alike_and_leaves_nothing_behind(wide: Path, tmp_path: Path) -> None:
+    whole = merging(wide, tmp_path / "whole")().certificate
+    found = streamed(merging(wide, tmp_path / "streamed"))
+    same(found.certificate, whole)
+    assert whole.passed and whole.checks[0].n > 400 and whole.checks[1].n == 8 * 9 + 3
+    assert [path.name for path in (tmp_path / "streamed").iterdir()] == ["merged"]
+    same(read_certificate(tmp_path / "streamed" / "merged" / "certificate.json"), whole)
+
+
+def without_one_layer(adapter: Adapter) -> Adapter:
+    return replace(adapter, pairs={p: pair for p, pair in adapter.pairs.items() if p != "model.layers.7.mlp.down_proj"})
+
+
+def half_scale(adapter: Adapter) -> Adapter:
+    return replace(adapter, pairs={path: replace(pair, alpha=pair.alpha / 2) for path, pair in adapter.pairs.items()})
+
+
+@pytest.mark.parametrize(("mend", "named"), [(without_one_layer, r"layers\.7\.mlp\.down_proj"), (half_scale, r"layers\.\d+\.")])
+def test_a_wrong_merge_fails_streamed_too(
+    wide: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mend: Callable[[Adapter], Adapter], named: str
+) -> None:
+    def wrong(source: Path, adapter: Adapter, out: Path, **more: Any) -> MergeResult:
+        return merge_into(source, mend(adapter), out, **more)
+
+    monkeypatch.setattr(workflow, "merge_into", wrong)
+    with pytest.raises(VerificationFailed, match=rf"The worst layer is model\.{named}"):
+        streamed(merging(wide, tmp_path))
+    certificate = read_certificate(tmp_path / "merged" / "certificate.json")
+    assert [check.passed for check in certificate.checks] == [False, False]
+
+
+def test_changes_that_are_no_pairs_are_folded_on_the_way_into_a_store(wide: Path, tmp_path: Path) -> None:
+    paths = [str(tmp_path / f"adapter-{rank}") for rank in (4, 8)]
+    for path, rank in zip(paths, (4, 8), strict=True):
+        plain = transformers.AutoModelForCausalLM.from_pretrained(wide.parent / "model")
+        by_peft(Path(path), plain, target_modules=["q_proj", "up_proj"], r=rank)
+
+    def ties(out: Path) -> Callable[..., Any]:
+        more = {"to": "model", "method": "ties", "console": quiet()}
+        return lambda memory=None: merge(paths, out=out / "merged", memory=memory, **more)  # type: ignore[arg-type]
+
+    whole = ties(tmp_path / "whole")().certificate
+    same(streamed(ties(tmp_path / "streamed")).certificate, whole)
+    assert whole.passed
+
+
+def test_a_disk_that_gets_full_and_one_that_is(wide: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    budget = middling(merging(wide, tmp_path))
+
+    def full(*given: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(StoreWriter, "add", full)
+        with pytest.raises(EnvironmentProblem, match=r"its disk is full.*/merged itself is written, but not checked: remove it"):
+            merging(wide, tmp_path)(memory=budget)
+    assert [path.name for path in tmp_path.iterdir()] == ["merged"]
+    monkeypatch.setattr("lorakeet.workflows.forecast_check.shutil.disk_usage", lambda _: type("Usage", (), {"free": 1 << 20}))
+    with pytest.raises(EnvironmentProblem, match=r"writes the weights in fp32 to .*\.merged\.check until it is done"):
+        merging(wide, tmp_path / "other")(memory=budget)
+    assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.parametrize("kind", ["folder", "gguf"])
+def test_verify_and_export_stream_the_live_side_and_a_folder(
+    wide: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    monkeypatch.setattr("lorakeet.workflows.verify.GREEDY", 1)
+    if kind == "gguf":
+        out = tmp_path / "model.gguf"
+        found = streamed(lambda memory: export(str(wide), out=out, quant="f32", memory=memory, console=quiet())).certificate
+    else:
+        out = tmp_path / "merged"
+        merge([str(wide)], out=out, console=quiet())
+        against = (str(out),)
+        found = streamed(lambda memory: verify(str(wide), against=against, rows=2, memory=memory, console=quiet())).certificate
+    assert found.passed and not list(tmp_path.glob(".*")) and not list(wide.parent.glob(".*"))
+    rows = 8 if kind == "gguf" else 2
+    again = verify(str(wide), against=(str(out),), rows=rows, console=quiet()).certificate  # type: ignore[union-attr]
+    assert [check.measured for check in found.checks] == [check.measured for check in again.checks]
+
+
+def test_a_large_budget_streams_nothing(wide: Path, tmp_path: Path) -> None:
+    with forecasts() as found:
+        assert merging(wide, tmp_path)(memory="64GiB").certificate.passed
+    assert found.keys() == {False} and found[False] > resident_bytes() // 2

@@ -1,0 +1,107 @@
+"""`workflows.forecast_check`: what a check holds is counted by its parts, and a budget decides on the number of blocks."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lorakeet.core.plan import ExtraEntry, Plan, PlanEntry
+from lorakeet.errors import ConfigError
+from lorakeet.models.load import read_config
+from lorakeet.train.rehearsal import Judging, NotPlanned, Rows
+from lorakeet.workflows import forecast_check
+from lorakeet.workflows.forecast_check import FP32, CheckSize, _Planner, adapted_bytes, plan_check, stores
+from lorakeet.workflows.opened import Opened, open_adapter
+from tiny.models import save_tiny_llama
+from tiny.peft_oracle import by_peft
+from tiny.runs import quiet
+
+SIZE = CheckSize("a check", Judging(Rows(32, 2), 0))
+BLOCK = 4 * 512 * 512 - 2 * 512 * 256 + 3 * 512 * 2048 + 2 * 512  # numbers: q, k, v, o, the mlp, and two norms
+BASE = 8 * BLOCK
+
+
+@pytest.fixture(scope="module")
+def opened(tmp_path_factory: pytest.TempPathFactory) -> Opened:
+    import transformers
+
+    folder = tmp_path_factory.mktemp("wide")
+    base = save_tiny_llama(folder / "base", num_hidden_layers=8, hidden_size=512, intermediate_size=2048)
+    by_peft(folder / "adapter", transformers.AutoModelForCausalLM.from_pretrained(base), target_modules=["q_proj"])
+    return open_adapter(folder / "adapter")
+
+
+@pytest.fixture(autouse=True)
+def steady(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the process of the tests holds is another thing."""
+    monkeypatch.setattr(forecast_check, "runtime_bytes", lambda precision: 300 << 20)
+
+
+def planner(opened: Opened, check: CheckSize = SIZE) -> _Planner:
+    source = Path(opened.config.model.path)
+    return _Planner(check, opened.dense_spec, source, read_config(source), opened.adapter)
+
+
+def peak(opened: Opened, streamed: bool, **changes: Any) -> int:
+    return planner(opened, replace(SIZE, **changes)).forecast(streamed=streamed).peak
+
+
+def test_models_in_memory_count_whole_and_streamed_ones_by_two_blocks(opened: Opened) -> None:
+    one, two = (peak(opened, False, models=models) for models in (1, 2))
+    assert FP32 * BASE < two - one < 1.1 * FP32 * BASE
+    one, two = (peak(opened, True, models=models) for models in (1, 2))
+    assert two - one < FP32 * BLOCK, "only norms, and a second tokenizer: one model after the other"
+    assert FP32 * BLOCK < peak(opened, True, alternate=True) - two < 4 * FP32 * BLOCK
+    assert peak(opened, True) < peak(opened, False) - FP32 * BASE
+
+
+@pytest.mark.parametrize("part", ["waiting", "row", "beside", "writing"])
+def test_what_is_held_beside_the_models_counts(opened: Opened, part: str) -> None:
+    assert peak(opened, True, **{part: 1 << 32}) > peak(opened, True)
+
+
+def test_of_a_stack_of_experts_one_is_held_at_a_time() -> None:
+    pairs = [PlanEntry("a", "linear", (30, 20), 2, 2.0), PlanEntry("b", "experts", (8, 40, 10), 2, 2.0)]
+    assert adapted_bytes(Plan(tuple(pairs), (), 1), 1000) == FP32 * 600
+    assert adapted_bytes(Plan(tuple(pairs[1:]), (), 1), 1000) == FP32 * 400
+    rows = ExtraEntry("embed", "rows", (3, 10))
+    assert adapted_bytes(Plan(tuple(pairs), (rows,), 1), 1000) == FP32 * 1000
+
+
+def test_more_budget_keeps_more_blocks_up_to_all(opened: Opened, tmp_path: Path) -> None:
+    made = planner(opened)
+    found, whole = made.forecast(streamed=True), made.forecast(streamed=False)
+    slots = []
+    for extra in (12, 76):
+        asked = plan_check(opened.within(f"{(found.peak + (extra << 20)) // 1000}KB"), SIZE, tmp_path / "out", quiet())
+        assert asked.kept is not None and asked.kept.planned is not None and asked.kept.budget is not None
+        assert asked.kept.planned <= asked.kept.budget < whole.peak and asked.kept.store == tmp_path / ".out.check"
+        slots.append(asked.kept.slots)
+    assert 2 <= slots[0] < slots[1] <= 8
+    assert plan_check(opened, SIZE, tmp_path / "out", quiet()) is opened
+
+
+def test_the_store_goes_where_the_run_keeps_its_own_and_is_gone_afterwards(opened: Opened, tmp_path: Path) -> None:
+    budget = f"{planner(opened).forecast(streamed=True).peak // 1000 + 20_000}KB"
+    memory = replace(opened.config.memory, budget=budget, store=str(tmp_path / "there"))
+    asked = plan_check(replace(opened, config=replace(opened.config, memory=memory)), SIZE, tmp_path / "out", quiet())
+    with pytest.raises(KeyboardInterrupt), stores(asked, ""):
+        assert (tmp_path / "there" / ".out.check").is_dir()
+        raise KeyboardInterrupt
+    assert list((tmp_path / "there").iterdir()) == []
+
+
+def test_a_model_that_cannot_be_rehearsed_keeps_a_budget_only_in_memory(
+    opened: Opened, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(*_: object, **__: object) -> None:
+        raise NotPlanned("This model cannot be planned.")
+
+    monkeypatch.setattr(forecast_check, "rehearse_judging", refused)
+    asked = plan_check(opened.within("64GiB"), SIZE, tmp_path / "out", quiet())
+    assert asked.kept is not None and asked.kept.store is None
+    with pytest.raises(ConfigError, match="but a check takes about"):
+        plan_check(opened.within("64MiB"), SIZE, tmp_path / "out", quiet())
