@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import Parameter
 
 from lorakeet.errors import ConfigError
+from lorakeet.train.moments import AdamW8bit
 from lorakeet.train.spec import TrainSpec
 
 
@@ -29,10 +32,11 @@ class Optimizer:
         self.ratio = spec.b_learning_rate_ratio
         others = [parameter for name, parameter in parameters.items() if not is_b(name)]
         bs = [parameter for name, parameter in parameters.items() if is_b(name)]
-        self.adamw = torch.optim.AdamW(
-            [{"params": group, "factor": factor} for group, factor in ((others, 1.0), (bs, self.ratio)) if group],
-            lr=0.0, betas=(spec.beta1, spec.beta2), eps=spec.epsilon, weight_decay=spec.weight_decay, fused=True,
-        )  # fmt: skip
+        groups = [{"params": group, "factor": factor} for group, factor in ((others, 1.0), (bs, self.ratio)) if group]
+        owner: Any = AdamW8bit if spec.moments == "8bit" else partial(torch.optim.AdamW, fused=True)
+        self.adamw: torch.optim.Optimizer = owner(
+            groups, lr=0.0, betas=(spec.beta1, spec.beta2), eps=spec.epsilon, weight_decay=spec.weight_decay
+        )
 
     def step(self, learning_rate: float) -> None:
         """One step at `learning_rate` (times the ratio for B), after which the gradients are forgotten."""

@@ -41,6 +41,10 @@ class TrainSpec:
     epsilon: float = field(
         default=1e-8, metadata={"help": "Added to the root of the mean square, so that it never divides by zero."}
     )
+    moments: Literal["float32", "8bit"] = field(
+        default="float32",
+        metadata={"help": "How the optimizer's two running means are kept; 8bit takes a quarter of that (arXiv 2110.02861)."},
+    )
     schedule: Literal["linear", "cosine", "constant"] = field(
         default="linear", metadata={"help": "How the learning rate goes down after the warm-up."}
     )

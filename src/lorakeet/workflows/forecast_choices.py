@@ -17,7 +17,7 @@ from lorakeet.ranks.spec import parameter_count
 from lorakeet.train.rehearsal import EVALUATE, STEP, Rehearsal, Rows
 from lorakeet.workflows.search_space import QUICK_FACTORS
 
-VALUE = 4  # bytes of a trained number, of its gradient, and of each of its two moments
+VALUE = 4  # bytes of a trained number, of its gradient, and at most of each of its two moments
 
 
 def budget_of(config: RunConfig, plan: Plan) -> int:
@@ -96,8 +96,9 @@ def while_trying_rates(config: RunConfig, found: Rehearsal, rows: Rows) -> Held:
     own = VALUE * found.plan.parameters
     copies = 2 if found.best_in_memory else 1  # a run keeps its best values too, a trial none
     tokens = max(config.data.max_tokens, min(config.train.micro_tokens, members * rows.tokens))
+    moments = step.kinds.get("moments", 2 * own)  # a quarter of that in 8 bits
     more = max(0.0, tokens / rows.tokens - 1)
     passing = {kind: round(more * step.kinds.get(kind, 0)) for kind in ("saved activations", "logits", "scratch")}
     return with_more(
-        step, adapter=(members - copies) * own, moments=(members - 1) * 2 * own, gradients=(members - 1) * own, **passing
+        step, adapter=(members - copies) * own, moments=(members - 1) * moments, gradients=(members - 1) * own, **passing
     )
