@@ -45,3 +45,19 @@ def tiny_sdxl_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from tiny.pipelines import save_tiny_sdxl
 
     return save_tiny_sdxl(tmp_path_factory.mktemp("tiny") / "sdxl")
+
+
+@pytest.fixture(scope="session")
+def tiny_sd3_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A saved tiny SD3 (16×16 pixels, T5 beside two CLIP encoders). Do not write into it."""
+    from tiny.pipelines import save_tiny_sd3
+
+    return save_tiny_sd3(tmp_path_factory.mktemp("tiny") / "sd3")
+
+
+@pytest.fixture(scope="session")
+def tiny_flux_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A saved tiny FLUX (guidance as a number, T5 states). Do not write into it."""
+    from tiny.pipelines import save_tiny_flux
+
+    return save_tiny_flux(tmp_path_factory.mktemp("tiny") / "flux")

@@ -18,8 +18,10 @@ from lorakeet.data.image_spec import ImageSpec
 from lorakeet.data.images import ImageRow
 from lorakeet.memory.ledger import Ledger
 from lorakeet.memory.measure import peak_bytes, resident_bytes
-from lorakeet.models.image import Conditioning, ImageModel, diffusers, image_plan
+from lorakeet.models.image import ImageModel, image_plan
 from lorakeet.models.image_cache import EncodedImage
+from lorakeet.models.image_diffusers import diffusers
+from lorakeet.models.image_kinds import KINDS, Conditioning
 from lorakeet.models.inject import inject
 from lorakeet.train.image_spec import DiffusionSpec
 from lorakeet.train.image_task import ImageBatch, ImageTask
@@ -96,7 +98,7 @@ def _task(asked: dict[str, Any], *, device: str, fill: bool) -> tuple[ImageTask,
     dtype = getattr(torch, asked["dtype"])
     unet = _unet(shape, dtype, fill)
     scheduler = diffusers().DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
-    kind = "sdxl" if shape.get("addition_embed_type") else "sd"
+    kind = KINDS["sdxl" if shape.get("addition_embed_type") else "sd"]
     pipeline = SimpleNamespace(scheduler=scheduler, vae=None, vae_scale_factor=8)
     model = ImageModel(asked["shape"], kind, pipeline, nn.ModuleDict({"unet": unet}), torch.device(device), dtype)
     lora = LoraSpec(rank=16, alpha=16, target_modules=tuple(asked["targets"]))
@@ -107,7 +109,7 @@ def _task(asked: dict[str, Any], *, device: str, fill: bool) -> tuple[ImageTask,
     sizes = torch.tensor([[pixels, pixels, 0, 0, pixels, pixels]], dtype=torch.float32)
     picture = EncodedImage(row, torch.randn(1, 4, side, side), sizes)
     spec = TrainSpec(steps=1, batch_size=1)
-    told: Any = _Told(shape["cross_attention_dim"], kind == "sdxl")
+    told: Any = _Told(shape["cross_attention_dim"], kind.name == "sdxl")
     diffusion = DiffusionSpec(checkpointing=asked["checkpointing"])
     task = _Task(model, [picture], held_out=[], captions=told, spec=spec, images=ImageSpec(), diffusion=diffusion)
     return task, Optimizer(task.parameters(), spec)

@@ -51,6 +51,8 @@ class RunConfig:
         if self.ranks.choose == "auto" and self.lora.rank_pattern:
             count = len(self.lora.rank_pattern)
             found.append(f"ranks.choose is auto, but lora.rank_pattern gives {count} ranks itself. Leave one of them out.")
+        if self.kind == "text" and self.model.config:
+            found.append("model.config is for single files of image models, but kind is text. Leave it out or set kind: image.")
         if self.kind == "image" and self.lora.start in MEASURED:
             found.append(f"lora.start {self.lora.start} is measured on rows of text, but kind is image. Use lora.start kaiming.")
         return found

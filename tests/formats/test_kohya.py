@@ -178,6 +178,10 @@ def test_what_kohya_does_not_have_is_refused(tmp_path: Path) -> None:
         (both, "whether the 1 pairs of the UNet belong to SD 1.x or to SDXL"),
         (extra, r"kohya cannot hold whole parameters \(modules_to_save\): unet\.conv_in\.bias\. Merge"),
         (text_adapter(), "is no module of Stable Diffusion"),
+        (
+            Adapter({"transformer.transformer_blocks.0.attn.to_q": random_pair("linear", torch.ones(4, 4))}),
+            r"1 pairs are on a diffusion transformer \(transformer\.transformer_blocks\.0\.attn\.to_q, …\).*--to diffusers",
+        ),
     ):
         with pytest.raises(ConfigError, match=message):
             kohya.write(adapter, out)

@@ -77,6 +77,17 @@ def test_a_unet_alone_loses_its_component_for_peft_and_gets_it_back() -> None:
     assert sd_names.without_component(both) is both
 
 
+def test_a_diffusion_transformer_alone_does_too_and_a_language_model_does_not() -> None:
+    pair = random_pair("linear", torch.ones(4, 4))
+    flow = Adapter({"transformer.transformer_blocks.0.attn.to_q": pair, "transformer.proj_out": pair})
+    bare = sd_names.without_component(flow)
+    assert list(bare.pairs) == ["transformer_blocks.0.attn.to_q", "proj_out"]
+    assert sd_names.with_components(bare).pairs.keys() == flow.pairs.keys()
+    assert sd_names.canonical("single_transformer_blocks.0.proj_mlp") == "transformer.single_transformer_blocks.0.proj_mlp"
+    gpt2 = Adapter({"transformer.h.0.attn.c_attn": pair})
+    assert sd_names.without_component(gpt2) is gpt2 and sd_names.with_components(gpt2).pairs.keys() == gpt2.pairs.keys()
+
+
 def test_the_family_is_told_by_base_note_names_and_widths() -> None:
     shared = Adapter({"unet.mid_block.resnets.0.conv1": random_pair("conv2d", torch.ones(4, 4, 3, 3))}).pairs
     assert sd_names.family_of(dict(shared), {}, {"cross_attention_dim": 2048, "addition_embed_type": "text_time"}) == "sdxl"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +15,16 @@ from lorakeet.core.spec import LoraSpec
 from lorakeet.formats import peft
 from lorakeet.formats.detect import read_adapter
 from lorakeet.formats.sd_names import with_components, without_component
-from lorakeet.models.image import ImageModel, image_plan, load_image_model, put_image_adapter, quiet_diffusers
+from lorakeet.models.image import ImageModel, image_plan, load_image_model, put_image_adapter
+from lorakeet.models.image_diffusers import quiet_diffusers
+from lorakeet.models.image_kinds import packed, unpacked
 from lorakeet.models.image_sample import Sampler, draw_latents
 from lorakeet.models.inject import adapter_of, eject, inject, trained_parameters
 from lorakeet.models.spec import ModelSpec
 from lorakeet.workflows.convert import convert
 from tiny.images import diffusers
 
-SAMPLER = Sampler(steps=4, guidance=3.0)
+SAMPLER = Sampler(steps=4, guidance=3.0, size=(16, 16))
 MIXED = LoraSpec(
     rank=4, alpha=12.0, target_modules=("all-linear", "conv"), rank_pattern={"to_k": 2}, alpha_pattern={"to_v": 20.0, "to_q": 3.0}
 )
@@ -30,7 +33,8 @@ MIXED = LoraSpec(
 def trained(folder: Path, *, text_encoder: bool = False) -> ImageModel:
     """A pipeline with an adapter of mixed ranks and alphas on linear layers and convolutions, begun at random."""
     model = load_image_model(ModelSpec(path=str(folder), dtype="float32", device="cpu"), say=lambda _: None)
-    inject(model.parts, image_plan(model, MIXED, text_encoder=text_encoder), "trained")
+    targets = ("all-linear",) if model.kind.name == "flux" else MIXED.target_modules  # FLUX has no convolutions
+    inject(model.parts, image_plan(model, replace(MIXED, target_modules=targets), text_encoder=text_encoder), "trained")
     with torch.no_grad():
         for name, parameter in trained_parameters(model.parts, "trained").items():
             if name.endswith(".B"):
@@ -58,11 +62,13 @@ def in_diffusers(model: ImageModel, file: Path) -> torch.Tensor:
 
 def drawn(pipeline: Any) -> torch.Tensor:
     noise = torch.randn((4, 8, 8), generator=torch.Generator().manual_seed(1))[None]
+    flux = type(pipeline).__name__ == "FluxPipeline"
     with torch.no_grad():
         found = pipeline(
-            "red box", latents=noise, num_inference_steps=4, guidance_scale=3.0, height=16, width=16, output_type="latent"
-        )
-    return found.images  # type: ignore[no-any-return]
+            "red box", latents=packed(noise) if flux else noise, num_inference_steps=4, guidance_scale=3.0, height=16, width=16,
+            output_type="latent",
+        ).images  # fmt: skip
+    return unpacked(found, 8, 8) if flux else found
 
 
 def apart(left: torch.Tensor, right: torch.Tensor) -> float:
@@ -77,6 +83,10 @@ def apart(left: torch.Tensor, right: torch.Tensor) -> float:
         ("sd", "kohya", False),
         ("sdxl", "diffusers", True),
         ("sdxl", "diffusers", False),
+        ("sd3", "diffusers", True),
+        ("sd3", "diffusers", False),
+        ("flux", "diffusers", True),
+        ("flux", "diffusers", False),
     ],
 )
 def test_the_real_diffusers_draws_the_same(
@@ -111,5 +121,5 @@ def test_a_file_by_kohyas_key_scheme_has_its_scales(tiny_sd_folder: Path, tmp_pa
         pair = held.pairs[f"unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.{name}"]
         assert torch.allclose(pair.delta(), change, atol=1e-5)
     x = torch.randn(1, 3, 8, generator=generator)
-    layer = model.unet.down_blocks[0].attentions[0].transformer_blocks[0].attn1.to_q
+    layer = model.denoiser.down_blocks[0].attentions[0].transformer_blocks[0].attn1.to_q
     assert torch.allclose(layer(x), layer.original(x) + x @ wanted["to_q"].t(), atol=1e-5)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,8 @@ from lorakeet.core.spec import LoraSpec
 from lorakeet.errors import ConfigError, DataError, EnvironmentProblem
 from lorakeet.formats.sd_names import with_components
 from lorakeet.models.image import ImageModel, fitted, image_plan, load_image_model, put_image_adapter, stack
+from lorakeet.models.image_kinds import ENCODERS
+from lorakeet.models.image_sample import Sampler, draw_latents
 from lorakeet.models.inject import activate, adapter_of, eject, inject
 from lorakeet.models.modules import find
 from lorakeet.models.spec import ModelSpec
@@ -24,7 +28,7 @@ def load(folder: Path, **changes: object) -> ImageModel:
     return load_image_model(spec, say=lambda _: None)
 
 
-@pytest.fixture(params=["sd", "sdxl"])
+@pytest.fixture(params=["sd", "sdxl", "sd3", "flux"])
 def model(request: pytest.FixtureRequest) -> ImageModel:
     return load(request.getfixturevalue(f"tiny_{request.param}_folder"))
 
@@ -41,13 +45,17 @@ def prediction(model: ImageModel, *captions: str) -> torch.Tensor:
 
 
 def test_what_is_known_of_a_pipeline(model: ImageModel) -> None:
-    assert (model.resolution, model.factor, model.prediction) == (16, 2, "epsilon")
-    assert list(model.parts) == ["unet", "text_encoder", *(["text_encoder_2"] if model.kind == "sdxl" else [])]
-    assert model.alphas_cumprod.shape == (1000,) and 0.99 < model.alphas_cumprod[0] < 1 and model.alphas_cumprod[-1] < 0.01
+    flow, name = model.kind.flow, model.kind.name
+    assert (model.resolution, model.factor, model.multiple) == (256 if name == "flux" else 16, 2, 4)
+    assert model.prediction == ("flow" if flow else "epsilon")
+    encoders = {"sd": 1, "sdxl": 2, "sd3": 3, "flux": 2}[name]
+    assert list(model.parts) == ["transformer" if flow else "unet", *ENCODERS[:encoders]]
+    assert len(model.noising) == 1000 and 0.99 < model.noising.signal[0] < 1 and model.noising.signal[-1] < 0.1
     assert not any(parameter.requires_grad for parameter in (*model.parts.parameters(), *model.vae.parameters()))
-    assert model.cut_off(["ab", "a" * 20]) == ["a" * 20]
+    assert model.cut_off(["ab", "a" * 20, "a" * 600]) == (["a" * 600] if flow else ["a" * 20, "a" * 600])
     told = model.describe(["ab", "cd"])
-    assert told.states.shape[:2] == (2, 12) and (told.pooled is None) == (model.kind == "sd")
+    assert told.states.shape[:2] == (2, {"sd": 12, "sdxl": 12, "sd3": 12 + 256, "flux": 512}[name])
+    assert (told.pooled is None) == (name == "sd")
     one = model.describe(["ab"])
     assert torch.equal(stack([one, one]).states[1], one.states[0])
 
@@ -67,6 +75,8 @@ def test_sdxl_is_told_zeros_for_the_empty_caption(tiny_sdxl_folder: Path, tiny_s
 
 @pytest.mark.parametrize("targets", [("attention",), ("attention", "mlp"), ("all-linear", "conv")])
 def test_new_pairs_change_nothing_and_filled_ones_do(model: ImageModel, targets: tuple[str, ...]) -> None:
+    if model.kind.name == "flux":
+        targets = tuple(target for target in targets if target != "conv")  # it has no convolutions
     before = prediction(model, "ab", "cd")
     inject(model.parts, image_plan(model, lora(*targets), text_encoder=True), seed=1)
     assert torch.equal(prediction(model, "ab", "cd"), before) or (prediction(model, "ab", "cd") - before).abs().max() < 1e-5
@@ -86,13 +96,20 @@ def test_the_presets_name_what_they_should(model: ImageModel) -> None:
         return [entry.path for entry in image_plan(model, lora(*targets), text_encoder=text_encoder).entries]
 
     attention = paths("attention")
-    assert attention and all(path.endswith(("to_q", "to_k", "to_v", "to_out.0")) and ".attn" in path for path in attention)
-    assert {path.rpartition(".ff.")[2] for path in paths("mlp")} == {"net.0.proj", "net.2"}
-    convolutions = paths("conv")
-    assert any(path.endswith("resnets.0.conv1") for path in convolutions)
-    assert "unet.conv_in" not in convolutions and "unet.conv_out" not in convolutions
+    added = ("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
+    known = ("to_q", "to_k", "to_v", "to_out.0", *(added if model.kind.flow else ()))
+    assert {path.partition(".attn")[2].partition(".")[2] for path in attention} == set(known)
+    wanted = {"net.0.proj", "net.2"}
+    mlp = {re.sub(r".*\.ff(_context)?\.", "", path) for path in paths("mlp")}
+    assert mlp == (wanted | {"transformer.single_transformer_blocks.0.proj_mlp"} if model.kind.name == "flux" else wanted)
+    if not model.kind.flow:
+        convolutions = paths("conv")
+        assert any(path.endswith("resnets.0.conv1") for path in convolutions)
+        assert "unet.conv_in" not in convolutions and "unet.conv_out" not in convolutions
     encoders = [path for path in paths("attention", text_encoder=True) if path.startswith("text_encoder")]
     assert encoders and all(path.endswith("_proj") for path in encoders)
+    clip = {"sd": 1, "sdxl": 2, "sd3": 2, "flux": 1}[model.kind.name]
+    assert {path.partition(".")[0] for path in encoders} == set(ENCODERS[:clip])
 
 
 def test_rank_patterns_and_layers(model: ImageModel) -> None:
@@ -143,12 +160,12 @@ def test_digests_tell_models_apart(tiny_sd_folder: Path, tiny_sdxl_folder: Path)
 def test_what_cannot_be_loaded(tmp_path: Path, tiny_sd_folder: Path) -> None:
     single = tmp_path / "model.safetensors"
     single.write_bytes(b"x")
-    with pytest.raises(ConfigError, match="is a single file"):
+    with pytest.raises(DataError, match="is not a whole safetensors file"):
         load(single)
     with pytest.raises(DataError, match=r"no model_index\.json"):
         load(tmp_path)
-    (tmp_path / "model_index.json").write_text('{"_class_name": "FluxPipeline"}')
-    with pytest.raises(ConfigError, match="is a FluxPipeline; expected StableDiffusionPipeline"):
+    (tmp_path / "model_index.json").write_text('{"_class_name": "KolorsPipeline"}')
+    with pytest.raises(ConfigError, match="is a KolorsPipeline; expected StableDiffusionPipeline"):
         load(tmp_path)
     (tmp_path / "model_index.json").write_text((tiny_sd_folder / "model_index.json").read_text())
     with pytest.raises(EnvironmentProblem, match="cannot be loaded"):
@@ -172,3 +189,32 @@ def test_other_predictions(tmp_path: Path) -> None:
     assert load(save_tiny_sd(tmp_path / "v", prediction="v_prediction")).prediction == "v_prediction"
     with pytest.raises(ConfigError, match="predicts 'sample'"):
         load(save_tiny_sd(tmp_path / "x", prediction="sample"))
+
+
+def on_device(model: ImageModel) -> set[str]:
+    parts = {**dict(model.parts.items()), "vae": model.vae}
+    return {name for name, part in parts.items() if not next(part.parameters()).is_meta}
+
+
+def test_parts_wait_aside_while_others_compute(model: ImageModel) -> None:
+    """Put aside to `meta`, where numbers are lost: what computes is there, and what does not is not."""
+    denoiser, encoders = model.kind.denoiser, set(model.parts) - {model.kind.denoiser}
+    staged = replace(model, aside=torch.device("meta"))
+    assert on_device(model) == {denoiser, *encoders, "vae"}
+    staged.stage()
+    assert on_device(staged) == set()
+    latents = staged.encode(torch.zeros(1, 3, 16, 16))
+    assert on_device(staged) == {"vae"} and latents.shape == (1, 4, 8, 8)
+    told = staged.describe(["ab"])
+    assert on_device(staged) == encoders
+    with torch.no_grad():
+        staged.predict(latents, torch.tensor([500]), told, torch.tensor([[16.0, 16, 0, 0, 16, 16]]))
+    assert on_device(staged) == {denoiser}
+    drawn = draw_latents(staged, ["ab"], [1], Sampler(steps=1, guidance=1.0, size=(16, 16)))
+    assert on_device(staged) == {denoiser, "vae"}
+    staged.decode(drawn)
+    assert on_device(staged) == {"vae"}
+    staged.stage(denoiser, *encoders)
+    inject(staged.parts, image_plan(staged, lora("attention"), text_encoder=True))
+    staged.describe(["ab"])
+    assert on_device(staged) == {denoiser, *encoders}, "what is trained together stays"

@@ -10,7 +10,8 @@ import torch
 
 from lorakeet.errors import ConfigError
 from lorakeet.models.image import load_image_model
-from lorakeet.models.image_outline import outline_image, published_images, shapes_of_images
+from lorakeet.models.image_outline import outline_image, shapes_of_images
+from lorakeet.models.image_shapes import published_images
 from lorakeet.models.spec import ModelSpec
 from lorakeet.quant.spec import QuantSpec
 
@@ -26,10 +27,10 @@ def test_the_published_shapes_have_as_many_numbers_as_is_known(name: str, unet: 
         model = outline_image(shapes_of_images(ModelSpec(path=name), print), name=name, dtype=torch.bfloat16)
     counts = {part: sum(parameter.numel() for parameter in module.parameters()) for part, module in model.parts.items()}
     assert counts.pop("unet") == unet and sum(counts.values()) == encoders and name in published_images()
-    assert model.unet.dtype == torch.bfloat16 and model.vae.dtype == torch.float32 and model.factor == 8
+    assert model.denoiser.dtype == torch.bfloat16 and model.vae.dtype == torch.float32 and model.factor == 8
 
 
-@pytest.mark.parametrize("kind", ["sd", "sdxl"])
+@pytest.mark.parametrize("kind", ["sd", "sdxl", "sd3", "flux"])
 def test_an_outline_has_the_parts_and_shapes_of_the_loaded_model(kind: str, request: pytest.FixtureRequest) -> None:
     folder: Path = request.getfixturevalue(f"tiny_{kind}_folder")
     spec = ModelSpec(path=str(folder), dtype="float32", device="cpu", quantize=QuantSpec(method="int8"))
@@ -44,7 +45,7 @@ def test_an_outline_has_the_parts_and_shapes_of_the_loaded_model(kind: str, requ
 
 
 def test_what_has_no_configurations(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"no configurations that could be read[\s\S]*stable-diffusion-v1-5"):
+    with pytest.raises(ConfigError, match=r"no configurations of an image model[\s\S]*stable-diffusion-v1-5"):
         shapes_of_images(ModelSpec(path=str(tmp_path)), print)
     (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "KolorsPipeline"}))
     for part in ("unet", "vae", "scheduler", "text_encoder"):

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from lorakeet.errors import DataError
-from lorakeet.models.image import new_denoiser
+from lorakeet.models.image_diffusers import new_denoiser
 from lorakeet.models.image_packed import denoiser_files, load_packed_denoiser, packing_of_denoiser
 from lorakeet.quant.packed import PackedLinear
 from lorakeet.quant.spec import QuantSpec
@@ -20,7 +20,7 @@ NAME = "diffusion_pytorch_model.safetensors"
 
 
 def packed(folder: Path, spec: QuantSpec, dtype: torch.dtype = torch.float32) -> nn.Module:
-    return load_packed_denoiser(folder, new_denoiser, dtype, spec, say=lambda _: None)
+    return load_packed_denoiser(denoiser_files(folder), new_denoiser, dtype, spec, say=lambda _: None)
 
 
 @pytest.fixture

@@ -10,7 +10,8 @@ import torch
 
 from lorakeet.core.spec import LoraSpec
 from lorakeet.errors import ConfigError
-from lorakeet.models.image import ImageModel, image_plan, load_image_model, put_image_adapter, quiet_diffusers
+from lorakeet.models.image import ImageModel, image_plan, load_image_model, put_image_adapter
+from lorakeet.models.image_diffusers import quiet_diffusers
 from lorakeet.models.image_sample import Sampler, draw_latents, why_not_mixed
 from lorakeet.models.inject import activate, adapter_of, inject, selection_of, trained_parameters
 from lorakeet.models.spec import ModelSpec

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+from itertools import pairwise
+from typing import Any
+
 import pytest
 import torch
 
+from lorakeet.models.image_noise import Noising, noising_of
 from lorakeet.train.image_loss import add_noise, draw, errors_of, fixed_draws, target_of, weights_of
 from lorakeet.train.image_spec import DiffusionSpec
 from tiny.images import diffusers
@@ -25,21 +31,37 @@ def test_noise_and_targets_are_diffusers(prediction: str) -> None:
     generator = torch.Generator().manual_seed(0)
     latents, noise = (torch.randn((3, *SHAPE), generator=generator) for _ in range(2))
     timesteps = torch.tensor([0, 400, 999])
-    alphas = scheduler.alphas_cumprod[timesteps]
-    assert torch.allclose(add_noise(latents, noise, alphas), scheduler.add_noise(latents, noise, timesteps), atol=1e-6)
+    steps = noising_of(schedule, flow=False).at(timesteps)
+    assert torch.allclose(add_noise(latents, noise, steps), scheduler.add_noise(latents, noise, timesteps), atol=1e-6)
     wanted = noise if prediction == "epsilon" else scheduler.get_velocity(latents, noise, timesteps)
-    assert torch.allclose(target_of(latents, noise, alphas, prediction), wanted, atol=1e-6)
+    assert torch.allclose(target_of(latents, noise, steps, prediction), wanted, atol=1e-6)
+
+
+def test_noise_of_a_flow_is_diffusers_and_its_target_leads_back() -> None:
+    scheduler = diffusers().FlowMatchEulerDiscreteScheduler(shift=3.0)
+    latents, noise = (torch.randn((3, *SHAPE), generator=torch.Generator().manual_seed(number)) for number in range(2))
+    steps = noising_of(scheduler.config, flow=True).at(torch.tensor([0, 400, 999]))
+    noisy = add_noise(latents, noise, steps)
+    assert torch.allclose(noisy, scheduler.scale_noise(latents, steps.times, noise), atol=1e-6)
+    velocity = target_of(latents, noise, steps, "flow")
+    assert torch.allclose(noisy - steps.noise.view(-1, 1, 1, 1) * velocity, latents, atol=1e-5)
+    assert torch.equal(weights_of(steps, "flow", 0.0), torch.ones(3))
+
+
+def at(*alphas: float) -> Noising:
+    shares = torch.tensor(alphas)
+    return Noising(shares.sqrt(), (1 - shares).sqrt(), torch.zeros(len(alphas)))
 
 
 def test_min_snr_weights_by_hand() -> None:
-    alphas = torch.tensor([0.9, 0.5, 0.1])  # SNR 9, 1, 1/9
-    assert torch.allclose(weights_of(alphas, "epsilon", 5.0), torch.tensor([5 / 9, 1.0, 1.0]))
-    assert torch.allclose(weights_of(alphas, "v_prediction", 5.0), torch.tensor([5 / 10, 1 / 2, (1 / 9) / (10 / 9)]))
-    assert torch.equal(weights_of(alphas, "epsilon", 0.0), torch.ones(3))
+    steps = at(0.9, 0.5, 0.1)  # SNR 9, 1, 1/9
+    assert torch.allclose(weights_of(steps, "epsilon", 5.0), torch.tensor([5 / 9, 1.0, 1.0]))
+    assert torch.allclose(weights_of(steps, "v_prediction", 5.0), torch.tensor([5 / 10, 1 / 2, (1 / 9) / (10 / 9)]))
+    assert torch.equal(weights_of(steps, "epsilon", 0.0), torch.ones(3))
 
 
 def test_a_timestep_of_pure_noise_has_a_finite_weight() -> None:
-    nothing = torch.tensor([0.0])
+    nothing = at(0.0)
     assert weights_of(nothing, "epsilon", 5.0).tolist() == [1.0] and weights_of(nothing, "v_prediction", 5.0).tolist() == [0.0]
 
 
@@ -66,6 +88,33 @@ def test_draws_cover_what_they_should() -> None:
     assert not any(drawn(step=step, dropout=0.0).dropped for step in range(50))
     middle = [drawn(step=step, spec=DiffusionSpec(timesteps="logit-normal")).timestep for step in range(400)]
     assert torch.tensor(middle, dtype=torch.float64).std() < timesteps.std()
+
+
+@pytest.mark.parametrize(
+    ("timesteps", "density"),
+    [
+        ("uniform", torch.ones_like),
+        ("cosmap", lambda share: 2 / (math.pi * (1 - 2 * share + 2 * share**2))),
+        (
+            "logit-normal",
+            lambda share: torch.exp(-torch.logit(share) ** 2 / 2) / (math.sqrt(2 * math.pi) * share * (1 - share)),
+        ),
+    ],
+)
+def test_timesteps_have_the_densities_of_the_sd3_paper(timesteps: Any, density: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    spec = DiffusionSpec(timesteps=timesteps)
+    found = torch.tensor([drawn(step=step, spec=spec).timestep for step in range(3000)]) / 1000
+    edges = torch.linspace(0, 1, 6)
+    counts = torch.histc(found, bins=5, min=0, max=1) / len(found)
+    middles = torch.linspace(0.0005, 0.9995, 1000)
+    wanted = torch.stack([density(middles[(middles > low) & (middles < high)]).sum() for low, high in pairwise(edges)]) / 1000
+    assert (counts - wanted).abs().max() < 0.03
+
+
+def test_mode_prefers_the_middle_and_stays_within() -> None:
+    found = torch.tensor([drawn(step=step, spec=DiffusionSpec(timesteps="mode")).timestep for step in range(1500)]) / 1000
+    middle = ((found > 0.3) & (found < 0.7)).float().mean()
+    assert middle > 0.5 and found.min() < 0.1 and found.max() > 0.9
 
 
 def test_noise_offset_shifts_whole_channels() -> None:

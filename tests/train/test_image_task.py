@@ -45,7 +45,7 @@ def new_task(
 ) -> ImageTask:  # fmt: skip
     diffusion = diffusion or DiffusionSpec()
     model: ImageModel = load_image_model(ModelSpec(path=str(folder), dtype="float32", device="cpu"), say=lambda _: None)
-    images = ImageSpec(cache=str(cache / "kept"), flip=True, smallest=8)
+    images = ImageSpec(cache=str(cache / "kept"), flip=True, smallest=8, resolution=16)
     rows = encode_images(model, read_album(cache, images).rows, images, say=print)
     lora = LoraSpec(rank=4, alpha=12.0, target_modules=targets, dropout=dropout)
     inject(model.parts, image_plan(model, lora, text_encoder=diffusion.text_encoder), seed=1)
@@ -179,13 +179,32 @@ def test_a_model_that_predicts_v_is_trained_on_v(cache: Path, tmp_path: Path) ->
     task = new_task(save_tiny_sd(tmp_path / "v", prediction="v_prediction"), cache, targets=("attention",))
     assert task.prediction == "v_prediction"
     [batch] = [one for one in task.batches(0) if len(one.latents)][:1]
-    alphas = task.model.alphas_cumprod[batch.timesteps].view(-1, 1, 1, 1)
-    wanted = alphas.sqrt() * batch.noise - (1 - alphas).sqrt() * batch.latents
-    noisy = alphas.sqrt() * batch.latents + (1 - alphas).sqrt() * batch.noise
+    steps = task.model.noising.at(batch.timesteps)
+    signal, share = steps.signal.view(-1, 1, 1, 1), steps.noise.view(-1, 1, 1, 1)
+    wanted = signal * batch.noise - share * batch.latents
+    noisy = signal * batch.latents + share * batch.noise
     with torch.no_grad():
         told = stack([task.captions.of(caption) for caption in batch.captions])
         predicted = task.model.predict(noisy, batch.timesteps, told, batch.sizes)
         loss = task.loss(batch)
     assert loss.item() == pytest.approx((predicted - wanted).square().flatten(1).mean(1).sum().item(), rel=1e-5)
+    outcome = train(task, replace(TRAIN, steps=8), run=RunFolder.create(tmp_path / "run"))
+    assert outcome.best_loss is not None and outcome.base_loss is not None and outcome.best_loss < outcome.base_loss
+
+
+@pytest.mark.parametrize("kind", ["sd3", "flux"])
+def test_a_flow_is_trained_on_its_velocity(kind: str, cache: Path, request: pytest.FixtureRequest, tmp_path: Path) -> None:
+    task = new_task(request.getfixturevalue(f"tiny_{kind}_folder"), cache, targets=("attention", "mlp"))
+    assert (task.prediction, task.diffusion.timesteps) == ("flow", "logit-normal")
+    [batch] = [one for one in task.batches(0) if len(one.latents)][:1]
+    steps = task.model.noising.at(batch.timesteps)
+    sigmas = steps.noise.view(-1, 1, 1, 1)
+    with torch.no_grad():
+        told = stack([task.captions.of(caption) for caption in batch.captions])
+        noisy = (1 - sigmas) * batch.latents + sigmas * batch.noise
+        predicted = task.model.predict(noisy, 1000 * steps.noise, told, batch.sizes)
+        loss = task.loss(batch)
+    wanted = (predicted - (batch.noise - batch.latents)).square().flatten(1).mean(1).sum()
+    assert loss.item() == pytest.approx(wanted.item(), rel=1e-4)
     outcome = train(task, replace(TRAIN, steps=8), run=RunFolder.create(tmp_path / "run"))
     assert outcome.best_loss is not None and outcome.base_loss is not None and outcome.best_loss < outcome.base_loss

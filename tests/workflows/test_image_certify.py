@@ -33,7 +33,7 @@ def test_a_run_passes_and_what_was_changed_fails(tiny_sd_folder: Path, tmp_path:
     peft.write(without_component(other), run.adapter)
     assert names() == ["adapter on disk"] and names(spec=None) == ["adapter on disk"]
     with torch.no_grad():
-        model.unet.conv_in.weight.add_(0.01)
+        model.denoiser.conv_in.weight.add_(0.01)
     assert names() == ["adapter on disk", "base untouched", "frozen weights"]
 
 

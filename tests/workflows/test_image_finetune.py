@@ -14,6 +14,7 @@ from lorakeet.config import read_run
 from lorakeet.errors import ConfigError
 from lorakeet.evaluate.certificate import read_certificate
 from lorakeet.evaluate.report import read_report
+from lorakeet.formats import peft
 from lorakeet.workflows.finetune import finetune
 from lorakeet.workflows.image_finetune import ImageResult
 from tiny.image_runs import image_config, image_run
@@ -39,6 +40,32 @@ def test_the_report_tells_base_from_adapter(result: ImageResult) -> None:
     assert [command.command.split()[1] for command in report.next_commands] == ["generate", "convert"]
     mapping = result.to_mapping()
     assert mapping["pictures"] == {"train": 12, "held_out": 8, "test": 0} and mapping["outcome"]["steps"] == 8
+
+
+@pytest.mark.parametrize("kind", ["sd3", "flux"])
+def test_a_transformer_is_trained_proved_and_written(kind: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
+    folder: Path = request.getfixturevalue(f"tiny_{kind}_folder")
+    found = image_run(folder, tmp_path, images__resolution=16, memory__budget="20GB", lora__target_modules="attention,mlp")
+    report, run = found.report, found.run
+    assert report is not None and report.comparisons[0].verdict == "better" and read_certificate(run.certificate).passed
+    assert read_run(run.config).diffusion.prediction == "flow" and len(list((run.path / "samples").iterdir())) == 4
+    assert found.setup.arrangement.planned is not None and found.setup.arrangement.planned.tensors > 0
+    names = peft.read(run.adapter).pairs
+    assert names and all(name.startswith(("transformer_blocks", "single_transformer_blocks")) for name in names)
+    assert main(["convert", str(run.path), str(tmp_path / "x.safetensors"), "--to", "diffusers"]) == 0
+    assert main(["generate", "--adapter", str(run.path), "--prompt", "red box", "--size", "16x24", "--steps", "2",
+                 "--out", str(tmp_path / "drawn")]) == 0  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "message"),
+    [("diffusion.min_snr_gamma", "5", "weighed by how often"), ("diffusion.prediction", "epsilon", "use auto")],
+)
+def test_settings_of_diffusion_do_not_go_with_a_flow(
+    flag: str, value: str, message: str, tiny_sd3_folder: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        image_run(tiny_sd3_folder, tmp_path, images__resolution=16, **{flag.replace(".", "__"): value})
 
 
 def test_a_finished_run_is_judged_again_to_the_same_numbers(result: ImageResult) -> None:

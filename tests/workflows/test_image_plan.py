@@ -37,7 +37,7 @@ def test_neither_weights_nor_pictures_are_needed(configurations: Path, tmp_path:
     assert "Peak of the run" in text and "train step" in text and result.choices == ()
     mapping = result.to_mapping()
     assert mapping["fits"] is None and mapping["micro_batch"] == {"pictures": 4, "size": [16, 16]}
-    assert mapping["peak"] == max(phase["bytes"] for phase in mapping["phases"]) > mapping["training_tensors"] > 0
+    assert mapping["peak"] == max(phase["bytes"] for phase in mapping["phases"]) > mapping["card_tensors"] > 0
 
 
 def test_a_budget_is_answered_with_what_helps(configurations: Path, tmp_path: Path) -> None:

@@ -31,7 +31,7 @@ from lorakeet.formats.dense import Compression, compress
 from lorakeet.formats.kohya_metadata import HASH, hash_of, network_metadata
 from lorakeet.formats.limits import check_holds
 from lorakeet.formats.safe import open_safetensors, save_tensors
-from lorakeet.formats.sd_names import FAMILY_KEY, family_of, flat_keys, kohya_key, ldm_keys, unet_modules
+from lorakeet.formats.sd_names import FAMILY_KEY, family_of, flat_keys, in_transformer, kohya_key, ldm_keys, unet_modules
 from lorakeet.formats.tensors import factor_problem, read_tensors
 
 Say = Callable[[str], None]
@@ -191,6 +191,12 @@ def write(adapter: Adapter, path: Path, *, base: BaseModel | None = None) -> Non
     ConfigError names what kohya's format has no place for, and modules that Stable Diffusion (or `base`) does not have.
     """
     check_holds(adapter, "kohya", kinds=("linear", "conv2d"), dora=True)
+    transformer = [module for module in adapter.pairs if in_transformer(module)]
+    if transformer:
+        raise ConfigError(
+            f"{len(transformer)} pairs are on a diffusion transformer ({transformer[0]}, …), whose keys in kohya's format "
+            "are another model's: it joins queries, keys and values. Write it --to diffusers, which diffusers and ComfyUI load."
+        )
     own = () if base is None else base.weights
     family = family_of(dict(adapter.pairs), adapter.metadata, None if base is None else base.config("unet"))
     problems = Problems("The adapter cannot be written as kohya")

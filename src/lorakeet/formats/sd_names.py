@@ -25,6 +25,9 @@ COMPONENT_KEY = "component"  # Adapter.metadata of a PEFT folder that belongs to
 FAMILY_KEY = "sd_family"  # Adapter.metadata: what a kohya file's spelling said, SD 1.x or SDXL
 _ENCODERS = ("text_encoder", "text_encoder_2")
 _UNET_PARTS = ("down_blocks", "mid_block", "up_blocks", "conv_in", "conv_out", "time_embedding", "add_embedding")
+_TRANSFORMER_PARTS = ("transformer_blocks", "single_transformer_blocks", "pos_embed", "x_embedder", "context_embedder",
+                      "time_text_embed", "norm_out", "proj_out")  # fmt: skip
+_BLOCKS = ("transformer_blocks.", "single_transformer_blocks.")
 _CLIP_PARTS = ("encoder.layers.", "embeddings.", "final_layer_norm")
 _CONTEXT = {768: "sd1", 1024: "sd1", 2048: "sdxl"}  # width of the text that a UNet attends to
 
@@ -42,6 +45,8 @@ def canonical(path: str) -> str:
     if not component:
         if rest.partition(".")[0] in _UNET_PARTS:
             return f"unet.{rest}"
+        if rest.startswith(_BLOCKS):
+            return f"transformer.{rest}"
         if rest.startswith("text_model.encoder."):
             return f"text_encoder.{rest}"
     if component in _ENCODERS and rest.startswith(_CLIP_PARTS):
@@ -65,16 +70,23 @@ def with_components(adapter: Adapter) -> Adapter:
     )
 
 
+def in_transformer(path: str) -> bool:
+    """Whether `path` is in the transformer of SD3 or FLUX; some language models begin with `transformer` as well."""
+    return component_of(path) == "transformer" and path.split(".")[1] in _TRANSFORMER_PARTS
+
+
 def without_component(adapter: Adapter) -> Adapter:
-    """The adapter of a UNet alone with the UNet's own paths, so that PEFT can load it there; any other as it is."""
+    """The adapter of a UNet or diffusion transformer alone with its own paths, so that PEFT can load it; any other as it is."""
     paths = [*adapter.pairs, *adapter.extras]
-    if not paths or {component_of(path) for path in paths} != {"unet"}:
+    components = {component_of(path) for path in paths}
+    if components != {"unet"} and not (paths and all(in_transformer(path) for path in paths)):
         return adapter
+    [component] = components
     return dataclasses.replace(
         adapter,
         pairs={path.partition(".")[2]: pair for path, pair in adapter.pairs.items()},
         extras={path.partition(".")[2]: tensor for path, tensor in adapter.extras.items()},
-        metadata={**adapter.metadata, COMPONENT_KEY: "unet"},
+        metadata={**adapter.metadata, COMPONENT_KEY: component},
     )
 
 

@@ -1,9 +1,9 @@
-"""A frozen latent diffusion model in diffusers' parts (Stable Diffusion 1.x, 2.x, SDXL): UNet, autoencoder, text encoders."""
+"""A frozen latent diffusion model in diffusers' parts: UNet or transformer, autoencoder, text encoders; its Plan."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -21,28 +21,16 @@ from lorakeet.errors import ConfigError, DataError, EnvironmentProblem
 from lorakeet.formats.sd_names import with_components
 from lorakeet.models.families import DIFFUSION
 from lorakeet.models.frozen import frozen_digests
-from lorakeet.models.image_packed import METHODS, load_packed_denoiser
+from lorakeet.models.image_diffusers import diffusers, new_denoiser, quiet_diffusers
+from lorakeet.models.image_kinds import ENCODERS, FLUX_PLACES, PIPELINES, TOKENIZERS, Conditioning, ImageKind, predicted
+from lorakeet.models.image_noise import Noising, noising_of
+from lorakeet.models.image_packed import METHODS, denoiser_files, load_packed_denoiser
+from lorakeet.models.image_single import load_single, open_single, single_denoiser_files
 from lorakeet.models.inject import attach
 from lorakeet.models.modules import find
 from lorakeet.models.placement import device_for, dtype_for
-from lorakeet.models.quiet import quiet_transformers
 from lorakeet.models.spec import ModelSpec
 from lorakeet.models.targets import plan_for
-
-PIPELINES = {"StableDiffusionPipeline": "sd", "StableDiffusionXLPipeline": "sdxl"}
-ENCODERS = ("text_encoder", "text_encoder_2")
-
-
-@dataclass(frozen=True)
-class Conditioning:
-    """What the UNet is told of n captions: states (n, tokens, width), and for SDXL the pooled vectors (n, width)."""
-
-    states: Tensor
-    pooled: Tensor | None = None
-
-    def to(self, device: torch.device, dtype: torch.dtype) -> Conditioning:
-        pooled = None if self.pooled is None else self.pooled.to(device, dtype)
-        return Conditioning(self.states.to(device, dtype), pooled)
 
 
 def stack(parts: Sequence[Conditioning]) -> Conditioning:
@@ -53,21 +41,61 @@ def stack(parts: Sequence[Conditioning]) -> Conditioning:
 
 @dataclass(frozen=True)
 class ImageModel:
-    """The parts of a pipeline. `parts` holds what adapters can be put on: unet, text_encoder and, in SDXL, text_encoder_2.
+    """The parts of a pipeline. `parts` holds those that adapters can be put on: the denoiser and the text encoders.
 
     The autoencoder stays in fp32 whatever `dtype` is: SDXL's overflows in fp16, and it runs once for each picture only.
+    With `aside`, a part is on `device` only while it computes, and waits there otherwise: on a card there is then room for
+    whichever part is the largest, not for all of them.
     """
 
     name: str
-    kind: str  # sd or sdxl
+    kind: ImageKind
     pipeline: Any
     parts: nn.ModuleDict
     device: torch.device
     dtype: torch.dtype
+    aside: torch.device | None = None
+
+    def stage(self, *names: str) -> None:
+        """Brings the named parts ("vae" or a name in `parts`) onto the device, and all others aside; nothing without `aside`."""
+        if self.aside is None:
+            return
+        every = {**dict(self.parts.items()), "vae": self.vae}
+        for name in sorted(every, key=lambda name: name in names):  # make room first
+            place_on(every[name], self.device if name in names else self.aside)
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def stage_to_predict(self) -> None:
+        """Brings the denoiser onto the device, and the text encoders that are trained with it."""
+        self.stage(self.kind.denoiser, *self._trained_encoders())
+
+    def stage_to_describe(self) -> None:
+        """Brings the text encoders onto the device, and the denoiser where they are trained with it."""
+        self.stage(*ENCODERS, *([self.kind.denoiser] if self._trained_encoders() else []))
+
+    @contextmanager
+    def drawing(self) -> Iterator[None]:
+        """Denoiser and autoencoder on the device, and the pipeline without the encoders: it runs where any of its parts is."""
+        self.stage(self.kind.denoiser, "vae")
+        away = [] if self.aside is None else [name for name in ENCODERS if name in self.parts]
+        for name in away:
+            object.__setattr__(self.pipeline, name, None)  # past diffusers' own, which would write it into the configuration
+        try:
+            yield
+        finally:
+            for name in away:
+                object.__setattr__(self.pipeline, name, self.parts[name])
+
+    def _trained_encoders(self) -> list[str]:
+        if self.aside is None:
+            return []
+        return [name for name in ENCODERS if name in self.parts and any(p.requires_grad for p in self.parts[name].parameters())]
 
     @property
-    def unet(self) -> Any:
-        return self.parts["unet"]
+    def denoiser(self) -> Any:
+        """The UNet or the transformer."""
+        return self.parts[self.kind.denoiser]
 
     @property
     def vae(self) -> Any:
@@ -75,24 +103,32 @@ class ImageModel:
 
     @property
     def prediction(self) -> str:
-        """What the UNet predicts, as the scheduler says: epsilon or v_prediction."""
-        return str(self.pipeline.scheduler.config.prediction_type)
+        """What the denoiser predicts: flow, or what the scheduler says, epsilon or v_prediction."""
+        return "flow" if self.kind.flow else str(self.pipeline.scheduler.config.prediction_type)
 
     @cached_property
-    def alphas_cumprod(self) -> Tensor:
-        """ᾱ of each training timestep (timesteps,), fp32 on the CPU: the share of the signal in a noisy latent."""
-        scheduler = diffusers().DDPMScheduler.from_config(self.pipeline.scheduler.config)
-        return cast(Tensor, scheduler.alphas_cumprod).float()
+    def noising(self) -> Noising:
+        """How latents are noised at each step of training."""
+        return noising_of(self.pipeline.scheduler.config, flow=self.kind.flow)
 
     @property
     def resolution(self) -> int:
-        """Side in pixels of the pictures that the UNet was made for."""
-        return int(self.unet.config.sample_size) * self.factor
+        """Side in pixels of the pictures that the denoiser was made for."""
+        side = FLUX_PLACES if self.kind.name == "flux" else self.denoiser.config.sample_size
+        return int(side) * self.factor
 
     @property
     def factor(self) -> int:
         """Pixels to one side of a latent's place."""
         return int(self.pipeline.vae_scale_factor)
+
+    @property
+    def multiple(self) -> int:
+        """Pixels of which a picture's sides must be multiples: a UNet halves places, a transformer lays them into patches."""
+        config = self.denoiser.config
+        if self.kind.denoiser == "unet":
+            return int(self.factor * 2 ** (len(config.block_out_channels) - 1))
+        return self.factor * (2 if self.kind.name == "flux" else int(config.patch_size))
 
     @cached_property
     def autoencoder_digest(self) -> str:
@@ -109,8 +145,8 @@ class ImageModel:
 
     @cached_property
     def denoiser_digest(self) -> str:
-        """SHA-256 over the UNet's frozen numbers: what the base draws is the same where it is."""
-        return _digest(self.unet, self.prediction)
+        """SHA-256 over the denoiser's frozen numbers: what the base draws is the same where it is."""
+        return _digest(self.denoiser, self.prediction)
 
     def encode(self, pixels: Tensor) -> Tensor:
         """Pixels (n, 3, height, width) in [−1, 1] to latents (n, channels, height/factor, width/factor), fp32.
@@ -118,6 +154,7 @@ class ImageModel:
         The mean of the autoencoder's distribution, not a sample of it: the same picture always has the same latent. One picture
         at a time, as in `decode`: at 1024² the autoencoder holds gigabytes for each.
         """
+        self.stage("vae")
         with torch.no_grad():
             wide = pixels.to(self.device, torch.float32)
             mean = torch.cat([self.vae.encode(wide[place : place + 1]).latent_dist.mean for place in range(len(wide))])
@@ -126,6 +163,7 @@ class ImageModel:
 
     def decode(self, latents: Tensor) -> Tensor:
         """Latents to pictures (n, height, width, 3), uint8 on the CPU."""
+        self.stage("vae")
         config = self.vae.config
         wide = latents.to(self.device, torch.float32) / config.scaling_factor + (getattr(config, "shift_factor", None) or 0.0)
         found = []
@@ -136,53 +174,50 @@ class ImageModel:
         return torch.cat(found).permute(0, 2, 3, 1).cpu()
 
     def describe(self, captions: Sequence[str]) -> Conditioning:
-        """The conditioning of `captions`, with gradient where one is asked for; what is longer than CLIP's limit is cut off.
+        """The conditioning of `captions`, with gradient where one is asked for; what is longer than encoders read is cut off.
 
         SDXL was trained with zeros for the empty caption, and its pipeline says so.
         """
+        self.stage_to_describe()
         with quiet_diffusers():
             found = self.pipeline.encode_prompt(
-                list(captions), device=self.device, num_images_per_prompt=1, do_classifier_free_guidance=False
+                list(captions), device=self.device, num_images_per_prompt=1, **self.kind.prompts
             )
-        states, pooled = found[0], found[2] if self.kind == "sdxl" else None
-        if pooled is not None and self.pipeline.config.force_zeros_for_empty_prompt and "" in captions:
+        states, pooled = found[0], None if self.kind.pooled is None else found[self.kind.pooled]
+        zeros = self.kind.name == "sdxl" and self.pipeline.config.force_zeros_for_empty_prompt
+        if pooled is not None and zeros and "" in captions:
             told = torch.tensor([float(caption != "") for caption in captions], device=states.device, dtype=states.dtype)
             states, pooled = states * told.view(-1, 1, 1), pooled * told.view(-1, 1)
         return Conditioning(states, pooled)
 
     def cut_off(self, captions: Sequence[str]) -> list[str]:
-        """Those of `captions` that are longer than a tokenizer's limit."""
-        limits = [(tokenizer, int(tokenizer.model_max_length)) for tokenizer in self._tokenizers()]
+        """Those of `captions` of which no encoder reads all."""
+        tokenizers = self._tokenizers()
+        if self.kind.reads and not type(tokenizers[-1]).__name__.startswith("CLIP"):
+            limits = [(tokenizers[-1], self.kind.reads)]
+        else:
+            limits = [(tokenizer, int(tokenizer.model_max_length)) for tokenizer in tokenizers]
         with quiet_diffusers():
             return [text for text in captions if any(len(tokenizer(text).input_ids) > limit for tokenizer, limit in limits)]
 
-    def predict(self, noisy: Tensor, timesteps: Tensor, told: Conditioning, sizes: Tensor) -> Tensor:
-        """The UNet's prediction (n, channels, h, w), fp32, of `noisy` latents at `timesteps` (n,).
+    def predict(self, noisy: Tensor, times: Tensor, told: Conditioning, sizes: Tensor) -> Tensor:
+        """The denoiser's prediction (n, channels, h, w), fp32, of `noisy` latents at `times` (n,), as `noising` has them.
 
         sizes (n, 6): original height and width, top and left of the crop, target height and width, which SDXL is told.
         """
-        told = told.to(self.device, self.dtype)
-        added = None
-        if self.kind == "sdxl":
-            added = {"text_embeds": told.pooled, "time_ids": sizes.to(self.device, self.dtype)}
-        found = self.unet(
-            noisy.to(self.device, self.dtype),
-            timesteps.to(self.device),
-            encoder_hidden_states=told.states,
-            added_cond_kwargs=added,
-            return_dict=False,
-        )[0]
-        return cast(Tensor, found.float())
+        self.stage_to_predict()
+        told, wide = told.to(self.device, self.dtype), (self.device, self.dtype)
+        found = predicted(self.kind, self.denoiser, noisy.to(*wide), times.to(self.device), told, sizes.to(*wide))
+        return found.float()
 
     def _tokenizers(self) -> list[Any]:
-        names = ("tokenizer", "tokenizer_2")
-        return [tokenizer for name in names if (tokenizer := getattr(self.pipeline, name, None)) is not None]
+        return [tokenizer for name in TOKENIZERS if (tokenizer := getattr(self.pipeline, name, None)) is not None]
 
 
 def load_image_model(spec: ModelSpec, *, say: Callable[[str], None] = print) -> ImageModel:
-    """The pipeline in the folder, or under the hub id, `spec.path`, frozen, on its device.
+    """The pipeline in the file or folder, or under the hub id, `spec.path`, frozen, on its device.
 
-    ConfigError for what is no Stable Diffusion and for settings that it cannot have; EnvironmentProblem where diffusers or the
+    ConfigError for what is none of `image_kinds` and for settings that it cannot have; EnvironmentProblem where diffusers or the
     files are missing.
     """
     for message in spec.validate():
@@ -193,48 +228,69 @@ def load_image_model(spec: ModelSpec, *, say: Callable[[str], None] = print) -> 
         raise ConfigError("model.quantize.int8_products is for text models; leave it out where pictures are trained on.")
     device = device_for(spec.device)
     dtype = dtype_for(spec.dtype, device)
-    kind, pipeline_class, extra = _class_of(spec)
-    say(f"Loading {spec.path} ({pipeline_class}, {str(dtype).removeprefix('torch.')}) with diffusers.")
-    with quiet_diffusers(), _as_problem(spec):
-        if spec.quantize.method != "none":
-            extra["unet"] = load_packed_denoiser(_folder_of(spec) / "unet", new_denoiser, dtype, spec.quantize, say=say)
-        pipeline = getattr(diffusers(), pipeline_class).from_pretrained(
-            spec.path, revision=spec.revision, torch_dtype=dtype, use_safetensors=True, **extra
-        )
+    kind, pipeline = _pipeline_of(spec, dtype, say)
+    aside = torch.device("cpu") if device.type == "cuda" else None
+    if aside is None:
         pipeline.to(device)
     pipeline.set_progress_bar_config(disable=True)
     pipeline.vae.float()
-    names = [name for name in ("unet", *ENCODERS) if getattr(pipeline, name, None) is not None]
+    names = [name for name in (kind.denoiser, *ENCODERS) if getattr(pipeline, name, None) is not None]
     parts = nn.ModuleDict({name: getattr(pipeline, name) for name in names})
     for part in (pipeline.vae, parts):
         part.requires_grad_(False).eval()
-    prediction = pipeline.scheduler.config.prediction_type
-    if prediction not in ("epsilon", "v_prediction"):
-        raise ConfigError(f"{spec.path} predicts '{prediction}'; expected epsilon or v_prediction.")
-    return ImageModel(spec.path, kind, pipeline, parts, device, dtype)
+    model = ImageModel(spec.path, kind, pipeline, parts, device, dtype, aside)
+    if model.prediction not in ("epsilon", "v_prediction", "flow"):
+        raise ConfigError(f"{spec.path} predicts '{model.prediction}'; expected epsilon or v_prediction.")
+    return model
 
 
-def new_denoiser(config: Mapping[str, Any]) -> Any:
-    """The denoiser that the content of its config.json describes, on the current default device, its weights random."""
-    return getattr(diffusers(), config["_class_name"]).from_config(dict(config))
+def place_on(part: nn.Module, device: torch.device) -> None:
+    """Moves `part` to the device, if it is not there. From and to `meta`, as in a rehearsal, its tensors are made anew."""
+    held = next(part.parameters()).device
+    if held.type == device.type:
+        return
+    if "meta" not in (held.type, device.type):
+        part.to(device)
+        return
+    made: dict[int, Tensor] = {}
+    for module in part.modules():
+        for name, tensor in list(module._parameters.items()):
+            if tensor is not None:
+                new = made.setdefault(id(tensor), torch.zeros_like(tensor, device=device))
+                module._parameters[name] = nn.Parameter(new, requires_grad=tensor.requires_grad)
+        for name, buffer in list(module._buffers.items()):
+            if buffer is not None:
+                module._buffers[name] = torch.zeros_like(buffer, device=device)
 
 
 def image_plan(model: ImageModel, spec: LoraSpec, *, text_encoder: bool) -> Plan:
-    """What `spec` means for the UNet and, where asked for, for the text encoders.
+    """What `spec` means for the denoiser and, where asked for, for the CLIP text encoders.
 
-    Besides module names: attention, mlp (the feed-forward layers), all-linear, and conv (all convolutions but the first and the
-    last one). The last block of SDXL's first text encoder is left out: its output is not used. ConfigError with every problem.
+    Besides module names: attention, mlp (the feed-forward layers), all-linear, and conv (all convolutions but a UNet's first and
+    last one). Modules whose output is not used are left out (`_unused`). ConfigError with every problem.
     """
     if spec.layers != "all":
-        raise ConfigError(f"lora.layers is '{spec.layers}', but a UNet has no single list of blocks; use lora.exclude_modules.")
-    chosen = {name: part for name, part in model.parts.items() if name == "unet" or text_encoder}
+        raise ConfigError(
+            f"lora.layers is '{spec.layers}', but a denoiser has no single list of blocks; use lora.exclude_modules."
+        )
+    chosen = {
+        name: part
+        for name, part in model.parts.items()
+        if name == model.kind.denoiser or (text_encoder and type(part).__name__.startswith("CLIP"))
+    }
     plan = plan_for(nn.ModuleDict(chosen), spec, DIFFUSION)
     return replace(plan, entries=tuple(entry for entry in plan.entries if not _unused(model, entry.path)))
 
 
 def _unused(model: ImageModel, path: str) -> bool:
-    """Whether the module at `path` is in the last block of SDXL's first text encoder: the states are taken before it."""
-    if model.kind != "sdxl" or not path.startswith("text_encoder."):
+    """Whether what the module at `path` computes goes nowhere, so that a pair on it has no gradient.
+
+    The last block of SDXL's first text encoder: the states are taken before it. The text's queries in SD3's last block, which
+    gives pictures alone.
+    """
+    if model.kind.name == "sd3":
+        return path == f"transformer.transformer_blocks.{int(model.denoiser.config.num_layers) - 1}.attn.add_q_proj"
+    if model.kind.name != "sdxl" or not path.startswith("text_encoder."):
         return False
     blocks = int(cast(Any, model.parts["text_encoder"]).config.num_hidden_layers)
     return f".layers.{blocks - 1}." in path
@@ -256,18 +312,6 @@ def fitted(model: ImageModel, adapter: Adapter) -> Adapter:
     return replace(full, pairs={own(path): pair for path, pair in full.pairs.items()})
 
 
-def diffusers() -> Any:
-    """The package diffusers. EnvironmentProblem where it is not installed."""
-    with quiet_transformers():
-        try:
-            import diffusers as package
-        except ImportError as error:
-            raise EnvironmentProblem(
-                f"Image models need diffusers, which is not installed ({error}). Install it: pip install 'lorakeet[images]'"
-            ) from error
-    return package
-
-
 def _folder_of(spec: ModelSpec) -> Path:
     """The folder of the pipeline, fetched first where `spec.path` is a hub id."""
     path = Path(spec.path).expanduser()
@@ -276,23 +320,42 @@ def _folder_of(spec: ModelSpec) -> Path:
     return Path(diffusers().DiffusionPipeline.download(spec.path, revision=spec.revision, use_safetensors=True))
 
 
-def _class_of(spec: ModelSpec) -> tuple[str, str, dict[str, Any]]:
-    """(kind, name of diffusers' class, further arguments of its loader)."""
-    path = Path(spec.path).expanduser()
-    if path.is_file():
-        raise ConfigError(
-            f"model.path {spec.path} is a single file; expected a folder in diffusers' layout (with model_index.json) or a hub "
-            "id. diffusers' from_single_file(…).save_pretrained(FOLDER) makes one."
+def _pipeline_of(spec: ModelSpec, dtype: torch.dtype, say: Callable[[str], None]) -> tuple[ImageKind, Any]:
+    """(kind, diffusers' pipeline on the CPU) of a single file, a folder or a hub id."""
+    packing = spec.quantize.method != "none"
+    single = open_single(spec, say)
+    if single is not None:
+        name = single.shapes["_class_name"]
+        say(f"Loading {spec.path} ({name}, {str(dtype).removeprefix('torch.')}) with diffusers.")
+        with _as_problem(spec):
+            files = single_denoiser_files(single) if packing else None
+            unet = None if files is None else load_packed_denoiser(files, new_denoiser, dtype, spec.quantize, say=say)
+            return PIPELINES[name], load_single(single, dtype, unet, say)
+    kind, extra = _kind_of(spec)
+    say(f"Loading {spec.path} ({kind.pipeline}, {str(dtype).removeprefix('torch.')}) with diffusers.")
+    with quiet_diffusers(), _as_problem(spec):
+        if packing:
+            files = denoiser_files(_folder_of(spec) / kind.denoiser)
+            extra[kind.denoiser] = load_packed_denoiser(files, new_denoiser, dtype, spec.quantize, say=say)
+        return kind, getattr(diffusers(), kind.pipeline).from_pretrained(
+            spec.path, revision=spec.revision, torch_dtype=dtype, use_safetensors=True, **extra
         )
+
+
+def _kind_of(spec: ModelSpec) -> tuple[ImageKind, dict[str, Any]]:
+    """The kind of a folder or a hub id, and further arguments of diffusers' loader."""
+    path = Path(spec.path).expanduser()
     if path.is_dir() and not (path / "model_index.json").is_file():
-        raise DataError(f"{path} has no model_index.json, so it is no pipeline of diffusers'; expected unet/, vae/, … in it.")
+        raise DataError(
+            f"{path} has no model_index.json, so it is no pipeline of diffusers'; expected unet/ or transformer/, vae/, … in it."
+        )
     with quiet_diffusers(), _as_problem(spec):
         index = diffusers().DiffusionPipeline.load_config(spec.path, revision=spec.revision)
     name = index.get("_class_name", "")
     if name not in PIPELINES:
-        raise ConfigError(f"{spec.path} is a {name or 'pipeline without a name'}; expected {' or '.join(PIPELINES)}.")
+        raise ConfigError(f"{spec.path} is a {name or 'pipeline without a name'}; expected {', '.join(PIPELINES)}.")
     checker = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
-    return PIPELINES[name], name, checker if PIPELINES[name] == "sd" else {}
+    return PIPELINES[name], checker if PIPELINES[name].name == "sd" else {}
 
 
 @contextmanager
@@ -301,25 +364,9 @@ def _as_problem(spec: ModelSpec) -> Iterator[None]:
         yield
     except (OSError, ValueError, SafetensorError) as error:  # what diffusers raises for files that lack or are broken
         raise EnvironmentProblem(
-            f"model.path '{spec.path}' cannot be loaded: {error}. Expected a folder that diffusers saved, or a hub id that this "
-            "machine can reach; pickled weights are not opened."
+            f"model.path '{spec.path}' cannot be loaded: {error}. Expected a folder that diffusers saved, a single file, or a "
+            "hub id that this machine can reach; pickled weights are not opened."
         ) from error
-
-
-@contextmanager
-def quiet_diffusers() -> Iterator[None]:
-    """Silences what transformers and diffusers say besides errors; afterwards their settings are as they were."""
-    logging = diffusers().utils.logging
-    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        with quiet_transformers():
-            yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if bars:
-            logging.enable_progress_bar()
 
 
 def _digest(module: nn.Module, note: str) -> str:

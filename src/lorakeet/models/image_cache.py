@@ -16,7 +16,8 @@ from lorakeet.data.images import ImageRow, Pixels, bucket_of, bucket_sizes, cut,
 from lorakeet.errors import ConfigError, DataError, EnvironmentProblem
 from lorakeet.formats.safe import open_safetensors, save_tensors
 from lorakeet.models.gguf_copy import cache_folder
-from lorakeet.models.image import Conditioning, ImageModel
+from lorakeet.models.image import ImageModel
+from lorakeet.models.image_kinds import Conditioning
 
 AT_ONCE = 4  # captions, and cut-outs of a picture, that are encoded together
 Progress = Callable[[int], None]  # called with the number of pictures or captions just done
@@ -42,13 +43,15 @@ class Sizes:
 
     @classmethod
     def of(cls, model: ImageModel, spec: ImageSpec) -> Sizes:
-        """ConfigError where the settings ask for a size that the UNet cannot halve."""
-        step = model.factor * 2 ** (len(model.unet.config.block_out_channels) - 1)
+        """ConfigError where the settings ask for a size that the denoiser cannot halve or lay into patches."""
+        step = model.multiple
         resolution = spec.resolution or model.resolution
         wanted = spec.bucket_step or max(step, resolution // 8 // step * step)
         for name, value in (("resolution", resolution), ("bucket_step", wanted)):
             if value % step:
-                raise ConfigError(f"images.{name} is {value}, but {model.name} halves {step} pixels; use a multiple of {step}.")
+                raise ConfigError(
+                    f"images.{name} is {value}, but {model.name} works on {step} pixels at a time; use a multiple of {step}."
+                )
         return cls(bucket_sizes(resolution, wanted) if spec.buckets else [(resolution, resolution)])
 
 
@@ -80,7 +83,7 @@ class Captions:
     def of(self, caption: str) -> Conditioning:
         """The conditioning of one caption, (1, tokens, width), fp32 on the CPU."""
         if caption not in self.known:
-            key = f"{self.model.kind} {self.model.encoders_digest}\n{caption}"
+            key = f"{self.model.kind.name} {self.model.encoders_digest}\n{caption}"
             held = kept(self.folder, key, lambda: self._describe(caption), self.say)
             self.known[caption] = Conditioning(held["states"], held.get("pooled"))
         return self.known[caption]

@@ -5,72 +5,36 @@ Built inside a memory.ledger.Ledger its tensors take no memory; built outside th
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
-from importlib.resources import files
-from importlib.resources.abc import Traversable
-from pathlib import Path
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+from torch import nn
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, T5Config, T5EncoderModel
 
-from lorakeet.errors import ConfigError, nearest
-from lorakeet.models.image import ENCODERS, PIPELINES, Conditioning, ImageModel, diffusers, new_denoiser, quiet_diffusers
+from lorakeet.models.image import ImageModel
+from lorakeet.models.image_diffusers import diffusers, new_denoiser, quiet_diffusers
+from lorakeet.models.image_kinds import ENCODERS, PIPELINES, Conditioning
 from lorakeet.models.image_packed import packing_of_denoiser
+from lorakeet.models.image_shapes import Shapes, shapes_in
+from lorakeet.models.image_single import open_single
 from lorakeet.models.outline import put_packed
 from lorakeet.models.spec import ModelSpec
 from lorakeet.quant.spec import QuantSpec
 
-Shapes = Mapping[str, Any]  # _class_name of the pipeline, and the configurations of its parts and of its scheduler, by name
-_ENCODER_CLASSES = {"text_encoder": CLIPTextModel, "text_encoder_2": CLIPTextModelWithProjection}
-
-
-@cache
-def published_images() -> dict[str, Traversable]:
-    """The configurations of well-known pipelines that ship with Lorakeet, by hub id."""
-    entries = [entry for entry in (files("lorakeet.models") / "shapes" / "images").iterdir() if entry.name.endswith(".json")]
-    return {entry.name.removesuffix(".json").replace("--", "/"): entry for entry in entries}
+_CLIP = {"CLIPTextModel": CLIPTextModel, "CLIPTextModelWithProjection": CLIPTextModelWithProjection}
 
 
 def shapes_of_images(spec: ModelSpec, say: Callable[[str], None]) -> Shapes:
     """The configurations of the pipeline that `spec.path` names; no weights are read or fetched.
 
-    Those of a folder, a published shape (which needs no network), or those of a hub id. ConfigError where there are none.
+    Those of a single file, a folder, a published shape (which needs no network), or a hub id. ConfigError where there are none.
     """
-    name = spec.path
-    found = {known.lower(): known for known in published_images()}.get(name.lower())
-    if found is not None and not Path(name).expanduser().exists():
-        return dict(json.loads(published_images()[found].read_text(encoding="utf-8")))
-    package = diffusers()
-    if not Path(name).expanduser().exists():
-        say(f"Asking the model hub for the configurations of {name}.")
-    try:
-        with quiet_diffusers():
-            index = package.DiffusionPipeline.load_config(name, revision=spec.revision)
-            kind = PIPELINES.get(index.get("_class_name", ""))
-            parts = {"unet": package.UNet2DConditionModel, "vae": package.AutoencoderKL, "scheduler": package.DDPMScheduler}
-            shapes = {part: owner.load_config(name, subfolder=part, revision=spec.revision) for part, owner in parts.items()}
-            encoders = ENCODERS if kind == "sdxl" else ENCODERS[:1]
-            for part in encoders:
-                config = CLIPTextConfig.from_pretrained(name, subfolder=part, revision=spec.revision or "main")
-                shapes[part] = config.to_dict()
-    except (OSError, ValueError, KeyError) as error:
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
-        known = list(published_images())
-        raise ConfigError(
-            f"model.path '{name}' has no configurations that could be read: {first}. Name a folder that diffusers saved, a hub "
-            f"id, or one of the shapes that need no network: {', '.join(known)}.{nearest(name, known)}"
-        ) from error
-    if kind is None:
-        raise ConfigError(
-            f"{name} is a {index.get('_class_name', 'pipeline without a name')}; expected {' or '.join(PIPELINES)}."
-        )
-    return {**shapes, "_class_name": index["_class_name"]}
+    single = open_single(spec, say)
+    return shapes_in(spec.path, spec.revision, say) if single is None else single.shapes
 
 
 @dataclass(frozen=True)
@@ -78,36 +42,60 @@ class OutlinedImage(ImageModel):
     """An ImageModel without tokenizers: captions are made-up ids, as many as the text encoders read."""
 
     def describe(self, captions: Sequence[str]) -> Conditioning:
-        states: list[Tensor] = []
-        pooled = None
-        for name in ENCODERS:
-            if name in self.parts:
-                encoder: Any = self.parts[name]
-                ids = torch.ones(len(captions), int(encoder.config.max_position_embeddings), dtype=torch.long, device=self.device)
-                found = encoder(ids, output_hidden_states=self.kind == "sdxl")
-                states.append(found.hidden_states[-2] if self.kind == "sdxl" else found[0])
-                pooled = found[0] if self.kind == "sdxl" else None
-        return Conditioning(torch.cat(states, dim=-1), pooled)
+        self.stage_to_describe()
+        found = {name: self._read(name, len(captions)) for name in ENCODERS if name in self.parts}
+        if self.kind.name == "sd":
+            return Conditioning(found["text_encoder"][0])
+        if self.kind.name == "flux":
+            return Conditioning(found["text_encoder_2"][0], found["text_encoder"].pooler_output)
+        clip = [found[name] for name in ENCODERS[:2]]
+        states = torch.cat([one.hidden_states[-2] for one in clip], dim=-1)
+        if self.kind.name == "sdxl":
+            return Conditioning(states, clip[1][0])
+        width = int(self.denoiser.config.joint_attention_dim)
+        nothing = states.new_zeros(len(captions), self.kind.reads, width)
+        read = found["text_encoder_3"][0] if "text_encoder_3" in found else nothing
+        wide = nn.functional.pad(states, (0, width - states.shape[-1]))
+        return Conditioning(torch.cat([wide, read], dim=1), torch.cat([one[0] for one in clip], dim=-1))
+
+    def _read(self, name: str, count: int) -> Any:
+        encoder: Any = self.parts[name]
+        tokens = getattr(encoder.config, "max_position_embeddings", self.kind.reads)
+        ids = torch.ones(count, int(tokens), dtype=torch.long, device=self.device)
+        return encoder(ids, output_hidden_states=self.kind.name in ("sdxl", "sd3"))
 
 
-def outline_image(shapes: Shapes, *, name: str, dtype: torch.dtype, quantize: QuantSpec | None = None) -> OutlinedImage:
-    """The frozen model of `shapes`, on the CPU, in eval mode; the linear layers of its UNet are packed as `quantize` asks."""
-    package = diffusers()
+def outline_image(
+    shapes: Shapes, *, name: str, dtype: torch.dtype, quantize: QuantSpec | None = None, card: bool = False
+) -> OutlinedImage:
+    """The frozen model of `shapes`, on the CPU, in eval mode; the linear layers of its denoiser are packed as `quantize` asks.
+
+    For a `card`, the CPU stands for it, and what waits aside is not there at all.
+    """
+    package, kind = diffusers(), PIPELINES[shapes["_class_name"]]
     with quiet_diffusers():
-        parts = nn.ModuleDict({"unet": _in(dtype, lambda: new_denoiser(shapes["unet"]))})
-        for encoder in ENCODERS:
-            if encoder in shapes:
-                config = CLIPTextConfig(**{key: value for key, value in shapes[encoder].items() if not key.startswith("_")})
-                parts[encoder] = _in(dtype, lambda owner=_ENCODER_CLASSES[encoder], config=config: owner(config))  # type: ignore[misc]
+        parts = nn.ModuleDict({kind.denoiser: _in(dtype, lambda: new_denoiser(shapes[kind.denoiser]))})
+        for name_of_part in ENCODERS:
+            if name_of_part in shapes:
+                parts[name_of_part] = _in(dtype, partial(_encoder, shapes[name_of_part]))
         vae = _in(torch.float32, lambda: package.AutoencoderKL.from_config(dict(shapes["vae"])))
-        scheduler = package.DDPMScheduler.from_config(dict(shapes["scheduler"]))
-    put_packed(parts["unet"], packing_of_denoiser(parts["unet"], quantize or QuantSpec()), torch.device("cpu"))
+        steps = dict(shapes["scheduler"])
+        scheduler = SimpleNamespace(config=steps) if kind.flow else package.DDPMScheduler.from_config(steps)
+    denoiser = parts[kind.denoiser]
+    put_packed(denoiser, packing_of_denoiser(denoiser, quantize or QuantSpec()), torch.device("cpu"))
     for part in (vae, parts):
         part.requires_grad_(False).eval()
     factor = 2 ** (len(vae.config.block_out_channels) - 1)
     pipeline = SimpleNamespace(scheduler=scheduler, vae=vae, vae_scale_factor=factor)
-    kind = PIPELINES[shapes["_class_name"]]
-    return OutlinedImage(name, kind, pipeline, parts, torch.device("cpu"), dtype)
+    return OutlinedImage(name, kind, pipeline, parts, torch.device("cpu"), dtype, torch.device("meta") if card else None)
+
+
+def _encoder(shape: Mapping[str, Any]) -> Any:
+    """The text encoder of a configuration; CLIP's without a projection where it does not say its class."""
+    settings, name = {key: value for key, value in shape.items() if not key.startswith("_")}, shape.get("_class_name", "")
+    if name.startswith("T5"):
+        return T5EncoderModel(T5Config(**settings))
+    return _CLIP.get(name, CLIPTextModel)(CLIPTextConfig(**settings))
 
 
 def _in(dtype: torch.dtype, make: Callable[[], Any]) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,15 @@ _WIDE = ("time_embedding", "add_embedding", "time_text_embed")  # few numbers, o
 Make = Callable[[Mapping[str, Any]], nn.Module]  # a denoiser from the content of its config.json
 
 
+@dataclass(frozen=True)
+class DenoiserFiles:
+    """A denoiser as it lies on disk: its configuration, and by diffusers' names the file of each tensor and its name there."""
+
+    where: Path
+    config: Mapping[str, Any]
+    tensors: Mapping[str, tuple[SafeFile, str]]
+
+
 def packing_of_denoiser(model: nn.Module, spec: QuantSpec) -> Packing:
     """How each linear layer of `model` is packed: all but those that embed timestep and sizes; convolutions stay as they are."""
     if spec.method == "none":
@@ -38,21 +48,20 @@ def packing_of_denoiser(model: nn.Module, spec: QuantSpec) -> Packing:
 
 
 def load_packed_denoiser(
-    folder: Path, make: Make, dtype: torch.dtype, spec: QuantSpec, *, say: Callable[[str], None] = print
+    files: DenoiserFiles, make: Make, dtype: torch.dtype, spec: QuantSpec, *, say: Callable[[str], None] = print
 ) -> nn.Module:
-    """The denoiser in `folder` (config.json and safetensors) on the CPU, its linear layers packed from the dtype of the file.
+    """The denoiser in `files` on the CPU, its linear layers packed from the dtype of the file.
 
     All other numbers are rounded to `dtype`. DataError lists every tensor that is missing, unknown or of another shape.
     """
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     with torch.device("meta"):
-        model = make(config)
-    packing, files = packing_of_denoiser(model, spec), denoiser_files(folder)
-    _check(folder, model, files)
+        model = make(files.config)
+    packing = packing_of_denoiser(model, spec)
+    _check(files, model)
     held = dense = 0
-    for name, file in files.items():
+    for name, (file, stored) in files.tensors.items():
         path, _, leaf = name.rpartition(".")
-        module, tensor = model.get_submodule(path), file.read(name)
+        module, tensor = model.get_submodule(path), file.read(stored)
         if path in packing and leaf == "weight":
             base = quantised(tensor, spec)
             held, dense = held + base.bytes, dense + tensor.numel() * dtype.itemsize
@@ -67,20 +76,22 @@ def load_packed_denoiser(
     return model.requires_grad_(False).eval()
 
 
-def denoiser_files(folder: Path) -> dict[str, SafeFile]:
-    """The file of each tensor of a folder that diffusers saved, headers checked; nothing is read."""
+def denoiser_files(folder: Path) -> DenoiserFiles:
+    """Those of a folder that diffusers saved (config.json and safetensors), headers checked; nothing is read."""
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     index = folder / f"{_NAME}.index.json"
     if index.is_file():
-        return indexed(index)
+        return DenoiserFiles(folder, config, {name: (file, name) for name, file in indexed(index).items()})
     file = open_safetensors(folder / _NAME)
-    return dict.fromkeys(file.tensors, file)
+    return DenoiserFiles(folder, config, {name: (file, name) for name in file.tensors})
 
 
-def _check(folder: Path, model: nn.Module, files: Mapping[str, SafeFile]) -> None:
-    problems = Problems(f"{folder} does not hold the model that its config.json describes", DataError)
+def _check(files: DenoiserFiles, model: nn.Module) -> None:
+    problems = Problems(f"{files.where} does not hold the model that its configuration describes", DataError)
     wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    for name in sorted({*wanted, *files}):
-        found = tuple(files[name].tensors[name].shape) if name in files else None
+    for name in sorted({*wanted, *files.tensors}):
+        file, stored = files.tensors.get(name, (None, ""))
+        found = None if file is None else tuple(file.tensors[stored].shape)
         if found != wanted.get(name):
             problems.add(f"'{name}' is {found or 'missing'}; expected {wanted.get(name, 'none')}.")
     problems.raise_if_any()

@@ -13,7 +13,9 @@ from lorakeet.core.layers import LoraConv2d
 from lorakeet.core.lowrank import LoraPair
 from lorakeet.core.selection import Share
 from lorakeet.errors import ConfigError
-from lorakeet.models.image import Conditioning, ImageModel, quiet_diffusers
+from lorakeet.models.image import ImageModel
+from lorakeet.models.image_diffusers import quiet_diffusers
+from lorakeet.models.image_kinds import Conditioning, packed, unpacked
 from lorakeet.models.inject import adapter_names, selection_of
 from lorakeet.models.modules import adapted_layers
 
@@ -46,18 +48,24 @@ def draw_latents(
     it the adapter that is active counts for all. Afterwards the selection is as it was. ConfigError where adapters cannot differ
     within a batch (`why_not_mixed`).
     """
+    if sampler.negative and not model.kind.negative:
+        raise ConfigError(f"{model.name} is told its guidance as a number and takes no negative prompt; leave it out.")
     if mixes is not None:
         _check_mixes(model, mixes)
     model.parts.eval()
     selection = selection_of(model.parts)
     before = selection.active
+    parts = [slice(at, at + sampler.at_once) for at in range(0, len(prompts), sampler.at_once)]
+    shares = [None if mixes is None else mixes[part] for part in parts]
     found = []
     try:
-        for at in range(0, len(prompts), sampler.at_once):
-            part = slice(at, at + sampler.at_once)
-            found.append(_batch(model, prompts[part], seeds[part], sampler, None if mixes is None else mixes[part]))
-            if progress:
-                progress(len(prompts[part]))
+        with torch.no_grad():
+            told = [_told(model, prompts[part], sampler, mix) for part, mix in zip(parts, shares, strict=True)]
+            with model.drawing():
+                for part, texts, mix in zip(parts, told, shares, strict=True):
+                    found.append(_batch(model, texts, seeds[part], sampler, mix))
+                    if progress:
+                        progress(len(seeds[part]))
     finally:
         selection.use(before)
     return torch.cat(found)
@@ -80,30 +88,38 @@ def why_not_mixed(model: ImageModel, mixes: Sequence[Mix]) -> str:
     return ""
 
 
+def _told(model: ImageModel, prompts: Sequence[str], sampler: Sampler, mixes: Sequence[Mix] | None) -> dict[str, Any]:
+    """What diffusers' pipeline is told of one batch's prompts."""
+    _select(model, mixes, 1)
+    return _texts(model.describe(prompts), model.describe([sampler.negative] * len(prompts)) if _guided(model, sampler) else None)
+
+
+def _guided(model: ImageModel, sampler: Sampler) -> bool:
+    """Whether the denoiser sees each picture twice, with and without its prompt; FLUX is told the guidance as a number."""
+    return sampler.guidance > 1 and model.kind.negative
+
+
 def _batch(
-    model: ImageModel, prompts: Sequence[str], seeds: Sequence[int], sampler: Sampler, mixes: Sequence[Mix] | None
+    model: ImageModel, texts: Mapping[str, Any], seeds: Sequence[int], sampler: Sampler, mixes: Sequence[Mix] | None
 ) -> Tensor:
     height, width = sampler.size or (model.resolution, model.resolution)
-    places = (int(model.unet.config.in_channels), height // model.factor, width // model.factor)
+    places = (int(model.vae.config.latent_channels), height // model.factor, width // model.factor)
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     noise = torch.stack([torch.randn(places, generator=generator) for generator in generators])
-    guided = sampler.guidance > 1
-    with torch.no_grad():
-        _select(model, mixes, 1)
-        texts = _texts(model.describe(prompts), model.describe([sampler.negative] * len(prompts)) if guided else None)
-        _select(model, mixes, 2 if guided else 1)
-        with quiet_diffusers():
-            found = model.pipeline(
-                **texts,
-                latents=noise.to(model.device, model.dtype),
-                generator=generators,
-                num_inference_steps=sampler.steps,
-                guidance_scale=sampler.guidance if guided else 1.0,
-                height=height,
-                width=width,
-                output_type="latent",
-            ).images
-    return cast(Tensor, found).float()
+    guided, flux = _guided(model, sampler), model.kind.name == "flux"
+    _select(model, mixes, 2 if guided else 1)
+    with quiet_diffusers():
+        found = model.pipeline(
+            **texts,
+            latents=(packed(noise) if flux else noise).to(model.device, model.dtype),
+            generator=generators,
+            num_inference_steps=sampler.steps,
+            guidance_scale=sampler.guidance if guided or not model.kind.negative else 1.0,
+            height=height,
+            width=width,
+            output_type="latent",
+        ).images
+    return (unpacked(found, *places[1:]) if flux else cast(Tensor, found)).float()
 
 
 def _texts(told: Conditioning, other: Conditioning | None) -> dict[str, Any]:

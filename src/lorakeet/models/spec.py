@@ -16,6 +16,10 @@ class ModelSpec:
         default="",
         metadata={"help": "A folder, a .gguf file, package:NAME (a model shipped in an installed package), or a hub id."},
     )
+    config: str | None = field(
+        default=None,
+        metadata={"help": "For a single .safetensors file of an image model: the folder of its configurations and tokenizer."},
+    )
     revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of a hub id."})
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = field(
         default="auto",

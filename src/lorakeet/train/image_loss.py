@@ -1,22 +1,28 @@
 """The loss of images: noise is added to latents, and the model's guess of it is compared with what it should have been.
 
-ᾱ_t is the share of the signal that is left at timestep t, x the clean latents, ε standard normal noise (DDPM, arXiv 2006.11239):
+x are the clean latents, ε is standard normal noise, a_t and b_t are signal and noise of step t (models/image_noise):
 
-    noisy      x_t = √ᾱ_t·x + √(1 − ᾱ_t)·ε
-    target     ε, or v = √ᾱ_t·ε − √(1 − ᾱ_t)·x      (arXiv 2202.00512)
-    SNR        ᾱ_t / (1 − ᾱ_t)
-    weight     min(SNR, γ) / SNR for ε, min(SNR, γ) / (SNR + 1) for v      (arXiv 2303.09556)
+    noisy      x_t = a_t·x + b_t·ε
+    target     ε, or v = a_t·ε − b_t·x (arXiv 2202.00512), or of a flow the velocity ε − x (arXiv 2210.02747, 2403.03206)
+    SNR        a_t² / b_t²
+    weight     min(SNR, γ) / SNR for ε, min(SNR, γ) / (SNR + 1) for v      (arXiv 2303.09556); 1 for flows
+    step       u·steps for u uniform; sigmoid(n) for normal n; 1 − u − 1.29·(cos²(πu/2) − 1 + u); 1 − 1/(tan(πu/2) + 1):
+               "logit-normal", "mode" and "cosmap" of the SD3 paper (arXiv 2403.03206), which for flows weighs the steps
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from lorakeet.core.start import seed_for
+from lorakeet.models.image_noise import Noising
 from lorakeet.train.image_spec import DiffusionSpec
+
+MODE_SCALE = 1.29  # the best one of the SD3 paper
 
 
 @dataclass(frozen=True)
@@ -46,14 +52,18 @@ def draw(
     """
     generator = torch.Generator().manual_seed(seed_for(seed, f"picture {place} of step {step}"))
     chance = torch.rand(3, generator=generator, dtype=torch.float64)
-    position = chance[0]
+    position = float(chance[0])
     if spec.timesteps == "logit-normal":
-        position = torch.sigmoid(torch.randn((), generator=generator, dtype=torch.float64))
+        position = float(torch.sigmoid(torch.randn((), generator=generator, dtype=torch.float64)))
+    elif spec.timesteps == "mode":
+        position = 1 - position - MODE_SCALE * (math.cos(math.pi * position / 2) ** 2 - 1 + position)
+    elif spec.timesteps == "cosmap":
+        position = 1 - 1 / (math.tan(math.pi * position / 2) + 1)
     noise = torch.randn(shape, generator=generator)
     if spec.noise_offset:
         noise = noise + spec.noise_offset * torch.randn((shape[0], 1, 1), generator=generator)
     return Draw(
-        timestep=min(int(position * timesteps), timesteps - 1),
+        timestep=min(max(int(position * timesteps), 0), timesteps - 1),
         variant=min(int(chance[1] * variants), variants - 1),
         dropped=bool(chance[2] < dropout),
         noise=noise,
@@ -67,28 +77,28 @@ def fixed_draws(shape: tuple[int, ...], key: str, *, count: int, timesteps: int)
     return spread, torch.randn((count, *shape), generator=generator)
 
 
-def add_noise(latents: Tensor, noise: Tensor, alphas: Tensor) -> Tensor:
-    """x_t of the table above; latents and noise (n, channels, h, w), alphas ᾱ_t (n,)."""
-    alphas = _wide(alphas, latents)
-    return alphas.sqrt() * latents + (1 - alphas).sqrt() * noise
+def add_noise(latents: Tensor, noise: Tensor, at: Noising) -> Tensor:
+    """x_t of the table above; latents and noise (n, channels, h, w), `at` the step of each."""
+    return _wide(at.signal, latents) * latents + _wide(at.noise, latents) * noise
 
 
-def target_of(latents: Tensor, noise: Tensor, alphas: Tensor, prediction: str) -> Tensor:
-    """What the model should predict of x_t: ε, or v for `v_prediction`. Shapes as in `add_noise`."""
+def target_of(latents: Tensor, noise: Tensor, at: Noising, prediction: str) -> Tensor:
+    """What the model should predict of x_t: ε, v for `v_prediction`, the velocity for `flow`. Shapes as in `add_noise`."""
     if prediction == "epsilon":
         return noise
-    alphas = _wide(alphas, latents)
-    return alphas.sqrt() * noise - (1 - alphas).sqrt() * latents
+    if prediction == "flow":
+        return noise - latents
+    return _wide(at.signal, latents) * noise - _wide(at.noise, latents) * latents
 
 
-def weights_of(alphas: Tensor, prediction: str, gamma: float) -> Tensor:
+def weights_of(at: Noising, prediction: str, gamma: float) -> Tensor:
     """The weight (n,) of each example; all 1 where `gamma` is 0.
 
     Where no signal is left (SNR 0, a schedule that ends in pure noise), ε's weight is its limit, 1.
     """
+    snr = at.ratio
     if not gamma:
-        return torch.ones_like(alphas)
-    snr = alphas / (1 - alphas)
+        return torch.ones_like(snr)
     capped = snr.clamp(max=gamma)
     if prediction == "v_prediction":
         return capped / (snr + 1)
@@ -100,5 +110,5 @@ def errors_of(predicted: Tensor, target: Tensor) -> Tensor:
     return (predicted.float() - target.float()).square().flatten(1).mean(1)
 
 
-def _wide(alphas: Tensor, like: Tensor) -> Tensor:
-    return alphas.to(like.device, like.dtype).view(-1, 1, 1, 1)
+def _wide(factors: Tensor, like: Tensor) -> Tensor:
+    return factors.to(like.device, like.dtype).view(-1, 1, 1, 1)

@@ -18,8 +18,9 @@ from lorakeet.core.spec import LoraSpec
 from lorakeet.data.image_spec import ImageSpec
 from lorakeet.data.images import ImageRow
 from lorakeet.memory.ledger import Held, Ledger, Work
-from lorakeet.models.image import Conditioning, ImageModel, image_plan
+from lorakeet.models.image import ImageModel, image_plan
 from lorakeet.models.image_cache import Captions, EncodedImage
+from lorakeet.models.image_kinds import ENCODERS, Conditioning, predicted
 from lorakeet.models.inject import inject
 from lorakeet.quant.adopt import weights_in
 from lorakeet.quant.packed import SCRATCH
@@ -60,7 +61,7 @@ class ImageRehearsal:
     base: int
     peaks: Mapping[str, Held]
     work: Work
-    unet: int  # numbers in the UNet, packed ones counted one by one
+    denoiser: int  # numbers in the UNet or transformer, packed ones counted one by one
     largest: int  # numbers in its largest matrix
 
 
@@ -74,13 +75,13 @@ def rehearse_images(
             model = build()
             ledger.name("base", [*model.parts.parameters(), *model.parts.buffers(), *model.vae.parameters()])
             base = ledger.held["base"]
-            unet, largest = weights_in(model.unet), largest_matrix(model.unet)
+            denoiser, largest = weights_in(model.denoiser), largest_matrix(model.denoiser)
             plan = image_plan(model, lora, text_encoder=diffusion.text_encoder)
             go_through(model, plan, train, diffusion, pictures, ledger)
             ledger.close()
             step = ledger.work[STEP]
             work = Work(step.flops // pictures.micro_batches, step.written // pictures.micro_batches)
-            return ImageRehearsal(plan, base, ledger.peaks, work, unet, largest)
+            return ImageRehearsal(plan, base, ledger.peaks, work, denoiser, largest)
     finally:
         SCRATCH.clear()
 
@@ -91,10 +92,12 @@ def go_through(
     """Everything that a run does with `model`, once, on made-up pictures; entered in `ledger`, or really computed without one."""
     account = ledger or _NoLedger()
     height, width = pictures.example
+    model.stage()
     with account.phase(ENCODE):
         latents = model.encode(torch.zeros(1, 3, height, width)).cpu()
         with torch.no_grad():
             told = model.describe(["a picture"]).to(torch.device("cpu"), torch.float32)
+    model.stage(model.kind.denoiser, *(ENCODERS if diffusion.text_encoder else ()))
     inject(model.parts, plan)
     training = _training(model, latents, told, train, diffusion, pictures)
     best = step_in_account(training, account)
@@ -106,8 +109,11 @@ def go_through(
     with account.phase(JUDGE), torch.no_grad():
         model.parts.eval()
         count, place = 2 * pictures.drawn_at_once, tuple(side // model.factor for side in pictures.drawn)
-        noisy, timesteps, sizes = torch.zeros(count, *latents.shape[1:2], *place), torch.ones(count), task.train[0].sizes
-        model.predict(noisy, timesteps, _repeated(told, count), sizes.expand(count, 6))
+        model.stage(model.kind.denoiser, "vae")  # as ImageModel.drawing does
+        noisy, times = torch.zeros(count, *latents.shape[1:2], *place), torch.ones(count)
+        wide = (model.device, model.dtype)
+        sizes = task.train[0].sizes.expand(count, 6).to(*wide)
+        predicted(model.kind, model.denoiser, noisy.to(*wide), times, _repeated(told, count).to(*wide), sizes)
         model.decode(noisy[:1])
     del best
 
@@ -140,7 +146,7 @@ class _MadeUp(ImageTask):
         self.model.parts.eval()
         with torch.no_grad():
             batch = self._batch(count)
-            self._errors(batch, self.model.alphas_cumprod[batch.timesteps])
+            self._errors(batch, self.model.noising.at(batch.timesteps))
 
     def _batch(self, count: int) -> ImageBatch:
         [picture] = self.train

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, cast
 
 
 @dataclass(frozen=True)
 class DiffusionSpec:
     """How noise is added, weighed and judged: the `diffusion` part of a run file, used with kind: image."""
 
-    prediction: Literal["auto", "epsilon", "v_prediction"] = field(
-        default="auto", metadata={"help": "What the model predicts; auto takes the word of its scheduler."}
+    prediction: Literal["auto", "epsilon", "v_prediction", "flow"] = field(
+        default="auto", metadata={"help": "What the model predicts; auto takes the word of its scheduler. SD3 and FLUX: flow."}
     )
     min_snr_gamma: float = field(
         default=0.0, metadata={"help": "Caps the weight of nearly clean examples (arXiv 2303.09556); 5 is usual, 0 is off."}
@@ -19,8 +19,9 @@ class DiffusionSpec:
     noise_offset: float = field(
         default=0.0, metadata={"help": "Share of noise that is one number for a whole channel: for dark or bright pictures."}
     )
-    timesteps: Literal["uniform", "logit-normal"] = field(
-        default="uniform", metadata={"help": "Which timesteps are trained: all alike, or those in the middle more often."}
+    timesteps: Literal["auto", "uniform", "logit-normal", "mode", "cosmap"] = field(
+        default="auto",
+        metadata={"help": "Which timesteps are trained: all alike or some more often; auto is logit-normal for a flow."},
     )
     prior_weight: float = field(
         default=1.0, metadata={"help": "Weight of the pictures of the subject's kind (images.prior) against the subject's own."}
@@ -48,6 +49,24 @@ class DiffusionSpec:
     guidance: float = field(
         default=7.5, metadata={"help": "How much further the samples follow the prompt than without guidance; 1 is off."}
     )
+
+    def resolved(self, predicted: str) -> DiffusionSpec:
+        """These settings with what `auto` means for a model that predicts `predicted`."""
+        prediction = predicted if self.prediction == "auto" else self.prediction
+        timesteps = ("logit-normal" if predicted == "flow" else "uniform") if self.timesteps == "auto" else self.timesteps
+        return replace(self, prediction=cast(Any, prediction), timesteps=cast(Any, timesteps))
+
+    def why_not(self, predicted: str) -> list[str]:
+        """What of these settings does not go with a model that predicts `predicted`."""
+        found: list[str] = []
+        if self.prediction != "auto" and (self.prediction == "flow") != (predicted == "flow"):
+            found.append(f"diffusion.prediction is {self.prediction}, but the model predicts {predicted}; use auto.")
+        if self.min_snr_gamma and predicted == "flow":
+            found.append(
+                f"diffusion.min_snr_gamma is {self.min_snr_gamma:g}, but the model predicts a flow, whose timesteps are weighed "
+                "by how often they are drawn; leave it out and use diffusion.timesteps."
+            )
+        return found
 
     def validate(self) -> list[str]:
         """Every problem of these settings in words; empty when they can be used."""

@@ -19,8 +19,10 @@ from lorakeet.data.image_spec import ImageSpec
 from lorakeet.formats import peft
 from lorakeet.formats.sd_names import with_components, without_component
 from lorakeet.models import inject
-from lorakeet.models.image import Conditioning, ImageModel, stack
+from lorakeet.models.image import ImageModel, stack
 from lorakeet.models.image_cache import Captions, EncodedImage
+from lorakeet.models.image_kinds import Conditioning
+from lorakeet.models.image_noise import Noising
 from lorakeet.train.image_loss import Draw, add_noise, draw, errors_of, fixed_draws, target_of, weights_of
 from lorakeet.train.image_spec import DiffusionSpec
 from lorakeet.train.processes import ALONE
@@ -36,7 +38,7 @@ class ImageBatch:
 
     latents: Tensor  # (n, channels, h, w)
     noise: Tensor  # the same shape
-    timesteps: Tensor  # (n,)
+    timesteps: Tensor  # (n,): numbers of steps, least noise first
     captions: tuple[str, ...]
     sizes: Tensor  # (n, 6)
     shares: Tensor | None = None  # (n,) by which their errors count, where there are pictures of the subject's kind
@@ -67,12 +69,12 @@ class ImageTask:
         name: str = "default",
     ) -> None:
         self.model, self.train, self.held_out_rows, self.captions = model, list(train), list(held_out), captions
-        self.spec, self.images, self.diffusion, self.name = spec, images, diffusion, name
+        self.spec, self.images, self.diffusion, self.name = spec, images, diffusion.resolved(model.prediction), name
         self.taken = 0
         self.order = StepOrder(len(self.train), spec.batch_size, spec.seed)
-        self.prediction = model.prediction if diffusion.prediction == "auto" else diffusion.prediction
+        self.prediction = self.diffusion.prediction
         if diffusion.checkpointing:
-            model.unet.enable_gradient_checkpointing()
+            model.denoiser.enable_gradient_checkpointing()
 
     @property
     def steps_per_epoch(self) -> int:
@@ -101,7 +103,7 @@ class ImageTask:
             shape = tuple(picture.latents.shape[1:])
             chance = draw(
                 shape, self.diffusion, seed=self.spec.seed, step=step, place=place, variants=len(picture.latents),
-                timesteps=len(self.model.alphas_cumprod), dropout=self.images.caption_dropout,
+                timesteps=len(self.model.noising), dropout=self.images.caption_dropout,
             )  # fmt: skip
             drawn.setdefault(shape, []).append((picture, chance, share))
         size = self.diffusion.at_once
@@ -127,11 +129,11 @@ class ImageTask:
     def loss(self, batch: ImageBatch) -> Tensor:
         """The sum of the weighted errors of a batch's pictures, with gradient, in training mode."""
         self.model.parts.train()
-        alphas = self.model.alphas_cumprod[batch.timesteps]
-        weights = weights_of(alphas, self.prediction, self.diffusion.min_snr_gamma)
+        steps = self.model.noising.at(batch.timesteps)
+        weights = weights_of(steps, self.prediction, self.diffusion.min_snr_gamma)
         if batch.shares is not None:
             weights = weights * batch.shares
-        errors = self._errors(batch, alphas)
+        errors = self._errors(batch, steps)
         return (errors * weights.to(errors.device)).sum()
 
     def held_out(self) -> HeldOut | None:
@@ -148,11 +150,11 @@ class ImageTask:
         return with_components(inject.adapter_of(self.model.parts, self.name, base=self.model.name))
 
     def save(self, folder: Path) -> None:
-        """Writes adapter/ in PEFT's layout; an adapter of the UNet alone has the UNet's own paths, so that PEFT can load it."""
+        """Writes adapter/ in PEFT's layout; that of a denoiser alone has the denoiser's paths, so that PEFT can load it."""
         peft.write(without_component(self.adapter()), folder)
 
-    def _errors(self, batch: ImageBatch, alphas: Tensor) -> Tensor:
-        return _errors(self.model, batch, alphas, self._told, self.prediction)
+    def _errors(self, batch: ImageBatch, steps: Noising) -> Tensor:
+        return _errors(self.model, batch, steps, self._told, self.prediction)
 
     def _told(self, captions: Sequence[str]) -> Conditioning:
         if self.diffusion.text_encoder:
@@ -184,7 +186,7 @@ def denoising_errors(
         for number, picture in enumerate(rows):
             latents = picture.latents[0]
             timesteps, noises = fixed_draws(
-                tuple(latents.shape), picture.row.key, count=spec.held_out_timesteps, timesteps=len(model.alphas_cumprod)
+                tuple(latents.shape), picture.row.key, count=spec.held_out_timesteps, timesteps=len(model.noising)
             )
             for at in range(0, len(timesteps), spec.at_once):
                 some = timesteps[at : at + spec.at_once]
@@ -193,19 +195,19 @@ def denoising_errors(
                     latents.expand(count, *latents.shape), noises[at : at + count], some, (picture.row.caption,) * count,
                     picture.sizes[:1].expand(count, 6),
                 )  # fmt: skip
-                sums[number] += float(_errors(model, batch, model.alphas_cumprod[some], told, prediction).double().sum())
+                sums[number] += float(_errors(model, batch, model.noising.at(some), told, prediction).double().sum())
             if progress:
                 progress(1)
     return sums, np.full(len(rows), float(spec.held_out_timesteps))
 
 
 def _errors(
-    model: ImageModel, batch: ImageBatch, alphas: Tensor, told: Callable[[Sequence[str]], Conditioning], prediction: str
+    model: ImageModel, batch: ImageBatch, steps: Noising, told: Callable[[Sequence[str]], Conditioning], prediction: str
 ) -> Tensor:
     latents, noise = batch.latents.to(model.device), batch.noise.to(model.device)
-    noisy = add_noise(latents, noise, alphas)
-    predicted = model.predict(noisy, batch.timesteps, told(batch.captions), batch.sizes)
-    return errors_of(predicted, target_of(latents, noise, alphas, prediction))
+    noisy = add_noise(latents, noise, steps)
+    predicted = model.predict(noisy, steps.times, told(batch.captions), batch.sizes)
+    return errors_of(predicted, target_of(latents, noise, steps, prediction))
 
 
 def _batch(drawn: Sequence[tuple[EncodedImage, Draw, float]]) -> ImageBatch:

@@ -64,6 +64,7 @@ def generate(  # noqa: PLR0913 - one parameter for each option of the verb
     prompt: tuple[str, ...],
     out: Path,
     model: str | None = None,
+    config: str | None = None,
     adapter: tuple[str, ...] = (),
     weights: dict[str, float] | None = None,
     each: tuple[str, ...] = (),
@@ -87,7 +88,8 @@ def generate(  # noqa: PLR0913 - one parameter for each option of the verb
     mixes = _mixes(prompt, list(paths), weights or {}, each)
     say = partial(console.print, markup=False, soft_wrap=True)
     adapters = {name: read_adapter(path, say=say) for name, path in paths.items()}
-    spec = ModelSpec(path=model or _base_of(paths, adapters), dtype=dtype, device=device)
+    path, config = (model, config) if model else _base_of(paths, adapters, config)
+    spec = ModelSpec(path=path, config=config, dtype=dtype, device=device)
     held = load_image_model(spec, say=say)
     for name, value in adapters.items():
         put_image_adapter(held, value, name)
@@ -158,20 +160,23 @@ def _mixes(prompts: Sequence[str], names: list[str], weights: Mapping[str, float
     return mixes if len(mixes) == len(prompts) else mixes * len(prompts)
 
 
-def _base_of(paths: Mapping[str, Path], adapters: Mapping[str, Adapter]) -> str:
-    """The model that the first adapter was trained on."""
+def _base_of(paths: Mapping[str, Path], adapters: Mapping[str, Adapter], config: str | None) -> tuple[str, str | None]:
+    """The model that the first adapter was trained on, and its configurations where it is a single file."""
     for name, path in paths.items():
         if (path / "config.yaml").is_file():
-            return read_run(path / "config.yaml").model.path
+            spec = read_run(path / "config.yaml").model
+            return spec.path, config or spec.config
         if adapters[name].base:
-            return adapters[name].base
-    raise ConfigError("Nothing says which model to draw with; name it with --model (a folder saved by diffusers, or a hub id).")
+            return adapters[name].base, config
+    raise ConfigError(
+        "Nothing says which model to draw with; name it with --model (a folder saved by diffusers, a single file, or a hub id)."
+    )
 
 
 def _size(text: str | None, model: ImageModel) -> tuple[int, int] | None:
     if text is None:
         return None
-    step = model.factor * 2 ** (len(model.unet.config.block_out_channels) - 1)
+    step = model.multiple
     try:
         width, height = (int(part) for part in text.lower().replace("×", "x").split("x"))
     except ValueError:

@@ -21,6 +21,7 @@ from lorakeet.data.images import ImageRow
 from lorakeet.errors import ConfigError, Problems
 from lorakeet.models.image import ImageModel, image_plan, load_image_model
 from lorakeet.models.image_cache import Captions, EncodedImage, cache_in, encode_images
+from lorakeet.models.image_kinds import ENCODERS
 from lorakeet.models.image_prior import drawn_prior
 from lorakeet.models.image_sample import Sampler
 from lorakeet.models.inject import inject
@@ -69,6 +70,10 @@ def assemble_images(config: RunConfig, console: Console, *, asked: bool = False)
     arrangement = arrange_images(config, say, asked=asked)
     config = arrangement.config
     model = load_image_model(config.model, say=say)
+    problems = Problems("These settings do not go with the model")
+    for message in config.diffusion.why_not(model.prediction):
+        problems.add(message)
+    problems.raise_if_any()
     if model.dtype == torch.float16:
         raise ConfigError(
             "model.dtype is float16, in which small gradients become 0 without a word; train with bfloat16 or float32."
@@ -87,6 +92,11 @@ def assemble_images(config: RunConfig, console: Console, *, asked: bool = False)
 
 def ready_to_train(setup: ImageAssembly, watch: Callable[[int], None] | None = None) -> ImageTask:
     """The task that `train` runs: the plan's pairs are now in the model, begun from the run's seed. `watch` as in ImageTask."""
+    trained = setup.config.diffusion.text_encoder
+    rows = (*setup.train, *setup.held_out, *setup.test, *setup.prior)
+    for caption in sorted({"", *(picture.row.caption for picture in rows)}) if not trained else ():
+        setup.captions.of(caption)  # before the text encoders make room
+    setup.model.stage(setup.model.kind.denoiser, *(ENCODERS if trained else ()))
     inject(setup.model.parts, setup.plan, seed=setup.config.train.seed)
     task = ImageTask(
         setup.model, setup.train, held_out=setup.held_out, captions=setup.captions, spec=setup.config.train,
@@ -135,7 +145,4 @@ def _encoded(model: ImageModel, rows: tuple[ImageRow, ...], config: RunConfig, c
 def _resolved(config: RunConfig, model: ImageModel) -> RunConfig:
     dtype: Any = str(model.dtype).removeprefix("torch.")
     spec = dataclasses.replace(config.model, dtype=dtype, device=str(model.device))
-    diffusion = config.diffusion
-    if diffusion.prediction == "auto":
-        diffusion = dataclasses.replace(diffusion, prediction=model.prediction)  # type: ignore[arg-type]
-    return dataclasses.replace(config, model=spec, diffusion=diffusion)
+    return dataclasses.replace(config, model=spec, diffusion=config.diffusion.resolved(model.prediction))

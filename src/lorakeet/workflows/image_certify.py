@@ -50,6 +50,7 @@ def certify_images(
         return draw_latents(model, prompts, list(range(len(prompts))), sampler)
 
     wanted, base = drawn(live, name), drawn(live, None)
+    live.stage()
     fresh = live if spec is None else load_image_model(spec, say=lambda _: None)
     put_image_adapter(fresh, read_adapter(adapter), _READ)
     again = "on the same base" if spec is None else "on the base, both read again"
@@ -60,6 +61,7 @@ def certify_images(
     else:
         between = ("base with the adapter off", "base read again")
         checks.append(latent_check("base untouched", base, drawn(fresh, None), between=between, dtype=live.dtype))
+    fresh.stage()
     activate(live.parts, name)
     checks.append(check_frozen(before, image_digests(live)))
     facts = {"model": live.name, "dtype": str(live.dtype).removeprefix("torch."), "sampler steps": str(STEPS)}

@@ -88,7 +88,7 @@ def _identity(setup: ImageAssembly, digests: dict[str, str]) -> dict[str, str]:
     config = setup.config
     images = {**dataclasses.asdict(config.images), "cache": ""}
     parts = {
-        "model settings": dataclasses.asdict(replace(config.model, path="")),  # its numbers are known by their content
+        "model settings": dataclasses.asdict(replace(config.model, path="", config=None)),  # known by its numbers
         "lora settings": dataclasses.asdict(config.lora),
         "images settings": images,
         "diffusion settings": dataclasses.asdict(config.diffusion),
@@ -190,8 +190,10 @@ def _weights(spec: ModelSpec) -> str:
 
 
 def _next(setup: ImageAssembly, run: RunFolder) -> tuple[Command, ...]:
-    prompt = setup.judged[1][0].row.caption
+    prompt, spec = setup.judged[1][0].row.caption, setup.config.model
+    model = f"{spec.path} --config {spec.config}" if spec.config else spec.path
+    to, where = ("diffusers", "for diffusers and ComfyUI") if setup.model.kind.flow else ("kohya", "for ComfyUI and A1111")
     return (
-        Command(f"lorakeet generate --model {setup.model.name} --adapter {run.path} --prompt '{prompt}'", "draw with it"),
-        Command(f"lorakeet convert {run.path} {run.path.name}.safetensors --to kohya", "for ComfyUI, A1111 and their relatives"),
+        Command(f"lorakeet generate --model {model} --adapter {run.path} --prompt '{prompt}'", "draw with it"),
+        Command(f"lorakeet convert {run.path} {run.path.name}.safetensors --to {to}", where),
     )

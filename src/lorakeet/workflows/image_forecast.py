@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +23,13 @@ from lorakeet.memory.ledger import Held, Work
 from lorakeet.memory.measure import resident_bytes
 from lorakeet.models.image import image_plan
 from lorakeet.models.image_cache import Sizes
-from lorakeet.models.image_outline import Shapes, outline_image, shapes_of_images
+from lorakeet.models.image_kinds import TRANSFORMER, UNET
+from lorakeet.models.image_outline import outline_image, shapes_of_images
 from lorakeet.models.image_packed import denoiser_files
+from lorakeet.models.image_shapes import Shapes
+from lorakeet.models.image_single import open_single, single_denoiser_files
 from lorakeet.models.placement import device_for, dtype_for
+from lorakeet.models.spec import ModelSpec
 from lorakeet.quant.packed import SCRATCH, PackedBase
 from lorakeet.train.image_rehearsal import ENCODE, ImageRehearsal, Pictures, go_through, rehearse_images
 from lorakeet.train.image_spec import DiffusionSpec
@@ -57,7 +61,12 @@ class ImagePlanned:
     plan: Plan
     pictures: Pictures
     work: Work  # of one micro-batch in training
-    tensors: int  # bytes of tensors alone at the peak of training: what a card has to hold
+    on_card: Callable[[], int]
+
+    @cached_property
+    def tensors(self) -> int:
+        """The most bytes of tensors on a card at once, on which parts are only while they compute."""
+        return self.on_card()
 
     @property
     def peak(self) -> int:
@@ -72,7 +81,7 @@ class ImagePlanned:
     def to_mapping(self) -> dict[str, Any]:
         """Plain values for --json."""
         phases = [phase.to_mapping() for phase in self.forecast.phases]
-        return {"peak": self.peak, "training_tensors": self.tensors, "phases": phases}
+        return {"peak": self.peak, "card_tensors": self.tensors, "phases": phases}
 
 
 @dataclass(frozen=True)
@@ -166,7 +175,7 @@ def advice(config: RunConfig, shapes: Shapes, machine: Machine) -> Iterator[tupl
 def machine_of(config: RunConfig, *, returning: bool = False) -> Machine:
     """This machine's part of a forecast of `config`."""
     dtype = dtype_for(config.model.dtype, device_for(config.model.device))
-    return Machine(dtype, runtime_bytes(config, dtype), _rounded_bytes(Path(config.model.path).expanduser(), dtype), returning)
+    return Machine(dtype, runtime_bytes(config, dtype), _rounded_bytes(config.model, dtype), returning)
 
 
 def forecast_images(config: RunConfig, shapes: Shapes, machine: Machine) -> ImagePlanned:
@@ -184,8 +193,12 @@ def forecast_images(config: RunConfig, shapes: Shapes, machine: Machine) -> Imag
         certify = larger(loading, with_more(certify, base=found.base))
     held = {LOAD: load, **{name: peaks[name] for name in (ENCODE, STEP, EVALUATE, CHECKPOINT)}, JUDGE: judge, CERTIFY: certify}
     phases = phases_of(held, machine.runtime, returning=machine.returning)
-    tensors = max(peaks[name].bytes for name in (ENCODE, STEP, EVALUATE))
-    return ImagePlanned(Forecast(phases), found.plan, pictures, found.work, tensors)
+
+    def on_card() -> int:
+        card = rehearse_images(partial(build, card=True), config.lora, config.train, config.diffusion, pictures)
+        return max(peak.bytes for peak in card.peaks.values())
+
+    return ImagePlanned(Forecast(phases), found.plan, pictures, found.work, on_card)
 
 
 def pictures_of(config: RunConfig, shapes: Shapes) -> Pictures:
@@ -214,21 +227,23 @@ def runtime_bytes(config: RunConfig, dtype: torch.dtype) -> int:
     return resident_bytes()
 
 
-def _rounded_bytes(folder: Path, dtype: torch.dtype) -> int:
-    """Bytes of the UNet's files in `folder` whose numbers are rounded to `dtype` as they are read; -1 where it has no files."""
-    if not any((folder / "unet").glob("*.safetensors")):
+def _rounded_bytes(spec: ModelSpec, dtype: torch.dtype) -> int:
+    """Bytes of the denoiser's files that `spec` names whose numbers are rounded to `dtype` as they are read; -1: none yet."""
+    folders = [Path(spec.path).expanduser() / name for name in (UNET, TRANSFORMER)]
+    if (single := open_single(spec, lambda _: None)) is not None:
+        files = single_denoiser_files(single)
+    elif folder := next((folder for folder in folders if any(folder.glob("*.safetensors"))), None):
+        files = denoiser_files(folder)
+    else:
         return -1
-    return sum(
-        stored.end - stored.begin
-        for name, file in denoiser_files(folder / "unet").items()
-        if (stored := file.tensors[name]).dtype != dtype
-    )
+    stored = [file.tensors[name] for file, name in files.tensors.values()]
+    return sum(one.end - one.begin for one in stored if one.dtype != dtype)
 
 
 def _read(found: ImageRehearsal, config: RunConfig, machine: Machine) -> int:
-    """What is in memory beside the base while it is read: the UNet's file, of which a packed one is read tensor by tensor."""
+    """What is in memory beside the base while it is read: the denoiser's file, of which a packed one is read tensor by tensor."""
     if config.model.quantize.method != "none":
         return found.largest * torch.float32.itemsize
     if machine.stored >= 0:
         return machine.stored
-    return found.unet * torch.float32.itemsize if machine.dtype != torch.float32 else 0
+    return found.denoiser * torch.float32.itemsize if machine.dtype != torch.float32 else 0

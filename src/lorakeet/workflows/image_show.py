@@ -52,7 +52,7 @@ def show_forecast(planned: ImagePlanned, console: Console) -> None:
     height, width = pictures.example
     console.print(
         f"{planned.plan.parameters:,} trained parameters; micro-batches of {pictures.micro_batch} × {width}×{height} pixels, "
-        f"{planned.work.flops / 1e9:,.0f} GFLOP each. Tensors alone, as a card holds them in training: "
-        f"{bytes_text(planned.tensors)}.",
+        f"{planned.work.flops / 1e9:,.0f} GFLOP each. On a card, where parts wait aside while others compute, "
+        f"{bytes_text(planned.tensors)} of tensors at most.",
         soft_wrap=True,
     )

@@ -209,7 +209,11 @@ class GenerateOptions:
     prompt: tuple[str, ...] = field(metadata={"help": "What a picture shows; may be repeated.", "whole": True})
     out: Path = field(metadata={"help": "Folder to write the pictures to; it must not exist yet."})
     model: str | None = field(
-        default=None, metadata={"help": "A folder saved by diffusers, or a hub id; without it, the one that the adapter names."}
+        default=None,
+        metadata={"help": "A folder saved by diffusers, a .safetensors file, or a hub id; without it, the adapter's own."},
+    )
+    config: str | None = field(
+        default=None, metadata={"help": "For a single .safetensors file: the folder of its configurations and tokenizer."}
     )
     adapter: tuple[str, ...] = field(
         default=(), metadata={"help": "NAME=PATH of a run folder or an adapter of any format; may be repeated.", "whole": True}
