@@ -69,6 +69,13 @@ def test_every_command_of_the_pages_exists() -> None:
     assert len(found) > 30 and not wrong, "\n".join(wrong)
 
 
+def test_the_readme_names_every_verb() -> None:
+    """Who reads one page must learn what there is; a verb that it does not name is found by nobody."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    missing = [name for name in commands() if not re.search(rf"\b(lorakeet|make) {name}\b", text)]
+    assert not missing, f"README.md does not name {', '.join(missing)}"
+
+
 @pytest.mark.parametrize(
     ("line", "found"),
     [
