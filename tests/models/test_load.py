@@ -131,6 +131,26 @@ def test_missing_weights_are_named_not_drawn_at_random(folder: Path) -> None:
         load_text_model(spec(folder))
 
 
+def test_weights_of_another_shape_than_the_configuration_are_named_with_both_shapes(folder: Path) -> None:
+    file = folder / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "intermediate_size": 40}))
+    with pytest.raises(DataError) as caught:
+        load_text_model(spec(folder))
+    said = str(caught.value)
+    assert "has 6 weights of other shapes than its config.json says" in said and "; and 2 more." in said
+    assert "model.layers.0.mlp.down_proj.weight is 32×48, expected 32×40;" in said and "fetch both again" in said
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_no_numbers_are_named(folder: Path, value: float) -> None:
+    file = folder / "model.safetensors"
+    tensors = load_file(file)
+    tensors["model.layers.1.mlp.up_proj.weight"][3, 5] = value
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(DataError, match=r"model.layers.1.mlp.up_proj.weight has NaN or infinite values. Fetch it again\."):
+        load_text_model(spec(folder))
+
+
 def test_int8_products_without_weights_in_int8_are_refused(folder: Path) -> None:
     with pytest.raises(ConfigError, match=r"int8_products is true, but no weight .* Set model.quantize.method to int8"):
         load_text_model(replace(spec(folder), quantize=QuantSpec(int8_products=True)))
@@ -144,7 +164,7 @@ def change_config(folder: Path, **changes: Any) -> None:
 @pytest.mark.parametrize(
     ("changes", "kind", "words"),
     [
-        ({"hidden_size": 64}, DataError, "cannot be loaded"),
+        ({"hidden_size": 64}, DataError, "has 20 weights of other shapes than its config.json says"),
         ({"model_type": "no_such_model"}, DataError, "does not describe a model that transformers knows"),
         ({"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}, ConfigError, "quantised weights"),
         ({"model_type": "vit"}, DataError, "cannot be loaded for text generation"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +79,7 @@ def load_text_model(
     )
     with torch.no_grad(), quiet_transformers():
         reference = _own_logits(text)
+        _require_numbers(text, reference)
         check_head(text, reference)
         _choose_attention(text, spec.attention, reference, tell)
     return text
@@ -110,18 +111,34 @@ def _model(source: Path, dtype: torch.dtype, quantize: QuantSpec, say: Callable[
                 use_safetensors=True,
                 local_files_only=True,
                 output_loading_info=True,
+                ignore_mismatched_sizes=True,  # refused below, with names and shapes
             )
     except (ValueError, RuntimeError, OSError, KeyError) as error:
         raise DataError(
             f"The '{config.model_type}' model in {source} cannot be loaded for text generation: {type(error).__name__}: {error}"
         ) from error
+    _require_whole(source, config.model_type, report)
+    return model.requires_grad_(False).eval()
+
+
+def _require_whole(source: Path, kind: str, report: Mapping[str, Any]) -> None:
+    """Raises DataError for weights that the files lack or hold in another shape; transformers fills them with random numbers."""
+    others = [
+        f"{name} is {'×'.join(map(str, found))}, expected {'×'.join(map(str, expected))}"
+        for name, found, expected in sorted(report["mismatched_keys"])
+    ]
+    if others:
+        more = f"; and {len(others) - 4} more" if len(others) > 4 else ""
+        raise DataError(
+            f"{source} has {len(others)} weights of other shapes than its config.json says: {'; '.join(others[:4])}{more}. "
+            "config.json and weights belong to different models; fetch both again."
+        )
     missing = sorted(report["missing_keys"])
     if missing:
         raise DataError(
-            f"{source} lacks {len(missing)} weights of its '{config.model_type}' architecture, such as {missing[0]}; they would "
+            f"{source} lacks {len(missing)} weights of its '{kind}' architecture, such as {missing[0]}; they would "
             "be random numbers. Fetch the model again, or check architectures in its config.json."
         )
-    return model.requires_grad_(False).eval()
 
 
 def read_config(source: Path) -> Any:
@@ -150,6 +167,18 @@ def _own_logits(text: TextModel) -> Tensor:
     batch = _check_batch(text)
     rows = batch.ids.split(list(batch.lengths))  # type: ignore[no-untyped-call]
     return torch.cat([text.model(input_ids=row[None], use_cache=False).logits[0] for row in rows])
+
+
+def _require_numbers(text: TextModel, reference: Tensor) -> None:
+    """Raises DataError where the model's own logits are no numbers, with the weight that is to blame where one is."""
+    if bool(reference.isfinite().all()):
+        return
+    weights = ((name, weight) for name, weight in text.model.named_parameters() if not weight.is_meta)
+    worst = next((name for name, weight in weights if weight.is_floating_point() and not bool(weight.isfinite().all())), None)
+    what = f"{worst} has NaN or infinite values" if worst else f"its logits have NaN or infinite values in {text.dtype}"
+    raise DataError(
+        f"The model {text.name} cannot be used: {what}. Fetch it again{'' if worst else ', or set --model.dtype float32'}."
+    )
 
 
 def check_head(text: TextModel, reference: Tensor) -> None:
