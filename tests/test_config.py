@@ -96,7 +96,7 @@ def test_model_and_rows_are_asked_for(tmp_path: Path) -> None:
     ("text", "message"),
     [
         ("lora: {rank: 4\nout: x\n", "is not valid YAML at line 2"),
-        ("lora:\n  rank: 4\n  rank: 8\n", "is not valid YAML at line 3, column 3: key 'rank' is given twice"),
+        ("lora:\n  rank: 4\n  rank: 8\n", "at line 3, column 3: key 'rank' is given twice. Mend it there and run it again."),
         ("- a\n- b\n", "holds ['a', 'b']; expected keys such as 'model: …'"),
         ("just words\n", "holds 'just words'"),
         ("a: !!python/object:os.system {}\n", "could not determine a constructor"),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from lorakeet.errors import (
@@ -13,6 +15,7 @@ from lorakeet.errors import (
     RunStopped,
     VerificationFailed,
     nearest,
+    unreadable,
 )
 
 
@@ -39,3 +42,9 @@ def test_problems_are_raised_together() -> None:
 )
 def test_the_nearest_name_is_offered_when_it_is_near(name: str, sentence: str) -> None:
     assert nearest(name, ["q_proj", "k_proj", "down"]) == sentence
+
+
+def test_a_file_that_is_not_read_is_named_with_the_reason_and_the_remedy() -> None:
+    said = "a.yaml cannot be read: {}. Check the path, its permissions and the disk."
+    assert unreadable(Path("a.yaml"), OSError(5, "Input/output error")) == said.format("Input/output error")
+    assert unreadable(Path("a.yaml"), OSError("odd")) == said.format("odd")

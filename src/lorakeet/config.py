@@ -13,7 +13,7 @@ import yaml
 from lorakeet.core.spec import MEASURED, LoraSpec
 from lorakeet.data.image_spec import ImageSpec
 from lorakeet.data.spec import DataSpec
-from lorakeet.errors import ConfigError
+from lorakeet.errors import ConfigError, unreadable
 from lorakeet.evaluate.spec import EvaluateSpec
 from lorakeet.memory.spec import MemorySpec
 from lorakeet.models.spec import ModelSpec
@@ -81,13 +81,13 @@ def read_yaml(path: Path) -> dict[str, Any]:
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path} is not UTF-8 text (byte {error.start}). Save it as UTF-8.") from None
     except OSError as error:
-        raise ConfigError(f"{path} cannot be read: {error.strerror}.") from None
+        raise ConfigError(unreadable(path, error)) from None
     try:
         content = yaml.load(text, Loader=_Loader)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark
         line = f" at line {mark.line + 1}, column {mark.column + 1}" if mark else ""
-        raise ConfigError(f"{path} is not valid YAML{line}: {error.problem}.") from None
+        raise ConfigError(f"{path} is not valid YAML{line}: {error.problem}. Mend it there and run it again.") from None
     except yaml.YAMLError as error:
         raise ConfigError(f"{path} is not valid YAML: {error}.") from None
     if content is None:

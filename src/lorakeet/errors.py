@@ -1,4 +1,4 @@
-"""The errors that Lorakeet raises on purpose, and the two small tools that word them.
+"""The errors that Lorakeet raises on purpose, and the three small tools that word them.
 
     LorakeetError
     ├── ConfigError          fix your configuration                    exit code 2
@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from pathlib import Path
 
 
 class LorakeetError(Exception):
@@ -52,6 +53,11 @@ def nearest(name: str, known: Iterable[str]) -> str:
     lowered = {candidate.lower(): candidate for candidate in known}
     close = difflib.get_close_matches(name.lower(), lowered, n=1, cutoff=0.6)
     return f" Did you mean '{lowered[close[0]]}'?" if close else ""
+
+
+def unreadable(path: Path, error: OSError) -> str:
+    """The sentences for a file that the system will not read: which one, the system's reason, what to look at."""
+    return f"{path} cannot be read: {error.strerror or error}. Check the path, its permissions and the disk."
 
 
 class Problems:

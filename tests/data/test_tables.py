@@ -36,7 +36,7 @@ def test_all_broken_lines_are_named_and_the_rest_counted(tmp_path):
 
 
 def test_json_line_that_is_no_object(tmp_path):
-    with pytest.raises(DataError, match=r"a.jsonl:1: expected an object in braces, got '\[1, 2\]'"):
+    with pytest.raises(DataError, match=r"a.jsonl:1: expected an object in braces, got '\[1, 2\]'; mend or remove the line\."):
         records(tmp_path / "a.jsonl", "[1, 2]\n")
 
 
@@ -63,7 +63,7 @@ def test_tsv_gzipped(tmp_path):
 
 
 def test_csv_row_of_another_length_is_named(tmp_path):
-    with pytest.raises(DataError, match=r"a.csv:3: 1 fields where the header has 2 \(text, label\)"):
+    with pytest.raises(DataError, match=r"a.csv:3: 1 fields where the header has 2 \(text, label\); mend or remove the line\."):
         records(tmp_path / "a.csv", "text,label\na,b\nc\n")
 
 

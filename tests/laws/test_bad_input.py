@@ -140,6 +140,25 @@ def test_a_file_without_permission(bench: Bench) -> None:
         (bench.folder / "rows.jsonl").chmod(0o600)
 
 
+@pytest.mark.skipif(not Path("/proc/self/mem").exists(), reason="a file that can be opened and not read is Linux's")
+def test_a_file_that_the_system_will_not_read(bench: Bench) -> None:
+    """Whoever runs the tests: reading the first bytes of a process's own memory is an error of the disk, not of permission."""
+    for name in ("rows.jsonl", "run.yaml", "mo.gguf"):
+        (bench.folder / name).unlink(missing_ok=True)
+        (bench.folder / name).symlink_to("/proc/self/mem")
+    unread = ("cannot be read: Input/output error", "Check the path, its permissions and the disk.")
+    for command, name in (
+        (bench.finetune(), "rows.jsonl"),
+        (["finetune", "run.yaml"], "run.yaml"),
+        (bench.finetune(data=bench.write("good.jsonl", GOOD), model="mo.gguf"), "mo.gguf"),
+    ):
+        code = main(command)
+        output = bench.capsys.readouterr()
+        assert code == 2 and output.err.count("Error: ") == 1 and "Traceback" not in output.err
+        assert all(word in " ".join(output.err.split()) for word in (name, *unread)), output.err
+    assert not (bench.folder / "run").exists()
+
+
 @pytest.mark.parametrize(
     ("rows", "words"),
     [

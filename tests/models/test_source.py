@@ -111,7 +111,7 @@ def test_several_problems_at_once(folder: Path) -> None:
         (folder / name).unlink()
     text = problem(folder)
     assert "(3 problems)" in text
-    for words in ("cannot be read as JSON", "lacks model-00002-of-00002.safetensors", "has no tokenizer"):
+    for words in ("cannot be read as JSON", "Fetch it again.", "lacks model-00002-of-00002.safetensors", "has no tokenizer"):
         assert words in text
 
 

@@ -13,7 +13,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import IO, cast
 
-from lorakeet.errors import ConfigError, DataError, EnvironmentProblem, nearest
+from lorakeet.errors import ConfigError, DataError, EnvironmentProblem, nearest, unreadable
 
 PACKAGE = "package:"
 _CODE = (".py", ".pyc", ".pyi", ".so", ".pyd")
@@ -111,8 +111,8 @@ def open_binary(location: Location) -> Iterator[IO[bytes]]:
             yield stream
     except (gzip.BadGzipFile, EOFError, zlib.error, zipfile.BadZipFile) as error:
         raise DataError(f"{location.path} is damaged ({error}); fetch or pack it again.") from error
-    except (IsADirectoryError, PermissionError) as error:
-        raise DataError(f"{location.path} cannot be read: {error.strerror}. Check the path and its permissions.") from error
+    except OSError as error:  # no permission, a folder, a disk that fails in the middle of the file
+        raise DataError(unreadable(location.path, error)) from error
 
 
 @contextmanager

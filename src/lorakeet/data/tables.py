@@ -13,6 +13,7 @@ from lorakeet.errors import DataError, Problems
 
 SHOWN_PROBLEMS = 10
 _START = 60  # characters of a broken line that are shown
+_MEND = "mend or remove the line."
 
 
 class Record(NamedTuple):
@@ -57,12 +58,12 @@ def _json_lines(stream: IO[str], name: str, problems: RowProblems) -> Iterator[R
         try:
             values = json.loads(line)
         except (ValueError, RecursionError) as error:
-            problems.add(source, f"broken JSON{_where(error)}: {_start_of(line)}; mend or remove the line.")
+            problems.add(source, f"broken JSON{_where(error)}: {_start_of(line)}; {_MEND}")
             continue
         if isinstance(values, dict):
             yield Record(source, values)
         else:
-            problems.add(source, f"expected an object in braces, got {_start_of(line)}.")
+            problems.add(source, f"expected an object in braces, got {_start_of(line)}; {_MEND}")
 
 
 def _json_array(stream: IO[str], name: str, problems: RowProblems) -> Iterator[Record]:
@@ -114,7 +115,7 @@ def _separated(delimiter: str) -> Callable[[IO[str], str, RowProblems], Iterator
             if not row:
                 continue
             if len(row) != len(header):
-                problems.add(source, f"{len(row)} fields where the header has {len(header)} ({', '.join(header)}).")
+                problems.add(source, f"{len(row)} fields where the header has {len(header)} ({', '.join(header)}); {_MEND}")
                 continue
             yield Record(source, dict(zip(header, row, strict=True)))
 

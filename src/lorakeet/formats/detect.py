@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 from lorakeet.core.adapter import Adapter
-from lorakeet.errors import DataError
+from lorakeet.errors import DataError, unreadable
 from lorakeet.formats import diffusers, gguf, kohya, lycoris, mlx, peft
 from lorakeet.formats.base_model import BaseModel
 from lorakeet.formats.dense import Compression
@@ -72,7 +72,7 @@ def _file(path: Path) -> Found:
         with path.open("rb") as file:
             magic = file.read(4)
     except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror or error}.") from error
+        raise DataError(unreadable(path, error)) from error
     if magic == gguf.MAGIC:
         return Found("gguf", path, "the file begins with GGUF")
     if path.suffix.lower() == ".gguf":

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from lorakeet.core.adapter import Adapter, Pair
 from lorakeet.core.math import Kind, alpha_for
-from lorakeet.errors import ConfigError, DataError, EnvironmentProblem, Problems, nearest
+from lorakeet.errors import ConfigError, DataError, EnvironmentProblem, Problems, nearest, unreadable
 from lorakeet.formats.base_model import BaseModel
 from lorakeet.formats.limits import check_holds
 from lorakeet.formats.sd_names import table
@@ -307,7 +307,7 @@ def _open(path: Path) -> Any:
             raise ValueError(f"its tensors are {held:,} bytes together, more than the {size:,} of the file")
         return reader
     except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror or error}.") from error
+        raise DataError(unreadable(path, error)) from error
     except (ValueError, IndexError, KeyError, OverflowError, TypeError, MemoryError) as error:
         raise DataError(f"{path} is not a whole GGUF file ({error}). It may have been cut off; fetch it again.") from error
 

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from lorakeet.errors import DataError
+from lorakeet.errors import DataError, unreadable
 
 
 def read_object(path: Path, *, expected: str) -> dict[str, Any]:
@@ -14,7 +14,7 @@ def read_object(path: Path, *, expected: str) -> dict[str, Any]:
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror or error}. Expected {expected}.") from error
+        raise DataError(f"{unreadable(path, error)} Expected {expected}.") from error
     except (ValueError, RecursionError) as error:  # a plain ValueError for a number of thousands of digits
         raise DataError(f"{path} is not JSON that can be read: {error}. Expected {expected}.") from error
     if not isinstance(data, dict):

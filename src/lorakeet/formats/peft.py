@@ -65,7 +65,7 @@ def read(folder: Path, *, opened: Callable[[Path], SafeFile] = open_safetensors)
     pairs = _pairs(config, note, groups, problems)
     extras = {_extra_path(name, pairs, problems): tensor for name, tensor in others.items()}
     token_rows = _token_rows(config, note, tokens, problems)
-    if not pairs and not extras and not token_rows:
+    if not pairs and not extras and not token_rows and not problems.messages:
         problems.add(f"{model} holds no tensor.")
     problems.raise_if_any()
     metadata = {**config.metadata, **{str(key): str(value) for key, value in note.get("metadata", {}).items()}}

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lorakeet.errors import DataError, Problems
+from lorakeet.errors import DataError, Problems, unreadable
 from lorakeet.formats.json_object import read_object
 
 LARGEST_HEADER = 100_000_000  # bytes; the safetensors library's own limit
@@ -91,7 +91,7 @@ def open_safetensors(path: Path) -> SafeFile:
                 )
             header = _parse(path, file.read(length))
     except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror or error}.") from error
+        raise DataError(unreadable(path, error)) from error
     metadata = header.pop("__metadata__", None) or {}  # mlx writes null
     problems = Problems(f"{path} is not a sound safetensors file", DataError)
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-from lorakeet.errors import DataError, EnvironmentProblem
+from lorakeet.errors import DataError, EnvironmentProblem, unreadable
 from lorakeet.formats.digest import sha256_of
 from lorakeet.models.quiet import quiet_transformers
 
@@ -90,7 +90,7 @@ def _check_magic(path: Path) -> None:
         with path.open("rb") as file:
             magic = file.read(4)
     except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror}.") from error
+        raise DataError(unreadable(path, error)) from error
     if magic != _MAGIC:
         raise DataError(f"{path} is not a GGUF file: it begins with {magic!r}, expected {_MAGIC!r}. Fetch it again.")
 

@@ -130,7 +130,7 @@ def check_folder(folder: Path) -> None:
     try:
         json.loads(config.read_text(encoding="utf-8"))
     except (ValueError, OSError) as error:
-        problems.add(f"{config} cannot be read as JSON: {error}.")
+        problems.add(f"{config} cannot be read as JSON: {error}. Fetch it again.")
     shards = sorted(folder.glob("*.safetensors"))
     if not shards:
         pickles = [file.name for pattern in _PICKLES for file in sorted(folder.glob(pattern))]

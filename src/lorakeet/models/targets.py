@@ -126,7 +126,8 @@ def _without_excluded(chosen: list[Site], sites: list[Site], spec: LoraSpec, pro
             continue
         if not found:
             names = leaf_names(site.path for site in sites)
-            problems.add(f"lora.exclude_modules '{pattern}' matches no module of the model.{nearest(pattern, names)}")
+            offered = nearest(pattern, names) or f" It has {listed(names)}; name one of them, or leave it out."
+            problems.add(f"lora.exclude_modules '{pattern}' matches no module of the model.{offered}")
         dropped |= found
     return [site for site in chosen if not any(site.path == path or site.path.startswith(f"{path}.") for path in dropped)]
 
