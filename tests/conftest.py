@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,25 @@ import pytest
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 sys.path.insert(0, str(Path(__file__).parent))
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_finish() -> None:
+    """What is imported by now stays: no collection of garbage has to look through it again."""
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def rehearsals_once() -> Iterator[None]:
+    """Each run on shapes alone is rehearsed once in a process, however many tests begin the same run (tiny/rehearsals)."""
+    if "lorakeet.workflows.forecast_run" not in sys.modules:  # no test of this session has asked for it
+        yield
+        return
+    from tiny.rehearsals import remembered
+
+    with remembered():
+        yield
 
 
 @pytest.fixture

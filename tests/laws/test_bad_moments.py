@@ -24,6 +24,7 @@ from lorakeet.evaluate.certificate import read_certificate
 from lorakeet.formats import peft
 from lorakeet.train import checkpoint
 from lorakeet.train.log import read_metrics
+from tiny.forked import Workers, forking
 from tiny.runs import QUICK, adapter_bytes, reviews, write_rows
 
 STEPS = 120
@@ -179,58 +180,74 @@ def test_a_disk_that_is_full_for_one_file_of_the_report_keeps_the_one_before(
     assert checkpoint.load(checkpoint.found(run / "checkpoints")[-1]).position.step == 6
 
 
+@pytest.fixture(scope="module")
+def workers() -> Iterator[Workers]:
+    with forking(Path(__file__).parent / "command_worker.py") as found:
+        yield found
+
+
+LONG = {"train__steps": STEPS, "train__evaluate_every": 20, "train__patience": 0}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tiny_llama_folder: Path, rows: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """The adapter of a long run that nothing stops."""
+    whole = tmp_path_factory.mktemp("undisturbed") / "run"
+    assert main(command(tiny_llama_folder, rows, whole, **LONG, train__checkpoint_every=50)) == 0
+    return adapter_bytes(whole)
+
+
 def test_ctrl_c_finishes_the_step_and_the_run_goes_on_to_the_same_bytes(
-    tiny_llama_folder: Path, rows: Path, tmp_path: Path
+    workers: Workers, undisturbed: dict[str, bytes], tiny_llama_folder: Path, rows: Path, tmp_path: Path, capsys: Any
 ) -> None:
-    run, whole = tmp_path / "run", tmp_path / "whole"
-    changes = {"train__steps": STEPS, "train__evaluate_every": 20, "train__checkpoint_every": 50, "train__patience": 0}
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(
-        [sys.executable, "-m", "lorakeet", *command(tiny_llama_folder, rows, run, **changes)],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment,
-    )  # fmt: skip
+    run = tmp_path / "run"
+    pid = workers.start(words=command(tiny_llama_folder, rows, run, **LONG, train__checkpoint_every=50))
     deadline = time.monotonic() + PATIENCE
     while steps_done(run) < 3:
-        assert process.poll() is None and time.monotonic() < deadline, process.communicate()[1]
+        assert time.monotonic() < deadline
         time.sleep(0.001)
-    process.send_signal(signal.SIGINT)
-    _, said = process.communicate(timeout=PATIENCE)
-    assert process.returncode == 4, said
+    os.kill(pid, signal.SIGINT)
+    ended = workers.end()
+    said = ended["said"]
+    assert ended["code"] == 4, said
     step = steps_done(run)
     assert step < STEPS
     words = " ".join(said.split())
     assert f"Error: Ctrl-C: stopped after step {step} of {STEPS}, with the checkpoint" in words and "Traceback" not in said
     assert f"Go on with: lorakeet finetune --resume {run}" in words
     assert checkpoint.load(run / "checkpoints" / checkpoint.name_of(step)).position.step == step
-    resumed = [sys.executable, "-m", "lorakeet", "finetune", "--resume", str(run), "--json"]
-    answer = subprocess.run(resumed, capture_output=True, text=True, env=environment, check=True, timeout=PATIENCE).stdout
+    capsys.readouterr()
+    assert main(["finetune", "--resume", str(run), "--json"]) == 0
+    answer = capsys.readouterr().out
     assert json.loads(answer)["outcome"]["steps"] == STEPS and read_certificate(run / "certificate.json").passed
-    undisturbed = [sys.executable, "-m", "lorakeet", *command(tiny_llama_folder, rows, whole, **changes)]
-    subprocess.run(undisturbed, capture_output=True, env=environment, check=True, timeout=PATIENCE)
-    assert adapter_bytes(run) == adapter_bytes(whole)
+    assert adapter_bytes(run) == undisturbed
 
 
-def test_killed_again_and_again_the_run_goes_on_to_the_same_bytes(tiny_llama_folder: Path, rows: Path, tmp_path: Path) -> None:
+def test_killed_again_and_again_the_run_goes_on_to_the_same_bytes(
+    workers: Workers, undisturbed: dict[str, bytes], tiny_llama_folder: Path, rows: Path, tmp_path: Path
+) -> None:
     """`kill -9` of `lorakeet finetune` itself: while it starts, and three times at a random moment of the training."""
-    run, whole = tmp_path / "run", tmp_path / "whole"
-    changes = {"train__steps": STEPS, "train__evaluate_every": 20, "train__checkpoint_every": 10, "train__patience": 0}
+    run = tmp_path / "run"
+    arguments = command(tiny_llama_folder, rows, run, **LONG, train__checkpoint_every=10)
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    arguments = command(tiny_llama_folder, rows, run, **changes)
     chance = random.Random(20)
-    for round_number in range(4):
-        process = subprocess.Popen(
-            [sys.executable, "-m", "lorakeet", *arguments], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment
-        )
-        until, deadline = steps_done(run) + chance.randint(1, 30), time.monotonic() + PATIENCE
-        while round_number and steps_done(run) < until and process.poll() is None:
-            assert time.monotonic() < deadline
-            time.sleep(0.001)
-        time.sleep(chance.uniform(0, 0.05) if round_number else chance.uniform(0.5, 3))
-        process.kill()
-        process.wait()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "lorakeet", *arguments], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment
+    )
+    time.sleep(chance.uniform(0.5, 3))
+    process.kill()
+    process.wait()
+    for _ in range(3):
         if (run / "config.yaml").is_file():
             arguments = ["finetune", "--resume", str(run)]
-    assert main(arguments) == 0
-    assert main(command(tiny_llama_folder, rows, whole, **changes)) == 0
-    assert adapter_bytes(run) == adapter_bytes(whole)
+        pid = workers.start(words=arguments)
+        until, deadline = steps_done(run) + chance.randint(1, 30), time.monotonic() + PATIENCE
+        while steps_done(run) < until:
+            assert time.monotonic() < deadline
+            time.sleep(0.001)
+        time.sleep(chance.uniform(0, 0.05))
+        os.kill(pid, signal.SIGKILL)
+        assert workers.end()["code"] == -signal.SIGKILL
+    assert main(["finetune", "--resume", str(run)]) == 0
+    assert adapter_bytes(run) == undisturbed
     assert read_certificate(run / "certificate.json").passed

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import random
 import signal
@@ -10,7 +9,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +17,7 @@ import pytest
 from lorakeet.train import checkpoint
 from lorakeet.train.log import read_metrics
 from lorakeet.train.run import RunFolder
+from tiny.forked import Workers, forking
 from train.kill_worker import SPEC
 
 WORKER = Path(__file__).parent.parent / "train" / "kill_worker.py"
@@ -26,40 +25,17 @@ TIMES = {"tokens_per_second", "seconds", "memory_bytes"}
 PATIENCE = 60.0  # seconds until a worker counts as hung
 
 
-@dataclass
-class Workers:
-    """The forking server; `start` gives the pid of a new process, `end` waits for it."""
-
-    process: subprocess.Popen[str]
-
-    def start(self, run: Path, *, file_limit: int | None = None) -> int:
-        assert self.process.stdin is not None
-        assert self.process.stdout is not None
-        self.process.stdin.write(json.dumps({"run": str(run), "file_limit": file_limit}) + "\n")
-        self.process.stdin.flush()
-        return int(self.process.stdout.readline())
-
-    def end(self) -> dict[str, Any]:
-        assert self.process.stdout is not None
-        result: dict[str, Any] = json.loads(self.process.stdout.readline())
-        return result
-
-
 @pytest.fixture(scope="module")
 def workers() -> Iterator[Workers]:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    with subprocess.Popen(
-        [sys.executable, str(WORKER)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
-    ) as process:
-        yield Workers(process)
-        process.kill()
+    with forking(WORKER) as found:
+        yield found
 
 
 @pytest.fixture(scope="module")
 def whole(workers: Workers, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run that nothing disturbed."""
     run = tmp_path_factory.mktemp("whole") / "run"
-    workers.start(run)
+    workers.start(run=str(run))
     assert workers.end() == {"code": 0, "said": ""}
     return run
 
@@ -103,7 +79,7 @@ def test_ten_kills_at_random_moments(workers: Workers, whole: Path, tmp_path: Pa
     chance = random.Random(20)
     step_time = read_metrics(whole / "metrics.jsonl")[-2]["seconds"] / (SPEC.steps or 1)  # the last record is an evaluation
     for step in sorted(chance.randrange(32) for _ in range(10)):
-        pid = workers.start(run)
+        pid = workers.start(run=str(run))
         wait_for_step(run, step)
         time.sleep(chance.random() * step_time)
         os.kill(pid, signal.SIGKILL)
@@ -116,7 +92,7 @@ def test_ten_kills_at_random_moments(workers: Workers, whole: Path, tmp_path: Pa
 @pytest.mark.parametrize("which", [signal.SIGINT, signal.SIGTERM])
 def test_ctrl_c_finishes_the_step_and_says_how_to_resume(workers: Workers, whole: Path, tmp_path: Path, which: int) -> None:
     run = tmp_path / "run"
-    pid = workers.start(run)
+    pid = workers.start(run=str(run))
     wait_for_step(run, 3)
     os.kill(pid, which)
     ended = workers.end()
@@ -125,7 +101,7 @@ def test_ctrl_c_finishes_the_step_and_says_how_to_resume(workers: Workers, whole
     assert f"stopped after step {done} of 40" in ended["said"]
     assert f"lorakeet finetune --resume {run}" in ended["said"]
     assert checkpoint.load(RunFolder(run).checkpoints / checkpoint.name_of(done)).position.step == done
-    workers.start(run)
+    workers.start(run=str(run))
     assert workers.end() == {"code": 0, "said": ""}
     assert_equal(run, whole)
 
@@ -133,12 +109,12 @@ def test_ctrl_c_finishes_the_step_and_says_how_to_resume(workers: Workers, whole
 def test_a_full_disk_leaves_the_checkpoint_before(workers: Workers, whole: Path, tmp_path: Path) -> None:
     """The system itself refuses to let a file grow above a limit, in the middle of a checkpoint."""
     run = tmp_path / "run"
-    pid = workers.start(run)
+    pid = workers.start(run=str(run))
     wait_for_step(run, 3)
     os.kill(pid, signal.SIGINT)
     assert workers.end()["code"] == 4
     before = checkpoint.found(run / "checkpoints")
-    workers.start(run, file_limit=8000)
+    workers.start(run=str(run), file_limit=8000)
     ended = workers.end()
     assert ended["code"] == 2
     assert "is full" in ended["said"]
@@ -147,6 +123,6 @@ def test_a_full_disk_leaves_the_checkpoint_before(workers: Workers, whole: Path,
     assert checkpoint.found(run / "checkpoints") == before
     assert checkpoint.load(before[-1]).position.step == int(before[-1].name[-6:])
     assert list((run / "checkpoints").glob(".*")) == []
-    workers.start(run)
+    workers.start(run=str(run))
     assert workers.end() == {"code": 0, "said": ""}
     assert_equal(run, whole)

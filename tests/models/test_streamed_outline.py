@@ -75,7 +75,7 @@ def test_attention_over_a_mask_is_rehearsed_too_and_holds_more(attention: str) -
 
 def test_inputs_on_disk_and_fewer_batches_together_hold_less() -> None:
     config = tiny_model("llama").config
-    config.num_hidden_layers = 12
+    config.num_hidden_layers = 6
     kept = rehearsed(config, Streaming(together=2)).peaks[STEP].bytes
     one = rehearsed(config, Streaming(together=1)).peaks[STEP].bytes
     aside = rehearsed(config, Streaming(together=1, aside=True)).peaks[STEP].bytes

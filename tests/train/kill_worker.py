@@ -1,16 +1,11 @@
 """Trains the tiny task in processes of their own, so that tests can kill them.
 
 python kill_worker.py RUN        begins or goes on with RUN, once, and ends with the exit code of the error
-python kill_worker.py            reads JSON lines {"run": …, "file_limit": bytes or null} and forks a process for each: prints
-                                 its pid, then what it said and how it ended (−9 when killed) as one JSON line
+python kill_worker.py            forks a process for each JSON line {"run": …, "file_limit": bytes or null}; see tiny/forked
 """
 
 from __future__ import annotations
 
-import json
-import os
-import resource
-import signal
 import sys
 from pathlib import Path
 
@@ -23,6 +18,7 @@ from lorakeet.train.loop import train
 from lorakeet.train.progress import Silent
 from lorakeet.train.run import RunFolder
 from lorakeet.train.spec import TrainSpec
+from tiny.forked import serve
 from train.tiny_task import TinyTask
 
 SPEC = TrainSpec(
@@ -47,32 +43,9 @@ def work(path: Path) -> int:
     return 0
 
 
-def serve() -> None:
-    torch.optim.AdamW([torch.zeros(1)])  # brings in what torch loads late, once for all processes
-    for line in sys.stdin:
-        order = json.loads(line)
-        said, says = os.pipe()
-        pid = os.fork()
-        if pid == 0:
-            os.dup2(says, 2)
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-            if order.get("file_limit"):
-                resource.setrlimit(resource.RLIMIT_FSIZE, (order["file_limit"], order["file_limit"]))
-            code = 1
-            try:
-                code = work(Path(order["run"]))
-            finally:
-                sys.stderr.flush()
-                os._exit(code)
-        os.close(says)
-        print(pid, flush=True)
-        _, status = os.waitpid(pid, 0)
-        with os.fdopen(said) as pipe:
-            print(json.dumps({"code": os.waitstatus_to_exitcode(status), "said": pipe.read()}), flush=True)
-
-
 if __name__ == "__main__":
     torch.set_num_threads(1)
     if len(sys.argv) > 1:
         sys.exit(work(Path(sys.argv[1])))
-    serve()
+    torch.optim.AdamW([torch.zeros(1)])  # brings in what torch loads late, once for all processes
+    serve(lambda order: work(Path(order["run"])))

@@ -17,7 +17,7 @@ from lorakeet.workflows.opened import open_adapter
 from tiny.models import save_tiny_llama
 from tiny.runs import adapter_bytes, chats, quiet, run, settings, write_rows
 
-WIDE = {"num_hidden_layers": 24, "hidden_size": 256, "intermediate_size": 1024}
+WIDE = {"num_hidden_layers": 6, "hidden_size": 512, "intermediate_size": 2048}  # blocks of 16 MB, few, since each is rehearsed
 NO_LABELS = Loaded(labelled=False, characters=10_000)
 CHANGES = {"train.steps": "2", "train.micro_tokens": "128", "evaluate.drift_texts": "0"}
 
@@ -64,7 +64,8 @@ def test_a_run_is_forecast_without_a_budget_too(model: Path, tmp_path: Path) -> 
 def test_a_mixture_of_experts_keeps_a_budget_too(family: str, tmp_path: Path) -> None:
     folder = save_tiny_llama(tmp_path / "model", family=family, **WIDE)
     config = settings(folder, tmp_path / "rows", tmp_path / "run", CHANGES)
-    whole = arrange(config, print, NO_LABELS).forecast
+    large = settings(folder, tmp_path / "rows", tmp_path / "run", {**CHANGES, "memory.budget": "8GiB"})
+    whole = arrange(large, print, NO_LABELS).forecast
     assert whole is not None
     middle = (least(config, folder) + whole.peak) // 2
     budget = {**CHANGES, "memory.budget": f"{middle // 1000}KB", "memory.store": "there"}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, field
+from functools import cache
 from importlib.resources import files
 from pathlib import Path
 from typing import Literal
@@ -190,29 +191,34 @@ def read_report(path: Path) -> Report:
     return from_text(Report, text, where=str(path))
 
 
-def render_html(report: Report) -> str:
-    """One self-contained page: inline style, script and drawings, nothing fetched, all data escaped."""
-    here = files("lorakeet.evaluate")
+def _asset(name: str) -> str:
+    return (files("lorakeet.evaluate") / name).read_text(encoding="utf-8")
 
-    def asset(name: str) -> str:
-        return (here / name).read_text(encoding="utf-8")
 
+@cache
+def _templates() -> jinja2.Environment:
+    """The page's templates, compiled when they are first asked for."""
     environment = jinja2.Environment(
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
-        loader=jinja2.FunctionLoader(asset),
+        loader=jinja2.FunctionLoader(_asset),
     )
     environment.filters.update(
         number=number, signed=signed, bytes=bytes_text, metric=metric_words, measure=check_words, compact=compact
     )
     environment.globals.update(charts=charts, metric_words=METRIC_WORDS, outcomes=OUTCOMES, rank_plot=curve_plot)
-    template = environment.get_template("report.html.j2")
+    return environment
+
+
+def render_html(report: Report) -> str:
+    """One self-contained page: inline style, script and drawings, nothing fetched, all data escaped."""
+    template = _templates().get_template("report.html.j2")
     return template.render(
         report=report,
-        style=Markup(asset("report.css")),
-        script=Markup(asset("report.js")),
+        style=Markup(_asset("report.css")),
+        script=Markup(_asset("report.js")),
         roles={system.name: system.role for system in report.systems},
         metrics=_metrics_shown(report),
         confidence=next((item.confidence for item in _estimates(report)), 0.95),

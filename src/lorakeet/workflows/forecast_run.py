@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -97,8 +97,16 @@ def runtime_bytes(precision: Precision, counts: int = COUNTS) -> int:
 
     Found by doing it on a very small model, so that the code of every kernel and the libraries' own buffers are there; for
     narrow products, whose library keeps code for every shape, with an allowance for those of the real model in micro-batches of
-    `counts` numbers of tokens.
+    `counts` numbers of tokens. What stays of it stays, so a process does it once for each precision.
     """
+    _do_everything(precision)
+    narrow = NARROW + (counts - 1) * COUNT_BYTES if precision.products.itemsize < torch.float32.itemsize else 0
+    return resident_bytes() + narrow
+
+
+@cache
+def _do_everything(precision: Precision) -> None:
+    """Everything that a run does, on a very small model."""
     quantize = precision.quantize if precision.quantize.method in ("nf4", "int8") else QuantSpec()
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(0)
@@ -114,8 +122,6 @@ def runtime_bytes(precision: Precision, counts: int = COUNTS) -> int:
         training.optimizer.step(1e-3)
         training.step()
     SCRATCH.clear()
-    narrow = NARROW + (counts - 1) * COUNT_BYTES if precision.products.itemsize < torch.float32.itemsize else 0
-    return resident_bytes() + narrow
 
 
 def rows_of(config: RunConfig) -> Rows:
