@@ -114,7 +114,8 @@ def test_three_adapters_take_their_gradients_and_moments() -> None:
     found = rehearsed(config, config.lora)
     step, three = found.peaks[STEP], while_trying_rates(config, found, ROWS)
     parameters = found.plan.parameters
-    assert three.kinds["moments"] - step.kinds["moments"] == 2 * 8 * parameters
+    assert step.kinds["moments"] >= 8 * parameters  # and each tensor's count of steps
+    assert three.kinds["moments"] == 3 * step.kinds["moments"]
     assert three.kinds["gradients"] - step.kinds.get("gradients", 0) == 2 * 4 * parameters
     assert three.kinds["saved activations"] == step.kinds["saved activations"], "a pass is no larger than that of one"
     wide = while_trying_rates(replace(config, train=replace(config.train, micro_tokens=256)), found, ROWS)
