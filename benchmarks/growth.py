@@ -10,7 +10,6 @@ of the axis's cheapest point; a point may be slower than its law by TOLERANCE. `
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 from collections.abc import Mapping, Sequence
@@ -20,7 +19,7 @@ from typing import Any
 
 import torch
 from harness.machine import origin, warn_if_busy, write_result
-from harness.processes import run_module
+from harness.processes import answered
 from plan_accuracy import published_shape
 
 from lorakeet.core.precision import fastest_products
@@ -61,15 +60,6 @@ def asked_of(axis: str, value: Any, steps: int, products: str) -> dict[str, Any]
     return {**asked, "learnt": "label", "steps": steps, **({"members": value} if axis == "adapters" else {})}
 
 
-def timed(asked: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-    """What contenders/timed_step found, in a fresh process."""
-    given, result = folder / "asked.json", folder / "found.json"
-    given.write_text(json.dumps(asked), encoding="utf-8")
-    run_module(sys.executable, "contenders.timed_step", [str(given), str(result)], log=folder / "log.txt")
-    found: dict[str, Any] = json.loads(result.read_text(encoding="utf-8"))
-    return found
-
-
 def point(value: Any, found: Mapping[str, Any]) -> dict[str, Any]:
     """Microseconds and FLOPs a token, with everything that was measured."""
     seconds = sum(statistics.median(spent) for spent in found["seconds"].values())
@@ -100,7 +90,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             values = AXES[axis]
             if axis == "size":
                 values = values[: values.index(given.largest) + 1]
-            points = [point(value, timed(asked_of(axis, value, given.steps, products), Path(folder))) for value in values]
+            asked = {value: asked_of(axis, value, given.steps, products) for value in values}
+            points = [point(value, answered("contenders.timed_step", one, Path(folder))) for value, one in asked.items()]
             found[axis] = with_law(points)
             for one in found[axis]:
                 print(f"{axis:9} {one['at']!s:>6} {one['us']:9.0f} us a token, law {one['law_us']:9.0f}", flush=True)

@@ -24,7 +24,7 @@ from typing import Any, Literal
 import torch
 from contenders.planned_run import read_settings
 from harness.machine import origin, write_result
-from harness.processes import run, run_module
+from harness.processes import answered, run
 
 from lorakeet.config import RunConfig
 from lorakeet.models.load import read_config
@@ -291,11 +291,7 @@ class _Bench:
         return self.runtimes[key]
 
     def _child(self, asked: Mapping[str, Any], module: str = MODULE) -> dict[str, int]:
-        settings, result = self.folder / "settings.json", self.folder / "result.json"
-        settings.write_text(json.dumps(asked), encoding="utf-8")
-        run_module(sys.executable, module, [str(settings), str(result)], log=self.folder / "log.txt")
-        found: dict[str, int] = json.loads(result.read_text(encoding="utf-8"))
-        return found
+        return answered(module, asked, self.folder)
 
 
 def _show(line: Mapping[str, Any]) -> None:

@@ -11,7 +11,6 @@ linear layers; rows of one length, or rows of between half and one and a half ti
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,7 +20,7 @@ from typing import Any
 
 import torch
 from harness.machine import origin, warn_if_busy, write_result
-from harness.processes import run_module
+from harness.processes import answered
 from plan_accuracy import gptq, published_shape
 
 from lorakeet.core.precision import fastest_products
@@ -58,15 +57,6 @@ def asked_of(case: Mapping[str, Any], steps: int, products: str) -> dict[str, An
     return {"settings": texts, "shape": shape, "lengths": lengths, "learnt": case["learnt"], "steps": steps}
 
 
-def timed(asked: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-    """What contenders/timed_step found, in a fresh process."""
-    given, result = folder / "asked.json", folder / "found.json"
-    given.write_text(json.dumps(asked), encoding="utf-8")
-    run_module(sys.executable, "contenders.timed_step", [str(given), str(result)], log=folder / "log.txt")
-    found: dict[str, Any] = json.loads(result.read_text(encoding="utf-8"))
-    return found
-
-
 def shares(found: Mapping[str, Any]) -> dict[str, float]:
     """Achieved over possible: of the forward pass, of the backward pass, and of the whole step, medians over its repetitions."""
     seconds = {phase: statistics.median(values) for phase, values in found["seconds"].items()}
@@ -90,7 +80,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print("base   tokens learnt     layout   forward backward   step  asked  tokens/s  GFLOP/s")
     with TemporaryDirectory(prefix="lorakeet-bench-") as folder:
         for case in cases(given):
-            found = timed(asked_of(case, given.steps, products), Path(folder))
+            found = answered("contenders.timed_step", asked_of(case, given.steps, products), Path(folder))
             share, asked = shares(found), ASKED[case["length"]]
             speed = found["tokens"] / sum(statistics.median(values) for values in found["seconds"].values())
             lines.append({**case, "shares": share, "asked": asked, "tokens_per_second": speed, **found})

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
+import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 BENCHMARKS = Path(__file__).resolve().parents[1]
 # Nothing asks a server, and nothing uses a GPU: the claims are about the CPU.
@@ -59,6 +62,15 @@ def environment() -> dict[str, str]:
 def run_module(python: str, module: str, arguments: Sequence[str], *, log: Path) -> float:
     """Seconds that `python -m module arguments` took; its output goes to `log`. Raises Failed with the end of it."""
     return run([python, "-m", module, *arguments], log=log)
+
+
+def answered(module: str, asked: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """What `python -m module ASKED.json FOUND.json` wrote, in a fresh process of this Python; its files are in `folder`."""
+    given, result = folder / "asked.json", folder / "found.json"
+    given.write_text(json.dumps(asked), encoding="utf-8")
+    run_module(sys.executable, module, [str(given), str(result)], log=folder / "log.txt")
+    found: dict[str, Any] = json.loads(result.read_text(encoding="utf-8"))
+    return found
 
 
 def run(command: Sequence[str], *, log: Path) -> float:

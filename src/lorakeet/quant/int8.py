@@ -49,11 +49,9 @@ class Int8Base(PackedBase):
             raise ValueError(f"the weight is {tuple(weight.shape)}, but this base is {self.shape}")
         weight = weight.detach().cpu()
         for rows in self._tiles(self.shape[0]):
-            wide = weight[rows].float()
-            scale = wide.abs().amax(1) / STEPS
-            inverse = torch.where(scale > 0, 1 / scale, torch.zeros_like(scale))
-            self.packed[rows] = (wide * inverse[:, None]).round_().clamp_(-STEPS, STEPS).to(torch.int8)
-            self.scale[rows] = scale
+            steps, scale = _in_steps(weight[rows].float())
+            self.packed[rows] = steps.clamp_(-STEPS, STEPS).to(torch.int8)
+            self.scale[rows] = scale[:, 0]
 
     def unpack(self, out: Tensor, first: int = 0) -> Tensor:
         packed, scale = self.packed[first : first + len(out)], self.scale[first : first + len(out)]
@@ -64,14 +62,14 @@ class Int8Base(PackedBase):
     def matmul(self, x: Tensor) -> Tensor:
         if not self._codes(x):
             return super().matmul(x)
-        codes, scale = _coded(x)
-        return torch._int_mm(codes, self.packed.t()).float().mul_(scale).mul_(self.scale).to(x.dtype)
+        steps, scale = _in_steps(x)
+        return torch._int_mm(steps.to(torch.int8), self.packed.t()).float().mul_(scale).mul_(self.scale).to(x.dtype)
 
     def matmul_t(self, grad: Tensor) -> Tensor:
         if not self._codes(grad):
             return super().matmul_t(grad)
-        codes, scale = _coded(grad * self.scale)
-        return torch._int_mm(codes, self.packed).float().mul_(scale).to(grad.dtype)
+        steps, scale = _in_steps(grad * self.scale)
+        return torch._int_mm(steps.to(torch.int8), self.packed).float().mul_(scale).to(grad.dtype)
 
     def _codes(self, x: Tensor) -> bool:
         """Whether x (tokens, ·) is multiplied in int8; CUDA's product wants more than 16 tokens and multiples of 8."""
@@ -95,8 +93,8 @@ def multiply_in_int8(model: nn.Module) -> int:
     return len(bases)
 
 
-def _coded(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows (n, width) to codes int8 (n, width) and what one step of each row is worth, fp32 (n, 1)."""
+def _in_steps(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows (n, width) in whole steps of their own, fp32 (n, width), and what one step of each is worth, fp32 (n, 1)."""
     scale = rows.abs().amax(1, keepdim=True).float().div_(STEPS)
-    inverse = torch.where(scale == 0, scale, 1 / scale)
-    return (rows * inverse).round_().to(torch.int8), scale
+    inverse = torch.where(scale > 0, 1 / scale, torch.zeros_like(scale))
+    return (rows * inverse).round_(), scale
