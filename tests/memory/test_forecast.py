@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from lorakeet.memory.allocator import slack
-from lorakeet.memory.forecast import Forecast, larger, phases_of, with_more
-from lorakeet.memory.ledger import Held
+from lorakeet.memory.forecast import Forecast, phases_of
+from lorakeet.memory.held import Held, with_more
 
 GIB = 1 << 30
 PEAKS = {
@@ -33,9 +33,6 @@ def test_a_heap_given_back_before_a_phase_is_not_held_in_it() -> None:
     assert save.bytes == GIB // 2 + 4 * GIB + slack(GIB)
 
 
-def test_a_phase_may_hold_more_runtime_and_moments_are_added_up_and_compared() -> None:
-    more = with_more(PEAKS["save"], base=GIB, runtime=7)
-    assert more.bytes == 5 * GIB + 7 and more.kinds == {"base": 4 * GIB, "scratch": GIB, "runtime": 7} and more.heap == GIB
-    assert larger(more, PEAKS["step"]) is more and larger(PEAKS["save"], more) is more
-    (phase,) = phases_of({"judge": more}, GIB)
+def test_what_a_phase_holds_beside_its_tensors_adds_to_the_process() -> None:
+    (phase,) = phases_of({"judge": with_more(PEAKS["save"], runtime=7)}, GIB)
     assert phase.kinds["runtime"] == GIB + 7

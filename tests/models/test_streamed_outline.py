@@ -12,6 +12,7 @@ from transformers import AutoConfig
 from lorakeet.core.spec import LoraSpec
 from lorakeet.memory.ledger import Ledger
 from lorakeet.memory.store import LINE
+from lorakeet.models.alike_blocks import Build
 from lorakeet.models.outline import outline
 from lorakeet.models.streamed_outline import streamed_outline
 from lorakeet.quant.spec import QuantSpec
@@ -24,7 +25,7 @@ DTYPES = {"dtype": torch.float32, "products": torch.float32}
 
 
 def rehearsed(config: object, streaming: Streaming, batches: int = 2, **changes: object) -> Rehearsal:
-    build = partial(streamed_outline, config, name="made-up", **{**DTYPES, **changes})
+    build = Build(partial(streamed_outline, name="made-up", **{**DTYPES, **changes}), config)
     return rehearse(build, LoraSpec(rank=2), TrainSpec(), rows=Rows(32, 2), micro_batches=batches, streaming=streaming)
 
 

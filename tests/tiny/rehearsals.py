@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from lorakeet.models.alike_blocks import Build
 from lorakeet.workflows import forecast_run, image_forecast
 
 
@@ -30,10 +30,11 @@ def once(rehearse: Callable[..., Any]) -> Callable[..., Any]:
     """The same function, which answers from memory where it is called with equal arguments."""
     found: dict[str, Any] = {}
 
-    def answer(build: partial[Any], *arguments: Any, **settings: Any) -> Any:
-        model = [argument.to_dict() if hasattr(argument, "to_dict") else argument for argument in build.args]
-        state = sorted((str(file), file.stat().st_mtime_ns) for file in files_of(build.keywords.get("files")))
-        key = repr((build.func, model, sorted(build.keywords.items()), state, arguments, sorted(settings.items())))
+    def answer(build: Any, *arguments: Any, **settings: Any) -> Any:
+        make, given = (build.make, [build.config]) if isinstance(build, Build) else (build, build.args)
+        model = [argument.to_dict() if hasattr(argument, "to_dict") else argument for argument in given]
+        state = sorted((str(file), file.stat().st_mtime_ns) for file in files_of(make.keywords.get("files")))
+        key = repr((make.func, model, sorted(make.keywords.items()), state, arguments, sorted(settings.items())))
         if key not in found:
             found[key] = rehearse(build, *arguments, **settings)
         return found[key]

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from lorakeet.memory.allocator import slack
-from lorakeet.memory.ledger import Held
+from lorakeet.memory.held import Held
 
 KINDS = ("runtime", "base", "adapter", "moments", "gradients", "saved activations", "logits", "scratch", "allocator")
 
@@ -61,14 +60,3 @@ def phases_of(
         kinds = {**peak.kinds, "runtime": runtime + peak.kinds.get("runtime", 0), "allocator": beside}
         found.append(Phase(name, {kind: kinds[kind] for kind in KINDS if kinds.get(kind)}))
     return tuple(found)
-
-
-def with_more(peak: Held, **kinds: int) -> Held:
-    """The same moment with so many more bytes of some kinds."""
-    together = Counter(peak.kinds) + Counter(kinds)
-    return Held(peak.bytes + sum(kinds.values()), dict(together), peak.heap)
-
-
-def larger(one: Held, other: Held) -> Held:
-    """Whichever of two moments holds more."""
-    return one if one.bytes >= other.bytes else other

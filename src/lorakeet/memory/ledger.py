@@ -13,9 +13,9 @@ from __future__ import annotations
 
 import weakref
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, cast
 
@@ -27,18 +27,10 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from lorakeet.memory.allocator import LARGEST_HEAP_PIECE
+from lorakeet.memory.held import OUTSIDE, Held, Stretch
 
 Kind = Literal["base", "adapter", "moments", "gradients", "saved activations", "logits", "scratch"]
 _KEPT = ("base", "adapter", "moments", "gradients")  # a tensor of these stays what it is when autograd saves it too
-
-
-@dataclass(frozen=True)
-class Held:
-    """The most bytes held at once in one phase, and what they were at that moment."""
-
-    bytes: int = 0
-    kinds: dict[str, int] = field(default_factory=dict)
-    heap: int = 0  # of these, what comes and goes in pieces that the C library keeps on its heap (memory/allocator)
 
 
 @dataclass
@@ -59,7 +51,8 @@ class _Mode(FakeTensorMode):  # type: ignore[no-untyped-call]
 class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """A context: runs what is in it on fake tensors and keeps the account. `vocabulary` tells logits by their width.
 
-    `peaks` and `work` are by the name of the phase; a phase's peak counts what was there before it began.
+    `peaks` and `work` are by the name of the phase; a phase's peak counts what was there before it began. `stretches` are all
+    moments of the run, where its blocks are watched.
     """
 
     def __init__(self, vocabulary: int = 0) -> None:
@@ -70,6 +63,7 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.heap = 0
         self.peaks: dict[str, Held] = {}
         self.work: dict[str, Work] = {}
+        self.stretches: list[Stretch] = []
         self._phase = ""
         self._entries: dict[int, tuple[int, str, weakref.ref[Any]]] = {}  # storage → bytes, kind, and the watch on its end
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
@@ -92,16 +86,19 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """A stretch of the run with a peak of its own. Phases do not nest; the same name again raises that phase's peak."""
         before, self._phase = self._phase, name
         self._mark()
+        self._begin_stretch("phase", OUTSIDE)
         try:
             yield
         finally:
             self._phase = before
+            self._begin_stretch("phase", OUTSIDE)
 
     def name(self, kind: Kind, tensors: Iterable[Tensor]) -> None:
         """Says what these tensors are; until then a result is scratch."""
         for tensor in tensors:
             self._enter_storage(tensor, kind)
             self._rename(tensor, kind)
+        self._keep_moment()
 
     def watch_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
         """Counts what arrives in `.grad` of these as gradients."""
@@ -113,8 +110,35 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
         for parameter in parameters:
             self._hooks.append(parameter.register_post_accumulate_grad_hook(arrived))  # type: ignore[no-untyped-call]
 
+    def watch_blocks(self, blocks: Sequence[nn.Module]) -> None:
+        """Keeps every moment from now on in `stretches`, with marks where the passes of these blocks begin and end."""
+        for index, block in enumerate(blocks):
+            self._hooks.append(block.register_forward_pre_hook(partial(self._before_block, index)))
+            self._hooks.append(block.register_forward_hook(partial(self._after_block, index)))
+        self.stretches.append(Stretch(self._phase, "phase"))
+        self._keep_moment()
+
+    def _before_block(self, index: int, *_: Any) -> None:
+        self._begin_stretch("forward", index)
+
+    def _after_block(self, index: int, _block: nn.Module, _given: Any, output: Any) -> None:
+        self._begin_stretch("after", index)
+        for leaf in tree_leaves(output):
+            if isinstance(leaf, Tensor) and leaf.grad_fn is not None:
+                leaf.grad_fn.register_prehook(lambda _: self._begin_stretch("backward", index))
+
+    def _begin_stretch(self, event: str, block: int) -> None:
+        if self.stretches:
+            self._keep_moment()
+            self.stretches.append(Stretch(self._phase, event, block))
+            self._keep_moment()
+
+    def _keep_moment(self) -> None:
+        if self.stretches:
+            self.stretches[-1].moments.append(self._now())
+
     def close(self) -> None:
-        """Takes the hooks off the parameters again."""
+        """Takes the hooks off parameters and blocks again."""
         while self._hooks:
             self._hooks.pop().remove()
 
@@ -127,9 +151,10 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
         count = FLOPS.get(getattr(func, "_overloadpacket", None))
         if count is not None:
             work.flops += int(count(*args, **kwargs, out_val=result))
-        for leaf in tree_leaves(result):
-            if isinstance(leaf, Tensor):
-                work.written += self._enter_storage(leaf, self._kind_of(leaf))
+        made = sum(self._enter_storage(leaf, self._kind_of(leaf)) for leaf in tree_leaves(result) if isinstance(leaf, Tensor))
+        work.written += made
+        if made:
+            self._keep_moment()
         return result
 
     def _kind_of(self, tensor: Tensor) -> Kind:
@@ -177,7 +202,10 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def _mark(self) -> None:
         if self.bytes > self.peaks.get(self._phase, Held()).bytes:
-            self.peaks[self._phase] = Held(self.bytes, {kind: size for kind, size in self.held.items() if size}, self.heap)
+            self.peaks[self._phase] = self._now()
+
+    def _now(self) -> Held:
+        return Held(self.bytes, {kind: size for kind, size in self.held.items() if size}, self.heap)
 
 
 def _attention_flops(query: Tensor, key: Tensor, value: Tensor, *_: Any, products: int, **__: Any) -> int:

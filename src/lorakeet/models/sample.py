@@ -54,15 +54,18 @@ def sample(
     return [np.asarray(ids, np.int64) for ids in written]
 
 
-def rows_at_once(text: TextModel, length: int) -> int:
-    """How many rows of `length` tokens are written together: fewer under a memory budget, so that their keys and values fit."""
+def rows_at_once(text: TextModel, length: int, *, blocks: int | None = None) -> int:
+    """How many rows of `length` tokens are written together: fewer under a memory budget, so that their keys and values fit.
+
+    `blocks` are those of the model that `text` stands for, where it has a few of them (train/rehearsal).
+    """
     if text.streamed is None:
         return ROWS_AT_ONCE
     config = text.model.config.get_text_config()
     heads = int(config.num_attention_heads)
     width = int(getattr(config, "head_dim", None) or config.hidden_size // heads)
     kept = int(getattr(config, "num_key_value_heads", None) or heads)
-    row = 2 * length * kept * width * text.dtype.itemsize * len(text.streamed.blocks)
+    row = 2 * length * kept * width * text.dtype.itemsize * (blocks or len(text.streamed.blocks))
     return max(1, min(ROWS_AT_ONCE, STREAMED_CACHE // row))
 
 

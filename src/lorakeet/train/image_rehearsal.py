@@ -17,7 +17,8 @@ from lorakeet.core.plan import Plan
 from lorakeet.core.spec import LoraSpec
 from lorakeet.data.image_spec import ImageSpec
 from lorakeet.data.images import ImageRow
-from lorakeet.memory.ledger import Held, Ledger, Work
+from lorakeet.memory.held import Held
+from lorakeet.memory.ledger import Ledger, Work
 from lorakeet.models.image import ImageModel, image_plan
 from lorakeet.models.image_cache import Captions, EncodedImage
 from lorakeet.models.image_kinds import ENCODERS, Conditioning, predicted

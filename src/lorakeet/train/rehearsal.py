@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +30,13 @@ from lorakeet.data.chat import Example
 from lorakeet.data.pack import Batch, pack
 from lorakeet.errors import ConfigError
 from lorakeet.evaluate.parity import CELLS, differences
-from lorakeet.memory.ledger import Held, Ledger, Work
+from lorakeet.memory.alike import Uneven, extended, line
+from lorakeet.memory.held import Held, Stretch
+from lorakeet.memory.ledger import Ledger, Work
 from lorakeet.memory.measure import PeakMemory
 from lorakeet.memory.outlined_disk import OutlinedAside
 from lorakeet.models.adapt import begin_adapter
+from lorakeet.models.alike_blocks import alike_blocks, blocks_of, first_blocks_of_plan
 from lorakeet.models.inject import activate
 from lorakeet.models.sample import rows_at_once, sample
 from lorakeet.models.score import HEAD_CHUNK
@@ -49,6 +53,7 @@ from lorakeet.train.task import Task
 from lorakeet.train.text_task import TextTask
 
 EVALUATE, STEP, CHECKPOINT, JUDGE = "evaluate", "train step", "checkpoint", "judge"
+FEW = 3  # blocks that stand for all, with one more: the first, the last, and one that has neighbours like itself
 MICRO_BATCHES = 2  # rehearsed in each step: from the second one on gradients are there to be added to
 
 
@@ -103,7 +108,7 @@ class Judging:
 
 
 def rehearse(
-    build: Callable[[], TextModel],
+    build: Callable[..., TextModel],
     lora: LoraSpec,
     spec: TrainSpec,
     *,
@@ -116,25 +121,80 @@ def rehearse(
     """Runs `build` and then steps, held-out evaluation, a checkpoint and judging of its model, on shapes alone.
 
     `rows` is the largest micro-batch of a step, those of `judging` (left out: the same) that of all else; `streaming` is for a
-    model that streams; under a budget the best values so far are not in memory. Raises ConfigError where `lora` does not fit the
-    model, NotPlanned where its arithmetic cannot be followed.
+    model that streams; under a budget the best values so far are not in memory. Where all blocks of the model are alike,
+    `build(blocks=n)` makes one with a few of them, which stand for all (memory/alike). Raises ConfigError where `lora` does not
+    fit the model, NotPlanned where its arithmetic cannot be followed.
     """
-    with _on_shapes() as ledger:
-        text = build()
-        plan = plan_for(text.model, lora, text.family)
-        rehearsing = _Rehearsing(ledger, text, plan, tuple(range(len(lora.new_tokens))))
-        return rehearsing.go(spec, rows, micro_batches, judging or Judging(rows), streaming or Streaming(), best_in_memory)
+    judging, streaming = judging or Judging(rows), streaming or Streaming()
+    ids = tuple(range(len(lora.new_tokens)))
+
+    def run(rehearsing: _Rehearsing) -> Rehearsal:
+        return rehearsing.go(spec, rows, micro_batches, judging, streaming, best_in_memory)
+
+    def planned(text: TextModel) -> Plan:
+        return plan_for(text.model, lora, text.family)
+
+    return _rehearsed(build, planned, ids, run)
 
 
-def rehearse_judging(build: Callable[[], TextModel], plan: Plan, judging: Judging, *, token_ids: tuple[int, ...]) -> Rehearsal:
+def rehearse_judging(build: Callable[..., TextModel], plan: Plan, judging: Judging, *, token_ids: tuple[int, ...]) -> Rehearsal:
     """Builds a model with the adapter of `plan` and judges it, on shapes alone; what it holds is in `peaks[JUDGE]`.
 
-    `token_ids` are those of trained token rows. Raises NotPlanned as `rehearse` does.
+    `token_ids` are those of trained token rows, `build` as in `rehearse`. Raises NotPlanned as `rehearse` does.
     """
-    with _on_shapes() as ledger:
-        rehearsing = _Rehearsing(ledger, build(), plan, token_ids)
-        ledger.name("adapter", [parameter for parameter in rehearsing.text.model.parameters() if parameter.requires_grad])
+
+    def run(rehearsing: _Rehearsing) -> Rehearsal:
+        trained = [parameter for parameter in rehearsing.text.model.parameters() if parameter.requires_grad]
+        rehearsing.ledger.name("adapter", trained)
         return rehearsing.judged(judging)
+
+    return _rehearsed(build, lambda _: plan, token_ids, run)
+
+
+def _rehearsed(
+    build: Callable[..., TextModel],
+    planned: Callable[[TextModel], Plan],
+    ids: tuple[int, ...],
+    run: Callable[[_Rehearsing], Rehearsal],
+) -> Rehearsal:
+    """`run` with every block, or with a few of them that stand for all."""
+    with _on_shapes() as ledger:
+        text = build()
+        plan = planned(text)
+        blocks = alike_blocks(text.model, text.family, plan)
+        if blocks <= FEW + 1:
+            return run(_Rehearsing(ledger, text, plan, ids))
+    try:
+        return _of_all(plan, blocks, [_with_few(partial(build, blocks=few), plan, ids, run, blocks) for few in (FEW, FEW + 1)])
+    except Uneven:
+        with _on_shapes() as ledger:
+            return run(_Rehearsing(ledger, build(), plan, ids))
+
+
+def _with_few(
+    build: Callable[[], TextModel], plan: Plan, ids: tuple[int, ...], run: Callable[[_Rehearsing], Rehearsal], blocks: int
+) -> tuple[Rehearsal, list[Stretch]]:
+    """`run` with the model of `build`, that has a few of all `blocks`, and its moments."""
+    with _on_shapes() as ledger:
+        text = build()
+        ledger.watch_blocks(blocks_of(text.model, text.family))
+        found = run(_Rehearsing(ledger, text, first_blocks_of_plan(plan, text.model, text.family), ids, blocks))
+        return found, ledger.stretches
+
+
+def _of_all(plan: Plan, blocks: int, parts: Sequence[tuple[Rehearsal, list[Stretch]]]) -> Rehearsal:
+    """What a run with all blocks holds and does, from those with FEW and with FEW + 1 of them."""
+    (one, moments), (other, more_moments) = parts
+
+    def all_along(left: int, right: int) -> int:
+        return line(left, right, blocks - FEW)
+
+    peaks = extended(moments, more_moments, FEW, wanted=blocks)
+    work = Work(all_along(one.work.flops, other.work.flops), all_along(one.work.written, other.work.written))
+    return replace(
+        other, plan=plan, base=all_along(one.base, other.base), peaks=peaks, work=work, blocks=blocks if other.blocks else 0,
+        parameters=all_along(one.parameters, other.parameters),
+    )  # fmt: skip
 
 
 @contextmanager
@@ -152,10 +212,12 @@ def _on_shapes() -> Iterator[Ledger]:
 
 
 class _Rehearsing:
-    """One rehearsal in progress."""
+    """One rehearsal in progress; `blocks` are those of the model that `text` stands for, where it has a few of them."""
 
-    def __init__(self, ledger: Ledger, text: TextModel, plan: Plan, token_ids: tuple[int, ...]) -> None:
-        self.ledger, self.text, self.plan = ledger, text, plan
+    def __init__(
+        self, ledger: Ledger, text: TextModel, plan: Plan, token_ids: tuple[int, ...], blocks: int | None = None
+    ) -> None:
+        self.ledger, self.text, self.plan, self.blocks = ledger, text, plan, blocks
         config = text.model.config.get_text_config()
         text.model.generation_config = None  # whose end ids would end the texts that are written at their first token
         ledger.vocabulary = int(config.vocab_size)
@@ -184,7 +246,7 @@ class _Rehearsing:
         """Judges, and says what was held since the rehearsal began."""
         ledger, text = self.ledger, self.text
         with ledger.phase(JUDGE):
-            _judge(text, judging)
+            _judge(text, judging, self.blocks)
         ledger.close()
         parameters = weights_in(text.model) - self.plan.parameters
         packed = any(isinstance(module, PackedBase) for module in text.model.modules())
@@ -208,7 +270,7 @@ def step_in_account(training: Training[Any], ledger: Ledger, best_in_memory: boo
     return best
 
 
-def _judge(text: TextModel, judging: Judging) -> None:
+def _judge(text: TextModel, judging: Judging, blocks: int | None) -> None:
     """Labels scored, two models' logits compared, texts written by the base: each with what it holds at its peak."""
     text.model.eval()
     batch = made_up_batch(judging.rows).to(text.device)
@@ -222,7 +284,8 @@ def _judge(text: TextModel, judging: Judging) -> None:
         del hidden, other, left, right
     if judging.texts:
         activate(text.model, None)
-        count = min(judging.texts, rows_at_once(text, judging.text_tokens + 1))  # read at once, which holds as much
+        at_once = rows_at_once(text, judging.text_tokens + 1, blocks=blocks)
+        count = min(judging.texts, at_once)  # read at once, which holds as much
         sample(text, [np.ones(judging.text_tokens, np.int64)] * count, max_tokens=1)
 
 

@@ -27,9 +27,10 @@ from lorakeet.errors import ConfigError, EnvironmentProblem
 from lorakeet.evaluate.wording import bytes_text
 from lorakeet.memory.allocator import return_freed_memory
 from lorakeet.memory.budget import larger_than_machine
-from lorakeet.memory.forecast import phases_of, with_more
-from lorakeet.memory.ledger import Held
+from lorakeet.memory.forecast import phases_of
+from lorakeet.memory.held import Held, with_more
 from lorakeet.memory.store import StoreRefused
+from lorakeet.models.alike_blocks import Build
 from lorakeet.models.fits import plan_of
 from lorakeet.models.load import read_config
 from lorakeet.models.outline import outline
@@ -163,12 +164,12 @@ class _Planner:
     def forecast(self, *, streamed: bool) -> _Forecast:
         """What is held with the models streamed, two blocks in memory, or with all of their weights in memory."""
         check = self.check
-        build = partial(
-            streamed_outline if streamed else outline, self.config, name=self.spec.path, dtype=torch.float32,
+        make = partial(
+            streamed_outline if streamed else outline, name=self.spec.path, dtype=torch.float32,
             products=torch.float32, attention=self.spec.attention, quantize=self.spec.quantize, files=self.source,
         )  # fmt: skip
         ids = next((rows.ids for rows in self.adapter.token_rows.values()), ())
-        found = rehearse_judging(build, self.plan, check.judging, token_ids=ids)
+        found = rehearse_judging(Build(make, self.config), self.plan, check.judging, token_ids=ids)
         two = FEWEST * found.block_bytes
         own = (found.base - two) * check.models  # what models have in memory all along: all of it, where they are not streamed
         standing = two * check.models if check.alternate else 0

@@ -9,8 +9,7 @@ from dataclasses import replace
 from lorakeet.config import RunConfig
 from lorakeet.core.plan import Plan
 from lorakeet.core.spec import MEASURED, LoraSpec
-from lorakeet.memory.forecast import with_more
-from lorakeet.memory.ledger import Held
+from lorakeet.memory.held import Held, with_more
 from lorakeet.ranks.allocate import allocate, pair_parameters, rank_cost, rank_pattern
 from lorakeet.ranks.score import OVERSAMPLING, sketch_plan
 from lorakeet.ranks.spec import parameter_count

@@ -13,10 +13,12 @@ import torch
 from lorakeet.config import RunConfig
 from lorakeet.core.plan import Plan
 from lorakeet.core.spec import LoraSpec
-from lorakeet.memory.forecast import Forecast, larger, phases_of, with_more
-from lorakeet.memory.ledger import Held, Work
+from lorakeet.memory.forecast import Forecast, phases_of
+from lorakeet.memory.held import Held, larger, with_more
+from lorakeet.memory.ledger import Work
 from lorakeet.memory.measure import resident_bytes
 from lorakeet.models.adapt import begin_adapter
+from lorakeet.models.alike_blocks import Build
 from lorakeet.models.outline import config_from, outline
 from lorakeet.models.streamed_outline import streamed_outline
 from lorakeet.models.targets import plan_for
@@ -162,14 +164,14 @@ def forecast_run(
     """
     words = TOKENIZER_ENTRY * int(model_config.get_text_config().vocab_size)
     rows = rows_of(config)
-    build = partial(
-        outline if streaming is None else streamed_outline, model_config, name=config.model.path, dtype=precision.dtype,
+    make = partial(
+        outline if streaming is None else streamed_outline, name=config.model.path, dtype=precision.dtype,
         products=precision.products, attention=config.model.attention, quantize=precision.quantize, files=files,
     )  # fmt: skip
     micro_batches = max(2 if config.train.batch_size > rows.count else 1, 0 if streaming is None else streaming.together)
     rehearsed = partial(
-        rehearse, build, spec=config.train, rows=rows, micro_batches=micro_batches, judging=judging_of(config),
-        streaming=streaming, best_in_memory=not returning,
+        rehearse, Build(make, model_config), spec=config.train, rows=rows, micro_batches=micro_batches,
+        judging=judging_of(config), streaming=streaming, best_in_memory=not returning,
     )  # fmt: skip
     found = rehearsed(config.lora)
     measuring = while_measuring(config, found, rehearsed)

@@ -18,8 +18,9 @@ from lorakeet.errors import ConfigError, EnvironmentProblem
 from lorakeet.evaluate.wording import bytes_text
 from lorakeet.memory.allocator import return_freed_memory
 from lorakeet.memory.budget import larger_than_machine
-from lorakeet.memory.forecast import Forecast, larger, phases_of, with_more
-from lorakeet.memory.ledger import Held, Work
+from lorakeet.memory.forecast import Forecast, phases_of
+from lorakeet.memory.held import Held, larger, with_more
+from lorakeet.memory.ledger import Work
 from lorakeet.memory.measure import resident_bytes
 from lorakeet.models.image import image_plan
 from lorakeet.models.image_cache import Sizes
