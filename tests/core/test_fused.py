@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -103,6 +104,31 @@ def test_without_a_plain_pair_the_original_runs() -> None:
     expected = dropped(x)
     torch.manual_seed(3)
     assert torch.equal(GatedMlp(dropped, "silu")(x), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_an_mlp_that_only_hands_gradients_on_keeps_two_results_of_four(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    mlp = Mlp("silu").to(dtype).requires_grad_(False)
+    stand_in, x = GatedMlp(mlp, "silu"), torch.randn(6, 10, dtype=dtype)
+    tolerance = 1e-12 if dtype == torch.float64 else 0.05
+    for expected, found in zip(results(mlp, mlp, x), results(stand_in, mlp, x), strict=True):
+        torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
+    assert torch.equal(stand_in(x.requires_grad_()), mlp(x)), "the same forward pass, bit for bit"
+    kept: dict[int, int] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        y = stand_in(x)
+    assert sum(kept.values()) == 2 * 6 * 14 * dtype.itemsize and y.requires_grad
+    with torch.no_grad():
+        assert not stand_in(x).requires_grad
+    mlp.up_proj.weight.requires_grad_()
+    stand_in(x).sum().backward()
+    assert mlp.up_proj.weight.grad is not None, "one that is trained whole goes its own way"
 
 
 def test_gate_and_up_may_have_different_ranks_and_scales() -> None:

@@ -20,7 +20,7 @@ from lorakeet.memory.store import StoreWriter
 from lorakeet.merge.fold import MergeResult, merge_into
 from lorakeet.workflows import merge as workflow
 from lorakeet.workflows.export import export
-from lorakeet.workflows.forecast_check import _Planner
+from lorakeet.workflows.forecast_check import CheckPlanner
 from lorakeet.workflows.merge import merge
 from lorakeet.workflows.verify import verify
 from tiny.models import save_tiny_llama
@@ -44,15 +44,15 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def forecasts() -> Iterator[dict[bool, int]]:
     """The last forecasts within the context, by whether the models are streamed."""
     found: dict[bool, int] = {}
-    before = _Planner.forecast
+    before = CheckPlanner.forecast
 
-    def noted(self: _Planner, *, streamed: bool) -> Any:
+    def noted(self: CheckPlanner, *, streamed: bool) -> Any:
         forecast = before(self, streamed=streamed)
         found[streamed] = forecast.peak
         return forecast
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_Planner, "forecast", noted)
+        patch.setattr(CheckPlanner, "forecast", noted)
         yield found
 
 

@@ -10,10 +10,9 @@ import pytest
 
 from lorakeet.core.plan import ExtraEntry, Plan, PlanEntry
 from lorakeet.errors import ConfigError
-from lorakeet.models.load import read_config
 from lorakeet.train.rehearsal import Judging, NotPlanned, Rows
 from lorakeet.workflows import forecast_check
-from lorakeet.workflows.forecast_check import FP32, CheckSize, _Planner, adapted_bytes, plan_check, stores
+from lorakeet.workflows.forecast_check import FP32, CheckPlanner, CheckSize, adapted_bytes, plan_check, stores
 from lorakeet.workflows.opened import Opened, open_adapter
 from tiny.models import save_tiny_llama
 from tiny.peft_oracle import by_peft
@@ -40,9 +39,9 @@ def steady(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(forecast_check, "runtime_bytes", lambda precision: 300 << 20)
 
 
-def planner(opened: Opened, check: CheckSize = SIZE) -> _Planner:
+def planner(opened: Opened, check: CheckSize = SIZE) -> CheckPlanner:
     source = Path(opened.config.model.path)
-    return _Planner(check, opened.dense_spec, source, read_config(source), opened.adapter)
+    return CheckPlanner.of(check, opened.dense_spec, source, opened.adapter)
 
 
 def peak(opened: Opened, streamed: bool, **changes: Any) -> int:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lorakeet.core.base import FrozenBase
-from lorakeet.core.layers import LoraLinear, StandIn
+from lorakeet.core.layers import LoraLinear, StandIn, base_of
 from lorakeet.core.lowrank import LoraPair
 from lorakeet.core.math import add_low_rank, grad_of_b, shrink_grad
 from lorakeet.core.selection import Share
@@ -102,8 +102,8 @@ class GatedMlpFunction(torch.autograd.Function):
         ∂h = ∂y·D'     ∂u = ∂h ∘ φ(g)     ∂g = ∂h ∘ u ∘ φ'(g)     ∂x = ∂g·G' + ∂u·U'      P' = W + s·B·A, never formed
 
     and each pair's ∂A, ∂B are those of LowRankLinear on the tokens of its part. Saved: x (or what it was normed from), g and u
-    in the dtype of x, and the rank-sized products. h is computed again. One cast of x serves both projections, one product with
-    both A's shrinks it.
+    in the dtype of x, and the rank-sized products; without pairs only g and u. h is computed again. One cast of x serves both
+    projections, one product with both A's shrinks it.
     """
 
     @staticmethod
@@ -124,7 +124,7 @@ class GatedMlpFunction(torch.autograd.Function):
             for_down = torch.mm(inner[part], a_down.t())
             add_low_rank(y[part], for_down, b_down, scales[2])
             shrunk.append(for_down)
-        source = kept_of(x, normed)
+        source = kept_of(x, normed) if p.parts else ()
         ctx.save_for_backward(gate.to(x.dtype), up.to(x.dtype), *source, *shrunk, *factors)
         ctx.projections, ctx.source = p, len(source)
         return y.to(x.dtype)
@@ -134,7 +134,7 @@ class GatedMlpFunction(torch.autograd.Function):
         p: Projections = ctx.projections
         count = len(p.parts)
         gate, up, *rest = ctx.saved_tensors
-        x, rest = made_again(rest[: ctx.source]), rest[ctx.source :]
+        dtype, x, rest = gate.dtype, rest[: ctx.source], rest[ctx.source :]
         into, for_down, factors = rest[: 2 * count], rest[2 * count : 3 * count], rest[3 * count :]
         grad, gate, up = grad.to(p.products).contiguous(), gate.to(p.products), up.to(p.products)
         active = p.activation.forward(gate)
@@ -149,7 +149,7 @@ class GatedMlpFunction(torch.autograd.Function):
         del gate
         grad_up = active.mul_(grad_inner)
         del grad_inner
-        wide = x.to(p.products)
+        wide = made_again(x).to(p.products) if x else grad_gate  # which only the gradients of pairs need
         need_x = ctx.needs_input_grad[0]
         grad_x = p.gate.matmul_t(grad_gate).add_(p.up.matmul_t(grad_up)) if need_x else None
         grads: list[Tensor] = []
@@ -162,7 +162,7 @@ class GatedMlpFunction(torch.autograd.Function):
                 grad_x[part].addmm_(both, torch.cat([a_gate, a_up]))
             grads += [grad_a_gate, grad_b_gate, grad_a_up, grad_b_up, *of_down[number]]
         found = (grad.to(factor.dtype) for grad, factor in zip(grads, factors, strict=True))
-        return None if grad_x is None else grad_x.to(x.dtype), None, None, *found
+        return None if grad_x is None else grad_x.to(dtype), None, None, *found
 
 
 def _by_part(
@@ -187,7 +187,8 @@ def _through(grad: Tensor, b: Tensor, shrunk: Tensor, scale: float) -> tuple[Ten
 class GatedMlp(StandIn):
     """Stands for an MLP of transformers with gate_proj, up_proj, down_proj.
 
-    Fused where all three carry plain pairs of the same adapters; anything else is left to the original's own code.
+    Fused where all three carry plain pairs of the same adapters, and in training where none carries anything; anything else is
+    left to the original's own code.
     """
 
     only: Tensor | None = None  # (n,): the tokens whose results anybody reads; the others' are zeros
@@ -209,12 +210,13 @@ class GatedMlp(StandIn):
         if divided and not torch.is_grad_enabled():  # the layers by themselves stack short shares (core/layers)
             return cast(Tensor, self.original(x))
         parts = _shared_parts(layers, len(flat))
-        if not parts:
+        bases = [cast(LoraLinear, layer).base for layer in layers] if parts else _frozen_bases(layers, x)
+        if not bases:
             return cast(Tensor, self.original(x))
-        first = cast(LoraLinear, layers[0])
-        gate, up, down = (cast(LoraLinear, layer).base for layer in layers)
+        gate, up, down = bases
         scaled = tuple((part, cast("tuple[float, float, float]", scales)) for part, scales, _ in parts)
-        projections = Projections(gate, up, down, self.activation, first.products or x.dtype, scaled)
+        products = cast("torch.dtype | None", getattr(layers[0], "products", None))
+        projections = Projections(gate, up, down, self.activation, products or x.dtype, scaled)
         factors = [factor for _, _, held in parts for factor in held]
         y = cast(Tensor, GatedMlpFunction.apply(flat, projections, Normed.of(x), *factors))  # type: ignore[no-untyped-call]
         return y.view(x.shape)
@@ -223,6 +225,20 @@ class GatedMlp(StandIn):
 def spread(found: Tensor, places: Tensor, shape: torch.Size) -> Tensor:
     """(n, hidden) at `places` (n,), each named once, of the tokens of a tensor of `shape` (…, hidden), and zeros elsewhere."""
     return found.new_zeros(shape).flatten(0, -2).index_copy(0, places, found).view(shape)
+
+
+def _frozen_bases(layers: Sequence[nn.Module], x: Tensor) -> list[FrozenBase]:
+    """The weights of layers that only hand gradients on, each dense or packed; empty where there is nothing to save by that.
+
+    The layers' own code keeps what the activation gives beside what it was given.
+    """
+    if not (torch.is_grad_enabled() and x.requires_grad) or any(getattr(layer, "bias", None) is not None for layer in layers):
+        return []
+    if all(type(layer) is nn.Linear and not layer.weight.requires_grad and layer.weight.dtype == x.dtype for layer in layers):
+        return [base_of(layer, "linear") for layer in layers]
+    packed = [getattr(layer, "base", None) for layer in layers if not isinstance(layer, LoraLinear)]
+    alike = len(packed) == len(layers) and len({getattr(layer, "products", None) for layer in layers}) == 1
+    return [cast(FrozenBase, base) for base in packed] if alike and all(base is not None for base in packed) else []
 
 
 def _shared_parts(layers: Sequence[nn.Module], tokens: int) -> list[tuple[slice, tuple[float, ...], list[Tensor]]]:

@@ -24,6 +24,7 @@ FILE_TYPES = {  # llama_ftype of llama.h
 }  # fmt: skip
 _F32 = 0  # ggml_type
 _CELLS = 256  # a context has a multiple of so many places
+_PASS = 256  # tokens that are computed at once: scores of every head against all places are held for so many
 _ERRORS = 4  # ggml_log_level from which llama.cpp's lines are kept for a message
 
 
@@ -88,8 +89,8 @@ def quantise(source: Path, out: Path, quant: str, *, threads: int = 1) -> None:
 
 
 def context_bytes(config: Any, context: int) -> int:
-    """What llama.cpp holds beside the pages of its file, for a transformers text config: keys and values in fp32, and what one
-    pass over the whole context makes: scores of every head, the widest activations, and the logits.
+    """What llama.cpp holds beside the pages of its file, for a transformers text config: keys and values in fp32, what one pass
+    over at most _PASS tokens makes (scores of every head, the widest activations, logits), and the logits of the whole context.
     """
     hidden, heads = int(config.hidden_size), int(config.num_attention_heads)
     width = int(getattr(config, "head_dim", None) or hidden // heads)
@@ -97,7 +98,8 @@ def context_bytes(config: Any, context: int) -> int:
     inner = int(getattr(config, "intermediate_size", None) or 4 * hidden)
     cells = -(-context // _CELLS) * _CELLS
     cache = 2 * cells * kept * width * int(config.num_hidden_layers)
-    return 4 * (cache + context * (2 * heads * cells + 4 * hidden + 3 * inner + 2 * int(config.vocab_size)))
+    passed, vocabulary = min(context, _PASS), int(config.vocab_size)
+    return 4 * (cache + passed * (2 * heads * cells + 4 * hidden + 3 * inner + vocabulary) + context * vocabulary)
 
 
 class LlamaCpp:
@@ -124,7 +126,8 @@ class LlamaCpp:
 
     def _start(self, context: int, threads: int) -> None:
         params = self._lib.llama_context_default_params()
-        params.n_ctx = params.n_batch = params.n_ubatch = self.length = context
+        params.n_ctx = params.n_batch = self.length = context
+        params.n_ubatch = min(context, _PASS)
         params.n_threads = params.n_threads_batch = threads
         params.type_k = params.type_v = _F32
         params.flash_attn_type = 0

@@ -27,7 +27,7 @@ from lorakeet.quant.gptq_config import OLD_CONFIG
 
 Dtype = Literal["same", "float32", "bfloat16", "float16"]
 Progress = Callable[[int, int, str], None]  # tensors written, tensors in all, name of the last
-_FP32_COPIES = 4  # of a changed tensor: before, its change, after, and the rounding that is measured
+FP32_COPIES = 4  # of a changed tensor: before, its change, after, and the rounding that is measured
 Shapes = dict[str, tuple[torch.dtype, tuple[int, ...]]]
 
 
@@ -116,7 +116,7 @@ def needs_of(source: Path | Checkpoint, adapter: Adapter, *, dtype: Dtype = "sam
     for name, (kept, shape) in (item for shapes in shards.values() for item in shapes.items()):
         edit = edits.by_name.get(name)
         stored = checkpoint.stored(edit.source if edit else name).dtype.itemsize
-        exact = 4 * (_FP32_COPIES + adapters) if edit and edit.steps else 0
+        exact = 4 * (FP32_COPIES + adapters) if edit and edit.steps else 0
         held = max(held, math.prod(shape) * (stored + (exact or kept.itemsize)))
     disk = sum(stored_bytes(shapes, checkpoint.shards[file].metadata) for file, shapes in shards.items())
     return Needs(held, disk)

@@ -35,7 +35,7 @@ from lorakeet.workflows.push_export import exported_before, push_folder
 from lorakeet.workflows.show import show_certificate
 from lorakeet.workflows.verify import certify_artefacts, size_of_check
 
-_COPIES = 5  # of a tensor in fp32 while it is written: as it is, its change, after, and two for its rounding
+COPIES = 5  # of a tensor in fp32 while it is written: as it is, its change, after, and two for its rounding
 CERTIFICATE, CARD = "certificate.json", "README.md"
 CHECK_ROWS = 8
 
@@ -214,7 +214,7 @@ def _wide(source: Path) -> str:
 def _taken(source: Path, quant: str) -> tuple[int, int]:
     """Bytes of memory while the file is written, a tensor at a time, and about those of the file."""
     sizes = [math.prod(stored.shape) for file in open_checkpoint(source).shards.values() for stored in file.tensors.values()]
-    return _COPIES * FP32 * max(sizes), sum(sizes) * (FP32 if quant == "f32" else FP32 // 2)
+    return COPIES * FP32 * max(sizes), sum(sizes) * (FP32 if quant == "f32" else FP32 // 2)
 
 
 def _types(written: GgufModel) -> str:

@@ -27,7 +27,7 @@ from lorakeet.errors import ConfigError, EnvironmentProblem
 from lorakeet.evaluate.wording import bytes_text
 from lorakeet.memory.allocator import return_freed_memory
 from lorakeet.memory.budget import larger_than_machine
-from lorakeet.memory.forecast import phases_of
+from lorakeet.memory.forecast import Phase, phases_of
 from lorakeet.memory.held import Held, with_more
 from lorakeet.memory.store import StoreRefused
 from lorakeet.models.alike_blocks import Build
@@ -68,12 +68,17 @@ class CheckSize:
 
 
 @dataclass(frozen=True)
-class _Forecast:
-    """The most bytes held, and what streaming is made of."""
+class CheckForecast:
+    """The phase that holds most, and what streaming is made of."""
 
-    peak: int
+    highest: Phase
     blocks: int
     block_bytes: int
+
+    @property
+    def peak(self) -> int:
+        """The most bytes held."""
+        return self.highest.bytes
 
 
 def plan_check(opened: Opened, check: CheckSize, place: Path, console: Console) -> Opened:
@@ -91,7 +96,7 @@ def plan_check(opened: Opened, check: CheckSize, place: Path, console: Console) 
     return_freed_memory()
     spec = opened.config.model
     source = find_source(spec, say)
-    planner = _Planner(check, spec, source, read_config(source), opened.adapter)
+    planner = CheckPlanner.of(check, spec, source, opened.adapter)
     try:
         whole = planner.forecast(streamed=False)
         found = whole if whole.peak <= budget else planner.forecast(streamed=True)
@@ -150,26 +155,32 @@ def adapted_bytes(plan: Plan, largest: int) -> int:
     return FP32 * max([*sizes, *(largest for _ in plan.extras)], default=0)
 
 
-class _Planner:
-    """The forecasts of one check."""
+class CheckPlanner:
+    """The forecasts of one check of a model with pairs as in `plan`; `ids` are those of trained token rows."""
 
-    def __init__(self, check: CheckSize, spec: ModelSpec, source: Path, config: Any, adapter: Adapter) -> None:
-        self.check, self.spec, self.source, self.config, self.adapter = check, spec, source, config, adapter
+    def __init__(self, check: CheckSize, spec: ModelSpec, source: Path | None, config: Any, plan: Plan) -> None:
+        self.check, self.spec, self.source, self.config, self.plan = check, spec, source, config, plan
+        self.ids: tuple[int, ...] = ()
         self.precision = Precision(torch.float32, torch.float32, spec.quantize)
-        empty = empty_model(config, torch.float32)
-        self.weights = sum(parameter.numel() for parameter in empty.parameters())
-        self.plan = plan_of(empty, adapter)
+        self.weights = sum(parameter.numel() for parameter in empty_model(config, torch.float32).parameters())
         self.runtime = runtime_bytes(self.precision)
 
-    def forecast(self, *, streamed: bool) -> _Forecast:
+    @classmethod
+    def of(cls, check: CheckSize, spec: ModelSpec, source: Path, adapter: Adapter) -> CheckPlanner:
+        """That of the check of a finished adapter."""
+        config = read_config(source)
+        planner = cls(check, spec, source, config, plan_of(empty_model(config, torch.float32), adapter))
+        planner.ids = next((rows.ids for rows in adapter.token_rows.values()), ())
+        return planner
+
+    def forecast(self, *, streamed: bool) -> CheckForecast:
         """What is held with the models streamed, two blocks in memory, or with all of their weights in memory."""
         check = self.check
         make = partial(
             streamed_outline if streamed else outline, name=self.spec.path, dtype=torch.float32,
             products=torch.float32, attention=self.spec.attention, quantize=self.spec.quantize, files=self.source,
         )  # fmt: skip
-        ids = next((rows.ids for rows in self.adapter.token_rows.values()), ())
-        found = rehearse_judging(Build(make, self.config), self.plan, check.judging, token_ids=ids)
+        found = rehearse_judging(Build(make, self.config), self.plan, check.judging, token_ids=self.ids)
         two = FEWEST * found.block_bytes
         own = (found.base - two) * check.models  # what models have in memory all along: all of it, where they are not streamed
         standing = two * check.models if check.alternate else 0
@@ -189,7 +200,7 @@ class _Planner:
         }  # fmt: skip
         words = TOKENIZER_ENTRY * int(text.vocab_size) * check.models
         phases = phases_of(held, self.runtime + words, returning=True)
-        return _Forecast(max(phase.bytes for phase in phases), found.blocks, found.block_bytes)
+        return CheckForecast(max(phases, key=lambda phase: phase.bytes), found.blocks, found.block_bytes)
 
     def _reading(self, found: Rehearsal) -> int:
         """Beside the models, while one is read: a block on its way into the store, or the pages of files of another dtype."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -145,6 +145,15 @@ def merge(  # noqa: PLR0913 - one parameter for each option of the verb
     return _ModelMerge(opened, plan, out, dtype, into, console).run()
 
 
+def size_of_merge(longest: int, writing: int, texts: tuple[int, int] = (0, 0)) -> CheckSize:
+    """What the check of a merged model holds, with rows of `longest` tokens or `texts` (count, tokens) that the base writes.
+
+    `writing` is what writing the model takes, in bytes.
+    """
+    judging = Judging(filled(longest, max(longest, MICRO_TOKENS)), *texts)
+    return CheckSize("the check of a merged model", judging, waiting=CHECK_TOKENS, writing=writing)
+
+
 def _require_alone(alone: bool) -> None:
     """Raises ConfigError unless one adapter is merged as it is."""
     if not alone:
@@ -248,14 +257,8 @@ class _ModelMerge:
         longest = opened.config.data.max_tokens if opened.run else SAMPLED_TOKENS + 1
         texts = (0, 0) if opened.run else (SAMPLED_TEXTS, SAMPLED_TOKENS)
         needs = needs_of(source, opened.adapter, dtype=self.dtype, adapters=0 if whole is None else len(whole.adapters))
-        return CheckSize(
-            "the check of a merged model",
-            Judging(filled(longest, max(longest, MICRO_TOKENS)), *texts),
-            waiting=CHECK_TOKENS,
-            writing=needs.memory,
-            artefact=needs.disk,
-            more_stores=0 if whole is None else 1,
-        )
+        size = size_of_merge(longest, needs.memory, texts)
+        return replace(size, artefact=needs.disk, more_stores=0 if whole is None else 1)
 
     def _write(
         self, source: Path | Checkpoint, adapter: Adapter, whole: Combination | None, before: Roundings | None

@@ -16,10 +16,12 @@ from lorakeet.config import RunConfig
 from lorakeet.evaluate.wording import bytes_text
 from lorakeet.memory.allocator import return_freed_memory
 from lorakeet.memory.budget import larger_than_machine
+from lorakeet.memory.forecast import Phase
 from lorakeet.models.outline import config_of, local_files
 from lorakeet.workflows import finetune as _run  # noqa: F401 - what a run has in memory is in memory here, to be counted
 from lorakeet.workflows.arrange import Loaded, batches_of, precision_of, streamed_plans, streaming_text
 from lorakeet.workflows.choose_streaming import Choice, choose_streaming, least_streamed
+from lorakeet.workflows.forecast_later import later_phases, with_later
 from lorakeet.workflows.forecast_run import Planned, Precision, forecast_run, runtime_bytes
 from lorakeet.workflows.image_plan import ImagePlanResult, plan_images
 from lorakeet.workflows.show import memory_table
@@ -54,6 +56,7 @@ class PlanResult:
     streamed: Choice | None = None  # how `lorakeet finetune` keeps a budget that is too small for weights in memory
     least: int | None = None  # the smallest budget that streaming keeps; of the same runs
     advice: tuple[Advice, ...] = ()
+    later: tuple[Phase, ...] = ()  # merging and exporting within the budget, or at the least that they take
 
     @property
     def peak(self) -> int:
@@ -80,6 +83,7 @@ class PlanResult:
             "streamed": None if self.streamed is None else _streamed_mapping(self.streamed),
             "streamed_least": self.least,
             "advice": [dataclasses.asdict(item) for item in self.advice],
+            "later": [phase.to_mapping() for phase in self.later],
             "speed": {**dataclasses.asdict(work), "flops_per_second": self.speed.flops, "bytes_per_second": self.speed.bytes,
                       "seconds_at_least": self.seconds, "tokens_per_second_at_most": planned.rows.tokens / self.seconds},
         }  # fmt: skip
@@ -112,10 +116,17 @@ def plan(
     runtime = runtime_bytes(precision)
     forecast = partial(forecast_run, model_config=model_config, runtime=runtime, files=files, returning=budget is not None)
     planned = forecast(config, precision=precision)
-    result = PlanResult(config, planned, speed, budget)
+    later: tuple[Phase, ...] = ()
+    if budget is not None:
+        later = later_phases(config, model_config, planned.plan, budget)
+        planned = dataclasses.replace(planned, forecast=with_later(planned.forecast, later))
+    result = PlanResult(config, planned, speed, budget, later=later)
     if budget is not None and planned.peak > budget:
         rehearsed = streamed_plans(config, model_config, files, Loaded())
         streamed = choose_streaming(rehearsed, batches_of(config, model_config), budget)
+        if streamed is not None:
+            whole = dataclasses.replace(streamed.planned, forecast=with_later(streamed.planned.forecast, later))
+            streamed = dataclasses.replace(streamed, planned=whole)
         result = dataclasses.replace(result, streamed=streamed)
         if streamed is None:
             changes = _changes(config, precision, planned)
@@ -149,6 +160,10 @@ def show_plan(result: PlanResult, console: Console) -> None:
     for item in result.advice:
         fits = "fits" if result.budget is not None and item.peak <= result.budget else "is still too much"
         console.print(f"  {item.change}: {bytes_text(item.peak)}, {fits}", soft_wrap=True)
+    for phase in result.later:
+        if result.budget is not None and phase.bytes > result.budget:
+            enough = f"{-(-phase.bytes >> 20)}MiB"
+            console.print(f"lorakeet {phase.name} of its adapter will ask for --memory {enough}, streamed.", soft_wrap=True)
     console.print(
         f"A micro-batch takes at least {result.seconds:.2g} s here: {work.flops / 1e9:,.0f} GFLOP at "
         f"{result.speed.flops / 1e9:,.0f} GFLOP/s, {work.written / 1e9:.1f} GB of results at {result.speed.bytes / 1e9:.1f} "

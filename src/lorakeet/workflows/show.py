@@ -15,6 +15,8 @@ from lorakeet.evaluate.wording import METRIC_WORDS, bytes_text, metric_words, nu
 from lorakeet.memory.forecast import KINDS, Forecast
 from lorakeet.workflows.assemble import Assembly
 
+_HEADINGS = {"gradients": "grads", "saved activations": "saved", "allocator": "alloc."}  # short, so that the table is narrow
+
 
 def show_plan(setup: Assembly, console: Console) -> None:
     """The rows, the leaks, one example in colour, and which matrices get which rank."""
@@ -86,14 +88,17 @@ def show_certificate(certificate: Certificate, console: Console) -> None:
 
 
 def memory_table(forecast: Forecast) -> Table:
-    """What a run will hold at the peak of each phase, by kind."""
+    """What a run will hold at the peak of each phase, by kind; narrow enough for 80 columns."""
     shown = [kind for kind in KINDS if any(kind in phase.kinds for phase in forecast.phases)]
-    table = Table(title="Memory of the process at the peak of each phase", title_justify="left")
+    unit, size, digits = ("GB", 1e9, 2) if forecast.peak.bytes >= 1e9 else ("MB", 1e6, 1)
+    title = f"Memory of the process at the peak of each phase, in {unit}"
+    caption = "saved: activations kept for the backward pass; alloc.: freed memory that the C library keeps"
+    table = Table(title=title, caption=caption, title_justify="left", caption_justify="left", box=None, pad_edge=False)
     for column in ("phase", *shown, "all"):
-        table.add_column(column, justify="left" if column == "phase" else "right")
+        table.add_column(_HEADINGS.get(column, column), justify="left" if column == "phase" else "right", no_wrap=True)
     for phase in forecast.phases:
-        cells = [bytes_text(phase.kinds[kind]) if kind in phase.kinds else "" for kind in shown]
-        table.add_row(phase.name, *cells, Text(bytes_text(phase.bytes), style="bold"))
+        cells = [f"{phase.kinds[kind] / size:.{digits}f}" if kind in phase.kinds else "" for kind in shown]
+        table.add_row(phase.name, *cells, Text(f"{phase.bytes / size:.{digits}f}", style="bold"))
     return table
 
 

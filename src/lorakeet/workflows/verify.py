@@ -53,7 +53,7 @@ from lorakeet.workflows.show import show_certificate
 ROWS, TEXTS, GREEDY = 16, 8, 4  # rows through both sides whole, raw texts, greedy continuations
 RAW_TEXTS = ("It's 10:30 on 12/04.", "naïve café, 日本語 🙂", "two  spaces\n\n\tand a tab", "x = y+1; // 1,234.5")
 SAMPLED_TEXTS, SAMPLED_TOKENS = 16, 64
-_MARGIN = 16  # positions of llama.cpp's context beyond the longest row and what is written after it
+MARGIN = 16  # positions of llama.cpp's context beyond the longest row and what is written after it
 
 
 @dataclass(frozen=True)
@@ -135,7 +135,7 @@ def certify_artefacts(
             found, missing = check_server(live, Server(target, allowed), probes, opened.config.evaluate)
             checks, unchecked = checks + found, unchecked + missing
             continue
-        context = longest + GREEDY_TOKENS + _MARGIN
+        context = longest + GREEDY_TOKENS + MARGIN
         with open_artefact(
             target, opened, base=base_gguf, precision=precision, console=console, context=context, beside=beside
         ) as artefact:
@@ -165,7 +165,7 @@ def size_of_check(
         alternate=True,
         row=longest,
         tensors=bool(files),
-        beside=context_bytes(read_config(source).get_text_config(), longest + _MARGIN) if llama else 0,
+        beside=context_bytes(read_config(source).get_text_config(), longest + MARGIN) if llama else 0,
         writing=memory,
         artefact=disk,
     )
