@@ -124,6 +124,13 @@ class LoraPair(nn.Module):
     s·(B·A − B₀·A₀), so that the base weight is never touched and any base, quantised or shared, can be used.
     """
 
+    kind: Kind
+    scale: float
+    scale_rule: ScaleRule
+    dropout: float
+    A: nn.Parameter
+    B: nn.Parameter
+    bias: nn.Parameter | None
     anchor_A: Tensor | None
     anchor_B: Tensor | None
 
@@ -137,16 +144,13 @@ class LoraPair(nn.Module):
     ) -> None:
         """Zeros, or A and B as `given`: these are taken as they are, frozen, without a copy."""
         super().__init__()
-        self.kind: Kind = entry.kind
-        self.scale = entry.scale
-        self.scale_rule: ScaleRule = entry.scale_rule
-        self.dropout = entry.dropout
+        # Not one by one: nn.Module looks at each as if it were a tensor, a quarter of the time in which an adapter is loaded.
+        vars(self).update(kind=entry.kind, scale=entry.scale, scale_rule=entry.scale_rule, dropout=entry.dropout)
         A, B = (torch.zeros(shape, device=device) for shape in (entry.shape_a, entry.shape_b)) if given is None else given
-        self.A = nn.Parameter(A, requires_grad=given is None)
-        self.B = nn.Parameter(B, requires_grad=given is None)
-        self.bias = nn.Parameter(torch.zeros(entry.shape_b[0], device=device)) if bias else None
-        self.register_buffer("anchor_A", None)
-        self.register_buffer("anchor_B", None)
+        self._parameters["A"] = nn.Parameter(A, requires_grad=given is None)
+        self._parameters["B"] = nn.Parameter(B, requires_grad=given is None)
+        self._parameters["bias"] = nn.Parameter(torch.zeros(entry.shape_b[0], device=device)) if bias else None
+        self._buffers.update(anchor_A=None, anchor_B=None)
 
     @property
     def plain(self) -> bool:
