@@ -30,12 +30,12 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def planned(folder: Path, budget: str = "", ranks: str = "", **options: object) -> tuple[PlanResult, str]:
+def planned(folder: Path, budget: str = "", ranks: str = "", tokens: int = 32, **options: object) -> tuple[PlanResult, str]:
     given = {"model.path": str(folder), "data.train": "none", "lora.alpha": "12", "model.dtype": "float32"}
     given |= {"memory.budget": budget} if budget else {}
     config = read_run(None, {**given, **({"ranks": "auto", "ranks.budget": ranks} if ranks else {})})
     text = io.StringIO()
-    result = plan(config, rank=4, tokens=32, console=Console(file=text, width=200), **options)  # type: ignore[arg-type]
+    result = plan(config, rank=4, tokens=tokens, console=Console(file=text, width=200), **options)  # type: ignore[arg-type]
     return result, text.getvalue()
 
 
@@ -66,6 +66,14 @@ def test_a_budget_that_is_too_small_brings_advice_with_numbers(folder: Path) -> 
     assert all(item.peak < result.peak for item in result.advice if "bfloat16" in item.change or "nf4" in item.change)
     enough, text = planned(folder, budget="100TB")
     assert enough.to_mapping()["fits"] is True and "less than the budget" in text and "this machine has" in text
+
+
+def test_shorter_rows_are_advised_with_smaller_micro_batches(folder: Path) -> None:
+    """Two rows of half the length in a micro-batch would hold as much as one."""
+    result, text = planned(folder, budget="64MB", tokens=512)
+    (shorter,) = (item for item in result.advice if "max_tokens" in item.change)
+    assert shorter.change == "--data.max_tokens 256 --train.micro_tokens 256" and shorter.change in text
+    assert shorter.peak <= result.peak  # of so small a model the certificate holds most
 
 
 def test_a_budget_that_streaming_keeps_shows_the_table_of_that_run(folder: Path) -> None:

@@ -210,8 +210,12 @@ def _changes(config: RunConfig, precision: Precision, planned: Planned) -> Itera
         train = dataclasses.replace(config.train, micro_tokens=fewer)
         yield f"--train.micro_tokens {fewer}", dataclasses.replace(config, train=train), precision
     elif rows.length > 64:
-        shorter = dataclasses.replace(config.data, max_tokens=rows.length // 2)
-        yield f"--data.max_tokens {rows.length // 2}", dataclasses.replace(config, data=shorter), precision
+        half = rows.length // 2
+        change, shorter = f"--data.max_tokens {half}", dataclasses.replace(config.data, max_tokens=half)
+        train = config.train
+        if train.micro_tokens > half:  # else two such rows would be in a micro-batch
+            change, train = f"{change} --train.micro_tokens {half}", dataclasses.replace(train, micro_tokens=half)
+        yield change, dataclasses.replace(config, data=shorter, train=train), precision
     if lora.rank >= 8:
         lower = dataclasses.replace(lora, rank=lora.rank // 2)
         yield f"--lora.rank {lower.rank}", dataclasses.replace(config, lora=lower), precision

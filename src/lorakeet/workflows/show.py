@@ -93,7 +93,7 @@ def memory_table(forecast: Forecast) -> Table:
     unit, size, digits = ("GB", 1e9, 2) if forecast.peak.bytes >= 1e9 else ("MB", 1e6, 1)
     title = f"Memory of the process at the peak of each phase, in {unit}"
     caption = "saved: activations kept for the backward pass; alloc.: freed memory that the C library keeps"
-    table = Table(title=title, caption=caption, title_justify="left", caption_justify="left", box=None, pad_edge=False)
+    table = Table(title=title, caption=caption, title_justify="left", caption_justify="left", box=None, padding=(0, 1, 0, 0))
     for column in ("phase", *shown, "all"):
         table.add_column(_HEADINGS.get(column, column), justify="left" if column == "phase" else "right", no_wrap=True)
     for phase in forecast.phases:
