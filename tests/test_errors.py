@@ -37,6 +37,16 @@ def test_problems_are_raised_together() -> None:
     assert str(caught.value) == "The rows cannot be used (2 problems):\n  - one is wrong.\n  - two is wrong."
 
 
+def test_one_remedy_for_all_problems_comes_last() -> None:
+    problems = Problems("The rows cannot be used", remedy="Fetch them again.")
+    problems.add("one is wrong.")
+    with pytest.raises(ConfigError, match=r"^one is wrong\. Fetch them again\.$"):
+        problems.raise_if_any()
+    problems.add("two is wrong.")
+    with pytest.raises(ConfigError, match=r"two is wrong\.\nFetch them again\.$"):
+        problems.raise_if_any()
+
+
 @pytest.mark.parametrize(
     ("name", "sentence"), [("q_prj", " Did you mean 'q_proj'?"), ("Q_PROJ", " Did you mean 'q_proj'?"), ("zebra", ""), ("", "")]
 )

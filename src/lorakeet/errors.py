@@ -63,17 +63,19 @@ def unreadable(path: Path, error: OSError) -> str:
 class Problems:
     """Collects messages and raises them together, so that a user mends everything in one go."""
 
-    def __init__(self, heading: str, kind: type[LorakeetError] = ConfigError) -> None:
+    def __init__(self, heading: str, kind: type[LorakeetError] = ConfigError, *, remedy: str = "") -> None:
         self.heading = heading
         self.kind = kind
+        self.remedy = remedy  # the last sentence, where one thing mends them all
         self.messages: list[str] = []
 
     def add(self, message: str) -> None:
         self.messages.append(message)
 
     def raise_if_any(self) -> None:
-        """Raises `kind` with the heading and one line per problem; a single problem stands alone."""
+        """Raises `kind` with the heading and one line per problem; a single problem stands alone. The remedy comes last."""
         if len(self.messages) == 1:
-            raise self.kind(self.messages[0])
+            raise self.kind(" ".join([*self.messages, *([self.remedy] if self.remedy else [])]))
         if self.messages:
-            raise self.kind("\n".join([f"{self.heading} ({len(self.messages)} problems):", *(f"  - {m}" for m in self.messages)]))
+            lines = [f"{self.heading} ({len(self.messages)} problems):", *(f"  - {message}" for message in self.messages)]
+            raise self.kind("\n".join([*lines, *([self.remedy] if self.remedy else [])]))

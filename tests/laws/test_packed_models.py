@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,9 +22,13 @@ from lorakeet.models.fuse import fuse, unfuse
 from lorakeet.models.inject import activate, adapter_of, attach, eject, inject, trained_parameters, use_products
 from lorakeet.models.quantized import packable
 from lorakeet.models.targets import plan_for
+from lorakeet.quant.gguf import BLOCK_TYPES
 from lorakeet.quant.int8 import Int8Base
 from lorakeet.quant.nf4 import Nf4Base
 from lorakeet.quant.packed import SCRATCH, PackedLinear
+from tiny.gguf_file import write_tiny_gguf
+from tiny.gptq_folder import save_mixed_gptq
+from tiny.streams import loaded
 
 FAMILIES = ("llama", "gpt2", "qwen2_moe", "gemma2", "phi3")
 IDS = torch.arange(5, 22)[None] * 5 % 96
@@ -131,3 +136,30 @@ def test_a_copied_model_is_its_own(tiny_model: Callable[..., Any]) -> None:
     twin = copy.deepcopy(packed)
     twin.model.layers[0].mlp.up_proj.base.store(torch.zeros(48, 32))
     assert bool(packed.model.layers[0].mlp.up_proj.weight.any()) and not bool(twin.model.layers[0].mlp.up_proj.weight.any())
+
+
+@pytest.mark.parametrize("variant", ["lora", "dora"])
+@pytest.mark.parametrize("kind", ["gptq", "gptq_v2", "gguf"])
+def test_a_model_in_every_file_format_is_the_dense_one(
+    kind: Any, variant: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Read from files in which each layer is packed in another way: logits and gradients are those of the dequantised numbers."""
+    monkeypatch.setenv("LORAKEET_CACHE", str(tmp_path / "cache"))
+    if kind == "gguf":
+        write_tiny_gguf(tmp_path / "model.gguf", (*BLOCK_TYPES, "F16", "BF16"), hidden_size=256, intermediate_size=256)
+        packed = loaded(tmp_path / "model.gguf", method="gguf").model
+    else:
+        save_mixed_gptq(tmp_path / "model", kind)
+        packed = loaded(tmp_path / "model").model
+    dense = copy.deepcopy(packed)
+    for path, layer in list(modules.original_modules(dense)):
+        if isinstance(layer, PackedLinear):
+            plain = torch.nn.Linear(layer.in_features, layer.out_features, bias=False).requires_grad_(False)
+            plain.weight.copy_(layer.weight)
+            modules.replace(dense, path, plain)
+    for model in (packed, dense):
+        model.set_attn_implementation("eager")
+    found = [with_adapter(model, variant=variant) for model in (packed, dense)]
+    torch.testing.assert_close(
+        logits_and_gradients(packed, found[0]), logits_and_gradients(dense, found[1]), rtol=1e-4, atol=2e-5
+    )

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from lorakeet.cli.main import main
 from lorakeet.core.spec import LoraSpec
+from lorakeet.quant.gguf import BLOCK_TYPES, GgufBase
 from tiny.gguf_file import write_tiny_gguf
+from tiny.gptq_folder import BITS, SIZES, save_mixed_gptq
 from tiny.models import save_tiny_llama
-from tiny.runs import reviews, write_rows
 from tiny.streams import loaded, trained
 
 STEPS = 20
+GGUF_TYPES = (*BLOCK_TYPES, "F16", "BF16")
 
 
 def both(folder: Path, tmp_path: Path, *, steps: int, base: dict[str, Any], lora: dict[str, Any], **streaming: Any) -> None:
@@ -53,11 +55,23 @@ def test_however_many_blocks_stay_and_however_much_is_unpacked_at_once(
     both(folder, tmp_path, steps=5, base=base, lora={}, together=2)
 
 
-@pytest.mark.parametrize("kind", ["Q4_1"])
-def test_a_gguf_base(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nf4_without_bitsandbytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lorakeet.quant.nf4.has_kernels", lambda device: False)
+    folder = save_tiny_llama(tmp_path / "model", num_hidden_layers=3)
+    both(folder, tmp_path, steps=STEPS, base={"method": "nf4"}, lora={}, together=2)
+
+
+@pytest.mark.parametrize("variant", ["lora", "dora"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_gguf_blocks_of_every_type(dtype: str, variant: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One file in which each matrix is of another type: what is streamed is laid out block by block, whatever stands in it."""
     monkeypatch.setenv("LORAKEET_CACHE", str(tmp_path / "cache"))
-    write_tiny_gguf(tmp_path / "tiny.gguf", kind)
-    both(tmp_path / "tiny.gguf", tmp_path, steps=STEPS, base={"method": "gguf"}, lora={})
+    file = tmp_path / "tiny.gguf"
+    write_tiny_gguf(file, GGUF_TYPES, hidden_size=256, intermediate_size=256)
+    held = {base.kind for base in loaded(file, method="gguf").model.modules() if isinstance(base, GgufBase)}
+    assert held == set(BLOCK_TYPES) and len(GGUF_TYPES) < 14
+    steps = STEPS if variant == "lora" else 5
+    both(file, tmp_path, steps=steps, base={"method": "gguf", "dtype": dtype}, lora={"variant": variant}, together=2)
 
 
 @pytest.mark.parametrize("family", ["gpt2", "gemma2", "qwen2_moe", "phi3", "mistral"])
@@ -88,8 +102,12 @@ def test_whatever_is_trained(lora: dict[str, Any], tied: bool, tmp_path: Path) -
     both(folder, tmp_path, steps=4, base={}, lora=lora, together=2)
 
 
-def test_a_gptq_base(tmp_path: Path) -> None:
-    folder, rows = save_tiny_llama(tmp_path / "model"), write_rows(tmp_path / "rows.jsonl", reviews(40))
-    words = ["quantize", str(folder), "--method", "gptq", "--group-size", "16", "--calibration", str(rows)]
-    assert main([*words, "--out", str(tmp_path / "gptq")]) == 0
-    both(tmp_path / "gptq", tmp_path, steps=STEPS, base={}, lora={})
+@pytest.mark.parametrize("variant", ["lora", "dora"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("zero_format", ["gptq", "gptq_v2"])
+def test_gptq_of_every_size_in_one_model(zero_format: Any, dtype: str, variant: str, tmp_path: Path) -> None:
+    settings = save_mixed_gptq(tmp_path / "gptq", zero_format)
+    assert {(own["bits"], own["group_size"]) for own in settings.values()} == set(product(BITS, SIZES))
+    assert len({(own["sym"], own["desc_act"]) for own in settings.values()}) == 4
+    steps = STEPS if variant == "lora" else 5
+    both(tmp_path / "gptq", tmp_path, steps=steps, base={"dtype": dtype}, lora={"variant": variant}, together=2)

@@ -38,3 +38,8 @@ def test_a_full_disk_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     with pytest.raises(EnvironmentProblem, match="No space left"):
         aside.put("a", torch.zeros(3))
     aside.close()
+
+
+def test_a_folder_that_cannot_be_written_is_said(tmp_path: Path) -> None:
+    with pytest.raises(EnvironmentProblem, match=r"scratch file .* cannot be written: No such file.*memory\.store"):
+        Aside(tmp_path / "gone")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -71,7 +73,7 @@ def test_it_is_made_once_by_content(made: tuple[Path, Any], cache: Path, tmp_pat
 def test_a_cut_off_file_leaves_nothing(made: tuple[Path, Any], cache: Path, tmp_path: Path) -> None:
     broken = tmp_path / "broken.gguf"
     broken.write_bytes(made[0].read_bytes()[:20_000])
-    with pytest.raises(DataError, match=r"broken.gguf cannot be unpacked: .*fetch it again"):
+    with pytest.raises(DataError, match=r"broken.gguf is cut off or damaged: .*Fetch it again"):
         dense_copy(broken, print)
     assert [entry.name for entry in cache.iterdir()] == ["digests.json"]
 
@@ -96,5 +98,18 @@ def test_the_cache_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, made:
     assert cache_folder() == Path.home() / ".cache" / "lorakeet"
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("LORAKEET_CACHE", str(tmp_path / "file"))
-    with pytest.raises(EnvironmentProblem, match="cannot be made"):
+    with pytest.raises(EnvironmentProblem, match="cannot be written"):
         dense_copy(made[0], print)
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EROFS])
+def test_a_disk_that_refuses_the_copy_is_said_and_nothing_is_left(
+    made: tuple[Path, Any], cache: Path, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr("lorakeet.models.gguf_copy._convert", refuse)
+    with pytest.raises(EnvironmentProblem, match=rf"cannot be written: {os.strerror(code)}.*LORAKEET_CACHE"):
+        dense_copy(made[0], print)
+    assert [path.name for path in cache.iterdir()] == ["digests.json"]

@@ -120,10 +120,15 @@ def test_a_stock_that_does_not_fit_is_answered_with_every_tensor(tiny_model: Cal
         tensors[name] = tensors[name][:5].clone()
     del tensors["model.norm.weight"]
     save_file(tensors, folder / "model.safetensors")
-    with pytest.raises(DataError, match="3 problems") as caught:
+    with pytest.raises(DataError, match="has 2 weights of other shapes") as caught:
         loaded(folder, config, method="nf4")
-    for part in ("layers.0.mlp.up_proj.weight' is (5, 32)", "layers.1.mlp.up_proj", "'model.norm.weight' is missing"):
+    for part in ("layers.0.mlp.up_proj.weight is 5×32, expected 48×32", "layers.1.mlp.up_proj"):
         assert part in str(caught.value)
+    for name in ("model.layers.0.mlp.up_proj.weight", "model.layers.1.mlp.up_proj.weight"):
+        tensors[name] = torch.zeros(48, 32)
+    save_file(tensors, folder / "model.safetensors")
+    with pytest.raises(DataError, match=r"lacks 1 weights of its 'llama' architecture: model\.norm\.weight"):
+        loaded(folder, config, method="nf4")
 
 
 def test_packed_weights_without_a_place_are_named(tiny_model: Callable[..., Any], tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +20,12 @@ _NAMES = {
 }  # fmt: skip
 
 
-def write_tiny_gguf(path: Path, kind: str | None = None, **changes: Any) -> Any:
+def write_tiny_gguf(path: Path, kind: str | Sequence[str] | None = None, **changes: Any) -> Any:
     """Writes `path` and returns the fp32 model that it was made of; matrices that divide into blocks of type `kind` are packed.
 
-    `changes` are settings of the model's configuration.
+    Of several kinds the matrices of the blocks take one after the other. `changes` are settings of the model's configuration.
     """
+    turns = None if kind is None or isinstance(kind, str) else cycle(kind)
     import gguf
 
     tokenizer = tiny_tokenizer()
@@ -43,7 +46,8 @@ def write_tiny_gguf(path: Path, kind: str | None = None, **changes: Any) -> Any:
     for name, tensor in model.state_dict().items():
         if name != "lm_head.weight":
             weight = _as_stored(name, tensor.numpy(), config)
-            raw = None if kind is None or weight.ndim < 2 else gguf.GGMLQuantizationType[kind]
+            own = kind if turns is None else next(turns) if name.endswith("proj.weight") else None
+            raw = None if own is None or weight.ndim < 2 else gguf.GGMLQuantizationType[str(own)]
             if raw is not None and weight.shape[-1] % gguf.GGML_QUANT_SIZES[raw][0] == 0:
                 writer.add_tensor(_gguf_name(name), _blocks(weight, raw), raw_dtype=raw)
             else:

@@ -11,7 +11,7 @@ from lorakeet.data.chat import Encoder, encode_rows
 from lorakeet.data.pack import micro_batches
 from lorakeet.data.read import read_rows
 from lorakeet.data.spec import DataSpec
-from lorakeet.merge.requantise import Requantised
+from lorakeet.merge.requantise import Latent, Requantised
 from lorakeet.models.load import load_text_model
 from lorakeet.models.spec import ModelSpec
 from lorakeet.quant.nf4 import Nf4Base
@@ -35,7 +35,7 @@ def test_the_loss_falls_and_only_codes_of_the_given_layers_change(tiny_llama_fol
     for path in PATHS:
         weight = text.model.get_parameter(f"{path}.weight").detach()
         grid = grid_of(Nf4Base.of(weight))
-        solved[path] = Requantised(grid.nearest(weight), grid, weight, "kept", 0.0)
+        solved[path] = Requantised(grid.nearest(weight), Latent(grid, weight), "kept", 0.0)
         out, width = weight.shape
         pairs[path] = Pair(torch.randn(4, width, generator=chance), torch.zeros(out, 4), 12.0)
         text.model.set_submodule(path, PackedLinear(solved[path].base))

@@ -71,10 +71,14 @@ class SafeFile:
         """The bytes of the tensor `name`."""
         stored = self.tensors[name]
         data = bytearray(stored.end - stored.begin)
-        with self.path.open("rb") as file:
-            file.seek(stored.begin)
-            if file.readinto(data) != len(data):
-                raise DataError(f"{self.path} became shorter while it was read. Fetch the file again.")
+        try:
+            with self.path.open("rb") as file:
+                file.seek(stored.begin)
+                count = file.readinto(data)
+        except OSError as error:
+            raise DataError(unreadable(self.path, error)) from error
+        if count != len(data):
+            raise DataError(f"{self.path} became shorter while it was read. Fetch the file again.")
         return data
 
 

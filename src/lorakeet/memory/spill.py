@@ -16,14 +16,20 @@ from lorakeet.memory.store import raw_bytes
 
 
 class Aside:
-    """Keeps CPU tensors by key until they are taken; with a `folder`, in a file there that vanishes with the process."""
+    """Keeps CPU tensors by key until they are taken; with a `folder`, in a file there that vanishes with the process.
+
+    EnvironmentProblem where the folder cannot be written.
+    """
 
     def __init__(self, folder: Path | None = None) -> None:
         self._held: dict[Hashable, Tensor] = {}
         self._places: dict[Hashable, tuple[int, torch.dtype, tuple[int, ...]]] = {}
         self._end = 0
         self._folder = folder
-        self._file = None if folder is None else tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 - closed below
+        try:
+            self._file = None if folder is None else tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 - closed below
+        except OSError as error:
+            raise self._refused(error) from error
         self._closing = None if self._file is None else weakref.finalize(self, self._file.close)
 
     def put(self, key: Hashable, tensor: Tensor) -> None:
@@ -37,11 +43,15 @@ class Aside:
             while done < len(view):
                 done += os.pwrite(self._file.fileno(), view[done:], self._end + done)
         except OSError as error:
-            raise EnvironmentProblem(
-                f"The scratch file of activations in {self._folder} cannot be written: {error.strerror}. Free some space there."
-            ) from error
+            raise self._refused(error) from error
         self._places[key] = self._end, tensor.dtype, tuple(tensor.shape)
         self._end += len(view)
+
+    def _refused(self, error: OSError) -> EnvironmentProblem:
+        return EnvironmentProblem(
+            f"The scratch file of activations in {self._folder} cannot be written: {error.strerror}. Free some space there, or "
+            "name another folder with memory.store. Checkpoints are as they were."
+        )
 
     def take(self, key: Hashable) -> Tensor:
         """The tensor kept under `key`, which is then forgotten; when all are taken, the file is empty again."""

@@ -9,7 +9,7 @@ the file's own groups; whichever moves the layer's outputs less is taken.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from torch import Tensor
@@ -22,12 +22,19 @@ Scales = Literal["kept", "fitted"]
 
 
 @dataclass(frozen=True)
+class Latent:
+    """What can be trained on: a grid, and the numbers that were rounded to it. Both are as large as the weight in fp32."""
+
+    grid: Grid
+    numbers: Tensor  # (out, in) fp32: what each one was when it was rounded, its share of the others' errors included
+
+
+@dataclass(frozen=True)
 class Requantised:
     """A weight on a grid, and how it came there."""
 
     base: PackedBase
-    grid: Grid
-    latent: Tensor  # (out, in) fp32: what each number was when it was rounded, its share of the others' errors included
+    latent: Latent | None  # None where it is not asked for
     scales: Scales
     error: float  # ‖X·(W − W′)ᵀ‖ / ‖X·Wᵀ‖ on the inputs X
 
@@ -37,11 +44,17 @@ def round_to_nearest(like: PackedBase, weight: Tensor) -> PackedBase:
     return fitted(like, weight.detach().float())
 
 
-def round_with_feedback(like: PackedBase, weight: Tensor, inputs: Sensitivity, hessian: Tensor) -> Requantised:
-    """`weight` (out, in) in the layout of `like`, such that the outputs on the inputs of H (in, in) change least."""
+def round_with_feedback(
+    like: PackedBase, weight: Tensor, inputs: Sensitivity, hessian: Tensor, *, latent: bool = False
+) -> Requantised:
+    """`weight` (out, in) in the layout of `like`, such that the outputs on the inputs of H (in, in) change least.
+
+    With `latent` the numbers before rounding are kept, for who trains on.
+    """
     wide = weight.detach().float()
     tried = [_on(grid_of(base), scales, wide, inputs, hessian) for scales, base in _candidates(like, wide)]
-    return min(tried, key=lambda found: found.error)
+    best = min(tried, key=lambda found: found.error)
+    return best if latent else replace(best, latent=None)
 
 
 def _candidates(like: PackedBase, weight: Tensor) -> list[tuple[Scales, PackedBase]]:
@@ -53,7 +66,8 @@ def _on(grid: Grid, scales: Scales, weight: Tensor, inputs: Sensitivity, hessian
     columns = inputs.order.tolist()
     walk.run(_nearest(grid, columns))
     base = grid.filled(walk.in_order(walk.codes))
-    return Requantised(base, grid, walk.in_order(walk.columns), scales, output_error(weight, base.dense(), hessian))
+    latent = Latent(grid, walk.in_order(walk.columns))
+    return Requantised(base, latent, scales, output_error(weight, base.dense(), hessian))
 
 
 def _nearest(grid: Grid, columns: list[int]) -> Callable[[Tensor, int], tuple[Tensor, Tensor]]:

@@ -8,17 +8,21 @@ import io
 import json
 import os
 import shutil
+import struct
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 from lorakeet.errors import DataError, EnvironmentProblem, unreadable
 from lorakeet.formats.digest import sha256_of
 from lorakeet.models.quiet import quiet_transformers
+from lorakeet.models.whole import first_line
+from lorakeet.quant.gguf import damage_of
 
 _LAYOUT = 1  # counted up when what is written into a copy changes
 _MAGIC = b"GGUF"
@@ -49,32 +53,57 @@ def dense_copy(path: Path, say: Callable[[str], None]) -> Path:
 
 
 def make_whole(target: Path, make: Callable[[Path], None]) -> None:
-    """Lets `make` write a model folder elsewhere on the same disk and moves it to `target`, which appears whole or not at all."""
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".unpacking-") as work:
-        partial = Path(work) / "copy"
-        make(partial)
-        try:
-            os.replace(partial, target)
-        except OSError:
-            if not (target / "config.json").is_file():  # otherwise another process was faster, with the same content
-                raise
+    """Lets `make` write a model folder elsewhere on the same disk and moves it to `target`, which appears whole or not at all.
+
+    EnvironmentProblem where the disk refuses it.
+    """
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=target.parent, prefix=".unpacking-") as work:
+            partial = Path(work) / "copy"
+            make(partial)
+            try:
+                os.replace(partial, target)
+            except OSError:
+                if not (target / "config.json").is_file():  # otherwise another process was faster, with the same content
+                    raise
+    except (OSError, SafetensorError) as error:
+        raise _unwritten(target, error) from error
+
+
+def _unwritten(place: Path, error: Exception) -> EnvironmentProblem:
+    why = getattr(error, "strerror", None) or first_line(error)
+    return EnvironmentProblem(
+        f"{place} cannot be written: {why}. Free some space, or set LORAKEET_CACHE to a folder that can be written."
+    )
 
 
 def _convert(path: Path, out: Path) -> None:
+    with reading(path):
+        tokenizer: Any = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            path.parent, gguf_file=path.name, quantization_config=GgufConfig(dequantize=True), dtype=torch.float32
+        )
+        model.config.quantization_config = None
+        del model.config.quantization_config
+        model.save_pretrained(out)
+        tokenizer.save_pretrained(out)
+
+
+@contextlib.contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """A context in which transformers reads a .gguf file, without its progress bar, which heeds no setting.
+
+    What it cannot read becomes a DataError: that the file is damaged, where it is, else why.
+    """
     try:
-        with quiet_transformers(), contextlib.redirect_stderr(io.StringIO()):  # its progress bar heeds no setting
-            tokenizer: Any = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-            model: Any = AutoModelForCausalLM.from_pretrained(
-                path.parent, gguf_file=path.name, quantization_config=GgufConfig(dequantize=True), dtype=torch.float32
-            )
-            model.config.quantization_config = None
-            del model.config.quantization_config
-            model.save_pretrained(out)
-            tokenizer.save_pretrained(out)
-    except (ValueError, KeyError, RuntimeError, IndexError, NotImplementedError) as error:
+        with quiet_transformers(), contextlib.redirect_stderr(io.StringIO()):
+            yield
+    except (ValueError, KeyError, RuntimeError, IndexError, NotImplementedError, struct.error) as error:
         raise DataError(
-            f"{path} cannot be unpacked: {type(error).__name__}: {error}. The file may be cut off (fetch it again), or of an "
-            "architecture that transformers does not read from GGUF (use the model's safetensors folder)."
+            damage_of(path)
+            or f"{path} is whole, but cannot be read ({first_line(error)}): it may be of an architecture that transformers does "
+            "not read from GGUF. Use the model's safetensors folder."
         ) from error
 
 
@@ -115,9 +144,7 @@ def content_digest(path: Path) -> str:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise EnvironmentProblem(
-            f"The cache folder {folder} cannot be made: {error.strerror}. Set LORAKEET_CACHE to a folder that can be written."
-        ) from error
+        raise _unwritten(folder, error) from error
     stat = path.stat()
     note = folder / "digests.json"
     known = _remembered(note)
@@ -126,10 +153,13 @@ def content_digest(path: Path) -> str:
         return str(known[key][2])
     digest = sha256_of(path)
     known[key] = [*stamp, digest]
-    handle, partial = tempfile.mkstemp(dir=folder, prefix=".digests-")
-    with os.fdopen(handle, "w", encoding="utf-8") as out:
-        json.dump(known, out, indent=1)
-    os.replace(partial, note)
+    try:
+        handle, partial = tempfile.mkstemp(dir=folder, prefix=".digests-")
+        with os.fdopen(handle, "w", encoding="utf-8") as out:
+            json.dump(known, out, indent=1)
+        os.replace(partial, note)
+    except OSError as error:
+        raise _unwritten(folder, error) from error
     return digest
 
 

@@ -9,8 +9,6 @@ Rows are put in the order that transformers wants (llama.cpp permutes the querie
 
 from __future__ import annotations
 
-import contextlib
-import io
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,9 +28,8 @@ from transformers.modeling_gguf_pytorch_utils import (
 
 from lorakeet.errors import DataError, Problems
 from lorakeet.formats.safe import stored_bytes, stream_safetensors
-from lorakeet.models.gguf_copy import cache_folder, content_digest, make_whole, require_gguf, require_room
+from lorakeet.models.gguf_copy import cache_folder, content_digest, make_whole, reading, require_gguf, require_room
 from lorakeet.models.quantized import packable, skeleton
-from lorakeet.models.quiet import quiet_transformers
 from lorakeet.quant.gguf import BLOCK_TYPES, FileTensor, GgufBase, read_gguf
 from lorakeet.quant.on_disk import GGUF_METHOD, GGUF_TYPE, gguf_type_tensor
 
@@ -73,21 +70,15 @@ def packed_copy(path: Path, say: Callable[[str], None]) -> Path:
     if (target / "config.json").is_file():
         return target
     require_gguf(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
     say(f"Laying out the blocks of {path.name} once in {target}; later runs read that folder.")
-    try:
+    with reading(path):
         make_whole(target, lambda partial: _write(path, partial))
-    except (ValueError, KeyError, RuntimeError, IndexError, NotImplementedError) as error:
-        raise DataError(
-            f"{path} cannot be read: {type(error).__name__}: {error}. The file may be cut off (fetch it again), or of an "
-            "architecture that transformers does not read from GGUF (use the model's safetensors folder)."
-        ) from error
     return target
 
 
 def file_blocks(path: Path, layers: Mapping[str, GgufBase]) -> dict[int, bytes]:
     """What stands where in the .gguf file `path`, by offset, once its weights are `layers`, by transformers' names."""
-    with quiet_transformers(), contextlib.redirect_stderr(io.StringIO()):
+    with reading(path):
         config: Any = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
     found = {}
     for tensor in _tensors(path, config):
@@ -104,15 +95,14 @@ def packed_types(path: Path) -> dict[str, str]:
     Raises DataError and EnvironmentProblem as `packed_copy` does.
     """
     require_gguf(path)
-    with quiet_transformers(), contextlib.redirect_stderr(io.StringIO()):
+    with reading(path):
         config: Any = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
-    return {tensor.name.removesuffix(".weight"): tensor.stored.kind for tensor in _tensors(path, config) if tensor.packed}
+        return {tensor.name.removesuffix(".weight"): tensor.stored.kind for tensor in _tensors(path, config) if tensor.packed}
 
 
 def _write(path: Path, out: Path) -> None:
-    with quiet_transformers(), contextlib.redirect_stderr(io.StringIO()):  # its progress bar heeds no setting
-        config: Any = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
-        tokenizer: Any = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    config: Any = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
+    tokenizer: Any = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
     tensors = {tensor.name: tensor for tensor in _tensors(path, config)}
     shapes = {name: shape for tensor in tensors.values() for name, shape in _shapes(tensor).items()}
     require_room(path, out.parent, stored_bytes(shapes, {"format": "pt"}))

@@ -4,28 +4,31 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from lorakeet.data.pack import Batch
 from lorakeet.errors import ConfigError, DataError, EnvironmentProblem
 from lorakeet.models.attention import VARLEN, register
 from lorakeet.models.families import family_of
+from lorakeet.models.modules import block_prefix
 from lorakeet.models.placement import device_for, dtype_for, products_for
 from lorakeet.models.quantized import load_quantised
 from lorakeet.models.quiet import quiet_transformers
 from lorakeet.models.source import find_source
 from lorakeet.models.spec import ModelSpec
-from lorakeet.models.stock import stored_quantisation
+from lorakeet.models.stock import stored_quantisation, tensor_files
 from lorakeet.models.streamed_load import Changes, streamed_model
 from lorakeet.models.text import TextModel
+from lorakeet.models.whole import first_line, misfits_in, refused, require_architecture, require_text_model, require_whole
 from lorakeet.quant.gptq_config import METHOD, OLD_CONFIG
 from lorakeet.quant.int8 import multiply_in_int8
+from lorakeet.quant.packed import PackedBase
 from lorakeet.quant.spec import QuantSpec
 
 CHECK_ROWS = (5, 3)  # tokens of the two rows of the check
@@ -114,43 +117,24 @@ def _model(source: Path, dtype: torch.dtype, quantize: QuantSpec, say: Callable[
                 ignore_mismatched_sizes=True,  # refused below, with names and shapes
             )
     except (ValueError, RuntimeError, OSError, KeyError) as error:
-        raise DataError(
-            f"The '{config.model_type}' model in {source} cannot be loaded for text generation: {type(error).__name__}: {error}"
-        ) from error
-    _require_whole(source, config.model_type, report)
+        raise refused(source, config.model_type, tensor_files(source), error) from error
+    require_whole(source, config.model_type, misfits=misfits_in(report), missing=report["missing_keys"])
     return model.requires_grad_(False).eval()
 
 
-def _require_whole(source: Path, kind: str, report: Mapping[str, Any]) -> None:
-    """Raises DataError for weights that the files lack or hold in another shape; transformers fills them with random numbers."""
-    others = [
-        f"{name} is {'×'.join(map(str, found))}, expected {'×'.join(map(str, expected))}"
-        for name, found, expected in sorted(report["mismatched_keys"])
-    ]
-    if others:
-        more = f"; and {len(others) - 4} more" if len(others) > 4 else ""
-        raise DataError(
-            f"{source} has {len(others)} weights of other shapes than its config.json says: {'; '.join(others[:4])}{more}. "
-            "config.json and weights belong to different models; fetch both again."
-        )
-    missing = sorted(report["missing_keys"])
-    if missing:
-        raise DataError(
-            f"{source} lacks {len(missing)} weights of its '{kind}' architecture, such as {missing[0]}; they would "
-            "be random numbers. Fetch the model again, or check architectures in its config.json."
-        )
-
-
 def read_config(source: Path) -> Any:
-    """The configuration of the model in a folder; DataError where transformers knows no such model."""
+    """The configuration of the model in a folder; DataError where transformers knows no such model, or it writes no text."""
+    require_architecture(source)
     try:
         with quiet_transformers():
             config = AutoConfig.from_pretrained(source, local_files_only=True)
         if not stored_quantisation(config) and (source / OLD_CONFIG).is_file():  # GPTQ folders of before 2024
             config.quantization_config = {"quant_method": METHOD, **json.loads((source / OLD_CONFIG).read_text(encoding="utf-8"))}
-        return config
     except (ValueError, OSError, KeyError, TypeError) as error:
-        raise DataError(f"{source / 'config.json'} does not describe a model that transformers knows: {error}") from error
+        file = source / "config.json"
+        raise DataError(f"{file} cannot be read by transformers: {first_line(error)}. Fetch it again.") from error
+    require_text_model(source, config)
+    return config
 
 
 def _check_batch(text: TextModel) -> Batch:
@@ -173,12 +157,32 @@ def _require_numbers(text: TextModel, reference: Tensor) -> None:
     """Raises DataError where the model's own logits are no numbers, with the weight that is to blame where one is."""
     if bool(reference.isfinite().all()):
         return
-    weights = ((name, weight) for name, weight in text.model.named_parameters() if not weight.is_meta)
-    worst = next((name for name, weight in weights if weight.is_floating_point() and not bool(weight.isfinite().all())), None)
+    worst = next((name for name, weight in _weights(text) if not bool(weight.isfinite().all())), None)
     what = f"{worst} has NaN or infinite values" if worst else f"its logits have NaN or infinite values in {text.dtype}"
     raise DataError(
         f"The model {text.name} cannot be used: {what}. Fetch it again{'' if worst else ', or set --model.dtype float32'}."
     )
+
+
+def _weights(text: TextModel) -> Iterator[tuple[str, Tensor]]:
+    """Every floating-point weight by name, one at a time: packed ones dequantised, streamed ones read block by block."""
+    yield from _numbers_in(text.model, "")
+    if text.streamed is not None:
+        prefix, count = block_prefix(text.model, text.family)
+        for index in range(count):
+            with text.streamed.present(index) as block:
+                yield from _numbers_in(block, f"{prefix}.{index}.")
+
+
+def _numbers_in(module: nn.Module, prefix: str) -> Iterator[tuple[str, Tensor]]:
+    for path, part in module.named_modules():
+        if isinstance(part, PackedBase):
+            if part.device.type != "meta":
+                yield f"{prefix}{path.removesuffix('.base')}.weight", part.dense()
+            continue
+        for leaf, weight in part.named_parameters(recurse=False):
+            if weight.is_floating_point() and not weight.is_meta:
+                yield f"{prefix}{path}.{leaf}", weight
 
 
 def check_head(text: TextModel, reference: Tensor) -> None:

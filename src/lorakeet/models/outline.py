@@ -6,6 +6,7 @@ Built inside a memory.ledger.Ledger its tensors take no memory; built outside th
 from __future__ import annotations
 
 import json
+import struct
 from collections.abc import Callable
 from functools import cache
 from importlib.resources import files
@@ -63,7 +64,7 @@ def config_of(spec: ModelSpec, say: Callable[[str], None]) -> Any:
             if local.suffix.lower() == ".gguf":
                 return AutoConfig.from_pretrained(local.parent, gguf_file=local.name)
             return AutoConfig.from_pretrained(local, local_files_only=True)
-    except (ValueError, OSError, KeyError, TypeError, ImportError) as error:
+    except (ValueError, OSError, KeyError, TypeError, ImportError, struct.error) as error:
         first = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
         raise ConfigError(
             f"model.path '{name}' has no configuration that could be read: {first}. Name a folder with config.json, "

@@ -35,7 +35,8 @@ def packing_of(model: nn.Module, config: Any, spec: QuantSpec, files: Path | Non
     there = tensor_files(files) if stored and files is not None and any(files.glob("*.safetensors")) else {}
     chosen = _packed_in(model, there) if there else packable(model, head=not stored and spec.head == "quantize")
     found: dict[str, Mapping[str, Any]] = {}
-    gptq = gptq_config.parse(stored, "config.json") if stored and method == gptq_config.METHOD else None
+    where = str(files / "config.json") if files is not None and files.is_dir() else "config.json"
+    gptq = gptq_config.parse(stored, where) if stored and method == gptq_config.METHOD else None
     for path, module in chosen.items():
         shape = modules.weight_shape(module, cast(Any, modules.kind_of(module)))
         settings: Mapping[str, Any] | None

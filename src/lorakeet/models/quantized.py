@@ -26,6 +26,7 @@ from lorakeet.errors import ConfigError, DataError, nearest
 from lorakeet.models import modules
 from lorakeet.models.quiet import quiet_transformers
 from lorakeet.models.stock import READERS, Stock, dense_stock, method_of, stored_quantisation, tensor_files
+from lorakeet.models.whole import misfits_in, refused, require_whole
 from lorakeet.quant import on_disk
 from lorakeet.quant.adopt import quantised
 from lorakeet.quant.nf4 import Nf4Base, missing_kernels
@@ -40,9 +41,27 @@ def load_quantised(source: Path, config: Any, dtype: torch.dtype, spec: QuantSpe
 
     Raises ConfigError where the two contradict each other or the way of packing is unknown, DataError for damaged files.
     """
+    model = load_packed(stock_of(source, config, spec), config, dtype, source)
+    stored = stored_quantisation(config)
+    name = method_of(stored) if stored else spec.method
+    bases = [module for module in model.modules() if isinstance(module, PackedBase)]
+    packed, dense = sum(base.bytes for base in bases), sum(base.shape[0] * base.shape[1] for base in bases) * dtype.itemsize
+    say(f"{len(bases)} linear layers are {name}: {packed / 1e6:,.1f} MB in place of {dense / 1e6:,.1f} MB.")
+    if kept := kept_experts(model):
+        say(kept)
+    if any(isinstance(base, Nf4Base) for base in bases) and missing_kernels():
+        say(missing_kernels())
+    return model
+
+
+def stock_of(source: Path, config: Any, spec: QuantSpec) -> Stock:
+    """What the files of a model promise: packed as they are, or dense, or packed as `spec` asks when they are read.
+
+    Raises ConfigError where the two contradict each other or the way of packing is unknown, DataError that names every tensor
+    that is not as config.json says, as far as the files' headers tell.
+    """
     stored = stored_quantisation(config)
     method = str(stored.get("quant_method", "")) if stored else ""
-    name = method_of(stored) if stored else spec.method
     if stored and method not in READERS:
         raise ConfigError(
             f"{source} holds weights quantised by '{method}'; readable are {', '.join(READERS)}.{nearest(method, READERS)} "
@@ -54,16 +73,16 @@ def load_quantised(source: Path, config: Any, dtype: torch.dtype, spec: QuantSpe
             "them twice would lose more. Set model.quantize.method to none, or name the unquantised model."
         )
     files = tensor_files(source)
-    stock = READERS[method](files, stored) if stored else quantised_stock(dense_stock(files), config, spec)
-    model = load_packed(stock, config, dtype, source)
-    bases = [module for module in model.modules() if isinstance(module, PackedBase)]
-    packed, dense = sum(base.bytes for base in bases), sum(base.shape[0] * base.shape[1] for base in bases) * dtype.itemsize
-    say(f"{len(bases)} linear layers are {name}: {packed / 1e6:,.1f} MB in place of {dense / 1e6:,.1f} MB.")
-    if kept := kept_experts(model):
-        say(kept)
-    if any(isinstance(base, Nf4Base) for base in bases) and missing_kernels():
-        say(missing_kernels())
-    return model
+    stock = READERS[method](files, stored) if stored else dense_stock(files)
+    plain = skeleton(config)
+    known = plain.state_dict()
+    places = {target: files[name].tensors[name].shape for name, target in targets_of(plain, stock.dense).items()}
+    misfits = {target: (found, tuple(known[target].shape)) for target, found in places.items() if found != known[target].shape}
+    require_whole(source, config.model_type, misfits=misfits, missing=())
+    twice = sorted(set(places) & {f"{path}.weight" for path in owners(plain, stock.packed).values()})
+    if twice:
+        raise DataError(f"{source} has {len(twice)} weights both packed and dense, such as {twice[0]}. Fetch the model again.")
+    return stock if stored or spec.method == "none" else quantised_stock(stock, config, spec)
 
 
 def kept_experts(model: nn.Module) -> str:
@@ -128,6 +147,12 @@ def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
 
 def owners(model: Any, names: Mapping[str, Any]) -> dict[str, str]:
     """The path of the module whose `weight` each checkpoint tensor is; tensors that are joined into others are left out."""
+    targets = targets_of(model, names)
+    return {name: target.removesuffix(".weight") for name, target in targets.items() if target.endswith(".weight")}
+
+
+def targets_of(model: Any, names: Mapping[str, Any]) -> dict[str, str]:
+    """What the model calls each checkpoint tensor; those that it does not have, or joins into others, are left out."""
     transforms = get_model_conversion_mapping(model)
     renamings = [entry for entry in transforms if isinstance(entry, WeightRenaming)]
     converters = [entry for entry in transforms if isinstance(entry, WeightConverter)]
@@ -137,8 +162,8 @@ def owners(model: Any, names: Mapping[str, Any]) -> dict[str, str]:
         target, joined = rename_source_key(name, renamings, converters, prefix, known)
         if target not in known and name in known:
             target, joined = rename_source_key(name, [], [], prefix, known)
-        if joined is None and target in known and target.endswith(".weight"):
-            found[name] = target.removesuffix(".weight")
+        if joined is None and target in known:
+            found[name] = target
     return found
 
 
@@ -168,15 +193,12 @@ def load_packed(stock: Stock, config: Any, dtype: torch.dtype, source: Path) -> 
                 dtype=dtype,
                 attn_implementation="eager",
                 output_loading_info=True,
+                ignore_mismatched_sizes=True,  # refused below, with names and shapes
             )
     except (ValueError, RuntimeError, OSError, KeyError) as error:
-        raise DataError(
-            f"The '{config.model_type}' model in {source} cannot be loaded for text generation: {type(error).__name__}: {error}"
-        ) from error
-    problems = [*loading.problems, *(f"'{name}' is missing." for name in sorted(report["missing_keys"]))]
-    if problems:
-        shown = "".join(f"\n  - {line}" for line in problems[:40])
-        raise DataError(f"{source} is no whole '{config.model_type}' model ({len(problems)} problems):{shown}")
+        raise refused(source, config.model_type, tensor_files(source), error) from error
+    misfits = misfits_in(report) | loading.misfits
+    require_whole(source, config.model_type, misfits=misfits, missing=report["missing_keys"])
     return model.requires_grad_(False).eval()
 
 
@@ -196,7 +218,7 @@ class _PackedConfig(QuantizationConfigMixin):  # type: ignore[misc]
     def __init__(self, targets: set[str]) -> None:
         self.quant_method = _METHOD
         self.targets = targets
-        self.problems: list[str] = []
+        self.misfits: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {}  # by name: as found, and as it should be
 
     def to_dict(self) -> dict[str, Any]:
         return {"quant_method": self.quant_method}
@@ -215,7 +237,7 @@ class _PackedQuantizer(HfQuantizer):  # type: ignore[misc]
         return param_name in self.quantization_config.targets
 
     def get_quantize_ops(self) -> ConversionOps:
-        return _Place(self.quantization_config.problems)
+        return _Place(self.quantization_config.misfits)
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         self.remove_quantization_config(model)  # to transformers it is a plain model again
@@ -225,8 +247,8 @@ class _PackedQuantizer(HfQuantizer):  # type: ignore[misc]
 class _Place(ConversionOps):  # type: ignore[misc]
     """Puts a PackedLinear where the linear layer of the skeleton is."""
 
-    def __init__(self, problems: list[str]) -> None:
-        self.problems = problems
+    def __init__(self, misfits: dict[str, tuple[tuple[int, ...], tuple[int, ...]]]) -> None:
+        self.misfits = misfits
 
     def convert(self, input_dict: dict[str, Any], **context: Any) -> dict[str, Any]:
         name, model = context["full_layer_name"], context["model"]
@@ -237,8 +259,8 @@ class _Place(ConversionOps):  # type: ignore[misc]
         transposed = isinstance(module, Conv1D)
         expected = tuple(module.weight.shape[::-1] if transposed else module.weight.shape)
         context["missing_keys"].discard(name)
-        if not isinstance(base, PackedBase) or base.shape != expected:
-            self.problems.append(f"'{name}' is {getattr(base, 'shape', type(base).__name__)}, but the model needs {expected}.")
+        if base.shape != expected:
+            self.misfits[name] = (tuple(base.shape), expected)
             return {}
         model.set_submodule(path, PackedLinear(base, module.bias, transposed=transposed))
         return {}

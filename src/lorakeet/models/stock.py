@@ -14,11 +14,13 @@ from torch import Tensor
 
 from lorakeet.errors import ConfigError, DataError, Problems
 from lorakeet.formats.safe import SafeFile, open_safetensors, read_index
+from lorakeet.models.whole import require_finite
 from lorakeet.quant import gptq, gptq_config, on_disk
 from lorakeet.quant.packed import PackedBase
 
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
+_REMEDY = "Fetch the model again, or make it again with lorakeet quantize."
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,14 @@ def dense_stock(files: Mapping[str, SafeFile]) -> Stock:
 
 
 def _reader(file: SafeFile, name: str) -> Callable[[], Tensor]:
-    return lambda: file.read(name)
+    return lambda: _read(file, name)
+
+
+def _read(file: SafeFile, name: str) -> Tensor:
+    """A tensor of a file; DataError that names it where it has values that are no numbers."""
+    tensor = file.read(name)
+    require_finite(tensor, f"{file.path}: {name}")
+    return tensor
 
 
 def _stock_of(
@@ -75,14 +84,25 @@ def _stock_of(
     mark: str,
     parts: tuple[str, ...],
     decode: Callable[[str, Mapping[str, Tensor]], PackedBase],
+    *,
+    optional: tuple[str, ...] = (),
 ) -> Stock:
-    """The stock of a folder in which the tensor `x` + `mark` tells that `x` is packed, in tensors `x` + each of `parts`."""
+    """The stock of a folder in which the tensor `x` + `mark` tells that `x` is packed, in tensors `x` + each of `parts`.
+
+    DataError that names every part, of those that are not `optional`, which a packed weight lacks.
+    """
     names = [name.removesuffix(mark) for name in files if name.endswith(mark)]
     taken = {name + part for name in names for part in parts}
+    problems = Problems("The model's packed weights are not whole", DataError, remedy=_REMEDY)
+    for name in names:
+        lost = [f"'{name}{part}'" for part in parts if part not in optional and name + part not in files]
+        if lost:
+            problems.add(f"{files[name + mark].path}: {', '.join(lost)} {'is' if len(lost) == 1 else 'are'} missing.")
+    problems.raise_if_any()
 
     def packed(name: str) -> Callable[[], PackedBase]:
         held = [part for part in parts if name + part in files]
-        return lambda: decode(name, {part: files[name + part].read(name + part) for part in held})
+        return lambda: decode(name, {part: _read(files[name + part], name + part) for part in held})
 
     dense = {name: _reader(file, name) for name, file in files.items() if name not in taken}
     return Stock(dense, {name: packed(name) for name in names})
@@ -94,7 +114,7 @@ def _nf4_stock(files: Mapping[str, SafeFile], stored: Mapping[str, Any]) -> Stoc
         raise ConfigError(
             f"The quantised weights are {kind} of bitsandbytes, of whose ways only nf4 is read. Name the unquantised model."
         )
-    return _stock_of(files, on_disk.NF4_STATE, on_disk.NF4_PARTS, on_disk.nf4_base)
+    return _stock_of(files, on_disk.NF4_STATE, on_disk.NF4_PARTS, on_disk.nf4_base, optional=on_disk.NF4_NESTED)
 
 
 def _int8_stock(files: Mapping[str, SafeFile], stored: Mapping[str, Any]) -> Stock:
@@ -106,10 +126,10 @@ def _gguf_stock(files: Mapping[str, SafeFile], stored: Mapping[str, Any]) -> Sto
 
 
 def _gptq_stock(files: Mapping[str, SafeFile], stored: Mapping[str, Any]) -> Stock:
-    config = gptq_config.parse(stored, "config.json")
+    config = gptq_config.parse(stored, str(next(iter(files.values())).path.with_name("config.json")) if files else "config.json")
     ends = {f".{part}" for part in gptq.PARTS}
     names = dict.fromkeys(name.rpartition(".")[0] for name in files if name.endswith((".qweight", ".qzeros")))
-    problems = Problems("The model's GPTQ tensors do not fit its settings", DataError)
+    problems = Problems("The model's GPTQ tensors do not fit its settings", DataError, remedy=_REMEDY)
     packed: dict[str, Callable[[], PackedBase]] = {}
     for name in names:
         settings = config.for_layer(name)
@@ -118,8 +138,9 @@ def _gptq_stock(files: Mapping[str, SafeFile], stored: Mapping[str, Any]) -> Sto
         if settings is None:
             problems.add(f"'{name}' is packed, but 'dynamic' in config.json says that it is dense.")
             continue
+        where = next(iter(held.values())).path
         for problem in gptq_config.layer_problems(name, {part: (one.dtype, one.shape) for part, one in kept.items()}, settings):
-            problems.add(problem)
+            problems.add(f"{where}: {problem}")
         packed[f"{name}.weight"] = _gptq_reader(name, held, settings)
     problems.raise_if_any()
     taken = {f"{name}{end}" for name in names for end in ends}
@@ -127,7 +148,7 @@ def _gptq_stock(files: Mapping[str, SafeFile], stored: Mapping[str, Any]) -> Sto
 
 
 def _gptq_reader(name: str, held: Mapping[str, SafeFile], settings: gptq_config.GptqConfig) -> Callable[[], PackedBase]:
-    return lambda: gptq_config.base_from(name, {part: file.read(f"{name}.{part}") for part, file in held.items()}, settings)
+    return lambda: gptq_config.base_from(name, {part: _read(file, f"{name}.{part}") for part, file in held.items()}, settings)
 
 
 # What config.json calls a way of packing, and what reads a folder in it: a new one is a line here.

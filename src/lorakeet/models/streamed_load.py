@@ -20,17 +20,18 @@ from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING, register_quanti
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from lorakeet.errors import ConfigError, DataError
+from lorakeet.errors import ConfigError
 from lorakeet.memory.store import Store, StoreWriter, new_store
 from lorakeet.memory.stream import RecordStream
 from lorakeet.models import modules
 from lorakeet.models.families import Family, family_of
 from lorakeet.models.fingerprint import fingerprint
 from lorakeet.models.packing import packing_of
-from lorakeet.models.quantized import quantised_stock, skeleton
+from lorakeet.models.quantized import skeleton, stock_of
 from lorakeet.models.quiet import quiet_transformers
-from lorakeet.models.stock import READERS, Stock, dense_stock, method_of, stored_quantisation, tensor_files
+from lorakeet.models.stock import Stock, tensor_files
 from lorakeet.models.streamed import Streamed, StreamedEmbedding, StreamedHead
+from lorakeet.models.whole import refused, require_whole
 from lorakeet.quant.adopt import empty_base
 from lorakeet.quant.packed import PackedBase, PackedLinear
 from lorakeet.quant.spec import QuantSpec
@@ -85,15 +86,15 @@ def write_store(
     changes: Changes | None = None,
 ) -> None:
     """Writes the store of a model folder to `path`, one block in memory at a time."""
-    stock = _stock_of(source, config, quantize)
+    stock = stock_of(source, config, quantize)
     empty = empty_model(config, dtype)
     records = records_of(empty, family)
     size = sum(tensor.nbytes for tensor in empty.state_dict().values())  # of the dense model: an upper bound
     more: dict[str, str] = {}
     with new_store(path, identity=more, tensors=8 * len(empty.state_dict()), size=0 if stock.packed else size) as writer:
         collected = _Collector(writer, empty, records, changes or {})
-        _read_all(stock, config, dtype, collected, source)
-        collected.finish(source)
+        missing = _read_all(stock, config, dtype, collected, source)
+        require_whole(source, config.model_type, misfits=collected.misfits, missing=missing | collected.waiting)
         more.update(same, packed=json.dumps(collected.packed))
 
 
@@ -131,20 +132,6 @@ def open_streamed(
     return model, streamed
 
 
-def _stock_of(source: Path, config: Any, quantize: QuantSpec) -> Stock:
-    """What the files of a model promise, packed as they are or as `quantize` asks."""
-    files, stored = tensor_files(source), stored_quantisation(config)
-    if stored:
-        method = str(stored.get("quant_method", ""))
-        if method not in READERS or quantize.method not in ("none", method_of(stored)):
-            raise ConfigError(
-                f"{source} holds weights quantised by '{method}' and model.quantize.method is {quantize.method}; readable are "
-                f"{', '.join(READERS)}, with model.quantize.method none. Name the unquantised model to quantise it."
-            )
-        return READERS[method](files, stored)
-    return dense_stock(files) if quantize.method == "none" else quantised_stock(dense_stock(files), config, quantize)
-
-
 def empty_model(config: Any, dtype: torch.dtype) -> Any:
     """The model that `config` describes, on the meta device, with eager attention and weights tied; seen by no trace."""
     with _disable_current_modes(), torch.device("meta"), quiet_transformers():
@@ -180,7 +167,7 @@ class _Collector:
     def __init__(self, writer: StoreWriter, skeleton: Any, records: Mapping[str, set[str]], changes: Changes) -> None:
         self.writer, self.changes = writer, changes
         self.packed: dict[str, Any] = {}
-        self.problems: list[str] = []
+        self.misfits: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {}  # by name: as found, and as it should be
         self.refused: OSError | None = None  # what the disk said
         self.shapes = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in skeleton.state_dict().items()}
         self.transposed = {name for name, module in skeleton.named_modules() if modules.kind_of(module) == "conv1d"}
@@ -202,11 +189,11 @@ class _Collector:
             parts = {f"{path}.base.{leaf}": tensor for leaf, tensor in value.state_dict().items()}
             self.packed[path] = value.settings
             if value.shape != expected:
-                self.problems.append(f"'{name}' is {value.shape}, but the model needs {expected}.")
+                self.misfits[name] = (tuple(value.shape), expected)
         else:
             parts = {name: self.changes[name](value.to(dtype)) if name in self.changes else value.to(dtype)}
             if tuple(value.shape) != shape:
-                self.problems.append(f"'{name}' is {tuple(value.shape)}, but the model needs {shape}.")
+                self.misfits[name] = (tuple(value.shape), shape)
         self.seen.add(name)
         record = self._record_of.get(name)
         if record is None:
@@ -218,13 +205,10 @@ class _Collector:
         if not self._waiting[record]:
             self.writer.add(record, self._held.pop(record))
 
-    def finish(self, source: Path) -> None:
-        """DataError that lists what is missing or of another shape."""
-        missing = sorted(name for names in self._waiting.values() for name in names)
-        problems = [*self.problems, *(f"'{name}' is missing." for name in missing)]
-        if problems:
-            shown = "".join(f"\n  - {line}" for line in problems[:40])
-            raise DataError(f"{source} is no whole model ({len(problems)} problems):{shown}")
+    @property
+    def waiting(self) -> set[str]:
+        """What has not come of the blocks."""
+        return {name for names in self._waiting.values() for name in names}
 
 
 class _StoreConfig(QuantizationConfigMixin):  # type: ignore[misc]
@@ -286,8 +270,8 @@ class _Promise:
         return self._read()
 
 
-def _read_all(stock: Stock, config: Any, dtype: torch.dtype, collector: _Collector, source: Path) -> None:
-    """Lets transformers read everything that `stock` promises."""
+def _read_all(stock: Stock, config: Any, dtype: torch.dtype, collector: _Collector, source: Path) -> set[str]:
+    """Lets transformers read everything that `stock` promises; the names of what never came."""
     if _METHOD not in AUTO_QUANTIZER_MAPPING:
         register_quantization_config(_METHOD)(_StoreConfig)
         register_quantizer(_METHOD)(_StoreQuantizer)
@@ -296,20 +280,20 @@ def _read_all(stock: Stock, config: Any, dtype: torch.dtype, collector: _Collect
     promises = {name: _Promise(read) for name, read in (*stock.dense.items(), *stock.packed.items())}
     try:
         with quiet_transformers():
-            kind.from_pretrained(
+            _, report = kind.from_pretrained(
                 None,
                 config=plain,
                 state_dict=promises,
                 quantization_config=_StoreConfig(collector),
                 dtype=dtype,
                 attn_implementation="eager",
+                output_loading_info=True,
             )
     except (ValueError, RuntimeError, KeyError) as error:
         if collector.refused is not None:
             raise collector.refused from error
-        raise DataError(
-            f"The '{config.model_type}' model in {source} cannot be loaded for text generation: {type(error).__name__}: {error}"
-        ) from error
+        raise refused(source, config.model_type, tensor_files(source), error) from error
+    return set(report["missing_keys"])
 
 
 def _put_packed(model: Any, path: str, base: PackedBase) -> None:

@@ -13,6 +13,7 @@ Products and sums are taken in fp32 in this order, as ggml's own reference does,
 from __future__ import annotations
 
 import importlib.util
+import struct
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -158,6 +159,19 @@ def read_gguf(path: Path) -> tuple[str, list[FileTensor]]:
                    int(entry.data_offset))
         for entry in reader.tensors
     ]
+
+
+def damage_of(path: Path) -> str:
+    """What is wrong with a .gguf file as such, in a sentence; empty where all that its header describes is there."""
+    from gguf import GGUFReader
+
+    try:
+        GGUFReader(path)
+    except (ValueError, KeyError, IndexError, OverflowError, struct.error) as error:
+        reason = (str(error).splitlines() or [""])[0]
+        size = path.stat().st_size
+        return f"{path} is cut off or damaged: its {size:,} bytes are not what its header describes ({reason}). Fetch it again."
+    return ""
 
 
 def gguf_texts(path: Path, names: Iterable[str]) -> dict[str, str]:

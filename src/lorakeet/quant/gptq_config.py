@@ -62,7 +62,8 @@ class GptqConfig:
 
 def parse(stored: Mapping[str, Any], where: str) -> GptqConfig:
     """The settings in a quantization_config. ConfigError lists what is missing, unknown or not supported."""
-    problems = Problems(f"The GPTQ settings of {where} cannot be used", ConfigError)
+    remedy = "Fetch the model again, or make one with lorakeet quantize --method gptq."
+    problems = Problems(f"The GPTQ settings of {where} cannot be used", ConfigError, remedy=remedy)
     zero_format = str(stored.get("checkpoint_format", stored.get("format", "gptq")) or "gptq").lower()
     if stored.get("is_marlin_format"):
         zero_format = "marlin"

@@ -38,6 +38,7 @@ from lorakeet.quant.packed import PackedBase
 
 NF4_STATE = ".quant_state.bitsandbytes__nf4"
 NF4_PARTS = ("", ".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map", NF4_STATE)
+NF4_NESTED = (".nested_absmax", ".nested_quant_map")  # not there without double quantisation
 INT8_PARTS = ("", "_scale")
 INT8_METHOD = "lorakeet_int8"
 GGUF_METHOD = "lorakeet_gguf"

@@ -48,8 +48,11 @@ def finish(
     layers: dict[str, StraightThroughLinear] = {}
     for path, pair in adapter.pairs.items():
         if path in solved:
+            latent = solved[path].latent
+            if latent is None:
+                raise ValueError(f"{path} was packed without the numbers before rounding, which are trained here")
             bias = cast("Tensor | None", cast(nn.Module, find(text.model, path)).bias)
-            layers[path] = StraightThroughLinear(solved[path].latent, pair, solved[path].grid, bias, products=products)
+            layers[path] = StraightThroughLinear(latent.numbers, pair, latent.grid, bias, products=products)
             replace(text.model, path, layers[path])
     parameters = {f"{path}.{leaf}": layer.get_parameter(leaf) for path, layer in layers.items() for leaf in ("A", "B")}
     optimizer = Optimizer(parameters, dataclasses.replace(spec, weight_decay=0.0))

@@ -125,7 +125,6 @@ def merge(  # noqa: PLR0913 - one parameter for each option of the verb
     packing = PackedMerge(like, calibration_rows, finish_steps, keep)
     if into == "packed":
         _require_alone(alone and to != "adapter" and dtype == "same")
-        opened[0].require_room(1, "a merge into packed weights", console)
         dataset = load_dataset(opened[0].config.data) if opened[0].run else None
         certificate, surviving = merge_packed(opened[0], dataset, out, spec=packing, console=console)
         return Merged(out, certificate, surviving=surviving)

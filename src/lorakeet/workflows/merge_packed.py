@@ -8,12 +8,15 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import cast
 
 import torch
 from rich.console import Console
 from rich.progress import Progress as Bar
 from rich.table import Table
+from torch import nn
 
+from lorakeet.core.math import Kind
 from lorakeet.data.chat import Encoder, Example, encode_rows
 from lorakeet.data.prepare import Dataset
 from lorakeet.errors import ConfigError, Problems
@@ -23,11 +26,12 @@ from lorakeet.evaluate.survival import Scores, surviving_share
 from lorakeet.export.repacked import write_repacked
 from lorakeet.merge.requantise import Requantised, round_to_nearest, round_with_feedback
 from lorakeet.models.folded import fold_layers
-from lorakeet.models.gptq_blocks import block_layers, pack_blocks, weight_of
+from lorakeet.models.fuse import unfuse
+from lorakeet.models.gptq_blocks import pack_blocks, weight_of
 from lorakeet.models.inject import use_products
 from lorakeet.models.layout import PackedLayout, read_layout
 from lorakeet.models.load import load_text_model
-from lorakeet.models.modules import block_prefix, find
+from lorakeet.models.modules import block_prefix, find, kind_of, original_modules, weight_shape
 from lorakeet.models.modules import replace as put
 from lorakeet.models.score import row_losses
 from lorakeet.models.spec import ModelSpec
@@ -38,6 +42,7 @@ from lorakeet.workflows.finish_packed import finish
 from lorakeet.workflows.judge import ADAPTER, BASE, Judge
 from lorakeet.workflows.opened import NAME, Opened
 from lorakeet.workflows.place import writing_certificate
+from lorakeet.workflows.room_packed import require_room
 from lorakeet.workflows.show import show_certificate
 
 CERTIFICATE = "certificate.json"
@@ -70,14 +75,18 @@ def merge_packed(
 ) -> tuple[Certificate, dict[str, Estimate]]:
     """Writes the quantised model with the adapter in it to `out`, loads it again and measures it on the held-out rows.
 
-    Returns the certificate, which lies beside what was written, and the share of the gain that survives each way. The whole
-    model is held in fp32. ConfigError, before anything is measured, for what cannot be merged so; VerificationFailed where less
-    than `spec.keep` survives.
+    Returns the certificate, which lies beside what was written, and the share of the gain that survives each way. The base is
+    held as the run had it, and one block at a time in fp32; with a finish all of its layers are. ConfigError, before anything is
+    measured, for what cannot be merged so or has no room in the run's memory.budget; VerificationFailed where less than
+    `spec.keep` survives.
     """
     layout = read_layout(spec.like or opened.config.model.path, console.print)
     if dataset is None:
         raise ConfigError("--into packed needs a run, whose training rows calibrate and whose held-out rows judge; name one.")
     _check(opened, layout, out, spec)
+    require_room(
+        opened, rows=spec.calibration_rows, finish=spec.finish_steps > 0, micro_tokens=MICRO_TOKENS, console=console
+    )
     measured = _Measured()
     merge = _Merge(opened, dataset, layout, spec, console, measured)
     merge.measure_live()
@@ -92,11 +101,13 @@ def merge_packed(
     console.print(f"{len(solved)} layers packed: {kept} with the file's own scales, the others with fitted ones.", soft_wrap=True)
     written = write_repacked(layout, bases, out, tokenizer=opened.tokenizer)
     console.print(f"Wrote {written:,} bytes to {out}", soft_wrap=True)
+    moved = _moved(solved)
+    del text, solved, bases  # one model at a time
     merge.measure(_loaded(out, layout, opened, console), WRITTEN)
     shares = {system: measured.share(system, opened) for system in measured.scores if system not in (BASE, ADAPTER)}
     _show(shares, console)
     certificate = _certificate(opened, layout, out, shares, spec)
-    certificate = replace(certificate, facts={**certificate.facts, **_moved(solved)})
+    certificate = replace(certificate, facts={**certificate.facts, **moved})
     show_certificate(certificate, console)
     with writing_certificate(out, "merge"):
         certificate.write(out.with_name(f"{out.name}.{CERTIFICATE}") if layout.file else out / CERTIFICATE)
@@ -163,18 +174,17 @@ class _Merge:
         rows = judge_.fitting()
         return judge_.answers(rows, system) if self.dataset.labels else judge_.losses(rows, system)
 
-    def folded(self) -> TextModel:
-        """The model with the adapter folded in, its layers plain numbers in fp32 where the layout packs them."""
-        text = self.live()
-        fold_layers(text.model, NAME, self.layout.layers)
-        return text
+    @staticmethod
+    def _folded(text: TextModel, paths: Sequence[str]) -> dict[str, nn.Module]:
+        """Those layers with the adapter folded in, plain numbers in fp32 in their places, by path."""
+        fold_layers(text.model, NAME, paths)
+        return {path: cast(nn.Module, find(text.model, path)) for path in paths}
 
     def rounded(self) -> TextModel:
-        """Every layer rounded to the nearest, with scales fitted to it."""
-        text = self.folded()
+        """Every layer rounded to the nearest, with scales fitted to it; one at a time is plain numbers."""
+        text = self.live()
         for path, read in self.layout.layers.items():
-            layer = find(text.model, path)
-            assert layer is not None
+            layer = self._folded(text, [path])[path]
             put(text.model, path, PackedLinear(round_to_nearest(read(), weight_of(layer)), layer.bias))  # type: ignore[arg-type]
         return text
 
@@ -189,23 +199,29 @@ class _Merge:
 
     def with_feedback(self) -> tuple[TextModel, dict[str, Requantised]]:
         """The model with every layer packed by error feedback on the calibration rows, and how each was."""
-        text = self.folded()
+        text = self.live()
+        unfuse(text.model)
         rows, _ = self.rows(text)
-        layers = block_layers(text.model, block_prefix(text.model, text.family)[0])
-        outside = sorted(set(self.layout.layers) - set(layers))
+        prefix, _ = block_prefix(text.model, text.family)
+        known = dict(original_modules(text.model))
+        outside = sorted(path for path in self.layout.layers if not path.startswith(f"{prefix}.") or path not in known)
         if outside:
             raise ConfigError(f"Packed layers outside of the blocks cannot be calibrated: {', '.join(outside[:8])}.")
         solved: dict[str, Requantised] = {}
 
         def pack(path: str, *given: object) -> PackedBase:
-            solved[path] = round_with_feedback(self.layout.layers[path](), *given)  # type: ignore[arg-type]
-            return solved[path].base
+            found = round_with_feedback(self.layout.layers[path](), *given, latent=bool(self.spec.finish_steps))  # type: ignore[arg-type]
+            solved[path] = found
+            return found.base
 
-        chosen = {path: layer for path, layer in layers.items() if path in self.layout.layers}
-        del layers
+        def layers_of(block: str) -> dict[str, nn.Module]:
+            return self._folded(text, [path for path in self.layout.layers if path.startswith(f"{block}.")])
+
+        widest = max(weight_shape(known[path], cast(Kind, kind_of(known[path])))[1] for path in self.layout.layers)
+        del known
         with Bar(console=self.console, transient=True, disable=not self.console.is_terminal) as bar:
             task = bar.add_task(f"error feedback on {len(rows)} rows", total=None)
-            for block in pack_blocks(text, rows, pack, chosen, keep=True):
+            for block in pack_blocks(text, rows, pack, layers_of, widest=widest, keep=True):
                 bar.update(task, total=block.count, completed=block.number + 1)
         return text, solved
 
