@@ -102,9 +102,10 @@ def test_whatever_is_trained(lora: dict[str, Any], tied: bool, tmp_path: Path) -
     both(folder, tmp_path, steps=4, base={}, lora=lora, together=2)
 
 
-@pytest.mark.parametrize("variant", ["lora", "dora"])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("zero_format", ["gptq", "gptq_v2"])
+@pytest.mark.parametrize(
+    ("zero_format", "dtype", "variant"),
+    [("gptq", "float32", "lora"), ("gptq_v2", "bfloat16", "lora"), ("gptq_v2", "float32", "dora"), ("gptq", "bfloat16", "dora")],
+)
 def test_gptq_of_every_size_in_one_model(zero_format: Any, dtype: str, variant: str, tmp_path: Path) -> None:
     settings = save_mixed_gptq(tmp_path / "gptq", zero_format)
     assert {(own["bits"], own["group_size"]) for own in settings.values()} == set(product(BITS, SIZES))
