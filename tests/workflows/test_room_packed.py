@@ -9,7 +9,6 @@ import pytest
 from rich.console import Console
 from torch import nn
 
-from lorakeet.config import read_run
 from lorakeet.errors import ConfigError
 from lorakeet.models.modules import find
 from lorakeet.train.rehearsal import NotPlanned
@@ -95,4 +94,4 @@ def test_one_block_at_a_time_is_dense(on_nf4: Path, tmp_path: Path, monkeypatch:
 def test_a_merge_without_room_writes_nothing(on_nf4: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="a merge into packed weights takes about"):
         merge([str(on_nf4)], out=tmp_path / "out", into="packed", memory="64MiB", console=quiet())
-    assert not (tmp_path / "out").exists() and read_run(on_nf4 / "config.yaml").memory.budget is None
+    assert not (tmp_path / "out").exists()

@@ -78,11 +78,17 @@ def quantise_blocks(
     prefix, count = modules.block_prefix(text.model, text.family)
     layers = block_layers(text.model, prefix) if count else {}
     check_layers(layers, layout)
+    widest = max((weight_of(module).shape[1] for module in layers.values()), default=0)
+
+    def layers_of(block: str) -> dict[str, nn.Module]:
+        return {path: layers.pop(path) for path in list(layers) if path.startswith(f"{block}.")}  # so that dense weights go
+
     yield from pack_blocks(
         text,
         rows,
         lambda path, weight, inputs, hessian: solve(weight, inputs, layout),
-        layers,
+        layers_of,
+        widest=widest,
         damping=damping,
         micro_tokens=micro_tokens,
     )
@@ -92,27 +98,29 @@ def pack_blocks(
     text: TextModel,
     rows: Sequence[Example],
     pack: Pack,
-    layers: dict[str, nn.Module],
+    layers_of: Callable[[str], dict[str, nn.Module]],
     *,
+    widest: int,
     damping: float = 0.01,
     micro_tokens: int = 2048,
     keep: bool = False,
 ) -> Iterator[QuantisedBlock]:
-    """Packs `layers`, linear ones within the blocks, by path, as `pack` says; others stay. `layers` is empty in the end, so that
-    dense weights go as they are done. `keep` leaves the packed blocks in the model, which else is used up.
+    """Packs linear layers as `pack` says; others stay. `keep` leaves the packed blocks in the model, which else is used up.
 
-    ConfigError where there is nothing to pack, DataError for too few tokens, before the first block.
+    `layers_of` gives the layers of a block by path, dense ones in their places, when its turn comes, so that one block needs to
+    be dense at a time; the widest has `widest` inputs. ConfigError where that is none, DataError for too few tokens, before the
+    first block.
     """
     prefix, count = modules.block_prefix(text.model, text.family)
-    if not layers:
+    if not widest:
         raise ConfigError(f"{text.name} has no linear layers in a list of blocks, so there is nothing that GPTQ could quantise.")
-    check_tokens(rows, max(weight_of(module).shape[1] for module in layers.values()))
+    check_tokens(rows, widest)
     blocks = cast(nn.ModuleList, modules.find(text.model, prefix))
     with torch.no_grad():
         states, calls = _record(text, blocks, _batches(text, rows, micro_tokens))
         for number in range(count):
             start = f"{prefix}.{number}."
-            own = {name.removeprefix(start): layers.pop(name) for name in list(layers) if name.startswith(start)}
+            own = {path.removeprefix(start): layer for path, layer in layers_of(f"{prefix}.{number}").items()}
             block = _Block(blocks[number], states, calls[number])
             bases, errors = _quantise(block, own, lambda name, *given, at=start: pack(at + name, *given), damping)
             block.advance()
