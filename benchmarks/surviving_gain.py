@@ -22,6 +22,7 @@ from harness.machine import origin, write_result
 from rich.console import Console
 
 from lorakeet.data.prepare import load_dataset
+from lorakeet.evaluate.values import encode
 from lorakeet.export.gguf_model import DIRECT, write_gguf
 from lorakeet.export.llama_cpp import is_installed, quantise
 from lorakeet.models.load import load_tokenizer
@@ -76,7 +77,9 @@ def measure(opened: Opened, run: Path, layout: str, given: argparse.Namespace, w
             keep=1e-9,
             console=console,
         )
-    return {**merged.to_mapping(), "facts": merged.certificate.facts}
+    shares = {way: encode(share) for way, share in merged.surviving.items()}
+    found = merged.certificate
+    return {"surviving_share": shares, "passed": found.passed, "checks": encode(found.checks), "facts": found.facts}
 
 
 def part(note: Path, name: str, make: Callable[[], Any]) -> Any:

@@ -19,7 +19,7 @@ def main() -> None:
     params.n_parallel = given["slots"]
     params.n_ctx = given["slots"] * given["context"]
     params.cpuparams.n_threads = params.cpuparams_batch.n_threads = given["threads"]
-    params.lora_adapters = [xllamacpp.CommonAdapterLoraInfo(path, 0.0) for path in given["adapters"]]
+    params.lora_adapters = [xllamacpp.CommonAdapterLoraInfo(path, given["scale"]) for path in given["adapters"]]
     server = xllamacpp.Server(params)
     print(f"listening {server.listening_address}", flush=True)
     sys.stdin.read()

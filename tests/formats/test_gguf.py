@@ -135,13 +135,13 @@ def test_damaged_and_foreign_files_are_refused(stored: tuple[Path, Any], tmp_pat
     bad = tmp_path / "bad.gguf"
     for cut in (6, 40, len(data) // 3, len(data) - 50):
         bad.write_bytes(data[:cut])
-        with pytest.raises(DataError, match=r"bad\.gguf is not a whole GGUF file .*fetch it again"):
+        with pytest.raises(DataError, match=r"(?i)bad\.gguf.*fetch (it|the file) again"):
             gguf.read(bad)
     bad.write_bytes(data[:16] + (2**60).to_bytes(8, "little") + data[24:])
     with pytest.raises(DataError, match="is not a whole GGUF file"):
         gguf.read(bad)
     bad.write_bytes(b"GGML" + data[4:])
-    with pytest.raises(DataError, match="does not begin with GGUF"):
+    with pytest.raises(DataError, match="begins with b'GGML'"):
         gguf.read(bad)
     with pytest.raises(DataError, match=r"is a GGUF file of type 'model'|of type ''"):
         gguf.read(file)
@@ -158,40 +158,6 @@ def test_nan_is_named(tmp_path: Path) -> None:
         gguf.read(tmp_path / "a.gguf")
 
 
-def raw_gguf(value: bytes, *, tensors: int = 0, keys: int = 1) -> bytes:
-    """A GGUF file of one key "k" whose type and value are `value`."""
-    return b"GGUF" + struct.pack("<IQQQ", 3, tensors, keys, 1) + b"k" + value
-
-
-ANNOUNCED: dict[str, tuple[bytes, str]] = {
-    "array of numbers": (raw_gguf(struct.pack("<IIQ", 9, 0, 2**33)), "announces 8,589,934,592 array elements, for which 0 bytes"),
-    "array of texts": (raw_gguf(struct.pack("<IIQ", 9, 8, 2**33)), "announces 8,589,934,592 array elements"),
-    "text": (raw_gguf(struct.pack("<IQ", 8, 2**40) + b"abc"), "announces 1,099,511,627,776 bytes, of which the file has 3"),
-    "keys": (raw_gguf(b"", keys=2**50), "announces 1,125,899,906,842,624 keys"),
-    "tensors": (raw_gguf(struct.pack("<IB", 0, 7), tensors=2**50), "announces 1,125,899,906,842,624 tensors"),
-    "dimensions": (
-        raw_gguf(struct.pack("<IBQ", 0, 7, 1) + b"t" + struct.pack("<I", 2**31) + b"x" * 40, tensors=1),
-        "bytes, of which",
-    ),
-    "deep arrays": (raw_gguf(struct.pack("<I", 9) + struct.pack("<IQ", 9, 1) * 5000), "arrays in more than four arrays"),
-    "unknown type": (raw_gguf(struct.pack("<I", 99) + b"x" * 99), "a value of type 99"),
-    "version": (b"GGUF" + struct.pack("<IQQ", 7, 0, 0), "its version is 7; readable are 2 and 3"),
-    "the other byte order": (b"GGUF" + struct.pack(">IQQ", 3, 0, 2**50), "announces 1,125,899,906,842,624 keys"),
-    "more parts than an adapter has": (raw_gguf(struct.pack("<IIQ", 9, 0, 200_000) + bytes(200_000)), "expected at most 200,000"),
-}
-
-
-@pytest.mark.parametrize("case", ANNOUNCED)
-def test_what_is_announced_is_checked_before_the_package_reads_it(
-    case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    data, message = ANNOUNCED[case]
-    (tmp_path / "bad.gguf").write_bytes(data)
-    monkeypatch.setattr("gguf.GGUFReader", lambda path: pytest.fail("the package was called"))
-    with pytest.raises(DataError, match=rf"bad\.gguf is not a whole GGUF file \(.*{message}"):
-        gguf.read(tmp_path / "bad.gguf")
-
-
 def test_tensors_that_share_their_bytes_are_refused(tmp_path: Path) -> None:
     model = tiny_model("llama")
     gguf.write(random_adapter(model, "q_proj"), tmp_path / "a.gguf", base=base_of(model))
@@ -201,5 +167,5 @@ def test_tensors_that_share_their_bytes_are_refused(tmp_path: Path) -> None:
         data[offset : offset + 8] = bytes(8)
     header = data.index(b"blk.1.attn_q.weight.lora_b") + 64
     (tmp_path / "a.gguf").write_bytes(data[: header + 1024])
-    with pytest.raises(DataError, match=r"its tensors are .* bytes together, more than the"):
+    with pytest.raises(DataError, match=r"tensor 'blk.* begins inside 'blk"):
         gguf.read(tmp_path / "a.gguf")

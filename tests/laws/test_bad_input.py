@@ -197,6 +197,7 @@ def adapter(bench: Bench) -> Path:
 def test_an_adapter_for_another_base_lists_every_mismatch(bench: Bench, adapter: Path, verb: list[str]) -> None:
     other = save_tiny_llama(bench.folder / "other", hidden_size=16, num_hidden_layers=1)
     said = bench.refused([*verb, "--base", str(other)], "does not fit", "4×16" if verb[0] == "evaluate" else "")
+    assert said.endswith("with --base." if verb[0] == "merge" else f"Use the base that it was trained on: {bench.model}."), said
     for path in ("layers.0.self_attn.q_proj", "layers.0.mlp.up_proj", "layers.1.self_attn.q_proj", "layers.1.mlp.up_proj"):
         assert path in said
 

@@ -73,7 +73,7 @@ def test_it_is_made_once_by_content(made: tuple[Path, Any], cache: Path, tmp_pat
 def test_a_cut_off_file_leaves_nothing(made: tuple[Path, Any], cache: Path, tmp_path: Path) -> None:
     broken = tmp_path / "broken.gguf"
     broken.write_bytes(made[0].read_bytes()[:20_000])
-    with pytest.raises(DataError, match=r"broken.gguf is cut off or damaged: .*Fetch it again"):
+    with pytest.raises(DataError, match=r"broken.gguf: .*cut off. Fetch the file again"):
         dense_copy(broken, print)
     assert [entry.name for entry in cache.iterdir()] == ["digests.json"]
 

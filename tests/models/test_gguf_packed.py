@@ -87,7 +87,7 @@ def test_it_is_laid_out_once(file: Path, cache: Path) -> None:
 
 def test_a_file_that_was_cut_off(file: Path) -> None:
     file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
-    with pytest.raises(DataError, match=r"is cut off or damaged.*Fetch it again"):
+    with pytest.raises(DataError, match=r"was probably cut off\. Fetch the file again"):
         packed_copy(file, print)
 
 

@@ -15,7 +15,7 @@ PLACES: dict[str, tuple[str, ...]] = {
     "tokenizers": ("models/",),
     "diffusers": ("models/image",),
     "bitsandbytes": ("quant/",),
-    "gguf": ("formats/gguf.py", "quant/gguf.py", "export/gguf_model.py"),
+    "gguf": ("formats/gguf_header.py", "quant/gguf.py"),
     "llama_cpp_py_sync": ("export/llama_cpp.py",),
     "peft": (),
     "trl": (),

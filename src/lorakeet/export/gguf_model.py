@@ -6,7 +6,6 @@ is held at a time. Norms, biases and other vectors stay fp32, as llama.cpp wants
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import re
 import shutil
@@ -25,6 +24,7 @@ from lorakeet.errors import ConfigError, DataError, EnvironmentProblem, Problems
 from lorakeet.export.folded import Folded
 from lorakeet.export.gguf_layout import ModelLayout, layout_of
 from lorakeet.export.vocabulary import Vocabulary, name_for_llama_cpp, vocabulary_of
+from lorakeet.formats.gguf_header import check_gguf, gguf_package
 
 DIRECT = {"f32": ("F32", 0), "f16": ("F16", 1), "bf16": ("BF16", 32), "q8_0": ("Q8_0", 7)}  # type, general.file_type
 FILE_TYPE, NAME = "general.file_type", "general.name"
@@ -66,7 +66,7 @@ class GgufTensors:
 
     def _named(self) -> dict[str, str]:
         """GGUF name → name in the checkpoint."""
-        gguf = _gguf()
+        gguf = gguf_package()
         arch = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == self.layout.architecture.name)
         names = gguf.get_tensor_name_map(arch, int(self.layout.metadata["block_count"]))
         problems = Problems(f"{self.folded.checkpoint.folder} cannot be written as GGUF")
@@ -171,7 +171,7 @@ def _write(
     facts: Mapping[str, str | int],
     on_progress: Progress | None,
 ) -> None:
-    gguf = _gguf()
+    gguf = gguf_package()
     writer = gguf.GGUFWriter(str(path), layout.architecture.name)
     try:
         _add_metadata(writer, layout, facts)
@@ -229,17 +229,9 @@ def _add_vocabulary(writer: Any, vocabulary: Vocabulary) -> None:
 
 
 def _bytes(shape: tuple[int, ...], kind: str) -> int:
-    gguf = _gguf()
+    gguf = gguf_package()
     block, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]]
     return int(torch.Size(shape).numel()) // int(block) * int(size)
-
-
-def _gguf() -> Any:
-    if importlib.util.find_spec("gguf") is None:
-        raise EnvironmentProblem("GGUF files need the package gguf, which is not installed. Run: pip install 'lorakeet[gguf]'")
-    import gguf
-
-    return gguf
 
 
 class GgufFile:
@@ -248,8 +240,9 @@ class GgufFile:
     def __init__(self, path: Path) -> None:
         """DataError where the file cannot be read."""
         self.path = path
+        check_gguf(path)
         try:
-            self._reader = _gguf().GGUFReader(str(path))
+            self._reader = gguf_package().GGUFReader(str(path))
         except (ValueError, OSError, KeyError, IndexError) as error:
             why = f"{type(error).__name__}: {error}"
             raise DataError(f"{path} is no readable GGUF file: {why}. Write or fetch it again.") from error
@@ -281,5 +274,5 @@ class GgufFile:
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """(name, fp32 values) of every tensor, unpacked one at a time."""
         for tensor in self._reader.tensors:
-            values = _gguf().quants.dequantize(tensor.data, tensor.tensor_type)
+            values = gguf_package().quants.dequantize(tensor.data, tensor.tensor_type)
             yield tensor.name, torch.from_numpy(np.array(values, np.float32))

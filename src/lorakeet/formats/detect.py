@@ -13,6 +13,7 @@ from lorakeet.errors import DataError, unreadable
 from lorakeet.formats import diffusers, gguf, kohya, lycoris, mlx, peft
 from lorakeet.formats.base_model import BaseModel
 from lorakeet.formats.dense import Compression
+from lorakeet.formats.gguf_header import MAGIC
 from lorakeet.formats.peft_config import CONFIG_NAME
 from lorakeet.formats.safe import open_safetensors
 from lorakeet.formats.surplus import surplus_rank
@@ -73,7 +74,7 @@ def _file(path: Path) -> Found:
             magic = file.read(4)
     except OSError as error:
         raise DataError(unreadable(path, error)) from error
-    if magic == gguf.MAGIC:
+    if magic == MAGIC:
         return Found("gguf", path, "the file begins with GGUF")
     if path.suffix.lower() == ".gguf":
         raise DataError(f"{path} is not a GGUF file: it does not begin with GGUF. It may have been cut off; fetch it again.")

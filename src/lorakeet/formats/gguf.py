@@ -12,10 +12,7 @@ changes the rows of W, so of B: A stays. How many heads there are is noted in th
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import mmap
-import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,8 +23,9 @@ from torch import Tensor
 
 from lorakeet.core.adapter import Adapter, Pair
 from lorakeet.core.math import Kind, alpha_for
-from lorakeet.errors import ConfigError, DataError, EnvironmentProblem, Problems, nearest, unreadable
+from lorakeet.errors import ConfigError, DataError, Problems, nearest, unreadable
 from lorakeet.formats.base_model import BaseModel
+from lorakeet.formats.gguf_header import check_gguf, gguf_package
 from lorakeet.formats.limits import check_holds
 from lorakeet.formats.sd_names import table
 from lorakeet.formats.tensors import check_finite, factor_problem
@@ -35,12 +33,10 @@ from lorakeet.formats.tensors import check_finite, factor_problem
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-MAGIC = b"GGUF"
 _NOTE = "lorakeet.note"  # our key: what GGUF has no key for; llama.cpp does not read it
+_MOST_BLOCKS, _MOST_HEADS = 2000, 100_000  # gguf names some hundred tensors for each block that is announced
 _A, _B = ".weight.lora_a", ".weight.lora_b"
-_TEXT, _ARRAY = 8, 9
-_SIZES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}  # bytes of a number, by GGUF's types
-_MOST_PARTS = 200_000  # keys, tensors and array elements in a header; the package gguf makes objects of each
+_MOST_PARTS = 200_000  # keys, tensors and array elements in an adapter's header, which has no vocabulary
 
 
 @dataclass(frozen=True)
@@ -64,7 +60,7 @@ class Layout:
 
     def names(self) -> dict[str, str]:
         """GGUF's name of each module that can carry a pair, by gguf's own map, with the module's path."""
-        gguf = _gguf()
+        gguf = gguf_package()
         arch = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == self.architecture)
         mapped = gguf.get_tensor_name_map(arch, self.blocks)
         modules = table("gguf")["modules"]
@@ -75,14 +71,6 @@ class Layout:
                 if (name := mapped.get_name(path)) is not None:
                     found[name] = path
         return found
-
-
-def _gguf() -> Any:
-    if importlib.util.find_spec("gguf") is None:
-        raise EnvironmentProblem("GGUF files need the package gguf, which is not installed. Run: pip install 'lorakeet[gguf]'")
-    import gguf
-
-    return gguf
 
 
 def layout_of(config: Mapping[str, Any], where: object) -> Layout:
@@ -98,9 +86,13 @@ def layout_of(config: Mapping[str, Any], where: object) -> Layout:
     heads = config.get("num_attention_heads", config.get("n_head"))
     kv_heads = config.get("num_key_value_heads") or heads
     numbers = (blocks, heads, kv_heads)
-    if not all(isinstance(number, int) and not isinstance(number, bool) and 0 < number <= 100_000 for number in numbers):
+    whole = all(isinstance(number, int) and not isinstance(number, bool) and number > 0 for number in numbers)
+    if not whole or blocks > _MOST_BLOCKS or max(heads, kv_heads) > _MOST_HEADS:
         names = "num_hidden_layers, num_attention_heads and num_key_value_heads"
-        raise ConfigError(f"{where}: {names} are {numbers}; expected whole numbers of 1 or more.")
+        raise ConfigError(
+            f"{where}: {names} are {numbers}; expected whole numbers of 1 or more, at most {_MOST_BLOCKS:,} layers and "
+            f"{_MOST_HEADS:,} heads. Name the base that the adapter belongs to: --base."
+        )
     return Layout(model_type, int(blocks), int(heads), int(kv_heads))
 
 
@@ -135,7 +127,7 @@ def write(adapter: Adapter, path: Path, *, base: BaseModel | None = None) -> Non
     problems.raise_if_any()
     alphas = {float(torch.tensor(alpha_for(pair.scale, pair.rank))) for pair in adapter.pairs.values()}
     alpha = alphas.pop() if len(alphas) == 1 else None
-    gguf = _gguf()
+    gguf = gguf_package()
     writer = gguf.GGUFWriter(str(path), layout.architecture)
     writer.add_type(gguf.GGUFType.ADAPTER)
     writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
@@ -191,7 +183,7 @@ def read(path: Path, *, base: BaseModel | None = None) -> Adapter:
         if not slot:
             problems.add(f"{path}: {tensor.name} is a kind of tensor that is not known here.")
             continue
-        values = torch.from_numpy(_gguf().quants.dequantize(tensor.data, tensor.tensor_type).copy()).float()
+        values = torch.from_numpy(gguf_package().quants.dequantize(tensor.data, tensor.tensor_type).copy()).float()
         check_finite(values, f"{path}: {tensor.name}", problems)
         groups.setdefault(tensor.name.removesuffix(slot), {})[slot] = values
     alpha = _number(reader, "adapter.lora.alpha")
@@ -226,86 +218,10 @@ def _pairs(
     return dict(sorted(pairs.items()))
 
 
-class _Header:
-    """A walk over a GGUF file's header that measures what each length announces, before the package gguf believes it.
-
-    magic, version u32 │ tensors u64, keys u64 │ key: text, type u32, value │ tensor: text, n u32, n × u64, type u32, offset u64
-    text: length u64, bytes │ array: type u32, count u64, values. ValueError names what is longer than the file.
-    """
-
-    def __init__(self, data: mmap.mmap) -> None:
-        self.data, self.place, self.order = data, len(MAGIC), "<"
-        self.parts = 0
-
-    def check(self) -> None:
-        version = self._number("I")
-        if version & 0xFFFF == 0:  # the other byte order
-            self.order, version = ">", int.from_bytes(version.to_bytes(4, "little"), "big")
-        if version not in (2, 3):
-            raise ValueError(f"its version is {version}; readable are 2 and 3")
-        tensors, keys = self._number("Q"), self._number("Q")
-        self._announce(keys, 13, "keys")
-        for _ in range(keys):
-            self._text()
-            self._value(self._number("I"), 0)
-        self._announce(tensors, 24, "tensors")
-        for _ in range(tensors):
-            self._text()
-            self._skip(8 * self._number("I") + 12)
-
-    def _number(self, form: str) -> int:
-        size = struct.calcsize(form)
-        self._skip(size)
-        return int(struct.unpack_from(self.order + form, self.data, self.place - size)[0])
-
-    def _skip(self, count: int) -> None:
-        left = len(self.data) - self.place
-        if count > left:
-            raise ValueError(f"at byte {self.place:,} it announces {count:,} bytes, of which the file has {left:,}")
-        self.place += count
-
-    def _announce(self, count: int, least: int, what: str) -> None:
-        """Checks `count` things of at least `least` bytes against what is left of the file, and against `_MOST_PARTS`."""
-        left = len(self.data) - self.place
-        self.parts += count
-        if count * least > left:
-            raise ValueError(f"at byte {self.place:,} it announces {count:,} {what}, for which {left:,} bytes are too few")
-        if self.parts > _MOST_PARTS:
-            raise ValueError(f"its header announces {self.parts:,} keys, tensors and elements; expected at most {_MOST_PARTS:,}")
-
-    def _text(self) -> None:
-        self._skip(self._number("Q"))
-
-    def _value(self, kind: int, depth: int) -> None:
-        if kind in _SIZES:
-            self._skip(_SIZES[kind])
-        elif kind == _TEXT:
-            self._text()
-        elif kind == _ARRAY and depth < 4:
-            inner, count = self._number("I"), self._number("Q")
-            self._announce(count, _SIZES.get(inner, 8), "array elements")
-            if inner in _SIZES:
-                self._skip(count * _SIZES[inner])
-                return
-            for _ in range(count):
-                self._value(inner, depth + 1)
-        else:
-            raise ValueError(f"at byte {self.place:,} stands a value of type {kind}, or arrays in more than four arrays")
-
-
 def _open(path: Path) -> Any:
-    gguf = _gguf()
+    check_gguf(path, most_parts=_MOST_PARTS)
     try:
-        with path.open("rb") as file:
-            if file.read(4) != MAGIC:
-                raise DataError(f"{path} is not a GGUF file: it does not begin with {MAGIC.decode()}. It may have been cut off.")
-            with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-                _Header(data).check()
-        reader = gguf.GGUFReader(path)
-        held, size = sum(tensor.n_bytes for tensor in reader.tensors), path.stat().st_size
-        if held > size:
-            raise ValueError(f"its tensors are {held:,} bytes together, more than the {size:,} of the file")
-        return reader
+        return gguf_package().GGUFReader(path)
     except OSError as error:
         raise DataError(unreadable(path, error)) from error
     except (ValueError, IndexError, KeyError, OverflowError, TypeError, MemoryError) as error:

@@ -69,7 +69,9 @@ def edits_for(
     `change` gives each ΔW in place of the pairs, which then say only where and of what shape it is. `before` gives, by name on
     disk, what becomes of a tensor first, changed by the adapter or not (rounding it as a quantised base does).
     """
-    planner = _Planner(checkpoint, Problems(f"The adapter does not fit {checkpoint.folder}"), change)
+    trained_on = f" ({adapter.base})" if adapter.base else ""
+    advice = f"If this is not the model that the adapter was trained on, name that one{trained_on} with --base."
+    planner = _Planner(checkpoint, Problems(f"The adapter does not fit {checkpoint.folder}", remedy=advice), change)
     planner.untie(adapter)
     for path, tensor in adapter.extras.items():
         planner.replace(path, tensor)
@@ -172,7 +174,7 @@ class _Planner:
             return
         edit.steps.append(self._step(path, pair, kind))
         if pair.bias is not None and pair.magnitude is not None:
-            self.problems.add(f"{path} is a DoRA pair with a bias, which cannot be merged.")
+            self.problems.add(f"{path} is a DoRA pair with a bias, which cannot be merged; keep it an adapter.")
         elif pair.bias is not None and bool(pair.bias.any()):  # PEFT writes zeros where only other pairs have one
             self._add_bias(path, pair.bias * pair.scale)
 
@@ -201,7 +203,7 @@ class _Planner:
     def fold_experts(self, path: str, pair: Pair) -> None:
         block, _, parameter = path.rpartition(".")
         if self.model_type in TRANSPOSED_EXPERTS:
-            self.problems.add(f"{path}: the experts of {self.model_type} are stored transposed, which is not supported.")
+            self.problems.add(f"{path}: the experts of {self.model_type} are stored transposed; keep this adapter unmerged.")
             return
         if self.checkpoint.find(path) is not None:
             edit = self.edit(path)

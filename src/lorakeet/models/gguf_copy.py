@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
-import importlib.util
-import io
 import json
 import os
 import shutil
-import struct
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +16,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 from lorakeet.errors import DataError, EnvironmentProblem, unreadable
 from lorakeet.formats.digest import sha256_of
-from lorakeet.models.quiet import quiet_transformers
+from lorakeet.formats.gguf_header import MAGIC
+from lorakeet.models.gguf_sound import config_of_gguf, reading, require_gguf
 from lorakeet.models.whole import first_line
-from lorakeet.quant.gguf import damage_of
 
 _LAYOUT = 1  # counted up when what is written into a copy changes
-_MAGIC = b"GGUF"
 _LARGEST_GROWTH = 10  # fp32 bytes of a copy per byte of a 3-bit file: the room that must be free
 
 
@@ -79,6 +74,7 @@ def _unwritten(place: Path, error: Exception) -> EnvironmentProblem:
 
 
 def _convert(path: Path, out: Path) -> None:
+    config_of_gguf(path)
     with reading(path):
         tokenizer: Any = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
         model: Any = AutoModelForCausalLM.from_pretrained(
@@ -90,38 +86,14 @@ def _convert(path: Path, out: Path) -> None:
         tokenizer.save_pretrained(out)
 
 
-@contextlib.contextmanager
-def reading(path: Path) -> Iterator[None]:
-    """A context in which transformers reads a .gguf file, without its progress bar, which heeds no setting.
-
-    What it cannot read becomes a DataError: that the file is damaged, where it is, else why.
-    """
-    try:
-        with quiet_transformers(), contextlib.redirect_stderr(io.StringIO()):
-            yield
-    except (ValueError, KeyError, RuntimeError, IndexError, NotImplementedError, struct.error) as error:
-        raise DataError(
-            damage_of(path)
-            or f"{path} is whole, but cannot be read ({first_line(error)}): it may be of an architecture that transformers does "
-            "not read from GGUF. Use the model's safetensors folder."
-        ) from error
-
-
-def require_gguf(path: Path) -> None:
-    """Raises EnvironmentProblem where a package that reads .gguf files is missing."""
-    for package in ("gguf", "accelerate"):
-        if importlib.util.find_spec(package) is None:
-            raise EnvironmentProblem(f"Reading {path.name} needs the package {package}: pip install 'lorakeet[gguf]' accelerate")
-
-
 def _check_magic(path: Path) -> None:
     try:
         with path.open("rb") as file:
             magic = file.read(4)
     except OSError as error:
         raise DataError(unreadable(path, error)) from error
-    if magic != _MAGIC:
-        raise DataError(f"{path} is not a GGUF file: it begins with {magic!r}, expected {_MAGIC!r}. Fetch it again.")
+    if magic != MAGIC:
+        raise DataError(f"{path} is not a GGUF file: it begins with {magic!r}, expected {MAGIC!r}. Fetch it again.")
 
 
 def require_room(path: Path, folder: Path, wanted: int) -> None:

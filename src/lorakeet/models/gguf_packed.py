@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoTokenizer
 from transformers.modeling_gguf_pytorch_utils import (
     TENSOR_PROCESSORS,
     TensorProcessor,
@@ -28,7 +28,8 @@ from transformers.modeling_gguf_pytorch_utils import (
 
 from lorakeet.errors import DataError, Problems
 from lorakeet.formats.safe import stored_bytes, stream_safetensors
-from lorakeet.models.gguf_copy import cache_folder, content_digest, make_whole, reading, require_gguf, require_room
+from lorakeet.models.gguf_copy import cache_folder, content_digest, make_whole, require_room
+from lorakeet.models.gguf_sound import config_of_gguf, reading, require_gguf
 from lorakeet.models.quantized import packable, skeleton
 from lorakeet.quant.gguf import BLOCK_TYPES, FileTensor, GgufBase, read_gguf
 from lorakeet.quant.on_disk import GGUF_METHOD, GGUF_TYPE, gguf_type_tensor
@@ -78,10 +79,8 @@ def packed_copy(path: Path, say: Callable[[str], None]) -> Path:
 
 def file_blocks(path: Path, layers: Mapping[str, GgufBase]) -> dict[int, bytes]:
     """What stands where in the .gguf file `path`, by offset, once its weights are `layers`, by transformers' names."""
-    with reading(path):
-        config: Any = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
     found = {}
-    for tensor in _tensors(path, config):
+    for tensor in _tensors(path, config_of_gguf(path)):
         if tensor.name in layers:
             blocks = np.empty_like(tensor.stored.data)
             blocks[tensor.rows()] = layers[tensor.name].packed.cpu().numpy()
@@ -94,14 +93,12 @@ def packed_types(path: Path) -> dict[str, str]:
 
     Raises DataError and EnvironmentProblem as `packed_copy` does.
     """
-    require_gguf(path)
-    with reading(path):
-        config: Any = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
-        return {tensor.name.removesuffix(".weight"): tensor.stored.kind for tensor in _tensors(path, config) if tensor.packed}
+    tensors = _tensors(path, config_of_gguf(path))
+    return {tensor.name.removesuffix(".weight"): tensor.stored.kind for tensor in tensors if tensor.packed}
 
 
 def _write(path: Path, out: Path) -> None:
-    config: Any = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
+    config = config_of_gguf(path)
     tokenizer: Any = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
     tensors = {tensor.name: tensor for tensor in _tensors(path, config)}
     shapes = {name: shape for tensor in tensors.values() for name, shape in _shapes(tensor).items()}

@@ -8,12 +8,11 @@ from typing import Any
 
 import yaml
 
+from lorakeet.formats.gguf_header import check_gguf
 from lorakeet.formats.json_object import read_object
-from lorakeet.models.gguf_copy import require_gguf
 from lorakeet.models.source import on_this_machine
 from lorakeet.models.spec import ModelSpec
 from lorakeet.models.stock import method_of
-from lorakeet.quant.gguf import gguf_texts, read_gguf
 from lorakeet.quant.gptq_config import METHOD, OLD_CONFIG
 
 _PLAIN = ("F32", "F16", "BF16", "F64")
@@ -42,9 +41,8 @@ def stored_as(spec: ModelSpec) -> str:
         return packed_folder(place) if place else ""
     if place.suffix.lower() != ".gguf":
         return ""
-    require_gguf(place)
-    _, tensors = read_gguf(place)
-    return "gguf" if any(tensor.kind not in _PLAIN for tensor in tensors if len(tensor.shape) > 1) else ""
+    slots = check_gguf(place).tensors.values()
+    return "gguf" if any(slot.kind not in _PLAIN for slot in slots if len(slot.shape) > 1) else ""
 
 
 def origin_of(spec: ModelSpec) -> str:
@@ -56,9 +54,8 @@ def origin_of(spec: ModelSpec) -> str:
     if place is None:
         return ""
     if place.is_file():
-        require_gguf(place)
-        found = gguf_texts(place, _GGUF_ORIGINS)
-        named = next((found[name] for name in _GGUF_ORIGINS if found.get(name, "").strip()), "")
+        found = check_gguf(place).values
+        named = next((value for name in _GGUF_ORIGINS if isinstance(value := found.get(name), str) and value.strip()), "")
         return named.removeprefix(_HUB).strip("/") if named.startswith(_HUB) or "://" not in named else ""
     facts = card_facts(place)
     base = facts.get("base_model")

@@ -24,6 +24,7 @@ from lorakeet.data.locate import PACKAGE, locate, package_file
 from lorakeet.errors import ConfigError, nearest
 from lorakeet.memory.ledger import Ledger
 from lorakeet.models.families import family_of
+from lorakeet.models.gguf_sound import config_of_gguf
 from lorakeet.models.load import set_attention
 from lorakeet.models.packing import Packing, packing_of
 from lorakeet.models.quantized import plain_config
@@ -62,7 +63,7 @@ def config_of(spec: ModelSpec, say: Callable[[str], None]) -> Any:
                 say(f"Asking the model hub for the config.json of {name}.")
                 return AutoConfig.from_pretrained(name, revision=spec.revision)
             if local.suffix.lower() == ".gguf":
-                return AutoConfig.from_pretrained(local.parent, gguf_file=local.name)
+                return config_of_gguf(local)
             return AutoConfig.from_pretrained(local, local_files_only=True)
     except (ValueError, OSError, KeyError, TypeError, ImportError, struct.error) as error:
         first = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")

@@ -13,8 +13,7 @@ Products and sums are taken in fp32 in this order, as ggml's own reference does,
 from __future__ import annotations
 
 import importlib.util
-import struct
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -159,27 +158,6 @@ def read_gguf(path: Path) -> tuple[str, list[FileTensor]]:
                    int(entry.data_offset))
         for entry in reader.tensors
     ]
-
-
-def damage_of(path: Path) -> str:
-    """What is wrong with a .gguf file as such, in a sentence; empty where all that its header describes is there."""
-    from gguf import GGUFReader
-
-    try:
-        GGUFReader(path)
-    except (ValueError, KeyError, IndexError, OverflowError, struct.error) as error:
-        reason = (str(error).splitlines() or [""])[0]
-        size = path.stat().st_size
-        return f"{path} is cut off or damaged: its {size:,} bytes are not what its header describes ({reason}). Fetch it again."
-    return ""
-
-
-def gguf_texts(path: Path, names: Iterable[str]) -> dict[str, str]:
-    """Those of the texts `names` that stand in the header of a .gguf file."""
-    from gguf import GGUFReader
-
-    fields = GGUFReader(path).fields
-    return {name: str(bytes(fields[name].parts[-1]), "utf-8", "replace") for name in names if name in fields}
 
 
 def row_bytes(width: int, kind: str) -> int:

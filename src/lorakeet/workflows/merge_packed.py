@@ -61,7 +61,7 @@ class PackedMerge:
 
 
 @dataclass
-class _Measured:
+class Measured:
     """The scores of each system on the held-out rows."""
 
     scores: dict[str, Scores] = field(default_factory=dict)
@@ -87,8 +87,8 @@ def merge_packed(
     require_room(
         opened, rows=spec.calibration_rows, finish=spec.finish_steps > 0, micro_tokens=MICRO_TOKENS, console=console
     )
-    measured = _Measured()
-    merge = _Merge(opened, dataset, layout, spec, console, measured)
+    measured = Measured()
+    merge = Merging(opened, dataset, layout, spec, console, measured)
     merge.measure_live()
     console.print("Rounding to the nearest, to compare with", soft_wrap=True)
     merge.measure(merge.rounded(), NEAREST)
@@ -137,15 +137,15 @@ def _check(opened: Opened, layout: PackedLayout, out: Path, spec: PackedMerge) -
 
 
 @dataclass(frozen=True)
-class _Merge:
-    """The steps of one merge."""
+class Merging:
+    """The steps of one merge into packed layers; models come and go with what each method returns."""
 
     opened: Opened
     dataset: Dataset
     layout: PackedLayout
     spec: PackedMerge
     console: Console
-    measured: _Measured
+    measured: Measured
 
     @property
     def products(self) -> torch.dtype:

@@ -1,0 +1,254 @@
+"""The header of a GGUF file, walked and measured against the file before anything believes it.
+
+    magic, version u32 │ tensors u64, keys u64 │ key: text, type u32, value │ tensor: text, n u32, n × u64, type u32, offset u64
+    text: length u64, bytes │ array: type u32, count u64, values │ the tensors' bytes, from the next multiple of the alignment on
+
+The package gguf makes objects of whatever is announced, and of every element of an array, and looks neither for the file's end
+nor for tensors that lie on each other. The walk holds one name at a time and 100 bytes a tensor.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import itertools
+import math
+import mmap
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lorakeet.errors import DataError, EnvironmentProblem, Problems, unreadable
+
+__all__ = ["MAGIC", "GgufHeader", "Slot", "check_gguf", "gguf_package"]
+
+MAGIC = b"GGUF"
+MOST_PARTS = 2_000_000  # keys, tensors and array elements; the largest vocabularies with their merges are 850,000
+_TEXT, _ARRAY, _U32 = 8, 9, 4
+_NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}  # GGUF's types
+_ALIGNMENT, _USUAL_ALIGNMENT = "general.alignment", 32
+_MOST_DIMENSIONS = 4  # ggml's own limit
+_LONGEST_NAME, _LONGEST_TEXT = 256, 1000  # bytes of a tensor's name; of a value that is kept
+
+
+@dataclass(frozen=True)
+class Slot:
+    """Where a tensor lies in the file, and its shape with rows first."""
+
+    kind: str
+    shape: tuple[int, ...]
+    begin: int  # bytes from the start of the file
+    end: int
+
+
+@dataclass(frozen=True)
+class GgufHeader:
+    """What a checked file holds: its tensors by name, and those of its values that are single numbers or short texts."""
+
+    tensors: Mapping[str, Slot]
+    values: Mapping[str, int | float | str]
+
+
+def gguf_package() -> Any:
+    """The package gguf; EnvironmentProblem where it is missing."""
+    if importlib.util.find_spec("gguf") is None:
+        raise EnvironmentProblem("GGUF files need the package gguf, which is not installed. Run: pip install 'lorakeet[gguf]'")
+    import gguf
+
+    return gguf
+
+
+def check_gguf(path: Path, *, most_parts: int = MOST_PARTS) -> GgufHeader:
+    """The checked header of `path`. DataError names the file and whatever its header says that the file does not hold.
+
+    `most_parts` is how many keys, tensors and array elements it may announce together.
+    """
+    gguf_package()
+    try:
+        stat = path.stat()
+        return _checked(path, stat.st_size, stat.st_mtime_ns, most_parts)
+    except OSError as error:
+        raise DataError(unreadable(path, error)) from error
+
+
+@functools.lru_cache(maxsize=8)
+def _checked(path: Path, size: int, changed: int, most_parts: int) -> GgufHeader:
+    """The header of the file as it was when it had that size and time of change."""
+    with path.open("rb") as file:
+        magic = file.read(4)
+        if magic != MAGIC:
+            raise DataError(f"{path} is not a GGUF file: it begins with {magic!r}, expected {MAGIC!r}. Fetch it again.")
+        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            walk = _Walk(data, most_parts)
+            try:
+                walk.run()
+            except ValueError as error:
+                where = f" at tensor {walk.last!r}" if walk.last else ""
+                raise DataError(
+                    f"{path} is not a whole GGUF file ({error}{where}). It may have been cut off; fetch it again."
+                ) from error
+    return GgufHeader(_placed(path, walk, size), walk.values)
+
+
+@dataclass(frozen=True)
+class _Announced:
+    """A tensor as the header has it: dimensions with the row's width first, ggml's number of its type, where its bytes begin."""
+
+    name: str
+    dimensions: tuple[int, ...]
+    kind: int
+    offset: int
+
+
+@dataclass
+class _Walk:
+    """A walk over the header that measures each length against what is left; ValueError names what is longer than the file."""
+
+    data: mmap.mmap
+    most_parts: int
+    place: int = len(MAGIC)
+    order: str = "<"
+    parts: int = 0
+    last: str = ""  # the tensor that is being read
+    keys: set[str] = field(default_factory=set)
+    values: dict[str, int | float | str] = field(default_factory=dict)
+    tensors: list[_Announced] = field(default_factory=list)
+
+    def run(self) -> None:
+        version = self._count("I")
+        if version & 0xFFFF == 0:  # the other byte order
+            self.order, version = ">", int.from_bytes(version.to_bytes(4, "little"), "big")
+        if version not in (2, 3):
+            raise ValueError(f"its version is {version}; readable are 2 and 3")
+        tensors, keys = self._count("Q"), self._count("Q")
+        self._announce(keys, 13, "keys")
+        for _ in range(keys):
+            self._key()
+        self._announce(tensors, 24, "tensors")
+        for _ in range(tensors):
+            self.last = self._text()
+            dimensions = self._count("I")
+            self._room(8 * dimensions + 12)
+            if len(self.last) > _LONGEST_NAME or not 1 <= dimensions <= _MOST_DIMENSIONS:
+                raise ValueError(f"it announces a tensor with {dimensions:,} dimensions and a name of {len(self.last):,} bytes")
+            sizes = tuple(self._count("Q") for _ in range(dimensions))
+            self.tensors.append(_Announced(self.last, sizes, self._count("I"), self._count("Q")))
+        self.last = ""
+
+    def _key(self) -> None:
+        key, kind = self._text(), self._count("I")
+        if key in self.keys:
+            raise ValueError(f"its key {key!r} stands there twice")
+        self.keys.add(key)
+        value = self._value(kind, 0)
+        if value is not None:
+            self.values[key] = value
+        if key == _ALIGNMENT and (kind != _U32 or not isinstance(value, int) or value < 1 or value & (value - 1)):
+            raise ValueError(f"{_ALIGNMENT} is {value!r}; expected a power of two as u32")
+
+    def _number(self, form: str) -> int | float:
+        size = struct.calcsize(f"={form}")
+        self._room(size)
+        self.place += size
+        found: int | float = struct.unpack_from(self.order + form, self.data, self.place - size)[0]
+        return found
+
+    def _count(self, form: str) -> int:
+        return int(self._number(form))
+
+    def _room(self, count: int) -> None:
+        left = len(self.data) - self.place
+        if count > left:
+            raise ValueError(f"at byte {self.place:,} it announces {count:,} bytes, of which the file has {left:,}")
+
+    def _announce(self, count: int, least: int, what: str) -> None:
+        """Checks `count` things of at least `least` bytes against what is left of the file, and against `most_parts`."""
+        left = len(self.data) - self.place
+        self.parts += count
+        if count * least > left:
+            raise ValueError(f"at byte {self.place:,} it announces {count:,} {what}, for which {left:,} bytes are too few")
+        if self.parts > self.most_parts:
+            raise ValueError(
+                f"its header announces {self.parts:,} keys, tensors and elements; expected at most {self.most_parts:,}"
+            )
+
+    def _text(self) -> str:
+        size = self._count("Q")
+        self._room(size)
+        self.place += size
+        kept = self.data[self.place - size : self.place - size + min(size, _LONGEST_TEXT)]
+        return kept.decode("utf-8", "replace") if size <= _LONGEST_TEXT else kept.decode("utf-8", "replace") + "…"
+
+    def _value(self, kind: int, depth: int) -> int | float | str | None:
+        if kind in _NUMBERS:
+            return self._number(_NUMBERS[kind])
+        if kind == _TEXT:
+            return self._text()
+        if kind != _ARRAY or depth >= 4:
+            raise ValueError(f"at byte {self.place:,} stands a value of type {kind}, or arrays in more than four arrays")
+        inner, count = self._count("I"), self._count("Q")
+        each = struct.calcsize(f"={_NUMBERS[inner]}") if inner in _NUMBERS else 0
+        self._announce(count, each or 8, "array elements")
+        if each:
+            self.place += count * each
+            return None
+        for _ in range(count):
+            self._skip_text() if inner == _TEXT else self._value(inner, depth + 1)
+        return None
+
+    def _skip_text(self) -> None:
+        size = self._count("Q")
+        self._room(size)
+        self.place += size
+
+
+def _placed(path: Path, walk: _Walk, size: int) -> dict[str, Slot]:
+    """The tensors with their places in the file; DataError with everything about them that cannot be."""
+    advice = "Fetch the file again, or use the model's safetensors folder."
+    problems = Problems(f"{path} is not a sound GGUF file", DataError, remedy=advice)
+    alignment = int(walk.values.get(_ALIGNMENT, _USUAL_ALIGNMENT))
+    start = -(-walk.place // alignment) * alignment
+    kinds = {int(kind): (str(kind.name), *sizes) for kind, sizes in gguf_package().GGML_QUANT_SIZES.items()}
+    slots: dict[str, Slot] = {}
+    beyond: list[str] = []
+    for tensor in walk.tensors:
+        found = _slot(tensor, kinds, start, alignment)
+        if isinstance(found, str):
+            problems.add(f"{path}: tensor {tensor.name!r} {found}")
+        elif tensor.name in slots:
+            problems.add(f"{path}: two tensors are called {tensor.name!r}.")
+        else:
+            slots[tensor.name] = found
+            if found.end > size:
+                beyond.append(tensor.name)
+    if beyond:
+        first, others = slots[beyond[0]], f", and so do {len(beyond) - 1:,} others" if beyond[1:] else ""
+        problems.add(
+            f"{path}: tensor {beyond[0]!r} ends at byte {first.end:,}, behind the end of the file at {size:,}{others}. "
+            "It was probably cut off."
+        )
+    in_file = sorted(slots, key=lambda name: (slots[name].begin, slots[name].end))
+    for name, after in itertools.pairwise(in_file):
+        if slots[after].begin < slots[name].end:
+            problems.add(f"{path}: tensor {after!r} begins inside {name!r}, at byte {slots[after].begin:,}.")
+            break
+    problems.raise_if_any()
+    return slots
+
+
+def _slot(tensor: _Announced, kinds: Mapping[int, tuple[str, int, int]], start: int, alignment: int) -> Slot | str:
+    """Where the tensor lies, or what is wrong with it. `kinds`: name, numbers and bytes of a block, by ggml's number."""
+    if tensor.kind not in kinds:
+        return f"has the type {tensor.kind}, which is not known; readable are {', '.join(name for name, *_ in kinds.values())}."
+    name, block, block_bytes = kinds[tensor.kind]
+    shape = tuple(reversed(tensor.dimensions))
+    if min(shape) < 1 or math.prod(shape) >= 2**63:
+        return f"has the shape {shape}; expected sizes of 1 or more and fewer than 2^63 numbers."
+    if shape[-1] % block:
+        return f"has rows of {shape[-1]:,} numbers, which are no whole number of {name} blocks of {block}."
+    if tensor.offset % alignment:
+        return f"begins at {tensor.offset:,}, which is no multiple of the alignment {alignment}."
+    begin = start + tensor.offset
+    return Slot(name, shape, begin, begin + math.prod(shape) // block * block_bytes)
