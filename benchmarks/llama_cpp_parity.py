@@ -1,13 +1,11 @@
 """Claim: what is exported computes in llama.cpp what the live adapter computes in torch, as near as the bits of its file allow.
 
-    python benchmarks/llama_cpp_parity.py RUN [--quants f16 q8_0 q4_k_m] [--rows 32] [--server]
+    python benchmarks/llama_cpp_parity.py RUN [--quants f16 q8_0 q4_k_m] [--rows 32]
 
 RUN is a finished run. It is exported by `lorakeet export` in each quant, and its adapter by `lorakeet convert --to gguf` beside a
 GGUF file of the base alone. Each goes through llama.cpp on the same held-out rows as the live adapter in fp32: ids of texts, KL
 and top-1 agreement a token, the largest difference of a logit (as a share of the largest logit), the task's answers, greedy texts
-and every stored weight, judged by the tolerances of `lorakeet verify`. With --server the f16 and q8_0 files and the adapter also
-go through llama.cpp's own server (pip install xllamacpp), which tells the ten likeliest tokens of a place, at eight places of a
-row. No timings: a busy machine does not change them.
+and every stored weight, judged by the tolerances of `lorakeet verify`. No timings: a busy machine does not change them.
 """
 
 from __future__ import annotations
@@ -15,17 +13,14 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
-from math import nan
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from harness.llama_server import llama_server
 from harness.machine import origin, write_result
 from rich.console import Console
 
-from lorakeet.evaluate.certificate import Certificate, Check
+from lorakeet.evaluate.certificate import Certificate
 from lorakeet.evaluate.values import encode
 from lorakeet.export.gguf_model import write_gguf
 from lorakeet.models.load import load_tokenizer
@@ -37,8 +32,6 @@ from lorakeet.workflows.verify import certify_artefacts
 
 QUANTS = ("f16", "q8_0", "q4_k_m")
 LORA, BASE = "adapter.gguf", "base-f16.gguf"
-SERVED = {"f16.gguf": "float16", "q8_0.gguf": "8-bit", LORA: "float16"}  # with the tolerances of which precision
-CONTEXT = 1024
 
 
 def written(run: Path, opened: Opened, quants: Sequence[str], folder: Path, console: Console) -> list[str]:
@@ -51,23 +44,6 @@ def written(run: Path, opened: Opened, quants: Sequence[str], folder: Path, cons
     return [str(folder / name) for name in (*(f"{quant}.gguf" for quant in quants), LORA)]
 
 
-def served(opened: Opened, targets: Sequence[str], rows: int, console: Console) -> Certificate:
-    """The checks of each file of `SERVED` in llama.cpp's server, named by the file."""
-    checks: list[Check] = []
-    for target in map(Path, targets):
-        if target.name not in SERVED:
-            continue
-        lora = target.name == LORA
-        model, adapters = (target.with_name(BASE), [target]) if lora else (target, [])
-        with llama_server(model, adapters, context=CONTEXT, scale=1.0) as (url, _):
-            found = certify_artefacts(
-                opened, [url], precision=SERVED[target.name], rows=rows, subject=target.name, console=console
-            )
-        name = f"server of {BASE} + {LORA}" if lora else f"server of {target.name}"
-        checks += [replace(check, name=check.name.replace(url, name), right=name) for check in found.checks]
-    return Certificate("llama.cpp's server", tuple(checks))
-
-
 def table(certificate: Certificate, names: Sequence[str]) -> dict[str, dict[str, Any]]:
     """The numbers of each file by name, from the certificate's checks."""
     found: dict[str, dict[str, Any]] = {}
@@ -78,7 +54,7 @@ def table(certificate: Certificate, names: Sequence[str]) -> dict[str, dict[str,
         found[name] = {
             "measured": numbers,
             "estimates": estimates,
-            "tokens": own["logits" if "logits" in own else "log-probabilities"].n,
+            "tokens": own["logits"].n,
             "passed": all(check.passed for check in own.values()),
         }
     return found
@@ -89,7 +65,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("run", type=Path, help="a finished run")
     parser.add_argument("--quants", nargs="+", default=QUANTS)
     parser.add_argument("--rows", type=int, default=32, help="held-out rows that go through both sides")
-    parser.add_argument("--server", action="store_true", help="ask llama.cpp's server too")
     parser.add_argument("--results", type=Path, default=Path(__file__).with_name("results"), help="where the result is written")
     given = parser.parse_args(arguments)
     about, console, opened = origin(), Console(), open_adapter(given.run)
@@ -99,17 +74,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         certificate = certify_artefacts(
             opened, targets, base_gguf=folder / BASE, rows=given.rows, subject=given.run.name, console=console
         )
-        asked = served(opened, targets, given.rows, console) if given.server else Certificate("no server", ())
-    certificate = replace(certificate, checks=(*certificate.checks, *asked.checks))
-    names = list(dict.fromkeys(check.name.rpartition(": ")[0] for check in certificate.checks))
+    names = [f"{BASE} + {LORA}" if Path(target).name == LORA else Path(target).name for target in targets]
     files = table(certificate, names)
-    print(f"{'file':40} {'mean KL':>10} {'top-1':>7} {'logit':>8} {'accuracy live, there':>21}")
+    print(f"{'file':32} {'mean KL':>10} {'top-1':>7} {'logit':>8} {'accuracy live, there':>21}")
     for file, values in files.items():
         numbers, estimates = values["measured"], values["estimates"]
         sides = [estimates[key]["value"] for key in ("accuracy_live", "accuracy_there") if key in estimates]
         accuracies = ", ".join(f"{value:.3f}" for value in sides)
         print(
-            f"{file:40} {numbers['mean_kl']:>10.2g} {numbers['top1_agreement']:>7.4f} {numbers.get('logit', nan):>8.2g} "
+            f"{file:32} {numbers['mean_kl']:>10.2g} {numbers['top1_agreement']:>7.4f} {numbers['logit']:>8.2g} "
             f"{accuracies:>21}  {'pass' if values['passed'] else 'FAIL'}"
         )
     print(f"Every file within the tolerances of its bits: {'yes' if certificate.passed else 'NO'}")

@@ -83,7 +83,9 @@ def check_fits(adapter: Adapter, base: BaseModel) -> None:
     """DataError listing every pair that has no module in `base`, or another shape."""
     if not base.weights:
         return
-    problems = Problems(f"The adapter does not fit {base.path}", DataError)
+    trained_on = f" ({adapter.base})" if adapter.base else ""
+    advice = f"If this is not the model that the adapter was trained on, name that one{trained_on} with --base."
+    problems = Problems(f"The adapter does not fit {base.path}", DataError, advice=advice)
     for path, pair in adapter.pairs.items():
         shape = base.shape(path)
         if pair.kind == "experts":

@@ -199,7 +199,8 @@ def write(adapter: Adapter, path: Path, *, base: BaseModel | None = None) -> Non
         )
     own = () if base is None else base.weights
     family = family_of(dict(adapter.pairs), adapter.metadata, None if base is None else base.config("unet"))
-    problems = Problems("The adapter cannot be written as kohya")
+    advice = "Name another image model's folder with --base; an adapter of a language model goes --to peft, gguf or mlx."
+    problems = Problems("The adapter cannot be written as kohya", advice=advice)
     tensors: dict[str, Tensor] = {}
     alphas = Counter(_alpha_of(pair) for pair in adapter.pairs.values())
     alpha = min(alphas, key=lambda value: (value == 0, -alphas[value], value))  # the most frequent; 0 only where all are 0
