@@ -55,11 +55,12 @@ def measure(opened: Opened, rows: int, folder: Path, console: Console) -> dict[s
     found = {}
     for name, precision, model, adapters in written(opened, folder, console):
         with llama_server(model, adapters, context=CONTEXT, scale=1.0) as (url, _):
-            told = certify_artefacts(opened, [url], precision=precision, rows=rows, subject=name, console=console)
-        checks = tuple(replace(check, name=check.name.replace(url, name), right=name) for check in told.checks)
+            asked = certify_artefacts(opened, [url], precision=precision, rows=rows, subject=name, console=console)
+        checks = tuple(replace(check, name=check.name.replace(url, name), right=name) for check in asked.checks)
         found[name] = Certificate(f"llama.cpp's server of {name}", checks)
         for check in checks:
-            print(check.name, {key: f"{value:.3g} of {check.tolerance[key]:g}" for key, value in check.measured.items()}, flush=True)
+            told = ", ".join(f"{key} {value:.3g} of {check.tolerance[key]:g}" for key, value in check.measured.items())
+            print(f"{check.name}: {told}", flush=True)
     return found
 
 
@@ -74,7 +75,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         found = measure(opened, given.rows, Path(name), console)
     kept = all(certificate.passed for certificate in found.values())
     print(f"Every server within the tolerances of its bits: {'yes' if kept else 'NO'}")
-    content: dict[str, Any] = {"rows": given.rows, "checks": {name: encode(one.checks) for name, one in found.items()}, "kept": kept}
+    checks = {name: encode(one.checks) for name, one in found.items()}
+    content: dict[str, Any] = {"rows": given.rows, "checks": checks, "kept": kept}
     print(f"Written: {write_result('llama_server_parity', content, seed=0, about=about, folder=given.results)}")
     return 0 if kept else 1
 
