@@ -113,6 +113,8 @@ def spans(first: tuple[int, int], second: tuple[int, int]) -> str:
         ("overlap.safetensors", hostile(spans((0, 8), (4, 12))), "overlaps another tensor"),
         ("hole.safetensors", hostile(spans((0, 8), (12, 20))), "leaves bytes before it"),
         ("negative.safetensors", hostile(spans((-8, 0), (0, 8))), "must be lists of whole numbers"),
+        ("rows.jsonl", lambda path: path.write_text('{"text": "x"}\n' * 9), r"rows\.jsonl is no adapter: it begins with"),
+        ("empty.txt", lambda path: path.write_bytes(b""), r"empty\.txt is no adapter.* Expected a folder of PEFT"),
         ("json.safetensors", hostile("[" * 100_000), "its header is not JSON"),
     ],
 )  # fmt: skip

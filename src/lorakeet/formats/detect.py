@@ -78,7 +78,16 @@ def _file(path: Path) -> Found:
         return Found("gguf", path, "the file begins with GGUF")
     if path.suffix.lower() == ".gguf":
         raise DataError(f"{path} is not a GGUF file: it does not begin with GGUF. It may have been cut off; fetch it again.")
+    if path.suffix.lower() != ".safetensors" and not _may_be_safetensors(path):
+        raise DataError(f"{path} is no adapter: it begins with {magic!r}, as no known format does. Expected {_READABLE}.")
     return _by_names(path, list(open_safetensors(path).tensors))
+
+
+def _may_be_safetensors(path: Path) -> bool:
+    """Whether the file begins with a header's length and a JSON object, as safetensors files of any name do."""
+    with path.open("rb") as file:
+        begin = file.read(9)
+    return len(begin) == 9 and begin[8:] == b"{" and int.from_bytes(begin[:8], "little") <= path.stat().st_size
 
 
 def _by_names(path: Path, names: list[str]) -> Found:

@@ -199,6 +199,7 @@ class _Extraction:
             raise ConfigError(
                 f"{self.tuned.folder} and {self.base.folder} are equal in all {self.unchanged} parameters that were compared"
                 + (f"; left out: {', '.join(self.left_out[:8])}." if self.left_out else ".")
+                + " There is nothing to extract; name the tuned model first and the one that it was tuned from second."
             )
         places = {path: number for number, path in enumerate(order)}
         rank_of = {path: places.get(f"{path}.weight", places.get(path, 0)) for path in self.pairs}
