@@ -55,8 +55,9 @@ def summary(values: Iterable[float]) -> Summary:
 
 
 def environment() -> dict[str, str]:
-    """This process's environment with QUIET, and with benchmarks/ importable."""
-    return {**os.environ, **QUIET, "PYTHONPATH": str(BENCHMARKS)}
+    """This process's environment with QUIET, and with benchmarks/ importable beside what PYTHONPATH names already."""
+    there = os.environ.get("PYTHONPATH", "")
+    return {**os.environ, **QUIET, "PYTHONPATH": os.pathsep.join([str(BENCHMARKS), *([there] if there else [])])}
 
 
 def run_module(python: str, module: str, arguments: Sequence[str], *, log: Path) -> float:

@@ -85,7 +85,7 @@ def check_fits(adapter: Adapter, base: BaseModel) -> None:
         return
     trained_on = f" ({adapter.base})" if adapter.base else ""
     advice = f"If this is not the model that the adapter was trained on, name that one{trained_on} with --base."
-    problems = Problems(f"The adapter does not fit {base.path}", DataError, advice=advice)
+    problems = Problems(f"The adapter does not fit {base.path}", DataError, remedy=advice)
     for path, pair in adapter.pairs.items():
         shape = base.shape(path)
         if pair.kind == "experts":

@@ -200,7 +200,7 @@ def write(adapter: Adapter, path: Path, *, base: BaseModel | None = None) -> Non
     own = () if base is None else base.weights
     family = family_of(dict(adapter.pairs), adapter.metadata, None if base is None else base.config("unet"))
     advice = "Name another image model's folder with --base; an adapter of a language model goes --to peft, gguf or mlx."
-    problems = Problems("The adapter cannot be written as kohya", advice=advice)
+    problems = Problems("The adapter cannot be written as kohya", remedy=advice)
     tensors: dict[str, Tensor] = {}
     alphas = Counter(_alpha_of(pair) for pair in adapter.pairs.values())
     alpha = min(alphas, key=lambda value: (value == 0, -alphas[value], value))  # the most frequent; 0 only where all are 0
