@@ -188,7 +188,8 @@ def test_a_truncated_gguf_file(bench: Bench, cut: int, flags: list[str]) -> None
     write_tiny_gguf(bench.folder / "tiny.gguf", "Q8_0")
     whole = (bench.folder / "tiny.gguf").read_bytes()
     bench.write("tiny.gguf", whole[:cut])
-    bench.refused(bench.finetune(*flags, model="tiny.gguf"), "tiny.gguf is cut off or damaged", "bytes", "Fetch it again")
+    for command in (bench.finetune(*flags, model="tiny.gguf"), ["plan", "--model", "tiny.gguf", *flags]):
+        bench.refused(command, "tiny.gguf is cut off or damaged", "bytes", "Fetch it again")
 
 
 def test_a_gguf_file_of_a_type_that_is_not_trained_on(bench: Bench) -> None:

@@ -168,6 +168,8 @@ def change_config(folder: Path, **changes: Any) -> None:
         ({"model_type": "no_such_model"}, DataError, "model_type is 'no_such_model', which is no kind of model"),
         ({"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}, ConfigError, "quantised weights"),
         ({"model_type": "vit"}, DataError, "does not write text"),
+        ({"num_hidden_layers": "two"}, DataError, r"config\.json cannot be read .*'num_hidden_layers'.*'two'.*Fetch it again"),
+        ({"num_attention_heads": 5}, DataError, r"config\.json cannot be read .*not a multiple of .*5.*Fetch it again"),
     ],
 )
 def test_configurations_that_do_not_fit(folder: Path, changes: dict[str, Any], kind: type[LorakeetError], words: str) -> None:

@@ -47,7 +47,7 @@ def on_gptq(tiny_llama_folder: Path, data: Path, tmp_path_factory: pytest.TempPa
 
 def test_a_gptq_run_stays_gptq(on_gptq: Path, tmp_path: Path) -> None:
     out, source = tmp_path / "merged", on_gptq.parent / "gptq"
-    merged = merge([str(on_gptq)], out=out, into="packed", keep=0.5, console=quiet())
+    merged = merge([str(on_gptq)], out=out, into="packed", keep=0.5, memory="8GiB", console=quiet())
     before, after = (json.loads((folder / "config.json").read_text()) for folder in (source, out))
     assert after == before and after["quantization_config"]["quant_method"] == "gptq"
     certificate = read_certificate(out / "certificate.json")
@@ -84,7 +84,7 @@ def test_a_gguf_run_stays_one_file(kind: str, data: Path, tmp_path: Path, monkey
     settings = {**STEPS, "model.quantize": "gguf"}
     run(tmp_path / "tiny.gguf", data, tmp_path / "run", settings)
     out = tmp_path / "merged.gguf"
-    merged = merge([str(tmp_path / "run")], out=out, into="packed", keep=0.5, console=quiet())
+    merged = merge([str(tmp_path / "run")], out=out, into="packed", keep=0.5, memory="8GiB", console=quiet())
     assert read_certificate(tmp_path / "merged.gguf.certificate.json") == merged.certificate and merged.certificate.passed
     assert "outputs moved by" in merged.certificate.facts[f"14 layers in {kind}"]
     assert out.stat().st_size == (tmp_path / "tiny.gguf").stat().st_size

@@ -39,6 +39,7 @@ _REFUSALS = {
     errno.EDQUOT: "the quota of its disk is used up",
     errno.EROFS: "its disk is read-only",
 }
+_ROOM_WOULD_DO = (errno.ENOSPC, errno.EDQUOT)
 _REMEDY = "Delete it: it is made again."
 _ROOM = 256  # header bytes that are set aside for each tensor
 _PADDING = "padding."
@@ -167,9 +168,8 @@ def _disk(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         why = _REFUSALS.get(error.errno or 0, error.strerror)
-        raise StoreRefused(
-            f"The store {path} cannot be written: {why}. Free some space, or name another folder with memory.store."
-        ) from error
+        first = "Free some space, or name" if error.errno in _ROOM_WOULD_DO else "Name"
+        raise StoreRefused(f"The store {path} cannot be written: {why}. {first} another folder with memory.store.") from error
 
 
 class Store:

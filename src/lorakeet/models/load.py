@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
@@ -130,9 +131,10 @@ def read_config(source: Path) -> Any:
             config = AutoConfig.from_pretrained(source, local_files_only=True)
         if not stored_quantisation(config) and (source / OLD_CONFIG).is_file():  # GPTQ folders of before 2024
             config.quantization_config = {"quant_method": METHOD, **json.loads((source / OLD_CONFIG).read_text(encoding="utf-8"))}
-    except (ValueError, OSError, KeyError, TypeError) as error:
+    except (ValueError, OSError, KeyError, TypeError, ZeroDivisionError, StrictDataclassError) as error:
+        said = " ".join(str(error).split()) if isinstance(error, StrictDataclassError) else first_line(error)
         file = source / "config.json"
-        raise DataError(f"{file} cannot be read by transformers: {first_line(error)}. Fetch it again.") from error
+        raise DataError(f"{file} cannot be read by transformers: {said.rstrip('.')}. Fetch it again.") from error
     require_text_model(source, config)
     return config
 
