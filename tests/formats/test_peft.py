@@ -164,7 +164,7 @@ def test_every_broken_tensor_is_listed(folder: Path) -> None:
         "model.layers.0.self_attn.q_proj has lora_A.weight but no lora_B.weight",
         "model.layers.1.self_attn.v_proj has A (2, 32) and B (16, 4): their ranks 2 and 4 differ",
         "layers.1.self_attn.q_proj.lora_A.weight has NaN or infinite values",
-        "model.x.lora_A.weight does not begin with 'base_model.model.'",
+        "model.x.lora_A.weight is no tensor of PEFT, whose names begin with 'base_model.model.'",
         "v_proj.lora_diag (4,) is a kind of adapter tensor that is not known here",
         "k_proj has no pair",
     ):

@@ -5,10 +5,12 @@ from __future__ import annotations
 import dataclasses
 import errno
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from lorakeet.cli.main import main
 from lorakeet.errors import ConfigError, EnvironmentProblem, VerificationFailed
@@ -107,6 +109,14 @@ def test_what_cannot_be_is_refused_before_anything_is_written(finished: Any, tmp
         with pytest.raises(ConfigError, match=words):
             export(str(finished.path), console=quiet(), **settings)
     assert [path.name for path in tmp_path.iterdir()] == ["there"]
+
+
+def test_an_adapter_that_gguf_cannot_hold_is_not_kept_separate(finished: Any, tmp_path: Path) -> None:
+    opened = workflow.open_adapter(finished.path)
+    pairs = {path: replace(pair, magnitude=torch.ones(pair.B.shape[0])) for path, pair in opened.adapter.pairs.items()}
+    dora = replace(opened, adapter=replace(opened.adapter, pairs=pairs))
+    with pytest.raises(ConfigError, match=r"--separate: .*DoRA \(.*Leave out --separate: the merged model holds all of it"):
+        workflow._require_separable(dora)
 
 
 def test_without_llama_cpp_it_is_said_that_nothing_was_checked(

@@ -203,5 +203,8 @@ def test_the_command_ends_with_3_and_without_artefacts_with_2(
     assert "There is nothing to compare" in json.loads(capsys.readouterr().out)["message"]
     with pytest.raises(ConfigError, match="does not exist"):
         verify(str(loud.path), against=(str(tmp_path / "gone.gguf"),), console=quiet())
+    (tmp_path / "rows.jsonl").write_text("{}")
+    with pytest.raises(ConfigError, match=r"rows\.jsonl is no GGUF file; expected a merged folder, a \.gguf file or an http"):
+        verify(str(loud.path), against=(str(tmp_path / "rows.jsonl"),), console=quiet())
     with pytest.raises(ConfigError, match="name the GGUF file of its base"):
         verify(str(loud.path), against=(str(write_lora(loud.model, loud.adapter, tmp_path / "l.gguf")),), console=quiet())

@@ -10,10 +10,9 @@ with the quickstart's own adapter of rank 8, 4,236 tokens of 32 held-out rows (b
     Q8_0      0.013    0.90       0.0054   0.957    0.08     0.007   activations in 8 bits as well
     Q4_K_M    0.10     0.76       0.087    0.843    0.35     0.27
 
-A model of 135 M parameters suffers most from few bits, so larger ones stay further inside. The numbers allowed are 6 to 60
-times what was seen in F16, 6 to 18 times in Q8_0; in Q4_K_M KL 6 times and the loss, which 4 bits move by themselves, twice.
-`effect` in F16 is KL over the adapter's own: rounding leaves 1e-6 of the quickstart's (4.4 nats), and 0.1 judges an adapter
-down to 1e-4 nats.
+A model of 135 M parameters suffers most from few bits, so larger ones stay further inside. The numbers allowed are 6 to 60 times
+what was seen in F16, 6 to 18 times in Q8_0; in Q4_K_M KL 6 times and the loss, which 4 bits move by themselves, twice. `effect`
+in F16 is KL over the adapter's own: rounding leaves 1e-6 of the quickstart's (4.4 nats), and 0.1 judges one down to 1e-4 nats.
 From 8 bits down the logits alone could hide a wrong scale; what bites there is `share`, how much of the adapter's
 change the stored weights hold (`export/folded`), which rounding hardly moves. In fp32 ten per cent of the scale or one missing
 layer is 100 times outside (`evaluate/parity`). Gemma's logits differ by 2e-4 of the largest even in F32, because ggml looks its

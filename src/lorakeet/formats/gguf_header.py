@@ -22,7 +22,7 @@ from typing import Any
 
 from lorakeet.errors import DataError, EnvironmentProblem, Problems, unreadable
 
-__all__ = ["MAGIC", "GgufHeader", "Slot", "check_gguf", "gguf_package"]
+__all__ = ["MAGIC", "GgufHeader", "Slot", "begins_as_gguf", "check_gguf", "gguf_package"]
 
 MAGIC = b"GGUF"
 MOST_PARTS = 2_000_000  # keys, tensors and array elements; the largest vocabularies with their merges are 850,000
@@ -58,6 +58,15 @@ def gguf_package() -> Any:
     import gguf
 
     return gguf
+
+
+def begins_as_gguf(path: Path) -> bool:
+    """Whether the first bytes are those of a GGUF file; DataError where it cannot be read."""
+    try:
+        with path.open("rb") as file:
+            return file.read(len(MAGIC)) == MAGIC
+    except OSError as error:
+        raise DataError(unreadable(path, error)) from error
 
 
 def check_gguf(path: Path, *, most_parts: int = MOST_PARTS) -> GgufHeader:

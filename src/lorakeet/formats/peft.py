@@ -84,7 +84,7 @@ def _sorted_by_kind(file: SafeFile, problems: Problems) -> tuple[dict[str, Slots
         if tensor.is_floating_point() and not file.finite:
             check_finite(tensor.float(), f"{file.path}: {name}", problems)
         if not name.startswith(_PREFIX):
-            problems.add(f"{file.path}: {name} does not begin with {_PREFIX!r}, as every tensor of a PEFT adapter does.")
+            problems.add(f"{file.path}: {name} is no tensor of PEFT, whose names begin with {_PREFIX!r}. Fetch the file again.")
             continue
         own = name[len(_PREFIX) :]
         if match := _SLOT.fullmatch(own):
@@ -192,7 +192,7 @@ def _shape_problem(config: PeftConfig, path: str, kind: Kind, A: Tensor, B: Tens
     if A.shape[0] != rank:
         return (
             f"{path} has rank {A.shape[0]} on disk, but {CONFIG_NAME} says {rank}, so its scale is uncertain. PEFT sorts the "
-            "keys of rank_pattern when it saves: where two match one module, another may have been first in training."
+            "keys of rank_pattern when it saves: of two that match a module, another may have been first. Correct it."
         )
     return ""
 

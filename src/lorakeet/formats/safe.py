@@ -97,7 +97,7 @@ def open_safetensors(path: Path) -> SafeFile:
     except OSError as error:
         raise DataError(unreadable(path, error)) from error
     metadata = header.pop("__metadata__", None) or {}  # mlx writes null
-    problems = Problems(f"{path} is not a sound safetensors file", DataError)
+    problems = Problems(f"{path} is not a sound safetensors file", DataError, remedy="Fetch the file again.")
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         problems.add(f"{path}: __metadata__ is not a table of texts.")
         metadata = {}
@@ -175,11 +175,12 @@ def _check_ranges(path: Path, tensors: Mapping[str, Stored], start: int, size: i
     for name, stored in sorted(tensors.items(), key=lambda item: (item[1].begin, item[1].end)):
         if stored.begin != position:
             what = "overlaps another tensor" if stored.begin < position else "leaves bytes before it that belong to no tensor"
-            raise DataError(f"{path}: tensor {name!r} {what} (byte {stored.begin:,}, expected {position:,}).")
+            where = f"byte {stored.begin:,}, expected {position:,}"
+            raise DataError(f"{path}: tensor {name!r} {what} ({where}). Fetch the file again.")
         position = stored.end
     if position != size:
-        what = "it was cut off; fetch it again" if position > size else "it has bytes that belong to no tensor"
-        raise DataError(f"{path} is {size:,} bytes long, but its header describes {position:,}: {what}.")
+        what = "it was cut off" if position > size else "it has bytes that belong to no tensor"
+        raise DataError(f"{path} is {size:,} bytes long, but its header describes {position:,}: {what}; fetch it again.")
 
 
 def stream_safetensors(

@@ -33,7 +33,6 @@ from lorakeet.models.quiet import quiet_transformers
 from lorakeet.models.spec import ModelSpec
 from lorakeet.models.text import TextModel
 from lorakeet.quant.adopt import empty_base
-from lorakeet.quant.gguf import damage_of
 from lorakeet.quant.gptq_pack import WORD
 from lorakeet.quant.int8 import multiply_in_int8
 from lorakeet.quant.packed import TILE, PackedBase, PackedLinear
@@ -68,8 +67,6 @@ def config_of(spec: ModelSpec, say: Callable[[str], None]) -> Any:
                 return config_of_gguf(local)
             return AutoConfig.from_pretrained(local, local_files_only=True)
     except (ValueError, OSError, KeyError, TypeError, ImportError, struct.error, StrictDataclassError) as error:
-        if local is not None and local.suffix.lower() == ".gguf" and (damage := damage_of(local)):
-            raise ConfigError(damage) from error
         first = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
         raise ConfigError(
             f"model.path '{name}' has no configuration that could be read: {first}. Name a folder with config.json, "

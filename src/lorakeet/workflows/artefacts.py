@@ -26,6 +26,7 @@ from lorakeet.export.llama_cpp import LlamaCpp
 from lorakeet.export.tolerances import F32, PRECISIONS, Allowed, allowed_for
 from lorakeet.formats import gguf
 from lorakeet.formats.base_model import open_base
+from lorakeet.formats.gguf_header import begins_as_gguf
 from lorakeet.merge.checkpoint import open_checkpoint
 from lorakeet.models.inject import activate
 from lorakeet.models.load import load_text_model
@@ -226,6 +227,8 @@ def open_artefact(
         return
     if not path.is_file():
         raise ConfigError(f"--against {target} does not exist; expected a merged folder, a .gguf file or an http address.")
+    if path.suffix.lower() != ".gguf" and not begins_as_gguf(path):
+        raise ConfigError(f"--against {target} is no GGUF file; expected a merged folder, a .gguf file or an http address.")
     file = GgufFile(path)
     if not file.is_adapter:
         with LlamaCpp(path, context=context, repack=opened.kept is None) as engine:

@@ -17,6 +17,7 @@ from lorakeet.evaluate.report import Report, read_report
 from lorakeet.evaluate.values import encode
 from lorakeet.export import ollama
 from lorakeet.export.card import CardFacts, card, licence_of
+from lorakeet.export.deployment import features_of_adapter, limits_of
 from lorakeet.export.gguf_model import DIGEST, DIRECT, NAME, GgufFile, GgufModel, write_gguf
 from lorakeet.export.llama_cpp import Refused, is_installed, quantise
 from lorakeet.export.ollama_push import require_address
@@ -158,6 +159,8 @@ def _to_gguf(job: _Job, out: Path) -> GgufModel:
 
 def _to_ollama(job: _Job, out: Path) -> GgufModel:
     """The folder, whole or not at all: the Modelfile beside the GGUF files."""
+    if job.separate:
+        _require_separable(job.opened)
     model = _ollama_model(job)
     with new_folder(out) as folder:
         if model.adapter:
@@ -165,6 +168,16 @@ def _to_ollama(job: _Job, out: Path) -> GgufModel:
         written = _write_model(job, folder / model.model, with_adapter=not job.separate)
         save_text(folder / ollama.MODELFILE, model.modelfile())
     return dataclasses.replace(written, path=out / model.model)
+
+
+def _require_separable(opened: Opened) -> None:
+    """ConfigError where the adapter has what a GGUF adapter beside its base cannot hold."""
+    limits = limits_of("ollama", features_of_adapter(opened.adapter, tied=False))
+    if refused := [f"{limit.feature} ({limit.what})" for limit in limits if limit.effect == "refused"]:
+        raise ConfigError(
+            f"--separate: this adapter cannot stay in a file of its own for Ollama: {'; '.join(refused)}. Leave out --separate: "
+            "the merged model holds all of it."
+        )
 
 
 def _ollama_model(job: _Job) -> ollama.OllamaModel:
