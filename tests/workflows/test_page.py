@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from lorakeet.cli.main import main
+from lorakeet.config import read_run
 from lorakeet.train.log import read_metrics
 from lorakeet.train.run import RunFolder
+from lorakeet.workflows import page
 from lorakeet.workflows.assemble import assemble
 from lorakeet.workflows.page import complete, curves, leaks
 from tiny.runs import quiet, reviews, settings, write_rows
@@ -72,3 +74,10 @@ def test_the_next_commands_name_the_run(finished: Any) -> None:
         f"lorakeet evaluate {finished.path} --data FILE",
     ]
     assert replace(finished.result.report).facts["Run folder"] == str(finished.path)
+
+
+def test_a_path_with_a_space_is_one_word_of_the_next_commands(finished: Any) -> None:
+    config, run = read_run(finished.path / "config.yaml"), RunFolder(Path("my runs/a dog's"))
+    words = [shlex.split(item.command) for item in page._next(config, run)]
+    assert words[0] == ["lorakeet", "merge", "my runs/a dog's", "--out", "my runs/a dog's-merged"]
+    assert words[3][-1] == "a dog's=my runs/a dog's" and words[4][2] == "my runs/a dog's"

@@ -9,6 +9,7 @@ import dataclasses
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 from rich.console import Console
@@ -191,9 +192,9 @@ def _weights(spec: ModelSpec) -> str:
 
 def _next(setup: ImageAssembly, run: RunFolder) -> tuple[Command, ...]:
     prompt, spec = setup.judged[1][0].row.caption, setup.config.model
-    model = f"{spec.path} --config {spec.config}" if spec.config else spec.path
+    model = f"{quote(spec.path)} --config {quote(spec.config)}" if spec.config else quote(spec.path)
     to, where = ("diffusers", "for diffusers and ComfyUI") if setup.model.kind.flow else ("kohya", "for ComfyUI and A1111")
     return (
-        Command(f"lorakeet generate --model {model} --adapter {run.path} --prompt '{prompt}'", "draw with it"),
-        Command(f"lorakeet convert {run.path} {run.path.name}.safetensors --to {to}", where),
+        Command(f"lorakeet generate --model {model} --adapter {quote(str(run.path))} --prompt {quote(prompt)}", "draw with it"),
+        Command(f"lorakeet convert {quote(str(run.path))} {quote(f'{run.path.name}.safetensors')} --to {to}", where),
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 import torch
@@ -164,17 +165,18 @@ def _warnings(setup: Assembly) -> tuple[str, ...]:
 def _next(config: RunConfig, run: RunFolder) -> tuple[Command, ...]:
     packed = config.model.quantize.method
     quantize = f" --quantize {packed}" if packed in ("nf4", "int8") else ""
-    serving = f"lorakeet serve --model {config.model.path}{quantize} --adapter {run.path.name}={run.path}"
+    path, merged_path, ollama_path = (quote(f"{run.path}{ending}") for ending in ("", "-merged", "-ollama"))
+    serving = f"lorakeet serve --model {quote(config.model.path)}{quantize} --adapter {quote(f'{run.path.name}={run.path}')}"
     merged: tuple[Command, ...] = (
-        Command(f"lorakeet merge {run.path} --out {run.path}-merged", "fold the adapter into a model that transformers loads"),
-        Command(f"lorakeet export {run.path} --to ollama --out {run.path}-ollama", "write it for Ollama, checked in llama.cpp"),
-        Command(f"lorakeet verify {run.path}", "compare what these two wrote with the live adapter"),
+        Command(f"lorakeet merge {path} --out {merged_path}", "fold the adapter into a model that transformers loads"),
+        Command(f"lorakeet export {path} --to ollama --out {ollama_path}", "write it for Ollama, checked in llama.cpp"),
+        Command(f"lorakeet verify {path}", "compare what these two wrote with the live adapter"),
     )
     if packed == "none" and (stored := packed_folder(Path(config.model.path).expanduser())):
-        into = f"lorakeet merge {run.path} --into packed --out {run.path}-merged"
+        into = f"lorakeet merge {path} --into packed --out {merged_path}"
         merged = (Command(into, f"fold the adapter into a model that stays {stored}"),)
     return (
         *merged,
         Command(serving, "answer over HTTP, as OpenAI's API and Ollama's do"),
-        Command(f"lorakeet evaluate {run.path} --data FILE", "measure it on rows of your own"),
+        Command(f"lorakeet evaluate {path} --data FILE", "measure it on rows of your own"),
     )
