@@ -189,7 +189,7 @@ def test_a_truncated_gguf_file(bench: Bench, cut: int, flags: list[str]) -> None
     whole = (bench.folder / "tiny.gguf").read_bytes()
     bench.write("tiny.gguf", whole[:cut])
     for command in (bench.finetune(*flags, model="tiny.gguf"), ["plan", "--model", "tiny.gguf", *flags]):
-        bench.refused(command, "tiny.gguf is cut off or damaged", "bytes", "Fetch it again")
+        bench.refused(command, "tiny.gguf", "cut off", "etch")
 
 
 def test_a_gguf_file_of_a_type_that_is_not_trained_on(bench: Bench) -> None:
