@@ -33,6 +33,7 @@ from lorakeet.data.chat import Example
 from lorakeet.data.spec import DataSpec
 from lorakeet.memory.allocator import return_freed_memory
 from lorakeet.memory.measure import peak_bytes
+from lorakeet.memory.spill import Aside
 from lorakeet.memory.store import Store
 from lorakeet.models.adapt import begin_adapter
 from lorakeet.models.families import family_of
@@ -42,7 +43,7 @@ from lorakeet.models.outline import config_of
 from lorakeet.models.placement import products_for
 from lorakeet.models.quantized import skeleton
 from lorakeet.models.spec import ModelSpec
-from lorakeet.models.streamed_load import open_streamed
+from lorakeet.models.streamed_load import Residence, open_streamed
 from lorakeet.models.targets import plan_for
 from lorakeet.models.text import TextModel
 from lorakeet.quant.adopt import weights_in
@@ -119,7 +120,7 @@ def work(claim: Claim, stores: Path) -> dict[str, Any]:
         examples = rows(claim)
         task = TextTask(
             text, examples[claim.held_out :], held_out=examples[: claim.held_out], spec=settings.train,
-            scratch=stores if aside else None, together=together,
+            aside=Aside(stores) if aside else None, together=together,
         )  # fmt: skip
         clock.last = time.perf_counter()
         run = RunFolder.create(Path(folder) / "run")
@@ -162,7 +163,9 @@ def model_over(claim: Claim, config: Any, stores: Path, slots: int) -> TextModel
         make = [sys.executable, __file__, "--make-store", json.dumps(claim.__dict__), "--stores", str(stores)]
         subprocess.run(make, check=True)
     family, device = family_of(config), torch.device("cpu")
-    model, blocks = open_streamed(Store(path), config, torch.bfloat16, family, slots=slots or config.num_hidden_layers)
+    model, blocks = open_streamed(
+        Store(path), config, torch.bfloat16, family, residence=Residence(slots or config.num_hidden_layers)
+    )
     set_attention(model, "varlen")
     products = products_for(run_config(claim).model, torch.bfloat16, device)
     return TextModel(model, None, claim.model, Path(), family, device, torch.bfloat16, products, streamed=blocks)

@@ -16,3 +16,7 @@ def test_no_budget_is_none_and_a_budget_is_bytes() -> None:
 def test_what_is_no_budget_is_a_problem_in_words(budget: str) -> None:
     (problem,) = MemorySpec(budget).validate()
     assert budget in problem and "such as 2GiB" in problem
+
+
+def test_blocks_come_from_disk_unless_the_host_is_to_keep_them() -> None:
+    assert MemorySpec().keep == "disk" and MemorySpec("2GiB", keep="host").validate() == []

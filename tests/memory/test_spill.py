@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from lorakeet.errors import EnvironmentProblem
-from lorakeet.memory.spill import Aside
+from lorakeet.memory.spill import Aside, HostAside
 
 
 @pytest.mark.parametrize("on_disk", [False, True])
@@ -43,3 +43,14 @@ def test_a_full_disk_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 def test_a_folder_that_cannot_be_written_is_said(tmp_path: Path) -> None:
     with pytest.raises(EnvironmentProblem, match=r"scratch file .* cannot be written: No such file.*memory\.store"):
         Aside(tmp_path / "gone")
+
+
+def test_the_host_keeps_a_copy_and_gives_it_back_on_its_device() -> None:
+    aside, states = HostAside(), torch.randn(3, 5).bfloat16().t()
+    kept = states.clone()
+    aside.put((0, 1), states)
+    states.zero_()
+    assert torch.equal(aside.look((0, 1)), kept) and (0, 1) in aside
+    found = aside.take((0, 1))
+    assert torch.equal(found, kept) and found.device == states.device
+    assert (0, 1) not in aside and aside._devices == {}

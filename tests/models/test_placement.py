@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lorakeet.errors import ConfigError, EnvironmentProblem
-from lorakeet.models.placement import device_for, dtype_for, products_for
+from lorakeet.models.placement import device_for, dtype_for, planned_on, products_for
 from lorakeet.models.spec import ModelSpec
 
 CPU = torch.device("cpu")
@@ -44,3 +44,12 @@ def test_unknown_devices(name: str) -> None:
 def test_devices_that_are_not_here() -> None:
     with pytest.raises(EnvironmentProblem, match=r"model.device is 'cuda:63'"):
         device_for("cuda:63")
+
+
+def test_a_plan_may_be_about_a_cuda_device_that_is_not_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert planned_on("cuda:1") == torch.device("cuda", 1) and planned_on("cuda").type == "cuda"
+    assert planned_on("auto") == planned_on("cpu") == CPU
+    assert dtype_for("auto", torch.device("cuda")) == torch.bfloat16
+    with pytest.raises(ConfigError, match="expected auto, cpu, cuda"):
+        planned_on("cuda:x")

@@ -13,8 +13,17 @@ from transformers import AutoConfig
 
 from lorakeet.errors import ConfigError, DataError
 from lorakeet.memory.store import Store
+from lorakeet.memory.transfer import HostTransfer
 from lorakeet.models.families import GENERIC, family_of
-from lorakeet.models.streamed_load import empty_model, empty_packed, identity, open_streamed, records_of, write_store
+from lorakeet.models.streamed_load import (
+    Residence,
+    empty_model,
+    empty_packed,
+    identity,
+    open_streamed,
+    records_of,
+    write_store,
+)
 from lorakeet.quant.spec import QuantSpec
 from tiny.models import FAMILIES, save_tiny_llama
 from tiny.streams import loaded
@@ -104,3 +113,17 @@ def test_planned_sizes_are_those_of_the_loaded_model(tmp_path: Path) -> None:
         real = loaded(folder, method=method).model.state_dict()
         assert {name: tensor.nbytes for name, tensor in planned.items()} == {name: t.nbytes for name, t in real.items()}
     assert all(tensor.is_meta for tensor in empty_model(config, torch.bfloat16).state_dict().values())
+
+
+def test_what_stays_is_on_the_device_and_what_streams_goes_there(tmp_path: Path) -> None:
+    """torch's device for shapes without numbers stands for one that is not here."""
+    folder, there = save_tiny_llama(tmp_path / "model", tie_word_embeddings=False), torch.device("meta")
+    config, path = AutoConfig.from_pretrained(folder), tmp_path / "s"
+    same = identity(folder, torch.float32, QuantSpec())
+    write_store(path, same, source=folder, config=config, dtype=torch.float32, quantize=QuantSpec(), family=family_of(config))
+    store = Store.open(path, same)
+    model, streamed = open_streamed(store, config, torch.float32, family_of(config), residence=Residence(device=there))
+    assert model.model.norm.weight.device == model.model.rotary_emb.inv_freq.device == there
+    assert model.get_input_embeddings().rows.device == model.get_output_embeddings().rows.device == there
+    assert isinstance(streamed.stream.transfer, HostTransfer) and Residence().transfer(store) is None
+    streamed.stream.close()

@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from lorakeet.core.device import is_cpu
 from lorakeet.models.alike_blocks import Build
 from lorakeet.workflows import forecast_run, image_forecast
 
@@ -34,7 +36,8 @@ def once(rehearse: Callable[..., Any]) -> Callable[..., Any]:
         make, given = (build.make, [build.config]) if isinstance(build, Build) else (build, build.args)
         model = [argument.to_dict() if hasattr(argument, "to_dict") else argument for argument in given]
         state = sorted((str(file), file.stat().st_mtime_ns) for file in files_of(make.keywords.get("files")))
-        key = repr((make.func, model, sorted(make.keywords.items()), state, arguments, sorted(settings.items())))
+        there = is_cpu(torch.device("cpu"))  # or as if on another device
+        key = repr((make.func, model, sorted(make.keywords.items()), state, arguments, sorted(settings.items()), there))
         if key not in found:
             found[key] = rehearse(build, *arguments, **settings)
         return found[key]

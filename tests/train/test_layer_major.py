@@ -9,16 +9,19 @@ import pytest
 import torch
 
 from lorakeet.core.spec import LoraSpec
-from lorakeet.memory.spill import Aside
+from lorakeet.memory.spill import Aside, HostAside
+from lorakeet.memory.transfer import CudaTransfer
 from lorakeet.models.adapt import begin_adapter
 from lorakeet.models.inject import trained_parameters
 from lorakeet.models.targets import plan_for
-from lorakeet.train.layer_major import by_block
+from lorakeet.train.layer_major import _Random, by_block
 from lorakeet.train.spec import TrainSpec
 from lorakeet.train.text_task import TextTask
+from tiny.cards import Prompt, pinned
 from tiny.models import save_tiny_llama
 from tiny.streams import loaded, rows
 
+CARD = torch.device("cuda", 0)
 LORA = LoraSpec(rank=4, alpha=12.0, dropout=0.1)
 
 
@@ -47,7 +50,7 @@ def test_any_grouping_gives_the_same_bits(together: int, on_disk: bool, tmp_path
     folder = save_tiny_llama(tmp_path / "model", num_hidden_layers=3)
     scratch = tmp_path if on_disk else None
     resident = gradients(task_on(folder, None))
-    streamed = gradients(task_on(folder, tmp_path / "store", together=together, scratch=scratch))
+    streamed = gradients(task_on(folder, tmp_path / "store", together=together, aside=Aside(scratch)))
     assert resident[0] == streamed[0]
     assert all(torch.equal(resident[1][name], streamed[1][name]) for name in resident[1])
 
@@ -81,3 +84,36 @@ def test_nothing_stays_aside(tmp_path: Path) -> None:
     assert task.text.streamed is not None
     by_block(task.text, task.text.streamed, batches, sum(b.targets for b in batches), aside=aside, chunk=256)
     assert aside._held == {}
+
+
+def test_a_micro_batch_draws_its_numbers_on_the_device_too_and_once_more_backwards(second_generator: torch.Generator) -> None:
+    random, before = _Random(5, CARD), second_generator.get_state()
+    drawn = []
+    for block in range(3):
+        with random.drawing(keep_for=block):
+            drawn.append((torch.rand(2), torch.rand(2, generator=second_generator)))
+    assert not torch.equal(drawn[0][1], drawn[1][1])
+    for block in reversed(range(3)):
+        with random.again(block):
+            again = torch.rand(2), torch.rand(2, generator=second_generator)
+        assert all(torch.equal(*pair) for pair in zip(drawn[block], again, strict=True))
+    assert torch.equal(second_generator.get_state(), before), "what others draw is not touched"
+
+
+@pytest.mark.parametrize("keep", [False, True])
+def test_blocks_that_are_copied_late_and_inputs_kept_by_the_host_give_the_same_bits(keep: bool, tmp_path: Path) -> None:
+    """The way of a CUDA device, with the device simulated (tiny/cards)."""
+    folder = save_tiny_llama(tmp_path / "model", num_hidden_layers=4)
+    resident = gradients(task_on(folder, None))
+    task = task_on(folder, tmp_path / "store", aside=HostAside(), together=2)
+    assert task.text.streamed is not None
+    stream, device = task.text.streamed.stream, Prompt()
+    stream.release()
+    stream.transfer = CudaTransfer(stream.store, task.text.device, keep=keep, cuda=device, pinned=pinned)
+    for _ in range(2):
+        for parameter in task.parameters().values():
+            parameter.grad = None
+        streamed = gradients(task)
+        assert streamed[0] == resident[0]
+        assert all(torch.equal(resident[1][name], streamed[1][name]) for name in resident[1])
+    assert ("copying", "do") in device.log

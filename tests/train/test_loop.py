@@ -400,3 +400,14 @@ def test_under_a_budget_the_best_adapter_is_on_disk_and_a_run_leaves_the_same_by
     for one in (tmp_path / "memory" / "checkpoints").glob("*/*.safetensors"):
         assert (tmp_path / "disk" / "checkpoints" / one.parent.name / one.name).read_bytes() == one.read_bytes()
     assert not RunFolder(tmp_path / "disk").best.exists()
+
+
+def test_under_a_budget_on_a_cuda_device_its_memory_is_what_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lorakeet.train.loop.card_of", lambda _: torch.device("cuda", 0))
+    monkeypatch.setattr("lorakeet.train.loop.card_peak", lambda _: 1234)
+    said: list[str] = []
+    report = Silent()
+    report.say = said.append  # type: ignore[method-assign]
+    outcome = train(TinyTask(SPEC), SPEC, run=RunFolder.create(tmp_path / "run"), report=report, budget=1233)
+    assert outcome.peak_bytes == 1234
+    assert len([line for line in said if "held 1,234 bytes at most on cuda:0, above its budget of 1,233" in line]) == 1

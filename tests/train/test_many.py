@@ -15,6 +15,7 @@ from lorakeet.core.base import DenseBase
 from lorakeet.core.spec import LoraSpec
 from lorakeet.data.chat import Example
 from lorakeet.errors import ConfigError
+from lorakeet.memory.spill import Aside
 from lorakeet.models import inject
 from lorakeet.models.adapt import begin_adapter
 from lorakeet.models.fuse import fuse
@@ -122,7 +123,7 @@ def test_over_a_streamed_base_they_become_the_same_to_the_last_bit(tmp_path: Pat
     folder, found = save_tiny_llama(tmp_path / "model", num_hidden_layers=3), []
     for store in (None, tmp_path / "store"):
         text, members = streamed_or_not(folder, store, "abc")
-        ended = train_many(text, members, scratch=store, together=together)
+        ended = train_many(text, members, aside=Aside(store), together=together)
         values = {f"{name}/{key}": value for name in "abc" for key, value in inject.trained_parameters(text.model, name).items()}
         found.append(([at.losses for at in ended], values))
     assert found[0][0] == found[1][0]

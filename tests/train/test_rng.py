@@ -11,6 +11,8 @@ from safetensors.torch import load, save
 
 from lorakeet.train import rng
 
+CARD = torch.device("cuda", 0)
+
 
 def draw() -> list[float]:
     return [random.random(), random.gauss(0, 1), np.random.rand(), np.random.randn(), torch.rand(1).item(), torch.randn(1).item()]
@@ -34,3 +36,17 @@ def test_the_seed_decides_all() -> None:
     first = draw()
     rng.seed_all(2**40 + 1)
     assert draw() == first
+
+
+def test_the_states_of_the_cpu_and_a_device_go_together(second_generator: torch.Generator) -> None:
+    begun = rng.seeded(7, CARD)
+    rng.draw_from(begun, CARD)
+    first = [torch.rand(2), torch.rand(2, generator=second_generator)]
+    between = rng.drawn(CARD)
+    second = [torch.rand(2), torch.rand(2, generator=second_generator)]
+    for states, expected in ((begun, first), (between, second), (begun, first)):
+        rng.draw_from(states, CARD)
+        again = [torch.rand(2), torch.rand(2, generator=second_generator)]
+        assert all(torch.equal(*pair) for pair in zip(again, expected, strict=True))
+    assert torch.equal(rng.seeded(7, torch.device("cpu"))[0], torch.Generator().manual_seed(7).get_state())
+    assert rng.cards(torch.device("cpu")) == [] and rng.cards(CARD) == [CARD]

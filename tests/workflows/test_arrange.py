@@ -5,9 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 
 from lorakeet.config import RunConfig
 from lorakeet.errors import ConfigError, EnvironmentProblem
+from lorakeet.memory.card import CONTEXT
+from lorakeet.memory.spill import HostAside
 from lorakeet.models.load import read_config
 from lorakeet.train.rehearsal import NotPlanned
 from lorakeet.workflows.arrange import Arrangement, Loaded, arrange, batches_of, streamed_plans
@@ -107,11 +110,59 @@ def test_more_than_the_machine_has_is_warned_of(model: Path, tmp_path: Path) -> 
 
 
 def test_a_device_that_cannot_stream_is_refused(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import torch
-
-    monkeypatch.setattr("lorakeet.workflows.arrange.device_for", lambda _: torch.device("cuda"))
-    with pytest.raises(EnvironmentProblem, match="CPU only"):
+    monkeypatch.setattr("lorakeet.workflows.arrange.device_for", lambda _: torch.device("mps"))
+    with pytest.raises(EnvironmentProblem, match="on the CPU and on CUDA devices, but the model would be on mps"):
         arrange(settings(model, tmp_path / "rows", tmp_path / "run", {"memory.budget": "8GiB"}), print)
+
+
+@pytest.fixture
+def limited(monkeypatch: pytest.MonkeyPatch) -> list[tuple[torch.device, int]]:
+    """As if there were a CUDA device; the limits that torch is held to."""
+    found: list[tuple[torch.device, int]] = []
+    monkeypatch.setattr("lorakeet.workflows.arrange.device_for", torch.device)
+    monkeypatch.setattr("lorakeet.workflows.arrange.card_warning", lambda device, budget: "")
+    monkeypatch.setattr("lorakeet.workflows.arrange.limit_to", lambda device, budget: found.append((device, budget)))
+    return found
+
+
+def test_on_a_cuda_device_the_budget_is_that_of_its_memory(
+    model: Path, tmp_path: Path, limited: list[tuple[torch.device, int]]
+) -> None:
+    on_card = {**CHANGES, "model.device": "cuda:0"}
+    said: list[str] = []
+    large = settings(model, tmp_path / "rows", tmp_path / "run", {**on_card, "memory.budget": "8GiB"})
+    whole = arrange(large, said.append, NO_LABELS)
+    card = torch.device("cuda", 0)
+    assert "everything stays on cuda:0" in said[-1]
+    assert whole.store is None and whole.card == card and limited.pop() == (card, 8 << 30) and whole.forecast is not None
+    assert all(phase.kinds["runtime"] == CONTEXT for phase in whole.forecast.forecast.phases)
+    budget = f"{(least(large, model) + (20 << 20)) // 1000}KB"  # room for one more block than two
+    for keep in ("disk", "host"):
+        change = {**on_card, "memory.budget": budget, "memory.store": "there", "memory.keep": keep}
+        found = arrange(settings(model, tmp_path / "rows", tmp_path / "run", change), said.append, NO_LABELS)
+        assert found.store == Path("there") and found.card == card and limited.pop()[1] == found.budget
+        assert found.pinned == (keep == "host") and found.scratch is None and isinstance(found.aside(), HostAside) == found.away
+        assert "Pinned of the host's memory" in said[-1] and "on cuda:0" in said[-2]
+    with pytest.raises(ConfigError, match=r"this run takes at least \d+ MiB"):
+        arrange(settings(model, tmp_path / "rows", tmp_path / "run", {**on_card, "memory.budget": "600MiB"}), print, NO_LABELS)
+    assert limited == []
+
+
+@pytest.mark.usefixtures("limited")
+def test_more_of_the_hosts_memory_than_there_is_is_refused(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    on_card = {**CHANGES, "model.device": "cuda:0", "memory.keep": "host"}
+    large = settings(model, tmp_path / "rows", tmp_path / "run", {**on_card, "memory.budget": "8GiB"})
+    budget = f"{(least(large, model) + (20 << 20)) // 1000}KB"
+    monkeypatch.setattr("lorakeet.workflows.arrange.machine_bytes", lambda: 1 << 20)
+    with pytest.raises(ConfigError, match=r"This machine has 0\.00 GiB\. Leave memory\.keep out"):
+        arrange(settings(model, tmp_path / "rows", tmp_path / "run", {**on_card, "memory.budget": budget}), print, NO_LABELS)
+
+
+def test_pinned_memory_is_no_way_on_the_cpu_which_is_said(model: Path, tmp_path: Path) -> None:
+    said: list[str] = []
+    changes = {**CHANGES, "memory.budget": "8GiB", "memory.keep": "host"}
+    found = arrange(settings(model, tmp_path / "rows", tmp_path / "run", changes), said.append, NO_LABELS)
+    assert "memory.keep host is for CUDA devices" in said[0] and not found.pinned and found.card is None
 
 
 def test_a_run_within_a_budget_ends_in_the_same_bytes(model: Path, tmp_path: Path) -> None:

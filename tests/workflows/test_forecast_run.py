@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from lorakeet.config import RunConfig, read_run
 from lorakeet.errors import ConfigError
+from lorakeet.memory.card import CONTEXT
 from lorakeet.models.outline import config_from
 from lorakeet.quant.spec import QuantSpec
 from lorakeet.train.rehearsal import Rows
 from lorakeet.workflows.forecast_run import (
     CERTIFY,
+    EXPORT,
     FLOORS,
     LOAD,
     MERGE,
+    STEP,
     TOKENIZER_ENTRY,
     Planned,
     Precision,
@@ -101,3 +106,27 @@ def test_the_runtime_is_that_of_this_process() -> None:
     found = runtime_bytes(FP32, counts=1)
     assert abs(runtime_bytes(FP32) - found) < 16 << 20, "only narrow products have code that stays"
     assert 100 << 20 < found < 8 << 30
+
+
+def test_on_a_cuda_device_only_what_is_there_counts() -> None:
+    host = planned()
+    card = forecast_run(
+        settings(), config_from(SMALL), replace(FP32, device=torch.device("cuda")), runtime=CONTEXT, returning=True
+    )
+    names = [phase.name for phase in card.forecast.phases]
+    assert names == [phase.name for phase in host.forecast.phases if phase.name not in (MERGE, EXPORT)]
+    assert all(phase.kinds["runtime"] == CONTEXT for phase in card.forecast.phases), "neither tokenizer nor floors"
+    assert card.base == host.base and card.forecast.phase(LOAD).kinds["base"] == card.base
+    assert "scratch" not in card.forecast.phase(LOAD).kinds
+    assert runtime_bytes(replace(FP32, device=torch.device("cuda"))) == CONTEXT
+
+
+def test_packed_weights_are_unpacked_on_a_cuda_device_as_they_are_there() -> None:
+    """Whole in fp32, where a CPU has them in parts."""
+    config = config_from({**SMALL, "hidden_size": 1024, "intermediate_size": 16384, "num_attention_heads": 8})
+    scratch = []
+    for name in ("cpu", "cuda"):
+        packed = Precision(torch.float32, torch.float32, QuantSpec(method="int8"), torch.device(name))
+        found = forecast_run(settings(model__quantize="int8"), config, packed, runtime=CONTEXT, returning=True)
+        scratch.append(found.forecast.phase(STEP).kinds["scratch"])
+    assert scratch[1] > scratch[0] + (16 << 20)

@@ -8,13 +8,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pytest
+import torch
+
 from lorakeet.cli.main import main
 from lorakeet.config import read_run
+from lorakeet.memory.card import CONTEXT
 from lorakeet.train.log import read_metrics
 from lorakeet.train.run import RunFolder
 from lorakeet.workflows import page
 from lorakeet.workflows.assemble import assemble
-from lorakeet.workflows.page import complete, curves, leaks
+from lorakeet.workflows.page import _memory, complete, curves, leaks
 from tiny.runs import quiet, reviews, settings, write_rows
 
 
@@ -81,3 +85,14 @@ def test_a_path_with_a_space_is_one_word_of_the_next_commands(finished: Any) -> 
     words = [shlex.split(item.command) for item in page._next(config, run)]
     assert words[0] == ["lorakeet", "merge", "my runs/a dog's", "--out", "my runs/a dog's-merged"]
     assert words[3][-1] == "a dog's=my runs/a dog's" and words[4][2] == "my runs/a dog's"
+
+
+def test_on_a_cuda_device_the_memory_is_that_devices_and_what_was_not_planned_is_beside_it(
+    finished: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lorakeet.workflows.page.card_peak", lambda _: 900)
+    monkeypatch.setattr("lorakeet.workflows.page.beside_torch", lambda _: 77)
+    kept = replace(finished.result.setup.arrangement, budget=1000, card=torch.device("cuda", 0))
+    found = _memory(replace(finished.result.setup, arrangement=kept), replace(finished.result.outcome, peak_bytes=800))
+    assert [use.used for use in found[:4]] == [800, 900, 900, 77] and found[2].planned == 1000 and found[3].planned == CONTEXT
+    assert found[0].what == "training, on cuda:0" and found[4].planned is None and (found[4].used or 0) > 1 << 20

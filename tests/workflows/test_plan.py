@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from click.testing import CliRunner
 from rich.console import Console
 
@@ -95,3 +96,38 @@ def test_the_verb_needs_neither_rows_nor_weights(folder: Path) -> None:
     assert found["peak"] > 0 and found["micro_batch"] == {"rows": 1, "tokens": 32}
     assert found["speed"]["flops"] > 0 and found["trained_parameters"] > 0
     assert sorted(path.name for path in folder.iterdir()) == ["config.json"]
+
+
+def test_a_cuda_device_that_is_not_here_is_planned_for(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    config = read_run(None, {
+        "model.path": str(folder), "data.train": "none", "model.device": "cuda", "memory.budget": "4GiB", "memory.keep": "host"
+    })  # fmt: skip
+    text = io.StringIO()
+    result = plan(config, rank=4, tokens=32, console=Console(file=text, width=200))
+    assert isinstance(result, PlanResult)
+    assert result.to_mapping()["device"] == "cuda" and result.speed is None and result.precision.dtype == torch.bfloat16
+    names = [phase.name for phase in result.planned.forecast.phases]
+    assert "train step" in names and "merge" not in names and 512 << 20 < result.peak < 1 << 30
+    assert "Memory on cuda at the peak" in text.getvalue() and "not measured on one" in text.getvalue()
+    json.dumps(result.to_mapping(), allow_nan=False)
+
+
+def test_a_budget_on_a_cuda_device_that_streaming_keeps_says_what_the_host_holds(folder: Path) -> None:
+    wide = {**SMALL, "hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 6, "vocab_size": 4096}
+    (folder / "config.json").write_text(json.dumps(wide))
+    given = {"model.path": str(folder), "data.train": "none", "model.device": "cuda:0", "model.dtype": "float32"}
+    budget, found = 8 << 30, []
+    for keep, less in (("disk", 12 << 20), ("disk", 40 << 20), ("disk", 0), ("host", 0)):
+        config = read_run(None, {**given, "memory.budget": f"{budget // 1000}KB", "memory.keep": keep})
+        text = io.StringIO()
+        result = plan(config, rank=4, tokens=32, console=Console(file=text, width=300))
+        assert isinstance(result, PlanResult)
+        found.append(result)
+        kept = result.peak if result.streamed is None else result.streamed.planned.peak
+        budget = kept - less if less else budget
+    whole, stay, disk, host = found
+    assert whole.streamed is None and stay.streamed is not None and stay.streamed.all_stay
+    assert disk.streamed is not None and host.streamed is not None and disk.streamed.slots < 6
+    assert "2 buffers of a block" in disk.beside_card and "the 6 frozen blocks" in host.beside_card
+    assert "streamed from the host's pinned memory" in text.getvalue() and "on cuda:0" in text.getvalue()

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lorakeet.core.base import DenseBase, FrozenBase
+from lorakeet.core.device import is_cpu
 from lorakeet.core.fused import Normed, kept_of, made_again, spread
 from lorakeet.core.layers import LoraLinear, StandIn
 from lorakeet.core.math import add_low_rank, grad_of_b, shrink_grad
@@ -169,7 +170,7 @@ class RotaryAttention(StandIn):
         """What the fused function works with, and A and B of each pair; None where it is not to be used."""
         nothing: tuple[None, list[Tensor]] = None, []
         rows, cached = settings.get("row_lengths"), any(settings.get(name) is not None for name in _CACHES)
-        if rows is None or cached or mask is not None or turn is None or x.device.type != "cpu" or len(x) != 1:
+        if rows is None or cached or mask is not None or turn is None or not is_cpu(x.device) or len(x) != 1:
             return nothing
         head, prefix = cast(int, self.original.head_dim), cast(int, settings.get("row_prefix", 0))
         if (

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lorakeet.memory.spill import Aside
-from lorakeet.memory.store import LINE, Place, Store, StoredRows
+from lorakeet.memory.store import CPU, LINE, Place, Store, StoredRows
 
 
 class OutlinedStore(Store):
@@ -26,8 +26,8 @@ class OutlinedStore(Store):
                 self.tensors[f"{record}.{name}"] = Place(tensor.dtype, tuple(tensor.shape), at, at + tensor.nbytes)
                 at += tensor.nbytes
 
-    def rows(self, name: str) -> StoredRows:
-        return OutlinedRows(self, name)
+    def rows(self, name: str, device: torch.device = CPU) -> StoredRows:
+        return OutlinedRows(self, name, device)
 
     def read(self, begin: int, into: Tensor) -> None:
         """Leaves `into` as it is."""

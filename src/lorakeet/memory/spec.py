@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 from lorakeet.errors import ConfigError
 from lorakeet.memory.budget import parse_budget
@@ -15,11 +16,19 @@ class MemorySpec:
     budget: str = field(
         default="",
         metadata={
-            "help": "The most memory that the process may hold, such as 2GiB; weights that do not fit are streamed from disk."
+            "help": "The most memory the process may hold, such as 2GiB: of a CUDA device where the model is on one. What does "
+            "not fit is streamed."
         },
     )
     store: str = field(
         default="", metadata={"help": "Folder for the store of streamed weights; left out, one in the cache folder."}
+    )
+
+    keep: Literal["disk", "host"] = field(
+        default="disk",
+        metadata={
+            "help": "From where blocks are streamed to a CUDA device: disk, or host, in whose pinned memory they stay once read."
+        },
     )
 
     @property

@@ -1,4 +1,4 @@
-"""Tensors put aside in order and taken back: in memory, or in a scratch file that nobody else sees."""
+"""Tensors put aside in order and taken back: in memory, in a scratch file of their own, or off a GPU in the host's memory."""
 
 from __future__ import annotations
 
@@ -85,3 +85,30 @@ class Aside:
         self._places.clear()
         if self._closing is not None:
             self._closing()
+
+
+class HostAside(Aside):
+    """Keeps tensors of a device in the host's memory until they are taken, and then gives them back on their device.
+
+    Copied by the device itself, between a CUDA device and pinned memory: what is computed before and after is in order with the
+    copies, and nobody waits. Not run on a GPU.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._devices: dict[Hashable, torch.device] = {}
+
+    def put(self, key: Hashable, tensor: Tensor) -> None:
+        """Keeps a copy of `tensor`."""
+        kept = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.device.type == "cuda")
+        self._held[key], self._devices[key] = kept.copy_(tensor, non_blocking=True), tensor.device
+
+    def look(self, key: Hashable) -> Tensor:
+        """A copy on its device of the tensor kept under `key`, which stays."""
+        return self._held[key].to(self._devices[key], non_blocking=True)
+
+    def take(self, key: Hashable) -> Tensor:
+        """A copy on its device of the tensor kept under `key`, which is then forgotten."""
+        found = self.look(key)
+        del self._held[key], self._devices[key]
+        return found

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from lorakeet.errors import DataError, EnvironmentProblem
 
+CPU = torch.device("cpu")
 PAGE, LINE = 4096, 64  # bytes: what a record and a tensor are aligned to
 NAMES = {
     torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float64: "F64", torch.uint8: "U8", torch.int8: "I8",
@@ -219,9 +220,9 @@ class Store:
         self.read(place.begin, found.view(-1))
         return found
 
-    def rows(self, name: str) -> StoredRows:
-        """The tensor of that name, to be read some rows at a time."""
-        return StoredRows(self, name)
+    def rows(self, name: str, device: torch.device = CPU) -> StoredRows:
+        """The tensor of that name, to be read some rows at a time, which then go to `device`."""
+        return StoredRows(self, name, device)
 
     def close(self) -> None:
         """Closes the file."""
@@ -231,8 +232,8 @@ class Store:
 class StoredRows:
     """A tensor in the store of which some rows at a time are read: an embedding, the weight of a head, a stack of experts."""
 
-    def __init__(self, store: Store, name: str) -> None:
-        self._store, self._place = store, store.tensors[name]
+    def __init__(self, store: Store, name: str, device: torch.device = CPU) -> None:
+        self._store, self._place, self.device = store, store.tensors[name], device
 
     @property
     def dtype(self) -> torch.dtype:
@@ -249,19 +250,19 @@ class StoredRows:
         start, stop, _ = part.indices(self.shape[0])
         found = torch.empty((max(0, stop - start), *self.shape[1:]), dtype=self.dtype)
         self._store.read(self._place.begin + start * self._row, found)
-        return found
+        return found.to(self.device)
 
     def gather(self, rows: Sequence[int]) -> Tensor:
         """Those rows (len(rows), …), one read each."""
         found = torch.empty((len(rows), *self.shape[1:]), dtype=self.dtype)
         for place, row in enumerate(rows):
             self._store.read(self._place.begin + row * self._row, found[place])
-        return found
+        return found.to(self.device)
 
     def look_up(self, ids: Tensor) -> Tensor:
         """The row of each of `ids` (…) as (…, columns); one read for each that differs."""
         wanted, places = torch.unique(ids, return_inverse=True)
-        return nn.functional.embedding(places, self.gather(wanted.tolist()))
+        return nn.functional.embedding(places.to(self.device), self.gather(wanted.tolist()))
 
     @property
     def _row(self) -> int:

@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass, field
+from typing import Any
 
-import torch
 from torch import Tensor
 
 from lorakeet.memory.store import Record, Store
+from lorakeet.memory.transfer import HostTransfer, Transfer
 
 
 @dataclass(eq=False)
 class _Slot:
-    """A buffer, the record that it holds or is being filled with, the reading, and the record's tensors in the buffer."""
+    """A buffer, the mark of its last use, the record in it or on its way, the fetching, and the record's tensors there."""
 
     buffer: Tensor
+    free: Any
     index: int | None = None
-    reading: Future[None] | None = None
+    fetching: Future[Any] | None = None
     views: dict[str, Tensor] = field(default_factory=dict)
 
 
@@ -26,14 +28,15 @@ class RecordStream:
     """The records `names` of `store`, by their number. At most `slots` are in memory, each in a buffer as long as the longest.
 
     Two slots are what streaming needs; with as many slots as records each is read once and stays. Between the two, the record
-    that was used longest ago makes room, so that of n records in s slots a pass forth and back reads 2·(n − s).
+    that was used longest ago makes room, so that of n records in s slots a pass forth and back reads 2·(n − s). Where the buffers
+    are and how they are filled is the `transfer`'s to say; left out, they are in the CPU's memory.
     """
 
-    def __init__(self, store: Store, names: Sequence[str], *, slots: int = 2) -> None:
-        self.store, self.slots = store, slots
+    def __init__(self, store: Store, names: Sequence[str], *, slots: int = 2, transfer: Transfer | None = None) -> None:
+        self.store, self.slots, self.transfer = store, slots, transfer or HostTransfer(store)
         self.records: list[Record] = [store.record(name) for name in names]
         self._slots: list[_Slot] = []
-        self._reader = ThreadPoolExecutor(1, thread_name_prefix="lorakeet-store")
+        self._in_use: _Slot | None = None
         self.bytes_read = 0
 
     @property
@@ -46,13 +49,14 @@ class RecordStream:
 
         Raises what reading raised: DataError where the store was cut off.
         """
+        if self._in_use is not None:
+            self._in_use.free = self.transfer.mark()
         slot = self._holding(index)
         if slot is None:
             slot = self._fill(index, keep=None)
-        if slot.reading is not None:
-            slot.reading.result()
-            slot.reading = None
+        self._await(slot)
         self._used(slot)
+        self._in_use = slot
         if self._holding(then) is None:
             self._fill(then, keep=slot)
         return slot.views
@@ -60,21 +64,29 @@ class RecordStream:
     def fill(self) -> list[Tensor]:
         """Every buffer, made now; what they hold is what `bring` put there."""
         while len(self._slots) < min(self.slots, len(self.records)):
-            self._slots.append(_Slot(torch.empty(self.slot_bytes, dtype=torch.uint8)))
+            self._slots.append(self._new_slot())
         return [slot.buffer for slot in self._slots]
 
     def release(self) -> None:
         """Lets the buffers go, with what is in them; the next `bring` makes new ones. No view of `bring` may be in use."""
         for slot in self._slots:
-            if slot.reading is not None:
-                slot.reading.result()
-        self._slots = []
+            self._await(slot)
+        self._slots, self._in_use = [], None
 
     def close(self) -> None:
         """Ends the reading thread and closes the store."""
-        self._reader.shutdown(wait=True)
-        self._slots = []
+        self.transfer.close()
+        self._slots, self._in_use = [], None
         self.store.close()
+
+    def _new_slot(self) -> _Slot:
+        return _Slot(self.transfer.buffer(self.slot_bytes), self.transfer.mark())
+
+    def _await(self, slot: _Slot) -> None:
+        """What is computed from now on finds in `slot` what was being fetched into it."""
+        if slot.fetching is not None:
+            self.transfer.wait_for(slot.fetching)
+            slot.fetching = None
 
     def _used(self, slot: _Slot) -> None:
         """Puts `slot` last: slots stand in the order of their use."""
@@ -85,18 +97,17 @@ class RecordStream:
         return next((slot for slot in self._slots if slot.index == index), None)
 
     def _fill(self, index: int, *, keep: _Slot | None) -> _Slot:
-        """Begins to read record `index` into a buffer other than `keep`: an empty one, else the one used longest ago."""
+        """Begins to bring record `index` into a buffer other than `keep`: an empty one, else the one used longest ago."""
         slot = next((slot for slot in self._slots if slot.index is None), None)
         if slot is None and len(self._slots) < self.slots:
-            slot = _Slot(torch.empty(self.slot_bytes, dtype=torch.uint8))
+            slot = self._new_slot()
             self._slots.append(slot)
         if slot is None:
             slot = next(slot for slot in self._slots if slot is not keep)
-        if slot.reading is not None:
-            slot.reading.result()
+        self._await(slot)
         self._used(slot)
         record = self.records[index]
         slot.index, slot.views = index, record.views(slot.buffer)
-        slot.reading = self._reader.submit(self.store.read, record.begin, slot.buffer[: record.bytes])
+        slot.fetching = self.transfer.fetch(record, slot.buffer, slot.free)
         self.bytes_read += record.bytes
         return slot

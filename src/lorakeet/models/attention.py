@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
+from lorakeet.core.device import is_cpu
 from lorakeet.core.row_attention import causal_rows
 from lorakeet.errors import EnvironmentProblem
 
@@ -50,7 +51,7 @@ def row_attention(
     if (cache := settings.get("row_cache")) is not None:  # generation: models/kv_cache
         return cast(Tensor, cache.attend(module.layer_idx, query, key, value, scale=scale, window=window, cap=softcap)), None
     plain = softcap is None and dropout == 0.0 and (window is None or prefix + max(rows) <= window)
-    if plain and query.device.type == "cpu" and query.shape[-1] == value.shape[-1]:
+    if plain and is_cpu(query.device) and query.shape[-1] == value.shape[-1]:
         products = settings.get("row_products") or torch.float32
         return causal_rows(query, key, value, rows, scale, products, prefix), None
     outputs = []

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lorakeet.core.device import is_cpu
 from lorakeet.core.row_attention import QUERIES
 from lorakeet.core.selection import Selection, Share
 from lorakeet.errors import ConfigError
@@ -136,7 +137,7 @@ def _zeros(shape: tuple[int, ...], like: Tensor) -> Tensor:
     a NaN, and 0·NaN is NaN.
     """
     size = math.prod(shape) * like.element_size()
-    if like.device.type != "cpu" or size == 0:
+    if not is_cpu(like.device) or size == 0:
         return like.new_zeros(shape)
     pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     return torch.frombuffer(pages, dtype=like.dtype).view(shape)

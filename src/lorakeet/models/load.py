@@ -24,7 +24,7 @@ from lorakeet.models.quiet import quiet_transformers
 from lorakeet.models.source import find_source
 from lorakeet.models.spec import ModelSpec
 from lorakeet.models.stock import stored_quantisation, tensor_files
-from lorakeet.models.streamed_load import Changes, streamed_model
+from lorakeet.models.streamed_load import Changes, Residence, streamed_model
 from lorakeet.models.text import TextModel
 from lorakeet.models.whole import first_line, misfits_in, refused, require_architecture, require_text_model, require_whole
 from lorakeet.quant.gptq_config import METHOD, OLD_CONFIG
@@ -43,12 +43,13 @@ def load_text_model(
     say: Callable[[str], None] | None = None,
     store: Path | None = None,
     slots: int = 2,
+    pinned: bool = False,
     changes: Changes | None = None,
 ) -> TextModel:
     """The model that `spec` names, frozen and checked; `say` gets what the user should know (default: the log).
 
-    With a folder `store`, its blocks are streamed from a store there, `slots` of them in memory (models/streamed), with `changes`
-    made to its weights.
+    With a folder `store`, its blocks are streamed from a store there, `slots` of them on the device (models/streamed), with
+    `changes` made to its weights; `pinned` keeps all of them in the host's pinned memory, for a CUDA device.
 
     Raises ConfigError or DataError for a wrong name or damaged files, EnvironmentProblem for what this machine lacks or
     where the check of the head or of the attention fails.
@@ -63,7 +64,8 @@ def load_text_model(
     else:
         config = read_config(source)
         model, streamed = streamed_model(
-            source, config, dtype, quantize=spec.quantize, folder=store, slots=slots, changes=changes, say=tell
+            source, config, dtype, quantize=spec.quantize, folder=store, residence=Residence(slots, device, pinned),
+            changes=changes, say=tell,
         )
     if spec.quantize.int8_products and not multiply_in_int8(model):
         raise ConfigError(

@@ -19,10 +19,7 @@ def device_for(name: str) -> torch.device:
         if torch.cuda.is_available():
             return torch.device("cuda", 0)
         return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise ConfigError(f"model.device is '{name}'; expected auto, cpu, cuda, cuda:1 or mps.") from error
+    device = _named(name)
     if device.type == "cuda":
         count = torch.cuda.device_count()
         if (device.index or 0) >= count:
@@ -36,11 +33,31 @@ def device_for(name: str) -> torch.device:
     return device
 
 
+def planned_on(name: str) -> torch.device:
+    """The device that a plan for `name` is about: a CUDA device, whether this machine has it or not, else the CPU."""
+    if name != "auto" and _named(name).type == "cuda" and not torch.cuda.is_available():
+        return _named(name)
+    device = device_for(name)
+    return device if device.type == "cuda" else torch.device("cpu")
+
+
+def _named(name: str) -> torch.device:
+    try:
+        return torch.device(name)
+    except RuntimeError as error:
+        raise ConfigError(f"model.device is '{name}'; expected auto, cpu, cuda, cuda:1 or mps.") from error
+
+
 def dtype_for(name: str, device: torch.device) -> torch.dtype:
-    """The dtype of the frozen weights; auto is bfloat16 where the device multiplies it itself, else float32."""
+    """The dtype of the frozen weights; auto is bfloat16 where the device multiplies it itself, else float32.
+
+    A CUDA device that is not there is taken to be one that does: all since 2020 do.
+    """
     if name != "auto":
         return DTYPES[name]
     if device.type == "cuda":
+        if not torch.cuda.is_available():
+            return torch.bfloat16
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
     if device.type == "cpu" and any(torch.cpu.get_capabilities().get(feature) for feature in _CPU_BF16):
         return torch.bfloat16

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -21,8 +22,9 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from lorakeet.errors import ConfigError
-from lorakeet.memory.store import Store, StoreWriter, new_store
+from lorakeet.memory.store import CPU, Store, StoreWriter, new_store
 from lorakeet.memory.stream import RecordStream
+from lorakeet.memory.transfer import CudaTransfer, Transfer
 from lorakeet.models import modules
 from lorakeet.models.families import Family, family_of
 from lorakeet.models.fingerprint import fingerprint
@@ -40,6 +42,22 @@ Changes = Mapping[str, Callable[[Tensor], Tensor]]  # by the parameter's name in
 _METHOD = "lorakeet_store"  # under which transformers knows this way of loading
 
 
+@dataclass(frozen=True)
+class Residence:
+    """Where the blocks of a streamed model are: the device that computes, and how many are there at a time."""
+
+    slots: int = 2
+    device: torch.device = CPU
+    pinned: bool = False  # whether blocks stay in pinned memory of the host once they were read, for a CUDA device
+
+    def transfer(self, store: Store) -> Transfer | None:
+        """How records get from `store` to the device; None for the CPU's own way."""
+        return CudaTransfer(store, self.device, keep=self.pinned) if self.device.type == "cuda" else None
+
+
+ON_CPU = Residence()
+
+
 def streamed_model(
     source: Path,
     config: Any,
@@ -47,13 +65,12 @@ def streamed_model(
     *,
     quantize: QuantSpec,
     folder: Path,
-    slots: int = 2,
+    residence: Residence = ON_CPU,
     changes: Changes | None = None,
     say: Callable[[str], None],
 ) -> tuple[Any, Streamed]:
-    """The frozen model in eval mode, with eager attention, and its blocks, from a store in `folder`, made if it is missing;
-    `slots` of them are in memory at a time. `changes` are made to dense weights on their way into the store, which has to be
-    made now then.
+    """The frozen model in eval mode, with eager attention, and its blocks, from a store in `folder`, made if it is missing.
+    `changes` are made to dense weights on their way into the store, which has to be made now then.
 
     Raises ConfigError where the model has no list of blocks, DataError for damaged files or a store of another model,
     EnvironmentProblem where the store cannot be written.
@@ -65,7 +82,7 @@ def streamed_model(
         write_store(
             path, same, source=source, config=config, dtype=dtype, quantize=quantize, family=family, changes=changes
         )
-    return open_streamed(Store.open(path, same), config, dtype, family, slots=slots)
+    return open_streamed(Store.open(path, same), config, dtype, family, residence=residence)
 
 
 def identity(source: Path, dtype: torch.dtype, quantize: QuantSpec) -> dict[str, str]:
@@ -108,10 +125,10 @@ def open_streamed(
     dtype: torch.dtype,
     family: Family,
     *,
-    slots: int = 2,
+    residence: Residence = ON_CPU,
     base_of: Callable[[Mapping[str, Any]], PackedBase] = _empty_on_meta,
 ) -> tuple[Any, Streamed]:
-    """The model over an open store whose records are its blocks, of which `slots` are in memory at a time.
+    """The model over an open store whose records are its blocks, of which so many are on a device as `residence` says.
 
     `base_of` makes a packed weight, still without numbers, from its settings.
     """
@@ -120,15 +137,17 @@ def open_streamed(
         _put_packed(model, path, base_of(settings))
     model.requires_grad_(False).eval()
     prefix, count = modules.block_prefix(model, family)
-    streamed = Streamed(RecordStream(store, [f"{prefix}.{index}" for index in range(count)], slots=slots))
-    _make_small_ones_real(model)
+    names = [f"{prefix}.{index}" for index in range(count)]
+    streamed = Streamed(RecordStream(store, names, slots=residence.slots, transfer=residence.transfer(store)))
+    device = residence.device
+    _make_small_ones_real(model, device)
     blocks = cast(nn.ModuleList, model.get_submodule(prefix))
     for index in range(count):
         blocks[index] = streamed.add(blocks[index])
-    _stream_ends(model, store)
+    _stream_ends(model, store, device)
     for name in store.tensors:
         if not name.startswith(f"{prefix}."):
-            _make_resident(model, store, name)
+            _make_resident(model, store, name, device)
     return model, streamed
 
 
@@ -302,8 +321,9 @@ def _put_packed(model: Any, path: str, base: PackedBase) -> None:
     model.set_submodule(path, PackedLinear(base, module.bias, transposed=not isinstance(module, nn.Linear)))
 
 
-def _make_small_ones_real(model: Any) -> None:
-    """Computes the buffers that are in no file (the angles of rotary positions), as transformers does when it loads."""
+def _make_small_ones_real(model: Any, device: torch.device) -> None:
+    """Computes the buffers that are in no file (the angles of rotary positions), as transformers does when it loads: on the CPU,
+    from where they go to `device`."""
     with torch.no_grad():
         for module in model.modules():
             names = [name for name in module._non_persistent_buffers_set if module._buffers.get(name) is not None]
@@ -313,32 +333,34 @@ def _make_small_ones_real(model: Any) -> None:
                     module._buffers[name] = torch.empty(empty.shape, dtype=empty.dtype)
                 if not isinstance(module._buffers[names[0]], FakeTensor):  # a rehearsal's have no numbers
                     model._init_weights(module)
+                for name in names:
+                    module._buffers[name] = cast(Tensor, module._buffers[name]).to(device)
 
 
-def _stream_ends(model: Any, store: Store) -> None:
+def _stream_ends(model: Any, store: Store, device: torch.device) -> None:
     """Lets stand-ins read the embedding and a plain head row by row."""
     embedding, head = modules.input_layer(model), modules.output_layer(model)
     path = modules.path_of(model, embedding)
     tied = head is not None and embedding is not None and cast(Any, head).weight is cast(Any, embedding).weight
     if modules.kind_of(cast(nn.Module, embedding)) == "embedding" and f"{path}.weight" in store.tensors:
-        modules.replace(model, path, StreamedEmbedding(cast(nn.Embedding, embedding), store.rows(f"{path}.weight")))
+        modules.replace(model, path, StreamedEmbedding(cast(nn.Embedding, embedding), store.rows(f"{path}.weight", device)))
         stored = f"{path}.weight" if tied else f"{modules.path_of(model, head)}.weight"
         if type(head) is nn.Linear and head.bias is None and stored in store.tensors:
-            modules.replace(model, modules.path_of(model, head), StreamedHead(head, store.rows(stored)))
+            modules.replace(model, modules.path_of(model, head), StreamedHead(head, store.rows(stored, device)))
 
 
-def _make_resident(model: Any, store: Store, name: str) -> None:
-    """Reads one tensor into its place, unless it is streamed."""
+def _make_resident(model: Any, store: Store, name: str, device: torch.device) -> None:
+    """Reads one tensor into its place on `device`, unless it is streamed."""
     path, _, leaf = name.rpartition(".")
     module = modules.find(model, path)
     if module is None or isinstance(module, (StreamedEmbedding, StreamedHead)):
         return
     if leaf in module._parameters:
-        tensor = nn.Parameter(store.tensor(name), requires_grad=False)
+        tensor = nn.Parameter(store.tensor(name).to(device), requires_grad=False)
         empty = module._parameters[leaf]
         for other in model.modules():  # tied ones stay one
             for key, held in other._parameters.items():
                 if held is empty:
                     other._parameters[key] = tensor
     else:
-        module._buffers[leaf] = store.tensor(name)
+        module._buffers[leaf] = store.tensor(name).to(device)

@@ -19,7 +19,7 @@ from lorakeet.memory.outlined_disk import OutlinedStore
 from lorakeet.models.families import Family, family_of
 from lorakeet.models.load import set_attention
 from lorakeet.models.outline import OutlinedBase
-from lorakeet.models.streamed_load import empty_packed, open_streamed, records_of
+from lorakeet.models.streamed_load import Residence, empty_packed, open_streamed, records_of
 from lorakeet.models.text import TextModel
 from lorakeet.quant.adopt import empty_base
 from lorakeet.quant.int8 import multiply_in_int8
@@ -48,7 +48,7 @@ def streamed_outline(
     with _disable_current_modes():  # what is not read yet is in no account
         store = store_of(empty_packed(config, dtype, quantize, files), family)
     base_of = partial(empty_base, device="meta") if quantize.int8_products else _outlined
-    model, streamed = open_streamed(store, config, dtype, family, slots=slots, base_of=base_of)
+    model, streamed = open_streamed(store, config, dtype, family, residence=Residence(slots), base_of=base_of)
     if quantize.int8_products:
         multiply_in_int8(model)
     set_attention(model, "varlen" if attention == "auto" else attention)

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lorakeet.core.device import is_cpu
 from lorakeet.quant.gptq_grid import Grid, groups_in_order, nearest_codes
 from lorakeet.quant.gptq_pack import BITS, WORD, ZeroFormat, pack, pack_zeros, unpack_rows, unpack_zeros, words_for
 from lorakeet.quant.packed import PackedBase, tile_of
@@ -115,7 +116,7 @@ class GptqBase(PackedBase):
         Not asked on a GPU, where the answer would wait for it.
         """
         columns = self.shape[1]
-        if columns % self.groups or self.device.type != "cpu":
+        if columns % self.groups or not is_cpu(self.device):
             return False
         return torch.equal(self.g_idx, groups_in_order(columns, columns // self.groups))
 

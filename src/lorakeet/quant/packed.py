@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lorakeet.core.device import is_cpu
 from lorakeet.core.lowrank import frozen_linear
 
 TILE = 1 << 20  # numbers that are packed or unpacked at once: their temporary copies stay in a CPU's cache
@@ -96,7 +97,7 @@ class PackedBase(nn.Module):
         """The rows that are brought back at once: all of them, but for fp32 on a CPU no more than `PART_BYTES`."""
         rows, width = self.shape
         at_once = rows
-        if dtype == torch.float32 and self.device.type == "cpu":
+        if dtype == torch.float32 and is_cpu(self.device):
             step = self.row_step
             at_once = max(step, PART_BYTES // (width * dtype.itemsize) // step * step)
         return [slice(start, min(start + at_once, rows)) for start in range(0, rows, at_once)]
@@ -117,7 +118,7 @@ class PackedBase(nn.Module):
 
 def tile_of(device: torch.device, multiple: int) -> int:
     """How many numbers to pack or unpack at once on a device: about TILE, in whole multiples of `multiple`."""
-    wanted = TILE if device.type == "cpu" else GPU_TILE
+    wanted = TILE if is_cpu(device) else GPU_TILE
     return max(1, wanted // multiple) * multiple
 
 

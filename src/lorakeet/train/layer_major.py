@@ -21,6 +21,7 @@ from lorakeet.data.pack import Batch
 from lorakeet.memory.spill import Aside
 from lorakeet.models.streamed import Passage, Streamed, plain_output
 from lorakeet.models.text import TextModel
+from lorakeet.train import rng
 from lorakeet.train.task import batch_seeds
 from lorakeet.train.text_loss import text_loss
 
@@ -84,7 +85,7 @@ class _Step:
 
     def __init__(self, text: TextModel, streamed: Streamed, batches: list[Batch], seeds: list[int], aside: Aside) -> None:
         self.text, self.streamed, self.batches, self.aside = text, streamed, batches, aside
-        self.random = [_Random(seed) for seed in seeds]
+        self.random = [_Random(seed, text.device) for seed in seeds]
         self.passages: list[Passage] = []
         self.states: list[Tensor] = []  # outputs of the last block so far; in the backward pass their gradients
         self.outer: list[dict[nn.Parameter, Tensor]] = []  # by batch: gradients of what lies outside the blocks, from the head
@@ -181,27 +182,28 @@ class _Step:
 
 
 class _Random:
-    """The random numbers of one micro-batch: they go on from block to block, and come again in the backward pass."""
+    """The random numbers of one micro-batch, of the CPU and of the device: they go on from block to block, and come again in the
+    backward pass."""
 
-    def __init__(self, seed: int) -> None:
-        self._state = torch.Generator().manual_seed(seed).get_state()
-        self._kept: dict[int, Tensor] = {}
+    def __init__(self, seed: int, device: torch.device) -> None:
+        self.device, self._state = device, rng.seeded(seed, device)
+        self._kept: dict[int, tuple[Tensor, ...]] = {}
 
     @contextmanager
     def drawing(self, keep_for: int | None = None) -> Iterator[None]:
         """torch draws from this micro-batch's numbers; where they stand at block `keep_for` is kept."""
         if keep_for is not None:
             self._kept[keep_for] = self._state
-        with torch.random.fork_rng(devices=[]):
-            torch.set_rng_state(self._state)
+        with torch.random.fork_rng(devices=rng.cards(self.device)):
+            rng.draw_from(self._state, self.device)
             yield
-            self._state = torch.get_rng_state()
+            self._state = rng.drawn(self.device)
 
     @contextmanager
     def again(self, index: int) -> Iterator[None]:
         """torch draws once more what block `index` drew."""
-        with torch.random.fork_rng(devices=[]):
-            torch.set_rng_state(self._kept.pop(index))
+        with torch.random.fork_rng(devices=rng.cards(self.device)):
+            rng.draw_from(self._kept.pop(index), self.device)
             yield
 
 

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from lorakeet.errors import DataError, EnvironmentProblem, RunStopped
 from lorakeet.memory.allocator import keep_freed_memory
+from lorakeet.memory.card import card_of, card_peak
 from lorakeet.memory.measure import PeakMemory
 from lorakeet.train import checkpoint, durable, gradients, rng, schedule
 from lorakeet.train.best import Best
@@ -53,7 +54,7 @@ class Outcome:
     learning_rate: float
     tokens: int
     seconds: float
-    peak_bytes: int
+    peak_bytes: int  # of the process; of its CUDA device where a budget bounds that
 
 
 def train(
@@ -78,7 +79,7 @@ def train(
     if budget is None:
         keep_freed_memory()
     else:
-        training.budget, training.best = budget, Best(run.best)
+        training.budget, training.best, training.card = budget, Best(run.best), card_of(training.parameters.values())
     with _locked(run, task.processes), PeakMemory() as memory, interrupt or Interrupt() as stop:
         training.memory = memory
         training.open(identity or {}, resume=resume)
@@ -98,6 +99,7 @@ class Training(Generic[BatchT]):
     metrics: Metrics | None = None  # in the first process alone, as is the sink
     sink: Sink | None = None
     budget: int | None = None  # bytes of memory that the process should keep; forgotten once it was found broken
+    card: torch.device | None = None  # the CUDA device whose memory the budget bounds, where the parameters are on one
 
     def __init__(self, task: Task[BatchT], spec: TrainSpec, *, run: RunFolder, report: Reporter) -> None:
         self.task, self.spec, self.run, self.processes = task, spec, run, task.processes
@@ -197,13 +199,18 @@ class Training(Generic[BatchT]):
         self.report.step(record)
         self._watch_memory(step)
 
+    def _held(self) -> int:
+        """The most bytes so far of what the budget bounds: of the process, or on its CUDA device."""
+        return self.memory.now() if self.card is None else card_peak(self.card)
+
     def _watch_memory(self, step: int) -> None:
         """Says once when more memory was held than the budget allows."""
-        held = self.memory.now()
+        held = self._held()
         if self.budget is not None and held > self.budget:
+            where = "" if self.card is None else f" on {self.card}"
             self.report.say(
-                f"Step {step}: the process held {held:,} bytes at most, above its budget of {self.budget:,}. The run goes on; "
-                "please report the model and the settings."
+                f"Step {step}: the process held {held:,} bytes at most{where}, above its budget of {self.budget:,}. The run goes "
+                "on; please report the model and the settings."
             )
             self.budget = None
 
@@ -302,7 +309,7 @@ class Training(Generic[BatchT]):
             learning_rate=self.learning_rate,
             tokens=self.at.tokens,
             seconds=self.earlier_seconds + time.perf_counter() - self.started,
-            peak_bytes=self.memory.now(),
+            peak_bytes=self._held(),
         )
 
     def _put_back(self) -> None:

@@ -16,7 +16,6 @@ import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -77,18 +76,18 @@ class Progress:
 class Many:
     """Members in training. `round` takes one step of each that still learns; `finish` puts the best values of each back."""
 
-    def __init__(self, text: TextModel, members: Sequence[Member], *, scratch: Path | None = None, together: int = 0) -> None:
+    def __init__(self, text: TextModel, members: Sequence[Member], *, aside: Aside | None = None, together: int = 0) -> None:
         """Raises ConfigError for no members, equal names, or adapters that cannot share a batch.
 
         Of a streamed model, `together` passes (0: all of a step) go through a block while it is in, and the inputs of blocks are
-        kept in a file in the folder `scratch`, where one is named, else in memory.
+        kept in `aside`; left out, where they are.
         """
         names = [member.name for member in members]
         if not names or len(set(names)) < len(names):
             raise ConfigError(f"Adapters that are trained together need different names, one or more; given: {names}.")
         if text.attention != "varlen":
             raise ConfigError("Training several adapters at once needs model.attention varlen.")
-        self.text, self.aside, self.together = text, Aside(scratch), together
+        self.text, self.aside, self.together = text, aside or Aside(), together
         _require_sharable(text, names)
         self.selection: Selection = selection_of(text.model)
         self._members = [_Learner(text, member) for member in members]
@@ -314,7 +313,7 @@ def train_many(
     members: Sequence[Member],
     *,
     watch: Callable[[Many], None] | None = None,
-    scratch: Path | None = None,
+    aside: Aside | None = None,
     together: int = 0,
 ) -> list[Progress]:
     """Trains all members to their ends and leaves the best values of each in the model, no adapter active.
@@ -322,7 +321,7 @@ def train_many(
     `watch` is called after every round and may stop members (`Many.stop`). Dropout draws other numbers than in a single run;
     without it a member ends where its single run ends, to rounding.
     """
-    many = Many(text, members, scratch=scratch, together=together)
+    many = Many(text, members, aside=aside, together=together)
     while any(not at.done for at in many.progress):
         many.round()
         if watch is not None:

@@ -34,6 +34,29 @@ def states() -> dict[str, Tensor]:
     return found
 
 
+def seeded(seed: int, device: torch.device) -> tuple[Tensor, ...]:
+    """The states of torch's generators of the CPU and of `device`, as `torch.manual_seed(seed)` leaves them."""
+    return tuple(torch.Generator(place).manual_seed(seed).get_state() for place in (torch.device("cpu"), *cards(device)))
+
+
+def drawn(device: torch.device) -> tuple[Tensor, ...]:
+    """Their states now."""
+    return (torch.get_rng_state(), *(torch.cuda.get_rng_state(card) for card in cards(device)))
+
+
+def draw_from(found: tuple[Tensor, ...], device: torch.device) -> None:
+    """Puts them to what `seeded` or `drawn` gave."""
+    first, *others = found
+    torch.set_rng_state(first)
+    for card, state in zip(cards(device), others, strict=True):
+        torch.cuda.set_rng_state(state, card)
+
+
+def cards(device: torch.device) -> list[torch.device]:
+    """`device` where it has a generator of its own beside the CPU's: a CUDA device."""
+    return [device] if device.type == "cuda" else []
+
+
 def restore(found: Mapping[str, Tensor]) -> None:
     """Puts every generator back to what `states` gave; CUDA devices that are no longer there are left out."""
     version, *words = found["python.words"].tolist()

@@ -33,7 +33,7 @@ class TextTask:
     """Trains the adapter `name`, which must have been injected into `text.model` and be active.
 
     Of a streamed model, `together` micro-batches (0: all) pass through a block while it is in, and the inputs of its blocks
-    are kept in a file in the folder `scratch`, where one is named, else in memory.
+    are kept in `aside`; left out, where they are.
     The rows of a step, and the held-out rows, are dealt out to `processes` by their lengths. Where these have parted the model
     itself (models/shard), all pass as many micro-batches, and all the held-out rows.
     """
@@ -46,7 +46,7 @@ class TextTask:
         held_out: Sequence[Example],
         spec: TrainSpec,
         name: str = "default",
-        scratch: Path | None = None,
+        aside: Aside | None = None,
         together: int = 0,
         processes: Processes = ALONE,
     ) -> None:
@@ -54,7 +54,7 @@ class TextTask:
         self.processes, self.in_step = processes, spec.shard and processes.count > 1
         self.order = order_of(self.train, spec)
         self.held_out_rows = list(held_out)
-        self.aside, self.together = Aside(scratch), together
+        self.aside, self.together = aside or Aside(), together
 
     @property
     def steps_per_epoch(self) -> int:

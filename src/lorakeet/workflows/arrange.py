@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -14,10 +14,13 @@ import torch
 from lorakeet.config import RunConfig
 from lorakeet.errors import ConfigError, EnvironmentProblem
 from lorakeet.memory.allocator import return_freed_memory
-from lorakeet.memory.budget import larger_than_machine
+from lorakeet.memory.budget import larger_than_machine, machine_bytes
+from lorakeet.memory.card import card_warning, limit_to
+from lorakeet.memory.spill import Aside, HostAside
+from lorakeet.memory.transfer import STAGINGS
 from lorakeet.models.gguf_copy import cache_folder
 from lorakeet.models.load import read_config
-from lorakeet.models.placement import device_for, dtype_for, products_for
+from lorakeet.models.placement import device_for, dtype_for, planned_on, products_for
 from lorakeet.models.source import find_source
 from lorakeet.train.rehearsal import NotPlanned, Streaming
 from lorakeet.workflows.choose_streaming import Batches, Choice, choose_streaming, least_streamed
@@ -35,6 +38,13 @@ class Arrangement:
     together: int = 0  # micro-batches that pass through a block while it is in; 0 for all
     slots: int = 2  # blocks in memory, where they are streamed
     forecast: Planned | None = None
+    card: torch.device | None = None  # the CUDA device whose memory the budget bounds; None for that of the process
+    pinned: bool = False  # whether blocks stay in the host's pinned memory once they were read
+    away: bool = False  # whether block inputs go from the card into the host's memory
+
+    def aside(self) -> Aside:
+        """A new place for the inputs of blocks."""
+        return HostAside() if self.away else Aside(self.scratch)
 
 
 @dataclass(frozen=True)
@@ -46,32 +56,42 @@ class Loaded:
 
 
 def arrange(config: RunConfig, say: Callable[[str], None], loaded: Loaded | None = None) -> Arrangement:
-    """Decides, says what was decided, and under a budget has freed memory given back from now on.
+    """Decides, says what was decided, and under a budget has freed memory given back from now on; on a CUDA device, whose memory
+    the budget then bounds, torch is held to it.
 
     With `loaded`, which a run has, what it will hold is forecast whether there is a budget or not. Raises ConfigError where the
-    budget cannot be kept, and EnvironmentProblem for a device on which nothing is streamed yet.
+    budget cannot be kept, and EnvironmentProblem for a device on which nothing is streamed.
     """
     budget, device = config.memory.bytes, device_for(config.model.device)
     if budget is None and (loaded is None or device.type != "cpu"):
         return Arrangement()
-    if device.type != "cpu":
+    if device.type not in ("cpu", "cuda"):
         raise EnvironmentProblem(
-            f"memory.budget is kept on the CPU only, but the model would be on {device}. Set model.device to cpu, or leave the "
-            "budget out."
+            f"memory.budget is kept on the CPU and on CUDA devices, but the model would be on {device}. Set model.device to cpu, "
+            "or leave the budget out."
         )
-    if budget is not None:
-        if warning := larger_than_machine(budget):
-            say(warning)
-        return_freed_memory()
     source = find_source(config.model, say)
     model_config = read_config(source)
-    planned = _forecast(config, model_config, source, loaded or Loaded(), say)
     if budget is None:
+        planned = _forecast(config, model_config, source, loaded or Loaded(), say)
         return Arrangement(planned=None if planned is None else planned.training_peak, forecast=planned)
+    card = device if device.type == "cuda" else None
+    if warning := larger_than_machine(budget) if card is None else card_warning(card, budget):
+        say(warning)
+    if card is None:
+        return_freed_memory()
+        if config.memory.keep == "host":
+            say("memory.keep host is for CUDA devices. On the CPU, whose memory the budget bounds, blocks come from disk.")
+    planned = _forecast(config, model_config, source, loaded or Loaded(), say)
+    found = Arrangement(budget, None if planned is None else planned.training_peak, forecast=planned, card=card)
     if planned is not None and planned.peak <= budget:
-        say(f"Memory: {_size(planned.peak)} planned of {_size(budget)}; everything stays in memory.")
-        return Arrangement(budget, planned.training_peak, forecast=planned)
-    return _streamed(config, model_config, source, planned, loaded or Loaded(), say)
+        place = "in memory" if card is None else f"on {card}"
+        say(f"Memory: {_size(planned.peak)} planned of {_size(budget)}; everything stays {place}.")
+    else:
+        found = _streamed(config, model_config, source, planned, loaded or Loaded(), say)
+    if card is not None:
+        limit_to(card, budget)
+    return found
 
 
 def _forecast(
@@ -81,7 +101,7 @@ def _forecast(
     precision = precision_of(config)
     try:
         return forecast_run(
-            config, model_config, precision, runtime=runtime_bytes(precision) + ROW_BYTES * loaded.characters, files=source,
+            config, model_config, precision, runtime=_runtime(precision, loaded), files=source,
             returning=config.memory.bytes is not None, labelled=loaded.labelled,
         )  # fmt: skip
     except NotPlanned as error:
@@ -89,20 +109,25 @@ def _forecast(
         return None
 
 
+def _runtime(precision: Precision, loaded: Loaded) -> int:
+    """What is held beside the tensors where the model is: on a CUDA device no row is."""
+    return runtime_bytes(precision) + (0 if precision.on_card else ROW_BYTES * loaded.characters)
+
+
 def precision_of(config: RunConfig) -> Precision:
-    """How the weights will be kept and multiplied on this machine's CPU."""
-    device = torch.device("cpu")
+    """How the weights will be kept and multiplied: on a CUDA device if model.device says so, else on this machine's CPU."""
+    device = planned_on(config.model.device)
     dtype = dtype_for(config.model.dtype, device)
-    return Precision(dtype, products_for(config.model, dtype, device), config.model.quantize)
+    return Precision(dtype, products_for(config.model, dtype, device), config.model.quantize, device)
 
 
 def _streamed(
     config: RunConfig, model_config: Any, source: Path, planned: Planned | None, loaded: Loaded, say: Callable[[str], None]
 ) -> Arrangement:
-    budget = config.memory.bytes or 0
-    rehearsed = streamed_plans(config, model_config, source, loaded)
+    budget, precision = config.memory.bytes or 0, precision_of(config)
+    rehearsed, batches = streamed_plans(config, model_config, source, loaded), batches_of(config, model_config)
     try:
-        choice = choose_streaming(rehearsed, batches_of(config, model_config), budget)
+        choice = choose_streaming(rehearsed, batches, budget)
     except NotPlanned as error:
         raise ConfigError(f"memory.budget cannot be kept without a plan: {error} Leave the budget out.") from error
     if choice is None:
@@ -114,23 +139,53 @@ def _streamed(
             f"micro-batches of {rows_of(config).tokens:,} tokens. Raise the budget, or lower lora.rank, data.max_tokens or "
             "train.micro_tokens."
         )
-    say(f"Memory: {_size(choice.planned.peak)} planned of {_size(budget)}; {streaming_text(choice)}.")
+    how = streaming_text(choice, precision, config.memory.keep)
+    say(f"Memory: {_size(choice.planned.peak)} planned of {_size(budget)}; {how}.")
     folder = Path(config.memory.store).expanduser() if config.memory.store else cache_folder() / "stores"
-    return Arrangement(
+    found = Arrangement(
         budget, choice.planned.training_peak, folder, folder if choice.aside else None, choice.together, choice.slots,
         choice.planned,
     )  # fmt: skip
+    if not precision.on_card:
+        return found
+    beside, said = beside_card(choice, batches, config.memory.keep)
+    say(said)
+    if beside > machine_bytes():
+        raise ConfigError(
+            f"{said} This machine has {_size(machine_bytes())}. Leave memory.keep out, so that blocks come from disk, or lower "
+            "train.batch_size."
+        )
+    pinned = config.memory.keep == "host" and not choice.all_stay
+    return replace(found, scratch=None, card=precision.device, pinned=pinned, away=choice.aside)
 
 
-def streaming_text(choice: Choice) -> str:
-    """The choice in words."""
-    inputs = "on disk" if choice.aside else "in memory"
+def streaming_text(choice: Choice, precision: Precision, keep: str = "disk") -> str:
+    """The choice in words, on the device of `precision`, with blocks that come from where `keep` says."""
+    memory = f"on {precision.device}" if precision.on_card else "in memory"
+    away = "in the host's memory" if precision.on_card else "on disk"
+    inputs = away if choice.aside else memory
     if choice.all_stay:
-        return f"every frozen block stays in memory and is computed again in the backward pass, its inputs kept {inputs}"
+        return f"every frozen block stays {memory} and is computed again in the backward pass, its inputs kept {inputs}"
+    source = "the host's pinned memory" if precision.on_card and keep == "host" else "disk"
     return (
-        f"frozen blocks are streamed from disk, {choice.slots} of {choice.planned.blocks} in memory, {choice.together} "
+        f"frozen blocks are streamed from {source}, {choice.slots} of {choice.planned.blocks} {memory}, {choice.together} "
         f"micro-batches at once, their inputs kept {inputs}"
     )
+
+
+def beside_card(choice: Choice, batches: Batches, keep: str) -> tuple[int, str]:
+    """What streaming to a CUDA device pins of the host's memory, in bytes and in words: torch takes powers of two for it."""
+    pinned = keep == "host" and not choice.all_stay
+    inputs = choice.together * choice.planned.blocks if choice.aside else 0
+    blocks = choice.planned.blocks if pinned else STAGINGS
+    size = blocks * _power(choice.planned.block_bytes) + inputs * _power(batches.state_bytes)
+    what = f"the {choice.planned.blocks} frozen blocks" if pinned else f"{STAGINGS} buffers of a block"
+    more = " and the inputs of blocks" if inputs else ""
+    return size, f"Pinned of the host's memory: about {_size(size)}, {what}{more}, beside what Python and its libraries hold."
+
+
+def _power(size: int) -> int:
+    return 1 << max(0, size - 1).bit_length()
 
 
 def streamed_plans(
@@ -140,7 +195,7 @@ def streamed_plans(
     has no list of blocks.
     """
     precision = precision_of(config)
-    runtime = runtime_bytes(precision) + ROW_BYTES * loaded.characters
+    runtime = _runtime(precision, loaded)
 
     @cache
     def plan(streaming: Streaming) -> Planned:

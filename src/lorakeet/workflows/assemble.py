@@ -83,7 +83,7 @@ def assemble(config: RunConfig, console: Console, processes: Processes = ALONE) 
     place = config.model.device
     parted = config.train.shard and processes.count > 1  # a device has room for a part: the whole is loaded beside it
     model = dataclasses.replace(config.model, device="cpu") if parted else config.model
-    text = load_text_model(model, say=console.print, store=arrangement.store, slots=arrangement.slots)
+    text = load_text_model(model, say=console.print, store=arrangement.store, slots=arrangement.slots, pinned=arrangement.pinned)
     if text.dtype == torch.float16:
         raise ConfigError(
             "model.dtype is float16, in which small gradients become 0 without a word; train with bfloat16 or float32."
@@ -112,7 +112,7 @@ def ready_to_train(setup: Assembly, *, held_out: Sequence[Example] | None = None
     rows = setup.held_out.examples if held_out is None else held_out
     kept = setup.arrangement
     return TextTask(
-        setup.text, setup.train.examples, held_out=rows, spec=spec, scratch=kept.scratch, together=kept.together,
+        setup.text, setup.train.examples, held_out=rows, spec=spec, aside=kept.aside(), together=kept.together,
         processes=setup.processes,
     )  # fmt: skip
 

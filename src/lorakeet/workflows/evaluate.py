@@ -20,6 +20,7 @@ from lorakeet.data.split import read_split_record
 from lorakeet.errors import ConfigError, DataError, EnvironmentProblem, LorakeetError
 from lorakeet.evaluate.report import Report, write_report
 from lorakeet.evaluate.values import encode
+from lorakeet.memory.card import promised
 from lorakeet.workflows.arrange import Loaded
 from lorakeet.workflows.assemble import within_context
 from lorakeet.workflows.judge import Judge
@@ -72,15 +73,17 @@ def evaluate(
     opened = open_adapter(Path(run_or_adapter), base=base, config=config, say=console.print).within(memory)
     rows = _rows_of_file(opened, data) if data else _rows_of_run(opened)
     loaded = Loaded(bool(rows.labels), sum(len(row.text) for row in rows.rows))
-    text = opened.text_model(console, within_budget=loaded)
-    settings = within_context(opened.config, text, console)
-    encoder = Encoder(text.tokenizer, settings.data, rows.labels)
-    judge = Judge(settings, text, encoder, rows.rows, console, NAME)
-    report = judge.report(f"{run_or_adapter} on {rows.named}", learnt_from=rows.learnt_from)
+    with promised(opened.config.memory.bytes, "Raise it with --memory."):
+        text = opened.text_model(console, within_budget=loaded)
+        settings = within_context(opened.config, text, console)
+        encoder = Encoder(text.tokenizer, settings.data, rows.labels)
+        judge = Judge(settings, text, encoder, rows.rows, console, NAME)
+        report = judge.report(f"{run_or_adapter} on {rows.named}", learnt_from=rows.learnt_from)
+        drift = judge.drift()
     report = dataclasses.replace(
         report,
         subtitle=f"{text.name}, {report.rows_of} rows of {rows.named}",
-        drift=judge.drift(),
+        drift=drift,
         leaks=leaks(rows.leaks) if rows.leaks is not None else None,
         warnings=(*rows.warnings, *report.warnings),
     )

@@ -22,6 +22,7 @@ from lorakeet.evaluate.rank_values import Search
 from lorakeet.evaluate.report import Report
 from lorakeet.evaluate.values import encode
 from lorakeet.memory.allocator import give_back_free_memory
+from lorakeet.memory.card import promised
 from lorakeet.models.fingerprint import fingerprint
 from lorakeet.models.frozen import frozen_digests
 from lorakeet.models.prefix_states import frozen_depth, prefix_states
@@ -106,11 +107,12 @@ def finetune(
         _check_quick(config, quick, resume)
         if config.kind == "image":
             return finetune_images(config, run, resume=resume is not None, dry_run=dry_run, console=console)
-        setup = assemble(config, console, processes)
-        show_plan(setup, console)
-        if dry_run:
-            return FinetuneResult(setup, run)
-        return _trained(setup, run, resume=resume is not None, quick=quick, console=console)
+        with promised(config.memory.bytes, "Raise the budget."):
+            setup = assemble(config, console, processes)
+            show_plan(setup, console)
+            if dry_run:
+                return FinetuneResult(setup, run)
+            return _trained(setup, run, resume=resume is not None, quick=quick, console=console)
 
 
 def _trained(setup: Assembly, run: RunFolder, *, resume: bool, quick: bool, console: Console) -> FinetuneResult:

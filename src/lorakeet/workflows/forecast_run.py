@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
@@ -11,12 +12,15 @@ from typing import Any
 import torch
 
 from lorakeet.config import RunConfig
+from lorakeet.core.device import standing_for
 from lorakeet.core.plan import Plan
 from lorakeet.core.spec import LoraSpec
+from lorakeet.memory.card import CONTEXT, phases_on_card, rounded
 from lorakeet.memory.forecast import Forecast, phases_of
 from lorakeet.memory.held import Held, larger, with_more
 from lorakeet.memory.ledger import Work
 from lorakeet.memory.measure import resident_bytes
+from lorakeet.memory.store import CPU
 from lorakeet.models.adapt import begin_adapter
 from lorakeet.models.alike_blocks import Build
 from lorakeet.models.outline import config_from, outline
@@ -63,6 +67,12 @@ class Precision:
     dtype: torch.dtype
     products: torch.dtype
     quantize: QuantSpec
+    device: torch.device = CPU
+
+    @property
+    def on_card(self) -> bool:
+        """Whether on a CUDA device, whose memory is then what is forecast."""
+        return self.device.type == "cuda"
 
 
 @dataclass(frozen=True)
@@ -99,8 +109,11 @@ def runtime_bytes(precision: Precision, counts: int = COUNTS) -> int:
 
     Found by doing it on a very small model, so that the code of every kernel and the libraries' own buffers are there; for
     narrow products, whose library keeps code for every shape, with an allowance for those of the real model in micro-batches of
-    `counts` numbers of tokens. What stays of it stays, so a process does it once for each precision.
+    `counts` numbers of tokens. What stays of it stays, so a process does it once for each precision. On a CUDA device it is what
+    memory/card allows for the context.
     """
+    if precision.on_card:
+        return CONTEXT
     _do_everything(precision)
     narrow = NARROW + (counts - 1) * COUNT_BYTES if precision.products.itemsize < torch.float32.itemsize else 0
     return resident_bytes() + narrow
@@ -162,26 +175,27 @@ def forecast_run(
     `labelled` whether rows may have labels, `streaming` how blocks are streamed, where they are: two at a time. Raises
     ConfigError where the settings do not fit the model, NotPlanned where its arithmetic cannot be followed.
     """
-    words = TOKENIZER_ENTRY * int(model_config.get_text_config().vocab_size)
+    on_card = precision.on_card
+    words = 0 if on_card else TOKENIZER_ENTRY * int(model_config.get_text_config().vocab_size)
     rows = rows_of(config)
     make = partial(
         outline if streaming is None else streamed_outline, name=config.model.path, dtype=precision.dtype,
         products=precision.products, attention=config.model.attention, quantize=precision.quantize, files=files,
     )  # fmt: skip
     micro_batches = max(2 if config.train.batch_size > rows.count else 1, 0 if streaming is None else streaming.together)
-    rehearsed = partial(
+    rehearsed = _standing_for(precision.device, partial(
         rehearse, Build(make, model_config), spec=config.train, rows=rows, micro_batches=micro_batches,
-        judging=judging_of(config), streaming=streaming, best_in_memory=not returning,
-    )  # fmt: skip
+        judging=judging_of(config), streaming=streaming, best_in_memory=not returning and not on_card,
+    ))  # fmt: skip
     found = rehearsed(config.lora)
     measuring = while_measuring(config, found, rehearsed)
     before = {} if measuring is None else {SCORE: measuring}
     if config.ranks.choose == "auto":
         found = with_largest_ranks(config, found, rehearsed)
     load, judge = _load(model_config, found, precision), found.peaks[JUDGE]
-    floors = FLOORS if labelled and config.evaluate.baselines else 0
+    floors = FLOORS if labelled and config.evaluate.baselines and not on_card else 0
     kept = Held(found.base + 4 * found.plan.parameters, {"base": found.base, "adapter": 4 * found.plan.parameters})
-    judged = with_more(larger(judge, with_more(kept, scratch=INTERVALS)), runtime=floors)
+    judged = with_more(larger(judge, with_more(kept, scratch=0 if on_card else INTERVALS)), runtime=floors)
     again = Again(found, load, judge, words, second=not returning)
     held = {
         LOAD: load,
@@ -192,13 +206,26 @@ def forecast_run(
         JUDGE: judged,
         CERTIFY: with_more(again.peak(kept), runtime=floors),
     }
-    run = phases_of(held, runtime + words, returning=returning, trimmed_before=(STEP, JUDGE) if before else (JUDGE,))
+    phases = phases_on_card if on_card else phases_of
+    run = phases(held, runtime + words, returning=returning, trimmed_before=(STEP, JUDGE) if before else (JUDGE,))
     if streaming is not None:
-        return Planned(Forecast(run), found.plan, rows, found.work, found.base, 0, found.blocks, found.block_bytes)
-    later = [phases_of({name: peak}, runtime + words) for name, peak in ((MERGE, _merge(found)), (EXPORT, _export(found)))]
+        block_bytes = rounded(found.block_bytes) if on_card else found.block_bytes
+        return Planned(Forecast(run), found.plan, rows, found.work, found.base, 0, found.blocks, block_bytes)
+    models = {} if on_card else {MERGE: _merge(found), EXPORT: _export(found)}  # which are compared on the CPU
+    later = [phases_of({name: peak}, runtime + words) for name, peak in models.items()]
     trial = {"rate trial": while_trying_rates(config, found, rows)}
-    (tried,) = phases_of(trial, runtime + words, returning=returning)
+    (tried,) = phases(trial, runtime + words, returning=returning)
     return Planned(Forecast((*run, *(phase for (phase,) in later))), found.plan, rows, found.work, found.base, tried.bytes)
+
+
+def _standing_for(device: torch.device, rehearsed: Callable[[LoraSpec], Rehearsal]) -> Callable[[LoraSpec], Rehearsal]:
+    """`rehearsed`, going the way that tensors go on `device`."""
+
+    def on_device(lora: LoraSpec) -> Rehearsal:
+        with standing_for(device):
+            return rehearsed(lora)
+
+    return on_device
 
 
 @dataclass(frozen=True)
@@ -223,6 +250,8 @@ class Again:
 def _load(model_config: Any, found: Rehearsal, precision: Precision) -> Held:
     """The base, and while it is read: the file's own pages where the dtype changes, a matrix as stored where it is packed or
     goes into a store, there with its cast."""
+    if precision.on_card:  # where only what is whole arrives
+        return with_more(Held(), base=found.base)
     stored = getattr(model_config, "dtype", None) or torch.float32
     if found.packed or found.blocks:
         cast = precision.dtype.itemsize if found.blocks and stored != precision.dtype else 0

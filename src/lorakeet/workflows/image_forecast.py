@@ -115,8 +115,8 @@ def arrange_images(config: RunConfig, say: Callable[[str], None], *, asked: bool
     if budget is not None:
         if device.type != "cpu":
             raise EnvironmentProblem(
-                f"memory.budget is kept on the CPU only, but the model would be on {device}. Set model.device to cpu, or leave "
-                "the budget out; lorakeet plan says what the tensors take on any device."
+                f"For images memory.budget is kept on the CPU only, but the model would be on {device}. Set model.device to "
+                "cpu, or leave the budget out; lorakeet plan says what the tensors take on any device."
             )
         if warning := larger_than_machine(budget):
             say(warning)

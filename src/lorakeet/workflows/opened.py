@@ -73,7 +73,7 @@ class Opened:
 
     @property
     def checked_on(self) -> str:
-        """The device of the models that a check compares: the CPU under a budget, which is kept there alone."""
+        """The device of the models that a check compares: the CPU under a budget, which is then that of the process."""
         return "cpu" if self.config.memory.budget else self.config.model.device
 
     def text_model(
@@ -98,7 +98,7 @@ class Opened:
             spec, kept = dataclasses.replace(spec, device=self.checked_on), self.kept
         elif within_budget is not None and self.config.memory.budget:
             kept = arrange(dataclasses.replace(self.config, model=spec), say, within_budget)
-        text = load_text_model(spec, say=console.print, store=kept.store, slots=kept.slots, changes=changes)
+        text = load_text_model(spec, say=console.print, store=kept.store, slots=kept.slots, pinned=kept.pinned, changes=changes)
         if self.tokenizer is not None:
             text.tokenizer = load_tokenizer(self.tokenizer)
         if with_adapter:

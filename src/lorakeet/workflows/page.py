@@ -16,6 +16,7 @@ from lorakeet.data.leaks import LeakReport
 from lorakeet.evaluate.certificate import Certificate
 from lorakeet.evaluate.rank_values import RankCell, RankMap, Search
 from lorakeet.evaluate.report import Command, Curves, Drift, Leak, MemoryUse, Point, Report
+from lorakeet.memory.card import CONTEXT, beside_torch, card_peak
 from lorakeet.memory.measure import peak_bytes
 from lorakeet.models.origin import packed_folder
 from lorakeet.train.loop import Outcome
@@ -121,16 +122,28 @@ def run_facts(
 
 
 def _memory(setup: Assembly, outcome: Outcome) -> tuple[MemoryUse, ...]:
-    """Planned and used bytes: of training, then of all up to the certificate; and the latter against a budget."""
-    kept, whole = setup.arrangement, peak_bytes()
+    """Planned and used bytes: of training, then of all up to the certificate; and the latter against a budget.
+
+    Under a budget on a CUDA device they are the device's, with the context as planned, and beside them what was not planned.
+    """
+    kept = setup.arrangement
+    whole = peak_bytes() if kept.card is None else card_peak(kept.card)
     planned = None if kept.forecast is None else kept.forecast.peak
+    place = "whole process" if kept.card is None else f"on {kept.card}"
     used = (
-        MemoryUse("training, whole process", kept.planned, outcome.peak_bytes),
+        MemoryUse(f"training, {place}", kept.planned, outcome.peak_bytes),
         MemoryUse("training, judging and certificate", planned, whole),
     )
     if kept.budget is None:
         return used
-    return (*used, MemoryUse("training and judging, against memory.budget", kept.budget, whole))
+    against = (*used, MemoryUse("training and judging, against memory.budget", kept.budget, whole))
+    if kept.card is None:
+        return against
+    return (
+        *against,
+        MemoryUse(f"CUDA context on {kept.card}, and other processes there", CONTEXT, beside_torch(kept.card)),
+        MemoryUse("the process's own memory on the host", None, peak_bytes()),
+    )
 
 
 def speed(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,9 +18,10 @@ from lorakeet.evaluate.wording import bytes_text
 from lorakeet.memory.allocator import return_freed_memory
 from lorakeet.memory.budget import larger_than_machine
 from lorakeet.memory.forecast import Phase
+from lorakeet.memory.ledger import Work
 from lorakeet.models.outline import config_of, local_files
 from lorakeet.workflows import finetune as _run  # noqa: F401 - what a run has in memory is in memory here, to be counted
-from lorakeet.workflows.arrange import Loaded, batches_of, precision_of, streamed_plans, streaming_text
+from lorakeet.workflows.arrange import Loaded, batches_of, beside_card, precision_of, streamed_plans, streaming_text
 from lorakeet.workflows.choose_streaming import Choice, choose_streaming, least_streamed
 from lorakeet.workflows.forecast_later import later_phases, with_later
 from lorakeet.workflows.forecast_run import Planned, Precision, forecast_run, runtime_bytes
@@ -51,8 +53,10 @@ class PlanResult:
 
     config: RunConfig
     planned: Planned
-    speed: Speed
+    precision: Precision
+    speed: Speed | None  # None for a CUDA device, whose speed is not estimated
     budget: int | None
+    beside_card: str = ""  # what a streamed run on a CUDA device takes of the host's memory, in words
     streamed: Choice | None = None  # how `lorakeet finetune` keeps a budget that is too small for weights in memory
     least: int | None = None  # the smallest budget that streaming keeps; of the same runs
     advice: tuple[Advice, ...] = ()
@@ -66,14 +70,15 @@ class PlanResult:
     @property
     def seconds(self) -> float:
         """The least time of one micro-batch in training: the longer of its arithmetic and its writing."""
-        work = self.planned.work
-        return max(work.flops / self.speed.flops, work.written / self.speed.bytes)
+        work, speed = self.planned.work, self.speed
+        return math.nan if speed is None else max(work.flops / speed.flops, work.written / speed.bytes)
 
     def to_mapping(self) -> dict[str, Any]:
         """Plain values for --json."""
         planned, work = self.planned, self.planned.work
         return {
             "model": self.config.model.path,
+            "device": str(self.precision.device),
             "trained_parameters": planned.plan.parameters,
             "micro_batch": {"rows": planned.rows.count, "tokens": planned.rows.tokens},
             "phases": [phase.to_mapping() for phase in planned.forecast.phases],
@@ -84,9 +89,18 @@ class PlanResult:
             "streamed_least": self.least,
             "advice": [dataclasses.asdict(item) for item in self.advice],
             "later": [phase.to_mapping() for phase in self.later],
-            "speed": {**dataclasses.asdict(work), "flops_per_second": self.speed.flops, "bytes_per_second": self.speed.bytes,
-                      "seconds_at_least": self.seconds, "tokens_per_second_at_most": planned.rows.tokens / self.seconds},
+            "speed": {**dataclasses.asdict(work), **self._speed_mapping()},
         }  # fmt: skip
+
+    def _speed_mapping(self) -> dict[str, float]:
+        if self.speed is None:
+            return {}
+        return {
+            "flops_per_second": self.speed.flops,
+            "bytes_per_second": self.speed.bytes,
+            "seconds_at_least": self.seconds,
+            "tokens_per_second_at_most": self.planned.rows.tokens / self.seconds,
+        }
 
 
 def plan(
@@ -106,28 +120,29 @@ def plan(
     if config.kind == "image":
         return plan_images(config, console)
     budget = config.memory.bytes
-    if budget is not None:
+    precision = precision_of(config)
+    if budget is not None and not precision.on_card:
         if warning := larger_than_machine(budget):
             console.print(warning, soft_wrap=True)
         return_freed_memory()  # as a run under a budget does
     model_config, files = config_of(config.model, console.print), local_files(config.model.path)
-    precision = precision_of(config)
-    speed = _speed(precision.products)
+    speed = None if precision.on_card else _speed(precision.products)
     runtime = runtime_bytes(precision)
     forecast = partial(forecast_run, model_config=model_config, runtime=runtime, files=files, returning=budget is not None)
     planned = forecast(config, precision=precision)
     later: tuple[Phase, ...] = ()
-    if budget is not None:
+    if budget is not None and not precision.on_card:  # merging and exporting are checked on the CPU
         later = later_phases(config, model_config, planned.plan, budget)
         planned = dataclasses.replace(planned, forecast=with_later(planned.forecast, later))
-    result = PlanResult(config, planned, speed, budget, later=later)
+    result = PlanResult(config, planned, precision, speed, budget, later=later)
     if budget is not None and planned.peak > budget:
-        rehearsed = streamed_plans(config, model_config, files, Loaded())
-        streamed = choose_streaming(rehearsed, batches_of(config, model_config), budget)
+        rehearsed, batches = streamed_plans(config, model_config, files, Loaded()), batches_of(config, model_config)
+        streamed = choose_streaming(rehearsed, batches, budget)
+        beside = "" if streamed is None or not precision.on_card else beside_card(streamed, batches, config.memory.keep)[1]
         if streamed is not None:
             whole = dataclasses.replace(streamed.planned, forecast=with_later(streamed.planned.forecast, later))
             streamed = dataclasses.replace(streamed, planned=whole)
-        result = dataclasses.replace(result, streamed=streamed)
+        result = dataclasses.replace(result, streamed=streamed, beside_card=beside)
         if streamed is None:
             changes = _changes(config, precision, planned)
             found = [Advice(change, forecast(other, precision=kept).peak) for change, other, kept in changes]
@@ -141,16 +156,20 @@ def show_plan(result: PlanResult, console: Console) -> None:
     """The table of phases and kinds, the peak against the budget, what would help, and the bound of speed."""
     planned = result.planned
     rows, work = planned.rows, planned.work
-    console.print(memory_table(planned.forecast))
+    device = str(result.precision.device) if result.precision.on_card else None
+    console.print(memory_table(planned.forecast, device))
     trained = f"{planned.plan.parameters:,} trained parameters"
     if result.config.ranks.choose == "auto":
         trained = f"At most {trained}, the ranks those that hold most of all that ranks.choose auto may choose"
     console.print(f"{trained}; micro-batches of {rows.count} × {rows.length} tokens, all learnt.", soft_wrap=True)
     console.print(f"Peak of the run: {bytes_text(result.peak)}{_against(result)}.", soft_wrap=True)
     if result.streamed is not None:
-        console.print(memory_table(result.streamed.planned.forecast))
-        kept, how = bytes_text(result.streamed.planned.peak), streaming_text(result.streamed)
+        console.print(memory_table(result.streamed.planned.forecast, device))
+        keep = result.config.memory.keep
+        kept, how = bytes_text(result.streamed.planned.peak), streaming_text(result.streamed, result.precision, keep)
         console.print(f"finetune keeps the budget: {kept} (the table above), {how}.", soft_wrap=True)
+        if result.beside_card:
+            console.print(result.beside_card, soft_wrap=True)
     if result.least is not None:
         least_that_works = bytes_text(min(result.least, result.peak))
         console.print(
@@ -164,11 +183,21 @@ def show_plan(result: PlanResult, console: Console) -> None:
         if result.budget is not None and phase.bytes > result.budget:
             enough = f"{-(-phase.bytes >> 20)}MiB"
             console.print(f"lorakeet {phase.name} of its adapter will ask for --memory {enough}, streamed.", soft_wrap=True)
-    console.print(
-        f"A micro-batch takes at least {result.seconds:.2g} s here: {work.flops / 1e9:,.0f} GFLOP at "
-        f"{result.speed.flops / 1e9:,.0f} GFLOP/s, {work.written / 1e9:.1f} GB of results at {result.speed.bytes / 1e9:.1f} "
-        f"GB/s; at most {rows.tokens / result.seconds:,.0f} tokens a second.",
-        soft_wrap=True,
+    console.print(_speed_text(result, work), soft_wrap=True)
+
+
+def _speed_text(result: PlanResult, work: Work) -> str:
+    speed, results = result.speed, f"{work.flops / 1e9:,.0f} GFLOP"
+    if speed is None:
+        return (
+            f"A micro-batch takes {results} and {work.written / 1e9:.1f} GB of results; how fast a CUDA device is at that is not "
+            "estimated. The plan is that of shapes on a CPU sent the way of a CUDA device, with allowances for torch's allocator "
+            "and the CUDA context that were not measured on one."
+        )
+    return (
+        f"A micro-batch takes at least {result.seconds:.2g} s here: {results} at {speed.flops / 1e9:,.0f} GFLOP/s, "
+        f"{work.written / 1e9:.1f} GB of results at {speed.bytes / 1e9:.1f} GB/s; at most "
+        f"{result.planned.rows.tokens / result.seconds:,.0f} tokens a second."
     )
 
 

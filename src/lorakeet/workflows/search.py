@@ -136,7 +136,7 @@ class Trials:
                         many.stop(name, SPENT)
 
             kept = self.setup.arrangement
-            ended = train_many(text, members, watch=watch, scratch=kept.scratch, together=kept.together)
+            ended = train_many(text, members, watch=watch, aside=kept.aside(), together=kept.together)
             for (name, trial), at in zip(names.items(), ended, strict=True):
                 trial.at = at
                 self.budget.used += at.tokens
@@ -202,7 +202,7 @@ class Trials:
             search = self.rows.search
             members = [self._member(name, trial, search, seed) for name, trial in names.items()]
             kept = self.setup.arrangement
-            train_many(self.setup.text, members, scratch=kept.scratch, together=kept.together)
+            train_many(self.setup.text, members, aside=kept.aside(), together=kept.together)
             for side, (name, trial) in zip(sides, names.items(), strict=True):
                 side.append(self.losses(trial.name, self.rows.confirm, name))
                 _eject(self.setup.text.model, name)

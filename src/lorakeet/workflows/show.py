@@ -46,7 +46,8 @@ def show_plan(setup: Assembly, console: Console) -> None:
     planned = setup.arrangement.forecast
     if planned is not None:
         most = max((phase for phase in planned.forecast.phases if phase.bytes == planned.peak), key=lambda phase: phase.bytes)
-        console.print(f"Memory: at most {bytes_text(planned.peak)} of this process planned, in the phase: {most.name}")
+        place = "of this process" if setup.arrangement.card is None else f"on {setup.arrangement.card}"
+        console.print(f"Memory: at most {bytes_text(planned.peak)} {place} planned, in the phase: {most.name}")
 
 
 def _lacks_template(setup: Assembly) -> bool:
@@ -87,12 +88,13 @@ def show_certificate(certificate: Certificate, console: Console) -> None:
         console.print(Text(f"{certificate.verdict}.", style="bold yellow"))
 
 
-def memory_table(forecast: Forecast) -> Table:
-    """What a run will hold at the peak of each phase, by kind; narrow enough for 80 columns."""
+def memory_table(forecast: Forecast, device: str | None = None) -> Table:
+    """What a run will hold at the peak of each phase, by kind: the process, or of a CUDA `device`; within 80 columns."""
     shown = [kind for kind in KINDS if any(kind in phase.kinds for phase in forecast.phases)]
     unit, size, digits = ("GB", 1e9, 2) if forecast.peak.bytes >= 1e9 else ("MB", 1e6, 1)
-    title = f"Memory of the process at the peak of each phase, in {unit}"
-    caption = "saved: activations kept for the backward pass; alloc.: freed memory that the C library keeps"
+    place, keeper = (f"on {device}", "torch's allocator") if device else ("of the process", "the C library")
+    title = f"Memory {place} at the peak of each phase, in {unit}"
+    caption = f"saved: activations kept for the backward pass; alloc.: freed memory that {keeper} keeps"
     table = Table(title=title, caption=caption, title_justify="left", caption_justify="left", box=None, padding=(0, 1, 0, 0))
     for column in ("phase", *shown, "all"):
         table.add_column(_HEADINGS.get(column, column), justify="left" if column == "phase" else "right", no_wrap=True)

@@ -1,0 +1,144 @@
+"""Records on their way to a CUDA device: right in every order that a device may choose, wrong without the waits."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lorakeet.errors import DataError
+from lorakeet.memory.store import Store, new_store
+from lorakeet.memory.stream import RecordStream
+from lorakeet.memory.transfer import STAGINGS, CudaTransfer, HostTransfer
+from tiny.cards import Device, Event, Stream, pinned
+
+RECORDS = 5
+TURN = [0, 1, 2, 3, 4, 4, 3, 2, 1, 0]
+CPU = torch.device("cpu")
+
+
+def computing_first(streams: list[Stream]) -> list[Stream]:
+    return streams
+
+
+def copying_first(streams: list[Stream]) -> list[Stream]:
+    return streams[::-1]
+
+
+def by_chance(seed: int) -> Callable[[list[Stream]], list[Stream]]:
+    chance = random.Random(seed)
+    return lambda streams: chance.sample(streams, len(streams))
+
+
+def stored(folder: Path) -> Store:
+    if not (folder / "s").exists():
+        with new_store(folder / "s", identity={}, tensors=RECORDS) as writer:
+            for number in range(RECORDS):
+                writer.add(f"b.{number}", {"w": torch.full((10 + number,), float(number))})
+    return Store(folder / "s")
+
+
+def wrong(device: Device, folder: Path, *, slots: int = 2, keep: bool = False, turns: int = 3) -> int:
+    """How many of the records that a few passes forth and back compute with hold other numbers than their own."""
+    store = stored(folder)
+    transfer = CudaTransfer(store, CPU, keep=keep, cuda=device, pinned=pinned)
+    stream = RecordStream(store, [f"b.{number}" for number in range(RECORDS)], slots=slots, transfer=transfer)
+    seen: list[tuple[int, torch.Tensor]] = []
+    order = TURN * turns
+    for place, index in enumerate(order):
+        views = stream.bring(index, order[min(place + 1, len(order) - 1)])
+        device.computing.ask("do", lambda index=index, view=views["w"]: seen.append((index, view.clone())))
+    stream.release()
+    stream.close()
+    device.finish()
+    assert [index for index, _ in seen] == order
+    return sum(not torch.equal(found, torch.full((10 + index,), float(index))) for index, found in seen)
+
+
+@pytest.mark.parametrize("slots", [2, 3, 5])
+@pytest.mark.parametrize("keep", [False, True])
+def test_every_order_that_the_events_allow_gives_the_right_numbers(slots: int, keep: bool, tmp_path: Path) -> None:
+    for choose in (computing_first, copying_first, *map(by_chance, range(5))):
+        assert wrong(Device(choose), tmp_path, slots=slots, keep=keep) == 0
+
+
+@pytest.mark.parametrize(
+    ("deaf", "choose"),
+    [("computing", computing_first), ("copying", copying_first)],
+    ids=["computed with before it is there", "overwritten before it is computed with"],
+)
+@pytest.mark.parametrize("keep", [False, True])
+def test_without_one_of_the_waits_the_numbers_are_wrong(deaf: str, choose: Any, keep: bool, tmp_path: Path) -> None:
+    assert wrong(Device(choose, deaf=(deaf,)), tmp_path, keep=keep) > 0
+
+
+def test_a_pinned_buffer_is_not_read_into_before_its_copy_is_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert wrong(Device(copying_first), tmp_path) == 0
+    monkeypatch.setattr(Event, "synchronize", lambda _: None)
+    assert wrong(Device(computing_first), tmp_path) > 0
+
+
+def test_a_copy_waits_for_the_slot_alone_and_computing_for_the_copy_alone(tmp_path: Path) -> None:
+    device = Device(computing_first)
+    wrong(device, tmp_path, turns=1)
+    copies = [kind for name, kind in device.log if name == "copying"]
+    assert copies == ["wait", "do", "record"] * (len(copies) // 3) and len(copies) == 3 * 8
+    asked = "".join({"wait": "w", "do": "c", "record": "m"}[kind] for name, kind in device.log if name == "computing")
+    assert asked.count("c") == len(TURN) and asked.count("w") == 8, "a record that is there is not waited for again"
+
+
+@pytest.mark.parametrize(("keep", "most"), [(False, STAGINGS), (True, RECORDS)])
+def test_so_much_is_pinned(keep: bool, most: int, tmp_path: Path) -> None:
+    store, device = stored(tmp_path), Device(by_chance(1))
+    taken: list[int] = []
+
+    def pin(size: int) -> torch.Tensor:
+        taken.append(size)
+        return pinned(size)
+
+    stream = RecordStream(store, [f"b.{number}" for number in range(RECORDS)], transfer=CudaTransfer(
+        store, CPU, keep=keep, cuda=device, pinned=pin
+    ))  # fmt: skip
+    for index in TURN * 2:
+        stream.bring(index, index)
+    stream.close()
+    assert len(taken) == most
+
+
+def test_nothing_is_on_its_way_into_a_buffer_that_goes(tmp_path: Path) -> None:
+    for leave in (RecordStream.close, RecordStream.release):
+        store, device = stored(tmp_path), Device(computing_first)
+        transfer = CudaTransfer(store, CPU, cuda=device, pinned=pinned)
+        stream = RecordStream(store, ["b.0", "b.1"], transfer=transfer)
+        stream.bring(0, 1)
+        leave(stream)
+        device.computing.synchronize()  # behind which the memory is another tensor's
+        assert not any(kind == "do" for kind, _ in device.copying.queue)
+        transfer.close()
+
+
+def test_a_store_that_was_cut_off_is_told_where_the_record_is_wanted(tmp_path: Path) -> None:
+    store = stored(tmp_path)
+    with (tmp_path / "s").open("rb+") as file:
+        file.truncate(store.record("b.3").begin + 4)
+    for transfer in (HostTransfer(store), CudaTransfer(
+        store, CPU, cuda=Device(computing_first), pinned=pinned
+    )):  # fmt: skip
+        stream = RecordStream(store, [f"b.{number}" for number in range(RECORDS)], transfer=transfer)
+        stream.bring(2, 3)
+        with pytest.raises(DataError, match="cut off"):
+            stream.bring(3, 4)
+        transfer.close()
+
+
+def test_on_the_host_a_record_is_read_into_the_buffer_itself(tmp_path: Path) -> None:
+    store = stored(tmp_path)
+    transfer = HostTransfer(store)
+    record, buffer = store.record("b.4"), transfer.buffer(64)
+    transfer.wait_for(transfer.fetch(record, buffer, transfer.mark()))
+    assert torch.equal(record.views(buffer)["w"], torch.full((14,), 4.0))
+    transfer.close()
