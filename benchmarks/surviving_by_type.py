@@ -1,12 +1,12 @@
 """Claim: of what an adapter gained, 95 % and more survive in the tensors of each type that a K-quant mixes.
 
-    python benchmarks/surviving_by_type.py RUN [--layout q4_k_m] [--calibration-rows 192] [--work DIR]
+    python benchmarks/surviving_by_type.py RUN [--layout q4_k_m] [--calibration-rows 192] [--weights-only] [--work DIR]
 
 A K-quant gives some tensors Q4_K, others Q6_K, and those whose rows are no multiple of 256 (most of SmolLM2's, 576 wide) fall
 back to Q5_0 or Q8_0. For each type alone: the layers of that type as `lorakeet merge --into packed` writes them, all others as
 they are in fp32 with the adapter, and the share of the gain that is left; rounded to the nearest, and by error feedback (solved
 once, for the whole file). Beside it what the numbers themselves hold of ΔW: ⟨Q(W+ΔW) − Q(W), ΔW⟩ / ‖ΔW‖² over the layers of
-the type, Q(W) being the file's own numbers. Shares are no timings: a busy machine does not change them.
+the type, Q(W) being the file's own numbers; with --weights-only that alone, in a few minutes and without a verdict. Shares are no timings: a busy machine does not change them.
 """
 
 from __future__ import annotations
@@ -69,8 +69,10 @@ def by_type(layout: PackedLayout) -> dict[str, list[str]]:
 
 
 @torch.no_grad()
-def measure(merging: Merging, solved: Mapping[str, Requantised], paths: Sequence[str], name: str) -> dict[str, Any]:
-    """The share of the gain with the layers at `paths` packed each way, and what their numbers hold of the change."""
+def measure(
+    merging: Merging, solved: Mapping[str, Requantised], paths: Sequence[str], name: str, *, gain: bool
+) -> dict[str, Any]:
+    """What the numbers of the layers at `paths` hold of the change, packed each way; the share of the gain if it is asked."""
     found: dict[str, Any] = {"layers": len(paths), "numbers": 0, "surviving_share": {}}
     for way in (NEAREST, FEEDBACK):
         text, kept = merging.folded(), _Kept()
@@ -83,10 +85,10 @@ def measure(merging: Merging, solved: Mapping[str, Requantised], paths: Sequence
                 kept.add(base.dense(), like.dense(), wanted, pairs[path].delta())
             replace(text.model, path, PackedLinear(base, layer.bias))
             found["numbers"] += wanted.numel() if way == NEAREST else 0
-        merging.measure(text, f"{name}, {way}")
-        share = merging.measured.share(f"{name}, {way}", merging.opened)
-        found["surviving_share"][way] = encode(share)
         found[way] = kept.to_mapping()
+        if gain:
+            merging.measure(text, f"{name}, {way}")
+            found["surviving_share"][way] = encode(merging.measured.share(f"{name}, {way}", merging.opened))
     return found
 
 
@@ -95,6 +97,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("run", type=Path, help="a finished run on an unquantised base")
     parser.add_argument("--layout", choices=LAYOUTS, default="q4_k_m")
     parser.add_argument("--calibration-rows", type=int, default=192)
+    parser.add_argument("--weights-only", action="store_true", help="what the numbers hold of ΔW, without the gain")
     parser.add_argument("--work", type=Path, help="a folder that keeps what is done, so that a broken off run goes on")
     parser.add_argument("--results", type=Path, default=Path(__file__).with_name("results"), help="where the result is written")
     given = parser.parse_args(arguments)
@@ -105,26 +108,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
         layout = read_layout(str(target(opened, given.layout, work, console)), console.print)
         spec = PackedMerge(calibration_rows=given.calibration_rows)
         merging = Merging(opened, load_dataset(opened.config.data), layout, spec, console, Measured())
-        merging.measure_live()
+        if not given.weights_only:
+            merging.measure_live()
         text, solved = merging.with_feedback()
         del text
         kinds = {**by_type(layout), WHOLE: list(layout.layers)}
         note = work / "by_type.json"
-        key = f"{given.layout}, {given.calibration_rows} rows, "
+        gain = not given.weights_only
+        key = f"{given.layout}, {given.calibration_rows} rows, {'gain' if gain else 'weights'}, "
         found = {
-            kind: part(note, key + kind, lambda kind=kind, paths=paths: measure(merging, solved, paths, kind))
+            kind: part(note, key + kind, lambda kind=kind, paths=paths: measure(merging, solved, paths, kind, gain=gain))
             for kind, paths in kinds.items()
         }
     print(f"{'type':12} {'layers':>6} {'numbers':>12} {'nearest':>26} {'ΔW':>6} {'error feedback':>26} {'ΔW':>6}")
     for kind, values in found.items():
-        ways = ((shown(values["surviving_share"][way]), values[way]["share_of_change"]) for way in (NEAREST, FEEDBACK))
-        shares = [f"{share:>26} {change:>6.2f}" for share, change in ways]
+        gains = {way: shown(share) for way, share in values["surviving_share"].items()}
+        shares = [f"{gains.get(way, ''):>26} {values[way]['share_of_change']:>6.2f}" for way in (NEAREST, FEEDBACK)]
         print(f"{kind:12} {values['layers']:>6} {values['numbers']:>12,} {' '.join(shares)}")
-    kept = all(values["surviving_share"][FEEDBACK]["value"] >= ASKED for values in found.values())
-    print(f"at least {ASKED:.0%} of the gain survives in every type: {'yes' if kept else 'NO'}")
+    kept = all(values["surviving_share"][FEEDBACK]["value"] >= ASKED for values in found.values()) if gain else None
+    if gain:
+        print(f"at least {ASKED:.0%} of the gain survives in every type: {'yes' if kept else 'NO'}")
     content = {"layout": given.layout, "calibration_rows": given.calibration_rows, "types": found, "claim_kept": kept}
     print(f"Written: {write_result(f'surviving_by_type_{given.layout}', content, seed=0, about=about, folder=given.results)}")
-    return 0 if kept else 1
+    return 1 if kept is False else 0
 
 
 if __name__ == "__main__":
