@@ -56,7 +56,7 @@ def measure(opened: Opened, rows: int, folder: Path, console: Console) -> dict[s
     for name, precision, model, adapters in written(opened, folder, console):
         with llama_server(model, adapters, context=CONTEXT, scale=1.0) as (url, _):
             asked = certify_artefacts(opened, [url], precision=precision, rows=rows, subject=name, console=console)
-        checks = tuple(replace(check, name=check.name.replace(url, name), right=name) for check in asked.checks)
+        checks = tuple(replace(check, name=check.name.replace(url, name), right=name, against="") for check in asked.checks)
         found[name] = Certificate(f"llama.cpp's server of {name}", checks)
         for check in checks:
             told = ", ".join(f"{key} {value:.3g} of {check.tolerance[key]:g}" for key, value in check.measured.items())

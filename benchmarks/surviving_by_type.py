@@ -6,7 +6,8 @@ A K-quant gives some tensors Q4_K, others Q6_K, and those whose rows are no mult
 back to Q5_0 or Q8_0. For each type alone: the layers of that type as `lorakeet merge --into packed` writes them, all others as
 they are in fp32 with the adapter, and the share of the gain that is left; rounded to the nearest, and by error feedback (solved
 once, for the whole file). Beside it what the numbers themselves hold of ΔW: ⟨Q(W+ΔW) − Q(W), ΔW⟩ / ‖ΔW‖² over the layers of
-the type, Q(W) being the file's own numbers; with --weights-only that alone, in a few minutes and without a verdict. Shares are no timings: a busy machine does not change them.
+the type, Q(W) being the file's own numbers; with --weights-only that alone, without a verdict. Shares are no timings: a busy
+machine does not change them.
 """
 
 from __future__ import annotations
