@@ -75,10 +75,8 @@ def test_new_tokens_are_in_the_merged_tokenizer(tiny_llama_folder: Path, tmp_pat
 
 
 def test_a_budget_without_room_for_the_check_is_refused_before_anything_is_written(finished: Any, tmp_path: Path) -> None:
-    said = {"original": "but the check of a merged model takes at least", "packed": "but a merge into packed weights takes about"}
-    for into, words in said.items():
-        with pytest.raises(ConfigError, match=words):
-            merge([str(finished.path)], out=tmp_path / "merged", into=into, memory="50MiB", console=quiet())  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="but the check of a merged model takes at least"):
+        merge([str(finished.path)], out=tmp_path / "merged", into="original", memory="50MiB", console=quiet())
     assert not (tmp_path / "merged").exists()
 
 
