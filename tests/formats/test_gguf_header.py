@@ -57,9 +57,6 @@ ANNOUNCED: dict[str, tuple[bytes, str]] = {
     "alignment 0": (with_tensors(keys=alignment(4, bytes(4)), count=1), "general.alignment is 0; expected a power of two"),
     "alignment 48": (with_tensors(keys=alignment(4, struct.pack("<I", 48)), count=1), "general.alignment is 48"),
     "alignment as a text": (with_tensors(keys=alignment(8, struct.pack("<Q", 2) + b"32"), count=1), "general.alignment is '32'"),
-    "more parts than a model has": (
-        raw_gguf(struct.pack("<IIQ", 9, 0, 1_000_000) + bytes(1_000_000)), "elements; expected at most 1,000,000"
-    ),
 }  # fmt: skip
 
 UNSOUND: dict[str, tuple[bytes, str]] = {
@@ -108,7 +105,7 @@ def test_every_tensor_lies_in_the_file_alone(case: str, tmp_path: Path) -> None:
 
 def test_an_adapter_has_no_vocabulary(tmp_path: Path) -> None:
     (tmp_path / "a.gguf").write_bytes(raw_gguf(struct.pack("<IIQ", 9, 0, 200_000) + bytes(200_000)))
-    with pytest.raises(DataError, match="expected at most 200,000"):
+    with pytest.raises(DataError, match=r"more than 200,000 are not read\. Use safetensors"):
         gguf.read(tmp_path / "a.gguf")
     assert check_gguf(tmp_path / "a.gguf").tensors == {}
 

@@ -50,6 +50,15 @@ def test_a_peak_that_is_another_moments_with_more_blocks_is_found() -> None:
     assert found.heap == PASSING
 
 
+def test_a_loop_whose_peak_is_another_moment_with_more_blocks_says_nothing() -> None:
+    """Three blocks stay below what came before the loop, four do not: no line is known of the moment that counts."""
+    few, more = (
+        [moment(scratch=100), *(moment(scratch=35 + 20 * block) for block in range(count)), moment()] for count in (4, 5)
+    )
+    with pytest.raises(Uneven, match="has its peak at another moment with more blocks"):
+        extended([Stretch("step", "phase", moments=few)], [Stretch("step", "phase", moments=more)], 3, wanted=32)
+
+
 def test_runs_that_do_not_go_through_their_blocks_alike_say_nothing() -> None:
     twice = run(4)
     twice.append(Stretch("step", "forward", 0, [moment(base=1)]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -49,6 +50,13 @@ def test_a_packed_model_is_merged_into_its_dense_one() -> None:
     both = zip(later_phases(config, packed, plan, 1), later_phases(config, model, plan, 1), strict=True)
     for found, expected in both:
         assert {**found.kinds, "runtime": 0} == {**expected.kinds, "runtime": 0}
+
+
+def test_new_tokens_are_planned_too() -> None:
+    config, model, _ = planned()
+    more = replace(config, lora=replace(config.lora, new_tokens=("<one>", "<two>")))
+    plan = plan_for(empty_model(model, torch.float32), more.lora, family_of(model))
+    assert [phase.name for phase in later_phases(more, model, plan, 1)] == ["merge", "export"]
 
 
 def test_phases_take_the_place_of_those_of_the_same_name() -> None:

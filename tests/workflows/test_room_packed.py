@@ -17,15 +17,17 @@ from lorakeet.workflows.merge import merge
 from lorakeet.workflows.opened import Opened, open_adapter
 from lorakeet.workflows.quantize import quantize
 from lorakeet.workflows.room_packed import Sizes, require_room, sizes_of
-from tiny.models import tiny_model
+from tiny.models import save_tiny_llama, tiny_model
 from tiny.runs import quiet, reviews, run, write_rows
 
 
 @pytest.fixture(scope="module")
-def on_nf4(tiny_llama_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def on_nf4(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run over six blocks, of which a plan rehearses a few."""
     folder = tmp_path_factory.mktemp("nf4")
+    model = save_tiny_llama(folder / "model", num_hidden_layers=6)
     data = write_rows(folder / "rows.jsonl", reviews(60))
-    quantize(str(tiny_llama_folder), method="nf4", out=folder / "nf4", console=quiet())
+    quantize(str(model), method="nf4", out=folder / "nf4", console=quiet())
     run(folder / "nf4", data, folder / "run", {"train.steps": 2})
     return folder / "run"
 
@@ -87,7 +89,7 @@ def test_one_block_at_a_time_is_dense(on_nf4: Path, tmp_path: Path, monkeypatch:
 
     monkeypatch.setattr(merge_packed, "round_with_feedback", kept)
     merge([str(on_nf4)], out=tmp_path / "out", into="packed", keep=1e-6, memory="8GiB", console=quiet())
-    assert max(map(len, held)) == 1 and len(held) == 14 + 2
+    assert max(map(len, held)) == 1 and len(held) == 6 * (7 + 1)
     assert len(found) == 14 and all(one.latent is None for one in found)
 
 

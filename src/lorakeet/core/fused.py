@@ -234,6 +234,8 @@ def _frozen_bases(layers: Sequence[nn.Module], x: Tensor) -> list[FrozenBase]:
     """
     if not (torch.is_grad_enabled() and x.requires_grad) or any(getattr(layer, "bias", None) is not None for layer in layers):
         return []
+    if any(getattr(layer, "products", None) not in (None, x.dtype) for layer in layers):
+        return []  # whose own code rounds between two products, without gradients and so in a streamed forward pass too
     if all(type(layer) is nn.Linear and not layer.weight.requires_grad and layer.weight.dtype == x.dtype for layer in layers):
         return [base_of(layer, "linear") for layer in layers]
     packed = [getattr(layer, "base", None) for layer in layers if not isinstance(layer, LoraLinear)]

@@ -25,7 +25,7 @@ from lorakeet.errors import DataError, EnvironmentProblem, Problems, unreadable
 __all__ = ["MAGIC", "GgufHeader", "Slot", "begins_as_gguf", "check_gguf", "gguf_package"]
 
 MAGIC = b"GGUF"
-MOST_PARTS = 1_000_000  # keys, tensors and array elements; 850,000 in the largest vocabularies; the package takes 0.7 kB for each
+MOST_PARTS = 2_000_000  # keys, tensors and array elements, for each of which the package takes 0.7 kB; Gemma 4 has 1.3 million
 _TEXT, _ARRAY, _U32 = 8, 9, 4
 _NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}  # GGUF's types
 _ALIGNMENT, _USUAL_ALIGNMENT = "general.alignment", 32
@@ -93,6 +93,8 @@ def _checked(path: Path, size: int, changed: int, most_parts: int) -> GgufHeader
             walk = _Walk(data, most_parts)
             try:
                 walk.run()
+            except _TooMany as error:
+                raise DataError(f"{path} cannot be read: {error}. Use safetensors in its place.") from error
             except ValueError as error:
                 where = f" at tensor {walk.last!r}" if walk.last else ""
                 raise DataError(
@@ -109,6 +111,10 @@ class _Announced:
     dimensions: tuple[int, ...]
     kind: int
     offset: int
+
+
+class _TooMany(ValueError):
+    """A header longer than any that is known, though the file has room for it."""
 
 
 @dataclass
@@ -179,8 +185,8 @@ class _Walk:
         if count * least > left:
             raise ValueError(f"at byte {self.place:,} it announces {count:,} {what}, for which {left:,} bytes are too few")
         if self.parts > self.most_parts:
-            raise ValueError(
-                f"its header announces {self.parts:,} keys, tensors and elements; expected at most {self.most_parts:,}"
+            raise _TooMany(
+                f"its header announces {self.parts:,} keys, tensors and elements, and more than {self.most_parts:,} are not read"
             )
 
     def _text(self) -> str:

@@ -66,8 +66,11 @@ def _lines(one: Stretch, other: Stretch, further: int) -> Iterator[Held]:
             yield _on_line(left, left, right, further)
         return
     # A loop over all blocks: its moments lie between its ends and its peak, whichever of these rises most.
-    peaks = [max(stretch.moments, key=lambda held: held.bytes) for stretch in (one, other)]
-    for left, right in ((one.moments[0], other.moments[0]), (one.moments[-1], other.moments[-1]), (peaks[0], peaks[1])):
+    places = [max(range(len(stretch.moments)), key=lambda place: stretch.moments[place].bytes) for stretch in (one, other)]
+    if places[0] != places[1] and len(one.moments) - places[0] != len(other.moments) - places[1]:
+        raise Uneven(f"{one.event} of block {one.block} in '{one.phase}' has its peak at another moment with more blocks")
+    peaks = one.moments[places[0]], other.moments[places[1]]
+    for left, right in ((one.moments[0], other.moments[0]), (one.moments[-1], other.moments[-1]), peaks):
         yield _on_line(peaks[1], left, right, further - 1)
 
 

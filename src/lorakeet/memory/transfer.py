@@ -128,6 +128,8 @@ class CudaTransfer:
         with self._cuda.stream(self._copying):
             self._copying.wait_event(free)
             into[: record.bytes].copy_(source[: record.bytes], non_blocking=True)
+            if into.is_cuda:
+                into.record_stream(self._copying)  # so that it is given to nobody while the copy goes on
             over = self._copying.record_event()
         if not self.keep:
             self._staging.append((source, over))

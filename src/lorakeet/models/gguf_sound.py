@@ -25,6 +25,7 @@ from lorakeet.models.quiet import quiet_transformers
 
 _ARCHITECTURE = "general.architecture"
 _BLOCK = re.compile(r"blk\.(\d+)\.")
+_ROTARY = ("rope_freqs.", "rope_factors")  # of Llama 3.1 and later, and of long Phi-3
 _ADVICE = "Fetch the file again, or use the model's safetensors folder."
 # What transformers and gguf raise for a header whose values make no model.
 READING = (ValueError, KeyError, RuntimeError, IndexError, NotImplementedError, TypeError, AttributeError, ArithmeticError)
@@ -43,6 +44,10 @@ def require_gguf(path: Path) -> GgufHeader:
     architecture = header.values.get(_ARCHITECTURE)
     if not isinstance(architecture, str) or not architecture:
         raise DataError(f"{path} names no {_ARCHITECTURE}, so that nothing says what model it holds. {_ADVICE}")
+    parts = header.values.get("split.count")
+    if isinstance(parts, int) and parts > 1:
+        join = "llama-gguf-split --merge FIRST-PART OUT.gguf"
+        raise DataError(f"{path} is one of {parts} parts of a model. Join them, then name the whole: {join}")
     blocks = header.values.get(f"{architecture}.block_count")
     held = {found.group(1) for name in header.tensors if (found := _BLOCK.match(name))}
     if not isinstance(blocks, int) or isinstance(blocks, bool) or not 0 < blocks <= len(held):
@@ -58,6 +63,11 @@ def config_of_gguf(path: Path) -> Any:
     Raises as `require_gguf` does, and DataError with every tensor that is missing or has another size.
     """
     header = require_gguf(path)
+    if turned := sorted(name for name in header.tensors if name.startswith(_ROTARY)):
+        raise DataError(
+            f"{path} scales its rotary positions by {turned[0]}, which transformers does not read from GGUF: the model would "
+            "compute something else. Use the model's safetensors folder."
+        )
     with reading(path):
         config: Any = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
         _check_shapes(path, header, config)
@@ -84,11 +94,10 @@ def _check_shapes(path: Path, header: GgufHeader, config: Any) -> None:
     processor = TENSOR_PROCESSORS.get(str(header.values[_ARCHITECTURE]), TensorProcessor)(config=config.to_dict())
     names: dict[str, str] = get_gguf_hf_weights_map(model, processor)
     parameters = dict(model.named_parameters())
-    stacked = any(len(slot.shape) > 2 for slot in header.tensors.values())  # experts: one tensor of the file is parts of several
     tied = getattr(model, "all_tied_weights_keys", {})
     for stored, name in names.items():
         slot, parameter = header.tensors.get(stored), parameters.get(name)
-        if parameter is None or stacked:
+        if parameter is None or parameter.dim() > 2 or "_exps" in stored:  # experts: a tensor of the file is parts of several
             continue
         if slot is None and name not in tied:
             problems.add(f"{path}: tensor {stored!r} is missing.")

@@ -26,6 +26,7 @@ def device_for(name: str) -> torch.device:
             raise EnvironmentProblem(
                 f"model.device is '{name}', but torch sees {count} CUDA devices here; use model.device auto."
             )
+        device = torch.device("cuda", device.index or 0)  # a limit of memory wants a device with its number
     elif device.type == "mps" and not torch.backends.mps.is_available():
         raise EnvironmentProblem("model.device is 'mps', but torch sees no Apple GPU here; use model.device auto.")
     elif device.type not in ("cpu", "cuda", "mps"):

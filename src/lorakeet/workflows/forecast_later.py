@@ -6,12 +6,14 @@ same sizes of the same checks, before there is an adapter.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 from typing import Any
 
 from lorakeet.config import RunConfig
 from lorakeet.core.plan import Plan
+from lorakeet.errors import ConfigError
 from lorakeet.export.llama_cpp import context_bytes
 from lorakeet.memory.forecast import Forecast, Phase
 from lorakeet.merge.fold import FP32_COPIES
@@ -63,7 +65,9 @@ def _phase(name: str, size: CheckSize, config: RunConfig, model_config: Any, pla
     """At its peak with all weights in memory where that fits, else with two blocks of each model."""
     dense = dataclasses.replace(config.model, quantize=QuantSpec())
     planner = CheckPlanner(size, dense, None, model_config, plan)
+    planner.ids = tuple(range(len(config.lora.new_tokens)))
     found = planner.forecast(streamed=False)
     if found.peak > budget:
-        found = planner.forecast(streamed=True)
+        with contextlib.suppress(ConfigError):  # of a model that is no list of blocks
+            found = min(found, planner.forecast(streamed=True), key=lambda way: way.peak)
     return Phase(name, found.highest.kinds)

@@ -18,6 +18,7 @@ from lorakeet.errors import ConfigError
 from lorakeet.evaluate.wording import bytes_text
 from lorakeet.memory.allocator import return_freed_memory
 from lorakeet.memory.budget import larger_than_machine
+from lorakeet.models.alike_blocks import Build
 from lorakeet.models.families import family_of
 from lorakeet.models.fits import plan_of
 from lorakeet.models.load import read_config
@@ -76,14 +77,14 @@ def _needed(opened: Opened, rows: int, finish: bool, micro_tokens: int, console:
     source = find_source(spec, partial(console.print, markup=False, soft_wrap=True))
     config = read_config(source)
     text, empty = config.get_text_config(), empty_model(config, torch.float32)
-    build = partial(
-        outline, config, name=spec.path, dtype=torch.float32, products=torch.float32, attention=spec.attention,
+    make = partial(
+        outline, name=spec.path, dtype=torch.float32, products=torch.float32, attention=spec.attention,
         quantize=spec.quantize, files=source,
     )  # fmt: skip
     longest = opened.config.data.max_tokens
     judging = Judging(filled(longest, max(longest, micro_tokens)), 0, 0)
     ids = next((found.ids for found in opened.adapter.token_rows.values()), ())
-    found = rehearse_judging(build, plan_of(empty, opened.adapter), judging, token_ids=ids)
+    found = rehearse_judging(Build(make, config), plan_of(empty, opened.adapter), judging, token_ids=ids)
     sizes = sizes_of(empty)
     states = FP32 * 2 * rows * longest * int(text.hidden_size)
     scratch = FP32 * (sizes.block + LAYER * sizes.largest + HESSIAN * sizes.widest**2) + states

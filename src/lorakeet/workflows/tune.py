@@ -24,6 +24,7 @@ from lorakeet.evaluate.rank_values import Search
 from lorakeet.evaluate.report import Command, Report, write_report
 from lorakeet.evaluate.values import encode
 from lorakeet.evaluate.wording import bytes_text, signed
+from lorakeet.memory.card import promised
 from lorakeet.train.durable import new_folder, write_file
 from lorakeet.workflows import facts
 from lorakeet.workflows.assemble import Assembly, assemble
@@ -72,33 +73,34 @@ def tune(  # noqa: PLR0913 - each is a flag of the verb
     _check(minutes, tokens, quick, together, seeds, difference)
     require_empty(out)
     sampler = None if quick else _sampler(config.train.seed)
-    setup = assemble(config, console)
-    if quick:
-        rate_factors, rank_choices, target_choices = QUICK_FACTORS, (), ()
-    space = space_for(
-        setup.config, setup.text, rate_factors=rate_factors, rank_choices=rank_choices, target_choices=target_choices
-    )
-    search = Trials(setup, space, _rows(setup), Budget(None if minutes is None else 60 * minutes, tokens), console)
-    power = search.power(difference)
-    console.print(power, markup=False, soft_wrap=True)
-    if setup.arrangement.budget is not None:
-        more = (len(QUICK_FACTORS) if quick else together) * HELD_BY_A_NUMBER * setup.plan.parameters
-        said = f"memory.budget is planned for one adapter; trained together, trials of this size hold {bytes_text(more)}."
-        console.print(said, markup=False, soft_wrap=True)
-    if quick:
-        others = [Trial(f"rate ×{factor:g}", Point(factor)) for factor in QUICK_FACTORS if factor != 1.0]
-        search.generation([Trial(START, Point()), *others], rungs=())
-    else:
-        search.run(sampler, together)
-    winner = search.best()
-    confirmed = search.confirm(winner, seeds)
-    found = search.result(winner, confirmed, power)
-    _show(found, console)
-    start = search.all[0]
-    chosen = winner if start.losses is None or (confirmed is not None and confirmed.verdict == "better") else start
-    settings = replace(space.resolved(chosen.point), out=config.out)
-    _write(out, settings, found, setup, console)
-    return Tuned(out, settings, found, confirmed)
+    with promised(config.memory.bytes, "Raise the budget, or lower --together."):
+        setup = assemble(config, console)
+        if quick:
+            rate_factors, rank_choices, target_choices = QUICK_FACTORS, (), ()
+        space = space_for(
+            setup.config, setup.text, rate_factors=rate_factors, rank_choices=rank_choices, target_choices=target_choices
+        )
+        search = Trials(setup, space, _rows(setup), Budget(None if minutes is None else 60 * minutes, tokens), console)
+        power = search.power(difference)
+        console.print(power, markup=False, soft_wrap=True)
+        if setup.arrangement.budget is not None:
+            more = (len(QUICK_FACTORS) if quick else together) * HELD_BY_A_NUMBER * setup.plan.parameters
+            said = f"memory.budget is planned for one adapter; trained together, trials of this size hold {bytes_text(more)}."
+            console.print(said, markup=False, soft_wrap=True)
+        if quick:
+            others = [Trial(f"rate ×{factor:g}", Point(factor)) for factor in QUICK_FACTORS if factor != 1.0]
+            search.generation([Trial(START, Point()), *others], rungs=())
+        else:
+            search.run(sampler, together)
+        winner = search.best()
+        confirmed = search.confirm(winner, seeds)
+        found = search.result(winner, confirmed, power)
+        _show(found, console)
+        start = search.all[0]
+        chosen = winner if start.losses is None or (confirmed is not None and confirmed.verdict == "better") else start
+        settings = replace(space.resolved(chosen.point), out=config.out)
+        _write(out, settings, found, setup, console)
+        return Tuned(out, settings, found, confirmed)
 
 
 def _check(
