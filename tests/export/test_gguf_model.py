@@ -92,7 +92,7 @@ def test_nothing_is_overwritten_and_nothing_half_written_stays(tiny_llama_folder
             tiny_llama_folder, None, tmp_path / "b.gguf", tokenizer=load_tokenizer(tiny_llama_folder), on_progress=stop
         )
     assert [path.name for path in tmp_path.iterdir()] == ["model.gguf"] and out.read_text() == "mine"
-    with pytest.raises(DataError, match="no readable GGUF file"):
+    with pytest.raises(DataError, match="is not a GGUF file"):
         GgufFile(out)
 
 

@@ -20,5 +20,5 @@ def test_pictures_plan_and_memory(tiny_sd_folder: Path, tmp_path: Path) -> None:
     show_forecast(setup.arrangement.planned, console)
     said = console.export_text()
     assert "12 training, 8 held-out" in said and "16×16 pixels" in said and "8 steps of 4 pictures" in said
-    for word in ("encode", "train step", "saved activations", "certify", "micro-batches of 4 × 16×16 pixels", "On a card"):
+    for word in ("encode", "train step", "saved: activations kept", "certify", "micro-batches of 4 × 16×16 pixels", "On a card"):
         assert word in said
