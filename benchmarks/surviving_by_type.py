@@ -29,12 +29,13 @@ from torch import Tensor
 from lorakeet.data.prepare import load_dataset
 from lorakeet.evaluate.values import encode
 from lorakeet.merge.requantise import Requantised, round_to_nearest
+from lorakeet.models.folded import fold_layers
 from lorakeet.models.gptq_blocks import weight_of
 from lorakeet.models.layout import PackedLayout, read_layout
 from lorakeet.models.modules import find, replace
 from lorakeet.quant.packed import PackedBase, PackedLinear
 from lorakeet.workflows.merge_packed import FEEDBACK, NEAREST, Measured, Merging, PackedMerge
-from lorakeet.workflows.opened import open_adapter
+from lorakeet.workflows.opened import NAME, open_adapter
 
 ASKED = 0.95
 WHOLE = "all of them"
@@ -76,7 +77,8 @@ def measure(
     """What the numbers of the layers at `paths` hold of the change, packed each way; the share of the gain if it is asked."""
     found: dict[str, Any] = {"layers": len(paths), "numbers": 0, "surviving_share": {}}
     for way in (NEAREST, FEEDBACK):
-        text, kept = merging.folded(), _Kept()
+        text, kept = merging.live(), _Kept()
+        fold_layers(text.model, NAME, list(merging.layout.layers))
         pairs = merging.opened.adapter.pairs
         for path in paths:
             layer: Any = find(text.model, path)
