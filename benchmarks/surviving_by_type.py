@@ -12,7 +12,6 @@ machine does not change them.
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -23,7 +22,7 @@ from typing import Any
 import torch
 from harness.machine import origin, write_result
 from rich.console import Console
-from surviving_gain import LAYOUTS, part, shown, target
+from surviving_gain import LAYOUTS, parser_for, part, shown, target
 from torch import Tensor
 
 from lorakeet.data.prepare import load_dataset
@@ -96,13 +95,9 @@ def measure(
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("run", type=Path, help="a finished run on an unquantised base")
+    parser = parser_for((__doc__ or "").splitlines()[0])
     parser.add_argument("--layout", choices=LAYOUTS, default="q4_k_m")
-    parser.add_argument("--calibration-rows", type=int, default=192)
     parser.add_argument("--weights-only", action="store_true", help="what the numbers hold of ΔW, without the gain")
-    parser.add_argument("--work", type=Path, help="a folder that keeps what is done, so that a broken off run goes on")
-    parser.add_argument("--results", type=Path, default=Path(__file__).with_name("results"), help="where the result is written")
     given = parser.parse_args(arguments)
     about, console, opened = origin(), Console(), open_adapter(given.run)
     with TemporaryDirectory() as name:

@@ -95,14 +95,20 @@ def shown(share: Mapping[str, float]) -> str:
     return f"{share['value']:.3f} [{share['low']:.3f}, {share['high']:.3f}]"
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+def parser_for(claim: str) -> argparse.ArgumentParser:
+    """The arguments that every benchmark of survival takes."""
+    parser = argparse.ArgumentParser(description=claim)
     parser.add_argument("run", type=Path, help="a finished run on an unquantised base")
-    parser.add_argument("--layouts", nargs="+", choices=LAYOUTS, default=LAYOUTS)
     parser.add_argument("--calibration-rows", type=int, default=192)
-    parser.add_argument("--finish-steps", type=int, default=300)
     parser.add_argument("--work", type=Path, help="a folder that keeps what is done, so that a broken off run goes on")
     parser.add_argument("--results", type=Path, default=Path(__file__).with_name("results"), help="where the result is written")
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = parser_for((__doc__ or "").splitlines()[0])
+    parser.add_argument("--layouts", nargs="+", choices=LAYOUTS, default=LAYOUTS)
+    parser.add_argument("--finish-steps", type=int, default=300)
     given = parser.parse_args(arguments)
     about, console, opened = origin(), Console(), open_adapter(given.run)
     with TemporaryDirectory() as name:

@@ -238,9 +238,8 @@ def _frozen_bases(layers: Sequence[nn.Module], x: Tensor) -> list[FrozenBase]:
         return []  # whose own code rounds between two products, without gradients and so in a streamed forward pass too
     if all(type(layer) is nn.Linear and not layer.weight.requires_grad and layer.weight.dtype == x.dtype for layer in layers):
         return [base_of(layer, "linear") for layer in layers]
-    packed = [getattr(layer, "base", None) for layer in layers if not isinstance(layer, LoraLinear)]
-    alike = len(packed) == len(layers) and len({getattr(layer, "products", None) for layer in layers}) == 1
-    return [cast(FrozenBase, base) for base in packed] if alike and all(base is not None for base in packed) else []
+    packed = [None if isinstance(layer, LoraLinear) else getattr(layer, "base", None) for layer in layers]
+    return [] if None in packed else cast("list[FrozenBase]", packed)
 
 
 def _shared_parts(layers: Sequence[nn.Module], tokens: int) -> list[tuple[slice, tuple[float, ...], list[Tensor]]]:

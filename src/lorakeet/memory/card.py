@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from lorakeet.errors import EnvironmentProblem
-from lorakeet.memory.forecast import KINDS, Phase
-from lorakeet.memory.held import Held
+from lorakeet.memory.forecast import Phase, phase_at
+from lorakeet.memory.held import KEPT, Held
 
 CONTEXT = 512 << 20  # bytes: driver and kernels, loaded as they are needed; some 300 MB are reported (pytorch/pytorch#107667)
 WORKSPACES = 64 << 20  # bytes: cuBLAS and cuBLASLt, each the 32 MiB that NVIDIA recommends for Hopper; 4 MiB before it
@@ -25,7 +25,6 @@ SEGMENTS = 2 * (2 + 20) << 20  # bytes: of each kind two that are used in part
 KEPT_SHARE = 1 / 32  # of what stays: at most 2 MiB of each large tensor
 MOVING_SHARE = 1 / 8  # of what comes and goes: pieces of segments that nothing fits into
 _ROUND = 2 << 20
-_STAYING = ("base", "adapter", "moments", "gradients")
 
 
 def rounded(size: int) -> int:
@@ -35,7 +34,7 @@ def rounded(size: int) -> int:
 
 def around(peak: Held) -> int:
     """Bytes to count for the allocator around the tensors of `peak`, and for the libraries that work beside them."""
-    kept = sum(size for kind, size in peak.kinds.items() if kind in _STAYING)
+    kept = sum(size for kind, size in peak.kinds.items() if kind in KEPT)
     return int(KEPT_SHARE * kept + MOVING_SHARE * (peak.bytes - kept)) + SEGMENTS + WORKSPACES
 
 
@@ -46,11 +45,7 @@ def phases_on_card(
 
     Freed memory always goes back to where other tensors find it, whatever `returning` and `trimmed_before` say of the host's.
     """
-    found = []
-    for name, peak in held.items():
-        kinds = {**peak.kinds, "runtime": runtime + peak.kinds.get("runtime", 0), "allocator": around(peak)}
-        found.append(Phase(name, {kind: kinds[kind] for kind in KINDS if kinds.get(kind)}))
-    return tuple(found)
+    return tuple(phase_at(name, peak, runtime, around(peak)) for name, peak in held.items())
 
 
 def card_of(tensors: Iterable[Tensor]) -> torch.device | None:

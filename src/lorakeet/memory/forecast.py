@@ -57,6 +57,11 @@ def phases_of(
         heap = 0 if name in trimmed_before else heap
         heap = 0 if returning else max(heap, peak.heap + slack(peak.heap))
         beside = slack(0) if returning else heap - peak.heap
-        kinds = {**peak.kinds, "runtime": runtime + peak.kinds.get("runtime", 0), "allocator": beside}
-        found.append(Phase(name, {kind: kinds[kind] for kind in KINDS if kinds.get(kind)}))
+        found.append(phase_at(name, peak, runtime, beside))
     return tuple(found)
+
+
+def phase_at(name: str, peak: Held, runtime: int, allocator: int) -> Phase:
+    """The phase at its `peak`, with `runtime` bytes and those that an allocator keeps beside the tensors."""
+    kinds = {**peak.kinds, "runtime": runtime + peak.kinds.get("runtime", 0), "allocator": allocator}
+    return Phase(name, {kind: kinds[kind] for kind in KINDS if kinds.get(kind)})

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass, field
 
+KEPT = ("base", "adapter", "moments", "gradients")  # kinds that stay, while others come and go
 OUTSIDE = -1  # the block of a stretch that begins outside of all blocks
 
 

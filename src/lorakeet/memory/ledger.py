@@ -27,10 +27,9 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from lorakeet.memory.allocator import LARGEST_HEAP_PIECE
-from lorakeet.memory.held import OUTSIDE, Held, Stretch
+from lorakeet.memory.held import KEPT, OUTSIDE, Held, Stretch
 
 Kind = Literal["base", "adapter", "moments", "gradients", "saved activations", "logits", "scratch"]
-_KEPT = ("base", "adapter", "moments", "gradients")  # a tensor of these stays what it is when autograd saves it too
 
 
 @dataclass
@@ -176,7 +175,7 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def _count(self, kind: str, size: int) -> None:
         self.held[kind] += size
-        if kind not in _KEPT and abs(size) < LARGEST_HEAP_PIECE:
+        if kind not in KEPT and abs(size) < LARGEST_HEAP_PIECE:
             self.heap += size
 
     def _strike(self, key: int) -> None:
@@ -196,7 +195,7 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _saved(self, tensor: Tensor) -> Tensor:
         if isinstance(tensor, FakeTensor):
             _, kind, _ = self._entries.get(tensor.untyped_storage()._cdata, (0, "base", None))
-            if kind not in _KEPT:
+            if kind not in KEPT:  # a tensor of these stays what it is when autograd saves it too
                 self._rename(tensor, "saved activations")
         return tensor
 

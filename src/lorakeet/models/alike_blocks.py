@@ -36,13 +36,13 @@ class Build:
 
 def alike_blocks(model: nn.Module, family: Family, plan: Plan) -> int:
     """How many blocks there are, where all are alike and have the same pairs; else 0."""
-    found = blocks_of(model, family)
-    if not found or not _counted_in(model, len(found)) or any(_is_inside(model, family, extra.path) for extra in plan.extras):
+    prefix, count = modules.block_prefix(model, family)
+    if not count or not _counted_in(model, count) or any(extra.path.startswith(f"{prefix}.") for extra in plan.extras):
         return 0
-    prefix, _ = modules.block_prefix(model, family)
+    found = blocks_of(model, family)
     pairs: dict[str, list[Any]] = {f"{prefix}.{index}": [] for index in range(len(found))}
     for entry in plan.entries:
-        block = ".".join(entry.path.split(".")[: prefix.count(".") + 2])
+        block = modules.block_of(entry.path, prefix)
         if block in pairs:
             pairs[block].append(replace(entry, path=entry.path.removeprefix(block)))
     first, *others = zip(map(_signature, found), pairs.values(), strict=True)
@@ -72,7 +72,7 @@ def first_blocks_of_plan(plan: Plan, model: nn.Module, family: Family) -> Plan:
     kept = {f"{prefix}.{index}" for index in range(count)}
 
     def is_there(path: str) -> bool:
-        return not path.startswith(f"{prefix}.") or ".".join(path.split(".")[: prefix.count(".") + 2]) in kept
+        return not path.startswith(f"{prefix}.") or modules.block_of(path, prefix) in kept
 
     return replace(plan, entries=tuple(entry for entry in plan.entries if is_there(entry.path)))
 
@@ -81,11 +81,6 @@ def _counted_in(model: Any, count: int) -> bool:
     """Whether the configuration says how many blocks there are."""
     text = model.config.get_text_config()
     return getattr(text, "num_hidden_layers", None) == count
-
-
-def _is_inside(model: nn.Module, family: Family, path: str) -> bool:
-    prefix, _ = modules.block_prefix(model, family)
-    return path.startswith(f"{prefix}.")
 
 
 def _signature(block: nn.Module) -> list[Any]:

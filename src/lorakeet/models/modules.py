@@ -158,6 +158,11 @@ def path_of(model: nn.Module, wanted: nn.Module | None) -> str:
     return next((path for path, module in original_modules(model) if module is wanted), "")
 
 
+def block_of(path: str, prefix: str) -> str:
+    """The path of the block of the list `prefix` that `path` is in, where it is in one."""
+    return ".".join(path.split(".")[: prefix.count(".") + 2])
+
+
 def block_prefix(model: nn.Module, family: Family) -> tuple[str, int]:
     """Path and length of the list of blocks: the family's, else the longest list not inside another; ("", 0) without one."""
     lists = {path: module for path, module in original_modules(model) if isinstance(module, nn.ModuleList) and len(module)}

@@ -176,7 +176,7 @@ def records_of(model: Any, family: Family) -> dict[str, set[str]]:
     found: dict[str, set[str]] = {f"{prefix}.{index}": set() for index in range(count)}
     for name in model.state_dict():
         if name.startswith(f"{prefix}."):
-            found[".".join(name.split(".")[: prefix.count(".") + 2])].add(name)
+            found[modules.block_of(name, prefix)].add(name)
     return found
 
 

@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import _disable_current_modes  # torch offers 
 from lorakeet.memory.outlined_disk import OutlinedStore
 from lorakeet.models.families import Family, family_of
 from lorakeet.models.load import set_attention
+from lorakeet.models.modules import block_of
 from lorakeet.models.outline import OutlinedBase
 from lorakeet.models.streamed_load import Residence, empty_packed, open_streamed, records_of
 from lorakeet.models.text import TextModel
@@ -64,7 +65,7 @@ def store_of(model: Any, family: Family) -> OutlinedStore:
     prefix = next(iter(records)).rpartition(".")[0]
     tied = set(getattr(model, "all_tied_weights_keys", {}))
     for name, tensor in model.state_dict().items():
-        record = ".".join(name.split(".")[: prefix.count(".") + 2])
+        record = block_of(name, prefix)
         if record in records:
             records[record][name.removeprefix(f"{record}.")] = tensor
         elif name not in tied:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import math
 from typing import Any
 
 from lorakeet.config import RunConfig
@@ -22,7 +21,7 @@ from lorakeet.quant.spec import QuantSpec
 from lorakeet.train.rehearsal import Judging, NotPlanned, Rows
 from lorakeet.workflows.compare_artefact import GREEDY_TOKENS
 from lorakeet.workflows.export import COPIES
-from lorakeet.workflows.forecast_check import FP32, CheckPlanner, CheckSize
+from lorakeet.workflows.forecast_check import FP32, CheckPlanner, CheckSize, adapted_bytes
 from lorakeet.workflows.forecast_run import EXPORT, MERGE
 from lorakeet.workflows.merge import size_of_merge
 from lorakeet.workflows.verify import MARGIN
@@ -51,13 +50,12 @@ def _sizes(config: RunConfig, text: Any, plan: Plan) -> tuple[tuple[str, CheckSi
     """What each check holds at once. Tensors are taken to be stored in the widest dtype that they may have."""
     length, table = config.data.max_tokens, int(text.vocab_size) * int(text.hidden_size)
     exported = length + GREEDY_TOKENS
-    changed = max((math.prod(entry.shape[1:] if entry.kind == "experts" else entry.shape) for entry in plan.entries), default=0)
-    changed = max(changed, table if plan.extras else 0)
+    changed = adapted_bytes(plan, table)
     export = CheckSize(
         "the check of an export", Judging(Rows(exported), 1, exported), models=1, alternate=True, row=exported, tensors=True,
-        beside=context_bytes(text, exported + MARGIN), writing=COPIES * FP32 * max(changed, table),
+        beside=context_bytes(text, exported + MARGIN), writing=COPIES * max(changed, FP32 * table),
     )  # fmt: skip
-    merge = size_of_merge(length, max((1 + FP32_COPIES) * FP32 * changed, 2 * FP32 * table))
+    merge = size_of_merge(length, max((1 + FP32_COPIES) * changed, 2 * FP32 * table))
     return (MERGE, merge), (EXPORT, export)
 
 
