@@ -10,7 +10,7 @@ from lorakeet.core.base import DenseBase
 from lorakeet.core.batched import Stack, shared_low_rank, stacked_in
 from lorakeet.core.lowrank import LoraPair
 from lorakeet.core.plan import PlanEntry
-from lorakeet.core.selection import Share, table_of
+from lorakeet.core.selection import Arrangement, Selection, Share
 
 IN, OUT, TOKENS = 12, 10, 9
 RANKS = {"a": 4, "b": 2, "c": 6}
@@ -73,30 +73,110 @@ def test_equals_one_token_at_a_time_with_gradients(layer: nn.Linear, pairs: dict
         torch.testing.assert_close(ours_value, expected, rtol=1e-4, atol=1e-4)
 
 
-def stacked(x: Tensor, layer: nn.Linear, stack: Stack) -> Tensor:
+CPU = torch.device("cpu")
+
+
+def arrangement(*shares: Share, units: int = TOKENS, selection: Selection | None = None) -> Arrangement:
+    selection = selection or Selection()
+    selection.divide(shares or SHARES, units=units)
+    return selection.arranged(units, CPU)
+
+
+def stack_of(pairs: dict[str, LoraPair], to: Arrangement, dtype: torch.dtype = torch.float32) -> Stack:
+    stack = Stack([(OUT, IN)], dtype, CPU)
+    stack.hold(to.places, [pairs])
+    return stack
+
+
+def stacked(x: Tensor, layer: nn.Linear, stack: Stack, to: Arrangement) -> Tensor:
     y = DenseBase(layer).matmul(x) + layer.bias
-    return stack.add(y, x, table_of(SHARES, stack.layout, stack.A))
+    stack.add([y], x, to)
+    return y
 
 
 def test_a_stack_gives_the_same(layer: nn.Linear, pairs: dict[str, LoraPair]) -> None:
-    x = inputs()
-    torch.testing.assert_close(stacked(x, layer, Stack(pairs, torch.float32)), one_at_a_time(x, layer, pairs))
+    x, to = inputs(), arrangement()
+    torch.testing.assert_close(stacked(x, layer, stack_of(pairs, to), to), one_at_a_time(x, layer, pairs))
 
 
-def test_a_stack_takes_new_pairs_in_free_places(layer: nn.Linear, pairs: dict[str, LoraPair]) -> None:
-    x = inputs()
-    stack = Stack({"old": pair("c"), "a": pairs["a"], "c": pairs["c"]}, torch.float32)
-    before = stack.A
-    assert stack.take(pairs) and stack.A is before, "b, of a smaller rank, takes the place of old"
-    torch.testing.assert_close(stacked(x, layer, stack), one_at_a_time(x, layer, pairs))
-    assert not stack.take({**pairs, "more": pair("a")}), "no place is free"
-    assert not stack.take({"a": pairs["a"]}), "two of three places would be empty"
-    assert not Stack({"b": pairs["b"]}, torch.float32).take({"a": pairs["a"]}), "its rank is larger"
-    renewed = {**pairs, "a": pair("a")}
+@pytest.mark.parametrize(
+    "shares",
+    [
+        [Share(token, token + 1, "abc"[token % 3], 1.0 + token // 3) for token in range(TOKENS)],  # aligned
+        [Share(0, TOKENS, "a")],  # together
+        [Share(0, 4, "a"), Share(5, 6, "b"), Share(6, 7, "c"), Share(7, 8, "a", 0.5)],  # looked up
+    ],
+)
+def test_each_way_through_a_stack_gives_the_same(
+    shares: list[Share], layer: nn.Linear, pairs: dict[str, LoraPair], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(globals(), "SHARES", tuple(shares))
+    x, to = inputs(), arrangement(*shares)
+    torch.testing.assert_close(stacked(x, layer, stack_of(pairs, to), to), one_at_a_time(x, layer, pairs))
+
+
+def test_layers_that_see_the_same_x_share_a_stack(pairs: dict[str, LoraPair]) -> None:
+    to, x = arrangement(), inputs()
+    others = {name: held for name, held in pairs.items() if name != "b"}  # b has no pair on the second layer
+    both = Stack([(OUT, IN), (OUT, IN)], torch.float32, CPU)
+    both.hold(to.places, [pairs, others])
+    found = [torch.zeros(TOKENS, OUT) for _ in range(2)]
+    both.add(found, x, to)
+    for y, held in zip(found, (pairs, others), strict=True):
+        alone = torch.zeros(TOKENS, OUT)
+        stack_of(held, to).add([alone], x, to)
+        torch.testing.assert_close(y, alone)
+
+
+def copies(stack: Stack, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The places that are copied to from now on."""
+    found: list[int] = []
+    copy = stack._copy
+    monkeypatch.setattr(stack, "_copy", lambda place, mix: (found.append(place), copy(place, mix)))
+    return found
+
+
+def test_a_stack_copies_what_is_new(pairs: dict[str, LoraPair], layer: nn.Linear, monkeypatch: pytest.MonkeyPatch) -> None:
+    selection, x = Selection(), inputs()
+    held = {**pairs, "d": pair("b")}
+
+    def at(*names: str) -> Arrangement:
+        return arrangement(*(Share(i, i + 1, name) for i, name in enumerate(names)), selection=selection)
+
+    to = at("a", "b", "c")
+    stack = stack_of(held, to)
+    copied = copies(stack, monkeypatch)
+    stack.hold((to := at("a", "d", "c")).places, [held])
+    assert copied == [1], "d takes the place of b"
+    y = torch.zeros(TOKENS, OUT)
+    stack.add([y], x, to)
+    torch.testing.assert_close(y[1], held["d"].scale * x[1] @ held["d"].A.T @ held["d"].B.T)
     with torch.no_grad():
-        renewed["a"].A.mul_(2)
-    assert stack.take(renewed), "another pair under the same name is another pair"
-    torch.testing.assert_close(stacked(x, layer, stack), one_at_a_time(x, layer, renewed))
+        held["c"].A.mul_(2)
+    stack.hold(to.places, [held])
+    assert copied[1:] == [0, 1, 2], "something was written to"
+    stack.forget("c")
+    stack.hold(to.places, [{name: value for name, value in held.items() if name != "c"}])
+    assert copied[4:] == [2], "c has gone"
+    assert not stack.Bs[0][2].count_nonzero()
+
+
+def test_a_stack_grows_by_doubling_and_shrinks(pairs: dict[str, LoraPair]) -> None:
+    many = {f"n{number}": pair("b") for number in range(9)}
+    sizes = []
+    stack = Stack([(OUT, IN)], torch.float32, CPU)
+    for count in (1, 2, 3, 5, 9, 3, 2):
+        to = arrangement(*(Share(i, i + 1, f"n{i}") for i in range(count)))
+        stack.hold(to.places, [many])
+        sizes.append(len(stack.A))
+    assert sizes == [1, 2, 4, 8, 16, 4, 4]
+
+
+def test_a_pair_that_is_more_than_a_and_b_is_special(pairs: dict[str, LoraPair]) -> None:
+    pairs["b"].bias = nn.Parameter(torch.ones(OUT))
+    to = arrangement()
+    stack = stack_of(pairs, to)
+    assert stack.special == {place for place, mix in enumerate(to.places) if mix == (("b", 1.0),)}
 
 
 def test_bare_tokens_are_the_base_bit_for_bit(layer: nn.Linear, pairs: dict[str, LoraPair]) -> None:
@@ -104,7 +184,8 @@ def test_bare_tokens_are_the_base_bit_for_bit(layer: nn.Linear, pairs: dict[str,
     plain = base.matmul(x) + layer.bias
     shares = [(share, pairs[share.name]) for share in SHARES]
     assert torch.equal(shared_low_rank(x, base, shares, bias=layer.bias)[4:6], plain[4:6])
-    assert torch.equal(stacked(x, layer, Stack(pairs, torch.float32))[4:6], plain[4:6])
+    to = arrangement()
+    assert torch.equal(stacked(x, layer, stack_of(pairs, to), to)[4:6], plain[4:6])
 
 
 def test_bf16_states_over_fp32_pairs(layer: nn.Linear, pairs: dict[str, LoraPair]) -> None:
@@ -114,17 +195,6 @@ def test_bf16_states_over_fp32_pairs(layer: nn.Linear, pairs: dict[str, LoraPair
     y.sum().backward()
     assert (y.dtype, x.grad.dtype, pairs["a"].A.grad.dtype) == (torch.bfloat16, torch.bfloat16, torch.float32)  # type: ignore[union-attr]
     torch.testing.assert_close(y.float(), one_at_a_time(x.detach().float(), layer, pairs), rtol=1e-2, atol=1e-2)
-
-
-def test_a_stack_copies_again_only_what_was_written_to(pairs: dict[str, LoraPair]) -> None:
-    stack = Stack(pairs, torch.bfloat16)
-    with torch.no_grad():
-        pairs["a"].A.zero_()
-    stack.A[1] = 7.0  # would be gone if the second pair were copied again
-    assert stack.A[0].count_nonzero() > 0
-    assert stack.take(pairs)
-    assert stack.A[0].count_nonzero() == 0 and bool((stack.A[1] == 7.0).all())
-    assert (stack.A.shape, stack.B.shape, stack.A.dtype) == ((3, 6, IN), (3, 6, OUT), torch.bfloat16)
 
 
 def test_what_is_plain() -> None:
@@ -139,8 +209,8 @@ def test_a_stack_of_another_dtype_than_the_states(layer: nn.Linear, pairs: dict[
     assert stacked_in(torch.bfloat16, torch.device("cpu")) == torch.float32
     assert stacked_in(torch.bfloat16, torch.device("cuda")) == torch.bfloat16
     x = inputs().bfloat16()
-    stack = Stack(pairs, stacked_in(torch.bfloat16, x.device))
+    to = arrangement()
+    stack = stack_of(pairs, to, stacked_in(torch.bfloat16, x.device))
     y = DenseBase(layer).matmul(x.float()).add_(layer.bias).bfloat16()
-    found = stack.add(y, x, table_of(SHARES, stack.layout, stack.A))
-    assert found.dtype == torch.bfloat16
-    torch.testing.assert_close(found.float(), one_at_a_time(x.float(), layer, pairs), rtol=2e-2, atol=6e-2)
+    stack.add([y], x, to)
+    torch.testing.assert_close(y.float(), one_at_a_time(x.float(), layer, pairs), rtol=2e-2, atol=6e-2)

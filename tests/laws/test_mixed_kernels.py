@@ -57,6 +57,7 @@ def test_sixteen_adapters_call_as_many_kernels_as_one(live: LiveModel) -> None:
         assert sum(sixteen.values()) <= sum(other.values()), sixteen - other
     matrices = len(live._held["a0"])
     products = sum(count for name, count in sixteen.items() if "mm" in name) - sum(c for n, c in none.items() if "mm" in n)
-    assert products == 2 * matrices, "a shrink and an expand for each adapted matrix"
+    inputs = len({path.rpartition(".")[0] for path in live._places}) * 2  # q, k, v and o; gate, up and down
+    assert products == inputs + matrices, "a shrink for each input, an expand for each adapted matrix"
     extra = sum(sixteen.values()) - sum(none.values())
     assert extra <= 12 * matrices, sixteen - none

@@ -4,14 +4,16 @@
             ├── tokens of share 1:  w₁·s₁ · x·A₁ᵀ·B₁ᵀ ── added to its part of y
             └── tokens of share 2:  w₂·s₂ · x·A₂ᵀ·B₂ᵀ ── added to its part of y       (shares may overlap: a mix)
 
-Two ways give the same numbers to rounding. Share by share costs what the pairs cost and is differentiable; stacked, all pairs are
-one A (P, rank, in) and one B (P, rank, out), each pair sees its own tokens, and the number of products does not depend on the
-number of adapters, which wins where each share has a token or two (decoding).
+Two ways give the same numbers to rounding. Share by share is differentiable and costs some products for each share. Stacked, for
+inference, each mix of adapters has a place in one A and one B, and all tokens that see few others of their mix are multiplied at
+once, for all layers that see the same x: the number of products does not depend on the number of adapters.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -19,8 +21,8 @@ from torch import Tensor
 
 from lorakeet.core.base import FrozenBase
 from lorakeet.core.lowrank import LoraPair
-from lorakeet.core.math import add_low_rank, add_stacked, grad_of_b, shrink_grad
-from lorakeet.core.selection import Layout, Share, Table
+from lorakeet.core.math import add_low_rank, grad_of_b, shrink_grad, stacked_grow, stacked_shrink
+from lorakeet.core.selection import Arrangement, Mix, Share
 
 
 class SharedLowRank(torch.autograd.Function):
@@ -91,58 +93,119 @@ def stacked_in(products: torch.dtype, device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "cpu" else products
 
 
-class Stack:
-    """The pairs of several adapters on one weight, side by side, in the dtype `products`; for inference.
+Mixture = Sequence[tuple[LoraPair, float]]  # the pairs of a mix on one layer, with weights
+Held = Sequence[Mapping[str, LoraPair]]  # the pairs of some layers, each by adapter
 
-    Copies A and B when an adapter comes into use, not for every token; the place of one that is no longer used is kept until
-    another needs it. Pairs of a smaller rank are filled up with zeros.
+
+class Stack:
+    """The pairs of several adapters on layers that see the same x, side by side by the places of an Arrangement; for inference.
+
+    A place holds its mix as one pair for each layer: A's one below the other, the B's with weight and scale in them, filled up
+    with zeros to the largest rank of the layer. All A's are one tensor (P, ranks of all layers, in), so that one product shrinks
+    x; each layer has its B (P, rank, out). Copies, in the dtype `products`, are made when a mix comes to a place.
     """
 
-    def __init__(self, pairs: dict[str, LoraPair], products: torch.dtype) -> None:
-        factors = [pair.factors() for pair in pairs.values()]
-        ranks = [A.shape[0] for A, _ in factors]
-        first_a, first_b = factors[0]
-        self.rank, self.products = max(ranks), products
-        self.A = first_a.new_zeros((len(pairs), self.rank, first_a.shape[1]), dtype=products, requires_grad=False)
-        self.B = first_b.new_zeros((len(pairs), self.rank, first_b.shape[0]), dtype=products, requires_grad=False)
-        self._held: list[tuple[str, LoraPair]] = list(pairs.items())
-        self._factors: dict[int, tuple[Tensor, Tensor, int]] = {}  # what was copied, and how often it had been written to
-        for place, (_, pair) in enumerate(self._held):
-            self._copy(place, pair)
-        self.layout: Layout = tuple((name, pair.scale) for name, pair in self._held)
+    def __init__(self, shapes: Sequence[tuple[int, int]], products: torch.dtype, device: torch.device) -> None:
+        """For weights of `shapes` (out, in); nothing is held yet."""
+        self.shapes, self.products, self.device = tuple(shapes), products, device
+        self.places: tuple[Mix, ...] = ()
+        self.special: set[int] = set()  # places of mixes with pairs that are more than A and B, which are not held
+        self._ranks: dict[int, tuple[int, ...]] = {}  # by place, of each layer
+        self._copied: dict[int, list[Tensor]] = {}  # by place, what was copied to it
+        self._written = 0  # how often all of that had been written to
+        self._make(0, tuple(0 for _ in shapes))
+        self._held_a, self._held_b = self.A, list(zip(self._parts, self.Bs, strict=True))  # of the places that are held
 
-    def take(self, pairs: dict[str, LoraPair]) -> bool:
-        """Makes the stack hold `pairs`, copying only those that are new; False where a stack made anew is the better way.
+    @property
+    def empty(self) -> bool:
+        """Whether no mix has a pair here."""
+        return not self.A.shape[1]
 
-        That is where too few places are free, a rank is too large, or most places would be empty.
-        """
-        held = dict(self._held)
-        new = [(name, pair) for name, pair in pairs.items() if held.get(name) is not pair]
-        for place, (A, B, version) in self._factors.items():
-            if version >= 0 and A._version + B._version != version:  # trained, or loaded anew, since it was copied
-                self._copy(place, self._held[place][1])
-        if not new:
-            return len(held) <= 2 * len(pairs)
-        free = [place for place, (name, pair) in enumerate(self._held) if pairs.get(name) is not pair]
-        if len(new) > len(free) or len(held) > 2 * len(pairs) or any(pair.factors()[0].shape[0] > self.rank for _, pair in new):
+    def hold(self, places: tuple[Mix, ...], pairs: Held) -> None:
+        """Makes each place hold its mix of `pairs`; an adapter without a pair here adds nothing. Copies only what is new."""
+        known = self.places if self._writings() == self._written else ()
+        new = [place for place, mix in enumerate(places) if place >= len(known) or known[place] != mix]
+        if self._make_room(places, {place: _own(places[place], pairs) for place in new}):
+            new = list(range(len(places)))
+        for place in new:
+            self._copy(place, _own(places[place], pairs))
+        self.places, self._written = places, self._writings()
+        self._held_a = self.A[: len(places)]
+        self._held_b = [(ranks, B[: len(places)]) for ranks, B in zip(self._parts, self.Bs, strict=True)]
+
+    def forget(self, name: str) -> None:
+        """Drops the copies of the adapter `name`: under this name comes another, or none."""
+        self.places = tuple(() if any(name == known for known, _ in mix) else mix for mix in self.places)
+        for place, mix in enumerate(self.places):
+            if not mix:
+                self._copied.pop(place, None)
+        self._written = self._writings()
+
+    def add(self, ys: Sequence[Tensor], x: Tensor, to: Arrangement) -> None:
+        """Adds to each layer's y (tokens, out), in place, what the places give the tokens of `x` (tokens, in)."""
+        wide = x.to(self.products)
+        if to.aligned:
+            shrunk = stacked_shrink(wide.unsqueeze(1), self._held_a)
+            for y, (ranks, B) in zip(ys, self._held_b, strict=True):
+                y.add_(stacked_grow(shrunk[..., ranks], B).squeeze(1).to(y.dtype))
+            return
+        for part, place in to.long:
+            narrow = torch.mm(wide[part], self._held_a[place].t())
+            for y, (ranks, B) in zip(ys, self._held_b, strict=True):
+                y[part].add_(torch.mm(narrow[:, ranks], B[place]).to(y.dtype))
+        if to.turns:
+            seen = wide.index_select(0, to.seen).view(len(self._held_a), to.turns, -1)
+            shrunk = stacked_shrink(seen, self._held_a)
+            for y, (ranks, B) in zip(ys, self._held_b, strict=True):
+                found = stacked_grow(shrunk[..., ranks], B).flatten(0, 1).index_select(0, to.found)
+                y.index_add_(0, to.tokens, found.to(y.dtype))
+
+    def _make_room(self, places: tuple[Mix, ...], mixes: Mapping[int, Sequence[Mixture]]) -> bool:
+        """Notes the ranks of the new `mixes`; whether there had to be new tensors, so that everything is to be copied again."""
+        for place, layers in mixes.items():
+            plain = all(pair.plain for mixture in layers for pair, _ in mixture)
+            (self.special.discard if plain else self.special.add)(place)
+            self._ranks[place] = tuple(sum(len(pair.factors()[0]) for pair, _ in mixture) if plain else 0 for mixture in layers)
+        for place in [place for place in self._ranks if place >= len(places)]:
+            del self._ranks[place]
+            self._copied.pop(place, None)
+            self.special.discard(place)
+        ranks = tuple(max(own) for own in zip(*self._ranks.values(), strict=True)) or tuple(0 for _ in self.shapes)
+        held = tuple(part.stop - part.start for part in self._parts)
+        if all(new <= old for new, old in zip(ranks, held, strict=True)) and len(self.A) // 4 < len(places) <= len(self.A):
             return False
-        for place, (name, pair) in zip(free, new, strict=False):
-            self._held[place] = name, pair
-            self._copy(place, pair)
-        self.layout = tuple((name, pair.scale) for name, pair in self._held)
+        self._make(1 << (len(places) - 1).bit_length() if places else 0, ranks)
         return True
 
-    def _copy(self, place: int, pair: LoraPair) -> None:
-        counted = not (pair.A.is_inference() or pair.B.is_inference())  # torch counts no writing to tensors of inference mode
-        self._factors[place] = pair.A, pair.B, pair.A._version + pair.B._version if counted else -1
-        A, B = (factor.detach() for factor in pair.factors())
-        rank = A.shape[0]
-        self.A[place, :rank].copy_(A)
-        self.B[place, :rank].copy_(B.t())
-        if rank < self.rank:
-            self.A[place, rank:].zero_()
-            self.B[place, rank:].zero_()
+    def _make(self, places: int, ranks: tuple[int, ...]) -> None:
+        """Room for `places` mixes, each of at most such a rank for each layer."""
+        ends = [0, *itertools.accumulate(ranks)]
+        self._parts = [slice(first, last) for first, last in itertools.pairwise(ends)]  # of the rank side, by layer
+        zeros = partial(torch.zeros, dtype=self.products, device=self.device)
+        self.A = zeros(places, ends[-1], self.shapes[0][1])
+        self.Bs = [zeros(places, rank, out) for rank, (out, _) in zip(ranks, self.shapes, strict=True)]
 
-    def add(self, y: Tensor, x: Tensor, table: Table) -> Tensor:
-        """Adds to `y` (tokens, out), in place, what the pairs give the tokens of `x` (tokens, in), whatever their dtype."""
-        return add_stacked(y, x, self.A, self.B, *table)
+    def _copy(self, place: int, layers: Sequence[Mixture]) -> None:
+        copied: list[Tensor] = []
+        for ranks, B, mixture in zip(self._parts, self.Bs, layers, strict=True):
+            below, beside, first = self.A[place, ranks], B[place], 0
+            for pair, weight in () if place in self.special else mixture:
+                a, b = (factor.detach() for factor in pair.factors())
+                last = first + len(a)
+                below[first:last].copy_(a)
+                beside[first:last].copy_(b.t()).mul_(pair.scale * weight)
+                copied += [tensor for tensor in (pair.A, pair.B) if not tensor.is_inference()]  # whose writings are not counted
+                first = last
+            if first < len(below):
+                below[first:].zero_()
+                beside[first:].zero_()
+        self._copied[place] = copied
+
+    def _writings(self) -> int:
+        """How often what was copied has been written to in place."""
+        return sum(tensor._version for copied in self._copied.values() for tensor in copied)
+
+
+def _own(mix: Mix, pairs: Held) -> list[Mixture]:
+    """The pairs of a mix, for each layer."""
+    return [[(held[name], weight) for name, weight in mix if name in held] for held in pairs]

@@ -60,7 +60,7 @@ class RotaryAttentionFunction(torch.autograd.Function):
             add_low_rank(outs[place], part, b, scale)
         turn = cos.to(inputs.products), sin.to(inputs.products)
         query, key, value = (out.view(len(x), -1, inputs.head) for out in outs)
-        states = [_laid(states, x.dtype) for states in (_turned(query, *turn), _turned(key, *turn), value)]
+        states = [_laid(states, x.dtype) for states in (turned(query, *turn), turned(key, *turn), value)]
         result, kept = inputs.kernel.forward(*states)
         source = kept_of(x, normed)
         ctx.save_for_backward(cos, sin, *source, *states, *kept, *shrunk, *factors)
@@ -78,8 +78,8 @@ class RotaryAttentionFunction(torch.autograd.Function):
         found = inputs.kernel.backward(grad.view(1, len(x), -1, inputs.head), *states, *kept)
         turn = cos.to(inputs.products), sin.to(inputs.products)
         query, key, value = (states[0].transpose(0, 1).to(inputs.products) for states in found)  # (tokens, heads, head)
-        turned = _turned(query, *turn, back=True), _turned(key, *turn, back=True), value
-        grads = [states.reshape(len(x), -1) for states in turned]
+        back = turned(query, *turn, back=True), turned(key, *turn, back=True), value
+        grads = [states.reshape(len(x), -1) for states in back]
         through, of_b = [], []  # u and ∂B of each pair
         for (place, b, scale), part in zip(_pairs(inputs, factors), shrunk, strict=True):
             through.append(shrink_grad(grads[place], b, scale))
@@ -115,7 +115,7 @@ def _shrunk(wide: Tensor, inputs: Inputs, factors: Sequence[Tensor]) -> list[Ten
     return [part.contiguous() for part in torch.split(both, [len(a) for a in factors[::2]], dim=1)]
 
 
-def _turned(states: Tensor, cos: Tensor, sin: Tensor, *, back: bool = False) -> Tensor:
+def turned(states: Tensor, cos: Tensor, sin: Tensor, *, back: bool = False) -> Tensor:
     """R·states, or Rᵀ·states, of (tokens, heads, head); cos and sin are (tokens, head)."""
     half = states.shape[2] // 2
     a, b = states[..., :half], states[..., half:]
@@ -175,7 +175,7 @@ class RotaryAttention(StandIn):
         head, prefix = cast(int, self.original.head_dim), cast(int, settings.get("row_prefix", 0))
         if (
             turn[0].shape != (1, x.shape[1], head)
-            or any(prefix + max(rows) > limit for limit in self._windows())
+            or any(prefix + max(rows) > limit for limit in self.windows())
             or self._drops()
         ):
             return nothing
@@ -195,7 +195,7 @@ class RotaryAttention(StandIn):
         inputs = Inputs(bases, [layer.bias for layer in layers], scales, head, products, kernel)
         return inputs, [factor for pair in held for factor in pair.factors()]
 
-    def _windows(self) -> list[int]:
+    def windows(self) -> list[int]:
         """The tokens that a query looks back at, where the layer or its model limits them."""
         original = self.original
         limits = [getattr(holder, "sliding_window", None) for holder in (original, getattr(original, "config", None))]

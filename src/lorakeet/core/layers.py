@@ -10,7 +10,6 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -21,10 +20,8 @@ from lorakeet.core.batched import Stack, shared_low_rank, stacked_in
 from lorakeet.core.dora import DoraPair
 from lorakeet.core.lowrank import LoraPair, frozen_linear
 from lorakeet.core.plan import PlanEntry
-from lorakeet.core.selection import Selection, Share, Table
+from lorakeet.core.selection import Mix, Selection, Share
 from lorakeet.core.start import begin
-
-STACK_UP_TO = 16  # tokens of a share up to which its pair is stacked with others where no gradient is asked for
 
 
 class StandIn(nn.Module):
@@ -111,30 +108,14 @@ class AdaptedLayer(StandIn):
         return [(share, cast(LoraPair, held[share.name])) for share in shares if share.name in held]
 
 
-@dataclass(frozen=True)
-class _Division:
-    """How a linear layer goes about the shares of a batch: worked out once, used for every token that the same rows write."""
-
-    shares: tuple[Share, ...] | None
-    tokens: int
-    products: torch.dtype
-    long: Sequence[tuple[Share, LoraPair]] = ()  # share by share
-    stack: Stack | None = None  # for all others
-    table: Table | None = None
-    special: Sequence[tuple[Share, LoraPair]] = ()  # where a pair is more than A and B, each share by itself
-
-    def holds(self, shares: tuple[Share, ...] | None, tokens: int, products: torch.dtype) -> bool:
-        return self.shares is shares and self.tokens == tokens and self.products == products
-
-
 class LoraLinear(AdaptedLayer):
     """nn.Linear, GPT-2's Conv1D or a quantised linear layer, seen through a FrozenBase."""
 
     def __init__(self, original: nn.Module, base: FrozenBase) -> None:
         super().__init__(original)
         self.base = base
-        self._stack: Stack | None = None
-        self._division: _Division | None = None
+        self.shares_input: list[SharedInput] = []  # where its pairs stand beside those of other layers, or alone
+        self._alone = SharedInput([self])
 
     @property
     def in_features(self) -> int:
@@ -145,12 +126,16 @@ class LoraLinear(AdaptedLayer):
         return self.base.shape[0]
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.in_use and self.selection.shares is not None:
+        if self.selection.shares is not None and self.adapters._modules:
             flat = x.reshape(-1, x.shape[-1])
             return self._divided(flat).view(*x.shape[:-1], -1)
         pair = self.pair()
         if pair is not None:
             return cast(Tensor, pair(x, self.base, self.bias, self.products))
+        return self.bare(x)
+
+    def bare(self, x: Tensor) -> Tensor:
+        """x (…, in) through the frozen weight alone."""
         if self.products is None or self.products == x.dtype:
             return cast(Tensor, self.original(x))
         return frozen_linear(x, self.base, bias=self.bias, products=self.products)
@@ -162,51 +147,19 @@ class LoraLinear(AdaptedLayer):
             if not all(pair.plain for _, pair in shares):
                 return self._one_by_one(x, shares)
             return shared_low_rank(x, self.base, shares, bias=self.bias, products=self.products)
-        products = self.products or x.dtype
-        division = self._division
-        if division is None or not division.holds(self.selection.shares, len(x), products):
-            division = self._division = self._divide(len(x), products)
-        if division.special:
-            return self._one_by_one(x, division.special)
-        wide = x.to(products)
-        if division.long:
-            y = shared_low_rank(wide, self.base, division.long, bias=self.bias, products=products)
-        else:
-            y = self.base.matmul(wide)
-            y = y if self.bias is None else y.add_(self.bias)
-        if division.stack is not None and division.table is not None:
-            division.stack.add(y, wide, division.table)
-        return y.to(x.dtype)
-
-    def _divide(self, tokens: int, products: torch.dtype) -> _Division:
-        """How this layer goes about the shares; the same for every step until rows come or go."""
-        shares, given = self.divided(tokens), self.selection.shares
-        if not all(pair.plain for _, pair in shares):
-            return _Division(given, tokens, products, special=shares)
-        long = [(share, pair) for share, pair in shares if share.stop - share.start > STACK_UP_TO]
-        short = [(share, pair) for share, pair in shares if share.stop - share.start <= STACK_UP_TO]
-        if not short:
-            return _Division(given, tokens, products, long=long)
-        dtype = stacked_in(products, short[0][1].A.device)
-        stack = self._stack_of({share.name: pair for share, pair in short}, dtype)
-        table = self.selection.table(stack.layout, tuple(share for share, _ in short), stack.A)
-        return _Division(given, tokens, products, long, stack, table)
-
-    def _stack_of(self, pairs: dict[str, LoraPair], products: torch.dtype) -> Stack:
-        """A stack that holds `pairs`: the one of the step before, as it is or with new ones in it, or a new one."""
-        stack = self._stack
-        if stack is None or stack.products != products or not stack.take(pairs):
-            stack = self._stack = Stack(pairs, products)
-        return stack
+        found = self._alone(x)
+        return self._one_by_one(x, self.divided(len(x))) if found is None else found[0]
 
     def attach(self, name: str, adapter: nn.Module) -> None:
         super().attach(name, adapter)
-        self._division = None
+        for shared in self.shares_input:
+            shared.forget(name)
 
     def detach(self, name: str) -> None:
-        """As for every layer; copies of its pair that a stack holds go too."""
+        """As for every layer; copies of its pair that stand in stacks are forgotten too."""
         super().detach(name)
-        self._stack = self._division = None
+        for shared in self.shares_input:
+            shared.forget(name)
 
     def _one_by_one(self, x: Tensor, shares: Sequence[tuple[Share, LoraPair]]) -> Tensor:
         """For pairs that are more than A and B: each share goes through its pair by itself, all other tokens through the base."""
@@ -222,6 +175,54 @@ class LoraLinear(AdaptedLayer):
             else:
                 parts.append(frozen_linear(part, self.base, bias=self.bias, products=self.products))
         return torch.cat(parts)
+
+
+class SharedInput:
+    """Layers that see the same x, for divided batches and inference: one product shrinks x for the pairs of all of them."""
+
+    def __init__(self, layers: Sequence[LoraLinear]) -> None:
+        self.layers = tuple(layers)
+        self._stack: Stack | None = None
+        self._products: torch.dtype | None = None
+        self._biases: list[Tensor | None] = []
+        for layer in layers:
+            layer.shares_input.append(self)
+
+    def forget(self, name: str) -> None:
+        """Under the name of this adapter comes another, or none."""
+        if self._stack is not None:
+            self._stack.forget(name)
+
+    def __call__(self, x: Tensor) -> list[Tensor] | None:
+        """x (tokens, in) to (tokens, out) of each layer; None where a pair in use is more than A and B."""
+        first = self.layers[0]
+        products = first.products or x.dtype
+        to = first.selection.arranged(len(x), x.device)
+        stack = self._stack
+        if stack is None or stack.places is not to.places or self._products != products:
+            stack = self._holding(to.places, products, x.device)
+        if stack.special and not all(pair.plain for layer in self.layers for _, pair in layer.divided(len(x))):
+            return None
+        if stack.empty:
+            return [layer.bare(x) for layer in self.layers]
+        wide = x.to(products)
+        ys = [layer.base.matmul(wide) for layer in self.layers]
+        for y, bias in zip(ys, self._biases, strict=True):
+            if bias is not None:
+                y.add_(bias)
+        stack.add(ys, wide, to)
+        return ys if products == x.dtype else [y.to(x.dtype) for y in ys]
+
+    def _holding(self, places: tuple[Mix, ...], products: torch.dtype, device: torch.device) -> Stack:
+        """The stack, with the mixes of `places` in it."""
+        stack = self._stack
+        if stack is None or self._products != products:
+            shapes = [layer.base.shape for layer in self.layers]
+            stack = self._stack = Stack(shapes, stacked_in(products, device), device)
+        # The plain dicts: this runs for every layer as rows come and go.
+        stack.hold(places, [cast("dict[str, LoraPair]", layer.adapters._modules) for layer in self.layers])
+        self._products, self._biases = products, [layer.bias for layer in self.layers]
+        return stack
 
 
 class LoraEmbedding(AdaptedLayer):

@@ -52,15 +52,14 @@ def add_low_rank(y: Tensor, shrunk: Tensor, B: Tensor, scale: float) -> Tensor:
     return y.addmm_(shrunk, B.t(), alpha=scale)
 
 
-def add_stacked(y: Tensor, x: Tensor, A: Tensor, B: Tensor, tokens: Tensor, factors: Tensor) -> Tensor:
-    """Adds to `y` (n, out), in place, what P pairs of one rank give the rows of `x` (n, in): A (P, rank, in), B (P, rank, out).
+def stacked_shrink(x: Tensor, A: Tensor) -> Tensor:
+    """x·Aᵀ for P pairs of one rank side by side: x (P, m, in), A (P, rank, in) to (P, m, rank), in one product."""
+    return torch.bmm(x, A.transpose(1, 2))
 
-    `tokens` (P·m,) are the rows that each pair sees, m of them, `factors` (P, m, 1) their weight·scale; 0 where a place is empty.
-    The products run in the dtype of A and B, and their number does not depend on P.
-    """
-    seen = x.index_select(0, tokens).to(A.dtype).view(A.shape[0], -1, x.shape[1])
-    shrunk = torch.bmm(seen, A.transpose(1, 2)).mul_(factors)
-    return y.index_add_(0, tokens, torch.bmm(shrunk, B).flatten(0, 1).to(y.dtype))
+
+def stacked_grow(shrunk: Tensor, B: Tensor) -> Tensor:
+    """What P pairs add, from `shrunk` (P, m, rank) and B (P, rank, out), which holds their scales: (P, m, out)."""
+    return torch.bmm(shrunk, B)
 
 
 def shrink_grad(grad: Tensor, B: Tensor, scale: float) -> Tensor:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-Layout = tuple[tuple[str, float], ...]  # (adapter, scale) of the pairs of a stack, in order
-Table = tuple[Tensor, Tensor]  # which tokens each pair of a stack sees, and weight·scale of each; see table_of
+Mix = tuple[tuple[str, float], ...]  # the adapters that a token uses, with weights; () for the bare base
+LONG = 16  # neighbouring tokens of one mix beyond which they are multiplied by themselves
+FEW = 2  # runs of neighbours up to which all are
 
 
 @dataclass(frozen=True)
@@ -25,6 +27,24 @@ class Share:
     weight: float = 1.0
 
 
+@dataclass(frozen=True)
+class Arrangement:
+    """A divided batch as layers compute it: each mix of adapters has a place, and each place sees some of the tokens.
+
+    `places` are the mixes by place, () where one is free. `long` are neighbouring tokens of one mix, with its place. All other
+    tokens with a mix are computed together, `turns` of them by each place: place p sees the tokens `seen[p·turns …]`, and
+    what becomes of `tokens` (k,) is found at `found` (k,) among those. `aligned`: token i sees place i, and that is all.
+    """
+
+    places: tuple[Mix, ...]
+    long: tuple[tuple[slice, int], ...]
+    turns: int
+    seen: Tensor
+    tokens: Tensor
+    found: Tensor
+    aligned: bool
+
+
 class Selection:
     """The adapter that all units use (`active`), or the `shares` of a batch of `units` whose units use different ones."""
 
@@ -32,12 +52,14 @@ class Selection:
         self.active: str | None = None
         self.shares: tuple[Share, ...] | None = None
         self.units = 0
-        self._tables: list[tuple[tuple[Layout, tuple[Share, ...], torch.dtype, torch.device], Table]] = []
+        self._places: tuple[Mix, ...] = ()
+        self._runs: tuple[tuple[int, int, Mix], ...] = ()  # (start, stop, mix) of neighbouring units
+        self._arranged: dict[tuple[int, torch.device], Arrangement] = {}
 
     def use(self, name: str | None) -> None:
         """Everything uses the adapter `name`, or the bare base. The name is not checked here; see models/inject.activate."""
         self.active, self.shares = name, None
-        self._tables.clear()
+        self._arranged.clear()
 
     def divide(self, shares: Iterable[Share], *, units: int) -> None:
         """The next batches have `units` units, and each share of them its adapter; units in no share use the bare base.
@@ -51,47 +73,88 @@ class Selection:
         if given == self.shares and units == self.units:
             return  # the same rows write another token: what was worked out for them still holds
         self.shares, self.units = given, units
-        self._tables.clear()
+        self._runs = _runs(given)
+        self._places = _placed(self._places, [mix for _, _, mix in self._runs])
+        self._arranged.clear()
 
     def shares_over(self, tokens: int) -> tuple[Share, ...]:
         """The shares in tokens, where a layer sees `tokens` of them: as many for each unit."""
-        shares = self.shares or ()
-        each, rest = divmod(tokens, self.units)
-        if rest:
-            raise ValueError(f"a layer sees {tokens} tokens, which is no multiple of the batch's {self.units} units")
+        shares, each = self.shares or (), self._each(tokens)
         if each == 1:
             return shares
         return tuple(Share(share.start * each, share.stop * each, share.name, share.weight) for share in shares)
 
-    def table(self, layout: Layout, shares: tuple[Share, ...], like: Tensor) -> Table:
-        """`table_of` the shares, kept until they change: every layer with the same adapters and scales asks for the same.
+    def arranged(self, tokens: int, device: torch.device) -> Arrangement:
+        """How layers that see `tokens` tokens compute the divided batch; worked out once for all of them.
 
-        The few there are, are compared one by one: to hash as many shares as a batch has rows takes ten times as long.
+        A mix keeps its place from one batch to the next, so that its pairs need not be copied again.
         """
-        key = layout, shares, like.dtype, like.device
-        for known, found in self._tables:
-            if known == key:
-                return found
-        self._tables.append((key, table_of(shares, layout, like)))
-        return self._tables[-1][1]
+        found = self._arranged.get((tokens, device))
+        if found is None:
+            each = self._each(tokens)
+            runs = [(start * each, stop * each, mix) for start, stop, mix in self._runs]
+            found = self._arranged[tokens, device] = _arrangement(runs, self._places, tokens, device)
+        return found
+
+    def _each(self, tokens: int) -> int:
+        each, rest = divmod(tokens, self.units)
+        if rest:
+            raise ValueError(f"a layer sees {tokens} tokens, which is no multiple of the batch's {self.units} units")
+        return each
 
 
-def table_of(shares: Iterable[Share], layout: Layout, like: Tensor) -> Table:
-    """For a stack of P pairs: tokens (P·m,) and factors (P, m, 1), where m is the most tokens that one pair sees.
+def _runs(shares: tuple[Share, ...]) -> tuple[tuple[int, int, Mix], ...]:
+    """Where neighbouring units use one mix. The weights of shares of one adapter that overlap add up."""
+    ends = sorted({end for share in shares for end in (share.start, share.stop)})
+    found: list[tuple[int, int, Mix]] = []
+    for start, stop in itertools.pairwise(ends):
+        weights: dict[str, float] = {}
+        for share in shares:
+            if share.start <= start < share.stop:
+                weights[share.name] = weights.get(share.name, 0.0) + share.weight
+        mix = tuple(sorted(weights.items()))
+        if found and mix and found[-1][1:] == (start, mix):
+            found[-1] = found[-1][0], stop, mix
+        elif mix:
+            found.append((start, stop, mix))
+    return tuple(found)
 
-    Each pair's tokens come with weight·scale; a pair with fewer of them sees token 0 with factor 0. Dtype and device of `like`.
+
+def _placed(places: tuple[Mix, ...], mixes: Iterable[Mix]) -> tuple[Mix, ...]:
+    """`places` with the `mixes` in them: known ones stay, new ones take the places of those that are gone, or follow.
+
+    All anew, and the others forgotten, where more than half of the places would see nothing.
     """
-    seen: dict[str, dict[int, float]] = {name: {} for name, _ in layout}
-    for share in shares:
-        if share.name in seen:
-            mine = seen[share.name]
-            for token in range(share.start, share.stop):
-                mine[token] = mine.get(token, 0.0) + share.weight
-    most = max((len(mine) for mine in seen.values()), default=0)
-    tokens, factors = [], []
-    for name, scale in layout:
-        mine, empty = seen[name], most - len(seen[name])
-        tokens += [*mine, *([0] * empty)]
-        factors += [*(weight * scale for weight in mine.values()), *([0.0] * empty)]
-    found = torch.tensor(factors).view(len(layout), most, 1)
-    return torch.tensor(tokens, dtype=torch.int64).to(like.device), found.to(device=like.device, dtype=like.dtype)
+    wanted = dict.fromkeys(mixes)
+    if len(places) > 2 * len(wanted):
+        return tuple(wanted)
+    found, held = list(places), set(places)
+    free = (place for place, mix in enumerate(places) if mix not in wanted)
+    for mix in wanted:
+        if mix in held:
+            continue
+        place = next(free, len(found))
+        found[place : place + 1] = [mix]
+    return tuple(found)
+
+
+def _arrangement(
+    runs: Iterable[tuple[int, int, Mix]], places: tuple[Mix, ...], tokens: int, device: torch.device
+) -> Arrangement:
+    place_of = {mix: place for place, mix in enumerate(places)}
+    runs = list(runs)
+    most = LONG if len(runs) > FEW else 0
+    long: list[tuple[slice, int]] = []
+    mine: list[list[int]] = [[] for _ in places]  # the tokens of each place that are computed together
+    for start, stop, mix in runs:
+        if stop - start > most:
+            long.append((slice(start, stop), place_of[mix]))
+        else:
+            mine[place_of[mix]] += range(start, stop)
+    turns = max(map(len, mine), default=0)
+    aligned = not long and len(places) == tokens and all(own == [token] for token, own in enumerate(mine))
+    seen = [token for own in mine for token in [*own, *[0] * (turns - len(own))]]
+    where = [(token, place * turns + turn) for place, own in enumerate(mine) for turn, token in enumerate(own)]
+    lists = seen, [token for token, _ in where], [place for _, place in where]
+    at, own, found = (torch.tensor(numbers, dtype=torch.int64).to(device) for numbers in lists)
+    return Arrangement(places, tuple(long), turns, at, own, found, aligned)

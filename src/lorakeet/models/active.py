@@ -15,9 +15,10 @@ from lorakeet.core.layers import AdaptedLayer, LoraLinear
 from lorakeet.core.lowrank import LoraPair
 from lorakeet.core.math import Kind
 from lorakeet.core.plan import PlanEntry
+from lorakeet.core.reordered import ReorderedLinear, can_reorder
 from lorakeet.errors import ConfigError, Problems, nearest
 from lorakeet.models import modules
-from lorakeet.models.fuse import fuse
+from lorakeet.models.fuse import fuse, fuse_blocks
 from lorakeet.models.inject import selection_of, use_products
 from lorakeet.models.text import TextModel
 from lorakeet.quant.adopt import base_of
@@ -60,6 +61,8 @@ class LiveModel:
         self.selection = selection_of(model)
         use_products(model, text.products)
         fuse(model)
+        fuse_blocks(model, text.family)
+        _reorder(text, [place.layer for place in self._places.values()])
         model.eval()
 
     @property
@@ -136,12 +139,22 @@ class LiveModel:
     def _pair(self, entry: PlanEntry, value: Pair) -> LoraPair:
         device = self.text.device
         if value.magnitude is not None:
-            weight, _ = modules.frozen_rows(self._places[entry.path].layer.original, entry.kind)
             dora = DoraPair(entry, device=device, bias=value.bias is not None)
-            dora.measure(weight())
+            dora.measure(self._places[entry.path].layer.base.dense())
             dora.load(value)
             return dora.requires_grad_(False).eval()
         pair = LoraPair(entry, given=(value.A.to(device), value.B.to(device)), device=device, bias=value.bias is not None)
         if pair.bias is not None and value.bias is not None:
             pair.bias = nn.Parameter(value.bias.to(device), requires_grad=False)
         return pair
+
+
+def _reorder(text: TextModel, layers: list[LoraLinear]) -> None:
+    """Brings the plain weights of the layers and of the head into the order in which they are multiplied, where there is one."""
+    for layer in layers:
+        if type(layer.original) is nn.Linear and text.products == layer.weight.dtype and can_reorder(layer.weight):
+            standing = ReorderedLinear(layer.original)
+            layer.original, layer.base = standing, standing.base
+    head = modules.output_layer(text.model)
+    if type(head) is nn.Linear and text.products == head.weight.dtype and can_reorder(head.weight):
+        text.model.set_output_embeddings(ReorderedLinear(head))

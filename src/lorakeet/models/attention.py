@@ -49,7 +49,8 @@ def row_attention(
     scale = settings.get("scaling") or 1 / math.sqrt(query.shape[-1])
     window, softcap, dropout = settings.get("sliding_window"), settings.get("softcap"), settings.get("dropout") or 0.0
     if (cache := settings.get("row_cache")) is not None:  # generation: models/kv_cache
-        return cast(Tensor, cache.attend(module.layer_idx, query, key, value, scale=scale, window=window, cap=softcap)), None
+        q, k, v = (states[0].transpose(0, 1) for states in (query, key, value))
+        return cast(Tensor, cache.attend(module.layer_idx, q, k, v, scale=scale, window=window, cap=softcap))[None], None
     plain = softcap is None and dropout == 0.0 and (window is None or prefix + max(rows) <= window)
     if plain and is_cpu(query.device) and query.shape[-1] == value.shape[-1]:
         products = settings.get("row_products") or torch.float32

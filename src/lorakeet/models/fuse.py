@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily  # torch offers no public name
 
+from lorakeet.core.decode_block import BLOCK_PARTS, DecodeBlock
 from lorakeet.core.fused import ACTIVATIONS, FrozenRmsNorm, GatedMlp
 from lorakeet.core.fused_attention import INPUTS, RotaryAttention
 from lorakeet.core.layers import LoraLinear, StandIn, base_of, new_pair
@@ -17,6 +18,7 @@ from lorakeet.core.plan import PlanEntry
 from lorakeet.errors import EnvironmentProblem
 from lorakeet.models import modules
 from lorakeet.models.attention import VARLEN
+from lorakeet.models.families import Family
 
 _PROBE_ROWS = 5
 _PROBE_LENGTHS = (4, 3)  # tokens of the two rows that an attention is probed with
@@ -43,10 +45,55 @@ def fuse(model: nn.Module) -> int:
     return count
 
 
+def fuse_blocks(model: nn.Module, family: Family) -> int:
+    """Lets DecodeBlocks stand for the decoder blocks whose parts `fuse` has replaced and that do no more; returns how many."""
+    prefix, blocks = modules.block_prefix(model, family)
+    count = 0
+    for number in range(blocks):
+        path = f"{prefix}.{number}"
+        block = modules.find(model, path)
+        if block is not None and _is_plain(block):
+            modules.replace(model, path, DecodeBlock(block).train(block.training))
+            count += 1
+    return count
+
+
+class _Stub(nn.Module):
+    """Stands for a part of a block while it is asked what it does with what its parts give."""
+
+    def __init__(self, factor: float, *, pair: bool = False) -> None:
+        super().__init__()
+        self.factor, self.pair = factor, pair
+
+    def forward(self, hidden_states: Tensor, *_: Any, **__: Any) -> Any:
+        found = torch.sin(hidden_states * self.factor)
+        return (found, None) if self.pair else found
+
+
+def _is_plain(block: nn.Module) -> bool:
+    """Whether two norms, attention and MLP, each added to what came in, are all that the block does."""
+    if isinstance(block, StandIn) or block._parameters or set(block._modules) != set(BLOCK_PARTS):
+        return False
+    kinds = (FrozenRmsNorm, RotaryAttention, FrozenRmsNorm, GatedMlp)
+    if not all(isinstance(block._modules[name], kind) for name, kind in zip(BLOCK_PARTS, kinds, strict=True)):
+        return False
+    first, attention, second, mlp = stubs = (_Stub(0.7), _Stub(1.3, pair=True), _Stub(0.4), _Stub(2.1))
+    asked = copy.copy(block)
+    asked._modules = dict(zip(BLOCK_PARTS, stubs, strict=True))
+    x = torch.randn(1, sum(_PROBE_LENGTHS), _WIDTH, generator=torch.Generator().manual_seed(2))
+    try:
+        theirs = asked(x, position_embeddings=(x, x), attention_mask=None)
+    except (TypeError, RuntimeError, AttributeError, ValueError):
+        return False
+    added = x + attention(first(x))[0]
+    expected = added + mlp(second(added))
+    return isinstance(theirs, Tensor) and torch.equal(theirs, expected)
+
+
 def unfuse(model: nn.Module) -> None:
     """Takes every stand-in of `fuse` out again."""
     for path, module in list(modules.original_modules(model)):
-        if isinstance(modules.find(model, path), (GatedMlp, FrozenRmsNorm, RotaryAttention)):
+        if isinstance(modules.find(model, path), (GatedMlp, FrozenRmsNorm, RotaryAttention, DecodeBlock)):
             modules.replace(model, path, module)
 
 

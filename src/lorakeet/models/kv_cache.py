@@ -21,6 +21,8 @@ from lorakeet.core.selection import Selection, Share
 from lorakeet.errors import ConfigError
 from lorakeet.models.text import TextModel
 
+WHOLE_KEYS, WHOLE_TOKENS = 32, 8  # what their numbers are filled up to a multiple of: products leave code behind for every size
+
 
 @dataclass(frozen=True)
 class Row:
@@ -43,9 +45,9 @@ class KeyValues:
         self._layers: dict[int, tuple[Tensor, Tensor]] = {}
 
     def layer(self, number: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """The keys and values (slots, kv heads, capacity, d) of a layer; made like `key` and `value` (1, kv heads, n, d)."""
+        """The keys and values (slots, kv heads, capacity, d) of a layer; made like `key` and `value` (n, kv heads, d)."""
         if number not in self._layers:
-            shapes = [(self.slots, states.shape[1], self.capacity, states.shape[3]) for states in (key, value)]
+            shapes = [(self.slots, states.shape[1], self.capacity, states.shape[2]) for states in (key, value)]
             self._layers[number] = (_zeros(shapes[0], key), _zeros(shapes[1], value))
         return self._layers[number]
 
@@ -62,72 +64,100 @@ class KeyValues:
 
 
 class Pass:
-    """The attention of one step over the cache; what `row_attention` is handed as `row_cache`."""
+    """The attention of one step over the cache; what `row_attention` and decode blocks are handed as `row_cache`."""
 
-    def __init__(self, cache: KeyValues, rows: Sequence[Row]) -> None:
-        self.cache, self.rows = cache, tuple(rows)
+    def __init__(self, cache: KeyValues, rows: Sequence[Row], device: torch.device) -> None:
+        self.cache, self.capacity = cache, cache.capacity
         places, place = [], 0
         for row in rows:
             places.append(place)
             place += len(row.ids)
         self._prompts = [(row, at) for row, at in zip(rows, places, strict=True) if len(row.ids) > 1]
         single = [(row, at) for row, at in zip(rows, places, strict=True) if len(row.ids) == 1]
-        self._single = [row for row, _ in single]
-        self._single_at = torch.tensor([at for _, at in single], dtype=torch.int64)
-        self._single_slots = torch.tensor([row.slot for row, _ in single], dtype=torch.int64)
-        self._single_ends = torch.tensor([row.start for row, _ in single], dtype=torch.int64)
+        self._single = _Singles([row for row, _ in single], [at for _, at in single], cache.capacity, device) if single else None
 
     def attend(
         self, layer: int, q: Tensor, k: Tensor, v: Tensor, *, scale: float, window: int | None = None, cap: float | None = None
     ) -> Tensor:
-        """q (1, heads, tokens, d), k and v (1, kv heads, tokens, d) of the new tokens to (1, tokens, heads, d)."""
-        keys, values = self.cache.layer(layer, k, v)
-        out = torch.empty(1, q.shape[2], q.shape[1], v.shape[3], dtype=q.dtype, device=q.device)
+        """q (tokens, heads, d), k and v (tokens, kv heads, d) of the new tokens to (tokens, heads, d)."""
+        held = self.cache.layer(layer, k, v)
+        if self._single is not None and len(self._single.at) == len(q):
+            return self._single.attend(q, k, v, held, (scale, window, cap))
+        out = q.new_zeros(*q.shape[:2], v.shape[2])
         for row, at in self._prompts:
-            count = len(row.ids)
-            end = row.start + count
-            keys[row.slot, :, row.start : end] = k[0, :, at : at + count]
-            values[row.slot, :, row.start : end] = v[0, :, at : at + count]
-            for first in range(0, count, QUERIES):
-                last = min(first + QUERIES, count)
-                seen = row.start + last
-                part = slice(at + first, at + last)
-                states = _stacked(q[0, :, part], k.shape[1])[None]
-                found = _attention(
-                    states, keys[row.slot, None, :, :seen], values[row.slot, None, :, :seen],
-                    _allowed(row.start + first, last - first, seen, window, q.device), scale, cap,
-                )  # fmt: skip
-                out[0, part] = found[0].view(q.shape[1], last - first, -1).transpose(0, 1)
-        if self._single:
-            found = self._attend_single(q, (k, v), (keys, values), scale=scale, window=window, cap=cap)
-            out[0, self._single_at] = found
+            part = slice(at, at + len(row.ids))
+            out[part] = _of_prompt(row, q[part], (k[part], v[part]), held, (scale, window, cap))
+        if self._single is not None:
+            at_single = self._single.at
+            out[at_single] = self._single.attend(q[at_single], k[at_single], v[at_single], held, (scale, window, cap))
         return out
 
-    def _attend_single(
-        self,
-        q: Tensor,
-        new: tuple[Tensor, Tensor],
-        held: tuple[Tensor, Tensor],
-        *,
-        scale: float,
-        window: int | None,
-        cap: float | None,
-    ) -> Tensor:
-        """The rows that have one new token, together: (rows, heads, d)."""
-        slots, ends, at = self._single_slots, self._single_ends, self._single_at
-        for states, added in zip(held, new, strict=True):
-            states[slots, :, ends] = added[0, :, at].transpose(0, 1)
-        longest = int(ends.max()) + 1
-        first, last = int(slots.min()), int(slots.max()) + 1
-        if torch.equal(slots, torch.arange(first, last)):  # neighbours: seen where they lie, without a copy
-            keys, values = (states[first:last, :, :longest] for states in held)
-        else:
-            keys, values = (states[slots, :, :longest] for states in held)
-        queries = q[0, :, at].transpose(0, 1).reshape(len(slots), new[0].shape[1], -1, q.shape[3])  # (rows, kv, G, d)
-        distance = ends[:, None] - torch.arange(longest)
-        seen = distance >= 0 if window is None else (distance >= 0) & (distance < window)
-        found = _attention(queries, keys, values, seen[:, None, None, :].to(q.device), scale, cap)
-        return found.reshape(len(slots), q.shape[1], -1)
+
+Rule = tuple[float, int | None, float | None]  # scale, window and cap of an attention
+
+
+class _Singles:
+    """The rows of a step that have one new token, together."""
+
+    def __init__(self, rows: Sequence[Row], at: Sequence[int], capacity: int, device: torch.device) -> None:
+        slots = [row.slot for row in rows]
+        self.at = torch.tensor(at, dtype=torch.int64, device=device)
+        self._slots = torch.tensor(slots, dtype=torch.int64, device=device)
+        self._ends = torch.tensor([row.start for row in rows], dtype=torch.int64, device=device)
+        longest = max(row.start for row in rows) + 1
+        self._longest = min(longest + -longest % WHOLE_KEYS, capacity)
+        neighbours = slots == list(range(slots[0], slots[0] + len(slots)))
+        self._held = slice(slots[0], slots[0] + len(slots)) if neighbours else self._slots  # neighbours: without a copy
+        self._biases: dict[int | None, Tensor] = {}
+        self._written: dict[int, Tensor] = {}
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, held: tuple[Tensor, Tensor], rule: Rule) -> Tensor:
+        """q (rows, heads, d), k and v (rows, kv heads, d) to (rows, heads, d). As keys times queries: keys as they lie."""
+        scale, window, cap = rule
+        for states, added in zip(held, (k, v), strict=True):
+            states.view(-1, states.shape[3]).index_copy_(0, self._at_ends(states), added.reshape(-1, states.shape[3]))
+        seen_keys, seen_values = (states[self._held, :, : self._longest].flatten(0, 1) for states in held)
+        queries = q.reshape(len(seen_keys), -1, q.shape[2])  # (rows·kv, G, d)
+        scores = torch.bmm(seen_keys, queries.transpose(1, 2)).transpose(1, 2).contiguous()
+        grouped = scores.view(len(q), -1, queries.shape[1], self._longest)
+        if cap is not None:
+            grouped, scale = torch.tanh(grouped.float() * (scale / cap)).mul_(cap), 1.0
+        shares = torch.add(self._bias(window), grouped, alpha=scale).softmax(-1).to(v.dtype)
+        return torch.bmm(shares.view(scores.shape), seen_values).view(*q.shape[:2], -1)
+
+    def _at_ends(self, held: Tensor) -> Tensor:
+        """Where the new keys, or values, of the rows go among all of a layer, whose sizes are (slots, kv heads, capacity, d)."""
+        heads, capacity = held.shape[1:3]
+        if heads not in self._written:
+            first = (self._slots[:, None] * heads + torch.arange(heads, device=self._slots.device)) * capacity
+            self._written[heads] = (first + self._ends[:, None]).flatten()
+        return self._written[heads]
+
+    def _bias(self, window: int | None) -> Tensor:
+        """(rows, 1, 1, longest) in fp32: 0 where a row may look, −∞ elsewhere."""
+        if window not in self._biases:
+            distance = self._ends[:, None] - torch.arange(self._longest, device=self._ends.device)
+            seen = distance >= 0 if window is None else (distance >= 0) & (distance < window)
+            self._biases[window] = torch.zeros(seen.shape, device=seen.device).masked_fill_(~seen, -math.inf)[:, None, None]
+        return self._biases[window]
+
+
+def _of_prompt(row: Row, q: Tensor, new: tuple[Tensor, Tensor], held: tuple[Tensor, Tensor], rule: Rule) -> Tensor:
+    """q (n, heads, d) of one row with n new tokens, whose keys and values (n, kv heads, d) are `new`, to (n, heads, d)."""
+    scale, window, cap = rule
+    count, end = len(q), row.start + len(q)
+    for states, added in zip(held, new, strict=True):
+        states[row.slot, :, row.start : end] = added.transpose(0, 1)
+    keys, values = (states[row.slot, None] for states in held)
+    out = q.new_empty(*q.shape[:2], values.shape[3])
+    for first in range(0, count, QUERIES):
+        last = min(first + QUERIES, count)
+        seen = row.start + last
+        states = _stacked(q[first:last].transpose(0, 1), keys.shape[1])[None]
+        allowed = _allowed(row.start + first, last - first, seen, window, q.device)
+        found = _attention(states, keys[:, :, :seen], values[:, :, :seen], allowed, scale, cap)
+        out[first:last] = found[0].view(q.shape[1], last - first, -1).transpose(0, 1)
+    return out
 
 
 def _zeros(shape: tuple[int, ...], like: Tensor) -> Tensor:
@@ -160,12 +190,9 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, allowed: Tensor, scale: float, c
     scores = torch.matmul(q, k.transpose(-1, -2)).float() * scale
     if cap is not None:
         scores = torch.tanh(scores / cap) * cap
-    if allowed.dim() == 5:  # (1, 1, 1, n, m) for each of the G queries of a group
-        grouped = scores.view(*scores.shape[:2], -1, *allowed.shape[-2:])
-        scores = grouped.masked_fill(~allowed, float("-inf")).view(scores.shape)
-    else:
-        scores = scores.masked_fill(~allowed, float("-inf"))
-    return torch.matmul(scores.softmax(-1).to(v.dtype), v)
+    grouped = scores.view(*scores.shape[:2], -1, *allowed.shape[-2:])  # (1, 1, 1, n, m) for each of the G queries of a group
+    shares = grouped.masked_fill(~allowed, -math.inf).view(scores.shape).softmax(-1)
+    return torch.matmul(shares.to(v.dtype), v)
 
 
 def step(text: TextModel, cache: KeyValues, rows: Sequence[Row], selection: Selection | None = None) -> Tensor:
@@ -180,14 +207,16 @@ def step(text: TextModel, cache: KeyValues, rows: Sequence[Row], selection: Sele
         if not row.ids or row.start + len(row.ids) > cache.capacity or not 0 <= row.slot < cache.slots:
             raise ValueError(f"{len(row.ids)} tokens after {row.start} in slot {row.slot} do not fit the cache")
     lengths = tuple(len(row.ids) for row in rows)
-    ids = torch.tensor([number for row in rows for number in row.ids], device=text.device)
-    positions = torch.cat([torch.arange(row.start, row.start + len(row.ids)) for row in rows]).to(text.device)
+    filler = [0] * (-sum(lengths) % WHOLE_TOKENS if max(lengths) > 1 else 0)
+    ids = torch.tensor([number for row in rows for number in row.ids] + filler, device=text.device)
+    places = [row.start + place for row in rows for place in range(len(row.ids))]
+    positions = torch.tensor(places + filler, device=text.device)
     if selection is not None:
         selection.divide(shares_of(rows), units=len(ids))
     with torch.no_grad():
         output: Any = text.model.get_decoder()(
             input_ids=ids[None], attention_mask=torch.ones_like(ids)[None], position_ids=positions[None], use_cache=False,
-            row_lengths=lengths, row_products=text.products, row_cache=Pass(cache, rows),
+            row_lengths=lengths, row_products=text.products, row_cache=Pass(cache, rows, text.device),
         )  # fmt: skip
         last = torch.tensor(lengths).cumsum(0).sub(1).to(text.device)
         return text.head(output.last_hidden_state[0, last]).float()

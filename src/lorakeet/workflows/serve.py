@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import shlex
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -12,6 +13,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from rich.console import Console
 
 from lorakeet.errors import ConfigError, EnvironmentProblem, Problems
@@ -98,6 +100,7 @@ def serve(  # noqa: PLR0913 - one argument for each option
     if store is not None:
         store.restore(registry, console.print)
     service = Service(text, runner, registry, access=access, store=store, limits=limits)
+    _leave_a_core()
     runner.start()
     try:
         with _logs():
@@ -152,6 +155,16 @@ def _say(registry: Registry, host: str, port: int, console: Console) -> None:
     known, where = len(registry.names), f"[{host}]" if ":" in host else host
     adapters = f"{known} adapter{'' if known == 1 else 's'}"
     console.print(f"Serving {registry.base} with {adapters} at http://{where}:{port}/v1", soft_wrap=True)
+
+
+def _leave_a_core() -> None:
+    """Has products use every core but one, unless OMP_NUM_THREADS says how many.
+
+    The clients' traffic needs a core now and then, and a product waits for all of its threads: on 2 cores, 16 texts with 8
+    adapters are written twice as fast with one thread as with two.
+    """
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, torch.get_num_threads() - 1))
 
 
 def _http() -> tuple[Callable[..., None], Callable[[Service], Any]]:

@@ -1,0 +1,100 @@
+"""A whole decoder block for generation, in fewer operations than a model's own code asks for.
+
+        x ──┬── norm ── q, k, v ── rotation ── attention over the cache ── o ──+──┬── norm ── gated MLP ──+── y
+            └──────────────────────────────────────────────────────────────────┘  └───────────────────────┘
+
+Writing a token, a step is a few tokens wide: what the operations compute takes less time than to ask for them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol, cast
+
+import torch
+from torch import Tensor, nn
+
+from lorakeet.core.fused import FrozenRmsNorm
+from lorakeet.core.fused_attention import INPUTS, turned
+from lorakeet.core.layers import BlockStandIn, LoraLinear, SharedInput
+
+BLOCK_PARTS = ("input_layernorm", "self_attn", "post_attention_layernorm", "mlp")
+
+
+class Attended(Protocol):
+    """The keys and values of earlier tokens, as models/kv_cache keeps them."""
+
+    capacity: int
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, *, scale: float) -> Tensor:
+        """q (tokens, heads, d), k and v (tokens, kv heads, d) of the new tokens to (tokens, heads, d)."""
+
+
+class DecodeBlock(BlockStandIn):
+    """Stands for a decoder block of two norms, attention and gated MLP that fused parts already stand for.
+
+    Used where no gradient is asked for and earlier tokens are in a cache; anything else is left to the original's own code.
+    """
+
+    def __init__(self, original: nn.Module) -> None:
+        super().__init__(original)
+        first, attention, second, mlp = (getattr(original, name) for name in BLOCK_PARTS)
+        own: Any = attention.original
+        self._parts: tuple[Any, Any, Any] = (own, mlp.original.down_proj, mlp.activation.forward)  # a tuple: no submodules twice
+        self._norms = (_norm_of(first), _norm_of(second))
+        self._inward = _Together([getattr(own, name) for name in INPUTS])
+        self._apart = _Together([mlp.original.gate_proj, mlp.original.up_proj])
+        self._limit = min(attention.windows(), default=None)
+
+    def forward(self, hidden_states: Tensor, *args: Any, **settings: Any) -> Any:
+        cache, turn = settings.get("row_cache"), settings.get("position_embeddings")
+        if cache is None or args or turn is None or torch.is_grad_enabled() or not self._suits(cache, hidden_states, turn):
+            return self.original(hidden_states, *args, **settings)
+        first, second = self._norms
+        x = hidden_states[0]
+        x = x + self._attention(first(x), cache, turn[0][0], turn[1][0])
+        gate, up = self._apart(second(x))
+        _, down, activation = self._parts
+        return x.add_(down(activation(gate).mul_(up)))[None]
+
+    def _suits(self, cache: Attended, x: Tensor, turn: tuple[Tensor, Tensor]) -> bool:
+        head = self._parts[0].head_dim
+        return len(x) == 1 and turn[0].shape == (1, x.shape[1], head) and (self._limit is None or cache.capacity <= self._limit)
+
+    def _attention(self, x: Tensor, cache: Attended, cos: Tensor, sin: Tensor) -> Tensor:
+        """x (tokens, hidden), after the norm, to what attention adds."""
+        own = self._parts[0]
+        q, k, v = self._inward(x)
+        both = turned(torch.cat([q, k], dim=1).view(len(x), -1, own.head_dim), cos, sin)
+        heads = q.shape[1] // own.head_dim
+        values = v.view(len(x), -1, own.head_dim)
+        found = cache.attend(own.layer_idx, both[:, :heads], both[:, heads:], values, scale=own.scaling)
+        added: Tensor = own.o_proj(found.reshape(len(x), -1))
+        return added
+
+
+class _Together:
+    """Layers that see the same x."""
+
+    def __init__(self, layers: Sequence[nn.Module]) -> None:
+        self.layers = tuple(layers)
+        adapted = [layer for layer in layers if isinstance(layer, LoraLinear)]
+        self._shared = SharedInput(adapted) if len(adapted) == len(layers) else None
+
+    def __call__(self, x: Tensor) -> list[Tensor]:
+        """x (tokens, in) to (tokens, out) of each."""
+        found = self._shared(x) if self._shared is not None and self._shared.layers[0].selection.shares is not None else None
+        return [layer(x) for layer in self.layers] if found is None else found
+
+
+def _norm_of(norm: FrozenRmsNorm) -> Callable[[Tensor], Tensor]:
+    """x to w ∘ x/√(mean(x²) + ε), the mean in fp32, in few operations."""
+    weight, epsilon = norm.weight, cast(float, norm.original.variance_epsilon)
+
+    def normed(x: Tensor) -> Tensor:
+        wide = x.float()
+        length: Tensor = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
+        rho = length.square_().div_(x.shape[-1]).add_(epsilon).rsqrt_()
+        return (wide * rho).to(x.dtype).mul_(weight)
+
+    return normed
