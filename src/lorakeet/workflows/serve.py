@@ -100,7 +100,7 @@ def serve(  # noqa: PLR0913 - one argument for each option
     if store is not None:
         store.restore(registry, console.print)
     service = Service(text, runner, registry, access=access, store=store, limits=limits)
-    _leave_a_core()
+    leave_a_core()
     runner.start()
     try:
         with _logs():
@@ -157,7 +157,7 @@ def _say(registry: Registry, host: str, port: int, console: Console) -> None:
     console.print(f"Serving {registry.base} with {adapters} at http://{where}:{port}/v1", soft_wrap=True)
 
 
-def _leave_a_core() -> None:
+def leave_a_core() -> None:
     """Has products use every core but one, unless OMP_NUM_THREADS says how many.
 
     The clients' traffic needs a core now and then, and a product waits for all of its threads: on 2 cores, 16 texts with 8
