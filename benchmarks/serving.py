@@ -104,10 +104,13 @@ def traffic(
         with httpx.Client(timeout=600) as client:
             while True:
                 with lock:
-                    model = next(models, None)
+                    model, luck = next(models, None), draw.random()
                 if model is None:
                     return
-                count, first, each = stream(client, url, asking(model), tokens, draw.random())
+                try:
+                    count, first, each = stream(client, url, asking(model), tokens, luck)
+                except httpx.RemoteProtocolError:  # a kept connection that the server has just closed: asked again, once
+                    count, first, each = stream(client, url, asking(model), tokens, luck)
                 with lock:
                     found.tokens += count
                     found.first.append(first)
@@ -120,6 +123,8 @@ def traffic(
     for thread in threads:
         thread.join()
     found.seconds = time.perf_counter() - began
+    if len(found.first) != requests:
+        raise SystemExit(f"{requests - len(found.first)} of {requests} requests failed; see above")
     return found
 
 

@@ -135,6 +135,8 @@ class Stack:
 
     def forget(self, name: str) -> None:
         """Drops the copies of the adapter `name`: under this name comes another, or none."""
+        if not any(name == known for mix in self.places for known, _ in mix):
+            return
         self.places = tuple(() if any(name == known for known, _ in mix) else mix for mix in self.places)
         for place, mix in enumerate(self.places):
             if not mix:
