@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lorakeet.core.selection import LONG, Arrangement, Selection, Share
+from lorakeet.core.selection import Arrangement, Selection, Share
 
 CPU = torch.device("cpu")
 
@@ -39,47 +39,45 @@ def arranged(shares: list[Share], *, units: int, selection: Selection | None = N
     return selection.arranged(units, CPU)
 
 
-def test_each_token_of_its_own_mix_is_aligned() -> None:
+def test_a_token_for_each_place_is_aligned() -> None:
     found = arranged([Share(0, 1, "a"), Share(1, 2, "b", 0.5), Share(2, 3, "a", 0.5), Share(2, 3, "b", 0.5)], units=3)
     assert found.places == ((("a", 1.0),), (("b", 0.5),), (("a", 0.5), ("b", 0.5)))
-    assert found.aligned and found.turns == 1 and not found.long
+    assert found.aligned and not found.long
 
 
-def test_tokens_that_share_a_mix_or_have_none_are_looked_up() -> None:
-    shares = [Share(0, 1, "a"), Share(1, 2, "b"), Share(3, 5, "a"), Share(5, 6, "c")]
+def test_bare_tokens_and_longer_shares_are_looked_up() -> None:
+    shares = [Share(0, 1, "a"), Share(1, 2, "b"), Share(3, 5, "a"), Share(5, 6, "a")]
     found = arranged(shares, units=6)
-    assert not found.aligned and found.turns == 3, "token 2 is bare; a sees three tokens"
-    assert found.seen.tolist() == [0, 3, 4, 1, 0, 0, 5, 0, 0]
-    assert found.tokens.tolist() == [0, 3, 4, 1, 5]
-    assert found.found.tolist() == [0, 1, 2, 3, 6]
+    assert not found.aligned, "token 2 is bare, and two tokens stand together"
+    assert len(found.places) == 4 and found.long == ((slice(3, 5), 2),)
+    assert found.seen.tolist() == [0, 1, 0, 5]
+    assert (found.tokens.tolist(), found.at.tolist()) == ([0, 1, 5], [0, 1, 3])
 
 
-def test_many_neighbours_of_one_mix_are_multiplied_by_themselves() -> None:
-    long = LONG + 1
-    shares = [Share(0, long, "a"), Share(long, long + 1, "b"), Share(long + 1, long + 2, "c")]
-    found = arranged(shares, units=long + 2)
-    assert found.long == ((slice(0, long), 0),)
-    assert (found.turns, found.tokens.tolist()) == (1, [long, long + 1])
-    few = arranged([Share(0, 2, "a"), Share(2, 3, "b")], units=3)
-    assert few.long == ((slice(0, 2), 0), (slice(2, 3), 1)) and not few.turns
+def test_few_neighbours_are_multiplied_by_themselves() -> None:
+    found = arranged([*(Share(token, token + 1, "a") for token in range(5)), Share(5, 6, "b")], units=6)
+    assert found.long == ((slice(0, 5), 0),) and found.tokens.tolist() == [5]
+    assert found.places == ((("a", 1.0),), (("b", 1.0),)), "one copy of a serves five rows"
 
 
 def test_a_mix_keeps_its_place_and_new_ones_take_those_of_the_gone() -> None:
     selection = Selection()
-    alone = {name: (name, 1.0) for name in "abcde"}
+    alone = {name: (name, 1.0) for name in "abcdefg"}
 
-    def placed(*names: str) -> str:
+    def placed(names: str) -> tuple[str, bool]:
         shares = [Share(token, token + 1, name) for token, name in enumerate(names)]
         found = arranged(shares, units=len(names), selection=selection)
         assert selection.arranged(len(names), CPU) is found, "worked out once for all layers"
-        return "".join(next(name for name, mix in alone.items() if (mix,) == place) for place in found.places)
+        return "".join(next(name for name, mix in alone.items() if (mix,) == place) for place in found.places), found.aligned
 
-    assert placed("a", "b", "c") == "abc"
-    assert placed("a", "d", "c") == "adc", "aligned still"
-    assert placed("c", "a") == "adc", "d has gone, and may come back"
-    assert placed("e", "c", "a") == "aec"
-    assert placed("e") == "e", "too many would see nothing"
-    assert placed("e", "a") == "ea"
+    assert placed("abca") == ("abca", True), "two rows of one adapter, a place each"
+    assert placed("adca") == ("adca", True)
+    assert placed("cad") == ("adca", False), "one a waits"
+    assert placed("edca") == ("edca", True), "and goes"
+    assert placed("edcaf") == ("edcaf", True)
+    assert placed("fdcae") == ("edcaf", False)
+    assert placed("gda") == ("gdcaf", False)
+    assert placed("ad") == ("ad", True), "too many would see nothing"
 
 
 def test_the_same_rows_are_arranged_once() -> None:
@@ -93,8 +91,9 @@ def test_the_same_rows_are_arranged_once() -> None:
 def test_units_of_several_tokens_are_arranged_in_tokens() -> None:
     selection = Selection()
     selection.divide([Share(0, 1, "a"), Share(1, 2, "b"), Share(2, 3, "c")], units=3)
+    assert selection.arranged(3, CPU).aligned
     found = selection.arranged(6, CPU)
-    assert found.seen.tolist() == [0, 1, 2, 3, 4, 5] and found.turns == 2
+    assert found.long == ((slice(0, 2), 0), (slice(2, 4), 1), (slice(4, 6), 2)) and not len(found.tokens)
     with pytest.raises(ValueError, match="13 tokens, which is no multiple of the batch's 3 units"):
         selection.arranged(13, CPU)
 

@@ -99,11 +99,11 @@ def test_rows_use_adapters_of_their_own(text: TextModel) -> None:
     assert (expected[0] - expected[1]).abs().max() > 0.05
 
 
-def test_neighbours_with_the_same_adapter_share_a_product() -> None:
+def test_each_row_has_shares_of_its_own() -> None:
     alone, mix = {"a": 1.0}, {"a": 1.0, "b": 0.5}
     rows = [Row(0, 0, (1, 2), alone), Row(1, 0, (1,), alone), Row(2, 0, (1,), {}), Row(3, 0, (1,), mix)]
     assert [(s.start, s.stop, s.name, s.weight) for s in shares_of(rows)] == [
-        (0, 3, "a", 1.0), (4, 5, "a", 1.0), (4, 5, "b", 0.5),
+        (0, 2, "a", 1.0), (2, 3, "a", 1.0), (4, 5, "a", 1.0), (4, 5, "b", 0.5),
     ]  # fmt: skip
 
 

@@ -5,8 +5,8 @@
             └── tokens of share 2:  w₂·s₂ · x·A₂ᵀ·B₂ᵀ ── added to its part of y       (shares may overlap: a mix)
 
 Two ways give the same numbers to rounding. Share by share is differentiable and costs some products for each share. Stacked, for
-inference, each mix of adapters has a place in one A and one B, and all tokens that see few others of their mix are multiplied at
-once, for all layers that see the same x: the number of products does not depend on the number of adapters.
+inference, each share has a place in one A and one B where its pairs stand, and all tokens that are written one by one are
+multiplied at once, for layers that see the same x: the number of products does not depend on the number of adapters.
 """
 
 from __future__ import annotations
@@ -155,11 +155,10 @@ class Stack:
             narrow = torch.mm(wide[part], self._held_a[place].t())
             for y, (ranks, B) in zip(ys, self._held_b, strict=True):
                 y[part].add_(torch.mm(narrow[:, ranks], B[place]).to(y.dtype))
-        if to.turns:
-            seen = wide.index_select(0, to.seen).view(len(self._held_a), to.turns, -1)
-            shrunk = stacked_shrink(seen, self._held_a)
+        if len(to.tokens):
+            shrunk = stacked_shrink(wide.index_select(0, to.seen).unsqueeze(1), self._held_a)
             for y, (ranks, B) in zip(ys, self._held_b, strict=True):
-                found = stacked_grow(shrunk[..., ranks], B).flatten(0, 1).index_select(0, to.found)
+                found = stacked_grow(shrunk[..., ranks], B).squeeze(1).index_select(0, to.at)
                 y.index_add_(0, to.tokens, found.to(y.dtype))
 
     def _make_room(self, places: tuple[Mix, ...], mixes: Mapping[int, Sequence[Mixture]]) -> bool:

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-Mix = tuple[tuple[str, float], ...]  # the adapters that a token uses, with weights; () for the bare base
-LONG = 16  # neighbouring tokens of one mix beyond which they are multiplied by themselves
-FEW = 2  # runs of neighbours up to which all are
+Mix = tuple[tuple[str, float], ...]  # the adapters that a token uses, with weights
+Run = tuple[int, int, Mix]  # the units start … stop − 1 use one mix
+FEW = 2  # runs of neighbours that use one mix, up to which each is multiplied by itself
 
 
 @dataclass(frozen=True)
@@ -29,19 +29,18 @@ class Share:
 
 @dataclass(frozen=True)
 class Arrangement:
-    """A divided batch as layers compute it: each mix of adapters has a place, and each place sees some of the tokens.
+    """A divided batch as layers compute it: each share has a place where the pairs of its mix stand.
 
-    `places` are the mixes by place, () where one is free. `long` are neighbouring tokens of one mix, with its place. All other
-    tokens with a mix are computed together, `turns` of them by each place: place p sees the tokens `seen[p·turns …]`, and
-    what becomes of `tokens` (k,) is found at `found` (k,) among those. `aligned`: token i sees place i, and that is all.
+    `places` are the mixes by place, some of which nobody may use now. `long` are shares of several tokens, each with its place,
+    multiplied by themselves. All other tokens with a mix are multiplied together, one by each place: place p sees the token
+    `seen[p]`, and what becomes of `tokens` (k,) is found at the places `at` (k,). `aligned`: place i sees token i, and all do.
     """
 
     places: tuple[Mix, ...]
     long: tuple[tuple[slice, int], ...]
-    turns: int
     seen: Tensor
     tokens: Tensor
-    found: Tensor
+    at: Tensor
     aligned: bool
 
 
@@ -53,7 +52,8 @@ class Selection:
         self.shares: tuple[Share, ...] | None = None
         self.units = 0
         self._places: tuple[Mix, ...] = ()
-        self._runs: tuple[tuple[int, int, Mix], ...] = ()  # (start, stop, mix) of neighbouring units
+        self._runs: tuple[Run, ...] = ()
+        self._at: tuple[int, ...] = ()  # the place of each run
         self._arranged: dict[tuple[int, torch.device], Arrangement] = {}
 
     def use(self, name: str | None) -> None:
@@ -74,7 +74,7 @@ class Selection:
             return  # the same rows write another token: what was worked out for them still holds
         self.shares, self.units = given, units
         self._runs = _runs(given)
-        self._places = _placed(self._places, [mix for _, _, mix in self._runs])
+        self._places, self._at = _placed(self._places, [mix for _, _, mix in self._runs])
         self._arranged.clear()
 
     def shares_over(self, tokens: int) -> tuple[Share, ...]:
@@ -92,8 +92,8 @@ class Selection:
         found = self._arranged.get((tokens, device))
         if found is None:
             each = self._each(tokens)
-            runs = [(start * each, stop * each, mix) for start, stop, mix in self._runs]
-            found = self._arranged[tokens, device] = _arrangement(runs, self._places, tokens, device)
+            spans = [slice(start * each, stop * each) for start, stop, _ in self._runs]
+            found = self._arranged[tokens, device] = _arrangement(spans, self._at, self._places, tokens, device)
         return found
 
     def _each(self, tokens: int) -> int:
@@ -103,58 +103,61 @@ class Selection:
         return each
 
 
-def _runs(shares: tuple[Share, ...]) -> tuple[tuple[int, int, Mix], ...]:
-    """Where neighbouring units use one mix. The weights of shares of one adapter that overlap add up."""
+def _runs(shares: tuple[Share, ...]) -> tuple[Run, ...]:
+    """Units by the mix that they use: each share by itself, unless few runs are left when neighbours of one mix are joined.
+
+    The weights of shares of one adapter that overlap add up.
+    """
     ends = sorted({end for share in shares for end in (share.start, share.stop)})
-    found: list[tuple[int, int, Mix]] = []
+    found: list[Run] = []
     for start, stop in itertools.pairwise(ends):
         weights: dict[str, float] = {}
         for share in shares:
             if share.start <= start < share.stop:
                 weights[share.name] = weights.get(share.name, 0.0) + share.weight
-        mix = tuple(sorted(weights.items()))
-        if found and mix and found[-1][1:] == (start, mix):
-            found[-1] = found[-1][0], stop, mix
-        elif mix:
-            found.append((start, stop, mix))
-    return tuple(found)
+        if weights:
+            found.append((start, stop, tuple(sorted(weights.items()))))
+    joined: list[Run] = []
+    for start, stop, mix in found:
+        if joined and joined[-1][1:] == (start, mix):
+            joined[-1] = joined[-1][0], stop, mix
+        else:
+            joined.append((start, stop, mix))
+    return tuple(joined if len(joined) <= FEW else found)
 
 
-def _placed(places: tuple[Mix, ...], mixes: Iterable[Mix]) -> tuple[Mix, ...]:
-    """`places` with the `mixes` in them: known ones stay, new ones take the places of those that are gone, or follow.
+def _placed(places: tuple[Mix, ...], mixes: Sequence[Mix]) -> tuple[tuple[Mix, ...], tuple[int, ...]]:
+    """`places` with a place of its own for each of `mixes`, and which that is: preferably where its mix stands already.
 
-    All anew, and the others forgotten, where more than half of the places would see nothing.
+    New ones come to places that nobody uses, or follow. All anew where more than half of the places would see nothing.
     """
-    wanted = dict.fromkeys(mixes)
-    if len(places) > 2 * len(wanted):
-        return tuple(wanted)
-    found, held = list(places), set(places)
-    free = (place for place, mix in enumerate(places) if mix not in wanted)
-    for mix in wanted:
-        if mix in held:
-            continue
-        place = next(free, len(found))
-        found[place : place + 1] = [mix]
-    return tuple(found)
+    if len(places) > 2 * len(mixes):
+        return tuple(mixes), tuple(range(len(mixes)))
+    found, at = list(places), [-1] * len(mixes)
+    free = dict.fromkeys(range(len(places)))
+    for number, mix in enumerate(mixes):  # in the same order as before, most stay where they are
+        if number < len(places) and places[number] == mix:
+            at[number] = number
+            del free[number]
+    for number, mix in enumerate(mixes):
+        if at[number] < 0 and (known := next((place for place in free if places[place] == mix), None)) is not None:
+            at[number] = known
+            del free[known]
+    for number, mix in enumerate(mixes):
+        if at[number] < 0:
+            at[number] = number if number in free else next(iter(free), len(found))
+            free.pop(at[number], None)
+            found[at[number] : at[number] + 1] = [mix]
+    return tuple(found) if found != list(places) else places, tuple(at)
 
 
 def _arrangement(
-    runs: Iterable[tuple[int, int, Mix]], places: tuple[Mix, ...], tokens: int, device: torch.device
+    spans: Sequence[slice], at: Sequence[int], places: tuple[Mix, ...], tokens: int, device: torch.device
 ) -> Arrangement:
-    place_of = {mix: place for place, mix in enumerate(places)}
-    runs = list(runs)
-    most = LONG if len(runs) > FEW else 0
-    long: list[tuple[slice, int]] = []
-    mine: list[list[int]] = [[] for _ in places]  # the tokens of each place that are computed together
-    for start, stop, mix in runs:
-        if stop - start > most:
-            long.append((slice(start, stop), place_of[mix]))
-        else:
-            mine[place_of[mix]] += range(start, stop)
-    turns = max(map(len, mine), default=0)
-    aligned = not long and len(places) == tokens and all(own == [token] for token, own in enumerate(mine))
-    seen = [token for own in mine for token in [*own, *[0] * (turns - len(own))]]
-    where = [(token, place * turns + turn) for place, own in enumerate(mine) for turn, token in enumerate(own)]
-    lists = seen, [token for token, _ in where], [place for _, place in where]
-    at, own, found = (torch.tensor(numbers, dtype=torch.int64).to(device) for numbers in lists)
-    return Arrangement(places, tuple(long), turns, at, own, found, aligned)
+    long = tuple((span, place) for span, place in zip(spans, at, strict=True) if span.stop - span.start > 1)
+    single = [(span.start, place) for span, place in zip(spans, at, strict=True) if span.stop - span.start == 1]
+    token_of = {place: token for token, place in single}
+    aligned = len(single) == len(places) == tokens and all(token == place for token, place in single)
+    lists = [token_of.get(place, 0) for place in range(len(places))], *([part[side] for part in single] for side in (0, 1))
+    seen, own, where = (torch.tensor(numbers, dtype=torch.int64).to(device) for numbers in lists)
+    return Arrangement(places, long, seen, own, where, aligned)

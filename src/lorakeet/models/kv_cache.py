@@ -227,16 +227,11 @@ def step(text: TextModel, cache: KeyValues, rows: Sequence[Row], selection: Sele
 
 
 def shares_of(rows: Sequence[Row]) -> list[Share]:
-    """The adapters of each row's tokens, neighbours that use the same one joined."""
+    """The adapters of each row's tokens."""
     shares: list[Share] = []
     place = 0
     for row in rows:
         end = place + len(row.ids)
-        for name, weight in row.adapters.items():
-            before = shares[-1] if shares else None
-            if len(row.adapters) == 1 and before and (before.stop, before.name, before.weight) == (place, name, weight):
-                shares[-1] = Share(before.start, end, name, weight)
-            else:
-                shares.append(Share(place, end, name, weight))
+        shares += [Share(place, end, name, weight) for name, weight in row.adapters.items()]
         place = end
     return shares
