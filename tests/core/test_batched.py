@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import weakref
+from collections.abc import Sequence
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -39,12 +43,14 @@ def layer() -> nn.Linear:
     return nn.Linear(IN, OUT).requires_grad_(False)
 
 
-def one_at_a_time(x: Tensor, layer: nn.Linear, pairs: dict[str, LoraPair]) -> Tensor:
+def one_at_a_time(
+    x: Tensor, layer: nn.Linear, pairs: dict[str, LoraPair], shares: Sequence[Share] = SHARES
+) -> Tensor:
     """The definition: every token by itself."""
     rows = []
     for token, row in enumerate(x):
         weight = layer.weight
-        for share in SHARES:
+        for share in shares:
             if share.start <= token < share.stop:
                 held = pairs[share.name]
                 weight = weight + share.weight * held.scale * (held.B @ held.A)
@@ -84,7 +90,7 @@ def arrangement(*shares: Share, units: int = TOKENS, selection: Selection | None
 
 def stack_of(pairs: dict[str, LoraPair], to: Arrangement, dtype: torch.dtype = torch.float32) -> Stack:
     stack = Stack([(OUT, IN)], dtype, CPU)
-    stack.hold(to.places, [pairs])
+    stack.hold(to.places, [pairs], 0)
     return stack
 
 
@@ -103,23 +109,23 @@ def test_a_stack_gives_the_same(layer: nn.Linear, pairs: dict[str, LoraPair]) ->
     "shares",
     [
         [Share(token, token + 1, "abc"[token % 3], 1.0 + token // 3) for token in range(TOKENS)],  # aligned
-        [Share(0, TOKENS, "a")],  # together
+        [Share(0, TOKENS, "a")],  # by itself
+        [Share(token, token + 1, "ab"[token % 2]) for token in range(TOKENS)],  # by number: few mixes, many rows
         [Share(0, 4, "a"), Share(5, 6, "b"), Share(6, 7, "c"), Share(7, 8, "a", 0.5)],  # looked up
     ],
 )
 def test_each_way_through_a_stack_gives_the_same(
-    shares: list[Share], layer: nn.Linear, pairs: dict[str, LoraPair], monkeypatch: pytest.MonkeyPatch
+    shares: list[Share], layer: nn.Linear, pairs: dict[str, LoraPair]
 ) -> None:
-    monkeypatch.setitem(globals(), "SHARES", tuple(shares))
     x, to = inputs(), arrangement(*shares)
-    torch.testing.assert_close(stacked(x, layer, stack_of(pairs, to), to), one_at_a_time(x, layer, pairs))
+    torch.testing.assert_close(stacked(x, layer, stack_of(pairs, to), to), one_at_a_time(x, layer, pairs, shares))
 
 
 def test_layers_that_see_the_same_x_share_a_stack(pairs: dict[str, LoraPair]) -> None:
     to, x = arrangement(), inputs()
     others = {name: held for name, held in pairs.items() if name != "b"}  # b has no pair on the second layer
     both = Stack([(OUT, IN), (OUT, IN)], torch.float32, CPU)
-    both.hold(to.places, [pairs, others])
+    both.hold(to.places, [pairs, others], 0)
     found = [torch.zeros(TOKENS, OUT) for _ in range(2)]
     both.add(found, x, to)
     for y, held in zip(found, (pairs, others), strict=True):
@@ -136,29 +142,76 @@ def copies(stack: Stack, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return found
 
 
-def test_a_stack_copies_what_is_new(pairs: dict[str, LoraPair], layer: nn.Linear, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stack_copies_what_is_new(pairs: dict[str, LoraPair], monkeypatch: pytest.MonkeyPatch) -> None:
     selection, x = Selection(), inputs()
     held = {**pairs, "d": pair("b")}
 
-    def at(*names: str) -> Arrangement:
+    def at(names: str) -> Arrangement:
         return arrangement(*(Share(i, i + 1, name) for i, name in enumerate(names)), selection=selection)
 
-    to = at("a", "b", "c")
+    to = at("abc")
     stack = stack_of(held, to)
     copied = copies(stack, monkeypatch)
-    stack.hold((to := at("a", "d", "c")).places, [held])
-    assert copied == [1], "d takes the place of b"
+
+    def now() -> list[int]:
+        copied.clear()
+        stack.hold(to.places, [held], selection.changes)
+        return copied
+
+    assert now() == []
+    to = at("adc")
+    assert now() == [1], "d takes the place of b"
     y = torch.zeros(TOKENS, OUT)
     stack.add([y], x, to)
     torch.testing.assert_close(y[1], held["d"].scale * x[1] @ held["d"].A.T @ held["d"].B.T)
     with torch.no_grad():
         held["c"].A.mul_(2)
-    stack.hold(to.places, [held])
-    assert copied[1:] == [0, 1, 2], "something was written to"
-    stack.forget("c")
-    stack.hold(to.places, [{name: value for name, value in held.items() if name != "c"}])
-    assert copied[4:] == [2], "c has gone"
-    assert not stack.Bs[0][2].count_nonzero()
+    assert now() == [2], "it was written to"
+    held["a"] = pair("a")
+    selection.changed()
+    assert now() == [0], "another pair under the same name"
+    del held["c"]
+    selection.changed()
+    assert now() == [2] and not stack.Bs[0][2].count_nonzero(), "c has gone"
+
+
+def test_a_copying_that_fails_leaves_nothing_that_looks_like_a_copy(
+    pairs: dict[str, LoraPair], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held = {**pairs, "d": pair("b")}
+    first, second = (arrangement(*(Share(i, i + 1, name) for i, name in enumerate(names))) for names in ("abc", "dca"))
+    stack = stack_of(held, first)
+    copy = stack._copy
+
+    def failing(place: int, mix: Any) -> None:
+        copy(place, mix)
+        if place == 1:
+            raise MemoryError
+
+    with monkeypatch.context() as patched, pytest.raises(MemoryError):
+        patched.setattr(stack, "_copy", failing)
+        stack.hold(second.places, [held], 0)
+    stack.hold(first.places, [held], 0)
+    y, x = torch.zeros(TOKENS, OUT), inputs()
+    stack.add([y], x, first)
+    torch.testing.assert_close(y[0], held["a"].scale * x[0] @ held["a"].A.T @ held["a"].B.T)
+
+
+def test_a_stack_shrinks_when_a_large_rank_has_gone() -> None:
+    held = {"small": pair("b"), "other": pair("b"), "large": pair("c")}
+    stack = Stack([(OUT, IN)], torch.float32, CPU)
+    widths = []
+    for names in (("small", "large"), ("small", "other")):
+        stack.hold(tuple(((name, 1.0),) for name in names), [held], 0)
+        widths.append(stack.A.shape[1])
+    assert widths == [6, 2]
+
+
+def test_a_pair_that_has_gone_is_not_kept_alive(pairs: dict[str, LoraPair]) -> None:
+    gone = weakref.ref(pairs["a"])
+    stack = stack_of(pairs, arrangement())
+    del pairs["a"]
+    assert gone() is None and stack.A.count_nonzero() > 0
 
 
 def test_a_stack_grows_by_doubling_and_shrinks(pairs: dict[str, LoraPair]) -> None:
@@ -167,7 +220,7 @@ def test_a_stack_grows_by_doubling_and_shrinks(pairs: dict[str, LoraPair]) -> No
     stack = Stack([(OUT, IN)], torch.float32, CPU)
     for count in (1, 2, 3, 5, 9, 3, 2):
         to = arrangement(*(Share(i, i + 1, f"n{i}") for i in range(count)))
-        stack.hold(to.places, [many])
+        stack.hold(to.places, [many], 0)
         sizes.append(len(stack.A))
     assert sizes == [1, 2, 4, 8, 16, 4, 4]
 

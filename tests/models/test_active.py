@@ -10,12 +10,14 @@ import pytest
 import torch
 
 from lorakeet.core.adapter import Adapter
+from lorakeet.core.reordered import ReorderedLinear
 from lorakeet.errors import ConfigError
 from lorakeet.formats import peft
 from lorakeet.formats.slab import open_outline, open_slab
 from lorakeet.models import modules
 from lorakeet.models.active import LiveModel
 from lorakeet.models.adapt import put_adapter
+from lorakeet.models.folded import frozen_weights
 from lorakeet.models.inject import activate
 from lorakeet.models.kv_cache import KeyValues, Row, step
 from lorakeet.models.load import load_text_model
@@ -27,7 +29,7 @@ from lorakeet.quant.gptq import GptqBase
 from lorakeet.quant.packed import PackedBase, PackedLinear
 from lorakeet.quant.spec import QuantSpec
 from tiny.adapters import random_adapter
-from tiny.models import tiny_model
+from tiny.models import save_tiny_llama, tiny_model
 
 IDS = torch.tensor([[30, 51, 77, 80, 9]])
 
@@ -114,6 +116,39 @@ def test_rows_of_a_batch_over_a_packed_base_are_what_they_are_alone(kind: str, t
     assert sum(isinstance(layer.base, PackedBase) for layers in live._held.values() for layer in layers) > 10
     after = dict(text.model.named_buffers())
     assert all(torch.equal(buffer, after[name]) for name, buffer in before.items()), "the base stays as it was packed"
+
+
+def test_another_adapter_under_a_name_counts_at_once(text: TextModel, bare: Any) -> None:
+    live, cache = LiveModel(text), KeyValues(slots=3, capacity=8)
+
+    def written() -> torch.Tensor:
+        return step(text, cache, [Row(slot, 0, (5 + slot,), {name: 1.0}) for slot, name in enumerate("aba")], live.selection)
+
+    live.attach("b", random_adapter(bare, seed=2))
+    for seed in (1, 3):
+        live.attach("a", random_adapter(bare, seed=seed))
+        found = written()
+        fresh = LiveModel(load_text_model(ModelSpec(path=str(text.source), dtype="float32")))
+        fresh.attach("a", random_adapter(bare, seed=seed))
+        fresh.attach("b", random_adapter(bare, seed=2))
+        rows = [Row(slot, 0, (5 + slot,), {name: 1.0}) for slot, name in enumerate("aba")]
+        expected = step(fresh.text, KeyValues(slots=3, capacity=8), rows, fresh.selection)
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+        live.detach("a")
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_weights_lie_in_the_order_of_their_products_and_once(tied: bool, tmp_path: Path) -> None:
+    folder = save_tiny_llama(tmp_path / "m", tie_word_embeddings=tied)
+    text = load_text_model(ModelSpec(path=str(folder), dtype="float32"))
+    before = {path: rows[:].clone() for path, rows in frozen_weights(text.model)}
+    LiveModel(text)
+    head = text.model.get_output_embeddings()
+    assert isinstance(head, ReorderedLinear) is not tied
+    plain = [path for path, _ in text.model.named_parameters()]
+    assert any("_proj" in path for path in before) and not any("_proj" in path for path in plain)
+    after = {path: rows[:] for path, rows in frozen_weights(text.model)}
+    assert before.keys() == after.keys() and all(torch.equal(rows, after[path]) for path, rows in before.items())
 
 
 def test_loading_walks_nothing_and_leaves_nothing(

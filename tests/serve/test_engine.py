@@ -47,6 +47,18 @@ def test_greedy_texts_equal_those_written_one_at_a_time(loaded: LiveModel, askin
     assert [answer.ids for answer in again] == expected
 
 
+def test_numbers_that_are_not_finite_end_the_text_and_reach_no_other(loaded: LiveModel, asking: Callable[..., Any]) -> None:
+    expected = alone(loaded, PROMPTS[0], "a")
+    server = asking(slots=1)
+    broken = server.begin(PROMPTS[1], {"a": 1e30})
+    server.end(broken)
+    assert broken[0].cached == 0
+    assert server.ask(PROMPTS[0], A).ids == expected, "the next text in the slot"
+    again = server.begin(PROMPTS[1], {"a": 1e30})
+    server.end(again)
+    assert again[0].cached == 0, "nothing is gone on from"
+
+
 def test_a_seeded_text_does_not_depend_on_the_batch(loaded: LiveModel, asking: Callable[..., Any]) -> None:
     expected = alone(loaded, PROMPTS[0], "a", temperature=1.0, seed=7)
     server = asking()

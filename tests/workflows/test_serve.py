@@ -144,8 +144,9 @@ def test_a_core_is_left_to_the_clients_traffic(
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     if given is not None:
         monkeypatch.setenv("OMP_NUM_THREADS", given)
-    leave_a_core()
-    assert asked == ([] if expected is None else [expected])
+    with leave_a_core():
+        assert asked == ([] if expected is None else [expected])
+    assert asked[-1:] == [cores]
 
 
 @pytest.mark.parametrize(

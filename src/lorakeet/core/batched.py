@@ -12,7 +12,9 @@ multiplied at once, for layers that see the same x: the number of products does 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+import weakref
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, cast
 
@@ -97,6 +99,30 @@ Mixture = Sequence[tuple[LoraPair, float]]  # the pairs of a mix on one layer, w
 Held = Sequence[Mapping[str, LoraPair]]  # the pairs of some layers, each by adapter
 
 
+@dataclass(frozen=True)
+class _Copy:
+    """What stands at a place: a mix, and which pairs it was copied from, with how often they had been written to by then."""
+
+    mix: Mix
+    pairs: tuple[weakref.ref[LoraPair], ...]
+    tensors: tuple[weakref.ref[Tensor], ...]
+    written: int
+
+    @classmethod
+    def of(cls, mix: Mix, layers: Sequence[Mixture]) -> _Copy:
+        pairs = [pair for mixture in layers for pair, _ in mixture]
+        factors: list[Tensor] = [factor for pair in pairs for factor in (pair.A, pair.B)]
+        tensors = tuple(weakref.ref(factor) for factor in factors if not factor.is_inference())  # those are not counted
+        return cls(mix, tuple(map(weakref.ref, pairs)), tensors, _written(tensors))
+
+    def stands_for(self, mix: Mix, pairs: Held) -> bool:
+        """Whether this is still a copy of the `mix` of `pairs`."""
+        if self.mix != mix or self.written != _written(self.tensors):
+            return False
+        own = [held[name] for held in pairs for name, _ in mix if name in held]
+        return len(own) == len(self.pairs) and all(known() is pair for known, pair in zip(self.pairs, own, strict=True))
+
+
 class Stack:
     """The pairs of several adapters on layers that see the same x, side by side by the places of an Arrangement; for inference.
 
@@ -108,11 +134,10 @@ class Stack:
     def __init__(self, shapes: Sequence[tuple[int, int]], products: torch.dtype, device: torch.device) -> None:
         """For weights of `shapes` (out, in); nothing is held yet."""
         self.shapes, self.products, self.device = tuple(shapes), products, device
-        self.places: tuple[Mix, ...] = ()
         self.special: set[int] = set()  # places of mixes with pairs that are more than A and B, which are not held
         self._ranks: dict[int, tuple[int, ...]] = {}  # by place, of each layer
-        self._copied: dict[int, list[Tensor]] = {}  # by place, what was copied to it
-        self._written = 0  # how often all of that had been written to
+        self._copies: dict[int, _Copy] = {}  # by place
+        self._changes, self._written = -1, 0
         self._make(0, tuple(0 for _ in shapes))
         self._held_a, self._held_b = self.A, list(zip(self._parts, self.Bs, strict=True))  # of the places that are held
 
@@ -121,27 +146,28 @@ class Stack:
         """Whether no mix has a pair here."""
         return not self.A.shape[1]
 
-    def hold(self, places: tuple[Mix, ...], pairs: Held) -> None:
-        """Makes each place hold its mix of `pairs`; an adapter without a pair here adds nothing. Copies only what is new."""
-        known = self.places if self._writings() == self._written else ()
-        new = [place for place, mix in enumerate(places) if place >= len(known) or known[place] != mix]
-        if self._make_room(places, {place: _own(places[place], pairs) for place in new}):
+    def hold(self, places: tuple[Mix, ...], pairs: Held, changes: int) -> None:
+        """Makes each place hold its mix of `pairs`; an adapter without a pair here adds nothing. Copies what is not there.
+
+        `changes` counts how often adapters have come or gone: as long as it stays, and nothing is written to, names say enough.
+        """
+        named = changes == self._changes and self._written == sum(_written(copy.tensors) for copy in self._copies.values())
+        new = [place for place, mix in enumerate(places) if not self._stands(place, mix, None if named else pairs)]
+        if self._make_room(len(places), {place: _own(places[place], pairs) for place in new}):
             new = list(range(len(places)))
         for place in new:
-            self._copy(place, _own(places[place], pairs))
-        self.places, self._written = places, self._writings()
+            self._copies.pop(place, None)  # should the copying fail, nobody takes what is there for a copy
+            layers = _own(places[place], pairs)
+            self._copy(place, layers)
+            self._copies[place] = _Copy.of(places[place], layers)
+        self._changes, self._written = changes, sum(copy.written for copy in self._copies.values())
         self._held_a = self.A[: len(places)]
         self._held_b = [(ranks, B[: len(places)]) for ranks, B in zip(self._parts, self.Bs, strict=True)]
 
-    def forget(self, name: str) -> None:
-        """Drops the copies of the adapter `name`: under this name comes another, or none."""
-        if not any(name == known for mix in self.places for known, _ in mix):
-            return
-        self.places = tuple(() if any(name == known for known, _ in mix) else mix for mix in self.places)
-        for place, mix in enumerate(self.places):
-            if not mix:
-                self._copied.pop(place, None)
-        self._written = self._writings()
+    def _stands(self, place: int, mix: Mix, pairs: Held | None) -> bool:
+        """Whether the mix stands there, of these `pairs` if there is doubt of it."""
+        known = self._copies.get(place)
+        return known is not None and (known.mix == mix if pairs is None else known.stands_for(mix, pairs))
 
     def add(self, ys: Sequence[Tensor], x: Tensor, to: Arrangement) -> None:
         """Adds to each layer's y (tokens, out), in place, what the places give the tokens of `x` (tokens, in)."""
@@ -154,40 +180,44 @@ class Stack:
         for part, place in to.long:
             narrow = torch.mm(wide[part], self._held_a[place].t())
             for y, (ranks, B) in zip(ys, self._held_b, strict=True):
-                y[part].add_(torch.mm(narrow[:, ranks], B[place]).to(y.dtype))
+                added = torch.mm(narrow[:, ranks], B[place]).to(y.dtype)
+                y[part].add_(added) if isinstance(part, slice) else y.index_add_(0, part, added)
         if len(to.tokens):
             shrunk = stacked_shrink(wide.index_select(0, to.seen).unsqueeze(1), self._held_a)
             for y, (ranks, B) in zip(ys, self._held_b, strict=True):
                 found = stacked_grow(shrunk[..., ranks], B).squeeze(1).index_select(0, to.at)
                 y.index_add_(0, to.tokens, found.to(y.dtype))
 
-    def _make_room(self, places: tuple[Mix, ...], mixes: Mapping[int, Sequence[Mixture]]) -> bool:
+    def _make_room(self, places: int, mixes: Mapping[int, Sequence[Mixture]]) -> bool:
         """Notes the ranks of the new `mixes`; whether there had to be new tensors, so that everything is to be copied again."""
         for place, layers in mixes.items():
             plain = all(pair.plain for mixture in layers for pair, _ in mixture)
             (self.special.discard if plain else self.special.add)(place)
             self._ranks[place] = tuple(sum(len(pair.factors()[0]) for pair, _ in mixture) if plain else 0 for mixture in layers)
-        for place in [place for place in self._ranks if place >= len(places)]:
+        for place in [place for place in self._ranks if place >= places]:
             del self._ranks[place]
-            self._copied.pop(place, None)
+            self._copies.pop(place, None)
             self.special.discard(place)
         ranks = tuple(max(own) for own in zip(*self._ranks.values(), strict=True)) or tuple(0 for _ in self.shapes)
         held = tuple(part.stop - part.start for part in self._parts)
-        if all(new <= old for new, old in zip(ranks, held, strict=True)) and len(self.A) // 4 < len(places) <= len(self.A):
+        fits = all(new <= old for new, old in zip(ranks, held, strict=True)) and 2 * sum(ranks) > sum(held)
+        if (fits or ranks == held) and len(self.A) // 4 < places <= len(self.A):
             return False
-        self._make(1 << (len(places) - 1).bit_length() if places else 0, ranks)
+        self._make(1 << (places - 1).bit_length() if places else 0, ranks)
         return True
 
     def _make(self, places: int, ranks: tuple[int, ...]) -> None:
         """Room for `places` mixes, each of at most such a rank for each layer."""
         ends = [0, *itertools.accumulate(ranks)]
+        with torch.inference_mode(False):  # else nobody could copy to them outside of it
+            zeros = partial(torch.zeros, dtype=self.products, device=self.device)
+            A = zeros(places, ends[-1], self.shapes[0][1])
+            Bs = [zeros(places, rank, out) for rank, (out, _) in zip(ranks, self.shapes, strict=True)]
+        self._copies.clear()
         self._parts = [slice(first, last) for first, last in itertools.pairwise(ends)]  # of the rank side, by layer
-        zeros = partial(torch.zeros, dtype=self.products, device=self.device)
-        self.A = zeros(places, ends[-1], self.shapes[0][1])
-        self.Bs = [zeros(places, rank, out) for rank, (out, _) in zip(ranks, self.shapes, strict=True)]
+        self.A, self.Bs = A, Bs
 
     def _copy(self, place: int, layers: Sequence[Mixture]) -> None:
-        copied: list[Tensor] = []
         for ranks, B, mixture in zip(self._parts, self.Bs, layers, strict=True):
             below, beside, first = self.A[place, ranks], B[place], 0
             for pair, weight in () if place in self.special else mixture:
@@ -195,18 +225,17 @@ class Stack:
                 last = first + len(a)
                 below[first:last].copy_(a)
                 beside[first:last].copy_(b.t()).mul_(pair.scale * weight)
-                copied += [tensor for tensor in (pair.A, pair.B) if not tensor.is_inference()]  # whose writings are not counted
                 first = last
             if first < len(below):
                 below[first:].zero_()
                 beside[first:].zero_()
-        self._copied[place] = copied
-
-    def _writings(self) -> int:
-        """How often what was copied has been written to in place."""
-        return sum(tensor._version for copied in self._copied.values() for tensor in copied)
 
 
 def _own(mix: Mix, pairs: Held) -> list[Mixture]:
     """The pairs of a mix, for each layer."""
     return [[(held[name], weight) for name, weight in mix if name in held] for held in pairs]
+
+
+def _written(tensors: Iterable[weakref.ref[Tensor]]) -> int:
+    """How often the tensors have been written to in place; those of inference mode, which torch does not count, are left out."""
+    return sum(tensor._version for known in tensors if (tensor := known()) is not None)

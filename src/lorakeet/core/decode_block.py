@@ -78,12 +78,13 @@ class _Together:
 
     def __init__(self, layers: Sequence[nn.Module]) -> None:
         self.layers = tuple(layers)
-        adapted = [layer for layer in layers if isinstance(layer, LoraLinear)]
-        self._shared = SharedInput(adapted) if len(adapted) == len(layers) else None
+        self._adapted = [layer for layer in layers if isinstance(layer, LoraLinear)]
+        self._shared = SharedInput() if len(self._adapted) == len(layers) else None
 
     def __call__(self, x: Tensor) -> list[Tensor]:
         """x (tokens, in) to (tokens, out) of each."""
-        found = self._shared(x) if self._shared is not None and self._shared.layers[0].selection.shares is not None else None
+        divided = self._shared is not None and self._adapted[0].selection.shares is not None
+        found = self._shared(self._adapted, x) if self._shared is not None and divided else None
         return [layer(x) for layer in self.layers] if found is None else found
 
 

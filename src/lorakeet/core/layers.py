@@ -2,7 +2,7 @@
 
 `active` is the name of the adapter in use, or None for the bare base: then the original module runs, bit for bit. Where the
 selection divides a batch, each share of its tokens has an adapter of its own (core/batched).
-`models/inject` puts these in and takes them out; nothing else replaces modules.
+`models/inject` puts these in and takes them out.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from lorakeet.core.batched import Stack, shared_low_rank, stacked_in
 from lorakeet.core.dora import DoraPair
 from lorakeet.core.lowrank import LoraPair, frozen_linear
 from lorakeet.core.plan import PlanEntry
-from lorakeet.core.selection import Mix, Selection, Share
+from lorakeet.core.selection import Arrangement, Selection, Share
 from lorakeet.core.start import begin
 
 
@@ -77,10 +77,12 @@ class AdaptedLayer(StandIn):
     def attach(self, name: str, adapter: nn.Module) -> None:
         """Adds `adapter` under `name`; `activate` makes it count."""
         self.adapters[name] = adapter
+        self.selection.changed()
 
     def detach(self, name: str) -> None:
         """Forgets the adapter `name`; if it was active, the bare base is in use again."""
         del self.adapters[name]
+        self.selection.changed()
 
     @property
     def weight(self) -> Tensor:
@@ -114,8 +116,7 @@ class LoraLinear(AdaptedLayer):
     def __init__(self, original: nn.Module, base: FrozenBase) -> None:
         super().__init__(original)
         self.base = base
-        self.shares_input: list[SharedInput] = []  # where its pairs stand beside those of other layers, or alone
-        self._alone = SharedInput([self])
+        self._alone = SharedInput()
 
     @property
     def in_features(self) -> int:
@@ -144,22 +145,13 @@ class LoraLinear(AdaptedLayer):
         """x (tokens, in) to (tokens, out), each share of the tokens with its pair."""
         if torch.is_grad_enabled() or self.training:
             shares = self.divided(len(x))
+            if not shares:
+                return self.bare(x)
             if not all(pair.plain for _, pair in shares):
                 return self._one_by_one(x, shares)
             return shared_low_rank(x, self.base, shares, bias=self.bias, products=self.products)
-        found = self._alone(x)
+        found = self._alone([self], x)
         return self._one_by_one(x, self.divided(len(x))) if found is None else found[0]
-
-    def attach(self, name: str, adapter: nn.Module) -> None:
-        super().attach(name, adapter)
-        for shared in self.shares_input:
-            shared.forget(name)
-
-    def detach(self, name: str) -> None:
-        """As for every layer; copies of its pair that stand in stacks are forgotten too."""
-        super().detach(name)
-        for shared in self.shares_input:
-            shared.forget(name)
 
     def _one_by_one(self, x: Tensor, shares: Sequence[tuple[Share, LoraPair]]) -> Tensor:
         """For pairs that are more than A and B: each share goes through its pair by itself, all other tokens through the base."""
@@ -178,50 +170,46 @@ class LoraLinear(AdaptedLayer):
 
 
 class SharedInput:
-    """Layers that see the same x, for divided batches and inference: one product shrinks x for the pairs of all of them."""
+    """What layers that see the same x share in divided batches and inference: one product shrinks x for the pairs of all of them.
 
-    def __init__(self, layers: Sequence[LoraLinear]) -> None:
-        self.layers = tuple(layers)
+    It is called with the layers, always the same ones, and holds none of them.
+    """
+
+    def __init__(self) -> None:
         self._stack: Stack | None = None
+        self._to: Arrangement | None = None  # what the stack is made for
         self._products: torch.dtype | None = None
         self._biases: list[Tensor | None] = []
-        for layer in layers:
-            layer.shares_input.append(self)
 
-    def forget(self, name: str) -> None:
-        """Under the name of this adapter comes another, or none."""
-        if self._stack is not None:
-            self._stack.forget(name)
-
-    def __call__(self, x: Tensor) -> list[Tensor] | None:
+    def __call__(self, layers: Sequence[LoraLinear], x: Tensor) -> list[Tensor] | None:
         """x (tokens, in) to (tokens, out) of each layer; None where a pair in use is more than A and B."""
-        first = self.layers[0]
-        products = first.products or x.dtype
-        to = first.selection.arranged(len(x), x.device)
+        products = layers[0].products or x.dtype
+        to = layers[0].selection.arranged(len(x), x.device)
         stack = self._stack
-        if stack is None or stack.places is not to.places or self._products != products:
-            stack = self._holding(to.places, products, x.device)
-        if stack.special and not all(pair.plain for layer in self.layers for _, pair in layer.divided(len(x))):
+        if stack is None or self._to is not to or self._products != products:
+            stack = self._holding(layers, to, products, x.device)
+        if not stack.special.isdisjoint(to.used):
             return None
         if stack.empty:
-            return [layer.bare(x) for layer in self.layers]
+            return [layer.bare(x) for layer in layers]
         wide = x.to(products)
-        ys = [layer.base.matmul(wide) for layer in self.layers]
+        ys = [layer.base.matmul(wide) for layer in layers]
         for y, bias in zip(ys, self._biases, strict=True):
             if bias is not None:
                 y.add_(bias)
         stack.add(ys, wide, to)
         return ys if products == x.dtype else [y.to(x.dtype) for y in ys]
 
-    def _holding(self, places: tuple[Mix, ...], products: torch.dtype, device: torch.device) -> Stack:
-        """The stack, with the mixes of `places` in it."""
+    def _holding(self, layers: Sequence[LoraLinear], to: Arrangement, products: torch.dtype, device: torch.device) -> Stack:
+        """The stack, with the mixes of `to` in it."""
         stack = self._stack
         if stack is None or self._products != products:
-            shapes = [layer.base.shape for layer in self.layers]
-            stack = self._stack = Stack(shapes, stacked_in(products, device), device)
+            stack = self._stack = Stack([layer.base.shape for layer in layers], stacked_in(products, device), device)
+        self._to = None
         # The plain dicts: this runs for every layer as rows come and go.
-        stack.hold(places, [cast("dict[str, LoraPair]", layer.adapters._modules) for layer in self.layers])
-        self._products, self._biases = products, [layer.bias for layer in self.layers]
+        pairs = [cast("dict[str, LoraPair]", layer.adapters._modules) for layer in layers]
+        stack.hold(to.places, pairs, layers[0].selection.changes)
+        self._to, self._products, self._biases = to, products, [layer.bias for layer in layers]
         return stack
 
 

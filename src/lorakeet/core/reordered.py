@@ -26,7 +26,7 @@ class ReorderedBase:
         self.store(weight)
 
     def matmul(self, x: Tensor) -> Tensor:
-        if x.dtype != self.dtype:
+        if x.dtype != self.dtype or not len(x):
             return torch.mm(x, self.dense().to(x.dtype).t())
         y: Tensor = self._product(x, self._reordered, None, "none", [], "")
         return y
@@ -62,7 +62,7 @@ class ReorderedLinear(nn.Module):
         y = self.base.matmul(x.reshape(-1, self.in_features))
         if self.bias is not None:
             y = y.add_(self.bias)
-        return y.view(*x.shape[:-1], -1)
+        return y.view(*x.shape[:-1], self.out_features)
 
 
 def can_reorder(weight: Tensor) -> bool:

@@ -150,11 +150,16 @@ class LiveModel:
 
 
 def _reorder(text: TextModel, layers: list[LoraLinear]) -> None:
-    """Brings the plain weights of the layers and of the head into the order in which they are multiplied, where there is one."""
+    """Brings the plain weights of the layers and of the head into the order in which they are multiplied, where there is one.
+
+    Not that of a head which is the input embedding too: it would be in memory twice.
+    """
     for layer in layers:
         if type(layer.original) is nn.Linear and text.products == layer.weight.dtype and can_reorder(layer.weight):
             standing = ReorderedLinear(layer.original)
             layer.original, layer.base = standing, standing.base
     head = modules.output_layer(text.model)
-    if type(head) is nn.Linear and text.products == head.weight.dtype and can_reorder(head.weight):
+    if type(head) is not nn.Linear or head.weight is text.model.get_input_embeddings().weight:
+        return
+    if text.products == head.weight.dtype and can_reorder(head.weight):
         text.model.set_output_embeddings(ReorderedLinear(head))

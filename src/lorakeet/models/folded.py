@@ -17,6 +17,7 @@ from lorakeet.core.extras import Rows, TrainedModule
 from lorakeet.core.layers import AdaptedLayer
 from lorakeet.core.lowrank import LoraPair
 from lorakeet.core.math import delta, fold
+from lorakeet.core.reordered import ReorderedLinear
 from lorakeet.core.tiles import Rows as RowsOf
 from lorakeet.errors import ConfigError
 from lorakeet.memory.store import Store
@@ -36,6 +37,8 @@ def frozen_weights(model: nn.Module, store: Store | None = None) -> Iterator[tup
         if isinstance(module, PackedLinear):
             with at_hand(model, path), torch.no_grad():
                 yield f"{path}.weight", module.weight
+        if isinstance(module, ReorderedLinear):
+            yield f"{path}.weight", module.weight
         standing = find(model, path)
         for leaf, parameter in module.named_parameters(recurse=False):
             full = f"{path}.{leaf}" if path else leaf

@@ -57,6 +57,11 @@ class KeyValues:
             key[target, :, :count] = key[source, :, :count]
             value[target, :, :count] = value[source, :, :count]
 
+    def wipe(self, slot: int) -> None:
+        """Zeros where the slot's sequence was: numbers that are not finite would reach the next one, masked or not (0·NaN)."""
+        for states in (states for layer in self._layers.values() for states in layer):
+            states[slot].zero_()
+
     @property
     def bytes(self) -> int:
         """What the cache takes when every slot is full."""
@@ -115,7 +120,8 @@ class _Singles:
         """q (rows, heads, d), k and v (rows, kv heads, d) to (rows, heads, d). As keys times queries: keys as they lie."""
         scale, window, cap = rule
         for states, added in zip(held, (k, v), strict=True):
-            states.view(-1, states.shape[3]).index_copy_(0, self._at_ends(states), added.reshape(-1, states.shape[3]))
+            flat = added.reshape(-1, states.shape[3]).to(states.dtype)
+            states.view(-1, states.shape[3]).index_copy_(0, self._at_ends(states), flat)
         seen_keys, seen_values = (states[self._held, :, : self._longest].flatten(0, 1) for states in held)
         queries = q.reshape(len(seen_keys), -1, q.shape[2])  # (rows·kv, G, d)
         scores = torch.bmm(seen_keys, queries.transpose(1, 2)).transpose(1, 2).contiguous()
@@ -148,7 +154,8 @@ def _of_prompt(row: Row, q: Tensor, new: tuple[Tensor, Tensor], held: tuple[Tens
     count, end = len(q), row.start + len(q)
     for states, added in zip(held, new, strict=True):
         states[row.slot, :, row.start : end] = added.transpose(0, 1)
-    if row.start == 0 and window is None and cap is None:  # nothing earlier: torch's own kernel, up to four times as fast
+    alike = q.dtype == new[0].dtype == new[1].dtype and q.shape[2] == new[1].shape[2]
+    if row.start == 0 and window is None and cap is None and alike:  # torch's own kernel: up to four times as fast here
         asked, key, value = (states.transpose(0, 1)[None] for states in (q, *new))
         found = nn.functional.scaled_dot_product_attention(asked, key, value, is_causal=True, scale=scale, enable_gqa=True)
         return found[0].transpose(0, 1)
@@ -167,8 +174,8 @@ def _of_prompt(row: Row, q: Tensor, new: tuple[Tensor, Tensor], held: tuple[Tens
 def _zeros(shape: tuple[int, ...], like: Tensor) -> Tensor:
     """Zeros that take no memory until they are written, where the system hands out pages so.
 
-    A shorter row beside a longer one multiplies values past its own end by 0, which must be numbers: memory as it comes may hold
-    a NaN, and 0·NaN is NaN.
+    A row multiplies values past its own end by 0, beside a longer one and up to a whole number of keys: they must be numbers,
+    and memory as it comes may hold a NaN, and 0·NaN is NaN.
     """
     size = math.prod(shape) * like.element_size()
     if not is_cpu(like.device) or size == 0:

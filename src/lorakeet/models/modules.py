@@ -12,6 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 from lorakeet.core.layers import AdaptedLayer, StandIn
 from lorakeet.core.math import Kind
+from lorakeet.core.reordered import ReorderedLinear
 from lorakeet.models.families import Family
 from lorakeet.quant.packed import PackedBase, PackedLinear
 
@@ -74,6 +75,8 @@ def kind_of(module: nn.Module) -> Kind | None:
         return "conv1d" if module.transposed else "linear"
     if isinstance(module, Conv1D):
         return "conv1d"
+    if isinstance(module, ReorderedLinear):
+        return "linear"
     # A class with a forward of its own, or whose weight others read past forward (nn.MultiheadAttention), would ignore the pair.
     if type(module).forward is nn.Linear.forward and type(module).__name__ != "NonDynamicallyQuantizableLinear":
         return "linear"
@@ -87,7 +90,7 @@ def kind_of(module: nn.Module) -> Kind | None:
 
 def weight_shape(module: nn.Module, kind: Kind) -> tuple[int, ...]:
     """The weight's shape with output rows first, as `PlanEntry.shape` has it."""
-    if isinstance(module, PackedLinear):
+    if isinstance(module, (PackedLinear, ReorderedLinear)):
         return module.base.shape
     shape = tuple(cast(Any, module).weight.shape)
     return shape[::-1] if kind == "conv1d" else shape
@@ -97,6 +100,8 @@ def frozen_rows(module: nn.Module, kind: Kind, leaf: str = "weight") -> tuple[Ca
     """What gives the frozen weight with output rows first, and its device; a packed weight is unpacked at each call only."""
     if isinstance(module, PackedLinear):
         return module.base.dense, module.base.device
+    if isinstance(module, ReorderedLinear):
+        return module.base.dense, torch.device("cpu")
     weight = module.get_parameter(leaf).detach()
     return (lambda: weight.t() if kind == "conv1d" else weight), weight.device
 

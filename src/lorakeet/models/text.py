@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from lorakeet.core.fused import GatedMlp
 from lorakeet.core.fused_attention import RotaryAttention
 from lorakeet.core.layers import AdaptedLayer
+from lorakeet.core.reordered import ReorderedLinear
 from lorakeet.core.tiles import Rows, tiled_product
 from lorakeet.data.pack import Batch
 from lorakeet.data.prefix import Layout, as_laid, shared_once
@@ -151,7 +152,7 @@ class TextModel:
         bf16, close answers would tie.
         """
         weight, layer = self._plain_head_weight, self.model.get_output_embeddings()
-        if isinstance(layer, PackedLinear):
+        if isinstance(layer, (PackedLinear, ReorderedLinear)):
             logits = cast(Tensor, layer(hidden.to(self.products)))
         elif weight is not None:
             logits = tiled_product(hidden.to(self.products), weight)

@@ -29,6 +29,7 @@ from lorakeet.serve.sampling import Chooser, Chosen, Sampling
 from lorakeet.serve.slots import Slots, key_of
 from lorakeet.serve.text_stream import TextStream
 
+NOT_FINITE = "The model's numbers are not finite with these adapters and weights; ask for smaller weights, or check the adapter."
 Reason = Literal["stop", "length", "timeout", "cancelled", "error"]
 T = TypeVar("T")
 
@@ -265,7 +266,12 @@ class Engine:
         return [job for job, _ in chosen], rows
 
     def _take(self, jobs: list[Job], rows: list[Row], logits: Tensor) -> None:
-        for job, row, found in zip(jobs, rows, logits, strict=True):
+        sound = logits.isfinite().all(1).tolist()
+        for job, row, found, finite in zip(jobs, rows, logits, sound, strict=True):
+            if not finite:
+                self.slots.wipe(job.slot)
+                self._finish(job, "error", NOT_FINITE)
+                continue
             self.slots.wrote(job.slot, row.ids)
             job.done += len(row.ids)
             job.pending = job.pending[len(row.ids) :]

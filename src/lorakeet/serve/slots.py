@@ -72,6 +72,11 @@ class Slots:
         """Nobody writes in the slot any more; what it holds can be gone on from."""
         self._slots[number].busy = False
 
+    def wipe(self, number: int) -> None:
+        """Drops all that the slot holds, which is not to be gone on from."""
+        self._slots[number].key, self._slots[number].ids = (), []
+        self.cache.wipe(number)
+
     def forget(self, adapter: str) -> None:
         """Drops what was computed with this version of an adapter, in the slots where nobody writes."""
         for slot in self._slots:
