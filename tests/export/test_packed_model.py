@@ -16,6 +16,7 @@ from torch import Tensor
 
 from lorakeet.errors import ConfigError, EnvironmentProblem
 from lorakeet.export.packed_model import Part, write_model
+from lorakeet.memory.spill import Aside
 
 
 def parts_of(count: int, made: list[str]) -> list[Part]:
@@ -56,6 +57,16 @@ def test_shards_and_their_index(tmp_path: Path) -> None:
     assert index["metadata"]["total_size"] == 5 * 410
     for name, file in index["weight_map"].items():
         assert name in load_file(tmp_path / "out" / file)
+
+
+def test_tensors_that_wait_on_disk_make_the_same_file(tmp_path: Path) -> None:
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    write_model(tmp_path / "one", parts_of(4, []), config={})
+    made: list[str] = []
+    write_model(tmp_path / "other", parts_of(4, made), config={}, waiting=Aside(scratch))
+    one, other = (tmp_path / name / "model.safetensors" for name in ("one", "other"))
+    assert one.read_bytes() == other.read_bytes() and len(made) == 4 and list(scratch.iterdir()) == []
 
 
 def test_nothing_is_overwritten(tmp_path: Path) -> None:

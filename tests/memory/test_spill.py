@@ -43,6 +43,8 @@ def test_a_full_disk_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 def test_a_folder_that_cannot_be_written_is_said(tmp_path: Path) -> None:
     with pytest.raises(EnvironmentProblem, match=r"scratch file .* cannot be written: No such file.*memory\.store"):
         Aside(tmp_path / "gone")
+    with pytest.raises(EnvironmentProblem, match=r"No such file or directory\. Choose another --out\.$"):
+        Aside(tmp_path / "gone", "Choose another --out.")
 
 
 def test_the_host_keeps_a_copy_and_gives_it_back_on_its_device() -> None:

@@ -11,7 +11,7 @@ import torch
 import transformers
 
 from lorakeet.core.spec import LoraSpec
-from lorakeet.models.alike_blocks import Build, alike_blocks, first_blocks_of_config, first_blocks_of_plan
+from lorakeet.models.alike_blocks import Build, alike_blocks, first_blocks_of_config, first_blocks_of_plan, last_new_kind
 from lorakeet.models.families import family_of
 from lorakeet.models.outline import outline
 from lorakeet.models.streamed_outline import streamed_outline
@@ -116,3 +116,11 @@ def test_the_first_blocks_of_a_model_and_of_its_plan() -> None:
     assert config.num_hidden_layers == 3 and len(config.layer_types) == 3 and model.config.num_hidden_layers == BLOCKS
     fewer = transformers.AutoModelForCausalLM.from_config(config)
     assert first_blocks_of_plan(plan, fewer, family).entries == plan_for(fewer, LORA, family).entries
+
+
+def test_the_last_block_of_a_new_kind_is_found() -> None:
+    found = {}
+    for family in ("llama", "gemma2"):
+        model = tiny_model(family)
+        found[family] = last_new_kind(model, family_of(model.config.get_text_config()))
+    assert found == {"llama": 0, "gemma2": 1}  # every other block of Gemma attends to all tokens

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from lorakeet.quant import gptq_pack
 from lorakeet.quant.gptq_pack import BITS, ZeroFormat, pack, pack_zeros, unpack, unpack_rows, unpack_zeros, words_for
 
 every_width = pytest.mark.parametrize("bits", BITS)
@@ -29,6 +30,14 @@ def test_words_hold_the_stream(bits: int) -> None:
     assert torch.equal(naive(words, bits), codes)
     assert torch.equal(unpack(words, bits).long(), codes)
     assert torch.equal(unpack_rows(words.t().contiguous(), bits).long(), codes.t())
+
+
+@every_width
+def test_many_columns_are_packed_a_few_at_a_time(bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    codes = torch.randint(0, 2**bits, (64, 37), generator=torch.Generator().manual_seed(bits))
+    whole = pack(codes, bits)
+    monkeypatch.setattr(gptq_pack, "TILE", 640)
+    assert torch.equal(pack(codes, bits), whole)
 
 
 @every_width

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from lorakeet.errors import DataError
 from lorakeet.quant.gptq_grid import groups_in_order, nearest_codes
-from lorakeet.quant.gptq_solve import Hessian, Layout, sensitivity, solve
+from lorakeet.quant.gptq_solve import Hessian, Layout, bytes_of_solving, output_error, sensitivity, solve
+from tiny.held import HeldBytes
 
 OUT, IN, GROUP = 64, 256, 64
 
@@ -96,3 +97,26 @@ def test_one_token_is_enough_with_damping_and_inputs_that_are_not_finite_are_ref
     broken[7, 3] = float("inf")
     with pytest.raises(DataError, match="not finite"):
         sensitivity(hessian_of(broken))
+
+
+@pytest.mark.parametrize("layout", [Layout(4, 128), Layout(8, 32, True), Layout(3, -1), Layout(4, -1, True)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(768, 256), (2816, 512)])
+def test_what_is_held_is_what_is_planned(layout: Layout, dtype: torch.dtype, shape: tuple[int, int]) -> None:
+    """Never more, and not half as much again."""
+    hessian = Hessian(shape[1])
+    hessian.add(torch.randn(2 * shape[1], shape[1], generator=torch.Generator().manual_seed(0)))
+    weight, inputs = torch.randn(shape).to(dtype), sensitivity(hessian.matrix)
+    with HeldBytes() as held:
+        solve(weight, inputs, layout)
+    assert held.peak <= bytes_of_solving(shape, layout, dtype) <= 1.5 * held.peak
+
+
+def test_two_matrices_at_most_stand_beside_the_hessian(inputs: Tensor, weight: Tensor) -> None:
+    hessian = hessian_of(inputs)
+    with HeldBytes() as held:
+        sensitivity(hessian)
+    assert held.peak < 2.2 * hessian.nbytes
+    with HeldBytes() as held:
+        output_error(weight, weight, hessian)
+    assert held.peak < 2.2 * weight.nbytes

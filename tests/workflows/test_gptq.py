@@ -62,6 +62,17 @@ def test_the_folder_has_the_standard_layout(made: Path, tiny_llama_folder: Path)
     assert len(set(before) - kept) == 14 and all(name.endswith("proj.weight") for name in set(before) - kept)
 
 
+def test_a_budget_changes_nothing_of_it_and_is_told(
+    made: Path, tiny_llama_folder: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    words = ["quantize", str(tiny_llama_folder), "--method", "gptq", "--group-size", "16", "--calibration", str(data)]
+    assert main([*words, "--out", str(out), "--memory", "12GiB"]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "planned of 12.88 GB: the model in memory." in said and "held at most, of 12.88 GB allowed" in said
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == {path.name: path.read_bytes() for path in made.iterdir()}
+
+
 @pytest.mark.parametrize(
     "layout",
     [

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from lorakeet.errors import ConfigError, EnvironmentProblem
-from lorakeet.workflows.place import require_empty, require_place, writing
+from lorakeet.memory.store import StoreRefused
+from lorakeet.workflows.place import require_empty, require_place, temporary_folder, writing
 
 
 def test_a_folder_below_an_existing_one_can_be_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -47,3 +48,15 @@ def test_a_refused_write_is_said_in_words(number: int, why: str) -> None:
         writing("The report", "Do this."),
     ):
         raise OSError(number, "no")
+
+
+def test_a_temporary_folder_is_empty_and_goes_whatever_happens(tmp_path: Path) -> None:
+    folder = tmp_path / "a" / ".out.blocks"
+    folder.mkdir(parents=True)
+    (folder / "left over").write_text("x")
+    with pytest.raises(EnvironmentProblem, match=r"full\. Choose another\."), temporary_folder(folder, "It", "Choose another."):
+        assert list(folder.iterdir()) == []
+        raise StoreRefused("full.")
+    assert not folder.exists()
+    with temporary_folder(None, "Nothing", ""):
+        assert list((tmp_path / "a").iterdir()) == []

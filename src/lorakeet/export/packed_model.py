@@ -17,6 +17,7 @@ from torch import Tensor
 
 from lorakeet.errors import ConfigError, EnvironmentProblem
 from lorakeet.formats.safe import save_text, stored_bytes, stream_safetensors
+from lorakeet.memory.spill import Aside
 from lorakeet.merge.checkpoint import CONFIG, INDEX, SINGLE, copy_along
 
 SHARD_BYTES = 1 << 30  # tensors that are made together wait in memory for their place in the file: at most a shard of them
@@ -45,12 +46,14 @@ def write_model(
     along: Sequence[Path] = (),
     card: str = "",
     shard_bytes: int = SHARD_BYTES,
+    waiting: Aside | None = None,
     on_progress: Progress | None = None,
 ) -> int:
     """Writes the tensors of `parts`, config.json, copies of the files `along` and README.md with `card` to the new folder `out`.
 
-    Returns its bytes. At most one shard of made tensors and what one `make` needs are in memory. ConfigError where `out` exists,
-    EnvironmentProblem where the disk is too full, seen before or during the writing; nothing is left behind then.
+    Returns its bytes. At most one shard of made tensors and what one `make` needs are in memory; with `waiting`, tensors wait
+    there for their place. ConfigError where `out` exists, EnvironmentProblem where the disk is too full, seen before or during
+    the writing; nothing is left behind then.
     """
     if out.exists():
         raise ConfigError(f"{out} exists already and is never overwritten. Choose another folder or remove that one.")
@@ -64,7 +67,7 @@ def write_model(
     shutil.rmtree(partial, ignore_errors=True)
     try:
         partial.mkdir()
-        maker = _Maker(len(parts), on_progress)
+        maker = _Maker(len(parts), waiting or Aside(), on_progress)
         for file, shard in shards.items():
             maker.begin(shard)
             stream_safetensors(partial / file, _shapes(shard), fetch=maker.fetch, metadata=_METADATA)
@@ -88,23 +91,27 @@ def write_model(
 class _Maker:
     """Makes a part when its first tensor is asked for, and holds the rest of it until that is asked for too."""
 
-    def __init__(self, total: int, on_progress: Progress | None) -> None:
+    def __init__(self, total: int, waiting: Aside, on_progress: Progress | None) -> None:
         self.total = total
         self.on_progress = on_progress
         self.done = 0
         self.home: dict[str, Part] = {}
-        self.made: dict[str, Tensor] = {}
+        self.waiting = waiting
 
     def begin(self, shard: Sequence[Part]) -> None:
         self.home = {name: part for part in shard for name in part.shapes}
 
     def fetch(self, name: str) -> Tensor:
-        if name not in self.made:
-            self.made.update(self.home[name].make())
-            self.done += 1
-            if self.on_progress is not None:
-                self.on_progress(self.done, self.total, name)
-        return self.made.pop(name)
+        if name in self.waiting:
+            return self.waiting.take(name)
+        made = dict(self.home[name].make())
+        wanted = made.pop(name)
+        for other, tensor in made.items():
+            self.waiting.put(other, tensor)
+        self.done += 1
+        if self.on_progress is not None:
+            self.on_progress(self.done, self.total, name)
+        return wanted
 
 
 def _shards(parts: Sequence[Part], most: int) -> dict[str, list[Part]]:

@@ -14,14 +14,17 @@ from torch import Tensor
 from lorakeet.errors import EnvironmentProblem
 from lorakeet.memory.store import raw_bytes
 
+_OF_A_RUN = "Free some space there, or name another folder with memory.store. Checkpoints are as they were."
+
 
 class Aside:
     """Keeps CPU tensors by key until they are taken; with a `folder`, in a file there that vanishes with the process.
 
-    EnvironmentProblem where the folder cannot be written.
+    EnvironmentProblem, which ends with `remedy`, where the folder cannot be written.
     """
 
-    def __init__(self, folder: Path | None = None) -> None:
+    def __init__(self, folder: Path | None = None, remedy: str = _OF_A_RUN) -> None:
+        self._remedy = remedy
         self._held: dict[Hashable, Tensor] = {}
         self._places: dict[Hashable, tuple[int, torch.dtype, tuple[int, ...]]] = {}
         self._end = 0
@@ -48,10 +51,7 @@ class Aside:
         self._end += len(view)
 
     def _refused(self, error: OSError) -> EnvironmentProblem:
-        return EnvironmentProblem(
-            f"The scratch file of activations in {self._folder} cannot be written: {error.strerror}. Free some space there, or "
-            "name another folder with memory.store. Checkpoints are as they were."
-        )
+        return EnvironmentProblem(f"The scratch file in {self._folder} cannot be written: {error.strerror}. {self._remedy}")
 
     def take(self, key: Hashable) -> Tensor:
         """The tensor kept under `key`, which is then forgotten; when all are taken, the file is empty again."""

@@ -49,6 +49,17 @@ def alike_blocks(model: nn.Module, family: Family, plan: Plan) -> int:
     return len(found) if all(other == first for other in others) else 0
 
 
+def last_new_kind(model: nn.Module, family: Family) -> int:
+    """The number of the first block after which, pairs aside, every block is like an earlier one."""
+    seen: list[Any] = []
+    last = 0
+    for number, block in enumerate(blocks_of(model, family)):
+        if (signature := _signature(block)) not in seen:
+            seen.append(signature)
+            last = number
+    return last
+
+
 def blocks_of(model: nn.Module, family: Family) -> list[nn.Module]:
     """The model's decoder blocks in their order, each the module that computes; empty where there is no list of them."""
     prefix, count = modules.block_prefix(model, family)

@@ -9,6 +9,7 @@ that it gets from the quantised stages before it; then the whole quantised block
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -19,7 +20,10 @@ from transformers.pytorch_utils import Conv1D
 from lorakeet.data.chat import Example
 from lorakeet.data.pack import Batch, micro_batches, pack
 from lorakeet.errors import ConfigError, DataError, Problems
+from lorakeet.memory.spill import Aside
 from lorakeet.models import modules
+from lorakeet.models.calibration import Passages
+from lorakeet.models.families import family_of
 from lorakeet.models.quantized import packable
 from lorakeet.models.text import TextModel
 from lorakeet.quant.gptq import buffer_shapes
@@ -39,9 +43,14 @@ class QuantisedBlock:
     errors: dict[str, float]  # ‖X·(W − W′)ᵀ‖ / ‖X·Wᵀ‖
 
 
-def block_layers(model: nn.Module, prefix: str) -> dict[str, nn.Module]:
-    """The linear layers inside the blocks at `prefix`, by path."""
-    return {path: module for path, module in packable(model, head=False).items() if path.startswith(f"{prefix}.")}
+def layers_in_blocks(model: Any, name: str) -> dict[str, nn.Module]:
+    """The layers that GPTQ quantises, by path; ConfigError where the model, which the user calls `name`, has none."""
+    prefix, count = modules.block_prefix(model, family_of(model.config.get_text_config()))
+    inside = packable(model, head=False).items() if count else ()
+    layers = {path: module for path, module in inside if path.startswith(f"{prefix}.")}
+    if not layers:
+        raise ConfigError(f"{name} has no linear layers in a list of blocks, so there is nothing that GPTQ could quantise.")
+    return layers
 
 
 def check_layers(layers: dict[str, nn.Module], layout: Layout) -> None:
@@ -68,29 +77,45 @@ def weight_of(module: nn.Module) -> Tensor:
     return weight.t() if isinstance(module, Conv1D) else weight
 
 
+def taken_by_block(layers: dict[str, nn.Module]) -> Callable[[str], dict[str, nn.Module]]:
+    """What takes the layers of a block, by its path, out of `layers`: whose dense weights can go with it."""
+
+    def layers_of(block: str) -> dict[str, nn.Module]:
+        return {path: layers.pop(path) for path in list(layers) if path.startswith(f"{block}.")}
+
+    return layers_of
+
+
+def inputs_of_widest(layers: dict[str, nn.Module]) -> int:
+    """How many inputs the widest of the layers has; 0 without a layer."""
+    return max((weight_of(module).shape[1] for module in layers.values()), default=0)
+
+
 def quantise_blocks(
-    text: TextModel, rows: Sequence[Example], layout: Layout, *, damping: float = 0.01, micro_tokens: int = 2048
+    text: TextModel,
+    rows: Sequence[Example],
+    layout: Layout,
+    *,
+    damping: float = 0.01,
+    micro_tokens: int = 2048,
+    aside: Callable[[], Aside] = Aside,
 ) -> Iterator[QuantisedBlock]:
     """Quantises the blocks of `text` in order, which it uses up: a block that has been handed out is no longer in the model.
 
-    Raises ConfigError for layers that do not fit `layout`, DataError for too few tokens, before the first block.
+    What goes into blocks is kept in places that `aside` makes. Raises, before the first block, ConfigError for layers that do not
+    fit `layout`, DataError for too few tokens.
     """
-    prefix, count = modules.block_prefix(text.model, text.family)
-    layers = block_layers(text.model, prefix) if count else {}
+    layers = layers_in_blocks(text.model, text.name)
     check_layers(layers, layout)
-    widest = max((weight_of(module).shape[1] for module in layers.values()), default=0)
-
-    def layers_of(block: str) -> dict[str, nn.Module]:
-        return {path: layers.pop(path) for path in list(layers) if path.startswith(f"{block}.")}  # so that dense weights go
-
+    check_tokens(rows, inputs_of_widest(layers))
     yield from pack_blocks(
         text,
         rows,
         lambda path, weight, inputs, hessian: solve(weight, inputs, layout),
-        layers_of,
-        widest=widest,
+        taken_by_block(layers),
         damping=damping,
         micro_tokens=micro_tokens,
+        aside=aside,
     )
 
 
@@ -100,39 +125,55 @@ def pack_blocks(
     pack: Pack,
     layers_of: Callable[[str], dict[str, nn.Module]],
     *,
-    widest: int,
     damping: float = 0.01,
     micro_tokens: int = 2048,
     keep: bool = False,
+    aside: Callable[[], Aside] = Aside,
 ) -> Iterator[QuantisedBlock]:
     """Packs linear layers as `pack` says; others stay. `keep` leaves the packed blocks in the model, which else is used up.
 
     `layers_of` gives the layers of a block by path, dense ones in their places, when its turn comes, so that one block needs to
-    be dense at a time; the widest has `widest` inputs. ConfigError where that is none, DataError for too few tokens, before the
-    first block.
+    be dense at a time. A streamed model's block comes in for its turn and goes; `aside` makes places for what goes into blocks.
+    Whether the rows have tokens enough is for the caller to ask (`check_tokens`).
     """
     prefix, count = modules.block_prefix(text.model, text.family)
-    if not widest:
-        raise ConfigError(f"{text.name} has no linear layers in a list of blocks, so there is nothing that GPTQ could quantise.")
-    check_tokens(rows, widest)
     blocks = cast(nn.ModuleList, modules.find(text.model, prefix))
-    with torch.no_grad():
-        states, calls = _record(text, blocks, _batches(text, rows, micro_tokens))
+    passages = Passages(text, blocks, _batches(text, rows, micro_tokens), aside)
+    try:
         for number in range(count):
             start = f"{prefix}.{number}."
-            own = {path.removeprefix(start): layer for path, layer in layers_of(f"{prefix}.{number}").items()}
-            block = _Block(blocks[number], states, calls[number])
-            bases, errors = _quantise(block, own, lambda name, *given, at=start: pack(at + name, *given), damping)
-            block.advance()
-            own.clear()
-            if not keep:
+            with torch.no_grad(), _present(text, blocks, number) as module:
+                own = {path.removeprefix(start): layer for path, layer in layers_of(f"{prefix}.{number}").items()}
+                block = _Block(module, number, passages)
+                bases, errors = _quantise(block, own, lambda name, *given, at=start: pack(at + name, *given), damping)
+                passages.advance(module, number)
+                if text.streamed is not None:  # whose block goes with the layers that it came with
+                    for name, layer in own.items():
+                        module.set_submodule(name, layer)
+                own.clear()
+            if not keep and text.streamed is None:
                 blocks[number] = nn.Identity()
+            del module, block
             yield QuantisedBlock(
                 number,
                 count,
-                {start + name: base for name, base in bases.items()},
+                {start + name: bases.pop(name) for name in list(bases)},  # held by whoever takes them alone
                 {start + name: error for name, error in errors.items()},
             )
+    finally:
+        passages.close()
+
+
+@contextmanager
+def _present(text: TextModel, blocks: nn.ModuleList, number: int) -> Iterator[nn.Module]:
+    """The block with its weights; of a streamed model it alone is in memory, and gone after that."""
+    if text.streamed is None:
+        yield blocks[number]
+        return
+    text.release()
+    with text.streamed.present(number, then=number) as module:
+        yield module
+    text.release()
 
 
 def check_tokens(rows: Sequence[Example], widest: int) -> None:
@@ -152,65 +193,19 @@ def _batches(text: TextModel, rows: Sequence[Example], micro_tokens: int) -> lis
     return [pack([row]) for row in rows]
 
 
-class _Recorder(nn.Module):
-    """Stands in for a block, keeps what it is called with, and hands its input on as it is."""
-
-    def __init__(self, block: nn.Module) -> None:
-        super().__init__()
-        self.block = [block]  # in a list, so that it is no submodule
-        self.states: list[Tensor] = []
-        self.calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(self.__dict__["block"][0], name)  # models read settings such as attention_type off their blocks
-
-    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        self.states.append(hidden_states)
-        self.calls.append((args, kwargs))
-        return hidden_states
-
-
-def _record(
-    text: TextModel, blocks: nn.ModuleList, batches: Sequence[Batch]
-) -> tuple[list[Tensor], list[list[tuple[tuple[Any, ...], dict[str, Any]]]]]:
-    """The inputs of the first block, batch by batch, and what else each block is called with, without running any block."""
-    originals = list(blocks)
-    recorders = [_Recorder(block) for block in originals]
-    try:
-        for number, recorder in enumerate(recorders):
-            blocks[number] = recorder
-        with text.every_token():
-            for batch in batches:
-                text.hidden(batch)
-    finally:
-        for number, block in enumerate(originals):
-            blocks[number] = block
-    return recorders[0].states, [recorder.calls for recorder in recorders]
-
-
 class _Enough(Exception):
     """Ends the pass through a block once the stage's inputs are known."""
 
 
 class _Block:
-    """A block with its inputs, batch by batch."""
+    """A block with what goes into it, batch by batch."""
 
-    def __init__(self, module: nn.Module, states: list[Tensor], calls: list[tuple[tuple[Any, ...], dict[str, Any]]]) -> None:
-        self.module, self.states, self.calls = module, states, calls
+    def __init__(self, module: nn.Module, number: int, passages: Passages) -> None:
+        self.module, self.number, self.passages = module, number, passages
 
-    def run(self, number: int) -> Tensor:
+    def run(self, batch: int) -> Tensor:
         """The block's output for a batch."""
-        args, kwargs = self.calls[number]
-        found = self.module(self.states[number], *args, **kwargs)
-        return cast(Tensor, found[0] if isinstance(found, tuple) else found)
-
-    def advance(self) -> None:
-        """Replaces the inputs by the outputs, which are the inputs of the next block."""
-        for number in range(len(self.states)):
-            self.states[number] = self.run(number)
+        return self.passages.run(self.module, self.number, batch)
 
     def inputs_of(self, layer: nn.Module, take: Callable[[Tensor], None]) -> None:
         """Calls `take` with the input of `layer` for each batch; the block runs no further than that."""
@@ -221,9 +216,9 @@ class _Block:
 
         handle = layer.register_forward_pre_hook(stop)
         try:
-            for number in range(len(self.states)):
+            for batch in range(self.passages.count):
                 try:
-                    self.run(number)
+                    self.run(batch)
                 except _Enough:
                     continue
         finally:
@@ -259,7 +254,7 @@ def _quantise(
     bases: dict[str, PackedBase] = {}
     errors: dict[str, float] = {}
     for stage in block.stages(layers) if layers else []:
-        hessian = Hessian(weight_of(layers[stage[0]]).shape[1], block.states[0].device)
+        hessian = Hessian(weight_of(layers[stage[0]]).shape[1], weight_of(layers[stage[0]]).device)
         block.inputs_of(layers[stage[0]], hessian.add)
         inputs = sensitivity(hessian.matrix, damping=damping)
         for name in stage:

@@ -273,6 +273,13 @@ def _register() -> None:
         register_quantizer(_METHOD)(_PackedQuantizer)
 
 
+def with_quantisation(config: Any, words: Mapping[str, Any]) -> Any:
+    """The configuration of the same model with its weights quantised as `words`, a quantization_config, says."""
+    found = plain_config(config)
+    found.quantization_config = dict(words)
+    return found
+
+
 def plain_config(config: Any) -> Any:
     """The configuration without its word about quantisation."""
     found = copy.deepcopy(config)

@@ -15,6 +15,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from lorakeet.quant.packed import TILE
+
 BITS = (2, 3, 4, 8)
 WORD = 32
 ZeroFormat = Literal["gptq", "gptq_v2"]
@@ -32,6 +34,18 @@ def pack(codes: Tensor, bits: int) -> Tensor:
     words = words_for(count, bits)
     if words is None:
         raise ValueError(f"{count} codes of {bits} bits do not fill whole words of {WORD} bits")
+    step = max(1, TILE // max(1, count))
+    if columns <= step:
+        return _pack(codes, bits, words)
+    packed = torch.empty(words, columns, dtype=torch.int32, device=codes.device)
+    for start in range(0, columns, step):
+        packed[:, start : start + step] = _pack(codes[:, start : start + step], bits, words)
+    return packed
+
+
+def _pack(codes: Tensor, bits: int, words: int) -> Tensor:
+    """As `pack`, all columns at once: some 30 bytes a code are held meanwhile."""
+    count, columns = codes.shape
     wide = torch.zeros(words + 1, columns, dtype=torch.int64, device=codes.device)  # one more, for codes over a border
     places = torch.arange(count, device=codes.device) * bits
     shifted = codes.to(torch.int64) << (places % WORD)[:, None]

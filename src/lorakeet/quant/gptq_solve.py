@@ -11,6 +11,7 @@ the columns behind it are updated with one product (its section 3.3). The column
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -21,9 +22,12 @@ from lorakeet.errors import DataError
 from lorakeet.quant.gptq import GptqBase
 from lorakeet.quant.gptq_grid import Grid, codes_for, fit, groups_in_order, nearest_codes
 from lorakeet.quant.gptq_pack import ZeroFormat
+from lorakeet.quant.packed import TILE
 
 BLOCK = 128  # columns whose errors are handed on together
 DAMPINGS = 6  # each ten times the one before, until H has a Cholesky factor
+FP32 = 4  # bytes
+PACKING = 18  # bytes of each code of those that are put into words at once (quant/gptq_pack)
 
 
 @dataclass(frozen=True)
@@ -81,11 +85,14 @@ def sensitivity(hessian: Tensor, *, damping: float = 0.01) -> Sensitivity:
         diagonal = damped.diagonal()
         diagonal[diagonal == 0] = mean
         diagonal += damping * 10**attempt * mean
-        lower, failed = torch.linalg.cholesky_ex(damped)
-        if int(failed):
-            continue
-        factor, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
-        if not int(failed):
+        factor, found = torch.linalg.cholesky_ex(damped)
+        del damped, diagonal  # H is large: no more than two matrices of its size stand beside it at any time
+        if bool(found == 0):
+            inverse = torch.cholesky_inverse(factor)
+            del factor
+            factor, found = torch.linalg.cholesky_ex(inverse, upper=True)
+            del inverse
+        if bool(found == 0):
             return Sensitivity(order, factor)
     raise DataError(
         f"The inputs of a layer with {len(hessian)} columns cannot be told apart, even with a damping of "
@@ -97,7 +104,7 @@ def output_error(weight: Tensor, other: Tensor, hessian: Tensor) -> float:
     """‖X·(W − W′)ᵀ‖ / ‖X·Wᵀ‖ on the inputs X of H = Σ x·xᵀ / n: √(tr(D·H·Dᵀ) / tr(W·H·Wᵀ)), D = W − W′."""
     wide = weight.float()
     change = wide - other
-    lost, whole = (float(((part @ hessian) * part).sum()) for part in (change, wide))
+    lost, whole = (float((part @ hessian).mul_(part).sum()) for part in (change, wide))
     return (max(lost, 0.0) / whole) ** 0.5 if whole > 0 else 0.0
 
 
@@ -114,12 +121,25 @@ def solve(weight: Tensor, inputs: Sensitivity, layout: Layout, *, grid: Grid | N
     elif layout.desc_act:
         g_idx = torch.empty_like(g_idx).index_copy_(0, inputs.order, g_idx)
     else:
-        _, grid = nearest_codes(given, layout.bits, layout.sym, g_idx, int(g_idx.max()) + 1)
+        grid = nearest_codes(given, layout.bits, layout.sym, g_idx, int(g_idx.max()) + 1)[1]
     walk = Walk(given, inputs)
+    del given
     groups = _Groups(walk, g_idx[inputs.order].long(), layout, grid)
     walk.run(groups.nearest)
-    kept = Grid(groups.scales, groups.zeros, g_idx)
-    return GptqBase.of(walk.in_order(walk.codes), kept, bits=layout.bits, sym=layout.sym, zero_format=layout.zero_format)
+    kept, codes = Grid(groups.scales, groups.zeros, g_idx), walk.in_order(walk.codes)
+    del walk, groups  # the columns are not held while the codes are packed
+    return GptqBase.of(codes, kept, bits=layout.bits, sym=layout.sym, zero_format=layout.zero_format)
+
+
+def bytes_of_solving(shape: tuple[int, int], layout: Layout, dtype: torch.dtype) -> int:
+    """About the most that `solve` holds at a time beside a weight (out, in) of `dtype` and its inputs; its result is among it."""
+    count, wide = math.prod(shape), FP32 * math.prod(shape)
+    group = wide if layout.group_size == -1 else FP32 * layout.group_size * shape[0]  # the columns of one group
+    copy = 0 if dtype == torch.float32 else wide
+    fitting = copy + count + 9 * group // FP32  # codes of all, and a group as it is, divided, and in codes
+    walking = wide + count + (3 * group if layout.desc_act else 0) + 2 * FP32 * BLOCK * shape[0]
+    packing = count + count * layout.bits // 4 + count // 4 + PACKING * min(TILE, count)
+    return max(fitting, copy + wide, walking, packing)
 
 
 class Walk:
@@ -130,7 +150,7 @@ class Walk:
     """
 
     def __init__(self, weight: Tensor, inputs: Sensitivity) -> None:
-        self.columns = weight.t()[inputs.order].contiguous()
+        self.columns = weight.t().index_select(0, inputs.order)
         self.codes = torch.empty(self.columns.shape, dtype=torch.uint8, device=weight.device)
         self.order, self.factor = inputs.order, inputs.factor
         self.start = self.stop = 0  # the block in work

@@ -158,7 +158,7 @@ def _rehearsed(
     run: Callable[[_Rehearsing], Rehearsal],
 ) -> Rehearsal:
     """`run` with every block, or with a few of them that stand for all."""
-    with _on_shapes() as ledger:
+    with on_shapes() as ledger:
         text = build()
         plan = planned(text)
         blocks = alike_blocks(text.model, text.family, plan)
@@ -167,7 +167,7 @@ def _rehearsed(
     try:
         return _of_all(plan, blocks, [_with_few(partial(build, blocks=few), plan, ids, run, blocks) for few in (FEW, FEW + 1)])
     except Uneven:
-        with _on_shapes() as ledger:
+        with on_shapes() as ledger:
             return run(_Rehearsing(ledger, build(), plan, ids))
 
 
@@ -175,7 +175,7 @@ def _with_few(
     build: Callable[[], TextModel], plan: Plan, ids: tuple[int, ...], run: Callable[[_Rehearsing], Rehearsal], blocks: int
 ) -> tuple[Rehearsal, list[Stretch]]:
     """`run` with the model of `build`, that has a few of all `blocks`, and its moments."""
-    with _on_shapes() as ledger:
+    with on_shapes() as ledger:
         text = build()
         ledger.watch_blocks(blocks_of(text.model, text.family))
         found = run(_Rehearsing(ledger, text, first_blocks_of_plan(plan, text.model, text.family), ids, blocks))
@@ -198,7 +198,7 @@ def _of_all(plan: Plan, blocks: int, parts: Sequence[tuple[Rehearsal, list[Stret
 
 
 @contextmanager
-def _on_shapes() -> Iterator[Ledger]:
+def on_shapes() -> Iterator[Ledger]:
     """A ledger for a rehearsal; NotPlanned where the arithmetic in it cannot be followed."""
     SCRATCH.clear()  # a matrix with numbers must not be lent to a rehearsal, nor one without numbers to a run
     try:
@@ -325,7 +325,12 @@ def silent_training(task: Task[Any], spec: TrainSpec) -> Training[Any]:
 
 def made_up_batch(rows: Rows) -> Batch:
     """One micro-batch of such rows."""
-    return pack([_row(rows, number) for number in range(rows.count)])
+    return pack(made_up_rows(rows))
+
+
+def made_up_rows(rows: Rows) -> list[Example]:
+    """Such rows."""
+    return [_row(rows, number) for number in range(rows.count)]
 
 
 class Nowhere(Metrics):

@@ -29,7 +29,6 @@ from lorakeet.memory.allocator import return_freed_memory
 from lorakeet.memory.budget import larger_than_machine
 from lorakeet.memory.forecast import Phase, phases_of
 from lorakeet.memory.held import Held, with_more
-from lorakeet.memory.store import StoreRefused
 from lorakeet.models.alike_blocks import Build
 from lorakeet.models.fits import plan_of
 from lorakeet.models.load import read_config
@@ -43,7 +42,7 @@ from lorakeet.workflows.arrange import Arrangement
 from lorakeet.workflows.choose_streaming import FEWEST
 from lorakeet.workflows.forecast_run import INTERVALS, TOKENIZER_ENTRY, Precision, runtime_bytes
 from lorakeet.workflows.opened import Opened
-from lorakeet.workflows.place import writing
+from lorakeet.workflows.place import temporary_folder
 
 FP32 = 4  # bytes
 COPIES = 4  # of a matrix in fp32: as it is, its change, their sum, and one as it was stored or is looked at
@@ -132,18 +131,8 @@ def plan_check(opened: Opened, check: CheckSize, place: Path, console: Console) 
 def stores(opened: Opened, remedy: str) -> Iterator[None]:
     """A context with the folder of the stores, which is removed when it ends; a disk that gets full is told with `remedy`."""
     folder = None if opened.kept is None else opened.kept.store
-    if folder is None:
+    with temporary_folder(folder, f"The folder {folder} of the check", remedy):
         yield
-        return
-    shutil.rmtree(folder, ignore_errors=True)
-    try:
-        with writing(f"The folder {folder} of the check", remedy):
-            folder.mkdir(parents=True)
-        yield
-    except StoreRefused as error:
-        raise EnvironmentProblem(f"{error} {remedy}") from error
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def adapted_bytes(plan: Plan, largest: int) -> int:

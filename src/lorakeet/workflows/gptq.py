@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -13,17 +13,26 @@ from rich.progress import Progress as Bar
 from torch import Tensor
 
 from lorakeet import __version__
-from lorakeet.data.chat import Encoder, Example, encode_rows
+from lorakeet.data.chat import Encoder, encode_rows
 from lorakeet.data.read import read_rows
 from lorakeet.data.spec import DataSpec
 from lorakeet.errors import ConfigError, Problems
 from lorakeet.export.packed_model import Part, write_model
+from lorakeet.memory.budget import parse_budget
+from lorakeet.memory.spill import Aside
 from lorakeet.merge.checkpoint import files_along, open_checkpoint
-from lorakeet.models.gptq_blocks import QuantisedBlock, block_layers, check_layers, quantise_blocks, weight_of
-from lorakeet.models.load import load_text_model, read_config
-from lorakeet.models.modules import block_prefix
+from lorakeet.models.gptq_blocks import (
+    QuantisedBlock,
+    check_layers,
+    check_tokens,
+    inputs_of_widest,
+    layers_in_blocks,
+    quantise_blocks,
+    weight_of,
+)
+from lorakeet.models.load import load_text_model, load_tokenizer, read_config
 from lorakeet.models.origin import packed_card
-from lorakeet.models.quantized import kept_experts, owners
+from lorakeet.models.quantized import kept_experts, owners, skeleton, with_quantisation
 from lorakeet.models.source import find_source
 from lorakeet.models.spec import ModelSpec
 from lorakeet.models.stock import method_of, stored_quantisation, tensor_files
@@ -32,8 +41,8 @@ from lorakeet.quant.gptq import PARTS, buffer_shapes
 from lorakeet.quant.gptq_config import GptqConfig, to_mapping
 from lorakeet.quant.gptq_pack import BITS
 from lorakeet.quant.gptq_solve import Layout
-from lorakeet.quant.packed import PackedBase
 from lorakeet.workflows.place import require_place
+from lorakeet.workflows.room_quantize import Job, Kept, keep_budget
 
 DAMPING = 0.01  # the paper's
 MICRO_TOKENS = 2048
@@ -55,22 +64,46 @@ def write_gptq(
     head: Literal["keep", "quantize"] = "keep",
     layout: Layout,
     calibration: Calibration,
+    memory: str | None = None,
     console: Console,
 ) -> tuple[int, dict[str, float]]:
     """Writes `model` with GPTQ weights to `out` and loads it again as a check.
 
     Returns the bytes, and how far each layer's outputs moved on the rows: ‖X·(W − W′)ᵀ‖ / ‖X·Wᵀ‖. The rows' states and one
-    block's packed layers are held beside the model, whose dense blocks go as they are done. Raises ConfigError for layers that
-    do not fit the layout, DataError for too few calibration tokens, before anything is written.
+    block's packed layers are held beside the model, whose dense blocks go as they are done; within a budget `memory`, such as
+    "3GiB", one block is held, and the states too or not, with the same result. Raises ConfigError for layers that do not fit the
+    layout and a budget that cannot be kept, DataError for too few calibration tokens, before anything is written.
     """
     _check(out, head, layout, calibration)
-    spec = DataSpec(train=str(calibration.file), supervise="all", max_tokens=calibration.max_tokens, limit=calibration.rows)
-    rows = read_rows(spec.train, spec)
-    text = load_text_model(_as_stored(model, console), say=console.print)
+    budget = None if memory is None else parse_budget(memory)
+    data = DataSpec(train=str(calibration.file), supervise="all", max_tokens=calibration.max_tokens, limit=calibration.rows)
+    rows = read_rows(data.train, data)
+    spec = _as_stored(model, console)
+    if budget is not None:  # which bounds the memory of the process
+        spec = replace(spec, device="cpu")
+    config, plain = read_config(Path(spec.path)), skeleton(read_config(Path(spec.path)))
+    examples = encode_rows(rows, Encoder(load_tokenizer(Path(spec.path)), data)).examples
+    layers = layers_in_blocks(plain, model)
+    check_layers(layers, layout)
+    check_tokens(examples, inputs_of_widest(layers))
+    words = to_mapping(_settings(layout), damping=DAMPING, version=__version__)
+    job = Job(
+        model, config, with_quantisation(config, words), getattr(torch, spec.dtype), layout=layout, rows=examples,
+        micro_tokens=MICRO_TOKENS,
+    )  # fmt: skip
+    kept = keep_budget(budget, job, out, console)
+    with kept.measured(console):
+        return _quantised(job, spec, kept, layout, out, console)
+
+
+def _quantised(
+    job: Job, spec: ModelSpec, kept: Kept, layout: Layout, out: Path, console: Console
+) -> tuple[int, dict[str, float]]:
+    """Loads the model, writes the folder, and loads that again."""
+    text = load_text_model(spec, say=console.print, store=kept.store)
     experts = kept_experts(text.model)
     if experts:  # said before the long work, not after it
         console.print(experts, soft_wrap=True)
-    examples = encode_rows(rows, Encoder(text.tokenizer, spec)).examples
     errors: dict[str, float] = {}
     with Bar(console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("measuring inputs", total=None)
@@ -79,7 +112,10 @@ def write_gptq(
             errors.update(block.errors)
             bar.update(task, total=block.count, completed=block.number + 1, description=f"block {block.number + 1}")
 
-        written = _write(model, text, examples, layout, out, done)
+        written = _write(job, text, kept, layout, out, done)
+    if text.streamed is not None:
+        text.streamed.stream.close()
+    del text
     worst = max(errors, key=lambda path: (errors[path], path))
     console.print(
         f"Wrote {written:,} bytes to {out}: {len(errors)} layers in {layout.bits} bits, format {layout.zero_format}. Lorakeet "
@@ -93,7 +129,7 @@ def write_gptq(
         if line != experts:
             console.print(line)
 
-    load_text_model(ModelSpec(path=str(out)), say=say)
+    load_text_model(kept.checked(out, job), say=say, store=kept.store)
     return written, errors
 
 
@@ -129,18 +165,18 @@ def _as_stored(model: str, console: Console) -> ModelSpec:
     return ModelSpec(path=str(source), dtype="bfloat16" if narrow else "float32", products="bfloat16" if narrow else "float32")
 
 
-def _write(
-    model: str, text: TextModel, rows: Sequence[Example], layout: Layout, out: Path, done: Callable[[QuantisedBlock], None]
-) -> int:
-    """Writes the folder, block by block as they are quantised; returns its bytes. `model` is what the user calls it."""
-    prefix, count = block_prefix(text.model, text.family)
-    layers = block_layers(text.model, prefix) if count else {}
-    check_layers(layers, layout)
-    shapes = {path: (weight_of(module).shape[0], weight_of(module).shape[1]) for path, module in layers.items()}
-    del layers  # so that a block's dense weights can go
+def _settings(layout: Layout) -> GptqConfig:
+    return GptqConfig(layout.bits, layout.group_size, layout.desc_act, layout.sym, layout.zero_format)
+
+
+def _write(job: Job, text: TextModel, kept: Kept, layout: Layout, out: Path, done: Callable[[QuantisedBlock], None]) -> int:
+    """Writes the folder, block by block as they are quantised; returns its bytes."""
+    plain = skeleton(job.config)
+    shapes = {path: weight_of(module).shape for path, module in layers_in_blocks(plain, job.name).items()}
     checkpoint, files = open_checkpoint(text.source), tensor_files(text.source)
-    places = {name: path for name, path in owners(text.model, files).items() if path in shapes}
-    solved = _Solved(quantise_blocks(text, rows, layout, damping=DAMPING, micro_tokens=MICRO_TOKENS), done)
+    places = {name: path for name, path in owners(plain, files).items() if path in shapes}
+    blocks = quantise_blocks(text, job.rows, layout, damping=DAMPING, micro_tokens=job.micro_tokens, aside=kept.aside)
+    solved = _Solved(blocks, kept.waiting(), done)
     solved.advance()  # what is wrong with rows or layers is said before anything is written
     parts = [
         _packed(name, places[name], shapes[places[name]], layout, solved)
@@ -148,43 +184,42 @@ def _write(
         else Part({name: (file.tensors[name].dtype, file.tensors[name].shape)}, _reader(file.read, name))
         for name, file in files.items()
     ]
-    settings = GptqConfig(layout.bits, layout.group_size, layout.desc_act, layout.sym, layout.zero_format)
-    words = to_mapping(settings, damping=DAMPING, version=__version__)
+    words = to_mapping(_settings(layout), damping=DAMPING, version=__version__)
     config = {**checkpoint.config, "quantization_config": words}
-    card = packed_card(model, f"GPTQ, {layout.bits} bits")
-    return write_model(out, parts, config=config, along=files_along(text.source, None), card=card)
+    card, along = packed_card(job.name, f"GPTQ, {layout.bits} bits"), files_along(text.source, None)
+    return write_model(out, parts, config=config, along=along, card=card, waiting=kept.waiting())
 
 
 class _Solved:
-    """The packed layers by path; the blocks are done as far as the next one asked for needs it."""
+    """The packed layers by path; the blocks are done as far as the next one asked for needs it, and wait in `waiting`."""
 
-    def __init__(self, blocks: Iterator[QuantisedBlock], done: Callable[[QuantisedBlock], None]) -> None:
-        self.blocks, self.done = blocks, done
-        self.waiting: dict[str, PackedBase] = {}
+    def __init__(self, blocks: Iterator[QuantisedBlock], waiting: Aside, done: Callable[[QuantisedBlock], None]) -> None:
+        self.blocks, self.waiting, self.done = blocks, waiting, done
 
     def advance(self) -> None:
         """Quantises the next block."""
         block = next(self.blocks)
-        self.waiting.update(block.layers)
+        for path, base in block.layers.items():
+            for part in PARTS:
+                self.waiting.put((path, part), base.get_buffer(part).cpu())
         self.done(block)
 
-    def take(self, path: str) -> PackedBase:
-        """The packed layer at `path`, which is forgotten here."""
-        while path not in self.waiting:
+    def take(self, path: str) -> dict[str, Tensor]:
+        """The tensors of the packed layer at `path`, which is forgotten here."""
+        while (path, PARTS[0]) not in self.waiting:
             self.advance()
-        return self.waiting.pop(path)
+        return {part: self.waiting.take((path, part)) for part in PARTS}
 
 
-def _packed(name: str, path: str, shape: tuple[int, int], layout: Layout, solved: _Solved) -> Part:
+def _packed(name: str, path: str, shape: Sequence[int], layout: Layout, solved: _Solved) -> Part:
     """The four tensors that stand for the weight `name` of the layer at `path`."""
     groups = 1 if layout.group_size == -1 else shape[1] // layout.group_size
     own = name.removesuffix(".weight")
 
     def make() -> Mapping[str, Tensor]:
-        base = solved.take(path)
-        return {f"{own}.{part}": base.get_buffer(part).cpu() for part in PARTS}
+        return {f"{own}.{part}": tensor for part, tensor in solved.take(path).items()}
 
-    stored = buffer_shapes(shape, bits=layout.bits, groups=groups)
+    stored = buffer_shapes((shape[0], shape[1]), bits=layout.bits, groups=groups)
     return Part({f"{own}.{part}": kind for part, kind in stored.items()}, make)
 
 

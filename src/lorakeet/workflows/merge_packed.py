@@ -27,7 +27,7 @@ from lorakeet.export.repacked import write_repacked
 from lorakeet.merge.requantise import Requantised, round_to_nearest, round_with_feedback
 from lorakeet.models.folded import fold_layers
 from lorakeet.models.fuse import unfuse
-from lorakeet.models.gptq_blocks import pack_blocks, weight_of
+from lorakeet.models.gptq_blocks import check_tokens, pack_blocks, weight_of
 from lorakeet.models.inject import use_products
 from lorakeet.models.layout import PackedLayout, read_layout
 from lorakeet.models.load import load_text_model
@@ -219,9 +219,10 @@ class Merging:
 
         widest = max(weight_shape(known[path], cast(Kind, kind_of(known[path])))[1] for path in self.layout.layers)
         del known
+        check_tokens(rows, widest)
         with Bar(console=self.console, transient=True, disable=not self.console.is_terminal) as bar:
             task = bar.add_task(f"error feedback on {len(rows)} rows", total=None)
-            for block in pack_blocks(text, rows, pack, layers_of, widest=widest, keep=True):
+            for block in pack_blocks(text, rows, pack, layers_of, keep=True):
                 bar.update(task, total=block.count, completed=block.number + 1)
         return text, solved
 

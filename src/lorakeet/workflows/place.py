@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from lorakeet.errors import ConfigError, EnvironmentProblem
+from lorakeet.memory.store import StoreRefused
 from lorakeet.train.durable import refusal
 
 
@@ -25,6 +27,26 @@ def require_empty(out: Path) -> None:
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise ConfigError(f"{out} exists already and is no empty folder; nothing in it was touched. Choose another --out.")
     require_place(out)
+
+
+@contextmanager
+def temporary_folder(folder: Path | None, what: str, remedy: str) -> Iterator[None]:
+    """A context in which `folder` is there, new and empty, and after which it is gone; None for no folder.
+
+    A disk that refuses it, or a store in it, is told with `remedy` (EnvironmentProblem).
+    """
+    if folder is None:
+        yield
+        return
+    shutil.rmtree(folder, ignore_errors=True)
+    try:
+        with writing(what, remedy):
+            folder.mkdir(parents=True)
+        yield
+    except StoreRefused as error:
+        raise EnvironmentProblem(f"{error} {remedy}") from error
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextmanager

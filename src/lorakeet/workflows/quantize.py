@@ -19,11 +19,13 @@ from torch import Tensor, nn
 from lorakeet.errors import ConfigError
 from lorakeet.export.packed_model import Part, write_model
 from lorakeet.formats.safe import SafeFile
+from lorakeet.memory.budget import parse_budget
 from lorakeet.merge.checkpoint import files_along, open_checkpoint
 from lorakeet.models.load import load_text_model, read_config
 from lorakeet.models.modules import kind_of, weight_shape
 from lorakeet.models.origin import packed_card
-from lorakeet.models.quantized import linear_layers, owners, packable, skeleton
+from lorakeet.models.placement import dtype_for
+from lorakeet.models.quantized import linear_layers, owners, packable, skeleton, with_quantisation
 from lorakeet.models.source import find_source
 from lorakeet.models.spec import ModelSpec
 from lorakeet.models.stock import method_of, stored_quantisation, tensor_files
@@ -34,8 +36,10 @@ from lorakeet.quant.nf4 import Nf4Base
 from lorakeet.quant.packed import PackedBase
 from lorakeet.workflows.gptq import Calibration, write_gptq
 from lorakeet.workflows.place import require_place
+from lorakeet.workflows.room_quantize import Job, keep_budget
 
 Method = Literal["nf4", "int8", "gptq"]
+COPIES = 10  # bytes of each number of a weight while it is packed: it and what it became in fp32, and its codes twice
 
 
 @dataclass(frozen=True)
@@ -107,25 +111,34 @@ def quantize(  # noqa: PLR0913 - the options of the verb
     calibration: str | None = None,
     calibration_rows: int = 128,
     calibration_tokens: int = 2048,
+    memory: str | None = None,
     console: Console,
 ) -> Quantized:
     """Writes `model` with packed linear layers to `out`, a matrix at a time, and loads the result again as a check.
 
-    What follows `head` counts for gptq alone (workflows/gptq). Raises ConfigError where `out` exists, the model is quantised
-    already or nothing in it can be packed.
+    From `bits` to `calibration_tokens` all counts for gptq alone (workflows/gptq). `memory`, such as "3GiB", is kept by the whole
+    process, with the same result. Raises ConfigError where `out` exists, the model is quantised already, nothing in it can be
+    packed or the budget cannot be kept.
     """
     if method == "gptq":
         layout = GptqLayout(bits, group_size, desc_act, sym, "gptq" if sym else "gptq_v2")
         rows = Calibration(calibration, calibration_rows, calibration_tokens)
-        written, error = write_gptq(model, out=out, head=head, layout=layout, calibration=rows, console=console)
+        written, error = write_gptq(model, out=out, head=head, layout=layout, calibration=rows, memory=memory, console=console)
         return Quantized(out, method, written, error)
-    return _pack(model, method=method, out=out, head=head, console=console)
+    return _pack(model, method=method, out=out, head=head, memory=memory, console=console)
 
 
 def _pack(
-    model: str, *, method: Literal["nf4", "int8"], out: Path, head: Literal["keep", "quantize"], console: Console
+    model: str,
+    *,
+    method: Literal["nf4", "int8"],
+    out: Path,
+    head: Literal["keep", "quantize"],
+    memory: str | None,
+    console: Console,
 ) -> Quantized:
     """nf4 and int8: each weight by itself."""
+    budget = None if memory is None else parse_budget(memory)
     if out.exists():
         raise ConfigError(f"{out} exists already and is never overwritten. Choose another folder or remove that one.")
     require_place(out)
@@ -138,26 +151,36 @@ def _pack(
     chosen = packable(plain, head=head == "quantize")
     if not chosen:
         raise ConfigError(f"{model} has no linear layers that could be packed; its '{config.model_type}' blocks hold none.")
-    error: dict[str, float] = {}
     layout, files = LAYOUTS[method], tensor_files(source)
-    places = owners(plain, files)
+    kept_dense = [path for path in linear_layers(plain) if path not in chosen]
+    in_files = getattr(config, "dtype", None) or torch.float32
+    words = layout.config(kept_dense, str(in_files).removeprefix("torch."))
+    largest = max(module.get_parameter("weight").numel() for module in chosen.values())
+    job = Job(
+        model, config, with_quantisation(config, words), dtype_for("auto", torch.device("cpu")),
+        packing=largest * (in_files.itemsize + COPIES),
+    )  # fmt: skip
+    kept = keep_budget(budget, job, out, console)
+    places, error = owners(plain, files), dict[str, float]()
     parts = [_part(name, file, chosen.get(places.get(name, "")), layout, error) for name, file in files.items()]
-    kept = [path for path in linear_layers(plain) if path not in chosen]
-    dtype = str(getattr(config, "dtype", None) or torch.float32).removeprefix("torch.")
-    with Bar(console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task("packing")
-        written = write_model(
-            out,
-            parts,
-            config={**checkpoint.config, "quantization_config": layout.config(kept, dtype)},
-            along=files_along(source, None),
-            card=packed_card(model, method),
-            on_progress=lambda done, total, name: bar.update(task, completed=done, total=total, description=f"packing {name}"),
-        )
-    result = Quantized(out, method, written, error)
-    console.print(f"Wrote {written:,} bytes to {out}: {len(error)} weights in {method}. {layout.note}", soft_wrap=True)
-    console.print(f"Packing moved {result.worst[0]} most: by {result.worst[1]:.2%} of its length.", soft_wrap=True)
-    load_text_model(ModelSpec(path=str(out)), say=console.print)
+    with kept.measured(console):
+        with Bar(console=console, transient=True, disable=not console.is_terminal) as bar:
+            task = bar.add_task("packing")
+            written = write_model(
+                out,
+                parts,
+                config={**checkpoint.config, "quantization_config": words},
+                along=files_along(source, None),
+                card=packed_card(model, method),
+                waiting=kept.waiting(),
+                on_progress=lambda done, total, name: bar.update(
+                    task, completed=done, total=total, description=f"packing {name}"
+                ),
+            )
+        result = Quantized(out, method, written, error)
+        console.print(f"Wrote {written:,} bytes to {out}: {len(error)} weights in {method}. {layout.note}", soft_wrap=True)
+        console.print(f"Packing moved {result.worst[0]} most: by {result.worst[1]:.2%} of its length.", soft_wrap=True)
+        load_text_model(kept.checked(out, job), say=console.print, store=kept.store)
     return result
 
 

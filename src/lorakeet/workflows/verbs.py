@@ -133,6 +133,9 @@ class QuantizeOptions:
     calibration: str | None = field(default=None, metadata={"help": "File of rows on which gptq sees what each layer reads."})
     calibration_rows: int = field(default=128, metadata={"help": "So many rows of it at most, from the top."})
     calibration_tokens: int = field(default=2048, metadata={"help": "So many tokens of each row at most."})
+    memory: str | None = field(
+        default=None, metadata={"help": "The most memory the process may hold, such as 3GiB; what is written is the same."}
+    )
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,279 @@
+"""How `lorakeet quantize` keeps a memory budget: rehearsed on shapes, decided before anything is read, or refused.
+
+store    the dense blocks go into a store on disk, one after the other      only where they are streamed
+check    two blocks, and the head on a few tokens                           or the whole model
+blocks   gptq: one block, what a stage of its layers and the rounding of one hold, and the rows' states
+write    one tensor of the file
+written  the packed model, checked in the same way
+"""
+
+from __future__ import annotations
+
+import math
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import Tensor
+
+from lorakeet.data.chat import Example
+from lorakeet.errors import ConfigError, EnvironmentProblem
+from lorakeet.evaluate.wording import bytes_text
+from lorakeet.export.packed_model import SHARD_BYTES
+from lorakeet.memory.allocator import return_freed_memory
+from lorakeet.memory.budget import larger_than_machine
+from lorakeet.memory.forecast import Phase, phases_of
+from lorakeet.memory.held import Held, with_more
+from lorakeet.memory.measure import PeakMemory
+from lorakeet.memory.outlined_disk import OutlinedAside
+from lorakeet.memory.spill import Aside
+from lorakeet.models.alike_blocks import last_new_kind
+from lorakeet.models.gptq_blocks import layers_in_blocks, pack_blocks, taken_by_block
+from lorakeet.models.modules import block_prefix
+from lorakeet.models.outline import OutlinedBase, outline
+from lorakeet.models.spec import ModelSpec
+from lorakeet.models.streamed_load import empty_packed
+from lorakeet.models.streamed_outline import streamed_outline
+from lorakeet.models.text import TextModel
+from lorakeet.quant.adopt import empty_base
+from lorakeet.quant.gptq_solve import Layout, bytes_of_solving
+from lorakeet.quant.packed import PackedBase
+from lorakeet.quant.spec import QuantSpec
+from lorakeet.train.rehearsal import NotPlanned, Rows, largest_matrix, made_up_batch, on_shapes
+from lorakeet.workflows.forecast_run import COUNT_BYTES, TOKENIZER_ENTRY, Precision, runtime_bytes
+from lorakeet.workflows.place import temporary_folder
+
+CHECK, BLOCKS = "check", "blocks"
+CHECKED = Rows(8)  # tokens of the check of a model that is loaded (models/load)
+PRODUCTS = 3  # the forward pass has one in so many of the shapes of products of a training step
+TOKEN_BYTES = 128  # of a calibration token: its id and mask as they were read, encoded, and in a batch
+REMEDY = "Free some space, or choose an --out on another disk."
+
+
+@dataclass(frozen=True)
+class Way:
+    """Where things are: the model or one block of it in memory, and the states of calibration rows."""
+
+    streamed: bool = False
+    on_disk: bool = False  # the states
+
+
+RESIDENT, STREAMED, SPILLED = Way(), Way(streamed=True), Way(streamed=True, on_disk=True)
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is to be quantised, by its configuration: `config` as it is, `packed` as it will be written."""
+
+    name: str  # as the user named it
+    config: Any
+    packed: Any
+    dtype: torch.dtype
+    packing: int = 0  # bytes held while one weight is packed by itself
+    layout: Layout | None = None  # of gptq, which rows are for
+    rows: Sequence[Example] = ()
+    micro_tokens: int = 1
+
+    @property
+    def state_bytes(self) -> int:
+        """Of all rows' states between two blocks."""
+        hidden = int(self.config.get_text_config().hidden_size)
+        return sum(len(row.ids) for row in self.rows) * hidden * self.dtype.itemsize
+
+    @property
+    def beside(self) -> int:
+        """The tokenizer, the rows as they were read, and the code of narrow products of their micro-batches."""
+        words = TOKENIZER_ENTRY * int(self.config.get_text_config().vocab_size)
+        lengths = [len(row.ids) for row in self.rows]
+        batches = math.ceil(sum(lengths) / max([self.micro_tokens, *lengths]))
+        code = batches * COUNT_BYTES // PRODUCTS if self.dtype != torch.float32 else 0
+        return words + TOKEN_BYTES * sum(lengths) + code
+
+    def words(self, way: Way) -> str:
+        """The way, as a person reads it."""
+        if self.layout is None:
+            return "one weight in memory, what is packed on disk" if way.streamed else "what is packed stays in memory"
+        if not way.streamed:
+            return "the model in memory"
+        return f"one block in memory, the others in a store on disk, the rows' states {'there' if way.on_disk else 'in memory'}"
+
+
+@dataclass(frozen=True)
+class Kept:
+    """A budget and how it is kept; without one, everything is in memory."""
+
+    budget: int | None = None
+    planned: int = 0
+    way: Way = RESIDENT
+    folder: Path | None = None  # of the store and of scratch files, while the work lasts
+
+    @property
+    def store(self) -> Path | None:
+        """Where the blocks of models lie; None where they are in memory."""
+        return self.folder if self.way.streamed else None
+
+    def aside(self) -> Aside:
+        """A place for the states of calibration rows."""
+        return Aside(self.folder if self.way.on_disk else None, REMEDY)
+
+    def waiting(self) -> Aside:
+        """A place for packed tensors until they are written."""
+        return Aside(self.store, REMEDY)
+
+    def checked(self, out: Path, job: Job) -> ModelSpec:
+        """How what was written is loaded as a check: under a budget in the dtype that was planned."""
+        if self.budget is None:
+            return ModelSpec(path=str(out))
+        name = str(job.dtype).removeprefix("torch.")
+        return ModelSpec(path=str(out), dtype=name, products=name, device="cpu")  # type: ignore[arg-type]
+
+    @contextmanager
+    def measured(self, console: Console) -> Iterator[None]:
+        """A context for the whole work, with the folder; at its end what the process held at most is said beside the budget."""
+        if self.budget is None:
+            yield
+            return
+        with temporary_folder(self.folder, f"The folder {self.folder} of blocks on their way", REMEDY), PeakMemory() as memory:
+            yield
+        say_peak(memory, self.budget, self.planned, console)
+
+
+def say_peak(memory: PeakMemory, budget: int, planned: int, console: Console) -> None:
+    """What the process held at most, beside its plan and budget; a warning where that is more than the budget."""
+    found = f"{bytes_text(memory.bytes)} held at most{', looked at 20 times a second' if memory.sampled else ''}"
+    text = f"Memory: {found}, of {bytes_text(budget)} allowed and {bytes_text(planned)} planned."
+    if memory.bytes > budget:
+        text = (
+            f"WARNING: the budget was not kept. {text} What was written is sound; give more with --memory next time, and please "
+            "report the model and this line."
+        )
+    console.print(text, markup=False, soft_wrap=True)
+
+
+def keep_budget(budget: int | None, job: Job, out: Path, console: Console) -> Kept:
+    """How `job` keeps the budget, which is said; Kept() where there is none.
+
+    Raises ConfigError with the least that works, EnvironmentProblem where the disk of `out` lacks room for what lies there
+    meanwhile.
+    """
+    if budget is None:
+        return Kept()
+    say = partial(console.print, markup=False, soft_wrap=True)
+    if warning := larger_than_machine(budget):
+        say(warning)
+    return_freed_memory()
+    found: dict[Way, int] = {}
+    try:
+        for way in (RESIDENT, STREAMED) if job.layout is None else (RESIDENT, STREAMED, SPILLED):
+            found[way] = forecast(job, way).bytes
+            if found[way] <= budget:
+                break
+    except NotPlanned as error:
+        raise ConfigError(f"--memory cannot be kept without a plan: {error} Leave --memory out.") from error
+    way = min(found, key=lambda tried: found[tried])
+    planned = found[way]
+    if planned > budget:
+        raise ConfigError(
+            f"The budget is {budget >> 20} MiB, but quantising {job.name} takes at least {-(-planned >> 20)} MiB: "
+            f"{job.words(way)}. Give that with --memory, or do it on a larger machine."
+        )
+    say(f"Memory: {bytes_text(planned)} planned of {bytes_text(budget)}: {job.words(way)}.")
+    if not way.streamed:
+        return Kept(budget, planned)
+    folder = out.absolute().parent / f".{out.name}.blocks"
+    _require_disk(folder, job)
+    return Kept(budget, planned, way, folder)
+
+
+def forecast(job: Job, way: Way) -> Phase:
+    """The phase of the work that holds most, that way. Raises NotPlanned where the model's arithmetic cannot be followed."""
+    stored = getattr(job.config, "dtype", None) or torch.float32
+    written = _rehearsed(replace(job, config=job.packed, layout=None), way)
+    one = written.largest * stored.itemsize + job.packing
+    phases = {"written": with_more(written.peaks[CHECK], scratch=one if not way.streamed else 0)}
+    if job.layout is None:
+        waiting = 0 if way.streamed else min(SHARD_BYTES, _stored_bytes(job.packed, job.dtype))
+        phases["write"] = with_more(Held(), scratch=one + waiting)
+    else:
+        dense = _rehearsed(job, way)
+        cast = job.dtype.itemsize if stored != job.dtype else 0
+        reading = dense.block + dense.largest * (stored.itemsize + cast) if way.streamed else dense.base * bool(cast)
+        states = 0 if way.on_disk else job.state_bytes
+        phases |= {
+            "store": with_more(Held(), base=dense.base, scratch=reading),
+            CHECK: dense.peaks[CHECK],
+            BLOCKS: dense.peaks[BLOCKS],
+            "write": with_more(Held(), base=dense.base, scratch=states + one),
+        }
+    runtime = runtime_bytes(Precision(job.dtype, job.dtype, QuantSpec())) + job.beside
+    return max(phases_of(phases, runtime, returning=True), key=lambda phase: phase.bytes)
+
+
+@dataclass(frozen=True)
+class _Rehearsed:
+    """What was held: the peaks by phase, bytes all along, numbers of the largest matrix, bytes of a streamed block."""
+
+    peaks: Mapping[str, Held]
+    base: int
+    largest: int
+    block: int
+
+
+def _rehearsed(job: Job, way: Way) -> _Rehearsed:
+    """The check of the model of `job.config`, and where it is quantised, the first blocks of each kind."""
+    make = streamed_outline if way.streamed else outline
+    with on_shapes() as ledger:
+        text = make(job.config, name=job.name, dtype=job.dtype, products=job.dtype)
+        ledger.name("base", [*text.model.parameters(), *text.model.buffers()])
+        base, largest = ledger.held["base"], largest_matrix(text.model)
+        with ledger.phase(CHECK), torch.no_grad():
+            if text.streamed is not None:
+                text.streamed.stream.fill()
+            text.head(text.hidden(made_up_batch(CHECKED)))
+        text.release()
+        if job.layout is not None:
+            with ledger.phase(BLOCKS):
+                _rehearse_blocks(job, job.layout, text, OutlinedAside if way.on_disk else Aside)
+        ledger.close()
+        return _Rehearsed(ledger.peaks, base, largest, 0 if text.streamed is None else text.streamed.stream.slot_bytes)
+
+
+def _rehearse_blocks(job: Job, layout: Layout, text: TextModel, aside: Callable[[], Aside]) -> None:
+    """The real passes through blocks, with what stands for the rounding of a layer."""
+    layers = layers_in_blocks(text.model, text.name)
+
+    def pack(path: str, weight: Tensor, *_: Any) -> PackedBase:
+        shape = (weight.shape[0], weight.shape[1])
+        torch.empty(bytes_of_solving(shape, layout, weight.dtype), dtype=torch.uint8)
+        groups = 1 if layout.group_size == -1 else shape[1] // layout.group_size
+        settings = {"bits": layout.bits, "groups": groups, "sym": layout.sym, "zero_format": layout.zero_format}
+        return OutlinedBase(empty_base({"method": "gptq", "shape": shape, **settings}))
+
+    blocks = pack_blocks(text, job.rows, pack, taken_by_block(layers), micro_tokens=job.micro_tokens, aside=aside)
+    count = block_prefix(text.model, text.family)[1]
+    for _ in islice(blocks, min(count, 2 + last_new_kind(text.model, text.family))):  # a second finds buffers of the first
+        pass
+
+
+def _require_disk(folder: Path, job: Job) -> None:
+    """Raises EnvironmentProblem where the disk has no room for stores, waiting tensors and states, and the result."""
+    dense, packed = (_stored_bytes(config, job.dtype) for config in (job.config, job.packed))
+    needed = 3 * packed + (dense + 2 * job.state_bytes if job.layout is not None else 0)
+    free = shutil.disk_usage(next(place for place in folder.parents if place.exists())).free
+    if needed > free:
+        raise EnvironmentProblem(
+            f"To keep the budget, blocks and packed weights lie in {folder} until all is done: {bytes_text(needed)} with the "
+            f"result, and {bytes_text(free)} are free there. {REMEDY}"
+        )
+
+
+def _stored_bytes(config: Any, dtype: torch.dtype) -> int:
+    """Of all tensors of a model, tied ones counted twice."""
+    return sum(tensor.nbytes for tensor in empty_packed(config, dtype, QuantSpec()).state_dict().values())

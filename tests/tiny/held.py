@@ -1,0 +1,37 @@
+"""Counts the bytes of the tensors with numbers that a computation makes and holds."""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+
+class HeldBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """A context: `now` are the bytes of tensors made in it that are still there, `peak` the most there were at once."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.now = self.peak = 0
+        self._known: dict[int, Any] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        given = {leaf.untyped_storage()._cdata for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
+        for leaf in tree_leaves(result):
+            if not isinstance(leaf, Tensor) or leaf.is_meta:
+                continue
+            storage = leaf.untyped_storage()
+            key, size = storage._cdata, storage.nbytes()
+            if key not in given and key not in self._known:
+                self.now += size
+                self.peak = max(self.peak, self.now)
+                self._known[key] = weakref.finalize(storage, self._gone, key, size)
+        return result
+
+    def _gone(self, key: int, size: int) -> None:
+        self.now -= size
+        self._known.pop(key, None)

@@ -1,0 +1,177 @@
+"""Quantising within a budget: the same bytes each way, what is planned against what is held, and what is refused."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from lorakeet.errors import ConfigError, EnvironmentProblem
+from lorakeet.memory.allocator import slack
+from lorakeet.memory.forecast import Phase
+from lorakeet.memory.measure import PeakMemory
+from lorakeet.train.rehearsal import NotPlanned
+from lorakeet.workflows import gptq, room_quantize
+from lorakeet.workflows.quantize import quantize
+from lorakeet.workflows.room_quantize import RESIDENT, SPILLED, STREAMED, Job, Way, say_peak
+from tiny.held import HeldBytes
+from tiny.models import save_tiny_llama
+from tiny.runs import quiet, reviews, write_rows
+
+GPTQ: dict[str, Any] = {"method": "gptq", "group_size": 16}
+WIDE = {"hidden_size": 256, "intermediate_size": 704, "num_attention_heads": 4, "num_key_value_heads": 4, "num_hidden_layers": 6}
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(write_rows(tmp_path_factory.mktemp("rows") / "rows.jsonl", reviews(60)))
+
+
+@pytest.fixture
+def no_runtime(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only tensors are planned."""
+    monkeypatch.setattr(room_quantize, "runtime_bytes", lambda precision: -slack(0))
+    monkeypatch.setattr(Job, "beside", 0)
+
+
+@pytest.fixture
+def going(monkeypatch: pytest.MonkeyPatch) -> Callable[[Way], list[int]]:
+    """Makes all other ways too large; what is planned for this one is in the list afterwards."""
+    real = room_quantize.forecast
+
+    def going(wanted: Way) -> list[int]:
+        planned: list[int] = []
+
+        def forecast(job: Job, way: Way) -> Phase:
+            if way != wanted:
+                return Phase("too large", {"base": 1 << 60})
+            found = real(job, way)
+            planned.append(found.bytes)
+            return found
+
+        monkeypatch.setattr(room_quantize, "forecast", forecast)
+        return planned
+
+    return going
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.mark.usefixtures("no_runtime")
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2"])
+def test_gptq_writes_the_same_bytes_each_way(family: str, rows: str, going: Any, tmp_path: Path) -> None:
+    source = save_tiny_llama(tmp_path / "source", family=family)
+    quantize(str(source), out=tmp_path / "free", calibration=rows, console=quiet(), **GPTQ)
+    for way in (RESIDENT, STREAMED, SPILLED):
+        going(way)
+        out = tmp_path / str(way.streamed + way.on_disk)
+        quantize(str(source), out=out, calibration=rows, memory="8GiB", console=quiet(), **GPTQ)
+        assert contents(out) == contents(tmp_path / "free")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["0", "1", "2", "free", "source"]
+
+
+@pytest.mark.usefixtures("no_runtime")
+@pytest.mark.parametrize("method", ["nf4", "int8"])
+def test_packing_each_weight_writes_the_same_bytes_each_way(method: Any, going: Any, tmp_path: Path) -> None:
+    source = save_tiny_llama(tmp_path / "source")
+    quantize(str(source), method=method, out=tmp_path / "free", console=quiet())
+    for way in (RESIDENT, STREAMED):
+        going(way)
+        quantize(str(source), method=method, out=tmp_path / str(way.streamed), memory="8GiB", console=quiet())
+        assert contents(tmp_path / str(way.streamed)) == contents(tmp_path / "free")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["False", "True", "free", "source"]
+
+
+@pytest.mark.usefixtures("no_runtime")
+@pytest.mark.parametrize("way", [STREAMED, SPILLED], ids=["streamed", "spilled"])
+def test_what_is_held_is_what_is_planned(
+    way: Way, rows: str, going: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Counted in tensors, after the rehearsal: never more, and not half as much again."""
+    source, held, real = save_tiny_llama(tmp_path / "source", **WIDE), HeldBytes(), gptq._quantised
+
+    def counted(*given: Any) -> Any:
+        with held:
+            return real(*given)
+
+    monkeypatch.setattr(gptq, "_quantised", counted)
+    planned = going(way)
+    settings = {"method": "gptq", "group_size": 64, "calibration": rows, "memory": "8GiB"}
+    quantize(str(source), out=tmp_path / "out", console=quiet(), **settings)
+    assert held.peak <= planned[0] <= 1.5 * held.peak
+
+
+@pytest.mark.usefixtures("no_runtime")
+def test_with_more_blocks_a_streamed_model_takes_no_more(rows: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    planned: dict[Way, list[int]] = {RESIDENT: [], STREAMED: []}
+
+    def forecast(job: Job, way: Way) -> Phase:
+        planned.setdefault(way, []).append(real(job, way).bytes)
+        return Phase("too large", {"base": 1 << 60})
+
+    real = room_quantize.forecast
+    monkeypatch.setattr(room_quantize, "forecast", forecast)
+    settings = {"method": "gptq", "group_size": 64, "calibration": rows, "memory": "8GiB"}
+    for blocks in (6, 12):
+        source = save_tiny_llama(tmp_path / str(blocks), **{**WIDE, "num_hidden_layers": blocks})
+        with pytest.raises(ConfigError, match="takes at least"):
+            quantize(str(source), out=tmp_path / "out", console=quiet(), **settings)
+    block = 4 * (4 * 256 * 256 + 3 * 256 * 704)
+    few, many = zip(*(planned[way] for way in (RESIDENT, STREAMED)), strict=True)
+    assert many[0] - few[0] >= 6 * block and many[1] - few[1] < block / 50
+
+
+@pytest.mark.parametrize("method", ["gptq", "nf4", "int8"])
+def test_a_budget_below_the_least_is_refused_with_it(
+    method: Any, rows: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(room_quantize, "runtime_bytes", lambda precision: 400 << 20)
+    source = save_tiny_llama(tmp_path / "source")
+    settings = {**GPTQ, "calibration": rows} if method == "gptq" else {"method": method}
+    with pytest.raises(ConfigError, match=r"budget is 100 MiB, but quantising .* takes at least 4\d\d MiB: .*--memory"):
+        quantize(str(source), out=tmp_path / "out", memory="100MiB", console=quiet(), **settings)
+    for wrong, said in (("3", "without a unit"), ("-1GiB", "must be above 0"), ("2 lots", "no unit of memory")):
+        with pytest.raises(ConfigError, match=said):
+            quantize(str(source), out=tmp_path / "out", memory=wrong, console=quiet(), **settings)
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+def test_a_model_that_cannot_be_planned_is_refused(rows: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*_: Any) -> None:
+        raise NotPlanned("This model cannot be planned.")
+
+    monkeypatch.setattr(room_quantize, "forecast", refused)
+    source = save_tiny_llama(tmp_path / "source")
+    with pytest.raises(ConfigError, match=r"cannot be kept without a plan: .* Leave --memory out"):
+        quantize(str(source), out=tmp_path / "out", calibration=rows, memory="8GiB", console=quiet(), **GPTQ)
+
+
+@pytest.mark.usefixtures("no_runtime")
+def test_a_disk_without_room_is_said_before_the_work(
+    rows: str, going: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = save_tiny_llama(tmp_path / "source")
+    going(SPILLED)
+    monkeypatch.setattr(room_quantize.shutil, "disk_usage", lambda place: SimpleNamespace(free=1000))
+    with pytest.raises(EnvironmentProblem, match=r"until all is done: .* and 1 kB are free there\. Free some space"):
+        quantize(str(source), out=tmp_path / "out", calibration=rows, memory="8GiB", console=quiet(), **GPTQ)
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+def test_the_peak_is_said_and_a_budget_that_was_not_kept_is_warned_of() -> None:
+    console = Console(record=True, width=300, file=io.StringIO())
+    memory = PeakMemory()
+    memory.bytes = 1_100_000_000
+    say_peak(memory, 2_000_000_000, 1_200_000_000, console)
+    assert "Memory: 1.10 GB held at most, of 2.00 GB allowed and 1.20 GB planned." in console.export_text()
+    memory.sampled = True
+    say_peak(memory, 1_000_000_000, 900_000_000, console)
+    said = console.export_text()
+    assert said.startswith("WARNING: the budget was not kept.") and "looked at 20 times a second" in said
