@@ -7,13 +7,14 @@ import torch
 from torch import Tensor
 
 from lorakeet.core.math import delta, fold
-from lorakeet.merge.requantise import round_to_nearest, round_with_feedback
+from lorakeet.merge.requantise import BYTES_OF_ROUNDING, round_to_nearest, round_with_feedback
 from lorakeet.quant import gguf_codes
 from lorakeet.quant.gptq import GptqBase
 from lorakeet.quant.gptq_grid import groups_in_order, nearest_codes
 from lorakeet.quant.gptq_solve import Hessian, sensitivity
 from lorakeet.quant.nf4 import Nf4Base
 from lorakeet.quant.packed import PackedBase
+from tiny.held import HeldBytes
 
 OUT, IN, RANK, SCALE = 64, 256, 4, 3.0
 
@@ -75,3 +76,16 @@ def test_scales_are_fitted_where_the_files_own_are_too_small(inputs: Tensor) -> 
     hessian.add(inputs)
     seen = sensitivity(hessian.matrix)
     assert round_with_feedback(like, like.dense() * 4, seen, hessian.matrix).scales == "fitted"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_held_is_what_is_planned(kind: str, inputs: Tensor) -> None:
+    """Never more, and not half as much again."""
+    like, hessian = packed(kind), Hessian(IN)
+    hessian.add(inputs)
+    wanted, seen = like.dense() * 1.01, sensitivity(hessian.matrix)
+    with HeldBytes() as held:
+        found = round_with_feedback(like, wanted, seen, hessian.matrix)
+    fixed = 2 * 4 * 128 * OUT  # the errors of a block of columns, which count in a weight as narrow as this one
+    assert held.peak <= BYTES_OF_ROUNDING * OUT * IN + fixed and found.latent is None
+    assert 1.5 * held.peak >= BYTES_OF_ROUNDING * OUT * IN

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Iterable
 from typing import Any
 
 from torch import Tensor
@@ -18,19 +19,26 @@ class HeldBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.now = self.peak = 0
         self._known: dict[int, Any] = {}
 
+    def know(self, tensors: Iterable[Tensor]) -> None:
+        """Counts tensors that were there before, as long as they are."""
+        for tensor in tensors:
+            self._count(tensor)
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         given = {leaf.untyped_storage()._cdata for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
         for leaf in tree_leaves(result):
-            if not isinstance(leaf, Tensor) or leaf.is_meta:
-                continue
-            storage = leaf.untyped_storage()
-            key, size = storage._cdata, storage.nbytes()
-            if key not in given and key not in self._known:
-                self.now += size
-                self.peak = max(self.peak, self.now)
-                self._known[key] = weakref.finalize(storage, self._gone, key, size)
+            if isinstance(leaf, Tensor) and leaf.untyped_storage()._cdata not in given:
+                self._count(leaf)
         return result
+
+    def _count(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        key, size = storage._cdata, storage.nbytes()
+        if not tensor.is_meta and key not in self._known:
+            self.now += size
+            self.peak = max(self.peak, self.now)
+            self._known[key] = weakref.finalize(storage, self._gone, key, size)
 
     def _gone(self, key: int, size: int) -> None:
         self.now -= size

@@ -4,19 +4,25 @@ from __future__ import annotations
 
 import io
 from pathlib import Path
+from typing import Any
 
 import pytest
 from rich.console import Console
 from torch import nn
 
+from lorakeet.data.prepare import load_dataset
 from lorakeet.errors import ConfigError
+from lorakeet.models.layout import read_layout
 from lorakeet.models.modules import find
+from lorakeet.models.text import TextModel
 from lorakeet.train.rehearsal import NotPlanned
 from lorakeet.workflows import merge_packed, room_packed
 from lorakeet.workflows.merge import merge
+from lorakeet.workflows.merge_packed import Measured, Merging, PackedMerge
 from lorakeet.workflows.opened import Opened, open_adapter
 from lorakeet.workflows.quantize import quantize
-from lorakeet.workflows.room_packed import Sizes, require_room, sizes_of
+from lorakeet.workflows.room_packed import layer_numbers, require_room
+from tiny.held import HeldBytes
 from tiny.models import save_tiny_llama, tiny_model
 from tiny.runs import quiet, reviews, run, write_rows
 
@@ -32,9 +38,37 @@ def on_nf4(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "run"
 
 
-def test_the_sizes_are_those_of_the_linear_layers_in_the_blocks() -> None:
+def test_the_numbers_are_those_of_the_linear_layers_in_the_blocks() -> None:
     block = 2 * 32 * 32 + 2 * 16 * 32 + 3 * 32 * 48
-    assert sizes_of(tiny_model("llama")) == Sizes(2 * block, block, 32 * 48, 48)
+    assert layer_numbers(tiny_model("llama")) == 2 * block
+
+
+@pytest.mark.parametrize("method", ["nf4", "none"])
+def test_what_rounding_holds_is_what_is_planned(
+    method: Any, on_nf4: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Counted in tensors, while blocks are folded and rounded: never more, and not half as much again."""
+    wide = {"hidden_size": 256, "intermediate_size": 704, "num_attention_heads": 4, "num_key_value_heads": 4}
+    source = save_tiny_llama(tmp_path / "source", **wide, num_hidden_layers=3)
+    quantize(str(source), method="nf4", out=tmp_path / "nf4", console=quiet())
+    base = tmp_path / "nf4" if method == "nf4" else source
+    run(base, on_nf4.parent / "rows.jsonl", tmp_path / "run", {"train.steps": 2})
+    opened = open_adapter(tmp_path / "run").within("8GiB")
+    planned, held = [], HeldBytes()
+    rehearse, real = room_packed.rehearse_rounding, merge_packed.pack_blocks
+    monkeypatch.setattr(room_packed, "rehearse_rounding", lambda *given: planned.append(rehearse(*given)) or planned[0])
+
+    def counted(text: TextModel, *given: Any, **more: Any) -> Any:
+        held.know([*text.model.parameters(), *text.model.buffers()])
+        with held:
+            yield from real(text, *given, **more)
+
+    monkeypatch.setattr(merge_packed, "pack_blocks", counted)
+    spec = PackedMerge(calibration_rows=24)
+    require_room(opened, rows=24, finish=False, micro_tokens=4096, console=quiet())
+    dataset, layout = load_dataset(opened.config.data), read_layout(str(tmp_path / "nf4"), lambda line: None)
+    Merging(opened, dataset, layout, spec, quiet(), Measured()).with_feedback()
+    assert held.peak <= planned[0] <= 1.5 * held.peak
 
 
 def room(opened: Opened, *, finish: bool = False, rows: int = 8) -> str:

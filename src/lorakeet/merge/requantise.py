@@ -9,7 +9,7 @@ the file's own groups; whichever moves the layer's outputs less is taken.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 from torch import Tensor
@@ -19,6 +19,7 @@ from lorakeet.quant.packed import PackedBase
 from lorakeet.quant.regrid import Grid, fitted, grid_of
 
 Scales = Literal["kept", "fitted"]
+BYTES_OF_ROUNDING = 20  # of each number of a weight, the most held beside it and its inputs while `round_with_feedback` works
 
 
 @dataclass(frozen=True)
@@ -52,22 +53,19 @@ def round_with_feedback(
     With `latent` the numbers before rounding are kept, for who trains on.
     """
     wide = weight.detach().float()
-    tried = [_on(grid_of(base), scales, wide, inputs, hessian) for scales, base in _candidates(like, wide)]
-    best = min(tried, key=lambda found: found.error)
-    return best if latent else replace(best, latent=None)
+    kept = _on(grid_of(like), "kept", wide, inputs, hessian, latent)
+    other = _on(grid_of(fitted(like, wide)), "fitted", wide, inputs, hessian, latent)
+    return min((kept, other), key=lambda found: found.error)
 
 
-def _candidates(like: PackedBase, weight: Tensor) -> list[tuple[Scales, PackedBase]]:
-    return [("kept", like), ("fitted", fitted(like, weight))]
-
-
-def _on(grid: Grid, scales: Scales, weight: Tensor, inputs: Sensitivity, hessian: Tensor) -> Requantised:
+def _on(grid: Grid, scales: Scales, weight: Tensor, inputs: Sensitivity, hessian: Tensor, latent: bool) -> Requantised:
     walk = Walk(weight, inputs)
-    columns = inputs.order.tolist()
-    walk.run(_nearest(grid, columns))
-    base = grid.filled(walk.in_order(walk.codes))
-    latent = Latent(grid, walk.in_order(walk.columns))
-    return Requantised(base, latent, scales, output_error(weight, base.dense(), hessian))
+    walk.run(_nearest(grid, inputs.order.tolist()))
+    codes = walk.in_order(walk.codes)
+    numbers = Latent(grid, walk.in_order(walk.columns)) if latent else None
+    del walk  # the columns are not held while the codes are packed
+    base = grid.filled(codes)
+    return Requantised(base, numbers, scales, output_error(weight, base.dense(), hessian))
 
 
 def _nearest(grid: Grid, columns: list[int]) -> Callable[[Tensor, int], tuple[Tensor, Tensor]]:
