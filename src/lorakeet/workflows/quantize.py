@@ -33,13 +33,14 @@ from lorakeet.quant import on_disk
 from lorakeet.quant.gptq_solve import Layout as GptqLayout
 from lorakeet.quant.int8 import Int8Base
 from lorakeet.quant.nf4 import Nf4Base
-from lorakeet.quant.packed import PackedBase
+from lorakeet.quant.packed import TILE, PackedBase
 from lorakeet.workflows.gptq import Calibration, write_gptq
 from lorakeet.workflows.place import require_place
 from lorakeet.workflows.room_quantize import Job, keep_budget
 
 Method = Literal["nf4", "int8", "gptq"]
 COPIES = 10  # bytes of each number of a weight while it is packed: it and what it became in fp32, and its codes twice
+TILE_COPIES = 20  # bytes of each number of those that are packed at once (quant/packed)
 
 
 @dataclass(frozen=True)
@@ -158,7 +159,7 @@ def _pack(
     largest = max(module.get_parameter("weight").numel() for module in chosen.values())
     job = Job(
         model, config, with_quantisation(config, words), dtype_for("auto", torch.device("cpu")),
-        packing=largest * (in_files.itemsize + COPIES),
+        packing=bytes_of_packing(largest, in_files),
     )  # fmt: skip
     kept = keep_budget(budget, job, out, console)
     places, error = owners(plain, files), dict[str, float]()
@@ -182,6 +183,11 @@ def _pack(
         console.print(f"Packing moved {result.worst[0]} most: by {result.worst[1]:.2%} of its length.", soft_wrap=True)
         load_text_model(kept.checked(out, job), say=console.print, store=kept.store)
     return result
+
+
+def bytes_of_packing(numbers: int, stored: torch.dtype) -> int:
+    """The most that is held while one weight is packed by nf4 or int8, and compared with what it was."""
+    return numbers * (stored.itemsize + COPIES) + TILE_COPIES * min(TILE, numbers)
 
 
 def _part(name: str, file: SafeFile, module: nn.Module | None, layout: Layout, error: dict[str, float]) -> Part:
