@@ -7,9 +7,9 @@ from pathlib import Path
 
 import numpy as np
 
-from lorakeet.evaluate.denoising import METRIC, denoising_report, too_few
+from lorakeet.evaluate.denoising import METRIC, PROMPT_DISTANCE, STYLE_DISTANCE, denoising_report, too_few, with_distances
 from lorakeet.evaluate.likelihood import RowLosses
-from lorakeet.evaluate.report import Report, read_report, write_report
+from lorakeet.evaluate.report import Report, read_report, render_html, write_report
 from lorakeet.evaluate.samples import Memorisation, Near, Sample, SampleGrid, SampleRow
 from lorakeet.evaluate.spec import EvaluateSpec
 
@@ -41,6 +41,21 @@ def test_a_paired_gain_is_shown_though_pictures_differ_much() -> None:
 
 def test_no_gain_is_no_difference() -> None:
     assert report(0.0).comparisons[0].verdict == "no difference shown"
+
+
+def test_distances_of_samples_stand_beside_the_loss_and_leave_the_verdict_alone() -> None:
+    generator = np.random.default_rng(0)
+    plain = report(0.1)
+    base = generator.uniform(0.6, 0.9, 20)
+    prompts, ones = tuple(f"p{number // 2}" for number in range(20)), np.ones(20, np.int64)
+    nearer, further = (RowLosses("adapter", base + change, ones, prompts) for change in (-0.1, 0.1))
+    other = RowLosses("base", base, ones, prompts)
+    found = with_distances(plain, {PROMPT_DISTANCE: (nearer, other), STYLE_DISTANCE: (further, other)}, SPEC)
+    assert [one.verdict for one in found.comparisons[1:]] == ["better", "worse"] and found.verdict == plain.verdict
+    assert list(found.systems[0].metrics) == ["denoising_loss", PROMPT_DISTANCE, STYLE_DISTANCE]
+    assert abs(found.comparisons[1].difference.value + 0.1) < 1e-9
+    page = render_html(found)
+    assert "Prompt distance" in page and "Style distance" in page
 
 
 def test_too_few_pictures_are_said() -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from lorakeet.models.quiet import quiet_transformers
 from tiny.images import CLIP, UNET, diffusers
 
 START, END = "<|startoftext|>", "<|endoftext|>"
@@ -21,6 +22,20 @@ SCHEDULE: dict[str, Any] = {
     "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "num_train_timesteps": 1000,
     "clip_sample": False, "set_alpha_to_one": False, "steps_offset": 1,
 }  # fmt: skip
+
+
+def save_tiny_scorer(folder: Path) -> Path:
+    """A whole CLIP, of pictures and texts, with what prepares its inputs."""
+    vision = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 16,
+              "patch_size": 8}  # fmt: skip
+    torch.manual_seed(4)
+    with quiet_transformers():
+        from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor
+
+        prepared = CLIPImageProcessor(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16})
+        CLIPModel(CLIPConfig(text_config=CLIP, vision_config=vision, projection_dim=16)).save_pretrained(folder)
+        CLIPProcessor(image_processor=prepared, tokenizer=tiny_tokenizer()).save_pretrained(folder)
+    return folder
 
 
 def tiny_tokenizer() -> Any:

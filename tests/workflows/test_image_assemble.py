@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from lorakeet.errors import ConfigError
+from lorakeet.errors import ConfigError, EnvironmentProblem
 from lorakeet.workflows.image_assemble import assemble_images, ready_to_train
 from tiny.image_runs import image_config
 
@@ -25,6 +25,15 @@ def test_settings_of_text_models_are_refused_together(tiny_sd_folder: Path, tmp_
     config = image_config(tiny_sd_folder, tmp_path, lora__new_tokens="<a>", ranks__choose="auto")
     with pytest.raises(ConfigError, match=r"2 problems[\s\S]*new_tokens[\s\S]*ranks\.choose"):
         assemble_images(config, Console(quiet=True))
+
+
+def test_a_scorer_is_asked_for_before_the_training(tiny_sd_folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(EnvironmentProblem, match=r"diffusion\.scorer '.*none' cannot be loaded"):
+        assemble_images(image_config(tiny_sd_folder, tmp_path, diffusion__scorer=tmp_path / "none"), Console(quiet=True))
+    with pytest.raises(ConfigError, match=r"not counted in memory\.budget"):
+        assemble_images(
+            image_config(tiny_sd_folder, tmp_path, diffusion__scorer="x", memory__budget="8GiB"), Console(quiet=True)
+        )
 
 
 def test_float16_is_refused(tiny_sd_folder: Path, tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from lorakeet.formats import peft
 from lorakeet.workflows.finetune import finetune
 from lorakeet.workflows.image_finetune import ImageResult
 from tiny.image_runs import image_config, image_run
+from tiny.pipelines import save_tiny_scorer
 
 
 @pytest.fixture(scope="module")
@@ -40,6 +41,17 @@ def test_the_report_tells_base_from_adapter(result: ImageResult) -> None:
     assert [command.command.split()[1] for command in report.next_commands] == ["generate", "convert"]
     mapping = result.to_mapping()
     assert mapping["pictures"] == {"train": 12, "held_out": 8, "test": 0} and mapping["outcome"]["steps"] == 8
+
+
+def test_a_finished_run_is_judged_again_with_a_scorer(tiny_sd_folder: Path, tmp_path: Path) -> None:
+    first = image_run(tiny_sd_folder, tmp_path)
+    scorer = save_tiny_scorer(tmp_path / "clip")
+    config = image_config(tiny_sd_folder, tmp_path, diffusion__scorer=scorer, out=first.run.path)
+    found = finetune(config, resume=first.run.path, console=Console(quiet=True))
+    assert isinstance(found, ImageResult) and found.report is not None and "Not run" not in found.report.facts
+    assert str(scorer) in found.report.facts["Samples scored by"]
+    metrics = [comparison.metric for comparison in read_report(found.run.report).comparisons]
+    assert metrics == ["denoising_loss", "prompt_distance", "style_distance"]
 
 
 @pytest.mark.parametrize("kind", ["sd3", "flux"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,10 +10,12 @@ import torch
 from rich.console import Console
 
 from lorakeet.models.image_sample import Sampler, draw_latents
+from lorakeet.models.image_scorer import load_scorer
 from lorakeet.models.inject import activate, adapter_names, adapter_of, attach, trained_parameters
 from lorakeet.workflows.image_assemble import assemble_images, ready_to_train
 from lorakeet.workflows.image_judge import Drawn, ImageJudge, features_of, scaled
 from tiny.image_runs import image_config
+from tiny.pipelines import save_tiny_scorer
 
 
 @pytest.fixture
@@ -46,6 +49,17 @@ def test_the_report_has_the_grid_the_files_and_the_nearest_pictures(judge: Image
     assert len(list((tmp_path / "samples").glob("*.png"))) == 8
     assert report.memorisation is not None and len(report.memorisation.nearest) == 8
     assert {near.source for near in report.memorisation.nearest} <= {picture.row.source for picture in judge.train}
+
+
+def test_samples_are_scored_by_clip_where_there_is_one(judge: ImageJudge, tmp_path: Path) -> None:
+    scorer = load_scorer(str(save_tiny_scorer(tmp_path / "clip")))
+    report = replace(judge, scorer=scorer).report("Title", tmp_path / "samples")
+    drawn = judge.model.decode(judge.samples()[2].latents).numpy()  # the adapter at its own weight
+    cosines = scorer.pictures(list(drawn)) @ scorer.prompts(["red box"]).T
+    adapter, base = report.systems
+    assert adapter.metrics["prompt_distance"].value == pytest.approx(1 - cosines.mean(), abs=1e-3)
+    assert base.metrics["style_distance"].n == 2 and report.comparisons[1].metric == "prompt_distance"
+    assert report.comparisons[1].verdict == "no difference shown"  # two seeds of one prompt show nothing
 
 
 def test_a_training_picture_drawn_again_is_suspicious(judge: ImageJudge) -> None:

@@ -26,14 +26,15 @@ def configurations(tiny_sdxl_folder: Path, tmp_path: Path) -> Path:
     return tmp_path / "shapes"
 
 
-def planned(folder: Path, room: Path, budget: str = "") -> tuple[ImagePlanResult, str]:
+def planned(folder: Path, room: Path, budget: str = "", scorer: str = "") -> tuple[ImagePlanResult, str]:
     text = io.StringIO()
-    config = image_config(folder, room, memory__budget=budget, lora__target_modules="all-linear")
+    config = image_config(folder, room, memory__budget=budget, lora__target_modules="all-linear", diffusion__scorer=scorer)
     return plan_images(config, Console(file=text, width=200)), text.getvalue()
 
 
 def test_neither_weights_nor_pictures_are_needed(configurations: Path, tmp_path: Path) -> None:
-    result, text = planned(configurations, tmp_path)
+    result, text = planned(configurations, tmp_path, scorer="some/clip")
+    assert "Not counted: diffusion.scorer some/clip" in text
     assert "Peak of the run" in text and "train step" in text and result.choices == ()
     mapping = result.to_mapping()
     assert mapping["fits"] is None and mapping["micro_batch"] == {"pictures": 4, "size": [16, 16]}

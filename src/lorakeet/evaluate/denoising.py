@@ -1,8 +1,8 @@
-"""A report on pictures from the denoising losses of base and adapter: paired, at the same timesteps and noises."""
+"""A report on pictures: paired denoising losses of base and adapter, and how far samples are from prompts and pictures."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -13,7 +13,7 @@ from lorakeet.evaluate.report import Reply, Report, Role, SideBySide, SystemResu
 from lorakeet.evaluate.spec import EvaluateSpec
 from lorakeet.evaluate.verdict import verdict_of
 
-METRIC = "denoising_loss"
+METRIC, PROMPT_DISTANCE, STYLE_DISTANCE = "denoising_loss", "prompt_distance", "style_distance"
 
 
 def denoising_report(
@@ -44,6 +44,20 @@ def denoising_report(
         rows_of=len(captions),
         warnings=too_few(len(captions)),
     )
+
+
+def with_distances(report: Report, distances: Mapping[str, tuple[RowLosses, RowLosses]], spec: EvaluateSpec) -> Report:
+    """`report` with further metrics by name, each of (adapter, base) on the same samples; less is better.
+
+    The verdict stays that of the denoising loss: what an encoder likes is a second opinion, and samples are few.
+    """
+    adapter, base = report.systems
+    comparisons = list(report.comparisons)
+    for name, (mine, other) in distances.items():
+        adapter = replace(adapter, metrics={**adapter.metrics, name: measure_losses(mine, spec)["loss"]})
+        base = replace(base, metrics={**base.metrics, name: measure_losses(other, spec)["loss"]})
+        comparisons.append(replace(compare_losses(mine, other, spec), metric=name))
+    return replace(report, systems=(adapter, base), comparisons=tuple(comparisons))
 
 
 def too_few(pictures: int) -> tuple[str, ...]:

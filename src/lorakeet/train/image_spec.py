@@ -50,6 +50,13 @@ class DiffusionSpec:
         default=7.5, metadata={"help": "How much further the samples follow the prompt than without guidance; 1 is off."}
     )
 
+    scorer: str = field(
+        default="",
+        metadata={
+            "help": "CLIP model (folder or hub id) that compares samples with prompts and judged pictures; left out, none does."
+        },
+    )
+
     def resolved(self, predicted: str) -> DiffusionSpec:
         """These settings with what `auto` means for a model that predicts `predicted`."""
         prediction = predicted if self.prediction == "auto" else self.prediction

@@ -24,6 +24,7 @@ from lorakeet.models.image_cache import Captions, EncodedImage, cache_in, encode
 from lorakeet.models.image_kinds import ENCODERS
 from lorakeet.models.image_prior import drawn_prior
 from lorakeet.models.image_sample import Sampler
+from lorakeet.models.image_scorer import load_scorer
 from lorakeet.models.inject import inject
 from lorakeet.train.image_task import ImageTask
 from lorakeet.workflows.image_forecast import ImageArrangement, arrange_images
@@ -67,6 +68,8 @@ def assemble_images(config: RunConfig, console: Console, *, asked: bool = False)
         say(remark)
     for alike in dataset.alike:
         say(f"{alike.train.source} is nearly {alike.judged.source} ({alike.bits} of 256 bits differ): {alike.action}.")
+    if config.diffusion.scorer:
+        load_scorer(config.diffusion.scorer)  # not needed until the end, when it would be late to hear that it is not there
     arrangement = arrange_images(config, say, asked=asked)
     config = arrangement.config
     model = load_image_model(config.model, say=say)
@@ -113,6 +116,8 @@ def _check_settings(config: RunConfig) -> None:
         problems.add("lora.new_tokens and lora.extra_modules are for text models; leave them out.")
     if config.ranks.choose == "auto":
         problems.add("ranks.choose is auto, which is for text models; use given.")
+    if config.diffusion.scorer and config.memory.bytes is not None:
+        problems.add("diffusion.scorer is not counted in memory.budget; leave one of them out.")
     problems.raise_if_any()
 
 

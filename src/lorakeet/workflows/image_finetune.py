@@ -19,6 +19,7 @@ from lorakeet.evaluate.certificate import Certificate
 from lorakeet.evaluate.report import Command, Leak, MemoryUse, Report
 from lorakeet.evaluate.values import encode
 from lorakeet.memory.measure import peak_bytes
+from lorakeet.models.image_scorer import load_scorer
 from lorakeet.models.spec import ModelSpec
 from lorakeet.train.log import read_metrics
 from lorakeet.train.loop import Outcome, train
@@ -92,7 +93,7 @@ def _identity(setup: ImageAssembly, digests: dict[str, str]) -> dict[str, str]:
         "model settings": dataclasses.asdict(replace(config.model, path="", config=None)),  # known by its numbers
         "lora settings": dataclasses.asdict(config.lora),
         "images settings": images,
-        "diffusion settings": dataclasses.asdict(config.diffusion),
+        "diffusion settings": dataclasses.asdict(replace(config.diffusion, scorer="")),  # it looks on
         "pictures": [picture.row.key for picture in (*setup.train, *setup.held_out, *setup.prior)],
         "base model": digests,
     }
@@ -109,7 +110,9 @@ def _watch(setup: ImageAssembly, run: RunFolder, console: Console, step: int) ->
 def _prove(setup: ImageAssembly, outcome: Outcome, run: RunFolder, before: dict[str, str], console: Console) -> Report:
     """Judges, certifies and reports; VerificationFailed when the certificate fails."""
     _, pictures = setup.judged
-    judge = ImageJudge(setup.config, setup.model, setup.captions, pictures, setup.train, console)
+    named = setup.config.diffusion.scorer
+    scorer = load_scorer(named) if named and setup.config.diffusion.seeds else None
+    judge = ImageJudge(setup.config, setup.model, setup.captions, pictures, setup.train, console, scorer=scorer)
     with writing(f"The samples in {run.path}", f"The adapter is whole. Free some space, then: {run.resume_command}"):
         measured = judge.report(f"Fine-tuning {setup.model.name}", run.path / "samples")
     prompts = [picture.row.caption for picture in pictures[:2]]
@@ -150,7 +153,7 @@ def _complete(measured: Report, setup: ImageAssembly, outcome: Outcome, run: Run
             about={
                 "Pictures": f"{len(data.train)} training, {len(data.held_out)} held-out, {len(data.test)} test{_beside(setup)}",
                 "Judged at": f"{timesteps} fixed timesteps with fixed noise for each picture, unweighted",
-                "Not run": "prompt-following and style scores, which need an encoder that is not part of the model",
+                **_scores(config),
             },
         ),
         curves=page.curves(metrics, outcome),
@@ -173,6 +176,14 @@ def _memory(setup: ImageAssembly, outcome: Outcome) -> tuple[MemoryUse, ...]:
         MemoryUse("training, judging and certificate", planned.peak, peak_bytes()),
     )
     return found if budget is None else (*found, MemoryUse("the whole run, against memory.budget", budget, peak_bytes()))
+
+
+def _scores(config: RunConfig) -> dict[str, str]:
+    """By which encoder prompt-following and style were measured, or that they were not, and what would do it."""
+    if config.diffusion.scorer and config.diffusion.seeds:
+        return {"Samples scored by": f"{config.diffusion.scorer}; the seeds of one prompt count as one group"}
+    missing = "draw samples (diffusion.seeds)" if config.diffusion.scorer else "name a CLIP model as diffusion.scorer"
+    return {"Not run": f"prompt-following and style scores; to have them, {missing}"}
 
 
 def _beside(setup: ImageAssembly) -> str:

@@ -17,14 +17,15 @@ from torch import Tensor
 
 from lorakeet.config import RunConfig
 from lorakeet.core.adapter import Adapter
-from lorakeet.data.images import png_of
-from lorakeet.evaluate.denoising import denoising_report
+from lorakeet.data.images import open_pixels, png_of
+from lorakeet.evaluate.denoising import PROMPT_DISTANCE, STYLE_DISTANCE, denoising_report, with_distances
 from lorakeet.evaluate.likelihood import RowLosses
 from lorakeet.evaluate.report import Report
 from lorakeet.evaluate.samples import Memorisation, Near, Sample, SampleGrid, SampleRow, nearest_distances
 from lorakeet.models.image import ImageModel
 from lorakeet.models.image_cache import Captions, EncodedImage
 from lorakeet.models.image_sample import Sampler, draw_latents
+from lorakeet.models.image_scorer import ImageScorer
 from lorakeet.models.inject import activate, adapter_of, attach, eject
 from lorakeet.train import durable
 from lorakeet.train.image_task import denoising_errors
@@ -47,7 +48,7 @@ class Drawn:
 
 @dataclass(frozen=True)
 class ImageJudge:
-    """Measures `model` on the judged pictures with the adapter `name` on and off."""
+    """Measures `model` on the judged pictures with the adapter `name` on and off, and its samples where there is a `scorer`."""
 
     config: RunConfig
     model: ImageModel
@@ -56,6 +57,7 @@ class ImageJudge:
     train: Sequence[EncodedImage]
     console: Console
     name: str = "default"
+    scorer: ImageScorer | None = None
 
     def report(self, title: str, folder: Path) -> Report:
         """The measured sections; the samples are written to `folder` as PNG files, in one go."""
@@ -70,6 +72,9 @@ class ImageJudge:
         drawn = self.samples()
         pictures = [self.model.decode(one.latents).numpy() for one in drawn]
         self._write(folder, drawn, pictures)
+        if self.scorer is not None:
+            by_column = {one.column: column for one, column in zip(drawn, pictures, strict=True)}
+            report = self._scored(report, self.scorer, base=by_column[BASE], adapter=by_column[f"{ADAPTER} × 1"])
         return replace(report, samples=self._grid(drawn, pictures), memorisation=self.memorisation(drawn))
 
     def losses(self, system: str) -> RowLosses:
@@ -135,6 +140,19 @@ class ImageJudge:
                 source = self.train[int(place)].row.source
                 found.append(Near(prompt, seed, one.column, source, float(distance), bool(distance < floor)))
         return Memorisation(tuple(found), floor, float(np.median(judged)), len(self.judged), SPACE)
+
+    def _scored(self, report: Report, scorer: ImageScorer, *, base: np.ndarray, adapter: np.ndarray) -> Report:
+        """With how far the samples of both are from their prompts and from the judged pictures; seeds of a prompt are a group."""
+        prompts = tuple(prompt for prompt, _ in self.asked)
+        texts = scorer.prompts(prompts)
+        real = scorer.pictures([open_pixels(picture.row.path)[0] for picture in self.judged])
+        ones = np.ones(len(prompts), np.int64)
+        found: dict[str, list[RowLosses]] = {PROMPT_DISTANCE: [], STYLE_DISTANCE: []}
+        for system, pictures in ((ADAPTER, adapter), (BASE, base)):
+            drawn = scorer.pictures(list(pictures))
+            found[PROMPT_DISTANCE].append(RowLosses(system, 1 - (drawn * texts).sum(1), ones, prompts))
+            found[STYLE_DISTANCE].append(RowLosses(system, 1 - (drawn @ real.T).mean(1), ones, prompts))
+        return with_distances(report, {name: (left, right) for name, (left, right) in found.items()}, self.config.evaluate)
 
     def _grid(self, drawn: Sequence[Drawn], pictures: Sequence[np.ndarray]) -> SampleGrid:
         rows = []

@@ -58,6 +58,8 @@ def plan_images(config: RunConfig, console: Console) -> ImagePlanResult:
     def say(text: str) -> None:
         console.print(text, soft_wrap=True)
 
+    if config.diffusion.scorer:
+        say(f"Not counted: diffusion.scorer {config.diffusion.scorer}, in memory while the samples are judged.")
     shapes = shapes_of_images(config.model, say)
     machine = machine_of(config, returning=budget is not None)
     planned = forecast_images(config, shapes, machine)
