@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
 from pathlib import Path
+from types import FrameType
 
 import pytest
 import torch
@@ -85,6 +87,32 @@ def test_the_pipeline_itself_draws_the_same(model: ImageModel) -> None:
             "blue disc", latents=noise, num_inference_steps=3, guidance_scale=3.0, height=16, width=24, output_type="latent"
         ).images
     assert close(ours, theirs)
+
+
+def test_a_switch_takes_as_much_whatever_is_loaded(model: ImageModel) -> None:
+    """Counted in calls of functions, so that no clock decides."""
+
+    def calls() -> int:
+        count = 0
+
+        def counted(frame: FrameType, event: str, argument: object) -> None:
+            nonlocal count
+            count += event in ("call", "c_call")
+
+        sys.setprofile(counted)
+        try:
+            for name in ("b", None, "a"):
+                activate(model.parts, name)
+        finally:
+            sys.setprofile(None)
+        return count
+
+    few = calls()
+    held = adapter_of(model.parts, "b")
+    for number in range(20):
+        put_image_adapter(model, held, f"more{number}")
+    assert calls() == few
+    assert selection_of(model.parts).active == "a"
 
 
 def test_what_cannot_be_mixed_is_said(tiny_sd_folder: Path) -> None:

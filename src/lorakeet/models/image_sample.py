@@ -16,7 +16,7 @@ from lorakeet.errors import ConfigError
 from lorakeet.models.image import ImageModel
 from lorakeet.models.image_diffusers import quiet_diffusers
 from lorakeet.models.image_kinds import Conditioning, packed, unpacked
-from lorakeet.models.inject import adapter_names, selection_of
+from lorakeet.models.inject import adapter_names, has_adapter, selection_of
 from lorakeet.models.modules import adapted_layers
 
 Mix = Mapping[str, float]  # adapters with their weights; none of them is the base
@@ -135,10 +135,10 @@ def _texts(told: Conditioning, other: Conditioning | None) -> dict[str, Any]:
 
 
 def _check_mixes(model: ImageModel, mixes: Sequence[Mix]) -> None:
-    known = adapter_names(model.parts)
-    unknown = sorted({name for mix in mixes for name in mix} - set(known))
+    unknown = [name for name in sorted({name for mix in mixes for name in mix}) if not has_adapter(model.parts, name)]
     if unknown:
-        raise ConfigError(f"No adapter {', '.join(unknown)} is on the model (it has {', '.join(known) or 'none'}).")
+        known = ", ".join(adapter_names(model.parts)) or "none"
+        raise ConfigError(f"No adapter {', '.join(unknown)} is on the model (it has {known}).")
     if why := why_not_mixed(model, mixes):
         raise ConfigError(f"These pictures cannot be drawn in one batch: {why}. Draw them one mix at a time.")
 

@@ -54,7 +54,7 @@ def inject(
 
 def eject(model: nn.Module, name: str | None = None) -> None:
     """Takes the adapter `name` (all of them for None) out; without any, the model has its own modules and bits again."""
-    if name is not None and name not in adapter_names(model):
+    if name is not None and not has_adapter(model, name):
         raise ConfigError(_unknown(model, name))
     layers = list(modules.adapted_layers(model))
     for _, layer in layers:
@@ -71,8 +71,11 @@ def eject(model: nn.Module, name: str | None = None) -> None:
 
 
 def activate(model: nn.Module, name: str | None) -> None:
-    """Makes the adapter `name` count, or none of them: then every original module runs, bit for bit."""
-    if name is not None and name not in adapter_names(model):
+    """Makes the adapter `name` count, or none of them: then every original module runs, bit for bit.
+
+    What it takes does not depend on how many adapters are on the model.
+    """
+    if name is not None and not has_adapter(model, name):
         raise ConfigError(_unknown(model, name))
     selection_of(model).use(name)
 
@@ -121,7 +124,7 @@ def attach(model: nn.Module, adapter: Adapter, name: str = "default") -> None:
 
 def adapter_of(model: nn.Module, name: str = "default", *, base: str = "") -> Adapter:
     """A copy of the adapter `name` as a plain value on the CPU, in fp32; `base` is the name of its base model."""
-    if name not in adapter_names(model):
+    if not has_adapter(model, name):
         raise ConfigError(_unknown(model, name))
     pairs: dict[str, Pair] = {}
     extras: dict[str, Tensor] = {}
@@ -139,7 +142,7 @@ def adapter_of(model: nn.Module, name: str = "default", *, base: str = "") -> Ad
 
 def trained_parameters(model: nn.Module, name: str = "default") -> dict[str, nn.Parameter]:
     """Everything that the adapter `name` trains, in model order, by names such as `….q_proj.A`; shared rows stand once."""
-    if name not in adapter_names(model):
+    if not has_adapter(model, name):
         raise ConfigError(_unknown(model, name))
     return {f"{path}.{key}": parameter for path, held in _held(model, name) for key, parameter in held.named_parameters()}
 
@@ -147,6 +150,11 @@ def trained_parameters(model: nn.Module, name: str = "default") -> dict[str, nn.
 def adapter_names(model: nn.Module) -> list[str]:
     """The names of the adapters on the model, in the order in which they came."""
     return list(dict.fromkeys(name for _, layer in modules.adapted_layers(model) for name in layer.adapters))
+
+
+def has_adapter(model: nn.Module, name: str) -> bool:
+    """Whether an adapter `name` is on the model; unlike `adapter_names` it looks at no other adapter."""
+    return any(name in layer.adapters for _, layer in modules.adapted_layers(model))
 
 
 def _held(model: nn.Module, name: str) -> list[tuple[str, nn.Module]]:
@@ -175,7 +183,7 @@ def _unknown(model: nn.Module, name: str) -> str:
 def _check_name(model: nn.Module, name: str) -> None:
     if not re.fullmatch(r"[A-Za-z0-9_-]+", name) or hasattr(nn.ModuleDict(), name):
         raise ConfigError(f"Adapter name '{name}' cannot be used; take letters, digits, - and _, such as 'default'.")
-    if name in adapter_names(model):
+    if has_adapter(model, name):
         raise ConfigError(f"An adapter '{name}' is already on the model; choose another name or eject it first.")
 
 
