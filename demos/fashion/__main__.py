@@ -22,12 +22,13 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 
-from demos.fashion.photos import KINDS, UNSEEN, Photos, caption, drawn_photos, inverted, load_photos, save_album
+from demos.fashion.photos import KINDS, UNSEEN, Photos, caption, drawn_photos, inverted, load_photos, save_album, save_sheet
 from demos.fashion.pretrain import Budget, pretrained
 from lorakeet.config import RunConfig, read_run
 from lorakeet.data.images import read_album
 from lorakeet.evaluate.compare import compare_losses
 from lorakeet.evaluate.likelihood import RowLosses
+from lorakeet.evaluate.spec import EvaluateSpec
 from lorakeet.formats.detect import read_adapter
 from lorakeet.merge.combine import CombineSpec, combination
 from lorakeet.models.gguf_copy import cache_folder
@@ -41,6 +42,7 @@ from lorakeet.workflows.generate import generate
 LOOK = "negative"
 KIND = UNSEEN[0]
 TRAIN, HELD_OUT = 40, 60
+PER_PROMPT = 4  # pictures of each prompt in the end
 
 
 def main() -> None:
@@ -65,9 +67,11 @@ def main() -> None:
         console.rule(f"{name}: {len(list(albums[name].glob('*.png')))} photos in {albums[name]}")
         finetune(config, console=console)
         runs[name] = options.out / name
+    console.rule("both: the two adapters side by side, and their sum")
     crossed = cross_table(base, runs, albums, config, console)
     (options.out / "crossed.json").write_text(json.dumps(crossed, indent=1) + "\n", encoding="utf-8")
-    draw(base, runs, options.out / "pictures", console, quick=quick)
+    sheet = draw(base, runs, options.out / "pictures", console, quick=quick)
+    console.print(f"Look at {sheet} and at {' and '.join(str(run / 'report.html') for run in runs.values())}.", soft_wrap=True)
 
 
 def make_albums(folder: Path, photos: Photos, labels: NDArray[np.uint8], sizes: tuple[int, int]) -> dict[str, Path]:
@@ -101,16 +105,20 @@ def settings(base: Path, albums: dict[str, Path], name: str, *, out: Path, steps
 
 def cross_table(
     base: Path, runs: dict[str, Path], albums: dict[str, Path], config: RunConfig, console: Console
-) -> dict[str, dict[str, float | str]]:
-    """The denoising loss of base, adapters and their sum on every held-out album, each compared with the base."""
+) -> dict[str, dict[str, Any]]:
+    """The denoising loss of base, adapters and their sum on every held-out album, each compared with the base.
+
+    On the new kind in the new look, which neither adapter saw, the sum is compared with each adapter too.
+    """
     model = load_image_model(config.model, say=lambda _: None)
     adapters = {name: read_adapter(run) for name, run in runs.items()}
     adapters["both"] = combination(dict(adapters), CombineSpec(method="cat", weights=(1.0, 1.0))).combined().adapter
     for name, adapter in adapters.items():
         put_image_adapter(model, adapter, name)
-    captions = Captions(model, config.images, say=console.print)
-    table = Table("held-out photos", "base", *adapters, title="Denoising loss; then what each adds", title_justify="left")
-    found: dict[str, dict[str, float | str]] = {}
+    captions, spec = Captions(model, config.images, say=console.print), replace(config.evaluate, resamples=2000)
+    title = "Denoising loss of the base, and what each adapter adds to it (less is better; 95 % intervals)"
+    table = Table("held-out photos", "base", *adapters, title=title, title_justify="left")
+    found: dict[str, dict[str, Any]] = {}
     for place in ("kind-held-out", "look-held-out", "both-held-out"):
         rows = encode_images(model, read_album(albums[place], config.images).rows, config.images, say=console.print)
         losses = {}
@@ -121,23 +129,35 @@ def cross_table(
         cells = [f"{losses['base'].losses.sum() / losses['base'].tokens.sum():.4f}"]
         found[place] = {"base": float(cells[0])}
         for name in adapters:
-            compared = compare_losses(losses[name], losses["base"], replace(config.evaluate, resamples=2000))
-            gap = compared.difference
-            cells.append(f"{gap.value:+.4f} [{gap.low:+.4f}, {gap.high:+.4f}] {compared.verdict}")
-            found[place] |= {name: gap.value, f"{name} verdict": compared.verdict}
+            words, found[place][name] = compared_with(losses[name], losses["base"], spec)
+            cells.append(words)
         table.add_row(place, *cells)
     console.print(table)
+    for name in runs:
+        words, found["both-held-out"][f"both against {name}"] = compared_with(losses["both"], losses[name], spec)
+        console.print(f"On the new kind in the new look, which neither adapter saw, their sum against {name} alone: {words}.")
     return found
 
 
-def draw(base: Path, runs: dict[str, Path], out: Path, console: Console, *, quick: bool) -> None:
-    """One batch in which every picture has its own adapters."""
+def compared_with(left: RowLosses, right: RowLosses, spec: EvaluateSpec) -> tuple[str, dict[str, float | str]]:
+    """The paired difference of two systems' losses, in words and as plain values."""
+    compared = compare_losses(left, right, spec)
+    gap = compared.difference
+    words = f"{gap.value:+.4f} ({gap.low:+.4f} to {gap.high:+.4f}), {compared.verdict}"
+    return words, {"difference": gap.value, "low": gap.low, "high": gap.high, "verdict": compared.verdict}
+
+
+def draw(base: Path, runs: dict[str, Path], out: Path, console: Console, *, quick: bool) -> Path:
+    """One batch in which every picture has its own adapters, and a sheet of them all."""
     each = ("base", "kind", "look", "kind=1+look=1")
     prompts = (caption(KIND), caption(KIND), caption("coat", look=LOOK), caption(KIND, look=LOOK))
     generate(
         prompt=prompts, out=out, model=str(base), adapter=tuple(f"{name}={run}" for name, run in runs.items()), each=each,
-        count=4, steps=2 if quick else 30, guidance=3.0, dtype="float32", console=console,
+        count=PER_PROMPT, steps=2 if quick else 30, guidance=3.0, dtype="float32", console=console,
     )  # fmt: skip
+    files = sorted(out.glob("*.png"))
+    rows = [files[start : start + PER_PROMPT] for start in range(0, len(files), PER_PROMPT)]
+    return save_sheet([f"{mix}: {prompt}" for mix, prompt in zip(each, prompts, strict=True)], rows, out.with_suffix(".png"))
 
 
 if __name__ == "__main__":

@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import gzip
+import hashlib
 import shutil
 import subprocess
 import tempfile
 import urllib.error
 import urllib.request
+import zlib
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, ImageDraw
 
 KINDS = ("t-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "boot")
 UNSEEN = ("bag", "sandal")  # left out of the pre-training
 PACKAGE = "dataset-fashion-mnist"
 ADDRESS = "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com"
-FILES = ("train-images-idx3-ubyte.gz", "train-labels-idx1-ubyte.gz")
+FILES = {  # with the SHA-256 of what is packed in them
+    "train-images-idx3-ubyte.gz": "c59f468a2f672dc815687fe0f83887768d799fd8a3f3276145d20f83aa44d888",
+    "train-labels-idx1-ubyte.gz": "bad3541b69d912435c50bb6ba87bec294ff4f6a2e1246121d8633921760443d9",
+}
 SIDE = 32  # pixels of a picture: 28 and a border
 
 Photos = NDArray[np.uint8]  # (n, 32, 32)
@@ -27,15 +32,31 @@ Photos = NDArray[np.uint8]  # (n, 32, 32)
 def load_photos(cache: Path) -> tuple[Photos, NDArray[np.uint8], str]:
     """All photos with the numbers of their kinds, and where they came from; downloads are kept in `cache`."""
     folder = cache / "fashion-mnist"
-    if not all((folder / name).is_file() for name in FILES):
-        folder.mkdir(parents=True, exist_ok=True)
-        why = _from_debian(folder) and _from_address(folder)
-        if why:
-            print(f"Fashion-MNIST cannot be had ({why}); drawn pictures take its place.")
-            return (*drawn_photos(), "drawn pictures")
-    images, labels = ((folder / name).read_bytes() for name in FILES)
-    pixels = np.frombuffer(gzip.decompress(images), np.uint8, offset=16).reshape(-1, 28, 28)
-    return np.pad(pixels, ((0, 0), (2, 2), (2, 2))), np.frombuffer(gzip.decompress(labels), np.uint8, offset=8), "Fashion-MNIST"
+    folder.mkdir(parents=True, exist_ok=True)
+    reasons: list[str] = []
+    for fetch in (_from_debian, _from_address):
+        if (held := _held(folder)) is None:
+            reasons.append(fetch(folder))
+    if held is None and (held := _held(folder)) is None:
+        print(f"Fashion-MNIST cannot be had ({'; '.join(filter(None, reasons))}); drawn pictures take its place.")
+        return (*drawn_photos(), "drawn pictures")
+    images, labels = held
+    pixels = np.frombuffer(images, np.uint8, offset=16).reshape(-1, 28, 28)
+    return np.pad(pixels, ((0, 0), (2, 2), (2, 2))), np.frombuffer(labels, np.uint8, offset=8), "Fashion-MNIST"
+
+
+def _held(folder: Path) -> tuple[bytes, bytes] | None:
+    """The unpacked pictures and labels, if both are there and are what they should be."""
+    found = []
+    for name, digest in FILES.items():
+        try:
+            content = gzip.decompress((folder / name).read_bytes())
+        except (OSError, EOFError, zlib.error):  # not there, or cut short
+            return None
+        if hashlib.sha256(content).hexdigest() != digest:
+            return None
+        found.append(content)
+    return found[0], found[1]
 
 
 def _from_debian(folder: Path) -> str:
@@ -44,11 +65,13 @@ def _from_debian(folder: Path) -> str:
         return "no apt-get"
     with tempfile.TemporaryDirectory() as place:
         try:
-            subprocess.run(["apt-get", "download", PACKAGE], cwd=place, check=True, capture_output=True, timeout=300)
+            subprocess.run(["apt-get", "download", PACKAGE], cwd=place, check=True, capture_output=True, text=True, timeout=300)
             [package] = Path(place).glob("*.deb")
-            subprocess.run(["dpkg", "-x", str(package), place], check=True, capture_output=True, timeout=300)
-        except (subprocess.SubprocessError, ValueError) as error:
-            return f"apt-get download {PACKAGE}: {type(error).__name__}"
+            subprocess.run(["dpkg", "-x", str(package), place], check=True, capture_output=True, text=True, timeout=300)
+        except subprocess.CalledProcessError as error:
+            return f"apt-get download {PACKAGE}: {' '.join(error.stderr.split())[-200:]}"
+        except (subprocess.TimeoutExpired, ValueError) as error:
+            return f"apt-get download {PACKAGE}: {error}"
         for name in FILES:
             shutil.copy(next(Path(place).rglob(name)), folder / name)
     return ""
@@ -61,7 +84,7 @@ def _from_address(folder: Path) -> str:
                 (folder / name).write_bytes(answer.read())
     except (urllib.error.URLError, OSError) as error:
         return f"{ADDRESS}: {error}"
-    return ""
+    return "" if _held(folder) else f"{ADDRESS}: other files than expected"
 
 
 def drawn_photos(each: int = 2000) -> tuple[Photos, NDArray[np.uint8]]:
@@ -106,3 +129,17 @@ def save_album(folder: Path, photos: Photos, captions: list[str]) -> Path:
         Image.fromarray(photo).save(folder / f"{number:03}.png")
         (folder / f"{number:03}.txt").write_text(text, encoding="utf-8")
     return folder
+
+
+def save_sheet(titles: list[str], rows: list[list[Path]], file: Path) -> Path:
+    """One PNG of many: a title, and below it a row of pictures four times as large."""
+    shown = [[Image.open(one).resize((4 * SIDE, 4 * SIDE), Image.Resampling.NEAREST) for one in row] for row in rows]
+    side, line = 4 * SIDE + 4, 16
+    sheet = Image.new("RGB", (max(map(len, rows)) * side, len(rows) * (side + line)), "white")
+    draw = ImageDraw.Draw(sheet)
+    for number, (title, row) in enumerate(zip(titles, shown, strict=True)):
+        draw.text((2, number * (side + line) + 2), title, fill="black")
+        for place, picture in enumerate(row):
+            sheet.paste(picture, (place * side, number * (side + line) + line))
+    sheet.save(file)
+    return file

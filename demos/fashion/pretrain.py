@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from demos.fashion.photos import KINDS, SIDE, UNSEEN, Photos, caption, in_colour
+from lorakeet.models.image_diffusers import quiet_diffusers
 
 START, END = "<|startoftext|>", "<|endoftext|>"
 LOOKS = ("", "clear", "small", "plain")  # words that mean nothing to the pictures, so that captions differ
@@ -36,7 +37,7 @@ class Budget:
 
     autoencoder: int = 1000
     denoiser: int = 2000
-    batch: int = 64
+    batch: int = 32
     pictures: int = 16_000  # so many of the kinds that it may see, drawn once
 
 
@@ -63,20 +64,21 @@ def pretrained(folder: Path, photos: Photos, labels: NDArray[np.uint8], budget: 
 
 def new_pipeline() -> Any:
     """Random weights and a tokenizer of the captions' own words."""
-    import diffusers
-    from transformers import CLIPTextConfig, CLIPTextModel
+    with quiet_diffusers():
+        import diffusers
+        from transformers import CLIPTextConfig, CLIPTextModel
 
-    tokenizer = new_tokenizer()
-    scheduler = diffusers.DDIMScheduler(
-        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1,
-        clip_sample=False, set_alpha_to_one=False,
-    )  # fmt: skip
-    return diffusers.StableDiffusionPipeline(
-        vae=diffusers.AutoencoderKL(in_channels=3, out_channels=3, **VAE),
-        unet=diffusers.UNet2DConditionModel(**UNET),
-        text_encoder=CLIPTextModel(CLIPTextConfig(vocab_size=len(tokenizer), **TEXT)),
-        tokenizer=tokenizer, scheduler=scheduler, safety_checker=None, feature_extractor=None, requires_safety_checker=False,
-    )  # fmt: skip
+        tokenizer = new_tokenizer()
+        scheduler = diffusers.DDIMScheduler(
+            beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1,
+            clip_sample=False, set_alpha_to_one=False,
+        )  # fmt: skip
+        return diffusers.StableDiffusionPipeline(
+            vae=diffusers.AutoencoderKL(in_channels=3, out_channels=3, **VAE),
+            unet=diffusers.UNet2DConditionModel(**UNET),
+            text_encoder=CLIPTextModel(CLIPTextConfig(vocab_size=len(tokenizer), **TEXT)),
+            tokenizer=tokenizer, scheduler=scheduler, safety_checker=None, feature_extractor=None, requires_safety_checker=False,
+        )  # fmt: skip
 
 
 def new_tokenizer() -> Any:

@@ -23,6 +23,8 @@ def test_the_demo_runs_from_start_to_end(tmp_path: Path) -> None:
         assert report.certificate is not None and report.certificate.passed and report.samples is not None
     crossed = json.loads((tmp_path / "out" / "crossed.json").read_text())
     assert list(crossed) == ["kind-held-out", "look-held-out", "both-held-out"]
-    assert {"base", "kind", "look", "both"} <= crossed["both-held-out"].keys()
+    assert {"base", "kind", "look", "both", "both against kind", "both against look"} == crossed["both-held-out"].keys()
+    assert crossed["kind-held-out"]["kind"].keys() == {"difference", "low", "high", "verdict"}
+    assert (tmp_path / "out" / "pictures.png").is_file()
     assert len(list((tmp_path / "out" / "pictures").glob("*.png"))) == 16
     assert "quickstart-images: install" in (ROOT / "Makefile").read_text(encoding="utf-8")
