@@ -85,6 +85,8 @@ def test_a_diffusion_transformer_alone_does_too_and_a_language_model_does_not() 
     assert sd_names.with_components(bare).pairs.keys() == flow.pairs.keys()
     assert sd_names.canonical("single_transformer_blocks.0.proj_mlp") == "transformer.single_transformer_blocks.0.proj_mlp"
     gpt2 = Adapter({"transformer.h.0.attn.c_attn": pair})
+    assert [sd_names.of_image_model(one) for one in (flow, bare, gpt2)] == [True, True, False]
+    assert sd_names.of_image_model(Adapter({"text_encoder.text_model.encoder.layers.0.mlp.fc1": pair}))
     assert sd_names.without_component(gpt2) is gpt2 and sd_names.with_components(gpt2).pairs.keys() == gpt2.pairs.keys()
 
 

@@ -199,13 +199,14 @@ def write(adapter: Adapter, path: Path, *, base: BaseModel | None = None) -> Non
         )
     own = () if base is None else base.weights
     family = family_of(dict(adapter.pairs), adapter.metadata, None if base is None else base.config("unet"))
+    ldm = base is None or _has_sdxl_blocks(base)
     advice = "Name another image model's folder with --base; an adapter of a language model goes --to peft, gguf or mlx."
     problems = Problems("The adapter cannot be written as kohya", remedy=advice)
     tensors: dict[str, Tensor] = {}
     alphas = Counter(_alpha_of(pair) for pair in adapter.pairs.values())
     alpha = min(alphas, key=lambda value: (value == 0, -alphas[value], value))  # the most frequent; 0 only where all are 0
     for module, pair in adapter.pairs.items():
-        key = kohya_key(module, family, own)
+        key = kohya_key(module, family, own, ldm=ldm)
         if key is None:
             hint = nearest(module, flat_keys(own).values())
             problems.add(f"{module} is no module of Stable Diffusion ({family}), so it has no key in kohya's format.{hint}")
@@ -221,3 +222,9 @@ def write(adapter: Adapter, path: Path, *, base: BaseModel | None = None) -> Non
     unet = {} if base is None else base.config("unet")
     metadata = network_metadata(adapter.pairs, alpha, family=family, known=known, unet=unet)
     save_tensors(path, tensors, metadata={"format": "pt", **metadata, HASH: hash_of(tensors)})
+
+
+def _has_sdxl_blocks(base: BaseModel) -> bool:
+    """Whether every linear layer and convolution of the base's UNet is one of SDXL's, so that LDM's names mean the same."""
+    found = {path for path, (file, name) in base.weights.items() if len(file.tensors[name].shape) > 1}
+    return {path.removeprefix("unet.") for path in found if path.startswith("unet.")} <= unet_modules("sdxl")

@@ -22,6 +22,7 @@ from lorakeet.core.spec import pattern_value
 from lorakeet.errors import ConfigError, Problems
 from lorakeet.formats.json_object import read_object
 from lorakeet.formats.pattern_cost import pattern_problem
+from lorakeet.formats.sd_names import of_image_model
 
 CONFIG_NAME = "adapter_config.json"
 NO_TARGETS = "dummy-target-modules"  # PEFT's word for an adapter that has no pair at all
@@ -246,7 +247,7 @@ def config_text(adapter: Adapter, *, modules_to_save: list[str]) -> str:
     kinds = {pair.kind for pair in adapter.pairs.values()}
     modules = sorted(path for path, pair in adapter.pairs.items() if pair.kind != "experts")
     parameters = sorted(path for path, pair in adapter.pairs.items() if pair.kind == "experts")
-    task = adapter.metadata.get("task_type", "" if "conv2d" in kinds else "CAUSAL_LM")
+    task = adapter.metadata.get("task_type", "" if "conv2d" in kinds or of_image_model(adapter) else "CAUSAL_LM")
     data: dict[str, Any] = {
         "alpha_pattern": {_anchored(path): _plain(value) for path, value in sorted(alphas.items()) if value != alpha},
         "auto_mapping": None,

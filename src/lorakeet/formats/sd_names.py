@@ -70,6 +70,14 @@ def with_components(adapter: Adapter) -> Adapter:
     )
 
 
+def of_image_model(adapter: Adapter) -> bool:
+    """Whether the adapter belongs to an image model: by its note of the component, or by its paths."""
+    paths = [*adapter.pairs, *adapter.extras]
+    return COMPONENT_KEY in adapter.metadata or any(
+        in_transformer(path) or component_of(path) not in ("", "transformer") for path in paths
+    )
+
+
 def in_transformer(path: str) -> bool:
     """Whether `path` is in the transformer of SD3 or FLUX; some language models begin with `transformer` as well."""
     return component_of(path) == "transformer" and path.split(".")[1] in _TRANSFORMER_PARTS
@@ -216,14 +224,15 @@ def family_of(pairs: dict[str, Pair], metadata: Any = None, config: Any = None) 
     )
 
 
-def kohya_key(path: str, family: Family, own: Iterable[str] = ()) -> str | None:
+def kohya_key(path: str, family: Family, own: Iterable[str] = (), *, ldm: bool = True) -> str | None:
     """Kohya's key of the module at `path` (component first), or None where the family has no such module.
 
-    SDXL's UNet is spelled in LDM's names; `own`, the modules of a base of another shape, are spelled as they are.
+    SDXL's UNet is spelled in LDM's names; `own`, the modules of a base of another shape, are spelled as they are. Without `ldm`
+    all of them are: of a file that has both spellings diffusers drops the modules in LDM's without a word.
     """
     component, _, rest = path.partition(".")
     if component == "unet":
-        if family == "sdxl" and rest in ldm_names("sdxl"):
+        if ldm and family == "sdxl" and rest in ldm_names("sdxl"):
             return f"lora_unet_{flat(ldm_names('sdxl')[rest])}"
         return f"lora_unet_{flat(rest)}" if rest in unet_modules(family) or path in own else None
     if component in _ENCODERS and (rest in clip_modules() or path in own):
