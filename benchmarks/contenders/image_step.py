@@ -96,7 +96,7 @@ class _Task(ImageTask):
 def _task(asked: dict[str, Any], *, device: str, fill: bool) -> tuple[ImageTask, Optimizer]:
     shape = SHAPES[asked["shape"]]
     dtype = getattr(torch, asked["dtype"])
-    unet = _unet(shape, dtype, fill)
+    unet = random_unet(shape, dtype) if fill else _outline(shape, dtype, "cpu")  # whose tensors are the ledger's, without numbers
     scheduler = diffusers().DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
     kind = KINDS["sdxl" if shape.get("addition_embed_type") else "sd"]
     pipeline = SimpleNamespace(scheduler=scheduler, vae=None, vae_scale_factor=8)
@@ -115,21 +115,23 @@ def _task(asked: dict[str, Any], *, device: str, fill: bool) -> tuple[ImageTask,
     return task, Optimizer(task.parameters(), spec)
 
 
-def _unet(shape: dict[str, Any], dtype: torch.dtype, fill: bool) -> Any:
-    usual = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        with torch.device("meta" if fill else "cpu"):  # on the ledger's tensors it costs nothing on the CPU either
-            unet = diffusers().UNet2DConditionModel(**shape).requires_grad_(False)
-    finally:
-        torch.set_default_dtype(usual)
-    if not fill:
-        return unet
-    unet = unet.to_empty(device="cpu")
+def random_unet(shape: dict[str, Any], dtype: torch.dtype) -> Any:
+    """A UNet of that shape with frozen random weights."""
+    unet = _outline(shape, dtype, "meta").to_empty(device="cpu")
     with torch.no_grad():
         for name, parameter in unet.named_parameters():
             _begin(name, parameter)
     return unet
+
+
+def _outline(shape: dict[str, Any], dtype: torch.dtype, device: str) -> Any:
+    usual = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device(device):
+            return diffusers().UNet2DConditionModel(**shape).requires_grad_(False)
+    finally:
+        torch.set_default_dtype(usual)
 
 
 def _begin(name: str, parameter: Tensor) -> None:
