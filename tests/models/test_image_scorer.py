@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import CLIPModel, CLIPProcessor
 
 from lorakeet.errors import ConfigError, EnvironmentProblem
@@ -41,3 +42,16 @@ def test_what_is_no_clip_is_refused(tiny_llama_folder: Path, tmp_path: Path) -> 
     (tmp_path / "empty").mkdir()
     with pytest.raises(EnvironmentProblem, match=r"cannot be loaded.*leave it out"):
         load_scorer(str(tmp_path / "empty"))
+
+
+def test_a_folder_that_lacks_weights_or_holds_a_cut_file_is_refused(tmp_path: Path) -> None:
+    folder = save_tiny_scorer(tmp_path / "clip")
+    file = folder / "model.safetensors"
+    whole = file.read_bytes()
+    kept = {name: tensor for name, tensor in load_file(file).items() if "vision" not in name}
+    save_file(kept, file, metadata={"format": "pt"})
+    with pytest.raises(EnvironmentProblem, match=r"it lacks \d+ of its weights \(vision_model"):
+        load_scorer(str(folder))
+    file.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(EnvironmentProblem, match="cannot be loaded"):
+        load_scorer(str(folder))

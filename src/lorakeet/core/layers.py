@@ -129,7 +129,7 @@ class LoraLinear(AdaptedLayer):
     def forward(self, x: Tensor) -> Tensor:
         if self.selection.shares is not None and self.adapters._modules:
             flat = x.reshape(-1, x.shape[-1])
-            return self._divided(flat).view(*x.shape[:-1], -1)
+            return self._divided(flat).view(*x.shape[:-1], self.out_features)
         pair = self.pair()
         if pair is not None:
             return cast(Tensor, pair(x, self.base, self.bias, self.products))

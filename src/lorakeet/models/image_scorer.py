@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +11,7 @@ import numpy as np
 import torch
 import transformers
 from numpy.typing import NDArray
+from safetensors import SafetensorError
 
 from lorakeet.data.images import Pixels
 from lorakeet.errors import ConfigError, EnvironmentProblem
@@ -27,11 +29,11 @@ class ImageScorer:
     model: Any
     processor: Any
 
-    def pictures(self, pictures: Sequence[Pixels]) -> Vectors:
-        """Vectors (n, width) of length 1 of pictures (height, width, 3), uint8, of any sizes."""
-        found = []
-        for start in range(0, len(pictures), AT_ONCE):
-            given = self.processor(images=list(pictures[start : start + AT_ONCE]), return_tensors="pt")
+    def pictures(self, pictures: Iterable[Pixels]) -> Vectors:
+        """Vectors (n, width) of length 1 of pictures (height, width, 3), uint8, of any sizes; a few are asked for at a time."""
+        found, waiting = [], iter(pictures)
+        while part := list(itertools.islice(waiting, AT_ONCE)):
+            given = self.processor(images=part, return_tensors="pt")
             with torch.no_grad():
                 found.append(self.model.get_image_features(pixel_values=given.pixel_values.to(self.model.device)).pooler_output)
         return _unit(torch.cat(found))
@@ -59,9 +61,13 @@ def load_scorer(path: str, device: torch.device | None = None) -> ImageScorer:
                 raise ConfigError(
                     f"diffusion.scorer is '{path}', a {kind} model; expected CLIP, such as openai/clip-vit-large-patch14."
                 )
-            model = transformers.CLIPModel.from_pretrained(path, dtype=torch.float32, use_safetensors=True)
+            model, report = transformers.CLIPModel.from_pretrained(
+                path, dtype=torch.float32, use_safetensors=True, output_loading_info=True
+            )
+            if lacking := sorted(report["missing_keys"]):  # transformers makes them up
+                raise ValueError(f"it lacks {len(lacking)} of its weights ({', '.join(lacking[:3])}, …).")
             processor = transformers.CLIPProcessor.from_pretrained(path)
-        except (OSError, ValueError) as error:  # what transformers raises for files that lack or are broken
+        except (OSError, ValueError, RuntimeError, KeyError, ImportError, SafetensorError) as error:  # what is broken
             raise EnvironmentProblem(
                 f"diffusion.scorer '{path}' cannot be loaded: {error} Expected a folder of a CLIP model with its tokenizer and "
                 "preprocessor_config.json, or a hub id that this machine can reach; leave it out to do without."

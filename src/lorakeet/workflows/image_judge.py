@@ -17,7 +17,8 @@ from torch import Tensor
 
 from lorakeet.config import RunConfig
 from lorakeet.core.adapter import Adapter
-from lorakeet.data.images import open_pixels, png_of
+from lorakeet.data.images import Pixels, open_pixels, png_of
+from lorakeet.errors import DataError
 from lorakeet.evaluate.denoising import PROMPT_DISTANCE, STYLE_DISTANCE, denoising_report, with_distances
 from lorakeet.evaluate.likelihood import RowLosses
 from lorakeet.evaluate.report import Report
@@ -145,7 +146,7 @@ class ImageJudge:
         """With how far the samples of both are from their prompts and from the judged pictures; seeds of a prompt are a group."""
         prompts = tuple(prompt for prompt, _ in self.asked)
         texts = scorer.prompts(prompts)
-        real = scorer.pictures([open_pixels(picture.row.path)[0] for picture in self.judged])
+        real = scorer.pictures(_pixels_of(picture.row.path) for picture in self.judged)
         ones = np.ones(len(prompts), np.int64)
         found: dict[str, list[RowLosses]] = {PROMPT_DISTANCE: [], STYLE_DISTANCE: []}
         for system, pictures in ((ADAPTER, adapter), (BASE, base)):
@@ -191,3 +192,11 @@ def features_of(latents: Sequence[Tensor]) -> np.ndarray[tuple[int, int], np.dty
 
 def _bar(console: Console) -> Bar:
     return Bar(console=console, transient=True, disable=not console.is_terminal)
+
+
+def _pixels_of(path: Path) -> Pixels:
+    """As `open_pixels`; DataError where the picture, which the run has read, cannot be read any more."""
+    try:
+        return open_pixels(path)[0]
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path} was read when the run began, and cannot be now: {error}. The samples are not scored.") from error
