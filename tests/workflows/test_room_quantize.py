@@ -109,6 +109,18 @@ def test_what_is_held_is_what_is_planned(
 
 
 @pytest.mark.usefixtures("no_runtime")
+def test_a_model_in_memory_stays_there_beside_all_that_is_packed(rows: str, going: Any, tmp_path: Path) -> None:
+    """Its weights are pages of its files, and names come in another order than blocks: 0, 1, 10, 11, 2."""
+    source = save_tiny_llama(tmp_path / "source", **{**WIDE, "num_hidden_layers": 12})
+    planned = going(RESIDENT)
+    settings = {"method": "gptq", "group_size": 64, "calibration": rows, "memory": "8GiB"}
+    quantize(str(source), out=tmp_path / "out", console=quiet(), **settings)
+    dense, packed = ((folder / "model.safetensors").stat().st_size for folder in (source, tmp_path / "out"))
+    widest = 4 * 704 * 704  # the Hessian of down_proj and two more such matrices
+    assert dense + packed + 3 * widest <= planned[0] <= 1.5 * (dense + packed + 3 * widest)
+
+
+@pytest.mark.usefixtures("no_runtime")
 def test_with_more_blocks_a_streamed_model_takes_no_more(rows: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     planned: dict[Way, list[int]] = {RESIDENT: [], STREAMED: []}
 

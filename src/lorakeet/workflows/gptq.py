@@ -69,9 +69,10 @@ def write_gptq(
 ) -> tuple[int, dict[str, float]]:
     """Writes `model` with GPTQ weights to `out` and loads it again as a check.
 
-    Returns the bytes, and how far each layer's outputs moved on the rows: ‖X·(W − W′)ᵀ‖ / ‖X·Wᵀ‖. The rows' states and one
-    block's packed layers are held beside the model, whose dense blocks go as they are done; within a budget `memory`, such as
-    "3GiB", one block is held, and the states too or not, with the same result. Raises ConfigError for layers that do not fit the
+    Returns the bytes, and how far each layer's outputs moved on the rows: ‖X·(W − W′)ᵀ‖ / ‖X·Wᵀ‖. The rows' states and
+    the packed layers that are not written yet are held beside the model, whose weights stay where they are pages of its files.
+    Within a budget `memory`, such as "3GiB", all of that is held, or one block, with the states or not; the result is the same.
+    Raises ConfigError for layers that do not fit the
     layout and a budget that cannot be kept, DataError for too few calibration tokens, before anything is written.
     """
     _check(out, head, layout, calibration)

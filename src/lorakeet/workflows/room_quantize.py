@@ -2,7 +2,8 @@
 
 store    the dense blocks go into a store on disk, one after the other      only where they are streamed
 check    two blocks, and the head on a few tokens                           or the whole model
-blocks   gptq: one block, what a stage of its layers and the rounding of one hold, and the rows' states
+blocks   gptq: one block, what a stage of its layers and the rounding of one hold, and the rows' states;
+         or the whole model till the end, since its weights are pages of its files, and beside it all that is packed
 write    one tensor of the file
 written  the packed model, checked in the same way
 """
@@ -206,11 +207,12 @@ def forecast(job: Job, way: Way) -> Phase:
         cast = job.dtype.itemsize if stored != job.dtype else 0
         reading = dense.block + dense.largest * (stored.itemsize + cast) if way.streamed else dense.base * bool(cast)
         states = 0 if way.on_disk else job.state_bytes
+        packed = 0 if way.streamed else _stored_bytes(job.packed, job.dtype)  # of which all waits for its place in the files
         phases |= {
             "store": with_more(Held(), base=dense.base, scratch=reading),
             CHECK: dense.peaks[CHECK],
-            BLOCKS: dense.peaks[BLOCKS],
-            "write": with_more(Held(), base=dense.base, scratch=states + one),
+            BLOCKS: with_more(dense.peaks[BLOCKS], scratch=packed),
+            "write": with_more(Held(), base=dense.base, scratch=states + packed + one),
         }
     runtime = runtime_bytes(Precision(job.dtype, job.dtype, QuantSpec())) + job.beside
     return max(phases_of(phases, runtime, returning=True), key=lambda phase: phase.bytes)
@@ -246,7 +248,8 @@ def _rehearsed(job: Job, way: Way) -> _Rehearsed:
 
 
 def _rehearse_blocks(job: Job, layout: Layout, text: TextModel, aside: Callable[[], Aside]) -> None:
-    """The real passes through blocks, with what stands for the rounding of a layer."""
+    """The real passes through blocks, with what stands for the rounding of a layer; of a model in memory nothing leaves."""
+    stays = [] if text.streamed is not None else [*text.model.parameters()]
     layers = layers_in_blocks(text.model, text.name)
 
     def pack(path: str, weight: Tensor, *_: Any) -> PackedBase:
@@ -260,6 +263,7 @@ def _rehearse_blocks(job: Job, layout: Layout, text: TextModel, aside: Callable[
     count = block_prefix(text.model, text.family)[1]
     for _ in islice(blocks, min(count, 2 + last_new_kind(text.model, text.family))):  # a second finds buffers of the first
         pass
+    stays.clear()
 
 
 def _require_disk(folder: Path, job: Job) -> None:
