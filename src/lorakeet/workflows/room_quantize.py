@@ -5,7 +5,7 @@ check    two blocks, and the head on a few tokens                           or t
 blocks   gptq: one block, what a stage of its layers and the rounding of one hold, and the rows' states;
          or the whole model till the end, since its weights are pages of its files, and beside it all that is packed
 write    one tensor of the file
-written  the packed model, checked in the same way
+written  the packed model, checked in the same way; where it is streamed, its store is written before
 """
 
 from __future__ import annotations
@@ -199,13 +199,14 @@ def forecast(job: Job, way: Way) -> Phase:
     written = _rehearsed(replace(job, config=job.packed, layout=None), way)
     one = written.largest * stored.itemsize + job.packing
     phases = {"written": with_more(written.peaks[CHECK], scratch=one if not way.streamed else 0)}
+    if way.streamed:
+        phases["its store"] = with_more(Held(), base=written.base, scratch=_storing(written, stored, job.dtype))
     if job.layout is None:
         waiting = 0 if way.streamed else min(SHARD_BYTES, _stored_bytes(job.packed, job.dtype))
         phases["write"] = with_more(Held(), scratch=one + waiting)
     else:
         dense = _rehearsed(job, way)
-        cast = job.dtype.itemsize if stored != job.dtype else 0
-        reading = dense.block + dense.largest * (stored.itemsize + cast) if way.streamed else dense.base * bool(cast)
+        reading = _storing(dense, stored, job.dtype) if way.streamed else dense.base * (stored != job.dtype)
         states = 0 if way.on_disk else job.state_bytes
         packed = 0 if way.streamed else _stored_bytes(job.packed, job.dtype)  # of which all waits for its place in the files
         phases |= {
@@ -216,6 +217,12 @@ def forecast(job: Job, way: Way) -> Phase:
         }
     runtime = runtime_bytes(Precision(job.dtype, job.dtype, QuantSpec())) + job.beside
     return max(phases_of(phases, runtime, returning=True), key=lambda phase: phase.bytes)
+
+
+def _storing(found: _Rehearsed, stored: torch.dtype, dtype: torch.dtype) -> int:
+    """Bytes held while a store is written: a block until it is whole, and a matrix as it was read with its cast."""
+    cast = dtype.itemsize if stored != dtype else 0
+    return found.block + found.largest * (stored.itemsize + cast)
 
 
 @dataclass(frozen=True)
