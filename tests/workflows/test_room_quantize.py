@@ -113,9 +113,7 @@ def test_what_is_held_is_what_is_planned(
 
 @pytest.mark.usefixtures("no_runtime")
 @pytest.mark.parametrize("method", ["nf4", "int8"])
-def test_the_store_of_a_check_is_in_the_plan(
-    method: Any, going: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_store_of_a_check_is_in_the_plan(method: Any, going: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a model that is mostly vocabulary, whose dtype changes on the way into the store."""
     model = tiny_model("llama", vocab_size=20_000, hidden_size=64, intermediate_size=64).to(torch.float16)
     source, held, real = save_tiny_llama(tmp_path / "tokenizer"), HeldBytes(), streamed_load.write_store

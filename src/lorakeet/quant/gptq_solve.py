@@ -132,14 +132,19 @@ def solve(weight: Tensor, inputs: Sensitivity, layout: Layout, *, grid: Grid | N
 
 
 def bytes_of_solving(shape: tuple[int, int], layout: Layout, dtype: torch.dtype) -> int:
-    """About the most that `solve` holds at a time beside a weight (out, in) of `dtype` and its inputs; its result is among it."""
+    """About the most that `solve` holds at a time beside a weight (out, in) of `dtype` and its inputs; its result is among it.
+
+    A walk holds columns and codes, and at its end the codes twice more: in the weight's order, and laid out anew.
+    """
     count, wide = math.prod(shape), FP32 * math.prod(shape)
     group = wide if layout.group_size == -1 else FP32 * layout.group_size * shape[0]  # the columns of one group
     copy = 0 if dtype == torch.float32 else wide
     fitting = copy + count + 9 * group // FP32  # codes of all, and a group as it is, divided, and in codes
-    walking = wide + count + (3 * group if layout.desc_act else 0) + 2 * FP32 * BLOCK * shape[0]
+    walking = wide + 3 * count + (3 * group if layout.desc_act else 0) + 2 * FP32 * BLOCK * shape[0]
     packing = count + count * layout.bits // 4 + count // 4 + PACKING * min(TILE, count)
-    return max(fitting, copy + wide, walking, packing)
+    most = max(fitting, copy + wide + count, walking, packing)  # the second: the columns of a walk beside what they are of
+    groups = 1 if layout.group_size == -1 else -(-shape[1] // layout.group_size)
+    return most + 3 * groups * shape[0] + 4 * FP32 * sum(shape)  # scales and zero points, and single rows and columns
 
 
 class Walk:
