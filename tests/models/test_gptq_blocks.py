@@ -12,6 +12,7 @@ import torch
 from lorakeet.data.chat import Example
 from lorakeet.data.pack import pack
 from lorakeet.errors import ConfigError, DataError
+from lorakeet.memory.spill import Aside
 from lorakeet.models.gptq_blocks import quantise_blocks
 from lorakeet.models.load import load_text_model
 from lorakeet.models.spec import ModelSpec
@@ -68,6 +69,21 @@ def test_blocks_that_are_done_leave_the_model(tiny_llama_folder: Path) -> None:
     before = sum(parameter.numel() for parameter in text.model.parameters())
     sizes = [sum(parameter.numel() for parameter in text.model.parameters()) for _ in quantise_blocks(text, rows(), LAYOUT)]
     assert before > sizes[0] > sizes[1]
+
+
+def test_nothing_is_put_aside_for_a_block_that_does_not_come(tiny_llama_folder: Path) -> None:
+    put: list[int] = []
+
+    class Counted(Aside):
+        def put(self, key: Any, tensor: torch.Tensor) -> None:
+            put.append(1)
+            super().put(key, tensor)
+
+    counts = []
+    for block in quantise_blocks(loaded(tiny_llama_folder), rows(12), LAYOUT, micro_tokens=120, aside=Counted):
+        counts.append(len(put))
+        assert block.count == 2
+    assert counts[0] > 4 and counts[1] == counts[0]
 
 
 def test_layers_that_do_not_fit_are_all_named(tiny_llama_folder: Path) -> None:

@@ -146,7 +146,8 @@ def pack_blocks(
                 own = {path.removeprefix(start): layer for path, layer in layers_of(f"{prefix}.{number}").items()}
                 block = _Block(module, number, passages)
                 bases, errors = _quantise(block, own, lambda name, *given, at=start: pack(at + name, *given), damping)
-                passages.advance(module, number)
+                if number + 1 < count:  # nobody reads what the last one gives
+                    passages.advance(module, number)
                 if text.streamed is not None:  # whose block goes with the layers that it came with
                     for name, layer in own.items():
                         module.set_submodule(name, layer)
