@@ -9,13 +9,13 @@ import torch
 
 from lorakeet.core.adapter import Adapter
 from lorakeet.core.spec import LoraSpec
-from lorakeet.errors import ConfigError, EnvironmentProblem
+from lorakeet.errors import ConfigError
 from lorakeet.models import inject, modules
 from lorakeet.models.adapt import begin_adapter
 from lorakeet.models.fits import plan_of
 from lorakeet.models.sample import sample
 from lorakeet.models.score import row_losses
-from lorakeet.models.streamed import StreamedBlock, StreamedEmbedding, StreamedHead, hold, plain_output
+from lorakeet.models.streamed import NotStreamed, StreamedBlock, StreamedEmbedding, StreamedHead, hold, plain_output
 from lorakeet.models.targets import plan_for
 from lorakeet.models.text import TextModel
 from tiny.adapters import random_adapter
@@ -73,7 +73,7 @@ def test_what_a_decoder_asks_of_its_block_is_answered(twins: tuple[TextModel, Te
 
 
 def test_blocks_that_give_more_than_states_are_refused() -> None:
-    with pytest.raises(EnvironmentProblem, match=r"tuple.*cannot be streamed"):
+    with pytest.raises(NotStreamed, match=r"tuple.*cannot be streamed\. Leave memory\.budget out"):
         plain_output((torch.zeros(1), None))
 
 

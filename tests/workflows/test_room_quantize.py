@@ -17,10 +17,11 @@ from lorakeet.memory.allocator import slack
 from lorakeet.memory.forecast import Phase
 from lorakeet.memory.measure import PeakMemory
 from lorakeet.models import streamed_load
+from lorakeet.models.streamed import NotStreamed
 from lorakeet.train.rehearsal import NotPlanned
 from lorakeet.workflows import gptq, room_quantize
 from lorakeet.workflows.quantize import quantize
-from lorakeet.workflows.room_quantize import RESIDENT, SPILLED, STREAMED, Job, Way, say_peak
+from lorakeet.workflows.room_quantize import RESIDENT, SPILLED, STREAMED, Job, Kept, Way, say_peak
 from tiny.held import HeldBytes
 from tiny.models import save_tiny_llama, tiny_model
 from tiny.runs import quiet, reviews, write_rows
@@ -175,6 +176,31 @@ def test_a_model_that_cannot_be_planned_is_refused(rows: str, tmp_path: Path, mo
     source = save_tiny_llama(tmp_path / "source")
     with pytest.raises(ConfigError, match=r"cannot be kept without a plan: .* Leave --memory out"):
         quantize(str(source), out=tmp_path / "out", calibration=rows, memory="8GiB", console=quiet(), **GPTQ)
+
+
+@pytest.mark.parametrize("method", ["gptq", "nf4"])
+def test_a_model_that_cannot_be_streamed_is_in_memory_or_refused_by_the_option_of_this_verb(
+    method: Any, rows: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = room_quantize.forecast
+
+    def forecast(job: Job, way: Way) -> Phase:
+        if way.streamed:
+            raise NotStreamed("It has no blocks.")
+        return real(job, way)
+
+    monkeypatch.setattr(room_quantize, "runtime_bytes", lambda precision: 400 << 20)
+    monkeypatch.setattr(room_quantize, "forecast", forecast)
+    source = save_tiny_llama(tmp_path / "source")
+    settings = {**GPTQ, "calibration": rows} if method == "gptq" else {"method": method}
+    with pytest.raises(
+        ConfigError, match=r"at least 4\d\d MiB: .*in memory\. It has no blocks\. Give that with --memory"
+    ) as caught:
+        quantize(str(source), out=tmp_path / "out", memory="100MiB", console=quiet(), **settings)
+    assert "memory.budget" not in str(caught.value)
+    quantize(str(source), out=tmp_path / "out", memory="12GiB", console=quiet(), **settings)
+    with pytest.raises(ConfigError, match=r"^It has no blocks\. Leave --memory out\.$"), Kept(1, 1).measured(quiet()):
+        raise NotStreamed("It has no blocks.")
 
 
 @pytest.mark.usefixtures("no_runtime")

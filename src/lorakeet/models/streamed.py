@@ -20,10 +20,18 @@ from torch import Tensor, nn
 from lorakeet.core.layers import BlockStandIn, StandIn
 from lorakeet.core.plan import Plan
 from lorakeet.core.tiles import tiled_product
-from lorakeet.errors import EnvironmentProblem
+from lorakeet.errors import ConfigError
 from lorakeet.memory.store import StoredRows
 from lorakeet.memory.stream import RecordStream
 from lorakeet.models import modules
+
+
+class NotStreamed(ConfigError):
+    """A model whose blocks cannot be streamed, with the `reason` as a sentence; the message is for a run under a budget."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(f"{reason} Leave memory.budget out.")
+        self.reason = reason
 
 
 @dataclass
@@ -173,12 +181,12 @@ class StreamedHead(StandIn):
 
 
 def plain_output(output: Any) -> Tensor:
-    """The states that a block gives; EnvironmentProblem for blocks that give more than one thing."""
+    """The states that a block gives; NotStreamed for blocks that give more than one thing."""
     if isinstance(output, Tensor):
         return output
-    raise EnvironmentProblem(
+    raise NotStreamed(
         f"A block of this model gives a {type(output).__name__} where its hidden states were expected, so that it cannot be "
-        "streamed. Leave memory.budget out."
+        "streamed."
     )
 
 

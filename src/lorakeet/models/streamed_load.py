@@ -21,7 +21,6 @@ from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING, register_quanti
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from lorakeet.errors import ConfigError
 from lorakeet.memory.store import CPU, Store, StoreWriter, new_store
 from lorakeet.memory.stream import RecordStream
 from lorakeet.memory.transfer import CudaTransfer, Transfer
@@ -32,7 +31,7 @@ from lorakeet.models.packing import packing_of
 from lorakeet.models.quantized import skeleton, stock_of
 from lorakeet.models.quiet import quiet_transformers
 from lorakeet.models.stock import Stock, tensor_files
-from lorakeet.models.streamed import Streamed, StreamedEmbedding, StreamedHead
+from lorakeet.models.streamed import NotStreamed, Streamed, StreamedEmbedding, StreamedHead
 from lorakeet.models.whole import refused, require_whole
 from lorakeet.quant.adopt import empty_base
 from lorakeet.quant.packed import PackedBase, PackedLinear
@@ -169,10 +168,10 @@ def empty_packed(config: Any, dtype: torch.dtype, quantize: QuantSpec, files: Pa
 
 
 def records_of(model: Any, family: Family) -> dict[str, set[str]]:
-    """The names of each block's tensors, by the block's path; ConfigError where the model has no list of blocks."""
+    """The names of each block's tensors, by the block's path; NotStreamed where the model has no list of blocks."""
     prefix, count = modules.block_prefix(model, family)
     if not count:
-        raise ConfigError(f"{type(model).__name__} has no list of blocks that could be streamed. Leave memory.budget out.")
+        raise NotStreamed(f"{type(model).__name__} has no list of blocks that could be streamed.")
     found: dict[str, set[str]] = {f"{prefix}.{index}": set() for index in range(count)}
     for name in model.state_dict():
         if name.startswith(f"{prefix}."):

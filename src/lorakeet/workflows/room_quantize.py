@@ -40,6 +40,7 @@ from lorakeet.models.gptq_blocks import layers_in_blocks, pack_blocks, taken_by_
 from lorakeet.models.modules import block_prefix
 from lorakeet.models.outline import OutlinedBase, outline
 from lorakeet.models.spec import ModelSpec
+from lorakeet.models.streamed import NotStreamed
 from lorakeet.models.streamed_load import empty_packed
 from lorakeet.models.streamed_outline import streamed_outline
 from lorakeet.models.text import TextModel
@@ -142,7 +143,10 @@ class Kept:
             yield
             return
         with temporary_folder(self.folder, f"The folder {self.folder} of blocks on their way", REMEDY), PeakMemory() as memory:
-            yield
+            try:
+                yield
+            except NotStreamed as error:  # whose message is about a run's budget
+                raise ConfigError(f"{error.reason} Leave --memory out.") from error
         say_peak(memory, self.budget, self.planned, console)
 
 
@@ -170,20 +174,13 @@ def keep_budget(budget: int | None, job: Job, out: Path, console: Console) -> Ke
     if warning := larger_than_machine(budget):
         say(warning)
     return_freed_memory()
-    found: dict[Way, int] = {}
-    try:
-        for way in (RESIDENT, STREAMED) if job.layout is None else (RESIDENT, STREAMED, SPILLED):
-            found[way] = forecast(job, way).bytes
-            if found[way] <= budget:
-                break
-    except NotPlanned as error:
-        raise ConfigError(f"--memory cannot be kept without a plan: {error} Leave --memory out.") from error
+    found, why_no_more = _ways(job, budget)
     way = min(found, key=lambda tried: found[tried])
     planned = found[way]
     if planned > budget:
         raise ConfigError(
             f"The budget is {budget >> 20} MiB, but quantising {job.name} takes at least {-(-planned >> 20)} MiB: "
-            f"{job.words(way)}. Give that with --memory, or do it on a larger machine."
+            f"{job.words(way)}.{why_no_more} Give that with --memory, or do it on a larger machine."
         )
     say(f"Memory: {bytes_text(planned)} planned of {bytes_text(budget)}: {job.words(way)}.")
     if not way.streamed:
@@ -191,6 +188,21 @@ def keep_budget(budget: int | None, job: Job, out: Path, console: Console) -> Ke
     folder = out.absolute().parent / f".{out.name}.blocks"
     _require_disk(folder, job)
     return Kept(budget, planned, way, folder)
+
+
+def _ways(job: Job, budget: int) -> tuple[dict[Way, int], str]:
+    """What each way holds, up to the first that keeps the budget; and why the model cannot be streamed, where it cannot."""
+    found: dict[Way, int] = {}
+    try:
+        for way in (RESIDENT, STREAMED) if job.layout is None else (RESIDENT, STREAMED, SPILLED):
+            found[way] = forecast(job, way).bytes
+            if found[way] <= budget:
+                break
+    except NotStreamed as error:
+        return found, f" {error.reason}"
+    except NotPlanned as error:
+        raise ConfigError(f"--memory cannot be kept without a plan: {error} Leave --memory out.") from error
+    return found, ""
 
 
 def forecast(job: Job, way: Way) -> Phase:
