@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import io
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,9 +15,12 @@ import torch
 from rich.console import Console
 
 from lorakeet.errors import ConfigError, EnvironmentProblem
+from lorakeet.export import packed_model
 from lorakeet.memory.allocator import slack
 from lorakeet.memory.forecast import Phase
 from lorakeet.memory.measure import PeakMemory
+from lorakeet.memory.store import Store
+from lorakeet.memory.stream import RecordStream
 from lorakeet.models import streamed_load
 from lorakeet.models.streamed import NotStreamed
 from lorakeet.train.rehearsal import NotPlanned
@@ -201,6 +206,39 @@ def test_a_model_that_cannot_be_streamed_is_in_memory_or_refused_by_the_option_o
     quantize(str(source), out=tmp_path / "out", memory="12GiB", console=quiet(), **settings)
     with pytest.raises(ConfigError, match=r"^It has no blocks\. Leave --memory out\.$"), Kept(1, 1).measured(quiet()):
         raise NotStreamed("It has no blocks.")
+
+
+@pytest.mark.usefixtures("no_runtime")
+@pytest.mark.parametrize("method", ["gptq", "nf4"])
+@pytest.mark.parametrize("full", [False, True], ids=["done", "disk full"])
+def test_every_store_is_closed(
+    method: Any, full: bool, rows: str, going: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened: list[RecordStream] = []
+    closed: list[RecordStream] = []
+    begin, end = RecordStream.__init__, RecordStream.close
+
+    def begun(stream: RecordStream, store: Any, *given: Any, **more: Any) -> None:
+        begin(stream, store, *given, **more)
+        if type(store) is Store:  # not a rehearsal's
+            opened.append(stream)
+
+    monkeypatch.setattr(RecordStream, "__init__", begun)
+    monkeypatch.setattr(RecordStream, "close", lambda stream: (closed.append(stream), end(stream)))
+    source = save_tiny_llama(tmp_path / "source")
+    going(STREAMED)
+    settings = {**GPTQ, "calibration": rows} if method == "gptq" else {"method": method}
+    ends: Any = nullcontext()
+    if full:
+        monkeypatch.setattr(packed_model, "stream_safetensors", failing)
+        ends = pytest.raises(EnvironmentProblem)
+    with ends:
+        quantize(str(source), out=tmp_path / "out", memory="8GiB", console=quiet(), **settings)
+    assert len(opened) == (method == "gptq") + (not full) and closed == opened
+
+
+def failing(*_: Any, **__: Any) -> None:
+    raise OSError(errno.ENOSPC, "No space left on device")
 
 
 @pytest.mark.usefixtures("no_runtime")

@@ -42,7 +42,7 @@ from lorakeet.quant.gptq_config import GptqConfig, to_mapping
 from lorakeet.quant.gptq_pack import BITS
 from lorakeet.quant.gptq_solve import Layout
 from lorakeet.workflows.place import require_place
-from lorakeet.workflows.room_quantize import Job, Kept, keep_budget
+from lorakeet.workflows.room_quantize import Job, Kept, keep_budget, stream_closed
 
 DAMPING = 0.01  # the paper's
 MICRO_TOKENS = 2048
@@ -102,20 +102,19 @@ def _quantised(
 ) -> tuple[int, dict[str, float]]:
     """Loads the model, writes the folder, and loads that again."""
     text = load_text_model(spec, say=console.print, store=kept.store)
-    experts = kept_experts(text.model)
-    if experts:  # said before the long work, not after it
-        console.print(experts, soft_wrap=True)
-    errors: dict[str, float] = {}
-    with Bar(console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task("measuring inputs", total=None)
+    with stream_closed(text):
+        experts = kept_experts(text.model)
+        if experts:  # said before the long work, not after it
+            console.print(experts, soft_wrap=True)
+        errors: dict[str, float] = {}
+        with Bar(console=console, transient=True, disable=not console.is_terminal) as bar:
+            task = bar.add_task("measuring inputs", total=None)
 
-        def done(block: QuantisedBlock) -> None:
-            errors.update(block.errors)
-            bar.update(task, total=block.count, completed=block.number + 1, description=f"block {block.number + 1}")
+            def done(block: QuantisedBlock) -> None:
+                errors.update(block.errors)
+                bar.update(task, total=block.count, completed=block.number + 1, description=f"block {block.number + 1}")
 
-        written = _write(job, text, kept, layout, out, done)
-    if text.streamed is not None:
-        text.streamed.stream.close()
+            written = _write(job, text, kept, layout, out, done)
     del text
     worst = max(errors, key=lambda path: (errors[path], path))
     console.print(
@@ -130,7 +129,7 @@ def _quantised(
         if line != experts:
             console.print(line)
 
-    load_text_model(kept.checked(out, job), say=say, store=kept.store)
+    kept.check(out, job, say)
     return written, errors
 
 

@@ -21,7 +21,7 @@ from lorakeet.export.packed_model import Part, write_model
 from lorakeet.formats.safe import SafeFile
 from lorakeet.memory.budget import parse_budget
 from lorakeet.merge.checkpoint import files_along, open_checkpoint
-from lorakeet.models.load import load_text_model, read_config
+from lorakeet.models.load import read_config
 from lorakeet.models.modules import kind_of, weight_shape
 from lorakeet.models.origin import packed_card
 from lorakeet.models.placement import dtype_for
@@ -181,7 +181,7 @@ def _pack(
         result = Quantized(out, method, written, error)
         console.print(f"Wrote {written:,} bytes to {out}: {len(error)} weights in {method}. {layout.note}", soft_wrap=True)
         console.print(f"Packing moved {result.worst[0]} most: by {result.worst[1]:.2%} of its length.", soft_wrap=True)
-        load_text_model(kept.checked(out, job), say=console.print, store=kept.store)
+        kept.check(out, job, console.print)
     return result
 
 

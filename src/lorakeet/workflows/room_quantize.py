@@ -37,6 +37,7 @@ from lorakeet.memory.outlined_disk import OutlinedAside
 from lorakeet.memory.spill import Aside
 from lorakeet.models.alike_blocks import last_new_kind
 from lorakeet.models.gptq_blocks import layers_in_blocks, pack_blocks, taken_by_block
+from lorakeet.models.load import load_text_model
 from lorakeet.models.modules import block_prefix
 from lorakeet.models.outline import OutlinedBase, outline
 from lorakeet.models.spec import ModelSpec
@@ -129,12 +130,14 @@ class Kept:
         """A place for packed tensors until they are written."""
         return Aside(self.store, REMEDY)
 
-    def checked(self, out: Path, job: Job) -> ModelSpec:
-        """How what was written is loaded as a check: under a budget in the dtype that was planned."""
-        if self.budget is None:
-            return ModelSpec(path=str(out))
-        name = str(job.dtype).removeprefix("torch.")
-        return ModelSpec(path=str(out), dtype=name, products=name, device="cpu")  # type: ignore[arg-type]
+    def check(self, out: Path, job: Job, say: Callable[[str], None]) -> None:
+        """Loads what was written as a check: under a budget in the dtype that was planned."""
+        spec = ModelSpec(path=str(out))
+        if self.budget is not None:
+            name = str(job.dtype).removeprefix("torch.")
+            spec = ModelSpec(path=str(out), dtype=name, products=name, device="cpu")  # type: ignore[arg-type]
+        with stream_closed(load_text_model(spec, say=say, store=self.store)):
+            pass
 
     @contextmanager
     def measured(self, console: Console) -> Iterator[None]:
@@ -148,6 +151,16 @@ class Kept:
             except NotStreamed as error:  # whose message is about a run's budget
                 raise ConfigError(f"{error.reason} Leave --memory out.") from error
         say_peak(memory, self.budget, self.planned, console)
+
+
+@contextmanager
+def stream_closed(text: TextModel) -> Iterator[None]:
+    """A context at whose end the store of a streamed model is closed, whatever happened: before its folder goes."""
+    try:
+        yield
+    finally:
+        if text.streamed is not None:
+            text.streamed.stream.close()
 
 
 def say_peak(memory: PeakMemory, budget: int, planned: int, console: Console) -> None:
