@@ -21,7 +21,7 @@ from lorakeet.memory.forecast import Phase
 from lorakeet.memory.measure import PeakMemory
 from lorakeet.memory.store import Store
 from lorakeet.memory.stream import RecordStream
-from lorakeet.models import streamed_load
+from lorakeet.models import load, streamed_load
 from lorakeet.models.streamed import NotStreamed
 from lorakeet.train.rehearsal import NotPlanned
 from lorakeet.workflows import gptq, room_quantize
@@ -206,6 +206,23 @@ def test_a_model_that_cannot_be_streamed_is_in_memory_or_refused_by_the_option_o
     quantize(str(source), out=tmp_path / "out", memory="12GiB", console=quiet(), **settings)
     with pytest.raises(ConfigError, match=r"^It has no blocks\. Leave --memory out\.$"), Kept(1, 1).measured(quiet()):
         raise NotStreamed("It has no blocks.")
+
+
+@pytest.mark.usefixtures("no_runtime")
+def test_another_attention_than_the_planned_one_is_refused_under_a_budget(
+    rows: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = load._try_attention
+
+    def without_varlen(text: Any, attention: str, reference: Any) -> str | None:
+        return "it cannot" if attention == "varlen" else real(text, attention, reference)
+
+    monkeypatch.setattr(load, "_try_attention", without_varlen)
+    source = save_tiny_llama(tmp_path / "source")
+    with pytest.raises(ConfigError, match=r"attends with sdpa, row by row, .* planned for attention varlen.* Leave --memory out"):
+        quantize(str(source), out=tmp_path / "out", calibration=rows, memory="8GiB", console=quiet(), **GPTQ)
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+    quantize(str(source), out=tmp_path / "out", calibration=rows, console=quiet(), **GPTQ)
 
 
 @pytest.mark.usefixtures("no_runtime")

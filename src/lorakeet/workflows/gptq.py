@@ -103,6 +103,7 @@ def _quantised(
     """Loads the model, writes the folder, and loads that again."""
     text = load_text_model(spec, say=console.print, store=kept.store)
     with stream_closed(text):
+        kept.require_planned(text)
         experts = kept_experts(text.model)
         if experts:  # said before the long work, not after it
             console.print(experts, soft_wrap=True)

@@ -55,6 +55,7 @@ from lorakeet.workflows.place import temporary_folder
 
 CHECK, BLOCKS = "check", "blocks"
 CHECKED = Rows(8)  # tokens of the check of a model that is loaded (models/load)
+PLANNED = "varlen"  # the attention of an outline
 PRODUCTS = 3  # the forward pass has one in so many of the shapes of products of a training step
 TOKEN_BYTES = 128  # of a calibration token: its id and mask as they were read, encoded, and in a batch
 REMEDY = "Free some space, or choose an --out on another disk."
@@ -129,6 +130,14 @@ class Kept:
     def waiting(self) -> Aside:
         """A place for packed tensors until they are written."""
         return Aside(self.store, REMEDY)
+
+    def require_planned(self, text: TextModel) -> None:
+        """Raises ConfigError where the model cannot attend as it was planned, which shows when it is loaded."""
+        if self.budget is not None and text.attention != PLANNED:
+            raise ConfigError(
+                f"{text.name} attends with {text.attention}, row by row, but --memory is planned for attention "
+                f"{PLANNED}, over rows laid end to end. Leave --memory out."
+            )
 
     def check(self, out: Path, job: Job, say: Callable[[str], None]) -> None:
         """Loads what was written as a check: under a budget in the dtype that was planned."""
