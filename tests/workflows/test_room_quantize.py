@@ -73,7 +73,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.usefixtures("no_runtime")
-@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2"])
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2", "mixtral"])
 def test_gptq_writes_the_same_bytes_each_way(family: str, rows: str, going: Any, tmp_path: Path) -> None:
     source = save_tiny_llama(tmp_path / "source", family=family)
     quantize(str(source), out=tmp_path / "free", calibration=rows, console=quiet(), **GPTQ)
@@ -173,14 +173,19 @@ def test_a_budget_below_the_least_is_refused_with_it(
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
 
-def test_a_model_that_cannot_be_planned_is_refused(rows: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("method", ["gptq", "nf4"])
+def test_a_model_that_cannot_be_planned_is_refused(
+    method: Any, rows: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def refused(*_: Any) -> None:
         raise NotPlanned("This model cannot be planned.")
 
     monkeypatch.setattr(room_quantize, "forecast", refused)
     source = save_tiny_llama(tmp_path / "source")
-    with pytest.raises(ConfigError, match=r"cannot be kept without a plan: .* Leave --memory out"):
-        quantize(str(source), out=tmp_path / "out", calibration=rows, memory="8GiB", console=quiet(), **GPTQ)
+    settings = {**GPTQ, "calibration": rows} if method == "gptq" else {"method": method}
+    with pytest.raises(ConfigError, match=r"cannot be kept without a plan: .* with every --method, .* Leave --memory out"):
+        quantize(str(source), out=tmp_path / "out", memory="8GiB", console=quiet(), **settings)
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
 
 @pytest.mark.parametrize("method", ["gptq", "nf4"])

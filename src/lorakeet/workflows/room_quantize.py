@@ -223,7 +223,10 @@ def _ways(job: Job, budget: int) -> tuple[dict[Way, int], str]:
     except NotStreamed as error:
         return found, f" {error.reason}"
     except NotPlanned as error:
-        raise ConfigError(f"--memory cannot be kept without a plan: {error} Leave --memory out.") from error
+        raise ConfigError(
+            f"--memory cannot be kept without a plan: {error} It is so with every --method, since what is written is loaded as a "
+            "check. Leave --memory out."
+        ) from error
     return found, ""
 
 
