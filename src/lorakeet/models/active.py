@@ -17,6 +17,7 @@ from lorakeet.core.math import Kind
 from lorakeet.core.plan import PlanEntry
 from lorakeet.core.reordered import ReorderedLinear, can_reorder
 from lorakeet.errors import ConfigError, Problems, nearest
+from lorakeet.memory.allocator import give_back_free_memory
 from lorakeet.models import modules
 from lorakeet.models.fuse import fuse, fuse_blocks
 from lorakeet.models.inject import selection_of, use_products
@@ -63,6 +64,7 @@ class LiveModel:
         fuse(model)
         fuse_blocks(model, text.family)
         _reorder(text, [place.layer for place in self._places.values()])
+        give_back_free_memory()  # where the plain weights were: 200 MB of SmolLM2's
         model.eval()
 
     @property
