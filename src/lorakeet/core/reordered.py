@@ -1,7 +1,7 @@
 """Dense weights in the order in which oneDNN multiplies, for inference on a CPU.
 
 A product of a few tokens with a plain weight spends half of its time on bringing the weight into that order. Done once, 16 tokens
-in bf16 take 0.5 to 0.65 of the time, and one token half (benchmarks/serving). The plain weight is not kept beside it.
+in bf16 take 0.5 to 0.65 of the time, and one token half (docs/log.md). The plain weight is not kept beside it.
 """
 
 from __future__ import annotations
