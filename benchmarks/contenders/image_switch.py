@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import sys
-import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -12,6 +11,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from harness.clock import milliseconds
 from torch import nn
 
 from contenders.image_step import SHAPES, random_unet
@@ -98,10 +98,10 @@ def _timed(
         step()
         times: dict[str, list[float]] = {"load_ms": [], "switch_ms": [], "step_ms": []}
         for number in range(REPEATED):
-            times["load_ms"].append(_ms(partial(load, files[number % len(files)], f"x{number}")))
+            times["load_ms"].append(milliseconds(partial(load, files[number % len(files)], f"x{number}")))
             for name in ("a0", f"a{count - 1}"):
-                times["switch_ms"].append(_ms(partial(use, name)))
-                times["step_ms"].append(_ms(step))
+                times["switch_ms"].append(milliseconds(partial(use, name)))
+                times["step_ms"].append(milliseconds(step))
             drop(f"x{number}")
         found[str(count)] = times
     return found
@@ -111,12 +111,6 @@ def _model() -> ImageModel:
     unet = random_unet(SHAPES[SHAPE], torch.bfloat16)
     pipeline = SimpleNamespace(scheduler=None, vae=None, vae_scale_factor=8)
     return ImageModel(SHAPE, KINDS["sd"], pipeline, nn.ModuleDict({"unet": unet}), torch.device("cpu"), torch.bfloat16)
-
-
-def _ms(action: Callable[[], object]) -> float:
-    began = time.perf_counter()
-    action()
-    return 1e3 * (time.perf_counter() - began)
 
 
 if __name__ == "__main__":

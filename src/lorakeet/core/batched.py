@@ -153,11 +153,11 @@ class Stack:
         """
         named = changes == self._changes and self._written == sum(_written(copy.tensors) for copy in self._copies.values())
         new = [place for place, mix in enumerate(places) if not self._stands(place, mix, None if named else pairs)]
-        if self._make_room(len(places), {place: _own(places[place], pairs) for place in new}):
-            new = list(range(len(places)))
-        for place in new:
+        mixtures = {place: _own(places[place], pairs) for place in new}
+        if self._make_room(len(places), mixtures):
+            mixtures = {place: _own(mix, pairs) for place, mix in enumerate(places)}
+        for place, layers in mixtures.items():
             self._copies.pop(place, None)  # should the copying fail, nobody takes what is there for a copy
-            layers = _own(places[place], pairs)
             self._copy(place, layers)
             self._copies[place] = _Copy.of(places[place], layers)
         self._changes, self._written = changes, sum(copy.written for copy in self._copies.values())

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
+from itertools import islice
 from typing import Any, cast
 
 from torch import nn
@@ -58,6 +59,12 @@ def last_new_kind(model: nn.Module, family: Family) -> int:
             seen.append(signature)
             last = number
     return last
+
+
+def pass_first_of_each_kind(passes: Iterable[object], model: nn.Module, family: Family) -> None:
+    """Draws from `passes`, one for each block in order, until every kind has come, and one more, which finds their buffers."""
+    for _ in islice(passes, 2 + last_new_kind(model, family)):
+        pass
 
 
 def blocks_of(model: nn.Module, family: Family) -> list[nn.Module]:

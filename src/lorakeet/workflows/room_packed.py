@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from itertools import islice
 from typing import cast
 
 import torch
@@ -23,7 +22,7 @@ from lorakeet.memory.allocator import return_freed_memory
 from lorakeet.memory.budget import larger_than_machine
 from lorakeet.merge.requantise import BYTES_OF_ROUNDING
 from lorakeet.models.adapt import begin_adapter
-from lorakeet.models.alike_blocks import Build, last_new_kind
+from lorakeet.models.alike_blocks import Build, pass_first_of_each_kind
 from lorakeet.models.families import family_of
 from lorakeet.models.fits import plan_of
 from lorakeet.models.folded import fold_layers
@@ -119,9 +118,7 @@ def rehearse_rounding(build: Callable[[], TextModel], plan: Plan, rows: Rows) ->
 
         with ledger.phase(ROUND):
             blocks = pack_blocks(text, made_up_rows(rows), pack, layers_of, keep=True)
-            count = block_prefix(text.model, text.family)[1]
-            for _ in islice(blocks, min(count, 2 + last_new_kind(text.model, text.family))):
-                pass
+            pass_first_of_each_kind(blocks, text.model, text.family)
         ledger.close()
         return ledger.peaks[ROUND].bytes
 

@@ -16,7 +16,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -35,10 +34,9 @@ from lorakeet.memory.held import Held, with_more
 from lorakeet.memory.measure import PeakMemory
 from lorakeet.memory.outlined_disk import OutlinedAside
 from lorakeet.memory.spill import Aside
-from lorakeet.models.alike_blocks import last_new_kind
+from lorakeet.models.alike_blocks import pass_first_of_each_kind
 from lorakeet.models.gptq_blocks import layers_in_blocks, pack_blocks, taken_by_block
 from lorakeet.models.load import load_text_model
-from lorakeet.models.modules import block_prefix
 from lorakeet.models.outline import OutlinedBase, outline
 from lorakeet.models.spec import ModelSpec
 from lorakeet.models.streamed import NotStreamed
@@ -304,9 +302,7 @@ def _rehearse_blocks(job: Job, layout: Layout, text: TextModel, aside: Callable[
         return OutlinedBase(empty_base({"method": "gptq", "shape": shape, **settings}))
 
     blocks = pack_blocks(text, job.rows, pack, taken_by_block(layers), micro_tokens=job.micro_tokens, aside=aside)
-    count = block_prefix(text.model, text.family)[1]
-    for _ in islice(blocks, min(count, 2 + last_new_kind(text.model, text.family))):  # a second finds buffers of the first
-        pass
+    pass_first_of_each_kind(blocks, text.model, text.family)
     stays.clear()
 
 
