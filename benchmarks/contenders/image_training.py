@@ -43,13 +43,13 @@ def with_lorakeet(asked: dict[str, Any]) -> dict[str, Any]:
         setup.captions.of(picture.row.caption)
     setup.captions.of("")
     prepared = time.perf_counter() - began
-    optimizer = Optimizer(task.parameters(), setup.config.train)
-    times = []
+    parameters, times = task.parameters(), []
+    optimizer = Optimizer(parameters, setup.config.train)
     for step in range(asked["steps"]):
         began = time.perf_counter()
         batches = task.batches(step)
         task.gradients(batches, asked["batch"])
-        torch.nn.utils.clip_grad_norm_(task.parameters().values(), 1.0)
+        torch.nn.utils.clip_grad_norm_(parameters.values(), 1.0)
         optimizer.step(asked["rate"])
         times.append(time.perf_counter() - began)
     peak = peak_bytes()

@@ -20,6 +20,7 @@ from lorakeet.models.inject import activate, adapter_of, eject, inject
 from lorakeet.models.modules import find
 from lorakeet.models.spec import ModelSpec
 from lorakeet.quant.spec import QuantSpec
+from tiny.images import diffusers
 from tiny.pipelines import save_tiny_sd
 
 
@@ -42,6 +43,22 @@ def prediction(model: ImageModel, *captions: str) -> torch.Tensor:
     sizes = torch.tensor([[16.0, 16, 0, 0, 16, 16]] * len(captions))
     with torch.no_grad():
         return model.predict(noisy, torch.full((len(captions),), 500), model.describe(captions), sizes)
+
+
+@pytest.mark.parametrize("name", ["sd", "sdxl", "sd3", "flux"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_its_numbers_are_those_that_diffusers_loads(request: pytest.FixtureRequest, name: str, dtype: str) -> None:
+    folder = request.getfixturevalue(f"tiny_{name}_folder")
+    model = load(folder, dtype=dtype)
+    dtypes = {"default": getattr(torch, dtype), "vae": torch.float32}
+    wanted = diffusers().DiffusionPipeline.from_pretrained(folder, dtype=dtypes)
+    for part in (*model.parts, "vae"):
+        found = dict(getattr(model.pipeline, part).state_dict())
+        assert found.keys() == getattr(wanted, part).state_dict().keys()
+        for key, tensor in getattr(wanted, part).state_dict().items():
+            assert torch.equal(found[key], tensor) and found[key].dtype == tensor.dtype, (part, key)
+    held = [*model.denoiser.named_buffers(), *model.denoiser.named_parameters()]
+    assert held and not any(tensor.is_meta for _, tensor in held)
 
 
 def test_what_is_known_of_a_pipeline(model: ImageModel) -> None:

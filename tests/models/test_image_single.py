@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import sys
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,12 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tokenizers.pre_tokenizers import ByteLevel
+from torch import nn
 
 from lorakeet.errors import ConfigError, DataError, EnvironmentProblem
 from lorakeet.models.image import ImageModel, load_image_model
+from lorakeet.models.image_denoiser import load_denoiser
+from lorakeet.models.image_diffusers import new_denoiser
 from lorakeet.models.image_outline import shapes_of_images
 from lorakeet.models.image_single import clip_vocabulary, load_single, open_single, single_denoiser_files
 from lorakeet.models.spec import ModelSpec
@@ -158,7 +162,8 @@ def test_without_configurations_the_shipped_ones_and_a_packages_vocabulary_count
     assert given is not None
     shapes = {**given.shapes, "tokenizer": {"pad_token": "<|endoftext|>"}, "tokenizer_2": {"pad_token": "!"}}
     said: list[str] = []
-    found = load_single(type(given)(given.file, shapes, None), torch.float32, None, said.append)
+    unet = partial(load_denoiser, single_denoiser_files(given), new_denoiser, torch.float32, QuantSpec())
+    found = load_single(type(given)(given.file, shapes, None), torch.float32, unet, said.append)
     assert "vocabulary in the package open_clip_torch" in said[0] and type(found).__name__ == "StableDiffusionXLPipeline"
     for name, parameter in pipeline.unet.state_dict().items():
         assert torch.equal(found.unet.state_dict()[name], parameter)
@@ -180,6 +185,6 @@ def test_without_any_tokenizer_the_message_says_how_to_give_one(tiny_sd_folder: 
     assert given is not None
     shapes = {**given.shapes, "tokenizer": {"pad_token": "<|endoftext|>"}}
     with pytest.raises(EnvironmentProblem, match=r"--model\.config DIR"):
-        load_single(type(given)(given.file, shapes, None), torch.float32, None, lambda _: None)
+        load_single(type(given)(given.file, shapes, None), torch.float32, nn.Identity, lambda _: None)
     with safe_open(file, "pt") as opened:
         assert "cond_stage_model.transformer.text_model.final_layer_norm.bias" in opened.keys()  # noqa: SIM118

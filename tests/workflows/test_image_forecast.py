@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file
 
 from lorakeet.errors import ConfigError
 from lorakeet.evaluate.certificate import read_certificate
@@ -49,3 +50,11 @@ def test_what_takes_less_is_chosen_and_said(tiny_sd_folder: Path, tmp_path: Path
 def test_without_a_budget_nothing_is_planned(tiny_sd_folder: Path, tmp_path: Path) -> None:
     config = image_config(tiny_sd_folder, tmp_path)
     assert arrange_images(config, print).planned is None
+
+
+@pytest.mark.parametrize(("dtype", "rounded"), [("bfloat16", True), ("float32", False)])
+def test_files_count_from_which_numbers_are_rounded(tiny_sd_folder: Path, tmp_path: Path, dtype: str, rounded: bool) -> None:
+    config = image_config(tiny_sd_folder, tmp_path, model__dtype=dtype)
+    encoder = sum(tensor.nbytes for tensor in load_file(tiny_sd_folder / "text_encoder" / "model.safetensors").values())
+    assert encoder > 0 and machine_of(config).mapped == (encoder if rounded else 0)
+    assert machine_of(image_config(Path("somebody/a-model"), tmp_path)).mapped == -1

@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -21,10 +21,10 @@ from lorakeet.errors import ConfigError, DataError, EnvironmentProblem
 from lorakeet.formats.sd_names import with_components
 from lorakeet.models.families import DIFFUSION
 from lorakeet.models.frozen import frozen_digests
+from lorakeet.models.image_denoiser import METHODS, denoiser_files, load_denoiser
 from lorakeet.models.image_diffusers import diffusers, new_denoiser, quiet_diffusers
 from lorakeet.models.image_kinds import ENCODERS, FLUX_PLACES, PIPELINES, TOKENIZERS, Conditioning, ImageKind, predicted
 from lorakeet.models.image_noise import Noising, noising_of
-from lorakeet.models.image_packed import METHODS, denoiser_files, load_packed_denoiser
 from lorakeet.models.image_single import load_single, open_single, single_denoiser_files
 from lorakeet.models.inject import attach
 from lorakeet.models.modules import find
@@ -322,23 +322,21 @@ def _folder_of(spec: ModelSpec) -> Path:
 
 def _pipeline_of(spec: ModelSpec, dtype: torch.dtype, say: Callable[[str], None]) -> tuple[ImageKind, Any]:
     """(kind, diffusers' pipeline on the CPU) of a single file, a folder or a hub id."""
-    packing = spec.quantize.method != "none"
     single = open_single(spec, say)
     if single is not None:
         name = single.shapes["_class_name"]
         say(f"Loading {spec.path} ({name}, {str(dtype).removeprefix('torch.')}) with diffusers.")
         with _as_problem(spec):
-            files = single_denoiser_files(single) if packing else None
-            unet = None if files is None else load_packed_denoiser(files, new_denoiser, dtype, spec.quantize, say=say)
+            unet = partial(load_denoiser, single_denoiser_files(single), new_denoiser, dtype, spec.quantize, say=say)
             return PIPELINES[name], load_single(single, dtype, unet, say)
     kind, extra = _kind_of(spec)
     say(f"Loading {spec.path} ({kind.pipeline}, {str(dtype).removeprefix('torch.')}) with diffusers.")
     with quiet_diffusers(), _as_problem(spec):
-        if packing:
-            files = denoiser_files(_folder_of(spec) / kind.denoiser)
-            extra[kind.denoiser] = load_packed_denoiser(files, new_denoiser, dtype, spec.quantize, say=say)
+        folder = _folder_of(spec)
+        files = denoiser_files(folder / kind.denoiser)
+        extra[kind.denoiser] = load_denoiser(files, new_denoiser, dtype, spec.quantize, say=say)
         return kind, getattr(diffusers(), kind.pipeline).from_pretrained(
-            spec.path, revision=spec.revision, torch_dtype=dtype, use_safetensors=True, **extra
+            folder, torch_dtype={"default": dtype, "vae": torch.float32}, use_safetensors=True, **extra
         )
 
 

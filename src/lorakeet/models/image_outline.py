@@ -16,9 +16,9 @@ from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, T5Config, T5EncoderModel
 
 from lorakeet.models.image import ImageModel
+from lorakeet.models.image_denoiser import packing_of_denoiser
 from lorakeet.models.image_diffusers import diffusers, new_denoiser, quiet_diffusers
 from lorakeet.models.image_kinds import ENCODERS, PIPELINES, Conditioning
-from lorakeet.models.image_packed import packing_of_denoiser
 from lorakeet.models.image_shapes import Shapes, shapes_in
 from lorakeet.models.image_single import open_single
 from lorakeet.models.outline import put_packed

@@ -24,8 +24,8 @@ from torch import nn
 
 from lorakeet.errors import ConfigError, DataError, EnvironmentProblem
 from lorakeet.formats.safe import SafeFile, open_safetensors
+from lorakeet.models.image_denoiser import DenoiserFiles
 from lorakeet.models.image_diffusers import diffusers, new_denoiser, quiet_diffusers
-from lorakeet.models.image_packed import DenoiserFiles
 from lorakeet.models.image_shapes import Shapes, published_shapes, shapes_in
 from lorakeet.models.spec import ModelSpec
 
@@ -70,14 +70,15 @@ def open_single(spec: ModelSpec, say: Callable[[str], None]) -> SingleFile | Non
     return SingleFile(file, shapes, None)
 
 
-def load_single(single: SingleFile, dtype: torch.dtype, unet: nn.Module | None, say: Callable[[str], None]) -> Any:
-    """The pipeline in the file, by diffusers' own `from_single_file`; with `unet`, that one in place of the file's.
+def load_single(single: SingleFile, dtype: torch.dtype, unet: Callable[[], nn.Module], say: Callable[[str], None]) -> Any:
+    """The pipeline in the file, by diffusers' own `from_single_file`, but with what `unet` makes in place of the file's.
 
-    DataError where the file lacks a tensor; EnvironmentProblem where there is no tokenizer.
+    The autoencoder is in fp32, whatever `dtype` is. DataError where the file lacks a tensor; EnvironmentProblem
+    where there is no tokenizer.
     """
     from diffusers.loaders.single_file_utils import SingleFileComponentError
 
-    given: dict[str, Any] = {} if unet is None else {"unet": unet}
+    given: dict[str, Any] = {}
     owner = getattr(diffusers(), single.shapes["_class_name"])
     if single.shapes["_class_name"] == "StableDiffusionPipeline":
         given |= {"safety_checker": None, "feature_extractor": None}
@@ -89,11 +90,14 @@ def load_single(single: SingleFile, dtype: torch.dtype, unet: nn.Module | None, 
             config = _write_configurations(single.shapes, Path(folder))
         try:
             with quiet_diffusers():
-                pipeline = owner.from_single_file(str(single.file.path), config=config, torch_dtype=dtype, **given)
+                given["unet"] = unet()
+                pipeline = owner.from_single_file(str(single.file.path), config=config, torch_dtype=torch.float32, **given)
         except SingleFileComponentError as error:
             raise DataError(f"{single.file.path} cannot be read as a {single.shapes['_class_name']}: {error}") from error
-    encoders = (getattr(pipeline, name) for name in ("text_encoder", "text_encoder_2") if name in single.shapes)
+    encoders = [getattr(pipeline, name) for name in ("text_encoder", "text_encoder_2") if name in single.shapes]
     _refuse_lost(single, [name for part in encoders for name, tensor in part.state_dict().items() if tensor.is_meta])
+    for part in encoders:
+        part.to(dtype)
     return pipeline
 
 

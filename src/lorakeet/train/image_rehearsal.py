@@ -62,8 +62,8 @@ class ImageRehearsal:
     base: int
     peaks: Mapping[str, Held]
     work: Work
-    denoiser: int  # numbers in the UNet or transformer, packed ones counted one by one
-    largest: int  # numbers in its largest matrix
+    other_part: int  # numbers in the largest part beside the denoiser
+    largest: int  # numbers in the denoiser's largest tensor, packed ones counted one by one
 
 
 def rehearse_images(
@@ -76,13 +76,14 @@ def rehearse_images(
             model = build()
             ledger.name("base", [*model.parts.parameters(), *model.parts.buffers(), *model.vae.parameters()])
             base = ledger.held["base"]
-            denoiser, largest = weights_in(model.denoiser), largest_matrix(model.denoiser)
+            others = [model.vae, *(part for name, part in model.parts.items() if name != model.kind.denoiser)]
+            other_part, largest = max(map(weights_in, others)), largest_matrix(model.denoiser)
             plan = image_plan(model, lora, text_encoder=diffusion.text_encoder)
             go_through(model, plan, train, diffusion, pictures, ledger)
             ledger.close()
             step = ledger.work[STEP]
             work = Work(step.flops // pictures.micro_batches, step.written // pictures.micro_batches)
-            return ImageRehearsal(plan, base, ledger.peaks, work, denoiser, largest)
+            return ImageRehearsal(plan, base, ledger.peaks, work, other_part, largest)
     finally:
         SCRATCH.clear()
 

@@ -128,7 +128,8 @@ class ImageTask:
 
     def loss(self, batch: ImageBatch) -> Tensor:
         """The sum of the weighted errors of a batch's pictures, with gradient, in training mode."""
-        self.model.parts.train()
+        if not self.model.parts.training:  # a walk over all modules
+            self.model.parts.train()
         steps = self.model.noising.at(batch.timesteps)
         weights = weights_of(steps, self.prediction, self.diffusion.min_snr_gamma)
         if batch.shares is not None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -16,6 +17,7 @@ from lorakeet.core.plan import Plan
 from lorakeet.core.spec import LoraSpec
 from lorakeet.errors import ConfigError, EnvironmentProblem
 from lorakeet.evaluate.wording import bytes_text
+from lorakeet.formats.safe import Stored, open_safetensors
 from lorakeet.memory.allocator import return_freed_memory
 from lorakeet.memory.budget import larger_than_machine
 from lorakeet.memory.forecast import Forecast, phases_of
@@ -24,9 +26,8 @@ from lorakeet.memory.ledger import Work
 from lorakeet.memory.measure import resident_bytes
 from lorakeet.models.image import image_plan
 from lorakeet.models.image_cache import Sizes
-from lorakeet.models.image_kinds import TRANSFORMER, UNET
+from lorakeet.models.image_kinds import ENCODERS
 from lorakeet.models.image_outline import outline_image, shapes_of_images
-from lorakeet.models.image_packed import denoiser_files
 from lorakeet.models.image_shapes import Shapes
 from lorakeet.models.image_single import open_single, single_denoiser_files
 from lorakeet.models.placement import device_for, dtype_for
@@ -100,7 +101,7 @@ class Machine:
 
     dtype: torch.dtype
     runtime: int  # bytes of the process beside its tensors
-    stored: int = 0  # bytes of the UNet's files whose numbers are rounded as they are read; -1: unknown, taken to be fp32
+    mapped: int = 0  # bytes of files in memory while other parts than the denoiser are rounded; -1: unknown, taken to be fp32
     returning: bool = False  # whether freed memory goes back to the system at once, as in runs under a budget
 
 
@@ -176,7 +177,7 @@ def advice(config: RunConfig, shapes: Shapes, machine: Machine) -> Iterator[tupl
 def machine_of(config: RunConfig, *, returning: bool = False) -> Machine:
     """This machine's part of a forecast of `config`."""
     dtype = dtype_for(config.model.dtype, device_for(config.model.device))
-    return Machine(dtype, runtime_bytes(config, dtype), _rounded_bytes(config.model, dtype), returning)
+    return Machine(dtype, runtime_bytes(config, dtype), _mapped_bytes(config.model, dtype), returning)
 
 
 def forecast_images(config: RunConfig, shapes: Shapes, machine: Machine) -> ImagePlanned:
@@ -185,7 +186,7 @@ def forecast_images(config: RunConfig, shapes: Shapes, machine: Machine) -> Imag
     build = partial(outline_image, shapes, name=config.model.path, dtype=machine.dtype, quantize=quantize)
     found = rehearse_images(build, config.lora, config.train, config.diffusion, pictures)
     peaks, adapter = found.peaks, 4 * found.plan.parameters
-    load = with_more(Held(), base=found.base, scratch=_read(found, config, machine))
+    load = with_more(Held(), base=found.base, scratch=_read(found, machine))
     kept = with_more(Held(), base=found.base, adapter=2 * adapter)
     judge = with_more(peaks[JUDGE], scratch=INTERVALS)
     certify = with_more(judge, adapter=2 * adapter)  # the adapter from disk on the live model
@@ -228,23 +229,33 @@ def runtime_bytes(config: RunConfig, dtype: torch.dtype) -> int:
     return resident_bytes()
 
 
-def _rounded_bytes(spec: ModelSpec, dtype: torch.dtype) -> int:
-    """Bytes of the denoiser's files that `spec` names whose numbers are rounded to `dtype` as they are read; -1: none yet."""
-    folders = [Path(spec.path).expanduser() / name for name in (UNET, TRANSFORMER)]
+def _mapped_bytes(spec: ModelSpec, dtype: torch.dtype) -> int:
+    """Bytes of files that lie in memory while the text encoders or the autoencoder are rounded from them; -1: no files yet.
+
+    The denoiser's are not among them, which is read a tensor at a time (models/image_denoiser).
+    """
     if (single := open_single(spec, lambda _: None)) is not None:
-        files = single_denoiser_files(single)
-    elif folder := next((folder for folder in folders if any(folder.glob("*.safetensors"))), None):
-        files = denoiser_files(folder)
-    else:
+        own = {name for _, name in single_denoiser_files(single).tensors.values()}
+        others = [one for name, one in single.file.tensors.items() if name not in own]
+        wide = sum(math.prod(one.shape) for one in others) * torch.float32.itemsize  # through which the encoders go
+        return _rounded(others, torch.float32) + (wide if dtype != torch.float32 else 0)
+    folder = Path(spec.path).expanduser()
+    if not folder.is_dir():
         return -1
-    stored = [file.tensors[name] for file, name in files.tensors.values()]
-    return sum(one.end - one.begin for one in stored if one.dtype != dtype)
+    parts = {name: [open_safetensors(path) for path in (folder / name).glob("*.safetensors")] for name in (*ENCODERS, "vae")}
+    return max(
+        _rounded([one for file in files for one in file.tensors.values()], torch.float32 if name == "vae" else dtype)
+        for name, files in parts.items()
+    )
 
 
-def _read(found: ImageRehearsal, config: RunConfig, machine: Machine) -> int:
-    """What is in memory beside the base while it is read: the denoiser's file, of which a packed one is read tensor by tensor."""
-    if config.model.quantize.method != "none":
-        return found.largest * torch.float32.itemsize
-    if machine.stored >= 0:
-        return machine.stored
-    return found.denoiser * torch.float32.itemsize if machine.dtype != torch.float32 else 0
+def _rounded(tensors: Sequence[Stored], dtype: torch.dtype) -> int:
+    return sum(one.end - one.begin for one in tensors if one.dtype != dtype)
+
+
+def _read(found: ImageRehearsal, machine: Machine) -> int:
+    """What is in memory beside the base while it is read: a tensor of the denoiser, or the file of another part."""
+    mapped = machine.mapped
+    if mapped < 0:
+        mapped = found.other_part * torch.float32.itemsize if machine.dtype != torch.float32 else 0
+    return max(mapped, found.largest * torch.float32.itemsize)

@@ -1,7 +1,8 @@
-"""A UNet filled from its files with packed linear layers, and what is wrong with files that do not fit."""
+"""A UNet filled from its files, packed or not, and what is wrong with files that do not fit."""
 
 from __future__ import annotations
 
+import weakref
 from pathlib import Path
 
 import pytest
@@ -10,8 +11,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from lorakeet.errors import DataError
+from lorakeet.formats.safe import SafeFile
+from lorakeet.models.image_denoiser import denoiser_files, load_denoiser, packing_of_denoiser
 from lorakeet.models.image_diffusers import new_denoiser
-from lorakeet.models.image_packed import denoiser_files, load_packed_denoiser, packing_of_denoiser
 from lorakeet.quant.packed import PackedLinear
 from lorakeet.quant.spec import QuantSpec
 from tiny.images import noise_of, tiny_unet
@@ -20,7 +22,7 @@ NAME = "diffusion_pytorch_model.safetensors"
 
 
 def packed(folder: Path, spec: QuantSpec, dtype: torch.dtype = torch.float32) -> nn.Module:
-    return load_packed_denoiser(denoiser_files(folder), new_denoiser, dtype, spec, say=lambda _: None)
+    return load_denoiser(denoiser_files(folder), new_denoiser, dtype, spec, say=lambda _: None)
 
 
 @pytest.fixture
@@ -47,6 +49,23 @@ def test_what_is_not_packed_has_the_dtype_that_was_asked_for(folder: Path) -> No
     model = packed(folder, QuantSpec(method="int8"), torch.bfloat16)
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
     assert not packing_of_denoiser(model, QuantSpec())
+
+
+def test_one_tensor_of_the_file_is_in_memory_at_a_time(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[weakref.ref[torch.Tensor]] = []
+    alive: list[int] = []
+    reads = SafeFile.read
+
+    def counted(file: SafeFile, name: str) -> torch.Tensor:
+        alive.append(sum(tensor() is not None for tensor in given))
+        found = reads(file, name)
+        given.append(weakref.ref(found))
+        return found
+
+    monkeypatch.setattr(SafeFile, "read", counted)
+    for spec in (QuantSpec(), QuantSpec(method="int8")):
+        packed(folder, spec)
+    assert len(alive) == 2 * len(tiny_unet().state_dict()) and max(alive) == 0
 
 
 def test_shards_are_read(folder: Path, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""A denoiser (UNet) with packed linear layers: built empty and filled from its files; the dense one is never in memory."""
+"""A denoiser built empty and filled from its files, a tensor at a time; its linear layers are packed where asked."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lorakeet.errors import DataError, Problems
 from lorakeet.formats.safe import SafeFile, open_safetensors
 from lorakeet.models.packing import Packing
 from lorakeet.models.stock import indexed
-from lorakeet.quant.adopt import quantised
+from lorakeet.quant.adopt import quantised, weights_in
 from lorakeet.quant.nf4 import missing_kernels
 from lorakeet.quant.packed import PackedLinear
 from lorakeet.quant.spec import QuantSpec
@@ -47,33 +47,42 @@ def packing_of_denoiser(model: nn.Module, spec: QuantSpec) -> Packing:
     }
 
 
-def load_packed_denoiser(
+def load_denoiser(
     files: DenoiserFiles, make: Make, dtype: torch.dtype, spec: QuantSpec, *, say: Callable[[str], None] = print
 ) -> nn.Module:
-    """The denoiser in `files` on the CPU, its linear layers packed from the dtype of the file.
+    """The denoiser in `files` on the CPU; where `spec` packs, its linear layers are packed from the dtype of the file.
 
-    All other numbers are rounded to `dtype`. DataError lists every tensor that is missing, unknown or of another shape.
+    All other numbers are rounded to `dtype`. Beside the model no more than one tensor of the file is in memory: diffusers' own
+    loader maps the files, whose pages are then resident beside what was made of them. DataError lists every tensor that is
+    missing, unknown or of another shape.
     """
     with torch.device("meta"):
         model = make(files.config)
     packing = packing_of_denoiser(model, spec)
     _check(files, model)
-    held = dense = 0
     for name, (file, stored) in files.tensors.items():
-        path, _, leaf = name.rpartition(".")
-        module, tensor = model.get_submodule(path), file.read(stored)
-        if path in packing and leaf == "weight":
-            base = quantised(tensor, spec)
-            held, dense = held + base.bytes, dense + tensor.numel() * dtype.itemsize
-            model.set_submodule(path, PackedLinear(base, getattr(module, "bias", None)))
-        elif leaf in module._parameters:
-            setattr(module, leaf, nn.Parameter(tensor.to(dtype), requires_grad=False))
-        else:
-            module._buffers[leaf] = tensor
-    say(f"{len(packing)} linear layers are {spec.method}: {held / 1e6:,.1f} MB in place of {dense / 1e6:,.1f} MB.")
-    if spec.method == "nf4" and missing_kernels():
-        say(missing_kernels())
+        _place(model, name, file.read(stored), dtype, spec if name.removesuffix(".weight") in packing else None)
+    if packing:
+        bases = [module.base for module in model.modules() if isinstance(module, PackedLinear)]
+        held, dense = sum(base.bytes for base in bases), weights_in(nn.ModuleList(bases)) * dtype.itemsize
+        say(f"{len(packing)} linear layers are {spec.method}: {held / 1e6:,.1f} MB in place of {dense / 1e6:,.1f} MB.")
+        if spec.method == "nf4" and missing_kernels():
+            say(missing_kernels())
     return model.requires_grad_(False).eval()
+
+
+def _place(model: nn.Module, name: str, tensor: Tensor, dtype: torch.dtype, packing: QuantSpec | None) -> None:
+    """Puts a tensor of the file where it belongs, in memory of torch's own: what a file was read into begins anywhere."""
+    path, _, leaf = name.rpartition(".")
+    module = model.get_submodule(path)
+    if packing is not None and leaf == "weight":
+        model.set_submodule(path, PackedLinear(quantised(tensor, packing), getattr(module, "bias", None)))
+        return
+    held = torch.empty(tensor.shape, dtype=dtype if tensor.is_floating_point() else tensor.dtype).copy_(tensor)
+    if leaf in module._parameters:
+        setattr(module, leaf, nn.Parameter(held, requires_grad=False))
+    else:
+        module._buffers[leaf] = held
 
 
 def denoiser_files(folder: Path) -> DenoiserFiles:
