@@ -52,6 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             write_random_pipeline(given.model)
             write_random_pictures(given.train, TRUE_SHAPE_PICTURES)
             write_random_pictures(given.held_out, 1, seed=1)
+        given.pictures = len(list(given.train.glob("*.png")))
         for number in range(given.rounds):
             found: dict[str, Any] = {}
             for who in rotated(tuple(CONTENDERS), number):
@@ -116,7 +117,7 @@ def options(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def rate(found: dict[str, Any], given: argparse.Namespace) -> float:
     """Pictures a second over PASSES through the training pictures: the timed steps, and what was done once before them."""
-    pictures = PASSES * len(list(given.train.glob("*.png")))
+    pictures = PASSES * given.pictures
     return pictures / (summary(found["seconds"]).median * pictures / given.batch + found["prepared"])
 
 
