@@ -28,7 +28,7 @@ UNET = {"sample_size": SIDE // 4, "in_channels": 4, "out_channels": 4, "block_ou
         "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
         "cross_attention_dim": 64, "attention_head_dim": 4, "norm_num_groups": 16}  # fmt: skip
 TEXT = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "projection_dim": 64,
-        "max_position_embeddings": 16, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}  # fmt: skip
+        "max_position_embeddings": 24, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -123,7 +123,7 @@ def train_denoiser(pipeline: Any, latents: Tensor, kinds: list[str], budget: Bud
 
     unet, encoder = pipeline.unet.train(), pipeline.text_encoder.train()
     noises = diffusers.DDPMScheduler.from_config(pipeline.scheduler.config)
-    told = {text: pipeline.tokenizer(text, padding="max_length", truncation=True, max_length=16).input_ids
+    told = {text: pipeline.tokenizer(text, padding="max_length", truncation=True).input_ids
             for text in ["", *(caption(kind, look=look) for kind in KINDS for look in LOOKS)]}  # fmt: skip
     parameters = [*unet.parameters(), *encoder.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=1e-3, weight_decay=0.01)

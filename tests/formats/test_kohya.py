@@ -115,7 +115,7 @@ def test_sdxl_is_written_in_the_names_that_diffusers_maps(tmp_path: Path) -> Non
         ({f"{K}.alpha": torch.tensor(float("nan"))}, r"to_k\.alpha has NaN or infinite"),
         ({f"{K}.lora_dwon.weight": torch.ones(2, 8)}, r"is a kind of tensor that is not known here\. Did you mean 'lora_down'"),
         ({f"{K}x.lora_down.weight": torch.ones(2, 8), f"{K}x.lora_up.weight": torch.ones(6, 2), f"{K}x.alpha": torch.tensor(1.0)},
-         r"to_kx is no module of Stable Diffusion 1\.x or SDXL\. Did you mean .*--base"),
+         r"to_kx is no module of Stable Diffusion 1\.x, SDXL, SD3 or FLUX\. Did you mean .*--base"),
         ({f"{TE.replace('te_', 'te1_')}.lora_down.weight": torch.ones(2, 8), f"{TE.replace('te_', 'te1_')}.lora_up.weight":
           torch.ones(6, 2), f"{TE.replace('te_', 'te1_')}.alpha": torch.tensor(1.0)}, "is a second spelling of text_encoder"),
         ({f"{K}.dora_scale": torch.ones(1, 8)}, r"dora_scale \(1, 8\); only one length for each of the 6 rows"),

@@ -11,6 +11,27 @@ from pathlib import Path
 from lorakeet.evaluate.report import read_report
 from structure.tree import ROOT
 
+COUNT = """
+import json
+from demos.fashion.__main__ import LOOK
+from demos.fashion.photos import KINDS, caption
+from demos.fashion.pretrain import LOOKS, TEXT, new_tokenizer
+
+tokenizer = new_tokenizer()
+told = [caption(kind, look=look) for kind in KINDS for look in (*LOOKS, LOOK)]
+lengths = {text: len(tokenizer(text).input_ids) for text in told}
+print(json.dumps([lengths, tokenizer.model_max_length, TEXT["max_position_embeddings"]]))
+"""
+
+
+def test_every_caption_is_read_to_its_end() -> None:
+    """Words that the tokenizer never saw, such as an unseen kind or look, are letters."""
+    run = subprocess.run([sys.executable, "-c", COUNT], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr[-3000:]
+    lengths, limit, places = json.loads(run.stdout)
+    assert limit == places and max(lengths.values()) <= places, lengths
+    assert lengths["a negative photo of a bag"] > lengths["a photo of a coat"]
+
 
 def test_the_demo_runs_from_start_to_end(tmp_path: Path) -> None:
     environment = {**os.environ, "LORAKEET_CACHE": str(tmp_path / "cache"), "PYTHONWARNINGS": "ignore"}

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from rich.console import Console
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from lorakeet.core.spec import LoraSpec
 from lorakeet.formats import peft
@@ -24,12 +24,21 @@ from lorakeet.models.inject import adapter_of, eject, inject, trained_parameters
 from lorakeet.models.spec import ModelSpec
 from lorakeet.workflows.convert import convert
 from tiny.images import diffusers
+from tiny.originals import from_original, original_layout
 from tiny.peft_oracle import into_peft
 
 SAMPLER = Sampler(steps=4, guidance=3.0, size=(16, 16))
 MIXED = LoraSpec(
     rank=4, alpha=12.0, target_modules=("all-linear", "conv"), rank_pattern={"to_k": 2}, alpha_pattern={"to_v": 20.0, "to_q": 3.0}
 )
+# What diffusers' readers of kohya's files drop: see the test; FLUX's joined layer of single blocks only at FLUX's own width.
+UNREAD = {
+    "sdxl": ("add_embedding",),
+    "flux": (
+        r"transformer\.(x_embedder|context_embedder|norm_out\.linear|proj_out|time_text_embed\..*)",
+        r"transformer\.single_transformer_blocks\.\d+\.(attn\.to_[qkv]|proj_mlp)",
+    ),
+}
 
 
 def trained(
@@ -98,6 +107,8 @@ def apart(left: torch.Tensor, right: torch.Tensor) -> float:
         ("sd3", "diffusers", False),
         ("flux", "diffusers", True),
         ("flux", "diffusers", False),
+        ("flux", "kohya", True),
+        ("flux", "kohya", False),
     ],
 )
 def test_the_real_diffusers_draws_the_same(
@@ -106,7 +117,7 @@ def test_the_real_diffusers_draws_the_same(
     base = request.getfixturevalue(f"tiny_{kind}_folder")
     # A UNet with SDXL's own blocks is written in LDM's names, label_emb_0_0; this small one in its own, and of these diffusers'
     # reader knows all but add_embedding's.
-    without = ("add_embedding",) if (kind, to) == ("sdxl", "kohya") else ()
+    without = UNREAD.get(kind, ()) if to == "kohya" else ()
     model = trained(base, text_encoder=text_encoder, without=without)
     ours = draw_latents(model, ["red box"], [1], SAMPLER)
     file = tmp_path / "written.safetensors"
@@ -114,6 +125,31 @@ def test_the_real_diffusers_draws_the_same(
     assert apart(in_diffusers(model, file), ours) < 1e-4
     eject(model.parts)
     put_image_adapter(model, read_adapter(file, base=open_base(base)), "read")  # kohya's keys of this small SDXL need its modules
+    assert apart(draw_latents(model, ["red box"], [1], SAMPLER), ours) < 1e-5
+
+
+def test_a_kohya_file_of_sd3_means_the_same_in_the_original_checkpoint(tiny_sd3_folder: Path, tmp_path: Path) -> None:
+    """diffusers reads no such file: scale·up·down is added to SD3's own matrices, which diffusers' converter then reads."""
+    model = trained(tiny_sd3_folder)
+    ours = draw_latents(model, ["red box"], [1], SAMPLER)
+    file = tmp_path / "written.safetensors"
+    convert(as_run(model, tmp_path / "adapter"), file, to="kohya", base=tiny_sd3_folder, console=Console(quiet=True))
+    with quiet_diffusers():
+        pipeline: Any = diffusers().StableDiffusion3Pipeline.from_pretrained(tiny_sd3_folder)
+        pipeline.set_progress_bar_config(disable=True)
+        checkpoint = original_layout(pipeline.transformer.state_dict(), "sd3")
+        places = {name.removesuffix(".weight").replace(".", "_"): name for name in checkpoint if name.endswith(".weight")}
+        written = load_file(file)
+        keys = {name.partition(".")[0] for name in written}
+        for key in keys:
+            down, up = written[f"{key}.lora_down.weight"], written[f"{key}.lora_up.weight"]
+            change = up.flatten(1) @ down.flatten(1) * (written[f"{key}.alpha"] / len(down))
+            name = places[key.removeprefix("lora_unet_")]
+            checkpoint[name] = checkpoint[name] + change.view_as(checkpoint[name])
+        pipeline.transformer.load_state_dict(from_original(checkpoint, "sd3"))
+        assert apart(drawn(pipeline), ours) < 1e-4
+    eject(model.parts)
+    put_image_adapter(model, read_adapter(file), "read")
     assert apart(draw_latents(model, ["red box"], [1], SAMPLER), ours) < 1e-5
 
 

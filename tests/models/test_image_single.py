@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import re
 import sys
 from functools import partial
 from itertools import islice
@@ -26,6 +27,7 @@ from lorakeet.models.spec import ModelSpec
 from lorakeet.quant.spec import QuantSpec
 from tiny.images import diffusers
 from tiny.ldm import save_ldm
+from tiny.originals import original_layout
 
 MERGES = 49152 - 256 - 2
 
@@ -117,8 +119,8 @@ def test_what_is_no_such_file(tmp_path: Path, tiny_sd_folder: Path) -> None:
     save_file({"lora_unet_x.lora_up.weight": torch.zeros(2)}, file)
     with pytest.raises(ConfigError, match=r"has no UNet and no autoencoder and no text encoder: .* begin with lora_unet_x"):
         open_single(spec_of(file), print)
-    save_file({"model.diffusion_model.joint_blocks.0.x": torch.zeros(2)}, file)
-    with pytest.raises(ConfigError, match="is a single file of SD3"):
+    save_file({"conditioner.embedders.0.model.x": torch.zeros(2)}, file)
+    with pytest.raises(ConfigError, match=r"is a single file of SDXL refiner.*or a hub id\.$"):
         open_single(spec_of(file), print)
     with pytest.raises(ConfigError, match="attends to texts of width 99"):
         open_single(spec_of(header(file, 99)), print)
@@ -130,6 +132,30 @@ def test_what_is_no_such_file(tmp_path: Path, tiny_sd_folder: Path) -> None:
         open_single(spec_of(tmp_path / "x.ckpt"), print)
     with pytest.raises(ConfigError, match=r"model\.config is for single files"):
         load(tiny_sd_folder, tiny_sd_folder)
+
+
+@pytest.mark.parametrize("kind", ["SD3", "FLUX"])
+def test_a_transformer_in_one_file_is_refused_with_the_commands_that_make_it_a_folder(
+    kind: str, tmp_path: Path, tiny_sd3_folder: Path, tiny_flux_folder: Path
+) -> None:
+    """Those of SD3 are run here; diffusers reads files of FLUX at FLUX's own width only."""
+    folder = tiny_sd3_folder if kind == "SD3" else tiny_flux_folder
+    family: Any = kind.lower()
+    state = diffusers().DiffusionPipeline.from_pretrained(folder).transformer.state_dict()
+    found = original_layout(state, family)
+    file = tmp_path / "x.safetensors"
+    save_file({f"model.diffusion_model.{name}": tensor.contiguous() for name, tensor in found.items()}, file)
+    with pytest.raises(ConfigError, match=f"is a single file of {kind}; .*hf download .* --local-dir PARTS") as refused:
+        open_single(spec_of(file), print)
+    code = re.search(r'python -c "(.*)"', str(refused.value))
+    assert code is not None and str(file) in code[1]
+    compile(code[1], "<command>", "exec")
+    if kind == "SD3":
+        exec(code[1].replace("'PARTS'", repr(str(folder))).replace("'FOLDER'", repr(str(tmp_path / "made"))), {})
+        made = diffusers().DiffusionPipeline.from_pretrained(tmp_path / "made").transformer.state_dict()
+        assert made.keys() == state.keys()
+        assert all(torch.equal(made[name].bfloat16(), tensor.bfloat16()) for name, tensor in state.items())
+        assert load(tmp_path / "made").kind.name == "sd3"
 
 
 def test_a_tensor_that_is_missing_is_named(pair: tuple[Path, Path], tmp_path: Path) -> None:

@@ -27,8 +27,13 @@ class Difference:
 
 
 def compare(one: Adapter, two: Adapter) -> Difference:
-    """‖ΔW₁ − ΔW₂‖ / ‖ΔW₁‖ (Frobenius, float64) over the pairs; magnitudes, biases and extras must be equal bit by bit."""
-    problems = [f"{path} is in one of them only" for path in sorted(one.pairs.keys() ^ two.pairs.keys())]
+    """‖ΔW₁ − ΔW₂‖ / ‖ΔW₁‖ (Frobenius, float64) over the pairs; magnitudes, biases and extras must be equal bit by bit.
+
+    A pair may be missing in one where it changes nothing in the other.
+    """
+    alone = {**one.pairs, **two.pairs}
+    alone = {path: alone[path] for path in one.pairs.keys() ^ two.pairs.keys()}
+    problems = [f"{path} is in one of them only" for path in sorted(alone) if _changes(alone[path])]
     worst, where = 0.0, ""
     for path in sorted(one.pairs.keys() & two.pairs.keys()):
         a, b = one.pairs[path], two.pairs[path]
@@ -45,6 +50,10 @@ def compare(one: Adapter, two: Adapter) -> Difference:
             if path not in left or path not in right or not _same(left[path], right[path]):
                 problems.append(f"the {what} {path} differ")
     return Difference(worst, where, tuple(problems))
+
+
+def _changes(pair: Pair) -> bool:
+    return pair.magnitude is not None or pair.bias is not None or (bool(pair.B.any()) and bool(pair.A.any()))
 
 
 def relative_difference(one: Pair, two: Pair) -> float:

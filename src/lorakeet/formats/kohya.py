@@ -1,4 +1,4 @@
-"""Kohya's (A1111's, ComfyUI's) LoRA files of Stable Diffusion 1.x, 2.x and SDXL; LyCORIS files share their keys.
+"""Kohya's (A1111's, ComfyUI's) LoRA files of Stable Diffusion 1.x, 2.x, SDXL, SD3 and FLUX; LyCORIS files share their keys.
 
     PREFIX_MODULE.lora_down.weight   (rank, in), for a convolution (rank, in, k, k)
     PREFIX_MODULE.lora_up.weight     (out, rank), for a convolution (out, rank, 1, 1)
@@ -9,8 +9,10 @@
     PREFIX_MODULE.lora_mid.weight    (rank, rank, k, k): a convolution in Tucker form, multiplied into lora_down when read
 
 PREFIX is lora_unet, lora_te (SD 1.x), lora_te1 and lora_te2 (SDXL). MODULE is the path with underscores, for SDXL's UNet in
-the names of Stability's own code. Metadata (ss_*, modelspec.*) is kept, but for hashes, and made where it is missing
-(formats/kohya_metadata).
+the names of Stability's own code, for SD3 and FLUX in those of their original checkpoints, whose matrices may be several of ours
+(formats/kohya_transformer; each module keeps its alpha there). Also read: lora_transformer_MODULE in diffusers' names, as
+OneTrainer writes it, and `diffusion_model.MODULE` with dots, as ComfyUI does. Metadata (ss_*, modelspec.*) is kept, but for
+hashes, and made where it is missing (formats/kohya_metadata).
 """
 
 from __future__ import annotations
@@ -29,13 +31,26 @@ from lorakeet.formats import lycoris
 from lorakeet.formats.base_model import BaseModel
 from lorakeet.formats.dense import Compression, compress
 from lorakeet.formats.kohya_metadata import HASH, hash_of, network_metadata
+from lorakeet.formats.kohya_transformer import changes_of_module, keyed, of_module, unread_by_diffusers
 from lorakeet.formats.limits import check_holds
 from lorakeet.formats.safe import open_safetensors, save_tensors
-from lorakeet.formats.sd_names import FAMILY_KEY, family_of, flat_keys, in_transformer, kohya_key, ldm_keys, unet_modules
+from lorakeet.formats.sd_names import (
+    FAMILY_KEY,
+    Family,
+    family_of,
+    flat,
+    flat_keys,
+    in_transformer,
+    kohya_key,
+    ldm_keys,
+    unet_modules,
+)
 from lorakeet.formats.tensors import factor_problem, read_tensors
+from lorakeet.formats.transformer_names import TransformerFamily, of_keys, transformer_family, transformer_keys
 
 Say = Callable[[str], None]
-PREFIXES = ("lora_unet_", "lora_te_", "lora_te1_", "lora_te2_")
+_COMFY, _T5 = "diffusion_model.", "lora_te3_"
+PREFIXES = ("lora_unet_", "lora_te_", "lora_te1_", "lora_te2_", _T5, "lora_transformer_", _COMFY)
 _DOWN, _UP, _MID = "lora_down", "lora_up", "lora_mid"
 SLOTS = (_DOWN, _UP, _MID, "alpha", "dora_scale", *lycoris.LOHA, *lycoris.LOKR)
 _HASHES = ("sshs_legacy_hash", "modelspec.hash_sha256")  # of a whole file; the one of the tensors is made anew
@@ -51,35 +66,48 @@ def read(path: Path, *, base: BaseModel | None = None, compression: Compression 
     problems = Problems(f"The adapter in {path} cannot be read", DataError)
     groups = _groups(read_tensors(file, problems), path, problems)
     _check_alphas(groups, path, problems)
-    known = flat_keys(() if base is None else base.weights)
+    known = _modules(base)
     pairs: dict[str, Pair] = {}
     dense: dict[str, Mapping[str, Tensor]] = {}
     for key, slots in groups.items():
-        module = known.get(key)
-        if module is None:
-            hint = "" if base else " If the base has other modules than SD 1.x and SDXL, name its folder with --base."
-            problems.add(f"{path}: {key} is no module of Stable Diffusion 1.x or SDXL.{nearest(key, known)}{hint}")
-        elif module in pairs or module in dense:
-            problems.add(f"{path}: {key} is a second spelling of {module}, which has its tensors already.")
+        modules = known.get(key, ())
+        if not modules:
+            problems.add(f"{path}: {_unknown(key, known, base)}")
+        elif taken := [one for one in modules if one in pairs or any(one in known[other] for other in dense)]:
+            problems.add(f"{path}: {key} is a second spelling of {taken[0]}, which has its tensors already.")
         elif lycoris.is_dense(slots):
             if extra := lycoris.not_understood(slots):
                 problems.add(_extra_message(path, key, slots, extra))
-            dense[module] = slots
-        elif isinstance(pair := _pair(module, slots), str):
+            dense[key] = slots
+        elif isinstance(pair := _pair(modules[0] if len(modules) == 1 else key, slots), str):
             problems.add(f"{path}: {pair}")
+        elif isinstance(found := of_module(key, modules, pair), str):
+            problems.add(f"{path}: {found}")
         else:
-            pairs[module] = pair
+            pairs |= found
     problems.raise_if_any()
     if dense:
-        pairs |= _compressed(path, dense, compression, say)
+        pairs |= _compressed(path, {key: (known[key], slots) for key, slots in dense.items()}, compression, say)
     metadata = {key: value for key, value in file.metadata.items() if key not in (HASH, *_HASHES, "format")}
-    if family := _spelled(groups, [*pairs, *dense]):
+    if family := _spelled(groups, pairs):
         metadata[FAMILY_KEY] = family
     if not any("alpha" in slots for slots in groups.values()):
         say(f"{path} has no alpha for any module; by kohya's rule every scale is 1.")
     if dropped := sorted(set(file.metadata) & set(_HASHES)):
         say(f"Left out {', '.join(dropped)}: hashes of a file that is written anew.")
     return Adapter(dict(sorted(pairs.items())), base=metadata.get("ss_sd_model_name", ""), metadata=metadata)
+
+
+def _modules(base: BaseModel | None) -> dict[str, tuple[str, ...]]:
+    """From every key that is known, or that `base` brings, to the modules that its tensors are for."""
+    return {**transformer_keys(), **{key: (path,) for key, path in flat_keys(() if base is None else base.weights).items()}}
+
+
+def _unknown(key: str, known: Iterable[str], base: BaseModel | None) -> str:
+    if key.startswith(_T5):
+        return f"{key} is a pair of T5, a text encoder that is never adapted here. Take the keys {_T5}… out of the file."
+    hint = "" if base else " If the base has other modules, name its folder with --base."
+    return f"{key} is no module of Stable Diffusion 1.x, SDXL, SD3 or FLUX.{nearest(key, known)}{hint}"
 
 
 def _extra_message(path: Path, key: str, slots: Mapping[str, Tensor], extra: Iterable[str]) -> str:
@@ -91,17 +119,19 @@ def _extra_message(path: Path, key: str, slots: Mapping[str, Tensor], extra: Ite
     )
 
 
-def _spelled(groups: Iterable[str], pairs: Iterable[str]) -> str:
+def _spelled(groups: Iterable[str], paths: Iterable[str]) -> str:
     """The family that the spelling of the keys gives away, or an empty string.
 
     lora_te1 alone says little: diffusers writes it for SD 1.x too, whose UNet has modules that SDXL's has not.
     """
     keys = list(groups)
+    if any(in_transformer(path) for path in paths):
+        return of_keys(keys) or ""
     if any(key.startswith("lora_te_") for key in keys):
         return "sd1"
     if any(key.startswith("lora_te2_") or key in ldm_keys() for key in keys):
         return "sdxl"
-    unet = {path.partition(".")[2] for path in pairs if path.startswith("unet.")}
+    unet = {path.partition(".")[2] for path in paths if path.startswith("unet.")}
     return "sdxl" if any(key.startswith("lora_te1_") for key in keys) and unet <= unet_modules("sdxl") else ""
 
 
@@ -109,7 +139,7 @@ def _groups(tensors: Mapping[str, Tensor], path: Path, problems: Problems) -> di
     """The tensors by module key and slot."""
     groups: dict[str, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
-        key, _, slot = name.partition(".")
+        key, slot = _key_and_slot(name)
         short = slot.removesuffix(".weight")
         if key.startswith(PREFIXES) and short in groups.get(key, {}):
             problems.add(f"{path}: {key} has {short} twice, with and without .weight; expected one. Fetch the file again.")
@@ -119,6 +149,15 @@ def _groups(tensors: Mapping[str, Tensor], path: Path, problems: Problems) -> di
             hint = nearest(slot, SLOTS)
             problems.add(f"{path}: {name} {tuple(tensor.shape)} is a kind of tensor that is not known here.{hint}")
     return groups
+
+
+def _key_and_slot(name: str) -> tuple[str, str]:
+    """The module's flat key, and what of it the tensor is."""
+    if not name.startswith(_COMFY):
+        key, _, slot = name.partition(".")
+        return key, slot
+    module, _, slot = name.removeprefix(_COMFY).removesuffix(".weight").rpartition(".")
+    return f"lora_unet_{flat(module)}", {"lora_A": _DOWN, "lora_B": _UP}.get(slot, slot)
 
 
 def _check_alphas(groups: Mapping[str, Mapping[str, Tensor]], path: Path, problems: Problems) -> None:
@@ -157,25 +196,31 @@ def _pair(module: str, slots: Mapping[str, Tensor]) -> Pair | str:
 
 
 def _compressed(
-    path: Path, dense: Mapping[str, Mapping[str, Tensor]], compression: Compression | None, say: Say
+    path: Path,
+    dense: Mapping[str, tuple[tuple[str, ...], Mapping[str, Tensor]]],
+    compression: Compression | None,
+    say: Say,
 ) -> dict[str, Pair]:
-    """Dense changes as pairs of scale 1; `say` hears the error of each."""
-    names = sorted({lycoris.algorithm(slots) for slots in dense.values()})
+    """Dense changes, with their modules by key, as pairs of scale 1; `say` hears the error of each."""
+    names = sorted({lycoris.algorithm(slots) for _, slots in dense.values()})
     if compression is None or not compression.asked:
+        modules = sorted(module for modules, _ in dense.values() for module in modules)
         raise ConfigError(
-            f"{path} holds {' and '.join(names)}, which are not pairs, for {len(dense)} modules: {', '.join(sorted(dense)[:3])}. "
+            f"{path} holds {' and '.join(names)}, which are not pairs, for {len(modules)} modules: {', '.join(modules[:3])}. "
             "They can be compressed to pairs: --rank 16, or --error 0.01 for the smallest ranks within that error; "
             "the error of each is printed."
         )
     problems = Problems(f"{path} cannot be compressed", DataError)
     pairs: dict[str, Pair] = {}
-    for module, slots in dense.items():
+    for key, (modules, slots) in dense.items():
         change = lycoris.delta(slots, _alpha(slots))
-        if isinstance(change, str):
-            problems.add(f"{path}: {module} {change}.")
+        parts = change if isinstance(change, str) else changes_of_module(key, modules, change)
+        if isinstance(parts, str):
+            problems.add(f"{path}: {modules[0] if len(modules) == 1 else key} {parts}.")
             continue
-        pairs[module], error = compress(change, compression)
-        say(f"{module}: {lycoris.algorithm(slots)} compressed to rank {pairs[module].rank}, relative error {error:.2g}")
+        for module, part in parts.items():
+            pairs[module], error = compress(part, compression)
+            say(f"{module}: {lycoris.algorithm(slots)} compressed to rank {pairs[module].rank}, relative error {error:.2g}")
     problems.raise_if_any()
     return pairs
 
@@ -185,43 +230,57 @@ def _alpha_of(pair: Pair) -> float:
     return float(torch.tensor(alpha_for(pair.scale, pair.rank)))
 
 
-def write(adapter: Adapter, path: Path, *, base: BaseModel | None = None) -> None:
+def write(adapter: Adapter, path: Path, *, base: BaseModel | None = None, say: Say = print) -> None:
     """Writes `adapter` to the file `path`, which appears whole or not at all; the same adapter gives the same bytes.
 
-    ConfigError names what kohya's format has no place for, and modules that Stable Diffusion (or `base`) does not have.
+    `say` hears what diffusers does not read of it. ConfigError names what kohya's format has no place for, and modules that the
+    model (or `base`) does not have.
     """
     check_holds(adapter, "kohya", kinds=("linear", "conv2d"), dora=True)
-    transformer = [module for module in adapter.pairs if in_transformer(module)]
-    if transformer:
-        raise ConfigError(
-            f"{len(transformer)} pairs are on a diffusion transformer ({transformer[0]}, …), whose keys in kohya's format "
-            "are another model's: it joins queries, keys and values. Write it --to diffusers, which diffusers and ComfyUI load."
-        )
-    own = () if base is None else base.weights
-    family = family_of(dict(adapter.pairs), adapter.metadata, None if base is None else base.config("unet"))
-    ldm = base is None or _has_sdxl_blocks(base)
     advice = "Name another image model's folder with --base; an adapter of a language model goes --to peft, gguf or mlx."
     problems = Problems("The adapter cannot be written as kohya", remedy=advice)
-    tensors: dict[str, Tensor] = {}
-    alphas = Counter(_alpha_of(pair) for pair in adapter.pairs.values())
+    transformer = any(in_transformer(module) for module in adapter.pairs)
+    family: Family | TransformerFamily
+    if transformer:
+        config = {} if base is None else base.config("transformer")
+        family = transformer_family(adapter.pairs, adapter.metadata, config)
+        pairs = keyed(adapter.pairs, family, base, problems)
+    else:
+        family = family_of(dict(adapter.pairs), adapter.metadata, None if base is None else base.config("unet"))
+        pairs = _keyed(adapter, family, base, problems)
+    problems.raise_if_any()
+    alphas = Counter(_alpha_of(pair) for pair in pairs.values())
     alpha = min(alphas, key=lambda value: (value == 0, -alphas[value], value))  # the most frequent; 0 only where all are 0
+    tensors: dict[str, Tensor] = {}
+    for key, pair in pairs.items():
+        own_alpha = _alpha_of(pair)
+        written = own_alpha if transformer else alpha
+        tensors[f"{key}.{_DOWN}.weight"] = pair.A.float()
+        tensors[f"{key}.{_UP}.weight"] = pair.B.float() if own_alpha == written else pair.B.float() * (own_alpha / written)
+        tensors[f"{key}.alpha"] = torch.tensor(written)
+        if pair.magnitude is not None:
+            tensors[f"{key}.dora_scale"] = pair.magnitude.float().reshape(-1, *[1] * (pair.A.dim() - 1))
+    known = {key: value for key, value in adapter.metadata.items() if key not in (*_PEFT_ONLY, FAMILY_KEY)}
+    unet = {} if base is None else base.config("unet")
+    metadata = network_metadata(pairs if transformer else adapter.pairs, alpha, family=family, known=known, unet=unet)
+    save_tensors(path, tensors, metadata={"format": "pt", **metadata, HASH: hash_of(tensors)})
+    if transformer and (unread := unread_by_diffusers(pairs, family)):
+        say(unread)
+
+
+def _keyed(adapter: Adapter, family: Family, base: BaseModel | None, problems: Problems) -> dict[str, Pair]:
+    """The pairs of a UNet and its text encoders by kohya's keys; what has none goes to `problems`."""
+    own = () if base is None else base.weights
+    ldm = base is None or _has_sdxl_blocks(base)
+    found: dict[str, Pair] = {}
     for module, pair in adapter.pairs.items():
         key = kohya_key(module, family, own, ldm=ldm)
         if key is None:
             hint = nearest(module, flat_keys(own).values())
             problems.add(f"{module} is no module of Stable Diffusion ({family}), so it has no key in kohya's format.{hint}")
-            continue
-        own_alpha = _alpha_of(pair)
-        tensors[f"{key}.{_DOWN}.weight"] = pair.A.float()
-        tensors[f"{key}.{_UP}.weight"] = pair.B.float() if own_alpha == alpha else pair.B.float() * (own_alpha / alpha)
-        tensors[f"{key}.alpha"] = torch.tensor(alpha)
-        if pair.magnitude is not None:
-            tensors[f"{key}.dora_scale"] = pair.magnitude.float().reshape(-1, *[1] * (pair.A.dim() - 1))
-    problems.raise_if_any()
-    known = {key: value for key, value in adapter.metadata.items() if key not in (*_PEFT_ONLY, FAMILY_KEY)}
-    unet = {} if base is None else base.config("unet")
-    metadata = network_metadata(adapter.pairs, alpha, family=family, known=known, unet=unet)
-    save_tensors(path, tensors, metadata={"format": "pt", **metadata, HASH: hash_of(tensors)})
+        else:
+            found[key] = pair
+    return found
 
 
 def _has_sdxl_blocks(base: BaseModel) -> bool:

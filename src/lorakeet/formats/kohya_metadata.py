@@ -1,9 +1,9 @@
 """What A1111, ComfyUI's and kohya's own tools read beside the tensors of a LoRA, made where it is not there.
 
-    ss_network_module        networks.lora; lycoris.kohya where there are DoRA's lengths, which networks.lora does not read
+    ss_network_module        networks.lora, .lora_flux, .lora_sd3; lycoris.kohya where there are DoRA's lengths, unread by those
     ss_network_dim, _alpha   rank and alpha of the linear modules, "Dynamic" where they differ
     ss_network_args          {"conv_dim", "conv_alpha"} of convolutions above 1×1, as LoCon trains them
-    ss_base_model_version    sd_v1, sd_v2 or sdxl_base_v1-0; ss_v2 is True for SD 2.x. A1111 chooses by these two
+    ss_base_model_version    sd_v1, sd_v2, sdxl_base_v1-0, sd3 or flux1; ss_v2 is True for SD 2.x. A1111 chooses by these two
     sshs_model_hash          SHA-256 of the tensors' bytes, by which A1111 and model sites know a file again
 
 What a file said already stays, but for numbers that its tensors contradict (an adapter that was cut to another rank since).
@@ -22,17 +22,25 @@ from torch import Tensor
 from lorakeet.core.adapter import Pair
 from lorakeet.formats.safe import in_order, tensor_bytes
 from lorakeet.formats.sd_names import Family, component_of
+from lorakeet.formats.transformer_names import TransformerFamily
 
 HASH = "sshs_model_hash"
 _DYNAMIC = "Dynamic"
 _SD2 = 1024  # width of the text that SD 2.x attends to, and of its text encoder; SD 1.x has 768
 _SD1 = 768
+_MODULES = {"flux": "networks.lora_flux", "sd3": "networks.lora_sd3"}
+_VERSIONS = {"sdxl": "sdxl_base_v1-0", "flux": "flux1", "sd3": "sd3"}
 
 
 def network_metadata(
-    pairs: Mapping[str, Pair], alpha: float, *, family: Family, known: Mapping[str, str], unet: Mapping[str, Any]
+    pairs: Mapping[str, Pair],
+    alpha: float,
+    *,
+    family: Family | TransformerFamily,
+    known: Mapping[str, str],
+    unet: Mapping[str, Any],
 ) -> dict[str, str]:
-    """The metadata of a file of `pairs` that is written with `alpha` for all; `known` is kept.
+    """The metadata of a file of `pairs` that is written with `alpha` for all, or for most; `known` is kept.
 
     `unet` is the configuration of the base's UNet, empty where it is not known.
     """
@@ -40,7 +48,7 @@ def network_metadata(
     ranks = {pair.rank for pair in pairs.values()}
     dora = any(pair.magnitude is not None for pair in pairs.values())
     made = {
-        "ss_network_module": "lycoris.kohya" if dora else "networks.lora",
+        "ss_network_module": "lycoris.kohya" if dora else _MODULES.get(family, "networks.lora"),
         "ss_network_dim": _one({pair.rank for pair in plain}),
         "ss_network_alpha": repr(alpha),
         **_network_args(pairs, alpha, dora=dora),
@@ -79,10 +87,10 @@ def _network_args(pairs: Mapping[str, Pair], alpha: float, *, dora: bool) -> dic
     return {"ss_network_args": json.dumps(found)} if found else {}
 
 
-def _version(pairs: Mapping[str, Pair], family: Family, unet: Mapping[str, Any]) -> dict[str, str]:
+def _version(pairs: Mapping[str, Pair], family: Family | TransformerFamily, unet: Mapping[str, Any]) -> dict[str, str]:
     """Which Stable Diffusion it is for; nothing where the widths do not tell 1.x from 2.x."""
-    if family == "sdxl":
-        return {"ss_base_model_version": "sdxl_base_v1-0", "ss_v2": "False"}
+    if family != "sd1":
+        return {"ss_base_model_version": _VERSIONS[family], "ss_v2": "False"}
     widths = {unet["cross_attention_dim"]} if isinstance(unet.get("cross_attention_dim"), int) else set()
     for path, pair in pairs.items():
         if path.endswith(("attn2.to_k", "attn2.to_v")) or (component_of(path) == "text_encoder" and path.endswith("_proj")):

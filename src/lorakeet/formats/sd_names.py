@@ -189,7 +189,8 @@ def ldm_keys() -> frozenset[str]:
 
 
 def _prefixes(component: str) -> tuple[str, ...]:
-    return {"unet": ("lora_unet",), "text_encoder": ("lora_te", "lora_te1"), "text_encoder_2": ("lora_te2",)}.get(component, ())
+    known = {"unet": ("lora_unet",), "transformer": ("lora_transformer",), "text_encoder": ("lora_te", "lora_te1")}
+    return {**known, "text_encoder_2": ("lora_te2",)}.get(component, ())
 
 
 def family_of(pairs: dict[str, Pair], metadata: Any = None, config: Any = None) -> Family:

@@ -35,6 +35,10 @@ _BY_CONTEXT = {768: SD1, 1024: SD2, 2048: SDXL}  # width of the text that the UN
 _UNET = "model.diffusion_model."
 _FIRST = f"{_UNET}input_blocks.0.0.weight"
 _OTHERS = {"joint_blocks.0.": "SD3", "double_blocks.0.": "FLUX", "conditioner.embedders.0.model.": "SDXL refiner"}
+_TRANSFORMERS = {  # hub id of a pipeline, its class, and that of its transformer
+    "SD3": ("stabilityai/stable-diffusion-3-medium-diffusers", "StableDiffusion3Pipeline", "SD3Transformer2DModel"),
+    "FLUX": ("black-forest-labs/FLUX.1-dev", "FluxPipeline", "FluxTransformer2DModel"),
+}
 _VOCABULARIES = {"open_clip": "open_clip_torch", "clip": "openai-clip"}  # packages with CLIP's vocabulary, by module
 _VOCABULARY = "bpe_simple_vocab_16e6.txt.gz"
 _MERGES = 49152 - 256 - 2  # of the file's lines after the first
@@ -120,7 +124,7 @@ def _check_parts(file: SafeFile) -> None:
         if any(name.removeprefix(_UNET).startswith(mark) for name in names):
             raise ConfigError(
                 f"{file.path} is a single file of {kind}; single files are read of Stable Diffusion 1.x, 2.x and SDXL. Name a "
-                "folder in diffusers' layout (with model_index.json) or a hub id."
+                f"folder in diffusers' layout (with model_index.json) or a hub id.{_made_a_folder(file, kind)}"
             )
     wanted = {"UNet": (_UNET,), "autoencoder": ("first_stage_model.",), "text encoder": ("cond_stage_model.", "conditioner.")}
     missing = [part for part, heads in wanted.items() if not any(name.startswith(heads) for name in names)]
@@ -133,6 +137,22 @@ def _check_parts(file: SafeFile) -> None:
     channels = file.tensors[_FIRST].shape[1] if _FIRST in file.tensors else 4
     if channels != 4:
         raise ConfigError(f"{file.path} is an inpainting or editing model: its UNet reads {channels} channels; expected 4.")
+
+
+def _made_a_folder(file: SafeFile, kind: str) -> str:
+    """How a user makes a folder of a file of SD3 or FLUX, whose queries, keys and values are one matrix; empty for others."""
+    if kind not in _TRANSFORMERS:
+        return ""
+    hub, pipeline, transformer = _TRANSFORMERS[kind]
+    code = (
+        f"import torch, diffusers as d; t = d.{transformer}.from_single_file('{file.path}', config='PARTS', "
+        f"subfolder='transformer', torch_dtype=torch.bfloat16); d.{pipeline}.from_pretrained('PARTS', transformer=t, "
+        "torch_dtype=torch.bfloat16).save_pretrained('FOLDER')"
+    )
+    return (
+        f" To make one: hf download {hub} --include model_index.json --include '*/*' --exclude 'transformer/*.safetensors' "
+        f'--local-dir PARTS, and then: python -c "{code}"'
+    )
 
 
 def _published(file: SafeFile) -> str:
@@ -237,8 +257,8 @@ def _tokenizer(shapes: Shapes, name: str, say: Callable[[str], None]) -> Any:
         raise EnvironmentProblem(
             f"A single file has no tokenizer, and CLIP's is not on this machine nor can it be fetched: {error}. Give a folder "
             "with the pipeline's configurations and tokenizer (no weights: hf download "
-            f"{hub} --include '*.json' '*.txt' --local-dir DIR) as --model.config DIR, or install the vocabulary: pip install "
-            "--no-deps open_clip_torch"
+            f"{hub} --include '*.json' --include '*.txt' --local-dir DIR) as --model.config DIR, or install the vocabulary: "
+            "pip install --no-deps open_clip_torch"
         ) from error
     return found
 

@@ -96,7 +96,7 @@ def convert(
             f"takes as it is. Leave them out; lorakeet merge {source} --to adapter --rank N --out OUT cuts pairs."
         )
     with writing(str(out), "Free some space or choose another place for OUT."), _in_place(out) as partial:
-        _write(adapter, partial, to, known)
+        _write(adapter, partial, to, known, say)
         back = with_components(_read_back(partial, to, known))
         difference = compare(adapter, back)
         if not difference.equal:
@@ -135,11 +135,11 @@ def _in_place(out: Path) -> Iterator[Path]:
         shutil.rmtree(stage, ignore_errors=True)
 
 
-def _write(adapter: Adapter, path: Path, to: Target, base: BaseModel | None) -> None:
+def _write(adapter: Adapter, path: Path, to: Target, base: BaseModel | None, say: Callable[[str], None]) -> None:
     writers: dict[str, Callable[[], None]] = {
         "peft": lambda: peft.write(without_component(adapter), path),
         "mlx": lambda: mlx.write(adapter, path),
-        "kohya": lambda: kohya.write(adapter, path, base=base),
+        "kohya": lambda: kohya.write(adapter, path, base=base, say=say),
         "diffusers": lambda: diffusers.write(adapter, path),
         "gguf": lambda: gguf.write(adapter, path, base=base),
     }
