@@ -42,8 +42,9 @@ class Budget:
 
 
 def pretrained(folder: Path, photos: Photos, labels: NDArray[np.uint8], budget: Budget) -> Path:
-    """The pipeline in `folder`, trained if it is not there: every kind but UNSEEN, from nothing, seed 0."""
-    if (folder / "model_index.json").is_file():
+    """The pipeline in `folder`, trained if it is not there, or with other settings: every kind but UNSEEN, from nothing, seed 0."""
+    made, settings = folder / "made-with.txt", repr((VAE, UNET, TEXT, budget))
+    if made.is_file() and made.read_text(encoding="utf-8") == settings:
         print(f"The base model is in {folder}.")
         return folder
     torch.manual_seed(0)
@@ -59,6 +60,7 @@ def pretrained(folder: Path, photos: Photos, labels: NDArray[np.uint8], budget: 
         pipeline.vae.register_to_config(scaling_factor=float(1 / latents.std()))
         train_denoiser(pipeline, latents * pipeline.vae.config.scaling_factor, kinds, budget)
         pipeline.save_pretrained(folder)
+    made.write_text(settings, encoding="utf-8")
     return folder
 
 
