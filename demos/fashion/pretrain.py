@@ -42,7 +42,7 @@ class Budget:
 
 
 def pretrained(folder: Path, photos: Photos, labels: NDArray[np.uint8], budget: Budget) -> Path:
-    """The pipeline in `folder`, trained if it is not there, or with other settings: every kind but UNSEEN, from nothing, seed 0."""
+    """The pipeline in `folder`, trained if not there with these settings: every kind but UNSEEN, from nothing, seed 0."""
     made, settings = folder / "made-with.txt", repr((VAE, UNET, TEXT, budget))
     if made.is_file() and made.read_text(encoding="utf-8") == settings:
         print(f"The base model is in {folder}.")
