@@ -16,7 +16,7 @@ from lorakeet.formats.sd_names import with_components, without_component
 from lorakeet.workflows.convert import convert
 from tiny.adapters import random_adapter
 from tiny.models import tiny_model
-from tiny.portable import image_adapter, llama_config, text_adapter
+from tiny.portable import image_adapter, llama_config, text_adapter, transformer_adapter
 from tiny.runs import tree
 
 ADAPTERS: dict[str, tuple[Callable[[], Adapter], tuple[str, ...]]] = {
@@ -27,6 +27,8 @@ ADAPTERS: dict[str, tuple[Callable[[], Adapter], tuple[str, ...]]] = {
     "sd1 unet": (lambda: image_adapter(clip=False), ("peft", "kohya", "diffusers")),
     "sd1 dora": (lambda: image_adapter(dora=True), ("peft", "kohya", "diffusers")),
     "sdxl": (lambda: image_adapter(sdxl=True), ("peft", "kohya", "diffusers")),
+    "flux": (lambda: transformer_adapter("flux"), ("peft", "kohya", "diffusers")),
+    "sd3": (lambda: transformer_adapter("sd3"), ("peft", "kohya", "diffusers")),
     "experts": (lambda: random_adapter(tiny_model("mixtral"), "gate_up_proj", "down_proj", "q_proj"), ("peft",)),
 }
 SUFFIX = {"kohya": ".safetensors", "diffusers": ".safetensors", "gguf": ".gguf"}

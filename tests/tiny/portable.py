@@ -33,6 +33,22 @@ _CLIP = {
     "text_model.encoder.layers.11.mlp.fc1": ("linear", (24, 16)),
 }
 
+_TRANSFORMERS = {
+    "flux": {
+        "transformer_blocks.0.attn.to_q": (16, 16), "transformer_blocks.0.attn.to_k": (16, 16),
+        "transformer_blocks.0.attn.to_v": (16, 16), "transformer_blocks.18.attn.add_k_proj": (16, 16),
+        "transformer_blocks.18.ff_context.net.0.proj": (64, 16), "single_transformer_blocks.37.attn.to_q": (16, 16),
+        "single_transformer_blocks.37.proj_mlp": (64, 16), "single_transformer_blocks.37.proj_out": (16, 80),
+        "single_transformer_blocks.0.attn.to_v": (16, 16), "norm_out.linear": (32, 16), "x_embedder": (16, 8),
+    },
+    "sd3": {
+        "transformer_blocks.0.attn.to_q": (16, 16), "transformer_blocks.0.attn.to_v": (16, 16),
+        "transformer_blocks.2.attn2.to_q": (16, 16), "transformer_blocks.2.attn2.to_k": (16, 16),
+        "transformer_blocks.2.attn2.to_v": (16, 16), "transformer_blocks.23.norm1_context.linear": (32, 16),
+        "transformer_blocks.2.norm1.linear": (144, 16), "transformer_blocks.2.ff.net.2": (16, 64), "norm_out.linear": (32, 16),
+    },
+}  # fmt: skip
+
 
 def image_adapter(*, sdxl: bool = False, clip: bool = True, dora: bool = False) -> Adapter:
     """Ranks 2 to 4, alphas 12 and 20, linear layers and convolutions."""
@@ -44,6 +60,16 @@ def image_adapter(*, sdxl: bool = False, clip: bool = True, dora: bool = False) 
     if clip and sdxl:
         modules |= {f"text_encoder_2.{path}": what for path, what in _CLIP.items()}
     return Adapter(_pairs(modules, dora), metadata={"ss_output_name": "tiny", "ss_tag": "ä [1]"})
+
+
+def transformer_adapter(family: str) -> Adapter:
+    """The same of FLUX or SD3: whole and partial groups of queries, keys and values, modulations, and CLIP."""
+    torch.manual_seed(5)
+    found = {f"transformer.{path}": ("linear", shape) for path, shape in _TRANSFORMERS[family].items()}
+    if family == "sd3":
+        found["transformer.pos_embed.proj"] = ("conv2d", (16, 4, 2, 2))
+    found |= {f"text_encoder.{path}": what for path, what in _CLIP.items()}
+    return Adapter(_pairs(found, dora=False), metadata={"ss_output_name": "tiny"})
 
 
 def _pairs(modules: dict[str, tuple[str, tuple[int, ...]]], dora: bool) -> dict[str, Pair]:

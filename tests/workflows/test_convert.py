@@ -148,7 +148,7 @@ def test_a_writer_that_errs_is_caught_and_its_file_not_kept(fault: str, tmp_path
 
 
 def test_a_file_that_looks_like_another_format_is_caught(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module.kohya, "write", lambda adapter, path, base: diffusers.write(adapter, path))
+    monkeypatch.setattr(module.kohya, "write", lambda adapter, path, **_: diffusers.write(adapter, path))
     with pytest.raises(VerificationFailed, match="written as kohya looks like diffusers"):
         convert(GOLDEN / "kohya.safetensors", tmp_path / "out.safetensors", to="kohya", console=Console(quiet=True))
     assert list(tmp_path.iterdir()) == []

@@ -6,7 +6,7 @@ ComfyUI take the scale as alpha/rank of the tensors that are there; so does this
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
@@ -109,13 +109,15 @@ def _mlp(path: str, pair: Pair | None, width: int, base: BaseModel | None) -> in
     return _MLP * width if shape is None else shape[0]
 
 
-def unread_by_diffusers(keys: Iterable[str], family: TransformerFamily) -> str:
-    """What diffusers 0.42 leaves out of a file with these keys, without a word; empty where it reads all of it."""
+def unread_by_diffusers(pairs: Mapping[str, Pair], family: TransformerFamily) -> str:
+    """What diffusers 0.42 leaves out of a file with these pairs by kohya's keys; empty where it reads all of it."""
     if family == "sd3":
         return (
             "diffusers reads no kohya file of SD3; sd-scripts and ComfyUI do. For diffusers write the adapter --to diffusers."
         )
-    lost = [key for key in keys if key.startswith("lora_unet_") and not key.startswith(("lora_unet_double", "lora_unet_single"))]
+    if any(pair.magnitude is not None for pair in pairs.values()):
+        return "diffusers drops DoRA's lengths of a kohya file of FLUX. For diffusers write the adapter --to diffusers."
+    lost = [key for key in pairs if key.startswith("lora_unet_") and not key.startswith(("lora_unet_double", "lora_unet_single"))]
     return (
         f"diffusers reads a kohya file of FLUX but for the layers outside its blocks, {len(lost)} here ({', '.join(lost[:3])}); "
         "ComfyUI reads them. For diffusers write the adapter --to diffusers."
