@@ -146,8 +146,8 @@ def _made_a_folder(file: SafeFile, kind: str) -> str:
     hub, pipeline, transformer = _TRANSFORMERS[kind]
     code = (
         f"import torch, diffusers as d; t = d.{transformer}.from_single_file('{file.path}', config='PARTS', "
-        f"subfolder='transformer', torch_dtype=torch.bfloat16); d.{pipeline}.from_pretrained('PARTS', transformer=t, "
-        "torch_dtype=torch.bfloat16).save_pretrained('FOLDER')"
+        f"subfolder='transformer', dtype=torch.bfloat16); d.{pipeline}.from_pretrained('PARTS', transformer=t, "
+        "dtype=torch.bfloat16).save_pretrained('FOLDER')"
     )
     return (
         f" To make one: hf download {hub} --include model_index.json --include '*/*' --exclude 'transformer/*.safetensors' "
