@@ -10,6 +10,7 @@ block-diagonal B every part has its own rank back.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Sequence
 
 import torch
@@ -23,11 +24,12 @@ def split(pair: Pair, rows: Sequence[int]) -> list[Pair | None]:
 
     A pair that changes nothing at all is given to every part. The scale is that of the whole; DoRA's lengths go by rows.
     """
-    live = [part.flatten(1).any(0) for part in pair.B.split(list(rows))]
+    blocks = parted(pair.B, rows)
+    live = [part.flatten(1).any(0) for part in blocks]
     nothing = not bool(torch.stack(live).any())
-    lengths = [None] * len(rows) if pair.magnitude is None else list(pair.magnitude.split(list(rows)))
+    lengths = [None] * len(rows) if pair.magnitude is None else parted(pair.magnitude, rows)
     found: list[Pair | None] = []
-    for B, columns, magnitude in zip(pair.B.split(list(rows)), live, lengths, strict=True):
+    for B, columns, magnitude in zip(blocks, live, lengths, strict=True):
         if nothing or bool(columns.all()) or (magnitude is not None and not bool(columns.any())):
             found.append(dataclasses.replace(pair, B=B.contiguous(), magnitude=magnitude))
         elif bool(columns.any()):
@@ -36,6 +38,11 @@ def split(pair: Pair, rows: Sequence[int]) -> list[Pair | None]:
         else:
             found.append(None)
     return found
+
+
+def parted(tensor: Tensor, rows: Sequence[int]) -> list[Tensor]:
+    """`tensor` cut into parts with `rows` rows each."""
+    return [tensor[end - height : end] for end, height in zip(itertools.accumulate(rows), rows, strict=True)]
 
 
 def join(pairs: Sequence[Pair | None], rows: Sequence[int]) -> Pair:

@@ -204,9 +204,9 @@ def _compressed(
     """Dense changes, with their modules by key, as pairs of scale 1; `say` hears the error of each."""
     names = sorted({lycoris.algorithm(slots) for _, slots in dense.values()})
     if compression is None or not compression.asked:
-        modules = sorted(module for modules, _ in dense.values() for module in modules)
+        told = sorted(module for modules, _ in dense.values() for module in modules)
         raise ConfigError(
-            f"{path} holds {' and '.join(names)}, which are not pairs, for {len(modules)} modules: {', '.join(modules[:3])}. "
+            f"{path} holds {' and '.join(names)}, which are not pairs, for {len(told)} modules: {', '.join(told[:3])}. "
             "They can be compressed to pairs: --rank 16, or --error 0.01 for the smallest ranks within that error; "
             "the error of each is printed."
         )
@@ -264,7 +264,7 @@ def write(adapter: Adapter, path: Path, *, base: BaseModel | None = None, say: S
     unet = {} if base is None else base.config("unet")
     metadata = network_metadata(pairs if transformer else adapter.pairs, alpha, family=family, known=known, unet=unet)
     save_tensors(path, tensors, metadata={"format": "pt", **metadata, HASH: hash_of(tensors)})
-    if transformer and (unread := unread_by_diffusers(pairs, family)):
+    if unread := unread_by_diffusers(pairs, family):
         say(unread)
 
 

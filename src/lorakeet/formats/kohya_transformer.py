@@ -13,8 +13,8 @@ from torch import Tensor
 from lorakeet.core.adapter import Pair
 from lorakeet.errors import Problems, nearest
 from lorakeet.formats.base_model import BaseModel
-from lorakeet.formats.fused import join, rows_of, split, swapped
-from lorakeet.formats.sd_names import in_transformer, kohya_key
+from lorakeet.formats.fused import join, parted, rows_of, split, swapped
+from lorakeet.formats.sd_names import Family, in_transformer, kohya_key
 from lorakeet.formats.transformer_names import TransformerFamily, transformer_modules, written_keys
 
 _MLP = 4  # times the width of FLUX's single blocks is that of their MLP, where nothing else tells
@@ -41,7 +41,7 @@ def changes_of_module(key: str, parts: Sequence[str], change: Tensor) -> dict[st
     rows = [change.shape[0]] if len(parts) == 1 else rows_of(len(parts), change.shape[1], change.shape[0])
     if rows is None:
         return f"has a change {tuple(change.shape)}, which cannot be parted into {len(parts)} matrices"
-    return dict(zip(parts, change.split(rows), strict=True))
+    return dict(zip(parts, parted(change, rows), strict=True))
 
 
 def _is_modulation(key: str, rows: int, width: int) -> bool:
@@ -109,12 +109,12 @@ def _mlp(path: str, pair: Pair | None, width: int, base: BaseModel | None) -> in
     return _MLP * width if shape is None else shape[0]
 
 
-def unread_by_diffusers(pairs: Mapping[str, Pair], family: TransformerFamily) -> str:
-    """What diffusers 0.42 leaves out of a file with these pairs by kohya's keys; empty where it reads all of it."""
+def unread_by_diffusers(pairs: Mapping[str, Pair], family: Family | TransformerFamily) -> str:
+    """What diffusers 0.42 leaves out of a file of FLUX or SD3 with these pairs by keys; empty where it reads all of it."""
+    if family not in _ENCODERS:
+        return ""
     if family == "sd3":
-        return (
-            "diffusers reads no kohya file of SD3; sd-scripts and ComfyUI do. For diffusers write the adapter --to diffusers."
-        )
+        return "diffusers reads no kohya file of SD3; sd-scripts and ComfyUI do. For diffusers write the adapter --to diffusers."
     if any(pair.magnitude is not None for pair in pairs.values()):
         return "diffusers drops DoRA's lengths of a kohya file of FLUX. For diffusers write the adapter --to diffusers."
     lost = [key for key in pairs if key.startswith("lora_unet_") and not key.startswith(("lora_unet_double", "lora_unet_single"))]

@@ -23,7 +23,7 @@ _WIDTHS: dict[int, TransformerFamily] = {3072: "flux", 1536: "sd3", 2432: "sd3"}
 def originals(family: TransformerFamily) -> dict[str, tuple[str, ...]]:
     """From each module of the original checkpoint to the modules of diffusers' that its rows are, in their order."""
     names = table(family)
-    found = {theirs: (f"transformer.{ours}",) for theirs, ours in names["modules"].items()}
+    found: dict[str, tuple[str, ...]] = {theirs: (f"transformer.{ours}",) for theirs, ours in names["modules"].items()}
     for block in names["blocks"]:
         for number in range(block["count"]):
             for theirs, ours in block["modules"].items():
