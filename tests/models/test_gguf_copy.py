@@ -1,115 +1,41 @@
-"""A .gguf file becomes a dense folder once, whole or not at all, with the same function."""
+"""The cache folder of .gguf models: where it is, and how a file is known by its content."""
 
 from __future__ import annotations
 
-import errno
-import json
 import os
-import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
-import torch
 
-from lorakeet.errors import DataError, EnvironmentProblem
-from lorakeet.models.gguf_copy import cache_folder, dense_copy
-from lorakeet.models.load import load_text_model
-from lorakeet.models.spec import ModelSpec
-from tiny.gguf_file import write_tiny_gguf
-from tiny.models import tiny_tokenizer
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
-    path = tmp_path_factory.mktemp("gguf") / "tiny.gguf"
-    return path, write_tiny_gguf(path)
+from lorakeet.errors import EnvironmentProblem
+from lorakeet.models import gguf_copy
+from lorakeet.models.gguf_copy import cache_folder, content_digest, known_digest
 
 
 @pytest.fixture
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("LORAKEET_CACHE", str(tmp_path / "cache"))
-    return tmp_path / "cache" / "gguf"
+def file(tmp_path: Path) -> Path:
+    path = tmp_path / "x.gguf"
+    path.write_bytes(b"GGUF and more")
+    return path
 
 
-def test_the_model_is_the_one_in_the_file(made: tuple[Path, Any], cache: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    path, model = made
-    said: list[str] = []
-    text = load_text_model(ModelSpec(path=str(path), dtype="float32", device="cpu"), say=said.append)
-    ids = torch.arange(4, 30)[None]
-    assert torch.allclose(
-        text.model(ids).logits if text.attention != "varlen" else _plain(text, ids), model(ids).logits, atol=1e-4
-    )
-    words = "The doctor gave me this, héllo"
-    assert text.tokenizer(words)["input_ids"] == tiny_tokenizer()(words)["input_ids"]
-    assert text.tokenizer.eos_token == "<|im_end|>"
-    assert text.tokenizer.chat_template
-    assert text.name == str(path)
-    assert text.source.parent == cache
-    assert [line for line in said if "Unpacking tiny.gguf once into" in line] == said[:1]
-    assert capfd.readouterr() == ("", "")
-
-
-def _plain(text: Any, ids: torch.Tensor) -> torch.Tensor:
-    text.model.set_attn_implementation("sdpa")
-    return text.model(ids).logits
-
-
-def test_it_is_made_once_by_content(made: tuple[Path, Any], cache: Path, tmp_path: Path) -> None:
-    said: list[str] = []
-    first = dense_copy(made[0], said.append)
-    stamp = (first / "model.safetensors").stat().st_mtime_ns
-    twin = tmp_path / "tiny.gguf"
-    shutil.copyfile(made[0], twin)
-    assert dense_copy(made[0], said.append) == dense_copy(twin, said.append) == first
-    assert (first / "model.safetensors").stat().st_mtime_ns == stamp
-    assert len(said) == 1
-    assert "quantization_config" not in json.loads((first / "config.json").read_text())
-    (cache / "digests.json").write_text("{broken")
-    assert dense_copy(made[0], said.append) == first
-    assert sorted(entry.name for entry in cache.iterdir()) == sorted([first.name, "digests.json"])
-
-
-def test_a_cut_off_file_leaves_nothing(made: tuple[Path, Any], cache: Path, tmp_path: Path) -> None:
-    broken = tmp_path / "broken.gguf"
-    broken.write_bytes(made[0].read_bytes()[:20_000])
-    with pytest.raises(DataError, match=r"broken.gguf: .*cut off. Fetch the file again"):
-        dense_copy(broken, print)
-    assert [entry.name for entry in cache.iterdir()] == ["digests.json"]
-
-
-def test_a_file_that_is_no_gguf(cache: Path, tmp_path: Path) -> None:
-    (tmp_path / "x.gguf").write_bytes(b"PK\x03\x04 something")
-    with pytest.raises(DataError, match=r"x.gguf is not a GGUF file: it begins with b'PK"):
-        dense_copy(tmp_path / "x.gguf", print)
-
-
-def test_a_full_disk_is_said_before_anything_is_written(
-    made: tuple[Path, Any], cache: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    usage = shutil.disk_usage("/")
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
-    with pytest.raises(EnvironmentProblem, match="set LORAKEET_CACHE to a folder on a larger disk"):
-        dense_copy(made[0], print)
-
-
-def test_the_cache_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, made: tuple[Path, Any]) -> None:
+def test_the_cache_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, file: Path) -> None:
     monkeypatch.delenv("LORAKEET_CACHE", raising=False)
     assert cache_folder() == Path.home() / ".cache" / "lorakeet"
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("LORAKEET_CACHE", str(tmp_path / "file"))
     with pytest.raises(EnvironmentProblem, match="cannot be written"):
-        dense_copy(made[0], print)
+        content_digest(file)
 
 
-@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EROFS])
-def test_a_disk_that_refuses_the_copy_is_said_and_nothing_is_left(
-    made: tuple[Path, Any], cache: Path, monkeypatch: pytest.MonkeyPatch, code: int
+def test_a_digest_is_computed_once_and_known_until_the_file_changes(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, file: Path
 ) -> None:
-    def refuse(*_: object) -> None:
-        raise OSError(code, os.strerror(code))
-
-    monkeypatch.setattr("lorakeet.models.gguf_copy._convert", refuse)
-    with pytest.raises(EnvironmentProblem, match=rf"cannot be written: {os.strerror(code)}.*LORAKEET_CACHE"):
-        dense_copy(made[0], print)
-    assert [path.name for path in cache.iterdir()] == ["digests.json"]
+    monkeypatch.setenv("LORAKEET_CACHE", str(tmp_path / "cache"))
+    assert known_digest(file) == "" and not (tmp_path / "cache").exists(), "asking writes nothing"
+    found = content_digest(file)
+    assert known_digest(file) == found
+    monkeypatch.setattr(gguf_copy, "sha256_of", lambda path: "computed again")
+    assert content_digest(file) == found
+    os.utime(file, ns=(1, 1))
+    assert known_digest(file) == "" and content_digest(file) == "computed again" == known_digest(file)

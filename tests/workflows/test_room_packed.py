@@ -1,9 +1,12 @@
-"""What a merge into a quantised model takes: the base as it is and one block, and a budget without that room is refused."""
+"""A merge into a quantised model within a budget: the same bytes each way, planned against held, and what is refused."""
 
 from __future__ import annotations
 
+import errno
 import io
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,98 +14,296 @@ from rich.console import Console
 from torch import nn
 
 from lorakeet.data.prepare import load_dataset
-from lorakeet.errors import ConfigError
+from lorakeet.errors import ConfigError, EnvironmentProblem
+from lorakeet.export import packed_model
+from lorakeet.memory.allocator import slack
+from lorakeet.memory.forecast import Phase
+from lorakeet.memory.stream import RecordStream
+from lorakeet.models import load
 from lorakeet.models.layout import read_layout
 from lorakeet.models.modules import find
+from lorakeet.models.streamed import NotStreamed
 from lorakeet.models.text import TextModel
 from lorakeet.train.rehearsal import NotPlanned
 from lorakeet.workflows import merge_packed, room_packed
 from lorakeet.workflows.merge import merge
-from lorakeet.workflows.merge_packed import Measured, Merging, PackedMerge
 from lorakeet.workflows.opened import Opened, open_adapter
 from lorakeet.workflows.quantize import quantize
-from lorakeet.workflows.room_packed import layer_numbers, require_room
+from lorakeet.workflows.room_packed import Job, keep_room
+from lorakeet.workflows.room_quantize import RESIDENT, SPILLED, STREAMED, Way
+from tiny.gguf_file import write_tiny_gguf
 from tiny.held import HeldBytes
-from tiny.models import save_tiny_llama, tiny_model
+from tiny.models import save_tiny_llama
 from tiny.runs import quiet, reviews, run, write_rows
+
+WIDE = {"hidden_size": 256, "intermediate_size": 704, "num_attention_heads": 4, "num_key_value_heads": 4, "num_hidden_layers": 3}
+WAYS = [RESIDENT, STREAMED, SPILLED]
+NAMES = ["resident", "streamed", "spilled"]
 
 
 @pytest.fixture(scope="module")
-def on_nf4(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run over six blocks, of which a plan rehearses a few."""
-    folder = tmp_path_factory.mktemp("nf4")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Runs over six blocks, of which a plan rehearses a few: on a dense model, and on its NF4 form."""
+    folder = tmp_path_factory.mktemp("runs")
     model = save_tiny_llama(folder / "model", num_hidden_layers=6)
     data = write_rows(folder / "rows.jsonl", reviews(60))
     quantize(str(model), method="nf4", out=folder / "nf4", console=quiet())
-    run(folder / "nf4", data, folder / "run", {"train.steps": 2})
-    return folder / "run"
+    quantize(str(model), method="gptq", out=folder / "gptq", group_size=16, calibration=str(data), console=quiet())
+    run(folder / "nf4", data, folder / "on_nf4", {"train.steps": 2})
+    run(model, data, folder / "on_dense", {"train.steps": 8})
+    return folder
 
 
-def test_the_numbers_are_those_of_the_linear_layers_in_the_blocks() -> None:
-    block = 2 * 32 * 32 + 2 * 16 * 32 + 3 * 32 * 48
-    assert layer_numbers(tiny_model("llama")) == 2 * block
+@pytest.fixture(scope="module")
+def wide(runs: Path) -> Path:
+    """Runs over three wide blocks, whose tensors are most of what is held: on a dense model, and on its NF4 form."""
+    folder, data, settings = runs / "wide", runs / "rows.jsonl", {"train.steps": 4, "train.learning_rate": 0.002}
+    model = save_tiny_llama(folder / "model", **WIDE)
+    more = write_rows(folder / "more.jsonl", reviews(90))
+    quantize(str(model), method="nf4", out=folder / "nf4", console=quiet())
+    quantize(str(model), method="gptq", out=folder / "gptq", group_size=64, calibration=str(more), console=quiet())
+    run(folder / "nf4", data, folder / "on_nf4", settings)
+    run(model, data, folder / "on_dense", settings)
+    return folder
 
 
-@pytest.mark.parametrize("method", ["nf4", "none"])
-def test_what_rounding_holds_is_what_is_planned(
-    method: Any, on_nf4: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.fixture
+def no_runtime(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only tensors are planned."""
+    monkeypatch.setattr(room_packed, "runtime_bytes", lambda precision: -slack(0))
+    monkeypatch.setattr(room_packed, "TOKENIZER_ENTRY", 0)
+    monkeypatch.setattr(room_packed, "INTERVALS", 0)
+
+
+@pytest.fixture
+def going(monkeypatch: pytest.MonkeyPatch) -> Callable[[Way], list[int]]:
+    """Makes all other ways too large; what is planned for this one is in the list afterwards."""
+    real = room_packed._Planner.forecast
+
+    def going(wanted: Way) -> list[int]:
+        planned: list[int] = []
+
+        def forecast(planner: Any, way: Way) -> Any:
+            if way != wanted:
+                return room_packed._Forecast(Phase("too large", {"base": 1 << 60}))
+            planned.append((found := real(planner, way)).peak)
+            return found
+
+        monkeypatch.setattr(room_packed._Planner, "forecast", forecast)
+        return planned
+
+    return going
+
+
+def contents(out: Path) -> dict[str, bytes]:
+    """What was written, the certificate aside, which names the folder."""
+    files = [path for path in out.iterdir() if path.name != "certificate.json"] if out.is_dir() else [out]
+    return {path.name.replace(out.name, "out"): path.read_bytes() for path in files}
+
+
+@pytest.mark.usefixtures("no_runtime")
+@pytest.mark.parametrize(("base", "like"), [("on_dense", "nf4"), ("on_dense", "gptq"), ("on_nf4", None)])
+def test_the_same_bytes_are_written_each_way(base: str, like: str | None, runs: Path, going: Any, tmp_path: Path) -> None:
+    """And the same shares survive, number by number."""
+    words: dict[str, Any] = {"into": "packed", "keep": 1e-6, "like": str(runs / like) if like else None, "console": quiet()}
+    free = merge([str(runs / base)], out=tmp_path / "free", **words)
+    for way in WAYS:
+        going(way)
+        out = tmp_path / f"way{way.streamed + way.on_disk}"
+        merged = merge([str(runs / base)], out=out, memory="8GiB", **words)
+        assert contents(out) == contents(tmp_path / "free")
+        assert merged.surviving == free.surviving
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["free", "way0", "way1", "way2"]
+
+
+@pytest.mark.usefixtures("no_runtime")
+def test_a_gguf_file_is_patched_to_the_same_bytes(
+    runs: Path, going: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Counted in tensors, while blocks are folded and rounded: never more, and not half as much again."""
-    wide = {"hidden_size": 256, "intermediate_size": 704, "num_attention_heads": 4, "num_key_value_heads": 4}
-    source = save_tiny_llama(tmp_path / "source", **wide, num_hidden_layers=3)
-    quantize(str(source), method="nf4", out=tmp_path / "nf4", console=quiet())
-    base = tmp_path / "nf4" if method == "nf4" else source
-    run(base, on_nf4.parent / "rows.jsonl", tmp_path / "run", {"train.steps": 2})
-    opened = open_adapter(tmp_path / "run").within("8GiB")
-    planned, held = [], HeldBytes()
-    rehearse, real = room_packed.rehearse_rounding, merge_packed.pack_blocks
-    monkeypatch.setattr(room_packed, "rehearse_rounding", lambda *given: planned.append(rehearse(*given)) or planned[0])
+    monkeypatch.setenv("LORAKEET_CACHE", str(tmp_path / "cache"))
+    write_tiny_gguf(tmp_path / "tiny.gguf", "Q4_0", hidden_size=64, intermediate_size=64)
+    run(tmp_path / "tiny.gguf", runs / "rows.jsonl", tmp_path / "run", {"train.steps": 2})  # on the dense copy
+    words: dict[str, Any] = {"into": "packed", "keep": 1e-6, "like": str(tmp_path / "tiny.gguf"), "console": quiet()}
+    merge([str(tmp_path / "run")], out=tmp_path / "free.gguf", **words)
+    going(SPILLED)
+    merge([str(tmp_path / "run")], out=tmp_path / "kept.gguf", memory="8GiB", **words)
+    assert (tmp_path / "kept.gguf").read_bytes() == (tmp_path / "free.gguf").read_bytes()
+    assert (tmp_path / "kept.gguf").read_bytes() != (tmp_path / "tiny.gguf").read_bytes()
 
-    def counted(text: TextModel, *given: Any, **more: Any) -> Any:
-        held.know([*text.model.parameters(), *text.model.buffers()])
-        with held:
-            yield from real(text, *given, **more)
 
-    monkeypatch.setattr(merge_packed, "pack_blocks", counted)
-    spec = PackedMerge(calibration_rows=24)
-    require_room(opened, rows=24, finish=False, micro_tokens=4096, console=quiet())
-    dataset, layout = load_dataset(opened.config.data), read_layout(str(tmp_path / "nf4"), lambda line: None)
-    Merging(opened, dataset, layout, spec, quiet(), Measured()).with_feedback()
+@pytest.fixture
+def held(monkeypatch: pytest.MonkeyPatch) -> HeldBytes:
+    """Counts tensors from the first model of a merge to the last."""
+    counting, real = HeldBytes(), merge_packed._written
+
+    def counted(*given: Any) -> Any:
+        with counting:
+            return real(*given)
+
+    monkeypatch.setattr(merge_packed, "_written", counted)
+    return counting
+
+
+@pytest.mark.usefixtures("no_runtime")
+@pytest.mark.parametrize("way", WAYS, ids=NAMES)
+@pytest.mark.parametrize("base", ["on_nf4", "on_dense"])
+def test_what_is_held_is_what_is_planned(
+    way: Way, base: str, wide: Path, going: Any, held: HeldBytes, tmp_path: Path
+) -> None:
+    """Never more, and not half as much again."""
+    planned = going(way)
+    words: dict[str, Any] = {"into": "packed", "keep": 1e-6, "like": str(wide / "nf4"), "console": quiet()}
+    merge([str(wide / base)], out=tmp_path / "out", memory="8GiB", calibration_rows=24, **words)
     assert held.peak <= planned[0] <= 1.5 * held.peak
 
 
-def room(opened: Opened, *, finish: bool = False, rows: int = 8) -> str:
+@pytest.mark.usefixtures("no_runtime")
+def test_with_more_blocks_a_streamed_merge_takes_no_more(runs: Path, tmp_path: Path) -> None:
+    peaks: dict[int, list[int]] = {}
+    for blocks in (6, 12):
+        source = save_tiny_llama(tmp_path / f"of{blocks}", **{**WIDE, "num_hidden_layers": blocks})
+        run(source, runs / "rows.jsonl", tmp_path / f"run{blocks}", {"train.steps": 1, "evaluate.drift_texts": 0})
+        quantize(str(source), method="nf4", out=tmp_path / f"nf4-{blocks}", console=quiet())
+        planner = room_packed._Planner(job(open_adapter(tmp_path / f"run{blocks}"), tmp_path / f"nf4-{blocks}"))
+        peaks[blocks] = [planner.forecast(way).peak for way in (RESIDENT, STREAMED)]
+    pairs = 4 * 6 * 4 * (4 * 2 * 256 + 3 * (256 + 704))  # bytes of what six blocks more have of pairs, which stay in memory
+    assert peaks[12][0] > 1.8 * peaks[6][0] and peaks[12][1] <= 1.02 * (peaks[6][1] + pairs)
+
+
+@pytest.mark.usefixtures("no_runtime")
+@pytest.mark.parametrize("like", ["nf4", "gptq"])
+def test_what_a_finish_holds_is_what_is_planned(
+    like: str, wide: Path, held: HeldBytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The whole merge with its steps; the numbers before rounding of all layers are most of it."""
+    planned, real = [], room_packed._Planner.forecast
+
+    def noted(planner: Any, way: Way) -> Any:
+        planned.append(found := real(planner, way))
+        return found
+
+    monkeypatch.setattr(room_packed._Planner, "forecast", noted)
+    words: dict[str, Any] = {"into": "packed", "keep": 1e-6, "like": str(wide / like), "console": quiet()}
+    merge([str(wide / "on_dense")], out=tmp_path / "out", memory="8GiB", finish_steps=3, calibration_rows=26, **words)
+    assert planned[0].highest.name == "to finish"
+    assert held.peak <= planned[0].peak <= 1.3 * held.peak
+
+
+def job(opened: Opened, like: Path, *, finishes: bool = False, rows: int = 8) -> Job:
+    layout = read_layout(str(like), lambda line: None)
+    return Job(opened, load_dataset(opened.config.data), layout, rows, finishes, 4096)
+
+
+def room(opened: Opened, like: Path, **more: Any) -> str:
     console = Console(record=True, width=300, file=io.StringIO())
-    require_room(opened, rows=rows, finish=finish, micro_tokens=4096, console=console)
+    keep_room(job(opened, like, **more), like.parent / "out", console)
     return console.export_text()
 
 
-def test_a_budget_with_room_is_said_and_one_without_is_refused(on_nf4: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_budget_with_room_is_said_and_one_without_is_refused(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(room_packed, "runtime_bytes", lambda _: 1 << 29)
-    opened = open_adapter(on_nf4)
-    assert room(opened) == ""
-    assert "planned of 8.59 GB for a merge into packed weights" in room(opened.within("8GiB"))
-    with pytest.raises(ConfigError, match=r"The budget is .*, but a merge into packed .* one block in fp32\. Fewer"):
-        room(opened.within("100MiB"))
-    with pytest.raises(ConfigError, match=r"its layers in fp32\. Without --finish-steps it takes less\..*--memory"):
-        room(opened.within("100MiB"), finish=True)
-    with pytest.raises(ConfigError, match="Fewer --calibration-rows"):
-        room(opened.within("600MiB"), rows=100_000)
-    assert "this machine has" in room(opened.within("900TiB"))
+    opened, like = open_adapter(runs / "on_nf4"), runs / "nf4"
+    assert room(opened, like) == ""
+    assert "planned of 8.59 GB for a merge into packed weights: the models stay in memory" in room(opened.within("8GiB"), like)
+    with pytest.raises(ConfigError, match=r"budget is 100 MiB, but a merge into packed .* at least \d+ MiB.*Fewer --calib"):
+        room(opened.within("100MiB"), like)
+    with pytest.raises(ConfigError, match=r"all of which are in memory\. Without it blocks are streamed.*with --memory"):
+        room(opened.within("100MiB"), like, finishes=True)
+    assert "this machine has" in room(opened.within("900TiB"), like)
 
 
-def test_a_model_that_cannot_be_planned_counts_as_whole(on_nf4: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_least_that_is_named_is_enough(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(room_packed, "runtime_bytes", lambda _: 1 << 29)
+    opened, like = open_adapter(runs / "on_dense"), runs / "nf4"
+    with pytest.raises(ConfigError) as caught:
+        room(opened.within("300MiB"), like)
+    least = int(str(caught.value).partition("at least ")[2].partition(" MiB")[0])
+    assert f"planned of {least * 2**20 / 1e6:.1f} MB" in room(opened.within(f"{least}MiB"), like)
+    with pytest.raises(ConfigError):
+        room(opened.within(f"{least - 1}MiB"), like)
+
+
+def test_a_model_that_cannot_be_planned_counts_as_whole(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refused(*_: object, **__: object) -> None:
         raise NotPlanned("This model cannot be planned.")
 
     monkeypatch.setattr(room_packed, "rehearse_judging", refused)
-    opened = open_adapter(on_nf4)
-    assert "cannot be planned" in room(opened.within("8GiB"))
+    opened, like = open_adapter(runs / "on_nf4"), runs / "nf4"
+    assert "cannot be planned" in room(opened.within("8GiB"), like)
     with pytest.raises(ConfigError, match="The budget is"):
-        room(opened.within("20MiB"))
+        room(opened.within("20MiB"), like)
 
 
-def test_one_block_at_a_time_is_dense(on_nf4: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_that_cannot_be_streamed_is_refused_with_the_reason(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = room_packed._Planner.forecast
+
+    def forecast(planner: Any, way: Way) -> Any:
+        if way.streamed:
+            raise NotStreamed("It has no list of blocks.")
+        return real(planner, way)
+
+    monkeypatch.setattr(room_packed._Planner, "forecast", forecast)
+    opened, like = open_adapter(runs / "on_nf4").within("100MiB"), runs / "nf4"
+    with pytest.raises(ConfigError, match=r"It has no list of blocks\. Fewer --calibration-rows"):
+        room(opened, like)
+
+
+def test_another_attention_than_the_planned_one_is_refused_under_a_budget(
+    runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = load._try_attention
+
+    def without_varlen(text: TextModel, attention: str, *given: Any) -> str | None:
+        return "it has none" if attention == "varlen" else real(text, attention, *given)
+
+    monkeypatch.setattr(load, "_try_attention", without_varlen)
+    with pytest.raises(ConfigError, match="attends with sdpa, row by row, but --memory is planned for attention varlen"):
+        merge([str(runs / "on_nf4")], out=tmp_path / "out", into="packed", memory="8GiB", console=quiet())
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.usefixtures("no_runtime")
+@pytest.mark.parametrize("full", [False, True])
+def test_every_store_is_closed_and_gone(
+    full: bool, runs: Path, going: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun: list[Path] = []
+    real = RecordStream.__init__
+
+    def begin(stream: RecordStream, store: Any, *given: Any, **more: Any) -> None:
+        begun.append(store)
+        real(stream, store, *given, **more)
+
+    monkeypatch.setattr(RecordStream, "__init__", begin)
+    going(SPILLED)
+    words: dict[str, Any] = {"into": "packed", "like": str(runs / "nf4"), "keep": 1e-6, "memory": "8GiB", "console": quiet()}
+    if full:
+        def failing(*_: Any, **__: Any) -> None:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        monkeypatch.setattr(packed_model, "stream_safetensors", failing)
+        with pytest.raises(EnvironmentProblem, match="Free some space"):
+            merge([str(runs / "on_dense")], out=tmp_path / "out", **words)
+        assert not any(tmp_path.iterdir())
+    else:
+        merge([str(runs / "on_dense")], out=tmp_path / "out", **words)
+        assert len(begun) == 6  # base, nearest, base, feedback, written; the base's store is opened twice and once more
+        assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.usefixtures("no_runtime")
+def test_a_disk_without_room_is_said_before_the_work(
+    runs: Path, going: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    going(SPILLED)
+    monkeypatch.setattr(room_packed.shutil, "disk_usage", lambda place: SimpleNamespace(free=1000))
+    with pytest.raises(EnvironmentProblem, match=r"blocks lie in .*\.out\.blocks until all is done: .* MB with the result"):
+        words: dict[str, Any] = {"into": "packed", "like": str(runs / "nf4"), "memory": "8GiB", "console": quiet()}
+        merge([str(runs / "on_dense")], out=tmp_path / "out", **words)
+    assert not any(tmp_path.iterdir())
+
+
+def test_one_block_at_a_time_is_dense(runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """While a layer is rounded no layer of another block is plain numbers, and nothing of its size is kept after it."""
     held: list[set[str]] = []
     real = merge_packed.fold_layers
@@ -112,7 +313,7 @@ def test_one_block_at_a_time_is_dense(on_nf4: Path, tmp_path: Path, monkeypatch:
         dense = {path for path in watching if type(find(model, path)) is nn.Linear}
         held.append({".".join(path.split(".")[:3]) for path in dense})
 
-    watching = list(open_adapter(on_nf4).adapter.pairs)
+    watching = list(open_adapter(runs / "on_nf4").adapter.pairs)
     monkeypatch.setattr(merge_packed, "fold_layers", watched)
     rounding = merge_packed.round_with_feedback
     found = []
@@ -122,12 +323,12 @@ def test_one_block_at_a_time_is_dense(on_nf4: Path, tmp_path: Path, monkeypatch:
         return found[-1]
 
     monkeypatch.setattr(merge_packed, "round_with_feedback", kept)
-    merge([str(on_nf4)], out=tmp_path / "out", into="packed", keep=1e-6, memory="8GiB", console=quiet())
+    merge([str(runs / "on_nf4")], out=tmp_path / "out", into="packed", keep=1e-6, memory="8GiB", console=quiet())
     assert max(map(len, held)) == 1 and len(held) == 6 * (7 + 1)
     assert len(found) == 6 * 7 and all(one.latent is None for one in found)
 
 
-def test_a_merge_without_room_writes_nothing(on_nf4: Path, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="a merge into packed weights takes about"):
-        merge([str(on_nf4)], out=tmp_path / "out", into="packed", memory="64MiB", console=quiet())
+def test_a_merge_without_room_writes_nothing(runs: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="a merge into packed weights takes at least"):
+        merge([str(runs / "on_nf4")], out=tmp_path / "out", into="packed", memory="64MiB", console=quiet())
     assert not (tmp_path / "out").exists()

@@ -25,6 +25,7 @@ from lorakeet.export.folded import Folded
 from lorakeet.export.gguf_layout import ModelLayout, layout_of
 from lorakeet.export.vocabulary import Vocabulary, name_for_llama_cpp, vocabulary_of
 from lorakeet.formats.gguf_header import check_gguf, gguf_package
+from lorakeet.quant.gguf import read_gguf
 
 DIRECT = {"f32": ("F32", 0), "f16": ("F16", 1), "bf16": ("BF16", 32), "q8_0": ("Q8_0", 7)}  # type, general.file_type
 FILE_TYPE, NAME = "general.file_type", "general.name"
@@ -272,7 +273,6 @@ class GgufFile:
         return counts
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """(name, fp32 values) of every tensor, unpacked one at a time."""
-        for tensor in self._reader.tensors:
-            values = gguf_package().quants.dequantize(tensor.data, tensor.tensor_type)
-            yield tensor.name, torch.from_numpy(np.array(values, np.float32))
+        """(name, fp32 values) of every tensor, read and unpacked one at a time."""
+        for tensor in read_gguf(self.path)[1]:
+            yield tensor.name, torch.from_numpy(np.require(tensor.numbers(), requirements="W"))

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from lorakeet.errors import ConfigError, EnvironmentProblem
+from lorakeet.memory.mapped import giving_back
 
 FILE_TYPES = {  # llama_ftype of llama.h
     "q4_0": 2, "q4_1": 3, "q8_0": 7, "q5_0": 8, "q5_1": 9, "q2_k": 10, "q3_k_s": 11, "q3_k_m": 12, "q3_k_l": 13,
@@ -77,13 +78,18 @@ def _library() -> _Library:
 
 
 def quantise(source: Path, out: Path, quant: str, *, threads: int = 1) -> None:
-    """Writes `source`, a GGUF file in f32, f16 or bf16, to `out` in the mixture of types that llama.cpp calls `quant`."""
+    """Writes `source`, a GGUF file in f32, f16 or bf16, to `out` in the mixture of types that llama.cpp calls `quant`.
+
+    llama.cpp maps `source` and goes through it tensor by tensor; the pages that it has read are given back meanwhile.
+    """
     library = _library()
     params = library.lib.llama_model_quantize_default_params()
     params.ftype = FILE_TYPES[quant]
     params.nthread = threads
     held = library.ffi.new("llama_model_quantize_params *", params)
-    if library.lib.llama_model_quantize(str(source).encode(), str(out).encode(), held):
+    with giving_back(source):
+        failed = library.lib.llama_model_quantize(str(source).encode(), str(out).encode(), held)
+    if failed:
         out.unlink(missing_ok=True)
         raise EnvironmentProblem(f"llama.cpp could not quantise {source.name} to {quant}: {library.reason()}.")
 

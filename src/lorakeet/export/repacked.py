@@ -5,7 +5,8 @@ from __future__ import annotations
 import errno
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from pathlib import Path
 
 from torch import Tensor
@@ -14,6 +15,7 @@ from lorakeet.errors import ConfigError, EnvironmentProblem
 from lorakeet.export.packed_model import Part, write_model
 from lorakeet.formats.json_object import read_object
 from lorakeet.formats.safe import SafeFile
+from lorakeet.memory.spill import Aside
 from lorakeet.merge.checkpoint import CONFIG, files_along
 from lorakeet.models.gguf_packed import file_blocks
 from lorakeet.models.layout import PackedLayout
@@ -25,52 +27,73 @@ from lorakeet.quant.nf4 import Nf4Base
 from lorakeet.quant.packed import PackedBase
 
 
-def write_repacked(layout: PackedLayout, bases: Mapping[str, PackedBase], out: Path, *, tokenizer: Path | None = None) -> int:
+def write_repacked(
+    layout: PackedLayout,
+    bases: Mapping[str, PackedBase],
+    out: Path,
+    *,
+    tokenizer: Path | None = None,
+    waiting: Aside | None = None,
+) -> int:
     """Writes the model of `layout` with `bases` (by the layers' paths) to `out`, whole or not at all; returns its bytes.
 
     A folder becomes a new folder with the same config.json; a .gguf file a new file that differs in the blocks of those layers
-    alone. ConfigError where `out` exists, EnvironmentProblem where the disk is too full; nothing is left behind then.
+    alone. Of `bases`, which may come from a store, one is asked for at a time; with `waiting`, its tensors wait there for their
+    place in a folder's files. ConfigError where `out` exists, EnvironmentProblem where the disk is too full; nothing is left
+    behind then.
     """
     if layout.file is not None:
-        blocks = {layout.names[path]: base for path, base in bases.items() if isinstance(base, GgufBase)}
-        return _patched(layout.file, file_blocks(layout.file, blocks), out)
+        paths = {layout.names[path]: path for path in bases}
+        return _patched(layout.file, file_blocks(layout.file, paths, lambda name: _blocks_of(bases[paths[name]])), out)
     files = tensor_files(layout.folder)
-    parts = [part for path, base in bases.items() for part in _parts(layout.names[path], base, files)]
-    taken = {name for path in bases for name in _names(layout.names[path], bases[path])}
+    parts = [_part(layout.names[path], partial(bases.__getitem__, path), files) for path in bases]
+    taken = {name for path in bases for name in _names(layout.names[path], layout.method)}
     parts += [
         Part({name: (file.tensors[name].dtype, file.tensors[name].shape)}, _reader(file, name))
         for name, file in files.items()
         if name not in taken
     ]
     config = read_object(layout.folder / CONFIG, expected="the settings of a model")
-    return write_model(out, parts, config=config, along=files_along(layout.folder, tokenizer))
+    return write_model(out, parts, config=config, along=files_along(layout.folder, tokenizer), waiting=waiting)
 
 
-def _names(name: str, base: PackedBase) -> list[str]:
-    if isinstance(base, GptqBase):
+def _blocks_of(base: PackedBase) -> Tensor:
+    if not isinstance(base, GgufBase):
+        raise ValueError(f"{type(base).__name__} is no base of a .gguf file")
+    return base.packed
+
+
+def _names(name: str, method: str) -> list[str]:
+    if method == "gptq":
         return [f"{name.removesuffix('.weight')}.{part}" for part in gptq.PARTS]
     return [name + part for part in on_disk.NF4_PARTS]
 
 
-def _parts(name: str, base: PackedBase, files: Mapping[str, SafeFile]) -> list[Part]:
-    """The tensors of one packed weight."""
+def _part(name: str, read: Callable[[], PackedBase], files: Mapping[str, SafeFile]) -> Part:
+    """The tensors of one packed weight, which is read for their shapes, and once more when they are written."""
+
+    def made() -> Mapping[str, Tensor]:
+        return _tensors(name, read(), files)
+
+    return Part({key: (tensor.dtype, tuple(tensor.shape)) for key, tensor in made().items()}, made)
+
+
+def _tensors(name: str, base: PackedBase, files: Mapping[str, SafeFile]) -> dict[str, Tensor]:
     if isinstance(base, GptqBase):
         shapes = gptq.buffer_shapes(base.shape, bits=base.bits, groups=base.groups)
         own = name.removesuffix(".weight")
-        made = {f"{own}.{part}": base.get_buffer(part).cpu() for part in shapes}
-    elif isinstance(base, Nf4Base):
+        return {f"{own}.{part}": base.get_buffer(part).cpu() for part in shapes}
+    if isinstance(base, Nf4Base):
         dtype = on_disk.nf4_dtype(files[name + on_disk.NF4_STATE].read(name + on_disk.NF4_STATE))
-        made = {name + part: tensor for part, tensor in on_disk.nf4_tensors(base, dtype).items()}
-    else:
-        raise ValueError(f"{type(base).__name__} is no base of a GPTQ or NF4 folder")
-    return [Part({key: (tensor.dtype, tuple(tensor.shape)) for key, tensor in made.items()}, lambda: made)]
+        return {name + part: tensor for part, tensor in on_disk.nf4_tensors(base, dtype).items()}
+    raise ValueError(f"{type(base).__name__} is no base of a GPTQ or NF4 folder")
 
 
 def _reader(file: SafeFile, name: str) -> Callable[[], Mapping[str, Tensor]]:
     return lambda: {name: file.read(name)}
 
 
-def _patched(source: Path, blocks: Mapping[int, bytes], out: Path) -> int:
+def _patched(source: Path, blocks: Iterable[tuple[int, bytes]], out: Path) -> int:
     """A copy of `source` with other bytes at some offsets."""
     if out.exists():
         raise ConfigError(f"{out} exists already and is never overwritten. Choose another file or remove that one.")
@@ -79,7 +102,7 @@ def _patched(source: Path, blocks: Mapping[int, bytes], out: Path) -> int:
     try:
         shutil.copyfile(source, partial)
         with partial.open("r+b") as file:
-            for offset, content in blocks.items():
+            for offset, content in blocks:
                 file.seek(offset)
                 file.write(content)
             file.flush()

@@ -25,7 +25,8 @@ from lorakeet.errors import DataError, EnvironmentProblem, Problems, unreadable
 __all__ = ["MAGIC", "GgufHeader", "Slot", "begins_as_gguf", "check_gguf", "gguf_package"]
 
 MAGIC = b"GGUF"
-MOST_PARTS = 2_000_000  # keys, tensors and array elements, for each of which the package takes 0.7 kB; Gemma 4 has 1.3 million
+MOST_PARTS = 2_000_000  # keys, tensors and array elements; Gemma 4 has 1.3 million
+PART_BYTES = 700  # that the package takes for each of them
 _TEXT, _ARRAY, _U32 = 8, 9, 4
 _NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}  # GGUF's types
 _ALIGNMENT, _USUAL_ALIGNMENT = "general.alignment", 32
@@ -49,6 +50,7 @@ class GgufHeader:
 
     tensors: Mapping[str, Slot]
     values: Mapping[str, int | float | str]
+    parts: int = 0  # keys, tensors and array elements, for each of which the package gguf makes PART_BYTES of objects
 
 
 def gguf_package() -> Any:
@@ -100,7 +102,7 @@ def _checked(path: Path, size: int, changed: int, most_parts: int) -> GgufHeader
                 raise DataError(
                     f"{path} is not a whole GGUF file ({error}{where}). It may have been cut off; fetch it again."
                 ) from error
-    return GgufHeader(_placed(path, walk, size), walk.values)
+    return GgufHeader(_placed(path, walk, size), walk.values, walk.parts)
 
 
 @dataclass(frozen=True)

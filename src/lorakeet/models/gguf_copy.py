@@ -1,4 +1,4 @@
-"""A .gguf model as a dense safetensors folder, made once and kept in the cache folder."""
+"""The cache folder, in which a .gguf model is kept as a folder that transformers reads, made once and known by its content."""
 
 from __future__ import annotations
 
@@ -10,41 +10,20 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 from lorakeet.errors import DataError, EnvironmentProblem, unreadable
 from lorakeet.formats.digest import sha256_of
 from lorakeet.formats.gguf_header import MAGIC
-from lorakeet.models.gguf_sound import config_of_gguf, reading, require_gguf
 from lorakeet.models.whole import first_line
 
-_LAYOUT = 1  # counted up when what is written into a copy changes
-_LARGEST_GROWTH = 10  # fp32 bytes of a copy per byte of a 3-bit file: the room that must be free
+_NOTE = "digests.json"
 
 
 def cache_folder() -> Path:
     """Where copies are kept: the folder that LORAKEET_CACHE names, or ~/.cache/lorakeet."""
     named = os.environ.get("LORAKEET_CACHE")
     return Path(named).expanduser() if named else Path.home() / ".cache" / "lorakeet"
-
-
-def dense_copy(path: Path, say: Callable[[str], None]) -> Path:
-    """The folder with the dense fp32 copy and the tokenizer of a .gguf file; made if the cache has none of this content.
-
-    The copy appears whole or not at all. Raises DataError for a file that is no readable GGUF, EnvironmentProblem where a
-    package or room on the disk is missing.
-    """
-    folder = cache_folder() / "gguf"
-    target = folder / f"{path.stem}-{content_digest(path)[:16]}-{_LAYOUT}"
-    if (target / "config.json").is_file():
-        return target
-    require_gguf(path)
-    require_room(path, folder, path.stat().st_size * _LARGEST_GROWTH)
-    say(f"Unpacking {path.name} once into {target}; later runs read that copy.")
-    make_whole(target, lambda partial: _convert(path, partial))
-    return target
 
 
 def make_whole(target: Path, make: Callable[[Path], None]) -> None:
@@ -71,19 +50,6 @@ def _unwritten(place: Path, error: Exception) -> EnvironmentProblem:
     return EnvironmentProblem(
         f"{place} cannot be written: {why}. Free some space, or set LORAKEET_CACHE to a folder that can be written."
     )
-
-
-def _convert(path: Path, out: Path) -> None:
-    config_of_gguf(path)
-    with reading(path):
-        tokenizer: Any = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-        model: Any = AutoModelForCausalLM.from_pretrained(
-            path.parent, gguf_file=path.name, quantization_config=GgufConfig(dequantize=True), dtype=torch.float32
-        )
-        model.config.quantization_config = None
-        del model.config.quantization_config
-        model.save_pretrained(out)
-        tokenizer.save_pretrained(out)
 
 
 def _check_magic(path: Path) -> None:
@@ -117,12 +83,11 @@ def content_digest(path: Path) -> str:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise _unwritten(folder, error) from error
-    stat = path.stat()
-    note = folder / "digests.json"
-    known = _remembered(note)
-    key, stamp = str(path.resolve()), [stat.st_size, stat.st_mtime_ns]
-    if key in known and known[key][:2] == stamp:
-        return str(known[key][2])
+    found = known_digest(path)
+    if found:
+        return found
+    stat, note = path.stat(), folder / _NOTE
+    known, key, stamp = _remembered(note), str(path.resolve()), [stat.st_size, stat.st_mtime_ns]
     digest = sha256_of(path)
     known[key] = [*stamp, digest]
     try:
@@ -133,6 +98,13 @@ def content_digest(path: Path) -> str:
     except OSError as error:
         raise _unwritten(folder, error) from error
     return digest
+
+
+def known_digest(path: Path) -> str:
+    """The sha256 of a .gguf file where it was computed before; empty where it was not, or the file has changed since."""
+    stat, known = path.stat(), _remembered(cache_folder() / "gguf" / _NOTE)
+    size, time, digest = known.get(str(path.resolve()), (0, 0, ""))
+    return str(digest) if (size, time) == (stat.st_size, stat.st_mtime_ns) else ""
 
 
 def _remembered(note: Path) -> dict[str, Any]:

@@ -9,7 +9,7 @@ Rows are put in the order that transformers wants (llama.cpp permutes the querie
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ from lorakeet.formats.safe import stored_bytes, stream_safetensors
 from lorakeet.models.gguf_copy import cache_folder, content_digest, make_whole, require_room
 from lorakeet.models.gguf_sound import config_of_gguf, reading, require_gguf
 from lorakeet.models.quantized import packable, skeleton
-from lorakeet.quant.gguf import BLOCK_TYPES, FileTensor, GgufBase, read_gguf
+from lorakeet.quant.gguf import BLOCK_TYPES, FileTensor, read_gguf
 from lorakeet.quant.on_disk import GGUF_METHOD, GGUF_TYPE, gguf_type_tensor
 
 _LAYOUT = 1  # counted up when what is written into a copy changes
@@ -39,7 +39,7 @@ _PLAIN = ("F32", "F16", "BF16")
 
 
 @dataclass(frozen=True)
-class _Tensor:
+class ModelTensor:
     """One tensor of the file: what it will be called, its rows in the model's order, and whether it stays packed."""
 
     name: str
@@ -49,7 +49,7 @@ class _Tensor:
 
     def rows(self) -> NDArray[np.int64]:
         """Which row of the file is each of the model's."""
-        rows = self.process(np.arange(len(self.stored.data), dtype=np.int64)[:, None]).reshape(-1)
+        rows = self.process(np.arange(self.stored.shape[0], dtype=np.int64)[:, None]).reshape(-1)
         if not np.array_equal(np.sort(rows), np.arange(len(rows))):
             raise NotImplementedError(f"transformers changes the numbers of {self.name} as it reads them")
         return rows
@@ -67,7 +67,7 @@ def packed_copy(path: Path, say: Callable[[str], None]) -> Path:
     Raises DataError for a file that is no readable GGUF or has layers of a type that is not read (all of them named),
     EnvironmentProblem where a package or room on the disk is missing.
     """
-    target = cache_folder() / "gguf-packed" / f"{path.stem}-{content_digest(path)[:16]}-{_LAYOUT}"
+    target = packed_place(path, content_digest(path))
     if (target / "config.json").is_file():
         return target
     require_gguf(path)
@@ -77,15 +77,21 @@ def packed_copy(path: Path, say: Callable[[str], None]) -> Path:
     return target
 
 
-def file_blocks(path: Path, layers: Mapping[str, GgufBase]) -> dict[int, bytes]:
-    """What stands where in the .gguf file `path`, by offset, once its weights are `layers`, by transformers' names."""
-    found = {}
-    for tensor in _tensors(path, config_of_gguf(path)):
-        if tensor.name in layers:
-            blocks = np.empty_like(tensor.stored.data)
-            blocks[tensor.rows()] = layers[tensor.name].packed.cpu().numpy()
-            found[tensor.stored.offset] = blocks.tobytes()
-    return found
+def packed_place(path: Path, digest: str) -> Path:
+    """Where the folder of a .gguf file of that content is, once it has been made."""
+    return cache_folder() / "gguf-packed" / f"{path.stem}-{digest[:16]}-{_LAYOUT}"
+
+
+def file_blocks(path: Path, names: Container[str], blocks_of: Callable[[str], Tensor]) -> Iterator[tuple[int, bytes]]:
+    """(offset, bytes): what stands there in the .gguf file `path` once the weights of `names`, by transformers' names, have the
+    blocks (out, bytes of a row) of `blocks_of`, which is asked for one at a time.
+    """
+    for tensor in tensors_of(path, config_of_gguf(path)):
+        if tensor.name in names:
+            given = blocks_of(tensor.name).cpu().numpy()
+            blocks = np.empty_like(given)
+            blocks[tensor.rows()] = given
+            yield tensor.stored.offset, blocks.tobytes()
 
 
 def packed_types(path: Path) -> dict[str, str]:
@@ -93,15 +99,15 @@ def packed_types(path: Path) -> dict[str, str]:
 
     Raises DataError and EnvironmentProblem as `packed_copy` does.
     """
-    tensors = _tensors(path, config_of_gguf(path))
+    tensors = tensors_of(path, config_of_gguf(path))
     return {tensor.name.removesuffix(".weight"): tensor.stored.kind for tensor in tensors if tensor.packed}
 
 
 def _write(path: Path, out: Path) -> None:
     config = config_of_gguf(path)
     tokenizer: Any = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-    tensors = {tensor.name: tensor for tensor in _tensors(path, config)}
-    shapes = {name: shape for tensor in tensors.values() for name, shape in _shapes(tensor).items()}
+    tensors = {tensor.name: tensor for tensor in tensors_of(path, config)}
+    shapes = {name: shape for tensor in tensors.values() for name, shape in stored_shapes(tensor).items()}
     require_room(path, out.parent, stored_bytes(shapes, {"format": "pt"}))
     out.mkdir()
 
@@ -116,8 +122,12 @@ def _write(path: Path, out: Path) -> None:
     config.save_pretrained(out)
 
 
-def _tensors(path: Path, config: Any) -> list[_Tensor]:
-    """What the file holds, under transformers' names; DataError with every layer whose type is not read."""
+def tensors_of(path: Path, config: Any, *, packed: bool = True) -> list[ModelTensor]:
+    """What the file holds, under transformers' names; DataError with every layer whose type is not read.
+
+    Without `packed` every tensor is read as numbers in fp32, and one that has no place in the model is left out, as transformers
+    does.
+    """
     architecture, stored = read_gguf(path)
     model = skeleton(config)
     parsed = load_gguf_checkpoint(str(path), return_tensors=False)
@@ -135,13 +145,15 @@ def _tensors(path: Path, config: Any) -> list[_Tensor]:
             name=entry.name, tensor_key_mapping=names, parsed_parameters=parsed,
         )  # fmt: skip
         name, kind = names.get(renamed.name), entry.kind
+        if name is None and not packed:
+            continue
         if name is None:
             problems.add(f"{entry.name} has no place in transformers' model; use the model's safetensors folder.")
             continue
-        layer = name.removesuffix(".weight") in layers and kind not in _PLAIN
+        layer = packed and name.removesuffix(".weight") in layers and kind not in _PLAIN
         if layer and kind not in BLOCK_TYPES:
             problems.add(f"{entry.name} is {kind}; layers may be {', '.join((*BLOCK_TYPES, *_PLAIN))}.")
-        found.append(_Tensor(name, entry, _process(processor, entry.name, names, parsed), layer))
+        found.append(ModelTensor(name, entry, _process(processor, entry.name, names, parsed), layer))
     problems.raise_if_any()
     return found
 
@@ -158,11 +170,11 @@ def _process(
     return process
 
 
-def _shapes(tensor: _Tensor) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+def stored_shapes(tensor: ModelTensor) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
     """Dtype and shape of what is written for one tensor."""
     if not tensor.packed:
         shape = tensor.process(np.zeros(tensor.stored.shape, np.float32)).shape  # nothing is dequantised for it
         return {tensor.name: (torch.float32, tuple(shape))}
-    blocks = tuple(int(size) for size in tensor.stored.data.shape)
+    blocks = tensor.stored.layout[1]
     kind = (torch.uint8, (len(tensor.stored.kind),))
     return {tensor.name: (torch.uint8, blocks), tensor.name + GGUF_TYPE: kind}

@@ -21,8 +21,10 @@ from huggingface_hub.errors import (
 from lorakeet.data.locate import PACKAGE, locate, package_file
 from lorakeet.errors import ConfigError, DataError, EnvironmentProblem, Problems
 from lorakeet.formats.safe import open_safetensors
-from lorakeet.models.gguf_copy import dense_copy
-from lorakeet.models.gguf_packed import packed_copy
+from lorakeet.models.gguf_copy import known_digest
+from lorakeet.models.gguf_dense import bytes_of_unpacking, dense_copy, dense_place
+from lorakeet.models.gguf_packed import packed_copy, packed_place
+from lorakeet.models.gguf_sound import require_gguf
 from lorakeet.models.quiet import quiet_transformers
 from lorakeet.models.spec import ModelSpec
 from lorakeet.quant.on_disk import GGUF_METHOD
@@ -59,6 +61,18 @@ def gguf_file(name: str) -> Path | None:
     """The .gguf file that a model path names, as it is or as a package's; None where it names none."""
     path = _local(ModelSpec(path=name))
     return path if path is not None and path.is_file() and path.suffix.lower() == ".gguf" else None
+
+
+def bytes_to_unpack(spec: ModelSpec) -> int:
+    """What `find_source` holds at most while it unpacks the .gguf file that `spec` names; 0 where it names none, or it is known
+    that the copy is there. Reads the file's header, and writes nothing.
+    """
+    file = gguf_file(spec.path)
+    if file is None:
+        return 0
+    packed, digest = spec.quantize.method == "gguf", known_digest(file)
+    place = packed_place(file, digest) if packed else dense_place(file, digest)
+    return 0 if digest and (place / "config.json").is_file() else bytes_of_unpacking(require_gguf(file), packed=packed)
 
 
 def on_this_machine(spec: ModelSpec) -> Path | None:

@@ -13,7 +13,8 @@ Products and sums are taken in fp32 in this order, as ggml's own reference does,
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -132,13 +133,22 @@ BLOCK_TYPES = {
 
 @dataclass(frozen=True)
 class FileTensor:
-    """A tensor of a .gguf file: its ggml type, its shape with rows first, and its bytes as they lie in the file."""
+    """A tensor of a .gguf file: its ggml type, its shape with rows first, and where its bytes lie. They stay in the file."""
 
     name: str
     kind: str
     shape: tuple[int, ...]
-    data: NDArray[Any]
-    offset: int = 0  # where the bytes begin in the file
+    path: Path
+    offset: int  # where the bytes begin in the file
+    layout: tuple[np.dtype[Any], tuple[int, ...]]  # of `data`
+
+    @property
+    def data(self) -> NDArray[Any]:
+        """The bytes as they lie in the file, rows first, read now: no page of the file stays with the process."""
+        dtype, shape = self.layout
+        with self.path.open("rb") as file:
+            file.seek(self.offset)
+            return np.fromfile(file, dtype, math.prod(shape)).reshape(shape)
 
     def numbers(self) -> NDArray[np.float32]:
         """What the bytes mean, whatever the type, in fp32."""
@@ -154,10 +164,14 @@ def read_gguf(path: Path) -> tuple[str, list[FileTensor]]:
     reader = GGUFReader(path)
     architecture = str(bytes(reader.fields["general.architecture"].parts[-1]), "utf-8")
     return architecture, [
-        FileTensor(entry.name, entry.tensor_type.name, tuple(int(size) for size in reversed(entry.shape)), entry.data,
-                   int(entry.data_offset))
+        FileTensor(entry.name, entry.tensor_type.name, _sizes(reversed(entry.shape)), path, int(entry.data_offset),
+                   (entry.data.dtype, _sizes(entry.data.shape)))
         for entry in reader.tensors
     ]
+
+
+def _sizes(shape: Iterable[Any]) -> tuple[int, ...]:
+    return tuple(int(size) for size in shape)
 
 
 def row_bytes(width: int, kind: str) -> int:

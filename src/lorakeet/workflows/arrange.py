@@ -16,12 +16,13 @@ from lorakeet.errors import ConfigError, EnvironmentProblem
 from lorakeet.memory.allocator import return_freed_memory
 from lorakeet.memory.budget import larger_than_machine, machine_bytes
 from lorakeet.memory.card import card_warning, limit_to
+from lorakeet.memory.measure import resident_bytes
 from lorakeet.memory.spill import Aside, HostAside
 from lorakeet.memory.transfer import STAGINGS
 from lorakeet.models.gguf_copy import cache_folder
 from lorakeet.models.load import read_config
 from lorakeet.models.placement import device_for, dtype_for, planned_on, products_for
-from lorakeet.models.source import find_source
+from lorakeet.models.source import bytes_to_unpack, find_source
 from lorakeet.train.rehearsal import NotPlanned, Streaming
 from lorakeet.workflows.choose_streaming import Batches, Choice, choose_streaming, least_streamed
 from lorakeet.workflows.forecast_run import ROW_BYTES, Planned, Precision, forecast_run, rows_of, runtime_bytes
@@ -45,6 +46,10 @@ class Arrangement:
     def aside(self) -> Aside:
         """A new place for the inputs of blocks."""
         return HostAside() if self.away else Aside(self.scratch)
+
+    def waiting(self) -> Aside:
+        """A new place for tensors that wait to be written: on disk where blocks are."""
+        return Aside(self.store)
 
 
 @dataclass(frozen=True)
@@ -70,6 +75,9 @@ def arrange(config: RunConfig, say: Callable[[str], None], loaded: Loaded | None
             f"memory.budget is kept on the CPU and on CUDA devices, but the model would be on {device}. Set model.device to cpu, "
             "or leave the budget out."
         )
+    if budget is not None and device.type == "cpu":
+        return_freed_memory()
+        _require_room_to_unpack(config, budget)
     source = find_source(config.model, say)
     model_config = read_config(source)
     if budget is None:
@@ -78,10 +86,8 @@ def arrange(config: RunConfig, say: Callable[[str], None], loaded: Loaded | None
     card = device if device.type == "cuda" else None
     if warning := larger_than_machine(budget) if card is None else card_warning(card, budget):
         say(warning)
-    if card is None:
-        return_freed_memory()
-        if config.memory.keep == "host":
-            say("memory.keep host is for CUDA devices. On the CPU, whose memory the budget bounds, blocks come from disk.")
+    if card is None and config.memory.keep == "host":
+        say("memory.keep host is for CUDA devices. On the CPU, whose memory the budget bounds, blocks come from disk.")
     planned = _forecast(config, model_config, source, loaded or Loaded(), say)
     found = Arrangement(budget, None if planned is None else planned.training_peak, forecast=planned, card=card)
     if planned is not None and planned.peak <= budget:
@@ -92,6 +98,17 @@ def arrange(config: RunConfig, say: Callable[[str], None], loaded: Loaded | None
     if card is not None:
         limit_to(card, budget)
     return found
+
+
+def _require_room_to_unpack(config: RunConfig, budget: int) -> None:
+    """Raises ConfigError where a .gguf file that is still to be unpacked takes more than the budget."""
+    held = bytes_to_unpack(config.model)
+    needed = resident_bytes() + held
+    if held and needed > budget:
+        raise ConfigError(
+            f"memory.budget is {budget >> 20} MiB, but unpacking {config.model.path}, which is done once, takes about "
+            f"{-(-needed >> 20)} MiB. Raise the budget, or run once without it: later runs read the copy that stays."
+        )
 
 
 def _forecast(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, MutableMapping, Sequence
 from typing import cast
 
 import torch
@@ -30,7 +30,7 @@ WARMUP = 0.1  # of the steps, since AdamW's first ones are as long as the rate w
 
 def finish(
     text: TextModel,
-    solved: Mapping[str, Requantised],
+    solved: MutableMapping[str, Requantised],
     adapter: Adapter,
     rows: Sequence[Example],
     *,
@@ -43,7 +43,7 @@ def finish(
 
     Batches and seed are those of the run; the rate rises to `RATE` of its and falls in a line. The matrix products run in
     `products` (core/precision), codes are chosen in fp32. `on_step` hears of each step and its loss in nats a token. `text`
-    holds what is returned.
+    holds what is returned. What can be trained on is taken out of `solved`: it is as large as the model in fp32.
     """
     layers: dict[str, StraightThroughLinear] = {}
     for path, pair in adapter.pairs.items():
@@ -54,6 +54,8 @@ def finish(
             bias = cast("Tensor | None", cast(nn.Module, find(text.model, path)).bias)
             layers[path] = StraightThroughLinear(latent.numbers, pair, latent.grid, bias, products=products)
             replace(text.model, path, layers[path])
+            solved[path] = dataclasses.replace(solved[path], latent=None)
+            del latent
     parameters = {f"{path}.{leaf}": layer.get_parameter(leaf) for path, layer in layers.items() for leaf in ("A", "B")}
     optimizer = Optimizer(parameters, dataclasses.replace(spec, weight_decay=0.0))
     rate = RATE * (spec.learning_rate or learning_rate_of(text))

@@ -5,7 +5,7 @@ Measured on the rows that judged the run: its test rows, or else its held-out on
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import cast
@@ -17,7 +17,7 @@ from rich.table import Table
 from torch import nn
 
 from lorakeet.core.math import Kind
-from lorakeet.data.chat import Encoder, Example, encode_rows
+from lorakeet.data.chat import Encoder, Example
 from lorakeet.data.prepare import Dataset
 from lorakeet.errors import ConfigError, Problems
 from lorakeet.evaluate.certificate import Certificate, judge
@@ -33,16 +33,20 @@ from lorakeet.models.layout import PackedLayout, read_layout
 from lorakeet.models.load import load_text_model
 from lorakeet.models.modules import block_prefix, find, kind_of, original_modules, weight_shape
 from lorakeet.models.modules import replace as put
+from lorakeet.models.packed_store import StoredBases, open_packed, write_packed
 from lorakeet.models.score import row_losses
 from lorakeet.models.spec import ModelSpec
+from lorakeet.models.streamed import Streamed
 from lorakeet.models.text import TextModel
+from lorakeet.quant.adopt import empty_base
 from lorakeet.quant.packed import PackedBase, PackedLinear
 from lorakeet.quant.spec import QuantSpec
+from lorakeet.workflows.arrange import Arrangement
 from lorakeet.workflows.finish_packed import finish
 from lorakeet.workflows.judge import ADAPTER, BASE, Judge
 from lorakeet.workflows.opened import NAME, Opened
 from lorakeet.workflows.place import writing_certificate
-from lorakeet.workflows.room_packed import require_room
+from lorakeet.workflows.room_packed import Job, calibration, keep_room, require_planned, within_room
 from lorakeet.workflows.show import show_certificate
 
 CERTIFICATE = "certificate.json"
@@ -76,43 +80,53 @@ def merge_packed(
     """Writes the quantised model with the adapter in it to `out`, loads it again and measures it on the held-out rows.
 
     Returns the certificate, which lies beside what was written, and the share of the gain that survives each way. The base is
-    held as the run had it, and one block at a time in fp32; with a finish all of its layers are. ConfigError, before anything is
-    measured, for what cannot be merged so or has no room in the run's memory.budget; VerificationFailed where less than
-    `spec.keep` survives.
+    held as the run had it, and one block at a time in fp32; with a finish all of its layers are. Within the run's memory.budget
+    the base is streamed where it has no room, and so is what is made of it; the same bytes are written. ConfigError, before
+    anything is measured, for what cannot be merged so or has no room; VerificationFailed where less than `spec.keep` survives.
     """
     layout = read_layout(spec.like or opened.config.model.path, console.print)
     if dataset is None:
         raise ConfigError("--into packed needs a run, whose training rows calibrate and whose held-out rows judge; name one.")
     _check(opened, layout, out, spec)
-    require_room(
-        opened, rows=spec.calibration_rows, finish=spec.finish_steps > 0, micro_tokens=MICRO_TOKENS, console=console
-    )
-    measured = Measured()
-    merge = Merging(opened, dataset, layout, spec, console, measured)
-    merge.measure_live()
-    console.print("Rounding to the nearest, to compare with", soft_wrap=True)
-    merge.measure(merge.rounded(), NEAREST)
-    text, solved = merge.with_feedback()
-    merge.measure(text, FEEDBACK)
-    bases: Mapping[str, PackedBase] = {path: found.base for path, found in solved.items()}
-    if spec.finish_steps:
-        bases = {**bases, **merge.finished(text, solved)}
-    kept = sum(found.scales == "kept" for found in solved.values())
-    console.print(f"{len(solved)} layers packed: {kept} with the file's own scales, the others with fitted ones.", soft_wrap=True)
-    written = write_repacked(layout, bases, out, tokenizer=opened.tokenizer)
-    console.print(f"Wrote {written:,} bytes to {out}", soft_wrap=True)
-    moved = _moved(solved)
-    del text, solved, bases  # one model at a time
-    merge.measure(_loaded(out, layout, opened, console), WRITTEN)
-    shares = {system: measured.share(system, opened) for system in measured.scores if system not in (BASE, ADAPTER)}
+    job = Job(opened, dataset, layout, spec.calibration_rows, spec.finish_steps > 0, MICRO_TOKENS)
+    opened = keep_room(job, out, console)
+    with within_room(opened, out, console):
+        solved, shares = _written(Merging(opened, dataset, layout, spec, console, Measured()), out)
     _show(shares, console)
     certificate = _certificate(opened, layout, out, shares, spec)
-    certificate = replace(certificate, facts={**certificate.facts, **moved})
+    certificate = replace(certificate, facts={**certificate.facts, **_moved(solved)})
     show_certificate(certificate, console)
     with writing_certificate(out, "merge"):
         certificate.write(out.with_name(f"{out.name}.{CERTIFICATE}") if layout.file else out / CERTIFICATE)
     certificate.raise_if_failed()
     return certificate, shares
+
+
+def _written(merge: Merging, out: Path) -> tuple[Mapping[str, Requantised], dict[str, Estimate]]:
+    """Writes the model and measures every form of it; how each layer was packed, and the share that survives each way."""
+    opened, layout, console, measured = merge.opened, merge.layout, merge.console, merge.measured
+    merge.measure_live()
+    console.print("Rounding to the nearest, to compare with", soft_wrap=True)
+    nearest = merge.rounded()
+    merge.measure(nearest, NEAREST)
+    _drop(nearest)
+    del nearest
+    text, solved = merge.with_feedback()
+    merge.measure(text, FEEDBACK)
+    text.release()
+    bases = packed_bases(text, solved)
+    if merge.spec.finish_steps:
+        bases = {**bases, **merge.finished(text, solved)}
+    kept = sum(found.scales == "kept" for found in solved.values())
+    console.print(f"{len(solved)} layers packed: {kept} with the file's own scales, the others with fitted ones.", soft_wrap=True)
+    written = write_repacked(layout, bases, out, tokenizer=opened.tokenizer, waiting=merge.kept.waiting())
+    console.print(f"Wrote {written:,} bytes to {out}", soft_wrap=True)
+    outcome = {path: replace(found, base=_without_numbers(found.base), latent=None) for path, found in solved.items()}
+    _drop(text)
+    del text, solved, bases  # one model at a time
+    merge.measure(_loaded(out, layout, opened, console), WRITTEN)
+    shares = {system: measured.share(system, opened) for system in measured.scores if system not in (BASE, ADAPTER)}
+    return outcome, shares
 
 
 def _check(opened: Opened, layout: PackedLayout, out: Path, spec: PackedMerge) -> None:
@@ -159,6 +173,7 @@ class Merging:
     def measure_live(self) -> None:
         """The run's base and its adapter, in fp32."""
         text = self.live()
+        require_planned(self.opened, text)
         for system in (BASE, ADAPTER):
             self.measured.scores[system] = self._scores(text, system)
 
@@ -180,55 +195,97 @@ class Merging:
         fold_layers(text.model, NAME, paths)
         return {path: cast(nn.Module, find(text.model, path)) for path in paths}
 
+    @property
+    def kept(self) -> Arrangement:
+        """Where the models are."""
+        return self.opened.kept or Arrangement()
+
     def rounded(self) -> TextModel:
         """Every layer rounded to the nearest, with scales fitted to it; one at a time is plain numbers."""
         text = self.live()
+        if text.streamed is not None:
+            return self._repacked(text, self._nearest(text, text.streamed), "nearest")
         for path, read in self.layout.layers.items():
             layer = self._folded(text, [path])[path]
             put(text.model, path, PackedLinear(round_to_nearest(read(), weight_of(layer)), layer.bias))  # type: ignore[arg-type]
         return text
 
-    def rows(self, text: TextModel) -> tuple[list[Example], list[Example]]:
-        """Calibration rows, spread over the training rows, and the others."""
-        encoder = Encoder(text.tokenizer, self.opened.config.data, self.dataset.labels)
-        examples = list(encode_rows(self.dataset.train, encoder).examples)
-        count = min(self.spec.calibration_rows, (len(examples) + 1) // 2 if self.spec.finish_steps else len(examples))
-        chosen = set(range(0, len(examples), max(1, len(examples) // count))[:count])
-        others = [example for number, example in enumerate(examples) if number not in chosen]
-        return [examples[number] for number in sorted(chosen)], others
+    def _nearest(self, text: TextModel, streamed: Streamed) -> Iterator[dict[str, PackedBase]]:
+        """The layers of each block, rounded to the nearest while it is in memory."""
+        _require_in_blocks(text, self.layout)
+        prefix, count = block_prefix(text.model, text.family)
+        for number in range(count):
+            found: dict[str, PackedBase] = {}
+            with torch.no_grad(), streamed.present(number, then=number):
+                for path in self._of_block(f"{prefix}.{number}"):
+                    standing = cast(nn.Module, find(text.model, path))
+                    layer = self._folded(text, [path])[path]
+                    found[path] = round_to_nearest(self.layout.layers[path](), weight_of(layer))
+                    put(text.model, path, standing)
+                    del layer
+            text.release()
+            yield found
+
+    def _of_block(self, block: str) -> list[str]:
+        return [path for path in self.layout.layers if path.startswith(f"{block}.")]
+
+    def _repacked(self, text: TextModel, blocks: Iterator[Mapping[str, PackedBase]], name: str) -> TextModel:
+        """The model that streams the packed `blocks` from a store of their own, in place of the streamed `text`."""
+        path = cast(Path, self.kept.store) / f"{name}.safetensors"
+        write_packed(text, blocks, path)
+        packed = open_packed(text, path)
+        cast(Streamed, text.streamed).stream.close()
+        return packed
 
     def with_feedback(self) -> tuple[TextModel, dict[str, Requantised]]:
-        """The model with every layer packed by error feedback on the calibration rows, and how each was."""
+        """The model with every layer packed by error feedback on the calibration rows, and how each was.
+
+        The packed weights are in the model; of one that streams they are in its store alone (`packed_bases`).
+        """
         text = self.live()
         unfuse(text.model)
-        rows, _ = self.rows(text)
-        prefix, _ = block_prefix(text.model, text.family)
-        known = dict(original_modules(text.model))
-        outside = sorted(path for path in self.layout.layers if not path.startswith(f"{prefix}.") or path not in known)
-        if outside:
-            raise ConfigError(f"Packed layers outside of the blocks cannot be calibrated: {', '.join(outside[:8])}.")
+        _require_in_blocks(text, self.layout)
+        rows, _ = calibration(self.opened, self.dataset, text.tokenizer, self.spec.calibration_rows, self._finishes)
         solved: dict[str, Requantised] = {}
+        standing: dict[str, nn.Module] = {}
 
         def pack(path: str, *given: object) -> PackedBase:
-            found = round_with_feedback(self.layout.layers[path](), *given, latent=bool(self.spec.finish_steps))  # type: ignore[arg-type]
-            solved[path] = found
+            latent = self._finishes and path in self.opened.adapter.pairs
+            found = round_with_feedback(self.layout.layers[path](), *given, latent=latent)  # type: ignore[arg-type]
+            solved[path] = found if text.streamed is None else replace(found, base=_without_numbers(found.base))
             return found.base
 
         def layers_of(block: str) -> dict[str, nn.Module]:
-            return self._folded(text, [path for path in self.layout.layers if path.startswith(f"{block}.")])
+            paths = self._of_block(block)
+            if text.streamed is not None:
+                standing.update({path: cast(nn.Module, find(text.model, path)) for path in paths})
+            return self._folded(text, paths)
 
-        widest = max(weight_shape(known[path], cast(Kind, kind_of(known[path])))[1] for path in self.layout.layers)
+        def packed() -> Iterator[dict[str, PackedBase]]:
+            for block in pack_blocks(text, rows, pack, layers_of, keep=True, aside=self.kept.aside):
+                while standing:  # what was folded goes, since the numbers that it was made of have gone
+                    put(text.model, *standing.popitem())
+                bar.update(task, total=block.count, completed=block.number + 1)
+                yield block.layers
+
+        known = dict(original_modules(text.model))
+        check_tokens(rows, max(weight_shape(known[path], cast(Kind, kind_of(known[path])))[1] for path in self.layout.layers))
         del known
-        check_tokens(rows, widest)
         with Bar(console=self.console, transient=True, disable=not self.console.is_terminal) as bar:
             task = bar.add_task(f"error feedback on {len(rows)} rows", total=None)
-            for block in pack_blocks(text, rows, pack, layers_of, keep=True):
-                bar.update(task, total=block.count, completed=block.number + 1)
+            if text.streamed is not None:
+                return self._repacked(text, packed(), "packed"), solved
+            for _ in packed():
+                pass
         return text, solved
 
-    def finished(self, text: TextModel, solved: Mapping[str, Requantised]) -> Mapping[str, PackedBase]:
+    @property
+    def _finishes(self) -> bool:
+        return self.spec.finish_steps > 0
+
+    def finished(self, text: TextModel, solved: dict[str, Requantised]) -> Mapping[str, PackedBase]:
         """The layers after the finish where it lowers the loss on the calibration rows, which it does not train on; else none."""
-        judged, rows = self.rows(text)
+        judged, rows = calibration(self.opened, self.dataset, text.tokenizer, self.spec.calibration_rows, self._finishes)
         before = self._loss(text, judged)
         with Bar(console=self.console, transient=True, disable=not self.console.is_terminal) as bar:
             task = bar.add_task("finishing", total=self.spec.finish_steps)
@@ -257,11 +314,40 @@ class Merging:
         return float(losses.sum() / targets.sum())
 
 
+def packed_bases(text: TextModel, solved: Mapping[str, Requantised]) -> Mapping[str, PackedBase]:
+    """The packed weights of `solved`, by path; of a streamed model each is read from its store when it is asked for."""
+    if text.store is not None:
+        return StoredBases(text.store, solved)
+    return {path: found.base for path, found in solved.items()}
+
+
+def _without_numbers(base: PackedBase) -> PackedBase:
+    """What tells how `base` is packed, and holds nothing."""
+    return empty_base(base.settings, device="meta")
+
+
+def _drop(text: TextModel) -> None:
+    """Removes the store of a streamed model that is not needed any more."""
+    if text.streamed is not None and text.store is not None:
+        text.streamed.stream.close()
+        text.store.path.unlink()
+
+
+def _require_in_blocks(text: TextModel, layout: PackedLayout) -> None:
+    """Raises ConfigError for packed layers outside of the blocks, or where the model has none."""
+    prefix, _ = block_prefix(text.model, text.family)
+    known = {path for path, _ in original_modules(text.model)}
+    outside = sorted(path for path in layout.layers if not path.startswith(f"{prefix}.") or path not in known)
+    if outside:
+        raise ConfigError(f"Packed layers outside of the blocks cannot be calibrated: {', '.join(outside[:8])}.")
+
+
 def _loaded(out: Path, layout: PackedLayout, opened: Opened, console: Console) -> TextModel:
     """What was written, loaded again with its packed layers."""
     quantize = QuantSpec(method="gguf") if layout.file is not None else QuantSpec()
-    spec = ModelSpec(path=str(out), dtype="float32", products="float32", device=opened.config.model.device, quantize=quantize)
-    return load_text_model(spec, say=console.print)
+    spec = ModelSpec(path=str(out), dtype="float32", products="float32", device=opened.checked_on, quantize=quantize)
+    kept = opened.kept or Arrangement()
+    return load_text_model(spec, say=console.print, store=kept.store, slots=kept.slots)
 
 
 def _moved(solved: Mapping[str, Requantised]) -> dict[str, str]:

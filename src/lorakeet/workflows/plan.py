@@ -15,11 +15,14 @@ from rich.console import Console
 
 from lorakeet.config import RunConfig
 from lorakeet.evaluate.wording import bytes_text
-from lorakeet.memory.allocator import return_freed_memory
+from lorakeet.memory.allocator import return_freed_memory, slack
 from lorakeet.memory.budget import larger_than_machine
-from lorakeet.memory.forecast import Phase
+from lorakeet.memory.forecast import Forecast, Phase, phase_at
+from lorakeet.memory.held import Held
 from lorakeet.memory.ledger import Work
+from lorakeet.memory.measure import resident_bytes
 from lorakeet.models.outline import config_of, local_files
+from lorakeet.models.source import bytes_to_unpack
 from lorakeet.workflows import finetune as _run  # noqa: F401 - what a run has in memory is in memory here, to be counted
 from lorakeet.workflows.arrange import Loaded, batches_of, beside_card, precision_of, streamed_plans, streaming_text
 from lorakeet.workflows.choose_streaming import Choice, choose_streaming, least_streamed
@@ -28,6 +31,7 @@ from lorakeet.workflows.forecast_run import Planned, Precision, forecast_run, ru
 from lorakeet.workflows.image_plan import ImagePlanResult, plan_images
 from lorakeet.workflows.show import memory_table
 
+UNPACK = "unpack"
 PROBE_SIZE, PROBE_BYTES, PROBE_REPEATS = 1024, 64 << 20, 5
 
 
@@ -129,7 +133,7 @@ def plan(
     speed = None if precision.on_card else _speed(precision.products)
     runtime = runtime_bytes(precision)
     forecast = partial(forecast_run, model_config=model_config, runtime=runtime, files=files, returning=budget is not None)
-    planned = forecast(config, precision=precision)
+    planned = _unpacked_first(forecast(config, precision=precision), config)
     later: tuple[Phase, ...] = ()
     if budget is not None and not precision.on_card:  # merging and exporting are checked on the CPU
         later = later_phases(config, model_config, planned.plan, budget)
@@ -141,7 +145,7 @@ def plan(
         beside = "" if streamed is None or not precision.on_card else beside_card(streamed, batches, config.memory.keep)[1]
         if streamed is not None:
             whole = dataclasses.replace(streamed.planned, forecast=with_later(streamed.planned.forecast, later))
-            streamed = dataclasses.replace(streamed, planned=whole)
+            streamed = dataclasses.replace(streamed, planned=_unpacked_first(whole, config))
         result = dataclasses.replace(result, streamed=streamed, beside_card=beside)
         if streamed is None:
             changes = _changes(config, precision, planned)
@@ -150,6 +154,15 @@ def plan(
             result = dataclasses.replace(result, least=least_streamed(rehearsed), advice=advice)
     show_plan(result, console)
     return result
+
+
+def _unpacked_first(planned: Planned, config: RunConfig) -> Planned:
+    """`planned` with the phase in which a .gguf file is unpacked, where that is still to be done."""
+    held = bytes_to_unpack(config.model)
+    if not held:
+        return planned
+    unpacking = phase_at(UNPACK, Held(held, {"scratch": held}), resident_bytes(), slack(0))
+    return dataclasses.replace(planned, forecast=Forecast((unpacking, *planned.forecast.phases)))
 
 
 def show_plan(result: PlanResult, console: Console) -> None:
@@ -175,6 +188,11 @@ def show_plan(result: PlanResult, console: Console) -> None:
         console.print(
             f"finetune refuses: it needs at least {least_that_works}, with its blocks streamed from disk. With weights in memory "
             "it would take:", soft_wrap=True,
+        )  # fmt: skip
+    if (first := planned.forecast.phases[0]).name == UNPACK and result.budget is not None and first.bytes > result.budget:
+        console.print(
+            f"finetune refuses: unpacking {result.config.model.path}, which is done once, takes {bytes_text(first.bytes)}. Raise "
+            "the budget, or run once without it: later runs read the copy that stays.", soft_wrap=True,
         )  # fmt: skip
     for item in result.advice:
         fits = "fits" if result.budget is not None and item.peak <= result.budget else "is still too much"

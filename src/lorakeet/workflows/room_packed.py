@@ -1,130 +1,302 @@
-"""How much memory a merge into a quantised model takes, and whether a budget has room for it.
+"""How a merge into a quantised model keeps a memory budget: rehearsed on shapes, decided before anything is measured, or refused.
 
-    measure    the base as the run had it, packed where it was, computes with the adapter and without
-    round      beside it one block in fp32, what the rounding of its largest layer holds, and the rows' states: rehearsed
-    finish     the numbers before rounding, the same without the pairs, their scales and the rounded ones: three and a half times
+load       the base is read, or goes block by block into a store
+compare    it computes with the adapter and without, and what was made of it after that
+round      beside it one block in fp32, what the rounding of its largest layer holds, and the calibration rows' states
+finish     the layers' numbers before rounding without the pairs, their grids and the rounded ones, while pairs are trained
+
+Where the base has no room it is streamed, two blocks in memory, and what is rounded goes block by block into a store of its own
+(models/packed_store); the rows' states go to disk if need be. A finish needs all layers at once: nothing is streamed then.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
-from typing import cast
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
-from torch import Tensor, nn
 
-from lorakeet.core.plan import Plan
-from lorakeet.errors import ConfigError
+from lorakeet.data.chat import Encoder, Example, encode_rows
+from lorakeet.data.prepare import Dataset
+from lorakeet.errors import ConfigError, EnvironmentProblem
 from lorakeet.evaluate.wording import bytes_text
 from lorakeet.memory.allocator import return_freed_memory
 from lorakeet.memory.budget import larger_than_machine
-from lorakeet.merge.requantise import BYTES_OF_ROUNDING
-from lorakeet.models.adapt import begin_adapter
-from lorakeet.models.alike_blocks import Build, pass_first_of_each_kind
-from lorakeet.models.families import family_of
+from lorakeet.memory.forecast import Phase, phases_of
+from lorakeet.memory.held import Held, with_more
+from lorakeet.memory.measure import PeakMemory
+from lorakeet.memory.outlined_disk import OutlinedAside
+from lorakeet.memory.spill import Aside
+from lorakeet.models.alike_blocks import Build
 from lorakeet.models.fits import plan_of
-from lorakeet.models.folded import fold_layers
-from lorakeet.models.fuse import unfuse
-from lorakeet.models.gptq_blocks import pack_blocks
-from lorakeet.models.load import read_config
-from lorakeet.models.modules import block_prefix, find, original_modules
-from lorakeet.models.outline import OutlinedBase, outline
-from lorakeet.models.quantized import packable
+from lorakeet.models.layout import PackedLayout
+from lorakeet.models.load import load_tokenizer, read_config
+from lorakeet.models.outline import outline
+from lorakeet.models.packing import packing_of
 from lorakeet.models.source import find_source
-from lorakeet.models.streamed_load import empty_model
+from lorakeet.models.streamed import NotStreamed
+from lorakeet.models.streamed_load import empty_model, empty_packed
+from lorakeet.models.streamed_outline import streamed_outline
 from lorakeet.models.text import TextModel
-from lorakeet.quant.adopt import empty_base
-from lorakeet.quant.packed import PackedBase, PackedLinear
-from lorakeet.train.rehearsal import JUDGE, Judging, NotPlanned, Rows, made_up_rows, on_shapes, rehearse_judging
+from lorakeet.quant.spec import QuantSpec
+from lorakeet.train.rehearsal import JUDGE, Judging, NotPlanned, Rehearsal, rehearse_judging
+from lorakeet.workflows.arrange import Arrangement
+from lorakeet.workflows.choose_streaming import FEWEST
+from lorakeet.workflows.forecast_check import stores
 from lorakeet.workflows.forecast_run import INTERVALS, TOKENIZER_ENTRY, Precision, filled, runtime_bytes
-from lorakeet.workflows.opened import NAME, Opened
+from lorakeet.workflows.opened import Opened
+from lorakeet.workflows.rehearse_packed import rehearse_finish, rehearse_rounding
+from lorakeet.workflows.room_quantize import PLANNED, RESIDENT, SPILLED, STREAMED, Way, say_peak
 
 FP32 = 4  # bytes
-FINISH = 3.5  # of the layers in fp32: before rounding, the same without the pairs, scales, and the rounded numbers
-ROUND = "round"
-ENOUGH_ROWS = 64  # that are rehearsed, the default; of more the states alone count
-ANGLES = 512  # numbers of a token that go into blocks beside its state: cosines and sines of a head's width, at most 256 each
-LIKE = {"block_size": 64, "double_quant": True}  # of a layer that the base has dense, and the result in NF4 or alike
+FINISH = 3.5  # of the model in fp32, where nothing can be rehearsed: without the pairs, its grid, rounded, and the packed layers
+WHAT = "a merge into packed weights"
 
 
-def require_room(opened: Opened, *, rows: int, finish: bool, micro_tokens: int, console: Console) -> None:
-    """Raises ConfigError where the run's memory.budget has no room for a merge that calibrates on `rows` rows."""
-    budget = opened.config.memory.bytes
+@dataclass(frozen=True)
+class Job:
+    """What is merged, as far as it decides what is held."""
+
+    opened: Opened
+    dataset: Dataset
+    layout: PackedLayout
+    calibration_rows: int
+    finishes: bool
+    micro_tokens: int  # through the model at once, where it is measured
+
+    @cached_property
+    def source(self) -> Path:
+        """The folder of the base."""
+        return find_source(self.opened.config.model, lambda line: None)
+
+    @cached_property
+    def rows(self) -> Sequence[Example]:
+        """The calibration rows."""
+        tokenizer = load_tokenizer(self.opened.tokenizer or self.source)
+        return calibration(self.opened, self.dataset, tokenizer, self.calibration_rows, self.finishes)[0]
+
+
+def calibration(
+    opened: Opened, dataset: Dataset, tokenizer: Any, count: int, finishes: bool
+) -> tuple[list[Example], list[Example]]:
+    """`count` calibration rows, spread over the training rows, and the others; for a finish at most half of them."""
+    examples = list(encode_rows(dataset.train, Encoder(tokenizer, opened.config.data, dataset.labels)).examples)
+    count = min(count, (len(examples) + 1) // 2 if finishes else len(examples))
+    chosen = set(range(0, len(examples), max(1, len(examples) // count))[:count])
+    others = [example for number, example in enumerate(examples) if number not in chosen]
+    return [examples[number] for number in sorted(chosen)], others
+
+
+def keep_room(job: Job, out: Path, console: Console) -> Opened:
+    """The adapter of `job` with how its models keep the run's memory.budget, which is said; as it was where it has none.
+
+    Raises ConfigError with the least that works, EnvironmentProblem where the disk lacks room for what lies there meanwhile.
+    """
+    opened, budget = job.opened, job.opened.config.memory.bytes
     if budget is None:
-        return
+        return opened
     say = partial(console.print, markup=False, soft_wrap=True)
     if warning := larger_than_machine(budget):
         say(warning)
     return_freed_memory()
-    what = "a merge into packed weights"
     try:
-        needed = _needed(opened, rows, finish, micro_tokens, console)
+        found, why_no_more = _ways(_Planner(job), budget)
     except NotPlanned as error:
         say(str(error))
-        opened.require_room(1 + (FINISH if finish else 0), what, console)
+        opened.require_room(1 + (FINISH if job.finishes else 0), WHAT, console)
+        return replace(opened, kept=Arrangement(budget))
+    way = min(found, key=lambda tried: found[tried].peak)
+    forecast = found[way]
+    if forecast.peak > budget:
+        raise ConfigError(_too_little(job, budget, found, why_no_more))
+    slots, planned = forecast.slots_within(budget)
+    say(f"Memory: {bytes_text(planned)} planned of {bytes_text(budget)} for {WHAT}: {_words(way, slots)}.")
+    if not way.streamed:
+        return replace(opened, kept=Arrangement(budget, planned))
+    named = opened.config.memory.store
+    folder = (Path(named).expanduser() if named else out.absolute().parent) / f".{out.name}.blocks"
+    _require_disk(folder, job, way)
+    return replace(opened, kept=Arrangement(budget, planned, folder, folder if way.on_disk else None, slots=slots))
+
+
+@contextmanager
+def within_room(opened: Opened, out: Path, console: Console) -> Iterator[None]:
+    """A context for the whole work, with the folder of its stores; at its end what the process held at most is said."""
+    kept = opened.kept
+    if kept is None or kept.budget is None:
+        yield
         return
-    if needed > budget:
-        less = " Without --finish-steps it takes less." if finish else " Fewer --calibration-rows take less."
+    remedy = f"Remove {out} if it is there, free some space, or name a folder on another disk with memory.store, and merge again."
+    with stores(opened, remedy), PeakMemory() as memory:
+        try:
+            yield
+        except NotStreamed as error:  # whose message is about a run's budget
+            raise ConfigError(f"{error.reason} Leave --memory out.") from error
+    if kept.planned is not None:
+        say_peak(memory, kept.budget, kept.planned, console)
+
+
+def require_planned(opened: Opened, text: TextModel) -> None:
+    """Raises ConfigError where a model under a budget cannot attend as it was planned, which shows when it is loaded."""
+    asked = opened.config.model.attention
+    wanted = PLANNED if asked == "auto" else asked
+    if opened.kept is not None and opened.kept.planned is not None and text.attention != wanted:
         raise ConfigError(
-            f"The budget is {bytes_text(budget)}, but {what} takes about {bytes_text(needed)}: the base as the run had it, and "
-            f"{'its layers in fp32' if finish else 'one block in fp32'}.{less} Give that much with --memory, or do it on a "
+            f"{text.name} attends with {text.attention}, row by row, but --memory is planned for attention {wanted}, over rows "
+            "laid end to end. Leave --memory out."
+        )
+
+
+def _words(way: Way, slots: int) -> str:
+    """The way, as a person reads it."""
+    if not way.streamed:
+        return "the models stay in memory"
+    states = "there" if way.on_disk else "in memory"
+    return f"blocks are streamed from disk, {slots} in memory, the calibration rows' states {states}"
+
+
+def _too_little(job: Job, budget: int, found: Mapping[Way, _Forecast], why_no_more: str) -> str:
+    """Why it is refused, with the least that works."""
+    least = min(found.values(), key=lambda forecast: forecast.peak)
+    needed = -(-least.peak >> 20)
+    text = f"The budget is {budget >> 20} MiB, but {WHAT} takes at least {needed} MiB, most of it {least.highest.name}"
+    if job.finishes:
+        return (
+            f"{text}: --finish-steps trains through every layer's numbers before rounding, all of which are in memory. Without "
+            "it blocks are streamed, and it takes less. Leave --finish-steps out, give that much with --memory, or do it on a "
             "larger machine."
         )
-    say(f"Memory: {bytes_text(needed)} planned of {bytes_text(budget)} for {what}.")
+    return (
+        f"{text}.{why_no_more} Fewer --calibration-rows, or shorter ones, may take less. Give that much with --memory, or do it "
+        "on a larger machine."
+    )
 
 
-def _needed(opened: Opened, rows: int, finish: bool, micro_tokens: int, console: Console) -> int:
-    spec = opened.config.model
-    source = find_source(spec, partial(console.print, markup=False, soft_wrap=True))
-    config = read_config(source)
-    text, empty = config.get_text_config(), empty_model(config, torch.float32)
-    make = partial(
-        outline, name=spec.path, dtype=torch.float32, products=torch.float32, attention=spec.attention,
-        quantize=spec.quantize, files=source,
-    )  # fmt: skip
-    longest = opened.config.data.max_tokens
-    judging = Judging(filled(longest, max(longest, micro_tokens)), 0, 0)
-    ids = next((found.ids for found in opened.adapter.token_rows.values()), ())
-    plan = plan_of(empty, opened.adapter)
-    found = rehearse_judging(Build(make, config), plan, judging, token_ids=ids)
-    few = min(rows, ENOUGH_ROWS)
-    waiting = FP32 * (rows - few) * longest * (int(text.hidden_size) + ANGLES)
-    rounding = rehearse_rounding(partial(make, config), plan, Rows(longest, few)) + waiting
-    finishing = int(FINISH * FP32 * layer_numbers(empty)) if finish else 0
-    beside = runtime_bytes(Precision(torch.float32, torch.float32, spec.quantize)) + TOKENIZER_ENTRY * int(text.vocab_size)
-    return beside + max(found.peaks[JUDGE].bytes + INTERVALS, rounding) + finishing
+@dataclass(frozen=True)
+class _Forecast:
+    """The phase that holds most, and what a place for one more block takes, where there is one more that could have it."""
+
+    highest: Phase
+    comparing: int = 0  # bytes, of the phase in which places for more blocks are of use
+    blocks: int = 0
+    block_bytes: int = 0
+
+    @property
+    def peak(self) -> int:
+        """The most bytes held."""
+        return self.highest.bytes
+
+    def slots_within(self, budget: int) -> tuple[int, int]:
+        """How many blocks have a place within `budget`, and the peak with them."""
+        if not self.blocks:
+            return FEWEST, self.peak
+        slots = min(self.blocks, FEWEST + (budget - self.comparing) // self.block_bytes)
+        return slots, max(self.peak, self.comparing + (slots - FEWEST) * self.block_bytes)
 
 
-def rehearse_rounding(build: Callable[[], TextModel], plan: Plan, rows: Rows) -> int:
-    """The most bytes of tensors that are held while the first blocks of each kind are folded and rounded on calibration rows."""
-    with on_shapes() as ledger:
-        text = build()
-        begin_adapter(text, plan, seed=0)
-        unfuse(text.model)
-        modules = original_modules(text.model)
-        packing = {path: module.base.settings for path, module in modules if isinstance(module, PackedLinear)}
-        paths = list(packing) or list(packable(text.model, head=False))
-
-        def layers_of(block: str) -> dict[str, nn.Module]:
-            own = [path for path in paths if path.startswith(f"{block}.")]
-            fold_layers(text.model, NAME, own)
-            return {path: cast(nn.Module, find(text.model, path)) for path in own}
-
-        def pack(path: str, weight: Tensor, *_: object) -> PackedBase:
-            torch.empty(BYTES_OF_ROUNDING * weight.numel(), dtype=torch.uint8)
-            return OutlinedBase(empty_base(packing.get(path, {"method": "nf4", "shape": tuple(weight.shape), **LIKE})))
-
-        with ledger.phase(ROUND):
-            blocks = pack_blocks(text, made_up_rows(rows), pack, layers_of, keep=True)
-            pass_first_of_each_kind(blocks, text.model, text.family)
-        ledger.close()
-        return ledger.peaks[ROUND].bytes
+def _ways(planner: _Planner, budget: int) -> tuple[dict[Way, _Forecast], str]:
+    """What each way holds, up to the first that keeps the budget; and why the model cannot be streamed, where it cannot."""
+    found: dict[Way, _Forecast] = {}
+    try:
+        for way in (RESIDENT,) if planner.job.finishes else (RESIDENT, STREAMED, SPILLED):
+            found[way] = planner.forecast(way)
+            if found[way].peak <= budget:
+                break
+    except NotStreamed as error:
+        return found, f" {error.reason}"
+    return found, ""
 
 
-def layer_numbers(model: nn.Module) -> int:
-    """Numbers of the linear layers within the blocks of a model, which may have shapes alone."""
-    prefix, count = block_prefix(model, family_of(model.config.get_text_config()))  # type: ignore[union-attr, operator]
-    inside = [model.get_submodule(f"{prefix}.{index}") for index in range(count)]
-    return sum(parameter.numel() for block in inside for parameter in block.parameters() if parameter.dim() == 2)
+class _Planner:
+    """The forecasts of one merge."""
+
+    def __init__(self, job: Job) -> None:
+        self.job, self.spec = job, job.opened.config.model
+        self.config = read_config(job.source)
+        self.empty = empty_model(self.config, torch.float32)
+        self.plan = plan_of(self.empty, job.opened.adapter)
+        named = self.spec.products
+        self.products = torch.float32 if named == "auto" else getattr(torch, named)
+        longest = job.opened.config.data.max_tokens
+        self.judging = Judging(filled(longest, max(longest, job.micro_tokens)), 0, 0)
+        words = TOKENIZER_ENTRY * int(self.config.get_text_config().vocab_size)
+        self.runtime = runtime_bytes(Precision(torch.float32, self.products, self.spec.quantize)) + words
+
+    def forecast(self, way: Way) -> _Forecast:
+        """What is held that way. Raises NotStreamed where the model has no list of blocks, NotPlanned where nobody can know."""
+        base = rehearse_judging(self._build(way), self.plan, self.judging, token_ids=())
+        compared = with_more(base.peaks[JUDGE], scratch=INTERVALS)
+        adapter = FP32 * self.plan.parameters
+        held = {
+            "to load the base": with_more(Held(), base=base.base, adapter=adapter, scratch=self._reading(base)),
+            "to compare": compared,
+            "to round": self._rounding(way),
+        }
+        if self.job.finishes:
+            held["to finish"] = self._finishing()
+        phases = {phase.name: phase for phase in phases_of(held, self.runtime, returning=True)}
+        highest = max(phases.values(), key=lambda phase: phase.bytes)
+        return _Forecast(highest, phases["to compare"].bytes, base.blocks, base.block_bytes)
+
+    def _rounding(self, way: Way) -> Held:
+        """The first blocks of each kind, as they are folded and rounded on the calibration rows."""
+        build, layers = self._build(way, torch.float32), self._packing()
+        return rehearse_rounding(build, self.plan, self.job.rows, layers, OutlinedAside if way.on_disk else Aside)
+
+    def _finishing(self) -> Held:
+        """Two steps on the longest rows that there are to train on."""
+        opened, job = self.job.opened, self.job
+        tokenizer = load_tokenizer(opened.tokenizer or job.source)
+        others = calibration(opened, job.dataset, tokenizer, job.calibration_rows, finishes=True)[1]
+        spec = opened.config.train
+        rows = sorted(others, key=lambda row: -len(row.ids))[: spec.batch_size]
+        build = self._build(RESIDENT, torch.float32)
+        return rehearse_finish(build, opened.adapter, self._packing(), rows, spec, self.products)
+
+    def _packing(self) -> Mapping[str, Mapping[str, Any]]:
+        """How each layer will be packed, by path."""
+        folder = self.job.layout.folder
+        config = read_config(folder)
+        return packing_of(empty_model(config, torch.float32), config, QuantSpec(), folder)
+
+    def _build(self, way: Way, products: torch.dtype | None = None) -> Build:
+        make = partial(
+            streamed_outline if way.streamed else outline, name=self.spec.path, dtype=torch.float32,
+            products=products or self.products, attention=self.spec.attention, quantize=self.spec.quantize,
+            files=self.job.source,
+        )  # fmt: skip
+        return Build(make, self.config)
+
+    def _reading(self, found: Rehearsal) -> int:
+        """Beside the base while it is read: a block on its way into the store, a weight, or pages of files in another dtype."""
+        stored = (getattr(self.config, "dtype", None) or torch.float32).itemsize
+        if found.blocks or found.packed:
+            return found.block_bytes + found.largest * (stored + FP32)
+        return found.parameters * stored if stored != FP32 else 0
+
+
+def _require_disk(folder: Path, job: Job, way: Way) -> None:
+    """Raises EnvironmentProblem where the disk has no room for the stores, the rows' states and the result."""
+    config = read_config(job.source)
+    packed = _stored_bytes(read_config(job.layout.folder), QuantSpec(), job.layout.folder)
+    hidden = int(config.get_text_config().hidden_size)
+    states = 2 * FP32 * hidden * sum(len(row.ids) for row in job.rows) if way.on_disk else 0
+    needed = _stored_bytes(config, job.opened.config.model.quantize, job.source) + 3 * packed + states
+    free = shutil.disk_usage(next(place for place in folder.absolute().parents if place.exists())).free
+    if needed > free:
+        raise EnvironmentProblem(
+            f"To keep the budget, blocks lie in {folder} until all is done: {bytes_text(needed)} with the result, and "
+            f"{bytes_text(free)} are free there. Free some space, or name a folder on another disk with memory.store in the "
+            "run's config.yaml."
+        )
+
+
+def _stored_bytes(config: Any, quantize: QuantSpec, files: Path) -> int:
+    """Of all tensors of a model in fp32 but for its packed layers."""
+    return sum(tensor.nbytes for tensor in empty_packed(config, torch.float32, quantize, files).state_dict().values())

@@ -1,0 +1,124 @@
+"""A merge into a quantised model rehearsed on shapes: its blocks folded and rounded, and the steps of its finish."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from lorakeet.core.adapter import Adapter
+from lorakeet.core.plan import Plan
+from lorakeet.data.chat import Example
+from lorakeet.memory.held import Held
+from lorakeet.memory.spill import Aside
+from lorakeet.merge.requantise import BYTES_OF_ROUNDING, Latent, Requantised
+from lorakeet.models.adapt import begin_adapter
+from lorakeet.models.alike_blocks import pass_first_of_each_kind
+from lorakeet.models.folded import fold_layers
+from lorakeet.models.fuse import unfuse
+from lorakeet.models.gptq_blocks import pack_blocks
+from lorakeet.models.modules import find, kind_of
+from lorakeet.models.modules import replace as put
+from lorakeet.models.outline import OutlinedBase
+from lorakeet.models.text import TextModel
+from lorakeet.quant.adopt import empty_base
+from lorakeet.quant.packed import PackedBase, PackedLinear
+from lorakeet.quant.regrid import EvenGrid, Grid, LevelGrid
+from lorakeet.train.rehearsal import on_shapes
+from lorakeet.train.spec import TrainSpec
+from lorakeet.workflows.finish_packed import finish
+from lorakeet.workflows.opened import NAME
+
+ROUND, FINISHING = "round", "finish"
+
+
+def rehearse_rounding(
+    build: Callable[[], TextModel],
+    plan: Plan,
+    rows: Sequence[Example],
+    packing: Mapping[str, Mapping[str, Any]],
+    aside: Callable[[], Aside] = Aside,
+) -> Held:
+    """What is held at most while the first blocks of each kind are folded and rounded on calibration rows.
+
+    `packing` tells how each layer will be packed, `aside` where the rows' states are.
+    """
+    with on_shapes() as ledger:
+        text = build()
+        begin_adapter(text, plan, seed=0)
+        unfuse(text.model)
+        ledger.name("base", [*text.model.parameters(), *text.model.buffers()])
+        stays = [] if text.streamed is not None else [*text.model.parameters(), *text.model.buffers()]
+        text.release()
+        standing: dict[str, nn.Module] = {}
+
+        def layers_of(block: str) -> dict[str, nn.Module]:
+            own = [path for path in packing if path.startswith(f"{block}.")]
+            if text.streamed is not None:
+                standing.update({path: cast(nn.Module, find(text.model, path)) for path in own})
+            fold_layers(text.model, NAME, own)
+            return {path: cast(nn.Module, find(text.model, path)) for path in own}
+
+        def pack(path: str, weight: Tensor, *_: object) -> PackedBase:
+            torch.empty(BYTES_OF_ROUNDING * weight.numel(), dtype=torch.uint8)
+            return OutlinedBase(empty_base(packing[path]))
+
+        def blocks() -> Iterator[object]:
+            for block in pack_blocks(text, rows, pack, layers_of, keep=True, aside=aside):
+                while standing:
+                    put(text.model, *standing.popitem())
+                yield block
+
+        with ledger.phase(ROUND):
+            pass_first_of_each_kind(blocks(), text.model, text.family)
+        ledger.close()
+        stays.clear()
+        return ledger.peaks[ROUND]
+
+
+def rehearse_finish(
+    build: Callable[[], TextModel],
+    adapter: Adapter,
+    packing: Mapping[str, Mapping[str, Any]],
+    rows: Sequence[Example],
+    spec: TrainSpec,
+    products: torch.dtype,
+) -> Held:
+    """What is held at most while the pairs of `adapter` are trained through the grids of layers packed as `packing` says."""
+    with on_shapes() as ledger:
+        text = build()
+        unfuse(text.model)
+        solved: dict[str, Requantised] = {}
+        for path, settings in packing.items():
+            base = OutlinedBase(empty_base(settings))
+            standing = cast(Any, find(text.model, path))
+            put(text.model, path, PackedLinear(base, standing.bias, transposed=kind_of(standing) == "conv1d"))
+            latent = Latent(outlined_grid(base), torch.empty(base.shape)) if path in adapter.pairs else None
+            solved[path] = Requantised(base, latent, "kept", 0.0)
+            del standing
+        pairs = {
+            path: replace(pair, A=torch.empty(pair.A.shape), B=torch.empty(pair.B.shape))
+            for path, pair in adapter.pairs.items()
+        }
+        ledger.name("base", [*text.model.parameters(), *text.model.buffers()])
+        with ledger.phase(FINISHING):
+            finish(
+                text, solved, replace(adapter, pairs=pairs), rows, steps=2, spec=spec, products=products,
+                on_step=lambda step, loss: None,
+            )  # fmt: skip
+        ledger.close()
+        return ledger.peaks[FINISHING]
+
+
+def outlined_grid(base: PackedBase) -> Grid:
+    """The grid of a base that has shapes alone, as large as `quant/regrid.grid_of` makes it."""
+    settings, (out, width) = base.settings, base.shape
+    if settings["method"] == "nf4":
+        return LevelGrid(torch.empty(base.shape), lambda codes: base)
+    finest = 16 if settings.get("type") == "Q6_K" else 32  # numbers under a scale of GGUF's types
+    groups = int(settings["groups"]) if settings["method"] == "gptq" else width // finest
+    parts = [torch.empty(groups, out) for _ in range(3)]
+    return EvenGrid(*parts, [column * groups // width for column in range(width)], 15, lambda codes: base)
