@@ -44,6 +44,15 @@ def test_any_order_gives_the_right_record_while_another_is_read(tmp_path: Path) 
     found.close()
 
 
+def test_with_one_slot_nothing_is_read_ahead(tmp_path: Path) -> None:
+    found = stream(tmp_path, slots=1)
+    for index in (0, 1, 2, 2, 4, 3, 0):
+        views = found.bring(index, (index + 1) % 5)
+        assert bool((views["w"] == index).all()) and len(found._slots) == 1
+    assert found.bytes_read == sum(found.records[index].bytes for index in (0, 1, 2, 4, 3, 0))
+    found.close()
+
+
 def test_what_the_reader_meets_is_raised_where_the_record_is_wanted(tmp_path: Path) -> None:
     found = stream(tmp_path)
     os.truncate(tmp_path / "s", found.records[3].begin + 4)

@@ -12,7 +12,16 @@ from lorakeet.core.plan import ExtraEntry, Plan, PlanEntry
 from lorakeet.errors import ConfigError
 from lorakeet.train.rehearsal import Judging, NotPlanned, Rows
 from lorakeet.workflows import forecast_check
-from lorakeet.workflows.forecast_check import FP32, CheckPlanner, CheckSize, adapted_bytes, plan_check, stores
+from lorakeet.workflows.forecast_check import (
+    ALONE,
+    FP32,
+    CheckPlanner,
+    CheckSize,
+    adapted_bytes,
+    plan_check,
+    stores,
+    tensor_bytes,
+)
 from lorakeet.workflows.opened import Opened, open_adapter
 from tiny.models import save_tiny_llama
 from tiny.peft_oracle import by_peft
@@ -81,6 +90,24 @@ def test_more_budget_keeps_more_blocks_up_to_all(opened: Opened, tmp_path: Path)
         slots.append(asked.kept.slots)
     assert 2 <= slots[0] < slots[1] <= 8
     assert plan_check(opened, SIZE, tmp_path / "out", quiet()) is opened
+
+
+def test_where_two_blocks_have_no_room_one_may(opened: Opened, tmp_path: Path) -> None:
+    """The least that is named is that of one block, and it is enough."""
+    made = planner(opened)
+    two, one = made.forecast(streamed=True), made.forecast(streamed=True, slots=ALONE)
+    assert FP32 * BLOCK * 0.9 < two.peak - one.peak <= FP32 * BLOCK * 1.1
+    with pytest.raises(ConfigError, match="but a check takes at least") as caught:
+        plan_check(opened.within("64MiB"), SIZE, tmp_path / "out", quiet())
+    least = int(str(caught.value).partition("at least ")[2].partition(" MiB")[0])
+    assert least == -(-one.peak >> 20)
+    asked = plan_check(opened.within(f"{least}MiB"), SIZE, tmp_path / "out", quiet())
+    assert asked.kept is not None and asked.kept.slots == 1 and asked.kept.planned == one.peak
+
+
+@pytest.mark.parametrize("changed", [0, 10])
+def test_a_tensor_counts_by_whether_it_is_changed(changed: int) -> None:
+    assert tensor_bytes(changed, 100) == 3 * 4 * 100 and tensor_bytes(400, 100) == 6 * 400
 
 
 def test_the_store_goes_where_the_run_keeps_its_own_and_is_gone_afterwards(opened: Opened, tmp_path: Path) -> None:

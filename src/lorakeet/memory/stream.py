@@ -27,7 +27,8 @@ class _Slot:
 class RecordStream:
     """The records `names` of `store`, by their number. At most `slots` are in memory, each in a buffer as long as the longest.
 
-    Two slots are what streaming needs; with as many slots as records each is read once and stays. Between the two, the record
+    With two slots one is read while the other is computed with; with one, whoever computes waits. With as many slots as records
+    each is read once and stays. Between the two, the record
     that was used longest ago makes room, so that of n records in s slots a pass forth and back reads 2·(n − s). Where the buffers
     are and how they are filled is the `transfer`'s to say; left out, they are in the CPU's memory.
     """
@@ -45,7 +46,7 @@ class RecordStream:
         return max(record.bytes for record in self.records)
 
     def bring(self, index: int, then: int) -> dict[str, Tensor]:
-        """The tensors of record `index`, valid until the next call; `then` is read meanwhile into another buffer.
+        """The tensors of record `index`, valid until the next call; `then` is read meanwhile where there is another buffer.
 
         Raises what reading raised: DataError where the store was cut off.
         """
@@ -57,7 +58,7 @@ class RecordStream:
         self._await(slot)
         self._used(slot)
         self._in_use = slot
-        if self._holding(then) is None:
+        if self.slots > 1 and self._holding(then) is None:
             self._fill(then, keep=slot)
         return slot.views
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -97,6 +98,7 @@ class InTorch:
         return [int(number) for number in written]
 
     def stored(self, source: Path, opened: Opened) -> dict[str, StoredTensor]:
+        self.text.release()
         folder = self.text.source
         held = open_checkpoint(folder)
         expected = Folded(source, opened.adapter)
@@ -109,11 +111,16 @@ class InTorch:
 class InLlamaCpp:
     """A GGUF model in llama.cpp; with `lora` a base and a GGUF adapter that is applied as it runs."""
 
-    engine: LlamaCpp
+    start: Callable[[], LlamaCpp]
     file: GgufFile
     name: str
     allowed: Allowed
     lora: Path | None = None
+
+    @cached_property
+    def engine(self) -> LlamaCpp:
+        """llama.cpp with the model, begun when it is first asked: weights are compared before it holds anything."""
+        return self.start()
 
     def tokenise(self, text: str) -> list[int]:
         return self.engine.tokenise(text)
@@ -231,15 +238,23 @@ def open_artefact(
         raise ConfigError(f"--against {target} is no GGUF file; expected a merged folder, a .gguf file or an http address.")
     file = GgufFile(path)
     if not file.is_adapter:
-        with LlamaCpp(path, context=context, repack=opened.kept is None) as engine:
-            yield InLlamaCpp(engine, file, name_of(path, beside), _row(precision, file.types))
+        with ExitStack() as stack:
+
+            def start() -> LlamaCpp:
+                return stack.enter_context(LlamaCpp(path, context=context, repack=opened.kept is None))
+
+            yield InLlamaCpp(start, file, name_of(path, beside), _row(precision, file.types))
         return
     if base is None:
         raise ConfigError(f"{target} is an adapter; name the GGUF file of its base too: --base-gguf FILE.")
     model = GgufFile(base)
-    with LlamaCpp(base, adapter=path, context=context, repack=opened.kept is None) as engine:
+    with ExitStack() as stack:
+
+        def start_both() -> LlamaCpp:
+            return stack.enter_context(LlamaCpp(base, adapter=path, context=context, repack=opened.kept is None))
+
         allowed = _row(precision, {**model.types, **file.types} if precision == "auto" else {})
-        yield InLlamaCpp(engine, model, _JOINED.join(name_of(file, beside) for file in (base, path)), allowed, path)
+        yield InLlamaCpp(start_both, model, _JOINED.join(name_of(file, beside) for file in (base, path)), allowed, path)
 
 
 @contextmanager

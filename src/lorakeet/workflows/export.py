@@ -18,6 +18,7 @@ from lorakeet.evaluate.values import encode
 from lorakeet.export import ollama
 from lorakeet.export.card import CardFacts, card, licence_of
 from lorakeet.export.deployment import features_of_adapter, limits_of
+from lorakeet.export.folded import Folded
 from lorakeet.export.gguf_model import DIGEST, DIRECT, NAME, GgufFile, GgufModel, write_gguf
 from lorakeet.export.llama_cpp import Refused, is_installed, quantise
 from lorakeet.export.ollama_push import require_address
@@ -25,18 +26,16 @@ from lorakeet.formats import gguf
 from lorakeet.formats.base_model import open_base
 from lorakeet.formats.digest import sha256_of
 from lorakeet.formats.safe import open_safetensors, save_text
-from lorakeet.merge.checkpoint import open_checkpoint
 from lorakeet.models.load import load_tokenizer
 from lorakeet.models.source import find_source
 from lorakeet.train.durable import new_folder
-from lorakeet.workflows.forecast_check import FP32, plan_check, stores
+from lorakeet.workflows.forecast_check import FP32, plan_check, stores, tensor_bytes
 from lorakeet.workflows.opened import Opened, open_adapter
 from lorakeet.workflows.place import require_place, writing, writing_certificate
 from lorakeet.workflows.push_export import exported_before, push_folder
 from lorakeet.workflows.show import show_certificate
 from lorakeet.workflows.verify import certify_artefacts, size_of_check
 
-COPIES = 5  # of a tensor in fp32 while it is written: as it is, its change, after, and two for its rounding
 CERTIFICATE, CARD = "certificate.json", "README.md"
 CHECK_ROWS = 8
 
@@ -114,8 +113,9 @@ def export(  # noqa: PLR0913  (the options of a verb are its parameters)
     opened = open_adapter(Path(run_or_adapter), base=base, say=console.print).within(memory)
     source = find_source(opened.config.model, console.print)
     if is_installed() and not written:
-        held, disk = _taken(source, quant)
-        size = size_of_check(opened, [str(out)], source, "the check of an export", memory=held, disk=disk)
+        held, disk = _taken(source, opened, quant)
+        what = "the check of an export"
+        size = size_of_check(opened, [str(out)], source, what, rows=CHECK_ROWS, memory=held, disk=disk)
         opened = plan_check(opened, size, out, console)
     title = name or (opened.run.path.name if opened.run else opened.folder.name)
     job = _Job(opened, source, load_tokenizer(opened.tokenizer or source), quant, title, separate, run_or_adapter, console)
@@ -224,10 +224,14 @@ def _wide(source: Path) -> str:
     return "bf16" if kinds == {"torch.bfloat16"} else "f32"
 
 
-def _taken(source: Path, quant: str) -> tuple[int, int]:
-    """Bytes of memory while the file is written, a tensor at a time, and about those of the file."""
-    sizes = [math.prod(stored.shape) for file in open_checkpoint(source).shards.values() for stored in file.tensors.values()]
-    return COPIES * FP32 * max(sizes), sum(sizes) * (FP32 if quant == "f32" else FP32 // 2)
+def _taken(source: Path, opened: Opened, quant: str) -> tuple[int, int]:
+    """Bytes of memory while the file is written, a tensor at a time, and about those of the file and of a wide one beside it."""
+    folded = Folded(source, opened.adapter)
+    sizes = {name: math.prod(folded.shape(name)) for name in folded.names}
+    changed = max((size for name, size in sizes.items() if folded.changes(name)), default=0)
+    wide = FP32 if quant == "f32" or (quant not in DIRECT and _wide(source) == "f32") else FP32 // 2
+    numbers = sum(sizes.values())
+    return tensor_bytes(FP32 * changed, max(sizes.values())), numbers * (wide + (0 if quant in DIRECT else 1))
 
 
 def _types(written: GgufModel) -> str:

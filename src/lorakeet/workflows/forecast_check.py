@@ -45,7 +45,9 @@ from lorakeet.workflows.opened import Opened
 from lorakeet.workflows.place import temporary_folder
 
 FP32 = 4  # bytes
+ALONE = 1  # block in memory, where there is no room for another to be read meanwhile
 COPIES = 4  # of a matrix in fp32: as it is, its change, their sum, and one as it was stored or is looked at
+UNCHANGED, CHANGED = 3, 6  # of a stored one, as it is read and compared or written: without a change, and with one
 ROW_LOGITS = 4  # tables of logits (tokens, vocabulary) of one row: live, base, the artefact's, and the parts of the last one
 
 
@@ -97,8 +99,10 @@ def plan_check(opened: Opened, check: CheckSize, place: Path, console: Console) 
     source = find_source(spec, say)
     planner = CheckPlanner.of(check, spec, source, opened.adapter)
     try:
-        whole = planner.forecast(streamed=False)
+        fewest, whole = FEWEST, planner.forecast(streamed=False)
         found = whole if whole.peak <= budget else planner.forecast(streamed=True)
+        if found.peak > budget:
+            fewest, found = ALONE, planner.forecast(streamed=True, slots=ALONE)
     except NotPlanned as error:
         say(str(error))
         opened.require_room(check.models, check.what, console)
@@ -115,8 +119,8 @@ def plan_check(opened: Opened, check: CheckSize, place: Path, console: Console) 
             "do it on a larger machine."
         )
     at_once = check.models if check.alternate else 1
-    slots = min(found.blocks, FEWEST + (budget - found.peak) // (found.block_bytes * at_once))
-    planned = found.peak + (slots - FEWEST) * found.block_bytes * at_once
+    slots = min(found.blocks, fewest + (budget - found.peak) // (found.block_bytes * at_once))
+    planned = found.peak + (slots - fewest) * found.block_bytes * at_once
     named = opened.config.memory.store
     folder = (Path(named).expanduser() if named else place.parent) / f".{place.name}.check"
     _require_disk(folder, check, FP32 * planner.weights * (check.models + check.more_stores), whole.peak)
@@ -144,6 +148,12 @@ def adapted_bytes(plan: Plan, largest: int) -> int:
     return FP32 * max([*sizes, *(largest for _ in plan.extras)], default=0)
 
 
+def tensor_bytes(changed: int, largest: int) -> int:
+    """What is held of one stored tensor while it is made and written, or read and compared: in fp32 the largest that an adapter
+    changes has `changed` bytes, and the largest of all `largest` numbers."""
+    return max(CHANGED * changed, UNCHANGED * FP32 * largest)
+
+
 class CheckPlanner:
     """The forecasts of one check of a model with pairs as in `plan`; `ids` are those of trained token rows."""
 
@@ -162,34 +172,36 @@ class CheckPlanner:
         planner.ids = next((rows.ids for rows in adapter.token_rows.values()), ())
         return planner
 
-    def forecast(self, *, streamed: bool) -> CheckForecast:
-        """What is held with the models streamed, two blocks in memory, or with all of their weights in memory."""
+    def forecast(self, *, streamed: bool, slots: int = FEWEST) -> CheckForecast:
+        """What is held with the models streamed, `slots` blocks in memory, or with all of their weights in memory."""
         check = self.check
         make = partial(
-            streamed_outline if streamed else outline, name=self.spec.path, dtype=torch.float32,
+            partial(streamed_outline, slots=slots) if streamed else outline, name=self.spec.path, dtype=torch.float32,
             products=torch.float32, attention=self.spec.attention, quantize=self.spec.quantize, files=self.source,
         )  # fmt: skip
         found = rehearse_judging(Build(make, self.config), self.plan, check.judging, token_ids=self.ids)
-        two = FEWEST * found.block_bytes
-        own = (found.base - two) * check.models  # what models have in memory all along: all of it, where they are not streamed
-        standing = two * check.models if check.alternate else 0
+        there = slots * found.block_bytes
+        own = (found.base - there) * check.models  # what models have in memory all along: all of it, where they are not streamed
+        standing = there * check.models if check.alternate else 0
         text, adapter = self.config.get_text_config(), FP32 * self.plan.parameters
         held = {
             "load": with_more(Held(), base=own + standing, adapter=adapter, scratch=self._reading(found)),
             "compare": with_more(
-                found.peaks[JUDGE], base=own + max(standing, two) - found.base, runtime=check.beside,
+                found.peaks[JUDGE], base=own + max(standing, there) - found.base, runtime=check.beside,
                 scratch=INTERVALS + FP32 * check.waiting * int(text.hidden_size),
                 logits=FP32 * ROW_LOGITS * check.row * int(text.vocab_size),
             ),
-            "weights": with_more(
-                Held(), base=own + standing, adapter=adapter, runtime=check.beside,
-                scratch=COPIES * (FP32 * found.largest if check.tensors else adapted_bytes(self.plan, found.largest)),
-            ),
+            "weights": with_more(Held(), base=own, adapter=adapter, scratch=self._looking(found)),
             "write": with_more(Held(), scratch=check.writing),
         }  # fmt: skip
         words = TOKENIZER_ENTRY * int(text.vocab_size) * check.models
         phases = phases_of(held, self.runtime + words, returning=True)
         return CheckForecast(max(phases, key=lambda phase: phase.bytes), found.blocks, found.block_bytes)
+
+    def _looking(self, found: Rehearsal) -> int:
+        """Beside what is in memory all along, while weights are compared: blocks have left, and llama.cpp has not begun."""
+        changed = adapted_bytes(self.plan, found.largest)
+        return tensor_bytes(changed, found.largest) if self.check.tensors else COPIES * changed
 
     def _reading(self, found: Rehearsal) -> int:
         """Beside the models, while one is read: a block on its way into the store, or the pages of files of another dtype."""

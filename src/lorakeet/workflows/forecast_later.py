@@ -20,8 +20,7 @@ from lorakeet.models.quantized import plain_config
 from lorakeet.quant.spec import QuantSpec
 from lorakeet.train.rehearsal import Judging, NotPlanned, Rows
 from lorakeet.workflows.compare_artefact import GREEDY_TOKENS
-from lorakeet.workflows.export import COPIES
-from lorakeet.workflows.forecast_check import FP32, CheckPlanner, CheckSize, adapted_bytes
+from lorakeet.workflows.forecast_check import ALONE, FP32, CheckPlanner, CheckSize, adapted_bytes, tensor_bytes
 from lorakeet.workflows.forecast_run import EXPORT, MERGE
 from lorakeet.workflows.merge import size_of_merge
 from lorakeet.workflows.verify import MARGIN
@@ -53,19 +52,22 @@ def _sizes(config: RunConfig, text: Any, plan: Plan) -> tuple[tuple[str, CheckSi
     changed = adapted_bytes(plan, table)
     export = CheckSize(
         "the check of an export", Judging(Rows(exported), 1, exported), models=1, alternate=True, row=exported, tensors=True,
-        beside=context_bytes(text, exported + MARGIN), writing=COPIES * max(changed, FP32 * table),
+        beside=context_bytes(text, exported + MARGIN), writing=tensor_bytes(changed, table),
     )  # fmt: skip
     merge = size_of_merge(length, max((1 + FP32_COPIES) * changed, 2 * FP32 * table))
     return (MERGE, merge), (EXPORT, export)
 
 
 def _phase(name: str, size: CheckSize, config: RunConfig, model_config: Any, plan: Plan, budget: int) -> Phase:
-    """At its peak with all weights in memory where that fits, else with two blocks of each model."""
+    """At its peak with all weights in memory where that fits, else with two blocks of each model, or with one."""
     dense = dataclasses.replace(config.model, quantize=QuantSpec())
     planner = CheckPlanner(size, dense, None, model_config, plan)
     planner.ids = tuple(range(len(config.lora.new_tokens)))
     found = planner.forecast(streamed=False)
     if found.peak > budget:
         with contextlib.suppress(ConfigError):  # of a model that is no list of blocks
-            found = min(found, planner.forecast(streamed=True), key=lambda way: way.peak)
+            streamed = planner.forecast(streamed=True)
+            if streamed.peak > budget:
+                streamed = planner.forecast(streamed=True, slots=ALONE)
+            found = min(found, streamed, key=lambda way: way.peak)
     return Phase(name, found.highest.kinds)

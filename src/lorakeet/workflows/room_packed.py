@@ -5,8 +5,8 @@ compare    it computes with the adapter and without, and what was made of it aft
 round      beside it one block in fp32, what the rounding of its largest layer holds, and the calibration rows' states
 finish     the layers' numbers before rounding without the pairs, their grids and the rounded ones, while pairs are trained
 
-Where the base has no room it is streamed, two blocks in memory, and what is rounded goes block by block into a store of its own
-(models/packed_store); the rows' states go to disk if need be. A finish needs all layers at once: nothing is streamed then.
+Where the base has no room it is streamed, two blocks in memory or one, and what is rounded goes block by block into a store of
+its own (models/packed_store); the rows' states go to disk if need be. A finish needs all layers at once, so it never streams.
 """
 
 from __future__ import annotations
@@ -47,7 +47,6 @@ from lorakeet.models.text import TextModel
 from lorakeet.quant.spec import QuantSpec
 from lorakeet.train.rehearsal import JUDGE, Judging, NotPlanned, Rehearsal, rehearse_judging
 from lorakeet.workflows.arrange import Arrangement
-from lorakeet.workflows.choose_streaming import FEWEST
 from lorakeet.workflows.forecast_check import stores
 from lorakeet.workflows.forecast_run import INTERVALS, TOKENIZER_ENTRY, Precision, filled, runtime_bytes
 from lorakeet.workflows.opened import Opened
@@ -56,6 +55,7 @@ from lorakeet.workflows.room_quantize import PLANNED, RESIDENT, SPILLED, STREAME
 
 FP32 = 4  # bytes
 FINISH = 3.5  # of the model in fp32, where nothing can be rehearsed: without the pairs, its grid, rounded, and the packed layers
+LEAST = Way(streamed=True, on_disk=True, slots=1)
 WHAT = "a merge into packed weights"
 
 
@@ -186,6 +186,7 @@ class _Forecast:
     comparing: int = 0  # bytes, of the phase in which places for more blocks are of use
     blocks: int = 0
     block_bytes: int = 0
+    slots: int = 2  # that are counted
 
     @property
     def peak(self) -> int:
@@ -195,16 +196,16 @@ class _Forecast:
     def slots_within(self, budget: int) -> tuple[int, int]:
         """How many blocks have a place within `budget`, and the peak with them."""
         if not self.blocks:
-            return FEWEST, self.peak
-        slots = min(self.blocks, FEWEST + (budget - self.comparing) // self.block_bytes)
-        return slots, max(self.peak, self.comparing + (slots - FEWEST) * self.block_bytes)
+            return self.slots, self.peak
+        slots = min(self.blocks, self.slots + (budget - self.comparing) // self.block_bytes)
+        return slots, max(self.peak, self.comparing + (slots - self.slots) * self.block_bytes)
 
 
 def _ways(planner: _Planner, budget: int) -> tuple[dict[Way, _Forecast], str]:
     """What each way holds, up to the first that keeps the budget; and why the model cannot be streamed, where it cannot."""
     found: dict[Way, _Forecast] = {}
     try:
-        for way in (RESIDENT,) if planner.job.finishes else (RESIDENT, STREAMED, SPILLED):
+        for way in (RESIDENT,) if planner.job.finishes else (RESIDENT, STREAMED, SPILLED, LEAST):
             found[way] = planner.forecast(way)
             if found[way].peak <= budget:
                 break
@@ -242,7 +243,7 @@ class _Planner:
             held["to finish"] = self._finishing()
         phases = {phase.name: phase for phase in phases_of(held, self.runtime, returning=True)}
         highest = max(phases.values(), key=lambda phase: phase.bytes)
-        return _Forecast(highest, phases["to compare"].bytes, base.blocks, base.block_bytes)
+        return _Forecast(highest, phases["to compare"].bytes, base.blocks, base.block_bytes, way.slots)
 
     def _rounding(self, way: Way) -> Held:
         """The first blocks of each kind, as they are folded and rounded on the calibration rows."""
@@ -267,7 +268,7 @@ class _Planner:
 
     def _build(self, way: Way, products: torch.dtype | None = None) -> Build:
         make = partial(
-            streamed_outline if way.streamed else outline, name=self.spec.path, dtype=torch.float32,
+            partial(streamed_outline, slots=way.slots) if way.streamed else outline, name=self.spec.path, dtype=torch.float32,
             products=products or self.products, attention=self.spec.attention, quantize=self.spec.quantize,
             files=self.job.source,
         )  # fmt: skip

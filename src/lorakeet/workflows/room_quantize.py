@@ -65,6 +65,7 @@ class Way:
 
     streamed: bool = False
     on_disk: bool = False  # the states
+    slots: int = 2  # blocks in memory where one computes while the next is read; 1 where it waits
 
 
 RESIDENT, STREAMED, SPILLED = Way(), Way(streamed=True), Way(streamed=True, on_disk=True)

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
-from lorakeet.data.chat import Encoder, Ids
+from lorakeet.data.chat import Encoder, Example, Ids
 from lorakeet.data.prepare import Dataset, load_dataset
 from lorakeet.data.rows import Row
 from lorakeet.data.template import is_templated
@@ -27,7 +27,7 @@ from lorakeet.evaluate.values import encode
 from lorakeet.export.deployment import Runtime
 from lorakeet.export.llama_cpp import context_bytes
 from lorakeet.export.tolerances import F16, PRECISIONS
-from lorakeet.models.load import read_config
+from lorakeet.models.load import load_tokenizer, read_config
 from lorakeet.models.source import find_source
 from lorakeet.serve.probe import FACT, record
 from lorakeet.train.rehearsal import Judging, Rows
@@ -96,7 +96,7 @@ def verify(  # noqa: PLR0913  (the options of a verb are its parameters)
     opened = open_adapter(Path(run_or_adapter), base=base, say=console.print).within(memory)
     targets = against or _found_beside(opened)
     source = find_source(opened.config.model, console.print)
-    size = size_of_check(opened, targets, source, "this check")
+    size = size_of_check(opened, targets, source, "this check", rows=rows)
     opened = plan_check(opened, size, _place(opened), console)
     with stores(opened, "Nothing was compared."):
         certificate = certify_artefacts(
@@ -148,13 +148,13 @@ def certify_artefacts(
 
 
 def size_of_check(
-    opened: Opened, targets: Sequence[str], source: Path, what: str, *, memory: int = 0, disk: int = 0
+    opened: Opened, targets: Sequence[str], source: Path, what: str, *, rows: int, memory: int = 0, disk: int = 0
 ) -> CheckSize:
-    """What comparing with `targets` holds: a second model in torch for a merged folder, llama.cpp's own for a GGUF file.
+    """What comparing `rows` rows with `targets` holds: a second model in torch for a merged folder, llama.cpp's for a GGUF file.
 
     `memory` and `disk` are the bytes that writing them takes, where they are still to be written.
     """
-    longest = (opened.config.data.max_tokens if opened.run else SAMPLED_TOKENS + 1) + GREEDY_TOKENS
+    longest = (_longest_row(opened, source, rows) if opened.run else SAMPLED_TOKENS + 1) + GREEDY_TOKENS
     files = [Path(target) for target in targets if not target.startswith(SERVERS)]
     folders = [file for file in files if file.is_dir() and not (file / "model.gguf").is_file()]
     llama = len(files) > len(folders)
@@ -171,8 +171,30 @@ def size_of_check(
     )
 
 
+def _longest_row(opened: Opened, source: Path, rows: int) -> int:
+    """Tokens of the longest of the held-out rows that will be compared; data.max_tokens where there is no budget to keep."""
+    if opened.config.memory.bytes is None:
+        return opened.config.data.max_tokens
+    dataset = load_dataset(opened.config.data)
+    encoder = Encoder(load_tokenizer(opened.tokenizer or source), opened.config.data, dataset.labels)
+    return max(len(example.ids) for _, example in _compared(dataset, encoder, rows))
+
+
+def _compared(dataset: Dataset, encoder: Encoder, rows: int) -> list[tuple[Row, Example]]:
+    """The first `rows` held-out rows that are short enough; DataError where none is."""
+    chosen: list[tuple[Row, Example]] = []
+    for row in dataset.held_out:
+        example = encoder.encode(row)
+        if example is not None and not example.truncated and len(chosen) < rows:
+            chosen.append((row, example))
+    if not chosen:
+        raise DataError("Every held-out row is longer than data.max_tokens; raise --data.max_tokens or hold out other rows.")
+    return chosen
+
+
 def _checks(live: InTorch, artefact: Artefact, probes: Probes, opened: Opened, source: Path) -> list[Check]:
     spec = opened.config.evaluate
+    live.text.release()
     stored = artefact.stored(source, opened)
     found = [check_prompts(live, artefact, probes), check_logits(live, artefact, probes, spec)]
     if probes.labelled:
@@ -194,13 +216,7 @@ def probes_of(opened: Opened, dataset: Dataset | None, live: InTorch, rows: int)
         sampled = [ids for ids in sampled if len(ids) > 1]
         return Probes([], RAW_TEXTS, sampled, [], [ids[: max(1, len(ids) // 2)] for ids in sampled[:GREEDY]])
     encoder = Encoder(live.text.tokenizer, opened.config.data, dataset.labels)
-    chosen: list[tuple[Row, Any]] = []
-    for row in dataset.held_out:
-        example = encoder.encode(row)
-        if example is not None and not example.truncated and len(chosen) < rows:
-            chosen.append((row, example))
-    if not chosen:
-        raise DataError("Every held-out row is longer than data.max_tokens; raise --data.max_tokens or hold out other rows.")
+    chosen = _compared(dataset, encoder, rows)
     starts = [int(np.flatnonzero(example.supervised)[0]) for _, example in chosen]
     prompts = [example.ids[:start] for (_, example), start in zip(chosen, starts, strict=True)]
     talks: list[tuple[Messages, Ids]] = [
