@@ -17,6 +17,7 @@ from lorakeet.memory.transfer import HostTransfer
 from lorakeet.models.families import GENERIC, family_of
 from lorakeet.models.streamed_load import (
     Residence,
+    bytes_of_storing,
     empty_model,
     empty_packed,
     identity,
@@ -25,6 +26,7 @@ from lorakeet.models.streamed_load import (
     write_store,
 )
 from lorakeet.quant.spec import QuantSpec
+from tiny.held import HeldBytes
 from tiny.models import FAMILIES, save_tiny_llama
 from tiny.streams import loaded
 
@@ -102,6 +104,23 @@ def test_the_store_names_packed_layers_and_holds_every_tensor_once(tmp_path: Pat
     model, streamed = open_streamed(store, config, torch.float32, family_of(config))
     assert len(streamed.blocks) == 2 and not model.model.norm.weight.is_meta and not model.model.rotary_emb.inv_freq.is_meta
     streamed.stream.close()
+
+
+@pytest.mark.parametrize("vocabulary", [320, 8192])
+@pytest.mark.parametrize("tied", [True, False])
+def test_what_a_store_takes_while_it_is_written_is_planned(tied: bool, vocabulary: int, tmp_path: Path) -> None:
+    """A block with one of its matrices, or the embedding alone: no tensor from elsewhere comes while a block is not whole."""
+    wide = {"hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 3, "tie_word_embeddings": tied}
+    folder = save_tiny_llama(tmp_path / "model", vocab_size=vocabulary, **wide)
+    config = AutoConfig.from_pretrained(folder)
+    family, model = family_of(config), empty_model(config, torch.bfloat16)
+    block = sum(tensor.nbytes for name, tensor in model.state_dict().items() if name.startswith("model.layers.0."))
+    with HeldBytes() as held:
+        write_store(
+            tmp_path / "s", {}, source=folder, config=config, dtype=torch.bfloat16, quantize=PLAIN, family=family
+        )
+    planned = bytes_of_storing(model, family, block, 4 + 2)
+    assert planned / 4 < held.peak <= planned + 20_000, "the bytes of a file are no tensors, norms come beside"
 
 
 def test_planned_sizes_are_those_of_the_loaded_model(tmp_path: Path) -> None:

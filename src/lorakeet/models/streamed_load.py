@@ -179,6 +179,19 @@ def records_of(model: Any, family: Family) -> dict[str, set[str]]:
     return found
 
 
+def bytes_of_storing(model: Any, family: Family, block_bytes: int, number_bytes: int) -> int:
+    """What is held at most while the store of `model`, on the meta device, is written: a block of `block_bytes` until it is whole
+    and a matrix of it on its way, of `number_bytes` a number, or one matrix from elsewhere.
+
+    transformers reads tensors one by one in the natural order of their names, so that none comes between those of a block.
+    """
+    inside = {name for names in records_of(model, family).values() for name in names}
+    sizes = {name: tensor.numel() for name, tensor in model.state_dict().items()}
+    within = max(size for name, size in sizes.items() if name in inside)
+    elsewhere = max((size for name, size in sizes.items() if name not in inside), default=0)
+    return max(block_bytes + within * number_bytes, elsewhere * number_bytes)
+
+
 class _Collector:
     """Gathers what arrives until a block is whole, and hands it to the store."""
 

@@ -30,12 +30,13 @@ from lorakeet.memory.budget import larger_than_machine
 from lorakeet.memory.forecast import Phase, phases_of
 from lorakeet.memory.held import Held, with_more
 from lorakeet.models.alike_blocks import Build
+from lorakeet.models.families import family_of
 from lorakeet.models.fits import plan_of
 from lorakeet.models.load import read_config
 from lorakeet.models.outline import outline
 from lorakeet.models.source import find_source
 from lorakeet.models.spec import ModelSpec
-from lorakeet.models.streamed_load import empty_model
+from lorakeet.models.streamed_load import bytes_of_storing, empty_model
 from lorakeet.models.streamed_outline import streamed_outline
 from lorakeet.train.rehearsal import JUDGE, Judging, NotPlanned, Rehearsal, rehearse_judging
 from lorakeet.workflows.arrange import Arrangement
@@ -161,7 +162,8 @@ class CheckPlanner:
         self.check, self.spec, self.source, self.config, self.plan = check, spec, source, config, plan
         self.ids: tuple[int, ...] = ()
         self.precision = Precision(torch.float32, torch.float32, spec.quantize)
-        self.weights = sum(parameter.numel() for parameter in empty_model(config, torch.float32).parameters())
+        self.empty = empty_model(config, torch.float32)
+        self.weights = sum(parameter.numel() for parameter in self.empty.parameters())
         self.runtime = runtime_bytes(self.precision)
 
     @classmethod
@@ -207,7 +209,8 @@ class CheckPlanner:
         """Beside the models, while one is read: a block on its way into the store, or the pages of files of another dtype."""
         stored = (getattr(self.config, "dtype", None) or torch.float32).itemsize
         if found.blocks:
-            return found.block_bytes + found.largest * (stored + FP32)
+            family = family_of(self.config.get_text_config())
+            return bytes_of_storing(self.empty, family, found.block_bytes, stored + FP32)
         return self.weights * stored if stored != FP32 else 0
 
 

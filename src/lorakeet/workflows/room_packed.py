@@ -34,6 +34,7 @@ from lorakeet.memory.measure import PeakMemory
 from lorakeet.memory.outlined_disk import OutlinedAside
 from lorakeet.memory.spill import Aside
 from lorakeet.models.alike_blocks import Build
+from lorakeet.models.families import family_of
 from lorakeet.models.fits import plan_of
 from lorakeet.models.layout import PackedLayout
 from lorakeet.models.load import load_tokenizer, read_config
@@ -41,7 +42,7 @@ from lorakeet.models.outline import outline
 from lorakeet.models.packing import packing_of
 from lorakeet.models.source import find_source
 from lorakeet.models.streamed import NotStreamed
-from lorakeet.models.streamed_load import empty_model, empty_packed
+from lorakeet.models.streamed_load import bytes_of_storing, empty_model, empty_packed
 from lorakeet.models.streamed_outline import streamed_outline
 from lorakeet.models.text import TextModel
 from lorakeet.quant.spec import QuantSpec
@@ -277,8 +278,11 @@ class _Planner:
     def _reading(self, found: Rehearsal) -> int:
         """Beside the base while it is read: a block on its way into the store, a weight, or pages of files in another dtype."""
         stored = (getattr(self.config, "dtype", None) or torch.float32).itemsize
-        if found.blocks or found.packed:
-            return found.block_bytes + found.largest * (stored + FP32)
+        if found.blocks:
+            family = family_of(self.config.get_text_config())
+            return bytes_of_storing(self.empty, family, found.block_bytes, stored + FP32)
+        if found.packed:
+            return found.largest * (stored + FP32)
         return found.parameters * stored if stored != FP32 else 0
 
 
