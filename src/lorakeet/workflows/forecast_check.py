@@ -184,10 +184,10 @@ class CheckPlanner:
         found = rehearse_judging(Build(make, self.config), self.plan, check.judging, token_ids=self.ids)
         there = slots * found.block_bytes
         own = (found.base - there) * check.models  # what models have in memory all along: all of it, where they are not streamed
-        standing = there * check.models if check.alternate else 0
+        standing, others = (there * count if check.alternate else 0 for count in (check.models, check.models - 1))
         text, adapter = self.config.get_text_config(), FP32 * self.plan.parameters
         held = {
-            "load": with_more(Held(), base=own + standing, adapter=adapter, scratch=self._reading(found)),
+            "load": with_more(Held(), base=own + others, adapter=adapter, scratch=self._reading(found)),
             "compare": with_more(
                 found.peaks[JUDGE], base=own + max(standing, there) - found.base, runtime=check.beside,
                 scratch=INTERVALS + FP32 * check.waiting * int(text.hidden_size),
