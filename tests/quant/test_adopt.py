@@ -8,7 +8,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from lorakeet.core.base import DenseBase, TransposedBase
-from lorakeet.quant.adopt import base_of, empty_base, quantised, weights_in
+from lorakeet.quant.adopt import base_of, empty_base, quantised, weights_in, without_numbers
 from lorakeet.quant.int8 import Int8Base
 from lorakeet.quant.nf4 import Nf4Base
 from lorakeet.quant.packed import PackedLinear
@@ -45,3 +45,9 @@ def test_an_empty_base_is_like_the_one_described(method: str) -> None:
 def test_packed_weights_count_as_the_numbers_that_they_stand_for() -> None:
     model = nn.Sequential(nn.Linear(64, 6), PackedLinear(Nf4Base.of(WEIGHT), torch.zeros(6)))
     assert weights_in(model) == 2 * (6 * 64 + 6)
+
+
+def test_without_numbers_a_base_still_says_how_it_is_packed() -> None:
+    base = quantised(WEIGHT, QuantSpec(method="nf4"))
+    found = without_numbers(base)
+    assert found.settings == base.settings and all(buffer.is_meta for buffer in found.buffers())

@@ -49,6 +49,11 @@ def empty_base(settings: Mapping[str, Any], device: torch.device | str = "cpu") 
     raise ValueError(f"method is {settings['method']!r}; expected gguf, gptq, nf4 or int8")
 
 
+def without_numbers(base: PackedBase) -> PackedBase:
+    """What tells how `base` is packed, and holds nothing."""
+    return empty_base(base.settings, device="meta")
+
+
 def weights_in(module: nn.Module) -> int:
     """How many frozen and trained weights `module` has, packed ones counted as the numbers that they stand for."""
     packed = sum(math.prod(base.shape) for base in module.modules() if isinstance(base, PackedBase))

@@ -5,6 +5,7 @@ Measured on the rows that judged the run: its test rows, or else its held-out on
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -38,7 +39,7 @@ from lorakeet.models.score import row_losses
 from lorakeet.models.spec import ModelSpec
 from lorakeet.models.streamed import Streamed
 from lorakeet.models.text import TextModel
-from lorakeet.quant.adopt import empty_base
+from lorakeet.quant.adopt import without_numbers
 from lorakeet.quant.packed import PackedBase, PackedLinear
 from lorakeet.quant.spec import QuantSpec
 from lorakeet.workflows.arrange import Arrangement
@@ -47,6 +48,7 @@ from lorakeet.workflows.judge import ADAPTER, BASE, Judge
 from lorakeet.workflows.opened import NAME, Opened
 from lorakeet.workflows.place import writing_certificate
 from lorakeet.workflows.room_packed import Job, calibration, keep_room, require_planned, within_room
+from lorakeet.workflows.room_quantize import stream_closed
 from lorakeet.workflows.show import show_certificate
 
 CERTIFICATE = "certificate.json"
@@ -107,10 +109,10 @@ def _written(merge: Merging, out: Path) -> tuple[Mapping[str, Requantised], dict
     opened, layout, console, measured = merge.opened, merge.layout, merge.console, merge.measured
     merge.measure_live()
     console.print("Rounding to the nearest, to compare with", soft_wrap=True)
-    nearest = merge.rounded()
-    merge.measure(nearest, NEAREST)
-    _drop(nearest)
-    del nearest
+    text = merge.rounded()
+    merge.measure(text, NEAREST)
+    _drop(text)
+    del text
     text, solved = merge.with_feedback()
     merge.measure(text, FEEDBACK)
     text.release()
@@ -121,10 +123,13 @@ def _written(merge: Merging, out: Path) -> tuple[Mapping[str, Requantised], dict
     console.print(f"{len(solved)} layers packed: {kept} with the file's own scales, the others with fitted ones.", soft_wrap=True)
     written = write_repacked(layout, bases, out, tokenizer=opened.tokenizer, waiting=merge.kept.waiting())
     console.print(f"Wrote {written:,} bytes to {out}", soft_wrap=True)
-    outcome = {path: replace(found, base=_without_numbers(found.base), latent=None) for path, found in solved.items()}
+    outcome = {path: replace(found, base=without_numbers(found.base), latent=None) for path, found in solved.items()}
     _drop(text)
     del text, solved, bases  # one model at a time
-    merge.measure(_loaded(out, layout, opened, console), WRITTEN)
+    gc.collect()
+    text = _loaded(out, layout, opened, console)
+    with stream_closed(text):
+        merge.measure(text, WRITTEN)
     shares = {system: measured.share(system, opened) for system in measured.scores if system not in (BASE, ADAPTER)}
     return outcome, shares
 
@@ -168,14 +173,16 @@ class Merging:
         return torch.float32 if named == "auto" else getattr(torch, named)
 
     def live(self) -> TextModel:
+        gc.collect()  # a model before this one, whose parts know each other
         return self.opened.text_model(self.console, dtype="float32")
 
     def measure_live(self) -> None:
         """The run's base and its adapter, in fp32."""
         text = self.live()
-        require_planned(self.opened, text)
-        for system in (BASE, ADAPTER):
-            self.measured.scores[system] = self._scores(text, system)
+        with stream_closed(text):
+            require_planned(self.opened, text)
+            for system in (BASE, ADAPTER):
+                self.measured.scores[system] = self._scores(text, system)
 
     def measure(self, text: TextModel, system: str) -> None:
         self.measured.scores[system] = replace(self._scores(text, BASE), system=system)
@@ -252,7 +259,7 @@ class Merging:
         def pack(path: str, *given: object) -> PackedBase:
             latent = self._finishes and path in self.opened.adapter.pairs
             found = round_with_feedback(self.layout.layers[path](), *given, latent=latent)  # type: ignore[arg-type]
-            solved[path] = found if text.streamed is None else replace(found, base=_without_numbers(found.base))
+            solved[path] = found if text.streamed is None else replace(found, base=without_numbers(found.base))
             return found.base
 
         def layers_of(block: str) -> dict[str, nn.Module]:
@@ -271,7 +278,7 @@ class Merging:
         known = dict(original_modules(text.model))
         check_tokens(rows, max(weight_shape(known[path], cast(Kind, kind_of(known[path])))[1] for path in self.layout.layers))
         del known
-        with Bar(console=self.console, transient=True, disable=not self.console.is_terminal) as bar:
+        with self._bar() as bar:
             task = bar.add_task(f"error feedback on {len(rows)} rows", total=None)
             if text.streamed is not None:
                 return self._repacked(text, packed(), "packed"), solved
@@ -283,11 +290,14 @@ class Merging:
     def _finishes(self) -> bool:
         return self.spec.finish_steps > 0
 
+    def _bar(self) -> Bar:
+        return Bar(console=self.console, transient=True, disable=not self.console.is_terminal)
+
     def finished(self, text: TextModel, solved: dict[str, Requantised]) -> Mapping[str, PackedBase]:
         """The layers after the finish where it lowers the loss on the calibration rows, which it does not train on; else none."""
         judged, rows = calibration(self.opened, self.dataset, text.tokenizer, self.spec.calibration_rows, self._finishes)
         before = self._loss(text, judged)
-        with Bar(console=self.console, transient=True, disable=not self.console.is_terminal) as bar:
+        with self._bar() as bar:
             task = bar.add_task("finishing", total=self.spec.finish_steps)
             bases = finish(
                 text,
@@ -319,11 +329,6 @@ def packed_bases(text: TextModel, solved: Mapping[str, Requantised]) -> Mapping[
     if text.store is not None:
         return StoredBases(text.store, solved)
     return {path: found.base for path, found in solved.items()}
-
-
-def _without_numbers(base: PackedBase) -> PackedBase:
-    """What tells how `base` is packed, and holds nothing."""
-    return empty_base(base.settings, device="meta")
 
 
 def _drop(text: TextModel) -> None:
