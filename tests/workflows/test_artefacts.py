@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +13,12 @@ import torch
 import transformers
 
 from lorakeet.errors import ConfigError
+from lorakeet.export.llama_cpp import LlamaCpp
 from lorakeet.export.tolerances import BF16, F32, Q4
+from lorakeet.memory.mapped import giving_back
 from lorakeet.merge.fold import merge_into
+from lorakeet.workflows import artefacts
+from lorakeet.workflows.arrange import Arrangement
 from lorakeet.workflows.artefacts import InLlamaCpp, InTorch, is_there, live_side, name_of, open_artefact, render_template
 from lorakeet.workflows.opened import open_adapter
 from tiny.dense import fold_into
@@ -47,6 +54,38 @@ def test_every_form_answers_like_the_live_model(finished: Any, tmp_path: Path) -
         str(tmp_path / "model.gguf"), opened, base=None, precision="4-bit", console=quiet(), context=64
     ) as artefact:
         assert artefact.allowed is Q4
+
+
+def test_llama_cpp_begins_when_it_is_asked_and_under_a_budget_gives_pages_back(
+    finished: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened = open_adapter(finished.path)
+    write_model(finished.model, opened.adapter, tmp_path / "model.gguf")
+    begun: list[Path] = []
+    given: list[Path] = []
+
+    class Counted(LlamaCpp):
+        def __init__(self, model: Path, **more: Any) -> None:
+            begun.append(model)
+            super().__init__(model, **more)
+
+    @contextmanager
+    def noted(path: Path) -> Iterator[None]:
+        given.append(path)
+        with giving_back(path, interval=0.001):
+            yield
+
+    monkeypatch.setattr(artefacts, "LlamaCpp", Counted)
+    monkeypatch.setattr(artefacts, "giving_back", noted)
+    found = []
+    for kept in (None, Arrangement(1 << 40)):
+        asked = {"base": None, "precision": "auto", "console": quiet(), "context": 64}
+        with open_artefact(str(tmp_path / "model.gguf"), replace(opened, kept=kept), **asked) as artefact:  # type: ignore[arg-type]
+            before = len(begun)
+            assert artefact.stored(finished.model, opened) and len(begun) == before
+            found.append(artefact.logits(IDS))
+            assert len(begun) == before + 1
+    assert given == [tmp_path / "model.gguf"] and torch.allclose(found[0], found[1], atol=1e-5)
 
 
 def test_logits_of_the_live_model_are_its_own(finished: Any) -> None:

@@ -28,6 +28,7 @@ from lorakeet.export.tolerances import F32, PRECISIONS, Allowed, allowed_for
 from lorakeet.formats import gguf
 from lorakeet.formats.base_model import open_base
 from lorakeet.formats.gguf_header import begins_as_gguf
+from lorakeet.memory.mapped import giving_back
 from lorakeet.merge.checkpoint import open_checkpoint
 from lorakeet.models.inject import activate
 from lorakeet.models.load import load_text_model
@@ -241,7 +242,7 @@ def open_artefact(
         with ExitStack() as stack:
 
             def start() -> LlamaCpp:
-                return stack.enter_context(LlamaCpp(path, context=context, repack=opened.kept is None))
+                return stack.enter_context(_begun(path, None, context, opened))
 
             yield InLlamaCpp(start, file, name_of(path, beside), _row(precision, file.types))
         return
@@ -251,10 +252,21 @@ def open_artefact(
     with ExitStack() as stack:
 
         def start_both() -> LlamaCpp:
-            return stack.enter_context(LlamaCpp(base, adapter=path, context=context, repack=opened.kept is None))
+            return stack.enter_context(_begun(base, path, context, opened))
 
         allowed = _row(precision, {**model.types, **file.types} if precision == "auto" else {})
         yield InLlamaCpp(start_both, model, _JOINED.join(name_of(file, beside) for file in (base, path)), allowed, path)
+
+
+@contextmanager
+def _begun(model: Path, adapter: Path | None, context: int, opened: Opened) -> Iterator[LlamaCpp]:
+    """llama.cpp with its model; under a budget it makes no copy of the file, and the pages that it has read are given back."""
+    if opened.kept is None:
+        with LlamaCpp(model, adapter=adapter, context=context) as engine:
+            yield engine
+        return
+    with LlamaCpp(model, adapter=adapter, context=context, repack=False) as engine, giving_back(model):
+        yield engine
 
 
 @contextmanager
