@@ -186,7 +186,7 @@ def bytes_of_storing(model: Any, family: Family, block_bytes: int, number_bytes:
     transformers reads tensors one by one in the natural order of their names, so that none comes between those of a block.
     """
     inside = {name for names in records_of(model, family).values() for name in names}
-    sizes = {name: tensor.numel() for name, tensor in model.state_dict().items()}
+    sizes: dict[str, int] = {name: tensor.numel() for name, tensor in model.state_dict().items()}
     within = max(size for name, size in sizes.items() if name in inside)
     elsewhere = max((size for name, size in sizes.items() if name not in inside), default=0)
     return max(block_bytes + within * number_bytes, elsewhere * number_bytes)

@@ -120,5 +120,5 @@ def outlined_grid(base: PackedBase) -> Grid:
         return LevelGrid(torch.empty(base.shape), lambda codes: base)
     finest = 16 if settings.get("type") == "Q6_K" else 32  # numbers under a scale of GGUF's types
     groups = int(settings["groups"]) if settings["method"] == "gptq" else width // finest
-    parts = [torch.empty(groups, out) for _ in range(3)]
-    return EvenGrid(*parts, [column * groups // width for column in range(width)], 15, lambda codes: base)
+    step, inverse, offset = (torch.empty(groups, out) for _ in range(3))
+    return EvenGrid(step, inverse, offset, [column * groups // width for column in range(width)], 15, lambda codes: base)
