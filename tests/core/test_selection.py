@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lorakeet.core.selection import Arrangement, Selection, Share
+from lorakeet.core.selection import FEW, Arrangement, Selection, Share
 
 CPU = torch.device("cpu")
 
@@ -39,45 +39,68 @@ def arranged(shares: list[Share], *, units: int, selection: Selection | None = N
     return selection.arranged(units, CPU)
 
 
-def test_a_token_for_each_place_is_aligned() -> None:
+def test_each_token_has_the_place_of_its_mix() -> None:
     found = arranged([Share(0, 1, "a"), Share(1, 2, "b", 0.5), Share(2, 3, "a", 0.5), Share(2, 3, "b", 0.5)], units=3)
     assert found.places == ((("a", 1.0),), (("b", 0.5),), (("a", 0.5), ("b", 0.5)))
-    assert found.aligned and not found.long
+    assert found.at == ((0, 0), (1, 1), (2, 2)) and found.tokens is None and not found.long
 
 
-def test_bare_tokens_and_longer_shares_are_looked_up() -> None:
-    shares = [Share(0, 1, "a"), Share(1, 2, "b"), Share(3, 5, "a"), Share(5, 6, "a")]
-    found = arranged(shares, units=6)
-    assert not found.aligned, "token 2 is bare, and two tokens stand together"
-    assert len(found.places) == 4 and found.long == ((slice(3, 5), 2),)
-    assert found.seen.tolist() == [0, 1, 0, 5]
-    assert (found.tokens.tolist(), found.at.tolist()) == ([0, 1, 5], [0, 1, 3])
+def test_tokens_of_one_mix_share_a_place_and_bare_ones_have_none() -> None:
+    found = arranged([Share(0, 1, "a"), Share(1, 2, "b"), Share(3, 5, "a"), Share(5, 6, "a")], units=6)
+    assert found.places == ((("a", 1.0),), (("b", 1.0),)), "one copy of a serves four tokens"
+    assert found.at == ((0, 0), (1, 1), (3, 0), (4, 0), (5, 0))
+    assert found.tokens is not None and found.tokens.tolist() == [0, 1, 3, 4, 5]
 
 
-def test_few_neighbours_are_multiplied_by_themselves() -> None:
-    found = arranged([*(Share(token, token + 1, "a") for token in range(5)), Share(5, 6, "b")], units=6)
-    assert found.long == ((slice(0, 5), 0),) and found.tokens.tolist() == [5]
-    assert found.places == ((("a", 1.0),), (("b", 1.0),)), "one copy of a serves five rows"
+def test_many_tokens_of_one_mix_are_multiplied_by_themselves() -> None:
+    found = arranged([Share(0, FEW + 1, "a"), Share(FEW + 1, FEW + 3, "b")], units=FEW + 3)
+    assert found.long == ((slice(0, FEW + 1), 0),) and [token for token, _ in found.at] == [FEW + 1, FEW + 2]
+    found = arranged([Share(token, token + 1, "ab"[token == 1]) for token in range(FEW + 2)], units=FEW + 2)
+    ((tokens, place),) = found.long
+    assert isinstance(tokens, torch.Tensor) and tokens.tolist() == [0, *range(2, FEW + 2)] and place == 0
+    assert found.at == ((1, 1),)
 
 
 def test_a_mix_keeps_its_place_and_new_ones_take_those_of_the_gone() -> None:
     selection = Selection()
-    alone = {name: (name, 1.0) for name in "abcdefg"}
+    alone = {name: (name, 1.0) for name in "abcdefgh"}
 
-    def placed(names: str) -> tuple[str, bool]:
+    def placed(names: str) -> str:
         shares = [Share(token, token + 1, name) for token, name in enumerate(names)]
+        before = selection._places
         found = arranged(shares, units=len(names), selection=selection)
         assert selection.arranged(len(names), CPU) is found, "worked out once for all layers"
-        return "".join(next(name for name, mix in alone.items() if (mix,) == place) for place in found.places), found.aligned
+        assert (found.places is before) == (found.places == before), "the same places are the same tuple"
+        assert all(found.places[place] == (alone[names[token]],) for token, place in found.at)
+        assert found.used == {place for _, place in found.at}
+        return "".join(next(name for name, mix in alone.items() if (mix,) == place) for place in found.places)
 
-    assert placed("abca") == ("abca", True), "two rows of one adapter, a place each"
-    assert placed("adca") == ("adca", True)
-    assert placed("cad") == ("adca", False), "one a waits"
-    assert placed("edca") == ("edca", True), "and goes"
-    assert placed("edcaf") == ("edcaf", True)
-    assert placed("fdcae") == ("edcaf", False)
-    assert placed("gda") == ("gdcaf", False)
-    assert placed("ad") == ("ad", True), "too many would see nothing"
+    assert placed("abca") == "abc"
+    assert placed("adca") == "adc"
+    assert placed("cad") == "adc"
+    assert placed("eac") == "aec", "d waits no more"
+    assert placed("ecaf") == "aecf"
+    assert placed("fc") == "aecf", "a and e may come again"
+    assert placed("gfha") == "aghf"
+    assert placed("a") == "a", "too many would see nothing"
+
+
+def test_what_stands_at_a_place_depends_on_who_came_last() -> None:
+    selection = Selection()
+    selection.changed("a")
+    selection.changed("b")
+    found = arranged([Share(0, 1, "a"), Share(1, 2, "a"), Share(1, 2, "b")], units=2, selection=selection)
+    before = selection.standing(found)
+    assert selection.standing(found) is before and set(before) == found.used
+    selection.changed("c")
+    assert selection.standing(found) == before
+    selection.changed("b", gone=True)
+    after = selection.standing(found)
+    assert after[0] == before[0] and after[1] != before[1]
+    selection.changed("b")
+    assert selection.standing(found)[1] not in (before[1], after[1]), "the same name, but perhaps another adapter"
+    selection.changed("b", gone=True)
+    assert set(selection.comings) == {"a", "c"}, "thousands may come and go"
 
 
 def test_the_same_rows_are_arranged_once() -> None:
@@ -91,9 +114,8 @@ def test_the_same_rows_are_arranged_once() -> None:
 def test_units_of_several_tokens_are_arranged_in_tokens() -> None:
     selection = Selection()
     selection.divide([Share(0, 1, "a"), Share(1, 2, "b"), Share(2, 3, "c")], units=3)
-    assert selection.arranged(3, CPU).aligned
-    found = selection.arranged(6, CPU)
-    assert found.long == ((slice(0, 2), 0), (slice(2, 4), 1), (slice(4, 6), 2)) and not len(found.tokens)
+    assert selection.arranged(3, CPU).at == ((0, 0), (1, 1), (2, 2))
+    assert selection.arranged(6, CPU).at == ((0, 0), (1, 0), (2, 1), (3, 1), (4, 2), (5, 2))
     with pytest.raises(ValueError, match="13 tokens, which is no multiple of the batch's 3 units"):
         selection.arranged(13, CPU)
 

@@ -110,7 +110,7 @@ def test_unloading_while_a_text_is_written(registry: Registry, server: Any, save
 def test_thousands_known_few_in_memory(live: LiveModel, server: Any, saved: Callable[..., Path]) -> None:
     first = saved("a0")
     size = peft.read(first).parameters * 4
-    registry = Registry(live, server.engine, base="base", budget=3 * size)
+    registry = Registry(live, server.engine, base="base", budget=6 * size)  # three, each with a copy in fp32 for a text
     for number in range(200):
         registry.register(f"a{number}", first if number % 2 else saved("other", seed=9))
     assert registry.resident == 0
@@ -131,9 +131,22 @@ def test_thousands_known_few_in_memory(live: LiveModel, server: Any, saved: Call
     assert registry.get("a1").loads == 2, "loaded, put out, and loaded again"
 
 
+def test_copies_count_in_the_memory_of_adapters(live: LiveModel, server: Any, saved: Callable[..., Path]) -> None:
+    size, slots = peft.read(saved("a")).parameters * 4, server.engine.cache.slots
+    registry = Registry(live, server.engine, base="base", budget=(10 + slots) * size - 1)
+    for number in range(12):
+        registry.register(f"a{number}", saved("a"))
+    leases = [registry.lease(f"a{number}") for number in range(9)]
+    assert registry.resident == 9, "no more copies than texts are written at once"
+    with pytest.raises(NoRoom, match=f"takes {size:,} bytes, and copies for the texts that are written {slots * size:,}"):
+        registry.lease("a9")
+    for lease in leases:
+        registry.release(lease)
+
+
 def test_a_changed_file_is_refused_until_it_is_loaded_again(live: LiveModel, server: Any, saved: Callable[..., Path]) -> None:
     folder, other = saved("a", seed=1), saved("b", seed=2)
-    registry = Registry(live, server.engine, base="base", budget=peft.read(folder).parameters * 4)
+    registry = Registry(live, server.engine, base="base", budget=2 * peft.read(folder).parameters * 4)  # one, with its copy
     registry.load("a", folder)
     registry.register("b", other)
     expected = write(server, registry, "a")

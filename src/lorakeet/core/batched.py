@@ -5,8 +5,8 @@
             └── tokens of share 2:  w₂·s₂ · x·A₂ᵀ·B₂ᵀ ── added to its part of y       (shares may overlap: a mix)
 
 Two ways give the same numbers to rounding. Share by share is differentiable and costs some products for each share. Stacked, for
-inference, each share has a place in one A and one B where its pairs stand, and all tokens that are written one by one are
-multiplied at once, for layers that see the same x: the number of products does not depend on the number of adapters.
+inference, each mix has a place in one table of A's and one of B's where its pairs stand, and tokens that are written one by one
+pick their rows of it, for layers that see the same x: the number of products does not depend on the number of adapters.
 """
 
 from __future__ import annotations
@@ -22,9 +22,10 @@ import torch
 from torch import Tensor
 
 from lorakeet.core.base import FrozenBase
+from lorakeet.core.gathered import row_dots, row_sums
 from lorakeet.core.lowrank import LoraPair
-from lorakeet.core.math import add_low_rank, grad_of_b, shrink_grad, stacked_grow, stacked_shrink
-from lorakeet.core.selection import Arrangement, Mix, Share
+from lorakeet.core.math import add_low_rank, grad_of_b, shrink_grad
+from lorakeet.core.selection import Arrangement, Mix, Selection, Share, Standing
 
 
 class SharedLowRank(torch.autograd.Function):
@@ -90,37 +91,59 @@ def shared_low_rank(
     return cast(Tensor, apply(x, base, bias, products or x.dtype, parts, *factors))
 
 
-def stacked_in(products: torch.dtype, device: torch.device) -> torch.dtype:
-    """The dtype of a stack: fp32 on a CPU, where products of a few rows are faster in it than in bf16; else `products`."""
-    return torch.float32 if device.type == "cpu" else products
-
-
 Mixture = Sequence[tuple[LoraPair, float]]  # the pairs of a mix on one layer, with weights
 Held = Sequence[Mapping[str, LoraPair]]  # the pairs of some layers, each by adapter
 
 
 @dataclass(frozen=True)
 class _Copy:
-    """What stands at a place: a mix, and which pairs it was copied from, with how often they had been written to by then."""
+    """What stands at a place, and the trainable tensors that it was copied from, with how often these had been written to by
+    then. Frozen ones are not written to."""
 
-    mix: Mix
-    pairs: tuple[weakref.ref[LoraPair], ...]
+    what: Standing
     tensors: tuple[weakref.ref[Tensor], ...]
     written: int
 
     @classmethod
-    def of(cls, mix: Mix, layers: Sequence[Mixture]) -> _Copy:
-        pairs = [pair for mixture in layers for pair, _ in mixture]
-        factors: list[Tensor] = [factor for pair in pairs for factor in (pair.A, pair.B)]
-        tensors = tuple(weakref.ref(factor) for factor in factors if not factor.is_inference())  # those are not counted
-        return cls(mix, tuple(map(weakref.ref, pairs)), tensors, _written(tensors))
+    def of(cls, what: Standing, layers: Sequence[Mixture]) -> _Copy:
+        factors: list[Tensor] = [factor for mixture in layers for pair, _ in mixture for factor in (pair.A, pair.B)]
+        tensors = tuple(weakref.ref(factor) for factor in factors if factor.requires_grad and not factor.is_inference())
+        return cls(what, tensors, _written(tensors))
 
-    def stands_for(self, mix: Mix, pairs: Held) -> bool:
-        """Whether this is still a copy of the `mix` of `pairs`."""
-        if self.mix != mix or self.written != _written(self.tensors):
-            return False
-        own = [held[name] for held in pairs for name, _ in mix if name in held]
-        return len(own) == len(self.pairs) and all(known() is pair for known, pair in zip(self.pairs, own, strict=True))
+    def stands_for(self, what: Standing) -> bool:
+        """Whether this is still a copy of that."""
+        return self.what == what and self.written == _written(self.tensors)
+
+
+@dataclass(frozen=True)
+class _Picks:
+    """Which rows of a stack's tables the tokens pick that are computed one by one; layer by layer, in the order of tokens.
+
+    `tokens` and `rows` (n,): x[tokens[i]] meets the row rows[i] of all A's. A layer has its part of these n, and, within its B's,
+    the rows for them, and where each token's begin.
+    """
+
+    tokens: Tensor
+    rows: Tensor
+    layers: tuple[tuple[slice, Tensor, Tensor], ...]
+
+    @classmethod
+    def of(cls, to: Arrangement, parts: Sequence[slice], ranks: Mapping[int, Sequence[int]], device: torch.device) -> _Picks:
+        tokens: list[int] = []
+        rows: list[int] = []
+        layers, width = [], parts[-1].stop
+        for layer, part in enumerate(parts):
+            own: list[int] = []
+            first, firsts, room = len(tokens), [], part.stop - part.start
+            for token, place in to.at:
+                rank = ranks[place][layer]
+                firsts.append(len(own))
+                own += range(place * room, place * room + rank)
+                begin = place * width + part.start
+                rows += range(begin, begin + rank)
+                tokens += [token] * rank
+            layers.append((slice(first, len(tokens)), _numbers(own, device), _numbers(firsts, device)))
+        return cls(_numbers(tokens, device), _numbers(rows, device), tuple(layers))
 
 
 class Stack:
@@ -128,7 +151,8 @@ class Stack:
 
     A place holds its mix as one pair for each layer: A's one below the other, the B's with weight and scale in them, filled up
     with zeros to the largest rank of the layer. All A's are one tensor (P, ranks of all layers, in), so that one product shrinks
-    x; each layer has its B (P, rank, out). Copies, in the dtype `products`, are made when a mix comes to a place.
+    x; each layer has its B (P, rank, out). Copies, in the dtype `products`, are made when a mix comes to a place: A and B are
+    then rounded as the layers round them for an adapter that all tokens use.
     """
 
     def __init__(self, shapes: Sequence[tuple[int, int]], products: torch.dtype, device: torch.device) -> None:
@@ -137,56 +161,62 @@ class Stack:
         self.special: set[int] = set()  # places of mixes with pairs that are more than A and B, which are not held
         self._ranks: dict[int, tuple[int, ...]] = {}  # by place, of each layer
         self._copies: dict[int, _Copy] = {}  # by place
-        self._changes, self._written = -1, 0
         self._make(0, tuple(0 for _ in shapes))
-        self._held_a, self._held_b = self.A, list(zip(self._parts, self.Bs, strict=True))  # of the places that are held
 
     @property
     def empty(self) -> bool:
         """Whether no mix has a pair here."""
         return not self.A.shape[1]
 
-    def hold(self, places: tuple[Mix, ...], pairs: Held, changes: int) -> None:
-        """Makes each place hold its mix of `pairs`; an adapter without a pair here adds nothing. Copies what is not there.
+    def hold(self, to: Arrangement, pairs: Held, selection: Selection) -> None:
+        """Makes each place that is used hold its mix of `pairs`; an adapter without a pair here adds nothing.
 
-        `changes` counts how often adapters have come or gone: as long as it stays, and nothing is written to, names say enough.
+        Copies what is not there, or was copied before an adapter came or left, or was trained since.
         """
-        named = changes == self._changes and self._written == sum(_written(copy.tensors) for copy in self._copies.values())
-        new = [place for place, mix in enumerate(places) if not self._stands(place, mix, None if named else pairs)]
-        mixtures = {place: _own(places[place], pairs) for place in new}
-        if self._make_room(len(places), mixtures):
-            mixtures = {place: _own(mix, pairs) for place, mix in enumerate(places)}
+        wanted = selection.standing(to)
+        new = [place for place, what in wanted.items() if not self._stands(place, what)]
+        held, places = len(self.A), len(to.places)
+        if not new and (held // 4 < places <= held or held == places):
+            return
+        mixtures = {place: _own(to.places[place], pairs) for place in new}
+        if self._make_room(places, mixtures):
+            mixtures = {place: _own(to.places[place], pairs) for place in wanted}
         for place, layers in mixtures.items():
             self._copies.pop(place, None)  # should the copying fail, nobody takes what is there for a copy
             self._copy(place, layers)
-            self._copies[place] = _Copy.of(places[place], layers)
-        self._changes, self._written = changes, sum(copy.written for copy in self._copies.values())
-        self._held_a = self.A[: len(places)]
-        self._held_b = [(ranks, B[: len(places)]) for ranks, B in zip(self._parts, self.Bs, strict=True)]
+            self._copies[place] = _Copy.of(wanted[place], layers)
 
-    def _stands(self, place: int, mix: Mix, pairs: Held | None) -> bool:
-        """Whether the mix stands there, of these `pairs` if there is doubt of it."""
+    def _stands(self, place: int, what: Standing) -> bool:
         known = self._copies.get(place)
-        return known is not None and (known.mix == mix if pairs is None else known.stands_for(mix, pairs))
+        return known is not None and known.stands_for(what)
 
     def add(self, ys: Sequence[Tensor], x: Tensor, to: Arrangement) -> None:
         """Adds to each layer's y (tokens, out), in place, what the places give the tokens of `x` (tokens, in)."""
         wide = x.to(self.products)
-        if to.aligned:
-            shrunk = stacked_shrink(wide.unsqueeze(1), self._held_a)
-            for y, (ranks, B) in zip(ys, self._held_b, strict=True):
-                y.add_(stacked_grow(shrunk[..., ranks], B).squeeze(1).to(y.dtype))
-            return
         for part, place in to.long:
-            narrow = torch.mm(wide[part], self._held_a[place].t())
-            for y, (ranks, B) in zip(ys, self._held_b, strict=True):
+            narrow = torch.mm(wide[part], self.A[place].t())
+            for y, ranks, B in zip(ys, self._parts, self.Bs, strict=True):
                 added = torch.mm(narrow[:, ranks], B[place]).to(y.dtype)
                 y[part].add_(added) if isinstance(part, slice) else y.index_add_(0, part, added)
-        if len(to.tokens):
-            shrunk = stacked_shrink(wide.index_select(0, to.seen).unsqueeze(1), self._held_a)
-            for y, (ranks, B) in zip(ys, self._held_b, strict=True):
-                found = stacked_grow(shrunk[..., ranks], B).squeeze(1).index_select(0, to.at)
-                y.index_add_(0, to.tokens, found.to(y.dtype))
+        if not to.at:
+            return
+        picks = self._picks(to)
+        if not len(picks.rows):
+            return
+        shrunk = row_dots(wide, picks.tokens, self.A.flatten(0, 1), picks.rows)
+        for y, B, (part, rows, firsts) in zip(ys, self.Bs, picks.layers, strict=True):
+            if not len(rows):
+                continue
+            found = row_sums(shrunk[part], B.flatten(0, 1), rows, firsts).to(y.dtype)
+            y.add_(found) if to.tokens is None else y.index_add_(0, to.tokens, found)
+
+    def _picks(self, to: Arrangement) -> _Picks:
+        """Worked out once for all stacks whose places have the same ranks."""
+        key = tuple((part.start, part.stop) for part in self._parts), tuple(self._ranks[place] for _, place in to.at)
+        found = to.picked.get(key)
+        if found is None:
+            found = to.picked[key] = _Picks.of(to, self._parts, self._ranks, self.device)
+        return cast(_Picks, found)
 
     def _make_room(self, places: int, mixes: Mapping[int, Sequence[Mixture]]) -> bool:
         """Notes the ranks of the new `mixes`; whether there had to be new tensors, so that everything is to be copied again."""
@@ -224,11 +254,15 @@ class Stack:
                 a, b = (factor.detach() for factor in pair.factors())
                 last = first + len(a)
                 below[first:last].copy_(a)
-                beside[first:last].copy_(b.t()).mul_(pair.scale * weight)
+                torch.mul(b.t(), pair.scale * weight, out=beside[first:last])
                 first = last
             if first < len(below):
                 below[first:].zero_()
                 beside[first:].zero_()
+
+
+def _numbers(values: Sequence[int], device: torch.device) -> Tensor:
+    return torch.tensor(values, dtype=torch.int64, device=device)
 
 
 def _own(mix: Mix, pairs: Held) -> list[Mixture]:
@@ -237,5 +271,5 @@ def _own(mix: Mix, pairs: Held) -> list[Mixture]:
 
 
 def _written(tensors: Iterable[weakref.ref[Tensor]]) -> int:
-    """How often the tensors have been written to in place; those of inference mode, which torch does not count, are left out."""
+    """How often the tensors have been written to in place."""
     return sum(tensor._version for known in tensors if (tensor := known()) is not None)

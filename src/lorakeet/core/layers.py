@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from lorakeet.core.base import DenseBase, FrozenBase, TransposedBase
-from lorakeet.core.batched import Stack, shared_low_rank, stacked_in
+from lorakeet.core.batched import Stack, shared_low_rank
 from lorakeet.core.dora import DoraPair
 from lorakeet.core.lowrank import LoraPair, frozen_linear
 from lorakeet.core.plan import PlanEntry
@@ -77,12 +77,12 @@ class AdaptedLayer(StandIn):
     def attach(self, name: str, adapter: nn.Module) -> None:
         """Adds `adapter` under `name`; `activate` makes it count."""
         self.adapters[name] = adapter
-        self.selection.changed()
+        self.selection.changed(name)
 
     def detach(self, name: str) -> None:
         """Forgets the adapter `name`; if it was active, the bare base is in use again."""
         del self.adapters[name]
-        self.selection.changed()
+        self.selection.changed(name)
 
     @property
     def weight(self) -> Tensor:
@@ -177,16 +177,18 @@ class SharedInput:
 
     def __init__(self) -> None:
         self._stack: Stack | None = None
-        self._to: Arrangement | None = None  # what the stack is made for
+        self._to: Arrangement | None = None  # what the stack is made for, after which change of adapters
+        self._changes = -1
         self._products: torch.dtype | None = None
         self._biases: list[Tensor | None] = []
 
     def __call__(self, layers: Sequence[LoraLinear], x: Tensor) -> list[Tensor] | None:
         """x (tokens, in) to (tokens, out) of each layer; None where a pair in use is more than A and B."""
         products = layers[0].products or x.dtype
-        to = layers[0].selection.arranged(len(x), x.device)
+        selection = layers[0].selection
+        to = selection.arranged(len(x), x.device)
         stack = self._stack
-        if stack is None or self._to is not to or self._products != products:
+        if stack is None or self._to is not to or self._changes != selection.changes or self._products != products:
             stack = self._holding(layers, to, products, x.device)
         if not stack.special.isdisjoint(to.used):
             return None
@@ -204,12 +206,14 @@ class SharedInput:
         """The stack, with the mixes of `to` in it."""
         stack = self._stack
         if stack is None or self._products != products:
-            stack = self._stack = Stack([layer.base.shape for layer in layers], stacked_in(products, device), device)
-        self._to = None
+            stack = self._stack = Stack([layer.base.shape for layer in layers], products, device)
+        self._to, selection = None, layers[0].selection
+        changes = selection.changes  # an adapter may come meanwhile: then this is looked at again
         # The plain dicts: this runs for every layer as rows come and go.
         pairs = [cast("dict[str, LoraPair]", layer.adapters._modules) for layer in layers]
-        stack.hold(to.places, pairs, layers[0].selection.changes)
-        self._to, self._products, self._biases = to, products, [layer.bias for layer in layers]
+        stack.hold(to, pairs, selection)
+        self._to, self._changes = to, changes
+        self._products, self._biases = products, [layer.bias for layer in layers]
         return stack
 
 

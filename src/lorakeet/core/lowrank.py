@@ -142,13 +142,15 @@ class LoraPair(nn.Module):
         bias: bool = False,
         given: tuple[Tensor, Tensor] | None = None,
     ) -> None:
-        """Zeros, or A and B as `given`: these are taken as they are, frozen, without a copy."""
+        """Zeros, or A and B as `given`: these are taken as they are, as buffers, without a copy, and cannot be trained."""
         super().__init__()
         # Not one by one: nn.Module looks at each as if it were a tensor, a quarter of the time in which an adapter is loaded.
         vars(self).update(kind=entry.kind, scale=entry.scale, scale_rule=entry.scale_rule, dropout=entry.dropout)
-        A, B = (torch.zeros(shape, device=device) for shape in (entry.shape_a, entry.shape_b)) if given is None else given
-        self._parameters["A"] = nn.Parameter(A, requires_grad=given is None)
-        self._parameters["B"] = nn.Parameter(B, requires_grad=given is None)
+        if given is None:
+            self._parameters["A"] = nn.Parameter(torch.zeros(entry.shape_a, device=device))
+            self._parameters["B"] = nn.Parameter(torch.zeros(entry.shape_b, device=device))
+        else:  # no parameters: hundreds of them are made while another thread computes, and each waits for its turn
+            self._buffers.update(A=given[0], B=given[1])
         self._parameters["bias"] = nn.Parameter(torch.zeros(entry.shape_b[0], device=device)) if bias else None
         self._buffers.update(anchor_A=None, anchor_B=None)
 

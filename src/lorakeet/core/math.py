@@ -52,16 +52,6 @@ def add_low_rank(y: Tensor, shrunk: Tensor, B: Tensor, scale: float) -> Tensor:
     return y.addmm_(shrunk, B.t(), alpha=scale)
 
 
-def stacked_shrink(x: Tensor, A: Tensor) -> Tensor:
-    """x·Aᵀ for P pairs of one rank side by side: x (P, m, in), A (P, rank, in) to (P, m, rank), in one product."""
-    return torch.bmm(x, A.transpose(1, 2))
-
-
-def stacked_grow(shrunk: Tensor, B: Tensor) -> Tensor:
-    """What P pairs add, from `shrunk` (P, m, rank) and B (P, rank, out), which holds their scales: (P, m, out)."""
-    return torch.bmm(shrunk, B)
-
-
 def shrink_grad(grad: Tensor, B: Tensor, scale: float) -> Tensor:
     """u = s·∂y·B (tokens, rank): what reaches the rank side; then ∂A = uᵀ·x and ∂x gains u·A."""
     return torch.mm(grad, B).mul_(scale)

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import itertools
-from collections import Counter
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Hashable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import cast
 
 import torch
 from torch import Tensor
 
 Mix = tuple[tuple[str, float], ...]  # the adapters that a token uses, with weights
+Standing = tuple[Mix, tuple[int | None, ...]]  # a mix, and when each of its adapters last came
 Run = tuple[int, int, Mix]  # the units start … stop − 1 use one mix
-FEW = 2  # runs of neighbours that use one mix, up to which each is multiplied by itself
-COPIES = 3  # of the pairs of a mix, on average, up to which each run has one of its own
+FEW = 16  # tokens of one mix, up to which its rows are picked for each; products of all of them beyond
 
 
 @dataclass(frozen=True)
@@ -31,21 +31,19 @@ class Share:
 
 @dataclass(frozen=True)
 class Arrangement:
-    """A divided batch as layers compute it: each share has a place where the pairs of its mix stand.
+    """A divided batch as layers compute it: each mix has a place where its pairs stand.
 
     `places` are the mixes by place, some of which nobody may use now; `used` are the others. `long` are tokens that use one mix,
-    as a slice or by number, with its place, multiplied by themselves. All other tokens with a mix are multiplied together, one by
-    each place: place p sees the token `seen[p]`, and what becomes of `tokens` (k,) is found at the places `at` (k,). `aligned`:
-    place i sees token i, and all do.
+    as a slice or by number, with its place, multiplied by themselves. Of all others that have a mix, `at` is the place; they are
+    the `tokens` (k,), or all there are if that is None. `picked` is for what layers work out for them, by what it depends on.
     """
 
     places: tuple[Mix, ...]
     used: frozenset[int]
     long: tuple[tuple[slice | Tensor, int], ...]
-    seen: Tensor
-    tokens: Tensor
-    at: Tensor
-    aligned: bool
+    at: tuple[tuple[int, int], ...]  # (token, place)
+    tokens: Tensor | None
+    picked: dict[Hashable, object] = field(default_factory=dict, compare=False)
 
 
 class Selection:
@@ -55,10 +53,11 @@ class Selection:
         self.active: str | None = None
         self.shares: tuple[Share, ...] | None = None
         self.units = 0
-        self.changes = 0  # how often adapters have come or gone
+        self.changes = 0  # rises whenever an adapter comes to a layer or leaves one
+        self.comings: dict[str, int] = {}  # what `changes` was when that last happened, by adapter
+        self._numbers = itertools.count(1)
         self._places: tuple[Mix, ...] = ()
         self._runs: tuple[Run, ...] | None = None  # of the shares; worked out when a layer asks for them
-        self._at: tuple[int, ...] = ()  # the place of each run
         self._arranged: dict[tuple[int, torch.device], Arrangement] = {}
 
     def use(self, name: str | None) -> None:
@@ -82,10 +81,27 @@ class Selection:
         self._runs = None
         self._arranged = {}
 
-    def changed(self) -> None:
-        """An adapter has come to a layer or left it: what stands at the places is looked at again."""
-        self.changes += 1
-        self._arranged = {}
+    def changed(self, name: str, *, gone: bool = False) -> None:
+        """The adapter `name` has come to layers or left them, or all of them (`gone`): copies of its pairs are old now.
+
+        From any thread, after the layers have changed; rows that are being computed do not use this adapter.
+        """
+        number = next(self._numbers)
+        if gone:
+            self.comings.pop(name, None)
+        else:
+            self.comings[name] = number
+        self.changes = number
+
+    def standing(self, to: Arrangement) -> dict[int, Standing]:
+        """What must stand at each place of `to` that is used, as of now."""
+        key = "standing", self.changes
+        found = to.picked.get(key)
+        if found is None:
+            mixes = {place: to.places[place] for place in to.used}
+            found = {place: (mix, tuple(self.comings.get(name) for name, _ in mix)) for place, mix in mixes.items()}
+            to.picked[key] = found
+        return cast("dict[int, Standing]", found)
 
     def shares_over(self, tokens: int) -> tuple[Share, ...]:
         """The shares in tokens, where a layer sees `tokens` of them: as many for each unit."""
@@ -97,16 +113,17 @@ class Selection:
     def arranged(self, tokens: int, device: torch.device) -> Arrangement:
         """How layers that see `tokens` tokens compute the divided batch; worked out once for all of them.
 
-        A mix keeps its place from one batch to the next, so that its pairs need not be copied again.
+        A mix keeps its place from one batch to the next, so that its pairs need not be copied again. The tuple of places is the
+        same one as long as all mixes had one.
         """
         found = self._arranged.get((tokens, device))
         if found is None:
             each = self._each(tokens)
             if self._runs is None:
                 self._runs = _runs(self.shares or ())
-                self._places, self._at = _placed(self._places, self._runs)
-            spans = [slice(start * each, stop * each) for start, stop, _ in self._runs]
-            found = self._arranged[tokens, device] = _arrangement(spans, self._at, self._places, tokens, device)
+                self._places = _placed(self._places, (mix for _, _, mix in self._runs))
+            spans = [(slice(start * each, stop * each), mix) for start, stop, mix in self._runs]
+            found = self._arranged[tokens, device] = _arrangement(spans, self._places, tokens, device)
         return found
 
     def _each(self, tokens: int) -> int:
@@ -117,10 +134,7 @@ class Selection:
 
 
 def _runs(shares: tuple[Share, ...]) -> tuple[Run, ...]:
-    """Units by the mix that they use. The weights of shares of one adapter that overlap add up.
-
-    Neighbours of one mix are joined where few runs are left then.
-    """
+    """Units by the mix that they use, neighbours of one mix together. The weights of overlapping shares of one adapter add up."""
     ends = sorted({end for share in shares for end in (share.start, share.stop)})
     found: list[Run] = []
     for start, stop in itertools.pairwise(ends):
@@ -128,71 +142,53 @@ def _runs(shares: tuple[Share, ...]) -> tuple[Run, ...]:
         for share in shares:
             if share.start <= start < share.stop:
                 weights[share.name] = weights.get(share.name, 0.0) + share.weight
-        if weights:
-            found.append((start, stop, tuple(sorted(weights.items()))))
-    joined: list[Run] = []
-    for start, stop, mix in found:
-        if joined and joined[-1][1:] == (start, mix):
-            joined[-1] = joined[-1][0], stop, mix
+        if not weights:
+            continue
+        mix = tuple(sorted(weights.items()))
+        if found and found[-1][1:] == (start, mix):
+            found[-1] = found[-1][0], stop, mix
         else:
-            joined.append((start, stop, mix))
-    return tuple(joined if len(joined) <= FEW else found)
+            found.append((start, stop, mix))
+    return tuple(found)
 
 
-def _placed(places: tuple[Mix, ...], runs: Sequence[Run]) -> tuple[tuple[Mix, ...], tuple[int, ...]]:
-    """`places` with one for each of the `runs`, and which that is: preferably where its mix stands already.
+def _placed(places: tuple[Mix, ...], wanted: Iterable[Mix]) -> tuple[Mix, ...]:
+    """`places` with one for each mix that is `wanted`: where it stands already, else one that nobody uses, else a new one.
 
-    One for all runs of a mix, where few mixes have many: a copy of its pairs for each would take memory for nothing. New mixes
-    come to places that nobody uses, or follow. All anew where more than half of the places would see nothing.
+    All anew where more than half of the places would see nothing.
     """
-    mixes = [mix for _, _, mix in runs]
-    distinct = list(dict.fromkeys(mixes))
-    if len(mixes) > COPIES * len(distinct):
-        found, at = _placed(places, [(0, 1, mix) for mix in distinct])
-        place_of = dict(zip(distinct, at, strict=True))
-        return found, tuple(place_of[mix] for mix in mixes)
+    mixes = dict.fromkeys(wanted)
     if len(places) > 2 * len(mixes):
-        return tuple(mixes), tuple(range(len(mixes)))
-    held, own = list(places), [-1] * len(mixes)
-    free = dict.fromkeys(range(len(places)))
-    for number, mix in enumerate(mixes):  # in the same order as before, most stay where they are
-        if number < len(places) and places[number] == mix:
-            own[number] = number
-            del free[number]
-    for number, mix in enumerate(mixes):
-        if own[number] < 0 and (known := next((place for place in free if places[place] == mix), None)) is not None:
-            own[number] = known
-            del free[known]
-    for number, mix in enumerate(mixes):
-        if own[number] < 0:
-            own[number] = number if number in free else next(iter(free), len(held))
-            free.pop(own[number], None)
-            held[own[number] : own[number] + 1] = [mix]
-    return tuple(held), tuple(own)
+        return tuple(mixes)
+    new = [mix for mix in mixes if mix not in places]
+    if not new:
+        return places
+    held = list(places)
+    free = [place for place, mix in enumerate(held) if mix not in mixes]
+    for mix, place in itertools.zip_longest(new, free[: len(new)]):
+        if place is None:
+            held.append(mix)
+        else:
+            held[place] = mix
+    return tuple(held)
 
 
-def _arrangement(
-    spans: Sequence[slice], at: Sequence[int], places: tuple[Mix, ...], tokens: int, device: torch.device
-) -> Arrangement:
-    shared = {place for place, count in Counter(at).items() if count > 1}
-    long: list[tuple[slice | Tensor, int]] = [
-        (span, place)
-        for span, place in zip(spans, at, strict=True)
-        if place not in shared and span.stop - span.start > 1
-    ]
-    for place in sorted(shared):
-        numbers = [token for span, own in zip(spans, at, strict=True) if own == place for token in range(span.start, span.stop)]
-        long.append((_indices(numbers, device), place))
-    single = [
-        (span.start, place)
-        for span, place in zip(spans, at, strict=True)
-        if place not in shared and span.stop - span.start == 1
-    ]
-    token_of = {place: token for token, place in single}
-    aligned = len(single) == len(places) == tokens and all(token == place for token, place in single)
-    seen = _indices([token_of.get(place, 0) for place in range(len(places))], device)
-    own, where = (_indices([part[side] for part in single], device) for side in (0, 1))
-    return Arrangement(places, frozenset(at), tuple(long), seen, own, where, aligned)
+def _arrangement(spans: Sequence[tuple[slice, Mix]], places: tuple[Mix, ...], tokens: int, device: torch.device) -> Arrangement:
+    place_of = {mix: place for place, mix in enumerate(places)}
+    own: dict[int, list[slice]] = {}
+    for span, mix in spans:
+        own.setdefault(place_of[mix], []).append(span)
+    long: list[tuple[slice | Tensor, int]] = []
+    at: list[tuple[int, int]] = []
+    for place, parts in own.items():
+        numbers = [token for part in parts for token in range(part.start, part.stop)]
+        if len(numbers) <= FEW:
+            at += [(token, place) for token in numbers]
+        else:
+            long.append((parts[0] if len(parts) == 1 else _indices(numbers, device), place))
+    at.sort()
+    some = None if len(at) == tokens else _indices([token for token, _ in at], device)
+    return Arrangement(places, frozenset(own), tuple(long), tuple(at), some)
 
 
 def _indices(numbers: Sequence[int], device: torch.device) -> Tensor:

@@ -88,7 +88,8 @@ def _sorted_by_kind(file: SafeFile, problems: Problems) -> tuple[dict[str, Slots
             continue
         own = name[len(_PREFIX) :]
         if match := _SLOT.fullmatch(own):
-            groups.setdefault(match["path"], {})[match["slot"]] = tensor.float()
+            wide = tensor if tensor.dtype == torch.float32 else tensor.float()  # asked first: torch takes longer to say the same
+            groups.setdefault(match["path"], {})[match["slot"]] = wide
         elif own.endswith(_TOKENS):
             tokens[own[: -len(_TOKENS)]] = tensor.float()
         elif ".lora_" in own or ".token_adapter." in own:

@@ -102,14 +102,16 @@ class LiveModel:
             raise ConfigError(f"An adapter '{name}' is already on the model; detach it first.")
         pairs = {path: self._pair(entry, adapter.pairs[path]) for path, entry in entries.items()}
         for path, pair in pairs.items():
-            self._places[path].layer.attach(name, pair)
+            self._places[path].layer.adapters[name] = pair
+        self.selection.changed(name)
         self._held[name] = tuple(self._places[path].layer for path in pairs)
         self._bytes[name] = 4 * adapter.parameters
 
     def detach(self, name: str) -> None:
         """Takes the adapter off the model; its memory is free when nothing else refers to it. Not while rows use it."""
         for layer in self._held.pop(name):
-            layer.detach(name)
+            del layer.adapters[name]
+        self.selection.changed(name, gone=True)
         del self._bytes[name]
         if self.selection.active == name:
             self.selection.use(None)
@@ -145,7 +147,8 @@ class LiveModel:
             dora.measure(self._places[entry.path].layer.base.dense())
             dora.load(value)
             return dora.requires_grad_(False).eval()
-        pair = LoraPair(entry, given=(value.A.to(device), value.B.to(device)), device=device, bias=value.bias is not None)
+        given = (value.A, value.B) if value.A.device == device == value.B.device else (value.A.to(device), value.B.to(device))
+        pair = LoraPair(entry, given=given, device=device, bias=value.bias is not None)
         if pair.bias is not None and value.bias is not None:
             pair.bias = nn.Parameter(value.bias.to(device), requires_grad=False)
         return pair

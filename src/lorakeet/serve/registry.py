@@ -71,7 +71,8 @@ class Registry:
         budget: int | None = None,
         changed: Callable[[], object] | None = None,
     ) -> None:
-        """`budget` bounds the bytes of adapters in memory; `changed` is called after names came, went or moved."""
+        """`budget` bounds the bytes of adapters in memory with the copies that texts use (of single adapters; a weighted mix has
+        a copy of its own); `changed` is called after names came, went or moved."""
         self.live, self.engine, self.base, self.budget = live, engine, base, budget
         self.prober = Prober(live.text, live.selection)
         self._changed = changed or (lambda: None)
@@ -254,7 +255,7 @@ class Registry:
             try:
                 self._verify(version, record)
             except BaseException:
-                self._on_engine(lambda: self.live.detach(version.key))
+                self.live.detach(version.key)
                 raise
         with self._lock:
             version.loaded, version.used = True, time.monotonic()
@@ -287,11 +288,12 @@ class Registry:
             self.release(lease)
 
     def _make_room(self, needed: int) -> None:
-        """Puts out the adapters that were used longest ago until `needed` bytes fit the budget."""
+        """Puts out the adapters that were used longest ago until `needed` bytes fit the budget, with the copies of adapters."""
         while self.budget is not None:
             with self._lock:
-                held = sum(version.source.bytes for version in self._resident.values())
-                if held + needed <= self.budget:
+                sizes = [version.source.bytes for version in self._resident.values()]
+                held, copies = sum(sizes), self._copies([*sizes, needed])
+                if held + needed + copies <= self.budget:
                     return
                 idle = [v for v in self._resident.values() if v.loaded and not v.users and not v.pinned]
                 oldest = min(idle, key=lambda v: v.used, default=None)
@@ -299,23 +301,20 @@ class Registry:
                     oldest.loaded = False
             if oldest is None:
                 raise NoRoom(
-                    f"The adapter takes {needed:,} bytes; {held:,} of {self.budget:,} are taken by adapters that are in use or "
-                    "pinned. Try again, unpin one, or start the server with more --memory."
+                    f"The adapter takes {needed:,} bytes, and copies for the texts that are written {copies:,}; {held:,} of "
+                    f"{self.budget:,} are taken by adapters that are in use or pinned. Try again, unpin one, or start the server "
+                    "with more --memory."
                 )
             self._put_out(oldest)
 
+    def _copies(self, sizes: list[int]) -> int:
+        """What copies of adapters of these sizes in fp32 take at most (core/batched): of one for each text that is written."""
+        largest = sorted(sizes, reverse=True)[: self.engine.cache.slots]
+        return sum(largest) * self.live.text.products.itemsize // 4
+
     def _put_out(self, version: Version) -> None:
-        """Takes a version that nobody uses off the model, with what the prefix cache holds of it."""
-
-        def leave() -> None:
-            self.live.detach(version.key)
-            self.engine.slots.forget(version.key)
-
-        self._on_engine(leave)
+        """Takes a version that nobody uses off the model; the engine drops what the prefix cache holds of it after its step."""
+        self.live.detach(version.key)
         with self._lock:
             self._resident.pop(version.key, None)
-
-    def _on_engine(self, function: Callable[[], None]) -> None:
-        self.engine.call(function).result()
-
-
+        self.engine.call(lambda: self.engine.slots.forget(version.key))
