@@ -21,12 +21,13 @@ import pytest
 import torch
 
 from lorakeet.cli.main import main
+from lorakeet.core.threads import compute_with
 from lorakeet.errors import ConfigError, VerificationFailed
 from lorakeet.evaluate.certificate import read_certificate
 from lorakeet.formats import peft
 from lorakeet.formats.detect import read_adapter
 from lorakeet.formats.vllm import misread
-from lorakeet.workflows.serve import leave_a_core
+from lorakeet.workflows.serve import _threads, cores_for_the_engine
 from lorakeet.workflows.verify import verify
 from tiny.adapters import random_adapter
 from tiny.models import tiny_model
@@ -134,19 +135,30 @@ def test_a_run_is_served_as_it_was_trained_and_its_certificate_says_so(finished:
     assert served.right == "the record of the training" and served.measured["logprob_difference"] < 2e-3
 
 
-@pytest.mark.parametrize(("cores", "given", "expected"), [(8, None, 7), (1, None, 1), (8, "8", None)])
-def test_a_core_is_left_to_the_clients_traffic(
-    cores: int, given: str | None, expected: int | None, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("cores", "given", "apart", "expected"),
+    [(4, None, True, 4), (4, None, False, 3), (1, None, False, 1), (4, "4", False, 4), (2, "2", True, 2)],
+)
+def test_the_engine_has_every_core_where_others_can_compute_by_themselves(
+    cores: int, given: str | None, apart: bool, expected: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked: list[int] = []
-    monkeypatch.setattr(torch, "get_num_threads", lambda: cores)
-    monkeypatch.setattr(torch, "set_num_threads", asked.append)
+    monkeypatch.setattr("torch.get_num_threads", lambda: cores)
+    monkeypatch.setattr("lorakeet.workflows.serve.can_compute_alone", lambda: apart)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     if given is not None:
         monkeypatch.setenv("OMP_NUM_THREADS", given)
-    with leave_a_core():
-        assert asked == ([] if expected is None else [expected])
-    assert asked[-1:] == [cores]
+    assert _threads() == expected
+
+
+def test_whoever_answers_computes_by_itself() -> None:
+    before = torch.get_num_threads()
+    try:
+        compute_with(2)
+        with cores_for_the_engine():
+            assert torch.get_num_threads() == 1
+        assert torch.get_num_threads() == 2
+    finally:
+        compute_with(before)
 
 
 @pytest.mark.parametrize(

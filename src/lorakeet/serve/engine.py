@@ -20,6 +20,7 @@ from typing import Literal, TypeVar
 from torch import Tensor
 
 from lorakeet.core.selection import Selection
+from lorakeet.core.threads import compute_with
 from lorakeet.errors import ConfigError, LorakeetError
 from lorakeet.models.kv_cache import KeyValues, Row, step
 from lorakeet.models.sample import end_ids
@@ -107,12 +108,16 @@ class Engine:
         context: int = 2048,
         waiting: int = 256,
         chunk: int = 256,
+        threads: int | None = None,
     ) -> None:
-        """`slots` texts are written at once, of at most `context` tokens with their prompts; `waiting` more may queue."""
+        """`slots` texts are written at once, of at most `context` tokens with their prompts; `waiting` more may queue.
+
+        The engine's thread computes with `threads`, or with as many as torch gives it.
+        """
         self.text, self.selection, self.context, self.chunk = text, selection, context, chunk
         self.cache = KeyValues(slots=slots, capacity=context)
         self.slots = Slots(self.cache)
-        self.most_waiting = waiting
+        self.most_waiting, self.threads = waiting, threads
         self.steps = 0
         self._ends = end_ids(text)
         self._queue: deque[Job] = deque()
@@ -194,6 +199,8 @@ class Engine:
         return whole
 
     def _run(self) -> None:
+        if self.threads is not None:
+            compute_with(self.threads)
         try:
             self._loop()
         finally:

@@ -7,6 +7,7 @@ import json
 import logging
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -17,6 +18,7 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
 
+from lorakeet.core.threads import compute_alone
 from lorakeet.errors import ConfigError, DataError, EnvironmentProblem, LorakeetError, VerificationFailed
 from lorakeet.serve import lifecycle, ollama, openai
 from lorakeet.serve.access import Caller, NotAllowed, QuotaSpent
@@ -69,6 +71,8 @@ def build_app(service: Service) -> Starlette:
 
     @asynccontextmanager
     async def life(_: Starlette) -> AsyncIterator[None]:
+        if service.engine.threads is not None:  # whoever reads an adapter meanwhile leaves the cores to the engine
+            asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(initializer=compute_alone))
         yield
         await service.settle()  # with the engine still running: adapters are put out by it
         await asyncio.to_thread(service.engine.drain, service.limits.timeout)

@@ -16,6 +16,7 @@ from typing import Any, Literal
 import torch
 from rich.console import Console
 
+from lorakeet.core.threads import can_compute_alone, compute_alone, compute_with
 from lorakeet.errors import ConfigError, EnvironmentProblem, Problems
 from lorakeet.formats import peft
 from lorakeet.formats.detect import detect, read_adapter
@@ -87,7 +88,8 @@ def serve(  # noqa: PLR0913 - one argument for each option
     spec = ModelSpec(path=model, dtype=dtype, quantize=QuantSpec(method=quantize))
     keep_little_code(SERVED)
     text = load_text_model(spec, say=console.print)
-    runner = Engine(text, (live := LiveModel(text)).selection, slots=slots, context=_context(text, context), waiting=queue)
+    live = LiveModel(text)
+    runner = Engine(text, live.selection, slots=slots, context=_context(text, context), waiting=queue, threads=_threads())
     store = None if adapters_dir is None else Store(adapters_dir)
 
     def changed() -> None:
@@ -100,7 +102,7 @@ def serve(  # noqa: PLR0913 - one argument for each option
     if store is not None:
         store.restore(registry, console.print)
     service = Service(text, runner, registry, access=access, store=store, limits=limits)
-    with leave_a_core(), _logs():
+    with cores_for_the_engine(), _logs():
         runner.start()
         try:
             run_server(build_app(service), host=host, port=port, ready=lambda taken: _say(registry, host, taken, console))
@@ -156,20 +158,25 @@ def _say(registry: Registry, host: str, port: int, console: Console) -> None:
     console.print(f"Serving {registry.base} with {adapters} at http://{where}:{port}/v1", soft_wrap=True)
 
 
-@contextmanager
-def leave_a_core() -> Iterator[None]:
-    """A context in which products use every core but one, unless OMP_NUM_THREADS says how many.
+def _threads() -> int:
+    """How many threads the engine computes with: one for every core, unless OMP_NUM_THREADS says how many.
 
-    The clients' traffic needs a core now and then, and a product waits for all of its threads: on 2 cores, 16 texts with 8
-    adapters are written twice as fast with one thread as with two.
+    Where teams of threads cannot be kept apart (core/threads), a core is left free: teams that sleep between two products, while
+    the clients' traffic takes a core now and then, were half as fast on 2 cores as one thread.
     """
+    most = torch.get_num_threads()
+    return most if "OMP_NUM_THREADS" in os.environ or can_compute_alone() else max(1, most - 1)
+
+
+@contextmanager
+def cores_for_the_engine() -> Iterator[None]:
+    """A context in which this thread computes by itself, so that a thread that computes with all cores never finds them taken."""
     before = torch.get_num_threads()
-    if "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(max(1, before - 1))
+    compute_alone()
     try:
         yield
     finally:
-        torch.set_num_threads(before)
+        compute_with(before)
 
 
 def _http() -> tuple[Callable[..., None], Callable[[Service], Any]]:

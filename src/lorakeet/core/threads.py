@@ -1,0 +1,50 @@
+"""Which threads compute with how many cores, where one is to have all: OpenMP counts the teams of the whole process.
+
+torch's products run in OpenMP teams, one for each thread that asks for products. GNU's OpenMP lets a team wait busily for its
+next product as long as all teams together have no more threads than there are cores, and puts them to sleep otherwise. On 2
+cores, beside the team of another thread, each product then begins 50 to 80 µs late: as long as it takes (docs/log.md).
+"""
+
+from __future__ import annotations
+
+import ctypes
+from functools import cache
+
+import torch
+
+_HARD = 2  # omp_pause_hard of OpenMP 5.0: everything goes that a team keeps between two products
+
+
+def compute_with(threads: int) -> None:
+    """The calling thread computes with so many threads, a team of its own; threads that begin to compute later do, too."""
+    torch.set_num_threads(threads)
+
+
+def compute_alone() -> None:
+    """Ends the team of the calling thread, which computes by itself from now on. Other threads keep theirs.
+
+    Without a way to end a team (`can_compute_alone`), its threads stay, and are counted.
+    """
+    torch.get_num_threads()  # torch tells each thread how many there are when it first computes; not later than here
+    library = _openmp()
+    if library is None:
+        torch.set_num_threads(1)
+        return
+    library.omp_set_num_threads(ctypes.c_int(1))  # torch's own call would tell other threads, too
+    library.omp_pause_resource_all(ctypes.c_int(_HARD))
+
+
+def can_compute_alone() -> bool:
+    """Whether the OpenMP that torch computes with can end the team of one thread: GNU's, of GCC 9 or later."""
+    return _openmp() is not None
+
+
+@cache
+def _openmp() -> ctypes.CDLL | None:
+    try:
+        library = ctypes.CDLL(None)
+    except (OSError, TypeError):  # Windows
+        return None
+    if hasattr(library, "kmp_get_blocktime"):  # LLVM's and Intel's would end the teams of all threads
+        return None
+    return library if all(hasattr(library, name) for name in ("omp_set_num_threads", "omp_pause_resource_all")) else None
