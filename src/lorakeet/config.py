@@ -51,10 +51,23 @@ class RunConfig:
         if self.ranks.choose == "auto" and self.lora.rank_pattern:
             count = len(self.lora.rank_pattern)
             found.append(f"ranks.choose is auto, but lora.rank_pattern gives {count} ranks itself. Leave one of them out.")
+        if self.ranks.choose == "prune":
+            found += self._prune_problems()
         if self.kind == "text" and self.model.config:
             found.append("model.config is for single files of image models, but kind is text. Leave it out or set kind: image.")
         if self.kind == "image" and self.lora.start in MEASURED:
             found.append(f"lora.start {self.lora.start} is measured on rows of text, but kind is image. Use lora.start kaiming.")
+        return found
+
+    def _prune_problems(self) -> list[str]:
+        """What stands in the way of cutting pairs for good: they must be sums of rank-one terms, and nothing else."""
+        found, lora = [], self.lora
+        if lora.variant == "dora":
+            found.append("ranks.choose is prune, but lora.variant is dora, whose lengths stay when a pair is gone. Use lora.")
+        if lora.start in ("pissa", "olora", "orthogonal"):
+            found.append(
+                f"ranks.choose is prune, but lora.start is {lora.start}, whose terms belong together. Use lora.start kaiming."
+            )
         return found
 
 

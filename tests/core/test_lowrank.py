@@ -152,3 +152,44 @@ def test_value_and_load_are_inverse(kind: str, rule: str) -> None:
     assert (back.kind, back.scale_rule, back.alpha, back.scale) == (kind, rule, 12, value.scale)
     assert torch.equal(pair.delta(), value.delta())
     assert torch.equal(pair.fold(weight), value.delta())
+
+
+@pytest.mark.parametrize("kind", ["linear", "conv1d", "embedding", "experts"])
+@pytest.mark.parametrize("rule", ["alpha/rank", "alpha/sqrt(rank)"])
+def test_what_is_kept_of_a_pair_computes_what_it_did(kind: str, rule: str) -> None:
+    """Terms whose b or a is zero go without a trace; the scale is that of the first rank."""
+    shape = (3, 7, 5) if kind == "experts" else (7, 5)
+    pair = LoraPair(PlanEntry("x", kind, shape, 4, 12.0, rule))  # type: ignore[arg-type]
+    torch.manual_seed(0)
+    with torch.no_grad():
+        pair.A.normal_()
+        pair.B.normal_()
+        pair.B.select(-1, 1).zero_()
+        pair.A.select(-2, 3).zero_()
+    before, live, scale = pair.delta(), (pair.A, pair.B), pair.scale
+    pair.keep(torch.tensor([0, 2]))
+    assert pair.rank == 2 and live == (pair.A, pair.B) and pair.scale == scale
+    torch.testing.assert_close(pair.delta(), before, rtol=1e-6, atol=1e-6)
+    value = pair.value()
+    assert value.rank == 2 and value.scale == pytest.approx(scale, rel=1e-12)
+    torch.testing.assert_close(value.delta(), before, rtol=1e-6, atol=1e-6)
+
+
+def test_a_pair_without_terms_is_the_base_and_its_gradients_are_empty() -> None:
+    base = base_named("linear", torch.float32)
+    pair = LoraPair(PlanEntry("x", "linear", (7, 5), 4, 12.0))
+    pair.keep(torch.tensor([], dtype=torch.int64))
+    x = torch.randn(6, 5, requires_grad=True)
+    y = pair(x, base)
+    assert torch.equal(y, base.matmul(x.detach()))
+    y.sum().backward()
+    assert x.grad is not None and torch.equal(x.grad, base.matmul_t(torch.ones(6, 7)))
+    assert pair.A.grad is not None and pair.A.grad.shape == (0, 5) and pair.B.grad is not None and pair.B.grad.shape == (7, 0)
+    assert not pair.delta().any()
+
+
+def test_a_pair_that_is_more_than_its_terms_is_not_cut() -> None:
+    pair = LoraPair(PlanEntry("x", "linear", (7, 5), 4, 12.0))
+    pair.anchor_A, pair.anchor_B = torch.zeros(4, 5), torch.zeros(7, 4)
+    with pytest.raises(ValueError, match="anchor"):
+        pair.keep(torch.tensor([0]))

@@ -13,7 +13,18 @@ from torch.func import functional_call
 from lorakeet.core.adapter import Adapter
 from lorakeet.core.plan import Plan, PlanEntry
 from lorakeet.errors import ConfigError
-from lorakeet.models.inject import activate, adapter_names, adapter_of, attach, eject, inject, trained_parameters, use_products
+from lorakeet.models.inject import (
+    activate,
+    adapter_names,
+    adapter_of,
+    attach,
+    drop_empty,
+    eject,
+    inject,
+    keep_terms,
+    trained_parameters,
+    use_products,
+)
 from tiny.dense import fold_into
 from tiny.models import FAMILIES, tiny_model
 
@@ -304,3 +315,25 @@ def test_experts_that_compute_something_else_are_refused(planned: Callable[..., 
 def test_an_empty_adapter_is_refused() -> None:
     with pytest.raises(ConfigError, match="The adapter holds nothing"):
         attach(tiny_model("llama"), Adapter({}))
+
+
+@pytest.mark.parametrize("family", ["llama", "mixtral"])
+def test_a_cut_adapter_is_the_value_that_it_becomes(adapted: Callable[..., Any], family: str) -> None:
+    model = adapted(family)
+    paths = list(adapter_of(model).pairs)
+    before = [name for name, _ in trained_parameters(model).items()]
+    for number, path in enumerate(paths):
+        keep_terms(model, path, torch.arange(number % 3))
+    assert [name for name, _ in trained_parameters(model).items()] == before, "pairs of rank 0 stay in their places"
+    logits, value = model(IDS).logits, adapter_of(model)
+    assert {path: pair.rank for path, pair in value.pairs.items()} == {p: n % 3 for n, p in enumerate(paths) if n % 3}
+    drop_empty(model)
+    assert len(trained_parameters(model)) == 2 * len(value.pairs)
+    assert (model(IDS).logits - logits).abs().max() <= 4e-6
+    fresh = tiny_model(family)
+    attach(fresh, value)
+    assert (fresh(IDS).logits - logits).abs().max() <= 4e-6
+    modules = {path: type(module) for path, module in model.named_modules() if "adapters" not in path}
+    assert modules == {path: type(module) for path, module in fresh.named_modules() if "adapters" not in path}
+    with pytest.raises(ConfigError, match=r"has no pair at .model\.nothing"):
+        keep_terms(model, "model.nothing", torch.arange(1))

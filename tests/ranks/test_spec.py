@@ -27,3 +27,10 @@ def test_every_problem_is_found() -> None:
     found = RanksSpec(budget="lots", rows=1, max_rank=0).validate()
     assert [words.split(" is ")[0] for words in found] == ["ranks.rows", "ranks.max_rank", "ranks.budget", "ranks.budget"]
     assert "Add --ranks auto" in found[-1]
+
+
+def test_what_prune_cannot_do_is_found() -> None:
+    assert RanksSpec(choose="prune", budget="1.5M").validate() == []
+    found = RanksSpec(choose="prune", prune_from=0.5, prune_until=0.5, prune_cuts=0).validate()
+    assert [words.split(" is ")[0] for words in found] == ["ranks.prune_from", "ranks.prune_cuts"]
+    assert RanksSpec(prune_from=-0.1).validate() and RanksSpec(prune_until=1.1).validate()

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn import Parameter
 
-from lorakeet.train.moments import BLOCK, SMALLEST, AdamW8bit, grid, restored, rounded
+from lorakeet.train.moments import BLOCK, SMALLEST, AdamW8bit, grid, kept_moments, restored, rounded
 from lorakeet.train.optimizer import Optimizer
 from lorakeet.train.spec import TrainSpec
 
@@ -98,3 +98,27 @@ def test_restored_state_goes_on_bit_for_bit() -> None:
     second.load(first.state())
     walk(broken, second, range(3, 6))
     assert torch.equal(whole, broken)
+
+
+@pytest.mark.parametrize(("shape", "dim", "places"), [((12, 500), 0, [0, 3, 11]), ((500, 12), 1, [1, 2]), ((12, 500), 0, [])])
+def test_cut_moments_are_the_kept_ones_rounded_once_more(shape: tuple[int, int], dim: int, places: list[int]) -> None:
+    parameter = Parameter(torch.randn(shape, generator=torch.Generator().manual_seed(1)))
+    optimizer = AdamW8bit([parameter], lr=0.01, betas=(0.9, 0.99), eps=1e-8, weight_decay=0.0)
+    for step in range(3):
+        parameter.grad = torch.sin(parameter.detach() + step)
+        optimizer.step()
+    state, kept = optimizer.state[parameter], torch.tensor(places, dtype=torch.int64)
+    before = {name: state[f"{name}_codes"].clone() for name in ("first", "second")}
+    scales = {name: state[f"{name}_scales"].clone() for name in ("first", "second")}
+    state.update(kept_moments(state, parameter.shape, dim, kept))
+    assert state["step"] == 3
+    for name, signed in (("first", True), ("second", False)):
+        whole = restored(before[name], scales[name], signed=signed).view(shape).index_select(dim, kept).view(-1)
+        found = restored(state[f"{name}_codes"], state[f"{name}_scales"], signed=signed)
+        codes, again = rounded(whole, signed=signed)
+        assert torch.equal(state[f"{name}_codes"], codes) and torch.equal(state[f"{name}_scales"], again)
+        assert found.shape == whole.shape and (not len(whole) or (found - whole).abs().max() <= 0.02 * whole.abs().max())
+    parameter.data = parameter.data.index_select(dim, kept)
+    parameter.grad = torch.ones_like(parameter)
+    optimizer.step()  # which takes the cut state as its own
+    assert bool(torch.isfinite(parameter).all())

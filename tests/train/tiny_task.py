@@ -19,6 +19,7 @@ from lorakeet.data.chat import Example
 from lorakeet.data.pack import Batch, micro_batches
 from lorakeet.formats import peft
 from lorakeet.train.processes import ALONE
+from lorakeet.train.pruning import Pruning
 from lorakeet.train.spec import TrainSpec
 from lorakeet.train.task import HeldOut, Size, by_batch
 from lorakeet.train.text_loss import text_loss
@@ -73,6 +74,7 @@ class TinyTask:
 
     learning_rate = 0.02
     processes = ALONE
+    pruning: Pruning | None = None
 
     def __init__(
         self, spec: TrainSpec, *, rows: int = 48, held_out: int = 12, dropout: float = 0.1, start: str = "kaiming"

@@ -22,6 +22,7 @@ from lorakeet.workflows.forecast_choices import (
     largest_ranks,
     while_measuring,
     while_trying_rates,
+    with_importance,
     with_largest_ranks,
 )
 from lorakeet.workflows.forecast_run import SCORE, Precision, forecast_run
@@ -120,3 +121,19 @@ def test_three_adapters_take_their_gradients_and_moments() -> None:
     assert three.kinds["saved activations"] == step.kinds["saved activations"], "a pass is no larger than that of one"
     wide = while_trying_rates(replace(config, train=replace(config.train, micro_tokens=256)), found, ROWS)
     assert wide.kinds["saved activations"] == 3 * step.kinds["saved activations"], "rows of three members, where one has few"
+
+
+def test_a_run_that_prunes_is_planned_at_its_first_ranks_with_what_it_knows_of_each_number() -> None:
+    given, pruned = settings(ranks="given"), settings(ranks="prune", ranks__budget="2k")
+    found = rehearsed(given, given.lora)
+    peaks, plain = with_importance(pruned, found), with_importance(given, found)
+    assert plain == found.peaks
+    assert peaks[STEP].bytes - found.peaks[STEP].bytes == 2 * 4 * pair_parameters(found.plan)
+    judged = [name for name, peak in peaks.items() if peak == found.peaks[name]]
+    assert judged and STEP not in judged, "once training is over nothing of it is held"
+    precision = Precision(torch.float32, torch.float32, QuantSpec())
+    planned, least = (forecast_run(config, SMALL, precision, runtime=1 << 20) for config in (pruned, given))
+    assert planned.plan == least.plan and planned.rate_trial == least.rate_trial, "a trial of rates prunes nothing"
+    assert planned.forecast.phase(STEP).kinds["moments"] > 1.9 * least.forecast.phase(STEP).kinds["moments"]
+    with pytest.raises(ConfigError, match="has nothing to cut"):
+        with_importance(settings(ranks="prune", ranks__budget="9M"), found)

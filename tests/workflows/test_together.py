@@ -42,6 +42,8 @@ def test_what_cannot_be_shared_is_named_in_one_message() -> None:
     named = ("kind is image", "memory.budget is 2GiB", "keep_prefix_states", "batch_size is 1", "device is mps", "variant dora")
     assert [word for word in named if word not in message] == []
     require_combinable(asked, Launch())
+    with pytest.raises(ConfigError, match=r"ranks\.choose is prune, which one process does"):
+        require_combinable(config(ranks="prune"), TWO)
     require_combinable(config(), TWO)
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from lorakeet.core.adapter import Pair
 from lorakeet.core.base import FrozenBase
-from lorakeet.core.math import Kind, ScaleRule, add_low_rank, alpha_for, delta, fold, grad_of_b, shrink_grad
+from lorakeet.core.math import Kind, ScaleRule, add_low_rank, alpha_for, delta, fold, grad_of_b, shrink_grad, term_dims
 from lorakeet.core.plan import PlanEntry
 
 
@@ -185,9 +185,26 @@ class LoraPair(nn.Module):
     def value(self) -> Pair:
         """A copy as a plain value on the CPU."""
         A, B = (factor.detach().float().cpu().clone().contiguous() for factor in self.factors())
-        rank = A.shape[1] if self.kind == "experts" else A.shape[0]
+        rank = A.shape[term_dims(self.kind)[0]]  # with an anchor twice that of A alone
         bias = None if self.bias is None else self.bias.detach().float().cpu().clone()
         return Pair(A, B, alpha_for(self.scale, rank, self.scale_rule), self.kind, self.scale_rule, self._magnitude_value(), bias)
+
+    @property
+    def rank(self) -> int:
+        """How many rank-one terms B·A has."""
+        return self.A.shape[term_dims(self.kind)[0]]
+
+    def keep(self, terms: Tensor) -> None:
+        """Cuts A and B for good to the rank-one terms b_i·a_iᵀ of these numbers, ascending; with none of them ΔW is zero.
+
+        The scale stays, and so what the kept terms compute. A and B stay the same Parameters, so that an optimizer that holds
+        them holds the cut ones; no graph may wait for its backward pass. ValueError for a pair that is more than s·B·A.
+        """
+        if self.anchor_A is not None or self._magnitude_value() is not None:
+            raise ValueError("a pair with an anchor or a trained length is not a sum of rank-one terms alone")
+        for factor, dim in zip((self.A, self.B), term_dims(self.kind), strict=True):
+            factor.grad = None
+            factor.data = factor.data.index_select(dim, terms.to(factor.device))
 
     def load(self, pair: Pair) -> None:
         """Takes over the numbers of `pair`, whose shapes must be those of this pair."""

@@ -32,6 +32,11 @@ def alpha_for(scale: float, rank: int, rule: ScaleRule = "alpha/rank") -> float:
     return scale * math.sqrt(rank) if rule == "alpha/sqrt(rank)" else scale * rank
 
 
+def term_dims(kind: Kind) -> tuple[int, int]:
+    """Along which dimension of A, and of B, the rank lies: there the rank-one terms b_i·a_iᵀ of B·A stand side by side."""
+    return (1, 2) if kind == "experts" else (0, 1)
+
+
 def delta(A: Tensor, B: Tensor, scale: float, kind: Kind = "linear") -> Tensor:
     """ΔW = scale·B·A in the shape of the frozen weight of that `kind` (table above)."""
     if kind == "experts":

@@ -6,10 +6,10 @@ The Plan can be printed before anything is allocated; `models/inject` does what 
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
-from lorakeet.core.math import Kind, ScaleRule, scale_of
+from lorakeet.core.math import Kind, ScaleRule, alpha_for, scale_of
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,10 @@ class PlanEntry:
     @property
     def scale(self) -> float:
         return scale_of(self.alpha, self.rank, self.scale_rule)
+
+    def cut(self, rank: int) -> PlanEntry:
+        """The same with another rank above 0 and the alpha that keeps the scale, so that what is left computes what it did."""
+        return self if rank == self.rank else replace(self, rank=rank, alpha=alpha_for(self.scale, rank, self.scale_rule))
 
     @property
     def shape_a(self) -> tuple[int, ...]:

@@ -21,10 +21,25 @@ class RankCell:
 
 
 @dataclass(frozen=True)
+class RankCut:
+    """What a cut in training left after a step: parameters of all pairs, pairs of rank 1 or more, the lowest and highest rank."""
+
+    step: int
+    parameters: int
+    pairs: int
+    lowest: int
+    highest: int
+
+
+@dataclass(frozen=True)
 class RankMap:
-    """The ranks of a plan, to be drawn as layer × matrix."""
+    """The ranks of a plan, to be drawn as layer × matrix; `cuts` are those that led there, where ranks fell in training.
+
+    The first of them, of step 0, is what training began with.
+    """
 
     cells: tuple[RankCell, ...]
+    cuts: tuple[RankCut, ...] = ()
 
     @property
     def layers(self) -> tuple[str, ...]:

@@ -131,7 +131,8 @@ def adapter_of(model: nn.Module, name: str = "default", *, base: str = "") -> Ad
     token_rows: dict[str, TokenRows] = {}
     for path, held in _held(model, name):
         if isinstance(held, LoraPair):
-            pairs[path] = held.value()
+            if held.rank:
+                pairs[path] = held.value()
         elif isinstance(held, Rows):
             ids = tuple(int(number) for number in held.ids.tolist())
             token_rows[path] = TokenRows(ids, _copy(held.values), held.tokens, held.tied)
@@ -145,6 +146,37 @@ def trained_parameters(model: nn.Module, name: str = "default") -> dict[str, nn.
     if not has_adapter(model, name):
         raise ConfigError(_unknown(model, name))
     return {f"{path}.{key}": parameter for path, held in _held(model, name) for key, parameter in held.named_parameters()}
+
+
+def keep_terms(model: nn.Module, path: str, terms: Tensor, name: str = "default") -> None:
+    """Cuts the pair of the adapter `name` at `path` to some of its rank-one terms, for good (core/lowrank).
+
+    A pair that keeps none stays in its place, of rank 0, so that the layers beside it compute as before; it is no part of the
+    adapter as a value, and `drop_empty` takes it out. ConfigError where there is no pair.
+    """
+    outer, _, leaf = path.rpartition(".")
+    layer, block = modules.find(model, path), modules.find(model, outer)
+    adapted = layer if isinstance(layer, AdaptedLayer) else block
+    held = adapted.adapters[name] if isinstance(adapted, AdaptedLayer) and name in adapted.adapters else None
+    pair = held[leaf] if isinstance(held, ExpertPairs) and leaf in held else held
+    if not isinstance(pair, LoraPair) or not isinstance(adapted, AdaptedLayer):
+        raise ConfigError(f"The adapter '{name}' has no pair at '{path}'.")
+    pair.keep(terms)
+    adapted.selection.changed()
+
+
+def drop_empty(model: nn.Module, name: str = "default") -> None:
+    """Takes the pairs of rank 0 of the adapter `name` out; a layer without any other has its own module again."""
+    empty = {path for path, held in _held(model, name) if isinstance(held, LoraPair) and held.rank == 0}
+    for path, layer in list(modules.adapted_layers(model)):
+        held = dict(layer.adapters).get(name)
+        if isinstance(held, ExpertPairs):
+            for leaf in [leaf for leaf in held if f"{path}.{leaf}" in empty]:
+                del held[leaf]
+        if path in empty or (isinstance(held, ExpertPairs) and not len(held)):
+            layer.detach(name)
+            if not len(layer.adapters):
+                modules.replace(model, path, layer.original)
 
 
 def adapter_names(model: nn.Module) -> list[str]:

@@ -15,13 +15,21 @@ _COUNT = re.compile(r"(\d+(?:\.\d*)?(?:e\d+)?)\s*([kmb]?)", re.IGNORECASE)
 
 @dataclass(frozen=True)
 class RanksSpec:
-    """Whether ranks are given, or spent where some training rows say that they are worth most."""
+    """Whether ranks are given, spent where some training rows say that they are worth most, or cut in training."""
 
-    choose: Literal["given", "auto"] = field(
-        default="given", metadata={"help": "given: lora.rank and lora.rank_pattern; auto: a budget is spent where it helps most."}
+    choose: Literal["given", "auto", "prune"] = field(
+        default="given",
+        metadata={
+            "help": "given: lora.rank and lora.rank_pattern; auto: a budget is spent where it helps most; prune: training begins "
+            "with the given ranks and cuts what matters least."
+        },
     )
     budget: str | None = field(
-        default=None, metadata={"help": "Parameters of all pairs under auto, such as 1.5M; left out, as many as lora.rank takes."}
+        default=None,
+        metadata={
+            "help": "Parameters of all pairs, such as 1.5M: under auto (left out: as many as lora.rank takes), and in the end "
+            "under prune (left out: two thirds of those at first)."
+        },
     )
     score: Literal["gradient", "activation", "sensitivity"] = field(
         default="gradient",
@@ -29,6 +37,9 @@ class RanksSpec:
     )
     rows: int = field(default=64, metadata={"help": "Training rows on which auto measures what ranks are worth."})
     max_rank: int = field(default=64, metadata={"help": "Highest rank that auto gives a matrix."})
+    prune_from: float = field(default=0.15, metadata={"help": "Share of the steps after which prune lets the budget fall."})
+    prune_until: float = field(default=0.5, metadata={"help": "Share of the steps after which ranks stay as prune left them."})
+    prune_cuts: int = field(default=4, metadata={"help": "How often prune cuts the pairs between these two."})
 
     def validate(self) -> list[str]:
         """Every problem of these settings in words; empty when they can be used."""
@@ -43,7 +54,15 @@ class RanksSpec:
             except ConfigError as error:
                 found.append(str(error))
             if self.choose == "given":
-                found.append(f"ranks.budget is {self.budget}, but ranks.choose is given, which spends none. Add --ranks auto.")
+                which = "Add --ranks auto, or --ranks prune"
+                found.append(f"ranks.budget is {self.budget}, but ranks.choose is given, which spends none. {which}.")
+        if not 0 <= self.prune_from < self.prune_until <= 1:
+            found.append(
+                f"ranks.prune_from is {self.prune_from:g} and ranks.prune_until is {self.prune_until:g}; expected shares of the "
+                "steps from 0 to 1, the first below the second."
+            )
+        if self.prune_cuts < 1:
+            found.append(f"ranks.prune_cuts is {self.prune_cuts}; it must be 1 or more.")
         return found
 
 

@@ -4,6 +4,7 @@
       trained.safetensors   the trained tensors and the fixed ones beside them
       moments.safetensors   AdamW's moments and step counts
       random.safetensors    the state of every random number generator
+      importance.safetensors  of the rank-one terms, while ranks are still to be cut (train/pruning)
       best.safetensors      the trained tensors of the best held-out evaluation so far, once there is one
       state.json            step (which is also the place in the data and in the schedule), best so far, metrics position
       manifest.json         the SHA-256 of each file above
@@ -77,6 +78,7 @@ class Snapshot:
     random: Mapping[str, Tensor]
     best: Mapping[str, Tensor] | None
     identity: Mapping[str, Any]
+    importance: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 class Damaged(Exception):
@@ -93,6 +95,8 @@ def save(folder: Path, snapshot: Snapshot, *, keep: int) -> Path:
     tensors = {"trained": snapshot.trained, "moments": snapshot.moments, "random": snapshot.random}
     if snapshot.best is not None:
         tensors["best"] = snapshot.best
+    if snapshot.importance:
+        tensors["importance"] = snapshot.importance
     state = {**dataclasses.asdict(snapshot.position), "identity": dict(snapshot.identity)}
     target = folder / name_of(snapshot.position.step)
     with durable.new_folder(target) as new:
@@ -143,6 +147,13 @@ def load_newest(folder: Path, *, say: Callable[[str], None]) -> Snapshot | None:
             path.rename(aside)
             say(f"The checkpoint {path.name} is damaged ({damage}); it was set aside as {aside.name}, the one before it is used.")
     return None
+
+
+def copy_into(live: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
+    """Writes `values` into the live tensors of the same names, which have the same shapes."""
+    with torch.no_grad():
+        for name, tensor in live.items():
+            tensor.copy_(values[name])
 
 
 def identity_of(

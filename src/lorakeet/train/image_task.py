@@ -26,6 +26,7 @@ from lorakeet.models.image_noise import Noising
 from lorakeet.train.image_loss import Draw, add_noise, draw, errors_of, fixed_draws, target_of, weights_of
 from lorakeet.train.image_spec import DiffusionSpec
 from lorakeet.train.processes import ALONE
+from lorakeet.train.pruning import Pruning
 from lorakeet.train.spec import TrainSpec
 from lorakeet.train.task import HeldOut, Size, by_batch
 
@@ -53,6 +54,7 @@ class ImageTask:
     """
 
     processes = ALONE
+    pruning: Pruning | None = None
     prior: Sequence[EncodedImage] = ()
     watch: Callable[[int], None] | None = None
 

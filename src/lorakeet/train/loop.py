@@ -36,6 +36,7 @@ from lorakeet.train.log import Metrics, Sink, sink_for
 from lorakeet.train.optimizer import Optimizer
 from lorakeet.train.processes import Processes, ProcessLost
 from lorakeet.train.progress import Record, Reporter, Silent
+from lorakeet.train.pruning import cut_text
 from lorakeet.train.run import RunFolder
 from lorakeet.train.spec import TrainSpec
 from lorakeet.train.task import BatchT, Size, Task
@@ -111,6 +112,7 @@ class Training(Generic[BatchT]):
         self.warmup = schedule.warmup_steps(self.total, spec.warmup_fraction)
         self.evaluate_every = spec.evaluation_interval(task.steps_per_epoch)
         self.checkpoint_every = spec.checkpoint_interval(task.steps_per_epoch)
+        self.pruning = task.pruning
         self.at = Position()
         self.best = Best()
         self.identity: dict[str, Any] = {}
@@ -178,6 +180,8 @@ class Training(Generic[BatchT]):
         self._require_finite(step, loss, norm)
         if step <= 2 and not self.at.watch.diverged(loss):  # a model that diverged has silent gradients everywhere
             gradients.require_gradients(self.parameters, step)
+        if self.pruning is not None:
+            self.pruning.see(step, self.parameters)
         gradients.clip(self.parameters, self.spec.clip_norm, norm=norm)
         rate = self.learning_rate * schedule.factor(step, self.total, warmup=self.warmup, shape=self.spec.schedule)
         self.optimizer.step(rate)
@@ -198,6 +202,9 @@ class Training(Generic[BatchT]):
         self._write(record)
         self.report.step(record)
         self._watch_memory(step)
+        if self.pruning is not None and (cut := self.pruning.after(step, self.optimizer)) is not None:
+            self._write(cut)
+            self.report.say(cut_text(cut))
 
     def _held(self) -> int:
         """The most bytes so far of what the budget bounds: of the process, or on its CUDA device."""
@@ -265,7 +272,8 @@ class Training(Generic[BatchT]):
         }  # fmt: skip
         self._write(record)
         self.report.held_out(record)
-        if watch.see(self.at.step, estimate.value, min_improvement=self.spec.min_improvement):
+        counts = self.pruning is None or self.pruning.counts(self.at.step)
+        if counts and watch.see(self.at.step, estimate.value, min_improvement=self.spec.min_improvement):
             self.processes.from_first(self._keep)
         if watch.exhausted(self.spec.patience):
             self.at.stopped = (
@@ -291,6 +299,7 @@ class Training(Generic[BatchT]):
             snapshot = Snapshot(
                 self.at, {**self.parameters, **self.task.fixed()}, self.optimizer.state(), rng.states(), self.best.tensors,
                 {"same": self.identity, "environment": checkpoint.environment(self.processes.count)},
+                self.pruning.importance.state() if self.pruning is not None else {},
             )  # fmt: skip
             return checkpoint.save(self.run.checkpoints, snapshot, keep=self.spec.keep_checkpoints)
 
@@ -314,7 +323,7 @@ class Training(Generic[BatchT]):
 
     def _put_back(self) -> None:
         if self.best.tensors is not None:
-            _copy_into(self.parameters, self.best.tensors)
+            checkpoint.copy_into(self.parameters, self.best.tensors)
         self._publish()
 
     def lost(self, why: ProcessLost) -> RunStopped:
@@ -337,10 +346,12 @@ class Training(Generic[BatchT]):
         changed = [f"{key} {before.get(key, 1)} → {now.get(key, 1)}" for key in names]
         if changed:
             self.report.say(f"Changed since the checkpoint: {', '.join(changed)}. The result may differ in its last digits.")
+        if self.pruning is not None:
+            self.pruning.take_over(snapshot.trained, snapshot.importance, self.optimizer)
         if snapshot.best is not None:
-            _copy_into(self.parameters, snapshot.best)
+            checkpoint.copy_into(self.parameters, snapshot.best)
             self._keep()
-        _copy_into({**self.parameters, **self.task.fixed()}, snapshot.trained)
+        checkpoint.copy_into({**self.parameters, **self.task.fixed()}, snapshot.trained)
         self.optimizer.load(snapshot.moments)
         rng.restore(snapshot.random)
         self.at = snapshot.position
@@ -387,9 +398,3 @@ class Training(Generic[BatchT]):
 def _locked(run: RunFolder, processes: Processes) -> AbstractContextManager[None]:
     """A context in which no other run of lorakeet trains in this folder."""
     return run.locked() if processes.first else nullcontext()
-
-
-def _copy_into(live: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
-    with torch.no_grad():
-        for name, tensor in live.items():
-            tensor.copy_(values[name])

@@ -93,6 +93,24 @@ def _values(signed: bool) -> tuple[float, ...]:
     return tuple(sorted(found))
 
 
+def kept_moments(state: dict[str, Tensor], shape: torch.Size, dim: int, places: Tensor) -> dict[str, Tensor]:
+    """The moments of a parameter of `shape` once it has these places of dimension `dim` alone; `state` is empty afterwards.
+
+    Those of 8 bits are brought back and rounded once more, since blocks of 256 are others then; a tensor stays at the precision
+    at which it began, however small it gets.
+    """
+    found = {"step": state.pop("step")}
+    for name in ("exp_avg", "exp_avg_sq"):
+        if name in state:
+            found[name] = state.pop(name).index_select(dim, places)
+    for name, signed in (("first", True), ("second", False)):
+        if f"{name}_codes" in state:
+            whole = restored(state.pop(f"{name}_codes"), state.pop(f"{name}_scales"), signed=signed)
+            kept = whole.view(shape).index_select(dim, places).view(-1)
+            found[f"{name}_codes"], found[f"{name}_scales"] = rounded(kept, signed=signed)
+    return found
+
+
 def grid(*, signed: bool) -> Tensor:
     """The grid (256,) in fp32."""
     return torch.tensor(_values(signed))

@@ -17,6 +17,7 @@ from lorakeet.evaluate import intervals
 from lorakeet.evaluate.intervals import Estimate
 from lorakeet.evaluate.spec import EvaluateSpec
 from lorakeet.train.processes import Processes
+from lorakeet.train.pruning import Pruning
 
 RESAMPLES = 1000  # behind the interval of each held-out loss on the way; the report uses more
 BatchT = TypeVar("BatchT")
@@ -72,6 +73,7 @@ class Task(Protocol[BatchT]):
     """
 
     processes: Processes
+    pruning: Pruning | None  # where ranks fall in training
 
     @property
     def steps_per_epoch(self) -> int: ...

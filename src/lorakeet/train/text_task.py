@@ -24,6 +24,7 @@ from lorakeet.models.text import TextModel
 from lorakeet.train import durable
 from lorakeet.train.layer_major import by_block
 from lorakeet.train.processes import ALONE, Processes
+from lorakeet.train.pruning import Pruning
 from lorakeet.train.spec import TrainSpec, learning_rate_for
 from lorakeet.train.task import HeldOut, Size, by_batch
 from lorakeet.train.text_loss import text_loss
@@ -37,6 +38,8 @@ class TextTask:
     The rows of a step, and the held-out rows, are dealt out to `processes` by their lengths. Where these have parted the model
     itself (models/shard), all pass as many micro-batches, and all the held-out rows.
     """
+
+    pruning: Pruning | None = None
 
     def __init__(
         self,

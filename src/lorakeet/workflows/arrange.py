@@ -142,6 +142,8 @@ def _streamed(
     config: RunConfig, model_config: Any, source: Path, planned: Planned | None, loaded: Loaded, say: Callable[[str], None]
 ) -> Arrangement:
     budget, precision = config.memory.bytes or 0, precision_of(config)
+    if config.ranks.choose == "prune":
+        raise ConfigError(not_streamed(config, None if planned is None else planned.peak))
     rehearsed, batches = streamed_plans(config, model_config, source, loaded), batches_of(config, model_config)
     try:
         choice = choose_streaming(rehearsed, batches, budget)
@@ -229,6 +231,16 @@ def batches_of(config: RunConfig, model_config: Any) -> Batches:
     rows, text = rows_of(config), model_config.get_text_config()
     state = rows.tokens * int(text.hidden_size) * precision_of(config).dtype.itemsize
     return Batches(math.ceil(config.train.batch_size / rows.count), state)
+
+
+def not_streamed(config: RunConfig, peak: int | None) -> str:
+    """Why a run that prunes its ranks does not keep its budget by streaming, with the least that it takes."""
+    least = "" if peak is None else f" ({-(-peak >> 20)} MiB or more)"
+    return (
+        f"memory.budget is {(config.memory.bytes or 0) >> 20} MiB, which this run would keep by streaming its blocks, but "
+        f"ranks.choose is prune, which cuts pairs of a model in memory. Raise the budget{least}, lower lora.rank, or give ranks "
+        "in lora.rank_pattern."
+    )
 
 
 def _size(count: int) -> str:

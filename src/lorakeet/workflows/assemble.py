@@ -25,6 +25,7 @@ from lorakeet.train.processes import ALONE, Processes
 from lorakeet.train.text_task import TextTask
 from lorakeet.workflows.arrange import Arrangement, Loaded, arrange
 from lorakeet.workflows.choose_ranks import choose_ranks, start_directions
+from lorakeet.workflows.prune_ranks import cuts_of, pruning_of
 from lorakeet.workflows.together import on_own_device
 
 
@@ -43,6 +44,12 @@ class Assembly:
     new_token_ids: tuple[int, ...]
     arrangement: Arrangement = field(default_factory=Arrangement)  # how memory.budget is kept
     processes: Processes = ALONE  # that train together
+    begun: Plan | None = None  # once ranks were pruned: the Plan with which training began
+
+    @property
+    def cuts(self) -> dict[int, int]:
+        """Under ranks.choose prune: after which steps pairs are cut, and to how many parameters; else empty."""
+        return cuts_of(self.config, self.begun or self.plan, self.steps)
 
     @property
     def parted(self) -> bool:
@@ -99,7 +106,9 @@ def assemble(config: RunConfig, console: Console, processes: Processes = ALONE) 
         encoder.candidates(dataset.held_out[0])  # a template that keeps answers from being compared is found now
     if config.ranks.choose == "auto":
         config, plan = choose_ranks(config, text, plan, train.examples, console)
-    return Assembly(config, dataset, text, plan, encoder, train, held_out, test, new_token_ids, arrangement, processes)
+    setup = Assembly(config, dataset, text, plan, encoder, train, held_out, test, new_token_ids, arrangement, processes)
+    _ = setup.cuts  # that cannot be made are refused now
+    return setup
 
 
 def ready_to_train(setup: Assembly, *, held_out: Sequence[Example] | None = None) -> TextTask:
@@ -111,10 +120,12 @@ def ready_to_train(setup: Assembly, *, held_out: Sequence[Example] | None = None
     begin_pairs(setup, setup.plan, seed=spec.seed)
     rows = setup.held_out.examples if held_out is None else held_out
     kept = setup.arrangement
-    return TextTask(
+    task = TextTask(
         setup.text, setup.train.examples, held_out=rows, spec=spec, aside=kept.aside(), together=kept.together,
         processes=setup.processes,
     )  # fmt: skip
+    task.pruning = pruning_of(setup.config, setup.text, setup.plan, setup.steps)
+    return task
 
 
 def begin_pairs(setup: Assembly, plan: Plan, *, seed: int, name: str = "default") -> None:

@@ -220,7 +220,8 @@ def _write(opened: Opened, chosen: _Cut, curve: RankCurve, judged: Judge, datase
     text, console = judged.text, judged.console
     plan = plan_of(text.model, chosen.adapter)
     lora = replace(judged.config.lora, rank_pattern=rank_pattern(plan, judged.config.lora))
-    config = replace(judged.config, lora=lora, out=str(out))
+    ranks = replace(judged.config.ranks, choose="given", budget=None)  # of a run that pruned: these are no ranks to begin with
+    config = replace(judged.config, lora=lora, ranks=ranks, out=str(out))
     rows = judged.fitting()
     with writing(f"The run folder {out}", "Free some space, or choose another --out."), new_folder(out) as place:
         folder = RunFolder(place)

@@ -72,7 +72,7 @@ def _planned(run_file: Path, base: str | None, say: Say) -> frozenset[Feature]:
     config = read_run(run_file)
     if base is not None:
         config = dataclasses.replace(config, model=dataclasses.replace(config.model, path=base))
-    auto = config.ranks.max_rank if config.ranks.choose == "auto" else 0
+    auto = {"auto": config.ranks.max_rank, "prune": config.lora.rank}.get(config.ranks.choose, 0)
     if config.kind == "image":
         return _planned_image(config, auto, say)
     model_config = config_of(config.model, say)

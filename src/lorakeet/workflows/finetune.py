@@ -43,6 +43,7 @@ from lorakeet.workflows.conclude import conclude, judging
 from lorakeet.workflows.image_finetune import ImageResult, finetune_images
 from lorakeet.workflows.judge import Judge
 from lorakeet.workflows.place import require_place
+from lorakeet.workflows.prune_ranks import pruned_plan
 from lorakeet.workflows.show import show_plan
 from lorakeet.workflows.together import require_combinable
 
@@ -76,6 +77,8 @@ class FinetuneResult:
         }
         if self.setup.arrangement.forecast is not None:
             found["memory"] = self.setup.arrangement.forecast.to_mapping()
+        if cuts := self.setup.cuts:
+            found["cuts"] = {str(step): budget for step, budget in cuts.items()}
         if self.outcome is None or self.report is None:
             return {**found, "dry_run": True, "plan": self.setup.plan.to_mapping()}
         return {**found, "outcome": encode(self.outcome), "report": encode(self.report)}
@@ -140,6 +143,8 @@ def _trained(setup: Assembly, run: RunFolder, *, resume: bool, quick: bool, cons
             report=reporter_for(console),
             budget=setup.arrangement.budget,
         )
+    if task.pruning is not None:
+        setup = dataclasses.replace(setup, plan=pruned_plan(setup.text, setup.plan), begun=setup.plan)
     if not setup.parted:
         processes.part()
         if not processes.first:
@@ -212,6 +217,8 @@ def _identity(setup: Assembly) -> dict[str, str]:
         "lora settings": dataclasses.asdict(config.lora),
         "tokens of the rows": [[example.key, example.ids.tolist()] for example in examples],
     }
+    if config.ranks.choose == "prune":
+        parts["ranks settings"] = dataclasses.asdict(config.ranks)
     return {**identity_of(parts), "files of the base model": fingerprint(setup.text.source)}
 
 

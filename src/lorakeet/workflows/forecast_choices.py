@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 from lorakeet.config import RunConfig
@@ -11,6 +11,7 @@ from lorakeet.core.plan import Plan
 from lorakeet.core.spec import MEASURED, LoraSpec
 from lorakeet.memory.held import Held, with_more
 from lorakeet.ranks.allocate import allocate, pair_parameters, rank_cost, rank_pattern
+from lorakeet.ranks.prune import final_budget
 from lorakeet.ranks.score import OVERSAMPLING, sketch_plan
 from lorakeet.ranks.spec import parameter_count
 from lorakeet.train.rehearsal import EVALUATE, STEP, Rehearsal, Rows
@@ -50,6 +51,19 @@ def with_largest_ranks(config: RunConfig, found: Rehearsal, rehearsed: Callable[
     }
     peaks[STEP] = with_more(peaks[STEP], gradients=VALUE * left)
     return replace(most, peaks=peaks)
+
+
+def with_importance(config: RunConfig, found: Rehearsal) -> Mapping[str, Held]:
+    """The peaks of a run; under ranks.choose prune with the two means that it keeps of each number, beside the moments.
+
+    These are of the first ranks. They only fall, and what is kept of them with them, so that this bounds every later step.
+    Raises ConfigError for a budget that leaves nothing, or nothing to cut.
+    """
+    if config.ranks.choose != "prune":
+        return found.peaks
+    final_budget(config.ranks, found.plan)
+    kept = 2 * VALUE * pair_parameters(found.plan)
+    return {name: with_more(peak, moments=kept) if "moments" in peak.kinds else peak for name, peak in found.peaks.items()}
 
 
 def while_measuring(config: RunConfig, run: Rehearsal, rehearsed: Callable[[LoraSpec], Rehearsal]) -> Held | None:

@@ -43,7 +43,7 @@ from lorakeet.train.rehearsal import (
     training_on,
 )
 from lorakeet.train.spec import TrainSpec
-from lorakeet.workflows.forecast_choices import while_measuring, while_trying_rates, with_largest_ranks
+from lorakeet.workflows.forecast_choices import while_measuring, while_trying_rates, with_importance, with_largest_ranks
 
 LOAD, SCORE, CERTIFY, MERGE, EXPORT = "load", "measure ranks", "certify", "merge", "export"
 LATER = (MERGE, EXPORT)  # processes of their own
@@ -192,6 +192,7 @@ def forecast_run(
     before = {} if measuring is None else {SCORE: measuring}
     if config.ranks.choose == "auto":
         found = with_largest_ranks(config, found, rehearsed)
+    training = with_importance(config, found)
     load, judge = _load(model_config, found, precision), found.peaks[JUDGE]
     floors = FLOORS if labelled and config.evaluate.baselines and not on_card else 0
     kept = Held(found.base + 4 * found.plan.parameters, {"base": found.base, "adapter": 4 * found.plan.parameters})
@@ -200,9 +201,9 @@ def forecast_run(
     held = {
         LOAD: load,
         **before,
-        STEP: found.peaks[STEP],
-        EVALUATE: found.peaks[EVALUATE],
-        CHECKPOINT: found.peaks[CHECKPOINT],
+        STEP: training[STEP],
+        EVALUATE: training[EVALUATE],
+        CHECKPOINT: training[CHECKPOINT],
         JUDGE: judged,
         CERTIFY: with_more(again.peak(kept), runtime=floors),
     }

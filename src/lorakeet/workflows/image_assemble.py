@@ -114,8 +114,8 @@ def _check_settings(config: RunConfig) -> None:
     problems = Problems("These settings do not go with kind: image")
     if config.lora.new_tokens or config.lora.extra_modules:
         problems.add("lora.new_tokens and lora.extra_modules are for text models; leave them out.")
-    if config.ranks.choose == "auto":
-        problems.add("ranks.choose is auto, which is for text models; use given.")
+    if config.ranks.choose != "given":
+        problems.add(f"ranks.choose is {config.ranks.choose}, which is for text models; use given.")
     if config.diffusion.scorer and config.memory.bytes is not None:
         problems.add("diffusion.scorer is not counted in memory.budget; leave one of them out.")
     problems.raise_if_any()

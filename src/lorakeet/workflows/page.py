@@ -14,11 +14,12 @@ from lorakeet.config import RunConfig
 from lorakeet.core.plan import Plan
 from lorakeet.data.leaks import LeakReport
 from lorakeet.evaluate.certificate import Certificate
-from lorakeet.evaluate.rank_values import RankCell, RankMap, Search
+from lorakeet.evaluate.rank_values import RankCell, RankCut, RankMap, Search
 from lorakeet.evaluate.report import Command, Curves, Drift, Leak, MemoryUse, Point, Report
 from lorakeet.memory.card import CONTEXT, beside_torch, card_peak
 from lorakeet.memory.measure import peak_bytes
 from lorakeet.models.origin import packed_folder
+from lorakeet.ranks.allocate import pair_parameters
 from lorakeet.train.loop import Outcome
 from lorakeet.train.run import RunFolder
 from lorakeet.workflows import facts
@@ -44,7 +45,7 @@ def complete(
         created=facts.now(),
         facts=_facts(setup, run),
         curves=curves(metrics, outcome),
-        ranks=rank_map(setup.plan),
+        ranks=rank_map(setup.plan) if setup.begun is None else pruned_map(setup.begun, setup.plan, metrics),
         search=rates,
         leaks=leaks(setup.dataset.leaks),
         drift=drift,
@@ -71,13 +72,26 @@ def curves(metrics: Sequence[dict[str, Any]], outcome: Outcome) -> Curves:
 
 def rank_map(plan: Plan) -> RankMap | None:
     """The ranks by block and matrix; None where all are the same."""
-    cells = []
-    for entry in plan.entries:
-        parts = entry.path.split(".")
-        number = next((index for index, part in enumerate(parts) if part.isdigit()), None)
-        layer, matrix = ("", entry.path) if number is None else (parts[number], ".".join(parts[number + 1 :]))
-        cells.append(RankCell(layer, matrix, entry.rank))
-    return RankMap(tuple(cells)) if len({cell.rank for cell in cells}) > 1 else None
+    cells = tuple(_cell(entry.path, entry.rank) for entry in plan.entries)
+    return RankMap(cells) if len({cell.rank for cell in cells}) > 1 else None
+
+
+def pruned_map(begun: Plan, left: Plan, metrics: Sequence[dict[str, Any]]) -> RankMap:
+    """The ranks that pruning left of those with which training began, and the cuts in metrics.jsonl."""
+    ranks = {entry.path: entry.rank for entry in left.entries}
+    first = [entry.rank for entry in begun.entries]
+    cuts = [RankCut(0, pair_parameters(begun), len(first), min(first), max(first))]
+    cuts += [
+        RankCut(r["step"], r["pair_parameters"], r["pairs"], r["lowest_rank"], r["highest_rank"]) for r in metrics if "pairs" in r
+    ]
+    return RankMap(tuple(_cell(entry.path, ranks.get(entry.path, 0)) for entry in begun.entries), tuple(cuts))
+
+
+def _cell(path: str, rank: int) -> RankCell:
+    parts = path.split(".")
+    number = next((index for index, part in enumerate(parts) if part.isdigit()), None)
+    layer, matrix = ("", path) if number is None else (parts[number], ".".join(parts[number + 1 :]))
+    return RankCell(layer, matrix, rank)
 
 
 def leaks(found: LeakReport) -> tuple[Leak, ...]:
@@ -99,6 +113,8 @@ def _facts(setup: Assembly, run: RunFolder) -> dict[str, str]:
     data, model = setup.dataset, setup.config.model
     about = f"{setup.text.name}, {model.dtype} weights, {model.products} products, {model.attention} attention"
     rows = {"Rows": f"{len(data.train)} training, {len(data.held_out)} held-out, {len(data.test)} test"}
+    if setup.begun is not None:
+        rows["Ranks"] = f"pruned in training by AdaLoRA's importance, from {setup.begun.summary()}"
     if (count := setup.processes.count) > 1:
         base = f"1/{count} of every frozen block" if setup.parted else "the whole base"
         rows["Processes"] = f"{count}, each with {base} and its part of the rows of a step"

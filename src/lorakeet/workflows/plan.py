@@ -23,8 +23,17 @@ from lorakeet.memory.ledger import Work
 from lorakeet.memory.measure import resident_bytes
 from lorakeet.models.outline import config_of, local_files
 from lorakeet.models.source import bytes_to_unpack
+from lorakeet.ranks.prune import final_budget
 from lorakeet.workflows import finetune as _run  # noqa: F401 - what a run has in memory is in memory here, to be counted
-from lorakeet.workflows.arrange import Loaded, batches_of, beside_card, precision_of, streamed_plans, streaming_text
+from lorakeet.workflows.arrange import (
+    Loaded,
+    batches_of,
+    beside_card,
+    not_streamed,
+    precision_of,
+    streamed_plans,
+    streaming_text,
+)
 from lorakeet.workflows.choose_streaming import Choice, choose_streaming, least_streamed
 from lorakeet.workflows.forecast_later import later_phases, with_later
 from lorakeet.workflows.forecast_run import Planned, Precision, forecast_run, runtime_bytes
@@ -139,7 +148,9 @@ def plan(
         later = later_phases(config, model_config, planned.plan, budget)
         planned = dataclasses.replace(planned, forecast=with_later(planned.forecast, later))
     result = PlanResult(config, planned, precision, speed, budget, later=later)
-    if budget is not None and planned.peak > budget:
+    if budget is not None and planned.peak > budget and config.ranks.choose == "prune":
+        console.print(f"finetune refuses: {not_streamed(config, planned.peak)}", soft_wrap=True)
+    elif budget is not None and planned.peak > budget:
         rehearsed, batches = streamed_plans(config, model_config, files, Loaded()), batches_of(config, model_config)
         streamed = choose_streaming(rehearsed, batches, budget)
         beside = "" if streamed is None or not precision.on_card else beside_card(streamed, batches, config.memory.keep)[1]
@@ -174,6 +185,9 @@ def show_plan(result: PlanResult, console: Console) -> None:
     trained = f"{planned.plan.parameters:,} trained parameters"
     if result.config.ranks.choose == "auto":
         trained = f"At most {trained}, the ranks those that hold most of all that ranks.choose auto may choose"
+    if result.config.ranks.choose == "prune":
+        left = final_budget(result.config.ranks, planned.plan)
+        trained = f"{trained} at first, {left:,} in pairs once ranks.choose prune has cut them, and memory and time with them"
     console.print(f"{trained}; micro-batches of {rows.count} × {rows.length} tokens, all learnt.", soft_wrap=True)
     console.print(f"Peak of the run: {bytes_text(result.peak)}{_against(result)}.", soft_wrap=True)
     if result.streamed is not None:

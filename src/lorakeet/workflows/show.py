@@ -14,6 +14,7 @@ from lorakeet.evaluate.report import Report
 from lorakeet.evaluate.wording import METRIC_WORDS, bytes_text, metric_words, number, signed
 from lorakeet.memory.forecast import KINDS, Forecast
 from lorakeet.workflows.assemble import Assembly
+from lorakeet.workflows.prune_ranks import cuts_text
 
 _HEADINGS = {"gradients": "grads", "saved activations": "saved", "allocator": "alloc."}  # short, so that the table is narrow
 
@@ -39,6 +40,8 @@ def show_plan(setup: Assembly, console: Console) -> None:
     console.print(table)
     model = setup.config.model
     console.print(Text(setup.plan.summary()))
+    if cuts := setup.cuts:
+        console.print(cuts_text(cuts, setup.plan), soft_wrap=True)
     console.print(
         f"{setup.steps} steps of {setup.config.train.batch_size} rows, {setup.tokens_per_epoch:,} tokens a pass; "
         f"{model.dtype} weights, {model.products} products, {model.attention} attention on {model.device}"

@@ -25,6 +25,8 @@ def require_combinable(config: RunConfig, launch: Launch) -> None:
         problems.add(f"memory.budget is {config.memory.budget}, which one process keeps by streaming its blocks. {alone}")
     if config.train.keep_prefix_states:
         problems.add(f"train.keep_prefix_states is on, which keeps the states of rows for one process. {alone}")
+    if config.ranks.choose == "prune":
+        problems.add(f"ranks.choose is prune, which one process does. Take auto, or start one process (not {launch.count}).")
     if config.train.shard and config.lora.variant == "dora":
         problems.add("train.shard is on, and lora.variant dora measures whole weights. Leave one of them out.")
     if config.train.batch_size < launch.count:

@@ -18,7 +18,7 @@ from rich.text import Text
 from lorakeet.config import RunConfig, dump_yaml
 from lorakeet.core.start import seed_for
 from lorakeet.data.rows import Row
-from lorakeet.errors import DataError, EnvironmentProblem, Problems
+from lorakeet.errors import ConfigError, DataError, EnvironmentProblem, Problems
 from lorakeet.evaluate.compare import Comparison
 from lorakeet.evaluate.rank_values import Search
 from lorakeet.evaluate.report import Command, Report, write_report
@@ -71,6 +71,8 @@ def tune(  # noqa: PLR0913 - each is a flag of the verb
     """
     out = Path(f"{config.out}-tune") if results is None else results
     _check(minutes, tokens, quick, together, seeds, difference)
+    if config.ranks.choose == "prune":
+        raise ConfigError("ranks.choose is prune, but the trials of a search keep their ranks. Take given or auto, or finetune.")
     require_empty(out)
     sampler = None if quick else _sampler(config.train.seed)
     with promised(config.memory.bytes, "Raise the budget, or lower --together."):

@@ -1,0 +1,154 @@
+"""Which rank-one terms of the pairs training can do without: AdaLoRA's importance and budget, on plain A and B.
+
+    ΔW = s·B·A = s·Σ_i b_i·a_iᵀ        a_i a row of A, b_i a column of B
+
+From AdaLoRA (Zhang et al. 2023, https://arxiv.org/abs/2303.10512) come the sensitivity of a trained number, |w·∂L/∂w|, and its
+uncertainty, both smoothed over the steps; their product, averaged over what belongs to one rank, as that rank's importance; one
+ranking over all matrices; and a budget that falls by a cube between a warm-up and a last stretch. Not taken: the form P·Λ·Q, so
+that there is no singular value whose own importance is added and no penalty that keeps P and Q orthogonal; and masks: what is cut
+here is gone and cannot come back, in a few steps instead of every hundred. That is structured pruning of LoRA's doublets, with
+which the paper compares itself. A budget is one of parameters here, where the paper counts ranks.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from lorakeet.core.math import term_dims
+from lorakeet.core.plan import Plan
+from lorakeet.errors import ConfigError
+from lorakeet.ranks.allocate import pair_parameters, rank_cost
+from lorakeet.ranks.spec import RanksSpec, parameter_count
+
+SMOOTHING = 0.85  # β₁ and β₂ of the paper
+START_OVER_END = 1.5  # the paper's first budget over its last one
+FIRST_CUT = 3  # the earliest step that can cut: B = 0 leaves one step without sensitivity, and uncertainty takes another
+
+
+class Importance:
+    """How much training needs each rank-one term of the pairs of a plan, from the gradients that it `see`s.
+
+    Of each number w of A and B it keeps, in fp32 and by the parameter's name,
+
+        sensitivity  Ī ← β₁·Ī + (1 − β₁)·I, I = |w·∂L/∂w|        uncertainty  Ū ← β₂·Ū + (1 − β₂)·|I − Ī|
+    """
+
+    def __init__(self, plan: Plan) -> None:
+        self._dims = {entry.path: term_dims(entry.kind) for entry in plan.entries}
+        self._sensitivity: dict[str, Tensor] = {}
+        self._uncertainty: dict[str, Tensor] = {}
+
+    def see(self, parameters: Mapping[str, Tensor]) -> None:
+        """Takes in one step's gradients, as they are at `parameters` (PATH.A, PATH.B); one that is not there counts as 0."""
+        with torch.no_grad():
+            for path in self._dims:
+                for name in (f"{path}.A", f"{path}.B"):
+                    self._see(name, parameters[name])
+
+    def _see(self, name: str, parameter: Tensor) -> None:
+        if name not in self._sensitivity:
+            self._sensitivity[name], self._uncertainty[name] = (torch.zeros_like(parameter) for _ in range(2))
+        smooth = self._sensitivity[name]
+        now = torch.zeros_like(parameter) if parameter.grad is None else (parameter * parameter.grad).abs_()
+        smooth.lerp_(now, 1 - SMOOTHING)
+        self._uncertainty[name].lerp_(now.sub_(smooth).abs_(), 1 - SMOOTHING)
+
+    def of_terms(self) -> dict[str, Tensor]:
+        """By path the importance (rank,) of each term, fp64 on the CPU: the mean of Ī·Ū over a_i, plus that over b_i."""
+        return {path: self._mean(f"{path}.A", dims[0]) + self._mean(f"{path}.B", dims[1]) for path, dims in self._dims.items()}
+
+    def _mean(self, name: str, dim: int) -> Tensor:
+        found = self._sensitivity[name].double() * self._uncertainty[name].double()
+        return found.movedim(dim, 0).flatten(1).mean(1).cpu()
+
+    def keep(self, path: str, terms: Tensor) -> None:
+        """Forgets the terms of a pair that are not among these numbers."""
+        for name, dim in zip((f"{path}.A", f"{path}.B"), self._dims[path], strict=True):
+            for kept in (self._sensitivity, self._uncertainty):
+                if name in kept:
+                    kept[name] = kept[name].index_select(dim, terms.to(kept[name].device))
+
+    def forget(self) -> None:
+        """Drops everything: no term will be cut any more."""
+        self._sensitivity, self._uncertainty = {}, {}
+
+    def state(self) -> dict[str, Tensor]:
+        """What it keeps, not copied, by `parameter|what`; empty before the first step."""
+        kept = {"sensitivity": self._sensitivity, "uncertainty": self._uncertainty}
+        return {f"{name}|{what}": tensor.cpu() for what, tensors in kept.items() for name, tensor in tensors.items()}
+
+    def load(self, state: Mapping[str, Tensor], device: torch.device) -> None:
+        """Takes over what `state` gave, bit for bit."""
+        self.forget()
+        for key, tensor in state.items():
+            name, _, what = key.rpartition("|")
+            (self._sensitivity if what == "sensitivity" else self._uncertainty)[name] = tensor.clone().to(device)
+
+
+def final_budget(spec: RanksSpec, plan: Plan) -> int:
+    """Parameters of all pairs when pruning is over. Raises ConfigError where that leaves no term, or nothing to cut."""
+    at_first = pair_parameters(plan)
+    budget = math.floor(at_first / START_OVER_END) if spec.budget is None else parameter_count(spec.budget, "ranks.budget")
+    least = min((rank_cost(entry) for entry in plan.entries), default=0)
+    if budget >= at_first or not plan.entries:
+        raise ConfigError(
+            f"The budget of {budget:,} parameters is not below those at first, {at_first:,} in {len(plan.entries)} pairs, so "
+            "that ranks.choose prune has nothing to cut. Lower ranks.budget, or raise lora.rank, which is where it begins."
+        )
+    if budget < least:
+        raise ConfigError(
+            f"The budget of {budget:,} parameters is below one rank of the smallest target, which takes {least:,}. Raise "
+            "ranks.budget, or take ranks.choose given."
+        )
+    return budget
+
+
+def cuts(spec: RanksSpec, total: int, *, at_first: int, budget: int) -> dict[int, int]:
+    """After which steps of `total` pairs are cut, and to how many parameters: spread evenly, the last one to `budget`.
+
+        b(t) = b_T + (b_0 − b_T)·(1 − (t − t_i) / (T − t_f − t_i))³
+
+    for t_i = prune_from·T and T − t_f = prune_until·T (the paper's equation, there in ranks). Raises ConfigError for a run that
+    is too short to know what matters before it is cut.
+    """
+    begin, end = math.floor(spec.prune_from * total), math.floor(spec.prune_until * total)
+    steps = [begin + math.ceil((end - begin) * number / spec.prune_cuts) for number in range(1, spec.prune_cuts + 1)]
+    if end <= begin or steps[0] < FIRST_CUT:
+        raise ConfigError(
+            f"A run of {total} steps would be pruned after step {steps[0]}, between ranks.prune_from {spec.prune_from:g} and "
+            f"prune_until {spec.prune_until:g} of it, but {FIRST_CUT} steps at least tell what matters. Take more steps, fewer "
+            "ranks.prune_cuts, or a later prune_until; or take --ranks auto."
+        )
+    return {step: budget + math.floor((at_first - budget) * (1 - (step - begin) / (end - begin)) ** 3) for step in steps}
+
+
+def most_important(plan: Plan, importance: Mapping[str, Tensor], budget: int) -> dict[str, Tensor]:
+    """By path the numbers, ascending, of the terms to keep: the most important of all that fit `budget` parameters.
+
+    Importance, by path (rank,), is a mean over numbers, so that it already says what a term is worth for its size. Where the next
+    term is too large for what is left, smaller ones may still get it; equal ones go by their order in the plan. Every matrix is
+    free to keep all of its terms or none.
+    """
+    costs = {entry.path: rank_cost(entry) for entry in plan.entries}
+    ranked = [
+        (-score, place, number, entry.path)
+        for place, entry in enumerate(plan.entries)
+        for number, score in enumerate(importance[entry.path].tolist())
+    ]
+    kept: dict[str, list[int]] = {entry.path: [] for entry in plan.entries}
+    left = budget
+    for _, _, number, path in sorted(ranked):
+        if costs[path] <= left:
+            left -= costs[path]
+            kept[path].append(number)
+    return {path: torch.tensor(sorted(numbers), dtype=torch.int64) for path, numbers in kept.items()}
+
+
+def with_ranks(plan: Plan, ranks: Mapping[str, int]) -> Plan:
+    """`plan` with pairs cut to these ranks at the scales that they have, those of rank 0 left out."""
+    return replace(plan, entries=tuple(entry.cut(ranks[entry.path]) for entry in plan.entries if ranks[entry.path]))

@@ -1,0 +1,84 @@
+"""Ranks that fall in training: pairs, moments and importance are cut for good at set steps (the mathematics: ranks/prune).
+
+    before the last cut  each step: gradients → importance
+    at a cut             rows of A, columns of B, their moments and their importance go, and with them their memory and time
+    from then on         a run like any other, at the final budget
+
+A checkpoint's tensors have the shapes of their step; a resumed run cuts its new pairs to these before it takes the numbers over.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from lorakeet.core.math import term_dims
+from lorakeet.core.plan import Plan
+from lorakeet.memory.allocator import give_back_free_memory
+from lorakeet.ranks.allocate import pair_parameters
+from lorakeet.ranks.prune import Importance, most_important, with_ranks
+from lorakeet.train.optimizer import Optimizer
+
+Cut = dict[str, int]  # the record of a cut in metrics.jsonl
+
+
+class Pruning:
+    """The falling ranks of one run. `cuts` is the budget in parameters by step; `keep` cuts the pair at a path to some terms.
+
+    The best adapter of a run is one that keeps the final budget: held-out losses before the last cut choose nothing (`counts`).
+    """
+
+    def __init__(self, plan: Plan, cuts: Mapping[int, int], keep: Callable[[str, Tensor], None]) -> None:
+        self.plan, self.cuts, self.last = plan, dict(cuts), max(cuts)
+        self.importance = Importance(plan)
+        self._keep, self._dims = keep, {entry.path: term_dims(entry.kind) for entry in plan.entries}
+
+    def counts(self, step: int) -> bool:
+        """Whether the held-out loss after `step` is that of the base, or of an adapter that may be the best one."""
+        return step == 0 or step >= self.last
+
+    def see(self, step: int, parameters: Mapping[str, Parameter]) -> None:
+        """Takes in the gradients of step `step`, before they are clipped."""
+        if step <= self.last:
+            self.importance.see(parameters)
+
+    def after(self, step: int, optimizer: Optimizer) -> Cut | None:
+        """Cuts the pairs where this step is one that does, and tells what is left."""
+        if step not in self.cuts:
+            return None
+        terms = most_important(self.plan, self.importance.of_terms(), self.cuts[step])
+        for path, kept in terms.items():
+            self._cut(path, kept, optimizer)
+        if step == self.last:
+            self.importance.forget()
+        give_back_free_memory()  # what the cut tensors took is not held by the C library either
+        ranks = {path: len(kept) for path, kept in terms.items()}
+        left = pair_parameters(with_ranks(self.plan, ranks))
+        found = {"rank_budget": self.cuts[step], "pair_parameters": left, "pairs": sum(rank > 0 for rank in ranks.values())}
+        return {"step": step, **found, "lowest_rank": min(ranks.values()), "highest_rank": max(ranks.values())}
+
+    def take_over(self, trained: Mapping[str, Tensor], importance: Mapping[str, Tensor], optimizer: Optimizer) -> None:
+        """Gives the pairs the ranks of a checkpoint's tensors, whose numbers are then still to come, and its importance."""
+        for entry in self.plan.entries:
+            rank = trained[f"{entry.path}.A"].shape[self._dims[entry.path][0]]
+            if rank < entry.rank:
+                self._cut(entry.path, torch.arange(rank), optimizer)
+        self.importance.load(importance, next(iter(optimizer.parameters.values())).device)
+
+    def _cut(self, path: str, terms: Tensor, optimizer: Optimizer) -> None:
+        shapes = {name: optimizer.parameters[name].shape for name in (f"{path}.A", f"{path}.B")}
+        self._keep(path, terms)
+        for (name, shape), dim in zip(shapes.items(), self._dims[path], strict=True):
+            optimizer.keep(name, shape, dim, terms)
+        self.importance.keep(path, terms)
+
+
+def cut_text(cut: Cut) -> str:
+    """What a cut left, in words."""
+    return (
+        f"Step {cut['step']}: ranks cut to {cut['pair_parameters']:,} of at most {cut['rank_budget']:,} parameters: "
+        f"{cut['pairs']} pairs, ranks {cut['lowest_rank']} to {cut['highest_rank']}."
+    )
