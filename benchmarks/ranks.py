@@ -4,10 +4,10 @@
     python benchmarks/ranks.py --summary
 
 Two real tasks with test rows that choose nothing: sentiment of drug reviews, and the condition that a review is about (the ten
-most frequent). Every arm is trained from the same rows by N-adapter runs; its best step is chosen on held-out rows. The work is
-long, so it is done in parts: each (task, seed, arm) is a line of --raw, and what is there is not done again. --summary compares
-all arms with uniform-16 on the same test rows, mean over seeds, paired, Holm-corrected. An arm NAME@F has F times the learning
-rate. Accuracies and losses are no timings: a busy machine does not change them.
+most frequent). Every arm is trained from the same rows by N-adapter runs, pruned ones each in a run of its own; its best step is
+chosen on held-out rows. The work is long, so it is done in parts: each (task, seed, arm) is a line of --raw, and what is there is
+not done again. --summary compares all arms with uniform-16 on the same test rows, mean over seeds, paired, Holm-corrected. An arm
+NAME@F has F times the learning rate. Accuracies and losses are no timings: a busy machine does not change them.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import csv
 import json
+import math
 import statistics
 import sys
 from collections import Counter
@@ -32,6 +33,7 @@ from lorakeet.config import RunConfig, read_run
 from lorakeet.core.adapter import Adapter
 from lorakeet.core.spec import LoraSpec
 from lorakeet.data.locate import locate_data, open_text
+from lorakeet.errors import RunStopped
 from lorakeet.evaluate.compare import compare_losses, holm
 from lorakeet.evaluate.likelihood import RowLosses
 from lorakeet.evaluate.spec import EvaluateSpec
@@ -40,13 +42,17 @@ from lorakeet.models.fits import plan_of
 from lorakeet.models.inject import adapter_of, eject, trained_parameters
 from lorakeet.models.targets import plan_for
 from lorakeet.ranks.allocate import pair_parameters
+from lorakeet.ranks.prune import START_OVER_END
 from lorakeet.ranks.resize import cut_to_budget
 from lorakeet.ranks.spec import RanksSpec
+from lorakeet.train.loop import train
 from lorakeet.train.many import Member, Progress, train_many
-from lorakeet.workflows.assemble import Assembly, assemble, begin_pairs
+from lorakeet.train.run import RunFolder
+from lorakeet.workflows.assemble import Assembly, assemble, begin_pairs, ready_to_train
 from lorakeet.workflows.choose_ranks import choose_ranks
 from lorakeet.workflows.compress import weighed
 from lorakeet.workflows.judge import Judge
+from lorakeet.workflows.prune_ranks import pruned_plan
 from lorakeet.workflows.quickstart import config_path
 
 BASELINE = "uniform-16"
@@ -63,6 +69,8 @@ ARMS: dict[str, dict[str, Any]] = {
     "allocated-8": {"score": "gradient", "like": 8},
     "activation-16": {"score": "activation", "like": 16},
     "sensitivity-16": {"score": "sensitivity", "like": 16},
+    "pruned-16": {"prune": 16},  # from 1.5 times these parameters, at the scale of uniform rank 16; in runs of their own
+    "pruned-8": {"prune": 8},
     "dora-16": {"rank": 16, "variant": "dora"},
     "rslora-16": {"rank": 16, "scale_rule": "alpha/sqrt(rank)"},
     "rslora-64": {"rank": 64, "scale_rule": "alpha/sqrt(rank)"},
@@ -141,13 +149,14 @@ def _reviews(file: str) -> list[dict[str, str]]:
 
 def trained(setup: Assembly, arms: Sequence[str], seed: int, task: str) -> list[dict[str, Any]]:
     """One record for each arm, trained together, and for what is compressed from uniform-64."""
-    names = {f"arm_{index}": arm for index, arm in enumerate(arms)}
+    alone = [arm for arm in arms if "prune" in ARMS[arm.partition("@")[0]]]
+    names = {f"arm_{index}": arm for index, arm in enumerate(arms) if arm not in alone}
     members = [_member(setup, name, arm, seed) for name, arm in names.items()]
-    found = []
-    for (name, arm), at in zip(names.items(), train_many(setup.text, members), strict=True):
+    found = [_pruned(setup, arm, seed) | {"task": task, "seed": seed} for arm in alone]
+    for (name, arm), at in zip(names.items(), train_many(setup.text, members) if members else [], strict=True):
         adapter = adapter_of(setup.text.model, name, base=setup.text.name)
         count = sum(parameter.numel() for parameter in trained_parameters(setup.text.model, name).values())  # PiSSA stores twice
-        found.append(_record(setup, name, arm, count, at) | {"task": task, "seed": seed})
+        found.append(_record(setup, name, arm, count, _ended(at)) | {"task": task, "seed": seed})
         if arm == "uniform-64" and not at.diverged:
             found += [record | {"task": task, "seed": seed} for record in _compressed(setup, name, adapter, at)]
         eject(setup.text.model, name)
@@ -185,22 +194,55 @@ def _compressed(setup: Assembly, name: str, adapter: Adapter, at: Progress) -> l
         budget = pair_parameters(replace(plan, entries=tuple(replace(entry, rank=rank) for entry in plan.entries)))
         cut = cut_to_budget(adapter, plan, spectra, budget)
         put_adapter(text, cut, "cut")
-        found.append(_record(setup, "cut", arm, cut.parameters, at))
+        found.append(_record(setup, "cut", arm, cut.parameters, _ended(at)))
         eject(text.model, "cut")
     return found
 
 
-def _record(setup: Assembly, name: str, arm: str, parameters: int, at: Progress) -> dict[str, Any]:
+def _pruned(setup: Assembly, arm: str, seed: int) -> dict[str, Any]:
+    """A run whose ranks fall to the parameters of uniform rank `prune`."""
+    which, _, factor = arm.partition("@")
+    like, rate = ARMS[which]["prune"], float(setup.config.train.learning_rate or 1e-3) * float(factor or 1)
+    lora, text = setup.config.lora, setup.text
+    budget = pair_parameters(plan_for(text.model, replace(lora, rank=like), text.family))
+    first = math.ceil(like * START_OVER_END)
+    config = replace(
+        setup.config,
+        lora=replace(lora, rank=first, alpha=lora.alpha * first / like),
+        ranks=RanksSpec(choose="prune", budget=str(budget)),
+        train=replace(setup.config.train, learning_rate=rate, seed=seed),
+    )
+    run = replace(setup, config=config, plan=plan_for(text.model, config.lora, text.family))
+    task = ready_to_train(run)
+    with TemporaryDirectory(prefix="lorakeet-bench-") as folder:
+        try:
+            outcome = train(task, config.train, run=RunFolder.create(Path(folder) / "run"))
+        except RunStopped as stopped:
+            eject(text.model)
+            return {"arm": arm, "ended": str(stopped), "diverged": True}
+    left = pair_parameters(pruned_plan(text, run.plan))
+    ended = {"best_step": outcome.best_step, "steps": outcome.steps, "ended": outcome.reason, "held_out_loss": outcome.best_loss}
+    found = _record(setup, task.name, arm, left, ended)
+    eject(text.model)
+    return found
+
+
+def _ended(at: Progress) -> dict[str, Any]:
+    """How a member of an N-adapter run ended."""
+    found = {"best_step": at.watch.best_step, "steps": at.step, "ended": at.done}
+    return {**found, "diverged": True} if at.diverged else {**found, "held_out_loss": None if at.best is None else at.best.value}
+
+
+def _record(setup: Assembly, name: str, arm: str, parameters: int, ended: Mapping[str, Any]) -> dict[str, Any]:
     """What the test rows say of the adapter `name`, row by row."""
-    about = {"arm": arm, "parameters": parameters, "best_step": at.watch.best_step, "steps": at.step, "ended": at.done}
-    if at.diverged:
-        return {**about, "diverged": True}
+    about = {"arm": arm, "parameters": parameters, **ended}
+    if about.get("diverged"):
+        return about
     judge = Judge(setup.config, setup.text, setup.encoder, setup.dataset.test, Console(quiet=True), name)
     answers = judge.answers(judge.fitting(), name)
     losses = -answers.log_probs[np.arange(len(answers.truth)), answers.truth]
-    best = None if at.best is None else at.best.value
     correct = "".join("1" if right else "0" for right in answers.correct)
-    return {**about, "held_out_loss": best, "losses": [round(float(value), 4) for value in losses], "correct": correct}
+    return {**about, "losses": [round(float(value), 4) for value in losses], "correct": correct}
 
 
 def records(raw: Path) -> list[dict[str, Any]]:

@@ -22,7 +22,7 @@ class FinetuneOptions:
 
     resume: Path | None = field(default=None, metadata={"help": "Go on with this run folder from its last checkpoint."})
     dry_run: bool = field(default=False, metadata={"help": "Print the plan, parameters, tokens and steps, then stop."})
-    budget: str | None = field(default=None, metadata={"help": "Short for --ranks.budget: parameters spent under --ranks auto."})
+    budget: str | None = field(default=None, metadata={"help": "Short for --ranks.budget: of --ranks auto or prune."})
     quick: bool = field(
         default=False, metadata={"help": "Try 0.5, 1 and 2 times the learning rate first, also where the run file gives one."}
     )
