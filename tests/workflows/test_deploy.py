@@ -52,6 +52,11 @@ def test_ranks_that_are_yet_to_be_chosen_will_differ(tmp_path: Path) -> None:
     assert loads(plan, "llama.cpp") == {"several ranks", "several scales"}
 
 
+def test_ranks_that_will_fall_will_differ(tmp_path: Path) -> None:
+    plan = run_file(tmp_path, "{rank: 8}", more="ranks: prune\n")
+    assert "several ranks" in loads(plan, "llama.cpp")
+
+
 @pytest.mark.parametrize("target", ["all-linear", "gate_up_proj"])
 def test_experts_are_found_among_the_targets(tmp_path: Path, target: str) -> None:
     plan = run_file(tmp_path, f"{{rank: 4, target_modules: [{target}]}}", "mixtral")

@@ -31,10 +31,12 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def planned(folder: Path, budget: str = "", ranks: str = "", tokens: int = 32, **options: object) -> tuple[PlanResult, str]:
+def planned(
+    folder: Path, budget: str = "", ranks: str = "", tokens: int = 32, choose: str = "auto", **options: object
+) -> tuple[PlanResult, str]:
     given = {"model.path": str(folder), "data.train": "none", "lora.alpha": "12", "model.dtype": "float32"}
     given |= {"memory.budget": budget} if budget else {}
-    config = read_run(None, {**given, **({"ranks": "auto", "ranks.budget": ranks} if ranks else {})})
+    config = read_run(None, {**given, **({"ranks": choose, "ranks.budget": ranks} if ranks else {})})
     text = io.StringIO()
     result = plan(config, rank=4, tokens=tokens, console=Console(file=text, width=200), **options)  # type: ignore[arg-type]
     return result, text.getvalue()
@@ -56,6 +58,17 @@ def test_ranks_that_will_be_chosen_are_planned_by_their_budget(folder: Path) -> 
     assert "At most " in text and "that ranks.choose auto may choose" in text and "measure ranks" in text
     with pytest.raises(ConfigError, match="below rank 1 for each of the 14 targets"):
         planned(folder, ranks="100")
+
+
+def test_ranks_that_will_fall_are_planned_as_they_begin(folder: Path) -> None:
+    given, _ = planned(folder)
+    pruned, text = planned(folder, ranks="2k", choose="prune")
+    assert pruned.planned.plan == given.planned.plan and pruned.peak >= given.peak
+    assert f"{given.planned.plan.parameters:,} trained parameters at first, 2,000 in pairs once ranks.choose prune" in text
+    with pytest.raises(ConfigError, match="has nothing to cut"):
+        planned(folder, ranks="9M", choose="prune")
+    refused, text = planned(folder, ranks="2k", choose="prune", budget="64MB")
+    assert refused.streamed is None and "finetune refuses: memory.budget is 61 MiB" in text and "finetune keeps" not in text
 
 
 def test_a_budget_that_is_too_small_brings_advice_with_numbers(folder: Path) -> None:

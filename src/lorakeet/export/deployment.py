@@ -90,7 +90,8 @@ class _Pair(Protocol):
 def features_of_plan(plan: Plan, *, tied: bool, auto: int = 0) -> frozenset[Feature]:
     """What an adapter of this plan will have, before it is trained; `tied` as in `features_of_adapter`.
 
-    `auto` is the highest rank that ranks.choose auto may give, 0 where ranks are given: layers then differ in rank and scale.
+    `auto` is the highest rank that ranks.choose auto or prune may give, 0 where ranks are given: layers then differ in rank and
+    in scale or alpha.
     """
     found = _features({entry.path: entry for entry in plan.entries}, tied)
     if auto:

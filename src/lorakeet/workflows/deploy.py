@@ -72,7 +72,8 @@ def _planned(run_file: Path, base: str | None, say: Say) -> frozenset[Feature]:
     config = read_run(run_file)
     if base is not None:
         config = dataclasses.replace(config, model=dataclasses.replace(config.model, path=base))
-    auto = {"auto": config.ranks.max_rank, "prune": config.lora.rank}.get(config.ranks.choose, 0)
+    first = max([config.lora.rank, *config.lora.rank_pattern.values()])
+    auto = {"auto": config.ranks.max_rank, "prune": first}.get(config.ranks.choose, 0)
     if config.kind == "image":
         return _planned_image(config, auto, say)
     model_config = config_of(config.model, say)
