@@ -20,15 +20,15 @@ class RanksSpec:
     choose: Literal["given", "auto", "prune"] = field(
         default="given",
         metadata={
-            "help": "given: lora.rank and lora.rank_pattern; auto: a budget is spent where it helps most; prune: the given ranks are "
-            "cut in training."
+            "help": "given: lora.rank and lora.rank_pattern; auto: a budget is spent where it helps most; prune: "
+            "the given ranks are cut in training."
         },
     )
     budget: str | None = field(
         default=None,
         metadata={
-            "help": "Parameters of all pairs, such as 1.5M: under auto, or in the end under prune; left out, as lora.rank takes, or "
-            "two thirds of them."
+            "help": "Parameters of all pairs, such as 1.5M: under auto, or in the end under prune; left out, as lora.rank "
+            "takes, or two thirds of them."
         },
     )
     score: Literal["gradient", "activation", "sensitivity"] = field(
