@@ -63,8 +63,8 @@ class Importance:
         return {path: self._mean(f"{path}.A", dims[0]) + self._mean(f"{path}.B", dims[1]) for path, dims in self._dims.items()}
 
     def _mean(self, name: str, dim: int) -> Tensor:
-        found = self._sensitivity[name].double() * self._uncertainty[name].double()
-        return found.movedim(dim, 0).flatten(1).mean(1).cpu()
+        found = self._sensitivity[name].cpu().double() * self._uncertainty[name].cpu().double()  # not every device has fp64
+        return found.movedim(dim, 0).flatten(1).mean(1)
 
     def keep(self, path: str, terms: Tensor) -> None:
         """Forgets the terms of a pair that are not among these numbers."""
