@@ -319,7 +319,7 @@ def test_an_empty_adapter_is_refused() -> None:
 
 @pytest.mark.parametrize("family", ["llama", "mixtral"])
 def test_a_cut_adapter_is_the_value_that_it_becomes(adapted: Callable[..., Any], family: str) -> None:
-    model = adapted(family)
+    model = adapted(tiny_model(family))
     paths = list(adapter_of(model).pairs)
     before = [name for name, _ in trained_parameters(model).items()]
     for number, path in enumerate(paths):
