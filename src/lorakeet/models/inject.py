@@ -162,7 +162,7 @@ def keep_terms(model: nn.Module, path: str, terms: Tensor, name: str = "default"
     if not isinstance(pair, LoraPair) or not isinstance(adapted, AdaptedLayer):
         raise ConfigError(f"The adapter '{name}' has no pair at '{path}'.")
     pair.keep(terms)
-    adapted.selection.changed()
+    adapted.selection.changed(name)
 
 
 def drop_empty(model: nn.Module, name: str = "default") -> None:
