@@ -150,7 +150,7 @@ def size_of_merge(longest: int, writing: int, texts: tuple[int, int] = (0, 0)) -
     `writing` is what writing the model takes, in bytes.
     """
     judging = Judging(filled(longest, max(longest, MICRO_TOKENS)), *texts)
-    return CheckSize("the check of a merged model", judging, waiting=CHECK_TOKENS, writing=writing)
+    return CheckSize("the check of a merged model", judging, writing=writing)
 
 
 def _require_alone(alone: bool) -> None:
