@@ -66,7 +66,7 @@ def test_models_in_memory_count_whole_and_streamed_ones_by_two_blocks(opened: Op
     assert peak(opened, True) < peak(opened, False) - FP32 * BASE
 
 
-@pytest.mark.parametrize("part", ["waiting", "row", "beside", "writing"])
+@pytest.mark.parametrize("part", ["row", "beside", "writing"])
 def test_what_is_held_beside_the_models_counts(opened: Opened, part: str) -> None:
     assert peak(opened, True, **{part: 1 << 32}) > peak(opened, True)
 

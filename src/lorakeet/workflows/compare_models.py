@@ -1,7 +1,7 @@
 """Runs two functions of one or two models on the same batches and compares their logits chunk by chunk.
 
-Of two streamed models one runs after the other, so that the blocks of one at a time are in memory; what the first one makes of the
-batches waits on disk, beside its store.
+Of two streamed models one runs after the other, so that the blocks of one at a time are in memory; what the first one makes of
+the batches waits on disk, beside its store.
 """
 
 from __future__ import annotations
@@ -49,11 +49,12 @@ def compare_on(text: TextModel, batches: Sequence[Batch], *, left: str | None, r
 def _states(left: Side, right: Side, batches: Sequence[Batch]) -> Iterator[tuple[Tensor, Tensor]]:
     """The hidden states of both sides at the targets of each batch, (targets, hidden)."""
     apart = left[0] is not right[0] and left[0].streamed is not None and right[0].streamed is not None
-    if not apart or left[0].store is None:
+    store = left[0].store
+    if not apart or store is None:
         for batch in batches:
             yield _hidden(left, batch), _hidden(right, batch)
         return
-    first = Aside(left[0].store.path.parent, "Free some space, or name another folder with memory.store.")
+    first = Aside(store.path.parent, "Free some space, or name another folder with memory.store.")
     try:
         for number, batch in enumerate(batches):
             first.put(number, _hidden(left, batch))

@@ -3,7 +3,7 @@
 A check compares what base + adapter compute with what the artefact computes. Its phases, each with a peak of its own:
 
     load      a model is read, or goes block by block into its store
-    compare   both compute; of two streamed models one after the other, but for the hidden states that wait for the second
+    compare   both compute; of two streamed models one after the other, what the first makes of the batches waiting on disk
     weights   every stored tensor against the one it should be
 """
 
@@ -60,7 +60,6 @@ class CheckSize:
     judging: Judging  # the largest batch, and the texts that the base writes
     models: int = 2  # in torch, base + adapter among them; the other side may be llama.cpp or a server
     alternate: bool = False  # whether the two take turns row by row, so that both have blocks in memory
-    waiting: int = 0  # positions whose hidden states wait for the other model
     row: int = 0  # positions of a row whose logits are held whole
     tensors: bool = False  # whether stored tensors are compared whole, also those that the adapter does not change
     writing: int = 0  # bytes held while the artefact is written
@@ -190,7 +189,7 @@ class CheckPlanner:
             "load": with_more(Held(), base=own + others, adapter=adapter, scratch=self._reading(found)),
             "compare": with_more(
                 found.peaks[JUDGE], base=own + max(standing, there) - found.base, runtime=check.beside,
-                scratch=INTERVALS + FP32 * check.waiting * int(text.hidden_size),
+                scratch=INTERVALS,
                 logits=FP32 * ROW_LOGITS * check.row * int(text.vocab_size),
             ),
             "weights": with_more(Held(), base=own, adapter=adapter, scratch=self._looking(found)),
