@@ -27,7 +27,7 @@ from lorakeet.evaluate.certificate import read_certificate
 from lorakeet.formats import peft
 from lorakeet.formats.detect import read_adapter
 from lorakeet.formats.vllm import misread
-from lorakeet.workflows.serve import _threads, cores_for_the_engine
+from lorakeet.workflows.serve import _cores, cores_for_the_engine
 from lorakeet.workflows.verify import verify
 from tiny.adapters import random_adapter
 from tiny.models import tiny_model
@@ -147,7 +147,7 @@ def test_the_engine_has_every_core_where_others_can_compute_by_themselves(
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     if given is not None:
         monkeypatch.setenv("OMP_NUM_THREADS", given)
-    assert _threads() == expected
+    assert _cores()() == expected
 
 
 def test_whoever_answers_computes_by_itself() -> None:

@@ -108,16 +108,16 @@ class Engine:
         context: int = 2048,
         waiting: int = 256,
         chunk: int = 256,
-        threads: int | None = None,
+        cores: Callable[[], int] | None = None,
     ) -> None:
         """`slots` texts are written at once, of at most `context` tokens with their prompts; `waiting` more may queue.
 
-        The engine's thread computes with `threads`, or with as many as torch gives it.
+        `cores` is asked before each step how many of them to compute with; without it, as many as torch gives the thread.
         """
         self.text, self.selection, self.context, self.chunk = text, selection, context, chunk
         self.cache = KeyValues(slots=slots, capacity=context)
         self.slots = Slots(self.cache)
-        self.most_waiting, self.threads = waiting, threads
+        self.most_waiting, self.cores = waiting, cores
         self.steps = 0
         self._ends = end_ids(text)
         self._queue: deque[Job] = deque()
@@ -199,8 +199,6 @@ class Engine:
         return whole
 
     def _run(self) -> None:
-        if self.threads is not None:
-            compute_with(self.threads)
         try:
             self._loop()
         finally:
@@ -213,6 +211,7 @@ class Engine:
                 self._finish(job, "error", self.failure)
 
     def _loop(self) -> None:
+        taken = 0
         while True:
             with self._wake:
                 while not (self._queue or self._running) and self._calls.empty():
@@ -224,6 +223,9 @@ class Engine:
                 self._calls.get()()
             self._sweep()
             self._admit()
+            if self._running and self.cores is not None and (left := self.cores()) != taken:
+                compute_with(left)
+                taken = left
             if self._running:
                 self._guarded_step()
 

@@ -71,7 +71,7 @@ def build_app(service: Service) -> Starlette:
 
     @asynccontextmanager
     async def life(_: Starlette) -> AsyncIterator[None]:
-        if service.engine.threads is not None:  # whoever reads an adapter meanwhile leaves the cores to the engine
+        if service.engine.cores is not None:  # whoever reads an adapter meanwhile leaves the cores to the engine
             asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(initializer=compute_alone))
         yield
         await service.settle()  # with the engine still running: adapters are put out by it

@@ -29,6 +29,7 @@ from lorakeet.models.spec import ModelSpec
 from lorakeet.models.text import TextModel
 from lorakeet.quant.spec import QuantSpec
 from lorakeet.serve.access import read_keys
+from lorakeet.serve.cores import FreeCores
 from lorakeet.serve.engine import Engine
 from lorakeet.serve.naming import check_name
 from lorakeet.serve.registry import Registry
@@ -89,7 +90,7 @@ def serve(  # noqa: PLR0913 - one argument for each option
     keep_little_code(SERVED)
     text = load_text_model(spec, say=console.print)
     live = LiveModel(text)
-    runner = Engine(text, live.selection, slots=slots, context=_context(text, context), waiting=queue, threads=_threads())
+    runner = Engine(text, live.selection, slots=slots, context=_context(text, context), waiting=queue, cores=_cores())
     store = None if adapters_dir is None else Store(adapters_dir)
 
     def changed() -> None:
@@ -158,14 +159,16 @@ def _say(registry: Registry, host: str, port: int, console: Console) -> None:
     console.print(f"Serving {registry.base} with {adapters} at http://{where}:{port}/v1", soft_wrap=True)
 
 
-def _threads() -> int:
-    """How many threads the engine computes with: one for every core, unless OMP_NUM_THREADS says how many.
+def _cores() -> Callable[[], int]:
+    """How many cores the engine computes with at each step: those that others leave, or as many as OMP_NUM_THREADS says.
 
-    Where teams of threads cannot be kept apart (core/threads), a core is left free: teams that sleep between two products, while
-    the clients' traffic takes a core now and then, were half as fast on 2 cores as one thread.
+    Where teams of threads cannot be kept apart (core/threads), one is left free all along: teams that sleep between two
+    products, while the clients' traffic takes a core now and then, were half as fast on 2 cores as one thread.
     """
     most = torch.get_num_threads()
-    return most if "OMP_NUM_THREADS" in os.environ or can_compute_alone() else max(1, most - 1)
+    if "OMP_NUM_THREADS" in os.environ:
+        return lambda: most
+    return FreeCores(most if can_compute_alone() else max(1, most - 1))
 
 
 @contextmanager

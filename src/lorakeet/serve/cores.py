@@ -1,0 +1,61 @@
+"""How many cores the engine may compute with, as long as other programs of the machine compute too.
+
+A product waits for the last of its threads. Where another program has one of two cores, both threads are as slow as the one
+that shares its core, and slower: 46 tokens a second were written with two threads where one thread wrote 157 (docs/log.md).
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+INTERVAL = 0.5  # seconds between two looks
+SHARE = 0.3  # of a core that others may take before a thread is given up: about what the second of two threads is worth
+_STAT = Path("/proc/stat")
+_IDLE = (3, 4)  # fields of /proc/stat's lines: idle, waiting for a disk
+_GUESTS = 8  # fields from here on are in user and nice already
+
+Look = Callable[[], tuple[float, float]]
+
+
+class FreeCores:
+    """Asked before each step for the cores that others leave; looks at most every INTERVAL seconds."""
+
+    def __init__(self, most: int, *, look: Look | None = None, clock: Callable[[], float] = time.monotonic) -> None:
+        """`most` is the number to begin with, and never exceeded. `look` tells seconds of all and of this process (`seconds`)."""
+        self.most = self.count = most
+        self._look, self._clock = look or seconds, clock
+        self._when, self._seen = clock(), self._look()
+
+    def __call__(self) -> int:
+        """At least 1."""
+        now = self._clock()
+        passed = now - self._when
+        if passed >= INTERVAL:
+            before, self._seen, self._when = self._seen, self._look(), now
+            everybody, own = (after - earlier for after, earlier in zip(self._seen, before, strict=True))
+            others = (everybody - own) / passed
+            self.count = max(1, self.most - max(0, math.ceil(others - SHARE)))
+        return self.count
+
+
+def seconds() -> tuple[float, float]:
+    """Seconds that the cores of this process have computed since the machine began, for anybody, and for this process.
+
+    Both 0 where the system does not tell (it does on Linux): others then count as idle.
+    """
+    try:
+        lines = _STAT.read_text(encoding="ascii").splitlines()
+    except OSError:
+        return 0.0, 0.0
+    mine = {f"cpu{number}" for number in os.sched_getaffinity(0)}
+    ticks = 0
+    for line in lines:
+        name, *fields = line.split()
+        if name in mine:
+            ticks += sum(int(field) for place, field in enumerate(fields[:_GUESTS]) if place not in _IDLE)
+    own = os.times()
+    return ticks / os.sysconf("SC_CLK_TCK"), own.user + own.system
