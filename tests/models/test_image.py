@@ -235,3 +235,21 @@ def test_parts_wait_aside_while_others_compute(model: ImageModel) -> None:
     inject(staged.parts, image_plan(staged, lora("attention"), text_encoder=True))
     staged.describe(["ab"])
     assert on_device(staged) == {denoiser, *encoders}, "what is trained together stays"
+
+
+def test_of_a_hub_id_no_part_is_fetched_that_is_not_used(tiny_sd_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[dict[str, object]] = []
+
+    def download(name: str, **given: object) -> str:
+        asked.append({"name": name, **given})
+        return str(tiny_sd_folder)
+
+    pipelines = diffusers().DiffusionPipeline
+    index = pipelines.load_config(tiny_sd_folder)
+    monkeypatch.setattr(pipelines, "download", download)
+    monkeypatch.setattr(pipelines, "load_config", lambda name, **_: index)
+    model = load(Path("somebody/sd"), revision="main")
+    [given] = asked
+    assert given["name"] == "somebody/sd" and given["revision"] == "main" and given["use_safetensors"] is True
+    assert "safety_checker" in given and given["safety_checker"] is None
+    assert torch.equal(prediction(model, "ab"), prediction(load(tiny_sd_folder), "ab"))

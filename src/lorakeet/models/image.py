@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
@@ -312,12 +312,12 @@ def fitted(model: ImageModel, adapter: Adapter) -> Adapter:
     return replace(full, pairs={own(path): pair for path, pair in full.pairs.items()})
 
 
-def _folder_of(spec: ModelSpec) -> Path:
-    """The folder of the pipeline, fetched first where `spec.path` is a hub id."""
+def _folder_of(spec: ModelSpec, given: Mapping[str, Any]) -> Path:
+    """The folder of the pipeline, fetched first where `spec.path` is a hub id, without the parts that are `given`."""
     path = Path(spec.path).expanduser()
     if path.is_dir():
         return path
-    return Path(diffusers().DiffusionPipeline.download(spec.path, revision=spec.revision, use_safetensors=True))
+    return Path(diffusers().DiffusionPipeline.download(spec.path, revision=spec.revision, use_safetensors=True, **given))
 
 
 def _pipeline_of(spec: ModelSpec, dtype: torch.dtype, say: Callable[[str], None]) -> tuple[ImageKind, Any]:
@@ -332,7 +332,7 @@ def _pipeline_of(spec: ModelSpec, dtype: torch.dtype, say: Callable[[str], None]
     kind, extra = _kind_of(spec)
     say(f"Loading {spec.path} ({kind.pipeline}, {str(dtype).removeprefix('torch.')}) with diffusers.")
     with quiet_diffusers(), _as_problem(spec):
-        folder = _folder_of(spec)
+        folder = _folder_of(spec, extra)
         files = denoiser_files(folder / kind.denoiser)
         extra[kind.denoiser] = load_denoiser(files, new_denoiser, dtype, spec.quantize, say=say)
         return kind, getattr(diffusers(), kind.pipeline).from_pretrained(
