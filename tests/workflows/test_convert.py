@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from rich.console import Console
 from safetensors.torch import load_file, save_file
 
 from lorakeet.cli.main import main
-from lorakeet.core.adapter import Adapter
+from lorakeet.core.adapter import Adapter, Pair
 from lorakeet.errors import EnvironmentProblem, VerificationFailed
 from lorakeet.formats import diffusers, kohya, mlx, peft
 from lorakeet.formats.detect import read_adapter
@@ -51,6 +52,17 @@ def test_a_loha_file_becomes_pairs_when_asked(tmp_path: Path, capsys: pytest.Cap
     assert "LoHa compressed to rank 4, relative error" in capsys.readouterr().out
     slots = ("lora_down.weight", "lora_up.weight", "alpha")
     assert set(load_file(tmp_path / "out.safetensors")) == {f"{key}.{slot}" for slot in slots}
+
+
+def test_a_pair_that_changes_nothing_may_go_and_is_named(tmp_path: Path) -> None:
+    names = [f"transformer.transformer_blocks.0.attn.{name}" for name in ("to_q", "to_k", "to_v", "to_out.0")]
+    pairs = {name: Pair(torch.randn(2, 3072), torch.randn(3072, 2), 2.0) for name in names}
+    pairs[names[1]] = replace(pairs[names[1]], B=torch.zeros(3072, 2))
+    diffusers.write(Adapter(pairs), tmp_path / "in.safetensors")
+    done = convert(tmp_path / "in.safetensors", tmp_path / "out.safetensors", to="kohya", console=Console(quiet=True))
+    [note] = [note for note in done.notes if "change nothing" in note]
+    assert note.startswith("1 pairs") and names[1] in note
+    assert kohya.read(tmp_path / "out.safetensors").pairs.keys() == {names[0], *names[2:]}
 
 
 def test_dora_goes_to_gguf_folded_when_asked(tmp_path: Path) -> None:

@@ -101,6 +101,8 @@ def convert(
         difference = compare(adapter, back)
         if not difference.equal:
             _fail(difference, out)
+    if gone := sorted(adapter.pairs.keys() - back.pairs.keys()):
+        say(f"{len(gone)} pairs that change nothing are not in {out}, where they share a matrix with others: {', '.join(gone[:3])}.")
     result = Converted(found, to, out, adapter, difference, tuple(notes))
     _show(result, console)
     return result
