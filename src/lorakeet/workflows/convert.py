@@ -102,7 +102,7 @@ def convert(
         if not difference.equal:
             _fail(difference, out)
     if gone := sorted(adapter.pairs.keys() - back.pairs.keys()):
-        say(f"{len(gone)} pairs that change nothing are not in {out}, where they share a matrix with others: {', '.join(gone[:3])}.")
+        say(f"{len(gone)} pairs that change nothing are not in {out}, where others share their matrices: {', '.join(gone[:3])}.")
     result = Converted(found, to, out, adapter, difference, tuple(notes))
     _show(result, console)
     return result
