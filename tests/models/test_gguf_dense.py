@@ -22,8 +22,11 @@ from lorakeet.models import gguf_dense
 from lorakeet.models.gguf_dense import bytes_of_unpacking, dense_copy
 from lorakeet.models.load import load_text_model
 from lorakeet.models.spec import ModelSpec
+from tiny.gguf_family import write_family_gguf
 from tiny.gguf_file import write_tiny_gguf
 from tiny.models import tiny_tokenizer
+
+CHANGES = {"gpt2": {"tie_word_embeddings": False, "n_positions": 1024}}  # places that no key of the header tells transformers
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +69,24 @@ def test_the_copy_is_what_transformers_makes_of_the_file(kind: str | None, tmp_p
     """To the bit, with the same settings, though one tensor is in memory at a time."""
     path = tmp_path / "model.gguf"
     write_tiny_gguf(path, kind, **({"hidden_size": 256, "intermediate_size": 256} if kind == "Q6_K" else {}))
-    ours, theirs = dense_copy(path, lambda line: None), tmp_path / "theirs"
+    _check_copy(dense_copy(path, lambda line: None), path, tmp_path / "theirs")
+
+
+@pytest.mark.parametrize("family", ["gpt2", "bloom", "qwen2"])
+def test_a_family_of_another_kind_is_unpacked_to_its_numbers(family: str, tmp_path: Path, cache: Path) -> None:
+    """GPT-2's head and BLOOM's queries, keys and values are put together by transformers; Qwen2 has biases."""
+    path = tmp_path / "model.gguf"
+    model = write_family_gguf(path, family, **CHANGES.get(family, {}))
+    copy = dense_copy(path, lambda line: None)
+    _check_copy(copy, path, tmp_path / "theirs")
+    held, wanted = load_file(copy / "model.safetensors"), dict(model.named_parameters())
+    assert set(held) == set(wanted) and all(torch.equal(held[name], wanted[name]) for name in wanted)
+    header = check_gguf(path)
+    whole = 2 * 700 * header.parts + 8 * sum(math.prod(slot.shape) for slot in header.tensors.values())
+    assert (bytes_of_unpacking(header) == whole) == (family != "qwen2"), "what transformers unpacks is in memory as a whole"
+
+
+def _check_copy(ours: Path, path: Path, theirs: Path) -> None:
     gguf_dense._through_transformers(path, theirs)
     one, other = load_file(ours / "model.safetensors"), load_file(theirs / "model.safetensors")
     assert list(one) == list(other) and all(torch.equal(one[name], other[name]) for name in one)

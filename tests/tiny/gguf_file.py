@@ -42,7 +42,7 @@ def write_tiny_gguf(path: Path, kind: str | Sequence[str] | None = None, **chang
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_rope_dimension_count(config.hidden_size // config.num_attention_heads)
     writer.add_vocab_size(config.vocab_size)
-    _add_tokenizer(writer, tokenizer)
+    add_tokenizer(writer, tokenizer)
     for name, tensor in model.state_dict().items():
         if name != "lm_head.weight":
             weight = _as_stored(name, tensor.numpy(), config)
@@ -68,7 +68,8 @@ def _blocks(weight: np.ndarray, kind: Any) -> np.ndarray:
     return fitted(torch.from_numpy(np.ascontiguousarray(weight)), kind.name).packed.numpy()
 
 
-def _add_tokenizer(writer: Any, tokenizer: Any) -> None:
+def add_tokenizer(writer: Any, tokenizer: Any) -> None:
+    """Writes the keys of a byte-level BPE tokenizer."""
     import json
 
     core = json.loads(tokenizer.backend_tokenizer.to_str())["model"]

@@ -1,6 +1,7 @@
 """A .gguf model as a dense safetensors folder in fp32, made once and kept in the cache folder; one tensor in memory at a time.
 
-A file with stacked experts, which transformers takes apart itself, is unpacked by it, with the whole model in memory.
+A file with stacked experts, or of an architecture whose tensors transformers does not make one by one (GPT-2, BLOOM), is unpacked
+by it, with the whole model in memory.
 """
 
 from __future__ import annotations
@@ -17,8 +18,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 from lorakeet.formats.gguf_header import PART_BYTES, GgufHeader
 from lorakeet.formats.safe import stream_safetensors
 from lorakeet.models.gguf_copy import cache_folder, content_digest, make_whole, require_room
-from lorakeet.models.gguf_packed import stored_shapes, tensors_of
-from lorakeet.models.gguf_sound import config_of_gguf, reading, require_gguf
+from lorakeet.models.gguf_packed import one_by_one, stored_shapes, tensors_of
+from lorakeet.models.gguf_sound import ARCHITECTURE, config_of_gguf, reading, require_gguf
 from lorakeet.models.quantized import skeleton
 
 _LAYOUT = 1  # counted up when what is written into a copy changes
@@ -50,21 +51,23 @@ def dense_place(path: Path, digest: str) -> Path:
 
 
 def bytes_of_unpacking(header: GgufHeader, *, packed: bool = False) -> int:
-    """What is held at most while a .gguf file is unpacked: objects for its header, and its largest tensor; with stacked experts
-    the whole model. With `packed` its blocks are laid out as they are (models/gguf_packed).
+    """What is held at most while a .gguf file is unpacked: objects for its header, and its largest tensor; where
+    transformers unpacks it, the whole model. With `packed` its blocks are laid out as they are (models/gguf_packed).
     """
     sizes = [math.prod(slot.shape) for slot in header.tensors.values()]
-    whole = _is_stacked(header) and not packed
+    whole = _by_transformers(header) and not packed
     return _READINGS * PART_BYTES * header.parts + _FP32 * (2 * sum(sizes) if whole else _COPIES * max(sizes, default=0))
 
 
-def _is_stacked(header: GgufHeader) -> bool:
-    return any(len(slot.shape) > 2 for slot in header.tensors.values())
+def _by_transformers(header: GgufHeader) -> bool:
+    """Whether the file is unpacked by transformers, for what its tensors become is not known tensor by tensor."""
+    stacked = any(len(slot.shape) > 2 for slot in header.tensors.values())
+    return stacked or not one_by_one(str(header.values[ARCHITECTURE]))
 
 
 def _convert(path: Path, out: Path) -> None:
     config = config_of_gguf(path)
-    if _is_stacked(require_gguf(path)):
+    if _by_transformers(require_gguf(path)):
         _through_transformers(path, out)
         return
     with reading(path):

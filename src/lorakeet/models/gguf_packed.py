@@ -21,6 +21,9 @@ from torch import Tensor
 from transformers import AutoTokenizer
 from transformers.modeling_gguf_pytorch_utils import (
     TENSOR_PROCESSORS,
+    Gemma2TensorProcessor,
+    LlamaTensorProcessor,
+    NemotronTensorProcessor,
     TensorProcessor,
     get_gguf_hf_weights_map,
     load_gguf_checkpoint,
@@ -36,6 +39,8 @@ from lorakeet.quant.on_disk import GGUF_METHOD, GGUF_TYPE, gguf_type_tensor
 
 _LAYOUT = 1  # counted up when what is written into a copy changes
 _PLAIN = ("F32", "F16", "BF16")
+# Which give each tensor back under its own name, in the shape that it has. GPT-2's keeps the head aside, others split or reshape.
+_ONE_BY_ONE = (TensorProcessor, LlamaTensorProcessor, NemotronTensorProcessor, Gemma2TensorProcessor)
 
 
 @dataclass(frozen=True)
@@ -122,13 +127,20 @@ def _write(path: Path, out: Path) -> None:
     config.save_pretrained(out)
 
 
+def one_by_one(architecture: str) -> bool:
+    """Whether transformers makes each tensor of a model of that architecture of one tensor of the file, in any order."""
+    return TENSOR_PROCESSORS.get(architecture, TensorProcessor) in _ONE_BY_ONE
+
+
 def tensors_of(path: Path, config: Any, *, packed: bool = True) -> list[ModelTensor]:
     """What the file holds, under transformers' names; DataError with every layer whose type is not read.
 
-    Without `packed` every tensor is read as numbers in fp32, and one that has no place in the model is left out, as transformers
-    does.
+    Without `packed`, for an architecture that is read `one_by_one`, every tensor is read as numbers in fp32, and one that has no
+    place in the model is left out, as transformers does.
     """
     architecture, stored = read_gguf(path)
+    if not packed and not one_by_one(architecture):
+        raise NotImplementedError(f"tensors of {architecture} cannot be read one by one")
     model = skeleton(config)
     parsed = load_gguf_checkpoint(str(path), return_tensors=False)
     processor = TENSOR_PROCESSORS.get(architecture, TensorProcessor)(config=parsed["config"])

@@ -23,7 +23,7 @@ from lorakeet.formats.gguf_header import GgufHeader, check_gguf
 from lorakeet.models.quantized import skeleton
 from lorakeet.models.quiet import quiet_transformers
 
-_ARCHITECTURE = "general.architecture"
+ARCHITECTURE = "general.architecture"
 _BLOCK = re.compile(r"blk\.(\d+)\.")
 _ROTARY = ("rope_freqs.", "rope_factors")  # of Llama 3.1 and later, and of long Phi-3
 _ADVICE = "Fetch the file again, or use the model's safetensors folder."
@@ -41,9 +41,9 @@ def require_gguf(path: Path) -> GgufHeader:
         if importlib.util.find_spec(package) is None:
             raise EnvironmentProblem(f"Reading {path.name} needs the package {package}: pip install 'lorakeet[gguf]' accelerate")
     header = check_gguf(path)
-    architecture = header.values.get(_ARCHITECTURE)
+    architecture = header.values.get(ARCHITECTURE)
     if not isinstance(architecture, str) or not architecture:
-        raise DataError(f"{path} names no {_ARCHITECTURE}, so that nothing says what model it holds. {_ADVICE}")
+        raise DataError(f"{path} names no {ARCHITECTURE}, so that nothing says what model it holds. {_ADVICE}")
     parts = header.values.get("split.count")
     if isinstance(parts, int) and parts > 1:
         join = "llama-gguf-split --merge FIRST-PART OUT.gguf"
@@ -91,7 +91,7 @@ def _check_shapes(path: Path, header: GgufHeader, config: Any) -> None:
     """Raises DataError with every parameter of the described model that the file lacks or has in another size."""
     problems = Problems(f"{path} does not hold the model that its header describes", DataError, remedy=_ADVICE)
     model = skeleton(config)
-    processor = TENSOR_PROCESSORS.get(str(header.values[_ARCHITECTURE]), TensorProcessor)(config=config.to_dict())
+    processor = TENSOR_PROCESSORS.get(str(header.values[ARCHITECTURE]), TensorProcessor)(config=config.to_dict())
     names: dict[str, str] = get_gguf_hf_weights_map(model, processor)
     parameters = dict(model.named_parameters())
     tied = getattr(model, "all_tied_weights_keys", {})
