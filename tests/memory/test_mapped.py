@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import mmap
 import sys
 import time
@@ -36,18 +37,20 @@ def held(path: Path) -> int:
 
 
 @linux
-def test_pages_go_and_come_again(file: Path) -> None:
+@pytest.mark.parametrize("stays", [False, True])
+def test_pages_go_and_come_again(file: Path, stays: bool) -> None:
     with file.open("rb") as opened, mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as data:
         before = bytes(data)
         assert held(file) == SIZE
-        assert give_back(file) == SIZE and held(file) == 0
+        assert give_back(file, stays=stays) == SIZE and held(file) == 0
         assert bytes(data) == before and held(file) == SIZE
 
 
 @linux
-def test_they_go_while_the_file_is_read(file: Path) -> None:
+@pytest.mark.parametrize("stays", [False, True])
+def test_they_go_while_the_file_is_read(file: Path, stays: bool) -> None:
     with file.open("rb") as opened, mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as data:
-        with giving_back(file, interval=0.001):
+        with giving_back(file, interval=0.001, stays=stays):
             assert sum(data[:SIZE]) == 255 * SIZE // 2
             until = time.monotonic() + 10
             while held(file) and time.monotonic() < until:
@@ -55,6 +58,30 @@ def test_they_go_while_the_file_is_read(file: Path) -> None:
             assert held(file) == 0
             data[SIZE - 1]
         assert held(file) == 0, "and once more at the end"
+
+
+@linux
+def test_memory_that_has_taken_the_place_of_a_mapping_keeps_its_numbers(
+    file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between the look at what is mapped and the advice a library may remove its mapping, and something else get its place."""
+    with mmap.mmap(-1, SIZE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as data:
+        data[:] = b"\x07" * SIZE
+        view = (ctypes.c_char * SIZE).from_buffer(data)
+        begin = ctypes.addressof(view)
+        del view
+        (tmp_path / "maps").write_text(f"{begin:x}-{begin + SIZE:x} r--s 00000000 fe:00 1234 {file}\n")
+        monkeypatch.setattr(mapped, "_MAPS", tmp_path / "maps")
+        give_back(file)
+        assert data[:] == b"\x07" * SIZE
+
+
+@linux
+def test_a_system_that_does_not_page_out_gives_nothing_back(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with file.open("rb") as opened, mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        before = bytes(data)
+        monkeypatch.setattr(mapped, "_PAGEOUT", 9999)
+        assert give_back(file) == 0 and held(file) == SIZE and bytes(data) == before
 
 
 @linux

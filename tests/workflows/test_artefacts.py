@@ -70,9 +70,9 @@ def test_llama_cpp_begins_when_it_is_asked_and_under_a_budget_gives_pages_back(
             super().__init__(model, **more)
 
     @contextmanager
-    def noted(path: Path) -> Iterator[None]:
+    def noted(path: Path, *, stays: bool) -> Iterator[None]:
         given.append(path)
-        with giving_back(path, interval=0.001):
+        with giving_back(path, interval=0.001, stays=stays):
             yield
 
     monkeypatch.setattr(artefacts, "LlamaCpp", Counted)

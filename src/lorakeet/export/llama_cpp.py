@@ -80,7 +80,8 @@ def _library() -> _Library:
 def quantise(source: Path, out: Path, quant: str, *, threads: int = 1) -> None:
     """Writes `source`, a GGUF file in f32, f16 or bf16, to `out` in the mixture of types that llama.cpp calls `quant`.
 
-    llama.cpp maps `source` and goes through it tensor by tensor; the pages that it has read are given back meanwhile.
+    llama.cpp maps `source` and goes through it tensor by tensor; the pages that it has read are paged out meanwhile, and its
+    mapping may go at any time.
     """
     library = _library()
     params = library.lib.llama_model_quantize_default_params()

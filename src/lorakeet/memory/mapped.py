@@ -13,36 +13,45 @@ from contextlib import contextmanager
 from pathlib import Path
 
 _MAPS = Path("/proc/self/maps")
-_DONTNEED = 4  # of madvise(2): for a shared mapping of a file, only that the process lets go of the pages
+# Advice of madvise(2). That which drops the pages of a mapping empties memory that has no file behind it; that which pages out
+# loses nothing, but a file's pages leave the system's cache too.
+_DONTNEED, _PAGEOUT = 4, 21
 
 
-def give_back(path: Path) -> int:
+def give_back(path: Path, *, stays: bool = False) -> int:
     """Gives back the pages of every read-only mapping of the file `path` in this process; the bytes of these mappings.
 
-    0 where the system does not tell what is mapped (it does on Linux).
+    A library may remove its mapping at any time, and put other memory in its place while this looks: so pages are paged out,
+    which hurts no memory, and the next look at them may read the disk. Only with `stays`, a promise that no such mapping is
+    removed meanwhile, do they stay in the system's cache. 0 where the system does not tell what is mapped (it does on Linux),
+    or does not page out (Linux before 5.4); the pages of a file that this user may not write to stay.
     """
     try:
         lines = _MAPS.read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
         return 0
     library, wanted, total = ctypes.CDLL(None), str(path.resolve()), 0
+    advice = ctypes.c_int(_DONTNEED if stays else _PAGEOUT)
     for line in lines:
         fields = line.split(maxsplit=5)
         if len(fields) == 6 and fields[5] == wanted and fields[1] == "r--s":
             begin, end = (int(address, 16) for address in fields[0].split("-"))
-            library.madvise(ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), ctypes.c_int(_DONTNEED))
-            total += end - begin
+            if library.madvise(ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), advice) == 0:
+                total += end - begin
     return total
 
 
 @contextmanager
-def giving_back(path: Path, *, interval: float = 0.02) -> Iterator[None]:
-    """A context in which the mapped pages of `path` are given back every `interval` seconds, by a thread of its own."""
+def giving_back(path: Path, *, interval: float = 0.02, stays: bool = False) -> Iterator[None]:
+    """A context in which the mapped pages of `path` are given back every `interval` seconds, by a thread of its own.
+
+    With `stays` no mapping of it may be removed within the context (`give_back`).
+    """
     done = threading.Event()
 
     def watch() -> None:
         while not done.wait(interval):
-            give_back(path)
+            give_back(path, stays=stays)
 
     thread = threading.Thread(target=watch, daemon=True)
     thread.start()
@@ -51,4 +60,4 @@ def giving_back(path: Path, *, interval: float = 0.02) -> Iterator[None]:
     finally:
         done.set()
         thread.join()
-        give_back(path)
+        give_back(path, stays=stays)

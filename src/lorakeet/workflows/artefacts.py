@@ -265,7 +265,7 @@ def _begun(model: Path, adapter: Path | None, context: int, opened: Opened) -> I
         with LlamaCpp(model, adapter=adapter, context=context) as engine:
             yield engine
         return
-    with LlamaCpp(model, adapter=adapter, context=context, repack=False) as engine, giving_back(model):
+    with LlamaCpp(model, adapter=adapter, context=context, repack=False) as engine, giving_back(model, stays=True):
         yield engine
 
 
