@@ -162,6 +162,32 @@ def test_what_is_held_is_what_is_planned(
     assert held.peak - FP32 * 256 * 256 <= planned[0] <= 1.5 * held.peak
 
 
+@pytest.fixture
+def into_larger(runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Path]:
+    """A run on twelve blocks in NF4, and a .gguf file whose layers in Q8_0 are twice as large."""
+    monkeypatch.setenv("LORAKEET_CACHE", str(tmp_path / "cache"))
+    many = {**WIDE, "num_hidden_layers": 12}
+    quantize(str(save_tiny_llama(tmp_path / "model", **many)), method="nf4", out=tmp_path / "nf4", console=quiet())
+    run(tmp_path / "nf4", runs / "rows.jsonl", tmp_path / "run", {"train.steps": 2, "evaluate.drift_texts": 0})
+    write_tiny_gguf(tmp_path / "like.gguf", "Q8_0", **many)
+    return tmp_path / "run", tmp_path / "like.gguf"
+
+
+@pytest.mark.usefixtures("no_runtime")
+def test_layers_that_become_larger_are_planned(
+    into_larger: tuple[Path, Path], going: Any, held: HeldBytes, tmp_path: Path
+) -> None:
+    source, like = into_larger
+    of_block = (4 * 256 * 256 + 3 * 256 * 704) * 34 // 32
+    forecast = room_packed._Planner(job(open_adapter(source), like)).forecast
+    assert forecast(RESIDENT).comparing > 12 * of_block and forecast(STREAMED).block_bytes >= of_block
+    planned = going(RESIDENT)
+    words: dict[str, Any] = {"into": "packed", "keep": 1e-6, "like": str(like), "memory": "8GiB", "console": quiet()}
+    with suppress(VerificationFailed):
+        merge([str(source)], out=tmp_path / "out.gguf", calibration_rows=24, **words)
+    assert held.peak - FP32 * 256 * 256 <= planned[0] <= 1.5 * held.peak
+
+
 @pytest.mark.usefixtures("no_runtime")
 def test_with_more_blocks_a_streamed_merge_takes_no_more(runs: Path, tmp_path: Path) -> None:
     peaks: dict[int, list[int]] = {}

@@ -1,7 +1,7 @@
 """How a merge into a quantised model keeps a memory budget: rehearsed on shapes, decided before anything is measured, or refused.
 
-load       the base is read, or goes block by block into a store
-compare    it computes with the adapter and without, and what was made of it after that
+load       the base is read, or goes block by block into a store; at the end what was written
+compare    it computes with the adapter and without, and after that what was made of it, whose packed layers may be larger
 round      beside it one block in fp32, what the rounding of its largest layer holds, and the calibration rows' states
 finish     the layers' numbers before rounding without the pairs, their grids and the rounded ones, while pairs are trained
 
@@ -223,6 +223,9 @@ class _Planner:
         self.config = read_config(job.source)
         self.empty = empty_model(self.config, torch.float32)
         self.plan = plan_of(self.empty, job.opened.adapter)
+        self.made = read_config(job.layout.folder)
+        self.packing = packing_of(empty_model(self.made, torch.float32), self.made, QuantSpec(), job.layout.folder)
+        self.as_it_was = self.packing == packing_of(self.empty, self.config, self.spec.quantize, job.source)
         named = self.spec.products
         self.products = torch.float32 if named == "auto" else getattr(torch, named)
         longest = job.opened.config.data.max_tokens
@@ -233,23 +236,32 @@ class _Planner:
     def forecast(self, way: Way) -> _Forecast:
         """What is held that way. Raises NotStreamed where the model has no list of blocks, NotPlanned where nobody can know."""
         base = rehearse_judging(self._build(way), self.plan, self.judging, token_ids=())
-        compared = with_more(base.peaks[JUDGE], scratch=INTERVALS)
+        made = base if self.as_it_was else rehearse_judging(self._build_made(way), self.plan, self.judging, token_ids=())
         adapter = FP32 * self.plan.parameters
         held = {
             "to load the base": with_more(Held(), base=base.base, adapter=adapter, scratch=self._reading(base)),
-            "to compare": compared,
-            "to round": self._rounding(way),
+            "to compare": with_more(base.peaks[JUDGE], scratch=INTERVALS),
+            "to round": with_more(self._rounding(way), base=0 if way.streamed or self.as_it_was else self._growth()),
+            "to compare what was made": with_more(made.peaks[JUDGE], scratch=INTERVALS),
+            "to load what was written": with_more(Held(), base=made.base, adapter=adapter, scratch=self._reading(made)),
         }
         if self.job.finishes:
             held["to finish"] = self._finishing()
         phases = {phase.name: phase for phase in phases_of(held, self.runtime, returning=True)}
         highest = max(phases.values(), key=lambda phase: phase.bytes)
-        return _Forecast(highest, phases["to compare"].bytes, base.blocks, base.block_bytes, way.slots)
+        comparing = max(phases[name].bytes for name in ("to compare", "to compare what was made"))
+        return _Forecast(highest, comparing, base.blocks, max(base.block_bytes, made.block_bytes), way.slots)
+
+    def _growth(self) -> int:
+        """By how much packed layers are larger than those of the base, which they replace one after the other."""
+        before = empty_packed(self.config, torch.float32, self.spec.quantize, self.job.source)
+        after = empty_packed(self.made, torch.float32, QuantSpec(), self.job.layout.folder)
+        return sum(max(0, _layer_bytes(after, path) - _layer_bytes(before, path)) for path in self.packing)
 
     def _rounding(self, way: Way) -> Held:
         """The first blocks of each kind, as they are folded and rounded on the calibration rows."""
-        build, layers = self._build(way, torch.float32), self._packing()
-        return rehearse_rounding(build, self.plan, self.job.rows, layers, OutlinedAside if way.on_disk else Aside)
+        build = self._build(way, torch.float32)
+        return rehearse_rounding(build, self.plan, self.job.rows, self.packing, OutlinedAside if way.on_disk else Aside)
 
     def _finishing(self) -> Held:
         """Two steps on the longest rows that there are to train on."""
@@ -259,21 +271,21 @@ class _Planner:
         spec = opened.config.train
         rows = sorted(others, key=lambda row: -len(row.ids))[: spec.batch_size]
         build = self._build(RESIDENT, torch.float32)
-        return rehearse_finish(build, opened.adapter, self._packing(), rows, spec, self.products)
-
-    def _packing(self) -> Mapping[str, Mapping[str, Any]]:
-        """How each layer will be packed, by path."""
-        folder = self.job.layout.folder
-        config = read_config(folder)
-        return packing_of(empty_model(config, torch.float32), config, QuantSpec(), folder)
+        return rehearse_finish(build, opened.adapter, self.packing, rows, spec, self.products)
 
     def _build(self, way: Way, products: torch.dtype | None = None) -> Build:
+        return self._outline(way, self.config, self.spec.quantize, self.job.source, products or self.products)
+
+    def _build_made(self, way: Way) -> Build:
+        """That of the model in the layout that it is packed into."""
+        return self._outline(way, self.made, QuantSpec(), self.job.layout.folder, self.products)
+
+    def _outline(self, way: Way, config: Any, quantize: QuantSpec, files: Path, products: torch.dtype) -> Build:
         make = partial(
             partial(streamed_outline, slots=way.slots) if way.streamed else outline, name=self.spec.path, dtype=torch.float32,
-            products=products or self.products, attention=self.spec.attention, quantize=self.spec.quantize,
-            files=self.job.source,
+            products=products, attention=self.spec.attention, quantize=quantize, files=files,
         )  # fmt: skip
-        return Build(make, self.config)
+        return Build(make, config)
 
     def _reading(self, found: Rehearsal) -> int:
         """Beside the base while it is read: a block on its way into the store, a weight, or pages of files in another dtype."""
@@ -305,3 +317,8 @@ def _require_disk(folder: Path, job: Job, way: Way) -> None:
 def _stored_bytes(config: Any, quantize: QuantSpec, files: Path) -> int:
     """Of all tensors of a model in fp32 but for its packed layers."""
     return sum(tensor.nbytes for tensor in empty_packed(config, torch.float32, quantize, files).state_dict().values())
+
+
+def _layer_bytes(model: Any, path: str) -> int:
+    """Of the tensors of one layer."""
+    return sum(tensor.nbytes for tensor in model.get_submodule(path).state_dict().values())
