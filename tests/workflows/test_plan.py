@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 from pathlib import Path
@@ -16,6 +17,7 @@ from lorakeet.config import read_run
 from lorakeet.errors import ConfigError
 from lorakeet.workflows import plan as plan_module
 from lorakeet.workflows.plan import PlanResult, plan
+from tiny.gguf_file import write_tiny_gguf
 
 SMALL = {
     "model_type": "llama", "vocab_size": 96, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
@@ -124,6 +126,37 @@ def test_a_cuda_device_that_is_not_here_is_planned_for(folder: Path, monkeypatch
     assert "train step" in names and "merge" not in names and 512 << 20 < result.peak < 1 << 30
     assert "Memory on cuda at the peak" in text.getvalue() and "not measured on one" in text.getvalue()
     json.dumps(result.to_mapping(), allow_nan=False)
+
+
+@pytest.fixture
+def packed_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A .gguf file that was not unpacked yet."""
+    monkeypatch.setenv("LORAKEET_CACHE", str(tmp_path / "cache"))
+    write_tiny_gguf(tmp_path / "tiny.gguf")
+    return tmp_path / "tiny.gguf"
+
+
+def test_the_host_memory_of_unpacking_is_no_memory_of_a_card(packed_file: Path) -> None:
+    config = read_run(None, {"model.path": str(packed_file), "data.train": "none", "model.device": "cuda"})
+    for device, unpacks in (("cuda", False), ("cpu", True)):
+        there = dataclasses.replace(config, model=dataclasses.replace(config.model, device=device))
+        result = plan(there, rank=4, tokens=32, console=Console(file=io.StringIO()))
+        assert isinstance(result, PlanResult)
+        assert (plan_module.UNPACK in [phase.name for phase in result.planned.forecast.phases]) == unpacks
+
+
+def test_where_only_unpacking_is_too_large_nothing_is_streamed(
+    packed_file: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run may need streaming beside it, whose plan is of what comes after the unpacking."""
+    monkeypatch.setattr(plan_module, "bytes_to_unpack", lambda spec: 1 << 40)
+    result, text = planned(packed_file, budget="8GiB")
+    assert result.unpacks_too_much and result.streamed is None and result.least is None and result.advice == ()
+    assert result.to_mapping()["fits"] is False and "finetune refuses: unpacking" in text
+    assert "finetune keeps" not in text and "it needs at least" not in text
+    monkeypatch.setattr(plan_module, "choose_streaming", lambda rehearsed, batches, budget: None)
+    too_little, text = planned(packed_file, budget="64MB")
+    assert too_little.least is not None and "finetune refuses: unpacking" in text and "it needs at least" in text
 
 
 def test_a_budget_on_a_cuda_device_that_streaming_keeps_says_what_the_host_holds(folder: Path) -> None:

@@ -81,6 +81,12 @@ class PlanResult:
         return self.planned.peak
 
     @property
+    def unpacks_too_much(self) -> bool:
+        """Whether a .gguf file is still to be unpacked, and that alone takes more than the budget."""
+        first = self.planned.forecast.phases[0]
+        return first.name == UNPACK and self.budget is not None and first.bytes > self.budget
+
+    @property
     def seconds(self) -> float:
         """The least time of one micro-batch in training: the longer of its arithmetic and its writing."""
         work, speed = self.planned.work, self.speed
@@ -142,12 +148,12 @@ def plan(
     speed = None if precision.on_card else _speed(precision.products)
     runtime = runtime_bytes(precision)
     forecast = partial(forecast_run, model_config=model_config, runtime=runtime, files=files, returning=budget is not None)
-    planned = _unpacked_first(forecast(config, precision=precision), config)
+    planned = forecast(config, precision=precision)
     later: tuple[Phase, ...] = ()
     if budget is not None and not precision.on_card:  # merging and exporting are checked on the CPU
         later = later_phases(config, model_config, planned.plan, budget)
         planned = dataclasses.replace(planned, forecast=with_later(planned.forecast, later))
-    result = PlanResult(config, planned, precision, speed, budget, later=later)
+    result = PlanResult(config, _unpacked_first(planned, config, precision), precision, speed, budget, later=later)
     if budget is not None and planned.peak > budget and config.ranks.choose == "prune":
         console.print(f"finetune refuses: {not_streamed(config, planned.peak)}", soft_wrap=True)
     elif budget is not None and planned.peak > budget:
@@ -156,7 +162,8 @@ def plan(
         beside = "" if streamed is None or not precision.on_card else beside_card(streamed, batches, config.memory.keep)[1]
         if streamed is not None:
             whole = dataclasses.replace(streamed.planned, forecast=with_later(streamed.planned.forecast, later))
-            streamed = dataclasses.replace(streamed, planned=_unpacked_first(whole, config))
+            whole = whole if result.unpacks_too_much else _unpacked_first(whole, config, precision)
+            streamed = dataclasses.replace(streamed, planned=whole)
         result = dataclasses.replace(result, streamed=streamed, beside_card=beside)
         if streamed is None:
             changes = _changes(config, precision, planned)
@@ -167,9 +174,9 @@ def plan(
     return result
 
 
-def _unpacked_first(planned: Planned, config: RunConfig) -> Planned:
-    """`planned` with the phase in which a .gguf file is unpacked, where that is still to be done."""
-    held = bytes_to_unpack(config.model)
+def _unpacked_first(planned: Planned, config: RunConfig, precision: Precision) -> Planned:
+    """`planned` with the phase in which a .gguf file is unpacked, where that is still to be done, which takes none of a card."""
+    held = 0 if precision.on_card else bytes_to_unpack(config.model)
     if not held:
         return planned
     unpacking = phase_at(UNPACK, Held(held, {"scratch": held}), resident_bytes(), slack(0))
@@ -190,11 +197,18 @@ def show_plan(result: PlanResult, console: Console) -> None:
         trained = f"{trained} at first, {left:,} in pairs once ranks.choose prune has cut them, and memory and time with them"
     console.print(f"{trained}; micro-batches of {rows.count} × {rows.length} tokens, all learnt.", soft_wrap=True)
     console.print(f"Peak of the run: {bytes_text(result.peak)}{_against(result)}.", soft_wrap=True)
+    if result.unpacks_too_much:
+        console.print(
+            f"finetune refuses: unpacking {result.config.model.path}, which is done once, takes "
+            f"{bytes_text(planned.forecast.phases[0].bytes)}. Raise the budget, or run once without it: later runs read the copy "
+            "that stays.", soft_wrap=True,
+        )  # fmt: skip
     if result.streamed is not None:
         console.print(memory_table(result.streamed.planned.forecast, device))
         keep = result.config.memory.keep
         kept, how = bytes_text(result.streamed.planned.peak), streaming_text(result.streamed, result.precision, keep)
-        console.print(f"finetune keeps the budget: {kept} (the table above), {how}.", soft_wrap=True)
+        when = "Once it is unpacked, finetune" if result.unpacks_too_much else "finetune"
+        console.print(f"{when} keeps the budget: {kept} (the table above), {how}.", soft_wrap=True)
         if result.beside_card:
             console.print(result.beside_card, soft_wrap=True)
     if result.least is not None:
@@ -202,11 +216,6 @@ def show_plan(result: PlanResult, console: Console) -> None:
         console.print(
             f"finetune refuses: it needs at least {least_that_works}, with its blocks streamed from disk. With weights in memory "
             "it would take:", soft_wrap=True,
-        )  # fmt: skip
-    if (first := planned.forecast.phases[0]).name == UNPACK and result.budget is not None and first.bytes > result.budget:
-        console.print(
-            f"finetune refuses: unpacking {result.config.model.path}, which is done once, takes {bytes_text(first.bytes)}. Raise "
-            "the budget, or run once without it: later runs read the copy that stays.", soft_wrap=True,
         )  # fmt: skip
     for item in result.advice:
         fits = "fits" if result.budget is not None and item.peak <= result.budget else "is still too much"
