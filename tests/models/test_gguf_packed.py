@@ -10,7 +10,7 @@ import torch
 
 from lorakeet.errors import ConfigError, DataError
 from lorakeet.models.adapt import begin_adapter
-from lorakeet.models.gguf_packed import packed_copy
+from lorakeet.models.gguf_packed import file_blocks, packed_copy
 from lorakeet.models.load import load_text_model
 from lorakeet.models.spec import ModelSpec
 from lorakeet.quant.gguf import GgufBase
@@ -83,6 +83,19 @@ def test_it_is_laid_out_once(file: Path, cache: Path) -> None:
     assert len(said) == 1
     assert first.parent == cache / "gguf-packed"
     assert [path.name for path in first.parent.iterdir()] == [first.name], "nothing half-made stays"
+
+
+def test_blocks_of_layers_that_the_file_does_not_hold_are_no_silent_loss(file: Path) -> None:
+    known = "model.layers.0.mlp.gate_proj.weight"
+    held = {tensor.name: tensor.data for tensor in gguf.GGUFReader(file).tensors}["blk.0.ffn_gate.weight"]
+
+    def blocks_of(name: str) -> torch.Tensor:
+        assert name == known
+        return torch.from_numpy(held.copy())
+
+    assert [content for _, content in file_blocks(file, {known}, blocks_of)] == [held.tobytes()]
+    with pytest.raises(DataError, match=r"does not hold lm_head\.weight, whose blocks"):
+        list(file_blocks(file, {known, "lm_head.weight"}, blocks_of))
 
 
 def test_a_file_that_was_cut_off(file: Path) -> None:

@@ -9,7 +9,7 @@ Rows are put in the order that transformers wants (llama.cpp permutes the querie
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -87,11 +87,14 @@ def packed_place(path: Path, digest: str) -> Path:
     return cache_folder() / "gguf-packed" / f"{path.stem}-{digest[:16]}-{_LAYOUT}"
 
 
-def file_blocks(path: Path, names: Container[str], blocks_of: Callable[[str], Tensor]) -> Iterator[tuple[int, bytes]]:
+def file_blocks(path: Path, names: Collection[str], blocks_of: Callable[[str], Tensor]) -> Iterator[tuple[int, bytes]]:
     """(offset, bytes): what stands there in the .gguf file `path` once the weights of `names`, by transformers' names, have the
-    blocks (out, bytes of a row) of `blocks_of`, which is asked for one at a time.
+    blocks (out, bytes of a row) of `blocks_of`, which is asked for one at a time. DataError for names that the file lacks.
     """
-    for tensor in tensors_of(path, config_of_gguf(path)):
+    tensors = tensors_of(path, config_of_gguf(path))
+    if missing := sorted(set(names) - {tensor.name for tensor in tensors}):
+        raise DataError(f"{path} does not hold {', '.join(missing[:8])}, whose blocks would be written to it.")
+    for tensor in tensors:
         if tensor.name in names:
             given = blocks_of(tensor.name).cpu().numpy()
             blocks = np.empty_like(given)
