@@ -18,16 +18,18 @@ from torch import nn
 from lorakeet.data.prepare import load_dataset
 from lorakeet.errors import ConfigError, EnvironmentProblem, VerificationFailed
 from lorakeet.export import packed_model
+from lorakeet.formats.gguf_header import check_gguf
 from lorakeet.memory.allocator import slack
 from lorakeet.memory.forecast import Phase
 from lorakeet.memory.store import Store
 from lorakeet.memory.stream import RecordStream
+from lorakeet.models.gguf_dense import bytes_of_unpacking
 from lorakeet.models.layout import read_layout
 from lorakeet.models.modules import find
 from lorakeet.models.streamed import NotStreamed
 from lorakeet.models.text import TextModel
 from lorakeet.train.rehearsal import NotPlanned
-from lorakeet.workflows import merge_packed, room_packed
+from lorakeet.workflows import arrange, merge_packed, room_packed
 from lorakeet.workflows.arrange import Arrangement
 from lorakeet.workflows.merge import merge
 from lorakeet.workflows.opened import Opened, open_adapter
@@ -132,6 +134,8 @@ def test_a_gguf_file_is_patched_to_the_same_bytes(
     merge([str(tmp_path / "run")], out=tmp_path / "kept.gguf", memory="8GiB", **words)
     assert (tmp_path / "kept.gguf").read_bytes() == (tmp_path / "free.gguf").read_bytes()
     assert (tmp_path / "kept.gguf").read_bytes() != (tmp_path / "tiny.gguf").read_bytes()
+    laid_out = [path.name.rpartition("-")[0].rpartition("-")[0] for path in (tmp_path / "cache" / "gguf-packed").iterdir()]
+    assert laid_out == ["tiny"], "what was written is laid out to be measured, and that copy goes"
 
 
 @pytest.fixture
@@ -180,6 +184,8 @@ def test_layers_that_become_larger_are_planned(
     source, like = into_larger
     of_block = (4 * 256 * 256 + 3 * 256 * 704) * 34 // 32
     forecast = room_packed._Planner(job(open_adapter(source), like)).forecast
+    file = check_gguf(like)
+    assert forecast(RESIDENT).peak > bytes_of_unpacking(file, packed=True), "what was written is laid out to be loaded"
     assert forecast(RESIDENT).comparing > 12 * of_block and forecast(STREAMED).block_bytes >= of_block
     planned = going(RESIDENT)
     words: dict[str, Any] = {"into": "packed", "keep": 1e-6, "like": str(like), "memory": "8GiB", "console": quiet()}
@@ -243,6 +249,20 @@ def test_a_budget_with_room_is_said_and_one_without_is_refused(runs: Path, monke
     with pytest.raises(ConfigError, match=r"all of which are in memory\. Without it blocks are streamed.*with --memory"):
         room(opened.within("100MiB"), like, finishes=True)
     assert "this machine has" in room(opened.within("900TiB"), like)
+
+
+def test_a_gguf_file_that_is_still_to_be_laid_out_is_refused_before_that(
+    runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LORAKEET_CACHE", str(tmp_path / "cache"))
+    write_tiny_gguf(tmp_path / "tiny.gguf", "Q4_0")
+    words: dict[str, Any] = {"into": "packed", "like": str(tmp_path / "tiny.gguf"), "memory": "8MiB", "console": quiet()}
+    with pytest.raises(ConfigError, match=r"but unpacking .*tiny\.gguf, which is done once, takes about"):
+        merge([str(runs / "on_nf4")], out=tmp_path / "out.gguf", **words)
+    assert not (tmp_path / "cache").exists()
+    monkeypatch.setattr(arrange, "bytes_to_unpack", lambda spec: 1 << 50)
+    with pytest.raises(ConfigError, match=r"but unpacking .*nf4, which is done once"):
+        room(open_adapter(runs / "on_nf4").within("8GiB"), runs / "nf4")
 
 
 def test_the_least_that_is_named_is_enough(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -313,12 +333,11 @@ def test_every_store_is_closed_and_gone(
         monkeypatch.setattr(packed_model, "stream_safetensors", failing)
         with pytest.raises(EnvironmentProblem, match="Free some space"):
             merge([str(runs / "on_dense")], out=tmp_path / "out", **words)
-        assert not any(tmp_path.iterdir())
     else:
         merge([str(runs / "on_dense")], out=tmp_path / "out", **words)
-        assert len(begun) == 6, "the base three times, and what was made of it"
-        assert not any(store._closing.alive for store in begun)
-        assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert len(begun) == (5 if full else 6), "the base three times, and what was made of it"
+    assert not any(store._closing.alive for store in begun)
+    assert [path.name for path in tmp_path.iterdir()] == ([] if full else ["out"])
 
 
 @pytest.mark.usefixtures("no_runtime")

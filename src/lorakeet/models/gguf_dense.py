@@ -56,7 +56,12 @@ def bytes_of_unpacking(header: GgufHeader, *, packed: bool = False) -> int:
     """
     sizes = [math.prod(slot.shape) for slot in header.tensors.values()]
     whole = _by_transformers(header) and not packed
-    return _READINGS * PART_BYTES * header.parts + _FP32 * (2 * sum(sizes) if whole else _COPIES * max(sizes, default=0))
+    return bytes_of_header(header) + _FP32 * (2 * sum(sizes) if whole else _COPIES * max(sizes, default=0))
+
+
+def bytes_of_header(header: GgufHeader) -> int:
+    """What the objects take that are made of the header of a .gguf file while its tensors are read."""
+    return _READINGS * PART_BYTES * header.parts
 
 
 def _by_transformers(header: GgufHeader) -> bool:

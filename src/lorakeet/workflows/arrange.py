@@ -23,6 +23,7 @@ from lorakeet.models.gguf_copy import cache_folder
 from lorakeet.models.load import read_config
 from lorakeet.models.placement import device_for, dtype_for, planned_on, products_for
 from lorakeet.models.source import bytes_to_unpack, find_source
+from lorakeet.models.spec import ModelSpec
 from lorakeet.train.rehearsal import NotPlanned, Streaming
 from lorakeet.workflows.choose_streaming import Batches, Choice, choose_streaming, least_streamed
 from lorakeet.workflows.forecast_run import ROW_BYTES, Planned, Precision, forecast_run, rows_of, runtime_bytes
@@ -77,7 +78,7 @@ def arrange(config: RunConfig, say: Callable[[str], None], loaded: Loaded | None
         )
     if budget is not None and device.type == "cpu":
         return_freed_memory()
-        _require_room_to_unpack(config, budget)
+        require_room_to_unpack(config.model, budget)
     source = find_source(config.model, say)
     model_config = read_config(source)
     if budget is None:
@@ -100,13 +101,13 @@ def arrange(config: RunConfig, say: Callable[[str], None], loaded: Loaded | None
     return found
 
 
-def _require_room_to_unpack(config: RunConfig, budget: int) -> None:
+def require_room_to_unpack(spec: ModelSpec, budget: int) -> None:
     """Raises ConfigError where a .gguf file that is still to be unpacked takes more than the budget."""
-    held = bytes_to_unpack(config.model)
+    held = bytes_to_unpack(spec)
     needed = resident_bytes() + held
     if held and needed > budget:
         raise ConfigError(
-            f"memory.budget is {budget >> 20} MiB, but unpacking {config.model.path}, which is done once, takes about "
+            f"memory.budget is {budget >> 20} MiB, but unpacking {spec.path}, which is done once, takes about "
             f"{-(-needed >> 20)} MiB. Raise the budget, or run once without it: later runs read the copy that stays."
         )
 

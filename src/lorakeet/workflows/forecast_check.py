@@ -39,11 +39,11 @@ from lorakeet.models.spec import ModelSpec
 from lorakeet.models.streamed_load import bytes_of_storing, empty_model
 from lorakeet.models.streamed_outline import streamed_outline
 from lorakeet.train.rehearsal import JUDGE, Judging, NotPlanned, Rehearsal, rehearse_judging
-from lorakeet.workflows.arrange import Arrangement
+from lorakeet.workflows.arrange import Arrangement, require_room_to_unpack
 from lorakeet.workflows.choose_streaming import FEWEST
 from lorakeet.workflows.forecast_run import INTERVALS, TOKENIZER_ENTRY, Precision, runtime_bytes
 from lorakeet.workflows.opened import Opened
-from lorakeet.workflows.place import temporary_folder
+from lorakeet.workflows.place import store_folder, temporary_folder
 
 FP32 = 4  # bytes
 ALONE = 1  # block in memory, where there is no room for another to be read meanwhile
@@ -96,6 +96,7 @@ def plan_check(opened: Opened, check: CheckSize, place: Path, console: Console) 
         say(warning)
     return_freed_memory()
     spec = opened.config.model
+    require_room_to_unpack(spec, budget)
     source = find_source(spec, say)
     planner = CheckPlanner.of(check, spec, source, opened.adapter)
     try:
@@ -121,8 +122,7 @@ def plan_check(opened: Opened, check: CheckSize, place: Path, console: Console) 
     at_once = check.models if check.alternate else 1
     slots = min(found.blocks, fewest + (budget - found.peak) // (found.block_bytes * at_once))
     planned = found.peak + (slots - fewest) * found.block_bytes * at_once
-    named = opened.config.memory.store
-    folder = (Path(named).expanduser() if named else place.parent) / f".{place.name}.check"
+    folder = store_folder(opened.config.memory.store, place, "check")
     _require_disk(folder, check, FP32 * planner.weights * (check.models + check.more_stores), whole.peak)
     say(
         f"Memory: {bytes_text(planned)} planned of {bytes_text(budget)} for {check.what}; weights are streamed from disk, "

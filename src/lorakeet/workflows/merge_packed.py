@@ -31,23 +31,28 @@ from lorakeet.models.fuse import unfuse
 from lorakeet.models.gptq_blocks import check_tokens, pack_blocks, weight_of
 from lorakeet.models.inject import use_products
 from lorakeet.models.layout import PackedLayout, read_layout
-from lorakeet.models.load import load_text_model
 from lorakeet.models.modules import block_prefix, find, kind_of, original_modules, weight_shape
 from lorakeet.models.modules import replace as put
 from lorakeet.models.packed_store import StoredBases, open_packed, write_packed
 from lorakeet.models.score import row_losses
-from lorakeet.models.spec import ModelSpec
 from lorakeet.models.streamed import Streamed
 from lorakeet.models.text import TextModel
 from lorakeet.quant.adopt import without_numbers
 from lorakeet.quant.packed import PackedBase, PackedLinear
-from lorakeet.quant.spec import QuantSpec
 from lorakeet.workflows.arrange import Arrangement
 from lorakeet.workflows.finish_packed import finish
 from lorakeet.workflows.judge import ADAPTER, BASE, Judge
 from lorakeet.workflows.opened import NAME, Opened
 from lorakeet.workflows.place import writing_certificate
-from lorakeet.workflows.room_packed import Job, calibration, keep_room, require_planned, within_room
+from lorakeet.workflows.room_packed import (
+    Job,
+    calibration,
+    keep_room,
+    reloaded,
+    require_planned,
+    require_room_for_layout,
+    within_room,
+)
 from lorakeet.workflows.room_quantize import stream_closed
 from lorakeet.workflows.show import show_certificate
 
@@ -86,6 +91,7 @@ def merge_packed(
     the base is streamed where it has no room, and so is what is made of it; the same bytes are written. ConfigError, before
     anything is measured, for what cannot be merged so or has no room; VerificationFailed where less than `spec.keep` survives.
     """
+    require_room_for_layout(opened, spec.like)
     layout = read_layout(spec.like or opened.config.model.path, console.print)
     if dataset is None:
         raise ConfigError("--into packed needs a run, whose training rows calibrate and whose held-out rows judge; name one.")
@@ -110,25 +116,27 @@ def _written(merge: Merging, out: Path) -> tuple[Mapping[str, Requantised], dict
     merge.measure_live()
     console.print("Rounding to the nearest, to compare with", soft_wrap=True)
     text = merge.rounded()
-    merge.measure(text, NEAREST)
+    with stream_closed(text):
+        merge.measure(text, NEAREST)
     _drop(text)
     del text
     text, solved = merge.with_feedback()
-    merge.measure(text, FEEDBACK)
-    text.release()
-    bases = packed_bases(text, solved)
-    if merge.spec.finish_steps:
-        bases = {**bases, **merge.finished(text, solved)}
-    kept = sum(found.scales == "kept" for found in solved.values())
-    console.print(f"{len(solved)} layers packed: {kept} with the file's own scales, the others with fitted ones.", soft_wrap=True)
-    written = write_repacked(layout, bases, out, tokenizer=opened.tokenizer, waiting=merge.kept.waiting())
-    console.print(f"Wrote {written:,} bytes to {out}", soft_wrap=True)
+    with stream_closed(text):
+        merge.measure(text, FEEDBACK)
+        text.release()
+        bases = packed_bases(text, solved)
+        if merge.spec.finish_steps:
+            bases = {**bases, **merge.finished(text, solved)}
+        kept = sum(found.scales == "kept" for found in solved.values())
+        scales = f"{kept} with the file's own scales, the others with fitted ones"
+        console.print(f"{len(solved)} layers packed: {scales}.", soft_wrap=True)
+        written = write_repacked(layout, bases, out, tokenizer=opened.tokenizer, waiting=merge.kept.waiting())
+        console.print(f"Wrote {written:,} bytes to {out}", soft_wrap=True)
     outcome = {path: replace(found, base=without_numbers(found.base), latent=None) for path, found in solved.items()}
     _drop(text)
     del text, solved, bases  # one model at a time
     gc.collect()
-    text = _loaded(out, layout, opened, console)
-    with stream_closed(text):
+    with reloaded(out, layout, opened, console) as text:
         merge.measure(text, WRITTEN)
     shares = {system: measured.share(system, opened) for system in measured.scores if system not in (BASE, ADAPTER)}
     return outcome, shares
@@ -239,10 +247,9 @@ class Merging:
     def _repacked(self, text: TextModel, blocks: Iterator[Mapping[str, PackedBase]], name: str) -> TextModel:
         """The model that streams the packed `blocks` from a store of their own, in place of the streamed `text`."""
         path = cast(Path, self.kept.store) / f"{name}.safetensors"
-        write_packed(text, blocks, path)
-        packed = open_packed(text, path)
-        cast(Streamed, text.streamed).stream.close()
-        return packed
+        with stream_closed(text):
+            write_packed(text, blocks, path)
+            return open_packed(text, path)
 
     def with_feedback(self) -> tuple[TextModel, dict[str, Requantised]]:
         """The model with every layer packed by error feedback on the calibration rows, and how each was.
@@ -250,6 +257,10 @@ class Merging:
         The packed weights are in the model; of one that streams they are in its store alone (`packed_bases`).
         """
         text = self.live()
+        with stream_closed(text):
+            return self._with_feedback(text)
+
+    def _with_feedback(self, text: TextModel) -> tuple[TextModel, dict[str, Requantised]]:
         unfuse(text.model)
         _require_in_blocks(text, self.layout)
         rows, _ = calibration(self.opened, self.dataset, text.tokenizer, self.spec.calibration_rows, self._finishes)
@@ -332,9 +343,8 @@ def packed_bases(text: TextModel, solved: Mapping[str, Requantised]) -> Mapping[
 
 
 def _drop(text: TextModel) -> None:
-    """Removes the store of a streamed model that is not needed any more."""
-    if text.streamed is not None and text.store is not None:
-        text.streamed.stream.close()
+    """Removes the store of a streamed model that was closed."""
+    if text.store is not None:
         text.store.path.unlink()
 
 
@@ -345,14 +355,6 @@ def _require_in_blocks(text: TextModel, layout: PackedLayout) -> None:
     outside = sorted(path for path in layout.layers if not path.startswith(f"{prefix}.") or path not in known)
     if outside:
         raise ConfigError(f"Packed layers outside of the blocks cannot be calibrated: {', '.join(outside[:8])}.")
-
-
-def _loaded(out: Path, layout: PackedLayout, opened: Opened, console: Console) -> TextModel:
-    """What was written, loaded again with its packed layers."""
-    quantize = QuantSpec(method="gguf") if layout.file is not None else QuantSpec()
-    spec = ModelSpec(path=str(out), dtype="float32", products="float32", device=opened.checked_on, quantize=quantize)
-    kept = opened.kept or Arrangement()
-    return load_text_model(spec, say=console.print, store=kept.store, slots=kept.slots)
 
 
 def _moved(solved: Mapping[str, Requantised]) -> dict[str, str]:

@@ -6,6 +6,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from hashlib import sha256
 from pathlib import Path
 
 from lorakeet.errors import ConfigError, EnvironmentProblem
@@ -27,6 +28,15 @@ def require_empty(out: Path) -> None:
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise ConfigError(f"{out} exists already and is no empty folder; nothing in it was touched. Choose another --out.")
     require_place(out)
+
+
+def store_folder(named: str | None, out: Path, kind: str) -> Path:
+    """Where stores lie while `out` is made: in the folder `named` (memory.store), where those of another `out` may be, or beside
+    it."""
+    whole = out.absolute()
+    if not named:
+        return whole.parent / f".{out.name}.{kind}"
+    return Path(named).expanduser() / f".{out.name}-{sha256(str(whole).encode()).hexdigest()[:12]}.{kind}"
 
 
 @contextmanager

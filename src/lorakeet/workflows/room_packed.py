@@ -36,25 +36,30 @@ from lorakeet.memory.spill import Aside
 from lorakeet.models.alike_blocks import Build
 from lorakeet.models.families import family_of
 from lorakeet.models.fits import plan_of
+from lorakeet.models.gguf_dense import bytes_of_header, bytes_of_unpacking
+from lorakeet.models.gguf_sound import require_gguf
 from lorakeet.models.layout import PackedLayout
-from lorakeet.models.load import load_tokenizer, read_config
+from lorakeet.models.load import load_text_model, load_tokenizer, read_config
 from lorakeet.models.outline import outline
 from lorakeet.models.packing import packing_of
-from lorakeet.models.source import find_source
+from lorakeet.models.source import bytes_to_unpack, find_source
+from lorakeet.models.spec import ModelSpec
 from lorakeet.models.streamed import NotStreamed
 from lorakeet.models.streamed_load import bytes_of_storing, empty_model, empty_packed
 from lorakeet.models.streamed_outline import streamed_outline
 from lorakeet.models.text import TextModel
 from lorakeet.quant.spec import QuantSpec
 from lorakeet.train.rehearsal import JUDGE, Judging, NotPlanned, Rehearsal, rehearse_judging
-from lorakeet.workflows.arrange import Arrangement
+from lorakeet.workflows.arrange import Arrangement, require_room_to_unpack
 from lorakeet.workflows.forecast_check import stores
 from lorakeet.workflows.forecast_run import INTERVALS, TOKENIZER_ENTRY, Precision, filled, runtime_bytes
 from lorakeet.workflows.opened import Opened
+from lorakeet.workflows.place import store_folder
 from lorakeet.workflows.rehearse_packed import rehearse_finish, rehearse_rounding
-from lorakeet.workflows.room_quantize import PLANNED, RESIDENT, SPILLED, STREAMED, Way, say_peak
+from lorakeet.workflows.room_quantize import PLANNED, RESIDENT, SPILLED, STREAMED, Way, say_peak, stream_closed
 
 FP32 = 4  # bytes
+BLOCK_COPIES = 3  # of a layer's blocks, as they are put into a file: as they are, in the file's order, as bytes
 FINISH = 3.5  # of the model in fp32, where nothing can be rehearsed: without the pairs, its grid, rounded, and the packed layers
 LEAST = Way(streamed=True, on_disk=True, slots=1)
 WHAT = "a merge into packed weights"
@@ -106,6 +111,7 @@ def keep_room(job: Job, out: Path, console: Console) -> Opened:
     if warning := larger_than_machine(budget):
         say(warning)
     return_freed_memory()
+    require_room_to_unpack(opened.config.model, budget)
     try:
         found, why_no_more = _ways(_Planner(job), budget)
     except NotPlanned as error:
@@ -120,8 +126,7 @@ def keep_room(job: Job, out: Path, console: Console) -> Opened:
     say(f"Memory: {bytes_text(planned)} planned of {bytes_text(budget)} for {WHAT}: {_words(way, slots)}.")
     if not way.streamed:
         return replace(opened, kept=Arrangement(budget, planned))
-    named = opened.config.memory.store
-    folder = (Path(named).expanduser() if named else out.absolute().parent) / f".{out.name}.blocks"
+    folder = store_folder(opened.config.memory.store, out, "blocks")
     _require_disk(folder, job, way)
     return replace(opened, kept=Arrangement(budget, planned, folder, folder if way.on_disk else None, slots=slots))
 
@@ -141,6 +146,31 @@ def within_room(opened: Opened, out: Path, console: Console) -> Iterator[None]:
             raise ConfigError(f"{error.reason} Leave --memory out.") from error
     if kept.planned is not None:
         say_peak(memory, kept.budget, kept.planned, console)
+
+
+@contextmanager
+def reloaded(out: Path, layout: PackedLayout, opened: Opened, console: Console) -> Iterator[TextModel]:
+    """What was written, loaded again with its packed layers and closed at the end of the context.
+
+    A .gguf file is laid out for it in the cache folder, and that copy does not outlast the context either.
+    """
+    quantize = QuantSpec(method="gguf") if layout.file is not None else QuantSpec()
+    spec = ModelSpec(path=str(out), dtype="float32", products="float32", device=opened.checked_on, quantize=quantize)
+    kept, laid_out = opened.kept or Arrangement(), bytes_to_unpack(spec) > 0
+    text = load_text_model(spec, say=console.print, store=kept.store, slots=kept.slots)
+    try:
+        with stream_closed(text):
+            yield text
+    finally:
+        if laid_out:
+            shutil.rmtree(text.source, ignore_errors=True)
+
+
+def require_room_for_layout(opened: Opened, like: str | None) -> None:
+    """Raises ConfigError where a .gguf file whose layout is kept has still to be laid out, which the budget has no room for."""
+    budget = opened.config.memory.bytes
+    if budget is not None:
+        require_room_to_unpack(ModelSpec(path=like or opened.config.model.path, quantize=QuantSpec(method="gguf")), budget)
 
 
 def require_planned(opened: Opened, text: TextModel) -> None:
@@ -244,6 +274,7 @@ class _Planner:
             "to round": with_more(self._rounding(way), base=0 if way.streamed or self.as_it_was else self._growth()),
             "to compare what was made": with_more(made.peaks[JUDGE], scratch=INTERVALS),
             "to load what was written": with_more(Held(), base=made.base, adapter=adapter, scratch=self._reading(made)),
+            **self._file(made, adapter),
         }
         if self.job.finishes:
             held["to finish"] = self._finishing()
@@ -251,6 +282,19 @@ class _Planner:
         highest = max(phases.values(), key=lambda phase: phase.bytes)
         comparing = max(phases[name].bytes for name in ("to compare", "to compare what was made"))
         return _Forecast(highest, comparing, base.blocks, max(base.block_bytes, made.block_bytes), way.slots)
+
+    def _file(self, made: Rehearsal, adapter: int) -> dict[str, Held]:
+        """Of a .gguf file: what is held while blocks are put into it, and while what was written is laid out, to be loaded."""
+        if self.job.layout.file is None:
+            return {}
+        header = require_gguf(self.job.layout.file)
+        after = empty_packed(self.made, torch.float32, QuantSpec(), self.job.layout.folder)
+        blocks = BLOCK_COPIES * max(_layer_bytes(after, path) for path in self.packing) + bytes_of_header(header)
+        laid_out = bytes_of_unpacking(header, packed=True)
+        return {
+            "to write the file": with_more(Held(), base=made.base, adapter=adapter, scratch=blocks),
+            "to lay out what was written": with_more(Held(), adapter=adapter, scratch=laid_out),
+        }
 
     def _growth(self) -> int:
         """By how much packed layers are larger than those of the base, which they replace one after the other."""
