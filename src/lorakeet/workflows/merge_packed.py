@@ -44,15 +44,7 @@ from lorakeet.workflows.finish_packed import finish
 from lorakeet.workflows.judge import ADAPTER, BASE, Judge
 from lorakeet.workflows.opened import NAME, Opened
 from lorakeet.workflows.place import writing_certificate
-from lorakeet.workflows.room_packed import (
-    Job,
-    calibration,
-    keep_room,
-    reloaded,
-    require_planned,
-    require_room_for_layout,
-    within_room,
-)
+from lorakeet.workflows.room_packed import Job, calibration, keep_room, reloaded, require_planned, require_room_for_layout, within_room
 from lorakeet.workflows.room_quantize import stream_closed
 from lorakeet.workflows.show import show_certificate
 
