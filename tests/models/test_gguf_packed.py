@@ -10,7 +10,8 @@ import torch
 
 from lorakeet.errors import ConfigError, DataError
 from lorakeet.models.adapt import begin_adapter
-from lorakeet.models.gguf_packed import file_blocks, packed_copy
+from lorakeet.models.gguf_packed import file_blocks, packed_copy, tensors_of
+from lorakeet.models.gguf_sound import config_of_gguf
 from lorakeet.models.load import load_text_model
 from lorakeet.models.spec import ModelSpec
 from lorakeet.quant.gguf import GgufBase
@@ -96,6 +97,14 @@ def test_blocks_of_layers_that_the_file_does_not_hold_are_no_silent_loss(file: P
     assert [content for _, content in file_blocks(file, {known}, blocks_of)] == [held.tobytes()]
     with pytest.raises(DataError, match=r"does not hold lm_head\.weight, whose blocks"):
         list(file_blocks(file, {known, "lm_head.weight"}, blocks_of))
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_file_that_goes_meanwhile_is_named_and_not_the_cache(file: Path, packed: bool) -> None:
+    tensors = tensors_of(file, config_of_gguf(file), packed=packed)
+    file.unlink()
+    with pytest.raises(DataError, match=r"tiny\.gguf cannot be read: No such file"):
+        next(tensor for tensor in tensors if tensor.packed == packed).read()
 
 
 def test_a_file_that_was_cut_off(file: Path) -> None:

@@ -29,7 +29,7 @@ from transformers.modeling_gguf_pytorch_utils import (
     load_gguf_checkpoint,
 )
 
-from lorakeet.errors import DataError, Problems
+from lorakeet.errors import DataError, Problems, unreadable
 from lorakeet.formats.safe import stored_bytes, stream_safetensors
 from lorakeet.models.gguf_copy import cache_folder, content_digest, make_whole, require_room
 from lorakeet.models.gguf_sound import config_of_gguf, reading, require_gguf
@@ -60,10 +60,14 @@ class ModelTensor:
         return rows
 
     def read(self) -> Tensor:
-        """The blocks (out, bytes of a row), or the numbers in fp32."""
+        """The blocks (out, bytes of a row), or the numbers in fp32. DataError where the system does not read the file."""
+        try:
+            stored = self.stored.data if self.packed else self.stored.numbers()
+        except OSError as error:
+            raise DataError(unreadable(self.stored.path, error)) from error
         if self.packed:
-            return torch.from_numpy(np.ascontiguousarray(self.stored.data[self.rows()]))
-        return torch.from_numpy(np.array(self.process(self.stored.numbers()), dtype=np.float32))
+            return torch.from_numpy(np.ascontiguousarray(stored[self.rows()]))
+        return torch.from_numpy(np.array(self.process(stored), dtype=np.float32))
 
 
 def packed_copy(path: Path, say: Callable[[str], None]) -> Path:

@@ -127,7 +127,7 @@ def keep_room(job: Job, out: Path, console: Console) -> Opened:
     if not way.streamed:
         return replace(opened, kept=Arrangement(budget, planned))
     folder = store_folder(opened.config.memory.store, out, "blocks")
-    _require_disk(folder, job, way)
+    _require_disk(folder, out, job, way)
     return replace(opened, kept=Arrangement(budget, planned, folder, folder if way.on_disk else None, slots=slots))
 
 
@@ -200,8 +200,8 @@ def _too_little(job: Job, budget: int, found: Mapping[Way, _Forecast], why_no_mo
     if job.finishes:
         return (
             f"{text}: --finish-steps trains through every layer's numbers before rounding, all of which are in memory. Without "
-            "it blocks are streamed, and it takes less. Leave --finish-steps out, give that much with --memory, or do it on a "
-            "larger machine."
+            "it blocks may be streamed from disk. Leave --finish-steps out, give that much with --memory, or do it on a larger "
+            "machine."
         )
     return (
         f"{text}.{why_no_more} Fewer --calibration-rows, or shorter ones, may take less. Give that much with --memory, or do it "
@@ -342,20 +342,36 @@ class _Planner:
         return found.parameters * stored if stored != FP32 else 0
 
 
-def _require_disk(folder: Path, job: Job, way: Way) -> None:
-    """Raises EnvironmentProblem where the disk has no room for the stores, the rows' states and the result."""
+def _require_disk(folder: Path, out: Path, job: Job, way: Way) -> None:
+    """Raises EnvironmentProblem where a disk has no room for the stores and the rows' states in `folder`, or for the result."""
     config = read_config(job.source)
     packed = _stored_bytes(read_config(job.layout.folder), QuantSpec(), job.layout.folder)
     hidden = int(config.get_text_config().hidden_size)
     states = 2 * FP32 * hidden * sum(len(row.ids) for row in job.rows) if way.on_disk else 0
-    needed = _stored_bytes(config, job.opened.config.model.quantize, job.source) + 3 * packed + states
-    free = shutil.disk_usage(next(place for place in folder.absolute().parents if place.exists())).free
+    stores_, around = _stored_bytes(config, job.opened.config.model.quantize, job.source) + 2 * packed + states, _above(folder)
+    beside = _above(out)
+    shared = _disk_of(around) == _disk_of(beside)
+    needed, free = stores_ + (packed if shared else 0), shutil.disk_usage(around).free
     if needed > free:
         raise EnvironmentProblem(
-            f"To keep the budget, blocks lie in {folder} until all is done: {bytes_text(needed)} with the result, and "
-            f"{bytes_text(free)} are free there. Free some space, or name a folder on another disk with memory.store in the "
+            f"To keep the budget, blocks lie in {folder} until all is done: {bytes_text(needed)}{' with the result' * shared}, "
+            f"and {bytes_text(free)} are free there. Free some space, or name a folder on another disk with memory.store in the "
             "run's config.yaml."
         )
+    if not shared and packed > (free := shutil.disk_usage(beside).free):
+        raise EnvironmentProblem(
+            f"{out} takes {bytes_text(packed)}, and {bytes_text(free)} are free there. Free some space, or name an --out on "
+            "another disk."
+        )
+
+
+def _above(path: Path) -> Path:
+    """The folder around `path` that is there."""
+    return next(place for place in path.absolute().parents if place.exists())
+
+
+def _disk_of(place: Path) -> int:
+    return place.stat().st_dev
 
 
 def _stored_bytes(config: Any, quantize: QuantSpec, files: Path) -> int:
