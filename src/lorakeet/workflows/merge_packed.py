@@ -44,7 +44,7 @@ from lorakeet.workflows.finish_packed import finish
 from lorakeet.workflows.judge import ADAPTER, BASE, Judge
 from lorakeet.workflows.opened import NAME, Opened
 from lorakeet.workflows.place import writing_certificate
-from lorakeet.workflows.room_packed import Job, calibration, keep_room, reloaded, require_planned, require_room_for_layout, within_room
+from lorakeet.workflows.room_packed import Job, calibration, check_layout_room, keep_room, reloaded, require_planned, within_room
 from lorakeet.workflows.room_quantize import stream_closed
 from lorakeet.workflows.show import show_certificate
 
@@ -83,7 +83,7 @@ def merge_packed(
     the base is streamed where it has no room, and so is what is made of it; the same bytes are written. ConfigError, before
     anything is measured, for what cannot be merged so or has no room; VerificationFailed where less than `spec.keep` survives.
     """
-    require_room_for_layout(opened, spec.like)
+    check_layout_room(opened, spec.like)
     layout = read_layout(spec.like or opened.config.model.path, console.print)
     if dataset is None:
         raise ConfigError("--into packed needs a run, whose training rows calibrate and whose held-out rows judge; name one.")

@@ -166,7 +166,7 @@ def reloaded(out: Path, layout: PackedLayout, opened: Opened, console: Console) 
             shutil.rmtree(text.source, ignore_errors=True)
 
 
-def require_room_for_layout(opened: Opened, like: str | None) -> None:
+def check_layout_room(opened: Opened, like: str | None) -> None:
     """Raises ConfigError where a .gguf file whose layout is kept has still to be laid out, which the budget has no room for."""
     budget = opened.config.memory.bytes
     if budget is not None:
