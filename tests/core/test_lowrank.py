@@ -191,5 +191,8 @@ def test_a_pair_without_terms_is_the_base_and_its_gradients_are_empty() -> None:
 def test_a_pair_that_is_more_than_its_terms_is_not_cut() -> None:
     pair = LoraPair(PlanEntry("x", "linear", (7, 5), 4, 12.0))
     pair.anchor_A, pair.anchor_B = torch.zeros(4, 5), torch.zeros(7, 4)
-    with pytest.raises(ValueError, match="anchor"):
-        pair.keep(torch.tensor([0]))
+    biased = LoraPair(PlanEntry("x", "linear", (7, 5), 4, 12.0), bias=True)
+    for refused in (pair, biased):
+        with pytest.raises(ValueError, match="anchor, a bias or a trained length"):
+            refused.keep(torch.tensor([0]))
+        assert refused.rank == 4

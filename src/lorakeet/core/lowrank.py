@@ -200,8 +200,8 @@ class LoraPair(nn.Module):
         The scale stays, and so what the kept terms compute. A and B stay the same Parameters, so that an optimizer that holds
         them holds the cut ones; no graph may wait for its backward pass. ValueError for a pair that is more than s·B·A.
         """
-        if self.anchor_A is not None or self._magnitude_value() is not None:
-            raise ValueError("a pair with an anchor or a trained length is not a sum of rank-one terms alone")
+        if self.anchor_A is not None or self.bias is not None or self._magnitude_value() is not None:
+            raise ValueError("a pair with an anchor, a bias or a trained length is not a sum of rank-one terms alone")
         for factor, dim in zip((self.A, self.B), term_dims(self.kind), strict=True):
             factor.grad = None
             factor.data = factor.data.index_select(dim, terms.to(factor.device))
