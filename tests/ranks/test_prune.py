@@ -62,7 +62,7 @@ def slow(entry: PlanEntry, number: int, count: int) -> float:
                 smooth = 0.85 * smooth + 0.15 * now
                 uncertain = 0.85 * uncertain + 0.15 * abs(now - smooth)
             scores.append(smooth * uncertain)
-        whole += math.fsum(scores) / len(scores)
+        whole += math.fsum(scores) / sum(score > 0 for score in scores)
     return whole
 
 
@@ -83,6 +83,32 @@ def test_a_gradient_that_is_not_there_counts_as_zero() -> None:
         importance.see(live)
     assert torch.equal(with_none.of_terms()["a.q"], zeros.of_terms()["a.q"])
     assert (with_none.of_terms()["a.q"] != found.of_terms()["a.q"]).all()
+
+
+def test_numbers_without_a_gradient_do_not_thin_out_a_term() -> None:
+    """Three of eleven tokens in the rows, one of two experts chosen: the terms are worth what these alone are worth."""
+    found, live = Importance(PLAN), parameters()
+    chosen = {"a.embed.A": (slice(None), [1, 4, 7]), "a.experts.A": ([0],), "a.experts.B": ([0],)}
+    for gradients in steps(4):
+        for name, parameter in live.items():
+            parameter.grad = gradients[name].clone()
+            if name in chosen:
+                parameter.grad = torch.zeros_like(parameter)
+                parameter.grad[chosen[name]] = gradients[name][chosen[name]]
+        found.see(live)
+    state = found.state()
+    for path, dims in (("a.embed", (0, 1)), ("a.experts", (1, 2))):
+        expected = torch.zeros(live[f"{path}.A"].shape[dims[0]]).double()
+        for factor, dim in zip(("A", "B"), dims, strict=True):
+            product = state[f"{path}.{factor}|sensitivity"].double() * state[f"{path}.{factor}|uncertainty"].double()
+            part = product[chosen[f"{path}.{factor}"]] if f"{path}.{factor}" in chosen else product
+            expected += part.movedim(dim, 0).flatten(1).mean(1)
+        torch.testing.assert_close(found.of_terms()[path], expected)
+    unseen = Importance(PLAN)
+    for parameter in live.values():
+        parameter.grad = None
+    unseen.see(live)
+    assert all(not scores.any() for scores in unseen.of_terms().values()), "0, not nan, where no number had one"
 
 
 def test_its_state_comes_back_bit_for_bit_and_terms_that_are_cut_are_forgotten() -> None:

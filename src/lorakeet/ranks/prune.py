@@ -7,7 +7,8 @@ uncertainty, both smoothed over the steps; their product, averaged over what bel
 ranking over all matrices; and a budget that falls by a cube between a warm-up and a last stretch. Not taken: the form P·Λ·Q, so
 that there is no singular value whose own importance is added and no penalty that keeps P and Q orthogonal; and masks: what is cut
 here is gone and cannot come back, in a few steps instead of every hundred. That is structured pruning of LoRA's doublets, with
-which the paper compares itself. A budget is one of parameters here, where the paper counts ranks.
+which the paper compares itself. A budget is one of parameters here, where the paper counts ranks; and numbers that never had a
+gradient, of tokens in no row and of experts never chosen, are left out of the averages.
 """
 
 from __future__ import annotations
@@ -59,12 +60,17 @@ class Importance:
         self._uncertainty[name].lerp_(now.sub_(smooth).abs_(), 1 - SMOOTHING)
 
     def of_terms(self) -> dict[str, Tensor]:
-        """By path the importance (rank,) of each term, fp64 on the CPU: the mean of Ī·Ū over a_i, plus that over b_i."""
+        """By path the importance (rank,) of each term, fp64 on the CPU: the mean of Ī·Ū over a_i, plus that over b_i.
+
+        Each mean is over the numbers that ever had a gradient: of a token that is in no row, or an expert that no token chose,
+        nothing is known, and the rest of the term is not worth less for it. 0 where none had one.
+        """
         return {path: self._mean(f"{path}.A", dims[0]) + self._mean(f"{path}.B", dims[1]) for path, dims in self._dims.items()}
 
     def _mean(self, name: str, dim: int) -> Tensor:
-        found = self._sensitivity[name].cpu().double() * self._uncertainty[name].cpu().double()  # not every device has fp64
-        return found.movedim(dim, 0).flatten(1).mean(1)
+        sensitivity = self._sensitivity[name].cpu().double()  # not every device has fp64
+        found = (sensitivity * self._uncertainty[name].cpu().double()).movedim(dim, 0).flatten(1)
+        return found.sum(1) / (sensitivity.movedim(dim, 0).flatten(1) > 0).sum(1).clamp(min=1)
 
     def keep(self, path: str, terms: Tensor) -> None:
         """Forgets the terms of a pair that are not among these numbers."""
