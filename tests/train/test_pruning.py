@@ -191,3 +191,17 @@ def test_a_run_without_a_checkpoint_begins_again_at_its_first_ranks(tmp_path: Pa
         shutil.rmtree(path)
     go(tmp_path / "run")
     assert everything(tmp_path / "run") == before
+
+
+def test_a_resumed_run_reads_each_trained_tensor_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(RunStopped):
+        go(tmp_path / "run", stop=5)
+    read, plain = list[str](), checkpoint.StoredTensors.__getitem__
+
+    def counted(self: checkpoint.StoredTensors, name: str) -> torch.Tensor:
+        read.append(name)
+        return plain(self, name)
+
+    monkeypatch.setattr(checkpoint.StoredTensors, "__getitem__", counted)
+    go(tmp_path / "run")
+    assert [read.count(f"{name}.{factor}") for name in ("first", "second") for factor in "AB"] == [1, 1, 1, 1]

@@ -64,6 +64,10 @@ class StoredTensors(Mapping[str, Tensor]):
     def __iter__(self) -> Iterator[str]:
         return iter(self._file.tensors)
 
+    def shapes(self) -> dict[str, torch.Size]:
+        """The shape of each tensor; none is read for it."""
+        return {name: torch.Size(stored.shape) for name, stored in self._file.tensors.items()}
+
     def __len__(self) -> int:
         return len(self._file.tensors)
 
@@ -79,6 +83,12 @@ class Snapshot:
     best: Mapping[str, Tensor] | None
     identity: Mapping[str, Any]
     importance: Mapping[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def shapes(self) -> dict[str, torch.Size]:
+        """Those of the trained tensors, of which none is read from disk for it."""
+        trained = self.trained
+        return trained.shapes() if isinstance(trained, StoredTensors) else {name: t.shape for name, t in trained.items()}
 
 
 class Damaged(Exception):

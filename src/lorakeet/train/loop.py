@@ -347,7 +347,7 @@ class Training(Generic[BatchT]):
         if changed:
             self.report.say(f"Changed since the checkpoint: {', '.join(changed)}. The result may differ in its last digits.")
         if self.pruning is not None:
-            self.pruning.take_over(snapshot.trained, snapshot.importance, self.optimizer)
+            self.pruning.take_over(snapshot.shapes, snapshot.importance, self.optimizer)
         if snapshot.best is not None:
             checkpoint.copy_into(self.parameters, snapshot.best)
             self._keep()

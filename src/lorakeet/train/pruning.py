@@ -60,10 +60,10 @@ class Pruning:
         found = {"rank_budget": self.cuts[step], "pair_parameters": left, "pairs": sum(rank > 0 for rank in ranks.values())}
         return {"step": step, **found, "lowest_rank": min(ranks.values()), "highest_rank": max(ranks.values())}
 
-    def take_over(self, trained: Mapping[str, Tensor], importance: Mapping[str, Tensor], optimizer: Optimizer) -> None:
-        """Gives the pairs the ranks of a checkpoint's tensors, whose numbers are then still to come, and its importance."""
+    def take_over(self, shapes: Mapping[str, torch.Size], importance: Mapping[str, Tensor], optimizer: Optimizer) -> None:
+        """Gives the pairs the ranks of a checkpoint's tensors, of which these are the shapes, and takes over its importance."""
         for entry in self.plan.entries:
-            rank = trained[f"{entry.path}.A"].shape[self._dims[entry.path][0]]
+            rank = shapes[f"{entry.path}.A"][self._dims[entry.path][0]]
             if rank < entry.rank:
                 self._cut(entry.path, torch.arange(rank), optimizer)
         self.importance.load(importance, next(iter(optimizer.parameters.values())).device)
