@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from lorakeet.core.plan import Plan, PlanEntry
-from lorakeet.errors import RunStopped
+from lorakeet.errors import ConfigError, RunStopped
 from lorakeet.formats import peft
 from lorakeet.train import checkpoint
 from lorakeet.train.interrupt import Interrupt
@@ -191,6 +191,40 @@ def test_a_run_without_a_checkpoint_begins_again_at_its_first_ranks(tmp_path: Pa
         shutil.rmtree(path)
     go(tmp_path / "run")
     assert everything(tmp_path / "run") == before
+
+
+def test_before_the_last_cut_there_is_no_adapter_and_that_is_said(tmp_path: Path) -> None:
+    awaited = "There is no adapter yet: the first is that of a held-out evaluation after the last cut, in step 7."
+    with pytest.raises(RunStopped, match="stopped after step 5 of 12") as stopped:
+        go(tmp_path / "run", stop=5)
+    assert awaited in str(stopped.value) and not (tmp_path / "run" / "adapter").exists()
+    with pytest.raises(RunStopped, match="stopped after step 8 of 12") as stopped:
+        go(tmp_path / "run", stop=8)
+    assert "no adapter" not in str(stopped.value) and (tmp_path / "run" / "adapter").is_dir()
+    with pytest.raises(RunStopped, match="training diverged") as stopped:
+        scripted(tmp_path / "diverged", [5.0, 1.0, 99.0])
+    assert awaited in str(stopped.value) and not (tmp_path / "diverged" / "adapter").exists()
+
+
+@pytest.mark.parametrize("left", [5, 0])
+def test_an_adapter_of_a_later_state_is_not_left_as_that_of_an_earlier_one(tmp_path: Path, left: int) -> None:
+    """Newer checkpoints are gone, and the run stops again before its last cut; the same where none is left."""
+    with pytest.raises(RunStopped):
+        go(tmp_path / "run", dataclasses.replace(SPEC, keep_checkpoints=12), stop=9)
+    assert (tmp_path / "run" / "adapter").is_dir()
+    for path in checkpoint.found(tmp_path / "run" / "checkpoints"):
+        if path.name > checkpoint.name_of(left):
+            shutil.rmtree(path)
+    if left:
+        with pytest.raises(ConfigError, match=r"train\.weight_decay was 0\.0"):
+            go(tmp_path / "run", dataclasses.replace(SPEC, weight_decay=0.5))
+        assert (tmp_path / "run" / "adapter").is_dir(), "a refused run is as it was"
+    with pytest.raises(RunStopped, match=f"stopped after step {left + 1} of 12"):
+        go(tmp_path / "run", stop=left + 1)
+    assert not (tmp_path / "run" / "adapter").exists()
+    go(tmp_path / "run")
+    go(tmp_path / "whole")
+    assert everything(tmp_path / "run") == everything(tmp_path / "whole")
 
 
 def test_a_resumed_run_reads_each_trained_tensor_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -75,6 +75,7 @@ def test_ranks_that_will_fall_are_planned_as_they_begin(folder: Path) -> None:
 
 def test_a_budget_that_is_too_small_brings_advice_with_numbers(folder: Path) -> None:
     result, text = planned(folder, budget="64MB")
+    assert "(before, there is no adapter on disk)" in text
     assert result.to_mapping()["fits"] is False and "more than the budget" in text
     assert result.streamed is None and result.least is not None and "finetune refuses: it needs at least" in text
     changes = {item.change for item in result.advice}

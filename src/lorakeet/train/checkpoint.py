@@ -189,6 +189,13 @@ def environment(processes: int = 1) -> dict[str, Any]:
     return found if processes == 1 else {**found, "processes": processes}
 
 
+def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """What `environment` said of a run and does not say now, in words; empty where all is the same."""
+    names = [key for key in {**before, **now} if before.get(key) != now.get(key)]
+    changed = [f"{key} {before.get(key, 1)} → {now.get(key, 1)}" for key in names]
+    return f"Changed since the checkpoint: {', '.join(changed)}. The result may differ in its last digits." if changed else ""
+
+
 def require_same(saved: Mapping[str, Any], now: Mapping[str, Any], *, run: Path) -> None:
     """Raises ConfigError that names every setting in which the run on disk and this one differ."""
     problems = Problems(f"The run {run} cannot go on with other settings than it began with", ConfigError)

@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic
@@ -34,7 +34,7 @@ from lorakeet.train.checkpoint import Position, Snapshot
 from lorakeet.train.interrupt import Interrupt
 from lorakeet.train.log import Metrics, Sink, sink_for
 from lorakeet.train.optimizer import Optimizer
-from lorakeet.train.processes import Processes, ProcessLost
+from lorakeet.train.processes import ProcessLost
 from lorakeet.train.progress import Record, Reporter, Silent
 from lorakeet.train.pruning import cut_text
 from lorakeet.train.run import RunFolder
@@ -81,7 +81,8 @@ def train(
         keep_freed_memory()
     else:
         training.budget, training.best, training.card = budget, Best(run.best), card_of(training.parameters.values())
-    with _locked(run, task.processes), PeakMemory() as memory, interrupt or Interrupt() as stop:
+    alone = run.locked() if task.processes.first else nullcontext()  # no other run of lorakeet trains in this folder
+    with alone, PeakMemory() as memory, interrupt or Interrupt() as stop:
         training.memory = memory
         training.open(identity or {}, resume=resume)
         try:
@@ -134,6 +135,8 @@ class Training(Generic[BatchT]):
             self._restore(snapshot)
         elif resume:
             self.report.say(f"{self.run.path} has no whole checkpoint yet; it begins again at step 0.")
+        if resume and (snapshot is None or snapshot.best is None):
+            self.run.forget_adapter()  # it is of a later state, which this run has not reached again
         self.metrics = Metrics(self.run.metrics, keep=self.at.metrics_bytes)
         self.sink = sink_for(self.spec.log_to, self.run.path, step=self.at.step)
 
@@ -165,8 +168,8 @@ class Training(Generic[BatchT]):
             if asked and not last and not self.at.stopped:
                 why = stop.requested or "Another process was asked to"
                 raise RunStopped(
-                    f"{why}: stopped after step {self.at.step} of {self.total}, with the checkpoint {self.last_checkpoint}. "
-                    f"Go on with: {self.run.resume_command}"
+                    f"{why}: stopped after step {self.at.step} of {self.total}, with the checkpoint {self.last_checkpoint}."
+                    f"{self._awaited()} Go on with: {self.run.resume_command}"
                 )
 
     def step(self) -> None:
@@ -341,11 +344,8 @@ class Training(Generic[BatchT]):
     def _restore(self, snapshot: Snapshot) -> None:
         """Takes over a checkpoint, and makes RUN/adapter what it was then."""
         checkpoint.require_same(snapshot.identity["same"], self.identity, run=self.run.path)
-        before, now = snapshot.identity["environment"], checkpoint.environment(self.processes.count)
-        names = [key for key in {**before, **now} if before.get(key) != now.get(key)]
-        changed = [f"{key} {before.get(key, 1)} → {now.get(key, 1)}" for key in names]
-        if changed:
-            self.report.say(f"Changed since the checkpoint: {', '.join(changed)}. The result may differ in its last digits.")
+        if changed := checkpoint.changes(snapshot.identity["environment"], checkpoint.environment(self.processes.count)):
+            self.report.say(changed)
         if self.pruning is not None:
             self.pruning.take_over(snapshot.shapes, snapshot.importance, self.optimizer)
         if snapshot.best is not None:
@@ -381,7 +381,10 @@ class Training(Generic[BatchT]):
         kept = [f"the checkpoint {self.last_checkpoint}"] if self.last_checkpoint else []
         if watch.best_loss is not None:
             kept.append(f"{self.run.adapter} (held-out loss {watch.best_loss:.4f} at step {watch.best_step})")
-        return f"Kept: {' and '.join(kept)}." if kept else "No checkpoint was written before."
+        return (f"Kept: {' and '.join(kept)}." if kept else "No checkpoint was written before.") + self._awaited()
+
+    def _awaited(self) -> str:
+        return "" if self.pruning is None else self.pruning.awaited(self.at.watch.best_step)
 
     @contextmanager
     def _writing(self, what: str) -> Iterator[None]:
@@ -393,8 +396,3 @@ class Training(Generic[BatchT]):
             raise EnvironmentProblem(
                 f"{what} could not be written in {self.run.path}: {why} ({error}).{previous} {remedy}"
             ) from error
-
-
-def _locked(run: RunFolder, processes: Processes) -> AbstractContextManager[None]:
-    """A context in which no other run of lorakeet trains in this folder."""
-    return run.locked() if processes.first else nullcontext()

@@ -40,6 +40,12 @@ class Pruning:
         """Whether the held-out loss after `step` is that of the base, or of an adapter that may be the best one."""
         return step == 0 or step >= self.last
 
+    def awaited(self, best_step: int | None) -> str:
+        """A sentence, after a space, about RUN/adapter while there is no best step yet; else empty."""
+        if best_step is not None:
+            return ""
+        return f" There is no adapter yet: the first is that of a held-out evaluation after the last cut, in step {self.last}."
+
     def see(self, step: int, parameters: Mapping[str, Parameter]) -> None:
         """Takes in the gradients of step `step`, before they are clipped."""
         if step <= self.last:

@@ -60,6 +60,11 @@ class RunFolder:
     def certificate(self) -> Path:
         return self.path / "certificate.json"
 
+    def forget_adapter(self) -> None:
+        """Deletes RUN/adapter, where there is one."""
+        if self.adapter.exists():
+            durable.remove_folder(self.adapter)
+
     @property
     def resume_command(self) -> str:
         return f"{self.command} finetune --resume {self.path}"

@@ -194,7 +194,8 @@ def show_plan(result: PlanResult, console: Console) -> None:
         trained = f"At most {trained}, the ranks those that hold most of all that ranks.choose auto may choose"
     if result.config.ranks.choose == "prune":
         left = final_budget(result.config.ranks, planned.plan)
-        trained = f"{trained} at first, {left:,} in pairs once ranks.choose prune has cut them, and memory and time with them"
+        cut = "once ranks.choose prune has cut them, and memory and time with them (before, there is no adapter on disk)"
+        trained = f"{trained} at first, {left:,} in pairs {cut}"
     console.print(f"{trained}; micro-batches of {rows.count} × {rows.length} tokens, all learnt.", soft_wrap=True)
     console.print(f"Peak of the run: {bytes_text(result.peak)}{_against(result)}.", soft_wrap=True)
     if result.unpacks_too_much:

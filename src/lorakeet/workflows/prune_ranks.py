@@ -41,5 +41,6 @@ def cuts_text(found: dict[int, int], plan: Plan) -> str:
     """The cuts in words, before the run."""
     steps = ", ".join(f"{budget:,} after step {step}" for step, budget in found.items())
     return (
-        f"Ranks are pruned from {pair_parameters(plan):,} parameters: at most {steps}. Only then may an adapter be the best one."
+        f"Ranks are pruned from {pair_parameters(plan):,} parameters: at most {steps}. Only then may an adapter be the best "
+        "one: a run that ends before leaves its checkpoints, and no adapter."
     )
