@@ -58,9 +58,12 @@ def test_a_large_budget_streams_nothing_and_a_middling_one_does(model: Path, tmp
     )
     found = arrange(smaller, said.append, NO_LABELS)
     assert found.store == Path("there") and found.together >= 1 and found.slots > 2
-    pruned = {**CHANGES, "memory.budget": f"{middle // 1000}KB", "ranks": "prune"}
-    with pytest.raises(ConfigError, match=r"memory\.budget is \d+ MiB.* ranks\.choose is prune.* the budget \(\d+ MiB"):
+    pruned = {**CHANGES, "train.steps": "12", "memory.budget": f"{middle // 1000}KB", "ranks": "prune"}
+    words = r"memory\.budget is \d+ MiB.* ranks\.choose is prune.* the budget \(\d+ MiB.* or take ranks\.choose given"
+    with pytest.raises(ConfigError, match=words):
         arrange(settings(model, tmp_path / "rows", tmp_path / "run", pruned), said.append, NO_LABELS)
+    given = settings(model, tmp_path / "rows", tmp_path / "run", {**pruned, "ranks": "given"})
+    assert arrange(given, said.append, NO_LABELS).store is not None, "what the message advises"
     assert "streamed from disk" in said[-1] or "computed again" in said[-1]
     assert found.planned is not None and found.budget is not None and found.planned <= found.budget
     assert found.forecast is not None and found.forecast.peak <= found.budget

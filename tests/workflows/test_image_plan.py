@@ -11,6 +11,7 @@ from click.testing import CliRunner
 from rich.console import Console
 
 from lorakeet.cli.main import lorakeet
+from lorakeet.errors import ConfigError
 from lorakeet.workflows import image_forecast
 from lorakeet.workflows.image_plan import ImagePlanResult, plan_images
 from tiny.image_runs import image_config
@@ -39,6 +40,12 @@ def test_neither_weights_nor_pictures_are_needed(configurations: Path, tmp_path:
     mapping = result.to_mapping()
     assert mapping["fits"] is None and mapping["micro_batch"] == {"pictures": 4, "size": [16, 16]}
     assert mapping["peak"] == max(phase["bytes"] for phase in mapping["phases"]) > mapping["card_tensors"] > 0
+
+
+def test_what_finetune_refuses_is_not_planned(configurations: Path, tmp_path: Path) -> None:
+    config = image_config(configurations, tmp_path, ranks__choose="prune")
+    with pytest.raises(ConfigError, match=r"ranks\.choose is prune, which is for text models"):
+        plan_images(config, Console(file=io.StringIO()))
 
 
 def test_a_budget_is_answered_with_what_helps(configurations: Path, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -34,10 +35,17 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def planned(
-    folder: Path, budget: str = "", ranks: str = "", tokens: int = 32, choose: str = "auto", **options: object
+    folder: Path,
+    budget: str = "",
+    ranks: str = "",
+    tokens: int = 32,
+    choose: str = "auto",
+    settings: Mapping[str, str] | None = None,
+    **options: object,
 ) -> tuple[PlanResult, str]:
     given = {"model.path": str(folder), "data.train": "none", "lora.alpha": "12", "model.dtype": "float32"}
     given |= {"memory.budget": budget} if budget else {}
+    given |= settings or {}
     config = read_run(None, {**given, **({"ranks": choose, "ranks.budget": ranks} if ranks else {})})
     text = io.StringIO()
     result = plan(config, rank=4, tokens=tokens, console=Console(file=text, width=200), **options)  # type: ignore[arg-type]
@@ -67,15 +75,18 @@ def test_ranks_that_will_fall_are_planned_as_they_begin(folder: Path) -> None:
     pruned, text = planned(folder, ranks="2k", choose="prune")
     assert pruned.planned.plan == given.planned.plan and pruned.peak >= given.peak
     assert f"{given.planned.plan.parameters:,} trained parameters at first, 2,000 in pairs once ranks.choose prune" in text
+    assert "(before, there is no adapter on disk)" in text
     with pytest.raises(ConfigError, match="has nothing to cut"):
         planned(folder, ranks="9M", choose="prune")
+    with pytest.raises(ConfigError, match=r"A run of 6 steps would be pruned after step 1.*3 steps at least"):
+        planned(folder, ranks="2k", choose="prune", settings={"train.steps": "6"})
+    assert planned(folder, ranks="2k", choose="prune", settings={"train.steps": "40"})[0].planned.plan == pruned.planned.plan
     refused, text = planned(folder, ranks="2k", choose="prune", budget="64MB")
     assert refused.streamed is None and "finetune refuses: memory.budget is 61 MiB" in text and "finetune keeps" not in text
 
 
 def test_a_budget_that_is_too_small_brings_advice_with_numbers(folder: Path) -> None:
     result, text = planned(folder, budget="64MB")
-    assert "(before, there is no adapter on disk)" in text
     assert result.to_mapping()["fits"] is False and "more than the budget" in text
     assert result.streamed is None and result.least is not None and "finetune refuses: it needs at least" in text
     changes = {item.change for item in result.advice}

@@ -239,8 +239,8 @@ def not_streamed(config: RunConfig, peak: int | None) -> str:
     least = "" if peak is None else f" ({-(-peak >> 20)} MiB or more)"
     return (
         f"memory.budget is {(config.memory.bytes or 0) >> 20} MiB, which this run would keep by streaming its blocks, but "
-        f"ranks.choose is prune, which cuts pairs of a model in memory. Raise the budget{least}, lower lora.rank, or give ranks "
-        "in lora.rank_pattern."
+        f"ranks.choose is prune, which cuts pairs of a model in memory. Raise the budget{least}, lower lora.rank, or take "
+        "ranks.choose given, whose ranks are those of lora.rank and lora.rank_pattern."
     )
 
 

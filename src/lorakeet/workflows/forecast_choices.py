@@ -15,6 +15,7 @@ from lorakeet.ranks.prune import final_budget
 from lorakeet.ranks.score import OVERSAMPLING, sketch_plan
 from lorakeet.ranks.spec import parameter_count
 from lorakeet.train.rehearsal import EVALUATE, STEP, Rehearsal, Rows
+from lorakeet.workflows.prune_ranks import cuts_of
 from lorakeet.workflows.search_space import QUICK_FACTORS
 
 VALUE = 4  # bytes of a trained number, of its gradient, and at most of each of its two moments
@@ -57,11 +58,15 @@ def with_importance(config: RunConfig, found: Rehearsal) -> Mapping[str, Held]:
     """The peaks of a run; under ranks.choose prune with the two means that it keeps of each number, beside the moments.
 
     These are of the first ranks. They only fall, and what is kept of them with them, so that this bounds every later step.
-    Raises ConfigError for a budget that leaves nothing, or nothing to cut.
+    Raises ConfigError for a budget that leaves nothing, or nothing to cut, and for train.steps that are too few to prune in; how
+    many steps a number of epochs takes is known with the rows only.
     """
     if config.ranks.choose != "prune":
         return found.peaks
-    final_budget(config.ranks, found.plan)
+    if config.train.steps is None:
+        final_budget(config.ranks, found.plan)
+    else:
+        cuts_of(config, found.plan, config.train.steps)
     kept = 2 * VALUE * pair_parameters(found.plan)
     return {name: with_more(peak, moments=kept) if "moments" in peak.kinds else peak for name, peak in found.peaks.items()}
 

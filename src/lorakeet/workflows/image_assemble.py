@@ -61,7 +61,7 @@ def assemble_images(config: RunConfig, console: Console, *, asked: bool = False)
 
     ConfigError and DataError as they arise.
     """
-    _check_settings(config)
+    check_settings(config)
     say = partial(console.print, markup=False, soft_wrap=True)
     dataset = load_images(config.data, config.images, tables=cache_in(config.images, "tables"))
     for remark in dataset.remarks:
@@ -109,7 +109,7 @@ def ready_to_train(setup: ImageAssembly, watch: Callable[[int], None] | None = N
     return task
 
 
-def _check_settings(config: RunConfig) -> None:
+def check_settings(config: RunConfig) -> None:
     """ConfigError for every setting that a run on images does not have."""
     problems = Problems("These settings do not go with kind: image")
     if config.lora.new_tokens or config.lora.extra_modules:

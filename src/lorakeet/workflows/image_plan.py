@@ -13,6 +13,7 @@ from lorakeet.evaluate.wording import bytes_text
 from lorakeet.memory.budget import larger_than_machine
 from lorakeet.models.image_outline import shapes_of_images
 from lorakeet.workflows import image_finetune as _run  # noqa: F401 - what a run has in memory is in memory here, to be counted
+from lorakeet.workflows.image_assemble import check_settings
 from lorakeet.workflows.image_forecast import ImagePlanned, advice, forecast_images, machine_of, ways
 from lorakeet.workflows.image_show import show_forecast
 
@@ -51,6 +52,7 @@ def plan_images(config: RunConfig, console: Console) -> ImagePlanResult:
 
     ConfigError for a model that is not known and for settings that do not fit it.
     """
+    check_settings(config)
     budget = config.memory.bytes
     if budget is not None and (warning := larger_than_machine(budget)):
         console.print(warning, soft_wrap=True)
