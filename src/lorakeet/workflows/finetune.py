@@ -212,13 +212,13 @@ def _identity(setup: Assembly) -> dict[str, str]:
     """What must be equal for a run to be resumed, besides the training settings."""
     config = setup.config
     examples = (*setup.train.examples, *setup.held_out.examples)
-    parts = {
+    parts: dict[str, Any] = {
         "model settings": dataclasses.asdict(dataclasses.replace(config.model, path="")),  # its files are known by their content
         "lora settings": dataclasses.asdict(config.lora),
         "tokens of the rows": [[example.key, example.ids.tolist()] for example in examples],
     }
-    if config.ranks.choose == "prune":
-        parts["ranks settings"] = dataclasses.asdict(config.ranks)
+    if cuts := setup.cuts:  # all that a pruned run takes from the ranks settings
+        parts["cuts of the ranks"] = cuts
     return {**identity_of(parts), "files of the base model": fingerprint(setup.text.source)}
 
 
