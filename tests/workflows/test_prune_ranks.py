@@ -19,6 +19,7 @@ from lorakeet.formats import peft
 from lorakeet.ranks.allocate import pair_parameters, rank_cost
 from lorakeet.train import checkpoint
 from lorakeet.workflows.assemble import assemble, ready_to_train
+from lorakeet.workflows.compress import compress
 from lorakeet.workflows.finetune import finetune
 from lorakeet.workflows.opened import open_adapter
 from lorakeet.workflows.tune import tune
@@ -118,6 +119,15 @@ def test_a_dry_run_says_the_cuts_and_a_resumed_run_keeps_its_budget(pruned: Any,
         finetune(other, resume=out, console=quiet())
     same = replace(saved, ranks=replace(saved.ranks, budget="1k", rows=8, max_rank=3, score="activation"))
     assert finetune(same, resume=out, console=quiet()).report.ranks == pruned.report.ranks, "none of these touches its cuts"
+
+
+def test_a_compressed_run_that_trains_again_has_the_pairs_of_its_adapter_alone(pruned: Any, tmp_path: Path) -> None:
+    """A matrix that lost its pair does not get one of lora.rank from the saved settings."""
+    compress(str(pruned.run.path), out=tmp_path / "cut", to="700", console=quiet())
+    adapter = peft.read(tmp_path / "cut" / "adapter")
+    setup = assemble(read_run(tmp_path / "cut" / "config.yaml"), quiet())
+    assert {entry.path: entry.rank for entry in setup.plan.entries} == {path: pair.rank for path, pair in adapter.pairs.items()}
+    assert len(adapter.pairs) < len(pruned.setup.begun.entries) and setup.cuts == {}
 
 
 def test_the_budget_is_two_thirds_where_none_is_given(finished: Any, tmp_path: Path) -> None:

@@ -36,6 +36,7 @@ from lorakeet.formats import peft
 from lorakeet.models.fits import plan_of
 from lorakeet.models.fuse import fuse, unfuse
 from lorakeet.models.inject import activate, attach, eject
+from lorakeet.models.targets import plan_for
 from lorakeet.models.text import TextModel
 from lorakeet.ranks.allocate import pair_parameters, rank_pattern
 from lorakeet.ranks.resize import Spectrum, Weighting, check_pairs, cut_to_budget, spectra, target, watching
@@ -220,7 +221,11 @@ def _write(opened: Opened, chosen: _Cut, curve: RankCurve, judged: Judge, datase
     text, console = judged.text, judged.console
     plan = plan_of(text.model, chosen.adapter)
     lora = replace(judged.config.lora, rank_pattern=rank_pattern(plan, judged.config.lora))
-    ranks = replace(judged.config.ranks, choose="given", budget=None)  # of a run that pruned: these are no ranks to begin with
+    if judged.config.ranks.choose == "prune":  # the ranks of the run are none to begin with, and some matrices lost their pair
+        targets = plan_for(text.model, replace(judged.config.lora, new_tokens=()), text.family)
+        lost = [entry.path for entry in targets.entries if entry.path not in chosen.adapter.pairs]
+        lora = replace(lora, exclude_modules=(*lora.exclude_modules, *lost))
+    ranks = replace(judged.config.ranks, choose="given", budget=None)
     config = replace(judged.config, lora=lora, ranks=ranks, out=str(out))
     rows = judged.fitting()
     with writing(f"The run folder {out}", "Free some space, or choose another --out."), new_folder(out) as place:
