@@ -22,14 +22,15 @@ RANKS = {"a": 4, "b": 2, "c": 8}
 IDS = (torch.arange(sum(ROWS)) * 37 + 5) % 90
 
 
-def model_with(*names: str, fused: bool = False, **options: Any) -> Any:
+def model_with(*names: str, fused: bool = False, dora: str = "", **options: Any) -> Any:
     register()
     model = tiny_model("llama")
     set_attention(model, "varlen")
     bare = tiny_model("llama")
     for seed, name in enumerate(names):
-        leaves = ("q_proj", "v_proj", "up_proj", "embed_tokens") if name == "b" else ()
-        attach(model, random_adapter(bare, *leaves, seed=seed, rank=RANKS[name], alpha=3.0 * RANKS[name], **options), name)
+        leaves = ("q_proj", "v_proj", "up_proj", *([] if dora else ["embed_tokens"])) if name == "b" else ()
+        settings = {"rank": RANKS[name], "alpha": 3.0 * RANKS[name], "dora": name in dora, **options}
+        attach(model, random_adapter(bare, *leaves, seed=seed, **settings), name)
     if fused:
         fuse(model)
     return model.eval()
@@ -61,10 +62,11 @@ def alone(model: Any, row: int) -> Tensor:
 
 
 @pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("dora", ["", "b"], ids=["plain", "one with DoRA"])
 @pytest.mark.parametrize("grad", [False, True], ids=["stacked", "share by share"])
-def test_each_row_gets_what_it_gets_alone(grad: bool, fused: bool) -> None:
+def test_each_row_gets_what_it_gets_alone(grad: bool, dora: str, fused: bool) -> None:
     with torch.set_grad_enabled(grad):
-        model = model_with("a", "b", "c", fused=fused)
+        model = model_with("a", "b", "c", fused=fused, dora=dora)
         expected = [alone(model, row) for row in range(len(ROWS))]
         selection_of(model).divide(shares(), units=len(IDS))
         found = states(model, IDS, ROWS).split(ROWS)
@@ -107,7 +109,7 @@ def test_gradients_of_two_adapters_in_one_pass_are_those_of_two_passes() -> None
 
 
 def test_dora_rows_by_themselves() -> None:
-    model = model_with("a", dora=True)
+    model = model_with("a", dora="a")
     expected = []
     for name in ("a", None):
         activate(model, name)

@@ -231,6 +231,19 @@ def test_dora_is_served_but_not_mixed(registry: Registry, server: Any, saved: Ca
     assert registry.get("a").users == registry.get("d").users == 0
 
 
+def test_a_text_with_dora_leaves_the_mixes_of_others_alone(registry: Registry, server: Any, saved: Callable[..., Path]) -> None:
+    for name in "abd":
+        registry.load(name, saved(name, seed=ord(name), dora=name == "d"))
+    wanted = ("a*0.7+b*0.3", "d", "base", "a")
+    expected = [write(server, registry, model) for model in wanted]
+    leases = [registry.lease(model) for model in wanted]
+    begun = [server.begin(IDS, lease.adapters) for lease in leases]
+    answers = [server.end(one) for one in begun]
+    for lease in leases:
+        registry.release(lease)
+    assert [(answer.ids, answer.reason in ("length", "stop")) for answer in answers] == [(ids, True) for ids in expected]
+
+
 def test_other_formats(registry: Registry, server: Any, saved: Callable[..., Path], tiny_llama_folder: Path) -> None:
     folder = saved("a", "q_proj", "up_proj", seed=1)
     gguf.write(peft.read(folder), folder.parent / "a.gguf", base=open_base(tiny_llama_folder))

@@ -158,7 +158,7 @@ class Stack:
     def __init__(self, shapes: Sequence[tuple[int, int]], products: torch.dtype, device: torch.device) -> None:
         """For weights of `shapes` (out, in); nothing is held yet."""
         self.shapes, self.products, self.device = tuple(shapes), products, device
-        self.special: set[int] = set()  # places of mixes with pairs that are more than A and B, which are not held
+        self.special: set[int] = set()  # places of mixes some of whose layers' pairs are more than A and B; these are not held
         self._ranks: dict[int, tuple[int, ...]] = {}  # by place, of each layer
         self._copies: dict[int, _Copy] = {}  # by place
         self._make(0, tuple(0 for _ in shapes))
@@ -221,9 +221,11 @@ class Stack:
     def _make_room(self, places: int, mixes: Mapping[int, Sequence[Mixture]]) -> bool:
         """Notes the ranks of the new `mixes`; whether there had to be new tensors, so that everything is to be copied again."""
         for place, layers in mixes.items():
-            plain = all(pair.plain for mixture in layers for pair, _ in mixture)
+            plain = all(map(_plain, layers))
             (self.special.discard if plain else self.special.add)(place)
-            self._ranks[place] = tuple(sum(len(pair.factors()[0]) for pair, _ in mixture) if plain else 0 for mixture in layers)
+            self._ranks[place] = tuple(
+                sum(len(pair.factors()[0]) for pair, _ in mixture) if _plain(mixture) else 0 for mixture in layers
+            )
         for place in [place for place in self._ranks if place >= places]:
             del self._ranks[place]
             self._copies.pop(place, None)
@@ -250,7 +252,7 @@ class Stack:
     def _copy(self, place: int, layers: Sequence[Mixture]) -> None:
         for ranks, B, mixture in zip(self._parts, self.Bs, layers, strict=True):
             below, beside, first = self.A[place, ranks], B[place], 0
-            for pair, weight in () if place in self.special else mixture:
+            for pair, weight in mixture if _plain(mixture) else ():
                 a, b = (factor.detach() for factor in pair.factors())
                 last = first + len(a)
                 below[first:last].copy_(a)
@@ -268,6 +270,10 @@ def _numbers(values: Sequence[int], device: torch.device) -> Tensor:
 def _own(mix: Mix, pairs: Held) -> list[Mixture]:
     """The pairs of a mix, for each layer."""
     return [[(held[name], weight) for name, weight in mix if name in held] for held in pairs]
+
+
+def _plain(mixture: Mixture) -> bool:
+    return all(pair.plain for pair, _ in mixture)
 
 
 def _written(tensors: Iterable[weakref.ref[Tensor]]) -> int:

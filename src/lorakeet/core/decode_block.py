@@ -83,9 +83,9 @@ class _Together:
 
     def __call__(self, x: Tensor) -> list[Tensor]:
         """x (tokens, in) to (tokens, out) of each."""
-        divided = self._shared is not None and self._adapted[0].selection.shares is not None
-        found = self._shared(self._adapted, x) if self._shared is not None and divided else None
-        return [layer(x) for layer in self.layers] if found is None else found
+        if self._shared is not None and self._adapted[0].selection.shares is not None:
+            return self._shared(self._adapted, x)
+        return [layer(x) for layer in self.layers]
 
 
 def _norm_of(norm: FrozenRmsNorm) -> Callable[[Tensor], Tensor]:

@@ -7,9 +7,9 @@ selection divides a batch, each share of its tokens has an adapter of its own (c
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -150,23 +150,42 @@ class LoraLinear(AdaptedLayer):
             if not all(pair.plain for _, pair in shares):
                 return self._one_by_one(x, shares)
             return shared_low_rank(x, self.base, shares, bias=self.bias, products=self.products)
-        found = self._alone([self], x)
-        return self._one_by_one(x, self.divided(len(x))) if found is None else found[0]
+        return self._alone([self], x)[0]
 
     def _one_by_one(self, x: Tensor, shares: Sequence[tuple[Share, LoraPair]]) -> Tensor:
-        """For pairs that are more than A and B: each share goes through its pair by itself, all other tokens through the base."""
-        ends = sorted({0, len(x), *(share.start for share, _ in shares), *(share.stop for share, _ in shares)})
-        parts = []
-        for start, stop in itertools.pairwise(ends):
-            here = [(share, pair) for share, pair in shares if share.start <= start < share.stop]
-            if len(here) > 1 or any(share.weight != 1.0 for share, _ in here):
-                raise ValueError("DoRA, biases and dropout have no weighted mix within a batch: their effects do not add up")
-            part = x[start:stop]
-            if here:
-                parts.append(here[0][1](part, self.base, self.bias, self.products))
-            else:
-                parts.append(frozen_linear(part, self.base, bias=self.bias, products=self.products))
+        """Where some pairs are more than A and B: their shares by themselves, what lies between them, mixed or not, together."""
+        parts, done = [], 0
+        for special, pair in sorted(require_unmixed(shares), key=lambda one: one[0].start):
+            if done < special.start:
+                parts.append(self._plain(x, shares, done, special.start))
+            parts.append(self.by_itself(x, special, pair))
+            done = special.stop
+        if done < len(x):
+            parts.append(self._plain(x, shares, done, len(x)))
         return torch.cat(parts)
+
+    def by_itself(self, x: Tensor, share: Share, pair: LoraPair) -> Tensor:
+        """The tokens of one share of `x` (tokens, in) through its pair, of whatever kind, to (tokens of the share, out)."""
+        return cast(Tensor, pair(x[share.start : share.stop], self.base, self.bias, self.products))
+
+    def _plain(self, x: Tensor, shares: Sequence[tuple[Share, LoraPair]], start: int, stop: int) -> Tensor:
+        """The tokens start … stop − 1, across whose ends no share reaches."""
+        own = [
+            (replace(share, start=share.start - start, stop=share.stop - start), pair)
+            for share, pair in shares
+            if start <= share.start and share.stop <= stop
+        ]
+        return shared_low_rank(x[start:stop], self.base, own, bias=self.bias, products=self.products)
+
+
+def require_unmixed(shares: Sequence[tuple[Share, LoraPair]]) -> list[tuple[Share, LoraPair]]:
+    """The shares of one layer whose pairs are more than A and B. ValueError where one is weighted, or shares a token."""
+    found = [(share, pair) for share, pair in shares if not pair.plain]
+    for share, _ in found:
+        here = sum(other.start < share.stop and share.start < other.stop for other, _ in shares)
+        if here > 1 or share.weight != 1.0:
+            raise ValueError("DoRA, biases and dropout have no weighted mix within a batch: their effects do not add up")
+    return found
 
 
 class SharedInput:
@@ -182,17 +201,16 @@ class SharedInput:
         self._products: torch.dtype | None = None
         self._biases: list[Tensor | None] = []
 
-    def __call__(self, layers: Sequence[LoraLinear], x: Tensor) -> list[Tensor] | None:
-        """x (tokens, in) to (tokens, out) of each layer; None where a pair in use is more than A and B."""
+    def __call__(self, layers: Sequence[LoraLinear], x: Tensor) -> list[Tensor]:
+        """x (tokens, in) to (tokens, out) of each layer. Pairs that are more than A and B compute their tokens by themselves."""
         products = layers[0].products or x.dtype
         selection = layers[0].selection
         to = selection.arranged(len(x), x.device)
         stack = self._stack
         if stack is None or self._to is not to or self._changes != selection.changes or self._products != products:
             stack = self._holding(layers, to, products, x.device)
-        if not stack.special.isdisjoint(to.used):
-            return None
-        if stack.empty:
+        special = not stack.special.isdisjoint(to.used)
+        if stack.empty and not special:
             return [layer.bare(x) for layer in layers]
         wide = x.to(products)
         ys = [layer.base.matmul(wide) for layer in layers]
@@ -200,7 +218,12 @@ class SharedInput:
             if bias is not None:
                 y.add_(bias)
         stack.add(ys, wide, to)
-        return ys if products == x.dtype else [y.to(x.dtype) for y in ys]
+        ys = ys if products == x.dtype else [y.to(x.dtype) for y in ys]
+        if special:
+            for layer, y in zip(layers, ys, strict=True):
+                for share, pair in require_unmixed(layer.divided(len(x))):
+                    y[share.start : share.stop] = layer.by_itself(x, share, pair)
+        return ys
 
     def _holding(self, layers: Sequence[LoraLinear], to: Arrangement, products: torch.dtype, device: torch.device) -> Stack:
         """The stack, with the mixes of `to` in it."""
