@@ -8,7 +8,9 @@ cores, beside the team of another thread, each product then begins 50 to 80 µs 
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable
 from functools import cache
+from pathlib import Path
 
 import torch
 
@@ -18,6 +20,7 @@ _HARD = 2  # omp_pause_hard of OpenMP 5.0: everything goes that a team keeps bet
 def compute_with(threads: int) -> None:
     """The calling thread computes with so many threads, a team of its own; threads that begin to compute later do, too."""
     torch.set_num_threads(threads)
+    _mkl_takes(0)  # as many
 
 
 def compute_alone() -> None:
@@ -31,6 +34,7 @@ def compute_alone() -> None:
         torch.set_num_threads(1)
         return
     library.omp_set_num_threads(ctypes.c_int(1))  # torch's own call would tell other threads, too
+    _mkl_takes(1)
     library.omp_pause_resource_all(ctypes.c_int(_HARD))
 
 
@@ -48,3 +52,21 @@ def _openmp() -> ctypes.CDLL | None:
     if hasattr(library, "kmp_get_blocktime"):  # LLVM's and Intel's would end the teams of all threads
         return None
     return library if all(hasattr(library, name) for name in ("omp_set_num_threads", "omp_pause_resource_all")) else None
+
+
+def _mkl_takes(threads: int) -> None:
+    """MKL, which multiplies fp32 for torch, asks OpenMP for so many threads in the calling thread, whatever OpenMP's own number
+    there is; with 0 for as many as torch told it for the whole process."""
+    call = _mkl()
+    if call is not None:
+        call(ctypes.c_int(threads))
+
+
+@cache
+def _mkl() -> Callable[[ctypes.c_int], object] | None:
+    """MKL's call for one thread's number, where torch is built with MKL: it lies within torch's own library."""
+    path = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
+    try:
+        return ctypes.CDLL(str(path)).MKL_Set_Num_Threads_Local  # type: ignore[no-any-return]
+    except (OSError, AttributeError):
+        return None
