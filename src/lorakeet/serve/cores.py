@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 INTERVAL = 0.5  # seconds between two looks
+LONGEST = 2.0  # seconds that a look may tell about: over a longer time nobody asked, and what others did then is over
 SHARE = 0.3  # of a core that others may take before a thread is given up: about what the second of two threads is worth
 _STAT = Path("/proc/stat")
 _IDLE = (3, 4)  # fields of /proc/stat's lines: idle, waiting for a disk
@@ -24,9 +25,18 @@ Look = Callable[[], tuple[float, float]]
 class FreeCores:
     """Asked before each step for the cores that others leave; looks at most every INTERVAL seconds."""
 
-    def __init__(self, most: int, *, look: Look | None = None, clock: Callable[[], float] = time.monotonic) -> None:
-        """`most` is the number to begin with, and never exceeded. `look` tells seconds of all and of this process (`seconds`)."""
+    def __init__(
+        self,
+        most: int,
+        *,
+        cores: int | None = None,
+        look: Look | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """`most` is the number to begin with, and never exceeded; it may be less than the `cores` there are (those that this
+        process may use). `look` tells seconds of all and of this process (`seconds`)."""
         self.most = self.count = most
+        self.cores = max(most, available() if cores is None else cores)
         self._look, self._clock = look or seconds, clock
         self._when, self._seen = clock(), self._look()
 
@@ -36,10 +46,16 @@ class FreeCores:
         passed = now - self._when
         if passed >= INTERVAL:
             before, self._seen, self._when = self._seen, self._look(), now
-            everybody, own = (after - earlier for after, earlier in zip(self._seen, before, strict=True))
-            others = (everybody - own) / passed
-            self.count = max(1, self.most - max(0, math.ceil(others - SHARE)))
+            if passed <= LONGEST:
+                everybody, own = (after - earlier for after, earlier in zip(self._seen, before, strict=True))
+                others = (everybody - own) / passed
+                self.count = max(1, min(self.most, self.cores - math.ceil(others - SHARE)))
         return self.count
+
+
+def available() -> int:
+    """How many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def seconds() -> tuple[float, float]:
