@@ -11,6 +11,7 @@ import torch
 
 from lorakeet.core.adapter import Adapter
 from lorakeet.core.reordered import ReorderedLinear
+from lorakeet.core.selection import Share
 from lorakeet.errors import ConfigError
 from lorakeet.formats import peft
 from lorakeet.formats.slab import open_outline, open_slab
@@ -116,6 +117,16 @@ def test_rows_of_a_batch_over_a_packed_base_are_what_they_are_alone(kind: str, t
     assert sum(isinstance(layer.base, PackedBase) for layers in live._held.values() for layer in layers) > 10
     after = dict(text.model.named_buffers())
     assert all(torch.equal(buffer, after[name]) for name, buffer in before.items()), "the base stays as it was packed"
+
+
+def test_detaching_leaves_the_step_of_another_thread_alone(text: TextModel, bare: Any) -> None:
+    live = LiveModel(text)
+    for name in "ab":
+        live.attach(name, random_adapter(bare))
+    live.selection.use("a")
+    live.selection.divide([Share(0, 2, "b")], units=3)
+    live.detach("a")
+    assert live.selection.shares == (Share(0, 2, "b"),)
 
 
 def test_another_adapter_under_a_name_counts_at_once(text: TextModel, bare: Any) -> None:

@@ -37,6 +37,17 @@ def test_probes_tell_functions_apart(live: LiveModel, saved: Callable[..., Path]
     assert not compare_record("b", other, elsewhere, prober.tolerance, "the record"), "nothing to compare with"
 
 
+def test_a_probe_that_fails_leaves_no_adapter_active(
+    live: LiveModel, saved: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prober = Prober(live.text, live.selection)
+    live.attach("a", peft.read(saved("a")))
+    monkeypatch.setattr(type(live.text), "hidden", lambda *_: (_ for _ in ()).throw(MemoryError))
+    with pytest.raises(MemoryError):
+        prober.probe("a")
+    assert live.selection.active is None and live.selection.shares is None
+
+
 def test_the_record_of_training_is_what_a_server_finds(tiny_llama_folder: Path, saved: Callable[..., Path]) -> None:
     folder = saved("a", seed=1)
     found: dict[str, tuple[Probe, Probe, Probe, float]] = {}

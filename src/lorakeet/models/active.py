@@ -113,7 +113,7 @@ class LiveModel:
             del layer.adapters[name]
         self.selection.changed(name, gone=True)
         del self._bytes[name]
-        if self.selection.active == name:
+        if self.selection.shares is None and self.selection.active == name:  # shares may belong to a step of another thread
             self.selection.use(None)
 
     def mixes(self, name: str) -> bool:

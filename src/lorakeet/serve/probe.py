@@ -88,11 +88,13 @@ class Prober:
 
     def probe(self, name: str) -> Probe:
         """The record of the adapter `name`, which is on the model. VerificationFailed where serving it differs from using it."""
-        if self._bare is None:
-            self._bare = self._served({})
-        served = self._served({name: 1.0})
-        alone = _alone(self.text, self.selection, self._beginnings, name)
-        self.selection.use(None)
+        try:
+            if self._bare is None:
+                self._bare = self._served({})
+            served = self._served({name: 1.0})
+            alone = _alone(self.text, self.selection, self._beginnings, name)
+        finally:  # should the model fail, the adapter is not the active one of what comes next
+            self.selection.use(None)
         apart, effect = float((served - alone).abs().max()), float((served - self._bare).abs().max())
         allowed = self.allowed(effect)
         if not apart <= allowed:  # NaN is apart
@@ -108,9 +110,7 @@ class Prober:
 
     def _served(self, adapters: dict[str, float]) -> Tensor:
         rows = [Row(slot, 0, ids, adapters) for slot, ids in enumerate(self._beginnings)]
-        found = _spread(step(self.text, self._cache, rows, self.selection))
-        self.selection.use(None)
-        return found
+        return _spread(step(self.text, self._cache, rows, self.selection))
 
 
 def _beginnings(text: TextModel) -> list[tuple[int, ...]]:
