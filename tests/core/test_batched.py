@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Sequence
+from random import Random
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from lorakeet.core.base import DenseBase
 from lorakeet.core.batched import Stack, shared_low_rank
 from lorakeet.core.lowrank import LoraPair
 from lorakeet.core.plan import PlanEntry
-from lorakeet.core.selection import Arrangement, Selection, Share
+from lorakeet.core.selection import PATIENCE, Arrangement, Selection, Share
 
 IN, OUT, TOKENS = 12, 10, 9
 RANKS = {"a": 4, "b": 2, "c": 6}
@@ -188,7 +189,7 @@ def test_a_stack_copies_what_is_new(pairs: dict[str, LoraPair], monkeypatch: pyt
     assert now() == [], "what comes for others is nothing to these"
     del held["c"]
     selection.changed("c", gone=True)
-    assert now() == [2] and not stack.Bs[0][2].count_nonzero(), "c has gone"
+    assert now() == [2] and stack._ranks[2] == (0,), "c has gone"
     held["c"] = pair("c")
     selection.changed("c")
     to = at("ab")
@@ -219,37 +220,114 @@ def test_a_copying_that_fails_leaves_nothing_that_looks_like_a_copy(
     torch.testing.assert_close(y[0], held["a"].scale * x[0] @ held["a"].A.T @ held["a"].B.T)
 
 
-def test_a_stack_shrinks_when_a_large_rank_has_gone() -> None:
-    held = {"small": pair("b"), "other": pair("b"), "large": pair("c")}
-    stack = Stack([(OUT, IN)], torch.float32, CPU)
-    widths = []
-    for names in (("small", "large"), ("small", "other")):
-        to = arrangement(*(Share(number, number + 1, name) for number, name in enumerate(names)))
-        stack.hold(to, [held], Selection())
-        widths.append(stack.A.shape[1])
-    assert widths == [6, 2]
+def rows_of(*names: str, **weights: float) -> list[Share]:
+    """A text of one token for each name, and one for a mix of `weights`."""
+    single = [Share(number, number + 1, name) for number, name in enumerate(names)]
+    return single + [Share(len(names), len(names) + 1, name, weight) for name, weight in weights.items()]
+
+
+def test_tables_have_the_rows_that_are_needed_and_no_more() -> None:
+    RANKS["wide"] = 64
+    held = {"wide": pair("wide"), **{f"n{number}": pair("b") for number in range(15)}}
+    del RANKS["wide"]
+    stack, selection = Stack([(OUT, IN)], torch.bfloat16, CPU), Selection()
+    row = 2 * (IN + OUT)  # bytes
+
+    def hold(shares: list[Share]) -> int:
+        stack.hold(arrangement(*shares, units=20, selection=selection), [held], selection)
+        return stack.bytes // row
+
+    assert hold(rows_of(*held)) == 64 + 15 * 2, "nothing is filled up to the largest rank or to a power of two"
+    assert hold(rows_of("wide", n0=0.1, n1=0.2)) == 94
+    small = (f"n{number}" for number in range(15))
+    assert hold(rows_of(*small, wide=0.1, n0=0.3)) == 30 + 66, "a mix has the ranks of its adapters"
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_places_of_unequal_ranks_come_and_go_and_all_rows_are_right(
+    seed: int, layer: nn.Linear, pairs: dict[str, LoraPair]
+) -> None:
+    random = Random(seed)
+    selection, stack, x, most = Selection(), Stack([(OUT, IN), (OUT, IN)], torch.float32, CPU), inputs(), 0
+    others = {name: held for name, held in pairs.items() if name != "b"}
+    for _ in range(150):
+        shares = [
+            Share(token, token + 1, name, random.choice((1.0, 0.5)))
+            for token in range(random.randint(0, TOKENS))
+            for name in random.sample("abc", random.randint(0, 3))
+        ]
+        to = arrangement(*shares, selection=selection) if shares else None
+        if to is None:
+            continue
+        stack.hold(to, [pairs, others], selection)
+        found = [torch.zeros(TOKENS, OUT) for _ in range(2)]
+        stack.add(found, x, to)
+        for y, held in zip(found, (pairs, others), strict=True):
+            own = [share for share in shares if share.name in held]
+            expected = one_at_a_time(x, layer, held, own) - one_at_a_time(x, layer, held, ())
+            torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-4)
+        most = max(most, sum(sum(stack._ranks[place]) for place in to.used))
+        assert len(stack._A.numbers) <= most
+
+
+def test_a_stack_shrinks_when_many_batches_needed_less_and_not_for_one(
+    pairs: dict[str, LoraPair], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    selection, stack = Selection(), Stack([(OUT, IN)], torch.float32, CPU)
+    selection.holds(stack)
+    many = {**{f"n{number}": pair("b") for number in range(8)}, "probed": pair("b")}
+    texts, alone = rows_of(*(f"n{number}" for number in range(8))), rows_of("probed")
+
+    def hold(shares: list[Share]) -> None:
+        stack.hold(arrangement(*shares, selection=selection), [many], selection)
+
+    hold(texts)
+    full, copied = stack.bytes, copies(stack, monkeypatch)
+    hold(alone)
+    hold(texts)
+    assert len(copied) == 2, "what is probed takes the place of one, which comes back"
+    for _ in range(PATIENCE + 1):
+        hold(alone)
+    assert stack.bytes == full // 8 == selection.table_bytes
+    hold(texts)
+    assert stack.bytes == full
+    before = selection.changes
+    selection.release()
+    assert stack.bytes == selection.table_bytes == 0 and stack.empty and selection.changes != before
+
+
+def test_tables_that_cannot_be_made_anew_leave_nothing_that_looks_like_a_copy(
+    pairs: dict[str, LoraPair], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    selection, x = Selection(), inputs()
+    first, more = (arrangement(*rows_of(*names), selection=selection) for names in ("bc", "bca"))
+    stack = stack_of(pairs, first, selection=selection)
+    with monkeypatch.context() as patched, pytest.raises(MemoryError):
+        patched.setattr(stack._Bs[0], "remake", lambda *_: (_ for _ in ()).throw(MemoryError))
+        stack.hold(more, [pairs], selection)
+    stack.hold(more, [pairs], selection)
+    y = torch.zeros(TOKENS, OUT)
+    stack.add([y], x, more)
+    for token, name in enumerate("bca"):
+        torch.testing.assert_close(y[token], pairs[name].scale * x[token] @ pairs[name].A.T @ pairs[name].B.T)
 
 
 def test_a_pair_that_has_gone_is_not_kept_alive(pairs: dict[str, LoraPair]) -> None:
     gone = weakref.ref(pairs["a"])
     stack = stack_of(pairs, arrangement())
     del pairs["a"]
-    assert gone() is None and stack.A.count_nonzero() > 0
+    assert gone() is None and stack.bytes > 0
 
 
-def test_a_stack_grows_by_doubling_and_shrinks(pairs: dict[str, LoraPair]) -> None:
-    many = {f"n{number}": pair("b") for number in range(9)}
-    sizes = []
-    stack = Stack([(OUT, IN)], torch.float32, CPU)
-    for count in (1, 2, 3, 5, 9, 3, 2):
-        to = arrangement(*(Share(i, i + 1, f"n{i}") for i in range(count)))
-        stack.hold(to, [many], Selection())
-        sizes.append(len(stack.A))
+def test_a_stack_is_empty_when_nobody_has_a_pair_any_more(pairs: dict[str, LoraPair]) -> None:
     selection = Selection()
-    selection.changed("n0")
-    stack.hold(arrangement(Share(0, 1, "n0"), units=1, selection=selection), [{}], selection)
-    assert sizes == [1, 2, 4, 8, 16, 4, 4]
-    assert len(stack.A) == 1 and stack.empty, "nobody has a pair here any more"
+    selection.changed("a")
+    to = arrangement(Share(0, 1, "a"), units=1, selection=selection)
+    stack = stack_of(pairs, to, selection=selection)
+    assert not stack.empty
+    selection.changed("a", gone=True)
+    stack.hold(to, [{}], selection)
+    assert stack.empty
 
 
 def test_a_pair_that_is_more_than_a_and_b_is_special(pairs: dict[str, LoraPair]) -> None:
@@ -291,7 +369,7 @@ def test_a_stack_of_bf16_copies(layer: nn.Linear, pairs: dict[str, LoraPair]) ->
     layer.weight.zero_()
     layer.bias.zero_()
     stack = stack_of(pairs, to, torch.bfloat16)
-    assert stack.A.dtype == stack.Bs[0].dtype == torch.bfloat16
+    assert stack._A.numbers.dtype == stack._Bs[0].numbers.dtype == torch.bfloat16
     y = torch.zeros(TOKENS, OUT, dtype=torch.bfloat16)
     stack.add([y], x, to)
     shares = [(share, pairs[share.name]) for share in SHARES]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lorakeet.core.selection import FEW, Arrangement, Selection, Share
+from lorakeet.core.selection import FEW, PATIENCE, Arrangement, Selection, Share
 
 CPU = torch.device("cpu")
 
@@ -82,6 +82,9 @@ def test_a_mix_keeps_its_place_and_new_ones_take_those_of_the_gone() -> None:
     assert placed("ecaf") == "aecf"
     assert placed("fc") == "aecf", "a and e may come again"
     assert placed("gfha") == "aghf"
+    for _ in range(PATIENCE - 1):
+        assert placed("a") == "aghf", "the others may come again"
+        selection.divide([], units=1)
     assert placed("a") == "a", "too many would see nothing"
 
 
@@ -101,6 +104,15 @@ def test_what_stands_at_a_place_depends_on_who_came_last() -> None:
     assert selection.standing(found)[1] not in (before[1], after[1]), "the same name, but perhaps another adapter"
     selection.changed("b", gone=True)
     assert set(selection.comings) == {"a", "c"}, "thousands may come and go"
+
+
+def test_rows_that_outlive_many_changes_keep_the_newest_alone() -> None:
+    selection = Selection()
+    found = arranged([Share(0, 1, "a")], units=1, selection=selection)
+    for _ in range(100):
+        selection.changed("b")
+        selection.standing(found)
+    assert len(found.picked) == 1
 
 
 def test_the_same_rows_are_arranged_once() -> None:

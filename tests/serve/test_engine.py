@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from lorakeet.core.threads import compute_with
 from lorakeet.errors import ConfigError
 from lorakeet.formats import peft
 from lorakeet.models.active import LiveModel
@@ -173,6 +176,30 @@ def test_a_failed_step_ends_its_texts_and_the_engine_goes_on(asking: Callable[..
     assert answer.reason == "error" and "out of luck" in answer.events[-1].error
     hook.remove()
     assert server.ask((30, 51), max_tokens=2).reason in ("length", "stop")
+
+
+def test_calls_compute_with_the_engine_s_cores_before_any_text(asking: Callable[..., Any]) -> None:
+    before = torch.get_num_threads()
+    try:
+        engine = asking(cores=lambda: before + 2).engine
+        assert engine.call(torch.get_num_threads).result(timeout=30) == before + 2
+    finally:
+        compute_with(before)
+
+
+def test_an_idle_engine_frees_the_copies_of_adapters(
+    loaded: LiveModel, asking: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = asking()
+    expected = server.ask(PROMPTS[0], A).ids
+    assert loaded.table_bytes > 0, "the next text with it need not wait"
+    monkeypatch.setattr("lorakeet.serve.engine.KEEP_COPIES", 0.01)
+    server.engine.call(int).result(timeout=30)
+    until = time.monotonic() + 30
+    while loaded.table_bytes and time.monotonic() < until:
+        time.sleep(0.01)
+    assert loaded.table_bytes == 0
+    assert server.ask(PROMPTS[0], A).ids == expected
 
 
 def test_stop_texts_end_a_text_and_are_not_shown(asking: Callable[..., Any], loaded: LiveModel) -> None:

@@ -144,6 +144,72 @@ def test_copies_count_in_the_memory_of_adapters(live: LiveModel, server: Any, sa
         registry.release(lease)
 
 
+def test_no_table_is_larger_than_what_is_counted(live: LiveModel, server: Any, saved: Callable[..., Path]) -> None:
+    registry = Registry(live, server.engine, base="base", budget=1 << 30)
+    registry.register("wide", saved("wide", rank=16))
+    for number in range(3):
+        registry.register(f"a{number}", saved(f"a{number}", seed=number, rank=2))
+    rounds = (("wide", "a0", "a1", "a2"), ("wide*0.1", "wide*0.2", "wide*0.3+a0", "a1+a2"), ("a0", "a1*0.5+wide", "base", "a2"))
+    counted = 0
+    for models in rounds:
+        leases = [registry.lease(model) for model in models]
+        counted = max(counted, registry._copies())  # tables keep what was needed before
+        answers = [server.begin(IDS, lease.adapters, max_tokens=4) for lease in leases]
+        for answer in answers:
+            server.end(answer)
+        assert 0 < live.table_bytes <= counted, models
+        for lease in leases:
+            registry.release(lease)
+    assert not registry._mixes
+
+
+def test_a_mix_needs_room_for_its_copy(live: LiveModel, server: Any, saved: Callable[..., Path]) -> None:
+    size, slots = peft.read(saved("a")).parameters * 4, server.engine.cache.slots
+    registry = Registry(live, server.engine, base="base", budget=2 * (1 + slots) * size - 1)
+    for name in ("a", "b"):
+        registry.register(name, saved(name))
+    leases = [registry.lease(f"a*0.{number}+b") for number in range(1, slots)]
+    with pytest.raises(NoRoom, match=f"The mix has copies for the texts that are written {2 * slots * size:,}; {2 * size:,} of"):
+        registry.lease("a+b*0.5")
+    leases.append(registry.lease("a*0.1+b"))  # a copy that is there already
+    registry.release(leases.pop(1))
+    leases.append(registry.lease("a+b*0.5"))
+    for lease in leases:
+        registry.release(lease)
+    assert registry.get("a").users == registry.get("b").users == 0
+
+
+def test_copies_of_different_layers_stay_within_the_budget(
+    live: LiveModel, asking: Callable[..., Any], saved: Callable[..., Path]
+) -> None:
+    server, folders = asking(slots=1), [saved(leaf, leaf) for leaf in ("q_proj", "up_proj", "down_proj")]
+    sizes = [peft.read(folder).parameters * 4 for folder in folders]
+    registry = Registry(live, server.engine, base="base", budget=sum(sizes) + max(sizes))
+    for folder in folders:
+        registry.register(folder.name, folder)
+    for name in ("q_proj", "up_proj", "down_proj", "q_proj"):
+        write(server, registry, name)
+        assert live.table_bytes + registry.resident_bytes <= sum(sizes) + max(sizes)
+    assert registry.resident == 3
+
+
+def test_copies_from_before_make_room(live: LiveModel, server: Any, saved: Callable[..., Path]) -> None:
+    size, small = (peft.read(saved(name, rank=rank)).parameters * 4 for name, rank in (("wide", 64), ("a", 4)))
+    slots = server.engine.cache.slots
+    registry = Registry(live, server.engine, base="base", budget=(1 + slots) * size)
+    for name in ("wide", "a"):
+        registry.register(name, saved(name, rank=64 if name == "wide" else 4))
+    leases = [registry.lease(f"wide*0.{number}") for number in range(1, slots + 1)]
+    together = server.engine.call(lambda: [server.begin(IDS, lease.adapters) for lease in leases]).result(timeout=30)
+    for begun in together:
+        server.end(begun)
+    for lease in leases:
+        registry.release(lease)
+    assert live.table_bytes == slots * size
+    write(server, registry, "a")
+    assert registry.resident == 2 and live.table_bytes == small
+
+
 def test_a_changed_file_is_refused_until_it_is_loaded_again(live: LiveModel, server: Any, saved: Callable[..., Path]) -> None:
     folder, other = saved("a", seed=1), saved("b", seed=2)
     registry = Registry(live, server.engine, base="base", budget=2 * peft.read(folder).parameters * 4)  # one, with its copy

@@ -5,7 +5,7 @@
             └── tokens of share 2:  w₂·s₂ · x·A₂ᵀ·B₂ᵀ ── added to its part of y       (shares may overlap: a mix)
 
 Two ways give the same numbers to rounding. Share by share is differentiable and costs some products for each share. Stacked, for
-inference, each mix has a place in one table of A's and one of B's where its pairs stand, and tokens that are written one by one
+inference, each mix has rows in one table of A's and one of B's where its pairs stand, and tokens that are written one by one
 pick their rows of it, for layers that see the same x: the number of products does not depend on the number of adapters.
 """
 
@@ -15,7 +15,6 @@ import itertools
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, cast
 
 import torch
@@ -25,7 +24,8 @@ from lorakeet.core.base import FrozenBase
 from lorakeet.core.gathered import row_dots, row_sums
 from lorakeet.core.lowrank import LoraPair
 from lorakeet.core.math import add_low_rank, grad_of_b, shrink_grad
-from lorakeet.core.selection import Arrangement, Mix, Selection, Share, Standing
+from lorakeet.core.row_table import RowTable
+from lorakeet.core.selection import PATIENCE, Arrangement, Mix, Selection, Share, Standing
 
 
 class SharedLowRank(torch.autograd.Function):
@@ -128,45 +128,69 @@ class _Picks:
     layers: tuple[tuple[slice, Tensor, Tensor], ...]
 
     @classmethod
-    def of(cls, to: Arrangement, parts: Sequence[slice], ranks: Mapping[int, Sequence[int]], device: torch.device) -> _Picks:
+    def of(cls, to: Arrangement, seats: Mapping[int, _Seat], layers: int, device: torch.device) -> _Picks:
         tokens: list[int] = []
         rows: list[int] = []
-        layers, width = [], parts[-1].stop
-        for layer, part in enumerate(parts):
+        found = []
+        for layer in range(layers):
             own: list[int] = []
-            first, firsts, room = len(tokens), [], part.stop - part.start
+            first, firsts = len(tokens), []
             for token, place in to.at:
-                rank = ranks[place][layer]
+                above, within = seats[place].of_a[layer], seats[place].of_b[layer]
                 firsts.append(len(own))
-                own += range(place * room, place * room + rank)
-                begin = place * width + part.start
-                rows += range(begin, begin + rank)
-                tokens += [token] * rank
-            layers.append((slice(first, len(tokens)), _numbers(own, device), _numbers(firsts, device)))
-        return cls(_numbers(tokens, device), _numbers(rows, device), tuple(layers))
+                own += range(within.start, within.stop)
+                rows += range(above.start, above.stop)
+                tokens += [token] * (above.stop - above.start)
+            found.append((slice(first, len(tokens)), _numbers(own, device), _numbers(firsts, device)))
+        return cls(_numbers(tokens, device), _numbers(rows, device), tuple(found))
+
+
+@dataclass(frozen=True)
+class _Seat:
+    """The rows of a place in the tables: of each layer's A's among all A's, one layer below the other, and of its B's."""
+
+    of_a: tuple[slice, ...]
+    of_b: tuple[slice, ...]
+
+    @property
+    def key(self) -> tuple[int, ...]:
+        return tuple(end for rows in (*self.of_a, *self.of_b) for end in (rows.start, rows.stop))
 
 
 class Stack:
-    """The pairs of several adapters on layers that see the same x, side by side by the places of an Arrangement; for inference.
+    """The pairs of several adapters on layers that see the same x, by the places of an Arrangement; for inference.
 
-    A place holds its mix as one pair for each layer: A's one below the other, the B's with weight and scale in them, filled up
-    with zeros to the largest rank of the layer. All A's are one tensor (P, ranks of all layers, in), so that one product shrinks
-    x; each layer has its B (P, rank, out). Copies, in the dtype `products`, are made when a mix comes to a place: A and B are
-    then rounded as the layers round them for an adapter that all tokens use.
+    All A's are one table (rows, in), each layer's B's one of (rows, out); a place has as many rows as its mix has ranks, one
+    layer's A's below the other's, the B's with weight and scale in them. Copies, in the dtype `products`, are made when a mix
+    comes to a place: A and B are then rounded as the layers round them for an adapter that all tokens use.
+
+    The tables have as many rows as one batch needed, at most: what no batch uses stays while its rows are not needed. They
+    shrink when PATIENCE batches in a row needed less than half.
     """
 
     def __init__(self, shapes: Sequence[tuple[int, int]], products: torch.dtype, device: torch.device) -> None:
         """For weights of `shapes` (out, in); nothing is held yet."""
         self.shapes, self.products, self.device = tuple(shapes), products, device
         self.special: set[int] = set()  # places of mixes some of whose layers' pairs are more than A and B; these are not held
+        self.empty = True  # whether no mix has a pair here
+        self.bytes = 0  # of the tables
+        self._A = RowTable(shapes[0][1], products, device)
+        self._Bs = [RowTable(out, products, device) for out, _ in shapes]
         self._ranks: dict[int, tuple[int, ...]] = {}  # by place, of each layer
         self._copies: dict[int, _Copy] = {}  # by place
-        self._make(0, tuple(0 for _ in shapes))
+        self._seats: dict[int, _Seat] = {}  # by place
+        self._picked: tuple[Arrangement, _Picks] | None = None  # the last ones
+        self._roomy = 0  # batches in a row that needed less than half of the rows
 
     @property
-    def empty(self) -> bool:
-        """Whether no mix has a pair here."""
-        return not self.A.shape[1]
+    def _tables(self) -> tuple[RowTable, ...]:
+        return self._A, *self._Bs
+
+    def release(self) -> None:
+        """Forgets everything; what is held next is copied anew."""
+        for place in list(self._ranks):
+            self._drop(place)
+        self._remake((), fit=True)
 
     def hold(self, to: Arrangement, pairs: Held, selection: Selection) -> None:
         """Makes each place that is used hold its mix of `pairs`; an adapter without a pair here adds nothing.
@@ -174,17 +198,18 @@ class Stack:
         Copies what is not there, or was copied before an adapter came or left, or was trained since.
         """
         wanted = selection.standing(to)
-        new = [place for place, what in wanted.items() if not self._stands(place, what)]
-        held, places = len(self.A), len(to.places)
-        if not new and (held // 4 < places <= held or held == places):
-            return
-        mixtures = {place: _own(to.places[place], pairs) for place in new}
-        if self._make_room(places, mixtures):
-            mixtures = {place: _own(to.places[place], pairs) for place in wanted}
-        for place, layers in mixtures.items():
-            self._copies.pop(place, None)  # should the copying fail, nobody takes what is there for a copy
+        new = {place: _own(to.places[place], pairs) for place, what in wanted.items() if not self._stands(place, what)}
+        if new:
+            self._make_room(new, wanted)
+        for place, layers in new.items():
             self._copy(place, layers)
             self._copies[place] = _Copy.of(wanted[place], layers)
+        if new:
+            self.empty = not any(map(any, self._ranks.values()))
+        needed = sum(sum(self._ranks[place]) for place in wanted)
+        self._roomy = self._roomy + 1 if 2 * needed < len(self._A.numbers) else 0
+        if self._roomy >= PATIENCE:
+            self._remake(wanted, fit=True)
 
     def _stands(self, place: int, what: Standing) -> bool:
         known = self._copies.get(place)
@@ -194,73 +219,100 @@ class Stack:
         """Adds to each layer's y (tokens, out), in place, what the places give the tokens of `x` (tokens, in)."""
         wide = x.to(self.products)
         for part, place in to.long:
-            narrow = torch.mm(wide[part], self.A[place].t())
-            for y, ranks, B in zip(ys, self._parts, self.Bs, strict=True):
-                added = torch.mm(narrow[:, ranks], B[place]).to(y.dtype)
+            seat, ranks = self._seats[place], self._ranks[place]
+            if not any(ranks):
+                continue
+            narrow = torch.mm(wide[part], self._A.numbers[seat.of_a[0].start : seat.of_a[-1].stop].t())
+            for y, shrunk, within, B in zip(ys, torch.split(narrow, list(ranks), dim=1), seat.of_b, self._Bs, strict=True):
+                added = torch.mm(shrunk, B.numbers[within]).to(y.dtype)
                 y[part].add_(added) if isinstance(part, slice) else y.index_add_(0, part, added)
         if not to.at:
             return
         picks = self._picks(to)
         if not len(picks.rows):
             return
-        shrunk = row_dots(wide, picks.tokens, self.A.flatten(0, 1), picks.rows)
-        for y, B, (part, rows, firsts) in zip(ys, self.Bs, picks.layers, strict=True):
+        shrunk = row_dots(wide, picks.tokens, self._A.numbers, picks.rows)
+        for y, B, (part, rows, firsts) in zip(ys, self._Bs, picks.layers, strict=True):
             if not len(rows):
                 continue
-            found = row_sums(shrunk[part], B.flatten(0, 1), rows, firsts).to(y.dtype)
+            found = row_sums(shrunk[part], B.numbers, rows, firsts).to(y.dtype)
             y.add_(found) if to.tokens is None else y.index_add_(0, to.tokens, found)
 
     def _picks(self, to: Arrangement) -> _Picks:
-        """Worked out once for all stacks whose places have the same ranks."""
-        key = tuple((part.start, part.stop) for part in self._parts), tuple(self._ranks[place] for _, place in to.at)
-        found = to.picked.get(key)
-        if found is None:
-            found = to.picked[key] = _Picks.of(to, self._parts, self._ranks, self.device)
-        return cast(_Picks, found)
+        """Worked out once for all stacks whose places have the same rows."""
+        if self._picked is None or self._picked[0] is not to:
+            key = tuple((place, self._seats[place].key) for place in sorted({place for _, place in to.at}))
+            found = to.picked.get(key)
+            if found is None:
+                found = to.picked[key] = _Picks.of(to, self._seats, len(self.shapes), self.device)
+            self._picked = to, cast(_Picks, found)
+        return self._picked[1]
 
-    def _make_room(self, places: int, mixes: Mapping[int, Sequence[Mixture]]) -> bool:
-        """Notes the ranks of the new `mixes`; whether there had to be new tensors, so that everything is to be copied again."""
-        for place, layers in mixes.items():
-            plain = all(map(_plain, layers))
-            (self.special.discard if plain else self.special.add)(place)
+    def _make_room(self, new: Mapping[int, Sequence[Mixture]], wanted: Iterable[int]) -> None:
+        """Rows for the mixes that are `new` among the `wanted` places; others give up theirs, the oldest first, where need be."""
+        for place, layers in new.items():
+            self._drop(place)
+            if not all(map(_plain, layers)):
+                self.special.add(place)
             self._ranks[place] = tuple(
                 sum(len(pair.factors()[0]) for pair, _ in mixture) if _plain(mixture) else 0 for mixture in layers
             )
-        for place in [place for place in self._ranks if place >= places]:
-            del self._ranks[place]
-            self._copies.pop(place, None)
-            self.special.discard(place)
-        ranks = tuple(max(own) for own in zip(*self._ranks.values(), strict=True)) or tuple(0 for _ in self.shapes)
-        held = tuple(part.stop - part.start for part in self._parts)
-        fits = all(new <= old for new, old in zip(ranks, held, strict=True)) and 2 * sum(ranks) > sum(held)
-        if (fits or ranks == held) and len(self.A) // 4 < places <= len(self.A):
+        keep = set(wanted)
+        unused = [place for place in self._ranks if place not in keep]
+        for place in new:
+            while not self._seat(place):
+                if not unused:
+                    self._remake(keep)
+                    return
+                self._drop(unused.pop(0))
+
+    def _seat(self, place: int) -> bool:
+        """Whether there were rows for a place, which has them now."""
+        ranks = self._ranks[place]
+        if not all(table.take(place, count) for table, count in zip(self._tables, (sum(ranks), *ranks), strict=True)):
+            for table in self._tables:
+                table.free(place)
             return False
-        self._make(1 << (places - 1).bit_length() if places else 0, ranks)
+        ends = itertools.accumulate(ranks, initial=self._A.spans[place].start)
+        of_a = tuple(slice(first, last) for first, last in itertools.pairwise(ends))
+        self._seats[place] = _Seat(of_a, tuple(B.spans[place] for B in self._Bs))
         return True
 
-    def _make(self, places: int, ranks: tuple[int, ...]) -> None:
-        """Room for `places` mixes, each of at most such a rank for each layer."""
-        ends = [0, *itertools.accumulate(ranks)]
-        with torch.inference_mode(False):  # else nobody could copy to them outside of it
-            zeros = partial(torch.zeros, dtype=self.products, device=self.device)
-            A = zeros(places, ends[-1], self.shapes[0][1])
-            Bs = [zeros(places, rank, out) for rank, (out, _) in zip(ranks, self.shapes, strict=True)]
-        self._copies.clear()
-        self._parts = [slice(first, last) for first, last in itertools.pairwise(ends)]  # of the rank side, by layer
-        self.A, self.Bs = A, Bs
+    def _drop(self, place: int) -> None:
+        self._picked = None
+        for known in (self._copies, self._ranks, self._seats):
+            known.pop(place, None)
+        self.special.discard(place)
+        for table in self._tables:
+            table.free(place)
+
+    def _remake(self, wanted: Iterable[int], *, fit: bool = False) -> None:
+        """Tables that hold the `wanted` places and no others; with `fit`, no row more. Copies that stand are kept."""
+        self._picked, self._roomy = None, 0
+        keep = set(wanted)
+        for place in self._ranks.keys() - keep:
+            self._drop(place)
+        needed = [sum(of) for of in zip(*((sum(ranks), *ranks) for ranks in self._ranks.values()), strict=True)]
+        copies, self._copies = self._copies, {}  # should a table fail, nobody takes what is there for copies
+        try:
+            for table, rows in zip(self._tables, needed or [0] * (1 + len(self._Bs)), strict=True):
+                table.remake(rows if fit else max(rows, len(table.numbers)), copies)
+        finally:
+            self.bytes = sum(table.numbers.nbytes for table in self._tables)
+        for place in self._ranks:
+            self._seat(place)  # there are rows for all of them
+        self._copies = copies
+        self.empty = not any(map(any, self._ranks.values()))
 
     def _copy(self, place: int, layers: Sequence[Mixture]) -> None:
-        for ranks, B, mixture in zip(self._parts, self.Bs, layers, strict=True):
-            below, beside, first = self.A[place, ranks], B[place], 0
+        seat = self._seats[place]
+        for above, within, B, mixture in zip(seat.of_a, seat.of_b, self._Bs, layers, strict=True):
+            first, second = above.start, within.start
             for pair, weight in mixture if _plain(mixture) else ():
                 a, b = (factor.detach() for factor in pair.factors())
-                last = first + len(a)
-                below[first:last].copy_(a)
-                torch.mul(b.t(), pair.scale * weight, out=beside[first:last])
-                first = last
-            if first < len(below):
-                below[first:].zero_()
-                beside[first:].zero_()
+                self._A.numbers[first : first + len(a)].copy_(a)
+                torch.mul(b.t(), pair.scale * weight, out=B.numbers[second : second + len(a)])
+                first, second = first + len(a), second + len(a)
 
 
 def _numbers(values: Sequence[int], device: torch.device) -> Tensor:

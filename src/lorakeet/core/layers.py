@@ -230,6 +230,7 @@ class SharedInput:
         stack = self._stack
         if stack is None or self._products != products:
             stack = self._stack = Stack([layer.base.shape for layer in layers], products, device)
+            layers[0].selection.holds(stack)
         self._to, selection = None, layers[0].selection
         changes = selection.changes  # an adapter may come meanwhile: then this is looked at again
         # The plain dicts: this runs for every layer as rows come and go.

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Hashable, Iterable, Sequence
+import weakref
+from collections.abc import Collection, Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import cast
+from typing import Protocol, cast
 
 import torch
 from torch import Tensor
@@ -13,6 +14,8 @@ from torch import Tensor
 Mix = tuple[tuple[str, float], ...]  # the adapters that a token uses, with weights
 Standing = tuple[Mix, tuple[int | None, ...]]  # a mix, and when each of its adapters last came
 Run = tuple[int, int, Mix]  # the units start … stop − 1 use one mix
+PATIENCE = 64  # batches that need less than half of the room which earlier ones needed, until it is given back
+_STANDING = "standing"
 FEW = 16  # tokens of one mix, up to which its rows are picked for each; products of all of them beyond
 
 
@@ -46,6 +49,16 @@ class Arrangement:
     picked: dict[Hashable, object] = field(default_factory=dict, compare=False)
 
 
+class Tables(Protocol):
+    """Copies of pairs that layers hold for divided batches."""
+
+    bytes: int
+
+    def release(self) -> None:
+        """Frees them."""
+        ...
+
+
 class Selection:
     """The adapter that all units use (`active`), or the `shares` of a batch of `units` whose units use different ones."""
 
@@ -59,6 +72,8 @@ class Selection:
         self._places: tuple[Mix, ...] = ()
         self._runs: tuple[Run, ...] | None = None  # of the shares; worked out when a layer asks for them
         self._arranged: dict[tuple[int, torch.device], Arrangement] = {}
+        self._roomy = 0  # divisions in a row that used less than half of the places
+        self._tables: list[weakref.ref[Tables]] = []
 
     def use(self, name: str | None) -> None:
         """Everything uses the adapter `name`, or the bare base. The name is not checked here; see models/inject.activate."""
@@ -93,15 +108,32 @@ class Selection:
             self.comings[name] = number
         self.changes = number
 
+    def holds(self, tables: Tables) -> None:
+        """Some layers compute divided batches with these from now on, as long as they are alive."""
+        self._tables = [known for known in self._tables if known() is not None] + [weakref.ref(tables)]
+
+    @property
+    def table_bytes(self) -> int:
+        """What all copies of pairs take that layers hold for divided batches. From any thread."""
+        return sum(tables.bytes for known in self._tables if (tables := known()) is not None)
+
+    def release(self) -> None:
+        """Frees those copies; the next divided batch makes its own. In the thread that runs the model."""
+        for known in self._tables:
+            if (tables := known()) is not None:
+                tables.release()
+        self.changes = next(self._numbers)  # layers look again at what they hold
+
     def standing(self, to: Arrangement) -> dict[int, Standing]:
         """What must stand at each place of `to` that is used, as of now."""
-        key = "standing", self.changes
-        found = to.picked.get(key)
-        if found is None:
-            mixes = {place: to.places[place] for place in to.used}
-            found = {place: (mix, tuple(self.comings.get(name) for name, _ in mix)) for place, mix in mixes.items()}
-            to.picked[key] = found
-        return cast("dict[int, Standing]", found)
+        changes = self.changes
+        known = cast("tuple[int, dict[int, Standing]] | None", to.picked.get(_STANDING))
+        if known is not None and known[0] == changes:
+            return known[1]
+        mixes = {place: to.places[place] for place in to.used}
+        found = {place: (mix, tuple(self.comings.get(name) for name, _ in mix)) for place, mix in mixes.items()}
+        to.picked[_STANDING] = changes, found  # in place of the last one: the same rows may outlive thousands of changes
+        return found
 
     def shares_over(self, tokens: int) -> tuple[Share, ...]:
         """The shares in tokens, where a layer sees `tokens` of them: as many for each unit."""
@@ -121,7 +153,9 @@ class Selection:
             each = self._each(tokens)
             if self._runs is None:
                 self._runs = _runs(self.shares or ())
-                self._places = _placed(self._places, (mix for _, _, mix in self._runs))
+                mixes = dict.fromkeys(mix for _, _, mix in self._runs)
+                self._roomy = self._roomy + 1 if len(self._places) > 2 * len(mixes) else 0
+                self._places = tuple(mixes) if self._roomy >= PATIENCE else _placed(self._places, mixes)
             spans = [(slice(start * each, stop * each), mix) for start, stop, mix in self._runs]
             found = self._arranged[tokens, device] = _arrangement(spans, self._places, tokens, device)
         return found
@@ -152,14 +186,8 @@ def _runs(shares: tuple[Share, ...]) -> tuple[Run, ...]:
     return tuple(found)
 
 
-def _placed(places: tuple[Mix, ...], wanted: Iterable[Mix]) -> tuple[Mix, ...]:
-    """`places` with one for each mix that is `wanted`: where it stands already, else one that nobody uses, else a new one.
-
-    All anew where more than half of the places would see nothing.
-    """
-    mixes = dict.fromkeys(wanted)
-    if len(places) > 2 * len(mixes):
-        return tuple(mixes)
+def _placed(places: tuple[Mix, ...], mixes: Collection[Mix]) -> tuple[Mix, ...]:
+    """`places` with one for each of the `mixes`: where it stands already, else one that nobody uses, else a new one."""
     new = [mix for mix in mixes if mix not in places]
     if not new:
         return places

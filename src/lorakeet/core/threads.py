@@ -67,6 +67,6 @@ def _mkl() -> Callable[[ctypes.c_int], object] | None:
     """MKL's call for one thread's number, where torch is built with MKL: it lies within torch's own library."""
     path = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
     try:
-        return ctypes.CDLL(str(path)).MKL_Set_Num_Threads_Local  # type: ignore[no-any-return]
+        return ctypes.CDLL(str(path)).MKL_Set_Num_Threads_Local
     except (OSError, AttributeError):
         return None

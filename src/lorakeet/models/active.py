@@ -76,6 +76,11 @@ class LiveModel:
         """What the numbers of an adapter on the model take, in fp32."""
         return self._bytes[name]
 
+    @property
+    def table_bytes(self) -> int:
+        """What the copies of pairs take that layers hold for the texts of a batch (core/batched)."""
+        return self.selection.table_bytes
+
     def check(self, adapter: Adapter) -> dict[str, PlanEntry]:
         """The entries of the pairs of `adapter`, whose tensors may lie on the meta device.
 

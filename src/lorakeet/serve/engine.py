@@ -22,6 +22,7 @@ from torch import Tensor
 from lorakeet.core.selection import Selection
 from lorakeet.core.threads import compute_with
 from lorakeet.errors import ConfigError, LorakeetError
+from lorakeet.memory.allocator import give_back_free_memory
 from lorakeet.models.kv_cache import KeyValues, Row, step
 from lorakeet.models.sample import end_ids
 from lorakeet.models.text import TextModel
@@ -31,6 +32,7 @@ from lorakeet.serve.slots import Slots, key_of
 from lorakeet.serve.text_stream import TextStream
 
 NOT_FINITE = "The model's numbers are not finite with these adapters and weights; ask for smaller weights, or check the adapter."
+KEEP_COPIES = 10.0  # seconds without a text, until what layers keep of adapters for the next one is freed
 Reason = Literal["stop", "length", "timeout", "cancelled", "error"]
 T = TypeVar("T")
 
@@ -112,13 +114,15 @@ class Engine:
     ) -> None:
         """`slots` texts are written at once, of at most `context` tokens with their prompts; `waiting` more may queue.
 
-        `cores` is asked before each step how many of them to compute with; without it, as many as torch gives the thread.
+        `cores` is asked before each step, and each call, how many of them to compute with; without it, as many as torch gives
+        the thread.
         """
         self.text, self.selection, self.context, self.chunk = text, selection, context, chunk
         self.cache = KeyValues(slots=slots, capacity=context)
         self.slots = Slots(self.cache)
         self.most_waiting, self.cores = waiting, cores
         self.steps = 0
+        self.most_copies: int | None = None  # bytes that the copies of adapters may take between two steps
         self._ends = end_ids(text)
         self._queue: deque[Job] = deque()
         self._running: list[Job] = []
@@ -212,22 +216,35 @@ class Engine:
 
     def _loop(self) -> None:
         taken = 0
-        while True:
-            with self._wake:
-                while not (self._queue or self._running) and self._calls.empty():
-                    if self._state == "draining":
-                        self._state = "stopped"
-                        return
-                    self._wake.wait()
+        while self._wait():
+            if self.cores is not None and (left := self.cores()) != taken:
+                compute_with(left)
+                taken = left
             while not self._calls.empty():
                 self._calls.get()()
             self._sweep()
             self._admit()
-            if self._running and self.cores is not None and (left := self.cores()) != taken:
-                compute_with(left)
-                taken = left
             if self._running:
                 self._guarded_step()
+
+    def _wait(self) -> bool:
+        """Waits for something to do; False where there will be nothing any more.
+
+        After KEEP_COPIES seconds without anything, the copies that layers hold of the adapters of texts are freed.
+        """
+        patience: float | None = KEEP_COPIES
+        while True:
+            with self._wake:
+                if self._queue or self._running or not self._calls.empty():
+                    return True
+                if self._state == "draining":
+                    self._state = "stopped"
+                    return False
+                woken = self._wake.wait(patience)
+            if not woken:
+                self.selection.release()
+                give_back_free_memory()
+                patience = None
 
     def _sweep(self) -> None:
         """Ends what was cancelled or is too late, running or waiting."""
@@ -256,6 +273,9 @@ class Engine:
             for job in jobs:
                 self._finish(job, "error", f"{type(error).__name__}: {error}")
             return
+        finally:  # layers keep what earlier batches needed, each for itself
+            if self.most_copies is not None and self.selection.table_bytes > self.most_copies:
+                self.selection.release()
         self.steps += 1
         self._take(jobs, rows, logits.cpu())
 

@@ -10,6 +10,7 @@ import json
 import logging
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +21,7 @@ from lorakeet.serve.engine import Engine
 from lorakeet.serve.naming import UnknownModel, check_name, wanted
 from lorakeet.serve.on_disk import Source, inspect, read
 from lorakeet.serve.probe import Probe, Prober, compare_record, find_certificate, read_record
+from lorakeet.serve.slots import Key, key_of
 
 log = logging.getLogger("lorakeet.serve")
 
@@ -71,13 +73,14 @@ class Registry:
         budget: int | None = None,
         changed: Callable[[], object] | None = None,
     ) -> None:
-        """`budget` bounds the bytes of adapters in memory with the copies that texts use (of single adapters; a weighted mix has
-        a copy of its own); `changed` is called after names came, went or moved."""
+        """`budget` bounds the bytes of adapters in memory with the copies that texts use, of adapters and of mixes; `changed` is
+        called after names came, went or moved."""
         self.live, self.engine, self.base, self.budget = live, engine, base, budget
         self.prober = Prober(live.text, live.selection)
         self._changed = changed or (lambda: None)
         self._current: dict[str, Version] = {}
         self._resident: dict[str, Version] = {}  # by key
+        self._mixes: Counter[Key] = Counter()  # the weighted mixes that are leased, which have copies of their own
         self._lock = threading.Lock()  # the tables; held for moments
         self._loading = threading.Lock()  # one load at a time
         self._numbers: dict[str, int] = {}
@@ -192,6 +195,7 @@ class Registry:
             single = [version.name for version in held if not self.live.mixes(version.key)]
             if single and (len(held) > 1 or set(adapters.values()) != {1.0}):
                 raise ConfigError(f"{', '.join(single)} has DoRA or biases, which have no weighted mix; ask for it by itself.")
+            self._count_mix(key_of(adapters))
             return Lease(tuple(held), adapters)
         except BaseException:
             self._let_go(held)
@@ -199,7 +203,32 @@ class Registry:
 
     def release(self, lease: Lease) -> None:
         """Ends a lease; old versions that nobody uses any more are freed."""
+        self._forget_mix(key_of(lease.adapters))
         self._let_go(list(lease.versions))
+
+    def _count_mix(self, mix: Key) -> None:
+        """Counts the copies of a weighted mix; NoRoom without room for them."""
+        if not _is_mix(mix) or self._counted(mix):
+            return
+        with self._loading:
+            if not self._counted(mix):
+                self._make_room(0, mix)
+                with self._lock:
+                    self._mixes[mix] = 1
+
+    def _counted(self, mix: Key) -> bool:
+        """Whether the copies of a mix are counted already; then there is another one who needs them."""
+        with self._lock:
+            known = mix in self._mixes
+            if known:
+                self._mixes[mix] += 1
+            return known
+
+    def _forget_mix(self, mix: Key) -> None:
+        with self._lock:
+            if _is_mix(mix):
+                self._mixes[mix] -= 1
+                self._mixes += Counter()  # without those that nobody has
 
     def _hold(self, name: str) -> Version:
         with self._lock:
@@ -287,29 +316,48 @@ class Registry:
         finally:
             self.release(lease)
 
-    def _make_room(self, needed: int) -> None:
-        """Puts out the adapters that were used longest ago until `needed` bytes fit the budget, with the copies of adapters."""
-        while self.budget is not None:
-            with self._lock:
-                sizes = [version.source.bytes for version in self._resident.values()]
-                held, copies = sum(sizes), self._copies([*sizes, needed])
-                if held + needed + copies <= self.budget:
-                    return
-                idle = [v for v in self._resident.values() if v.loaded and not v.users and not v.pinned]
-                oldest = min(idle, key=lambda v: v.used, default=None)
-                if oldest is not None:
-                    oldest.loaded = False
-            if oldest is None:
-                raise NoRoom(
-                    f"The adapter takes {needed:,} bytes, and copies for the texts that are written {copies:,}; {held:,} of "
-                    f"{self.budget:,} are taken by adapters that are in use or pinned. Try again, unpin one, or start the server "
-                    "with more --memory."
-                )
-            self._put_out(oldest)
+    def _make_room(self, needed: int, mix: Key = ()) -> None:
+        """Puts out the adapters that were used longest ago until `needed` bytes fit the budget, with the copies of adapters and
+        of a new `mix`.
 
-    def _copies(self, sizes: list[int]) -> int:
-        """What copies of adapters of these sizes in fp32 take at most (core/batched): of one for each text that is written."""
-        largest = sorted(sizes, reverse=True)[: self.engine.cache.slots]
+        Where copies take more than texts may need, from before, they are freed first: texts that are written copy theirs anew.
+        """
+        while self.budget is not None:
+            taken = self.live.table_bytes
+            with self._lock:
+                held, copies = sum(version.source.bytes for version in self._resident.values()), self._copies(needed, mix)
+                if held + needed + max(copies, taken) <= self.budget:
+                    self.engine.most_copies = self.budget - held - needed
+                    return
+                oldest = None
+                if taken <= copies:
+                    idle = [v for v in self._resident.values() if v.loaded and not v.users and not v.pinned]
+                    oldest = min(idle, key=lambda v: v.used, default=None)
+                    if oldest is not None:
+                        oldest.loaded = False
+            if taken > copies:
+                self.engine.call(self.live.selection.release).result()
+                if self.live.table_bytes >= taken:  # texts need as much already
+                    raise self._no_room(needed, taken, held)
+            elif oldest is None:
+                raise self._no_room(needed, copies, held)
+            else:
+                self._put_out(oldest)
+
+    def _no_room(self, needed: int, copies: int, held: int) -> NoRoom:
+        what = f"The adapter takes {needed:,} bytes, and" if needed else "The mix has"
+        return NoRoom(
+            f"{what} copies for the texts that are written {copies:,}; {held:,} of {self.budget:,} are taken by adapters that "
+            "are in use or pinned. Try again, unpin one, or start the server with more --memory."
+        )
+
+    def _copies(self, needed: int = 0, mix: Key = ()) -> int:
+        """What copies of adapters take at most (core/batched): one for each text that is written, of an adapter in memory or of a
+        mix that is leased, which takes what its adapters take together; with an adapter of `needed` bytes in fp32, and a `mix`.
+        """
+        sizes = {key: version.source.bytes for key, version in self._resident.items()}
+        mixes = [sum(sizes.get(key, 0) for key, _ in one) for one in (*self._mixes, mix)]
+        largest = sorted([*sizes.values(), *mixes, needed], reverse=True)[: self.engine.cache.slots]
         return sum(largest) * self.live.text.products.itemsize // 4
 
     def _put_out(self, version: Version) -> None:
@@ -318,3 +366,8 @@ class Registry:
         with self._lock:
             self._resident.pop(version.key, None)
         self.engine.call(lambda: self.engine.slots.forget(version.key))
+
+
+def _is_mix(adapters: Key) -> bool:
+    """Whether texts with these adapters have a copy that no adapter has by itself."""
+    return len(adapters) > 1 or any(weight != 1.0 for _, weight in adapters)
