@@ -46,8 +46,8 @@ def forecasts() -> Iterator[dict[bool, int]]:
     found: dict[bool, int] = {}
     before = CheckPlanner.forecast
 
-    def noted(self: CheckPlanner, *, streamed: bool) -> Any:
-        forecast = before(self, streamed=streamed)
+    def noted(self: CheckPlanner, *, streamed: bool, **given: Any) -> Any:
+        forecast = before(self, streamed=streamed, **given)
         found[streamed] = forecast.peak
         return forecast
 
