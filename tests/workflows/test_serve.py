@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import shlex
@@ -27,7 +28,7 @@ from lorakeet.evaluate.certificate import read_certificate
 from lorakeet.formats import peft
 from lorakeet.formats.detect import read_adapter
 from lorakeet.formats.vllm import misread
-from lorakeet.workflows.serve import _cores, cores_for_the_engine
+from lorakeet.workflows.serve import _cores, cores_for_the_engine, what_there_is_kept
 from lorakeet.workflows.verify import verify
 from tiny.adapters import random_adapter
 from tiny.models import tiny_model
@@ -159,6 +160,18 @@ def test_whoever_answers_computes_by_itself() -> None:
         assert torch.get_num_threads() == 2
     finally:
         compute_with(before)
+
+
+def test_the_collector_looks_at_what_comes_and_not_at_what_there_was() -> None:
+    before = gc.get_freeze_count()
+    old: list[object] = []
+    old.append(old)
+    with what_there_is_kept():
+        assert gc.get_freeze_count() > before and not any(found is old for found in gc.get_objects())
+        new: list[object] = []
+        new.append(new)
+        assert any(found is new for found in gc.get_objects())
+    assert gc.get_freeze_count() == 0 and any(found is old for found in gc.get_objects())
 
 
 @pytest.mark.parametrize(

@@ -5,8 +5,9 @@
             └── tokens of share 2:  w₂·s₂ · x·A₂ᵀ·B₂ᵀ ── added to its part of y       (shares may overlap: a mix)
 
 Two ways give the same numbers to rounding. Share by share is differentiable and costs some products for each share. Stacked, for
-inference, each mix has rows in one table of A's and one of B's where its pairs stand, and tokens that are written one by one
-pick their rows of it, for layers that see the same x: the number of products does not depend on the number of adapters.
+inference, each mix has rows in one table of A's and one of B's where its pairs stand, for layers that see the same x. Tokens that
+are written one by one pick their rows of it, and prompts of many tokens are multiplied together (core/padded_parts): the number
+of products does not depend on the number of adapters.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from lorakeet.core.base import FrozenBase
 from lorakeet.core.gathered import row_dots, row_sums
 from lorakeet.core.lowrank import LoraPair
 from lorakeet.core.math import add_low_rank, grad_of_b, shrink_grad
+from lorakeet.core.padded_parts import PaddedParts, Part, padded
 from lorakeet.core.row_table import RowTable
 from lorakeet.core.selection import PATIENCE, Arrangement, Mix, Selection, Share, Standing
 
@@ -92,6 +94,7 @@ def shared_low_rank(
 
 
 Mixture = Sequence[tuple[LoraPair, float]]  # the pairs of a mix on one layer, with weights
+Factors = tuple[Tensor, Tensor, float]  # A and B of a pair as used, and what their product is multiplied by
 Held = Sequence[Mapping[str, LoraPair]]  # the pairs of some layers, each by adapter
 
 
@@ -117,15 +120,17 @@ class _Copy:
 
 @dataclass(frozen=True)
 class _Picks:
-    """Which rows of a stack's tables the tokens pick that are computed one by one; layer by layer, in the order of tokens.
+    """Which rows of a stack's tables the tokens meet.
 
-    `tokens` and `rows` (n,): x[tokens[i]] meets the row rows[i] of all A's. A layer has its part of these n, and, within its B's,
-    the rows for them, and where each token's begin.
+    Those that are computed one by one, layer by layer, in the order of tokens: `tokens` and `rows` (n,), x[tokens[i]] meets the
+    row rows[i] of all A's. A layer has its part of these n, and, within its B's, the rows for them, and where each token's begin.
+    `long` are the others.
     """
 
     tokens: Tensor
     rows: Tensor
     layers: tuple[tuple[slice, Tensor, Tensor], ...]
+    long: tuple[PaddedParts, ...]
 
     @classmethod
     def of(cls, to: Arrangement, seats: Mapping[int, _Seat], layers: int, device: torch.device) -> _Picks:
@@ -142,7 +147,8 @@ class _Picks:
                 rows += range(above.start, above.stop)
                 tokens += [token] * (above.stop - above.start)
             found.append((slice(first, len(tokens)), _numbers(own, device), _numbers(firsts, device)))
-        return cls(_numbers(tokens, device), _numbers(rows, device), tuple(found))
+        long = [Part(part, seats[place].all_of_a, seats[place].of_b) for part, place in to.long]
+        return cls(_numbers(tokens, device), _numbers(rows, device), tuple(found), padded(long, device))
 
 
 @dataclass(frozen=True)
@@ -151,6 +157,10 @@ class _Seat:
 
     of_a: tuple[slice, ...]
     of_b: tuple[slice, ...]
+
+    @property
+    def all_of_a(self) -> slice:
+        return slice(self.of_a[0].start, self.of_a[-1].stop)
 
     @property
     def key(self) -> tuple[int, ...]:
@@ -200,10 +210,13 @@ class Stack:
         wanted = selection.standing(to)
         new = {place: _own(to.places[place], pairs) for place, what in wanted.items() if not self._stands(place, what)}
         if new:
-            self._make_room(new, wanted)
-        for place, layers in new.items():
-            self._copy(place, layers)
-            self._copies[place] = _Copy.of(wanted[place], layers)
+            factors = {place: [_factors(mixture) for mixture in layers] for place, layers in new.items()}
+            self._make_room(factors, wanted)
+            for place, layers in new.items():
+                if not all(map(_plain, layers)):
+                    self.special.add(place)
+                self._copy(place, factors[place])
+                self._copies[place] = _Copy.of(wanted[place], layers)
         if new:
             self.empty = not any(map(any, self._ranks.values()))
         needed = sum(sum(self._ranks[place]) for place in wanted)
@@ -218,17 +231,9 @@ class Stack:
     def add(self, ys: Sequence[Tensor], x: Tensor, to: Arrangement) -> None:
         """Adds to each layer's y (tokens, out), in place, what the places give the tokens of `x` (tokens, in)."""
         wide = x.to(self.products)
-        for part, place in to.long:
-            seat, ranks = self._seats[place], self._ranks[place]
-            if not any(ranks):
-                continue
-            narrow = torch.mm(wide[part], self._A.numbers[seat.of_a[0].start : seat.of_a[-1].stop].t())
-            for y, shrunk, within, B in zip(ys, torch.split(narrow, list(ranks), dim=1), seat.of_b, self._Bs, strict=True):
-                added = torch.mm(shrunk, B.numbers[within]).to(y.dtype)
-                y[part].add_(added) if isinstance(part, slice) else y.index_add_(0, part, added)
-        if not to.at:
-            return
         picks = self._picks(to)
+        for parts in picks.long:
+            parts.add(ys, wide, self._A.numbers, [B.numbers for B in self._Bs])
         if not len(picks.rows):
             return
         shrunk = row_dots(wide, picks.tokens, self._A.numbers, picks.rows)
@@ -241,22 +246,18 @@ class Stack:
     def _picks(self, to: Arrangement) -> _Picks:
         """Worked out once for all stacks whose places have the same rows."""
         if self._picked is None or self._picked[0] is not to:
-            key = tuple((place, self._seats[place].key) for place in sorted({place for _, place in to.at}))
+            key = tuple((place, self._seats[place].key) for place in sorted(to.used))
             found = to.picked.get(key)
             if found is None:
                 found = to.picked[key] = _Picks.of(to, self._seats, len(self.shapes), self.device)
             self._picked = to, cast(_Picks, found)
         return self._picked[1]
 
-    def _make_room(self, new: Mapping[int, Sequence[Mixture]], wanted: Iterable[int]) -> None:
+    def _make_room(self, new: Mapping[int, Sequence[Sequence[Factors]]], wanted: Iterable[int]) -> None:
         """Rows for the mixes that are `new` among the `wanted` places; others give up theirs, the oldest first, where need be."""
         for place, layers in new.items():
             self._drop(place)
-            if not all(map(_plain, layers)):
-                self.special.add(place)
-            self._ranks[place] = tuple(
-                sum(len(pair.factors()[0]) for pair, _ in mixture) if _plain(mixture) else 0 for mixture in layers
-            )
+            self._ranks[place] = tuple(sum(a.shape[0] for a, _, _ in factors) for factors in layers)
         keep = set(wanted)
         unused = [place for place in self._ranks if place not in keep]
         for place in new:
@@ -304,15 +305,15 @@ class Stack:
         self._copies = copies
         self.empty = not any(map(any, self._ranks.values()))
 
-    def _copy(self, place: int, layers: Sequence[Mixture]) -> None:
-        seat = self._seats[place]
-        for above, within, B, mixture in zip(seat.of_a, seat.of_b, self._Bs, layers, strict=True):
+    def _copy(self, place: int, layers: Sequence[Sequence[Factors]]) -> None:
+        seat, A = self._seats[place], self._A.numbers
+        for above, within, B, factors in zip(seat.of_a, seat.of_b, self._Bs, layers, strict=True):
             first, second = above.start, within.start
-            for pair, weight in mixture if _plain(mixture) else ():
-                a, b = (factor.detach() for factor in pair.factors())
-                self._A.numbers[first : first + len(a)].copy_(a)
-                torch.mul(b.t(), pair.scale * weight, out=B.numbers[second : second + len(a)])
-                first, second = first + len(a), second + len(a)
+            for a, b, scale in factors:
+                rank = a.shape[0]
+                A[first : first + rank].copy_(a)
+                torch.mul(b.t(), scale, out=B.numbers[second : second + rank])
+                first, second = first + rank, second + rank
 
 
 def _numbers(values: Sequence[int], device: torch.device) -> Tensor:
@@ -326,6 +327,17 @@ def _own(mix: Mix, pairs: Held) -> list[Mixture]:
 
 def _plain(mixture: Mixture) -> bool:
     return all(pair.plain for pair, _ in mixture)
+
+
+def _factors(mixture: Mixture) -> list[Factors]:
+    """Those of a mix on one layer; none where one of its pairs is more than A and B."""
+    if not _plain(mixture):
+        return []
+    found = []
+    for pair, weight in mixture:
+        A, B = pair.factors()
+        found.append((A.detach(), B.detach(), pair.scale * weight))
+    return found
 
 
 def _written(tensors: Iterable[weakref.ref[Tensor]]) -> int:

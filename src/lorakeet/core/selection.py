@@ -36,14 +36,14 @@ class Share:
 class Arrangement:
     """A divided batch as layers compute it: each mix has a place where its pairs stand.
 
-    `places` are the mixes by place, some of which nobody may use now; `used` are the others. `long` are tokens that use one mix,
-    as a slice or by number, with its place, multiplied by themselves. Of all others that have a mix, `at` is the place; they are
-    the `tokens` (k,), or all there are if that is None. `picked` is for what layers work out for them, by what it depends on.
+    `places` are the mixes by place, some of which nobody may use now; `used` are the others. `long` are the tokens that use one
+    mix, where these are many, with its place. Of all others that have a mix, `at` is the place; they are the `tokens` (k,), or
+    all there are if that is None. `picked` is for what layers work out for them, by what it depends on.
     """
 
     places: tuple[Mix, ...]
     used: frozenset[int]
-    long: tuple[tuple[slice | Tensor, int], ...]
+    long: tuple[tuple[Sequence[int], int], ...]
     at: tuple[tuple[int, int], ...]  # (token, place)
     tokens: Tensor | None
     picked: dict[Hashable, object] = field(default_factory=dict, compare=False)
@@ -206,14 +206,14 @@ def _arrangement(spans: Sequence[tuple[slice, Mix]], places: tuple[Mix, ...], to
     own: dict[int, list[slice]] = {}
     for span, mix in spans:
         own.setdefault(place_of[mix], []).append(span)
-    long: list[tuple[slice | Tensor, int]] = []
+    long: list[tuple[Sequence[int], int]] = []
     at: list[tuple[int, int]] = []
     for place, parts in own.items():
         numbers = [token for part in parts for token in range(part.start, part.stop)]
         if len(numbers) <= FEW:
             at += [(token, place) for token in numbers]
         else:
-            long.append((parts[0] if len(parts) == 1 else _indices(numbers, device), place))
+            long.append((numbers if len(parts) > 1 else range(parts[0].start, parts[0].stop), place))
     at.sort()
     some = None if len(at) == tokens else _indices([token for token, _ in at], device)
     return Arrangement(places, frozenset(own), tuple(long), tuple(at), some)

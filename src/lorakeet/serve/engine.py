@@ -280,7 +280,7 @@ class Engine:
         self._take(jobs, rows, logits.cpu())
 
     def _rows(self) -> tuple[list[Job], list[Row]]:
-        """Whose tokens are computed next: everyone who writes, then prompts up to a chunk; in the order of slots."""
+        """Whose tokens are computed next: everyone who writes, in the order of slots, then prompts up to a chunk, by length."""
         room, chosen = self.chunk, []
         for job in self._running:  # in the order of arrival
             count = len(job.pending)
@@ -290,7 +290,7 @@ class Engine:
                 count = min(count, room)
                 room -= count
                 chosen.append((job, count))
-        chosen.sort(key=lambda pair: pair[0].slot)
+        chosen.sort(key=lambda pair: (pair[1], pair[0].slot))
         rows = [Row(job.slot, job.done, job.pending[:count], job.request.adapters) for job, count in chosen]
         return [job for job, _ in chosen], rows
 
