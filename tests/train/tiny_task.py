@@ -44,6 +44,8 @@ def examples(count: int, *, seed: int) -> list[Example]:
 class TinyText(nn.Module):
     """What text_loss asks of a TextModel; the hidden state of a token sees that token alone."""
 
+    kernels = None
+
     def __init__(self, *, dropout: float = 0.0, start: str = "kaiming") -> None:
         super().__init__()
         generator = torch.Generator().manual_seed(1)

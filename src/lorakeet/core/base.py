@@ -1,7 +1,8 @@
 """Frozen bases: a weight that is never trained, behind four methods.
 
 A base answers `matmul(x)` = x·Wᵀ, `matmul_t(g)` = g·W, `dense()` = W, and `store(weight)`, which writes a new W into it.
-Quantised bases (folder `quant`) answer the same four, so that one autograd function serves all of them.
+Quantised bases (folder `quant`) answer the same four, so that one autograd function serves all of them. Some also say how Triton
+kernels read them (`in_tiles`, see core/kernels).
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ from typing import Protocol
 
 import torch
 from torch import Tensor, nn
+
+from lorakeet.core.in_tiles import InTiles, Kernels
 
 
 class FrozenBase(Protocol):
@@ -35,6 +38,8 @@ class FrozenBase(Protocol):
 class DenseBase:
     """The weight (out, in) of an nn.Linear, read from the module at each call, so that moves and casts are seen."""
 
+    kernels: Kernels | None = None  # where products with a pair may run fused (core/kernels)
+
     def __init__(self, module: nn.Module) -> None:
         self.module = module
 
@@ -56,6 +61,13 @@ class DenseBase:
 
     def dense(self) -> Tensor:
         return self.weight.detach()
+
+    def in_tiles(self) -> InTiles | None:
+        """W as Triton kernels read it; None where its rows or columns do not lie in one piece each."""
+        from lorakeet.core.triton_tiles import dense
+
+        held = self.dense()
+        return dense(held) if 1 in held.stride() else None
 
     def store(self, weight: Tensor) -> None:
         with torch.no_grad():

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from lorakeet.core.adapter import Pair
 from lorakeet.core.base import FrozenBase
+from lorakeet.core.kernels import low_rank_product, low_rank_product_t
 from lorakeet.core.math import Kind, ScaleRule, add_low_rank, alpha_for, delta, fold, grad_of_b, shrink_grad, term_dims
 from lorakeet.core.plan import PlanEntry
 
@@ -28,7 +29,8 @@ class LowRankLinear(torch.autograd.Function):
     The rank-sized factor is multiplied first, so no (out, in) gradient is ever formed. Saved are x̃ and h, never a
     dequantised weight: the base brings W back itself in `matmul_t`. ∂L/∂x is skipped where x needs no gradient.
     All products run in `products` (core/precision): x is cast once, y and ∂L/∂x are rounded once to the dtype of x, and the
-    gradients of A and B come back in their own dtype. A and B may so be kept in fp32 under a bf16 x.
+    gradients of A and B come back in their own dtype. A and B may so be kept in fp32 under a bf16 x. Where Triton kernels are
+    asked for, y and h, and u and ∂L/∂x, each come out of one pass over W (core/kernels).
     """
 
     @staticmethod
@@ -46,11 +48,12 @@ class LowRankLinear(torch.autograd.Function):
         wide = x.to(products)
         source, wide_source = (x, wide) if dropped is None else (dropped, dropped.to(products))
         a, b = A.to(products), B.to(products)
-        y = base.matmul(wide)
+        fused = low_rank_product(base, wide, a, b, scale) if dropped is None else None
+        y, shrunk = fused or (base.matmul(wide), torch.mm(wide_source, a.t()))  # (tokens, out) and (tokens, rank)
         if bias is not None:
             y.add_(bias)
-        shrunk = torch.mm(wide_source, a.t())  # (tokens, rank)
-        add_low_rank(y, shrunk, b, scale)
+        if fused is None:
+            add_low_rank(y, shrunk, b, scale)
         ctx.save_for_backward(source, shrunk, a, b)
         ctx.scale, ctx.base, ctx.has_dropout = scale, base, dropped is not None
         ctx.dtypes = x.dtype, A.dtype, B.dtype
@@ -63,12 +66,12 @@ class LowRankLinear(torch.autograd.Function):
         dtype_x, dtype_a, dtype_b = ctx.dtypes
         grad = grad.to(shrunk.dtype).contiguous()
         source = source.to(shrunk.dtype)
-        u = shrink_grad(grad, b, ctx.scale)
+        fused = low_rank_product_t(ctx.base, grad, a, b, ctx.scale) if need_x and not ctx.has_dropout else None
+        grad_x, u = fused or (ctx.base.matmul_t(grad) if need_x else None, shrink_grad(grad, b, ctx.scale))
         grad_a = torch.mm(u.t(), source).to(dtype_a) if need_a else None
         grad_b = grad_of_b(grad, shrunk, ctx.scale).to(dtype_b) if need_b else None
-        grad_x = ctx.base.matmul_t(grad) if need_x else None
         if not ctx.has_dropout:
-            if grad_x is not None:
+            if grad_x is not None and fused is None:
                 grad_x.addmm_(u, a)
             return _as(grad_x, dtype_x), None, grad_a, grad_b, None, None, None, None
         grad_dropped = torch.mm(u, a).to(dtype_x) if need_dropped else None

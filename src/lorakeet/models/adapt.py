@@ -12,6 +12,7 @@ from lorakeet.core.plan import Plan
 from lorakeet.models.fits import plan_of
 from lorakeet.models.fuse import fuse
 from lorakeet.models.inject import attach, inject, trained_parameters, use_products
+from lorakeet.models.kernels import use_kernels
 from lorakeet.models.streamed import hold
 from lorakeet.models.text import TextModel
 
@@ -52,4 +53,5 @@ def put_adapter(text: TextModel, adapter: Adapter, name: str = "default") -> Non
 
 def _compute(text: TextModel) -> None:
     use_products(text.model, text.products)
+    use_kernels(text.model, text.kernels)
     fuse(text.model)

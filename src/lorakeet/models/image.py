@@ -226,6 +226,8 @@ def load_image_model(spec: ModelSpec, *, say: Callable[[str], None] = print) -> 
         raise ConfigError(f"model.quantize is {spec.quantize.method}; the layers of an image model can be {', '.join(METHODS)}.")
     if spec.quantize.int8_products:
         raise ConfigError("model.quantize.int8_products is for text models; leave it out where pictures are trained on.")
+    if spec.kernels != "torch":
+        raise ConfigError(f"model.kernels {spec.kernels} is for text models; leave it out where pictures are trained on.")
     device = device_for(spec.device)
     dtype = dtype_for(spec.dtype, device)
     kind, pipeline = _pipeline_of(spec, dtype, say)

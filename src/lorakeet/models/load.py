@@ -17,6 +17,7 @@ from lorakeet.data.pack import Batch
 from lorakeet.errors import ConfigError, DataError, EnvironmentProblem
 from lorakeet.models.attention import VARLEN, register
 from lorakeet.models.families import family_of
+from lorakeet.models.kernels import check_kernels, kernels_for, use_kernels
 from lorakeet.models.modules import block_prefix
 from lorakeet.models.placement import device_for, dtype_for, products_for
 from lorakeet.models.quantized import load_quantised
@@ -57,7 +58,7 @@ def load_text_model(
     tell = say or logging.getLogger("lorakeet").info
     source = find_source(spec, tell)
     device = device_for(spec.device)
-    dtype = dtype_for(spec.dtype, device)
+    dtype, kernels = dtype_for(spec.dtype, device), kernels_for(spec, device)
     streamed = None
     if store is None:
         model = _model(source, dtype, spec.quantize, tell).to(device)
@@ -81,6 +82,7 @@ def load_text_model(
         device=device,
         dtype=dtype,
         products=products_for(spec, dtype, device),
+        kernels=kernels,
         streamed=streamed,
     )
     with torch.no_grad(), quiet_transformers():
@@ -88,6 +90,9 @@ def load_text_model(
         _require_numbers(text, reference)
         check_head(text, reference)
         _choose_attention(text, spec.attention, reference, tell)
+    if kernels is not None:
+        check_kernels(_modules(text), kernels, text.products)
+        use_kernels(model, kernels)
     return text
 
 
@@ -176,6 +181,14 @@ def _weights(text: TextModel) -> Iterator[tuple[str, Tensor]]:
         for index in range(count):
             with text.streamed.present(index) as block:
                 yield from _numbers_in(block, f"{prefix}.{index}.")
+
+
+def _modules(text: TextModel) -> Iterator[nn.Module]:
+    """The model, and where its blocks are streamed the first of them, with its weights at hand."""
+    yield text.model
+    if text.streamed is not None:
+        with text.streamed.present(0) as block:
+            yield block
 
 
 def _numbers_in(module: nn.Module, prefix: str) -> Iterator[tuple[str, Tensor]]:

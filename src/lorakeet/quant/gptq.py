@@ -16,7 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lorakeet.core import kernels
 from lorakeet.core.device import is_cpu
+from lorakeet.core.in_tiles import InTiles
 from lorakeet.quant.gptq_grid import Grid, groups_in_order, nearest_codes
 from lorakeet.quant.gptq_pack import BITS, WORD, ZeroFormat, pack, pack_zeros, unpack_rows, unpack_zeros, words_for
 from lorakeet.quant.packed import PackedBase, tile_of
@@ -94,7 +96,15 @@ class GptqBase(PackedBase):
     def row_step(self) -> int:
         return WORD  # whose zero points fill whole words
 
+    def in_tiles(self) -> InTiles:
+        from lorakeet.quant.triton_gptq import in_tiles
+
+        buffers = (self.qweight, self.qzeros, self.scales, self.g_idx)
+        return in_tiles(buffers, self.shape, self.bits, self.zero_format == "gptq")
+
     def unpack(self, out: Tensor, first: int = 0) -> Tensor:
+        if kernels.unpacks(self, out, *self._held()):
+            return kernels.unpack(self.in_tiles(), out, first)
         rows, columns = out.shape
         size = columns // self.groups if self._in_order() else 1  # columns next to each other that share scale and zero point
         step = tile_of(self.device, columns * WORD) // columns

@@ -10,7 +10,8 @@ Double quantisation keeps a itself in 8 bits, less its mean, in blocks of 256 wi
         a[j] = DYNAMIC[absmax[j]] · s[j / 256] + mean         4.127 bits a number in all, for blocks of 64
 
 Weights are packed by this file, on the CPU, whatever the device, so that the same weight becomes the same bytes on every
-machine. They are unpacked by bitsandbytes' kernels where that package is installed, else by this file: bit for bit the same.
+machine. They are unpacked by bitsandbytes' kernels where that package is installed, else by this file: bit for bit the same; and
+on a GPU, for who asks for it, by a Triton kernel (quant/triton_nf4).
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lorakeet.core import kernels
+from lorakeet.core.in_tiles import InTiles
 from lorakeet.quant.packed import PackedBase, tile_of
 
 # Section 3 and appendix E of the paper; fp32 values as published with its code.
@@ -113,7 +116,22 @@ class Nf4Base(PackedBase):
         whole = self.block_size * SCALE_BLOCK
         return whole // math.gcd(whole, self.shape[1])
 
+    def in_tiles(self) -> InTiles | None:
+        return None if self.shape[1] % 2 else self._in_tiles(self.shape)
+
+    def _in_tiles(self, shape: tuple[int, int]) -> InTiles:
+        """The numbers, row after row, as a matrix of `shape`, whose last row may end before its width."""
+        from lorakeet.quant.triton_nf4 import in_tiles
+
+        buffers = (self.packed, self.absmax, *(held for held in (self.scales, self.mean) if held is not None))
+        tables = _table("levels", self.packed, lambda: torch.tensor(LEVELS), (16,), torch.float32), _dynamic(self.packed)
+        return in_tiles(buffers, tables, shape, count=self.shape[0] * self.shape[1], block=self.block_size)
+
     def unpack(self, out: Tensor, first: int = 0) -> Tensor:
+        if kernels.unpacks(self, out, *self._held()):
+            blocks = math.ceil(self.shape[0] * self.shape[1] / self.block_size)
+            tiles = self._in_tiles((blocks, self.block_size))
+            return kernels.unpack(tiles, out, first * self.shape[1] // self.block_size)
         flat, size, before = out.view(-1), self.block_size, first * self.shape[1]
         step = tile_of(self.device, size * SCALE_BLOCK)
         for start in range(0, len(flat), step):

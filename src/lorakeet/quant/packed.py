@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from lorakeet.core.device import is_cpu
+from lorakeet.core.in_tiles import InTiles, Kernels
+from lorakeet.core.kernels import product
 from lorakeet.core.lowrank import frozen_linear
 
 TILE = 1 << 20  # numbers that are packed or unpacked at once: their temporary copies stay in a CPU's cache
@@ -22,8 +24,10 @@ class PackedBase(nn.Module):
 
     A subclass registers its buffers and answers `unpack` and `store`. W is brought back for each product into one buffer that
     all bases share (`Scratch`), in fp32 some rows at a time, so that however many layers a model has, one dense matrix exists at
-    a time, and autograd never sees it.
+    a time, and autograd never sees it. Where Triton kernels are asked for, products of few tokens run without it (core/kernels).
     """
+
+    kernels: Kernels | None = None
 
     def __init__(self, shape: tuple[int, int]) -> None:
         super().__init__()
@@ -73,8 +77,15 @@ class PackedBase(nn.Module):
         """W, dequantised, as a fresh fp32 tensor (out, in)."""
         return self.unpack(torch.empty(self.shape, dtype=torch.float32, device=self.device))
 
+    def in_tiles(self) -> InTiles | None:
+        """W as Triton kernels read it; None where there is no kernel for it."""
+        return None
+
     def matmul(self, x: Tensor) -> Tensor:
         """x (tokens, in) to x·Wᵀ (tokens, out) in the dtype of x."""
+        fused = product(self, x)
+        if fused is not None:
+            return fused
         first, *others = self._parts(x.dtype)
         if not others:
             return torch.mm(x, self._rows(first, x.dtype).t())
@@ -85,6 +96,9 @@ class PackedBase(nn.Module):
 
     def matmul_t(self, grad: Tensor) -> Tensor:
         """grad (tokens, out) to grad·W (tokens, in) in the dtype of grad."""
+        fused = product(self, grad, transposed=True)
+        if fused is not None:
+            return fused
         first, *others = self._parts(grad.dtype)
         if not others:
             return torch.mm(grad, self._rows(first, grad.dtype))

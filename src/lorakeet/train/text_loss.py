@@ -14,6 +14,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
+from lorakeet.core.in_tiles import Kernels
+from lorakeet.core.kernels import runs_on
 from lorakeet.core.tiles import Rows, back_product, tiles
 from lorakeet.data.pack import Batch
 
@@ -25,6 +27,9 @@ class TextHead(Protocol):
 
     @property
     def head_weight(self) -> Rows | None: ...
+
+    @property
+    def kernels(self) -> Kernels | None: ...
 
     def hidden(self, batch: Batch) -> Tensor: ...
 
@@ -41,7 +46,7 @@ def head_loss(text: TextHead, hidden: Tensor, targets: Tensor, *, chunk: int = C
     targets = targets.to(hidden.device)
     weight = text.head_weight
     if weight is not None:
-        return frozen_head_loss(hidden, weight, targets, chunk=chunk)
+        return frozen_head_loss(hidden, weight, targets, chunk=chunk, kernels=text.kernels)
     return any_head_loss(hidden, text.head, targets, chunk=chunk)
 
 
@@ -54,11 +59,14 @@ class _FrozenHeadLoss(torch.autograd.Function):
 
     W gets no gradient, so ∂L/∂h needs nothing from the backward pass but the factor ∂/∂L, a single number. It is computed
     per chunk while z is at hand: no logits are kept and none are computed twice. Softmax runs in fp32. W is used in tiles of
-    rows, whether it is in memory or in a store, so that both give the same bits.
+    rows, whether it is in memory or in a store, so that both give the same bits. Where Triton kernels are asked for, one of them
+    makes loss and ∂L/∂z of z (train/triton_loss).
     """
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Rows, targets: Tensor, chunk: int, wants_grad: bool) -> Tensor:
+    def forward(  # noqa: PLR0917 - apply() takes positional arguments only
+        ctx: Any, hidden: Tensor, weight: Rows, targets: Tensor, chunk: int, wants_grad: bool, kernels: Kernels | None
+    ) -> Tensor:
         exact = torch.promote_types(hidden.dtype, torch.float32)
         total = torch.zeros((), dtype=exact, device=hidden.device)
         grad = torch.empty_like(hidden) if wants_grad else None
@@ -67,32 +75,44 @@ class _FrozenHeadLoss(torch.autograd.Function):
             logits = torch.empty((len(hidden[part]), weight.shape[0]), dtype=exact, device=hidden.device)  # (chunk, vocab)
             for tile in tiles(weight.shape[0]):
                 logits[:, tile] = torch.mm(hidden[part], weight[tile].t())
-            index = targets[part].unsqueeze(1)
-            chosen = logits.gather(1, index).squeeze(1)
-            top = logits.amax(1, keepdim=True)
-            likelihood = logits.sub_(top).exp_()  # in place: the unnormalised p
-            norm = likelihood.sum(1, keepdim=True)
-            total += (norm.log() + top).squeeze(1).sub_(chosen).sum()
+            total += _loss_in_place(logits, targets[part], wants_grad, kernels).sum()
             if grad is not None:
-                likelihood.div_(norm).scatter_add_(1, index, torch.full_like(norm, -1.0))
-                grad[part] = back_product(likelihood, weight, weight.dtype)
+                grad[part] = back_product(logits, weight, weight.dtype)
         if grad is not None:
             ctx.save_for_backward(grad)
         return total
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, None, None, None, None]:
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = ctx.saved_tensors
-        return grad * upstream.to(grad.dtype), None, None, None, None
+        return grad * upstream.to(grad.dtype), None, None, None, None, None
 
 
-def frozen_head_loss(hidden: Tensor, weight: Rows, targets: Tensor, *, chunk: int = CHUNK) -> Tensor:
+def _loss_in_place(logits: Tensor, targets: Tensor, wants_grad: bool, kernels: Kernels | None) -> Tensor:
+    """Logits z (n, vocabulary) and targets (n,) to the losses (n,). z is used up: ∂L/∂z if wanted, else anything."""
+    if logits.dtype == torch.float32 and runs_on(kernels, logits, targets):
+        from lorakeet.train.triton_loss import loss_in_place
+
+        return loss_in_place(logits, targets, wants_grad=wants_grad)
+    index = targets.unsqueeze(1)
+    chosen = logits.gather(1, index).squeeze(1)
+    top = logits.amax(1, keepdim=True)
+    likelihood = logits.sub_(top).exp_()  # the unnormalised p
+    norm = likelihood.sum(1, keepdim=True)
+    if wants_grad:
+        likelihood.div_(norm).scatter_add_(1, index, torch.full_like(norm, -1.0))
+    return (norm.log() + top).squeeze(1).sub_(chosen)
+
+
+def frozen_head_loss(
+    hidden: Tensor, weight: Rows, targets: Tensor, *, chunk: int = CHUNK, kernels: Kernels | None = None
+) -> Tensor:
     """Sum of −log softmax(hidden·Wᵀ)[target]; hidden (n, hidden), W (vocab, hidden) frozen, targets (n,)."""
     if hidden.dtype != weight.dtype:
         hidden = hidden.to(weight.dtype)
     wants_grad = torch.is_grad_enabled() and hidden.requires_grad  # inside forward() gradients are off for everyone
-    return cast(Tensor, _FrozenHeadLoss.apply(hidden, weight, targets, chunk, wants_grad))  # type: ignore[no-untyped-call]
+    return cast(Tensor, _FrozenHeadLoss.apply(hidden, weight, targets, chunk, wants_grad, kernels))  # type: ignore[no-untyped-call]
 
 
 def any_head_loss(hidden: Tensor, head: Callable[[Tensor], Tensor], targets: Tensor, *, chunk: int = CHUNK) -> Tensor:

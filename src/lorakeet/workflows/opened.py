@@ -19,6 +19,7 @@ from lorakeet.formats.detect import read_adapter
 from lorakeet.memory.budget import parse_budget
 from lorakeet.memory.measure import resident_bytes
 from lorakeet.models.adapt import put_adapter
+from lorakeet.models.kernels import where_possible
 from lorakeet.models.load import load_text_model, load_tokenizer, read_config
 from lorakeet.models.origin import stored_as
 from lorakeet.models.quantized import skeleton
@@ -92,10 +93,10 @@ class Opened:
         """
         spec = self.config.model
         if dtype is not None:
-            spec = dataclasses.replace(spec, dtype=dtype, products=dtype)  # type: ignore[arg-type]
+            spec = dataclasses.replace(spec, dtype=dtype, products=dtype, kernels="torch")  # type: ignore[arg-type]
         say, kept = partial(console.print, markup=False, soft_wrap=True), Arrangement()
         if self.kept is not None:
-            spec, kept = dataclasses.replace(spec, device=self.checked_on), self.kept
+            spec, kept = dataclasses.replace(spec, device=self.checked_on, kernels="torch"), self.kept
         elif within_budget is not None and self.config.memory.budget:
             kept = arrange(dataclasses.replace(self.config, model=spec), say, within_budget)
         text = load_text_model(spec, say=console.print, store=kept.store, slots=kept.slots, pinned=kept.pinned, changes=changes)
@@ -157,7 +158,7 @@ def open_adapter(
             f"{path} is a run on images. Draw with it by lorakeet generate, or write it for other programs by lorakeet convert."
         )
     if not config:  # a run remembers the device that it was trained on; this machine may have another
-        settings = dataclasses.replace(settings, model=dataclasses.replace(settings.model, device="auto"))
+        settings = dataclasses.replace(settings, model=where_possible(dataclasses.replace(settings.model, device="auto")))
     if base is not None:
         settings = dataclasses.replace(settings, model=dataclasses.replace(settings.model, path=base))
     return Opened(adapter, settings, run, run.adapter if run else path)

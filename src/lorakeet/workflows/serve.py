@@ -71,6 +71,7 @@ def serve(  # noqa: PLR0913 - one argument for each option
     upload_limit: str = "1GiB",
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
     quantize: Literal["none", "nf4", "int8"] = "none",
+    kernels: Literal["torch", "triton"] = "torch",
     engine: Literal["lorakeet", "vllm"] = "lorakeet",
     out: Path | None = None,
     console: Console,
@@ -87,7 +88,7 @@ def serve(  # noqa: PLR0913 - one argument for each option
     _check({"slots": slots, "queue": queue, "timeout": timeout}, out, "" if keys else host, budget, console)
     run_server, build_app = _http()
     access = None if keys is None else read_keys(keys)
-    spec = ModelSpec(path=model, dtype=dtype, quantize=QuantSpec(method=quantize))
+    spec = ModelSpec(path=model, dtype=dtype, quantize=QuantSpec(method=quantize), kernels=kernels)
     keep_little_code(SERVED)
     text = load_text_model(spec, say=console.print)
     live = LiveModel(text)

@@ -305,6 +305,9 @@ class ServeOptions:
         default="auto", metadata={"help": "Precision of the base; auto takes bfloat16 where the processor has it."}
     )
     quantize: Literal["none", "nf4", "int8"] = field(default="none", metadata={"help": "How the base is kept in memory."})
+    kernels: Literal["torch", "triton"] = field(
+        default="torch", metadata={"help": "triton: kernels for a CUDA device, which were not run on one yet."}
+    )
     engine: Literal["lorakeet", "vllm"] = field(
         default="lorakeet", metadata={"help": "vllm checks the adapters against its limits and prints its command."}
     )

@@ -1,0 +1,137 @@
+"""When the Triton kernels compute, and that a layer learns through them what it learns through torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from lorakeet.core import kernels
+from lorakeet.core.base import DenseBase, FrozenBase
+from lorakeet.core.in_tiles import Kernels
+from lorakeet.core.kernels import low_rank_product, low_rank_product_t, product, why_not
+from lorakeet.core.lowrank import frozen_linear, low_rank_linear
+from lorakeet.quant.gptq import GptqBase
+from lorakeet.quant.gptq_grid import groups_in_order, nearest_codes
+from lorakeet.quant.nf4 import Nf4Base
+from tiny.triton_device import COMPILED, DEVICE, needs_triton, round_like_a_card
+
+OUT, IN, RANK, SCALE = 64, 96, 4, 3.0
+
+
+@pytest.fixture(autouse=True)
+def rounding(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if kernels.has_triton():
+        round_like_a_card(monkeypatch)
+
+
+def numbers(*shape: int, seed: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype).to(DEVICE)
+
+
+def dense(dtype: torch.dtype = torch.float32) -> FrozenBase:
+    module = nn.Linear(IN, OUT, bias=False, dtype=dtype, device=DEVICE).requires_grad_(False)
+    module.weight.copy_(numbers(OUT, IN, seed=0) / IN**0.5)
+    return DenseBase(module)
+
+
+def nf4(dtype: torch.dtype = torch.float32) -> FrozenBase:
+    return Nf4Base.of(numbers(OUT, IN, seed=0).cpu() / IN**0.5).to(DEVICE)
+
+
+def gptq(dtype: torch.dtype = torch.float32) -> FrozenBase:
+    weight = numbers(OUT, IN, seed=0).cpu() / IN**0.5
+    codes, grid = nearest_codes(weight, 4, False, groups_in_order(IN, 32), 3)
+    return GptqBase.of(codes, grid, bits=4, sym=False).to(DEVICE)
+
+
+BASES = [dense, nf4, gptq]
+
+
+def trained(base: FrozenBase, asked: Kernels | None, dtype: torch.dtype, tokens: int = 5) -> list[Tensor]:
+    """y, and the gradients of x, A and B, of a layer over `base` whose loss weighs every result differently."""
+    base.kernels = asked  # type: ignore[attr-defined]
+    x = numbers(tokens, IN, seed=1, dtype=dtype).requires_grad_()
+    A, B = (numbers(RANK, IN, seed=2) / IN**0.5).requires_grad_(), numbers(OUT, RANK, seed=3).requires_grad_()
+    y = low_rank_linear(x, base, (A, B, SCALE), bias=numbers(OUT, seed=5, dtype=dtype))
+    (y.float() * numbers(tokens, OUT, seed=4)).sum().backward()
+    return [y.detach(), *(leaf.grad for leaf in (x, A, B) if leaf.grad is not None)]
+
+
+@needs_triton
+@pytest.mark.parametrize("make", BASES)
+@pytest.mark.parametrize(("dtype", "roundings"), [(torch.float32, 16), (torch.bfloat16, 3), (torch.float16, 3)], ids=str)
+def test_a_layer_learns_the_same_through_the_kernels(
+    make: Callable[[torch.dtype], FrozenBase], dtype: torch.dtype, roundings: int
+) -> None:
+    base = make(dtype)
+    plain, fused = trained(base, None, dtype), trained(base, Kernels(), dtype)
+    assert len(plain) == len(fused) == 4
+    for expected, found in zip(plain, fused, strict=True):
+        allowed = roundings * torch.finfo(dtype).eps * float(expected.float().abs().max())
+        assert float((found.float() - expected.float()).abs().max()) <= allowed
+
+
+@needs_triton
+@pytest.mark.parametrize("make", BASES)
+def test_the_bounds_of_the_dispatch(make: Callable[[torch.dtype], FrozenBase], monkeypatch: pytest.MonkeyPatch) -> None:
+    base = make(torch.float32)
+    x, grad = numbers(5, IN, seed=1), numbers(5, OUT, seed=2)
+    A, B = numbers(RANK, IN, seed=3), numbers(OUT, RANK, seed=4)
+    assert low_rank_product(base, x, A, B, SCALE) is None  # nobody asked
+    base.kernels = Kernels(5)  # type: ignore[attr-defined]
+    assert low_rank_product(base, x, A, B, SCALE) is not None and low_rank_product_t(base, grad, A, B, SCALE) is not None
+    assert product(base, x) is not None and product(base, grad, transposed=True) is not None
+    assert low_rank_product(base, x.double(), A.double(), B.double(), SCALE) is None  # no kernel for it
+    assert low_rank_product(base, x, A.bfloat16(), B, SCALE) is None
+    assert product(base, x[:0]) is None
+    wide = kernels.RANK + 1
+    assert low_rank_product(base, x, numbers(wide, IN, seed=3), numbers(OUT, wide, seed=4), SCALE) is None
+    base.kernels = Kernels(4)  # type: ignore[attr-defined]
+    assert product(base, x) is None and product(base, x[:4]) is not None
+    monkeypatch.setattr(kernels, "why_not", lambda device: "not here")
+    assert product(base, x[:4]) is None
+
+
+@needs_triton
+def test_a_trace_goes_the_way_of_torch() -> None:
+    with FakeTensorMode():
+        base = Nf4Base((8, 64))
+        base.kernels = Kernels()
+        assert base.matmul(torch.empty(3, 64)).shape == (3, 8)
+    meta = Nf4Base((8, 64), device="meta")
+    meta.kernels = Kernels()
+    assert meta.matmul(torch.empty(3, 64, device="meta")).shape == (3, 8)
+
+
+@needs_triton
+def test_dropout_and_bare_weights() -> None:
+    base = nf4()
+    base.kernels = Kernels()  # type: ignore[attr-defined]
+    x, A, B = numbers(4, IN, seed=1), numbers(RANK, IN, seed=2), numbers(OUT, RANK, seed=3)
+    torch.manual_seed(0)
+    with_kernels = low_rank_linear(x, base, (A, B, SCALE), dropout=0.5)
+    base.kernels = None  # type: ignore[attr-defined]
+    torch.manual_seed(0)
+    torch.testing.assert_close(with_kernels, low_rank_linear(x, base, (A, B, SCALE), dropout=0.5))
+    bare = frozen_linear(x, base)
+    base.kernels = Kernels()  # type: ignore[attr-defined]
+    torch.testing.assert_close(frozen_linear(x, base), bare)
+
+
+def test_where_they_cannot_run_one_message_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "_interpreted", lambda: False)
+    assert "this model is on 'cpu'. Set model.kernels to torch" in why_not(torch.device("cpu"))
+    monkeypatch.setattr(kernels, "has_triton", lambda: False)
+    assert "pip install triton" in why_not(torch.device("cuda"))
+    monkeypatch.setattr(kernels, "has_triton", lambda: True)
+    assert why_not(torch.device("cuda")) == ""
+
+
+@needs_triton
+def test_the_interpreter_is_for_the_cpu_alone() -> None:
+    assert COMPILED or why_not(torch.device("cpu")) == ""
+    assert why_not(torch.device("mps"))
