@@ -17,15 +17,15 @@ from lorakeet.core.lowrank import frozen_linear, low_rank_linear
 from lorakeet.quant.gptq import GptqBase
 from lorakeet.quant.gptq_grid import groups_in_order, nearest_codes
 from lorakeet.quant.nf4 import Nf4Base
-from tiny.triton_device import COMPILED, DEVICE, needs_triton, round_like_a_card
+from tiny.triton_device import COMPILED, DEVICE, behave_like_a_card, needs_triton
 
 OUT, IN, RANK, SCALE = 64, 96, 4, 3.0
 
 
 @pytest.fixture(autouse=True)
-def rounding(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+def card(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     if kernels.has_triton():
-        round_like_a_card(monkeypatch)
+        behave_like_a_card(monkeypatch)
 
 
 def numbers(*shape: int, seed: int, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tiny.triton_device import DEVICE, needs_triton, round_like_a_card
+from tiny.triton_device import DEVICE, behave_like_a_card, needs_triton
 
 pytestmark = needs_triton
 
@@ -18,8 +18,8 @@ OUT, IN = 72, 100  # no multiples of a tile
 
 
 @pytest.fixture(autouse=True)
-def rounding(monkeypatch: pytest.MonkeyPatch) -> None:
-    round_like_a_card(monkeypatch)
+def card(monkeypatch: pytest.MonkeyPatch) -> None:
+    behave_like_a_card(monkeypatch)
 
 
 def numbers(*shape: int, dtype: torch.dtype, seed: int) -> Tensor:

@@ -21,13 +21,13 @@ from lorakeet.models.load import load_text_model
 from lorakeet.models.spec import ModelSpec
 from lorakeet.quant.spec import QuantSpec
 from tiny.adapters import random_adapter
-from tiny.triton_device import DEVICE, needs_triton, round_like_a_card
+from tiny.triton_device import DEVICE, behave_like_a_card, needs_triton
 
 
 @pytest.fixture(autouse=True)
-def rounding(monkeypatch: pytest.MonkeyPatch) -> None:
+def card(monkeypatch: pytest.MonkeyPatch) -> None:
     if dispatch.has_triton():
-        round_like_a_card(monkeypatch)
+        behave_like_a_card(monkeypatch)
 
 
 def spec(folder: Path, **settings: Any) -> ModelSpec:

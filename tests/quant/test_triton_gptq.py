@@ -11,7 +11,7 @@ from lorakeet.core.in_tiles import Kernels
 from lorakeet.quant.gptq import GptqBase
 from lorakeet.quant.gptq_grid import Grid, groups_in_order
 from lorakeet.quant.gptq_pack import ZeroFormat
-from tiny.triton_device import DEVICE, needs_triton, round_like_a_card
+from tiny.triton_device import DEVICE, behave_like_a_card, needs_triton
 
 pytestmark = needs_triton
 
@@ -20,8 +20,8 @@ OUT = 64
 
 
 @pytest.fixture(autouse=True)
-def rounding(monkeypatch: pytest.MonkeyPatch) -> None:
-    round_like_a_card(monkeypatch)
+def card(monkeypatch: pytest.MonkeyPatch) -> None:
+    behave_like_a_card(monkeypatch)
 
 
 def base_of(bits: int, *, zero_format: ZeroFormat = "gptq", size: int = 32, width: int = 96, in_order: bool = True) -> GptqBase:

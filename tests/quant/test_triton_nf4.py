@@ -8,7 +8,7 @@ from torch import Tensor
 
 from lorakeet.core.in_tiles import Kernels
 from lorakeet.quant.nf4 import Nf4Base
-from tiny.triton_device import DEVICE, needs_triton, round_like_a_card
+from tiny.triton_device import DEVICE, behave_like_a_card, needs_triton
 
 pytestmark = needs_triton
 
@@ -18,8 +18,8 @@ SHAPES = [(64, 64), (7, 48), (16, 100), (5, 33), (1, 1), (40, 576)]
 
 
 @pytest.fixture(autouse=True)
-def rounding(monkeypatch: pytest.MonkeyPatch) -> None:
-    round_like_a_card(monkeypatch)
+def card(monkeypatch: pytest.MonkeyPatch) -> None:
+    behave_like_a_card(monkeypatch)
 
 
 def base_of(shape: tuple[int, int], **settings: object) -> Nf4Base:

@@ -2,7 +2,8 @@
 CPU, with bfloat16 as cards have it.
 
 numpy has no bfloat16: the interpreter keeps its bits as whole numbers, cuts fp32 off where a card rounds to the nearest even
-number (cvt.rn.bf16.f32), and multiplies the bits in tl.dot. Both are put right for the length of a test.
+number (cvt.rn.bf16.f32), and multiplies the bits in tl.dot. Both are put right for the length of a test. And it reads whatever an
+address points to; here every address has to lie in a tensor that the kernel was given.
 """
 
 from __future__ import annotations
@@ -31,10 +32,56 @@ def numbers_of(bits: Any) -> Any:
     return (np.ascontiguousarray(bits).astype(np.uint32) << 16).view(np.float32)
 
 
-def round_like_a_card(patch: pytest.MonkeyPatch) -> None:
-    """Casts and products of bfloat16 in Triton's interpreter as a card computes them, until `patch` is undone."""
-    if COMPILED:
-        return
+def behave_like_a_card(patch: pytest.MonkeyPatch) -> None:
+    """Triton's interpreter rounds and multiplies bfloat16 as a card does, and refuses to touch memory beside what a kernel was
+    given, until `patch` is undone."""
+    if not COMPILED:
+        _round(patch)
+        _watch(patch)
+
+
+def _watch(patch: pytest.MonkeyPatch) -> None:
+    """Every address that is read or written lies in a tensor of the launch."""
+    from triton.runtime import interpreter
+
+    builder, launch, convert = interpreter.InterpreterBuilder, interpreter.GridExecutor.__call__, interpreter._implicit_cvt
+    load, store = builder.create_masked_load, builder.create_masked_store
+    given: list[tuple[int, int]] = []  # first and last address of each tensor
+
+    def noted(value: Any) -> Any:
+        if isinstance(value, torch.Tensor) and value.numel():
+            last = sum((size - 1) * stride for size, stride in zip(value.shape, value.stride(), strict=True))
+            given.append((value.data_ptr(), value.data_ptr() + last * value.element_size()))
+        return convert(value)
+
+    def called(self: Any, *arguments: Any, **options: Any) -> None:
+        given.clear()
+        launch(self, *arguments, **options)
+
+    def check(pointers: Any, mask: Any, what: str) -> None:
+        used = np.broadcast_to(pointers.data, np.broadcast_shapes(pointers.data.shape, mask.data.shape))[
+            np.broadcast_to(mask.data, np.broadcast_shapes(pointers.data.shape, mask.data.shape))
+        ]
+        inside = np.zeros(used.shape, dtype=bool)
+        for first, last in given:
+            inside |= (used >= first) & (used <= last)
+        assert inside.all(), f"a kernel {what} {int((~inside).sum())} numbers outside of its tensors"
+
+    def checked_load(self: Any, pointers: Any, mask: Any, *more: Any) -> Any:
+        check(pointers, mask, "reads")
+        return load(self, pointers, mask, *more)
+
+    def checked_store(self: Any, pointers: Any, value: Any, mask: Any, *more: Any) -> Any:
+        check(pointers, mask, "writes")
+        return store(self, pointers, value, mask, *more)
+
+    patch.setattr(interpreter, "_implicit_cvt", noted)
+    patch.setattr(interpreter.GridExecutor, "__call__", called)
+    patch.setattr(builder, "create_masked_load", checked_load)
+    patch.setattr(builder, "create_masked_store", checked_store)
+
+
+def _round(patch: pytest.MonkeyPatch) -> None:
     from triton import language as tl
     from triton.runtime import interpreter
 

@@ -9,14 +9,14 @@ from torch import Tensor
 
 from lorakeet.core.in_tiles import Kernels
 from lorakeet.train.text_loss import frozen_head_loss
-from tiny.triton_device import DEVICE, needs_triton, round_like_a_card
+from tiny.triton_device import DEVICE, behave_like_a_card, needs_triton
 
 pytestmark = needs_triton
 
 
 @pytest.fixture(autouse=True)
-def rounding(monkeypatch: pytest.MonkeyPatch) -> None:
-    round_like_a_card(monkeypatch)
+def card(monkeypatch: pytest.MonkeyPatch) -> None:
+    behave_like_a_card(monkeypatch)
 
 
 def exact(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:

@@ -2,7 +2,7 @@
 
 How W lies in memory is known to one function, which every kernel takes as an argument:
 
-    load(weight, rows, start, HOW, OUT, IN, COLUMNS)      → (rows, COLUMNS), zeros outside of W
+    load(weight, rows, start, HOW, OUT, IN, COLUMNS)      → (rows, COLUMNS); outside of W finite numbers, which nobody sees
 
 `weight` are the pointers and HOW the numbers of `InTiles`, `rows` a vector of row numbers, `start` the first column, a multiple
 of COLUMNS. `dense_tile` is the one for plain matrices; those for packed ones stand in the folder `quant`. Such files are

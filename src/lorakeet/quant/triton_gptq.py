@@ -41,7 +41,7 @@ def gptq_tile(weight, rows, start, HOW: tl.constexpr, OUT: tl.constexpr, IN: tl.
         values = _values(codes, scales, qzeros, lowest, row, row < OUT, OUT, BITS, LESS_ONE)
     else:
         values = _values(codes, scales, qzeros, groups[None, :], row, known, OUT, BITS, LESS_ONE)
-    return tl.where(known, values, 0.0)
+    return values
 
 
 @triton.jit
