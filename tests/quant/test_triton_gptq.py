@@ -16,7 +16,7 @@ from tiny.triton_device import DEVICE, behave_like_a_card, needs_triton
 pytestmark = needs_triton
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-OUT = 64
+OUT = 96  # more than a tile, and less than two
 
 
 @pytest.fixture(autouse=True)
@@ -24,13 +24,15 @@ def card(monkeypatch: pytest.MonkeyPatch) -> None:
     behave_like_a_card(monkeypatch)
 
 
-def base_of(bits: int, *, zero_format: ZeroFormat = "gptq", size: int = 32, width: int = 96, in_order: bool = True) -> GptqBase:
+def base_of(
+    bits: int, *, zero_format: ZeroFormat = "gptq", size: int = 32, width: int = 96, out: int = OUT, in_order: bool = True
+) -> GptqBase:
     """Random codes and zero points, of which some are 0: checkpoints of format "gptq" borrow for these."""
     chance = torch.Generator().manual_seed(bits)
     groups = -(-width // size)
-    codes = torch.randint(0, 2**bits, (OUT, width), generator=chance, dtype=torch.uint8)
-    scales = (torch.rand(groups, OUT, generator=chance) + 0.1).half()
-    zeros = torch.randint(0, 2**bits, (groups, OUT), generator=chance, dtype=torch.uint8)
+    codes = torch.randint(0, 2**bits, (out, width), generator=chance, dtype=torch.uint8)
+    scales = (torch.rand(groups, out, generator=chance) + 0.1).half()
+    zeros = torch.randint(0, 2**bits, (groups, out), generator=chance, dtype=torch.uint8)
     zeros[:, ::3] = 0
     g_idx = groups_in_order(width, size)
     if not in_order:
@@ -57,7 +59,16 @@ def test_groups_larger_and_smaller_than_a_tile(size: int, width: int) -> None:
     base.kernels = Kernels()
     assert torch.equal(base.dense(), expected)
     part = base.unpack(torch.empty((32, width), dtype=torch.bfloat16, device=DEVICE), 32)
-    assert torch.equal(part, expected[32:].bfloat16())
+    assert torch.equal(part, expected[32:64].bfloat16())
+
+
+@pytest.mark.parametrize("in_order", [True, False])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_fewer_rows_than_a_tile(bits: int, in_order: bool) -> None:
+    base = base_of(bits, out=8, in_order=in_order)
+    expected = base.dense()
+    base.kernels = Kernels()
+    assert torch.equal(base.dense(), expected)
 
 
 @pytest.mark.parametrize("transposed", [False, True])

@@ -18,7 +18,7 @@ print(json.dumps(sorted(name for name in sys.modules if "." not in name)))
 
 # The libraries come first, so that what they do on their own is not held against Lorakeet.
 CHANGES = """
-import importlib, json, logging, os, pkgutil, signal, sys, types, warnings
+import importlib.util, json, logging, os, pkgutil, signal, sys, types, warnings
 import click, numpy, safetensors.torch, torch, transformers, yaml
 from transformers.models.llama import modeling_llama
 
@@ -49,7 +49,8 @@ def state():
 before, parts = state(), dict(pieces())
 import lorakeet
 for module in pkgutil.walk_packages(lorakeet.__path__, "lorakeet."):
-    if not module.name.endswith("__main__"):
+    kernels = ".triton_" in module.name  # written in Triton, which is there for Linux alone
+    if not module.name.endswith("__main__") and not (kernels and importlib.util.find_spec("triton") is None):
         importlib.import_module(module.name)
 after, now = state(), dict(pieces())
 changed = [key for key in before if key != "handlers" and before[key] != after[key]]

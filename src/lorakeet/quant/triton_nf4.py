@@ -35,11 +35,11 @@ def nf4_tile(weight, rows, start, HOW: tl.constexpr, OUT: tl.constexpr, IN: tl.c
     DOUBLE: tl.constexpr = HOW[3]
     begin = rows.to(tl.int64)[:, None] * IN  # the number in W of each row's first one
     column = start + 2 * tl.arange(0, COLUMNS // 2)[None, :]
-    known = (rows < OUT)[:, None] & (column < IN) & (begin + column < COUNT)
+    known = begin + column < COUNT  # beyond a row's last column is the next row, which nobody sees
     byte = tl.load(packed + (begin + column) // 2, mask=known, other=0x77).to(tl.int32)  # 7 is the code of 0
     pairs = tl.interleave(tl.load(levels + (byte >> 4)), tl.load(levels + (byte & 15)))
     column = start + RUN * tl.arange(0, COLUMNS // RUN)[None, :]
-    known = (rows < OUT)[:, None] & (column < IN) & (begin + column < COUNT)
+    known = begin + column < COUNT
     block = (begin + column) // BLOCK
     if DOUBLE:
         code = tl.load(absmax + block, mask=known, other=0).to(tl.int32)
