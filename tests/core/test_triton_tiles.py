@@ -91,6 +91,14 @@ def test_x_of_another_width_is_refused() -> None:
         product(dense(numbers(OUT, IN, dtype=torch.float32, seed=0)), numbers(2, 5, dtype=torch.float32, seed=1))
 
 
+def test_kernels_are_launched_on_the_device_of_their_tensors() -> None:
+    from lorakeet.core.triton_tiles import on
+
+    assert on(torch.device("cuda", 1)).idx == 1  # type: ignore[attr-defined]
+    with on(torch.device("cpu")) as nothing:
+        assert nothing is None
+
+
 def test_tiles_grow_with_the_tokens_and_stay_small_for_wide_numbers() -> None:
     from lorakeet.core.triton_tiles import blocks_for
 

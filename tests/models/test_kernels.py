@@ -13,10 +13,11 @@ import torch
 from lorakeet.core import kernels as dispatch
 from lorakeet.core.in_tiles import Kernels
 from lorakeet.data.pack import Batch
-from lorakeet.errors import EnvironmentProblem
+from lorakeet.errors import ConfigError, EnvironmentProblem
 from lorakeet.models import kernels
 from lorakeet.models.adapt import put_adapter
-from lorakeet.models.kernels import bases_of, kernels_for
+from lorakeet.models.image import load_image_model
+from lorakeet.models.kernels import bases_of, kernels_for, where_possible
 from lorakeet.models.load import load_text_model
 from lorakeet.models.spec import ModelSpec
 from lorakeet.quant.spec import QuantSpec
@@ -91,3 +92,12 @@ def test_where_they_cannot_run_it_is_said_before_anything_is_loaded(monkeypatch:
     with pytest.raises(EnvironmentProblem, match=r"model.kernels is triton: .* is on 'cpu'. Set model.kernels to torch"):
         kernels_for(spec(Path("model"), device="cpu"), torch.device("cpu"))
     assert kernels_for(ModelSpec(path="model"), torch.device("cpu")) is None
+    made_elsewhere = spec(Path("model"), device="cpu")
+    assert where_possible(made_elsewhere) == replace(made_elsewhere, kernels="torch")
+    monkeypatch.setattr(dispatch, "_interpreted", dispatch.has_triton)
+    assert where_possible(made_elsewhere).kernels == ("triton" if dispatch.has_triton() else "torch")
+
+
+def test_image_models_refuse_them() -> None:
+    with pytest.raises(ConfigError, match=r"model\.kernels triton is for text models"):
+        load_image_model(spec(Path("model")))

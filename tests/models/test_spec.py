@@ -14,6 +14,11 @@ def test_a_missing_path_is_said_with_examples() -> None:
     assert ModelSpec(path="x").validate() == []
 
 
+def test_fewer_than_no_tokens_are_refused() -> None:
+    (problem,) = ModelSpec(path="x", fused_tokens=-1).validate()
+    assert problem == "model.fused_tokens is -1; expected 0 or more, such as 64."
+
+
 def test_every_field_has_a_sentence_of_help() -> None:
     for field in dataclasses.fields(ModelSpec):
         assert field.metadata["help"].endswith("."), field.name

@@ -9,8 +9,10 @@ of COLUMNS. `dense_tile` is the one for plain matrices; those for packed ones st
 imported only where kernels are asked for, Triton being optional. Their annotations are no strings: its interpreter reads them.
 """
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor, nn
@@ -63,9 +65,10 @@ def unpack(tiles: InTiles, out: Tensor, first: int = 0) -> Tensor:
     columns = min(128, triton.next_power_of_2(width))
     rows = UNPACKED // columns
     grid = triton.cdiv(triton.cdiv(out.numel(), width), rows), triton.cdiv(width, columns)
-    _unpack[grid](
-        out, _pointers(tiles), first, out.numel(), tiles.load, tiles.how, *tiles.shape, rows, columns, num_warps=4, **EXACT
-    )
+    with on(out.device):
+        _unpack[grid](
+            out, _pointers(tiles), first, out.numel(), tiles.load, tiles.how, *tiles.shape, rows, columns, num_warps=4, **EXACT
+        )
     return out
 
 
@@ -83,15 +86,21 @@ def product(tiles: InTiles, x: Tensor, pair: Pair | None = None, *, transposed: 
     shrink, expand = (x, x) if pair is None else (pair.shrink, pair.expand)  # not looked at without a pair
     shrunk = x.new_empty(tokens, rank) if rank else None
     grid = triton.cdiv(width, blocks.columns if transposed else blocks.rows), triton.cdiv(tokens, blocks.tokens)
-    _product[grid](
-        y, x if shrunk is None else shrunk, x, _pointers(tiles), tokens,
-        shrink, *shrink.stride(), expand, *expand.stride(),
-        1.0 if pair is None else pair.before, 1.0 if pair is None else pair.after,
-        tiles.load, tiles.how, out, inner, rank, max(16, triton.next_power_of_2(rank)) if rank else 0,
-        transposed, blocks.tokens, blocks.rows, blocks.columns,
-        num_warps=blocks.warps, num_stages=blocks.stages, **EXACT,
-    )  # fmt: skip
+    with on(x.device):
+        _product[grid](
+            y, x if shrunk is None else shrunk, x, _pointers(tiles), tokens,
+            shrink, *shrink.stride(), expand, *expand.stride(),
+            1.0 if pair is None else pair.before, 1.0 if pair is None else pair.after,
+            tiles.load, tiles.how, out, inner, rank, max(16, triton.next_power_of_2(rank)) if rank else 0,
+            transposed, blocks.tokens, blocks.rows, blocks.columns,
+            num_warps=blocks.warps, num_stages=blocks.stages, **EXACT,
+        )  # fmt: skip
     return y, shrunk
+
+
+def on(device: torch.device) -> AbstractContextManager[object]:
+    """A context in which Triton launches on `device`: it takes torch's current one, which need not be that of the tensors."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def dense(weight: Tensor) -> InTiles:

@@ -12,6 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lorakeet.core.triton_tiles import on
+
 COLUMNS = 4096  # of a row at once
 
 
@@ -21,7 +23,8 @@ def loss_in_place(logits: Tensor, targets: Tensor, *, wants_grad: bool) -> Tenso
     losses = logits.new_empty(len(logits))
     columns = min(COLUMNS, triton.next_power_of_2(logits.shape[1]))
     if len(logits):
-        _row[(len(logits),)](logits, logits.stride(0), targets, losses, logits.shape[1], wants_grad, columns, num_warps=8)
+        with on(logits.device):
+            _row[(len(logits),)](logits, logits.stride(0), targets, losses, logits.shape[1], wants_grad, columns, num_warps=8)
     return losses
 
 
