@@ -38,12 +38,13 @@ def both(base: Nf4Base, dtype: torch.dtype, rows: int, first: int = 0) -> tuple[
 
 
 @pytest.mark.parametrize("double_quant", [True, False])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("block_size", [64, 32, 256])
-def test_the_same_bits(shape: tuple[int, int], dtype: torch.dtype, double_quant: bool, block_size: int) -> None:
-    expected, found = both(base_of(shape, block_size=block_size, double_quant=double_quant), dtype, shape[0])
-    assert torch.equal(found, expected)
+def test_the_same_bits(shape: tuple[int, int], double_quant: bool, block_size: int) -> None:
+    base = base_of(shape, block_size=block_size, double_quant=double_quant)
+    for dtype in DTYPES:
+        expected, found = both(base, dtype, shape[0])
+        assert torch.equal(found, expected)
 
 
 def test_the_kernel_is_what_runs(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -61,7 +62,7 @@ def test_from_a_row_on() -> None:
 
 
 @pytest.mark.parametrize("transposed", [False, True])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
 @pytest.mark.parametrize(("shape", "block_size"), [((48, 100), 64), ((40, 192), 64), ((33, 128), 32), ((20, 512), 256)])
 def test_a_product_multiplies_with_these_bits(
     shape: tuple[int, int], block_size: int, dtype: torch.dtype, transposed: bool
