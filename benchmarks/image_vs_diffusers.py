@@ -10,7 +10,8 @@ have run; that model is so small that most of the memory is the libraries' own.
 All train rank-16 pairs on the attention of the UNet with AdamW at one rate, each in a process of its own, in turns. diffusers'
 script encodes the pictures and captions in every step; Lorakeet's latents are encoded once, and the time of that is counted in
 its rate, over 25 passes through the pictures. `lorakeet` and `diffusers` are both as they come: Lorakeet chooses the dtype, the
-script has fp32 unless --mixed_precision is given; `lorakeet-fp32` and `diffusers-bf16` are the same two in the other's dtype.
+script has fp32 unless --mixed_precision is given, which its README gives on a GPU; `lorakeet-fp32` and `diffusers-bf16` are the
+same two in the other's dtype. The exit code is that of the first pair; all three are printed and written.
 """
 
 from __future__ import annotations
@@ -68,12 +69,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name, (faster, smaller, worse) in ratios.items():
         learnt = "" if worse is None else f", held-out loss {worse.show(4)} more"
         print(f"{name}: images/s {faster.show()}×, memory {smaller.show()}×{learnt}")
-    faster, smaller, worse = next(iter(ratios.values()))
-    holds = worse.median <= WORSE if worse is not None else faster.median >= FASTER and smaller.median <= SMALLER
     asked = f"images/s {FASTER}×, memory {SMALLER}×" if given.true_shape else f"held-out loss at most {WORSE} more"
-    print(f"\nasked: {asked}: {'holds' if holds else 'DOES NOT HOLD'}")
+    verdicts = {name: kept(*found) for name, found in ratios.items()}
+    print(f"\nasked: {asked}: " + "; ".join(f"{name} {'holds' if yes else 'DOES NOT HOLD'}" for name, yes in verdicts.items()))
+    holds = next(iter(verdicts.values()))  # as both come
     content = {
-        "settings": {key: str(value) for key, value in vars(given).items()}, "rounds": rounds, "holds": holds,
+        "settings": {key: str(value) for key, value in vars(given).items()}, "rounds": rounds, "holds": verdicts,
         "ratios": {name: {"images_per_second": one.to_mapping(), "memory": two.to_mapping(),
                           "held_out_difference": None if three is None else three.to_mapping()}
                    for name, (one, two, three) in ratios.items()},
@@ -81,6 +82,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     claim = "image_vs_diffusers_true_shape" if given.true_shape else "image_vs_diffusers"
     print(f"Written: {write_result(claim, content, seed=0, about=about, folder=given.results)}")
     return 0 if holds else 1
+
+
+def kept(faster: Summary, smaller: Summary, worse: Summary | None) -> bool:
+    """Whether what is asked of these ratios holds: of the held-out difference where it is judged, else of speed and memory."""
+    return worse.median <= WORSE if worse is not None else faster.median >= FASTER and smaller.median <= SMALLER
 
 
 def compared(

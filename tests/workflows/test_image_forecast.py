@@ -5,10 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
-from lorakeet.errors import ConfigError
+from lorakeet.errors import ConfigError, EnvironmentProblem
 from lorakeet.evaluate.certificate import read_certificate
+from lorakeet.memory.card import CONTEXT
 from lorakeet.models.image_outline import shapes_of_images
 from lorakeet.workflows import image_forecast
 from lorakeet.workflows.image_forecast import arrange_images, forecast_images, machine_of, ways
@@ -45,6 +47,33 @@ def test_what_takes_less_is_chosen_and_said(tiny_sd_folder: Path, tmp_path: Path
     assert chosen.config.diffusion.at_once == 1 and not chosen.config.diffusion.checkpointing and "at_once 1" in said[-1]
     with pytest.raises(ConfigError, match=r"takes at least .* \(phase '[\w ]+'\)[\s\S]*model\.quantize nf4"):
         arrange_images(image_config(tiny_sd_folder, tmp_path, memory__budget=f"{peaks[2] / 4e6:.3f}MB"), said.append)
+
+
+@pytest.fixture
+def limited(monkeypatch: pytest.MonkeyPatch) -> list[tuple[torch.device, int]]:
+    """As if there were a CUDA device; the limits that torch is held to."""
+    found: list[tuple[torch.device, int]] = []
+    monkeypatch.setattr(image_forecast, "device_for", torch.device)
+    monkeypatch.setattr(image_forecast, "planned_on", torch.device)
+    monkeypatch.setattr(image_forecast, "card_warning", lambda device, budget: "")
+    monkeypatch.setattr(image_forecast, "limit_to", lambda device, budget: found.append((device, budget)))
+    return found
+
+
+def test_on_a_cuda_device_the_budget_is_that_of_its_memory(
+    tiny_sd_folder: Path, tmp_path: Path, limited: list[tuple[torch.device, int]]
+) -> None:
+    said: list[str] = []
+    card = torch.device("cuda", 0)
+    on_card = image_config(tiny_sd_folder, tmp_path, memory__budget="8GiB", model__device="cuda:0")
+    whole = arrange_images(on_card, said.append)
+    assert whole.card == card and limited.pop() == (card, 8 << 30) and "on cuda:0" in said[-1] and whole.planned is not None
+    assert all(phase.kinds["runtime"] == CONTEXT for phase in whole.planned.forecast.phases)
+    with pytest.raises(ConfigError, match="this run takes at least"):
+        arrange_images(image_config(tiny_sd_folder, tmp_path, memory__budget="500MiB", model__device="cuda:0"), said.append)
+    assert limited == []
+    with pytest.raises(EnvironmentProblem, match="kept on the CPU and on CUDA devices"):
+        arrange_images(image_config(tiny_sd_folder, tmp_path, memory__budget="8GiB", model__device="mps"), said.append)
 
 
 def test_without_a_budget_nothing_is_planned(tiny_sd_folder: Path, tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from rich.console import Console
 
 from lorakeet.cli.main import lorakeet
 from lorakeet.errors import ConfigError
+from lorakeet.memory.card import CONTEXT
 from lorakeet.workflows import image_forecast
 from lorakeet.workflows.image_plan import ImagePlanResult, plan_images
 from tiny.image_runs import image_config
@@ -27,9 +28,11 @@ def configurations(tiny_sdxl_folder: Path, tmp_path: Path) -> Path:
     return tmp_path / "shapes"
 
 
-def planned(folder: Path, room: Path, budget: str = "", scorer: str = "") -> tuple[ImagePlanResult, str]:
+def planned(folder: Path, room: Path, budget: str = "", scorer: str = "", device: str = "cpu") -> tuple[ImagePlanResult, str]:
     text = io.StringIO()
-    config = image_config(folder, room, memory__budget=budget, lora__target_modules="all-linear", diffusion__scorer=scorer)
+    config = image_config(
+        folder, room, memory__budget=budget, lora__target_modules="all-linear", diffusion__scorer=scorer, model__device=device
+    )
     return plan_images(config, Console(file=text, width=200)), text.getvalue()
 
 
@@ -40,6 +43,19 @@ def test_neither_weights_nor_pictures_are_needed(configurations: Path, tmp_path:
     mapping = result.to_mapping()
     assert mapping["fits"] is None and mapping["micro_batch"] == {"pictures": 4, "size": [16, 16]}
     assert mapping["peak"] == max(phase["bytes"] for phase in mapping["phases"]) > mapping["card_tensors"] > 0
+
+
+def test_the_memory_of_a_card_is_planned_without_one(configurations: Path, tmp_path: Path) -> None:
+    result, text = planned(configurations, tmp_path, device="cuda:1")
+    assert "Memory on cuda:1" in text and result.to_mapping()["device"] == "cuda:1"
+    phases = {phase.name: phase for phase in result.planned.forecast.phases}
+    assert "load" not in phases and all(phase.kinds["runtime"] == CONTEXT for phase in phases.values())
+    beside = result.peak - result.planned.tensors
+    assert CONTEXT < beside < CONTEXT + (256 << 20), "the context, and what torch's allocator keeps around the tensors"
+    on_cpu, _ = planned(configurations, tmp_path)
+    assert on_cpu.planned.tensors <= result.planned.tensors, "also the second base of the certificate"
+    small, text = planned(configurations, tmp_path, budget="600MiB", device="cuda:1")
+    assert "more than the budget" in text and "this machine has" not in text and small.choices
 
 
 def test_what_finetune_refuses_is_not_planned(configurations: Path, tmp_path: Path) -> None:
@@ -67,3 +83,12 @@ def test_the_verb_knows_published_shapes(monkeypatch: pytest.MonkeyPatch) -> Non
     mapping = json.loads(found.stdout)
     base = {phase["phase"]: phase["kinds"]["base"] for phase in mapping["phases"]}["train step"]
     assert 1.8e9 < base < 2.0e9 and mapping["micro_batch"]["size"] == [512, 512]
+
+
+def test_stable_diffusion_xl_fits_a_card_of_eight_gigabytes_by_plan() -> None:
+    given = ["plan", "--kind", "image", "--model", "stabilityai/stable-diffusion-xl-base-1.0", "--data", "none", "--json",
+             "--model.dtype", "bfloat16", "--diffusion.at_once", "1", "--diffusion.checkpointing", "true",
+             "--model.device", "cuda", "--memory", "8GiB", "--quantize", "nf4"]  # fmt: skip
+    found = CliRunner().invoke(lorakeet, given, catch_exceptions=False)
+    mapping = json.loads(found.stdout)
+    assert mapping["fits"] and mapping["device"].startswith("cuda") and mapping["micro_batch"]["size"] == [1024, 1024]

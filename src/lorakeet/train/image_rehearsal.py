@@ -100,6 +100,7 @@ def go_through(
         with torch.no_grad():
             told = model.describe(["a picture"]).to(torch.device("cpu"), torch.float32)
     model.stage(model.kind.denoiser, *(ENCODERS if diffusion.text_encoder else ()))
+    account.name("base", _on_device(model))
     inject(model.parts, plan)
     training = _training(model, latents, told, train, diffusion, pictures)
     best = step_in_account(training, account)
@@ -112,12 +113,19 @@ def go_through(
         model.parts.eval()
         count, place = 2 * pictures.drawn_at_once, tuple(side // model.factor for side in pictures.drawn)
         model.stage(model.kind.denoiser, "vae")  # as ImageModel.drawing does
+        account.name("base", _on_device(model))
         noisy, times = torch.zeros(count, *latents.shape[1:2], *place), torch.ones(count)
         wide = (model.device, model.dtype)
         sizes = task.train[0].sizes.expand(count, 6).to(*wide)
         predicted(model.kind, model.denoiser, noisy.to(*wide), times, _repeated(told, count).to(*wide), sizes)
         model.decode(noisy[:1])
     del best
+
+
+def _on_device(model: ImageModel) -> list[Tensor]:
+    """The frozen tensors of the parts that are where the model computes; on a card they are others after each `stage`."""
+    every = (*model.parts.parameters(), *model.parts.buffers(), *model.vae.parameters())
+    return [tensor for tensor in every if tensor.device == model.device and not tensor.requires_grad]
 
 
 def _training(

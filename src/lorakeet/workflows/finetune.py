@@ -108,9 +108,9 @@ def finetune(
             processes.from_first(lambda: _require_run(run, resume=resume is not None))
         require_sink(config.train.log_to)
         _check_quick(config, quick, resume)
-        if config.kind == "image":
-            return finetune_images(config, run, resume=resume is not None, dry_run=dry_run, console=console)
         with promised(config.memory.bytes, "Raise the budget."):
+            if config.kind == "image":
+                return finetune_images(config, run, resume=resume is not None, dry_run=dry_run, console=console)
             setup = assemble(config, console, processes)
             show_plan(setup, console)
             if dry_run:

@@ -18,6 +18,7 @@ from lorakeet.config import RunConfig
 from lorakeet.evaluate.certificate import Certificate
 from lorakeet.evaluate.report import Command, Leak, MemoryUse, Report
 from lorakeet.evaluate.values import encode
+from lorakeet.memory.card import card_peak
 from lorakeet.memory.measure import peak_bytes
 from lorakeet.models.image_scorer import load_scorer
 from lorakeet.models.spec import ModelSpec
@@ -167,15 +168,18 @@ def _complete(measured: Report, setup: ImageAssembly, outcome: Outcome, run: Run
 
 
 def _memory(setup: ImageAssembly, outcome: Outcome) -> tuple[MemoryUse, ...]:
-    """Planned and used bytes, where the run was planned, and against a budget."""
-    planned, budget = setup.arrangement.planned, setup.arrangement.budget
+    """Planned and used bytes, where the run was planned, and against a budget: of the process, or of the card that it bounds."""
+    kept = setup.arrangement
+    planned, budget, card = kept.planned, kept.budget, kept.card
     if planned is None:
         return (MemoryUse("training, whole process", None, outcome.peak_bytes),)
+    whole = peak_bytes() if card is None else card_peak(card)
     found = (
-        MemoryUse("training, whole process", planned.training_peak, outcome.peak_bytes),
-        MemoryUse("training, judging and certificate", planned.peak, peak_bytes()),
+        MemoryUse(f"training, {'whole process' if card is None else f'on {card}'}", planned.training_peak, outcome.peak_bytes),
+        MemoryUse("training, judging and certificate", planned.peak, whole),
     )
-    return found if budget is None else (*found, MemoryUse("the whole run, against memory.budget", budget, peak_bytes()))
+    against = found if budget is None else (*found, MemoryUse("the whole run, against memory.budget", budget, whole))
+    return against if card is None else (*against, *page.beside_a_card(card))
 
 
 def _scores(config: RunConfig) -> dict[str, str]:

@@ -20,6 +20,7 @@ from lorakeet.evaluate.wording import bytes_text
 from lorakeet.formats.safe import Stored, open_safetensors
 from lorakeet.memory.allocator import return_freed_memory
 from lorakeet.memory.budget import larger_than_machine
+from lorakeet.memory.card import CONTEXT, card_warning, limit_to, phases_on_card
 from lorakeet.memory.forecast import Forecast, phases_of
 from lorakeet.memory.held import Held, larger, with_more
 from lorakeet.memory.ledger import Work
@@ -30,7 +31,7 @@ from lorakeet.models.image_kinds import ENCODERS
 from lorakeet.models.image_outline import outline_image, shapes_of_images
 from lorakeet.models.image_shapes import Shapes
 from lorakeet.models.image_single import open_single, single_denoiser_files
-from lorakeet.models.placement import device_for, dtype_for
+from lorakeet.models.placement import device_for, dtype_for, planned_on
 from lorakeet.models.spec import ModelSpec
 from lorakeet.quant.packed import SCRATCH, PackedBase
 from lorakeet.train.image_rehearsal import ENCODE, ImageRehearsal, Pictures, go_through, rehearse_images
@@ -64,6 +65,7 @@ class ImagePlanned:
     pictures: Pictures
     work: Work  # of one micro-batch in training
     on_card: Callable[[], int]
+    card: torch.device | None = None  # what the forecast is of; None for the process
 
     @cached_property
     def tensors(self) -> int:
@@ -72,7 +74,7 @@ class ImagePlanned:
 
     @property
     def peak(self) -> int:
-        """The most bytes that the process will hold."""
+        """The most bytes that the process will hold, or take of the card."""
         return self.forecast.peak.bytes
 
     @property
@@ -93,6 +95,7 @@ class ImageArrangement:
     config: RunConfig
     budget: int | None = None
     planned: ImagePlanned | None = None
+    card: torch.device | None = None  # the CUDA device whose memory the budget bounds; None for that of the process
 
 
 @dataclass(frozen=True)
@@ -100,26 +103,29 @@ class Machine:
     """What of this machine and of the model's files a forecast needs."""
 
     dtype: torch.dtype
-    runtime: int  # bytes of the process beside its tensors
+    runtime: int  # bytes beside the tensors: of the process, or of the context on a card
     mapped: int = 0  # bytes of files in memory while other parts than the denoiser are rounded; -1: unknown, taken to be fp32
     returning: bool = False  # whether freed memory goes back to the system at once, as in runs under a budget
+    card: torch.device | None = None  # the CUDA device whose memory is planned, this machine's or not; None for that of a process
 
 
 def arrange_images(config: RunConfig, say: Callable[[str], None], *, asked: bool = False) -> ImageArrangement:
     """Plans the run if a budget is set, or it is `asked`; under a budget chooses what keeps it, and frees memory at once.
 
+    On a CUDA device the budget bounds what the process holds there, and torch is held to it.
     ConfigError with the least that works and what would help where no choice keeps it; EnvironmentProblem on other devices.
     """
     budget, device = config.memory.bytes, device_for(config.model.device)
+    card = device if device.type == "cuda" else None
     if budget is None and not asked:
         return ImageArrangement(config)
     if budget is not None:
-        if device.type != "cpu":
+        if card is None and device.type != "cpu":
             raise EnvironmentProblem(
-                f"For images memory.budget is kept on the CPU only, but the model would be on {device}. Set model.device to "
-                "cpu, or leave the budget out; lorakeet plan says what the tensors take on any device."
+                f"For images memory.budget is kept on the CPU and on CUDA devices, but the model would be on {device}. Set "
+                "model.device to cpu, or leave the budget out."
             )
-        if warning := larger_than_machine(budget):
+        if warning := larger_than_machine(budget) if card is None else card_warning(card, budget):
             say(warning)
         return_freed_memory()
     shapes = shapes_of_images(config.model, say)
@@ -132,8 +138,11 @@ def arrange_images(config: RunConfig, say: Callable[[str], None], *, asked: bool
         tried.append((other, planned))
         if planned.peak <= budget:
             with_it = f" with {change}" if change else ""
-            say(f"Memory: {bytes_text(planned.peak)} planned of {bytes_text(budget)}{with_it}.")
-            return ImageArrangement(other, budget, planned)
+            where = "" if card is None else f" on {card}"
+            say(f"Memory: {bytes_text(planned.peak)} planned of {bytes_text(budget)}{where}{with_it}.")
+            if card is not None:
+                limit_to(card, budget)
+            return ImageArrangement(other, budget, planned, card)
     last, least = min(tried, key=lambda one: one[1].peak)
     helping = [
         f"{change}: {bytes_text(found.peak)}" for change, found in advice(last, shapes, machine) if found.peak < least.peak
@@ -176,14 +185,33 @@ def advice(config: RunConfig, shapes: Shapes, machine: Machine) -> Iterator[tupl
 
 def machine_of(config: RunConfig, *, returning: bool = False) -> Machine:
     """This machine's part of a forecast of `config`."""
-    dtype = dtype_for(config.model.dtype, device_for(config.model.device))
+    device = planned_on(config.model.device)
+    dtype = dtype_for(config.model.dtype, device)
+    if device.type == "cuda":
+        return Machine(dtype, CONTEXT, returning=returning, card=device)
     return Machine(dtype, runtime_bytes(config, dtype), _mapped_bytes(config.model, dtype), returning)
 
 
 def forecast_images(config: RunConfig, shapes: Shapes, machine: Machine) -> ImagePlanned:
-    """What a run of `config` on the model of `shapes` will hold. ConfigError where the settings do not fit the model."""
+    """What a run of `config` on the model of `shapes` will hold, in the process or on a card.
+
+    A model is read in the host's memory, from where its parts come to a card while they compute. ConfigError where the settings
+    do not fit the model.
+    """
     pictures, quantize = pictures_of(config, shapes), config.model.quantize
     build = partial(outline_image, shapes, name=config.model.path, dtype=machine.dtype, quantize=quantize)
+
+    def on_card() -> ImageRehearsal:
+        return rehearse_images(partial(build, card=True), config.lora, config.train, config.diffusion, pictures)
+
+    if machine.card is not None:
+        found = on_card()
+        held = {name: found.peaks[name] for name in (ENCODE, STEP, EVALUATE, CHECKPOINT, JUDGE)}
+        held[CERTIFY] = with_more(held[JUDGE], adapter=8 * found.plan.parameters)  # the adapter from disk, and that of before
+        if not machine.returning:  # on a second base
+            held[CERTIFY] = with_more(held[CERTIFY], base=held[JUDGE].kinds["base"])
+        phases = phases_on_card(held, machine.runtime)
+        return ImagePlanned(Forecast(phases), found.plan, pictures, found.work, partial(_most, found), machine.card)
     found = rehearse_images(build, config.lora, config.train, config.diffusion, pictures)
     peaks, adapter = found.peaks, 4 * found.plan.parameters
     load = with_more(Held(), base=found.base, scratch=_read(found, machine))
@@ -195,12 +223,7 @@ def forecast_images(config: RunConfig, shapes: Shapes, machine: Machine) -> Imag
         certify = larger(loading, with_more(certify, base=found.base))
     held = {LOAD: load, **{name: peaks[name] for name in (ENCODE, STEP, EVALUATE, CHECKPOINT)}, JUDGE: judge, CERTIFY: certify}
     phases = phases_of(held, machine.runtime, returning=machine.returning)
-
-    def on_card() -> int:
-        card = rehearse_images(partial(build, card=True), config.lora, config.train, config.diffusion, pictures)
-        return max(peak.bytes for peak in card.peaks.values())
-
-    return ImagePlanned(Forecast(phases), found.plan, pictures, found.work, on_card)
+    return ImagePlanned(Forecast(phases), found.plan, pictures, found.work, lambda: _most(on_card()))
 
 
 def pictures_of(config: RunConfig, shapes: Shapes) -> Pictures:
@@ -251,6 +274,10 @@ def _mapped_bytes(spec: ModelSpec, dtype: torch.dtype) -> int:
 
 def _rounded(tensors: Sequence[Stored], dtype: torch.dtype) -> int:
     return sum(one.end - one.begin for one in tensors if one.dtype != dtype)
+
+
+def _most(found: ImageRehearsal) -> int:
+    return max(peak.bytes for peak in found.peaks.values())
 
 
 def _read(found: ImageRehearsal, machine: Machine) -> int:

@@ -12,6 +12,7 @@ from lorakeet.config import RunConfig
 from lorakeet.evaluate.wording import bytes_text
 from lorakeet.memory.budget import larger_than_machine
 from lorakeet.models.image_outline import shapes_of_images
+from lorakeet.models.placement import planned_on
 from lorakeet.workflows import image_finetune as _run  # noqa: F401 - what a run has in memory is in memory here, to be counted
 from lorakeet.workflows.image_assemble import check_settings
 from lorakeet.workflows.image_forecast import ImagePlanned, advice, forecast_images, machine_of, ways
@@ -37,6 +38,7 @@ class ImagePlanResult:
         work, pictures = self.planned.work, self.planned.pictures
         return {
             "model": self.config.model.path,
+            "device": "cpu" if self.planned.card is None else str(self.planned.card),
             "trained_parameters": self.planned.plan.parameters,
             "micro_batch": {"pictures": pictures.micro_batch, "size": list(pictures.example)},
             **self.planned.to_mapping(),
@@ -54,7 +56,8 @@ def plan_images(config: RunConfig, console: Console) -> ImagePlanResult:
     """
     check_settings(config)
     budget = config.memory.bytes
-    if budget is not None and (warning := larger_than_machine(budget)):
+    on_card = planned_on(config.model.device).type == "cuda"
+    if budget is not None and not on_card and (warning := larger_than_machine(budget)):
         console.print(warning, soft_wrap=True)
 
     def say(text: str) -> None:

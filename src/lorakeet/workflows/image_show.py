@@ -47,7 +47,7 @@ def _by_module(plan: Plan) -> list[tuple[str, str, str, str, str]]:
 
 def show_forecast(planned: ImagePlanned, console: Console) -> None:
     """The table of phases and kinds, and what was planned."""
-    console.print(memory_table(planned.forecast))
+    console.print(memory_table(planned.forecast, None if planned.card is None else str(planned.card)))
     pictures = planned.pictures
     height, width = pictures.example
     console.print(

@@ -155,9 +155,13 @@ def _memory(setup: Assembly, outcome: Outcome) -> tuple[MemoryUse, ...]:
     against = (*used, MemoryUse("training and judging, against memory.budget", kept.budget, whole))
     if kept.card is None:
         return against
+    return (*against, *beside_a_card(kept.card))
+
+
+def beside_a_card(card: torch.device) -> tuple[MemoryUse, ...]:
+    """What was not planned, or is not torch's, where a budget bounds the memory of a CUDA device."""
     return (
-        *against,
-        MemoryUse(f"CUDA context on {kept.card}, and other processes there", CONTEXT, beside_torch(kept.card)),
+        MemoryUse(f"CUDA context on {card}, and other processes there", CONTEXT, beside_torch(card)),
         MemoryUse("the process's own memory on the host", None, peak_bytes()),
     )
 
