@@ -5,10 +5,13 @@ Every format in `formats/` is `read(path) -> Adapter` and `write(adapter, path)`
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 
+import torch
 from torch import Tensor
+from torch._utils import _unflatten_dense_tensors
 
 from lorakeet.core.math import Kind, ScaleRule, delta, scale_of
 
@@ -38,6 +41,65 @@ class Pair:
         return delta(self.A.float(), self.B.float(), self.scale, self.kind)
 
 
+Places = tuple[int, int, int | None, int | None]  # of the A, B, magnitude and bias of a pair in a row of tensors
+
+
+@dataclass(frozen=True, eq=False)
+class PairsOutline:
+    """What the pairs of adapters of one recipe have in common: paths, shapes and scales; all but the numbers.
+
+    Nobody may change it, and one is another only if it is the same object: what was found out about it holds for all such pairs.
+    """
+
+    pairs: Mapping[str, Pair]  # on the meta device
+    places: Mapping[str, Places]  # among the tensors
+    tensors: tuple[Tensor, ...]  # in fp32 on the meta device, none of them empty
+
+    @cached_property
+    def parameters(self) -> int:
+        """How many numbers the pairs have."""
+        return sum(map(_numbers, self.pairs.values()))
+
+
+class AlikePairs(Mapping[str, Pair]):
+    """The pairs of one adapter by path: numbers of its own in the shapes of an outline that it shares, made when asked for."""
+
+    __slots__ = ("outline", "tensors")
+
+    def __init__(self, outline: PairsOutline, numbers: Tensor) -> None:
+        """`numbers`: those of all tensors end to end in fp32, of which the pairs are views. ValueError where they are too few or
+        too many."""
+        if numbers.dim() != 1 or numbers.dtype != torch.float32 or len(numbers) != outline.parameters:
+            given = f"{tuple(numbers.shape)} in {numbers.dtype}"
+            raise ValueError(f"the outline has {outline.parameters} numbers in fp32; given are {given}")
+        self.outline = outline
+        if numbers.is_meta:
+            self.tensors = outline.tensors
+        else:
+            with torch.no_grad():  # by one call: hundreds would hand Python's lock to other threads and back each time
+                self.tensors = tuple(_unflatten_dense_tensors(numbers, outline.tensors))  # type: ignore[no-untyped-call]
+
+    def parts(self) -> Iterator[tuple[Tensor, Tensor, Tensor | None, Tensor | None]]:
+        """A, B, magnitude and bias of each pair."""
+        return map(self._parts, self.outline.places.values())
+
+    def _parts(self, places: Places) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        tensors, (A, B, magnitude, bias) = self.tensors, places
+        return (
+            tensors[A], tensors[B], None if magnitude is None else tensors[magnitude], None if bias is None else tensors[bias],
+        )  # fmt: skip
+
+    def __getitem__(self, path: str) -> Pair:
+        known, (A, B, magnitude, bias) = self.outline.pairs[path], self._parts(self.outline.places[path])
+        return Pair(A, B, known.alpha, known.kind, known.scale_rule, magnitude, bias)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.outline.places)
+
+    def __len__(self) -> int:
+        return len(self.outline.places)
+
+
 @dataclass(frozen=True)
 class TokenRows:
     """Trained rows of an embedding: the rows themselves (not their change), by token id."""
@@ -60,5 +122,10 @@ class Adapter:
 
     @property
     def parameters(self) -> int:
-        pairs = sum(t.numel() for p in self.pairs.values() for t in (p.A, p.B, p.magnitude, p.bias) if t is not None)
+        alike = self.pairs.outline if isinstance(self.pairs, AlikePairs) else None
+        pairs = sum(map(_numbers, self.pairs.values())) if alike is None else alike.parameters
         return pairs + sum(t.numel() for t in self.extras.values()) + sum(r.rows.numel() for r in self.token_rows.values())
+
+
+def _numbers(pair: Pair) -> int:
+    return sum(tensor.numel() for tensor in (pair.A, pair.B, pair.magnitude, pair.bias) if tensor is not None)

@@ -11,10 +11,21 @@ from lorakeet.errors import DataError, unreadable
 
 def read_object(path: Path, *, expected: str) -> dict[str, Any]:
     """The object in `path`. DataError where it cannot be read or is something else; `expected` says what should be there."""
+    return parse_object(read_bytes(path, expected=expected), path, expected=expected)
+
+
+def read_bytes(path: Path, *, expected: str) -> bytes:
+    """What is in `path`; DataError where it cannot be read."""
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        return path.read_bytes()
     except OSError as error:
         raise DataError(f"{unreadable(path, error)} Expected {expected}.") from error
+
+
+def parse_object(raw: bytes, path: Path, *, expected: str) -> dict[str, Any]:
+    """The object that `raw` is, as `path` holds it. DataError where it is something else."""
+    try:
+        data = json.loads(raw.decode("utf-8"))
     except (ValueError, RecursionError) as error:  # a plain ValueError for a number of thousands of digits
         raise DataError(f"{path} is not JSON that can be read: {error}. Expected {expected}.") from error
     if not isinstance(data, dict):

@@ -20,7 +20,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -29,7 +29,8 @@ from lorakeet.core.adapter import Adapter, Pair, TokenRows
 from lorakeet.core.math import Kind
 from lorakeet.errors import DataError, Problems
 from lorakeet.formats import peft_experts
-from lorakeet.formats.peft_config import CONFIG_NAME, PeftConfig, check_writable, config_text, read_config
+from lorakeet.formats.peft_config import CONFIG_NAME, LONGEST, PeftConfig, check_writable, config_bytes, config_text, read_config
+from lorakeet.formats.peft_recipe import RECIPES, Names, recipe_of
 from lorakeet.formats.safe import SafeFile, open_safetensors, save_tensors, save_text
 from lorakeet.formats.tensors import check_finite, named_like_a_part
 
@@ -46,12 +47,13 @@ _CONFIG_KEYS = ("task_type", "revision", "lora_dropout")  # Adapter.metadata tha
 Slots = dict[str, Tensor]
 
 
-def read(folder: Path, *, opened: Callable[[Path], SafeFile] = open_safetensors) -> Adapter:
+def read(folder: Path, *, opened: Callable[[Path], SafeFile] = open_safetensors, configured: bytes | None = None) -> Adapter:
     """The adapter in `folder`. ConfigError and DataError list everything that cannot be understood; nothing is dropped.
 
-    `opened` decides how the tensors come in (formats/slab).
+    `opened` decides how the tensors come in (formats/slab); `configured` is what adapter_config.json holds, if it has been read.
     """
-    config = read_config(folder)
+    configured = config_bytes(folder) if configured is None else configured
+    config = read_config(folder, configured)
     model = folder / MODEL_NAME
     if not model.exists() and (folder / PICKLE_NAME).exists():
         raise DataError(
@@ -59,6 +61,20 @@ def read(folder: Path, *, opened: Callable[[Path], SafeFile] = open_safetensors)
             f"Save the adapter again in PEFT, which writes {MODEL_NAME}."
         )
     file = opened(model)
+    if file.header is None or len(configured) > LONGEST:
+        return _read(folder, config, file)
+    key = (configured, file.header)
+    recipe = RECIPES.get(key)
+    adapter = None if recipe is None else recipe.filled(file)
+    if adapter is None:
+        adapter = _read(folder, config, file)  # says what is wrong, if anything is
+        names = {path: _names(path, pair.kind) for path, pair in adapter.pairs.items()}
+        if recipe is None and (recipe := recipe_of(adapter, file.header, names)) is not None:
+            adapter = RECIPES.keep(key, recipe).filled(file) or adapter
+    return adapter
+
+
+def _read(folder: Path, config: PeftConfig, file: SafeFile) -> Adapter:
     problems = Problems(f"The adapter in {folder} cannot be read", DataError)
     groups, tokens, others = _sorted_by_kind(file, problems)
     note = _note(file)
@@ -66,7 +82,7 @@ def read(folder: Path, *, opened: Callable[[Path], SafeFile] = open_safetensors)
     extras = {_extra_path(name, pairs, problems): tensor for name, tensor in others.items()}
     token_rows = _token_rows(config, note, tokens, problems)
     if not pairs and not extras and not token_rows and not problems.messages:
-        problems.add(f"{model} holds no tensor.")
+        problems.add(f"{file.path} holds no tensor.")
     problems.raise_if_any()
     metadata = {**config.metadata, **{str(key): str(value) for key, value in note.get("metadata", {}).items()}}
     return Adapter(pairs, extras, token_rows, config.base, metadata)
@@ -178,6 +194,12 @@ def _add_pair(config: PeftConfig, path: str, kind: Kind, slots: Slots, *, pairs:
 
 def _factor_slots(kind: Kind) -> tuple[str, str]:
     return ("lora_embedding_A", "lora_embedding_B") if kind == "embedding" else ("lora_A.weight", "lora_B.weight")
+
+
+def _names(path: str, kind: Kind) -> Names:
+    """What the tensors of a pair are called in the file, if it is no pair of experts."""
+    slots = (*_factor_slots(kind), "lora_magnitude_vector", "lora_B.bias")
+    return cast(Names, tuple(f"{_PREFIX}{path}.{slot}" for slot in slots))
 
 
 def _shape_problem(config: PeftConfig, path: str, kind: Kind, A: Tensor, B: Tensor, rank: int) -> str:

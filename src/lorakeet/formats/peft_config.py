@@ -20,8 +20,9 @@ from lorakeet.core.adapter import Adapter, Pair
 from lorakeet.core.math import ScaleRule, alpha_for
 from lorakeet.core.spec import pattern_value
 from lorakeet.errors import ConfigError, Problems
-from lorakeet.formats.json_object import read_object
+from lorakeet.formats.json_object import parse_object, read_bytes
 from lorakeet.formats.pattern_cost import pattern_problem
+from lorakeet.formats.remembered import Remembered
 from lorakeet.formats.sd_names import of_image_model
 
 CONFIG_NAME = "adapter_config.json"
@@ -55,6 +56,7 @@ _REFUSED = {
 # Starts that leave the base weights as they were. "eva" and "mica" read them only.
 _HARMLESS_STARTS = {"true", "false", "gaussian", "eva", "orthogonal", "mica"}
 _EMPTY: tuple[Any, ...] = (None, False, "", [], {})
+_EXPECTED = "the configuration of an adapter in PEFT's layout"
 
 
 @dataclass(frozen=True)
@@ -105,11 +107,25 @@ class PeftConfig:
         return any(path == target or path.endswith(f".{target}") for target in self.target_modules)
 
 
-def read_config(folder: Path) -> PeftConfig:
-    """The configuration in `folder`. DataError for a file that is not one, ConfigError listing every key that is refused."""
+LONGEST = 1 << 20  # bytes of a configuration that is remembered
+_KNOWN: Remembered[bytes, PeftConfig] = Remembered(8)
+
+
+def read_config(folder: Path, raw: bytes | None = None) -> PeftConfig:
+    """The configuration in `folder`, whose bytes may have been read already (`raw`). Nobody may change it: it is remembered.
+
+    DataError for a file that is not one, ConfigError listing every key that is refused.
+    """
     path = folder / CONFIG_NAME
-    data = read_object(path, expected="the configuration of an adapter in PEFT's layout")
-    return parse_config(data, path)
+    raw = config_bytes(folder) if raw is None else raw
+    if len(raw) > LONGEST:
+        return parse_config(parse_object(raw, path, expected=_EXPECTED), path)
+    return _KNOWN.of(raw, lambda: parse_config(parse_object(raw, path, expected=_EXPECTED), path))
+
+
+def config_bytes(folder: Path) -> bytes:
+    """What lies in `folder` as its configuration; DataError where it cannot be read."""
+    return read_bytes(folder / CONFIG_NAME, expected=_EXPECTED)
 
 
 def parse_config(data: dict[str, Any], path: object) -> PeftConfig:

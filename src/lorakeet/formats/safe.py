@@ -13,8 +13,11 @@ import math
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
+from io import FileIO
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
@@ -51,6 +54,45 @@ class Stored:
     end: int
 
 
+@dataclass(frozen=True, eq=False)
+class Header:
+    """A checked header: all that follows from its bytes and the length of the file, and so the same for many files.
+
+    Nobody may change it. One is another only if it is the same object.
+    """
+
+    tensors: Mapping[str, Stored]
+    metadata: Mapping[str, str]
+    start: int  # where in the file the tensors begin, end to end
+    size: int  # of the file
+
+    @cached_property
+    def order(self) -> tuple[str, ...]:
+        """The names in the order in which the tensors lie in the file."""
+        return tuple(sorted(self.tensors, key=lambda name: (self.tensors[name].begin, self.tensors[name].end)))
+
+    @cached_property
+    def dtype(self) -> torch.dtype | None:
+        """The dtype of all tensors, or None where they have several or there is none."""
+        found = {stored.dtype for stored in self.tensors.values()}
+        return found.pop() if len(found) == 1 else None
+
+    @cached_property
+    def has_empty(self) -> bool:
+        """Whether a tensor has no numbers."""
+        return any(0 in stored.shape for stored in self.tensors.values())
+
+    @cached_property
+    def outline(self) -> tuple[Tensor, ...]:
+        """The tensors in the order of the file, in fp32 on the meta device: shapes without numbers."""
+        return tuple(torch.empty(self.tensors[name].shape, device="meta", dtype=torch.float32) for name in self.order)
+
+    @cached_property
+    def count(self) -> int:
+        """How many numbers the tensors have together."""
+        return sum(math.prod(stored.shape) for stored in self.tensors.values())
+
+
 @dataclass(frozen=True)
 class SafeFile:
     """An open book on a checked file: its tensors by name, read one at a time."""
@@ -59,6 +101,7 @@ class SafeFile:
     tensors: Mapping[str, Stored]
     metadata: Mapping[str, str]
     finite: bool = False  # whether it is known already that no number is NaN or infinite
+    header: Header | None = None  # where it is remembered for files that begin alike (formats/slab)
 
     def read(self, name: str) -> Tensor:
         """The tensor `name`, in memory of its own."""
@@ -66,6 +109,10 @@ class SafeFile:
         if not data:
             return torch.empty(stored.shape, dtype=stored.dtype)
         return torch.frombuffer(data, dtype=stored.dtype).view(stored.shape)
+
+    def numbers(self) -> Tensor | None:
+        """Those of all tensors in fp32, end to end in the order of the file; None where tensors have to be read one by one."""
+        return None
 
     def bytes_of(self, name: str) -> bytearray:
         """The bytes of the tensor `name`."""
@@ -85,23 +132,38 @@ class SafeFile:
 def open_safetensors(path: Path) -> SafeFile:
     """The checked header of `path`. DataError names the file and everything that is wrong with it."""
     try:
-        size = path.stat().st_size
         with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            if size < 8 or length > min(size - 8, LARGEST_HEADER):
-                raise DataError(
-                    f"{path} is not a whole safetensors file: it is {size:,} bytes long and announces a header of "
-                    f"{length:,} bytes. It may have been cut off; fetch it again."
-                )
-            header = _parse(path, file.read(length))
+            raw, size = read_header(path, file)
     except OSError as error:
         raise DataError(unreadable(path, error)) from error
+    header = check_header(path, raw, size)
+    return SafeFile(path, header.tensors, header.metadata)
+
+
+def read_header(path: Path, file: BinaryIO | FileIO) -> tuple[bytes, int]:
+    """The header's bytes, as they are, and how long the whole file is; `file` is then at the first tensor. DataError, OSError."""
+    size = os.fstat(file.fileno()).st_size
+    length = int.from_bytes(file.read(8), "little")
+    if size < 8 or length > min(size - 8, LARGEST_HEADER):
+        raise DataError(
+            f"{path} is not a whole safetensors file: it is {size:,} bytes long and announces a header of "
+            f"{length:,} bytes. It may have been cut off; fetch it again."
+        )
+    raw = file.read(length)
+    if len(raw) != length:
+        raise DataError(f"{path} became shorter while it was read. Fetch the file again.")
+    return raw, size
+
+
+def check_header(path: Path, raw: bytes, size: int) -> Header:
+    """What the header `raw` of a file of `size` bytes says. DataError names the file, `path`, and everything that is wrong."""
+    header = _parse(path, raw)
     metadata = header.pop("__metadata__", None) or {}  # mlx writes null
     problems = Problems(f"{path} is not a sound safetensors file", DataError, remedy="Fetch the file again.")
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         problems.add(f"{path}: __metadata__ is not a table of texts.")
         metadata = {}
-    start = 8 + length
+    start = 8 + len(raw)
     tensors: dict[str, Stored] = {}
     for name, entry in header.items():
         found = _entry(entry, start)
@@ -111,7 +173,7 @@ def open_safetensors(path: Path) -> SafeFile:
             tensors[name] = found
     problems.raise_if_any()
     _check_ranges(path, tensors, start, size)
-    return SafeFile(path, tensors, metadata)
+    return Header(MappingProxyType(tensors), MappingProxyType(metadata), start, size)
 
 
 def read_index(path: Path) -> dict[str, str]:
