@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from lorakeet.errors import ConfigError
 from lorakeet.formats import peft
 from lorakeet.formats.slab import open_outline, open_slab
 from lorakeet.models import modules
-from lorakeet.models.active import LiveModel
+from lorakeet.models.active import MOST_FITS, LiveModel
 from lorakeet.models.adapt import put_adapter
 from lorakeet.models.folded import frozen_weights
 from lorakeet.models.inject import activate
@@ -114,7 +115,7 @@ def test_rows_of_a_batch_over_a_packed_base_are_what_they_are_alone(kind: str, t
     for row in range(4):
         torch.testing.assert_close(together[row], written([row])[0], rtol=1e-4, atol=1e-4)
     assert (together[0] - together[2]).abs().max() > 0.1
-    assert sum(isinstance(layer.base, PackedBase) for layers in live._held.values() for layer in layers) > 10
+    assert sum(isinstance(seat.layer.base, PackedBase) for fit in live._held.values() for seat in fit.seats) > 10
     after = dict(text.model.named_buffers())
     assert all(torch.equal(buffer, after[name]) for name, buffer in before.items()), "the base stays as it was packed"
 
@@ -221,3 +222,67 @@ def test_everything_that_does_not_fit_is_named(text: TextModel, bare: Any) -> No
     with pytest.raises(ConfigError, match="already on the model"):
         live.attach("a@1", Adapter(fits))
     assert live.bytes_of("a@1") == 4 * Adapter(fits).parameters
+
+
+def test_adapters_of_one_outline_are_checked_once_and_compute_their_own(
+    text: TextModel, bare: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    live = LiveModel(text)
+    checked: list[str] = []
+    entry = live._entry
+    monkeypatch.setattr(live, "_entry", lambda path, *given: [checked.append(path), entry(path, *given)][1])
+    adapters = {f"a{seed}@1": random_adapter(bare, seed=seed) for seed in range(3)}
+    for name, adapter in adapters.items():
+        peft.write(adapter, tmp_path / name)
+        live.check(peft.read(tmp_path / name, opened=open_outline))
+        live.attach(name, peft.read(tmp_path / name, opened=open_slab))
+    assert checked == sorted(adapters["a0@1"].pairs)
+    other = LiveModel(load_text_model(ModelSpec(path=str(text.source), dtype="float32")))
+    for name, adapter in adapters.items():
+        live.selection.use(name)
+        other.attach(name, adapter)
+        other.selection.use(name)
+        assert torch.equal(logits(text), logits(other.text)) and live.bytes_of(name) == other.bytes_of(name)
+        assert live.mixes(name)
+
+
+def test_an_outline_that_does_not_fit_is_refused_each_time_in_full(text: TextModel, bare: Any, tmp_path: Path) -> None:
+    live = LiveModel(text)
+    for seed in range(2):
+        peft.write(random_adapter(bare, "embed_tokens", "q_proj", seed=seed), tmp_path / str(seed))
+        for opened in (open_outline, open_slab):
+            with pytest.raises(ConfigError, match=r"'model\.embed_tokens': no pair can be served there"):
+                live.check(peft.read(tmp_path / str(seed), opened=opened))
+    assert live.names == () and len(live._fits) == 0
+
+
+def test_few_outlines_are_remembered(text: TextModel, bare: Any, tmp_path: Path) -> None:
+    live = LiveModel(text)
+    for rank in range(1, MOST_FITS + 4):
+        peft.write(random_adapter(bare, "q_proj", rank=rank), tmp_path / str(rank))
+        live.attach(f"r{rank}", peft.read(tmp_path / str(rank), opened=open_slab))
+    assert len(live._fits) == MOST_FITS and len(live.names) == MOST_FITS + 3
+    for name in live.names:
+        live.detach(name)
+    assert not any(place.layer.adapters for place in live._places.values())
+
+
+def test_a_name_that_torch_has_no_place_for_leaves_nothing(text: TextModel, bare: Any) -> None:
+    live = LiveModel(text)
+    with pytest.raises(KeyError):
+        live.attach("a.b", random_adapter(bare))
+    assert live.names == () and not any(place.layer.adapters for place in live._places.values())
+
+
+@pytest.mark.parametrize("dora", [False, True])
+def test_biases_and_lengths_are_served(text: TextModel, bare: Any, dora: bool, tiny_llama_folder: Path) -> None:
+    plain = random_adapter(bare, "q_proj", dora=dora)
+    biased = Adapter({path: replace(pair, bias=torch.randn(len(pair.B))) for path, pair in plain.pairs.items()})
+    live = LiveModel(text)
+    live.attach("a", biased)
+    live.selection.use("a")
+    other = load_text_model(ModelSpec(path=str(tiny_llama_folder), dtype="float32"))
+    put_adapter(other, biased, "a")
+    activate(other.model, "a")
+    torch.testing.assert_close(logits(text), logits(other), rtol=1e-4, atol=1e-4)
+    assert not live.mixes("a") and not any(parameter.requires_grad for parameter in text.model.parameters())

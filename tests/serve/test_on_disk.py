@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 from lorakeet.errors import ConfigError, DataError
-from lorakeet.formats import peft
+from lorakeet.formats import peft, peft_config, slab
+from lorakeet.formats.peft_config import CONFIG_NAME
 from lorakeet.models.active import LiveModel
 from lorakeet.serve import on_disk
 from lorakeet.serve.on_disk import inspect, read
@@ -52,3 +55,83 @@ def test_a_rank_larger_than_the_layer_is_served_and_logged(
     assert not heard
     assert inspect(saved("wide", "k_proj", rank=20), live).ranks == (20,)
     assert len(heard) == 1 and "rank larger than the layer in 2 of 2 pairs" in heard[0] and "--to adapter --rank 20" in heard[0]
+
+
+@pytest.mark.parametrize("private", [False, True])
+def test_a_second_adapter_of_a_recipe_is_not_parsed(
+    live: LiveModel, saved: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, private: bool
+) -> None:
+    folders = [saved(name, seed=seed) for seed, name in enumerate("abc")]
+    first = read(inspect(folders[0], live, private=private), "a", live)
+
+    def parsed(*_: object) -> None:
+        raise AssertionError("it was parsed")
+
+    with monkeypatch.context() as patched:
+        for place, name in ((slab, "check_header"), (peft_config, "parse_config"), (peft, "_read"), (live, "_entry")):
+            patched.setattr(place, name, parsed)
+        others = [read(inspect(folder, live, private=private), folder.name, live) for folder in folders[1:]]
+        for folder, (adapter, _) in zip(folders[1:], others, strict=True):
+            live.attach(folder.name, adapter)
+    for folder, (adapter, source) in zip(folders, (first, *others), strict=True):
+        plain = peft.read(folder)
+        assert all(torch.equal(adapter.pairs[path].A, pair.A) for path, pair in plain.pairs.items())
+        assert all(torch.equal(adapter.pairs[path].B, pair.B) for path, pair in plain.pairs.items())
+        assert source.bytes == 4 * plain.parameters and (source.ranks, source.scales) == ((4,), (3.0,))
+    assert len({source.digest for _, source in (first, *others)}) == 3
+
+
+@pytest.mark.parametrize("private", [False, True])
+def test_a_digest_is_that_of_earlier_versions(live: LiveModel, saved: Callable[..., Path], private: bool) -> None:
+    """A server that starts again compares it with the one on its list."""
+    folder = saved("a")
+    expected = hashlib.sha256((folder / CONFIG_NAME).read_bytes())
+    expected.update(slab.open_slab(folder / peft.MODEL_NAME).digest.encode())
+    for _ in range(2):
+        assert read(inspect(folder, live, private=private), "a", live)[1].digest == expected.hexdigest()
+    assert read(inspect(folder, live, expected.hexdigest()), "a", live)[1].stamp
+    with pytest.raises(DataError, match="have changed since they were checked"):
+        read(inspect(folder, live, "0" * 64), "a", live)
+
+
+def test_the_digest_is_of_the_configuration_that_was_read(
+    live: LiveModel, saved: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also if it is written to meanwhile."""
+    folder = saved("a")
+    known = read(inspect(folder, live), "a", live)[1].digest
+
+    def open_then_change(path: Path, **given: bool) -> slab.Slab:
+        found = slab.open_slab(path, **given)
+        (folder / CONFIG_NAME).write_text((folder / CONFIG_NAME).read_text().replace('"lora_alpha": 12', '"lora_alpha": 13'))
+        return found
+
+    monkeypatch.setattr(on_disk, "open_slab", open_then_change)
+    adapter, source = read(inspect(folder, live), "a", live)
+    assert source.digest == known and {pair.alpha for pair in adapter.pairs.values()} == {12.0}
+
+
+def test_what_is_wrong_with_a_second_adapter_of_a_recipe_is_said(live: LiveModel, saved: Callable[..., Path]) -> None:
+    read(inspect(saved("a"), live), "a", live)
+    source = inspect(saved("b", seed=1), live)
+    file = source.path / peft.MODEL_NAME
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-4] + b"\x00\x00\xc0\x7f")  # NaN, in the file's last number
+    with pytest.raises(DataError, match=r"lora_B\.weight has NaN or infinite values"):
+        read(source, "b", live)
+    file.write_bytes(whole[:-4])
+    with pytest.raises(DataError, match="it was cut off"):
+        read(source, "b", live)
+    file.write_bytes(whole)
+    assert len(read(source, "b", live)[1].digest) == 64
+
+
+def test_a_surplus_rank_is_logged_for_each_adapter_of_a_recipe(
+    live: LiveModel, saved: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    heard: list[str] = []
+    monkeypatch.setattr(on_disk.log, "warning", lambda form, *given: heard.append(form % given))
+    folders = [saved(name, "k_proj", seed=seed, rank=20) for seed, name in enumerate("ab")]
+    for folder in folders:
+        inspect(folder, live)
+    assert len(heard) == 2 and all(str(folder) in said for folder, said in zip(folders, heard, strict=True))

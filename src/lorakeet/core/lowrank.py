@@ -137,23 +137,13 @@ class LoraPair(nn.Module):
     anchor_A: Tensor | None
     anchor_B: Tensor | None
 
-    def __init__(
-        self,
-        entry: PlanEntry,
-        *,
-        device: torch.device | str = "cpu",
-        bias: bool = False,
-        given: tuple[Tensor, Tensor] | None = None,
-    ) -> None:
-        """Zeros, or A and B as `given`: these are taken as they are, as buffers, without a copy, and cannot be trained."""
+    def __init__(self, entry: PlanEntry, *, device: torch.device | str = "cpu", bias: bool = False) -> None:
+        """A and B are zeros; core/frozen_pair makes pairs of given ones."""
         super().__init__()
-        # Not one by one: nn.Module looks at each as if it were a tensor, a quarter of the time in which an adapter is loaded.
+        # Not one by one: nn.Module looks at each as if it were a tensor.
         vars(self).update(kind=entry.kind, scale=entry.scale, scale_rule=entry.scale_rule, dropout=entry.dropout)
-        if given is None:
-            self._parameters["A"] = nn.Parameter(torch.zeros(entry.shape_a, device=device))
-            self._parameters["B"] = nn.Parameter(torch.zeros(entry.shape_b, device=device))
-        else:  # no parameters: hundreds of them are made while another thread computes, and each waits for its turn
-            self._buffers.update(A=given[0], B=given[1])
+        self._parameters["A"] = nn.Parameter(torch.zeros(entry.shape_a, device=device))
+        self._parameters["B"] = nn.Parameter(torch.zeros(entry.shape_b, device=device))
         self._parameters["bias"] = nn.Parameter(torch.zeros(entry.shape_b[0], device=device)) if bias else None
         self._buffers.update(anchor_A=None, anchor_B=None)
 

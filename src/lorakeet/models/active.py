@@ -5,18 +5,24 @@ Loading a second or a thousandth adapter costs the same: a look at its shapes, a
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
+from typing import NamedTuple, cast
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
-from lorakeet.core.adapter import Adapter, Pair
+from lorakeet.core.adapter import Adapter, AlikePairs, Pair, PairsOutline
 from lorakeet.core.dora import DoraPair
+from lorakeet.core.frozen_pair import FrozenPair
 from lorakeet.core.layers import AdaptedLayer, LoraLinear
 from lorakeet.core.lowrank import LoraPair
 from lorakeet.core.math import Kind
 from lorakeet.core.plan import PlanEntry
 from lorakeet.core.reordered import ReorderedLinear, can_reorder
 from lorakeet.errors import ConfigError, Problems, nearest
+from lorakeet.formats.remembered import Remembered
 from lorakeet.memory.allocator import give_back_free_memory
 from lorakeet.models import modules
 from lorakeet.models.fuse import fuse, fuse_blocks
@@ -26,6 +32,7 @@ from lorakeet.models.text import TextModel
 from lorakeet.quant.adopt import base_of
 
 TWICE = 128 << 20  # bytes that may be in memory twice for a head: 16 tokens through SmolLM2's take 3.3 ms so, and 6.8 otherwise
+MOST_FITS = 8  # outlines of adapters whose look at the model is remembered
 
 
 @dataclass(frozen=True)
@@ -35,6 +42,24 @@ class _Place:
     layer: LoraLinear
     kind: Kind
     shape: tuple[int, ...]  # (out, in)
+
+
+class _Seat(NamedTuple):
+    """Where a pair goes, and what it is."""
+
+    layer: LoraLinear
+    held: dict[str, nn.Module]  # the layer's pairs by adapter; the plain dict, which nn.ModuleDict does not look up
+    entry: PlanEntry
+    scale: float
+
+
+@dataclass(frozen=True)
+class _Fit:
+    """An adapter that fits this model, without its numbers: the entries and seats of its pairs, in one order."""
+
+    entries: Mapping[str, PlanEntry]
+    seats: tuple[_Seat, ...]
+    bytes: int
 
 
 class LiveModel:
@@ -47,8 +72,8 @@ class LiveModel:
     def __init__(self, text: TextModel) -> None:
         self.text = text
         self._places: dict[str, _Place] = {}
-        self._held: dict[str, tuple[LoraLinear, ...]] = {}
-        self._bytes: dict[str, int] = {}
+        self._held: dict[str, _Fit] = {}
+        self._fits: Remembered[PairsOutline, _Fit] = Remembered(MOST_FITS)
         model = text.model
         head = modules.output_layer(model)
         for path, module in list(modules.original_modules(model)):
@@ -78,18 +103,27 @@ class LiveModel:
 
     def bytes_of(self, name: str) -> int:
         """What the numbers of an adapter on the model take, in fp32."""
-        return self._bytes[name]
+        return self._held[name].bytes
 
     @property
     def table_bytes(self) -> int:
         """What the copies of pairs take that layers hold for the texts of a batch (core/batched)."""
         return self.selection.table_bytes
 
-    def check(self, adapter: Adapter) -> dict[str, PlanEntry]:
+    def check(self, adapter: Adapter) -> Mapping[str, PlanEntry]:
         """The entries of the pairs of `adapter`, whose tensors may lie on the meta device.
 
         ConfigError "The adapter cannot be served on this base" lists every missing module, wrong shape and homeless part.
         """
+        return self._fit(adapter).entries
+
+    def _fit(self, adapter: Adapter) -> _Fit:
+        """Where the pairs of `adapter` go; looked at once for all adapters of one outline, while it is among the last few."""
+        if not isinstance(adapter.pairs, AlikePairs) or adapter.extras or adapter.token_rows:
+            return self._checked(adapter)
+        return self._fits.of(adapter.pairs.outline, lambda: self._checked(adapter))
+
+    def _checked(self, adapter: Adapter) -> _Fit:
         problems = Problems("The adapter cannot be served on this base")
         entries = {path: entry for path, pair in adapter.pairs.items() if (entry := self._entry(path, pair, problems))}
         advice = "Merge the adapter into its base (lorakeet merge) and serve that."
@@ -99,35 +133,39 @@ class LiveModel:
         if not adapter.pairs and not problems.messages:
             problems.add("It holds no pair.")
         problems.raise_if_any()
-        return entries
+        layers = {path: self._places[path].layer for path in entries}
+        seats = tuple(
+            _Seat(layers[path], layers[path].adapters._modules, entry, entry.scale) for path, entry in entries.items()
+        )
+        return _Fit(MappingProxyType(entries), seats, 4 * adapter.parameters)
 
     def attach(self, name: str, adapter: Adapter) -> None:
         """Puts `adapter` on the model under `name`; its tensors are taken as they are, without a copy.
 
         ConfigError as in `check`, and where the name is taken.
         """
-        entries = self.check(adapter)
+        fit = self._fit(adapter)
         if name in self._held:
             raise ConfigError(f"An adapter '{name}' is already on the model; detach it first.")
-        pairs = {path: self._pair(entry, adapter.pairs[path]) for path, entry in entries.items()}
-        for path, pair in pairs.items():
-            self._places[path].layer.adapters[name] = pair
+        device = self.text.device
+        pairs = [_pair(seat, parts, device) for seat, parts in zip(fit.seats, _parts(adapter.pairs), strict=True)]
+        fit.seats[0].layer.adapters[name] = pairs[0]  # torch looks at the name, once and not hundreds of times
+        for seat, pair in zip(fit.seats, pairs, strict=True):
+            seat.held[name] = pair
         self.selection.changed(name)
-        self._held[name] = tuple(self._places[path].layer for path in pairs)
-        self._bytes[name] = 4 * adapter.parameters
+        self._held[name] = fit
 
     def detach(self, name: str) -> None:
         """Takes the adapter off the model; its memory is free when nothing else refers to it. Not while rows use it."""
-        for layer in self._held.pop(name):
-            del layer.adapters[name]
+        for seat in self._held.pop(name).seats:
+            del seat.held[name]
         self.selection.changed(name, gone=True)
-        del self._bytes[name]
         if self.selection.shares is None and self.selection.active == name:  # shares may belong to a step of another thread
             self.selection.use(None)
 
     def mixes(self, name: str) -> bool:
         """Whether a weighted mix with this adapter is possible: all its pairs are plain LoRA."""
-        return all(layer.adapters[name].plain for layer in self._held[name])
+        return all(cast(LoraPair, seat.held[name]).plain for seat in self._held[name].seats)
 
     def _entry(self, path: str, pair: Pair, problems: Problems) -> PlanEntry | None:
         place = self._places.get(path)
@@ -149,18 +187,27 @@ class LiveModel:
                 problems.add(f"'{path}': {part} is {tuple(vector.shape)}, but this base needs ({place.shape[0]},).")
         return entry
 
-    def _pair(self, entry: PlanEntry, value: Pair) -> LoraPair:
-        device = self.text.device
-        if value.magnitude is not None:
-            dora = DoraPair(entry, device=device, bias=value.bias is not None)
-            dora.measure(self._places[entry.path].layer.base.dense())
-            dora.load(value)
-            return dora.requires_grad_(False).eval()
-        given = (value.A, value.B) if value.A.device == device == value.B.device else (value.A.to(device), value.B.to(device))
-        pair = LoraPair(entry, given=given, device=device, bias=value.bias is not None)
-        if pair.bias is not None and value.bias is not None:
-            pair.bias = nn.Parameter(value.bias.to(device), requires_grad=False)
-        return pair
+
+_Parts = tuple[Tensor, Tensor, Tensor | None, Tensor | None]  # A, B, magnitude, bias
+
+
+def _parts(pairs: Mapping[str, Pair]) -> Iterable[_Parts]:
+    if isinstance(pairs, AlikePairs):
+        return pairs.parts()
+    return ((pair.A, pair.B, pair.magnitude, pair.bias) for pair in pairs.values())
+
+
+def _pair(seat: _Seat, parts: _Parts, device: torch.device) -> LoraPair:
+    (A, B, magnitude, bias), (entry, scale) = parts, seat[2:]
+    if magnitude is None and bias is None:
+        if not A.device == device == B.device:
+            A, B = A.to(device), B.to(device)
+        return FrozenPair(A, B, scale, entry.kind, entry.scale_rule)
+    pair = (LoraPair if magnitude is None else DoraPair)(entry, device=device, bias=bias is not None)
+    if isinstance(pair, DoraPair):
+        pair.measure(seat.layer.base.dense())
+    pair.load(Pair(A, B, entry.alpha, entry.kind, entry.scale_rule, magnitude, bias))
+    return pair.requires_grad_(False).eval()
 
 
 def _reorder(text: TextModel, layers: list[LoraLinear]) -> None:

@@ -7,13 +7,15 @@ import logging
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
-from lorakeet.core.adapter import Adapter
+from lorakeet.core.adapter import Adapter, AlikePairs, PairsOutline
 from lorakeet.errors import DataError
 from lorakeet.formats import peft
 from lorakeet.formats.base_model import open_base
 from lorakeet.formats.detect import Found, detect, read_found
-from lorakeet.formats.peft_config import CONFIG_NAME
+from lorakeet.formats.peft_config import CONFIG_NAME, config_bytes
+from lorakeet.formats.remembered import Remembered
 from lorakeet.formats.slab import Slab, open_outline, open_slab
 from lorakeet.formats.surplus import surplus_rank
 from lorakeet.models.active import LiveModel
@@ -39,6 +41,17 @@ class Source:
         return self.found.path
 
 
+class _Seen(NamedTuple):
+    """What is told of an adapter by its outline."""
+
+    ranks: tuple[int, ...]
+    scales: tuple[float, ...]
+    surplus: bool  # whether a rank is larger than its layer
+
+
+_SEEN: Remembered[PairsOutline, _Seen] = Remembered(8)
+
+
 def inspect(path: Path, live: LiveModel, digest: str = "", *, private: bool = False) -> Source:
     """Looks at the adapter at `path`, of any format, and checks its names, shapes and scale against the model.
 
@@ -47,11 +60,18 @@ def inspect(path: Path, live: LiveModel, digest: str = "", *, private: bool = Fa
     found = detect(path)
     stamp = () if digest else _stamp(found)  # a digest from before a restart is compared with the content at the first load
     outline = peft.read(found.path, opened=open_outline) if found.format == "peft" else _converted(found, live)
-    if surplus := surplus_rank(outline, str(found.path)):
-        log.warning("%s", surplus)
-    entries = live.check(outline).values()
-    ranks, scales = {entry.rank for entry in entries}, {float(f"{entry.scale:.6g}") for entry in entries}
-    return Source(found, 4 * outline.parameters, tuple(sorted(ranks)), tuple(sorted(scales)), stamp, private, digest)
+    alike = outline.pairs.outline if isinstance(outline.pairs, AlikePairs) else None
+    seen = _seen(outline) if alike is None else _SEEN.of(alike, lambda: _seen(outline))
+    if seen.surplus:
+        log.warning("%s", surplus_rank(outline, str(found.path)))
+    live.check(outline)
+    return Source(found, 4 * outline.parameters, seen.ranks, seen.scales, stamp, private, digest)
+
+
+def _seen(outline: Adapter) -> _Seen:
+    kinds = {(pair.rank, pair.scale) for pair in outline.pairs.values()}
+    ranks, scales = {rank for rank, _ in kinds}, {float(f"{scale:.6g}") for _, scale in kinds}
+    return _Seen(tuple(sorted(ranks)), tuple(sorted(scales)), bool(surplus_rank(outline, "")))
 
 
 def read(source: Source, name: str, live: LiveModel) -> tuple[Adapter, Source]:
@@ -60,14 +80,17 @@ def read(source: Source, name: str, live: LiveModel) -> tuple[Adapter, Source]:
     DataError where the content is not the one that was known: by the files' stamps, or, where these differ, by the digest.
     """
     stamp = _stamp(source.found)
+    known = bool(source.digest) and stamp == source.stamp
     opened: list[Slab] = []
+    configured = b""
     if source.found.format == "peft":
-        adapter = peft.read(source.path, opened=partial(_kept, opened, source.private))
+        configured = config_bytes(source.path)
+        adapter = peft.read(source.path, opened=partial(_kept, opened, source.private, known), configured=configured)
     else:
         adapter = _converted(source.found, live)
-    if source.digest and stamp == source.stamp and stamp == _stamp(source.found):
+    if known and stamp == _stamp(source.found):
         return adapter, source
-    digest = _digest(source.found, opened)
+    digest = _digest(source.found, configured, opened)
     if source.digest and source.digest != digest:
         raise DataError(
             f"The files of '{name}' at {source.path} have changed since they were checked. Load them again under that name "
@@ -76,15 +99,21 @@ def read(source: Source, name: str, live: LiveModel) -> tuple[Adapter, Source]:
     return adapter, replace(source, digest=digest, stamp=stamp, bytes=4 * adapter.parameters)
 
 
-def _kept(opened: list[Slab], private: bool, path: Path) -> Slab:
-    opened.append(open_slab(path, mapped=private))
-    return opened[-1]
+def _kept(opened: list[Slab], private: bool, known: bool, path: Path) -> Slab:
+    """The slab, which joins `opened`. Its digest, which takes longest, is worked out now if it is not known: what comes next is
+    small, and would have left the processor's caches when 10 MB of numbers had passed through them."""
+    slab = open_slab(path, mapped=private)
+    if not known:
+        _ = slab.digest
+    opened.append(slab)
+    return slab
 
 
-def _digest(found: Found, opened: list[Slab]) -> str:
+def _digest(found: Found, configured: bytes, opened: list[Slab]) -> str:
+    """The SHA-256 of an adapter: of its configuration and its numbers as they were read, or of its files."""
     total = hashlib.sha256()
     if opened:
-        total.update((found.path / CONFIG_NAME).read_bytes())
+        total.update(configured)
         total.update(opened[0].digest.encode())
     else:
         for file in _files(found):
