@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import math
+from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
-from lorakeet.export.folded import compare_stored
+from lorakeet.core.tiles import PART, parts
+from lorakeet.export.folded import PART_BYTES, InFp32, compare_stored
+from lorakeet.formats.safe import open_safetensors, save_tensors
+from tiny.held import held_bytes
 
 
 class Base:
@@ -26,6 +31,9 @@ class Base:
     def fetch(self, name: str, *, folded: bool = True) -> Tensor:
         return self.weight + self.change if folded and name == "a" else self.weight
 
+    def rows(self, name: str) -> Tensor:
+        return self.fetch(name)
+
 
 @pytest.mark.parametrize("share", [1.0, 0.0, 1 / 3, 3.0])
 def test_the_share_is_found_under_noise_larger_than_the_change(share: float) -> None:
@@ -40,3 +48,28 @@ def test_missing_and_misshapen_tensors_are_infinitely_far() -> None:
     base = Base()
     found = compare_stored(base, [("a", torch.zeros(3)), ("c", torch.zeros(1))])
     assert found["a"].rounding == found["b"].rounding == math.inf and set(found) == {"a", "b"}
+
+
+class InFile(Base):
+    """A file's matrix "b", whole or in parts."""
+
+    def __init__(self, path: Path) -> None:
+        self.file, self.names = open_safetensors(path), ["b"]
+
+    def rows(self, name: str) -> InFp32:
+        return InFp32(self.file.rows(name))
+
+
+def test_of_a_tensor_that_nothing_changes_a_part_is_held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shape, number = (12_000, 256), 1 << 15
+    weight = torch.randn(shape)
+    save_tensors(tmp_path / "wide", {"b": weight}, metadata={})
+    save_tensors(tmp_path / "narrow", {"b": weight.bfloat16()}, metadata={})
+    del weight
+    base, given = InFile(tmp_path / "wide"), open_safetensors(tmp_path / "narrow")
+    whole = compare_stored(base, [("b", given.read("b"))])["b"]
+    monkeypatch.setattr("lorakeet.export.folded.parts", partial(parts, numbers=number))
+    with held_bytes() as most:
+        found = compare_stored(base, [("b", given.rows("b"))])["b"]
+    assert found.rounding == pytest.approx(whole.rounding, rel=1e-9) and 1e-3 < found.rounding < 4e-3
+    assert 16 * number < most() <= PART_BYTES // PART * number < 4 * shape[0] * shape[1]

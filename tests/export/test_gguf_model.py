@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,12 +11,16 @@ import pytest
 import torch
 import transformers
 
+from lorakeet.core.tiles import PART, parts
 from lorakeet.errors import ConfigError, DataError
-from lorakeet.export.gguf_model import DIGEST, GgufFile, write_gguf
+from lorakeet.export.folded import PART_BYTES, InFp32
+from lorakeet.export.gguf_model import DIGEST, GgufFile, _Item, _Stored, write_gguf
 from lorakeet.export.llama_cpp import LlamaCpp
+from lorakeet.formats.safe import open_safetensors, save_tensors
 from lorakeet.models.load import load_tokenizer
 from tiny.adapters import random_adapter
 from tiny.dense import fold_into
+from tiny.held import held_bytes
 from tiny.models import save_tiny_llama
 
 TEXT = "<|im_start|>user\nIt's 123 o'clock, né?\n\n  two  spaces<|im_end|>\n<|im_start|>assistant\n"
@@ -66,9 +72,46 @@ def test_narrow_types_differ_by_their_rounding(quant: str, limit: float, tiny_ll
         difference = float((engine.logits(ids) - model(torch.tensor([ids])).logits[0]).abs().max())
     assert 0 < difference < limit
     stored = dict(GgufFile(written.path).tensors())
-    assert torch.equal(stored["output_norm.weight"], model.model.norm.weight)  # vectors stay fp32
+    assert torch.equal(stored["output_norm.weight"][:], model.model.norm.weight)  # vectors stay fp32
     narrow = written.types[quant.upper()]
     assert narrow >= 13 and narrow + (written.types.get("F16", 0) if narrow == 13 else 0) == 15 and written.types["F32"] == 5
+
+
+@pytest.mark.parametrize("quant", ["f32", "f16", "bf16", "q8_0"])
+def test_parts_of_a_tensor_are_written_as_the_whole_is(
+    quant: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = save_tiny_llama(tmp_path / "base", tie_word_embeddings=False)
+    adapter = random_adapter(transformers.AutoModelForCausalLM.from_pretrained(folder))
+    given = {"tokenizer": load_tokenizer(folder), "quant": quant}
+    whole = write_gguf(folder, adapter, tmp_path / "whole.gguf", **given).path.read_bytes()
+    tensors = {name: rows[:] for name, rows in GgufFile(tmp_path / "whole.gguf").tensors()}
+    cut: list[int] = []
+
+    def few(shape: tuple[int, ...]) -> Iterator[slice]:
+        yield from (found := list(parts(shape, 999)))
+        cut.append(len(found))
+
+    monkeypatch.setattr("lorakeet.export.gguf_model.parts", few)
+    assert write_gguf(folder, adapter, tmp_path / "parts.gguf", **given).path.read_bytes() == whole and max(cut) > 5
+    for name, rows in GgufFile(tmp_path / "parts.gguf").tensors():
+        read = torch.cat([rows[part] for part in parts(tuple(rows.shape), 999)])
+        assert torch.equal(read, tensors[name]) and read.dtype == rows.dtype
+
+
+@pytest.mark.parametrize("quant", ["F32", "F16", "BF16", "Q8_0"])
+def test_of_a_tensor_that_nothing_changes_a_part_is_held_while_it_is_written(
+    quant: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_tensors(tmp_path / "x", {"a": torch.randn(12_000, 256).bfloat16()}, metadata={})
+    file = open_safetensors(tmp_path / "x")
+    number = 1 << 15
+    monkeypatch.setattr("lorakeet.export.gguf_model.parts", partial(parts, numbers=number))
+    item = _Item("a", (12_000, 256), quant, lambda: InFp32(file.rows("a")))
+    with (tmp_path / "out").open("wb") as out, held_bytes() as most:
+        _Stored(item).tofile(out)
+    assert (tmp_path / "out").stat().st_size == _Stored(item).nbytes
+    assert 4 * number <= most() <= PART_BYTES // PART * number < 2 * 12_000 * 256
 
 
 def test_a_width_that_blocks_do_not_divide_is_said_and_kept_wider(tmp_path: Path) -> None:

@@ -40,6 +40,22 @@ def test_the_library_reads_ours_and_we_read_the_librarys(tmp_path: Path) -> None
     assert [path.name for path in sorted(tmp_path.iterdir())] == ["ours", "theirs"]
 
 
+def test_rows_are_read_in_parts(tmp_path: Path) -> None:
+    save_tensors(tmp_path / "x", TENSORS, metadata={})
+    file = open_safetensors(tmp_path / "x")
+    for name, tensor in TENSORS.items():
+        rows = file.rows(name)
+        assert tuple(rows.shape) == tuple(tensor.shape) and rows.dtype == tensor.dtype
+        if tensor.dim() == 2:
+            assert not isinstance(rows, torch.Tensor), "not read before it is asked for"
+            for part in (slice(None), slice(0, 1), slice(1, 99), slice(2, 2)):
+                assert torch.equal(rows[part], tensor[part])
+    with (tmp_path / "x").open("r+b") as cut:
+        cut.truncate(file.tensors["b"].begin + 2)
+    with pytest.raises(DataError, match="became shorter while it was read"):
+        file.rows("b")[1:]
+
+
 def test_size_is_known_before_and_tensors_are_aligned(tmp_path: Path) -> None:
     save_tensors(tmp_path / "x", TENSORS, metadata={})
     shapes = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in TENSORS.items()}

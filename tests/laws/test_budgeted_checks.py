@@ -162,6 +162,28 @@ def test_verify_and_export_stream_the_live_side_and_a_folder(
     assert [check.measured for check in found.checks] == [check.measured for check in again.checks]
 
 
+def test_longer_rows_are_compared_as_far_as_there_is_room(
+    wide: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A token is made to take 8 MiB of llama.cpp's memory."""
+    monkeypatch.setattr("lorakeet.workflows.verify.GREEDY", 1)
+    monkeypatch.setattr("lorakeet.workflows.verify.FEWEST_TOKENS", 16)
+    monkeypatch.setattr("lorakeet.workflows.verify.context_bytes", lambda config, context: context << 23)
+
+    def exported(memory: str) -> Any:
+        return export(str(wide), out=tmp_path / "model.gguf", quant="f32", memory=memory, console=quiet())
+
+    with pytest.raises(ConfigError, match="takes at least") as caught:
+        exported("1MiB")
+    assert not list(tmp_path.iterdir())
+    least = int(str(caught.value).partition("at least ")[2].partition(" MiB")[0])
+    found = exported(f"{least + 40}MiB").certificate
+    assert found.passed and found.facts["rows"] == "4 held-out, their first 16 tokens"
+    logits = next(check for check in found.checks if check.name.endswith(": logits"))
+    assert logits.n == 4 * 15
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model.README.md", "model.certificate.json", "model.gguf"]
+
+
 def test_a_large_budget_streams_nothing(wide: Path, tmp_path: Path) -> None:
     with forecasts() as found:
         assert merging(wide, tmp_path)(memory="64GiB").certificate.passed

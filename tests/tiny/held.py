@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import tracemalloc
 import weakref
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor
@@ -43,3 +45,17 @@ class HeldBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _gone(self, key: int, size: int) -> None:
         self.now -= size
         self._known.pop(key, None)
+
+
+@contextmanager
+def held_bytes() -> Iterator[Callable[[], int]]:
+    """A context, and what tells the most that was held in it: tensors, and what Python and numpy allocate, each at its peak."""
+    found: list[int] = []
+    tracemalloc.start()
+    try:
+        with HeldBytes() as held:
+            before = tracemalloc.get_traced_memory()[0]
+            yield lambda: found[0]
+            found.append(held.peak + tracemalloc.get_traced_memory()[1] - before)
+    finally:
+        tracemalloc.stop()

@@ -41,6 +41,27 @@ def probes() -> Probes:
     return Probes([], [], [ROW, ROW[:3]], [labelled], [ROW[:4]])
 
 
+def test_probes_are_cut_where_longer_ones_have_no_room(probes: Probes) -> None:
+    assert probes.cut_to(None) is probes
+    cut = probes.cut_to(5)
+    assert [len(ids) for ids in (*cut.rows, *cut.prompts)] == [5, 3, 4] and cut.most == 5
+    assert cut.labelled == [] and cut.too_long == 1
+    roomy = probes.cut_to(7)
+    assert roomy.labelled == probes.labelled and roomy.too_long == 0
+
+
+def test_parts_of_a_row_are_compared_as_the_whole_is(live: InTorch, probes: Probes, monkeypatch: pytest.MonkeyPatch) -> None:
+    other = InTorch(live.text, None, "base")
+    whole = check_logits(live, other, probes, SPEC)
+    monkeypatch.setattr("lorakeet.workflows.artefacts.PASS", 2)
+    assert [len(part) for part in live.logit_parts(ROW.tolist())] == [2, 2, 2]
+    parts = check_logits(live, other, probes, SPEC)
+    assert parts.n == whole.n == 7 and parts.measured == pytest.approx(whole.measured, rel=1e-4)
+    for last in (1, 3):
+        full, few = live.logits(ROW.tolist()), live.logits(ROW.tolist(), last)
+        np.testing.assert_allclose(few, full[-last:], atol=1e-5)
+
+
 def test_the_model_is_equal_to_itself_and_its_base_is_not(live: InTorch, probes: Probes) -> None:
     base = InTorch(live.text, None, "base")
     assert check_logits(live, live, probes, SPEC).passed and check_answers(live, live, probes, SPEC).passed

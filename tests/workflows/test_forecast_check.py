@@ -10,6 +10,7 @@ import pytest
 
 from lorakeet.core.plan import ExtraEntry, Plan, PlanEntry
 from lorakeet.errors import ConfigError
+from lorakeet.export.folded import PART_BYTES
 from lorakeet.train.rehearsal import Judging, NotPlanned, Rows
 from lorakeet.workflows import forecast_check
 from lorakeet.workflows.forecast_check import (
@@ -62,13 +63,20 @@ def test_models_in_memory_count_whole_and_streamed_ones_by_two_blocks(opened: Op
     assert FP32 * BASE < two - one < 1.1 * FP32 * BASE
     one, two = (peak(opened, True, models=models) for models in (1, 2))
     assert two - one < FP32 * BLOCK, "only norms, and a second tokenizer: one model after the other"
-    assert FP32 * BLOCK < peak(opened, True, alternate=True) - two < 4 * FP32 * BLOCK
     assert peak(opened, True) < peak(opened, False) - FP32 * BASE
 
 
 @pytest.mark.parametrize("part", ["row", "beside", "writing"])
 def test_what_is_held_beside_the_models_counts(opened: Opened, part: str) -> None:
     assert peak(opened, True, **{part: 1 << 32}) > peak(opened, True)
+
+
+def test_llama_cpp_is_beside_models_in_memory_and_before_streamed_ones(opened: Opened) -> None:
+    size = 256 << 20
+    for streamed in (False, True):
+        assert peak(opened, streamed, beside=2 * size) == peak(opened, streamed, beside=size) + size
+    assert peak(opened, False, beside=size) > 300 * (1 << 20) + size + FP32 * BASE
+    assert peak(opened, True, beside=size) < 300 * (1 << 20) + size + FP32 * BLOCK * 3, "no block in memory beside it"
 
 
 def test_of_a_stack_of_experts_one_is_held_at_a_time() -> None:
@@ -108,6 +116,7 @@ def test_where_two_blocks_have_no_room_one_may(opened: Opened, tmp_path: Path) -
 @pytest.mark.parametrize("changed", [0, 10])
 def test_a_tensor_counts_by_whether_it_is_changed(changed: int) -> None:
     assert tensor_bytes(changed, 100) == 3 * 4 * 100 and tensor_bytes(400, 100) == 6 * 400
+    assert tensor_bytes(changed, 1 << 30) == PART_BYTES, "a large one is read in parts"
 
 
 def test_the_store_goes_where_the_run_keeps_its_own_and_is_gone_afterwards(opened: Opened, tmp_path: Path) -> None:

@@ -12,9 +12,11 @@ import torch
 from torch import Tensor
 
 from lorakeet.core.adapter import Adapter
-from lorakeet.core.tiles import parts
+from lorakeet.core.tiles import PART, Rows, parts
 from lorakeet.merge.checkpoint import Checkpoint, open_checkpoint
 from lorakeet.merge.edits import Edits, edits_for
+
+PART_BYTES = 48 * PART  # the most held while two tensors are compared, or one is written, a part at a time (tests count it)
 
 
 class Folded:
@@ -51,6 +53,33 @@ class Folded:
         return tensor
 
 
+    def rows(self, name: str) -> Rows:
+        """The tensor with the adapter folded in, in fp32: read in parts where the adapter leaves it alone, else whole."""
+        if self.changes(name):
+            return self.fetch(name)
+        edit = self.edits.by_name.get(name)
+        source = edit.source if edit else name
+        return InFp32(self.checkpoint.shards[self.checkpoint.home[source]].rows(source))
+
+
+@dataclass(frozen=True)
+class InFp32:
+    """Rows in another dtype, read as fp32."""
+
+    stored: Rows
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.stored.shape)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch.float32
+
+    def __getitem__(self, part: slice) -> Tensor:
+        return self.stored[part].float()
+
+
 class Expected(Protocol):
     """What tensors should be, by name: `Folded`, or a layout of it under other names."""
 
@@ -60,6 +89,8 @@ class Expected(Protocol):
     def changes(self, name: str) -> bool: ...
 
     def fetch(self, name: str, *, folded: bool = True) -> Tensor: ...
+
+    def rows(self, name: str) -> Rows: ...
 
 
 @dataclass(frozen=True)
@@ -81,26 +112,30 @@ class StoredTensor:
     noise: float = 0.0
 
 
-def compare_stored(expected: Expected, stored: Iterable[tuple[str, Tensor]]) -> dict[str, StoredTensor]:
-    """Every tensor of `expected` against the stored one of its name; infinite differences where one is missing or misshapen."""
+def compare_stored(expected: Expected, stored: Iterable[tuple[str, Rows]]) -> dict[str, StoredTensor]:
+    """Every tensor of `expected` against the stored one of its name; infinite differences where one is missing or misshapen.
+
+    What the adapter changes is made whole, with and without the change; all else is read in parts.
+    """
     lost = StoredTensor(0.0, 0.0, math.inf, 0.0)
     found = dict.fromkeys(expected.names, lost)
     for name, tensor in stored:
         if name in found:
             base = expected.fetch(name, folded=False) if expected.changes(name) else None
-            found[name] = _compare(base, expected.fetch(name), tensor)
+            found[name] = _compare(base, expected.rows(name), tensor)
     return found
 
 
-def _compare(base: Tensor | None, wanted: Tensor, stored: Tensor) -> StoredTensor:
+def _compare(base: Tensor | None, wanted: Rows, stored: Rows) -> StoredTensor:
     """In parts, in fp64; `base` is None where the adapter changes nothing."""
-    if stored.shape != wanted.shape:
+    shape = tuple(wanted.shape)
+    if tuple(stored.shape) != shape:
         return StoredTensor(0.0, 0.0, math.inf, 0.0)
-    if base is not None and (base.shape != wanted.shape or torch.equal(base, wanted)):
+    if base is not None and (tuple(base.shape) != shape or (isinstance(wanted, Tensor) and torch.equal(base, wanted))):
         base = None
     error = size = change = moved = both = 0.0  # sums of squares; the last of products
-    for part in parts(tuple(wanted.shape)) if wanted.dim() else [...]:
-        right, given = wanted[part].double(), stored[part].double()
+    for part in parts(shape) if shape else [...]:
+        right, given = wanted[part].double(), stored[part].double()  # type: ignore[index]
         error, size = error + _squares(given - right), size + _squares(right)
         if base is not None:
             before = base[part].double()
@@ -110,7 +145,7 @@ def _compare(base: Tensor | None, wanted: Tensor, stored: Tensor) -> StoredTenso
     if base is None:
         return StoredTensor(math.nan, 0.0, rounding, 0.0)
     noise = math.sqrt(error / change)
-    return StoredTensor(both / change, noise / math.sqrt(wanted.numel()), rounding, math.sqrt(moved / change), noise)
+    return StoredTensor(both / change, noise / math.sqrt(math.prod(shape)), rounding, math.sqrt(moved / change), noise)
 
 
 def _squares(tensor: Tensor) -> float:

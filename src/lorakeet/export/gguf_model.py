@@ -1,7 +1,8 @@
 """A whole model as one GGUF file for llama.cpp and Ollama, with an adapter folded in; written tensor by tensor.
 
 Each matrix is read, folded in fp32 by `merge/edits`, put in llama.cpp's order, rounded once to its type and written: one matrix
-is held at a time. Norms, biases and other vectors stay fp32, as llama.cpp wants them.
+is held at a time, and of one that the adapter leaves alone, such as a large embedding, some rows. Norms, biases and other vectors
+stay fp32, as llama.cpp wants them.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import torch
 from torch import Tensor
 
 from lorakeet.core.adapter import Adapter
+from lorakeet.core.tiles import Rows, parts
 from lorakeet.errors import ConfigError, DataError, EnvironmentProblem, Problems
 from lorakeet.export.folded import Folded
 from lorakeet.export.gguf_layout import ModelLayout, layout_of
@@ -51,7 +53,23 @@ class _Item:
     name: str  # in the GGUF file
     shape: tuple[int, ...]
     type: str
-    fetch: Callable[[], Tensor]
+    rows: Callable[[], Rows]
+
+
+class _Stored:
+    """A tensor as the file holds it, for GGUFWriter in place of an array: made and written a part of its rows at a time."""
+
+    def __init__(self, item: _Item) -> None:
+        self._item = item
+        self.nbytes = _bytes(item.shape, item.type)
+
+    def tofile(self, file: Any) -> None:
+        """As numpy's: appends the bytes."""
+        gguf = gguf_package()
+        rows, shape = self._item.rows(), self._item.shape
+        for part in parts(shape) if shape else [...]:
+            values = rows[part].contiguous().numpy()  # type: ignore[index]
+            gguf.quants.quantize(values, gguf.GGMLQuantizationType[self._item.type]).tofile(file)
 
 
 class GgufTensors:
@@ -106,8 +124,16 @@ class GgufTensors:
     def fetch(self, name: str, *, folded: bool = True) -> Tensor:
         """The tensor that GGUF calls `name`; without `folded` as it is in the base."""
         tensor = self.folded.fetch(self.home[name], folded=folded)
-        change = self.layout.change_of(_INNER.sub("model.", self.home[name]))
+        change = self._change(name)
         return tensor if change is None else change(tensor)
+
+    def rows(self, name: str) -> Rows:
+        """As `fetch`, to be had some rows at a time: not whole in memory where nothing is changed in it."""
+        return self.folded.rows(self.home[name]) if self._change(name) is None else self.fetch(name)
+
+    def _change(self, name: str) -> Callable[[Tensor], Tensor] | None:
+        """What llama.cpp's order makes of a tensor, if anything."""
+        return self.layout.change_of(_INNER.sub("model.", self.home[name]))
 
 
 def write_gguf(
@@ -159,7 +185,7 @@ def _items(merged: GgufTensors, wanted: str) -> tuple[list[_Item], list[str]]:
         kind = wanted if len(shape) > 1 else "F32"
         if kind == "Q8_0" and shape[-1] % _BLOCK:
             kind, wide = "F16", wide + 1
-        items.append(_Item(name, shape, kind, lambda name=name: merged.fetch(name)))  # type: ignore[misc]
+        items.append(_Item(name, shape, kind, lambda name=name: merged.rows(name)))  # type: ignore[misc]
     said = f"{wide} matrices have a width that blocks of {_BLOCK} do not divide; they are stored as F16."
     return items, [said] if wide else []
 
@@ -179,7 +205,7 @@ def _write(
         _add_vocabulary(writer, vocabulary)
         for item in items:
             kind = gguf.GGMLQuantizationType[item.type]
-            size = _bytes(item.shape, item.type)
+            size = _Stored(item).nbytes
             if item.type in ("F32", "F16"):
                 dtype = "float32" if item.type == "F32" else "float16"
                 writer.add_tensor_info(item.name, item.shape, np.dtype(dtype), size)
@@ -190,8 +216,7 @@ def _write(
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
         for number, item in enumerate(items, 1):
-            values = item.fetch().contiguous().numpy()
-            writer.write_tensor_data(gguf.quants.quantize(values, gguf.GGMLQuantizationType[item.type]))
+            writer.write_tensor_data(_Stored(item))
             if on_progress is not None:
                 on_progress(number, len(items), item.name)
     finally:
@@ -272,7 +297,7 @@ class GgufFile:
                 counts[str(tensor.tensor_type.name)] += int(tensor.n_elements)
         return counts
 
-    def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """(name, fp32 values) of every tensor, read and unpacked one at a time."""
+    def tensors(self) -> Iterator[tuple[str, Rows]]:
+        """(name, fp32 values) of every tensor, some rows of which are read and unpacked at a time."""
         for tensor in read_gguf(self.path)[1]:
-            yield tensor.name, torch.from_numpy(np.require(tensor.numbers(), requirements="W"))
+            yield tensor.name, tensor

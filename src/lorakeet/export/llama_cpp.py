@@ -25,7 +25,7 @@ FILE_TYPES = {  # llama_ftype of llama.h
 }  # fmt: skip
 _F32 = 0  # ggml_type
 _CELLS = 256  # a context has a multiple of so many places
-_PASS = 256  # tokens that are computed at once: scores of every head against all places are held for so many
+PASS = 256  # tokens that are computed at once: logits, and scores of every head against all places, are held for so many
 _ERRORS = 4  # ggml_log_level from which llama.cpp's lines are kept for a message
 
 
@@ -96,8 +96,8 @@ def quantise(source: Path, out: Path, quant: str, *, threads: int = 1) -> None:
 
 
 def context_bytes(config: Any, context: int) -> int:
-    """What llama.cpp holds beside the pages of its file, for a transformers text config: keys and values in fp32, what one pass
-    over at most _PASS tokens makes (scores of every head, the widest activations, logits), and the logits of the whole context.
+    """What llama.cpp holds beside the pages of its file, for a transformers text config: keys and values in fp32, and what one
+    pass over at most PASS tokens makes (scores of every head, the widest activations, logits as computed and as handed on).
     """
     hidden, heads = int(config.hidden_size), int(config.num_attention_heads)
     width = int(getattr(config, "head_dim", None) or hidden // heads)
@@ -105,8 +105,8 @@ def context_bytes(config: Any, context: int) -> int:
     inner = int(getattr(config, "intermediate_size", None) or 4 * hidden)
     cells = -(-context // _CELLS) * _CELLS
     cache = 2 * cells * kept * width * int(config.num_hidden_layers)
-    passed, vocabulary = min(context, _PASS), int(config.vocab_size)
-    return 4 * (cache + passed * (2 * heads * cells + 4 * hidden + 3 * inner + vocabulary) + context * vocabulary)
+    passed, vocabulary = min(context, PASS), int(config.vocab_size)
+    return 4 * (cache + passed * (2 * heads * cells + 4 * hidden + 3 * inner + 2 * vocabulary))
 
 
 class LlamaCpp:
@@ -133,8 +133,8 @@ class LlamaCpp:
 
     def _start(self, context: int, threads: int) -> None:
         params = self._lib.llama_context_default_params()
-        params.n_ctx = params.n_batch = self.length = context
-        params.n_ubatch = min(context, _PASS)
+        params.n_ctx = self.length = context
+        params.n_batch = params.n_ubatch = min(context, PASS)
         params.n_threads = params.n_threads_batch = threads
         params.type_k = params.type_v = _F32
         params.flash_attn_type = 0
@@ -163,43 +163,60 @@ class LlamaCpp:
         count = self._lib.llama_tokenize(self._vocab, raw, len(raw), buffer, room, add_special, True)
         return [int(buffer[place]) for place in range(count)]
 
-    def logits(self, ids: Sequence[int]) -> Tensor:
-        """The logits after each token of `ids`, (tokens, vocabulary), fp32, with nothing before them."""
-        self._lib.llama_memory_clear(self._lib.llama_get_memory(self._context), True)
-        return self._decode(ids, 0, all_of_them=True)
+    def logits(self, ids: Sequence[int], last: int | None = None) -> Tensor:
+        """The logits after each token of `ids`, or the `last` ones, (tokens, vocabulary), fp32, with nothing before them."""
+        return torch.cat(list(self._passes(ids, len(ids) if last is None else last)))
+
+    def logit_parts(self, ids: Sequence[int]) -> Iterator[Tensor]:
+        """The same after each token, PASS of them at a time; what else is asked meanwhile ends it."""
+        return self._passes(ids, len(ids))
 
     def greedy(self, prompt: Sequence[int], tokens: int, ends: frozenset[int]) -> list[int]:
         """What the model writes after `prompt`, likeliest token by token, up to `tokens` or one of `ends` (included)."""
-        self._lib.llama_memory_clear(self._lib.llama_get_memory(self._context), True)
         written: list[int] = []
-        last = self._decode(prompt, 0)
+        last = torch.cat(list(self._passes(prompt, 1)))
         while len(written) < tokens:
             written.append(int(last[-1].argmax()))
             if written[-1] in ends:
                 break
-            last = self._decode(written[-1:], len(prompt) + len(written) - 1)
+            last = self._decode(written[-1:], len(prompt) + len(written) - 1, 1)
         return written
 
-    def _decode(self, ids: Sequence[int], start: int, *, all_of_them: bool = False) -> Tensor:
-        if start + len(ids) > self.length:
-            raise ConfigError(f"{start + len(ids)} tokens do not fit into llama.cpp's context of {self.length} tokens.")
-        with self._batch(ids, start, all_of_them) as batch:
+    def _passes(self, ids: Sequence[int], last: int) -> Iterator[Tensor]:
+        """Computes `ids` with nothing before them; the logits of the `last` ones, pass by pass where there are any."""
+        self._require_room(len(ids))
+        self._lib.llama_memory_clear(self._lib.llama_get_memory(self._context), True)
+        for start in range(0, len(ids), PASS):
+            part = ids[start : start + PASS]
+            told = max(0, min(len(part), start + len(part) - (len(ids) - last)))
+            found = self._decode(part, start, told)
+            if told:
+                yield found
+
+    def _require_room(self, tokens: int) -> None:
+        if tokens > self.length:
+            raise ConfigError(f"{tokens} tokens do not fit into llama.cpp's context of {self.length} tokens.")
+
+    def _decode(self, ids: Sequence[int], start: int, told: int) -> Tensor:
+        """Computes at most PASS `ids` after what was computed; the logits (told, vocabulary) after the last ones."""
+        self._require_room(start + len(ids))
+        with self._batch(ids, start, told) as batch:
             if self._lib.llama_decode(self._context, batch):
                 raise EnvironmentProblem(f"llama.cpp could not compute {len(ids)} tokens: {self._library.reason()}.")
-        rows = len(ids) if all_of_them else 1
-        size = rows * self.vocabulary * 4
-        raw = self._ffi.buffer(self._lib.llama_get_logits(self._context), size)
-        return torch.from_numpy(np.frombuffer(raw, np.float32).reshape(rows, self.vocabulary).copy())
+        if not told:
+            return torch.empty(0, self.vocabulary)
+        raw = self._ffi.buffer(self._lib.llama_get_logits(self._context), told * self.vocabulary * 4)
+        return torch.from_numpy(np.frombuffer(raw, np.float32).reshape(told, self.vocabulary).copy())
 
     @contextmanager
-    def _batch(self, ids: Sequence[int], start: int, all_of_them: bool) -> Iterator[Any]:
+    def _batch(self, ids: Sequence[int], start: int, told: int) -> Iterator[Any]:
         batch = self._lib.llama_batch_init(len(ids), 0, 1)
         try:
             batch.n_tokens = len(ids)
             for place, number in enumerate(ids):
                 batch.token[place], batch.pos[place] = int(number), start + place
                 batch.n_seq_id[place], batch.seq_id[place][0] = 1, 0
-                batch.logits[place] = all_of_them or place == len(ids) - 1
+                batch.logits[place] = place >= len(ids) - told
             yield batch
         finally:
             self._lib.llama_batch_free(batch)

@@ -22,6 +22,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
+from lorakeet.core.tiles import Rows
 from lorakeet.errors import DataError, Problems, unreadable
 from lorakeet.formats.json_object import read_object
 
@@ -114,19 +115,53 @@ class SafeFile:
         """Those of all tensors in fp32, end to end in the order of the file; None where tensors have to be read one by one."""
         return None
 
+    def rows(self, name: str) -> Rows:
+        """The tensor `name`, to be read some rows at a time; one without rows, such as a vector, as it is."""
+        return self.read(name) if len(self.tensors[name].shape) < 2 else _FileRows(self, name)
+
     def bytes_of(self, name: str) -> bytearray:
         """The bytes of the tensor `name`."""
         stored = self.tensors[name]
-        data = bytearray(stored.end - stored.begin)
+        return self.bytes_between(stored.begin, stored.end)
+
+    def bytes_between(self, begin: int, end: int) -> bytearray:
+        """Some of the file's bytes; DataError where it ends before."""
+        data = bytearray(end - begin)
         try:
             with self.path.open("rb") as file:
-                file.seek(stored.begin)
+                file.seek(begin)
                 count = file.readinto(data)
         except OSError as error:
             raise DataError(unreadable(self.path, error)) from error
         if count != len(data):
             raise DataError(f"{self.path} became shorter while it was read. Fetch the file again.")
         return data
+
+
+@dataclass(frozen=True)
+class _FileRows:
+    """A tensor of a file of which some rows at a time are read, each time anew (core/tiles.Rows)."""
+
+    file: SafeFile
+    name: str
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.file.tensors[self.name].shape
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.file.tensors[self.name].dtype
+
+    def __getitem__(self, part: slice) -> Tensor:
+        stored = self.file.tensors[self.name]
+        start, stop, _ = part.indices(stored.shape[0])
+        row = (stored.end - stored.begin) // max(stored.shape[0], 1)
+        shape = (max(0, stop - start), *stored.shape[1:])
+        if not math.prod(shape):
+            return torch.empty(shape, dtype=stored.dtype)
+        data = self.file.bytes_between(stored.begin + start * row, stored.begin + stop * row)
+        return torch.frombuffer(data, dtype=stored.dtype).view(shape)
 
 
 def open_safetensors(path: Path) -> SafeFile:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lorakeet.core.tiles import Rows
 from lorakeet.errors import ConfigError, DataError
 from lorakeet.formats.json_object import read_object
 from lorakeet.formats.safe import SafeFile, Stored
@@ -53,6 +54,9 @@ class _Unpacked(SafeFile):
 
     def read(self, name: str) -> Tensor:
         return self.made[name]() if name in self.made else super().read(name)
+
+    def rows(self, name: str) -> Rows:
+        return self.made[name]() if name in self.made else super().rows(name)
 
 
 def open_dequantised(folder: Path) -> Checkpoint:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import fields
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,7 +14,9 @@ from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from lorakeet.core.start import seed_for
+from lorakeet.memory.spill import Aside
 from lorakeet.models.load import set_attention
+from lorakeet.models.spilled_cache import spilled_cache
 from lorakeet.models.text import TextModel
 
 Ids = NDArray[np.int64]
@@ -24,13 +27,21 @@ ROWS_AT_ONCE = 64  # a step costs nearly the same for 64 rows as for 16: the wei
 
 
 def sample(
-    text: TextModel, prompts: Sequence[Ids | Sequence[int]], *, max_tokens: int, seed: int = 0, temperature: float = 1.0
+    text: TextModel,
+    prompts: Sequence[Ids | Sequence[int]],
+    *,
+    max_tokens: int,
+    seed: int = 0,
+    temperature: float = 1.0,
+    blocks: int | None = None,
+    aside: Callable[[], Aside] | None = None,
 ) -> list[Ids]:
     """What the model writes after each prompt: at most `max_tokens` ids, the end-of-text id included where it comes.
 
     Temperature 0 takes the likeliest token. Row i draws from a generator of its own, seeded by `seed` and i, so that its
-    luck does not depend on the other rows. Uses the active adapter, or the base if none is active. Raises ValueError for an
-    empty prompt or a negative temperature.
+    luck does not depend on the other rows. Uses the active adapter, or the base if none is active. Keys and values of a streamed
+    model of which not one row fits into STREAMED_CACHE lie in `aside`, left out: a file beside its store; `blocks` as in
+    `rows_at_once`. Raises ValueError for an empty prompt or a negative temperature.
     """
     if temperature < 0 or any(len(prompt) == 0 for prompt in prompts):
         raise ValueError(f"sample() needs a temperature of 0 or more (not {temperature}) and prompts of at least one token")
@@ -42,11 +53,13 @@ def sample(
     text.model.eval()
     try:
         with torch.no_grad(), _cached_attention(text):
-            at_once = rows_at_once(text, max((len(prompt) for prompt in prompts), default=1) + max_tokens)
+            length = max((len(prompt) for prompt in prompts), default=1) + max_tokens
+            at_once = rows_at_once(text, length, blocks=blocks)
             for start in range(0, len(order), at_once):
                 rows = order[start : start + at_once]
                 chosen = [torch.as_tensor(np.asarray(prompts[row], np.int64)) for row in rows]
-                drawn = _write(text, chosen, max_tokens, (ends, temperature, [generators[row] for row in rows]))
+                with _cache_of(text, length, blocks, aside) as cache:
+                    drawn = _write(text, chosen, max_tokens, (ends, temperature, [generators[row] for row in rows]), cache)
                 for row, ids in zip(rows, drawn, strict=True):
                     written[row] = ids
     finally:
@@ -61,12 +74,30 @@ def rows_at_once(text: TextModel, length: int, *, blocks: int | None = None) -> 
     """
     if text.streamed is None:
         return ROWS_AT_ONCE
+    return max(1, min(ROWS_AT_ONCE, STREAMED_CACHE // _row_bytes(text, length, blocks or len(text.streamed.blocks))))
+
+
+@contextmanager
+def _cache_of(text: TextModel, length: int, blocks: int | None, aside: Callable[[], Aside] | None) -> Iterator[Any]:
+    """A cache on disk where that of one row has no room in memory; else None, and transformers makes its own."""
+    store = text.store
+    if store is None or text.streamed is None or text.device.type != "cpu":
+        yield None
+        return
+    if _row_bytes(text, length, blocks or len(text.streamed.blocks)) <= STREAMED_CACHE:
+        yield None
+        return
+    with closing(Aside(store.path.parent) if aside is None else aside()) as place:
+        yield spilled_cache(text.model.config, place)
+
+
+def _row_bytes(text: TextModel, length: int, blocks: int) -> int:
+    """Keys and values of a row of `length` tokens in so many blocks."""
     config = text.model.config.get_text_config()
     heads = int(config.num_attention_heads)
     width = int(getattr(config, "head_dim", None) or config.hidden_size // heads)
     kept = int(getattr(config, "num_key_value_heads", None) or heads)
-    row = 2 * length * kept * width * text.dtype.itemsize * (blocks or len(text.streamed.blocks))
-    return max(1, min(ROWS_AT_ONCE, STREAMED_CACHE // row))
+    return 2 * length * kept * width * text.dtype.itemsize * blocks
 
 
 def end_ids(text: TextModel) -> frozenset[int]:
@@ -79,16 +110,19 @@ def end_ids(text: TextModel) -> frozenset[int]:
 
 
 def _write(
-    text: TextModel, prompts: list[Tensor], max_tokens: int, drawing: tuple[frozenset[int], float, list[torch.Generator]]
+    text: TextModel,
+    prompts: list[Tensor],
+    max_tokens: int,
+    drawing: tuple[frozenset[int], float, list[torch.Generator]],
+    cache: Any = None,
 ) -> list[list[int]]:
-    """One batch, padded on the left, with transformers' own cache."""
+    """One batch, padded on the left, with transformers' own cache where none is given."""
     ends, temperature, generators = drawing
     longest = max(len(prompt) for prompt in prompts)
     ids = torch.stack([torch.cat([prompt.new_zeros(longest - len(prompt)), prompt]) for prompt in prompts]).to(text.device)
     mask = torch.stack([torch.arange(longest) >= longest - len(prompt) for prompt in prompts]).long().to(text.device)
     written: list[list[int]] = [[] for _ in prompts]
     open_rows = set(range(len(prompts)))
-    cache = None
     for _ in range(max_tokens):
         positions = (mask.cumsum(1) - 1).clamp_min(0)[:, -ids.shape[1] :]
         held = {CACHE: cache, "use_cache": True}

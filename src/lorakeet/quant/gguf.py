@@ -145,16 +145,34 @@ class FileTensor:
     @property
     def data(self) -> NDArray[Any]:
         """The bytes as they lie in the file, rows first, read now: no page of the file stays with the process."""
-        dtype, shape = self.layout
-        with self.path.open("rb") as file:
-            file.seek(self.offset)
-            return np.fromfile(file, dtype, math.prod(shape)).reshape(shape)
+        return self._read(0, self.layout[1])
 
     def numbers(self) -> NDArray[np.float32]:
         """What the bytes mean, whatever the type, in fp32."""
+        return self._meaning(self.data)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of what rows mean."""
+        return torch.float32
+
+    def __getitem__(self, part: slice) -> Tensor:
+        """What some of the rows mean, read now, in fp32: a tensor of two dimensions or more is had in parts (core/tiles.Rows)."""
+        start, stop, _ = part.indices(self.shape[0])
+        shape = (max(0, stop - start), *self.layout[1][1:])
+        return torch.from_numpy(np.require(self._meaning(self._read(start, shape)), requirements="W"))
+
+    def _read(self, first: int, shape: tuple[int, ...]) -> NDArray[Any]:
+        """`shape` of the stored numbers or bytes, from row `first` on."""
+        dtype, whole = self.layout
+        with self.path.open("rb") as file:
+            file.seek(self.offset + first * math.prod(whole[1:]) * dtype.itemsize)
+            return np.fromfile(file, dtype, math.prod(shape)).reshape(shape)
+
+    def _meaning(self, data: NDArray[Any]) -> NDArray[np.float32]:
         from gguf import GGMLQuantizationType, quants
 
-        return np.asarray(quants.dequantize(self.data, GGMLQuantizationType[self.kind]), dtype=np.float32)
+        return np.asarray(quants.dequantize(data, GGMLQuantizationType[self.kind]), dtype=np.float32)
 
 
 def read_gguf(path: Path) -> tuple[str, list[FileTensor]]:

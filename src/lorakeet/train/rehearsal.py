@@ -286,7 +286,8 @@ def _judge(text: TextModel, judging: Judging, blocks: int | None) -> None:
         activate(text.model, None)
         at_once = rows_at_once(text, judging.text_tokens + 1, blocks=blocks)
         count = min(judging.texts, at_once)  # read at once, which holds as much
-        sample(text, [np.ones(judging.text_tokens, np.int64)] * count, max_tokens=1)
+        texts = [np.ones(judging.text_tokens, np.int64)] * count
+        sample(text, texts, max_tokens=1, blocks=blocks, aside=OutlinedAside)
 
 
 def largest_matrix(model: nn.Module) -> int:

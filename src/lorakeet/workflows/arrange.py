@@ -42,6 +42,7 @@ class Arrangement:
     forecast: Planned | None = None
     card: torch.device | None = None  # the CUDA device whose memory the budget bounds; None for that of the process
     pinned: bool = False  # whether blocks stay in the host's pinned memory once they were read
+    most: int | None = None  # tokens of a row that a check compares, where longer rows have no room
     away: bool = False  # whether block inputs go from the card into the host's memory
 
     def aside(self) -> Aside:

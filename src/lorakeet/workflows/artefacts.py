@@ -23,7 +23,7 @@ from lorakeet.data.pack import pack
 from lorakeet.errors import ConfigError
 from lorakeet.export.folded import Folded, StoredTensor, compare_stored
 from lorakeet.export.gguf_model import GgufFile, GgufTensors
-from lorakeet.export.llama_cpp import LlamaCpp
+from lorakeet.export.llama_cpp import PASS, LlamaCpp
 from lorakeet.export.tolerances import F32, PRECISIONS, Allowed, allowed_for
 from lorakeet.formats import gguf
 from lorakeet.formats.base_model import open_base
@@ -53,8 +53,11 @@ class Artefact(Protocol):
     def prompt(self, messages: Messages) -> list[int] | None:
         """The ids of a conversation through the artefact's own chat template; None where it has none."""
 
-    def logits(self, ids: Sequence[int]) -> Tensor:
-        """The logits after each token, (tokens, vocabulary), fp32."""
+    def logits(self, ids: Sequence[int], last: int | None = None) -> Tensor:
+        """The logits after each token, or after the `last` ones, (tokens, vocabulary), fp32."""
+
+    def logit_parts(self, ids: Sequence[int]) -> Iterator[Tensor]:
+        """The logits after each token, PASS of them at a time; taken to the end before anything else is asked."""
 
     def greedy(self, prompt: Sequence[int], tokens: int, ends: frozenset[int]) -> list[int]:
         """The likeliest continuation, up to `tokens` or one of `ends`."""
@@ -82,16 +85,28 @@ class InTorch:
         text = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
         return [int(number) for number in tokenizer.encode(text, add_special_tokens=False)]
 
-    def logits(self, ids: Sequence[int]) -> Tensor:
-        """The logits after each token; the last row is computed by letting the first token follow."""
+    def logits(self, ids: Sequence[int], last: int | None = None) -> Tensor:
+        return torch.cat(list(self._parts(ids, len(ids) if last is None else last)))
+
+    def logit_parts(self, ids: Sequence[int]) -> Iterator[Tensor]:
+        """As the protocol says; another side of the same model may be asked in turn."""
+        return self._parts(ids, len(ids))
+
+    @torch.no_grad()
+    def _hidden(self, ids: Sequence[int], last: int) -> Tensor:
+        """The states (last, hidden) after the last tokens; the last one is computed by letting the first token follow."""
         activate(self.text.model, self.adapter)
         self.text.model.eval()
         array = np.array([*ids, ids[0]], np.int64)
-        supervised = np.ones(len(array), bool)
-        supervised[0] = False
-        with torch.no_grad():
-            hidden = self.text.hidden(pack([Example(array, supervised, "row", None, False)]))
-            return torch.cat([self.text.head(part).float().cpu() for part in torch.split(hidden, 256)])
+        supervised = np.arange(len(array)) > len(ids) - last
+        return self.text.hidden(pack([Example(array, supervised, "row", None, False)]))
+
+    def _parts(self, ids: Sequence[int], last: int) -> Iterator[Tensor]:
+        for part in torch.split(self._hidden(ids, last), PASS):
+            activate(self.text.model, self.adapter)  # whoever was asked meanwhile has its own
+            with torch.no_grad():
+                logits = self.text.head(part).float().cpu()
+            yield logits
 
     def greedy(self, prompt: Sequence[int], tokens: int, ends: frozenset[int]) -> list[int]:
         activate(self.text.model, self.adapter)
@@ -104,7 +119,7 @@ class InTorch:
         held = open_checkpoint(folder)
         expected = Folded(source, opened.adapter)
         names = {held.find(name) or name: name for name in expected.names}
-        stored = ((names.get(name, name), held.shards[file].read(name)) for name, file in held.home.items())
+        stored = ((names.get(name, name), held.shards[file].rows(name)) for name, file in held.home.items())
         return compare_stored(expected, stored)
 
 
@@ -141,8 +156,11 @@ class InLlamaCpp:
         number = self.file.value(f"tokenizer.ggml.{key}_token_id")
         return "" if number is None else str(tokens[int(number)])
 
-    def logits(self, ids: Sequence[int]) -> Tensor:
-        return self.engine.logits(ids)
+    def logits(self, ids: Sequence[int], last: int | None = None) -> Tensor:
+        return self.engine.logits(ids, last)
+
+    def logit_parts(self, ids: Sequence[int]) -> Iterator[Tensor]:
+        return self.engine.logit_parts(ids)
 
     def greedy(self, prompt: Sequence[int], tokens: int, ends: frozenset[int]) -> list[int]:
         return self.engine.greedy(prompt, tokens, ends)
@@ -171,6 +189,9 @@ class _Changes:
 
     def fetch(self, name: str, *, folded: bool = True) -> Tensor:
         return self.by_path[name] if folded else torch.zeros_like(self.by_path[name])
+
+    def rows(self, name: str) -> Tensor:
+        return self.by_path[name]
 
 
 def render_template(template: str, messages: Messages, *, bos: str, eos: str) -> str:

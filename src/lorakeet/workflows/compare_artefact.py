@@ -34,6 +34,18 @@ class Probes:
     rows: Sequence[Ids]
     labelled: Sequence[Candidates]
     prompts: Sequence[Ids]  # for greedy texts
+    most: int | None = None  # tokens of each that are compared; None: all
+    too_long: int = 0  # labelled prompts that were longer, and are left out
+
+    def cut_to(self, most: int | None) -> Probes:
+        """Rows and prompts for greedy texts up to their first `most` tokens; without labelled prompts that have more."""
+        if most is None:
+            return self
+        rows, prompts = ([ids[:most] for ids in texts] for texts in (self.rows, self.prompts))
+        labelled = [row for row in self.labelled if len(row.prompt) + max(map(len, row.completions)) <= most]
+        return replace(
+            self, rows=rows, prompts=prompts, labelled=labelled, most=most, too_long=len(self.labelled) - len(labelled)
+        )
 
 
 def check_prompts(live: InTorch, artefact: Artefact, probes: Probes) -> Check:
@@ -83,13 +95,16 @@ def check_logits(live: InTorch, artefact: Artefact, probes: Probes, spec: Evalua
     base = InTorch(live.text, None, "base")
     meter, effect = ParityMeter(), ParityMeter()
     for number, ids in enumerate(probes.rows):
-        row = ids.tolist()
-        ours = live.logits(row)[:-1]
-        targets = torch.from_numpy(ids[1:])
-        theirs = artefact.logits(row)[:-1]
-        width = min(ours.shape[1], theirs.shape[1])  # a file may pad its vocabulary
-        meter.add(ours[:, :width], theirs[:, :width], targets=targets, texts=number)
-        effect.add(ours, base.logits(row)[:-1], targets=targets, texts=number)
+        row, following = ids.tolist(), torch.from_numpy(ids[1:])
+        sides = (side.logit_parts(row) for side in (live, artefact, base))
+        for parts in zip(*sides, strict=True):
+            targets, following = following[: len(parts[0])], following[len(parts[0]) :]
+            if not len(targets):  # nothing follows the last token
+                continue
+            ours, theirs, before = (part[: len(targets)] for part in parts)
+            width = min(ours.shape[1], theirs.shape[1])  # a file may pad its vocabulary
+            meter.add(ours[:, :width], theirs[:, :width], targets=targets, texts=number)
+            effect.add(ours, before, targets=targets, texts=number)
     judged = effect.result(spec) if math.isfinite(artefact.allowed.parity.effect) else None
     return meter.result(spec).check(
         f"{artefact.name}: logits", artefact.allowed.parity, between=(live.name, artefact.name), base=judged
@@ -98,7 +113,7 @@ def check_logits(live: InTorch, artefact: Artefact, probes: Probes, spec: Evalua
 
 def check_answers(live: InTorch, artefact: Artefact, probes: Probes, spec: EvaluateSpec) -> Check:
     """The task's metric on both sides, and the share of rows on which the likeliest label differs."""
-    ours, theirs = ([_answer(side, row, live) for row in probes.labelled] for side in (live, artefact))
+    ours, theirs = ([answer(side, row, live) for row in probes.labelled] for side in (live, artefact))
     return judge_answers((live.name, artefact.name), (ours, theirs), probes.labelled, artefact.allowed, spec)
 
 
@@ -119,19 +134,19 @@ def judge_answers(
     return replace(check, estimates=accuracies)
 
 
-def _answer(side: Artefact, row: Candidates, live: InTorch) -> int:
+def answer(side: Artefact, row: Candidates, live: InTorch) -> int:
     """The likeliest label: Σ log p over what distinguishes each label's tokens."""
     ends = frozenset(int(number) for number in live.text.tokenizer.all_special_ids)
     scores = []
     endings = distinguishing(row.completions, ends)
     prompt = row.prompt.tolist()
-    shared = side.logits(prompt)[-1].log_softmax(-1) if all(len(ending) == 1 for ending in endings) else None
+    shared = side.logits(prompt, 1)[-1].log_softmax(-1) if all(len(ending) == 1 for ending in endings) else None
     for ending in endings:
         if shared is not None:
             scores.append(float(shared[int(ending[0])]))
             continue
         ids = [*prompt, *ending.tolist()]
-        rows = side.logits(ids)[len(prompt) - 1 : -1].log_softmax(-1)
+        rows = side.logits(ids, len(ending) + 1)[:-1].log_softmax(-1)
         scores.append(float(rows.gather(1, torch.from_numpy(ending)[:, None]).sum()))
     return int(np.argmax(scores))
 
@@ -153,7 +168,7 @@ def check_greedy(live: InTorch, artefact: Artefact, probes: Probes) -> Check:
         if place == min(len(ours), len(theirs)):
             gap = math.inf  # one stopped, though nothing was said that ends a text
         else:
-            after = live.logits([*prompt.tolist(), *ours[:place]])[-1].log_softmax(-1)
+            after = live.logits([*prompt.tolist(), *ours[:place]], 1)[-1].log_softmax(-1)
             gap = float(after[ours[place]] - after[theirs[place]])
         if gap >= worst:
             worst = gap

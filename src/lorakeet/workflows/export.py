@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +30,12 @@ from lorakeet.formats.safe import open_safetensors, save_text
 from lorakeet.models.load import load_tokenizer
 from lorakeet.models.source import find_source
 from lorakeet.train.durable import new_folder
-from lorakeet.workflows.forecast_check import FP32, plan_check, stores, tensor_bytes
+from lorakeet.workflows.forecast_check import FP32, stores, tensor_bytes
 from lorakeet.workflows.opened import Opened, open_adapter
 from lorakeet.workflows.place import require_place, writing, writing_certificate
 from lorakeet.workflows.push_export import exported_before, push_folder
 from lorakeet.workflows.show import show_certificate
-from lorakeet.workflows.verify import certify_artefacts, size_of_check
+from lorakeet.workflows.verify import certify_artefacts, plan_rows, size_of_check
 
 CERTIFICATE, CARD = "certificate.json", "README.md"
 CHECK_ROWS = 8
@@ -115,8 +116,8 @@ def export(  # noqa: PLR0913  (the options of a verb are its parameters)
     if is_installed() and not written:
         held, disk = _taken(source, opened, quant)
         what = "the check of an export"
-        size = size_of_check(opened, [str(out)], source, what, rows=CHECK_ROWS, memory=held, disk=disk)
-        opened = plan_check(opened, size, out, console)
+        size = partial(size_of_check, opened, [str(out)], source, what, rows=CHECK_ROWS, memory=held, disk=disk)
+        opened = plan_rows(opened, size, out, console)
     title = name or (opened.run.path.name if opened.run else opened.folder.name)
     job = _Job(opened, source, load_tokenizer(opened.tokenizer or source), quant, title, separate, run_or_adapter, console)
     found = _written_before(job, out) if written else _written(job, out, to)

@@ -2,9 +2,11 @@
 
 A check compares what base + adapter compute with what the artefact computes. Its phases, each with a peak of its own:
 
-    load      a model is read, or goes block by block into its store
-    compare   both compute; of two streamed models one after the other, what the first makes of the batches waiting on disk
-    weights   every stored tensor against the one it should be
+    load       a model is read, or goes block by block into its store
+    weights    every stored tensor against the one it should be
+    ask        where models are streamed: llama.cpp computes, and what it says waits on disk
+    compare    both compute; of streamed models one after the other, what the first says or makes of the batches waiting on disk
+    intervals  of what was found, once no model computes
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ from lorakeet.core.adapter import Adapter
 from lorakeet.core.plan import Plan
 from lorakeet.errors import ConfigError, EnvironmentProblem
 from lorakeet.evaluate.wording import bytes_text
+from lorakeet.export.folded import PART_BYTES
 from lorakeet.memory.allocator import return_freed_memory
 from lorakeet.memory.budget import larger_than_machine
 from lorakeet.memory.forecast import Phase, phases_of
@@ -49,7 +52,11 @@ FP32 = 4  # bytes
 ALONE = 1  # block in memory, where there is no room for another to be read meanwhile
 COPIES = 4  # of a matrix in fp32: as it is, its change, their sum, and one as it was stored or is looked at
 UNCHANGED, CHANGED = 3, 6  # of a stored one, as it is read and compared or written: without a change, and with one
-ROW_LOGITS = 4  # tables of logits (tokens, vocabulary) of one row: live, base, the artefact's, and the parts of the last one
+ROW_LOGITS = 4  # tables of logits (tokens, vocabulary) at once: live, base, the artefact's, and the tiles of the last one
+
+
+class NoRoom(ConfigError):
+    """A budget that is smaller than the least of a check."""
 
 
 @dataclass(frozen=True)
@@ -59,11 +66,11 @@ class CheckSize:
     what: str  # such as "the check of a merged model"
     judging: Judging  # the largest batch, and the texts that the base writes
     models: int = 2  # in torch, base + adapter among them; the other side may be llama.cpp or a server
-    alternate: bool = False  # whether the two take turns row by row, so that both have blocks in memory
-    row: int = 0  # positions of a row whose logits are held whole
+    row: int = 0  # positions of a row whose logits are held at once
     tensors: bool = False  # whether stored tensors are compared whole, also those that the adapter does not change
     writing: int = 0  # bytes held while the artefact is written
     beside: int = 0  # bytes that another program holds in this process
+    waiting: int = 0  # bytes of what the artefact says, which waits on disk where models are streamed
     artefact: int = 0  # bytes of it on disk, where it is still to be written
     more_stores: int = 0  # beside one for each model, where they are streamed
 
@@ -86,7 +93,7 @@ def plan_check(opened: Opened, check: CheckSize, place: Path, console: Console) 
     """`opened` with how its models keep its budget in `check`, which is said; as it was where it has none.
 
     Stores go into memory.store where the run names it, else beside `place`; `with stores(…)` makes and removes their folder.
-    Raises ConfigError with the least that works, EnvironmentProblem where the disk lacks room.
+    Raises NoRoom with the least that works, EnvironmentProblem where the disk lacks room.
     """
     budget = opened.config.memory.bytes
     if budget is None:
@@ -114,16 +121,16 @@ def plan_check(opened: Opened, check: CheckSize, place: Path, console: Console) 
         say(f"Memory: {bytes_text(whole.peak)} planned of {bytes_text(budget)} for {check.what}; its models stay in memory.")
         return replace(opened, kept=Arrangement(budget, whole.peak))
     if found.peak > budget:
-        raise ConfigError(
+        raise NoRoom(
             f"The budget is {budget >> 20} MiB, but {check.what} takes at least {_mib(min(found.peak, whole.peak))}, with its "
             f"models streamed from disk block by block ({_mib(whole.peak)} with them in memory). Give that with --memory, or "
             "do it on a larger machine."
         )
-    at_once = check.models if check.alternate else 1
-    slots = min(found.blocks, fewest + (budget - found.peak) // (found.block_bytes * at_once))
-    planned = found.peak + (slots - fewest) * found.block_bytes * at_once
+    slots = min(found.blocks, fewest + (budget - found.peak) // found.block_bytes)
+    planned = found.peak + (slots - fewest) * found.block_bytes
     folder = store_folder(opened.config.memory.store, place, "check")
-    _require_disk(folder, check, FP32 * planner.weights * (check.models + check.more_stores), whole.peak)
+    needed = FP32 * planner.weights * (check.models + check.more_stores) + check.waiting
+    _require_disk(folder, check, needed, whole.peak)
     say(
         f"Memory: {bytes_text(planned)} planned of {bytes_text(budget)} for {check.what}; weights are streamed from disk, "
         f"{slots} of {found.blocks} blocks in memory."
@@ -150,8 +157,8 @@ def adapted_bytes(plan: Plan, largest: int) -> int:
 
 def tensor_bytes(changed: int, largest: int) -> int:
     """What is held of one stored tensor while it is made and written, or read and compared: in fp32 the largest that an adapter
-    changes has `changed` bytes, and the largest of all `largest` numbers."""
-    return max(CHANGED * changed, UNCHANGED * FP32 * largest)
+    changes has `changed` bytes, and the largest of all `largest` numbers, of which a part is read at a time."""
+    return max(CHANGED * changed, min(UNCHANGED * FP32 * largest, PART_BYTES))
 
 
 class CheckPlanner:
@@ -183,16 +190,16 @@ class CheckPlanner:
         found = rehearse_judging(Build(make, self.config), self.plan, check.judging, token_ids=self.ids)
         there = slots * found.block_bytes
         own = (found.base - there) * check.models  # what models have in memory all along: all of it, where they are not streamed
-        standing, others = (there * count if check.alternate else 0 for count in (check.models, check.models - 1))
         text, adapter = self.config.get_text_config(), FP32 * self.plan.parameters
         held = {
-            "load": with_more(Held(), base=own + others, adapter=adapter, scratch=self._reading(found)),
+            "load": with_more(Held(), base=own, adapter=adapter, scratch=self._reading(found)),
+            "weights": with_more(Held(), base=own, adapter=adapter, scratch=self._looking(found)),
+            "ask": with_more(Held(), base=own, adapter=adapter, runtime=check.beside),
             "compare": with_more(
-                found.peaks[JUDGE], base=own + max(standing, there) - found.base, runtime=check.beside,
-                scratch=INTERVALS,
+                found.peaks[JUDGE], base=own + there - found.base, runtime=0 if streamed else check.beside,
                 logits=FP32 * ROW_LOGITS * check.row * int(text.vocab_size),
             ),
-            "weights": with_more(Held(), base=own, adapter=adapter, scratch=self._looking(found)),
+            "intervals": with_more(Held(), base=own + there, adapter=adapter, scratch=INTERVALS),
             "write": with_more(Held(), scratch=check.writing),
         }  # fmt: skip
         words = TOKENIZER_ENTRY * int(text.vocab_size) * check.models

@@ -13,7 +13,7 @@ from typing import Any
 from lorakeet.config import RunConfig
 from lorakeet.core.plan import Plan
 from lorakeet.errors import ConfigError
-from lorakeet.export.llama_cpp import context_bytes
+from lorakeet.export.llama_cpp import PASS, context_bytes
 from lorakeet.memory.forecast import Forecast, Phase
 from lorakeet.merge.fold import FP32_COPIES
 from lorakeet.models.quantized import plain_config
@@ -23,7 +23,7 @@ from lorakeet.workflows.compare_artefact import GREEDY_TOKENS
 from lorakeet.workflows.forecast_check import ALONE, FP32, CheckPlanner, CheckSize, adapted_bytes, tensor_bytes
 from lorakeet.workflows.forecast_run import EXPORT, MERGE
 from lorakeet.workflows.merge import size_of_merge
-from lorakeet.workflows.verify import MARGIN
+from lorakeet.workflows.verify import FEWEST_TOKENS, MARGIN
 
 
 def later_phases(config: RunConfig, model_config: Any, plan: Plan, budget: int) -> tuple[Phase, ...]:
@@ -34,7 +34,8 @@ def later_phases(config: RunConfig, model_config: Any, plan: Plan, budget: int) 
     dense = plain_config(model_config)
     text = dense.get_text_config()
     try:
-        return tuple(_phase(name, size, config, dense, plan, budget) for name, size in _sizes(config, text, plan))
+        merge = _phase(MERGE, _planner(_size_of_merge(config, text, plan), config, dense, plan), budget)
+        return merge, _export(config, dense, plan, budget)
     except NotPlanned:
         return ()
 
@@ -45,24 +46,45 @@ def with_later(forecast: Forecast, later: tuple[Phase, ...]) -> Forecast:
     return Forecast((*(phase for phase in forecast.phases if phase.name not in names), *later))
 
 
-def _sizes(config: RunConfig, text: Any, plan: Plan) -> tuple[tuple[str, CheckSize], ...]:
-    """What each check holds at once. Tensors are taken to be stored in the widest dtype that they may have."""
-    length, table = config.data.max_tokens, int(text.vocab_size) * int(text.hidden_size)
-    exported = length + GREEDY_TOKENS
+def _export(config: RunConfig, model_config: Any, plan: Plan, budget: int) -> Phase:
+    """With rows of data.max_tokens, or cut as `verify.plan_rows` cuts them."""
+    length = config.data.max_tokens
+    while True:
+        size = _size_of_export(length, model_config.get_text_config(), plan)
+        planner = _planner(size, config, model_config, plan)
+        shortest = length <= FEWEST_TOKENS
+        if shortest or planner.runtime + size.beside <= budget:  # else llama.cpp alone has no room: there is nothing to rehearse
+            found = _phase(EXPORT, planner, budget)
+            if shortest or found.bytes <= budget:
+                return found
+        length = max(FEWEST_TOKENS, length // 2)
+
+
+def _size_of_merge(config: RunConfig, text: Any, plan: Plan) -> CheckSize:
+    """What the check of a merged model holds at once."""
+    table = int(text.vocab_size) * int(text.hidden_size)
     changed = adapted_bytes(plan, table)
-    export = CheckSize(
-        "the check of an export", Judging(Rows(exported), 1, exported), models=1, alternate=True, row=exported, tensors=True,
+    return size_of_merge(config.data.max_tokens, max((1 + FP32_COPIES) * changed, 2 * FP32 * table))
+
+
+def _size_of_export(length: int, text: Any, plan: Plan) -> CheckSize:
+    """What that of an exported one holds, of rows of `length` tokens; tensors count as stored in the widest dtype."""
+    table, exported = int(text.vocab_size) * int(text.hidden_size), length + GREEDY_TOKENS
+    changed = adapted_bytes(plan, table)
+    return CheckSize(
+        "the check of an export", Judging(Rows(exported), 1, exported), models=1, row=min(exported, PASS), tensors=True,
         beside=context_bytes(text, exported + MARGIN), writing=tensor_bytes(changed, table),
     )  # fmt: skip
-    merge = size_of_merge(length, max((1 + FP32_COPIES) * changed, 2 * FP32 * table))
-    return (MERGE, merge), (EXPORT, export)
 
 
-def _phase(name: str, size: CheckSize, config: RunConfig, model_config: Any, plan: Plan, budget: int) -> Phase:
-    """At its peak with all weights in memory where that fits, else with two blocks of each model, or with one."""
-    dense = dataclasses.replace(config.model, quantize=QuantSpec())
-    planner = CheckPlanner(size, dense, None, model_config, plan)
+def _planner(size: CheckSize, config: RunConfig, model_config: Any, plan: Plan) -> CheckPlanner:
+    planner = CheckPlanner(size, dataclasses.replace(config.model, quantize=QuantSpec()), None, model_config, plan)
     planner.ids = tuple(range(len(config.lora.new_tokens)))
+    return planner
+
+
+def _phase(name: str, planner: CheckPlanner, budget: int) -> Phase:
+    """At its peak with all weights in memory where that fits, else with two blocks of each model, or with one."""
     found = planner.forecast(streamed=False)
     if found.peak > budget:
         with contextlib.suppress(ConfigError):  # of a model that is no list of blocks

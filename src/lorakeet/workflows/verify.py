@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, closing
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +27,10 @@ from lorakeet.evaluate.certificate import Certificate, Check, Unchecked, read_ce
 from lorakeet.evaluate.report import read_report, write_report
 from lorakeet.evaluate.values import encode
 from lorakeet.export.deployment import Runtime
-from lorakeet.export.llama_cpp import context_bytes
+from lorakeet.export.folded import StoredTensor
+from lorakeet.export.llama_cpp import PASS, context_bytes
 from lorakeet.export.tolerances import F16, PRECISIONS
+from lorakeet.memory.spill import Aside
 from lorakeet.models.load import load_tokenizer, read_config
 from lorakeet.models.source import find_source
 from lorakeet.serve.probe import FACT, record
@@ -43,16 +47,19 @@ from lorakeet.workflows.compare_artefact import (
     check_stored,
 )
 from lorakeet.workflows.deploy import Deployable, check_deployment
-from lorakeet.workflows.forecast_check import CheckSize, plan_check, stores
+from lorakeet.workflows.forecast_check import FP32, CheckSize, NoRoom, plan_check, stores
 from lorakeet.workflows.judge import sampled_texts
 from lorakeet.workflows.opened import NAME, Opened, open_adapter
 from lorakeet.workflows.place import writing
+from lorakeet.workflows.recorded import ask_all
 from lorakeet.workflows.server_artefact import Server, check_server
 from lorakeet.workflows.show import show_certificate
 
 ROWS, TEXTS, GREEDY = 16, 8, 4  # rows through both sides whole, raw texts, greedy continuations
 RAW_TEXTS = ("It's 10:30 on 12/04.", "naïve café, 日本語 🙂", "two  spaces\n\n\tand a tab", "x = y+1; // 1,234.5")
 SAMPLED_TEXTS, SAMPLED_TOKENS = 16, 64
+FEWEST_TOKENS = 128  # of a row, below which a check says little: where not even they have room, it is refused
+CAUSE_TOKENS = 128  # of a row, on which mistakes are tried
 MARGIN = 16  # positions of llama.cpp's context beyond the longest row and what is written after it
 
 
@@ -96,8 +103,8 @@ def verify(  # noqa: PLR0913  (the options of a verb are its parameters)
     opened = open_adapter(Path(run_or_adapter), base=base, say=console.print).within(memory)
     targets = against or _found_beside(opened)
     source = find_source(opened.config.model, console.print)
-    size = size_of_check(opened, targets, source, "this check", rows=rows)
-    opened = plan_check(opened, size, _place(opened), console)
+    size = partial(size_of_check, opened, targets, source, "this check", rows=rows)
+    opened = plan_rows(opened, size, _place(opened), console)
     with stores(opened, "Nothing was compared."):
         certificate = certify_artefacts(
             opened, targets, base_gguf=base_gguf, precision=precision, rows=rows, subject=str(run_or_adapter), console=console,
@@ -135,37 +142,68 @@ def certify_artefacts(
             found, missing = check_server(live, Server(target, allowed), probes, opened.config.evaluate)
             checks, unchecked = checks + found, unchecked + missing
             continue
-        context = longest + GREEDY_TOKENS + MARGIN
-        with open_artefact(
-            target, opened, base=base_gguf, precision=precision, console=console, context=context, beside=beside
-        ) as artefact:
-            checks += _checks(live, artefact, probes, opened, source)
+        form = partial(
+            open_artefact, target, opened, base=base_gguf, precision=precision, console=console,
+            context=longest + GREEDY_TOKENS + MARGIN, beside=beside,
+        )  # fmt: skip
+        found = _compared_with(form, live, probes, opened, source)
+        checks += found
+        if probes.too_long and not probes.labelled:
+            why = f"every labelled row is longer than the {probes.most} tokens that the budget has room for"
+            unchecked.append(Unchecked(found[0].artefact, "answers", why))
     facts = {"model": live.text.name, "rows": f"{len(probes.rows)} held-out" if dataset else f"{len(probes.rows)} sampled"}
+    if probes.most is not None:
+        facts["rows"] += f", their first {probes.most} tokens"
     facts = {**facts, "live adapter": "computed in float32", FACT: record(live.text, NAME).to_text()}
     made = datetime.now(timezone.utc).isoformat(timespec="seconds")
     dated = tuple(replace(check, made=made) for check in checks)
     return Certificate(f"What became of {subject}", dated, facts, tuple(unchecked))
 
 
+def plan_rows(opened: Opened, size_of: Callable[..., CheckSize], place: Path, console: Console) -> Opened:
+    """`plan_check` of the check whose size `size_of(most=…)` gives; where longer rows have no room, of the first `most` tokens.
+
+    What computes with a row holds keys and values of it: of 2,048 tokens in Llama-2-7B 2 GiB in fp32, in llama.cpp at once.
+    """
+    most: int | None = None
+    while True:
+        size = size_of(most=most)
+        try:
+            planned = plan_check(opened, size, place, console)
+        except NoRoom:
+            length = size.judging.rows.length - GREEDY_TOKENS
+            if opened.run is None or length <= FEWEST_TOKENS:
+                raise
+            most = max(FEWEST_TOKENS, length // 2)
+            continue
+        if most is None or planned.kept is None:
+            return planned
+        console.print(f"Of longer rows the first {most} tokens are compared: the budget has no room for more.", soft_wrap=True)
+        return replace(planned, kept=replace(planned.kept, most=most))
+
+
 def size_of_check(
-    opened: Opened, targets: Sequence[str], source: Path, what: str, *, rows: int, memory: int = 0, disk: int = 0
-) -> CheckSize:
+    opened: Opened, targets: Sequence[str], source: Path, what: str, *, rows: int, memory: int = 0, disk: int = 0,
+    most: int | None = None,
+) -> CheckSize:  # fmt: skip
     """What comparing `rows` rows with `targets` holds: a second model in torch for a merged folder, llama.cpp's for a GGUF file.
 
-    `memory` and `disk` are the bytes that writing them takes, where they are still to be written.
+    `memory` and `disk` are the bytes that writing them takes, where they are still to be written; of each row the first `most`
+    tokens are compared.
     """
-    longest = (_longest_row(opened, source, rows) if opened.run else SAMPLED_TOKENS + 1) + GREEDY_TOKENS
+    longest = _longest_row(opened, source, rows) if opened.run else SAMPLED_TOKENS + 1
+    longest = (longest if most is None else min(longest, most)) + GREEDY_TOKENS
     files = [Path(target) for target in targets if not target.startswith(SERVERS)]
     folders = [file for file in files if file.is_dir() and not (file / "model.gguf").is_file()]
-    llama = len(files) > len(folders)
+    llama, text = len(files) > len(folders), read_config(source).get_text_config()
     return CheckSize(
         what,
         Judging(Rows(longest), 1 if opened.run else SAMPLED_TEXTS, longest if opened.run else SAMPLED_TOKENS),
         models=2 if folders else 1,
-        alternate=True,
-        row=longest,
+        row=min(longest, PASS) if len(files) == len(targets) else longest,
         tensors=bool(files),
-        beside=context_bytes(read_config(source).get_text_config(), longest + MARGIN) if llama else 0,
+        beside=context_bytes(text, longest + MARGIN) if llama else 0,
+        waiting=FP32 * (rows + 1) * longest * int(text.vocab_size) if files else 0,
         writing=memory,
         artefact=disk,
     )
@@ -192,20 +230,45 @@ def _compared(dataset: Dataset, encoder: Encoder, rows: int) -> list[tuple[Row, 
     return chosen
 
 
-def _checks(live: InTorch, artefact: Artefact, probes: Probes, opened: Opened, source: Path) -> list[Check]:
-    spec = opened.config.evaluate
+def _compared_with(
+    form: Callable[[], AbstractContextManager[Artefact]], live: InTorch, probes: Probes, opened: Opened, source: Path
+) -> list[Check]:
+    """The checks of the artefact that `form` opens; where weights are streamed, it has gone before the live model computes."""
     live.text.release()
-    stored = artefact.stored(source, opened)
+    store = None if opened.kept is None else opened.kept.store
+    with ExitStack() as stack:
+        artefact = stack.enter_context(form())
+        stored = artefact.stored(source, opened)
+        if store is None:
+            return _checks(live, artefact, stored, probes, opened)
+        aside = Aside(store, "Free some space, or name another folder with memory.store.")
+        with closing(aside):
+            recorded = ask_all(artefact, probes, live, aside)
+            recorded.let_go()
+            del artefact
+            stack.close()
+            return _checks(live, recorded, stored, probes, opened)
+
+
+def _checks(
+    live: InTorch, artefact: Artefact, stored: Mapping[str, StoredTensor], probes: Probes, opened: Opened
+) -> list[Check]:
+    spec = opened.config.evaluate
     found = [check_prompts(live, artefact, probes), check_logits(live, artefact, probes, spec)]
     if probes.labelled:
         found.append(check_answers(live, artefact, probes, spec))
     found += [check_greedy(live, artefact, probes), check_stored(artefact.name, stored, artefact.allowed)]
     if all(check.passed for check in found[1:]):
         return found
-    ids = probes.rows[0].tolist()
-    cause = cause_from_weights(stored, live) or cause_from_logits(live, ids, artefact.logits(ids))
+    cause = cause_from_weights(stored, live) or _cause_from_logits(live, artefact, probes.rows[0].tolist())
     explained = (check if check.passed else replace(check, detail=f"{check.detail} {cause}".strip()) for check in found[1:])
     return [found[0], *explained]
+
+
+def _cause_from_logits(live: InTorch, artefact: Artefact, row: list[int]) -> str:
+    """What the first tokens of a row tell of the cause: enough for it, and few enough to be held several times."""
+    theirs = next(iter(artefact.logit_parts(row)))[:CAUSE_TOKENS]
+    return cause_from_logits(live, row[: len(theirs)], theirs)
 
 
 def probes_of(opened: Opened, dataset: Dataset | None, live: InTorch, rows: int) -> Probes:
@@ -226,7 +289,8 @@ def probes_of(opened: Opened, dataset: Dataset | None, live: InTorch, rows: int)
     ]
     labelled = [found for row, _ in chosen if dataset.labels and (found := encoder.candidates(row)) is not None]
     texts = (*RAW_TEXTS, *(row.text for row, _ in chosen[:TEXTS]))
-    return Probes(talks, texts, [example.ids for _, example in chosen], labelled, prompts[:GREEDY])
+    most = None if opened.kept is None else opened.kept.most
+    return Probes(talks, texts, [example.ids for _, example in chosen], labelled, prompts[:GREEDY]).cut_to(most)
 
 
 def _messages(row: Row) -> Messages:

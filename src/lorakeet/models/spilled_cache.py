@@ -1,0 +1,48 @@
+"""Keys and values of texts that a streamed model writes, in a scratch file: those of one block are in memory at a time.
+
+    block i computes its new keys and values ──► appended to the file ──► all of block i read back, attended to, let go
+
+A token costs one reading of all of them, beside that of the blocks themselves, which are larger by far.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import DynamicCache, DynamicLayer
+
+from lorakeet.memory.spill import Aside
+
+
+def spilled_cache(config: Any, aside: Aside) -> DynamicCache:
+    """transformers' cache for a model of `config`, whose layers without a window keep their numbers in `aside`."""
+    cache = DynamicCache(config=config)
+    for number, layer in enumerate(cache.layers):
+        if type(layer) is DynamicLayer:
+            cache.layers[number] = _SpilledLayer(aside, number)
+    return cache
+
+
+class _SpilledLayer(DynamicLayer):  # type: ignore[misc]
+    """Keys and values (rows, heads, tokens, width) of one block, appended piece by piece."""
+
+    def __init__(self, aside: Aside, number: int) -> None:
+        super().__init__()
+        self._aside, self._number = aside, number
+        self._pieces = self._length = 0
+
+    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        """Appends, and gives all there are."""
+        self._length += key_states.shape[-2]
+        return self._appended("keys", key_states), self._appended("values", value_states, last=True)
+
+    def get_seq_length(self) -> int:
+        return self._length
+
+    def _appended(self, what: str, states: Tensor, *, last: bool = False) -> Tensor:
+        whole = torch.cat([*(self._aside.look((self._number, what, piece)) for piece in range(self._pieces)), states], dim=-2)
+        self._aside.put((self._number, what, self._pieces), states.contiguous())
+        self._pieces += last
+        return whole
