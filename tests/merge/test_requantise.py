@@ -7,8 +7,10 @@ import torch
 from torch import Tensor
 
 from lorakeet.core.math import delta, fold
-from lorakeet.merge.requantise import BYTES_OF_ROUNDING, round_to_nearest, round_with_feedback
-from lorakeet.quant import gguf_codes
+from lorakeet.merge import requantise
+from lorakeet.merge.requantise import bytes_of_rounding, round_to_nearest, round_with_feedback
+from lorakeet.quant import gguf_codes, gptq_pack
+from lorakeet.quant import packed as packed_weights
 from lorakeet.quant.gptq import GptqBase
 from lorakeet.quant.gptq_grid import groups_in_order, nearest_codes
 from lorakeet.quant.gptq_solve import Hessian, sensitivity
@@ -87,5 +89,27 @@ def test_what_is_held_is_what_is_planned(kind: str, inputs: Tensor) -> None:
     with HeldBytes() as held:
         found = round_with_feedback(like, wanted, seen, hessian.matrix)
     fixed = 2 * 4 * 128 * OUT  # the errors of a block of columns, which count in a weight as narrow as this one
-    assert held.peak <= BYTES_OF_ROUNDING * OUT * IN + fixed and found.latent is None
-    assert 1.5 * held.peak >= BYTES_OF_ROUNDING * OUT * IN
+    planned = bytes_of_rounding(OUT * IN, like.settings["method"])
+    assert held.peak <= planned + fixed and found.latent is None
+    assert planned == 20 * OUT * IN and (1.5 * held.peak >= planned or kind.startswith("Q"))  # whose codes need no words
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_of_a_large_weight_parts_are_held_where_all_of_it_was(
+    kind: str, inputs: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With parts and tiles that are small beside the weight, as 32 MiB are beside 11,008 × 4,096 numbers in fp32."""
+    monkeypatch.setitem(globals(), "OUT", 512)
+    for module in (packed_weights, gptq_pack, requantise):
+        monkeypatch.setattr(module, "TILE", 1 << 10)
+    for module in (packed_weights, requantise):
+        monkeypatch.setattr(module, "PART_BYTES", 1 << 13)
+    like, hessian = packed(kind), Hessian(IN)
+    hessian.add(inputs)
+    wanted, seen = like.dense() * 1.01, sensitivity(hessian.matrix)
+    packed_weights.SCRATCH.clear()
+    with HeldBytes() as held:
+        round_with_feedback(like, wanted, seen, hessian.matrix)
+    planned = bytes_of_rounding(OUT * IN, like.settings["method"])
+    assert planned == (12 if kind == "nf4" else 8) * OUT * IN
+    assert held.peak <= planned + 2 * 4 * 128 * OUT and 1.5 * held.peak >= planned

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from lorakeet.errors import DataError
-from lorakeet.quant import gptq_pack, gptq_solve
+from lorakeet.quant import gptq_pack, gptq_solve, packed
 from lorakeet.quant.gptq_grid import groups_in_order, nearest_codes
 from lorakeet.quant.gptq_solve import Hessian, Layout, bytes_of_solving, output_error, sensitivity, solve
 from lorakeet.quant.packed import TILE
@@ -124,6 +124,16 @@ def test_two_matrices_at_most_stand_beside_the_hessian(inputs: Tensor, weight: T
     with HeldBytes() as held:
         sensitivity(hessian)
     assert held.peak < 2.2 * hessian.nbytes
+
+
+def test_outputs_are_compared_a_part_at_a_time(inputs: Tensor, weight: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    hessian, weight = hessian_of(inputs), weight.repeat(16, 1)
+    base = solve(weight, sensitivity(hessian), Layout(4, 16))
+    found, change = output_error(weight, base, hessian), weight - base.dense()
+    exact = (change.double() @ hessian.double() * change).sum() / (weight.double() @ hessian.double() * weight).sum()
+    assert found == pytest.approx(float(exact) ** 0.5, rel=1e-4)
+    monkeypatch.setattr("lorakeet.quant.packed.PART_BYTES", weight.nbytes // 16)
+    packed.SCRATCH.clear()
     with HeldBytes() as held:
-        output_error(weight, weight, hessian)
-    assert held.peak < 2.2 * weight.nbytes
+        parts = output_error(weight, base, hessian)
+    assert parts == pytest.approx(found, rel=1e-5) and held.peak < 0.4 * weight.nbytes

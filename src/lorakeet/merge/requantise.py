@@ -14,12 +14,11 @@ from typing import Literal
 
 from torch import Tensor
 
-from lorakeet.quant.gptq_solve import Sensitivity, Walk, output_error
-from lorakeet.quant.packed import PackedBase
+from lorakeet.quant.gptq_solve import PACKING, Sensitivity, Walk, output_error
+from lorakeet.quant.packed import PART_BYTES, TILE, PackedBase
 from lorakeet.quant.regrid import Grid, fitted, grid_of
 
 Scales = Literal["kept", "fitted"]
-BYTES_OF_ROUNDING = 20  # of each number of a weight, the most held beside it and its inputs while `round_with_feedback` works
 
 
 @dataclass(frozen=True)
@@ -38,6 +37,16 @@ class Requantised:
     latent: Latent | None  # None where it is not asked for
     scales: Scales
     error: float  # ‖X·(W − W′)ᵀ‖ / ‖X·Wᵀ‖ on the inputs X
+
+
+def bytes_of_rounding(numbers: int, method: str) -> int:
+    """The most that `round_with_feedback` holds beside a weight of so many numbers in `method` and its inputs (tests count it).
+
+    Eight bytes a number: the columns on their walk, and the codes, three times at its end; with NF4's grid twelve. In a weight
+    that is not much more than a part of it (quant/packed), what is held of such a part while the outputs are compared: up to 20.
+    """
+    walking = (12 if method == "nf4" else 8) * numbers
+    return max(walking, min(20 * numbers, 5 * numbers + 3 * PART_BYTES + PACKING * TILE))
 
 
 def round_to_nearest(like: PackedBase, weight: Tensor) -> PackedBase:
@@ -65,7 +74,7 @@ def _on(grid: Grid, scales: Scales, weight: Tensor, inputs: Sensitivity, hessian
     numbers = Latent(grid, walk.in_order(walk.columns)) if latent else None
     del walk  # the columns are not held while the codes are packed
     base = grid.filled(codes)
-    return Requantised(base, numbers, scales, output_error(weight, base.dense(), hessian))
+    return Requantised(base, numbers, scales, output_error(weight, base, hessian))
 
 
 def _nearest(grid: Grid, columns: list[int]) -> Callable[[Tensor, int], tuple[Tensor, Tensor]]:

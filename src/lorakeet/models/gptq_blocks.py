@@ -34,6 +34,15 @@ Pack = Callable[[str, Tensor, Sensitivity, Tensor], PackedBase]  # path, weight 
 
 
 @dataclass(frozen=True)
+class Layers:
+    """Which layers are packed: those of a block, by its path, when its turn comes. They are dense, or as they stand, and then
+    `dense` makes a dense one of each, by its path, just before it is packed, and puts it in its place."""
+
+    of: Callable[[str], dict[str, nn.Module]]
+    dense: Callable[[str], nn.Module] | None = None
+
+
+@dataclass(frozen=True)
 class QuantisedBlock:
     """The packed layers of one block, by path in the model, and how far each one's outputs moved on the calibration rows."""
 
@@ -77,13 +86,13 @@ def weight_of(module: nn.Module) -> Tensor:
     return weight.t() if isinstance(module, Conv1D) else weight
 
 
-def taken_by_block(layers: dict[str, nn.Module]) -> Callable[[str], dict[str, nn.Module]]:
-    """What takes the layers of a block, by its path, out of `layers`: whose dense weights can go with it."""
+def taken_by_block(layers: dict[str, nn.Module]) -> Layers:
+    """Dense layers, those of a block taken out of `layers` when its turn comes: whose dense weights can go with it."""
 
     def layers_of(block: str) -> dict[str, nn.Module]:
         return {path: layers.pop(path) for path in list(layers) if path.startswith(f"{block}.")}
 
-    return layers_of
+    return Layers(layers_of)
 
 
 def inputs_of_widest(layers: dict[str, nn.Module]) -> int:
@@ -123,18 +132,17 @@ def pack_blocks(
     text: TextModel,
     rows: Sequence[Example],
     pack: Pack,
-    layers_of: Callable[[str], dict[str, nn.Module]],
+    layers: Layers,
     *,
     damping: float = 0.01,
     micro_tokens: int = 2048,
     keep: bool = False,
     aside: Callable[[], Aside] = Aside,
 ) -> Iterator[QuantisedBlock]:
-    """Packs linear layers as `pack` says; others stay. `keep` leaves the packed blocks in the model, which else is used up.
+    """Packs `layers` as `pack` says; others stay. `keep` leaves the packed blocks in the model, which else is used up.
 
-    `layers_of` gives the layers of a block by path, dense ones in their places, when its turn comes, so that one block needs to
-    be dense at a time. A streamed model's block comes in for its turn and goes; `aside` makes places for what goes into blocks.
-    Whether the rows have tokens enough is for the caller to ask (`check_tokens`).
+    A streamed model's block comes in for its turn and goes as it came; `aside` makes places for what goes into blocks. Whether
+    the rows have tokens enough is for the caller to ask (`check_tokens`).
     """
     prefix, count = modules.block_prefix(text.model, text.family)
     blocks = cast(nn.ModuleList, modules.find(text.model, prefix))
@@ -143,14 +151,14 @@ def pack_blocks(
         for number in range(count):
             start = f"{prefix}.{number}."
             with torch.no_grad(), _present(text, blocks, number) as module:
-                own = {path.removeprefix(start): layer for path, layer in layers_of(f"{prefix}.{number}").items()}
-                block = _Block(module, number, passages)
-                bases, errors = _quantise(block, own, lambda name, *given, at=start: pack(at + name, *given), damping)
+                own = {path.removeprefix(start): layer for path, layer in layers.of(f"{prefix}.{number}").items()}
+                standing = {} if text.streamed is None else dict(own)
+                block = _Block(module, number, passages, start)
+                bases, errors = _quantise(block, own, pack, layers.dense, damping)
                 if number + 1 < count:  # nobody reads what the last one gives
                     passages.advance(module, number)
-                if text.streamed is not None:  # whose block goes with the layers that it came with
-                    for name, layer in own.items():
-                        module.set_submodule(name, layer)
+                while standing:  # a streamed block goes with the layers that it came with
+                    module.set_submodule(*standing.popitem())
                 own.clear()
             if not keep and text.streamed is None:
                 blocks[number] = nn.Identity()
@@ -199,10 +207,10 @@ class _Enough(Exception):
 
 
 class _Block:
-    """A block with what goes into it, batch by batch."""
+    """A block with what goes into it, batch by batch; `start` is what paths in the model have before those in the block."""
 
-    def __init__(self, module: nn.Module, number: int, passages: Passages) -> None:
-        self.module, self.number, self.passages = module, number, passages
+    def __init__(self, module: nn.Module, number: int, passages: Passages, start: str) -> None:
+        self.module, self.number, self.passages, self.start = module, number, passages, start
 
     def run(self, batch: int) -> Tensor:
         """The block's output for a batch."""
@@ -224,6 +232,18 @@ class _Block:
                     continue
         finally:
             handle.remove()
+
+    def hessian_of(self, layer: nn.Module) -> Hessian:
+        """That of what goes into `layer`."""
+        found: list[Hessian] = []
+
+        def take(x: Tensor) -> None:
+            if not found:
+                found.append(Hessian(x.shape[-1], x.device))
+            found[0].add(x)
+
+        self.inputs_of(layer, take)
+        return found[0]
 
     def stages(self, layers: dict[str, nn.Module]) -> list[list[str]]:
         """The layers in the order in which they are called, those with the same input together."""
@@ -249,19 +269,23 @@ class _Block:
 
 
 def _quantise(
-    block: _Block, layers: dict[str, nn.Module], pack: Pack, damping: float
+    block: _Block, layers: dict[str, nn.Module], pack: Pack, dense_of: Callable[[str], nn.Module] | None, damping: float
 ) -> tuple[dict[str, PackedBase], dict[str, float]]:
-    """Puts a PackedLinear in the place of every layer, stage by stage."""
+    """Puts a PackedLinear in the place of every layer, stage by stage, and takes it out of `layers`."""
     bases: dict[str, PackedBase] = {}
     errors: dict[str, float] = {}
     for stage in block.stages(layers) if layers else []:
-        hessian = Hessian(weight_of(layers[stage[0]]).shape[1], weight_of(layers[stage[0]]).device)
-        block.inputs_of(layers[stage[0]], hessian.add)
+        hessian = block.hessian_of(layers[stage[0]])
         inputs = sensitivity(hessian.matrix, damping=damping)
+        dense = {name: layers.pop(name) for name in stage}
         for name in stage:
-            layer, weight = layers[name], weight_of(layers[name])
-            base = pack(name, weight, inputs, hessian.matrix)
-            bases[name], errors[name] = base, output_error(weight, base.dense(), hessian.matrix)
+            layer = dense.pop(name)
+            if dense_of is not None:
+                layer = dense_of(block.start + name)
+            weight = weight_of(layer)
+            base = pack(block.start + name, weight, inputs, hessian.matrix)
+            bases[name], errors[name] = base, output_error(weight, base, hessian.matrix)
             packed = PackedLinear(base, cast(Any, layer).bias, transposed=isinstance(layer, Conv1D))
             block.module.set_submodule(name, packed)
+        del hessian, inputs, layer, weight, packed  # before the next stage's come
     return bases, errors

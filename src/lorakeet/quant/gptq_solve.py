@@ -22,7 +22,7 @@ from lorakeet.errors import DataError
 from lorakeet.quant.gptq import GptqBase
 from lorakeet.quant.gptq_grid import Grid, codes_for, fit, groups_in_order, nearest_codes
 from lorakeet.quant.gptq_pack import ZeroFormat
-from lorakeet.quant.packed import TILE
+from lorakeet.quant.packed import TILE, PackedBase
 
 BLOCK = 128  # columns whose errors are handed on together
 DAMPINGS = 6  # each ten times the one before, until H has a Cholesky factor
@@ -100,11 +100,14 @@ def sensitivity(hessian: Tensor, *, damping: float = 0.01) -> Sensitivity:
     )
 
 
-def output_error(weight: Tensor, other: Tensor, hessian: Tensor) -> float:
-    """‖X·(W − W′)ᵀ‖ / ‖X·Wᵀ‖ on the inputs X of H = Σ x·xᵀ / n: √(tr(D·H·Dᵀ) / tr(W·H·Wᵀ)), D = W − W′."""
-    wide = weight.float()
-    change = wide - other
-    lost, whole = (float((part @ hessian).mul_(part).sum()) for part in (change, wide))
+def output_error(weight: Tensor, other: PackedBase, hessian: Tensor) -> float:
+    """‖X·(W − W′)ᵀ‖ / ‖X·Wᵀ‖ on the inputs X of H = Σ x·xᵀ / n: √(tr(D·H·Dᵀ) / tr(W·H·Wᵀ)), D = W − W′, a part at a time."""
+    lost = whole = 0.0
+    for part, numbers in other.in_parts():
+        wide = weight[part].float()
+        change = wide - numbers
+        lost += float((change @ hessian).mul_(change).sum())
+        whole += float((wide @ hessian).mul_(wide).sum())
     return (max(lost, 0.0) / whole) ** 0.5 if whole > 0 else 0.0
 
 

@@ -116,6 +116,11 @@ class PackedBase(nn.Module):
             at_once = max(step, PART_BYTES // (width * dtype.itemsize) // step * step)
         return [slice(start, min(start + at_once, rows)) for start in range(0, rows, at_once)]
 
+    def in_parts(self) -> Iterator[tuple[slice, Tensor]]:
+        """W dequantised in fp32, some rows at a time: which they are, and their numbers, valid until the next ones."""
+        for part in self._parts(torch.float32):
+            yield part, self._rows(part, torch.float32)
+
     def _rows(self, part: slice, dtype: torch.dtype) -> Tensor:
         """Those rows of W in the shared buffer: valid until others are unpacked."""
         return self.unpack(SCRATCH.matrix((part.stop - part.start, self.shape[1]), dtype, self.device), part.start)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import cast
 
@@ -28,7 +29,7 @@ from lorakeet.export.repacked import write_repacked
 from lorakeet.merge.requantise import Requantised, round_to_nearest, round_with_feedback
 from lorakeet.models.folded import fold_layers
 from lorakeet.models.fuse import unfuse
-from lorakeet.models.gptq_blocks import check_tokens, pack_blocks, weight_of
+from lorakeet.models.gptq_blocks import Layers, check_tokens, pack_blocks, weight_of
 from lorakeet.models.inject import use_products
 from lorakeet.models.layout import PackedLayout, read_layout
 from lorakeet.models.modules import block_prefix, find, kind_of, original_modules, weight_shape
@@ -197,10 +198,10 @@ class Merging:
         return judge_.answers(rows, system) if self.dataset.labels else judge_.losses(rows, system)
 
     @staticmethod
-    def _folded(text: TextModel, paths: Sequence[str]) -> dict[str, nn.Module]:
-        """Those layers with the adapter folded in, plain numbers in fp32 in their places, by path."""
-        fold_layers(text.model, NAME, paths)
-        return {path: cast(nn.Module, find(text.model, path)) for path in paths}
+    def _folded(text: TextModel, path: str) -> nn.Module:
+        """That layer with the adapter folded in, plain numbers in fp32 in its place."""
+        fold_layers(text.model, NAME, [path])
+        return cast(nn.Module, find(text.model, path))
 
     @property
     def kept(self) -> Arrangement:
@@ -213,7 +214,7 @@ class Merging:
         if text.streamed is not None:
             return self._repacked(text, self._nearest(text, text.streamed), "nearest")
         for path, read in self.layout.layers.items():
-            layer = self._folded(text, [path])[path]
+            layer = self._folded(text, path)
             put(text.model, path, PackedLinear(round_to_nearest(read(), weight_of(layer)), layer.bias))  # type: ignore[arg-type]
         return text
 
@@ -226,7 +227,7 @@ class Merging:
             with torch.no_grad(), streamed.present(number, then=number):
                 for path in self._of_block(f"{prefix}.{number}"):
                     standing = cast(nn.Module, find(text.model, path))
-                    layer = self._folded(text, [path])[path]
+                    layer = self._folded(text, path)
                     found[path] = round_to_nearest(self.layout.layers[path](), weight_of(layer))
                     put(text.model, path, standing)
                     del layer
@@ -257,7 +258,6 @@ class Merging:
         _require_in_blocks(text, self.layout)
         rows, _ = calibration(self.opened, self.dataset, text.tokenizer, self.spec.calibration_rows, self._finishes)
         solved: dict[str, Requantised] = {}
-        standing: dict[str, nn.Module] = {}
 
         def pack(path: str, *given: object) -> PackedBase:
             latent = self._finishes and path in self.opened.adapter.pairs
@@ -266,15 +266,11 @@ class Merging:
             return found.base
 
         def layers_of(block: str) -> dict[str, nn.Module]:
-            paths = self._of_block(block)
-            if text.streamed is not None:
-                standing.update({path: cast(nn.Module, find(text.model, path)) for path in paths})
-            return self._folded(text, paths)
+            return {path: cast(nn.Module, find(text.model, path)) for path in self._of_block(block)}
 
         def packed() -> Iterator[dict[str, PackedBase]]:
-            for block in pack_blocks(text, rows, pack, layers_of, keep=True, aside=self.kept.aside):
-                while standing:  # what was folded goes, since the numbers that it was made of have gone
-                    put(text.model, *standing.popitem())
+            layers = Layers(layers_of, partial(self._folded, text))
+            for block in pack_blocks(text, rows, pack, layers, keep=True, aside=self.kept.aside):
                 bar.update(task, total=block.count, completed=block.number + 1)
                 yield block.layers
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, cast
 
@@ -14,12 +14,12 @@ from lorakeet.core.plan import Plan
 from lorakeet.data.chat import Example
 from lorakeet.memory.held import Held
 from lorakeet.memory.spill import Aside
-from lorakeet.merge.requantise import BYTES_OF_ROUNDING, Latent, Requantised
+from lorakeet.merge.requantise import Latent, Requantised, bytes_of_rounding
 from lorakeet.models.adapt import begin_adapter
 from lorakeet.models.alike_blocks import pass_first_of_each_kind
 from lorakeet.models.folded import fold_layers
 from lorakeet.models.fuse import unfuse
-from lorakeet.models.gptq_blocks import pack_blocks
+from lorakeet.models.gptq_blocks import Layers, pack_blocks
 from lorakeet.models.modules import find, kind_of
 from lorakeet.models.modules import replace as put
 from lorakeet.models.outline import OutlinedBase
@@ -53,27 +53,21 @@ def rehearse_rounding(
         ledger.name("base", [*text.model.parameters(), *text.model.buffers()])
         stays = [] if text.streamed is not None else [*text.model.parameters(), *text.model.buffers()]
         text.release()
-        standing: dict[str, nn.Module] = {}
 
         def layers_of(block: str) -> dict[str, nn.Module]:
-            own = [path for path in packing if path.startswith(f"{block}.")]
-            if text.streamed is not None:
-                standing.update({path: cast(nn.Module, find(text.model, path)) for path in own})
-            fold_layers(text.model, NAME, own)
-            return {path: cast(nn.Module, find(text.model, path)) for path in own}
+            return {path: cast(nn.Module, find(text.model, path)) for path in packing if path.startswith(f"{block}.")}
+
+        def fold(path: str) -> nn.Module:
+            fold_layers(text.model, NAME, [path])
+            return cast(nn.Module, find(text.model, path))
 
         def pack(path: str, weight: Tensor, *_: object) -> PackedBase:
-            torch.empty(BYTES_OF_ROUNDING * weight.numel(), dtype=torch.uint8)
+            torch.empty(bytes_of_rounding(weight.numel(), packing[path]["method"]), dtype=torch.uint8)
             return OutlinedBase(empty_base(packing[path]))
 
-        def blocks() -> Iterator[object]:
-            for block in pack_blocks(text, rows, pack, layers_of, keep=True, aside=aside):
-                while standing:
-                    put(text.model, *standing.popitem())
-                yield block
-
+        blocks = pack_blocks(text, rows, pack, Layers(layers_of, fold), keep=True, aside=aside)
         with ledger.phase(ROUND):
-            pass_first_of_each_kind(blocks(), text.model, text.family)
+            pass_first_of_each_kind(blocks, text.model, text.family)
         ledger.close()
         stays.clear()
         return ledger.peaks[ROUND]
