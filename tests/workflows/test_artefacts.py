@@ -62,7 +62,7 @@ def test_llama_cpp_begins_when_it_is_asked_and_under_a_budget_gives_pages_back(
     opened = open_adapter(finished.path)
     write_model(finished.model, opened.adapter, tmp_path / "model.gguf")
     begun: list[Path] = []
-    given: list[Path] = []
+    given: list[tuple[Path, bool, int]] = []
 
     class Counted(LlamaCpp):
         def __init__(self, model: Path, **more: Any) -> None:
@@ -70,9 +70,9 @@ def test_llama_cpp_begins_when_it_is_asked_and_under_a_budget_gives_pages_back(
             super().__init__(model, **more)
 
     @contextmanager
-    def noted(path: Path, *, stays: bool) -> Iterator[None]:
-        given.append(path)
-        with giving_back(path, interval=0.001, stays=stays):
+    def noted(path: Path, *, interval: float = 0.001, stays: bool = False) -> Iterator[None]:
+        given.append((path, stays, len(begun)))
+        with giving_back(path, interval=interval, stays=stays):
             yield
 
     monkeypatch.setattr(artefacts, "LlamaCpp", Counted)
@@ -85,7 +85,9 @@ def test_llama_cpp_begins_when_it_is_asked_and_under_a_budget_gives_pages_back(
             assert artefact.stored(finished.model, opened) and len(begun) == before
             found.append(artefact.logits(IDS))
             assert len(begun) == before + 1
-    assert given == [tmp_path / "model.gguf"] and torch.allclose(found[0], found[1], atol=1e-5)
+    file = tmp_path / "model.gguf"
+    assert given == [(file, False, 1), (file, True, 2)], "while it begins, when its mapping may go, and while it computes"
+    assert torch.allclose(found[0], found[1], atol=1e-5)
 
 
 def test_logits_of_the_live_model_are_its_own(finished: Any) -> None:

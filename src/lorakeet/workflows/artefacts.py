@@ -39,6 +39,7 @@ from lorakeet.workflows.arrange import Arrangement
 from lorakeet.workflows.opened import Opened
 
 Messages = Sequence[dict[str, str]]
+BEGINNING = 0.002  # seconds between looks at a file that is being mapped (docs/log.md: 33 MiB of 442 are then there at most)
 
 
 class Artefact(Protocol):
@@ -281,12 +282,16 @@ def open_artefact(
 
 @contextmanager
 def _begun(model: Path, adapter: Path | None, context: int, opened: Opened) -> Iterator[LlamaCpp]:
-    """llama.cpp with its model; under a budget it makes no copy of the file, and the pages that it has read are given back."""
+    """llama.cpp with its model; under a budget it makes no copy of the file, and the pages that it has read are given back: also
+    while it begins, when it asks for the whole file at once, and may fail and remove its mapping."""
     if opened.kept is None:
         with LlamaCpp(model, adapter=adapter, context=context) as engine:
             yield engine
         return
-    with LlamaCpp(model, adapter=adapter, context=context, repack=False) as engine, giving_back(model, stays=True):
+    with ExitStack() as stack:
+        with giving_back(model, interval=BEGINNING):
+            engine = stack.enter_context(LlamaCpp(model, adapter=adapter, context=context, repack=False))
+        stack.enter_context(giving_back(model, stays=True))
         yield engine
 
 

@@ -115,7 +115,7 @@ def plan_check(opened: Opened, check: CheckSize, place: Path, console: Console) 
         say(str(error))
         opened.require_room(check.models, check.what, console)
         return replace(opened, kept=Arrangement(budget))
-    if check.beside:
+    if check.beside and min(whole.peak, found.peak) <= budget:
         say("llama.cpp maps its file: those pages are the system's to take back, and are not counted.")
     if whole.peak <= budget:
         say(f"Memory: {bytes_text(whole.peak)} planned of {bytes_text(budget)} for {check.what}; its models stay in memory.")
