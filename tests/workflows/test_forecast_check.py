@@ -79,6 +79,15 @@ def test_llama_cpp_is_beside_models_in_memory_and_before_streamed_ones(opened: O
     assert peak(opened, True, beside=size) < 300 * (1 << 20) + size + FP32 * BLOCK * 3, "no block in memory beside it"
 
 
+def test_keys_and_values_of_a_long_text_count_by_one_block(opened: Opened, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where all blocks' have no room they go to disk, in the rehearsal as in the run; a few blocks stand for all eight."""
+    long = Judging(Rows(32, 2), 1, 3000)
+    held = 2 * FP32 * 3000 * 256  # of one block: keys and values of two heads of 128
+    whole = peak(opened, True, judging=long)
+    monkeypatch.setattr("lorakeet.models.sample.STREAMED_CACHE", 4 * held)
+    assert 6 * held < whole - peak(opened, True, judging=long) < 8 * held
+
+
 def test_of_a_stack_of_experts_one_is_held_at_a_time() -> None:
     pairs = [PlanEntry("a", "linear", (30, 20), 2, 2.0), PlanEntry("b", "experts", (8, 40, 10), 2, 2.0)]
     assert adapted_bytes(Plan(tuple(pairs), (), 1), 1000) == FP32 * 600
