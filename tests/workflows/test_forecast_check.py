@@ -85,7 +85,7 @@ def test_keys_and_values_of_a_long_text_count_by_one_block(opened: Opened, monke
     held = 2 * FP32 * 3000 * 256  # of one block: keys and values of two heads of 128
     whole = peak(opened, True, judging=long)
     monkeypatch.setattr("lorakeet.models.sample.STREAMED_CACHE", 4 * held)
-    assert 6 * held < whole - peak(opened, True, judging=long) < 8 * held
+    assert 7 * held <= whole - peak(opened, True, judging=long) <= 8 * held
 
 
 def test_of_a_stack_of_experts_one_is_held_at_a_time() -> None:
