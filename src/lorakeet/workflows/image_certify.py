@@ -1,10 +1,12 @@
 """The certificate of a run on images: what is on disk draws what was trained, on a base that training left as it was.
 
 frozen weights   the digest of every frozen number, before training and after it
-adapter on disk  the pipeline loaded once more with the adapter read from disk, against the live one: latents of samples
+adapter on disk  the pipeline loaded once more with the adapter read from disk, against the live one: latents of samples; what
+                 they differ by is also a small share of what the adapter changes, so that a weak one cannot be exchanged unseen
 base untouched   the pipeline loaded once more, against the live one with its adapter off: latents of samples
 
-Under a memory budget, which has room for one base, the adapter from disk is put on the live one and the last check is left out.
+Both sides do the same arithmetic in the same dtype, so fp32's tolerance holds whatever the dtype is, as in certify_run. Under a
+memory budget, which has room for one base, the adapter from disk is put on the live one and the last check is left out.
 """
 
 from __future__ import annotations
@@ -27,7 +29,9 @@ from lorakeet.workflows.certify_run import check_frozen
 
 _READ = "read-from-disk"
 STEPS = 4  # of the sampler: enough for a difference to grow, few enough to be quick
-TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2}  # of the largest latent
+TOLERANCE = 1e-4  # of the largest latent
+_TINY = torch.finfo(torch.float32).tiny
+OF_EFFECT = 0.01  # of the largest difference that the adapter makes
 
 
 def image_digests(model: ImageModel) -> dict[str, str]:
@@ -55,22 +59,48 @@ def certify_images(
     put_image_adapter(fresh, read_adapter(adapter), _READ)
     again = "on the same base" if spec is None else "on the base, both read again"
     between = ("live adapter", f"{adapter.name}/ {again}")
-    checks = [latent_check("adapter on disk", wanted, drawn(fresh, _READ), between=between, dtype=live.dtype)]
+    checks = [latent_check("adapter on disk", wanted, drawn(fresh, _READ), between=between, base=base)]
     if spec is None:
         eject(live.parts, _READ)
     else:
         between = ("base with the adapter off", "base read again")
-        checks.append(latent_check("base untouched", base, drawn(fresh, None), between=between, dtype=live.dtype))
+        checks.append(latent_check("base untouched", base, drawn(fresh, None), between=between))
     fresh.stage()
     activate(live.parts, name)
     checks.append(check_frozen(before, image_digests(live)))
-    facts = {"model": live.name, "dtype": str(live.dtype).removeprefix("torch."), "sampler steps": str(STEPS)}
+    facts = {
+        "model": live.name,
+        "dtype": str(live.dtype).removeprefix("torch."),
+        "sampler steps": str(STEPS),
+        "adapter's effect": _effect(wanted, base),
+    }
     return Certificate(f"The adapter {adapter}", tuple(checks), facts)
 
 
-def latent_check(name: str, left: Tensor, right: Tensor, *, between: tuple[str, str], dtype: torch.dtype) -> Check:
-    """Whether two sets of latents (n, channels, h, w) agree: the largest difference, as a share of the largest latent."""
-    largest = float(left.abs().max())
-    apart = float((left - right).abs().max()) / max(largest, torch.finfo(torch.float32).tiny)
-    found = judge(name, {"latent": apart}, tolerance={"latent": TOLERANCE[dtype]}, between=between, n=len(left))
+def latent_check(name: str, left: Tensor, right: Tensor, *, between: tuple[str, str], base: Tensor | None = None) -> Check:
+    """Whether two sets of latents (n, channels, h, w) agree: the largest difference, as a share of the largest latent.
+
+    With `base`, latents without the adapter, also as a share of the largest difference that the adapter makes. One that makes none
+    agrees with nothing but one that makes none.
+    """
+    differ = _largest(left - right)
+    measured, tolerance, detail = {"latent": differ / max(_largest(left), _TINY)}, {"latent": TOLERANCE}, ""
+    if base is not None:
+        effect = _largest(left - base)
+        measured["of_effect"] = differ / effect if effect else (0.0 if differ == 0 else float("inf"))
+        tolerance["of_effect"] = OF_EFFECT
+        detail = "" if effect else "The live adapter changes no latent of these prompts."
+    found = judge(name, measured, tolerance=tolerance, between=between, n=len(left), detail=detail)
     return replace(found, passed=found.passed and bool(torch.isfinite(left).all()))
+
+
+def _effect(adapted: Tensor, base: Tensor) -> str:
+    """What the adapter changes in the samples of the checks, in words."""
+    effect = _largest(adapted - base)
+    if not effect:
+        return "none: the samples are the base's own, so they cannot tell it from another adapter without effect"
+    return f"up to {effect / max(_largest(base), _TINY):.2g} of the base's largest latent"
+
+
+def _largest(latents: Tensor) -> float:
+    return float(latents.abs().max())
