@@ -125,6 +125,34 @@ def test_checkpointing_changes_memory_not_gradients(tiny_sd_folder: Path, cache:
     assert all(torch.allclose(gradients[0][name], gradients[1][name], atol=1e-6) for name in gradients[0])  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("kind", ["sd", "sdxl", "sd3", "flux"])
+def test_text_encoders_read_in_training_what_they_read_in_judging(
+    kind: str, request: pytest.FixtureRequest, cache: Path
+) -> None:
+    """T5 has dropout of its own, which its pre-training needed and diffusers' pipelines never use."""
+    folder = request.getfixturevalue(f"tiny_{kind}_folder")
+    task = new_task(folder, cache, diffusion=DiffusionSpec(text_encoder=True), targets=("attention",))
+    judged = task.model.describe(["red box", ""])
+    task.loss(task.batches(0)[0])
+    trained = task.model.describe(["red box", ""])
+    assert torch.equal(trained.states, judged.states)
+    assert (trained.pooled is None and judged.pooled is None) or torch.equal(trained.pooled, judged.pooled)  # type: ignore[arg-type]
+
+
+def test_the_pairs_own_dropout_is_on_in_training_alone(tiny_sd_folder: Path, cache: Path) -> None:
+    task = new_task(tiny_sd_folder, cache, dropout=0.5, targets=("attention",))
+    with torch.no_grad():
+        for name, parameter in task.parameters().items():
+            if name.endswith(".B"):
+                parameter.normal_(0, 0.1, generator=torch.Generator().manual_seed(1))
+    [batch, *_] = task.batches(0)
+    first, second = task.loss(batch).item(), task.loss(batch).item()
+    assert first != second
+    one, other = task.held_out(), task.held_out()
+    assert one is not None and other is not None and np.array_equal(one.sums, other.sums)
+    assert task.loss(batch).item() not in (first, second)
+
+
 def test_held_out_losses_are_the_same_whenever_they_are_asked(tiny_sd_folder: Path, cache: Path) -> None:
     task = new_task(tiny_sd_folder, cache)
     first = task.held_out()

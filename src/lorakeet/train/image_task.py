@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import Parameter
+from torch.nn import Module, Parameter
 
 from lorakeet.core.adapter import Adapter
 from lorakeet.core.lowrank import LoraPair
@@ -75,6 +75,8 @@ class ImageTask:
         self.taken = 0
         self.order = StepOrder(len(self.train), spec.batch_size, spec.seed)
         self.prediction = self.diffusion.prediction
+        model.parts.eval()
+        self.pairs = [module for path, module in model.parts.named_modules() if self._is_trained(path, module)]
         if diffusion.checkpointing:
             model.denoiser.enable_gradient_checkpointing()
 
@@ -93,9 +95,12 @@ class ImageTask:
         return {
             f"{path}.{key}": buffer
             for path, module in self.model.parts.named_modules()
-            if isinstance(module, LoraPair) and f".adapters.{self.name}." in f"{path}."
+            if self._is_trained(path, module)
             for key, buffer in module.named_buffers(recurse=False)
         }
+
+    def _is_trained(self, path: str, module: Module) -> bool:
+        return isinstance(module, LoraPair) and f".adapters.{self.name}." in f"{path}."
 
     def batches(self, step: int) -> list[ImageBatch]:
         """The step's pictures in parts of one size and at most `at_once`; their noise does not depend on how they are cut."""
@@ -129,9 +134,13 @@ class ImageTask:
         return by_batch(self.loss, batches, targets)
 
     def loss(self, batch: ImageBatch) -> Tensor:
-        """The sum of the weighted errors of a batch's pictures, with gradient, in training mode."""
-        if not self.model.parts.training:  # a walk over all modules
-            self.model.parts.train()
+        """The sum of the weighted errors of a batch's pictures, with gradient; dropout in the pairs alone.
+
+        The base computes as it does where it is judged and drawn with: T5's own dropout would have its captions read otherwise.
+        """
+        for pair in self.pairs:
+            if not pair.training:
+                pair.train()
         steps = self.model.noising.at(batch.timesteps)
         weights = weights_of(steps, self.prediction, self.diffusion.min_snr_gamma)
         if batch.shares is not None:
