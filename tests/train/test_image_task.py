@@ -126,9 +126,7 @@ def test_checkpointing_changes_memory_not_gradients(tiny_sd_folder: Path, cache:
 
 
 @pytest.mark.parametrize("kind", ["sd", "sdxl", "sd3", "flux"])
-def test_text_encoders_read_in_training_what_they_read_in_judging(
-    kind: str, request: pytest.FixtureRequest, cache: Path
-) -> None:
+def test_text_encoders_read_in_training_what_they_read_in_judging(kind: str, request: pytest.FixtureRequest, cache: Path) -> None:
     """T5 has dropout of its own, which its pre-training needed and diffusers' pipelines never use."""
     folder = request.getfixturevalue(f"tiny_{kind}_folder")
     task = new_task(folder, cache, diffusion=DiffusionSpec(text_encoder=True), targets=("attention",))
@@ -205,7 +203,7 @@ def test_a_resumed_run_ends_in_the_same_bits(tiny_sdxl_folder: Path, cache: Path
 
 def test_a_model_that_predicts_v_is_trained_on_v(cache: Path, tmp_path: Path) -> None:
     task = new_task(save_tiny_sd(tmp_path / "v", prediction="v_prediction"), cache, targets=("attention",))
-    assert task.prediction == "v_prediction"
+    assert task.diffusion.prediction == "v_prediction"
     [batch] = [one for one in task.batches(0) if len(one.latents)][:1]
     steps = task.model.noising.at(batch.timesteps)
     signal, share = steps.signal.view(-1, 1, 1, 1), steps.noise.view(-1, 1, 1, 1)
@@ -223,7 +221,7 @@ def test_a_model_that_predicts_v_is_trained_on_v(cache: Path, tmp_path: Path) ->
 @pytest.mark.parametrize("kind", ["sd3", "flux"])
 def test_a_flow_is_trained_on_its_velocity(kind: str, cache: Path, request: pytest.FixtureRequest, tmp_path: Path) -> None:
     task = new_task(request.getfixturevalue(f"tiny_{kind}_folder"), cache, targets=("attention", "mlp"))
-    assert (task.prediction, task.diffusion.timesteps) == ("flow", "logit-normal")
+    assert (task.diffusion.prediction, task.diffusion.timesteps) == ("flow", "logit-normal")
     [batch] = [one for one in task.batches(0) if len(one.latents)][:1]
     steps = task.model.noising.at(batch.timesteps)
     sigmas = steps.noise.view(-1, 1, 1, 1)

@@ -21,6 +21,8 @@ from lorakeet.models.image import image_plan, load_image_model
 from lorakeet.models.inject import adapter_of, inject, trained_parameters
 from lorakeet.models.spec import ModelSpec
 from lorakeet.workflows.generate import generate, parse_mix
+from tiny.image_runs import image_run
+from tiny.pipelines import save_tiny_sd
 
 
 @pytest.fixture(scope="module")
@@ -98,6 +100,27 @@ def test_what_cannot_be_drawn_is_said_before_anything_is_loaded(options: dict[st
     with pytest.raises(ConfigError, match=said):
         drawn(tmp_path / "out", **options)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_run_that_overrode_the_prediction_is_drawn_as_it_was_trained(tiny_sd_folder: Path, tmp_path: Path) -> None:
+    """The tiny model's scheduler says epsilon; the same numbers with a scheduler that says v are what it has to equal."""
+    result = image_run(tiny_sd_folder, tmp_path, diffusion__prediction="v_prediction", diffusion__seeds=1, train__steps=2)
+    model, report = result.setup.model, result.report
+    assert model.prediction == model.pipeline.scheduler.config.prediction_type == "v_prediction"
+    assert report is not None and report.certificate is not None and report.certificate.passed
+    right = save_tiny_sd(tmp_path / "v", prediction="v_prediction")
+    adapter = (f"a={result.run.path}",)
+    [wanted] = drawn(tmp_path / "0", model=str(right), adapter=adapter)
+    [found] = drawn(tmp_path / "1", adapter=adapter)
+    [named] = drawn(tmp_path / "2", adapter=adapter, model=str(tiny_sd_folder))
+    [plain] = drawn(tmp_path / "3", model=str(tiny_sd_folder), prediction="v_prediction", each=("base",), adapter=adapter)
+    [base] = drawn(tmp_path / "4", model=str(right))
+    assert np.array_equal(found, wanted) and np.array_equal(named, wanted) and np.array_equal(plain, base)
+    [other] = drawn(tmp_path / "5", adapter=adapter, prediction="epsilon")
+    assert abs(other - wanted).mean() > 1
+    apart = image_run(tiny_sd_folder, tmp_path, out=str(tmp_path / "epsilon"), diffusion__seeds=0, train__steps=1)
+    with pytest.raises(ConfigError, match=r"different predictions .*: a v_prediction, b epsilon. Say by which to draw"):
+        drawn(tmp_path / "6", adapter=(*adapter, f"b={apart.run.path}"), weights={"a": 1.0, "b": 1.0})
 
 
 def test_sizes_that_do_not_fit(tiny_sd_folder: Path, tmp_path: Path) -> None:

@@ -25,6 +25,7 @@ from lorakeet.models.image_denoiser import METHODS, denoiser_files, load_denoise
 from lorakeet.models.image_diffusers import diffusers, new_denoiser, quiet_diffusers
 from lorakeet.models.image_kinds import ENCODERS, FLUX_PLACES, PIPELINES, TOKENIZERS, Conditioning, ImageKind, predicted
 from lorakeet.models.image_noise import Noising, noising_of
+from lorakeet.models.image_schedule import scheduler_for
 from lorakeet.models.image_single import load_single, open_single, single_denoiser_files
 from lorakeet.models.inject import attach
 from lorakeet.models.modules import find
@@ -214,11 +215,11 @@ class ImageModel:
         return [tokenizer for name in TOKENIZERS if (tokenizer := getattr(self.pipeline, name, None)) is not None]
 
 
-def load_image_model(spec: ModelSpec, *, say: Callable[[str], None] = print) -> ImageModel:
+def load_image_model(spec: ModelSpec, *, prediction: str = "auto", say: Callable[[str], None] = print) -> ImageModel:
     """The pipeline in the file or folder, or under the hub id, `spec.path`, frozen, on its device.
 
-    ConfigError for what is none of `image_kinds` and for settings that it cannot have; EnvironmentProblem where diffusers or the
-    files are missing.
+    `prediction` says what the denoiser predicts where the scheduler's configuration is wrong. ConfigError for what is none of
+    `image_kinds` and for settings that it cannot have; EnvironmentProblem where diffusers or the files are missing.
     """
     for message in spec.validate():
         raise ConfigError(message)
@@ -231,6 +232,7 @@ def load_image_model(spec: ModelSpec, *, say: Callable[[str], None] = print) -> 
     device = device_for(spec.device)
     dtype = dtype_for(spec.dtype, device)
     kind, pipeline = _pipeline_of(spec, dtype, say)
+    pipeline.scheduler = scheduler_for(pipeline.scheduler, kind, prediction, spec.path, say)
     aside = torch.device("cpu") if device.type == "cuda" else None
     if aside is None:
         pipeline.to(device)
@@ -240,10 +242,7 @@ def load_image_model(spec: ModelSpec, *, say: Callable[[str], None] = print) -> 
     parts = nn.ModuleDict({name: getattr(pipeline, name) for name in names})
     for part in (pipeline.vae, parts):
         part.requires_grad_(False).eval()
-    model = ImageModel(spec.path, kind, pipeline, parts, device, dtype, aside)
-    if model.prediction not in ("epsilon", "v_prediction", "flow"):
-        raise ConfigError(f"{spec.path} predicts '{model.prediction}'; expected epsilon or v_prediction.")
-    return model
+    return ImageModel(spec.path, kind, pipeline, parts, device, dtype, aside)
 
 
 def place_on(part: nn.Module, device: torch.device) -> None:

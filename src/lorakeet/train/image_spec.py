@@ -11,7 +11,8 @@ class DiffusionSpec:
     """How noise is added, weighed and judged: the `diffusion` part of a run file, used with kind: image."""
 
     prediction: Literal["auto", "epsilon", "v_prediction", "flow"] = field(
-        default="auto", metadata={"help": "What the model predicts; auto takes the word of its scheduler. SD3 and FLUX: flow."}
+        default="auto",
+        metadata={"help": "What the model predicts, where its scheduler's configuration is wrong; auto takes its word."},
     )
     min_snr_gamma: float = field(
         default=0.0, metadata={"help": "Caps the weight of nearly clean examples (arXiv 2303.09556); 5 is usual, 0 is off."}
@@ -59,15 +60,14 @@ class DiffusionSpec:
 
     def resolved(self, predicted: str) -> DiffusionSpec:
         """These settings with what `auto` means for a model that predicts `predicted`."""
-        prediction = predicted if self.prediction == "auto" else self.prediction
         timesteps = ("logit-normal" if predicted == "flow" else "uniform") if self.timesteps == "auto" else self.timesteps
-        return replace(self, prediction=cast(Any, prediction), timesteps=cast(Any, timesteps))
+        return replace(self, prediction=cast(Any, predicted), timesteps=cast(Any, timesteps))
 
     def why_not(self, predicted: str) -> list[str]:
         """What of these settings does not go with a model that predicts `predicted`."""
         found: list[str] = []
-        if self.prediction != "auto" and (self.prediction == "flow") != (predicted == "flow"):
-            found.append(f"diffusion.prediction is {self.prediction}, but the model predicts {predicted}; use auto.")
+        if self.prediction not in ("auto", predicted):
+            found.append(f"diffusion.prediction is {self.prediction}, but the model was loaded to predict {predicted}; use auto.")
         if self.min_snr_gamma and predicted == "flow":
             found.append(
                 f"diffusion.min_snr_gamma is {self.min_snr_gamma:g}, but the model predicts a flow, whose timesteps are weighed "

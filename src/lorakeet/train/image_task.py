@@ -74,7 +74,6 @@ class ImageTask:
         self.spec, self.images, self.diffusion, self.name = spec, images, diffusion.resolved(model.prediction), name
         self.taken = 0
         self.order = StepOrder(len(self.train), spec.batch_size, spec.seed)
-        self.prediction = self.diffusion.prediction
         model.parts.eval()
         self.pairs = [module for path, module in model.parts.named_modules() if self._is_trained(path, module)]
         if diffusion.checkpointing:
@@ -142,7 +141,7 @@ class ImageTask:
             if not pair.training:
                 pair.train()
         steps = self.model.noising.at(batch.timesteps)
-        weights = weights_of(steps, self.prediction, self.diffusion.min_snr_gamma)
+        weights = weights_of(steps, self.model.prediction, self.diffusion.min_snr_gamma)
         if batch.shares is not None:
             weights = weights * batch.shares
         errors = self._errors(batch, steps)
@@ -166,7 +165,7 @@ class ImageTask:
         peft.write(without_component(self.adapter()), folder)
 
     def _errors(self, batch: ImageBatch, steps: Noising) -> Tensor:
-        return _errors(self.model, batch, steps, self._told, self.prediction)
+        return _errors(self.model, batch, steps, self._told)
 
     def _told(self, captions: Sequence[str]) -> Conditioning:
         if self.diffusion.text_encoder:
@@ -187,7 +186,6 @@ def denoising_errors(
     Timesteps and noises depend on the picture alone, so that two models, or two steps of one run, are compared on the same ones.
     No weighting: the numbers of runs with and without min-SNR can be compared.
     """
-    prediction = model.prediction if spec.prediction == "auto" else spec.prediction
     model.parts.eval()
     sums = np.zeros(len(rows))
 
@@ -207,19 +205,17 @@ def denoising_errors(
                     latents.expand(count, *latents.shape), noises[at : at + count], some, (picture.row.caption,) * count,
                     picture.sizes[:1].expand(count, 6),
                 )  # fmt: skip
-                sums[number] += float(_errors(model, batch, model.noising.at(some), told, prediction).double().sum())
+                sums[number] += float(_errors(model, batch, model.noising.at(some), told).double().sum())
             if progress:
                 progress(1)
     return sums, np.full(len(rows), float(spec.held_out_timesteps))
 
 
-def _errors(
-    model: ImageModel, batch: ImageBatch, steps: Noising, told: Callable[[Sequence[str]], Conditioning], prediction: str
-) -> Tensor:
+def _errors(model: ImageModel, batch: ImageBatch, steps: Noising, told: Callable[[Sequence[str]], Conditioning]) -> Tensor:
     latents, noise = batch.latents.to(model.device), batch.noise.to(model.device)
     noisy = add_noise(latents, noise, steps)
     predicted = model.predict(noisy, steps.times, told(batch.captions), batch.sizes)
-    return errors_of(predicted, target_of(latents, noise, steps, prediction))
+    return errors_of(predicted, target_of(latents, noise, steps, model.prediction))
 
 
 def _batch(drawn: Sequence[tuple[EncodedImage, Draw, float]]) -> ImageBatch:

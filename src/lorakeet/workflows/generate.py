@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.progress import Progress as Bar
 from torch import Tensor
 
-from lorakeet.config import read_run
+from lorakeet.config import RunConfig, read_run
 from lorakeet.core.adapter import Adapter
 from lorakeet.data.images import png_of
 from lorakeet.errors import ConfigError, Problems, nearest
@@ -74,6 +74,7 @@ def generate(  # noqa: PLR0913 - one parameter for each option of the verb
     guidance: float = 7.5,
     negative: str = "",
     size: str | None = None,
+    prediction: Literal["auto", "epsilon", "v_prediction", "flow"] = "auto",
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
     device: str = "auto",
     console: Console,
@@ -81,7 +82,8 @@ def generate(  # noqa: PLR0913 - one parameter for each option of the verb
     """Draws `count` pictures of each prompt into the new folder `out`; the same seed gives the same noise whatever the adapters.
 
     `adapter` are NAME=PATH (or one PATH), `weights` the mix of all pictures, `each` a mix for each prompt: a name, base, or
-    a=0.7+b=0.3. ConfigError with every problem at once; nothing is written unless all pictures are drawn.
+    a=0.7+b=0.3. `prediction` auto is what the adapters' runs on this model had it predict, else its scheduler's word. ConfigError
+    with every problem at once; nothing is written unless all pictures are drawn.
     """
     require_empty(out)
     paths = _named_paths(adapter)
@@ -90,7 +92,8 @@ def generate(  # noqa: PLR0913 - one parameter for each option of the verb
     adapters = {name: read_adapter(path, say=say) for name, path in paths.items()}
     path, config = (model, config) if model else _base_of(paths, adapters, config)
     spec = ModelSpec(path=path, config=config, dtype=dtype, device=device)
-    held = load_image_model(spec, say=say)
+    predicted = _predicted(paths, path) if prediction == "auto" else prediction
+    held = load_image_model(spec, prediction=predicted, say=say)
     for name, value in adapters.items():
         put_image_adapter(held, value, name)
     activate(held.parts, None)
@@ -163,14 +166,35 @@ def _mixes(prompts: Sequence[str], names: list[str], weights: Mapping[str, float
 def _base_of(paths: Mapping[str, Path], adapters: Mapping[str, Adapter], config: str | None) -> tuple[str, str | None]:
     """The model that the first adapter was trained on, and its configurations where it is a single file."""
     for name, path in paths.items():
-        if (path / "config.yaml").is_file():
-            spec = read_run(path / "config.yaml").model
-            return spec.path, config or spec.config
+        if (run := _run_of(path)) is not None:
+            return run.model.path, config or run.model.config
         if adapters[name].base:
             return adapters[name].base, config
     raise ConfigError(
         "Nothing says which model to draw with; name it with --model (a folder saved by diffusers, a single file, or a hub id)."
     )
+
+
+def _run_of(path: Path) -> RunConfig | None:
+    """The settings of the run whose folder `path` is; None where it is none."""
+    return read_run(path / "config.yaml") if (path / "config.yaml").is_file() else None
+
+
+def _predicted(paths: Mapping[str, Path], model: str) -> str:
+    """What the runs among the adapters had `model` predict, auto where none of them is on it; ConfigError: not one thing."""
+    runs = {name: run for name, path in paths.items() if (run := _run_of(path)) is not None}
+    found = {run.diffusion.prediction: name for name, run in runs.items() if _same(run.model.path, model)}
+    if len(found) > 1:
+        said = ", ".join(f"{name} {prediction}" for prediction, name in found.items())
+        raise ConfigError(
+            f"The adapters were trained on different predictions of {model}: {said}. Say by which to draw: --prediction epsilon."
+        )
+    return next(iter(found), "auto")
+
+
+def _same(left: str, right: str) -> bool:
+    """Whether two models are one: the same hub id, or the same place."""
+    return left == right or Path(left).expanduser().resolve() == Path(right).expanduser().resolve()
 
 
 def _size(text: str | None, model: ImageModel) -> tuple[int, int] | None:

@@ -72,7 +72,7 @@ def assemble_images(config: RunConfig, console: Console, *, asked: bool = False)
         load_scorer(config.diffusion.scorer)  # not needed until the end, when it would be late to hear that it is not there
     arrangement = arrange_images(config, say, asked=asked)
     config = arrangement.config
-    model = load_image_model(config.model, say=say)
+    model = load_image_model(config.model, prediction=config.diffusion.prediction, say=say)
     problems = Problems("These settings do not go with the model")
     for message in config.diffusion.why_not(model.prediction):
         problems.add(message)

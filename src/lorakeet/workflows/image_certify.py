@@ -55,7 +55,7 @@ def certify_images(
 
     wanted, base = drawn(live, name), drawn(live, None)
     live.stage()
-    fresh = live if spec is None else load_image_model(spec, say=lambda _: None)
+    fresh = live if spec is None else load_image_model(spec, prediction=live.prediction, say=lambda _: None)
     put_image_adapter(fresh, read_adapter(adapter), _READ)
     again = "on the same base" if spec is None else "on the base, both read again"
     between = ("live adapter", f"{adapter.name}/ {again}")
@@ -80,8 +80,8 @@ def certify_images(
 def latent_check(name: str, left: Tensor, right: Tensor, *, between: tuple[str, str], base: Tensor | None = None) -> Check:
     """Whether two sets of latents (n, channels, h, w) agree: the largest difference, as a share of the largest latent.
 
-    With `base`, latents without the adapter, also as a share of the largest difference that the adapter makes. One that makes none
-    agrees with nothing but one that makes none.
+    With `base`, latents without the adapter, also as a share of the largest difference that the adapter makes. One that makes
+    none agrees with nothing but one that makes none.
     """
     differ = _largest(left - right)
     measured, tolerance, detail = {"latent": differ / max(_largest(left), _TINY)}, {"latent": TOLERANCE}, ""
