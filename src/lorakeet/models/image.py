@@ -25,6 +25,7 @@ from lorakeet.models.image_denoiser import METHODS, denoiser_files, load_denoise
 from lorakeet.models.image_diffusers import diffusers, new_denoiser, quiet_diffusers
 from lorakeet.models.image_kinds import ENCODERS, FLUX_PLACES, PIPELINES, TOKENIZERS, Conditioning, ImageKind, predicted
 from lorakeet.models.image_noise import Noising, noising_of
+from lorakeet.models.image_scaling import scaled, scaling_note, unscaled
 from lorakeet.models.image_schedule import scheduler_for
 from lorakeet.models.image_single import load_single, open_single, single_denoiser_files
 from lorakeet.models.inject import attach
@@ -134,8 +135,7 @@ class ImageModel:
     @cached_property
     def autoencoder_digest(self) -> str:
         """SHA-256 over the autoencoder's numbers and scaling: latents are the same where it is."""
-        config = self.vae.config
-        return _digest(self.vae, f"{config.scaling_factor} {getattr(config, 'shift_factor', None)}")
+        return _digest(self.vae, scaling_note(self.vae.config, self.kind))
 
     @cached_property
     def encoders_digest(self) -> str:
@@ -159,18 +159,16 @@ class ImageModel:
         with torch.no_grad():
             wide = pixels.to(self.device, torch.float32)
             mean = torch.cat([self.vae.encode(wide[place : place + 1]).latent_dist.mean for place in range(len(wide))])
-        config = self.vae.config
-        return cast(Tensor, (mean - (getattr(config, "shift_factor", None) or 0.0)) * config.scaling_factor)
+        return scaled(mean, self.vae.config, self.kind)
 
     def decode(self, latents: Tensor) -> Tensor:
         """Latents to pictures (n, height, width, 3), uint8 on the CPU."""
         self.stage("vae")
-        config = self.vae.config
-        wide = latents.to(self.device, torch.float32) / config.scaling_factor + (getattr(config, "shift_factor", None) or 0.0)
+        wide = unscaled(latents.to(self.device, torch.float32), self.vae.config, self.kind)
         found = []
         with torch.no_grad():
-            for part in wide.split(1):
-                pixels = self.vae.decode(part, return_dict=False)[0]
+            for place in range(len(wide)):
+                pixels = self.vae.decode(wide[place : place + 1], return_dict=False)[0]
                 found.append(((pixels.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8))
         return torch.cat(found).permute(0, 2, 3, 1).cpu()
 
