@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,7 @@ from rich.console import Console
 from lorakeet.errors import ConfigError, EnvironmentProblem
 from lorakeet.workflows.image_assemble import assemble_images, ready_to_train
 from tiny.image_runs import image_config
+from tiny.images import diffusers
 
 
 def test_everything_is_there_and_resolved(tiny_sd_folder: Path, tmp_path: Path) -> None:
@@ -34,6 +37,18 @@ def test_a_scorer_is_asked_for_before_the_training(tiny_sd_folder: Path, tmp_pat
         assemble_images(
             image_config(tiny_sd_folder, tmp_path, diffusion__scorer="x", memory__budget="8GiB"), Console(quiet=True)
         )
+
+
+def test_a_scheduler_without_betas_is_refused_before_pictures_are_encoded(tiny_sdxl_folder: Path, tmp_path: Path) -> None:
+    model = tmp_path / "edm"
+    shutil.copytree(tiny_sdxl_folder, model)
+    diffusers().EDMEulerScheduler().save_pretrained(model / "scheduler")
+    index = json.loads((model / "model_index.json").read_text())
+    (model / "model_index.json").write_text(json.dumps({**index, "scheduler": ["diffusers", "EDMEulerScheduler"]}))
+    for changes in ({}, {"memory__budget": "8GiB"}):
+        with pytest.raises(ConfigError, match="EDMEulerScheduler, has no betas"):
+            assemble_images(image_config(model, tmp_path, **changes), Console(quiet=True))
+    assert not (tmp_path / "cache" / "latents").exists()
 
 
 def test_float16_is_refused(tiny_sd_folder: Path, tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lorakeet.errors import ConfigError
 from lorakeet.models.image_diffusers import diffusers
 
 
@@ -38,9 +39,23 @@ class Noising:
         return (self.signal / self.noise).square()
 
 
+def check_betas(scheduler: Mapping[str, Any]) -> None:
+    """ConfigError where a scheduler's configuration has no betas, of which DDPM's steps are made: diffusers would assume some."""
+    if scheduler.get("trained_betas") is None and not {"beta_start", "beta_schedule"} & set(scheduler):
+        raise ConfigError(
+            f"The model's scheduler, {scheduler.get('_class_name', 'of no class')}, has no betas (beta_start, beta_schedule, "
+            "trained_betas): its noise is not DDPM's, and such models (EDM) cannot be trained here, only drawn with. If the "
+            "model was trained with betas, put its own scheduler into model_index.json and scheduler/scheduler_config.json."
+        )
+
+
 def noising_of(scheduler: Mapping[str, Any], *, flow: bool) -> Noising:
-    """The noising that a scheduler's configuration describes; of a flow without its shift where that depends on the size."""
+    """The noising that a scheduler's configuration describes; of a flow without its shift where that depends on the size.
+
+    ConfigError where it describes none (`check_betas`).
+    """
     if not flow:
+        check_betas(scheduler)
         alphas = diffusers().DDPMScheduler.from_config(dict(scheduler)).alphas_cumprod.float()
         return Noising(alphas.sqrt(), (1 - alphas).sqrt(), torch.arange(len(alphas)))
     count = int(scheduler.get("num_train_timesteps", 1000))

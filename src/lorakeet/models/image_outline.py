@@ -19,6 +19,7 @@ from lorakeet.models.image import ImageModel
 from lorakeet.models.image_denoiser import packing_of_denoiser
 from lorakeet.models.image_diffusers import diffusers, new_denoiser, quiet_diffusers
 from lorakeet.models.image_kinds import ENCODERS, PIPELINES, Conditioning
+from lorakeet.models.image_noise import check_betas
 from lorakeet.models.image_shapes import Shapes, shapes_in
 from lorakeet.models.image_single import open_single
 from lorakeet.models.outline import put_packed
@@ -80,6 +81,8 @@ def outline_image(
                 parts[name_of_part] = _in(dtype, partial(_encoder, shapes[name_of_part]))
         vae = _in(torch.float32, lambda: package.AutoencoderKL.from_config(dict(shapes["vae"])))
         steps = dict(shapes["scheduler"])
+        if not kind.flow:
+            check_betas(steps)
         scheduler = SimpleNamespace(config=steps) if kind.flow else package.DDPMScheduler.from_config(steps)
     denoiser = parts[kind.denoiser]
     put_packed(denoiser, packing_of_denoiser(denoiser, quantize or QuantSpec()), torch.device("cpu"))

@@ -22,6 +22,7 @@ from lorakeet.errors import ConfigError, Problems
 from lorakeet.models.image import ImageModel, image_plan, load_image_model
 from lorakeet.models.image_cache import Captions, EncodedImage, cache_in, encode_images
 from lorakeet.models.image_kinds import ENCODERS
+from lorakeet.models.image_noise import check_betas
 from lorakeet.models.image_prior import drawn_prior
 from lorakeet.models.image_sample import Sampler
 from lorakeet.models.image_scorer import load_scorer
@@ -73,6 +74,8 @@ def assemble_images(config: RunConfig, console: Console, *, asked: bool = False)
     arrangement = arrange_images(config, say, asked=asked)
     config = arrangement.config
     model = load_image_model(config.model, prediction=config.diffusion.prediction, say=say)
+    if not model.kind.flow:
+        check_betas(model.pipeline.scheduler.config)
     problems = Problems("These settings do not go with the model")
     for message in config.diffusion.why_not(model.prediction):
         problems.add(message)
