@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from lorakeet.data.image_spec import ImageSpec
-from lorakeet.data.images import read_album
+from lorakeet.data.images import cut, open_pixels, read_album
 from lorakeet.errors import ConfigError, DataError
 from lorakeet.models.image import ImageModel, load_image_model
 from lorakeet.models.image_cache import Captions, Sizes, as_pixels, encode_images
@@ -39,6 +39,21 @@ def test_variants_are_crops_and_mirrors(tmp_path: Path, model: ImageModel, spec:
     small = torch.flip(as_pixels([drawn(0)[0]]), (3,))
     mirrored = torch.nn.functional.avg_pool2d(small, 2)
     assert torch.nn.functional.cosine_similarity(model.encode(mirrored).flatten(), plain.latents[1].flatten(), dim=0) > 0.9
+
+
+@pytest.mark.parametrize(("size", "scaled"), [((32, 128), (16, 64)), ((17, 20), (16, 19)), ((48, 33), (23, 16))])
+def test_sdxl_is_told_where_a_mirrored_cut_lies_in_the_mirrored_picture(
+    tmp_path: Path, model: ImageModel, spec: ImageSpec, size: tuple[int, int], scaled: tuple[int, int]
+) -> None:
+    squares = replace(spec, crops=4, buckets=False, smallest=8)
+    [row] = read_album(album(tmp_path / "photos", 1, size=size), squares).rows
+    [found] = encode_images(model, [row], squares, say=print)
+    whole, _ = cut(open_pixels(row.path)[0], scaled)
+    for variant, told in enumerate(found.sizes.int().tolist()):
+        side = whole[:, ::-1] if variant % 2 else whole
+        piece = side[told[2] : told[2] + 16, told[3] : told[3] + 16].copy()
+        assert torch.allclose(found.latents[variant], model.encode(as_pixels([piece]))[0], atol=1e-5)
+    assert (found.sizes[::2, 3] != found.sizes[1::2, 3]).any() == (scaled[1] > 16)
 
 
 def test_the_cache_is_used_and_depends_on_everything(tmp_path: Path, model: ImageModel, spec: ImageSpec) -> None:

@@ -27,7 +27,8 @@ Progress = Callable[[int], None]  # called with the number of pictures or captio
 class EncodedImage:
     """A picture's cut-outs as latents (variants, channels, h, w), fp32 on the CPU; the first is the middle, not mirrored.
 
-    sizes (variants, 6): the picture's height and width, top and left of the cut, the example's height and width, in pixels.
+    sizes (variants, 6): the picture's height and width, top and left of the cut (of a mirrored one in the mirrored picture), the
+    example's height and width, in pixels.
     """
 
     row: ImageRow
@@ -64,7 +65,8 @@ def encode_images(
     found = []
     for row in rows:
         size = bucket_of(row, sizes.allowed)
-        key = f"{row.pixels_key} {model.autoencoder_digest} {size} {spec.crops} {spec.flip}"
+        mirrored = "mirrored at their own left" if spec.flip else "False"
+        key = f"{row.pixels_key} {model.autoencoder_digest} {size} {spec.crops} {mirrored}"
         held = kept(folder, key, lambda row=row, size=size: _variants(model, row, size, spec), say)  # type: ignore[misc]
         found.append(EncodedImage(row, held["latents"], held["sizes"]))
         if progress:
@@ -109,11 +111,19 @@ def _variants(model: ImageModel, row: ImageRow, size: tuple[int, int], spec: Ima
     pictures, sizes = [], []
     for crop in range(spec.crops):
         piece, (top, left) = cut(pixels, size, crop=crop, key=row.pixels_key)
-        for picture in (piece, piece[:, ::-1].copy())[: 1 + spec.flip]:
-            pictures.append(picture)
-            sizes.append([row.height, row.width, top, left, *size])
+        pictures.append(piece)
+        sizes.append([row.height, row.width, top, left, *size])
+        if spec.flip:
+            pictures.append(piece[:, ::-1].copy())
+            sizes.append([row.height, row.width, top, _mirrored_left(row, size, left), *size])
     parts = [as_pixels(pictures[start : start + AT_ONCE]) for start in range(0, len(pictures), AT_ONCE)]
     return {"latents": torch.cat([model.encode(part).cpu() for part in parts]), "sizes": torch.tensor(sizes, dtype=torch.float32)}
+
+
+def _mirrored_left(row: ImageRow, size: tuple[int, int], left: int) -> int:
+    """Where the cut at `left` lies in the mirrored picture, scaled as `cut` does."""
+    scale = max(size[0] / row.height, size[1] / row.width)
+    return max(size[1], round(row.width * scale)) - size[1] - left
 
 
 def cache_in(spec: ImageSpec, name: str) -> Path:
