@@ -20,7 +20,8 @@ from torch import nn
 from lorakeet.errors import ConfigError, DataError, EnvironmentProblem
 from lorakeet.models.image import ImageModel, load_image_model
 from lorakeet.models.image_denoiser import load_denoiser
-from lorakeet.models.image_diffusers import new_denoiser
+from lorakeet.models.image_diffusers import new_denoiser, quiet_diffusers
+from lorakeet.models.image_noise import noising_of
 from lorakeet.models.image_outline import shapes_of_images
 from lorakeet.models.image_single import clip_vocabulary, load_single, open_single, single_denoiser_files
 from lorakeet.models.spec import ModelSpec
@@ -112,6 +113,20 @@ def test_which_one_it_is(
     found = (single.shapes["_class_name"], single.shapes["unet"]["sample_size"], scheduler["prediction_type"])
     assert (*found, scheduler.get("rescale_betas_zero_snr")) == expected
     assert ("model.config" in said[0]) == (width == 1024 and metadata is None)
+
+
+@pytest.mark.parametrize("width", [1024, 2048])
+def test_samples_of_a_model_that_ends_in_pure_noise_begin_at_pure_noise(tmp_path: Path, width: int) -> None:
+    marks = {name: torch.zeros(0) for name in ("v_pred", "ztsnr")}
+    single = open_single(spec_of(header(tmp_path / "x.safetensors", width, **marks)), lambda _: None)
+    assert single is not None
+    config = single.shapes["scheduler"]
+    scheduler = getattr(diffusers(), config["_class_name"]).from_config(config)
+    with quiet_diffusers():  # numpy warns of how it reads tensors
+        scheduler.set_timesteps(30)
+    assert int(scheduler.timesteps[0]) == 999 and noising_of(config, flow=False).signal[999] < 1e-6
+    plain = open_single(spec_of(header(tmp_path / "y.safetensors", width, v_pred=torch.zeros(0))), lambda _: None)
+    assert plain is not None and plain.shapes["scheduler"].get("timestep_spacing", "leading") == "leading"
 
 
 def test_what_is_no_such_file(tmp_path: Path, tiny_sd_folder: Path) -> None:

@@ -171,7 +171,8 @@ def _with_prediction(shapes: dict[str, Any], file: SafeFile) -> tuple[Shapes, st
     """`shapes` with what the file itself says of its prediction, and that in words.
 
     Says: the key `modelspec.prediction_type` of the header (Stability's ModelSpec), or an empty tensor v_pred, and ztsnr for a
-    schedule that ends in pure noise, as fine-tunes of SDXL have them.
+    schedule that ends in pure noise, as fine-tunes of SDXL have them. Samples then begin at that noise, with the spacing
+    "trailing" (arXiv 2305.08891, and diffusers' documentation); "leading" would begin at a step that still has signal.
     """
     scheduler = dict(shapes["scheduler"])
     said = file.metadata.get("modelspec.prediction_type", "")
@@ -186,7 +187,8 @@ def _with_prediction(shapes: dict[str, Any], file: SafeFile) -> tuple[Shapes, st
         return shapes, f"{scheduler['prediction_type']} as that one does{note}"
     if "ztsnr" in file.tensors:
         name = scheduler["_class_name"]
-        scheduler |= {"rescale_betas_zero_snr": True, "_class_name": "DDIMScheduler" if name == "PNDMScheduler" else name}
+        scheduler |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+        scheduler["_class_name"] = "DDIMScheduler" if name == "PNDMScheduler" else name
     return {**shapes, "scheduler": scheduler}, f"{scheduler['prediction_type']}, as the file says"
 
 
