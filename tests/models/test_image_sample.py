@@ -115,6 +115,16 @@ def test_a_switch_takes_as_much_whatever_is_loaded(model: ImageModel) -> None:
     assert selection_of(model.parts).active == "a"
 
 
+@pytest.mark.parametrize(("kind", "guidance"), [("sdxl", 5.0), ("flux", 3.5)])
+def test_without_a_guidance_it_is_the_kinds(kind: str, guidance: float, request: pytest.FixtureRequest) -> None:
+    folder = request.getfixturevalue(f"tiny_{kind}_folder")
+    model = load_image_model(ModelSpec(path=str(folder), dtype="float32", device="cpu"), say=lambda _: None)
+    plain, said, other = (
+        draw_latents(model, ["ab"], [1], Sampler(steps=2, guidance=strength, size=(16, 16))) for strength in (None, guidance, 7.5)
+    )
+    assert torch.equal(plain, said) and not torch.equal(plain, other)
+
+
 def test_what_cannot_be_mixed_is_said(tiny_sd_folder: Path) -> None:
     model = load_image_model(ModelSpec(path=str(tiny_sd_folder), dtype="float32", device="cpu"), say=lambda _: None)
     add(model, "linear", ("attention",))

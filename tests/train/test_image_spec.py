@@ -9,6 +9,13 @@ def test_the_defaults_can_be_used() -> None:
     assert DiffusionSpec().validate() == []
 
 
+def test_what_is_left_out_is_the_models() -> None:
+    found = DiffusionSpec().resolved("flow", 3.5)
+    assert (found.prediction, found.timesteps, found.guidance) == ("flow", "logit-normal", 3.5)
+    assert DiffusionSpec(guidance=0.0).resolved("epsilon", 7.5).guidance == 0.0
+    assert DiffusionSpec(prediction="v_prediction").why_not("epsilon") and not DiffusionSpec(prediction="flow").why_not("flow")
+
+
 def test_samples_on_the_way_need_seeds() -> None:
     assert DiffusionSpec(progress=True).validate() == []
     assert "diffusion.seeds is 0" in DiffusionSpec(progress=True, seeds=0).validate()[0]

@@ -20,7 +20,8 @@ TOKENIZERS = ("tokenizer", "tokenizer_2", "tokenizer_3")
 class ImageKind:
     """One kind of pipeline. `flow` models predict a velocity, others noise or v; `pooled` is where `encode_prompt` has it.
 
-    `reads` are the tokens of a caption that the longest-reading encoder sees; 0: CLIP's tokenizer says.
+    `reads` are the tokens of a caption that the longest-reading encoder sees; 0: CLIP's tokenizer says. `guidance` is that of
+    samples where none is said: what diffusers' pipeline takes.
     """
 
     name: str
@@ -30,17 +31,19 @@ class ImageKind:
     pooled: int | None = None
     prompts: Mapping[str, Any] = field(default_factory=dict)  # further arguments of encode_prompt
     reads: int = 0
+    guidance: float = 7.5
     negative: bool = True  # whether a negative prompt is possible: not where guidance is a number that the model is told
 
 
 _ALONE = {"do_classifier_free_guidance": False}
+_ONE_PROMPT = {"prompt_2": None, "prompt_3": None}
 KINDS: dict[str, ImageKind] = {
     kind.name: kind
     for kind in (
         ImageKind("sd", "StableDiffusionPipeline", prompts=_ALONE),
-        ImageKind("sdxl", "StableDiffusionXLPipeline", pooled=2, prompts=_ALONE),
-        ImageKind("sd3", "StableDiffusion3Pipeline", TRANSFORMER, True, 2, {**_ALONE, "prompt_2": None, "prompt_3": None}, 256),
-        ImageKind("flux", "FluxPipeline", TRANSFORMER, True, 1, {"prompt_2": None}, 512, negative=False),
+        ImageKind("sdxl", "StableDiffusionXLPipeline", pooled=2, prompts=_ALONE, guidance=5.0),
+        ImageKind("sd3", "StableDiffusion3Pipeline", TRANSFORMER, True, 2, {**_ALONE, **_ONE_PROMPT}, 256, 7.0),
+        ImageKind("flux", "FluxPipeline", TRANSFORMER, True, 1, {"prompt_2": None}, 512, FLUX_GUIDANCE, negative=False),
     )
 }
 PIPELINES: dict[str, ImageKind] = {kind.pipeline: kind for kind in KINDS.values()}

@@ -27,8 +27,8 @@ def drawn_prior(
     """`spec.prior_count` pictures of `spec.prior_caption` as latents, seeds 0, 1, …; kept in the cache. No adapter may be on."""
     caption, count = spec.prior_caption, spec.prior_count
     height, width = sampler.size or (model.resolution, model.resolution)
-    parts = (model.denoiser_digest, model.encoders_digest, model.dtype, height, width, sampler.steps, sampler.guidance, count)
-    key = " ".join(map(str, parts)) + f"\n{caption}"
+    drawn = (height, width, sampler.steps, sampler.strength(model), count)
+    key = " ".join(map(str, (model.denoiser_digest, model.encoders_digest, model.dtype, *drawn))) + f"\n{caption}"
 
     def make() -> dict[str, Tensor]:
         say(f"The base draws {count} pictures of '{caption}'; they are kept for other runs.")

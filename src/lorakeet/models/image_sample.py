@@ -24,13 +24,20 @@ Mix = Mapping[str, float]  # adapters with their weights; none of them is the ba
 
 @dataclass(frozen=True)
 class Sampler:
-    """How pictures are drawn: steps of the model's own scheduler, guidance (1 is off), what to stay away from, size in pixels."""
+    """How pictures are drawn: steps of the model's own scheduler, guidance (1 is off), what to stay away from, size in pixels.
+
+    Without a guidance it is that of the model's kind.
+    """
 
     steps: int = 30
-    guidance: float = 7.5
+    guidance: float | None = None
     negative: str = ""
     size: tuple[int, int] | None = None  # height and width; None: what the model was made for
     at_once: int = 4
+
+    def strength(self, model: ImageModel) -> float:
+        """The guidance that `model` draws with."""
+        return model.kind.guidance if self.guidance is None else self.guidance
 
 
 def draw_latents(
@@ -96,7 +103,7 @@ def _told(model: ImageModel, prompts: Sequence[str], sampler: Sampler, mixes: Se
 
 def _guided(model: ImageModel, sampler: Sampler) -> bool:
     """Whether the denoiser sees each picture twice, with and without its prompt; FLUX is told the guidance as a number."""
-    return sampler.guidance > 1 and model.kind.negative
+    return sampler.strength(model) > 1 and model.kind.negative
 
 
 def _batch(
@@ -114,7 +121,7 @@ def _batch(
             latents=(packed(noise) if flux else noise).to(model.device, model.dtype),
             generator=generators,
             num_inference_steps=sampler.steps,
-            guidance_scale=sampler.guidance if guided or not model.kind.negative else 1.0,
+            guidance_scale=sampler.strength(model) if guided or not model.kind.negative else 1.0,
             height=height,
             width=width,
             output_type="latent",

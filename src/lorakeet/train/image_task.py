@@ -71,7 +71,8 @@ class ImageTask:
         name: str = "default",
     ) -> None:
         self.model, self.train, self.held_out_rows, self.captions = model, list(train), list(held_out), captions
-        self.spec, self.images, self.diffusion, self.name = spec, images, diffusion.resolved(model.prediction), name
+        self.spec, self.images, self.name = spec, images, name
+        self.diffusion = diffusion.resolved(model.prediction, model.kind.guidance)
         self.taken = 0
         self.order = StepOrder(len(self.train), spec.batch_size, spec.seed)
         model.parts.eval()

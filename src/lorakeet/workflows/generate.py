@@ -71,7 +71,7 @@ def generate(  # noqa: PLR0913 - one parameter for each option of the verb
     count: int = 1,
     seed: int = 0,
     steps: int = 30,
-    guidance: float = 7.5,
+    guidance: float | None = None,
     negative: str = "",
     size: str | None = None,
     prediction: Literal["auto", "epsilon", "v_prediction", "flow"] = "auto",
@@ -82,8 +82,8 @@ def generate(  # noqa: PLR0913 - one parameter for each option of the verb
     """Draws `count` pictures of each prompt into the new folder `out`; the same seed gives the same noise whatever the adapters.
 
     `adapter` are NAME=PATH (or one PATH), `weights` the mix of all pictures, `each` a mix for each prompt: a name, base, or
-    a=0.7+b=0.3. `prediction` auto is what the adapters' runs on this model had it predict, else its scheduler's word. ConfigError
-    with every problem at once; nothing is written unless all pictures are drawn.
+    a=0.7+b=0.3. `prediction` auto is what the adapters' runs on this model had it predict, else its scheduler's word; without
+    `guidance` it is that of the model's kind. ConfigError with every problem at once; nothing is written unless all are drawn.
     """
     require_empty(out)
     paths = _named_paths(adapter)

@@ -153,4 +153,4 @@ def _encoded(model: ImageModel, rows: tuple[ImageRow, ...], config: RunConfig, c
 def _resolved(config: RunConfig, model: ImageModel) -> RunConfig:
     dtype: Any = str(model.dtype).removeprefix("torch.")
     spec = dataclasses.replace(config.model, dtype=dtype, device=str(model.device))
-    return dataclasses.replace(config, model=spec, diffusion=config.diffusion.resolved(model.prediction))
+    return dataclasses.replace(config, model=spec, diffusion=config.diffusion.resolved(model.prediction, model.kind.guidance))
