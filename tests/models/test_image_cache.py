@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -87,6 +89,19 @@ def test_captions_are_described_once(model: ImageModel, spec: ImageSpec, monkeyp
     assert torch.equal(first.states, model.describe(["red box"]).states)
     monkeypatch.setattr(type(model), "describe", None)
     assert torch.equal(Captions(model, spec, say=print).of("red box").states, first.states)
+
+
+def test_the_empty_caption_of_sdxl_is_kept_apart(tiny_sdxl_folder: Path, spec: ImageSpec, tmp_path: Path) -> None:
+    """Zeros or not is a word of the pipeline's configuration; the encoders' numbers are the same."""
+    other = tmp_path / "other"
+    shutil.copytree(tiny_sdxl_folder, other)
+    index = json.loads((other / "model_index.json").read_text())
+    (other / "model_index.json").write_text(json.dumps({**index, "force_zeros_for_empty_prompt": False}))
+    zeros, read = (
+        Captions(load_image_model(ModelSpec(path=str(folder), dtype="float32", device="cpu"), say=print), spec, say=print)
+        for folder in (tiny_sdxl_folder, other)
+    )
+    assert not zeros.of("").states.any() and read.of("").states.any()
 
 
 def test_sizes_fit_the_model(model: ImageModel) -> None:

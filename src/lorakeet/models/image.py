@@ -139,10 +139,10 @@ class ImageModel:
 
     @cached_property
     def encoders_digest(self) -> str:
-        """SHA-256 over the text encoders' numbers and tokenizers: embeddings are the same where it is."""
+        """SHA-256 over all that embeddings depend on: the text encoders' numbers, tokenizers, what the empty caption becomes."""
         vocabularies = [sorted(tokenizer.get_vocab().items()) for tokenizer in self._tokenizers()]
         encoders = nn.ModuleDict({name: part for name, part in self.parts.items() if name in ENCODERS})
-        return _digest(encoders, repr(vocabularies))
+        return _digest(encoders, f"{vocabularies!r} {self._empty_is_zeros}")
 
     @cached_property
     def denoiser_digest(self) -> str:
@@ -183,8 +183,7 @@ class ImageModel:
                 list(captions), device=self.device, num_images_per_prompt=1, **self.kind.prompts
             )
         states, pooled = found[0], None if self.kind.pooled is None else found[self.kind.pooled]
-        zeros = self.kind.name == "sdxl" and self.pipeline.config.force_zeros_for_empty_prompt
-        if pooled is not None and zeros and "" in captions:
+        if pooled is not None and self._empty_is_zeros and "" in captions:
             told = torch.tensor([float(caption != "") for caption in captions], device=states.device, dtype=states.dtype)
             states, pooled = states * told.view(-1, 1, 1), pooled * told.view(-1, 1)
         return Conditioning(states, pooled)
@@ -208,6 +207,10 @@ class ImageModel:
         told, wide = told.to(self.device, self.dtype), (self.device, self.dtype)
         found = predicted(self.kind, self.denoiser, noisy.to(*wide), times.to(self.device), told, sizes.to(*wide))
         return found.float()
+
+    @property
+    def _empty_is_zeros(self) -> bool:
+        return self.kind.name == "sdxl" and bool(self.pipeline.config.force_zeros_for_empty_prompt)
 
     def _tokenizers(self) -> list[Any]:
         return [tokenizer for name in TOKENIZERS if (tokenizer := getattr(self.pipeline, name, None)) is not None]

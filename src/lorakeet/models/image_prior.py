@@ -27,7 +27,10 @@ def drawn_prior(
     """`spec.prior_count` pictures of `spec.prior_caption` as latents, seeds 0, 1, …; kept in the cache. No adapter may be on."""
     caption, count = spec.prior_caption, spec.prior_count
     height, width = sampler.size or (model.resolution, model.resolution)
-    drawn = (height, width, sampler.steps, sampler.strength(model), count)
+    scheduler = model.pipeline.scheduler
+    settings = sorted((name, value) for name, value in scheduler.config.items() if not name.startswith("_"))
+    steps = f"{type(scheduler).__name__} {settings}"
+    drawn = (height, width, sampler.steps, sampler.strength(model), count, steps)
     key = " ".join(map(str, (model.denoiser_digest, model.encoders_digest, model.dtype, *drawn))) + f"\n{caption}"
 
     def make() -> dict[str, Tensor]:
