@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from lorakeet.core.adapter import Adapter
 from lorakeet.errors import ConfigError, DataError
 from lorakeet.formats import kohya
-from lorakeet.formats.base_model import open_base
+from lorakeet.formats.base_model import check_fits, open_base
 from lorakeet.formats.compare import compare
 from lorakeet.formats.dense import Compression
 from tiny.adapters import random_pair
@@ -141,6 +141,47 @@ def test_loha_needs_to_be_asked_for_and_states_its_error(tmp_path: Path) -> None
     a1, b1, a2, b2 = (tensors[f"{CONV.replace('conv1', 'time_emb_proj')}.{name}"] for name in factors)
     torch.testing.assert_close(exact.delta(), 3 * (a1 @ b1) * (a2 @ b2), atol=1e-4, rtol=1e-4)
     assert len(said) == 1 and "LoHa compressed to rank 4, relative error" in said[0]
+
+
+def loha_of_convolutions() -> dict[str, torch.Tensor]:
+    """As LyCORIS writes LoHa and LoKr of 3×3 and 1×1 convolutions without Tucker's form: (out, in·k·k) as matrices."""
+    torch.manual_seed(2)
+    block = "lora_unet_down_blocks_0"
+    tensors = {
+        f"{block}_{module}.{name}": torch.randn(shape)
+        for module, width in (("resnets_0_conv1", 8 * 9), ("attentions_0_proj_in", 8))
+        for name, shape in {"hada_w1_a": (8, 2), "hada_w1_b": (2, width), "hada_w2_a": (8, 2), "hada_w2_b": (2, width)}.items()
+    }
+    factors = {"lokr_w1": (2, 2), "lokr_w2_a": (4, 2), "lokr_w2_b": (2, 4 * 9)}
+    tensors |= {f"{block}_resnets_0_conv2.{name}": torch.randn(shape) for name, shape in factors.items()}
+    return {**tensors, **{f"{key}.alpha": torch.tensor(4.0) for key in {name.partition(".")[0] for name in tensors}}}
+
+
+def test_products_of_a_convolution_have_the_shape_of_its_weight(tmp_path: Path, tiny_sd_folder: Path) -> None:
+    tensors = loha_of_convolutions()
+    path, base = saved(tmp_path, tensors), open_base(tiny_sd_folder)
+    found = kohya.read(path, base=base, compression=Compression(rank=72), say=lambda _: None)
+    check_fits(found, base)
+    slots = {name.removeprefix("lora_unet_down_blocks_0_"): tensor for name, tensor in tensors.items()}
+    pair = found.pairs["unet.down_blocks.0.resnets.0.conv1"]
+    a1, b1, a2, b2 = (slots[f"resnets_0_conv1.hada_w{name}"] for name in ("1_a", "1_b", "2_a", "2_b"))
+    assert pair.kind == "conv2d" and tuple(pair.A.shape[1:]) == (8, 3, 3)
+    torch.testing.assert_close(pair.delta(), (2 * (a1 @ b1) * (a2 @ b2)).view(8, 8, 3, 3), atol=1e-3, rtol=1e-3)
+    assert tuple(found.pairs["unet.down_blocks.0.attentions.0.proj_in"].A.shape[1:]) == (8, 1, 1)
+    product = (slots["resnets_0_conv2.lokr_w2_a"] @ slots["resnets_0_conv2.lokr_w2_b"]).view(4, 4, 3, 3)
+    wanted = torch.einsum("ab,cdkl->acbdkl", slots["resnets_0_conv2.lokr_w1"], product).reshape(8, 8, 3, 3) * 2
+    torch.testing.assert_close(found.pairs["unet.down_blocks.0.resnets.0.conv2"].delta(), wanted, atol=1e-3, rtol=1e-3)
+
+
+def test_without_a_base_they_are_refused_and_sdxls_linear_projections_are_not(tmp_path: Path) -> None:
+    path = saved(tmp_path, loha_of_convolutions())
+    with pytest.raises(DataError, match=r"3 changes of convolutions .*conv1 \(8, 72\).*Name the folder .* with --base"):
+        kohya.read(path, compression=Compression(rank=4), say=lambda _: None)
+    key = "lora_unet_input_blocks_4_1_proj_in"
+    factors = {"hada_w1_a": (8, 2), "hada_w1_b": (2, 8), "hada_w2_a": (8, 2), "hada_w2_b": (2, 8)}
+    other = saved(tmp_path, {f"{key}.{name}": torch.randn(shape) for name, shape in factors.items()})
+    [pair] = kohya.read(other, compression=Compression(rank=4), say=lambda _: None).pairs.values()
+    assert pair.kind == "linear"
 
 
 def test_a_base_of_another_shape_brings_its_own_modules(tmp_path: Path) -> None:

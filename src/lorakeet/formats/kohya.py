@@ -87,7 +87,7 @@ def read(path: Path, *, base: BaseModel | None = None, compression: Compression 
             pairs |= found
     problems.raise_if_any()
     if dense:
-        pairs |= _compressed(path, {key: (known[key], slots) for key, slots in dense.items()}, compression, say)
+        pairs |= _compressed(path, {key: (known[key], slots) for key, slots in dense.items()}, compression, base, say)
     metadata = {key: value for key, value in file.metadata.items() if key not in (HASH, *_HASHES, "format")}
     if family := _spelled(groups, pairs):
         metadata[FAMILY_KEY] = family
@@ -199,9 +199,13 @@ def _compressed(
     path: Path,
     dense: Mapping[str, tuple[tuple[str, ...], Mapping[str, Tensor]]],
     compression: Compression | None,
+    base: BaseModel | None,
     say: Say,
 ) -> dict[str, Pair]:
-    """Dense changes, with their modules by key, as pairs of scale 1; `say` hears the error of each."""
+    """Dense changes, with their modules by key, as pairs of scale 1; `say` hears the error of each.
+
+    DataError where a change of a convolution has no kernel's shape and no `base` tells it.
+    """
     names = sorted({lycoris.algorithm(slots) for _, slots in dense.values()})
     if compression is None or not compression.asked:
         told = sorted(module for modules, _ in dense.values() for module in modules)
@@ -212,6 +216,8 @@ def _compressed(
         )
     problems = Problems(f"{path} cannot be compressed", DataError)
     pairs: dict[str, Pair] = {}
+    flat_ones: list[str] = []
+    sdxl = not ldm_keys().isdisjoint(dense)
     for key, (modules, slots) in dense.items():
         change = lycoris.delta(slots, _alpha(slots))
         parts = change if isinstance(change, str) else changes_of_module(key, modules, change)
@@ -219,8 +225,17 @@ def _compressed(
             problems.add(f"{path}: {modules[0] if len(modules) == 1 else key} {parts}.")
             continue
         for module, part in parts.items():
-            pairs[module], error = compress(part, compression)
+            shape = None if base is None else base.shape(module)
+            if shape is None and part.dim() == 2 and lycoris.may_be_convolution(module, sdxl=sdxl):
+                flat_ones.append(f"{module} {tuple(part.shape)}")
+                continue
+            pairs[module], error = compress(lycoris.unflattened(part, shape), compression)
             say(f"{module}: {lycoris.algorithm(slots)} compressed to rank {pairs[module].rank}, relative error {error:.2g}")
+    if flat_ones:
+        problems.add(
+            f"{path}: {len(flat_ones)} changes of convolutions are kept as matrices, which do not tell the kernel's size: "
+            f"{', '.join(flat_ones[:3])}. Name the folder of the model that they are for with --base."
+        )
     problems.raise_if_any()
     return pairs
 

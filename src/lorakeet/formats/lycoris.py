@@ -3,10 +3,13 @@
     LoHa    ΔW = s·(w1_a·w1_b) ∘ (w2_a·w2_b)             s = alpha/rank, rank = rows of w1_b
     LoKr    ΔW = s·w1 ⊗ w2, either of them a product      s = alpha/rank of the product; 1 where both are whole
     with t  a convolution in Tucker form: T ×₁ a ×₂ b instead of a·b
+
+A convolution (out, in, k, k) that is in no Tucker form is kept as the matrix (out, in·k·k).
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import torch
@@ -24,6 +27,22 @@ def is_dense(slots: Mapping[str, Tensor]) -> bool:
 def algorithm(slots: Mapping[str, Tensor]) -> str:
     """"LoHa" or "LoKr"."""
     return "LoHa" if any(name in slots for name in LOHA) else "LoKr"
+
+
+def may_be_convolution(module: str, *, sdxl: bool = False) -> bool:
+    """Whether the module at this path is a convolution, or can be one: SD 1.x's projections are, those of `sdxl` are not."""
+    component, _, path = module.partition(".")
+    if component == "transformer":
+        return path == "pos_embed.proj"
+    last = path.rpartition(".")[2]
+    return component == "unet" and (last.startswith("conv") or (last in ("proj_in", "proj_out") and not sdxl))
+
+
+def unflattened(change: Tensor, shape: tuple[int, ...] | None) -> Tensor:
+    """A convolution's change kept as (out, in·k·k) in the `shape` of its weight; any other, or with no shape known, as it is."""
+    if shape is None or change.dim() != 2 or len(shape) != 4 or tuple(change.shape) != (shape[0], math.prod(shape[1:])):
+        return change
+    return change.reshape(shape)
 
 
 def not_understood(slots: Mapping[str, Tensor]) -> list[str]:
