@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,7 +13,7 @@ import torch
 
 from lorakeet.core.adapter import Adapter
 from lorakeet.core.spec import LoraSpec
-from lorakeet.errors import ConfigError, DataError, EnvironmentProblem
+from lorakeet.errors import ConfigError, DataError
 from lorakeet.formats.sd_names import with_components
 from lorakeet.models.image import ImageModel, fitted, image_plan, load_image_model, put_image_adapter, stack
 from lorakeet.models.image_kinds import ENCODERS
@@ -185,10 +187,51 @@ def test_what_cannot_be_loaded(tmp_path: Path, tiny_sd_folder: Path) -> None:
     with pytest.raises(ConfigError, match="is a KolorsPipeline; expected StableDiffusionPipeline"):
         load(tmp_path)
     (tmp_path / "model_index.json").write_text((tiny_sd_folder / "model_index.json").read_text())
-    with pytest.raises(EnvironmentProblem, match="cannot be loaded"):
+    with pytest.raises(DataError, match=r"unet/config\.json cannot be read: No such file"):
         load(tmp_path)
     with pytest.raises(ConfigError, match=r"model\.quantize is gguf"):
         load(tiny_sd_folder, quantize=QuantSpec(method="gguf"))
+
+
+@pytest.mark.parametrize("content", ['[]', '{"sample_size": 8}', '{"_class_name": "NoSuchModel"}', '{"_class_name": 3}', "{"])
+def test_a_configuration_that_names_no_model_is_one_message(content: str, tmp_path: Path, tiny_sd_folder: Path) -> None:
+    folder = tmp_path / "sd"
+    shutil.copytree(tiny_sd_folder, folder)
+    (folder / "unet" / "config.json").write_text(content)
+    said = r"JSON list; expected|is not JSON|_class_name (None|'NoSuchModel'|3); expected .*config\.json"
+    with pytest.raises(DataError, match=said):
+        load(folder)
+
+
+def test_a_size_that_nothing_says_is_asked_for(tmp_path: Path, tiny_sd_folder: Path) -> None:
+    folder = tmp_path / "sd"
+    shutil.copytree(tiny_sd_folder, folder)
+    file = folder / "unet" / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "sample_size": None}))
+    model, whole = load(folder), load(tiny_sd_folder)
+    with pytest.raises(ConfigError, match=r"sample_size in unet/config\.json .* is None.*images\.resolution \(generate: --size"):
+        draw_latents(model, ["ab"], [1], Sampler(steps=1))
+    sampler = Sampler(steps=1, size=(16, 16))
+    assert torch.equal(draw_latents(model, ["ab"], [1], sampler), draw_latents(whole, ["ab"], [1], sampler))
+
+
+@pytest.mark.parametrize("renamed", [("unet",), ("text_encoder", "vae"), ("unet", "vae", "text_encoder")])
+def test_weights_of_a_variant_alone_are_read(renamed: tuple[str, ...], tmp_path: Path, tiny_sd_folder: Path) -> None:
+    folder = tmp_path / "sd"
+    shutil.copytree(tiny_sd_folder, folder)
+    for part in renamed:
+        [file] = (folder / part).glob("*.safetensors")
+        file.rename(file.with_name(f"{file.stem}.fp16.safetensors"))
+    said: list[str] = []
+    model = load_image_model(ModelSpec(path=str(folder), dtype="float32", device="cpu"), say=said.append)
+    assert any("variant fp16 alone" in line for line in said)
+    assert torch.equal(prediction(model, "ab"), prediction(load(tiny_sd_folder), "ab"))
+    assert model.autoencoder_digest == load(tiny_sd_folder).autoencoder_digest
+    for part in renamed:
+        [file] = (folder / part).glob("*.safetensors")
+        shutil.copy(file, file.with_name(file.name.replace("fp16", "ema")))
+    with pytest.raises(DataError, match="the variants ema, fp16, and none without"):
+        load(folder)
 
 
 def test_a_packed_unet_predicts_nearly_the_same_and_trains(tiny_sdxl_folder: Path) -> None:

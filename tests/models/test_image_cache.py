@@ -109,3 +109,7 @@ def test_sizes_fit_the_model(model: ImageModel) -> None:
     assert all(height % 4 == 0 and width % 4 == 0 for height, width in Sizes.of(model, ImageSpec(resolution=32)).allowed)
     with pytest.raises(ConfigError, match=r"images\.resolution is 18.*multiple of 4"):
         Sizes.of(model, ImageSpec(resolution=18))
+    with pytest.raises(ConfigError, match=r"images\.bucket_step is 32.*at most 16×16 pixels.*Lower it to at most 16"):
+        Sizes.of(model, ImageSpec(bucket_step=32))
+    assert Sizes.of(model, ImageSpec(bucket_step=16)).allowed == [(16, 16)]
+    assert Sizes.of(model, ImageSpec(bucket_step=32, buckets=False)).allowed == [(16, 16)]

@@ -94,6 +94,10 @@ def test_the_command_line_keeps_commas_and_takes_flags_several_times(
         ({"adapter": ("a=x",), "each": ("a",), "weights": {"a": 1.0}}, "give one of them"),
         ({"adapter": ("a=x", "a=y")}, "is given twice"),
         ({}, "name it with --model"),
+        ({"count": 0, "steps": 0}, r"2 problems[\s\S]*--count is 0; expected 1 or more[\s\S]*--steps is 0; expected 1 or more"),
+        ({"count": -1}, "--count is -1"),
+        ({"seed": 2**64}, r"--seed is 18446744073709551616.*up to 18446744073709551615"),
+        ({"seed": 2**64 - 2, "count": 3}, "--seed is 18446744073709551614 and --count 3"),
     ],
 )
 def test_what_cannot_be_drawn_is_said_before_anything_is_loaded(options: dict[str, Any], said: str, tmp_path: Path) -> None:
@@ -121,6 +125,11 @@ def test_a_run_that_overrode_the_prediction_is_drawn_as_it_was_trained(tiny_sd_f
     apart = image_run(tiny_sd_folder, tmp_path, out=str(tmp_path / "epsilon"), diffusion__seeds=0, train__steps=1)
     with pytest.raises(ConfigError, match=r"different predictions .*: a v_prediction, b epsilon. Say by which to draw"):
         drawn(tmp_path / "6", adapter=(*adapter, f"b={apart.run.path}"), weights={"a": 1.0, "b": 1.0})
+
+
+def test_more_steps_than_the_scheduler_has(tiny_sd_folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"1001 steps are asked for, .* has 1000"):
+        drawn(tmp_path / "out", model=str(tiny_sd_folder), steps=1001)
 
 
 def test_sizes_that_do_not_fit(tiny_sd_folder: Path, tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from lorakeet.errors import ConfigError, DataError, EnvironmentProblem
 from lorakeet.formats.sd_names import with_components
 from lorakeet.models.families import DIFFUSION
 from lorakeet.models.frozen import frozen_digests
-from lorakeet.models.image_denoiser import METHODS, denoiser_files, load_denoiser
+from lorakeet.models.image_denoiser import METHODS, denoiser_files, load_denoiser, variant_in
 from lorakeet.models.image_diffusers import diffusers, new_denoiser, quiet_diffusers
 from lorakeet.models.image_kinds import ENCODERS, FLUX_PLACES, PIPELINES, TOKENIZERS, Conditioning, ImageKind, predicted
 from lorakeet.models.image_noise import Noising, noising_of
@@ -115,8 +115,13 @@ class ImageModel:
 
     @property
     def resolution(self) -> int:
-        """Side in pixels of the pictures that the denoiser was made for."""
+        """Side in pixels of the pictures that the denoiser was made for. ConfigError where its configuration does not say one."""
         side = FLUX_PLACES if self.kind.name == "flux" else self.denoiser.config.sample_size
+        if not isinstance(side, int):
+            raise ConfigError(
+                f"sample_size in {self.kind.denoiser}/config.json of {self.name} is {side}, so the size of its pictures is not "
+                "known; say it with images.resolution (generate: --size 512x512)."
+            )
         return int(side) * self.factor
 
     @property
@@ -335,10 +340,13 @@ def _pipeline_of(spec: ModelSpec, dtype: torch.dtype, say: Callable[[str], None]
     say(f"Loading {spec.path} ({kind.pipeline}, {str(dtype).removeprefix('torch.')}) with diffusers.")
     with quiet_diffusers(), _as_problem(spec):
         folder = _folder_of(spec, extra)
-        files = denoiser_files(folder / kind.denoiser)
+        variant = variant_in(folder, (kind.denoiser, "vae", *ENCODERS))
+        if variant is not None:
+            say(f"{folder} has weights of the variant {variant} alone; they are read.")
+        files = denoiser_files(folder / kind.denoiser, variant)
         extra[kind.denoiser] = load_denoiser(files, new_denoiser, dtype, spec.quantize, say=say)
         return kind, getattr(diffusers(), kind.pipeline).from_pretrained(
-            folder, torch_dtype={"default": dtype, "vae": torch.float32}, use_safetensors=True, **extra
+            folder, torch_dtype={"default": dtype, "vae": torch.float32}, use_safetensors=True, variant=variant, **extra
         )
 
 

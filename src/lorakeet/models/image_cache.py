@@ -53,7 +53,13 @@ class Sizes:
                 raise ConfigError(
                     f"images.{name} is {value}, but {model.name} works on {step} pixels at a time; use a multiple of {step}."
                 )
-        return cls(bucket_sizes(resolution, wanted) if spec.buckets else [(resolution, resolution)])
+        found = bucket_sizes(resolution, wanted) if spec.buckets else [(resolution, resolution)]
+        if not found:
+            raise ConfigError(
+                f"images.bucket_step is {wanted}, but no size of it has at most {resolution}×{resolution} pixels "
+                f"(images.resolution). Lower it to at most {resolution}, or leave it out."
+            )
+        return cls(found)
 
 
 def encode_images(

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lorakeet.errors import DataError, Problems
+from lorakeet.formats.json_object import read_object
 from lorakeet.formats.safe import SafeFile, open_safetensors
 from lorakeet.models.packing import Packing
 from lorakeet.models.stock import indexed
@@ -22,6 +23,7 @@ from lorakeet.quant.spec import QuantSpec
 
 METHODS = ("nf4", "int8")
 _NAME = "diffusion_pytorch_model.safetensors"
+_VARIANT = re.compile(r"[a-z_]+\.(\w+)(?:-\d+-of-\d+)?\.safetensors")  # model.fp16.safetensors, one file or several
 _WIDE = ("time_embedding", "add_embedding", "time_text_embed")  # few numbers, on which every result depends
 Make = Callable[[Mapping[str, Any]], nn.Module]  # a denoiser from the content of its config.json
 
@@ -85,13 +87,39 @@ def _place(model: nn.Module, name: str, tensor: Tensor, dtype: torch.dtype, pack
         module._buffers[leaf] = held
 
 
-def denoiser_files(folder: Path) -> DenoiserFiles:
-    """Those of a folder that diffusers saved (config.json and safetensors), headers checked; nothing is read."""
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    index = folder / f"{_NAME}.index.json"
-    if index.is_file():
-        return DenoiserFiles(folder, config, {name: (file, name) for name, file in indexed(index).items()})
-    file = open_safetensors(folder / _NAME)
+def variant_in(folder: Path, parts: Iterable[str]) -> str | None:
+    """The variant, such as fp16, of which alone a pipeline's folder has weights of some part; None where it has those without.
+
+    DataError where there are several to choose from.
+    """
+    for part in parts:
+        files = {path.name for path in (folder / part).glob("*.safetensors")}
+        variants = sorted({match[1] for name in files if (match := _VARIANT.fullmatch(name))})
+        if not variants or any(_VARIANT.fullmatch(name) is None for name in files):
+            continue
+        if len(variants) > 1:
+            raise DataError(
+                f"{folder / part} holds weights of the variants {', '.join(variants)}, and none without; leave one of them there."
+            )
+        return variants[0]
+    return None
+
+
+def denoiser_files(folder: Path, variant: str | None = None) -> DenoiserFiles:
+    """Those of a folder that diffusers saved (config.json and safetensors), headers checked; nothing is read.
+
+    Of a `variant` where the folder has it. DataError where there are none.
+    """
+    config = read_object(folder / "config.json", expected="the configuration of a UNet or transformer, as diffusers saves it")
+    places = [(_NAME, f"{_NAME}.index.json")]
+    if variant is not None:
+        places.insert(0, (_NAME.replace(".", f".{variant}."), f"{_NAME}.index.{variant}.json"))
+    for name, index in places:
+        if (folder / index).is_file():
+            return DenoiserFiles(folder, config, {key: (file, key) for key, file in indexed(folder / index).items()})
+        if (folder / name).is_file():
+            break
+    file = open_safetensors(folder / name)
     return DenoiserFiles(folder, config, {name: (file, name) for name in file.tensors})
 
 

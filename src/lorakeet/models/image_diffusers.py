@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from lorakeet.errors import EnvironmentProblem
+from lorakeet.errors import DataError, EnvironmentProblem
 from lorakeet.models.quiet import quiet_transformers
 
 
@@ -39,5 +39,16 @@ def quiet_diffusers() -> Iterator[None]:
 
 
 def new_denoiser(config: Mapping[str, Any]) -> Any:
-    """The denoiser that the content of its config.json describes, on the current default device, its weights random."""
-    return getattr(diffusers(), config["_class_name"]).from_config(dict(config))
+    """The part that the content of its config.json describes, on the current default device, its weights random.
+
+    DataError where that names no class of diffusers.
+    """
+    name = config.get("_class_name") if isinstance(config, Mapping) else None
+    owner = getattr(diffusers().models, name, None) if isinstance(name, str) else None
+    if not (isinstance(owner, type) and hasattr(owner, "from_config")):
+        held = f"has the _class_name {name!r}" if isinstance(config, Mapping) else f"is a {type(config).__name__}"
+        raise DataError(
+            f"The configuration of a UNet or transformer {held}; expected an object with the name of a model class of diffusers, "
+            "such as UNet2DConditionModel. Fetch its config.json again, or save the pipeline anew with save_pretrained."
+        )
+    return owner.from_config(dict(config))

@@ -57,6 +57,9 @@ def draw_latents(
     """
     if sampler.negative and not model.kind.negative:
         raise ConfigError(f"{model.name} is told its guidance as a number and takes no negative prompt; leave it out.")
+    most = int(model.pipeline.scheduler.config.num_train_timesteps)
+    if sampler.steps > most:
+        raise ConfigError(f"{sampler.steps} steps are asked for, but the scheduler of {model.name} has {most}; take fewer.")
     if mixes is not None:
         _check_mixes(model, mixes)
     model.parts.eval()

@@ -30,6 +30,7 @@ from lorakeet.workflows.image_judge import scaled
 from lorakeet.workflows.place import require_empty, writing
 
 BASE = "base"
+SEEDS = 2**64  # of torch's generators
 
 
 @dataclass(frozen=True)
@@ -87,6 +88,7 @@ def generate(  # noqa: PLR0913 - one parameter for each option of the verb
     """
     require_empty(out)
     paths = _named_paths(adapter)
+    _check_numbers(count, seed, steps)
     mixes = _mixes(prompt, list(paths), weights or {}, each)
     say = partial(console.print, markup=False, soft_wrap=True)
     adapters = {name: read_adapter(path, say=say) for name, path in paths.items()}
@@ -142,6 +144,17 @@ def _named_paths(given: Sequence[str]) -> dict[str, Path]:
         found[name] = Path(path).expanduser()
     problems.raise_if_any()
     return found
+
+
+def _check_numbers(count: int, seed: int, steps: int) -> None:
+    """ConfigError for every number that no picture can be drawn by."""
+    problems = Problems("These pictures cannot be drawn")
+    for name, value in (("count", count), ("steps", steps)):
+        if value < 1:
+            problems.add(f"--{name} is {value}; expected 1 or more.")
+    if not -SEEDS // 2 <= seed <= SEEDS - max(count, 1):
+        problems.add(f"--seed is {seed} and --count {count}; expected seeds up to {SEEDS - 1}, one more for each picture.")
+    problems.raise_if_any()
 
 
 def _mixes(prompts: Sequence[str], names: list[str], weights: Mapping[str, float], each: Sequence[str]) -> list[Mix]:
