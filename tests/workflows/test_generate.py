@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import json
+from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ from lorakeet.models.image import image_plan, load_image_model
 from lorakeet.models.inject import adapter_of, inject, trained_parameters
 from lorakeet.models.spec import ModelSpec
 from lorakeet.workflows.generate import generate, parse_mix
+from lorakeet.workflows.verbs import GenerateOptions
 from tiny.image_runs import image_run
 from tiny.pipelines import save_tiny_sd
 
@@ -82,6 +85,27 @@ def test_the_command_line_keeps_commas_and_takes_flags_several_times(
     assert open_pixels(tmp_path / "out" / "001.png")[0].shape == (16, 24, 3)
     assert main(["generate", "--prompt", "x", "--out", str(tmp_path / "out")]) == 2
     assert "exists already" in capsys.readouterr().err
+
+
+def test_the_command_lines_defaults_are_the_functions() -> None:
+    """One that differs would hide what the model's kind, or the adapter's run, has the function take."""
+    parameters = inspect.signature(generate).parameters
+    options = [one for one in fields(GenerateOptions) if one.default is not MISSING]
+    assert {one.name: one.default for one in options} == {one.name: parameters[one.name].default for one in options}
+    assert {one.name for one in fields(GenerateOptions)} == set(parameters) - {"console"}
+
+
+def test_the_command_line_says_the_prediction_and_leaves_guidance_to_the_kind(
+    tiny_sdxl_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["generate", "--model", str(tiny_sdxl_folder), "--prompt", "x", "--steps", "2", "--dtype", "float32"]
+    pictures = []
+    for number, more in enumerate(([], ["--guidance", "5"], ["--guidance", "7.5"], ["--prediction", "v_prediction"])):
+        assert main([*command, *more, "--out", str(tmp_path / str(number))]) == 0
+        pictures.append(open_pixels(tmp_path / str(number) / "000.png")[0])
+    assert np.array_equal(pictures[0], pictures[1])
+    assert not np.array_equal(pictures[0], pictures[2]) and not np.array_equal(pictures[0], pictures[3])
+    assert "is taken to predict v_prediction" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -230,12 +230,17 @@ class GenerateOptions:
     count: int = field(default=1, metadata={"help": "Pictures of each prompt."})
     seed: int = field(default=0, metadata={"help": "Of the first picture's noise; further pictures of a prompt count on."})
     steps: int = field(default=30, metadata={"help": "Steps of the model's own sampler."})
-    guidance: float = field(
-        default=7.5, metadata={"help": "How much further than without guidance a picture follows its prompt; 1 is off."}
+    guidance: float | None = field(
+        default=None,
+        metadata={"help": "How much further than without guidance a picture follows its prompt; 1 is off; else the kind's own."},
     )
     negative: str = field(default="", metadata={"help": "What guidance leads away from."})
     size: str | None = field(
         default=None, metadata={"help": "Width x height in pixels, such as 512x768; without it, the model's own."}
+    )
+    prediction: Literal["auto", "epsilon", "v_prediction", "flow"] = field(
+        default="auto",
+        metadata={"help": "What the model predicts; auto takes the word of the adapter's run on it, else of its scheduler."},
     )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = field(default="auto", metadata={"help": "Precision of the model."})
     device: str = field(default="auto", metadata={"help": "auto, cpu, cuda, cuda:1, mps."})
