@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 
 from lorakeet.data import image_split
 from lorakeet.data.image_spec import ImageSpec
-from lorakeet.data.image_split import ImageDataset, alike_groups, distances
+from lorakeet.data.image_split import ImageDataset, judged_groups
 from lorakeet.data.spec import DataSpec
 from lorakeet.errors import DataError
 from tiny.pictures import album, drawn
@@ -85,9 +86,60 @@ def test_nothing_held_out_is_refused(tmp_path: Path) -> None:
         load_images(data(album(tmp_path / "a", 4), held_out_fraction=0.0), IMAGES)
 
 
-def test_distances_and_groups() -> None:
-    hashes = [0, 0b111, 0b111 << 100, (1 << 256) - 1, 0b11111 << 100]
-    assert distances([0], hashes).tolist() == [[0, 3, 3, 256, 5]]
-    groups = alike_groups(hashes, 3)
-    assert groups[0] == groups[1] == groups[2] == groups[4] != groups[3]
-    assert len(set(alike_groups(hashes, 1))) == 5
+def test_a_mirrored_copy_of_a_judged_picture_is_a_leak(tmp_path: Path) -> None:
+    size = (96, 96)
+    train, judged = album(tmp_path / "a", 8, size=size), album(tmp_path / "b", 4, first=30, size=size)
+    for number in (1, 4):
+        ImageOps.mirror(Image.open(train / f"{number:03}.png")).save(judged / f"m{number}.png")
+        (judged / f"m{number}.txt").write_text("x")
+    found = load_images(data(train, held_out=str(judged)), IMAGES)
+    assert [(one.train.source, one.judged.source) for one in found.alike] == [("001.png", "m1.png"), ("004.png", "m4.png")]
+    assert len(found.train) == 6 and all("mirrored" in one.words for one in found.alike)
+
+
+def test_a_held_out_picture_that_is_a_test_picture_is_dropped_from_held_out(tmp_path: Path) -> None:
+    train, judged, test = (album(tmp_path / name, 4, first=first) for name, first in (("a", 0), ("b", 30), ("c", 60)))
+    Image.open(judged / "030.png").save(test / "same.png")
+    (test / "same.txt").write_text("x")
+    spec = data(train, held_out=str(judged), test=str(test))
+    found = load_images(spec, IMAGES)
+    assert (len(found.train), len(found.held_out), len(found.test)) == (4, 3, 5)
+    assert found.alike[0].action == "dropped from held-out" and found.alike[0].words == "not a pixel differs"
+    assert len(load_images(replace(spec, on_leak="keep"), IMAGES).held_out) == 4
+    with pytest.raises(DataError, match=r"1 held-out pictures are also judged by \(030\.png is nearly same\.png\)"):
+        load_images(replace(spec, on_leak="refuse"), IMAGES)
+    for file in test.glob("*"):
+        file.unlink()
+    for file in judged.glob("*"):
+        shutil.copy(file, test)
+    with pytest.raises(DataError, match="Every held-out picture is also a test one"):
+        load_images(spec, IMAGES)
+
+
+@pytest.mark.parametrize(("pictures", "held_out"), [(12, 1), (20, 6), (50, 6), (70, 7)])
+def test_as_it_comes_the_split_leaves_enough_for_a_verdict(tmp_path: Path, pictures: int, held_out: int) -> None:
+    folder = album(tmp_path / "a", pictures)
+    found = load_images(DataSpec(train=str(folder)), IMAGES)
+    assert (len(found.train), len(found.held_out)) == (pictures - held_out, held_out)
+    assert len(load_images(DataSpec(train=str(folder), held_out_fraction=0.2), IMAGES).held_out) == round(pictures * 0.2)
+
+
+def test_enough_are_counted_without_copies(tmp_path: Path) -> None:
+    folder = album(tmp_path / "a", 24, size=(64, 64))
+    for number in range(24):
+        Image.open(folder / f"{number:03}.png").resize((48, 48)).save(folder / f"{number:03}b.png")
+        (folder / f"{number:03}b.txt").write_text("x")
+    found = load_images(DataSpec(train=str(folder)), IMAGES)
+    assert len({row.source[:3] for row in found.held_out}) == 6 and len(found.held_out) == 12
+    groups = judged_groups(found.held_out, IMAGES)
+    assert groups is not None and len(set(groups)) == 6 and judged_groups(found.held_out[:1], IMAGES) is None
+
+
+def test_a_folder_that_is_not_there_is_named_by_its_setting(tmp_path: Path) -> None:
+    folder, gone = album(tmp_path / "a", 8), str(tmp_path / "gone")
+    with pytest.raises(DataError, match=r"data\.held_out .*gone is no folder"):
+        load_images(data(folder, held_out=gone), IMAGES)
+    with pytest.raises(DataError, match=r"data\.test .*gone is no folder"):
+        load_images(data(folder, test=gone), IMAGES)
+    with pytest.raises(DataError, match=r"images\.prior .*gone is no folder"):
+        load_images(data(folder), replace(IMAGES, prior=gone))

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from lorakeet.data.image_spec import ImageSpec
-from lorakeet.data.images import bucket_of, bucket_sizes, cut, looks_of, open_pixels, png_of, read_album
+from lorakeet.data.images import bucket_of, bucket_sizes, cut, fit_remarks, looks_of, open_pixels, png_of, read_album
 from lorakeet.errors import DataError
 from tiny.pictures import album, drawn
 
@@ -60,6 +60,47 @@ def test_broken_tiny_and_doubled_pictures_are_left_out_and_named(tmp_path: Path)
     said = "\n".join(found.remarks)
     for words in ("a.png cannot be read", "b.jpg cannot be read", "c.png has 24×4 pixels", "d.bmp is a copy of 000.png"):
         assert words in said
+
+
+def test_files_of_other_formats_are_named_and_jfif_and_avif_are_read(tmp_path: Path) -> None:
+    folder = album(tmp_path / "photos", 2)
+    Image.fromarray(half()).save(folder / "a.jfif", format="JPEG")
+    Image.fromarray(drawn(7)[0]).save(folder / "b.avif")
+    for number in range(5):
+        (folder / f"IMG_{number}.HEIC").write_bytes(b"x")
+    found = read_album(folder, SPEC)
+    assert [row.source for row in found.rows] == ["000.png", "001.png", "a.jfif", "b.avif"]
+    assert found.remarks == ("5 files (IMG_0.HEIC, IMG_1.HEIC, IMG_2.HEIC, …) are of a format that is not read, and left out; "
+                             "convert to JPEG or PNG.",)  # fmt: skip
+    (folder / "metadata.jsonl").write_text(json.dumps({"file_name": "IMG_3.HEIC", "text": "x"}))
+    with pytest.raises(DataError, match=r"metadata\.jsonl:1 names IMG_3\.HEIC, of a format that is not read; convert"):
+        read_album(folder, SPEC)
+    alone = tmp_path / "alone"
+    alone.mkdir()
+    (alone / "x.heic").write_bytes(b"x")
+    with pytest.raises(DataError, match=r"holds no picture.* 1 file \(x\.heic\) is of a format that is not read"):
+        read_album(alone, SPEC)
+
+
+def test_a_blank_caption_beside_the_setting_is_named(tmp_path: Path) -> None:
+    folder = album(tmp_path / "photos", 2)
+    (folder / "001.txt").write_text(" \n")
+    with pytest.raises(DataError, match=r"001\.png has no caption: 001\.txt is blank; write one into it, or remove it"):
+        read_album(folder, SPEC)
+    (folder / "metadata.jsonl").write_text(json.dumps({"file_name": "000.png", "text": ""}))
+    with pytest.raises(DataError, match=r"000\.png has no caption: its line in metadata\.jsonl has a blank one"):
+        read_album(folder, SPEC)
+
+
+def test_pictures_that_are_enlarged_or_cut_much_are_named(tmp_path: Path) -> None:
+    sizes = bucket_sizes(128, 16)
+    small = read_album(album(tmp_path / "small", 4, size=(50, 50)), SPEC).rows
+    long = read_album(album(tmp_path / "long", 1, first=9, size=(100, 900)), SPEC).rows
+    enough = read_album(album(tmp_path / "enough", 2, first=20, size=(64, 128)), SPEC).rows
+    [soft, lost] = fit_remarks([*small, *long, *enough], sizes)
+    assert soft.startswith("4 pictures (000.png 2.6 times, 001.png 2.6 times, 002.png 2.6 times, …) are enlarged more than twice")
+    assert lost.startswith("1 picture (009.png keeps 4") and "cut by more than half" in lost
+    assert fit_remarks(enough, sizes) == []
 
 
 def test_nothing_left_is_an_error(tmp_path: Path) -> None:

@@ -43,7 +43,7 @@ class ImageSpec:
     )
     near_duplicates: int = field(
         default=8,
-        metadata={"help": "Bits of a 256-bit picture hash by which copies may differ; they stay on one side of the split."},
+        metadata={"help": "Bits of a 256-bit hash by which a copy may differ before its pixels decide; 0 finds equal ones only."},
     )
     cache: str = field(
         default="", metadata={"help": "Folder in which latents and text embeddings are kept; left out, the user's cache folder."}

@@ -6,27 +6,27 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import numpy as np
-from numpy.typing import NDArray
-
+from lorakeet.data.image_alike import Copy, alike_groups, copies
 from lorakeet.data.image_spec import ImageSpec
 from lorakeet.data.image_tables import is_table, unpacked
-from lorakeet.data.images import HASH_SIDE, ImageRow, read_album
+from lorakeet.data.images import ImageRow, read_album
 from lorakeet.data.rows import Row, Turn
 from lorakeet.data.spec import DataSpec
 from lorakeet.data.split import split_record, split_rows
 from lorakeet.errors import DataError
 
-_CHUNK = 1024
+ENOUGH, MANY = 6, 20  # the fewest independent pictures that can show a difference, and from how many so many are held out
+_OWN_SPLIT = DataSpec().held_out_fraction
 
 
 @dataclass(frozen=True)
 class Alike:
-    """A picture to learn from that is nearly one to judge by: in how many of 256 bits they differ, and what was done."""
+    """A picture that is one photo with a picture to judge by, how they differ, and what was done with the first."""
 
     train: ImageRow
     judged: ImageRow
-    bits: int
+    apart: float  # the share of the variance that differs
+    words: str
     action: str
 
 
@@ -59,13 +59,18 @@ def load_images(data: DataSpec, images: ImageSpec, *, tables: Path) -> ImageData
     """
     album = read_album(_folder(data.train, tables, data.limit), images, limit=data.limit)
     remarks = list(album.remarks)
-    held_out = _other_album(data.held_out, images, tables, remarks)
-    test = _other_album(data.test, images, tables, remarks)
+    held_out = _other_album(data.held_out, images, tables, remarks, "data.held_out")
+    test = _other_album(data.test, images, tables, remarks, "data.test")
     of_prior = replace(images, caption=images.prior_caption)
     train = album.rows
+    policy = data.on_leak
     if not data.held_out:
         train, held_out = _parted(train, data, images)
-    train, alike = _without_leaks(train, (*held_out, *test), data, images)
+        policy = "keep" if policy == "keep" else "drop"  # the split is ours: what its groups left is no fault of the files
+    held_out, told = _without_leaks(held_out, test, images, policy=data.on_leak, part="held-out")
+    if told and not held_out:
+        raise DataError("Every held-out picture is also a test one; give other pictures, or set data.on_leak keep.")
+    train, alike = _without_leaks(train, (*held_out, *test), images, policy=policy)
     if not held_out:
         raise DataError(
             "No pictures are held out, so nothing could be proved; set data.held_out_fraction above 0, or name a folder as "
@@ -73,80 +78,60 @@ def load_images(data: DataSpec, images: ImageSpec, *, tables: Path) -> ImageData
         )
     if not train:
         raise DataError("Every training picture is also a held-out or test one; give other pictures, or set data.on_leak keep.")
-    prior, known = _without_leaks(_other_album(images.prior, of_prior, tables, remarks), (*held_out, *test), data, images)
-    return ImageDataset(train, held_out, test, (*alike, *known), tuple(remarks), prior)
+    prior = _other_album(images.prior, of_prior, tables, remarks, "images.prior")
+    prior, known = _without_leaks(prior, (*held_out, *test), images, policy=data.on_leak)
+    return ImageDataset(train, held_out, test, (*told, *alike, *known), tuple(remarks), prior)
 
 
 def _folder(name: str, tables: Path, limit: int | None = None) -> Path:
     return unpacked(name, tables, limit=limit) if is_table(name) else Path(name).expanduser()
 
 
-def _other_album(name: str | None, spec: ImageSpec, tables: Path, remarks: list[str]) -> tuple[ImageRow, ...]:
+def _other_album(name: str | None, spec: ImageSpec, tables: Path, remarks: list[str], setting: str) -> tuple[ImageRow, ...]:
     if not name:
         return ()
-    album = read_album(_folder(name, tables), spec)
+    album = read_album(_folder(name, tables), spec, setting=setting)
     remarks += album.remarks
     return album.rows
 
 
 def _parted(rows: Sequence[ImageRow], data: DataSpec, images: ImageSpec) -> tuple[tuple[ImageRow, ...], tuple[ImageRow, ...]]:
-    groups = alike_groups([row.looks for row in rows], images.near_duplicates)
+    """Training and held-out pictures. With `data.held_out_fraction` as it comes, of MANY or more at least ENOUGH are held out."""
+    groups = alike_groups(rows, images.near_duplicates)
     plain = {row.source: row for row in rows}
-    split = split_rows([_as_row(row, f"pictures {group}") for row, group in zip(rows, groups, strict=True)], data)
+    group_of = {row.source: group for row, group in zip(rows, groups, strict=True)}
+    given = [_as_row(row, f"pictures {group_of[row.source]}") for row in rows]
+    split = split_rows(given, data)
+    if data.held_out_fraction == _OWN_SPLIT and len(set(groups)) >= MANY:
+        wanted = max(ENOUGH, len(split.held_out))
+        while len({group_of[row.source] for row in split.held_out}) < ENOUGH and wanted <= len(rows) // 2:
+            split = split_rows(given, replace(data, held_out_fraction=wanted / len(rows), held_out_minimum=0))
+            wanted += 1
     return tuple(plain[row.source] for row in split.train), tuple(plain[row.source] for row in split.held_out)
 
 
+def judged_groups(rows: Sequence[ImageRow], images: ImageSpec) -> tuple[int, ...] | None:
+    """A group number for each picture to judge by, where some are copies of others; None where all are independent."""
+    groups = alike_groups(rows, images.near_duplicates)
+    return None if len(set(groups)) == len(groups) else tuple(groups)
+
+
 def _without_leaks(
-    train: Sequence[ImageRow], judged: Sequence[ImageRow], data: DataSpec, images: ImageSpec
+    rows: Sequence[ImageRow], judged: Sequence[ImageRow], images: ImageSpec, *, policy: str, part: str = "training"
 ) -> tuple[tuple[ImageRow, ...], tuple[Alike, ...]]:
-    """The training pictures that are not nearly one of `judged`, and the pairs that were found."""
-    if not judged or not train:
-        return tuple(train), ()
-    bits = distances([row.looks for row in train], [row.looks for row in judged])
-    found, kept = [], []
-    for row, near in zip(train, bits, strict=True):
-        place = int(near.argmin())
-        twin = next((other for other in judged if other.pixels_key == row.pixels_key), None)
-        if twin is None and near[place] <= images.near_duplicates and images.near_duplicates:
-            twin = judged[place]
-        if twin is not None:
-            apart = int(distances([row.looks], [twin.looks])[0, 0])
-            found.append(Alike(row, twin, apart, "kept" if data.on_leak == "keep" else "dropped from training"))
-        if twin is None or data.on_leak == "keep":
-            kept.append(row)
-    if found and data.on_leak == "refuse":
+    """The pictures of `part` that are not copies of `judged`, mirrored ones included, and the nearest of each that is."""
+    nearest: dict[int, Copy] = {}
+    for copy in copies(rows, judged, images.near_duplicates):
+        if copy.left not in nearest or (copy.apart, copy.right) < (nearest[copy.left].apart, nearest[copy.left].right):
+            nearest[copy.left] = copy
+    action = "kept" if policy == "keep" else f"dropped from {part}"
+    found = tuple(
+        Alike(rows[place], judged[copy.right], copy.apart, copy.words, action) for place, copy in sorted(nearest.items())
+    )
+    if found and policy == "refuse":
         named = ", ".join(f"{one.train.source} is nearly {one.judged.source}" for one in found[:5])
-        raise DataError(f"{len(found)} training pictures are also judged by ({named}). Remove them, or set data.on_leak drop.")
-    return tuple(kept), tuple(found)
-
-
-def alike_groups(looks: Sequence[int], bits: int) -> list[int]:
-    """A group number for each hash; hashes that differ in at most `bits` bits, directly or through others, share one."""
-    parent = list(range(len(looks)))
-
-    def root(place: int) -> int:
-        while parent[place] != place:
-            parent[place] = parent[parent[place]]
-            place = parent[place]
-        return place
-
-    for start in range(0, len(looks), _CHUNK):
-        near = distances(looks[start : start + _CHUNK], looks) <= bits
-        for left, right in zip(*np.nonzero(near), strict=True):
-            parent[root(start + int(left))] = root(int(right))
-    return [root(place) for place in range(len(looks))]
-
-
-def distances(left: Sequence[int], right: Sequence[int]) -> NDArray[np.int64]:
-    """In how many bits each hash of `left` differs from each of `right` (left, right)."""
-    ones, others = _bits(left), _bits(right)
-    return np.asarray(ones @ (1 - others).T + (1 - ones) @ others.T).round().astype(np.int64)
-
-
-def _bits(looks: Sequence[int]) -> NDArray[np.float32]:
-    count = HASH_SIDE * HASH_SIDE
-    raw = np.frombuffer(b"".join(value.to_bytes(count // 8, "big") for value in looks), np.uint8)
-    return np.unpackbits(raw).reshape(len(looks), count).astype(np.float32)
+        raise DataError(f"{len(found)} {part} pictures are also judged by ({named}). Remove them, or set data.on_leak drop.")
+    return tuple(row for place, row in enumerate(rows) if policy == "keep" or place not in nearest), found
 
 
 def _as_row(row: ImageRow, group: str | None) -> Row:

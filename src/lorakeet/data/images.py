@@ -7,8 +7,8 @@ import io
 import json
 import math
 import warnings
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +18,16 @@ from numpy.typing import NDArray
 from lorakeet.data.image_spec import ImageSpec
 from lorakeet.errors import DataError, EnvironmentProblem, Problems
 
-ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+ENDINGS = (".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+IF_BUILT_IN = (".avif",)  # of Pillow's formats those that it may be built without
+NOT_READ = (".heic", ".heif", ".avif", ".jxl", ".jp2", ".j2k", ".psd", ".tga", ".svg", ".eps", ".dng", ".cr2", ".cr3", ".nef",
+            ".arw", ".orf", ".rw2", ".raf")  # fmt: skip
 CAPTION_COLUMNS = ("text", "caption", "prompt")
 HASH_SIDE = 16
+THUMB_SIDE = 32
 _ORIENTATION = 0x0112  # EXIF tag
 _CLEARLY = 3  # grey levels of 255
+_OR_SETTING = ", or remove it, so that images.caption counts"
 
 Pixels = NDArray[np.uint8]  # (height, width, 3)
 
@@ -38,6 +43,7 @@ class ImageRow:
     pixels_key: str
     looks: int  # 256-bit difference hash: alike pictures differ in few bits
     source: str
+    thumb: bytes = field(default=b"", repr=False)  # 32×32 RGB, by which copies are told from others (data/image_alike)
 
     @property
     def key(self) -> str:
@@ -52,26 +58,30 @@ class Album:
     remarks: tuple[str, ...]
 
 
-def read_album(folder: Path, spec: ImageSpec, *, limit: int | None = None) -> Album:
-    """The pictures below `folder`, in the order of their paths, exact copies once.
+def read_album(folder: Path, spec: ImageSpec, *, limit: int | None = None, setting: str = "data.train") -> Album:
+    """The pictures below `folder`, which `setting` named, in the order of their paths, exact copies once.
 
     A caption stands in metadata.jsonl (file_name, and text, caption or prompt), else in NAME.txt beside NAME.png, else it is
-    `spec.caption`. Files that are broken, or smaller than `spec.smallest`, are left out with a remark. DataError names every
-    picture without a caption, and says so where no picture is left.
+    `spec.caption`. Files that are broken, of a format that is not read, or smaller than `spec.smallest`, are left out with a
+    remark. DataError names every picture without a caption and every file of metadata.jsonl that is not read, and says so where
+    no picture is left.
     """
     if not folder.is_dir():
-        raise DataError(f"data.train {folder} is no folder; kind: image expects a folder of pictures with captions.")
-    files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in ENDINGS and path.is_file())
+        raise DataError(f"{setting} {folder} is no folder; kind: image expects a folder of pictures with captions.")
+    endings = _readable()
+    found = sorted(path for path in folder.rglob("*") if path.suffix.lower() in (*endings, *NOT_READ) and path.is_file())
+    files = [path for path in found if path.suffix.lower() in endings]
+    skipped = _not_read([path.relative_to(folder).as_posix() for path in found if path.suffix.lower() not in endings])
     if not files:
-        raise DataError(f"{folder} holds no picture ({', '.join(ENDINGS)}).")
+        raise DataError(f"{folder} holds no picture ({', '.join(endings)}).{''.join(f' {line}' for line in skipped)}")
     captions = _listed_captions(folder)
     problems = Problems(f"The pictures in {folder} cannot be used", DataError)
     rows: dict[str, ImageRow] = {}
-    remarks: list[str] = []
+    remarks = skipped
     for path in files[:limit]:
         name = path.relative_to(folder).as_posix()
-        found = _row(path, name, captions, spec, remarks, problems)
-        if found is not None and (twin := rows.setdefault(found.pixels_key, found)) is not found:
+        row = _row(path, name, captions, spec, remarks, problems)
+        if row is not None and (twin := rows.setdefault(row.pixels_key, row)) is not row:
             remarks.append(f"{name} is a copy of {twin.source}; it counts once.")
     problems.raise_if_any()
     if not rows:
@@ -145,6 +155,41 @@ def bucket_of(row: ImageRow, sizes: list[tuple[int, int]]) -> tuple[int, int]:
     return min(sizes, key=lambda size: (abs(math.log(size[0] / size[1] / aspect)), -size[0] * size[1], size))
 
 
+def fit_remarks(rows: Sequence[ImageRow], sizes: list[tuple[int, int]]) -> list[str]:
+    """A sentence about the pictures that are enlarged more than twice, and one about those that lose more than half."""
+    enlarged, cut_off = [], []
+    for row in rows:
+        height, width = bucket_of(row, sizes)
+        scale = max(height / row.height, width / row.width)
+        kept = height * width / (row.height * scale * row.width * scale)
+        enlarged += [f"{row.source} {scale:.1f} times"] if scale > 2 else []
+        cut_off += [f"{row.source} keeps {kept:.0%}"] if kept < 0.5 else []
+    found = []
+    if enlarged:
+        advice = "what is drawn will be as soft; set images.resolution lower, or images.smallest higher"
+        found.append(f"{_named(enlarged, 'picture')} enlarged more than twice: {advice}.")
+    if cut_off:
+        found.append(f"{_named(cut_off, 'picture')} cut by more than half to fit; cut out yourself what shall be learnt.")
+    return found
+
+
+def _named(names: Sequence[str], what: str, shown: int = 3) -> str:
+    """How many there are, the first few, and the verb."""
+    more = ", …" if len(names) > shown else ""
+    return f"{len(names)} {what}{'s' * (len(names) > 1)} ({', '.join(names[:shown])}{more}) {'are' if len(names) > 1 else 'is'}"
+
+
+def _readable() -> tuple[str, ...]:
+    """The endings of the files that this installation of Pillow reads."""
+    image_module, _ = _pillow()
+    known = image_module.registered_extensions()
+    return (*ENDINGS, *(ending for ending in IF_BUILT_IN if known.get(ending) in image_module.OPEN))
+
+
+def _not_read(names: Sequence[str]) -> list[str]:
+    return [f"{_named(names, 'file')} of a format that is not read, and left out; convert to JPEG or PNG."] if names else []
+
+
 def _row(
     path: Path, name: str, captions: Mapping[str, str], spec: ImageSpec, remarks: list[str], problems: Problems
 ) -> ImageRow | None:
@@ -158,15 +203,19 @@ def _row(
     if min(height, width) < spec.smallest:
         remarks.append(f"{name} has {width}×{height} pixels, a side below images.smallest {spec.smallest}; it is left out.")
         return None
-    caption = captions.get(name)
-    if caption is None:
-        beside = path.with_suffix(".txt")
-        caption = _text(beside) if beside.is_file() else spec.caption
+    caption, beside = captions.get(name), path.with_suffix(".txt")
+    blank = f"its line in metadata.jsonl has a blank one; write one there{_OR_SETTING}"
+    if caption is None and beside.is_file():
+        caption, blank = _text(beside), f"{beside.name} is blank; write one into it{_OR_SETTING}"
+    if caption is not None and not caption.strip():
+        problems.add(f"{name} has no caption: {blank}.")
+        return None
+    caption = spec.caption if caption is None else caption
     if not caption.strip():
         problems.add(f"{name} has no caption; write {path.stem}.txt beside it, a line in metadata.jsonl, or set images.caption.")
         return None
     digest = hashlib.sha256(f"{height} {width} ".encode() + pixels.tobytes()).hexdigest()
-    return ImageRow(path, " ".join(caption.split()), width, height, digest, looks_of(pixels), name)
+    return ImageRow(path, " ".join(caption.split()), width, height, digest, looks_of(pixels), name, thumb_of(pixels))
 
 
 def looks_of(pixels: Pixels) -> int:
@@ -178,6 +227,12 @@ def looks_of(pixels: Pixels) -> int:
     small = image_module.fromarray(pixels).convert("L").resize((HASH_SIDE + 1, HASH_SIDE), image_module.Resampling.BOX)
     grey = np.asarray(small, np.int16)
     return int.from_bytes(np.packbits(grey[:, 1:] > grey[:, :-1] + _CLEARLY).tobytes(), "big")
+
+
+def thumb_of(pixels: Pixels) -> bytes:
+    """The picture as 32×32 RGB, each place the mean of what it covers."""
+    image_module, _ = _pillow()
+    return image_module.fromarray(pixels).resize((THUMB_SIDE, THUMB_SIDE), image_module.Resampling.BOX).tobytes()  # type: ignore[no-any-return]
 
 
 def _rgb(image: Any, image_module: Any, done: list[str]) -> Pixels:
@@ -209,6 +264,8 @@ def _listed_captions(folder: Path) -> dict[str, str]:
             problems.add(f"{file.name}:{number} has {', '.join(record) or 'nothing'}; expected file_name and {columns}.")
         elif not (folder / name).is_file():
             problems.add(f"{file.name}:{number} names {name}, which does not exist in {folder}.")
+        elif Path(name).suffix.lower() not in _readable():
+            problems.add(f"{file.name}:{number} names {name}, of a format that is not read; convert it to JPEG or PNG.")
         else:
             found[Path(name).as_posix()] = caption
     problems.raise_if_any()

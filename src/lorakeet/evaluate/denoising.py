@@ -42,7 +42,7 @@ def denoising_report(
             for row in order
         ),
         rows_of=len(captions),
-        warnings=too_few(len(captions)),
+        warnings=too_few(len(captions), independent(adapter)),
     )
 
 
@@ -60,12 +60,24 @@ def with_distances(report: Report, distances: Mapping[str, tuple[RowLosses, RowL
     return replace(report, systems=(adapter, base), comparisons=tuple(comparisons))
 
 
-def too_few(pictures: int) -> tuple[str, ...]:
-    """What must be said where so few pictures are judged that nothing could be shown, whatever the adapter learnt."""
-    least = 2.0 ** (1 - pictures)
+def independent(rows: RowLosses) -> int:
+    """How many pictures are no copies of each other."""
+    return len(rows.losses) if rows.groups is None else len(set(rows.groups))
+
+
+def too_few(pictures: int, groups: int | None = None) -> tuple[str, ...]:
+    """What must be said where so few pictures are judged that nothing could be shown, whatever the adapter learnt.
+
+    `groups` is how many they are without copies of each other.
+    """
+    count = pictures if groups is None else groups
+    least = 2.0 ** (1 - count)
     if least <= 0.05:
         return ()
+    held = f"Only {count} pictures are held out"
+    if count < pictures:
+        held = f"The {pictures} held-out pictures are {count} and copies of these"
     return (
-        f"Only {pictures} pictures are held out: the paired test cannot give a p-value below {least:g}, so no difference can be "
-        "shown. Hold out 6 or more (data.held_out_fraction, or a folder as data.held_out).",
+        f"{held}: the paired test cannot give a p-value below {least:g}, so no difference can be shown. "
+        "Hold out 6 or more (data.held_out_fraction, or a folder as data.held_out).",
     )

@@ -16,11 +16,12 @@ from rich.progress import Progress as Bar
 from lorakeet.config import RunConfig
 from lorakeet.core.plan import Plan
 from lorakeet.data.batches import StepOrder
-from lorakeet.data.image_split import ImageDataset, load_images
-from lorakeet.data.images import ImageRow
+from lorakeet.data.image_split import ImageDataset, judged_groups, load_images
+from lorakeet.data.images import ImageRow, fit_remarks
 from lorakeet.errors import ConfigError, Problems
+from lorakeet.evaluate.denoising import too_few
 from lorakeet.models.image import ImageModel, image_plan, load_image_model
-from lorakeet.models.image_cache import Captions, EncodedImage, cache_in, encode_images
+from lorakeet.models.image_cache import Captions, EncodedImage, Sizes, cache_in, encode_images
 from lorakeet.models.image_kinds import ENCODERS
 from lorakeet.models.image_noise import check_betas
 from lorakeet.models.image_prior import drawn_prior
@@ -68,7 +69,11 @@ def assemble_images(config: RunConfig, console: Console, *, asked: bool = False)
     for remark in dataset.remarks:
         say(remark)
     for alike in dataset.alike:
-        say(f"{alike.train.source} is nearly {alike.judged.source} ({alike.bits} of 256 bits differ): {alike.action}.")
+        say(f"{alike.train.source} is nearly {alike.judged.source} ({alike.words}): {alike.action}.")
+    rows = dataset.judged[1]
+    groups = judged_groups(rows, config.images)
+    for warning in too_few(len(rows), len(set(groups or range(len(rows))))):
+        say(warning)
     if config.diffusion.scorer:
         load_scorer(config.diffusion.scorer)  # not needed until the end, when it would be late to hear that it is not there
     arrangement = arrange_images(config, say, asked=asked)
@@ -85,10 +90,14 @@ def assemble_images(config: RunConfig, console: Console, *, asked: bool = False)
             "model.dtype is float16, in which small gradients become 0 without a word; train with bfloat16 or float32."
         )
     plan = image_plan(model, config.lora, text_encoder=config.diffusion.text_encoder)
-    rows = (*dataset.train, *dataset.held_out, *dataset.test, *dataset.prior)
-    for caption in model.cut_off(sorted({row.caption for row in rows})):
+    every = (*dataset.train, *dataset.held_out, *dataset.test, *dataset.prior)
+    for caption in model.cut_off(sorted({row.caption for row in every})):
         say(f"A caption is longer than the text encoder reads, so its end does not count: {caption[:60]}…")
-    encoded = _encoded(model, rows, config, console)
+    fit = fit_remarks(every, Sizes.of(model, config.images).allowed)
+    for remark in fit:
+        say(remark)
+    dataset = dataclasses.replace(dataset, remarks=(*dataset.remarks, *fit))
+    encoded = _encoded(model, every, config, console)
     train, held_out, test, prior = _parts(encoded, (dataset.train, dataset.held_out, dataset.test, dataset.prior))
     if config.images.prior_caption and not config.images.prior:
         prior = _drawn(model, config, console)

@@ -134,9 +134,7 @@ def _complete(measured: Report, setup: ImageAssembly, outcome: Outcome, run: Run
     """`measured` with everything else that the page shows."""
     config, data, metrics = setup.config, setup.dataset, read_metrics(run.metrics)
     part, pictures = setup.judged
-    alike = tuple(
-        Leak(one.judged.source, one.train.source, 1 - one.bits / 256, one.action, one.train.caption) for one in data.alike
-    )
+    alike = tuple(Leak(one.judged.source, one.train.source, 1 - one.apart, one.action, one.train.caption) for one in data.alike)
     warnings = [*measured.warnings, *data.remarks]
     if not data.test:
         warnings.append("There are no test pictures: the checkpoint was chosen on the held-out pictures that it is judged on.")
