@@ -9,11 +9,12 @@ import pytest
 import torch
 from rich.console import Console
 
+from lorakeet.evaluate.denoising import denoising_report
 from lorakeet.models.image_sample import Sampler, draw_latents
 from lorakeet.models.image_scorer import load_scorer
 from lorakeet.models.inject import activate, adapter_names, adapter_of, attach, trained_parameters
 from lorakeet.workflows.image_assemble import assemble_images, ready_to_train
-from lorakeet.workflows.image_judge import Drawn, ImageJudge, features_of, scaled
+from lorakeet.workflows.image_judge import Drawn, ImageJudge, features_of, places_of, scaled
 from tiny.image_runs import image_config
 from tiny.pipelines import save_tiny_scorer
 
@@ -79,5 +80,37 @@ def test_scaling_an_adapter_scales_its_change(judge: ImageJudge) -> None:
 
 
 def test_features_have_one_size_for_latents_of_any() -> None:
-    assert features_of([torch.randn(4, 20, 40), torch.randn(4, 64, 16)]).shape == (2, 4 * 16 * 16)
-    assert features_of([torch.randn(4, 8, 10), torch.randn(4, 40, 40)]).shape == (2, 4 * 8 * 8)
+    large, small = [torch.randn(4, 20, 40), torch.randn(4, 64, 16)], [torch.randn(4, 8, 10), torch.randn(4, 40, 40)]
+    assert places_of(large) == 16 and places_of([*large, *small]) == 8
+    assert features_of(large, 16).shape == (2, 4 * 16 * 16) and features_of(large, 8).shape == features_of(small, 8).shape
+
+
+def test_pictures_of_several_shapes_are_compared_at_one_size(judge: ImageJudge) -> None:
+    wide = [replace(picture, latents=torch.randn(1, 4, 6, 10)) for picture in judge.train[:2]]
+    found = replace(judge, train=[*wide, *judge.train]).memorisation(
+        [Drawn("adapter × 1", judge.train[3].latents[:1].repeat(2, 1, 1, 1))]
+    )
+    assert [near.source for near in found.nearest] == [judge.train[3].row.source] * 2
+
+
+def test_every_cut_out_and_the_album_of_the_kind_were_learnt(judge: ImageJudge) -> None:
+    generator = torch.Generator().manual_seed(1)
+    flipped, kind = torch.randn(2, 1, 4, 8, 8, generator=generator)
+    train = [replace(judge.train[0], latents=torch.cat([judge.train[0].latents, flipped])), *judge.train[1:]]
+    prior = [replace(judge.train[1], row=replace(judge.train[1].row, source="kind.png"), latents=kind)]
+    found = replace(judge, train=train, prior=prior).memorisation([Drawn("adapter × 1", torch.cat([flipped, kind]))])
+    assert [near.suspicious for near in found.nearest] == [True, True]
+    assert [near.source for near in found.nearest] == [judge.train[0].row.source, "kind.png"]
+
+
+def test_copies_among_the_judged_pictures_count_once(judge: ImageJudge) -> None:
+    rows = [replace(judge.judged[0].row, pixels_key=f"copy {number}", source=f"{number}.png") for number in range(8)]
+    copied = replace(judge, judged=[replace(judge.judged[0], row=row) for row in rows])
+    losses = copied.losses("base")
+    assert losses.groups is not None and len(set(losses.groups)) == 1 and judge.losses("base").groups is None
+    report = denoising_report(
+        "T", adapter=replace(losses, system="adapter", losses=losses.losses * 0.5), base=losses, captions=["x"] * 8,
+        sources=["x"] * 8, spec=judge.config.evaluate,
+    )  # fmt: skip
+    assert report.comparisons[0].verdict == "no difference shown"
+    assert "The 8 held-out pictures are 1 and copies of these" in report.warnings[0]

@@ -113,7 +113,10 @@ def _prove(setup: ImageAssembly, outcome: Outcome, run: RunFolder, before: dict[
     _, pictures = setup.judged
     named = setup.config.diffusion.scorer
     scorer = load_scorer(named) if named and setup.config.diffusion.seeds else None
-    judge = ImageJudge(setup.config, setup.model, setup.captions, pictures, setup.train, console, scorer=scorer)
+    judge = ImageJudge(
+        setup.config, setup.model, setup.captions, pictures, setup.train, console, scorer=scorer,
+        prior=setup.prior if setup.config.images.prior else (),  # the base's own drawings it may repeat
+    )  # fmt: skip
     with writing(f"The samples in {run.path}", f"The adapter is whole. Free some space, then: {run.resume_command}"):
         measured = judge.report(f"Fine-tuning {setup.model.name}", run.path / "samples")
     prompts = [picture.row.caption for picture in pictures[:2]]

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from lorakeet.config import RunConfig
 from lorakeet.core.adapter import Adapter
-from lorakeet.data.images import Pixels, open_pixels, png_of
+from lorakeet.data.image_split import judged_groups
+from lorakeet.data.images import ImageRow, Pixels, open_pixels, png_of
 from lorakeet.errors import DataError
 from lorakeet.evaluate.denoising import PROMPT_DISTANCE, STYLE_DISTANCE, denoising_report, with_distances
 from lorakeet.evaluate.likelihood import RowLosses
@@ -59,11 +60,12 @@ class ImageJudge:
     console: Console
     name: str = "default"
     scorer: ImageScorer | None = None
+    prior: Sequence[EncodedImage] = ()  # of the subject's kind, from a folder, which were trained on too
 
     def report(self, title: str, folder: Path) -> Report:
         """The measured sections; the samples are written to `folder` as PNG files, in one go."""
         base, adapter = self.losses(BASE), self.losses(ADAPTER)
-        rows = [picture.row for picture in self.judged]
+        rows = self._rows
         report = denoising_report(
             title, adapter=adapter, base=base, captions=[row.caption for row in rows], sources=[row.source for row in rows],
             spec=self.config.evaluate,
@@ -86,7 +88,11 @@ class ImageJudge:
             sums, counts = denoising_errors(
                 self.model, self.judged, self.captions, self.config.diffusion, progress=partial(bar.advance, task)
             )
-        return RowLosses(system, sums, counts.astype(np.int64))
+        return RowLosses(system, sums, counts.astype(np.int64), judged_groups(self._rows, self.config.images))
+
+    @property
+    def _rows(self) -> list[ImageRow]:
+        return [picture.row for picture in self.judged]
 
     @property
     def asked(self) -> list[tuple[str, int]]:
@@ -130,15 +136,18 @@ class ImageJudge:
         return found
 
     def memorisation(self, drawn: Sequence[Drawn]) -> Memorisation:
-        """Each sample's nearest training picture, against how near the judged pictures come."""
-        training = features_of([picture.latents[0] for picture in self.train])
-        judged, _ = nearest_distances(features_of([picture.latents[0] for picture in self.judged]), training)
+        """Each sample's nearest training picture, as any of its cut-outs, against how near the judged pictures come."""
+        learnt = [(picture, latents) for picture in (*self.train, *self.prior) for latents in picture.latents]
+        own, given = [latents for _, latents in learnt], [picture.latents[0] for picture in self.judged]
+        side = places_of([*own, *given, *(latents for one in drawn for latents in one.latents)])
+        training = features_of(own, side)
+        judged, _ = nearest_distances(features_of(given, side), training)
         floor = float(judged.min())
         found = []
         for one in drawn:
-            distances, places = nearest_distances(features_of(list(one.latents)), training)
+            distances, places = nearest_distances(features_of(list(one.latents), side), training)
             for (prompt, seed), distance, place in zip(self.asked, distances, places, strict=True):
-                source = self.train[int(place)].row.source
+                source = learnt[int(place)][0].row.source
                 found.append(Near(prompt, seed, one.column, source, float(distance), bool(distance < floor)))
         return Memorisation(tuple(found), floor, float(np.median(judged)), len(self.judged), SPACE)
 
@@ -182,10 +191,13 @@ def scaled(adapter: Adapter, weight: float) -> Adapter:
     return dataclasses.replace(adapter, pairs=pairs)
 
 
-def features_of(latents: Sequence[Tensor]) -> np.ndarray[tuple[int, int], np.dtype[np.float64]]:
-    """Latents (channels, h, w) of any size averaged to as many places: (n, features)."""
-    side = min(POOLED, *(min(one.shape[1:]) for one in latents)) if latents else POOLED
-    side = min(side, POOLED)
+def places_of(latents: Sequence[Tensor]) -> int:
+    """How many places to a side all of these latents (channels, h, w) can be averaged to: at most POOLED."""
+    return min(POOLED, *(min(one.shape[1:]) for one in latents))
+
+
+def features_of(latents: Sequence[Tensor], side: int) -> np.ndarray[tuple[int, int], np.dtype[np.float64]]:
+    """Latents (channels, h, w) of any size averaged to `side` × `side` places: (n, features)."""
     pooled = [torch.nn.functional.adaptive_avg_pool2d(one.float().cpu()[None], side).flatten() for one in latents]
     return torch.stack(pooled).double().numpy()
 
