@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 from pathlib import Path
@@ -10,7 +11,7 @@ import pytest
 from rich.console import Console
 
 from lorakeet.errors import ConfigError, EnvironmentProblem
-from lorakeet.workflows.image_assemble import assemble_images, ready_to_train
+from lorakeet.workflows.image_assemble import assemble_images, check_settings, ready_to_train
 from tiny.image_runs import image_config
 from tiny.images import diffusers
 
@@ -30,13 +31,37 @@ def test_settings_of_text_models_are_refused_together(tiny_sd_folder: Path, tmp_
         assemble_images(config, Console(quiet=True))
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "remedy"),
+    [
+        ("data.text_column", "caption_de", "metadata.jsonl"), ("data.label_column", "kind", "Leave it out"),
+        ("data.group_column", "author", r"data\.held_out"), ("data.near_duplicates", "0", r"images\.near_duplicates"),
+        ("data.supervise", "all", r"caption_dropout"), ("train.keep_prefix_states", "true", r"images\.cache"),
+        ("train.shard", "true", r"memory\.budget"), ("model.products", "float32", r"model\.dtype"),
+        ("model.attention", "eager", "Leave it out"),
+    ],
+)  # fmt: skip
+def test_a_setting_of_text_models_is_refused_by_name(
+    tiny_sd_folder: Path, tmp_path: Path, name: str, value: str, remedy: str
+) -> None:
+    config = image_config(tiny_sd_folder, tmp_path, **{name.replace(".", "__"): value})
+    with pytest.raises(ConfigError, match=f"{name} is .*{remedy}"):
+        check_settings(config)
+
+
+def test_it_is_said_before_training_when_nothing_can_be_shown(tiny_sd_folder: Path, tmp_path: Path) -> None:
+    console = Console(record=True, width=300, file=io.StringIO())
+    assemble_images(image_config(tiny_sd_folder, tmp_path, data__held_out_fraction="0.2"), console)
+    assert "Only 4 pictures are held out" in (said := console.export_text()) and "Hold out 6 or more" in said
+    assemble_images(image_config(tiny_sd_folder, tmp_path), console)
+    assert "are held out" not in console.export_text()
+
+
 def test_a_scorer_is_asked_for_before_the_training(tiny_sd_folder: Path, tmp_path: Path) -> None:
     with pytest.raises(EnvironmentProblem, match=r"diffusion\.scorer '.*none' cannot be loaded"):
         assemble_images(image_config(tiny_sd_folder, tmp_path, diffusion__scorer=tmp_path / "none"), Console(quiet=True))
     with pytest.raises(ConfigError, match=r"not counted in memory\.budget"):
-        assemble_images(
-            image_config(tiny_sd_folder, tmp_path, diffusion__scorer="x", memory__budget="8GiB"), Console(quiet=True)
-        )
+        assemble_images(image_config(tiny_sd_folder, tmp_path, diffusion__scorer="x", memory__budget="8GiB"), Console(quiet=True))
 
 
 def test_a_scheduler_without_betas_is_refused_before_pictures_are_encoded(tiny_sdxl_folder: Path, tmp_path: Path) -> None:

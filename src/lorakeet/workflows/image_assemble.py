@@ -130,7 +130,25 @@ def check_settings(config: RunConfig) -> None:
         problems.add(f"ranks.choose is {config.ranks.choose}, which is for text models; use given.")
     if config.diffusion.scorer and config.memory.bytes is not None:
         problems.add("diffusion.scorer is not counted in memory.budget; leave one of them out.")
+    for name, instead in _OF_TEXT.items():
+        part, key = name.split(".")
+        given = getattr(getattr(config, part), key)
+        if given != getattr(getattr(RunConfig(), part), key):
+            problems.add(f"{name} is {given}, which is for text models. {instead}")
     problems.raise_if_any()
+
+
+_OF_TEXT = {
+    "data.text_column": "A caption stands in NAME.txt, or as text, caption or prompt in metadata.jsonl or the table.",
+    "data.label_column": "Leave it out.",
+    "data.group_column": "Give the held-out pictures as a folder of their own (data.held_out).",
+    "data.near_duplicates": "Set images.near_duplicates.",
+    "data.supervise": "Leave it out; images.caption_dropout says how many captions are left out.",
+    "train.keep_prefix_states": "Leave it out; latents and captions are kept anyway (images.cache).",
+    "train.shard": "Leave it out; to save memory, set memory.budget or model.quantize.",
+    "model.products": "Leave it out; set model.dtype.",
+    "model.attention": "Leave it out; diffusers chooses torch's own.",
+}
 
 
 def _parts(encoded: list[EncodedImage], parts: Sequence[Sequence[ImageRow]]) -> list[list[EncodedImage]]:
