@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,9 @@ from rich.table import Table
 from demos.fashion.photos import KINDS, UNSEEN, Photos, caption, drawn_photos, inverted, load_photos, save_album, save_sheet
 from demos.fashion.pretrain import Budget, pretrained
 from lorakeet.config import RunConfig, read_run
+from lorakeet.data.image_split import judged_groups
 from lorakeet.data.images import read_album
+from lorakeet.errors import LorakeetError
 from lorakeet.evaluate.compare import compare_losses
 from lorakeet.evaluate.likelihood import RowLosses
 from lorakeet.evaluate.spec import EvaluateSpec
@@ -38,6 +41,7 @@ from lorakeet.models.inject import activate
 from lorakeet.train.image_task import denoising_errors
 from lorakeet.workflows.finetune import finetune
 from lorakeet.workflows.generate import generate
+from lorakeet.workflows.place import require_empty
 
 LOOK = "negative"
 KIND = UNSEEN[0]
@@ -52,7 +56,15 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=300, help="optimizer steps of each adapter")
     parser.add_argument("--quick", action="store_true", help="drawn pictures and few steps: does it run?")
     options = parser.parse_args()
-    console = Console()
+    try:
+        show(options, Console())
+    except LorakeetError as error:
+        sys.exit(f"Error: {error}")
+
+
+def show(options: argparse.Namespace, console: Console) -> None:
+    """All of it. ConfigError at once where an earlier run is in the way."""
+    require_empty(options.out)
     quick = options.quick
     photos, labels, source = (*drawn_photos(each=40), "drawn") if quick else load_photos(options.cache)
     budget = Budget(2, 2, 4) if quick else Budget()
@@ -121,11 +133,11 @@ def cross_table(
     found: dict[str, dict[str, Any]] = {}
     for place in ("kind-held-out", "look-held-out", "both-held-out"):
         rows = encode_images(model, read_album(albums[place], config.images).rows, config.images, say=console.print)
-        losses = {}
+        losses, groups = {}, judged_groups([picture.row for picture in rows], config.images)
         for name in (None, *adapters):
             activate(model.parts, name)
             sums, counts = denoising_errors(model, rows, captions, config.diffusion)
-            losses[name or "base"] = RowLosses(name or "base", sums, counts.astype(np.int64))
+            losses[name or "base"] = RowLosses(name or "base", sums, counts.astype(np.int64), groups)
         cells = [f"{losses['base'].losses.sum() / losses['base'].tokens.sum():.4f}"]
         found[place] = {"base": float(cells[0])}
         for name in adapters:

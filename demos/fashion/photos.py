@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import gzip
 import hashlib
+import http.client
 import shutil
 import subprocess
 import tempfile
-import urllib.error
 import urllib.request
 import zlib
 from pathlib import Path
@@ -73,7 +73,10 @@ def _from_debian(folder: Path) -> str:
         except (subprocess.TimeoutExpired, ValueError) as error:
             return f"apt-get download {PACKAGE}: {error}"
         for name in FILES:
-            shutil.copy(next(Path(place).rglob(name)), folder / name)
+            found = next(Path(place).rglob(name), None)
+            if found is None:
+                return f"{PACKAGE} holds no {name}"
+            shutil.copy(found, folder / name)
     return ""
 
 
@@ -82,7 +85,7 @@ def _from_address(folder: Path) -> str:
         for name in FILES:
             with urllib.request.urlopen(f"{ADDRESS}/{name}", timeout=60) as answer:
                 (folder / name).write_bytes(answer.read())
-    except (urllib.error.URLError, OSError) as error:
+    except (http.client.HTTPException, OSError) as error:  # URLError is an OSError
         return f"{ADDRESS}: {error}"
     return "" if _held(folder) else f"{ADDRESS}: other files than expected"
 

@@ -49,3 +49,6 @@ def test_the_demo_runs_from_start_to_end(tmp_path: Path) -> None:
     assert (tmp_path / "out" / "pictures.png").is_file()
     assert len(list((tmp_path / "out" / "pictures").glob("*.png"))) == 16
     assert "quickstart-images: install" in (ROOT / "Makefile").read_text(encoding="utf-8")
+    again = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert again.returncode != 0 and "Traceback" not in again.stderr
+    assert again.stderr.strip().splitlines()[-1].endswith("nothing in it was touched. Choose another --out.")
