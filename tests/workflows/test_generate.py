@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import shutil
 from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import torch
 from rich.console import Console
 
 from lorakeet.cli.main import main
+from lorakeet.config import dump_yaml
 from lorakeet.core.spec import LoraSpec
 from lorakeet.data.images import open_pixels
 from lorakeet.errors import ConfigError
@@ -22,9 +24,9 @@ from lorakeet.formats.sd_names import with_components, without_component
 from lorakeet.models.image import image_plan, load_image_model
 from lorakeet.models.inject import adapter_of, inject, trained_parameters
 from lorakeet.models.spec import ModelSpec
-from lorakeet.workflows.generate import generate, parse_mix
+from lorakeet.workflows.generate import _base_of, generate, parse_mix
 from lorakeet.workflows.verbs import GenerateOptions
-from tiny.image_runs import image_run
+from tiny.image_runs import image_config, image_run
 from tiny.pipelines import save_tiny_sd
 
 
@@ -167,3 +169,30 @@ def test_mixes_are_read() -> None:
     for text in ("a=x", "=1", "a+a", "a=nan"):
         with pytest.raises(ConfigError, match="cannot be read"):
             parse_mix(text)
+
+
+@pytest.mark.parametrize(("name", "value"), [("revision", "v1.1"), ("quantize", "nf4"), ("config", "configurations")])
+def test_the_base_of_a_run_is_the_one_that_it_was_trained_on(tmp_path: Path, name: str, value: str) -> None:
+    run, config = tmp_path / "run", image_config(tmp_path / "base", tmp_path, **{f"model__{name}": value})
+    run.mkdir()
+    (run / "config.yaml").write_text(dump_yaml(config))
+    found = _base_of({"adapter": run}, {}, None)
+    assert found.path == str(tmp_path / "base") and getattr(found, name) == getattr(config.model, name)
+    assert getattr(found, name) != getattr(ModelSpec(), name)
+    assert _base_of({"adapter": run}, {}, "other").config == "other"
+
+
+def test_pictures_are_drawn_with_the_base_of_the_run(
+    adapters: dict[str, Path], tiny_sd_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, asked = tmp_path / "run", []
+    shutil.copytree(adapters["linear"], run / "adapter")
+    (run / "config.yaml").write_text(dump_yaml(image_config(tiny_sd_folder, tmp_path, model__quantize="int8")))
+
+    def load(spec: ModelSpec, **options: Any) -> Any:
+        asked.append(spec)
+        return load_image_model(spec, **options)
+
+    monkeypatch.setattr("lorakeet.workflows.generate.load_image_model", load)
+    drawn(tmp_path / "out", adapter=(str(run),))
+    assert [(spec.quantize.method, spec.dtype) for spec in asked] == [("int8", "float32")]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from lorakeet.formats import peft
 from lorakeet.workflows.finetune import finetune
 from lorakeet.workflows.image_finetune import ImageResult
 from tiny.image_runs import image_config, image_run
+from tiny.pictures import album
 from tiny.pipelines import save_tiny_scorer
 
 
@@ -41,6 +43,26 @@ def test_the_report_tells_base_from_adapter(result: ImageResult) -> None:
     assert [command.command.split()[1] for command in report.next_commands] == ["generate", "convert"]
     mapping = result.to_mapping()
     assert mapping["pictures"] == {"train": 12, "held_out": 8, "test": 0} and mapping["outcome"]["steps"] == 8
+
+
+def test_the_commands_that_are_printed_work(result: ImageResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert result.report is not None
+    monkeypatch.chdir(tmp_path)
+    for command in result.report.next_commands:
+        program, *words = shlex.split(command.command)
+        assert program == "lorakeet" and main(words) == 0, command.command
+    assert (tmp_path / "run-pictures" / "000.png").is_file() and (tmp_path / "run.safetensors").is_file()
+
+
+def test_photos_of_several_shapes_are_compared_with_samples(tiny_sd_folder: Path, tmp_path: Path) -> None:
+    config = image_config(tiny_sd_folder, tmp_path, train__steps="2", images__smallest="8")
+    shutil.rmtree(tmp_path / "photos")
+    album(tmp_path / "photos", 12, size=(64, 32))
+    for file in album(tmp_path / "square", 12, first=20).iterdir():
+        shutil.copy(file, tmp_path / "photos")
+    found = finetune(config, console=Console(quiet=True))
+    assert isinstance(found, ImageResult) and found.report is not None and found.report.memorisation is not None
+    assert len({tuple(picture.latents.shape) for picture in found.setup.train}) > 1
 
 
 def test_a_finished_run_is_judged_again_with_a_scorer(tiny_sd_folder: Path, tmp_path: Path) -> None:

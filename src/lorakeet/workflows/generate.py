@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -92,9 +92,9 @@ def generate(  # noqa: PLR0913 - one parameter for each option of the verb
     mixes = _mixes(prompt, list(paths), weights or {}, each)
     say = partial(console.print, markup=False, soft_wrap=True)
     adapters = {name: read_adapter(path, say=say) for name, path in paths.items()}
-    path, config = (model, config) if model else _base_of(paths, adapters, config)
-    spec = ModelSpec(path=path, config=config, dtype=dtype, device=device)
-    predicted = _predicted(paths, path) if prediction == "auto" else prediction
+    base = ModelSpec(path=model, config=config) if model else _base_of(paths, adapters, config)
+    spec = replace(base, dtype=dtype, device=device)
+    predicted = _predicted(paths, base.path) if prediction == "auto" else prediction
     held = load_image_model(spec, prediction=predicted, say=say)
     for name, value in adapters.items():
         put_image_adapter(held, value, name)
@@ -176,13 +176,14 @@ def _mixes(prompts: Sequence[str], names: list[str], weights: Mapping[str, float
     return mixes if len(mixes) == len(prompts) else mixes * len(prompts)
 
 
-def _base_of(paths: Mapping[str, Path], adapters: Mapping[str, Adapter], config: str | None) -> tuple[str, str | None]:
-    """The model that the first adapter was trained on, and its configurations where it is a single file."""
+def _base_of(paths: Mapping[str, Path], adapters: Mapping[str, Adapter], config: str | None) -> ModelSpec:
+    """The model that the first adapter was trained on, with all that makes it that one: revision, packing, configurations."""
     for name, path in paths.items():
         if (run := _run_of(path)) is not None:
-            return run.model.path, config or run.model.config
+            spec = run.model
+            return ModelSpec(path=spec.path, config=config or spec.config, revision=spec.revision, quantize=spec.quantize)
         if adapters[name].base:
-            return adapters[name].base, config
+            return ModelSpec(path=adapters[name].base, config=config)
     raise ConfigError(
         "Nothing says which model to draw with; name it with --model (a folder saved by diffusers, a single file, or a hub id)."
     )

@@ -207,10 +207,10 @@ def _weights(spec: ModelSpec) -> str:
 
 
 def _next(setup: ImageAssembly, run: RunFolder) -> tuple[Command, ...]:
-    prompt, spec = setup.judged[1][0].row.caption, setup.config.model
-    model = f"{quote(spec.path)} --config {quote(spec.config)}" if spec.config else quote(spec.path)
+    prompt, folder = quote(setup.judged[1][0].row.caption), quote(str(run.path))
+    pictures = quote(f"{run.path.name}-pictures")
     to, where = ("diffusers", "for diffusers and ComfyUI") if setup.model.kind.flow else ("kohya", "for ComfyUI and A1111")
     return (
-        Command(f"lorakeet generate --model {model} --adapter {quote(str(run.path))} --prompt {quote(prompt)}", "draw with it"),
-        Command(f"lorakeet convert {quote(str(run.path))} {quote(f'{run.path.name}.safetensors')} --to {to}", where),
+        Command(f"lorakeet generate --adapter {folder} --prompt {prompt} --out {pictures}", "draw with it"),
+        Command(f"lorakeet convert {folder} {quote(f'{run.path.name}.safetensors')} --to {to}", where),
     )
