@@ -14,6 +14,7 @@ from lorakeet.config import read_run
 from lorakeet.errors import ConfigError, DataError, EnvironmentProblem
 from lorakeet.evaluate.report import read_report
 from lorakeet.workflows.tune import tune
+from tiny.image_runs import image_config
 from tiny.runs import quiet, reviews, settings, write_rows
 
 SLOW = {"train.learning_rate": 0.003, "train.steps": 8, "data.held_out_fraction": 0.25}
@@ -90,6 +91,11 @@ def test_searches_that_cannot_begin(
     with pytest.raises(ConfigError) as caught:
         tune(settings(tiny_llama_folder, rows, tmp_path / "run", SLOW), console=quiet(), **given)
     assert all(word in str(caught.value) for word in words) and not (tmp_path / "run-tune").exists()
+
+
+def test_pictures_are_not_searched_on(tiny_sd_folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="kind is image, but a search is for text models only"):
+        tune(image_config(tiny_sd_folder, tmp_path), quick=True, console=quiet())
 
 
 def test_a_missing_optuna_is_named_and_quick_needs_none(

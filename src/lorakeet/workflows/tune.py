@@ -71,6 +71,8 @@ def tune(  # noqa: PLR0913 - each is a flag of the verb
     """
     out = Path(f"{config.out}-tune") if results is None else results
     _check(minutes, tokens, quick, together, seeds, difference)
+    if config.kind == "image":
+        raise ConfigError("kind is image, but a search is for text models only. Compare whole runs of lorakeet finetune.")
     if config.ranks.choose == "prune":
         raise ConfigError("ranks.choose is prune, but the trials of a search keep their ranks. Take given or auto, or finetune.")
     require_empty(out)
