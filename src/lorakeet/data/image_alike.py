@@ -20,7 +20,7 @@ from lorakeet.data.images import THUMB_SIDE, ImageRow
 ALIGNED = 0.005  # of a picture's variance that the other, shifted and stretched, may leave unexplained
 HASHED = 0.01  # that it may leave as it lies, where the hashes match too
 TELLING, TOLD = 64, 0.04  # and where so many bits of a hash are set, which says more than one of a plain ground
-COARSE = 0.4  # that may be left at 8×8 places; what is above is not compared further
+COARSE, FINE = 0.4, 0.25  # that may be left at 8×8 places, and at 32×32 as they lie; what is above is not compared further
 SHIFT = 2.0  # places of 32: the largest shift or stretch that is a small cut
 GAIN = 1.7  # the largest ratio of contrasts
 BRIGHTNESS = 64.0  # grey levels between the means
@@ -48,7 +48,10 @@ class Copy:
 
 
 def copies(left: Sequence[ImageRow], right: Sequence[ImageRow], bits: int) -> Iterator[Copy]:
-    """The pairs of `left` and `right` that are one photo, the nearest way only; `bits` 0 finds equal pixels alone."""
+    """The pairs of `left` and `right` that are one photo, the nearest way only; `bits` 0 finds equal pixels alone.
+
+    Where both are one list, a pair may be named once instead of twice.
+    """
     by_key: dict[str, list[int]] = {}
     for place, row in enumerate(right):
         by_key.setdefault(row.pixels_key, []).append(place)
@@ -56,7 +59,8 @@ def copies(left: Sequence[ImageRow], right: Sequence[ImageRow], bits: int) -> It
     yield from (Copy(*pair, 0.0, False) for pair in sorted(exact))
     if not bits or not left or not right:
         return
-    ones, others = _Looks(left), _Looks(right)
+    ones = _Looks(left)
+    others = ones if left is right else _Looks(right)
     for start in range(0, len(left), _CHUNK):
         best: dict[tuple[int, int], Copy] = {}
         for mirrored in (False, True):
@@ -122,7 +126,8 @@ class _Looks:
 def _alike(ones: _Looks, others: _Looks, places: range, bits: int, mirrored: bool) -> Iterator[Copy]:
     """The copies of the pictures `places` of `ones` among all of `others`."""
     mine, mine_smooth = ones.coarse(places, mirrored=mirrored), ones.smooth(places, mirrored=mirrored)
-    for start in range(0, len(others.thumbs), _BLOCK):
+    first = places.start if ones is others else 0
+    for start in range(first, len(others.thumbs), _BLOCK):
         theirs = range(start, min(start + _BLOCK, len(others.thumbs)))
         near = mine @ others.coarse(theirs).T > (1 - COARSE) ** 0.5
         near &= np.abs(_outer(np.subtract, np.log(ones.contrasts[places]), np.log(others.contrasts[theirs]))) < np.log(GAIN)
@@ -134,6 +139,7 @@ def _alike(ones: _Looks, others: _Looks, places: range, bits: int, mirrored: boo
         if not near.any():
             continue
         theirs_smooth = others.smooth(theirs)
+        near &= mine_smooth.reshape(len(places), -1) @ theirs_smooth.reshape(len(theirs), -1).T > (1 - FINE) ** 0.5
         aligned, plain = _unexplained(theirs_smooth, mine_smooth, near.T)
         other_way, _ = _unexplained(mine_smooth, theirs_smooth, near)
         aligned = np.minimum(aligned.T, other_way)
