@@ -64,6 +64,11 @@ def test_what_one_has_the_others_have_not() -> None:
     assert one.A.dtype is torch.float64 and other.A.dtype is torch.float32
     assert (one.scale, one.kind, one.scale_rule) == (3.0, "linear", "alpha/rank")
     assert (other.scale, other.kind, other.scale_rule) == (2.0, "conv1d", "alpha/sqrt(rank)")
+    one.A = torch.ones(1, 1)
+    one.register_buffer("more", torch.ones(1))
+    assert one.A.numel() == 1 and set(one.state_dict()) == {"A", "B", "more"} and set(other.state_dict()) == {"A", "B"}
+    with pytest.raises(TypeError, match="a frozen pair shares its tables"):
+        one.register_buffer("passing", torch.ones(1), persistent=False)
     twin = copy.deepcopy(other)
     assert type(twin) is FrozenPair and twin.A is not other.A and torch.equal(twin.delta(), other.delta())
 

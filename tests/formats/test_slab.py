@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import pickle
+import weakref
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -184,6 +187,12 @@ def test_there_is_no_row_of_all_numbers_where_tensors_differ_or_are_empty(file: 
     assert open_slab(tmp_path / "m.safetensors").numbers() is None
 
 
+def test_what_a_header_says_can_be_handed_to_another_process(tmp_path: Path) -> None:
+    save_file({"a": torch.ones(2)}, tmp_path / "a.safetensors")
+    found = open_outline(tmp_path / "a.safetensors")
+    assert pickle.loads(pickle.dumps(found)).tensors == found.tensors
+
+
 def test_a_number_that_fp32_cannot_hold_is_looked_at(tmp_path: Path) -> None:
     save_file({"a": torch.tensor([1.0, 1e300], dtype=torch.float64)}, tmp_path / "x.safetensors")
     assert not open_slab(tmp_path / "x.safetensors").finite
@@ -222,12 +231,23 @@ def test_at_most_one_piece_of_memory_is_kept_and_none_of_another_length_or_a_lar
     held = [open_slab(small), open_slab(small)]
     del held
     assert [len(one) for one in slab._SPARE] == [4000]
+    kept, taken = weakref.ref(slab._SPARE[0]), slab._new
+
+    def take(length: int) -> Any:
+        assert kept() is None, "it went before more was taken"
+        return taken(length)
+
+    monkeypatch.setattr(slab, "_new", take)
     other = open_slab(large)
-    assert not slab._SPARE, "it went before more was taken"
+    assert not slab._SPARE
     del other
     assert [len(one) for one in slab._SPARE] == [8000]
     monkeypatch.setattr(slab, "LARGEST_SPARE", 7999)
     open_slab(large)
+    assert not slab._SPARE
+    open_slab(small)
+    assert len(slab._SPARE) == 1
+    slab.give_back_spare_memory()
     assert not slab._SPARE
 
 

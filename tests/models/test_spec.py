@@ -19,6 +19,15 @@ def test_fewer_than_no_tokens_are_refused() -> None:
     assert problem == "model.fused_tokens is -1; expected 0 or more, such as 64."
 
 
+def test_runs_from_before_there_were_kernels_go_on() -> None:
+    before = dataclasses.asdict(ModelSpec(path="a"))
+    del before["kernels"], before["fused_tokens"]
+    assert ModelSpec(path="b").identity() == {**before, "path": ""} == ModelSpec(path="b", fused_tokens=8).identity()
+    assert list(ModelSpec().identity()) == list(before), "in the same order, since texts of it are compared"
+    assert ModelSpec(kernels="triton").identity() != ModelSpec(kernels="triton", fused_tokens=8).identity()
+    assert ModelSpec(dtype="float32").identity() != ModelSpec().identity()
+
+
 def test_every_field_has_a_sentence_of_help() -> None:
     for field in dataclasses.fields(ModelSpec):
         assert field.metadata["help"].endswith("."), field.name

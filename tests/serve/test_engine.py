@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import threading
 import time
 from collections.abc import Callable
@@ -13,7 +14,7 @@ import torch
 
 from lorakeet.core.threads import compute_with
 from lorakeet.errors import ConfigError
-from lorakeet.formats import peft
+from lorakeet.formats import peft, slab
 from lorakeet.models.active import LiveModel
 from lorakeet.models.sample import end_ids, sample
 from lorakeet.serve.engine import Draining, QueueFull
@@ -193,13 +194,14 @@ def test_an_idle_engine_frees_the_copies_of_adapters(
     server = asking()
     expected = server.ask(PROMPTS[0], A).ids
     assert loaded.table_bytes > 0, "the next text with it need not wait"
+    slab._SPARE.append(mmap.mmap(-1, 4096))
     monkeypatch.setattr("lorakeet.serve.engine.KEEP_COPIES", 0.01)
     server.engine.call(int).result(timeout=30)
     until = time.monotonic() + 30
     while loaded.table_bytes and time.monotonic() < until:
         time.sleep(0.01)
     assert loaded.table_bytes == 0
-    assert server.ask(PROMPTS[0], A).ids == expected
+    assert server.ask(PROMPTS[0], A).ids == expected and not slab._SPARE
 
 
 def test_stop_texts_end_a_text_and_are_not_shown(asking: Callable[..., Any], loaded: LiveModel) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import shutil
 from collections.abc import Callable
@@ -33,6 +34,12 @@ def test_content_is_known_again(live: LiveModel, saved: Callable[..., Path], tmp
     os.utime(folder / peft.MODEL_NAME)
     touched = read(source, "a", live)[1]
     assert touched.digest == source.digest and touched.stamp != source.stamp, "touched, with the same content"
+    early = inspect(folder, live)
+    config = folder / "adapter_config.json"
+    kept = config.read_text()
+    config.write_text(json.dumps({**json.loads(kept), "lora_alpha": 2 * json.loads(kept)["lora_alpha"]}))
+    assert read(early, "a", live)[1].scales == (2 * early.scales[0],), "what is said is what was read"
+    config.write_text(kept)
     copy = shutil.copytree(folder, tmp_path / "copy")
     assert read(inspect(copy, live), "a", live)[1].digest == source.digest
     shutil.copy(saved("b", seed=2) / peft.MODEL_NAME, folder / peft.MODEL_NAME)

@@ -42,8 +42,18 @@ class _Nothing(OrderedDict[Any, Any]):
         raise TypeError(f"a frozen pair shares its tables with others, so {key!r} cannot be put into one")
 
 
+class _NoNames(frozenset[str]):
+    """The names in such a table: torch takes one out before it puts another in its place."""
+
+    def discard(self, name: str) -> None:
+        """There is none to take out."""
+
+    def add(self, name: str) -> NoReturn:
+        raise TypeError(f"a frozen pair shares its tables with others, so {name!r} cannot be put into one")
+
+
 _NOTHING = _Nothing()
 for _name, _value in vars(nn.Module()).items():
     if _name != "_buffers":
-        setattr(FrozenPair, _name, _NOTHING if isinstance(_value, dict) else frozenset() if isinstance(_value, set) else _value)
+        setattr(FrozenPair, _name, _NOTHING if isinstance(_value, dict) else _NoNames() if isinstance(_value, set) else _value)
 FrozenPair.training = False

@@ -61,7 +61,7 @@ class PaddedParts:
             if self.own is not None:
                 found = found.index_select(0, self.own)
             if isinstance(self.targets, slice):
-                y[self.targets].add_(found)
+                y[self.targets].add_(found.to(y.dtype))
             else:
                 y.index_add_(0, self.targets, found.to(y.dtype))
 
@@ -83,12 +83,16 @@ def padded(parts: Sequence[Part], device: torch.device) -> tuple[PaddedParts, ..
 
 
 def _together(parts: Sequence[Part], device: torch.device) -> PaddedParts:
+    first = parts[0]
+    if len(parts) == 1 and isinstance(first.tokens, range):  # of any length: nothing to look at one by one
+        whole = slice(first.tokens.start, first.tokens.stop)
+        return PaddedParts((1, len(first.tokens)), first.ranks, whole, whole, None, first.of_a, first.of_b)
     length = max(len(part.tokens) for part in parts)
     tokens = [token for part in parts for token in (*part.tokens, *[part.tokens[-1]] * (length - len(part.tokens)))]
     own = [number * length + place for number, part in enumerate(parts) for place in range(len(part.tokens))]
     return PaddedParts(
         shape=(len(parts), length),
-        ranks=parts[0].ranks,
+        ranks=first.ranks,
         tokens=_chosen(tokens, device),
         targets=_chosen([token for part in parts for token in part.tokens], device),
         own=None if len(own) == len(tokens) else torch.tensor(own, device=device),

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from types import MappingProxyType
 from typing import cast
 
 from torch import Tensor
@@ -61,8 +60,8 @@ def recipe_of(adapter: Adapter, header: Header, names: Mapping[str, Names]) -> R
     used = [place for at in found.values() for place in at if place is not None]
     if sorted(used) != list(range(len(places))):
         return None
-    outline = PairsOutline(MappingProxyType(pairs), MappingProxyType(found), header.outline)
-    return Recipe(outline, adapter.base, MappingProxyType(dict(adapter.metadata)))
+    outline = PairsOutline(pairs, found, header.outline)
+    return Recipe(outline, adapter.base, dict(adapter.metadata))
 
 
 RECIPES: Remembered[tuple[bytes, Header], Recipe] = Remembered(8)  # by the bytes of the configuration, and the header

@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from functools import cached_property
 from io import FileIO
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, BinaryIO
 
 import torch
@@ -208,7 +207,7 @@ def check_header(path: Path, raw: bytes, size: int) -> Header:
             tensors[name] = found
     problems.raise_if_any()
     _check_ranges(path, tensors, start, size)
-    return Header(MappingProxyType(tensors), MappingProxyType(metadata), start, size)
+    return Header(tensors, metadata, start, size)
 
 
 def read_index(path: Path) -> dict[str, str]:

@@ -35,7 +35,7 @@ _AT_ONCE = getattr(mmap, "MAP_POPULATE", 0)  # Linux hands out all pages in one 
 _LARGE_PAGES = getattr(mmap, "MADV_HUGEPAGE", None)
 _LARGE = 2 << 20  # bytes of such a page
 MOST_HEADERS = 8
-LONGEST_HEADER = 1 << 20  # bytes of one that is remembered: 210 pairs have 50,000
+LONGEST_HEADER = 128 << 10  # bytes of one that is remembered, which takes some ten times as many: 210 pairs have 50,000
 LARGEST_SPARE = 64 << 20  # bytes
 _SPARE: deque[mmap.mmap] = deque(maxlen=1)  # memory that no tensor uses
 _HEADERS: Remembered[tuple[bytes, int], Header] = Remembered(MOST_HEADERS)  # by their bytes and the length of the file
@@ -162,15 +162,25 @@ def _filled(path: Path, file: FileIO, data: NDArray[np.uint8]) -> bool:
 
 def _memory(length: int) -> NDArray[np.uint8]:
     """Memory to read a file into. When the last tensor in it has gone, it is kept for the next file of that length."""
-    try:
-        spare = _SPARE.pop()
-    except IndexError:
-        spare = None
-    data = spare if spare is not None and len(spare) == length else _new(length)
+    data = _spare(length) or _new(length)
     held = np.frombuffer(data, np.uint8)
     if length <= LARGEST_SPARE:
         weakref.finalize(held, _SPARE.append, data).atexit = False
     return held
+
+
+def _spare(length: int) -> mmap.mmap | None:
+    """What is kept, if it has that length; else it goes, before more is taken."""
+    try:
+        data = _SPARE.pop()
+    except IndexError:
+        return None
+    return data if len(data) == length else None
+
+
+def give_back_spare_memory() -> None:
+    """Lets go of the memory that is kept for the next file."""
+    _SPARE.clear()
 
 
 def _new(length: int) -> mmap.mmap:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from lorakeet.quant.spec import QuantSpec
 
@@ -52,6 +53,17 @@ class ModelSpec:
             "help": "With triton, products of at most so many tokens bring the weight back on the way, others once before them."
         },
     )
+
+    def identity(self) -> dict[str, Any]:
+        """What must be equal for a run to be resumed, but for the path, since a model is known by its content.
+
+        Runs from before there were kernels to choose go on: without them nothing is said of them.
+        """
+        found = dataclasses.asdict(self)
+        del found["path"]
+        if self.kernels == "torch":
+            del found["kernels"], found["fused_tokens"]
+        return {"path": "", **found}
 
     def validate(self) -> list[str]:
         """Every problem of these settings in words."""

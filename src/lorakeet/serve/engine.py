@@ -22,6 +22,7 @@ from torch import Tensor
 from lorakeet.core.selection import Selection
 from lorakeet.core.threads import compute_with
 from lorakeet.errors import ConfigError, LorakeetError
+from lorakeet.formats.slab import give_back_spare_memory
 from lorakeet.memory.allocator import give_back_free_memory
 from lorakeet.models.kv_cache import KeyValues, Row, step
 from lorakeet.models.sample import end_ids
@@ -243,6 +244,7 @@ class Engine:
                 woken = self._wake.wait(patience)
             if not woken:
                 self.selection.release()
+                give_back_spare_memory()
                 give_back_free_memory()
                 patience = None
 

@@ -96,7 +96,10 @@ def read(source: Source, name: str, live: LiveModel) -> tuple[Adapter, Source]:
             f"The files of '{name}' at {source.path} have changed since they were checked. Load them again under that name "
             "(load_inplace) to serve what they hold now."
         )
-    return adapter, replace(source, digest=digest, stamp=stamp, bytes=4 * adapter.parameters)
+    seen = _seen(adapter)  # the files may be others than those that were looked at
+    return adapter, replace(
+        source, digest=digest, stamp=stamp, bytes=4 * adapter.parameters, ranks=seen.ranks, scales=seen.scales
+    )
 
 
 def _kept(opened: list[Slab], private: bool, known: bool, path: Path) -> Slab:

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from lorakeet.errors import ConfigError, EnvironmentProblem, nearest
+from lorakeet.formats.slab import give_back_spare_memory
 from lorakeet.models.active import LiveModel
 from lorakeet.serve.engine import Engine
 from lorakeet.serve.naming import UnknownModel, check_name, wanted
@@ -171,6 +172,7 @@ class Registry:
             if version is None:
                 raise UnknownModel(f"No adapter '{name}' is loaded.{nearest(name, self.names)}")
             self._retire(version)
+        give_back_spare_memory()
         self._changed()
 
     def pin(self, name: str, pinned: bool) -> None:

@@ -213,7 +213,7 @@ def _identity(setup: Assembly) -> dict[str, str]:
     config = setup.config
     examples = (*setup.train.examples, *setup.held_out.examples)
     parts: dict[str, Any] = {
-        "model settings": dataclasses.asdict(dataclasses.replace(config.model, path="")),  # its files are known by their content
+        "model settings": config.model.identity(),
         "lora settings": dataclasses.asdict(config.lora),
         "tokens of the rows": [[example.key, example.ids.tolist()] for example in examples],
     }

@@ -91,7 +91,7 @@ def _identity(setup: ImageAssembly, digests: dict[str, str]) -> dict[str, str]:
     config = setup.config
     images = {**dataclasses.asdict(config.images), "cache": ""}
     parts = {
-        "model settings": dataclasses.asdict(replace(config.model, path="", config=None)),  # known by its numbers
+        "model settings": replace(config.model, config=None).identity(),  # known by its numbers
         "lora settings": dataclasses.asdict(config.lora),
         "images settings": images,
         "diffusion settings": dataclasses.asdict(replace(config.diffusion, scorer="")),  # it looks on

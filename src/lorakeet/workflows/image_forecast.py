@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from lorakeet.config import RunConfig
+from lorakeet.core.device import standing_for
 from lorakeet.core.plan import Plan
 from lorakeet.core.spec import LoraSpec
 from lorakeet.errors import ConfigError, EnvironmentProblem
@@ -202,14 +203,14 @@ def forecast_images(config: RunConfig, shapes: Shapes, machine: Machine) -> Imag
     build = partial(outline_image, shapes, name=config.model.path, dtype=machine.dtype, quantize=quantize)
 
     def on_card() -> ImageRehearsal:
-        return rehearse_images(partial(build, card=True), config.lora, config.train, config.diffusion, pictures)
+        with standing_for(machine.card or torch.device("cuda")):
+            return rehearse_images(partial(build, card=True), config.lora, config.train, config.diffusion, pictures)
 
     if machine.card is not None:
         found = on_card()
         held = {name: found.peaks[name] for name in (ENCODE, STEP, EVALUATE, CHECKPOINT, JUDGE)}
-        held[CERTIFY] = with_more(held[JUDGE], adapter=8 * found.plan.parameters)  # the adapter from disk, and that of before
-        if not machine.returning:  # on a second base
-            held[CERTIFY] = with_more(held[CERTIFY], base=held[JUDGE].kinds["base"])
+        # The adapter from disk, and that of before; one base is staged away before another comes.
+        held[CERTIFY] = with_more(held[JUDGE], adapter=8 * found.plan.parameters)
         phases = phases_on_card(held, machine.runtime)
         return ImagePlanned(Forecast(phases), found.plan, pictures, found.work, partial(_most, found), machine.card)
     found = rehearse_images(build, config.lora, config.train, config.diffusion, pictures)

@@ -56,7 +56,7 @@ class Opened:
         """The base as the adapter was trained on it, whatever --base says now; of a bare adapter what its file names."""
         if self.run is None:
             return ModelSpec(path=self.adapter.base or self.config.model.path)
-        return dataclasses.replace(read_run(self.run.config).model, device=self.config.model.device)
+        return where_possible(dataclasses.replace(read_run(self.run.config).model, device=self.config.model.device))
 
     @property
     def trained_on(self) -> str:

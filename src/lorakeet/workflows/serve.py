@@ -167,12 +167,14 @@ def what_there_is_kept() -> Iterator[None]:
 
     Adapters that come and go make it look, and each look at all of it stopped the texts of a server for 0.3 s (docs/log.md).
     """
+    others = gc.get_freeze_count()  # which whoever calls has frozen, and stay so
     gc.collect()
     gc.freeze()
     try:
         yield
     finally:
-        gc.unfreeze()
+        if not others:
+            gc.unfreeze()
 
 
 def _cores() -> Callable[[], int]:
