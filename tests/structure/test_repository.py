@@ -8,6 +8,8 @@ import re
 import runpy
 from pathlib import Path
 
+from packaging.requirements import Requirement
+
 from lorakeet import __version__
 from lorakeet.workflows.doctor import QUICKSTART_PACKAGES
 from structure.tree import ROOT, committed_files, named, parsed, source_files
@@ -32,6 +34,15 @@ def test_the_map_of_the_architecture_equals_the_tree() -> None:
     assert not missing, "add to ARCHITECTURE.md, in your own words:\n" + "\n".join(missing)
     assert not gone, "take out of ARCHITECTURE.md:\n" + "\n".join(gone)
     assert len(set(listed)) == len(listed)
+
+
+def test_triton_is_asked_for_only_where_it_has_wheels() -> None:
+    (line,) = re.findall(r'^  "(triton[^"]*)",', text_of("pyproject.toml"), re.MULTILINE)
+    marker = Requirement(line).marker
+    assert marker is not None
+    places = {("linux", "x86_64"), ("linux", "aarch64"), ("linux", "ppc64le"), ("win32", "AMD64"), ("darwin", "arm64")}
+    found = {place for place in places if marker.evaluate({"sys_platform": place[0], "platform_machine": place[1]})}
+    assert found == {("linux", "x86_64"), ("linux", "aarch64")}
 
 
 def test_the_reference_page_is_up_to_date() -> None:
