@@ -17,14 +17,13 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from lorakeet.core import triton_tiles
+from lorakeet.core import triton_loss, triton_tiles
 from lorakeet.core.in_tiles import InTiles
 from lorakeet.core.kernels import RANK
+from lorakeet.core.triton_loss import loss_in_place
 from lorakeet.core.triton_tiles import Pair, dense, product, unpack
 from lorakeet.quant.gptq import GptqBase
 from lorakeet.quant.nf4 import Nf4Base
-from lorakeet.train import triton_loss
-from lorakeet.train.triton_loss import loss_in_place
 
 TARGETS = {"8.0": GPUTarget("cuda", 80, 32), "9.0": GPUTarget("cuda", 90, 32)}
 KERNELS = {"_unpack": triton_tiles, "_product": triton_tiles, "_row": triton_loss}

@@ -60,7 +60,7 @@ class _FrozenHeadLoss(torch.autograd.Function):
     W gets no gradient, so ∂L/∂h needs nothing from the backward pass but the factor ∂/∂L, a single number. It is computed
     per chunk while z is at hand: no logits are kept and none are computed twice. Softmax runs in fp32. W is used in tiles of
     rows, whether it is in memory or in a store, so that both give the same bits. Where Triton kernels are asked for, one of them
-    makes loss and ∂L/∂z of z (train/triton_loss).
+    makes loss and ∂L/∂z of z (core/triton_loss).
     """
 
     @staticmethod
@@ -92,7 +92,7 @@ class _FrozenHeadLoss(torch.autograd.Function):
 def _loss_in_place(logits: Tensor, targets: Tensor, wants_grad: bool, kernels: Kernels | None) -> Tensor:
     """Logits z (n, vocabulary) and targets (n,) to the losses (n,). z is used up: ∂L/∂z if wanted, else anything."""
     if logits.dtype == torch.float32 and runs_on(kernels, logits, targets):
-        from lorakeet.train.triton_loss import loss_in_place
+        from lorakeet.core.triton_loss import loss_in_place
 
         return loss_in_place(logits, targets, wants_grad=wants_grad)
     index = targets.unsqueeze(1)

@@ -35,7 +35,7 @@ def logits_of(rows: int, vocabulary: int, spread: float = 3.0) -> tuple[Tensor, 
 @pytest.mark.parametrize("spread", [0.1, 3.0, 1e4])
 @pytest.mark.parametrize("vocabulary", [1, 31, 4096, 9001])  # also more than one part, and a last part that is not full
 def test_losses_and_gradients(vocabulary: int, spread: float) -> None:
-    from lorakeet.train.triton_loss import loss_in_place
+    from lorakeet.core.triton_loss import loss_in_place
 
     logits, targets = logits_of(3, vocabulary, spread)
     expected, gradient = exact(logits, targets)
@@ -48,7 +48,7 @@ def test_losses_and_gradients(vocabulary: int, spread: float) -> None:
 
 
 def test_words_that_are_ruled_out_and_what_is_no_number() -> None:
-    from lorakeet.train.triton_loss import loss_in_place
+    from lorakeet.core.triton_loss import loss_in_place
 
     logits, targets = logits_of(4, 40)
     targets[:] = 3
@@ -64,7 +64,7 @@ def test_words_that_are_ruled_out_and_what_is_no_number() -> None:
 
 
 def test_rows_may_lie_apart_and_others_are_left_alone() -> None:
-    from lorakeet.train.triton_loss import loss_in_place
+    from lorakeet.core.triton_loss import loss_in_place
 
     whole, targets = logits_of(4, 48)
     before, part = whole.clone(), whole[1:3, :31]
@@ -75,6 +75,32 @@ def test_rows_may_lie_apart_and_others_are_left_alone() -> None:
     assert torch.equal(whole[:, 31:], before[:, 31:]) and torch.equal(whole[[0, 3]], before[[0, 3]])
 
 
+def test_a_target_that_is_no_word_reads_nothing_and_gives_nan() -> None:
+    from lorakeet.core.triton_loss import loss_in_place
+
+    logits, targets = logits_of(4, 40)
+    expected, gradient = exact(logits, targets)
+    targets[1], targets[2] = 40, -1  # in rows whose neighbours have words at those places
+    losses = loss_in_place(logits, targets, wants_grad=True)
+    assert losses.isnan().tolist() == [False, True, True, False] and bool(logits[1:3].isnan().all())
+    torch.testing.assert_close(losses[[0, 3]].double(), expected[[0, 3]])
+    torch.testing.assert_close(logits[[0, 3]].double(), gradient[[0, 3]], rtol=1e-5, atol=1e-6)
+
+
+def test_targets_may_lie_apart_and_the_logits_of_a_row_may_not() -> None:
+    from lorakeet.core.triton_loss import loss_in_place
+
+    logits, targets = logits_of(4, 40)
+    expected, _ = exact(logits, targets)
+    apart = torch.stack([targets, (targets + 1) % 40], dim=1)[:, 0]
+    assert apart.stride() == (2,)
+    torch.testing.assert_close(loss_in_place(logits, apart, wants_grad=False).double(), expected)
+    with pytest.raises(ValueError, match="lie 4 numbers apart"):
+        loss_in_place(logits.t().contiguous().t(), targets, wants_grad=False)
+    with pytest.raises(ValueError, match=r"targets \(3,\)"):
+        loss_in_place(logits, targets[:3], wants_grad=False)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_chunked_loss_is_the_same_through_it(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     chance = torch.Generator().manual_seed(0)
@@ -82,9 +108,9 @@ def test_the_chunked_loss_is_the_same_through_it(dtype: torch.dtype, monkeypatch
     weight = torch.randn(70, 8, generator=chance).to(dtype).to(DEVICE)
     targets = torch.randint(70, (23,), generator=chance).to(DEVICE)
     calls: list[int] = []
-    from lorakeet.train.triton_loss import loss_in_place as launch
+    from lorakeet.core.triton_loss import loss_in_place as launch
 
-    monkeypatch.setattr("lorakeet.train.triton_loss.loss_in_place", lambda *a, **more: calls.append(1) or launch(*a, **more))
+    monkeypatch.setattr("lorakeet.core.triton_loss.loss_in_place", lambda *a, **more: calls.append(1) or launch(*a, **more))
     found = []
     for kernels in (None, Kernels()):
         loss = frozen_head_loss(hidden, weight, targets, chunk=5, kernels=kernels)

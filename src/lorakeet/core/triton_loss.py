@@ -19,7 +19,15 @@ COLUMNS = 4096  # of a row at once
 
 def loss_in_place(logits: Tensor, targets: Tensor, *, wants_grad: bool) -> Tensor:
     """Logits z (n, vocabulary), fp32, rows contiguous, and targets (n,) to the losses (n,), fp32; z becomes ∂L/∂z if wanted, else
-    it stays. Finite logits and −inf are good; +inf and NaN make their row's loss NaN, as torch does."""
+    it stays. Finite logits and −inf are good; +inf and NaN make their row's loss NaN, as torch does, and so does a target that is
+    no word: the row and its gradient become NaN. ValueError for other shapes, and where the numbers of a row lie apart."""
+    if logits.dim() != 2 or targets.shape != logits.shape[:1]:
+        raise ValueError(
+            f"logits are {tuple(logits.shape)} and targets {tuple(targets.shape)}; expected (n, vocabulary) and (n,)"
+        )
+    if logits.shape[1] > 1 and logits.stride(1) != 1:
+        raise ValueError(f"the logits of a row lie {logits.stride(1)} numbers apart; expected contiguous rows")
+    targets = targets.contiguous()
     losses = logits.new_empty(len(logits))
     columns = min(COLUMNS, triton.next_power_of_2(logits.shape[1]))
     if len(logits):
@@ -33,7 +41,8 @@ def _row(logits, stride, targets, losses, vocabulary, WANTS_GRAD: tl.constexpr, 
     row = tl.program_id(0).to(tl.int64)
     first = logits + row * stride
     target = tl.load(targets + row)
-    chosen = tl.load(first + target)
+    known = (target >= 0) & (target < vocabulary)
+    chosen = tl.load(first + target, mask=known, other=float("nan"))
     lowest = -3.0e38  # under which no lane falls, so that no infinity is taken from another
     top = tl.full((COLUMNS,), lowest, tl.float32)
     norm = tl.zeros((COLUMNS,), tl.float32)
@@ -52,4 +61,4 @@ def _row(logits, stride, targets, losses, vocabulary, WANTS_GRAD: tl.constexpr, 
             inside = column < vocabulary
             z = tl.load(first + column, mask=inside, other=float("-inf"))
             grad = tl.exp(z - largest) / total - tl.where(column == target, 1.0, 0.0)
-            tl.store(first + column, grad, mask=inside)
+            tl.store(first + column, tl.where(known, grad, float("nan")), mask=inside)
