@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+import sys
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -17,7 +19,7 @@ from lorakeet.core.lowrank import frozen_linear, low_rank_linear
 from lorakeet.quant.gptq import GptqBase
 from lorakeet.quant.gptq_grid import groups_in_order, nearest_codes
 from lorakeet.quant.nf4 import Nf4Base
-from tiny.triton_device import COMPILED, DEVICE, behave_like_a_card, needs_triton
+from tiny.triton_device import COMPILED, DEVICE, behave_like_a_card, interpret_without_a_card, needs_triton
 
 OUT, IN, RANK, SCALE = 64, 96, 4, 3.0
 
@@ -126,9 +128,57 @@ def test_where_they_cannot_run_one_message_says_why(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(kernels, "_interpreted", lambda: False)
     assert "this model is on 'cpu'. Set model.kernels to torch" in why_not(torch.device("cpu"))
     monkeypatch.setattr(kernels, "has_triton", lambda: False)
-    assert "pip install triton" in why_not(torch.device("cuda"))
+    monkeypatch.setattr(sys, "platform", "linux")
+    assert "pip install triton" in why_not(torch.device("cuda", 0))
+    monkeypatch.setattr(sys, "platform", "win32")
+    assert why_not(torch.device("cuda", 0)) == "Triton is there for Linux only. Set model.kernels to torch."
+
+
+def test_cards_that_the_kernels_were_not_compiled_for_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels, "has_triton", lambda: True)
-    assert why_not(torch.device("cuda")) == ""
+    monkeypatch.setattr(torch.version, "hip", None)
+    cards = [(7, 5), (8, 0), (9, 0)]
+    monkeypatch.setattr(kernels, "_capability", cards.__getitem__)
+    said = [why_not(torch.device("cuda", index)) for index in range(3)]
+    assert said[0].startswith("Triton kernels need an NVIDIA card of compute capability 8.0 or higher; this card has 7.5. ")
+    assert said[1:] == ["", ""]
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    assert why_not(torch.device("cuda")) == said[0]
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    assert "8.0 or higher; this torch is for AMD cards (ROCm 6.4). Set model.kernels" in why_not(torch.device("cuda", 1))
+
+
+@pytest.mark.parametrize("make", [nf4, gptq])
+def test_who_does_not_ask_pays_no_look_at_the_buffers(
+    make: Callable[[torch.dtype], FrozenBase], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, looked = make(torch.float32), []
+
+    def held() -> Iterator[Tensor]:
+        for buffer in base.buffers():  # type: ignore[attr-defined]
+            looked.append(buffer)
+            yield buffer
+
+    device = base.device  # type: ignore[attr-defined]
+    monkeypatch.setattr(type(base), "device", property(lambda self: device))
+    monkeypatch.setattr(base, "_held", held)
+    base.unpack(torch.empty(OUT, IN, device=DEVICE))  # type: ignore[attr-defined]
+    assert not looked
+    if kernels.has_triton():
+        base.kernels = Kernels()  # type: ignore[attr-defined]
+        base.unpack(torch.empty(OUT, IN, device=DEVICE))  # type: ignore[attr-defined]
+        assert looked
+
+
+def test_tests_interpret_where_no_card_is_and_compile_on_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    for card, expected in ((True, None), (False, "1")):
+        monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+        monkeypatch.setattr(torch.cuda, "is_available", lambda card=card: card)
+        interpret_without_a_card()
+        assert os.environ.get("TRITON_INTERPRET") == expected
+        monkeypatch.setenv("TRITON_INTERPRET", "0")
+        interpret_without_a_card()
+        assert os.environ["TRITON_INTERPRET"] == "0"
 
 
 @needs_triton

@@ -1,6 +1,6 @@
 """The Triton kernels over a plain weight, in Triton's interpreter: every result within its stated rounding of the exact one.
 
-On a machine with a CUDA device the same tests run on it: TRITON_INTERPRET=0 pytest tests/core/test_triton_tiles.py …
+On a machine with a CUDA device the same tests run on it: pytest tests/core/test_triton_tiles.py …
 """
 
 from __future__ import annotations

@@ -21,6 +21,13 @@ DEVICE = torch.device("cuda" if COMPILED else "cpu")
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 
 
+def interpret_without_a_card() -> None:
+    """Where there is no CUDA device, this process and those that it starts run kernels in Triton's interpreter; on one they are
+    compiled, unless TRITON_INTERPRET says otherwise. Triton reads it when it is imported."""
+    if not torch.cuda.is_available():
+        os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
 def bits_of(numbers: Any) -> Any:
     """fp32 to the bits of the nearest bfloat16."""
     bits = np.ascontiguousarray(numbers, dtype=np.float32).view(np.uint32).astype(np.uint64)

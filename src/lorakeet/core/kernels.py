@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import sys
 from collections.abc import Iterable
 
 import torch
@@ -23,6 +24,7 @@ from lorakeet.core.base import FrozenBase
 from lorakeet.core.in_tiles import InTiles, Kernels
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+CAPABILITY = (8, 0)  # the least of a card: bf16 on tensor cores, and what the kernels were compiled for
 RANK = 64  # the highest that runs within a product: A's and B's tiles have to fit on the chip beside those of x and W
 
 
@@ -31,11 +33,32 @@ def why_not(device: torch.device) -> str:
     if device.type != "cuda" and not (device.type == "cpu" and _interpreted()):
         return f"Triton kernels run on CUDA devices, and this model is on '{device}'. Set model.kernels to torch."
     if not has_triton():
+        if sys.platform != "linux":
+            return "Triton is there for Linux only. Set model.kernels to torch."
         return (
             "Triton is not installed: torch for CUDA on Linux brings it. Install it with: pip install triton, or set "
             "model.kernels to torch."
         )
-    return ""
+    return _why_not_card(device) if device.type == "cuda" else ""
+
+
+def _why_not_card(device: torch.device) -> str:
+    """The same for a card: the kernels were compiled for NVIDIA's since 2020 alone."""
+    if torch.version.hip:
+        found = f"this torch is for AMD cards (ROCm {torch.version.hip})"
+    else:
+        capability = _capability(torch.cuda.current_device() if device.index is None else device.index)
+        if capability >= CAPABILITY:
+            return ""
+        found = f"this card has {capability[0]}.{capability[1]}"
+    least = ".".join(map(str, CAPABILITY))
+    return f"Triton kernels need an NVIDIA card of compute capability {least} or higher; {found}. Set model.kernels to torch."
+
+
+@functools.cache
+def _capability(index: int) -> tuple[int, int]:
+    """Of the CUDA device with that number; asked at every product."""
+    return torch.cuda.get_device_capability(index)
 
 
 @functools.cache
@@ -60,10 +83,12 @@ def runs_on(kernels: Kernels | None, *tensors: Tensor) -> bool:
     return not why_not(tensors[0].device)
 
 
-def unpacks(base: FrozenBase, out: Tensor, *buffers: Tensor) -> bool:
-    """Whether a kernel is to bring W, in these buffers, back into `out`."""
+def unpacks(base: FrozenBase, out: Tensor, buffers: Iterable[Tensor]) -> bool:
+    """Whether a kernel is to bring W, in these buffers, back into `out`. Nobody looks at them unless kernels are asked for."""
     kernels: Kernels | None = getattr(base, "kernels", None)
-    return out.is_contiguous() and out.dtype in DTYPES and runs_on(kernels, out, *buffers)
+    if kernels is None or not out.is_contiguous() or out.dtype not in DTYPES:
+        return False
+    return runs_on(kernels, out, *buffers)
 
 
 def unpack(tiles: InTiles, out: Tensor, first: int = 0) -> Tensor:

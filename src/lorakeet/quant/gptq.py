@@ -103,7 +103,7 @@ class GptqBase(PackedBase):
         return in_tiles(buffers, self.shape, self.bits, self.zero_format == "gptq")
 
     def unpack(self, out: Tensor, first: int = 0) -> Tensor:
-        if kernels.unpacks(self, out, *self._held()):
+        if kernels.unpacks(self, out, self._held()):
             return kernels.unpack(self.in_tiles(), out, first)
         rows, columns = out.shape
         size = columns // self.groups if self._in_order() else 1  # columns next to each other that share scale and zero point

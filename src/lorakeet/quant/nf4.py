@@ -128,7 +128,7 @@ class Nf4Base(PackedBase):
         return in_tiles(buffers, tables, shape, count=self.shape[0] * self.shape[1], block=self.block_size)
 
     def unpack(self, out: Tensor, first: int = 0) -> Tensor:
-        if kernels.unpacks(self, out, *self._held()):
+        if kernels.unpacks(self, out, self._held()):
             blocks = math.ceil(self.shape[0] * self.shape[1] / self.block_size)
             tiles = self._in_tiles((blocks, self.block_size))
             return kernels.unpack(tiles, out, first * self.shape[1] // self.block_size)
