@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -17,12 +18,17 @@ from lorakeet.errors import ConfigError, EnvironmentProblem
 from lorakeet.models import kernels
 from lorakeet.models.adapt import put_adapter
 from lorakeet.models.image import load_image_model
-from lorakeet.models.kernels import bases_of, kernels_for, where_possible
+from lorakeet.models.kernels import bases_of, check_kernels, check_loss, kernels_for, proved_products, where_possible
 from lorakeet.models.load import load_text_model
 from lorakeet.models.spec import ModelSpec
+from lorakeet.quant.nf4 import Nf4Base
+from lorakeet.quant.packed import PackedLinear
 from lorakeet.quant.spec import QuantSpec
 from tiny.adapters import random_adapter
 from tiny.triton_device import DEVICE, behave_like_a_card, needs_triton
+
+if dispatch.has_triton():
+    from lorakeet.core import triton_loss, triton_tiles
 
 
 @pytest.fixture(autouse=True)
@@ -58,11 +64,12 @@ def test_a_loaded_model_computes_with_them(tiny_llama_folder: Path, method: Any,
 @needs_triton
 @pytest.mark.parametrize(
     ("kernel", "said"),
-    [("low_rank_product", "compute y otherwise"), ("low_rank_product_t", "compute ∂L/∂x otherwise")],
+    [
+        ("low_rank_product", r"compute y \(tokens 1, rank 8\) otherwise"),
+        ("low_rank_product_t", r"compute ∂L/∂x \(tokens 1, rank 8\) otherwise"),
+    ],
 )
-def test_a_wrong_kernel_is_refused(
-    tiny_llama_folder: Path, kernel: str, said: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_wrong_kernel_is_refused(tiny_llama_folder: Path, kernel: str, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
     right: Callable[..., Any] = getattr(dispatch, kernel)
 
     def wrong(*given: Any) -> Any:
@@ -83,8 +90,94 @@ def test_a_weight_that_is_one_bit_off_is_refused(tiny_llama_folder: Path, monkey
         return out
 
     monkeypatch.setattr(dispatch, "unpack", wrong)
-    with pytest.raises(EnvironmentProblem, match="compute the first rows of W otherwise"):
+    with pytest.raises(EnvironmentProblem, match="compute the first rows of W in float32 otherwise"):
         load_text_model(spec(tiny_llama_folder, quantize=QuantSpec(method="nf4")))
+
+
+def test_the_tokens_and_ranks_of_the_proof_follow_what_is_fused() -> None:
+    every = [(1, 0), (1, 8), (17, 0), (17, 8), (33, 0), (33, 8), (33, dispatch.RANK)]
+    assert proved_products(Kernels()) == every
+    assert proved_products(Kernels(4)) == [(1, 0), (1, 8), (4, 0), (4, 8), (4, dispatch.RANK)]
+    assert proved_products(Kernels(1)) == [(1, 0), (1, 8), (1, dispatch.RANK)] and proved_products(Kernels(0)) == []
+
+
+SAID_OF_PRODUCTS = {  # (tokens, rank, transposed) of the one wrong product: how it is called
+    (17, 0, False): r"x·Wᵀ \(tokens 17, rank 0\)",
+    (33, 0, True): r"g·W \(tokens 33, rank 0\)",
+    (4, 8, False): r"y \(tokens 4, rank 8\)",
+    (33, 64, True): r"∂L/∂x \(tokens 33, rank 64\)",
+}
+
+
+@needs_triton
+@pytest.mark.parametrize("wrong", SAID_OF_PRODUCTS, ids=str)
+def test_one_wrong_program_of_the_products_is_refused(wrong: tuple[int, int, bool], monkeypatch: pytest.MonkeyPatch) -> None:
+    right = triton_tiles.product
+
+    def launch(tiles: Any, x: Any, pair: Any = None, *, transposed: bool = False) -> Any:
+        y, shrunk = right(tiles, x, pair, transposed=transposed)
+        off = (len(x), 0 if pair is None else len(pair.shrink), transposed) == wrong
+        return (y * 1.01 if off else y), shrunk
+
+    monkeypatch.setattr(triton_tiles, "product", launch)
+    with pytest.raises(EnvironmentProblem, match=f"compute {SAID_OF_PRODUCTS[wrong]} otherwise than torch"):
+        check_kernels([packed_layer()], Kernels(4 if wrong[0] == 4 else 64), torch.float32)
+
+
+def packed_layer() -> PackedLinear:
+    weight = torch.randn(16, 32, generator=torch.Generator().manual_seed(0)) / 8
+    return PackedLinear(Nf4Base.of(weight)).to(DEVICE)
+
+
+@needs_triton
+def test_weights_are_brought_back_in_fp32_too_where_products_are_narrow(monkeypatch: pytest.MonkeyPatch) -> None:
+    right, layer = triton_tiles.unpack, packed_layer()
+
+    def launch(tiles: Any, out: Any, first: int = 0) -> Any:
+        right(tiles, out, first)
+        return out.mul_(1 + 2e-7) if out.dtype == torch.float32 else out
+
+    check_kernels([layer], Kernels(1), torch.bfloat16)
+    monkeypatch.setattr(triton_tiles, "unpack", launch)
+    with pytest.raises(EnvironmentProblem, match="compute the first rows of W in float32 otherwise"):
+        check_kernels([layer], Kernels(1), torch.bfloat16)
+
+
+@needs_triton
+@pytest.mark.parametrize("part", ["losses", "gradient"])
+def test_a_wrong_loss_is_refused(tiny_llama_folder: Path, part: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    right, seen = triton_loss.loss_in_place, []
+
+    def launch(logits: Any, targets: Any, *, wants_grad: bool) -> Any:
+        seen.append(logits.shape[1])
+        losses = right(logits, targets, wants_grad=wants_grad)
+        (losses if part == "losses" else logits).mul_(1.0001)
+        return losses
+
+    monkeypatch.setattr(triton_loss, "loss_in_place", launch)
+    said = "the loss" if part == "losses" else "the gradient of the loss"
+    with pytest.raises(EnvironmentProblem, match=f"compute {said} otherwise than torch on this device, for [0-9]+ words"):
+        load_text_model(spec(tiny_llama_folder, fused_tokens=0))
+    vocabulary = json.loads((tiny_llama_folder / "config.json").read_text(encoding="utf-8"))["vocab_size"]
+    assert seen == [vocabulary]
+
+
+@needs_triton
+@pytest.mark.parametrize(("module", "name"), [("triton_tiles", "product"), ("triton_loss", "loss_in_place")])
+def test_what_does_not_compile_is_refused_with_the_remedy(module: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    class OutOfResources(Exception):
+        """As Triton's own, which derive from nothing else."""
+
+    def failing(*given: Any, **more: Any) -> Any:
+        raise OutOfResources("out of resource:\nshared memory")
+
+    monkeypatch.setattr(f"lorakeet.core.{module}.{name}", failing)
+    said = r"do not run on this device, for .* \(OutOfResources: out of resource: shared memory\)\. Set model\.kernels to torch"
+    with pytest.raises(EnvironmentProblem, match=said):
+        if module == "triton_loss":
+            check_loss(50, DEVICE)
+        else:
+            check_kernels([packed_layer()], Kernels(1), torch.float32)
 
 
 def test_where_they_cannot_run_it_is_said_before_anything_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:

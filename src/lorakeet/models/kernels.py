@@ -1,12 +1,15 @@
 """Triton kernels for a loaded model: whether they can be had, which weights use them, and a proof on the model's own weights.
 
 No test here ran on a GPU, so a model that asks for them shows on its own device that they compute what torch computes, before
-they are used: one weight of each kind and shape, brought back bit for bit, multiplied forwards and backwards to rounding.
+they are used: one weight of each kind and shape, brought back bit for bit, multiplied forwards and backwards to rounding, by few
+and by more tokens, without a pair and with pairs of low and of the highest rank; and the loss over the model's words. Of a model
+whose blocks are streamed that is its first block, and what is not streamed.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -15,7 +18,7 @@ from torch import Tensor, nn
 
 from lorakeet.core.base import DenseBase
 from lorakeet.core.in_tiles import Kernels
-from lorakeet.core.kernels import low_rank_product, low_rank_product_t, why_not
+from lorakeet.core.kernels import RANK, low_rank_product, low_rank_product_t, why_not
 from lorakeet.core.layers import LoraLinear
 from lorakeet.core.math import add_low_rank, shrink_grad
 from lorakeet.errors import EnvironmentProblem
@@ -24,9 +27,11 @@ from lorakeet.models.placement import device_for
 from lorakeet.models.spec import ModelSpec
 from lorakeet.quant.packed import PackedBase, PackedLinear
 
-TOKENS, RANK, SCALE = 8, 8, 1.5  # of the proof
+TOKENS, LOW, SCALE = (1, 17, 33), 8, 1.5  # of the proof: tokens for each height of a tile, and a low rank beside the highest
 ROWS = 256  # of W that are compared at either end
 WEIGHTS = "the first rows of W", "the last rows of W"
+LOSS_ROWS, LOSS_ROUNDINGS = 3, 16  # of fp32: sums over the vocabulary, in another order
+SAID = 300  # characters of what Triton said
 ROUNDINGS = 4  # relative to the largest result: torch rounds a sum on the way that the kernel does not, and adds in another order
 
 
@@ -81,54 +86,120 @@ def check_kernels(parts: Iterable[nn.Module], kernels: Kernels, products: torch.
 
 @torch.no_grad()
 def _check(base: Any, kernels: Kernels, products: torch.dtype, kind: str, device: torch.device) -> None:
-    before = base.kernels
+    """Computes everything by torch and by the kernels, and compares."""
+    before, about = base.kernels, f"a weight {kind}"
     try:
         base.kernels = None
-        expected = _computed(base, products, device)
+        expected = _computed(base, kernels, products, device)
         base.kernels = kernels
-        found = _computed(base, products, device)
+        with _refused(about, device):
+            found = _computed(base, kernels, products, device)
     finally:
         base.kernels = before
     rounding = ROUNDINGS * (torch.finfo(products).eps + max(base.shape) ** 0.5 * torch.finfo(torch.float32).eps)
     for name, mine in found.items():
-        theirs = expected[name].float()
-        worst = float((mine.float() - theirs).abs().max())
-        allowed = 0.0 if name in WEIGHTS else rounding * float(theirs.abs().max())
-        if not worst <= allowed:
-            raise EnvironmentProblem(
-                f"Lorakeet's Triton kernels compute {name} otherwise than torch on this device, for a weight {kind}: the "
-                f"largest difference is {worst:.3g}, where rounding explains {allowed:.3g}. Set model.kernels to torch, and "
-                "please report it."
-            )
+        _compare(name, about, mine, expected[name], 0.0 if name.startswith(WEIGHTS) else rounding)
 
 
-def _computed(base: Any, products: torch.dtype, device: torch.device) -> dict[str, Tensor]:
-    """Rows of W at both ends of a packed base, and what a pair over the base gives forwards and backwards, for numbers that are
-    always the same."""
-    out, inner = base.shape
-    a, b, x, grad = (
-        numbers.to(products)
-        for numbers in (
-            _numbers(RANK, inner, device) / inner**0.5,
-            _numbers(out, RANK, device) / RANK,
-            _numbers(TOKENS, inner, device),
-            _numbers(TOKENS, out, device),
+@torch.no_grad()
+def check_loss(vocabulary: int, device: torch.device) -> None:
+    """EnvironmentProblem unless the kernel of the loss gives torch's losses and gradients for so many words."""
+    logits = _numbers(LOSS_ROWS, vocabulary, device)
+    targets = torch.tensor([0, vocabulary // 2, vocabulary - 1], device=device)
+    losses = torch.nn.functional.cross_entropy(logits, targets, reduction="none")
+    gradient = logits.softmax(1)
+    gradient[torch.arange(LOSS_ROWS, device=device), targets] -= 1
+    about = f"{vocabulary} words"
+    with _refused(about, device):
+        from lorakeet.core.triton_loss import loss_in_place
+
+        found = loss_in_place(logits, targets, wants_grad=True)
+    rounding = LOSS_ROUNDINGS * torch.finfo(torch.float32).eps
+    _compare("the loss", about, found, losses, rounding)
+    _compare("the gradient of the loss", about, logits, gradient, rounding)
+
+
+@contextmanager
+def _refused(about: str, device: torch.device) -> Iterator[None]:
+    """Whatever is raised where Triton cannot compile or launch becomes an EnvironmentProblem; memory that is out stays that."""
+    try:
+        yield
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)  # where a kernel that was launched and failed says so
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # of many kinds: Triton's TritonError derives from nothing else
+        said = " ".join(str(error).split())[:SAID] or "no message"
+        raise EnvironmentProblem(
+            f"Lorakeet's Triton kernels do not run on this device, for {about} ({type(error).__name__}: {said.rstrip('.')}). "
+            "Set model.kernels to torch, and please report it."
+        ) from error
+
+
+def _compare(name: str, about: str, mine: Tensor, theirs: Tensor, rounding: float) -> None:
+    """EnvironmentProblem where they differ by more than `rounding`, relative to the largest number."""
+    worst = float((mine.float() - theirs.float()).abs().max())
+    allowed = rounding * float(theirs.float().abs().max())
+    if not worst <= allowed:
+        raise EnvironmentProblem(
+            f"Lorakeet's Triton kernels compute {name} otherwise than torch on this device, for {about}: the "
+            f"largest difference is {worst:.3g}, where rounding explains {allowed:.3g}. Set model.kernels to torch, and "
+            "please report it."
         )
-    )
-    forwards = low_rank_product(base, x, a, b, SCALE)
-    if forwards is None:
-        shrunk = torch.mm(x, a.t())
-        forwards = add_low_rank(base.matmul(x), shrunk, b, SCALE), shrunk
-    backwards = low_rank_product_t(base, grad, a, b, SCALE)
-    if backwards is None:
-        u = shrink_grad(grad, b, SCALE)
-        backwards = base.matmul_t(grad).addmm_(u, a), u
-    named = dict(zip(("y", "x·Aᵀ", "∂L/∂x", "s·g·B"), (*forwards, *backwards), strict=True))
+
+
+def proved_products(kernels: Kernels) -> list[tuple[int, int]]:
+    """Tokens and rank of the products that are proved, rank 0 without a pair: a launch of each height, no longer than fused.
+
+    The highest rank, which wants most of the chip, is proved with the most of these tokens.
+    """
+    counts = sorted({min(count, kernels.tokens) for count in TOKENS} - {0})
+    return [(count, rank) for count in counts for rank in (0, LOW)] + [(count, RANK) for count in counts[-1:]]
+
+
+def _computed(base: Any, kernels: Kernels, products: torch.dtype, device: torch.device) -> dict[str, Tensor]:
+    """Rows of W at both ends of a packed base, in `products` and in fp32, and its products without a pair and with one, forwards
+    and backwards, for numbers that are always the same."""
+    out, inner = base.shape
+    named: dict[str, Tensor] = {}
+    results: tuple[Tensor, ...]
+    names: tuple[str, ...]
+    for tokens, rank in proved_products(kernels):
+        x, grad = (_numbers(tokens, width, device).to(products) for width in (inner, out))
+        if rank:
+            a = (_numbers(rank, inner, device) / inner**0.5).to(products)
+            b = (_numbers(out, rank, device) / rank).to(products)
+            results = (*_forwards(base, x, a, b), *_backwards(base, grad, a, b))
+            names = "y", "x·Aᵀ", "∂L/∂x", "s·g·B"
+        elif isinstance(base, PackedBase):
+            results, names = (base.matmul(x), base.matmul_t(grad)), ("x·Wᵀ", "g·W")
+        else:
+            continue  # a plain weight without a pair is multiplied by torch
+        case = f"tokens {tokens}, rank {rank}"
+        named.update({f"{name} ({case})": found for name, found in zip(names, results, strict=True)})
     if isinstance(base, PackedBase):
         last = max(0, out - ROWS) // base.row_step * base.row_step
-        for name, first, stop in zip(WEIGHTS, (0, last), (min(out, ROWS), out), strict=True):
-            named[name] = base.unpack(torch.empty((stop - first, inner), dtype=products, device=device), first)
+        for dtype in sorted({products, torch.float32}, key=str):
+            for name, first, stop in zip(WEIGHTS, (0, last), (min(out, ROWS), out), strict=True):
+                rows = torch.empty((stop - first, inner), dtype=dtype, device=device)
+                named[f"{name} in {str(dtype).removeprefix('torch.')}"] = base.unpack(rows, first)
     return named
+
+
+def _forwards(base: Any, x: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    found = low_rank_product(base, x, a, b, SCALE)
+    if found is not None:
+        return found
+    shrunk = torch.mm(x, a.t())
+    return add_low_rank(base.matmul(x), shrunk, b, SCALE), shrunk
+
+
+def _backwards(base: Any, grad: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    found = low_rank_product_t(base, grad, a, b, SCALE)
+    if found is not None:
+        return found
+    u = shrink_grad(grad, b, SCALE)
+    return base.matmul_t(grad).addmm_(u, a), u
 
 
 def _numbers(rows: int, columns: int, device: torch.device) -> Tensor:

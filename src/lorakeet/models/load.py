@@ -17,7 +17,7 @@ from lorakeet.data.pack import Batch
 from lorakeet.errors import ConfigError, DataError, EnvironmentProblem
 from lorakeet.models.attention import VARLEN, register
 from lorakeet.models.families import family_of
-from lorakeet.models.kernels import check_kernels, kernels_for, use_kernels
+from lorakeet.models.kernels import check_kernels, check_loss, kernels_for, use_kernels
 from lorakeet.models.modules import block_prefix
 from lorakeet.models.placement import device_for, dtype_for, products_for
 from lorakeet.models.quantized import load_quantised
@@ -92,6 +92,7 @@ def load_text_model(
         _choose_attention(text, spec.attention, reference, tell)
     if kernels is not None:
         check_kernels(_modules(text), kernels, text.products)
+        check_loss(reference.shape[1], device)
         use_kernels(model, kernels)
     return text
 
