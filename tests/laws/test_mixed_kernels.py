@@ -55,7 +55,7 @@ def test_sixteen_adapters_call_as_many_kernels_as_one(live: LiveModel) -> None:
     one, sixteen, none = calls(live, 1), calls(live, ROWS), calls(live, 0)
     for other in (one, calls(live, 3)):
         assert sum(sixteen.values()) <= sum(other.values()), sixteen - other
-    matrices = len(live._held["a0"])
+    matrices = len(live._held["a0"].seats)
     products = sum(count for name, count in sixteen.items() if "mm" in name) - sum(c for n, c in none.items() if "mm" in n)
     inputs = len({path.rpartition(".")[0] for path in live._places}) * 2  # q, k, v and o; gate, up and down
     shrinks, grows = (sum(count for name, count in sixteen.items() if part in name) for part in ("per_sample_weights", "forward"))
