@@ -157,7 +157,12 @@ class FileTensor:
         return torch.float32
 
     def __getitem__(self, part: slice) -> Tensor:
-        """What some of the rows mean, read now, in fp32: a tensor of two dimensions or more is had in parts (core/tiles.Rows)."""
+        """What some of the rows mean, read now, in fp32: a tensor of two dimensions or more is had in parts (core/tiles.Rows).
+
+        A vector is read whole: its bytes may be no row for each number.
+        """
+        if len(self.shape) < 2:
+            return torch.from_numpy(np.require(self.numbers()[part], requirements="W"))
         start, stop, _ = part.indices(self.shape[0])
         shape = (max(0, stop - start), *self.layout[1][1:])
         return torch.from_numpy(np.require(self._meaning(self._read(start, shape)), requirements="W"))
