@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from lorakeet.data.chat import Candidates
 from lorakeet.evaluate.spec import EvaluateSpec
 from lorakeet.export.folded import StoredTensor
+from lorakeet.export.llama_cpp import PASS
 from lorakeet.export.tolerances import F32, Q4
 from lorakeet.workflows.artefacts import InTorch, live_side
 from lorakeet.workflows.compare_artefact import (
@@ -23,7 +27,9 @@ from lorakeet.workflows.compare_artefact import (
     first_difference,
     share_error,
 )
+from lorakeet.workflows.forecast_check import COMPARED, ROW_LOGITS
 from lorakeet.workflows.opened import open_adapter
+from tiny.held import HeldBytes
 from tiny.runs import quiet
 
 SPEC = EvaluateSpec(resamples=100)
@@ -60,6 +66,31 @@ def test_parts_of_a_row_are_compared_as_the_whole_is(live: InTorch, probes: Prob
     for last in (1, 3):
         full, few = live.logits(ROW.tolist()), live.logits(ROW.tolist(), last)
         np.testing.assert_allclose(few, full[-last:], atol=1e-5)
+
+
+@pytest.mark.parametrize("tokens", [200, 600])
+def test_one_table_of_logits_of_each_side_is_held_at_a_time(tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether a row has several parts, and whether another row came before."""
+    vocabulary, cells = 20_000, 40_000
+    monkeypatch.setattr("lorakeet.evaluate.parity.CELLS", cells)
+    head = torch.randn(8, vocabulary)
+    monkeypatch.setattr(InTorch, "_hidden", lambda self, ids, last: torch.randn(last, 8))
+    text: Any = SimpleNamespace(model=torch.nn.Identity(), head=lambda hidden: hidden @ head)
+    ids = np.arange(tokens)
+    with HeldBytes() as held:
+        check = check_logits(InTorch(text, None, "live"), InTorch(text, None, "x"), Probes([], [], [ids, ids], [], []), SPEC)
+    table = 4 * min(tokens, PASS) * vocabulary
+    assert check.n == 2 * (tokens - 1)
+    assert ROW_LOGITS * table < held.peak < ROW_LOGITS * table + COMPARED * cells + (1 << 20) < 4 * table
+
+
+def test_a_side_that_tells_less_of_a_row_is_an_error(live: InTorch, probes: Probes) -> None:
+    class Short(InTorch):
+        def logit_parts(self, ids: Sequence[int]) -> Iterator[torch.Tensor]:
+            return iter(())
+
+    with pytest.raises(ValueError, match="fewer tokens of a row"):
+        check_logits(live, Short(live.text, None, "short"), probes, SPEC)
 
 
 def test_the_model_is_equal_to_itself_and_its_base_is_not(live: InTorch, probes: Probes) -> None:

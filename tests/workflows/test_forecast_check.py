@@ -19,6 +19,7 @@ from lorakeet.workflows.forecast_check import (
     CheckPlanner,
     CheckSize,
     adapted_bytes,
+    logits_bytes,
     plan_check,
     stores,
     tensor_bytes,
@@ -126,6 +127,12 @@ def test_where_two_blocks_have_no_room_one_may(opened: Opened, tmp_path: Path) -
 def test_a_tensor_counts_by_whether_it_is_changed(changed: int) -> None:
     assert tensor_bytes(changed, 100) == 3 * 4 * 100 and tensor_bytes(400, 100) == 6 * 400
     assert tensor_bytes(changed, 1 << 30) == PART_BYTES, "a large one is read in parts"
+
+
+def test_logits_count_by_their_tables_and_what_compares_a_part_of_two() -> None:
+    assert logits_bytes(0, 1000) == 0 and logits_bytes(256, 1000) == (3 * 4 + 80) * 256_000
+    assert logits_bytes(256, 32_000) == 3 * 4 * 256 * 32_000 + 80_000_000
+    assert logits_bytes(256, 128_000) == 4 * 4 * 256 * 128_000, "the tiles of the last one are larger than what compares"
 
 
 def test_the_store_goes_where_the_run_keeps_its_own_and_is_gone_afterwards(opened: Opened, tmp_path: Path) -> None:

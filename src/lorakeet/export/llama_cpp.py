@@ -189,9 +189,10 @@ class LlamaCpp:
         for start in range(0, len(ids), PASS):
             part = ids[start : start + PASS]
             told = max(0, min(len(part), start + len(part) - (len(ids) - last)))
-            found = self._decode(part, start, told)
             if told:
-                yield found
+                yield self._decode(part, start, told)  # under no name, which would keep it until the next one is there
+            else:
+                self._decode(part, start, told)
 
     def _require_room(self, tokens: int) -> None:
         if tokens > self.length:

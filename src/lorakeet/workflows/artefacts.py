@@ -105,9 +105,11 @@ class InTorch:
     def _parts(self, ids: Sequence[int], last: int) -> Iterator[Tensor]:
         for part in torch.split(self._hidden(ids, last), PASS):
             activate(self.text.model, self.adapter)  # whoever was asked meanwhile has its own
-            with torch.no_grad():
-                logits = self.text.head(part).float().cpu()
-            yield logits
+            yield self._table(part)  # under no name, which would keep it until the next one is there
+
+    @torch.no_grad()
+    def _table(self, hidden: Tensor) -> Tensor:
+        return self.text.head(hidden).float().cpu()
 
     def greedy(self, prompt: Sequence[int], tokens: int, ends: frozenset[int]) -> list[int]:
         activate(self.text.model, self.adapter)

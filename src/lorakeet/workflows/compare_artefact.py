@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -96,19 +96,34 @@ def check_logits(live: InTorch, artefact: Artefact, probes: Probes, spec: Evalua
     meter, effect = ParityMeter(), ParityMeter()
     for number, ids in enumerate(probes.rows):
         row, following = ids.tolist(), torch.from_numpy(ids[1:])
-        sides = (side.logit_parts(row) for side in (live, artefact, base))
-        for parts in zip(*sides, strict=True):
-            targets, following = following[: len(parts[0])], following[len(parts[0]) :]
-            if not len(targets):  # nothing follows the last token
-                continue
-            ours, theirs, before = (part[: len(targets)] for part in parts)
-            width = min(ours.shape[1], theirs.shape[1])  # a file may pad its vocabulary
-            meter.add(ours[:, :width], theirs[:, :width], targets=targets, texts=number)
-            effect.add(ours, before, targets=targets, texts=number)
+        sides = [side.logit_parts(row) for side in (live, artefact, base)]
+        while count := _add_part(sides, following, number, (meter, effect)):
+            following = following[count:]
     judged = effect.result(spec) if math.isfinite(artefact.allowed.parity.effect) else None
     return meter.result(spec).check(
         f"{artefact.name}: logits", artefact.allowed.parity, between=(live.name, artefact.name), base=judged
     )
+
+
+def _add_part(
+    sides: Sequence[Iterator[torch.Tensor]], following: torch.Tensor, text: int, meters: tuple[ParityMeter, ParityMeter]
+) -> int:
+    """Enters the next part of the logits of live, artefact and base, and says of how many tokens it is: 0 at the end of the row.
+
+    It lets go of the part before the next is computed, so that of each side one table is held at a time.
+    """
+    parts = [part for side in sides if (part := next(side, None)) is not None]
+    if not parts:
+        return 0
+    if len(parts) < len(sides):
+        raise ValueError("one side told the logits of fewer tokens of a row than another")
+    targets = following[: len(parts[0])]
+    if len(targets):  # nothing follows the last token
+        ours, theirs, before = (part[: len(targets)] for part in parts)
+        width = min(ours.shape[1], theirs.shape[1])  # a file may pad its vocabulary
+        meters[0].add(ours[:, :width], theirs[:, :width], targets=targets, texts=text)
+        meters[1].add(ours, before, targets=targets, texts=text)
+    return len(parts[0])
 
 
 def check_answers(live: InTorch, artefact: Artefact, probes: Probes, spec: EvaluateSpec) -> Check:

@@ -26,6 +26,7 @@ from rich.console import Console
 from lorakeet.core.adapter import Adapter
 from lorakeet.core.plan import Plan
 from lorakeet.errors import ConfigError, EnvironmentProblem
+from lorakeet.evaluate.parity import CELLS
 from lorakeet.evaluate.wording import bytes_text
 from lorakeet.export.folded import PART_BYTES
 from lorakeet.memory.allocator import return_freed_memory
@@ -52,7 +53,8 @@ FP32 = 4  # bytes
 ALONE = 1  # block in memory, where there is no room for another to be read meanwhile
 COPIES = 4  # of a matrix in fp32: as it is, its change, their sum, and one as it was stored or is looked at
 UNCHANGED, CHANGED = 3, 6  # of a stored one, as it is read and compared or written: without a change, and with one
-ROW_LOGITS = 4  # tables of logits (tokens, vocabulary) at once: live, base, the artefact's, and the tiles of the last one
+ROW_LOGITS = 3  # tables of logits (tokens, vocabulary) at once: live, base and the artefact's
+COMPARED = 10 * 8  # bytes for each of the CELLS logits that are compared at once, in fp64 (evaluate/parity)
 
 
 class NoRoom(ConfigError):
@@ -161,6 +163,13 @@ def tensor_bytes(changed: int, largest: int) -> int:
     return max(CHANGED * changed, min(UNCHANGED * FP32 * largest, PART_BYTES))
 
 
+def logits_bytes(row: int, vocabulary: int) -> int:
+    """What is held of logits while those after `row` tokens are compared: a table of each side, and copies of a part of two of
+    them, or while the last side computes the tiles that its table is put together from."""
+    table = row * vocabulary
+    return FP32 * ROW_LOGITS * table + max(COMPARED * min(CELLS, table), FP32 * table)
+
+
 class CheckPlanner:
     """The forecasts of one check of a model with pairs as in `plan`; `ids` are those of trained token rows."""
 
@@ -197,7 +206,7 @@ class CheckPlanner:
             "ask": with_more(Held(), base=own, adapter=adapter, runtime=check.beside),
             "compare": with_more(
                 found.peaks[JUDGE], base=own + there - found.base, runtime=0 if streamed else check.beside,
-                logits=FP32 * ROW_LOGITS * check.row * int(text.vocab_size),
+                logits=logits_bytes(check.row, int(text.vocab_size)),
             ),
             "intervals": with_more(Held(), base=own + there, adapter=adapter, scratch=INTERVALS),
             "write": with_more(Held(), scratch=check.writing),

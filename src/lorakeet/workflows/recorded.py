@@ -63,8 +63,9 @@ class Recorded:
 
     def _put(self, row: tuple[int, ...], parts: Iterator[Tensor]) -> int:
         count = 0
-        for part in parts:
+        while (part := next(parts, None)) is not None:
             self._aside.put((row, count), part)
+            del part  # before the next one is computed
             count += 1
         return count
 
