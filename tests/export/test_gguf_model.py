@@ -100,14 +100,16 @@ def test_parts_of_a_tensor_are_written_as_the_whole_is(
 
 
 @pytest.mark.parametrize("quant", ["F32", "F16", "BF16", "Q8_0"])
+@pytest.mark.parametrize("shape", [(12_000, 256), (4, 3000, 256)], ids=["matrix", "experts"])
 def test_of_a_tensor_that_nothing_changes_a_part_is_held_while_it_is_written(
-    quant: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    shape: tuple[int, ...], quant: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    save_tensors(tmp_path / "x", {"a": torch.randn(12_000, 256).bfloat16()}, metadata={})
+    """Also where one of a stack of experts has more numbers than a part."""
+    save_tensors(tmp_path / "x", {"a": torch.randn(shape).bfloat16()}, metadata={})
     file = open_safetensors(tmp_path / "x")
     number = 1 << 15
     monkeypatch.setattr("lorakeet.export.gguf_model.parts", partial(parts, numbers=number))
-    item = _Item("a", (12_000, 256), quant, lambda: InFp32(file.rows("a")))
+    item = _Item("a", shape, quant, lambda: InFp32(file.rows("a")))
     with (tmp_path / "out").open("wb") as out, held_bytes() as most:
         _Stored(item).tofile(out)
     assert (tmp_path / "out").stat().st_size == _Stored(item).nbytes

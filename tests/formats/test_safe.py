@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
+from lorakeet.core.tiles import as_matrix
 from lorakeet.errors import DataError
 from lorakeet.formats.safe import open_safetensors, read_index, save_tensors, save_text, stored_bytes, stream_safetensors
 
@@ -23,6 +24,7 @@ TENSORS = {
     "ids": torch.arange(5),
     "flags": torch.tensor([True, False, True]),
     "turned": torch.randn(4, 3).t(),
+    "stack": torch.randn(2, 3, 4),
 }
 
 
@@ -46,6 +48,9 @@ def test_rows_are_read_in_parts(tmp_path: Path) -> None:
     for name, tensor in TENSORS.items():
         rows = file.rows(name)
         assert tuple(rows.shape) == tuple(tensor.shape) and rows.dtype == tensor.dtype
+        if tensor.dim() == 3:
+            matrix, wanted = as_matrix(rows), tensor.flatten(0, 1)
+            assert tuple(matrix.shape) == wanted.shape and torch.equal(matrix[1:4], wanted[1:4]), "a part of one of a stack"
         if tensor.dim() == 2:
             assert not isinstance(rows, torch.Tensor), "not read before it is asked for"
             for part in (slice(None), slice(0, 1), slice(1, 99), slice(2, 2)):

@@ -87,3 +87,6 @@ def test_parts_of_a_tensor_of_a_file_are_those_of_the_whole(kind: str, shape: tu
     (tensor,) = read_gguf(tmp_path / "x.gguf")[1]
     assert tensor.shape == shape and torch.equal(tensor[:], whole) and torch.equal(tensor[1:2], whole[1:2])
     tensor[:].mul_(2)  # of its own
+    matrix = tensor.as_matrix()
+    rows = whole if whole.ndim < 2 else whole.flatten(0, -2)
+    assert matrix.shape == tuple(rows.shape) and torch.equal(matrix[3:5], rows[3:5])

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -51,6 +52,8 @@ class HeldBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
 def held_bytes() -> Iterator[Callable[[], int]]:
     """A context, and what tells the most that was held in it: tensors, and what Python and numpy allocate, each at its peak."""
     found: list[int] = []
+    with HeldBytes():
+        float(torch.ones(2).double().sum())  # torch imports 75 MB of modules when a dispatch mode is first used
     tracemalloc.start()
     try:
         with HeldBytes() as held:

@@ -29,6 +29,13 @@ class Rows(Protocol):
         """Some of the rows."""
 
 
+class Stack(Rows, Protocol):
+    """Rows that may have more than two dimensions, such as a tensor in a file."""
+
+    def as_matrix(self) -> Rows:
+        """The same numbers with all dimensions but the last laid end to end as rows."""
+
+
 def tiles(rows: int, tile: int = TILE) -> Iterator[slice]:
     """Slices of at most `tile` rows, end to end."""
     for start in range(0, rows, tile):
@@ -38,6 +45,22 @@ def tiles(rows: int, tile: int = TILE) -> Iterator[slice]:
 def parts(shape: tuple[int, ...], numbers: int = PART) -> Iterator[slice]:
     """Slices of the first dimension of a tensor of `shape` that hold about so many numbers each, end to end."""
     yield from tiles(shape[0], max(1, numbers // max(math.prod(shape[1:]), 1)))
+
+
+def as_matrix(rows: Rows) -> Rows:
+    """The same numbers with all dimensions but the last laid end to end as rows.
+
+    What a part of a stack of matrices holds is then no more than that of a matrix. Vectors and matrices are left as they are.
+    """
+    shape = tuple(rows.shape)
+    if len(shape) < 3:
+        return rows
+    return rows.reshape(matrix_shape(shape)) if isinstance(rows, Tensor) else cast(Stack, rows).as_matrix()
+
+
+def matrix_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """That of `as_matrix` of a tensor of `shape`."""
+    return (math.prod(shape[:-1]), shape[-1]) if len(shape) > 2 else shape
 
 
 class _TiledProduct(torch.autograd.Function):

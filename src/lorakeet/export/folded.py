@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lorakeet.core.adapter import Adapter
-from lorakeet.core.tiles import PART, Rows, parts
+from lorakeet.core.tiles import PART, Rows, as_matrix, parts
 from lorakeet.merge.checkpoint import Checkpoint, open_checkpoint
 from lorakeet.merge.edits import Edits, edits_for
 
@@ -76,6 +76,10 @@ class InFp32:
     def dtype(self) -> torch.dtype:
         return torch.float32
 
+    def as_matrix(self) -> InFp32:
+        """With all dimensions but the last laid end to end as rows (core/tiles.Stack)."""
+        return InFp32(as_matrix(self.stored))
+
     def __getitem__(self, part: slice) -> Tensor:
         return self.stored[part].float()
 
@@ -126,19 +130,20 @@ def compare_stored(expected: Expected, stored: Iterable[tuple[str, Rows]]) -> di
     return found
 
 
-def _compare(base: Tensor | None, wanted: Rows, stored: Rows) -> StoredTensor:
+def _compare(base: Rows | None, wanted: Rows, stored: Rows) -> StoredTensor:
     """In parts, in fp64; `base` is None where the adapter changes nothing."""
     shape = tuple(wanted.shape)
     if tuple(stored.shape) != shape:
         return StoredTensor(0.0, 0.0, math.inf, 0.0)
-    if base is not None and (tuple(base.shape) != shape or (isinstance(wanted, Tensor) and torch.equal(base, wanted))):
+    if base is not None and (tuple(base.shape) != shape or _equal(base, wanted)):
         base = None
+    wanted, stored, base = as_matrix(wanted), as_matrix(stored), None if base is None else as_matrix(base)
     error = size = change = moved = both = 0.0  # sums of squares; the last of products
-    for part in parts(shape) if shape else [...]:
+    for part in parts(tuple(wanted.shape)) if shape else [...]:
         right, given = wanted[part].double(), stored[part].double()  # type: ignore[index]
         error, size = error + _squares(given - right), size + _squares(right)
         if base is not None:
-            before = base[part].double()
+            before = base[part].double()  # type: ignore[index]
             change, moved = change + _squares(right - before), moved + _squares(given - before)
             both += float(((given - before) * (right - before)).sum())
     rounding = math.sqrt(error) / max(math.sqrt(size), 1e-30)
@@ -146,6 +151,11 @@ def _compare(base: Tensor | None, wanted: Rows, stored: Rows) -> StoredTensor:
         return StoredTensor(math.nan, 0.0, rounding, 0.0)
     noise = math.sqrt(error / change)
     return StoredTensor(both / change, noise / math.sqrt(math.prod(shape)), rounding, math.sqrt(moved / change), noise)
+
+
+def _equal(one: Rows, other: Rows) -> bool:
+    """Whether both are in memory, and the same."""
+    return isinstance(one, Tensor) and isinstance(other, Tensor) and torch.equal(one, other)
 
 
 def _squares(tensor: Tensor) -> float:

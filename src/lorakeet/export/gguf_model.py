@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from lorakeet.core.adapter import Adapter
-from lorakeet.core.tiles import Rows, parts
+from lorakeet.core.tiles import Rows, as_matrix, parts
 from lorakeet.errors import ConfigError, DataError, EnvironmentProblem, Problems
 from lorakeet.export.folded import Folded
 from lorakeet.export.gguf_layout import ModelLayout, layout_of
@@ -66,7 +66,8 @@ class _Stored:
     def tofile(self, file: Any) -> None:
         """As numpy's: appends the bytes."""
         gguf = gguf_package()
-        rows, shape = self._item.rows(), self._item.shape
+        rows = as_matrix(self._item.rows())
+        shape = tuple(rows.shape)
         for part in parts(shape) if shape else [...]:
             values = rows[part].contiguous().numpy()  # type: ignore[index]
             gguf.quants.quantize(values, gguf.GGMLQuantizationType[self._item.type]).tofile(file)

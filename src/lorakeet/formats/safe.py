@@ -21,7 +21,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from lorakeet.core.tiles import Rows
+from lorakeet.core.tiles import Rows, matrix_shape
 from lorakeet.errors import DataError, Problems, unreadable
 from lorakeet.formats.json_object import read_object
 
@@ -116,7 +116,8 @@ class SafeFile:
 
     def rows(self, name: str) -> Rows:
         """The tensor `name`, to be read some rows at a time; one without rows, such as a vector, as it is."""
-        return self.read(name) if len(self.tensors[name].shape) < 2 else _FileRows(self, name)
+        stored = self.tensors[name]
+        return self.read(name) if len(stored.shape) < 2 else _FileRows(self, name, stored.shape)
 
     def bytes_of(self, name: str) -> bytearray:
         """The bytes of the tensor `name`."""
@@ -143,20 +144,21 @@ class _FileRows:
 
     file: SafeFile
     name: str
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.file.tensors[self.name].shape
+    shape: tuple[int, ...]
 
     @property
     def dtype(self) -> torch.dtype:
         return self.file.tensors[self.name].dtype
 
+    def as_matrix(self) -> _FileRows:
+        """With all dimensions but the last laid end to end as rows (core/tiles.Stack)."""
+        return _FileRows(self.file, self.name, matrix_shape(self.shape))
+
     def __getitem__(self, part: slice) -> Tensor:
         stored = self.file.tensors[self.name]
-        start, stop, _ = part.indices(stored.shape[0])
-        row = (stored.end - stored.begin) // max(stored.shape[0], 1)
-        shape = (max(0, stop - start), *stored.shape[1:])
+        start, stop, _ = part.indices(self.shape[0])
+        row = (stored.end - stored.begin) // max(self.shape[0], 1)
+        shape = (max(0, stop - start), *self.shape[1:])
         if not math.prod(shape):
             return torch.empty(shape, dtype=stored.dtype)
         data = self.file.bytes_between(stored.begin + start * row, stored.begin + stop * row)

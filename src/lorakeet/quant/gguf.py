@@ -15,7 +15,7 @@ from __future__ import annotations
 import importlib.util
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from lorakeet.core.tiles import matrix_shape
 from lorakeet.errors import EnvironmentProblem
 from lorakeet.quant.packed import PackedBase, tile_of
 
@@ -155,6 +156,11 @@ class FileTensor:
     def dtype(self) -> torch.dtype:
         """Of what rows mean."""
         return torch.float32
+
+    def as_matrix(self) -> FileTensor:
+        """With all dimensions but the last laid end to end as rows (core/tiles.Stack)."""
+        dtype, stored = self.layout
+        return replace(self, shape=matrix_shape(self.shape), layout=(dtype, matrix_shape(stored)))
 
     def __getitem__(self, part: slice) -> Tensor:
         """What some of the rows mean, read now, in fp32: a tensor of two dimensions or more is had in parts (core/tiles.Rows).
