@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -139,6 +140,21 @@ def test_nothing_is_overwritten_and_nothing_half_written_stays(tiny_llama_folder
     assert [path.name for path in tmp_path.iterdir()] == ["model.gguf"] and out.read_text() == "mine"
     with pytest.raises(DataError, match="is not a GGUF file"):
         GgufFile(out)
+
+
+def test_the_file_is_on_the_disk_before_it_gets_its_name(
+    tiny_llama_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "model.gguf"
+    synced: list[tuple[int, int, bool]] = []
+
+    def note(number: int) -> None:
+        found = os.fstat(number)
+        synced.append((found.st_ino, found.st_size, out.exists()))
+
+    monkeypatch.setattr("os.fsync", note)
+    write_gguf(tiny_llama_folder, None, out, tokenizer=load_tokenizer(tiny_llama_folder))
+    assert synced == [(out.stat().st_ino, out.stat().st_size, False)]
 
 
 def test_a_tensor_without_a_place_is_named(tmp_path: Path) -> None:

@@ -170,6 +170,8 @@ def write_gguf(
     partial = out.with_name(f".{out.name}.partial")
     try:
         _write(partial, merged.layout, vocabulary, items, values, on_progress)
+        with partial.open("rb") as file:
+            os.fsync(file.fileno())  # on the disk before it gets its name
         os.replace(partial, out)
     finally:
         partial.unlink(missing_ok=True)
