@@ -56,6 +56,13 @@ def test_cutting_or_replacing_the_file_changes_nothing(file: Path) -> None:
         open_slab(file)
 
 
+def test_rows_are_those_of_the_slab_and_of_an_outline_have_no_numbers(file: Path) -> None:
+    slab, outline = open_slab(file), open_outline(file)
+    save_file({name: tensor + 1 for name, tensor in TENSORS.items()}, file)
+    for name, tensor in TENSORS.items():
+        assert torch.equal(slab.rows(name)[:], tensor) and outline.rows(name)[:].is_meta
+
+
 def bytes_read() -> int:
     """What this process has asked the system to read so far."""
     counts = dict(line.split(": ") for line in Path("/proc/self/io").read_text().splitlines())

@@ -61,6 +61,10 @@ class Slab(SafeFile):
         numbers = count // stored.dtype.itemsize
         return torch.frombuffer(self.data, dtype=stored.dtype, count=numbers, offset=first).view(stored.shape)
 
+    def rows(self, name: str) -> Tensor:
+        """As `read`: what is in memory already is not read from the file again, which may have changed."""
+        return self.read(name)
+
     def numbers(self) -> Tensor | None:
         """Those of all tensors in fp32, end to end, as one view of the slab if that is their dtype.
 
@@ -92,6 +96,10 @@ class Outline(SafeFile):
         """The tensor `name` on the meta device."""
         stored = self.tensors[name]
         return torch.empty(stored.shape, dtype=stored.dtype, device="meta")
+
+    def rows(self, name: str) -> Tensor:
+        """As `read`."""
+        return self.read(name)
 
     def numbers(self) -> Tensor | None:
         """As many on the meta device."""
