@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from lorakeet.core.plan import ExtraEntry, Plan, PlanEntry
-from lorakeet.errors import ConfigError
+from lorakeet.errors import ConfigError, EnvironmentProblem
 from lorakeet.export.folded import PART_BYTES
 from lorakeet.train.rehearsal import Judging, NotPlanned, Rows
 from lorakeet.workflows import forecast_check
@@ -143,6 +144,25 @@ def test_the_store_goes_where_the_run_keeps_its_own_and_is_gone_afterwards(opene
         assert [path.suffix for path in (tmp_path / "there").iterdir()] == [".check"]
         raise KeyboardInterrupt
     assert list((tmp_path / "there").iterdir()) == []
+
+
+@pytest.mark.parametrize("part", ["waiting", "artefact", "spilled"])
+def test_a_disk_without_room_is_refused_before_the_work(
+    opened: Opened, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, part: str
+) -> None:
+    """Stores count, what waits, and keys and values that have no room in memory."""
+    size = replace(SIZE, judging=Judging(Rows(32, 2), 1, 300))
+    budget = opened.within(f"{planner(opened, size).forecast(streamed=True).peak // 1000 + 20_000}KB")
+    free = SimpleNamespace(free=2 * FP32 * planner(opened, size).weights)
+    monkeypatch.setattr("shutil.disk_usage", lambda _: free)
+    plan_check(budget, size, tmp_path / "out", quiet())
+    if part == "spilled":
+        monkeypatch.setattr("lorakeet.models.sample.STREAMED_CACHE", 1)
+        assert planner(opened, size).spilled(8) == 8 * 2 * FP32 * 301 * 256
+    else:
+        size = replace(size, **{part: 1 << 20})
+    with pytest.raises(EnvironmentProblem, match="are free there"):
+        plan_check(budget, size, tmp_path / "out", quiet())
 
 
 def test_a_model_that_cannot_be_rehearsed_keeps_a_budget_only_in_memory(

@@ -15,7 +15,15 @@ from lorakeet.evaluate.spec import EvaluateSpec
 from lorakeet.memory.spill import Aside
 from lorakeet.models.sample import end_ids
 from lorakeet.workflows.artefacts import InTorch, live_side
-from lorakeet.workflows.compare_artefact import GREEDY_TOKENS, Probes, check_answers, check_greedy, check_logits, check_prompts
+from lorakeet.workflows.compare_artefact import (
+    GREEDY_TOKENS,
+    Probes,
+    check_answers,
+    check_greedy,
+    check_logits,
+    check_prompts,
+    positions_of_answer,
+)
 from lorakeet.workflows.opened import open_adapter
 from lorakeet.workflows.recorded import Recorded, ask_all
 from tiny.exports import loud_run
@@ -54,6 +62,14 @@ def test_every_check_is_the_same_without_the_artefact(live: InTorch, aside: Asid
     for plain in (check_prompts, check_greedy):
         assert plain(live, recorded, asked) == plain(live, base, asked)
     assert not check_logits(live, recorded, asked, SPEC).passed, "the base is not the live adapter"
+
+
+def test_what_answers_take_is_known_before(live: InTorch, aside: Aside) -> None:
+    asked = probes(live)
+    recorded = ask_all(InTorch(live.text, None, "base"), asked, live, aside)
+    taken = [key[2] for key in recorded._known if isinstance(key, tuple) and key[0] == "logits"]
+    counted = [positions_of_answer(row, live.text.tokenizer) for row in asked.labelled]
+    assert sum(counted) == sum(taken) and counted == [3 + 3 + 4, 1]
 
 
 def test_nothing_is_asked_twice_and_nothing_is_made_up(live: InTorch, aside: Aside) -> None:

@@ -15,15 +15,20 @@ from tokenizers.processors import TemplateProcessing
 
 from lorakeet.cli.main import main
 from lorakeet.core.adapter import Adapter, Pair
+from lorakeet.data.prepare import load_dataset
 from lorakeet.errors import ConfigError, VerificationFailed
 from lorakeet.evaluate.certificate import Check, read_certificate
 from lorakeet.evaluate.report import read_report
 from lorakeet.export.llama_cpp import quantise
 from lorakeet.formats import peft
 from lorakeet.formats.gguf import permute, unpermute
-from lorakeet.models.load import load_tokenizer
+from lorakeet.models.load import load_tokenizer, read_config
 from lorakeet.serve.probe import read_record
-from lorakeet.workflows.verify import verify
+from lorakeet.workflows.arrange import Arrangement
+from lorakeet.workflows.artefacts import live_side
+from lorakeet.workflows.compare_artefact import GREEDY_TOKENS, positions_of_answer
+from lorakeet.workflows.opened import open_adapter
+from lorakeet.workflows.verify import certify_artefacts, probes_of, size_of_check, verify
 from tiny.exports import loud_run, write_folder, write_lora, write_model
 from tiny.runs import quiet
 
@@ -82,6 +87,26 @@ def test_faithful_artefacts_pass_and_the_run_keeps_the_proof(loud: Loud, tmp_pat
     assert "q8_0.gguf: weights" in (run / "report.html").read_text()
     verify(str(run), against=targets[:1], rows=2, console=quiet())
     assert len(read_certificate(run / "certificate.json").checks) == len(names)  # replaced, not doubled
+
+
+def test_labelled_rows_that_are_left_out_are_counted_and_said(loud: Loud, tmp_path: Path) -> None:
+    """Also where others stay; and what their answers take on disk is counted before, whichever stay."""
+    opened, target = open_adapter(loud.path), write_model(loud.model, loud.adapter, tmp_path / "x.gguf")
+    whole = probes_of(opened, load_dataset(opened.config.data), live_side(opened, quiet()), 4)
+    lengths = sorted(len(row.prompt) + max(map(len, row.completions)) for row in whole.labelled)
+    most = lengths[-1] - 1
+    left = sum(length > most for length in lengths)
+    assert 0 < left < len(lengths)
+    cut = dataclasses.replace(opened, kept=Arrangement(most=most))
+    found = certify_artefacts(cut, (str(target),), rows=4, subject="x", console=quiet())
+    assert found.facts["labelled rows left out"] == f"{left} of {len(lengths)}, longer than {most} tokens"
+    assert next(check.n for check in found.checks if kind(check) == "answers") == len(lengths) - left
+    whole_one = certify_artefacts(opened, (str(target),), rows=1, subject="x", console=quiet())
+    assert "labelled rows left out" not in whole_one.facts
+    tokenizer = load_tokenizer(loud.model)
+    size = size_of_check(opened.within("8GiB"), [str(target)], loud.model, "a check", rows=4)
+    tokens = 5 * (max(map(len, whole.rows)) + GREEDY_TOKENS) + sum(positions_of_answer(row, tokenizer) for row in whole.labelled)
+    assert size.waiting == 4 * tokens * read_config(loud.model).vocab_size
 
 
 def test_a_wrong_file_is_held_against_itself_only_and_until_it_is_gone(loud: Loud, tmp_path: Path) -> None:

@@ -93,11 +93,22 @@ def _cache_of(text: TextModel, length: int, blocks: int | None, aside: Callable[
 
 def _row_bytes(text: TextModel, length: int, blocks: int) -> int:
     """Keys and values of a row of `length` tokens in so many blocks."""
-    config = text.model.config.get_text_config()
+    return cache_bytes(text.model.config.get_text_config(), length, blocks, text.dtype.itemsize)
+
+
+def spilled_bytes(config: Any, length: int, blocks: int) -> int:
+    """What lies on disk of a row of `length` tokens beside a streamed model in fp32 with this text config: all keys and values,
+    or none where they fit into STREAMED_CACHE."""
+    size = cache_bytes(config, length, blocks, torch.float32.itemsize)
+    return size if size > STREAMED_CACHE else 0
+
+
+def cache_bytes(config: Any, length: int, blocks: int, itemsize: int) -> int:
+    """Keys and values of a row of `length` tokens in so many blocks of a model with this text config."""
     heads = int(config.num_attention_heads)
     width = int(getattr(config, "head_dim", None) or config.hidden_size // heads)
     kept = int(getattr(config, "num_key_value_heads", None) or heads)
-    return 2 * length * kept * width * text.dtype.itemsize * blocks
+    return 2 * length * kept * width * itemsize * blocks
 
 
 def end_ids(text: TextModel) -> frozenset[int]:

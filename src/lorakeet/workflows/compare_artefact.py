@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -151,9 +152,8 @@ def judge_answers(
 
 def answer(side: Artefact, row: Candidates, live: InTorch) -> int:
     """The likeliest label: Σ log p over what distinguishes each label's tokens."""
-    ends = frozenset(int(number) for number in live.text.tokenizer.all_special_ids)
     scores = []
-    endings = distinguishing(row.completions, ends)
+    endings = _endings(row, live.text.tokenizer)
     prompt = row.prompt.tolist()
     shared = side.logits(prompt, 1)[-1].log_softmax(-1) if all(len(ending) == 1 for ending in endings) else None
     for ending in endings:
@@ -164,6 +164,17 @@ def answer(side: Artefact, row: Candidates, live: InTorch) -> int:
         rows = side.logits(ids, len(ending) + 1)[:-1].log_softmax(-1)
         scores.append(float(rows.gather(1, torch.from_numpy(ending)[:, None]).sum()))
     return int(np.argmax(scores))
+
+
+def positions_of_answer(row: Candidates, tokenizer: Any) -> int:
+    """After how many tokens `answer` asks a side for logits."""
+    endings = _endings(row, tokenizer)
+    return 1 if all(len(ending) == 1 for ending in endings) else sum(len(ending) + 1 for ending in endings)
+
+
+def _endings(row: Candidates, tokenizer: Any) -> list[Ids]:
+    """What distinguishes each label's tokens."""
+    return distinguishing(row.completions, frozenset(int(number) for number in tokenizer.all_special_ids))
 
 
 def check_greedy(live: InTorch, artefact: Artefact, probes: Probes) -> Check:

@@ -38,6 +38,7 @@ from lorakeet.models.families import family_of
 from lorakeet.models.fits import plan_of
 from lorakeet.models.load import read_config
 from lorakeet.models.outline import outline
+from lorakeet.models.sample import spilled_bytes
 from lorakeet.models.source import find_source
 from lorakeet.models.spec import ModelSpec
 from lorakeet.models.streamed_load import bytes_of_storing, empty_model
@@ -131,7 +132,7 @@ def plan_check(opened: Opened, check: CheckSize, place: Path, console: Console) 
     slots = min(found.blocks, fewest + (budget - found.peak) // found.block_bytes)
     planned = found.peak + (slots - fewest) * found.block_bytes
     folder = store_folder(opened.config.memory.store, place, "check")
-    needed = FP32 * planner.weights * (check.models + check.more_stores) + check.waiting
+    needed = FP32 * planner.weights * (check.models + check.more_stores) + check.waiting + planner.spilled(found.blocks)
     _require_disk(folder, check, needed, whole.peak)
     say(
         f"Memory: {bytes_text(planned)} planned of {bytes_text(budget)} for {check.what}; weights are streamed from disk, "
@@ -214,6 +215,12 @@ class CheckPlanner:
         words = TOKENIZER_ENTRY * int(text.vocab_size) * check.models
         phases = phases_of(held, self.runtime + words, returning=True)
         return CheckForecast(max(phases, key=lambda phase: phase.bytes), found.blocks, found.block_bytes)
+
+    def spilled(self, blocks: int) -> int:
+        """Bytes on disk of the keys and values of a text that a streamed model writes, of which one at a time may be there."""
+        judging = self.check.judging
+        longest = max(judging.text_tokens + 1, judging.rows.length)
+        return spilled_bytes(self.config.get_text_config(), longest, blocks) if judging.texts else 0
 
     def _looking(self, found: Rehearsal) -> int:
         """Beside what is in memory all along, while weights are compared: blocks have left, and llama.cpp has not begun."""

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
-from lorakeet.data.chat import Encoder, Example, Ids
+from lorakeet.data.chat import Candidates, Encoder, Example, Ids
 from lorakeet.data.prepare import Dataset, load_dataset
 from lorakeet.data.rows import Row
 from lorakeet.data.template import is_templated
@@ -45,6 +45,7 @@ from lorakeet.workflows.compare_artefact import (
     check_logits,
     check_prompts,
     check_stored,
+    positions_of_answer,
 )
 from lorakeet.workflows.deploy import Deployable, check_deployment
 from lorakeet.workflows.forecast_check import FP32, CheckSize, NoRoom, plan_check, stores
@@ -152,12 +153,22 @@ def certify_artefacts(
             why = f"every labelled row is longer than the {probes.most} tokens that the budget has room for"
             unchecked.append(Unchecked(found[0].artefact, "answers", why))
     facts = {"model": live.text.name, "rows": f"{len(probes.rows)} held-out" if dataset else f"{len(probes.rows)} sampled"}
-    if probes.most is not None:
-        facts["rows"] += f", their first {probes.most} tokens"
+    facts |= _left_out(probes, facts["rows"])
     facts = {**facts, "live adapter": "computed in float32", FACT: record(live.text, NAME).to_text()}
     made = datetime.now(timezone.utc).isoformat(timespec="seconds")
     dated = tuple(replace(check, made=made) for check in checks)
     return Certificate(f"What became of {subject}", dated, facts, tuple(unchecked))
+
+
+def _left_out(probes: Probes, rows: str) -> dict[str, str]:
+    """What facts say where the budget has no room for longer rows."""
+    if probes.most is None:
+        return {}
+    cut = {"rows": f"{rows}, their first {probes.most} tokens"}
+    if not probes.too_long:
+        return cut
+    all_labelled = probes.too_long + len(probes.labelled)
+    return {**cut, "labelled rows left out": f"{probes.too_long} of {all_labelled}, longer than {probes.most} tokens"}
 
 
 def plan_rows(opened: Opened, size_of: Callable[..., CheckSize], place: Path, console: Console) -> Opened:
@@ -191,7 +202,7 @@ def size_of_check(
     `memory` and `disk` are the bytes that writing them takes, where they are still to be written; of each row the first `most`
     tokens are compared.
     """
-    longest = _longest_row(opened, source, rows) if opened.run else SAMPLED_TOKENS + 1
+    longest, answers = _measured(opened, source, rows) if opened.run else (SAMPLED_TOKENS + 1, 0)
     longest = (longest if most is None else min(longest, most)) + GREEDY_TOKENS
     files = [Path(target) for target in targets if not target.startswith(SERVERS)]
     folders = [file for file in files if file.is_dir() and not (file / "model.gguf").is_file()]
@@ -203,19 +214,26 @@ def size_of_check(
         row=min(longest, PASS) if len(files) == len(targets) else longest,
         tensors=bool(files),
         beside=context_bytes(text, longest + MARGIN) if llama else 0,
-        waiting=FP32 * (rows + 1) * longest * int(text.vocab_size) if files else 0,
+        waiting=FP32 * ((rows + 1) * longest + answers) * int(text.vocab_size) if files else 0,
         writing=memory,
         artefact=disk,
     )
 
 
-def _longest_row(opened: Opened, source: Path, rows: int) -> int:
-    """Tokens of the longest of the held-out rows that will be compared; data.max_tokens where there is no budget to keep."""
+def _measured(opened: Opened, source: Path, rows: int) -> tuple[int, int]:
+    """Tokens of the longest of the held-out rows that will be compared, and after how many the answers of labelled ones take
+    logits; data.max_tokens and none where there is no budget to keep."""
     if opened.config.memory.bytes is None:
-        return opened.config.data.max_tokens
-    dataset = load_dataset(opened.config.data)
-    encoder = Encoder(load_tokenizer(opened.tokenizer or source), opened.config.data, dataset.labels)
-    return max(len(example.ids) for _, example in _compared(dataset, encoder, rows))
+        return opened.config.data.max_tokens, 0
+    dataset, tokenizer = load_dataset(opened.config.data), load_tokenizer(opened.tokenizer or source)
+    encoder = Encoder(tokenizer, opened.config.data, dataset.labels)
+    chosen = _compared(dataset, encoder, rows)
+    labelled = _labelled(dataset, encoder, chosen)
+    return max(len(example.ids) for _, example in chosen), sum(positions_of_answer(row, tokenizer) for row in labelled)
+
+
+def _labelled(dataset: Dataset, encoder: Encoder, chosen: Sequence[tuple[Row, Example]]) -> list[Candidates]:
+    return [found for row, _ in chosen if dataset.labels and (found := encoder.candidates(row)) is not None]
 
 
 def _compared(dataset: Dataset, encoder: Encoder, rows: int) -> list[tuple[Row, Example]]:
@@ -287,7 +305,7 @@ def probes_of(opened: Opened, dataset: Dataset | None, live: InTorch, rows: int)
         for (row, _), prompt in zip(chosen, prompts, strict=True)
         if is_templated(row, live.text.tokenizer, opened.config.data) and len(_messages(row)) > 0
     ]
-    labelled = [found for row, _ in chosen if dataset.labels and (found := encoder.candidates(row)) is not None]
+    labelled = _labelled(dataset, encoder, chosen)
     texts = (*RAW_TEXTS, *(row.text for row, _ in chosen[:TEXTS]))
     most = None if opened.kept is None else opened.kept.most
     return Probes(talks, texts, [example.ids for _, example in chosen], labelled, prompts[:GREEDY]).cut_to(most)
