@@ -175,13 +175,44 @@ def test_products_of_a_convolution_have_the_shape_of_its_weight(tmp_path: Path, 
 
 def test_without_a_base_they_are_refused_and_sdxls_linear_projections_are_not(tmp_path: Path) -> None:
     path = saved(tmp_path, loha_of_convolutions())
-    with pytest.raises(DataError, match=r"3 changes of convolutions .*conv1 \(8, 72\).*Name the folder .* with --base"):
+    with pytest.raises(DataError, match=r"3 changes may be of convolutions.*conv1 \(8, 72\).*Name the folder .* with --base"):
         kohya.read(path, compression=Compression(rank=4), say=lambda _: None)
     key = "lora_unet_input_blocks_4_1_proj_in"
     factors = {"hada_w1_a": (8, 2), "hada_w1_b": (2, 8), "hada_w2_a": (8, 2), "hada_w2_b": (2, 8)}
     other = saved(tmp_path, {f"{key}.{name}": torch.randn(shape) for name, shape in factors.items()})
     [pair] = kohya.read(other, compression=Compression(rank=4), say=lambda _: None).pairs.values()
     assert pair.kind == "linear"
+
+
+LINEAR_KEY = "lora_unet_down_blocks_1_attentions_0_proj_in"
+TO_K = "lora_unet_down_blocks_1_attentions_0_transformer_blocks_0_attn2_to_k"
+
+
+def loha(key: str, rows: int, columns: int) -> dict[str, torch.Tensor]:
+    shapes = {"hada_w1_a": (rows, 2), "hada_w1_b": (2, columns), "hada_w2_a": (rows, 2), "hada_w2_b": (2, columns)}
+    return {f"{key}.{name}": torch.randn(shape) for name, shape in shapes.items()}
+
+
+@pytest.mark.parametrize(
+    "beside",
+    [
+        loha(TO_K, 8, 1024), loha(TO_K, 8, 2048),
+        {f"{TO_K}.lokr_w1": torch.ones(2, 2), f"{TO_K}.lokr_w2": torch.ones(4, 512)},
+        {f"{TO_K}.lora_down.weight": torch.ones(2, 1024), f"{TO_K}.lora_up.weight": torch.ones(8, 2)},
+        loha("lora_te2_text_model_encoder_layers_0_mlp_fc1", 8, 8),
+    ],
+)  # fmt: skip
+def test_projections_of_sd_2_and_sdxl_in_diffusers_names_are_linear(beside: dict[str, torch.Tensor], tmp_path: Path) -> None:
+    path = saved(tmp_path, {**loha(LINEAR_KEY, 8, 8), **beside})
+    found = kohya.read(path, compression=Compression(rank=4), say=lambda _: None)
+    assert found.pairs["unet.down_blocks.1.attentions.0.proj_in"].kind == "linear" and len(found.pairs) == 2
+
+
+@pytest.mark.parametrize("beside", [loha(TO_K, 8, 768), loha(TO_K.replace("attn2", "attn1"), 8, 1024), {}])
+def test_projections_may_be_convolutions_where_nothing_tells(beside: dict[str, torch.Tensor], tmp_path: Path) -> None:
+    path = saved(tmp_path, {**loha(LINEAR_KEY, 8, 8), **beside})
+    with pytest.raises(DataError, match=r"1 changes may be of convolutions.*proj_in \(8, 8\)"):
+        kohya.read(path, compression=Compression(rank=4), say=lambda _: None)
 
 
 def test_a_base_of_another_shape_brings_its_own_modules(tmp_path: Path) -> None:

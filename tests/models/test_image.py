@@ -10,12 +10,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from lorakeet.core.adapter import Adapter
 from lorakeet.core.spec import LoraSpec
 from lorakeet.errors import ConfigError, DataError
 from lorakeet.formats.sd_names import with_components
 from lorakeet.models.image import ImageModel, fitted, image_plan, load_image_model, put_image_adapter, stack
+from lorakeet.models.image_denoiser import variant_in
 from lorakeet.models.image_kinds import ENCODERS
 from lorakeet.models.image_sample import Sampler, draw_latents
 from lorakeet.models.inject import activate, adapter_of, eject, inject
@@ -232,6 +234,22 @@ def test_weights_of_a_variant_alone_are_read(renamed: tuple[str, ...], tmp_path:
         shutil.copy(file, file.with_name(file.name.replace("fp16", "ema")))
     with pytest.raises(DataError, match="the variants ema, fp16, and none without"):
         load(folder)
+
+
+def test_shards_that_older_diffusers_numbered_before_the_variant_are_read(tmp_path: Path, tiny_sd_folder: Path) -> None:
+    folder = tmp_path / "sd"
+    shutil.copytree(tiny_sd_folder, folder)
+    [file] = (folder / "unet").glob("*.safetensors")
+    tensors = load_file(file)
+    names = ["diffusion_pytorch_model-00001-of-00002.fp16.safetensors", "diffusion_pytorch_model-00002-of-00002.fp16.safetensors"]
+    places = {key: names[place % 2] for place, key in enumerate(tensors)}
+    for name in names:
+        save_file({key: tensors[key] for key, where in places.items() if where == name}, folder / "unet" / name)
+    index = {"metadata": {}, "weight_map": places}
+    (folder / "unet" / "diffusion_pytorch_model.safetensors.index.fp16.json").write_text(json.dumps(index))
+    file.unlink()
+    assert variant_in(folder, ["unet"]) == "fp16"
+    assert torch.equal(prediction(load(folder), "ab"), prediction(load(tiny_sd_folder), "ab"))
 
 
 def test_a_packed_unet_predicts_nearly_the_same_and_trains(tiny_sdxl_folder: Path) -> None:

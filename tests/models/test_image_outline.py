@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -42,6 +43,22 @@ def test_an_outline_has_the_parts_and_shapes_of_the_loaded_model(kind: str, requ
     ours, theirs = model.describe(["a"]), real.describe(["a"])
     assert ours.states.shape == theirs.states.shape and (ours.pooled is None) == (theirs.pooled is None)
     assert (model.resolution, model.factor, model.prediction) == (real.resolution, real.factor, real.prediction)
+
+
+def test_betas_that_a_file_leaves_to_its_class_are_there(tiny_sd_folder: Path, tmp_path: Path) -> None:
+    """As in the loaded pipeline, whose class model_index.json names; an EDM one has none in either."""
+    folder = Path(shutil.copytree(tiny_sd_folder, tmp_path / "sd"))
+    index = json.loads((folder / "model_index.json").read_text())
+    spec = ModelSpec(path=str(folder), dtype="float32", device="cpu")
+    for said, name in (({"_class_name": "PNDMScheduler"}, "LCMScheduler"), ({}, "DDIMScheduler")):
+        (folder / "model_index.json").write_text(json.dumps({**index, "scheduler": ["diffusers", name]}))
+        (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(said))
+        model = outline_image(shapes_of_images(spec, print), name="x", dtype=torch.float32)
+        real = load_image_model(spec, say=lambda _: None)
+        assert torch.equal(model.noising.signal, real.noising.signal) and type(real.pipeline.scheduler).__name__ == name
+    (folder / "model_index.json").write_text(json.dumps({**index, "scheduler": ["diffusers", "EDMEulerScheduler"]}))
+    with pytest.raises(ConfigError, match="EDMEulerScheduler, has no betas"):
+        outline_image(shapes_of_images(spec, print), name="x", dtype=torch.float32)
 
 
 def test_what_has_no_configurations(tmp_path: Path) -> None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from lorakeet.errors import ConfigError
 from lorakeet.models.image_kinds import KINDS
-from lorakeet.models.image_schedule import scheduler_for
+from lorakeet.models.image_noise import check_betas, noising_of
+from lorakeet.models.image_schedule import filled, scheduler_for
 from tiny.images import diffusers
 from tiny.pipelines import SCHEDULE
 
@@ -48,3 +50,20 @@ def test_a_prediction_that_is_unknown_can_be_said() -> None:
 def test_a_flow_keeps_its_own() -> None:
     flow = diffusers().FlowMatchEulerDiscreteScheduler()
     assert all(scheduler_for(flow, KINDS["flux"], prediction, "m", print) is flow for prediction in ("auto", "flow"))
+
+
+@pytest.mark.parametrize("name", ["DDPMScheduler", "DDIMScheduler", "PNDMScheduler", "EulerDiscreteScheduler", "LCMScheduler"])
+def test_what_a_file_leaves_out_is_its_class_s(name: str) -> None:
+    found = filled({"_class_name": name, "prediction_type": "v_prediction"})
+    own = getattr(diffusers(), name)().config
+    assert found["prediction_type"] == "v_prediction" and own["beta_start"] == found["beta_start"]
+    check_betas(found)
+    built = getattr(diffusers(), name)()
+    for config in (found, built.config):  # LCM's betas are not DDPM's
+        assert torch.equal(noising_of(config, flow=False).signal, built.alphas_cumprod.float().sqrt())
+
+
+def test_edms_class_brings_no_betas_and_an_unknown_one_nothing() -> None:
+    with pytest.raises(ConfigError, match="EDMEulerScheduler, has no betas"):
+        check_betas(filled({"_class_name": "EDMEulerScheduler"}))
+    assert filled({"_class_name": "MineScheduler", "x": 1}) == {"_class_name": "MineScheduler", "x": 1}

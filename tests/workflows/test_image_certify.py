@@ -4,17 +4,20 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from lorakeet.core.spec import LoraSpec
+from lorakeet.evaluate.certificate import Certificate
 from lorakeet.formats import peft
 from lorakeet.formats.sd_names import with_components, without_component
-from lorakeet.models.image import image_plan, load_image_model
-from lorakeet.models.image_sample import Sampler
+from lorakeet.models.image import ImageModel, image_plan, load_image_model
+from lorakeet.models.image_sample import Sampler, draw_latents
 from lorakeet.models.inject import adapter_of, inject
 from lorakeet.models.spec import ModelSpec
+from lorakeet.workflows import image_certify
 from lorakeet.workflows.image_certify import certify_images, image_digests, latent_check
 from lorakeet.workflows.image_finetune import ImageResult
 from tiny.image_runs import image_run
@@ -67,6 +70,75 @@ def test_in_bf16_a_weak_adapter_cannot_be_exchanged(change: str, weak: ImageResu
         assert found.checks[0].measured["latent"] < 0.03 and found.checks[0].measured["of_effect"] > 0.5
 
 
+def _rounds(monkeypatch: pytest.MonkeyPatch, share: float, *, but: ImageModel | None = None) -> None:
+    """Every drawing, but those of one model, ends in other digits: by `share` of the largest latent, as on a card."""
+    generator = torch.Generator().manual_seed(0)
+
+    def noisy(model: ImageModel, *args: Any, **options: Any) -> torch.Tensor:
+        drawn = draw_latents(model, *args, **options)
+        if model is but:
+            return drawn
+        sign = torch.randint(0, 2, drawn.shape, generator=generator) * 2 - 1
+        return drawn + 0.5 * share * drawn.abs().max() * sign
+
+    monkeypatch.setattr(image_certify, "draw_latents", noisy)
+
+
+@pytest.fixture(scope="module")
+def strong(tiny_sd_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> ImageResult:
+    return image_run(tiny_sd_folder, tmp_path_factory.mktemp("strong"), diffusion__seeds=0)
+
+
+def _certified(result: ImageResult, adapter: Path, *, alone: bool = False) -> Certificate:
+    model, spec = result.setup.model, None if alone else result.setup.config.model
+    return certify_images(
+        model, adapter, ["red box"], before=image_digests(model), spec=spec, sampler=Sampler(guidance=3.0)
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("only_fresh", [False, True])
+def test_a_machine_that_rounds_otherwise_each_time_fails_no_correct_run(
+    only_fresh: bool, strong: ImageResult, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Either from one drawing to the next, or of one base and the other; an exchanged adapter is refused all the same."""
+    _rounds(monkeypatch, 5e-4, but=strong.setup.model if only_fresh else None)
+    found = _certified(strong, strong.run.adapter)
+    assert found.passed and not found.unchecked and "none" not in found.facts["rounding"]
+    assert all(1e-4 < check.measured["latent"] <= check.tolerance["latent"] <= 2.1e-3 for check in found.checks[:2])
+    assert found.checks[0].measured["of_effect"] < found.checks[0].tolerance["of_effect"] <= 0.04
+    held = peft.read(strong.run.adapter)
+    for factor in (0.0, -1.0, 2.0):
+        folder = tmp_path / str(factor)
+        folder.mkdir()
+        pairs = {path: replace(pair, B=pair.B * factor) for path, pair in held.pairs.items()}
+        peft.write(without_component(replace(held, pairs=pairs)), folder)
+        for alone in (False, True):
+            found = _certified(strong, folder, alone=alone)
+            assert [check.name for check in found.checks if not check.passed] == ["adapter on disk"]
+
+
+def test_an_effect_below_rounding_is_not_claimed_to_be_checked(weak: ImageResult, monkeypatch: pytest.MonkeyPatch) -> None:
+    _rounds(monkeypatch, 1e-3)
+    found = _certified(weak, weak.run.adapter)
+    assert found.passed and set(found.checks[0].measured) == set(found.checks[0].tolerance) == {"latent"}
+    assert "cannot be told from rounding" in found.checks[0].detail
+    assert [one.what for one in found.unchecked] == ["the adapter's effect"]
+
+
+def test_a_changed_base_is_not_taken_for_rounding(weak: ImageResult) -> None:
+    weight = weak.setup.model.denoiser.conv_in.weight
+    before = weight.detach().clone()
+    try:
+        with torch.no_grad():
+            weight[0, 0, 0, 0] += 0.02
+        found = _certified(weak, weak.run.adapter)
+    finally:
+        with torch.no_grad():
+            weight.copy_(before)
+    untouched = found.checks[1]
+    assert not untouched.passed and untouched.measured["latent"] < 2e-2 and untouched.tolerance == {"latent": 1e-4}
+
+
 def test_the_weak_adapter_itself_passes(weak: ImageResult) -> None:
     assert weak.report is not None and weak.report.certificate is not None and weak.report.certificate.passed
     assert weak.report.certificate.checks[0].measured == {"latent": 0.0, "of_effect": 0.0}
@@ -97,3 +169,7 @@ def test_latents_that_differ_or_are_no_numbers_fail() -> None:
     assert not latent_check("x", same, same * (1 + 5e-5), between=sides, base=same * 1.001).passed
     assert latent_check("x", same, same, between=sides, base=same).passed
     assert not latent_check("x", same, same * (1 + 5e-5), between=sides, base=same).passed
+    assert latent_check("x", same, same * 1.001, between=sides, floor=3e-4).passed
+    assert not latent_check("x", same, same * 1.001, between=sides, floor=2e-4).passed
+    assert not latent_check("x", same, same * 1.03, between=sides, floor=1.0).passed
+    assert not latent_check("x", same, same * 1.001, between=sides, floor=float("nan")).passed

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import io
 import json
 import shlex
 import shutil
@@ -16,6 +18,8 @@ from lorakeet.errors import ConfigError
 from lorakeet.evaluate.certificate import read_certificate
 from lorakeet.evaluate.report import read_report
 from lorakeet.formats import peft
+from lorakeet.train.checkpoint import require_same
+from lorakeet.workflows import image_assemble, image_finetune
 from lorakeet.workflows.finetune import finetune
 from lorakeet.workflows.image_finetune import ImageResult
 from tiny.image_runs import image_config, image_run
@@ -153,6 +157,49 @@ def test_a_base_that_was_moved_is_known_by_its_content(tiny_sd_folder: Path, tmp
         image_config(moved, tmp_path, diffusion__seeds=0, out=first.run.path), resume=first.run.path, console=Console(quiet=True)
     )
     assert isinstance(again, ImageResult) and again.outcome is not None and again.outcome.steps == 8
+
+
+def test_a_run_that_was_begun_with_other_arithmetic_is_not_resumed(
+    tiny_sd_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From before it was in the identity, with an older number, or with an autoencoder that scales otherwise."""
+    first = image_run(tiny_sd_folder, tmp_path, diffusion__seeds=0, train__steps=2)
+    model = Path(shutil.copytree(tiny_sd_folder, tmp_path / "scaled"))
+    settings = json.loads((model / "vae" / "config.json").read_text())
+    (model / "vae" / "config.json").write_text(json.dumps({**settings, "scaling_factor": 0.5}))
+    other = image_config(model, tmp_path, diffusion__seeds=0, train__steps=2)
+    with pytest.raises(ConfigError, match="latents and conditioning changed"):
+        finetune(other, resume=first.run.path, console=Console(quiet=True))
+    config = read_run(first.run.config)
+    monkeypatch.setattr(image_finetune, "_ARITHMETIC", image_finetune._ARITHMETIC + 1)
+    with pytest.raises(ConfigError, match="this version of Lorakeet computes pictures otherwise"):
+        finetune(config, resume=first.run.path, console=Console(quiet=True))
+    monkeypatch.undo()
+    now = image_finetune._identity(first.setup, {})
+    before = {key: value for key, value in now.items() if not key.startswith(("image arithmetic", "latents"))}
+    require_same(now, now, run=first.run.path)
+    assert len(before) == len(now) - 2
+    with pytest.raises(ConfigError, match="this version of Lorakeet computes pictures otherwise"):
+        require_same(before, now, run=first.run.path)
+
+
+def test_a_run_that_was_begun_with_settings_of_text_models_goes_on(
+    tiny_sd_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Earlier versions took them and did nothing with them. A new run is refused with them."""
+    monkeypatch.setattr(image_assemble, "_OF_TEXT", {})
+    given = {"model__attention": "eager", "train__keep_prefix_states": True, "data__text_column": "words", "train__shard": True}
+    first = image_run(tiny_sd_folder, tmp_path, diffusion__seeds=0, train__steps=2, **given)
+    monkeypatch.undo()
+    config, console = read_run(first.run.config), Console(record=True, width=300, file=io.StringIO())
+    again = finetune(config, resume=first.run.path, console=console)
+    assert isinstance(again, ImageResult) and again.outcome is not None and again.outcome.steps == 2
+    said = console.export_text()
+    names = ("model.attention is eager", "train.keep_prefix_states is True", "data.text_column is words", "train.shard is True")
+    for name in names:
+        assert f"{name}, which is for text models and does nothing here" in said
+    with pytest.raises(ConfigError, match="These settings do not go with kind: image"):
+        finetune(dataclasses.replace(config, out=str(tmp_path / "new")), console=console)
 
 
 def test_a_resumed_run_with_other_pictures_or_settings_is_refused(tiny_sd_folder: Path, tmp_path: Path) -> None:

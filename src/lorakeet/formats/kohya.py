@@ -53,6 +53,7 @@ _COMFY, _T5 = "diffusion_model.", "lora_te3_"
 PREFIXES = ("lora_unet_", "lora_te_", "lora_te1_", "lora_te2_", _T5, "lora_transformer_", _COMFY)
 _DOWN, _UP, _MID = "lora_down", "lora_up", "lora_mid"
 SLOTS = (_DOWN, _UP, _MID, "alpha", "dora_scale", *lycoris.LOHA, *lycoris.LOKR)
+_LINEAR_TEXTS = (1024, 2048)  # width of the texts of UNets whose projections are linear
 _HASHES = ("sshs_legacy_hash", "modelspec.hash_sha256")  # of a whole file; the one of the tensors is made anew
 _PEFT_ONLY = ("task_type", "revision", "lora_dropout")
 
@@ -87,7 +88,8 @@ def read(path: Path, *, base: BaseModel | None = None, compression: Compression 
             pairs |= found
     problems.raise_if_any()
     if dense:
-        pairs |= _compressed(path, {key: (known[key], slots) for key, slots in dense.items()}, compression, base, say)
+        asked = {key: (known[key], slots) for key, slots in dense.items()}
+        pairs |= _compressed(path, asked, compression, base, say, linear=_linear_projections(groups))
     metadata = {key: value for key, value in file.metadata.items() if key not in (HASH, *_HASHES, "format")}
     if family := _spelled(groups, pairs):
         metadata[FAMILY_KEY] = family
@@ -201,9 +203,12 @@ def _compressed(
     compression: Compression | None,
     base: BaseModel | None,
     say: Say,
+    *,
+    linear: bool,
 ) -> dict[str, Pair]:
     """Dense changes, with their modules by key, as pairs of scale 1; `say` hears the error of each.
 
+    `linear` says that the UNet's projections beside attention are no convolutions.
     DataError where a change of a convolution has no kernel's shape and no `base` tells it.
     """
     names = sorted({lycoris.algorithm(slots) for _, slots in dense.values()})
@@ -217,7 +222,6 @@ def _compressed(
     problems = Problems(f"{path} cannot be compressed", DataError)
     pairs: dict[str, Pair] = {}
     flat_ones: list[str] = []
-    sdxl = not ldm_keys().isdisjoint(dense)
     for key, (modules, slots) in dense.items():
         change = lycoris.delta(slots, _alpha(slots))
         parts = change if isinstance(change, str) else changes_of_module(key, modules, change)
@@ -226,18 +230,32 @@ def _compressed(
             continue
         for module, part in parts.items():
             shape = None if base is None else base.shape(module)
-            if shape is None and part.dim() == 2 and lycoris.may_be_convolution(module, sdxl=sdxl):
+            if shape is None and part.dim() == 2 and lycoris.may_be_convolution(module, linear=linear):
                 flat_ones.append(f"{module} {tuple(part.shape)}")
                 continue
             pairs[module], error = compress(lycoris.unflattened(part, shape), compression)
             say(f"{module}: {lycoris.algorithm(slots)} compressed to rank {pairs[module].rank}, relative error {error:.2g}")
     if flat_ones:
         problems.add(
-            f"{path}: {len(flat_ones)} changes of convolutions are kept as matrices, which do not tell the kernel's size: "
-            f"{', '.join(flat_ones[:3])}. Name the folder of the model that they are for with --base."
+            f"{path}: {len(flat_ones)} changes may be of convolutions, and are kept as matrices, which do not tell the kernel's "
+            f"size: {', '.join(flat_ones[:3])}. Name the folder of the model that they are for with --base."
         )
     problems.raise_if_any()
     return pairs
+
+
+def _linear_projections(groups: Mapping[str, Mapping[str, Tensor]]) -> bool:
+    """Whether proj_in and proj_out of the UNet are linear: in SDXL and SD 2.x they are, in SD 1.x convolutions.
+
+    Those two have other keys, a second text encoder, or attend to texts of 2048 and 1024 numbers, where SD 1.x has 768.
+    """
+    if any(key.startswith("lora_te2_") or key in ldm_keys() for key in groups):
+        return True
+    for key, slots in groups.items():
+        if key.endswith(("attn2_to_k", "attn2_to_v")):
+            change = lycoris.delta(slots, None) if lycoris.is_dense(slots) else slots[_DOWN]
+            return not isinstance(change, str) and change.shape[-1] in _LINEAR_TEXTS
+    return False
 
 
 def _alpha_of(pair: Pair) -> float:

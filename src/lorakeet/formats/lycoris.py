@@ -29,13 +29,16 @@ def algorithm(slots: Mapping[str, Tensor]) -> str:
     return "LoHa" if any(name in slots for name in LOHA) else "LoKr"
 
 
-def may_be_convolution(module: str, *, sdxl: bool = False) -> bool:
-    """Whether the module at this path is a convolution, or can be one: SD 1.x's projections are, those of `sdxl` are not."""
+def may_be_convolution(module: str, *, linear: bool = False) -> bool:
+    """Whether the module at this path is a convolution, or can be one.
+
+    The projections beside attention are in SD 1.x; in SD 2.x and SDXL they are `linear`.
+    """
     component, _, path = module.partition(".")
     if component == "transformer":
         return path == "pos_embed.proj"
     last = path.rpartition(".")[2]
-    return component == "unet" and (last.startswith("conv") or (last in ("proj_in", "proj_out") and not sdxl))
+    return component == "unet" and (last.startswith("conv") or (last in ("proj_in", "proj_out") and not linear))
 
 
 def unflattened(change: Tensor, shape: tuple[int, ...] | None) -> Tensor:

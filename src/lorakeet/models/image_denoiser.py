@@ -23,7 +23,8 @@ from lorakeet.quant.spec import QuantSpec
 
 METHODS = ("nf4", "int8")
 _NAME = "diffusion_pytorch_model.safetensors"
-_VARIANT = re.compile(r"[a-z_]+\.(\w+)(?:-\d+-of-\d+)?\.safetensors")  # model.fp16.safetensors, one file or several
+_SHARD = r"(?:-\d+-of-\d+)?"  # older diffusers numbered the files before the variant
+_VARIANT = re.compile(rf"[a-z_]+{_SHARD}\.(\w+){_SHARD}\.safetensors")  # model.fp16.safetensors, one file or several
 _WIDE = ("time_embedding", "add_embedding", "time_text_embed")  # few numbers, on which every result depends
 Make = Callable[[Mapping[str, Any]], nn.Module]  # a denoiser from the content of its config.json
 

@@ -17,6 +17,8 @@ from torch import Tensor
 from lorakeet.errors import ConfigError
 from lorakeet.models.image_diffusers import diffusers
 
+_DEFAULTS = "_use_default_values"  # of a built one: what its file left out, for which from_config would take its own class's
+
 
 @dataclass(frozen=True)
 class Noising:
@@ -40,7 +42,10 @@ class Noising:
 
 
 def check_betas(scheduler: Mapping[str, Any]) -> None:
-    """ConfigError where a scheduler's configuration has no betas, of which DDPM's steps are made: diffusers would assume some."""
+    """ConfigError where a scheduler has no betas, of which DDPM's steps are made: diffusers would assume some.
+
+    `scheduler` is the configuration of one that was built (`image_schedule.filled`): a file may leave betas to its class.
+    """
     if scheduler.get("trained_betas") is None and not {"beta_start", "beta_schedule"} & set(scheduler):
         raise ConfigError(
             f"The model's scheduler, {scheduler.get('_class_name', 'of no class')}, has no betas (beta_start, beta_schedule, "
@@ -56,7 +61,8 @@ def noising_of(scheduler: Mapping[str, Any], *, flow: bool) -> Noising:
     """
     if not flow:
         check_betas(scheduler)
-        alphas = diffusers().DDPMScheduler.from_config(dict(scheduler)).alphas_cumprod.float()
+        told = {key: value for key, value in scheduler.items() if key != _DEFAULTS}
+        alphas = diffusers().DDPMScheduler.from_config(told).alphas_cumprod.float()
         return Noising(alphas.sqrt(), (1 - alphas).sqrt(), torch.arange(len(alphas)))
     count = int(scheduler.get("num_train_timesteps", 1000))
     shift = 1.0 if scheduler.get("use_dynamic_shifting") else float(scheduler.get("shift", 1.0))

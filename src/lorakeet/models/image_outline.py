@@ -20,6 +20,7 @@ from lorakeet.models.image_denoiser import packing_of_denoiser
 from lorakeet.models.image_diffusers import diffusers, new_denoiser, quiet_diffusers
 from lorakeet.models.image_kinds import ENCODERS, PIPELINES, Conditioning
 from lorakeet.models.image_noise import check_betas
+from lorakeet.models.image_schedule import filled
 from lorakeet.models.image_shapes import Shapes, shapes_in
 from lorakeet.models.image_single import open_single
 from lorakeet.models.outline import put_packed
@@ -80,7 +81,7 @@ def outline_image(
             if name_of_part in shapes:
                 parts[name_of_part] = _in(dtype, partial(_encoder, shapes[name_of_part]))
         vae = _in(torch.float32, lambda: package.AutoencoderKL.from_config(dict(shapes["vae"])))
-        steps = dict(shapes["scheduler"])
+        steps = dict(shapes["scheduler"]) if kind.flow else filled(shapes["scheduler"])
         if not kind.flow:
             check_betas(steps)
         scheduler = SimpleNamespace(config=steps) if kind.flow else package.DDPMScheduler.from_config(steps)

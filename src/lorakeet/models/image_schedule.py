@@ -1,14 +1,27 @@
-"""The scheduler of an image model: whether it goes with the model, and the same one for another prediction."""
+"""The scheduler of an image model: what its file leaves out, whether it goes with the model, and another prediction's."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from lorakeet.errors import ConfigError
+from lorakeet.models.image_diffusers import diffusers
 from lorakeet.models.image_kinds import ImageKind
 
 PREDICTIONS = ("epsilon", "v_prediction")  # of models that predict no flow
+
+
+def filled(scheduler: Mapping[str, Any]) -> dict[str, Any]:
+    """A scheduler's configuration with what its file leaves out, as the class that it names has it: betas too, but not EDM's.
+
+    So it is what a pipeline has; nothing is built. As it stands where diffusers does not know the class.
+    """
+    made = getattr(diffusers(), str(scheduler.get("_class_name")), None)
+    settings = {} if made is None else inspect.signature(made.__init__).parameters
+    known = {name: one.default for name, one in settings.items() if one.default is not inspect.Parameter.empty}
+    return {**known, **scheduler}
 
 
 def scheduler_for(scheduler: Any, kind: ImageKind, prediction: str, name: str, say: Callable[[str], None]) -> Any:

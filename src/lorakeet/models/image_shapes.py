@@ -51,7 +51,8 @@ def shapes_in(name: str, revision: str | None, say: Callable[[str], None]) -> Sh
             read = package.UNet2DConditionModel.load_config  # a dictionary, whatever class it is of
             scheduler = package.DDPMScheduler.load_config(name, subfolder="scheduler", revision=revision)
             shapes = {part: read(name, subfolder=part, revision=revision) for part in (kind.denoiser, "vae")}
-            shapes["scheduler"] = scheduler
+            own = (index.get("scheduler") or [None, scheduler.get("_class_name")])[1]  # of two words the index's counts
+            shapes["scheduler"] = {**scheduler, "_class_name": own}
             for part in ENCODERS:
                 encoder = (index.get(part) or [None, None])[1]
                 if encoder is not None:

@@ -58,13 +58,13 @@ class ImageAssembly:
         return self.config.train.total_steps(order.steps_per_epoch)
 
 
-def assemble_images(config: RunConfig, console: Console, *, asked: bool = False) -> ImageAssembly:
+def assemble_images(config: RunConfig, console: Console, *, asked: bool = False, resume: bool = False) -> ImageAssembly:
     """Pictures first (quick to fail), then memory (`asked`: without a budget too), model, plan and latents.
 
-    ConfigError and DataError as they arise.
+    ConfigError and DataError as they arise. To `resume` a run settings of text models may stand in it (`check_settings`).
     """
-    check_settings(config)
     say = partial(console.print, markup=False, soft_wrap=True)
+    check_settings(config, ignored=say if resume else None)
     dataset = load_images(config.data, config.images, tables=cache_in(config.images, "tables"))
     for remark in dataset.remarks:
         say(remark)
@@ -121,8 +121,12 @@ def ready_to_train(setup: ImageAssembly, watch: Callable[[int], None] | None = N
     return task
 
 
-def check_settings(config: RunConfig) -> None:
-    """ConfigError for every setting that a run on images does not have."""
+def check_settings(config: RunConfig, *, ignored: Callable[[str], None] | None = None) -> None:
+    """ConfigError for every setting that a run on images does not have.
+
+    Those that earlier versions took and that never did anything only `ignored` hears, where it is given: a run that was begun
+    with them goes on with them, since without them its settings would be others.
+    """
     problems = Problems("These settings do not go with kind: image")
     if config.lora.new_tokens or config.lora.extra_modules:
         problems.add("lora.new_tokens and lora.extra_modules are for text models; leave them out.")
@@ -134,7 +138,10 @@ def check_settings(config: RunConfig) -> None:
         part, key = name.split(".")
         given = getattr(getattr(config, part), key)
         if given != getattr(getattr(RunConfig(), part), key):
-            problems.add(f"{name} is {given}, which is for text models. {instead}")
+            if ignored is None:
+                problems.add(f"{name} is {given}, which is for text models. {instead}")
+            else:
+                ignored(f"{name} is {given}, which is for text models and does nothing here; the run goes on as it began.")
     problems.raise_if_any()
 
 

@@ -68,7 +68,7 @@ class ImageResult:
 
 def finetune_images(config: RunConfig, run: RunFolder, *, resume: bool, dry_run: bool, console: Console) -> ImageResult:
     """Trains, judges and certifies; everything is in the run folder. Errors as in workflows/finetune."""
-    setup = assemble_images(config, console, asked=dry_run)
+    setup = assemble_images(config, console, asked=dry_run, resume=resume)
     show_image_plan(setup, console)
     if dry_run:
         if setup.arrangement.planned is not None:
@@ -86,6 +86,11 @@ def finetune_images(config: RunConfig, run: RunFolder, *, resume: bool, dry_run:
     return ImageResult(setup, run, outcome, report)
 
 
+# What pictures and captions become is computed otherwise where this is another number: 2 since SDXL's latents are standardised by
+# latents_mean and latents_std, mirrored cut-outs are told where they lie, and T5 has no dropout while others are trained.
+_ARITHMETIC = 2
+
+
 def _identity(setup: ImageAssembly, digests: dict[str, str]) -> dict[str, str]:
     """What must be equal for a run to be resumed, besides the training settings."""
     config = setup.config
@@ -97,6 +102,8 @@ def _identity(setup: ImageAssembly, digests: dict[str, str]) -> dict[str, str]:
         "diffusion settings": dataclasses.asdict(replace(config.diffusion, scorer="")),  # it looks on
         "pictures": [picture.row.key for picture in (*setup.train, *setup.held_out, *setup.prior)],
         "base model": digests,
+        "latents and conditioning": [setup.model.autoencoder_digest, setup.model.encoders_digest],
+        "image arithmetic (this version of Lorakeet computes pictures otherwise)": _ARITHMETIC,
     }
     return identity_of(parts)
 
