@@ -51,6 +51,30 @@ def test_the_split_does_not_depend_on_names(tmp_path: Path) -> None:
     assert first.split_record() == second.split_record()
 
 
+def versions(folder: Path, number: int, count: int) -> None:
+    """Near-copies of one picture."""
+    pixels, _ = drawn(number)
+    for version in range(count):
+        noisy = np.clip(pixels.astype(int) + np.random.default_rng(version).integers(-1, 2, pixels.shape), 0, 255)
+        Image.fromarray(noisy.astype(np.uint8)).save(folder / f"v{version}.png")
+        (folder / f"v{version}.txt").write_text("one")
+
+
+def test_an_album_that_looks_like_one_picture_is_told_with_the_remedy(tmp_path: Path) -> None:
+    mixed, one = album(tmp_path / "a", 8), tmp_path / "one"
+    versions(mixed, 3, 6)
+    (remark,) = [text for text in load_images(data(mixed), IMAGES).remarks if "near_duplicates" in text]
+    assert "7 of 14 pictures look like copies of one" in remark
+    assert not any("near_duplicates" in text for text in load_images(data(album(tmp_path / "b", 14)), IMAGES).remarks)
+    one.mkdir()
+    versions(one, 3, 8)
+    told = r"No row can be held out.*8 of 8 pictures .* such as v\d\.png and v\d\.png.*near_duplicates 0"
+    with pytest.raises(DataError, match=told):
+        load_images(data(one), IMAGES)
+    found = load_images(data(one), replace(IMAGES, near_duplicates=0))
+    assert found.held_out and found.train
+
+
 def test_near_copies_stay_on_one_side(tmp_path: Path) -> None:
     folder = album(tmp_path / "a", 8)
     for number in range(8):  # for each picture three versions that differ by some noise

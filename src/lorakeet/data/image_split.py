@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,6 +17,7 @@ from lorakeet.data.split import split_record, split_rows
 from lorakeet.errors import DataError
 
 ENOUGH, MANY = 6, 20  # the fewest independent pictures that can show a difference, and from how many so many are held out
+MUCH = 0.3  # of an album that counts as copies of one picture: more may be one scene instead of one photo
 _OWN_SPLIT = DataSpec().held_out_fraction
 
 
@@ -65,7 +67,7 @@ def load_images(data: DataSpec, images: ImageSpec, *, tables: Path) -> ImageData
     train = album.rows
     policy = data.on_leak
     if not data.held_out:
-        train, held_out = _parted(train, data, images)
+        train, held_out = _parted(train, data, images, remarks)
         policy = "keep" if policy == "keep" else "drop"  # the split is ours: what its groups left is no fault of the files
     held_out, told = _without_leaks(held_out, test, images, policy=data.on_leak, part="held-out")
     if told and not held_out:
@@ -95,9 +97,43 @@ def _other_album(name: str | None, spec: ImageSpec, tables: Path, remarks: list[
     return album.rows
 
 
-def _parted(rows: Sequence[ImageRow], data: DataSpec, images: ImageSpec) -> tuple[tuple[ImageRow, ...], tuple[ImageRow, ...]]:
-    """Training and held-out pictures. With `data.held_out_fraction` as it comes, of MANY or more at least ENOUGH are held out."""
+def _parted(
+    rows: Sequence[ImageRow], data: DataSpec, images: ImageSpec, remarks: list[str]
+) -> tuple[tuple[ImageRow, ...], tuple[ImageRow, ...]]:
+    """Training and held-out pictures. With `data.held_out_fraction` as it comes, of MANY or more at least ENOUGH are held out.
+
+    Where much of an album counts as copies of one picture, a remark, or the DataError of the split, names two of them.
+    """
     groups = alike_groups(rows, images.near_duplicates)
+    said = _mostly_copies(rows, groups)
+    try:
+        parts = _split(rows, groups, data)
+    except DataError as error:
+        raise DataError(f"{error} {said}" if said else str(error)) from error
+    if said:
+        remarks.append(said)
+    return parts
+
+
+def _mostly_copies(rows: Sequence[ImageRow], groups: Sequence[int]) -> str:
+    """What to say where more than MUCH of the pictures count as copies of one; empty elsewhere."""
+    group, count = Counter(groups).most_common(1)[0] if groups else (0, 0)
+    first = next((row for row, own in zip(rows, groups, strict=True) if own == group), None)
+    if first is None or count <= MUCH * len(rows):
+        return ""
+    alike = (row for row, own in zip(rows, groups, strict=True) if own == group and row.pixels_key != first.pixels_key)
+    other = next(alike, None)
+    if other is None:
+        return ""
+    return (
+        f"{count} of {len(rows)} pictures look like copies of one, such as {first.source} and {other.source}. Where they are "
+        "different pictures (one pose, scene or coloured ground), set images.near_duplicates 0, so that only equal ones count."
+    )
+
+
+def _split(
+    rows: Sequence[ImageRow], groups: Sequence[int], data: DataSpec
+) -> tuple[tuple[ImageRow, ...], tuple[ImageRow, ...]]:
     plain = {row.source: row for row in rows}
     group_of = {row.source: group for row, group in zip(rows, groups, strict=True)}
     given = [_as_row(row, f"pictures {group_of[row.source]}") for row in rows]
