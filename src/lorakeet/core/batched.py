@@ -217,7 +217,6 @@ class Stack:
                     self.special.add(place)
                 self._copy(place, factors[place])
                 self._copies[place] = _Copy.of(wanted[place], layers)
-        if new:
             self.empty = not any(map(any, self._ranks.values()))
         needed = sum(sum(self._ranks[place]) for place in wanted)
         self._roomy = self._roomy + 1 if 2 * needed < len(self._A.numbers) else 0

@@ -117,16 +117,13 @@ def _parted(
 
 def _mostly_copies(rows: Sequence[ImageRow], groups: Sequence[int]) -> str:
     """What to say where more than MUCH of the pictures count as copies of one; empty elsewhere."""
-    group, count = Counter(groups).most_common(1)[0] if groups else (0, 0)
-    first = next((row for row, own in zip(rows, groups, strict=True) if own == group), None)
-    if first is None or count <= MUCH * len(rows):
+    largest = [group for group, _ in Counter(groups).most_common(1)]
+    members = [row for row, group in zip(rows, groups, strict=True) if group in largest]
+    if len(members) < 2 or len(members) <= MUCH * len(rows):
         return ""
-    alike = (row for row, own in zip(rows, groups, strict=True) if own == group and row.pixels_key != first.pixels_key)
-    other = next(alike, None)
-    if other is None:
-        return ""
+    one, other = members[0].source, members[1].source
     return (
-        f"{count} of {len(rows)} pictures look like copies of one, such as {first.source} and {other.source}. Where they are "
+        f"{len(members)} of {len(rows)} pictures look like copies of one, such as {one} and {other}. Where they are "
         "different pictures (one pose, scene or coloured ground), set images.near_duplicates 0, so that only equal ones count."
     )
 

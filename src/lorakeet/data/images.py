@@ -117,6 +117,12 @@ def open_pixels(path: Path) -> tuple[Pixels, list[str]]:
             raise ValueError(str(error)) from error
 
 
+def scaled_to_cover(sides: tuple[int, int], size: tuple[int, int]) -> tuple[int, int]:
+    """Height and width of a picture with `sides` (height, width) that is scaled until it covers `size`."""
+    scale = max(size[0] / sides[0], size[1] / sides[1])
+    return max(size[0], round(sides[0] * scale)), max(size[1], round(sides[1] * scale))
+
+
 def cut(pixels: Pixels, size: tuple[int, int], *, crop: int = 0, key: str = "") -> tuple[Pixels, tuple[int, int]]:
     """`pixels` scaled to cover `size` (height, width) and cut to it, with the cut's (top, left) in the scaled picture.
 
@@ -124,8 +130,7 @@ def cut(pixels: Pixels, size: tuple[int, int], *, crop: int = 0, key: str = "") 
     """
     height, width = size
     image_module, _ = _pillow()
-    scale = max(height / pixels.shape[0], width / pixels.shape[1])
-    scaled = max(height, round(pixels.shape[0] * scale)), max(width, round(pixels.shape[1] * scale))
+    scaled = scaled_to_cover((pixels.shape[0], pixels.shape[1]), size)
     image = image_module.fromarray(pixels).resize(scaled[::-1], image_module.Resampling.LANCZOS)
     room = scaled[0] - height, scaled[1] - width
     if crop == 0:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lorakeet.data.image_spec import ImageSpec
-from lorakeet.data.images import ImageRow, Pixels, bucket_of, bucket_sizes, cut, open_pixels
+from lorakeet.data.images import ImageRow, Pixels, bucket_of, bucket_sizes, cut, open_pixels, scaled_to_cover
 from lorakeet.errors import ConfigError, DataError, EnvironmentProblem
 from lorakeet.formats.safe import open_safetensors, save_tensors
 from lorakeet.models.gguf_copy import cache_folder
@@ -121,15 +121,10 @@ def _variants(model: ImageModel, row: ImageRow, size: tuple[int, int], spec: Ima
         sizes.append([row.height, row.width, top, left, *size])
         if spec.flip:
             pictures.append(piece[:, ::-1].copy())
-            sizes.append([row.height, row.width, top, _mirrored_left(row, size, left), *size])
+            width = scaled_to_cover((row.height, row.width), size)[1]
+            sizes.append([row.height, row.width, top, width - size[1] - left, *size])  # where it lies in the mirrored picture
     parts = [as_pixels(pictures[start : start + AT_ONCE]) for start in range(0, len(pictures), AT_ONCE)]
     return {"latents": torch.cat([model.encode(part).cpu() for part in parts]), "sizes": torch.tensor(sizes, dtype=torch.float32)}
-
-
-def _mirrored_left(row: ImageRow, size: tuple[int, int], left: int) -> int:
-    """Where the cut at `left` lies in the mirrored picture, scaled as `cut` does."""
-    scale = max(size[0] / row.height, size[1] / row.width)
-    return max(size[1], round(row.width * scale)) - size[1] - left
 
 
 def cache_in(spec: ImageSpec, name: str) -> Path:

@@ -59,11 +59,10 @@ class ModelSpec:
 
         Runs from before there were kernels to choose go on: without them nothing is said of them.
         """
-        found = dataclasses.asdict(self)
-        del found["path"]
+        found = dataclasses.asdict(dataclasses.replace(self, path=""))
         if self.kernels == "torch":
             del found["kernels"], found["fused_tokens"]
-        return {"path": "", **found}
+        return found
 
     def validate(self) -> list[str]:
         """Every problem of these settings in words."""

@@ -48,7 +48,7 @@ from lorakeet.workflows.arrange import Arrangement, require_room_to_unpack
 from lorakeet.workflows.choose_streaming import FEWEST
 from lorakeet.workflows.forecast_run import INTERVALS, TOKENIZER_ENTRY, Precision, runtime_bytes
 from lorakeet.workflows.opened import Opened
-from lorakeet.workflows.place import store_folder, temporary_folder
+from lorakeet.workflows.place import folder_above, store_folder, temporary_folder
 
 FP32 = 4  # bytes
 ALONE = 1  # block in memory, where there is no room for another to be read meanwhile
@@ -238,8 +238,7 @@ class CheckPlanner:
 
 def _require_disk(folder: Path, check: CheckSize, needed: int, whole: int) -> None:
     """Raises EnvironmentProblem where the disk of the stores has no room for them and for what is still to be written."""
-    above = next(place for place in folder.absolute().parents if place.exists())
-    free = shutil.disk_usage(above).free
+    free = shutil.disk_usage(folder_above(folder)).free
     if needed + check.artefact > free:
         raise EnvironmentProblem(
             f"To keep the budget, {check.what} writes the weights in fp32 to {folder} until it is done: {bytes_text(needed)}, "

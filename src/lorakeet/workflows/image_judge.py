@@ -6,7 +6,7 @@ import base64
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 
 import numpy as np
@@ -88,7 +88,12 @@ class ImageJudge:
             sums, counts = denoising_errors(
                 self.model, self.judged, self.captions, self.config.diffusion, progress=partial(bar.advance, task)
             )
-        return RowLosses(system, sums, counts.astype(np.int64), judged_groups(self._rows, self.config.images))
+        return RowLosses(system, sums, counts.astype(np.int64), self._groups)
+
+    @cached_property
+    def _groups(self) -> tuple[int, ...] | None:
+        """Which judged pictures are copies of each other: they are compared once for all systems."""
+        return judged_groups(self._rows, self.config.images)
 
     @property
     def _rows(self) -> list[ImageRow]:

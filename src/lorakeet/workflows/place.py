@@ -14,9 +14,14 @@ from lorakeet.memory.store import StoreRefused
 from lorakeet.train.durable import refusal
 
 
+def folder_above(path: Path) -> Path:
+    """The nearest of the folders around `path` that is there: it has the disk that `path` will lie on."""
+    return next(folder for folder in path.absolute().parents if folder.exists())
+
+
 def require_place(out: Path) -> None:
     """Raises EnvironmentProblem unless a new folder can be made at `out`; nothing is made."""
-    above = next(folder for folder in out.absolute().parents if folder.exists())
+    above = folder_above(out)
     if not above.is_dir():
         raise EnvironmentProblem(f"{out} cannot be made, since {above} is a file. Choose another --out.")
     if not os.access(above, os.W_OK | os.X_OK):

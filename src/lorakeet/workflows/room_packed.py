@@ -54,7 +54,7 @@ from lorakeet.workflows.arrange import Arrangement, require_room_to_unpack
 from lorakeet.workflows.forecast_check import stores
 from lorakeet.workflows.forecast_run import INTERVALS, TOKENIZER_ENTRY, Precision, filled, runtime_bytes
 from lorakeet.workflows.opened import Opened
-from lorakeet.workflows.place import store_folder
+from lorakeet.workflows.place import folder_above, store_folder
 from lorakeet.workflows.rehearse_packed import rehearse_finish, rehearse_rounding
 from lorakeet.workflows.room_quantize import PLANNED, RESIDENT, SPILLED, STREAMED, Way, say_peak, stream_closed
 
@@ -348,8 +348,8 @@ def _require_disk(folder: Path, out: Path, job: Job, way: Way) -> None:
     packed = _stored_bytes(read_config(job.layout.folder), QuantSpec(), job.layout.folder)
     hidden = int(config.get_text_config().hidden_size)
     states = 2 * FP32 * hidden * sum(len(row.ids) for row in job.rows) if way.on_disk else 0
-    stores_, around = _stored_bytes(config, job.opened.config.model.quantize, job.source) + 2 * packed + states, _above(folder)
-    beside = _above(out)
+    stores_ = _stored_bytes(config, job.opened.config.model.quantize, job.source) + 2 * packed + states
+    around, beside = folder_above(folder), folder_above(out)
     shared = _disk_of(around) == _disk_of(beside)
     needed, free = stores_ + (packed if shared else 0), shutil.disk_usage(around).free
     if needed > free:
@@ -363,11 +363,6 @@ def _require_disk(folder: Path, out: Path, job: Job, way: Way) -> None:
             f"{out} takes {bytes_text(packed)}, and {bytes_text(free)} are free there. Free some space, or name an --out on "
             "another disk."
         )
-
-
-def _above(path: Path) -> Path:
-    """The folder around `path` that is there."""
-    return next(place for place in path.absolute().parents if place.exists())
 
 
 def _disk_of(place: Path) -> int:

@@ -49,7 +49,7 @@ from lorakeet.quant.packed import PackedBase
 from lorakeet.quant.spec import QuantSpec
 from lorakeet.train.rehearsal import NotPlanned, Rows, largest_matrix, made_up_batch, on_shapes
 from lorakeet.workflows.forecast_run import COUNT_BYTES, TOKENIZER_ENTRY, Precision, runtime_bytes
-from lorakeet.workflows.place import temporary_folder
+from lorakeet.workflows.place import folder_above, temporary_folder
 
 CHECK, BLOCKS = "check", "blocks"
 CHECKED = Rows(8)  # tokens of the check of a model that is loaded (models/load)
@@ -311,7 +311,7 @@ def _require_disk(folder: Path, job: Job) -> None:
     """Raises EnvironmentProblem where the disk has no room for stores, waiting tensors and states, and the result."""
     dense, packed = (_stored_bytes(config, job.dtype) for config in (job.config, job.packed))
     needed = 3 * packed + (dense + 2 * job.state_bytes if job.layout is not None else 0)
-    free = shutil.disk_usage(next(place for place in folder.parents if place.exists())).free
+    free = shutil.disk_usage(folder_above(folder)).free
     if needed > free:
         raise EnvironmentProblem(
             f"To keep the budget, blocks and packed weights lie in {folder} until all is done: {bytes_text(needed)} with the "
