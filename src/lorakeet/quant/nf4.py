@@ -20,6 +20,7 @@ import functools
 import importlib.util
 import logging
 import math
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -41,6 +42,7 @@ BLOCK_SIZES = (32, 64, 128, 256, 512, 1024)
 SCALE_BLOCK = 256  # absmax values that share one scale
 BINS = 65536  # bitsandbytes' CPU code finds the nearest of the 256 levels in a table of so many bins over [−1, 1]
 _TINY = 1e-38  # a block of zeros divides by this
+_NO_COMPILER = "TORCHDYNAMO_DISABLE"  # torch's own word for it
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -291,14 +293,21 @@ def missing_kernels() -> str:
 
 @functools.cache
 def _bitsandbytes() -> bool:
-    """Imports the package, without its note about a kernel for inference that it would fetch from a hub."""
+    """Imports the package, without its note about a kernel for inference that it would fetch from a hub, and without torch's
+    compiler, with which it wraps a function that is not used here: 60 MiB of modules.
+    """
     if importlib.util.find_spec("bitsandbytes") is None:
         return False
     log = logging.getLogger("bitsandbytes.backends.cpu.ops")
-    level = log.level
+    level, before = log.level, os.environ.get(_NO_COMPILER)
     log.setLevel(logging.ERROR)
+    os.environ[_NO_COMPILER] = "1"
     try:
         import bitsandbytes  # noqa: F401
     finally:
         log.setLevel(level)
+        if before is None:
+            del os.environ[_NO_COMPILER]
+        else:
+            os.environ[_NO_COMPILER] = before
     return True
