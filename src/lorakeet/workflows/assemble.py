@@ -17,6 +17,7 @@ from lorakeet.data.chat import Encoded, Encoder, Example, encode_rows
 from lorakeet.data.prepare import Dataset, load_dataset
 from lorakeet.data.rows import Row
 from lorakeet.errors import ConfigError, DataError
+from lorakeet.memory.measure import PeakMemory
 from lorakeet.models.adapt import begin_adapter
 from lorakeet.models.load import load_text_model
 from lorakeet.models.targets import plan_for
@@ -44,6 +45,7 @@ class Assembly:
     new_token_ids: tuple[int, ...]
     arrangement: Arrangement = field(default_factory=Arrangement)  # how memory.budget is kept
     processes: Processes = ALONE  # that train together
+    memory: PeakMemory | None = None  # what the process holds from before the model is loaded on
     begun: Plan | None = None  # once ranks were pruned: the Plan with which training began
 
     @property

@@ -73,6 +73,11 @@ class Opened:
         return dataclasses.replace(self, config=dataclasses.replace(self.config, model=model))
 
     @property
+    def allowed(self) -> tuple[int | None, int | None]:
+        """The budget of a check, and what is planned of it where that is known."""
+        return (None, None) if self.kept is None else (self.kept.budget, self.kept.planned)
+
+    @property
     def checked_on(self) -> str:
         """The device of the models that a check compares: the CPU under a budget, which is then that of the process."""
         return "cpu" if self.config.memory.budget else self.config.model.device

@@ -138,21 +138,22 @@ def run_facts(
 
 
 def _memory(setup: Assembly, outcome: Outcome) -> tuple[MemoryUse, ...]:
-    """Planned and used bytes: of training, then of all up to the certificate; and the latter against a budget.
+    """Planned and used bytes: of training, then of all from loading up to the certificate; and the latter against a budget.
 
     Under a budget on a CUDA device they are the device's, with the context as planned, and beside them what was not planned.
     """
     kept = setup.arrangement
-    whole = peak_bytes() if kept.card is None else card_peak(kept.card)
+    process = peak_bytes() if setup.memory is None else setup.memory.now()
+    whole = process if kept.card is None else card_peak(kept.card)
     planned = None if kept.forecast is None else kept.forecast.peak
     place = "whole process" if kept.card is None else f"on {kept.card}"
     used = (
         MemoryUse(f"training, {place}", kept.planned, outcome.peak_bytes),
-        MemoryUse("training, judging and certificate", planned, whole),
+        MemoryUse("loading, training, judging and certificate", planned, whole),
     )
     if kept.budget is None:
         return used
-    against = (*used, MemoryUse("training and judging, against memory.budget", kept.budget, whole))
+    against = (*used, MemoryUse("the whole run, against memory.budget", kept.budget, whole))
     if kept.card is None:
         return against
     return (*against, *beside_a_card(kept.card))
