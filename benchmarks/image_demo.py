@@ -3,8 +3,8 @@
     python benchmarks/image_demo.py [--cache FOLDER]
 
 Runs `python -m demos.fashion`, which is `make quickstart-images`, with an empty cache but for Fashion-MNIST's files, which are
-fetched before the clock starts. Judged are each adapter on its own held-out photos, and both adapters' sum where neither was trained: the
-new kind in the new look. The base is a small stand-in for Stable Diffusion, of the same classes.
+fetched before the clock starts. Judged are each adapter on its own held-out photos, and both adapters' sum where neither was
+trained: the new kind in the new look. The base is a small stand-in for Stable Diffusion, of the same classes.
 """
 
 from __future__ import annotations
