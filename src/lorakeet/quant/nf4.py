@@ -302,7 +302,7 @@ def _bitsandbytes() -> bool:
 
 @contextlib.contextmanager
 def quiet_bitsandbytes() -> Iterator[None]:
-    """Within the block bitsandbytes, whoever imports it, does not tell of a kernel for inference that it would fetch from a hub."""
+    """In the block bitsandbytes, whoever imports it, does not tell of a kernel for inference that it would fetch from a hub."""
     log = logging.getLogger("bitsandbytes.backends.cpu.ops")
     level = log.level
     log.setLevel(logging.ERROR)
