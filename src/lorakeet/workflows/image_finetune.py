@@ -15,6 +15,7 @@ from typing import Any
 from rich.console import Console
 
 from lorakeet.config import RunConfig
+from lorakeet.data.image_record import image_record
 from lorakeet.evaluate.certificate import Certificate
 from lorakeet.evaluate.report import Command, Leak, MemoryUse, Report
 from lorakeet.evaluate.values import encode
@@ -68,7 +69,7 @@ class ImageResult:
 
 def finetune_images(config: RunConfig, run: RunFolder, *, resume: bool, dry_run: bool, console: Console) -> ImageResult:
     """Trains, judges and certifies; everything is in the run folder. Errors as in workflows/finetune."""
-    setup = assemble_images(config, console, asked=dry_run, resume=resume)
+    setup = assemble_images(config, console, asked=dry_run, resumed=run if resume else None)
     show_image_plan(setup, console)
     if dry_run:
         if setup.arrangement.planned is not None:
@@ -76,7 +77,7 @@ def finetune_images(config: RunConfig, run: RunFolder, *, resume: bool, dry_run:
         return ImageResult(setup, run)
     before = image_digests(setup.model)
     task = ready_to_train(setup, partial(_watch, setup, run, console) if setup.config.diffusion.progress else None)
-    begin_run(run, setup.config, setup.dataset.split_record(), resume=resume)
+    begin_run(run, setup.config, image_record(setup.dataset, setup.config.data), resume=resume)
     outcome = train(
         task, setup.config.train, run=run, identity=_identity(setup, before), resume=resume,
         report=reporter_for(console, words=PICTURES), budget=setup.arrangement.budget,
