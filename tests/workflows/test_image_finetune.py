@@ -154,6 +154,19 @@ def test_a_quantised_unet_is_trained_and_certified(tiny_sdxl_folder: Path, tmp_p
     assert found.report is not None and "linear layers of the UNet in nf4" in found.report.facts["Model"]
 
 
+def test_float16_over_a_quantised_base_is_certified_and_reported(
+    tiny_sd_folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    few = {"model__dtype": "float16", "model__quantize": "int8", "diffusion__seeds": 0, "train__steps": 4}
+    found = image_run(tiny_sd_folder, tmp_path, **few)
+    assert found.outcome is not None and (found.outcome.best_loss or 9) < (found.outcome.base_loss or 0)
+    certificate = read_certificate(found.run.certificate)
+    assert certificate.passed and certificate.facts["dtype"] == "float16" and certificate.facts["rounding"].startswith("none")
+    assert found.report is not None and "float16 weights" in found.report.facts["Model"]
+    assert found.report.speed["Loss scale"] == "65,536 at the end; 0 of 4 steps overflowed float16 and were left out"
+    assert "cannot run with" not in capfd.readouterr().err
+
+
 def test_a_base_that_was_moved_is_known_by_its_content(tiny_sd_folder: Path, tmp_path: Path) -> None:
     first = image_run(tiny_sd_folder, tmp_path, diffusion__seeds=0)
     moved = shutil.copytree(tiny_sd_folder, tmp_path / "elsewhere")

@@ -9,7 +9,6 @@ from functools import partial
 from itertools import islice
 from typing import Any
 
-import torch
 from rich.console import Console
 from rich.progress import Progress as Bar
 
@@ -20,7 +19,7 @@ from lorakeet.data.image_record import recorded_images
 from lorakeet.data.image_split import ImageDataset, load_images
 from lorakeet.data.images import ImageRow, fit_remarks
 from lorakeet.data.split import read_split_record
-from lorakeet.errors import ConfigError, Problems
+from lorakeet.errors import Problems
 from lorakeet.evaluate.denoising import too_few
 from lorakeet.models.image import ImageModel, image_plan, load_image_model
 from lorakeet.models.image_cache import Captions, EncodedImage, Sizes, cache_in, encode_images
@@ -91,10 +90,6 @@ def assemble_images(
     for message in config.diffusion.why_not(model.prediction):
         problems.add(message)
     problems.raise_if_any()
-    if model.dtype == torch.float16:
-        raise ConfigError(
-            "model.dtype is float16, in which small gradients become 0 without a word; train with bfloat16 or float32."
-        )
     plan = image_plan(model, config.lora, text_encoder=config.diffusion.text_encoder)
     every = (*dataset.train, *dataset.held_out, *dataset.test, *dataset.prior)
     for caption in model.cut_off(sorted({row.caption for row in every})):
