@@ -8,8 +8,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pyarrow
 import pytest
 from PIL import Image
+from pyarrow import parquet
 
 from lorakeet.data import image_split
 from lorakeet.data.image_record import image_record, recorded_images
@@ -132,3 +134,26 @@ def test_a_damaged_record_is_named_and_an_older_one_is_none(tmp_path: Path) -> N
             again({**record, **wrong}, spec, tmp_path)
     del record["pictures"]
     assert again(record, spec, tmp_path) is None
+
+
+def test_rows_may_come_to_a_table(tmp_path: Path) -> None:
+    """A row before the others too, by which the unpacked files have other names."""
+    photos = album(tmp_path / "photos", 9)
+
+    def table(*numbers: int) -> str:
+        files = [photos / f"{number:03}.png" for number in numbers]
+        pictures = [{"bytes": file.read_bytes(), "path": file.name} for file in files]
+        captions = [file.with_suffix(".txt").read_text().strip() for file in files]
+        parquet.write_table(pyarrow.table({"image": pictures, "text": captions}), tmp_path / "x.parquet")
+        return str(tmp_path / "x.parquet")
+
+    spec = DataSpec(train=table(*range(8)), held_out_fraction=0.25)
+    found = load_images(spec, IMAGES, tables=tmp_path / "tables")
+    record = json.loads(json.dumps(image_record(found, spec)))
+    table(8, *range(8))
+    back = again(record, spec, tmp_path)
+    assert back is not None and [row.key for row in back.train] == [row.key for row in found.train]
+    assert [row.key for row in back.held_out] == [row.key for row in found.held_out] and back.train != found.train
+    table(*range(1, 8))
+    with pytest.raises(DataError, match="shows another picture"):
+        again(record, spec, tmp_path)

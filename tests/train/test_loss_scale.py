@@ -6,6 +6,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,7 @@ from lorakeet.train import loss_scale
 from lorakeet.train.checkpoint import load
 from lorakeet.train.log import read_metrics
 from lorakeet.train.loss_scale import START, LossScale
+from lorakeet.train.task import HeldOut
 from train.test_loop import SPEC, StopAt, adapter_bytes, evaluations_of, go, steps_of, stopped, timeless
 from train.tiny_task import TinyTask
 
@@ -113,3 +115,12 @@ def test_only_float16_is_scaled() -> None:
         scale.take_off({"A": parameter})
         scale.went_well()
         assert scale.value == 1 and not scale.dynamic and scale.record() == {} and bool((parameter.grad == 3).all())
+
+
+def test_a_base_that_float16_cannot_compute_is_told_the_dtype(tmp_path: Path) -> None:
+    class Beyond(Narrow):
+        def held_out(self) -> HeldOut | None:
+            return HeldOut(np.array([np.inf]), np.ones(1))
+
+    with pytest.raises(RunStopped, match=r"Step 0: the held-out loss is not finite.* or with model\.dtype bfloat16 or float32"):
+        go(tmp_path / "run", task=Beyond(SPEC))
