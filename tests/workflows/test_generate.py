@@ -154,6 +154,16 @@ def test_a_run_that_overrode_the_prediction_is_drawn_as_it_was_trained(tiny_sd_f
         drawn(tmp_path / "6", adapter=(*adapter, f"b={apart.run.path}"), weights={"a": 1.0, "b": 1.0})
 
 
+def test_pictures_that_hold_no_numbers_are_not_written(
+    tiny_sd_folder: Path, adapters: dict[str, Path], tmp_path: Path
+) -> None:
+    """A weight of an adapter that float16 cannot multiply by: infinity where a picture should be."""
+    pipe = {"model": str(tiny_sd_folder), "adapter": (f"a={adapters['linear']}",)}
+    with pytest.raises(DataError, match=r"1 of 2 pictures .* in float16 are not finite. .* \(--dtype\) bfloat16 or float32"):
+        drawn(tmp_path / "out", **pipe, dtype="float16", each=("base", "a=60000"), prompt=("red box", "red box"))
+    assert not (tmp_path / "out").exists()
+
+
 def test_more_steps_than_the_scheduler_has(tiny_sd_folder: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"1001 steps are asked for, .* has 1000"):
         drawn(tmp_path / "out", model=str(tiny_sd_folder), steps=1001)

@@ -22,7 +22,7 @@ from lorakeet.errors import ConfigError, DataError, LorakeetError, Problems, nea
 from lorakeet.formats.detect import read_adapter
 from lorakeet.merge.combine import CombineSpec, combination
 from lorakeet.models.image import ImageModel, load_image_model, put_image_adapter
-from lorakeet.models.image_sample import Mix, Sampler, draw_latents, why_not_mixed
+from lorakeet.models.image_sample import Mix, Sampler, draw_latents, require_finite, why_not_mixed
 from lorakeet.models.inject import activate, adapter_names, eject
 from lorakeet.models.spec import ModelSpec
 from lorakeet.train import durable
@@ -105,7 +105,7 @@ def generate(  # noqa: PLR0913 - one parameter for each option of the verb
     sampler = Sampler(steps, guidance, negative, _size(size, held))
     with Bar(console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task(f"{len(asked)} pictures", total=len(asked))
-        latents = _drawn(held, adapters, asked, sampler, say=say, progress=partial(bar.advance, task))
+        latents = require_finite(held, _drawn(held, adapters, asked, sampler, say=say, progress=partial(bar.advance, task)))
     pictures = tuple(Picture(f"{number:03}.png", *one[:2], dict(one[2])) for number, one in enumerate(asked))
     with writing(f"The pictures in {out}", "Free some space, or choose another --out."), durable.new_folder(out) as folder:
         for picture, one in zip(pictures, latents, strict=True):
