@@ -16,12 +16,13 @@ on a GPU, for who asks for it, by a Triton kernel (quant/triton_nf4).
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.util
 import logging
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -293,21 +294,28 @@ def missing_kernels() -> str:
 
 @functools.cache
 def _bitsandbytes() -> bool:
-    """Imports the package, without its note about a kernel for inference that it would fetch from a hub, and without torch's
-    compiler, with which it wraps a function that is not used here: 60 MiB of modules.
-    """
+    """Imports the package, where it is installed."""
     if importlib.util.find_spec("bitsandbytes") is None:
         return False
+    with quiet_bitsandbytes():
+        import bitsandbytes  # noqa: F401
+    return True
+
+
+@contextlib.contextmanager
+def quiet_bitsandbytes() -> Iterator[None]:
+    """In the block bitsandbytes, whoever imports it, does not tell of a kernel for inference that it would fetch from a hub, and
+    does not load torch's compiler, with which it wraps a function that is not used here: 43 MiB of the process.
+    """
     log = logging.getLogger("bitsandbytes.backends.cpu.ops")
     level, before = log.level, os.environ.get(_NO_COMPILER)
     log.setLevel(logging.ERROR)
     os.environ[_NO_COMPILER] = "1"
     try:
-        import bitsandbytes  # noqa: F401
+        yield
     finally:
         log.setLevel(level)
         if before is None:
             del os.environ[_NO_COMPILER]
         else:
             os.environ[_NO_COMPILER] = before
-    return True
