@@ -145,6 +145,7 @@ def failing_by_itself() -> str:
                 raise RuntimeError("no memory")
     except RuntimeError as error:
         return str(error)
+    return "nothing"
 
 
 def _told(processes: module.Processes) -> str:
