@@ -4,8 +4,9 @@
 
 The rate is that of the fastest plain matrix product on this machine in the same dtype, measured in the same process. Achieved is
 FLOPs / seconds, phase by phase. The FLOPs are those of the products and of the attention that run (contenders/timed_step): norms,
-activations, dequantisation, the optimizer and every wait count as lost. SmolLM2-135M's shape with random weights, rank 8 on all
-linear layers; rows of one length, or rows of between half and one and a half times that length laid end to end.
+activations, dequantisation, scores that the flash kernel masks, the optimizer and every wait count as lost. SmolLM2-135M's shape
+with random weights, rank 8 on all linear layers; rows of one length, or rows of between half and one and a half times that length
+laid end to end.
 """
 
 from __future__ import annotations

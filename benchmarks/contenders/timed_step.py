@@ -1,7 +1,8 @@
 """Training steps of made-up rows on random weights, in a process of its own: seconds and FLOPs by phase, and the machine's rate.
 
 FLOPs are those of every matrix product and attention kernel that runs, counted as they are dispatched: frozen weights, pairs,
-attention and head, forward and backward. Norms, activations, dequantisation and the optimizer are none: they cost time only.
+attention and head, forward and backward; of the flash kernel those of the scores that its causal mask lets through. Norms,
+activations, dequantisation and the optimizer are none: they cost time only.
 """
 
 from __future__ import annotations

@@ -110,3 +110,8 @@ def test_a_divided_batch_is_refused_and_not_answered_by_the_base(block: Any) -> 
     layer.selection.divide([Share(0, 3, "a")], units=7)
     with pytest.raises(ValueError, match="pairs on experts cannot differ within a batch"):
         layer(*routed())
+
+
+def test_experts_that_hand_tokens_on_as_they_are_are_refused(block: Any) -> None:
+    block.down_proj = nn.Parameter(block.down_proj[:-1].detach())
+    assert "some of its experts have no down_proj" in supports(block)

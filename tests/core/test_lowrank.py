@@ -48,6 +48,15 @@ def test_gradients_against_finite_differences(name: str, dropout: bool, bias: bo
     assert torch.allclose(run(x, A, B), expected, rtol=1e-12)
 
 
+def test_a_second_derivative_is_refused() -> None:
+    """What is saved is no function of A, B and x any more, so it would be wrong."""
+    x, A, B = leaf(6, 5), leaf(4, 5), leaf(7, 4)
+    y = low_rank_linear(x, base_named("linear"), (A, B, SCALE)) + frozen_linear(x, base_named("linear"))
+    (first,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        first.sum().backward()
+
+
 @pytest.mark.parametrize("frozen", ["A", "B"])
 def test_a_frozen_factor_gets_no_gradient(frozen: str) -> None:
     x, A, B = leaf(6, 5), leaf(4, 5, grad=frozen != "A"), leaf(7, 4, grad=frozen != "B")

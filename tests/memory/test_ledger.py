@@ -86,8 +86,16 @@ def test_attention_on_a_cpu_is_counted_too() -> None:
     with Ledger() as ledger:
         q = torch.zeros(1, 2, 5, 4)
         with ledger.phase("attention"):
-            torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, q, q, 0.0, True)
-    assert ledger.work["attention"].flops == 2 * (2 * 2 * 5 * 5 * 4)
+            out, sums = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, q, q, 0.0, True)
+        with ledger.phase("backward"):
+            torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(out, q, q, q, out, sums, 0.0, True)
+        with ledger.phase("not causal"):
+            torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, q, q)
+    seen = 5 * 6 // 2  # keys up to each query
+    found = {phase: ledger.work[phase].flops for phase in ("attention", "backward", "not causal")}
+    assert found == {
+        "attention": 2 * (2 * 2 * seen * 4), "backward": 5 * (2 * 2 * seen * 4), "not causal": 2 * (2 * 2 * 25 * 4)
+    }  # fmt: skip
 
 
 def test_large_pieces_and_the_base_are_not_on_the_heap() -> None:
@@ -98,3 +106,12 @@ def test_large_pieces_and_the_base_are_not_on_the_heap() -> None:
         assert ledger.heap == small.nbytes
         del large, small
         assert ledger.heap == 0
+
+
+def test_sums_in_place_are_products_too() -> None:
+    """So are all low-rank products added."""
+    with Ledger() as ledger:
+        y, left, right = torch.zeros(8, 4), torch.zeros(8, 16), torch.zeros(16, 4)
+        with ledger.phase("sum"):
+            y.addmm_(left, right, alpha=2.0)
+    assert ledger.work["sum"].flops == 2 * 8 * 16 * 4

@@ -113,3 +113,16 @@ def test_register_twice_is_register_once() -> None:
     register()
     register()
     assert AttentionInterface()[VARLEN] is row_attention
+
+
+def test_a_temperature_by_place_is_refused_where_it_is_not_one() -> None:
+    """Llama 4's layers without rotary positions count places in the pack, not in the row."""
+    module = nn.Module()
+    module.attn_temperature_tuning, module.floor_scale, module.use_rope = True, sum(ROWS) + 1, False
+    q, k, v = states()
+    row_attention(module, q, k, v, row_lengths=ROWS)
+    module.floor_scale -= 1
+    with pytest.raises(EnvironmentProblem, match="a temperature by place among 18 tokens, constant up to 18"):
+        row_attention(module, q, k, v, row_lengths=ROWS)
+    module.use_rope = True
+    row_attention(module, q, k, v, row_lengths=ROWS)

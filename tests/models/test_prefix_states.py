@@ -23,6 +23,8 @@ from lorakeet.models.prefix_states import frozen_depth, prefix_states
 from lorakeet.models.spec import ModelSpec
 from lorakeet.models.targets import plan_for
 from lorakeet.models.text import TextModel
+from lorakeet.quant.int8 import exact_products
+from lorakeet.quant.spec import QuantSpec
 from lorakeet.train.spec import TrainSpec
 from lorakeet.train.text_task import TextTask
 
@@ -147,6 +149,20 @@ def test_a_block_below_that_draws_random_numbers_is_found_out(tiny_llama_folder:
 def test_dropout_of_the_pairs_above_is_no_hindrance(tiny_llama_folder: Path) -> None:
     with prefix_states(adapted(tiny_llama_folder, dropout=0.3), rows(), folder=None, micro_tokens=40) as prefix:
         assert prefix.depth == 1
+
+
+def test_products_in_int8_are_exact_below_and_are_no_hindrance(tiny_llama_folder: Path) -> None:
+    quantize = QuantSpec(method="int8", int8_products=True)
+    text = load_text_model(ModelSpec(path=str(tiny_llama_folder), dtype="float32", device="cpu", quantize=quantize))
+    begin_adapter(text, plan_for(text.model, LoraSpec(rank=4, alpha=12.0, layers="top:1"), text.family), seed=0)
+    with prefix_states(text, rows(), folder=None, micro_tokens=40) as prefix:
+        with exact_products(text.model):
+            exact = gradients(text)[0]
+        assert gradients(text)[0] != exact, "above they are in int8"
+        text.prefix = None
+        with exact_products(text.model):
+            assert gradients(text)[0] == pytest.approx(exact, rel=1e-5)
+        text.prefix = prefix
 
 
 def test_a_block_that_hands_on_more_than_its_states_is_refused(tiny_llama_folder: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,7 @@ from lorakeet.models.spec import ModelSpec
 from lorakeet.models.targets import plan_for
 from lorakeet.models.text import TextModel
 from lorakeet.quant.spec import QuantSpec
+from lorakeet.train import processes as module
 from lorakeet.train.launch import launched
 from lorakeet.train.processes import joined
 from lorakeet.train.text_loss import text_loss
@@ -105,3 +108,55 @@ def test_three_processes_have_uneven_parts(forked: Together, tmp_path: Path) -> 
 def test_a_plain_tensor_is_whole_as_it_is() -> None:
     tensor = torch.zeros(3)
     assert whole(tensor) is tensor
+
+
+def passing_until_one_dies(folder: str) -> str:
+    """The message in this process."""
+    module.ROLL_CALL = 1.0
+    try:
+        with joined(launched()) as processes:
+            text = load_text_model(ModelSpec(path=folder, dtype="float32", device="cpu"))
+            begin_adapter(text, plan_for(text.model, LoraSpec(rank=4, alpha=12.0), text.family), seed=1)
+            part_blocks(text, processes.count, torch.device("cpu"))
+            for number in range(3):
+                if number == 2 and processes.rank == 1:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                with processes.gathering():
+                    text_loss(text, batch())[0].backward()  # type: ignore[no-untyped-call]
+    except module.ProcessLost as lost:
+        return str(lost)
+    return "nothing"
+
+
+def test_one_that_dies_within_a_pass_is_named(forked: Together, tiny_llama_folder: Path) -> None:
+    forked.start({"count": 2, "call": "models.test_shard:passing_until_one_dies", "with": [str(tiny_llama_folder)]})
+    survivor, victim = forked.end()
+    assert victim.code == -signal.SIGKILL
+    assert survivor.answered.strip() == '"process 1 of 2 died"', survivor.said
+
+
+def failing_by_itself() -> str:
+    """What an error of the first process's own is told as, in this process."""
+    try:
+        with joined(launched()) as processes:
+            if not processes.first:
+                return _told(processes)
+            with processes.gathering():
+                raise RuntimeError("no memory")
+    except RuntimeError as error:
+        return str(error)
+    return "nothing"
+
+
+def _told(processes: module.Processes) -> str:
+    try:
+        with processes.gathering():
+            torch.distributed.all_reduce(torch.zeros(1))
+    except module.ProcessLost as lost:
+        return str(lost)
+    return "nothing"
+
+
+def test_an_error_of_its_own_within_a_pass_stays_what_it_is(forked: Together) -> None:
+    told = forked.call("models.test_shard:failing_by_itself")
+    assert told == ["no memory", "process 0 of 2 gave up (RuntimeError: no memory)"]

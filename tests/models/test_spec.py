@@ -31,3 +31,8 @@ def test_runs_from_before_there_were_kernels_go_on() -> None:
 def test_every_field_has_a_sentence_of_help() -> None:
     for field in dataclasses.fields(ModelSpec):
         assert field.metadata["help"].endswith("."), field.name
+
+
+def test_which_of_the_cuda_devices_it_is_makes_no_other_run() -> None:
+    """Each process of a run under torchrun has its own."""
+    assert ModelSpec(device="cuda:3").identity() == ModelSpec(device="cuda:0").identity() != ModelSpec(device="cpu").identity()

@@ -147,6 +147,30 @@ def test_the_last_block_computes_only_what_is_read(tiny_llama_folder: Path, adap
     assert token_logprobs(text, batch).shape == (batch.targets,)  # the narrowing is over
 
 
+class Turned(torch.nn.Module):
+    """An MLP in a list, which gets the tokens in another order, as an expert may."""
+
+    def __init__(self, mlp: torch.nn.Module) -> None:
+        super().__init__()
+        self.parts = torch.nn.ModuleList([mlp])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.parts[0](x.flip(1)).flip(1)
+
+
+def test_parts_in_a_list_within_the_last_block_see_every_token(
+    tiny_llama_folder: Path, adapted: Callable[..., Any], rows: Rows
+) -> None:
+    text, batch = load(tiny_llama_folder), beginning_alike(rows, 2)
+    adapted(text.model)
+    fuse(text.model)
+    last = text.model.model.layers[-1]
+    last.mlp = Turned(last.mlp)
+    few = Batch(batch.ids, batch.lengths, batch.target_positions[-1:], batch.target_ids[-1:], batch.keys)
+    for one, other in zip(*as_usual_and_with_every_token(text, few), strict=True):
+        torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-3)
+
+
 def test_a_watched_model_sees_every_token_and_no_other(tiny_llama_folder: Path, rows: Rows) -> None:
     text, batch = load(tiny_llama_folder), beginning_alike(rows, 2)
     fuse(text.model)

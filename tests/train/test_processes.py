@@ -6,16 +6,22 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch.nn import Parameter
 
+from lorakeet.data.chat import Example
 from lorakeet.errors import ConfigError, DataError, RunStopped
 from lorakeet.train import processes as module
+from lorakeet.train import text_task
 from lorakeet.train.launch import Launch, launched
 from lorakeet.train.processes import ALONE, Processes, ProcessLost, joined
+from lorakeet.train.spec import TrainSpec
+from lorakeet.train.text_task import TextTask
 from tiny.together import Together, together
 
 HERE = "train.test_processes"
@@ -163,3 +169,20 @@ def test_an_error_of_all_is_raised_in_the_first_alone(forked: Together) -> None:
 def test_processes_are_those_of_their_launch() -> None:
     alone = Processes()
     assert (alone.rank, alone.count, alone.first) == (0, 1, True)
+
+
+def held_out_rounded_otherwise() -> list[list[float]]:
+    """What this process takes for the held-out losses of a parted model, on a machine that rounds in its own way."""
+    with joined(launched()) as processes:
+        row = Example(np.arange(3), np.array([False, True, True]), "a", None, False)
+        text_task.row_losses = lambda *_, **__: (np.array([1.5 + 1e-15 * processes.rank]), np.array([2.0]))  # type: ignore[assignment]
+        spec = TrainSpec(shard=True)
+        task = TextTask(SimpleNamespace(), [row], held_out=[row], spec=spec, processes=processes)  # type: ignore[arg-type]
+        found = task.held_out()
+        processes.part()
+        assert found is not None
+        return [found.sums.tolist(), found.weights.tolist()]
+
+
+def test_all_decide_by_the_held_out_losses_of_the_first(forked: Together) -> None:
+    assert forked.call(f"{HERE}:held_out_rounded_otherwise") == [[[1.5], [2.0]]] * 2

@@ -20,6 +20,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from lorakeet.core.base import FrozenBase
 from lorakeet.core.gathered import row_dots, row_sums
@@ -61,6 +62,7 @@ class SharedLowRank(torch.autograd.Function):
         return y.to(x.dtype)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         count = len(ctx.parts)
         x, saved = ctx.saved_tensors[0], ctx.saved_tensors[1:]

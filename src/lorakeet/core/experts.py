@@ -69,6 +69,8 @@ def supports(module: nn.Module) -> str:
             return why
     if not all(isinstance(getattr(module, name, None), nn.Parameter) for name in ("gate_up_proj", "down_proj")):
         return "it has no gate_up_proj and down_proj parameters"
+    if len(cast(Tensor, module.gate_up_proj)) != len(cast(Tensor, module.down_proj)):
+        return "some of its experts have no down_proj"  # LongCat-Flash's hand their tokens on as they are
     if hasattr(module, "gate_up_proj_bias"):
         return "its experts have biases"
     return "" if hasattr(module, "act_fn") else "it has no act_fn"

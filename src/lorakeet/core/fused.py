@@ -13,6 +13,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from lorakeet.core.base import FrozenBase
 from lorakeet.core.layers import LoraLinear, StandIn, base_of
@@ -130,6 +131,7 @@ class GatedMlpFunction(torch.autograd.Function):
         return y.to(x.dtype)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         p: Projections = ctx.projections
         count = len(p.parts)
@@ -279,6 +281,7 @@ class RmsNormFunction(torch.autograd.Function):
         return weight * wide.mul_(rho).to(x.dtype) if wide is not x else weight * (wide * rho), rho
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, None, None]:
         x, rho, weight = ctx.saved_tensors
         if not ctx.needs_input_grad[0]:

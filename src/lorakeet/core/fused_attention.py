@@ -12,6 +12,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from lorakeet.core.base import DenseBase, FrozenBase
 from lorakeet.core.device import is_cpu
@@ -68,6 +69,7 @@ class RotaryAttentionFunction(torch.autograd.Function):
         return result.reshape(len(x), -1)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         inputs: Inputs = ctx.inputs
         cos, sin, *rest = ctx.saved_tensors

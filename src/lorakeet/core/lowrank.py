@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from lorakeet.core.adapter import Pair
 from lorakeet.core.base import FrozenBase
@@ -60,6 +61,7 @@ class LowRankLinear(torch.autograd.Function):
         return y.to(x.dtype)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         source, shrunk, a, b = ctx.saved_tensors
         need_x, need_dropped, need_a, need_b = ctx.needs_input_grad[:4]
@@ -109,6 +111,7 @@ class FrozenLinear(torch.autograd.Function):
         return (y if bias is None else y.add_(bias)).to(x.dtype)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         need_x = ctx.needs_input_grad[0]
         return ctx.base.matmul_t(grad.to(ctx.products).contiguous()).to(ctx.dtype) if need_x else None, None, None, None

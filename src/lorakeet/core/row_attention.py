@@ -15,6 +15,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from lorakeet.core.row_blocks import Blocks, Indexed, blocks_of_queries, indexed, whole_rows
 
@@ -48,6 +49,7 @@ class CausalRows(torch.autograd.Function):
         return result
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         found = ctx.kernel.backward(grad, *ctx.saved_tensors)
         return *(states.to(grad.dtype) for states in found), None

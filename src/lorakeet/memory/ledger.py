@@ -207,19 +207,30 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return Held(self.bytes, {kind: size for kind, size in self.held.items() if size}, self.heap)
 
 
-def _attention_flops(query: Tensor, key: Tensor, value: Tensor, *_: Any, products: int, **__: Any) -> int:
-    """FLOPs of the scores and their use, every one of queries × keys counted as torch counts its other attention kernels."""
-    return products * 2 * query.shape[:-1].numel() * key.shape[-2] * (query.shape[-1] + value.shape[-1]) // 2
+def _attention_flops(
+    query: Tensor, key: Tensor, value: Tensor, dropout: float = 0.0, causal: bool = False, *, products: int, **_: Any
+) -> int:
+    """FLOPs of the scores and their use; under a causal mask of those that count: the kernel leaves out most of the others."""
+    queries, keys = query.shape[-2], key.shape[-2]
+    hidden = min(queries, keys) * (min(queries, keys) - 1) // 2 if causal else 0
+    seen = queries * keys - hidden
+    return products * 2 * query.shape[:-2].numel() * seen * (query.shape[-1] + value.shape[-1]) // 2
 
 
-# Of an aten operation and its result; torch itself leaves out integers, and attention on a CPU.
+def _attention_backward_flops(  # noqa: PLR0917 - as the kernel takes them
+    _: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, sums: Tensor, dropout: float, causal: bool, **__: Any
+) -> int:
+    return _attention_flops(query, key, value, dropout, causal, products=5)
+
+
+# Of an aten operation and its result; torch itself leaves out integers, sums in place, and attention on a CPU.
 FLOPS = {
     **flop_registry,
     torch.ops.aten._int_mm: flop_registry[torch.ops.aten.mm],
+    torch.ops.aten.addmm_: flop_registry[torch.ops.aten.addmm],
+    torch.ops.aten.baddbmm_: flop_registry[torch.ops.aten.baddbmm],
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: partial(_attention_flops, products=2),
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda _, *rest, **more: _attention_flops(
-        *rest, products=5, **more
-    ),
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward_flops,
 }
 
 

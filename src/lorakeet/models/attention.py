@@ -88,6 +88,9 @@ def _refuse_unknown(module: nn.Module, query: Tensor, lengths: Any, mask: Tensor
         unknown.append("attention_mask")
     if (limit := _limit_in_mask(module, settings)) is not None and longest > limit:
         unknown.append(f"a window of {limit} tokens that only its mask knows, for a row of {longest} tokens")
+    places = getattr(module, "floor_scale", None) if getattr(module, "attn_temperature_tuning", False) else None
+    if places is not None and not getattr(module, "use_rope", True) and query.shape[2] >= places:
+        unknown.append(f"a temperature by place among {query.shape[2]} tokens, constant up to {places:g} (train.micro_tokens)")
     if unknown:
         raise EnvironmentProblem(f"{kind} uses {', '.join(unknown)}, which row attention does not have; use attention: sdpa.")
 

@@ -17,6 +17,7 @@ from lorakeet.memory.spill import Aside
 from lorakeet.models import modules
 from lorakeet.models.frozen_prefix import FrozenPrefix
 from lorakeet.models.text import TextModel
+from lorakeet.quant.int8 import exact_products
 
 SETTING = "train.keep_prefix_states"
 ALIKE = 64  # in units of the dtype's rounding, of the largest state: products of other shapes round at other places
@@ -52,8 +53,8 @@ def prefix_states(
 
     Their states are computed at its beginning and kept in a scratch file in `folder`, which vanishes with the process, or in
     memory. Rows pass in an order of their own, by length, so that the same rows always give the same bits: a resumed run
-    computes them again. Raises ConfigError where the model cannot be cut there (it is tried), EnvironmentProblem where the disk
-    has no room.
+    computes them again. Products that run in int8 in training are exact here. Raises ConfigError where the model cannot be cut
+    there (it is tried), EnvironmentProblem where the disk has no room.
     """
     depth = frozen_depth(text)
     parts = _parts(rows, micro_tokens)
@@ -64,7 +65,7 @@ def prefix_states(
             f"Free some space, or turn {SETTING} off."
         )
     say(f"The lowest {depth} blocks hold nothing that is trained: what they make of {len(rows)} rows is kept ({needed:,} bytes).")
-    prefix = FrozenPrefix(text.model, _paths(text), depth, Aside(folder))
+    prefix = FrozenPrefix(text.model, _paths(text), depth, Aside(folder, f"Free some space, or turn {SETTING} off."))
     try:
         text.model.eval()
         for number, part in enumerate(parts):
@@ -105,7 +106,7 @@ def _require_alike(text: TextModel, prefix: FrozenPrefix, batch: Batch) -> None:
     try:
         for kept in (None, prefix):
             text.prefix = kept
-            with torch.random.fork_rng(devices=[]), torch.no_grad():
+            with torch.random.fork_rng(devices=[]), torch.no_grad(), exact_products(text.model):  # as kept states are
                 torch.default_generator.manual_seed(0)
                 found.append(text.hidden(batch).float())
     except _UNFIT as error:

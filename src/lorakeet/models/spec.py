@@ -60,9 +60,11 @@ class ModelSpec:
     def identity(self) -> dict[str, Any]:
         """What must be equal for a run to be resumed, but for the path, since a model is known by its content.
 
-        Runs from before there were kernels to choose go on: without them nothing is said of them.
+        Which of several CUDA devices it was is left out: each process of a run has another. Runs from before there were kernels
+        to choose go on: without them nothing is said of them.
         """
-        found = dataclasses.asdict(dataclasses.replace(self, path=""))
+        device = "cuda:0" if self.device.startswith("cuda:") else self.device
+        found = dataclasses.asdict(dataclasses.replace(self, path="", device=device))
         if self.kernels == "torch":
             del found["kernels"], found["fused_tokens"]
         return found

@@ -145,7 +145,7 @@ class TextModel:
     def _last_parts(self) -> list[GatedMlp | RotaryAttention]:
         prefix, count = self._blocks
         last = modules.find(self.model, f"{prefix}.{count - 1}") if count else None
-        return [] if last is None else [part for part in last.modules() if isinstance(part, (GatedMlp, RotaryAttention))]
+        return [] if last is None else list(_parts_for_all_tokens(last))
 
     def head(self, hidden: Tensor) -> Tensor:
         """(n, hidden) to the model's logits (n, vocabulary), with the family's factor, divisor and soft cap.
@@ -212,6 +212,16 @@ class TextModel:
         """ids (rows, tokens) to the decoder's last hidden states (rows, tokens, hidden)."""
         output = self.model.get_decoder()(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False, **arguments)
         return cast(Tensor, output.last_hidden_state)
+
+
+def _parts_for_all_tokens(module: nn.Module) -> Iterator[GatedMlp | RotaryAttention]:
+    """The fused parts within a block that stand there once. One of several in a list may get some tokens only (experts), or give
+    what a later one attends to (two attentions in a block)."""
+    for child in module.children():
+        if isinstance(child, (GatedMlp, RotaryAttention)):
+            yield child
+        elif not isinstance(child, nn.ModuleList):
+            yield from _parts_for_all_tokens(child)
 
 
 def token_logprobs(text: TextModel, batch: Batch, *, chunk: int = 256) -> Tensor:

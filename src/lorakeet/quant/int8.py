@@ -11,6 +11,8 @@ with sums in int32, which are exact. Coding a row of normal numbers moves it by 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -91,6 +93,19 @@ def multiply_in_int8(model: nn.Module) -> int:
     for base in bases:
         base.in_int8 = True
     return len(bases)
+
+
+@contextmanager
+def exact_products(model: nn.Module) -> Iterator[None]:
+    """A context in which no int8 weight of `model` multiplies in int8, trained or not."""
+    bases = [base for base in model.modules() if isinstance(base, Int8Base) and base.in_int8]
+    for base in bases:
+        base.in_int8 = False
+    try:
+        yield
+    finally:
+        for base in bases:
+            base.in_int8 = True
 
 
 def _in_steps(rows: Tensor) -> tuple[Tensor, Tensor]:

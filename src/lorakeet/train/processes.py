@@ -191,6 +191,19 @@ class Processes:
                 raise ProcessLost(lost) from error
             raise
 
+    @contextmanager
+    def gathering(self) -> Iterator[None]:
+        """A context for passes of a model that the processes have parted: torch gathers its blocks there, and meets first that
+        another process is gone. That becomes ProcessLost; an error of this process's own, such as no memory, stays."""
+        try:
+            yield
+        except RuntimeError as error:
+            if not self._open or not (lost := self._missed()):
+                raise
+            traceback.clear_frames(error.__traceback__)
+            self._close()
+            raise ProcessLost(lost) from error
+
     def _missed(self) -> str:
         """Who does not answer, or left word that it gave up; empty where all are well."""
         self._leave_word("roll-call", "now")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property
 from pathlib import Path
 
@@ -104,10 +105,14 @@ class TextTask:
             )
         with self.processes.own_random():
             idle = self.processes.most(len(batches)) - len(batches) if self.in_step else 0  # asked before anybody's first pass
-            total = by_batch(self.loss, batches, targets)
-            if idle:
-                by_batch(lambda batch: 0 * self.loss(batch), [pack([self._shortest])] * idle, targets)
+            with self._passing():
+                total = by_batch(self.loss, batches, targets)
+                if idle:
+                    by_batch(lambda batch: 0 * self.loss(batch), [pack([self._shortest])] * idle, targets)
         return total
+
+    def _passing(self) -> AbstractContextManager[None]:
+        return self.processes.gathering() if self.in_step else nullcontext()
 
     @cached_property
     def _shortest(self) -> Example:
@@ -125,9 +130,14 @@ class TextTask:
         spec = self.spec
         own = list(range(len(self.held_out_rows)) if self.in_step else self._own(self.held_out_rows))
         rows = [self.held_out_rows[number] for number in own]
-        found = row_losses(self.text, rows, micro_tokens=spec.micro_tokens, chunk=spec.head_chunk)
-        if self.processes.count == 1 or self.in_step:
+        with self._passing():
+            found = row_losses(self.text, rows, micro_tokens=spec.micro_tokens, chunk=spec.head_chunk)
+        if self.processes.count == 1:
             return HeldOut(*found)
+        if self.in_step:  # all have all rows, but another machine may round otherwise, and all must decide alike
+            same = torch.from_numpy(np.stack(found))
+            self.processes.same([same])
+            return HeldOut(*same.numpy())
         whole = np.zeros((2, len(self.held_out_rows)))
         whole[:, own] = found
         sums, weights = self.processes.summed(torch.from_numpy(whole)).numpy()  # each row by the one process that has it
