@@ -28,9 +28,8 @@ from lorakeet.config import read_run
 from lorakeet.data.chat import Example
 from lorakeet.data.prepare import load_dataset
 from lorakeet.data.rows import Row
-from lorakeet.models.gptq_blocks import block_layers, quantise_blocks, weight_of
+from lorakeet.models.gptq_blocks import layers_in_blocks, quantise_blocks, weight_of
 from lorakeet.models.load import load_text_model
-from lorakeet.models.modules import block_prefix
 from lorakeet.models.score import row_losses
 from lorakeet.models.spec import ModelSpec
 from lorakeet.models.text import TextModel
@@ -90,7 +89,7 @@ def nearest(path: str, layout: Layout) -> dict[str, torch.Tensor]:
     """Every layer rounded to the nearest."""
     text = loaded(path)
     found: dict[str, torch.Tensor] = {}
-    for layer, module in block_layers(text.model, block_prefix(text.model, text.family)[0]).items():
+    for layer, module in layers_in_blocks(text.model, text.name).items():
         weight = weight_of(module)
         g_idx = groups_in_order(weight.shape[1], layout.group_size)
         codes, grid = nearest_codes(weight, layout.bits, layout.sym, g_idx, int(g_idx.max()) + 1)

@@ -146,6 +146,7 @@ def test_what_does_not_go_together_is_refused_before_anything_is_written(
     for given, more, message in (
         ([adapters[0], finished_elsewhere], {}, r"were trained on different bases: .*name it with --base"),
         ([adapters[0], adapters[0]], {}, "is named more than once"),
+        (adapters, {"memory": "2GiB"}, r"--memory is 2GiB, but adapters are combined into one without any model.*Leave it out"),
         (adapters, {"weights": (1.0,)}, "There are 1 weights for 2 adapters"),
         (adapters, {"into": "dequantised", "to": "model"}, "was not quantised"),
     ):

@@ -38,3 +38,9 @@ def test_more_than_the_machine_has_is_said() -> None:
     assert have > 1 << 28
     assert larger_than_machine(have) == ""
     assert f"{have + 1:,}" in larger_than_machine(have + 1)
+
+
+def test_more_digits_than_any_machine_has_bytes_are_refused_too() -> None:
+    with pytest.raises(ConfigError, match=r"more than any machine has.*such as 2GiB"):
+        parse_budget("9" * 400 + "GiB")
+    assert parse_budget("0.1GB") == 10**8, "decimals are taken as they are written"

@@ -44,6 +44,18 @@ def test_an_earlier_spike_does_not_count() -> None:
     assert memory.bytes < resident_bytes() + 120 * MEGABYTE
 
 
+def test_one_within_another_begins_anew_and_the_other_has_all() -> None:
+    with PeakMemory() as outer:
+        use(200)
+        with PeakMemory() as inner:
+            use(20)
+        use(20)
+        assert outer.now() == outer.bytes
+    if inner.sampled:
+        pytest.skip("this container does not allow the reset")
+    assert outer.bytes - inner.bytes > 100 * MEGABYTE
+
+
 def test_without_permission_it_samples(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(measure, "_CLEAR", Path("/nowhere/clear_refs"))
     before = resident_bytes()

@@ -15,6 +15,8 @@ from lorakeet.errors import ConfigError, DataError
 from lorakeet.memory.store import Store
 from lorakeet.memory.transfer import HostTransfer
 from lorakeet.models.families import GENERIC, family_of
+from lorakeet.models.load import load_text_model
+from lorakeet.models.spec import ModelSpec
 from lorakeet.models.streamed_load import (
     Residence,
     bytes_of_storing,
@@ -43,6 +45,16 @@ def test_every_family_gives_the_resident_models_logits(family: str, method: str,
     with torch.no_grad():
         assert torch.equal(*(text.head(text.model.get_decoder()(input_ids=ids, row_lengths=(12,), use_cache=False)
                                        .last_hidden_state[0]) for text in (resident, streamed)))  # fmt: skip
+
+
+def test_missing_kernels_are_said_of_a_streamed_model_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lorakeet.models.quantized.missing_kernels", lambda: "bitsandbytes is not installed")
+    folder = save_tiny_llama(tmp_path / "model")
+    for method, times in (("nf4", 1), ("int8", 0), ("none", 0)):
+        said: list[str] = []
+        spec = ModelSpec(path=str(folder), dtype="float32", device="cpu", quantize=QuantSpec(method=method))  # type: ignore[arg-type]
+        load_text_model(spec, store=tmp_path / "store", say=said.append)
+        assert sum("bitsandbytes is not installed" in line for line in said) == times
 
 
 def test_a_store_is_used_again_and_belongs_to_its_model(tmp_path: Path) -> None:

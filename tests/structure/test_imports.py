@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
 
 import pytest
+
+from structure.tree import SOURCE, committed_files, named, parsed
 
 HEAVY = ("torch", "transformers", "numpy", "scipy", "sklearn", "datasets", "safetensors", "rich")
 
@@ -86,3 +92,48 @@ def test_help_is_answered_without_torch(arguments: list[str]) -> None:
         "print(json.dumps(sorted(name for name in sys.modules if '.' not in name)))"
     )
     assert not set(answer(code)) & set(HEAVY)
+
+
+def test_scripts_import_names_that_there_are() -> None:
+    """Benchmarks and demos are run by hand, and no type checker reads them: a name that has gone is found here."""
+    places = ("benchmarks/", "demos/", "docs/", "examples/")
+    scripts = [path for path in committed_files() if path.suffix == ".py" and named(path).startswith(places)]
+    lost = [f"{named(path)}: {module} has no {name}" for path in scripts for module, name in taken(path) if not has(module, name)]
+    assert len(scripts) > 40 and not lost, "\n".join(lost)
+
+
+def test_a_name_that_has_gone_is_found() -> None:
+    assert has("lorakeet.quant.packed", "PackedBase") and has("lorakeet.quant", "packed") and has("lorakeet", "read_run")
+    assert not has("lorakeet.quant.packed", "PackedBasis") and not has("lorakeet.quant", "unpacked")
+
+
+def taken(path: Path) -> Iterator[tuple[str, str]]:
+    """What a script imports from Lorakeet: modules and the names in them."""
+    for node in ast.walk(parsed(path)):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] == "lorakeet":
+            yield from ((str(node.module), alias.name) for alias in node.names)
+
+
+def has(module: str, name: str) -> bool:
+    """Whether `module` defines, imports or lends `name`, or has a module of that name."""
+    place = SOURCE.parent.joinpath(*module.split("."))
+    if any(place.joinpath(ending).exists() for ending in (f"{name}.py", name)):
+        return True
+    file = place / "__init__.py" if place.is_dir() else place.with_suffix(".py")
+    return file.is_file() and name in defined(file)
+
+
+@cache
+def defined(file: Path) -> frozenset[str]:
+    """The names at the top of a module, and those that it lends by text (`_LAZY` of the package)."""
+    found: set[str] = set()
+    for node in ast.walk(parsed(file)):
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            found.add(node.name)
+        elif isinstance(node, (ast.Import, ast.ImportFrom)):
+            found |= {alias.asname or alias.name for alias in node.names}
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            found.add(node.id)
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and file.name == "__init__.py":
+            found.add(node.value)
+    return frozenset(found)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ import torch
 from lorakeet.config import RunConfig, read_run
 from lorakeet.errors import ConfigError
 from lorakeet.memory.card import CONTEXT
+from lorakeet.memory.held import Held, with_more
 from lorakeet.models.outline import config_from
 from lorakeet.quant.spec import QuantSpec
 from lorakeet.train.rehearsal import Rows
@@ -21,6 +24,7 @@ from lorakeet.workflows.forecast_run import (
     MERGE,
     STEP,
     TOKENIZER_ENTRY,
+    Again,
     Planned,
     Precision,
     forecast_run,
@@ -77,6 +81,15 @@ def test_the_certificate_reads_the_base_again_but_not_under_a_budget() -> None:
     twice = planned().forecast.phase(CERTIFY)
     once = forecast_run(settings(), config_from(SMALL), FP32, runtime=RUNTIME, returning=True).forecast.phase(CERTIFY)
     assert twice.kinds["base"] == 2 * once.kinds["base"]
+
+
+@pytest.mark.parametrize(("computing", "copies"), [(900, 2), (100, 3)])
+def test_within_a_budget_the_certificate_computes_with_two_adapters_and_reads_beside_three(computing: int, copies: int) -> None:
+    """The value that is read has gone when the model computes; of an adapter larger than what computing takes it is the peak."""
+    found: Any = SimpleNamespace(plan=SimpleNamespace(parameters=100), packed=True, largest=25)
+    kept, judge = (with_more(Held(), base=1000, adapter=400, scratch=scratch) for scratch in (0, computing))
+    peak = Again(found, Held(), judge, words=0, second=False).peak(kept)
+    assert peak.kinds == {"base": 1000, "adapter": copies * 400, "scratch": computing}
 
 
 def test_rows_without_labels_have_no_floors() -> None:

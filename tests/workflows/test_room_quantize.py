@@ -26,7 +26,7 @@ from lorakeet.models.streamed import NotStreamed
 from lorakeet.train.rehearsal import NotPlanned
 from lorakeet.workflows import gptq, room_quantize
 from lorakeet.workflows.quantize import quantize
-from lorakeet.workflows.room_quantize import RESIDENT, SPILLED, STREAMED, Job, Kept, Way, say_peak
+from lorakeet.workflows.room_quantize import RESIDENT, SPILLED, STREAMED, Job, Kept, Way, held_at_most, say_peak
 from tiny.held import HeldBytes
 from tiny.models import save_tiny_llama, tiny_model
 from tiny.runs import quiet, reviews, write_rows
@@ -285,3 +285,17 @@ def test_the_peak_is_said_and_a_budget_that_was_not_kept_is_warned_of() -> None:
     say_peak(memory, 1_000_000_000, 900_000_000, console)
     said = console.export_text()
     assert said.startswith("WARNING: the budget was not kept.") and "looked at 20 times a second" in said
+    say_peak(memory, 1_000_000_000, None, console, mapped=True)
+    said = console.export_text()
+    assert said.startswith("Memory: 1.10 GB held at most") and "pages of llama.cpp's file among it, of 1.00 GB allowed." in said
+
+
+def test_what_is_held_within_a_context_is_said_where_there_is_a_budget() -> None:
+    console = Console(record=True, width=300, file=io.StringIO())
+    with held_at_most(None, None, console):
+        pass
+    assert console.export_text() == ""
+    with held_at_most(1 << 50, 1 << 40, console):
+        pass
+    said = console.export_text()
+    assert said.startswith("Memory: ") and " held at most" in said and " allowed and " in said

@@ -13,6 +13,7 @@ from torch import Tensor
 from lorakeet.core.adapter import Pair
 from lorakeet.core.base import FrozenBase
 from lorakeet.core.lowrank import LoraPair
+from lorakeet.core.math import fold
 from lorakeet.core.plan import PlanEntry
 
 _TINY = 1e-12  # keeps an all-zero row from dividing by zero
@@ -58,12 +59,12 @@ class DoraPair(LoraPair):
 
     def fold(self, weight: Tensor) -> Tensor:
         """m ∘ (W + ΔW) / ‖W + ΔW‖ in the dtype of `weight`."""
-        full = weight.float() + self.delta().to(weight.device)
+        full = fold(weight.float(), self.delta().detach().to(weight.device), in_change=True)
         rows = full.t() if self.kind == "conv1d" else full
         norm = rows.flatten(1).norm(dim=1).clamp_min(_TINY**0.5)
         gain = (self.magnitude.detach().to(weight.device) / norm).view(-1, *([1] * (rows.dim() - 1)))
-        scaled = rows * gain
-        return torch.Tensor.to(scaled.t() if self.kind == "conv1d" else scaled, weight.dtype)
+        rows.mul_(gain)
+        return full.to(weight.dtype)
 
     def load(self, pair: Pair) -> None:
         super().load(pair)

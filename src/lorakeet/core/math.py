@@ -47,9 +47,10 @@ def delta(A: Tensor, B: Tensor, scale: float, kind: Kind = "linear") -> Tensor:
     return product.t() if kind in ("conv1d", "embedding") else product
 
 
-def fold(weight: Tensor, change: Tensor) -> Tensor:
-    """W + ΔW, summed in fp32 and rounded once to the weight's own dtype."""
-    return torch.add(weight.float(), change.float()).to(weight.dtype)
+def fold(weight: Tensor, change: Tensor, *, in_change: bool = False) -> Tensor:
+    """W + ΔW, summed in fp32 and rounded once to the weight's own dtype; `in_change`: in the memory of ΔW, where that is fp32."""
+    wide = change.float()
+    return torch.add(weight.float(), wide, out=wide if in_change else None).to(weight.dtype)
 
 
 def add_low_rank(y: Tensor, shrunk: Tensor, B: Tensor, scale: float) -> Tensor:

@@ -150,8 +150,11 @@ class Indexed:
 
     def add(self, target: Tensor, found: Tensor) -> None:
         """Adds everything that `found` holds for the tokens, own or shared, to their places; shapes as in `put`."""
-        own = self._own(found).to(target.dtype)
-        target.index_copy_(0, self.owners, own + target.index_select(0, self.owners))
+        own = self._own(found)
+        if self.first:
+            target[: len(self.tokens)] += own  # without a copy of the tokens, which are all of a long row
+        else:
+            target.index_copy_(0, self.owners, target.index_select(0, self.owners).add_(own))
         self.add_shared(target, found)
 
     def add_shared(self, target: Tensor, found: Tensor) -> None:

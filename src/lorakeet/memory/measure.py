@@ -6,6 +6,7 @@ import resource
 import sys
 import threading
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 
@@ -43,8 +44,11 @@ class PeakMemory:
     """A context that measures the most memory held inside it: `bytes` (resident) and `cuda_bytes`.
 
     Where the system's own peak can be reset it is exact; otherwise a thread looks every `interval` seconds, and
-    `sampled` says so: a spike shorter than the interval may then be missed.
+    `sampled` says so: a spike shorter than the interval may then be missed. Within another one it begins anew, and the other has
+    all of it.
     """
+
+    _around: ClassVar[list[PeakMemory]] = []  # those that are measuring, the outermost first
 
     def __init__(self, *, interval: float = 0.05, sample: bool | None = None) -> None:
         self.interval = interval
@@ -59,6 +63,9 @@ class PeakMemory:
         for index in range(torch.cuda.device_count()):
             torch.cuda.reset_peak_memory_stats(index)
         self.bytes = resident_bytes()
+        for outer in self._around:
+            outer.now()  # what the system is about to forget
+        self._around.append(self)
         if not (self._may_reset and reset_peak()):
             self.sampled = True
             self._thread = threading.Thread(target=self._watch, daemon=True)
@@ -66,6 +73,7 @@ class PeakMemory:
         return self
 
     def __exit__(self, *error: object) -> None:
+        self._around.remove(self)
         if self._thread is None:
             self.bytes = max(self.bytes, peak_bytes())
         else:

@@ -6,10 +6,12 @@ Read within a memory.ledger.Ledger, what is brought in takes its place in the ac
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from lorakeet.core.tiles import Rows
 from lorakeet.memory.spill import Aside
 from lorakeet.memory.store import CPU, LINE, Place, Store, StoredRows
 
@@ -44,6 +46,18 @@ class OutlinedRows(StoredRows):
         return nn.functional.embedding(torch.zeros_like(ids), found)
 
 
+@dataclass(frozen=True)
+class _OutlinedMatrix:
+    """Some rows at a time of a matrix without numbers (core/tiles.Rows)."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    def __getitem__(self, part: slice) -> Tensor:
+        start, stop, _ = part.indices(self.shape[0])
+        return torch.empty((max(0, stop - start), *self.shape[1:]), dtype=self.dtype)
+
+
 class OutlinedAside(Aside):
     """Tensors put aside in a file that does not exist."""
 
@@ -54,10 +68,11 @@ class OutlinedAside(Aside):
     def put(self, key: Hashable, tensor: Tensor) -> None:
         self._shapes[key] = tensor.dtype, tuple(tensor.shape)
 
-    def take(self, key: Hashable) -> Tensor:
-        found = self.look(key)
+    def drop(self, key: Hashable) -> None:
         del self._shapes[key]
-        return found
+
+    def rows(self, key: Hashable) -> Rows:
+        return _OutlinedMatrix(*self._shapes[key])
 
     def look(self, key: Hashable) -> Tensor:
         dtype, shape = self._shapes[key]

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import math
 import os
 import tempfile
 import weakref
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from lorakeet.core.tiles import Rows
 from lorakeet.errors import EnvironmentProblem
 from lorakeet.memory.store import raw_bytes
 
@@ -56,23 +59,33 @@ class Aside:
     def take(self, key: Hashable) -> Tensor:
         """The tensor kept under `key`, which is then forgotten; when all are taken, the file is empty again."""
         found = self.look(key)
+        self.drop(key)
+        return found
+
+    def drop(self, key: Hashable) -> None:
+        """Forgets the tensor kept under `key`."""
         if self._file is None:
             del self._held[key]
-        else:
-            del self._places[key]
-            if not self._places:
-                self._end = 0
-        return found
+            return
+        del self._places[key]
+        if not self._places:
+            self._end = 0
 
     def look(self, key: Hashable) -> Tensor:
         """The tensor kept under `key`, which stays; it must not be written to."""
         if self._file is None:
             return self._held[key]
-        begin, dtype, shape = self._places[key]
+        return self._read(*self._places[key])
+
+    def rows(self, key: Hashable) -> Rows:
+        """The matrix kept under `key`, some of whose rows are read at a time where it is in a file; not after it was dropped."""
+        return self._held[key] if self._file is None else _KeptRows(self._read, *self._places[key])
+
+    def _read(self, begin: int, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
         found = torch.empty(shape, dtype=dtype)
         view = raw_bytes(found)
         done = 0
-        while done < len(view):
+        while self._file is not None and done < len(view):
             done += os.preadv(self._file.fileno(), [view[done:]], begin + done)
         return found
 
@@ -85,6 +98,21 @@ class Aside:
         self._places.clear()
         if self._closing is not None:
             self._closing()
+
+
+@dataclass(frozen=True)
+class _KeptRows:
+    """A matrix in a scratch file (core/tiles.Rows)."""
+
+    read: Callable[[int, torch.dtype, tuple[int, ...]], Tensor]
+    begin: int
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    def __getitem__(self, part: slice) -> Tensor:
+        start, stop, _ = part.indices(self.shape[0])
+        row = math.prod(self.shape[1:]) * self.dtype.itemsize
+        return self.read(self.begin + start * row, self.dtype, (max(0, stop - start), *self.shape[1:]))
 
 
 class HostAside(Aside):

@@ -14,6 +14,7 @@ from typing import Literal
 
 from torch import Tensor
 
+from lorakeet.core.tiles import Rows
 from lorakeet.quant.gptq_solve import PACKING, Sensitivity, Walk, output_error
 from lorakeet.quant.packed import PART_BYTES, TILE, PackedBase
 from lorakeet.quant.regrid import Grid, fitted, grid_of
@@ -39,14 +40,16 @@ class Requantised:
     error: float  # ‖X·(W − W′)ᵀ‖ / ‖X·Wᵀ‖ on the inputs X
 
 
-def bytes_of_rounding(numbers: int, method: str) -> int:
-    """The most that `round_with_feedback` holds beside a weight of so many numbers in `method` and its inputs (tests count it).
+def bytes_of_rounding(numbers: int, method: str, packed: int) -> int:
+    """The most that `round_with_feedback` holds beside a weight of so many numbers, of `packed` bytes in `method`, and its inputs
+    (tests count it).
 
-    Eight bytes a number: the columns on their walk, and the codes, three times at its end; with NF4's grid twelve. In a weight
-    that is not much more than a part of it (quant/packed), what is held of such a part while the outputs are compared: up to 20.
+    The columns on their walk and their codes, five bytes a number, with NF4's grid nine, steps and offsets of groups, a quarter
+    of a byte, and two packed forms; in GGUF's types eight bytes while scales are fitted. In a weight that is not much more than a
+    part of it (quant/packed), what is held of such a part while the outputs are compared: up to 20.
     """
-    walking = (12 if method == "nf4" else 8) * numbers
-    return max(walking, min(20 * numbers, 5 * numbers + 3 * PART_BYTES + PACKING * TILE))
+    walking = {"nf4": 9, "gguf": 8}.get(method, 5) * numbers + numbers // 4 + 2 * packed
+    return max(walking, min(20 * numbers, 3 * numbers + 3 * PART_BYTES + PACKING * TILE))
 
 
 def round_to_nearest(like: PackedBase, weight: Tensor) -> PackedBase:
@@ -55,7 +58,7 @@ def round_to_nearest(like: PackedBase, weight: Tensor) -> PackedBase:
 
 
 def round_with_feedback(
-    like: PackedBase, weight: Tensor, inputs: Sensitivity, hessian: Tensor, *, latent: bool = False
+    like: PackedBase, weight: Tensor, inputs: Sensitivity, hessian: Rows, *, latent: bool = False
 ) -> Requantised:
     """`weight` (out, in) in the layout of `like`, such that the outputs on the inputs of H (in, in) change least.
 
@@ -67,13 +70,12 @@ def round_with_feedback(
     return min((kept, other), key=lambda found: found.error)
 
 
-def _on(grid: Grid, scales: Scales, weight: Tensor, inputs: Sensitivity, hessian: Tensor, latent: bool) -> Requantised:
+def _on(grid: Grid, scales: Scales, weight: Tensor, inputs: Sensitivity, hessian: Rows, latent: bool) -> Requantised:
     walk = Walk(weight, inputs)
     walk.run(_nearest(grid, inputs.order.tolist()))
-    codes = walk.in_order(walk.codes)
     numbers = Latent(grid, walk.in_order(walk.columns)) if latent else None
-    del walk  # the columns are not held while the codes are packed
-    base = grid.filled(codes)
+    base = grid.filled(walk.taken_codes())
+    del walk
     return Requantised(base, numbers, scales, output_error(weight, base, hessian))
 
 

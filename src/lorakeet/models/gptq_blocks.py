@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from lorakeet.core.tiles import Rows
 from lorakeet.data.chat import Example
 from lorakeet.data.pack import Batch, micro_batches, pack
 from lorakeet.errors import ConfigError, DataError, Problems
@@ -30,7 +31,8 @@ from lorakeet.quant.gptq import buffer_shapes
 from lorakeet.quant.gptq_solve import Hessian, Layout, Sensitivity, output_error, sensitivity, solve
 from lorakeet.quant.packed import PackedBase, PackedLinear
 
-Pack = Callable[[str, Tensor, Sensitivity, Tensor], PackedBase]  # path, weight (out, in), its inputs, their H
+Pack = Callable[[str, Tensor, Sensitivity, Rows], PackedBase]  # path, weight (out, in), its inputs, their H
+_STAGE = "H"  # under which that of a stage is kept
 
 
 @dataclass(frozen=True)
@@ -141,12 +143,12 @@ def pack_blocks(
 ) -> Iterator[QuantisedBlock]:
     """Packs `layers` as `pack` says; others stay. `keep` leaves the packed blocks in the model, which else is used up.
 
-    A streamed model's block comes in for its turn and goes as it came; `aside` makes places for what goes into blocks. Whether
-    the rows have tokens enough is for the caller to ask (`check_tokens`).
+    A streamed model's block comes in for its turn and goes as it came; `aside` makes places for what goes into blocks, and for
+    the H of a stage while it is used. Whether the rows have tokens enough is for the caller to ask (`check_tokens`).
     """
     prefix, count = modules.block_prefix(text.model, text.family)
     blocks = cast(nn.ModuleList, modules.find(text.model, prefix))
-    passages = Passages(text, blocks, _batches(text, rows, micro_tokens), aside)
+    passages, kept = Passages(text, blocks, _batches(text, rows, micro_tokens), aside), aside()
     try:
         for number in range(count):
             start = f"{prefix}.{number}."
@@ -154,7 +156,7 @@ def pack_blocks(
                 own = {path.removeprefix(start): layer for path, layer in layers.of(f"{prefix}.{number}").items()}
                 standing = {} if text.streamed is None else dict(own)
                 block = _Block(module, number, passages, start)
-                bases, errors = _quantise(block, own, pack, layers.dense, damping)
+                bases, errors = _quantise(block, own, pack, layers.dense, damping, kept)
                 if number + 1 < count:  # nobody reads what the last one gives
                     passages.advance(module, number)
                 while standing:  # a streamed block goes with the layers that it came with
@@ -171,6 +173,7 @@ def pack_blocks(
             )
     finally:
         passages.close()
+        kept.close()
 
 
 @contextmanager
@@ -269,23 +272,30 @@ class _Block:
 
 
 def _quantise(
-    block: _Block, layers: dict[str, nn.Module], pack: Pack, dense_of: Callable[[str], nn.Module] | None, damping: float
+    block: _Block,
+    layers: dict[str, nn.Module],
+    pack: Pack,
+    dense_of: Callable[[str], nn.Module] | None,
+    damping: float,
+    kept: Aside,
 ) -> tuple[dict[str, PackedBase], dict[str, float]]:
     """Puts a PackedLinear in the place of every layer, stage by stage, and takes it out of `layers`."""
     bases: dict[str, PackedBase] = {}
     errors: dict[str, float] = {}
     for stage in block.stages(layers) if layers else []:
-        hessian = block.hessian_of(layers[stage[0]])
-        inputs = sensitivity(hessian.matrix, damping=damping)
+        kept.put(_STAGE, block.hessian_of(layers[stage[0]]).matrix)
+        hessian = kept.rows(_STAGE)
+        inputs = sensitivity(hessian, damping=damping)
         dense = {name: layers.pop(name) for name in stage}
         for name in stage:
             layer = dense.pop(name)
             if dense_of is not None:
                 layer = dense_of(block.start + name)
             weight = weight_of(layer)
-            base = pack(block.start + name, weight, inputs, hessian.matrix)
-            bases[name], errors[name] = base, output_error(weight, base, hessian.matrix)
+            base = pack(block.start + name, weight, inputs, hessian)
+            bases[name], errors[name] = base, output_error(weight, base, hessian)
             packed = PackedLinear(base, cast(Any, layer).bias, transposed=isinstance(layer, Conv1D))
             block.module.set_submodule(name, packed)
+        kept.drop(_STAGE)
         del hessian, inputs, layer, weight, packed  # before the next stage's come
     return bases, errors

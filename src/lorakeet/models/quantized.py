@@ -47,11 +47,15 @@ def load_quantised(source: Path, config: Any, dtype: torch.dtype, spec: QuantSpe
     bases = [module for module in model.modules() if isinstance(module, PackedBase)]
     packed, dense = sum(base.bytes for base in bases), sum(base.shape[0] * base.shape[1] for base in bases) * dtype.itemsize
     say(f"{len(bases)} linear layers are {name}: {packed / 1e6:,.1f} MB in place of {dense / 1e6:,.1f} MB.")
-    if kept := kept_experts(model):
-        say(kept)
-    if any(isinstance(base, Nf4Base) for base in bases) and missing_kernels():
-        say(missing_kernels())
+    for line in limits_of_packing(model):
+        say(line)
     return model
+
+
+def limits_of_packing(model: nn.Module) -> list[str]:
+    """What a user should know of a model that is packed: what stays as it is, and what unpacks it more slowly than it could."""
+    packed = any(isinstance(module, Nf4Base) for module in model.modules())
+    return [line for line in (kept_experts(model), missing_kernels() if packed else "") if line]
 
 
 def stock_of(source: Path, config: Any, spec: QuantSpec) -> Stock:

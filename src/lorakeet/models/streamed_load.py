@@ -28,9 +28,9 @@ from lorakeet.models import modules
 from lorakeet.models.families import Family, family_of
 from lorakeet.models.fingerprint import fingerprint
 from lorakeet.models.packing import packing_of
-from lorakeet.models.quantized import skeleton, stock_of
+from lorakeet.models.quantized import limits_of_packing, skeleton, stock_of
 from lorakeet.models.quiet import quiet_transformers
-from lorakeet.models.stock import Stock, tensor_files
+from lorakeet.models.stock import Stock, stored_quantisation, tensor_files
 from lorakeet.models.streamed import NotStreamed, Streamed, StreamedEmbedding, StreamedHead
 from lorakeet.models.whole import refused, require_whole
 from lorakeet.quant.adopt import empty_base
@@ -81,7 +81,11 @@ def streamed_model(
         write_store(
             path, same, source=source, config=config, dtype=dtype, quantize=quantize, family=family, changes=changes
         )
-    return open_streamed(Store.open(path, same), config, dtype, family, residence=residence)
+    model, streamed = open_streamed(Store.open(path, same), config, dtype, family, residence=residence)
+    if quantize.method != "none" or stored_quantisation(config):
+        for line in limits_of_packing(model):
+            say(line)
+    return model, streamed
 
 
 def identity(source: Path, dtype: torch.dtype, quantize: QuantSpec) -> dict[str, str]:

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lorakeet.core.tiles import Rows, tiles
 from lorakeet.errors import DataError
 from lorakeet.quant.gptq import GptqBase
 from lorakeet.quant.gptq_grid import Grid, codes_for, fit, groups_in_order, nearest_codes
@@ -27,6 +28,7 @@ from lorakeet.quant.packed import TILE, PackedBase
 BLOCK = 128  # columns whose errors are handed on together
 DAMPINGS = 6  # each ten times the one before, until H has a Cholesky factor
 FP32 = 4  # bytes
+ROWS = 512  # of H that are looked at at once: 22 MB of 11,008
 PACKING = 18  # bytes of each code of those that are put into words at once (quant/gptq_pack)
 
 
@@ -68,46 +70,64 @@ class Sensitivity:
     factor: Tensor  # (in, in) U, in that order
 
 
-def sensitivity(hessian: Tensor, *, damping: float = 0.01) -> Sensitivity:
-    """The order of the columns and U of (H + λ·I)⁻¹ = Uᵀ·U, from H (in, in).
+def sensitivity(hessian: Rows, *, damping: float = 0.01) -> Sensitivity:
+    """The order of the columns and U of (H + λ·I)⁻¹ = Uᵀ·U, from H (in, in), some of whose rows are looked at at a time.
 
     λ is `damping` times the mean diagonal of H, ten times more as long as that fails. Inputs that are always 0 count as if
     their mean square were the others', so that their weights are rounded to the nearest. DataError where H has numbers that
-    are not finite or stays singular.
+    are not finite or stays singular. One matrix of H's size is made, and turned into U in its place.
     """
-    strength = hessian.diagonal()
+    count = hessian.shape[0]
+    strength = torch.cat([hessian[part].diagonal(part.start) for part in tiles(count, ROWS)])
     if not bool(torch.isfinite(strength).all()):
         raise DataError("The inputs of a layer are not finite on the calibration rows. Check the model and the rows.")
     order = strength.argsort(descending=True, stable=True)
     mean = float(strength.mean()) or 1.0
+    factor = strength.new_empty(count, count).t()  # columns end to end, as LAPACK has them
     for attempt in range(DAMPINGS):
-        damped = hessian[order][:, order]
-        diagonal = damped.diagonal()
+        _put_in_order(hessian, order, factor)
+        diagonal = factor.diagonal()
         diagonal[diagonal == 0] = mean
         diagonal += damping * 10**attempt * mean
-        factor, found = torch.linalg.cholesky_ex(damped)
-        del damped, diagonal  # H is large: no more than two matrices of its size stand beside it at any time
-        if bool(found == 0):
-            inverse = torch.cholesky_inverse(factor)
-            del factor
-            factor, found = torch.linalg.cholesky_ex(inverse, upper=True)
-            del inverse
-        if bool(found == 0):
+        if _inverted_root(factor):
             return Sensitivity(order, factor)
     raise DataError(
-        f"The inputs of a layer with {len(hessian)} columns cannot be told apart, even with a damping of "
+        f"The inputs of a layer with {count} columns cannot be told apart, even with a damping of "
         f"{damping * 10 ** (DAMPINGS - 1):g}. Give more calibration rows."
     )
 
 
-def output_error(weight: Tensor, other: PackedBase, hessian: Tensor) -> float:
-    """‖X·(W − W′)ᵀ‖ / ‖X·Wᵀ‖ on the inputs X of H = Σ x·xᵀ / n: √(tr(D·H·Dᵀ) / tr(W·H·Wᵀ)), D = W − W′, a part at a time."""
+def _put_in_order(hessian: Rows, order: Tensor, out: Tensor) -> None:
+    """Writes H with its rows and columns in `order` to `out`."""
+    place = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
+    for part in tiles(len(order), ROWS):
+        out.index_copy_(0, place[part], hessian[part].index_select(1, order))
+
+
+def _inverted_root(matrix: Tensor) -> bool:
+    """Turns M, whose columns lie end to end, into U of M⁻¹ = Uᵀ·U in its place; whether M is positive definite."""
+    found = torch.empty((), dtype=torch.int32, device=matrix.device)
+    torch.linalg.cholesky_ex(matrix, out=(matrix, found))
+    if not bool(found == 0):
+        return False
+    torch.cholesky_inverse(matrix, out=matrix)
+    torch.linalg.cholesky_ex(matrix, upper=True, out=(matrix, found))
+    return bool(found == 0)
+
+
+def output_error(weight: Tensor, other: PackedBase, hessian: Rows) -> float:
+    """‖X·(W − W′)ᵀ‖ / ‖X·Wᵀ‖ on the inputs X of H = Σ x·xᵀ / n: √(tr(D·H·Dᵀ) / tr(W·H·Wᵀ)), D = W − W′.
+
+    By parts of W and rows of H, which is symmetric; where H lies changes nothing.
+    """
     lost = whole = 0.0
     for part, numbers in other.in_parts():
         wide = weight[part].float()
         change = wide - numbers
-        lost += float((change @ hessian).mul_(change).sum())
-        whole += float((wide @ hessian).mul_(wide).sum())
+        for some in tiles(hessian.shape[0], ROWS):
+            rows = hessian[some].t()
+            lost += float((change @ rows).mul_(change[:, some]).sum())
+            whole += float((wide @ rows).mul_(wide[:, some]).sum())
     return (max(lost, 0.0) / whole) ** 0.5 if whole > 0 else 0.0
 
 
@@ -129,21 +149,21 @@ def solve(weight: Tensor, inputs: Sensitivity, layout: Layout, *, grid: Grid | N
     del given
     groups = _Groups(walk, g_idx[inputs.order].long(), layout, grid)
     walk.run(groups.nearest)
-    kept, codes = Grid(groups.scales, groups.zeros, g_idx), walk.in_order(walk.codes)
-    del walk, groups  # the columns are not held while the codes are packed
+    kept, codes = Grid(groups.scales, groups.zeros, g_idx), walk.taken_codes()
+    del walk, groups
     return GptqBase.of(codes, kept, bits=layout.bits, sym=layout.sym, zero_format=layout.zero_format)
 
 
 def bytes_of_solving(shape: tuple[int, int], layout: Layout, dtype: torch.dtype) -> int:
     """About the most that `solve` holds at a time beside a weight (out, in) of `dtype` and its inputs; its result is among it.
 
-    A walk holds columns and codes, and at its end the codes twice more: in the weight's order, and laid out anew.
+    A walk holds columns and codes; at its end the codes are held twice more, in the weight's order and laid out anew.
     """
     count, wide = math.prod(shape), FP32 * math.prod(shape)
     group = wide if layout.group_size == -1 else FP32 * layout.group_size * shape[0]  # the columns of one group
     copy = 0 if dtype == torch.float32 else wide
     fitting = copy + count + 9 * group // FP32  # codes of all, and a group as it is, divided, and in codes
-    walking = wide + 3 * count + (3 * group if layout.desc_act else 0) + 2 * FP32 * BLOCK * shape[0]
+    walking = wide + count + (3 * group if layout.desc_act else 0) + 2 * FP32 * BLOCK * shape[0]
     packing = count + count * layout.bits // 4 + count // 4 + PACKING * min(TILE, count)
     most = max(fitting, copy + wide + count, walking, packing)  # the second: the columns of a walk beside what they are of
     groups = 1 if layout.group_size == -1 else -(-shape[1] // layout.group_size)
@@ -188,6 +208,11 @@ class Walk:
         behind = places[places >= self.stop]
         pending = self.factor[self.start : self.stop][:, behind].t() @ self.errors
         return torch.cat([self.columns[places[places < self.stop]], self.columns[behind] - pending]).t()
+
+    def taken_codes(self) -> Tensor:
+        """The codes in the weight's own order; the columns are let go, so that they are not held while codes are packed."""
+        self.columns = self.errors = self.columns.new_zeros(0)
+        return self.in_order(self.codes)
 
     def in_order(self, columns: Tensor) -> Tensor:
         """A tensor (in, out) of this order as one (out, in) in the weight's own."""

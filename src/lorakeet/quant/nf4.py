@@ -21,6 +21,7 @@ import functools
 import importlib.util
 import logging
 import math
+import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -42,6 +43,7 @@ BLOCK_SIZES = (32, 64, 128, 256, 512, 1024)
 SCALE_BLOCK = 256  # absmax values that share one scale
 BINS = 65536  # bitsandbytes' CPU code finds the nearest of the 256 levels in a table of so many bins over [−1, 1]
 _TINY = 1e-38  # a block of zeros divides by this
+_NO_COMPILER = "TORCHDYNAMO_DISABLE"  # torch's own word for it
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -302,11 +304,18 @@ def _bitsandbytes() -> bool:
 
 @contextlib.contextmanager
 def quiet_bitsandbytes() -> Iterator[None]:
-    """In the block bitsandbytes, whoever imports it, does not tell of a kernel for inference that it would fetch from a hub."""
+    """In the block bitsandbytes, whoever imports it, does not tell of a kernel for inference that it would fetch from a hub, and
+    does not load torch's compiler, with which it wraps a function that is not used here: 43 MiB of the process.
+    """
     log = logging.getLogger("bitsandbytes.backends.cpu.ops")
-    level = log.level
+    level, before = log.level, os.environ.get(_NO_COMPILER)
     log.setLevel(logging.ERROR)
+    os.environ[_NO_COMPILER] = "1"
     try:
         yield
     finally:
         log.setLevel(level)
+        if before is None:
+            del os.environ[_NO_COMPILER]
+        else:
+            os.environ[_NO_COMPILER] = before

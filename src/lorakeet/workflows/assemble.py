@@ -17,6 +17,7 @@ from lorakeet.data.chat import Encoded, Encoder, Example, encode_rows
 from lorakeet.data.prepare import Dataset, load_dataset
 from lorakeet.data.rows import Row
 from lorakeet.errors import ConfigError, DataError
+from lorakeet.memory.measure import PeakMemory
 from lorakeet.models.adapt import begin_adapter
 from lorakeet.models.load import load_text_model
 from lorakeet.models.targets import plan_for
@@ -44,6 +45,7 @@ class Assembly:
     new_token_ids: tuple[int, ...]
     arrangement: Arrangement = field(default_factory=Arrangement)  # how memory.budget is kept
     processes: Processes = ALONE  # that train together
+    memory: PeakMemory | None = None  # what the process holds from before the model is loaded on
     begun: Plan | None = None  # once ranks were pruned: the Plan with which training began
 
     @property
@@ -93,7 +95,8 @@ def assemble(config: RunConfig, console: Console, processes: Processes = ALONE) 
     text = load_text_model(model, say=console.print, store=arrangement.store, slots=arrangement.slots, pinned=arrangement.pinned)
     if text.dtype == torch.float16:
         raise ConfigError(
-            "model.dtype is float16, in which small gradients become 0 without a word; train with bfloat16 or float32."
+            "model.dtype is float16, in which models of pictures alone are trained: on text, rates and ranks are tried without a "
+            "loss scale, so that small gradients would become 0 without a word. Train with bfloat16 or float32."
         )
     config = within_context(resolved(config, text), text, console)
     if parted:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -21,6 +22,7 @@ from lorakeet.models.source import on_this_machine
 from lorakeet.workflows.arrange import Loaded
 from lorakeet.workflows.judge import ADAPTER, Judge
 from lorakeet.workflows.opened import NAME, Opened
+from lorakeet.workflows.room_quantize import stream_closed
 from lorakeet.workflows.show import show_results
 
 Base = Literal["original", "dequantised"]
@@ -134,6 +136,7 @@ def _trained_elsewhere(bases: Bases) -> str:
 def _measured(bases: Bases, dataset: Dataset, console: Console) -> Choice:
     """Base + adapter on the held-out rows, over the original weights and over the quantised ones, which are the dequantised."""
     found = {name: _scores(bases.of(name), dataset, name, console) for name in BASES}
+    gc.collect()  # … and before those that are merged and checked
     spec = bases.of("original").config.evaluate
     original, dequantised = found["original"], found["dequantised"]
     comparisons: tuple[Comparison, ...]
@@ -162,9 +165,11 @@ def _measured(bases: Bases, dataset: Dataset, console: Console) -> Choice:
 
 def _scores(opened: Opened, dataset: Dataset, base: str, console: Console) -> Answers | RowLosses:
     console.print(f"Measuring the adapter over the {base} base")
+    gc.collect()  # a model before this one, whose parts know each other
     loaded = Loaded(bool(dataset.labels), sum(len(row.text) for row in dataset.held_out))
     text = opened.text_model(console, within_budget=loaded)
     encoder = Encoder(text.tokenizer, opened.config.data, dataset.labels)
     judge = Judge(opened.config, text, encoder, dataset.held_out, console, NAME)
-    rows = judge.fitting()
-    return replace(judge.answers(rows, ADAPTER) if dataset.labels else judge.losses(rows, ADAPTER), system=base)
+    with stream_closed(text):
+        rows = judge.fitting()
+        return replace(judge.answers(rows, ADAPTER) if dataset.labels else judge.losses(rows, ADAPTER), system=base)

@@ -21,12 +21,14 @@ from lorakeet.errors import ConfigError, DataError, EnvironmentProblem, Lorakeet
 from lorakeet.evaluate.report import Report, write_report
 from lorakeet.evaluate.values import encode
 from lorakeet.memory.card import promised
+from lorakeet.models.placement import device_for
 from lorakeet.workflows.arrange import Loaded
 from lorakeet.workflows.assemble import within_context
 from lorakeet.workflows.judge import Judge
 from lorakeet.workflows.opened import NAME, Opened, open_adapter
 from lorakeet.workflows.page import leaks
 from lorakeet.workflows.place import require_empty, writing
+from lorakeet.workflows.room_quantize import held_at_most
 from lorakeet.workflows.show import show_results
 
 
@@ -73,7 +75,9 @@ def evaluate(
     opened = open_adapter(Path(run_or_adapter), base=base, config=config, say=console.print).within(memory)
     rows = _rows_of_file(opened, data) if data else _rows_of_run(opened)
     loaded = Loaded(bool(rows.labels), sum(len(row.text) for row in rows.rows))
-    with promised(opened.config.memory.bytes, "Raise it with --memory."):
+    budget = opened.config.memory.bytes
+    of_process = budget if device_for(opened.config.model.device).type == "cpu" else None
+    with promised(budget, "Raise it with --memory."), held_at_most(of_process, None, console):
         text = opened.text_model(console, within_budget=loaded)
         settings = within_context(opened.config, text, console)
         encoder = Encoder(text.tokenizer, settings.data, rows.labels)

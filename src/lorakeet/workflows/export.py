@@ -34,6 +34,7 @@ from lorakeet.workflows.forecast_check import FP32, stores, tensor_bytes
 from lorakeet.workflows.opened import Opened, open_adapter
 from lorakeet.workflows.place import require_place, writing, writing_certificate
 from lorakeet.workflows.push_export import exported_before, push_folder
+from lorakeet.workflows.room_quantize import held_at_most
 from lorakeet.workflows.show import show_certificate
 from lorakeet.workflows.verify import certify_artefacts, plan_rows, size_of_check
 
@@ -120,7 +121,8 @@ def export(  # noqa: PLR0913  (the options of a verb are its parameters)
         opened = plan_rows(opened, size, out, console)
     title = name or (opened.run.path.name if opened.run else opened.folder.name)
     job = _Job(opened, source, load_tokenizer(opened.tokenizer or source), quant, title, separate, run_or_adapter, console)
-    found = _written_before(job, out) if written else _written(job, out, to)
+    with held_at_most(*opened.allowed, console, mapped=is_installed()):
+        found = _written_before(job, out) if written else _written(job, out, to)
     if push:
         checked = found.certificate is not None
         push_folder(found.out, _ollama_model(job), job.name, host=host, checked=checked, console=console)

@@ -23,13 +23,15 @@ from lorakeet.evaluate.report import Report
 from lorakeet.evaluate.values import encode
 from lorakeet.memory.allocator import give_back_free_memory
 from lorakeet.memory.card import promised
+from lorakeet.memory.measure import PeakMemory
 from lorakeet.models.fingerprint import fingerprint
 from lorakeet.models.frozen import frozen_digests
 from lorakeet.models.prefix_states import frozen_depth, prefix_states
 from lorakeet.models.shard import part_blocks
 from lorakeet.train.launch import launched
 from lorakeet.train.log import read_metrics, require_sink
-from lorakeet.train.loop import Outcome, train
+from lorakeet.train.loop import train
+from lorakeet.train.outcome import Outcome
 from lorakeet.train.processes import joined
 from lorakeet.train.progress import reporter_for
 from lorakeet.train.run import RunFolder
@@ -44,6 +46,7 @@ from lorakeet.workflows.image_finetune import ImageResult, finetune_images
 from lorakeet.workflows.judge import Judge
 from lorakeet.workflows.place import require_place
 from lorakeet.workflows.prune_ranks import pruned_plan
+from lorakeet.workflows.room_quantize import say_peak
 from lorakeet.workflows.show import show_plan
 from lorakeet.workflows.together import require_combinable
 
@@ -108,10 +111,10 @@ def finetune(
             processes.from_first(lambda: _require_run(run, resume=resume is not None))
         require_sink(config.train.log_to)
         _check_quick(config, quick, resume)
-        with promised(config.memory.bytes, "Raise the budget."):
+        with promised(config.memory.bytes, "Raise the budget."), PeakMemory() as memory:
             if config.kind == "image":
                 return finetune_images(config, run, resume=resume is not None, dry_run=dry_run, console=console)
-            setup = assemble(config, console, processes)
+            setup = dataclasses.replace(assemble(config, console, processes), memory=memory)
             show_plan(setup, console)
             if dry_run:
                 return FinetuneResult(setup, run)
@@ -239,6 +242,11 @@ def _prove(
         model=None if setup.parted or setup.arrangement.budget is not None else setup.config.model,  # there is room for one base
         spec=setup.config.evaluate,
     )
+
+    kept, held = setup.arrangement, setup.memory
+    if kept.budget is not None and kept.card is None and held is not None:
+        held.now()
+        say_peak(held, kept.budget, None if kept.forecast is None else kept.forecast.peak, console)
 
     def reported() -> Report:
         metrics = read_metrics(run.metrics)

@@ -190,6 +190,11 @@ class CheckPlanner:
         planner.ids = next((rows.ids for rows in adapter.token_rows.values()), ())
         return planner
 
+    @property
+    def alone(self) -> int:
+        """Bytes of the models' weights, of which the forecast in memory is more."""
+        return int(FP32 * self.weights * self.check.models)
+
     def forecast(self, *, streamed: bool, slots: int = FEWEST) -> CheckForecast:
         """What is held with the models streamed, `slots` blocks in memory, or with all of their weights in memory."""
         check = self.check

@@ -85,11 +85,15 @@ def _planner(size: CheckSize, config: RunConfig, model_config: Any, plan: Plan) 
 
 def _phase(name: str, planner: CheckPlanner, budget: int) -> Phase:
     """At its peak with all weights in memory where that fits, else with two blocks of each model, or with one."""
-    found = planner.forecast(streamed=False)
-    if found.peak > budget:
-        with contextlib.suppress(ConfigError):  # of a model that is no list of blocks
-            streamed = planner.forecast(streamed=True)
-            if streamed.peak > budget:
-                streamed = planner.forecast(streamed=True, slots=ALONE)
-            found = min(found, streamed, key=lambda way: way.peak)
+    whole = None if planner.alone > budget else planner.forecast(streamed=False)
+    if whole is not None and whole.peak <= budget:
+        return Phase(name, whole.highest.kinds)
+    streamed = None
+    with contextlib.suppress(ConfigError):  # of a model that is no list of blocks
+        streamed = planner.forecast(streamed=True)
+        if streamed.peak > budget:
+            streamed = planner.forecast(streamed=True, slots=ALONE)
+    if whole is None and (streamed is None or streamed.peak > planner.alone):
+        whole = planner.forecast(streamed=False)
+    found = min((way for way in (whole, streamed) if way is not None), key=lambda way: way.peak)
     return Phase(name, found.highest.kinds)

@@ -242,8 +242,10 @@ class Again:
     def peak(self, kept: Held) -> Held:
         """The most held while the second base is loaded, or while the two are compared."""
         adapter = 4 * self.found.plan.parameters
-        if not self.second:
-            return with_more(self.judge, adapter=2 * adapter)
+        if not self.second:  # what is read has gone when anything computes: until then it stands beside the pairs it becomes
+            unpacked = torch.float32.itemsize * self.found.largest if self.found.packed else 0  # the buffer of all packed weights
+            reading = with_more(kept, adapter=2 * adapter, scratch=unpacked)
+            return larger(reading, with_more(self.judge, adapter=adapter))
         loading = with_more(kept, **self.load.kinds, runtime=self.words)
         return larger(loading, with_more(self.judge, base=self.found.base, adapter=2 * adapter, runtime=self.words))
 

@@ -49,6 +49,7 @@ from lorakeet.workflows.judge import sampled_texts
 from lorakeet.workflows.merge_packed import PackedMerge, merge_packed
 from lorakeet.workflows.opened import NAME, Opened, open_adapter
 from lorakeet.workflows.place import require_place, writing, writing_certificate
+from lorakeet.workflows.room_quantize import held_at_most
 from lorakeet.workflows.show import show_certificate
 
 CERTIFICATE = "certificate.json"
@@ -139,6 +140,11 @@ def merge(  # noqa: PLR0913 - one parameter for each option of the verb
         console.print(f"{plan.method.name}: {shares}", soft_wrap=True)
         for note in plan.notes:
             console.print(note, soft_wrap=True)
+    if to == "adapter" and memory is not None:
+        raise ConfigError(
+            f"--memory is {memory}, but adapters are combined into one without any model, in the memory of their matrices. Leave "
+            "it out, or merge --to model."
+        )
     if to == "adapter" and plan is not None:
         return _into_adapter(plan, opened[0], out, console)
     return _ModelMerge(opened, plan, out, dtype, into, console).run()
@@ -238,13 +244,15 @@ class _ModelMerge:
         said = plan_check(said, self._check(said, model, whole), self.out, console)
         if whole is not None:
             _require_parted(said, whole)
-        result = self._write(model, adapter, whole, roundings(source, quantize) if at_load else None)
-        notes = tuple(note for note in (*result.notes, choice.why) if note)
-        for note in notes:
-            console.print(note, soft_wrap=True)
-        with stores(said, f"{self.out} itself is written, but not checked: remove it and merge again."):
-            live, rows, effect, merged = self._sides(said, whole, dataset)
-            certificate = certify_merge(live, merged, rows, out=self.out, spec=judged.config.evaluate, effect=effect)
+        before = roundings(source, quantize) if at_load else None
+        with held_at_most(*said.allowed, console):
+            result = self._write(model, adapter, whole, before)
+            notes = tuple(note for note in (*result.notes, choice.why) if note)
+            for note in notes:
+                console.print(note, soft_wrap=True)
+            with stores(said, f"{self.out} itself is written, but not checked: remove it and merge again."):
+                live, rows, effect, merged = self._sides(said, whole, dataset)
+                certificate = certify_merge(live, merged, rows, out=self.out, spec=judged.config.evaluate, effect=effect)
         show_certificate(certificate, console)
         with writing_certificate(self.out, "merge"):
             certificate.write(self.out / CERTIFICATE)

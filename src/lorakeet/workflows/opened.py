@@ -73,6 +73,11 @@ class Opened:
         return dataclasses.replace(self, config=dataclasses.replace(self.config, model=model))
 
     @property
+    def allowed(self) -> tuple[int | None, int | None]:
+        """The budget of a check, and what is planned of it where that is known."""
+        return (None, None) if self.kept is None else (self.kept.budget, self.kept.planned)
+
+    @property
     def checked_on(self) -> str:
         """The device of the models that a check compares: the CPU under a budget, which is then that of the process."""
         return "cpu" if self.config.memory.budget else self.config.model.device
@@ -150,7 +155,7 @@ def open_adapter(
 
     Raises DataError where there is no adapter, ConfigError where nothing says which base it belongs to.
     """
-    run = RunFolder(path) if (path / "config.yaml").is_file() else None
+    run = RunFolder.at(path)
     adapter = read_adapter(path, say=say)
     settings = read_run(config) if config else read_run(run.config) if run else _bare(path, adapter, base)
     if settings.kind == "image":

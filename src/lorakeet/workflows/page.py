@@ -20,7 +20,7 @@ from lorakeet.memory.card import CONTEXT, beside_torch, card_peak
 from lorakeet.memory.measure import peak_bytes
 from lorakeet.models.origin import packed_folder
 from lorakeet.ranks.allocate import pair_parameters
-from lorakeet.train.loop import Outcome
+from lorakeet.train.outcome import Outcome
 from lorakeet.train.run import RunFolder
 from lorakeet.workflows import facts
 from lorakeet.workflows.assemble import Assembly
@@ -138,21 +138,22 @@ def run_facts(
 
 
 def _memory(setup: Assembly, outcome: Outcome) -> tuple[MemoryUse, ...]:
-    """Planned and used bytes: of training, then of all up to the certificate; and the latter against a budget.
+    """Planned and used bytes: of training, then of all from loading up to the certificate; and the latter against a budget.
 
     Under a budget on a CUDA device they are the device's, with the context as planned, and beside them what was not planned.
     """
     kept = setup.arrangement
-    whole = peak_bytes() if kept.card is None else card_peak(kept.card)
+    process = peak_bytes() if setup.memory is None else setup.memory.now()
+    whole = process if kept.card is None else card_peak(kept.card)
     planned = None if kept.forecast is None else kept.forecast.peak
     place = "whole process" if kept.card is None else f"on {kept.card}"
     used = (
         MemoryUse(f"training, {place}", kept.planned, outcome.peak_bytes),
-        MemoryUse("training, judging and certificate", planned, whole),
+        MemoryUse("loading, training, judging and certificate", planned, whole),
     )
     if kept.budget is None:
         return used
-    against = (*used, MemoryUse("training and judging, against memory.budget", kept.budget, whole))
+    against = (*used, MemoryUse("the whole run, against memory.budget", kept.budget, whole))
     if kept.card is None:
         return against
     return (*against, *beside_a_card(kept.card))
@@ -177,6 +178,9 @@ def speed(
         "Steps": f"{outcome.steps} of {outcome.planned_steps} ({outcome.reason})",
         "Learning rate": f"{outcome.learning_rate:.2e} at its highest",
     }
+    if outcome.loss_scale is not None:
+        skipped = f"{outcome.skipped_steps} of {outcome.steps} steps overflowed float16 and were left out"
+        found["Loss scale"] = f"{outcome.loss_scale:,g} at the end; {skipped}"
     if rates:
         found[f"{unit} a second"] = f"{rates[len(rates) // 2]:,.{digits}f} (median over steps)"
     return found

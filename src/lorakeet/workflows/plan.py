@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
@@ -54,10 +54,11 @@ class Speed:
 
 @dataclass(frozen=True)
 class Advice:
-    """A change of the settings, and the peak of the run with it."""
+    """A change of the settings, and the peak of the run with it: with weights in memory, or streamed."""
 
     change: str
     peak: int
+    streamed: bool = False
 
 
 @dataclass(frozen=True)
@@ -166,9 +167,8 @@ def plan(
             streamed = dataclasses.replace(streamed, planned=whole)
         result = dataclasses.replace(result, streamed=streamed, beside_card=beside)
         if streamed is None:
-            changes = _changes(config, precision, planned)
-            found = [Advice(change, forecast(other, precision=kept).peak) for change, other, kept in changes]
-            advice = tuple(sorted(found, key=lambda item: item.peak))
+            plans = partial(streamed_plans, model_config=model_config, files=files, loaded=Loaded())
+            advice = _advice(config, precision, planned, forecast, lambda other: least_streamed(plans(other)))
             result = dataclasses.replace(result, least=least_streamed(rehearsed), advice=advice)
     show_plan(result, console)
     return result
@@ -215,12 +215,13 @@ def show_plan(result: PlanResult, console: Console) -> None:
     if result.least is not None:
         least_that_works = bytes_text(min(result.least, result.peak))
         console.print(
-            f"finetune refuses: it needs at least {least_that_works}, with its blocks streamed from disk. With weights in memory "
-            "it would take:", soft_wrap=True,
+            f"finetune refuses: it needs at least {least_that_works}, with its blocks streamed from disk. It would take:",
+            soft_wrap=True,
         )  # fmt: skip
     for item in result.advice:
         fits = "fits" if result.budget is not None and item.peak <= result.budget else "is still too much"
-        console.print(f"  {item.change}: {bytes_text(item.peak)}, {fits}", soft_wrap=True)
+        how = "streamed" if item.streamed else "with weights in memory"
+        console.print(f"  {item.change}: {bytes_text(item.peak)} {how}, {fits}", soft_wrap=True)
     for phase in result.later:
         if result.budget is not None and phase.bytes > result.budget:
             enough = f"{-(-phase.bytes >> 20)}MiB"
@@ -267,6 +268,26 @@ def _with(config: RunConfig, rank: int | None, tokens: int | None, quantize: Any
     return dataclasses.replace(config, lora=lora, data=data, train=train, model=model)
 
 
+def _advice(
+    config: RunConfig,
+    precision: Precision,
+    planned: Planned,
+    forecast: Callable[..., Planned],
+    streamed_least: Callable[[RunConfig], int],
+) -> tuple[Advice, ...]:
+    """What would help, the least first. Where the weights alone are more than the budget, other settings help a streamed run:
+    these are tried until one fits.
+    """
+    budget, found = config.memory.bytes or 0, list[Advice]()
+    for change, other, kept in _changes(config, precision, planned):
+        streamed = kept == precision and planned.base > budget
+        if not streamed:
+            found.append(Advice(change, forecast(other, precision=kept).peak))
+        elif not any(item.peak <= budget for item in found):
+            found.append(Advice(change, streamed_least(other), streamed=True))
+    return tuple(sorted(found, key=lambda item: item.peak))
+
+
 def _changes(config: RunConfig, precision: Precision, planned: Planned) -> Iterator[tuple[str, RunConfig, Precision]]:
     """Settings that take less memory: what to say of each, and the run with it."""
     if precision.dtype == torch.float32:
@@ -276,6 +297,9 @@ def _changes(config: RunConfig, precision: Precision, planned: Planned) -> Itera
         packed = dataclasses.replace(precision, quantize=dataclasses.replace(precision.quantize, method="nf4"))
         yield "--model.quantize nf4", config, packed
     rows, lora = planned.rows, config.lora
+    if config.train.moments != "8bit":
+        small = dataclasses.replace(config.train, moments="8bit")
+        yield "--train.moments 8bit", dataclasses.replace(config, train=small), precision
     if rows.count > 1:
         fewer = rows.length * (rows.count // 2)
         train = dataclasses.replace(config.train, micro_tokens=fewer)

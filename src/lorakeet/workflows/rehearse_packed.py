@@ -62,8 +62,9 @@ def rehearse_rounding(
             return cast(nn.Module, find(text.model, path))
 
         def pack(path: str, weight: Tensor, *_: object) -> PackedBase:
-            torch.empty(bytes_of_rounding(weight.numel(), packing[path]["method"]), dtype=torch.uint8)
-            return OutlinedBase(empty_base(packing[path]))
+            base = OutlinedBase(empty_base(packing[path]))
+            torch.empty(bytes_of_rounding(weight.numel(), packing[path]["method"], base.bytes), dtype=torch.uint8)
+            return base
 
         blocks = pack_blocks(text, rows, pack, Layers(layers_of, fold), keep=True, aside=aside)
         with ledger.phase(ROUND):

@@ -53,6 +53,7 @@ from lorakeet.workflows.judge import sampled_texts
 from lorakeet.workflows.opened import NAME, Opened, open_adapter
 from lorakeet.workflows.place import writing
 from lorakeet.workflows.recorded import ask_all
+from lorakeet.workflows.room_quantize import held_at_most
 from lorakeet.workflows.server_artefact import Server, check_server
 from lorakeet.workflows.show import show_certificate
 
@@ -106,7 +107,7 @@ def verify(  # noqa: PLR0913  (the options of a verb are its parameters)
     source = find_source(opened.config.model, console.print)
     size = partial(size_of_check, opened, targets, source, "this check", rows=rows)
     opened = plan_rows(opened, size, _place(opened), console)
-    with stores(opened, "Nothing was compared."):
+    with held_at_most(*opened.allowed, console, mapped=_maps(targets)), stores(opened, "Nothing was compared."):
         certificate = certify_artefacts(
             opened, targets, base_gguf=base_gguf, precision=precision, rows=rows, subject=str(run_or_adapter), console=console,
             beside=_place(opened).parent,
@@ -116,6 +117,12 @@ def verify(  # noqa: PLR0913  (the options of a verb are its parameters)
         _keep(opened, certificate)
     certificate.raise_if_failed()
     return Verified(certificate)
+
+
+def _maps(targets: Sequence[str]) -> bool:
+    """Whether llama.cpp maps a file of one of these."""
+    files = [Path(target) for target in targets if not target.startswith(SERVERS)]
+    return any(not file.is_dir() or (file / "model.gguf").is_file() for file in files)
 
 
 def certify_artefacts(
@@ -205,7 +212,7 @@ def size_of_check(
     longest, answers = _measured(opened, source, rows) if opened.run else (SAMPLED_TOKENS + 1, 0)
     longest = (longest if most is None else min(longest, most)) + GREEDY_TOKENS
     files = [Path(target) for target in targets if not target.startswith(SERVERS)]
-    folders = [file for file in files if file.is_dir() and not (file / "model.gguf").is_file()]
+    folders = [file for file in files if not _maps([str(file)])]
     llama, text = len(files) > len(folders), read_config(source).get_text_config()
     return CheckSize(
         what,
