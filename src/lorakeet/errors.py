@@ -48,8 +48,16 @@ class RunStopped(LorakeetError):
     exit_code = 4
 
 
+_LONGEST_NAME = 400
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
-    """A sentence " Did you mean 'x'?" for the closest known name, or an empty string when none is close."""
+    """A sentence " Did you mean 'x'?" for the closest known name, or an empty string when none is close.
+
+    What is longer than any name is not compared: a text of megabytes would take seconds.
+    """
+    if len(name) > _LONGEST_NAME:
+        return ""
     lowered = {candidate.lower(): candidate for candidate in known}
     close = difflib.get_close_matches(name.lower(), lowered, n=1, cutoff=0.6)
     return f" Did you mean '{lowered[close[0]]}'?" if close else ""

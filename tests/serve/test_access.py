@@ -35,7 +35,9 @@ def test_two_keys_each_with_its_own_adapters(tmp_path: Path) -> None:
     one, two = access.caller("Bearer sk-first-1"), access.caller("bearer sk-second-2")
     assert (one.owner, two.owner) == ("one", "two")
     assert one.visible(("a", "b")) == ("a",) and two.visible(("a", "b")) == ("b",)
-    two.require_admin()
+    two.require_admin("b")
+    with pytest.raises(NotAllowed, match="'two' may not load or change an adapter called 'a'"):
+        two.require_admin("a")
     with pytest.raises(NotAllowed, match="'one' may use adapters") as error:
         one.require_admin()
     assert error.value.status == 403
@@ -50,23 +52,29 @@ def test_a_quota_is_by_the_minute() -> None:
     caller = Caller("one", per_minute=2)
     for moment in (0.0, 10.0):
         now[0] = moment
-        caller.count(lambda: now[0])
+        caller.count(now=lambda: now[0])
     now[0] = 20.0
     with pytest.raises(QuotaSpent, match="'one' may ask 2 times a minute; try again in 40 s") as error:
-        caller.count(lambda: now[0])
+        caller.count(now=lambda: now[0])
     assert error.value.retry_after == 40
     now[0] = 60.0
-    caller.count(lambda: now[0])
+    caller.count(now=lambda: now[0])
+    with pytest.raises(QuotaSpent):
+        Caller("one", per_minute=2).count(3)
 
 
 def test_everything_wrong_is_told_at_once_without_a_key(tmp_path: Path) -> None:
     path = keys(
         tmp_path, {"key": "short"}, {"key": "secret-secret", "adaptors": ["a"]}, {"key": "secret-secret", "adapters": "a"}, 5,
-        {"key": "secret-secret", "requests_per_minute": 0},
+        {"key": "secret-secret", "requests_per_minute": 0}, {"key": "secret-secret", "admin": "no"}, {"sha256": "é" * 64},
+        {"key": "secret secret"}, {"key": "secret-secret", "requests_per_minute": True},
     )  # fmt: skip
-    with pytest.raises(ConfigError, match="5 problems") as error:
+    with pytest.raises(ConfigError, match="9 problems") as error:
         read_keys(path)
-    assert "unknown fields adaptors" in str(error.value) and "secret" not in str(error.value)
+    assert "unknown fields adaptors" in str(error.value) and "admin must be true or false" in str(error.value)
+    assert "secret" not in str(error.value)
+    capital = keys(tmp_path, {"sha256": hashed("sk-first-1").upper()})
+    assert read_keys(capital).caller("Bearer sk-first-1").owner == "1"
     path.write_text("{}")
     with pytest.raises(ConfigError, match="has no keys"):
         read_keys(path)

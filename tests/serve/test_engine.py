@@ -148,6 +148,8 @@ def test_draining_ends_what_was_taken_and_takes_nothing_new(asking: Callable[...
     [
         ((), {}, "at least one"),
         (tuple(range(3, 67)), {}, "64 tokens; with at least one to write, at most 63 fit"),
+        ((3, 320), {}, "the token 320, but the model knows 0 … 319 only"),
+        ((3, -1), {}, "the token -1, but"),
         ((3,), {"temperature": -1.0}, "temperature is -1.0; it must lie between 0 and 2"),
         ((3,), {"top_p": 0.0}, "top_p is 0.0"),
         ((3,), {"max_tokens": 0}, "max_tokens is 0"),

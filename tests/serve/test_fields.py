@@ -24,18 +24,20 @@ def test_values_and_defaults() -> None:
         (lambda f: f.text("n"), "n in the request is a number; expected a string"),
         (lambda f: f.text("z"), "z is missing in the request"),
         (lambda f: f.number("yes", 0), "yes in the request is true or false; expected a number"),
+        (lambda f: f.number("huge", 0), "huge in the request is a number of 401 digits"),
         (lambda f: f.whole("f"), "expected a whole number"),
         (lambda f: f.flag("n"), "expected true or false"),
         (lambda f: f.texts("mixed"), "a string or a list of strings"),
         (lambda f: f.inner("n"), "n of the request must be a JSON object, not a number"),
         (lambda f: Fields([1]), "must be a JSON object, not a list"),
-        (lambda f: f.refuse({"n", "f", "yes"}, {"mixed"}, {"penalty": 0}), "penalty is 1, which this server does not support"),
-        (lambda f: f.refuse({"n", "fs", "yes", "penalty"}, {"mixed"}, {}), r"f in the request is not known here\."),
+        (lambda f: f.refuse({"n", "f", "yes"}, {"mixed", "huge"}, {"penalty": 0}), "penalty is 1, which this server does not"),
+        (lambda f: Fields({"images": ["x" * 999]}).refuse((), (), {"images": []}), "images is .{100}…, which this"),
+        (lambda f: f.refuse({"n", "fs", "yes", "penalty"}, {"mixed", "huge"}, {}), r"f in the request is not known here\."),
     ],
 )
 def test_refusals(call: Any, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        call(Fields({"n": 2, "f": 1.5, "yes": True, "mixed": ["p", 3], "penalty": 1}))
+        call(Fields({"n": 2, "f": 1.5, "yes": True, "mixed": ["p", 3], "penalty": 1, "huge": 10**400}))
 
 
 def test_neutral_values_pass() -> None:

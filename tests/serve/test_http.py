@@ -77,6 +77,7 @@ def test_health_readiness_and_metrics(site: Callable[..., Any]) -> None:
     assert 'lorakeet_time_to_first_token_seconds_count{adapter="a"} 2' in page
     served.service.engine.drain(timeout=10)
     assert httpx.get(f"{served.url}/readyz").status_code == 503
+    assert 'lorakeet_adapter_load_seconds_count{adapter="b"}' not in page
     answer = post(served, json=BODY)
     assert answer.status_code == 503 and "shutting down" in answer.json()["error"]["message"]
 
@@ -213,3 +214,86 @@ def test_a_port_that_is_taken(site: Callable[..., Any]) -> None:
     port = int(served.url.rpartition(":")[2])
     with pytest.raises(EnvironmentProblem, match="cannot listen on 127"):
         run_server(build_app(served.service), host="127.0.0.1", port=port, ready=print)
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/completions", {**BODY, "prompt": "\ud800"}),
+        ("/v1/completions", {**BODY, "model": "\ud800"}),
+        ("/api/chat", {"model": "a", "messages": [{"role": "user", "content": "\udfff"}]}),
+        ("/v1/load_lora_adapter", {"lora_name": "x", "lora_path": "~nobody-of-that-name/x"}),
+        ("/v1/load_lora_adapter", {"lora_name": "x", "lora_path": ""}),
+        ("/v1/completions", {**BODY, "temperature": 10**400}),
+        ("/v1/completions", {**BODY, "response_format": {"type": "json_schema", "json_schema": {"name": "x"}}}),
+    ],
+)
+def test_bad_values_are_the_callers(path: str, body: Any, both: Any) -> None:
+    answer = post(both, path, content=json.dumps(body))
+    assert answer.status_code == 400 and answer.json()["error"]
+
+
+@pytest.fixture
+def both(site: Callable[..., Any]) -> Any:
+    return site()
+
+
+def test_pages_of_others_and_borrowed_names_are_refused_where_no_key_is_asked_for(both: Any) -> None:
+    """A browser sends what a page posts as text, wherever the page is from; and a name may point anywhere."""
+    drop, port = json.dumps({"lora_name": "a"}), both.url.rpartition(":")[2]
+    for origin in ("http://evil.example", "null", f"http://localhost:{int(port) + 1}"):
+        answer = post(both, "/v1/unload_lora_adapter", content=drop, headers={"Origin": origin, "Content-Type": "text/plain"})
+        assert answer.status_code == 403 and origin in answer.json()["error"]["message"]
+    for host in ("evil.example", "evil.example:80", "[", "localhost.evil.example"):
+        assert httpx.get(f"{both.url}/v1/models", headers={"Host": host}).status_code == 403
+    for host in ("localhost", "127.0.0.1:1", "[::1]:8000", "box", "box.local"):
+        assert httpx.get(f"{both.url}/v1/models", headers={"Host": host}).status_code == 200
+    own = {"Origin": both.url, "Content-Type": "text/plain"}
+    assert post(both, "/v1/unload_lora_adapter", content=drop, headers=own).status_code == 200
+
+
+def test_what_is_not_there_is_said_in_each_apis_words(both: Any) -> None:
+    answer = post(both, "/v1/embeddings", json={})
+    assert answer.status_code == 404 and "no POST /v1/embeddings here" in answer.json()["error"]["message"]
+    answer = httpx.get(f"{both.url}/api/chat")
+    assert answer.status_code == 405 and "no GET /api/chat here" in answer.json()["error"] and "POST" in answer.headers["allow"]
+
+
+def test_a_bug_is_said_as_an_error_of_the_api(both: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(both.service, "meant", {}.__getitem__)
+    answer = post(both, json=BODY)
+    assert answer.status_code == 500 and "Please report this" in answer.json()["error"]["message"]
+
+
+def test_half_a_body_holds_nobody_up(site: Callable[..., Any]) -> None:
+    served = site(limits=Limits(pause=0.2))
+    with socket.create_connection(("127.0.0.1", int(served.url.rpartition(":")[2])), timeout=30) as half:
+        half.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\n{")
+        served.stop()  # which would never return
+        assert half.recv(1000).startswith(b"HTTP/1.1 408 ")
+
+
+def test_a_key_that_may_load_keeps_to_its_own_adapters(
+    site: Callable[..., Any], saved: Callable[..., Path], tmp_path: Path
+) -> None:
+    access = Access({hashed("sk-one-secret"): Caller("one", frozenset({"a"})), hashed("sk-all-secret"): Caller("all")})
+    served = site(access=access, store=tmp_path / "s")
+    one, everyone = ({"authorization": f"Bearer sk-{who}-secret"} for who in ("one", "all"))
+    assert post(served, "/lora-adapters", json=[{"id": 1, "scale": 2.0}], headers=everyone).status_code == 200
+    other = {"lora_name": "b", "lora_path": str(saved("c", seed=4)), "load_inplace": True}
+    for path in ("/v1/load_lora_adapter", "/v1/unload_lora_adapter", "/v1/adapters/b"):
+        refused = post(served, path, json=other, headers=one)
+        assert refused.status_code == 403
+        absent = post(served, path.replace("s/b", "s/nobody"), json={**other, "lora_name": "nobody"}, headers=one)
+        assert absent.text == refused.text.replace("'b'", "'nobody'"), "no word of what there is"
+    assert httpx.delete(f"{served.url}/v1/adapters/b", headers=one).status_code == 403
+    assert httpx.put(f"{served.url}/v1/adapters/b/adapter_config.json", content=b"{}", headers=one).status_code == 403
+    assert post(served, "/lora-adapters", json=[], headers=one).status_code == 200
+    assert served.service.scales == {"b": 2.0}
+    assert post(served, json={**BODY, "model": "b"}, headers=everyone).status_code == 200
+    until(lambda: idle(served))
+    pages = {who["authorization"]: httpx.get(f"{served.url}/metrics", headers=who).text for who in (one, everyone)}
+    assert ['adapter="b"' in page for page in pages.values()] == [False, True]
+    assert post(served, "/v1/unload_lora_adapter", json={"lora_name": "a"}, headers=one).status_code == 200
+    again = post(served, "/v1/unload_lora_adapter", json={"lora_name": "a"}, headers=one)
+    assert again.status_code == 404 and "'b'" not in again.text

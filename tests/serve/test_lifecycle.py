@@ -12,6 +12,7 @@ import pytest
 
 from lorakeet.evaluate.certificate import Certificate, judge, read_certificate
 from lorakeet.formats import peft
+from lorakeet.serve import store
 from lorakeet.serve.service import Limits
 
 
@@ -134,3 +135,44 @@ def test_a_certificate_is_extended(http: Any, saved: Callable[..., Path]) -> Non
     assert answer["passed"] and "served" in answer["checks"][2] and answer["artefacts"] == {"run-merged/": False}
     names = [found.name for found in read_certificate(folder / "certificate.json").checks]
     assert names == ["run", "run-merged/: logits", "served"]
+
+
+def test_scales_that_are_no_numbers_are_refused(http: Any) -> None:
+    for scale in ("NaN", "1e999", "-1e31"):
+        entry = f'[{{"id": 0, "scale": {scale}}}]'
+        request = f'{{"lora": {entry}, "model": "tiny", "prompt": "x"}}'
+        for path, body in (("/lora-adapters", entry), ("/v1/completions", request)):
+            answer = http.post(path, content=body)
+            assert answer.status_code == 400 and "The scale of adapter 0 is" in answer.json()["error"]["message"]
+    assert text(http, "tiny")
+
+
+def test_an_upload_goes_from_a_full_disk(
+    http: Any, served: Any, saved: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The list of names cannot be written before there is room, which what is removed makes."""
+    assert send(http, "up", saved("up", seed=5)).status_code == 200
+    uploads, write = served.service.store.folder / "uploads", store.save_text
+
+    def full(*given: Any) -> None:
+        if list(uploads.iterdir()):
+            raise OSError(28, "No space left on device")
+        write(*given)
+
+    monkeypatch.setattr(store, "save_text", full)
+    assert http.delete("/v1/adapters/a").status_code == 507, "nothing of it can be removed"
+    assert http.delete("/v1/adapters/up").status_code == 200
+    assert list(json.loads((served.service.store.folder / store.LIST).read_text())["adapters"]) == ["b"]
+
+
+def test_every_load_is_counted(http: Any, served: Any, saved: Callable[..., Path]) -> None:
+    assert http.post("/v1/load_lora_adapter", json={"lora_name": "c", "lora_path": str(saved("c", seed=5))}).status_code == 200
+    assert http.post("/v1/adapters/a/pin", json={}).status_code == 200
+    text(http, "a")
+    page = http.get("/metrics").text
+    assert 'adapter_loads_total{adapter="c"} 1' in page and 'adapter_loads_total{adapter="a"} 1' in page
+
+
+def test_no_adapter_takes_the_name_of_the_base(http: Any, saved: Callable[..., Path]) -> None:
+    answer = http.post("/v1/load_lora_adapter", json={"lora_name": "tiny", "lora_path": str(saved("c", seed=5))})
+    assert answer.status_code == 400 and "since the base is" in answer.json()["error"]["message"]

@@ -30,3 +30,21 @@ def test_labels_are_bounded() -> None:
     page = metrics.text({})
     assert page.count("lorakeet_requests_total{") == MOST_LABELS + 1
     assert 'lorakeet_requests_total{adapter="(others)"} 50' in page
+
+
+def test_large_counts_are_told_to_the_last_digit() -> None:
+    metrics = Metrics()
+    metrics.add("written", 12_345_678, adapter="a")
+    lines = metrics.text({"adapters_resident_bytes": 1_234_567_890, "share": 0.25}).splitlines()
+    assert 'lorakeet_generated_tokens_total{adapter="a"} 12345678' in lines
+    assert lines[-3:] == ["lorakeet_adapters_resident_bytes 1234567890", "# TYPE lorakeet_share gauge", "lorakeet_share 0.25"]
+
+
+def test_only_what_may_be_seen_is_told() -> None:
+    metrics = Metrics()
+    for adapter in ("a", "b", "a+b"):
+        metrics.add("requests", adapter=adapter)
+        metrics.observe("first", 1.0, adapter=adapter)
+    page = metrics.text({}, lambda name: name == "a")
+    assert 'requests_total{adapter="a"} 1' in page and 'count{adapter="a"} 1' in page
+    assert 'adapter="b"' not in page and "a+b" not in page

@@ -29,7 +29,7 @@ def test_meanings(model: str, meant: dict[str, float]) -> None:
     assert wanted(model, base=BASE, known=KNOWN) == meant
 
 
-@pytest.mark.parametrize("model", ["", "x", "other:a", "a:b.1", "a*0.5+x*0.5", "+", "smol:x"])
+@pytest.mark.parametrize("model", ["", "x", "other:a", "a:b.1", "a*0.5+x*0.5", "+", "smol:x", "smol:" * 3000 + "a"])
 def test_unknown(model: str) -> None:
     with pytest.raises(UnknownModel):
         wanted(model, base=BASE, known=KNOWN)
@@ -41,9 +41,26 @@ def test_bad_weights(weight: str) -> None:
         wanted(f"a*{weight}", base=BASE, known=KNOWN)
 
 
+def test_weights_have_a_bound() -> None:
+    for model in ("a*1e308+a*1e308", "a*9e29+a*9e29", "a*-1e31"):
+        with pytest.raises(ConfigError, match=r"The weight .* of 'a' in .* is too large; at most 1e\+30 is taken"):
+            wanted(model, base=BASE, known=KNOWN)
+
+
+def test_what_is_longer_than_any_name_is_not_compared() -> None:
+    """Which would take seconds, and the server waits."""
+    for model in ("x" * 4_000_000, "a+" * 2_000_000 + "a"):
+        with pytest.raises(ConfigError, match="characters; at most 16,384 are read"):
+            wanted(model, base=BASE, known=KNOWN)
+    with pytest.raises(UnknownModel):
+        wanted("a" * 10_000, base=BASE, known=KNOWN)
+
+
 def test_names() -> None:
     for name in ("a", "llama-3.1_x", "A" * 100):
         check_name(name)
     for name in ("A" * 101, "../x", "x/y", "a b", "é", "a\n"):
         with pytest.raises(ConfigError):
             check_name(name)
+    with pytest.raises(ConfigError, match="since the base is"):
+        check_name("smol", "smol")

@@ -61,3 +61,13 @@ def test_refusals_are_ollamas(client: Any) -> None:
     assert error.value.status_code == 404
     with pytest.raises(ollama.ResponseError, match="top_k is 40, which this server does not support"):
         client.chat("a", MESSAGES, options={"top_k": 40})
+
+
+def test_images_are_refused_and_not_left_out(client: Any) -> None:
+    with pytest.raises(ollama.ResponseError, match=r"images is .*, which this server does not support"):
+        client.chat("a", [{**MESSAGES[0], "images": [b"a picture"]}])
+
+
+def test_what_is_in_memory(client: Any) -> None:
+    client.generate("b", "x", options=GREEDY)
+    assert [model.model for model in client.ps().models] == ["tiny", "b"]

@@ -134,3 +134,46 @@ def test_token_ids_are_told_before_anything_is_written(served: Any) -> None:
     assert told(prompt="This drug", model="nobody").status_code == 404
     assert told(prompt="This drug", add_special_tokens=False).status_code == 400
     assert told(messages=MESSAGES, add_generation_prompt=False).status_code == 400
+
+
+def test_a_model_by_its_name(client: Any) -> None:
+    assert client.models.retrieve("a").parent == client.models.retrieve("a*0.5+b*2").parent == "tiny"
+    assert client.models.retrieve("tiny").parent is None
+    with pytest.raises(openai.NotFoundError, match="No model 'c' is served"):
+        client.models.retrieve("c")
+
+
+def test_several_prompts_at_once(client: Any) -> None:
+    def texts(prompt: Any, **options: Any) -> list[str]:
+        answer = client.completions.create(model="b", prompt=prompt, temperature=0.7, seed=3, max_tokens=6, **options)
+        assert [choice.index for choice in answer.choices] == list(range(len(answer.choices)))
+        return [choice.text for choice in answer.choices]
+
+    prompts = ["This drug", "The doctor gave"]
+    alone = [texts(prompt, n=2) for prompt in prompts]
+    assert texts(prompts, n=2) == [*alone[0], *alone[1]]
+    assert texts([[30, 51, 77], [9]]) == [*texts([30, 51, 77]), *texts([9])]
+    usage = client.completions.create(model="b", prompt=[[30, 51, 77], [9]], n=2, max_tokens=1).usage
+    assert (usage.prompt_tokens, usage.completion_tokens) == (4, 4)
+    refused = (([], "neither texts"), ([[]], "neither texts"), (["x", 5], "expected a string"), (["x"] * 129, "list of 129"))
+    for wrong, message in refused:
+        with pytest.raises(openai.BadRequestError, match=message):
+            texts(wrong)
+
+
+def test_the_bytes_of_tokens_add_up_to_the_text(client: Any) -> None:
+    """Also where a character came in several tokens, whose texts alone are none."""
+    for model in ("a", "b", "tiny"):
+        choice = chat(client, model, logprobs=True, top_logprobs=1, max_tokens=40).choices[0]
+        told = b"".join(bytes(entry.bytes) for entry in choice.logprobs.content)
+        assert told.decode(errors="replace") == choice.message.content
+        assert any("\ufffd" in entry.token for entry in choice.logprobs.content)
+
+
+def test_messages_with_more_than_text_are_refused(client: Any) -> None:
+    echoed = chat(client, "a").choices[0].message
+    for more in ({"images": ["aGk="]}, {"tool_calls": [{"id": "1"}]}, {"contents": "x"}):
+        with pytest.raises(openai.BadRequestError, match=next(iter(more))):
+            client.chat.completions.create(model="a", messages=[{**MESSAGES[0], **more}], max_tokens=1)
+    again = [*MESSAGES, echoed, {"role": "user", "content": "And?", "name": "me"}]
+    assert client.chat.completions.create(model="a", messages=again, max_tokens=1).usage.prompt_tokens > 20

@@ -35,6 +35,9 @@ def test_probes_tell_functions_apart(live: LiveModel, saved: Callable[..., Path]
         compare_record("b", other, read, prober.tolerance, "the record")
     elsewhere = Probe("another base", read.precision, read.logprobs)
     assert not compare_record("b", other, elsewhere, prober.tolerance, "the record"), "nothing to compare with"
+    broken = Probe(read.base, read.precision, (*read.logprobs[:-1], float("nan")))
+    with pytest.raises(VerificationFailed, match="differ by nan"):
+        compare_record("a", first, broken, prober.tolerance, "the record")
 
 
 def test_a_probe_that_fails_leaves_no_adapter_active(

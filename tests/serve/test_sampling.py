@@ -21,6 +21,12 @@ def test_temperature_zero_takes_the_likeliest() -> None:
     assert drawn(5, temperature=0.0) == {0: 5}
 
 
+@pytest.mark.parametrize("top_p", [1.0, 0.5])
+def test_a_tiny_temperature_takes_the_likeliest_too(top_p: float) -> None:
+    for temperature in (1e-3, 1e-39, 5e-324):
+        assert drawn(5, temperature=temperature, top_p=top_p) == {0: 5}
+
+
 def test_shares_are_those_of_the_model() -> None:
     found = drawn(4000)
     for token, share in enumerate((0.4, 0.1, 0.3, 0.2)):

@@ -30,7 +30,7 @@ def service(live: LiveModel, asking: Callable[..., Any], saved: Callable[..., Pa
 
 def test_a_lease_lasts_as_long_as_its_texts(service: Service) -> None:
     async def life() -> None:
-        writing = await service.write(Caller(), {"a": 1.0}, (30, 51, 77), GREEDY, texts=2)
+        writing = await service.write(Caller(), {"a": 1.0}, [(30, 51, 77)], GREEDY, texts=2)
         version = service.registry.get("a")
         assert version.users == 1 and writing.lease.label == "a"
         texts = []
@@ -46,7 +46,7 @@ def test_a_lease_lasts_as_long_as_its_texts(service: Service) -> None:
 
 def test_closing_early_cancels(service: Service) -> None:
     async def life() -> None:
-        writing = await service.write(Caller(), {"a": 1.0}, (30, 51, 77), Sampling(max_tokens=50, seed=1))
+        writing = await service.write(Caller(), {"a": 1.0}, [(30, 51, 77)], Sampling(max_tokens=50, seed=1))
         service.close(writing)
         await service.settle()
         assert service.registry.get("a").users == 0
@@ -58,9 +58,9 @@ def test_closing_early_cancels(service: Service) -> None:
 def test_what_is_refused_holds_nothing(service: Service) -> None:
     async def life() -> None:
         with pytest.raises(ConfigError, match="n is 17"):
-            await service.write(Caller(), {}, (30,), GREEDY, texts=MOST_TEXTS + 1)
+            await service.write(Caller(), {}, [(30,)], GREEDY, texts=MOST_TEXTS + 1)
         with pytest.raises(ConfigError, match="fit the context"):
-            await service.write(Caller(), {"a": 1.0}, tuple(range(3, 100)), GREEDY)
+            await service.write(Caller(), {"a": 1.0}, [tuple(range(3, 100))], GREEDY)
         await service.settle()
         assert service.registry.get("a").users == 0
 

@@ -149,3 +149,60 @@ def test_a_file_that_is_sent_twice_at_once_is_one_of_the_two(tmp_path: Path) -> 
         broken.write_bytes(b"3")
         _ = 1 / 0
     assert [file.read_bytes() for file in (tmp_path / "s").rglob(peft.MODEL_NAME)] == [b"1" * 2000]
+
+
+def test_what_cannot_be_served_at_a_start_stays_in_the_list(
+    registry: Registry, saved: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Its disk may be away, or the base may be another this time."""
+    store = Store(tmp_path / "s")
+    folder = saved("away", seed=1)
+    registry.register("here", saved("here"))
+    registry.load("away", folder, pinned=True)
+    registry.load("gone", folder)
+    store.remember(registry)
+    before = json.loads((tmp_path / "s" / LIST).read_text())["adapters"]
+    folder.rename(tmp_path / "elsewhere")
+    again, said = Registry(registry.live, registry.engine, base="base"), list[str]()
+    restarted = Store(tmp_path / "s")
+    restarted.restore(again, said.append)
+    assert again.names == ("here",) and len(said) == 2 and "'away' is not served" in said[0] and LIST in said[0]
+    assert json.loads((tmp_path / "s" / LIST).read_text())["adapters"].items() >= {k: before[k] for k in ("away", "gone")}.items()
+    assert restarted.forget("gone", again) and not restarted.forget("gone", again)
+    (tmp_path / "elsewhere").rename(folder)
+    third = Registry(registry.live, registry.engine, base="base")
+    Store(tmp_path / "s").restore(third, said.append)
+    assert set(third.names) == {"here", "away"} and third.get("away").pinned and third.get("away").probe is not None
+    (tmp_path / "s" / LIST).write_text('{"adapters": []}')
+    with pytest.raises(DataError, match="has no object of adapters by name"):
+        Store(tmp_path / "s").restore(third, said.append)
+
+
+def test_a_disk_too_full_for_the_list_changes_nothing(
+    live: LiveModel, asking: Callable[..., Any], saved: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = Store(tmp_path / "s")
+    registry = Registry(live, asking().engine, base="base", changed=lambda: store.remember(registry))
+    upload(store, "a", saved("a", seed=1))
+    store.accept("a", registry, replace=False)
+    first, listed = registry.get("a"), (tmp_path / "s" / LIST).read_bytes()
+
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("lorakeet.serve.store.save_text", full)
+    for name in ("a", "b"):
+        upload(store, name, saved("other", seed=2))
+        with pytest.raises(OSError, match="No space left"):
+            store.accept(name, registry, replace=True)
+    with pytest.raises(OSError, match="No space left"):
+        registry.load("c", saved("c"))
+    for pinned in (True, False):
+        first.pinned = not pinned
+        with pytest.raises(OSError, match="No space left"):
+            registry.pin("a", pinned)
+        assert first.pinned is not pinned
+    assert registry.names == ("a",) and registry.get("a") is first and registry.resident == 1
+    assert list((tmp_path / "s" / "uploads").iterdir()) == [first.source.path]
+    assert (tmp_path / "s" / LIST).read_bytes() == listed
+    registry.release(registry.lease("a"))

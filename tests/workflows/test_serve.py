@@ -95,6 +95,7 @@ def test_killed_and_started_again(tiny_llama_folder: Path, adapters: Path, tmp_p
         for file in ("adapter_config.json", peft.MODEL_NAME):
             httpx.put(f"{url}/v1/adapters/sent/{file}", content=(adapters / "b" / file).read_bytes())
         assert httpx.post(f"{url}/v1/adapters/sent", json={}).status_code == 200
+        assert httpx.post(f"{url}/v1/adapters/sent/pin", json={}).status_code == 200
         texts = {name: text(url, name) for name in ("a", "sent", "llama")}
         assert len(set(texts.values())) == 3
         with crowd(url, 500):
@@ -107,6 +108,7 @@ def test_killed_and_started_again(tiny_llama_folder: Path, adapters: Path, tmp_p
         process.send_signal(signal.SIGKILL)
         process.wait()
     with server(*arguments) as (process, url):
+        assert httpx.get(f"{url}/v1/adapters/sent").json()["loaded"], "what is pinned is in memory, also after a restart"
         assert {name: text(url, name) for name in texts} == texts
         process.send_signal(signal.SIGTERM)
         assert process.wait(timeout=60) in (0, -signal.SIGTERM)
@@ -213,3 +215,9 @@ def test_the_command_for_vllm(adapters: Path, tmp_path: Path, capsys: pytest.Cap
     assert main([*command, "--adapter", f"d={adapters / 'dora'}"]) == 2
     assert "DoRA" in capsys.readouterr().err
     assert main(["serve", "--engine", "vllm", "--model", "x"]) == 2
+    assert main([*command, "--host", "0.0.0.0", "--port", "9", "--dtype", "bfloat16", "--context", "512", "--json"]) == 0
+    words = shlex.split(json.loads(capsys.readouterr().out)["command"])
+    kept = ["--max-model-len", "512", "--host", "0.0.0.0", "--port", "9", "--dtype", "bfloat16"]
+    assert words[words.index("--max-model-len") : words.index("--lora-modules")] == kept
+    assert main([*command, "--keys", "k.json", "--adapters-dir", str(tmp_path), "--slots", "4"]) == 2
+    assert "cannot hand on --adapters-dir, --keys, --slots" in " ".join(capsys.readouterr().err.split())

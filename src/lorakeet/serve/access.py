@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import re
 import threading
 import time
 from collections import deque
@@ -16,6 +17,8 @@ from lorakeet.errors import ConfigError, LorakeetError, Problems
 from lorakeet.formats.json_object import read_object
 
 EVERYTHING = "*"
+_KEY = re.compile(r"[!-~]{8,}")  # what an HTTP header carries unchanged
+_HASH = re.compile(r"[0-9A-Fa-f]{64}")
 _MINUTE = 60.0
 
 
@@ -54,22 +57,25 @@ class Caller:
         """Those of `names` that exist for this caller."""
         return tuple(name for name in names if self.sees(name))
 
-    def require_admin(self) -> None:
-        """NotAllowed where the key may not load, unload or change adapters."""
+    def require_admin(self, name: str | None = None) -> None:
+        """NotAllowed where the key may not load, unload or change adapters, or none called `name`, be there one or not."""
         if not self.admin:
             raise NotAllowed(f"The key of '{self.owner}' may use adapters, not load or change them.", 403)
+        if name is not None and not self.sees(name):
+            raise NotAllowed(f"The key of '{self.owner}' may not load or change an adapter called '{name}'.", 403)
 
-    def count(self, now: Callable[[], float] = time.monotonic) -> None:
-        """Counts a request; QuotaSpent where there were too many in the last minute."""
+    def count(self, requests: int = 1, now: Callable[[], float] = time.monotonic) -> None:
+        """Counts requests, prompts that come together one by one; QuotaSpent where these make too many in a minute."""
         if self.per_minute is None:
             return
         with self._lock:
             moment = now()
             while self._asked and moment - self._asked[0] >= _MINUTE:
                 self._asked.popleft()
-            if len(self._asked) >= self.per_minute:
-                raise QuotaSpent(self.owner, self.per_minute, max(1, int(_MINUTE - (moment - self._asked[0]) + 0.999)))
-            self._asked.append(moment)
+            if len(self._asked) + requests > self.per_minute:
+                passed = moment - self._asked[0] if self._asked else 0.0
+                raise QuotaSpent(self.owner, self.per_minute, max(1, int(_MINUTE - passed + 0.999)))
+            self._asked.extend([moment] * requests)
 
 
 class Access:
@@ -119,11 +125,11 @@ def read_keys(path: Path) -> Access:
         if problem:
             problems.add(f"{path}, key {number}: {problem}")
             continue
-        known = entry.get("sha256") or hashed(entry["key"])
+        known = str(entry.get("sha256") or hashed(entry["key"])).lower()
         if known in callers:
             problems.add(f"{path}, key {number}: the same key stands there twice.")
         adapters = entry.get("adapters", [EVERYTHING])
-        admin, quota = bool(entry.get("admin", False)), entry.get("requests_per_minute")
+        admin, quota = entry.get("admin", False), entry.get("requests_per_minute")
         callers[known] = Caller(str(entry.get("owner", number)), frozenset(adapters), admin, quota)
     problems.raise_if_any()
     return Access(callers)
@@ -137,12 +143,16 @@ def _problem(entry: Any) -> str:
     if unknown:
         return f"unknown fields {', '.join(sorted(unknown))}."
     key, digest = entry.get("key"), entry.get("sha256")
-    if not (isinstance(key, str) and len(key) >= 8) and not (isinstance(digest, str) and len(digest) == 64):
-        return "it needs a key of at least 8 characters, or the sha256 of one in hex."
+    if digest is None and not (isinstance(key, str) and _KEY.fullmatch(key)):
+        return "it needs a key of at least 8 letters, digits or signs of ASCII without spaces, or the sha256 of one in hex."
+    if digest is not None and not (key is None and isinstance(digest, str) and _HASH.fullmatch(digest)):
+        return "sha256 must be 64 hex digits, and stand there without a key."
+    if not isinstance(entry.get("admin", False), bool):
+        return "admin must be true or false."
     adapters = entry.get("adapters", [])
     if not isinstance(adapters, list) or not all(isinstance(name, str) for name in adapters):
         return "adapters must be a list of names, or ['*']."
     quota = entry.get("requests_per_minute")
-    if quota is not None and (not isinstance(quota, int) or quota < 1):
+    if quota is not None and (not isinstance(quota, int) or isinstance(quota, bool) or quota < 1):
         return "requests_per_minute must be a whole number of 1 or more."
     return ""

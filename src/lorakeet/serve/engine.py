@@ -125,6 +125,7 @@ class Engine:
         self.steps = 0
         self.most_copies: int | None = None  # bytes that the copies of adapters may take between two steps
         self._ends = end_ids(text)
+        self._known = int(text.model.get_input_embeddings().weight.shape[0])  # tokens that the model has numbers for
         self._queue: deque[Job] = deque()
         self._running: list[Job] = []
         self._calls: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
@@ -158,6 +159,12 @@ class Engine:
             raise ConfigError(
                 f"The prompt has {len(request.ids):,} tokens; with at least one to write, at most {self.context - 1:,} fit the "
                 "context. Shorten it, or start the server with a larger --context."
+            )
+        if not 0 <= min(request.ids) <= max(request.ids) < self._known:
+            wrong = next(number for number in request.ids if not 0 <= number < self._known)
+            raise ConfigError(
+                f"The prompt has the token {wrong}, but the model knows 0 … {self._known - 1} only. Leave it out; if the prompt "
+                "is a text, the tokenizer has tokens that the model was not trained with, which a merged model may bring."
             )
         job = Job(request, listener, TextStream(self.text.tokenizer, request.sampling.stop))
         with self._wake:

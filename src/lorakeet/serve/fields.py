@@ -7,6 +7,8 @@ from typing import Any
 
 from lorakeet.errors import ConfigError, nearest
 
+_SHOWN = 100  # characters
+
 
 class Fields:
     """One JSON object; `where` is its place in the request, for messages."""
@@ -31,7 +33,10 @@ class Fields:
             return default
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             raise self._wrong(name, "a number", value)
-        return float(value)
+        try:
+            return float(value)
+        except OverflowError as error:
+            raise ConfigError(f"{name} in {self.where} is a number of {len(str(value))} digits, which is too large.") from error
 
     def whole(self, name: str, default: int | None = None) -> int | None:
         """A whole number; null is the default."""
@@ -72,13 +77,19 @@ class Fields:
             if name in neutral and value == neutral[name]:
                 continue
             if name in neutral:
-                raise ConfigError(f"{name} is {value!r}, which this server does not support; leave it out.")
-            raise ConfigError(f"{name} in {self.where} is not known here.{nearest(name, known)} Leave it out.")
+                raise ConfigError(f"{name} is {_shown(value)}, which this server does not support; leave it out.")
+            raise ConfigError(f"{name[:_SHOWN]} in {self.where} is not known here.{nearest(name, known)} Leave it out.")
 
     def _wrong(self, name: str, expected: str, value: Any) -> ConfigError:
         if value is None:
             return ConfigError(f"{name} is missing in {self.where}; expected {expected}.")
         return ConfigError(f"{name} in {self.where} is {_kind(value)}; expected {expected}.")
+
+
+def _shown(value: Any) -> str:
+    """A value in a message; pictures are long."""
+    text = repr(value)
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}…"
 
 
 def _kind(value: Any) -> str:

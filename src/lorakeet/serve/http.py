@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import ipaddress
 import json
 import logging
+import math
 import socket
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from typing import Any
+from urllib.parse import urlsplit
 
 import uvicorn
 from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
@@ -26,7 +30,7 @@ from lorakeet.serve.engine import Draining, QueueFull
 from lorakeet.serve.lifecycle import TooLarge
 from lorakeet.serve.naming import UnknownModel
 from lorakeet.serve.registry import NoRoom
-from lorakeet.serve.reply import Reply
+from lorakeet.serve.reply import Reply, Stalled, pieces
 from lorakeet.serve.service import Service
 
 Handler = Callable[[HttpRequest], Awaitable[Response]]
@@ -36,6 +40,7 @@ _STATUS: tuple[tuple[type[Exception], int, str], ...] = (  # the first that fits
     (QuotaSpent, 429, "rate_limit_error"),
     (Draining, 503, "unavailable"),
     (NoRoom, 503, "unavailable"),
+    (Stalled, 408, "invalid_request_error"),
     (TooLarge, 413, "invalid_request_error"),
     (VerificationFailed, 422, "verification_failed"),
     (ConfigError, 400, "invalid_request_error"),
@@ -50,11 +55,16 @@ log = logging.getLogger("lorakeet.serve")
 
 def build_app(service: Service) -> Starlette:
     """The application. No CORS headers are ever sent, so that a page from elsewhere cannot read an answer."""
+
+    async def model(request: HttpRequest) -> Response:
+        return _sent(await openai.model(service, _caller(service, request), str(request.path_params["name"])))
+
     routes = [
         Route("/healthz", _plain(lambda: PlainTextResponse("ok"))),
         Route("/readyz", _plain(lambda: _ready(service))),
         Route("/metrics", _of_caller(service, lambda caller: _metrics(service, caller))),
         Route("/v1/models", _of_caller(service, lambda caller: openai.models(service, caller))),
+        Route("/v1/models/{name:path}", _guarded(model)),
         Route("/v1/chat/completions", _of_body(service, openai.chat_completions), methods=["POST"]),
         Route("/v1/completions", _of_body(service, openai.completions), methods=["POST"]),
         Route("/tokenize", _of_body(service, openai.tokenize), methods=["POST"]),
@@ -63,6 +73,7 @@ def build_app(service: Service) -> Starlette:
         Route("/lora-adapters", _of_caller(service, lambda caller: lifecycle.scales(service, caller)), methods=["GET"]),
         Route("/lora-adapters", _of_body(service, lifecycle.set_scales), methods=["POST"]),
         Route("/api/tags", _of_caller(service, lambda caller: ollama.tags(service, caller))),
+        Route("/api/ps", _of_caller(service, lambda caller: ollama.tags(service, caller, loaded=True))),
         Route("/api/version", _of_caller(service, lambda caller: ollama.version(service, caller))),
         Route("/api/chat", _of_body(service, ollama.chat), methods=["POST"]),
         Route("/api/generate", _of_body(service, ollama.generate), methods=["POST"]),
@@ -77,7 +88,7 @@ def build_app(service: Service) -> Starlette:
         await service.settle()  # with the engine still running: adapters are put out by it
         await asyncio.to_thread(service.engine.drain, service.limits.timeout)
 
-    return Starlette(routes=routes, lifespan=life)
+    return Starlette(routes=routes, lifespan=life, exception_handlers={HTTPException: _no_such, Exception: _unforeseen})
 
 
 def _adapter_routes(service: Service) -> list[Route]:
@@ -118,8 +129,9 @@ def _adapter_routes(service: Service) -> list[Route]:
     ]
 
 
-def run_server(app: Starlette, *, host: str, port: int, ready: Callable[[int], None]) -> None:
-    """Serves until SIGINT or SIGTERM, then lets what was begun end. `ready` hears the port once connections are taken."""
+def run_server(app: Starlette, *, host: str, port: int, ready: Callable[[int], None], patience: float = 600.0) -> None:
+    """Serves until SIGINT or SIGTERM, then lets what was begun end, for at most `patience` seconds: a client may never read its
+    answer. `ready` hears the port once connections are taken."""
     try:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         listening = socket.create_server((host, port), family=family, backlog=2048)
@@ -128,6 +140,7 @@ def run_server(app: Starlette, *, host: str, port: int, ready: Callable[[int], N
             f"The server cannot listen on {host}:{port}: {error.strerror or error}. Choose another --host or --port."
         ) from error
     config = uvicorn.Config(app, log_level="warning", access_log=False, server_header=False)
+    config.timeout_graceful_shutdown = max(1, math.ceil(patience))
     _Server(config, ready).run([listening])
 
 
@@ -191,12 +204,30 @@ def _guarded(handle: Handler) -> Handler:
             message = f"The server's disk refuses: {error.strerror}." if isinstance(error, OSError) else str(error)
             log.warning("refused path=%s status=%d reason=%s", json.dumps(request.url.path), status, json.dumps(message[:500]))
             headers = _retry(error)
-            if request.url.path.startswith("/api/"):
-                return JSONResponse({"error": message}, status, headers)
-            code = "model_not_found" if status == 404 else None
-            return JSONResponse({"error": {"message": message, "type": kind, "param": None, "code": code}}, status, headers)
+            return _refused(request, message, status, kind, headers)
 
     return answer
+
+
+def _refused(request: HttpRequest, message: str, status: int, kind: str, headers: Mapping[str, str] | None = None) -> Response:
+    """An error as OpenAI and vLLM word it, or as Ollama does below its paths."""
+    if request.url.path.startswith("/api/"):
+        return JSONResponse({"error": message}, status, headers)
+    code = "model_not_found" if status == 404 and kind == "NotFoundError" else None
+    return JSONResponse({"error": {"message": message, "type": kind, "param": None, "code": code}}, status, headers)
+
+
+async def _no_such(request: HttpRequest, error: Exception) -> Response:
+    """No such path, or not by this method."""
+    status, headers = getattr(error, "status_code", 404), getattr(error, "headers", None)
+    message = f"There is no {request.method} {request.url.path} here; docs/how-to/serve.md lists what there is."
+    return _refused(request, message, status, "invalid_request_error", headers)
+
+
+async def _unforeseen(request: HttpRequest, error: Exception) -> Response:
+    """A bug of the server; Starlette raises it again, so that the log shows where."""
+    message = f"The server has failed at this request ({type(error).__name__}); its log says where. Please report this."
+    return _refused(request, message, 500, "server_error")
 
 
 def _retry(error: Exception) -> dict[str, str]:
@@ -205,20 +236,45 @@ def _retry(error: Exception) -> dict[str, str]:
 
 
 def _caller(service: Service, request: HttpRequest) -> Caller:
+    """Who asks. Without keys, pages of other origins are refused: a browser sends what they post, even if they read no answer.
+
+    So are host names that a page's owner may have pointed at this machine (DNS rebinding); those of a local net pass.
+    """
+    host, origin = request.headers.get("host", ""), request.headers.get("origin")
+    if service.access.open and origin is not None and origin.partition("://")[2] != host:
+        raise NotAllowed(f"Pages of {origin[:100]} may not use this server; ask without a browser, or start it with --keys.", 403)
+    if service.access.open and not _local(host):
+        raise NotAllowed(f"This server is not {host[:100]}; ask it as localhost, or start it with --keys.", 403)
     return service.access.caller(request.headers.get("authorization"))
+
+
+def _local(host: str) -> bool:
+    """Whether a Host header names a machine by number, or by a name that no public name server gives."""
+    try:
+        name = (urlsplit(f"//{host}").hostname or "").rstrip(".")
+    except ValueError:
+        return False
+    try:
+        ipaddress.ip_address(name)
+    except ValueError:
+        return "." not in name or name.endswith((".localhost", ".local", ".internal"))
+    return True
 
 
 async def _body(service: Service, request: HttpRequest) -> Any:
     """The JSON of a request; an empty body is an empty object."""
     raw = bytearray()
-    async for piece in request.stream():
+    async for piece in pieces(request, service.limits.pause):
         raw += piece
         if len(raw) > service.limits.body:
             raise TooLarge(f"The request is larger than the {service.limits.body:,} bytes that this server takes.")
     try:
-        return json.loads(raw) if raw else {}
+        data = json.loads(raw) if raw else {}
+        if b"\\u" in raw or not raw.isascii():  # JSON can spell halves of characters, which no text that is sent can hold
+            json.dumps(data, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:
         raise ConfigError(f"The request is not JSON: {error}.") from error
+    return data
 
 
 def _ready(service: Service) -> Response:
@@ -240,4 +296,5 @@ async def _metrics(service: Service, caller: Caller) -> Reply:
         "adapters_resident_bytes": registry.resident_bytes,
         "kv_cache_bytes": service.engine.cache.bytes,
     }
-    return Reply(service.metrics.text(gauges), "text/plain; version=0.0.4")
+    page = service.metrics.text(gauges, lambda name: name == service.base or caller.sees(name))
+    return Reply(page, "text/plain; version=0.0.4")

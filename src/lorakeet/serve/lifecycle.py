@@ -11,7 +11,7 @@ from lorakeet.serve.access import Caller
 from lorakeet.serve.fields import Fields
 from lorakeet.serve.probe import extend_certificate
 from lorakeet.serve.registry import Version
-from lorakeet.serve.reply import Incoming, Reply, as_json
+from lorakeet.serve.reply import Incoming, Reply, as_json, pieces
 from lorakeet.serve.service import Service
 from lorakeet.serve.store import Store
 
@@ -25,7 +25,8 @@ async def load(service: Service, caller: Caller, request: Incoming, data: Any) -
     caller.require_admin()
     fields = Fields(data)
     fields.refuse({"lora_name", "lora_path", "load_inplace", "pinned", "base_model_name"}, (), {"is_3d_lora_weight": False})
-    name, path = fields.text("lora_name"), Path(fields.text("lora_path")).expanduser()
+    name, path = fields.text("lora_name"), _path(fields.text("lora_path"))
+    caller.require_admin(name)
     load_in_place, pinned = fields.flag("load_inplace"), fields.flag("pinned")
     await asyncio.to_thread(service.registry.load, name, path, replace=load_in_place, pinned=pinned)
     return Reply(f"Success: LoRA adapter '{name}' added successfully.")
@@ -35,7 +36,8 @@ async def unload(service: Service, caller: Caller, request: Incoming, data: Any)
     """POST /v1/unload_lora_adapter {"lora_name"}."""
     caller.require_admin()
     name = Fields(data).text("lora_name")
-    await asyncio.to_thread(_drop, service, name)
+    caller.require_admin(name)
+    await asyncio.to_thread(_drop, service, caller, name)
     return Reply(f"Success: LoRA adapter '{name}' removed successfully.")
 
 
@@ -53,9 +55,11 @@ async def scales(service: Service, caller: Caller) -> Reply:
 
 
 async def set_scales(service: Service, caller: Caller, request: Incoming, data: Any) -> Reply:
-    """POST /lora-adapters [{"id", "scale"}]: what requests for the base use from now on; adapters that are not named get 0."""
+    """POST /lora-adapters [{"id", "scale"}]: what requests for the base use from now on; adapters that are not named get 0, but
+    for those that the caller may not see."""
     caller.require_admin()
-    service.scales = service.by_number(caller, data)
+    others = {name: scale for name, scale in service.scales.items() if not caller.sees(name)}
+    service.scales = {**others, **service.by_number(caller, data)}
     return as_json({"success": True})
 
 
@@ -90,10 +94,10 @@ async def receive(service: Service, caller: Caller, request: Incoming, name: str
 
     Files of one key and one `upload` belong together.
     """
-    caller.require_admin()
+    caller.require_admin(name)
     limit, size = service.limits.upload, 0
     with _store(service).incoming(name, file, _uploader(caller, upload)) as place, place.open("wb") as target:
-        async for piece in request.stream():
+        async for piece in pieces(request, service.limits.pause):
             size += len(piece)
             if size > limit:
                 raise TooLarge(f"{file} is larger than the {limit:,} bytes that this server takes.")
@@ -103,7 +107,7 @@ async def receive(service: Service, caller: Caller, request: Incoming, name: str
 
 async def accept(service: Service, caller: Caller, name: str, data: Any, upload: str) -> Reply:
     """POST /v1/adapters/NAME[?upload=ID] {"replace": false}: checks an upload whole, and only then serves it."""
-    caller.require_admin()
+    caller.require_admin(name)
     store, replace = _store(service), Fields(data).flag("replace")
     await asyncio.to_thread(store.accept, name, service.registry, replace=replace, uploader=_uploader(caller, upload))
     return as_json(_about(service.registry.get(name)))
@@ -111,17 +115,41 @@ async def accept(service: Service, caller: Caller, name: str, data: Any, upload:
 
 async def remove(service: Service, caller: Caller, name: str) -> Reply:
     """DELETE /v1/adapters/NAME: no longer served, and what was uploaded of it is deleted."""
-    caller.require_admin()
-    _seen(service, caller, name)
-    await asyncio.to_thread(_drop, service, name)
+    caller.require_admin(name)
+    await asyncio.to_thread(_drop, service, caller, name)
     return as_json({"name": name, "removed": True})
 
 
-def _drop(service: Service, name: str) -> None:
-    service.registry.unload(name)
-    service.scales.pop(name, None)
-    if service.store is not None:
-        service.store.tidy(name, service.registry)
+def _drop(service: Service, caller: Caller, name: str) -> None:
+    """Unloads `name`, and removes its uploads; where the disk is too full for the list of names, these go first and make room."""
+    registry, store = service.registry, service.store
+    if name not in registry.names:
+        if store is not None and store.forget(name, registry):
+            return
+        raise service.unknown(caller, name)
+    try:
+        registry.unload(name)
+        if store is not None:
+            store.tidy(name, registry)
+    except OSError:
+        if store is None:
+            raise
+        store.tidy(name, registry)
+        store.remember(registry)
+    finally:
+        if name not in registry.names:
+            service.scales.pop(name, None)
+
+
+def _path(given: str) -> Path:
+    """A path of the server. ConfigError for an empty one, and for the home of somebody who is not there."""
+    try:
+        path = Path(given).expanduser()
+    except RuntimeError as error:
+        raise ConfigError(f"lora_path is {given!r}, whose home folder is not known; give the whole path.") from error
+    if not given:
+        raise ConfigError("lora_path is empty; give the folder of the adapter.")
+    return path
 
 
 def _seen(service: Service, caller: Caller, name: str) -> Version:

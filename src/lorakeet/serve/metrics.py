@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import bisect
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from typing import TypeVar
 
 BOUNDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)  # seconds
 MOST_LABELS = 2000  # adapters that are told apart; beyond it they share one label
+Key = tuple[tuple[str, str], ...]  # labels and their values
+Value = TypeVar("Value")
 _FAMILIES = {
     "requests": ("counter", "lorakeet_requests_total", "Requests that ended, by adapter and how."),
     "prompt": ("counter", "lorakeet_prompt_tokens_total", "Tokens of prompts, by adapter."),
     "cached": ("counter", "lorakeet_cached_tokens_total", "Tokens of prompts that the prefix cache held, by adapter."),
     "written": ("counter", "lorakeet_generated_tokens_total", "Tokens written, by adapter."),
     "loads": ("counter", "lorakeet_adapter_loads_total", "Loads of an adapter into memory."),
-    "first": ("histogram", "lorakeet_time_to_first_token_seconds", "From the request to its first token, by adapter."),
+    "first": ("histogram", "lorakeet_time_to_first_token_seconds", "From the request, loads included, to its first token."),
     "token": ("histogram", "lorakeet_time_per_output_token_seconds", "Mean time between a text's tokens, by adapter."),
     "load": ("histogram", "lorakeet_adapter_load_seconds", "How long it took to bring an adapter into memory."),
 }
@@ -25,8 +28,8 @@ class Metrics:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._counts: dict[str, dict[tuple[tuple[str, str], ...], float]] = {}
-        self._times: dict[str, dict[tuple[tuple[str, str], ...], tuple[list[int], float]]] = {}
+        self._counts: dict[str, dict[Key, float]] = {}
+        self._times: dict[str, dict[Key, tuple[list[int], float]]] = {}
         self._seen: set[str] = set()
 
     def add(self, what: str, amount: float = 1.0, **labels: str) -> None:
@@ -45,30 +48,40 @@ class Metrics:
             buckets[bisect.bisect_left(BOUNDS, seconds)] += 1
             times[key] = (buckets, total + seconds)
 
-    def _key(self, labels: Mapping[str, str]) -> tuple[tuple[str, str], ...]:
+    def _key(self, labels: Mapping[str, str]) -> Key:
         adapter = labels.get("adapter", "")
         if adapter not in self._seen and len(self._seen) >= MOST_LABELS:
             labels = {**labels, "adapter": "(others)"}
         self._seen.add(labels.get("adapter", ""))
         return tuple(sorted(labels.items()))
 
-    def text(self, gauges: Mapping[str, float]) -> str:
-        """Everything as a page; `gauges` are values of this moment by name."""
+    def text(self, gauges: Mapping[str, float], seen: Callable[[str], bool] = lambda _: True) -> str:
+        """Everything as a page, but for adapters that are not to be `seen`; `gauges` are values of this moment by name."""
         lines: list[str] = []
         with self._lock:
             for what, (kind, name, about) in _FAMILIES.items():
                 if what in self._counts or what in self._times:
                     lines += [f"# HELP {name} {about}", f"# TYPE {name} {kind}"]
-                for key, value in self._counts.get(what, {}).items():
-                    lines.append(f"{name}{_labels(key)} {value:g}")
-                for key, (buckets, total) in self._times.get(what, {}).items():
+                for key, value in _of(self._counts.get(what, {}), seen):
+                    lines.append(f"{name}{_labels(key)} {_number(value)}")
+                for key, (buckets, total) in _of(self._times.get(what, {}), seen):
                     lines += _histogram(name, key, buckets, total)
         for name, value in gauges.items():
-            lines += [f"# TYPE lorakeet_{name} gauge", f"lorakeet_{name} {value:g}"]
+            lines += [f"# TYPE lorakeet_{name} gauge", f"lorakeet_{name} {_number(value)}"]
         return "\n".join(lines) + "\n"
 
 
-def _histogram(name: str, key: tuple[tuple[str, str], ...], buckets: list[int], total: float) -> Iterable[str]:
+def _of(values: Mapping[Key, Value], seen: Callable[[str], bool]) -> list[tuple[Key, Value]]:
+    """The values of adapters that may be seen; a mix only where all that it mixes may."""
+    return [(key, value) for key, value in values.items() if all(seen(name) for name in dict(key)["adapter"].split("+"))]
+
+
+def _number(value: float) -> str:
+    """In full: a counter that is rounded to six digits stands still, and then jumps."""
+    return str(int(value)) if value == int(value) else repr(value)
+
+
+def _histogram(name: str, key: Key, buckets: list[int], total: float) -> Iterable[str]:
     reached = 0
     for bound, count in zip((*map(str, BOUNDS), "+Inf"), buckets, strict=True):
         reached += count

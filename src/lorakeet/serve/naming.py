@@ -9,6 +9,8 @@ from collections.abc import Collection
 from lorakeet.errors import ConfigError, LorakeetError, nearest
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+LONGEST = 1 << 14  # characters of a model, which may mix some hundred adapters
+LARGEST = 1e30  # weight of an adapter; numbers beyond 3.4e38 are none in fp32
 _LATEST = ":latest"  # Ollama's clients add it
 
 
@@ -16,8 +18,10 @@ class UnknownModel(LorakeetError):
     """Nothing is served under that name."""
 
 
-def check_name(name: str) -> None:
-    """ConfigError for a name that could be a path, a mix, or a version."""
+def check_name(name: str, base: str = "") -> None:
+    """ConfigError for a name that could be a path, a mix, or a version, or is the `base`'s."""
+    if name == base:
+        raise ConfigError(f"The adapter cannot be called '{name}', since the base is: requests for it would get the adapter.")
     if not _NAME.fullmatch(name) or ".." in name:
         raise ConfigError(
             f"The adapter name {name!r} cannot be used; take letters, digits, '.', '-' and '_', at most 100, beginning with a "
@@ -30,6 +34,8 @@ def wanted(model: str, *, base: Collection[str], known: Collection[str]) -> dict
 
     `base` are the names of the base, `known` those of the adapters. UnknownModel names the nearest one, ConfigError a bad mix.
     """
+    if len(model) > LONGEST:
+        raise ConfigError(f"model has {len(model):,} characters; at most {LONGEST:,} are read. GET /v1/models lists all names.")
     model = model.removesuffix(_LATEST)
     if model in known:
         return {model: 1.0}
@@ -37,7 +43,7 @@ def wanted(model: str, *, base: Collection[str], known: Collection[str]) -> dict
         return {}
     prefix, colon, rest = model.partition(":")
     if colon and prefix in base:
-        return wanted(rest, base=base, known=known)
+        return wanted(rest, base=(), known=known)
     if "+" not in model and "*" not in model:
         raise UnknownModel(f"No model '{model}' is served.{nearest(model, [*known, *base])} GET /v1/models lists all.")
     found: dict[str, float] = {}
@@ -52,4 +58,6 @@ def wanted(model: str, *, base: Collection[str], known: Collection[str]) -> dict
         if not math.isfinite(value):
             raise ConfigError(f"The weight {weight!r} of '{name}' in '{model}' is no number; write it like a*0.7+b*0.3.")
         found[name] = found.get(name, 0.0) + value
+        if abs(found[name]) > LARGEST:
+            raise ConfigError(f"The weight {found[name]:g} of '{name}' in '{model}' is too large; at most {LARGEST:g} is taken.")
     return found

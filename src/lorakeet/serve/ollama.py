@@ -71,7 +71,7 @@ async def _answer(
         stop=options.texts("stop"),
     )
     model = fields.text("model")
-    writing = await service.write(caller, service.weigh(caller, model, fields), ids, sampling, schema=_schema(fields))
+    writing = await service.write(caller, service.weigh(caller, model, fields), [ids], sampling, schema=_schema(fields))
     if fields.flag("stream", True):
         return Reply(_stream(service, writing, model, chat), "application/x-ndjson")
     found = await answered(service, request, writing)
@@ -128,12 +128,12 @@ def _now() -> str:
     return datetime.now(timezone.utc).isoformat().replace("+00:00", "Z")
 
 
-async def tags(service: Service, caller: Caller) -> Reply:
-    """GET /api/tags: the base and the adapters, as models."""
+async def tags(service: Service, caller: Caller, *, loaded: bool = False) -> Reply:
+    """GET /api/tags: the base and the adapters, as models. GET /api/ps: those in memory."""
     details = {"format": "safetensors", "family": service.text.family.name, "parent_model": service.base}
     found = [{"name": service.base, "model": service.base, "modified_at": _now(), "size": 0, "digest": "", "details": details}]
     for version in service.registry.versions:
-        if caller.sees(version.name):
+        if caller.sees(version.name) and (version.loaded or not loaded):
             about = {"size": version.source.bytes, "digest": version.source.digest, "details": details}
             found.append({"name": version.name, "model": version.name, "modified_at": _now(), **about})
     return as_json({"models": found})

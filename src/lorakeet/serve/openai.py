@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import time
 import uuid
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +20,8 @@ from lorakeet.serve.grammar import ANY_OBJECT
 from lorakeet.serve.multiplex import answered, merged
 from lorakeet.serve.reply import NOBODY, Incoming, Reply, as_json
 from lorakeet.serve.sampling import Chosen, Sampling
-from lorakeet.serve.service import Service, Writing
+from lorakeet.serve.service import MOST_PROMPTS, Service, Writing
+from lorakeet.serve.text_stream import token_bytes
 
 _COMMON = {
     "model", "max_tokens", "temperature", "top_p", "n", "seed", "stop", "stream", "stream_options", "logprobs", "lora",
@@ -33,6 +34,8 @@ _NEUTRAL: dict[str, Any] = {
     "frequency_penalty": 0, "presence_penalty": 0, "logit_bias": {}, "tools": [], "tool_choice": "none", "functions": [],
     "echo": False, "best_of": 1, "suffix": "", "modalities": ["text"],
 }  # fmt: skip
+_OF_MESSAGE = {"name", "refusal", "thinking", "reasoning_content", "annotations", "tool_call_id", "tool_name"}  # not its text
+_NEUTRAL_OF_MESSAGE: dict[str, Any] = {"images": [], "tool_calls": [], "function_call": {}, "audio": {}}
 _ROLES = ("system", "user", "assistant", "developer", "tool")
 
 
@@ -41,7 +44,7 @@ class _Asked:
     """A request, understood."""
 
     model: str
-    ids: tuple[int, ...]
+    prompts: Sequence[tuple[int, ...]]
     sampling: Sampling
     n: int
     stream: bool
@@ -61,27 +64,33 @@ async def chat_completions(service: Service, caller: Caller, request: Incoming, 
         raise ConfigError("top_logprobs needs logprobs: true.")
     limit = fields.whole("max_completion_tokens", fields.whole("max_tokens"))
     ids = await service.chat_ids(messages(fields))
-    asked = _asked(service, fields, ids, limit, logprobs=top if tell else None, chat=True)
+    asked = _asked(service, fields, [ids], limit, logprobs=top if tell else None, chat=True)
     return await _answer(service, caller, request, asked, fields)
 
 
 async def completions(service: Service, caller: Caller, request: Incoming, data: Any) -> Reply:
-    """POST /v1/completions; the prompt is a text or a list of token ids."""
+    """POST /v1/completions; the prompt is a text, a list of token ids, or a list of these."""
     fields = Fields(data)
     fields.refuse(_COMPLETION, _WITHOUT_EFFECT, _NEUTRAL)
-    prompt = fields.data.get("prompt")
-    if isinstance(prompt, list) and prompt and all(isinstance(part, int) and not isinstance(part, bool) for part in prompt):
-        vocabulary = len(service.text.tokenizer)
-        if not all(0 <= number < vocabulary for number in prompt):
-            raise ConfigError(f"prompt holds a token id outside 0 … {vocabulary - 1}.")
-        ids = tuple(prompt)
-    elif isinstance(prompt, list) and len(prompt) == 1 and isinstance(prompt[0], str):
-        ids = await service.prompt_ids(prompt[0])
-    else:
-        ids = await service.prompt_ids(fields.text("prompt"))
+    given = fields.data.get("prompt")
+    listed = isinstance(given, list) and any(isinstance(part, (str, list)) for part in given)
+    several: list[Any] = list(given or ())[: MOST_PROMPTS + 1] if listed else [given]
+    prompts = [await _prompt(service, one) for one in several]
     limit = fields.whole("max_tokens", 16)
-    asked = _asked(service, fields, ids, limit, logprobs=fields.whole("logprobs"), chat=False)
+    asked = _asked(service, fields, prompts, limit, logprobs=fields.whole("logprobs"), chat=False)
     return await _answer(service, caller, request, asked, fields)
+
+
+async def _prompt(service: Service, given: Any) -> tuple[int, ...]:
+    """The tokens of one prompt: a text, or ids already."""
+    if isinstance(given, list) and given and all(isinstance(part, int) and not isinstance(part, bool) for part in given):
+        vocabulary = len(service.text.tokenizer)
+        if not all(0 <= number < vocabulary for number in given):
+            raise ConfigError(f"prompt holds a token id outside 0 … {vocabulary - 1}.")
+        return tuple(given)
+    if isinstance(given, list):
+        raise ConfigError("prompt is a list of neither texts nor token ids; expected a text, token ids, or a list of these.")
+    return await service.prompt_ids(Fields({"prompt": given}).text("prompt"))
 
 
 async def tokenize(service: Service, caller: Caller, request: Incoming, data: Any) -> Reply:
@@ -103,6 +112,7 @@ def messages(fields: Fields) -> list[dict[str, str]]:
     found = []
     for number, entry in enumerate(given):
         message = Fields(entry, f"messages[{number}]")
+        message.refuse({"role", "content"}, _OF_MESSAGE, _NEUTRAL_OF_MESSAGE)
         role, content = message.text("role"), message.data.get("content")
         if role not in _ROLES:
             raise ConfigError(f"role of messages[{number}] is {role!r}; expected one of {', '.join(_ROLES)}.")
@@ -118,10 +128,10 @@ def messages(fields: Fields) -> list[dict[str, str]]:
 
 
 def _asked(
-    service: Service, fields: Fields, ids: tuple[int, ...], limit: int | None, *, logprobs: int | None, chat: bool
+    service: Service, fields: Fields, prompts: Sequence[tuple[int, ...]], limit: int | None, *, logprobs: int | None, chat: bool
 ) -> _Asked:
     sampling = Sampling(
-        max_tokens=max(1, service.engine.context - len(ids)) if limit is None else limit,
+        max_tokens=max(1, service.engine.context - min(map(len, prompts))) if limit is None else limit,
         temperature=fields.number("temperature", 1.0),
         top_p=fields.number("top_p", 1.0),
         seed=fields.whole("seed"),
@@ -131,7 +141,7 @@ def _asked(
     sampling.check()
     stream, usage = fields.flag("stream"), fields.inner("stream_options").flag("include_usage")
     texts, schema = fields.whole("n", 1) or 0, _schema(fields)
-    return _Asked(fields.text("model"), ids, sampling, texts, stream, usage, chat, logprobs is not None, schema)
+    return _Asked(fields.text("model"), prompts, sampling, texts, stream, usage, chat, logprobs is not None, schema)
 
 
 def _schema(fields: Fields) -> Mapping[str, Any] | None:
@@ -139,7 +149,10 @@ def _schema(fields: Fields) -> Mapping[str, Any] | None:
     asked = fields.inner("response_format")
     kind = asked.text("type", "text")
     if kind == "json_schema":
-        return asked.inner("json_schema").inner("schema").data
+        inner = asked.inner("json_schema")
+        if inner.data.get("schema") is None:
+            raise ConfigError('response_format has no schema; expected {"type": "json_schema", "json_schema": {"schema": {…}}}.')
+        return inner.inner("schema").data
     if kind not in ("text", "json_object"):
         raise ConfigError(f"type of response_format is {kind!r}; expected text, json_object or json_schema.")
     return ANY_OBJECT if kind == "json_object" else None
@@ -147,7 +160,7 @@ def _schema(fields: Fields) -> Mapping[str, Any] | None:
 
 async def _answer(service: Service, caller: Caller, request: Incoming, asked: _Asked, fields: Fields) -> Reply:
     meant = service.weigh(caller, asked.model, fields)
-    writing = await service.write(caller, meant, asked.ids, asked.sampling, texts=asked.n, schema=asked.schema)
+    writing = await service.write(caller, meant, asked.prompts, asked.sampling, texts=asked.n, schema=asked.schema)
     head = {
         "id": ("chatcmpl-" if asked.chat else "cmpl-") + uuid.uuid4().hex,
         "created": int(time.time()),
@@ -212,13 +225,13 @@ def _finish(event: Event) -> str | None:
 def _logprobs(service: Service, asked: _Asked, chosen: list[Chosen]) -> dict[str, Any] | None:
     if not asked.tell:
         return None
-    named = [(_token(service, one.token), one) for one in chosen]
     if asked.chat:
         content = [
-            {**_entry(token, one.logprob), "top_logprobs": [_entry(_token(service, other), value) for other, value in one.top]}
-            for token, one in named
+            {**_entry(service, one.token, one.logprob), "top_logprobs": [_entry(service, *other) for other in one.top]}
+            for one in chosen
         ]
         return {"content": content, "refusal": None}
+    named = [(_token(service, one.token), one) for one in chosen]
     return {
         "tokens": [token for token, _ in named],
         "token_logprobs": [one.logprob for _, one in named],
@@ -227,8 +240,9 @@ def _logprobs(service: Service, asked: _Asked, chosen: list[Chosen]) -> dict[str
     }
 
 
-def _entry(token: str, logprob: float | None) -> dict[str, Any]:
-    return {"token": token, "logprob": logprob, "bytes": list(token.encode())}
+def _entry(service: Service, number: int, logprob: float | None) -> dict[str, Any]:
+    token = _token(service, number)
+    return {"token": token, "logprob": logprob, "bytes": list(token_bytes(service.text.tokenizer, number, token))}
 
 
 def _token(service: Service, number: int) -> str:
@@ -256,3 +270,9 @@ async def models(service: Service, caller: Caller) -> Reply:
             about = {"parent": service.base, "root": str(version.source.path), "loaded": version.loaded, "pinned": version.pinned}
             listed.append({"id": version.name, "object": "model", "created": service.began, "owned_by": "lorakeet", **about})
     return as_json({"object": "list", "data": listed})
+
+
+async def model(service: Service, caller: Caller, name: str) -> Reply:
+    """GET /v1/models/NAME: the base, an adapter, or a mix, as it can be asked for."""
+    about = {"id": name, "object": "model", "created": service.began, "owned_by": "lorakeet"}
+    return as_json({**about, "parent": service.base if service.meant(caller, name) else None})

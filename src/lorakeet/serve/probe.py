@@ -8,6 +8,7 @@ record that came with the adapter, so that a forgotten scale, a missed layer or 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -45,10 +46,11 @@ class Probe:
     apart: float = 0.0  # the largest difference between a mixed batch and the adapter by itself; 0 where nothing was served
 
     def difference(self, other: Probe) -> float | None:
-        """The largest difference, or None where the two were computed with another base or precision."""
+        """The largest difference, NaN where a number is none; None where the base or the precision was another."""
         if (self.base, self.precision, len(self.logprobs)) != (other.base, other.precision, len(other.logprobs)):
             return None
-        return max(abs(ours - theirs) for ours, theirs in zip(self.logprobs, other.logprobs, strict=True))
+        apart = [abs(ours - theirs) for ours, theirs in zip(self.logprobs, other.logprobs, strict=True)]
+        return math.nan if any(map(math.isnan, apart)) else max(apart)
 
     def to_text(self) -> str:
         """The record as one line of JSON."""

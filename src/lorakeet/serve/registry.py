@@ -79,6 +79,7 @@ class Registry:
         self.live, self.engine, self.base, self.budget = live, engine, base, budget
         self.prober = Prober(live.text, live.selection)
         self._changed = changed or (lambda: None)
+        self.loaded: Callable[[Version], object] = lambda _: None  # hears of every version that was read into memory
         self._current: dict[str, Version] = {}
         self._resident: dict[str, Version] = {}  # by key
         self._mixes: Counter[Key] = Counter()  # the weighted mixes that are leased, which have copies of their own
@@ -133,7 +134,7 @@ class Registry:
 
         `private`: nobody but this server writes its files, so that they are mapped instead of copied.
         """
-        check_name(name)
+        check_name(name, self.base)
         source = inspect(path, self.live, digest, private=private)
         version = Version(name, source, pinned=pinned, probe=probe, certificate=find_certificate(path))
         with self._lock:
@@ -149,9 +150,10 @@ class Registry:
         """Reads, checks and probes an adapter; only then the name points to it, in one assignment.
 
         ConfigError: the name is taken and `replace` is False, or it does not fit; DataError: broken files;
-        VerificationFailed: it computes something else than its certificate says.
+        VerificationFailed: it computes something else than its certificate says; OSError: the change cannot be written down, and
+        what was served before is served on.
         """
-        check_name(name)
+        check_name(name, self.base)
         with self._loading:
             if name in self._current and not replace:
                 raise ConfigError(f"An adapter '{name}' is loaded already; unload it first, or load it in place.")
@@ -160,8 +162,17 @@ class Registry:
             self._bring_in(version, record=True)
             with self._lock:
                 old, self._current[name] = self._current.get(name), version
+            try:
+                self._changed()
+            except BaseException:
+                with self._lock:
+                    if old is None:
+                        del self._current[name]
+                    else:
+                        self._current[name] = old
+                self._retire(version)
+                raise
             self._retire(old)
-        self._changed()
         return version
 
     def unload(self, name: str) -> None:
@@ -176,12 +187,17 @@ class Registry:
         self._changed()
 
     def pin(self, name: str, pinned: bool) -> None:
-        """A pinned adapter is loaded and never put out of memory to make room."""
+        """A pinned adapter is loaded and never put out of memory to make room. It is as before where there is no room for it, or
+        the change cannot be written down (OSError)."""
         version = self.get(name)
-        version.pinned = pinned
-        if pinned:
-            self.release(self.lease_of({name: 1.0}))
-        self._changed()
+        before, version.pinned = version.pinned, pinned
+        try:
+            if pinned:
+                self.release(self.lease_of({name: 1.0}))
+            self._changed()
+        except BaseException:
+            version.pinned = before
+            raise
 
     def lease(self, model: str) -> Lease:
         """What `model` means (serve/naming), in memory and kept there until it is released."""
@@ -293,6 +309,7 @@ class Registry:
             self._resident[version.key] = version
         version.loads += 1
         version.load_seconds = time.perf_counter() - began
+        self.loaded(version)
 
     def _verify(self, version: Version, record: bool) -> None:
         certified = None if version.certificate is None else read_record(version.certificate)

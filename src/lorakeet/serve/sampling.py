@@ -13,6 +13,7 @@ from lorakeet.serve.grammar import Guide
 
 MOST_LOGPROBS = 20
 MOST_STOPS = 16
+_COLD = 1e-6  # temperatures below it: logits divided by one of 1e-38 are infinite in fp32, and every share is NaN
 
 
 @dataclass(frozen=True)
@@ -79,6 +80,8 @@ class Chooser:
         """The first token whose cumulated probability passes the luck, within the nucleus (https://arxiv.org/abs/1904.09751)."""
         if self._generator is None:
             return int(logits.argmax())
+        if self.sampling.temperature < _COLD:
+            logits = (logits - logits.max()).double()
         shares = (logits / self.sampling.temperature).softmax(-1).double()
         luck = float(torch.rand(1, generator=self._generator, dtype=torch.float64))
         if self.sampling.top_p == 1.0:

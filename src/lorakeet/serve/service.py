@@ -20,12 +20,13 @@ from lorakeet.serve.engine import Engine, Event, Job, Request
 from lorakeet.serve.fields import Fields
 from lorakeet.serve.grammar import Grammars
 from lorakeet.serve.metrics import Metrics
-from lorakeet.serve.naming import UnknownModel, wanted
-from lorakeet.serve.registry import Lease, Registry
+from lorakeet.serve.naming import LARGEST, UnknownModel, wanted
+from lorakeet.serve.registry import Lease, Registry, Version
 from lorakeet.serve.sampling import Sampling
 from lorakeet.serve.store import Store
 
-MOST_TEXTS = 16  # that one request may ask for
+MOST_TEXTS = 16  # that one request may ask for after a prompt
+MOST_PROMPTS = 128
 log = logging.getLogger("lorakeet.serve")
 
 
@@ -36,6 +37,7 @@ class Text:
         self.index = index
         self.job: Job | None = None
         self.ended = asyncio.Event()
+        self.reason = ""  # once it has ended
         self._events: asyncio.Queue[Event] = asyncio.Queue()
         self._loop = asyncio.get_running_loop()
 
@@ -47,6 +49,7 @@ class Text:
     def _take(self, event: Event) -> None:
         self._events.put_nowait(event)
         if event.reason is not None:
+            self.reason = event.reason
             self.ended.set()
 
     async def events(self) -> AsyncIterator[Event]:
@@ -64,14 +67,15 @@ class Writing:
 
     texts: tuple[Text, ...]
     lease: Lease
-    prompt: int  # tokens
+    prompt: int  # tokens of all prompts
     began: float
+    each: int = 1  # texts of one prompt
 
     @property
     def cached(self) -> int:
-        """Tokens of the prompt that the prefix cache held, for the first text."""
-        job = self.texts[0].job
-        return 0 if job is None else job.cached
+        """Tokens of the prompts that the prefix cache held, for the first text of each."""
+        first = self.texts[:: self.each]
+        return sum(text.job.cached for text in first if text.job is not None)
 
     @property
     def written(self) -> int:
@@ -79,11 +83,18 @@ class Writing:
         return sum(len(text.job.written) for text in self.texts if text.job is not None)
 
 
+def _outcome(writing: Writing) -> str:
+    """For the count of requests: "error" or "timeout" where one of the texts ended so, else "done"."""
+    reasons = {text.reason for text in writing.texts}
+    return next((reason for reason in ("error", "timeout") if reason in reasons), "done")
+
+
 @dataclass(frozen=True)
 class Limits:
     """What one request may take."""
 
     timeout: float = 600.0  # seconds
+    pause: float = 60.0  # seconds without a byte of a body that is not whole
     body: int = 8 << 20  # bytes of JSON
     upload: int = 1 << 30  # bytes of a file
 
@@ -104,6 +115,7 @@ class Service:
         self.text, self.engine, self.registry = text, engine, registry
         self.access, self.store, self.limits = access or Access(), store, limits or Limits()
         self.metrics, self.grammars = Metrics(), Grammars(text)
+        registry.loaded = self._loaded
         self.began = int(time.time())
         self._tokenizing = threading.Lock()  # one prompt at a time, beside the loop that sends what is written
         self._longest = 0  # characters of the longest token
@@ -170,6 +182,8 @@ class Service:
         for entry in data:
             fields = Fields(entry, "an entry of the list")
             number, scale = fields.whole("id"), fields.number("scale", 1.0)
+            if not abs(scale) <= LARGEST:  # NaN is no scale either
+                raise ConfigError(f"The scale of adapter {number} is {scale:g}; at most ±{LARGEST:g} is taken.")
             if number not in numbered:
                 raise ConfigError(f"There is no adapter {number}; GET /lora-adapters lists them.")
             if scale:
@@ -177,24 +191,28 @@ class Service:
         return found
 
     async def write(
-        self, caller: Caller, meant: dict[str, float], ids: tuple[int, ...], sampling: Sampling, *, texts: int = 1,
+        self, caller: Caller, meant: dict[str, float], prompts: Sequence[tuple[int, ...]], sampling: Sampling, *, texts: int = 1,
         schema: Mapping[str, Any] | None = None,
     ) -> Writing:  # fmt: skip
-        """Begins `texts` texts after `ids`, which are JSON of that `schema`, if there is one.
+        """Begins `texts` texts after each of the `prompts`, in order, which are JSON of that `schema`, if there is one.
 
         Whatever the schema's grammar, the registry and the engine refuse is raised before anything is written.
         """
         if not 1 <= texts <= MOST_TEXTS:
             raise ConfigError(f"n is {texts}; it must lie between 1 and {MOST_TEXTS}.")
-        caller.count()
+        if len(prompts) > MOST_PROMPTS:
+            raise ConfigError(f"prompt is a list of {len(prompts)}; at most {MOST_PROMPTS} are taken at once.")
+        caller.count(len(prompts))
         began = time.monotonic()
         grammar = None if schema is None else await asyncio.to_thread(self.grammars.of_schema, schema)
-        lease = await asyncio.to_thread(self._lease, meant)
-        writing = Writing(tuple(Text(index) for index in range(texts)), lease, len(ids), began)
+        lease = await asyncio.to_thread(self.registry.lease_of, meant)
+        begun = tuple(Text(index) for index in range(texts * len(prompts)))
+        writing = Writing(begun, lease, sum(map(len, prompts)), began, texts)
         try:
             for text in writing.texts:
-                seeded = sampling if sampling.seed is None else replace(sampling, seed=sampling.seed + text.index)
-                request = Request(ids, seeded, lease.adapters, self.limits.timeout, grammar)
+                which, number = divmod(text.index, texts)
+                seeded = sampling if sampling.seed is None else replace(sampling, seed=sampling.seed + number)
+                request = Request(prompts[which], seeded, lease.adapters, self.limits.timeout, grammar)
                 text.job = self.engine.submit(request, text.hear)
         except BaseException:
             self.close(writing, "refused")
@@ -214,32 +232,27 @@ class Service:
             await text.ended.wait()
         await asyncio.to_thread(self.registry.release, writing.lease)
         label = writing.lease.label or self.base
-        outcome = outcome or ("cancelled" if late else "done")
+        outcome = outcome or ("cancelled" if late else _outcome(writing))
         self.metrics.add("requests", adapter=label, outcome=outcome)
         for text in begun:
             assert text.job is not None
-            self._measure(label, text.job)
+            self._measure(label, writing.began, text.job)
         log.info(
             "request model=%s outcome=%s prompt=%d cached=%d written=%d seconds=%.3f",
             label, outcome, writing.prompt, writing.cached, writing.written, time.monotonic() - writing.began,
         )  # fmt: skip
 
-    def _lease(self, meant: dict[str, float]) -> Lease:
-        loads = {version.name: version.loads for version in self.registry.versions if version.name in meant}
-        lease = self.registry.lease_of(meant)
-        for version in lease.versions:
-            if version.loads != loads.get(version.name):
-                self.metrics.add("loads", adapter=version.name)
-                self.metrics.observe("load", version.load_seconds, adapter=version.name)
-        return lease
+    def _loaded(self, version: Version) -> None:
+        self.metrics.add("loads", adapter=version.name)
+        self.metrics.observe("load", version.load_seconds, adapter=version.name)
 
-    def _measure(self, label: str, job: Job) -> None:
+    def _measure(self, label: str, began: float, job: Job) -> None:
         timing = job.timing
         self.metrics.add("prompt", len(job.request.ids), adapter=label)
         self.metrics.add("cached", job.cached, adapter=label)
         self.metrics.add("written", len(job.written), adapter=label)
         if timing.first:
-            self.metrics.observe("first", timing.first - timing.submitted, adapter=label)
+            self.metrics.observe("first", timing.first - began, adapter=label)
             if len(job.written) > 1:
                 self.metrics.observe("token", (timing.ended - timing.first) / (len(job.written) - 1), adapter=label)
 

@@ -40,6 +40,7 @@ class Store:
         self._lock = threading.Lock()  # the list
         self._changing = threading.Lock()  # which uploads there are
         self._restoring = False
+        self._absent: dict[str, Any] = {}  # entries of the list that could not be served, kept for another start
         folder.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(folder / _INCOMING, ignore_errors=True)  # what a killed server had not finished
 
@@ -48,15 +49,20 @@ class Store:
         if self._restoring:
             return
         with self._lock:
-            entries: dict[str, Any] = {}
+            entries = {name: entry for name, entry in self._absent.items() if name not in registry.names}
+            absent = dict(entries)
             for version in registry.versions:
                 probe = None if version.probe is None else version.probe.to_text()
                 path, digest = str(version.source.path.resolve()), version.source.digest
                 entries[version.name] = {"path": path, "digest": digest, "pinned": version.pinned, "probe": probe}
             save_text(self.folder / LIST, json.dumps({"adapters": entries}, indent=1, ensure_ascii=False) + "\n")
+            self._absent = absent
 
     def restore(self, registry: Registry, say: Callable[[str], None]) -> None:
-        """Registers what the list names, then every adapter that lies in the folder by itself; `say` hears what is left out."""
+        """Registers what the list names, then every adapter that lies in the folder by itself; `say` hears what is left out.
+
+        What the list names and cannot be served, since its disk is away or the base is another, stays in the list.
+        """
         self._restoring = True
         try:
             for name, entry in self._listed().items():
@@ -68,15 +74,16 @@ class Store:
                     path = Path(entry["path"])
                     private = path.parent == (self.folder / UPLOADS).resolve()
                     registry.register(name, path, pinned=pinned, probe=probe, digest=digest, private=private)
-                except (LorakeetError, KeyError, TypeError) as error:
-                    say(f"'{name}' is not served: {error}")
+                except (LorakeetError, OSError, KeyError, TypeError) as error:
+                    self._absent[name] = entry
+                    say(f"'{name}' is not served: {error} It stays in {self.folder / LIST} until it is unloaded.")
             for path in sorted(self.folder.iterdir()):
                 name = path.name.removesuffix(path.suffix) if path.is_file() else path.name
                 if path.name in (LIST, UPLOADS) or path.name.startswith(".") or name in registry.names:
                     continue
                 try:
                     registry.register(name, path)
-                except LorakeetError as error:
+                except (LorakeetError, OSError) as error:
                     say(f"{path.name} is not served: {error}")
         finally:
             self._restoring = False
@@ -87,7 +94,18 @@ class Store:
         found: dict[str, Any] = {}
         if path.is_file():
             found = read_object(path, expected="the list of adapters that a server wrote").get("adapters", {})
+        if not isinstance(found, dict):
+            raise DataError(f"{path} has no object of adapters by name; put back the file that the server wrote, or remove it.")
         return found
+
+    def forget(self, name: str, registry: Registry) -> bool:
+        """Strikes a name off the list that could not be served when the server started; False where there is none."""
+        with self._lock:
+            known = self._absent.pop(name, None) is not None
+        if known:
+            self.tidy(name, registry)
+            self.remember(registry)
+        return known
 
     @contextmanager
     def incoming(self, name: str, file: str, uploader: str = "") -> Iterator[Path]:

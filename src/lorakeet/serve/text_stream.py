@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -58,6 +59,30 @@ class TextStream:
 
     def _decode(self, first: int, last: int | None = None) -> str:
         return str(self._tokenizer.decode(self._ids[first:last], skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+
+def token_bytes(tokenizer: Any, number: int, text: str) -> bytes:
+    """The bytes of a token, whose `text` they are unless it is part of a character: then as the vocabulary spells them.
+
+    Vocabularies of bytes write a letter for each byte; those of SentencePiece write <0xE2>.
+    """
+    if UNFINISHED not in text:
+        return text.encode()
+    piece = str(tokenizer.convert_ids_to_tokens(number))
+    if _BYTE.fullmatch(piece):
+        return bytes([int(piece[3:5], 16)])
+    return bytes(_LETTERS[letter] for letter in piece) if all(letter in _LETTERS for letter in piece) else text.encode()
+
+
+def _letters() -> dict[str, int]:
+    """The byte that each letter of a vocabulary of bytes stands for: itself where it can be seen, else the next from 256 on."""
+    seen = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    hidden = [byte for byte in range(0x100) if byte not in seen]
+    return {chr(byte): byte for byte in seen} | {chr(0x100 + place): byte for place, byte in enumerate(hidden)}
+
+
+_LETTERS = _letters()
+_BYTE = re.compile("<0x[0-9A-Fa-f]{2}>")
 
 
 def _overlap(text: str, stop: str) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import inspect
 import logging
 import os
 import shlex
@@ -11,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime, timezone
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,7 +20,7 @@ import torch
 from rich.console import Console
 
 from lorakeet.core.threads import can_compute_alone, compute_alone, compute_with
-from lorakeet.errors import ConfigError, EnvironmentProblem, Problems
+from lorakeet.errors import ConfigError, EnvironmentProblem, LorakeetError, Problems
 from lorakeet.formats import peft
 from lorakeet.formats.detect import detect, read_adapter
 from lorakeet.formats.vllm import check_vllm, max_rank, misread, uniform
@@ -40,6 +42,7 @@ from lorakeet.workflows.place import writing
 
 CONTEXT = 2048  # tokens of a text with its prompt, unless asked for or the model has fewer
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
+_VLLM_TOO = {"context": "--max-model-len", "host": "--host", "port": "--port", "dtype": "--dtype"}
 _MISSING = "lorakeet serve needs starlette and uvicorn; install them with: pip install 'lorakeet[serve]'."
 
 
@@ -82,7 +85,7 @@ def serve(  # noqa: PLR0913 - one argument for each option
     """
     adapters = named_paths(adapter)
     if engine == "vllm":
-        return _for_vllm(model, adapters, out, context, console)
+        return _for_vllm(model, adapters, out, _vllm_options(locals()), console)
     limits = Limits(timeout=timeout, upload=parse_budget(upload_limit))
     budget = None if memory is None else parse_budget(memory)
     _check({"slots": slots, "queue": queue, "timeout": timeout}, out, "" if keys else host, budget, console)
@@ -108,7 +111,9 @@ def serve(  # noqa: PLR0913 - one argument for each option
     with cores_for_the_engine(), _logs(), what_there_is_kept():
         runner.start()
         try:
-            run_server(build_app(service), host=host, port=port, ready=lambda taken: _say(registry, host, taken, console))
+            _load_pinned(registry, console)
+            heard = partial(_say, registry, host, console=console)
+            run_server(build_app(service), host=host, port=port, ready=heard, patience=timeout)
         finally:
             runner.drain(timeout=0.0)
     return Served(registry.names)
@@ -153,6 +158,16 @@ def _check(numbers: Mapping[str, float], out: Path | None, host: str, budget: in
     problems.raise_if_any()
     if budget is not None and (warning := larger_than_machine(budget)):
         console.print(warning, soft_wrap=True)
+
+
+def _load_pinned(registry: Registry, console: Console) -> None:
+    """Reads the adapters that were pinned before a restart; what cannot be read is said, and refused when it is asked for."""
+    for version in registry.versions:
+        try:
+            if version.pinned:
+                registry.release(registry.lease(version.name))
+        except (LorakeetError, OSError) as error:
+            console.print(f"'{version.name}' is pinned and cannot be loaded: {error}", soft_wrap=True, markup=False)
 
 
 def _say(registry: Registry, host: str, port: int, console: Console) -> None:
@@ -240,8 +255,22 @@ def _logs() -> Iterator[None]:
         logger.propagate = propagates
 
 
-def _for_vllm(model: str, adapters: dict[str, Path], out: Path | None, context: int | None, console: Console) -> Served:
-    """Checks every adapter against vLLM's limits and prints the command; what vLLM would misread is written anew to `out`."""
+def _vllm_options(arguments: Mapping[str, object]) -> list[str]:
+    """vLLM's flags for the `arguments` of `serve` that were given; ConfigError for those that it has none for."""
+    usual = {name: parameter.default for name, parameter in inspect.signature(serve).parameters.items()}
+    given = {name: value for name, value in arguments.items() if name in usual and value != usual[name]}
+    lost = sorted(set(given) - {"model", "adapter", "engine", "out", "console", *_VLLM_TOO})
+    if lost:
+        flags = ", ".join(f"--{name.replace('_', '-')}" for name in lost)
+        raise ConfigError(f"--engine vllm cannot hand on {flags}; leave them out, and give vLLM its own options.")
+    return [word for name, flag in _VLLM_TOO.items() if name in given for word in (flag, str(given[name]))]
+
+
+def _for_vllm(
+    model: str, adapters: dict[str, Path], out: Path | None, options: list[str], console: Console
+) -> Served:
+    """Checks every adapter against vLLM's limits and prints the command, with more `options`; what vLLM would misread is written
+    anew to `out`."""
     if not adapters:
         raise ConfigError("--engine vllm needs at least one --adapter name=PATH.")
     problems = Problems("vLLM cannot serve these adapters")
@@ -268,7 +297,7 @@ def _for_vllm(model: str, adapters: dict[str, Path], out: Path | None, context: 
     problems.raise_if_any()
     words = ["vllm", "serve", model, "--enable-lora", "--max-lora-rank", str(max(ranks)), "--max-loras", str(min(len(ready), 8))]
     words += ["--max-cpu-loras", str(len(ready))]
-    words += [] if context is None else ["--max-model-len", str(context)]
+    words += options
     words += ["--lora-modules", *(f"{name}={path.resolve()}" for name, path in ready.items())]
     console.print(shlex.join(words), soft_wrap=True)
     return Served(adapters=tuple(ready), command=shlex.join(words))
