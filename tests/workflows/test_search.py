@@ -140,7 +140,7 @@ def test_a_winner_that_diverges_under_another_seed_is_not_confirmed(setup: Assem
     trials.all[1].point = Point(HOT)
     assert trials.confirm(trials.all[1], 2) is None and adapter_names(setup.text.model) == []
     said = trials.result(trials.all[1], None, "").conclusion
-    assert "unconfirmed: with seed 1 other diverged (step" in said and said.endswith("The run file's settings stay.")
+    assert "unconfirmed: with seed 1 other diverged (step" in said and said.endswith("The run file's stay.")
 
 
 def test_the_budget_holds_what_the_confirmation_takes(setup: Assembly) -> None:

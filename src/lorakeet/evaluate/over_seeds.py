@@ -48,9 +48,8 @@ def compare_over_seeds(left: Sequence[RowLosses], right: Sequence[RowLosses], sp
     method = f"t over rows and {len(left)} seeds"
     difference = Estimate(value, value - reach, value + reach, mean.difference.n, method, spec.confidence)
     p_value = 2 * float(stats.t.sf(abs(value) / error, freedom))
-    return replace(
-        mean, difference=difference, p_value=p_value, test=method, verdict=paired_verdict(difference, p_value, higher_is_better=False)
-    )
+    verdict = paired_verdict(difference, p_value, higher_is_better=False)
+    return replace(mean, difference=difference, p_value=p_value, test=method, verdict=verdict)
 
 
 def _mean(runs: Sequence[RowLosses]) -> RowLosses:

@@ -242,7 +242,8 @@ class _Learner:
             if at.step == 0 or mean <= at.losses[0]:
                 raise
             self.optimizer.adamw.zero_grad(set_to_none=True)
-            at.done, at.diverged = f"step {at.step + 1}: the loss is {mean:.4g} nats a token, with gradients that are only zeros", True
+            at.done = f"step {at.step + 1}: the loss is {mean:.4g} nats a token, with gradients that are only zeros"
+            at.diverged = True
         return not at.diverged
 
     @property

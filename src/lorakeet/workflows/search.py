@@ -107,7 +107,8 @@ class Trials:
         """What the rows of the search can show, from the bare base's losses."""
         base = self.losses("base", self.rows.search, None)
         confidence = self.setup.config.evaluate.confidence
-        return paired_power(base.losses, base.tokens.astype(np.float64), confidence=confidence).sentence(difference)
+        tokens = base.tokens.astype(np.float64)
+        return paired_power(base.losses, tokens, confidence=confidence, groups=base.groups).sentence(difference)
 
     def losses(self, system: str, rows: Sequence[Example], name: str | None) -> RowLosses:
         """The losses of the adapter `name` on the model, None for the bare base."""
@@ -118,7 +119,7 @@ class Trials:
         return RowLosses(system, sums, counts.astype(np.int64), groups)
 
     def run(self, study: Any, together: int) -> None:
-        """Generations until the budget is spent; the run file's own settings are in the first one, and are trained to their end."""
+        """Generations until the budget is spent; the run file's own settings are in the first one, to their end."""
         while not self.all or not self.budget.spent():
             fresh = [] if self.all else [Trial(START, Point())]
             fresh += [self._ask(study, len(self.all) + number) for number in range(len(fresh), together)]
@@ -233,7 +234,7 @@ class Trials:
         return None if self.unconfirmed else compare_over_seeds(*sides, self.setup.config.evaluate)
 
     def _affordable(self, winner: Trial, seeds: int) -> int:
-        """How many seeds of both settings the budget still trains, said where they are fewer than `seeds`; below 2 counts as 1."""
+        """How many seeds of both settings the budget still trains, said where they are fewer than `seeds`; 1 where below 2."""
         tokens = sum(_whole_tokens(trial.at) for trial in (winner, self.all[0]) if trial.at is not None)
         times = self.budget.times(max(1, tokens))
         if seeds < 2 or times is None or times >= seeds:
@@ -245,7 +246,7 @@ class Trials:
         return found
 
     def _again(self, trials: Sequence[Trial], seeds: Sequence[int]) -> list[list[RowLosses]]:
-        """By seed the losses of `trials`, trained with it, on the rows of the confirmation; none where one diverges, which is noted."""
+        """By seed the losses of `trials`, trained with it, on the rows of the confirmation; where one diverges that is noted."""
         model, kept, found = self.setup.text.model, self.setup.arrangement, []
         names = {f"{number}_{seed}": (trial, seed) for seed in seeds for number, trial in enumerate(trials)}
         try:
@@ -272,7 +273,7 @@ class Trials:
         start, spec = self.all[0], self.setup.config.evaluate
         whole = [trial for trial in self.all[1:] if trial.whole]  # one that was given up is behind for that reason alone
         others = [(trial, trial.losses) for trial in whole if trial.losses is not None] if start.losses is not None else []
-        given_up = sum(not trial.whole and trial.losses is not None for trial in self.all[1:])  # the same rows chose among these too
+        given_up = sum(not trial.whole and trial.losses is not None for trial in self.all[1:])  # the same rows chose them too
         compared = [compare_losses(losses, start.losses, spec) for _, losses in others if start.losses is not None]
         against = holm(compared, beside=given_up)
         by_name = {trial.name: one for (trial, _), one in zip(others, against, strict=True)}
@@ -292,7 +293,7 @@ class Trials:
             if winner is start:
                 found = "No trial was better than the run file's own settings; keep them."
             elif self.unconfirmed:
-                found = f"The best trial is {winner.name} ({words}), unconfirmed: {self.unconfirmed}. The run file's settings stay."
+                found = f"The best trial is {winner.name} ({words}), unconfirmed: {self.unconfirmed}. The run file's stay."
             else:
                 found = f"The run file's own settings diverged; the best trial is {winner.name} ({words}), unconfirmed."
             return found + self._cut_short(winner)
@@ -300,7 +301,8 @@ class Trials:
         seeds = f"{self.seeds} new seeds each" if self.seeds > 1 else f"of seed {self.setup.config.train.seed} alone"
         numbers = f"{signed(gap.value, 4)} nats a token [{signed(gap.low, 4)}, {signed(gap.high, 4)}], n = {gap.n}, {seeds}"
         if confirmed.verdict == "no difference shown":
-            found = f"No difference shown between {winner.name} ({words}) and the run file's settings on {self.rows.where}: {numbers}."
+            both = f"{winner.name} ({words}) and the run file's settings"
+            found = f"No difference shown between {both} on {self.rows.where}: {numbers}."
         else:
             name, verdict = winner.name[:1].upper() + winner.name[1:], confirmed.verdict
             found = f"{name} ({words}) is {verdict} than the run file's settings on {self.rows.where}: {numbers}."
@@ -312,8 +314,8 @@ class Trials:
         if at is None or at.done != SPENT:
             return ""
         return (
-            f" The budget ended all trials early, this one after {at.step} of {at.total} steps: a short trial favours high rates. "
-            "Raise the budget."
+            f" The budget ended all trials early, this one after {at.step} of {at.total} steps: a short trial favours high rates."
+            " Raise the budget."
         )
 
     def _say(self, trial: Trial) -> None:
@@ -338,7 +340,7 @@ def loss_of(trial: Trial) -> float:
 def _halve(many: Many, left: list[float], *, keep: Sequence[str]) -> None:
     """Gives up the worse half by held-out loss once every trial has passed the next rung.
 
-    Those to `keep` are ranked like all others and stay: what trials are compared with must be trained as long as the best of them.
+    Those to `keep` are ranked like all others and stay: what trials are compared with must be trained as long as the best one.
     """
     learning = [at for at in many.progress if not at.done]
     if not left or len(learning) < 2 or any(at.step < left[0] * at.total for at in learning):

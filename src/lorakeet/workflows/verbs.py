@@ -251,8 +251,12 @@ class TuneOptions:
     """How long is searched, and between what."""
 
     results: Path | None = field(default=None, metadata={"help": "Folder for the chosen settings and report; else OUT-tune."})
-    minutes: float | None = field(default=None, metadata={"help": "The search ends after so many minutes, new seeds of the confirmation included."})
-    tokens: int | None = field(default=None, metadata={"help": "The search ends after so many trained tokens of all trials and seeds."})
+    minutes: float | None = field(
+        default=None, metadata={"help": "The search ends after so many minutes, new seeds of the confirmation included."}
+    )
+    tokens: int | None = field(
+        default=None, metadata={"help": "The search ends after so many trained tokens, new seeds of the confirmation included."}
+    )
     quick: bool = field(default=False, metadata={"help": "Only three learning rates: half, once and twice the run file's."})
     together: int = field(default=4, metadata={"help": "Trials that are trained in one pass over the base."})
     rate_factors: tuple[float, ...] = field(
@@ -264,7 +268,7 @@ class TuneOptions:
     )
     seeds: int | None = field(
         default=None,
-        metadata={"help": "New seeds with which the winner is confirmed; left out, 3; with --quick, 1: the adapters of the search."},
+        metadata={"help": "New seeds of the confirmation; left out, 3. 1 compares what the search trained, as --quick does."},
     )
     difference: float = field(default=0.05, metadata={"help": "Nats a token by which trials should be told apart."})
 
