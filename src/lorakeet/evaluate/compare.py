@@ -161,6 +161,7 @@ def _widen_if_flat(difference: Estimate, paired: Paired) -> Estimate:
 
 
 def paired_verdict(difference: Estimate, p_value: float, *, higher_is_better: bool) -> Verdict:
+    """What a paired difference shows of the left system: something only where interval and test agree."""
     if not difference.excludes_zero or p_value >= 1 - difference.confidence:
         return "no difference shown"
     return "better" if (difference.value > 0) == higher_is_better else "worse"

@@ -61,7 +61,7 @@ def paired_power(
     if groups is not None:
         numbers: dict[Hashable, int] = {}
         index = [numbers.setdefault(group, len(numbers)) for group in groups]
-        losses, tokens = np.bincount(index, weights=losses), np.bincount(index, weights=tokens)
+        losses, tokens = (np.bincount(index, weights=values).astype(np.float64) for values in (losses, tokens))
     unit = "rows" if groups is None else "groups of rows"
     if len(losses) < 2:
         raise DataError(f"{len(losses)} held-out {unit} tell no two trials apart; hold out 2 or more.")

@@ -1,8 +1,8 @@
 """`lorakeet tune`: learning rate, rank and targets chosen on held-out rows, and the choice confirmed on rows that it never saw.
 
 rows for the search | rows for the confirmation → what so many rows can show, in words → generations of trials in one pass over
-the base (train/many), the worse half given up twice on the way → the best trial against the run file's settings, on other rows and
-from other seeds.
+the base (train/many), the worse half given up twice on the way → the best trial against the run file's settings, on other rows
+and from other seeds.
 """
 
 from __future__ import annotations
