@@ -86,7 +86,7 @@ ARMS: dict[str, dict[str, Any]] = {
     "loraplus-16": {"rank": 16, "b_learning_rate_ratio": 16.0},
 }
 RATES = {
-    **dict.fromkeys(("uniform-16", "allocated-8", "allocated-8-scaled", "allocated-16", "dora-16"), ("0.5", "2")),
+    **dict.fromkeys((BASELINE, "uniform-64", "allocated-8", "allocated-8-scaled", "pruned-8", "dora-16"), ("0.5", "2")),
     "rslora-16": ("0.5",), "pissa-16": ("0.3",), "loraplus-16": ("0.25",),
 }  # fmt: skip
 DEFAULT = [*ARMS, *(f"{arm}@{factor}" for arm, factors in RATES.items() for factor in factors)]
@@ -173,8 +173,10 @@ def trained(setup: Assembly, arms: Sequence[str], seed: int, task: str) -> list[
         adapter = adapter_of(setup.text.model, name, base=setup.text.name)
         count = sum(parameter.numel() for parameter in trained_parameters(setup.text.model, name).values())  # PiSSA stores twice
         found.append(_record(setup, name, arm, count, _ended(at)) | {"task": task, "seed": seed})
-        if arm == "uniform-64" and not at.diverged:
-            found += [record | {"task": task, "seed": seed} for record in _compressed(setup, name, adapter, at)]
+        which, at_rate, factor = arm.partition("@")
+        if which == "uniform-64" and not at.diverged:
+            cut = _compressed(setup, name, adapter, at)
+            found += [record | {"arm": record["arm"] + at_rate + factor, "task": task, "seed": seed} for record in cut]
         eject(setup.text.model, name)
     return found
 
@@ -284,6 +286,8 @@ def summary(raw: Path, results: Path, flags: Mapping[str, Any]) -> int:
             diverged = Counter(r["arm"] for r in found if r["task"] == task and r.get("diverged"))
             rates = _best_rates(by_arm)
             tuned = _compared({arm: by_arm[name] for arm, name in rates.items()})
+            for arm, line in tuned.items():  # one rate is no choice: the baseline has three
+                line["rates_tried"] = sum(name.partition("@")[0] == arm for name in by_arm)
             content[task] = {"arms": _compared(by_arm), "best_rates": rates, "tuned": tuned, "diverged": dict(diverged)}
             _show(task, content[task])
     if not content:
@@ -360,6 +364,7 @@ def _print(table: Mapping[str, Mapping[str, Any]]) -> None:
         print(
             f"{arm:20}{line['parameters']:>12,}  accuracy {line['accuracy']:.3f}  log-loss {line['log_loss']:.4f}  "
             f"{len(line['seeds'])} seeds  {gap}  {line.get('verdict', 'baseline')}"
+            + (f", of {line['rates_tried']} rates" if "rates_tried" in line else "")
             + (" (worse by itself)" if line.get("verdict_alone") == "worse" != line["verdict"] else "")
         )
 
