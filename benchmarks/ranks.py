@@ -5,9 +5,12 @@
 
 Two real tasks with test rows that choose nothing: sentiment of drug reviews, and the condition that a review is about (the ten
 most frequent). Every arm is trained from the same rows by N-adapter runs, pruned ones each in a run of its own; its best step is
-chosen on held-out rows. The work is long, so it is done in parts: each (task, seed, arm) is a line of --raw, and what is there is
-not done again. --summary compares all arms with uniform-16 on the same test rows, mean over seeds, paired, Holm-corrected. An arm
-NAME@F has F times the learning rate. Accuracies and losses are no timings: a busy machine does not change them.
+chosen on held-out rows. The work is long, so it is done in parts: each (task, seed, arm) is a line of --raw, with the flags that
+it was made with, and what is there is not done again. --summary, with the same flags, compares all arms with uniform-16 on the
+same test rows, paired, in intervals that know rows and seeds (evaluate/over_seeds), Holm-corrected; and once more each arm at the
+learning rate that held-out rows prefer: an arm NAME@F has F times the rate. A loss of half the parameters is looked for without
+the correction, which would hide one the better the more arms there are. Accuracies and losses are no timings: a busy machine does
+not change them.
 """
 
 from __future__ import annotations
@@ -34,8 +37,9 @@ from lorakeet.core.adapter import Adapter
 from lorakeet.core.spec import LoraSpec
 from lorakeet.data.locate import locate_data, open_text
 from lorakeet.errors import RunStopped
-from lorakeet.evaluate.compare import compare_losses, holm
+from lorakeet.evaluate.compare import holm
 from lorakeet.evaluate.likelihood import RowLosses
+from lorakeet.evaluate.over_seeds import compare_over_seeds
 from lorakeet.evaluate.spec import EvaluateSpec
 from lorakeet.models.adapt import put_adapter
 from lorakeet.models.fits import plan_of
@@ -56,7 +60,7 @@ from lorakeet.workflows.prune_ranks import pruned_plan
 from lorakeet.workflows.quickstart import config_path
 
 BASELINE = "uniform-16"
-HALVES = ("allocated-8", "compressed-8")  # half the parameters of the baseline
+HALVES = ("allocated-8", "allocated-8-scaled", "compressed-8")  # half the parameters of the baseline
 COMPRESSED = {"compressed-16": 16, "compressed-8": 8, "compressed-4": 4}  # from uniform-64, when that is trained
 CONDITIONS = 10
 ARMS: dict[str, dict[str, Any]] = {
@@ -67,6 +71,8 @@ ARMS: dict[str, dict[str, Any]] = {
     "mlp-equal": {"rank": 26, "target_modules": ("mlp",)},
     "allocated-16": {"score": "gradient", "like": 16},
     "allocated-8": {"score": "gradient", "like": 8},
+    "allocated-16-scaled": {"score": "gradient", "like": 16, "scaled": True},  # one scale for all: alpha grows with the rank
+    "allocated-8-scaled": {"score": "gradient", "like": 8, "scaled": True},
     "activation-16": {"score": "activation", "like": 16},
     "sensitivity-16": {"score": "sensitivity", "like": 16},
     "pruned-16": {"prune": 16},  # from 1.5 times these parameters, at the scale of uniform rank 16; in runs of their own
@@ -79,13 +85,17 @@ ARMS: dict[str, dict[str, Any]] = {
     "activation-start-16": {"rank": 16, "start": "activation"},
     "loraplus-16": {"rank": 16, "b_learning_rate_ratio": 16.0},
 }
-DEFAULT = [*ARMS, "rslora-16@0.5", "pissa-16@0.3", "loraplus-16@0.25", "uniform-16@0.5", "uniform-16@2"]
+RATES = {
+    **dict.fromkeys((BASELINE, "uniform-64", "allocated-8", "allocated-8-scaled", "pruned-8", "dora-16"), ("0.5", "2")),
+    "rslora-16": ("0.5",), "pissa-16": ("0.3",), "loraplus-16": ("0.25",),
+}  # fmt: skip
+DEFAULT = [*ARMS, *(f"{arm}@{factor}" for arm, factors in RATES.items() for factor in factors)]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     given = _parser().parse_args(arguments)
     if given.summary:
-        return summary(given.raw, given.results)
+        return summary(given.raw, given.results, flags_of(given))
     arms = [arm for arm in given.arms.split(",") if arm]
     if unknown := [arm for arm in arms if arm.partition("@")[0] not in ARMS]:
         raise SystemExit(f"There are no arms {', '.join(unknown)}; there are {', '.join(ARMS)}, each also as NAME@FACTOR.")
@@ -93,15 +103,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with TemporaryDirectory(prefix="lorakeet-bench-") as folder:
         setup = assemble(run_of(given.task, Path(folder), given), Console(stderr=True))
         for seed in map(int, given.seeds.split(",")):
-            done = {record["arm"] for record in records(given.raw) if (record["task"], record["seed"]) == (given.task, seed)}
+            same = records(given.raw, flags_of(given))
+            done = {record["arm"] for record in same if (record["task"], record["seed"]) == (given.task, seed)}
             todo = [arm for arm in arms if arm not in done]
             for start in range(0, len(todo), given.together):
                 group = todo[start : start + given.together]
                 print(f"{given.task}, seed {seed}: {', '.join(group)}", file=sys.stderr, flush=True)
                 for record in trained(setup, group, seed, given.task):
                     with given.raw.open("a", encoding="utf-8") as file:
-                        file.write(json.dumps(record) + "\n")
+                        file.write(json.dumps({**record, "flags": flags_of(given)}) + "\n")
     return 0
+
+
+def flags_of(given: argparse.Namespace) -> dict[str, Any]:
+    """What a line must have been made with to count: a try of a few steps is none of the real runs."""
+    return {name: getattr(given, name) for name in ("model", "epochs", "steps", "limit")}
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -111,7 +127,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--seeds", default="0,1,2,3,4")
     parser.add_argument("--together", type=int, default=4, help="adapters in one pass over the base")
     parser.add_argument("--epochs", type=float, default=2.0)
-    parser.add_argument("--steps", type=int, help="fewer optimizer steps, to try the script")
+    parser.add_argument("--steps", type=int, help="fewer optimizer steps, to try the script; 12 or more with pruned arms")
     parser.add_argument("--limit", type=int, help="fewer rows of each file, to try the script")
     parser.add_argument("--model", help="another base, to try the script")
     parser.add_argument("--raw", type=Path, default=Path("runs/ranks.jsonl"), help="a line for each task, seed and arm")
@@ -151,14 +167,16 @@ def trained(setup: Assembly, arms: Sequence[str], seed: int, task: str) -> list[
     """One record for each arm, trained together, and for what is compressed from uniform-64."""
     alone = [arm for arm in arms if "prune" in ARMS[arm.partition("@")[0]]]
     names = {f"arm_{index}": arm for index, arm in enumerate(arms) if arm not in alone}
+    found = [_pruned(setup, arm, seed) | {"task": task, "seed": seed} for arm in alone]  # which leave the model bare
     members = [_member(setup, name, arm, seed) for name, arm in names.items()]
-    found = [_pruned(setup, arm, seed) | {"task": task, "seed": seed} for arm in alone]
     for (name, arm), at in zip(names.items(), train_many(setup.text, members) if members else [], strict=True):
         adapter = adapter_of(setup.text.model, name, base=setup.text.name)
         count = sum(parameter.numel() for parameter in trained_parameters(setup.text.model, name).values())  # PiSSA stores twice
         found.append(_record(setup, name, arm, count, _ended(at)) | {"task": task, "seed": seed})
-        if arm == "uniform-64" and not at.diverged:
-            found += [record | {"task": task, "seed": seed} for record in _compressed(setup, name, adapter, at)]
+        which, at_rate, factor = arm.partition("@")
+        if which == "uniform-64" and not at.diverged:
+            cut = _compressed(setup, name, adapter, at)
+            found += [record | {"arm": record["arm"] + at_rate + factor, "task": task, "seed": seed} for record in cut]
         eject(setup.text.model, name)
     return found
 
@@ -175,14 +193,19 @@ def _member(setup: Assembly, name: str, arm: str, seed: int) -> Member:
     return Member(name, spec, setup.train.examples, setup.held_out.examples)
 
 
-def _allocated(setup: Assembly, seed: int, *, score: Any, like: int) -> LoraSpec:
-    """The ranks that --ranks auto chooses for the parameters of uniform rank `like`; measured on a model without adapters."""
+def _allocated(setup: Assembly, seed: int, *, score: Any, like: int, scaled: bool = False) -> LoraSpec:
+    """The ranks that --ranks auto chooses for the parameters of uniform rank `like`; measured with no adapter in use.
+
+    `scaled`: every pair has the scale of that uniform rank; else the same alpha, as --ranks auto gives it.
+    """
     lora = replace(setup.config.lora, rank=like)
     config = replace(
         setup.config, lora=lora, ranks=RanksSpec(choose="auto", score=score), train=replace(setup.config.train, seed=seed)
     )
     bare = plan_for(setup.text.model, lora, setup.text.family)
-    return choose_ranks(config, setup.text, bare, setup.train.examples, Console(stderr=True))[0].lora
+    chosen, plan = choose_ranks(config, setup.text, bare, setup.train.examples, Console(stderr=True))
+    alphas = {entry.path: lora.alpha * entry.rank / like for entry in plan.entries}
+    return replace(chosen.lora, alpha_pattern=alphas) if scaled else chosen.lora
 
 
 def _compressed(setup: Assembly, name: str, adapter: Adapter, at: Progress) -> list[dict[str, Any]]:
@@ -245,29 +268,35 @@ def _record(setup: Assembly, name: str, arm: str, parameters: int, ended: Mappin
     return {**about, "losses": [round(float(value), 4) for value in losses], "correct": correct}
 
 
-def records(raw: Path) -> list[dict[str, Any]]:
-    """The lines of the raw file; none where it is not there yet."""
-    return [json.loads(line) for line in raw.read_text(encoding="utf-8").splitlines()] if raw.exists() else []
+def records(raw: Path, flags: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The lines of the raw file that were made with `flags`; none where it is not there yet."""
+    lines = [json.loads(line) for line in raw.read_text(encoding="utf-8").splitlines()] if raw.exists() else []
+    return [line for line in lines if line.get("flags") == flags]
 
 
-def summary(raw: Path, results: Path) -> int:
-    """Compares every arm with the baseline over the seeds that both have; 1 where both halves lose on some task."""
-    about, content = origin(), {}
+def summary(raw: Path, results: Path, flags: Mapping[str, Any]) -> int:
+    """Compares every arm with the baseline over the seeds that both have; 1 where all halves lose on some task."""
+    about, content, found = origin(), {}, records(raw, flags)
     for task in ("reviews", "conditions"):
-        lines = [record for record in records(raw) if record["task"] == task and not record.get("diverged")]
+        lines = [record for record in found if record["task"] == task and not record.get("diverged")]
         by_arm: dict[str, dict[int, Mapping[str, Any]]] = {}
         for record in lines:
             by_arm.setdefault(record["arm"], {})[record["seed"]] = record
         if BASELINE in by_arm:
-            diverged = Counter(r["arm"] for r in records(raw) if r["task"] == task and r.get("diverged"))
-            content[task] = {"arms": _compared(by_arm), "diverged": dict(diverged)}
+            diverged = Counter(r["arm"] for r in found if r["task"] == task and r.get("diverged"))
+            rates = _best_rates(by_arm)
+            tuned = _compared({arm: by_arm[name] for arm, name in rates.items()})
+            for arm, line in tuned.items():  # one rate is no choice: the baseline has three
+                line["rates_tried"] = sum(name.partition("@")[0] == arm for name in by_arm)
+            content[task] = {"arms": _compared(by_arm), "best_rates": rates, "tuned": tuned, "diverged": dict(diverged)}
             _show(task, content[task])
     if not content:
-        raise SystemExit(f"{raw} has no line of {BASELINE} yet; train it first.")
-    held = {task: any(table["arms"].get(arm, {}).get("verdict") != "worse" for arm in HALVES if arm in table["arms"])
+        raise SystemExit(f"{raw} has no line of {BASELINE} made with {dict(flags)} yet; train it first.")
+    held = {task: any(table["tuned"][arm]["verdict_alone"] != "worse" for arm in HALVES if arm in table["tuned"])
             for task, table in content.items()}  # fmt: skip
     print(f"Half the parameters of {BASELINE} without a loss shown: {held}")
-    print(f"Written: {write_result('ranks', {'tasks': content, 'kept': held}, seed=0, about=about, folder=results)}")
+    whole = {"flags": dict(flags), "tasks": content, "kept": held}
+    print(f"Written: {write_result('ranks', whole, seed=0, about=about, folder=results)}")
     return 0 if all(held.values()) else 1
 
 
@@ -290,8 +319,9 @@ def _compared(by_arm: Mapping[str, Mapping[int, Mapping[str, Any]]]) -> dict[str
             "gap_sd_over_seeds": statistics.stdev(gaps) if len(seeds) > 1 else None,
         }
         if arm != BASELINE:
-            left, right = (_mean_rows(arm_runs, seeds, name) for arm_runs, name in ((runs, arm), (base, BASELINE)))
-            comparisons[arm] = compare_losses(left, right, spec)
+            left, right = ([_rows(of[seed], name) for seed in seeds] for of, name in ((runs, arm), (base, BASELINE)))
+            comparisons[arm] = compare_over_seeds(left, right, spec)
+            table[arm]["verdict_alone"] = comparisons[arm].verdict  # not corrected for the number of arms
     for arm, found in zip(comparisons, holm(list(comparisons.values())), strict=True):
         gap = found.difference
         table[arm] |= {"gap": gap.value, "low": gap.low, "high": gap.high, "n": gap.n, "p_holm": found.p_value}
@@ -303,21 +333,40 @@ def _accuracy(record: Mapping[str, Any]) -> float:
     return record["correct"].count("1") / len(record["correct"])
 
 
-def _mean_rows(runs: Mapping[int, Mapping[str, Any]], seeds: Sequence[int], name: str) -> RowLosses:
-    losses = np.mean([runs[seed]["losses"] for seed in seeds], axis=0)
+def _rows(record: Mapping[str, Any], name: str) -> RowLosses:
+    losses = np.array(record["losses"])
     return RowLosses(name, losses, np.ones(len(losses), dtype=np.int64))
 
 
+def _best_rates(by_arm: Mapping[str, Mapping[int, Mapping[str, Any]]]) -> dict[str, str]:
+    """By arm the one of its learning rates, NAME or NAME@F, of lowest held-out loss; of those with the most seeds that ended."""
+    found: dict[str, tuple[int, float, str]] = {}
+    for name, runs in by_arm.items():
+        losses = [run["held_out_loss"] for run in runs.values() if run.get("held_out_loss") is not None]
+        if losses:
+            arm, one = name.partition("@")[0], (-len(losses), statistics.fmean(losses), name)
+            found[arm] = min(found.get(arm, one), one)
+    return {arm: name for arm, (_, _, name) in found.items()}
+
+
 def _show(task: str, found: Mapping[str, Any]) -> None:
-    print(f"\n{task}: log-loss on test rows, mean over seeds; gap to {BASELINE} with 95 % interval over rows, p by Holm")
-    for arm, line in sorted(found["arms"].items(), key=lambda item: item[1]["log_loss"]):
+    print(f"\n{task}: log-loss on test rows, mean over seeds; gap to {BASELINE} with 95 % interval (rows, seeds), p by Holm")
+    _print(found["arms"])
+    print("The same, each arm at its own best learning rate by held-out loss:")
+    _print({found["best_rates"][arm]: line for arm, line in found["tuned"].items()})
+    for arm, count in found["diverged"].items():
+        print(f"{arm:20} diverged in {count} seeds")
+
+
+def _print(table: Mapping[str, Mapping[str, Any]]) -> None:
+    for arm, line in sorted(table.items(), key=lambda item: item[1]["log_loss"]):
         gap = f"{line['gap']:+.4f} [{line['low']:+.4f}, {line['high']:+.4f}] p {line['p_holm']:.3g}" if "gap" in line else ""
         print(
             f"{arm:20}{line['parameters']:>12,}  accuracy {line['accuracy']:.3f}  log-loss {line['log_loss']:.4f}  "
             f"{len(line['seeds'])} seeds  {gap}  {line.get('verdict', 'baseline')}"
+            + (f", of {line['rates_tried']} rates" if "rates_tried" in line else "")
+            + (" (worse by itself)" if line.get("verdict_alone") == "worse" != line["verdict"] else "")
         )
-    for arm, count in found["diverged"].items():
-        print(f"{arm:20} diverged in {count} seeds")
 
 
 if __name__ == "__main__":

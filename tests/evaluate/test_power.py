@@ -44,3 +44,14 @@ def test_too_few_rows_are_said_with_the_number_needed() -> None:
     assert "Too few" not in PairedPower(1000, 0.5, 0.95).sentence(0.05)
     with pytest.raises(DataError, match="1 held-out rows tell no two trials apart"):
         paired_power(np.ones(1), np.ones(1), confidence=0.95)
+
+
+def test_rows_of_a_group_count_once() -> None:
+    chance = np.random.default_rng(0)
+    losses, tokens = chance.gamma(2, 3, 30), np.full(30, 4.0)
+    once = paired_power(losses, tokens, confidence=0.95)
+    twice = paired_power(np.tile(losses, 2), np.tile(tokens, 2), confidence=0.95, groups=tuple(range(30)) * 2)
+    assert (twice.rows, twice.smallest) == (30, pytest.approx(once.smallest))
+    assert "30 groups of rows show a difference of" in twice.sentence(1e-9) and "Too few groups of rows" in twice.sentence(1e-9)
+    with pytest.raises(DataError, match="1 held-out groups of rows"):
+        paired_power(losses, tokens, confidence=0.95, groups=["one"] * 30)

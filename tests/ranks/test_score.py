@@ -127,6 +127,16 @@ def test_shares_of_second_moments(of: str) -> None:
     assert not model.first._forward_hooks and not model.second._forward_hooks
 
 
+def test_a_bias_is_no_part_of_what_a_weight_gives() -> None:
+    torch.manual_seed(0)
+    model, batches = Two(), [torch.randn(5, 7, 10)]
+    plan = Plan((PlanEntry("first", "linear", (12, 10), 4, 12.0),))
+    plain = variance_gains(sketched(model, plan, batches, "output"), plan, largest=4)["first"]
+    model.first.bias = nn.Parameter(torch.full((12,), 30.0))
+    biased = variance_gains(sketched(model, plan, batches, "output"), plan, largest=4)["first"]
+    torch.testing.assert_close(torch.tensor(biased), torch.tensor(plain), rtol=1e-4, atol=1e-5)
+
+
 def test_only_linear_layers_have_states_to_read() -> None:
     with pytest.raises(ConfigError, match=r"ranks\.score activation reads linear layers only, not 'b'.*gradient"):
         sketch_states(Two(), Plan(ENTRIES), lambda: None, of="input", largest=4, seed=0)

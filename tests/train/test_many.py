@@ -14,7 +14,7 @@ from torch import Tensor
 from lorakeet.core.base import DenseBase
 from lorakeet.core.spec import LoraSpec
 from lorakeet.data.chat import Example
-from lorakeet.errors import ConfigError
+from lorakeet.errors import ConfigError, VerificationFailed
 from lorakeet.memory.spill import Aside
 from lorakeet.models import inject
 from lorakeet.models.adapt import begin_adapter
@@ -24,6 +24,7 @@ from lorakeet.models.spec import ModelSpec
 from lorakeet.models.targets import plan_for
 from lorakeet.models.text import TextModel
 from lorakeet.quant.spec import QuantSpec
+from lorakeet.train import gradients
 from lorakeet.train.loop import train
 from lorakeet.train.many import Many, Member, at_once, join, train_many
 from lorakeet.train.run import RunFolder
@@ -182,6 +183,37 @@ def test_one_that_diverges_leaves_the_others_alone(tiny_llama_folder: Path, tmp_
     for key, value in inject.trained_parameters(text.model, "a").items():
         torch.testing.assert_close(value, expected[key], rtol=2e-3, atol=2e-4)
     assert good.done == "all steps done"
+
+
+def test_dropout_draws_from_the_seed_and_leaves_the_generator_alone(tiny_llama_folder: Path) -> None:
+    """Whatever torch has drawn before: a search is a function of its settings and its seed."""
+    found = []
+    for before in (1, 2):
+        torch.manual_seed(before)
+        text = load(tiny_llama_folder)
+        inject.inject(text.model, plan_for(text.model, LoraSpec(rank=4, alpha=12.0, dropout=0.3), text.family), "a", seed=0)
+        state = torch.get_rng_state()
+        found.append(train_many(text, [Member("a", dataclasses.replace(SPEC, steps=2), rows(14, 1), ())])[0].losses)
+        assert torch.equal(torch.get_rng_state(), state)
+    plain, members = together(tiny_llama_folder, "a", steps=2)
+    assert found[0] == found[1] != train_many(plain, [dataclasses.replace(members[0], held_out=())])[0].losses
+
+
+def test_a_member_whose_gradients_are_lost_in_a_jump_has_diverged(
+    tiny_llama_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the loss did not rise, the model is to blame, and that is an error."""
+    def lost(parameters: dict[str, Tensor], step: int) -> None:
+        if step == 2:
+            raise VerificationFailed("only zeros")
+
+    monkeypatch.setattr(gradients, "require_gradients", lost)
+    text, members = together(tiny_llama_folder, "a", learning_rate=3.0, steps=2)
+    hot = train_many(text, [dataclasses.replace(members[0], held_out=())])[0]
+    assert hot.diverged and hot.step == 1 and hot.done.endswith("with gradients that are only zeros")
+    text, members = together(tiny_llama_folder, "a", learning_rate=1e-2, steps=2, batch_size=14)
+    with pytest.raises(VerificationFailed):
+        train_many(text, [dataclasses.replace(members[0], held_out=())])
 
 
 def test_what_cannot_share_a_batch_is_named(tiny_llama_folder: Path) -> None:

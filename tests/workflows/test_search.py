@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -66,6 +67,24 @@ def test_the_worse_half_is_given_up_twice(setup: Assembly) -> None:
     assert [trial.against_start is None for trial in found.trials] == [True, True, True, False]  # given up: no fair comparison
 
 
+def test_what_trials_are_compared_with_is_trained_to_its_end_however_slow_it_is(setup: Assembly) -> None:
+    """Else a fast starter would be better than a run file of a quarter of its steps."""
+    trials = trials_of(setup)
+    trials.generation([Trial(START, Point(0.01)), *(Trial(f"×{f}", Point(f)) for f in (0.1, 1.0, 2.0))], rungs=(0.25, 0.5))
+    assert [(trial.at.step, trial.at.done) for trial in trials.all if trial.at is not None] == [
+        (8, "all steps done"), (2, HALVED), (8, "all steps done"), (8, "all steps done")
+    ]  # fmt: skip
+    assert trials.result(trials.all[0], None, "").trials[2].against_start is not None
+
+
+def test_those_given_up_count_among_the_comparisons(setup: Assembly) -> None:
+    trials = trials_of(setup)
+    trials.generation([Trial(START, Point()), *(Trial(f"×{f}", Point(f)) for f in (0.01, 0.1, 2.0))], rungs=(0.25,))
+    against = [line.against_start for line in trials.result(trials.all[3], None, "").trials]
+    assert [one is None for one in against] == [True, True, True, False]
+    assert against[3] is not None and against[3].test.endswith("Holm over 3")
+
+
 def test_trials_that_diverge_are_marked_and_the_others_go_on(setup: Assembly) -> None:
     trials = trials_of(setup)
     trials.generation([Trial(START, Point()), Trial("hot", Point(HOT))], rungs=())
@@ -94,16 +113,49 @@ def test_the_budget_ends_the_search(setup: Assembly, limit: dict[str, Any]) -> N
     trials.generation([Trial(START, Point()), Trial("other", Point(2.0))], rungs=())
     assert {trial.at.done for trial in trials.all if trial.at is not None} == {SPENT} and trials.budget.spent()
     assert all(trial.losses is not None and not trial.whole for trial in trials.all)
-    assert trials.best().name in (START, "other")
+    best = trials.best()
+    assert best.name in (START, "other") and best.at is not None
+    assert trials.result(best, None, "").conclusion.endswith("a short trial favours high rates. Raise the budget.")
 
 
-def test_the_confirmation_is_over_seeds_and_over_rows_that_did_not_choose(setup: Assembly) -> None:
+def test_the_confirmation_is_over_new_seeds_and_over_rows_that_did_not_choose(setup: Assembly) -> None:
     trials = trials_of(setup)
     trials.generation([Trial(START, Point()), Trial("other", Point(2.0, 2, "mlp"))], rungs=())
-    one, three = trials.confirm(trials.all[1], 1), trials.confirm(trials.all[1], 3)
-    assert one is not None and three is not None and adapter_names(setup.text.model) == []
-    assert one.difference.n == three.difference.n == len(trials.rows.confirm)
-    assert one.difference.value != three.difference.value and (one.left, one.right) == ("other", START)
+    winner, trained = trials.all[1], []
+    usual = trials._member
+    trials._member = lambda name, trial, rows, seed=0: trained.append((trial.name, seed)) or usual(name, trial, rows, seed)  # type: ignore[method-assign,func-returns-value]
+    one = trials.confirm(winner, 1)
+    assert one is not None and one.test == "paired randomisation" and not trained
+    assert "n = 9, of seed 0 alone" in trials.result(winner, one, "").conclusion
+    two = trials.confirm(winner, 2, together=4)
+    assert trained == [("other", 1), (START, 1), ("other", 2), (START, 2)] and adapter_names(setup.text.model) == []
+    assert two is not None and two.test == "t over rows and 2 seeds" and (two.left, two.right) == ("other", START)
+    assert one.difference.n == two.difference.n == len(trials.rows.confirm) and one.difference.value != two.difference.value
+    assert "n = 9, 2 new seeds each" in trials.result(winner, two, "").conclusion
+
+
+def test_a_winner_that_diverges_under_another_seed_is_not_confirmed(setup: Assembly) -> None:
+    trials = trials_of(setup)
+    trials.generation([Trial(START, Point()), Trial("other", Point(2.0))], rungs=())
+    trials.all[1].point = Point(HOT)
+    assert trials.confirm(trials.all[1], 2) is None and adapter_names(setup.text.model) == []
+    said = trials.result(trials.all[1], None, "").conclusion
+    assert "unconfirmed: with seed 1 other diverged (step" in said and said.endswith("The run file's stay.")
+
+
+def test_the_budget_holds_what_the_confirmation_takes(setup: Assembly) -> None:
+    budget = Budget(None, 1000, used=300, kept=400)
+    assert not budget.spent(299) and budget.spent(300) and budget.times(200) == 3 and budget.times(800) == 0
+    assert Budget(None, 1000, used=499, kept=10**9).spent(1), "half of it at most"
+    late = Budget(100.0, None, began=time.monotonic() - 40, used=100, kept=100)
+    assert not late.spent() and late.times(100) == 1  # 0.4 seconds a token
+    assert Budget(100.0, None, began=time.monotonic() - 51, used=1, kept=10**9).spent()
+    assert Budget(None, None, used=10**9, kept=10**9).spent() is False and Budget(None, None).times(1) is None
+    trials = trials_of(setup, tokens=20_000)
+    trials.generation([Trial(START, Point()), Trial("other", Point(2.0))], rungs=())
+    trials.budget.used = 19_000
+    found = trials.confirm(trials.all[1], 3)
+    assert found is not None and found.test == "paired randomisation" and trials.seeds == 1
 
 
 def test_where_nothing_differs_that_is_what_is_said(setup: Assembly) -> None:

@@ -83,7 +83,7 @@ def compare_answers(left: Answers, right: Answers, spec: EvaluateSpec) -> tuple[
         else:
             p_value, test = randomisation(make(stacked), paired.n, spec=spec, groups=left.groups), "paired randomisation"
         higher = HIGHER_IS_BETTER[metric]
-        verdict = _verdict(difference, p_value, higher_is_better=higher)
+        verdict = paired_verdict(difference, p_value, higher_is_better=higher)
         results.append(Comparison(left.system, right.system, metric, difference, p_value, test, higher, verdict, paired))
     return tuple(results)
 
@@ -99,22 +99,23 @@ def compare_losses(left: RowLosses, right: RowLosses, spec: EvaluateSpec) -> Com
     difference = bootstrap(lambda weights: (weights @ gap) / (weights @ tokens), n, spec=spec, groups=left.groups)
     summed = np.concatenate([left.losses, right.losses]) / tokens.sum()
     p_value = randomisation(lambda weights: weights @ summed, n, spec=spec, groups=left.groups)
-    verdict = _verdict(difference, p_value, higher_is_better=False)
+    verdict = paired_verdict(difference, p_value, higher_is_better=False)
     return Comparison(left.system, right.system, "loss", difference, p_value, "paired randomisation", False, verdict)
 
 
-def holm(comparisons: Sequence[Comparison]) -> tuple[Comparison, ...]:
+def holm(comparisons: Sequence[Comparison], *, beside: int = 0) -> tuple[Comparison, ...]:
     """The same comparisons with p-values adjusted for their number (Holm 1979), and verdicts that hold for all of them together.
 
-    The k-th smallest of m p-values is multiplied by m − k + 1, and none is below the one before it.
+    The k-th smallest of m p-values is multiplied by m − k + 1, and none is below the one before it. `beside` counts others that
+    the same rows have ruled out before: they are taken for the largest p-values.
     """
     order = sorted(range(len(comparisons)), key=lambda index: comparisons[index].p_value)
     found, last = list(comparisons), 0.0
     for place, index in enumerate(order):
         one = comparisons[index]
-        last = max(last, min(1.0, (len(order) - place) * one.p_value))
-        verdict = _verdict(one.difference, last, higher_is_better=one.higher_is_better)
-        found[index] = replace(one, p_value=last, test=f"{one.test}, Holm over {len(order)}", verdict=verdict)
+        last = max(last, min(1.0, (len(order) + beside - place) * one.p_value))
+        verdict = paired_verdict(one.difference, last, higher_is_better=one.higher_is_better)
+        found[index] = replace(one, p_value=last, test=f"{one.test}, Holm over {len(order) + beside}", verdict=verdict)
     return tuple(found)
 
 
@@ -159,7 +160,8 @@ def _widen_if_flat(difference: Estimate, paired: Paired) -> Estimate:
     return Estimate(value, min(low, value), max(high, value), paired.n, "Bonett-Price", difference.confidence)
 
 
-def _verdict(difference: Estimate, p_value: float, *, higher_is_better: bool) -> Verdict:
+def paired_verdict(difference: Estimate, p_value: float, *, higher_is_better: bool) -> Verdict:
+    """What a paired difference shows of the left system: something only where interval and test agree."""
     if not difference.excludes_zero or p_value >= 1 - difference.confidence:
         return "no difference shown"
     return "better" if (difference.value > 0) == higher_is_better else "worse"

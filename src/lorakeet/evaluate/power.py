@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,6 +23,7 @@ class PairedPower:
     rows: int
     spread: float  # standard deviation of a row's difference, nats a token
     confidence: float
+    unit: str = "rows"  # what is independent of each other
 
     @property
     def smallest(self) -> float:
@@ -39,21 +41,30 @@ class PairedPower:
     def sentence(self, difference: float) -> str:
         """In words, with the number of rows that `difference` needs where there are too few."""
         base = (
-            f"{self.rows} rows show a difference of {self.smallest:.3g} nats a token or more with a probability of "
-            f"{POWER:.0%} (if losses of two trials correlate by {CORRELATION:g} over rows)."
+            f"{self.rows} {self.unit} show a difference of {self.smallest:.3g} nats a token or more with a probability of "
+            f"{POWER:.0%} (if losses of two trials correlate by {CORRELATION:g} over {self.unit})."
         )
         needed = self.rows_for(difference)
         if needed <= self.rows:
             return base
-        return f"{base} Too few rows to tell trials apart by {difference:g}: that needs about {needed:,}."
+        return f"{base} Too few {self.unit} to tell trials apart by {difference:g}: that needs about {needed:,}."
 
 
-def paired_power(losses: Floats, tokens: Floats, *, confidence: float) -> PairedPower:
+def paired_power(
+    losses: Floats, tokens: Floats, *, confidence: float, groups: Sequence[Hashable] | None = None
+) -> PairedPower:
     """From one system's summed losses (n,) and tokens (n,): sd of a row's difference is √(2·(1 − ρ)) times that of its loss.
 
-    The loss a token is a ratio Σl/Σt, so a row counts by its residual (l − r·t)/mean(t). Raises DataError below 2 rows.
+    The loss a token is a ratio Σl/Σt, so a row counts by its residual (l − r·t)/mean(t); where rows have `groups`, a group does.
+    Raises DataError below 2 rows.
     """
+    if groups is not None:
+        numbers: dict[Hashable, int] = {}
+        index = [numbers.setdefault(group, len(numbers)) for group in groups]
+        losses, tokens = (np.bincount(index, weights=values).astype(np.float64) for values in (losses, tokens))
+    unit = "rows" if groups is None else "groups of rows"
     if len(losses) < 2:
-        raise DataError(f"{len(losses)} held-out rows tell no two trials apart; hold out 2 rows or more.")
+        raise DataError(f"{len(losses)} held-out {unit} tell no two trials apart; hold out 2 or more.")
     residuals = (losses - losses.sum() / tokens.sum() * tokens) / tokens.mean()
-    return PairedPower(len(losses), float(np.std(residuals, ddof=1)) * math.sqrt(2 * (1 - CORRELATION)), confidence)
+    spread = float(np.std(residuals, ddof=1)) * math.sqrt(2 * (1 - CORRELATION))
+    return PairedPower(len(losses), spread, confidence, unit)

@@ -166,8 +166,8 @@ def sketch_states(
     """By path, a sketch of the second moment of the matrix's inputs x, or outputs W·x; `forward()` runs the bare model.
 
     input: EVA (arXiv 2410.07170), where rank goes to the directions that explain most of the activations. output: weight ×
-    activation, the singular values of W·C^½ with C = E[x·xᵀ], as in CorDA (arXiv 2406.05223). The moments are never formed: C·Ω
-    for a random Ω gives the leading eigenvalues (Nyström), ‖x‖² the whole.
+    activation, the singular values of W·C^½ with C = E[x·xᵀ] (CorDA, arXiv 2406.05223, takes those of W·C). The moments are never
+    formed: C·Ω for a random Ω gives the leading eigenvalues (Nyström), ‖x‖² the whole.
     """
     refused = [entry.path for entry in plan.entries if entry.kind not in ("linear", "conv1d")]
     if refused:
@@ -194,8 +194,8 @@ def sketch_states(
 
 def _watch(sketch: Sketch, of: str) -> Callable[..., None]:
     def hook(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
-        del module
-        sketch.add(inputs[0] if of == "input" else output)
+        bias = getattr(module, "bias", None)  # the same for every token: no pair can give that a direction
+        sketch.add(inputs[0] if of == "input" else output if bias is None else output - bias)
 
     return hook
 

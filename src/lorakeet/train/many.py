@@ -7,7 +7,7 @@
 
 The base's weights are read once for all members' tokens, and stand in memory once. Rows attend to themselves alone and each token
 uses its own member's pairs (core/batched), so a member's gradients are those of its single run, to rounding; dropout alone draws
-other numbers than there.
+other numbers than there, from the first member's seed and the round.
 """
 
 from __future__ import annotations
@@ -23,21 +23,22 @@ from torch import Tensor
 from lorakeet.core.layers import LoraEmbedding, LoraLinear
 from lorakeet.core.plan import Plan
 from lorakeet.core.selection import Selection, Share
+from lorakeet.core.start import seed_for
 from lorakeet.data.chat import Example
 from lorakeet.data.pack import Batch, micro_batches
-from lorakeet.errors import ConfigError
+from lorakeet.errors import ConfigError, VerificationFailed
 from lorakeet.evaluate.intervals import Estimate
 from lorakeet.memory.spill import Aside
 from lorakeet.models.inject import selection_of, trained_parameters
 from lorakeet.models.modules import adapted_layers, find, output_layer
 from lorakeet.models.score import row_losses
 from lorakeet.models.text import TextModel
-from lorakeet.train import gradients, schedule
+from lorakeet.train import gradients, rng, schedule
 from lorakeet.train.layer_major import batches_by_block
 from lorakeet.train.optimizer import Optimizer
 from lorakeet.train.spec import TrainSpec
 from lorakeet.train.stopping import Watch
-from lorakeet.train.task import HeldOut
+from lorakeet.train.task import HeldOut, batch_seeds
 from lorakeet.train.text_loss import head_loss
 from lorakeet.train.text_task import learning_rate_of, order_of
 
@@ -91,6 +92,7 @@ class Many:
         _require_sharable(text, names)
         self.selection: Selection = selection_of(text.model)
         self._members = [_Learner(text, member) for member in members]
+        self._rounds = 0
 
     @property
     def progress(self) -> list[Progress]:
@@ -152,13 +154,16 @@ class Many:
                     wholes.append(own.detach())
             return torch.stack(means).sum(), torch.stack(wholes).sum()
 
-        with self.text.every_token():
+        self._rounds += 1
+        with self.text.every_token(), torch.random.fork_rng(devices=rng.cards(self.text.device)):
+            torch.manual_seed(seed_for(self.progress[0].member.spec.seed, f"many/{self._rounds}"))
             if self.text.streamed is not None:
                 batches_by_block(
                     self.text, self.text.streamed, joined, loss, aside=self.aside, together=self.together, prepare=prepare
                 )
             else:
-                for number in range(len(passes)):
+                for number, seed in enumerate(batch_seeds(len(passes))):
+                    torch.manual_seed(seed)  # so that a streamed model draws the same
                     prepare(number)
                     loss(number)[0].backward()  # type: ignore[no-untyped-call]
         for learner, count in zip(learning, targets, strict=True):
@@ -219,13 +224,27 @@ class _Learner:
             self.optimizer.adamw.zero_grad(set_to_none=True)
             at.done, at.diverged = f"step {at.step + 1}: the loss is {mean:.4g} nats a token", True
             return
-        if at.step < 2:
-            gradients.require_gradients(self.parameters, at.step + 1)
+        if at.step < 2 and not self._all_arrived(mean):
+            return
         gradients.clip(self.parameters, spec.clip_norm, norm=norm)
         at.step += 1
         at.tokens += sum(len(at.member.train[row].ids) for row in self.order.indices(at.step - 1))
         at.losses.append(mean)
         self.optimizer.step(at.learning_rate * schedule.factor(at.step, at.total, warmup=self.warmup, shape=spec.schedule))
+
+    def _all_arrived(self, mean: float) -> bool:
+        """Whether the gradient reached every trained tensor. One that is lost after a first step is that step's doing: then this
+        member has diverged, and the others go on."""
+        at = self.at
+        try:
+            gradients.require_gradients(self.parameters, at.step + 1)
+        except VerificationFailed:
+            if at.step == 0 or mean <= at.losses[0]:
+                raise
+            self.optimizer.adamw.zero_grad(set_to_none=True)
+            at.done = f"step {at.step + 1}: the loss is {mean:.4g} nats a token, with gradients that are only zeros"
+            at.diverged = True
+        return not at.diverged
 
     @property
     def wants_evaluation(self) -> bool:

@@ -73,6 +73,12 @@ class Assembly:
         return sum(len(example.ids) for example in self.train.examples)
 
     @property
+    def tokens_of_run(self) -> int:
+        """About as many tokens as all of the run's steps see."""
+        rows = self.steps * min(self.config.train.batch_size, len(self.train.examples))
+        return self.tokens_per_epoch * rows // len(self.train.examples)
+
+    @property
     def steps(self) -> int:
         order = StepOrder(len(self.train.examples), self.config.train.batch_size, self.config.train.seed)
         return self.config.train.total_steps(order.steps_per_epoch)

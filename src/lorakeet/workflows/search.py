@@ -16,6 +16,7 @@ from lorakeet.data.chat import Example
 from lorakeet.errors import DataError
 from lorakeet.evaluate.compare import Comparison, compare_losses, holm
 from lorakeet.evaluate.likelihood import RowLosses, measure_losses
+from lorakeet.evaluate.over_seeds import compare_over_seeds
 from lorakeet.evaluate.power import paired_power
 from lorakeet.evaluate.rank_values import Search, TrialResult
 from lorakeet.evaluate.wording import signed
@@ -52,17 +53,35 @@ class Trial:
 
 @dataclass
 class Budget:
-    """What is left of the time and the tokens."""
+    """What is left of the time and the tokens. `kept` tokens are for the confirmation: at most half of all, and their time."""
 
     seconds: float | None
     tokens: int | None
     began: float = field(default_factory=time.monotonic)
     used: int = 0
+    kept: int = 0
 
     def spent(self, more: int = 0) -> bool:
-        """Whether nothing is left, `more` tokens of trials in progress counted."""
-        late = self.seconds is not None and time.monotonic() - self.began > self.seconds
-        return late or (self.tokens is not None and self.used + more >= self.tokens)
+        """Whether nothing is left for the search, `more` tokens of trials in progress counted."""
+        used, late = self.used + more, False
+        if self.seconds is not None:
+            late = self.elapsed + min(self.kept * self._pace(used), self.seconds / 2) > self.seconds
+        return late or (self.tokens is not None and used + min(self.kept, self.tokens // 2) >= self.tokens)
+
+    def times(self, tokens: int) -> int | None:
+        """How often so many tokens can be trained with what is left; None where there is no limit."""
+        found = [] if self.tokens is None else [(self.tokens - self.used) // tokens]
+        if self.seconds is not None:
+            found.append(int((self.seconds - self.elapsed) / (tokens * self._pace(self.used))) if self.used else 0)
+        return max(0, min(found)) if found else None
+
+    @property
+    def elapsed(self) -> float:
+        return time.monotonic() - self.began
+
+    def _pace(self, used: int) -> float:
+        """Seconds a token so far, all that was done beside training counted."""
+        return self.elapsed / used if used else 0.0
 
 
 @dataclass(frozen=True)
@@ -81,12 +100,15 @@ class Trials:
     def __init__(self, setup: Assembly, space: Space, rows: SearchRows, budget: Budget, console: Console) -> None:
         self.setup, self.space, self.rows, self.budget, self.console = setup, space, rows, budget, console
         self.all: list[Trial] = []
+        self.seeds = 1  # with which the winner was confirmed
+        self.unconfirmed = ""  # why it could not be, where a seed of it diverged
 
     def power(self, difference: float) -> str:
         """What the rows of the search can show, from the bare base's losses."""
         base = self.losses("base", self.rows.search, None)
         confidence = self.setup.config.evaluate.confidence
-        return paired_power(base.losses, base.tokens.astype(np.float64), confidence=confidence).sentence(difference)
+        tokens = base.tokens.astype(np.float64)
+        return paired_power(base.losses, tokens, confidence=confidence, groups=base.groups).sentence(difference)
 
     def losses(self, system: str, rows: Sequence[Example], name: str | None) -> RowLosses:
         """The losses of the adapter `name` on the model, None for the bare base."""
@@ -97,7 +119,7 @@ class Trials:
         return RowLosses(system, sums, counts.astype(np.int64), groups)
 
     def run(self, study: Any, together: int) -> None:
-        """Generations until the budget is spent; the run file's own settings are in the first one."""
+        """Generations until the budget is spent; the run file's own settings are in the first one, to their end."""
         while not self.all or not self.budget.spent():
             fresh = [] if self.all else [Trial(START, Point())]
             fresh += [self._ask(study, len(self.all) + number) for number in range(len(fresh), together)]
@@ -126,8 +148,10 @@ class Trials:
             members = [self._member(name, trial, held_out) for name, trial in names.items()]
             left = list(rungs)
 
+            measure = [name for name, trial in names.items() if trial.name == START]
+
             def watch(many: Many) -> None:
-                _halve(many, left)
+                _halve(many, left, keep=measure)
                 for at in many.progress:
                     if steps is not None and at.step >= steps:
                         many.stop(at.member.name, TRIED)
@@ -183,38 +207,75 @@ class Trials:
             )
         return min(whole, key=loss_of)
 
-    def confirm(self, winner: Trial, seeds: int) -> Comparison | None:
-        """The winner against the run file's settings on rows that the search never saw, over `seeds` seeds each.
+    def confirm(self, winner: Trial, seeds: int, together: int = 2) -> Comparison | None:
+        """The winner against the run file's settings on rows that the search never saw.
 
-        None where the winner is the run file's settings, or these diverged.
+        With 2 seeds or more, each is trained anew from so many seeds that the search did not see either: the seed of the search
+        had a part in choosing. As many as the budget leaves, which is said; below 2, the adapters of the search are compared.
+        None where the winner is the run file's settings, or where these or the winner diverge.
         """
         start = self.all[0]
         if winner is start or start.adapter is None or start.losses is None:
             return None
-        sides = []
-        for trial in (winner, start):
-            assert trial.adapter is not None
-            attach(self.setup.text.model, trial.adapter, CONFIRM)
-            sides.append([self.losses(trial.name, self.rows.confirm, CONFIRM)])
-            _eject(self.setup.text.model, CONFIRM)
-        for seed in range(1, seeds):
-            names = {"winner": winner, "start": start}
-            search = self.rows.search
-            members = [self._member(name, trial, search, seed) for name, trial in names.items()]
-            kept = self.setup.arrangement
-            train_many(self.setup.text, members, aside=kept.aside(), together=kept.together)
-            for side, (name, trial) in zip(sides, names.items(), strict=True):
-                side.append(self.losses(trial.name, self.rows.confirm, name))
-                _eject(self.setup.text.model, name)
-        left, right = (replace(side[0], losses=np.mean([one.losses for one in side], axis=0)) for side in sides)
-        return compare_losses(left, right, self.setup.config.evaluate)
+        seeds = self._affordable(winner, seeds)
+        self.seeds = max(1, seeds)
+        sides: tuple[list[RowLosses], list[RowLosses]] = ([], [])
+        if seeds < 2:
+            for side, trial in zip(sides, (winner, start), strict=True):
+                assert trial.adapter is not None
+                attach(self.setup.text.model, trial.adapter, CONFIRM)
+                side.append(self.losses(trial.name, self.rows.confirm, CONFIRM))
+                _eject(self.setup.text.model, CONFIRM)
+        at_once = max(1, together // 2)
+        for first in range(1, seeds + 1 if seeds > 1 else 1, at_once):
+            for losses in self._again((winner, start), range(first, min(first + at_once, seeds + 1))):
+                for side, found in zip(sides, losses, strict=True):
+                    side.append(found)
+        return None if self.unconfirmed else compare_over_seeds(*sides, self.setup.config.evaluate)
+
+    def _affordable(self, winner: Trial, seeds: int) -> int:
+        """How many seeds of both settings the budget still trains, said where they are fewer than `seeds`; 1 where below 2."""
+        tokens = sum(_whole_tokens(trial.at) for trial in (winner, self.all[0]) if trial.at is not None)
+        times = self.budget.times(max(1, tokens))
+        if seeds < 2 or times is None or times >= seeds:
+            return seeds
+        found = times if times > 1 else 1
+        self.console.print(
+            f"The budget leaves {found} of {seeds} seeds for the confirmation. Raise it for more.", markup=False, soft_wrap=True
+        )
+        return found
+
+    def _again(self, trials: Sequence[Trial], seeds: Sequence[int]) -> list[list[RowLosses]]:
+        """By seed the losses of `trials`, trained with it, on the rows of the confirmation; where one diverges that is noted."""
+        model, kept, found = self.setup.text.model, self.setup.arrangement, []
+        names = {f"{number}_{seed}": (trial, seed) for seed in seeds for number, trial in enumerate(trials)}
+        try:
+            members = [self._member(name, trial, self.rows.search, seed) for name, (trial, seed) in names.items()]
+            ended = train_many(self.setup.text, members, aside=kept.aside(), together=kept.together)
+            self.budget.used += sum(at.tokens for at in ended)
+            for (trial, seed), at in zip(names.values(), ended, strict=True):
+                if at.diverged and not self.unconfirmed:
+                    self.unconfirmed = f"with seed {self.setup.config.train.seed + seed} {trial.name} diverged ({at.done})"
+            for seed in () if self.unconfirmed else seeds:
+                names_of_seed = [f"{number}_{seed}" for number in range(len(trials))]
+                found.append([
+                    self.losses(trial.name, self.rows.confirm, name) for trial, name in zip(trials, names_of_seed, strict=True)
+                ])  # fmt: skip
+        except DataError as error:
+            self.unconfirmed = f"losses under another seed are no numbers ({error})"
+        finally:
+            for name in names:
+                _eject(model, name)
+        return found
 
     def result(self, winner: Trial, confirmed: Comparison | None, power: str) -> Search:
         """Every trial with its interval and its comparison with the run file's settings, Holm-corrected."""
         start, spec = self.all[0], self.setup.config.evaluate
         whole = [trial for trial in self.all[1:] if trial.whole]  # one that was given up is behind for that reason alone
         others = [(trial, trial.losses) for trial in whole if trial.losses is not None] if start.losses is not None else []
-        against = holm([compare_losses(losses, start.losses, spec) for _, losses in others if start.losses is not None])
+        given_up = sum(not trial.whole and trial.losses is not None for trial in self.all[1:])  # the same rows chose them too
+        compared = [compare_losses(losses, start.losses, spec) for _, losses in others if start.losses is not None]
+        against = holm(compared, beside=given_up)
         by_name = {trial.name: one for (trial, _), one in zip(others, against, strict=True)}
         results = tuple(self._line(trial, by_name.get(trial.name)) for trial in self.all)
         return Search(results, len(self.rows.search), power, winner.name, self._conclusion(winner, confirmed))
@@ -227,17 +288,35 @@ class Trials:
         return TrialResult(trial.name, words, at.step, at.tokens, at.done, at.diverged, loss, against)
 
     def _conclusion(self, winner: Trial, confirmed: Comparison | None) -> str:
-        words = winner.point.words(self.space.rate)
+        words, start = winner.point.words(self.space.rate), self.all[0]
         if confirmed is None:
-            if winner is self.all[0]:
-                return "No trial was better than the run file's own settings; keep them."
-            return f"The run file's own settings diverged; the best trial is {winner.name} ({words}), unconfirmed."
-        found = confirmed.difference
-        numbers = f"{signed(found.value, 4)} nats a token [{signed(found.low, 4)}, {signed(found.high, 4)}], n = {found.n}"
-        where = f"on {self.rows.where}"
-        if confirmed.verdict == "better":
-            return f"{winner.name.capitalize()} ({words}) is better than the run file's settings {where}: {numbers}."
-        return f"{confirmed.verdict.capitalize()} between {winner.name} ({words}) and the run file's settings {where}: {numbers}."
+            if winner is start:
+                found = "No trial was better than the run file's own settings; keep them."
+            elif self.unconfirmed:
+                found = f"The best trial is {winner.name} ({words}), unconfirmed: {self.unconfirmed}. The run file's stay."
+            else:
+                found = f"The run file's own settings diverged; the best trial is {winner.name} ({words}), unconfirmed."
+            return found + self._cut_short(winner)
+        gap = confirmed.difference
+        seeds = f"{self.seeds} new seeds each" if self.seeds > 1 else f"of seed {self.setup.config.train.seed} alone"
+        numbers = f"{signed(gap.value, 4)} nats a token [{signed(gap.low, 4)}, {signed(gap.high, 4)}], n = {gap.n}, {seeds}"
+        if confirmed.verdict == "no difference shown":
+            both = f"{winner.name} ({words}) and the run file's settings"
+            found = f"No difference shown between {both} on {self.rows.where}: {numbers}."
+        else:
+            name, verdict = winner.name[:1].upper() + winner.name[1:], confirmed.verdict
+            found = f"{name} ({words}) is {verdict} than the run file's settings on {self.rows.where}: {numbers}."
+        return found + self._cut_short(winner)
+
+    def _cut_short(self, winner: Trial) -> str:
+        """A sentence, after a space, where the budget ended the best trial before its end; else empty."""
+        at = winner.at
+        if at is None or at.done != SPENT:
+            return ""
+        return (
+            f" The budget ended all trials early, this one after {at.step} of {at.total} steps: a short trial favours high rates."
+            " Raise the budget."
+        )
 
     def _say(self, trial: Trial) -> None:
         at = trial.at
@@ -247,14 +326,22 @@ class Trials:
         self.console.print(said, markup=False, soft_wrap=True)
 
 
+def _whole_tokens(at: Progress) -> int:
+    """The tokens of a trial, as many as it would have had where the budget ended it."""
+    return at.tokens if at.done != SPENT else at.tokens * at.total // max(1, at.step)
+
+
 def loss_of(trial: Trial) -> float:
     """Its held-out loss in nats a token."""
     assert trial.losses is not None
     return float(trial.losses.losses.sum() / trial.losses.tokens.sum())
 
 
-def _halve(many: Many, left: list[float]) -> None:
-    """Gives up the worse half by held-out loss once every trial has passed the next rung."""
+def _halve(many: Many, left: list[float], *, keep: Sequence[str]) -> None:
+    """Gives up the worse half by held-out loss once every trial has passed the next rung.
+
+    Those to `keep` are ranked like all others and stay: what trials are compared with must be trained as long as the best one.
+    """
     learning = [at for at in many.progress if not at.done]
     if not left or len(learning) < 2 or any(at.step < left[0] * at.total for at in learning):
         return
@@ -263,7 +350,8 @@ def _halve(many: Many, left: list[float]) -> None:
         return
     left.pop(0)
     for _, name in sorted(seen)[(len(seen) + 1) // 2 :]:
-        many.stop(name, HALVED)
+        if name not in keep:
+            many.stop(name, HALVED)
 
 
 def _tell(study: Any, trial: Trial) -> None:

@@ -1,7 +1,8 @@
 """`lorakeet tune`: learning rate, rank and targets chosen on held-out rows, and the choice confirmed on rows that it never saw.
 
 rows for the search | rows for the confirmation → what so many rows can show, in words → generations of trials in one pass over
-the base (train/many), the worse half given up twice on the way → the best trial against the run file's settings, on other rows.
+the base (train/many), the worse half given up twice on the way → the best trial against the run file's settings, on other rows
+and from other seeds.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from lorakeet.workflows.place import require_empty, writing
 from lorakeet.workflows.search import START, Budget, SearchRows, Trial, Trials
 from lorakeet.workflows.search_space import QUICK_FACTORS, Point, space_for
 
+SEEDS = 3  # of the confirmation: two settings are told apart only beyond what another seed changes
 HELD_BY_A_NUMBER = 5 * 4  # bytes of a trained number: itself, its gradient, two moments, its best value
 
 
@@ -61,15 +63,18 @@ def tune(  # noqa: PLR0913 - each is a flag of the verb
     rate_factors: tuple[float, ...] = (0.25, 4.0),
     rank_choices: tuple[int, ...] = (4, 8, 16, 32),
     target_choices: tuple[str, ...] = ("all-linear", "attention", "mlp"),
-    seeds: int = 1,
+    seeds: int | None = None,
     difference: float = 0.05,
     console: Console,
 ) -> Tuned:
     """Searches and confirms; writes config.yaml (the settings to train with) and a report to `results`, else OUT-tune.
 
+    `seeds` are those of the confirmation: left out, 3, or with `quick` 1, the run file's own.
+
     Raises ConfigError and DataError for what cannot be searched, before anything is trained.
     """
     out = Path(f"{config.out}-tune") if results is None else results
+    seeds = (1 if quick else SEEDS) if seeds is None else seeds
     _check(minutes, tokens, quick, together, seeds, difference)
     if config.kind == "image":
         raise ConfigError("kind is image, but a search is for text models only. Compare whole runs of lorakeet finetune.")
@@ -95,9 +100,10 @@ def tune(  # noqa: PLR0913 - each is a flag of the verb
             others = [Trial(f"rate ×{factor:g}", Point(factor)) for factor in QUICK_FACTORS if factor != 1.0]
             search.generation([Trial(START, Point()), *others], rungs=())
         else:
+            search.budget.kept = 2 * seeds * setup.tokens_of_run if seeds > 1 else 0
             search.run(sampler, together)
         winner = search.best()
-        confirmed = search.confirm(winner, seeds)
+        confirmed = search.confirm(winner, seeds, together)
         found = search.result(winner, confirmed, power)
         _show(found, console)
         start = search.all[0]

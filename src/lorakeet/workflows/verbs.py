@@ -251,8 +251,12 @@ class TuneOptions:
     """How long is searched, and between what."""
 
     results: Path | None = field(default=None, metadata={"help": "Folder for the chosen settings and report; else OUT-tune."})
-    minutes: float | None = field(default=None, metadata={"help": "The search ends after so many minutes."})
-    tokens: int | None = field(default=None, metadata={"help": "The search ends after so many trained tokens of all trials."})
+    minutes: float | None = field(
+        default=None, metadata={"help": "The search ends after so many minutes, new seeds of the confirmation included."}
+    )
+    tokens: int | None = field(
+        default=None, metadata={"help": "The search ends after so many trained tokens, new seeds of the confirmation included."}
+    )
     quick: bool = field(default=False, metadata={"help": "Only three learning rates: half, once and twice the run file's."})
     together: int = field(default=4, metadata={"help": "Trials that are trained in one pass over the base."})
     rate_factors: tuple[float, ...] = field(
@@ -262,7 +266,10 @@ class TuneOptions:
     target_choices: tuple[str, ...] = field(
         default=("all-linear", "attention", "mlp"), metadata={"help": "Targets to choose from, as in lora.target_modules."}
     )
-    seeds: int = field(default=1, metadata={"help": "Seeds with which the winner is confirmed against the run file's settings."})
+    seeds: int | None = field(
+        default=None,
+        metadata={"help": "New seeds of the confirmation; left out, 3. 1 compares what the search trained, as --quick does."},
+    )
     difference: float = field(default=0.05, metadata={"help": "Nats a token by which trials should be told apart."})
 
 

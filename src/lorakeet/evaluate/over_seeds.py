@@ -1,0 +1,67 @@
+"""Two settings compared over several training seeds: an interval that knows both kinds of noise, the rows and the seeds."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+from scipy import stats
+
+from lorakeet.errors import DataError
+from lorakeet.evaluate.compare import Comparison, compare_losses, paired_verdict
+from lorakeet.evaluate.intervals import Estimate, Floats
+from lorakeet.evaluate.likelihood import RowLosses
+from lorakeet.evaluate.spec import EvaluateSpec
+
+
+def compare_over_seeds(left: Sequence[RowLosses], right: Sequence[RowLosses], spec: EvaluateSpec) -> Comparison:
+    """The paired difference in nats a token of two settings, seed i of `left` against seed i of `right` on the same rows.
+
+    Rows alone would tell two adapters apart, not two settings: the same settings with another seed are another adapter. So the
+    variance of the mean over N seeds and n rows (or groups) is the sum of both,
+
+        V = var(dᵢ)/N + var(rⱼ)/n      dᵢ seed i's difference, rⱼ row j's share of the mean one's
+
+    which counts the noise of rows within a seed twice and so errs on the wide side, and the interval is Student's with
+    Satterthwaite's degrees of freedom, V² / ((var(dᵢ)/N)²/(N − 1) + (var(rⱼ)/n)²/(n − 1)). One seed, or one row, has no
+    variance: then it is `compare_losses` of the rows' means. Raises DataError for sides that do not pair.
+    """
+    if len(left) != len(right) or not left:
+        raise DataError(f"There are {len(left)} seeds on one side and {len(right)} on the other; expected as many, at least 1.")
+    if any(not np.array_equal(one.tokens, left[0].tokens) or one.groups != left[0].groups for one in (*left, *right)):
+        raise DataError(f"Not all seeds of '{left[0].system}' and '{right[0].system}' were scored on the same rows.")
+    mean = compare_losses(_mean(left), _mean(right), spec)
+    tokens, groups = left[0].tokens.astype(np.float64), left[0].groups
+    gaps = np.stack([mine.losses - other.losses for mine, other in zip(left, right, strict=True)])  # (seeds, rows)
+    residuals = _residuals(gaps.mean(axis=0), tokens, groups)
+    if len(left) < 2 or len(residuals) < 2:
+        return mean
+    parts = (gaps.sum(axis=1) / tokens.sum(), residuals)
+    squares = [float(np.var(part, ddof=1)) / len(part) for part in parts]
+    value, error = mean.difference.value, math.sqrt(sum(squares))
+    if error == 0:
+        return mean
+    freedom = sum(squares) ** 2 / sum(one**2 / (len(part) - 1) for one, part in zip(squares, parts, strict=True))
+    reach = float(stats.t.ppf(0.5 + spec.confidence / 2, freedom)) * error
+    method = f"t over rows and {len(left)} seeds"
+    difference = Estimate(value, value - reach, value + reach, mean.difference.n, method, spec.confidence)
+    p_value = 2 * float(stats.t.sf(abs(value) / error, freedom))
+    verdict = paired_verdict(difference, p_value, higher_is_better=False)
+    return replace(mean, difference=difference, p_value=p_value, test=method, verdict=verdict)
+
+
+def _mean(runs: Sequence[RowLosses]) -> RowLosses:
+    return replace(runs[0], losses=np.mean([one.losses for one in runs], axis=0))
+
+
+def _residuals(gap: Floats, tokens: Floats, groups: Sequence[object] | None) -> Floats:
+    """What each row, or group of rows, adds to Σgap/Σtokens beyond its part, times their number: the ratio's linearisation."""
+    found = gap - gap.sum() / tokens.sum() * tokens
+    if groups is not None:
+        numbers: dict[object, int] = {}
+        index = np.array([numbers.setdefault(group, len(numbers)) for group in groups])
+        found = np.bincount(index, weights=found)
+    residuals: Floats = found * len(found) / tokens.sum()
+    return residuals
