@@ -28,13 +28,13 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_search_finds_better_settings_and_confirms_them_elsewhere(tiny_llama_folder: Path, rows: Path, tmp_path: Path) -> None:
     config = settings(tiny_llama_folder, rows, tmp_path / "run", {**SLOW, "evaluate.resamples": 2000})
     said, choices = io.StringIO(), {"rank_choices": (2, 4), "target_choices": ("all-linear", "mlp")}
-    found = tune(config, tokens=20_000, **choices, console=Console(file=said, width=200))  # type: ignore[arg-type]
+    found = tune(config, tokens=24_000, seeds=2, **choices, console=Console(file=said, width=200))  # type: ignore[arg-type]
     assert found.out == tmp_path / "run-tune" and {path.name for path in found.out.iterdir()} == {
         "config.yaml", "report.json", "report.html"
     }  # fmt: skip
     search = read_report(found.out / "report.json").search
     assert search == found.search and search is not None and search.trials[0].name == "run file" and len(search.trials) >= 4
-    assert sum(trial.tokens for trial in search.trials) < 20_000 // 2 + 4 * 8 * 60, "the search: half of it, and a round of all"
+    assert sum(trial.tokens for trial in search.trials) < 24_000 // 2 + 4 * 8 * 60, "the search: half of it, and a round"
     assert found.confirmed is not None and found.confirmed.verdict == "better" and found.confirmed.difference.n == 15
     chosen = read_run(found.out / "config.yaml")
     assert chosen.train.learning_rate is not None and chosen.train.learning_rate > 0.003 and chosen.out == config.out
@@ -42,6 +42,14 @@ def test_a_search_finds_better_settings_and_confirms_them_elsewhere(tiny_llama_f
     text = said.getvalue()
     assert text.index("15 rows show a difference of") < text.index("run file: learning rate")  # before the search
     assert found.to_mapping()["confirmed"]["verdict"] == "better"
+
+
+def test_a_budget_that_ends_all_trials_early_replaces_nothing(tiny_llama_folder: Path, rows: Path, tmp_path: Path) -> None:
+    config = settings(tiny_llama_folder, rows, tmp_path / "run", {**SLOW, "evaluate.resamples": 500})
+    choices = {"rate_factors": (1.0, 4.0), "rank_choices": (), "target_choices": ()}
+    found = tune(config, tokens=3000, **choices, console=quiet())  # type: ignore[arg-type]
+    assert found.confirmed is not None and found.confirmed.verdict == "better" and "of 8 steps" in found.search.conclusion
+    assert read_run(found.out / "config.yaml").train.learning_rate == 0.003
 
 
 def test_three_rates_in_one_pass_and_no_difference_said_so(tiny_llama_folder: Path, rows: Path, tmp_path: Path) -> None:
