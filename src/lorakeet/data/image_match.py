@@ -1,0 +1,250 @@
+"""Whether two pictures show one photo: one is registered onto the other, and what is left is measured place by place.
+
+Registration is that of Lucas and Kanade (1981), with gain and offset (Baker, Gross and Matthews 2003, part 3 of "20 years on"). Of
+a picture a and a target b, both smoothed, with x from 0 to 1, the warp a(x + p₀·(1 − x) + p₁·x), which is a cut by p₀ and p₁ of the
+side at its two ends, and likewise down, is improved by the least squares of
+
+    b ≈ g·a + o + Σ qₖ·tₖ        t: (1 − x)·∂a/∂x, x·∂a/∂x, (1 − y)·∂a/∂y, y·∂a/∂y        p ← p + q/g
+
+from coarse to fine. Copies then agree in what is fine everywhere, while different pictures may agree in what is coarse. With
+r = b − (g·a + o) three things are asked, H taking away what is coarse and ⟨⟩ the mean around a place:
+
+    Σ (Hr)² ≤ DETAIL · Σ (Hb)²              a common sky says nothing
+    √⟨r²⟩ ≤ REST + SLOPE · √⟨|∇|²⟩          at every place: coding leaves some levels, resampling some of the slope of both
+    |r| ≤ COLOUR + SLOPE · √⟨|∇|²⟩          the same of Cb and Cr, whose gain is one number more
+
+Where pixels of a place are clipped, b may be anything between a and g·a + o, since the clipped ones kept their value. Where the
+detail of a picture is weak or in few places, a cut, a gain or an offset would make another picture of it fit: such pairs are
+compared as they lie.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lorakeet.data.images import COLOUR_SIDE, LIGHT_SIDE
+
+DETAIL = 0.1  # the share of the detail's variance that may be left
+REST, SLOPE = 2.5, 0.3  # grey levels, and share of the change from place to place, that may be left around a place
+COLOUR = 5.0  # levels of Cb and Cr
+CUT = 0.05  # of a side, at either end
+GAIN, OFFSET, SATURATION = 1.7, 70.0, 2.0  # a gain may be so much or one by it; grey levels
+WEAK, FEW = 1.5, 200.0  # grey levels of detail, and over how many places, that tell a cut or another brightness
+_STEPS = ((16, 2), (32, 2), (64, 2))  # places along a side, and how often the warp is improved there
+_TOUCHED = 0.1  # the weight of clipped places around a place from which it counts as clipped
+_COLOURFUL = 4.0  # squared levels of Cb and Cr, on the average, that tell a gain
+_UNCLIPPED = 0.15  # share of the places: where fewer are not clipped, all are fitted
+
+Floats = NDArray[np.float32]
+Bools = NDArray[np.bool_]
+Places = NDArray[np.intp]
+
+
+@dataclass(frozen=True)
+class Prints:
+    """What is kept of pictures to compare them by."""
+
+    light: Floats  # (n, 64, 64): luminance
+    colour: Floats  # (n, 2, 16, 16): Cb and Cr, 0 in a grey picture
+    clipped: Floats  # (n, 64, 64): 1 where pixels of a place have a channel at an end of its range, else 0
+
+    def of(self, places: Places) -> Prints:
+        """Those of some of the pictures."""
+        return Prints(self.light[places], self.colour[places], self.clipped[places])
+
+    def mirrored(self) -> Prints:
+        """Those of the mirrored pictures."""
+        return Prints(self.light[..., ::-1], self.colour[..., ::-1], self.clipped[..., ::-1])
+
+
+def read_prints(thumbs: Sequence[bytes]) -> Prints:
+    """What `images.thumb_of` made of some pictures."""
+    light, colour = LIGHT_SIDE**2, 2 * COLOUR_SIDE**2
+    packed = np.frombuffer(b"".join(thumbs), np.uint8).reshape(len(thumbs), -1)
+    clipped = np.unpackbits(packed[:, light + colour :], axis=1)
+    return Prints(
+        packed[:, :light].reshape(-1, LIGHT_SIDE, LIGHT_SIDE).astype(np.float32),
+        packed[:, light : light + colour].reshape(-1, 2, COLOUR_SIDE, COLOUR_SIDE).astype(np.float32) - 128,
+        clipped.reshape(-1, LIGHT_SIDE, LIGHT_SIDE).astype(np.float32),
+    )
+
+
+def detailed(light: Floats) -> Bools:
+    """(n,): whether pictures have detail enough, in places enough, to tell a cut and another brightness from another picture."""
+    energy = _around(_fine(_around(light, _BINOMIAL[LIGHT_SIDE])) ** 2, _WINDOW)
+    total = energy.sum((1, 2))
+    places = total**2 / np.maximum((energy**2).sum((1, 2)), 1e-6)  # if all had as much: how many
+    return np.asarray((total >= WEAK**2 * LIGHT_SIDE**2) & (places >= FEW))
+
+
+def unexplained(ones: Prints, others: Prints) -> Floats:
+    """(n,): of pairs, the share of the other picture's variance that the one leaves; 1 where they are not one photo."""
+    told = detailed(ones.light) & detailed(others.light)
+    smooth = _BINOMIAL[LIGHT_SIDE]
+    picture, target = _around(ones.light, smooth), _around(others.light, smooth)
+    clipped = _around(np.maximum(ones.clipped, others.clipped), smooth) > _TOUCHED
+    warp = np.where(told[:, None], _registered(picture, target, ~clipped), np.float32(0))
+    seen, over = _warped(picture, warp)
+    loose = np.maximum(_warped(ones.clipped, warp)[0], others.clipped)
+    free = (_around(loose, smooth) > _TOUCHED) & told[:, None, None]
+    left, fitted = _least(seen, target, over, free)
+    as_it_is = ~told[:, None, None]
+    left, fitted = np.where(as_it_is, (target - seen) * over, left), np.where(as_it_is, seen, fitted)
+    detail = (_fine(left) ** 2).sum((1, 2)) <= DETAIL * (_fine(target) ** 2 * over).sum((1, 2))
+    around = np.sqrt(_around(left**2, _WINDOW))
+    slope = np.sqrt(np.minimum(_steepness(fitted, _WINDOW), _steepness(target, _WINDOW)))
+    same = (detail | ~told) & (around <= REST + SLOPE * slope).all((1, 2)) & _same_colours(ones, others, warp, free, told)
+    apart = (left**2).sum((1, 2)) / np.maximum(target.var((1, 2)) * over.sum((1, 2)), 1.0)
+    return np.asarray(np.where(same, np.minimum(apart, 0.99), 1), np.float32)
+
+
+def _registered(pictures: Floats, targets: Floats, unclipped: Bools) -> Floats:
+    """(n, 4): the warp of each picture onto its target."""
+    warp = np.zeros((len(pictures), 4), np.float32)
+    for side, times in _STEPS:
+        picture, target = _reduced(pictures, side), _reduced(targets, side)
+        where = _reduced(unclipped.astype(np.float32), side) > 0.5  # noqa: PLR2004 (most of a place)
+        target = (target - target.mean((1, 2), keepdims=True)).reshape(len(target), -1, 1)
+        picture = picture - picture.mean((1, 2), keepdims=True)
+        for _ in range(times):
+            seen, over = _warped(picture, warp)
+            weight = _weighed(over, where)
+            tangents = _tangents(seen)
+            weighted = tangents * weight.reshape(len(weight), 1, -1)
+            gram = (weighted @ tangents.transpose(0, 2, 1)).astype(np.float64)
+            size = np.einsum("nkk->nk", gram)
+            gram += np.eye(6) * (1e-4 * size + 1e-6 * size.mean(1, keepdims=True) + 1e-9)[:, None]
+            found = np.linalg.solve(gram, (weighted @ target).astype(np.float64))[..., 0]
+            step = found[:, 2:] / np.maximum(found[:, :1], 1 / GAIN)
+            warp = np.clip(warp + step, -CUT, CUT).astype(np.float32)
+    return warp
+
+
+def _tangents(pictures: Floats) -> Floats:
+    """(n, 6, side²): the picture, a constant, and the derivatives by the four ends of the warp."""
+    side = pictures.shape[-1]
+    place = ((np.arange(side) + 0.5) / side).astype(np.float32)
+    across, down = pictures @ _SLOPE[side].T * side, _SLOPE[side] @ pictures * side
+    found = np.stack(
+        [pictures, np.ones_like(pictures), across * (1 - place), across * place, down * (1 - place[:, None]), down * place[:, None]],
+        1,
+    )
+    return np.asarray(found.reshape(len(pictures), 6, -1), np.float32)
+
+
+def _warped(pictures: Floats, warp: Floats) -> tuple[Floats, Bools]:
+    """The warped pictures (n, …, side, side), by cubic convolution (Keys 1981), and which places lie well within them."""
+    side = pictures.shape[-1]
+    place = ((np.arange(side) + 0.5) / side).astype(np.float32)
+    rows, columns = (warp[:, end, None] * (1 - place) + warp[:, end + 1, None] * place + place for end in (2, 0))
+    by_row, by_column = _sampling(rows), _sampling(columns).transpose(0, 2, 1)
+    if pictures.ndim > 3:  # noqa: PLR2004 (several planes)
+        by_row, by_column = by_row[:, None], by_column[:, None]
+    edge = 1 / side  # the outermost place is half of what is beyond
+    inside = [(edge < each) & (each < 1 - edge) & (edge < place) & (place < 1 - edge) for each in (rows, columns)]
+    return np.asarray(by_row @ pictures @ by_column, np.float32), inside[0][:, :, None] & inside[1][:, None, :]
+
+
+def _sampling(positions: Floats) -> Floats:
+    """(n, side, side): the weights of places at positions (n, side) from 0 to 1."""
+    side = positions.shape[1]
+    distance = np.abs(np.clip(positions * side - 0.5, 0, side - 1)[:, :, None] - np.arange(side, dtype=np.float32))
+    near = (1.5 * distance - 2.5) * distance**2 + 1
+    far = ((2.5 - 0.5 * distance) * distance - 4) * distance + 2
+    found = np.where(distance < 1, near, np.where(distance < 2, far, 0))  # noqa: PLR2004 (the kernel's reach)
+    return np.asarray(found / found.sum(2, keepdims=True), np.float32)
+
+
+def _least(seen: Floats, target: Floats, over: Bools, free: Bools) -> tuple[Floats, Floats]:
+    """What is left of the targets, and the fitted pictures, with the better of the tones of unclipped places and of all."""
+    found = []
+    for weight in (_weighed(over, ~free), over):
+        count = np.maximum(weight.sum((1, 2), keepdims=True), 1)
+        means = [(picture * weight).sum((1, 2), keepdims=True) / count for picture in (seen, target)]
+        one, other = (seen - means[0]) * weight, target - means[1]
+        variance = (one**2).sum((1, 2), keepdims=True)
+        gain = np.where(variance > 4 * count, (one * other).sum((1, 2), keepdims=True) / np.maximum(variance, 1e-6), 1)
+        gain = np.clip(gain, 1 / GAIN, GAIN)
+        fitted = gain * seen + np.clip(means[1] - gain * means[0], -OFFSET, OFFSET)
+        inside = np.clip(target, np.minimum(seen, fitted), np.maximum(seen, fitted))
+        found.append(((target - np.where(free, inside, fitted)) * over, fitted))
+    better = (found[0][0] ** 2).sum((1, 2), keepdims=True) <= (found[1][0] ** 2).sum((1, 2), keepdims=True)
+    return np.where(better, found[0][0], found[1][0]), np.where(better, found[0][1], found[1][1])
+
+
+def _same_colours(ones: Prints, others: Prints, warp: Floats, free: Bools, told: Bools) -> Bools:
+    """(n,): whether the colours are the same but for one gain, which is 1 where the pictures are compared as they lie."""
+    seen, over = _warped(ones.colour, warp)
+    target, over = others.colour, over[:, None]
+    energy = (seen**2 * over).sum((1, 2, 3))
+    gain = (seen * target * over).sum((1, 2, 3)) / np.maximum(energy, 1e-6)
+    gain = np.clip(gain, 1 / SATURATION, SATURATION)
+    gain = np.where(told & (energy > _COLOURFUL * seen[0].size), gain, 1)[:, None, None, None]
+    size = LIGHT_SIDE // COLOUR_SIDE
+    loose = free.reshape(len(free), 1, COLOUR_SIDE, size, COLOUR_SIDE, size).any((3, 5))
+    pale, strong = np.minimum(gain, 1) / 2 * seen, np.maximum(gain, 1) * seen  # a clipped channel makes a colour paler
+    inside = np.clip(target, np.minimum(pale, strong), np.maximum(pale, strong))
+    left = np.abs(target - np.where(loose, inside, gain * seen)) * over
+    slope = np.sqrt(np.minimum(_steepness(gain * seen, _NEAR), _steepness(target, _NEAR)))
+    return np.asarray((left <= COLOUR + SLOPE * slope).all((1, 2, 3)))
+
+
+def _weighed(over: Bools, where: Bools) -> Bools:
+    """Which places are fitted: of those `over` both pictures the ones `where` nothing is clipped, if they are enough."""
+    both = over & where
+    few = both.sum((1, 2), keepdims=True) < _UNCLIPPED * both[0].size
+    return np.where(few, over, both)
+
+
+def _reduced(pictures: Floats, side: int) -> Floats:
+    """(n, side, side), smoothed anew where they were larger."""
+    size = pictures.shape[-1] // side
+    if size == 1:
+        return pictures
+    return _around(pictures.reshape(-1, side, size, side, size).mean((2, 4)), _BINOMIAL[side])
+
+
+def _fine(pictures: Floats) -> Floats:
+    """`pictures` without what is coarse."""
+    return pictures - _around(pictures, _COARSE)
+
+
+def _steepness(pictures: Floats, window: Floats) -> Floats:
+    """The squared change from place to place, meant over `window`."""
+    slope = _SLOPE[pictures.shape[-1]]
+    return _around((slope @ pictures) ** 2 + (pictures @ slope.T) ** 2, window)
+
+
+def _around(pictures: Floats, window: Floats) -> Floats:
+    """The weighted means around every place."""
+    return np.asarray(window @ pictures @ window.T, np.float32)
+
+
+def gaussian(side: int, width: float) -> Floats:
+    """(side, side): for each place the weights of all, a bell of `width` places; they sum to 1."""
+    place = np.arange(side, dtype=np.float64)
+    found = np.exp(-(((place[:, None] - place) / width) ** 2) / 2)
+    return np.asarray(found / found.sum(1, keepdims=True), np.float32)
+
+
+def _binomial(side: int) -> Floats:
+    """(side, side): 1-2-1, the outermost place counting for what is beyond."""
+    found = np.eye(side) / 2 + np.eye(side, k=1) / 4 + np.eye(side, k=-1) / 4
+    found[0, 0] = found[-1, -1] = 0.75
+    return found.astype(np.float32)
+
+
+def _difference(side: int) -> Floats:
+    """(side, side): the central differences, one-sided at the ends."""
+    found = (np.eye(side, k=1) - np.eye(side, k=-1)) / 2
+    found[0, :2] = found[-1, -2:] = -1, 1
+    return found.astype(np.float32)
+
+
+_BINOMIAL = {side: _binomial(side) for side in (16, 32, 64)}
+_SLOPE = {side: _difference(side) for side in (16, 32, 64)}
+_COARSE, _WINDOW, _NEAR = gaussian(LIGHT_SIDE, 4), gaussian(LIGHT_SIDE, 1.5), gaussian(COLOUR_SIDE, 0.75)
