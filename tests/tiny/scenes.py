@@ -43,7 +43,7 @@ def landscape(number: int) -> Picture:
     x = np.arange(SIDE)
     for height, colour in ((0.45, (110, 130, 150)), (0.6, (70, 95, 60)), (0.75, (50, 70, 35))):
         ridge = height * SIDE + sum(
-            generator.normal(0, 9) * np.sin(x / SIDE * 2 * np.pi * wave + generator.uniform(0, 7)) for wave in (1, 2, 3, 5)
+            generator.normal(0, 3) * np.sin(x / SIDE * 2 * np.pi * wave + generator.uniform(0, 7)) for wave in (1, 2, 3, 5)
         )
         ground = np.array(colour) + _rough(generator, 9)
         pixels = np.where((np.arange(SIDE)[:, None] > ridge[None])[..., None], ground, pixels)
@@ -123,11 +123,11 @@ def camera(number: int) -> Picture:
     scene = np.random.default_rng(7)
     pixels = _ramp((150, 150, 160), (110, 105, 95)) + _rough(scene, 10)
     for _ in range(8):
-        top, left, high, wide = scene.integers(0, 200, 2).tolist() + scene.integers(20, 70, 2).tolist()
-        pixels[top : top + high, left : left + wide] = np.array(_colour(scene, 40, 200)) + _rough(scene, 4)[:high, :wide]
+        top, left, high, wide = scene.integers(0, 200, 2).tolist() + scene.integers(30, 90, 2).tolist()
+        pixels[top : top + high, left : left + wide] = np.array(_colour(scene, 0, 256)) + _rough(scene, 4)[:high, :wide]
     generator = np.random.default_rng([7, number])
     image = _picture(pixels + generator.normal(0, 2, pixels.shape))
-    x, y, wide, high = [*generator.integers(20, 236, 2).tolist(), *generator.integers(6, 12, 2).tolist()]
+    x, y, wide, high = [*generator.integers(20, 236, 2).tolist(), *generator.integers(4, 9, 2).tolist()]
     ImageDraw.Draw(image).ellipse((x - wide, y - high, x + wide, y + high), fill=_colour(generator))
     return image
 

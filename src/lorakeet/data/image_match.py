@@ -21,19 +21,21 @@ compared as they lie.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from lorakeet.data.images import COLOUR_SIDE, LIGHT_SIDE
 
-DETAIL = 0.1  # the share of the detail's variance that may be left
-REST, SLOPE = 2.5, 0.3  # grey levels, and share of the change from place to place, that may be left around a place
+DETAIL = 0.05  # the share of the detail's variance that may be left
+REST, SLOPE = 2.5, 0.2  # grey levels, and share of the change from place to place, that may be left around a place
 COLOUR = 5.0  # levels of Cb and Cr
 CUT = 0.05  # of a side, at either end
 GAIN, OFFSET, SATURATION = 1.7, 70.0, 2.0  # a gain may be so much or one by it; grey levels
-WEAK, FEW = 1.5, 200.0  # grey levels of detail, and over how many places, that tell a cut or another brightness
+WEAK = 1.5  # grey levels of detail, below which pictures are compared as they lie
+FEW, SOME = 60.0, 200.0  # over how many places detail tells another brightness, and a cut
 _STEPS = ((16, 2), (32, 2), (64, 2))  # places along a side, and how often the warp is improved there
 _TOUCHED = 0.1  # the weight of clipped places around a place from which it counts as clipped
 _COLOURFUL = 4.0  # squared levels of Cb and Cr, on the average, that tell a gain
@@ -75,31 +77,65 @@ def read_prints(thumbs: Sequence[bytes]) -> Prints:
 
 def detailed(light: Floats) -> Bools:
     """(n,): whether pictures have detail enough, in places enough, to tell a cut and another brightness from another picture."""
-    energy = _around(_fine(_around(light, _BINOMIAL[LIGHT_SIDE])) ** 2, _WINDOW)
-    total = energy.sum((1, 2))
-    places = total**2 / np.maximum((energy**2).sum((1, 2)), 1e-6)  # if all had as much: how many
-    return np.asarray((total >= WEAK**2 * LIGHT_SIDE**2) & (places >= FEW))
+    tone, cut = _told(_around(light, _BINOMIAL[LIGHT_SIDE]))
+    return tone | cut
 
 
 def unexplained(ones: Prints, others: Prints) -> Floats:
     """(n,): of pairs, the share of the other picture's variance that the one leaves; 1 where they are not one photo."""
-    told = detailed(ones.light) & detailed(others.light)
+    found = _fitted(ones, others)
+    left, over = found.left, found.over
+    detail = (_fine(left) ** 2).sum((1, 2)) <= DETAIL * (_fine(found.target) ** 2 * over).sum((1, 2))
+    around = np.sqrt(_around(left**2, _WINDOW))
+    slope = np.sqrt(np.minimum(_steepness(found.fitted, _WIDE), _steepness(found.target, _WIDE)))
+    same = (detail | ~found.told) & (around <= REST + SLOPE * slope).all((1, 2)) & _same_colours(ones, others, found)
+    apart = (left**2).sum((1, 2)) / np.maximum(found.target.var((1, 2)) * over.sum((1, 2)), 1.0)
+    return np.asarray(np.where(same, np.minimum(apart, 0.99), 1), np.float32)
+
+
+@dataclass(frozen=True)
+class _Fit:
+    """Pictures fitted to their targets (n, 64, 64): what is `left`, `over` which places, and where clipping leaves it `free`."""
+
+    target: Floats
+    fitted: Floats
+    left: Floats
+    over: Bools
+    free: Bools
+    warp: Floats  # (n, 4)
+    told: Bools  # (n,): whether anything but the pictures as they lie was tried
+
+
+def _told(smooth: Floats) -> tuple[Bools, Bools]:
+    """(n,) each: whether the detail of smoothed pictures tells another brightness, and a cut."""
+    energy = _around(_fine(smooth) ** 2, _WINDOW)
+    total = energy.sum((1, 2))
+    places = total**2 / np.maximum((energy**2).sum((1, 2)), 1e-6)  # if all had as much: how many
+    strong = total >= WEAK**2 * LIGHT_SIDE**2
+    return np.asarray(strong & (places >= FEW)), np.asarray(strong & (places >= SOME))
+
+
+def _fitted(ones: Prints, others: Prints) -> _Fit:
+    """The better of the pictures as they lie and registered, both in the best tone, as far as their detail allows either."""
     smooth = _BINOMIAL[LIGHT_SIDE]
     picture, target = _around(ones.light, smooth), _around(others.light, smooth)
+    tone, cut = (one & other for one, other in zip(_told(picture), _told(target), strict=True))
     clipped = _around(np.maximum(ones.clipped, others.clipped), smooth) > _TOUCHED
-    warp = np.where(told[:, None], _registered(picture, target, ~clipped), np.float32(0))
-    seen, over = _warped(picture, warp)
-    loose = np.maximum(_warped(ones.clipped, warp)[0], others.clipped)
-    free = (_around(loose, smooth) > _TOUCHED) & told[:, None, None]
-    left, fitted = _least(seen, target, over, free)
-    as_it_is = ~told[:, None, None]
-    left, fitted = np.where(as_it_is, (target - seen) * over, left), np.where(as_it_is, seen, fitted)
-    detail = (_fine(left) ** 2).sum((1, 2)) <= DETAIL * (_fine(target) ** 2 * over).sum((1, 2))
-    around = np.sqrt(_around(left**2, _WINDOW))
-    slope = np.sqrt(np.minimum(_steepness(fitted, _WINDOW), _steepness(target, _WINDOW)))
-    same = (detail | ~told) & (around <= REST + SLOPE * slope).all((1, 2)) & _same_colours(ones, others, warp, free, told)
-    apart = (left**2).sum((1, 2)) / np.maximum(target.var((1, 2)) * over.sum((1, 2)), 1.0)
-    return np.asarray(np.where(same, np.minimum(apart, 0.99), 1), np.float32)
+    best: _Fit | None = None
+    for warp in (np.zeros((len(picture), 4), np.float32), np.where(cut[:, None], _registered(picture, target, ~clipped), 0)):
+        seen, over = _warped(picture, warp)
+        free = _around(np.maximum(_warped(ones.clipped, warp)[0], others.clipped), smooth) > _TOUCHED
+        left, fitted = _least(seen, target, over, free)
+        as_it_is = ~tone[:, None, None]
+        left, fitted = np.where(as_it_is, (target - seen) * over, left), np.where(as_it_is, seen, fitted)
+        now = _Fit(target, fitted, left, over, free & ~as_it_is, warp, tone | cut)
+        if best is None:
+            best = now
+        else:
+            share = [(each.left**2).sum((1, 2)) / each.over.sum((1, 2)) for each in (best, now)]
+            best = _chosen(share[1] < share[0], now, best)
+    assert best is not None
+    return best
 
 
 def _registered(pictures: Floats, targets: Floats, unclipped: Bools) -> Floats:
@@ -160,32 +196,49 @@ def _sampling(positions: Floats) -> Floats:
 
 
 def _least(seen: Floats, target: Floats, over: Bools, free: Bools) -> tuple[Floats, Floats]:
-    """What is left of the targets, and the fitted pictures, with the better of the tones of unclipped places and of all."""
+    """What is left of the targets, and the fitted pictures, in the better of the tones of unclipped places and of all."""
     found = []
     for weight in (_weighed(over, ~free), over):
-        count = np.maximum(weight.sum((1, 2), keepdims=True), 1)
-        means = [(picture * weight).sum((1, 2), keepdims=True) / count for picture in (seen, target)]
-        one, other = (seen - means[0]) * weight, target - means[1]
-        variance = (one**2).sum((1, 2), keepdims=True)
-        gain = np.where(variance > 4 * count, (one * other).sum((1, 2), keepdims=True) / np.maximum(variance, 1e-6), 1)
-        gain = np.clip(gain, 1 / GAIN, GAIN)
-        fitted = gain * seen + np.clip(means[1] - gain * means[0], -OFFSET, OFFSET)
+        fitted = _toned(seen, target, weight)
         inside = np.clip(target, np.minimum(seen, fitted), np.maximum(seen, fitted))
-        found.append(((target - np.where(free, inside, fitted)) * over, fitted))
-    better = (found[0][0] ** 2).sum((1, 2), keepdims=True) <= (found[1][0] ** 2).sum((1, 2), keepdims=True)
-    return np.where(better, found[0][0], found[1][0]), np.where(better, found[0][1], found[1][1])
+        left = (target - np.where(free, inside, fitted)) * over
+        found.append((left, fitted, (left**2).sum((1, 2), keepdims=True)))
+    (left, fitted, size), (other_left, other_fitted, other_size) = found
+    better = size <= other_size
+    return np.where(better, left, other_left), np.where(better, fitted, other_fitted)
 
 
-def _same_colours(ones: Prints, others: Prints, warp: Floats, free: Bools, told: Bools) -> Bools:
+def _toned(seen: Floats, target: Floats, weight: Bools) -> Floats:
+    """`seen` in the gain and offset that bring the places of `weight` nearest to the target."""
+    count = np.maximum(weight.sum((1, 2), keepdims=True), 1)
+    mean, aim = ((picture * weight).sum((1, 2), keepdims=True) / count for picture in (seen, target))
+    one, other = (seen - mean) * weight, target - aim
+    variance = (one**2).sum((1, 2), keepdims=True)
+    gain = np.where(variance > 4 * count, (one * other).sum((1, 2), keepdims=True) / np.maximum(variance, 1e-6), 1)
+    gain = np.clip(gain, 1 / GAIN, GAIN)
+    return np.asarray(gain * seen + np.clip(aim - gain * mean, -OFFSET, OFFSET), np.float32)
+
+
+def _chosen(which: Bools, one: _Fit, other: _Fit) -> _Fit:
+    """Of each pair `one` where `which` says so, else the `other`."""
+
+    def of(mine: Any, theirs: Any) -> Any:
+        return np.where(which.reshape(-1, *(1,) * (mine.ndim - 1)), mine, theirs)
+
+    return _Fit(*(of(getattr(one, part.name), getattr(other, part.name)) for part in fields(_Fit)))
+
+
+def _same_colours(ones: Prints, others: Prints, found: _Fit) -> Bools:
     """(n,): whether the colours are the same but for one gain, which is 1 where the pictures are compared as they lie."""
-    seen, over = _warped(ones.colour, warp)
-    target, over = others.colour, over[:, None]
+    smooth = _BINOMIAL[COLOUR_SIDE]
+    seen, over = _warped(_around(ones.colour, smooth), found.warp)
+    target, over = _around(others.colour, smooth), over[:, None]
     energy = (seen**2 * over).sum((1, 2, 3))
     gain = (seen * target * over).sum((1, 2, 3)) / np.maximum(energy, 1e-6)
     gain = np.clip(gain, 1 / SATURATION, SATURATION)
-    gain = np.where(told & (energy > _COLOURFUL * seen[0].size), gain, 1)[:, None, None, None]
+    gain = np.where(found.told & (energy > _COLOURFUL * seen[0].size), gain, 1)[:, None, None, None]
     size = LIGHT_SIDE // COLOUR_SIDE
-    loose = free.reshape(len(free), 1, COLOUR_SIDE, size, COLOUR_SIDE, size).any((3, 5))
+    loose = found.free.reshape(len(seen), 1, COLOUR_SIDE, size, COLOUR_SIDE, size).any((3, 5))
     pale, strong = np.minimum(gain, 1) / 2 * seen, np.maximum(gain, 1) * seen  # a clipped channel makes a colour paler
     inside = np.clip(target, np.minimum(pale, strong), np.maximum(pale, strong))
     left = np.abs(target - np.where(loose, inside, gain * seen)) * over
@@ -247,4 +300,4 @@ def _difference(side: int) -> Floats:
 
 _BINOMIAL = {side: _binomial(side) for side in (16, 32, 64)}
 _SLOPE = {side: _difference(side) for side in (16, 32, 64)}
-_COARSE, _WINDOW, _NEAR = gaussian(LIGHT_SIDE, 4), gaussian(LIGHT_SIDE, 1.5), gaussian(COLOUR_SIDE, 0.75)
+_COARSE, _WINDOW, _WIDE, _NEAR = gaussian(LIGHT_SIDE, 4), gaussian(LIGHT_SIDE, 1.5), gaussian(LIGHT_SIDE, 2.5), gaussian(COLOUR_SIDE, 0.75)
