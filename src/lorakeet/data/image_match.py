@@ -36,7 +36,10 @@ CUT = 0.05  # of a side, at either end
 GAIN, OFFSET, SATURATION = 1.7, 70.0, 2.0  # a gain may be so much or one by it; grey levels
 WEAK = 1.5  # grey levels of detail, below which pictures are compared as they lie
 FEW, SOME = 60.0, 200.0  # over how many places detail tells another brightness, and a cut
-_STEPS = ((16, 2), (32, 2), (64, 2))  # places along a side, and how often the warp is improved there
+PALER = 1.5  # by how much a clipped channel may make a colour paler or stronger
+ROUGHLY = 0.3  # the share of the detail that may be left before the warp is improved the last times
+_STEPS, _LAST = ((16, 2), (32, 2)), ((64, 2),)  # places along a side, and how often the warp is improved there
+_HALF = 0.5
 _TOUCHED = 0.1  # the weight of clipped places around a place from which it counts as clipped
 _COLOURFUL = 4.0  # squared levels of Cb and Cr, on the average, that tell a gain
 _UNCLIPPED = 0.15  # share of the places: where fewer are not clipped, all are fitted
@@ -52,7 +55,7 @@ class Prints:
 
     light: Floats  # (n, 64, 64): luminance
     colour: Floats  # (n, 2, 16, 16): Cb and Cr, 0 in a grey picture
-    clipped: Floats  # (n, 64, 64): 1 where pixels of a place have a channel at an end of its range, else 0
+    clipped: Floats  # (n, 2, 64, 64): 1 where pixels of a place have a channel at its bright end, or at its dark one, else 0
 
     def of(self, places: Places) -> Prints:
         """Those of some of the pictures."""
@@ -71,26 +74,61 @@ def read_prints(thumbs: Sequence[bytes]) -> Prints:
     return Prints(
         packed[:, :light].reshape(-1, LIGHT_SIDE, LIGHT_SIDE).astype(np.float32),
         packed[:, light : light + colour].reshape(-1, 2, COLOUR_SIDE, COLOUR_SIDE).astype(np.float32) - 128,
-        clipped.reshape(-1, LIGHT_SIDE, LIGHT_SIDE).astype(np.float32),
+        clipped.reshape(-1, 2, LIGHT_SIDE, LIGHT_SIDE).astype(np.float32),
     )
 
 
-def detailed(light: Floats) -> Bools:
-    """(n,): whether pictures have detail enough, in places enough, to tell a cut and another brightness from another picture."""
-    tone, cut = _told(_around(light, _BINOMIAL[LIGHT_SIDE]))
-    return tone | cut
+def told(light: Floats) -> tuple[Bools, Bools]:
+    """(n,) each: whether the detail of pictures is enough, in places enough, to tell another brightness, and a cut."""
+    energy = _around(_fine(_around(light, _BINOMIAL[LIGHT_SIDE])) ** 2, _WINDOW)
+    total = _sum(energy)
+    places = total**2 / np.maximum(_sum(energy, energy), 1e-6)  # if all had as much: how many
+    strong = total >= WEAK**2 * LIGHT_SIDE**2
+    return np.asarray(strong & (places >= FEW)), np.asarray(strong & (places >= SOME))
 
 
-def unexplained(ones: Prints, others: Prints) -> Floats:
-    """(n,): of pairs, the share of the other picture's variance that the one leaves; 1 where they are not one photo."""
-    found = _fitted(ones, others)
+def unexplained(ones: Prints, others: Prints, tone: Bools, cut: Bools) -> Floats:
+    """(n,): of pairs, the share of the other picture's variance that the one leaves; 1 where they are not one photo.
+
+    Of which pairs both pictures are detailed enough for another `tone`, and for a `cut`, is given.
+    """
+    smooth = _BINOMIAL[LIGHT_SIDE]
+    picture, target = _around(ones.light, smooth), _around(others.light, smooth)
+    unclipped = ~_near_clipped(np.maximum(ones.clipped, others.clipped)).any(1)
+    warp = np.zeros((len(picture), 4), np.float32)
+    warp[cut] = _registered(picture[cut], target[cut], unclipped[cut], warp[cut], _STEPS)
+    hopeful = np.flatnonzero(~tone | _roughly(picture, target, unclipped, warp))
+    found = np.ones(len(picture), np.float32)
+    if len(hopeful):
+        found[hopeful] = _judged(ones.of(hopeful), others.of(hopeful), warp[hopeful], tone[hopeful], cut[hopeful])
+    return found
+
+
+def _judged(ones: Prints, others: Prints, warp: Floats, tone: Bools, cut: Bools) -> Floats:
+    """As `unexplained`, of pairs that are roughly registered by `warp`; which of them have a `tone` and a `cut` is told."""
+    found = _fitted(ones, others, warp, tone, cut)
     left, over = found.left, found.over
-    detail = (_fine(left) ** 2).sum((1, 2)) <= DETAIL * (_fine(found.target) ** 2 * over).sum((1, 2))
+    fine, whole = _fine(left), _fine(found.target) * over
+    detail = _sum(fine, fine) <= DETAIL * _sum(whole, whole)
     around = np.sqrt(_around(left**2, _WINDOW))
     slope = np.sqrt(np.minimum(_steepness(found.fitted, _WIDE), _steepness(found.target, _WIDE)))
-    same = (detail | ~found.told) & (around <= REST + SLOPE * slope).all((1, 2)) & _same_colours(ones, others, found)
-    apart = (left**2).sum((1, 2)) / np.maximum(found.target.var((1, 2)) * over.sum((1, 2)), 1.0)
+    same = (detail | ~tone) & (around <= REST + SLOPE * slope).all((1, 2)) & _same_colours(ones, others, found)
+    apart = _sum(left, left) / np.maximum(found.target.var((1, 2)) * over.sum((1, 2)), 1.0)
     return np.asarray(np.where(same, np.minimum(apart, 0.99), 1), np.float32)
+
+
+def _roughly(pictures: Floats, targets: Floats, unclipped: Bools, warp: Floats) -> Bools:
+    """(n,): whether the pictures, as they lie or warped, leave little of their targets' detail at half as many places."""
+    side = LIGHT_SIDE // 2
+    target, where = _reduced(targets, side), _reduced(unclipped.astype(np.float32), side) > _HALF
+    found = np.zeros(len(pictures), bool)
+    for each in (np.zeros_like(warp), warp):
+        seen, over = _warped(_reduced(pictures, side), each)
+        weight = _weighed(over, where)
+        left = (target - _toned(seen, target, weight)) * weight
+        fine, whole = _fine(left) * weight, _fine(target) * weight
+        found |= _sum(fine, fine) <= ROUGHLY * _sum(whole, whole)
+    return found
 
 
 @dataclass(frozen=True)
@@ -103,54 +141,39 @@ class _Fit:
     over: Bools
     free: Bools
     warp: Floats  # (n, 4)
-    told: Bools  # (n,): whether anything but the pictures as they lie was tried
+    told: Bools  # (n,): whether another tone was tried
 
 
-def _told(smooth: Floats) -> tuple[Bools, Bools]:
-    """(n,) each: whether the detail of smoothed pictures tells another brightness, and a cut."""
-    energy = _around(_fine(smooth) ** 2, _WINDOW)
-    total = energy.sum((1, 2))
-    places = total**2 / np.maximum((energy**2).sum((1, 2)), 1e-6)  # if all had as much: how many
-    strong = total >= WEAK**2 * LIGHT_SIDE**2
-    return np.asarray(strong & (places >= FEW)), np.asarray(strong & (places >= SOME))
-
-
-def _fitted(ones: Prints, others: Prints) -> _Fit:
+def _fitted(ones: Prints, others: Prints, warp: Floats, tone: Bools, cut: Bools) -> _Fit:
     """The better of the pictures as they lie and registered, both in the best tone, as far as their detail allows either."""
     smooth = _BINOMIAL[LIGHT_SIDE]
     picture, target = _around(ones.light, smooth), _around(others.light, smooth)
-    tone, cut = (one & other for one, other in zip(_told(picture), _told(target), strict=True))
-    clipped = _around(np.maximum(ones.clipped, others.clipped), smooth) > _TOUCHED
-    best: _Fit | None = None
-    for warp in (np.zeros((len(picture), 4), np.float32), np.where(cut[:, None], _registered(picture, target, ~clipped), 0)):
-        seen, over = _warped(picture, warp)
-        free = _around(np.maximum(_warped(ones.clipped, warp)[0], others.clipped), smooth) > _TOUCHED
-        left, fitted = _least(seen, target, over, free)
+    unclipped = ~_near_clipped(np.maximum(ones.clipped, others.clipped)).any(1)
+    warp = np.where(cut[:, None], _registered(picture, target, unclipped, warp, _LAST), np.float32(0))
+    fits = []
+    for each in (np.zeros_like(warp), warp):
+        seen, over = _warped(picture, each)
+        free = _near_clipped(np.maximum(_warped(ones.clipped, each[:, None])[0], others.clipped))
+        left, fitted, free = _least(seen, target, over, free)
         as_it_is = ~tone[:, None, None]
         left, fitted = np.where(as_it_is, (target - seen) * over, left), np.where(as_it_is, seen, fitted)
-        now = _Fit(target, fitted, left, over, free & ~as_it_is, warp, tone | cut)
-        if best is None:
-            best = now
-        else:
-            share = [(each.left**2).sum((1, 2)) / each.over.sum((1, 2)) for each in (best, now)]
-            best = _chosen(share[1] < share[0], now, best)
-    assert best is not None
-    return best
+        fits.append(_Fit(target, fitted, left, over, free & ~as_it_is, each, tone))
+    share = [_sum(fit.left, fit.left) / fit.over.sum((1, 2)) for fit in fits]
+    return _chosen(share[1] < share[0], fits[1], fits[0])
 
 
-def _registered(pictures: Floats, targets: Floats, unclipped: Bools) -> Floats:
-    """(n, 4): the warp of each picture onto its target."""
-    warp = np.zeros((len(pictures), 4), np.float32)
-    for side, times in _STEPS:
+def _registered(pictures: Floats, targets: Floats, unclipped: Bools, warp: Floats, steps: Sequence[tuple[int, int]]) -> Floats:
+    """(n, 4): a better warp of each picture onto its target."""
+    for side, times in steps:
         picture, target = _reduced(pictures, side), _reduced(targets, side)
-        where = _reduced(unclipped.astype(np.float32), side) > 0.5  # noqa: PLR2004 (most of a place)
-        target = (target - target.mean((1, 2), keepdims=True)).reshape(len(target), -1, 1)
+        where = _reduced(unclipped.astype(np.float32), side) > _HALF
+        target = (target - target.mean((1, 2), keepdims=True)).reshape(-1, side * side, 1)
         picture = picture - picture.mean((1, 2), keepdims=True)
         for _ in range(times):
             seen, over = _warped(picture, warp)
             weight = _weighed(over, where)
             tangents = _tangents(seen)
-            weighted = tangents * weight.reshape(len(weight), 1, -1)
+            weighted = tangents * weight.reshape(-1, 1, side * side)
             gram = (weighted @ tangents.transpose(0, 2, 1)).astype(np.float64)
             size = np.einsum("nkk->nk", gram)
             gram += np.eye(6) * (1e-4 * size + 1e-6 * size.mean(1, keepdims=True) + 1e-9)[:, None]
@@ -169,54 +192,78 @@ def _tangents(pictures: Floats) -> Floats:
         [pictures, np.ones_like(pictures), across * (1 - place), across * place, down * (1 - place[:, None]), down * place[:, None]],
         1,
     )
-    return np.asarray(found.reshape(len(pictures), 6, -1), np.float32)
+    return np.asarray(found.reshape(-1, 6, side * side), np.float32)
 
 
 def _warped(pictures: Floats, warp: Floats) -> tuple[Floats, Bools]:
-    """The warped pictures (n, …, side, side), by cubic convolution (Keys 1981), and which places lie well within them."""
+    """The warped pictures, by cubic convolution (Keys 1981), and which places (n, side, side) lie well within them.
+
+    Pictures are (n, side, side) and warps (n, 4), or (n, k, side, side) and (n, 1, 4).
+    """
     side = pictures.shape[-1]
     place = ((np.arange(side) + 0.5) / side).astype(np.float32)
-    rows, columns = (warp[:, end, None] * (1 - place) + warp[:, end + 1, None] * place + place for end in (2, 0))
-    by_row, by_column = _sampling(rows), _sampling(columns).transpose(0, 2, 1)
-    if pictures.ndim > 3:  # noqa: PLR2004 (several planes)
-        by_row, by_column = by_row[:, None], by_column[:, None]
+    columns, rows = (warp[..., end, None] * (1 - place) + warp[..., end + 1, None] * place + place for end in (0, 2))
     edge = 1 / side  # the outermost place is half of what is beyond
-    inside = [(edge < each) & (each < 1 - edge) & (edge < place) & (place < 1 - edge) for each in (rows, columns)]
-    return np.asarray(by_row @ pictures @ by_column, np.float32), inside[0][:, :, None] & inside[1][:, None, :]
+    inside = [((edge < each) & (each < 1 - edge) & (edge < place) & (place < 1 - edge)).reshape(-1, side) for each in (rows, columns)]
+    seen = _sampling(rows) @ pictures @ np.swapaxes(_sampling(columns), -1, -2)
+    return np.asarray(seen, np.float32), inside[0][:, :, None] & inside[1][:, None, :]
 
 
 def _sampling(positions: Floats) -> Floats:
-    """(n, side, side): the weights of places at positions (n, side) from 0 to 1."""
-    side = positions.shape[1]
-    distance = np.abs(np.clip(positions * side - 0.5, 0, side - 1)[:, :, None] - np.arange(side, dtype=np.float32))
+    """(…, side, side): the weights of the places at positions (…, side) from 0 to 1."""
+    side = positions.shape[-1]
+    at = np.clip(positions * side - 0.5, 0, side - 1)
+    first = np.floor(at).astype(np.intp) - 1
+    taps = [(first + tap, np.abs(at - first - tap)) for tap in range(4)]
+    weights = [_cubic(distance) * ((0 <= tap) & (tap < side)) for tap, distance in taps]
+    total = np.sum(weights, axis=0)
+    found = np.zeros((*positions.shape, side), np.float32)
+    for (tap, _), weight in zip(taps, weights, strict=True):
+        held = np.clip(tap, 0, side - 1)[..., None]
+        np.put_along_axis(found, held, np.take_along_axis(found, held, -1) + (weight / total)[..., None], -1)
+    return found
+
+
+def _cubic(distance: Floats) -> Floats:
+    """The kernel of cubic convolution, up to 2 places away."""
     near = (1.5 * distance - 2.5) * distance**2 + 1
     far = ((2.5 - 0.5 * distance) * distance - 4) * distance + 2
-    found = np.where(distance < 1, near, np.where(distance < 2, far, 0))  # noqa: PLR2004 (the kernel's reach)
-    return np.asarray(found / found.sum(2, keepdims=True), np.float32)
+    return np.asarray(np.where(distance < 1, near, far), np.float32)
 
 
-def _least(seen: Floats, target: Floats, over: Bools, free: Bools) -> tuple[Floats, Floats]:
-    """What is left of the targets, and the fitted pictures, in the better of the tones of unclipped places and of all."""
+def _near_clipped(clipped: Floats) -> Bools:
+    """Where smoothing brings clipped pixels in."""
+    return _around(clipped, _BINOMIAL[LIGHT_SIDE]) > _TOUCHED
+
+
+def _least(seen: Floats, target: Floats, over: Bools, clipped: Bools) -> tuple[Floats, Floats, Bools]:
+    """What is left of the targets, the fitted pictures, and where they are free, in the tone that leaves least.
+
+    Tried are: bright pixels are clipped, and the others tell the tone; bright and dark ones are; and all tell the tone.
+    """
+    bright, either = clipped[:, 0], clipped.any(1)
     found = []
-    for weight in (_weighed(over, ~free), over):
+    for free, weight in ((bright, _weighed(over, ~bright)), (either, _weighed(over, ~either)), (either, over.astype(np.float32))):
         fitted = _toned(seen, target, weight)
         inside = np.clip(target, np.minimum(seen, fitted), np.maximum(seen, fitted))
         left = (target - np.where(free, inside, fitted)) * over
-        found.append((left, fitted, (left**2).sum((1, 2), keepdims=True)))
-    (left, fitted, size), (other_left, other_fitted, other_size) = found
-    better = size <= other_size
-    return np.where(better, left, other_left), np.where(better, fitted, other_fitted)
+        found.append((_sum(left, left)[:, None, None], left, fitted, free))
+    best = found[0]
+    for each in found[1:]:
+        better = each[0] < best[0]
+        best = tuple(np.where(better, one, other) for one, other in zip(each, best, strict=True))  # type: ignore[assignment]
+    return best[1], best[2], best[3]
 
 
-def _toned(seen: Floats, target: Floats, weight: Bools) -> Floats:
+def _toned(seen: Floats, target: Floats, weight: Floats) -> Floats:
     """`seen` in the gain and offset that bring the places of `weight` nearest to the target."""
-    count = np.maximum(weight.sum((1, 2), keepdims=True), 1)
-    mean, aim = ((picture * weight).sum((1, 2), keepdims=True) / count for picture in (seen, target))
-    one, other = (seen - mean) * weight, target - aim
-    variance = (one**2).sum((1, 2), keepdims=True)
-    gain = np.where(variance > 4 * count, (one * other).sum((1, 2), keepdims=True) / np.maximum(variance, 1e-6), 1)
-    gain = np.clip(gain, 1 / GAIN, GAIN)
-    return np.asarray(gain * seen + np.clip(aim - gain * mean, -OFFSET, OFFSET), np.float32)
+    count = np.maximum(_sum(weight), 1)
+    mean, aim = _sum(seen, weight) / count, _sum(target, weight) / count
+    one = (seen - mean[:, None, None]) * weight
+    variance = _sum(one, one)
+    gain = np.where(variance > 4 * count, _sum(one, target) / np.maximum(variance, 1e-6), 1).clip(1 / GAIN, GAIN)
+    offset = (aim - gain * mean).clip(-OFFSET, OFFSET)
+    return np.asarray(gain[:, None, None] * seen + offset[:, None, None], np.float32)
 
 
 def _chosen(which: Bools, one: _Fit, other: _Fit) -> _Fit:
@@ -231,26 +278,27 @@ def _chosen(which: Bools, one: _Fit, other: _Fit) -> _Fit:
 def _same_colours(ones: Prints, others: Prints, found: _Fit) -> Bools:
     """(n,): whether the colours are the same but for one gain, which is 1 where the pictures are compared as they lie."""
     smooth = _BINOMIAL[COLOUR_SIDE]
-    seen, over = _warped(_around(ones.colour, smooth), found.warp)
+    seen, over = _warped(_around(ones.colour, smooth), found.warp[:, None])
     target, over = _around(others.colour, smooth), over[:, None]
-    energy = (seen**2 * over).sum((1, 2, 3))
-    gain = (seen * target * over).sum((1, 2, 3)) / np.maximum(energy, 1e-6)
-    gain = np.clip(gain, 1 / SATURATION, SATURATION)
-    gain = np.where(found.told & (energy > _COLOURFUL * seen[0].size), gain, 1)[:, None, None, None]
     size = LIGHT_SIDE // COLOUR_SIDE
-    loose = found.free.reshape(len(seen), 1, COLOUR_SIDE, size, COLOUR_SIDE, size).any((3, 5))
-    pale, strong = np.minimum(gain, 1) / 2 * seen, np.maximum(gain, 1) * seen  # a clipped channel makes a colour paler
+    free = found.free.reshape(len(seen), COLOUR_SIDE, size, COLOUR_SIDE, size).any((2, 4))
+    weight = _weighed(over[:, 0], ~free)[:, None]
+    energy = _sum(seen, seen * weight)
+    gain = _sum(seen, target * weight) / np.maximum(energy, 1e-6)
+    gain = np.clip(gain, 1 / SATURATION, SATURATION)
+    gain = np.where(found.told & (energy > _COLOURFUL * weight.sum((1, 2, 3))), gain, 1)[:, None, None, None]
+    pale, strong = np.minimum(gain, 1) / PALER * seen, np.maximum(gain, 1) * PALER * seen
     inside = np.clip(target, np.minimum(pale, strong), np.maximum(pale, strong))
-    left = np.abs(target - np.where(loose, inside, gain * seen)) * over
+    left = np.abs(target - np.where(free[:, None], inside, gain * seen)) * over
     slope = np.sqrt(np.minimum(_steepness(gain * seen, _NEAR), _steepness(target, _NEAR)))
     return np.asarray((left <= COLOUR + SLOPE * slope).all((1, 2, 3)))
 
 
-def _weighed(over: Bools, where: Bools) -> Bools:
-    """Which places are fitted: of those `over` both pictures the ones `where` nothing is clipped, if they are enough."""
+def _weighed(over: Bools, where: Bools) -> Floats:
+    """1 for the places that are fitted: of those `over` both pictures the ones `where` nothing is clipped, if they are enough."""
     both = over & where
-    few = both.sum((1, 2), keepdims=True) < _UNCLIPPED * both[0].size
-    return np.where(few, over, both)
+    few = both.sum((1, 2), keepdims=True) < _UNCLIPPED * over[0].size if len(over) else both
+    return np.where(few, over, both).astype(np.float32)
 
 
 def _reduced(pictures: Floats, side: int) -> Floats:
@@ -261,9 +309,17 @@ def _reduced(pictures: Floats, side: int) -> Floats:
     return _around(pictures.reshape(-1, side, size, side, size).mean((2, 4)), _BINOMIAL[side])
 
 
+def _sum(pictures: Floats, others: Floats | None = None) -> Floats:
+    """(n,): the sums of pictures, or of their products with others, over all places."""
+    flat = pictures.reshape(len(pictures), -1) if len(pictures) else np.zeros((0, 1), np.float32)
+    if others is None:
+        return np.asarray(flat.sum(1))
+    return np.asarray(np.einsum("nk,nk->n", flat, others.reshape(flat.shape)))
+
+
 def _fine(pictures: Floats) -> Floats:
     """`pictures` without what is coarse."""
-    return pictures - _around(pictures, _COARSE)
+    return pictures - _around(pictures, _COARSE[pictures.shape[-1]])
 
 
 def _steepness(pictures: Floats, window: Floats) -> Floats:
@@ -300,4 +356,5 @@ def _difference(side: int) -> Floats:
 
 _BINOMIAL = {side: _binomial(side) for side in (16, 32, 64)}
 _SLOPE = {side: _difference(side) for side in (16, 32, 64)}
-_COARSE, _WINDOW, _WIDE, _NEAR = gaussian(LIGHT_SIDE, 4), gaussian(LIGHT_SIDE, 1.5), gaussian(LIGHT_SIDE, 2.5), gaussian(COLOUR_SIDE, 0.75)
+_COARSE = {side: gaussian(side, side / 16) for side in (32, 64)}
+_WINDOW, _WIDE, _NEAR = gaussian(LIGHT_SIDE, 1.5), gaussian(LIGHT_SIDE, 2.5), gaussian(COLOUR_SIDE, 0.75)
