@@ -15,14 +15,14 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from lorakeet.data.image_match import Bools, Floats, Places, gaussian, read_prints, told, unexplained
+from lorakeet.data.image_match import LEVELS, Bools, Floats, Places, Prints, compared, gaussian, level, read_prints, told
 from lorakeet.data.images import HASH_SIDE, ImageRow
 
 ALIKE, EXPLAINED = 0.4, 0.5  # the correlation of fine structure as it lies, and the share explained by tangents
-LEVELS = 5.0  # grey levels, root mean square, between pictures of little detail
+DIFFERENT = 5.0  # grey levels, root mean square, between pictures of little detail
 TELLING = 64  # bits set in a hash that says more than one of a plain ground
-_SIDE = 16
-_BLOCK, _BATCH = 1024, 64  # pictures that are sieved at once, and pairs that are compared at once
+_SIDE = LEVELS[0]
+_BLOCK, _BATCH = 1024, (1024, 256, 64)  # pictures that are sieved at once, and pairs that are compared at once at each level
 
 
 @dataclass(frozen=True)
@@ -132,12 +132,14 @@ class _Looks:
         self.order = order
         self.thumbs = [row.thumb for row in rows]
         self.small = np.empty((len(rows), _SIDE, _SIDE), np.float32)
+        self.clipped = np.empty((len(rows), 2, _SIDE, _SIDE), np.float16)
         self.tone, self.cut = np.empty(len(rows), bool), np.empty(len(rows), bool)  # whether the detail tells either
         for start in range(0, len(rows), _BLOCK):
-            light = read_prints(self.thumbs[start : start + _BLOCK]).light
-            size = light.shape[-1] // _SIDE
-            self.small[start : start + _BLOCK] = light.reshape(-1, _SIDE, size, _SIDE, size).mean((2, 4)) - 128
-            self.tone[start : start + _BLOCK], self.cut[start : start + _BLOCK] = told(light)
+            prints = read_prints(self.thumbs[start : start + _BLOCK])
+            coarsest = level(prints, _SIDE)
+            self.small[start : start + _BLOCK] = coarsest.light - 128
+            self.clipped[start : start + _BLOCK] = coarsest.clipped
+            self.tone[start : start + _BLOCK], self.cut[start : start + _BLOCK] = told(prints.light)
         size = HASH_SIDE * HASH_SIDE // 8
         hashes = np.frombuffer(b"".join(row.looks.to_bytes(size, "big") for row in rows), np.uint8)
         self.hashes = np.unpackbits(hashes.reshape(len(rows), size), axis=1)
@@ -197,7 +199,7 @@ def _equal_levels(mine: Floats, theirs: Floats) -> Bools:
     """(n, m): whether the pictures are much the same as they lie."""
     one, other = mine.reshape(-1, _SIDE**2), theirs.reshape(-1, _SIDE**2)
     apart = (one**2).sum(1)[:, None] + (other**2).sum(1) - 2 * one @ other.T
-    return np.asarray(apart <= LEVELS**2 * one.shape[1])
+    return np.asarray(apart <= DIFFERENT**2 * one.shape[1])
 
 
 def _hashes_match(mine: NDArray[np.uint8], theirs: NDArray[np.uint8], bits: int) -> Bools:
@@ -211,18 +213,39 @@ def _hashes_match(mine: NDArray[np.uint8], theirs: NDArray[np.uint8], bits: int)
 def _compared(ones: _Looks, others: _Looks, pairs: tuple[Places, Places], mirrored: bool) -> _Found:
     """Those of `pairs` that are copies. Which of two is registered onto the other depends on their pixels alone."""
     left, right = pairs
-    apart = np.ones(len(left), np.float32)
-    for start in range(0, len(left), _BATCH):
-        batch = slice(start, start + _BATCH)
-        swapped = ones.order[left[batch]] > others.order[right[batch]]
-        both = [(ones.thumbs[one], others.thumbs[other]) for one, other in zip(left[batch], right[batch], strict=True)]
-        both = [(other, one) if swap else (one, other) for (one, other), swap in zip(both, swapped, strict=True)]
-        first = read_prints([one for one, _ in both])
-        second = read_prints([other for _, other in both])
-        tone, cut = ones.tone[left[batch]] & others.tone[right[batch]], ones.cut[left[batch]] & others.cut[right[batch]]
-        apart[batch] = unexplained(first.mirrored() if mirrored else first, second, tone, cut)
+    swapped = ones.order[left] > others.order[right]
+    tone, cut = ones.tone[left] & others.tone[right], ones.cut[left] & others.cut[right]
+    warp, apart = np.zeros((len(left), 4), np.float32), np.zeros(len(left), np.float32)
+    for side, batch in zip(LEVELS, _BATCH, strict=True):
+        hopeful = np.flatnonzero(apart < 1)
+        for start in range(0, len(hopeful), batch):
+            these = hopeful[start : start + batch]
+            first, second = _prints(ones, others, left[these], right[these], side)
+            swap = swapped[these]
+            one, other = _either(swap, second, first), _either(swap, first, second)
+            one = one.mirrored() if mirrored else one
+            apart[these], warp[these] = compared(one, other, warp[these], tone[these], cut[these])
     same = apart < 1
     return left[same].astype(np.int32), right[same].astype(np.int32), apart[same], np.full(int(same.sum()), mirrored)
+
+
+def _prints(ones: _Looks, others: _Looks, left: Places, right: Places, side: int) -> tuple[Prints, Prints]:
+    """What the pictures `left` of ones and `right` of others are compared by at one level."""
+    if side == _SIDE:
+        nothing = np.zeros((len(left), 0), np.float32)
+        return tuple(Prints(each.small[of], nothing, each.clipped[of].astype(np.float32)) for each, of in ((ones, left), (others, right)))  # type: ignore[return-value]
+    first, second = (read_prints([each.thumbs[place] for place in of]) for each, of in ((ones, left), (others, right)))
+    return level(first, side), level(second, side)
+
+
+def _either(which: Bools, one: Prints, other: Prints) -> Prints:
+    """Of each pair the print of `one` where `which` says so, else of the `other`."""
+    wide = which[:, None, None]
+    return Prints(
+        np.where(wide, one.light, other.light),
+        np.where(which.reshape(-1, *(1,) * (one.colour.ndim - 1)), one.colour, other.colour),
+        np.where(wide[..., None], one.clipped, other.clipped),
+    )
 
 
 def _nearest(ways: Sequence[_Found]) -> _Found:

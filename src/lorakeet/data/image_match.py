@@ -30,16 +30,17 @@ from numpy.typing import NDArray
 from lorakeet.data.images import COLOUR_SIDE, LIGHT_SIDE
 
 DETAIL = 0.05  # the share of the detail's variance that may be left
+CODED = 0.5  # squared grey levels, on the average, that coding leaves in any case
 REST, SLOPE = 2.5, 0.2  # grey levels, and share of the change from place to place, that may be left around a place
-COLOUR = 5.0  # levels of Cb and Cr
+COLOUR = 3.0  # levels of Cb and Cr
 CUT = 0.05  # of a side, at either end
 GAIN, OFFSET, SATURATION = 1.7, 70.0, 2.0  # a gain may be so much or one by it; grey levels
 WEAK = 1.5  # grey levels of detail, below which pictures are compared as they lie
 FEW, SOME = 60.0, 200.0  # over how many places detail tells another brightness, and a cut
 PALER = 1.5  # by how much a clipped channel may make a colour paler or stronger
-ROUGHLY = 0.3  # the share of the detail that may be left before the warp is improved the last times
-_STEPS, _LAST = ((16, 2), (32, 2)), ((64, 2),)  # places along a side, and how often the warp is improved there
-_HALF = 0.5
+COARSELY = 2.0  # by how much the bounds are wider above the finest level
+LEVELS = (16, 32, 64)  # places along a side
+_TIMES = 2  # how often the warp is improved at each of them
 _TOUCHED = 0.1  # the weight of clipped places around a place from which it counts as clipped
 _COLOURFUL = 4.0  # squared levels of Cb and Cr, on the average, that tell a gain
 _UNCLIPPED = 0.15  # share of the places: where fewer are not clipped, all are fitted
@@ -80,60 +81,44 @@ def read_prints(thumbs: Sequence[bytes]) -> Prints:
 
 def told(light: Floats) -> tuple[Bools, Bools]:
     """(n,) each: whether the detail of pictures is enough, in places enough, to tell another brightness, and a cut."""
-    energy = _around(_fine(_around(light, _BINOMIAL[LIGHT_SIDE])) ** 2, _WINDOW)
+    energy = _around(_fine(_around(light, _BINOMIAL[LIGHT_SIDE])) ** 2, _WINDOW[LIGHT_SIDE])
     total = _sum(energy)
     places = total**2 / np.maximum(_sum(energy, energy), 1e-6)  # if all had as much: how many
     strong = total >= WEAK**2 * LIGHT_SIDE**2
     return np.asarray(strong & (places >= FEW)), np.asarray(strong & (places >= SOME))
 
 
-def unexplained(ones: Prints, others: Prints, tone: Bools, cut: Bools) -> Floats:
-    """(n,): of pairs, the share of the other picture's variance that the one leaves; 1 where they are not one photo.
+def level(prints: Prints, side: int) -> Prints:
+    """The smoothed pictures at `side` places, with the share of clipped places."""
+    clipped = _reduced(prints.clipped, side)
+    return Prints(_around(_reduced(prints.light, side), _BINOMIAL[side]), prints.colour, _around(clipped, _BINOMIAL[side]))
 
-    Of which pairs both pictures are detailed enough for another `tone`, and for a `cut`, is given.
+
+def compared(ones: Prints, others: Prints, warp: Floats, tone: Bools, cut: Bools) -> tuple[Floats, Floats]:
+    """(n,): of pairs at one `level`, the share of the other's variance that the one leaves, 1 where they are not one photo.
+
+    And the warps (n, 4) from which the next level starts. Which pairs are detailed enough for another `tone` and a `cut` is given.
+    Above the finest level the bounds are wider and colours are not compared.
     """
-    smooth = _BINOMIAL[LIGHT_SIDE]
-    picture, target = _around(ones.light, smooth), _around(others.light, smooth)
-    unclipped = ~_near_clipped(np.maximum(ones.clipped, others.clipped)).any(1)
-    warp = np.zeros((len(picture), 4), np.float32)
-    warp[cut] = _registered(picture[cut], target[cut], unclipped[cut], warp[cut], _STEPS)
-    hopeful = np.flatnonzero(~tone | _roughly(picture, target, unclipped, warp))
-    found = np.ones(len(picture), np.float32)
-    if len(hopeful):
-        found[hopeful] = _judged(ones.of(hopeful), others.of(hopeful), warp[hopeful], tone[hopeful], cut[hopeful])
-    return found
-
-
-def _judged(ones: Prints, others: Prints, warp: Floats, tone: Bools, cut: Bools) -> Floats:
-    """As `unexplained`, of pairs that are roughly registered by `warp`; which of them have a `tone` and a `cut` is told."""
+    side = ones.light.shape[-1]
+    finest = side == LIGHT_SIDE
     found = _fitted(ones, others, warp, tone, cut)
     left, over = found.left, found.over
     fine, whole = _fine(left), _fine(found.target) * over
-    detail = _sum(fine, fine) <= DETAIL * _sum(whole, whole)
-    around = np.sqrt(_around(left**2, _WINDOW))
-    slope = np.sqrt(np.minimum(_steepness(found.fitted, _WIDE), _steepness(found.target, _WIDE)))
-    same = (detail | ~tone) & (around <= REST + SLOPE * slope).all((1, 2)) & _same_colours(ones, others, found)
+    wider = 1 if finest else COARSELY
+    detail = _sum(fine, fine) <= wider**2 * (DETAIL * _sum(whole, whole) + CODED * side**2)
+    around = np.sqrt(_around(left**2, _WINDOW[side]))
+    slope = np.sqrt(np.minimum(_steepness(found.fitted, _WIDE[side]), _steepness(found.target, _WIDE[side])))
+    same = (detail | ~tone) & (around <= wider * (REST + SLOPE * slope)).all((1, 2))
+    if finest:
+        same &= _same_colours(ones, others, found)
     apart = _sum(left, left) / np.maximum(found.target.var((1, 2)) * over.sum((1, 2)), 1.0)
-    return np.asarray(np.where(same, np.minimum(apart, 0.99), 1), np.float32)
-
-
-def _roughly(pictures: Floats, targets: Floats, unclipped: Bools, warp: Floats) -> Bools:
-    """(n,): whether the pictures, as they lie or warped, leave little of their targets' detail at half as many places."""
-    side = LIGHT_SIDE // 2
-    target, where = _reduced(targets, side), _reduced(unclipped.astype(np.float32), side) > _HALF
-    found = np.zeros(len(pictures), bool)
-    for each in (np.zeros_like(warp), warp):
-        seen, over = _warped(_reduced(pictures, side), each)
-        weight = _weighed(over, where)
-        left = (target - _toned(seen, target, weight)) * weight
-        fine, whole = _fine(left) * weight, _fine(target) * weight
-        found |= _sum(fine, fine) <= ROUGHLY * _sum(whole, whole)
-    return found
+    return np.asarray(np.where(same, np.minimum(apart, 0.99), 1), np.float32), found.warp
 
 
 @dataclass(frozen=True)
 class _Fit:
-    """Pictures fitted to their targets (n, 64, 64): what is `left`, `over` which places, and where clipping leaves it `free`."""
+    """Pictures fitted to their targets (n, side, side): what is `left`, `over` which places, where clipping leaves it `free`."""
 
     target: Floats
     fitted: Floats
@@ -146,15 +131,14 @@ class _Fit:
 
 def _fitted(ones: Prints, others: Prints, warp: Floats, tone: Bools, cut: Bools) -> _Fit:
     """The better of the pictures as they lie and registered, both in the best tone, as far as their detail allows either."""
-    smooth = _BINOMIAL[LIGHT_SIDE]
-    picture, target = _around(ones.light, smooth), _around(others.light, smooth)
-    unclipped = ~_near_clipped(np.maximum(ones.clipped, others.clipped)).any(1)
-    warp = np.where(cut[:, None], _registered(picture, target, unclipped, warp, _LAST), np.float32(0))
+    target = others.light
+    unclipped = np.maximum(ones.clipped, others.clipped).max(1) <= _TOUCHED
+    warp = np.where(cut[:, None], _registered(ones.light, target, unclipped, warp), np.float32(0))
     fits = []
     for each in (np.zeros_like(warp), warp):
-        seen, over = _warped(picture, each)
-        free = _near_clipped(np.maximum(_warped(ones.clipped, each[:, None])[0], others.clipped))
-        left, fitted, free = _least(seen, target, over, free)
+        seen, over = _warped(ones.light, each)
+        clipped = np.maximum(_warped(ones.clipped, each[:, None])[0], others.clipped) > _TOUCHED
+        left, fitted, free = _least(seen, target, over, clipped)
         as_it_is = ~tone[:, None, None]
         left, fitted = np.where(as_it_is, (target - seen) * over, left), np.where(as_it_is, seen, fitted)
         fits.append(_Fit(target, fitted, left, over, free & ~as_it_is, each, tone))
@@ -162,24 +146,20 @@ def _fitted(ones: Prints, others: Prints, warp: Floats, tone: Bools, cut: Bools)
     return _chosen(share[1] < share[0], fits[1], fits[0])
 
 
-def _registered(pictures: Floats, targets: Floats, unclipped: Bools, warp: Floats, steps: Sequence[tuple[int, int]]) -> Floats:
+def _registered(pictures: Floats, targets: Floats, unclipped: Bools, warp: Floats) -> Floats:
     """(n, 4): a better warp of each picture onto its target."""
-    for side, times in steps:
-        picture, target = _reduced(pictures, side), _reduced(targets, side)
-        where = _reduced(unclipped.astype(np.float32), side) > _HALF
-        target = (target - target.mean((1, 2), keepdims=True)).reshape(-1, side * side, 1)
-        picture = picture - picture.mean((1, 2), keepdims=True)
-        for _ in range(times):
-            seen, over = _warped(picture, warp)
-            weight = _weighed(over, where)
-            tangents = _tangents(seen)
-            weighted = tangents * weight.reshape(-1, 1, side * side)
-            gram = (weighted @ tangents.transpose(0, 2, 1)).astype(np.float64)
-            size = np.einsum("nkk->nk", gram)
-            gram += np.eye(6) * (1e-4 * size + 1e-6 * size.mean(1, keepdims=True) + 1e-9)[:, None]
-            found = np.linalg.solve(gram, (weighted @ target).astype(np.float64))[..., 0]
-            step = found[:, 2:] / np.maximum(found[:, :1], 1 / GAIN)
-            warp = np.clip(warp + step, -CUT, CUT).astype(np.float32)
+    size = targets[0].size if len(targets) else 1
+    aim = (targets - targets.mean((1, 2), keepdims=True)).reshape(-1, size, 1)
+    pictures = pictures - pictures.mean((1, 2), keepdims=True)
+    for _ in range(_TIMES):
+        seen, over = _warped(pictures, warp)
+        tangents = _tangents(seen)
+        weighted = tangents * _weighed(over, unclipped).reshape(-1, 1, size)
+        gram = (weighted @ tangents.transpose(0, 2, 1)).astype(np.float64)
+        scale = np.einsum("nkk->nk", gram)
+        gram += np.eye(6) * (1e-4 * scale + 1e-6 * scale.mean(1, keepdims=True) + 1e-9)[:, None]
+        found = np.linalg.solve(gram, (weighted @ aim).astype(np.float64))[..., 0]
+        warp = np.clip(warp + found[:, 2:] / np.maximum(found[:, :1], 1 / GAIN), -CUT, CUT).astype(np.float32)
     return warp
 
 
@@ -231,17 +211,12 @@ def _cubic(distance: Floats) -> Floats:
     return np.asarray(np.where(distance < 1, near, far), np.float32)
 
 
-def _near_clipped(clipped: Floats) -> Bools:
-    """Where smoothing brings clipped pixels in."""
-    return _around(clipped, _BINOMIAL[LIGHT_SIDE]) > _TOUCHED
-
-
 def _least(seen: Floats, target: Floats, over: Bools, clipped: Bools) -> tuple[Floats, Floats, Bools]:
     """What is left of the targets, the fitted pictures, and where they are free, in the tone that leaves least.
 
     Tried are: bright pixels are clipped, and the others tell the tone; bright and dark ones are; and all tell the tone.
     """
-    bright, either = clipped[:, 0], clipped.any(1)
+    bright, either = clipped[:, 0], clipped[:, 0] | clipped[:, 1]
     found = []
     for free, weight in ((bright, _weighed(over, ~bright)), (either, _weighed(over, ~either)), (either, over.astype(np.float32))):
         fitted = _toned(seen, target, weight)
@@ -302,11 +277,11 @@ def _weighed(over: Bools, where: Bools) -> Floats:
 
 
 def _reduced(pictures: Floats, side: int) -> Floats:
-    """(n, side, side), smoothed anew where they were larger."""
-    size = pictures.shape[-1] // side
-    if size == 1:
-        return pictures
-    return _around(pictures.reshape(-1, side, size, side, size).mean((2, 4)), _BINOMIAL[side])
+    """(…, side, side): the means of the places."""
+    while pictures.shape[-1] > side:
+        rows = pictures[..., ::2, :] + pictures[..., 1::2, :]
+        pictures = (rows[..., ::2] + rows[..., 1::2]) / 4
+    return pictures
 
 
 def _sum(pictures: Floats, others: Floats | None = None) -> Floats:
@@ -354,7 +329,7 @@ def _difference(side: int) -> Floats:
     return found.astype(np.float32)
 
 
-_BINOMIAL = {side: _binomial(side) for side in (16, 32, 64)}
-_SLOPE = {side: _difference(side) for side in (16, 32, 64)}
-_COARSE = {side: gaussian(side, side / 16) for side in (32, 64)}
-_WINDOW, _WIDE, _NEAR = gaussian(LIGHT_SIDE, 1.5), gaussian(LIGHT_SIDE, 2.5), gaussian(COLOUR_SIDE, 0.75)
+_BINOMIAL = {side: _binomial(side) for side in LEVELS}
+_SLOPE = {side: _difference(side) for side in LEVELS}
+_COARSE, _WINDOW, _WIDE = ({side: gaussian(side, side * width / 64) for side in LEVELS} for width in (4, 1.5, 2.5))
+_NEAR = gaussian(COLOUR_SIDE, 0.75)
