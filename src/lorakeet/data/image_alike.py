@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from lorakeet.data.image_match import LEVELS, Bools, Floats, Places, Prints, compared, gaussian, level, read_prints, told
 from lorakeet.data.images import HASH_SIDE, ImageRow
 
-ALIKE, EXPLAINED = 0.4, 0.5  # the correlation of fine structure as it lies, and the share explained by tangents
+ALIKE, EXPLAINED = 0.7, 0.75  # the correlation of fine structure as it lies, and the share explained by tangents
 DIFFERENT = 5.0  # grey levels, root mean square, between pictures of little detail
 TELLING = 64  # bits set in a hash that says more than one of a plain ground
 _SIDE = LEVELS[0]

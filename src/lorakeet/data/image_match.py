@@ -32,7 +32,7 @@ from lorakeet.data.images import COLOUR_SIDE, LIGHT_SIDE
 DETAIL = 0.05  # the share of the detail's variance that may be left
 CODED = 0.5  # squared grey levels, on the average, that coding leaves in any case
 REST, SLOPE = 2.5, 0.2  # grey levels, and share of the change from place to place, that may be left around a place
-COLOUR = 3.0  # levels of Cb and Cr
+COLOUR, COLOUR_SLOPE = 3.0, 0.35  # the same of Cb and Cr, whose places are four times as wide; twice the levels where clipped
 CUT = 0.05  # of a side, at either end
 GAIN, OFFSET, SATURATION = 1.7, 70.0, 2.0  # a gain may be so much or one by it; grey levels
 WEAK = 1.5  # grey levels of detail, below which pictures are compared as they lie
@@ -132,8 +132,7 @@ class _Fit:
 def _fitted(ones: Prints, others: Prints, warp: Floats, tone: Bools, cut: Bools) -> _Fit:
     """The better of the pictures as they lie and registered, both in the best tone, as far as their detail allows either."""
     target = others.light
-    unclipped = np.maximum(ones.clipped, others.clipped).max(1) <= _TOUCHED
-    warp = np.where(cut[:, None], _registered(ones.light, target, unclipped, warp), np.float32(0))
+    warp = np.where(cut[:, None], _registered(ones.light, target, warp), np.float32(0))
     fits = []
     for each in (np.zeros_like(warp), warp):
         seen, over = _warped(ones.light, each)
@@ -146,15 +145,15 @@ def _fitted(ones: Prints, others: Prints, warp: Floats, tone: Bools, cut: Bools)
     return _chosen(share[1] < share[0], fits[1], fits[0])
 
 
-def _registered(pictures: Floats, targets: Floats, unclipped: Bools, warp: Floats) -> Floats:
-    """(n, 4): a better warp of each picture onto its target."""
+def _registered(pictures: Floats, targets: Floats, warp: Floats) -> Floats:
+    """(n, 4): a better warp of each picture onto its target. Clipped places count too: often all edges are among them."""
     size = targets[0].size if len(targets) else 1
     aim = (targets - targets.mean((1, 2), keepdims=True)).reshape(-1, size, 1)
     pictures = pictures - pictures.mean((1, 2), keepdims=True)
     for _ in range(_TIMES):
         seen, over = _warped(pictures, warp)
         tangents = _tangents(seen)
-        weighted = tangents * _weighed(over, unclipped).reshape(-1, 1, size)
+        weighted = tangents * over.reshape(-1, 1, size)
         gram = (weighted @ tangents.transpose(0, 2, 1)).astype(np.float64)
         scale = np.einsum("nkk->nk", gram)
         gram += np.eye(6) * (1e-4 * scale + 1e-6 * scale.mean(1, keepdims=True) + 1e-9)[:, None]
@@ -266,7 +265,8 @@ def _same_colours(ones: Prints, others: Prints, found: _Fit) -> Bools:
     inside = np.clip(target, np.minimum(pale, strong), np.maximum(pale, strong))
     left = np.abs(target - np.where(free[:, None], inside, gain * seen)) * over
     slope = np.sqrt(np.minimum(_steepness(gain * seen, _NEAR), _steepness(target, _NEAR)))
-    return np.asarray((left <= COLOUR + SLOPE * slope).all((1, 2, 3)))
+    bound = COLOUR * (1 + free[:, None]) + COLOUR_SLOPE * slope
+    return np.asarray((left <= bound).all((1, 2, 3)))
 
 
 def _weighed(over: Bools, where: Bools) -> Floats:
