@@ -1,4 +1,4 @@
-"""Drawn pictures of kinds whose members are alike and yet no copies of each other; and what is done to a photo that stays one photo."""
+"""Drawn pictures of kinds whose members are alike and yet different; and what is done to a photo that stays one photo."""
 
 from __future__ import annotations
 
@@ -141,7 +141,8 @@ def garment(number: int) -> Picture:
     grey = int(generator.integers(90, 250))
     for sign in (-1, 1):
         inner, outer = 128 + sign * gap, 128 + sign * hem
-        draw.polygon([(128, 12), (128 + sign * waist, 12), (outer, 244), (inner, 244), (128, generator.uniform(70, 120))], fill=grey)
+        fork = 128, generator.uniform(70, 120)
+        draw.polygon([(128, 12), (128 + sign * waist, 12), (outer, 244), (inner, 244), fork], fill=grey)
     shade = np.asarray(image, np.float64)
     shade = np.where(shade > 0, shade + 4 * _rough(generator, 4)[..., 0], 0)
     return _picture(np.repeat(shade[..., None], 3, 2)).resize((28, 28), Image.Resampling.BOX)
@@ -189,9 +190,12 @@ def scaled(factor: float) -> Callable[[Picture], Picture]:
 
 def cut(left: float, top: float, right: float, bottom: float) -> Callable[[Picture], Picture]:
     """What cuts such shares of the sides off."""
-    return lambda image: image.crop(
-        (round(image.width * left), round(image.height * top), round(image.width * (1 - right)), round(image.height * (1 - bottom)))
-    )
+
+    def smaller(image: Picture) -> Picture:
+        wide, high = image.size
+        return image.crop((round(wide * left), round(high * top), round(wide * (1 - right)), round(high * (1 - bottom))))
+
+    return smaller
 
 
 def enhanced(kind: Callable[[Picture], ImageEnhance._Enhance], factor: float) -> Callable[[Picture], Picture]:

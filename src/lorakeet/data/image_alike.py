@@ -1,8 +1,8 @@
-"""Which pictures show one photo: re-encoded, scaled, cut a little, of other brightness, mirrored. From 5.5 KB kept of each picture.
+"""Which pictures show one photo: re-encoded, scaled, cut a little, brighter, paler, mirrored. From 5.5 KB kept of each.
 
-Pairs are sieved before `image_match` compares them. A copy has the fine structure of its photo at 16×16 places, up to its tangents,
+Pairs are sieved before `image_match` compares them. A copy has the fine structure of its photo at 16×16 places, up to tangents,
 which are small cuts (tangent distance: Simard, LeCun, Denker 1993), and its own square, which is what clipping does to a tone:
-of f, a picture without what is coarse and of length 1, and an orthonormal basis U of the other's tangents, |Uf|² is the
+with f, a picture without what is coarse and of length 1, and an orthonormal basis U of the other's tangents, |Uf|² is the
 explained share. That is a product of matrices for a block of pairs. Pictures of little detail are sieved by their difference as
 they lie, and those whose difference hashes match are compared in any case, where enough bits are set to say something.
 """
@@ -185,7 +185,7 @@ def _explained(fine: Floats, bases: Floats) -> Floats:
 
 
 def _bases(small: Floats) -> Floats:
-    """(n, 6, 256): orthonormal, of a picture, its square, and its derivatives by a cut at each end; all without what is coarse."""
+    """(n, 6, 256): orthonormal, of a picture, its square and its derivatives by a cut at each end, without what is coarse."""
     place = ((np.arange(_SIDE) + 0.5) / _SIDE).astype(np.float32)
     down, across = np.gradient(small, axis=(1, 2))
     ends = across * place, across * (1 - place), down * place[:, None], down * (1 - place[:, None])
@@ -233,7 +233,9 @@ def _prints(ones: _Looks, others: _Looks, left: Places, right: Places, side: int
     """What the pictures `left` of ones and `right` of others are compared by at one level."""
     if side == _SIDE:
         nothing = np.zeros((len(left), 0), np.float32)
-        return tuple(Prints(each.small[of], nothing, each.clipped[of].astype(np.float32)) for each, of in ((ones, left), (others, right)))  # type: ignore[return-value]
+        sides = ((ones, left), (others, right))
+        first, second = (Prints(each.small[of], nothing, each.clipped[of].astype(np.float32)) for each, of in sides)
+        return first, second
     first, second = (read_prints([each.thumbs[place] for place in of]) for each, of in ((ones, left), (others, right)))
     return level(first, side), level(second, side)
 

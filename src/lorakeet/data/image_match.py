@@ -1,12 +1,12 @@
 """Whether two pictures show one photo: one is registered onto the other, and what is left is measured place by place.
 
-Registration is that of Lucas and Kanade (1981), with gain and offset (Baker, Gross and Matthews 2003, part 3 of "20 years on"). Of
-a picture a and a target b, both smoothed, with x from 0 to 1, the warp a(x + p₀·(1 − x) + p₁·x), which is a cut by p₀ and p₁ of the
-side at its two ends, and likewise down, is improved by the least squares of
+Registration is that of Lucas and Kanade (1981), with gain and offset (Baker, Gross and Matthews 2003, "20 years on", part 3).
+Of a picture a and a target b, both smoothed, with x from 0 to 1, the warp a(x + p₀·(1 − x) + p₁·x), which is a cut by p₀ and
+p₁ of the side at its two ends, and likewise down, is improved by the least squares of
 
     b ≈ g·a + o + Σ qₖ·tₖ        t: (1 − x)·∂a/∂x, x·∂a/∂x, (1 − y)·∂a/∂y, y·∂a/∂y        p ← p + q/g
 
-from coarse to fine. Copies then agree in what is fine everywhere, while different pictures may agree in what is coarse. With
+at 16, 32 and 64 places. Copies then agree in what is fine everywhere, while different pictures may agree in what is coarse. With
 r = b − (g·a + o) three things are asked, H taking away what is coarse and ⟨⟩ the mean around a place:
 
     Σ (Hr)² ≤ DETAIL · Σ (Hb)²              a common sky says nothing
@@ -97,8 +97,8 @@ def level(prints: Prints, side: int) -> Prints:
 def compared(ones: Prints, others: Prints, warp: Floats, tone: Bools, cut: Bools) -> tuple[Floats, Floats]:
     """(n,): of pairs at one `level`, the share of the other's variance that the one leaves, 1 where they are not one photo.
 
-    And the warps (n, 4) from which the next level starts. Which pairs are detailed enough for another `tone` and a `cut` is given.
-    Above the finest level the bounds are wider and colours are not compared.
+    And the warps (n, 4) from which the next level starts. Which pairs are detailed enough for a `tone` and a `cut` is given.
+    Before the finest level the bounds are wider and colours are not compared.
     """
     side = ones.light.shape[-1]
     finest = side == LIGHT_SIDE
@@ -166,9 +166,10 @@ def _tangents(pictures: Floats) -> Floats:
     """(n, 6, side²): the picture, a constant, and the derivatives by the four ends of the warp."""
     side = pictures.shape[-1]
     place = ((np.arange(side) + 0.5) / side).astype(np.float32)
+    tall = place[:, None]
     across, down = pictures @ _SLOPE[side].T * side, _SLOPE[side] @ pictures * side
     found = np.stack(
-        [pictures, np.ones_like(pictures), across * (1 - place), across * place, down * (1 - place[:, None]), down * place[:, None]],
+        [pictures, np.ones_like(pictures), across - across * place, across * place, down - down * tall, down * tall],
         1,
     )
     return np.asarray(found.reshape(-1, 6, side * side), np.float32)
@@ -183,9 +184,10 @@ def _warped(pictures: Floats, warp: Floats) -> tuple[Floats, Bools]:
     place = ((np.arange(side) + 0.5) / side).astype(np.float32)
     columns, rows = (warp[..., end, None] * (1 - place) + warp[..., end + 1, None] * place + place for end in (0, 2))
     edge = 1 / side  # the outermost place is half of what is beyond
-    inside = [((edge < each) & (each < 1 - edge) & (edge < place) & (place < 1 - edge)).reshape(-1, side) for each in (rows, columns)]
+    inside = [(np.minimum(each, place) > edge) & (np.maximum(each, place) < 1 - edge) for each in (rows, columns)]
+    across = [each.reshape(-1, side) for each in inside]
     seen = _sampling(rows) @ pictures @ np.swapaxes(_sampling(columns), -1, -2)
-    return np.asarray(seen, np.float32), inside[0][:, :, None] & inside[1][:, None, :]
+    return np.asarray(seen, np.float32), across[0][:, :, None] & across[1][:, None, :]
 
 
 def _sampling(positions: Floats) -> Floats:
@@ -194,7 +196,7 @@ def _sampling(positions: Floats) -> Floats:
     at = np.clip(positions * side - 0.5, 0, side - 1)
     first = np.floor(at).astype(np.intp) - 1
     taps = [(first + tap, np.abs(at - first - tap)) for tap in range(4)]
-    weights = [_cubic(distance) * ((0 <= tap) & (tap < side)) for tap, distance in taps]
+    weights = [_cubic(distance) * ((tap >= 0) & (tap < side)) for tap, distance in taps]
     total = np.sum(weights, axis=0)
     found = np.zeros((*positions.shape, side), np.float32)
     for (tap, _), weight in zip(taps, weights, strict=True):

@@ -129,10 +129,9 @@ def _mostly_copies(rows: Sequence[ImageRow], groups: Sequence[int]) -> str:
 
 
 def _split(rows: Sequence[ImageRow], alike: Likeness, data: DataSpec) -> tuple[tuple[ImageRow, ...], tuple[ImageRow, ...]]:
-    """Training and held-out pictures. What has to be ENOUGH is the groups of the held-out ones by themselves, as they are judged.
+    """Training and held-out pictures. ENOUGH are the groups that the held-out ones have by themselves, as they are judged.
 
-    Those of the album may be more: a picture that stands nearer to a group of the album than to its neighbour in another one joins
-    that neighbour where they are held out without the rest.
+    The album may have more: where copies of a picture are not held out with it, it may no longer stand in the middle of a group.
     """
     plain = {row.source: row for row in rows}
     place_of = {row.source: place for place, row in enumerate(rows)}

@@ -236,8 +236,9 @@ def looks_of(pixels: Pixels) -> int:
 
 
 def thumb_of(pixels: Pixels) -> bytes:
-    """5,632 bytes: 64×64 of luminance, 16×16 each of Cb and Cr, and two bits for each of the 64×64 places: are pixels as bright, or
-    as dark, as a channel can be?
+    """5,632 bytes: 64×64 of luminance, 16×16 each of Cb and Cr, and two bits for each of the 64×64 places.
+
+    These say whether pixels of the place are as bright, and as dark, as a channel can be.
 
     Scaled by a triangle as wide as two places, so that what is finer than a place does not depend on where the places lie.
     """
