@@ -185,9 +185,9 @@ def _warped(pictures: Floats, warp: Floats) -> tuple[Floats, Bools]:
     columns, rows = (warp[..., end, None] * (1 - place) + warp[..., end + 1, None] * place + place for end in (0, 2))
     edge = 1 / side  # the outermost place is half of what is beyond
     inside = [(np.minimum(each, place) > edge) & (np.maximum(each, place) < 1 - edge) for each in (rows, columns)]
-    across = [each.reshape(-1, side) for each in inside]
+    within = [each.reshape(-1, side) for each in inside]
     seen = _sampling(rows) @ pictures @ np.swapaxes(_sampling(columns), -1, -2)
-    return np.asarray(seen, np.float32), across[0][:, :, None] & across[1][:, None, :]
+    return np.asarray(seen, np.float32), within[0][:, :, None] & within[1][:, None, :]
 
 
 def _sampling(positions: Floats) -> Floats:
