@@ -151,7 +151,8 @@ MISSED = {"brightness 1.2": {0}, "contrast 1.2": {2, 3}, "0.7 of the side, contr
 def test_an_edited_photo_is_found_and_no_other(change: str) -> None:
     photos = [photo.crop((x, y, x + 320, y + 320)) for photo in PHOTOS for x in (0, 320) for y in (0, 107)]
     originals = [photos[place] for place in (0, 3, 4, 7)]  # that share nothing
-    assert pairs(originals, [SAME[change](photo) for photo in originals]) == {(place, place) for place in {0, 1, 2, 3} - MISSED.get(change, set())}
+    found = pairs(originals, [SAME[change](photo) for photo in originals])
+    assert found == {(place, place) for place in {0, 1, 2, 3} - MISSED.get(change, set())}
 
 
 def test_a_ground_without_detail_is_compared_as_it_lies() -> None:

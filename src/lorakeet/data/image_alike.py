@@ -189,7 +189,7 @@ def _bases(small: Floats) -> Floats:
     place = ((np.arange(_SIDE) + 0.5) / _SIDE).astype(np.float32)
     down, across = np.gradient(small, axis=(1, 2))
     ends = across * place, across * (1 - place), down * place[:, None], down * (1 - place[:, None])
-    found = np.stack([_fine(each) for each in (small, small**2 / 128, *ends)], 1)
+    found = np.stack([_fine(np.asarray(each, np.float32)) for each in (small, small**2 / 128, *ends)], 1)
     found = found / np.maximum(np.linalg.norm(found, axis=2, keepdims=True), 1e-3)
     basis, _ = np.linalg.qr(found.transpose(0, 2, 1))
     return np.asarray(basis.transpose(0, 2, 1), np.float32)

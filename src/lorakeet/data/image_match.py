@@ -235,7 +235,7 @@ def _toned(seen: Floats, target: Floats, weight: Floats) -> Floats:
     """`seen` in the gain and offset that bring the places of `weight` nearest to the target."""
     count = np.maximum(_sum(weight), 1)
     mean, aim = _sum(seen, weight) / count, _sum(target, weight) / count
-    one = (seen - mean[:, None, None]) * weight
+    one = np.asarray((seen - mean[:, None, None]) * weight, np.float32)
     variance = _sum(one, one)
     gain = np.where(variance > 4 * count, _sum(one, target) / np.maximum(variance, 1e-6), 1).clip(1 / GAIN, GAIN)
     offset = (aim - gain * mean).clip(-OFFSET, OFFSET)
@@ -257,7 +257,7 @@ def _same_colours(ones: Prints, others: Prints, found: _Fit) -> Bools:
     seen, over = _warped(_around(ones.colour, smooth), found.warp[:, None])
     target, over = _around(others.colour, smooth), over[:, None]
     size = LIGHT_SIDE // COLOUR_SIDE
-    free = found.free.reshape(len(seen), COLOUR_SIDE, size, COLOUR_SIDE, size).any((2, 4))
+    free: Bools = np.asarray(found.free.reshape(len(seen), COLOUR_SIDE, size, COLOUR_SIDE, size).any((2, 4)))
     weight = _weighed(over[:, 0], ~free)[:, None]
     energy = _sum(seen, seen * weight)
     gain = _sum(seen, target * weight) / np.maximum(energy, 1e-6)
@@ -266,7 +266,8 @@ def _same_colours(ones: Prints, others: Prints, found: _Fit) -> Bools:
     pale, strong = np.minimum(gain, 1) / PALER * seen, np.maximum(gain, 1) * PALER * seen
     inside = np.clip(target, np.minimum(pale, strong), np.maximum(pale, strong))
     left = np.abs(target - np.where(free[:, None], inside, gain * seen)) * over
-    slope = np.sqrt(np.minimum(_steepness(gain * seen, _NEAR), _steepness(target, _NEAR)))
+    same = np.asarray(gain * seen, np.float32)
+    slope = np.sqrt(np.minimum(_steepness(same, _NEAR), _steepness(target, _NEAR)))
     bound = COLOUR * (1 + free[:, None]) + COLOUR_SLOPE * slope
     return np.asarray((left <= bound).all((1, 2, 3)))
 
@@ -282,7 +283,7 @@ def _reduced(pictures: Floats, side: int) -> Floats:
     """(…, side, side): the means of the places."""
     while pictures.shape[-1] > side:
         rows = pictures[..., ::2, :] + pictures[..., 1::2, :]
-        pictures = (rows[..., ::2] + rows[..., 1::2]) / 4
+        pictures = np.asarray((rows[..., ::2] + rows[..., 1::2]) / 4, np.float32)
     return pictures
 
 
