@@ -48,7 +48,8 @@ from lorakeet.models.targets import plan_for
 from lorakeet.models.text import TextModel
 from lorakeet.quant.adopt import weights_in
 from lorakeet.quant.spec import QuantSpec
-from lorakeet.train.loop import Outcome, train
+from lorakeet.train.loop import train
+from lorakeet.train.outcome import Outcome
 from lorakeet.train.progress import Record, Silent
 from lorakeet.train.rehearsal import STEP, Streaming
 from lorakeet.train.run import RunFolder

@@ -14,6 +14,9 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -71,19 +74,33 @@ def show(options: argparse.Namespace, console: Console) -> None:
     steps, sizes = (2, (8, 6)) if quick else (options.steps, (TRAIN, HELD_OUT))
     base = options.cache / f"base-{'quick' if quick else source.split()[0].lower()}"
     console.print(f"{len(photos):,} pictures ({source}); base model without {' and '.join(UNSEEN)}. It is a small stand-in.")
-    pretrained(base, photos, labels, budget)
+    seconds: dict[str, float] = {}
+    with timed(seconds, "base"):
+        pretrained(base, photos, labels, budget)
     albums = make_albums(options.cache / "albums", photos, labels, sizes)
     runs = {}
     for name in ("kind", "look"):
         config = settings(base, albums, name, out=options.out / name, steps=steps, quick=quick)
         console.rule(f"{name}: {len(list(albums[name].glob('*.png')))} photos in {albums[name]}")
-        finetune(config, console=console)
+        with timed(seconds, name):
+            finetune(config, console=console)
         runs[name] = options.out / name
     console.rule("both: the two adapters side by side, and their sum")
-    crossed = cross_table(base, runs, albums, config, console)
-    (options.out / "crossed.json").write_text(json.dumps(crossed, indent=1) + "\n", encoding="utf-8")
-    sheet = draw(base, runs, options.out / "pictures", console, quick=quick)
+    with timed(seconds, "compared"):
+        crossed = cross_table(base, runs, albums, config, console)
+    with timed(seconds, "drawn"):
+        sheet = draw(base, runs, options.out / "pictures", console, quick=quick)
+    for name, found in (("crossed", crossed), ("seconds", seconds)):
+        (options.out / f"{name}.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     console.print(f"Look at {sheet} and at {' and '.join(str(run / 'report.html') for run in runs.values())}.", soft_wrap=True)
+
+
+@contextmanager
+def timed(seconds: dict[str, float], phase: str) -> Iterator[None]:
+    """Notes how long the block took."""
+    began = time.perf_counter()
+    yield
+    seconds[phase] = time.perf_counter() - began
 
 
 def make_albums(folder: Path, photos: Photos, labels: NDArray[np.uint8], sizes: tuple[int, int]) -> dict[str, Path]:

@@ -35,7 +35,7 @@ TEXT = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "nu
 class Budget:
     """How long the pre-training is, in optimizer steps."""
 
-    autoencoder: int = 1000
+    autoencoder: int = 800
     denoiser: int = 2000
     batch: int = 32
     pictures: int = 16_000  # so many of the kinds that it may see, drawn once

@@ -36,7 +36,7 @@ def test_pictures_of_the_kind_have_a_caption_and_are_not_judged_by(tmp_path: Pat
     Image.open(judged.path).save(kind / "judged.png")
     found = load_images(data(train), replace(IMAGES, prior=str(kind), prior_caption="a thing"))
     assert len(found.prior) == 5 and {row.caption for row in found.prior} == {"a thing"}
-    assert [(one.train.source, one.judged.source) for one in found.alike] == [("judged.png", judged.source)]
+    assert [(one.train, one.judged) for one in found.alike] == [("judged.png", judged.source)]
     assert load_images(data(train), IMAGES).prior == ()
 
 
@@ -99,7 +99,7 @@ def test_leaks_from_a_held_out_folder(tmp_path: Path, on_leak: str, trained: int
     (judged / "copy.txt").write_text("blue box")
     found = load_images(data(train, held_out=str(judged), on_leak=on_leak), IMAGES)
     assert len(found.train) == trained and len(found.held_out) == 5
-    assert [(one.train.source, one.judged.source) for one in found.alike] == [("002.png", "copy.png")]
+    assert [(one.train, one.judged) for one in found.alike] == [("002.png", "copy.png")]
     assert ("kept" in found.alike[0].action) == (on_leak == "keep")
     with pytest.raises(DataError, match=r"002\.png is nearly copy\.png"):
         load_images(data(train, held_out=str(judged), on_leak="refuse"), IMAGES)
@@ -117,7 +117,7 @@ def test_a_mirrored_copy_of_a_judged_picture_is_a_leak(tmp_path: Path) -> None:
         ImageOps.mirror(Image.open(train / f"{number:03}.png")).save(judged / f"m{number}.png")
         (judged / f"m{number}.txt").write_text("x")
     found = load_images(data(train, held_out=str(judged)), IMAGES)
-    assert [(one.train.source, one.judged.source) for one in found.alike] == [("001.png", "m1.png"), ("004.png", "m4.png")]
+    assert [(one.train, one.judged) for one in found.alike] == [("001.png", "m1.png"), ("004.png", "m4.png")]
     assert len(found.train) == 6 and all("mirrored" in one.words for one in found.alike)
 
 

@@ -46,6 +46,8 @@ def test_the_demo_runs_from_start_to_end(tmp_path: Path) -> None:
     assert list(crossed) == ["kind-held-out", "look-held-out", "both-held-out"]
     assert {"base", "kind", "look", "both", "both against kind", "both against look"} == crossed["both-held-out"].keys()
     assert crossed["kind-held-out"]["kind"].keys() == {"difference", "low", "high", "verdict"}
+    seconds = json.loads((tmp_path / "out" / "seconds.json").read_text())
+    assert list(seconds) == ["base", "kind", "look", "compared", "drawn"] and min(seconds.values()) > 0
     assert (tmp_path / "out" / "pictures.png").is_file()
     assert len(list((tmp_path / "out" / "pictures").glob("*.png"))) == 16
     assert "quickstart-images: install" in (ROOT / "Makefile").read_text(encoding="utf-8")

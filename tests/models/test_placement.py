@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lorakeet.errors import ConfigError, EnvironmentProblem
-from lorakeet.models.placement import device_for, dtype_for, planned_on, products_for
+from lorakeet.models.placement import device_for, dtype_for, narrow_for, planned_on, products_for
 from lorakeet.models.spec import ModelSpec
 
 CPU = torch.device("cpu")
@@ -53,3 +53,13 @@ def test_a_plan_may_be_about_a_cuda_device_that_is_not_here(monkeypatch: pytest.
     assert dtype_for("auto", torch.device("cuda")) == torch.bfloat16
     with pytest.raises(ConfigError, match="expected auto, cpu, cuda"):
         planned_on("cuda:x")
+
+
+def test_16_bits_are_bfloat16_but_for_cards_that_have_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    card = torch.device("cuda", 0)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert narrow_for(None) == narrow_for(CPU) == narrow_for(card) == "bfloat16"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for has, name in ((True, "bfloat16"), (False, "float16")):
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation, has=has: has)
+        assert narrow_for(card) == name and narrow_for(CPU) == "bfloat16"

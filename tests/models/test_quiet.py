@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging as standard
 import warnings
 
 import pytest
@@ -26,3 +27,11 @@ def test_settings_come_back_after_an_error(bars: bool) -> None:
     finally:
         logging.set_verbosity(was[0])
         (logging.enable_progress_bar if was[1] else logging.disable_progress_bar)()
+
+
+def test_a_kernel_that_bitsandbytes_misses_is_not_told_of() -> None:
+    log = standard.getLogger("bitsandbytes.backends.cpu.ops")
+    log.setLevel(standard.WARNING)
+    with quiet_transformers():
+        assert not log.isEnabledFor(standard.WARNING) and log.isEnabledFor(standard.ERROR)
+    assert log.level == standard.WARNING

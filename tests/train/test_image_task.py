@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -18,9 +19,12 @@ from lorakeet.models.image import ImageModel, image_plan, load_image_model, stac
 from lorakeet.models.image_cache import Captions, encode_images
 from lorakeet.models.inject import activate, inject
 from lorakeet.models.spec import ModelSpec
+from lorakeet.quant.spec import QuantSpec
+from lorakeet.train import loss_scale
 from lorakeet.train.image_spec import DiffusionSpec
 from lorakeet.train.image_task import ImageTask, denoising_errors
 from lorakeet.train.interrupt import Interrupt
+from lorakeet.train.log import read_metrics
 from lorakeet.train.loop import train
 from lorakeet.train.progress import Silent
 from lorakeet.train.run import RunFolder
@@ -41,10 +45,11 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def new_task(
     folder: Path, cache: Path, *, spec: TrainSpec = TRAIN, diffusion: DiffusionSpec | None = None, dropout: float = 0.0,
-    targets: tuple[str, ...] = ("attention", "conv"),
+    targets: tuple[str, ...] = ("attention", "conv"), dtype: Literal["float32", "float16"] = "float32", quantize: str = "none",
 ) -> ImageTask:  # fmt: skip
     diffusion = diffusion or DiffusionSpec()
-    model: ImageModel = load_image_model(ModelSpec(path=str(folder), dtype="float32", device="cpu"), say=lambda _: None)
+    held = ModelSpec(path=str(folder), dtype=dtype, device="cpu", quantize=QuantSpec(method=quantize))  # type: ignore[arg-type]
+    model: ImageModel = load_image_model(held, say=lambda _: None)
     images = ImageSpec(cache=str(cache / "kept"), flip=True, smallest=8, resolution=16)
     rows = encode_images(model, read_album(cache, images).rows, images, say=print)
     lora = LoraSpec(rank=4, alpha=12.0, target_modules=targets, dropout=dropout)
@@ -199,6 +204,71 @@ def test_a_resumed_run_ends_in_the_same_bits(tiny_sdxl_folder: Path, cache: Path
     assert all(torch.equal(value, resumed.parameters()[name]) for name, value in whole.parameters().items())
     file = Path("adapter") / "adapter_model.safetensors"
     assert (tmp_path / "whole" / file).read_bytes() == (cut.path / file).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("kind", "quantize", "text_encoder", "targets"),
+    [
+        ("sd", "nf4", True, ("all-linear", "conv")),
+        ("flux", "none", False, ("attention", "mlp")),
+    ],
+)
+def test_float16_trains_as_float32_does(
+    kind: str, quantize: str, text_encoder: bool, targets: tuple[str, ...], request: pytest.FixtureRequest, cache: Path,
+    tmp_path: Path,
+) -> None:  # fmt: skip
+    folder, losses = request.getfixturevalue(f"tiny_{kind}_folder"), []
+    for dtype in ("float32", "float16"):
+        task = new_task(
+            folder, cache, dtype=dtype, quantize=quantize, targets=targets,  # type: ignore[arg-type]
+            diffusion=DiffusionSpec(text_encoder=text_encoder),
+        )  # fmt: skip
+        outcome = train(task, replace(TRAIN, steps=4), run=RunFolder.create(tmp_path / dtype))
+        assert outcome.best_loss is not None and outcome.base_loss is not None and outcome.best_loss < outcome.base_loss
+        assert all(parameter.dtype == torch.float32 for parameter in task.parameters().values())
+        records = read_metrics(tmp_path / dtype / "metrics.jsonl")
+        losses.append([record.get("loss", record.get("held_out_loss")) for record in records])
+    assert outcome.skipped_steps == 0 and task.model.dtype == torch.float16
+    assert losses[1] == pytest.approx(losses[0], rel=2e-3) and losses[1] != losses[0]
+
+
+def test_small_gradients_are_lost_without_the_scale(tiny_sd_folder: Path, cache: Path) -> None:
+    """Those of a loss that is small: a tenth of a thousandth, as an almost perfect model has it."""
+    found = {}
+    for name, dtype, scale in (("right", "float32", 1.0), ("scaled", "float16", 2.0**16), ("plain", "float16", 1.0)):
+        task = new_task(tiny_sd_folder, cache, dtype=dtype, targets=("attention",))  # type: ignore[arg-type]
+        task.gradients(task.batches(0), 3 * 1e4 / scale)
+        grads = [p.grad for path, p in task.parameters().items() if p.grad is not None and path.endswith(".B")]
+        found[name] = torch.cat([grad.flatten() for grad in grads]) / scale
+    scaled, plain = (
+        float((found[name] - found["right"]).norm() / found["right"].norm()) for name in ("scaled", "plain")
+    )  # fmt: skip
+    assert scaled < 0.01 and plain > 0.1
+
+
+def test_a_true_overflow_is_left_out_and_a_resumed_run_ends_in_the_same_bits(
+    tiny_sd_folder: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The scale begins where float16 cannot follow, and comes down step by step."""
+    monkeypatch.setattr(loss_scale, "START", 2.0**23)
+    spec = replace(TRAIN, steps=9, evaluate_every=9, checkpoint_every=9)
+    whole = new_task(tiny_sd_folder, cache, spec=spec, dtype="float16")
+    outcome = train(whole, spec, run=RunFolder.create(tmp_path / "whole"))
+    assert 2 <= outcome.skipped_steps <= 8 and outcome.loss_scale == 2.0 ** (23 - outcome.skipped_steps)
+    assert outcome.best_loss is not None and outcome.base_loss is not None and outcome.best_loss < outcome.base_loss
+
+    class AfterOne(Silent):
+        def step(self, record: object) -> None:
+            if record["step"] == 1:  # type: ignore[index]
+                stop.requested = "Ctrl-C"
+
+    stop, cut = Interrupt(), RunFolder.create(tmp_path / "cut")
+    with pytest.raises(RunStopped):
+        first = new_task(tiny_sd_folder, cache, spec=spec, dtype="float16")
+        train(first, spec, run=cut, report=AfterOne(), interrupt=stop)
+    resumed = new_task(tiny_sd_folder, cache, spec=spec, dtype="float16")
+    assert train(resumed, spec, run=cut, resume=True).skipped_steps == outcome.skipped_steps
+    assert all(torch.equal(value, resumed.parameters()[name]) for name, value in whole.parameters().items())
 
 
 def test_a_model_that_predicts_v_is_trained_on_v(cache: Path, tmp_path: Path) -> None:

@@ -20,7 +20,8 @@ from lorakeet.formats import peft
 from lorakeet.train import checkpoint
 from lorakeet.train.interrupt import Interrupt
 from lorakeet.train.log import read_metrics
-from lorakeet.train.loop import Outcome, train
+from lorakeet.train.loop import train
+from lorakeet.train.outcome import Outcome
 from lorakeet.train.progress import Record, Silent
 from lorakeet.train.run import RunFolder
 from lorakeet.train.spec import TrainSpec

@@ -82,3 +82,15 @@ def test_a_run_killed_before_it_had_settings_leaves_its_folder_free(tmp_path: Pa
     run.write(run.config, "model: x")
     with pytest.raises(ConfigError, match="exists already"):
         RunFolder.create(run.path)
+
+
+def test_a_run_is_known_by_its_folder_and_from_inside_its_adapter(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path / "run")
+    run.adapter.mkdir(parents=True)
+    (run.adapter / "adapter_model.safetensors").touch()
+    assert RunFolder.at(run.path) is None and RunFolder.around(run.adapter) is None
+    run.write(run.config, "a: 1\n")
+    assert RunFolder.at(run.path) == run and RunFolder.at(run.adapter) is None
+    for path in (run.path, run.adapter, run.adapter / "adapter_model.safetensors"):
+        assert RunFolder.around(path) == run
+    assert RunFolder.around(run.path / "checkpoints") is None

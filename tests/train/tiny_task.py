@@ -75,6 +75,7 @@ class TinyTask:
     """The Task of train/task over a TinyText."""
 
     learning_rate = 0.02
+    dtype = torch.float32
     processes = ALONE
     pruning: Pruning | None = None
 
@@ -103,7 +104,7 @@ class TinyTask:
     def size(self, batch: Batch) -> Size:
         return Size(rows=len(batch.lengths), tokens=batch.tokens, targets=batch.targets)
 
-    def gradients(self, batches: Sequence[Batch], targets: int) -> Tensor:
+    def gradients(self, batches: Sequence[Batch], targets: float) -> Tensor:
         return by_batch(self.loss, batches, targets)
 
     def loss(self, batch: Batch) -> Tensor:

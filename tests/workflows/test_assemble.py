@@ -92,3 +92,9 @@ def test_new_tokens_are_known_before_rows_are_encoded(finished: Any, tmp_path: P
     data = write_rows(tmp_path / "rows.jsonl", records)
     setup = assemble(settings(finished.model, data, tmp_path, {"lora.new_tokens": "<leaf>"}), quiet())
     assert setup.new_token_ids == (320,) and all(320 in example.ids for example in setup.train.examples)
+
+
+def test_float16_is_refused_for_text_with_the_reason(finished: Any, rows: Path, tmp_path: Path) -> None:
+    narrow = {"model.dtype": "float16", "model.products": "float32"}
+    with pytest.raises(ConfigError, match=r"float16, in which models of pictures alone are .*Train with bfloat16 or float32"):
+        assemble(settings(finished.model, rows, tmp_path, narrow), quiet())

@@ -15,10 +15,11 @@ import torch
 from rich.console import Console
 
 from lorakeet.cli.main import main
-from lorakeet.config import dump_yaml
+from lorakeet.config import dump_yaml, read_run
+from lorakeet.core.adapter import Adapter
 from lorakeet.core.spec import LoraSpec
 from lorakeet.data.images import open_pixels
-from lorakeet.errors import ConfigError
+from lorakeet.errors import ConfigError, DataError
 from lorakeet.formats import diffusers, peft
 from lorakeet.formats.sd_names import with_components, without_component
 from lorakeet.models.image import image_plan, load_image_model
@@ -153,6 +154,16 @@ def test_a_run_that_overrode_the_prediction_is_drawn_as_it_was_trained(tiny_sd_f
         drawn(tmp_path / "6", adapter=(*adapter, f"b={apart.run.path}"), weights={"a": 1.0, "b": 1.0})
 
 
+def test_pictures_that_hold_no_numbers_are_not_written(
+    tiny_sd_folder: Path, adapters: dict[str, Path], tmp_path: Path
+) -> None:
+    """A weight of an adapter that float16 cannot multiply by: infinity where a picture should be."""
+    pipe = {"model": str(tiny_sd_folder), "adapter": (f"a={adapters['linear']}",)}
+    with pytest.raises(DataError, match=r"1 of 2 pictures .* in float16 are not finite. .* \(--dtype\) bfloat16 or float32"):
+        drawn(tmp_path / "out", **pipe, dtype="float16", each=("base", "a=60000"), prompt=("red box", "red box"))
+    assert not (tmp_path / "out").exists()
+
+
 def test_more_steps_than_the_scheduler_has(tiny_sd_folder: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"1001 steps are asked for, .* has 1000"):
         drawn(tmp_path / "out", model=str(tiny_sd_folder), steps=1001)
@@ -173,18 +184,19 @@ def test_mixes_are_read() -> None:
 
 @pytest.mark.parametrize(("name", "value"), [("revision", "v1.1"), ("quantize", "nf4"), ("config", "configurations")])
 def test_the_base_of_a_run_is_the_one_that_it_was_trained_on(tmp_path: Path, name: str, value: str) -> None:
-    run, config = tmp_path / "run", image_config(tmp_path / "base", tmp_path, **{f"model__{name}": value})
-    run.mkdir()
-    (run / "config.yaml").write_text(dump_yaml(config))
-    found = _base_of({"adapter": run}, {}, None)
+    config = image_config(tmp_path / "base", tmp_path, **{f"model__{name}": value})
+    runs, adapters = {"adapter": config}, {"adapter": Adapter({}, base="another")}
+    found = _base_of(runs, adapters, None)
     assert found.path == str(tmp_path / "base") and getattr(found, name) == getattr(config.model, name)
     assert getattr(found, name) != getattr(ModelSpec(), name)
-    assert _base_of({"adapter": run}, {}, "other").config == "other"
+    assert _base_of(runs, adapters, "other").config == "other"
 
 
+@pytest.mark.parametrize("inside", ["", "adapter", "adapter/adapter_model.safetensors"])
 def test_pictures_are_drawn_with_the_base_of_the_run(
-    adapters: dict[str, Path], tiny_sd_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    inside: str, adapters: dict[str, Path], tiny_sd_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Beside config.yaml and the adapter nothing need be there."""
     run, asked = tmp_path / "run", []
     shutil.copytree(adapters["linear"], run / "adapter")
     (run / "config.yaml").write_text(dump_yaml(image_config(tiny_sd_folder, tmp_path, model__quantize="int8")))
@@ -194,5 +206,23 @@ def test_pictures_are_drawn_with_the_base_of_the_run(
         return load_image_model(spec, **options)
 
     monkeypatch.setattr("lorakeet.workflows.generate.load_image_model", load)
-    drawn(tmp_path / "out", adapter=(str(run),))
-    assert [(spec.quantize.method, spec.dtype) for spec in asked] == [("int8", "float32")]
+    drawn(tmp_path / "out", adapter=(str(run / inside),), steps=1)
+    assert [(spec.path, spec.quantize.method, spec.dtype) for spec in asked] == [(str(tiny_sd_folder), "int8", "float32")]
+
+
+def test_what_is_missing_is_said_of_all_adapters_at_once(tmp_path: Path) -> None:
+    """A run that was killed before its first evaluation, one on texts, and a folder that is not there."""
+    begun, texts = tmp_path / "begun", tmp_path / "texts"
+    on_texts = read_run(None, {"model.path": "x", "data.train": "x"})
+    for run, config in ((begun, image_config(tmp_path / "base", tmp_path)), (texts, on_texts)):
+        run.mkdir()
+        (run / "config.yaml").write_text(dump_yaml(config))
+    with pytest.raises(DataError) as error:
+        drawn(tmp_path / "out", adapter=(f"a={begun}", f"b={texts}", f"c={tmp_path / 'gone'}"), each=("a",))
+    lines = str(error.value).splitlines()
+    assert lines[0] == "These adapters cannot be drawn with (3 problems):" and len(lines) == 4
+    assert f"{begun} is a run that has no adapter yet: {begun / 'adapter'} comes with its first held-out" in lines[1]
+    assert lines[1].endswith(f"lorakeet finetune --resume {begun}")
+    assert f"{texts} is a run on texts" in lines[2] and f"{tmp_path / 'gone'} does not exist" in lines[3]
+    with pytest.raises(DataError, match=rf"^{begun} is a run that has no adapter yet"):
+        drawn(tmp_path / "out", adapter=(str(begun),))

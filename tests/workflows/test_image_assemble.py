@@ -74,8 +74,3 @@ def test_a_scheduler_without_betas_is_refused_before_pictures_are_encoded(tiny_s
         with pytest.raises(ConfigError, match="EDMEulerScheduler, has no betas"):
             assemble_images(image_config(model, tmp_path, **changes), Console(quiet=True))
     assert not (tmp_path / "cache" / "latents").exists()
-
-
-def test_float16_is_refused(tiny_sd_folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="float16"):
-        assemble_images(image_config(tiny_sd_folder, tmp_path, model__dtype="float16"), Console(quiet=True))

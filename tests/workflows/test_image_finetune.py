@@ -7,23 +7,27 @@ import io
 import json
 import shlex
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
+from PIL import Image
 from rich.console import Console
 
 from lorakeet.cli.main import main
 from lorakeet.config import read_run
-from lorakeet.errors import ConfigError
+from lorakeet.data import image_split
+from lorakeet.errors import ConfigError, DataError, RunStopped
 from lorakeet.evaluate.certificate import read_certificate
 from lorakeet.evaluate.report import read_report
 from lorakeet.formats import peft
 from lorakeet.train.checkpoint import require_same
+from lorakeet.train.progress import Record, Silent
 from lorakeet.workflows import image_assemble, image_finetune
 from lorakeet.workflows.finetune import finetune
 from lorakeet.workflows.image_finetune import ImageResult
 from tiny.image_runs import image_config, image_run
-from tiny.pictures import album
+from tiny.pictures import album, drawn
 from tiny.pipelines import save_tiny_scorer
 
 
@@ -150,6 +154,19 @@ def test_a_quantised_unet_is_trained_and_certified(tiny_sdxl_folder: Path, tmp_p
     assert found.report is not None and "linear layers of the UNet in nf4" in found.report.facts["Model"]
 
 
+def test_float16_over_a_quantised_base_is_certified_and_reported(
+    tiny_sd_folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    few = {"model__dtype": "float16", "model__quantize": "int8", "diffusion__seeds": 0, "train__steps": 4}
+    found = image_run(tiny_sd_folder, tmp_path, **few)
+    assert found.outcome is not None and (found.outcome.best_loss or 9) < (found.outcome.base_loss or 0)
+    certificate = read_certificate(found.run.certificate)
+    assert certificate.passed and certificate.facts["dtype"] == "float16" and certificate.facts["rounding"].startswith("none")
+    assert found.report is not None and "float16 weights" in found.report.facts["Model"]
+    assert found.report.speed["Loss scale"] == "65,536 at the end; 0 of 4 steps overflowed float16 and were left out"
+    assert "cannot run with" not in capfd.readouterr().err
+
+
 def test_a_base_that_was_moved_is_known_by_its_content(tiny_sd_folder: Path, tmp_path: Path) -> None:
     first = image_run(tiny_sd_folder, tmp_path, diffusion__seeds=0)
     moved = shutil.copytree(tiny_sd_folder, tmp_path / "elsewhere")
@@ -207,3 +224,45 @@ def test_a_resumed_run_with_other_pictures_or_settings_is_refused(tiny_sd_folder
     other = image_config(tiny_sd_folder, tmp_path, diffusion__seeds=0, diffusion__min_snr_gamma=5)
     with pytest.raises(ConfigError, match="diffusion settings"):
         finetune(other, resume=first.run.path, console=Console(quiet=True))
+
+
+class _AfterThree(Silent):
+    def step(self, record: Record) -> None:
+        if record["step"] == 3:
+            signal.raise_signal(signal.SIGINT)
+
+
+def test_a_resumed_run_is_not_split_anew(tiny_sd_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Later rules call all pictures copies, and a picture came that is none of the run: the result is that of a run unbroken."""
+    few = {"diffusion__seeds": 0, "train__steps": 6}
+    whole = image_run(tiny_sd_folder, tmp_path, **few, out=tmp_path / "whole")
+    with monkeypatch.context() as patched, pytest.raises(RunStopped):
+        patched.setattr(image_finetune, "reporter_for", lambda *_, **__: _AfterThree())
+        image_run(tiny_sd_folder, tmp_path, **few)
+    monkeypatch.setattr(image_split, "alike_groups", lambda rows, bits: [0] * len(rows))
+    Image.fromarray(drawn(90)[0]).save(tmp_path / "photos" / "000-came.png")
+    console = Console(record=True, width=300, file=io.StringIO())
+    resumed = finetune(read_run(tmp_path / "run" / "config.yaml"), resume=tmp_path / "run", console=console)
+    assert "others that came to their folders since are not part of this run" in console.export_text()
+    assert isinstance(resumed, ImageResult) and resumed.report is not None and whole.report is not None
+    file = Path("adapter") / "adapter_model.safetensors"
+    assert (whole.run.path / file).read_bytes() == (resumed.run.path / file).read_bytes()
+    assert resumed.report.comparisons == whole.report.comparisons and resumed.report.warnings == whole.report.warnings
+    gone = resumed.setup.dataset.train[0].path
+    gone.unlink()
+    with pytest.raises(DataError, match=rf"{gone.name} is gone\. Bring back what was there, or start a new run"):
+        finetune(read_run(tmp_path / "run" / "config.yaml"), resume=tmp_path / "run", console=console)
+
+
+def test_a_run_of_a_version_that_named_no_pictures_is_split_again_and_compared(tiny_sd_folder: Path, tmp_path: Path) -> None:
+    first = image_run(tiny_sd_folder, tmp_path, diffusion__seeds=0, train__steps=2)
+    record = json.loads(first.run.split.read_text())
+    first.run.split.write_text(json.dumps({key: record[key] for key in first.setup.dataset.split_record()}))
+    config = read_run(first.run.config)
+    again = finetune(config, resume=first.run.path, console=Console(quiet=True))
+    assert isinstance(again, ImageResult) and again.setup.train[0].row == first.setup.train[0].row
+    album(tmp_path / "more", 6, first=60)
+    for file in (tmp_path / "more").iterdir():
+        shutil.copy(file, tmp_path / "photos")
+    with pytest.raises(DataError, match="The data is not what this run started with"):
+        finetune(config, resume=first.run.path, console=Console(quiet=True))

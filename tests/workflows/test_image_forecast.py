@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from lorakeet.evaluate.certificate import read_certificate
 from lorakeet.memory.card import CONTEXT
 from lorakeet.models.image_outline import shapes_of_images
 from lorakeet.workflows import image_forecast
-from lorakeet.workflows.image_forecast import arrange_images, forecast_images, machine_of, ways
+from lorakeet.workflows.image_forecast import Machine, advice, arrange_images, forecast_images, machine_of, ways
 from tiny.image_runs import image_config, image_run
 
 
@@ -87,3 +88,14 @@ def test_files_count_from_which_numbers_are_rounded(tiny_sd_folder: Path, tmp_pa
     encoder = sum(tensor.nbytes for tensor in load_file(tiny_sd_folder / "text_encoder" / "model.safetensors").values())
     assert encoder > 0 and machine_of(config).mapped == (encoder if rounded else 0)
     assert machine_of(image_config(Path("somebody/a-model"), tmp_path)).mapped == -1
+
+
+def test_what_helps_on_a_card_without_bfloat16_is_float16_which_takes_no_more(
+    tiny_sd_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = image_config(tiny_sd_folder, tmp_path)
+    machine, shapes = Machine(torch.float32, 0, card=torch.device("cuda", 0)), shapes_of_images(config.model, print)
+    monkeypatch.setattr(image_forecast, "narrow_for", lambda device: {"cuda": "float16"}[device.type])
+    change, planned = next(advice(config, shapes, machine))
+    narrow = forecast_images(config, shapes, replace(machine, dtype=torch.bfloat16))
+    assert change == "model.dtype float16" and planned.peak == narrow.peak and planned.work == narrow.work

@@ -9,6 +9,7 @@ import pytest
 import torch
 from rich.console import Console
 
+from lorakeet.data.image_split import judged_groups
 from lorakeet.evaluate.denoising import denoising_report
 from lorakeet.models.image_sample import Sampler, draw_latents
 from lorakeet.models.image_scorer import load_scorer
@@ -105,7 +106,8 @@ def test_every_cut_out_and_the_album_of_the_kind_were_learnt(judge: ImageJudge) 
 
 def test_copies_among_the_judged_pictures_count_once(judge: ImageJudge) -> None:
     rows = [replace(judge.judged[0].row, pixels_key=f"copy {number}", source=f"{number}.png") for number in range(8)]
-    copied = replace(judge, judged=[replace(judge.judged[0], row=row) for row in rows])
+    groups = judged_groups(rows, judge.config.images)
+    copied = replace(judge, judged=[replace(judge.judged[0], row=row) for row in rows], groups=groups)
     losses = copied.losses("base")
     assert losses.groups is not None and len(set(losses.groups)) == 1 and judge.losses("base").groups is None
     report = denoising_report(

@@ -25,8 +25,9 @@ _OWN_SPLIT = DataSpec().held_out_fraction
 class Alike:
     """A picture that is one photo with a picture to judge by, how they differ, and what was done with the first."""
 
-    train: ImageRow
-    judged: ImageRow
+    train: str  # where it stands, as ImageRow.source
+    judged: str
+    caption: str  # of the first
     apart: float  # the share of the variance that differs
     words: str
     action: str
@@ -42,6 +43,7 @@ class ImageDataset:
     alike: tuple[Alike, ...]
     remarks: tuple[str, ...]
     prior: tuple[ImageRow, ...] = ()  # of the subject's kind
+    groups: tuple[int, ...] | None = None  # of the pictures to judge by (`judged_groups`)
 
     @property
     def judged(self) -> tuple[str, tuple[ImageRow, ...]]:
@@ -49,7 +51,7 @@ class ImageDataset:
         return ("test", self.test) if self.test else ("held-out", self.held_out)
 
     def split_record(self) -> dict[str, object]:
-        """The content of split.json."""
+        """What split.json says of every split: hashes. With the pictures themselves it is data/image_record."""
         train, held_out, test = ([_as_row(row, None) for row in part] for part in (self.train, self.held_out, self.test))
         return split_record(train, held_out, test)
 
@@ -59,7 +61,7 @@ def load_images(data: DataSpec, images: ImageSpec, *, tables: Path) -> ImageData
 
     DataError for what cannot be used, and where nothing is held out.
     """
-    album = read_album(_folder(data.train, tables, data.limit), images, limit=data.limit)
+    album = read_album(album_folder(data.train, tables, data.limit), images, limit=data.limit)
     remarks = list(album.remarks)
     held_out = _other_album(data.held_out, images, tables, remarks, "data.held_out")
     test = _other_album(data.test, images, tables, remarks, "data.test")
@@ -82,17 +84,19 @@ def load_images(data: DataSpec, images: ImageSpec, *, tables: Path) -> ImageData
         raise DataError("Every training picture is also a held-out or test one; give other pictures, or set data.on_leak keep.")
     prior = _other_album(images.prior, of_prior, tables, remarks, "images.prior")
     prior, known = _without_leaks(prior, (*held_out, *test), images, policy=data.on_leak)
-    return ImageDataset(train, held_out, test, (*told, *alike, *known), tuple(remarks), prior)
+    groups = judged_groups(test or held_out, images)
+    return ImageDataset(train, held_out, test, (*told, *alike, *known), tuple(remarks), prior, groups)
 
 
-def _folder(name: str, tables: Path, limit: int | None = None) -> Path:
+def album_folder(name: str, tables: Path, limit: int | None = None) -> Path:
+    """The folder of the pictures that a setting names; those of a table are unpacked below `tables`."""
     return unpacked(name, tables, limit=limit) if is_table(name) else Path(name).expanduser()
 
 
 def _other_album(name: str | None, spec: ImageSpec, tables: Path, remarks: list[str], setting: str) -> tuple[ImageRow, ...]:
     if not name:
         return ()
-    album = read_album(_folder(name, tables), spec, setting=setting)
+    album = read_album(album_folder(name, tables), spec, setting=setting)
     remarks += album.remarks
     return album.rows
 
@@ -162,10 +166,11 @@ def _without_leaks(
             nearest[copy.left] = copy
     action = "kept" if policy == "keep" else f"dropped from {part}"
     found = tuple(
-        Alike(rows[place], judged[copy.right], copy.apart, copy.words, action) for place, copy in sorted(nearest.items())
+        Alike(rows[place].source, judged[copy.right].source, rows[place].caption, copy.apart, copy.words, action)
+        for place, copy in sorted(nearest.items())
     )
     if found and policy == "refuse":
-        named = ", ".join(f"{one.train.source} is nearly {one.judged.source}" for one in found[:5])
+        named = ", ".join(f"{one.train} is nearly {one.judged}" for one in found[:5])
         raise DataError(f"{len(found)} {part} pictures are also judged by ({named}). Remove them, or set data.on_leak drop.")
     return tuple(row for place, row in enumerate(rows) if policy == "keep" or place not in nearest), found
 

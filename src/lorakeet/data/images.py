@@ -7,7 +7,7 @@ import io
 import json
 import math
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -67,8 +67,7 @@ def read_album(folder: Path, spec: ImageSpec, *, limit: int | None = None, setti
     remark. DataError names every picture without a caption and every file of metadata.jsonl that is not read, and says so where
     no picture is left.
     """
-    if not folder.is_dir():
-        raise DataError(f"{setting} {folder} is no folder; kind: image expects a folder of pictures with captions.")
+    require_folder(folder, setting)
     endings = _readable()
     found = sorted(path for path in folder.rglob("*") if path.suffix.lower() in (*endings, *NOT_READ) and path.is_file())
     files = [path for path in found if path.suffix.lower() in endings]
@@ -89,6 +88,33 @@ def read_album(folder: Path, spec: ImageSpec, *, limit: int | None = None, setti
         listed = "\n".join(f"  - {line}" for line in remarks)
         raise DataError(f"None of the {len(files)} pictures in {folder} can be used:\n{listed}")
     return Album(tuple(rows.values()), tuple(remarks))
+
+
+def require_folder(folder: Path, setting: str) -> None:
+    """Raises DataError unless `folder`, which `setting` named, is one."""
+    if not folder.is_dir():
+        raise DataError(f"{setting} {folder} is no folder; kind: image expects a folder of pictures with captions.")
+
+
+def read_named(folder: Path, names: Iterable[str], spec: ImageSpec) -> Iterator[ImageRow | None]:
+    """Those pictures below `folder`, read as `read_album` reads them; None for one that is gone or could not be used any more.
+
+    What is wrong with other pictures, and with their lines in metadata.jsonl, is passed over.
+    """
+    captions = _listed_captions(folder, all_right=False)
+    for name in names:
+        path = folder / name
+        try:
+            yield _row(path, name, captions, spec, [], Problems(name, DataError)) if path.is_file() else None
+        except DataError:  # a caption that is not UTF-8
+            yield None
+
+
+def names_in(folder: Path) -> list[str]:
+    """The pictures below `folder` of formats that are read, in the order in which `read_album` has them."""
+    endings = _readable()
+    files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in endings and path.is_file())
+    return [path.relative_to(folder).as_posix() for path in files]
 
 
 def open_pixels(path: Path) -> tuple[Pixels, list[str]]:
@@ -270,8 +296,8 @@ def _rgb(image: Any, image_module: Any, done: list[str]) -> Pixels:
     return np.asarray(image.convert("RGB"), np.uint8)
 
 
-def _listed_captions(folder: Path) -> dict[str, str]:
-    """Captions by path from metadata.jsonl; DataError names every line that cannot be used."""
+def _listed_captions(folder: Path, *, all_right: bool = True) -> dict[str, str]:
+    """Captions by path from metadata.jsonl; where they must be `all_right`, DataError names every line that cannot be used."""
     file = folder / "metadata.jsonl"
     if not file.is_file():
         return {}
@@ -289,7 +315,8 @@ def _listed_captions(folder: Path) -> dict[str, str]:
             problems.add(f"{file.name}:{number} names {name}, of a format that is not read; convert it to JPEG or PNG.")
         else:
             found[Path(name).as_posix()] = caption
-    problems.raise_if_any()
+    if all_right:
+        problems.raise_if_any()
     return found
 
 

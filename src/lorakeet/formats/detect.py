@@ -57,6 +57,11 @@ def detect(path: Path) -> Found:
     if single:
         listed = ", ".join(file.name for file in single[:5])
         raise DataError(f"{path} holds {len(single)} adapter files ({listed}); name one of them.")
+    if (path / "config.yaml").is_file():
+        raise DataError(
+            f"{path} is a run that has no adapter yet: {path / 'adapter'} comes with its first held-out evaluation. Train it, or "
+            f"go on with it: lorakeet finetune --resume {path}"
+        )
     inside = sorted(entry.name for entry in path.iterdir())[:8]
     raise DataError(
         f"{path} holds no adapter: neither {CONFIG_NAME} nor {peft.MODEL_NAME} is there, only {', '.join(inside) or 'nothing'}. "

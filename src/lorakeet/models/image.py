@@ -241,7 +241,8 @@ def load_image_model(spec: ModelSpec, *, prediction: str = "auto", say: Callable
     pipeline.scheduler = scheduler_for(pipeline.scheduler, kind, prediction, spec.path, say)
     aside = torch.device("cpu") if device.type == "cuda" else None
     if aside is None:
-        pipeline.to(device)
+        with quiet_diffusers():  # which says of float16 on a CPU that it fails; it is slow there, and that is all
+            pipeline.to(device)
     pipeline.set_progress_bar_config(disable=True)
     pipeline.vae.float()
     names = [name for name in (kind.denoiser, *ENCODERS) if getattr(pipeline, name, None) is not None]

@@ -13,7 +13,7 @@ from lorakeet.data.image_spec import ImageSpec
 from lorakeet.data.images import ImageRow
 from lorakeet.models.image import ImageModel
 from lorakeet.models.image_cache import EncodedImage, cache_in, kept
-from lorakeet.models.image_sample import Sampler, draw_latents
+from lorakeet.models.image_sample import Sampler, draw_latents, require_finite
 
 
 def drawn_prior(
@@ -35,7 +35,8 @@ def drawn_prior(
 
     def make() -> dict[str, Tensor]:
         say(f"The base draws {count} pictures of '{caption}'; they are kept for other runs.")
-        return {"latents": draw_latents(model, [caption] * count, list(range(count)), sampler, progress=progress).cpu()}
+        latents = draw_latents(model, [caption] * count, list(range(count)), sampler, progress=progress)
+        return {"latents": require_finite(model, latents).cpu()}
 
     latents = kept(cache_in(spec, "prior"), key, make, say)["latents"]
     sizes = torch.tensor([[height, width, 0, 0, height, width]], dtype=torch.float32)

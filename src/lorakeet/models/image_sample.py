@@ -12,7 +12,7 @@ from torch import Tensor
 from lorakeet.core.layers import LoraConv2d
 from lorakeet.core.lowrank import LoraPair
 from lorakeet.core.selection import Share
-from lorakeet.errors import ConfigError
+from lorakeet.errors import ConfigError, DataError
 from lorakeet.models.image import ImageModel
 from lorakeet.models.image_diffusers import quiet_diffusers
 from lorakeet.models.image_kinds import Conditioning, packed, unpacked
@@ -79,6 +79,18 @@ def draw_latents(
     finally:
         selection.use(before)
     return torch.cat(found)
+
+
+def require_finite(model: ImageModel, latents: Tensor) -> Tensor:
+    """The latents (n, …) of pictures to keep; DataError where one holds no numbers, which a decoder makes black."""
+    broken = int((~latents.isfinite().flatten(1).all(1)).sum())
+    if broken:
+        narrow = "float16 ends at 65504; take model.dtype (--dtype) bfloat16 or float32. " if model.dtype == torch.float16 else ""
+        raise DataError(
+            f"{broken} of {len(latents)} pictures of {model.name} in {str(model.dtype).removeprefix('torch.')} are not finite. "
+            f"{narrow}Else weights of the model or of an adapter are not finite, or too large."
+        )
+    return latents
 
 
 def why_not_mixed(model: ImageModel, mixes: Sequence[Mix]) -> str:

@@ -65,6 +65,12 @@ def dtype_for(name: str, device: torch.device) -> torch.dtype:
     return torch.float32
 
 
+def narrow_for(device: torch.device | None) -> str:
+    """The 16-bit dtype to advise for `device`: bfloat16, or float16 on a CUDA device that is here and has no bfloat16."""
+    here = device is not None and device.type == "cuda" and torch.cuda.is_available()
+    return "bfloat16" if not here or torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
+
+
 def products_for(spec: ModelSpec, dtype: torch.dtype, device: torch.device) -> torch.dtype:
     """The dtype of matrix products over the frozen weights; auto measures (core/precision).
 

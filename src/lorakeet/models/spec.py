@@ -24,7 +24,10 @@ class ModelSpec:
     revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of a hub id."})
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = field(
         default="auto",
-        metadata={"help": "Precision of the frozen weights and of the products; auto takes bfloat16 where the processor has it."},
+        metadata={
+            "help": "Precision of the frozen weights and products; auto takes bfloat16 where the processor has it; float16 is "
+            "for pictures only."
+        },
     )
     products: Literal["auto", "float32", "bfloat16", "float16"] = field(
         default="auto",

@@ -16,11 +16,12 @@ on a GPU, for who asks for it, by a Triton kernel (quant/triton_nf4).
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.util
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -291,14 +292,21 @@ def missing_kernels() -> str:
 
 @functools.cache
 def _bitsandbytes() -> bool:
-    """Imports the package, without its note about a kernel for inference that it would fetch from a hub."""
+    """Imports the package, where it is installed."""
     if importlib.util.find_spec("bitsandbytes") is None:
         return False
+    with quiet_bitsandbytes():
+        import bitsandbytes  # noqa: F401
+    return True
+
+
+@contextlib.contextmanager
+def quiet_bitsandbytes() -> Iterator[None]:
+    """In the block bitsandbytes, whoever imports it, does not tell of a kernel for inference that it would fetch from a hub."""
     log = logging.getLogger("bitsandbytes.backends.cpu.ops")
     level = log.level
     log.setLevel(logging.ERROR)
     try:
-        import bitsandbytes  # noqa: F401
+        yield
     finally:
         log.setLevel(level)
-    return True

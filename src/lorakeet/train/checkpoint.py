@@ -6,7 +6,8 @@
       random.safetensors    the state of every random number generator
       importance.safetensors  of the rank-one terms, while ranks are still to be cut (train/pruning)
       best.safetensors      the trained tensors of the best held-out evaluation so far, once there is one
-      state.json            step (which is also the place in the data and in the schedule), best so far, metrics position
+      state.json            step (which is also the place in the data and in the schedule), best so far, metrics position,
+                            loss scale
       manifest.json         the SHA-256 of each file above
 
 Plain tensors and JSON, never pickle. A folder is there whole or not at all (train/durable).
@@ -29,6 +30,7 @@ from lorakeet.errors import ConfigError, DataError, Problems
 from lorakeet.formats.digest import sha256_of
 from lorakeet.formats.safe import open_safetensors, stream_safetensors
 from lorakeet.train import durable
+from lorakeet.train.loss_scale import LossScale
 from lorakeet.train.spec import TrainSpec
 from lorakeet.train.stopping import Watch
 
@@ -47,6 +49,7 @@ class Position:
     metrics_bytes: int = 0
     stopped: str = ""  # why training ended early; empty while it goes on
     watch: Watch = field(default_factory=Watch)
+    scale: LossScale = field(default_factory=LossScale)  # which runs had not before there was float16
 
 
 class StoredTensors(Mapping[str, Tensor]):
@@ -136,9 +139,9 @@ def load(path: Path) -> Snapshot:
         state = json.loads((path / "state.json").read_bytes())
         names = [name.removesuffix(".safetensors") for name in hashes if name != "state.json"]
         tensors: dict[str, Mapping[str, Tensor]] = {name: StoredTensors(path / f"{name}.safetensors") for name in names}
-        identity, watch = state.pop("identity"), Watch(**state.pop("watch"))
+        identity, watch, scale = state.pop("identity"), Watch(**state.pop("watch")), LossScale(**state.pop("scale", {}))
         best = tensors.pop("best", None)
-        return Snapshot(Position(**state, watch=watch), best=best, identity=identity, **tensors)
+        return Snapshot(Position(**state, watch=watch, scale=scale), best=best, identity=identity, **tensors)
     except FileNotFoundError as error:
         raise Damaged(f"{Path(error.filename).name} is missing") from error
     except (ValueError, TypeError, KeyError, AttributeError, DataError) as error:

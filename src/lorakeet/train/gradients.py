@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import torch
@@ -53,6 +54,17 @@ def require_gradients(parameters: Mapping[str, Parameter], step: int) -> None:
         f"as they began. {'Where the loss jumped in step 1, lower train.learning_rate; else take' if step > 1 else 'Take'} these "
         "modules out with lora.exclude_modules, or report the model."
     )
+
+
+def fault(parameters: Mapping[str, Parameter], loss: float, norm: Tensor) -> str:
+    """What of a step with that loss and norm of the gradient is not finite, in words; empty where all is."""
+    if math.isfinite(loss) and bool(torch.isfinite(norm)):
+        return ""
+    if not math.isfinite(loss):
+        return f"the loss is {loss}"
+    names = not_finite(parameters)
+    where = f" (first in {names[0]})" if names else ""
+    return f"the loss is {loss:.4f}, but the gradient is not finite{where}"
 
 
 def not_finite(parameters: Mapping[str, Parameter]) -> list[str]:

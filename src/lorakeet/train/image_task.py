@@ -85,6 +85,10 @@ class ImageTask:
         return self.order.steps_per_epoch
 
     @property
+    def dtype(self) -> torch.dtype:
+        return self.model.dtype
+
+    @property
     def learning_rate(self) -> float:
         return LEARNING_RATE
 
@@ -130,7 +134,7 @@ class ImageTask:
         """A picture is one token and one target: the step's loss is the mean over its pictures."""
         return Size(rows=len(batch.latents), tokens=len(batch.latents), targets=len(batch.latents))
 
-    def gradients(self, batches: Sequence[ImageBatch], targets: int) -> Tensor:
+    def gradients(self, batches: Sequence[ImageBatch], targets: float) -> Tensor:
         return by_batch(self.loss, batches, targets)
 
     def loss(self, batch: ImageBatch) -> Tensor:

@@ -29,7 +29,7 @@ Given = TypeVar("Given")
 
 
 def by_block(
-    text: TextModel, streamed: Streamed, batches: Sequence[Batch], targets: int, *, aside: Aside, chunk: int, together: int = 0
+    text: TextModel, streamed: Streamed, batches: Sequence[Batch], targets: float, *, aside: Aside, chunk: int, together: int = 0
 ) -> Tensor:
     """Adds ∂(Σ losses / targets) to the gradients of the trained parameters; Σ losses, fp64, detached.
 

@@ -1,7 +1,8 @@
 """Training, from top to bottom.
 
     step 0     held-out loss of the base
-    each step  micro-batches → gradients, weighted by supervised tokens → checks → clip → AdamW → metrics
+    each step  micro-batches → gradients, weighted by supervised tokens → checks → clip → AdamW → metrics; in float16 the loss
+               is scaled (train/loss_scale), and a step that overflows is left out
     now and then  held-out loss → the best adapter into RUN/adapter → a checkpoint
     the end    all steps done, no improvement any more, Ctrl-C, or a loss that is not a number
 
@@ -11,11 +12,9 @@ processes (train/processes) take the same steps, each over its part of the rows;
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic
 
@@ -33,29 +32,15 @@ from lorakeet.train.best import Best
 from lorakeet.train.checkpoint import Position, Snapshot
 from lorakeet.train.interrupt import Interrupt
 from lorakeet.train.log import Metrics, Sink, sink_for
+from lorakeet.train.loss_scale import LossScale
 from lorakeet.train.optimizer import Optimizer
+from lorakeet.train.outcome import Outcome
 from lorakeet.train.processes import ProcessLost
 from lorakeet.train.progress import Record, Reporter, Silent
 from lorakeet.train.pruning import cut_text
 from lorakeet.train.run import RunFolder
 from lorakeet.train.spec import TrainSpec
 from lorakeet.train.task import BatchT, Size, Task
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """How a run ended. The task's parameters then hold what RUN/adapter holds: the best adapter."""
-
-    steps: int
-    planned_steps: int
-    reason: str  # "all steps done", or why it ended earlier
-    base_loss: float | None  # held-out, at step 0
-    best_loss: float | None
-    best_step: int | None
-    learning_rate: float
-    tokens: int
-    seconds: float
-    peak_bytes: int  # of the process; of its CUDA device where a budget bounds that
 
 
 def train(
@@ -114,7 +99,7 @@ class Training(Generic[BatchT]):
         self.evaluate_every = spec.evaluation_interval(task.steps_per_epoch)
         self.checkpoint_every = spec.checkpoint_interval(task.steps_per_epoch)
         self.pruning = task.pruning
-        self.at = Position()
+        self.at = Position(scale=LossScale.of(task.dtype))
         self.best = Best()
         self.identity: dict[str, Any] = {}
         self.last_checkpoint: Path | None = None
@@ -180,14 +165,11 @@ class Training(Generic[BatchT]):
         size = self._size(batches)
         loss = self._accumulate(batches, size, step)
         norm = gradients.gradient_norm(self.parameters)
-        self._require_finite(step, loss, norm)
-        if step <= 2 and not self.at.watch.diverged(loss):  # a model that diverged has silent gradients everywhere
-            gradients.require_gradients(self.parameters, step)
-        if self.pruning is not None:
-            self.pruning.see(step, self.parameters)
-        gradients.clip(self.parameters, self.spec.clip_norm, norm=norm)
         rate = self.learning_rate * schedule.factor(step, self.total, warmup=self.warmup, shape=self.spec.schedule)
-        self.optimizer.step(rate)
+        if fault := gradients.fault(self.parameters, loss, norm):
+            self._leave_out(step, fault)
+        else:
+            self._advance(step - self.at.scale.skipped, loss, norm, rate)
         self.at.step, self.at.tokens = step, self.at.tokens + size.tokens
         now = time.perf_counter()
         record = {
@@ -201,6 +183,7 @@ class Training(Generic[BatchT]):
             "tokens_per_second": size.tokens / (now - began),
             "seconds": self.earlier_seconds + now - self.started,
             "memory_bytes": self.memory.now(),
+            **self.at.scale.record(),
         }
         self._write(record)
         self.report.step(record)
@@ -241,20 +224,33 @@ class Training(Generic[BatchT]):
                 f"No token of the {whole.rows} rows of step {step} is supervised; check data.supervise and data.max_tokens."
             )
         supervised = [batch for batch in batches if self.task.size(batch).targets]
-        loss = self.processes.summed(self.task.gradients(supervised, whole.targets)).item() / whole.targets
+        loss = self.processes.summed(self.task.gradients(supervised, whole.targets / self.at.scale.value)).item() / whole.targets
         self.processes.add_up(self.parameters.values())
+        self.at.scale.take_off(self.parameters)
         return loss
 
-    def _require_finite(self, step: int, loss: float, norm: Tensor) -> None:
-        if math.isfinite(loss) and bool(torch.isfinite(norm)):
-            return
-        what = f"the loss is {loss}"
-        if math.isfinite(loss):
-            names = gradients.not_finite(self.parameters)
-            where = f" (first in {names[0]})" if names else ""
-            what = f"the loss is {loss:.4f}, but the gradient is not finite{where}"
+    def _advance(self, number: int, loss: float, norm: Tensor, rate: float) -> None:
+        """Moves the parameters by their gradients, for the `number`th time."""
+        if number <= 2 and not self.at.watch.diverged(loss):  # a model that diverged has silent gradients everywhere
+            gradients.require_gradients(self.parameters, number)
+        if self.pruning is not None:
+            self.pruning.see(self.at.step + 1, self.parameters)
+        gradients.clip(self.parameters, self.spec.clip_norm, norm=norm)
+        self.optimizer.step(rate)
+        self.at.scale.went_well()
+
+    def _leave_out(self, step: int, fault: str) -> None:
+        """Forgets the gradients of a step. Only in float16 the run goes on after that, with half the loss scale."""
         self.optimizer.adamw.zero_grad(set_to_none=True)
-        self._stop_diverged(f"Step {step}: {what}. The step was not taken.")
+        scale = self.at.scale
+        if not scale.dynamic:
+            self._stop_diverged(f"Step {step}: {fault}. The step was not taken.")
+        if not scale.overflowed():
+            raise RunStopped(
+                f"Step {step}: {fault}. {scale.skipped} steps overflowed model.dtype float16, whatever the loss was scaled by. "
+                f"{self._kept()} Start a new run with model.dtype bfloat16, or float32 where there is no bfloat16."
+            )
+        self.report.say(f"Step {step}: {fault}. It is left out, and from now on the loss is scaled by {scale.value:,g}.")
 
     def evaluate(self) -> None:
         """Held-out loss with its interval; the best adapter so far goes to RUN/adapter."""
@@ -322,6 +318,8 @@ class Training(Generic[BatchT]):
             tokens=self.at.tokens,
             seconds=self.earlier_seconds + time.perf_counter() - self.started,
             peak_bytes=self._held(),
+            skipped_steps=self.at.scale.skipped,
+            loss_scale=self.at.scale.value if self.at.scale.dynamic else None,
         )
 
     def _put_back(self) -> None:
@@ -371,8 +369,9 @@ class Training(Generic[BatchT]):
 
     def _stop_diverged(self, what: str) -> None:
         """Raises RunStopped: a resumed run would meet the same step again, so a new one is the remedy."""
+        wider = ", or with model.dtype bfloat16 or float32 in place of float16" if self.at.scale.dynamic else ""
         raise RunStopped(
-            f"{what} {self._kept()} Start a new run with a lower train.learning_rate (now {self.learning_rate:g}), "
+            f"{what} {self._kept()} Start a new run with a lower train.learning_rate (now {self.learning_rate:g}){wider}, "
             "and look at the rows of that step if it happens again."
         )
 

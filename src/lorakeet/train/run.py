@@ -70,6 +70,18 @@ class RunFolder:
         return f"{self.command} finetune --resume {self.path}"
 
     @classmethod
+    def at(cls, path: Path) -> RunFolder | None:
+        """The run whose folder `path` is; None where it is none. Only config.yaml need be there."""
+        run = cls(path)
+        return run if run.config.is_file() else None
+
+    @classmethod
+    def around(cls, adapter: Path) -> RunFolder | None:
+        """The run that `adapter` means: its folder, or the adapter/ in it, or a file of that; None where it is of no run."""
+        folder = (adapter.parent if adapter.is_file() else adapter).absolute()
+        return cls.at(folder) or (cls.at(folder.parent) if folder.name == "adapter" else None)
+
+    @classmethod
     def create(cls, path: Path) -> RunFolder:
         """A new run in `path`, which must not exist or be empty; ConfigError otherwise."""
         run = cls(path)

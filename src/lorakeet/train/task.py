@@ -44,7 +44,7 @@ class HeldOut:
         return intervals.ratio(self.sums, self.weights, spec=EvaluateSpec(resamples=RESAMPLES, seed=seed))
 
 
-def by_batch(loss: Callable[[BatchT], Tensor], batches: Sequence[BatchT], targets: int) -> Tensor:
+def by_batch(loss: Callable[[BatchT], Tensor], batches: Sequence[BatchT], targets: float) -> Tensor:
     """Forward and backward of each micro-batch in turn. `loss` gives the sum of the loss over a batch's targets, with gradient.
 
     Each micro-batch draws its random numbers (dropout) from a seed of its own, drawn first: a task that computes the batches in
@@ -76,6 +76,11 @@ class Task(Protocol[BatchT]):
     pruning: Pruning | None  # where ranks fall in training
 
     @property
+    def dtype(self) -> torch.dtype:
+        """That of activations and of their gradients."""
+        ...
+
+    @property
     def steps_per_epoch(self) -> int: ...
 
     @property
@@ -97,10 +102,11 @@ class Task(Protocol[BatchT]):
 
     def size(self, batch: BatchT) -> Size: ...
 
-    def gradients(self, batches: Sequence[BatchT], targets: int) -> Tensor:
+    def gradients(self, batches: Sequence[BatchT], targets: float) -> Tensor:
         """Adds ∂(Σ losses / targets) to the gradients of the parameters, micro-batch after micro-batch; Σ losses, fp64, detached.
 
-        `batches` are those of one step that have targets. `by_batch` is the usual way.
+        `targets` is how many the step has, over the loss scale where there is one (train/loss_scale). `batches` are those of one
+        step that have targets. `by_batch` is the usual way.
         """
         ...
 

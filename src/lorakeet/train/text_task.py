@@ -64,6 +64,10 @@ class TextTask:
         return self.order.steps_per_epoch
 
     @property
+    def dtype(self) -> torch.dtype:
+        return self.text.dtype
+
+    @property
     def learning_rate(self) -> float:
         return learning_rate_of(self.text)
 
@@ -91,7 +95,7 @@ class TextTask:
     def size(self, batch: Batch) -> Size:
         return Size(rows=len(batch.lengths), tokens=batch.tokens, targets=batch.targets)
 
-    def gradients(self, batches: Sequence[Batch], targets: int) -> Tensor:
+    def gradients(self, batches: Sequence[Batch], targets: float) -> Tensor:
         streamed = self.text.streamed
         if streamed is not None:
             self.text.model.train()

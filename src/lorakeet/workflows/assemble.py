@@ -93,7 +93,8 @@ def assemble(config: RunConfig, console: Console, processes: Processes = ALONE) 
     text = load_text_model(model, say=console.print, store=arrangement.store, slots=arrangement.slots, pinned=arrangement.pinned)
     if text.dtype == torch.float16:
         raise ConfigError(
-            "model.dtype is float16, in which small gradients become 0 without a word; train with bfloat16 or float32."
+            "model.dtype is float16, in which models of pictures alone are trained: on text, rates and ranks are tried without a "
+            "loss scale, so that small gradients would become 0 without a word. Train with bfloat16 or float32."
         )
     config = within_context(resolved(config, text), text, console)
     if parted:

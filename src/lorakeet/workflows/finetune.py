@@ -29,7 +29,8 @@ from lorakeet.models.prefix_states import frozen_depth, prefix_states
 from lorakeet.models.shard import part_blocks
 from lorakeet.train.launch import launched
 from lorakeet.train.log import read_metrics, require_sink
-from lorakeet.train.loop import Outcome, train
+from lorakeet.train.loop import train
+from lorakeet.train.outcome import Outcome
 from lorakeet.train.processes import joined
 from lorakeet.train.progress import reporter_for
 from lorakeet.train.run import RunFolder

@@ -18,14 +18,15 @@ from torch import Tensor
 from lorakeet.config import RunConfig, read_run
 from lorakeet.core.adapter import Adapter
 from lorakeet.data.images import png_of
-from lorakeet.errors import ConfigError, Problems, nearest
+from lorakeet.errors import ConfigError, DataError, LorakeetError, Problems, nearest
 from lorakeet.formats.detect import read_adapter
 from lorakeet.merge.combine import CombineSpec, combination
 from lorakeet.models.image import ImageModel, load_image_model, put_image_adapter
-from lorakeet.models.image_sample import Mix, Sampler, draw_latents, why_not_mixed
+from lorakeet.models.image_sample import Mix, Sampler, draw_latents, require_finite, why_not_mixed
 from lorakeet.models.inject import activate, adapter_names, eject
 from lorakeet.models.spec import ModelSpec
 from lorakeet.train import durable
+from lorakeet.train.run import RunFolder
 from lorakeet.workflows.image_judge import scaled
 from lorakeet.workflows.place import require_empty, writing
 
@@ -82,19 +83,20 @@ def generate(  # noqa: PLR0913 - one parameter for each option of the verb
 ) -> GenerateResult:
     """Draws `count` pictures of each prompt into the new folder `out`; the same seed gives the same noise whatever the adapters.
 
-    `adapter` are NAME=PATH (or one PATH), `weights` the mix of all pictures, `each` a mix for each prompt: a name, base, or
-    a=0.7+b=0.3. `prediction` auto is what the adapters' runs on this model had it predict, else its scheduler's word; without
-    `guidance` it is that of the model's kind. ConfigError with every problem at once; nothing is written unless all are drawn.
+    `adapter` are NAME=PATH (or one PATH) of adapters, runs, or the adapter/ of a run, `weights` the mix of all pictures, `each` a
+    mix for each prompt: a name, base, or a=0.7+b=0.3. Without `model` it is that of the first of them. `prediction` auto is what
+    the adapters' runs on this model had it predict, else its scheduler's word; without `guidance` it is that of the model's kind.
+    ConfigError and DataError with every problem at once; nothing is written unless all are drawn.
     """
     require_empty(out)
     paths = _named_paths(adapter)
     _check_numbers(count, seed, steps)
     mixes = _mixes(prompt, list(paths), weights or {}, each)
     say = partial(console.print, markup=False, soft_wrap=True)
-    adapters = {name: read_adapter(path, say=say) for name, path in paths.items()}
-    base = ModelSpec(path=model, config=config) if model else _base_of(paths, adapters, config)
+    runs, adapters = _opened(paths, say)
+    base = ModelSpec(path=model, config=config) if model else _base_of(runs, adapters, config)
     spec = replace(base, dtype=dtype, device=device)
-    predicted = _predicted(paths, base.path) if prediction == "auto" else prediction
+    predicted = _predicted(runs, base.path) if prediction == "auto" else prediction
     held = load_image_model(spec, prediction=predicted, say=say)
     for name, value in adapters.items():
         put_image_adapter(held, value, name)
@@ -103,7 +105,7 @@ def generate(  # noqa: PLR0913 - one parameter for each option of the verb
     sampler = Sampler(steps, guidance, negative, _size(size, held))
     with Bar(console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task(f"{len(asked)} pictures", total=len(asked))
-        latents = _drawn(held, adapters, asked, sampler, say=say, progress=partial(bar.advance, task))
+        latents = require_finite(held, _drawn(held, adapters, asked, sampler, say=say, progress=partial(bar.advance, task)))
     pictures = tuple(Picture(f"{number:03}.png", *one[:2], dict(one[2])) for number, one in enumerate(asked))
     with writing(f"The pictures in {out}", "Free some space, or choose another --out."), durable.new_folder(out) as folder:
         for picture, one in zip(pictures, latents, strict=True):
@@ -176,27 +178,40 @@ def _mixes(prompts: Sequence[str], names: list[str], weights: Mapping[str, float
     return mixes if len(mixes) == len(prompts) else mixes * len(prompts)
 
 
-def _base_of(paths: Mapping[str, Path], adapters: Mapping[str, Adapter], config: str | None) -> ModelSpec:
-    """The model that the first adapter was trained on, with all that makes it that one: revision, packing, configurations."""
+def _opened(paths: Mapping[str, Path], say: Callable[[str], None]) -> tuple[dict[str, RunConfig], dict[str, Adapter]]:
+    """The settings of the runs among these paths, and every adapter; DataError that says at once which are missing."""
+    problems = Problems("These adapters cannot be drawn with", DataError)
+    runs: dict[str, RunConfig] = {}
+    adapters: dict[str, Adapter] = {}
     for name, path in paths.items():
-        if (run := _run_of(path)) is not None:
-            spec = run.model
+        try:
+            if (run := RunFolder.around(path)) is not None:
+                runs[name] = read_run(run.config)
+                if runs[name].kind != "image":
+                    problems.add(f"{path} is a run on texts, which lorakeet serve writes with; give one with kind: image.")
+                    continue
+            adapters[name] = read_adapter(path, say=say)
+        except LorakeetError as error:
+            problems.add(str(error))
+    problems.raise_if_any()
+    return runs, adapters
+
+
+def _base_of(runs: Mapping[str, RunConfig], adapters: Mapping[str, Adapter], config: str | None) -> ModelSpec:
+    """The model that the first adapter was trained on, with all that makes it that one: revision, packing, configurations."""
+    for name, adapter in adapters.items():
+        if name in runs:
+            spec = runs[name].model
             return ModelSpec(path=spec.path, config=config or spec.config, revision=spec.revision, quantize=spec.quantize)
-        if adapters[name].base:
-            return ModelSpec(path=adapters[name].base, config=config)
+        if adapter.base:
+            return ModelSpec(path=adapter.base, config=config)
     raise ConfigError(
         "Nothing says which model to draw with; name it with --model (a folder saved by diffusers, a single file, or a hub id)."
     )
 
 
-def _run_of(path: Path) -> RunConfig | None:
-    """The settings of the run whose folder `path` is; None where it is none."""
-    return read_run(path / "config.yaml") if (path / "config.yaml").is_file() else None
-
-
-def _predicted(paths: Mapping[str, Path], model: str) -> str:
+def _predicted(runs: Mapping[str, RunConfig], model: str) -> str:
     """What the runs among the adapters had `model` predict, auto where none of them is on it; ConfigError: not one thing."""
-    runs = {name: run for name, path in paths.items() if (run := _run_of(path)) is not None}
     found = {run.diffusion.prediction: name for name, run in runs.items() if _same(run.model.path, model)}
     if len(found) > 1:
         said = ", ".join(f"{name} {prediction}" for prediction, name in found.items())

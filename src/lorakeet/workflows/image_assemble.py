@@ -9,16 +9,17 @@ from functools import partial
 from itertools import islice
 from typing import Any
 
-import torch
 from rich.console import Console
 from rich.progress import Progress as Bar
 
 from lorakeet.config import RunConfig
 from lorakeet.core.plan import Plan
 from lorakeet.data.batches import StepOrder
-from lorakeet.data.image_split import ImageDataset, judged_groups, load_images
+from lorakeet.data.image_record import recorded_images
+from lorakeet.data.image_split import ImageDataset, load_images
 from lorakeet.data.images import ImageRow, fit_remarks
-from lorakeet.errors import ConfigError, Problems
+from lorakeet.data.split import read_split_record
+from lorakeet.errors import Problems
 from lorakeet.evaluate.denoising import too_few
 from lorakeet.models.image import ImageModel, image_plan, load_image_model
 from lorakeet.models.image_cache import Captions, EncodedImage, Sizes, cache_in, encode_images
@@ -29,6 +30,7 @@ from lorakeet.models.image_sample import Sampler
 from lorakeet.models.image_scorer import load_scorer
 from lorakeet.models.inject import inject
 from lorakeet.train.image_task import ImageTask
+from lorakeet.train.run import RunFolder
 from lorakeet.workflows.image_forecast import ImageArrangement, arrange_images
 
 
@@ -58,21 +60,24 @@ class ImageAssembly:
         return self.config.train.total_steps(order.steps_per_epoch)
 
 
-def assemble_images(config: RunConfig, console: Console, *, asked: bool = False, resume: bool = False) -> ImageAssembly:
+def assemble_images(
+    config: RunConfig, console: Console, *, asked: bool = False, resumed: RunFolder | None = None
+) -> ImageAssembly:
     """Pictures first (quick to fail), then memory (`asked`: without a budget too), model, plan and latents.
 
-    ConfigError and DataError as they arise. To `resume` a run settings of text models may stand in it (`check_settings`).
+    ConfigError and DataError as they arise. A `resumed` run has the pictures that it began with, and settings of text models may
+    stand in it (`check_settings`).
     """
     say = partial(console.print, markup=False, soft_wrap=True)
-    check_settings(config, ignored=say if resume else None)
-    dataset = load_images(config.data, config.images, tables=cache_in(config.images, "tables"))
+    check_settings(config, ignored=say if resumed else None)
+    recorded = _recorded(config, resumed, say)
+    dataset = recorded or load_images(config.data, config.images, tables=cache_in(config.images, "tables"))
     for remark in dataset.remarks:
         say(remark)
     for alike in dataset.alike:
-        say(f"{alike.train.source} is nearly {alike.judged.source} ({alike.words}): {alike.action}.")
-    rows = dataset.judged[1]
-    groups = judged_groups(rows, config.images)
-    for warning in too_few(len(rows), len(set(groups or range(len(rows))))):
+        say(f"{alike.train} is nearly {alike.judged} ({alike.words}): {alike.action}.")
+    count = len(dataset.judged[1])
+    for warning in too_few(count, len(set(dataset.groups or range(count)))):
         say(warning)
     if config.diffusion.scorer:
         load_scorer(config.diffusion.scorer)  # not needed until the end, when it would be late to hear that it is not there
@@ -85,15 +90,11 @@ def assemble_images(config: RunConfig, console: Console, *, asked: bool = False,
     for message in config.diffusion.why_not(model.prediction):
         problems.add(message)
     problems.raise_if_any()
-    if model.dtype == torch.float16:
-        raise ConfigError(
-            "model.dtype is float16, in which small gradients become 0 without a word; train with bfloat16 or float32."
-        )
     plan = image_plan(model, config.lora, text_encoder=config.diffusion.text_encoder)
     every = (*dataset.train, *dataset.held_out, *dataset.test, *dataset.prior)
     for caption in model.cut_off(sorted({row.caption for row in every})):
         say(f"A caption is longer than the text encoder reads, so its end does not count: {caption[:60]}…")
-    fit = fit_remarks(every, Sizes.of(model, config.images).allowed)
+    fit = () if recorded else fit_remarks(every, Sizes.of(model, config.images).allowed)  # which a record has among its remarks
     for remark in fit:
         say(remark)
     dataset = dataclasses.replace(dataset, remarks=(*dataset.remarks, *fit))
@@ -103,6 +104,18 @@ def assemble_images(config: RunConfig, console: Console, *, asked: bool = False,
         prior = _drawn(model, config, console)
     captions = Captions(model, config.images, say=say)
     return ImageAssembly(_resolved(config, model), dataset, model, plan, captions, train, held_out, test, prior, arrangement)
+
+
+def _recorded(config: RunConfig, resumed: RunFolder | None, say: Callable[[str], None]) -> ImageDataset | None:
+    """The pictures that a resumed run began with; None for a new one, and one begun by a version that did not name them."""
+    if resumed is None or not resumed.split.exists():
+        return None
+    found = recorded_images(
+        read_split_record(resumed.split), config.data, config.images, tables=cache_in(config.images, "tables"), run=resumed.path
+    )
+    if found is not None:
+        say(f"The pictures are those of {resumed.split}; others that came to their folders since are not part of this run.")
+    return found
 
 
 def ready_to_train(setup: ImageAssembly, watch: Callable[[int], None] | None = None) -> ImageTask:

@@ -15,6 +15,7 @@ from typing import Any
 from rich.console import Console
 
 from lorakeet.config import RunConfig
+from lorakeet.data.image_record import image_record
 from lorakeet.evaluate.certificate import Certificate
 from lorakeet.evaluate.report import Command, Leak, MemoryUse, Report
 from lorakeet.evaluate.values import encode
@@ -23,7 +24,8 @@ from lorakeet.memory.measure import peak_bytes
 from lorakeet.models.image_scorer import load_scorer
 from lorakeet.models.spec import ModelSpec
 from lorakeet.train.log import read_metrics
-from lorakeet.train.loop import Outcome, train
+from lorakeet.train.loop import train
+from lorakeet.train.outcome import Outcome
 from lorakeet.train.progress import PICTURES, reporter_for
 from lorakeet.train.run import RunFolder
 from lorakeet.workflows import facts, page
@@ -68,7 +70,7 @@ class ImageResult:
 
 def finetune_images(config: RunConfig, run: RunFolder, *, resume: bool, dry_run: bool, console: Console) -> ImageResult:
     """Trains, judges and certifies; everything is in the run folder. Errors as in workflows/finetune."""
-    setup = assemble_images(config, console, asked=dry_run, resume=resume)
+    setup = assemble_images(config, console, asked=dry_run, resumed=run if resume else None)
     show_image_plan(setup, console)
     if dry_run:
         if setup.arrangement.planned is not None:
@@ -76,7 +78,7 @@ def finetune_images(config: RunConfig, run: RunFolder, *, resume: bool, dry_run:
         return ImageResult(setup, run)
     before = image_digests(setup.model)
     task = ready_to_train(setup, partial(_watch, setup, run, console) if setup.config.diffusion.progress else None)
-    begin_run(run, setup.config, setup.dataset.split_record(), resume=resume)
+    begin_run(run, setup.config, image_record(setup.dataset, setup.config.data), resume=resume)
     outcome = train(
         task, setup.config.train, run=run, identity=_identity(setup, before), resume=resume,
         report=reporter_for(console, words=PICTURES), budget=setup.arrangement.budget,
@@ -121,7 +123,7 @@ def _prove(setup: ImageAssembly, outcome: Outcome, run: RunFolder, before: dict[
     named = setup.config.diffusion.scorer
     scorer = load_scorer(named) if named and setup.config.diffusion.seeds else None
     judge = ImageJudge(
-        setup.config, setup.model, setup.captions, pictures, setup.train, console, scorer=scorer,
+        setup.config, setup.model, setup.captions, pictures, setup.train, console, scorer=scorer, groups=setup.dataset.groups,
         prior=setup.prior if setup.config.images.prior else (),  # the base's own drawings it may repeat
     )  # fmt: skip
     with writing(f"The samples in {run.path}", f"The adapter is whole. Free some space, then: {run.resume_command}"):
@@ -144,7 +146,7 @@ def _complete(measured: Report, setup: ImageAssembly, outcome: Outcome, run: Run
     """`measured` with everything else that the page shows."""
     config, data, metrics = setup.config, setup.dataset, read_metrics(run.metrics)
     part, pictures = setup.judged
-    alike = tuple(Leak(one.judged.source, one.train.source, 1 - one.apart, one.action, one.train.caption) for one in data.alike)
+    alike = tuple(Leak(one.judged, one.train, 1 - one.apart, one.action, one.caption) for one in data.alike)
     warnings = [*measured.warnings, *data.remarks]
     if not data.test:
         warnings.append("There are no test pictures: the checkpoint was chosen on the held-out pictures that it is judged on.")

@@ -32,7 +32,7 @@ from lorakeet.models.image_kinds import ENCODERS
 from lorakeet.models.image_outline import outline_image, shapes_of_images
 from lorakeet.models.image_shapes import Shapes
 from lorakeet.models.image_single import open_single, single_denoiser_files
-from lorakeet.models.placement import device_for, dtype_for, planned_on
+from lorakeet.models.placement import DTYPES, device_for, dtype_for, narrow_for, planned_on
 from lorakeet.models.spec import ModelSpec
 from lorakeet.quant.packed import SCRATCH, PackedBase
 from lorakeet.train.image_rehearsal import ENCODE, ImageRehearsal, Pictures, go_through, rehearse_images
@@ -170,8 +170,8 @@ def advice(config: RunConfig, shapes: Shapes, machine: Machine) -> Iterator[tupl
     """Changes of the result that take less memory, and the run with each."""
     model, lora = config.model, config.lora
     if machine.dtype == torch.float32:
-        narrow = dataclasses.replace(machine, dtype=torch.bfloat16)
-        yield "model.dtype bfloat16", forecast_images(config, shapes, narrow)
+        name = narrow_for(machine.card)
+        yield f"model.dtype {name}", forecast_images(config, shapes, dataclasses.replace(machine, dtype=DTYPES[name]))
     if model.quantize.method == "none":
         packed = dataclasses.replace(model, quantize=dataclasses.replace(model.quantize, method="nf4"))
         yield "model.quantize nf4", forecast_images(dataclasses.replace(config, model=packed), shapes, machine)

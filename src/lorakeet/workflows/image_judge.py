@@ -6,7 +6,7 @@ import base64
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +17,6 @@ from torch import Tensor
 
 from lorakeet.config import RunConfig
 from lorakeet.core.adapter import Adapter
-from lorakeet.data.image_split import judged_groups
 from lorakeet.data.images import ImageRow, Pixels, open_pixels, png_of
 from lorakeet.errors import DataError
 from lorakeet.evaluate.denoising import PROMPT_DISTANCE, STYLE_DISTANCE, denoising_report, with_distances
@@ -61,6 +60,7 @@ class ImageJudge:
     name: str = "default"
     scorer: ImageScorer | None = None
     prior: Sequence[EncodedImage] = ()  # of the subject's kind, from a folder, which were trained on too
+    groups: tuple[int, ...] | None = None  # which judged pictures are copies of each other
 
     def report(self, title: str, folder: Path) -> Report:
         """The measured sections; the samples are written to `folder` as PNG files, in one go."""
@@ -88,12 +88,7 @@ class ImageJudge:
             sums, counts = denoising_errors(
                 self.model, self.judged, self.captions, self.config.diffusion, progress=partial(bar.advance, task)
             )
-        return RowLosses(system, sums, counts.astype(np.int64), self._groups)
-
-    @cached_property
-    def _groups(self) -> tuple[int, ...] | None:
-        """Which judged pictures are copies of each other: they are compared once for all systems."""
-        return judged_groups(self._rows, self.config.images)
+        return RowLosses(system, sums, counts.astype(np.int64), self.groups)
 
     @property
     def _rows(self) -> list[ImageRow]:

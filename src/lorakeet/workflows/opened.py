@@ -150,7 +150,7 @@ def open_adapter(
 
     Raises DataError where there is no adapter, ConfigError where nothing says which base it belongs to.
     """
-    run = RunFolder(path) if (path / "config.yaml").is_file() else None
+    run = RunFolder.at(path)
     adapter = read_adapter(path, say=say)
     settings = read_run(config) if config else read_run(run.config) if run else _bare(path, adapter, base)
     if settings.kind == "image":

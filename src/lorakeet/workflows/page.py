@@ -20,7 +20,7 @@ from lorakeet.memory.card import CONTEXT, beside_torch, card_peak
 from lorakeet.memory.measure import peak_bytes
 from lorakeet.models.origin import packed_folder
 from lorakeet.ranks.allocate import pair_parameters
-from lorakeet.train.loop import Outcome
+from lorakeet.train.outcome import Outcome
 from lorakeet.train.run import RunFolder
 from lorakeet.workflows import facts
 from lorakeet.workflows.assemble import Assembly
@@ -177,6 +177,9 @@ def speed(
         "Steps": f"{outcome.steps} of {outcome.planned_steps} ({outcome.reason})",
         "Learning rate": f"{outcome.learning_rate:.2e} at its highest",
     }
+    if outcome.loss_scale is not None:
+        skipped = f"{outcome.skipped_steps} of {outcome.steps} steps overflowed float16 and were left out"
+        found["Loss scale"] = f"{outcome.loss_scale:,g} at the end; {skipped}"
     if rates:
         found[f"{unit} a second"] = f"{rates[len(rates) // 2]:,.{digits}f} (median over steps)"
     return found
