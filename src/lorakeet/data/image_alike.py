@@ -131,6 +131,7 @@ class _Looks:
     def __init__(self, rows: Sequence[ImageRow], order: Places) -> None:
         self.order = order
         self.thumbs = [row.thumb for row in rows]
+        self.across = np.array([(row.width * row.height) ** 0.5 for row in rows], np.float32)  # pixels of a side
         self.small = np.empty((len(rows), _SIDE, _SIDE), np.float32)
         self.clipped = np.empty((len(rows), 2, _SIDE, _SIDE), np.float16)
         self.tone, self.cut = np.empty(len(rows), bool), np.empty(len(rows), bool)  # whether the detail tells either
@@ -215,6 +216,7 @@ def _compared(ones: _Looks, others: _Looks, pairs: tuple[Places, Places], mirror
     left, right = pairs
     swapped = ones.order[left] > others.order[right]
     tone, cut = ones.tone[left] & others.tone[right], ones.cut[left] & others.cut[right]
+    across = np.minimum(ones.across[left], others.across[right])
     warp, apart = np.zeros((len(left), 4), np.float32), np.zeros(len(left), np.float32)
     for side, batch in zip(LEVELS, _BATCH, strict=True):
         hopeful = np.flatnonzero(apart < 1)
@@ -224,7 +226,7 @@ def _compared(ones: _Looks, others: _Looks, pairs: tuple[Places, Places], mirror
             swap = swapped[these]
             one, other = _either(swap, second, first), _either(swap, first, second)
             one = one.mirrored() if mirrored else one
-            apart[these], warp[these] = compared(one, other, warp[these], tone[these], cut[these])
+            apart[these], warp[these] = compared(one, other, warp[these], tone[these], cut[these], across[these])
     same = apart < 1
     return left[same].astype(np.int32), right[same].astype(np.int32), apart[same], np.full(int(same.sum()), mirrored)
 

@@ -13,9 +13,11 @@ r = b − (g·a + o) three things are asked, H taking away what is coarse and �
     √⟨r²⟩ ≤ REST + SLOPE · √⟨|∇|²⟩          at every place: coding leaves some levels, resampling some of the slope of both
     |r| ≤ COLOUR + SLOPE · √⟨|∇|²⟩          the same of Cb and Cr, whose gain is one number more
 
-Where pixels of a place are clipped, b may be anything between a and g·a + o, since the clipped ones kept their value. Where the
-detail of a picture is weak or in few places, a cut, a gain or an offset would make another picture of it fit: such pairs are
-compared as they lie.
+Where pixels of a place are clipped, b may be anything between a, g·a + o and what clipping makes of the colour of that, since
+clipped channels kept their value; or, where the picture is the clipped one, a may be anything between b and what takes b to a.
+Of p pixels to a side of a place, PIXELS / p > 1, coding is averaged less: REST grows by √(PIXELS / p). Where the detail of a
+picture is weak or in few places, a cut, a gain or an offset would make another picture of it fit: such pairs are compared as
+they lie.
 """
 
 from __future__ import annotations
@@ -32,6 +34,7 @@ from lorakeet.data.images import COLOUR_SIDE, LIGHT_SIDE
 DETAIL = 0.05  # the share of the detail's variance that may be left
 CODED = 0.5  # squared grey levels, on the average, that coding leaves in any case
 REST, SLOPE = 2.5, 0.2  # grey levels, and share of the change from place to place, that may be left around a place
+PIXELS = 4.0  # along a place; where there are fewer, more levels may be left
 COLOUR, COLOUR_SLOPE = 3.0, 0.35  # the same of Cb and Cr, whose places are four times as wide; twice the levels where clipped
 CUT = 0.05  # of a side, at either end
 GAIN, OFFSET, SATURATION = 1.7, 70.0, 2.0  # a gain may be so much or one by it; grey levels
@@ -43,9 +46,10 @@ LEVELS = (16, 32, 64)  # places along a side
 _TIMES = 2  # how often the warp is improved at each of them
 _TOUCHED = 0.1  # the weight of clipped places around a place from which it counts as clipped
 _COLOURFUL = 4.0  # squared levels of Cb and Cr, on the average, that tell a gain
-_UNCLIPPED = 0.15  # share of the places: where fewer are not clipped, all are fitted
+_UNCLIPPED = 0.04  # share of the places: where fewer are not clipped, so many of the least clipped are fitted
 
 Floats = NDArray[np.float32]
+Reals = NDArray[np.floating[Any]]
 Bools = NDArray[np.bool_]
 Places = NDArray[np.intp]
 
@@ -94,37 +98,44 @@ def level(prints: Prints, side: int) -> Prints:
     return Prints(_around(_reduced(prints.light, side), _BINOMIAL[side]), prints.colour, _around(clipped, _BINOMIAL[side]))
 
 
-def compared(ones: Prints, others: Prints, warp: Floats, tone: Bools, cut: Bools) -> tuple[Floats, Floats]:
+def compared(ones: Prints, others: Prints, warp: Floats, tone: Bools, cut: Bools, across: Floats) -> tuple[Floats, Floats]:
     """(n,): of pairs at one `level`, the share of the other's variance that the one leaves, 1 where they are not one photo.
 
-    And the warps (n, 4) from which the next level starts. Which pairs are detailed enough for a `tone` and a `cut` is given.
-    Before the finest level the bounds are wider and colours are not compared.
+    And the warps (n, 4) from which the next level starts. Which pairs are detailed enough for a `tone` and a `cut` is given,
+    and how many pixels the smaller picture has `across`. Before the finest level the bounds
+    are wider and colours are not compared.
     """
     side = ones.light.shape[-1]
     finest = side == LIGHT_SIDE
     found = _fitted(ones, others, warp, tone, cut)
-    left, over = found.left, found.over
+    left, over, alike = found.left, found.over, np.ones(len(warp), bool)
+    if finest:
+        left, alike = _coloured(ones, others, found)
+    coding = np.sqrt(np.maximum(PIXELS * side / np.maximum(across, 1), 1))
     fine, whole = _fine(left), _fine(found.target) * over
     wider = 1 if finest else COARSELY
     detail = _sum(fine, fine) <= wider**2 * (DETAIL * _sum(whole, whole) + CODED * side**2)
     around = np.sqrt(_around(left**2, _WINDOW[side]))
     slope = np.sqrt(np.minimum(_steepness(found.fitted, _WIDE[side]), _steepness(found.target, _WIDE[side])))
-    same = (detail | ~tone) & (around <= wider * (REST + SLOPE * slope)).all((1, 2))
-    if finest:
-        same &= _same_colours(ones, others, found)
+    same = alike & (detail | ~tone) & (around <= wider * (REST * coding[:, None, None] + SLOPE * slope)).all((1, 2))
     apart = _sum(left, left) / np.maximum(found.target.var((1, 2)) * over.sum((1, 2)), 1.0)
     return np.asarray(np.where(same, np.minimum(apart, 0.99), 1), np.float32), found.warp
 
 
 @dataclass(frozen=True)
 class _Fit:
-    """Pictures fitted to their targets (n, side, side): what is `left`, `over` which places, where clipping leaves it `free`."""
+    """Pictures fitted to their targets (n, side, side): what is `left`, `over` which places, where clipping leaves it `free`.
+
+    `fitted` is the picture in another tone: tone (n, 2, 1) is its gain and its offset.
+    """
 
     target: Floats
     fitted: Floats
     left: Floats
     over: Bools
     free: Bools
+    clipped: Bools  # where anything is clipped, be it without effect on the luminance
+    tone: Floats
     warp: Floats  # (n, 4)
     told: Bools  # (n,): whether another tone was tried
 
@@ -136,11 +147,12 @@ def _fitted(ones: Prints, others: Prints, warp: Floats, tone: Bools, cut: Bools)
     fits = []
     for each in (np.zeros_like(warp), warp):
         seen, over = _warped(ones.light, each)
-        clipped = np.maximum(_warped(ones.clipped, each[:, None])[0], others.clipped) > _TOUCHED
-        left, fitted, free = _least(seen, target, over, clipped)
+        clipped = np.maximum(_warped(ones.clipped, each[:, None])[0], others.clipped)
+        left, fitted, free, gain = _least(seen, target, over, clipped)
         as_it_is = ~tone[:, None, None]
         left, fitted = np.where(as_it_is, (target - seen) * over, left), np.where(as_it_is, seen, fitted)
-        fits.append(_Fit(target, fitted, left, over, free & ~as_it_is, each, tone))
+        gain, touched = np.where(as_it_is, np.array([[1], [0]], np.float32), gain), clipped.max(1) > _TOUCHED
+        fits.append(_Fit(target, fitted, left, over, free & ~as_it_is, touched & ~as_it_is, gain, each, tone))
     share = [_sum(fit.left, fit.left) / fit.over.sum((1, 2)) for fit in fits]
     return _chosen(share[1] < share[0], fits[1], fits[0])
 
@@ -212,34 +224,45 @@ def _cubic(distance: Floats) -> Floats:
     return np.asarray(np.where(distance < 1, near, far), np.float32)
 
 
-def _least(seen: Floats, target: Floats, over: Bools, clipped: Bools) -> tuple[Floats, Floats, Bools]:
-    """What is left of the targets, the fitted pictures, and where they are free, in the tone that leaves least.
+def _least(seen: Floats, target: Floats, over: Bools, clipped: Floats) -> tuple[Floats, Floats, Bools, Floats]:
+    """What is left of the targets, the fitted pictures, where they are free, and the tone (n, 2, 1), that which leaves least.
 
     Tried are: bright pixels are clipped, and the others tell the tone; bright and dark ones are; and all tell the tone.
     """
-    bright, either = clipped[:, 0], clipped[:, 0] | clipped[:, 1]
+    bright, either = clipped[:, 0], clipped.max(1)
     found = []
-    for free, weight in ((bright, _weighed(over, ~bright)), (either, _weighed(over, ~either)), (either, over.astype(np.float32))):
-        fitted = _toned(seen, target, weight)
+    for share, weight in ((bright, _least_clipped(over, bright)), (either, _least_clipped(over, either)), (either, over)):
+        free = share > _TOUCHED
+        tone = _tone(seen, target, weight.astype(np.float32))
+        fitted = tone[:, :1] * seen + tone[:, 1:]
         inside = np.clip(target, np.minimum(seen, fitted), np.maximum(seen, fitted))
         left = (target - np.where(free, inside, fitted)) * over
-        found.append((_sum(left, left)[:, None, None], left, fitted, free))
+        found.append((_sum(left, left)[:, None, None], left, fitted, free, tone))
     best = found[0]
     for each in found[1:]:
         better = each[0] < best[0]
         best = tuple(np.where(better, one, other) for one, other in zip(each, best, strict=True))  # type: ignore[assignment]
-    return best[1], best[2], best[3]
+    return best[1], best[2], best[3], best[4]
 
 
-def _toned(seen: Floats, target: Floats, weight: Floats) -> Floats:
-    """`seen` in the gain and offset that bring the places of `weight` nearest to the target."""
+def _least_clipped(over: Bools, share: Floats) -> Bools:
+    """The places of `over` where nothing is clipped, or, where these are few, the least clipped ones."""
+    side = over.shape[-1]
+    ranked = np.where(over, share, 2).reshape(-1, side * side)
+    place = round(_UNCLIPPED * side * side)
+    bound = np.partition(ranked, place, axis=1)[:, place, None, None]
+    return np.asarray(over & (share <= np.maximum(bound, _TOUCHED)))
+
+
+def _tone(seen: Floats, target: Floats, weight: Floats) -> Floats:
+    """(n, 2, 1): the gain and offset that bring the places of `weight` nearest to the target."""
     count = np.maximum(_sum(weight), 1)
     mean, aim = _sum(seen, weight) / count, _sum(target, weight) / count
     one = np.asarray((seen - mean[:, None, None]) * weight, np.float32)
     variance = _sum(one, one)
     gain = np.where(variance > 4 * count, _sum(one, target) / np.maximum(variance, 1e-6), 1).clip(1 / GAIN, GAIN)
     offset = (aim - gain * mean).clip(-OFFSET, OFFSET)
-    return np.asarray(gain[:, None, None] * seen + offset[:, None, None], np.float32)
+    return np.asarray(np.stack([gain, offset], 1)[..., None], np.float32)
 
 
 def _chosen(which: Bools, one: _Fit, other: _Fit) -> _Fit:
@@ -251,25 +274,59 @@ def _chosen(which: Bools, one: _Fit, other: _Fit) -> _Fit:
     return _Fit(*(of(getattr(one, part.name), getattr(other, part.name)) for part in fields(_Fit)))
 
 
-def _same_colours(ones: Prints, others: Prints, found: _Fit) -> Bools:
-    """(n,): whether the colours are the same but for one gain, which is 1 where the pictures are compared as they lie."""
+def _coloured(ones: Prints, others: Prints, found: _Fit) -> tuple[Floats, Bools]:
+    """What is left of luminance once clipped colours are known, and (n,) whether the colours are the same but for one gain.
+
+    It is 1 where the pictures are compared as they lie. Tried besides the best one is the gain of the luminance, which is that of
+    all channels where a photo was made brighter or of more contrast: where much is clipped, the best one says little.
+    """
     smooth = _BINOMIAL[COLOUR_SIDE]
     seen, over = _warped(_around(ones.colour, smooth), found.warp[:, None])
     target, over = _around(others.colour, smooth), over[:, None]
     size = LIGHT_SIDE // COLOUR_SIDE
-    free: Bools = np.asarray(found.free.reshape(len(seen), COLOUR_SIDE, size, COLOUR_SIDE, size).any((2, 4)))
-    weight = _weighed(over[:, 0], ~free)[:, None]
+    free: Bools = np.asarray(found.clipped.reshape(len(seen), COLOUR_SIDE, size, COLOUR_SIDE, size).any((2, 4)))[:, None]
+    weight = _weighed(over[:, 0], ~free[:, 0])[:, None]
     energy = _sum(seen, seen * weight)
-    gain = _sum(seen, target * weight) / np.maximum(energy, 1e-6)
-    gain = np.clip(gain, 1 / SATURATION, SATURATION)
-    gain = np.where(found.told & (energy > _COLOURFUL * weight.sum((1, 2, 3))), gain, 1)[:, None, None, None]
-    pale, strong = np.minimum(gain, 1) / PALER * seen, np.maximum(gain, 1) * PALER * seen
-    inside = np.clip(target, np.minimum(pale, strong), np.maximum(pale, strong))
-    left = np.abs(target - np.where(free[:, None], inside, gain * seen)) * over
-    same = np.asarray(gain * seen, np.float32)
-    slope = np.sqrt(np.minimum(_steepness(same, _NEAR), _steepness(target, _NEAR)))
-    bound = COLOUR * (1 + free[:, None]) + COLOUR_SLOPE * slope
-    return np.asarray((left <= bound).all((1, 2, 3)))
+    best = np.clip(_sum(seen, target * weight) / np.maximum(energy, 1e-6), 1 / SATURATION, SATURATION)
+    best = np.where(found.told & (energy > _COLOURFUL * weight.sum((1, 2, 3))), best, 1)
+    gains: tuple[Reals, Reals] = best[:, None, None, None], found.tone[:, :1, :, None]
+    (left, rest), (left_too, rest_too) = (_unclipped_left(found, seen, target, gain, free) for gain in gains)
+    least, alike = np.minimum(rest, rest_too), np.zeros(len(best), bool)
+    for gain, each in zip(gains, (rest, rest_too), strict=True):
+        same = np.asarray(gain * seen, np.float32)
+        slope = np.sqrt(np.minimum(_steepness(same, _NEAR), _steepness(target, _NEAR)))
+        bound = COLOUR * (1 + free) + COLOUR_SLOPE * slope
+        alike |= (np.where(free, least, each) * over <= bound).all((1, 2, 3))
+    return np.where(np.abs(left) < np.abs(left_too), left, left_too), alike
+
+
+def _unclipped_left(found: _Fit, seen: Floats, target: Floats, gain: Reals, free: Bools) -> tuple[Floats, Floats]:
+    """What is left of luminance (signed) and of colours (not), in `free` places what clipping explains neither way."""
+    tone, offset = found.tone[:, :1], found.tone[:, 1:]
+    plain, back = ((light - offset) / tone for light in (found.fitted, found.target))
+    light, colour = _clipped(found.fitted, gain * seen)
+    light_back, colour_back = _clipped(back, target / gain)
+    onward = _outside(found.target, plain, found.fitted, light)
+    onto = -tone * _outside(plain, found.target, back, light_back)
+    either = np.where(np.abs(onward) < np.abs(onto), onward, onto) * found.over
+    pale, strong = np.minimum(gain, 1) / PALER, np.maximum(gain, 1) * PALER
+    forth = np.abs(_outside(target, pale * seen, strong * seen, colour))
+    again = np.abs(_outside(seen, target / strong, target / pale, colour_back)) * gain
+    rest = np.where(free, np.minimum(forth, again), np.abs(target - gain * seen))
+    return np.asarray(np.where(found.free, either, found.left), np.float32), np.asarray(rest, np.float32)
+
+
+def _outside(values: Reals, *bounds: Reals) -> Floats:
+    """By how much values lie outside of what the bounds enclose."""
+    return np.asarray(values - np.clip(values, np.minimum.reduce(bounds), np.maximum.reduce(bounds)), np.float32)
+
+
+def _clipped(light: Reals, colour: Reals) -> tuple[Floats, Floats]:
+    """Luminance (n, 64, 64), and Cb and Cr (n, 2, 16, 16), after red, green and blue were clipped."""
+    wide = _around(np.asarray(colour, np.float32), _WIDEN)
+    channels = np.clip(light[:, None] + np.einsum("ck,nkyx->ncyx", _CHANNELS, wide), 0, 255)
+    found = np.einsum("kc,ncyx->nkyx", _YCC, channels)
+    return np.asarray(found[:, 0], np.float32), _reduced(np.asarray(found[:, 1:], np.float32), COLOUR_SIDE)
 
 
 def _weighed(over: Bools, where: Bools) -> Floats:
@@ -336,3 +393,6 @@ _BINOMIAL = {side: _binomial(side) for side in LEVELS}
 _SLOPE = {side: _difference(side) for side in LEVELS}
 _COARSE, _WINDOW, _WIDE = ({side: gaussian(side, side * width / 64) for side in LEVELS} for width in (4, 1.5, 2.5))
 _NEAR = gaussian(COLOUR_SIDE, 0.75)
+_WIDEN = np.asarray(_BINOMIAL[LIGHT_SIDE] @ np.kron(np.eye(COLOUR_SIDE), np.ones((LIGHT_SIDE // COLOUR_SIDE, 1))), np.float32)
+_CHANNELS = np.array([[0, 1.402], [-0.344136, -0.714136], [1.772, 0]], np.float32)  # of Cb and Cr, besides the luminance
+_YCC = np.array([[0.299, 0.587, 0.114], [-0.168736, -0.331264, 0.5], [0.5, -0.418688, -0.081312]], np.float32)
