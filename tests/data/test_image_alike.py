@@ -12,8 +12,9 @@ import pytest
 from PIL import Image, ImageDraw, ImageEnhance, ImageOps
 from sklearn.datasets import load_sample_images
 
-from lorakeet.data.image_alike import alike_groups, copies
+from lorakeet.data.image_alike import Likeness, alike_groups, copies
 from lorakeet.data.images import ImageRow, looks_of, thumb_of
+from tiny.scenes import DIFFERENT, SAME, garment, on_a_ramp
 
 Picture = Image.Image
 PHOTOS = [Image.fromarray(pixels) for pixels in load_sample_images().images]
@@ -116,7 +117,7 @@ def test_how_they_differ_is_said() -> None:
 
 def test_a_chain_of_pictures_is_not_one_photo() -> None:
     chain = [row(PHOTOS[0].crop((6 * step, 0, 500 + 6 * step, 400))) for step in range(20)]
-    near = {(copy.left, copy.right) for copy in copies(chain, chain, 8)}
+    near = {pair for copy in copies(chain, chain, 8) for pair in ((copy.left, copy.right), (copy.right, copy.left))}
     assert all((step, step + 1) in near for step in range(19)) and (0, 19) not in near
     groups = alike_groups(chain, 8)
     assert len(set(groups)) > 1
@@ -130,3 +131,54 @@ def test_more_pictures_than_are_compared_at_once_give_the_same() -> None:
     twins = [jpeg(many[number]) for number in (3, 280)]
     found = pairs(many, [*twins, *PHOTOS])
     assert {(3, 0), (280, 1)} <= found and not any(right > 1 for _, right in found)
+
+
+@pytest.mark.parametrize("kind", DIFFERENT)
+def test_alike_pictures_are_different_ones(kind: str) -> None:
+    pictures = [row(DIFFERENT[kind](number)) for number in range(14)]
+    assert len(set(alike_groups(pictures, 8))) == 14
+
+
+def test_parts_of_a_photo_are_different_pictures() -> None:
+    parts = [row(photo.crop((x, y, x + 210, y + 210))) for photo in PHOTOS for x in (0, 215, 430) for y in (0, 215)]
+    assert len(set(alike_groups(parts, 8))) == 12
+
+
+@pytest.mark.parametrize("change", SAME)
+def test_an_edited_photo_is_found_and_no_other(change: str) -> None:
+    photos = [photo.crop((x, y, x + 320, y + 320)) for photo in PHOTOS for x in (0, 320) for y in (0, 107)]
+    originals = [photos[place] for place in (0, 3, 4, 7)]  # that share nothing
+    found = pairs(originals, [SAME[change](photo) for photo in originals])
+    assert found == {(place, place) for place in range(4)}
+
+
+def test_small_pictures_coded_anew_are_found() -> None:
+    small = [photo.crop((x, 0, x + 400, 400)).resize((64, 64)) for photo in PHOTOS for x in (0, 240)]
+    small += [garment(number) for number in range(3, 6)]
+    assert pairs(small, [jpeg(picture) for picture in small]) >= {(place, place) for place in range(7)}
+
+
+def test_trousers_of_another_colour_of_the_same_luminance_are_others() -> None:
+    def dressed(*trousers: int) -> Picture:
+        image = Image.new("RGB", (256, 256), "white")
+        draw = ImageDraw.Draw(image)
+        draw.polygon([(60, 40), (196, 40), (220, 90), (180, 90), (180, 130), (76, 130), (76, 90), (36, 90)], (60, 90, 160))
+        draw.polygon([(76, 132), (180, 132), (186, 240), (140, 240), (128, 170), (116, 240), (70, 240)], trousers)
+        return image
+
+    pictures = [dressed(255, 30, 30), dressed(0, 166, 0), dressed(150, 74, 74), dressed(97, 97, 97)]  # two are clipped
+    assert pairs(pictures, pictures) == {(place, place) for place in range(4)}
+
+
+def test_a_ground_without_detail_is_compared_as_it_lies() -> None:
+    plain = on_a_ramp(0).crop((0, 0, 256, 90))
+    darker = SAME["brightness 0.8"](plain)
+    assert pairs([plain], [SAME["JPEG 50"](plain)]) == {(0, 0)} and not pairs([plain], [darker])
+
+
+def test_groups_of_some_pictures_are_those_they_would_have_alone() -> None:
+    pairs_of = np.array([(0, 1), (1, 2), (2, 3), (3, 4), (4, 5), (4, 6)], np.int32)  # a chain, and 4 with three others
+    found = Likeness(tuple("bcadefg"), pairs_of)
+    album = found.groups()
+    assert len({album[place] for place in (0, 1, 2)}) == 2
+    assert len(set(found.groups([0, 1, 2]))) == 1

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from lorakeet.data.image_alike import Copy, alike_groups, copies
+from lorakeet.data.image_alike import Copy, Likeness, alike_groups, copies, likeness
 from lorakeet.data.image_spec import ImageSpec
 from lorakeet.data.image_tables import is_table, unpacked
 from lorakeet.data.images import ImageRow, read_album
@@ -108,10 +108,10 @@ def _parted(
 
     Where much of an album counts as copies of one picture, a remark, or the DataError of the split, names two of them.
     """
-    groups = alike_groups(rows, images.near_duplicates)
-    said = _mostly_copies(rows, groups)
+    alike = likeness(rows, images.near_duplicates)
+    said = _mostly_copies(rows, alike.groups())
     try:
-        parts = _split(rows, groups, data)
+        parts = _split(rows, alike, data)
     except DataError as error:
         raise DataError(f"{error} {said}" if said else str(error)) from error
     if said:
@@ -132,16 +132,19 @@ def _mostly_copies(rows: Sequence[ImageRow], groups: Sequence[int]) -> str:
     )
 
 
-def _split(
-    rows: Sequence[ImageRow], groups: Sequence[int], data: DataSpec
-) -> tuple[tuple[ImageRow, ...], tuple[ImageRow, ...]]:
+def _split(rows: Sequence[ImageRow], alike: Likeness, data: DataSpec) -> tuple[tuple[ImageRow, ...], tuple[ImageRow, ...]]:
+    """Training and held-out pictures. ENOUGH are the groups that the held-out ones have by themselves, as they are judged.
+
+    The album may have more: where copies of a picture are not held out with it, it may no longer stand in the middle of a group.
+    """
     plain = {row.source: row for row in rows}
-    group_of = {row.source: group for row, group in zip(rows, groups, strict=True)}
-    given = [_as_row(row, f"pictures {group_of[row.source]}") for row in rows]
+    place_of = {row.source: place for place, row in enumerate(rows)}
+    groups = alike.groups()
+    given = [_as_row(row, f"pictures {group}") for row, group in zip(rows, groups, strict=True)]
     split = split_rows(given, data)
     if data.held_out_fraction == _OWN_SPLIT and len(set(groups)) >= MANY:
         wanted = max(ENOUGH, len(split.held_out))
-        while len({group_of[row.source] for row in split.held_out}) < ENOUGH and wanted <= len(rows) // 2:
+        while len(set(alike.groups([place_of[row.source] for row in split.held_out]))) < ENOUGH and wanted <= len(rows) // 2:
             split = split_rows(given, replace(data, held_out_fraction=wanted / len(rows), held_out_minimum=0))
             wanted += 1
     return tuple(plain[row.source] for row in split.train), tuple(plain[row.source] for row in split.held_out)
