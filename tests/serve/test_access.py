@@ -59,8 +59,21 @@ def test_a_quota_is_by_the_minute() -> None:
     assert error.value.retry_after == 40
     now[0] = 60.0
     caller.count(now=lambda: now[0])
-    with pytest.raises(QuotaSpent):
+    with pytest.raises(ConfigError, match="3 prompts came at once, but the key of 'one' may ask 2 times a minute"):
         Caller("one", per_minute=2).count(3)
+
+
+def test_several_requests_wait_for_as_many_of_before() -> None:
+    now = [0.0]
+    caller = Caller("one", per_minute=3)
+    for moment in (0.0, 10.0, 30.0):
+        now[0] = moment
+        caller.count(now=lambda: now[0])
+    with pytest.raises(QuotaSpent) as error:
+        caller.count(2, now=lambda: now[0])
+    assert error.value.retry_after == 40
+    now[0] += 40.0
+    caller.count(2, now=lambda: now[0])
 
 
 def test_everything_wrong_is_told_at_once_without_a_key(tmp_path: Path) -> None:

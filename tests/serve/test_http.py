@@ -252,6 +252,15 @@ def test_pages_of_others_and_borrowed_names_are_refused_where_no_key_is_asked_fo
     assert post(both, "/v1/unload_lora_adapter", content=drop, headers=own).status_code == 200
 
 
+def test_a_slash_at_the_end_lists_the_models_too(both: Any) -> None:
+    assert httpx.get(f"{both.url}/v1/models/").json() == httpx.get(f"{both.url}/v1/models").json()
+
+
+def test_half_a_character_is_said(both: Any) -> None:
+    answer = post(both, content=json.dumps({**BODY, "prompt": "\ud800"}))
+    assert answer.status_code == 400 and "half of a character" in answer.json()["error"]["message"]
+
+
 def test_what_is_not_there_is_said_in_each_apis_words(both: Any) -> None:
     answer = post(both, "/v1/embeddings", json={})
     assert answer.status_code == 404 and "no POST /v1/embeddings here" in answer.json()["error"]["message"]

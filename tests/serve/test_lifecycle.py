@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -176,3 +178,19 @@ def test_every_load_is_counted(http: Any, served: Any, saved: Callable[..., Path
 def test_no_adapter_takes_the_name_of_the_base(http: Any, saved: Callable[..., Path]) -> None:
     answer = http.post("/v1/load_lora_adapter", json={"lora_name": "tiny", "lora_path": str(saved("c", seed=5))})
     assert answer.status_code == 400 and "since the base is" in answer.json()["error"]["message"]
+
+
+def test_a_scale_goes_with_its_adapter_at_once(http: Any, served: Any) -> None:
+    """Uploads of somebody else may be looked at meanwhile, for which the removal of files waits."""
+    base = text(http, "tiny")
+    assert http.post("/lora-adapters", json=[{"id": 0, "scale": 1.0}]).status_code == 200
+    assert text(http, "tiny") != base
+    with ThreadPoolExecutor() as pool:
+        with served.service.store._changing:
+            removing = pool.submit(http.delete, "/v1/adapters/a")
+            for _ in range(3000):
+                if not served.service.scales:
+                    break
+                time.sleep(0.01)
+            assert text(http, "tiny") == base and not removing.done()
+        assert removing.result().status_code == 200

@@ -155,7 +155,8 @@ def test_several_prompts_at_once(client: Any) -> None:
     assert texts([[30, 51, 77], [9]]) == [*texts([30, 51, 77]), *texts([9])]
     usage = client.completions.create(model="b", prompt=[[30, 51, 77], [9]], n=2, max_tokens=1).usage
     assert (usage.prompt_tokens, usage.completion_tokens) == (4, 4)
-    refused = (([], "neither texts"), ([[]], "neither texts"), (["x", 5], "expected a string"), (["x"] * 129, "list of 129"))
+    long = (["x"] * 500, "list of 500; at most 128")
+    refused = (([], "neither texts"), ([[]], "neither texts"), (["x", 5], "expected a string"), long)
     for wrong, message in refused:
         with pytest.raises(openai.BadRequestError, match=message):
             texts(wrong)
@@ -175,5 +176,6 @@ def test_messages_with_more_than_text_are_refused(client: Any) -> None:
     for more in ({"images": ["aGk="]}, {"tool_calls": [{"id": "1"}]}, {"contents": "x"}):
         with pytest.raises(openai.BadRequestError, match=next(iter(more))):
             client.chat.completions.create(model="a", messages=[{**MESSAGES[0], **more}], max_tokens=1)
-    again = [*MESSAGES, echoed, {"role": "user", "content": "And?", "name": "me"}]
+    thought = {**echoed.model_dump(), "id": "1", "parsed": {"x": 1}, "reasoning": "so", "reasoning_content": "so"}
+    again = [*MESSAGES, thought, {"role": "user", "content": "And?", "name": "me"}]
     assert client.chat.completions.create(model="a", messages=again, max_tokens=1).usage.prompt_tokens > 20

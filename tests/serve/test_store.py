@@ -206,3 +206,47 @@ def test_a_disk_too_full_for_the_list_changes_nothing(
     assert list((tmp_path / "s" / "uploads").iterdir()) == [first.source.path]
     assert (tmp_path / "s" / LIST).read_bytes() == listed
     registry.release(registry.lease("a"))
+
+
+def test_what_a_start_is_given_besides_leaves_the_list(registry: Registry, saved: Callable[..., Path], tmp_path: Path) -> None:
+    """`serve` registers what --adapter names before the list is restored."""
+    store = Store(tmp_path / "s")
+    upload(store, "sent", saved("sent"))
+    store.accept("sent", registry, replace=False)
+    registry.pin("sent", True)
+    store.remember(registry)
+    restarted = Store(tmp_path / "s")
+    again = Registry(registry.live, registry.engine, base="base", changed=lambda: restarted.remember(again))
+    again.register("given", saved("given"))
+    restarted.restore(again, print)
+    assert again.names == ("given", "sent") and again.get("sent").pinned
+    assert set(json.loads((tmp_path / "s" / LIST).read_text())["adapters"]) == {"given", "sent"}
+
+
+def test_an_upload_that_another_start_may_serve_is_not_overwritten(
+    registry: Registry, saved: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = Store(tmp_path / "s")
+    upload(store, "sent", saved("sent"))
+    store.accept("sent", registry, replace=False)
+    store.remember(registry)
+    other = Registry(registry.live, registry.engine, base="sent")  # which leaves the adapter out, for its name
+    store = Store(tmp_path / "s")
+    store.restore(other, print)
+    other.base = "other"
+    upload(store, "sent", saved("new", seed=2))
+    with pytest.raises(ConfigError, match="'sent' is in the server's list, but could not be served"):
+        store.accept("sent", other, replace=False)
+    kept = tmp_path / "s" / "uploads" / "sent@1"
+    assert kept.is_dir()
+
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("lorakeet.serve.store.save_text", full)
+        with pytest.raises(OSError, match="No space left"):
+            store.forget("sent", other)
+    assert store.forget("sent", other) and json.loads((tmp_path / "s" / LIST).read_text())["adapters"] == {}
+    store.accept("sent", other, replace=False)
+    assert other.names == ("sent",)

@@ -205,6 +205,7 @@ def test_the_command_for_vllm(adapters: Path, tmp_path: Path, capsys: pytest.Cap
     words = shlex.split(json.loads(capsys.readouterr().out)["command"])
     assert words[:4] == ["vllm", "serve", "org/base", "--enable-lora"] and words[5] == "8"
     assert words[-2:] == ["--lora-modules", f"a={(adapters / 'a').resolve()}"]
+    assert words[words.index("--host") + 1] == "127.0.0.1", "vLLM would listen everywhere without it"
     wrong = [*command, "--adapter", f"m={adapters / 'mixed'}"]
     assert main(wrong) == 2 and "'m': vLLM would give it wrong scales" in " ".join(capsys.readouterr().err.split())
     assert main([*wrong, "--out", str(tmp_path / "for-vllm"), "--json"]) == 0

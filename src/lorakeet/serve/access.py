@@ -65,15 +65,21 @@ class Caller:
             raise NotAllowed(f"The key of '{self.owner}' may not load or change an adapter called '{name}'.", 403)
 
     def count(self, requests: int = 1, now: Callable[[], float] = time.monotonic) -> None:
-        """Counts requests, prompts that come together one by one; QuotaSpent where these make too many in a minute."""
+        """Counts requests, prompts that come together one by one; QuotaSpent where these make too many in a minute, ConfigError
+        where they always would."""
         if self.per_minute is None:
             return
+        if requests > self.per_minute:
+            raise ConfigError(
+                f"{requests} prompts came at once, but the key of '{self.owner}' may ask {self.per_minute} times a minute, each "
+                "prompt counted. Send them in smaller lists."
+            )
         with self._lock:
             moment = now()
             while self._asked and moment - self._asked[0] >= _MINUTE:
                 self._asked.popleft()
-            if len(self._asked) + requests > self.per_minute:
-                passed = moment - self._asked[0] if self._asked else 0.0
+            if (over := len(self._asked) + requests - self.per_minute) > 0:
+                passed = moment - self._asked[over - 1]  # as many must be older than a minute
                 raise QuotaSpent(self.owner, self.per_minute, max(1, int(_MINUTE - passed + 0.999)))
             self._asked.extend([moment] * requests)
 

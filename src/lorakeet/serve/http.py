@@ -64,6 +64,7 @@ def build_app(service: Service) -> Starlette:
         Route("/readyz", _plain(lambda: _ready(service))),
         Route("/metrics", _of_caller(service, lambda caller: _metrics(service, caller))),
         Route("/v1/models", _of_caller(service, lambda caller: openai.models(service, caller))),
+        Route("/v1/models/", _of_caller(service, lambda caller: openai.models(service, caller))),  # no model of an empty name
         Route("/v1/models/{name:path}", _guarded(model)),
         Route("/v1/chat/completions", _of_body(service, openai.chat_completions), methods=["POST"]),
         Route("/v1/completions", _of_body(service, openai.completions), methods=["POST"]),
@@ -272,6 +273,8 @@ async def _body(service: Service, request: HttpRequest) -> Any:
         data = json.loads(raw) if raw else {}
         if b"\\u" in raw or not raw.isascii():  # JSON can spell halves of characters, which no text that is sent can hold
             json.dumps(data, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        raise ConfigError("The request has half of a character (\\ud800 … \\udfff, a surrogate); leave it out.") from error
     except (ValueError, RecursionError) as error:
         raise ConfigError(f"The request is not JSON: {error}.") from error
     return data

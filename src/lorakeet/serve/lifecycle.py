@@ -127,18 +127,19 @@ def _drop(service: Service, caller: Caller, name: str) -> None:
         if store is not None and store.forget(name, registry):
             return
         raise service.unknown(caller, name)
+    written = True
     try:
         registry.unload(name)
-        if store is not None:
-            store.tidy(name, registry)
     except OSError:
         if store is None:
             raise
-        store.tidy(name, registry)
-        store.remember(registry)
+        written = False
     finally:
-        if name not in registry.names:
-            service.scales.pop(name, None)
+        service.scales.pop(name, None)  # at once: requests for the base would ask for it, and a new adapter of that name get it
+    if store is not None:
+        store.tidy(name, registry)
+        if not written:
+            store.remember(registry)
 
 
 def _path(given: str) -> Path:

@@ -20,7 +20,7 @@ from lorakeet.serve.grammar import ANY_OBJECT
 from lorakeet.serve.multiplex import answered, merged
 from lorakeet.serve.reply import NOBODY, Incoming, Reply, as_json
 from lorakeet.serve.sampling import Chosen, Sampling
-from lorakeet.serve.service import MOST_PROMPTS, Service, Writing
+from lorakeet.serve.service import Service, Writing
 from lorakeet.serve.text_stream import token_bytes
 
 _COMMON = {
@@ -34,8 +34,11 @@ _NEUTRAL: dict[str, Any] = {
     "frequency_penalty": 0, "presence_penalty": 0, "logit_bias": {}, "tools": [], "tool_choice": "none", "functions": [],
     "echo": False, "best_of": 1, "suffix": "", "modalities": ["text"],
 }  # fmt: skip
-_OF_MESSAGE = {"name", "refusal", "thinking", "reasoning_content", "annotations", "tool_call_id", "tool_name"}  # not its text
+_OF_MESSAGE = {  # not its text; servers and clients send it back with their own answers
+    "name", "refusal", "thinking", "reasoning", "reasoning_content", "annotations", "parsed", "id", "tool_call_id", "tool_name",
+}  # fmt: skip
 _NEUTRAL_OF_MESSAGE: dict[str, Any] = {"images": [], "tool_calls": [], "function_call": {}, "audio": {}}
+MOST_PROMPTS = 128  # in one request
 _ROLES = ("system", "user", "assistant", "developer", "tool")
 
 
@@ -74,7 +77,9 @@ async def completions(service: Service, caller: Caller, request: Incoming, data:
     fields.refuse(_COMPLETION, _WITHOUT_EFFECT, _NEUTRAL)
     given = fields.data.get("prompt")
     listed = isinstance(given, list) and any(isinstance(part, (str, list)) for part in given)
-    several: list[Any] = list(given or ())[: MOST_PROMPTS + 1] if listed else [given]
+    several: list[Any] = list(given or ()) if listed else [given]
+    if len(several) > MOST_PROMPTS:
+        raise ConfigError(f"prompt is a list of {len(several)}; at most {MOST_PROMPTS} are taken at once.")
     prompts = [await _prompt(service, one) for one in several]
     limit = fields.whole("max_tokens", 16)
     asked = _asked(service, fields, prompts, limit, logprobs=fields.whole("logprobs"), chat=False)
@@ -131,7 +136,7 @@ def _asked(
     service: Service, fields: Fields, prompts: Sequence[tuple[int, ...]], limit: int | None, *, logprobs: int | None, chat: bool
 ) -> _Asked:
     sampling = Sampling(
-        max_tokens=max(1, service.engine.context - min(map(len, prompts))) if limit is None else limit,
+        max_tokens=max(1, service.engine.context - len(prompts[0])) if limit is None else limit,
         temperature=fields.number("temperature", 1.0),
         top_p=fields.number("top_p", 1.0),
         seed=fields.whole("seed"),

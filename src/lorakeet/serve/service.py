@@ -26,7 +26,6 @@ from lorakeet.serve.sampling import Sampling
 from lorakeet.serve.store import Store
 
 MOST_TEXTS = 16  # that one request may ask for after a prompt
-MOST_PROMPTS = 128
 log = logging.getLogger("lorakeet.serve")
 
 
@@ -84,9 +83,9 @@ class Writing:
 
 
 def _outcome(writing: Writing) -> str:
-    """For the count of requests: "error" or "timeout" where one of the texts ended so, else "done"."""
+    """For the count of requests: how one of the texts ended, where that is "error", "timeout" or "cancelled", else "done"."""
     reasons = {text.reason for text in writing.texts}
-    return next((reason for reason in ("error", "timeout") if reason in reasons), "done")
+    return next((reason for reason in ("error", "timeout", "cancelled") if reason in reasons), "done")
 
 
 @dataclass(frozen=True)
@@ -171,7 +170,8 @@ class Service:
             if meant:
                 raise ConfigError("lora and an adapter as model exclude each other; ask for the base with lora.")
             return self.by_number(caller, fields.data["lora"])
-        return meant or {name: scale for name, scale in self.scales.items() if scale and caller.sees(name)}
+        scales = dict(self.scales)  # which other threads change
+        return meant or {name: scale for name, scale in scales.items() if scale and caller.sees(name)}
 
     def by_number(self, caller: Caller, data: Any) -> dict[str, float]:
         """llama.cpp's [{"id", "scale"}] as weights by name; ids are those of GET /lora-adapters."""
@@ -200,13 +200,17 @@ class Service:
         """
         if not 1 <= texts <= MOST_TEXTS:
             raise ConfigError(f"n is {texts}; it must lie between 1 and {MOST_TEXTS}.")
-        if len(prompts) > MOST_PROMPTS:
-            raise ConfigError(f"prompt is a list of {len(prompts)}; at most {MOST_PROMPTS} are taken at once.")
+        count, most = texts * len(prompts), self.engine.most_waiting + self.engine.cache.slots
+        if count > most:
+            raise ConfigError(
+                f"{len(prompts)} prompts with n {texts} are {count} texts; this server takes {most} at most, waiting ones "
+                "included. Send fewer at once, or start it with a larger --queue."
+            )
         caller.count(len(prompts))
         began = time.monotonic()
         grammar = None if schema is None else await asyncio.to_thread(self.grammars.of_schema, schema)
         lease = await asyncio.to_thread(self.registry.lease_of, meant)
-        begun = tuple(Text(index) for index in range(texts * len(prompts)))
+        begun = tuple(Text(index) for index in range(count))
         writing = Writing(begun, lease, sum(map(len, prompts)), began, texts)
         try:
             for text in writing.texts:

@@ -40,9 +40,9 @@ class Store:
         self._lock = threading.Lock()  # the list
         self._changing = threading.Lock()  # which uploads there are
         self._restoring = False
-        self._absent: dict[str, Any] = {}  # entries of the list that could not be served, kept for another start
         folder.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(folder / _INCOMING, ignore_errors=True)  # what a killed server had not finished
+        self._absent = self._listed()  # entries of the list that are not served, or not yet, kept for another start
 
     def remember(self, registry: Registry) -> None:
         """Writes the list of names: it appears whole, so that a server that is killed finds the last state or the one before."""
@@ -59,13 +59,14 @@ class Store:
             self._absent = absent
 
     def restore(self, registry: Registry, say: Callable[[str], None]) -> None:
-        """Registers what the list names, then every adapter that lies in the folder by itself; `say` hears what is left out.
+        """Registers what the list named, then every adapter that lies in the folder by itself; `say` hears what is left out.
 
-        What the list names and cannot be served, since its disk is away or the base is another, stays in the list.
+        A name that is registered already keeps what it has. What cannot be served, since its disk is away or the base is another,
+        stays in the list.
         """
         self._restoring = True
         try:
-            for name, entry in self._listed().items():
+            for name, entry in self._absent.items():
                 if name in registry.names:
                     continue
                 try:
@@ -75,7 +76,6 @@ class Store:
                     private = path.parent == (self.folder / UPLOADS).resolve()
                     registry.register(name, path, pinned=pinned, probe=probe, digest=digest, private=private)
                 except (LorakeetError, OSError, KeyError, TypeError) as error:
-                    self._absent[name] = entry
                     say(f"'{name}' is not served: {error} It stays in {self.folder / LIST} until it is unloaded.")
             for path in sorted(self.folder.iterdir()):
                 name = path.name.removesuffix(path.suffix) if path.is_file() else path.name
@@ -101,11 +101,17 @@ class Store:
     def forget(self, name: str, registry: Registry) -> bool:
         """Strikes a name off the list that could not be served when the server started; False where there is none."""
         with self._lock:
-            known = self._absent.pop(name, None) is not None
-        if known:
+            entry = self._absent.pop(name, None)
+        if entry is None:
+            return False
+        try:
             self.tidy(name, registry)
             self.remember(registry)
-        return known
+        except BaseException:
+            with self._lock:
+                self._absent[name] = entry  # it is in the list still, and can be struck off again
+            raise
+        return True
 
     @contextmanager
     def incoming(self, name: str, file: str, uploader: str = "") -> Iterator[Path]:
@@ -127,9 +133,15 @@ class Store:
             part.unlink(missing_ok=True)
 
     def accept(self, name: str, registry: Registry, *, replace: bool, uploader: str = "") -> None:
-        """Loads what came in for `name`; only if every check passes is it kept and visible. Errors as in Registry.load."""
+        """Loads what came in for `name`; only if every check passes is it kept and visible. Errors as in Registry.load, and
+        ConfigError where the list keeps another upload of that name for another start, unless it is to `replace` it."""
         check_name(name)
         with self._changing:
+            if name in self._absent and name not in registry.names and not replace:
+                raise ConfigError(
+                    f"'{name}' is in the server's list, but could not be served when it started: its files are away, or fit "
+                    "another base. Unload it first, replace it, or take another name."
+                )
             came = self._coming(name, uploader)
             if not (came / CONFIG_NAME).is_file() or not (came / MODEL_NAME).is_file():
                 raise DataError(f"The upload of '{name}' is not whole: it needs {CONFIG_NAME} and {MODEL_NAME}.")

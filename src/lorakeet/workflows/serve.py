@@ -256,14 +256,17 @@ def _logs() -> Iterator[None]:
 
 
 def _vllm_options(arguments: Mapping[str, object]) -> list[str]:
-    """vLLM's flags for the `arguments` of `serve` that were given; ConfigError for those that it has none for."""
+    """vLLM's flags for the `arguments` of `serve` that were given; ConfigError for those that it has none for.
+
+    --host is always among them: without it vLLM lets everyone in who can reach the machine.
+    """
     usual = {name: parameter.default for name, parameter in inspect.signature(serve).parameters.items()}
     given = {name: value for name, value in arguments.items() if name in usual and value != usual[name]}
     lost = sorted(set(given) - {"model", "adapter", "engine", "out", "console", *_VLLM_TOO})
     if lost:
         flags = ", ".join(f"--{name.replace('_', '-')}" for name in lost)
         raise ConfigError(f"--engine vllm cannot hand on {flags}; leave them out, and give vLLM its own options.")
-    return [word for name, flag in _VLLM_TOO.items() if name in given for word in (flag, str(given[name]))]
+    return [word for name, flag in _VLLM_TOO.items() if name in {*given, "host"} for word in (flag, str(arguments[name]))]
 
 
 def _for_vllm(
