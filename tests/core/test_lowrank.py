@@ -162,6 +162,8 @@ def test_value_and_load_are_inverse(kind: str, rule: str) -> None:
     assert torch.equal(pair.delta(), value.delta())
     folded = pair.fold(nn.Parameter(weight))
     assert torch.equal(folded, value.delta()) and folded.is_contiguous() and not folded.requires_grad
+    narrow = pair.fold(weight.bfloat16())
+    assert torch.equal(narrow, value.delta().bfloat16()) and narrow.is_contiguous()
 
 
 @pytest.mark.parametrize("kind", ["linear", "conv1d", "embedding", "experts"])
