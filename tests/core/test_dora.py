@@ -45,7 +45,8 @@ def test_forward_and_fold_are_the_literal_formula(kind: str) -> None:
     wanted = literal(rows, pair)
     got = pair(x, base_of(module, kind), module.bias)
     assert torch.allclose(got.double(), x.double() @ wanted.T + module.bias.double(), atol=1e-5)
-    folded = pair.fold(module.weight.detach())
+    folded = pair.fold(module.weight)
+    assert folded.is_contiguous() and not folded.requires_grad
     assert torch.allclose(folded.double(), wanted if kind == "linear" else wanted.T, atol=1e-6)
 
 

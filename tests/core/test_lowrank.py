@@ -160,7 +160,10 @@ def test_value_and_load_are_inverse(kind: str, rule: str) -> None:
     assert torch.equal(back.A, value.A) and torch.equal(back.B, value.B)
     assert (back.kind, back.scale_rule, back.alpha, back.scale) == (kind, rule, 12, value.scale)
     assert torch.equal(pair.delta(), value.delta())
-    assert torch.equal(pair.fold(weight), value.delta())
+    folded = pair.fold(nn.Parameter(weight))
+    assert torch.equal(folded, value.delta()) and folded.is_contiguous() and not folded.requires_grad
+    narrow = pair.fold(weight.bfloat16())
+    assert torch.equal(narrow, value.delta().bfloat16()) and narrow.is_contiguous()
 
 
 @pytest.mark.parametrize("kind", ["linear", "conv1d", "embedding", "experts"])

@@ -42,5 +42,7 @@ def test_more_than_the_machine_has_is_said() -> None:
 
 def test_more_digits_than_any_machine_has_bytes_are_refused_too() -> None:
     with pytest.raises(ConfigError, match=r"more than any machine has.*such as 2GiB"):
-        parse_budget("9" * 400 + "GiB")
+        parse_budget("9" * 5000 + "GiB")
+    with pytest.raises(ConfigError, match="memory is '99999999TiB', more than"):
+        parse_budget("99999999TiB")
     assert parse_budget("0.1GB") == 10**8, "decimals are taken as they are written"

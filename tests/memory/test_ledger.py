@@ -91,8 +91,14 @@ def test_attention_on_a_cpu_is_counted_too() -> None:
             torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(out, q, q, q, out, sums, 0.0, True)
         with ledger.phase("not causal"):
             torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, q, q)
+        with ledger.phase("fewer queries"):
+            torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q[:, :, :3], q, q, 0.0, True)
+        with ledger.phase("more queries"):
+            torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, q[:, :, :3], q[:, :, :3], 0.0, True)
     seen = 5 * 6 // 2  # keys up to each query
     found = {phase: ledger.work[phase].flops for phase in ("attention", "backward", "not causal")}
+    assert ledger.work["fewer queries"].flops == 2 * (2 * 2 * (1 + 2 + 3) * 4)
+    assert ledger.work["more queries"].flops == 2 * (2 * 2 * (1 + 2 + 3 + 3 + 3) * 4)
     assert found == {
         "attention": 2 * (2 * 2 * seen * 4), "backward": 5 * (2 * 2 * seen * 4), "not causal": 2 * (2 * 2 * 25 * 4)
     }  # fmt: skip

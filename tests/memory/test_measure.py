@@ -56,6 +56,19 @@ def test_one_within_another_begins_anew_and_the_other_has_all() -> None:
     assert outer.bytes - inner.bytes > 100 * MEGABYTE
 
 
+def test_what_cuda_forgets_is_kept_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    peak = [0]
+    monkeypatch.setattr(measure.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(measure.torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(measure.torch.cuda, "max_memory_allocated", lambda _: peak[0])
+    monkeypatch.setattr(measure.torch.cuda, "reset_peak_memory_stats", lambda _: peak.__setitem__(0, 0))
+    with PeakMemory() as outer:
+        peak[0] = 500
+        with PeakMemory() as inner:
+            peak[0] = 20
+    assert (outer.cuda_bytes, inner.cuda_bytes) == (500, 20)
+
+
 def test_without_permission_it_samples(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(measure, "_CLEAR", Path("/nowhere/clear_refs"))
     before = resident_bytes()

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging as standard
+import os
 import warnings
 
 import pytest
 from transformers.utils import logging
 
 from lorakeet.models.quiet import quiet_transformers
+from lorakeet.quant.nf4 import quiet_bitsandbytes
 
 
 @pytest.mark.parametrize("bars", [True, False])
@@ -35,3 +37,21 @@ def test_a_kernel_that_bitsandbytes_misses_is_not_told_of() -> None:
     with quiet_transformers():
         assert not log.isEnabledFor(standard.WARNING) and log.isEnabledFor(standard.ERROR)
     assert log.level == standard.WARNING
+
+
+@pytest.mark.parametrize("before", [None, "0"])
+def test_blocks_of_two_threads_that_overlap_leave_everything_as_it_was(
+    before: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name, log = "TORCHDYNAMO_DISABLE", standard.getLogger("bitsandbytes.backends.cpu.ops")
+    monkeypatch.delenv(name, raising=False)
+    if before is not None:
+        monkeypatch.setenv(name, before)
+    log.setLevel(standard.WARNING)
+    one, other = quiet_bitsandbytes(), quiet_bitsandbytes()
+    one.__enter__()
+    other.__enter__()
+    one.__exit__(None, None, None)  # the first one to come is the first one to go
+    assert os.environ[name] == "1" and log.level == standard.ERROR
+    other.__exit__(None, None, None)
+    assert os.environ.get(name) == before and log.level == standard.WARNING

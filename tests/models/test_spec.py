@@ -36,3 +36,4 @@ def test_every_field_has_a_sentence_of_help() -> None:
 def test_which_of_the_cuda_devices_it_is_makes_no_other_run() -> None:
     """Each process of a run under torchrun has its own."""
     assert ModelSpec(device="cuda:3").identity() == ModelSpec(device="cuda:0").identity() != ModelSpec(device="cpu").identity()
+    assert ModelSpec(device="cuda:3").identity(own_device=True)["device"] == "cuda:3"

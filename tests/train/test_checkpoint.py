@@ -78,6 +78,14 @@ def test_none_where_none_is_whole(tmp_path: Path) -> None:
     assert len(said) == 1
 
 
+def test_of_several_hashes_one_must_be_the_same() -> None:
+    earlier, now, elsewhere = {"model": "b" * 64}, {"model": ["a" * 64, "b" * 64]}, {"model": ["a" * 64, "c" * 64]}
+    for saved, found in ((earlier, now), (now, {"model": "a" * 64}), (now, elsewhere)):
+        checkpoint.require_same(saved, found, run=Path("run"))
+    with pytest.raises(ConfigError, match=r"The model changed .*\(sha256 bbbbbbbb… then, aaaaaaaa… now\)"):
+        checkpoint.require_same(earlier, elsewhere, run=Path("run"))
+
+
 def test_other_settings_are_named_all_at_once() -> None:
     shapes = {"a.A": torch.zeros(2, 3)}
     saved = checkpoint.identity_of(TrainSpec(), {"data": "abc"}, parameters=shapes, learning_rate=1e-3)

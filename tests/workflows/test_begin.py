@@ -11,6 +11,7 @@ from lorakeet.data.spec import DataSpec
 from lorakeet.data.split import split_record
 from lorakeet.errors import DataError, EnvironmentProblem
 from lorakeet.models.spec import ModelSpec
+from lorakeet.train.checkpoint import require_same
 from lorakeet.train.run import RunFolder
 from lorakeet.workflows import begin
 
@@ -30,6 +31,16 @@ def test_an_identity_changes_with_its_part_alone() -> None:
     first, other = (begin.identity_of({"a": {"x": 1, "y": 2}, "b": value}) for value in ([1], [2]))
     assert first["a"] == other["a"] == begin.identity_of({"a": {"y": 2, "x": 1}})["a"]
     assert first["b"] != other["b"]
+
+
+def test_a_run_that_an_earlier_version_began_on_the_second_card_goes_on_there() -> None:
+    model = ModelSpec(path="m", device="cuda:1")
+    before = begin.identity_of({"model settings": {**model.identity(), "device": "cuda:1"}})
+    require_same(before, begin.identity_of({"model settings": model.identity()}, model), run=Path("run"))
+    first = ModelSpec(path="m", device="cuda:0")
+    one, other = (begin.identity_of({"model settings": spec.identity()}, spec) for spec in (model, first))
+    require_same(one, other, run=Path("run"))
+    assert isinstance(other["model settings"], str), "as it always was"
 
 
 def test_a_refused_write_leaves_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

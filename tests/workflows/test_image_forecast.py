@@ -29,7 +29,7 @@ def test_a_budget_is_kept_reported_and_certified_with_one_base(tiny_sd_folder: P
     assert found.report is not None
     uses = {use.what: use for use in found.report.memory}
     whole = uses["training, judging and certificate"]
-    assert whole.planned is not None and uses["the whole run, against memory.budget"].planned == 8 * 2**30
+    assert whole.planned is not None and uses["training and judging, against memory.budget"].planned == 8 * 2**30
     certificate = read_certificate(found.run.certificate)
     assert certificate.passed and [check.name for check in certificate.checks] == ["adapter on disk", "frozen weights"]
     assert found.to_mapping()["memory"]["peak"] == whole.planned

@@ -95,4 +95,6 @@ def test_on_a_cuda_device_the_memory_is_that_devices_and_what_was_not_planned_is
     kept = replace(finished.result.setup.arrangement, budget=1000, card=torch.device("cuda", 0))
     found = _memory(replace(finished.result.setup, arrangement=kept), replace(finished.result.outcome, peak_bytes=800))
     assert [use.used for use in found[:4]] == [800, 900, 900, 77] and found[2].planned == 1000 and found[3].planned == CONTEXT
+    assert found[1].what == "training, judging and certificate", "training resets the card's own peak"
+    assert found[2].what == "training and judging, against memory.budget"
     assert found[0].what == "training, on cuda:0" and found[4].planned is None and (found[4].used or 0) > 1 << 20

@@ -59,7 +59,7 @@ class DoraPair(LoraPair):
 
     def fold(self, weight: Tensor) -> Tensor:
         """m ∘ (W + ΔW) / ‖W + ΔW‖ in the dtype of `weight`."""
-        full = fold(weight.float(), self.delta().detach().to(weight.device), in_change=True)
+        full = fold(weight.detach().float(), self.delta().detach().to(weight.device), in_change=True)
         rows = full.t() if self.kind == "conv1d" else full
         norm = rows.flatten(1).norm(dim=1).clamp_min(_TINY**0.5)
         gain = (self.magnitude.detach().to(weight.device) / norm).view(-1, *([1] * (rows.dim() - 1)))

@@ -176,7 +176,7 @@ class LoraPair(nn.Module):
 
     def fold(self, weight: Tensor) -> Tensor:
         """W + ΔW in the dtype of `weight`."""
-        return fold(weight, self.delta().detach().to(weight.device), in_change=True)
+        return fold(weight.detach(), self.delta().detach().to(weight.device), in_change=True)
 
     def value(self) -> Pair:
         """A copy as a plain value on the CPU."""

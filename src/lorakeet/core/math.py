@@ -48,9 +48,15 @@ def delta(A: Tensor, B: Tensor, scale: float, kind: Kind = "linear") -> Tensor:
 
 
 def fold(weight: Tensor, change: Tensor, *, in_change: bool = False) -> Tensor:
-    """W + ΔW, summed in fp32 and rounded once to the weight's own dtype; `in_change`: in the memory of ΔW, where that is fp32."""
-    wide = change.float()
-    return torch.add(weight.float(), wide, out=wide if in_change else None).to(weight.dtype)
+    """W + ΔW, summed in fp32 and rounded once to the weight's own dtype; `in_change`: in the memory of ΔW, where that is fp32.
+
+    A ΔW that lies transposed is not written to, since W + ΔW would then lie so too, and who saves it would copy all of it; then
+    W in fp32 is, where it is a copy.
+    """
+    wide, whole = change.float(), weight.float()
+    copied = None if weight.dtype == torch.float32 else whole
+    place = wide if wide.is_contiguous() else copied
+    return torch.add(whole, wide, out=place if in_change else None).to(weight.dtype)
 
 
 def add_low_rank(y: Tensor, shrunk: Tensor, B: Tensor, scale: float) -> Tensor:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 import re
-from fractions import Fraction
+from decimal import Decimal
 from pathlib import Path
 
 from lorakeet.errors import ConfigError
 
 UNITS = {"KB": 1000, "MB": 1000**2, "GB": 1000**3, "TB": 1000**4, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30, "TiB": 1 << 40}
 _MOST = 1 << 63  # bytes: what a process can address and far more
+_SHOWN = 40  # characters of such a text
 _NUMBER = re.compile(r"([+-]?)(\d+(?:[.,]\d+)?|[.,]\d+)\s*([A-Za-z]*)")
 _LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 
@@ -27,9 +28,11 @@ def parse_budget(text: str) -> int:
     factor = {name.lower(): size for name, size in UNITS.items()}.get(unit.lower())
     if factor is None:
         raise ConfigError(f"memory is {text!r}, and {unit!r} is no unit of memory; {example}.")
-    size = int(Fraction(number.replace(",", ".")) * factor)
-    if size > _MOST:
-        raise ConfigError(f"memory is {text[:40]!r}…, more than any machine has; {example}.")
+    most = Decimal(number.replace(",", ".")) * factor
+    if most > _MOST:
+        shown = repr(text) if len(text) <= _SHOWN else f"{text[:_SHOWN]!r}…"
+        raise ConfigError(f"memory is {shown}, more than any machine has; {example}.")
+    size = int(most)
     if sign == "-" or size <= 0:
         raise ConfigError(f"memory is {text!r}; it must be above 0, such as 2GiB.")
     return size

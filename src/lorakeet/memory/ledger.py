@@ -212,7 +212,8 @@ def _attention_flops(
 ) -> int:
     """FLOPs of the scores and their use; under a causal mask of those that count: the kernel leaves out most of the others."""
     queries, keys = query.shape[-2], key.shape[-2]
-    hidden = min(queries, keys) * (min(queries, keys) - 1) // 2 if causal else 0
+    short = min(queries, keys)  # query i sees the keys up to i, whichever are more
+    hidden = short * (keys - 1) - short * (short - 1) // 2 if causal else 0
     seen = queries * keys - hidden
     return products * 2 * query.shape[:-2].numel() * seen * (query.shape[-1] + value.shape[-1]) // 2
 

@@ -60,11 +60,12 @@ class PeakMemory:
         self._thread: threading.Thread | None = None
 
     def __enter__(self) -> PeakMemory:
+        for outer in self._around:  # what the system and CUDA are about to forget
+            outer.now()
+            outer.cuda_bytes = max(outer.cuda_bytes, cuda_peak_bytes())
         for index in range(torch.cuda.device_count()):
             torch.cuda.reset_peak_memory_stats(index)
         self.bytes = resident_bytes()
-        for outer in self._around:
-            outer.now()  # what the system is about to forget
         self._around.append(self)
         if not (self._may_reset and reset_peak()):
             self.sampled = True
@@ -79,7 +80,7 @@ class PeakMemory:
         else:
             self._done.set()
             self._thread.join()
-        self.cuda_bytes = cuda_peak_bytes()
+        self.cuda_bytes = max(self.cuda_bytes, cuda_peak_bytes())
 
     def now(self) -> int:
         """The most resident bytes so far."""

@@ -57,13 +57,13 @@ class ModelSpec:
         },
     )
 
-    def identity(self) -> dict[str, Any]:
+    def identity(self, *, own_device: bool = False) -> dict[str, Any]:
         """What must be equal for a run to be resumed, but for the path, since a model is known by its content.
 
-        Which of several CUDA devices it was is left out: each process of a run has another. Runs from before there were kernels
-        to choose go on: without them nothing is said of them.
+        Which of several CUDA devices it was is left out: each process of a run has another. With `own_device` it is said, as
+        earlier versions did. Runs from before there were kernels to choose go on: without them nothing is said of them.
         """
-        device = "cuda:0" if self.device.startswith("cuda:") else self.device
+        device = "cuda:0" if self.device.startswith("cuda:") and not own_device else self.device
         found = dataclasses.asdict(dataclasses.replace(self, path="", device=device))
         if self.kernels == "torch":
             del found["kernels"], found["fused_tokens"]

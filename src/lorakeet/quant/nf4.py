@@ -22,6 +22,7 @@ import importlib.util
 import logging
 import math
 import os
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -307,15 +308,38 @@ def quiet_bitsandbytes() -> Iterator[None]:
     """In the block bitsandbytes, whoever imports it, does not tell of a kernel for inference that it would fetch from a hub, and
     does not load torch's compiler, with which it wraps a function that is not used here: 43 MiB of the process.
     """
-    log = logging.getLogger("bitsandbytes.backends.cpu.ops")
-    level, before = log.level, os.environ.get(_NO_COMPILER)
-    log.setLevel(logging.ERROR)
-    os.environ[_NO_COMPILER] = "1"
+    _QUIET.enter()
     try:
         yield
     finally:
-        log.setLevel(level)
-        if before is None:
-            del os.environ[_NO_COMPILER]
-        else:
-            os.environ[_NO_COMPILER] = before
+        _QUIET.leave()
+
+
+class _Quiet:
+    """What is set while any thread is in such a block: the first one sets it, the last one puts back what was."""
+
+    def __init__(self) -> None:
+        self._lock, self._within = threading.Lock(), 0
+        self._log = logging.getLogger("bitsandbytes.backends.cpu.ops")
+        self._level, self._before = self._log.level, os.environ.get(_NO_COMPILER)
+
+    def enter(self) -> None:
+        with self._lock:
+            if self._within == 0:
+                self._level, self._before = self._log.level, os.environ.get(_NO_COMPILER)
+                self._log.setLevel(logging.ERROR)
+                os.environ[_NO_COMPILER] = "1"
+            self._within += 1
+
+    def leave(self) -> None:
+        with self._lock:
+            self._within -= 1
+            if self._within:
+                return
+            self._log.setLevel(self._level)
+            os.environ.pop(_NO_COMPILER, None)
+            if self._before is not None:
+                os.environ[_NO_COMPILER] = self._before
+
+
+_QUIET = _Quiet()

@@ -170,7 +170,7 @@ def copy_into(live: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
 
 
 def identity_of(
-    spec: TrainSpec, more: Mapping[str, str], *, parameters: Mapping[str, Tensor], learning_rate: float
+    spec: TrainSpec, more: Mapping[str, str | list[str]], *, parameters: Mapping[str, Tensor], learning_rate: float
 ) -> dict[str, Any]:
     """What must be the same when a run goes on: settings, data and model (`more`, by name), and the trained tensors."""
     settings = {f"train.{key}": value for key, value in dataclasses.asdict(spec).items() if key not in MAY_CHANGE}
@@ -207,6 +207,8 @@ def require_same(saved: Mapping[str, Any], now: Mapping[str, Any], *, run: Path)
             continue
         if key.startswith("train."):
             said = f"{key} was {saved.get(key)!r} when {run} began and is {now.get(key)!r} now; take the old value to resume"
+        elif set(_several(saved.get(key))) & set(_several(now.get(key))):
+            continue
         else:
             hashes = _hashes(saved.get(key), now.get(key))
             said = f"The {key} changed since {run} began{hashes}; bring the old ones back to resume"
@@ -216,7 +218,15 @@ def require_same(saved: Mapping[str, Any], now: Mapping[str, Any], *, run: Path)
 
 def _hashes(before: Any, now: Any) -> str:
     """ " (sha256 1a2b… then, 3c4d… now)" where both are known."""
-    return f" (sha256 {before[:8]}… then, {now[:8]}… now)" if before and now else ""
+    one, other = next(iter(_several(before)), ""), next(iter(_several(now)), "")
+    return f" (sha256 {one[:8]}… then, {other[:8]}… now)" if one and other else ""
+
+
+def _several(found: Any) -> list[str]:
+    """The hashes of which one must be the same: one, a list of them, or none."""
+    if isinstance(found, list):
+        return [one for one in found if isinstance(one, str)]
+    return [found] if isinstance(found, str) else []
 
 
 def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> str:

@@ -48,7 +48,7 @@ def train(
     spec: TrainSpec,
     *,
     run: RunFolder,
-    identity: Mapping[str, str] | None = None,
+    identity: Mapping[str, str | list[str]] | None = None,
     resume: bool = False,
     report: Reporter | None = None,
     interrupt: Interrupt | None = None,
@@ -56,10 +56,11 @@ def train(
 ) -> Outcome:
     """Trains `task` and leaves the best adapter in RUN/adapter.
 
-    `identity` names what else must be equal when the run is resumed ({"data": hash, "lora": …}). With a `budget` in bytes the
-    best adapter so far is on disk alone, and where the process grows beyond it, that is said once. Raises RunStopped after
-    Ctrl-C, on a loss that is not a number and when another process of the run is gone, EnvironmentProblem when the disk is full,
-    VerificationFailed when a trained tensor gets no gradient, ConfigError when a resumed run was begun with other settings.
+    `identity` names what else must be equal when the run is resumed ({"data": hash, "lora": …}), of several hashes one. With a
+    `budget` in bytes the best adapter so far is on disk alone, and where the process grows beyond it, that is said once. Raises
+    RunStopped after Ctrl-C, on a loss that is not a number and when another process of the run is gone, EnvironmentProblem when
+    the disk is full, VerificationFailed when a trained tensor gets no gradient, ConfigError when a resumed run was begun with
+    other settings.
     """
     training = Training(task, spec, run=run, report=report or Silent())
     if budget is None:
@@ -104,7 +105,7 @@ class Training(Generic[BatchT]):
         self.identity: dict[str, Any] = {}
         self.last_checkpoint: Path | None = None
 
-    def open(self, identity: Mapping[str, str], *, resume: bool) -> None:
+    def open(self, identity: Mapping[str, str | list[str]], *, resume: bool) -> None:
         """Begins at step 0, or where the newest whole checkpoint stands."""
         self.identity = checkpoint.identity_of(self.spec, identity, parameters=self.parameters, learning_rate=self.learning_rate)
         self.processes.require_equal(self.identity)

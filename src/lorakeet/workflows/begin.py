@@ -12,13 +12,25 @@ from lorakeet.config import RunConfig, dump_yaml
 from lorakeet.data.split import check_split_record, read_split_record, write_split_record
 from lorakeet.evaluate.rank_values import Search
 from lorakeet.evaluate.values import from_text, to_text
+from lorakeet.models.spec import ModelSpec
 from lorakeet.train.run import RunFolder
 from lorakeet.workflows.place import writing
 
 
-def identity_of(parts: Mapping[str, Any]) -> dict[str, str]:
-    """The SHA-256 of each part (values that JSON can hold) of what must be equal for a run to be resumed."""
-    return {name: hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest() for name, value in parts.items()}
+def identity_of(parts: Mapping[str, Any], model: ModelSpec | None = None) -> dict[str, str | list[str]]:
+    """The SHA-256 of each part (values that JSON can hold) of what must be equal for a run to be resumed.
+
+    With the `model` of a run of one process its settings come with a second hash, where earlier versions had another.
+    """
+    found: dict[str, str | list[str]] = {name: _sha256(value) for name, value in parts.items()}
+    if model is not None:
+        both = _sha256(model.identity()), _sha256(model.identity(own_device=True))
+        found["model settings"] = both[0] if both[0] == both[1] else list(both)
+    return found
+
+
+def _sha256(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def begin_run(

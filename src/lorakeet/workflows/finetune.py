@@ -211,7 +211,7 @@ def _require_run(run: RunFolder, *, resume: bool) -> None:
     require_place(run.path)
 
 
-def _identity(setup: Assembly) -> dict[str, str]:
+def _identity(setup: Assembly) -> dict[str, str | list[str]]:
     """What must be equal for a run to be resumed, besides the training settings."""
     config = setup.config
     examples = (*setup.train.examples, *setup.held_out.examples)
@@ -222,7 +222,8 @@ def _identity(setup: Assembly) -> dict[str, str]:
     }
     if cuts := setup.cuts:  # all that a pruned run takes from the ranks settings
         parts["cuts of the ranks"] = cuts
-    return {**identity_of(parts), "files of the base model": fingerprint(setup.text.source)}
+    alone = config.model if setup.processes.count == 1 else None  # earlier versions refused several CUDA devices
+    return {**identity_of(parts, alone), "files of the base model": fingerprint(setup.text.source)}
 
 
 def _prove(

@@ -93,12 +93,13 @@ def finetune_images(config: RunConfig, run: RunFolder, *, resume: bool, dry_run:
 _ARITHMETIC = 2
 
 
-def _identity(setup: ImageAssembly, digests: dict[str, str]) -> dict[str, str]:
+def _identity(setup: ImageAssembly, digests: dict[str, str]) -> dict[str, str | list[str]]:
     """What must be equal for a run to be resumed, besides the training settings."""
     config = setup.config
+    model = replace(config.model, config=None)  # known by its numbers
     images = {**dataclasses.asdict(config.images), "cache": ""}
     parts = {
-        "model settings": replace(config.model, config=None).identity(),  # known by its numbers
+        "model settings": model.identity(),
         "lora settings": dataclasses.asdict(config.lora),
         "images settings": images,
         "diffusion settings": dataclasses.asdict(replace(config.diffusion, scorer="")),  # it looks on
@@ -107,7 +108,7 @@ def _identity(setup: ImageAssembly, digests: dict[str, str]) -> dict[str, str]:
         "latents and conditioning": [setup.model.autoencoder_digest, setup.model.encoders_digest],
         "image arithmetic (this version of Lorakeet computes pictures otherwise)": _ARITHMETIC,
     }
-    return identity_of(parts)
+    return identity_of(parts, model)
 
 
 def _watch(setup: ImageAssembly, run: RunFolder, console: Console, step: int) -> None:
@@ -178,7 +179,9 @@ def _complete(measured: Report, setup: ImageAssembly, outcome: Outcome, run: Run
 
 
 def _memory(setup: ImageAssembly, outcome: Outcome) -> tuple[MemoryUse, ...]:
-    """Planned and used bytes, where the run was planned, and against a budget: of the process, or of the card that it bounds."""
+    """Planned and used bytes since training began, where the run was planned, and against a budget: of the process, or of the
+    card that it bounds.
+    """
     kept = setup.arrangement
     planned, budget, card = kept.planned, kept.budget, kept.card
     if planned is None:
@@ -188,7 +191,7 @@ def _memory(setup: ImageAssembly, outcome: Outcome) -> tuple[MemoryUse, ...]:
         MemoryUse(f"training, {'whole process' if card is None else f'on {card}'}", planned.training_peak, outcome.peak_bytes),
         MemoryUse("training, judging and certificate", planned.peak, whole),
     )
-    against = found if budget is None else (*found, MemoryUse("the whole run, against memory.budget", budget, whole))
+    against = found if budget is None else (*found, MemoryUse("training and judging, against memory.budget", budget, whole))
     return against if card is None else (*against, *page.beside_a_card(card))
 
 

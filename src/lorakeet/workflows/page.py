@@ -140,7 +140,8 @@ def run_facts(
 def _memory(setup: Assembly, outcome: Outcome) -> tuple[MemoryUse, ...]:
     """Planned and used bytes: of training, then of all from loading up to the certificate; and the latter against a budget.
 
-    Under a budget on a CUDA device they are the device's, with the context as planned, and beside them what was not planned.
+    Under a budget on a CUDA device they are the device's since training began, with the context as planned, and beside them what
+    was not planned.
     """
     kept = setup.arrangement
     process = peak_bytes() if setup.memory is None else setup.memory.now()
@@ -149,11 +150,12 @@ def _memory(setup: Assembly, outcome: Outcome) -> tuple[MemoryUse, ...]:
     place = "whole process" if kept.card is None else f"on {kept.card}"
     used = (
         MemoryUse(f"training, {place}", kept.planned, outcome.peak_bytes),
-        MemoryUse("loading, training, judging and certificate", planned, whole),
+        MemoryUse(f"{'loading, ' if kept.card is None else ''}training, judging and certificate", planned, whole),
     )
     if kept.budget is None:
         return used
-    against = (*used, MemoryUse("the whole run, against memory.budget", kept.budget, whole))
+    what = "the whole run" if kept.card is None else "training and judging"
+    against = (*used, MemoryUse(f"{what}, against memory.budget", kept.budget, whole))
     if kept.card is None:
         return against
     return (*against, *beside_a_card(kept.card))
