@@ -44,6 +44,14 @@ def test_a_search_finds_better_settings_and_confirms_them_elsewhere(tiny_llama_f
     assert found.to_mapping()["confirmed"]["verdict"] == "better"
 
 
+def test_a_budget_that_ends_all_trials_early_replaces_nothing(tiny_llama_folder: Path, rows: Path, tmp_path: Path) -> None:
+    config = settings(tiny_llama_folder, rows, tmp_path / "run", {**SLOW, "evaluate.resamples": 500})
+    choices = {"rate_factors": (1.0, 4.0), "rank_choices": (), "target_choices": ()}
+    found = tune(config, tokens=3000, **choices, console=quiet())  # type: ignore[arg-type]
+    assert found.confirmed is not None and found.confirmed.verdict == "better" and "of 8 steps" in found.search.conclusion
+    assert read_run(found.out / "config.yaml").train.learning_rate == 0.003
+
+
 def test_three_rates_in_one_pass_and_no_difference_said_so(tiny_llama_folder: Path, rows: Path, tmp_path: Path) -> None:
     """At rates of next to nothing, the three trials are the base: the run file's settings stay."""
     config = settings(tiny_llama_folder, rows, tmp_path / "run", {**SLOW, "train.learning_rate": 1e-30})

@@ -17,16 +17,17 @@ from lorakeet.evaluate.spec import EvaluateSpec
 
 
 def compare_over_seeds(left: Sequence[RowLosses], right: Sequence[RowLosses], spec: EvaluateSpec) -> Comparison:
-    """The paired difference in nats a token of two settings, seed i of `left` against seed i of `right` on the same rows.
+    """The difference in nats a token of two settings, each trained with as many seeds, on the same rows.
 
     Rows alone would tell two adapters apart, not two settings: the same settings with another seed are another adapter. So the
     variance of the mean over N seeds and n rows (or groups) is the sum of both,
 
-        V = var(dᵢ)/N + var(rⱼ)/n      dᵢ seed i's difference, rⱼ row j's share of the mean one's
+        V = var(lᵢ)/N + var(rᵢ)/N + var(dⱼ)/n      lᵢ, rᵢ the losses of seed i, dⱼ row j's share of the mean difference
 
-    which counts the noise of rows within a seed twice and so errs on the wide side, and the interval is Student's with
-    Satterthwaite's degrees of freedom, V² / ((var(dᵢ)/N)²/(N − 1) + (var(rⱼ)/n)²/(n − 1)). One seed, or one row, has no
-    variance: then it is `compare_losses` of the rows' means. Raises DataError for sides that do not pair.
+    which counts the noise of rows within a seed twice, and does not take off what a seed has in common on both sides, so that it
+    errs on the wide side; pairs of seeds would have half the degrees of freedom, and these are few. The interval is Student's
+    with Satterthwaite's, V² / Σ (term²/(its number − 1)). One seed, or one row, has no variance: then it is `compare_losses` of
+    the rows' means. Raises DataError for sides that do not pair.
     """
     if len(left) != len(right) or not left:
         raise DataError(f"There are {len(left)} seeds on one side and {len(right)} on the other; expected as many, at least 1.")
@@ -34,11 +35,10 @@ def compare_over_seeds(left: Sequence[RowLosses], right: Sequence[RowLosses], sp
         raise DataError(f"Not all seeds of '{left[0].system}' and '{right[0].system}' were scored on the same rows.")
     mean = compare_losses(_mean(left), _mean(right), spec)
     tokens, groups = left[0].tokens.astype(np.float64), left[0].groups
-    gaps = np.stack([mine.losses - other.losses for mine, other in zip(left, right, strict=True)])  # (seeds, rows)
-    residuals = _residuals(gaps.mean(axis=0), tokens, groups)
+    residuals = _residuals(_mean(left).losses - _mean(right).losses, tokens, groups)
     if len(left) < 2 or len(residuals) < 2:
         return mean
-    parts = (gaps.sum(axis=1) / tokens.sum(), residuals)
+    parts = (*(np.array([one.losses.sum() for one in side]) / tokens.sum() for side in (left, right)), residuals)
     squares = [float(np.var(part, ddof=1)) / len(part) for part in parts]
     value, error = mean.difference.value, math.sqrt(sum(squares))
     if error == 0:

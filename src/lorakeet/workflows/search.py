@@ -65,7 +65,7 @@ class Budget:
         """Whether nothing is left for the search, `more` tokens of trials in progress counted."""
         used, late = self.used + more, False
         if self.seconds is not None:
-            late = self.elapsed + min(self.kept * self._pace(used), self.seconds / 2) > self.seconds
+            late = self.elapsed + min(1.25 * self.kept * self._pace(used), self.seconds / 2) > self.seconds  # and its held-out rows
         return late or (self.tokens is not None and used + min(self.kept, self.tokens // 2) >= self.tokens)
 
     def times(self, tokens: int) -> int | None:
@@ -313,10 +313,9 @@ class Trials:
         at = winner.at
         if at is None or at.done != SPENT:
             return ""
-        return (
-            f" The budget ended all trials early, this one after {at.step} of {at.total} steps: a short trial favours high rates."
-            " Raise the budget."
-        )
+        stays = " The run file's settings stay." if self.all[0].losses is not None else ""
+        early = f" The budget ended all trials early, this one after {at.step} of {at.total} steps: a short trial favours high rates."
+        return f"{early}{stays} Raise the budget."
 
     def _say(self, trial: Trial) -> None:
         at = trial.at
