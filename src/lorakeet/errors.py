@@ -71,10 +71,13 @@ def unreadable(path: Path, error: OSError) -> str:
 class Problems:
     """Collects messages and raises them together, so that a user mends everything in one go."""
 
-    def __init__(self, heading: str, kind: type[LorakeetError] = ConfigError, *, remedy: str = "") -> None:
+    def __init__(
+        self, heading: str, kind: type[LorakeetError] = ConfigError, *, remedy: str = "", shown: int | None = None
+    ) -> None:
         self.heading = heading
         self.kind = kind
         self.remedy = remedy  # the last sentence, where one thing mends them all
+        self.shown = shown  # of many problems the first so many are named and the others counted
         self.messages: list[str] = []
 
     def add(self, message: str) -> None:
@@ -85,5 +88,8 @@ class Problems:
         if len(self.messages) == 1:
             raise self.kind(" ".join([*self.messages, *([self.remedy] if self.remedy else [])]))
         if self.messages:
-            lines = [f"{self.heading} ({len(self.messages)} problems):", *(f"  - {message}" for message in self.messages)]
+            named = self.messages[: self.shown]
+            lines = [f"{self.heading} ({len(self.messages)} problems):", *(f"  - {message}" for message in named)]
+            if more := len(self.messages) - len(named):
+                lines.append(f"  - and {more} more.")
             raise self.kind("\n".join([*lines, *([self.remedy] if self.remedy else [])]))

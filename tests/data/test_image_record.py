@@ -102,7 +102,7 @@ def test_what_is_gone_or_has_changed_is_named_with_the_remedy(tmp_path: Path) ->
     assert lines[5] == "Bring back what was there, or start a new run with another --out."
     for row in (*found.train, *found.held_out):
         row.path.unlink(missing_ok=True)
-    with pytest.raises(DataError, match=r"and 5 more\.\nBring back"):
+    with pytest.raises(DataError, match=r"\(17 problems\):\n(  - .* is gone\.\n){12}  - and 5 more\.\nBring back"):
         again(record, spec, tmp_path)
 
 
@@ -119,6 +119,12 @@ def test_other_settings_are_refused(tmp_path: Path, changes: dict[str, Any], sai
     with pytest.raises((ConfigError, DataError)) as error:
         again(record, replace(spec, **changes), tmp_path)
     assert said in str(error.value)
+
+
+def test_a_record_of_a_version_that_had_fewer_settings_of_the_split_is_enough(tmp_path: Path) -> None:
+    spec, found, record = begun(tmp_path)
+    del record["split_by"]["held_out_minimum"]
+    assert again(record, spec, tmp_path) == found
 
 
 def damaged() -> Iterator[dict[str, Any]]:

@@ -66,6 +66,11 @@ def two_files(path: Path) -> None:
         save_file({f"{KOHYA}.alpha": torch.ones(1)}, path / f"{name}.safetensors")
 
 
+def begun_run(path: Path) -> None:
+    (path / "checkpoints").mkdir(parents=True)
+    (path / "config.yaml").touch()
+
+
 def two_formats(path: Path) -> None:
     path.mkdir()
     for name in (mlx.MODEL_NAME, peft.MODEL_NAME):
@@ -97,7 +102,8 @@ def spans(first: tuple[int, int], second: tuple[int, int]) -> str:
         ("old.bin", lambda path: path.write_bytes(b"\x80"), "is a pickle file, which can run code"),
         ("old.PT", lambda path: path.write_bytes(b"\x80"), "is a pickle file"),
         ("empty", lambda path: path.mkdir(), "holds no adapter: .* only nothing"),
-        ("run", lambda path: (path.mkdir(), (path / "config.yaml").touch()), "no adapter yet: .* finetune --resume .*run"),
+        ("run", begun_run, "no adapter yet: .* finetune --resume .*run"),
+        ("tuned", lambda path: (path.mkdir(), (path / "config.yaml").touch()), "holds no adapter: .* only config.yaml"),
         ("files", two_files, r"holds 2 adapter files \(a\.safetensors, b\.safetensors\); name one of them"),
         ("both", two_formats, r"holds two adapters: adapters\.safetensors as mlx-lm and adapter_model\.safetensors as PEFT"),
         ("w.gguf", lambda path: path.write_bytes(b""), "is not a GGUF file: it does not begin with GGUF"),

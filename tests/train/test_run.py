@@ -94,3 +94,5 @@ def test_a_run_is_known_by_its_folder_and_from_inside_its_adapter(tmp_path: Path
     for path in (run.path, run.adapter, run.adapter / "adapter_model.safetensors"):
         assert RunFolder.around(path) == run
     assert RunFolder.around(run.path / "checkpoints") is None
+    (run.path / "another.safetensors").touch()  # beside a config.yaml, which may be another program's
+    assert RunFolder.around(run.path / "another.safetensors") is None

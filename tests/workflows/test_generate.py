@@ -215,7 +215,7 @@ def test_what_is_missing_is_said_of_all_adapters_at_once(tmp_path: Path) -> None
     begun, texts = tmp_path / "begun", tmp_path / "texts"
     on_texts = read_run(None, {"model.path": "x", "data.train": "x"})
     for run, config in ((begun, image_config(tmp_path / "base", tmp_path)), (texts, on_texts)):
-        run.mkdir()
+        (run / "checkpoints").mkdir(parents=True)
         (run / "config.yaml").write_text(dump_yaml(config))
     with pytest.raises(DataError) as error:
         drawn(tmp_path / "out", adapter=(f"a={begun}", f"b={texts}", f"c={tmp_path / 'gone'}"), each=("a",))

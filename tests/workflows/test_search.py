@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from lorakeet.errors import DataError
+from lorakeet.evaluate.compare import compare_losses
 from lorakeet.evaluate.likelihood import RowLosses
 from lorakeet.models.adapt import begin_adapter
 from lorakeet.models.inject import adapter_names, eject
@@ -115,7 +116,8 @@ def test_the_budget_ends_the_search(setup: Assembly, limit: dict[str, Any]) -> N
     assert all(trial.losses is not None and not trial.whole for trial in trials.all)
     best = trials.best()
     assert best.name in (START, "other") and best.at is not None
-    assert trials.result(best, None, "").conclusion.endswith("The run file's settings stay. Raise the budget.")
+    said = trials.result(best, None, "").conclusion
+    assert said.endswith("favours high rates. The run file's settings stay. Raise the budget.")
 
 
 def test_the_confirmation_is_over_new_seeds_and_over_rows_that_did_not_choose(setup: Assembly) -> None:
@@ -138,17 +140,20 @@ def test_a_winner_that_diverges_under_another_seed_is_not_confirmed(setup: Assem
     trials = trials_of(setup)
     trials.generation([Trial(START, Point()), Trial("other", Point(2.0))], rungs=())
     trials.all[1].point = Point(HOT)
-    assert trials.confirm(trials.all[1], 2) is None and adapter_names(setup.text.model) == []
+    trained, usual = [], trials._member
+    trials._member = lambda name, *rest: trained.append(name) or usual(name, *rest)  # type: ignore[method-assign,func-returns-value]
+    assert trials.confirm(trials.all[1], 4, together=4) is None and adapter_names(setup.text.model) == []
+    assert trained == ["0_1", "1_1", "0_2", "1_2"], "no more seeds, which could not confirm it either"
     said = trials.result(trials.all[1], None, "").conclusion
     assert "unconfirmed: with seed 1 other diverged (step" in said and said.endswith("The run file's stay.")
 
 
 def test_the_budget_holds_what_the_confirmation_takes(setup: Assembly) -> None:
-    budget = Budget(None, 1000, used=300, kept=400)
+    budget = Budget(None, 1000, used=300, kept=320)  # and a quarter more
     assert not budget.spent(299) and budget.spent(300) and budget.times(200) == 3 and budget.times(800) == 0
     assert Budget(None, 1000, used=499, kept=10**9).spent(1), "half of it at most"
-    late = Budget(100.0, None, began=time.monotonic() - 60, used=100, kept=60)  # 0.6 seconds a token
-    assert late.spent() and not replace(late, kept=50).spent() and (late.times(50), late.times(100)) == (1, 0)
+    late = Budget(100.0, None, began=time.monotonic() - 60, used=100, kept=60)
+    assert late.spent() and not replace(late, kept=50).spent() and late.times(60) == 1  # 0.6 seconds a token
     assert Budget(100.0, None, began=time.monotonic() - 51, used=1, kept=10**9).spent()
     assert Budget(None, None, used=10**9, kept=10**9).spent() is False and Budget(None, None).times(1) is None
     trials = trials_of(setup, tokens=20_000)
@@ -156,6 +161,18 @@ def test_the_budget_holds_what_the_confirmation_takes(setup: Assembly) -> None:
     trials.budget.used = 19_000
     found = trials.confirm(trials.all[1], 3)
     assert found is not None and found.test == "paired randomisation" and trials.seeds == 1
+
+
+def test_new_seeds_trained_to_their_end_are_shown_also_where_the_budget_ended_the_search_early(setup: Assembly) -> None:
+    trials = trials_of(setup, seconds=0.0)
+    trials.generation([Trial(START, Point()), Trial("other", Point(2.0))], rungs=())
+    start, winner = trials.all
+    assert winner.at is not None and winner.at.done == SPENT
+    better = replace(compare_losses(winner.losses, start.losses, setup.config.evaluate), verdict="better")  # type: ignore[arg-type]
+    for seeds, chosen, said in ((1, start, "The run file's settings stay. Raise the budget."), (2, winner, "to their end.")):
+        trials.seeds = seeds
+        assert trials.chosen(winner, better) is chosen and trials.result(winner, better, "").conclusion.endswith(said)
+        assert trials.chosen(winner, replace(better, verdict="no difference shown")) is start
 
 
 def test_where_nothing_differs_that_is_what_is_said(setup: Assembly) -> None:

@@ -70,7 +70,7 @@ def recorded_images(
     _require_same_split(split_by, _split_by(data), run)
     problems = Problems(
         f"The pictures of {run} are not those that it began with", DataError,
-        remedy="Bring back what was there, or start a new run with another --out.",
+        remedy="Bring back what was there, or start a new run with another --out.", shown=_SHOWN,
     )  # fmt: skip
     spec_of_prior = replace(images, caption=images.prior_caption)
     named = (
@@ -89,7 +89,6 @@ def recorded_images(
             folders[setting] = album_folder(name, tables, data.limit if setting == "data.train" else None)
             require_folder(folders[setting], setting)
         found[part] = _again(folders[setting], known[part], spec, problems)
-    _shorten(problems)
     problems.raise_if_any()
     return ImageDataset(
         found["train"], found["held_out"], found["test"], alike, remarks, found["prior"],
@@ -100,9 +99,9 @@ def recorded_images(
 def _again(folder: Path, known: Sequence[Known], spec: ImageSpec, problems: Problems) -> tuple[ImageRow, ...]:
     """The known pictures in their order: under their names, else under another name in the same folder, else a problem."""
     rows = list(read_named(folder, [one.file for one in known], spec))
-    missing = [place for place, (one, row) in enumerate(zip(known, rows, strict=True)) if not _is(one, row)]
+    right = {one.file for one, row in zip(known, rows, strict=True) if _is(one, row)}
+    missing = [place for place, one in enumerate(known) if one.file not in right]
     if missing:
-        right = {one.file for place, one in enumerate(known) if place not in set(missing)}
         others = [name for name in names_in(folder) if name not in right]
         elsewhere = {(row.pixels_key, row.caption): row for row in read_named(folder, others, spec) if row is not None}
         for place in missing:
@@ -125,11 +124,6 @@ def _difference(folder: Path, one: Known, now: ImageRow | None) -> str:
     return f"The caption of {path} was '{one.caption}' and is '{now.caption}'."
 
 
-def _shorten(problems: Problems) -> None:
-    if (more := len(problems.messages) - _SHOWN) > 1:
-        problems.messages[_SHOWN:] = [f"and {more} more."]
-
-
 def _split_by(data: DataSpec) -> dict[str, Any]:
     """The settings by which pictures are parted; a folder may move, so that only whether one is given counts."""
     return {**{name: getattr(data, name) for name in _SPLITTING}, **{name: bool(getattr(data, name)) for name in _FOLDERS}}
@@ -140,10 +134,10 @@ def _require_same_split(before: Mapping[str, Any], now: Mapping[str, Any], run: 
         f"The run {run} cannot go on with another split than it began with", ConfigError,
         remedy="Take the old values to resume, or start a new run with another --out.",
     )  # fmt: skip
-    for name in sorted(now):
-        if before.get(name) == now[name]:
+    for name in sorted(before.keys() & now.keys()):  # a setting that a run was begun without did not part its pictures
+        if before[name] == now[name]:
             continue
         words: dict[Any, str] = {True: "a folder", False: "none"} if name in _FOLDERS else {}
-        was, said = (words.get(value, repr(value)) for value in (before.get(name), now[name]))
+        was, said = (words.get(value, repr(value)) for value in (before[name], now[name]))
         problems.add(f"data.{name} was {was} when {run} began and is {said} now.")
     problems.raise_if_any()

@@ -57,7 +57,7 @@ def detect(path: Path) -> Found:
     if single:
         listed = ", ".join(file.name for file in single[:5])
         raise DataError(f"{path} holds {len(single)} adapter files ({listed}); name one of them.")
-    if (path / "config.yaml").is_file():
+    if (path / "config.yaml").is_file() and (path / "checkpoints").is_dir():
         raise DataError(
             f"{path} is a run that has no adapter yet: {path / 'adapter'} comes with its first held-out evaluation. Train it, or "
             f"go on with it: lorakeet finetune --resume {path}"

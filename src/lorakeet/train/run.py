@@ -77,9 +77,13 @@ class RunFolder:
 
     @classmethod
     def around(cls, adapter: Path) -> RunFolder | None:
-        """The run that `adapter` means: its folder, or the adapter/ in it, or a file of that; None where it is of no run."""
-        folder = (adapter.parent if adapter.is_file() else adapter).absolute()
-        return cls.at(folder) or (cls.at(folder.parent) if folder.name == "adapter" else None)
+        """The run that `adapter` means: its folder, or the adapter/ in it, or a file of that; None where it is of no run.
+
+        Other files are of none, whatever lies beside them: other trainers write a config.yaml of their own there.
+        """
+        is_file = adapter.is_file()
+        folder = (adapter.parent if is_file else adapter).absolute()
+        return (None if is_file else cls.at(folder)) or (cls.at(folder.parent) if folder.name == "adapter" else None)
 
     @classmethod
     def create(cls, path: Path) -> RunFolder:

@@ -53,7 +53,10 @@ class Trial:
 
 @dataclass
 class Budget:
-    """What is left of the time and the tokens. `kept` tokens are for the confirmation: at most half of all, and their time."""
+    """What is left of the time and the tokens. `kept` tokens are for the confirmation: at most half of all, and their time.
+
+    A quarter more is kept: the search ends up to a round late, other seeds see other rows, and held-out rows take time too.
+    """
 
     seconds: float | None
     tokens: int | None
@@ -63,10 +66,10 @@ class Budget:
 
     def spent(self, more: int = 0) -> bool:
         """Whether nothing is left for the search, `more` tokens of trials in progress counted."""
-        used, late = self.used + more, False
+        used, late, kept = self.used + more, False, 1.25 * self.kept
         if self.seconds is not None:
-            late = self.elapsed + min(1.25 * self.kept * self._pace(used), self.seconds / 2) > self.seconds  # rows, too
-        return late or (self.tokens is not None and used + min(self.kept, self.tokens // 2) >= self.tokens)
+            late = self.elapsed + min(kept * self._pace(used), self.seconds / 2) > self.seconds
+        return late or (self.tokens is not None and used + min(kept, self.tokens // 2) >= self.tokens)
 
     def times(self, tokens: int) -> int | None:
         """How often so many tokens can be trained with what is left; None where there is no limit."""
@@ -228,10 +231,21 @@ class Trials:
                 _eject(self.setup.text.model, CONFIRM)
         at_once = max(1, together // 2)
         for first in range(1, seeds + 1 if seeds > 1 else 1, at_once):
+            if self.unconfirmed:
+                break
             for losses in self._again((winner, start), range(first, min(first + at_once, seeds + 1))):
                 for side, found in zip(sides, losses, strict=True):
                     side.append(found)
         return None if self.unconfirmed else compare_over_seeds(*sides, self.setup.config.evaluate)
+
+    def chosen(self, winner: Trial, confirmed: Comparison | None) -> Trial:
+        """Whose settings to train with: the winner's where they are shown to be better, or the run file's diverged.
+
+        A trial that the budget ended early shows it only by new seeds, which are trained to their end.
+        """
+        start = self.all[0]
+        shown = confirmed is not None and confirmed.verdict == "better" and (winner.whole or self.seeds > 1)
+        return winner if shown or start.losses is None else start
 
     def _affordable(self, winner: Trial, seeds: int) -> int:
         """How many seeds of both settings the budget still trains, said where they are fewer than `seeds`; 1 where below 2."""
@@ -296,7 +310,7 @@ class Trials:
                 found = f"The best trial is {winner.name} ({words}), unconfirmed: {self.unconfirmed}. The run file's stay."
             else:
                 found = f"The run file's own settings diverged; the best trial is {winner.name} ({words}), unconfirmed."
-            return found + self._cut_short(winner)
+            return found + self._cut_short(winner, confirmed)
         gap = confirmed.difference
         seeds = f"{self.seeds} new seeds each" if self.seeds > 1 else f"of seed {self.setup.config.train.seed} alone"
         numbers = f"{signed(gap.value, 4)} nats a token [{signed(gap.low, 4)}, {signed(gap.high, 4)}], n = {gap.n}, {seeds}"
@@ -306,16 +320,18 @@ class Trials:
         else:
             name, verdict = winner.name[:1].upper() + winner.name[1:], confirmed.verdict
             found = f"{name} ({words}) is {verdict} than the run file's settings on {self.rows.where}: {numbers}."
-        return found + self._cut_short(winner)
+        return found + self._cut_short(winner, confirmed)
 
-    def _cut_short(self, winner: Trial) -> str:
+    def _cut_short(self, winner: Trial, confirmed: Comparison | None) -> str:
         """A sentence, after a space, where the budget ended the best trial before its end; else empty."""
         at = winner.at
         if at is None or at.done != SPENT:
             return ""
+        early = f" The budget ended all trials early, this one after {at.step} of {at.total} steps"
+        if confirmed is not None and self.seeds > 1:
+            return f"{early}; the new seeds were trained to their end."
         stays = " The run file's settings stay." if self.all[0].losses is not None else ""
-        early = f"The budget ended all trials early, this one after {at.step} of {at.total} steps"
-        return f" {early}: a short trial favours high rates.{stays} Raise the budget."
+        return f"{early}: a short trial favours high rates.{stays} Raise the budget."
 
     def _say(self, trial: Trial) -> None:
         at = trial.at

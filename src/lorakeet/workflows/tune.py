@@ -106,10 +106,7 @@ def tune(  # noqa: PLR0913 - each is a flag of the verb
         confirmed = search.confirm(winner, seeds, together)
         found = search.result(winner, confirmed, power)
         _show(found, console)
-        start = search.all[0]
-        shown = confirmed is not None and confirmed.verdict == "better" and winner.whole
-        chosen = winner if shown or start.losses is None else start
-        settings = replace(space.resolved(chosen.point), out=config.out)
+        settings = replace(space.resolved(search.chosen(winner, confirmed).point), out=config.out)
         _write(out, settings, found, setup, console)
         return Tuned(out, settings, found, confirmed)
 
