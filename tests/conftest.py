@@ -30,7 +30,7 @@ def pytest_collection_finish() -> None:
 @pytest.fixture(scope="session", autouse=True)
 def rehearsals_once() -> Iterator[None]:
     """Each run on shapes alone is rehearsed once in a process, however many tests begin the same run (tiny/rehearsals)."""
-    if "lorakeet.workflows.forecast_run" not in sys.modules:  # no test of this session has asked for it
+    if not any(name.startswith("lorakeet.workflows.") for name in sys.modules):  # no test of this session has asked for one
         yield
         return
     from tiny.rehearsals import remembered

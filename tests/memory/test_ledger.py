@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import DynamicOutputShapeException  # torch offers no public name
 
 from lorakeet.memory.ledger import Ledger
 
@@ -71,6 +73,14 @@ def test_numbers_that_are_asked_for_are_one() -> None:
     with Ledger():
         x = torch.zeros(3)
         assert x.sum().item() == 1.0 and bool(torch.isfinite(x).all()) and int(x.long()[0]) == 1
+
+
+def test_of_runs_of_numbers_there_is_one_and_of_its_length_nothing_is_known() -> None:
+    with Ledger():
+        numbers = torch.arange(6)
+        assert numbers.unique_consecutive().tolist() == [1]
+        with pytest.raises(DynamicOutputShapeException):
+            numbers.unique_consecutive(return_counts=True)
 
 
 def test_work_is_counted_by_phase() -> None:

@@ -1,30 +1,45 @@
-"""Rehearsals on shapes (train/rehearsal, train/image_rehearsal) that are remembered: each is half of the time of a tiny run.
+"""Rehearsals on shapes (train/rehearsal and its like) that are remembered: each is half of the time of a tiny run or merge.
 
-What a rehearsal finds follows from its arguments alone: the model's configuration, the settings and the rows. The tests of
-rehearsals themselves call them directly and are not concerned; runs, plans and forecasts of the workflows are.
+What a rehearsal finds follows from its arguments alone: the model's configuration and files, the settings and the rows. Where the
+model lies and what it is called do not matter, so that equal models in the folders of several tests are rehearsed once. The
+tests of rehearsals themselves call them directly and are not concerned; runs, plans and forecasts of the workflows are.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import hashlib
+import sys
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import fields, is_dataclass
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from lorakeet.core.device import is_cpu
-from lorakeet.models.alike_blocks import Build
-from lorakeet.workflows import forecast_run, image_forecast
+from lorakeet.quant.packed import SCRATCH
+
+REHEARSED = {  # by module of lorakeet.workflows
+    "forecast_run": ("rehearse",),
+    "image_forecast": ("rehearse_images",),
+    "forecast_check": ("rehearse_judging",),
+    "room_packed": ("rehearse_judging", "rehearse_rounding"),
+    "room_quantize": ("_rehearsed",),
+}
 
 
 @contextmanager
 def remembered() -> Iterator[None]:
-    """A context in which the workflows rehearse each run once."""
+    """A context in which the workflows that have been imported rehearse each run once."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(forecast_run, "rehearse", once(forecast_run.rehearse))
-        patch.setattr(image_forecast, "rehearse_images", once(image_forecast.rehearse_images))
+        for name, functions in REHEARSED.items():
+            module = sys.modules.get(f"lorakeet.workflows.{name}")
+            for function in functions if module is not None else ():
+                patch.setattr(module, function, once(getattr(module, function)))
         yield
 
 
@@ -32,21 +47,48 @@ def once(rehearse: Callable[..., Any]) -> Callable[..., Any]:
     """The same function, which answers from memory where it is called with equal arguments."""
     found: dict[str, Any] = {}
 
-    def answer(build: Any, *arguments: Any, **settings: Any) -> Any:
-        make, given = (build.make, [build.config]) if isinstance(build, Build) else (build, build.args)
-        model = [argument.to_dict() if hasattr(argument, "to_dict") else argument for argument in given]
-        state = sorted((str(file), file.stat().st_mtime_ns) for file in files_of(make.keywords.get("files")))
+    def answer(*arguments: Any, **settings: Any) -> Any:
         there = is_cpu(torch.device("cpu"))  # or as if on another device
-        key = repr((make.func, model, sorted(make.keywords.items()), state, arguments, sorted(settings.items()), there))
+        key = repr((plain(arguments), plain(settings), there))
         if key not in found:
-            found[key] = rehearse(build, *arguments, **settings)
+            found[key] = rehearse(*arguments, **settings)
+        SCRATCH.clear()  # as a rehearsal does
         return found[key]
 
     return answer
 
 
-def files_of(place: Path | None) -> list[Path]:
-    """The model's files, which may say how its weights are packed."""
+def plain(value: Any) -> Any:
+    """Everything of an argument that a rehearsal can hang on, as values whose `repr` says all of it."""
+    if isinstance(value, partial):
+        keywords = {name: plain(given) for name, given in value.keywords.items() if name not in ("name", "files")}
+        return plain(value.func), plain(value.args), keywords, contents(value.keywords.get("files"))
+    if hasattr(value, "to_dict"):
+        return type(value), {name: plain(given) for name, given in value.to_dict().items() if name != "_name_or_path"}
+    if is_dataclass(value) and not isinstance(value, type):
+        own = [field.name for field in fields(value) if field.name != "name" or not hasattr(value, "config")]
+        return type(value), {name: plain(getattr(value, name)) for name in own}
+    if isinstance(value, np.ndarray):
+        return value.dtype, value.shape, value.tobytes()
+    if isinstance(value, Mapping):
+        return {name: plain(given) for name, given in sorted(value.items(), key=repr)}
+    if isinstance(value, (list, tuple)):
+        return [plain(given) for given in value]
+    if isinstance(value, (str, int, float, type(None), torch.dtype, torch.device, Path, type)) or hasattr(value, "__qualname__"):
+        return value
+    raise TypeError(f"What {value!r} changes in a rehearsal is not known here.")
+
+
+def contents(place: Path | None) -> list[tuple[str, str]]:
+    """The model's files, which may say how its weights are packed, by name within its folder and content."""
     if place is None:
         return []
-    return [place] if place.is_file() else [file for file in place.rglob("*") if file.is_file()]
+    found = [place] if place.is_file() else sorted(file for file in place.rglob("*") if file.is_file())
+    stats = [(file, file.stat()) for file in found]
+    return [(file.name if file == place else str(file.relative_to(place)), _digest(file, stat.st_mtime_ns, stat.st_size))
+            for file, stat in stats]  # fmt: skip
+
+
+@cache
+def _digest(file: Path, changed: int, size: int) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()

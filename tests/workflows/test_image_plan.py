@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from click.testing import CliRunner
@@ -19,6 +20,12 @@ from tiny.image_runs import image_config
 
 
 @pytest.fixture
+def no_probe(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the process holds beside tensors is a number, and not measured by running a small model."""
+    monkeypatch.setattr(image_forecast, "runtime_bytes", lambda config, dtype: 10**9)
+
+
+@pytest.fixture
 def configurations(tiny_sdxl_folder: Path, tmp_path: Path) -> Path:
     """A pipeline without any weights."""
     for file in tiny_sdxl_folder.rglob("*.json"):
@@ -28,16 +35,15 @@ def configurations(tiny_sdxl_folder: Path, tmp_path: Path) -> Path:
     return tmp_path / "shapes"
 
 
-def planned(folder: Path, room: Path, budget: str = "", scorer: str = "", device: str = "cpu") -> tuple[ImagePlanResult, str]:
+def planned(folder: Path, room: Path, budget: str = "", device: str = "cpu", **changes: Any) -> tuple[ImagePlanResult, str]:
     text = io.StringIO()
-    config = image_config(
-        folder, room, memory__budget=budget, lora__target_modules="all-linear", diffusion__scorer=scorer, model__device=device
-    )
+    changes = {"lora__target_modules": "all-linear", **changes}
+    config = image_config(folder, room, memory__budget=budget, model__device=device, **changes)
     return plan_images(config, Console(file=text, width=200)), text.getvalue()
 
 
 def test_neither_weights_nor_pictures_are_needed(configurations: Path, tmp_path: Path) -> None:
-    result, text = planned(configurations, tmp_path, scorer="some/clip")
+    result, text = planned(configurations, tmp_path, diffusion__scorer="some/clip")
     assert "Not counted: diffusion.scorer some/clip" in text
     assert "Peak of the run" in text and "train step" in text and result.choices == ()
     mapping = result.to_mapping()
@@ -45,6 +51,7 @@ def test_neither_weights_nor_pictures_are_needed(configurations: Path, tmp_path:
     assert mapping["peak"] == max(phase["bytes"] for phase in mapping["phases"]) > mapping["card_tensors"] > 0
 
 
+@pytest.mark.usefixtures("no_probe")
 def test_the_memory_of_a_card_is_planned_without_one(configurations: Path, tmp_path: Path) -> None:
     result, text = planned(configurations, tmp_path, device="cuda:1")
     assert "Memory on cuda:1" in text and result.to_mapping()["device"] == "cuda:1"
@@ -55,7 +62,10 @@ def test_the_memory_of_a_card_is_planned_without_one(configurations: Path, tmp_p
     on_cpu, _ = planned(configurations, tmp_path)
     assert on_cpu.planned.tensors == result.planned.tensors
     assert phases["certify"].kinds["base"] == phases["judge"].kinds["base"], "one base is away before another comes"
-    small, text = planned(configurations, tmp_path, budget="600MiB", device="cuda:1")
+    small, text = planned(
+        configurations, tmp_path, "600MiB", "cuda:1", diffusion__at_once=1, diffusion__checkpointing=True, model__quantize="nf4",
+        lora__target_modules="attention",
+    )  # fmt: skip
     assert "more than the budget" in text and "this machine has" not in text and small.choices
 
 
@@ -65,6 +75,7 @@ def test_what_finetune_refuses_is_not_planned(configurations: Path, tmp_path: Pa
         plan_images(config, Console(file=io.StringIO()))
 
 
+@pytest.mark.usefixtures("no_probe")
 def test_a_budget_is_answered_with_what_helps(configurations: Path, tmp_path: Path) -> None:
     result, text = planned(configurations, tmp_path, budget="64MB")
     assert "more than the budget" in text and "is still too much" in text
@@ -75,8 +86,8 @@ def test_a_budget_is_answered_with_what_helps(configurations: Path, tmp_path: Pa
     assert enough.to_mapping()["fits"] and "less than the budget" in text and "this machine has" in text
 
 
-def test_the_verb_knows_published_shapes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(image_forecast, "runtime_bytes", lambda config, dtype: 10**9)
+@pytest.mark.usefixtures("no_probe")
+def test_the_verb_knows_published_shapes() -> None:
     name = "stable-diffusion-v1-5/stable-diffusion-v1-5"
     given = ["plan", "--kind", "image", "--model", name, "--data", "none", "--json", "--diffusion.at_once", "1",
              "--model.dtype", "bfloat16", "--quantize", "nf4", "--rank", "4"]  # fmt: skip

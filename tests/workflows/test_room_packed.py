@@ -42,6 +42,7 @@ from tiny.models import save_tiny_llama
 from tiny.runs import quiet, reviews, run, write_rows
 
 WIDE = {"hidden_size": 256, "intermediate_size": 704, "num_attention_heads": 4, "num_key_value_heads": 4, "num_hidden_layers": 3}
+FEW_ROWS: dict[str, Any] = {"into": "packed", "keep": 1e-6, "calibration_rows": 12, "console": quiet()}
 WAYS = [RESIDENT, STREAMED, SPILLED]
 NAMES = ["resident", "streamed", "spilled"]
 
@@ -110,7 +111,7 @@ def contents(out: Path) -> dict[str, bytes]:
 @pytest.mark.parametrize(("base", "like"), [("on_dense", "nf4"), ("on_dense", "gptq"), ("on_nf4", None)])
 def test_the_same_bytes_are_written_each_way(base: str, like: str | None, runs: Path, going: Any, tmp_path: Path) -> None:
     """And the same shares survive, number by number."""
-    words: dict[str, Any] = {"into": "packed", "keep": 1e-6, "like": str(runs / like) if like else None, "console": quiet()}
+    words: dict[str, Any] = {**FEW_ROWS, "like": str(runs / like) if like else None}
     free = merge([str(runs / base)], out=tmp_path / "free", **words)
     for way in WAYS:
         going(way)
@@ -128,7 +129,7 @@ def test_a_gguf_file_is_patched_to_the_same_bytes(
     monkeypatch.setenv("LORAKEET_CACHE", str(tmp_path / "cache"))
     write_tiny_gguf(tmp_path / "tiny.gguf", "Q4_0", hidden_size=64, intermediate_size=64)
     run(tmp_path / "tiny.gguf", runs / "rows.jsonl", tmp_path / "run", {"train.steps": 2})  # on the dense copy
-    words: dict[str, Any] = {"into": "packed", "keep": 1e-6, "like": str(tmp_path / "tiny.gguf"), "console": quiet()}
+    words: dict[str, Any] = {**FEW_ROWS, "like": str(tmp_path / "tiny.gguf")}
     merge([str(tmp_path / "run")], out=tmp_path / "free.gguf", **words)
     going(SPILLED)
     merge([str(tmp_path / "run")], out=tmp_path / "kept.gguf", memory="8GiB", **words)
@@ -325,7 +326,7 @@ def test_every_store_is_closed_and_gone(
 
     monkeypatch.setattr(RecordStream, "__init__", begin)
     going(SPILLED)
-    words: dict[str, Any] = {"into": "packed", "like": str(runs / "nf4"), "keep": 1e-6, "memory": "8GiB", "console": quiet()}
+    words: dict[str, Any] = {**FEW_ROWS, "like": str(runs / "nf4"), "memory": "8GiB"}
     if full:
         def failing(*_: Any, **__: Any) -> None:
             raise OSError(errno.ENOSPC, "No space left on device")
@@ -390,7 +391,7 @@ def test_one_layer_at_a_time_is_dense(runs: Path, tmp_path: Path, monkeypatch: p
         return found[-1]
 
     monkeypatch.setattr(merge_packed, "round_with_feedback", kept)
-    merge([str(runs / "on_nf4")], out=tmp_path / "out", into="packed", keep=1e-6, memory="8GiB", console=quiet())
+    merge([str(runs / "on_nf4")], out=tmp_path / "out", memory="8GiB", **FEW_ROWS)
     assert all(len(dense) == 1 for dense in held) and len(held) == 6 * (7 + 7)
     assert len(found) == 6 * 7 and all(one.latent is None for one in found)
 

@@ -31,7 +31,7 @@ class LoraExperts(AdaptedLayer):
             return cast(Tensor, self.original(hidden_states, top_k_index, top_k_weights))
         pairs = cast(ExpertPairs, self.adapters[self.active])
         result = torch.zeros_like(hidden_states)
-        for expert in sorted(set(top_k_index.flatten().tolist())):
+        for expert in chosen(top_k_index):
             if expert >= self._experts():  # transformers marks a dropped choice by an index past the last expert
                 continue
             token, choice = torch.where(top_k_index == expert)
@@ -51,6 +51,11 @@ class LoraExperts(AdaptedLayer):
         dropout = pair.dropout if pair.training else 0.0
         factors = pair.A[expert], pair.B[expert], pair.scale
         return low_rank_linear(x, SliceBase(stacked, expert), factors, dropout=dropout, products=self.products)
+
+
+def chosen(top_k_index: Tensor) -> list[int]:
+    """The experts that any token chose, in order; few numbers are asked for, each of which costs a rehearsal (memory/ledger)."""
+    return cast(list[int], top_k_index.flatten().sort().values.unique_consecutive().tolist())
 
 
 _UNFIT = {  # what transformers 5 notes on a block of experts, and what it means

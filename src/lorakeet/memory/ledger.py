@@ -5,8 +5,9 @@ Each operator that makes a new storage is entered, each storage that Python or a
 counted once, in-place results not at all, and what autograd saves for as long as it saves it.
 
 A computation that asks a number of a tensor (`loss.item()`, `bool(isfinite(norm))`) is answered 1, one that asks where
-something holds (`torch.where(chosen == expert)`): everywhere, and whether two tensors are equal: no. Planned is the run in which
-all is finite, every gradient arrives, one expert of a mixture gets every token, and GPTQ's columns are in no order.
+something holds (`torch.where(chosen == expert)`): everywhere, which different numbers follow each other
+(`unique_consecutive`): one, and whether two tensors are equal: no. Planned is the run in which all is finite, every gradient
+arrives, one expert of a mixture gets every token, and GPTQ's columns are in no order.
 """
 
 from __future__ import annotations
@@ -144,6 +145,8 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.aten._local_scalar_dense.default and isinstance(args[0], FakeTensor):
             return _one(args[0].dtype)
+        if func is torch.ops.prim.device.default and isinstance(args[0], FakeTensor):  # half of all calls, which make nothing
+            return args[0].fake_device
         kwargs = kwargs or {}
         result = _ANSWERS.get(func, func)(*args, **kwargs)
         work = self.work.setdefault(self._phase, Work())
@@ -245,6 +248,13 @@ def _grouped_product(left: Tensor, right: Tensor, *_: Any, **__: Any) -> Tensor:
     return left.new_empty(left.shape[0], right.shape[-1])
 
 
+def _one_run(values: Tensor, return_inverse: bool = False, return_counts: bool = False, dim: int | None = None) -> Any:
+    """The only number that `values` has, since every number is one. Who asks for places or counts gets no answer."""
+    if return_inverse or return_counts or dim is not None:
+        return torch.ops.aten.unique_consecutive.default(values, return_inverse, return_counts, dim)
+    return values.new_empty(1), values.new_empty(0), values.new_empty(0)
+
+
 def _equal(one: Tensor, other: Tensor) -> bool:
     """Tensors with numbers are compared; those without are not equal."""
     numbered = not isinstance(one, FakeTensor) and not isinstance(other, FakeTensor)
@@ -260,6 +270,7 @@ _ANSWERS = {
     torch.ops.aten.linalg_cholesky_ex.L: _in_place,
     torch.ops.aten.cholesky_inverse.out: _in_place,
     torch.ops.aten.nonzero.default: _everywhere,
+    torch.ops.aten.unique_consecutive.default: _one_run,
     torch.ops.aten._grouped_mm.default: _grouped_product,
     torch.ops.aten.equal.default: _equal,
 }

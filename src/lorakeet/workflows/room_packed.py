@@ -262,11 +262,11 @@ class _Planner:
         self.judging = Judging(filled(longest, max(longest, job.micro_tokens)), 0, 0)
         words = TOKENIZER_ENTRY * int(self.config.get_text_config().vocab_size)
         self.runtime = runtime_bytes(Precision(torch.float32, self.products, self.spec.quantize)) + words
+        self._judged: dict[tuple[bool, int], tuple[Rehearsal, Rehearsal]] = {}
 
     def forecast(self, way: Way) -> _Forecast:
         """What is held that way. Raises NotStreamed where the model has no list of blocks, NotPlanned where nobody can know."""
-        base = rehearse_judging(self._build(way), self.plan, self.judging, token_ids=())
-        made = base if self.as_it_was else rehearse_judging(self._build_made(way), self.plan, self.judging, token_ids=())
+        base, made = self._judging(way)
         adapter = FP32 * self.plan.parameters
         held = {
             "to load the base": with_more(Held(), base=base.base, adapter=adapter, scratch=self._reading(base)),
@@ -282,6 +282,15 @@ class _Planner:
         highest = max(phases.values(), key=lambda phase: phase.bytes)
         comparing = max(phases[name].bytes for name in ("to compare", "to compare what was made"))
         return _Forecast(highest, comparing, base.blocks, max(base.block_bytes, made.block_bytes), way.slots)
+
+    def _judging(self, way: Way) -> tuple[Rehearsal, Rehearsal]:
+        """The base as it computes, and what is made of it; ways that differ only in where the rows' states are share these."""
+        key = way.streamed, way.slots
+        if key not in self._judged:
+            base = rehearse_judging(self._build(way), self.plan, self.judging, token_ids=())
+            made = base if self.as_it_was else rehearse_judging(self._build_made(way), self.plan, self.judging, token_ids=())
+            self._judged[key] = base, made
+        return self._judged[key]
 
     def _file(self, made: Rehearsal, adapter: int) -> dict[str, Held]:
         """Of a .gguf file: what is held while blocks are put into it, and while what was written is laid out, to be loaded."""
