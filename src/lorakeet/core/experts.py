@@ -55,7 +55,8 @@ class LoraExperts(AdaptedLayer):
 
 def chosen(top_k_index: Tensor) -> list[int]:
     """The experts that any token chose, in order; few numbers are asked for, each of which costs a rehearsal (memory/ledger)."""
-    return cast(list[int], top_k_index.flatten().sort().values.unique_consecutive().tolist())
+    numbers = top_k_index.flatten().sort().values
+    return cast(list[int], torch.unique_consecutive(numbers).tolist())
 
 
 _UNFIT = {  # what transformers 5 notes on a block of experts, and what it means
