@@ -1,7 +1,8 @@
 """Rehearsals on shapes (train/rehearsal and its like) that are remembered: each is half of the time of a tiny run or merge.
 
-What a rehearsal finds follows from its arguments alone: the model's configuration and files, the settings and the rows. Where the
-model lies and what it is called do not matter, so that equal models in the folders of several tests are rehearsed once. The
+What a rehearsal finds follows from its arguments: the model's configuration and files, the settings and the rows; and from
+CONSTANTS, where a test changes one. Where the model lies and what it is called do not matter, so that equal models in the folders
+of several tests are rehearsed once. The
 tests of rehearsals themselves call them directly and are not concerned; runs, plans and forecasts of the workflows are.
 """
 
@@ -30,6 +31,7 @@ REHEARSED = {  # by module of lorakeet.workflows
     "room_packed": ("rehearse_judging", "rehearse_rounding"),
     "room_quantize": ("_rehearsed",),
 }
+CONSTANTS = (("lorakeet.models.sample", "STREAMED_CACHE"), ("lorakeet.quant.packed", "PART_BYTES"))  # that tests change
 
 
 @contextmanager
@@ -49,7 +51,8 @@ def once(rehearse: Callable[..., Any]) -> Callable[..., Any]:
 
     def answer(*arguments: Any, **settings: Any) -> Any:
         there = is_cpu(torch.device("cpu"))  # or as if on another device
-        key = repr((plain(arguments), plain(settings), there))
+        constants = [getattr(sys.modules.get(module), name, None) for module, name in CONSTANTS]
+        key = repr((plain(arguments), plain(settings), there, constants))
         if key not in found:
             found[key] = rehearse(*arguments, **settings)
         SCRATCH.clear()  # as a rehearsal does
