@@ -14,7 +14,7 @@ from sklearn.datasets import load_sample_images
 
 from lorakeet.data.image_alike import Likeness, alike_groups, copies
 from lorakeet.data.images import ImageRow, looks_of, thumb_of
-from tiny.scenes import DIFFERENT, SAME, garment, on_a_ramp
+from tiny.scenes import DIFFERENT, SAME, draw_shape, garment, on_a_ramp
 
 Picture = Image.Image
 PHOTOS = [Image.fromarray(pixels) for pixels in load_sample_images().images]
@@ -38,23 +38,10 @@ def product(number: int, share: float, *, side: int = 256) -> Picture:
     """A coloured object of one of five shapes, about `share` of the side wide, in the middle of a white ground."""
     generator = np.random.default_rng(number)
     image = Image.new("RGB", (side, side), "white")
-    draw = ImageDraw.Draw(image)
     x, y = side / 2 + generator.uniform(-0.04, 0.04, 2) * side
     wide, high = share * side / 2 * generator.uniform(0.6, 1, 2)
     colour = tuple(int(value) for value in generator.integers(20, 200, 3))
-    box = (x - wide, y - high, x + wide, y + high)
-    match number % 5:
-        case 0:
-            draw.ellipse(box, fill=colour)
-        case 1:
-            draw.rectangle(box, fill=colour)
-        case 2:
-            draw.polygon([(x, y - high), (x + wide, y + high), (x - wide, y + high)], fill=colour)
-        case 3:
-            draw.ellipse(box, outline=colour, width=int(share * side / 6))
-        case _:
-            draw.rectangle((x - wide, y - high / 3, x + wide, y + high / 3), fill=colour)
-            draw.rectangle((x - wide / 3, y - high, x + wide / 3, y + high), fill="black")
+    draw_shape(image, number % 5, (x, y), (wide, high), colour, line=int(share * side / 6), inner="black")
     return image
 
 

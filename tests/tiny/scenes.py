@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageEnhance, ImageFilter, ImageOps
 
 Picture = Image.Image
 SIDE = 256
+CROSS = 4  # the shape of two colours
 
 
 def _colour(generator: np.random.Generator, least: int = 0, most: int = 256) -> tuple[int, int, int]:
@@ -50,14 +52,13 @@ def landscape(number: int) -> Picture:
     return _picture(pixels)
 
 
-def _thing(generator: np.random.Generator, image: Picture, share: float) -> Picture:
-    """`image` with one of five shapes of about `share` of its side near its middle."""
-    draw = ImageDraw.Draw(image)
-    x, y = SIDE / 2 + generator.uniform(-0.06, 0.06, 2) * SIDE
-    wide, high = share * SIDE / 2 * generator.uniform(0.6, 1, 2)
-    colour = _colour(generator)
+def draw_shape(
+    image: Picture, kind: int, middle: tuple[float, float], half: tuple[float, float], colour: Any, *, line: int, inner: Any
+) -> None:
+    """Shape number `kind` of five, `half` as wide and high to each side; a ring's width is `line`, one bar of a CROSS `inner`."""
+    draw, (x, y), (wide, high) = ImageDraw.Draw(image), middle, half
     box = (x - wide, y - high, x + wide, y + high)
-    match int(generator.integers(5)):
+    match kind:
         case 0:
             draw.ellipse(box, fill=colour)
         case 1:
@@ -65,10 +66,20 @@ def _thing(generator: np.random.Generator, image: Picture, share: float) -> Pict
         case 2:
             draw.polygon([(x, y - high), (x + wide, y + high), (x - wide, y + high)], fill=colour)
         case 3:
-            draw.ellipse(box, outline=colour, width=max(2, int(share * SIDE / 6)))
+            draw.ellipse(box, outline=colour, width=line)
         case _:
             draw.rectangle((x - wide, y - high / 3, x + wide, y + high / 3), fill=colour)
-            draw.rectangle((x - wide / 3, y - high, x + wide / 3, y + high), fill=_colour(generator))
+            draw.rectangle((x - wide / 3, y - high, x + wide / 3, y + high), fill=inner)
+
+
+def _thing(generator: np.random.Generator, image: Picture, share: float) -> Picture:
+    """`image` with one of five shapes of about `share` of its side near its middle."""
+    x, y = SIDE / 2 + generator.uniform(-0.06, 0.06, 2) * SIDE
+    wide, high = share * SIDE / 2 * generator.uniform(0.6, 1, 2)
+    colour = _colour(generator)
+    kind = int(generator.integers(5))
+    inner = _colour(generator) if kind == CROSS else colour
+    draw_shape(image, kind, (x, y), (wide, high), colour, line=max(2, int(share * SIDE / 6)), inner=inner)
     return image
 
 

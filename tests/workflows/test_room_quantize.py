@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import io
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
@@ -12,13 +11,11 @@ from typing import Any
 
 import pytest
 import torch
-from rich.console import Console
 
 from lorakeet.errors import ConfigError, EnvironmentProblem
 from lorakeet.export import packed_model
 from lorakeet.memory.allocator import slack
 from lorakeet.memory.forecast import Phase
-from lorakeet.memory.measure import PeakMemory
 from lorakeet.memory.store import Store
 from lorakeet.memory.stream import RecordStream
 from lorakeet.models import load, streamed_load
@@ -26,7 +23,7 @@ from lorakeet.models.streamed import NotStreamed
 from lorakeet.train.rehearsal import NotPlanned
 from lorakeet.workflows import gptq, room_quantize
 from lorakeet.workflows.quantize import quantize
-from lorakeet.workflows.room_quantize import RESIDENT, SPILLED, STREAMED, Job, Kept, Way, held_at_most, say_peak
+from lorakeet.workflows.room_quantize import RESIDENT, SPILLED, STREAMED, Job, Kept, Way
 from tiny.held import HeldBytes
 from tiny.models import save_tiny_llama, tiny_model
 from tiny.runs import quiet, reviews, write_rows
@@ -273,29 +270,3 @@ def test_a_disk_without_room_is_said_before_the_work(
     with pytest.raises(EnvironmentProblem, match=r"until all is done: .* and 1 kB are free there\. Free some space"):
         quantize(str(source), out=tmp_path / "out", calibration=rows, memory="8GiB", console=quiet(), **GPTQ)
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
-
-
-def test_the_peak_is_said_and_a_budget_that_was_not_kept_is_warned_of() -> None:
-    console = Console(record=True, width=300, file=io.StringIO())
-    memory = PeakMemory()
-    memory.bytes = 1_100_000_000
-    say_peak(memory, 2_000_000_000, 1_200_000_000, console)
-    assert "Memory: 1.10 GB held at most, of 2.00 GB allowed and 1.20 GB planned." in console.export_text()
-    memory.sampled = True
-    say_peak(memory, 1_000_000_000, 900_000_000, console)
-    said = console.export_text()
-    assert said.startswith("WARNING: the budget was not kept.") and "looked at 20 times a second" in said
-    say_peak(memory, 1_000_000_000, None, console, mapped=True)
-    said = console.export_text()
-    assert said.startswith("Memory: 1.10 GB held at most") and "pages of llama.cpp's file among it, of 1.00 GB allowed." in said
-
-
-def test_what_is_held_within_a_context_is_said_where_there_is_a_budget() -> None:
-    console = Console(record=True, width=300, file=io.StringIO())
-    with held_at_most(None, None, console):
-        pass
-    assert console.export_text() == ""
-    with held_at_most(1 << 50, 1 << 40, console):
-        pass
-    said = console.export_text()
-    assert said.startswith("Memory: ") and " held at most" in said and " allowed and " in said

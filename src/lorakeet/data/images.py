@@ -69,7 +69,7 @@ def read_album(folder: Path, spec: ImageSpec, *, limit: int | None = None, setti
     """
     require_folder(folder, setting)
     endings = _readable()
-    found = sorted(path for path in folder.rglob("*") if path.suffix.lower() in (*endings, *NOT_READ) and path.is_file())
+    found = _files(folder, (*endings, *NOT_READ))
     files = [path for path in found if path.suffix.lower() in endings]
     skipped = _not_read([path.relative_to(folder).as_posix() for path in found if path.suffix.lower() not in endings])
     if not files:
@@ -112,9 +112,13 @@ def read_named(folder: Path, names: Iterable[str], spec: ImageSpec) -> Iterator[
 
 def names_in(folder: Path) -> list[str]:
     """The pictures below `folder` of formats that are read, in the order in which `read_album` has them."""
-    endings = _readable()
-    files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in endings and path.is_file())
-    return [path.relative_to(folder).as_posix() for path in files]
+    return [path.relative_to(folder).as_posix() for path in _files(folder, _readable())]
+
+
+def _files(folder: Path, endings: Iterable[str]) -> list[Path]:
+    """The files below `folder` with one of these endings, in order."""
+    asked = set(endings)
+    return sorted(path for path in folder.rglob("*") if path.suffix.lower() in asked and path.is_file())
 
 
 def open_pixels(path: Path) -> tuple[Pixels, list[str]]:

@@ -33,23 +33,23 @@ def compare_over_seeds(left: Sequence[RowLosses], right: Sequence[RowLosses], sp
         raise DataError(f"There are {len(left)} seeds on one side and {len(right)} on the other; expected as many, at least 1.")
     if any(not np.array_equal(one.tokens, left[0].tokens) or one.groups != left[0].groups for one in (*left, *right)):
         raise DataError(f"Not all seeds of '{left[0].system}' and '{right[0].system}' were scored on the same rows.")
-    mean = compare_losses(_mean(left), _mean(right), spec)
-    tokens, groups = left[0].tokens.astype(np.float64), left[0].groups
-    residuals = _residuals(_mean(left).losses - _mean(right).losses, tokens, groups)
+    means = _mean(left), _mean(right)
+    gap, tokens = means[0].losses - means[1].losses, left[0].tokens.astype(np.float64)
+    residuals = _residuals(gap, tokens, left[0].groups)
     if len(left) < 2 or len(residuals) < 2:
-        return mean
+        return compare_losses(*means, spec)
     parts = (*(np.array([one.losses.sum() for one in side]) / tokens.sum() for side in (left, right)), residuals)
     squares = [float(np.var(part, ddof=1)) / len(part) for part in parts]
-    value, error = mean.difference.value, math.sqrt(sum(squares))
+    value, error = float(gap.sum() / tokens.sum()), math.sqrt(sum(squares))
     if error == 0:
-        return mean
+        return compare_losses(*means, spec)
     freedom = sum(squares) ** 2 / sum(one**2 / (len(part) - 1) for one, part in zip(squares, parts, strict=True))
     reach = float(stats.t.ppf(0.5 + spec.confidence / 2, freedom)) * error
     method = f"t over rows and {len(left)} seeds"
-    difference = Estimate(value, value - reach, value + reach, mean.difference.n, method, spec.confidence)
+    difference = Estimate(value, value - reach, value + reach, len(tokens), method, spec.confidence)
     p_value = 2 * float(stats.t.sf(abs(value) / error, freedom))
     verdict = paired_verdict(difference, p_value, higher_is_better=False)
-    return replace(mean, difference=difference, p_value=p_value, test=method, verdict=verdict)
+    return Comparison(left[0].system, right[0].system, "loss", difference, p_value, method, False, verdict)
 
 
 def _mean(runs: Sequence[RowLosses]) -> RowLosses:

@@ -27,8 +27,8 @@ from lorakeet.workflows.assemble import within_context
 from lorakeet.workflows.judge import Judge
 from lorakeet.workflows.opened import NAME, Opened, open_adapter
 from lorakeet.workflows.page import leaks
+from lorakeet.workflows.peak import held_at_most
 from lorakeet.workflows.place import require_empty, writing
-from lorakeet.workflows.room_quantize import held_at_most
 from lorakeet.workflows.show import show_results
 
 

@@ -32,9 +32,9 @@ from lorakeet.models.source import find_source
 from lorakeet.train.durable import new_folder
 from lorakeet.workflows.forecast_check import FP32, stores, tensor_bytes
 from lorakeet.workflows.opened import Opened, open_adapter
+from lorakeet.workflows.peak import held_at_most
 from lorakeet.workflows.place import require_place, writing, writing_certificate
 from lorakeet.workflows.push_export import exported_before, push_folder
-from lorakeet.workflows.room_quantize import held_at_most
 from lorakeet.workflows.show import show_certificate
 from lorakeet.workflows.verify import certify_artefacts, plan_rows, size_of_check
 

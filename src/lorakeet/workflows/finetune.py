@@ -44,9 +44,9 @@ from lorakeet.workflows.choose_rate import choose_rate
 from lorakeet.workflows.conclude import conclude, judging
 from lorakeet.workflows.image_finetune import ImageResult, finetune_images
 from lorakeet.workflows.judge import Judge
+from lorakeet.workflows.peak import say_peak
 from lorakeet.workflows.place import require_place
 from lorakeet.workflows.prune_ranks import pruned_plan
-from lorakeet.workflows.room_quantize import say_peak
 from lorakeet.workflows.show import show_plan
 from lorakeet.workflows.together import require_combinable
 

@@ -48,8 +48,8 @@ from lorakeet.workflows.forecast_run import filled
 from lorakeet.workflows.judge import sampled_texts
 from lorakeet.workflows.merge_packed import PackedMerge, merge_packed
 from lorakeet.workflows.opened import NAME, Opened, open_adapter
+from lorakeet.workflows.peak import held_at_most
 from lorakeet.workflows.place import require_place, writing, writing_certificate
-from lorakeet.workflows.room_quantize import held_at_most
 from lorakeet.workflows.show import show_certificate
 
 CERTIFICATE = "certificate.json"

@@ -54,9 +54,10 @@ from lorakeet.workflows.arrange import Arrangement, require_room_to_unpack
 from lorakeet.workflows.forecast_check import stores
 from lorakeet.workflows.forecast_run import INTERVALS, TOKENIZER_ENTRY, Precision, filled, runtime_bytes
 from lorakeet.workflows.opened import Opened
+from lorakeet.workflows.peak import say_peak
 from lorakeet.workflows.place import folder_above, store_folder
 from lorakeet.workflows.rehearse_packed import rehearse_finish, rehearse_rounding
-from lorakeet.workflows.room_quantize import PLANNED, RESIDENT, SPILLED, STREAMED, Way, say_peak, stream_closed
+from lorakeet.workflows.room_quantize import PLANNED, RESIDENT, SPILLED, STREAMED, Way, stream_closed
 
 FP32 = 4  # bytes
 BLOCK_COPIES = 3  # of a layer's blocks, as they are put into a file: as they are, in the file's order, as bytes

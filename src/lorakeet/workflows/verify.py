@@ -51,9 +51,9 @@ from lorakeet.workflows.deploy import Deployable, check_deployment
 from lorakeet.workflows.forecast_check import FP32, CheckSize, NoRoom, plan_check, stores
 from lorakeet.workflows.judge import sampled_texts
 from lorakeet.workflows.opened import NAME, Opened, open_adapter
+from lorakeet.workflows.peak import held_at_most
 from lorakeet.workflows.place import writing
 from lorakeet.workflows.recorded import ask_all
-from lorakeet.workflows.room_quantize import held_at_most
 from lorakeet.workflows.server_artefact import Server, check_server
 from lorakeet.workflows.show import show_certificate
 
