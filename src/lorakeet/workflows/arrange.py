@@ -26,6 +26,7 @@ from lorakeet.models.source import bytes_to_unpack, find_source
 from lorakeet.models.spec import ModelSpec
 from lorakeet.train.rehearsal import NotPlanned, Streaming
 from lorakeet.workflows.choose_streaming import Batches, Choice, choose_streaming, least_streamed
+from lorakeet.workflows.forecast_choices import decomposes, measures_rows
 from lorakeet.workflows.forecast_run import ROW_BYTES, Planned, Precision, forecast_run, rows_of, runtime_bytes
 
 
@@ -120,7 +121,7 @@ def _forecast(
     precision = precision_of(config)
     try:
         return forecast_run(
-            config, model_config, precision, runtime=_runtime(precision, loaded), files=source,
+            config, model_config, precision, runtime=_runtime(config, precision, loaded), files=source,
             returning=config.memory.bytes is not None, labelled=loaded.labelled,
         )  # fmt: skip
     except NotPlanned as error:
@@ -128,9 +129,9 @@ def _forecast(
         return None
 
 
-def _runtime(precision: Precision, loaded: Loaded) -> int:
+def _runtime(config: RunConfig, precision: Precision, loaded: Loaded) -> int:
     """What is held beside the tensors where the model is: on a CUDA device no row is."""
-    return runtime_bytes(precision) + (0 if precision.on_card else ROW_BYTES * loaded.characters)
+    return runtime_bytes(precision, decomposing=decomposes(config)) + (0 if precision.on_card else ROW_BYTES * loaded.characters)
 
 
 def precision_of(config: RunConfig) -> Precision:
@@ -144,8 +145,8 @@ def _streamed(
     config: RunConfig, model_config: Any, source: Path, planned: Planned | None, loaded: Loaded, say: Callable[[str], None]
 ) -> Arrangement:
     budget, precision = config.memory.bytes or 0, precision_of(config)
-    if config.ranks.choose == "prune":
-        raise ConfigError(not_streamed(config, None if planned is None else planned.peak))
+    if refusal := not_streamed(config, None if planned is None else planned.peak):
+        raise ConfigError(refusal)
     rehearsed, batches = streamed_plans(config, model_config, source, loaded), batches_of(config, model_config)
     try:
         choice = choose_streaming(rehearsed, batches, budget)
@@ -216,7 +217,7 @@ def streamed_plans(
     has no list of blocks.
     """
     precision = precision_of(config)
-    runtime = _runtime(precision, loaded)
+    runtime = _runtime(config, precision, loaded)
 
     @cache
     def plan(streaming: Streaming) -> Planned:
@@ -236,12 +237,25 @@ def batches_of(config: RunConfig, model_config: Any) -> Batches:
 
 
 def not_streamed(config: RunConfig, peak: int | None) -> str:
-    """Why a run that prunes its ranks does not keep its budget by streaming, with the least that it takes."""
+    """Why a run does not keep its budget by streaming, with the least that it takes; empty where it may.
+
+    Pairs are cut, and rows measured, on a model in memory only.
+    """
+    measures = measures_rows(config)
+    if config.ranks.choose != "prune" and not measures:
+        return ""
     least = "" if peak is None else f" ({-(-peak >> 20)} MiB or more)"
-    return (
+    said = (
         f"memory.budget is {(config.memory.bytes or 0) >> 20} MiB, which this run would keep by streaming its blocks, but "
-        f"ranks.choose is prune, which cuts pairs of a model in memory. Raise the budget{least}, lower lora.rank, or take "
-        "ranks.choose given, whose ranks are those of lora.rank and lora.rank_pattern."
+    )
+    if config.ranks.choose == "prune":
+        return said + (
+            f"ranks.choose is prune, which cuts pairs of a model in memory. Raise the budget{least}, lower lora.rank, or take "
+            "ranks.choose given, whose ranks are those of lora.rank and lora.rank_pattern."
+        )
+    return said + (
+        f"{measures} measures training rows on a model in memory. Raise the budget{least}, or choose the ranks in a run without "
+        "it (--dry-run --json prints them) and give them in lora.rank_pattern, with lora.start kaiming."
     )
 
 

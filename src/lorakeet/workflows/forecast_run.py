@@ -30,6 +30,7 @@ from lorakeet.models.text import COUNTS, token_logprobs
 from lorakeet.quant.packed import SCRATCH
 from lorakeet.quant.spec import QuantSpec
 from lorakeet.train.rehearsal import (
+    BEGIN,
     CHECKPOINT,
     EVALUATE,
     JUDGE,
@@ -43,7 +44,15 @@ from lorakeet.train.rehearsal import (
     training_on,
 )
 from lorakeet.train.spec import TrainSpec
-from lorakeet.workflows.forecast_choices import while_measuring, while_trying_rates, with_importance, with_largest_ranks
+from lorakeet.workflows.forecast_choices import (
+    VALUE,
+    finished_plan,
+    reads_weights,
+    while_measuring,
+    while_trying_rates,
+    with_importance,
+    with_largest_ranks,
+)
 
 LOAD, SCORE, CERTIFY, MERGE, EXPORT = "load", "measure ranks", "certify", "merge", "export"
 LATER = (MERGE, EXPORT)  # processes of their own
@@ -96,7 +105,7 @@ class Planned:
     @property
     def training_peak(self) -> int:
         """The most bytes until training ends."""
-        training = (LOAD, SCORE, STEP, EVALUATE, CHECKPOINT)
+        training = (LOAD, SCORE, BEGIN, STEP, EVALUATE, CHECKPOINT)
         return max(phase.bytes for phase in self.forecast.phases if phase.name in training)
 
     def to_mapping(self) -> dict[str, Any]:
@@ -104,8 +113,9 @@ class Planned:
         return {"peak": self.peak, "phases": [phase.to_mapping() for phase in self.forecast.phases]}
 
 
-def runtime_bytes(precision: Precision, counts: int = COUNTS) -> int:
-    """What this process holds beside the tensors of a model, once it has done everything that a run does.
+def runtime_bytes(precision: Precision, counts: int = COUNTS, *, decomposing: bool = False) -> int:
+    """What this process holds beside the tensors of a model, once it has done everything that a run does; with `decomposing`
+    also what pairs begin with that are no random numbers, and what ranks are measured by.
 
     Found by doing it on a very small model, so that the code of every kernel and the libraries' own buffers are there; for
     narrow products, whose library keeps code for every shape, with an allowance for those of the real model in micro-batches of
@@ -115,6 +125,8 @@ def runtime_bytes(precision: Precision, counts: int = COUNTS) -> int:
     if precision.on_card:
         return CONTEXT
     _do_everything(precision)
+    if decomposing:
+        _decompose()
     narrow = NARROW + (counts - 1) * COUNT_BYTES if precision.products.itemsize < torch.float32.itemsize else 0
     return resident_bytes() + narrow
 
@@ -137,6 +149,17 @@ def _do_everything(precision: Precision) -> None:
         training.optimizer.step(1e-3)
         training.step()
     SCRATCH.clear()
+
+
+@cache
+def _decompose() -> None:
+    """Each of LAPACK's routines that core/start and ranks/score call, on matrices of some hundred rows."""
+    for dtype in (torch.float32, torch.float64):
+        matrix = torch.eye(384, dtype=dtype) + torch.arange(384, dtype=dtype)
+        torch.linalg.svd(matrix[:96], full_matrices=False)
+        torch.linalg.svdvals(matrix[:96].t())
+        torch.linalg.qr(matrix[:, :96])
+        torch.linalg.eigh(matrix @ matrix.t())
 
 
 def rows_of(config: RunConfig) -> Rows:
@@ -192,15 +215,18 @@ def forecast_run(
     before = {} if measuring is None else {SCORE: measuring}
     if config.ranks.choose == "auto":
         found = with_largest_ranks(config, found, rehearsed)
+    begun = {BEGIN: found.peaks[BEGIN]} if reads_weights(config) else {}
     training = with_importance(config, found)
     load, judge = _load(model_config, found, precision), found.peaks[JUDGE]
     floors = FLOORS if labelled and config.evaluate.baselines and not on_card else 0
-    kept = Held(found.base + 4 * found.plan.parameters, {"base": found.base, "adapter": 4 * found.plan.parameters})
+    adapter = VALUE * finished_plan(config, found.plan).parameters
+    kept = with_more(Held(), base=found.base, adapter=adapter)
     judged = with_more(larger(judge, with_more(kept, scratch=0 if on_card else INTERVALS)), runtime=floors)
-    again = Again(found, load, judge, words, second=not returning)
+    again = Again(found, load, judge, words, adapter, second=not returning)
     held = {
         LOAD: load,
         **before,
+        **begun,
         STEP: training[STEP],
         EVALUATE: training[EVALUATE],
         CHECKPOINT: training[CHECKPOINT],
@@ -208,11 +234,11 @@ def forecast_run(
         CERTIFY: with_more(again.peak(kept), runtime=floors),
     }
     phases = phases_on_card if on_card else phases_of
-    run = phases(held, runtime + words, returning=returning, trimmed_before=(STEP, JUDGE) if before else (JUDGE,))
+    run = phases(held, runtime + words, returning=returning, trimmed_before=(STEP, JUDGE) if before or begun else (JUDGE,))
     if streaming is not None:
         block_bytes = rounded(found.block_bytes) if on_card else found.block_bytes
         return Planned(Forecast(run), found.plan, rows, found.work, found.base, 0, found.blocks, block_bytes)
-    models = {} if on_card else {MERGE: _merge(found), EXPORT: _export(found)}  # which are compared on the CPU
+    models = {} if on_card else {MERGE: _merge(found, adapter), EXPORT: _export(found, adapter)}  # which are compared on the CPU
     later = [phases_of({name: peak}, runtime + words) for name, peak in models.items()]
     trial = {"rate trial": while_trying_rates(config, found, rows)}
     (tried,) = phases(trial, runtime + words, returning=returning)
@@ -237,11 +263,12 @@ class Again:
     load: Held
     judge: Held
     words: int  # bytes of a second tokenizer
+    adapter: int  # bytes of the adapter from disk
     second: bool
 
     def peak(self, kept: Held) -> Held:
         """The most held while the second base is loaded, or while the two are compared."""
-        adapter = 4 * self.found.plan.parameters
+        adapter = self.adapter
         if not self.second:  # what is read has gone when anything computes: until then it stands beside the pairs it becomes
             unpacked = torch.float32.itemsize * self.found.largest if self.found.packed else 0  # the buffer of all packed weights
             reading = with_more(kept, adapter=2 * adapter, scratch=unpacked)
@@ -263,14 +290,14 @@ def _load(model_config: Any, found: Rehearsal, precision: Precision) -> Held:
     return with_more(Held(), base=found.base, scratch=pages)
 
 
-def _merge(found: Rehearsal) -> Held:
+def _merge(found: Rehearsal, adapter: int) -> Held:
     """The merged model is compared with base + adapter, both in fp32, weight by weight; the writing takes less."""
     weight = found.largest * torch.float32.itemsize
     both = 2 * found.parameters * torch.float32.itemsize
-    return with_more(Held(), base=both, adapter=2 * found.plan.parameters * 4, scratch=4 * weight)
+    return with_more(Held(), base=both, adapter=2 * adapter, scratch=4 * weight)
 
 
-def _export(found: Rehearsal) -> Held:
+def _export(found: Rehearsal, adapter: int) -> Held:
     """The GGUF file in llama.cpp is compared with base + adapter in fp32; in f16 it takes half as much beside it."""
     whole = found.parameters * torch.float32.itemsize
-    return with_more(Held(), base=whole + whole // 2, adapter=2 * found.plan.parameters * 4, scratch=4 * 4 * found.largest)
+    return with_more(Held(), base=whole + whole // 2, adapter=2 * adapter, scratch=4 * 4 * found.largest)
