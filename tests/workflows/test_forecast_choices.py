@@ -21,11 +21,11 @@ from lorakeet.workflows.forecast_choices import (
     budget_of,
     largest_ranks,
     while_measuring,
-    while_trying_rates,
+    while_trying,
     with_importance,
     with_largest_ranks,
 )
-from lorakeet.workflows.forecast_run import SCORE, Precision, forecast_run
+from lorakeet.workflows.forecast_run import SCORE, SEARCH, Precision, forecast_run
 
 SMALL = config_from(
     {
@@ -34,6 +34,7 @@ SMALL = config_from(
     }
 )  # fmt: skip
 ROWS = Rows(32, 2)
+FP32 = Precision(torch.float32, torch.float32, QuantSpec())
 
 
 def settings(**changes: str) -> RunConfig:
@@ -113,14 +114,35 @@ def test_sketches_are_counted_as_they_are_made(monkeypatch: pytest.MonkeyPatch) 
 def test_three_adapters_take_their_gradients_and_moments() -> None:
     config = settings()
     found = rehearsed(config, config.lora)
-    step, three = found.peaks[STEP], while_trying_rates(config, found, ROWS)
+    step, three = found.peaks[STEP], while_trying(config, found, ROWS)
     parameters = found.plan.parameters
     assert step.kinds["moments"] >= 8 * parameters  # and each tensor's count of steps
     assert three.kinds["moments"] == 3 * step.kinds["moments"]
     assert three.kinds["gradients"] - step.kinds.get("gradients", 0) == 2 * 4 * parameters
     assert three.kinds["saved activations"] == step.kinds["saved activations"], "a pass is no larger than that of one"
-    wide = while_trying_rates(replace(config, train=replace(config.train, micro_tokens=256)), found, ROWS)
+    wide = while_trying(replace(config, train=replace(config.train, micro_tokens=256)), found, ROWS)
     assert wide.kinds["saved activations"] == 3 * step.kinds["saved activations"], "rows of three members, where one has few"
+
+
+def test_a_search_keeps_the_best_values_of_all_and_two_earlier_adapters() -> None:
+    config = settings()
+    found = rehearsed(config, config.lora)
+    trial, search = (while_trying(config, found, ROWS, 5, searching=searching) for searching in (False, True))
+    assert search.bytes - trial.bytes == 7 * 4 * found.plan.parameters
+    planned = forecast_run(config, SMALL, FP32, runtime=0, returning=True)
+    assert planned.searching(1) is planned
+    assert planned.searching(50).peak > planned.searching(5).peak >= planned.peak and planned.searching(5).peak == max(
+        planned.peak, planned.searching(5).forecast.phase(SEARCH).bytes
+    )
+
+
+@pytest.mark.parametrize("score", ["gradient", "activation", "sensitivity"])
+def test_what_was_measured_is_taken_apart_within_the_plan(score: str) -> None:
+    """Of hundreds of directions that are wide, fp64 copies of one matrix are more than a pass over short rows takes."""
+    config = settings(ranks__score=score, ranks__max_rank="56", data__max_tokens="2", train__micro_tokens="2")
+    found = rehearsed(config, config.lora)
+    measured = while_measuring(config, found, partial(rehearsed, config))
+    assert measured is not None and measured.bytes >= found.base + 5 * 8 * 64 * 64
 
 
 def test_a_run_that_prunes_is_planned_at_its_first_ranks_with_what_it_knows_of_each_number() -> None:

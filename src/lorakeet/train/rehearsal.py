@@ -137,15 +137,26 @@ def rehearse(
     return _rehearsed(build, planned, ids, run)
 
 
-def rehearse_judging(build: Callable[..., TextModel], plan: Plan, judging: Judging, *, token_ids: tuple[int, ...]) -> Rehearsal:
+def rehearse_judging(
+    build: Callable[..., TextModel],
+    plan: Plan,
+    judging: Judging,
+    *,
+    token_ids: tuple[int, ...],
+    weigh: Callable[[TextModel], object] | None = None,
+) -> Rehearsal:
     """Builds a model with the adapter of `plan` and judges it, on shapes alone; what it holds is in `peaks[JUDGE]`.
 
-    `token_ids` are those of trained token rows, `build` as in `rehearse`. Raises NotPlanned as `rehearse` does.
+    `token_ids` are those of trained token rows, `build` as in `rehearse`; `weigh` is done with the model before, and held what is
+    in `peaks[STEP]`. Raises NotPlanned as `rehearse` does.
     """
 
     def run(rehearsing: _Rehearsing) -> Rehearsal:
         trained = [parameter for parameter in rehearsing.text.model.parameters() if parameter.requires_grad]
         rehearsing.ledger.name("adapter", trained)
+        if weigh is not None:
+            with rehearsing.ledger.phase(STEP):
+                weigh(rehearsing.text)
         return rehearsing.judged(judging)
 
     return _rehearsed(build, lambda _: plan, token_ids, run)

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from lorakeet.config import RunConfig
+from lorakeet.core.spec import LoraSpec
 from lorakeet.errors import ConfigError, EnvironmentProblem
 from lorakeet.memory.allocator import return_freed_memory
 from lorakeet.memory.budget import larger_than_machine, machine_bytes
@@ -57,10 +58,15 @@ class Arrangement:
 
 @dataclass(frozen=True)
 class Loaded:
-    """What the process holds before the model: whether rows may have labels, and how many characters they have."""
+    """What the process holds before the model: whether rows may have labels, and how many characters they have.
+
+    Of a search also how many adapters are in training at once, and the pairs of the largest, where they are not the run's.
+    """
 
     labelled: bool = True
     characters: int = 0
+    members: int = 1
+    lora: LoraSpec | None = None
 
 
 def arrange(config: RunConfig, say: Callable[[str], None], loaded: Loaded | None = None) -> Arrangement:
@@ -70,6 +76,8 @@ def arrange(config: RunConfig, say: Callable[[str], None], loaded: Loaded | None
     With `loaded`, which a run has, what it will hold is forecast whether there is a budget or not. Raises ConfigError where the
     budget cannot be kept, and EnvironmentProblem for a device on which nothing is streamed.
     """
+    if loaded is not None and loaded.lora is not None:
+        config = replace(config, lora=loaded.lora)
     budget, device = config.memory.bytes, device_for(config.model.device)
     if budget is None and (loaded is None or device.type != "cpu"):
         return Arrangement()
@@ -123,7 +131,7 @@ def _forecast(
         return forecast_run(
             config, model_config, precision, runtime=_runtime(config, precision, loaded), files=source,
             returning=config.memory.bytes is not None, labelled=loaded.labelled,
-        )  # fmt: skip
+        ).searching(loaded.members)  # fmt: skip
     except NotPlanned as error:
         say(f"{error} How much memory the run takes with its weights in memory is not known before it has run.")
         return None
@@ -156,10 +164,12 @@ def _streamed(
         lowest = least_streamed(rehearsed)
         if planned is not None:
             lowest = min(lowest, planned.peak)
+        what, more = ("this run", "") if loaded.members == 1 else ("this search", "--together, --rank-choices, ")
+        several = f" and {loaded.members} adapters of rank {config.lora.rank} in training at once" if more else ""
         raise ConfigError(
-            f"memory.budget is {budget >> 20} MiB, but this run takes at least {-(-lowest >> 20)} MiB, streamed or not, with "
-            f"micro-batches of {rows_of(config).tokens:,} tokens. Raise the budget, or lower lora.rank, data.max_tokens or "
-            "train.micro_tokens."
+            f"memory.budget is {budget >> 20} MiB, but {what} takes at least {-(-lowest >> 20)} MiB, streamed or not, with "
+            f"micro-batches of {rows_of(config).tokens:,} tokens{several}. Raise the budget, or lower {more}lora.rank, "
+            "data.max_tokens or train.micro_tokens."
         )
     how = streaming_text(choice, precision, config.memory.keep)
     say(f"Memory: {_size(choice.planned.peak)} planned of {_size(budget)}; {how}.")
@@ -224,7 +234,7 @@ def streamed_plans(
         return forecast_run(
             config, model_config, precision, runtime=runtime, files=files, returning=True, labelled=loaded.labelled,
             streaming=streaming,
-        )  # fmt: skip
+        ).searching(loaded.members)  # fmt: skip
 
     return plan
 

@@ -12,6 +12,7 @@ from rich.console import Console
 
 from lorakeet.config import RunConfig
 from lorakeet.core.plan import Plan
+from lorakeet.core.spec import LoraSpec
 from lorakeet.data.batches import StepOrder
 from lorakeet.data.chat import Encoded, Encoder, Example, encode_rows
 from lorakeet.data.prepare import Dataset, load_dataset
@@ -84,8 +85,18 @@ class Assembly:
         return self.config.train.total_steps(order.steps_per_epoch)
 
 
-def assemble(config: RunConfig, console: Console, processes: Processes = ALONE) -> Assembly:
-    """Rows first (quick to fail), then the model, then the plan and the ids; ConfigError and DataError as they arise."""
+def assemble(
+    config: RunConfig,
+    console: Console,
+    processes: Processes = ALONE,
+    *,
+    members: int = 1,
+    largest: LoraSpec | None = None,
+) -> Assembly:
+    """Rows first (quick to fail), then the model, then the plan and the ids; ConfigError and DataError as they arise.
+
+    A search says how many adapters it has in training at once, and which pairs the largest of them has.
+    """
     config = on_own_device(config, processes)
     dataset = load_dataset(config.data)
     if not dataset.held_out:
@@ -93,7 +104,7 @@ def assemble(config: RunConfig, console: Console, processes: Processes = ALONE) 
             "No rows are held out, so nothing could be proved; set data.held_out_fraction above 0 or name a data.held_out file."
         )
     parts = (dataset.train, dataset.held_out, dataset.test)
-    loaded = Loaded(bool(dataset.labels), sum(len(row.text) for rows in parts for row in rows))
+    loaded = Loaded(bool(dataset.labels), sum(len(row.text) for rows in parts for row in rows), members, largest)
     arrangement = arrange(config, _say(console), loaded)
     place = config.model.device
     parted = config.train.shard and processes.count > 1  # a device has room for a part: the whole is loaded beside it

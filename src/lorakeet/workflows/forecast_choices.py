@@ -145,9 +145,13 @@ def finished_plan(config: RunConfig, plan: Plan) -> Plan:
     return replace(plan, entries=tuple(doubled))
 
 
-def while_trying_rates(config: RunConfig, found: Rehearsal, rows: Rows) -> Held:
-    """The most held while rates are tried: more adapters with gradients and moments, in passes of micro_tokens or one row."""
-    members, step = len(QUICK_FACTORS), found.peaks[STEP]
+def while_trying(
+    config: RunConfig, found: Rehearsal, rows: Rows, members: int = len(QUICK_FACTORS), *, searching: bool = False
+) -> Held:
+    """The most held while `members` adapters are trained together, each with gradients and moments, in passes of micro_tokens or
+    one row. `searching` (workflows/tune) their best values are kept too, and those of two earlier trials.
+    """
+    step = found.peaks[STEP]
     own = VALUE * found.plan.parameters
     copies = 2 if found.best_in_memory else 1  # a run keeps its best values too, a trial none
     tokens = max(config.data.max_tokens, min(config.train.micro_tokens, members * rows.tokens))
@@ -155,6 +159,7 @@ def while_trying_rates(config: RunConfig, found: Rehearsal, rows: Rows) -> Held:
     more = max(0.0, tokens / rows.tokens - 1)
     passing = {kind: round(more * step.kinds.get(kind, 0)) for kind in ("saved activations", "logits", "scratch")}
     anchors = VALUE * (finished_plan(config, found.plan).parameters - found.plan.parameters)
-    adapters = (members - copies) * own + (members - 1) * anchors
+    kept = members + 2 if searching else 0
+    adapters = (members - copies + kept) * own + (members - 1 + kept) * anchors
     training = with_more(step, adapter=adapters, moments=(members - 1) * moments, gradients=(members - 1) * own, **passing)
-    return larger(training, with_more(found.peaks[BEGIN], adapter=(members - 1) * (own + anchors)))
+    return larger(training, with_more(found.peaks[BEGIN], adapter=(members - 1 + kept) * (own + anchors)))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from lorakeet.core.device import standing_for
 from lorakeet.core.plan import Plan
 from lorakeet.core.spec import LoraSpec
 from lorakeet.memory.card import CONTEXT, phases_on_card, rounded
-from lorakeet.memory.forecast import Forecast, phases_of
+from lorakeet.memory.forecast import Forecast, Phase, phases_of
 from lorakeet.memory.held import Held, larger, with_more
 from lorakeet.memory.ledger import Work
 from lorakeet.memory.measure import resident_bytes
@@ -49,12 +49,12 @@ from lorakeet.workflows.forecast_choices import (
     finished_plan,
     reads_weights,
     while_measuring,
-    while_trying_rates,
+    while_trying,
     with_importance,
     with_largest_ranks,
 )
 
-LOAD, SCORE, CERTIFY, MERGE, EXPORT = "load", "measure ranks", "certify", "merge", "export"
+LOAD, SCORE, CERTIFY, MERGE, EXPORT, SEARCH = "load", "measure ranks", "certify", "merge", "export", "search"
 LATER = (MERGE, EXPORT)  # processes of their own
 TOKENIZER_ENTRY = 1024  # bytes for each word of a vocabulary; measured: 45.8 MiB for SmolLM2's 49,152
 ROW_BYTES = 9  # for each character of a row: at most a token, with its id and whether it is learnt
@@ -96,6 +96,13 @@ class Planned:
     rate_trial: int = 0  # bytes of three adapters in training (workflows/choose_rate), tried only where that is not the peak
     blocks: int = 0  # that are streamed
     block_bytes: int = 0  # of each of the places that they come into
+    together: Callable[[int], Phase] | None = None  # a search with so many adapters in training (workflows/tune)
+
+    def searching(self, members: int) -> Planned:
+        """The same with the phase in which `members` adapters are trained together; as it is where there is one."""
+        if members == 1 or self.together is None:
+            return self
+        return replace(self, forecast=Forecast((*self.forecast.phases, self.together(members))))
 
     @property
     def peak(self) -> int:
@@ -105,7 +112,7 @@ class Planned:
     @property
     def training_peak(self) -> int:
         """The most bytes until training ends."""
-        training = (LOAD, SCORE, BEGIN, STEP, EVALUATE, CHECKPOINT)
+        training = (LOAD, SCORE, BEGIN, STEP, EVALUATE, CHECKPOINT, SEARCH)
         return max(phase.bytes for phase in self.forecast.phases if phase.name in training)
 
     def to_mapping(self) -> dict[str, Any]:
@@ -217,7 +224,7 @@ def forecast_run(
         found = with_largest_ranks(config, found, rehearsed)
     begun = {BEGIN: found.peaks[BEGIN]} if reads_weights(config) else {}
     training = with_importance(config, found)
-    load, judge = _load(model_config, found, precision), found.peaks[JUDGE]
+    load, judge = load_peak(model_config, found, precision), found.peaks[JUDGE]
     floors = FLOORS if labelled and config.evaluate.baselines and not on_card else 0
     adapter = VALUE * finished_plan(config, found.plan).parameters
     kept = with_more(Held(), base=found.base, adapter=adapter)
@@ -235,14 +242,21 @@ def forecast_run(
     }
     phases = phases_on_card if on_card else phases_of
     run = phases(held, runtime + words, returning=returning, trimmed_before=(STEP, JUDGE) if before or begun else (JUDGE,))
+
+    def together(members: int) -> Phase:
+        held = while_trying(config, found, rows, members, searching=True)
+        (searched,) = phases({SEARCH: held}, runtime + words, returning=returning)
+        return searched
+
     if streaming is not None:
         block_bytes = rounded(found.block_bytes) if on_card else found.block_bytes
-        return Planned(Forecast(run), found.plan, rows, found.work, found.base, 0, found.blocks, block_bytes)
+        return Planned(Forecast(run), found.plan, rows, found.work, found.base, 0, found.blocks, block_bytes, together)
     models = {} if on_card else {MERGE: _merge(found, adapter), EXPORT: _export(found, adapter)}  # which are compared on the CPU
     later = [phases_of({name: peak}, runtime + words) for name, peak in models.items()]
-    trial = {"rate trial": while_trying_rates(config, found, rows)}
+    trial = {"rate trial": while_trying(config, found, rows)}
     (tried,) = phases(trial, runtime + words, returning=returning)
-    return Planned(Forecast((*run, *(phase for (phase,) in later))), found.plan, rows, found.work, found.base, tried.bytes)
+    every = Forecast((*run, *(phase for (phase,) in later)))
+    return Planned(every, found.plan, rows, found.work, found.base, tried.bytes, together=together)
 
 
 def _standing_for(device: torch.device, rehearsed: Callable[[LoraSpec], Rehearsal]) -> Callable[[LoraSpec], Rehearsal]:
@@ -277,7 +291,7 @@ class Again:
         return larger(loading, with_more(self.judge, base=self.found.base, adapter=2 * adapter, runtime=self.words))
 
 
-def _load(model_config: Any, found: Rehearsal, precision: Precision) -> Held:
+def load_peak(model_config: Any, found: Rehearsal, precision: Precision) -> Held:
     """The base, and while it is read: the file's own pages where the dtype changes, a matrix as stored where it is packed or
     goes into a store, there with its cast."""
     if precision.on_card:  # where only what is whole arrives
