@@ -147,7 +147,7 @@ def merge(  # noqa: PLR0913 - one parameter for each option of the verb
         )
     if to == "adapter" and plan is not None:
         if budget := next((item.config.memory.budget for item in opened if item.config.memory.budget), ""):
-            said = f"memory.budget {budget} is that of a run and not kept: no model is loaded, adapters lie in memory as they are."
+            said = f"memory.budget {budget} is not kept here: no model is loaded, and adapters lie in memory as they are."
             console.print(said, soft_wrap=True)
         return _into_adapter(plan, opened[0], out, console)
     return _ModelMerge(opened, plan, out, dtype, into, console).run()
