@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from lorakeet.config import RunConfig, read_run
-from lorakeet.memory.allocator import return_freed_memory
+from lorakeet.memory.allocator import give_back_free_memory, return_freed_memory
 from lorakeet.memory.measure import peak_bytes, reset_peak, resident_bytes
 from lorakeet.memory.product_code import keep_little_code
 from lorakeet.models.adapt import begin_adapter
@@ -71,6 +71,7 @@ def _phases(asked: Mapping[str, Any]) -> dict[str, int]:
     with TemporaryDirectory() as folder:
         with _peak(peaks, BEGIN) if reads_weights(config) else nullcontext():
             begin_adapter(text, plan_for(text.model, config.lora, text.family), seed=0)
+        give_back_free_memory()  # as a run does then
         rows = rows_of(config)
         training = training_on(text, config.train, rows, 2 if config.train.batch_size > rows.count else 1)
         training.run = RunFolder.create(Path(folder) / "run")

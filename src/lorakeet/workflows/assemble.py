@@ -18,6 +18,7 @@ from lorakeet.data.chat import Encoded, Encoder, Example, encode_rows
 from lorakeet.data.prepare import Dataset, load_dataset
 from lorakeet.data.rows import Row
 from lorakeet.errors import ConfigError, DataError
+from lorakeet.memory.allocator import give_back_free_memory
 from lorakeet.memory.measure import PeakMemory
 from lorakeet.models.adapt import begin_adapter
 from lorakeet.models.load import load_text_model
@@ -27,6 +28,7 @@ from lorakeet.train.processes import ALONE, Processes
 from lorakeet.train.text_task import TextTask
 from lorakeet.workflows.arrange import Arrangement, Loaded, arrange
 from lorakeet.workflows.choose_ranks import choose_ranks, start_directions
+from lorakeet.workflows.forecast_choices import reads_weights
 from lorakeet.workflows.prune_ranks import cuts_of, pruning_of
 from lorakeet.workflows.together import on_own_device
 
@@ -152,6 +154,8 @@ def begin_pairs(setup: Assembly, plan: Plan, *, seed: int, name: str = "default"
     """Puts the pairs of `plan` into the model as the run's settings begin them: lora.start may want a look at training rows."""
     directions = start_directions(setup.config, setup.text, plan, setup.train.examples)
     begin_adapter(setup.text, plan, seed=seed, token_ids=setup.new_token_ids, name=name, directions=directions)
+    if directions or reads_weights(setup.config):
+        give_back_free_memory()  # what measuring, or a matrix in fp32, grew to is not held beside the steps
 
 
 def _say(console: Console) -> Callable[[str], None]:

@@ -26,7 +26,7 @@ from lorakeet.models.alike_blocks import Build
 from lorakeet.models.outline import config_from, outline
 from lorakeet.models.streamed_outline import streamed_outline
 from lorakeet.models.targets import plan_for
-from lorakeet.models.text import COUNTS, token_logprobs
+from lorakeet.models.text import COUNTS, TextModel, token_logprobs
 from lorakeet.quant.packed import SCRATCH
 from lorakeet.quant.spec import QuantSpec
 from lorakeet.train.rehearsal import (
@@ -53,6 +53,7 @@ from lorakeet.workflows.forecast_choices import (
     with_importance,
     with_largest_ranks,
 )
+from lorakeet.workflows.search_space import QUICK_FACTORS
 
 LOAD, SCORE, CERTIFY, MERGE, EXPORT, SEARCH = "load", "measure ranks", "certify", "merge", "export", "search"
 LATER = (MERGE, EXPORT)  # processes of their own
@@ -208,21 +209,13 @@ def forecast_run(
     on_card = precision.on_card
     words = 0 if on_card else TOKENIZER_ENTRY * int(model_config.get_text_config().vocab_size)
     rows = rows_of(config)
-    make = partial(
-        outline if streaming is None else streamed_outline, name=config.model.path, dtype=precision.dtype,
-        products=precision.products, attention=config.model.attention, quantize=precision.quantize, files=files,
-    )  # fmt: skip
+    build = _build(outline if streaming is None else streamed_outline, config, model_config, precision, files)
     micro_batches = max(2 if config.train.batch_size > rows.count else 1, 0 if streaming is None else streaming.together)
     rehearsed = _standing_for(precision.device, partial(
-        rehearse, Build(make, model_config), spec=config.train, rows=rows, micro_batches=micro_batches,
+        rehearse, build, spec=config.train, rows=rows, micro_batches=micro_batches,
         judging=judging_of(config), streaming=streaming, best_in_memory=not returning and not on_card,
     ))  # fmt: skip
-    found = rehearsed(config.lora)
-    measuring = while_measuring(config, found, rehearsed)
-    before = {} if measuring is None else {SCORE: measuring}
-    if config.ranks.choose == "auto":
-        found = with_largest_ranks(config, found, rehearsed)
-    begun = {BEGIN: found.peaks[BEGIN]} if reads_weights(config) else {}
+    found, before = _before_steps(config, rehearsed)
     training = with_importance(config, found)
     load, judge = load_peak(model_config, found, precision), found.peaks[JUDGE]
     floors = FLOORS if labelled and config.evaluate.baselines and not on_card else 0
@@ -233,7 +226,6 @@ def forecast_run(
     held = {
         LOAD: load,
         **before,
-        **begun,
         STEP: training[STEP],
         EVALUATE: training[EVALUATE],
         CHECKPOINT: training[CHECKPOINT],
@@ -241,22 +233,37 @@ def forecast_run(
         CERTIFY: with_more(again.peak(kept), runtime=floors),
     }
     phases = phases_on_card if on_card else phases_of
-    run = phases(held, runtime + words, returning=returning, trimmed_before=(STEP, JUDGE) if before or begun else (JUDGE,))
+    run = phases(held, runtime + words, returning=returning, trimmed_before=(STEP, JUDGE) if before else (JUDGE,))
 
-    def together(members: int) -> Phase:
-        held = while_trying(config, found, rows, members, searching=True)
-        (searched,) = phases({SEARCH: held}, runtime + words, returning=returning)
-        return searched
+    def together(members: int, *, searching: bool = True) -> Phase:
+        held = while_trying(config, found, rows, members, searching=searching)
+        return phases({SEARCH: held}, runtime + words, returning=returning)[0]
 
     if streaming is not None:
         block_bytes = rounded(found.block_bytes) if on_card else found.block_bytes
         return Planned(Forecast(run), found.plan, rows, found.work, found.base, 0, found.blocks, block_bytes, together)
     models = {} if on_card else {MERGE: _merge(found, adapter), EXPORT: _export(found, adapter)}  # which are compared on the CPU
-    later = [phases_of({name: peak}, runtime + words) for name, peak in models.items()]
-    trial = {"rate trial": while_trying(config, found, rows)}
-    (tried,) = phases(trial, runtime + words, returning=returning)
-    every = Forecast((*run, *(phase for (phase,) in later)))
-    return Planned(every, found.plan, rows, found.work, found.base, tried.bytes, together=together)
+    later = [phases_of({name: peak}, runtime + words)[0] for name, peak in models.items()]
+    trial = together(len(QUICK_FACTORS), searching=False).bytes
+    return Planned(Forecast((*run, *later)), found.plan, rows, found.work, found.base, trial, together=together)
+
+
+def _build(make: Callable[..., TextModel], config: RunConfig, model_config: Any, precision: Precision, files: Path | None) -> Build:
+    """Makes the model of a run on shapes, with all of its blocks or a few."""
+    settings = {"products": precision.products, "attention": config.model.attention, "quantize": precision.quantize}
+    return Build(partial(make, name=config.model.path, dtype=precision.dtype, files=files, **settings), model_config)
+
+
+def _before_steps(config: RunConfig, rehearsed: Callable[[LoraSpec], Rehearsal]) -> tuple[Rehearsal, dict[str, Held]]:
+    """The rehearsal of a run, and what it holds while rows are measured and while pairs begin from the weights, where it does."""
+    found = rehearsed(config.lora)
+    measuring = while_measuring(config, found, rehearsed)
+    before = {} if measuring is None else {SCORE: measuring}
+    if config.ranks.choose == "auto":
+        found = with_largest_ranks(config, found, rehearsed)
+    if reads_weights(config):
+        before[BEGIN] = found.peaks[BEGIN]
+    return found, before
 
 
 def _standing_for(device: torch.device, rehearsed: Callable[[LoraSpec], Rehearsal]) -> Callable[[LoraSpec], Rehearsal]:
