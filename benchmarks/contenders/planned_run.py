@@ -71,7 +71,8 @@ def _phases(asked: Mapping[str, Any]) -> dict[str, int]:
     with TemporaryDirectory() as folder:
         with _peak(peaks, BEGIN) if reads_weights(config) else nullcontext():
             begin_adapter(text, plan_for(text.model, config.lora, text.family), seed=0)
-        give_back_free_memory()  # as a run does then
+        if reads_weights(config):
+            give_back_free_memory()  # as a run does then
         rows = rows_of(config)
         training = training_on(text, config.train, rows, 2 if config.train.batch_size > rows.count else 1)
         training.run = RunFolder.create(Path(folder) / "run")

@@ -248,7 +248,9 @@ def forecast_run(
     return Planned(Forecast((*run, *later)), found.plan, rows, found.work, found.base, trial, together=together)
 
 
-def _build(make: Callable[..., TextModel], config: RunConfig, model_config: Any, precision: Precision, files: Path | None) -> Build:
+def _build(
+    make: Callable[..., TextModel], config: RunConfig, model_config: Any, precision: Precision, files: Path | None
+) -> Build:
     """Makes the model of a run on shapes, with all of its blocks or a few."""
     settings = {"products": precision.products, "attention": config.model.attention, "quantize": precision.quantize}
     return Build(partial(make, name=config.model.path, dtype=precision.dtype, files=files, **settings), model_config)
