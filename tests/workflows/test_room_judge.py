@@ -6,7 +6,6 @@ import re
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -15,7 +14,6 @@ from lorakeet.config import RunConfig
 from lorakeet.core.adapter import Adapter, Pair
 from lorakeet.errors import ConfigError, EnvironmentProblem
 from lorakeet.memory.card import CONTEXT
-from lorakeet.models.text import TextModel
 from lorakeet.workflows import room_judge
 from lorakeet.workflows.arrange import Arrangement, Loaded
 from lorakeet.workflows.room_judge import arrange_cutting, arrange_judging
@@ -82,10 +80,7 @@ def test_a_passage_less_long_is_a_remedy(within: Callable[..., RunConfig]) -> No
 
 def test_cutting_is_refused_where_the_base_has_no_room(within: Callable[..., RunConfig]) -> None:
     def cut(budget: str, copies: float = 6.0) -> Arrangement:
-        return arrange_cutting(within(budget), ADAPTER, print, NO_LABELS, weigh=weigh, copies=copies)
-
-    def weigh(text: TextModel) -> Any:
-        return text.model(input_ids=torch.zeros(1, 8, dtype=torch.int64))
+        return arrange_cutting(within(budget), ADAPTER, print, NO_LABELS, weigh=lambda _: torch.zeros(8), copies=copies)
 
     enough = least(lambda: cut("600MiB"), r"is 600 MiB, but compressing this adapter takes \d+ MiB: .* is not streamed\. Give")
     found = cut(f"{enough}MiB")
