@@ -20,7 +20,7 @@ from lorakeet.core.device import standing_for
 from lorakeet.core.plan import Plan
 from lorakeet.errors import ConfigError, EnvironmentProblem
 from lorakeet.memory.allocator import return_freed_memory
-from lorakeet.memory.budget import larger_than_machine
+from lorakeet.memory.budget import larger_than_machine, machine_bytes
 from lorakeet.memory.card import card_warning, limit_to, phases_on_card, rounded
 from lorakeet.memory.forecast import phases_of
 from lorakeet.memory.held import Held, larger, with_more
@@ -192,6 +192,11 @@ class _Room:
             planned, slots = found.peak + more * found.block_bytes, slots + more
             memory = self.config.memory
             pinned = card is not None and memory.keep == "host" and slots < found.blocks
+            if pinned and found.blocks * found.block_bytes > machine_bytes():
+                raise ConfigError(
+                    f"memory.keep host would pin about {_gib(found.blocks * found.block_bytes)} of this machine's "
+                    f"{_gib(machine_bytes())}. Leave memory.keep out, so that blocks come from disk."
+                )
             where = "the host's pinned memory" if pinned else "disk"
             self.say(
                 f"Memory: {_gib(planned)} planned of {_gib(budget)}; frozen blocks are streamed from {where}, {slots} of "
