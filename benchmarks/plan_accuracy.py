@@ -87,6 +87,8 @@ class Configuration:
     products: str = ""  # another dtype of matrix products than that of the weights
     whole: Literal["", "texts", "labelled"] = ""  # a run of `lorakeet finetune` on such rows
     budget: str = ""  # memory.budget of a whole run
+    start: str = ""  # lora.start, where it is not random
+    variant: str = ""  # lora.variant
 
     @property
     def name(self) -> str:
@@ -94,6 +96,7 @@ class Configuration:
         words += [f"batch {self.batch}", f"rank {self.rank}", self.targets]
         ways = {"returning": self.returning, "streamed": self.streamed, f"products {self.products}": bool(self.products)}
         ways |= {f"whole run on {self.whole}": bool(self.whole), f"budget {self.budget}": bool(self.budget)}
+        ways |= {f"start {self.start}": bool(self.start), self.variant: bool(self.variant)}
         return ", ".join([*words, *(way for way, chosen in ways.items() if chosen)])
 
     def to_mapping(self) -> dict[str, Any]:
@@ -107,6 +110,8 @@ class Configuration:
             settings |= {"train.steps": 2, "train.evaluate_every": 2, "train.learning_rate": 1e-4, "evaluate.drift_texts": 16}
         if self.budget:
             settings |= {"memory.budget": self.budget}
+        settings |= {"lora.start": self.start} if self.start else {}
+        settings |= {"lora.variant": self.variant} if self.variant else {}
         texts = {key: str(value) for key, value in settings.items()}
         return {"settings": texts, "shape": SHAPES[self.shape], "returning": self.returning or self.streamed}
 
@@ -151,12 +156,21 @@ CONFIGURATIONS = (
     C("SmolLM2-135M", quantize="nf4", dtype="bfloat16", batch=2, streamed=True),
     C("SmolLM2-135M", quantize="gguf", dtype="bfloat16", length=512, batch=1, rank=4, streamed=True),
     C(GPTQ_FOLDER, dtype="bfloat16", streamed=True),
+    C("1 layer of Mistral-7B", dtype="bfloat16", length=64, micro_tokens=64, batch=1, start="pissa", returning=True),
+    C("1 layer of Mistral-7B", dtype="bfloat16", length=64, micro_tokens=64, batch=1, start="olora", returning=True),
+    C("1 layer of Mistral-7B", quantize="nf4", dtype="bfloat16", length=64, micro_tokens=64, batch=1, rank=128, start="pissa"),
+    C("1 layer of Mistral-7B", dtype="bfloat16", length=64, micro_tokens=64, batch=1, variant="dora", returning=True),
+    C("SmolLM2-135M", length=64, micro_tokens=64, batch=1, rank=64, start="pissa"),
+    C("SmolLM2-135M", dtype="bfloat16", length=64, micro_tokens=64, batch=1, start="olora"),
+    C("SmolLM2-135M", quantize="nf4", dtype="bfloat16", length=64, micro_tokens=64, batch=1, start="pissa", streamed=True),
     C(DENSE_FOLDER, whole="texts"),
     C(DENSE_FOLDER, whole="labelled", length=128),
     C(DENSE_FOLDER, dtype="bfloat16", whole="labelled"),
     C(DENSE_FOLDER, quantize="nf4", dtype="bfloat16", whole="labelled"),
     C(DENSE_FOLDER, quantize="int8", dtype="bfloat16", whole="texts", length=128),
     C(DENSE_FOLDER, dtype="bfloat16", whole="texts", budget="2GiB"),
+    C(DENSE_FOLDER, dtype="bfloat16", whole="texts", length=64, budget="2GiB", start="pissa"),
+    C(DENSE_FOLDER, dtype="bfloat16", whole="texts", length=64, budget="2GiB", start="gradient"),
     C(GPTQ_FOLDER, dtype="bfloat16", whole="texts"),
     C("SmolLM2-135M", whole="texts", batch=2),
     C("SmolLM2-135M", quantize="nf4", dtype="bfloat16", whole="texts", length=512, batch=1, budget="900MiB"),
@@ -212,7 +226,7 @@ class _Bench:
 
     def __init__(self, folder: Path, measured: _Measured) -> None:
         self.folder, self.measured = folder, measured
-        self.runtimes: dict[tuple[str, str, str], int] = {}
+        self.runtimes: dict[tuple[str, ...], int] = {}
 
     def line(self, configuration: Configuration) -> dict[str, Any]:
         asked = configuration.to_mapping()
@@ -284,7 +298,8 @@ class _Bench:
         return dense, packed
 
     def _runtime(self, configuration: Configuration, asked: Mapping[str, Any]) -> int:
-        key = configuration.dtype, configuration.products, configuration.quantize
+        key: tuple[str, ...] = configuration.dtype, configuration.products, configuration.quantize
+        key += (configuration.start,) if configuration.start else ()
         if key not in self.runtimes:
             found, _ = self.measured.get(f"runtime {key}", lambda: self._child({**asked, "runtime": True}))
             self.runtimes[key] = found["runtime"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from lorakeet.config import RunConfig, read_run
-from lorakeet.memory.allocator import return_freed_memory
+from lorakeet.memory.allocator import give_back_free_memory, return_freed_memory
 from lorakeet.memory.measure import peak_bytes, reset_peak, resident_bytes
 from lorakeet.memory.product_code import keep_little_code
 from lorakeet.models.adapt import begin_adapter
@@ -25,9 +25,10 @@ from lorakeet.quant.gptq import GptqBase
 from lorakeet.quant.packed import PackedBase
 from lorakeet.train.best import Best
 from lorakeet.train.log import Metrics
-from lorakeet.train.rehearsal import CHECKPOINT, EVALUATE, STEP, training_on
+from lorakeet.train.rehearsal import BEGIN, CHECKPOINT, EVALUATE, STEP, training_on
 from lorakeet.train.run import RunFolder
 from lorakeet.workflows import finetune  # noqa: F401 - what a run has in memory before it begins
+from lorakeet.workflows.forecast_choices import decomposes, reads_weights
 from lorakeet.workflows.forecast_run import LOAD, Precision, judging_of, rows_of, runtime_bytes
 
 STEPS = 2
@@ -51,7 +52,8 @@ def read_settings(asked: Mapping[str, Any]) -> tuple[RunConfig, Precision]:
 
 
 def _runtime(asked: Mapping[str, Any]) -> dict[str, int]:
-    return {"runtime": runtime_bytes(read_settings(asked)[1], counts=1)}  # these rows are all alike
+    config, precision = read_settings(asked)
+    return {"runtime": runtime_bytes(precision, counts=1, decomposing=decomposes(config))}  # these rows are all alike
 
 
 def _phases(asked: Mapping[str, Any]) -> dict[str, int]:
@@ -67,7 +69,10 @@ def _phases(asked: Mapping[str, Any]) -> dict[str, int]:
     else:
         text = random_model(asked["shape"], config, precision)
     with TemporaryDirectory() as folder:
-        begin_adapter(text, plan_for(text.model, config.lora, text.family), seed=0)
+        with _peak(peaks, BEGIN) if reads_weights(config) else nullcontext():
+            begin_adapter(text, plan_for(text.model, config.lora, text.family), seed=0)
+        if reads_weights(config):
+            give_back_free_memory()  # as a run does then
         rows = rows_of(config)
         training = training_on(text, config.train, rows, 2 if config.train.batch_size > rows.count else 1)
         training.run = RunFolder.create(Path(folder) / "run")

@@ -17,7 +17,7 @@ from lorakeet.models.spec import ModelSpec
 from lorakeet.quant.spec import QuantSpec
 from lorakeet.train.image_rehearsal import ENCODE, ImageRehearsal, Pictures, go_through, rehearse_images
 from lorakeet.train.image_spec import DiffusionSpec
-from lorakeet.train.rehearsal import CHECKPOINT, EVALUATE, JUDGE, STEP
+from lorakeet.train.rehearsal import BEGIN, CHECKPOINT, EVALUATE, JUDGE, STEP
 from lorakeet.train.spec import TrainSpec
 
 LORA = LoraSpec(rank=4, alpha=12, target_modules=("attention",))
@@ -47,7 +47,7 @@ def test_what_is_kept_all_along_is_counted_exactly(shapes: Shapes) -> None:
     assert found.largest == max(parameter.numel() for parameter in real.denoiser.parameters())
     adapter, step = 4 * found.plan.parameters, found.peaks[STEP].kinds
     assert step["adapter"] == 2 * adapter and 2 * adapter <= step["moments"] <= 2 * adapter + 16 * len(found.plan.entries)
-    assert step["gradients"] <= adapter and set(found.peaks) >= {ENCODE, STEP, EVALUATE, CHECKPOINT, JUDGE}
+    assert step["gradients"] <= adapter and set(found.peaks) >= {ENCODE, BEGIN, STEP, EVALUATE, CHECKPOINT, JUDGE}
 
 
 def test_more_pictures_keep_more_and_checkpointing_keeps_less(shapes: Shapes) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -41,7 +42,7 @@ def test_without_a_budget_nothing_is_arranged(model: Path, tmp_path: Path) -> No
 @pytest.fixture
 def steady(monkeypatch: pytest.MonkeyPatch) -> None:
     """What the process itself holds, which goes up and down from plan to plan, is the same for all."""
-    monkeypatch.setattr("lorakeet.workflows.arrange.runtime_bytes", lambda _: 1 << 29)
+    monkeypatch.setattr("lorakeet.workflows.arrange.runtime_bytes", lambda _, **__: 1 << 29)
 
 
 @pytest.mark.usefixtures("steady")
@@ -62,6 +63,11 @@ def test_a_large_budget_streams_nothing_and_a_middling_one_does(model: Path, tmp
     words = r"memory\.budget is \d+ MiB.* ranks\.choose is prune.* the budget \(\d+ MiB.* or take ranks\.choose given"
     with pytest.raises(ConfigError, match=words):
         arrange(settings(model, tmp_path / "rows", tmp_path / "run", pruned), said.append, NO_LABELS)
+    for change, said_of in (({"lora.start": "gradient"}, "lora.start gradient"), ({"ranks": "auto"}, "ranks.choose auto")):
+        measured = settings(model, tmp_path / "rows", tmp_path / "run", {**pruned, "ranks": "given", **change})
+        words = rf"{said_of} measures training rows .* the budget \(\d+ MiB.* in lora\.rank_pattern"
+        with pytest.raises(ConfigError, match=words):
+            arrange(measured, said.append, NO_LABELS)
     given = settings(model, tmp_path / "rows", tmp_path / "run", {**pruned, "ranks": "given"})
     assert arrange(given, said.append, NO_LABELS).store is not None, "what the message advises"
     assert "streamed from disk" in said[-1] or "computed again" in said[-1]
@@ -183,7 +189,10 @@ def test_a_run_within_a_budget_ends_in_the_same_bytes(model: Path, tmp_path: Pat
     assert kept.setup.text.streamed is not None and plain.outcome is not None and kept.outcome is not None
     assert kept.outcome.best_loss == plain.outcome.best_loss
     assert adapter_bytes(tmp_path / "kept") == adapter_bytes(tmp_path / "plain")
-    grown = f"{least(config, model) // 1000 + 8000}KB"  # what this process holds by now, after two runs, and no more
+    with pytest.raises(ConfigError, match="measuring this adapter takes at least") as caught:
+        open_adapter(tmp_path / "kept").within("9MiB").text_model(quiet(), within_budget=NO_LABELS)
+    lowest = int(re.findall(r"at least (\d+) MiB", str(caught.value))[0])  # with what this process holds by now, after two runs
+    grown = f"{lowest + 8}MiB"
     again = open_adapter(tmp_path / "kept").within(grown).text_model(quiet(), within_budget=NO_LABELS)
     without = open_adapter(tmp_path / "plain").text_model(quiet(), within_budget=NO_LABELS)
     assert again.streamed is not None and without.streamed is None

@@ -41,6 +41,12 @@ def compressed(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
     return result
 
 
+def test_a_budget_without_room_is_refused_before_anything_is_loaded(trained: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"is 50 MiB, but compressing this adapter takes \d+ MiB: .* Give that with --memory"):
+        compress(str(trained), out=tmp_path / "cut", memory="50MiB", console=quiet())
+    assert not (tmp_path / "cut").exists()
+
+
 def test_the_smallest_size_within_the_tolerance_is_written(compressed: Any, trained: Path) -> None:
     curve, full = compressed.curve, peft.read(trained / "adapter")
     sizes = [point.parameters for point in curve.points]

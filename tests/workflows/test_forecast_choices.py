@@ -13,19 +13,24 @@ import torch
 from lorakeet.config import RunConfig, read_run
 from lorakeet.core.spec import LoraSpec
 from lorakeet.errors import ConfigError
+from lorakeet.memory.allocator import SMALL_SLACK, give_back_free_memory
+from lorakeet.memory.measure import peak_bytes, reset_peak, resident_bytes
 from lorakeet.models.outline import config_from, outline
 from lorakeet.quant.spec import QuantSpec
 from lorakeet.ranks.allocate import allocate, pair_parameters, rank_pattern
+from lorakeet.ranks.score import Sketch
 from lorakeet.train.rehearsal import STEP, Rehearsal, Rows, rehearse
+from lorakeet.workflows import forecast_choices
 from lorakeet.workflows.forecast_choices import (
+    _decomposing,
     budget_of,
     largest_ranks,
     while_measuring,
-    while_trying_rates,
+    while_trying,
     with_importance,
     with_largest_ranks,
 )
-from lorakeet.workflows.forecast_run import SCORE, Precision, forecast_run
+from lorakeet.workflows.forecast_run import SCORE, SEARCH, Precision, forecast_run
 
 SMALL = config_from(
     {
@@ -34,6 +39,7 @@ SMALL = config_from(
     }
 )  # fmt: skip
 ROWS = Rows(32, 2)
+FP32 = Precision(torch.float32, torch.float32, QuantSpec())
 
 
 def settings(**changes: str) -> RunConfig:
@@ -113,14 +119,48 @@ def test_sketches_are_counted_as_they_are_made(monkeypatch: pytest.MonkeyPatch) 
 def test_three_adapters_take_their_gradients_and_moments() -> None:
     config = settings()
     found = rehearsed(config, config.lora)
-    step, three = found.peaks[STEP], while_trying_rates(config, found, ROWS)
+    step, three = found.peaks[STEP], while_trying(config, found, ROWS)
     parameters = found.plan.parameters
     assert step.kinds["moments"] >= 8 * parameters  # and each tensor's count of steps
     assert three.kinds["moments"] == 3 * step.kinds["moments"]
     assert three.kinds["gradients"] - step.kinds.get("gradients", 0) == 2 * 4 * parameters
     assert three.kinds["saved activations"] == step.kinds["saved activations"], "a pass is no larger than that of one"
-    wide = while_trying_rates(replace(config, train=replace(config.train, micro_tokens=256)), found, ROWS)
+    wide = while_trying(replace(config, train=replace(config.train, micro_tokens=256)), found, ROWS)
     assert wide.kinds["saved activations"] == 3 * step.kinds["saved activations"], "rows of three members, where one has few"
+
+
+def test_a_search_keeps_the_best_values_of_all_and_two_earlier_adapters() -> None:
+    config = settings()
+    found = rehearsed(config, config.lora)
+    trial, search = (while_trying(config, found, ROWS, 5, searching=searching) for searching in (False, True))
+    assert search.bytes - trial.bytes == 7 * 4 * found.plan.parameters
+    planned = forecast_run(config, SMALL, FP32, runtime=0, returning=True)
+    assert planned.searching(1) is planned
+    assert planned.searching(50).peak > planned.searching(5).peak >= planned.peak and planned.searching(5).peak == max(
+        planned.peak, planned.searching(5).forecast.phase(SEARCH).bytes
+    )
+
+
+@pytest.mark.parametrize("score", ["gradient", "activation", "sensitivity"])
+def test_what_was_measured_is_taken_apart_within_the_plan(score: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = settings(ranks__score=score)
+    found = rehearsed(config, config.lora)
+    monkeypatch.setattr(forecast_choices, "_decomposing", lambda directions, width: 1 << 30)
+    measured = while_measuring(config, found, partial(rehearsed, config))
+    assert measured is not None and found.base + (1 << 30) < measured.bytes < found.base + (2 << 30)
+
+
+def test_taking_a_matrix_apart_holds_no_more_than_is_planned() -> None:
+    """Of the process, whose heap may grow by SMALL_SLACK beside the tensors."""
+    directions, width = 136, 8192
+    sketch = Sketch(width, directions, torch.Generator().manual_seed(0))
+    sketch.add(torch.randn(300, width, generator=torch.Generator().manual_seed(1)))
+    sketch.directions("q", 4)  # what a first time leaves behind is there now
+    assert give_back_free_memory() and reset_peak()
+    before = resident_bytes()
+    sketch.directions("q", 4)
+    planned, used = _decomposing(directions, width), peak_bytes() - before
+    assert 2 * 8 * directions * width <= used <= planned + SMALL_SLACK
 
 
 def test_a_run_that_prunes_is_planned_at_its_first_ranks_with_what_it_knows_of_each_number() -> None:

@@ -13,9 +13,13 @@ from lorakeet.config import RunConfig, read_run
 from lorakeet.errors import ConfigError
 from lorakeet.memory.card import CONTEXT
 from lorakeet.memory.held import Held, with_more
-from lorakeet.models.outline import config_from
+from lorakeet.memory.measure import peak_bytes, reset_peak, resident_bytes
+from lorakeet.models.adapt import begin_adapter
+from lorakeet.models.outline import config_from, outline
+from lorakeet.models.targets import plan_for
 from lorakeet.quant.spec import QuantSpec
-from lorakeet.train.rehearsal import Rows
+from lorakeet.train import rehearsal
+from lorakeet.train.rehearsal import BEGIN, Rows
 from lorakeet.workflows.forecast_run import (
     CERTIFY,
     EXPORT,
@@ -88,8 +92,51 @@ def test_within_a_budget_the_certificate_computes_with_two_adapters_and_reads_be
     """The value that is read has gone when the model computes; of an adapter larger than what computing takes it is the peak."""
     found: Any = SimpleNamespace(plan=SimpleNamespace(parameters=100), packed=True, largest=25)
     kept, judge = (with_more(Held(), base=1000, adapter=400, scratch=scratch) for scratch in (0, computing))
-    peak = Again(found, Held(), judge, words=0, second=False).peak(kept)
+    peak = Again(found, Held(), judge, words=0, adapter=400, second=False).peak(kept)
     assert peak.kinds == {"base": 1000, "adapter": copies * 400, "scratch": computing}
+
+
+@pytest.mark.parametrize("changes", [{"lora__start": "pissa"}, {"lora__start": "olora"}, {"lora__variant": "dora"}])
+def test_pairs_that_begin_from_the_weights_hold_a_matrix_in_fp32_beside_the_earlier_ones(changes: dict[str, str]) -> None:
+    narrow = Precision(torch.bfloat16, torch.bfloat16, QuantSpec())
+    found = forecast_run(settings(**changes), config_from(SMALL), narrow, runtime=RUNTIME, returning=True)
+    names = [phase.name for phase in found.forecast.phases]
+    assert names[:3] == ["load", BEGIN, "train step"]
+    kinds = found.forecast.phase(BEGIN).kinds
+    assert kinds["scratch"] >= 4 * 64 * 128 and kinds["base"] == found.base
+    anchors = 2 if "lora__start" in changes else 1
+    assert 0.8 * anchors * 4 * found.plan.parameters <= kinds["adapter"] <= anchors * 4.4 * found.plan.parameters
+    assert found.training_peak >= found.forecast.phase(BEGIN).bytes
+    merged, plain = (one.forecast.phase(MERGE).kinds["adapter"] for one in (found, planned(narrow)))
+    assert merged == anchors * plain or "lora__variant" in changes, "a pair with an anchor is merged at twice its rank"
+    assert BEGIN not in [phase.name for phase in planned(narrow).forecast.phases], "random starts hold less than a step"
+
+
+def test_a_start_from_the_weights_of_many_blocks_is_what_few_blocks_tell(monkeypatch: pytest.MonkeyPatch) -> None:
+    def begun() -> int:
+        config = config_from({**SMALL, "num_hidden_layers": 7})
+        found = forecast_run(settings(lora__start="pissa"), config, FP32, runtime=RUNTIME, returning=True)
+        return found.forecast.phase(BEGIN).bytes
+
+    of_few = begun()
+    monkeypatch.setattr(rehearsal, "FEW", 99)
+    assert begun() == of_few
+
+
+def test_a_start_from_the_weights_takes_no_more_than_is_planned() -> None:
+    """Of the process: the matrices are of 23 MB in bf16, and the copy in fp32 of one of them is the most that comes and goes."""
+    shape = {**SMALL, "hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 1, "num_attention_heads": 16}
+    narrow = Precision(torch.bfloat16, torch.bfloat16, QuantSpec())
+    config = settings(lora__start="olora", lora__target_modules="up_proj,down_proj", train__batch_size="1")
+    phase = forecast_run(config, config_from(shape), narrow, runtime=0, returning=True).forecast.phase(BEGIN)
+    text = outline(config_from(shape), name="random", dtype=torch.bfloat16, products=torch.bfloat16)
+    begin_adapter(text, plan_for(text.model, config.lora, text.family), seed=0, name="before")  # code and buffers are there now
+    assert reset_peak()
+    before = resident_bytes()
+    begin_adapter(text, plan_for(text.model, config.lora, text.family), seed=0, name="again")
+    used = peak_bytes() - before
+    copy = 4 * 2048 * 5632
+    assert copy <= used + (4 << 20) and used <= phase.bytes - phase.kinds["base"] - phase.kinds["runtime"]
 
 
 def test_rows_without_labels_have_no_floors() -> None:

@@ -101,6 +101,15 @@ def test_searches_that_cannot_begin(
     assert all(word in str(caught.value) for word in words) and not (tmp_path / "run-tune").exists()
 
 
+def test_a_budget_without_room_for_all_trials_is_refused_with_what_would_help(
+    tiny_llama_folder: Path, rows: Path, tmp_path: Path
+) -> None:
+    config = settings(tiny_llama_folder, rows, tmp_path / "run", {**SLOW, "memory.budget": "50MiB"})
+    words = r"this search takes at least \d+ MiB.* and 4 adapters of rank \d+ in training at once\. Raise .* lower --together"
+    with pytest.raises(ConfigError, match=words):
+        tune(config, quick=True, console=quiet())
+
+
 def test_pictures_are_not_searched_on(tiny_sd_folder: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="kind is image, but a search is for text models only"):
         tune(image_config(tiny_sd_folder, tmp_path), quick=True, console=quiet())

@@ -16,6 +16,7 @@ from lorakeet.core.lowrank import LoraPair
 from lorakeet.core.math import fold
 from lorakeet.core.plan import PlanEntry
 
+_AT_ONCE = 1 << 20  # numbers of W
 _TINY = 1e-12  # keeps an all-zero row from dividing by zero
 
 
@@ -34,7 +35,10 @@ class DoraPair(LoraPair):
         """Sets ‖W‖² from W as (out, in), and m to ‖W + s·B·A‖, so that the start changes nothing."""
         with torch.no_grad():
             flat = rows.flatten(1).float()
-            self.base_norm2.copy_(flat.pow(2).sum(1))
+            at_once = max(1, _AT_ONCE // flat.shape[1])
+            for first in range(0, len(flat), at_once):  # whose squares are held beside W
+                part = slice(first, first + at_once)
+                self.base_norm2[part].copy_(flat[part].pow(2).sum(1))
             self.magnitude.copy_(self._norm(flat @ self.factors()[0].flatten(1).t().to(flat.device)))
 
     def _norm(self, projected: Tensor) -> Tensor:

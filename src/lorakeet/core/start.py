@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lorakeet.core.lowrank import LoraPair
-from lorakeet.core.spec import MEASURED
+from lorakeet.core.spec import ANCHORED, MEASURED
 
 EXACT_SVD_UP_TO = 256  # smaller matrices get an exact SVD; larger ones the randomised one (Halko et al. 2011)
 OVERSAMPLING = 16
@@ -23,7 +23,7 @@ def begin(pair: LoraPair, start: str, *, weight: Tensor, path: str, seed: int) -
     """Fills A and B of a new pair. `weight` is the frozen W as (out, in); only pissa and olora read it."""
     generator = torch.Generator().manual_seed(seed_for(seed, path))
     with torch.no_grad():
-        if start in ("pissa", "olora"):
+        if start in ANCHORED:
             A, B = (leading_factors if start == "pissa" else _olora)(weight.float().cpu(), pair.A.shape[0], generator)
             # PiSSA's scale·B·A is the part that was cut out; OLoRA's B stays orthonormal, as its authors' code has it.
             root = math.sqrt(pair.scale) if start == "pissa" else 1.0
@@ -82,10 +82,13 @@ def _randomised_svd(weight: Tensor, size: int, generator: torch.Generator) -> tu
 
 
 def _olora(weight: Tensor, rank: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """W = Q·R; B = Q[:, :rank], A = R[:rank] (https://arxiv.org/abs/2406.01775)."""
+    """W = Q·R; B = Q[:, :rank], A = R[:rank] (https://arxiv.org/abs/2406.01775).
+
+    The first columns of Q are those of the first columns of W alone, and R = Qᵀ·W, so that neither Q nor R is ever whole.
+    """
     del generator
-    Q, R = torch.linalg.qr(weight)
-    return R[:rank], Q[:, :rank]
+    Q = torch.linalg.qr(weight[:, :rank]).Q
+    return Q.t() @ weight, Q
 
 
 def _orthogonal(A: Tensor, B: Tensor, generator: torch.Generator) -> None:

@@ -29,6 +29,7 @@ from torch.utils.flop_counter import flop_registry
 
 from lorakeet.memory.allocator import LARGEST_HEAP_PIECE
 from lorakeet.memory.held import KEPT, OUTSIDE, Held, Stretch
+from lorakeet.memory.lapack import WORKSPACES
 
 Kind = Literal["base", "adapter", "moments", "gradients", "saved activations", "logits", "scratch"]
 
@@ -155,9 +156,19 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
             work.flops += int(count(*args, **kwargs, out_val=result))
         made = sum(self._enter_storage(leaf, self._kind_of(leaf)) for leaf in tree_leaves(result) if isinstance(leaf, Tensor))
         work.written += made
+        if func in WORKSPACES:
+            self._pass_by(WORKSPACES[func](*args, **kwargs))
         if made:
             self._keep_moment()
         return result
+
+    def _pass_by(self, size: int) -> None:
+        """A moment with `size` bytes more, which are gone when it ends."""
+        for sign in (1, -1):
+            self.bytes += sign * size
+            self._count("scratch", sign * size)
+            self._mark()
+            self._keep_moment()
 
     def _kind_of(self, tensor: Tensor) -> Kind:
         return "logits" if self.vocabulary and tensor.dim() > 1 and tensor.shape[-1] == self.vocabulary else "scratch"

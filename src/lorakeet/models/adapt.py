@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lorakeet.core.adapter import Adapter
 from lorakeet.core.plan import Plan
@@ -25,14 +25,15 @@ def begin_adapter(
     token_ids: tuple[int, ...] = (),
     name: str = "default",
     directions: Mapping[str, Tensor] | None = None,
+    begun: Callable[[nn.Module], None] | None = None,
 ) -> None:
     """Puts the new pairs of `plan` into `text` as the adapter `name`, and makes the model compute as it will be trained.
 
     `token_ids` are those of added tokens, `directions` by path the A (rank, in) of pairs whose start is measured
-    (core/start.MEASURED). Raises ConfigError where the plan does not fit the model.
+    (core/start.MEASURED); `begun` is told each pair. Raises ConfigError where the plan does not fit the model.
     """
     hold(text.model, plan)
-    inject(text.model, plan, name, seed=seed, token_ids=token_ids)
+    inject(text.model, plan, name, seed=seed, token_ids=token_ids, begun=begun)
     settings = vars(text.model.config.get_text_config())
     rates = [rate for name, rate in settings.items() if "drop" in name and isinstance(rate, float)]
     drops = any(entry.dropout for entry in plan.entries) or any(rates)

@@ -32,11 +32,18 @@ from lorakeet.quant.packed import PackedLinear
 
 
 def inject(
-    model: nn.Module, plan: Plan, name: str = "default", *, seed: int = 0, token_ids: tuple[int, ...] | None = None
+    model: nn.Module,
+    plan: Plan,
+    name: str = "default",
+    *,
+    seed: int = 0,
+    token_ids: tuple[int, ...] | None = None,
+    begun: Callable[[nn.Module], None] | None = None,
 ) -> None:
     """Adds an adapter `name` to the model as `plan` says, begun from `seed`, makes it active and freezes everything else.
 
-    `token_ids` are the tokenizer's ids of the plan's new tokens; without them the rows after the last one are taken.
+    `token_ids` are the tokenizer's ids of the plan's new tokens; without them the rows after the last one are taken. `begun` is
+    told each pair as soon as it has its numbers.
     Raises ConfigError when the plan is of another model or the name is taken.
     """
     _check_name(model, name)
@@ -45,7 +52,10 @@ def inject(
     for entry in plan.entries:
         with modules.at_hand(model, entry.path):
             weight, device = _frozen_rows(model, entry)
-            _put_pair(model, entry, name, new_pair(entry, weight=weight, seed=seed, device=device))
+            pair = new_pair(entry, weight=weight, seed=seed, device=device)
+            if begun is not None:
+                begun(pair)
+            _put_pair(model, entry, name, pair)
     for extra in plan.extras:
         with modules.at_hand(model, extra.path):
             _put_extra(model, extra, name, token_ids)

@@ -29,6 +29,7 @@ from lorakeet.train.image_spec import DiffusionSpec
 from lorakeet.train.image_task import ImageBatch, ImageTask
 from lorakeet.train.loop import Training
 from lorakeet.train.rehearsal import (
+    BEGIN,
     CHECKPOINT,
     EVALUATE,
     JUDGE,
@@ -101,7 +102,8 @@ def go_through(
             told = model.describe(["a picture"]).to(torch.device("cpu"), torch.float32)
     model.stage(model.kind.denoiser, *(ENCODERS if diffusion.text_encoder else ()))
     account.name("base", _on_device(model))
-    inject(model.parts, plan)
+    with account.phase(BEGIN):
+        inject(model.parts, plan, begun=lambda pair: account.name("adapter", [*pair.parameters(), *pair.buffers()]))
     training = _training(model, latents, told, train, diffusion, pictures)
     best = step_in_account(training, account)
     task = cast(_MadeUp, training.task)

@@ -52,7 +52,7 @@ from lorakeet.train.spec import TrainSpec
 from lorakeet.train.task import Task
 from lorakeet.train.text_task import TextTask
 
-EVALUATE, STEP, CHECKPOINT, JUDGE = "evaluate", "train step", "checkpoint", "judge"
+BEGIN, EVALUATE, STEP, CHECKPOINT, JUDGE = "begin pairs", "evaluate", "train step", "checkpoint", "judge"
 FEW = 3  # blocks that stand for all, with one more: the first, the last, and one that has neighbours like itself
 MICRO_BATCHES = 2  # rehearsed in each step: from the second one on gradients are there to be added to
 
@@ -137,15 +137,26 @@ def rehearse(
     return _rehearsed(build, planned, ids, run)
 
 
-def rehearse_judging(build: Callable[..., TextModel], plan: Plan, judging: Judging, *, token_ids: tuple[int, ...]) -> Rehearsal:
+def rehearse_judging(
+    build: Callable[..., TextModel],
+    plan: Plan,
+    judging: Judging,
+    *,
+    token_ids: tuple[int, ...],
+    weigh: Callable[[TextModel], object] | None = None,
+) -> Rehearsal:
     """Builds a model with the adapter of `plan` and judges it, on shapes alone; what it holds is in `peaks[JUDGE]`.
 
-    `token_ids` are those of trained token rows, `build` as in `rehearse`. Raises NotPlanned as `rehearse` does.
+    `token_ids` are those of trained token rows, `build` as in `rehearse`; `weigh` is done with the model before, and held what is
+    in `peaks[STEP]`. Raises NotPlanned as `rehearse` does.
     """
 
     def run(rehearsing: _Rehearsing) -> Rehearsal:
         trained = [parameter for parameter in rehearsing.text.model.parameters() if parameter.requires_grad]
         rehearsing.ledger.name("adapter", trained)
+        if weigh is not None:
+            with rehearsing.ledger.phase(STEP):
+                weigh(rehearsing.text)
         return rehearsing.judged(judging)
 
     return _rehearsed(build, lambda _: plan, token_ids, run)
@@ -224,8 +235,12 @@ class _Rehearsing:
         ledger.name("base", [*text.model.parameters(), *text.model.buffers()])
         if text.streamed is not None:
             ledger.name("base", text.streamed.stream.fill())
-        begin_adapter(text, plan, seed=0, token_ids=token_ids)
+        with ledger.phase(BEGIN):
+            begin_adapter(text, plan, seed=0, token_ids=token_ids, begun=self._name_pair)
         ledger.name("base", [parameter for parameter in text.model.parameters() if not parameter.requires_grad])  # read for pairs
+
+    def _name_pair(self, pair: nn.Module) -> None:
+        self.ledger.name("adapter", [*pair.parameters(), *pair.buffers()])
 
     def go(
         self, spec: TrainSpec, rows: Rows, micro_batches: int, judging: Judging, streaming: Streaming, best_in_memory: bool
@@ -298,8 +313,9 @@ def largest_matrix(model: nn.Module) -> int:
 
 
 def copy_for_checkpoint(training: Training[Any]) -> None:
-    """The copy of the trained tensors that RUN/adapter is written from; a checkpoint is written from the tensors themselves."""
-    copies = [parameter.detach().clone() for parameter in training.parameters.values()]
+    """The copy of the adapter's tensors that RUN/adapter is written from; a checkpoint is written from the tensors themselves."""
+    held = [*training.parameters.values(), *training.task.fixed().values()]
+    copies = [tensor.detach().clone() for tensor in held]
     del copies
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from lorakeet.config import RunConfig
+from lorakeet.core.spec import LoraSpec
 from lorakeet.errors import ConfigError, EnvironmentProblem
 from lorakeet.memory.allocator import return_freed_memory
 from lorakeet.memory.budget import larger_than_machine, machine_bytes
@@ -26,6 +27,7 @@ from lorakeet.models.source import bytes_to_unpack, find_source
 from lorakeet.models.spec import ModelSpec
 from lorakeet.train.rehearsal import NotPlanned, Streaming
 from lorakeet.workflows.choose_streaming import Batches, Choice, choose_streaming, least_streamed
+from lorakeet.workflows.forecast_choices import decomposes, measures_rows
 from lorakeet.workflows.forecast_run import ROW_BYTES, Planned, Precision, forecast_run, rows_of, runtime_bytes
 
 
@@ -56,10 +58,15 @@ class Arrangement:
 
 @dataclass(frozen=True)
 class Loaded:
-    """What the process holds before the model: whether rows may have labels, and how many characters they have."""
+    """What the process holds before the model: whether rows may have labels, and how many characters they have.
+
+    Of a search also how many adapters are in training at once, and the pairs of the largest, where they are not the run's.
+    """
 
     labelled: bool = True
     characters: int = 0
+    members: int = 1
+    lora: LoraSpec | None = None
 
 
 def arrange(config: RunConfig, say: Callable[[str], None], loaded: Loaded | None = None) -> Arrangement:
@@ -69,6 +76,8 @@ def arrange(config: RunConfig, say: Callable[[str], None], loaded: Loaded | None
     With `loaded`, which a run has, what it will hold is forecast whether there is a budget or not. Raises ConfigError where the
     budget cannot be kept, and EnvironmentProblem for a device on which nothing is streamed.
     """
+    if loaded is not None and loaded.lora is not None:
+        config = replace(config, lora=loaded.lora)
     budget, device = config.memory.bytes, device_for(config.model.device)
     if budget is None and (loaded is None or device.type != "cpu"):
         return Arrangement()
@@ -120,17 +129,17 @@ def _forecast(
     precision = precision_of(config)
     try:
         return forecast_run(
-            config, model_config, precision, runtime=_runtime(precision, loaded), files=source,
+            config, model_config, precision, runtime=_runtime(config, precision, loaded), files=source,
             returning=config.memory.bytes is not None, labelled=loaded.labelled,
-        )  # fmt: skip
+        ).searching(loaded.members)  # fmt: skip
     except NotPlanned as error:
         say(f"{error} How much memory the run takes with its weights in memory is not known before it has run.")
         return None
 
 
-def _runtime(precision: Precision, loaded: Loaded) -> int:
+def _runtime(config: RunConfig, precision: Precision, loaded: Loaded) -> int:
     """What is held beside the tensors where the model is: on a CUDA device no row is."""
-    return runtime_bytes(precision) + (0 if precision.on_card else ROW_BYTES * loaded.characters)
+    return runtime_bytes(precision, decomposing=decomposes(config)) + (0 if precision.on_card else ROW_BYTES * loaded.characters)
 
 
 def precision_of(config: RunConfig) -> Precision:
@@ -144,8 +153,8 @@ def _streamed(
     config: RunConfig, model_config: Any, source: Path, planned: Planned | None, loaded: Loaded, say: Callable[[str], None]
 ) -> Arrangement:
     budget, precision = config.memory.bytes or 0, precision_of(config)
-    if config.ranks.choose == "prune":
-        raise ConfigError(not_streamed(config, None if planned is None else planned.peak))
+    if refusal := not_streamed(config, None if planned is None else planned.peak):
+        raise ConfigError(refusal)
     rehearsed, batches = streamed_plans(config, model_config, source, loaded), batches_of(config, model_config)
     try:
         choice = choose_streaming(rehearsed, batches, budget)
@@ -155,10 +164,12 @@ def _streamed(
         lowest = least_streamed(rehearsed)
         if planned is not None:
             lowest = min(lowest, planned.peak)
+        what, more = ("this run", "") if loaded.members == 1 else ("this search", "--together, --rank-choices, ")
+        several = f" and {loaded.members} adapters of rank {config.lora.rank} in training at once" if more else ""
         raise ConfigError(
-            f"memory.budget is {budget >> 20} MiB, but this run takes at least {-(-lowest >> 20)} MiB, streamed or not, with "
-            f"micro-batches of {rows_of(config).tokens:,} tokens. Raise the budget, or lower lora.rank, data.max_tokens or "
-            "train.micro_tokens."
+            f"memory.budget is {budget >> 20} MiB, but {what} takes at least {-(-lowest >> 20)} MiB, streamed or not, with "
+            f"micro-batches of {rows_of(config).tokens:,} tokens{several}. Raise the budget, or lower {more}lora.rank, "
+            "data.max_tokens or train.micro_tokens."
         )
     how = streaming_text(choice, precision, config.memory.keep)
     say(f"Memory: {_size(choice.planned.peak)} planned of {_size(budget)}; {how}.")
@@ -216,14 +227,14 @@ def streamed_plans(
     has no list of blocks.
     """
     precision = precision_of(config)
-    runtime = _runtime(precision, loaded)
+    runtime = _runtime(config, precision, loaded)
 
     @cache
     def plan(streaming: Streaming) -> Planned:
         return forecast_run(
             config, model_config, precision, runtime=runtime, files=files, returning=True, labelled=loaded.labelled,
             streaming=streaming,
-        )  # fmt: skip
+        ).searching(loaded.members)  # fmt: skip
 
     return plan
 
@@ -236,12 +247,25 @@ def batches_of(config: RunConfig, model_config: Any) -> Batches:
 
 
 def not_streamed(config: RunConfig, peak: int | None) -> str:
-    """Why a run that prunes its ranks does not keep its budget by streaming, with the least that it takes."""
+    """Why a run does not keep its budget by streaming, with the least that it takes; empty where it may.
+
+    Pairs are cut, and rows measured, on a model in memory only.
+    """
+    measures = measures_rows(config)
+    if config.ranks.choose != "prune" and not measures:
+        return ""
     least = "" if peak is None else f" ({-(-peak >> 20)} MiB or more)"
-    return (
+    said = (
         f"memory.budget is {(config.memory.bytes or 0) >> 20} MiB, which this run would keep by streaming its blocks, but "
-        f"ranks.choose is prune, which cuts pairs of a model in memory. Raise the budget{least}, lower lora.rank, or take "
-        "ranks.choose given, whose ranks are those of lora.rank and lora.rank_pattern."
+    )
+    if config.ranks.choose == "prune":
+        return said + (
+            f"ranks.choose is prune, which cuts pairs of a model in memory. Raise the budget{least}, lower lora.rank, or take "
+            "ranks.choose given, whose ranks are those of lora.rank and lora.rank_pattern."
+        )
+    return said + (
+        f"{measures} measures training rows on a model in memory. Raise the budget{least}, or choose the ranks in a run without "
+        "it (--dry-run --json prints them) and give them in lora.rank_pattern, with lora.start kaiming."
     )
 
 

@@ -12,11 +12,13 @@ from rich.console import Console
 
 from lorakeet.config import RunConfig
 from lorakeet.core.plan import Plan
+from lorakeet.core.spec import LoraSpec
 from lorakeet.data.batches import StepOrder
 from lorakeet.data.chat import Encoded, Encoder, Example, encode_rows
 from lorakeet.data.prepare import Dataset, load_dataset
 from lorakeet.data.rows import Row
 from lorakeet.errors import ConfigError, DataError
+from lorakeet.memory.allocator import give_back_free_memory
 from lorakeet.memory.measure import PeakMemory
 from lorakeet.models.adapt import begin_adapter
 from lorakeet.models.load import load_text_model
@@ -26,6 +28,7 @@ from lorakeet.train.processes import ALONE, Processes
 from lorakeet.train.text_task import TextTask
 from lorakeet.workflows.arrange import Arrangement, Loaded, arrange
 from lorakeet.workflows.choose_ranks import choose_ranks, start_directions
+from lorakeet.workflows.forecast_choices import reads_weights
 from lorakeet.workflows.prune_ranks import cuts_of, pruning_of
 from lorakeet.workflows.together import on_own_device
 
@@ -84,8 +87,18 @@ class Assembly:
         return self.config.train.total_steps(order.steps_per_epoch)
 
 
-def assemble(config: RunConfig, console: Console, processes: Processes = ALONE) -> Assembly:
-    """Rows first (quick to fail), then the model, then the plan and the ids; ConfigError and DataError as they arise."""
+def assemble(
+    config: RunConfig,
+    console: Console,
+    processes: Processes = ALONE,
+    *,
+    members: int = 1,
+    largest: LoraSpec | None = None,
+) -> Assembly:
+    """Rows first (quick to fail), then the model, then the plan and the ids; ConfigError and DataError as they arise.
+
+    A search says how many adapters it has in training at once, and which pairs the largest of them has.
+    """
     config = on_own_device(config, processes)
     dataset = load_dataset(config.data)
     if not dataset.held_out:
@@ -93,7 +106,7 @@ def assemble(config: RunConfig, console: Console, processes: Processes = ALONE) 
             "No rows are held out, so nothing could be proved; set data.held_out_fraction above 0 or name a data.held_out file."
         )
     parts = (dataset.train, dataset.held_out, dataset.test)
-    loaded = Loaded(bool(dataset.labels), sum(len(row.text) for rows in parts for row in rows))
+    loaded = Loaded(bool(dataset.labels), sum(len(row.text) for rows in parts for row in rows), members, largest)
     arrangement = arrange(config, _say(console), loaded)
     place = config.model.device
     parted = config.train.shard and processes.count > 1  # a device has room for a part: the whole is loaded beside it
@@ -141,6 +154,8 @@ def begin_pairs(setup: Assembly, plan: Plan, *, seed: int, name: str = "default"
     """Puts the pairs of `plan` into the model as the run's settings begin them: lora.start may want a look at training rows."""
     directions = start_directions(setup.config, setup.text, plan, setup.train.examples)
     begin_adapter(setup.text, plan, seed=seed, token_ids=setup.new_token_ids, name=name, directions=directions)
+    if directions or reads_weights(setup.config):
+        give_back_free_memory()  # what measuring, or a matrix in fp32, grew to is not held beside the steps
 
 
 def _say(console: Console) -> Callable[[str], None]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,25 +34,32 @@ from lorakeet.evaluate.report import Report, write_report
 from lorakeet.evaluate.values import encode
 from lorakeet.evaluate.wording import signed
 from lorakeet.formats import peft
+from lorakeet.memory.card import promised
 from lorakeet.models.fits import plan_of
 from lorakeet.models.fuse import fuse, unfuse
 from lorakeet.models.inject import activate, attach, eject
 from lorakeet.models.targets import plan_for
 from lorakeet.models.text import TextModel
 from lorakeet.ranks.allocate import pair_parameters, rank_pattern
-from lorakeet.ranks.resize import Spectrum, Weighting, check_pairs, cut_to_budget, spectra, target, watching
+from lorakeet.ranks.resize import Moments, Spectrum, Weighting, check_pairs, cut_to_budget, spectra, target, watching
 from lorakeet.train.durable import new_folder
+from lorakeet.train.rehearsal import made_up_rows
 from lorakeet.train.run import RunFolder
 from lorakeet.train.text_task import TextTask
 from lorakeet.workflows import facts
+from lorakeet.workflows.arrange import Arrangement, Loaded
 from lorakeet.workflows.assemble import within_context
+from lorakeet.workflows.forecast_run import rows_of
 from lorakeet.workflows.judge import BASE, Judge
 from lorakeet.workflows.opened import NAME, Opened, open_adapter
 from lorakeet.workflows.page import rank_map
+from lorakeet.workflows.peak import held_at_most
 from lorakeet.workflows.place import require_empty, writing
+from lorakeet.workflows.room_judge import arrange_cutting
 from lorakeet.workflows.show import show_certificate, show_results
 
 SHARES = (0.75, 0.5, 0.375, 0.25, 0.1875, 0.125, 0.0625, 0.03125)  # of the pairs' parameters: the points of the curve
+COPIES = 6 + sum(SHARES)  # of the adapter: as read, by components, every cut, that of --to, one on the model, one from disk
 CUT = "cut"  # the name that a cut adapter has on the model while it is measured
 FULL = "as trained"
 
@@ -92,22 +100,48 @@ def compress(  # noqa: PLR0913 - each is a flag of the verb
     weighting: Weighting = "loss",
     base: str | None = None,
     config: Path | None = None,
+    memory: str | None = None,
     console: Console,
 ) -> Compressed:
     """Writes the adapter of `run` cut to `to`, or to the smallest size that loses at most `tolerance` of its gain, to `out`.
 
+    `memory`, or else the run's memory.budget, has to have room for the base and a backward pass, or it is refused (ConfigError).
     Raises ConfigError and DataError for what cannot be cut or measured, VerificationFailed where no cut is good enough.
     """
     require_empty(out)
     share = _share(tolerance)
-    opened = open_adapter(Path(run), base=base, config=config, say=console.print)
+    opened = open_adapter(Path(run), base=base, config=config, say=console.print).within(memory)
     check_pairs(opened.adapter)
     if not opened.config.data.train:
         raise ConfigError("A bare adapter brings no rows to measure on; name the run file that it was trained with in --config.")
     dataset = load_dataset(opened.config.data)
     if not dataset.held_out:
         raise DataError("The run holds no rows out, so no cut could be judged; name a data.held_out file in its run file.")
-    text = opened.text_model(console)
+    budget, kept = opened.config.memory.bytes, _arranged(opened, dataset, console)
+    of_process = None if kept.card is not None else budget
+    with promised(budget, "Raise it with --memory."), held_at_most(of_process, kept.planned, console):
+        text = opened.text_model(console)
+        chosen, curve, judged = _chosen(opened, text, dataset, (to, share, rows, weighting), console)
+        return _write(opened, chosen, curve, judged, dataset, out)
+
+
+def _arranged(opened: Opened, dataset: Dataset, console: Console) -> Arrangement:
+    """How memory.budget is kept; refused where there is no room."""
+    config = opened.config
+    most, parts = rows_of(config), (*dataset.train, *dataset.held_out, *dataset.test)
+    loaded = Loaded(bool(dataset.labels), sum(len(row.text) for row in parts))
+    made_up = made_up_rows(replace(most, count=2 * most.count))  # from the second batch on gradients are there to be added to
+    return arrange_cutting(
+        config, opened.adapter, partial(console.print, markup=False, soft_wrap=True), loaded, copies=COPIES,
+        weigh=lambda text: _seen(text, config, made_up, NAME),
+    )  # fmt: skip
+
+
+def _chosen(
+    opened: Opened, text: TextModel, dataset: Dataset, asked: tuple[str | None, float, int, Weighting], console: Console
+) -> tuple[_Cut, RankCurve, Judge]:
+    """The cut to write, the curve of all, and who measured them."""
+    to, share, rows, weighting = asked
     settings = within_context(opened.config, text, console)
     encoder = Encoder(text.tokenizer, settings.data, dataset.labels)
     plan = plan_of(text.model, opened.adapter)
@@ -120,11 +154,10 @@ def compress(  # noqa: PLR0913 - each is a flag of the verb
     name = cuts[0].name if to is not None else curve.marked
     if not name:
         raise VerificationFailed(
-            f"No cut of {run} {curve.rule} on {len(dataset.held_out)} held-out rows; nothing was written. Keep the adapter as "
-            "trained, allow more with --tolerance, or name a size with --to."
+            f"No cut of {opened.folder} {curve.rule} on {len(dataset.held_out)} held-out rows; nothing was written. Keep the "
+            "adapter as trained, allow more with --tolerance, or name a size with --to."
         )
-    chosen = next(item for item in cuts if item.name == name)
-    return _write(opened, chosen, curve, judged, dataset, out)
+    return next(item for item in cuts if item.name == name), curve, judged
 
 
 def _share(text: str) -> float:
@@ -146,6 +179,11 @@ def weighed(
     adapter: Adapter, text: TextModel, config: RunConfig, rows: Sequence[Example], weighting: Weighting, name: str = NAME
 ) -> dict[str, Spectrum]:
     """Every pair by components, from what it sees on `rows`; `adapter` is on the model as `name`, and stays there."""
+    return spectra(adapter, _seen(text, config, rows, name), weighting)
+
+
+def _seen(text: TextModel, config: RunConfig, rows: Sequence[Example], name: str) -> dict[str, Moments]:
+    """What every pair of the adapter `name` sees on `rows` forth and back."""
     unfuse(text.model)  # so that every pair is called by itself
     activate(text.model, name)
     spec = config.train
@@ -157,7 +195,7 @@ def weighed(
         parameter.grad = None
     text.model.eval()
     fuse(text.model)  # what is measured from here on computes as evaluate does
-    return spectra(adapter, moments, weighting)
+    return moments
 
 
 def _cuts(adapter: Adapter, plan: Plan, found: dict[str, Spectrum], to: str | None) -> list[_Cut]:

@@ -8,16 +8,18 @@ from dataclasses import replace
 
 from lorakeet.config import RunConfig
 from lorakeet.core.plan import Plan
-from lorakeet.core.spec import MEASURED, LoraSpec
-from lorakeet.memory.held import Held, with_more
+from lorakeet.core.spec import ANCHORED, MEASURED, LoraSpec
+from lorakeet.memory.held import Held, larger, with_more
+from lorakeet.memory.lapack import eigh_bytes, svd_bytes
 from lorakeet.ranks.allocate import allocate, pair_parameters, rank_cost, rank_pattern
 from lorakeet.ranks.prune import final_budget
 from lorakeet.ranks.score import OVERSAMPLING, sketch_plan
 from lorakeet.ranks.spec import parameter_count
-from lorakeet.train.rehearsal import EVALUATE, STEP, Rehearsal, Rows
+from lorakeet.train.rehearsal import BEGIN, EVALUATE, STEP, Rehearsal, Rows
 from lorakeet.workflows.prune_ranks import cuts_of
 from lorakeet.workflows.search_space import QUICK_FACTORS
 
+WIDE = 8  # bytes of a number in fp64
 VALUE = 4  # bytes of a trained number, of its gradient, and at most of each of its two moments
 
 
@@ -85,17 +87,25 @@ def while_measuring(config: RunConfig, run: Rehearsal, rehearsed: Callable[[Lora
         return None
     gradients = [largest for what, largest in wanted if what == "gradient"]
     if gradients:
-        return _with_gradients(config, run.plan, rehearsed, max(gradients))
+        return _with_gradients(config, run, rehearsed, max(gradients))
     sides = {"activation": 1, "sensitivity": 0}  # of (out, in)
-    sketches = max(
-        sum((largest + OVERSAMPLING) * entry.shape[sides[what]] for entry in run.plan.entries) for what, largest in wanted
-    )
-    return with_more(run.peaks[EVALUATE], scratch=2 * VALUE * sketches)
+    sizes = [[(largest + OVERSAMPLING, entry.shape[sides[what]]) for entry in run.plan.entries] for what, largest in wanted]
+    sketches = max(sum(math.prod(size) for size in each) for each in sizes)
+    decomposed = max(_decomposing(*size) for each in sizes for size in each)
+    found = with_more(Held(), base=run.base, scratch=3 * VALUE * sketches + decomposed)  # the directions of each beside both
+    return larger(with_more(run.peaks[EVALUATE], scratch=2 * VALUE * sketches), found)
 
 
-def _with_gradients(config: RunConfig, plan: Plan, rehearsed: Callable[[LoraSpec], Rehearsal], largest: int) -> Held:
-    """Of temporary pairs with their gradients, and what both halves of the rows have shown."""
-    sketch = sketch_plan(plan, largest)
+def _decomposing(directions: int, width: int) -> int:
+    """Bytes while one matrix (directions, width) of what was measured is taken apart in fp64: as it is, scaled, its vectors, the
+    other half of the rows or a product with these, and what LAPACK works in."""
+    own = WIDE * directions * width
+    return 5 * own + max(svd_bytes(directions, width, WIDE), eigh_bytes(directions, WIDE)) + 4 * WIDE * directions**2
+
+
+def _with_gradients(config: RunConfig, run: Rehearsal, rehearsed: Callable[[LoraSpec], Rehearsal], largest: int) -> Held:
+    """Of temporary pairs with their gradients, and what both halves of the rows have shown; then of taking that apart."""
+    sketch = sketch_plan(run.plan, largest)
     plain = replace(config.lora, alpha=1.0, variant="lora", start="kaiming", dropout=0.0, extra_modules=(), new_tokens=())
     found = rehearsed(replace(plain, rank_pattern=rank_pattern(sketch, plain)))
     step = found.peaks[STEP]
@@ -103,20 +113,53 @@ def _with_gradients(config: RunConfig, plan: Plan, rehearsed: Callable[[LoraSpec
     if found.best_in_memory:  # of which there are none yet
         kinds["adapter"] = kinds.get("adapter", 0) - VALUE * sketch.parameters
     kinds.pop("moments", None)
-    halves = 2 * sum(math.prod(entry.shape_a) for entry in sketch.entries)
-    kinds["scratch"] = kinds.get("scratch", 0) + VALUE * halves
-    return Held(sum(kinds.values()), kinds, step.heap)
+    half = sum(math.prod(entry.shape_a) for entry in sketch.entries)
+    decomposed = max(_decomposing(entry.rank, math.prod(entry.shape_a) // entry.rank) for entry in sketch.entries)
+    kinds["scratch"] = kinds.get("scratch", 0) + VALUE * 2 * half
+    scoring = Held(sum(kinds.values()), kinds, step.heap)
+    return larger(scoring, with_more(Held(), base=run.base, scratch=VALUE * 3 * half + decomposed))
 
 
-def while_trying_rates(config: RunConfig, found: Rehearsal, rows: Rows) -> Held:
-    """The most held while rates are tried: more adapters with gradients and moments, in passes of micro_tokens or one row."""
-    members, step = len(QUICK_FACTORS), found.peaks[STEP]
+def measures_rows(config: RunConfig) -> str:
+    """The setting by which training rows are measured before the first step; empty where none does."""
+    if config.ranks.choose == "auto":
+        return "ranks.choose auto"
+    return f"lora.start {config.lora.start}" if config.lora.start in MEASURED else ""
+
+
+def reads_weights(config: RunConfig) -> bool:
+    """Whether pairs begin from the weights, one matrix in fp32 at a time; all others begin with less than a step takes."""
+    return config.lora.start in ANCHORED or config.lora.variant == "dora"
+
+
+def decomposes(config: RunConfig) -> bool:
+    """Whether a run takes matrices apart before its first step: those of the model, or what it measured on training rows."""
+    return config.lora.start in ("orthogonal", *ANCHORED) or bool(measures_rows(config))
+
+
+def finished_plan(config: RunConfig, plan: Plan) -> Plan:
+    """The Plan of the adapter that a run with `plan` writes: a pair with an anchor is there of twice the rank."""
+    if config.lora.start not in ANCHORED:
+        return plan
+    doubled = (replace(entry, rank=2 * entry.rank, alpha=2 * entry.alpha, start="kaiming") for entry in plan.entries)
+    return replace(plan, entries=tuple(doubled))
+
+
+def while_trying(
+    config: RunConfig, found: Rehearsal, rows: Rows, members: int = len(QUICK_FACTORS), *, searching: bool = False
+) -> Held:
+    """The most held while `members` adapters are trained together, each with gradients and moments, in passes of micro_tokens or
+    one row. `searching` (workflows/tune) their best values are kept too, and those of two earlier trials.
+    """
+    step = found.peaks[STEP]
     own = VALUE * found.plan.parameters
     copies = 2 if found.best_in_memory else 1  # a run keeps its best values too, a trial none
     tokens = max(config.data.max_tokens, min(config.train.micro_tokens, members * rows.tokens))
     moments = step.kinds.get("moments", 2 * own)  # a quarter of that in 8 bits
     more = max(0.0, tokens / rows.tokens - 1)
     passing = {kind: round(more * step.kinds.get(kind, 0)) for kind in ("saved activations", "logits", "scratch")}
-    return with_more(
-        step, adapter=(members - copies) * own, moments=(members - 1) * moments, gradients=(members - 1) * own, **passing
-    )
+    anchors = VALUE * (finished_plan(config, found.plan).parameters - found.plan.parameters)
+    kept = members + 2 if searching else 0
+    adapters = (members - copies + kept) * own + (members - 1 + kept) * anchors
+    training = with_more(step, adapter=adapters, moments=(members - 1) * moments, gradients=(members - 1) * own, **passing)
+    return larger(training, with_more(found.peaks[BEGIN], adapter=(members - 1 + kept) * (own + anchors)))

@@ -21,6 +21,7 @@ from lorakeet.quant.spec import QuantSpec
 from lorakeet.train.rehearsal import Judging, NotPlanned, Rows
 from lorakeet.workflows.compare_artefact import GREEDY_TOKENS
 from lorakeet.workflows.forecast_check import ALONE, FP32, CheckPlanner, CheckSize, adapted_bytes, tensor_bytes
+from lorakeet.workflows.forecast_choices import finished_plan
 from lorakeet.workflows.forecast_run import EXPORT, MERGE
 from lorakeet.workflows.merge import size_of_merge
 from lorakeet.workflows.verify import FEWEST_TOKENS, MARGIN
@@ -31,7 +32,7 @@ def later_phases(config: RunConfig, model_config: Any, plan: Plan, budget: int) 
 
     Empty for a model whose arithmetic cannot be followed on shapes.
     """
-    dense = plain_config(model_config)
+    dense, plan = plain_config(model_config), finished_plan(config, plan)
     text = dense.get_text_config()
     try:
         merge = _phase(MERGE, _planner(_size_of_merge(config, text, plan), config, dense, plan), budget)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from lorakeet.core.device import standing_for
 from lorakeet.core.plan import Plan
 from lorakeet.core.spec import LoraSpec
 from lorakeet.memory.card import CONTEXT, phases_on_card, rounded
-from lorakeet.memory.forecast import Forecast, phases_of
+from lorakeet.memory.forecast import Forecast, Phase, phases_of
 from lorakeet.memory.held import Held, larger, with_more
 from lorakeet.memory.ledger import Work
 from lorakeet.memory.measure import resident_bytes
@@ -26,10 +26,11 @@ from lorakeet.models.alike_blocks import Build
 from lorakeet.models.outline import config_from, outline
 from lorakeet.models.streamed_outline import streamed_outline
 from lorakeet.models.targets import plan_for
-from lorakeet.models.text import COUNTS, token_logprobs
+from lorakeet.models.text import COUNTS, TextModel, token_logprobs
 from lorakeet.quant.packed import SCRATCH
 from lorakeet.quant.spec import QuantSpec
 from lorakeet.train.rehearsal import (
+    BEGIN,
     CHECKPOINT,
     EVALUATE,
     JUDGE,
@@ -43,9 +44,18 @@ from lorakeet.train.rehearsal import (
     training_on,
 )
 from lorakeet.train.spec import TrainSpec
-from lorakeet.workflows.forecast_choices import while_measuring, while_trying_rates, with_importance, with_largest_ranks
+from lorakeet.workflows.forecast_choices import (
+    VALUE,
+    finished_plan,
+    reads_weights,
+    while_measuring,
+    while_trying,
+    with_importance,
+    with_largest_ranks,
+)
+from lorakeet.workflows.search_space import QUICK_FACTORS
 
-LOAD, SCORE, CERTIFY, MERGE, EXPORT = "load", "measure ranks", "certify", "merge", "export"
+LOAD, SCORE, CERTIFY, MERGE, EXPORT, SEARCH = "load", "measure ranks", "certify", "merge", "export", "search"
 LATER = (MERGE, EXPORT)  # processes of their own
 TOKENIZER_ENTRY = 1024  # bytes for each word of a vocabulary; measured: 45.8 MiB for SmolLM2's 49,152
 ROW_BYTES = 9  # for each character of a row: at most a token, with its id and whether it is learnt
@@ -87,6 +97,13 @@ class Planned:
     rate_trial: int = 0  # bytes of three adapters in training (workflows/choose_rate), tried only where that is not the peak
     blocks: int = 0  # that are streamed
     block_bytes: int = 0  # of each of the places that they come into
+    together: Callable[[int], Phase] | None = None  # a search with so many adapters in training (workflows/tune)
+
+    def searching(self, members: int) -> Planned:
+        """The same with the phase in which `members` adapters are trained together; as it is where there is one."""
+        if members == 1 or self.together is None:
+            return self
+        return replace(self, forecast=Forecast((*self.forecast.phases, self.together(members))))
 
     @property
     def peak(self) -> int:
@@ -96,7 +113,7 @@ class Planned:
     @property
     def training_peak(self) -> int:
         """The most bytes until training ends."""
-        training = (LOAD, SCORE, STEP, EVALUATE, CHECKPOINT)
+        training = (LOAD, SCORE, BEGIN, STEP, EVALUATE, CHECKPOINT, SEARCH)
         return max(phase.bytes for phase in self.forecast.phases if phase.name in training)
 
     def to_mapping(self) -> dict[str, Any]:
@@ -104,8 +121,9 @@ class Planned:
         return {"peak": self.peak, "phases": [phase.to_mapping() for phase in self.forecast.phases]}
 
 
-def runtime_bytes(precision: Precision, counts: int = COUNTS) -> int:
-    """What this process holds beside the tensors of a model, once it has done everything that a run does.
+def runtime_bytes(precision: Precision, counts: int = COUNTS, *, decomposing: bool = False) -> int:
+    """What this process holds beside the tensors of a model, once it has done everything that a run does; with `decomposing`
+    also what pairs begin with that are no random numbers, and what ranks are measured by.
 
     Found by doing it on a very small model, so that the code of every kernel and the libraries' own buffers are there; for
     narrow products, whose library keeps code for every shape, with an allowance for those of the real model in micro-batches of
@@ -115,6 +133,8 @@ def runtime_bytes(precision: Precision, counts: int = COUNTS) -> int:
     if precision.on_card:
         return CONTEXT
     _do_everything(precision)
+    if decomposing:
+        _decompose()
     narrow = NARROW + (counts - 1) * COUNT_BYTES if precision.products.itemsize < torch.float32.itemsize else 0
     return resident_bytes() + narrow
 
@@ -137,6 +157,17 @@ def _do_everything(precision: Precision) -> None:
         training.optimizer.step(1e-3)
         training.step()
     SCRATCH.clear()
+
+
+@cache
+def _decompose() -> None:
+    """Each of LAPACK's routines that core/start and ranks/score call, on matrices of some hundred rows."""
+    for dtype in (torch.float32, torch.float64):
+        matrix = torch.eye(384, dtype=dtype) + torch.arange(384, dtype=dtype)
+        torch.linalg.svd(matrix[:96], full_matrices=False)
+        torch.linalg.svdvals(matrix[:96].t())
+        torch.linalg.qr(matrix[:, :96])
+        torch.linalg.eigh(matrix @ matrix.t())
 
 
 def rows_of(config: RunConfig) -> Rows:
@@ -178,26 +209,20 @@ def forecast_run(
     on_card = precision.on_card
     words = 0 if on_card else TOKENIZER_ENTRY * int(model_config.get_text_config().vocab_size)
     rows = rows_of(config)
-    make = partial(
-        outline if streaming is None else streamed_outline, name=config.model.path, dtype=precision.dtype,
-        products=precision.products, attention=config.model.attention, quantize=precision.quantize, files=files,
-    )  # fmt: skip
+    build = _build(outline if streaming is None else streamed_outline, config, model_config, precision, files)
     micro_batches = max(2 if config.train.batch_size > rows.count else 1, 0 if streaming is None else streaming.together)
     rehearsed = _standing_for(precision.device, partial(
-        rehearse, Build(make, model_config), spec=config.train, rows=rows, micro_batches=micro_batches,
+        rehearse, build, spec=config.train, rows=rows, micro_batches=micro_batches,
         judging=judging_of(config), streaming=streaming, best_in_memory=not returning and not on_card,
     ))  # fmt: skip
-    found = rehearsed(config.lora)
-    measuring = while_measuring(config, found, rehearsed)
-    before = {} if measuring is None else {SCORE: measuring}
-    if config.ranks.choose == "auto":
-        found = with_largest_ranks(config, found, rehearsed)
+    found, before = _before_steps(config, rehearsed)
     training = with_importance(config, found)
-    load, judge = _load(model_config, found, precision), found.peaks[JUDGE]
+    load, judge = load_peak(model_config, found, precision), found.peaks[JUDGE]
     floors = FLOORS if labelled and config.evaluate.baselines and not on_card else 0
-    kept = Held(found.base + 4 * found.plan.parameters, {"base": found.base, "adapter": 4 * found.plan.parameters})
+    adapter = VALUE * finished_plan(config, found.plan).parameters
+    kept = with_more(Held(), base=found.base, adapter=adapter)
     judged = with_more(larger(judge, with_more(kept, scratch=0 if on_card else INTERVALS)), runtime=floors)
-    again = Again(found, load, judge, words, second=not returning)
+    again = Again(found, load, judge, words, adapter, second=not returning)
     held = {
         LOAD: load,
         **before,
@@ -209,14 +234,38 @@ def forecast_run(
     }
     phases = phases_on_card if on_card else phases_of
     run = phases(held, runtime + words, returning=returning, trimmed_before=(STEP, JUDGE) if before else (JUDGE,))
+
+    def together(members: int, *, searching: bool = True) -> Phase:
+        held = while_trying(config, found, rows, members, searching=searching)
+        return phases({SEARCH: held}, runtime + words, returning=returning)[0]
+
     if streaming is not None:
         block_bytes = rounded(found.block_bytes) if on_card else found.block_bytes
-        return Planned(Forecast(run), found.plan, rows, found.work, found.base, 0, found.blocks, block_bytes)
-    models = {} if on_card else {MERGE: _merge(found), EXPORT: _export(found)}  # which are compared on the CPU
-    later = [phases_of({name: peak}, runtime + words) for name, peak in models.items()]
-    trial = {"rate trial": while_trying_rates(config, found, rows)}
-    (tried,) = phases(trial, runtime + words, returning=returning)
-    return Planned(Forecast((*run, *(phase for (phase,) in later))), found.plan, rows, found.work, found.base, tried.bytes)
+        return Planned(Forecast(run), found.plan, rows, found.work, found.base, 0, found.blocks, block_bytes, together)
+    models = {} if on_card else {MERGE: _merge(found, adapter), EXPORT: _export(found, adapter)}  # which are compared on the CPU
+    later = [phases_of({name: peak}, runtime + words)[0] for name, peak in models.items()]
+    trial = together(len(QUICK_FACTORS), searching=False).bytes
+    return Planned(Forecast((*run, *later)), found.plan, rows, found.work, found.base, trial, together=together)
+
+
+def _build(
+    make: Callable[..., TextModel], config: RunConfig, model_config: Any, precision: Precision, files: Path | None
+) -> Build:
+    """Makes the model of a run on shapes, with all of its blocks or a few."""
+    settings = {"products": precision.products, "attention": config.model.attention, "quantize": precision.quantize}
+    return Build(partial(make, name=config.model.path, dtype=precision.dtype, files=files, **settings), model_config)
+
+
+def _before_steps(config: RunConfig, rehearsed: Callable[[LoraSpec], Rehearsal]) -> tuple[Rehearsal, dict[str, Held]]:
+    """The rehearsal of a run, and what it holds while rows are measured and while pairs begin from the weights, where it does."""
+    found = rehearsed(config.lora)
+    measuring = while_measuring(config, found, rehearsed)
+    before = {} if measuring is None else {SCORE: measuring}
+    if config.ranks.choose == "auto":
+        found = with_largest_ranks(config, found, rehearsed)
+    if reads_weights(config):
+        before[BEGIN] = found.peaks[BEGIN]
+    return found, before
 
 
 def _standing_for(device: torch.device, rehearsed: Callable[[LoraSpec], Rehearsal]) -> Callable[[LoraSpec], Rehearsal]:
@@ -237,11 +286,12 @@ class Again:
     load: Held
     judge: Held
     words: int  # bytes of a second tokenizer
+    adapter: int  # bytes of the adapter from disk
     second: bool
 
     def peak(self, kept: Held) -> Held:
         """The most held while the second base is loaded, or while the two are compared."""
-        adapter = 4 * self.found.plan.parameters
+        adapter = self.adapter
         if not self.second:  # what is read has gone when anything computes: until then it stands beside the pairs it becomes
             unpacked = torch.float32.itemsize * self.found.largest if self.found.packed else 0  # the buffer of all packed weights
             reading = with_more(kept, adapter=2 * adapter, scratch=unpacked)
@@ -250,7 +300,7 @@ class Again:
         return larger(loading, with_more(self.judge, base=self.found.base, adapter=2 * adapter, runtime=self.words))
 
 
-def _load(model_config: Any, found: Rehearsal, precision: Precision) -> Held:
+def load_peak(model_config: Any, found: Rehearsal, precision: Precision) -> Held:
     """The base, and while it is read: the file's own pages where the dtype changes, a matrix as stored where it is packed or
     goes into a store, there with its cast."""
     if precision.on_card:  # where only what is whole arrives
@@ -263,14 +313,14 @@ def _load(model_config: Any, found: Rehearsal, precision: Precision) -> Held:
     return with_more(Held(), base=found.base, scratch=pages)
 
 
-def _merge(found: Rehearsal) -> Held:
+def _merge(found: Rehearsal, adapter: int) -> Held:
     """The merged model is compared with base + adapter, both in fp32, weight by weight; the writing takes less."""
     weight = found.largest * torch.float32.itemsize
     both = 2 * found.parameters * torch.float32.itemsize
-    return with_more(Held(), base=both, adapter=2 * found.plan.parameters * 4, scratch=4 * weight)
+    return with_more(Held(), base=both, adapter=2 * adapter, scratch=4 * weight)
 
 
-def _export(found: Rehearsal) -> Held:
+def _export(found: Rehearsal, adapter: int) -> Held:
     """The GGUF file in llama.cpp is compared with base + adapter in fp32; in f16 it takes half as much beside it."""
     whole = found.parameters * torch.float32.itemsize
-    return with_more(Held(), base=whole + whole // 2, adapter=2 * found.plan.parameters * 4, scratch=4 * 4 * found.largest)
+    return with_more(Held(), base=whole + whole // 2, adapter=2 * adapter, scratch=4 * 4 * found.largest)

@@ -94,6 +94,9 @@ def generate(  # noqa: PLR0913 - one parameter for each option of the verb
     mixes = _mixes(prompt, list(paths), weights or {}, each)
     say = partial(console.print, markup=False, soft_wrap=True)
     runs, adapters = _opened(paths, say)
+    for name, run in runs.items():
+        if run.memory.budget:
+            say(f"memory.budget {run.memory.budget} of {name} is that of its training; drawing keeps none.")
     base = ModelSpec(path=model, config=config) if model else _base_of(runs, adapters, config)
     spec = replace(base, dtype=dtype, device=device)
     predicted = _predicted(runs, base.path) if prediction == "auto" else prediction

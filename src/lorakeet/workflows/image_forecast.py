@@ -37,8 +37,9 @@ from lorakeet.models.spec import ModelSpec
 from lorakeet.quant.packed import SCRATCH, PackedBase
 from lorakeet.train.image_rehearsal import ENCODE, ImageRehearsal, Pictures, go_through, rehearse_images
 from lorakeet.train.image_spec import DiffusionSpec
-from lorakeet.train.rehearsal import CHECKPOINT, EVALUATE, JUDGE, STEP
+from lorakeet.train.rehearsal import BEGIN, CHECKPOINT, EVALUATE, JUDGE, STEP
 from lorakeet.train.spec import TrainSpec
+from lorakeet.workflows.forecast_choices import VALUE, finished_plan, reads_weights
 
 LOAD, CERTIFY = "load", "certify"
 PROMPTS = 3  # whose samples are drawn where the settings name none
@@ -200,6 +201,7 @@ def forecast_images(config: RunConfig, shapes: Shapes, machine: Machine) -> Imag
     do not fit the model.
     """
     pictures, quantize = pictures_of(config, shapes), config.model.quantize
+    begun = (BEGIN,) if reads_weights(config) else ()
     build = partial(outline_image, shapes, name=config.model.path, dtype=machine.dtype, quantize=quantize)
 
     def on_card() -> ImageRehearsal:
@@ -208,13 +210,13 @@ def forecast_images(config: RunConfig, shapes: Shapes, machine: Machine) -> Imag
 
     if machine.card is not None:
         found = on_card()
-        held = {name: found.peaks[name] for name in (ENCODE, STEP, EVALUATE, CHECKPOINT, JUDGE)}
+        held = {name: found.peaks[name] for name in (ENCODE, *begun, STEP, EVALUATE, CHECKPOINT, JUDGE)}
         # The adapter from disk, and that of before; one base is staged away before another comes.
-        held[CERTIFY] = with_more(held[JUDGE], adapter=8 * found.plan.parameters)
+        held[CERTIFY] = with_more(held[JUDGE], adapter=2 * VALUE * finished_plan(config, found.plan).parameters)
         phases = phases_on_card(held, machine.runtime)
         return ImagePlanned(Forecast(phases), found.plan, pictures, found.work, partial(_most, found), machine.card)
     found = rehearse_images(build, config.lora, config.train, config.diffusion, pictures)
-    peaks, adapter = found.peaks, 4 * found.plan.parameters
+    peaks, adapter = found.peaks, VALUE * finished_plan(config, found.plan).parameters
     load = with_more(Held(), base=found.base, scratch=_read(found, machine))
     kept = with_more(Held(), base=found.base, adapter=2 * adapter)
     judge = with_more(peaks[JUDGE], scratch=INTERVALS)
@@ -222,7 +224,8 @@ def forecast_images(config: RunConfig, shapes: Shapes, machine: Machine) -> Imag
     if not machine.returning:  # or on a second one
         loading = with_more(kept, **load.kinds)
         certify = larger(loading, with_more(certify, base=found.base))
-    held = {LOAD: load, **{name: peaks[name] for name in (ENCODE, STEP, EVALUATE, CHECKPOINT)}, JUDGE: judge, CERTIFY: certify}
+    traced = {name: peaks[name] for name in (ENCODE, *begun, STEP, EVALUATE, CHECKPOINT)}
+    held = {LOAD: load, **traced, JUDGE: judge, CERTIFY: certify}
     phases = phases_of(held, machine.runtime, returning=machine.returning)
     return ImagePlanned(Forecast(phases), found.plan, pictures, found.work, lambda: _most(on_card()))
 

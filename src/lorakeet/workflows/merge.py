@@ -186,6 +186,9 @@ def _opened(paths: Sequence[str], base: str | None, console: Console) -> list[Op
 
 def _into_adapter(plan: Combination, first: Opened, out: Path, console: Console) -> Merged:
     """Writes the combined adapter in PEFT's layout, reads it again, and checks every matrix against the combined ΔW."""
+    if budget := first.config.memory.budget:
+        said = f"memory.budget {budget} is not kept here: no model is loaded, and adapters lie in memory as they are."
+        console.print(said, soft_wrap=True)
     with _progress(console, "combining") as step:
         combined = plan.combined(step)
     _show_errors(combined, console)

@@ -30,7 +30,8 @@ from lorakeet.models.text import TextModel
 from lorakeet.quant.adopt import weights_in
 from lorakeet.quant.spec import QuantSpec
 from lorakeet.train.run import RunFolder
-from lorakeet.workflows.arrange import Arrangement, Loaded, arrange
+from lorakeet.workflows.arrange import Arrangement, Loaded
+from lorakeet.workflows.room_judge import arrange_judging
 
 NAME = "default"
 FP32 = 4  # bytes
@@ -103,7 +104,7 @@ class Opened:
         if self.kept is not None:
             spec, kept = dataclasses.replace(spec, device=self.checked_on, kernels="torch"), self.kept
         elif within_budget is not None and self.config.memory.budget:
-            kept = arrange(dataclasses.replace(self.config, model=spec), say, within_budget)
+            kept = arrange_judging(dataclasses.replace(self.config, model=spec), self.adapter, say, within_budget)
         text = load_text_model(spec, say=console.print, store=kept.store, slots=kept.slots, pinned=kept.pinned, changes=changes)
         if self.tokenizer is not None:
             text.tokenizer = load_tokenizer(self.tokenizer)

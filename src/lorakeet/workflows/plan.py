@@ -35,6 +35,7 @@ from lorakeet.workflows.arrange import (
     streaming_text,
 )
 from lorakeet.workflows.choose_streaming import Choice, choose_streaming, least_streamed
+from lorakeet.workflows.forecast_choices import decomposes
 from lorakeet.workflows.forecast_later import later_phases, with_later
 from lorakeet.workflows.forecast_run import Planned, Precision, forecast_run, runtime_bytes
 from lorakeet.workflows.image_plan import ImagePlanResult, plan_images
@@ -147,7 +148,7 @@ def plan(
         return_freed_memory()  # as a run under a budget does
     model_config, files = config_of(config.model, console.print), local_files(config.model.path)
     speed = None if precision.on_card else _speed(precision.products)
-    runtime = runtime_bytes(precision)
+    runtime = runtime_bytes(precision, decomposing=decomposes(config))
     forecast = partial(forecast_run, model_config=model_config, runtime=runtime, files=files, returning=budget is not None)
     planned = forecast(config, precision=precision)
     later: tuple[Phase, ...] = ()
@@ -155,8 +156,9 @@ def plan(
         later = later_phases(config, model_config, planned.plan, budget)
         planned = dataclasses.replace(planned, forecast=with_later(planned.forecast, later))
     result = PlanResult(config, _unpacked_first(planned, config, precision), precision, speed, budget, later=later)
-    if budget is not None and planned.peak > budget and config.ranks.choose == "prune":
-        console.print(f"finetune refuses: {not_streamed(config, planned.peak)}", soft_wrap=True)
+    refusal = not_streamed(config, planned.peak)
+    if budget is not None and planned.peak > budget and refusal:
+        console.print(f"finetune refuses: {refusal}", soft_wrap=True)
     elif budget is not None and planned.peak > budget:
         rehearsed, batches = streamed_plans(config, model_config, files, Loaded()), batches_of(config, model_config)
         streamed = choose_streaming(rehearsed, batches, budget)

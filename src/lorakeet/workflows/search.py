@@ -173,8 +173,17 @@ class Trials:
             for name in names:
                 _eject(text.model, name)
         self.all += trials
+        self._keep_best()
         for trial in trials:
             self._say(trial)
+
+    def _keep_best(self) -> None:
+        """Lets go of all adapters but those that may be confirmed: the run file's, and the best one so far."""
+        measured = any(trial.losses is not None for trial in self.all)
+        best = self.best() if measured else self.all[0]
+        for trial in self.all[1:]:
+            if trial is not best:
+                trial.adapter = None
 
     def _finite(self, trial: Trial, name: str) -> RowLosses | None:
         """Its losses on the rows of the search; a trial whose losses are no numbers has diverged after all."""

@@ -17,6 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from lorakeet.config import RunConfig, dump_yaml
+from lorakeet.core.spec import LoraSpec
 from lorakeet.core.start import seed_for
 from lorakeet.data.rows import Row
 from lorakeet.errors import ConfigError, DataError, EnvironmentProblem, Problems
@@ -24,7 +25,7 @@ from lorakeet.evaluate.compare import Comparison
 from lorakeet.evaluate.rank_values import Search
 from lorakeet.evaluate.report import Command, Report, write_report
 from lorakeet.evaluate.values import encode
-from lorakeet.evaluate.wording import bytes_text, signed
+from lorakeet.evaluate.wording import signed
 from lorakeet.memory.card import promised
 from lorakeet.train.durable import new_folder, write_file
 from lorakeet.workflows import facts
@@ -34,7 +35,6 @@ from lorakeet.workflows.search import START, Budget, SearchRows, Trial, Trials
 from lorakeet.workflows.search_space import QUICK_FACTORS, Point, space_for
 
 SEEDS = 3  # of the confirmation: two settings are told apart only beyond what another seed changes
-HELD_BY_A_NUMBER = 5 * 4  # bytes of a trained number: itself, its gradient, two moments, its best value
 
 
 @dataclass(frozen=True)
@@ -83,19 +83,17 @@ def tune(  # noqa: PLR0913 - each is a flag of the verb
     require_empty(out)
     sampler = None if quick else _sampler(config.train.seed)
     with promised(config.memory.bytes, "Raise the budget, or lower --together."):
-        setup = assemble(config, console)
         if quick:
             rate_factors, rank_choices, target_choices = QUICK_FACTORS, (), ()
+        largest = _largest(config, rank_choices, target_choices) if config.memory.budget else None
+        members = max(together, len(QUICK_FACTORS)) if quick else together  # in training at once
+        setup = assemble(config, console, members=members, largest=largest)
         space = space_for(
             setup.config, setup.text, rate_factors=rate_factors, rank_choices=rank_choices, target_choices=target_choices
         )
         search = Trials(setup, space, _rows(setup), Budget(None if minutes is None else 60 * minutes, tokens), console)
         power = search.power(difference)
         console.print(power, markup=False, soft_wrap=True)
-        if setup.arrangement.budget is not None:
-            more = (len(QUICK_FACTORS) if quick else together) * HELD_BY_A_NUMBER * setup.plan.parameters
-            said = f"memory.budget is planned for one adapter; trained together, trials of this size hold {bytes_text(more)}."
-            console.print(said, markup=False, soft_wrap=True)
         if quick:
             others = [Trial(f"rate ×{factor:g}", Point(factor)) for factor in QUICK_FACTORS if factor != 1.0]
             search.generation([Trial(START, Point()), *others], rungs=())
@@ -109,6 +107,16 @@ def tune(  # noqa: PLR0913 - each is a flag of the verb
         settings = replace(space.resolved(search.chosen(winner, confirmed).point), out=config.out)
         _write(out, settings, found, setup, console)
         return Tuned(out, settings, found, confirmed)
+
+
+def _largest(config: RunConfig, ranks: Sequence[int], targets: Sequence[str]) -> LoraSpec:
+    """Pairs of the highest rank of all trials, wherever one of them has some: no trial holds more."""
+    lora = config.lora
+    if ranks and max(ranks) >= max([lora.rank, *lora.rank_pattern.values()]):
+        lora = replace(lora, rank=max(ranks), rank_pattern={})
+    elif ranks:
+        lora = replace(lora, rank=max([lora.rank, *lora.rank_pattern.values()]), rank_pattern={})
+    return replace(lora, target_modules=tuple(dict.fromkeys((*lora.target_modules, *targets))))
 
 
 def _check(

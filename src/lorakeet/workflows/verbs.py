@@ -289,6 +289,9 @@ class CompressOptions:
     )
     base: str | None = field(default=None, metadata={"help": "The base model; without it, the one that run or adapter names."})
     config: Path | None = field(default=None, metadata={"help": "Run file with the data settings, for a bare adapter."})
+    memory: str | None = field(
+        default=None, metadata={"help": "The most memory that this may take, such as 2GiB, unstreamed; else memory.budget."}
+    )
 
 
 @dataclass(frozen=True)
