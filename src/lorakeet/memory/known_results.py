@@ -1,0 +1,124 @@
+"""What operators make of tensors without numbers, remembered: the same operator on the same shapes makes the same again.
+
+A rehearsal calls a few thousand different operators and shapes a hundred thousand times, and torch's rules for shapes take longer
+over a call than everything else in it. Remembered is which tensors of a result are new, and of what shape, which are views of an
+argument, and which are an argument itself. A call whose result may hang on more than shapes and numbers given is not remembered.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode  # torch offers no public name
+
+
+PLAIN = frozenset((int, float, bool, str, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format))
+
+
+class Call(NamedTuple):
+    """An operator with its arguments: all that its result hangs on, and the tensors among the arguments, in their order."""
+
+    key: tuple[Any, ...]
+    tensors: list[FakeTensor]
+
+
+class Known(NamedTuple):
+    """What a call makes, and the FLOPs of its products."""
+
+    results: tuple[_One | None, ...]
+    kind: type | None  # list or tuple; None where it is one tensor
+    flops: int
+
+    def made(self, mode: FakeTensorMode, tensors: Sequence[FakeTensor]) -> Any:
+        """The result of the same call with other tensors of these shapes."""
+        found = [None if one is None else one.made(mode, tensors) for one in self.results]
+        return found[0] if self.kind is None else self.kind(found)
+
+
+class _One(NamedTuple):
+    """A tensor of a result: new, or in the memory of the argument of this number, or that argument itself."""
+
+    argument: int | None
+    itself: bool
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    offset: int
+    dtype: torch.dtype
+    device: torch.device
+
+    def made(self, mode: FakeTensorMode, tensors: Sequence[FakeTensor]) -> FakeTensor:
+        if self.itself:
+            return tensors[self.argument or 0]
+        with torch._C._DisableTorchDispatch():
+            bare = torch.empty_strided(self.shape, self.stride, dtype=self.dtype, device="meta")
+            if self.argument is not None:
+                bare.set_(tensors[self.argument].untyped_storage(), self.offset, self.shape, self.stride)
+        return FakeTensor(mode, bare, self.device)
+
+
+class _Untold(Exception):
+    """There is more to an argument, or to a result, than is told here."""
+
+
+def call_of(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Call | None:
+    """The call; None where one of its tensors has numbers, or is no plain one."""
+    tensors: list[FakeTensor] = []
+    try:
+        told = _told(args, tensors)
+        named = tuple([(name, _told(value, tensors)) for name, value in kwargs.items()])
+    except _Untold:
+        return None
+    return Call((func, torch.get_default_dtype(), told, named), tensors)
+
+
+def _told(value: Any, tensors: list[FakeTensor]) -> Any:
+    """What is told of an argument; the tensors in it go into `tensors`."""
+    if isinstance(value, FakeTensor):
+        tensors.append(value)
+        return _shape_of(value)
+    if isinstance(value, (list, tuple)):
+        return tuple([_told(item, tensors) for item in value])
+    if value.__class__ not in PLAIN:
+        raise _Untold
+    return value.__class__, value  # 1 and 1.0 are equal, but make different dtypes
+
+
+def _shape_of(tensor: FakeTensor) -> tuple[Any, ...]:
+    if tensor.constant is not None or tensor.layout is not torch.strided or tensor.is_neg() or tensor.is_conj():
+        raise _Untold
+    return tensor.shape, tensor.stride(), tensor.storage_offset(), tensor.dtype, tensor.fake_device, tensor.requires_grad
+
+
+def known_of(call: Call, args: Sequence[Any], kwargs: Mapping[str, Any], result: Any, flops: int) -> Known | None:
+    """What there is to remember of `call` once it has made `result`; None where the same call might make another one."""
+    func = call.key[0]
+    after = call_of(func, args, kwargs)
+    if after is None or after.key != call.key or torch.Tag.inplace_view in func.tags:  # an argument has another shape since
+        return None
+    kind = type(result) if isinstance(result, (list, tuple)) else None
+    try:
+        results = tuple(_one(item, call.tensors) for item in (result if kind else [result]))
+    except _Untold:
+        return None
+    own = [item.untyped_storage()._cdata for item, one in zip(result if kind else [result], results, strict=True)
+           if one is not None and one.argument is None]  # fmt: skip
+    return Known(results, kind, flops) if len(set(own)) == len(own) else None
+
+
+def _one(result: Any, tensors: Sequence[FakeTensor]) -> _One | None:
+    if result is None:
+        return None
+    if not isinstance(result, FakeTensor):
+        raise _Untold
+    storage = result.untyped_storage()
+    shape, stride, offset, dtype, device, wants_gradient = _shape_of(result)
+    places = [place for place, tensor in enumerate(tensors) if tensor.untyped_storage()._cdata == storage._cdata]
+    whole = 0 if 0 in shape else dtype.itemsize * (1 + sum((size - 1) * step for size, step in zip(shape, stride, strict=True)))
+    if len(places) > 1 or (not places and (offset or storage.nbytes() != whole)):  # of which of them, or a part of what
+        raise _Untold
+    itself = bool(places) and result is tensors[places[0]]
+    if wants_gradient and not itself:
+        raise _Untold
+    return _One(places[0] if places else None, itself, tuple(shape), stride, offset, dtype, device)
