@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode  # torch offers no public name
 
-
 PLAIN = frozenset((int, float, bool, str, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format))
 
 
@@ -93,32 +92,41 @@ def _shape_of(tensor: FakeTensor) -> tuple[Any, ...]:
 
 def known_of(call: Call, args: Sequence[Any], kwargs: Mapping[str, Any], result: Any, flops: int) -> Known | None:
     """What there is to remember of `call` once it has made `result`; None where the same call might make another one."""
-    func = call.key[0]
-    after = call_of(func, args, kwargs)
-    if after is None or after.key != call.key or torch.Tag.inplace_view in func.tags:  # an argument has another shape since
-        return None
+    after = call_of(call.key[0], args, kwargs)
+    if after is None or after.key != call.key or torch.Tag.inplace_view in call.key[0].tags:
+        return None  # it gave an argument another shape, or other memory
     kind = type(result) if isinstance(result, (list, tuple)) else None
+    found = result if kind else [result]
     try:
-        results = tuple(_one(item, call.tensors) for item in (result if kind else [result]))
+        results = tuple([_one(item, call.tensors) for item in found])
     except _Untold:
         return None
-    own = [item.untyped_storage()._cdata for item, one in zip(result if kind else [result], results, strict=True)
-           if one is not None and one.argument is None]  # fmt: skip
-    return Known(results, kind, flops) if len(set(own)) == len(own) else None
+    new = [item for item, one in zip(found, results, strict=True) if one is not None and one.argument is None]
+    apart = len({item.untyped_storage()._cdata for item in new}) == len(new)
+    return Known(results, kind, flops) if apart else None
 
 
 def _one(result: Any, tensors: Sequence[FakeTensor]) -> _One | None:
+    """What there is to remember of a tensor of a result of these `tensors`."""
     if result is None:
         return None
     if not isinstance(result, FakeTensor):
         raise _Untold
     storage = result.untyped_storage()
     shape, stride, offset, dtype, device, wants_gradient = _shape_of(result)
-    places = [place for place, tensor in enumerate(tensors) if tensor.untyped_storage()._cdata == storage._cdata]
-    whole = 0 if 0 in shape else dtype.itemsize * (1 + sum((size - 1) * step for size, step in zip(shape, stride, strict=True)))
-    if len(places) > 1 or (not places and (offset or storage.nbytes() != whole)):  # of which of them, or a part of what
+    places = [place for place, tensor in enumerate(tensors) if tensor is result]
+    itself = bool(places)
+    if not itself:
+        places = [place for place, tensor in enumerate(tensors) if tensor.untyped_storage()._cdata == storage._cdata]
+    if len(places) > 1 or (wants_gradient and not itself):  # which of these arguments it is cannot be told
         raise _Untold
-    itself = bool(places) and result is tensors[places[0]]
-    if wants_gradient and not itself:
+    if not places and (offset or storage.nbytes() != _bytes(shape, stride, dtype)):  # a part of something larger
         raise _Untold
     return _One(places[0] if places else None, itself, tuple(shape), stride, offset, dtype, device)
+
+
+def _bytes(shape: Sequence[int], stride: Sequence[int], dtype: torch.dtype) -> int:
+    """How long the memory is that such a tensor needs."""
+    if 0 in shape:
+        return 0
+    return dtype.itemsize * (1 + sum((size - 1) * step for size, step in zip(shape, stride, strict=True)))
