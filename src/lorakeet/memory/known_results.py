@@ -11,9 +11,35 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode  # torch offers no public name
 
 PLAIN = frozenset((int, float, bool, str, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format))
+
+
+class Mode(FakeTensorMode):  # type: ignore[no-untyped-call]
+    """The mode to which fake tensors belong; a copied module's tensors belong to the same one.
+
+    It remembers no results: that is done here, and takes less time.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.cache_enabled = False
+        self._attributes: dict[torch.device, dict[str, Any]] = {}  # of a fake tensor as torch makes it
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Mode:
+        return self
+
+    def tensor(self, bare: Tensor, device: torch.device) -> FakeTensor:
+        """The fake tensor of a `bare` one on the meta device, in a quarter of the time that torch's own constructor takes."""
+        if device not in self._attributes:
+            first = FakeTensor(self, bare, device)
+            self._attributes[device] = dict(vars(first))
+            return first
+        found = Tensor._make_subclass(FakeTensor, bare, False, dispatch_device=True, device_for_backend_keys=device)
+        vars(found).update(self._attributes[device])
+        return found
 
 
 class Call(NamedTuple):
@@ -30,7 +56,7 @@ class Known(NamedTuple):
     kind: type | None  # list or tuple; None where it is one tensor
     flops: int
 
-    def made(self, mode: FakeTensorMode, tensors: Sequence[FakeTensor]) -> Any:
+    def made(self, mode: Mode, tensors: Sequence[FakeTensor]) -> Any:
         """The result of the same call with other tensors of these shapes."""
         found = [None if one is None else one.made(mode, tensors) for one in self.results]
         return found[0] if self.kind is None else self.kind(found)
@@ -47,14 +73,14 @@ class _One(NamedTuple):
     dtype: torch.dtype
     device: torch.device
 
-    def made(self, mode: FakeTensorMode, tensors: Sequence[FakeTensor]) -> FakeTensor:
+    def made(self, mode: Mode, tensors: Sequence[FakeTensor]) -> FakeTensor:
         if self.itself:
             return tensors[self.argument or 0]
         with torch._C._DisableTorchDispatch():
             bare = torch.empty_strided(self.shape, self.stride, dtype=self.dtype, device="meta")
             if self.argument is not None:
                 bare.set_(tensors[self.argument].untyped_storage(), self.offset, self.shape, self.stride)
-        return FakeTensor(mode, bare, self.device)
+        return mode.tensor(bare, self.device)
 
 
 class _Untold(Exception):

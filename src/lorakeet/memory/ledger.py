@@ -22,14 +22,14 @@ from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode  # torch offers no public name
+from torch._subclasses.fake_tensor import FakeTensor  # torch offers no public name
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from lorakeet.memory.allocator import LARGEST_HEAP_PIECE
 from lorakeet.memory.held import KEPT, OUTSIDE, Held, Stretch
-from lorakeet.memory.known_results import Known, call_of, known_of
+from lorakeet.memory.known_results import Known, Mode, call_of, known_of
 
 MOST_KNOWN = 1 << 15  # calls; beyond these all are forgotten
 _KNOWN: dict[tuple[Any, ...], Known] = {}  # what calls have made, by all ledgers of this process
@@ -42,20 +42,6 @@ class Work:
 
     flops: int = 0
     written: int = 0
-
-
-class _Mode(FakeTensorMode):  # type: ignore[no-untyped-call]
-    """The mode to which fake tensors belong; a copied module's tensors belong to the same one.
-
-    It remembers no results: the ledger does, and more cheaply.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.cache_enabled = False
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> _Mode:
-        return self
 
 
 class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -77,7 +63,7 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._phase = ""
         self._entries: dict[int, tuple[int, str, weakref.ref[Any]]] = {}  # storage → bytes, kind, and the watch on its end
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
-        self._fake = _Mode()
+        self._fake = Mode()
         self._saving = torch.autograd.graph.saved_tensors_hooks(self._saved, _same)
 
     @classmethod
