@@ -99,7 +99,7 @@ def test_what_gives_an_argument_another_shape_is_asked_every_time(asked: list[An
             assert x.shape == (3, 2)
             wide.resize_(6, 3)
             assert wide.shape == (6, 3) and wide.untyped_storage().nbytes() == 72
-            x.set_(wide)
+            x.set_(wide.untyped_storage(), 0, (6, 3), (3, 1))
             assert x.untyped_storage()._cdata == wide.untyped_storage()._cdata
 
 

@@ -24,7 +24,7 @@ class Mode(FakeTensorMode):  # type: ignore[no-untyped-call]
     """
 
     def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self.cache_enabled = False
         self._attributes: dict[torch.device, dict[str, Any]] = {}  # of a fake tensor as torch makes it
 
