@@ -13,7 +13,7 @@ arrives, one expert of a mixture gets every token, and GPTQ's columns are in no 
 from __future__ import annotations
 
 import weakref
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,15 +22,18 @@ from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode  # torch offers no public name
+from torch._subclasses.fake_tensor import FakeTensor  # torch offers no public name
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from lorakeet.memory.allocator import LARGEST_HEAP_PIECE
 from lorakeet.memory.held import KEPT, OUTSIDE, Held, Stretch
+from lorakeet.memory.known_results import Known, Mode, call_of, known_of
 from lorakeet.memory.lapack import WORKSPACES
 
+MOST_KNOWN = 1 << 15  # calls; beyond these all are forgotten
+_KNOWN: dict[tuple[Any, ...], Known] = {}  # what calls have made, by all ledgers of this process
 Kind = Literal["base", "adapter", "moments", "gradients", "saved activations", "logits", "scratch"]
 
 
@@ -40,13 +43,6 @@ class Work:
 
     flops: int = 0
     written: int = 0
-
-
-class _Mode(FakeTensorMode):  # type: ignore[no-untyped-call]
-    """The mode to which fake tensors belong; a copied module's tensors belong to the same one."""
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> _Mode:
-        return self
 
 
 class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -63,13 +59,18 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.bytes = 0
         self.heap = 0
         self.peaks: dict[str, Held] = {}
-        self.work: dict[str, Work] = {}
+        self.work: dict[str, Work] = defaultdict(Work)
         self.stretches: list[Stretch] = []
         self._phase = ""
         self._entries: dict[int, tuple[int, str, weakref.ref[Any]]] = {}  # storage → bytes, kind, and the watch on its end
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
-        self._fake = _Mode()
+        self._fake = Mode()
         self._saving = torch.autograd.graph.saved_tensors_hooks(self._saved, _same)
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Nothing is compiled in here, so that torch need not see to it at every call."""
+        return False
 
     def __enter__(self) -> Ledger:
         self._fake.__enter__()
@@ -97,8 +98,9 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def name(self, kind: Kind, tensors: Iterable[Tensor]) -> None:
         """Says what these tensors are; until then a result is scratch."""
         for tensor in tensors:
-            self._enter_storage(tensor, kind)
-            self._rename(tensor, kind)
+            if isinstance(tensor, FakeTensor):
+                self._enter_storage(tensor, kind)
+                self._rename(tensor, kind)
         self._keep_moment()
 
     def watch_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
@@ -144,17 +146,16 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self._hooks.pop().remove()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.ops.aten._local_scalar_dense.default and isinstance(args[0], FakeTensor):
-            return _one(args[0].dtype)
         if func is torch.ops.prim.device.default and isinstance(args[0], FakeTensor):  # a fifth of all calls
             return args[0].fake_device
+        if func is torch.ops.aten._local_scalar_dense.default and isinstance(args[0], FakeTensor):
+            return _one(args[0].dtype)
         kwargs = kwargs or {}
-        result = _ANSWERS.get(func, func)(*args, **kwargs)
-        work = self.work.setdefault(self._phase, Work())
-        count = FLOPS.get(getattr(func, "_overloadpacket", None))
-        if count is not None:
-            work.flops += int(count(*args, **kwargs, out_val=result))
-        made = sum(self._enter_storage(leaf, self._kind_of(leaf)) for leaf in tree_leaves(result) if isinstance(leaf, Tensor))
+        result, flops = self._made(func, args, kwargs)
+        leaves = [result] if isinstance(result, Tensor) else tree_leaves(result)
+        made = sum([self._enter_storage(leaf) for leaf in leaves if isinstance(leaf, FakeTensor)])
+        work = self.work[self._phase]
+        work.flops += flops
         work.written += made
         if func in WORKSPACES:
             self._pass_by(WORKSPACES[func](*args, **kwargs))
@@ -170,17 +171,31 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self._mark()
             self._keep_moment()
 
+    def _made(self, func: Any, args: Any, kwargs: Any) -> tuple[Any, int]:
+        """What an operator makes, and the FLOPs of its products: as of the same call before, or by torch's rules."""
+        call = call_of(func, args, kwargs)
+        known = None if call is None else _KNOWN.get(call.key)
+        if call is not None and known is not None:
+            return known.made(self._fake, call.tensors), known.flops
+        result = _ANSWERS.get(func, func)(*args, **kwargs)
+        count = FLOPS.get(getattr(func, "_overloadpacket", None))
+        flops = 0 if count is None else int(count(*args, **kwargs, out_val=result))
+        if call is not None and (known := known_of(call, args, kwargs, result, flops)) is not None:
+            if len(_KNOWN) >= MOST_KNOWN:
+                _KNOWN.clear()
+            _KNOWN[call.key] = known
+        return result, flops
+
     def _kind_of(self, tensor: Tensor) -> Kind:
         return "logits" if self.vocabulary and tensor.dim() > 1 and tensor.shape[-1] == self.vocabulary else "scratch"
 
-    def _enter_storage(self, tensor: Tensor, kind: Kind) -> int:
-        """Enters the tensor's storage if it is new; the bytes that it adds."""
-        if not isinstance(tensor, FakeTensor) or tensor.device.type == "meta":  # a shape whose numbers are elsewhere
-            return 0
+    def _enter_storage(self, tensor: FakeTensor, kind: Kind | None = None) -> int:
+        """Enters the tensor's storage if it is new, as `kind` or as what its shape tells; the bytes that it adds."""
         storage = tensor.untyped_storage()
         key, size = storage._cdata, storage.nbytes()
-        if key in self._entries or size == 0:
+        if key in self._entries or size == 0 or tensor.fake_device.type == "meta":  # a shape whose numbers are elsewhere
             return 0
+        kind = kind or self._kind_of(tensor)
         self._entries[key] = size, kind, weakref.ref(storage, lambda _: self._strike(key))
         self.bytes += size
         self._count(kind, size)
