@@ -8,18 +8,15 @@ from __future__ import annotations
 
 import json
 import statistics
-import sys
 import textwrap
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import speed_plots as plots
+from speed_text import BLOCK_WEIGHTS, HEAD, TAIL, WHY
+
 DOCS = Path(__file__).resolve().parent
-sys.path.insert(0, str(DOCS))  # where the drawings are
-
-import speed_plots as plots  # noqa: E402
-from speed_text import BLOCK_WEIGHTS, HEAD, TAIL, WHY  # noqa: E402
-
 RESULTS = DOCS.parent / "benchmarks" / "results"
 EXPLAIN = DOCS / "explain"
 LINE = 130

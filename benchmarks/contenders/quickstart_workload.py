@@ -26,7 +26,7 @@ INSTRUCTION = (
     "doctor, the pharmacy or the price. Do not explain."
 )
 INSTRUCTED_TOKENS = 384  # the longest row with it: the reviews keep their length
-JUDGED_ROWS = 128
+JUDGED_ROWS = 64
 
 
 def quickstart(
