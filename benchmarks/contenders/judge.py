@@ -2,9 +2,9 @@
 
     python -m contenders.judge WORKLOAD RESULT FOLDER
 
-FOLDER holds a folder for each step, with an adapter by PEFT's names; step 0, the base alone, is judged too. The adapter is
-multiplied out into the weights, W + alpha/rank·B·A, and transformers computes with these in fp32: nothing of any contender's own
-code is asked.
+FOLDER holds a folder for each step, with an adapter by PEFT's names; step 0, the base alone, is judged too, unless RESULT is there
+from an earlier contender and says it. The adapter is multiplied out into the weights, W + alpha/rank·B·A, and transformers
+computes with these in fp32: nothing of any contender's own code is asked.
 """
 
 from __future__ import annotations
@@ -28,18 +28,19 @@ NAME = re.compile(r"base_model\.model\.(?P<path>.+)\.lora_A\.weight")
 
 
 def main(workload: str, result: str, folder: str) -> None:
-    found = judged(read_workload(Path(workload)), Path(folder))
+    known = json.loads(Path(result).read_text(encoding="utf-8"))["0"] if Path(result).exists() else None
+    found = judged(read_workload(Path(workload)), Path(folder), base_loss=known)
     Path(result).write_text(json.dumps(found), encoding="utf-8")
 
 
-def judged(workload: Workload, folder: Path) -> dict[str, float]:
+def judged(workload: Workload, folder: Path, *, base_loss: float | None) -> dict[str, float]:
     """Nats a target, by the step after which the adapter was written."""
     model = AutoModelForCausalLM.from_pretrained(
         workload.model, dtype=torch.float32, attn_implementation="sdpa", local_files_only=True
     ).eval()
     weights = {name: parameter for name, parameter in model.named_parameters() if parameter.dim() == 2}
     base = {name: parameter.detach().clone() for name, parameter in weights.items()}
-    found = {"0": held_out_loss(model, workload)}
+    found = {"0": held_out_loss(model, workload) if base_loss is None else base_loss}
     for step in sorted(int(each.name) for each in folder.iterdir()):
         deltas = changes(load_file(folder / str(step) / ADAPTER), workload.alpha / workload.rank)
         with torch.no_grad():

@@ -26,7 +26,6 @@ INSTRUCTION = (
     "doctor, the pharmacy or the price. Do not explain."
 )
 INSTRUCTED_TOKENS = 384  # the longest row with it: the reviews keep their length
-JUDGED_ROWS = 64
 
 
 def quickstart(
@@ -68,6 +67,7 @@ class Asked:
     steps: int
     save_every: int | None
     training_rows: int | None
+    judged_rows: int
     instructed: bool
 
 
@@ -91,7 +91,7 @@ def workload_of(setup: Assembly, task: TextTask, asked: Asked, *, adapter: Path)
         micro_tokens=train.micro_tokens,
         instructed=asked.instructed,
         training_rows=asked.training_rows,
-        held_out=tuple(_row(setup, example) for example in setup.held_out.examples[:JUDGED_ROWS]) if asked.save_every else (),
+        held_out=tuple(_row(setup, example) for example in setup.held_out.examples[: asked.judged_rows]),
         save_after=_save_after(asked),
         steps=tuple(
             tuple(_row(setup, setup.train.examples[number]) for number in task.order.indices(step)) for step in range(asked.steps)
@@ -124,6 +124,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int)
     parser.add_argument("--training-rows", type=int)
     parser.add_argument("--save-every", type=int)
+    parser.add_argument("--judged-rows", type=int, default=0)
     given = parser.parse_args()
     flags = {} if given.batch_size is None else {"train.batch_size": str(given.batch_size)}
     config = quickstart(
@@ -131,7 +132,7 @@ def main() -> None:
     )
     setup = first_rows(assemble(config, Console(stderr=True)), given.training_rows)
     task = ready_to_train(setup, held_out=())
-    asked = Asked(given.steps, given.save_every, given.training_rows, given.instructed)
+    asked = Asked(given.steps, given.save_every, given.training_rows, given.judged_rows, given.instructed)
     workload_of(setup, task, asked, adapter=given.workload.with_name("adapter")).write(given.workload)
 
 
