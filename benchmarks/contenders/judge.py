@@ -2,8 +2,8 @@
 
     python -m contenders.judge WORKLOAD RESULT FOLDER
 
-FOLDER holds a folder for each step, with an adapter by PEFT's names; step 0, the base alone, is judged too, unless RESULT is there
-from an earlier contender and says it. The adapter is multiplied out into the weights, W + alpha/rank·B·A, and transformers
+FOLDER holds a folder for each step, with an adapter by PEFT's names; step 0, the base alone, is judged too, unless RESULT is
+there from an earlier contender and says it. The adapter is multiplied out into the weights, W + alpha/rank·B·A, and transformers
 computes with these in fp32: nothing of any contender's own code is asked.
 """
 
