@@ -115,17 +115,18 @@ def time_to_loss(drawings: Drawings) -> Iterator[str]:
                 f"{found['target']:.4f} nats, is the lowest loss that every contender reaches that trains all layers; seconds "
                 "are those of training steps, the first ones included, read off between the judged points:",
                 "",
-                "| | seconds to it | times Lorakeet's | lowest loss | peak memory, GB |",
-                "| --- | ---: | ---: | ---: | ---: |",
+                "| | seconds to it | steps | times Lorakeet's | lowest loss | peak memory, GB |",
+                "| --- | ---: | ---: | ---: | ---: | ---: |",
             ]
             for name, row in found["contenders"].items():
                 about = result["contenders"][name]
                 took = "not reached" if row["seconds"] is None else spread(row["seconds"], 1)
                 ratio = "" if row["over_lorakeet"] is None else spread(row["over_lorakeet"], 2)
+                steps = "" if row["seconds"] is None else f"{row['rounds'][0]['step']:.1f}"
                 lowest = min(each["lowest_loss"] for each in row["rounds"])
                 other = f"; {about['trains_otherwise']}" if about["trains_otherwise"] else ""
                 memory = about["peak_bytes"]["median"] / 1e9
-                lines.append(f"| {about['what']}{other} | {took} | {ratio} | {lowest:.4f} | {memory:.2f} |")
+                lines.append(f"| {about['what']}{other} | {took} | {steps} | {ratio} | {lowest:.4f} | {memory:.2f} |")
             yield "\n".join(lines)
 
 

@@ -54,9 +54,11 @@ def quickstart(
 
 
 def first_rows(setup: Assembly, count: int | None) -> Assembly:
-    """The same with that many training rows."""
+    """The same with that many training rows; SystemExit where there are fewer."""
     if count is None:
         return setup
+    if count > len(setup.train.examples):
+        raise SystemExit(f"{count} training rows are asked for, and there are {len(setup.train.examples)}.")
     return replace(setup, train=replace(setup.train, examples=setup.train.examples[:count]))
 
 

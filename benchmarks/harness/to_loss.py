@@ -20,17 +20,18 @@ def shared_target(curves: Sequence[Sequence[Point]]) -> float:
     return max(min(point["loss"] for point in points) for points in curves)
 
 
-def seconds_to(points: Sequence[Point], target: float) -> float | None:
-    """When the loss first was `target`, on straight lines between the points; None where it never was."""
+def reached(points: Sequence[Point], target: float, axis: str) -> float | None:
+    """The seconds, or the steps, at which the loss first was `target`, on straight lines between the points; None: never."""
     if points[0]["loss"] <= target:
-        return points[0]["seconds"]
+        return points[0][axis]
     for above, below in pairwise(points):
         if below["loss"] <= target:
             share = (above["loss"] - target) / (above["loss"] - below["loss"])
-            return above["seconds"] + share * (below["seconds"] - above["seconds"])
+            return above[axis] + share * (below[axis] - above[axis])
     return None
 
 
 def at_target(points: Sequence[Point], target: float) -> dict[str, Any]:
-    """What a result says of one run."""
-    return {"points": list(points), "lowest_loss": min(point["loss"] for point in points), "seconds": seconds_to(points, target)}
+    """What a result says of one run. The steps tell apart who is faster a step from who needs fewer of them."""
+    found = {axis: reached(points, target, axis) for axis in ("seconds", "step")}
+    return {"points": list(points), "lowest_loss": min(point["loss"] for point in points), **found}
