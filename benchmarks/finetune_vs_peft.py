@@ -1,11 +1,17 @@
 """Claim: the quickstart's training is faster here than with TRL + PEFT, unsloth and PEFT by hand, and learns the same.
 
-    python benchmarks/finetune_vs_peft.py [--unsloth-python PATH] [--steps 12] [--rounds 3] [--shuffled]
+    python benchmarks/finetune_vs_peft.py [--unsloth-python PATH] [--steps 12] [--rounds 3] [--shuffled] [--instructed] [--quick]
+    python benchmarks/finetune_vs_peft.py --to-loss [--unsloth-python PATH] [--steps 40] [--rounds 1] [--instructed] [--quick]
 
 A step has rows of alike length, as Lorakeet orders them; with --shuffled rows of any length, as the documentation of TRL and
-unsloth has it, whose batches then hold padding (which never counts as tokens). Same rows in the same order for all, same A and B
-to begin with, same rank, alpha, targets, learning rate and batch size. Every run is a fresh process, one at a time; the
-contenders take turns, so that a slow minute of the machine hits all of them.
+unsloth has it, whose batches then hold padding (which never counts as tokens). With --instructed every row begins with the same
+instruction (quickstart_workload.INSTRUCTION). Same rows in the same order for all, same A and B to begin with, same rank, alpha,
+targets, learning rate and batch size. Every run is a fresh process, one at a time; the contenders take turns, so that a slow
+minute of the machine hits all of them.
+
+With --to-loss every contender trains two passes over the same rows and writes its adapter now and then, outside the clock. One
+judge (contenders/judge) measures each of them on the same held-out rows. The target is the lowest loss that every exact contender
+reaches; the time to it is that of all training steps until then, the first ones included, and not that of loading the model.
 """
 
 from __future__ import annotations
@@ -16,11 +22,13 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from shutil import rmtree
 from tempfile import TemporaryDirectory
 from typing import Any
 
 from harness.machine import origin, warn_if_busy, write_result
 from harness.processes import Failed, rotated, run, run_module, summary
+from harness.to_loss import at_target, curve, shared_target
 from harness.workload import Workload, read_workload
 
 OURS = "lorakeet"
@@ -28,17 +36,27 @@ OURS = "lorakeet"
 
 @dataclass(frozen=True)
 class Contender:
-    """One way to train the workload. `once`: run in the first round only, for its losses."""
+    """One way to train the workload.
+
+    `once`: run in the first round only, for its losses, and not with --to-loss. `other`: in what it trains something else than
+    the rest; such a one is not exact, its losses are compared with nobody's, and it may never reach the target.
+    """
 
     module: str
     dtype: str
     what: str
     own_python: bool = False
     once: bool = False
+    other: str = ""
 
 
 CONTENDERS = {
-    "lorakeet": Contender("with_lorakeet", "auto", "Lorakeet as shipped"),
+    "lorakeet": Contender("with_lorakeet", "auto", "Lorakeet as shipped: what all rows of a batch begin with is computed once"),
+    "lorakeet-unshared": Contender("with_lorakeet_unshared", "auto", "Lorakeet, what rows begin with computed for each of them"),
+    "lorakeet-top8": Contender(
+        "with_lorakeet_top", "auto", "Lorakeet with a frozen prefix: adapters in the top 8 layers alone",
+        other="trains adapters in 8 of 30 layers: a quarter of the parameters",
+    ),
     "trl-fp32": Contender("with_trl", "float32", "TRL SFTTrainer + PEFT, bf16=False"),
     "trl-bf16": Contender("with_trl", "bfloat16", "TRL SFTTrainer + PEFT, bf16=True (TRL's default)"),
     "unsloth": Contender("with_unsloth", "auto", "unsloth as documented", own_python=True),
@@ -46,7 +64,10 @@ CONTENDERS = {
     "peft-manual-bf16": Contender("with_peft", "bfloat16", "PEFT by hand, bf16"),
     "lorakeet-fp32": Contender("with_lorakeet", "float32", "Lorakeet, weights and products in fp32", once=True),
     "lorakeet-bf16": Contender("with_lorakeet", "bfloat16", "Lorakeet, weights and products in bf16", once=True),
-}
+}  # fmt: skip
+# With --to-loss: training rows (20 steps a pass), steps between two adapters for the judge, and the held-out rows that it takes.
+TO_LOSS_ROWS, SAVE_EVERY, JUDGED_ROWS = 320, 8, 60
+QUICK_STEPS, QUICK_BATCH, QUICK_JUDGED = 4, 4, 6
 # Losses are compared with those of PEFT by hand in the same products, step by step, in nats. Where weights and products are
 # fp32, only the order of additions differs (seen: 4e-5 in 12 steps); bf16 rounds a loss of 8 by hundredths (seen: 0.05).
 LIKE = {"float32": "peft-manual-fp32", "bfloat16": "peft-manual-bf16"}
@@ -56,34 +77,65 @@ Run = Mapping[str, Any]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    given = _parser().parse_args(arguments)
+    given = _given(arguments)
     about = origin()
     print(warn_if_busy(about) or "The machine is idle.", file=sys.stderr)
     with TemporaryDirectory(prefix="lorakeet-bench-") as folder:
         path = Path(folder) / "workload.json"
-        options = ["--steps", str(given.steps), "--seed", str(given.seed), *(["--shuffled"] if given.shuffled else [])]
-        run_module(sys.executable, "contenders.quickstart_workload", [str(path), *options], log=Path(folder) / "workload.log")
+        options = [str(path), "--steps", str(given.steps), "--seed", str(given.seed), *_workload_options(given)]
+        run_module(sys.executable, "contenders.quickstart_workload", options, log=Path(folder) / "workload.log")
         workload = read_workload(path)
         runs, missing = _all_rounds(given, path)
     content = _content(given, workload, runs, missing)
     _show(content)
-    claim = "finetune_vs_peft_shuffled" if given.shuffled else "finetune_vs_peft"
-    written = write_result(claim, content, seed=given.seed, about=about, folder=given.results)
+    if given.to_loss:
+        content["to_loss"] = _to_loss(runs)
+        _show_to_loss(content["to_loss"])
+    kinds = [name for name in ("to_loss", "shuffled", "instructed", "quick") if getattr(given, name)]
+    written = write_result("_".join(["finetune_vs_peft", *kinds]), content, seed=given.seed, about=about, folder=given.results)
     print(f"\nWritten: {written}")
     return 0 if content["losses_agree"] else 1
 
 
-def _parser() -> argparse.ArgumentParser:
+def _given(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--steps", type=int, default=12, help="optimizer steps of each run")
-    parser.add_argument("--skip", type=int, default=2, help="first steps of each run that are not counted")
-    parser.add_argument("--rounds", type=int, default=3, help="runs of each contender")
+    parser.add_argument("--steps", type=int, help="optimizer steps of each run (12; with --to-loss 40)")
+    parser.add_argument("--skip", type=int, help="first steps of each run that are not counted in tokens/s (2)")
+    parser.add_argument("--rounds", type=int, help="runs of each contender (3; with --to-loss 1)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--shuffled", action="store_true", help="rows of any length in a step, as peers take them")
+    parser.add_argument("--instructed", action="store_true", help="every row begins with the same instruction of 100 tokens")
+    parser.add_argument("--to-loss", action="store_true", help="the time to the same held-out loss too")
+    parser.add_argument("--quick", action="store_true", help="four steps of four rows, to see whether everything runs")
     parser.add_argument("--unsloth-python", type=Path, help="the Python of an environment that has unsloth")
-    parser.add_argument("--contenders", default=",".join(CONTENDERS), help="which, separated by commas")
+    parser.add_argument("--contenders", help="which, separated by commas (all; with --to-loss those of every round)")
     parser.add_argument("--results", type=Path, default=Path(__file__).with_name("results"), help="where the result is written")
-    return parser
+    given = parser.parse_args(arguments)
+    named = [name for name, each in CONTENDERS.items() if not (given.to_loss and each.once)]
+    usual = {
+        "steps": QUICK_STEPS if given.quick else 40 if given.to_loss else 12,
+        "skip": 1 if given.quick else 2,
+        "rounds": 1 if given.quick or given.to_loss else 3,
+        "contenders": ",".join(named),
+    }
+    for name, value in usual.items():
+        if getattr(given, name) is None:
+            setattr(given, name, value)
+    if given.skip >= given.steps:
+        raise SystemExit(f"--skip {given.skip} leaves none of {given.steps} steps to count; give more --steps.")
+    return given
+
+
+def _workload_options(given: argparse.Namespace) -> list[str]:
+    """What contenders.quickstart_workload is told beside steps and seed."""
+    found = [f"--{name}" for name in ("shuffled", "instructed") if getattr(given, name)]
+    if given.quick:
+        found += ["--batch-size", str(QUICK_BATCH)]
+    if given.to_loss:
+        quick = (QUICK_STEPS * QUICK_BATCH // 2, QUICK_STEPS // 2, QUICK_JUDGED)
+        rows, every, judged = quick if given.quick else (TO_LOSS_ROWS, SAVE_EVERY, JUDGED_ROWS)
+        found += ["--training-rows", str(rows), "--save-every", str(every), "--judged-rows", str(judged)]
+    return found
 
 
 def _all_rounds(given: argparse.Namespace, workload: Path) -> tuple[dict[str, list[Run]], dict[str, str]]:
@@ -129,7 +181,14 @@ def _one(name: str, python: str, workload: Path) -> Run:
     result, contender = workload.with_name(f"{name}.json"), CONTENDERS[name]
     options = [str(workload), str(result), "--dtype", contender.dtype]
     run_module(python, f"contenders.{contender.module}", options, log=workload.with_name(f"{name}.log"))
-    found: Run = json.loads(result.read_text(encoding="utf-8"))
+    found: dict[str, Any] = json.loads(result.read_text(encoding="utf-8"))
+    saved, answer = result.with_suffix(""), workload.with_name("judged.json")
+    if saved.exists():  # adapters, after some steps
+        options = [str(workload), str(answer), str(saved)]
+        run_module(sys.executable, "contenders.judge", options, log=workload.with_name("judge.log"))
+        judged = found["held_out_losses"] = json.loads(answer.read_text(encoding="utf-8"))
+        rmtree(saved)
+        print(f"  held-out loss {' '.join(f'{loss:.4f}' for loss in judged.values())}", file=sys.stderr, flush=True)
     return found
 
 
@@ -149,7 +208,9 @@ def _content(
     }
     notes = {name: found[0]["notes"] for name, found in runs.items()}
     likes = {name: LIKE[str(note["products"])] for name, note in notes.items()}
-    far = {name: _difference(losses[name], losses.get(like)) for name, like in likes.items()}
+    far = {
+        name: None if CONTENDERS[name].other else _difference(losses[name], losses.get(like)) for name, like in likes.items()
+    }
     allowed = {
         name: FP32_TOLERANCE if note["weights"] == note["products"] == "float32" else BF16_TOLERANCE
         for name, note in notes.items()
@@ -160,10 +221,11 @@ def _content(
             "rank": workload.rank, "alpha": workload.alpha,
             "targets": workload.target_modules, "learning_rate": workload.learning_rate, "rows_a_step": workload.batch_size,
             "tokens_a_step": tokens, "shuffled": workload.shuffled,
+            "instructed": workload.instructed, "training_rows": workload.training_rows, "judged_rows": len(workload.held_out),
         },
         "contenders": {
             name: {
-                "what": CONTENDERS[name].what,
+                "what": CONTENDERS[name].what, "trains_otherwise": CONTENDERS[name].other,
                 "tokens_per_second": summary(speeds[name]).to_mapping(),
                 "seconds_a_step": summary(_seconds_a_step(each, given.skip) for each in found).to_mapping(),
                 "peak_bytes": summary(each["peak_bytes"] for each in found).to_mapping(),
@@ -178,6 +240,35 @@ def _content(
         "not_run": dict(missing),
         "losses_agree": all(value is None or value <= allowed[name] for name, value in far.items()),
         "runs": {name: list(found) for name, found in runs.items()},
+    }  # fmt: skip
+
+
+def _to_loss(runs: Mapping[str, list[Run]]) -> dict[str, Any]:
+    """The target, and of every contender when it was there: seconds, and how much longer that took than Lorakeet as shipped."""
+    curves = {
+        name: [curve(each["seconds"], each["seconds_before"], each["held_out_losses"]) for each in found]
+        for name, found in runs.items()
+    }
+    exact = [name for name in runs if not CONTENDERS[name].other] or list(runs)
+    target = shared_target([points for name in exact for points in curves[name]])
+    found = {name: [at_target(points, target) for points in all_points] for name, all_points in curves.items()}
+    took = {name: [each["seconds"] for each in each_round] for name, each_round in found.items()}
+    reached = {name: times for name, times in took.items() if None not in times}
+    ours = reached.get(OURS)
+    return {
+        "target": target,
+        "exact": exact,
+        "contenders": {
+            name: {
+                "seconds": summary(reached[name]).to_mapping() if name in reached else None,
+                "over_lorakeet": (
+                    summary(it / our for it, our in zip(reached[name], ours, strict=True)).to_mapping()
+                    if ours and name in reached else None
+                ),
+                "rounds": found[name],
+            }
+            for name in runs
+        },
     }  # fmt: skip
 
 
@@ -212,6 +303,16 @@ def _show(content: Mapping[str, Any]) -> None:
         print(f"{step + 1:5} " + " ".join(f"{row['losses'][step]:17.5f}" for row in found.values()))
     verdict = "agree" if content["losses_agree"] else "DO NOT AGREE"
     print(f"\nThe losses {verdict} at every step (at most {FP32_TOLERANCE} nats apart in fp32, {BF16_TOLERANCE} with bf16).")
+
+
+def _show_to_loss(found: Mapping[str, Any]) -> None:
+    print(f"\nSeconds of training to a held-out loss of {found['target']:.4f}, the lowest that every exact contender reaches")
+    for name, row in found["contenders"].items():
+        lowest, other = min(each["lowest_loss"] for each in row["rounds"]), CONTENDERS[name].other
+        took = "not reached" if row["seconds"] is None else f"{row['seconds']['median']:.1f}"
+        after = "" if row["seconds"] is None else f"after {row['rounds'][0]['step']:.1f} steps"
+        ratio = "" if row["over_lorakeet"] is None else f"{row['over_lorakeet']['median']:.2f} times Lorakeet's"
+        print(f"{name:18} {took:>11}  {after:17} {ratio:22} lowest loss {lowest:.4f}{f' ({other})' if other else ''}")
 
 
 if __name__ == "__main__":

@@ -1,74 +1,257 @@
-"""Draws docs/explain/speed.svg from a result of benchmarks/growth.py: `python docs/draw_speed.py RESULT.json`."""
+"""Writes docs/explain/speed.md and its drawings from the results in benchmarks/results: `make docs`.
+
+A section stands where there is a result for it: no number of the page has another source, but for counts that follow from the
+shape of the model. Of each claim and processor the newest result counts; those of --quick never do.
+"""
 
 from __future__ import annotations
 
 import json
-import math
-import sys
-from html import escape
+import statistics
+import textwrap
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-OUT = Path(__file__).parent / "explain" / "speed.svg"
-TITLES = {
-    "length": "tokens of a row",
-    "rank": "rank of every pair",
-    "adapters": "adapters in one step",
-    "size": "parameters of the base",
-}
-WIDTH, HEIGHT, LEFT, TOP, GAP = 320, 190, 64, 46, 44  # pixels of a panel's field, and around it
-MEASURED, LAW = "#0a5f9e", "#999"
-STYLE = "text{font:12px sans-serif;fill:#333}.small{fill:#666;font-size:11px}"
+import speed_plots as plots
+from speed_text import BLOCK_WEIGHTS, HEAD, TAIL, WHY
+
+DOCS = Path(__file__).resolve().parent
+RESULTS = DOCS.parent / "benchmarks" / "results"
+EXPLAIN = DOCS / "explain"
+LINE = 130
+Result = Mapping[str, Any]
+Drawings = dict[str, str]  # by the name of the file
+
+def newest(claim: str) -> list[Result]:
+    """The newest result of that claim on each processor, the newest first."""
+    found: dict[str, tuple[Result, Path]] = {}
+    for path in RESULTS.glob(f"{claim}.*.json"):
+        result = json.loads(path.read_text(encoding="utf-8"))
+        cpu = result["machine"]["cpu"]
+        if result["claim"] == claim and (cpu not in found or result["began"] > found[cpu][0]["began"]):
+            found[cpu] = ({**result, "file": path.name}, path)
+    return sorted((result for result, _ in found.values()), key=lambda result: str(result["began"]), reverse=True)
+
+
+def source(result: Result) -> str:
+    """Where a table comes from, and how idle the machine was."""
+    machine = result["machine"]
+    return (
+        f"{machine['cpu']}, {machine['cores']} cores, load {machine['load_average']:g} before the first run "
+        f"([result](../../benchmarks/results/{result['file']}))"
+    )
+
+
+def spread(found: Mapping[str, Any], digits: int) -> str:
+    """The median, and the lowest and highest round where there are several."""
+    if found["n"] == 1:
+        return f"{found['median']:,.{digits}f}"
+    return f"{found['median']:,.{digits}f} ({found['min']:,.{digits}f} to {found['max']:,.{digits}f})"
+
+
+def contenders(result: Result) -> str:
+    """The table of benchmarks/finetune_vs_peft."""
+    settings = result["settings"]
+    counted = settings["tokens_a_step"][settings["not_counted"] :]
+    rounds = f"{settings['rounds']} round{'s' if settings['rounds'] > 1 else ''} of {len(counted)} counted steps"
+    lines = [
+        f"{source(result)}; {rounds}, {sum(counted) / len(counted):,.0f} tokens a step on average, padding never counted:",
+        "",
+        "| | tokens/s | peak memory, GB | Lorakeet is faster by |",
+        "| --- | ---: | ---: | ---: |",
+    ]
+    for row in result["contenders"].values():
+        ratio = "" if row["lorakeet_over_it"] is None else f"{spread(row['lorakeet_over_it'], 2)}"
+        other = f"; {row['trains_otherwise']}" if row.get("trains_otherwise") else ""
+        memory = row["peak_bytes"]["median"] / 1e9
+        lines.append(f"| {row['what']}{other} | {spread(row['tokens_per_second'], 0)} | {memory:.2f} | {ratio} |")
+    lines += [f"| {name} | {why} | | |" for name, why in result["not_run"].items()]
+    agreed = "Losses agree at every step" if result["losses_agree"] else "**Losses do not agree at every step**"
+    gaps = [row["largest_loss_difference"] or 0.0 for row in result["contenders"].values()]
+    return "\n".join([*lines, "", f"{agreed} (largest gap to PEFT by hand in the same products: {max(gaps):.3f} nats)."])
+
+
+def compared(drawings: Drawings) -> Iterator[str]:
+    """Tokens a second, order by order of the rows."""
+    orders = {
+        "finetune_vs_peft_shuffled": ("Rows of any length in a step", "As the documentation of TRL and unsloth has it."),
+        "finetune_vs_peft": (
+            "Rows of alike length in a step", "As Lorakeet orders them, which spares the others most of their padding."
+        ),
+        "finetune_vs_peft_instructed": ("Rows that share an instruction", "The same hundred words before every review."),
+    }  # fmt: skip
+    parts = []
+    for claim, (title, what) in orders.items():
+        results = newest(claim)
+        if not results:
+            continue
+        name = f"speed-{claim.removeprefix('finetune_vs_peft').strip('_') or 'alike'}.svg"
+        machine = results[0]["machine"]
+        drawings[name] = plots.speeds(f"{title}: {machine['cpu']}, {machine['cores']} cores", results[0]["contenders"])
+        parts += [f"### {title}", what, f"![{title}: tokens a second]({name})", *map(contenders, results)]
+    if parts:
+        yield "## Against TRL, unsloth and PEFT"
+        yield from parts
+
+
+def time_to_loss(drawings: Drawings) -> Iterator[str]:
+    """Seconds of training to the same held-out loss."""
+    titles = {
+        "finetune_vs_peft_to_loss": "the quickstart's rows",
+        "finetune_vs_peft_to_loss_instructed": "rows that share an instruction",
+    }
+    for claim, title in titles.items():
+        for number, result in enumerate(newest(claim)):
+            found, settings = result["to_loss"], result["settings"]
+            yield f"## Time to the same held-out loss: {title}"
+            if number == 0:
+                name = f"speed-{claim.removeprefix('finetune_vs_peft_').replace('_', '-')}.svg"
+                drawings[name] = plots.to_loss(f"Held-out loss, nats a learnt token, over seconds of training: {title}", found)
+                yield f"![Held-out loss over seconds of training]({name})"
+            lines = [
+                f"{source(result)}; {settings['steps']} steps of {settings['rows_a_step']} rows, {settings['training_rows']} "
+                f"rows in all, judged on {settings['judged_rows']} held-out rows by transformers in fp32. The target, "
+                f"{found['target']:.4f} nats, is the lowest loss that every contender reaches that trains all layers; seconds "
+                "are those of training steps, the first ones included, read off between the judged points:",
+                "",
+                "| | seconds to it | steps | times Lorakeet's | lowest loss | peak memory, GB |",
+                "| --- | ---: | ---: | ---: | ---: | ---: |",
+            ]
+            for name, row in found["contenders"].items():
+                about = result["contenders"][name]
+                took = "not reached" if row["seconds"] is None else spread(row["seconds"], 1)
+                ratio = "" if row["over_lorakeet"] is None else spread(row["over_lorakeet"], 2)
+                steps = "" if row["seconds"] is None else f"{row['rounds'][0]['step']:.1f}"
+                lowest = min(each["lowest_loss"] for each in row["rounds"])
+                other = f"; {about['trains_otherwise']}" if about["trains_otherwise"] else ""
+                memory = about["peak_bytes"]["median"] / 1e9
+                lines.append(f"| {about['what']}{other} | {took} | {steps} | {ratio} | {lowest:.4f} | {memory:.2f} |")
+            yield "\n".join(lines)
+
+
+def roofline(drawings: Drawings) -> Iterator[str]:
+    """The share of the machine's rate."""
+    for number, result in enumerate(newest("roofline")):
+        lines = result["lines"]
+        rate = statistics.median(one["rate"] for one in lines)
+        if number == 0:
+            yield "## Share of the machine's rate"
+            title = f"Share of the rate of {result['products']} products, and what was asked: {result['machine']['cpu']}"
+            drawings["speed-roofline.svg"] = plots.shares(title, lines)
+            yield "![Share of the machine's rate, case by case](speed-roofline.svg)"
+        floor = f"{rate / 1e9:,.0f} GFLOP/s in the median, which would be {rate / (4 * BLOCK_WEIGHTS):,.0f} tokens/s at the floor"
+        yield (
+            f"{source(result)}. The rate is that of the fastest plain {result['products']} product, measured in the same "
+            f"process: {floor}. FLOPs are those of all products and of the attention that ran; everything else counts as lost. "
+            f"{result['tokens_a_step']:,} tokens a step:"
+        )
+        columns = ("base", "tokens a row", "learnt", "rows", "forward", "backward", "step", "asked", "tokens/s")
+        head = [f"| {' | '.join(columns)} |", f"|{' --- |' * 4}{' ---: |' * 5}"]
+        yield "\n".join([*head, *map(_share, lines)])
+
+
+def _share(one: Mapping[str, Any]) -> str:
+    case = [one["base"], f"{one['length']:,}", one["learnt"], one["layout"]]
+    found = [f"{value:.2f}" for value in (*(one["shares"][phase] for phase in ("forward", "backward", "step")), one["asked"])]
+    return f"| {' | '.join([*case, *found, format(one['tokens_per_second'], ',.0f')])} |"
+
+
+def growth(drawings: Drawings) -> Iterator[str]:
+    """Time a token over length, rank, adapters and size."""
+    for result in newest("growth")[:1]:
+        drawings["speed-growth.svg"] = plots.growth(result)
+        slower = [
+            f"{plots.TITLES[axis]} {one['at']}: {one['us'] / one['law_us']:.2f} times the law"
+            for axis, points in result["axes"].items() for one in points if one["us"] > result["tolerance"] * one["law_us"]
+        ]  # fmt: skip
+        kept = f"Slower than {result['tolerance']:g} times that: {'; '.join(slower)}" if slower else (
+            f"Every point is within {result['tolerance']:g} times that"
+        )
+        yield "## How it grows"
+        yield "![Microseconds a token of a training step, and the law](speed-growth.svg)"
+        law = "The law is the FLOPs that ran, at the rate of the point of each axis that takes the fewest a token"
+        yield f"{source(result)}. {law}. {kept}."
+
+
+def top_layers(drawings: Drawings) -> Iterator[str]:
+    """Adapters in the top layers alone."""
+    for number, result in enumerate(newest("frozen_prefix")):
+        settings, faster = result["settings"], result["faster"]
+        if number == 0:
+            yield f"## Adapters in the top layers alone (`lora.layers: {settings['layers']}`)"
+        top = settings["layers"]
+        names = {"all layers": "all layers", "top": top, "kept": f"{top}, `train.keep_prefix_states`"}
+        did = f"the quickstart's settings, {settings['limit']} rows, {settings['epochs']:g} epochs, held-out looks included"
+        lines = [
+            f"{source(result)}; {did}:",
+            "",
+            "| adapters in | seconds | of them for the states | parameters | held-out loss (base) | peak memory, GB |",
+            "| --- | ---: | ---: | ---: | ---: | ---: |",
+        ]
+        for way, runs in result["runs"].items():
+            one, took = runs[0], statistics.median(each["seconds"] for each in runs)
+            lines.append(
+                f"| {names[way]} | {took:,.1f} | {one['of_them_filling']:.1f} | {one['trained_parameters']:,} | "
+                f"{one['held_out_loss']:.4f} ({one['base_loss']:.3f}) | {one['peak_bytes'] / 1e9:.2f} |"
+            )
+        yield "\n".join(lines)
+        yield (
+            f"With kept states it is {spread(faster['top'], 2)} times as fast as without and {spread(faster['all layers'], 2)} "
+            f"times as fast as all layers; the held-out losses with and without differ by {result['loss_gap']:.5f} nats."
+        )
+
+
+def int8(drawings: Drawings) -> Iterator[str]:
+    """Products in int8."""
+    for number, result in enumerate(newest("int8_products")):
+        if number == 0:
+            yield "## Products in int8 (`model.quantize.int8_products`)"
+        seeds = len(result["seeds"])
+        yield (
+            f"Over int8 weights, {source(result)}, {result['steps']} steps, {seeds} seed{'s' if seeds > 1 else ''}: "
+            f"{spread(result['faster'], 2)} times as fast as training in bf16. An option, not a default."
+        )
+
+
+SECTIONS: tuple[Callable[[Drawings], Iterator[str]], ...] = (compared, time_to_loss)
+MEASURED: tuple[Callable[[Drawings], Iterator[str]], ...] = (roofline, growth, top_layers, int8)
+
+
+def page() -> tuple[str, Drawings]:
+    """The whole page, and its drawings by their names."""
+    drawings: Drawings = {}
+    first = [part for section in SECTIONS for part in section(drawings)]
+    then = [part for section in MEASURED for part in section(drawings)]
+    return "\n\n".join(wrapped(part) for part in (HEAD, *first, WHY, *then, TAIL)) + "\n", drawings
+
+
+def wrapped(part: str) -> str:
+    """Markdown with its prose in lines of LINE: paragraphs and lists, but neither tables nor code."""
+    blocks = []
+    for block in part.strip("\n").split("\n\n"):
+        if block.startswith(("|", "```", "#", "!")):
+            blocks.append(block)
+            continue
+        items = block.replace("\n- ", "\n\n- ").split("\n\n")
+        blocks.append("\n".join(_filled(item) for item in items))
+    return "\n\n".join(blocks)
+
+
+def _filled(item: str) -> str:
+    hanging = "  " if item.startswith("- ") else ""
+    words = " ".join(item.split())
+    return textwrap.fill(words, LINE, subsequent_indent=hanging, break_long_words=False, break_on_hyphens=False)
 
 
 def main() -> None:
-    found = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
-    OUT.write_text(picture(found), encoding="utf-8")
-    print(f"Written: {OUT}")
-
-
-def picture(found: dict[str, Any]) -> str:
-    """A panel an axis, both scales logarithmic: microseconds a token as measured, and the law."""
-    axes = [axis for axis in TITLES if axis in found["axes"]]
-    columns = 2
-    lines = math.ceil(len(axes) / columns)
-    width, height = columns * (LEFT + WIDTH + GAP), lines * (TOP + HEIGHT + GAP) + 28
-    about = f"{found['machine']['cpu']}, {found['machine']['cores']} cores, products in {found['products']}"
-    parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" role="img">',
-        f"<title>Microseconds a token of a training step</title><style>{STYLE}</style>",
-        f'<rect width="100%" height="100%" fill="#fff"/><text x="8" y="18">Microseconds a token of a training step on '
-        f'{escape(about)}: <tspan fill="{MEASURED}">measured</tspan>, <tspan fill="{LAW}">the law (its FLOPs)</tspan></text>',
-    ]
-    for number, axis in enumerate(axes):
-        x, y = number % columns * (LEFT + WIDTH + GAP) + LEFT, number // columns * (TOP + HEIGHT + GAP) + TOP + 28
-        parts.append(panel(TITLES[axis], found["axes"][axis], x, y))
-    return "\n".join([*parts, "</svg>"]) + "\n"
-
-
-def panel(title: str, points: list[dict[str, Any]], left: float, top: float) -> str:
-    """One axis."""
-    across = [float(number) for number in range(len(points))]  # the values stand at equal distances
-    values = [one[key] for one in points for key in ("us", "law_us")]
-    low, high = math.log10(min(values)) - 0.08, math.log10(max(values)) + 0.08
-
-    def place(at: float, value: float) -> str:
-        x = left + WIDTH * (at + 0.5) / len(points)
-        return f"{x:.1f},{top + HEIGHT * (high - math.log10(value)) / (high - low):.1f}"
-
-    found = [
-        f'<text x="{left}" y="{top - 10}">{escape(title)}</text>',
-        f'<rect x="{left}" y="{top}" width="{WIDTH}" height="{HEIGHT}" fill="none" stroke="#ccc"/>',
-    ]
-    for key, colour, dashes in (("law_us", LAW, ' stroke-dasharray="4 3"'), ("us", MEASURED, "")):
-        line = " ".join(place(at, one[key]) for at, one in zip(across, points, strict=True))
-        found.append(f'<polyline points="{line}" fill="none" stroke="{colour}" stroke-width="2"{dashes}/>')
-    for at, one in zip(across, points, strict=True):
-        x, y = place(at, one["us"]).split(",")
-        found.append(f'<circle cx="{x}" cy="{y}" r="4" fill="{MEASURED}"/>')
-        found.append(f'<text class="small" x="{x}" y="{float(y) - 8:.1f}" text-anchor="middle">{one["us"]:,.0f}</text>')
-        found.append(f'<text class="small" x="{x}" y="{top + HEIGHT + 16}" text-anchor="middle">{escape(str(one["at"]))}</text>')
-    return "\n".join(found)
+    written, drawings = page()
+    for old in EXPLAIN.glob("speed*.svg"):
+        old.unlink()
+    for name, drawing in drawings.items():
+        (EXPLAIN / name).write_text(drawing, encoding="utf-8")
+    (EXPLAIN / "speed.md").write_text(written, encoding="utf-8")
+    print(f"Written: {EXPLAIN / 'speed.md'} and {', '.join(drawings)}")
 
 
 if __name__ == "__main__":

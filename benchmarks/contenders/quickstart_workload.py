@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from dataclasses import replace
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from harness.workload import Row, Workload
@@ -17,15 +18,28 @@ from lorakeet.train.text_task import TextTask
 from lorakeet.workflows.assemble import Assembly, assemble, ready_to_train
 from lorakeet.workflows.quickstart import config_path
 
+INSTRUCTION = (
+    "You read what patients wrote about a drug that they took, and say what they think of it, in one word. Say positive "
+    "where the drug helped and the writer would take it again, although there may have been some side effects. Say "
+    "negative where it did not help, or where its side effects were worse than what it was taken for. Say neutral where "
+    "good and bad weigh about the same, or where the writer has not made up his mind. Judge the drug alone, and not the "
+    "doctor, the pharmacy or the price. Do not explain."
+)
+INSTRUCTED_TOKENS = 384  # the longest row with it: the reviews keep their length
+
 
 def quickstart(
-    *, steps: int, seed: int, dtype: str = "auto", out: str = "unused", shuffled: bool = False
-) -> RunConfig:
+    *, steps: int, seed: int, dtype: str = "auto", out: str = "unused", shuffled: bool = False, instructed: bool = False,
+    flags: Mapping[str, str] | None = None,
+) -> RunConfig:  # fmt: skip
     """The shipped run file, with a constant learning rate: libraries differ in what a warm-up's first step is.
 
-    With `dtype` other than auto, weights and matrix products are both of that dtype; `shuffled`, rows of any length share a step.
+    With `dtype` other than auto, weights and matrix products are both of that dtype; `shuffled`, rows of any length share a
+    step; `instructed`, every row begins with INSTRUCTION. `flags` are more settings.
     """
-    config = read_run(config_path(), {"model.device": "cpu", "model.dtype": dtype, "model.products": dtype, "out": out})
+    system = {"data.system": INSTRUCTION, "data.max_tokens": str(INSTRUCTED_TOKENS)} if instructed else {}
+    given = {"model.device": "cpu", "model.dtype": dtype, "model.products": dtype, "out": out, **system, **(flags or {})}
+    config = read_run(config_path(), given)
     train = replace(
         config.train,
         steps=steps,
@@ -39,8 +53,28 @@ def quickstart(
     return replace(config, train=train)
 
 
-def workload_of(setup: Assembly, task: TextTask, *, steps: int, adapter: Path) -> Workload:
-    """The first `steps` steps of `task` with its settings; the adapter as it begins goes to `adapter`."""
+def first_rows(setup: Assembly, count: int | None) -> Assembly:
+    """The same with that many training rows; SystemExit where there are fewer."""
+    if count is None:
+        return setup
+    if count > len(setup.train.examples):
+        raise SystemExit(f"{count} training rows are asked for, and there are {len(setup.train.examples)}.")
+    return replace(setup, train=replace(setup.train, examples=setup.train.examples[:count]))
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What the workload is to be beside the quickstart's settings; see Workload."""
+
+    steps: int
+    save_every: int | None
+    training_rows: int | None
+    judged_rows: int
+    instructed: bool
+
+
+def workload_of(setup: Assembly, task: TextTask, asked: Asked, *, adapter: Path) -> Workload:
+    """The first steps of `task` with its settings; the adapter as it begins goes to `adapter`."""
     lora, train = setup.config.lora, setup.config.train
     peft.write(adapter_of(setup.text.model, base=str(setup.text.source)), adapter)
     return Workload(
@@ -57,10 +91,21 @@ def workload_of(setup: Assembly, task: TextTask, *, steps: int, adapter: Path) -
         seed=train.seed,
         shuffled=not train.length_grouping,
         micro_tokens=train.micro_tokens,
+        instructed=asked.instructed,
+        training_rows=asked.training_rows,
+        held_out=tuple(_row(setup, example) for example in setup.held_out.examples[: asked.judged_rows]),
+        save_after=_save_after(asked),
         steps=tuple(
-            tuple(_row(setup, setup.train.examples[number]) for number in task.order.indices(step)) for step in range(steps)
+            tuple(_row(setup, setup.train.examples[number]) for number in task.order.indices(step)) for step in range(asked.steps)
         ),
     )
+
+
+def _save_after(asked: Asked) -> tuple[int, ...]:
+    """Every so many steps, and the last one."""
+    if asked.save_every is None:
+        return ()
+    return (*range(asked.save_every, asked.steps, asked.save_every), asked.steps)
 
 
 def _row(setup: Assembly, example: Example) -> Row:
@@ -77,11 +122,20 @@ def main() -> None:
     parser.add_argument("--steps", type=int, required=True)
     parser.add_argument("--seed", type=int, required=True)
     parser.add_argument("--shuffled", action="store_true")
+    parser.add_argument("--instructed", action="store_true")
+    parser.add_argument("--batch-size", type=int)
+    parser.add_argument("--training-rows", type=int)
+    parser.add_argument("--save-every", type=int)
+    parser.add_argument("--judged-rows", type=int, default=0)
     given = parser.parse_args()
-    setup = assemble(quickstart(steps=given.steps, seed=given.seed, shuffled=given.shuffled), Console(stderr=True))
+    flags = {} if given.batch_size is None else {"train.batch_size": str(given.batch_size)}
+    config = quickstart(
+        steps=given.steps, seed=given.seed, shuffled=given.shuffled, instructed=given.instructed, flags=flags
+    )
+    setup = first_rows(assemble(config, Console(stderr=True)), given.training_rows)
     task = ready_to_train(setup, held_out=())
-    workload = workload_of(setup, task, steps=given.steps, adapter=given.workload.with_name("adapter"))
-    workload.write(given.workload)
+    asked = Asked(given.steps, given.save_every, given.training_rows, given.judged_rows, given.instructed)
+    workload_of(setup, task, asked, adapter=given.workload.with_name("adapter")).write(given.workload)
 
 
 if __name__ == "__main__":

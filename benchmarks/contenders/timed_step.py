@@ -67,7 +67,8 @@ def main() -> None:
 
 
 def measured(asked: Mapping[str, Any]) -> dict[str, Any]:
-    """`asked`: settings and shape as of planned_run, rows' `lengths`, which tokens are `learnt`, and how many `steps` are timed.
+    """`asked`: settings and shape as of planned_run, rows' `lengths`, which tokens are `learnt`, and how many `steps` are timed
+    after the `untimed` ones.
 
     With `members` the rows are divided among so many adapters, which are trained in one pass.
     """
@@ -77,9 +78,10 @@ def measured(asked: Mapping[str, Any]) -> dict[str, Any]:
     step_of = _one(text, config, rows) if "members" not in asked else _together(text, config, rows, asked["members"])
     counted: dict[str, int] = {}
     seconds: dict[str, list[float]] = {}
-    for step in range(UNTIMED + asked["steps"]):
+    untimed = asked.get("untimed", UNTIMED)
+    for step in range(untimed + asked["steps"]):
         for phase, spent in step_of(counted if step == 0 else None).items():
-            if step >= UNTIMED:
+            if step >= untimed:
                 seconds.setdefault(phase, []).append(spent)
     return {
         "tokens": sum(asked["lengths"]),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from contextlib import ExitStack
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -9,19 +11,22 @@ from harness.steps import StepLog, contender
 from harness.workload import Workload
 from rich.console import Console
 
-from contenders.quickstart_workload import quickstart
+from contenders.quickstart_workload import first_rows, quickstart
+from lorakeet.formats import peft
+from lorakeet.models.inject import adapter_of
+from lorakeet.models.prefix_states import prefix_states
 from lorakeet.train.loop import train
 from lorakeet.train.progress import Record, Silent
 from lorakeet.train.run import RunFolder
 from lorakeet.train.text_task import TextTask
-from lorakeet.workflows.assemble import assemble, ready_to_train
+from lorakeet.workflows.assemble import Assembly, assemble, ready_to_train
 
 
 class Recorder(Silent):
-    """Hands each step of the loop to the log."""
+    """Hands each step of the loop to the log, and now and then writes the adapter."""
 
-    def __init__(self, log: StepLog) -> None:
-        self.log = log
+    def __init__(self, log: StepLog, workload: Workload, setup: Assembly) -> None:
+        self.log, self.workload, self.setup = log, workload, setup
 
     def begin(self, total: int, *, done: int) -> None:
         self.log.begin()
@@ -29,15 +34,27 @@ class Recorder(Silent):
     def step(self, record: Record) -> None:
         self.log.step()
         self.log.losses.append(float(record["loss"] or 0))
+        self.log.save_adapter(self.workload, self._write)
+
+    def _write(self, folder: Path) -> None:
+        text = self.setup.text
+        peft.write(adapter_of(text.model, base=str(text.source)), folder)
 
 
-def train_lorakeet(workload: Workload, dtype: str) -> StepLog:
-    """The workload's steps; SystemExit where this process would train on other ids than the workload holds."""
+def train_lorakeet(workload: Workload, dtype: str, *, layers: str = "all", shares_prefix: bool = True) -> StepLog:
+    """The workload's steps; SystemExit where this process would train on other ids than the workload holds.
+
+    With adapters in some `layers` only, what the blocks below make of the rows is kept where rows come again.
+    """
     steps = len(workload.steps)
-    config = quickstart(steps=steps, seed=workload.seed, dtype=dtype, shuffled=workload.shuffled)
-    setup = assemble(config, Console(stderr=True))
+    flags = {"lora.layers": layers, "train.batch_size": str(workload.batch_size)}
+    config = quickstart(
+        steps=steps, seed=workload.seed, dtype=dtype, shuffled=workload.shuffled, instructed=workload.instructed, flags=flags
+    )
+    setup = first_rows(assemble(config, Console(stderr=True)), workload.training_rows)
     task = ready_to_train(setup, held_out=())  # so that only training is timed
     _require_same_rows(task, workload)
+    setup.text.shares_prefix = setup.text.shares_prefix and shares_prefix
     log = StepLog(
         notes={
             "weights": str(setup.text.dtype).removeprefix("torch."),
@@ -47,8 +64,13 @@ def train_lorakeet(workload: Workload, dtype: str) -> StepLog:
         }
     )
     log.begin()  # the loop measures its own peak and resets the system's: what loading took is noted before
-    with TemporaryDirectory() as folder:
-        train(task, setup.config.train, run=RunFolder.create(Path(folder) / "run"), report=Recorder(log))
+    with TemporaryDirectory() as name, ExitStack() as stack:
+        folder = Path(name)
+        if layers != "all" and steps >= 2 * task.steps_per_epoch:  # as workflows/finetune decides
+            kept = prefix_states(setup.text, task.train, folder=folder, micro_tokens=setup.config.train.micro_tokens)
+            log.notes["bytes of kept states"] = stack.enter_context(kept).bytes
+            log.before = time.perf_counter() - log.last
+        train(task, setup.config.train, run=RunFolder.create(folder / "run"), report=Recorder(log, workload, setup))
     return log
 
 

@@ -8,11 +8,12 @@ path; the decoder runs without the head, and cross-entropy is computed from the 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
 from harness.steps import StepLog, contender
-from harness.trainer import lora_settings
+from harness.trainer import lora_settings, write_adapter
 from harness.workload import Row, Workload
 from peft import LoraConfig, get_peft_model, load_peft_weights, set_peft_model_state_dict
 from torch import Tensor
@@ -43,7 +44,7 @@ def train_peft(workload: Workload, dtype: str) -> StepLog:
         targets = sum(len(row.targets) for row in rows)
         total = 0.0
         for part in parts(rows, workload.micro_tokens):
-            loss = summed_loss(model, part)
+            loss = summed_loss(model.get_base_model(), part)
             (loss / targets).backward()
             total += loss.item()
         torch.nn.utils.clip_grad_norm_(trained, workload.clip_norm)
@@ -51,6 +52,7 @@ def train_peft(workload: Workload, dtype: str) -> StepLog:
         optimizer.zero_grad()
         log.step()
         log.losses.append(total / targets)
+        log.save_adapter(workload, partial(write_adapter, model))
     return log
 
 
@@ -76,13 +78,12 @@ def parts(rows: tuple[Row, ...], tokens: int) -> Iterator[list[Row]]:
     yield part
 
 
-def summed_loss(model: Any, rows: list[Row]) -> Tensor:
-    """The sum of −log p over the targets of the rows."""
+def summed_loss(causal: Any, rows: list[Row]) -> Tensor:
+    """The sum of −log p over the targets of the rows, from the longest to the shortest."""
     longest = len(rows[0].ids)
     padded = torch.tensor([list(row.ids) + [0] * (longest - len(row.ids)) for row in rows])
     places = [(number, target) for number, row in enumerate(rows) for target in row.targets]
     row_of, target_at = (torch.tensor(column) for column in zip(*places, strict=True))
-    causal = model.get_base_model()
     hidden = causal.model(input_ids=padded, use_cache=False).last_hidden_state[row_of, target_at - 1]  # (targets, hidden)
     wanted = padded[row_of, target_at]
     total = torch.zeros(())

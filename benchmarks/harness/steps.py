@@ -6,7 +6,7 @@ import argparse
 import json
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -23,6 +23,7 @@ class StepLog:
     seconds: list[float] = field(default_factory=list)
     notes: dict[str, object] = field(default_factory=dict)
     loaded_bytes: int = 0  # the peak until training begins: loading the model is a part of it
+    before: float = 0.0  # seconds of training's own work before its first step
     last: float = 0.0
 
     def begin(self) -> None:
@@ -36,12 +37,22 @@ class StepLog:
         self.seconds.append(now - self.last)
         self.last = now
 
+    def save_adapter(self, workload: Workload, write: Callable[[Path], object]) -> None:
+        """After a step that the workload names, the adapter is written for the judge. The clock stands still meanwhile."""
+        step = len(self.seconds)
+        if step in workload.save_after:
+            folder = Path(workload.saved) / f"{step}"
+            folder.mkdir(parents=True)
+            write(folder)
+            self.last = time.perf_counter()
+
     def write(self, path: Path) -> None:
         import torch  # whatever the contender is, it stands on torch
 
         found = {
             "losses": self.losses,
             "seconds": self.seconds,
+            "seconds_before": self.before,
             "peak_bytes": max(self.loaded_bytes, peak_bytes()),
             "peak_bytes_before_training": self.loaded_bytes,
             "threads": torch.get_num_threads(),
@@ -58,7 +69,7 @@ def contender(train: Callable[[Workload, str], StepLog], arguments: Sequence[str
     parser.add_argument("result", type=Path)
     parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto")
     given = parser.parse_args(arguments)
-    workload = read_workload(given.workload)
+    workload = replace(read_workload(given.workload), saved=str(given.result.with_suffix("")))
     log = train(workload, given.dtype)
     if not len(log.losses) == len(log.seconds) == len(workload.steps):
         raise SystemExit(f"{len(log.losses)} losses and {len(log.seconds)} times of {len(workload.steps)} steps were recorded")

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 from harness.steps import StepLog
 from harness.workload import Workload
+
+ADAPTER = "adapter_model.safetensors"  # PEFT's name for it
 
 
 def train_with(trainer_for: Callable[[dict[str, Any]], Any], callback: type, workload: Workload) -> StepLog:
@@ -15,7 +18,7 @@ def train_with(trainer_for: Callable[[dict[str, Any]], Any], callback: type, wor
     log = StepLog()
     with TemporaryDirectory() as folder:
         trainer = trainer_for(arguments(workload, folder))
-        trainer.add_callback(clock(callback, log))
+        trainer.add_callback(clock(callback, log, workload))
         require_same_rows(trainer.train_dataset, workload)
         start_from(trainer.model, workload)
         log.notes = facts(trainer)
@@ -64,8 +67,8 @@ def arguments(workload: Workload, folder: str) -> dict[str, Any]:
     }
 
 
-def clock(base: type, log: StepLog) -> Any:
-    """A TrainerCallback (its class is `base`) that hands steps and losses to the log."""
+def clock(base: type, log: StepLog, workload: Workload) -> Any:
+    """A TrainerCallback (its class is `base`) that hands steps and losses to the log, and now and then writes the adapter."""
 
     class Clock(base):  # type: ignore[misc]
         def on_train_begin(self, args: Any, state: Any, control: Any, **more: Any) -> None:
@@ -73,6 +76,7 @@ def clock(base: type, log: StepLog) -> Any:
 
         def on_step_end(self, args: Any, state: Any, control: Any, **more: Any) -> None:
             log.step()
+            log.save_adapter(workload, lambda folder: write_adapter(more["model"], folder))
 
         def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **more: Any) -> None:
             if logs and "loss" in logs:
@@ -96,6 +100,15 @@ def start_from(model: Any, workload: Workload) -> None:
     from peft import load_peft_weights, set_peft_model_state_dict
 
     set_peft_model_state_dict(model, load_peft_weights(workload.adapter, device="cpu"))
+
+
+def write_adapter(model: Any, folder: Path) -> None:
+    """A PEFT model's A and B, by PEFT's names."""
+    from peft import get_peft_model_state_dict
+    from safetensors.torch import save_file
+
+    found = get_peft_model_state_dict(model)
+    save_file({name: tensor.detach().contiguous() for name, tensor in found.items()}, folder / ADAPTER)
 
 
 def facts(trainer: Any) -> dict[str, object]:

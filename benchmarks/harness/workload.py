@@ -34,7 +34,12 @@ class Workload:
     seed: int
     micro_tokens: int  # tokens computed at once, for those who may choose
     shuffled: bool  # rows of every length share a step, as documented trainers take them; else rows of alike length
+    instructed: bool  # every row begins with the same instruction
+    training_rows: int | None  # how many there are, so that some come again; None: all of the quickstart's
+    held_out: tuple[Row, ...]  # that the judge measures adapters by; nobody trains on them
+    save_after: tuple[int, ...]  # the steps after which a contender writes its adapter for the judge
     steps: tuple[tuple[Row, ...], ...]
+    saved: str = ""  # folder of this run for these adapters
 
     @property
     def rows(self) -> list[Row]:
@@ -62,8 +67,10 @@ def read_workload(path: Path) -> Workload:
     """The workload that `Workload.write` wrote to `path`."""
     found = json.loads(path.read_text(encoding="utf-8"))
     steps = tuple(tuple(_row(row) for row in step) for step in found.pop("steps"))
-    found["target_modules"], found["betas"] = tuple(found["target_modules"]), tuple(found["betas"])
-    return Workload(**found, steps=steps)
+    held_out = tuple(_row(row) for row in found.pop("held_out"))
+    for key in ("target_modules", "betas", "save_after"):
+        found[key] = tuple(found[key])
+    return Workload(**found, steps=steps, held_out=held_out)
 
 
 def _row(found: dict[str, object]) -> Row:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import ast
+import json
 import os
 import re
 import runpy
 from pathlib import Path
+from typing import Any
 
+import pytest
 from packaging.requirements import Requirement
 
 from lorakeet import __version__
@@ -48,6 +51,32 @@ def test_triton_is_asked_for_only_where_it_has_wheels() -> None:
 def test_the_reference_page_is_up_to_date() -> None:
     made = runpy.run_path(str(ROOT / "docs" / "generate_reference.py"))
     assert text_of("docs/reference/config.md") == made["page"](), "run: make docs"
+
+
+def drawn_speed(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    monkeypatch.syspath_prepend(str(ROOT / "docs"))  # where the script finds its neighbours
+    return runpy.run_path(str(ROOT / "docs" / "draw_speed.py"))
+
+
+def test_the_page_on_speed_says_what_the_results_say(monkeypatch: pytest.MonkeyPatch) -> None:
+    made, drawings = drawn_speed(monkeypatch)["page"]()
+    assert text_of("docs/explain/speed.md") == made, "run: make docs"
+    assert {path.name for path in (ROOT / "docs" / "explain").glob("speed*.svg")} == set(drawings), "run: make docs"
+    for name, drawing in drawings.items():
+        assert text_of(f"docs/explain/{name}") == drawing, f"{name}: run: make docs"
+
+
+def test_the_page_on_speed_has_the_newest_result_of_each_processor_and_none_that_is_missing(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    script = drawn_speed(monkeypatch)
+    monkeypatch.setitem(script["newest"].__globals__, "RESULTS", tmp_path)
+    page, drawings = script["page"]()
+    assert "benchmarks/results/" not in page and "|" not in page and not drawings
+    for number, (cpu, claim) in enumerate([("A", "growth"), ("A", "growth"), ("B", "growth"), ("C", "growth_quick")]):
+        about = {"claim": claim, "machine": {"cpu": cpu}, "began": f"2026-01-0{number + 1}"}
+        (tmp_path / f"{claim}.{number}.json").write_text(json.dumps(about), encoding="utf-8")
+    assert [found["file"] for found in script["newest"]("growth")] == ["growth.2.json", "growth.1.json"]
 
 
 def test_the_two_commands_of_the_readme_exist() -> None:
