@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lorakeet.core.base import FrozenBase
+from lorakeet.core.frozen_pair import FrozenPair
 from lorakeet.core.gathered import row_dots, row_sums
 from lorakeet.core.lowrank import LoraPair
 from lorakeet.core.math import add_low_rank, grad_of_b, shrink_grad
@@ -111,7 +112,8 @@ class _Copy:
 
     @classmethod
     def of(cls, what: Standing, layers: Sequence[Mixture]) -> _Copy:
-        factors: list[Tensor] = [factor for mixture in layers for pair, _ in mixture for factor in (pair.A, pair.B)]
+        pairs = [pair for mixture in layers for pair, _ in mixture if not isinstance(pair, FrozenPair)]
+        factors: list[Tensor] = [factor for pair in pairs for factor in (pair.A, pair.B)]
         tensors = tuple(weakref.ref(factor) for factor in factors if factor.requires_grad and not factor.is_inference())
         return cls(what, tensors, _written(tensors))
 
@@ -276,12 +278,20 @@ class Stack:
 
     def _make_room(self, new: Mapping[int, Sequence[Sequence[Factors]]], wanted: Iterable[int]) -> None:
         """Rows for the mixes that are `new` among the `wanted` places; others give up theirs, the oldest first, where need be."""
+        homeless = []
         for place, layers in new.items():
+            ranks = tuple(sum(a.shape[0] for a, _, _ in factors) for factors in layers)
+            if place in self._seats and self._ranks[place] == ranks:  # the next text's adapter is mostly of the last one's ranks: it takes its rows
+                self._ranks[place] = self._ranks.pop(place)  # as the newest
+                self._copies.pop(place, None)
+                self.special.discard(place)
+                continue
             self._drop(place)
-            self._ranks[place] = tuple(sum(a.shape[0] for a, _, _ in factors) for factors in layers)
+            self._ranks[place] = ranks
+            homeless.append(place)
         keep = set(wanted)
         unused = [place for place in self._ranks if place not in keep]
-        for place in new:
+        for place in homeless:
             while not self._seat(place):
                 if not unused:
                     self._remake(keep)
@@ -322,7 +332,8 @@ class Stack:
         for place in self._ranks.keys() - keep:
             self._drop(place)
         needed = [sum(of) for of in zip(*map(self._rows, self._ranks.values()), strict=True)]
-        copies, self._copies = self._copies, {}  # should a table fail, nobody takes what is there for copies
+        copies, self._copies = self._copies, {}  # should a table fail, nobody takes what is there for copies,
+        self._seats.clear()  # nor the rows where it was for its place
         try:
             for table, rows in zip(self._tables, needed or [0] * (1 + len(self._Bs)), strict=True):
                 table.remake(rows if fit else max(rows, len(table.numbers)), copies)
@@ -369,7 +380,9 @@ def _factors(mixture: Mixture) -> list[Factors]:
     found = []
     for pair, weight in mixture:
         A, B = pair.factors()
-        found.append((A.detach(), B.detach(), pair.scale * weight))
+        if not isinstance(pair, FrozenPair):
+            A, B = A.detach(), B.detach()
+        found.append((A, B, pair.scale * weight))
     return found
 
 
