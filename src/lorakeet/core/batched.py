@@ -261,10 +261,12 @@ class Stack:
             return
         shrunk = row_dots(wide, picks.tokens, self._A.numbers, picks.rows)
         for sums in picks.sums:
-            all_found = row_sums(shrunk[sums.part], self._Bs[self._table[sums.layers[0]]].numbers, sums.rows, sums.firsts)
-            for layer, found in zip(sums.layers, all_found.chunk(len(sums.layers)), strict=True):
+            weights = shrunk if len(picks.sums) == 1 else shrunk[sums.part]
+            found = row_sums(weights, self._Bs[self._table[sums.layers[0]]].numbers, sums.rows, sums.firsts)
+            of_layers = [found] if len(sums.layers) == 1 else found.chunk(len(sums.layers))
+            for layer, added in zip(sums.layers, of_layers, strict=True):
                 y = ys[layer]
-                y.add_(found) if to.tokens is None else y.index_add_(0, to.tokens, found.to(y.dtype))
+                y.add_(added) if to.tokens is None else y.index_add_(0, to.tokens, added.to(y.dtype))
 
     def _picks(self, to: Arrangement) -> _Picks:
         """Worked out once for all stacks whose places have the same rows."""
