@@ -89,7 +89,8 @@ def of_server(kind: Kind, count: int, load: Load, rounds: int, work: Path) -> di
     names.mkdir()
     for number in range(count):
         (names / f"n{number:04}").symlink_to(kind.folders[number % len(kind.folders)])
-    with server(["--adapters-dir", str(names), "--memory", f"{kind.memory / 1e6:.1f}MB", "--slots", str(load.streams)]) as (url, pid):
+    memory = f"{kind.memory / 1e6:.1f}MB"
+    with server(["--adapters-dir", str(names), "--memory", memory, "--slots", str(load.streams)]) as (url, pid):
         listed = [model["id"] for model in httpx.get(f"{url}/v1/models", timeout=60).json()["data"]]
         base, adapters = listed[:1], listed[1:]
         found = rounds_of(url, pid, {"base": Law(base), "uniform": Law(adapters)}, load, rounds)

@@ -283,7 +283,7 @@ class Stack:
         homeless = []
         for place, layers in new.items():
             ranks = tuple(sum(a.shape[0] for a, _, _ in factors) for factors in layers)
-            if place in self._seats and self._ranks[place] == ranks:  # the next text's adapter is mostly of the last one's ranks: it takes its rows
+            if place in self._seats and self._ranks[place] == ranks:  # it takes the rows of what stood there
                 self._ranks[place] = self._ranks.pop(place)  # as the newest
                 self._copies.pop(place, None)
                 self.special.discard(place)
