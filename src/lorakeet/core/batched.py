@@ -269,9 +269,9 @@ class Stack:
                 y.add_(added) if to.tokens is None else y.index_add_(0, to.tokens, added.to(y.dtype))
 
     def _picks(self, to: Arrangement) -> _Picks:
-        """Worked out once for all stacks whose places have the same rows."""
+        """Worked out once for all stacks whose places have the same rows of tables that are divided alike."""
         if self._picked is None or self._picked[0] is not to:
-            key = tuple((place, self._seats[place].key) for place in sorted(to.used))
+            key = self._table, tuple((place, self._seats[place].key) for place in sorted(to.used))
             found = to.picked.get(key)
             if found is None:
                 found = to.picked[key] = _Picks.of(to, self._seats, self._table, self.device)
