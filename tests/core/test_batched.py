@@ -22,9 +22,9 @@ RANKS = {"a": 4, "b": 2, "c": 6}
 SHARES = (Share(0, 3, "a"), Share(3, 4, "b"), Share(6, 9, "c", 0.7), Share(6, 8, "a", -0.5))  # 4 and 5 use none, 6 … 8 a mix
 
 
-def pair(name: str) -> LoraPair:
+def pair(name: str, out: int = OUT) -> LoraPair:
     rank = RANKS[name]
-    entry = PlanEntry(path="w", kind="linear", shape=(OUT, IN), rank=rank, alpha=3.0 * rank)
+    entry = PlanEntry(path="w", kind="linear", shape=(out, IN), rank=rank, alpha=3.0 * rank)
     made = LoraPair(entry).eval()
     generator = torch.Generator().manual_seed(rank)
     with torch.no_grad():
@@ -133,18 +133,27 @@ def test_each_way_through_a_stack_gives_the_same(
     torch.testing.assert_close(stacked(x, layer, stack_of(pairs, to), to), one_at_a_time(x, layer, pairs, shares))
 
 
-def test_layers_that_see_the_same_x_share_a_stack(pairs: dict[str, LoraPair]) -> None:
+@pytest.mark.parametrize("outs", [(OUT, OUT, OUT), (OUT, 6, 6), (6, OUT, 6)], ids=["alike", "two alike", "each its own"])
+def test_layers_that_see_the_same_x_share_a_stack(outs: tuple[int, ...], pairs: dict[str, LoraPair]) -> None:
+    """As each by itself does, whether the B's of neighbours stand in one table or not."""
     to, x = arrangement(), inputs()
-    others = {name: held for name, held in pairs.items() if name != "b"}  # b has no pair on the second layer
-    layers = (pairs, others, {})  # and nobody has one on the third
-    together = Stack([(OUT, IN)] * len(layers), torch.float32, CPU)
+    short = {name: pair(name, out=6) for name in pairs}
+    others = {name: held for name, held in short.items() if name != "b"}  # b has no pair on some layer
+    layers = [pairs if out == OUT else others if 6 in outs[:place] else short for place, out in enumerate(outs)]
+    if outs[1] == OUT:
+        layers[1] = {}  # and nobody has one there
+    together = Stack([(out, IN) for out in outs], torch.float32, CPU)
+    assert len(together._Bs) == len({*outs}) + (outs[0] == outs[2] != outs[1])
     together.hold(to, layers, Selection())
-    found = [torch.zeros(TOKENS, OUT) for _ in layers]
+    found = [torch.zeros(TOKENS, out) for out in outs]
     together.add(found, x, to)
-    for y, held in zip(found, layers, strict=True):
-        alone = torch.zeros(TOKENS, OUT)
-        stack_of(held, to).add([alone], x, to)
+    for y, held, out in zip(found, layers, outs, strict=True):
+        alone = torch.zeros(TOKENS, out)
+        stack = Stack([(out, IN)], torch.float32, CPU)
+        stack.hold(to, [held], Selection())
+        stack.add([alone], x, to)
         torch.testing.assert_close(y, alone)
+        assert bool(y.any()) == bool(held)
 
 
 def copies(stack: Stack, monkeypatch: pytest.MonkeyPatch) -> list[int]:

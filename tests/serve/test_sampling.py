@@ -7,7 +7,7 @@ from collections import Counter
 import pytest
 import torch
 
-from lorakeet.serve.sampling import Chooser, Sampling
+from lorakeet.serve.sampling import Chooser, Sampling, all_finite
 
 LOGITS = torch.tensor([0.4, 0.1, 0.3, 0.2]).log()
 
@@ -50,3 +50,12 @@ def test_logprobs_do_not_depend_on_temperature() -> None:
         assert chosen.logprob == pytest.approx(float(LOGITS[chosen.token]))
         assert [token for token, _ in chosen.top] == [0, 2]
     assert Chooser(Sampling(seed=0)).choose(LOGITS).logprob is None
+
+
+def test_rows_that_hold_a_number_which_is_not_finite_are_told() -> None:
+    rows = torch.zeros(5, 7)
+    assert all_finite(rows) == [True] * 5
+    rows[1, 3], rows[2, 0], rows[3, 5], rows[3, 6] = torch.nan, -torch.inf, torch.inf, -torch.inf
+    rows[4] = torch.finfo(torch.float32).max  # whose sum is infinite
+    assert all_finite(rows) == [True, False, False, False, True]
+    assert all_finite(rows[:1]) == [True]

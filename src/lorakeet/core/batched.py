@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lorakeet.core.base import FrozenBase
+from lorakeet.core.frozen_pair import FrozenPair
 from lorakeet.core.gathered import row_dots, row_sums
 from lorakeet.core.lowrank import LoraPair
 from lorakeet.core.math import add_low_rank, grad_of_b, shrink_grad
@@ -111,7 +112,8 @@ class _Copy:
 
     @classmethod
     def of(cls, what: Standing, layers: Sequence[Mixture]) -> _Copy:
-        factors: list[Tensor] = [factor for mixture in layers for pair, _ in mixture for factor in (pair.A, pair.B)]
+        pairs = [pair for mixture in layers for pair, _ in mixture if not isinstance(pair, FrozenPair)]
+        factors: list[Tensor] = [factor for pair in pairs for factor in (pair.A, pair.B)]
         tensors = tuple(weakref.ref(factor) for factor in factors if factor.requires_grad and not factor.is_inference())
         return cls(what, tensors, _written(tensors))
 
@@ -121,36 +123,52 @@ class _Copy:
 
 
 @dataclass(frozen=True)
+class _Sums:
+    """What layers of one width, side by side, add to their y: their part of the dot products, the rows of their B's that these
+    weigh, and where each layer's and token's begin. `layers` are those that some token has a pair on."""
+
+    layers: tuple[int, ...]
+    part: slice
+    rows: Tensor
+    firsts: Tensor
+
+
+@dataclass(frozen=True)
 class _Picks:
     """Which rows of a stack's tables the tokens meet.
 
     Those that are computed one by one, layer by layer, in the order of tokens: `tokens` and `rows` (n,), x[tokens[i]] meets the
-    row rows[i] of all A's. A layer has its part of these n, and, within its B's, the rows for them, and where each token's begin.
-    `long` are the others.
+    row rows[i] of all A's. `sums` are for each table of B's. `long` are the others.
     """
 
     tokens: Tensor
     rows: Tensor
-    layers: tuple[tuple[slice, Tensor, Tensor], ...]
+    sums: tuple[_Sums, ...]
     long: tuple[PaddedParts, ...]
 
     @classmethod
-    def of(cls, to: Arrangement, seats: Mapping[int, _Seat], layers: int, device: torch.device) -> _Picks:
+    def of(cls, to: Arrangement, seats: Mapping[int, _Seat], tables: Sequence[int], device: torch.device) -> _Picks:
+        """`tables` are the tables of B's by layer."""
         tokens: list[int] = []
         rows: list[int] = []
-        found = []
-        for layer in range(layers):
-            own: list[int] = []
-            first, firsts = len(tokens), []
-            for token, place in to.at:
-                above, within = seats[place].of_a[layer], seats[place].of_b[layer]
-                firsts.append(len(own))
-                own += range(within.start, within.stop)
-                rows += range(above.start, above.stop)
-                tokens += [token] * (above.stop - above.start)
-            found.append((slice(first, len(tokens)), _numbers(own, device), _numbers(firsts, device)))
+        sums = []
+        for _, alike in itertools.groupby(range(len(tables)), tables.__getitem__):
+            begin, own, firsts, layers = len(rows), list[int](), list[int](), []
+            for layer in alike:
+                seen = [(token, seats[place].of_a[layer], seats[place].of_b[layer]) for token, place in to.at]
+                if not any(within.stop > within.start for _, _, within in seen):
+                    continue
+                layers.append(layer)
+                for token, above, within in seen:
+                    firsts.append(len(own))
+                    own += range(within.start, within.stop)
+                    rows += range(above.start, above.stop)
+                    tokens += [token] * (above.stop - above.start)
+            if layers:
+                part = slice(begin, len(rows))
+                sums.append(_Sums(tuple(layers), part, _numbers(own, device), _numbers(firsts, device)))
         long = [Part(part, seats[place].all_of_a, seats[place].of_b) for part, place in to.long]
-        return cls(_numbers(tokens, device), _numbers(rows, device), tuple(found), padded(long, device))
+        return cls(_numbers(tokens, device), _numbers(rows, device), tuple(sums), padded(long, device))
 
 
 @dataclass(frozen=True)
@@ -172,8 +190,9 @@ class _Seat:
 class Stack:
     """The pairs of several adapters on layers that see the same x, by the places of an Arrangement; for inference.
 
-    All A's are one table (rows, in), each layer's B's one of (rows, out); a place has as many rows as its mix has ranks, one
-    layer's A's below the other's, the B's with weight and scale in them. Copies, in the dtype `products`, are made when a mix
+    All A's are one table (rows, in), the B's of layers of one width, side by side, one of (rows, out), since what is asked of a
+    table takes a while whatever it is; a place has as many rows as its mix has ranks, one layer's A's below the other's, and its
+    B's, the B's with weight and scale in them. Copies, in the dtype `products`, are made when a mix
     comes to a place: A and B are then rounded as the layers round them for an adapter that all tokens use.
 
     The tables have as many rows as one batch needed, at most: what no batch uses stays while its rows are not needed. They
@@ -187,7 +206,10 @@ class Stack:
         self.empty = True  # whether no mix has a pair here
         self.bytes = 0  # of the tables
         self._A = RowTable(shapes[0][1], products, device)
-        self._Bs = [RowTable(out, products, device) for out, _ in shapes]
+        outs = [out for out, _ in shapes]
+        others = (out != before for before, out in itertools.pairwise(outs))
+        self._table = tuple(itertools.accumulate(others, initial=0))  # of B's, by layer
+        self._Bs = [RowTable(out, products, device) for out, _ in itertools.groupby(outs)]
         self._ranks: dict[int, tuple[int, ...]] = {}  # by place, of each layer
         self._copies: dict[int, _Copy] = {}  # by place
         self._seats: dict[int, _Seat] = {}  # by place
@@ -234,34 +256,44 @@ class Stack:
         wide = x.to(self.products)
         picks = self._picks(to)
         for parts in picks.long:
-            parts.add(ys, wide, self._A.numbers, [B.numbers for B in self._Bs])
+            parts.add(ys, wide, self._A.numbers, [self._Bs[table].numbers for table in self._table])
         if not len(picks.rows):
             return
         shrunk = row_dots(wide, picks.tokens, self._A.numbers, picks.rows)
-        for y, B, (part, rows, firsts) in zip(ys, self._Bs, picks.layers, strict=True):
-            if not len(rows):
-                continue
-            found = row_sums(shrunk[part], B.numbers, rows, firsts).to(y.dtype)
-            y.add_(found) if to.tokens is None else y.index_add_(0, to.tokens, found)
+        for sums in picks.sums:
+            weights = shrunk if len(picks.sums) == 1 else shrunk[sums.part]
+            found = row_sums(weights, self._Bs[self._table[sums.layers[0]]].numbers, sums.rows, sums.firsts)
+            of_layers = [found] if len(sums.layers) == 1 else found.chunk(len(sums.layers))
+            for layer, added in zip(sums.layers, of_layers, strict=True):
+                y = ys[layer]
+                y.add_(added) if to.tokens is None else y.index_add_(0, to.tokens, added.to(y.dtype))
 
     def _picks(self, to: Arrangement) -> _Picks:
-        """Worked out once for all stacks whose places have the same rows."""
+        """Worked out once for all stacks whose places have the same rows of tables that are divided alike."""
         if self._picked is None or self._picked[0] is not to:
-            key = tuple((place, self._seats[place].key) for place in sorted(to.used))
+            key = self._table, tuple((place, self._seats[place].key) for place in sorted(to.used))
             found = to.picked.get(key)
             if found is None:
-                found = to.picked[key] = _Picks.of(to, self._seats, len(self.shapes), self.device)
+                found = to.picked[key] = _Picks.of(to, self._seats, self._table, self.device)
             self._picked = to, cast(_Picks, found)
         return self._picked[1]
 
     def _make_room(self, new: Mapping[int, Sequence[Sequence[Factors]]], wanted: Iterable[int]) -> None:
         """Rows for the mixes that are `new` among the `wanted` places; others give up theirs, the oldest first, where need be."""
+        homeless = []
         for place, layers in new.items():
+            ranks = tuple(sum(a.shape[0] for a, _, _ in factors) for factors in layers)
+            if place in self._seats and self._ranks[place] == ranks:  # it takes the rows of what stood there
+                self._ranks[place] = self._ranks.pop(place)  # as the newest
+                self._copies.pop(place, None)
+                self.special.discard(place)
+                continue
             self._drop(place)
-            self._ranks[place] = tuple(sum(a.shape[0] for a, _, _ in factors) for factors in layers)
+            self._ranks[place] = ranks
+            homeless.append(place)
         keep = set(wanted)
         unused = [place for place in self._ranks if place not in keep]
-        for place in new:
+        for place in homeless:
             while not self._seat(place):
                 if not unused:
                     self._remake(keep)
@@ -271,14 +303,21 @@ class Stack:
     def _seat(self, place: int) -> bool:
         """Whether there were rows for a place, which has them now."""
         ranks = self._ranks[place]
-        if not all(table.take(place, count) for table, count in zip(self._tables, (sum(ranks), *ranks), strict=True)):
+        if not all(table.take(place, count) for table, count in zip(self._tables, self._rows(ranks), strict=True)):
             for table in self._tables:
                 table.free(place)
             return False
-        ends = itertools.accumulate(ranks, initial=self._A.spans[place].start)
-        of_a = tuple(slice(first, last) for first, last in itertools.pairwise(ends))
-        self._seats[place] = _Seat(of_a, tuple(B.spans[place] for B in self._Bs))
+        of_b = itertools.chain(*map(_below, (B.spans[place].start for B in self._Bs), self._by_table(ranks)))
+        self._seats[place] = _Seat(tuple(_below(self._A.spans[place].start, ranks)), tuple(of_b))
         return True
+
+    def _by_table(self, ranks: Sequence[int]) -> list[list[int]]:
+        """The ranks of layers, those together whose B's are one table."""
+        return [[ranks[layer] for layer in alike] for _, alike in itertools.groupby(range(len(ranks)), self._table.__getitem__)]
+
+    def _rows(self, ranks: Sequence[int]) -> tuple[int, ...]:
+        """How many rows a mix of such ranks has, in each table."""
+        return sum(ranks), *map(sum, self._by_table(ranks))
 
     def _drop(self, place: int) -> None:
         self._picked = None
@@ -294,8 +333,9 @@ class Stack:
         keep = set(wanted)
         for place in self._ranks.keys() - keep:
             self._drop(place)
-        needed = [sum(of) for of in zip(*((sum(ranks), *ranks) for ranks in self._ranks.values()), strict=True)]
-        copies, self._copies = self._copies, {}  # should a table fail, nobody takes what is there for copies
+        needed = [sum(of) for of in zip(*map(self._rows, self._ranks.values()), strict=True)]
+        copies, self._copies = self._copies, {}  # should a table fail, nobody takes what is there for copies,
+        self._seats.clear()  # nor the rows where it was for its place
         try:
             for table, rows in zip(self._tables, needed or [0] * (1 + len(self._Bs)), strict=True):
                 table.remake(rows if fit else max(rows, len(table.numbers)), copies)
@@ -308,13 +348,18 @@ class Stack:
 
     def _copy(self, place: int, layers: Sequence[Sequence[Factors]]) -> None:
         seat, A = self._seats[place], self._A.numbers
-        for above, within, B, factors in zip(seat.of_a, seat.of_b, self._Bs, layers, strict=True):
-            first, second = above.start, within.start
+        for above, within, table, factors in zip(seat.of_a, seat.of_b, self._table, layers, strict=True):
+            first, second, B = above.start, within.start, self._Bs[table]
             for a, b, scale in factors:
                 rank = a.shape[0]
                 A[first : first + rank].copy_(a)
                 torch.mul(b.t(), scale, out=B.numbers[second : second + rank])
                 first, second = first + rank, second + rank
+
+
+def _below(first: int, counts: Iterable[int]) -> Iterable[slice]:
+    """Spans of so many rows one below the other, from the row `first` on."""
+    return (slice(start, stop) for start, stop in itertools.pairwise(itertools.accumulate(counts, initial=first)))
 
 
 def _numbers(values: Sequence[int], device: torch.device) -> Tensor:
@@ -337,7 +382,9 @@ def _factors(mixture: Mixture) -> list[Factors]:
     found = []
     for pair, weight in mixture:
         A, B = pair.factors()
-        found.append((A.detach(), B.detach(), pair.scale * weight))
+        if not isinstance(pair, FrozenPair):
+            A, B = A.detach(), B.detach()
+        found.append((A, B, pair.scale * weight))
     return found
 
 

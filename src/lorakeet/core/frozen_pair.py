@@ -7,7 +7,7 @@ is made, and they are most of what the garbage collector looks at. Those of froz
 from __future__ import annotations
 
 from collections import OrderedDict
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 from torch import Tensor, nn
 
@@ -33,6 +33,11 @@ class FrozenPair(LoraPair):
     def plain(self) -> bool:
         """It always is LoRA alone."""
         return True
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """A and B, without nn.Module's look through all tables for each: a text's adapter is asked for hundreds of them."""
+        held = cast("dict[str, Tensor]", self._buffers)
+        return held["A"], held["B"]
 
 
 class _Nothing(OrderedDict[Any, Any]):

