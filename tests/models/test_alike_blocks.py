@@ -80,8 +80,14 @@ def test_every_way_to_keep_weights(quantize: str, streaming: Streaming | None, m
 
 
 @pytest.mark.parametrize(
-    "lora", [replace(LORA, variant="dora", dropout=0.1), replace(LORA, target_modules=("q_proj",), extra_modules=("lm_head",))],
-    ids=["dora", "attention"],
+    "lora",
+    [
+        replace(LORA, variant="dora", dropout=0.1),
+        replace(LORA, target_modules=("q_proj",), extra_modules=("lm_head",)),
+        replace(LORA, start="pissa"),
+        replace(LORA, start="olora"),
+    ],
+    ids=["dora", "attention", "pissa", "olora"],
 )  # fmt: skip
 def test_every_kind_of_adapter(lora: LoraSpec, monkeypatch: pytest.MonkeyPatch) -> None:
     require_equal(*both(monkeypatch, config_of("llama"), lora))

@@ -18,7 +18,6 @@ from lorakeet.models.adapt import begin_adapter
 from lorakeet.models.outline import config_from, outline
 from lorakeet.models.targets import plan_for
 from lorakeet.quant.spec import QuantSpec
-from lorakeet.train import rehearsal
 from lorakeet.train.rehearsal import BEGIN, Rows
 from lorakeet.workflows.forecast_run import (
     CERTIFY,
@@ -110,17 +109,6 @@ def test_pairs_that_begin_from_the_weights_hold_a_matrix_in_fp32_beside_the_earl
     merged, plain = (one.forecast.phase(MERGE).kinds["adapter"] for one in (found, planned(narrow)))
     assert merged == anchors * plain or "lora__variant" in changes, "a pair with an anchor is merged at twice its rank"
     assert BEGIN not in [phase.name for phase in planned(narrow).forecast.phases], "random starts hold less than a step"
-
-
-def test_a_start_from_the_weights_of_many_blocks_is_what_few_blocks_tell(monkeypatch: pytest.MonkeyPatch) -> None:
-    def begun() -> int:
-        config = config_from({**SMALL, "num_hidden_layers": 7})
-        found = forecast_run(settings(lora__start="pissa"), config, FP32, runtime=RUNTIME, returning=True)
-        return found.forecast.phase(BEGIN).bytes
-
-    of_few = begun()
-    monkeypatch.setattr(rehearsal, "FEW", 99)
-    assert begun() == of_few
 
 
 def test_a_start_from_the_weights_takes_no_more_than_is_planned() -> None:
