@@ -156,6 +156,17 @@ def test_layers_that_see_the_same_x_share_a_stack(outs: tuple[int, ...], pairs: 
         assert bool(y.any()) == bool(held)
 
 
+def test_picked_rows_are_those_of_stacks_whose_tables_are_divided_alike(pairs: dict[str, LoraPair]) -> None:
+    to, short = arrangement(), {name: pair(name, out=6) for name in pairs}
+    first, alike, other = (Stack([(out, IN) for out in outs], torch.float32, CPU) for outs in [(OUT, OUT), (OUT, OUT), (OUT, 6)])
+    for stack, below in ((first, pairs), (alike, pairs), (other, short)):
+        stack.hold(to, [pairs, below], Selection())
+    assert alike._picks(to) is first._picks(to)
+    other._seats.update(first._seats)  # as if what came and went had left the same rows
+    assert other._picks(to) is not first._picks(to)
+    assert [len(stack._picks(to).sums) for stack in (first, other)] == [1, 2]
+
+
 def copies(stack: Stack, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The places that are copied to from now on."""
     found: list[int] = []
