@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode  # torch offers no public name
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily  # torch offers no public name
 from torch.utils._pytree import tree_leaves
 
 from lorakeet.memory import ledger
@@ -118,3 +118,12 @@ def test_tensors_with_numbers_are_left_to_torch(asked: list[Any]) -> None:
         with Ledger():
             assert isinstance(torch.tensor(numbers.tolist()), FakeTensor)
             assert torch.tensor([True]).any().shape == ()
+
+
+def test_what_is_made_while_the_fake_mode_is_left_has_numbers(asked: list[Any]) -> None:
+    with Ledger():
+        assert isinstance(torch.zeros(2, 3), FakeTensor)
+        with unset_fake_temporarily():
+            made = torch.zeros(2, 3)
+            assert not isinstance(made, FakeTensor) and (made + 1).sum() == 6
+        assert isinstance(torch.zeros(2, 3), FakeTensor)

@@ -88,12 +88,17 @@ class _Untold(Exception):
 
 
 def call_of(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Call | None:
-    """The call; None where one of its tensors has numbers, or is no plain one."""
+    """The call; None where one of its tensors has numbers or is no plain one, or where what it makes would have numbers.
+
+    The latter is so without tensors while torch's mode for fake ones is left for a moment (`unset_fake_temporarily`).
+    """
     tensors: list[FakeTensor] = []
     try:
         told = _told(args, tensors)
         named = tuple([(name, _told(value, tensors)) for name, value in kwargs.items()])
     except _Untold:
+        return None
+    if not tensors and torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is None:
         return None
     return Call((func, torch.get_default_dtype(), told, named), tensors)
 
