@@ -167,6 +167,14 @@ def test_picked_rows_are_those_of_stacks_whose_tables_are_divided_alike(pairs: d
     assert [len(stack._picks(to).sums) for stack in (first, other)] == [1, 2]
 
 
+def test_a_b_that_is_kept_in_bf16_is_not_rounded_again_where_products_are_in_fp32(pairs: dict[str, LoraPair]) -> None:
+    held = {name: one.to(torch.bfloat16) for name, one in pairs.items()}
+    to, x, y = arrangement(Share(0, 1, "a", 0.3)), inputs(), torch.zeros(TOKENS, OUT)
+    stack_of(held, to).add([y], x, to)
+    A, B = (factor.detach().float() for factor in held["a"].factors())
+    torch.testing.assert_close(y[0], 0.3 * held["a"].scale * x[0] @ A.T @ B.T, rtol=1e-5, atol=1e-5)
+
+
 def copies(stack: Stack, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The places that are copied to from now on."""
     found: list[int] = []

@@ -353,7 +353,8 @@ class Stack:
             for a, b, scale in factors:
                 rank = a.shape[0]
                 A[first : first + rank].copy_(a)
-                torch.mul(b.t(), scale, out=B.numbers[second : second + rank])
+                wide = b.t().to(torch.promote_types(b.dtype, self.products))  # else the product is rounded as B is kept
+                torch.mul(wide, scale, out=B.numbers[second : second + rank])
                 first, second = first + rank, second + rank
 
 
