@@ -262,7 +262,7 @@ def _to_loss(runs: Mapping[str, list[Run]]) -> dict[str, Any]:
             name: {
                 "seconds": summary(reached[name]).to_mapping() if name in reached else None,
                 "over_lorakeet": (
-                    summary(it / our for it, our in zip(reached[name], ours, strict=True)).to_mapping()
+                    summary(it / our for it, our in zip(reached[name], ours, strict=False)).to_mapping()  # `once` ran in round 1
                     if ours and name in reached else None
                 ),
                 "rounds": found[name],

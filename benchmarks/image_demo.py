@@ -55,7 +55,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     kept = seconds["base"] <= PRETRAINED and all(crossed[photos][name]["verdict"] == "better" for photos, name in HELPED)
     certified = {name: found is not None and found.passed for name, found in certificates.items()}
     content = {"seconds": seconds, "crossed": crossed, "certified": certified, "kept": kept and all(certified.values())}
-    print(f"Written: {write_result('image_demo', content, seed=0, about=about, folder=given.results)}")
+    claim = "image_demo_quick" if given.quick else "image_demo"
+    print(f"Written: {write_result(claim, content, seed=0, about=about, folder=given.results)}")
     return 0 if content["kept"] else 1
 
 

@@ -52,6 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     kept = memory["ratio"] <= MEMORY and faster
     _show(content)
     claim = "many_adapters_memory" if given.memory else "many_adapters"
+    claim += "_quick" if given.quick else ""
     print(f"Written: {write_result(claim, {**content, 'kept': kept}, seed=0, about=about, folder=given.results)}")
     return 0 if kept else 1
 

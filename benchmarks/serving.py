@@ -57,10 +57,9 @@ class Kind:
     numbers: int  # in A and B of one
     base: int  # bytes of the base's weights, the head among them
 
-    @property
-    def memory(self) -> int:
+    def memory(self, streams: int) -> int:
         """Bytes that a server's adapters may take: READ in fp32, and a copy for each text."""
-        return READ * 4 * self.numbers + 16 * NUMBER * self.numbers
+        return READ * 4 * self.numbers + streams * NUMBER * self.numbers
 
     def reading(self, adapters: int) -> int:
         """Bytes that a step reads at least."""
@@ -89,7 +88,7 @@ def of_server(kind: Kind, count: int, load: Load, rounds: int, work: Path) -> di
     names.mkdir()
     for number in range(count):
         (names / f"n{number:04}").symlink_to(kind.folders[number % len(kind.folders)])
-    memory = f"{kind.memory / 1e6:.1f}MB"
+    memory = f"{kind.memory(load.streams) / 1e6:.1f}MB"
     with server(["--adapters-dir", str(names), "--memory", memory, "--slots", str(load.streams)]) as (url, pid):
         listed = [model["id"] for model in httpx.get(f"{url}/v1/models", timeout=60).json()["data"]]
         base, adapters = listed[:1], listed[1:]
@@ -244,7 +243,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "rank": given.rank, "adapter_bytes_in_a_step": NUMBER * kind.numbers, "base_bytes_in_a_step": kind.base,
             "found": found, "ratios": ratios, "kept": kept(ratios),
         }  # fmt: skip
-    print(f"Written: {write_result('serving', content, seed=0, about=about, folder=given.results)}")
+    claim = "serving_quick" if given.quick else "serving"
+    print(f"Written: {write_result(claim, content, seed=0, about=about, folder=given.results)}")
     return 0 if all(of["kept"] for of in content.values()) else 1
 
 

@@ -19,6 +19,10 @@ from harness.processes import rotated, summary
 PROMPT = "The patient took the drug for two weeks and wrote the following review of it. "
 
 
+class Refused(Exception):
+    """The server did not write what it was asked for."""
+
+
 @dataclass(frozen=True)
 class Law:
     """Which models requests ask for: drawn from `names` uniformly, or by Zipf's law.
@@ -64,7 +68,7 @@ def rounds_of(url: str, pid: int, laws: Mapping[str, Law], load: Load, rounds: i
     """`rounds` of each law's traffic, in turn, so that what the machine does meanwhile meets all of them. First a short one of
     each, which is not timed."""
     for law in laws.values():
-        traffic(url, law, Load(load.streams, min(load.requests, 2 * load.streams), 4), seed=-1)
+        traffic(url, law, Load(load.streams, min(load.requests, 2 * load.streams), 4), seed=rounds)  # as none of them has
     found: dict[str, list[Measured]] = {name: [] for name in laws}
     for number in range(rounds):
         for name in rotated(list(laws), number):
@@ -103,11 +107,11 @@ def _p99(values: Sequence[float]) -> float:
 
 
 def traffic(url: str, law: Law, load: Load, *, seed: int) -> Measured:
-    """All requests of `load`; every one begins as one ends. SystemExit where one fails."""
+    """All requests of `load`; every one begins as one ends. SystemExit that says why where one fails."""
     draw = random.Random(seed)
     weights = [1.0 / (rank + 1) for rank in range(len(law.names))] if law.zipf else None
     models = iter(draw.choices(law.names, weights, k=load.requests))
-    found, lock = Measured(), threading.Lock()
+    found, failed, lock = Measured(), list[str](), threading.Lock()
 
     def work() -> None:
         with httpx.Client(timeout=600) as client:
@@ -119,8 +123,9 @@ def traffic(url: str, law: Law, load: Load, *, seed: int) -> Measured:
                 asked = {**law.asking(model), "prompt": law.prompt(luck), "max_tokens": load.tokens}
                 try:
                     count, first, each = _stream(client, url, asked)
-                except httpx.RemoteProtocolError:  # a kept connection that the server has just closed: asked again, once
-                    count, first, each = _stream(client, url, asked)
+                except (httpx.HTTPError, Refused) as error:
+                    failed.append(f"{asked}: {type(error).__name__}: {error}")
+                    return
                 with lock:
                     found.tokens += count
                     found.first.append(first)
@@ -134,22 +139,31 @@ def traffic(url: str, law: Law, load: Load, *, seed: int) -> Measured:
         thread.join()
     found.seconds = time.perf_counter() - began
     if len(found.first) != load.requests:
-        raise SystemExit(f"{load.requests - len(found.first)} of {load.requests} requests failed; see above")
+        missing = f"{load.requests - len(found.first)} of {load.requests} requests were not served:"
+        raise SystemExit("\n".join([missing, *failed[:4]]))
     return found
 
 
 def _stream(client: httpx.Client, url: str, asked: dict[str, Any]) -> tuple[int, float, float]:
     """(tokens, seconds to the first, mean seconds between) of one streamed completion."""
     body = {**asked, "temperature": 0, "stream": True, "n": 1, "stream_options": {"include_usage": True}}
-    began, times = time.perf_counter(), []
-    with client.stream("POST", f"{url}/v1/completions", json=body) as answer:
+    began, times, written = time.perf_counter(), [], 0
+    request = client.build_request("POST", f"{url}/v1/completions", json=body)
+    try:
+        answer = client.send(request, stream=True)
+    except httpx.RemoteProtocolError:  # a kept connection that the server has just closed: asked again, once
+        answer = client.send(request, stream=True)
+    try:
         if answer.status_code != 200:
-            raise SystemExit(f"{asked}: {answer.status_code} {answer.read().decode()}")
-        written = 0
+            raise Refused(f"{answer.status_code} {answer.read().decode()}")
         for text in answer.iter_lines():
             if text.startswith("data: {"):
                 times.append(time.perf_counter())
                 written = (json.loads(text[6:]).get("usage") or {}).get("completion_tokens", written)
+    finally:
+        answer.close()
+    if not written:
+        raise Refused("no token was written")
     return written, times[0] - began, (times[-1] - times[0]) / max(1, written - 1)
 
 
