@@ -23,6 +23,7 @@ LINE = 130
 Result = Mapping[str, Any]
 Drawings = dict[str, str]  # by the name of the file
 
+
 def newest(claim: str) -> list[Result]:
     """The newest result of that claim on each processor, the newest first."""
     found: dict[str, tuple[Result, Path]] = {}
@@ -67,9 +68,19 @@ def contenders(result: Result) -> str:
         memory = row["peak_bytes"]["median"] / 1e9
         lines.append(f"| {row['what']}{other} | {spread(row['tokens_per_second'], 0)} | {memory:.2f} | {ratio} |")
     lines += [f"| {name} | {why} | | |" for name, why in result["not_run"].items()]
+    return "\n".join([*lines, "", agreement(result)])
+
+
+def agreement(result: Result) -> str:
+    """Whether the contenders learnt the same, and who was not asked."""
+    rows = result["contenders"].values()
+    gaps = [row["largest_loss_difference"] for row in rows if row["largest_loss_difference"] is not None]
     agreed = "Losses agree at every step" if result["losses_agree"] else "**Losses do not agree at every step**"
-    gaps = [row["largest_loss_difference"] or 0.0 for row in result["contenders"].values()]
-    return "\n".join([*lines, "", f"{agreed} (largest gap to PEFT by hand in the same products: {max(gaps):.3f} nats)."])
+    said = f"{agreed} (largest gap to PEFT by hand in the same products: {max(gaps):.3f} nats)." if gaps else (
+        "**Losses were not compared**, since PEFT by hand did not run."
+    )
+    others = [row["what"] for row in rows if row.get("trains_otherwise")]
+    return f"{said} Those of {' and '.join(others)} are no part of that: something else is learnt there." if others else said
 
 
 def compared(drawings: Drawings) -> Iterator[str]:
@@ -104,8 +115,8 @@ def time_to_loss(drawings: Drawings) -> Iterator[str]:
     for claim, title in titles.items():
         for number, result in enumerate(newest(claim)):
             found, settings = result["to_loss"], result["settings"]
-            yield f"## Time to the same held-out loss: {title}"
             if number == 0:
+                yield f"## Time to the same held-out loss: {title}"
                 name = f"speed-{claim.removeprefix('finetune_vs_peft_').replace('_', '-')}.svg"
                 drawings[name] = plots.to_loss(f"Held-out loss, nats a learnt token, over seconds of training: {title}", found)
                 yield f"![Held-out loss over seconds of training]({name})"

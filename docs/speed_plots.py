@@ -45,10 +45,11 @@ def speeds(title: str, contenders: Mapping[str, Mapping[str, Any]]) -> str:
     parts = [text(8, 18, title)]
     for number, (name, row) in enumerate(rows):
         y, speed = 34 + step * number, row["tokens_per_second"]
-        colour = OURS if name.startswith("lorakeet") else OTHERS
+        other = bool(row.get("trains_otherwise"))
+        colour = LAW if other else OURS if name.startswith("lorakeet") else OTHERS
         low, high, length = (left + width * speed[key] / most for key in ("min", "max", "median"))
         parts += [
-            text(8, y + 13, name),
+            text(8, y + 13, f"{name} (learns other)" if other else name),
             f'<rect x="{left}" y="{y}" width="{length - left:.1f}" height="18" fill="{colour}"/>',
             f'<line x1="{low:.1f}" x2="{high:.1f}" y1="{y + 9}" y2="{y + 9}" stroke="#000"/>',
             text(high + 6, y + 13, f"{speed['median']:,.0f} tokens/s, {row['peak_bytes']['median'] / 1e9:.2f} GB"),

@@ -10,12 +10,10 @@ PAIR_PARAMETERS = 30 * 8 * (2 * (576 + 576) + 2 * (576 + 192) + 3 * (576 + 1536)
 HEAD = """
 # How fast training is, and why
 
-This page is made from `benchmarks/results` by `make docs`; a test compares the two. Contenders are measured on one machine, in
-alternated rounds of fresh processes, on the same rows in the same order, with the same rank, alpha, targets, learning rate and
-batch
-size, from the same A and B. Their losses are compared step by step: learning something else faster does not count. Nothing on
-this
-page ran on a GPU.
+This page is made from `benchmarks/results` by `make docs`; a test compares the two. Contenders are measured on one machine,
+in alternated rounds of fresh processes, on the same rows in the same order, with the same rank, alpha, targets, learning rate
+and batch size, from the same A and B, but where a row says that it trains otherwise. Losses are compared step by step:
+learning something else faster does not count. Nothing on this page ran on a GPU.
 """
 
 WHY = f"""
@@ -23,43 +21,38 @@ WHY = f"""
 
 A frozen weight W (out, in) costs each token 2·out·in FLOPs on the way forward (y = W·x) and as many on the way back (∂L/∂x =
 Wᵀ·∂L/∂y). Full fine-tuning pays as much again for ∂L/∂W; LoRA never does. So **4 FLOPs a frozen weight and token** are the
-floor of
-any LoRA training whose gradients pass through the whole model. SmolLM2-135M has {BLOCK_WEIGHTS:,} weights in the matrices of
-its blocks: {4 * BLOCK_WEIGHTS / 1e6:.0f} MFLOP a token. The pairs of rank 8 add 6 a parameter (forward, ∂A and ∂B, ∂x), that is
-{6 * PAIR_PARAMETERS / 1e6:.0f} MFLOP. Attention in a row of t tokens adds 2·t for each block and channel on the way forward,
-where a
-causal mask lets half of the scores through, and two and a half times that on the way back.
+floor of any LoRA training whose gradients pass through the whole model. SmolLM2-135M has {BLOCK_WEIGHTS:,} weights in the
+matrices of its blocks: {4 * BLOCK_WEIGHTS / 1e6:.0f} MFLOP a token. The pairs of rank 8 add 6 a parameter (forward, ∂A and
+∂B, ∂x), that is {6 * PAIR_PARAMETERS / 1e6:.0f} MFLOP. Attention in a row of t tokens adds 2·t for each block and channel on
+the way forward, where a causal mask lets half of the scores through, and two and a half times that on the way back.
 
 What is left out here, and costs others time:
 
 - **The head where nothing is learnt.** With 49,152 words the head has {HEAD_WEIGHTS / 1e6:.0f} million weights,
-{100 * HEAD_WEIGHTS / BLOCK_WEIGHTS:.0f} % on top of the blocks. A classification row learns its answer alone; the head, and of
-the
-last block what follows its attention, are computed for the learnt tokens alone (`train/text_loss`). A trainer that makes
-logits of
-all tokens pays for all of them, in memory too.
-- **Padding.** Rows are laid end to end (`data/pack`), and attention stays within a row. A batch that is padded to its longest row
-computes its filler, the more of it the more the lengths of its rows differ.
+{100 * HEAD_WEIGHTS / BLOCK_WEIGHTS:.0f} % on top of the blocks. A classification row learns its answer alone; the head, and
+of the last block what follows its attention, are computed for the learnt tokens alone (`train/text_loss`). A trainer that
+makes logits of all tokens pays for all of them, in memory too.
+- **Padding.** Rows are laid end to end (`data/pack`), and attention stays within a row. A batch that is padded to its longest
+row computes its filler, the more of it the more the lengths of its rows differ.
 - **Computing forwards twice.** TRL and unsloth checkpoint gradients by default: 6 FLOPs a weight in place of 4. Here little
 is saved, since a step is cut into micro-batches of `train.micro_tokens`.
 - **Passes over memory.** q, k and v with their pairs, rotary positions and attention are one autograd function; so are the
-gated MLP
-with its three pairs, and RMSNorm (`core/fused_attention`, `core/fused`). What lies between their products is made again or
-overwritten. Each carries the derivation of its backward pass.
-- **The slower dtype.** Whether products are faster in bf16 or in fp32 is measured when the model is loaded (`core/precision`): a
-processor may have instructions for bf16 and yet be slower with them.
-- **What rows begin with.** Tokens that all rows of a micro-batch begin with, from a template or an instruction, are computed once
-for all of them, with exact gradients (`data/prefix`). This needs no setting; dropout turns it off.
-- **Blocks below the lowest adapter.** With `lora.layers: top:8` no gradient goes below the eighth block from the top, and with
-`train.keep_prefix_states` what the blocks below make of a row is computed once for all epochs. Fewer matrices are adapted, so
-this trains another model, whose quality has to be measured: it is not the default.
+gated MLP with its three pairs, and RMSNorm (`core/fused_attention`, `core/fused`). What lies between their products is made
+again or overwritten. Each carries the derivation of its backward pass.
+- **The slower dtype.** Whether products are faster in bf16 or in fp32 is measured when the model is loaded
+(`core/precision`): a processor may have instructions for bf16 and yet be slower with them.
+- **What rows begin with.** Tokens that all rows of a micro-batch begin with, from a template or an instruction, are computed
+once for all of them, with exact gradients (`data/prefix`). This needs no setting; dropout turns it off.
+- **Blocks below the lowest adapter.** With `lora.layers: top:8` no gradient goes below the eighth block from the top, and
+with `train.keep_prefix_states` what the blocks below make of a row is computed once for all epochs. Fewer matrices are
+adapted, so this trains another model, whose quality has to be measured: it is not the default.
 
 ## Why not at the floor, least of all with short rows
 
-A product reaches the machine's rate with many tokens at once. Rows of 128 tokens share one product with every frozen weight, but
-their attention is many small products, and each operation of a block costs some time whatever it computes. Norms, rotary
-positions, SwiGLU, softmax, casts and the optimizer read and write memory and compute next to nothing; none of them is among the
-FLOPs of the floor. [The log](../log.md) says what a step was seen to be made of, and what was tried and not kept.
+A product reaches the machine's rate with many tokens at once. Rows of 128 tokens share one product with every frozen weight,
+but their attention is many small products, and each operation of a block costs some time whatever it computes. Norms, rotary
+positions, SwiGLU, softmax, casts and the optimizer read and write memory and compute next to nothing; none of them is among
+the FLOPs of the floor. [The log](../log.md) says what a step was seen to be made of, and what was tried and not kept.
 """
 
 TAIL = """
@@ -76,6 +69,5 @@ make docs
 ```
 
 [benchmarks/README.md](../../benchmarks/README.md) says how long each takes and what the contenders are. Each result notes how
-busy
-the machine was before its first run; only on an idle one do its times mean anything.
+busy the machine was before its first run; only on an idle one do its times mean anything.
 """

@@ -79,6 +79,15 @@ def test_the_page_on_speed_has_the_newest_result_of_each_processor_and_none_that
     assert [found["file"] for found in script["newest"]("growth")] == ["growth.2.json", "growth.1.json"]
 
 
+def test_the_page_on_speed_says_whose_losses_were_compared(monkeypatch: pytest.MonkeyPatch) -> None:
+    agreement = drawn_speed(monkeypatch)["agreement"]
+    row = {"what": "Ours", "largest_loss_difference": 0.02}
+    other = {"what": "Top", "largest_loss_difference": None, "trains_otherwise": "trains less"}
+    said = agreement({"losses_agree": True, "contenders": {"a": row, "b": other}})
+    assert said.startswith("Losses agree at every step (largest gap to PEFT by hand in the same products: 0.020 nats). Those of")
+    assert "not compared" in agreement({"losses_agree": True, "contenders": {"b": other}})
+
+
 def test_the_two_commands_of_the_readme_exist() -> None:
     readme, makefile = text_of("README.md"), text_of("Makefile")
     for target in ("quickstart", "test"):
