@@ -14,8 +14,8 @@ from lorakeet.errors import ConfigError, EnvironmentProblem
 from lorakeet.export.folded import PART_BYTES
 from lorakeet.train.rehearsal import Judging, NotPlanned, Rows
 from lorakeet.workflows import forecast_check
+from lorakeet.workflows.choose_streaming import ALONE
 from lorakeet.workflows.forecast_check import (
-    ALONE,
     FP32,
     CheckPlanner,
     CheckSize,
