@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from lorakeet.errors import ConfigError
-from lorakeet.memory.budget import larger_than_machine, machine_bytes, parse_budget
+from lorakeet.memory.budget import BETWEEN_PROCESSES, enough_for, larger_than_machine, machine_bytes, parse_budget
 
 
 @pytest.mark.parametrize(
@@ -46,3 +46,9 @@ def test_more_digits_than_any_machine_has_bytes_are_refused_too() -> None:
     with pytest.raises(ConfigError, match="memory is '99999999TiB', more than"):
         parse_budget("99999999TiB")
     assert parse_budget("0.1GB") == 10**8, "decimals are taken as they are written"
+
+
+def test_what_a_refusal_names_is_enough_for_a_process_that_holds_a_little_more() -> None:
+    for planned in (1, 547 << 20, (547 << 20) + 1):
+        named = parse_budget(enough_for(planned))
+        assert planned + BETWEEN_PROCESSES <= named <= planned + BETWEEN_PROCESSES + (1 << 20)

@@ -127,3 +127,12 @@ def test_what_is_made_while_the_fake_mode_is_left_has_numbers(asked: list[Any]) 
             made = torch.zeros(2, 3)
             assert not isinstance(made, FakeTensor) and (made + 1).sum() == 6
         assert isinstance(torch.zeros(2, 3), FakeTensor)
+
+
+def test_no_more_calls_are_remembered_than_have_room(asked: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ledger, "MOST_KNOWN", 3)
+    for _ in range(2):
+        with Ledger():
+            for size in range(1, 8):
+                assert torch.zeros(size).shape == (size,)
+                assert 1 <= len(ledger._KNOWN) <= 3

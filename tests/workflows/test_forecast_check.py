@@ -12,10 +12,11 @@ import pytest
 from lorakeet.core.plan import ExtraEntry, Plan, PlanEntry
 from lorakeet.errors import ConfigError, EnvironmentProblem
 from lorakeet.export.folded import PART_BYTES
+from lorakeet.memory.budget import enough_for
 from lorakeet.train.rehearsal import Judging, NotPlanned, Rows
 from lorakeet.workflows import forecast_check
+from lorakeet.workflows.choose_streaming import ALONE
 from lorakeet.workflows.forecast_check import (
-    ALONE,
     FP32,
     CheckPlanner,
     CheckSize,
@@ -119,7 +120,7 @@ def test_where_two_blocks_have_no_room_one_may(opened: Opened, tmp_path: Path) -
     with pytest.raises(ConfigError, match="but a check takes at least") as caught:
         plan_check(opened.within("64MiB"), SIZE, tmp_path / "out", quiet())
     least = int(str(caught.value).partition("at least ")[2].partition(" MiB")[0])
-    assert least == -(-one.peak >> 20)
+    assert f"{least} MiB" == enough_for(one.peak)
     asked = plan_check(opened.within(f"{least}MiB"), SIZE, tmp_path / "out", quiet())
     assert asked.kept is not None and asked.kept.slots == 1 and asked.kept.planned == one.peak
 

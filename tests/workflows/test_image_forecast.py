@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from lorakeet.errors import ConfigError, EnvironmentProblem
 from lorakeet.evaluate.certificate import read_certificate
 from lorakeet.memory.card import CONTEXT
+from lorakeet.memory.forecast import Forecast, Phase
 from lorakeet.models.image_outline import shapes_of_images
 from lorakeet.workflows import image_forecast
 from lorakeet.workflows.image_forecast import Machine, advice, arrange_images, forecast_images, machine_of, ways
@@ -99,3 +100,17 @@ def test_what_helps_on_a_card_without_bfloat16_is_float16_which_takes_no_more(
     change, planned = next(advice(config, shapes, machine))
     narrow = forecast_images(config, shapes, replace(machine, dtype=torch.bfloat16))
     assert change == "model.dtype float16" and planned.peak == narrow.peak and planned.work == narrow.work
+
+
+@pytest.mark.parametrize(("start", "decomposed"), [("pissa", 1), ("kaiming", 0)])
+def test_what_pairs_begin_with_is_in_the_runtime_and_in_the_peak_of_training(
+    tiny_sd_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, start: str, decomposed: int
+) -> None:
+    ran: list[int] = []
+    monkeypatch.setattr(image_forecast, "decompose", lambda: ran.append(1))
+    monkeypatch.setattr(image_forecast, "go_through", lambda *_: None)
+    config = image_config(tiny_sd_folder, tmp_path, lora__start=start)
+    machine, shapes = machine_of(config), shapes_of_images(config.model, print)
+    planned = forecast_images(config, shapes, machine)
+    phases = (Phase("begin pairs", {"scratch": 1 << 40}), *planned.forecast.phases)
+    assert len(ran) == decomposed and replace(planned, forecast=Forecast(phases)).training_peak == 1 << 40

@@ -16,6 +16,7 @@ from lorakeet.errors import ConfigError, EnvironmentProblem
 from lorakeet.memory.card import CONTEXT
 from lorakeet.workflows import room_judge
 from lorakeet.workflows.arrange import Arrangement, Loaded
+from lorakeet.workflows.choose_streaming import ALONE, FEWEST
 from lorakeet.workflows.room_judge import arrange_cutting, arrange_judging
 from tiny.models import save_tiny_llama
 from tiny.runs import settings
@@ -26,6 +27,7 @@ CHANGES = {"train.micro_tokens": "128", "data.max_tokens": "32", "evaluate.drift
 ADAPTER = Adapter(
     {f"model.layers.{n}.self_attn.q_proj": Pair(torch.ones(4, 512), torch.ones(512, 4), 12.0, "linear") for n in range(6)}
 )
+WIDER = Adapter({path: Pair(torch.ones(256, 512), torch.ones(512, 256), 256.0, "linear") for path in ADAPTER.pairs})
 
 
 @pytest.fixture(scope="module")
@@ -72,6 +74,15 @@ def test_the_base_stays_in_memory_streams_or_is_refused(within: Callable[..., Ru
     assert step.planned is not None and step.planned > whole.planned, "what weighing holds is in the plan"
 
 
+def test_where_two_blocks_have_no_room_one_stays_whatever_is_left(
+    within: Callable[..., RunConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    peaks = {None: 900, FEWEST: 300, ALONE: 100}  # MiB: what reads ahead takes more than its block
+    monkeypatch.setattr(room_judge._Room, "forecast", lambda _, slots=None: room_judge._Found(peaks[slots] << 20, 6, 50 << 20))
+    found = arrange_judging(within("200MiB"), ADAPTER, print, NO_LABELS)
+    assert found.slots == 1 and found.planned == 100 << 20
+
+
 def test_a_passage_less_long_is_a_remedy(within: Callable[..., RunConfig]) -> None:
     judged = partial(arrange_judging, adapter=ADAPTER, say=print, loaded=NO_LABELS)
     long, short = (judged(within("8GiB", data__max_tokens=length)).planned for length in ("4096", "1024"))
@@ -102,3 +113,9 @@ def test_a_device_without_budgets_is_refused_and_a_cuda_device_is_held_to_its_ow
     said: list[str] = []
     found = arrange_judging(within("8GiB", model__device="cuda:0"), ADAPTER, said.append, NO_LABELS)
     assert found.card == torch.device("cuda", 0) and limits == [(found.card, 8 << 30)] and "stays on cuda:0" in said[-1]
+    cut = arrange_cutting(
+        within("8GiB", model__device="cuda:0"), WIDER, said.append, NO_LABELS, weigh=lambda _: torch.zeros(8), copies=9.0
+    )
+    alone = arrange_judging(within("8GiB", model__device="cuda:0"), WIDER, said.append, NO_LABELS)
+    assert cut.planned is not None and alone.planned is not None
+    assert cut.planned - alone.planned >= 4 * WIDER.parameters, "a cut that is measured is there beside the whole adapter"

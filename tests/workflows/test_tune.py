@@ -105,7 +105,7 @@ def test_a_budget_without_room_for_all_trials_is_refused_with_what_would_help(
     tiny_llama_folder: Path, rows: Path, tmp_path: Path
 ) -> None:
     config = settings(tiny_llama_folder, rows, tmp_path / "run", {**SLOW, "memory.budget": "50MiB"})
-    words = r"this search takes at least \d+ MiB.* and 4 adapters of rank \d+ in training at once\. Raise .* lower --together"
+    words = r"this search takes at least \d+ MiB.* and 3 adapters of rank \d+ in training at once\. Raise .* lower --together"
     with pytest.raises(ConfigError, match=words):
         tune(config, quick=True, console=quiet())
 

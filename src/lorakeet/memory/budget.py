@@ -10,6 +10,7 @@ from pathlib import Path
 from lorakeet.errors import ConfigError
 
 UNITS = {"KB": 1000, "MB": 1000**2, "GB": 1000**3, "TB": 1000**4, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30, "TiB": 1 << 40}
+BETWEEN_PROCESSES = 8 << 20  # bytes by which two processes differ that did the same before their models; 2 MiB were seen
 _MOST = 1 << 63  # bytes: what a process can address and far more
 _SHOWN = 40  # characters of such a text
 _NUMBER = re.compile(r"([+-]?)(\d+(?:[.,]\d+)?|[.,]\d+)\s*([A-Za-z]*)")
@@ -36,6 +37,11 @@ def parse_budget(text: str) -> int:
     if sign == "-" or size <= 0:
         raise ConfigError(f"memory is {text!r}; it must be above 0, such as 2GiB.")
     return size
+
+
+def enough_for(planned: int) -> str:
+    """The budget that a refusal names where so many bytes are planned, in MiB: the next process, which plans anew, keeps it."""
+    return f"{-(-(planned + BETWEEN_PROCESSES) >> 20)} MiB"
 
 
 def machine_bytes() -> int:

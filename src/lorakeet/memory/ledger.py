@@ -32,7 +32,7 @@ from lorakeet.memory.held import KEPT, OUTSIDE, Held, Stretch
 from lorakeet.memory.known_results import Known, Mode, call_of, known_of
 from lorakeet.memory.lapack import WORKSPACES
 
-MOST_KNOWN = 1 << 15  # calls; beyond these all are forgotten
+MOST_KNOWN = 1 << 13  # calls, of 1.4 KiB each; beyond these all are forgotten
 _KNOWN: dict[tuple[Any, ...], Known] = {}  # what calls have made, by all ledgers of this process
 Kind = Literal["base", "adapter", "moments", "gradients", "saved activations", "logits", "scratch"]
 

@@ -15,7 +15,7 @@ from lorakeet.config import RunConfig
 from lorakeet.core.spec import LoraSpec
 from lorakeet.errors import ConfigError, EnvironmentProblem
 from lorakeet.memory.allocator import return_freed_memory
-from lorakeet.memory.budget import larger_than_machine, machine_bytes
+from lorakeet.memory.budget import enough_for, larger_than_machine, machine_bytes
 from lorakeet.memory.card import card_warning, limit_to
 from lorakeet.memory.measure import resident_bytes
 from lorakeet.memory.spill import Aside, HostAside
@@ -118,7 +118,7 @@ def require_room_to_unpack(spec: ModelSpec, budget: int) -> None:
     if held and needed > budget:
         raise ConfigError(
             f"memory.budget is {budget >> 20} MiB, but unpacking {spec.path}, which is done once, takes about "
-            f"{-(-needed >> 20)} MiB. Raise the budget, or run once without it: later runs read the copy that stays."
+            f"{enough_for(needed)}. Raise the budget, or run once without it: later runs read the copy that stays."
         )
 
 
@@ -167,7 +167,7 @@ def _streamed(
         what, more = ("this run", "") if loaded.members == 1 else ("this search", "--together, --rank-choices, ")
         several = f" and {loaded.members} adapters of rank {config.lora.rank} in training at once" if more else ""
         raise ConfigError(
-            f"memory.budget is {budget >> 20} MiB, but {what} takes at least {-(-lowest >> 20)} MiB, streamed or not, with "
+            f"memory.budget is {budget >> 20} MiB, but {what} takes at least {enough_for(lowest)}, streamed or not, with "
             f"micro-batches of {rows_of(config).tokens:,} tokens{several}. Raise the budget, or lower {more}lora.rank, "
             "data.max_tokens or train.micro_tokens."
         )
@@ -254,7 +254,7 @@ def not_streamed(config: RunConfig, peak: int | None) -> str:
     measures = measures_rows(config)
     if config.ranks.choose != "prune" and not measures:
         return ""
-    least = "" if peak is None else f" ({-(-peak >> 20)} MiB or more)"
+    least = "" if peak is None else f" ({enough_for(peak)} or more)"
     said = (
         f"memory.budget is {(config.memory.bytes or 0) >> 20} MiB, which this run would keep by streaming its blocks, but "
     )

@@ -20,6 +20,7 @@ from lorakeet.train.rehearsal import STEP, Streaming
 from lorakeet.workflows.forecast_run import Planned
 
 FEWEST = 2  # blocks in memory: one is computed with, one is read
+ALONE = 1  # block in memory, where there is no room for another to be read meanwhile
 HELD_STATES = 3  # of a micro-batch on its way, about: what a block gets, what it gives, and what else its decoder hands to it
 MOST_TOGETHER = 4  # micro-batches: each adds some 5 s to the rehearsal of 32 blocks
 

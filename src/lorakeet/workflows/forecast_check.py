@@ -30,7 +30,7 @@ from lorakeet.evaluate.parity import CELLS
 from lorakeet.evaluate.wording import bytes_text
 from lorakeet.export.folded import PART_BYTES
 from lorakeet.memory.allocator import return_freed_memory
-from lorakeet.memory.budget import larger_than_machine
+from lorakeet.memory.budget import enough_for, larger_than_machine
 from lorakeet.memory.forecast import Phase, phases_of
 from lorakeet.memory.held import Held, with_more
 from lorakeet.models.alike_blocks import Build
@@ -45,13 +45,12 @@ from lorakeet.models.streamed_load import bytes_of_storing, empty_model
 from lorakeet.models.streamed_outline import streamed_outline
 from lorakeet.train.rehearsal import JUDGE, Judging, NotPlanned, Rehearsal, rehearse_judging
 from lorakeet.workflows.arrange import Arrangement, require_room_to_unpack
-from lorakeet.workflows.choose_streaming import FEWEST
+from lorakeet.workflows.choose_streaming import ALONE, FEWEST
 from lorakeet.workflows.forecast_run import INTERVALS, TOKENIZER_ENTRY, Precision, runtime_bytes
 from lorakeet.workflows.opened import Opened
 from lorakeet.workflows.place import folder_above, store_folder, temporary_folder
 
 FP32 = 4  # bytes
-ALONE = 1  # block in memory, where there is no room for another to be read meanwhile
 COPIES = 4  # of a matrix in fp32: as it is, its change, their sum, and one as it was stored or is looked at
 UNCHANGED, CHANGED = 3, 6  # of a stored one, as it is read and compared or written: without a change, and with one
 ROW_LOGITS = 3  # tables of logits (tokens, vocabulary) at once: live, base and the artefact's
@@ -125,11 +124,12 @@ def plan_check(opened: Opened, check: CheckSize, place: Path, console: Console) 
         return replace(opened, kept=Arrangement(budget, whole.peak))
     if found.peak > budget:
         raise NoRoom(
-            f"The budget is {budget >> 20} MiB, but {check.what} takes at least {_mib(min(found.peak, whole.peak))}, with its "
-            f"models streamed from disk block by block ({_mib(whole.peak)} with them in memory). Give that with --memory, or "
-            "do it on a larger machine."
+            f"The budget is {budget >> 20} MiB, but {check.what} takes at least {enough_for(min(found.peak, whole.peak))}, with "
+            f"its models streamed from disk block by block ({enough_for(whole.peak)} with them in memory). Give that with "
+            "--memory, or do it on a larger machine."
         )
-    slots = min(found.blocks, fewest + (budget - found.peak) // found.block_bytes)
+    more = (budget - found.peak) // found.block_bytes if fewest != ALONE else 0  # two have no room, whatever is left
+    slots = min(found.blocks, fewest + more)
     planned = found.peak + (slots - fewest) * found.block_bytes
     folder = store_folder(opened.config.memory.store, place, "check")
     needed = FP32 * planner.weights * (check.models + check.more_stores) + check.waiting + planner.spilled(found.blocks)
@@ -248,10 +248,5 @@ def _require_disk(folder: Path, check: CheckSize, needed: int, whole: int) -> No
         raise EnvironmentProblem(
             f"To keep the budget, {check.what} writes the weights in fp32 to {folder} until it is done: {bytes_text(needed)}, "
             f"beside {bytes_text(check.artefact)} that stay; {bytes_text(free)} are free there. Free some space, name a folder "
-            f"on another disk with memory.store in the run's config.yaml, or give {_mib(whole)} with --memory."
+            f"on another disk with memory.store in the run's config.yaml, or give {enough_for(whole)} with --memory."
         )
-
-
-def _mib(count: int) -> str:
-    """Rounded up, so that as much as is named is enough."""
-    return f"{-(-count >> 20)} MiB"

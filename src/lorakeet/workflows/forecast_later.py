@@ -19,8 +19,9 @@ from lorakeet.merge.fold import FP32_COPIES
 from lorakeet.models.quantized import plain_config
 from lorakeet.quant.spec import QuantSpec
 from lorakeet.train.rehearsal import Judging, NotPlanned, Rows
+from lorakeet.workflows.choose_streaming import ALONE
 from lorakeet.workflows.compare_artefact import GREEDY_TOKENS
-from lorakeet.workflows.forecast_check import ALONE, FP32, CheckPlanner, CheckSize, adapted_bytes, tensor_bytes
+from lorakeet.workflows.forecast_check import FP32, CheckPlanner, CheckSize, adapted_bytes, tensor_bytes
 from lorakeet.workflows.forecast_choices import finished_plan
 from lorakeet.workflows.forecast_run import EXPORT, MERGE
 from lorakeet.workflows.merge import size_of_merge

@@ -134,7 +134,7 @@ def runtime_bytes(precision: Precision, counts: int = COUNTS, *, decomposing: bo
         return CONTEXT
     _do_everything(precision)
     if decomposing:
-        _decompose()
+        decompose()
     narrow = NARROW + (counts - 1) * COUNT_BYTES if precision.products.itemsize < torch.float32.itemsize else 0
     return resident_bytes() + narrow
 
@@ -160,7 +160,7 @@ def _do_everything(precision: Precision) -> None:
 
 
 @cache
-def _decompose() -> None:
+def decompose() -> None:
     """Each of LAPACK's routines that core/start and ranks/score call, on matrices of some hundred rows."""
     for dtype in (torch.float32, torch.float64):
         matrix = torch.eye(384, dtype=dtype) + torch.arange(384, dtype=dtype)

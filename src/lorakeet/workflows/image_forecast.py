@@ -20,7 +20,7 @@ from lorakeet.errors import ConfigError, EnvironmentProblem
 from lorakeet.evaluate.wording import bytes_text
 from lorakeet.formats.safe import Stored, open_safetensors
 from lorakeet.memory.allocator import return_freed_memory
-from lorakeet.memory.budget import larger_than_machine
+from lorakeet.memory.budget import enough_for, larger_than_machine
 from lorakeet.memory.card import CONTEXT, card_warning, limit_to, phases_on_card
 from lorakeet.memory.forecast import Forecast, phases_of
 from lorakeet.memory.held import Held, larger, with_more
@@ -39,11 +39,11 @@ from lorakeet.train.image_rehearsal import ENCODE, ImageRehearsal, Pictures, go_
 from lorakeet.train.image_spec import DiffusionSpec
 from lorakeet.train.rehearsal import BEGIN, CHECKPOINT, EVALUATE, JUDGE, STEP
 from lorakeet.train.spec import TrainSpec
-from lorakeet.workflows.forecast_choices import VALUE, finished_plan, reads_weights
+from lorakeet.workflows.forecast_choices import VALUE, decomposes, finished_plan, reads_weights
+from lorakeet.workflows.forecast_run import INTERVALS, decompose
 
 LOAD, CERTIFY = "load", "certify"
 PROMPTS = 3  # whose samples are drawn where the settings name none
-INTERVALS = 64 << 20  # bytes: numpy's copies of the weights of resamples (evaluate/intervals)
 _SMALL: Shapes = {
     "_class_name": "StableDiffusionPipeline",
     "unet": {"_class_name": "UNet2DConditionModel", "sample_size": 8, "block_out_channels": [32, 64], "layers_per_block": 1,
@@ -82,7 +82,8 @@ class ImagePlanned:
     @property
     def training_peak(self) -> int:
         """The most bytes until training ends."""
-        return max(phase.bytes for phase in self.forecast.phases if phase.name in (LOAD, ENCODE, STEP, EVALUATE, CHECKPOINT))
+        training = (LOAD, ENCODE, BEGIN, STEP, EVALUATE, CHECKPOINT)
+        return max(phase.bytes for phase in self.forecast.phases if phase.name in training)
 
     def to_mapping(self) -> dict[str, Any]:
         """Plain values for --json."""
@@ -150,7 +151,7 @@ def arrange_images(config: RunConfig, say: Callable[[str], None], *, asked: bool
         f"{change}: {bytes_text(found.peak)}" for change, found in advice(last, shapes, machine) if found.peak < least.peak
     ]
     raise ConfigError(
-        f"memory.budget is {bytes_text(budget)}, but this run takes at least {bytes_text(least.peak)} (phase "
+        f"memory.budget is {bytes_text(budget)}, but this run takes at least {enough_for(least.peak)} (phase "
         f"'{least.forecast.peak.name}'), one picture at a time and with checkpointing. Raise the budget"
         + (f", or set {', '.join(helping)}." if helping else ".")
     )
@@ -252,6 +253,8 @@ def runtime_bytes(config: RunConfig, dtype: torch.dtype) -> int:
             base.store(0.1 * torch.randn(base.shape))
         small = Pictures((32, 32), 2, 1, (32, 32), 1)
         go_through(model, plan, TrainSpec(), DiffusionSpec(at_once=2, checkpointing=config.diffusion.checkpointing), small)
+    if decomposes(config):
+        decompose()
     SCRATCH.clear()
     return resident_bytes()
 

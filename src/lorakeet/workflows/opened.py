@@ -16,7 +16,7 @@ from lorakeet.core.spec import LoraSpec
 from lorakeet.errors import ConfigError, DataError
 from lorakeet.evaluate.wording import bytes_text
 from lorakeet.formats.detect import read_adapter
-from lorakeet.memory.budget import parse_budget
+from lorakeet.memory.budget import enough_for, parse_budget
 from lorakeet.memory.measure import resident_bytes
 from lorakeet.models.adapt import put_adapter
 from lorakeet.models.kernels import where_possible
@@ -131,7 +131,7 @@ class Opened:
         needed = resident_bytes() + int(copies * FP32 * weights_in(skeleton(read_config(source))))
         if needed > budget:
             raise ConfigError(
-                f"The budget is {bytes_text(budget)}, but {what} takes about {bytes_text(needed)}: models are compared in fp32 "
+                f"The budget is {bytes_text(budget)}, but {what} takes about {enough_for(needed)}: models are compared in fp32 "
                 "with their weights in memory, and are not streamed. Give that much with --memory, or do it on a larger machine."
             )
 

@@ -16,7 +16,7 @@ from rich.console import Console
 from lorakeet.config import RunConfig
 from lorakeet.evaluate.wording import bytes_text
 from lorakeet.memory.allocator import return_freed_memory, slack
-from lorakeet.memory.budget import larger_than_machine
+from lorakeet.memory.budget import enough_for, larger_than_machine
 from lorakeet.memory.forecast import Forecast, Phase, phase_at
 from lorakeet.memory.held import Held
 from lorakeet.memory.ledger import Work
@@ -215,10 +215,9 @@ def show_plan(result: PlanResult, console: Console) -> None:
         if result.beside_card:
             console.print(result.beside_card, soft_wrap=True)
     if result.least is not None:
-        least_that_works = bytes_text(min(result.least, result.peak))
         console.print(
-            f"finetune refuses: it needs at least {least_that_works}, with its blocks streamed from disk. It would take:",
-            soft_wrap=True,
+            f"finetune refuses: it needs at least {enough_for(min(result.least, result.peak))}, with its blocks streamed from "
+            "disk. It would take:", soft_wrap=True,
         )  # fmt: skip
     for item in result.advice:
         fits = "fits" if result.budget is not None and item.peak <= result.budget else "is still too much"
@@ -226,8 +225,8 @@ def show_plan(result: PlanResult, console: Console) -> None:
         console.print(f"  {item.change}: {bytes_text(item.peak)} {how}, {fits}", soft_wrap=True)
     for phase in result.later:
         if result.budget is not None and phase.bytes > result.budget:
-            enough = f"{-(-phase.bytes >> 20)}MiB"
-            console.print(f"lorakeet {phase.name} of its adapter will ask for --memory {enough}, streamed.", soft_wrap=True)
+            asked = enough_for(phase.bytes).replace(" ", "")
+            console.print(f"lorakeet {phase.name} of its adapter will ask for --memory {asked}, streamed.", soft_wrap=True)
     console.print(_speed_text(result, work), soft_wrap=True)
 
 

@@ -20,7 +20,7 @@ from lorakeet.core.device import standing_for
 from lorakeet.core.plan import Plan
 from lorakeet.errors import ConfigError, EnvironmentProblem
 from lorakeet.memory.allocator import return_freed_memory
-from lorakeet.memory.budget import larger_than_machine, machine_bytes
+from lorakeet.memory.budget import enough_for, larger_than_machine, machine_bytes
 from lorakeet.memory.card import card_warning, limit_to, phases_on_card, rounded
 from lorakeet.memory.forecast import phases_of
 from lorakeet.memory.held import Held, larger, with_more
@@ -36,7 +36,7 @@ from lorakeet.models.streamed_outline import streamed_outline
 from lorakeet.models.text import TextModel
 from lorakeet.train.rehearsal import BEGIN, JUDGE, STEP, NotPlanned, Rehearsal, rehearse_judging
 from lorakeet.workflows.arrange import Arrangement, Loaded, precision_of, require_room_to_unpack
-from lorakeet.workflows.choose_streaming import FEWEST
+from lorakeet.workflows.choose_streaming import ALONE, FEWEST
 from lorakeet.workflows.forecast_choices import VALUE
 from lorakeet.workflows.forecast_run import (
     FLOORS,
@@ -49,7 +49,6 @@ from lorakeet.workflows.forecast_run import (
     runtime_bytes,
 )
 
-ALONE = 1  # block in memory, where there is no room for another to be read meanwhile
 Weigh = Callable[[TextModel], object]
 
 
@@ -79,8 +78,8 @@ def arrange_judging(config: RunConfig, adapter: Adapter, say: Callable[[str], No
     if found.peak > budget:
         raise ConfigError(
             f"memory.budget is {budget >> 20} MiB, but measuring this adapter takes at least "
-            f"{_mib(min(whole.peak, found.peak))}, with its base streamed block by block ({_mib(whole.peak)} with it in memory). "
-            "Give that with --memory, or lower train.micro_tokens, data.max_tokens (longer rows are left out) or "
+            f"{enough_for(min(whole.peak, found.peak))}, with its base streamed block by block ({enough_for(whole.peak)} with it "
+            "in memory). Give that with --memory, or lower train.micro_tokens, data.max_tokens (longer rows are left out) or "
             "evaluate.drift_tokens in its run file."
         )
     return room.arranged(whole, found, slots)
@@ -101,8 +100,8 @@ def arrange_cutting(
         raise ConfigError(f"memory.budget cannot be kept without a plan: {error} Leave the budget out.") from error
     if whole.peak > room.budget:
         raise ConfigError(
-            f"memory.budget is {room.budget >> 20} MiB, but compressing this adapter takes {_mib(whole.peak)}: its pairs are "
-            "weighed by a backward pass over a base in memory, which is not streamed. Give that with --memory, or lower "
+            f"memory.budget is {room.budget >> 20} MiB, but compressing this adapter takes {enough_for(whole.peak)}: its pairs "
+            "are weighed by a backward pass over a base in memory, which is not streamed. Give that with --memory, or lower "
             "train.micro_tokens or data.max_tokens (longer rows are left out) in its run file."
         )
     return room.arranged(whole, whole, FEWEST)
@@ -150,13 +149,14 @@ class _Room:
         own = VALUE * self.plan.parameters
         kept = with_more(Held(), base=found.base, adapter=own)
         floors = FLOORS if self.loaded.labelled and config.evaluate.baselines and not precision.on_card else 0
-        read = round(self.copies * own)  # as values; a card has none of them
+        read = round(self.copies * own)  # as values; a card has none of them, but the cut that is measured
+        cut = own if precision.on_card and self.weigh is not None else 0
         intervals = 0 if precision.on_card else INTERVALS
         held = {
             LOAD: load_peak(self.model_config, found, precision),
             BEGIN: found.peaks[BEGIN],
             STEP: found.peaks.get(STEP, Held()),
-            JUDGE: with_more(larger(found.peaks[JUDGE], with_more(kept, scratch=intervals)), runtime=floors),
+            JUDGE: with_more(larger(found.peaks[JUDGE], with_more(kept, scratch=intervals)), adapter=cut, runtime=floors),
         }
         if precision.on_card:
             phases = phases_on_card(held, runtime_bytes(precision))
@@ -188,7 +188,7 @@ class _Room:
             self.say(f"Memory: {_gib(whole.peak)} planned of {_gib(budget)}; everything stays {place}.")
             result = Arrangement(budget, whole.peak, card=card)
         else:
-            more = min(found.blocks - slots, (budget - found.peak) // found.block_bytes)
+            more = min(found.blocks - slots, (budget - found.peak) // found.block_bytes) if slots != ALONE else 0
             planned, slots = found.peak + more * found.block_bytes, slots + more
             memory = self.config.memory
             pinned = card is not None and memory.keep == "host" and slots < found.blocks
@@ -211,8 +211,3 @@ class _Room:
 
 def _gib(count: int) -> str:
     return f"{count / 2**30:.2f} GiB"
-
-
-def _mib(count: int) -> str:
-    """Rounded up, so that as much as is named is enough."""
-    return f"{-(-count >> 20)} MiB"

@@ -27,7 +27,7 @@ from lorakeet.data.prepare import Dataset
 from lorakeet.errors import ConfigError, EnvironmentProblem
 from lorakeet.evaluate.wording import bytes_text
 from lorakeet.memory.allocator import return_freed_memory
-from lorakeet.memory.budget import larger_than_machine
+from lorakeet.memory.budget import enough_for, larger_than_machine
 from lorakeet.memory.forecast import Phase, phases_of
 from lorakeet.memory.held import Held, with_more
 from lorakeet.memory.measure import PeakMemory
@@ -196,8 +196,8 @@ def _words(way: Way, slots: int) -> str:
 def _too_little(job: Job, budget: int, found: Mapping[Way, _Forecast], why_no_more: str) -> str:
     """Why it is refused, with the least that works."""
     least = min(found.values(), key=lambda forecast: forecast.peak)
-    needed = -(-least.peak >> 20)
-    text = f"The budget is {budget >> 20} MiB, but {WHAT} takes at least {needed} MiB, most of it {least.highest.name}"
+    enough = enough_for(least.peak)
+    text = f"The budget is {budget >> 20} MiB, but {WHAT} takes at least {enough}, most of it {least.highest.name}"
     if job.finishes:
         return (
             f"{text}: --finish-steps trains through every layer's numbers before rounding, all of which are in memory. Without "

@@ -28,7 +28,7 @@ from lorakeet.errors import ConfigError, EnvironmentProblem
 from lorakeet.evaluate.wording import bytes_text
 from lorakeet.export.packed_model import SHARD_BYTES
 from lorakeet.memory.allocator import return_freed_memory
-from lorakeet.memory.budget import larger_than_machine
+from lorakeet.memory.budget import enough_for, larger_than_machine
 from lorakeet.memory.forecast import Phase, phases_of
 from lorakeet.memory.held import Held, with_more
 from lorakeet.memory.measure import PeakMemory
@@ -189,7 +189,7 @@ def keep_budget(budget: int | None, job: Job, out: Path, console: Console) -> Ke
     planned = found[way]
     if planned > budget:
         raise ConfigError(
-            f"The budget is {budget >> 20} MiB, but quantising {job.name} takes at least {-(-planned >> 20)} MiB: "
+            f"The budget is {budget >> 20} MiB, but quantising {job.name} takes at least {enough_for(planned)}: "
             f"{job.words(way)}.{why_no_more} Give that with --memory, or do it on a larger machine."
         )
     say(f"Memory: {bytes_text(planned)} planned of {bytes_text(budget)}: {job.words(way)}.")

@@ -86,7 +86,7 @@ def tune(  # noqa: PLR0913 - each is a flag of the verb
         if quick:
             rate_factors, rank_choices, target_choices = QUICK_FACTORS, (), ()
         largest = _largest(config, rank_choices, target_choices) if config.memory.budget else None
-        members = max(together, len(QUICK_FACTORS)) if quick else together  # in training at once
+        members = _members(together, quick=quick, seeds=seeds)
         setup = assemble(config, console, members=members, largest=largest)
         space = space_for(
             setup.config, setup.text, rate_factors=rate_factors, rank_choices=rank_choices, target_choices=target_choices
@@ -107,6 +107,13 @@ def tune(  # noqa: PLR0913 - each is a flag of the verb
         settings = replace(space.resolved(search.chosen(winner, confirmed).point), out=config.out)
         _write(out, settings, found, setup, console)
         return Tuned(out, settings, found, confirmed)
+
+
+def _members(together: int, *, quick: bool, seeds: int) -> int:
+    """How many adapters are in training at once, of the search or of its confirmation, which one seed needs none of."""
+    if not quick:
+        return together
+    return max(together, len(QUICK_FACTORS)) if seeds > 1 else len(QUICK_FACTORS)
 
 
 def _largest(config: RunConfig, ranks: Sequence[int], targets: Sequence[str]) -> LoraSpec:

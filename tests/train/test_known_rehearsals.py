@@ -1,0 +1,74 @@
+"""Whole rehearsals with what operators make remembered (memory/known_results), and with torch's rules asked for every call."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+from lorakeet.core.spec import LoraSpec
+from lorakeet.memory import ledger
+from lorakeet.models.alike_blocks import Build
+from lorakeet.models.image_outline import outline_image, shapes_of_images
+from lorakeet.models.outline import outline
+from lorakeet.models.spec import ModelSpec
+from lorakeet.models.streamed_outline import streamed_outline
+from lorakeet.quant.spec import QuantSpec
+from lorakeet.train.image_rehearsal import Pictures, rehearse_images
+from lorakeet.train.image_spec import DiffusionSpec
+from lorakeet.train.rehearsal import Judging, Rows, Streaming, rehearse
+from lorakeet.train.spec import TrainSpec
+from tiny.models import FAMILIES
+
+GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 16, "desc_act": False, "sym": True}
+
+
+def text(family: str, streaming: Streaming | None = None, *, method: str = "none", stored: Any = None, **lora: Any) -> Any:
+    """The rehearsal of a run on a tiny model with all of its phases."""
+    name, _, settings = FAMILIES[family]
+    config = getattr(transformers, name)(**{**settings, **({} if stored is None else {"quantization_config": stored})})
+    make = partial(
+        outline if streaming is None else streamed_outline, name="made-up", dtype=torch.bfloat16, products=torch.float32,
+        quantize=QuantSpec(method=method),  # type: ignore[arg-type]
+    )  # fmt: skip
+    return rehearse(
+        Build(make, config), LoraSpec(**{"rank": 2, "alpha": 4, **lora}), TrainSpec(), rows=Rows(16, 2),
+        judging=Judging(Rows(24, 1), 2, 4), streaming=streaming,
+    )  # fmt: skip
+
+
+TEXTS: dict[str, Callable[[], Any]] = {
+    "llama in NF4, DoRA, PiSSA": lambda: text("llama", method="nf4", variant="dora", start="pissa"),
+    "llama in GPTQ, streamed": lambda: text("llama", Streaming(together=2, aside=True), stored=GPTQ),
+    "experts, dropout": lambda: text("qwen3_moe", dropout=0.1),
+}
+
+
+def require_equal(rehearsed: Callable[[], Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Torch is asked for every call, then for those alone that have not been met before."""
+    known: dict[Any, Any] = {}
+    monkeypatch.setattr(ledger, "_KNOWN", known)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ledger, "call_of", lambda *_: None)
+        asked = rehearsed()
+        assert not known
+    assert rehearsed() == asked and len(known) > 100
+
+
+@pytest.mark.parametrize("rehearsed", TEXTS.values(), ids=TEXTS.keys())
+def test_a_run_on_text_holds_what_torchs_rules_say(rehearsed: Callable[[], Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    require_equal(rehearsed, monkeypatch)
+
+
+def test_a_run_on_pictures_holds_what_torchs_rules_say(tiny_sd_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shapes = shapes_of_images(ModelSpec(path=str(tiny_sd_folder)), print)
+    build = partial(outline_image, shapes, name="tiny", dtype=torch.float32, quantize=QuantSpec())
+    lora, diffusion = LoraSpec(rank=4, target_modules=("attention",)), DiffusionSpec(at_once=1)
+    require_equal(
+        lambda: rehearse_images(build, lora, TrainSpec(), diffusion, Pictures((16, 16), 1, 1, (16, 16), 1)), monkeypatch
+    )
