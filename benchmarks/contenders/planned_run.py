@@ -6,6 +6,7 @@ import json
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -79,11 +80,11 @@ def _phases(asked: Mapping[str, Any]) -> dict[str, int]:
         training.metrics = Metrics(training.run.metrics)
         if asked["returning"]:  # as a run under a budget
             training.best = Best(training.run.best)
-        judged = training_on(text, config.train, judging_of(config).rows, 1).task.train
-        training.task.held_out_rows = training.task.train if store else judged
+        training.task.held_out_rows = training_on(text, config.train, judging_of(config).rows).task.train
         with _peak(peaks, STEP):
             for _ in range(STEPS):
                 training.step()
+        training.task.spec = replace(training.task.spec, micro_tokens=config.train.micro_tokens)  # also beyond a small batch
         with _peak(peaks, EVALUATE):
             training.evaluate()
         with _peak(peaks, CHECKPOINT):
