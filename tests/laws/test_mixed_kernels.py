@@ -57,8 +57,10 @@ def test_sixteen_adapters_call_as_many_kernels_as_one(live: LiveModel) -> None:
         assert sum(sixteen.values()) <= sum(other.values()), sixteen - other
     matrices = len(live._held["a0"].seats)
     products = sum(count for name, count in sixteen.items() if "mm" in name) - sum(c for n, c in none.items() if "mm" in n)
-    inputs = len({path.rpartition(".")[0] for path in live._places}) * 2  # q, k, v and o; gate, up and down
+    blocks = len({path.rpartition(".")[0] for path in live._places})  # attention and MLP of each layer
+    inputs = blocks * 2  # q, k, v and o; gate, up and down
+    widths = blocks // 2 * 5  # q; k and v; o; gate and up; down
     shrinks, grows = (sum(count for name, count in sixteen.items() if part in name) for part in ("per_sample_weights", "forward"))
-    assert (shrinks, grows, products) == (inputs, matrices, 0), "a shrink for each input, an expand for each adapted matrix"
+    assert (shrinks, grows, products) == (inputs, widths, 0), "a shrink for each input, an expand for neighbours of one width"
     extra = sum(sixteen.values()) - sum(none.values())
     assert extra <= 12 * matrices, sixteen - none
