@@ -121,6 +121,11 @@ class Adapter:
     metadata: Mapping[str, str] = field(default_factory=dict)
 
     @property
+    def token_ids(self) -> tuple[int, ...]:
+        """The ids of the tokens whose rows are trained, which are the same in every embedding."""
+        return next((rows.ids for rows in self.token_rows.values()), ())
+
+    @property
     def parameters(self) -> int:
         alike = self.pairs.outline if isinstance(self.pairs, AlikePairs) else None
         pairs = sum(map(_numbers, self.pairs.values())) if alike is None else alike.parameters

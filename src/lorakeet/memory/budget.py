@@ -39,6 +39,11 @@ def parse_budget(text: str) -> int:
     return size
 
 
+def gib_text(count: int) -> str:
+    """Bytes as text, in the unit in which budgets are given."""
+    return f"{count / 2**30:.2f} GiB"
+
+
 def enough_for(planned: int) -> str:
     """The budget that a refusal names where so many bytes are planned, in MiB: the next process, which plans anew, keeps it."""
     return f"{-(-(planned + BETWEEN_PROCESSES) >> 20)} MiB"

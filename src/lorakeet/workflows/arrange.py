@@ -15,7 +15,7 @@ from lorakeet.config import RunConfig
 from lorakeet.core.spec import LoraSpec
 from lorakeet.errors import ConfigError, EnvironmentProblem
 from lorakeet.memory.allocator import return_freed_memory
-from lorakeet.memory.budget import enough_for, larger_than_machine, machine_bytes
+from lorakeet.memory.budget import enough_for, gib_text, larger_than_machine, machine_bytes
 from lorakeet.memory.card import card_warning, limit_to
 from lorakeet.memory.measure import resident_bytes
 from lorakeet.memory.spill import Aside, HostAside
@@ -103,12 +103,17 @@ def arrange(config: RunConfig, say: Callable[[str], None], loaded: Loaded | None
     found = Arrangement(budget, None if planned is None else planned.training_peak, forecast=planned, card=card)
     if planned is not None and planned.peak <= budget:
         place = "in memory" if card is None else f"on {card}"
-        say(f"Memory: {_size(planned.peak)} planned of {_size(budget)}; everything stays {place}.")
+        say(f"Memory: {gib_text(planned.peak)} planned of {gib_text(budget)}; everything stays {place}.")
     else:
         found = _streamed(config, model_config, source, planned, loaded or Loaded(), say)
     if card is not None:
         limit_to(card, budget)
     return found
+
+
+def unplanned(error: NotPlanned) -> ConfigError:
+    """What is said where there is a budget and no plan."""
+    return ConfigError(f"memory.budget cannot be kept without a plan: {error} Leave the budget out.")
 
 
 def require_room_to_unpack(spec: ModelSpec, budget: int) -> None:
@@ -159,7 +164,7 @@ def _streamed(
     try:
         choice = choose_streaming(rehearsed, batches, budget)
     except NotPlanned as error:
-        raise ConfigError(f"memory.budget cannot be kept without a plan: {error} Leave the budget out.") from error
+        raise unplanned(error) from error
     if choice is None:
         lowest = least_streamed(rehearsed)
         if planned is not None:
@@ -172,7 +177,7 @@ def _streamed(
             "data.max_tokens or train.micro_tokens."
         )
     how = streaming_text(choice, precision, config.memory.keep)
-    say(f"Memory: {_size(choice.planned.peak)} planned of {_size(budget)}; {how}.")
+    say(f"Memory: {gib_text(choice.planned.peak)} planned of {gib_text(budget)}; {how}.")
     folder = Path(config.memory.store).expanduser() if config.memory.store else cache_folder() / "stores"
     found = Arrangement(
         budget, choice.planned.training_peak, folder, folder if choice.aside else None, choice.together, choice.slots,
@@ -184,8 +189,8 @@ def _streamed(
     say(said)
     if beside > machine_bytes():
         raise ConfigError(
-            f"{said} This machine has {_size(machine_bytes())}. Leave memory.keep out, so that blocks come from disk, or lower "
-            "train.batch_size."
+            f"{said} This machine has {gib_text(machine_bytes())}. Leave memory.keep out, so that blocks come from disk, or "
+            "lower train.batch_size."
         )
     pinned = config.memory.keep == "host" and not choice.all_stay
     return replace(found, scratch=None, card=precision.device, pinned=pinned, away=choice.aside)
@@ -213,7 +218,7 @@ def beside_card(choice: Choice, batches: Batches, keep: str) -> tuple[int, str]:
     size = blocks * _power(choice.planned.block_bytes) + inputs * _power(batches.state_bytes)
     what = f"the {choice.planned.blocks} frozen blocks" if pinned else f"{STAGINGS} buffers of a block"
     more = " and the inputs of blocks" if inputs else ""
-    return size, f"Pinned of the host's memory: about {_size(size)}, {what}{more}, beside what Python and its libraries hold."
+    return size, f"Pinned of the host's memory: about {gib_text(size)}, {what}{more}, beside what Python and its libraries hold."
 
 
 def _power(size: int) -> int:
@@ -267,7 +272,3 @@ def not_streamed(config: RunConfig, peak: int | None) -> str:
         f"{measures} measures training rows on a model in memory. Raise the budget{least}, or choose the ranks in a run without "
         "it (--dry-run --json prints them) and give them in lora.rank_pattern, with lora.start kaiming."
     )
-
-
-def _size(count: int) -> str:
-    return f"{count / 2**30:.2f} GiB"

@@ -187,7 +187,7 @@ class CheckPlanner:
         """That of the check of a finished adapter."""
         config = read_config(source)
         planner = cls(check, spec, source, config, plan_of(empty_model(config, torch.float32), adapter))
-        planner.ids = next((rows.ids for rows in adapter.token_rows.values()), ())
+        planner.ids = adapter.token_ids
         return planner
 
     @property

@@ -209,7 +209,7 @@ def forecast_run(
     on_card = precision.on_card
     words = 0 if on_card else TOKENIZER_ENTRY * int(model_config.get_text_config().vocab_size)
     rows = rows_of(config)
-    build = _build(outline if streaming is None else streamed_outline, config, model_config, precision, files)
+    build = build_of(outline if streaming is None else streamed_outline, config, model_config, precision, files)
     micro_batches = max(2 if config.train.batch_size > rows.count else 1, 0 if streaming is None else streaming.together)
     rehearsed = _standing_for(precision.device, partial(
         rehearse, build, spec=config.train, rows=rows, micro_batches=micro_batches,
@@ -248,7 +248,7 @@ def forecast_run(
     return Planned(Forecast((*run, *later)), found.plan, rows, found.work, found.base, trial, together=together)
 
 
-def _build(
+def build_of(
     make: Callable[..., TextModel], config: RunConfig, model_config: Any, precision: Precision, files: Path | None
 ) -> Build:
     """Makes the model of a run on shapes, with all of its blocks or a few."""

@@ -20,11 +20,10 @@ from lorakeet.core.device import standing_for
 from lorakeet.core.plan import Plan
 from lorakeet.errors import ConfigError, EnvironmentProblem
 from lorakeet.memory.allocator import return_freed_memory
-from lorakeet.memory.budget import enough_for, larger_than_machine, machine_bytes
+from lorakeet.memory.budget import enough_for, gib_text, larger_than_machine, machine_bytes
 from lorakeet.memory.card import card_warning, limit_to, phases_on_card, rounded
 from lorakeet.memory.forecast import phases_of
 from lorakeet.memory.held import Held, larger, with_more
-from lorakeet.models.alike_blocks import Build
 from lorakeet.models.fits import plan_of
 from lorakeet.models.gguf_copy import cache_folder
 from lorakeet.models.load import read_config
@@ -35,7 +34,7 @@ from lorakeet.models.streamed_load import empty_model
 from lorakeet.models.streamed_outline import streamed_outline
 from lorakeet.models.text import TextModel
 from lorakeet.train.rehearsal import BEGIN, JUDGE, STEP, NotPlanned, Rehearsal, rehearse_judging
-from lorakeet.workflows.arrange import Arrangement, Loaded, precision_of, require_room_to_unpack
+from lorakeet.workflows.arrange import Arrangement, Loaded, precision_of, require_room_to_unpack, unplanned
 from lorakeet.workflows.choose_streaming import ALONE, FEWEST
 from lorakeet.workflows.forecast_choices import VALUE
 from lorakeet.workflows.forecast_run import (
@@ -44,6 +43,7 @@ from lorakeet.workflows.forecast_run import (
     LOAD,
     ROW_BYTES,
     TOKENIZER_ENTRY,
+    build_of,
     judging_of,
     load_peak,
     runtime_bytes,
@@ -74,7 +74,7 @@ def arrange_judging(config: RunConfig, adapter: Adapter, say: Callable[[str], No
         if found.peak > budget:
             slots, found = ALONE, room.forecast(ALONE)
     except NotPlanned as error:
-        raise ConfigError(f"memory.budget cannot be kept without a plan: {error} Leave the budget out.") from error
+        raise unplanned(error) from error
     if found.peak > budget:
         raise ConfigError(
             f"memory.budget is {budget >> 20} MiB, but measuring this adapter takes at least "
@@ -97,7 +97,7 @@ def arrange_cutting(
     try:
         whole = replace(room, weigh=weigh, copies=copies).forecast()
     except NotPlanned as error:
-        raise ConfigError(f"memory.budget cannot be kept without a plan: {error} Leave the budget out.") from error
+        raise unplanned(error) from error
     if whole.peak > room.budget:
         raise ConfigError(
             f"memory.budget is {room.budget >> 20} MiB, but compressing this adapter takes {enough_for(whole.peak)}: its pairs "
@@ -139,8 +139,7 @@ class _Room:
         source = find_source(config.model, say)
         model_config = read_config(source)
         plan = plan_of(empty_model(model_config, torch.float32), adapter)
-        ids = next((rows.ids for rows in adapter.token_rows.values()), ())
-        return cls(config, model_config, source, plan, ids, budget, loaded, say)
+        return cls(config, model_config, source, plan, adapter.token_ids, budget, loaded, say)
 
     def forecast(self, slots: int | None = None) -> _Found:
         """With `slots` blocks in memory, or left out with all of the base."""
@@ -170,12 +169,8 @@ class _Room:
 
     def _rehearsed(self, slots: int | None) -> Rehearsal:
         precision = precision_of(self.config)
-        make = partial(
-            outline if slots is None else partial(streamed_outline, slots=slots), name=self.config.model.path,
-            dtype=precision.dtype, products=precision.products, attention=self.config.model.attention,
-            quantize=precision.quantize, files=self.source,
-        )  # fmt: skip
-        build = Build(make, self.model_config)
+        make = outline if slots is None else partial(streamed_outline, slots=slots)
+        build = build_of(make, self.config, self.model_config, precision, self.source)
         with standing_for(precision.device):
             return rehearse_judging(build, self.plan, judging_of(self.config), token_ids=self.ids, weigh=self.weigh)
 
@@ -185,7 +180,7 @@ class _Room:
         card = precision.device if precision.on_card else None
         place = "in memory" if card is None else f"on {card}"
         if whole.peak <= budget:
-            self.say(f"Memory: {_gib(whole.peak)} planned of {_gib(budget)}; everything stays {place}.")
+            self.say(f"Memory: {gib_text(whole.peak)} planned of {gib_text(budget)}; everything stays {place}.")
             result = Arrangement(budget, whole.peak, card=card)
         else:
             more = min(found.blocks - slots, (budget - found.peak) // found.block_bytes) if slots != ALONE else 0
@@ -194,12 +189,12 @@ class _Room:
             pinned = card is not None and memory.keep == "host" and slots < found.blocks
             if pinned and found.blocks * found.block_bytes > machine_bytes():
                 raise ConfigError(
-                    f"memory.keep host would pin about {_gib(found.blocks * found.block_bytes)} of this machine's "
-                    f"{_gib(machine_bytes())}. Leave memory.keep out, so that blocks come from disk."
+                    f"memory.keep host would pin about {gib_text(found.blocks * found.block_bytes)} of this machine's "
+                    f"{gib_text(machine_bytes())}. Leave memory.keep out, so that blocks come from disk."
                 )
             where = "the host's pinned memory" if pinned else "disk"
             self.say(
-                f"Memory: {_gib(planned)} planned of {_gib(budget)}; frozen blocks are streamed from {where}, {slots} of "
+                f"Memory: {gib_text(planned)} planned of {gib_text(budget)}; frozen blocks are streamed from {where}, {slots} of "
                 f"{found.blocks} {place}."
             )
             folder = Path(memory.store).expanduser() if memory.store else cache_folder() / "stores"
@@ -207,7 +202,3 @@ class _Room:
         if card is not None:
             limit_to(card, budget)
         return result
-
-
-def _gib(count: int) -> str:
-    return f"{count / 2**30:.2f} GiB"

@@ -119,10 +119,8 @@ def _members(together: int, *, quick: bool, seeds: int) -> int:
 def _largest(config: RunConfig, ranks: Sequence[int], targets: Sequence[str]) -> LoraSpec:
     """Pairs of the highest rank of all trials, wherever one of them has some: no trial holds more."""
     lora = config.lora
-    if ranks and max(ranks) >= max([lora.rank, *lora.rank_pattern.values()]):
-        lora = replace(lora, rank=max(ranks), rank_pattern={})
-    elif ranks:
-        lora = replace(lora, rank=max([lora.rank, *lora.rank_pattern.values()]), rank_pattern={})
+    if ranks:
+        lora = replace(lora, rank=max(*ranks, lora.rank, *lora.rank_pattern.values()), rank_pattern={})
     return replace(lora, target_modules=tuple(dict.fromkeys((*lora.target_modules, *targets))))
 
 
