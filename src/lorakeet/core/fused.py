@@ -19,6 +19,7 @@ from lorakeet.core.base import FrozenBase
 from lorakeet.core.layers import LoraLinear, StandIn, base_of
 from lorakeet.core.lowrank import LoraPair
 from lorakeet.core.math import add_low_rank, grad_of_b, shrink_grad
+from lorakeet.core.native import ops
 from lorakeet.core.selection import Share
 
 
@@ -28,6 +29,7 @@ class Activation:
 
     forward: Callable[[Tensor], Tensor]
     backward: Callable[[Tensor, Tensor], Tensor]
+    native: bool = False  # whether core/native has it
 
 
 def _gelu_backward(grad: Tensor, x: Tensor, approximate: str) -> Tensor:
@@ -36,7 +38,7 @@ def _gelu_backward(grad: Tensor, x: Tensor, approximate: str) -> Tensor:
 
 ACTIVATIONS = {
     "silu": Activation(
-        nn.functional.silu, lambda grad, x: cast(Tensor, torch.ops.aten.silu_backward(grad, x, grad_input=grad))
+        nn.functional.silu, lambda grad, x: cast(Tensor, torch.ops.aten.silu_backward(grad, x, grad_input=grad)), native=True
     ),
     "gelu_tanh": Activation(
         partial(nn.functional.gelu, approximate="tanh"), partial(_gelu_backward, approximate="tanh")
@@ -88,6 +90,8 @@ def made_again(kept: Sequence[Tensor]) -> Tensor:
     if len(kept) == 1:
         return kept[0]
     x, rho, weight = kept
+    if ops.serves(x.dtype, x, weight):
+        return cast(Tensor, ops.NORM_AGAIN(x, rho, weight))
     return weight * (x.float() * rho).to(x.dtype)
 
 
@@ -119,7 +123,7 @@ class GatedMlpFunction(torch.autograd.Function):
             add_low_rank(gate[part], for_gate, b_gate, scales[0])
             add_low_rank(up[part], for_up, b_up, scales[1])
             shrunk += [for_gate, for_up]
-        inner = p.activation.forward(gate).mul_(up)
+        inner = _gated(p.activation, gate, up)
         y = p.down.matmul(inner)
         for (part, scales), (*_, a_down, b_down) in _by_part(p, factors):
             for_down = torch.mm(inner[part], a_down.t())
@@ -139,18 +143,16 @@ class GatedMlpFunction(torch.autograd.Function):
         dtype, x, rest = gate.dtype, rest[: ctx.source], rest[ctx.source :]
         into, for_down, factors = rest[: 2 * count], rest[2 * count : 3 * count], rest[3 * count :]
         grad, gate, up = grad.to(p.products).contiguous(), gate.to(p.products), up.to(p.products)
-        active = p.activation.forward(gate)
         grad_inner = p.down.matmul_t(grad)
-        of_down = []  # ∂A and ∂B of each part
+        through, of_down = [], []  # u, and ∂A and ∂B, of each part
         for ((part, scales), (*_, a_down, b_down)), h in zip(_by_part(p, factors), for_down, strict=True):
             u, grad_b = _through(grad[part], b_down, h, scales[2])
             grad_inner[part].addmm_(u, a_down)
-            of_down.append((_times_product(u.t(), active[part], up[part]), grad_b))
+            through.append((part, u))
+            of_down.append(grad_b)
         del grad
-        grad_gate = p.activation.backward(up.mul_(grad_inner), gate)
-        del gate
-        grad_up = active.mul_(grad_inner)
-        del grad_inner
+        grad_gate, grad_up, of_a = _gated_backward(p.activation, gate, up, grad_inner, through)
+        del gate, up, grad_inner
         wide = made_again(x).to(p.products) if x else grad_gate  # which only the gradients of pairs need
         need_x = ctx.needs_input_grad[0]
         grad_x = p.gate.matmul_t(grad_gate).add_(p.up.matmul_t(grad_up)) if need_x else None
@@ -162,7 +164,7 @@ class GatedMlpFunction(torch.autograd.Function):
             grad_a_gate, grad_a_up = torch.split(torch.mm(both.t(), wide[part]), [len(a_gate), len(a_up)])
             if grad_x is not None:
                 grad_x[part].addmm_(both, torch.cat([a_gate, a_up]))
-            grads += [grad_a_gate, grad_b_gate, grad_a_up, grad_b_up, *of_down[number]]
+            grads += [grad_a_gate, grad_b_gate, grad_a_up, grad_b_up, of_a[number], of_down[number]]
         found = (grad.to(factor.dtype) for grad, factor in zip(grads, factors, strict=True))
         return None if grad_x is None else grad_x.to(dtype), None, None, *found
 
@@ -173,6 +175,26 @@ def _by_part(
     """Each part of the tokens with its six factors, in the dtype of the products."""
     for number, part in enumerate(p.parts):
         yield part, tuple(factor.to(p.products) for factor in factors[6 * number : 6 * number + 6])
+
+
+def _gated(activation: Activation, gate: Tensor, up: Tensor) -> Tensor:
+    """φ(gate) ∘ up (tokens, width)."""
+    if activation.native and ops.serves(gate.dtype, gate, up):
+        return cast(Tensor, ops.GATED(gate, up))
+    return activation.forward(gate).mul_(up)
+
+
+def _gated_backward(
+    activation: Activation, gate: Tensor, up: Tensor, grad: Tensor, through: Sequence[tuple[slice, Tensor]]
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """∂g and ∂u of φ(g) ∘ u from its gradient, and uᵀ·h of each part's u (tokens, rank). Overwrites what it is given."""
+    if activation.native and ops.serves(gate.dtype, gate, up, grad):
+        ops.GATED_BACKWARD(gate, up, grad)
+        return gate, up, [torch.mm(u.t(), grad[part]) for part, u in through]
+    active = activation.forward(gate)
+    of_a = [_times_product(u.t(), active[part], up[part]) for part, u in through]
+    grad_gate = activation.backward(up.mul_(grad), gate)
+    return grad_gate, active.mul_(grad), of_a
 
 
 def _times_product(left: Tensor, one: Tensor, other: Tensor) -> Tensor:
@@ -274,6 +296,11 @@ class RmsNormFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
+        if ops.serves(x.dtype, x, weight):
+            y, rho = ops.NORM(x, weight, epsilon)
+            ctx.save_for_backward(x, rho, weight)
+            ctx.mark_non_differentiable(rho)
+            return y, rho
         wide = x.float()
         rho = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True).add_(epsilon))
         ctx.save_for_backward(x, rho, weight)
@@ -286,6 +313,8 @@ class RmsNormFunction(torch.autograd.Function):
         x, rho, weight = ctx.saved_tensors
         if not ctx.needs_input_grad[0]:
             return None, None, None
+        if ops.serves(x.dtype, x, weight, grad):
+            return ops.NORM_BACKWARD(grad, x, rho, weight), None, None
         scaled = grad.float() * weight.float()
         normal = x.float() * rho
         share = (scaled * normal).mean(-1, keepdim=True)

@@ -19,7 +19,8 @@ from lorakeet.core.device import is_cpu
 from lorakeet.core.fused import Normed, kept_of, made_again, spread
 from lorakeet.core.layers import LoraLinear, StandIn
 from lorakeet.core.math import add_low_rank, grad_of_b, shrink_grad
-from lorakeet.core.row_attention import FlashRows, ProductRows, kernel_for
+from lorakeet.core.native import ops
+from lorakeet.core.row_attention import Kernel, kernel_for
 
 INPUTS = ("q_proj", "k_proj", "v_proj")
 _CACHES = ("row_cache", "cache", "past_key_values")  # where the keys of earlier tokens would be
@@ -34,7 +35,7 @@ class Inputs:
     scales: Sequence[float | None]
     head: int  # numbers of one head
     products: torch.dtype
-    kernel: ProductRows | FlashRows
+    kernel: Kernel
 
 
 class RotaryAttentionFunction(torch.autograd.Function):
@@ -118,7 +119,10 @@ def _shrunk(wide: Tensor, inputs: Inputs, factors: Sequence[Tensor]) -> list[Ten
 
 
 def turned(states: Tensor, cos: Tensor, sin: Tensor, *, back: bool = False) -> Tensor:
-    """R·states, or Rᵀ·states, of (tokens, heads, head); cos and sin are (tokens, head)."""
+    """R·states, or Rᵀ·states, of (tokens, heads, head); cos and sin are (tokens, head). May be written over `states`."""
+    if ops.serves(states.dtype, states, cos, sin, width=2 * ops.LANES):
+        ops.TURN(states, cos, sin, back)
+        return states
     half = states.shape[2] // 2
     a, b = states[..., :half], states[..., half:]
     c1, c2 = cos[:, None, :half], cos[:, None, half:]
@@ -189,7 +193,7 @@ class RotaryAttention(StandIn):
         if not held or not all(pair.plain for pair in held):
             return nothing
         products = next(layer.products for layer in layers if isinstance(layer, LoraLinear)) or x.dtype
-        kernel = kernel_for(x.dtype, settings.get("row_products") or torch.float32)(
+        kernel = kernel_for(x.dtype, settings.get("row_products") or torch.float32, head)(
             rows, cast(float, self.original.scaling), prefix
         )
         bases = [layer.base if isinstance(layer, LoraLinear) else DenseBase(layer) for layer in layers]

@@ -1,12 +1,12 @@
-"""Causal attention of rows laid end to end on a CPU, in narrow matrix products or by torch's flash kernel.
+"""Causal attention of rows laid end to end on a CPU: by Lorakeet's own kernel, in narrow matrix products, or by torch's kernel.
 
 Each row attends to itself alone, and to a prefix that stands once before all rows if they share one: `rows` are the lengths
 behind it. Tokens behind the last row are filler and get zeros. Grouped queries: head h = kv·G + g attends to key head kv. Shapes
 throughout: query (1, kv·G, tokens, d), key and value (1, kv, tokens, d), result (1, tokens, kv·G, d), as transformers has them.
 Rows go through together in blocks of equal shape (core/row_blocks).
 
-Which of the two is faster depends on the processor's bf16 products (core/precision; measured: docs/log.md): torch's flash kernel
-runs its backward at fp32's rate whatever it is given.
+Where bf16 products are the faster ones (core/precision), Lorakeet's own kernel (core/native) is faster than products of torch, and
+these than torch's flash kernel, which runs its backward at fp32's rate whatever it is given (measured: docs/log.md).
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from lorakeet.core.native import ops
 from lorakeet.core.row_blocks import Blocks, Indexed, blocks_of_queries, indexed, whole_rows
 
 QUERIES = 256  # queries of a row whose scores exist at once in products, whatever the row's length
@@ -29,12 +30,14 @@ def causal_rows(  # noqa: PLR0917 - the states, how they are laid out, how they 
     query: Tensor, key: Tensor, value: Tensor, rows: tuple[int, ...], scale: float, products: torch.dtype, prefix: int = 0
 ) -> Tensor:
     """softmax(scale·Q·Kᵀ + causal mask)·V of each row; products in `products` if the states have that dtype, else in fp32."""
-    kernel = kernel_for(query.dtype, products)(rows, scale, prefix)
+    kernel = kernel_for(query.dtype, products, query.shape[-1])(rows, scale, prefix)
     return cast(Tensor, CausalRows.apply(query, key, value, kernel))  # type: ignore[no-untyped-call]
 
 
-def kernel_for(states: torch.dtype, products: torch.dtype) -> type[ProductRows | FlashRows]:
-    """How rows are computed whose states have dtype `states`, where matrix products run in `products`."""
+def kernel_for(states: torch.dtype, products: torch.dtype, head: int) -> type[Kernel]:
+    """How rows are computed whose heads have `head` numbers of dtype `states`, where matrix products run in `products`."""
+    if states == torch.bfloat16 and head % ops.HEAD == 0 and ops.serves(products):
+        return NativeRows
     return ProductRows if products != torch.float32 and products == states else FlashRows
 
 
@@ -42,7 +45,7 @@ class CausalRows(torch.autograd.Function):
     """Row attention by a kernel, which says what it keeps for the backward pass beside Q, K and V."""
 
     @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, kernel: ProductRows | FlashRows) -> Tensor:
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, kernel: Kernel) -> Tensor:
         result, kept = kernel.forward(query, key, value)
         ctx.save_for_backward(query, key, value, *kept)
         ctx.kernel = kernel
@@ -53,6 +56,32 @@ class CausalRows(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         found = ctx.kernel.backward(grad, *ctx.saved_tensors)
         return *(states.to(grad.dtype) for states in found), None
+
+
+class NativeRows:
+    """Attention by Lorakeet's own kernel (core/native/attention.c), all rows at once. Keeps O and the log-sums beside Q, K, V."""
+
+    def __init__(self, rows: tuple[int, ...], scale: float, prefix: int = 0) -> None:
+        self.laid = list(rows), prefix, scale
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """The result, and what `backward` needs beside Q, K and V."""
+        result, logs = ops.ROW_ATTENTION(*map(_token_by_token, (query, key, value)), *self.laid)
+        return result[None], (result, logs)
+
+    def backward(
+        self, grad: Tensor, query: Tensor, key: Tensor, value: Tensor, result: Tensor, logs: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """∂Q, ∂K, ∂V in the shapes of Q, K, V."""
+        given = grad[0].to(result.dtype).contiguous(), *map(_token_by_token, (query, key, value)), result, logs
+        found = ops.ROW_ATTENTION_BACKWARD(*given, *self.laid)
+        of_q, of_k, of_v = (states.transpose(0, 1)[None] for states in found)
+        return of_q, of_k, of_v
+
+
+def _token_by_token(states: Tensor) -> Tensor:
+    """(1, heads, tokens, d) as (tokens, heads, d), contiguous."""
+    return states[0].transpose(0, 1).contiguous()
 
 
 class ProductRows:
@@ -222,3 +251,6 @@ def _heads_of(places: Indexed, states: Tensor, times: int) -> Tensor:
     """Rows of states (1, heads, tokens, d) as (rows, heads·times, width, d), each head as often as said, in fp32."""
     found = places.of(states, states.dtype).unsqueeze(3).expand(-1, -1, -1, times, -1)
     return found.to(torch.float32, memory_format=torch.contiguous_format).flatten(2, 3).transpose(1, 2)
+
+
+Kernel = NativeRows | ProductRows | FlashRows

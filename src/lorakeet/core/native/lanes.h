@@ -1,0 +1,35 @@
+/* Sixteen numbers at a time: bf16 in memory, fp32 in registers. */
+#ifndef LORAKEET_LANES_H
+#define LORAKEET_LANES_H
+
+#include <immintrin.h>
+#include <stdint.h>
+
+typedef uint16_t bf16;
+#define LANES 16
+#define LOG2E 1.44269504088896340736f
+
+static inline __m512 wide(const bf16 *x) {
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)x)), 16));
+}
+
+static inline __m256i narrow(__m512 x) { return (__m256i)_mm512_cvtneps_pbh(x); } /* to the nearest, ties to even */
+
+static inline void put(bf16 *to, __m512 x) { _mm256_storeu_si256((__m256i *)to, narrow(x)); }
+
+/* 2ˣ to about 2e-7 of itself: the series of e^(f·ln 2) to its sixth power, |f| <= 1/2. Below 2⁻¹⁵⁰ it stays there, which is 0. */
+static inline __m512 exp2_of(__m512 x) {
+    x = _mm512_max_ps(_mm512_set1_ps(-150.0f), x); /* in this order NaN stays NaN */
+    __m512 whole = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    __m512 f = _mm512_sub_ps(x, whole);
+    __m512 p = _mm512_set1_ps(1.540353039338161e-4f);
+    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(1.333355814642844e-3f));
+    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(9.618129107628477e-3f));
+    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(5.550410866482158e-2f));
+    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(2.402265069591007e-1f));
+    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(6.931471805599453e-1f));
+    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(1.0f));
+    return _mm512_scalef_ps(p, whole);
+}
+
+#endif

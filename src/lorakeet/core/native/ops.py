@@ -1,0 +1,238 @@
+"""The library's functions as operators of torch, which a rehearsal on shapes sees, and whether tensors are for them.
+
+States are bf16, contiguous, on the CPU: (tokens, heads, d) where heads are told apart, d a multiple of 64; else (…, width), the
+width a multiple of 16.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import accumulate
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor  # torch offers no public name
+
+from lorakeet.core.native.library import library
+
+PLAIN = (Tensor, nn.Parameter, FakeTensor)
+LANES, HEAD = 16, 64
+TILE = 64  # queries and keys of a tile, as attention.c has it
+GROUPS = 8  # of rows, whose work is parted backward; with as many, heads of a group stay together, else each is by itself
+
+_DEFINED = torch.library.Library("lorakeet", "FRAGMENT")
+_allowed = True
+
+
+class _Shape(ctypes.Structure):
+    _fields_ = (
+        ("starts", ctypes.c_void_p),
+        ("lengths", ctypes.c_void_p),
+        *((name, ctypes.c_int64) for name in ("rows", "prefix", "tokens", "heads", "kv", "d", "parts", "groups")),
+        ("scale", ctypes.c_float),
+    )
+
+
+def allow(allowed: bool) -> None:
+    """Whether the operators are used from now on in this process, as torch.backends has such switches; they are at first."""
+    global _allowed  # noqa: PLW0603
+    _allowed = allowed
+
+
+@contextmanager
+def without() -> Iterator[None]:
+    """A context in which the operators are not used."""
+    before = _allowed
+    allow(False)
+    try:
+        yield
+    finally:
+        allow(before)
+
+
+def serves(products: torch.dtype, *states: Tensor, width: int = LANES) -> bool:
+    """Whether the operators are to compute with these states, where matrix products run in `products`."""
+    if not _allowed or products != torch.bfloat16:
+        return False
+    fit = (type(x) in PLAIN and x.dtype == torch.bfloat16 and x.device.type == "cpu" and x.is_contiguous() for x in states)
+    return all(fit) and all(x.shape[-1] % width == 0 for x in states) and library() is not None
+
+
+def _laid(rows: Sequence[int], prefix: int) -> tuple[list[int], list[int], int]:
+    """Where each row begins and how many tokens are its own, the prefix being the first one's; the most keys that a row sees."""
+    lengths = [prefix + rows[0], *rows[1:]]
+    starts = [0, *accumulate(lengths[:-1])]
+    return starts, lengths, max(lengths[0], prefix + max(rows))
+
+
+def _shape(q: Tensor, k: Tensor, rows: Sequence[int], prefix: int, scale: float) -> tuple[_Shape, int]:
+    """What attention.c is told, and the bytes of scratch that each thread needs."""
+    starts, lengths, longest = _laid(rows, prefix)
+    (tokens, heads, d), kv = q.shape, k.shape[1]
+    array = ctypes.c_int64 * len(rows)
+    held = array(*starts), array(*lengths)
+    addresses = (ctypes.cast(each, ctypes.c_void_p) for each in held)
+    shape = _Shape(*addresses, len(rows), prefix, tokens, heads, kv, d, _parts(heads, kv, rows), _groups(rows), scale)
+    shape.held = held  # type: ignore[attr-defined]
+    return shape, _scratch_of_thread(longest, d)
+
+
+def _parts(heads: int, kv: int, rows: Sequence[int]) -> int:
+    return kv if len(rows) >= GROUPS else heads
+
+
+def _groups(rows: Sequence[int]) -> int:
+    return min(len(rows), GROUPS)
+
+
+def _scratch_of_thread(longest: int, d: int) -> int:
+    """As attention_scratch of attention.c: three copies of a row's keys, and tiles."""
+    keys = -(-longest // TILE) * TILE
+    return 6 * keys * d + 24 * TILE * d + 20 * TILE * TILE + 32 * TILE + 64 * 32
+
+
+def _at(*tensors: Tensor) -> list[ctypes.c_void_p]:
+    return [ctypes.c_void_p(tensor.data_ptr()) for tensor in tensors]
+
+
+def row_attention(q: Tensor, k: Tensor, v: Tensor, rows: list[int], prefix: int, scale: float) -> tuple[Tensor, Tensor]:
+    """O (tokens, heads, d) and the logs, to base 2, of the sums (heads, tokens) of q, and k and v (tokens, kv, d).
+
+    `rows` are the lengths behind a prefix that all of them see; tokens behind the last one get zeros.
+    """
+    shape, room = _shape(q, k, rows, prefix, scale)
+    threads = torch.get_num_threads()
+    out, logs = torch.empty_like(q), torch.empty(q.shape[1], len(q))
+    out[prefix + sum(rows) :] = 0
+    scratch = torch.empty(threads * room + TILE, dtype=torch.uint8)
+    _found().attention_forward(ctypes.byref(shape), *_at(q, k, v, out, logs, scratch), threads)
+    return out, logs
+
+
+def row_attention_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, logs: Tensor, rows: list[int], prefix: int, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """∂Q, ∂K and ∂V in the shapes of q, k and v."""
+    shape, room = _shape(q, k, rows, prefix, scale)
+    threads = torch.get_num_threads()
+    grads = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+    grads[0][prefix + sum(rows) :] = 0
+    sums = torch.zeros(2, shape.parts, len(q), q.shape[2])
+    of_prefix = torch.zeros(2, shape.parts, shape.groups, prefix, q.shape[2])
+    scratch = torch.empty(threads * room + TILE, dtype=torch.uint8)
+    given = _at(q, k, v, out, logs, grad, *grads, sums, of_prefix, scratch)
+    _found().attention_backward(ctypes.byref(shape), *given, threads)
+    return grads
+
+
+def workspace(q: Tensor, k: Tensor, v: Tensor, rows: list[int], prefix: int, scale: float) -> int:
+    """Bytes that `row_attention` holds for as long as it computes."""
+    return torch.get_num_threads() * _scratch_of_thread(_laid(rows, prefix)[2], q.shape[2]) + TILE
+
+
+def workspace_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, logs: Tensor, *laid: Any) -> int:
+    """The same of `row_attention_backward`, whose sums are fp32."""
+    rows, prefix, scale = laid
+    places = len(q) + _groups(rows) * prefix
+    return workspace(q, k, v, rows, prefix, scale) + 8 * _parts(q.shape[1], k.shape[1], rows) * places * q.shape[2]
+
+
+def flops(q: Tensor, k: Tensor, v: Tensor, rows: list[int], prefix: int, scale: float, **_: Any) -> int:
+    """Of the two products of `row_attention`, of the scores that the causal mask lets through."""
+    scores = sum(length * (length + 1) // 2 for length in (prefix + rows[0], *rows[1:])) + prefix * sum(rows[1:])
+    return 4 * scores * q.shape[1] * q.shape[2]
+
+
+def flops_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, logs: Tensor, *laid: Any, **_: Any) -> int:
+    """Of the five products of `row_attention_backward`."""
+    return flops(q, k, v, *laid) * 5 // 2
+
+
+def norm(x: Tensor, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
+    """y = w ∘ (x·ρ) and ρ = 1/√(mean(x²) + ε) (…, 1) in fp32, of x (…, width) and w (width,)."""
+    y, rho = torch.empty_like(x), torch.empty(*x.shape[:-1], 1)
+    _found().norm(*_at(x, weight), ctypes.c_float(epsilon), *_at(y, rho), *_sizes(x))
+    return y, rho
+
+
+def norm_again(x: Tensor, rho: Tensor, weight: Tensor) -> Tensor:
+    """The y of `norm`, to the last bit, from its ρ."""
+    y = torch.empty_like(x)
+    _found().norm_again(*_at(x, rho, weight, y), *_sizes(x))
+    return y
+
+
+def norm_backward(grad: Tensor, x: Tensor, rho: Tensor, weight: Tensor) -> Tensor:
+    """∂x = ρ·(w∘∂y − x̂·mean(w∘∂y∘x̂)), x̂ = x·ρ."""
+    found = torch.empty_like(x)
+    _found().norm_backward(*_at(grad, x, rho, weight, found), *_sizes(x))
+    return found
+
+
+def gated(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) ∘ up."""
+    inner = torch.empty_like(gate)
+    _found().gated(*_at(gate, up, inner), ctypes.c_int64(gate.numel()), torch.get_num_threads())
+    return inner
+
+
+def gated_backward_(gate: Tensor, up: Tensor, grad: Tensor) -> None:
+    """With the gradient of `gated`: writes ∂gate and ∂up into gate and up, and what `gated` gave into `grad`."""
+    _found().gated_backward(*_at(gate, up, grad), ctypes.c_int64(gate.numel()), torch.get_num_threads())
+
+
+def turn_(states: Tensor, cos: Tensor, sin: Tensor, back: bool) -> None:
+    """Turns (tokens, heads, head) by the angles (tokens, head), or back, in place: core/fused_attention.turned."""
+    tokens, heads, head = states.shape
+    sizes = (ctypes.c_int64(size) for size in (tokens, heads, head // 2))
+    _found().turn(*_at(states, cos, sin), *sizes, int(back), torch.get_num_threads())
+
+
+def _sizes(x: Tensor) -> tuple[ctypes.c_int64, ctypes.c_int64, int]:
+    """Tokens, width and threads."""
+    return ctypes.c_int64(x.numel() // x.shape[-1]), ctypes.c_int64(x.shape[-1]), torch.get_num_threads()
+
+
+def _found() -> ctypes.CDLL:
+    found = library()
+    assert found is not None  # `serves` has said so
+    return found
+
+
+def _define(schema: str, function: Callable[..., Any], shapes: Callable[..., Any]) -> Any:
+    """The operator `schema` of torch, computed by `function`, whose results have the shapes that `shapes` makes."""
+    name = schema.partition("(")[0]
+    _DEFINED.define(schema)
+    _DEFINED.impl(name, function, "CPU")
+    _DEFINED.impl(name, shapes, "Meta")
+    return getattr(torch.ops.lorakeet, name).default
+
+
+_STATES, _LAID = "Tensor q, Tensor k, Tensor v", "int[] rows, int prefix, float scale"
+ROW_ATTENTION = _define(
+    f"row_attention({_STATES}, {_LAID}) -> (Tensor, Tensor)",
+    row_attention,
+    lambda q, k, v, *_: (torch.empty_like(q), q.new_empty(q.shape[1], len(q), dtype=torch.float32)),
+)
+ROW_ATTENTION_BACKWARD = _define(
+    f"row_attention_backward(Tensor grad, {_STATES}, Tensor out, Tensor logs, {_LAID}) -> (Tensor, Tensor, Tensor)",
+    row_attention_backward,
+    lambda grad, q, k, v, *_: (torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)),
+)
+NORM = _define(
+    "norm(Tensor x, Tensor weight, float epsilon) -> (Tensor, Tensor)",
+    norm,
+    lambda x, *_: (torch.empty_like(x), x.new_empty(*x.shape[:-1], 1, dtype=torch.float32)),
+)
+NORM_AGAIN = _define("norm_again(Tensor x, Tensor rho, Tensor weight) -> Tensor", norm_again, lambda x, *_: torch.empty_like(x))
+NORM_BACKWARD = _define(
+    "norm_backward(Tensor grad, Tensor x, Tensor rho, Tensor weight) -> Tensor", norm_backward, lambda _, x, *__: torch.empty_like(x)
+)
+GATED = _define("gated(Tensor gate, Tensor up) -> Tensor", gated, lambda gate, _: torch.empty_like(gate))
+GATED_BACKWARD = _define(
+    "gated_backward_(Tensor(a!) gate, Tensor(b!) up, Tensor(c!) grad) -> ()", gated_backward_, lambda *_: None
+)
+TURN = _define("turn_(Tensor(a!) states, Tensor cos, Tensor sin, bool back) -> ()", turn_, lambda *_: None)
