@@ -5,8 +5,8 @@ behind it. Tokens behind the last row are filler and get zeros. Grouped queries:
 throughout: query (1, kv·G, tokens, d), key and value (1, kv, tokens, d), result (1, tokens, kv·G, d), as transformers has them.
 Rows go through together in blocks of equal shape (core/row_blocks).
 
-Where bf16 products are the faster ones (core/precision), Lorakeet's own kernel (core/native) is faster than products of torch, and
-these than torch's flash kernel, which runs its backward at fp32's rate whatever it is given (measured: docs/log.md).
+Where bf16 products are the faster ones (core/precision), Lorakeet's own kernel (core/native) is faster than torch's products, and
+these are than torch's kernel, which runs its backward at fp32's rate whatever it is given (measured: docs/log.md).
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import weakref
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -27,10 +27,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
+from lorakeet.core.native import ops as native
 from lorakeet.memory.allocator import LARGEST_HEAP_PIECE
 from lorakeet.memory.held import KEPT, OUTSIDE, Held, Stretch
 from lorakeet.memory.known_results import Known, Mode, call_of, known_of
-from lorakeet.memory.lapack import WORKSPACES
+from lorakeet.memory.lapack import WORKSPACES as LAPACK
 
 MOST_KNOWN = 1 << 13  # calls, of 1.4 KiB each; beyond these all are forgotten
 _KNOWN: dict[tuple[Any, ...], Known] = {}  # what calls have made, by all ledgers of this process
@@ -261,6 +262,16 @@ FLOPS = {
     torch.ops.aten.baddbmm_: flop_registry[torch.ops.aten.baddbmm],
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: partial(_attention_flops, products=2),
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward_flops,
+    torch.ops.lorakeet.row_attention: native.flops,
+    torch.ops.lorakeet.row_attention_backward: native.flops_backward,
+}
+
+
+# Of an operation's arguments: what it holds while it runs, beside these and its results.
+WORKSPACES: Mapping[Any, Callable[..., int]] = {
+    **LAPACK,
+    native.ROW_ATTENTION: native.workspace,
+    native.ROW_ATTENTION_BACKWARD: native.workspace_backward,
 }
 
 

@@ -14,6 +14,7 @@ from lorakeet.core.decode_block import BLOCK_PARTS, DecodeBlock
 from lorakeet.core.fused import ACTIVATIONS, FrozenRmsNorm, GatedMlp
 from lorakeet.core.fused_attention import INPUTS, RotaryAttention
 from lorakeet.core.layers import LoraLinear, StandIn, base_of, new_pair
+from lorakeet.core.native import ops as native
 from lorakeet.core.plan import PlanEntry
 from lorakeet.errors import EnvironmentProblem
 from lorakeet.models import modules
@@ -37,7 +38,8 @@ def fuse(model: nn.Module) -> int:
         standing = modules.find(model, path)
         if isinstance(standing, StandIn) or standing is None or not path:
             continue
-        stand_in = _stand_in(module)
+        with native.without():  # the stand-ins are compared to the last bit
+            stand_in = _stand_in(module)
         if stand_in is not None:
             stand_in.train(module.training)
             modules.replace(model, path, stand_in)

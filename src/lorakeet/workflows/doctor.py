@@ -134,6 +134,7 @@ def _torch() -> list[Finding]:
     except (ImportError, OSError) as error:  # OSError: a shared library that torch needs is missing
         remedy = pip_command([need for need in _requirements("") if need.name == "torch"], "--force-reinstall")
         return [Finding("torch", False, f"cannot be imported: {error}", remedy, True)]
+    from lorakeet.core.native.library import why_not
     from lorakeet.core.precision import fastest_products
     from lorakeet.models.placement import device_for, dtype_for
 
@@ -145,8 +146,14 @@ def _torch() -> list[Finding]:
     return [
         Finding("torch", True, f"{torch.__version__}, {torch.get_num_threads()} threads", required=True),
         Finding("processor", True, f"{name}: {dtypes}"),
+        _native(why_not()),
         Finding("GPU", True, _accelerator(torch, device_for("auto"))),
     ]
+
+
+def _native(reason: str) -> Finding:
+    found = f"not used: {reason}" if reason else "attention and the passes between matrix products, compiled by gcc"
+    return Finding("native", True, found)
 
 
 def _word(dtype: Any) -> str:

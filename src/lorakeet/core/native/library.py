@@ -18,6 +18,8 @@ import sys
 import tempfile
 from pathlib import Path
 
+import torch
+
 HERE = Path(__file__).parent
 SOURCES = ("attention.c", "passes.c")
 FLAGS = ("-O3", "-march=x86-64-v4", "-mavx512bf16", "-ffp-contract=fast", "-fopenmp", "-fPIC", "-fvisibility=default")
@@ -107,11 +109,13 @@ def _compile(compiler: str, openmp: Path, target: Path) -> Path:
 
 
 def _openmp() -> Path:
-    """The GNU OpenMP that torch has loaded into this process."""
-    for line in Path("/proc/self/maps").read_text(encoding="utf-8", errors="replace").splitlines():
-        path = Path(line.split(maxsplit=5)[-1])
-        if path.name.startswith("libgomp"):
-            return path
+    """The GNU OpenMP that torch has loaded into this process: its own, else the system's; other packages bring more of them."""
+    text = Path("/proc/self/maps").read_text(encoding="utf-8", errors="replace")
+    loaded = {Path(line.split(maxsplit=5)[-1]) for line in text.splitlines() if "/libgomp" in line}
+    own = [path for path in loaded if path.is_relative_to(Path(torch.__file__).parent)]
+    others = [path for path in loaded if not path.parent.name.endswith(".libs")]
+    for path in sorted(own) or sorted(others):
+        return path
     raise CannotBuild("this torch does not use GNU OpenMP")
 
 

@@ -20,10 +20,10 @@ from lorakeet.core.native.library import library
 
 PLAIN = (Tensor, nn.Parameter, FakeTensor)
 LANES, HEAD = 16, 64
-TILE = 64  # queries and keys of a tile, as attention.c has it
+ALIGNED = 64  # bytes
 GROUPS = 8  # of rows, whose work is parted backward; with as many, heads of a group stay together, else each is by itself
 
-_DEFINED = torch.library.Library("lorakeet", "FRAGMENT")
+_DEFINED = torch.library.Library("lorakeet", "FRAGMENT")  # type: ignore[no-untyped-call]
 _allowed = True
 
 
@@ -36,21 +36,15 @@ class _Shape(ctypes.Structure):
     )
 
 
-def allow(allowed: bool) -> None:
-    """Whether the operators are used from now on in this process, as torch.backends has such switches; they are at first."""
-    global _allowed  # noqa: PLW0603
-    _allowed = allowed
-
-
 @contextmanager
 def without() -> Iterator[None]:
-    """A context in which the operators are not used."""
-    before = _allowed
-    allow(False)
+    """A context in which torch's own operations compute everything."""
+    global _allowed  # noqa: PLW0603 - of a process, as torch.backends has such switches
+    before, _allowed = _allowed, False
     try:
         yield
     finally:
-        allow(before)
+        _allowed = before
 
 
 def serves(products: torch.dtype, *states: Tensor, width: int = LANES) -> bool:
@@ -76,7 +70,7 @@ def _shape(q: Tensor, k: Tensor, rows: Sequence[int], prefix: int, scale: float)
     held = array(*starts), array(*lengths)
     addresses = (ctypes.cast(each, ctypes.c_void_p) for each in held)
     shape = _Shape(*addresses, len(rows), prefix, tokens, heads, kv, d, _parts(heads, kv, rows), _groups(rows), scale)
-    shape.held = held  # type: ignore[attr-defined]
+    shape.held = held
     return shape, _scratch_of_thread(longest, d)
 
 
@@ -89,9 +83,7 @@ def _groups(rows: Sequence[int]) -> int:
 
 
 def _scratch_of_thread(longest: int, d: int) -> int:
-    """As attention_scratch of attention.c: three copies of a row's keys, and tiles."""
-    keys = -(-longest // TILE) * TILE
-    return 6 * keys * d + 24 * TILE * d + 20 * TILE * TILE + 32 * TILE + 64 * 32
+    return int(_found().attention_scratch(ctypes.c_int64(longest), ctypes.c_int64(d)))
 
 
 def _at(*tensors: Tensor) -> list[ctypes.c_void_p]:
@@ -107,22 +99,23 @@ def row_attention(q: Tensor, k: Tensor, v: Tensor, rows: list[int], prefix: int,
     threads = torch.get_num_threads()
     out, logs = torch.empty_like(q), torch.empty(q.shape[1], len(q))
     out[prefix + sum(rows) :] = 0
-    scratch = torch.empty(threads * room + TILE, dtype=torch.uint8)
+    scratch = torch.empty(threads * room + ALIGNED, dtype=torch.uint8)
     _found().attention_forward(ctypes.byref(shape), *_at(q, k, v, out, logs, scratch), threads)
     return out, logs
 
 
 def row_attention_backward(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, logs: Tensor, rows: list[int], prefix: int, scale: float
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, logs: Tensor, *laid: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """∂Q, ∂K and ∂V in the shapes of q, k and v."""
+    """∂Q, ∂K and ∂V in the shapes of q, k and v, from what `row_attention` was given (`laid`: rows, prefix, scale) and gave."""
+    rows, prefix, scale = laid
     shape, room = _shape(q, k, rows, prefix, scale)
     threads = torch.get_num_threads()
     grads = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
     grads[0][prefix + sum(rows) :] = 0
     sums = torch.zeros(2, shape.parts, len(q), q.shape[2])
     of_prefix = torch.zeros(2, shape.parts, shape.groups, prefix, q.shape[2])
-    scratch = torch.empty(threads * room + TILE, dtype=torch.uint8)
+    scratch = torch.empty(threads * room + ALIGNED, dtype=torch.uint8)
     given = _at(q, k, v, out, logs, grad, *grads, sums, of_prefix, scratch)
     _found().attention_backward(ctypes.byref(shape), *given, threads)
     return grads
@@ -130,7 +123,7 @@ def row_attention_backward(
 
 def workspace(q: Tensor, k: Tensor, v: Tensor, rows: list[int], prefix: int, scale: float) -> int:
     """Bytes that `row_attention` holds for as long as it computes."""
-    return torch.get_num_threads() * _scratch_of_thread(_laid(rows, prefix)[2], q.shape[2]) + TILE
+    return torch.get_num_threads() * _scratch_of_thread(_laid(rows, prefix)[2], q.shape[2]) + ALIGNED
 
 
 def workspace_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, logs: Tensor, *laid: Any) -> int:
@@ -148,7 +141,8 @@ def flops(q: Tensor, k: Tensor, v: Tensor, rows: list[int], prefix: int, scale: 
 
 def flops_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, logs: Tensor, *laid: Any, **_: Any) -> int:
     """Of the five products of `row_attention_backward`."""
-    return flops(q, k, v, *laid) * 5 // 2
+    rows, prefix, scale = laid
+    return 5 * flops(q, k, v, rows, prefix, scale) // 2
 
 
 def norm(x: Tensor, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
@@ -205,9 +199,9 @@ def _found() -> ctypes.CDLL:
 def _define(schema: str, function: Callable[..., Any], shapes: Callable[..., Any]) -> Any:
     """The operator `schema` of torch, computed by `function`, whose results have the shapes that `shapes` makes."""
     name = schema.partition("(")[0]
-    _DEFINED.define(schema)
-    _DEFINED.impl(name, function, "CPU")
-    _DEFINED.impl(name, shapes, "Meta")
+    _DEFINED.define(schema)  # type: ignore[no-untyped-call]
+    _DEFINED.impl(name, function, "CPU")  # type: ignore[no-untyped-call]
+    _DEFINED.impl(name, shapes, "Meta")  # type: ignore[no-untyped-call]
     return getattr(torch.ops.lorakeet, name).default
 
 
@@ -229,7 +223,9 @@ NORM = _define(
 )
 NORM_AGAIN = _define("norm_again(Tensor x, Tensor rho, Tensor weight) -> Tensor", norm_again, lambda x, *_: torch.empty_like(x))
 NORM_BACKWARD = _define(
-    "norm_backward(Tensor grad, Tensor x, Tensor rho, Tensor weight) -> Tensor", norm_backward, lambda _, x, *__: torch.empty_like(x)
+    "norm_backward(Tensor grad, Tensor x, Tensor rho, Tensor weight) -> Tensor",
+    norm_backward,
+    lambda grad, x, *_: torch.empty_like(x),
 )
 GATED = _define("gated(Tensor gate, Tensor up) -> Tensor", gated, lambda gate, _: torch.empty_like(gate))
 GATED_BACKWARD = _define(

@@ -1,0 +1,100 @@
+"""A step of a whole bf16 model by the native library gives the loss and the gradients that torch's own operations give."""
+
+from __future__ import annotations
+
+from collections import Counter
+from contextlib import nullcontext
+from dataclasses import replace
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from lorakeet.core.native import ops
+from lorakeet.data.pack import Batch
+from lorakeet.models.adapt import put_adapter
+from lorakeet.models.inject import trained_parameters
+from lorakeet.models.load import load_text_model
+from lorakeet.models.spec import ModelSpec
+from lorakeet.models.text import TextModel
+from lorakeet.quant.spec import QuantSpec
+from lorakeet.train.text_loss import text_loss
+from tiny.adapters import random_adapter
+from tiny.models import save_tiny_llama
+from tiny.native import needs_native
+
+pytestmark = needs_native
+
+LENGTHS, LAYERS = (70, 33, 25), 2
+FAMILIES = {"llama": 1, "qwen3": 0}  # whether attention is fused with its inputs: Qwen3 norms its queries and keys
+
+
+class Counted(TorchDispatchMode):
+    """Counts Lorakeet's own operators."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: Counter[Any] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "lorakeet":
+            self.calls[func] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def learnt(text: TextModel, batch: Batch) -> dict[str, Tensor]:
+    """The loss, and the gradient of every A and B."""
+    loss, _ = text_loss(text, batch)
+    loss.backward()  # type: ignore[no-untyped-call]
+    parameters = trained_parameters(text.model, "default")
+    return {"loss": loss.detach(), **{name: each.grad for name, each in parameters.items() if each.grad is not None}}
+
+
+def rounded_model(folder: Path, family: str) -> Path:
+    """A tiny model with heads of 64 whose weights bf16 holds exactly."""
+    changes: dict[str, Any] = {"hidden_size": 128, "intermediate_size": 192, "num_attention_heads": 2, "num_key_value_heads": 1}
+    save_tiny_llama(folder, family=family, head_dim=64, num_hidden_layers=LAYERS, **changes)
+    weights = {name: (each / 4).bfloat16() for name, each in load_file(folder / "model.safetensors").items()}
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+@pytest.mark.parametrize("prefix", [0, 12])
+@pytest.mark.parametrize("method", ["none", "nf4"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_native_and_torch_learn_the_same(family: str, method: str, prefix: int, tmp_path: Path) -> None:
+    """Either way in bf16 is as far from the same step in fp32."""
+    folder = rounded_model(tmp_path, family)
+    exact = ModelSpec(path=str(folder), dtype="float32", products="float32", attention="varlen")
+    adapter = random_adapter(load_text_model(exact).model)
+    exact = replace(exact, quantize=QuantSpec(method=method))  # type: ignore[arg-type]
+    ids = torch.arange(sum(LENGTHS)) % 90
+    for start in (0, *accumulate(LENGTHS[:-1])):
+        ids[start : start + prefix] = torch.arange(prefix)  # computed once for all rows
+    batch = Batch(ids, LENGTHS, torch.arange(len(ids)), ids.roll(1), ("one", "two", "three"))
+    found, calls = [], []
+    for spec, context in (
+        (replace(exact, dtype="bfloat16", products="bfloat16"), nullcontext()),
+        (replace(exact, dtype="bfloat16", products="bfloat16"), ops.without()),
+        (exact, nullcontext()),
+    ):
+        text = load_text_model(spec)
+        put_adapter(text, adapter)
+        with Counted() as counted, context:
+            found.append(learnt(text, batch))
+        calls.append(counted.calls)
+    native, by_torch, by_fp32 = calls
+    assert not by_torch and not by_fp32
+    assert native[ops.ROW_ATTENTION] == native[ops.ROW_ATTENTION_BACKWARD] == LAYERS
+    assert native[ops.GATED] == native[ops.GATED_BACKWARD] == LAYERS and native[ops.NORM] > 2 * LAYERS
+    assert native[ops.TURN] == 4 * LAYERS * FAMILIES[family]
+    mine, theirs, truth = found
+    assert len(truth) == 7 * 2 * LAYERS + 1
+    for name, expected in truth.items():
+        off, usual = (float((each[name].float() - expected).norm() / expected.norm()) for each in (mine, theirs))
+        assert off < 1.5 * usual + 2e-3, name
