@@ -114,10 +114,11 @@ class GatedMlpFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, projections: Projections, normed: Normed | None, *factors: Tensor) -> Tensor:
         p, dtype = projections, projections.products
+        parts = list(_by_part(p, factors))
         wide = x.to(dtype)
         gate, up = p.gate.matmul(wide), p.up.matmul(wide)
         shrunk: list[Tensor] = []  # of each part: x·Aᵀ for gate and for up, and h·Aᵀ for down
-        for (part, scales), (a_gate, b_gate, a_up, b_up, _, _) in _by_part(p, factors):
+        for (part, scales), (a_gate, b_gate, a_up, b_up, _, _) in parts:
             both = torch.mm(wide[part], torch.cat([a_gate, a_up]).t())  # (tokens of the part, rank + rank)
             for_gate, for_up = (half.contiguous() for half in torch.split(both, [len(a_gate), len(a_up)], dim=1))
             add_low_rank(gate[part], for_gate, b_gate, scales[0])
@@ -125,7 +126,7 @@ class GatedMlpFunction(torch.autograd.Function):
             shrunk += [for_gate, for_up]
         inner = _gated(p.activation, gate, up)
         y = p.down.matmul(inner)
-        for (part, scales), (*_, a_down, b_down) in _by_part(p, factors):
+        for (part, scales), (*_, a_down, b_down) in parts:
             for_down = torch.mm(inner[part], a_down.t())
             add_low_rank(y[part], for_down, b_down, scales[2])
             shrunk.append(for_down)
@@ -145,7 +146,8 @@ class GatedMlpFunction(torch.autograd.Function):
         grad, gate, up = grad.to(p.products).contiguous(), gate.to(p.products), up.to(p.products)
         grad_inner = p.down.matmul_t(grad)
         through, of_down = [], []  # u, and ∂A and ∂B, of each part
-        for ((part, scales), (*_, a_down, b_down)), h in zip(_by_part(p, factors), for_down, strict=True):
+        parts = list(_by_part(p, factors))
+        for ((part, scales), (*_, a_down, b_down)), h in zip(parts, for_down, strict=True):
             u, grad_b = _through(grad[part], b_down, h, scales[2])
             grad_inner[part].addmm_(u, a_down)
             through.append((part, u))
@@ -157,7 +159,7 @@ class GatedMlpFunction(torch.autograd.Function):
         need_x = ctx.needs_input_grad[0]
         grad_x = p.gate.matmul_t(grad_gate).add_(p.up.matmul_t(grad_up)) if need_x else None
         grads: list[Tensor] = []
-        for number, ((part, scales), (a_gate, b_gate, a_up, b_up, _, _)) in enumerate(_by_part(p, factors)):
+        for number, ((part, scales), (a_gate, b_gate, a_up, b_up, _, _)) in enumerate(parts):
             u_gate, grad_b_gate = _through(grad_gate[part], b_gate, into[2 * number], scales[0])
             u_up, grad_b_up = _through(grad_up[part], b_up, into[2 * number + 1], scales[1])
             both = torch.cat([u_gate, u_up], dim=1)  # (tokens of the part, rank + rank)
