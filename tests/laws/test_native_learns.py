@@ -64,6 +64,17 @@ def rounded_model(folder: Path, family: str) -> Path:
     return folder
 
 
+def test_a_second_backward_pass_is_refused(tmp_path: Path) -> None:
+    """The first one overwrites what was saved."""
+    text = load_text_model(ModelSpec(path=str(rounded_model(tmp_path, "llama")), dtype="bfloat16", products="bfloat16"))
+    put_adapter(text, random_adapter(text.model))
+    ids = torch.arange(40) % 90
+    loss, _ = text_loss(text, Batch(ids, (40,), torch.arange(40), ids.roll(1), ("one",)))
+    loss.backward(retain_graph=True)  # type: ignore[no-untyped-call]
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()  # type: ignore[no-untyped-call]
+
+
 @pytest.mark.parametrize("prefix", [0, 12])
 @pytest.mark.parametrize("method", ["none", "nf4"])
 @pytest.mark.parametrize("family", FAMILIES)

@@ -192,6 +192,7 @@ def _gated_backward(
     """∂g and ∂u of φ(g) ∘ u from its gradient, and uᵀ·h of each part's u (tokens, rank). Overwrites what it is given."""
     if activation.native and ops.serves(gate.dtype, gate, up, grad):
         ops.GATED_BACKWARD(gate, up, grad)
+        torch.autograd.graph.increment_version([gate, up, grad])  # so that another backward pass through them is refused
         return gate, up, [torch.mm(u.t(), grad[part]) for part, u in through]
     active = activation.forward(gate)
     of_a = [_times_product(u.t(), active[part], up[part]) for part, u in through]
