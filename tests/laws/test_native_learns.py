@@ -30,7 +30,7 @@ from tiny.native import needs_native
 
 pytestmark = needs_native
 
-LENGTHS, LAYERS = (70, 33, 25), 2
+LENGTHS, LAYERS = (90, 53, 45), 2
 FAMILIES = {"llama": 1, "qwen3": 0}  # whether attention is fused with its inputs: Qwen3 norms its queries and keys
 
 

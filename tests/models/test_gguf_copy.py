@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from lorakeet.core.cache import cache_folder
 from lorakeet.errors import EnvironmentProblem
 from lorakeet.models import gguf_copy
-from lorakeet.models.gguf_copy import cache_folder, content_digest, known_digest
+from lorakeet.models.gguf_copy import content_digest, known_digest
 
 
 @pytest.fixture

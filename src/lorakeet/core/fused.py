@@ -237,7 +237,7 @@ class GatedMlp(StandIn):
         if divided and not torch.is_grad_enabled():  # the layers by themselves stack short shares (core/layers)
             return cast(Tensor, self.original(x))
         parts = _shared_parts(layers, len(flat))
-        bases = [cast(LoraLinear, layer).base for layer in layers] if parts else _frozen_bases(layers, x)
+        bases = [cast(LoraLinear, layer).base for layer in layers] if parts else _frozen_bases(layers, flat, self.activation)
         if not bases:
             return cast(Tensor, self.original(x))
         gate, up, down = bases
@@ -254,12 +254,16 @@ def spread(found: Tensor, places: Tensor, shape: torch.Size) -> Tensor:
     return found.new_zeros(shape).flatten(0, -2).index_copy(0, places, found).view(shape)
 
 
-def _frozen_bases(layers: Sequence[nn.Module], x: Tensor) -> list[FrozenBase]:
+def _frozen_bases(layers: Sequence[nn.Module], x: Tensor, activation: Activation) -> list[FrozenBase]:
     """The weights of layers that only hand gradients on, each dense or packed; empty where there is nothing to save by that.
 
-    The layers' own code keeps what the activation gives beside what it was given.
+    The layers' own code keeps what the activation gives beside what it was given. It also rounds that, where the native gate does
+    not: with the gate there is one way, with gradients and without, since a streamed block goes both.
     """
-    if not (torch.is_grad_enabled() and x.requires_grad) or any(getattr(layer, "bias", None) is not None for layer in layers):
+    native = activation.native and ops.serves(x.dtype, x.detach())
+    if not (native or (torch.is_grad_enabled() and x.requires_grad)):
+        return []
+    if any(getattr(layer, "bias", None) is not None for layer in layers):
         return []
     if any(getattr(layer, "products", None) not in (None, x.dtype) for layer in layers):
         return []  # whose own code rounds between two products, without gradients and so in a streamed forward pass too

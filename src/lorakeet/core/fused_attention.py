@@ -193,9 +193,8 @@ class RotaryAttention(StandIn):
         if not held or not all(pair.plain for pair in held):
             return nothing
         products = next(layer.products for layer in layers if isinstance(layer, LoraLinear)) or x.dtype
-        kernel = kernel_for(x.dtype, settings.get("row_products") or torch.float32, head)(
-            rows, cast(float, self.original.scaling), prefix
-        )
+        chosen = kernel_for(x, rows, settings.get("row_products") or torch.float32, prefix, head)
+        kernel = chosen(rows, cast(float, self.original.scaling), prefix)
         bases = [layer.base if isinstance(layer, LoraLinear) else DenseBase(layer) for layer in layers]
         scales = [None if pair is None else pair.scale for pair in pairs]
         inputs = Inputs(bases, [layer.bias for layer in layers], scales, head, products, kernel)

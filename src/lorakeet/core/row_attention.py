@@ -17,12 +17,14 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from lorakeet.core.device import is_cpu
 from lorakeet.core.native import ops
 from lorakeet.core.row_blocks import Blocks, Indexed, blocks_of_queries, indexed, whole_rows
 
 QUERIES = 256  # queries of a row whose scores exist at once in products, whatever the row's length
 KEPT_KEYS = 128  # up to so many P is kept: no more bytes a token than a gated MLP keeps, and 4 % of a training step (docs/log.md)
 SCORES = 1 << 21  # scores (of all heads, of all blocks taken together) that exist at once, unless one block has more
+TILED = 48  # keys of an average row from which on Lorakeet's kernel, whose tiles have 64, is the faster (docs/log.md)
 TOKENS = 1 << 12  # tokens of rows, each with its prefix, that the flash kernel is given at once, unless one row has more
 
 
@@ -30,15 +32,19 @@ def causal_rows(  # noqa: PLR0917 - the states, how they are laid out, how they 
     query: Tensor, key: Tensor, value: Tensor, rows: tuple[int, ...], scale: float, products: torch.dtype, prefix: int = 0
 ) -> Tensor:
     """softmax(scale·Q·Kᵀ + causal mask)·V of each row; products in `products` if the states have that dtype, else in fp32."""
-    kernel = kernel_for(query.dtype, products, query.shape[-1])(rows, scale, prefix)
+    kernel = kernel_for(query, rows, products, prefix)(rows, scale, prefix)
     return cast(Tensor, CausalRows.apply(query, key, value, kernel))  # type: ignore[no-untyped-call]
 
 
-def kernel_for(states: torch.dtype, products: torch.dtype, head: int) -> type[Kernel]:
-    """How rows are computed whose heads have `head` numbers of dtype `states`, where matrix products run in `products`."""
-    if states == torch.bfloat16 and head % ops.HEAD == 0 and ops.serves(products):
+def kernel_for(like: Tensor, rows: tuple[int, ...], products: torch.dtype, prefix: int, head: int = 0) -> type[Kernel]:
+    """How rows are computed whose states are `like` these, in heads of `head` numbers (0: as many as the last dimension has).
+
+    `products` is the dtype of matrix products, `prefix` what the rows share.
+    """
+    fits = like.dtype == torch.bfloat16 and (head or like.shape[-1]) % ops.HEAD == 0 and is_cpu(like.device)
+    if fits and sum(rows) + prefix * len(rows) >= TILED * len(rows) and ops.serves(products):
         return NativeRows
-    return ProductRows if products != torch.float32 and products == states else FlashRows
+    return ProductRows if products != torch.float32 and products == like.dtype else FlashRows
 
 
 class CausalRows(torch.autograd.Function):

@@ -12,18 +12,13 @@ from typing import Any
 
 from safetensors import SafetensorError
 
+from lorakeet.core.cache import cache_folder
 from lorakeet.errors import DataError, EnvironmentProblem, unreadable
 from lorakeet.formats.digest import sha256_of
 from lorakeet.formats.gguf_header import MAGIC
 from lorakeet.models.whole import first_line
 
 _NOTE = "digests.json"
-
-
-def cache_folder() -> Path:
-    """Where copies are kept: the folder that LORAKEET_CACHE names, or ~/.cache/lorakeet."""
-    named = os.environ.get("LORAKEET_CACHE")
-    return Path(named).expanduser() if named else Path.home() / ".cache" / "lorakeet"
 
 
 def make_whole(target: Path, make: Callable[[Path], None]) -> None:

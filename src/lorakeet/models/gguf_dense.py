@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
+from lorakeet.core.cache import cache_folder
 from lorakeet.formats.gguf_header import PART_BYTES, GgufHeader
 from lorakeet.formats.safe import stream_safetensors
-from lorakeet.models.gguf_copy import cache_folder, content_digest, make_whole, require_room
+from lorakeet.models.gguf_copy import content_digest, make_whole, require_room
 from lorakeet.models.gguf_packed import one_by_one, stored_shapes, tensors_of
 from lorakeet.models.gguf_sound import ARCHITECTURE, config_of_gguf, reading, require_gguf
 from lorakeet.models.quantized import skeleton

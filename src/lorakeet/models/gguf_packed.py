@@ -29,9 +29,10 @@ from transformers.modeling_gguf_pytorch_utils import (
     load_gguf_checkpoint,
 )
 
+from lorakeet.core.cache import cache_folder
 from lorakeet.errors import DataError, Problems, unreadable
 from lorakeet.formats.safe import stored_bytes, stream_safetensors
-from lorakeet.models.gguf_copy import cache_folder, content_digest, make_whole, require_room
+from lorakeet.models.gguf_copy import content_digest, make_whole, require_room
 from lorakeet.models.gguf_sound import config_of_gguf, reading, require_gguf
 from lorakeet.models.quantized import packable, skeleton
 from lorakeet.quant.gguf import BLOCK_TYPES, FileTensor, read_gguf

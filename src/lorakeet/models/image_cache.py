@@ -11,11 +11,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lorakeet.core.cache import cache_folder
 from lorakeet.data.image_spec import ImageSpec
 from lorakeet.data.images import ImageRow, Pixels, bucket_of, bucket_sizes, cut, open_pixels, scaled_to_cover
 from lorakeet.errors import ConfigError, DataError, EnvironmentProblem
 from lorakeet.formats.safe import open_safetensors, save_tensors
-from lorakeet.models.gguf_copy import cache_folder
 from lorakeet.models.image import ImageModel
 from lorakeet.models.image_kinds import Conditioning
 

@@ -13,6 +13,7 @@ from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from lorakeet.core.native import library as native
 from lorakeet.data.pack import Batch
 from lorakeet.errors import ConfigError, DataError, EnvironmentProblem
 from lorakeet.models.attention import VARLEN, register
@@ -90,6 +91,8 @@ def load_text_model(
         _require_numbers(text, reference)
         check_head(text, reference)
         _choose_attention(text, spec.attention, reference, tell)
+    if device.type == "cpu" and text.products == torch.bfloat16 and native.fits() and (reason := native.why_not()):
+        tell(f"Attention and the passes between products run by torch's own operations, which is slower: {reason}.")
     if kernels is not None:
         check_kernels(_modules(text), kernels, text.products)
         check_loss(reference.shape[1], device)

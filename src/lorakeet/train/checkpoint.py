@@ -26,6 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lorakeet.core.native.library import why_not
 from lorakeet.errors import ConfigError, DataError, Problems
 from lorakeet.formats.digest import sha256_of
 from lorakeet.formats.safe import open_safetensors, stream_safetensors
@@ -189,13 +190,18 @@ def environment(processes: int = 1) -> dict[str, Any]:
     """What may change between two parts of a run, but then changes the last bits of the numbers; several processes are named."""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
     found = {"torch": torch.__version__, "threads": torch.get_num_threads(), "device": device}
+    if device == "cpu" and not why_not():
+        found["kernels"] = "native"
     return found if processes == 1 else {**found, "processes": processes}
+
+
+_UNSAID = {"processes": 1, "kernels": "torch"}  # what `environment` says nothing of
 
 
 def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     """What `environment` said of a run and does not say now, in words; empty where all is the same."""
     names = [key for key in {**before, **now} if before.get(key) != now.get(key)]
-    changed = [f"{key} {before.get(key, 1)} → {now.get(key, 1)}" for key in names]
+    changed = [f"{key} {before.get(key, _UNSAID.get(key))} → {now.get(key, _UNSAID.get(key))}" for key in names]
     return f"Changed since the checkpoint: {', '.join(changed)}. The result may differ in its last digits." if changed else ""
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from lorakeet.config import RunConfig
+from lorakeet.core.cache import cache_folder
 from lorakeet.core.spec import LoraSpec
 from lorakeet.errors import ConfigError, EnvironmentProblem
 from lorakeet.memory.allocator import return_freed_memory
@@ -20,7 +21,6 @@ from lorakeet.memory.card import card_warning, limit_to
 from lorakeet.memory.measure import resident_bytes
 from lorakeet.memory.spill import Aside, HostAside
 from lorakeet.memory.transfer import STAGINGS
-from lorakeet.models.gguf_copy import cache_folder
 from lorakeet.models.load import read_config
 from lorakeet.models.placement import device_for, dtype_for, planned_on, products_for
 from lorakeet.models.source import bytes_to_unpack, find_source

@@ -69,7 +69,7 @@ def doctor(*, console: Console) -> Checkup:
     findings += [_extra(name, purpose) for name, purpose in USER_EXTRAS.items()]
     findings += [_quickstart_packages(), _memory(), _disk(Path.cwd())]
     if all(finding.good for finding in findings if finding.required):
-        from lorakeet.models.gguf_copy import cache_folder  # here, since it needs the packages that were looked for above
+        from lorakeet.core.cache import cache_folder  # here, since it needs the packages that were looked for above
 
         findings.append(_cache(cache_folder()))
     findings.append(_hub(os.environ))
@@ -134,7 +134,7 @@ def _torch() -> list[Finding]:
     except (ImportError, OSError) as error:  # OSError: a shared library that torch needs is missing
         remedy = pip_command([need for need in _requirements("") if need.name == "torch"], "--force-reinstall")
         return [Finding("torch", False, f"cannot be imported: {error}", remedy, True)]
-    from lorakeet.core.native.library import why_not
+    from lorakeet.core.native.library import fits, why_not
     from lorakeet.core.precision import fastest_products
     from lorakeet.models.placement import device_for, dtype_for
 
@@ -146,14 +146,17 @@ def _torch() -> list[Finding]:
     return [
         Finding("torch", True, f"{torch.__version__}, {torch.get_num_threads()} threads", required=True),
         Finding("processor", True, f"{name}: {dtypes}"),
-        _native(why_not()),
+        _native(fits(), why_not()),
         Finding("GPU", True, _accelerator(torch, device_for("auto"))),
     ]
 
 
-def _native(reason: str) -> Finding:
-    found = f"not used: {reason}" if reason else "attention and the passes between matrix products, compiled by gcc"
-    return Finding("native", True, found)
+def _native(fits: bool, reason: str) -> Finding:
+    """Where the processor could and something is missing, that is what to mend; elsewhere there is nothing to do."""
+    if not reason:
+        return Finding("kernels", True, "attention and the passes between matrix products in C, compiled here")
+    remedy = "Install gcc 12 or later (on Debian: apt install gcc), or set CC to it." if fits else ""
+    return Finding("kernels", not fits, f"torch's own: {reason}", remedy)
 
 
 def _word(dtype: Any) -> str:

@@ -16,6 +16,7 @@ import torch
 
 from lorakeet.config import RunConfig
 from lorakeet.core.adapter import Adapter
+from lorakeet.core.cache import cache_folder
 from lorakeet.core.device import standing_for
 from lorakeet.core.plan import Plan
 from lorakeet.errors import ConfigError, EnvironmentProblem
@@ -25,7 +26,6 @@ from lorakeet.memory.card import card_warning, limit_to, phases_on_card, rounded
 from lorakeet.memory.forecast import phases_of
 from lorakeet.memory.held import Held, larger, with_more
 from lorakeet.models.fits import plan_of
-from lorakeet.models.gguf_copy import cache_folder
 from lorakeet.models.load import read_config
 from lorakeet.models.outline import outline
 from lorakeet.models.placement import device_for

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterator
+import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,8 @@ from tiny.native import needs_native
 def forgotten(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """What was found out before is found out anew, and what is found out here forgotten."""
     monkeypatch.delenv(OFF, raising=False)
-    remembered = library.why_not, library._library, library._processor
+    monkeypatch.delenv("CC", raising=False)
+    remembered = library.why_not, library.fits, library._library, library._processor
     for found in remembered:
         found.cache_clear()
     yield
@@ -45,7 +47,7 @@ def test_a_processor_without_bf16_products_is_named(monkeypatch: pytest.MonkeyPa
 
 
 def test_no_compiler_is_said_with_the_remedy(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    if library.WANTED not in library._processor():
+    if not library.fits():
         pytest.skip("this processor has no bf16 products")
     monkeypatch.setenv("CC", str(tmp_path / "gcc"))
     assert "install" in why_not() and library.library() is None
@@ -61,31 +63,92 @@ def test_no_compiler_is_said_with_the_remedy(monkeypatch: pytest.MonkeyPatch, tm
 )
 def test_a_compiler_that_fails_is_quoted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, script: str, said: str) -> None:
     monkeypatch.setenv("CC", compiler(tmp_path, script))
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("LORAKEET_CACHE", str(tmp_path / "cache"))
     assert said in why_not() and "gcc 12" in why_not()
     assert not list((tmp_path / "cache").rglob("*"))[1:]  # a folder, at most
 
 
 @needs_native
 def test_it_is_compiled_once_and_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("LORAKEET_CACHE", str(tmp_path))
     assert not why_not()
-    (kept,) = (tmp_path / "lorakeet").iterdir()
+    (kept,) = (tmp_path / "native").iterdir()
     before = kept.stat().st_mtime_ns
     library.why_not.cache_clear()
     library._library.cache_clear()
     monkeypatch.setattr(library, "_compile", lambda *given: pytest.fail("compiled again"))
     assert not why_not()
-    assert kept.stat().st_mtime_ns == before and len(list((tmp_path / "lorakeet").iterdir())) == 1
+    assert kept.stat().st_mtime_ns == before and len(list((tmp_path / "native").iterdir())) == 1
+
+
+def open_to_others(folder: Path) -> None:
+    (folder / "native").mkdir()
+    (folder / "native").chmod(0o777)
+
+
+def no_folder(folder: Path) -> None:
+    (folder / "native").write_text("a file where the folder would be", encoding="utf-8")
 
 
 @needs_native
-def test_without_a_cache_it_is_compiled_for_this_process(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    (tmp_path / "lorakeet").write_text("a file where the folder would be", encoding="utf-8")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+@pytest.mark.parametrize("spoil", [open_to_others, no_folder])
+def test_a_cache_that_is_not_ours_alone_is_left_alone(
+    spoil: Callable[[Path], None], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """What lies there would be run. The library is compiled into a folder that goes away again."""
+    spoil(tmp_path)
+    (tmp_path / "for a moment").mkdir()
+    monkeypatch.setenv("LORAKEET_CACHE", str(tmp_path))
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "for a moment"))
+    monkeypatch.setattr(library, "_compile", lambda compiler, openmp, target: kept_library(target))
     assert not why_not()
-    assert (tmp_path / "lorakeet").is_file()
+    assert not list((tmp_path / "for a moment").iterdir())
+    assert not (tmp_path / "native").is_dir() or not list((tmp_path / "native").iterdir())
+
+
+def kept_library(target: Path) -> Path:
+    """The library that this machine has, as if it were compiled now."""
+    (made,) = (Path.home() / ".cache" / "lorakeet" / "native").glob(target.name)
+    return Path(shutil.copy(made, target))
+
+
+@needs_native
+def test_a_file_that_was_not_written_to_its_end_is_made_again(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    made: list[Path] = []
+
+    def compiled(compiler: list[str], openmp: Path, target: Path) -> Path:
+        made.append(target)
+        if len(made) == 1:
+            target.write_bytes(b"")
+            return target
+        return kept_library(target)
+
+    monkeypatch.setenv("LORAKEET_CACHE", str(tmp_path))
+    monkeypatch.setattr(library, "_compile", compiled)
+    assert "cannot be compiled or loaded" in why_not()
+    library.why_not.cache_clear()
+    library._library.cache_clear()
+    assert not why_not() and len(made) == 2
+
+
+@needs_native
+def test_no_home_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    def homeless() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(library, "cache_folder", homeless)
+    assert "home directory" in why_not()
+
+
+@needs_native
+@pytest.mark.parametrize("named", ["", "env gcc", "gcc"])
+def test_a_compiler_may_be_named_with_arguments(named: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    asked: list[list[str]] = []
+    monkeypatch.setenv("CC", named)
+    monkeypatch.setenv("LORAKEET_CACHE", str(tmp_path))
+    monkeypatch.setattr(library, "_run", lambda command: asked.append(command) or "gcc")  # type: ignore[func-returns-value]
+    why_not()
+    assert asked[0] == [*(named.split() or ["gcc"]), "--version"]
 
 
 @needs_native

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from threading import Thread
 from typing import Any
 
 import pytest
@@ -24,6 +25,7 @@ CASES = [
     ((70, 150, 3), 130, (4, 2, 128)),
     ((20,) * 9, 33, (6, 2, 64)),  # as many rows as groups: heads that share keys go together
     ((300,), 0, (9, 3, 64)),
+    ((65, 0, 63), 1, (2, 2, 192)),
 ]
 
 
@@ -208,6 +210,38 @@ def test_serves_contiguous_bf16_of_whole_lanes(states_given: Callable[[], list[T
     assert not ops.serves(torch.float32, *states_given())
     with ops.without():
         assert not ops.serves(torch.bfloat16, *states_given())
+
+
+@pytest.mark.parametrize("rows", [[64], [-1, 9], [10, 7]])
+def test_rows_that_are_not_there_are_refused(rows: list[int]) -> None:
+    q = numbers(16, 2, 64)
+    with pytest.raises(ValueError, match="are no rows of"):
+        ops.ROW_ATTENTION(q, q, q, rows, 0, 1.0)
+
+
+def test_tensors_that_c_would_misread_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"takes contiguous tensors of torch\.bfloat16"):
+        ops.NORM(numbers(4, 32).float(), numbers(32), 1e-5)
+    with pytest.raises(ValueError, match="takes contiguous tensors"):
+        ops.GATED(numbers(4, 64)[:, :32], numbers(4, 32))
+
+
+def test_leaving_them_out_is_of_one_thread() -> None:
+    found: list[bool] = []
+    with ops.without():
+        other = Thread(target=lambda: found.append(ops.serves(torch.bfloat16, numbers(4, 32))))
+        other.start()
+        other.join()
+        found.append(ops.serves(torch.bfloat16, numbers(4, 32)))
+    assert found == [True, False]
+
+
+def test_groups_of_rows_change_a_prefix_s_gradient_by_rounding_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    given, rows = states((9, 30, 4, 70, 1, 22, 8, 13, 40), 33, (4, 2, 64)), (9, 30, 4, 70, 1, 22, 8, 13, 40)
+    parted = computed(given, rows, 33, 0.1)
+    monkeypatch.setattr(ops, "GROUPS", 1)
+    for one, other in zip(parted, computed(given, rows, 33, 0.1), strict=True):
+        torch.testing.assert_close(one.float(), other.float(), rtol=2**-7, atol=1e-3)
 
 
 def test_every_operator_passes_torch_s_own_checks() -> None:

@@ -12,7 +12,9 @@ import functools
 import hashlib
 import os
 import platform
+import shlex
 import shutil
+import stat
 import subprocess
 import sys
 import tempfile
@@ -20,10 +22,12 @@ from pathlib import Path
 
 import torch
 
+from lorakeet.core.cache import cache_folder
+
 HERE = Path(__file__).parent
 SOURCES = ("attention.c", "passes.c")
-FLAGS = ("-O3", "-march=x86-64-v4", "-mavx512bf16", "-ffp-contract=fast", "-fopenmp", "-fPIC", "-fvisibility=default")
-WANTED = "avx512_bf16"  # as /proc/cpuinfo has it; such a processor has all of x86-64-v4
+FLAGS = ("-O3", "-march=x86-64-v4", "-mavx512bf16", "-ffp-contract=fast", "-fno-strict-aliasing", "-fopenmp", "-fPIC")
+WANTED = frozenset({"avx512_bf16", "avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"})  # as /proc/cpuinfo has them
 SECONDS = 120  # more than a compilation takes on a busy machine
 OFF = "LORAKEET_NATIVE"  # an environment variable: 0 leaves the library out
 
@@ -48,17 +52,24 @@ def library() -> ctypes.CDLL | None:
 
 
 @functools.cache
+def fits() -> bool:
+    """Whether the library is for this machine, were there a compiler."""
+    return sys.platform == "linux" and platform.machine() == "x86_64" and _processor() >= WANTED
+
+
+@functools.cache
 def _library() -> ctypes.CDLL:
     if os.environ.get(OFF) == "0":
         raise CannotBuild(f"{OFF} is 0")
-    if sys.platform != "linux" or platform.machine() != "x86_64" or WANTED not in _processor():
+    if not fits():
         raise CannotBuild("the processor has no AVX512_BF16, or the system is not Linux")
-    compiler = shutil.which(os.environ.get("CC", "gcc"))
-    if compiler is None:
-        raise CannotBuild("there is no gcc; install it to train faster, on Debian with: apt install gcc")
-    found = ctypes.CDLL(str(_built(compiler)))
-    found.attention_scratch.restype = ctypes.c_int64
-    return found
+    compiler = shlex.split(os.environ.get("CC", "")) or ["gcc"]
+    if shutil.which(compiler[0]) is None:
+        raise CannotBuild(f"there is no {compiler[0]}; install gcc, on Debian with: apt install gcc")
+    try:
+        return _loaded(compiler)
+    except (OSError, RuntimeError, AttributeError) as error:  # a full disk, no home, a file or a symbol that is not there
+        raise CannotBuild(f"Lorakeet's kernels cannot be compiled or loaded ({error})") from error
 
 
 @functools.cache
@@ -72,38 +83,53 @@ def _processor() -> frozenset[str]:
     return frozenset(next(lines, ["", ""])[1].split())
 
 
-def _built(compiler: str) -> Path:
-    """The library's file, in the user's cache, or where that cannot be written in a folder of this process alone."""
+def _loaded(compiler: list[str]) -> ctypes.CDLL:
+    """The library from the cache, where it is compiled if it is not there; without a cache, from a folder that goes away."""
     openmp = _openmp()
     texts = [(HERE / name).read_bytes() for name in ("lanes.h", *SOURCES)]
-    said = _run([compiler, "--version"])
-    key = hashlib.sha256(b"\0".join([*texts, " ".join(FLAGS).encode(), said.encode(), str(openmp).encode()])).hexdigest()[:16]
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lorakeet"
-    for folder in (cache, Path(tempfile.mkdtemp(prefix="lorakeet-"))) if not _writable(cache) else (cache,):
-        target = folder / f"native-{key}.so"
-        if target.exists():
-            return target
-    return _compile(compiler, openmp, target)
+    told = *FLAGS, *compiler, _run([*compiler, "--version"]), str(openmp)
+    digest = hashlib.sha256(b"/".join([*texts, *(each.encode() for each in told)])).hexdigest()
+    name = f"native-{digest[:16]}.so"
+    cache = cache_folder() / "native"
+    if not _own(cache):
+        with tempfile.TemporaryDirectory(prefix="lorakeet-") as folder:
+            return _opened(_compile(compiler, openmp, Path(folder) / name))
+    target = cache / name
+    if target.exists():
+        try:
+            return _opened(target)
+        except (OSError, AttributeError):
+            target.unlink()  # it was not written to its end
+    return _opened(_compile(compiler, openmp, target))
 
 
-def _writable(folder: Path) -> bool:
-    """Whether the folder is there, or can be made, and is ours to write to."""
+def _own(folder: Path) -> bool:
+    """Whether the folder is there, or can be made, and nobody else can write into it: what lies there is run."""
     try:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        found = folder.stat()
     except OSError:
         return False
-    return os.access(folder, os.W_OK)
+    return found.st_uid == os.geteuid() and not found.st_mode & (stat.S_IWGRP | stat.S_IWOTH) and os.access(folder, os.W_OK)
 
 
-def _compile(compiler: str, openmp: Path, target: Path) -> Path:
-    """Compiles beside `target` and moves it there, so that processes that start together do not meet."""
+def _opened(path: Path) -> ctypes.CDLL:
+    found = ctypes.CDLL(str(path))
+    found.attention_scratch.restype = ctypes.c_int64
+    return found
+
+
+def _compile(compiler: list[str], openmp: Path, target: Path) -> Path:
+    """Compiles beside `target` and moves it there when it is on the disk, so that processes that start together do not meet."""
     with tempfile.TemporaryDirectory(prefix="building-", dir=target.parent) as name:
         objects = []
         for source in SOURCES:
             objects.append(str(Path(name) / source.replace(".c", ".o")))
-            _run([compiler, *FLAGS, "-c", str(HERE / source), "-o", objects[-1]])
+            _run([*compiler, *FLAGS, "-c", str(HERE / source), "-o", objects[-1]])
         made = Path(name) / target.name
-        _run([compiler, "-shared", *objects, str(openmp), "-lm", "-o", str(made)])
+        _run([*compiler, "-shared", "-Wl,-z,defs", *objects, str(openmp), "-lm", "-o", str(made)])
+        with made.open("rb") as written:
+            os.fsync(written.fileno())
         os.replace(made, target)
     return target
 
@@ -120,8 +146,9 @@ def _openmp() -> Path:
 
 
 def _run(command: list[str]) -> str:
+    environment = {**os.environ, "LC_ALL": "C"}
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, check=False)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, check=False, env=environment)
     except (OSError, subprocess.TimeoutExpired) as error:
         raise CannotBuild(f"{command[0]} does not run: {error}") from error
     if done.returncode:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from itertools import accumulate
 from typing import Any
 
@@ -20,11 +21,10 @@ from lorakeet.core.native.library import library
 
 PLAIN = (Tensor, nn.Parameter, FakeTensor)
 LANES, HEAD = 16, 64
-ALIGNED = 64  # bytes
 GROUPS = 8  # of rows, whose work is parted backward; with as many, heads of a group stay together, else each is by itself
 
 _DEFINED = torch.library.Library("lorakeet", "FRAGMENT")  # type: ignore[no-untyped-call]
-_allowed = True
+_used: ContextVar[bool] = ContextVar("used", default=True)  # of a thread: others may compute meanwhile
 
 
 class _Shape(ctypes.Structure):
@@ -39,17 +39,16 @@ class _Shape(ctypes.Structure):
 @contextmanager
 def without() -> Iterator[None]:
     """A context in which torch's own operations compute everything."""
-    global _allowed  # noqa: PLW0603 - of a process, as torch.backends has such switches
-    before, _allowed = _allowed, False
+    before = _used.set(False)
     try:
         yield
     finally:
-        _allowed = before
+        _used.reset(before)
 
 
 def serves(products: torch.dtype, *states: Tensor, width: int = LANES) -> bool:
     """Whether the operators are to compute with these states, where matrix products run in `products`."""
-    if not _allowed or products != torch.bfloat16:
+    if not _used.get() or products != torch.bfloat16:
         return False
     fit = (type(x) in PLAIN and x.dtype == torch.bfloat16 and x.device.type == "cpu" and x.is_contiguous() for x in states)
     return all(fit) and all(x.shape[-1] % width == 0 for x in states) and library() is not None
@@ -66,6 +65,9 @@ def _shape(q: Tensor, k: Tensor, rows: Sequence[int], prefix: int, scale: float)
     """What attention.c is told, and the bytes of scratch that each thread needs."""
     starts, lengths, longest = _laid(rows, prefix)
     (tokens, heads, d), kv = q.shape, k.shape[1]
+    if min(lengths) < 0 or sum(lengths) > tokens or len(k) != tokens or heads % kv or d % HEAD or k.shape[2] != d:
+        shapes = f"queries {tuple(q.shape)}, keys {tuple(k.shape)}, a prefix of {prefix}"
+        raise ValueError(f"rows of {list(rows)} tokens are no rows of {shapes}, in whole groups and heads of {HEAD} numbers")
     array = ctypes.c_int64 * len(rows)
     held = array(*starts), array(*lengths)
     addresses = (ctypes.cast(each, ctypes.c_void_p) for each in held)
@@ -82,11 +84,20 @@ def _groups(rows: Sequence[int]) -> int:
     return min(len(rows), GROUPS)
 
 
+def _threads(parts: int) -> int:
+    """How many threads compute: no more than there are parts of the work, since each has scratch."""
+    return min(torch.get_num_threads(), parts)
+
+
 def _scratch_of_thread(longest: int, d: int) -> int:
     return int(_found().attention_scratch(ctypes.c_int64(longest), ctypes.c_int64(d)))
 
 
-def _at(*tensors: Tensor) -> list[ctypes.c_void_p]:
+def _at(*tensors: Tensor, dtype: torch.dtype = torch.bfloat16) -> list[ctypes.c_void_p]:
+    """Where they are; ValueError for tensors that C cannot read so."""
+    if any(tensor.dtype != dtype or not tensor.is_contiguous() for tensor in tensors):
+        given = [(tuple(tensor.shape), tensor.stride(), tensor.dtype) for tensor in tensors]
+        raise ValueError(f"the operator takes contiguous tensors of {dtype}, and was given {given}")
     return [ctypes.c_void_p(tensor.data_ptr()) for tensor in tensors]
 
 
@@ -96,11 +107,12 @@ def row_attention(q: Tensor, k: Tensor, v: Tensor, rows: list[int], prefix: int,
     `rows` are the lengths behind a prefix that all of them see; tokens behind the last one get zeros.
     """
     shape, room = _shape(q, k, rows, prefix, scale)
-    threads = torch.get_num_threads()
+    threads = _threads(shape.heads * shape.rows)
     out, logs = torch.empty_like(q), torch.empty(q.shape[1], len(q))
     out[prefix + sum(rows) :] = 0
-    scratch = torch.empty(threads * room + ALIGNED, dtype=torch.uint8)
-    _found().attention_forward(ctypes.byref(shape), *_at(q, k, v, out, logs, scratch), threads)
+    scratch = torch.empty(threads * room, dtype=torch.uint8)
+    given = *_at(q, k, v, out), *_at(logs, dtype=torch.float32), *_at(scratch, dtype=torch.uint8)
+    _found().attention_forward(ctypes.byref(shape), *given, threads)
     return out, logs
 
 
@@ -110,27 +122,29 @@ def row_attention_backward(
     """∂Q, ∂K and ∂V in the shapes of q, k and v, from what `row_attention` was given (`laid`: rows, prefix, scale) and gave."""
     rows, prefix, scale = laid
     shape, room = _shape(q, k, rows, prefix, scale)
-    threads = torch.get_num_threads()
+    threads = _threads(shape.parts * shape.groups)
     grads = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
     grads[0][prefix + sum(rows) :] = 0
     sums = torch.zeros(2, shape.parts, len(q), q.shape[2])
     of_prefix = torch.zeros(2, shape.parts, shape.groups, prefix, q.shape[2])
-    scratch = torch.empty(threads * room + ALIGNED, dtype=torch.uint8)
-    given = _at(q, k, v, out, logs, grad, *grads, sums, of_prefix, scratch)
+    scratch = torch.empty(threads * room, dtype=torch.uint8)
+    narrow, wide = _at(q, k, v, out, grad, *grads), _at(logs, sums, of_prefix, dtype=torch.float32)
+    given = *narrow[:4], wide[0], *narrow[4:], *wide[1:], *_at(scratch, dtype=torch.uint8)
     _found().attention_backward(ctypes.byref(shape), *given, threads)
     return grads
 
 
 def workspace(q: Tensor, k: Tensor, v: Tensor, rows: list[int], prefix: int, scale: float) -> int:
     """Bytes that `row_attention` holds for as long as it computes."""
-    return torch.get_num_threads() * _scratch_of_thread(_laid(rows, prefix)[2], q.shape[2]) + ALIGNED
+    return _threads(q.shape[1] * len(rows)) * _scratch_of_thread(_laid(rows, prefix)[2], q.shape[2])
 
 
 def workspace_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, logs: Tensor, *laid: Any) -> int:
     """The same of `row_attention_backward`, whose sums are fp32."""
-    rows, prefix, scale = laid
-    places = len(q) + _groups(rows) * prefix
-    return workspace(q, k, v, rows, prefix, scale) + 8 * _parts(q.shape[1], k.shape[1], rows) * places * q.shape[2]
+    rows, prefix, _ = laid
+    parts, groups, d = _parts(q.shape[1], k.shape[1], rows), _groups(rows), q.shape[2]
+    scratch = _threads(parts * groups) * _scratch_of_thread(_laid(rows, prefix)[2], d)
+    return int(scratch + 8 * parts * (len(q) + groups * prefix) * d)
 
 
 def flops(q: Tensor, k: Tensor, v: Tensor, rows: list[int], prefix: int, scale: float, **_: Any) -> int:
@@ -148,21 +162,21 @@ def flops_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, l
 def norm(x: Tensor, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
     """y = w ∘ (x·ρ) and ρ = 1/√(mean(x²) + ε) (…, 1) in fp32, of x (…, width) and w (width,)."""
     y, rho = torch.empty_like(x), torch.empty(*x.shape[:-1], 1)
-    _found().norm(*_at(x, weight), ctypes.c_float(epsilon), *_at(y, rho), *_sizes(x))
+    _found().norm(*_at(x, weight), ctypes.c_float(epsilon), *_at(y), *_at(rho, dtype=torch.float32), *_sizes(x))
     return y, rho
 
 
 def norm_again(x: Tensor, rho: Tensor, weight: Tensor) -> Tensor:
     """The y of `norm`, to the last bit, from its ρ."""
     y = torch.empty_like(x)
-    _found().norm_again(*_at(x, rho, weight, y), *_sizes(x))
+    _found().norm_again(*_at(x), *_at(rho, dtype=torch.float32), *_at(weight, y), *_sizes(x))
     return y
 
 
 def norm_backward(grad: Tensor, x: Tensor, rho: Tensor, weight: Tensor) -> Tensor:
     """∂x = ρ·(w∘∂y − x̂·mean(w∘∂y∘x̂)), x̂ = x·ρ."""
     found = torch.empty_like(x)
-    _found().norm_backward(*_at(grad, x, rho, weight, found), *_sizes(x))
+    _found().norm_backward(*_at(grad, x), *_at(rho, dtype=torch.float32), *_at(weight, found), *_sizes(x))
     return found
 
 
