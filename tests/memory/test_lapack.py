@@ -1,4 +1,4 @@
-"""What LAPACK works in: never less than its library answers with any number of threads, and entered in the ledger for a moment."""
+"""What LAPACK works in: never less than its library answers, with any number of threads, and in the ledger for a moment."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ FP32, FP64 = 4, 8
 THREADS = [1, 2, 3, 4, 6, 8, 12, 16, 20, 24, 32, 48, 64, 128, 256]
 SHAPES = [
     *[(80, 4096), (4096, 80), (32, 11008), (256, 256), (200, 256), (144, 128256), (24, 2048), (256, 100), (2048, 24)],
-    *[(4096, 16), (128256, 16), (400000, 31), (9972, 173), (10606, 914), (14439, 3446), (11008, 4096), (5000, 1)],  # the most of R and Q
-    *[(8588, 69), (20695, 48), (6251, 100), (16816, 362)],  # the most of singular values without vectors
+    *[(4096, 16), (128256, 16), (400000, 31), (9972, 173), (10606, 914), (14439, 3446), (11008, 4096), (5000, 1)],  # of Q and R
+    *[(8588, 69), (20695, 48), (6251, 100), (16816, 362)],  # of singular values without vectors
     *[(661, 49), (1914, 65), (139, 64), (1575, 67), (54, 148), (66, 139), (42, 834), (1, 19)],
     *[(8, 100000), (4186, 7922), (4096, 11008), (8410, 7791)],
 ]

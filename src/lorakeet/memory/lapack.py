@@ -1,10 +1,11 @@
 """What LAPACK's routines work in beside the matrices that they are given and fill: no tensor, so that no ledger sees it made.
 
 torch asks the routine how much it wants, takes that, and gives it back when the routine ends (ATen, BatchLinearAlgebra.cpp). The
-sizes are those that LAPACK's manual names for the routine, or the more that Intel's oneMKL 2024.2, which torch's own builds for
-x86 have in them, answers when it is asked for them (LWORK = -1). It wants more the more threads it has: torch.get_num_threads() is
-what counts, so that a plan holds for runs with as many. Asked were torch 2.13's sgeqrf, sorgqr, sgesdd and ssyevd and the same in
-fp64, with 1 to 256 threads, of some 30,000 shapes up to 400,000 × 8,191 (docs/log.md); tests/memory/test_lapack.py asks of some again.
+sizes are those that LAPACK's manual names for the routine, or a bound of the more that Intel's oneMKL 2024.2, which torch's own
+builds for x86 have in them, answers when it is asked for them (LWORK = -1). Its answers change with its number of threads, which is
+torch.get_num_threads(): a plan holds for runs with as many. Asked were the routines for fp32 and fp64 of torch 2.13, with 1 to 256
+threads, for 39,000 shapes drawn at random with up to 400,000 rows or columns and up to 8,191 of the other (docs/log.md). The
+bounds are no law of the library: tests/memory/test_lapack.py asks for some of the shapes again.
 """
 
 from __future__ import annotations
@@ -40,9 +41,9 @@ def qr_bytes(rows: int, columns: int, itemsize: int) -> int:
 
 
 def _factorising(rows: int, columns: int) -> int:
-    """Numbers that xGEQRF and then xORGQR want: some of each column for every thread, and with several threads of each row too."""
+    """Numbers that xGEQRF, then xORGQR want at most: some a column for each thread, and with several threads some a row too."""
     short, threads = min(rows, columns), torch.get_num_threads()
-    block = 32 if short <= 64 else 128 if short <= 182 else 192  # 1.5 to 2 times the columns that are worked on at once
+    block = 32 if short <= 64 else 128 if short <= 182 else 192  # columns that are worked on at once, up to twice
     alone = (block + 8 * threads) * columns + block
     return alone if threads == 1 else alone + (block if rows >= columns else 256) * (rows + 2 * short)
 
