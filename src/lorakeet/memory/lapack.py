@@ -2,10 +2,10 @@
 
 torch asks the routine how much it wants, takes that, and gives it back when the routine ends (ATen, BatchLinearAlgebra.cpp). The
 sizes are those that LAPACK's manual names for the routine, or a bound of the more that Intel's oneMKL 2024.2, which torch's own
-builds for x86 have in them, answers when it is asked for them (LWORK = -1). Its answers change with its number of threads, which is
-torch.get_num_threads(): a plan holds for runs with as many. Asked were the routines for fp32 and fp64 of torch 2.13, with 1 to 256
-threads, for 39,000 shapes drawn at random with up to 400,000 rows or columns and up to 8,191 of the other (docs/log.md). The
-bounds are no law of the library: tests/memory/test_lapack.py asks for some of the shapes again.
+builds for x86 have in them, answers when it is asked for them (LWORK = -1). Its answers change with its number of threads, which
+is torch.get_num_threads(): a plan holds for runs with as many. Asked were the routines for fp32 and fp64 of torch 2.13, with 1
+to 256 threads, for 39,000 shapes drawn at random, the longer side up to 400,000 and the shorter up to 8,191 (docs/log.md). The
+bounds are no law of the library: tests/memory/test_lapack.py asks for some shapes again.
 """
 
 from __future__ import annotations
