@@ -98,9 +98,10 @@ def while_measuring(config: RunConfig, run: Rehearsal, rehearsed: Callable[[Lora
 
 def _decomposing(directions: int, width: int) -> int:
     """Bytes while one matrix (directions, width) of what was measured is taken apart in fp64: as it is, scaled, its vectors, the
-    other half of the rows or a product with these, and what LAPACK works in."""
+    other half of the rows or a product with these, and what LAPACK works in: no less where it stands upright, as sketches do."""
     own = WIDE * directions * width
-    return 5 * own + max(svd_bytes(directions, width, WIDE), eigh_bytes(directions, WIDE)) + 4 * WIDE * directions**2
+    values = [svd_bytes(width, directions, WIDE, vectors=vectors) for vectors in (True, False)]
+    return 5 * own + max(*values, eigh_bytes(directions, WIDE)) + 4 * WIDE * directions**2
 
 
 def _with_gradients(config: RunConfig, run: Rehearsal, rehearsed: Callable[[LoraSpec], Rehearsal], largest: int) -> Held:
