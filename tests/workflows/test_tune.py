@@ -87,7 +87,10 @@ def test_groups_of_rows_stay_together(tiny_llama_folder: Path, tmp_path: Path) -
     assert found.search.trials[0].loss is not None and "groups" in found.search.trials[0].loss.method
 
 
-TOP = {**SLOW, "train.steps": 3, "train.batch_size": 3, "lora.layers": "top:1", "evaluate.resamples": 100, "train.keep_prefix_states": "true"}
+TOP = {
+    **SLOW, "train.steps": 2, "train.batch_size": 3, "lora.layers": "top:1", "evaluate.resamples": 100,
+    "train.keep_prefix_states": "true",
+}  # fmt: skip
 
 
 def searched(config: RunConfig, monkeypatch: pytest.MonkeyPatch, said: io.StringIO) -> tuple[Tuned, Assembly, int]:
@@ -104,7 +107,7 @@ def searched(config: RunConfig, monkeypatch: pytest.MonkeyPatch, said: io.String
 
     monkeypatch.setattr(tuning, "assemble", watched)
     choices: dict[str, Any] = {"rank_choices": (2, 4), "target_choices": ("attention", "mlp"), "rate_factors": (1.0, 8.0)}
-    found = tune(config, tokens=5000, seeds=2, together=2, **choices, console=Console(file=said, width=300))
+    found = tune(config, tokens=4000, seeds=2, together=2, **choices, console=Console(file=said, width=300))
     return found, setups[0], sum(passed)
 
 
@@ -117,7 +120,7 @@ def test_a_row_passes_the_blocks_that_no_trial_adapts_once_in_a_whole_search(
     off = {**TOP, "train.keep_prefix_states": "false"}
     plain, _, whole = searched(settings(tiny_llama_folder, rows, tmp_path / "plain", off), monkeypatch, io.StringIO())
     one, other = found.search.trials, plain.search.trials
-    assert len(one) >= 6, "three rounds or more"
+    assert len(one) >= 5, "three rounds or more"
     assert [(t.name, t.settings, t.steps, t.tokens) for t in one] == [(t.name, t.settings, t.steps, t.tokens) for t in other]
     losses = [[t.loss.value for t in trials if t.loss is not None] for trials in (one, other)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-5) and len(set(losses[1])) == len(other)
