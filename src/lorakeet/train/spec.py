@@ -57,7 +57,7 @@ class TrainSpec:
     head_chunk: int = field(default=256, metadata={"help": "Supervised tokens that go through the output head at once."})
     keep_prefix_states: bool = field(
         default=False,
-        metadata={"help": "Compute what blocks below the lowest adapted one make of a row once, in tune for all trials; in a file."},
+        metadata={"help": "Compute what blocks below the lowest adapted one make of a row once, for all trials of tune; on disk."},
     )
     shard: bool = field(
         default=False,
