@@ -58,7 +58,7 @@ class TrainSpec:
     keep_prefix_states: bool = field(
         default=False,
         metadata={
-            "help": "Compute what blocks below the lowest adapted one make of a row once, for all epochs and all trials of tune; kept on disk."
+            "help": "Compute what blocks below the lowest adapted one make of a row once, for all epochs and trials; on disk."
         },
     )
     shard: bool = field(
