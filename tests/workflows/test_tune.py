@@ -5,13 +5,14 @@ from __future__ import annotations
 import io
 import re
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from rich.console import Console
 
-from lorakeet.config import RunConfig, read_run
+from lorakeet.config import read_run
 from lorakeet.data.pack import pack
 from lorakeet.errors import ConfigError, DataError, EnvironmentProblem
 from lorakeet.evaluate.report import read_report
@@ -93,32 +94,26 @@ TOP = {
 }  # fmt: skip
 
 
-def searched(config: RunConfig, monkeypatch: pytest.MonkeyPatch, said: io.StringIO) -> tuple[Tuned, Assembly, int]:
-    """A search, what it worked with, and how many tokens passed its lowest block."""
-    passed, setups = [], []
-
-    def watched(*given: Any, **named: Any) -> Assembly:
-        setup = assemble(*given, **named)
-        prefix, _ = modules.block_prefix(setup.text.model, setup.text.family)
-        block: Any = modules.find(setup.text.model, f"{prefix}.0")
-        block.register_forward_hook(lambda block, given, named, out: passed.append(sum(named["row_lengths"])), with_kwargs=True)
-        setups.append(setup)
-        return setup
-
-    monkeypatch.setattr(tuning, "assemble", watched)
+def searched(setup: Assembly, keep: bool, monkeypatch: pytest.MonkeyPatch, said: io.StringIO) -> Tuned:
+    """A search over the model of `setup`, in several rounds, with or without kept states."""
+    train = replace(setup.config.train, keep_prefix_states=keep)
+    config = replace(setup.config, train=train, out=f"{setup.config.out}-{keep}")
+    monkeypatch.setattr(tuning, "assemble", lambda *given, **named: replace(setup, config=config))
     choices: dict[str, Any] = {"rank_choices": (2, 4), "target_choices": ("attention", "mlp"), "rate_factors": (1.0, 8.0)}
-    found = tune(config, tokens=4000, seeds=2, together=2, **choices, console=Console(file=said, width=300))
-    return found, setups[0], sum(passed)
+    return tune(config, tokens=4000, seeds=2, together=2, **choices, console=Console(file=said, width=300))
 
 
 def test_a_row_passes_the_blocks_that_no_trial_adapts_once_in_a_whole_search(
     tiny_llama_folder: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With train.keep_prefix_states: the same trials, winner and confirmation as without, to rounding."""
-    said = io.StringIO()
-    found, setup, passed = searched(settings(tiny_llama_folder, rows, tmp_path / "kept", TOP), monkeypatch, said)
-    off = {**TOP, "train.keep_prefix_states": "false"}
-    plain, _, whole = searched(settings(tiny_llama_folder, rows, tmp_path / "plain", off), monkeypatch, io.StringIO())
+    setup, said, passed = assemble(settings(tiny_llama_folder, rows, tmp_path / "run", TOP), quiet()), io.StringIO(), list[int]()
+    block: Any = modules.find(setup.text.model, "model.layers.0")
+    block.register_forward_hook(lambda block, given, named, out: passed.append(sum(named["row_lengths"])), with_kwargs=True)
+    tried = setup.text.laid(pack(tuning._rows(setup).search))
+    found = searched(setup, True, monkeypatch, said)
+    once = sum(passed)
+    plain = searched(setup, False, monkeypatch, io.StringIO())
     one, other = found.search.trials, plain.search.trials
     assert len(one) >= 5, "three rounds or more"
     assert [(t.name, t.settings, t.steps, t.tokens) for t in one] == [(t.name, t.settings, t.steps, t.tokens) for t in other]
@@ -128,10 +123,10 @@ def test_a_row_passes_the_blocks_that_no_trial_adapts_once_in_a_whole_search(
     assert found.confirmed is not None and plain.confirmed is not None
     assert found.confirmed.difference.value == pytest.approx(plain.confirmed.difference.value, abs=1e-5)
     kept = re.search(r"lowest 1 blocks hold nothing that is trained: what they .* \(([\d,]+) bytes at most\)", said.getvalue())
-    assert kept is not None
-    tried = setup.text.laid(pack(tuning._rows(setup).search))  # once more, to see that a pass that begins above ends alike
-    assert passed == int(kept[1].replace(",", "")) // (32 * 4) + sum(tried.lengths) < whole / 5
-    assert setup.text.prefix is None and {path.name for path in tmp_path.iterdir()} == {"kept-tune", "plain-tune"}
+    assert kept is not None and setup.text.prefix is None
+    looked = sum(tried.lengths)  # the rows of the search once more, to see that a pass that begins above ends as a whole one
+    assert once == int(kept[1].replace(",", "")) // (32 * 4) + looked < (sum(passed) - once) / 5
+    assert {path.name for path in tmp_path.iterdir()} == {"run-True-tune", "run-False-tune"}
 
 
 @pytest.mark.parametrize(
