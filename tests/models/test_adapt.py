@@ -10,8 +10,8 @@ from lorakeet.core.fused import FrozenRmsNorm, GatedMlp
 from lorakeet.core.layers import AdaptedLayer
 from lorakeet.core.spec import LoraSpec
 from lorakeet.data.pack import Batch
-from lorakeet.models.adapt import begin_adapter, put_adapter
-from lorakeet.models.inject import adapter_of, trained_parameters
+from lorakeet.models.adapt import as_trained, begin_adapter, put_adapter
+from lorakeet.models.inject import activate, adapter_of, trained_parameters
 from lorakeet.models.load import load_text_model
 from lorakeet.models.spec import ModelSpec
 from lorakeet.models.targets import plan_for
@@ -44,3 +44,12 @@ def test_an_adapter_that_was_put_in_again_computes_what_the_trained_one_does(tin
     batch = Batch(ids, (20,), torch.arange(20), ids, ("row",))
     with torch.no_grad():
         assert torch.equal(live.hidden(batch), again.hidden(batch))
+
+
+def test_a_bare_model_computes_as_trained_within_a_context(tiny_llama_folder: Path) -> None:
+    bare, live = loaded(tiny_llama_folder), loaded(tiny_llama_folder)
+    begin_adapter(live, plan_for(live.model, LoraSpec(rank=4, alpha=12), live.family), seed=3)
+    activate(live.model, None)
+    with as_trained(bare), as_trained(live):
+        assert kinds(bare) == (0, 7, set()) and kinds(live)[1] == 7
+    assert kinds(bare)[1] == 0 and kinds(live)[1] == 7, "as they were"

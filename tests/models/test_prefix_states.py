@@ -12,14 +12,16 @@ import numpy as np
 import pytest
 import torch
 
+from lorakeet.core.plan import Plan
 from lorakeet.core.spec import LoraSpec
 from lorakeet.data.chat import Example
+from lorakeet.data.pack import pack
 from lorakeet.errors import ConfigError, EnvironmentProblem
 from lorakeet.memory.spill import Aside
 from lorakeet.models import inject, modules
 from lorakeet.models.adapt import begin_adapter
 from lorakeet.models.load import load_text_model
-from lorakeet.models.prefix_states import frozen_depth, prefix_states
+from lorakeet.models.prefix_states import frozen_depth, keep_states, prefix_states
 from lorakeet.models.spec import ModelSpec
 from lorakeet.models.targets import plan_for
 from lorakeet.models.text import TextModel
@@ -132,6 +134,59 @@ def test_only_frozen_blocks_below_every_trained_tensor_count(tiny_llama_folder: 
     text = adapted(tiny_llama_folder)
     text.model.lm_head.weight = torch.nn.Parameter(text.model.lm_head.weight.detach().clone())
     assert frozen_depth(text) == 1, "a trained head that is not the embedding stands above the blocks"
+
+
+def planned(text: TextModel, layers: str = "top:1", **changes: Any) -> Plan:
+    return plan_for(text.model, LoraSpec(rank=4, alpha=12.0, layers=layers, **changes), text.family)
+
+
+def test_of_several_plans_the_lowest_block_that_any_adapts_counts(tiny_llama_folder: Path) -> None:
+    """As it does once their adapters are in the model."""
+    text = load_text_model(ModelSpec(path=str(tiny_llama_folder), dtype="float32", device="cpu"))
+    both = [planned(text, target_modules=("mlp",)), planned(text, target_modules=("attention",))]
+    assert frozen_depth(text, both) == 1 == frozen_depth(adapted(tiny_llama_folder))
+    with pytest.raises(ConfigError, match="the lowest block is adapted"):
+        frozen_depth(text, [*both, planned(text, "0")])
+    assert frozen_depth(text, [*both, planned(text, target_modules=("lm_head", "q_proj"))]) == 1
+    for changes in ({"target_modules": ("embed_tokens", "q_proj")}, {"extra_modules": ("embed_tokens",)}):
+        with pytest.raises(ConfigError, match="something outside the blocks is trained"):
+            frozen_depth(text, [*both, planned(text, **changes)])
+
+
+def test_rows_that_come_later_pass_the_blocks_below_once(tiny_llama_folder: Path, tmp_path: Path) -> None:
+    """Adapters come into the model after the first rows were kept, and watchers see every block compute."""
+    text = load_text_model(ModelSpec(path=str(tiny_llama_folder), dtype="float32", device="cpu"))
+    counted, plan, said = calls(text), planned(text), list[str]()
+    named: dict[str, Any] = {"folder": tmp_path, "micro_tokens": 40, "plans": [plan], "later": rows()[2:], "say": said.append}
+    with prefix_states(text, rows()[:2], **named) as prefix:
+        assert "of 6 rows" in said[0] and f"({sum(len(row.ids) for row in rows()) * 32 * 4:,} bytes at most)" in said[0]
+        first = prefix.bytes
+        begin_adapter(text, plan, seed=0)
+        keep_states(text, rows(), micro_tokens=40)
+        assert prefix.bytes == sum(len(row.ids) for row in rows()) * 32 * 4 > first > 0
+        filled = counted[0]
+        keep_states(text, rows(), micro_tokens=40)
+        batch = pack(rows())
+        with text.every_token(but_kept=True):
+            above = text.hidden(batch)
+        assert counted[0] == filled, "nothing below has computed again"
+        with text.every_token():
+            torch.testing.assert_close(text.hidden(batch), above, rtol=1e-4, atol=1e-5)
+        assert counted[0] == filled + 1
+    keep_states(text, rows(), micro_tokens=40)
+    assert counted[0] == filled + 1, "nothing is kept outside the context"
+
+
+def test_rows_are_not_kept_while_an_adapter_below_is_in_use(tiny_llama_folder: Path) -> None:
+    text = adapted(tiny_llama_folder)
+    with prefix_states(text, rows()[:2], folder=None, micro_tokens=40) as prefix:
+        begin_adapter(text, planned(text, "all"), seed=0, name="all")
+        first = prefix.bytes
+        keep_states(text, rows(), micro_tokens=40)
+        assert prefix.bytes == first
+        inject.activate(text.model, "default")
+        keep_states(text, rows(), micro_tokens=40)
+        assert prefix.bytes > first
 
 
 def test_a_block_below_that_draws_random_numbers_is_found_out(tiny_llama_folder: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,6 +21,8 @@ from lorakeet.models import inject
 from lorakeet.models.adapt import begin_adapter
 from lorakeet.models.fuse import fuse
 from lorakeet.models.load import load_text_model
+from lorakeet.models.modules import find
+from lorakeet.models.prefix_states import prefix_states
 from lorakeet.models.spec import ModelSpec
 from lorakeet.models.targets import plan_for
 from lorakeet.models.text import TextModel
@@ -153,6 +156,28 @@ def test_the_base_is_multiplied_once_for_all(tiny_llama_folder: Path, monkeypatc
         counts.append(len(calls))
         monkeypatch.setattr(DenseBase, "matmul", usual)
     assert counts[0] == counts[1] > 0
+
+
+def test_rows_whose_states_are_kept_begin_above_and_members_become_the_same(tiny_llama_folder: Path) -> None:
+    """Also those that are kept when a step first sees them, which pass the blocks below once for all members and epochs."""
+    found, passed = [], list[int]()
+    for kept in (False, True):
+        text, lora = load(tiny_llama_folder), LoraSpec(rank=4, alpha=12.0, layers="top:1")
+        plan = plan_for(text.model, lora, text.family)
+        block: Any = find(text.model, "model.layers.0")
+        block.register_forward_hook(lambda block, given, named, out: passed.append(sum(named["row_lengths"])), with_kwargs=True)
+        states = prefix_states(text, rows(6, 2), folder=None, micro_tokens=200, plans=[plan], later=rows(14, 1))
+        with states if kept else nullcontext():
+            passed.clear()
+            for name in "ab":
+                begin_adapter(text, plan, seed=3, name=name)
+            specs = [dataclasses.replace(SPEC, steps=8, seed=number) for number in range(2)]
+            members = [Member(name, spec, rows(14, 1), rows(6, 2)) for name, spec in zip("ab", specs, strict=True)]
+            ended = train_many(text, members)
+        found.append([(at.losses, [loss.value for _, loss in at.held_out]) for at in ended])
+    assert sum(passed) == sum(len(row.ids) for row in rows(14, 1))
+    for one, other in zip(*found, strict=True):
+        assert one[0] == pytest.approx(other[0], rel=1e-5) and one[1] == pytest.approx(other[1], rel=1e-5)
 
 
 def test_each_ends_on_its_own(tiny_llama_folder: Path) -> None:

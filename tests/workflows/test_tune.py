@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
+import re
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +13,13 @@ import pytest
 from rich.console import Console
 
 from lorakeet.config import read_run
+from lorakeet.data.pack import pack
 from lorakeet.errors import ConfigError, DataError, EnvironmentProblem
 from lorakeet.evaluate.report import read_report
-from lorakeet.workflows.tune import tune
+from lorakeet.models import modules
+from lorakeet.workflows import tune as tuning
+from lorakeet.workflows.assemble import Assembly, assemble
+from lorakeet.workflows.tune import Tuned, tune
 from tiny.image_runs import image_config
 from tiny.runs import quiet, reviews, settings, write_rows
 
@@ -80,6 +86,64 @@ def test_groups_of_rows_stay_together(tiny_llama_folder: Path, tmp_path: Path) -
     config = settings(tiny_llama_folder, data, tmp_path / "run", {**SLOW, "data.group_column": "who", "train.steps": 2})
     found = tune(config, quick=True, console=quiet())
     assert found.search.trials[0].loss is not None and "groups" in found.search.trials[0].loss.method
+
+
+TOP = {
+    **SLOW, "train.steps": 2, "train.batch_size": 3, "lora.layers": "top:1", "evaluate.resamples": 100,
+    "train.keep_prefix_states": "true",
+}  # fmt: skip
+
+
+def searched(setup: Assembly, keep: bool, monkeypatch: pytest.MonkeyPatch, said: io.StringIO) -> Tuned:
+    """A search over the model of `setup`, in several rounds, with or without kept states."""
+    train = replace(setup.config.train, keep_prefix_states=keep)
+    config = replace(setup.config, train=train, out=f"{setup.config.out}-{keep}")
+    monkeypatch.setattr(tuning, "assemble", lambda *given, **named: replace(setup, config=config))
+    choices: dict[str, Any] = {"rank_choices": (2, 4), "target_choices": ("attention", "mlp"), "rate_factors": (1.0, 8.0)}
+    return tune(config, tokens=4000, seeds=2, together=2, **choices, console=Console(file=said, width=300))
+
+
+def test_a_row_passes_the_blocks_that_no_trial_adapts_once_in_a_whole_search(
+    tiny_llama_folder: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With train.keep_prefix_states: the same trials, winner and confirmation as without, to rounding."""
+    setup, said, passed = assemble(settings(tiny_llama_folder, rows, tmp_path / "run", TOP), quiet()), io.StringIO(), list[int]()
+    block: Any = modules.find(setup.text.model, "model.layers.0")
+    block.register_forward_hook(lambda block, given, named, out: passed.append(sum(named["row_lengths"])), with_kwargs=True)
+    tried = setup.text.laid(pack(tuning._rows(setup).search))
+    found = searched(setup, True, monkeypatch, said)
+    once = sum(passed)
+    plain = searched(setup, False, monkeypatch, io.StringIO())
+    one, other = found.search.trials, plain.search.trials
+    assert len(one) >= 5, "three rounds or more"
+    assert [(t.name, t.settings, t.steps, t.tokens) for t in one] == [(t.name, t.settings, t.steps, t.tokens) for t in other]
+    losses = [[t.loss.value for t in trials if t.loss is not None] for trials in (one, other)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5) and len(set(losses[1])) == len(other)
+    assert found.search.winner == plain.search.winner != "run file"
+    assert found.confirmed is not None and plain.confirmed is not None
+    assert found.confirmed.difference.value == pytest.approx(plain.confirmed.difference.value, abs=1e-5)
+    kept = re.search(r"lowest 1 blocks hold nothing that is trained: what they .* \(([\d,]+) bytes at most\)", said.getvalue())
+    assert kept is not None and setup.text.prefix is None
+    looked = sum(tried.lengths)  # the rows of the search once more, to see that a pass that begins above ends as a whole one
+    assert once == int(kept[1].replace(",", "")) // (32 * 4) + looked < (sum(passed) - once) / 5
+    assert {path.name for path in tmp_path.iterdir()} == {"run-True-tune", "run-False-tune"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "given", "words"),
+    [
+        ({"lora.layers": "all"}, {}, "the lowest block is adapted"),
+        ({}, {"target_choices": ("attention", "embed_tokens")}, "something outside the blocks is trained"),
+        ({"model.attention": "sdpa"}, {}, "this run attends by sdpa"),
+    ],
+)
+def test_states_that_cannot_be_kept_are_refused_before_any_trial(
+    tiny_llama_folder: Path, rows: Path, tmp_path: Path, changes: dict[str, Any], given: dict[str, Any], words: str
+) -> None:
+    said, config = io.StringIO(), settings(tiny_llama_folder, rows, tmp_path / "run", {**TOP, **changes})
+    with pytest.raises(ConfigError, match=f"keep_prefix_states is on, but {words}"):
+        tune(config, tokens=1000, rank_choices=(2, 4), console=Console(file=said), **given)
+    assert "learning rate" not in said.getvalue() and list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -10,8 +11,8 @@ from torch import Tensor, nn
 from lorakeet.core.adapter import Adapter
 from lorakeet.core.plan import Plan
 from lorakeet.models.fits import plan_of
-from lorakeet.models.fuse import fuse
-from lorakeet.models.inject import attach, inject, trained_parameters, use_products
+from lorakeet.models.fuse import fuse, unfuse
+from lorakeet.models.inject import adapter_names, attach, inject, trained_parameters, use_products
 from lorakeet.models.kernels import use_kernels
 from lorakeet.models.streamed import hold
 from lorakeet.models.text import TextModel
@@ -50,6 +51,19 @@ def put_adapter(text: TextModel, adapter: Adapter, name: str = "default") -> Non
     hold(text.model, plan_of(text.model, adapter))
     attach(text.model, adapter, name)
     _compute(text)
+
+
+@contextmanager
+def as_trained(text: TextModel) -> Iterator[None]:
+    """A context in which `text` computes as in training also while no adapter is in it."""
+    bare = not adapter_names(text.model)
+    if bare:
+        _compute(text)
+    try:
+        yield
+    finally:
+        if bare:
+            unfuse(text.model)
 
 
 def _compute(text: TextModel) -> None:

@@ -52,13 +52,18 @@ class FrozenPrefix:
         """The kept states of whole rows laid end to end, their first `prefix` tokens once; None where a row is not kept, or where
         a block below has an adapter in use."""
         keys = [_key(row) for row in _rows(ids, lengths)]
-        if not all(key in self.kept for key in keys) or self._adapted:
+        if not all(key in self.kept for key in keys) or self.adapted:
             return None
         rows = [self.kept.look(key) for key in keys]
         return torch.cat([rows[0], *(row[prefix:] for row in rows[1:])])
 
+    def holds(self, ids: Tensor) -> bool:
+        """Whether the states of the row with these `ids` are kept."""
+        return _key(ids) in self.kept
+
     @property
-    def _adapted(self) -> bool:
+    def adapted(self) -> bool:
+        """Whether a block below has an adapter in use."""
         below = (modules.find(self.model, path) for path in self.paths[: self.depth])
         return any(isinstance(part, AdaptedLayer) and part.in_use for block in below if block for part in block.modules())
 

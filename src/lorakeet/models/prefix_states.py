@@ -10,11 +10,13 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from lorakeet.core.plan import Plan
 from lorakeet.data.chat import Example
 from lorakeet.data.pack import Batch, pack
 from lorakeet.errors import ConfigError, EnvironmentProblem
 from lorakeet.memory.spill import Aside
 from lorakeet.models import modules
+from lorakeet.models.adapt import as_trained
 from lorakeet.models.frozen_prefix import FrozenPrefix
 from lorakeet.models.text import TextModel
 from lorakeet.quant.int8 import exact_products
@@ -24,60 +26,112 @@ ALIKE = 64  # in units of the dtype's rounding, of the largest state: products o
 _UNFIT = (KeyError, IndexError, TypeError, ValueError, RuntimeError, AttributeError)  # of blocks that want more than states
 
 
-def frozen_depth(text: TextModel) -> int:
+def frozen_depth(text: TextModel, plans: Sequence[Plan] = ()) -> int:
     """How many of the lowest blocks hold nothing that is trained, where nothing else before them does either.
 
-    Raises ConfigError where there is none, or where the model is streamed or pads its rows.
+    With `plans`, whose adapters are not in the model yet: nothing that any of them trains. Raises ConfigError where there is
+    none, or where the model is streamed or pads its rows.
     """
     if text.streamed is not None or text.attention != "varlen":
         how = "streams its blocks" if text.streamed is not None else f"attends by {text.attention}"
         raise ConfigError(f"{SETTING} is on, but this run {how}. Leave it off.")
-    paths = _paths(text)
-    trained = [number for number, path in enumerate(paths) if _trained(modules.find(text.model, path))]
-    allowed: set[nn.Parameter] = set()
-    for part in (*(modules.find(text.model, path) for path in paths), text.model.get_output_embeddings()):
-        allowed |= _trained(part)
-    outside = _trained(text.model) - allowed | _trained(text.model.get_input_embeddings())
-    depth = min(trained, default=len(paths))
+    depth, outside = _planned(text, plans) if plans else _in_model(text)
     if depth == 0 or outside:
         what = "something outside the blocks is trained" if outside else "the lowest block is adapted"
         raise ConfigError(f"{SETTING} is on, but {what}. Adapt the top blocks only, with lora.layers top:8, or leave it off.")
     return depth
 
 
+def _in_model(text: TextModel) -> tuple[int, bool]:
+    """How many of the lowest blocks hold nothing trained, and whether anything is trained that is not in or above a block."""
+    paths = _paths(text)
+    trained = [number for number, path in enumerate(paths) if _trained(modules.find(text.model, path))]
+    allowed: set[nn.Parameter] = set()
+    for part in (*(modules.find(text.model, path) for path in paths), text.model.get_output_embeddings()):
+        allowed |= _trained(part)
+    outside = _trained(text.model) - allowed | _trained(text.model.get_input_embeddings())
+    return min(trained, default=len(paths)), bool(outside)
+
+
+def _planned(text: TextModel, plans: Sequence[Plan]) -> tuple[int, bool]:
+    """As `_in_model`, once the adapters of `plans` are there."""
+    paths = _paths(text)
+    block, _ = modules.block_prefix(text.model, text.family)
+    numbers = {path: number for number, path in enumerate(paths)}
+    head = modules.path_of(text.model, modules.output_layer(text.model))
+    trained, outside = {len(paths)}, False
+    places = {entry.path for plan in plans for entry in plan.entries} | {extra.path for plan in plans for extra in plan.extras}
+    for place in places - {head}:
+        number = numbers.get(modules.block_of(place, block))
+        if number is None:
+            outside = True
+        else:
+            trained.add(number)
+    return min(trained), outside
+
+
 @contextmanager
 def prefix_states(
-    text: TextModel, rows: Sequence[Example], *, folder: Path | None, micro_tokens: int, say: Callable[[str], None] = print
+    text: TextModel,
+    rows: Sequence[Example],
+    *,
+    folder: Path | None,
+    micro_tokens: int,
+    plans: Sequence[Plan] = (),
+    later: Sequence[Example] = (),
+    say: Callable[[str], None] = print,
 ) -> Iterator[FrozenPrefix]:
-    """A context in which passes over `rows` begin above the lowest blocks, which hold nothing that is trained.
+    """A context in which passes over `rows` begin above the lowest blocks, which hold nothing that is trained: nor will any of
+    the adapters of `plans`, where these come into the model within the context.
 
-    Their states are computed at its beginning and kept in a scratch file in `folder`, which vanishes with the process, or in
-    memory. Rows pass in an order of their own, by length, so that the same rows always give the same bits: a resumed run
-    computes them again. Products that run in int8 in training are exact here. Raises ConfigError where the model cannot be cut
-    there (it is tried), EnvironmentProblem where the disk has no room.
+    Their states are computed at its beginning, those of rows that come `later` by `keep_states`, and kept in a scratch file in
+    `folder`, which vanishes with the process, or in memory. Rows pass in an order of their own, by length, so that the same rows
+    always give the same bits: a resumed run computes them again. Products that run in int8 in training are exact here. Raises
+    ConfigError where the model cannot be cut there (it is tried), EnvironmentProblem where the disk has no room.
     """
-    depth = frozen_depth(text)
-    parts = _parts(rows, micro_tokens)
-    needed = sum(len(row.ids) for part in parts for row in part) * _state_bytes(text)
+    depth = frozen_depth(text, plans)
+    parts, count = _parts(rows, micro_tokens), len(rows) + len(later)
+    needed = _state_bytes(text) * sum(len(row.ids) for part in _parts([*rows, *later], micro_tokens) for row in part)
     if folder is not None and (free := shutil.disk_usage(folder).free) < needed:
         raise EnvironmentProblem(
-            f"The states of {len(rows)} rows take {needed:,} bytes on the disk of {folder}, and {free:,} are free. "
+            f"The states of {count} rows take {needed:,} bytes on the disk of {folder}, and {free:,} are free. "
             f"Free some space, or turn {SETTING} off."
         )
-    say(f"The lowest {depth} blocks hold nothing that is trained: what they make of {len(rows)} rows is kept ({needed:,} bytes).")
+    size = f"{needed:,} bytes" if not later else f"{needed:,} bytes at most"
+    say(f"The lowest {depth} blocks hold nothing that is trained: what they make of {count} rows is kept ({size}).")
     prefix = FrozenPrefix(text.model, _paths(text), depth, Aside(folder, f"Free some space, or turn {SETTING} off."))
     try:
-        text.model.eval()
-        for number, part in enumerate(parts):
-            batch = pack(part)
-            prefix.keep(batch.ids, batch.lengths, _recorded(text, prefix, batch))
-            if number == 0:
-                _require_alike(text, prefix, batch)
+        with as_trained(text):
+            text.model.eval()
+            for number, part in enumerate(parts):
+                batch = _kept(text, prefix, part)
+                if number == 0:
+                    _require_alike(text, prefix, batch)
         text.prefix = prefix
         yield prefix
     finally:
         text.prefix = None
         prefix.close()
+
+
+def keep_states(text: TextModel, rows: Sequence[Example], *, micro_tokens: int) -> None:
+    """Keeps what the lowest blocks make of those of `rows` that are not kept yet, in the context of a `prefix_states` only. The
+    model may be in eval mode afterwards."""
+    prefix = text.prefix
+    if prefix is None or prefix.adapted:
+        return
+    parts = _parts([row for row in rows if not prefix.holds(torch.from_numpy(row.ids))], micro_tokens)
+    if parts:
+        text.model.eval()
+    for part in parts:
+        _kept(text, prefix, part)
+
+
+def _kept(text: TextModel, prefix: FrozenPrefix, rows: Sequence[Example]) -> Batch:
+    """Keeps the states of `rows`, which pass through the lowest blocks at once."""
+    batch = pack(rows)
+    prefix.keep(batch.ids, batch.lengths, _recorded(text, prefix, batch))
+    return batch
 
 
 def _recorded(text: TextModel, prefix: FrozenPrefix, batch: Batch) -> Tensor:

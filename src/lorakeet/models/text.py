@@ -54,6 +54,7 @@ class TextModel:
     streamed: Streamed | None = None  # where the frozen blocks come in from a store
     shares_prefix: bool = True  # whether tokens that all rows begin with are computed once: not where dropout differs by row
     sees_every_token: bool = False  # set by `every_token`
+    begins_kept: bool = True  # whether rows whose states are kept begin with these; set by `every_token`
     prefix: FrozenPrefix | None = None  # the states of rows below the lowest trained block, where they are kept
 
     @property
@@ -98,7 +99,7 @@ class TextModel:
 
     def _from_kept_states(self, batch: Batch, laid: Layout, filler: int) -> AbstractContextManager[None]:
         """A context in which the blocks below the lowest trained one hand on what is kept, where all rows of the batch are."""
-        if self.prefix is None or self.sees_every_token:
+        if self.prefix is None or not self.begins_kept:
             return nullcontext()
         states = self.prefix.states_of(batch.ids, batch.lengths, laid.prefix)
         if states is None:
@@ -107,14 +108,15 @@ class TextModel:
         return self.prefix.handing_on(whole[None])
 
     @contextmanager
-    def every_token(self) -> Iterator[None]:
+    def every_token(self, *, but_kept: bool = False) -> Iterator[None]:
         """A context in which every token of a batch passes through every part of the model, and no other: for whoever watches or
-        divides what passes through it."""
-        before, self.sees_every_token = self.sees_every_token, True
+        divides what passes through it. With `but_kept`, rows whose states are kept pass through the parts above alone."""
+        before = self.sees_every_token, self.begins_kept
+        self.sees_every_token, self.begins_kept = True, but_kept
         try:
             yield
         finally:
-            self.sees_every_token = before
+            self.sees_every_token, self.begins_kept = before
 
     def laid(self, batch: Batch) -> Layout:
         """The batch as the model sees it where rows lie end to end."""

@@ -31,6 +31,7 @@ from lorakeet.evaluate.intervals import Estimate
 from lorakeet.memory.spill import Aside
 from lorakeet.models.inject import selection_of, trained_parameters
 from lorakeet.models.modules import adapted_layers, find, output_layer
+from lorakeet.models.prefix_states import keep_states
 from lorakeet.models.score import row_losses
 from lorakeet.models.text import TextModel
 from lorakeet.train import gradients, rng, schedule
@@ -108,6 +109,8 @@ class Many:
         learning = [learner for learner in learning if not learner.at.done]
         if not learning:
             return
+        for learner in learning:
+            keep_states(self.text, learner.rows, micro_tokens=learner.at.member.spec.micro_tokens)
         self.text.model.train()
         sums = self._gradients(learning)
         for learner, loss in zip(learning, sums, strict=True):
@@ -155,7 +158,7 @@ class Many:
             return torch.stack(means).sum(), torch.stack(wholes).sum()
 
         self._rounds += 1
-        with self.text.every_token(), torch.random.fork_rng(devices=rng.cards(self.text.device)):
+        with self.text.every_token(but_kept=True), torch.random.fork_rng(devices=rng.cards(self.text.device)):
             torch.manual_seed(seed_for(self.progress[0].member.spec.seed, f"many/{self._rounds}"))
             if self.text.streamed is not None:
                 batches_by_block(
@@ -208,8 +211,12 @@ class _Learner:
 
     def batches(self, members: int) -> list[Batch]:
         """This step's rows in parts, each with its share of the tokens that are computed at once."""
-        rows = [self.at.member.train[row] for row in self.order.indices(self.at.step)]
-        return micro_batches(rows, max(1, self.at.member.spec.micro_tokens // members))
+        return micro_batches(self.rows, max(1, self.at.member.spec.micro_tokens // members))
+
+    @property
+    def rows(self) -> list[Example]:
+        """This step's rows."""
+        return [self.at.member.train[row] for row in self.order.indices(self.at.step)]
 
     def step(self, loss: float) -> None:
         """Takes the step whose gradients are there, unless they or the loss are no numbers."""

@@ -57,7 +57,9 @@ class TrainSpec:
     head_chunk: int = field(default=256, metadata={"help": "Supervised tokens that go through the output head at once."})
     keep_prefix_states: bool = field(
         default=False,
-        metadata={"help": "Compute what blocks below the lowest adapted one make of a row once; kept in a file of the run."},
+        metadata={
+            "help": "Compute what blocks below the lowest adapted one make of a row once, for all epochs and trials; on disk."
+        },
     )
     shard: bool = field(
         default=False,

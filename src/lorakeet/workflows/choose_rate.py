@@ -85,7 +85,7 @@ def _rows(setup: Assembly) -> SearchRows:
 def _decided(trials: Trials, steps: int) -> tuple[Trial, Search]:
     """The run's own rate, unless another is better on the same rows with both comparisons counted (Holm)."""
     start = trials.all[0]
-    found = trials.result(start, None, "")
+    found = trials.result(start, "", "")
     lines = {line.name: line for line in found.trials}
     better = [trial for trial in trials.all if (one := lines[trial.name].against_start) and one.verdict == "better"]
     kept = [trial for trial in trials.all if trial.losses is not None]

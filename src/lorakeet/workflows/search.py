@@ -1,4 +1,4 @@
-"""Trials of a search: trained in generations over one base, the worse given up on the way, the best confirmed on other rows."""
+"""Trials of a search: trained in generations over one base, the worse given up on the way."""
 
 from __future__ import annotations
 
@@ -9,18 +9,16 @@ from typing import Any
 
 import numpy as np
 from rich.console import Console
-from torch import nn
 
 from lorakeet.core.adapter import Adapter
 from lorakeet.data.chat import Example
 from lorakeet.errors import DataError
 from lorakeet.evaluate.compare import Comparison, compare_losses, holm
 from lorakeet.evaluate.likelihood import RowLosses, measure_losses
-from lorakeet.evaluate.over_seeds import compare_over_seeds
 from lorakeet.evaluate.power import paired_power
 from lorakeet.evaluate.rank_values import Search, TrialResult
-from lorakeet.evaluate.wording import signed
-from lorakeet.models.inject import activate, adapter_names, adapter_of, attach, eject
+from lorakeet.models.inject import activate, adapter_names, adapter_of, eject
+from lorakeet.models.prefix_states import keep_states
 from lorakeet.models.score import row_losses
 from lorakeet.train.many import Many, Member, Progress, train_many
 from lorakeet.train.spec import TrainSpec
@@ -29,7 +27,6 @@ from lorakeet.workflows.search_space import Point, Space, plan_of_point
 
 RUNGS = (0.25, 0.5)  # shares of a trial's steps after which the worse half is given up
 START = "run file"  # the trial with the run file's own settings, which all others are compared with
-CONFIRM = "confirm"
 HALVED, SPENT = "given up at a rung", "the budget is spent"
 TRIED = "the steps of the trial are done"
 
@@ -103,8 +100,6 @@ class Trials:
     def __init__(self, setup: Assembly, space: Space, rows: SearchRows, budget: Budget, console: Console) -> None:
         self.setup, self.space, self.rows, self.budget, self.console = setup, space, rows, budget, console
         self.all: list[Trial] = []
-        self.seeds = 1  # with which the winner was confirmed
-        self.unconfirmed = ""  # why it could not be, where a seed of it diverged
 
     def power(self, difference: float) -> str:
         """What the rows of the search can show, from the bare base's losses."""
@@ -117,6 +112,7 @@ class Trials:
         """The losses of the adapter `name` on the model, None for the bare base."""
         text, spec = self.setup.text, self.setup.config.train
         activate(text.model, name)
+        keep_states(text, rows, micro_tokens=spec.micro_tokens)
         sums, counts = row_losses(text, rows, micro_tokens=spec.micro_tokens, chunk=spec.head_chunk)
         groups = tuple(self.rows.groups.get(row.key, row.key) for row in rows) if self.rows.groups else None
         return RowLosses(system, sums, counts.astype(np.int64), groups)
@@ -148,7 +144,7 @@ class Trials:
         text, names = self.setup.text, {f"trial_{index}": trial for index, trial in enumerate(trials)}
         held_out = self.rows.search if steps is None else []
         try:
-            members = [self._member(name, trial, held_out) for name, trial in names.items()]
+            members = [self.member(name, trial, held_out) for name, trial in names.items()]
             left = list(rungs)
 
             measure = [name for name, trial in names.items() if trial.name == START]
@@ -171,11 +167,16 @@ class Trials:
                     trial.losses = self._finite(trial, name)
         finally:
             for name in names:
-                _eject(text.model, name)
+                self.take_out(name)
         self.all += trials
         self._keep_best()
         for trial in trials:
             self._say(trial)
+
+    def take_out(self, name: str) -> None:
+        """Takes the adapter `name` out, if it got as far as being on the model."""
+        if name in adapter_names(self.setup.text.model):
+            eject(self.setup.text.model, name)
 
     def _keep_best(self) -> None:
         """Lets go of all adapters but those that may be confirmed: the run file's, and the best one so far."""
@@ -196,7 +197,8 @@ class Trials:
             at.diverged, at.done = True, f"step {at.step}: losses on held-out rows are no numbers"
             return None
 
-    def _member(self, name: str, trial: Trial, held_out: Sequence[Example], seed: int = 0) -> Member:
+    def member(self, name: str, trial: Trial, held_out: Sequence[Example], seed: int = 0) -> Member:
+        """The pairs of `trial`, now in the model as `name`, to be trained with the run's seed and `seed` more."""
         setup = self.setup
         plan = plan_of_point(setup.text, self.space, trial.point)
         spec = self._train_spec(self.space.resolved(trial.point).train, seed)
@@ -219,79 +221,7 @@ class Trials:
             )
         return min(whole, key=loss_of)
 
-    def confirm(self, winner: Trial, seeds: int, together: int = 2) -> Comparison | None:
-        """The winner against the run file's settings on rows that the search never saw.
-
-        With 2 seeds or more, each is trained anew from so many seeds that the search did not see either: the seed of the search
-        had a part in choosing. As many as the budget leaves, which is said; below 2, the adapters of the search are compared.
-        None where the winner is the run file's settings, or where these or the winner diverge.
-        """
-        start = self.all[0]
-        if winner is start or start.adapter is None or start.losses is None:
-            return None
-        seeds = self._affordable(winner, seeds)
-        self.seeds = max(1, seeds)
-        sides: tuple[list[RowLosses], list[RowLosses]] = ([], [])
-        if seeds < 2:
-            for side, trial in zip(sides, (winner, start), strict=True):
-                assert trial.adapter is not None
-                attach(self.setup.text.model, trial.adapter, CONFIRM)
-                side.append(self.losses(trial.name, self.rows.confirm, CONFIRM))
-                _eject(self.setup.text.model, CONFIRM)
-        at_once = max(1, together // 2)
-        for first in range(1, seeds + 1 if seeds > 1 else 1, at_once):
-            if self.unconfirmed:
-                break
-            for losses in self._again((winner, start), range(first, min(first + at_once, seeds + 1))):
-                for side, found in zip(sides, losses, strict=True):
-                    side.append(found)
-        return None if self.unconfirmed else compare_over_seeds(*sides, self.setup.config.evaluate)
-
-    def chosen(self, winner: Trial, confirmed: Comparison | None) -> Trial:
-        """Whose settings to train with: the winner's where they are shown to be better, or the run file's diverged.
-
-        A trial that the budget ended early shows it only by new seeds, which are trained to their end.
-        """
-        start = self.all[0]
-        shown = confirmed is not None and confirmed.verdict == "better" and (winner.whole or self.seeds > 1)
-        return winner if shown or start.losses is None else start
-
-    def _affordable(self, winner: Trial, seeds: int) -> int:
-        """How many seeds of both settings the budget still trains, said where they are fewer than `seeds`; 1 where below 2."""
-        tokens = sum(_whole_tokens(trial.at) for trial in (winner, self.all[0]) if trial.at is not None)
-        times = self.budget.times(max(1, tokens))
-        if seeds < 2 or times is None or times >= seeds:
-            return seeds
-        found = times if times > 1 else 1
-        self.console.print(
-            f"The budget leaves {found} of {seeds} seeds for the confirmation. Raise it for more.", markup=False, soft_wrap=True
-        )
-        return found
-
-    def _again(self, trials: Sequence[Trial], seeds: Sequence[int]) -> list[list[RowLosses]]:
-        """By seed the losses of `trials`, trained with it, on the rows of the confirmation; where one diverges that is noted."""
-        model, kept, found = self.setup.text.model, self.setup.arrangement, []
-        names = {f"{number}_{seed}": (trial, seed) for seed in seeds for number, trial in enumerate(trials)}
-        try:
-            members = [self._member(name, trial, self.rows.search, seed) for name, (trial, seed) in names.items()]
-            ended = train_many(self.setup.text, members, aside=kept.aside(), together=kept.together)
-            self.budget.used += sum(at.tokens for at in ended)
-            for (trial, seed), at in zip(names.values(), ended, strict=True):
-                if at.diverged and not self.unconfirmed:
-                    self.unconfirmed = f"with seed {self.setup.config.train.seed + seed} {trial.name} diverged ({at.done})"
-            for seed in () if self.unconfirmed else seeds:
-                names_of_seed = [f"{number}_{seed}" for number in range(len(trials))]
-                found.append([
-                    self.losses(trial.name, self.rows.confirm, name) for trial, name in zip(trials, names_of_seed, strict=True)
-                ])  # fmt: skip
-        except DataError as error:
-            self.unconfirmed = f"losses under another seed are no numbers ({error})"
-        finally:
-            for name in names:
-                _eject(model, name)
-        return found
-
-    def result(self, winner: Trial, confirmed: Comparison | None, power: str) -> Search:
+    def result(self, winner: Trial, conclusion: str, power: str) -> Search:
         """Every trial with its interval and its comparison with the run file's settings, Holm-corrected."""
         start, spec = self.all[0], self.setup.config.evaluate
         whole = [trial for trial in self.all[1:] if trial.whole]  # one that was given up is behind for that reason alone
@@ -301,7 +231,7 @@ class Trials:
         against = holm(compared, beside=given_up)
         by_name = {trial.name: one for (trial, _), one in zip(others, against, strict=True)}
         results = tuple(self._line(trial, by_name.get(trial.name)) for trial in self.all)
-        return Search(results, len(self.rows.search), power, winner.name, self._conclusion(winner, confirmed))
+        return Search(results, len(self.rows.search), power, winner.name, conclusion)
 
     def _line(self, trial: Trial, against: Comparison | None) -> TrialResult:
         at = trial.at
@@ -310,49 +240,12 @@ class Trials:
         words = trial.point.words(self.space.rate)
         return TrialResult(trial.name, words, at.step, at.tokens, at.done, at.diverged, loss, against)
 
-    def _conclusion(self, winner: Trial, confirmed: Comparison | None) -> str:
-        words, start = winner.point.words(self.space.rate), self.all[0]
-        if confirmed is None:
-            if winner is start:
-                found = "No trial was better than the run file's own settings; keep them."
-            elif self.unconfirmed:
-                found = f"The best trial is {winner.name} ({words}), unconfirmed: {self.unconfirmed}. The run file's stay."
-            else:
-                found = f"The run file's own settings diverged; the best trial is {winner.name} ({words}), unconfirmed."
-            return found + self._cut_short(winner, confirmed)
-        gap = confirmed.difference
-        seeds = f"{self.seeds} new seeds each" if self.seeds > 1 else f"of seed {self.setup.config.train.seed} alone"
-        numbers = f"{signed(gap.value, 4)} nats a token [{signed(gap.low, 4)}, {signed(gap.high, 4)}], n = {gap.n}, {seeds}"
-        if confirmed.verdict == "no difference shown":
-            both = f"{winner.name} ({words}) and the run file's settings"
-            found = f"No difference shown between {both} on {self.rows.where}: {numbers}."
-        else:
-            name, verdict = winner.name[:1].upper() + winner.name[1:], confirmed.verdict
-            found = f"{name} ({words}) is {verdict} than the run file's settings on {self.rows.where}: {numbers}."
-        return found + self._cut_short(winner, confirmed)
-
-    def _cut_short(self, winner: Trial, confirmed: Comparison | None) -> str:
-        """A sentence, after a space, where the budget ended the best trial before its end; else empty."""
-        at = winner.at
-        if at is None or at.done != SPENT:
-            return ""
-        early = f" The budget ended all trials early, this one after {at.step} of {at.total} steps"
-        if confirmed is not None and self.seeds > 1:
-            return f"{early}; the new seeds were trained to their end."
-        stays = " The run file's settings stay." if self.all[0].losses is not None else ""
-        return f"{early}: a short trial favours high rates.{stays} Raise the budget."
-
     def _say(self, trial: Trial) -> None:
         at = trial.at
         assert at is not None
         loss = "diverged" if trial.losses is None else f"held-out loss {loss_of(trial):.4f}"
         said = f"{trial.name}: {trial.point.words(self.space.rate)}: {loss} after {at.step} steps ({at.done})"
         self.console.print(said, markup=False, soft_wrap=True)
-
-
-def _whole_tokens(at: Progress) -> int:
-    """The tokens of a trial, as many as it would have had where the budget ended it."""
-    return at.tokens if at.done != SPENT else at.tokens * at.total // max(1, at.step)
 
 
 def loss_of(trial: Trial) -> float:
@@ -391,9 +284,3 @@ def _tell(study: Any, trial: Trial) -> None:
     assert trial.at is not None
     trial.asked.report(loss_of(trial), trial.at.step)
     study.tell(trial.asked, state=TrialState.PRUNED)
-
-
-def _eject(model: nn.Module, name: str) -> None:
-    """Takes the adapter out, if it got as far as being on the model."""
-    if name in adapter_names(model):
-        eject(model, name)

@@ -46,6 +46,12 @@ class Space:
     ranks: tuple[int, ...]
     targets: tuple[str, ...]
 
+    @property
+    def points(self) -> list[Point]:
+        """Every choice of rank and targets, that of the run file among them."""
+        chosen = itertools.product(self.ranks or (None,), self.targets or (None,))
+        return list(dict.fromkeys([Point(), *(Point(1.0, rank, target) for rank, target in chosen)]))
+
     def lora(self, point: Point) -> LoraSpec:
         """The pairs that `point` means."""
         lora = self.config.lora
@@ -88,9 +94,9 @@ def space_for(
     if low == high and len(ranks) < 2 and len(targets) < 2:
         flags = "--rate-factors, --rank-choices or --target-choices"
         problems.add(f"The search space has nothing in it to choose; give {flags} two values.")
-    for rank, target in itertools.product(ranks or (None,), targets or (None,)):
+    for point in space.points:
         try:
-            plan_for(text.model, space.lora(Point(1.0, rank, target)), text.family)
+            plan_of_point(text, space, point)
         except ConfigError as error:
             problems.add(str(error))
     problems.raise_if_any()

@@ -2,13 +2,15 @@
 
 rows for the search | rows for the confirmation → what so many rows can show, in words → generations of trials in one pass over
 the base (train/many), the worse half given up twice on the way → the best trial against the run file's settings, on other rows
-and from other seeds.
+and from other seeds (workflows/confirm).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ from rich.text import Text
 from lorakeet.config import RunConfig, dump_yaml
 from lorakeet.core.spec import LoraSpec
 from lorakeet.core.start import seed_for
+from lorakeet.data.chat import Example
 from lorakeet.data.rows import Row
 from lorakeet.errors import ConfigError, DataError, EnvironmentProblem, Problems
 from lorakeet.evaluate.compare import Comparison
@@ -27,12 +30,15 @@ from lorakeet.evaluate.report import Command, Report, write_report
 from lorakeet.evaluate.values import encode
 from lorakeet.evaluate.wording import signed
 from lorakeet.memory.card import promised
+from lorakeet.models.prefix_states import prefix_states
 from lorakeet.train.durable import new_folder, write_file
+from lorakeet.train.text_task import order_of
 from lorakeet.workflows import facts
 from lorakeet.workflows.assemble import Assembly, assemble
-from lorakeet.workflows.place import require_empty, writing
+from lorakeet.workflows.confirm import Confirmation, confirm
+from lorakeet.workflows.place import folder_above, require_empty, writing
 from lorakeet.workflows.search import START, Budget, SearchRows, Trial, Trials
-from lorakeet.workflows.search_space import QUICK_FACTORS, Point, space_for
+from lorakeet.workflows.search_space import QUICK_FACTORS, Point, plan_of_point, space_for
 
 SEEDS = 3  # of the confirmation: two settings are told apart only beyond what another seed changes
 
@@ -92,21 +98,57 @@ def tune(  # noqa: PLR0913 - each is a flag of the verb
             setup.config, setup.text, rate_factors=rate_factors, rank_choices=rank_choices, target_choices=target_choices
         )
         search = Trials(setup, space, _rows(setup), Budget(None if minutes is None else 60 * minutes, tokens), console)
-        power = search.power(difference)
-        console.print(power, markup=False, soft_wrap=True)
-        if quick:
-            others = [Trial(f"rate ×{factor:g}", Point(factor)) for factor in QUICK_FACTORS if factor != 1.0]
-            search.generation([Trial(START, Point()), *others], rungs=())
-        else:
-            search.budget.kept = 2 * seeds * setup.tokens_of_run if seeds > 1 else 0
-            search.run(sampler, together)
-        winner = search.best()
-        confirmed = search.confirm(winner, seeds, together)
-        found = search.result(winner, confirmed, power)
+        with _kept_states(search, seeds, out):
+            confirmed, found = _searched(search, sampler, difference, seeds, together)
         _show(found, console)
-        settings = replace(space.resolved(search.chosen(winner, confirmed).point), out=config.out)
+        settings = replace(space.resolved(confirmed.chosen.point), out=config.out)
         _write(out, settings, found, setup, console)
-        return Tuned(out, settings, found, confirmed)
+        return Tuned(out, settings, found, confirmed.found)
+
+
+def _searched(search: Trials, sampler: Any, difference: float, seeds: int, together: int) -> tuple[Confirmation, Search]:
+    """Trials that `sampler` draws, or without one half, once and twice the rate; the best of them confirmed."""
+    power = search.power(difference)
+    search.console.print(power, markup=False, soft_wrap=True)
+    if sampler is None:
+        others = [Trial(f"rate ×{factor:g}", Point(factor)) for factor in QUICK_FACTORS if factor != 1.0]
+        search.generation([Trial(START, Point()), *others], rungs=())
+    else:
+        search.budget.kept = 2 * seeds * search.setup.tokens_of_run if seeds > 1 else 0
+        search.run(sampler, together)
+    winner = search.best()
+    confirmed = confirm(search, winner, seeds, together)
+    return confirmed, search.result(winner, confirmed.conclusion, power)
+
+
+@contextmanager
+def _kept_states(search: Trials, seeds: int, out: Path) -> Iterator[None]:
+    """A context in which each row passes the blocks below those that any trial adapts once, with train.keep_prefix_states.
+
+    The scratch file lies on the disk of `out`, which is not there yet.
+    """
+    setup, spec = search.setup, search.setup.config.train
+    if not spec.keep_prefix_states:
+        yield
+        return
+    plans = [plan_of_point(setup.text, search.space, point) for point in search.space.points]
+    later = [*_trained_on(setup, seeds), *search.rows.confirm]
+    say, folder = partial(search.console.print, markup=False, soft_wrap=True), folder_above(out)
+    with prefix_states(
+        setup.text, search.rows.search, folder=folder, micro_tokens=spec.micro_tokens, plans=plans, later=later, say=say
+    ):
+        yield
+
+
+def _trained_on(setup: Assembly, seeds: int) -> list[Example]:
+    """The training rows that the trials, and the seeds of a confirmation, may see: not all where they end within an epoch."""
+    train, spec = setup.train.examples, setup.config.train
+    found: dict[int, None] = {}
+    for more in range(seeds + 1 if seeds > 1 else 1):
+        order = order_of(train, replace(spec, seed=spec.seed + more))
+        for step in range(min(setup.steps, order.steps_per_epoch)):
+            found.update(dict.fromkeys(order.indices(step)))
+    return [train[number] for number in found]
 
 
 def _members(together: int, *, quick: bool, seeds: int) -> int:

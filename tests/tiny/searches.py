@@ -1,0 +1,28 @@
+"""A search over the tiny Llama: what it works with, and its trials."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from lorakeet.workflows.assemble import Assembly, assemble
+from lorakeet.workflows.search import Budget, SearchRows, Trials
+from lorakeet.workflows.search_space import space_for
+from tiny.runs import quiet, reviews, settings, write_rows
+
+HOT = 1e6  # times the learning rate: one step leaves no number
+
+
+def assembled(model: Path, folder: Path) -> Assembly:
+    """60 rows, 18 of them held out, and 8 steps."""
+    data = write_rows(folder / "rows.jsonl", reviews(60))
+    changes = {"data.held_out_fraction": 0.3, "train.steps": 8, "train.learning_rate": 0.01}
+    return assemble(settings(model, data, folder / "run", changes), quiet())
+
+
+def trials_of(setup: Assembly, *, tokens: int | None = None, seconds: float | None = None) -> Trials:
+    choices: dict[str, Any] = {"rank_choices": (2, 4), "target_choices": ("all-linear", "mlp")}
+    space = space_for(setup.config, setup.text, rate_factors=(0.01, 100.0), **choices)
+    examples = list(setup.held_out.examples)
+    rows = SearchRows(examples[:9], examples[9:], {}, "other rows")
+    return Trials(setup, space, rows, Budget(seconds, tokens), quiet())
