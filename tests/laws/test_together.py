@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import re
 import shutil
@@ -11,16 +12,18 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from lorakeet.cli.main import main
 from lorakeet.evaluate.certificate import read_certificate
 from lorakeet.evaluate.report import read_report
 from lorakeet.formats import peft
-from lorakeet.train import checkpoint
+from lorakeet.train import checkpoint, processes
 from lorakeet.train.log import read_metrics
-from tiny.runs import QUICK, chats, write_rows
+from tiny.runs import QUICK, adapter_bytes, chats, write_rows
 from tiny.together import Together, together
 
 STEPS = 12
@@ -158,6 +161,61 @@ def test_a_killed_process_leaves_the_checkpoint_and_is_named(
     assert found is not None, said
     assert int(found[1]) in (step, step + 1) and found[2] == str(newest)
     assert found[3] == f"torchrun --nproc-per-node 2 -m lorakeet finetune --resume {run}"
+
+
+def killed_at(place: str, victim: int, arguments: list[str]) -> None:
+    """`lorakeet ARGUMENTS` in this process, which is killed where it comes to `place` ("module:function") if it is the victim."""
+    processes.ROLL_CALL = 0.5  # enough to know a dead one by
+    module, _, name = place.partition(":")
+    if os.environ["RANK"] == str(victim):
+        setattr(importlib.import_module(module), name, _killed)
+    sys.exit(main(arguments))
+
+
+def _killed(*_: Any, **__: Any) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def ended_at(forked: Together, place: str, victim: int, arguments: list[str], message: str) -> Path:
+    """The checkpoint that the process left names in `message`; SIGTERM reaches it when the victim is dead, as torchrun's does."""
+    order = {"count": 2, "call": "laws.test_together:killed_at", "with": [f"lorakeet.{place}", victim, arguments]}
+    pids = forked.start(order)
+    deadline = time.monotonic() + 60
+    while not dead(pids[victim]):
+        assert time.monotonic() < deadline, f"process {victim} never came to {place}"
+        time.sleep(0.01)
+    os.kill(pids[1 - victim], signal.SIGTERM)
+    ended = forked.end()
+    said = " ".join(ended[1 - victim].said.split())
+    assert (ended[1 - victim].code, ended[victim].code) == (4, -signal.SIGKILL), said
+    found = re.fullmatch(message, said)
+    assert found is not None, said
+    return Path(found[1])
+
+
+def dead(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except FileNotFoundError:
+        return True
+
+
+def test_one_that_is_killed_while_a_parted_run_is_judged_is_named(
+    forked: Together, tiny_llama_folder: Path, rows: Path, tmp_path: Path
+) -> None:
+    """In a pass of the judgement; then, as the run has gone on with the command that was named, in the certificate."""
+    run = tmp_path / "run"
+    go_on = ["finetune", "--resume", str(run)]
+    command = re.escape(f"Go on with: torchrun --nproc-per-node 2 -m lorakeet {' '.join(go_on)}")
+    begin = arguments(tiny_llama_folder, rows, run, train__steps="2", train__shard="true", evaluate__drift_texts="0")
+    kept = rf"Kept: the checkpoint (\S+) and {run}/adapter \(held-out loss [\d.]+ at step \d\)\. {command}"
+    judging = r"After step 2, before the run was judged to the end: process {} of 2 died\. "
+    newest = ended_at(forked, "workflows.judge:row_losses", 1, begin, f"Error: {judging.format(1)}{kept}")
+    assert newest == checkpoint.found(run / "checkpoints")[-1] and checkpoint.load(newest).position.step == 2  # whole
+    adapter = adapter_bytes(run)
+    said = f"Error: process 1: {judging.format(0)}{kept}"
+    assert ended_at(forked, "workflows.certify_run:frozen_digests", 0, go_on, said) == newest
+    assert adapter_bytes(run) == adapter
 
 
 def second_of(agent: int) -> int:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from lorakeet.evaluate.values import decode, encode
-from lorakeet.train.outcome import Outcome
+from lorakeet.train.outcome import Outcome, kept_text
 
 
 def test_an_outcome_is_read_back_as_it_was_written() -> None:
@@ -13,3 +15,10 @@ def test_an_outcome_is_read_back_as_it_was_written() -> None:
     assert decode(Outcome, written) == ended
     older = decode(Outcome, {key: value for key, value in written.items() if key not in ("skipped_steps", "loss_scale")})
     assert (older.steps, older.skipped_steps, older.loss_scale) == (8, 0, None)
+
+
+def test_what_is_left_is_named_as_far_as_it_is_there() -> None:
+    last, adapter = Path("run/checkpoints/step-000004"), Path("run/adapter")
+    assert kept_text(None, adapter, None, None) == "No checkpoint was written before."
+    assert kept_text(last, adapter, None, None) == f"Kept: the checkpoint {last}."
+    assert kept_text(last, adapter, 1.5, 2) == f"Kept: the checkpoint {last} and {adapter} (held-out loss 1.5000 at step 2)."

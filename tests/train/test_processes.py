@@ -154,6 +154,46 @@ def test_the_one_that_is_gone_is_named(forked: Together, victim: int, how: str, 
     assert ("Error: process 2: its file is gone" in ended[victim].said) == (how == "gave up")
 
 
+def terminated(how: str) -> str:
+    """What SIGTERM does to this process, whose main thread exchanges nothing, when process 1 has ended so."""
+    module.ROLL_CALL = 0.5
+    before = signal.getsignal(signal.SIGTERM)
+    told = "nothing"
+    with joined(launched()) as processes:
+        processes.total(0)
+        if processes.rank == 1 and how == "stopped":
+            processes.give_up(RunStopped("SIGTERM: the training is done"))
+            return "stopped"
+        if processes.rank == 1 and how != "lives":
+            _end(how)
+        while how in ("stopped", "bug") and not processes._word("gave-up", 1):
+            time.sleep(0.01)
+        try:
+            with processes.terminable():
+                signal.raise_signal(signal.SIGTERM)
+        except (ProcessLost, KeyboardInterrupt) as ended:
+            told = f"{type(ended).__name__}: {ended}"
+        if how == "lives":
+            processes.part()
+    assert signal.getsignal(signal.SIGTERM) is before
+    return told
+
+
+def test_sigterm_names_the_one_that_died_and_else_stops_as_ctrl_c_does(forked: Together) -> None:
+    assert forked.call(f"{HERE}:terminated", "lives") == ["KeyboardInterrupt: SIGTERM"] * 2
+    assert forked.call(f"{HERE}:terminated", "stopped") == ["KeyboardInterrupt: SIGTERM", "stopped"]
+    for how, message in {"killed": "died", "bug": "gave up (KeyError: 'a bug')"}.items():
+        forked.start({"count": 2, "call": f"{HERE}:terminated", "with": [how]})
+        survivor, victim = forked.end()
+        assert victim.code != 0 and survivor.answered.strip() == f'"ProcessLost: process 1 of 2 {message}"', survivor.said
+
+
+def test_one_that_is_alone_is_ended_by_sigterm_itself() -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    with ALONE.terminable():
+        assert signal.getsignal(signal.SIGTERM) is before
+
+
 def an_error_of_all() -> None:
     with joined(launched()):
         raise RunStopped("the loss is nan")

@@ -17,10 +17,12 @@ from lorakeet.train.run import RunFolder
 from lorakeet.workflows.conclude import conclude, judging
 
 
-def test_ctrl_c_while_judging_says_what_is_whole(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("stop", "named"), [(KeyboardInterrupt(), "Ctrl-C"), (KeyboardInterrupt("SIGTERM"), "SIGTERM")])
+def test_ctrl_c_while_judging_says_what_is_whole(tmp_path: Path, stop: KeyboardInterrupt, named: str) -> None:
     run = RunFolder(tmp_path / "run")
-    with pytest.raises(RunStopped, match=r"adapter is whole, but it was not judged to the end") as caught, judging(run):
-        raise KeyboardInterrupt
+    words = rf"^{named}: .*adapter is whole, but it was not judged to the end"
+    with pytest.raises(RunStopped, match=words) as caught, judging(run):
+        raise stop
     assert run.resume_command in str(caught.value)
 
 

@@ -9,10 +9,11 @@ import pytest
 import torch
 
 from lorakeet.config import RunConfig, read_run
-from lorakeet.errors import ConfigError, EnvironmentProblem
+from lorakeet.errors import ConfigError, EnvironmentProblem, RunStopped
 from lorakeet.train.launch import Launch, launched
-from lorakeet.train.processes import ALONE, joined
-from lorakeet.workflows.together import on_own_device, require_combinable
+from lorakeet.train.processes import ALONE, ProcessLost, joined
+from lorakeet.train.run import RunFolder
+from lorakeet.workflows.together import begun_together, on_own_device, require_combinable
 from tiny.runs import reviews, write_rows
 from tiny.together import Together, together
 
@@ -86,3 +87,15 @@ def test_the_command_line_says_it_once(forked: Together, tiny_llama_folder: Path
         refused = forked.run([verb, "--model", tiny_llama_folder, "--data", data])
         assert [one.code for one in refused] == [2, 2]
         assert f"lorakeet {verb} is the work of one process, and 2 were started" in refused[0].said and refused[1].said == ""
+
+
+def test_one_that_dies_before_the_first_step_is_named_with_the_way_to_go_on(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path / "run", TWO.command)
+    with pytest.raises(RunStopped) as caught, begun_together(run):
+        raise ProcessLost("process 1 of 2 died")
+    assert str(caught.value) == "Before training: process 1 of 2 died. Nothing was written. Start the run again."
+    RunFolder.create(run.path)
+    run.write(run.config, "kind: text\n")
+    with pytest.raises(RunStopped) as caught, begun_together(run):
+        raise ProcessLost("process 1 of 2 died")
+    assert str(caught.value) == f"Before training: process 1 of 2 died. Go on with: {run.resume_command}"

@@ -34,7 +34,7 @@ from lorakeet.train.interrupt import Interrupt
 from lorakeet.train.log import Metrics, Sink, sink_for
 from lorakeet.train.loss_scale import LossScale
 from lorakeet.train.optimizer import Optimizer
-from lorakeet.train.outcome import Outcome
+from lorakeet.train.outcome import Outcome, kept_text
 from lorakeet.train.processes import ProcessLost
 from lorakeet.train.progress import Record, Reporter, Silent
 from lorakeet.train.pruning import cut_text
@@ -378,10 +378,7 @@ class Training(Generic[BatchT]):
 
     def _kept(self) -> str:
         watch = self.at.watch
-        kept = [f"the checkpoint {self.last_checkpoint}"] if self.last_checkpoint else []
-        if watch.best_loss is not None:
-            kept.append(f"{self.run.adapter} (held-out loss {watch.best_loss:.4f} at step {watch.best_step})")
-        return (f"Kept: {' and '.join(kept)}." if kept else "No checkpoint was written before.") + self._awaited()
+        return kept_text(self.last_checkpoint, self.run.adapter, watch.best_loss, watch.best_step) + self._awaited()
 
     def _awaited(self) -> str:
         return "" if self.pruning is None else self.pruning.awaited(self.at.watch.best_step)

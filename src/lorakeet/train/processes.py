@@ -6,6 +6,7 @@ between CUDA devices. Every process calls the same methods in the same order. A 
 
 from __future__ import annotations
 
+import signal
 import sys
 import threading
 import time
@@ -13,6 +14,7 @@ import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
+from types import FrameType
 from typing import Any, TypeVar
 
 import torch
@@ -40,7 +42,7 @@ class Processes:
     def __init__(self, launch: Launch | None = None, store: Any = None) -> None:
         self.launch = launch or Launch()
         self.rank, self.count, self.first = self.launch.rank, self.launch.count, self.launch.first
-        self._store, self._open = store, self.count > 1
+        self._store, self._open, self._called = store, self.count > 1, False
         self._done = threading.Event()
         self._listener = threading.Thread(target=self._answer, daemon=True)
         if self._open:
@@ -161,7 +163,7 @@ class Processes:
     def give_up(self, error: BaseException) -> None:
         """Leaves word of an error that ends this process, for those that will miss it."""
         if self._open and not isinstance(error, ProcessLost):
-            self._leave_word("gave-up", f"{type(error).__name__}: {error}")
+            self._leave_word("gave-up", f"{type(error).__name__}: {error}")  # as _stopped reads it
         self._close()
 
     def said_below(self, text: str) -> bool:
@@ -204,8 +206,34 @@ class Processes:
             self._close()
             raise ProcessLost(lost) from error
 
-    def _missed(self) -> str:
-        """Who does not answer, or left word that it gave up; empty where all are well."""
+    @contextmanager
+    def terminable(self) -> Iterator[None]:
+        """A context that the first SIGTERM ends: by ProcessLost where another process is gone, for torchrun then ends the others
+        so, and by KeyboardInterrupt elsewhere. One that is alone is ended by SIGTERM itself, as is any by the second one."""
+        if not self._open or threading.current_thread() is not threading.main_thread():
+            yield
+            return
+
+        def handle(number: int, frame: FrameType | None) -> None:
+            signal.signal(signal.SIGTERM, before)
+            if self._called:  # it is being found out, or said
+                return
+            if self._open and (lost := self._missed(stopping=True)):
+                self._close()
+                raise ProcessLost(lost)
+            raise KeyboardInterrupt("SIGTERM")
+
+        before = signal.getsignal(signal.SIGTERM)
+        signal.signal(signal.SIGTERM, handle)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGTERM, before)
+
+    def _missed(self, *, stopping: bool = False) -> str:
+        """Who does not answer, or left word that it gave up; empty where all are well. One that is `stopping`, because it was
+        asked to, does not miss those that were stopped too."""
+        self._called = True
         self._leave_word("roll-call", "now")
         others = [rank for rank in range(self.count) if rank != self.rank]
         answered: set[int] = set()
@@ -213,7 +241,8 @@ class Processes:
         while len(answered) < len(others) and time.monotonic() < deadline:
             time.sleep(_LISTEN)
             answered = {rank for rank in others if self._word("here", rank) or self._word("gave-up", rank)}
-        gone = {rank: self._word("gave-up", rank) for rank in others}
+        words = {rank: self._word("gave-up", rank) for rank in others}
+        gone = {rank: "" if stopping and _stopped(why) else why for rank, why in words.items()}
         said = [f"process {rank} of {self.count} gave up ({why})" for rank, why in gone.items() if why]
         silent = [rank for rank in others if rank not in answered]
         return " and ".join([*said, *(f"process {rank} of {self.count} died" for rank in silent)])
@@ -241,6 +270,10 @@ class Processes:
             return bytes(self._store.get(key)).decode() if self._store.check([key]) else ""
         except RuntimeError:  # it lay with a process that is gone
             return ""
+
+
+def _stopped(word: str) -> bool:
+    return word.startswith(f"{RunStopped.__name__}: ")
 
 
 ALONE = Processes()

@@ -17,12 +17,12 @@ from lorakeet.workflows.show import show_certificate, show_results
 
 @contextmanager
 def judging(run: RunFolder) -> Iterator[None]:
-    """Ctrl-C in here is a RunStopped that says what is whole and how to judge it."""
+    """Ctrl-C in here, or what stands for it (train/processes), is a RunStopped that says what is whole and how to judge it."""
     try:
         yield
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stopped:
         raise RunStopped(
-            f"Ctrl-C: the training is done and {run.adapter} is whole, but it was not judged to the end. "
+            f"{str(stopped) or 'Ctrl-C'}: the training is done and {run.adapter} is whole, but it was not judged to the end. "
             f"Judge it with: {run.resume_command}"
         ) from None
 

@@ -48,7 +48,7 @@ from lorakeet.workflows.peak import say_peak
 from lorakeet.workflows.place import require_place
 from lorakeet.workflows.prune_ranks import pruned_plan
 from lorakeet.workflows.show import show_plan
-from lorakeet.workflows.together import require_combinable
+from lorakeet.workflows.together import begun_together, judged_together, require_combinable
 
 
 @dataclass(frozen=True)
@@ -104,9 +104,10 @@ def finetune(
     VerificationFailed when the certificate fails (the run folder then holds it).
     """
     config = _with_budget(config, budget)
-    with joined(launched()) as processes:
-        require_combinable(config, processes.launch)
-        run = RunFolder(resume or Path(config.out), processes.launch.command)
+    launch = launched()
+    run = RunFolder(resume or Path(config.out), launch.command)
+    with joined(launch) as processes, begun_together(run):
+        require_combinable(config, launch)
         if not dry_run:
             processes.from_first(lambda: _require_run(run, resume=resume is not None))
         require_sink(config.train.log_to)
@@ -133,7 +134,8 @@ def _trained(setup: Assembly, run: RunFolder, *, resume: bool, quick: bool, cons
     processes.from_first(lambda: begin_run(run, setup.config, record, resume=resume, rates=rates))
     before = {} if setup.arrangement.store else frozen_digests(setup.text.model)  # streamed weights are only read
     if setup.parted:
-        part_blocks(setup.text, processes.count, torch.device(setup.config.model.device))
+        with processes.gathering():
+            part_blocks(setup.text, processes.count, torch.device(setup.config.model.device))
     elif setup.config.train.shard:
         console.print("train.shard parts the base over several processes. This is one, which holds it whole.", soft_wrap=True)
     with _kept_states(setup, task, run, console):
@@ -148,14 +150,13 @@ def _trained(setup: Assembly, run: RunFolder, *, resume: bool, quick: bool, cons
         )
     if task.pruning is not None:
         setup = dataclasses.replace(setup, plan=pruned_plan(setup.text, setup.plan), begun=setup.plan)
-    if not setup.parted:
-        processes.part()
-        if not processes.first:
-            return FinetuneResult(setup, run, outcome)
-    give_back_free_memory()  # what training's heap grew to is not held beside the two models of the certificate
-    with judging(run):
-        report = _prove(setup, outcome, run, before, rates, console)
-    return FinetuneResult(setup, run, outcome, report)
+    with judging(run), judged_together(processes, run, outcome):
+        if not setup.parted:
+            processes.part()
+            if not processes.first:
+                return FinetuneResult(setup, run, outcome)
+        give_back_free_memory()  # what training's heap grew to is not held beside the two models of the certificate
+        return FinetuneResult(setup, run, outcome, _prove(setup, outcome, run, before, rates, console))
 
 
 def _with_rate(setup: Assembly, rate: float | None) -> Assembly:
@@ -228,8 +229,8 @@ def _identity(setup: Assembly) -> dict[str, str | list[str]]:
 
 def _prove(
     setup: Assembly, outcome: Outcome, run: RunFolder, before: dict[str, str], rates: Search | None, console: Console
-) -> Report:
-    """Judges, certifies and reports, which the first process writes; VerificationFailed when the certificate fails."""
+) -> Report | None:
+    """Judges, certifies and reports, the last in the first process alone (else: None); VerificationFailed when a check fails."""
     part, rows = setup.judged
     judge = Judge(setup.config, setup.text, setup.encoder, rows, console)
     learnt_from = [*setup.dataset.train, *(setup.dataset.held_out if part == "test" else ())]
@@ -248,13 +249,10 @@ def _prove(
     if kept.budget is not None and kept.card is None and held is not None:
         held.now()
         say_peak(held, kept.budget, None if kept.forecast is None else kept.forecast.peak, console)
-
-    def reported() -> Report:
-        metrics = read_metrics(run.metrics)
-        report = page.complete(
-            measured, setup, outcome, run=run, metrics=metrics, certificate=certificate, drift=drift, rates=rates
-        )
-        conclude(report, certificate, run, console)
-        return report
-
-    return setup.processes.from_first(reported) if setup.parted else reported()
+    setup.processes.part()  # nothing is gathered from here on
+    if not setup.processes.first:
+        return None
+    metrics = read_metrics(run.metrics)
+    report = page.complete(measured, setup, outcome, run=run, metrics=metrics, certificate=certificate, drift=drift, rates=rates)
+    conclude(report, certificate, run, console)
+    return report

@@ -1,16 +1,21 @@
-"""A run that several processes train together: what that cannot be combined with, and on which device each computes."""
+"""A run that several processes train together: its limits, the device of each, what is said of one that dies besides training."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
 
 from lorakeet.config import RunConfig
-from lorakeet.errors import EnvironmentProblem, Problems
+from lorakeet.errors import EnvironmentProblem, Problems, RunStopped
 from lorakeet.models.placement import device_for, dtype_for, products_for
+from lorakeet.train import checkpoint
 from lorakeet.train.launch import Launch
-from lorakeet.train.processes import Processes
+from lorakeet.train.outcome import Outcome, kept_text
+from lorakeet.train.processes import Processes, ProcessLost
+from lorakeet.train.run import RunFolder
 
 
 def require_combinable(config: RunConfig, launch: Launch) -> None:
@@ -66,3 +71,27 @@ def on_own_device(config: RunConfig, processes: Processes) -> RunConfig:
 
     dtype, products = processes.from_first(chosen)  # what is fastest is measured, and may differ from one to the other
     return replace(config, model=replace(model, dtype=dtype, products=products))  # type: ignore[arg-type]
+
+
+@contextmanager
+def begun_together(run: RunFolder) -> Iterator[None]:
+    """A context in which a process that is gone before the first step is named with the way to go on; `train` does it later."""
+    try:
+        yield
+    except ProcessLost as lost:
+        again = f"Go on with: {run.resume_command}" if run.config.exists() else "Nothing was written. Start the run again."
+        raise RunStopped(f"Before training: {lost}. {again}") from lost
+
+
+@contextmanager
+def judged_together(processes: Processes, run: RunFolder, outcome: Outcome) -> Iterator[None]:
+    """A context for all that is computed after training: a process that is gone is named as `train` names it."""
+    try:
+        with processes.terminable(), processes.gathering():
+            yield
+    except ProcessLost as lost:
+        last = run.checkpoints / checkpoint.name_of(outcome.steps)
+        kept = kept_text(last, run.adapter, outcome.best_loss, outcome.best_step)
+        raise RunStopped(
+            f"After step {outcome.steps}, before the run was judged to the end: {lost}. {kept} Go on with: {run.resume_command}"
+        ) from lost
