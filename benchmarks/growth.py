@@ -71,7 +71,7 @@ def point(value: Any, found: Mapping[str, Any]) -> dict[str, Any]:
     """Microseconds and FLOPs a token, with everything that was measured."""
     seconds = sum(statistics.median(spent) for spent in found["seconds"].values())
     tokens = found["tokens"]
-    return {"at": value, "us": 1e6 * seconds / tokens, "flops": sum(found["flops"].values()) / tokens, **found}
+    return {**found, "at": value, "us": 1e6 * seconds / tokens, "flops": sum(found["flops"].values()) / tokens}
 
 
 def with_law(points: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -10,9 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from lorakeet.core.cache import cache_folder
 from lorakeet.core.native import library
 from lorakeet.core.native.library import OFF, why_not
 from tiny.native import needs_native
+
+
+KEPT = cache_folder() / "native"  # where it was compiled to when the tests were collected
 
 
 @pytest.fixture(autouse=True)
@@ -108,8 +112,7 @@ def test_a_cache_that_is_not_ours_alone_is_left_alone(
 
 def kept_library(target: Path) -> Path:
     """The library that this machine has, as if it were compiled now."""
-    (made,) = (Path.home() / ".cache" / "lorakeet" / "native").glob(target.name)
-    return Path(shutil.copy(made, target))
+    return Path(shutil.copy(KEPT / target.name, target))
 
 
 @needs_native
