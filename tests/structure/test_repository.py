@@ -88,6 +88,22 @@ def test_the_page_on_speed_says_whose_losses_were_compared(monkeypatch: pytest.M
     assert "not compared" in agreement({"losses_agree": True, "contenders": {"b": other}})
 
 
+def test_points_of_growth_are_drawn_beside_their_law(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """From what a process found: seconds and FLOPs by phase, of 100 tokens."""
+    script = drawn_speed(monkeypatch)
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    bench = runpy.run_path(str(ROOT / "benchmarks" / "growth.py"))
+    found = [{"tokens": 100, "seconds": {"step": [times, 9.0, times]}, "flops": {"step": times * 10**6}} for times in (1, 3)]
+    found[1]["seconds"] = {"step": [6.0, 6.0]}
+    points = bench["with_law"]([bench["point"](256 * (1 + number), one) for number, one in enumerate(found)])
+    assert [(one["us"], one["law_us"], one["flops"]) for one in points] == [(1e4, 1e4, 1e4), (6e4, 3e4, 3e4)]
+    machine = {"cpu": "A", "cores": 2, "load_average": 0}
+    about = {"machine": machine, "products": "bfloat16", "tolerance": 1.25, "axes": {"length": points}}
+    monkeypatch.setitem(script["growth"].__globals__, "newest", lambda claim: [{**about, "file": "growth.json"}])
+    drawings: dict[str, str] = {}
+    assert any("512: 2.00 times the law" in part for part in script["growth"](drawings)) and drawings
+
+
 def test_the_two_commands_of_the_readme_exist() -> None:
     readme, makefile = text_of("README.md"), text_of("Makefile")
     for target in ("quickstart", "test"):
