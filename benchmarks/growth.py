@@ -28,6 +28,7 @@ from lorakeet.core.precision import fastest_products
 BASE = "HuggingFaceTB/SmolLM2-135M"
 LLAMA = "meta-llama/Llama-2-7b-hf"
 LENGTH, TOKENS, RANK = 512, 2048, 8
+NARROWEST = 192  # outputs of k and v, whose pairs have no higher rank
 SIZE_TOKENS = 1024  # of a step, where models grow: one of 7B takes minutes
 SHORT = 32  # tokens of a row where up to 64 adapters share a step
 TOLERANCE = 1.25  # times the law
@@ -56,12 +57,15 @@ def asked_of(axis: str, value: Any, steps: int, products: str) -> dict[str, Any]
     length = {"length": value, "adapters": SHORT}.get(axis, LENGTH)
     tokens = SIZE_TOKENS if axis == "size" else TOKENS
     count = max(1, tokens // length)
-    settings = {
+    settings: dict[str, Any] = {
         "model.dtype": "bfloat16", "model.products": products, "data.max_tokens": length, "train.micro_tokens": tokens,
         "train.batch_size": count, "lora.rank": value if axis == "rank" else RANK,
     }  # fmt: skip
+    if axis == "rank":
+        settings["lora.rank_pattern"] = dict.fromkeys(("k_proj", "v_proj"), min(value, NARROWEST))
     shape = {**SIZES[value if axis == "size" else "135M"], "max_position_embeddings": 8192}
-    asked = {"settings": {key: str(found) for key, found in settings.items()}, "shape": shape, "lengths": [length] * count}
+    texts = {key: found if isinstance(found, dict) else str(found) for key, found in settings.items()}
+    asked = {"settings": texts, "shape": shape, "lengths": [length] * count}
     untimed, timed = REPEATS.get(value, (2, steps))
     found = {**asked, "learnt": "label", "untimed": untimed, "steps": min(timed, steps)}
     return {**found, **({"members": value} if axis == "adapters" else {})}
