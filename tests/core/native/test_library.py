@@ -15,7 +15,6 @@ from lorakeet.core.native import library
 from lorakeet.core.native.library import OFF, why_not
 from tiny.native import needs_native
 
-
 KEPT = cache_folder() / "native"  # where it was compiled to when the tests were collected
 
 
