@@ -260,7 +260,7 @@ def _frozen_bases(layers: Sequence[nn.Module], x: Tensor, activation: Activation
     The layers' own code keeps what the activation gives beside what it was given. It also rounds that, where the native gate does
     not: with the gate there is one way, with gradients and without, since a streamed block goes both.
     """
-    native = activation.native and ops.serves(x.dtype, x.detach())
+    native = activation.native and ops.serves(x.dtype, x)
     if not (native or (torch.is_grad_enabled() and x.requires_grad)):
         return []
     if any(getattr(layer, "bias", None) is not None for layer in layers):
@@ -305,14 +305,13 @@ class RmsNormFunction(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
         if ops.serves(x.dtype, x, weight):
             y, rho = ops.NORM(x, weight, epsilon)
-            ctx.save_for_backward(x, rho, weight)
-            ctx.mark_non_differentiable(rho)
-            return y, rho
-        wide = x.float()
-        rho = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True).add_(epsilon))
+        else:
+            wide = x.float()
+            rho = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True).add_(epsilon))
+            y = weight * wide.mul_(rho).to(x.dtype) if wide is not x else weight * (wide * rho)
         ctx.save_for_backward(x, rho, weight)
         ctx.mark_non_differentiable(rho)
-        return weight * wide.mul_(rho).to(x.dtype) if wide is not x else weight * (wide * rho), rho
+        return y, rho
 
     @staticmethod
     @once_differentiable

@@ -200,8 +200,8 @@ _UNSAID = {"processes": 1, "kernels": "torch"}  # what `environment` says nothin
 
 def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     """What `environment` said of a run and does not say now, in words; empty where all is the same."""
-    names = [key for key in {**before, **now} if before.get(key) != now.get(key)]
-    changed = [f"{key} {before.get(key, _UNSAID.get(key))} → {now.get(key, _UNSAID.get(key))}" for key in names]
+    was, found = {**_UNSAID, **before}, {**_UNSAID, **now}
+    changed = [f"{key} {was.get(key)} → {found.get(key)}" for key in {**was, **found} if was.get(key) != found.get(key)]
     return f"Changed since the checkpoint: {', '.join(changed)}. The result may differ in its last digits." if changed else ""
 
 

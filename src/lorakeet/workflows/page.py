@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from lorakeet.config import RunConfig
-from lorakeet.core.native.library import why_not
+from lorakeet.core.native import ops
 from lorakeet.core.plan import Plan
 from lorakeet.data.leaks import LeakReport
 from lorakeet.evaluate.certificate import Certificate
@@ -112,7 +112,7 @@ def leaks(found: LeakReport) -> tuple[Leak, ...]:
 
 def _facts(setup: Assembly, run: RunFolder) -> dict[str, str]:
     data, model = setup.dataset, setup.config.model
-    native = setup.text.device.type == "cpu" and setup.text.products == torch.bfloat16 and not why_not()
+    native = setup.text.device.type == "cpu" and ops.serves(setup.text.products)
     about = f"{setup.text.name}, {model.dtype} weights, {model.products} products, {model.attention} attention"
     about += ", native kernels" if native else ""
     rows = {"Rows": f"{len(data.train)} training, {len(data.held_out)} held-out, {len(data.test)} test"}

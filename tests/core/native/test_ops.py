@@ -219,6 +219,12 @@ def test_rows_that_are_not_there_are_refused(rows: list[int]) -> None:
         ops.ROW_ATTENTION(q, q, q, rows, 0, 1.0)
 
 
+def test_values_of_fewer_tokens_than_keys_are_refused() -> None:
+    q = numbers(16, 2, 64)
+    with pytest.raises(ValueError, match="are no rows of"):
+        ops.ROW_ATTENTION(q, q, q[:8], [16], 0, 1.0)
+
+
 def test_tensors_that_c_would_misread_are_refused() -> None:
     with pytest.raises(ValueError, match=r"takes contiguous tensors of torch\.bfloat16"):
         ops.NORM(numbers(4, 32).float(), numbers(32), 1e-5)

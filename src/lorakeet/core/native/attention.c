@@ -293,7 +293,7 @@ void attention_backward(const Shape *s, const bf16 *q, const bf16 *k, const bf16
 #pragma omp parallel for collapse(2) schedule(dynamic, 1) num_threads(threads)
     for (int64_t group = 0; group < s->groups; group++)
         for (int64_t part = 0; part < s->parts; part++)
-            for (int64_t row = first_of(s, group); row < first_of(s, group + 1); row++) {
+            for (int64_t row = first_of(s, group), stop = first_of(s, group + 1); row < stop; row++) {
                 int64_t own = (part * s->tokens + s->starts[row]) * d, at = part * shared + group * s->prefix * d;
                 backward_row(s, q, k, v, out, logsums, grad, grad_q, sums + own, sums + all + own, of_prefix + at,
                              of_prefix + s->parts * shared + at, part, row, (Room){scratch + omp_get_thread_num() * room});

@@ -61,12 +61,13 @@ def _laid(rows: Sequence[int], prefix: int) -> tuple[list[int], list[int], int]:
     return starts, lengths, max(lengths[0], prefix + max(rows))
 
 
-def _shape(q: Tensor, k: Tensor, rows: Sequence[int], prefix: int, scale: float) -> tuple[_Shape, int]:
+def _shape(q: Tensor, k: Tensor, v: Tensor, rows: Sequence[int], prefix: int, scale: float) -> tuple[_Shape, int]:
     """What attention.c is told, and the bytes of scratch that each thread needs."""
     starts, lengths, longest = _laid(rows, prefix)
     (tokens, heads, d), kv = q.shape, k.shape[1]
-    if min(lengths) < 0 or sum(lengths) > tokens or len(k) != tokens or heads % kv or d % HEAD or k.shape[2] != d:
-        shapes = f"queries {tuple(q.shape)}, keys {tuple(k.shape)}, a prefix of {prefix}"
+    alike = k.shape == v.shape == (tokens, kv, d) and heads % kv == 0 and d % HEAD == 0
+    if not alike or min(lengths) < 0 or sum(lengths) > tokens:
+        shapes = f"queries {tuple(q.shape)}, keys {tuple(k.shape)}, values {tuple(v.shape)}, a prefix of {prefix}"
         raise ValueError(f"rows of {list(rows)} tokens are no rows of {shapes}, in whole groups and heads of {HEAD} numbers")
     array = ctypes.c_int64 * len(rows)
     held = array(*starts), array(*lengths)
@@ -106,7 +107,7 @@ def row_attention(q: Tensor, k: Tensor, v: Tensor, rows: list[int], prefix: int,
 
     `rows` are the lengths behind a prefix that all of them see; tokens behind the last one get zeros.
     """
-    shape, room = _shape(q, k, rows, prefix, scale)
+    shape, room = _shape(q, k, v, rows, prefix, scale)
     threads = _threads(shape.heads * shape.rows)
     out, logs = torch.empty_like(q), torch.empty(q.shape[1], len(q))
     out[prefix + sum(rows) :] = 0
@@ -121,7 +122,7 @@ def row_attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """∂Q, ∂K and ∂V in the shapes of q, k and v, from what `row_attention` was given (`laid`: rows, prefix, scale) and gave."""
     rows, prefix, scale = laid
-    shape, room = _shape(q, k, rows, prefix, scale)
+    shape, room = _shape(q, k, v, rows, prefix, scale)
     threads = _threads(shape.parts * shape.groups)
     grads = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
     grads[0][prefix + sum(rows) :] = 0
