@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from lorakeet.core.decode_block import DecodeBlock
+from lorakeet.core.native import ops
 from lorakeet.models import fuse, modules
 from lorakeet.models.active import LiveModel
 from lorakeet.models.kv_cache import KeyValues, Row, step
@@ -20,6 +22,7 @@ from lorakeet.models.spec import ModelSpec
 from lorakeet.models.text import TextModel
 from tiny.adapters import random_adapter
 from tiny.models import save_tiny_llama, tiny_model
+from tiny.native import needs_native
 
 PROMPTS = ((3, 5, 7, 9, 11, 2, 4), (8, 6, 1), (9, 9, 4, 4, 13))
 WRITTEN = ((1, 2), (5, 5), (7, 3))
@@ -87,6 +90,30 @@ def test_bf16_is_as_near_as_bf16_is(tmp_path: Path) -> None:
     before = error()
     LiveModel(text)
     assert error() <= 2 * before + 1e-3
+
+
+@needs_native
+def test_the_native_block_writes_what_torch_writes(tmp_path: Path) -> None:
+    text = load(tmp_path, "qwen2", "bfloat16", head_dim=64)
+    live = LiveModel(text)
+    live.attach("a", random_adapter(tiny_model("qwen2", vocab_size=text.model.config.vocab_size, head_dim=64), seed=0, rank=2))
+    assert text.products == torch.bfloat16, "a processor with these instructions multiplies bf16 faster"
+    none: list[dict[str, float]] = [{}, {}, {}]
+    calls, native = counted(lambda: written(text, none, live.selection))
+    with ops.without():
+        more, plain = counted(lambda: written(text, none, live.selection))
+    assert calls < more / 3
+    for ours, theirs in zip(native, plain, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0.02, atol=0.02 * float(theirs.abs().max()))
+    alone = written(text, none, live.selection)
+    assert all(torch.equal(one, other) for one, other in zip(native, alone, strict=True))
+
+
+def counted(function: Callable[[], list[Tensor]]) -> tuple[int, list[Tensor]]:
+    """How many operations of torch it takes, and what it gives."""
+    with Counting() as counting:
+        found = function()
+    return counting.calls, found
 
 
 class Counting(TorchDispatchMode):

@@ -1,4 +1,4 @@
-"""Weights in oneDNN's order: the same products, the same weight back, and what has no such order."""
+"""Weights in the order of a product: the same products, the same weight back, and what has no such order."""
 
 from __future__ import annotations
 
@@ -6,7 +6,10 @@ import pytest
 import torch
 from torch import nn
 
-from lorakeet.core.reordered import ReorderedBase, ReorderedLinear, can_reorder
+from lorakeet.core.base import DenseBase
+from lorakeet.core.native.linear import Panels
+from lorakeet.core.reordered import ReorderedBase, ReorderedLinear, Together, can_reorder
+from tiny.native import needs_native
 
 DTYPES = [dtype for dtype in (torch.float32, torch.bfloat16) if can_reorder(torch.zeros(4, 4, dtype=dtype))]
 
@@ -17,11 +20,12 @@ def test_there_is_an_order_on_this_machine() -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("tokens", [1, 5, 40])
-def test_products_are_those_of_the_plain_weight(dtype: torch.dtype, tokens: int) -> None:
+@pytest.mark.parametrize("width", [33, 34])  # Lorakeet's own order takes even widths
+def test_products_are_those_of_the_plain_weight(dtype: torch.dtype, tokens: int, width: int) -> None:
     torch.manual_seed(0)
-    weight, x, grad = torch.randn(24, 33).to(dtype), torch.randn(tokens, 33).to(dtype), torch.randn(tokens, 24).to(dtype)
+    weight, x, grad = torch.randn(24, width).to(dtype), torch.randn(tokens, width).to(dtype), torch.randn(tokens, 24).to(dtype)
     base = ReorderedBase(weight)
-    assert base.shape == (24, 33) and torch.equal(base.dense(), weight)
+    assert base.shape == (24, width) and torch.equal(base.dense(), weight)
     near = {"rtol": 1e-2, "atol": 1e-1} if dtype == torch.bfloat16 else {}
     torch.testing.assert_close(base.matmul(x), x @ weight.T, **near)
     torch.testing.assert_close(base.matmul_t(grad), grad @ weight, **near)
@@ -44,6 +48,27 @@ def test_a_linear_layer_is_replaced(bias: bool) -> None:
         layer(given).square().sum().backward()
         grads.append(given.grad)
     torch.testing.assert_close(*grads)
+
+
+@needs_native
+def test_weights_of_one_input_are_one_product() -> None:
+    torch.manual_seed(0)
+    bases = [ReorderedBase(torch.randn(out, 32).bfloat16()) for out in (24, 7)]
+    together, x = Together(bases), torch.randn(5, 32).bfloat16()
+    assert all(isinstance(base.order, Panels) for base in bases)
+
+    def check() -> None:
+        found = together(x)
+        assert found[0].untyped_storage().data_ptr() == found[1].untyped_storage().data_ptr()
+        for ours, base in zip(found, bases, strict=True):
+            assert torch.equal(ours, base.matmul(x))
+
+    check()
+    bases[1].store(torch.randn(7, 32).bfloat16())  # which is noticed
+    check()
+    plain = DenseBase(nn.Linear(32, 3, bias=False).bfloat16())
+    apart = Together([bases[0], plain])(x)
+    assert torch.equal(apart[0], bases[0].matmul(x)) and torch.equal(apart[1], plain.matmul(x))
 
 
 def test_what_has_no_order() -> None:

@@ -17,6 +17,10 @@ from torch import Tensor, nn
 from lorakeet.core.fused import FrozenRmsNorm
 from lorakeet.core.fused_attention import INPUTS, turned
 from lorakeet.core.layers import BlockStandIn, LoraLinear, SharedInput
+from lorakeet.core.native import ops
+from lorakeet.core.native.block import Block, BlockParts, NewTokens
+from lorakeet.core.native.linear import Panels
+from lorakeet.core.reordered import Order, ReorderedBase
 
 BLOCK_PARTS = ("input_layernorm", "self_attn", "post_attention_layernorm", "mlp")
 
@@ -25,6 +29,12 @@ class Attended(Protocol):
     """The keys and values of earlier tokens, as models/kv_cache keeps them."""
 
     capacity: int
+
+    new_tokens: NewTokens
+
+    def layer(self, number: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values (slots, kv heads, capacity, d) of a layer, whose new ones are like these (·, kv heads, d)."""
+        ...
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, *, scale: float) -> Tensor:
         """q (tokens, heads, d), k and v (tokens, kv heads, d) of the new tokens to (tokens, heads, d)."""
@@ -45,17 +55,50 @@ class DecodeBlock(BlockStandIn):
         self._inward = _Together([getattr(own, name) for name in INPUTS])
         self._apart = _Together([mlp.original.gate_proj, mlp.original.up_proj])
         self._limit = min(attention.windows(), default=None)
+        gate, up = mlp.original.gate_proj, mlp.original.up_proj
+        self._layers = (*(getattr(own, name) for name in INPUTS), own.o_proj, gate, up, mlp.original.down_proj)
+        self._normed = [(cast(Tensor, norm.weight), cast(float, norm.original.variance_epsilon)) for norm in (first, second)]
+        self._silu = bool(mlp.activation.native)
+        self._orders: list[Order] = []
+        self._block: Block | None = None
 
     def forward(self, hidden_states: Tensor, *args: Any, **settings: Any) -> Any:
         cache, turn = settings.get("row_cache"), settings.get("position_embeddings")
         if cache is None or args or turn is None or torch.is_grad_enabled() or not self._suits(cache, hidden_states, turn):
             return self.original(hidden_states, *args, **settings)
-        first, second = self._norms
         x = hidden_states[0]
+        block = self._native(x)
+        if block is not None:
+            own = self._parts[0]
+            like = x.new_empty(0, *block.cached)
+            return block.forward(x.contiguous(), cache.new_tokens, turn, cache.layer(own.layer_idx, like, like))[None]
+        first, second = self._norms
         x = x + self._attention(first(x), cache, turn[0][0], turn[1][0])
         gate, up = self._apart(second(x))
         _, down, activation = self._parts
         return x.add_(down(activation(gate).mul_(up)))[None]
+
+    def _native(self, x: Tensor) -> Block | None:
+        """The block as the native library computes it, where it may and no token of the batch has a pair here."""
+        layers = self._layers
+        if x.dtype != torch.bfloat16 or not ops.in_use() or not all(isinstance(layer, LoraLinear) for layer in layers):
+            return None
+        if any(layer.products not in (None, x.dtype) or layer.in_use for layer in layers):
+            return None
+        orders = [cast(ReorderedBase, layer.base).order for layer in layers if isinstance(layer.base, ReorderedBase)]
+        if self._orders != orders:  # which a base changes that is given another weight
+            self._orders, self._block = orders, self._laid_out(orders)
+        return self._block
+
+    def _laid_out(self, orders: Sequence[Order]) -> Block | None:
+        weights = tuple(order for order in orders if isinstance(order, Panels))
+        if len(weights) < len(self._layers) or not self._silu:
+            return None
+        norms, epsilons = zip(*self._normed, strict=True)
+        biases = tuple(layer.bias for layer in self._layers)
+        own = self._parts[0]
+        parts = BlockParts(norms, epsilons, weights, biases, own.head_dim, own.scaling)
+        return Block(parts) if parts.fit else None
 
     def _suits(self, cache: Attended, x: Tensor, turn: tuple[Tensor, Tensor]) -> bool:
         head = self._parts[0].head_dim

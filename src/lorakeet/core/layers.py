@@ -20,6 +20,7 @@ from lorakeet.core.batched import Stack, shared_low_rank
 from lorakeet.core.dora import DoraPair
 from lorakeet.core.lowrank import LoraPair, frozen_linear
 from lorakeet.core.plan import PlanEntry
+from lorakeet.core.reordered import ReorderedBase, Together
 from lorakeet.core.selection import Arrangement, Selection, Share
 from lorakeet.core.spec import ANCHORED
 from lorakeet.core.start import begin
@@ -201,6 +202,7 @@ class SharedInput:
         self._changes = -1
         self._products: torch.dtype | None = None
         self._biases: list[Tensor | None] = []
+        self._together: Together | None = None  # the frozen weights
 
     def __call__(self, layers: Sequence[LoraLinear], x: Tensor) -> list[Tensor]:
         """x (tokens, in) to (tokens, out) of each layer. Pairs that are more than A and B compute their tokens by themselves."""
@@ -211,20 +213,27 @@ class SharedInput:
         if stack is None or self._to is not to or self._changes != selection.changes or self._products != products:
             stack = self._holding(layers, to, products, x.device)
         special = not stack.special.isdisjoint(to.used)
-        if stack.empty and not special:
+        nothing = stack.empty and not special
+        if nothing and not all(isinstance(layer.base, ReorderedBase) for layer in layers):
             return [layer.bare(x) for layer in layers]
         wide = x.to(products)
-        ys = [layer.base.matmul(wide) for layer in layers]
+        ys = self._frozen(layers)(wide)
         for y, bias in zip(ys, self._biases, strict=True):
             if bias is not None:
                 y.add_(bias)
-        stack.add(ys, wide, to)
+        if not nothing:
+            stack.add(ys, wide, to)
         ys = ys if products == x.dtype else [y.to(x.dtype) for y in ys]
         if special:
             for layer, y in zip(layers, ys, strict=True):
                 for share, pair in require_unmixed(layer.divided(len(x))):
                     y[share.start : share.stop] = layer.by_itself(x, share, pair)
         return ys
+
+    def _frozen(self, layers: Sequence[LoraLinear]) -> Together:
+        if self._together is None:
+            self._together = Together([layer.base for layer in layers])
+        return self._together
 
     def _holding(self, layers: Sequence[LoraLinear], to: Arrangement, products: torch.dtype, device: torch.device) -> Stack:
         """The stack, with the mixes of `to` in it."""

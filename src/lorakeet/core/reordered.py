@@ -1,18 +1,50 @@
-"""Dense weights in the order in which oneDNN multiplies, for inference on a CPU.
+"""Dense weights in the order in which they are multiplied, for inference on a CPU: Lorakeet's own (core/native), else oneDNN's.
 
-A product of a few tokens with a plain weight spends half of its time on bringing the weight into that order. Done once, 16 tokens
-in bf16 take 0.5 to 0.65 of the time, and one token half (docs/log.md). The plain weight is not kept beside it.
+A product of a few tokens with a plain weight spends half of its time on bringing the weight into an order. Done once, 16 tokens
+in bf16 take 0.5 to 0.65 of the time by oneDNN, and one token half; in Lorakeet's own order 0.7 and 0.55 of that (docs/log.md). The
+plain weight is not kept beside it.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
+from typing import Protocol, cast
 
 import torch
 from torch import Tensor, nn
 
+from lorakeet.core.base import FrozenBase
 from lorakeet.core.device import is_cpu
 from lorakeet.core.lowrank import frozen_linear
+from lorakeet.core.native.linear import Beside, Panels, can_panel
+
+
+class Order(Protocol):
+    """A weight (out, in) in some order."""
+
+    def product(self, x: Tensor) -> Tensor:
+        """x (tokens, in) to (tokens, out), both in the weight's dtype."""
+        ...
+
+    def dense(self) -> Tensor:
+        """The weight again, to the last bit."""
+        ...
+
+
+class OneDnnOrder:
+    """The order of oneDNN, which is its own affair."""
+
+    def __init__(self, weight: Tensor) -> None:
+        self._weight = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous())
+        self._product = torch.ops.mkldnn._linear_pointwise.default
+
+    def product(self, x: Tensor) -> Tensor:
+        y: Tensor = self._product(x, self._weight, None, "none", [], "")
+        return y
+
+    def dense(self) -> Tensor:
+        return self._weight.to_dense()  # type: ignore[no-any-return]
 
 
 class ReorderedBase:
@@ -22,23 +54,22 @@ class ReorderedBase:
         """`weight` (out, in) on the CPU; see `can_reorder`."""
         self.shape: tuple[int, int] = (weight.shape[0], weight.shape[1])
         self.dtype = weight.dtype
-        self._product = torch.ops.mkldnn._linear_pointwise.default
         self.store(weight)
 
     def matmul(self, x: Tensor) -> Tensor:
         if x.dtype != self.dtype or not len(x):
             return torch.mm(x, self.dense().to(x.dtype).t())
-        y: Tensor = self._product(x, self._reordered, None, "none", [], "")
-        return y
+        return self.order.product(x)
 
     def matmul_t(self, grad: Tensor) -> Tensor:
         return torch.mm(grad, self.dense().to(grad.dtype))
 
     def dense(self) -> Tensor:
-        return self._reordered.to_dense()  # type: ignore[no-any-return]
+        return self.order.dense()
 
     def store(self, weight: Tensor) -> None:
-        self._reordered = torch.ops.mkldnn._reorder_linear_weight(weight.detach().to(self.dtype).contiguous())
+        weight = weight.detach().to(self.dtype)
+        self.order: Order = Panels(weight) if can_panel(weight) else OneDnnOrder(weight)
 
 
 class ReorderedLinear(nn.Module):
@@ -65,20 +96,43 @@ class ReorderedLinear(nn.Module):
         return y.view(*x.shape[:-1], self.out_features)
 
 
+class Together:
+    """Weights that see the same x: one call for all of them, where all are in Lorakeet's own order."""
+
+    def __init__(self, bases: Sequence[FrozenBase]) -> None:
+        self._bases = tuple(bases)
+        self._orders: list[Order] = []
+        self._beside: Beside | None = None
+
+    def __call__(self, x: Tensor) -> list[Tensor]:
+        """x (tokens, in) to x·Wᵀ (tokens, out) of each; these may be parts of one tensor, side by side."""
+        if len(x) and x.dtype == torch.bfloat16 and all(isinstance(base, ReorderedBase) for base in self._bases):
+            orders = [cast(ReorderedBase, base).order for base in self._bases]
+            if self._orders != orders:  # a base may be given another weight
+                self._orders = orders
+                panels = [order for order in orders if isinstance(order, Panels)]
+                self._beside = Beside(panels) if len(panels) == len(orders) else None
+            if self._beside is not None:
+                return list(self._beside.product(x).split(self._beside.outputs, dim=1))
+        return [base.matmul(x) for base in self._bases]
+
+
 def can_reorder(weight: Tensor) -> bool:
-    """Whether oneDNN has an order of its own for such a weight on this machine."""
-    return weight.dim() == 2 and weight.is_floating_point() and is_cpu(weight.device) and _works(weight.dtype)
+    """Whether there is an order for such a weight on this machine."""
+    if weight.dim() != 2 or not weight.is_floating_point() or not is_cpu(weight.device):
+        return False
+    return can_panel(weight) or _works(weight.dtype)
 
 
 @cache
 def _works(dtype: torch.dtype) -> bool:
-    """Tried on a small weight: which dtypes there are, depends on the processor."""
+    """Whether oneDNN's order does, tried on a small weight: which dtypes there are, depends on the processor."""
     if not all(hasattr(torch.ops.mkldnn, name) for name in ("_reorder_linear_weight", "_linear_pointwise")):
         return False
     weight = torch.linspace(-1, 1, 48 * 32).view(48, 32).to(dtype)
     try:
-        base = ReorderedBase(weight)
-        found = base.matmul(weight[:3])
+        order = OneDnnOrder(weight)
+        found = order.product(weight[:3])
     except RuntimeError:
         return False
-    return torch.equal(base.dense(), weight) and torch.allclose(found, torch.mm(weight[:3], weight.t()), rtol=0.02, atol=0.02)
+    return torch.equal(order.dense(), weight) and torch.allclose(found, torch.mm(weight[:3], weight.t()), rtol=0.02, atol=0.02)

@@ -10,12 +10,14 @@ import math
 import mmap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lorakeet.core.device import is_cpu
+from lorakeet.core.native.block import NewTokens
 from lorakeet.core.row_attention import QUERIES
 from lorakeet.core.selection import Selection, Share
 from lorakeet.errors import ConfigError
@@ -77,9 +79,26 @@ class Pass:
         for row in rows:
             places.append(place)
             place += len(row.ids)
-        self._prompts = [(row, at) for row, at in zip(rows, places, strict=True) if len(row.ids) > 1]
-        single = [(row, at) for row, at in zip(rows, places, strict=True) if len(row.ids) == 1]
-        self._single = _Singles([row for row, _ in single], [at for _, at in single], cache.capacity, device) if single else None
+        self._rows, self._places, self._device = rows, places, device
+
+    @cached_property
+    def new_tokens(self) -> NewTokens:
+        """The tokens of the step, for blocks that are computed natively."""
+        slots = [row.slot for row in self._rows for _ in row.ids]
+        return NewTokens(slots, [row.start + place for row in self._rows for place in range(len(row.ids))], self.capacity)
+
+    @cached_property
+    def _prompts(self) -> list[tuple[Row, int]]:
+        return [(row, at) for row, at in zip(self._rows, self._places, strict=True) if len(row.ids) > 1]
+
+    @cached_property
+    def _single(self) -> _Singles | None:
+        single = [(row, at) for row, at in zip(self._rows, self._places, strict=True) if len(row.ids) == 1]
+        return _Singles([row for row, _ in single], [at for _, at in single], self.capacity, self._device) if single else None
+
+    def layer(self, number: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """The keys and values of a layer, as KeyValues.layer has them."""
+        return self.cache.layer(number, key, value)
 
     def attend(
         self, layer: int, q: Tensor, k: Tensor, v: Tensor, *, scale: float, window: int | None = None, cap: float | None = None

@@ -9,9 +9,9 @@ typedef uint16_t bf16;
 #define LANES 16
 #define LOG2E 1.44269504088896340736f
 
-static inline __m512 wide(const bf16 *x) {
-    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)x)), 16));
-}
+static inline __m512 widened(__m256i x) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16)); }
+
+static inline __m512 wide(const bf16 *x) { return widened(_mm256_loadu_si256((const __m256i *)x)); }
 
 static inline __m256i narrow(__m512 x) { return (__m256i)_mm512_cvtneps_pbh(x); } /* to the nearest, ties to even */
 

@@ -25,7 +25,8 @@ import torch
 from lorakeet.core.cache import cache_folder
 
 HERE = Path(__file__).parent
-SOURCES = ("attention.c", "passes.c")
+HEADERS = ("lanes.h", "passes.h", "linear.h", "cached.h")
+SOURCES = ("attention.c", "passes.c", "linear.c", "cached.c", "block.c")
 FLAGS = ("-O3", "-march=x86-64-v4", "-mavx512bf16", "-ffp-contract=fast", "-fno-strict-aliasing", "-fopenmp", "-fPIC")
 WANTED = frozenset({"avx512_bf16", "avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"})  # as /proc/cpuinfo has them
 SECONDS = 120  # more than a compilation takes on a busy machine
@@ -86,7 +87,7 @@ def _processor() -> frozenset[str]:
 def _loaded(compiler: list[str]) -> ctypes.CDLL:
     """The library from the cache, where it is compiled if it is not there; without a cache, from a folder that goes away."""
     openmp = _openmp()
-    texts = [(HERE / name).read_bytes() for name in ("lanes.h", *SOURCES)]
+    texts = [(HERE / name).read_bytes() for name in (*HEADERS, *SOURCES)]
     told = *FLAGS, *compiler, _run([*compiler, "--version"]), str(openmp)
     digest = hashlib.sha256(b"/".join([*texts, *(each.encode() for each in told)])).hexdigest()
     name = f"native-{digest[:16]}.so"
@@ -116,6 +117,7 @@ def _own(folder: Path) -> bool:
 def _opened(path: Path) -> ctypes.CDLL:
     found = ctypes.CDLL(str(path))
     found.attention_scratch.restype = ctypes.c_int64
+    found.block_scratch.restype = ctypes.c_int64
     return found
 
 

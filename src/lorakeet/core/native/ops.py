@@ -46,6 +46,11 @@ def without() -> Iterator[None]:
         _used.reset(before)
 
 
+def in_use() -> bool:
+    """Whether the library is there, and to be used in this thread."""
+    return _used.get() and library() is not None
+
+
 def serves(products: torch.dtype, *states: Tensor, width: int = LANES) -> bool:
     """Whether the operators are to compute with these states, where matrix products run in `products`."""
     if not _used.get() or products != torch.bfloat16:

@@ -2,7 +2,7 @@
 
    `tokens` rows of `width` numbers, a multiple of 16, one after the other. */
 
-#include "lanes.h"
+#include "passes.h"
 
 #include <math.h>
 
@@ -64,6 +64,16 @@ void gated(const bf16 *gate, const bf16 *up, bf16 *inner, int64_t count, int thr
         __m512 g = wide(gate + i);
         put(inner + i, _mm512_mul_ps(_mm512_mul_ps(g, sigmoid(g)), wide(up + i)));
     }
+}
+
+/* The same of `tokens` rows of gates and of ups, `width` numbers each, whose rows lie `step` numbers apart. */
+void gated_apart(const bf16 *gate, const bf16 *up, bf16 *inner, int64_t tokens, int64_t width, int64_t step, int threads) {
+#pragma omp parallel for schedule(static) num_threads(threads)
+    for (int64_t t = 0; t < tokens; t++)
+        for (int64_t c = 0; c < width; c += LANES) {
+            __m512 g = wide(gate + t * step + c);
+            put(inner + t * width + c, _mm512_mul_ps(_mm512_mul_ps(g, sigmoid(g)), wide(up + t * step + c)));
+        }
 }
 
 /* With ∂h given: ∂g = ∂h·u·σ·(1 + g·(1 − σ)) in the place of g, ∂u = ∂h·g·σ in that of u, and h in that of ∂h. */
