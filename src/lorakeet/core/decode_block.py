@@ -85,7 +85,7 @@ class DecodeBlock(BlockStandIn):
             return None
         if any(layer.products not in (None, x.dtype) or layer.in_use for layer in layers):
             return None
-        orders = [cast(ReorderedBase, layer.base).order for layer in layers if isinstance(layer.base, ReorderedBase)]
+        orders = [layer.base.order for layer in layers if isinstance(layer.base, ReorderedBase)]
         if self._orders != orders:  # which a base changes that is given another weight
             self._orders, self._block = orders, self._laid_out(orders)
         return self._block

@@ -1,8 +1,8 @@
 """Dense weights in the order in which they are multiplied, for inference on a CPU: Lorakeet's own (core/native), else oneDNN's.
 
 A product of a few tokens with a plain weight spends half of its time on bringing the weight into an order. Done once, 16 tokens
-in bf16 take 0.5 to 0.65 of the time by oneDNN, and one token half; in Lorakeet's own order 0.7 and 0.55 of that (docs/log.md). The
-plain weight is not kept beside it.
+in bf16 take 0.5 to 0.65 of the time by oneDNN, and one token half; in Lorakeet's own order 0.7 and 0.55 of that (docs/log.md).
+The plain weight is not kept beside it.
 """
 
 from __future__ import annotations
@@ -113,7 +113,7 @@ class Together:
                 panels = [order for order in orders if isinstance(order, Panels)]
                 self._beside = Beside(panels) if len(panels) == len(orders) else None
             if self._beside is not None:
-                return list(self._beside.product(x).split(self._beside.outputs, dim=1))
+                return list(torch.split(self._beside.product(x), self._beside.outputs, dim=1))
         return [base.matmul(x) for base in self._bases]
 
 

@@ -98,8 +98,8 @@ def test_a_block_is_what_its_formulas_say(shape: tuple[int, int, int, int, int],
     written = torch.zeros(SLOTS, CAPACITY, dtype=torch.bool)
     written[slots, positions] = True
     for ours, held in zip(cache, before, strict=True):
-        untouched = torch.where(written[:, None, :, None], torch.zeros_like(ours), ours)
-        assert torch.equal(untouched.nan_to_num(7), torch.where(written[:, None, :, None], torch.zeros_like(held), held).nan_to_num(7))
+        left, found = (each.masked_fill(written[:, None, :, None], 0).nan_to_num(7) for each in (held, ours))
+        assert torch.equal(left, found), "only the places of the new tokens are written"
 
 
 def computed(parts: BlockParts, x: Tensor, slots: list[int], positions: list[int], cache: list[Tensor]) -> Tensor:

@@ -1,1 +1,1 @@
-"""Row attention and the passes between a block's products on a CPU, compiled on this machine from C."""
+"""Row attention, passes between products and whole blocks that write tokens, compiled on this machine from C."""

@@ -9,7 +9,7 @@
 #include "linear.h"
 
 #define TOKENS 16   /* at most, that share a pass over a panel: as many sums as registers hold */
-#define PANELS 4    /* that a thread takes at once */
+#define PANELS 2    /* that a thread takes at once */
 #define AHEAD 2048  /* bytes that are asked for before they are needed: the processor itself stops at the end of each page */
 
 /* Sums of `tokens` times `panels` times 16 outputs, at most 16 registers of them. */
@@ -19,7 +19,7 @@ static inline __attribute__((always_inline)) void sums(const int tokens, const i
 #pragma GCC unroll 16
     for (int i = 0; i < tokens * panels; i++) sum[i] = _mm512_setzero_ps();
     for (int64_t k = 0; k < words; k++)
-#pragma GCC unroll 4
+#pragma GCC unroll 2
         for (int p = 0; p < panels; p++) {
             const uint32_t *at = weight + (p * words + k) * LANES;
             _mm_prefetch((const char *)at + AHEAD, _MM_HINT_T0);
@@ -32,7 +32,7 @@ static inline __attribute__((always_inline)) void sums(const int tokens, const i
     for (int i = 0; i < tokens * panels; i++) found[i] = sum[i];
 }
 
-/* The same for any number of `tokens` up to 16 and of `panels` up to 4, as many panels at once as there are registers for. */
+/* The same for any number of `tokens` up to 16 and one or two `panels`, as many panels at once as there are registers for. */
 static void any_sums(int tokens, int panels, const uint32_t *x, int64_t words, const uint32_t *weight, __m512 *found) {
 #define ONE_BY_ONE(t) \
     for (int p = 0; p < panels; p++) sums(t, 1, x, words, weight + p * words * LANES, found + p * t)
@@ -42,7 +42,7 @@ static void any_sums(int tokens, int panels, const uint32_t *x, int64_t words, c
         else ONE_BY_ONE(t);                                          \
         break;
     switch (tokens) {
-        CASE(1, 4) CASE(2, 4) CASE(3, 4) CASE(4, 4) CASE(5, 2) CASE(6, 2) CASE(7, 2) CASE(8, 2)
+        CASE(1, 2) CASE(2, 2) CASE(3, 2) CASE(4, 2) CASE(5, 2) CASE(6, 2) CASE(7, 2) CASE(8, 2)
         CASE(9, 1) CASE(10, 1) CASE(11, 1) CASE(12, 1) CASE(13, 1) CASE(14, 1) CASE(15, 1) CASE(16, 1)
     }
 }

@@ -22,7 +22,7 @@ class Product(ctypes.Structure):
 
 
 class Panels:
-    """A bf16 weight (out, in) in panels of 16 outputs: (panels, in/2, 16) words of two numbers, the last panel filled with zeros."""
+    """A bf16 weight (out, in) in panels of 16 outputs: (panels, in/2, 16) words of two numbers, the last filled with zeros."""
 
     def __init__(self, weight: Tensor) -> None:
         """`weight` is one that `can_panel` takes."""
@@ -64,8 +64,9 @@ class Beside:
         x, found = x.contiguous(), library()
         assert found is not None  # it was there when the weights were laid out
         y = torch.empty(len(x), self.columns, dtype=x.dtype)
-        addresses = ctypes.c_void_p(x.data_ptr()), self._products, ctypes.c_int64(len(self._products)), ctypes.c_void_p(y.data_ptr())
-        found.linear(*addresses, ctypes.c_int64(len(x)), *self._sizes, torch.get_num_threads())
+        given = ctypes.c_void_p(x.data_ptr()), self._products, ctypes.c_int64(len(self._products))
+        sizes = ctypes.c_int64(len(x)), *self._sizes
+        found.linear(*given, ctypes.c_void_p(y.data_ptr()), *sizes, torch.get_num_threads())
         return y
 
 
