@@ -13,7 +13,6 @@ of products does not depend on the number of adapters.
 from __future__ import annotations
 
 import itertools
-import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
@@ -23,13 +22,13 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lorakeet.core.base import FrozenBase
-from lorakeet.core.frozen_pair import FrozenPair
 from lorakeet.core.gathered import row_dots, row_sums
 from lorakeet.core.lowrank import LoraPair
 from lorakeet.core.math import add_low_rank, grad_of_b, shrink_grad
+from lorakeet.core.mixture import Copied, Factors, Held, Mixture, factors_of, mixtures, plain
 from lorakeet.core.padded_parts import PaddedParts, Part, padded
 from lorakeet.core.row_table import RowTable
-from lorakeet.core.selection import PATIENCE, Arrangement, Mix, Selection, Share, Standing
+from lorakeet.core.selection import PATIENCE, Arrangement, Selection, Share, Standing
 
 
 class SharedLowRank(torch.autograd.Function):
@@ -94,32 +93,6 @@ def shared_low_rank(
     factors = [factor for _, pair in shares for factor in pair.factors()]
     apply: Any = SharedLowRank.apply
     return cast(Tensor, apply(x, base, bias, products or x.dtype, parts, *factors))
-
-
-Mixture = Sequence[tuple[LoraPair, float]]  # the pairs of a mix on one layer, with weights
-Factors = tuple[Tensor, Tensor, float]  # A and B of a pair as used, and what their product is multiplied by
-Held = Sequence[Mapping[str, LoraPair]]  # the pairs of some layers, each by adapter
-
-
-@dataclass(frozen=True)
-class _Copy:
-    """What stands at a place, and the trainable tensors that it was copied from, with how often these had been written to by
-    then. Frozen ones are not written to."""
-
-    what: Standing
-    tensors: tuple[weakref.ref[Tensor], ...]
-    written: int
-
-    @classmethod
-    def of(cls, what: Standing, layers: Sequence[Mixture]) -> _Copy:
-        pairs = [pair for mixture in layers for pair, _ in mixture if not isinstance(pair, FrozenPair)]
-        factors: list[Tensor] = [factor for pair in pairs for factor in (pair.A, pair.B)]
-        tensors = tuple(weakref.ref(factor) for factor in factors if factor.requires_grad and not factor.is_inference())
-        return cls(what, tensors, _written(tensors))
-
-    def stands_for(self, what: Standing) -> bool:
-        """Whether this is still a copy of that."""
-        return self.what == what and self.written == _written(self.tensors)
 
 
 @dataclass(frozen=True)
@@ -211,7 +184,7 @@ class Stack:
         self._table = tuple(itertools.accumulate(others, initial=0))  # of B's, by layer
         self._Bs = [RowTable(out, products, device) for out, _ in itertools.groupby(outs)]
         self._ranks: dict[int, tuple[int, ...]] = {}  # by place, of each layer
-        self._copies: dict[int, _Copy] = {}  # by place
+        self._copies: dict[int, Copied] = {}  # by place
         self._seats: dict[int, _Seat] = {}  # by place
         self._picked: tuple[Arrangement, _Picks] | None = None  # the last ones
         self._roomy = 0  # batches in a row that needed less than half of the rows
@@ -232,20 +205,24 @@ class Stack:
         Copies what is not there, or was copied before an adapter came or left, or was trained since.
         """
         wanted = selection.standing(to)
-        new = {place: _own(to.places[place], pairs) for place, what in wanted.items() if not self._stands(place, what)}
+        new = {place: mixtures(to.places[place], pairs) for place, what in wanted.items() if not self._stands(place, what)}
         if new:
-            factors = {place: [_factors(mixture) for mixture in layers] for place, layers in new.items()}
+            factors = {place: [factors_of(mixture) for mixture in layers] for place, layers in new.items()}
             self._make_room(factors, wanted)
             for place, layers in new.items():
-                if not all(map(_plain, layers)):
+                if not all(map(plain, layers)):
                     self.special.add(place)
                 self._copy(place, factors[place])
-                self._copies[place] = _Copy.of(wanted[place], layers)
+                self._copies[place] = Copied.of(wanted[place], layers)
             self.empty = not any(map(any, self._ranks.values()))
         needed = sum(sum(self._ranks[place]) for place in wanted)
         self._roomy = self._roomy + 1 if 2 * needed < len(self._A.numbers) else 0
         if self._roomy >= PATIENCE:
             self._remake(wanted, fit=True)
+
+    def meets_special(self, to: Arrangement) -> bool:
+        """Whether a mix of the arrangement, which is held, has a pair here that is more than A and B."""
+        return not self.special.isdisjoint(to.used)
 
     def _stands(self, place: int, what: Standing) -> bool:
         known = self._copies.get(place)
@@ -365,30 +342,3 @@ def _below(first: int, counts: Iterable[int]) -> Iterable[slice]:
 
 def _numbers(values: Sequence[int], device: torch.device) -> Tensor:
     return torch.tensor(values, dtype=torch.int64, device=device)
-
-
-def _own(mix: Mix, pairs: Held) -> list[Mixture]:
-    """The pairs of a mix, for each layer."""
-    return [[(held[name], weight) for name, weight in mix if name in held] for held in pairs]
-
-
-def _plain(mixture: Mixture) -> bool:
-    return all(pair.plain for pair, _ in mixture)
-
-
-def _factors(mixture: Mixture) -> list[Factors]:
-    """Those of a mix on one layer; none where one of its pairs is more than A and B."""
-    if not _plain(mixture):
-        return []
-    found = []
-    for pair, weight in mixture:
-        A, B = pair.factors()
-        if not isinstance(pair, FrozenPair):
-            A, B = A.detach(), B.detach()
-        found.append((A, B, pair.scale * weight))
-    return found
-
-
-def _written(tensors: Iterable[weakref.ref[Tensor]]) -> int:
-    """How often the tensors have been written to in place."""
-    return sum(tensor._version for known in tensors if (tensor := known()) is not None)

@@ -19,6 +19,8 @@ from lorakeet.core.base import DenseBase, FrozenBase, TransposedBase
 from lorakeet.core.batched import Stack, shared_low_rank
 from lorakeet.core.dora import DoraPair
 from lorakeet.core.lowrank import LoraPair, frozen_linear
+from lorakeet.core.mix_copies import MixRows
+from lorakeet.core.native.pair_rows import fits
 from lorakeet.core.plan import PlanEntry
 from lorakeet.core.reordered import ReorderedBase, Together
 from lorakeet.core.selection import Arrangement, Selection, Share
@@ -197,12 +199,17 @@ class SharedInput:
     """
 
     def __init__(self) -> None:
-        self._stack: Stack | None = None
+        self._stack: Stack | MixRows | None = None
+        self._selection: Selection | None = None  # whose mixes the stack holds
         self._to: Arrangement | None = None  # what the stack is made for, after which change of adapters
         self._changes = -1
         self._products: torch.dtype | None = None
         self._biases: list[Tensor | None] = []
         self._together: Together | None = None  # the frozen weights
+
+    def __deepcopy__(self, memo: dict[int, object]) -> SharedInput:
+        """For other layers, which hold nothing yet."""
+        return SharedInput()
 
     def __call__(self, layers: Sequence[LoraLinear], x: Tensor) -> list[Tensor]:
         """x (tokens, in) to (tokens, out) of each layer. Pairs that are more than A and B compute their tokens by themselves."""
@@ -212,7 +219,7 @@ class SharedInput:
         stack = self._stack
         if stack is None or self._to is not to or self._changes != selection.changes or self._products != products:
             stack = self._holding(layers, to, products, x.device)
-        special = not stack.special.isdisjoint(to.used)
+        special = stack.meets_special(to)
         nothing = stack.empty and not special
         if nothing and not all(isinstance(layer.base, ReorderedBase) for layer in layers):
             return [layer.bare(x) for layer in layers]
@@ -235,20 +242,32 @@ class SharedInput:
             self._together = Together([layer.base for layer in layers])
         return self._together
 
-    def _holding(self, layers: Sequence[LoraLinear], to: Arrangement, products: torch.dtype, device: torch.device) -> Stack:
+    def _holding(self, layers: Sequence[LoraLinear], to: Arrangement, products: torch.dtype, device: torch.device) -> Stack | MixRows:
         """The stack, with the mixes of `to` in it."""
-        stack = self._stack
-        if stack is None or self._products != products:
-            stack = self._stack = Stack([layer.base.shape for layer in layers], products, device)
-            layers[0].selection.holds(stack)
-        self._to, selection = None, layers[0].selection
+        selection, stack = layers[0].selection, self._stack
         changes = selection.changes  # an adapter may come meanwhile: then this is looked at again
-        # The plain dicts: this runs for every layer as rows come and go.
-        pairs = [cast("dict[str, LoraPair]", layer.adapters._modules) for layer in layers]
-        stack.hold(to, pairs, selection)
+        if stack is None or self._products != products or self._selection is not selection:
+            stack = self._stack = _stack_of(layers, products, device)
+            self._to, self._changes, self._products, self._selection = None, -1, products, selection
+        if self._changes != changes:
+            self._biases = [layer.bias for layer in layers]
+        self._to = None
+        if isinstance(stack, MixRows):
+            stack.hold(to, selection)
+        else:  # the plain dicts: this runs for every layer as rows come and go
+            stack.hold(to, [cast("dict[str, LoraPair]", layer.adapters._modules) for layer in layers], selection)
         self._to, self._changes = to, changes
-        self._products, self._biases = products, [layer.bias for layer in layers]
         return stack
+
+
+def _stack_of(layers: Sequence[LoraLinear], products: torch.dtype, device: torch.device) -> Stack | MixRows:
+    """What holds pairs of layers that see the same x; nothing yet."""
+    shapes, selection = [layer.base.shape for layer in layers], layers[0].selection
+    if fits(products, device, shapes):
+        return MixRows([(layer.adapters, shape) for layer, shape in zip(layers, shapes, strict=True)], selection)
+    stack = Stack(shapes, products, device)
+    selection.holds(stack)
+    return stack
 
 
 class LoraEmbedding(AdaptedLayer):

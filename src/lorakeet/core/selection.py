@@ -74,6 +74,7 @@ class Selection:
         self._arranged: dict[tuple[int, torch.device], Arrangement] = {}
         self._roomy = 0  # divisions in a row that used less than half of the places
         self._tables: list[weakref.ref[Tables]] = []
+        self.copies: Tables | None = None  # of mixes on all layers, where these are made at once (core/mix_copies)
 
     def use(self, name: str | None) -> None:
         """Everything uses the adapter `name`, or the bare base. The name is not checked here; see models/inject.activate."""

@@ -25,8 +25,8 @@ import torch
 from lorakeet.core.cache import cache_folder
 
 HERE = Path(__file__).parent
-HEADERS = ("lanes.h", "passes.h", "linear.h", "cached.h")
-SOURCES = ("attention.c", "passes.c", "linear.c", "cached.c", "block.c")
+HEADERS = ("lanes.h", "passes.h", "pairs.h", "linear.h", "cached.h")
+SOURCES = ("attention.c", "passes.c", "pairs.c", "linear.c", "cached.c", "block.c")
 FLAGS = ("-O3", "-march=x86-64-v4", "-mavx512bf16", "-ffp-contract=fast", "-fno-strict-aliasing", "-fopenmp", "-fPIC")
 WANTED = frozenset({"avx512_bf16", "avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"})  # as /proc/cpuinfo has them
 SECONDS = 120  # more than a compilation takes on a busy machine

@@ -1,0 +1,156 @@
+/* What pairs of adapters add to the outputs of layers, each token with pairs of its own: bf16 in memory, sums in fp32.
+
+   A copy holds, for a layer, A (rank, width), rows of zeros filling it up to an even rank, and behind it Bᵀ as (rank/2, outputs, 2):
+   two rows of Bᵀ in turns, as the processor multiplies them. Widths are multiples of 32, outputs of 16. A token's sums are added
+   up in one order, whichever tokens are beside it. */
+
+#include "lanes.h"
+
+#define TOKENS 4 /* of one share that are multiplied together: each number of A and B is read once for them */
+
+typedef struct {
+    const bf16 *at; /* where a layer's copy begins */
+    int64_t rank;   /* even; 0 where there is none */
+} copy;
+
+typedef struct {
+    const int64_t *tokens;
+    int64_t count;
+    const copy *copies; /* by the layer's number */
+} share;
+
+typedef struct {
+    int64_t number, outputs;
+    bf16 *y; /* (tokens, outputs) */
+    int64_t stride;
+} layer;
+
+static inline __m512bh both(const bf16 *x) { return (__m512bh)_mm512_loadu_si512(x); }
+
+static inline bf16 rounded(float x) { return (bf16)_mm_cvtsi128_si32((__m128i)_mm_cvtneps_pbh(_mm_set_ss(x))); }
+
+/* The dot products of `rows` rows of A with `count` tokens, rounded, into h (count, rank). */
+static inline __attribute__((always_inline)) void dots(const bf16 *const *x, int count, const bf16 *A, int rows, int64_t width,
+                                                       bf16 *h, int64_t rank) {
+    __m512 sums[8][TOKENS];
+#pragma GCC unroll 8
+    for (int r = 0; r < rows; r++)
+#pragma GCC unroll 4
+        for (int t = 0; t < count; t++) sums[r][t] = _mm512_setzero_ps();
+    for (int64_t c = 0; c < width; c += 2 * LANES) {
+        __m512bh at[TOKENS];
+#pragma GCC unroll 4
+        for (int t = 0; t < count; t++) at[t] = both(x[t] + c);
+#pragma GCC unroll 8
+        for (int r = 0; r < rows; r++) {
+            __m512bh a = both(A + r * width + c);
+#pragma GCC unroll 4
+            for (int t = 0; t < count; t++) sums[r][t] = _mm512_dpbf16_ps(sums[r][t], a, at[t]);
+        }
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < rows; r++)
+#pragma GCC unroll 4
+        for (int t = 0; t < count; t++) h[t * rank + r] = rounded(_mm512_reduce_add_ps(sums[r][t]));
+}
+
+static inline __attribute__((always_inline)) void add_tokens(const int64_t *tokens, int count, const copy *from, const layer *to,
+                                                             const bf16 *x, int64_t stride, int64_t width) {
+    int64_t rank = from->rank, r = 0;
+    const bf16 *A = from->at, *B = A + rank * width, *xs[TOKENS];
+    bf16 h[count * rank], *ys[TOKENS];
+    for (int t = 0; t < count; t++) {
+        xs[t] = x + tokens[t] * stride;
+        ys[t] = to->y + tokens[t] * to->stride;
+    }
+    if (count == 1)
+        for (; r + 8 <= rank; r += 8) dots(xs, count, A + r * width, 8, width, h + r, rank);
+    for (; r + 4 <= rank; r += 4) dots(xs, count, A + r * width, 4, width, h + r, rank);
+    for (; r < rank; r += 2) dots(xs, count, A + r * width, 2, width, h + r, rank);
+    for (int64_t c = 0; c < to->outputs; c += LANES) {
+        __m512 sums[TOKENS];
+#pragma GCC unroll 4
+        for (int t = 0; t < count; t++) sums[t] = _mm512_setzero_ps();
+        for (int64_t p = 0; p < rank; p += 2) {
+            __m512bh b = both(B + p * to->outputs + 2 * c);
+#pragma GCC unroll 4
+            for (int t = 0; t < count; t++) {
+                int32_t pair;
+                __builtin_memcpy(&pair, h + t * rank + p, sizeof pair);
+                sums[t] = _mm512_dpbf16_ps(sums[t], b, (__m512bh)_mm512_set1_epi32(pair));
+            }
+        }
+#pragma GCC unroll 4
+        for (int t = 0; t < count; t++) put(ys[t] + c, _mm512_add_ps(wide(ys[t] + c), sums[t]));
+    }
+}
+
+static void add_some(const int64_t *tokens, int64_t count, const copy *from, const layer *to, const bf16 *x, int64_t stride,
+                     int64_t width) {
+    switch (count) {
+    case 1: add_tokens(tokens, 1, from, to, x, stride, width); break;
+    case 2: add_tokens(tokens, 2, from, to, x, stride, width); break;
+    case 3: add_tokens(tokens, 3, from, to, x, stride, width); break;
+    default: add_tokens(tokens, TOKENS, from, to, x, stride, width);
+    }
+}
+
+/* Adds x·Aᵀ·Bᵀ to the y's of layers that see the same x (tokens, width), for the tokens of each share; no token is in two. */
+void add_pairs(const share *shares, int64_t count, const layer *layers, int64_t layer_count, const bf16 *x, int64_t stride,
+               int64_t width, int threads) {
+    int64_t parts = 0;
+    for (int64_t s = 0; s < count; s++) parts += (shares[s].count + TOKENS - 1) / TOKENS;
+#pragma omp parallel for schedule(static) num_threads(threads) if (parts * layer_count > 1)
+    for (int64_t part = 0; part < parts * layer_count; part++) {
+        int64_t first = part / layer_count, s = 0; /* of all parts, then of those of the share */
+        for (; first >= (shares[s].count + TOKENS - 1) / TOKENS; s++) first -= (shares[s].count + TOKENS - 1) / TOKENS;
+        const layer *to = layers + part % layer_count;
+        const copy *from = shares[s].copies + to->number;
+        int64_t left = shares[s].count - first * TOKENS;
+        if (from->rank)
+            add_some(shares[s].tokens + first * TOKENS, left < TOKENS ? left : TOKENS, from, to, x, stride, width);
+    }
+}
+
+enum { FP32, BF16, FP16 };
+
+static inline __m512 numbers(const void *from, int64_t first, int64_t count, int64_t kind) { /* up to 16, then zeros */
+    __mmask16 some = count < LANES ? (__mmask16)((1u << count) - 1) : 0xffff;
+    if (kind == FP32) return _mm512_maskz_loadu_ps(some, (const float *)from + first);
+    __m256i half = _mm256_maskz_loadu_epi16(some, (const bf16 *)from + first);
+    if (kind == FP16) return _mm512_cvtph_ps(half);
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
+}
+
+typedef struct {
+    const void *A, *B; /* (rank, width) and (outputs, rank) */
+    int64_t kind_a, kind_b, rank, width, outputs;
+    bf16 *to_a, *to_b; /* their rows in a copy */
+} factors;
+
+static void copy_b(const factors *of, float scale) {
+    int64_t rank = of->rank, filled = (rank + LANES - 1) / LANES * LANES, words = filled / 2;
+    bf16 rows[LANES * filled];
+    __m512i each = _mm512_mullo_epi32(_mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15),
+                                      _mm512_set1_epi32((int)words));
+    __m512 by = _mm512_set1_ps(scale);
+    for (int64_t c = 0; c < of->outputs; c += LANES) {
+        for (int64_t o = 0; o < LANES; o++)
+            for (int64_t r = 0; r < rank; r += LANES)
+                put(rows + o * filled + r, _mm512_mul_ps(numbers(of->B, (c + o) * rank + r, rank - r, of->kind_b), by));
+        for (int64_t p = 0; 2 * p < rank; p++)
+            _mm512_storeu_si512(of->to_b + 2 * (p * of->outputs + c), _mm512_i32gather_epi32(each, (const int *)rows + p, 4));
+    }
+}
+
+/* Copies A's, and B's with their scales, to where they are read from; an odd rank gets a row of zeros more. */
+void copy_pairs(const factors *all, const float *scales, int64_t count, int threads) {
+#pragma omp parallel for schedule(dynamic) num_threads(threads)
+    for (int64_t i = 0; i < count; i++) {
+        const factors *of = all + i;
+        int64_t size = of->rank * of->width;
+        for (int64_t c = 0; c < size; c += LANES) put(of->to_a + c, numbers(of->A, c, size - c, of->kind_a));
+        if (of->rank % 2) __builtin_memset(of->to_a + size, 0, of->width * sizeof(bf16));
+        copy_b(of, scales[i]);
+    }
+}
