@@ -14,13 +14,16 @@ from typing import Any, Protocol, cast
 import torch
 from torch import Tensor, nn
 
+from lorakeet.core.batched import Stack
 from lorakeet.core.fused import FrozenRmsNorm
 from lorakeet.core.fused_attention import INPUTS, turned
 from lorakeet.core.layers import BlockStandIn, LoraLinear, SharedInput
+from lorakeet.core.mix_copies import MixRows
 from lorakeet.core.native import ops
-from lorakeet.core.native.block import Block, BlockParts, NewTokens
+from lorakeet.core.native.block import NO_PAIRS, Block, BlockPairs, BlockParts, NewTokens
 from lorakeet.core.native.linear import Panels
 from lorakeet.core.reordered import Order, ReorderedBase
+from lorakeet.core.selection import Arrangement
 
 BLOCK_PARTS = ("input_layernorm", "self_attn", "post_attention_layernorm", "mlp")
 
@@ -52,15 +55,17 @@ class DecodeBlock(BlockStandIn):
         own: Any = attention.original
         self._parts: tuple[Any, Any, Any] = (own, mlp.original.down_proj, mlp.activation.forward)  # a tuple: no submodules twice
         self._norms = (_norm_of(first), _norm_of(second))
-        self._inward = _Together([getattr(own, name) for name in INPUTS])
-        self._apart = _Together([mlp.original.gate_proj, mlp.original.up_proj])
+        groups = [getattr(own, name) for name in INPUTS], [own.o_proj]
+        groups = *groups, [mlp.original.gate_proj, mlp.original.up_proj], [mlp.original.down_proj]
+        self._groups = tuple(map(_SameInput, groups))
+        self._layers = tuple(layer for group in groups for layer in group)
         self._limit = min(attention.windows(), default=None)
-        gate, up = mlp.original.gate_proj, mlp.original.up_proj
-        self._layers = (*(getattr(own, name) for name in INPUTS), own.o_proj, gate, up, mlp.original.down_proj)
         self._normed = [(cast(Tensor, norm.weight), cast(float, norm.original.variance_epsilon)) for norm in (first, second)]
         self._silu = bool(mlp.activation.native)
         self._orders: list[Order] = []
         self._block: Block | None = None
+        self._for: tuple[Arrangement | None, int] = (None, -1)  # what the pairs were looked up for, after which change of adapters
+        self._found: BlockPairs | None = None
 
     def forward(self, hidden_states: Tensor, *args: Any, **settings: Any) -> Any:
         cache, turn = settings.get("row_cache"), settings.get("position_embeddings")
@@ -68,27 +73,50 @@ class DecodeBlock(BlockStandIn):
             return self.original(hidden_states, *args, **settings)
         x = hidden_states[0]
         block = self._native(x)
-        if block is not None:
-            own = self._parts[0]
+        if block is not None and (pairs := self._pairs(x)) is not None:
             like = x.new_empty(0, *block.cached)
-            return block.forward(x.contiguous(), cache.new_tokens, turn, cache.layer(own.layer_idx, like, like))[None]
+            held = cache.layer(self._parts[0].layer_idx, like, like)
+            return block.forward(x.contiguous(), pairs, cache.new_tokens, turn, held)[None]
         first, second = self._norms
         x = x + self._attention(first(x), cache, turn[0][0], turn[1][0])
-        gate, up = self._apart(second(x))
+        gate, up = self._groups[2](second(x))
         _, down, activation = self._parts
         return x.add_(down(activation(gate).mul_(up)))[None]
 
     def _native(self, x: Tensor) -> Block | None:
-        """The block as the native library computes it, where it may and no token of the batch has a pair here."""
+        """The block as the native library computes it, where it may."""
         layers = self._layers
         if x.dtype != torch.bfloat16 or not ops.in_use() or not all(isinstance(layer, LoraLinear) for layer in layers):
-            return None
-        if any(layer.products not in (None, x.dtype) or layer.in_use for layer in layers):
             return None
         orders = [layer.base.order for layer in layers if isinstance(layer.base, ReorderedBase)]
         if self._orders != orders:  # which a base changes that is given another weight
             self._orders, self._block = orders, self._laid_out(orders)
         return self._block
+
+    def _pairs(self, x: Tensor) -> BlockPairs | None:
+        """What x (tokens, hidden) has of pairs here, of which the native block knows none but A and B; None where there are others."""
+        selection = self._layers[0].selection
+        if selection.shares is None:
+            return NO_PAIRS if selection.active is None else None
+        to, changes = selection.arranged(len(x), x.device), selection.changes
+        if self._for[0] is not to or self._for[1] != changes:
+            self._found = self._looked_up(len(x), x.device)
+            self._for = to, changes
+        return self._found
+
+    def _looked_up(self, tokens: int, device: torch.device) -> BlockPairs | None:
+        numbers: list[int | None] = []
+        shares = None
+        for group in self._groups:
+            to, stack = group.prepared(tokens, torch.bfloat16, device)
+            if stack.meets_special(to) or not (stack.empty or isinstance(stack, MixRows)):
+                return None
+            if isinstance(stack, MixRows) and not stack.empty:
+                shares = stack.shares
+                numbers += stack.numbers
+            else:
+                numbers += [None] * len(group.layers)
+        return BlockPairs.of(shares, numbers)
 
     def _laid_out(self, orders: Sequence[Order]) -> Block | None:
         weights = tuple(order for order in orders if isinstance(order, Panels))
@@ -107,7 +135,7 @@ class DecodeBlock(BlockStandIn):
     def _attention(self, x: Tensor, cache: Attended, cos: Tensor, sin: Tensor) -> Tensor:
         """x (tokens, hidden), after the norm, to what attention adds."""
         own = self._parts[0]
-        q, k, v = self._inward(x)
+        q, k, v = self._groups[0](x)
         both = turned(torch.cat([q, k], dim=1).view(len(x), -1, own.head_dim), cos, sin)
         heads = q.shape[1] // own.head_dim
         values = v.view(len(x), -1, own.head_dim)
@@ -116,13 +144,17 @@ class DecodeBlock(BlockStandIn):
         return added
 
 
-class _Together:
+class _SameInput:
     """Layers that see the same x."""
 
     def __init__(self, layers: Sequence[nn.Module]) -> None:
         self.layers = tuple(layers)
         self._adapted = [layer for layer in layers if isinstance(layer, LoraLinear)]
         self._shared = SharedInput() if len(self._adapted) == len(layers) else None
+
+    def prepared(self, tokens: int, products: torch.dtype, device: torch.device) -> tuple[Arrangement, Stack | MixRows]:
+        """As SharedInput.prepared; all of the layers can be adapted."""
+        return cast(SharedInput, self._shared).prepared(self._adapted, tokens, products, device)
 
     def __call__(self, x: Tensor) -> list[Tensor]:
         """x (tokens, in) to (tokens, out) of each."""

@@ -7,6 +7,7 @@ selection divides a batch, each share of its tokens has an adapter of its own (c
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
@@ -214,11 +215,7 @@ class SharedInput:
     def __call__(self, layers: Sequence[LoraLinear], x: Tensor) -> list[Tensor]:
         """x (tokens, in) to (tokens, out) of each layer. Pairs that are more than A and B compute their tokens by themselves."""
         products = layers[0].products or x.dtype
-        selection = layers[0].selection
-        to = selection.arranged(len(x), x.device)
-        stack = self._stack
-        if stack is None or self._to is not to or self._changes != selection.changes or self._products != products:
-            stack = self._holding(layers, to, products, x.device)
+        to, stack = self.prepared(layers, len(x), products, x.device)
         special = stack.meets_special(to)
         nothing = stack.empty and not special
         if nothing and not all(isinstance(layer.base, ReorderedBase) for layer in layers):
@@ -237,9 +234,20 @@ class SharedInput:
                     y[share.start : share.stop] = layer.by_itself(x, share, pair)
         return ys
 
+    def prepared(
+        self, layers: Sequence[LoraLinear], tokens: int, products: torch.dtype, device: torch.device
+    ) -> tuple[Arrangement, Stack | MixRows]:
+        """How the divided batch is computed by layers that see so many tokens, and what holds the pairs that it uses."""
+        selection, stack = layers[0].selection, self._stack
+        to = selection.arranged(tokens, device)
+        if stack is None or self._to is not to or self._changes != selection.changes or self._products != products:
+            stack = self._holding(layers, to, products, device)
+        return to, stack
+
     def _frozen(self, layers: Sequence[LoraLinear]) -> Together:
-        if self._together is None:
-            self._together = Together([layer.base for layer in layers])
+        bases = [layer.base for layer in layers]
+        if self._together is None or not all(map(operator.is_, self._together.bases, bases)):
+            self._together = Together(bases)
         return self._together
 
     def _holding(self, layers: Sequence[LoraLinear], to: Arrangement, products: torch.dtype, device: torch.device) -> Stack | MixRows:

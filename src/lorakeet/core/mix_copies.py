@@ -210,16 +210,16 @@ class MixRows:
         """For layers with these adapters and weights of these shapes (out, in)."""
         self.empty = True  # whether no mix of the last arrangement has a pair here
         self._copies = MixCopies.of(selection)
-        numbers = [self._copies.number(adapters, shape) for adapters, shape in layers]
-        self._rows = LayerRows([shape for _, shape in layers], numbers)
-        self._bits = sum(1 << number for number in numbers)
+        self.numbers = [self._copies.number(adapters, shape) for adapters, shape in layers]  # that the copies know the layers by
+        self.shares: Shares | None = None  # of what is held
+        self._rows = LayerRows([shape for _, shape in layers], self.numbers)
+        self._bits = sum(1 << number for number in self.numbers)
         self._special = False
-        self._shares: Shares | None = None
 
     def hold(self, to: Arrangement, selection: Selection) -> None:
         """Has what the arrangement uses copied, if nobody had yet."""
         held = self._copies.hold(to, selection)
-        self.empty, self._special, self._shares = not held.held & self._bits, bool(held.special & self._bits), held.shares
+        self.empty, self._special, self.shares = not held.held & self._bits, bool(held.special & self._bits), held.shares
 
     def meets_special(self, to: Arrangement) -> bool:
         """Whether a mix of the arrangement, which is held, has a pair here that is more than A and B."""
@@ -227,8 +227,8 @@ class MixRows:
 
     def add(self, ys: Sequence[Tensor], x: Tensor, to: Arrangement) -> None:
         """Adds to each layer's y (tokens, out), in place, what the mixes give the tokens of `x` (tokens, in)."""
-        if not self.empty and self._shares is not None:
-            self._rows.add(ys, x, self._shares)
+        if not self.empty and self.shares is not None:
+            self._rows.add(ys, x, self.shares)
 
 
 def _memory(count: int, spare: list[Tensor]) -> Tensor:

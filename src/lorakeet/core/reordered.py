@@ -100,21 +100,21 @@ class Together:
     """Weights that see the same x: one call for all of them, where all are in Lorakeet's own order."""
 
     def __init__(self, bases: Sequence[FrozenBase]) -> None:
-        self._bases = tuple(bases)
+        self.bases = tuple(bases)
         self._orders: list[Order] = []
         self._beside: Beside | None = None
 
     def __call__(self, x: Tensor) -> list[Tensor]:
         """x (tokens, in) to x·Wᵀ (tokens, out) of each; these may be parts of one tensor, side by side."""
-        if len(x) and x.dtype == torch.bfloat16 and all(isinstance(base, ReorderedBase) for base in self._bases):
-            orders = [cast(ReorderedBase, base).order for base in self._bases]
+        if len(x) and x.dtype == torch.bfloat16 and all(isinstance(base, ReorderedBase) for base in self.bases):
+            orders = [cast(ReorderedBase, base).order for base in self.bases]
             if self._orders != orders:  # a base may be given another weight
                 self._orders = orders
                 panels = [order for order in orders if isinstance(order, Panels)]
                 self._beside = Beside(panels) if len(panels) == len(orders) else None
             if self._beside is not None:
                 return list(torch.split(self._beside.product(x), self._beside.outputs, dim=1))
-        return [base.matmul(x) for base in self._bases]
+        return [base.matmul(x) for base in self.bases]
 
 
 def can_reorder(weight: Tensor) -> bool:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lorakeet.core.native import ops
-from lorakeet.core.native.block import Block, BlockParts, NewTokens
+from lorakeet.core.native.block import NO_PAIRS, Block, BlockParts, NewTokens
 from lorakeet.core.native.linear import Panels
 from tiny.native import needs_native
 
@@ -91,7 +91,7 @@ def test_a_block_is_what_its_formulas_say(shape: tuple[int, int, int, int, int],
     cache[0][3] = cache[1][3] = float("nan")  # of a sequence that nobody writes
     cache[0][0, :, 1:] = cache[1][0, :, 1:] = float("nan")  # behind the end of one
     before = [each.clone() for each in cache]
-    found = Block(parts).forward(x, NewTokens(slots, positions, CAPACITY), turn, (cache[0], cache[1]))
+    found = Block(parts).forward(x, NO_PAIRS, NewTokens(slots, positions, CAPACITY), turn, (cache[0], cache[1]))
     exact = written_out(parts, weights, x, before, turn)
     assert found.shape == x.shape and found.dtype == torch.bfloat16
     assert float((found[:tokens].double() - exact).norm() / exact.norm()) < 0.008  # rounded to 8 bits a dozen times
@@ -103,7 +103,7 @@ def test_a_block_is_what_its_formulas_say(shape: tuple[int, int, int, int, int],
 
 
 def computed(parts: BlockParts, x: Tensor, slots: list[int], positions: list[int], cache: list[Tensor]) -> Tensor:
-    return Block(parts).forward(x, NewTokens(slots, positions, CAPACITY), turns(positions, parts.head), (cache[0], cache[1]))
+    return Block(parts).forward(x, NO_PAIRS, NewTokens(slots, positions, CAPACITY), turns(positions, parts.head), (cache[0], cache[1]))
 
 
 def test_a_token_gets_the_same_bits_beside_any_others() -> None:

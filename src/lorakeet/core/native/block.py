@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,6 +13,9 @@ from torch import Tensor
 from lorakeet.core.native.library import library
 from lorakeet.core.native.linear import Panels, Product
 from lorakeet.core.native.ops import HEAD, LANES, in_use
+from lorakeet.core.native.pair_rows import Shares
+
+LAYERS = 7  # of a block: q, k, v, o, gate, up, down
 
 
 class _Heads(ctypes.Structure):
@@ -32,6 +36,26 @@ class _NewTokens(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("cos", "sin", "slots", "positions")),
         *((name, ctypes.c_int64) for name in ("count", "longest", "capacity")),
     )
+
+
+class BlockPairs(ctypes.Structure):
+    """The pairs that tokens have on the layers of a block."""
+
+    _fields_ = (("shares", ctypes.c_void_p), ("count", ctypes.c_int64), ("numbers", ctypes.c_int64 * LAYERS))
+
+    @classmethod
+    def of(cls, shares: Shares | None, numbers: Sequence[int | None]) -> BlockPairs:
+        """`numbers` are those that copies know the layers by, in the order of BlockParts.weights; None where nobody has a pair."""
+        found = (ctypes.c_int64 * LAYERS)(*(-1 if number is None else number for number in numbers))
+        pairs = cls(None, 0, found) if shares is None else cls(shares.address, shares.count, found)
+        pairs.held = shares
+        return pairs
+
+    def __deepcopy__(self, memo: dict[int, object]) -> BlockPairs:
+        return self  # nobody writes into it
+
+
+NO_PAIRS = BlockPairs.of(None, [None] * LAYERS)
 
 
 class NewTokens:
@@ -111,8 +135,14 @@ class Block:
         self._shape = _Block(inward, products[3], apart, products[6], norms, epsilons, down, gate, heads)
         self.hidden, self.cached = down, (k // parts.head, parts.head)
 
-    def forward(self, x: Tensor, new: NewTokens, turn: tuple[Tensor, Tensor], held: tuple[Tensor, Tensor]) -> Tensor:
-        """x (tokens, hidden) to the same; `held` are the keys and values (slots, kv, capacity, d), which get those of the `new`
+    def __deepcopy__(self, memo: dict[int, object]) -> Block:
+        """Over copies of the parts."""
+        return Block(copy.deepcopy(self.parts, memo))
+
+    def forward(
+        self, x: Tensor, pairs: BlockPairs, new: NewTokens, turn: tuple[Tensor, Tensor], held: tuple[Tensor, Tensor]
+    ) -> Tensor:
+        """x (tokens, hidden) to the same, each token with its `pairs`; `held` are the keys and values (slots, kv, capacity, d), which get those of the `new`
         tokens, the first of x. The others see nothing. `turn` are cos and sin (1, tokens, d).
 
         ValueError for tensors that do not suit.
@@ -129,6 +159,6 @@ class Block:
         tokens = ctypes.c_int64(len(x))
         size = found.block_scratch(ctypes.byref(self._shape), tokens, ctypes.c_int64(new.longest), threads)
         given = (ctypes.c_void_p(each.data_ptr()) for each in (x, y, keys, values))
-        shapes = ctypes.byref(self._shape), ctypes.byref(new.turned_by(turn))
+        shapes = ctypes.byref(self._shape), ctypes.byref(pairs), ctypes.byref(new.turned_by(turn))
         found.block(*shapes, *given, tokens, ctypes.c_void_p(new.room(size)), threads)
         return y

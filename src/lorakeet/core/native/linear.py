@@ -32,6 +32,9 @@ class Panels:
         self.numbers = filled.view(-1, LANES, width // 2, 2).transpose(1, 2).contiguous()  # (panels, in/2, 16, 2)
         self._alone = Beside([self])
 
+    def __deepcopy__(self, memo: dict[int, object]) -> Panels:
+        return Panels(self.dense())
+
     def dense(self) -> Tensor:
         """The weight (out, in) again, to the last bit."""
         outputs, width = self.shape

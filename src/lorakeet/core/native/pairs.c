@@ -4,26 +4,9 @@
    two rows of Bᵀ in turns, as the processor multiplies them. Widths are multiples of 32, outputs of 16. A token's sums are added
    up in one order, whichever tokens are beside it. */
 
-#include "lanes.h"
+#include "pairs.h"
 
 #define TOKENS 4 /* of one share that are multiplied together: each number of A and B is read once for them */
-
-typedef struct {
-    const bf16 *at; /* where a layer's copy begins */
-    int64_t rank;   /* even; 0 where there is none */
-} copy;
-
-typedef struct {
-    const int64_t *tokens;
-    int64_t count;
-    const copy *copies; /* by the layer's number */
-} share;
-
-typedef struct {
-    int64_t number, outputs;
-    bf16 *y; /* (tokens, outputs) */
-    int64_t stride;
-} layer;
 
 static inline __m512bh both(const bf16 *x) { return (__m512bh)_mm512_loadu_si512(x); }
 
