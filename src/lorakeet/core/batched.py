@@ -25,7 +25,7 @@ from lorakeet.core.base import FrozenBase
 from lorakeet.core.gathered import row_dots, row_sums
 from lorakeet.core.lowrank import LoraPair
 from lorakeet.core.math import add_low_rank, grad_of_b, shrink_grad
-from lorakeet.core.mixture import Copied, Factors, Held, Mixture, factors_of, mixtures, plain
+from lorakeet.core.mixture import Copied, Factors, Held, factors_of, mixtures, plain
 from lorakeet.core.padded_parts import PaddedParts, Part, padded
 from lorakeet.core.row_table import RowTable
 from lorakeet.core.selection import PATIENCE, Arrangement, Selection, Share, Standing

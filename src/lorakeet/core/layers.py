@@ -191,6 +191,9 @@ def require_unmixed(shares: Sequence[tuple[Share, LoraPair]]) -> list[tuple[Shar
     return found
 
 
+_Held = Stack | MixRows  # pairs of layers that see the same x
+
+
 class SharedInput:
     """What layers that see the same x share in divided batches and inference: one product shrinks x for the pairs of all of them.
 
@@ -198,7 +201,7 @@ class SharedInput:
     """
 
     def __init__(self) -> None:
-        self._stack: Stack | MixRows | None = None
+        self._stack: _Held | None = None
         self._selection: Selection | None = None  # whose mixes the stack holds
         self._to: Arrangement | None = None  # what the stack is made for, after which change of adapters
         self._changes = -1
@@ -233,7 +236,7 @@ class SharedInput:
                     y[share.start : share.stop] = layer.by_itself(x, share, pair)
         return ys
 
-    def _holding(self, layers: Sequence[LoraLinear], to: Arrangement, products: torch.dtype, device: torch.device) -> Stack | MixRows:
+    def _holding(self, layers: Sequence[LoraLinear], to: Arrangement, products: torch.dtype, device: torch.device) -> _Held:
         """The stack, with the mixes of `to` in it."""
         selection, stack = layers[0].selection, self._stack
         changes = selection.changes  # an adapter may come meanwhile: then this is looked at again
@@ -251,7 +254,7 @@ class SharedInput:
         return stack
 
 
-def _stack_of(layers: Sequence[LoraLinear], products: torch.dtype, device: torch.device) -> Stack | MixRows:
+def _stack_of(layers: Sequence[LoraLinear], products: torch.dtype, device: torch.device) -> _Held:
     """What holds pairs of layers that see the same x; nothing yet."""
     shapes, selection = [layer.base.shape for layer in layers], layers[0].selection
     if fits(products, device, shapes):
