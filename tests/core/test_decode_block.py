@@ -93,20 +93,43 @@ def test_bf16_is_as_near_as_bf16_is(tmp_path: Path) -> None:
 
 
 @needs_native
-def test_the_native_block_writes_what_torch_writes(tmp_path: Path) -> None:
+@pytest.mark.parametrize("adapted", [False, True])
+def test_the_native_block_writes_what_torch_writes(adapted: bool, tmp_path: Path) -> None:
     text = load(tmp_path, "qwen2", "bfloat16", head_dim=64)
-    live = LiveModel(text)
-    live.attach("a", random_adapter(tiny_model("qwen2", vocab_size=text.model.config.vocab_size, head_dim=64), seed=0, rank=2))
     assert text.products == torch.bfloat16, "a processor with these instructions multiplies bf16 faster"
-    none: list[dict[str, float]] = [{}, {}, {}]
-    calls, native = counted(lambda: written(text, none, live.selection))
+    live = LiveModel(text)
+    adapters: list[dict[str, float]] = [{}, {}, {}]
+    if adapted:
+        bare = tiny_model("qwen2", vocab_size=text.model.config.vocab_size, head_dim=64)
+        for seed, name in enumerate(("a", "b")):
+            live.attach(name, random_adapter(bare, seed=seed, rank=2 + seed, alpha=12.0))
+        adapters = [{"a": 1.0}, {}, {"a": 0.5, "b": 0.7}]
+    written(text, adapters, live.selection)  # copies of the pairs are there from now on
+    calls, native = counted(lambda: written(text, adapters, live.selection))
     with ops.without():
-        more, plain = counted(lambda: written(text, none, live.selection))
-    assert calls < more / 3
+        more, plain = counted(lambda: written(text, adapters, live.selection))
+    assert calls < (more if adapted else more / 3)
     for ours, theirs in zip(native, plain, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=0.02, atol=0.02 * float(theirs.abs().max()))
-    alone = written(text, none, live.selection)
-    assert all(torch.equal(one, other) for one, other in zip(native, alone, strict=True))
+    if adapted:
+        bare_logits = written(text, [{}] * 3, live.selection)
+        for one, other in zip(native, bare_logits, strict=True):
+            assert torch.equal(one[1], other[1]), "a row beside them does not move"
+            assert all(float((one - other)[row].norm() / other[row].norm()) > 0.05 for row in (0, 2)), "the adapters count"
+
+
+@needs_native
+def test_a_pair_that_is_more_than_a_and_b_is_left_to_torch(tmp_path: Path) -> None:
+    text = load(tmp_path, "llama", "bfloat16", head_dim=64)
+    live = LiveModel(text)
+    bare = tiny_model("llama", vocab_size=text.model.config.vocab_size, head_dim=64)
+    live.attach("d", random_adapter(bare, seed=0, rank=2, alpha=12.0, dora=True))
+    live.attach("a", random_adapter(bare, seed=1, rank=2, alpha=12.0))
+    together = written(text, [{"d": 1.0}, {"a": 1.0}, {}], live.selection)
+    plain = written(text, [{}, {"a": 1.0}, {}], live.selection)
+    for ours, theirs in zip(together, plain, strict=True):
+        torch.testing.assert_close(ours[1:], theirs[1:], rtol=0.02, atol=0.02 * float(theirs.abs().max()))
+        assert float((ours[0] - theirs[0]).norm() / theirs[0].norm()) > 0.05
 
 
 def counted(function: Callable[[], list[Tensor]]) -> tuple[int, list[Tensor]]:

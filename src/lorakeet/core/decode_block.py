@@ -14,10 +14,9 @@ from typing import Any, Protocol, cast
 import torch
 from torch import Tensor, nn
 
-from lorakeet.core.batched import Stack
 from lorakeet.core.fused import FrozenRmsNorm
 from lorakeet.core.fused_attention import INPUTS, turned
-from lorakeet.core.layers import BlockStandIn, LoraLinear, SharedInput
+from lorakeet.core.layers import BlockStandIn, Held, LoraLinear, SharedInput
 from lorakeet.core.mix_copies import MixRows
 from lorakeet.core.native import ops
 from lorakeet.core.native.block import NO_PAIRS, Block, BlockPairs, BlockParts, NewTokens
@@ -55,8 +54,8 @@ class DecodeBlock(BlockStandIn):
         own: Any = attention.original
         self._parts: tuple[Any, Any, Any] = (own, mlp.original.down_proj, mlp.activation.forward)  # a tuple: no submodules twice
         self._norms = (_norm_of(first), _norm_of(second))
-        groups = [getattr(own, name) for name in INPUTS], [own.o_proj]
-        groups = *groups, [mlp.original.gate_proj, mlp.original.up_proj], [mlp.original.down_proj]
+        gated = mlp.original
+        groups = [getattr(own, name) for name in INPUTS], [own.o_proj], [gated.gate_proj, gated.up_proj], [gated.down_proj]
         self._groups = tuple(map(_SameInput, groups))
         self._layers = tuple(layer for group in groups for layer in group)
         self._limit = min(attention.windows(), default=None)
@@ -64,8 +63,8 @@ class DecodeBlock(BlockStandIn):
         self._silu = bool(mlp.activation.native)
         self._orders: list[Order] = []
         self._block: Block | None = None
-        self._for: tuple[Arrangement | None, int] = (None, -1)  # what the pairs were looked up for, after which change of adapters
-        self._found: BlockPairs | None = None
+        self._found: BlockPairs | None = None  # for what, and after which change of adapters:
+        self._for: tuple[Arrangement | None, int] = (None, -1)
 
     def forward(self, hidden_states: Tensor, *args: Any, **settings: Any) -> Any:
         cache, turn = settings.get("row_cache"), settings.get("position_embeddings")
@@ -94,7 +93,7 @@ class DecodeBlock(BlockStandIn):
         return self._block
 
     def _pairs(self, x: Tensor) -> BlockPairs | None:
-        """What x (tokens, hidden) has of pairs here, of which the native block knows none but A and B; None where there are others."""
+        """The pairs that x (tokens, hidden) has here; None where some are more than A and B, or there is no pairs.c for them."""
         selection = self._layers[0].selection
         if selection.shares is None:
             return NO_PAIRS if selection.active is None else None
@@ -152,7 +151,7 @@ class _SameInput:
         self._adapted = [layer for layer in layers if isinstance(layer, LoraLinear)]
         self._shared = SharedInput() if len(self._adapted) == len(layers) else None
 
-    def prepared(self, tokens: int, products: torch.dtype, device: torch.device) -> tuple[Arrangement, Stack | MixRows]:
+    def prepared(self, tokens: int, products: torch.dtype, device: torch.device) -> tuple[Arrangement, Held]:
         """As SharedInput.prepared; all of the layers can be adapted."""
         return cast(SharedInput, self._shared).prepared(self._adapted, tokens, products, device)
 

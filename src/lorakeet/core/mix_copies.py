@@ -10,7 +10,6 @@ A mix that comes is copied for all layers at once: one look at its pairs, one ca
 from __future__ import annotations
 
 import weakref
-from array import array
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple, cast
 
@@ -18,10 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from lorakeet.core.lowrank import LoraPair
-from lorakeet.core.mixture import Copied, Factors, Mixture, factors_of, plain
-from lorakeet.core.native import pair_rows
-from lorakeet.core.native.pair_rows import Copying, LayerRows, Shares
+from lorakeet.core.mixture import Copied, Factors, Mixture, factors_of
+from lorakeet.core.native.pair_rows import LayerRows, Layout, PairKind, Shares, readable
 from lorakeet.core.selection import PATIENCE, Arrangement, Mix, Selection, Standing
+
+LAYOUTS = 8  # of mixes, that are remembered
 
 
 class _Layer(NamedTuple):
@@ -32,12 +32,12 @@ class _Layer(NamedTuple):
 
 
 class _Part(NamedTuple):
-    """The pairs of a mix on some layers, before they are copied: of each, with its rank when each pair's is filled up."""
+    """The pairs of a mix on some layers, before they are copied."""
 
     mixtures: list[Mixture]
-    factors: list[list[Factors]]
-    ranks: list[int]
-    bytes: int
+    factors: list[Factors]
+    layout: Layout
+    special: int
 
 
 class _Copy:
@@ -47,9 +47,12 @@ class _Copy:
         self.what = what
         self.parts: list[Copied] = []  # one for the layers that were known when the mix came, more for those that came later
         self.memory: list[Tensor] = []
-        self.layers = 0
-        self.at = array("q")  # address and rank of each layer
+        self.at = torch.empty(0, 2, dtype=torch.int64)  # address and rank of each layer
         self.held = self.special = 0  # a bit for each layer: with a pair that is copied; with one that is more than A and B
+
+    @property
+    def layers(self) -> int:
+        return len(self.at)
 
     @property
     def bytes(self) -> int:
@@ -58,38 +61,14 @@ class _Copy:
     def stands_for(self, what: Standing) -> bool:
         return self.what == what and all(part.stands_for(what) for part in self.parts)
 
-    def look(self, layers: Sequence[_Layer]) -> _Part:
-        """The mix's pairs on those of the `layers` that it is not copied for."""
-        mix, found = self.what[0], _Part([], [], [], 0)
-        total = 0
-        for adapters, shape in layers[self.layers :]:
-            there = adapters()
-            held = {} if there is None else cast("Mapping[str, LoraPair]", there._modules)
-            mixture = [(held[name], weight) for name, weight in mix if name in held]
-            factors = factors_of(mixture) if mixture else []
-            rank = sum(pair_rows.filled(A.shape[0]) for A, _, _ in factors)
-            found.mixtures.append(mixture)
-            found.factors.append(factors)
-            found.ranks.append(rank)
-            total += pair_rows.bytes_of(rank, shape)
-        return found._replace(bytes=total)
-
-    def take(self, part: _Part, layers: Sequence[_Layer], memory: Tensor, copying: Copying) -> None:
-        """Has the part's pairs copied into `memory`."""
+    def take(self, part: _Part, memory: Tensor) -> None:
+        """Copies a part into `memory`."""
+        part.layout.copy(part.factors, memory)
+        self.held |= part.layout.held << self.layers
+        self.special |= part.special << self.layers
         self.parts.append(Copied.of(self.what, part.mixtures))
         self.memory.append(memory)
-        address = memory.data_ptr()
-        for mixture, factors, rank in zip(part.mixtures, part.factors, part.ranks, strict=True):
-            shape, above = layers[self.layers].shape, 0
-            for A, B, scale in factors:
-                copying.add(A, B, scale, pair_rows.to_a(address, above, shape), pair_rows.to_b(address, above, rank, shape))
-                above += pair_rows.filled(A.shape[0])
-            self.at.extend((address, rank))
-            bit = 1 << self.layers
-            self.held |= bit if rank else 0
-            self.special |= 0 if factors or plain(mixture) else bit
-            address += pair_rows.bytes_of(rank, shape)
-            self.layers += 1
+        self.at = torch.cat([self.at, part.layout.at(memory)])
 
 
 class _Held:
@@ -104,7 +83,7 @@ class _Held:
             tokens.setdefault(place, []).append(token)
         for numbers, place in to.long:
             tokens.setdefault(place, []).extend(numbers)
-        self.shares = Shares((own, by_mix[to.places[place]].at[:]) for place, own in tokens.items())
+        self.shares = Shares((own, by_mix[to.places[place]].at) for place, own in tokens.items())
         self.held = self.special = 0
         for copy in self._copies:
             self.held |= copy.held
@@ -123,6 +102,7 @@ class MixCopies:
         self._layers: list[_Layer] = []
         self._numbers: weakref.WeakKeyDictionary[nn.ModuleDict, int] = weakref.WeakKeyDictionary()
         self._copies: dict[Mix, _Copy] = {}  # the last ones used last
+        self._layouts: dict[tuple[int, int, tuple[PairKind, ...]], Layout] = {}  # by which layers, and their pairs
         self._version = 0  # rises when a copy is made, or a layer comes
         self._most = 0  # bytes that a batch needed
         self._roomy = 0  # batches in a row that needed less than half of what is held
@@ -184,23 +164,50 @@ class MixCopies:
         return held
 
     def _complete(self, copies: Iterable[_Copy], spare: list[Tensor]) -> None:
-        """Copies what these lack, into spare memory that fits. Copies that are not among them go, where need be: the oldest first."""
+        """Copies what these lack, into spare memory that fits. Others go where there would not be room, the oldest first."""
         wanted = list(copies)
-        new = [(copy, copy.look(self._layers)) for copy in wanted if copy.layers < len(self._layers)]
+        new = [(copy, self._part(copy)) for copy in wanted if copy.layers < len(self._layers)]
         if not new:
             return
         self._version += 1
-        needed = sum(copy.bytes for copy in wanted) + sum(part.bytes for _, part in new)
+        needed = sum(copy.bytes for copy in wanted) + sum(part.layout.bytes for _, part in new)
         self._most = max(self._most, needed)
         held = needed + sum(copy.bytes for copy in self._copies.values())
         while held > self._most:
             gone = self._copies.pop(next(iter(self._copies)))
             held -= gone.bytes
             spare += gone.memory
-        copying = Copying()
         for copy, part in new:
-            copy.take(part, self._layers, _memory(part.bytes, spare), copying)
-        copying.run()
+            copy.take(part, _memory(part.layout.bytes, spare))
+
+    def _part(self, copy: _Copy) -> _Part:
+        """The pairs of a mix on those layers that it is not copied for."""
+        mix, layers = copy.what[0], self._layers[copy.layers :]
+        mixtures, factors, kinds, special = list[Mixture](), list[Factors](), list[PairKind](), 0
+        for number, (adapters, _) in enumerate(layers):
+            there = adapters()
+            held = {} if there is None else cast("Mapping[str, LoraPair]", there._modules)
+            mixture = [(held[name], weight) for name, weight in mix if name in held]
+            if not mixture:
+                continue
+            own = factors_of(mixture)
+            if not own:
+                special |= 1 << number
+            for A, B, scale in own:
+                a, b = readable(A), readable(B)
+                factors.append((a, b, scale))
+                kinds.append((number, a.size(0), a.dtype, b.dtype))
+            mixtures.append(mixture)
+        return _Part(mixtures, factors, self._layout(copy.layers, kinds), special)
+
+    def _layout(self, first: int, kinds: Sequence[PairKind]) -> Layout:
+        """On the layers from `first` on; made once for mixes that are alike, while it is among the last few."""
+        key = first, len(self._layers), tuple(kinds)
+        if key not in self._layouts:
+            while len(self._layouts) >= LAYOUTS:
+                del self._layouts[next(iter(self._layouts))]
+            self._layouts[key] = Layout(kinds, [layer.shape for layer in self._layers[first:]])
+        return self._layouts[key]
 
 
 class MixRows:

@@ -49,13 +49,14 @@ def plain(mixture: Mixture) -> bool:
 
 def factors_of(mixture: Mixture) -> list[Factors]:
     """Those of a mix on one layer; none where one of its pairs is more than A and B."""
-    if not plain(mixture):
-        return []
     found = []
     for pair, weight in mixture:
-        A, B = pair.factors()
-        if not isinstance(pair, FrozenPair):
-            A, B = A.detach(), B.detach()
+        if isinstance(pair, FrozenPair):
+            A, B = pair.factors()
+        elif pair.plain:
+            A, B = (factor.detach() for factor in pair.factors())
+        else:
+            return []
         found.append((A, B, pair.scale * weight))
     return found
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from dataclasses import replace
 from typing import Any
 
@@ -103,7 +104,8 @@ def test_a_block_is_what_its_formulas_say(shape: tuple[int, int, int, int, int],
 
 
 def computed(parts: BlockParts, x: Tensor, slots: list[int], positions: list[int], cache: list[Tensor]) -> Tensor:
-    return Block(parts).forward(x, NO_PAIRS, NewTokens(slots, positions, CAPACITY), turns(positions, parts.head), (cache[0], cache[1]))
+    new, turn = NewTokens(slots, positions, CAPACITY), turns(positions, parts.head)
+    return Block(parts).forward(x, NO_PAIRS, new, turn, (cache[0], cache[1]))
 
 
 def test_a_token_gets_the_same_bits_beside_any_others() -> None:
@@ -138,6 +140,18 @@ def test_numbers_that_are_none_stay_in_their_row() -> None:
     x[1, 3] = float("inf")
     found = computed(parts, x, [0, 1, 2], [0, 0, 0], cache)
     assert bool(found[1].isnan().all()) and bool(found[[0, 2]].isfinite().all())
+
+
+def test_a_copy_of_a_block_has_weights_of_its_own() -> None:
+    parts, _ = parts_of(SHAPES[0], biased=True)
+    block, x = Block(parts), random(1, 48, seed=1)
+    other = deepcopy(block)
+    cache = [torch.zeros(SLOTS, 1, CAPACITY, 64).bfloat16() for _ in range(2)]
+    given = NO_PAIRS, NewTokens([0], [0], CAPACITY), turns([0], 64), (cache[0], cache[1])
+    before = block.forward(x, *given)
+    for weight in block.parts.weights:
+        weight.numbers.zero_()
+    assert torch.equal(other.forward(x, *given), before) and not torch.equal(block.forward(x, *given), before)
 
 
 def test_what_does_not_fit_is_refused() -> None:

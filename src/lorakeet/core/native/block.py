@@ -45,7 +45,7 @@ class BlockPairs(ctypes.Structure):
 
     @classmethod
     def of(cls, shares: Shares | None, numbers: Sequence[int | None]) -> BlockPairs:
-        """`numbers` are those that copies know the layers by, in the order of BlockParts.weights; None where nobody has a pair."""
+        """`numbers` are those that copies know the layers by, as BlockParts has these; None where nobody has a pair."""
         found = (ctypes.c_int64 * LAYERS)(*(-1 if number is None else number for number in numbers))
         pairs = cls(None, 0, found) if shares is None else cls(shares.address, shares.count, found)
         pairs.held = shares
@@ -142,8 +142,10 @@ class Block:
     def forward(
         self, x: Tensor, pairs: BlockPairs, new: NewTokens, turn: tuple[Tensor, Tensor], held: tuple[Tensor, Tensor]
     ) -> Tensor:
-        """x (tokens, hidden) to the same, each token with its `pairs`; `held` are the keys and values (slots, kv, capacity, d), which get those of the `new`
-        tokens, the first of x. The others see nothing. `turn` are cos and sin (1, tokens, d).
+        """x (tokens, hidden) to the same, each token with its `pairs`.
+
+        `held` are the keys and values (slots, kv, capacity, d), which get those of the `new` tokens, the first of x. The others
+        see nothing. `turn` are cos and sin (1, tokens, d).
 
         ValueError for tensors that do not suit.
         """

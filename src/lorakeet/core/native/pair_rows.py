@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 from array import array
 from collections.abc import Iterable, Sequence
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -20,6 +21,9 @@ from lorakeet.core.native.ops import serves
 WIDTH, OUTPUTS = 32, 16  # what the sizes of layers are multiples of
 _KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _BYTES = 2
+_ADD = [ctypes.c_void_p, ctypes.c_int64] * 3 + [ctypes.c_int64, ctypes.c_int]
+_COPY = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int]
+PairKind = tuple[int, int, torch.dtype, torch.dtype]  # the layer, the rank, and the dtypes of A and B
 
 
 class _Layer(ctypes.Structure):
@@ -27,15 +31,15 @@ class _Layer(ctypes.Structure):
 
 
 class Shares:
-    """Tokens that use one mix each, and where the copies of its pairs are: (address, rank) by the layer's number."""
+    """Tokens that use one mix each, and where the copies of its pairs are: (layers, 2), address and rank of each layer."""
 
-    def __init__(self, shares: Iterable[tuple[Iterable[int], array[int]]]) -> None:
+    def __init__(self, shares: Iterable[tuple[Sequence[int], Tensor]]) -> None:
         """Whoever made the copies keeps them."""
-        given = [(array("q", tokens), copies) for tokens, copies in shares]
-        self._held = given
-        self.count = len(given)
-        self.numbers = array("q", (n for own, at in given for n in (own.buffer_info()[0], len(own), at.buffer_info()[0])))
-        self.address = self.numbers.buffer_info()[0]
+        self._held = [(array("q", tokens), copies) for tokens, copies in shares]
+        self.count = len(self._held)
+        numbers = [(own.buffer_info()[0], len(own), copies.data_ptr()) for own, copies in self._held]
+        self._numbers = array("q", [number for share in numbers for number in share])
+        self.address = self._numbers.buffer_info()[0]
 
 
 class LayerRows:
@@ -48,7 +52,7 @@ class LayerRows:
         for layer, number, (outputs, _) in zip(self._layers, numbers, shapes, strict=True):
             layer.number, layer.outputs = number, outputs
         self._all, self._at = list(self._layers), ctypes.addressof(self._layers)
-        self._add = _function("add_pairs", [ctypes.c_void_p, ctypes.c_int64] * 3 + [ctypes.c_int64, ctypes.c_int])
+        self._add = _function("add_pairs", _ADD)
 
     def add(self, ys: Sequence[Tensor], x: Tensor, shares: Shares) -> None:
         """Adds to each layer's y (tokens, out), in place; rows of y may lie apart, those of x (tokens, in) too. All bf16."""
@@ -63,7 +67,7 @@ def _row(x: Tensor, width: int) -> int:
     """How far one row is from the next; ValueError for what C cannot read so."""
     row, column = x.stride()
     if column != 1 or x.dtype is not torch.bfloat16 or x.shape[1] != width:
-        raise ValueError(f"the rows of {tuple(x.shape)} in {x.dtype}, {column} apart in a row, are no rows of {width} in bfloat16")
+        raise ValueError(f"{tuple(x.shape)} in {x.dtype}, {column} apart in a row, are no rows of {width} in bfloat16")
     return row
 
 
@@ -72,49 +76,46 @@ def fits(products: torch.dtype, device: torch.device, shapes: Iterable[tuple[int
     return is_cpu(device) and all(not out % OUTPUTS and not width % WIDTH for out, width in shapes) and serves(products)
 
 
-def bytes_of(rank: int, shape: tuple[int, int]) -> int:
-    """Of the copy of pairs that have such a rank together, each filled up to an even one, on a weight of `shape`."""
-    return rank * sum(shape) * _BYTES
+class Layout:
+    """Where the pairs of a mix go in its copy, layer below layer, each with an even rank.
+
+    Alike for many mixes, of which each then costs a few operations.
+    """
+
+    def __init__(self, pairs: Sequence[PairKind], shapes: Sequence[tuple[int, int]]) -> None:
+        """For `pairs` in the order of their layers, of which `shapes` has those of all."""
+        ranks = [0] * len(shapes)
+        for layer, rank, _, _ in pairs:
+            ranks[layer] += rank + rank % 2
+        firsts = list(accumulate((_BYTES * rank * sum(shape) for rank, shape in zip(ranks, shapes, strict=True)), initial=0))
+        self.bytes = firsts.pop()
+        self.held = sum(1 << layer for layer, rank in enumerate(ranks) if rank)  # a bit for each layer that has a pair
+        self._at = torch.tensor(list(zip(firsts, ranks, strict=True)), dtype=torch.int64).view(-1, 2)
+        above, rows = dict.fromkeys(range(len(shapes)), 0), []
+        for layer, rank, of_a, of_b in pairs:
+            (outputs, width), total = shapes[layer], ranks[layer]
+            to_a = firsts[layer] + _BYTES * WIDTH * above[layer]
+            to_b = firsts[layer] + _BYTES * (total * width + OUTPUTS * above[layer])
+            rows.append((0, 0, _KINDS[of_a], _KINDS[of_b], rank, width, outputs, total, to_a, to_b))
+            above[layer] += rank + rank % 2
+        self._factors = torch.tensor(rows, dtype=torch.int64).view(-1, 10)
+
+    def at(self, memory: Tensor) -> Tensor:
+        """(layers, 2): address and rank of each layer in a copy that lies in `memory`."""
+        return self._at + torch.tensor([memory.data_ptr(), 0])
+
+    def copy(self, pairs: Sequence[tuple[Tensor, Tensor, float]], memory: Tensor) -> None:
+        """Copies A (rank, in) and scale·B (out, rank) of each pair, all `readable`, into `memory`."""
+        factors = self._factors.clone()
+        factors[:, :2] = torch.tensor([(A.data_ptr(), B.data_ptr()) for A, B, _ in pairs], dtype=torch.int64).view(-1, 2)
+        factors[:, 8:] += memory.data_ptr()
+        scales = torch.tensor([scale for _, _, scale in pairs], dtype=torch.float32)
+        _function("copy_pairs", _COPY)(factors.data_ptr(), scales.data_ptr(), len(pairs), torch.get_num_threads())
 
 
-class Copying:
-    """A's and B's on their way to copies, all of which are made in one go."""
-
-    def __init__(self) -> None:
-        self._kept: list[Tensor] = []
-        self._factors, self._scales = array("q"), array("f")
-
-    def add(self, A: Tensor, B: Tensor, scale: float, to_a: int, to_b: int) -> None:
-        """A (rank, in) goes to the address `to_a`, scale·Bᵀ to `to_b`."""
-        if A.dtype not in _KINDS or not A.is_contiguous() or not is_cpu(A.device):
-            A = A.to("cpu", torch.float32).contiguous()
-        if B.dtype not in _KINDS or not B.is_contiguous() or not is_cpu(B.device):
-            B = B.to("cpu", torch.float32).contiguous()
-        self._kept += (A, B)
-        (rank, width), outputs = A.shape, B.shape[0]
-        factors = A.data_ptr(), B.data_ptr(), _KINDS[A.dtype], _KINDS[B.dtype], rank, width, outputs, to_a, to_b
-        self._factors.extend(factors)
-        self._scales.append(scale)
-
-    def run(self) -> None:
-        at, scales = (numbers.buffer_info()[0] for numbers in (self._factors, self._scales))
-        copy = _function("copy_pairs", [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int])
-        copy(at, scales, len(self._scales), torch.get_num_threads())
-
-
-def filled(rank: int) -> int:
-    """The rows that a copy has for a pair of such a rank."""
-    return rank + rank % 2
-
-
-def to_b(at: int, above: int, rank: int, shape: tuple[int, int]) -> int:
-    """Where B's rows go, `above` rows below the first of a copy at `at`, whose rank is `rank`."""
-    return at + _BYTES * (rank * shape[1] + above * shape[0])
-
-
-def to_a(at: int, above: int, shape: tuple[int, int]) -> int:
-    """The same of A's."""
-    return at + _BYTES * above * shape[1]
+def readable(x: Tensor) -> Tensor:
+    """x, or a copy of it, as it can be copied from."""
+    return x if x.dtype in _KINDS and x.is_contiguous() and x.is_cpu else x.to("cpu", torch.float32).contiguous()
 
 
 def _function(name: str, kinds: Sequence[Any]) -> Any:

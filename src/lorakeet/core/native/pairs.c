@@ -1,18 +1,19 @@
 /* What pairs of adapters add to the outputs of layers, each token with pairs of its own: bf16 in memory, sums in fp32.
 
-   A copy holds, for a layer, A (rank, width), rows of zeros filling it up to an even rank, and behind it Bᵀ as (rank/2, outputs, 2):
-   two rows of Bᵀ in turns, as the processor multiplies them. Widths are multiples of 32, outputs of 16. A token's sums are added
-   up in one order, whichever tokens are beside it. */
+   A copy holds the A and B of a layer in the order in which they are read, 64 bytes at a time: A as (width/32, rank, 32), behind it
+   B as (outputs/16, rank/2, 16, 2); an odd rank is filled up with zeros. Widths are multiples of 32, outputs of 16. A token's
+   sums are added up in one order, whichever tokens are beside it. */
 
 #include "pairs.h"
 
+#define LINE (2 * LANES) /* numbers */
 #define TOKENS 4 /* of one share that are multiplied together: each number of A and B is read once for them */
 
 static inline __m512bh both(const bf16 *x) { return (__m512bh)_mm512_loadu_si512(x); }
 
 static inline bf16 rounded(float x) { return (bf16)_mm_cvtsi128_si32((__m128i)_mm_cvtneps_pbh(_mm_set_ss(x))); }
 
-/* The dot products of `rows` rows of A with `count` tokens, rounded, into h (count, rank). */
+/* The dot products of `rows` rows of A, from the one at which A points on, with `count` tokens, rounded, into h (count, rank). */
 static inline __attribute__((always_inline)) void dots(const bf16 *const *x, int count, const bf16 *A, int rows, int64_t width,
                                                        bf16 *h, int64_t rank) {
     __m512 sums[8][TOKENS];
@@ -20,13 +21,13 @@ static inline __attribute__((always_inline)) void dots(const bf16 *const *x, int
     for (int r = 0; r < rows; r++)
 #pragma GCC unroll 4
         for (int t = 0; t < count; t++) sums[r][t] = _mm512_setzero_ps();
-    for (int64_t c = 0; c < width; c += 2 * LANES) {
+    for (int64_t c = 0; c < width; c += LINE, A += rank * LINE) {
         __m512bh at[TOKENS];
 #pragma GCC unroll 4
         for (int t = 0; t < count; t++) at[t] = both(x[t] + c);
 #pragma GCC unroll 8
         for (int r = 0; r < rows; r++) {
-            __m512bh a = both(A + r * width + c);
+            __m512bh a = both(A + r * LINE);
 #pragma GCC unroll 4
             for (int t = 0; t < count; t++) sums[r][t] = _mm512_dpbf16_ps(sums[r][t], a, at[t]);
         }
@@ -47,15 +48,15 @@ static inline __attribute__((always_inline)) void add_tokens(const int64_t *toke
         ys[t] = to->y + tokens[t] * to->stride;
     }
     if (count == 1)
-        for (; r + 8 <= rank; r += 8) dots(xs, count, A + r * width, 8, width, h + r, rank);
-    for (; r + 4 <= rank; r += 4) dots(xs, count, A + r * width, 4, width, h + r, rank);
-    for (; r < rank; r += 2) dots(xs, count, A + r * width, 2, width, h + r, rank);
-    for (int64_t c = 0; c < to->outputs; c += LANES) {
+        for (; r + 8 <= rank; r += 8) dots(xs, count, A + r * LINE, 8, width, h + r, rank);
+    for (; r + 4 <= rank; r += 4) dots(xs, count, A + r * LINE, 4, width, h + r, rank);
+    for (; r < rank; r += 2) dots(xs, count, A + r * LINE, 2, width, h + r, rank);
+    for (int64_t c = 0; c < to->outputs; c += LANES, B += rank * LANES) {
         __m512 sums[TOKENS];
 #pragma GCC unroll 4
         for (int t = 0; t < count; t++) sums[t] = _mm512_setzero_ps();
         for (int64_t p = 0; p < rank; p += 2) {
-            __m512bh b = both(B + p * to->outputs + 2 * c);
+            __m512bh b = both(B + p * LANES);
 #pragma GCC unroll 4
             for (int t = 0; t < count; t++) {
                 int32_t pair;
@@ -82,16 +83,16 @@ static void add_some(const int64_t *tokens, int64_t count, const copy *from, con
 void add_pairs(const share *shares, int64_t count, const layer *layers, int64_t layer_count, const bf16 *x, int64_t stride,
                int64_t width, int threads) {
     int64_t parts = 0;
-    for (int64_t s = 0; s < count; s++) parts += (shares[s].count + TOKENS - 1) / TOKENS;
-#pragma omp parallel for schedule(static) num_threads(threads) if (parts * layer_count > 1)
-    for (int64_t part = 0; part < parts * layer_count; part++) {
-        int64_t first = part / layer_count, s = 0; /* of all parts, then of those of the share */
-        for (; first >= (shares[s].count + TOKENS - 1) / TOKENS; s++) first -= (shares[s].count + TOKENS - 1) / TOKENS;
+    for (int64_t s = 0; s < count; s++) parts += (shares[s].count + TOKENS - 1) / TOKENS * layer_count;
+#pragma omp parallel for schedule(static) num_threads(threads) if (parts > 1)
+    for (int64_t part = 0; part < parts; part++) {
+        const share *of = shares;
         const layer *to = layers + part % layer_count;
-        const copy *from = shares[s].copies + to->number;
-        int64_t left = shares[s].count - first * TOKENS;
-        if (from->rank)
-            add_some(shares[s].tokens + first * TOKENS, left < TOKENS ? left : TOKENS, from, to, x, stride, width);
+        int64_t first = part / layer_count; /* of all parts, then of those of the share */
+        for (; first >= (of->count + TOKENS - 1) / TOKENS; of++) first -= (of->count + TOKENS - 1) / TOKENS;
+        int64_t left = of->count - first * TOKENS;
+        const copy *from = of->copies + to->number;
+        if (from->rank) add_some(of->tokens + first * TOKENS, left < TOKENS ? left : TOKENS, from, to, x, stride, width);
     }
 }
 
@@ -108,8 +109,18 @@ static inline __m512 numbers(const void *from, int64_t first, int64_t count, int
 typedef struct {
     const void *A, *B; /* (rank, width) and (outputs, rank) */
     int64_t kind_a, kind_b, rank, width, outputs;
-    bf16 *to_a, *to_b; /* their rows in a copy */
+    int64_t total;     /* the rank of the copy, of which these have a part */
+    bf16 *to_a, *to_b; /* where their part begins */
 } factors;
+
+static void copy_a(const factors *of) {
+    for (int64_t r = 0; r < of->rank; r++)
+        for (int64_t c = 0; c < of->width; c += LANES)
+            put(of->to_a + (c / LINE * of->total + r) * LINE + c % LINE, numbers(of->A, r * of->width + c, LANES, of->kind_a));
+    if (of->rank % 2)
+        for (int64_t c = 0; c < of->width; c += LINE)
+            _mm512_storeu_si512(of->to_a + (c / LINE * of->total + of->rank) * LINE, _mm512_setzero_si512());
+}
 
 static void copy_b(const factors *of, float scale) {
     int64_t rank = of->rank, filled = (rank + LANES - 1) / LANES * LANES, words = filled / 2;
@@ -122,18 +133,15 @@ static void copy_b(const factors *of, float scale) {
             for (int64_t r = 0; r < rank; r += LANES)
                 put(rows + o * filled + r, _mm512_mul_ps(numbers(of->B, (c + o) * rank + r, rank - r, of->kind_b), by));
         for (int64_t p = 0; 2 * p < rank; p++)
-            _mm512_storeu_si512(of->to_b + 2 * (p * of->outputs + c), _mm512_i32gather_epi32(each, (const int *)rows + p, 4));
+            _mm512_storeu_si512(of->to_b + c * of->total + p * LINE, _mm512_i32gather_epi32(each, (const int *)rows + p, 4));
     }
 }
 
-/* Copies A's, and B's with their scales, to where they are read from; an odd rank gets a row of zeros more. */
+/* Copies A's, and B's with their scales, to where they are read from. */
 void copy_pairs(const factors *all, const float *scales, int64_t count, int threads) {
 #pragma omp parallel for schedule(dynamic) num_threads(threads)
     for (int64_t i = 0; i < count; i++) {
-        const factors *of = all + i;
-        int64_t size = of->rank * of->width;
-        for (int64_t c = 0; c < size; c += LANES) put(of->to_a + c, numbers(of->A, c, size - c, of->kind_a));
-        if (of->rank % 2) __builtin_memset(of->to_a + size, 0, of->width * sizeof(bf16));
-        copy_b(of, scales[i]);
+        copy_a(all + i);
+        copy_b(all + i, scales[i]);
     }
 }
