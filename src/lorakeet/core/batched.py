@@ -5,9 +5,9 @@
             └── tokens of share 2:  w₂·s₂ · x·A₂ᵀ·B₂ᵀ ── added to its part of y       (shares may overlap: a mix)
 
 Two ways give the same numbers to rounding. Share by share is differentiable and costs some products for each share. Stacked, for
-inference without core/native, each mix has rows in one table of A's and one of B's where its pairs stand, for layers that see the same x. Tokens that
+inference, each mix has rows in one table of A's and one of B's where its pairs stand, for layers that see the same x. Tokens that
 are written one by one pick their rows of it, and prompts of many tokens are multiplied together (core/padded_parts): the number
-of products does not depend on the number of adapters.
+of products does not depend on the number of adapters. Where core/native serves, core/mix_copies stands in a stack's place.
 """
 
 from __future__ import annotations

@@ -17,8 +17,12 @@ Pairs = list[tuple[int, Tensor, Tensor, float]]  # layer, A, B, scale
 def pairs_of(*ranks: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Pairs:
     """For each layer pairs of these ranks."""
     generator = torch.Generator().manual_seed(sum(map(sum, ranks)))
+
+    def numbers(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator).to(dtype)
+
     return [
-        (layer, torch.randn(rank, WIDTH, generator=generator).to(dtype), torch.randn(out, rank, generator=generator).to(dtype), 0.3)
+        (layer, numbers(rank, WIDTH), numbers(out, rank), 0.3)
         for layer, (out, own) in enumerate(zip(OUTS, ranks, strict=True))
         for rank in own
     ]
