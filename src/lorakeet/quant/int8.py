@@ -79,7 +79,8 @@ class Int8Base(PackedBase):
     def code(self, x: Tensor) -> Coded:
         """x (tokens, in) in steps: in int8 for torch, and in uint8, 128 more, for core/native."""
         if native.serves(x):
-            return Coded(*native.CODE_ROWS(x, None), x.dtype)
+            codes, scale = native.CODE_ROWS(x, None)
+            return Coded(codes, scale, x.dtype)
         steps, scale = _in_steps(x)
         return Coded(steps.to(torch.int8), scale, x.dtype)
 
