@@ -57,6 +57,10 @@ CONTENDERS = {
         "with_lorakeet_top", "auto", "Lorakeet with a frozen prefix: adapters in the top 8 layers alone",
         other="trains adapters in 8 of 30 layers: a quarter of the parameters",
     ),
+    "lorakeet-int8": Contender(
+        "with_lorakeet_int8", "auto", "Lorakeet with model.quantize.int8_products: frozen weights in int8, and multiplied so",
+        other="its products with frozen weights run in int8, which rounds what is multiplied by 0.8 %",
+    ),
     "trl-fp32": Contender("with_trl", "float32", "TRL SFTTrainer + PEFT, bf16=False"),
     "trl-bf16": Contender("with_trl", "bfloat16", "TRL SFTTrainer + PEFT, bf16=True (TRL's default)"),
     "unsloth": Contender("with_unsloth", "auto", "unsloth as documented", own_python=True),

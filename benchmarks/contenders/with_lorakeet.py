@@ -41,13 +41,18 @@ class Recorder(Silent):
         peft.write(adapter_of(text.model, base=str(text.source)), folder)
 
 
-def train_lorakeet(workload: Workload, dtype: str, *, layers: str = "all", shares_prefix: bool = True) -> StepLog:
+def train_lorakeet(
+    workload: Workload, dtype: str, *, layers: str = "all", shares_prefix: bool = True, in_int8: bool = False
+) -> StepLog:
     """The workload's steps; SystemExit where this process would train on other ids than the workload holds.
 
-    With adapters in some `layers` only, what the blocks below make of the rows is kept where rows come again.
+    With adapters in some `layers` only, what the blocks below make of the rows is kept where rows come again. `in_int8`:
+    frozen weights are in int8 and multiply so.
     """
     steps = len(workload.steps)
     flags = {"lora.layers": layers, "train.batch_size": str(workload.batch_size)}
+    if in_int8:
+        flags |= {"model.quantize.method": "int8", "model.quantize.int8_products": "true"}
     config = quickstart(
         steps=steps, seed=workload.seed, dtype=dtype, shuffled=workload.shuffled, instructed=workload.instructed, flags=flags
     )

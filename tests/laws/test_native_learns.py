@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lorakeet.core.native import ops
+from lorakeet.core.native import coded, ops
 from lorakeet.data.pack import Batch
 from lorakeet.models.adapt import put_adapter
 from lorakeet.models.inject import trained_parameters
@@ -73,6 +73,30 @@ def test_a_second_backward_pass_is_refused(tmp_path: Path) -> None:
     loss.backward(retain_graph=True)  # type: ignore[no-untyped-call]
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()  # type: ignore[no-untyped-call]
+
+
+def test_products_in_int8_learn_to_the_bit_what_torch_s_do(tmp_path: Path) -> None:
+    """But for the passes between them. x is coded once for q, k and v, and for gate and up."""
+    quantize = QuantSpec(method="int8", int8_products=True)
+    dense = ModelSpec(path=str(rounded_model(tmp_path, "llama")), dtype="bfloat16", products="bfloat16")
+    adapter, spec = random_adapter(load_text_model(dense).model), replace(dense, quantize=quantize)
+    ids = torch.arange(60) % 90
+    batch = Batch(ids, (60,), torch.arange(60), ids.roll(1), ("one",))
+    found, calls = [], []
+    for used in (True, False):
+        text = load_text_model(spec)
+        put_adapter(text, adapter)
+        text.model.train()
+        with pytest.MonkeyPatch.context() as patch, Counted() as counted:
+            if not used:
+                patch.setattr(coded, "serves", lambda _: False)
+            found.append(learnt(text, batch))
+        calls.append(counted.calls)
+    assert calls[0][coded.CODED_PRODUCT] == 14 * LAYERS - 3  # nobody asks for gradients below the first block
+    assert calls[0][coded.CODE_ROWS] == (4 + 7) * LAYERS - 3
+    assert not calls[1][coded.CODED_PRODUCT] and calls[1][ops.GATED] == LAYERS
+    for name, mine in found[0].items():
+        assert torch.equal(mine, found[1][name]), name
 
 
 @pytest.mark.parametrize("prefix", [0, 12])

@@ -8,8 +8,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from lorakeet.core.base import matmul_each
+from lorakeet.core.native import coded, ops
 from lorakeet.quant.adopt import empty_base
 from lorakeet.quant.int8 import Int8Base, multiply_in_int8
+from tiny.native import needs_native
 
 
 @pytest.fixture
@@ -92,6 +95,34 @@ def test_a_row_of_zeros_and_one_that_is_no_number_stay_by_themselves(trained: In
     found = trained.matmul(x)
     assert torch.equal(found[:1], alone) and not found[1].any()
     assert not torch.isfinite(found[2]).any() and not torch.isfinite(found[3]).all()
+
+
+@needs_native
+@pytest.mark.parametrize("tokens", [1, 13])
+def test_the_native_library_gives_torch_s_bits(trained: Int8Base, tokens: int) -> None:
+    draw = torch.Generator().manual_seed(6)
+    x, grad = (torch.randn(tokens, width, generator=draw).bfloat16() for width in (64, 48))
+    assert coded.serves(x) and coded.serves(grad)
+    found = trained.matmul(x), trained.matmul_t(grad)
+    with ops.without():
+        assert torch.equal(found[0], trained.matmul(x)) and torch.equal(found[1], trained.matmul_t(grad))
+
+
+@pytest.mark.parametrize("native", [pytest.param(True, marks=needs_native), False])
+def test_several_weights_code_what_they_see_once(
+    trained: Int8Base, native: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    narrow, exact = Int8Base.of(torch.randn(5, 64)).train(), Int8Base.of(torch.randn(8, 64)).train()
+    multiply_in_int8(narrow)  # of a width that no kernel's registers have, and `exact` in no products in int8
+    bases, x = (trained, exact, narrow), torch.randn(3, 64, generator=torch.Generator().manual_seed(7))
+    x = x.bfloat16() if native else x
+    expected = [base.matmul(x) for base in bases]
+    calls: list[torch.Tensor] = []
+    code = Int8Base.code
+    monkeypatch.setattr(Int8Base, "code", lambda base, given: calls.append(given) or code(base, given))
+    for found, one in zip(matmul_each(bases, x), expected, strict=True):
+        assert torch.equal(found, one)
+    assert len(calls) == 1
 
 
 def test_only_int8_weights_are_told() -> None:

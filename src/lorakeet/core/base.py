@@ -7,7 +7,8 @@ kernels read them (`in_tiles`, see core/kernels).
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +34,41 @@ class FrozenBase(Protocol):
 
     def store(self, weight: Tensor) -> None:
         """Replaces W by `weight` (out, in), rounded as this base stores it."""
+
+
+class Coded(NamedTuple):
+    """Rows of whole numbers (tokens, width), what one step of each row is worth (tokens, 1), and the dtype that they were in."""
+
+    codes: Tensor
+    steps: Tensor
+    dtype: torch.dtype
+
+
+@runtime_checkable
+class CodingBase(Protocol):
+    """A base that may multiply codes of x in place of x (quant/int8). They are the same for every such base."""
+
+    def takes_codes(self, x: Tensor) -> bool:
+        """Whether a product with x now runs over its codes."""
+
+    def code(self, x: Tensor) -> Coded:
+        """x (tokens, in), coded."""
+
+    def matmul_codes(self, coded: Coded) -> Tensor:
+        """What `matmul` answers for the x that was coded."""
+
+
+def matmul_each(bases: Sequence[FrozenBase], x: Tensor) -> list[Tensor]:
+    """x·Wᵀ of each of several bases over the same x, which is coded once for those that multiply codes."""
+    coded: Coded | None = None
+    found = []
+    for base in bases:
+        if isinstance(base, CodingBase) and base.takes_codes(x):
+            coded = coded or base.code(x)
+            found.append(base.matmul_codes(coded))
+        else:
+            found.append(base.matmul(x))
+    return found
 
 
 class DenseBase:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from lorakeet.core.base import FrozenBase
+from lorakeet.core.base import FrozenBase, matmul_each
 from lorakeet.core.layers import LoraLinear, StandIn, base_of
 from lorakeet.core.lowrank import LoraPair
 from lorakeet.core.math import add_low_rank, grad_of_b, shrink_grad
@@ -116,7 +116,7 @@ class GatedMlpFunction(torch.autograd.Function):
         p, dtype = projections, projections.products
         parts = list(_by_part(p, factors))
         wide = x.to(dtype)
-        gate, up = p.gate.matmul(wide), p.up.matmul(wide)
+        gate, up = matmul_each((p.gate, p.up), wide)
         shrunk: list[Tensor] = []  # of each part: x·Aᵀ for gate and for up, and h·Aᵀ for down
         for (part, scales), (a_gate, b_gate, a_up, b_up, _, _) in parts:
             both = torch.mm(wide[part], torch.cat([a_gate, a_up]).t())  # (tokens of the part, rank + rank)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from lorakeet.core.base import DenseBase, FrozenBase
+from lorakeet.core.base import DenseBase, FrozenBase, matmul_each
 from lorakeet.core.device import is_cpu
 from lorakeet.core.fused import Normed, kept_of, made_again, spread
 from lorakeet.core.layers import LoraLinear, StandIn
@@ -53,7 +53,7 @@ class RotaryAttentionFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor, inputs: Inputs, normed: Normed | None, *factors: Tensor) -> Tensor:
         wide = x.to(inputs.products)
-        outs = [base.matmul(wide) for base in inputs.bases]
+        outs = matmul_each(inputs.bases, wide)
         for out, bias in zip(outs, inputs.biases, strict=True):
             if bias is not None:
                 out.add_(bias)

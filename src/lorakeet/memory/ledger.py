@@ -27,6 +27,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
+from lorakeet.core.native import coded
 from lorakeet.core.native import ops as native
 from lorakeet.memory.allocator import LARGEST_HEAP_PIECE
 from lorakeet.memory.held import KEPT, OUTSIDE, Held, Stretch
@@ -264,6 +265,7 @@ FLOPS = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward_flops,
     torch.ops.lorakeet.row_attention: native.flops,
     torch.ops.lorakeet.row_attention_backward: native.flops_backward,
+    torch.ops.lorakeet.coded_product: coded.flops,
 }
 
 
@@ -272,6 +274,7 @@ WORKSPACES: Mapping[Any, Callable[..., int]] = {
     **LAPACK,
     native.ROW_ATTENTION: native.workspace,
     native.ROW_ATTENTION_BACKWARD: native.workspace_backward,
+    coded.CODED_PRODUCT: coded.workspace,
 }
 
 

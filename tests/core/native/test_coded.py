@@ -1,0 +1,160 @@
+"""Rows coded in int8 and their products: the same bits as whole numbers written out, whatever the shape and the threads."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from lorakeet.core.native import coded, ops
+from lorakeet.memory.ledger import Ledger
+from tiny.native import needs_native
+
+pytestmark = needs_native
+
+
+def drawn(tokens: int, width: int, seed: int = 0) -> Tensor:
+    return torch.randn(tokens, width, generator=torch.Generator().manual_seed(seed)).bfloat16()
+
+
+def weight_of(out: int, width: int) -> tuple[Tensor, Tensor]:
+    """A weight in int8 with all its values, and its scale."""
+    draw = torch.Generator().manual_seed(1)
+    return torch.randint(-127, 128, (out, width), dtype=torch.int8, generator=draw), torch.rand(out, generator=draw)
+
+
+def in_steps(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Whole steps of each row, and what one is worth, as torch computes them."""
+    steps = rows.abs().amax(1, keepdim=True).float() / 127
+    return (rows * (1 / steps)).round().to(torch.int32), steps
+
+
+@pytest.mark.parametrize("width", [16, 48, 592])
+def test_codes_are_the_nearest_steps(width: int) -> None:
+    x, by = drawn(7, width), torch.rand(width, generator=torch.Generator().manual_seed(2))
+    for rows, given in ((x, None), (x * by, by)):
+        codes, steps = coded.CODE_ROWS(x, given)
+        expected, worth = in_steps(rows)
+        assert torch.equal(steps, worth) and torch.equal(codes.int() - 128, expected)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "out", "width"), [(1, 16, 16), (5, 17, 48), (6, 64, 64), (241, 80, 80), (500, 3, 208), (12, 1040, 16), (0, 32, 32)]
+)
+def test_products_are_those_of_whole_numbers(tokens: int, out: int, width: int) -> None:
+    weight, scale = weight_of(out, width)
+    for across, of_columns, depth in ((False, scale, width), *([(True, None, out)] if out % 16 == 0 else [])):
+        codes = torch.randint(1, 256, (tokens, depth), dtype=torch.uint8, generator=torch.Generator().manual_seed(3))
+        steps = torch.rand(tokens, 1, generator=torch.Generator().manual_seed(4))
+        sums = (codes.double() - 128) @ (weight.double() if across else weight.double().t())
+        expected = sums.float() * steps * (1.0 if of_columns is None else of_columns)
+        assert torch.equal(coded.CODED_PRODUCT(codes, steps, weight, of_columns, across), expected.bfloat16())
+
+
+def test_threads_change_no_bit() -> None:
+    weight, scale = weight_of(208, 96)
+    codes, steps = coded.CODE_ROWS(drawn(700, 96), None)
+    before, found = torch.get_num_threads(), []
+    try:
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            found.append((*coded.CODE_ROWS(drawn(700, 96), None), coded.CODED_PRODUCT(codes, steps, weight, scale, False)))
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+
+
+def test_the_largest_sums_are_exact() -> None:
+    width = 1 << 17
+    codes, weight = torch.tensor([[255], [1]], dtype=torch.uint8).expand(2, width).contiguous(), torch.full((2, width), 127)
+    weight[1] = -127
+    found = coded.CODED_PRODUCT(codes, torch.ones(2, 1), weight.to(torch.int8), torch.ones(2), False)
+    most = float(torch.tensor(127.0 * 127 * width).bfloat16())
+    assert found.tolist() == [[most, -most], [-most, most]]
+    assert not coded.serves(torch.zeros(1, width + 16, dtype=torch.bfloat16)) and coded.serves(torch.zeros(1, width).bfloat16())
+
+
+@pytest.mark.parametrize("bad", ["nan", "inf", "-inf"])
+@pytest.mark.parametrize("place", [0, 31])
+def test_what_is_no_number_stays_none_and_stays_in_its_row(bad: str, place: int) -> None:
+    weight, scale = weight_of(48, 32)
+    x = drawn(9, 32)
+    alone = coded.CODED_PRODUCT(*coded.CODE_ROWS(x, None), weight, scale, False)
+    x[4, place] = float(bad)
+    found = coded.CODED_PRODUCT(*coded.CODE_ROWS(x, None), weight, scale, False)
+    assert not found[4].isfinite().any()
+    assert bad != "nan" or found[4].isnan().all()
+    others = [row for row in range(9) if row != 4]
+    assert torch.equal(found[others], alone[others])
+
+
+def test_zeros_and_numbers_too_small_to_be_divided_by_give_zeros() -> None:
+    weight, scale = weight_of(32, 16)
+    x = torch.zeros(3, 16, dtype=torch.bfloat16)
+    x[1, 5] = 1e-38
+    x[2, 5] = 1e-30
+    found = coded.CODED_PRODUCT(*coded.CODE_ROWS(x, None), weight, scale, False)
+    assert not found[:2].any() and torch.equal(found[2] != 0, (weight[:, 5] != 0) & (scale > 0))
+
+
+def multiplied(x: Tensor, weight: Tensor, scale: Tensor) -> list[Tensor]:
+    codes, steps = coded.CODE_ROWS(x, None)
+    y = coded.CODED_PRODUCT(codes, steps, weight, scale, False)
+    again, worth = coded.CODE_ROWS(y, scale)
+    return [codes, steps, y, coded.CODED_PRODUCT(again, worth, weight, None, True)]
+
+
+def test_shapes_alone_give_what_numbers_give() -> None:
+    given, mode = [drawn(5, 32), *weight_of(48, 32)], FakeTensorMode()
+    with mode:
+        planned = multiplied(*(mode.from_tensor(each) for each in given))
+    for shape, real in zip(planned, multiplied(*given), strict=True):
+        assert (shape.shape, shape.dtype, shape.stride()) == (real.shape, real.dtype, real.stride())
+
+
+def test_a_ledger_counts_the_products_and_what_the_kernel_works_in() -> None:
+    ledger, tokens = Ledger(), 480
+    with ledger, ledger.phase("products"):
+        codes, steps = torch.empty(tokens, 64, dtype=torch.uint8), torch.empty(tokens, 1)
+        weight, scale = torch.empty(128, 64, dtype=torch.int8), torch.empty(128)
+        coded.CODED_PRODUCT(codes, steps, weight, scale, False)
+    assert ledger.work["products"].flops == 2 * tokens * weight.numel()
+    scratch = min(torch.get_num_threads(), 2 * 2) * 64 * 64
+    given = sum(each.nbytes for each in (codes, steps, weight, scale))
+    assert ledger.peaks["products"].bytes == scratch + given + 2 * tokens * 128
+
+
+@pytest.mark.parametrize(
+    ("codes", "steps", "weight", "scale"),
+    [
+        ((4, 32), 4, (16, 16), 16),
+        ((4, 16), 3, (16, 16), 16),
+        ((4, 16), 4, (16, 16), 8),
+        ((4, 24), 4, (16, 24), 16),
+    ],
+)
+def test_tensors_that_do_not_fit_are_refused(codes: Any, steps: int, weight: Any, scale: int) -> None:
+    given = torch.zeros(codes, dtype=torch.uint8), torch.zeros(steps, 1), torch.zeros(weight, dtype=torch.int8)
+    with pytest.raises(ValueError, match="do not fit each other"):
+        coded.CODED_PRODUCT(*given, torch.zeros(scale), False)
+
+
+def test_both_operators_pass_torch_s_own_checks() -> None:
+    codes, steps = coded.CODE_ROWS(drawn(5, 32), None)
+    weight, scale = weight_of(48, 32)
+    checked: list[tuple[Any, tuple[Any, ...]]] = [
+        (coded.CODE_ROWS, (drawn(5, 32), None)),
+        (coded.CODE_ROWS, (drawn(5, 32), torch.rand(32))),
+        (coded.CODED_PRODUCT, (codes, steps, weight, scale, False)),
+    ]
+    for operator, given in checked:
+        torch.library.opcheck(operator, given, test_utils=("test_schema", "test_faketensor"))
+
+
+def test_serves_where_the_other_operators_do() -> None:
+    assert coded.serves(drawn(3, 32)) and not coded.serves(drawn(3, 24)) and not coded.serves(drawn(3, 32).float())
+    with ops.without():
+        assert not coded.serves(drawn(3, 32))
