@@ -44,6 +44,7 @@ def mixtures(mix: Mix, pairs: Held) -> list[Mixture]:
 
 
 def plain(mixture: Mixture) -> bool:
+    """Whether all its pairs are A and B and no more."""
     return all(pair.plain for pair, _ in mixture)
 
 

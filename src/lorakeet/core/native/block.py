@@ -10,9 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lorakeet.core.native.library import library
 from lorakeet.core.native.linear import Panels, Product
-from lorakeet.core.native.ops import HEAD, LANES, in_use
+from lorakeet.core.native.ops import HEAD, LANES, at, in_use, loaded
 from lorakeet.core.native.pair_rows import Shares
 
 LAYERS = 7  # of a block: q, k, v, o, gate, up, down
@@ -156,11 +155,9 @@ class Block:
         plain = (each.dtype == torch.bfloat16 and each.is_contiguous() for each in (x, keys, values))
         if not (all(states) and all(plain)):
             raise ValueError(f"x {tuple(x.shape)} and a cache of {tuple(keys.shape)} are no states of this block")
-        found, threads, y = library(), torch.get_num_threads(), torch.empty_like(x)
-        assert found is not None  # BlockParts.fit has said so
-        tokens = ctypes.c_int64(len(x))
-        size = found.block_scratch(ctypes.byref(self._shape), tokens, ctypes.c_int64(new.longest), threads)
-        given = (ctypes.c_void_p(each.data_ptr()) for each in (x, y, keys, values))
-        shapes = ctypes.byref(self._shape), ctypes.byref(pairs), ctypes.byref(new.turned_by(turn))
-        found.block(*shapes, *given, tokens, ctypes.c_void_p(new.room(size)), threads)
+        library, threads, y = loaded(), torch.get_num_threads(), torch.empty_like(x)
+        tokens, block = ctypes.c_int64(len(x)), ctypes.byref(self._shape)
+        size = library.block_scratch(block, tokens, ctypes.c_int64(new.longest), threads)
+        shapes = block, ctypes.byref(pairs), ctypes.byref(new.turned_by(turn))
+        library.block(*shapes, *at(x, y, keys, values), tokens, ctypes.c_void_p(new.room(size)), threads)
         return y

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lorakeet.core.native import ops
-from lorakeet.core.native.ops import _at, _define, _found
+from lorakeet.core.native.ops import at, define, loaded
 
 PANEL, TOKENS = 64, 240  # as in coded.c: columns and tokens of the result that are computed at once
 MOST = 1 << 17  # terms of a sum that int32 holds
@@ -27,10 +27,10 @@ def serves(x: Tensor) -> bool:
 def code_rows(x: Tensor, by: Tensor | None) -> tuple[Tensor, Tensor]:
     """x, or x ∘ by (width,) in fp32, as (q + 128) in uint8 (tokens, width), and what a step of each row is worth (tokens, 1)."""
     codes, steps = torch.empty_like(x, dtype=torch.uint8), torch.empty(len(x), 1)
-    wide = _at(*([] if by is None else [by]), steps, dtype=torch.float32)
+    wide = at(*([] if by is None else [by]), steps, dtype=torch.float32)
     first = None if by is None else wide[0]
     sizes = ctypes.c_int64(len(x)), ctypes.c_int64(x.shape[1])
-    _found().code_rows(*_at(x), first, *_at(codes, dtype=torch.uint8), wide[-1], *sizes, torch.get_num_threads())
+    loaded().code_rows(*at(x), first, *at(codes, dtype=torch.uint8), wide[-1], *sizes, torch.get_num_threads())
     return codes, steps
 
 
@@ -42,11 +42,11 @@ def coded_product(codes: Tensor, steps: Tensor, weight: Tensor, scale: Tensor | 
         raise ValueError(f"{shapes} and its scale do not fit each other, or the codes are not in whole {ops.LANES}")
     y = torch.empty(len(codes), width, dtype=torch.bfloat16)
     scratch = torch.empty(workspace(codes, steps, weight, scale, across), dtype=torch.uint8)
-    narrow, (signed,), (out,) = _at(codes, scratch, dtype=torch.uint8), _at(weight, dtype=torch.int8), _at(y)
-    wide = _at(steps, *([] if scale is None else [scale]), dtype=torch.float32)
+    narrow, (signed,), (out,) = at(codes, scratch, dtype=torch.uint8), at(weight, dtype=torch.int8), at(y)
+    wide = at(steps, *([] if scale is None else [scale]), dtype=torch.float32)
     given = narrow[0], wide[0], signed, None if scale is None else wide[1], out, narrow[1]
     sizes = (ctypes.c_int64(size) for size in (len(codes), depth, width))
-    _found().coded_product(*given, *sizes, int(across), _threads(len(codes), width))
+    loaded().coded_product(*given, *sizes, int(across), _threads(len(codes), width))
     return y
 
 
@@ -65,12 +65,12 @@ def flops(codes: Tensor, steps: Tensor, weight: Tensor, *_: Any, **__: Any) -> i
     return 2 * len(codes) * weight.numel()
 
 
-CODE_ROWS = _define(
+CODE_ROWS = define(
     "code_rows(Tensor x, Tensor? by) -> (Tensor, Tensor)",
     code_rows,
     lambda x, _: (torch.empty_like(x, dtype=torch.uint8), x.new_empty(len(x), 1, dtype=torch.float32)),
 )
-CODED_PRODUCT = _define(
+CODED_PRODUCT = define(
     "coded_product(Tensor codes, Tensor steps, Tensor weight, Tensor? scale, bool across) -> Tensor",
     coded_product,
     lambda codes, _, weight, __, across: codes.new_empty(len(codes), weight.shape[1 if across else 0], dtype=torch.bfloat16),

@@ -8,8 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lorakeet.core.native.library import library
-from lorakeet.core.native.ops import LANES, in_use
+from lorakeet.core.native.ops import LANES, at, in_use, loaded
 
 
 class Product(ctypes.Structure):
@@ -64,12 +63,10 @@ class Beside:
         """x (tokens, in) to (tokens, out of the first and then of the others), both bf16."""
         if x.dtype != torch.bfloat16 or x.shape[1:] != (self.width,):
             raise ValueError(f"x is {tuple(x.shape)} in {x.dtype}; the weights take (tokens, {self.width}) in bfloat16")
-        x, found = x.contiguous(), library()
-        assert found is not None  # it was there when the weights were laid out
+        x = x.contiguous()
         y = torch.empty(len(x), self.columns, dtype=x.dtype)
-        given = ctypes.c_void_p(x.data_ptr()), self._products, ctypes.c_int64(len(self._products))
-        sizes = ctypes.c_int64(len(x)), *self._sizes
-        found.linear(*given, ctypes.c_void_p(y.data_ptr()), *sizes, torch.get_num_threads())
+        given = *at(x), self._products, ctypes.c_int64(len(self._products)), *at(y)
+        loaded().linear(*given, ctypes.c_int64(len(x)), *self._sizes, torch.get_num_threads())
         return y
 
 

@@ -96,10 +96,10 @@ def _threads(parts: int) -> int:
 
 
 def _scratch_of_thread(longest: int, d: int) -> int:
-    return int(_found().attention_scratch(ctypes.c_int64(longest), ctypes.c_int64(d)))
+    return int(loaded().attention_scratch(ctypes.c_int64(longest), ctypes.c_int64(d)))
 
 
-def _at(*tensors: Tensor, dtype: torch.dtype = torch.bfloat16) -> list[ctypes.c_void_p]:
+def at(*tensors: Tensor, dtype: torch.dtype = torch.bfloat16) -> list[ctypes.c_void_p]:
     """Where they are; ValueError for tensors that C cannot read so."""
     if any(tensor.dtype != dtype or not tensor.is_contiguous() for tensor in tensors):
         given = [(tuple(tensor.shape), tensor.stride(), tensor.dtype) for tensor in tensors]
@@ -117,8 +117,8 @@ def row_attention(q: Tensor, k: Tensor, v: Tensor, rows: list[int], prefix: int,
     out, logs = torch.empty_like(q), torch.empty(q.shape[1], len(q))
     out[prefix + sum(rows) :] = 0
     scratch = torch.empty(threads * room, dtype=torch.uint8)
-    given = *_at(q, k, v, out), *_at(logs, dtype=torch.float32), *_at(scratch, dtype=torch.uint8)
-    _found().attention_forward(ctypes.byref(shape), *given, threads)
+    given = *at(q, k, v, out), *at(logs, dtype=torch.float32), *at(scratch, dtype=torch.uint8)
+    loaded().attention_forward(ctypes.byref(shape), *given, threads)
     return out, logs
 
 
@@ -134,9 +134,9 @@ def row_attention_backward(
     sums = torch.zeros(2, shape.parts, len(q), q.shape[2])
     of_prefix = torch.zeros(2, shape.parts, shape.groups, prefix, q.shape[2])
     scratch = torch.empty(threads * room, dtype=torch.uint8)
-    narrow, wide = _at(q, k, v, out, grad, *grads), _at(logs, sums, of_prefix, dtype=torch.float32)
-    given = *narrow[:4], wide[0], *narrow[4:], *wide[1:], *_at(scratch, dtype=torch.uint8)
-    _found().attention_backward(ctypes.byref(shape), *given, threads)
+    narrow, wide = at(q, k, v, out, grad, *grads), at(logs, sums, of_prefix, dtype=torch.float32)
+    given = *narrow[:4], wide[0], *narrow[4:], *wide[1:], *at(scratch, dtype=torch.uint8)
+    loaded().attention_backward(ctypes.byref(shape), *given, threads)
     return grads
 
 
@@ -168,41 +168,41 @@ def flops_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, l
 def norm(x: Tensor, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
     """y = w ∘ (x·ρ) and ρ = 1/√(mean(x²) + ε) (…, 1) in fp32, of x (…, width) and w (width,)."""
     y, rho = torch.empty_like(x), torch.empty(*x.shape[:-1], 1)
-    _found().norm(*_at(x, weight), ctypes.c_float(epsilon), *_at(y), *_at(rho, dtype=torch.float32), *_sizes(x))
+    loaded().norm(*at(x, weight), ctypes.c_float(epsilon), *at(y), *at(rho, dtype=torch.float32), *_sizes(x))
     return y, rho
 
 
 def norm_again(x: Tensor, rho: Tensor, weight: Tensor) -> Tensor:
     """The y of `norm`, to the last bit, from its ρ."""
     y = torch.empty_like(x)
-    _found().norm_again(*_at(x), *_at(rho, dtype=torch.float32), *_at(weight, y), *_sizes(x))
+    loaded().norm_again(*at(x), *at(rho, dtype=torch.float32), *at(weight, y), *_sizes(x))
     return y
 
 
 def norm_backward(grad: Tensor, x: Tensor, rho: Tensor, weight: Tensor) -> Tensor:
     """∂x = ρ·(w∘∂y − x̂·mean(w∘∂y∘x̂)), x̂ = x·ρ."""
     found = torch.empty_like(x)
-    _found().norm_backward(*_at(grad, x), *_at(rho, dtype=torch.float32), *_at(weight, found), *_sizes(x))
+    loaded().norm_backward(*at(grad, x), *at(rho, dtype=torch.float32), *at(weight, found), *_sizes(x))
     return found
 
 
 def gated(gate: Tensor, up: Tensor) -> Tensor:
     """silu(gate) ∘ up."""
     inner = torch.empty_like(gate)
-    _found().gated(*_at(gate, up, inner), ctypes.c_int64(gate.numel()), torch.get_num_threads())
+    loaded().gated(*at(gate, up, inner), ctypes.c_int64(gate.numel()), torch.get_num_threads())
     return inner
 
 
 def gated_backward_(gate: Tensor, up: Tensor, grad: Tensor) -> None:
     """With the gradient of `gated`: writes ∂gate and ∂up into gate and up, and what `gated` gave into `grad`."""
-    _found().gated_backward(*_at(gate, up, grad), ctypes.c_int64(gate.numel()), torch.get_num_threads())
+    loaded().gated_backward(*at(gate, up, grad), ctypes.c_int64(gate.numel()), torch.get_num_threads())
 
 
 def turn_(states: Tensor, cos: Tensor, sin: Tensor, back: bool) -> None:
     """Turns (tokens, heads, head) by the angles (tokens, head), or back, in place: core/fused_attention.turned."""
     tokens, heads, head = states.shape
     sizes = (ctypes.c_int64(size) for size in (tokens, heads, head // 2))
-    _found().turn(*_at(states, cos, sin), *sizes, int(back), torch.get_num_threads())
+    loaded().turn(*at(states, cos, sin), *sizes, int(back), torch.get_num_threads())
 
 
 def _sizes(x: Tensor) -> tuple[ctypes.c_int64, ctypes.c_int64, int]:
@@ -210,13 +210,13 @@ def _sizes(x: Tensor) -> tuple[ctypes.c_int64, ctypes.c_int64, int]:
     return ctypes.c_int64(x.numel() // x.shape[-1]), ctypes.c_int64(x.shape[-1]), torch.get_num_threads()
 
 
-def _found() -> ctypes.CDLL:
+def loaded() -> ctypes.CDLL:
     found = library()
     assert found is not None  # `serves` has said so
     return found
 
 
-def _define(schema: str, function: Callable[..., Any], shapes: Callable[..., Any]) -> Any:
+def define(schema: str, function: Callable[..., Any], shapes: Callable[..., Any]) -> Any:
     """The operator `schema` of torch, computed by `function`, whose results have the shapes that `shapes` makes."""
     name = schema.partition("(")[0]
     _DEFINED.define(schema)  # type: ignore[no-untyped-call]
@@ -226,29 +226,29 @@ def _define(schema: str, function: Callable[..., Any], shapes: Callable[..., Any
 
 
 _STATES, _LAID = "Tensor q, Tensor k, Tensor v", "int[] rows, int prefix, float scale"
-ROW_ATTENTION = _define(
+ROW_ATTENTION = define(
     f"row_attention({_STATES}, {_LAID}) -> (Tensor, Tensor)",
     row_attention,
     lambda q, k, v, *_: (torch.empty_like(q), q.new_empty(q.shape[1], len(q), dtype=torch.float32)),
 )
-ROW_ATTENTION_BACKWARD = _define(
+ROW_ATTENTION_BACKWARD = define(
     f"row_attention_backward(Tensor grad, {_STATES}, Tensor out, Tensor logs, {_LAID}) -> (Tensor, Tensor, Tensor)",
     row_attention_backward,
     lambda grad, q, k, v, *_: (torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)),
 )
-NORM = _define(
+NORM = define(
     "norm(Tensor x, Tensor weight, float epsilon) -> (Tensor, Tensor)",
     norm,
     lambda x, *_: (torch.empty_like(x), x.new_empty(*x.shape[:-1], 1, dtype=torch.float32)),
 )
-NORM_AGAIN = _define("norm_again(Tensor x, Tensor rho, Tensor weight) -> Tensor", norm_again, lambda x, *_: torch.empty_like(x))
-NORM_BACKWARD = _define(
+NORM_AGAIN = define("norm_again(Tensor x, Tensor rho, Tensor weight) -> Tensor", norm_again, lambda x, *_: torch.empty_like(x))
+NORM_BACKWARD = define(
     "norm_backward(Tensor grad, Tensor x, Tensor rho, Tensor weight) -> Tensor",
     norm_backward,
     lambda grad, x, *_: torch.empty_like(x),
 )
-GATED = _define("gated(Tensor gate, Tensor up) -> Tensor", gated, lambda gate, _: torch.empty_like(gate))
-GATED_BACKWARD = _define(
+GATED = define("gated(Tensor gate, Tensor up) -> Tensor", gated, lambda gate, _: torch.empty_like(gate))
+GATED_BACKWARD = define(
     "gated_backward_(Tensor(a!) gate, Tensor(b!) up, Tensor(c!) grad) -> ()", gated_backward_, lambda *_: None
 )
-TURN = _define("turn_(Tensor(a!) states, Tensor cos, Tensor sin, bool back) -> ()", turn_, lambda *_: None)
+TURN = define("turn_(Tensor(a!) states, Tensor cos, Tensor sin, bool back) -> ()", turn_, lambda *_: None)
