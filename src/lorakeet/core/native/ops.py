@@ -211,8 +211,9 @@ def _sizes(x: Tensor) -> tuple[ctypes.c_int64, ctypes.c_int64, int]:
 
 
 def loaded() -> ctypes.CDLL:
+    """The library, where `serves` or `in_use` has said that it is there."""
     found = library()
-    assert found is not None  # `serves` has said so
+    assert found is not None
     return found
 
 
