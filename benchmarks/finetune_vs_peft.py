@@ -59,7 +59,7 @@ CONTENDERS = {
     ),
     "lorakeet-int8": Contender(
         "with_lorakeet_int8", "auto", "Lorakeet with model.quantize.int8_products: frozen weights in int8, and multiplied so",
-        other="its products with frozen weights run in int8, which rounds what is multiplied by 0.8 %",
+        other="its products with frozen weights run in int8, which rounds what is multiplied",
     ),
     "trl-fp32": Contender("with_trl", "float32", "TRL SFTTrainer + PEFT, bf16=False"),
     "trl-bf16": Contender("with_trl", "bfloat16", "TRL SFTTrainer + PEFT, bf16=True (TRL's default)"),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +14,13 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from lorakeet.core.decode_block import DecodeBlock
 from lorakeet.core.native import ops
+from lorakeet.core.native.block import Block
 from lorakeet.models import fuse, modules
 from lorakeet.models.active import LiveModel
+from lorakeet.models.inject import selection_of, use_products
 from lorakeet.models.kv_cache import KeyValues, Row, step
 from lorakeet.models.load import load_text_model
+from lorakeet.models.modules import adapted_layers
 from lorakeet.models.spec import ModelSpec
 from lorakeet.models.text import TextModel
 from tiny.adapters import random_adapter
@@ -92,51 +95,117 @@ def test_bf16_is_as_near_as_bf16_is(tmp_path: Path) -> None:
     assert error() <= 2 * before + 1e-3
 
 
-@needs_native
-@pytest.mark.parametrize("adapted", [False, True])
-def test_the_native_block_writes_what_torch_writes(adapted: bool, tmp_path: Path) -> None:
-    text = load(tmp_path, "qwen2", "bfloat16", head_dim=64)
+@pytest.fixture
+def natively(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """An entry for each block that the native library computed: its tokens."""
+    found: list[int] = []
+    run = Block.forward
+    monkeypatch.setattr(Block, "forward", lambda self, x, *given: (found.append(len(x)), run(self, x, *given))[1])
+    return found
+
+
+def live_bf16(folder: Path, family: str = "llama", **changes: Any) -> tuple[LiveModel, Any]:
+    """A model wide enough for the native block, with adapters a and b, and the bare one that these are for."""
+    sizes = {"head_dim": 64, "intermediate_size": 64, **changes}
+    text = load(folder, family, "bfloat16", **sizes)
     assert text.products == torch.bfloat16, "a processor with these instructions multiplies bf16 faster"
-    live = LiveModel(text)
-    adapters: list[dict[str, float]] = [{}, {}, {}]
-    if adapted:
-        bare = tiny_model("qwen2", vocab_size=text.model.config.vocab_size, head_dim=64)
-        for seed, name in enumerate(("a", "b")):
-            live.attach(name, random_adapter(bare, seed=seed, rank=2 + seed, alpha=12.0))
-        adapters = [{"a": 1.0}, {}, {"a": 0.5, "b": 0.7}]
-    written(text, adapters, live.selection)  # copies of the pairs are there from now on
-    calls, native = counted(lambda: written(text, adapters, live.selection))
+    live, bare = LiveModel(text), tiny_model(family, vocab_size=text.model.config.vocab_size, **sizes)
+    for seed, name in enumerate(("a", "b")):
+        live.attach(name, random_adapter(bare, seed=seed, rank=2 + seed, alpha=12.0))
+    return live, bare
+
+
+NONE: list[dict[str, float]] = [{}, {}, {}]
+MIXED: list[dict[str, float]] = [{"a": 1.0}, {}, {"a": 0.5, "b": 0.7}]
+
+
+@needs_native
+@pytest.mark.parametrize("adapters", [NONE, MIXED])
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+def test_the_native_block_writes_what_torch_writes(
+    family: str, adapters: list[dict[str, float]], natively: list[int], tmp_path: Path
+) -> None:
     with ops.without():
-        more, plain = counted(lambda: written(text, adapters, live.selection))
-    assert calls < (more if adapted else more / 3)
-    for ours, theirs in zip(native, plain, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=0.02, atol=0.02 * float(theirs.abs().max()))
-    if adapted:
-        bare_logits = written(text, [{}] * 3, live.selection)
-        for one, other in zip(native, bare_logits, strict=True):
-            assert torch.equal(one[1], other[1]), "a row beside them does not move"
-            assert all(float((one - other)[row].norm() / other[row].norm()) > 0.05 for row in (0, 2)), "the adapters count"
+        plain, _ = live_bf16(tmp_path, family)
+        theirs = written(plain.text, adapters, plain.selection)
+        bare = written(plain.text, NONE, plain.selection)
+    assert not natively
+    live, _ = live_bf16(tmp_path, family)
+    ours = written(live.text, adapters, live.selection)
+    assert len(natively) == len(ours) * len(blocks(live.text))
+    alone = written(live.text, NONE, live.selection)
+    for one, other, none, own in zip(ours, theirs, bare, alone, strict=True):
+        torch.testing.assert_close(one, other, rtol=0.02, atol=0.02 * float(other.abs().max()))
+        assert torch.equal(one[1], own[1]), "a row beside adapters does not move"
+        if adapters is MIXED:
+            assert all(float((one - none)[row].norm() / none[row].norm()) > 0.05 for row in (0, 2)), "the adapters count"
+
+
+@needs_native
+def test_what_the_native_block_is_not_for(natively: list[int], tmp_path: Path) -> None:
+    windowed, _ = live_bf16(tmp_path / "w", "mistral", sliding_window=4)
+    written(windowed.text, NONE, windowed.selection)
+    other, _ = live_bf16(tmp_path / "p")
+    use_products(other.text.model, torch.float32)
+    written(other.text, NONE, other.selection)
+    with ops.without():
+        written(other.text, NONE, other.selection)
+    assert not natively
+    use_products(other.text.model, torch.bfloat16)
+    written(other.text, NONE, other.selection)
+    assert natively
+
+
+@needs_native
+def test_the_native_block_follows_its_parts(natively: list[int], tmp_path: Path) -> None:
+    """Norms that get other memory, weights that are stored anew, an adapter that comes while rows are written."""
+    live, bare = live_bf16(tmp_path)
+    before, model = written(live.text, NONE, live.selection), live.text.model
+    norm = blocks(live.text)[0].original.input_layernorm
+    norm.weight.data = 3 * norm.weight.data
+    changed = written(live.text, NONE, live.selection)
+    assert not torch.equal(changed[0], before[0])
+    norm.weight.data = norm.weight.data / 3
+    assert all(torch.equal(*pair) for pair in zip(written(live.text, NONE, live.selection), before, strict=True))
+    layer = modules.find(model, next(path for path, _ in adapted_layers(model)))
+    weight = layer.base.dense()
+    layer.base.store(2 * weight)
+    assert not torch.equal(written(live.text, NONE, live.selection)[0], before[0])
+    layer.base.store(weight)
+    one = written(live.text, MIXED, live.selection)
+    live.detach("a")
+    live.attach("a", random_adapter(bare, seed=9, rank=2, alpha=12.0))
+    assert not torch.equal(written(live.text, MIXED, live.selection)[0], one[0])
+    assert all(torch.equal(*pair) for pair in zip(written(live.text, NONE, live.selection), before, strict=True))
+    assert len(natively) == 7 * 3 * len(blocks(live.text))
+
+
+@needs_native
+def test_a_copied_model_has_pairs_of_its_own(tmp_path: Path) -> None:
+    live, _ = live_bf16(tmp_path)
+    before = written(live.text, MIXED, live.selection)
+    other = copy.copy(live.text)
+    other.model = copy.deepcopy(live.text.model)
+    selection = selection_of(other.model)
+    assert selection.table_bytes == 0 < live.table_bytes
+    for layer in (layer for _, layer in adapted_layers(live.text.model)):
+        for name in ("a", "b"):
+            layer.adapters[name].A.data.zero_()
+    live.selection.release()
+    assert live.table_bytes == 0
+    assert all(torch.equal(*pair) for pair in zip(written(other, MIXED, selection), before, strict=True))
+    assert not torch.equal(written(live.text, MIXED, live.selection)[0], before[0])
 
 
 @needs_native
 def test_a_pair_that_is_more_than_a_and_b_is_left_to_torch(tmp_path: Path) -> None:
-    text = load(tmp_path, "llama", "bfloat16", head_dim=64)
-    live = LiveModel(text)
-    bare = tiny_model("llama", vocab_size=text.model.config.vocab_size, head_dim=64)
+    live, bare = live_bf16(tmp_path)
     live.attach("d", random_adapter(bare, seed=0, rank=2, alpha=12.0, dora=True))
-    live.attach("a", random_adapter(bare, seed=1, rank=2, alpha=12.0))
-    together = written(text, [{"d": 1.0}, {"a": 1.0}, {}], live.selection)
-    plain = written(text, [{}, {"a": 1.0}, {}], live.selection)
+    together = written(live.text, [{"d": 1.0}, {"a": 1.0}, {}], live.selection)
+    plain = written(live.text, [{}, {"a": 1.0}, {}], live.selection)
     for ours, theirs in zip(together, plain, strict=True):
         torch.testing.assert_close(ours[1:], theirs[1:], rtol=0.02, atol=0.02 * float(theirs.abs().max()))
         assert float((ours[0] - theirs[0]).norm() / theirs[0].norm()) > 0.05
-
-
-def counted(function: Callable[[], list[Tensor]]) -> tuple[int, list[Tensor]]:
-    """How many operations of torch it takes, and what it gives."""
-    with Counting() as counting:
-        found = function()
-    return counting.calls, found
 
 
 class Counting(TorchDispatchMode):

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import copy
+import weakref
 from collections.abc import Sequence
 from random import Random
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -241,3 +242,21 @@ def test_a_copied_model_has_copies_of_its_own() -> None:
     near(other.step(*texts("ac")), other.by_torch())
     near(model.step(*texts("ac")), model.by_torch())
     assert other.copies is not model.copies and other.copies.bytes == model.copies.bytes
+
+
+def test_what_is_released_is_gone() -> None:
+    model = Model()
+    model.step(*texts("abcd"))
+    memory = [weakref.ref(held) for copy in model.copies._copies.values() for held in copy.memory]
+    assert memory and all(held() is not None for held in memory)
+    model.selection.release()
+    assert all(held() is None for held in memory), "layers and arrangements do not keep it"
+    near(model.step(*texts("abcd")), model.by_torch())
+
+
+def test_pairs_of_another_shape_are_refused() -> None:
+    model = Model()
+    held = cast(LoraPair, model.layers[0].adapters["a"])
+    held.A = nn.Parameter(held.A[:, :-2].detach())
+    with pytest.raises(ValueError, match="are no pair for a weight of"):
+        model.step(*texts("a"))

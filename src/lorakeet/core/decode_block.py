@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from lorakeet.core.fused import FrozenRmsNorm
 from lorakeet.core.fused_attention import INPUTS, turned
-from lorakeet.core.layers import BlockStandIn, Held, LoraLinear, SharedInput
+from lorakeet.core.layers import BlockStandIn, HeldPairs, LoraLinear, SharedInput
 from lorakeet.core.mix_copies import MixRows
 from lorakeet.core.native import ops
 from lorakeet.core.native.block import NO_PAIRS, Block, BlockPairs, BlockParts, NewTokens
@@ -45,7 +45,8 @@ class Attended(Protocol):
 class DecodeBlock(BlockStandIn):
     """Stands for a decoder block of two norms, attention and gated MLP that fused parts already stand for.
 
-    Used where no gradient is asked for and earlier tokens are in a cache; anything else is left to the original's own code.
+    Used where no gradient is asked for and earlier tokens are in a cache; anything else is left to the original's own code. Parts
+    within are not called one by one, so that hooks on them hear nothing.
     """
 
     def __init__(self, original: nn.Module) -> None:
@@ -63,8 +64,7 @@ class DecodeBlock(BlockStandIn):
         self._silu = bool(mlp.activation.native)
         self._orders: list[Order] = []
         self._block: Block | None = None
-        self._found: BlockPairs | None = None  # for what, and after which change of adapters:
-        self._for: tuple[Arrangement | None, int] = (None, -1)
+        self._lookup = _Lookup()
 
     def forward(self, hidden_states: Tensor, *args: Any, **settings: Any) -> Any:
         cache, turn = settings.get("row_cache"), settings.get("position_embeddings")
@@ -85,10 +85,13 @@ class DecodeBlock(BlockStandIn):
     def _native(self, x: Tensor) -> Block | None:
         """The block as the native library computes it, where it may."""
         layers = self._layers
-        if x.dtype != torch.bfloat16 or not ops.in_use() or not all(isinstance(layer, LoraLinear) for layer in layers):
+        if x.dtype != torch.bfloat16 or not x.is_cpu or type(x) is not Tensor or not ops.in_use():
+            return None
+        if not all(isinstance(layer, LoraLinear) and layer.products in (None, torch.bfloat16) for layer in layers):
             return None
         orders = [layer.base.order for layer in layers if isinstance(layer.base, ReorderedBase)]
-        if self._orders != orders:  # which a base changes that is given another weight
+        moved = self._block is not None and self._block.moved
+        if moved or self._orders != orders:  # which a base changes that is given another weight
             self._orders, self._block = orders, self._laid_out(orders)
         return self._block
 
@@ -98,10 +101,10 @@ class DecodeBlock(BlockStandIn):
         if selection.shares is None:
             return NO_PAIRS if selection.active is None else None
         to, changes = selection.arranged(len(x), x.device), selection.changes
-        if self._for[0] is not to or self._for[1] != changes:
-            self._found = self._looked_up(len(x), x.device)
-            self._for = to, changes
-        return self._found
+        last = self._lookup
+        if last.to is not to or last.changes != changes:
+            last = self._lookup = _Lookup(self._looked_up(len(x), x.device), to, changes)
+        return last.pairs
 
     def _looked_up(self, tokens: int, device: torch.device) -> BlockPairs | None:
         numbers: list[int | None] = []
@@ -143,6 +146,17 @@ class DecodeBlock(BlockStandIn):
         return added
 
 
+class _Lookup:
+    """The pairs of a division of the batch, after so many changes of adapters."""
+
+    def __init__(self, pairs: BlockPairs | None = None, to: Arrangement | None = None, changes: int = -1) -> None:
+        self.pairs, self.to, self.changes = pairs, to, changes
+
+    def __deepcopy__(self, memo: dict[int, object]) -> _Lookup:
+        """For another block, which looks its own up."""
+        return _Lookup()
+
+
 class _SameInput:
     """Layers that see the same x."""
 
@@ -151,7 +165,7 @@ class _SameInput:
         self._adapted = [layer for layer in layers if isinstance(layer, LoraLinear)]
         self._shared = SharedInput() if len(self._adapted) == len(layers) else None
 
-    def prepared(self, tokens: int, products: torch.dtype, device: torch.device) -> tuple[Arrangement, Held]:
+    def prepared(self, tokens: int, products: torch.dtype, device: torch.device) -> tuple[Arrangement, HeldPairs]:
         """As SharedInput.prepared; all of the layers can be adapted."""
         return cast(SharedInput, self._shared).prepared(self._adapted, tokens, products, device)
 

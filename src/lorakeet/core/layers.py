@@ -193,7 +193,7 @@ def require_unmixed(shares: Sequence[tuple[Share, LoraPair]]) -> list[tuple[Shar
     return found
 
 
-Held = Stack | MixRows  # pairs of layers that see the same x
+HeldPairs = Stack | MixRows  # pairs of layers that see the same x
 
 
 class SharedInput:
@@ -203,7 +203,7 @@ class SharedInput:
     """
 
     def __init__(self) -> None:
-        self._stack: Held | None = None
+        self._stack: HeldPairs | None = None
         self._selection: Selection | None = None  # whose mixes the stack holds
         self._to: Arrangement | None = None  # what the stack is made for, after which change of adapters
         self._changes = -1
@@ -239,7 +239,7 @@ class SharedInput:
 
     def prepared(
         self, layers: Sequence[LoraLinear], tokens: int, products: torch.dtype, device: torch.device
-    ) -> tuple[Arrangement, Held]:
+    ) -> tuple[Arrangement, HeldPairs]:
         """How the divided batch is computed by layers that see so many tokens, and what holds the pairs that it uses."""
         selection, stack = layers[0].selection, self._stack
         to = selection.arranged(tokens, device)
@@ -253,7 +253,7 @@ class SharedInput:
             self._together = Together(bases)
         return self._together
 
-    def _holding(self, layers: Sequence[LoraLinear], to: Arrangement, products: torch.dtype, device: torch.device) -> Held:
+    def _holding(self, layers: Sequence[LoraLinear], to: Arrangement, products: torch.dtype, device: torch.device) -> HeldPairs:
         """The stack, with the mixes of `to` in it."""
         selection, stack = layers[0].selection, self._stack
         changes = selection.changes  # an adapter may come meanwhile: then this is looked at again
@@ -271,7 +271,7 @@ class SharedInput:
         return stack
 
 
-def _stack_of(layers: Sequence[LoraLinear], products: torch.dtype, device: torch.device) -> Held:
+def _stack_of(layers: Sequence[LoraLinear], products: torch.dtype, device: torch.device) -> HeldPairs:
     """What holds pairs of layers that see the same x; nothing yet."""
     shapes, selection = [layer.base.shape for layer in layers], layers[0].selection
     if fits(products, device, shapes):

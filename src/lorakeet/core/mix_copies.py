@@ -71,21 +71,19 @@ class _Copy:
         self.at = torch.cat([self.at, part.layout.at(memory)])
 
 
-class _Held:
-    """The copies that an arrangement uses, and what of this the layers ask for."""
+class _InUse:
+    """What an arrangement asks of the copies that it uses, by their addresses: MixCopies alone holds them."""
 
-    def __init__(self, to: Arrangement, copies: Sequence[tuple[Mix, _Copy]], stage: tuple[int, int]) -> None:
+    def __init__(self, to: Arrangement, copies: Mapping[Mix, _Copy], stage: tuple[int, int]) -> None:
         self.stage = stage  # after which change of adapters and of copies
-        by_mix = dict(copies)
-        self._copies = list(by_mix.values())  # as long as somebody has their addresses
         tokens: dict[int, list[int]] = {}
         for token, place in to.at:
             tokens.setdefault(place, []).append(token)
         for numbers, place in to.long:
             tokens.setdefault(place, []).extend(numbers)
-        self.shares = Shares((own, by_mix[to.places[place]].at) for place, own in tokens.items())
+        self.shares = Shares((own, copies[to.places[place]].at) for place, own in tokens.items())
         self.held = self.special = 0
-        for copy in self._copies:
+        for copy in copies.values():
             self.held |= copy.held
             self.special |= copy.special
 
@@ -94,7 +92,8 @@ class MixCopies:
     """All copies of a selection's mixes, by mix. Layers are known by numbers from when they first ask.
 
     What no batch uses stays while there is room: copies take as much as one batch needed, at most. What was needed is forgotten
-    when PATIENCE batches in a row needed less than half.
+    when it was looked PATIENCE times in a row for copies that take less than half. Layers have addresses of copies, which hold
+    until the adapters or the division of the batch change.
     """
 
     def __init__(self) -> None:
@@ -106,10 +105,6 @@ class MixCopies:
         self._version = 0  # rises when a copy is made, or a layer comes
         self._most = 0  # bytes that a batch needed
         self._roomy = 0  # batches in a row that needed less than half of what is held
-
-    def __deepcopy__(self, memo: dict[int, object]) -> MixCopies:
-        """Of other layers, which will ask."""
-        return MixCopies()
 
     @classmethod
     def of(cls, selection: Selection) -> MixCopies:
@@ -134,13 +129,13 @@ class MixCopies:
         self._version += 1
         self.bytes = self._most = self._roomy = 0
 
-    def hold(self, to: Arrangement, selection: Selection) -> _Held:
+    def hold(self, to: Arrangement, selection: Selection) -> _InUse:
         """Has each mix that is used copied; an adapter without a pair on a layer adds nothing there.
 
         Copies what is not there, or was copied before an adapter came or left, or was trained since.
         """
         changes = selection.changes  # an adapter may come meanwhile: then this is looked at again
-        found = cast("_Held | None", to.picked.get(self))
+        found = cast("_InUse | None", to.picked.get(self))
         if found is not None and found.stage == (changes, self._version):
             return found
         wanted, kept = dict(selection.standing(to).values()), {}
@@ -153,15 +148,15 @@ class MixCopies:
             kept[mix] = copy
         try:
             self._complete(kept.values(), spare)
-            self._copies.update(kept)
         finally:
+            self._copies.update(kept)  # also where there was no memory for some: layers may have addresses of the others
             self.bytes = sum(copy.bytes for copy in self._copies.values())
         needed = sum(copy.bytes for copy in kept.values())
         self._roomy = self._roomy + 1 if 2 * needed < self.bytes else 0
         if self._roomy >= PATIENCE:
             self._copies, self.bytes, self._most, self._roomy = kept, needed, needed, 0
-        held = to.picked[self] = _Held(to, list(kept.items()), (changes, self._version))
-        return held
+        found = to.picked[self] = _InUse(to, kept, (changes, self._version))
+        return found
 
     def _complete(self, copies: Iterable[_Copy], spare: list[Tensor]) -> None:
         """Copies what these lack, into spare memory that fits. Others go where there would not be room, the oldest first."""
@@ -184,7 +179,7 @@ class MixCopies:
         """The pairs of a mix on those layers that it is not copied for."""
         mix, layers = copy.what[0], self._layers[copy.layers :]
         mixtures, factors, kinds, special = list[Mixture](), list[Factors](), list[PairKind](), 0
-        for number, (adapters, _) in enumerate(layers):
+        for number, (adapters, shape) in enumerate(layers):
             there = adapters()
             held = {} if there is None else cast("Mapping[str, LoraPair]", there._modules)
             mixture = [(held[name], weight) for name, weight in mix if name in held]
@@ -194,6 +189,8 @@ class MixCopies:
             if not own:
                 special |= 1 << number
             for A, B, scale in own:
+                if A.shape[1:] != (shape[1],) or B.shape != (shape[0], len(A)):
+                    raise ValueError(f"A {tuple(A.shape)} and B {tuple(B.shape)} are no pair for a weight of {shape}")
                 a, b = readable(A), readable(B)
                 factors.append((a, b, scale))
                 kinds.append((number, a.size(0), a.dtype, b.dtype))
@@ -229,7 +226,7 @@ class MixRows:
         self.empty, self._special, self.shares = not held.held & self._bits, bool(held.special & self._bits), held.shares
 
     def meets_special(self, to: Arrangement) -> bool:
-        """Whether a mix of the arrangement, which is held, has a pair here that is more than A and B."""
+        """Whether a mix of the arrangement, which is the one that was held last, has a pair here that is more than A and B."""
         return self._special
 
     def add(self, ys: Sequence[Tensor], x: Tensor, to: Arrangement) -> None:

@@ -76,6 +76,14 @@ class Selection:
         self._tables: list[weakref.ref[Tables]] = []
         self.copies: Tables | None = None  # of mixes on all layers, where these are made at once (core/mix_copies)
 
+    def __deepcopy__(self, memo: dict[int, object]) -> Selection:
+        """For copies of the layers: the same adapters count, and what layers made of them is made anew."""
+        found = Selection()
+        found.active, found.shares, found.units = self.active, self.shares, self.units
+        found.changes, found.comings = self.changes, dict(self.comings)
+        found._numbers = itertools.count(self.changes + 1)
+        return found
+
     def use(self, name: str | None) -> None:
         """Everything uses the adapter `name`, or the bare base. The name is not checked here; see models/inject.activate."""
         self.active, self.shares, self._runs = name, None, None

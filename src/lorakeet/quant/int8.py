@@ -6,12 +6,14 @@ In training, products can run in int8 too (`in_int8`): each row of what is multi
 
         x·Wᵀ = t ∘ (q·packedᵀ) ∘ scale        g·W = t ∘ (q·packed), where q·t = g ∘ scale
 
-with sums in int32, which are exact. Coding a row of normal numbers moves it by about 0.8 % of its size. Judging never does that.
+with sums in int32, which are exact. Coding a row of normal numbers moves it by about 0.8 % of its size;
+rows with a few large numbers, which models have, move more (docs/log.md). Judging never does that.
 Rows of bf16 on a CPU are coded and multiplied by core/native/coded where that can be had, others by torch; the bits are the same.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, cast
@@ -93,7 +95,7 @@ class Int8Base(PackedBase):
 
     def takes_codes(self, x: Tensor) -> bool:
         """Whether x (tokens, ·) is multiplied in int8; CUDA's product wants more than 16 tokens and multiples of 8."""
-        if not (self.in_int8 and self.training):
+        if not (self.in_int8 and self.training) or x.shape[-1] > native.MOST:
             return False
         fits = len(x) > 16 and all(size % 8 == 0 for size in self.shape)
         return x.device.type == "cpu" or (x.device.type == "cuda" and fits)
@@ -129,5 +131,6 @@ def exact_products(model: nn.Module) -> Iterator[None]:
 def _in_steps(rows: Tensor) -> tuple[Tensor, Tensor]:
     """Rows (n, width) in whole steps of their own, fp32 (n, width), and what one step of each is worth, fp32 (n, 1)."""
     scale = rows.abs().amax(1, keepdim=True).float().div_(STEPS)
-    inverse = torch.where(scale > 0, 1 / scale, torch.zeros_like(scale))
-    return (rows * inverse).round_(), scale
+    inverse = 1 / scale
+    inverse = torch.where(inverse.isfinite(), inverse, torch.zeros_like(inverse))  # of zeros, and of steps too small to divide by
+    return (rows * inverse).round_(), torch.where(scale.isfinite(), scale, torch.full_like(scale, math.nan))

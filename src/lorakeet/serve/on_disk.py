@@ -40,6 +40,11 @@ class Source:
     def path(self) -> Path:
         return self.found.path
 
+    @property
+    def filled(self) -> int:
+        """The bytes of a copy for texts, in fp32: its odd ranks are filled up (core/native/pair_rows)."""
+        return max((-(-self.bytes * (rank + rank % 2) // rank) for rank in self.ranks if rank), default=self.bytes)
+
 
 class _Seen(NamedTuple):
     """What is told of an adapter by its outline."""

@@ -293,7 +293,7 @@ class Registry:
         """
         began = time.perf_counter()
         adapter, version.source = read(version.source, version.name, self.live)
-        self._make_room(version.source.bytes)
+        self._make_room(version.source.bytes, copied=version.source.filled)
         if not version.key:
             self._serial += 1
             version.key = f"{version.name.replace('.', '%')}@{version.source.digest[:12]}-{self._serial}"
@@ -335,16 +335,16 @@ class Registry:
         finally:
             self.release(lease)
 
-    def _make_room(self, needed: int, mix: Key = ()) -> None:
-        """Puts out the adapters that were used longest ago until `needed` bytes fit the budget, with the copies of adapters and
-        of a new `mix`.
+    def _make_room(self, needed: int, mix: Key = (), *, copied: int = 0) -> None:
+        """Puts out the adapters that were used longest ago until `needed` bytes fit the budget, with the copies of adapters, of
+        one of `copied` bytes in fp32 among them, and of a new `mix`.
 
         Where copies take more than texts may need, from before, they are freed first: texts that are written copy theirs anew.
         """
         while self.budget is not None:
             taken = self.live.table_bytes
             with self._lock:
-                held, copies = sum(version.source.bytes for version in self._resident.values()), self._copies(needed, mix)
+                held, copies = sum(version.source.bytes for version in self._resident.values()), self._copies(copied, mix)
                 if held + needed + max(copies, taken) <= self.budget:
                     self.engine.most_copies = self.budget - held - needed
                     return
@@ -370,13 +370,13 @@ class Registry:
             "are in use or pinned. Try again, unpin one, or start the server with more --memory."
         )
 
-    def _copies(self, needed: int = 0, mix: Key = ()) -> int:
-        """What copies of adapters take at most (core/batched): one for each text that is written, of an adapter in memory or of a
-        mix that is leased, which takes what its adapters take together; with an adapter of `needed` bytes in fp32, and a `mix`.
+    def _copies(self, copied: int = 0, mix: Key = ()) -> int:
+        """What copies of adapters take at most (core/mix_copies): one for each text that is written, of an adapter in memory or
+        of a mix that is leased, which takes what its adapters take together; with one of `copied` bytes in fp32, and a `mix`.
         """
-        sizes = {key: version.source.bytes for key, version in self._resident.items()}
+        sizes = {key: version.source.filled for key, version in self._resident.items()}
         mixes = [sum(sizes.get(key, 0) for key, _ in one) for one in (*self._mixes, mix)]
-        largest = sorted([*sizes.values(), *mixes, needed], reverse=True)[: self.engine.cache.slots]
+        largest = sorted([*sizes.values(), *mixes, copied], reverse=True)[: self.engine.cache.slots]
         return sum(largest) * self.live.text.products.itemsize // 4
 
     def _put_out(self, version: Version) -> None:

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from lorakeet.core.native import ops
-from lorakeet.core.native.block import NO_PAIRS, Block, BlockParts, NewTokens
+from lorakeet.core.native.block import NO_PAIRS, Block, BlockPairs, BlockParts, NewTokens
 from lorakeet.core.native.linear import Panels
+from lorakeet.core.native.pair_rows import Layout, Shares
 from tiny.native import needs_native
 
 pytestmark = needs_native
@@ -20,6 +21,7 @@ pytestmark = needs_native
 SLOTS, CAPACITY, EPSILON = 6, 70, 1e-5
 # heads of queries and of keys, their size, the widths of x and of the MLP
 SHAPES = [(3, 1, 64, 48, 80), (4, 4, 64, 64, 32), (10, 2, 128, 96, 160), (5, 1, 64, 32, 16), (8, 1, 64, 64, 64)]
+SHAPES += [(1, 1, 64, 256, 64)]  # wider without its parts than within
 # slot, tokens that it holds already, new ones: prompts, a prompt that goes on, and rows that write one token
 ROWS = [(4, 0, 5), (0, 0, 1), (2, 33, 1), (1, 12, 40), (5, 69, 1)]
 
@@ -108,6 +110,40 @@ def computed(parts: BlockParts, x: Tensor, slots: list[int], positions: list[int
     return Block(parts).forward(x, NO_PAIRS, new, turn, (cache[0], cache[1]))
 
 
+@pytest.mark.parametrize("shape", [(3, 1, 64, 96, 64), (1, 1, 64, 256, 64)])
+def test_each_token_has_its_own_pairs(shape: tuple[int, int, int, int, int]) -> None:
+    """Of an odd rank, on some layers only, for more tokens than are multiplied together; others have none."""
+    parts, weights = parts_of(shape, biased=True)
+    _, kv, d, hidden, _ = shape
+    shapes = [tuple(weight.shape) for weight in weights]
+    on, rank, scale = (0, 2, 3, 5, 6), 3, 1.5
+    pairs = {layer: (random(rank, shapes[layer][1], seed=60 + layer, size=shapes[layer][1] ** -0.5),
+                     random(shapes[layer][0], rank, seed=70 + layer)) for layer in on}  # fmt: skip
+    layout = Layout([(layer, rank, torch.bfloat16, torch.bfloat16) for layer in on], shapes)
+    memory = torch.empty(layout.bytes, dtype=torch.uint8)
+    layout.copy([(*pairs[layer], scale) for layer in on], memory)
+    with_pairs, filler = [0, 1, 2, 4, 5, 7, 8], 2
+    shares = Shares([(with_pairs, layout.at(memory))])
+    tokens, slots = 9, list(range(9))
+    x, turn = random(tokens + filler, hidden, seed=80), turns([0] * (tokens + filler), d)
+
+    def forward(block: BlockParts, held: BlockPairs) -> Tensor:
+        cache = [torch.zeros(tokens, kv, CAPACITY, d).bfloat16() for _ in range(2)]
+        return Block(block).forward(x, held, NewTokens(slots, [0] * tokens, CAPACITY), turn, (cache[0], cache[1]))
+
+    found = forward(parts, BlockPairs.of(shares, [layer if layer in on else None for layer in range(7)]))
+    merged = [
+        (weight.double() + scale * pairs[layer][1].double() @ pairs[layer][0].double()).bfloat16() if layer in on else weight
+        for layer, weight in enumerate(weights)
+    ]
+    expected, bare = forward(replace(parts, weights=tuple(map(Panels, merged))), NO_PAIRS), forward(parts, NO_PAIRS)
+    without = [token for token in range(tokens + filler) if token not in with_pairs]
+    assert torch.equal(found[without], bare[without])
+    close, far = ((found - other)[with_pairs].float().norm() / found[with_pairs].float().norm() for other in (expected, bare))
+    assert float(close) < 0.02
+    assert float(far) > 0.2
+
+
 def test_a_token_gets_the_same_bits_beside_any_others() -> None:
     parts, _ = parts_of(SHAPES[0], biased=True)
     slots, positions = [0, 3, 1, 5, 2], [7, 40, 0, 22, 69]
@@ -151,6 +187,9 @@ def test_a_copy_of_a_block_has_weights_of_its_own() -> None:
     before = block.forward(x, *given)
     for weight in block.parts.weights:
         weight.numbers.zero_()
+    for given_to_both in (*block.parts.norms, *block.parts.biases):
+        assert given_to_both is not None
+        given_to_both.zero_()
     assert torch.equal(other.forward(x, *given), before) and not torch.equal(block.forward(x, *given), before)
 
 
@@ -172,5 +211,6 @@ def test_what_does_not_fit_is_refused() -> None:
         given = {"x": random(1, 48, seed=1), "slots": [0], "positions": [0], "cache": cache} | change
         with pytest.raises(ValueError, match="are no states of this block"):
             computed(parts, **given)
-    with pytest.raises(ValueError, match="positions 0 to 70 do not fit 70 tokens"):
-        NewTokens([0, 0], [0, CAPACITY], CAPACITY)
+    for slots, positions in (([0, 0], [0, CAPACITY]), ([0, -1], [0, 0]), ([0, 0], [0]), ([0], [-1])):
+        with pytest.raises(ValueError, match="do not fit slots of 70 tokens"):
+            NewTokens(slots, positions, CAPACITY)

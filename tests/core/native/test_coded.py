@@ -77,6 +77,10 @@ def test_the_largest_sums_are_exact() -> None:
     assert not coded.serves(torch.zeros(1, width + 16, dtype=torch.bfloat16)) and coded.serves(torch.zeros(1, width).bfloat16())
 
 
+def others_than(row: int) -> list[int]:
+    return [other for other in range(9) if other != row]
+
+
 @pytest.mark.parametrize("bad", ["nan", "inf", "-inf"])
 @pytest.mark.parametrize("place", [0, 31])
 def test_what_is_no_number_stays_none_and_stays_in_its_row(bad: str, place: int) -> None:
@@ -85,9 +89,10 @@ def test_what_is_no_number_stays_none_and_stays_in_its_row(bad: str, place: int)
     alone = coded.CODED_PRODUCT(*coded.CODE_ROWS(x, None), weight, scale, False)
     x[4, place] = float(bad)
     found = coded.CODED_PRODUCT(*coded.CODE_ROWS(x, None), weight, scale, False)
-    assert not found[4].isfinite().any()
-    assert bad != "nan" or found[4].isnan().all()
-    others = [row for row in range(9) if row != 4]
+    assert bool(found[4].isnan().all())
+    back = coded.CODED_PRODUCT(*coded.CODE_ROWS(x, torch.rand(32) + 0.1), *weight_of(32, 16)[:1], None, True)
+    assert bool(back[4].isnan().all()) and bool(back[others_than(4)].isfinite().all())
+    others = others_than(4)
     assert torch.equal(found[others], alone[others])
 
 
@@ -140,6 +145,31 @@ def test_tensors_that_do_not_fit_are_refused(codes: Any, steps: int, weight: Any
     given = torch.zeros(codes, dtype=torch.uint8), torch.zeros(steps, 1), torch.zeros(weight, dtype=torch.int8)
     with pytest.raises(ValueError, match="do not fit each other"):
         coded.CODED_PRODUCT(*given, torch.zeros(scale), False)
+
+
+@pytest.mark.parametrize(("rows", "by"), [((1, 8), None), ((64,), None), ((1, 64), 16), ((1, 64), 80)])
+def test_rows_that_cannot_be_coded_are_refused(rows: tuple[int, ...], by: int | None) -> None:
+    with pytest.raises(ValueError, match="do not fit each other, or are not in whole 16"):
+        coded.code_rows(torch.ones(rows, dtype=torch.bfloat16), None if by is None else torch.ones(by))
+
+
+@pytest.mark.parametrize("width", [1, 5, 17, 33, 50, 63, 65, 127, 130])
+def test_the_way_back_takes_weights_of_any_width(width: int) -> None:
+    weight, _ = weight_of(48, width)
+    codes = torch.randint(1, 256, (7, 48), dtype=torch.uint8, generator=torch.Generator().manual_seed(3))
+    expected = ((codes.double() - 128) @ weight.double()).float().bfloat16()
+    assert torch.equal(coded.CODED_PRODUCT(codes, torch.ones(7, 1), weight, None, True), expected)
+
+
+def test_torch_s_default_dtype_does_not_matter() -> None:
+    weight, scale = weight_of(48, 32)
+    expected, before = multiplied(drawn(3, 32), weight, scale), torch.get_default_dtype()
+    try:
+        torch.set_default_dtype(torch.bfloat16)
+        found = multiplied(drawn(3, 32), weight, scale)
+    finally:
+        torch.set_default_dtype(before)
+    assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
 
 
 def test_both_operators_pass_torch_s_own_checks() -> None:

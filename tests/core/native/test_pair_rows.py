@@ -83,9 +83,11 @@ def test_each_token_gets_its_own_sums() -> None:
     for token, place in ((3, 0), (9, 1), (5, 2), (6, 3), (12, 3)):  # by itself, in one thread
         alone = before[token : token + 1].bfloat16()
         threads = torch.get_num_threads()
-        torch.set_num_threads(1)
-        rows.add(alone.split(OUTS, dim=1), x[token : token + 1], Shares([([0], copies[place][1])]))
-        torch.set_num_threads(threads)
+        try:
+            torch.set_num_threads(1)
+            rows.add(alone.split(OUTS, dim=1), x[token : token + 1], Shares([([0], copies[place][1])]))
+        finally:
+            torch.set_num_threads(threads)
         assert torch.equal(alone[0], wide[token]), "to the last bit, whoever is beside it"
 
 

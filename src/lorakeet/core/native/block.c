@@ -25,8 +25,11 @@ typedef struct {
 
 static int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 
-/* Numbers of the widest two results that exist at once beside x and y, of each token. */
-static int64_t first_width(const Block *of) { return larger((of->heads.heads + 2 * of->heads.kv) * of->heads.d, 2 * of->inner); }
+/* Numbers of each token in the two places between which results go to and fro, beside x and y. */
+static int64_t first_width(const Block *of) {
+    return larger(of->hidden, larger((of->heads.heads + 2 * of->heads.kv) * of->heads.d, 2 * of->inner));
+}
+
 static int64_t second_width(const Block *of) { return larger(larger(of->hidden, of->heads.heads * of->heads.d), of->inner); }
 
 int64_t block_scratch(const Block *of, int64_t tokens, int64_t longest, int threads) {
@@ -51,8 +54,8 @@ static void adapt(const Pairs *pairs, int first, const Product *products, int co
 }
 
 /* x (tokens, hidden) to y; tokens behind the `new` ones see nothing. */
-void block(const Block *of, const Pairs *pairs, const NewTokens *new, const bf16 *x, bf16 *y, bf16 *keys, bf16 *values, int64_t tokens, uint8_t *scratch,
-           int threads) {
+void block(const Block *of, const Pairs *pairs, const NewTokens *new, const bf16 *x, bf16 *y, bf16 *keys, bf16 *values,
+           int64_t tokens, uint8_t *scratch, int threads) {
     const Heads *heads = &of->heads;
     int64_t hidden = of->hidden, inner = of->inner, q = heads->heads * heads->d, kv = heads->kv * heads->d;
     bf16 *first = (bf16 *)(scratch + threads * cached_scratch(heads, new->longest));

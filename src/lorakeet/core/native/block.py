@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lorakeet.core.native.linear import Panels, Product
-from lorakeet.core.native.ops import HEAD, LANES, at, in_use, loaded
+from lorakeet.core.native.ops import HEAD, LANES, in_use, loaded, pointers
 from lorakeet.core.native.pair_rows import Shares
 
 LAYERS = 7  # of a block: q, k, v, o, gate, up, down
@@ -50,9 +50,6 @@ class BlockPairs(ctypes.Structure):
         pairs.held = shares
         return pairs
 
-    def __deepcopy__(self, memo: dict[int, object]) -> BlockPairs:
-        return self  # nobody writes into it
-
 
 NO_PAIRS = BlockPairs.of(None, [None] * LAYERS)
 
@@ -61,9 +58,9 @@ class NewTokens:
     """Where in a cache the tokens of a step go, the slot and the position of each, and what blocks need room for meanwhile."""
 
     def __init__(self, slots: Sequence[int], positions: Sequence[int], capacity: int) -> None:
-        """ValueError for positions beyond a slot's `capacity`."""
-        if not 0 <= min(positions) <= max(positions) < capacity:
-            raise ValueError(f"positions {min(positions)} to {max(positions)} do not fit {capacity} tokens")
+        """ValueError for positions beyond a slot's `capacity`, and for what is no slot."""
+        if len(slots) != len(positions) or min(slots) < 0 or not 0 <= min(positions) <= max(positions) < capacity:
+            raise ValueError(f"slots {list(slots)} and positions {list(positions)} do not fit slots of {capacity} tokens")
         array = ctypes.c_int64 * len(slots)
         self.count, self.slots, self.capacity = len(slots), max(slots) + 1, capacity
         self._places = array(*slots), array(*positions)
@@ -133,6 +130,13 @@ class Block:
         inward, apart = (Product * 3)(*products[:3]), (Product * 2)(*products[4:6])
         self._shape = _Block(inward, products[3], apart, products[6], norms, epsilons, down, gate, heads)
         self.hidden, self.cached = down, (k // parts.head, parts.head)
+        given = [*parts.norms, *(bias for bias in parts.biases if bias is not None)]
+        self._given = [(each, each.detach(), each.data_ptr()) for each in given]  # whose numbers stay, even if these get others
+
+    @property
+    def moved(self) -> bool:
+        """Whether a norm or a bias has been given other memory since."""
+        return any(each.data_ptr() != address for each, _, address in self._given)
 
     def __deepcopy__(self, memo: dict[int, object]) -> Block:
         """Over copies of the parts."""
@@ -152,12 +156,12 @@ class Block:
         kv, head = self.cached
         states = (x.shape[1:] == (self.hidden,), keys.shape == values.shape, keys.shape[1:] == (kv, new.capacity, head),
                   new.count <= len(x), new.slots <= len(keys), turn[0].shape == turn[1].shape == (1, len(x), head))  # fmt: skip
-        plain = (each.dtype == torch.bfloat16 and each.is_contiguous() for each in (x, keys, values))
+        plain = (each.dtype == torch.bfloat16 and each.is_contiguous() and each.is_cpu for each in (x, keys, values))
         if not (all(states) and all(plain)):
             raise ValueError(f"x {tuple(x.shape)} and a cache of {tuple(keys.shape)} are no states of this block")
         library, threads, y = loaded(), torch.get_num_threads(), torch.empty_like(x)
         tokens, block = ctypes.c_int64(len(x)), ctypes.byref(self._shape)
         size = library.block_scratch(block, tokens, ctypes.c_int64(new.longest), threads)
         shapes = block, ctypes.byref(pairs), ctypes.byref(new.turned_by(turn))
-        library.block(*shapes, *at(x, y, keys, values), tokens, ctypes.c_void_p(new.room(size)), threads)
+        library.block(*shapes, *pointers(x, y, keys, values), tokens, ctypes.c_void_p(new.room(size)), threads)
         return y

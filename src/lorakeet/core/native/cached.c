@@ -24,8 +24,8 @@ static void turned(const bf16 *x, const bf16 *cos, const bf16 *sin, int64_t d, b
 }
 
 /* log₂(e)·scale times the products of `heads` queries (heads, d) with `count` keys (count, d), to (heads, room). */
-static inline __attribute__((always_inline)) void scored(const int heads, const bf16 *q, const bf16 *keys, int64_t count, int64_t d,
-                                                         float scale, float *scores, int64_t room) {
+static inline __attribute__((always_inline)) void scored(const int heads, const bf16 *q, const bf16 *keys, int64_t count,
+                                                         int64_t d, float scale, float *scores, int64_t room) {
     for (int64_t j = 0; j < count; j++) {
         __m512 sum[AT_ONCE];
 #pragma GCC unroll 4
@@ -42,7 +42,7 @@ static inline __attribute__((always_inline)) void scored(const int heads, const 
 }
 
 /* Scores (count) to shares that add up to 1, in place; behind them zeros up to a whole register. */
-static void shares(float *scores, int64_t count) {
+static void softmax(float *scores, int64_t count) {
     __m512 most = _mm512_set1_ps(-INFINITY), sum = _mm512_setzero_ps();
     int64_t whole = (count + LANES - 1) / LANES * LANES;
     for (int64_t j = count; j < whole; j++) scores[j] = -INFINITY;
@@ -108,7 +108,7 @@ void cached_attention(const Heads *of, const NewTokens *new, const bf16 *states,
                     HEADS(1) HEADS(2) HEADS(3) HEADS(4)
                 }
             for (int64_t g = 0; g < group; g++) {
-                shares(scores + g * wide_room, count);
+                softmax(scores + g * wide_room, count);
                 weighed(scores + g * wide_room, values + first, count, d, out + (t * heads + h * group + g) * d);
             }
         }

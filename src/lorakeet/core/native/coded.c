@@ -4,10 +4,12 @@
    bytes with one, four at a time, so a row is kept as q + 128, and each sum begins at −128 times the weight's own sum.
 
    The weight stays as it is. For some tokens at a time and PANEL columns of the result, its numbers are laid out as the product
-   takes them, four of each column side by side, in memory that stays in the processor's second cache. */
+   takes them, four of each column side by side, in memory that stays in the processor's second cache (98 KB for 1,536 terms; not
+   measured for wider weights). */
 
 #include "lanes.h"
 
+#include <math.h>
 #include <omp.h>
 
 #define WIDE 4              /* registers of sums beside each other */
@@ -22,7 +24,7 @@ static inline __m512 scaled(const bf16 *x, const float *by, int64_t c) {
 }
 
 /* x, or x ∘ by, in steps of the largest absolute value of its row / 127: q + 128, and what a step is worth. In a row that has a
-   NaN or an infinity a step is worth that. A row whose steps are too small to be divided by, below 3e-39, counts as zeros. */
+   NaN or an infinity a step is worth NaN, and all results of it are. A row whose steps are too small to be divided by, below 3e-39, counts as zeros. */
 void code_rows(const bf16 *x, const float *by, uint8_t *codes, float *steps, int64_t tokens, int64_t width, int threads) {
 #pragma omp parallel for schedule(static) num_threads(threads)
     for (int64_t t = 0; t < tokens; t++) {
@@ -32,11 +34,13 @@ void code_rows(const bf16 *x, const float *by, uint8_t *codes, float *steps, int
             largest = _mm512_max_epu32(largest, _mm512_and_si512(_mm512_castps_si512(scaled(row, by, c)), sign));
         union { uint32_t bits; float value; } most = {_mm512_reduce_max_epu32(largest)};
         float step = most.value / STEPS, inverse = 1.0f / step;
-        if (!(inverse <= 3.4e38f)) inverse = 0.0f, step = step > 0.0f || step == 0.0f ? 0.0f : step;
+        int whole = most.bits < 0x7f800000; /* neither infinite nor NaN */
+        if (!whole || !(inverse <= 3.4e38f)) inverse = 0.0f, step = whole ? 0.0f : NAN;
         steps[t] = step;
         __m512 times = _mm512_set1_ps(inverse);
         for (int64_t c = 0; c < width; c += LANES) {
-            __m128i q = _mm512_cvtsepi32_epi8(_mm512_cvtps_epi32(_mm512_mul_ps(scaled(row, by, c), times)));
+            __m512i nearest = _mm512_cvtps_epi32(_mm512_mul_ps(scaled(row, by, c), times));
+            __m128i q = _mm512_cvtsepi32_epi8(whole ? nearest : _mm512_setzero_si512());
             _mm_storeu_si128((__m128i *)(codes + t * width + c), _mm_xor_si128(q, _mm_set1_epi8((char)0x80)));
         }
     }
@@ -141,8 +145,10 @@ static inline __attribute__((always_inline)) void multiply(const Piece *p, int64
     }
 }
 
+int64_t coded_scratch(int64_t depth) { return PANEL * depth; }
+
 /* y (tokens, width) = steps ∘ (q·Wᵀ) ∘ scale, or, `across`, steps ∘ (q·W), in bf16, of codes (tokens, depth), depth a multiple of
-   16, and W as it is stored. `scratch` has 64·depth bytes for each thread. */
+   16, and W as it is stored. `scratch` has coded_scratch bytes for each thread. */
 void coded_product(const uint8_t *codes, const float *steps, const int8_t *weight, const float *scale, bf16 *y, uint8_t *scratch,
                    int64_t tokens, int64_t depth, int64_t width, int across, int threads) {
     int64_t panels = (width + PANEL - 1) / PANEL, parts = (tokens + TOKENS - 1) / TOKENS;

@@ -1,7 +1,8 @@
 """Rows of bf16 coded in int8, and their products with a weight in int8, as operators of torch (coded.c).
 
-They compute what torch's own operations do (quant/int8), to the last bit: sums of products of whole numbers are exact. A product
-reads the weight as it is stored, and its sums, which are int32, never leave the processor's registers.
+They compute what torch's own operations do (quant/int8), of finite rows to the last bit, since sums of products of whole numbers
+are exact; but results below 1.2e-38 are zeros. A product reads the weight as it is stored, and its sums, which are int32, never
+leave the processor's registers.
 """
 
 from __future__ import annotations
@@ -13,9 +14,9 @@ import torch
 from torch import Tensor
 
 from lorakeet.core.native import ops
-from lorakeet.core.native.ops import at, define, loaded
+from lorakeet.core.native.ops import define, loaded, pointers
 
-PANEL, TOKENS = 64, 240  # as in coded.c: columns and tokens of the result that are computed at once
+PANEL, TOKENS = 64, 240  # columns and tokens of the result that a thread takes at least
 MOST = 1 << 17  # terms of a sum that int32 holds
 
 
@@ -26,24 +27,28 @@ def serves(x: Tensor) -> bool:
 
 def code_rows(x: Tensor, by: Tensor | None) -> tuple[Tensor, Tensor]:
     """x, or x ∘ by (width,) in fp32, as (q + 128) in uint8 (tokens, width), and what a step of each row is worth (tokens, 1)."""
-    codes, steps = torch.empty_like(x, dtype=torch.uint8), torch.empty(len(x), 1)
-    wide = at(*([] if by is None else [by]), steps, dtype=torch.float32)
+    if x.dim() != 2 or x.shape[1] % ops.LANES or (by is not None and by.shape != x.shape[1:]):
+        factor = "no factor" if by is None else f"a factor {tuple(by.shape)}"
+        raise ValueError(f"rows {tuple(x.shape)} and {factor} do not fit each other, or are not in whole {ops.LANES}")
+    codes, steps = torch.empty_like(x, dtype=torch.uint8), x.new_empty(len(x), 1, dtype=torch.float32)
+    wide = pointers(*([] if by is None else [by]), steps, dtype=torch.float32)
     first = None if by is None else wide[0]
     sizes = ctypes.c_int64(len(x)), ctypes.c_int64(x.shape[1])
-    loaded().code_rows(*at(x), first, *at(codes, dtype=torch.uint8), wide[-1], *sizes, torch.get_num_threads())
+    loaded().code_rows(*pointers(x), first, *pointers(codes, dtype=torch.uint8), wide[-1], *sizes, torch.get_num_threads())
     return codes, steps
 
 
 def coded_product(codes: Tensor, steps: Tensor, weight: Tensor, scale: Tensor | None, across: bool) -> Tensor:
-    """steps ∘ (q·Wᵀ) ∘ scale, or, `across`, steps ∘ (q·W) ∘ scale, in bf16, of W (out, in) in int8; no scale counts as ones."""
+    """steps ∘ (q·Wᵀ) ∘ scale, or, `across`, steps ∘ (q·W), in bf16, of W (out, in) in int8; no scale counts as ones."""
     width, depth = weight.shape if not across else weight.shape[::-1]
-    if codes.shape[1] != depth or depth % ops.LANES or len(steps) != len(codes) or (scale is not None and len(scale) != width):
+    alike = codes.shape[1] == depth and len(steps) == len(codes) and (scale is None or (not across and len(scale) == width))
+    if not alike or depth % ops.LANES:
         shapes = f"codes {tuple(codes.shape)}, {len(steps)} steps, a weight {tuple(weight.shape)}"
         raise ValueError(f"{shapes} and its scale do not fit each other, or the codes are not in whole {ops.LANES}")
-    y = torch.empty(len(codes), width, dtype=torch.bfloat16)
-    scratch = torch.empty(workspace(codes, steps, weight, scale, across), dtype=torch.uint8)
-    narrow, (signed,), (out,) = at(codes, scratch, dtype=torch.uint8), at(weight, dtype=torch.int8), at(y)
-    wide = at(steps, *([] if scale is None else [scale]), dtype=torch.float32)
+    y = codes.new_empty(len(codes), width, dtype=torch.bfloat16)
+    scratch = codes.new_empty(workspace(codes, steps, weight, scale, across))
+    narrow, (signed,), (out,) = pointers(codes, scratch, dtype=torch.uint8), pointers(weight, dtype=torch.int8), pointers(y)
+    wide = pointers(steps, *([] if scale is None else [scale]), dtype=torch.float32)
     given = narrow[0], wide[0], signed, None if scale is None else wide[1], out, narrow[1]
     sizes = (ctypes.c_int64(size) for size in (len(codes), depth, width))
     loaded().coded_product(*given, *sizes, int(across), _threads(len(codes), width))
@@ -57,7 +62,8 @@ def _threads(tokens: int, width: int) -> int:
 
 def workspace(codes: Tensor, steps: Tensor, weight: Tensor, scale: Tensor | None, across: bool) -> int:
     """Bytes that `coded_product` holds for as long as it computes."""
-    return _threads(len(codes), weight.shape[1 if across else 0]) * PANEL * codes.shape[1]
+    threads = _threads(len(codes), weight.shape[1 if across else 0])
+    return threads * int(loaded().coded_scratch(ctypes.c_int64(codes.shape[1])))
 
 
 def flops(codes: Tensor, steps: Tensor, weight: Tensor, *_: Any, **__: Any) -> int:

@@ -64,7 +64,8 @@ def _library() -> ctypes.CDLL:
     if os.environ.get(OFF) == "0":
         raise CannotBuild(f"{OFF} is 0")
     if not fits():
-        raise CannotBuild("the processor has no AVX512_BF16, or the system is not Linux")
+        missing = sorted(WANTED - _processor()) if sys.platform == "linux" and platform.machine() == "x86_64" else []
+        raise CannotBuild(f"the processor has no {', '.join(missing)}" if missing else "the system is not Linux on x86-64")
     compiler = shlex.split(os.environ.get("CC", "")) or ["gcc"]
     if shutil.which(compiler[0]) is None:
         raise CannotBuild(f"there is no {compiler[0]}; install gcc, on Debian with: apt install gcc")
@@ -118,6 +119,7 @@ def _own(folder: Path) -> bool:
 def _opened(path: Path) -> ctypes.CDLL:
     found = ctypes.CDLL(str(path))
     found.attention_scratch.restype = ctypes.c_int64
+    found.coded_scratch.restype = ctypes.c_int64
     found.block_scratch.restype = ctypes.c_int64
     return found
 
@@ -130,7 +132,7 @@ def _compile(compiler: list[str], openmp: Path, target: Path) -> Path:
             objects.append(str(Path(name) / source.replace(".c", ".o")))
             _run([*compiler, *FLAGS, "-c", str(HERE / source), "-o", objects[-1]])
         made = Path(name) / target.name
-        _run([*compiler, "-shared", "-Wl,-z,defs", *objects, str(openmp), "-lm", "-o", str(made)])
+        _run([*compiler, "-shared", "-Wl,-z,defs", "-Wl,-Bsymbolic", *objects, str(openmp), "-lm", "-o", str(made)])
         with made.open("rb") as written:
             os.fsync(written.fileno())
         os.replace(made, target)

@@ -26,7 +26,8 @@ static inline __attribute__((always_inline)) void sums(const int tokens, const i
             __m512bh right = (__m512bh)_mm512_loadu_si512(at);
 #pragma GCC unroll 16
             for (int t = 0; t < tokens; t++)
-                sum[p * tokens + t] = _mm512_dpbf16_ps(sum[p * tokens + t], right, (__m512bh)_mm512_set1_epi32((int)x[t * words + k]));
+                sum[p * tokens + t] =
+                    _mm512_dpbf16_ps(sum[p * tokens + t], right, (__m512bh)_mm512_set1_epi32((int)x[t * words + k]));
         }
 #pragma GCC unroll 16
     for (int i = 0; i < tokens * panels; i++) found[i] = sum[i];

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lorakeet.core.native.ops import LANES, at, in_use, loaded
+from lorakeet.core.native.ops import LANES, in_use, loaded, pointers
 
 
 class Product(ctypes.Structure):
@@ -27,7 +27,9 @@ class Panels:
         """`weight` is one that `can_panel` takes."""
         outputs, width = weight.shape
         self.shape = (outputs, width)
-        filled = torch.nn.functional.pad(weight.detach(), (0, 0, 0, -outputs % LANES))
+        filled = weight.detach().contiguous()
+        if outputs % LANES:
+            filled = torch.nn.functional.pad(filled, (0, 0, 0, -outputs % LANES))
         self.numbers = filled.view(-1, LANES, width // 2, 2).transpose(1, 2).contiguous()  # (panels, in/2, 16, 2)
         self._alone = Beside([self])
 
@@ -65,11 +67,12 @@ class Beside:
             raise ValueError(f"x is {tuple(x.shape)} in {x.dtype}; the weights take (tokens, {self.width}) in bfloat16")
         x = x.contiguous()
         y = torch.empty(len(x), self.columns, dtype=x.dtype)
-        given = *at(x), self._products, ctypes.c_int64(len(self._products)), *at(y)
+        given = *pointers(x), self._products, ctypes.c_int64(len(self._products)), *pointers(y)
         loaded().linear(*given, ctypes.c_int64(len(x)), *self._sizes, torch.get_num_threads())
         return y
 
 
 def can_panel(weight: Tensor) -> bool:
     """Whether the library multiplies with such a weight here."""
-    return weight.dtype == torch.bfloat16 and weight.device.type == "cpu" and weight.shape[1] % 2 == 0 and in_use()
+    plain = type(weight) in (Tensor, torch.nn.Parameter)
+    return plain and weight.dtype == torch.bfloat16 and weight.device.type == "cpu" and weight.shape[1] % 2 == 0 and in_use()

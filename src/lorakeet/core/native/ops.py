@@ -38,7 +38,8 @@ class _Shape(ctypes.Structure):
 
 @contextmanager
 def without() -> Iterator[None]:
-    """A context in which torch's own operations compute everything."""
+    """A context in which torch's own operations compute; but what was laid out for the library, weights and pairs that tokens are
+    written with, is multiplied by it."""
     before = _used.set(False)
     try:
         yield
@@ -99,7 +100,7 @@ def _scratch_of_thread(longest: int, d: int) -> int:
     return int(loaded().attention_scratch(ctypes.c_int64(longest), ctypes.c_int64(d)))
 
 
-def at(*tensors: Tensor, dtype: torch.dtype = torch.bfloat16) -> list[ctypes.c_void_p]:
+def pointers(*tensors: Tensor, dtype: torch.dtype = torch.bfloat16) -> list[ctypes.c_void_p]:
     """Where they are; ValueError for tensors that C cannot read so."""
     if any(tensor.dtype != dtype or not tensor.is_contiguous() for tensor in tensors):
         given = [(tuple(tensor.shape), tensor.stride(), tensor.dtype) for tensor in tensors]
@@ -117,7 +118,7 @@ def row_attention(q: Tensor, k: Tensor, v: Tensor, rows: list[int], prefix: int,
     out, logs = torch.empty_like(q), torch.empty(q.shape[1], len(q))
     out[prefix + sum(rows) :] = 0
     scratch = torch.empty(threads * room, dtype=torch.uint8)
-    given = *at(q, k, v, out), *at(logs, dtype=torch.float32), *at(scratch, dtype=torch.uint8)
+    given = *pointers(q, k, v, out), *pointers(logs, dtype=torch.float32), *pointers(scratch, dtype=torch.uint8)
     loaded().attention_forward(ctypes.byref(shape), *given, threads)
     return out, logs
 
@@ -134,8 +135,8 @@ def row_attention_backward(
     sums = torch.zeros(2, shape.parts, len(q), q.shape[2])
     of_prefix = torch.zeros(2, shape.parts, shape.groups, prefix, q.shape[2])
     scratch = torch.empty(threads * room, dtype=torch.uint8)
-    narrow, wide = at(q, k, v, out, grad, *grads), at(logs, sums, of_prefix, dtype=torch.float32)
-    given = *narrow[:4], wide[0], *narrow[4:], *wide[1:], *at(scratch, dtype=torch.uint8)
+    narrow, wide = pointers(q, k, v, out, grad, *grads), pointers(logs, sums, of_prefix, dtype=torch.float32)
+    given = *narrow[:4], wide[0], *narrow[4:], *wide[1:], *pointers(scratch, dtype=torch.uint8)
     loaded().attention_backward(ctypes.byref(shape), *given, threads)
     return grads
 
@@ -168,41 +169,41 @@ def flops_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, l
 def norm(x: Tensor, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
     """y = w ∘ (x·ρ) and ρ = 1/√(mean(x²) + ε) (…, 1) in fp32, of x (…, width) and w (width,)."""
     y, rho = torch.empty_like(x), torch.empty(*x.shape[:-1], 1)
-    loaded().norm(*at(x, weight), ctypes.c_float(epsilon), *at(y), *at(rho, dtype=torch.float32), *_sizes(x))
+    loaded().norm(*pointers(x, weight), ctypes.c_float(epsilon), *pointers(y), *pointers(rho, dtype=torch.float32), *_sizes(x))
     return y, rho
 
 
 def norm_again(x: Tensor, rho: Tensor, weight: Tensor) -> Tensor:
     """The y of `norm`, to the last bit, from its ρ."""
     y = torch.empty_like(x)
-    loaded().norm_again(*at(x), *at(rho, dtype=torch.float32), *at(weight, y), *_sizes(x))
+    loaded().norm_again(*pointers(x), *pointers(rho, dtype=torch.float32), *pointers(weight, y), *_sizes(x))
     return y
 
 
 def norm_backward(grad: Tensor, x: Tensor, rho: Tensor, weight: Tensor) -> Tensor:
     """∂x = ρ·(w∘∂y − x̂·mean(w∘∂y∘x̂)), x̂ = x·ρ."""
     found = torch.empty_like(x)
-    loaded().norm_backward(*at(grad, x), *at(rho, dtype=torch.float32), *at(weight, found), *_sizes(x))
+    loaded().norm_backward(*pointers(grad, x), *pointers(rho, dtype=torch.float32), *pointers(weight, found), *_sizes(x))
     return found
 
 
 def gated(gate: Tensor, up: Tensor) -> Tensor:
     """silu(gate) ∘ up."""
     inner = torch.empty_like(gate)
-    loaded().gated(*at(gate, up, inner), ctypes.c_int64(gate.numel()), torch.get_num_threads())
+    loaded().gated(*pointers(gate, up, inner), ctypes.c_int64(gate.numel()), torch.get_num_threads())
     return inner
 
 
 def gated_backward_(gate: Tensor, up: Tensor, grad: Tensor) -> None:
     """With the gradient of `gated`: writes ∂gate and ∂up into gate and up, and what `gated` gave into `grad`."""
-    loaded().gated_backward(*at(gate, up, grad), ctypes.c_int64(gate.numel()), torch.get_num_threads())
+    loaded().gated_backward(*pointers(gate, up, grad), ctypes.c_int64(gate.numel()), torch.get_num_threads())
 
 
 def turn_(states: Tensor, cos: Tensor, sin: Tensor, back: bool) -> None:
     """Turns (tokens, heads, head) by the angles (tokens, head), or back, in place: core/fused_attention.turned."""
     tokens, heads, head = states.shape
     sizes = (ctypes.c_int64(size) for size in (tokens, heads, head // 2))
-    loaded().turn(*at(states, cos, sin), *sizes, int(back), torch.get_num_threads())
+    loaded().turn(*pointers(states, cos, sin), *sizes, int(back), torch.get_num_threads())
 
 
 def _sizes(x: Tensor) -> tuple[ctypes.c_int64, ctypes.c_int64, int]:

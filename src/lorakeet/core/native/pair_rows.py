@@ -66,7 +66,7 @@ class LayerRows:
 def _row(x: Tensor, width: int) -> int:
     """How far one row is from the next; ValueError for what C cannot read so."""
     row, column = x.stride()
-    if column != 1 or x.dtype is not torch.bfloat16 or x.shape[1] != width:
+    if column != 1 or x.dtype is not torch.bfloat16 or x.shape[1] != width or not x.is_cpu:
         raise ValueError(f"{tuple(x.shape)} in {x.dtype}, {column} apart in a row, are no rows of {width} in bfloat16")
     return row
 
