@@ -37,11 +37,16 @@ class FrozenBase(Protocol):
 
 
 class Coded(NamedTuple):
-    """Rows of whole numbers (tokens, width), what one step of each row is worth (tokens, 1), and the dtype that they were in."""
+    """Rows of whole numbers (tokens, width), what one step of each row is worth (tokens, 1), and the dtype that they were in.
+
+    The `columns` (count,), if any, are zeros in the codes; what stood in them is `apart` (tokens, count).
+    """
 
     codes: Tensor
     steps: Tensor
     dtype: torch.dtype
+    columns: Tensor | None = None
+    apart: Tensor | None = None
 
 
 @runtime_checkable

@@ -6,8 +6,10 @@ In training, products can run in int8 too (`in_int8`): each row of what is multi
 
         x·Wᵀ = t ∘ (q·packedᵀ) ∘ scale        g·W = t ∘ (q·packed), where q·t = g ∘ scale
 
-with sums in int32, which are exact. Coding a row of normal numbers moves it by about 0.8 % of its size;
-rows with a few large numbers, which models have, move more (docs/log.md). Judging never does that.
+with sums in int32, which are exact. Coding a row of normal numbers moves it by about 0.8 % of its size. What a model's norms
+give has a few columns that are large in every row: the eight largest of x are kept apart and added in x's own dtype (LLM.int8,
+Dettmers 2022, https://arxiv.org/abs/2208.07339), which brings the products of q, k and v five times nearer (docs/log.md). Which
+ones they are is for all rows that are multiplied at once. Judging never does any of this.
 Rows of bf16 on a CPU are coded and multiplied by core/native/coded where that can be had, others by torch; the bits are the same.
 """
 
@@ -79,19 +81,28 @@ class Int8Base(PackedBase):
         return torch._int_mm(steps.to(torch.int8), self.packed).float().mul_(scale).to(grad.dtype)
 
     def code(self, x: Tensor) -> Coded:
-        """x (tokens, in) in steps: in int8 for torch, and in uint8, 128 more, for core/native."""
+        """x (tokens, in) in steps: in int8 for torch, and in uint8, 128 more, for core/native; its largest columns apart."""
+        count = native.apart_of(x.shape[1]) if len(x) else 0
         if native.serves(x):
-            codes, scale = native.CODE_ROWS(x, None)
-            return Coded(codes, scale, x.dtype)
-        steps, scale = _in_steps(x)
-        return Coded(steps.to(torch.int8), scale, x.dtype)
+            columns, apart = native.LOUD_COLUMNS(x, count)
+            codes, scale = native.CODE_ROWS(x, None, columns)
+            return Coded(codes, scale, x.dtype, columns, apart)
+        if not count:
+            steps, scale = _in_steps(x)
+            return Coded(steps.to(torch.int8), scale, x.dtype)
+        columns = x.abs().amax(0).topk(count).indices
+        steps, scale = _in_steps(x.index_fill(1, columns, 0))
+        return Coded(steps.to(torch.int8), scale, x.dtype, columns, x[:, columns])
 
     def matmul_codes(self, coded: Coded) -> Tensor:
         """What `matmul` answers for the x that `code` was given."""
-        codes, steps, dtype = coded
+        codes, steps, dtype, columns, apart = coded
         if codes.dtype == torch.uint8:
-            return cast(Tensor, native.CODED_PRODUCT(codes, steps, self.packed, self.scale, False))
-        return torch._int_mm(codes, self.packed.t()).float().mul_(steps).mul_(self.scale).to(dtype)
+            return cast(Tensor, native.CODED_PRODUCT(codes, steps, self.packed, self.scale, False, columns, apart))
+        y = torch._int_mm(codes, self.packed.t()).float().mul_(steps)
+        if columns is not None and apart is not None:
+            y.addmm_(apart.float(), self.packed[:, columns].float().t())
+        return y.mul_(self.scale).to(dtype)
 
     def takes_codes(self, x: Tensor) -> bool:
         """Whether x (tokens, ·) is multiplied in int8; CUDA's product wants more than 16 tokens and multiples of 8."""

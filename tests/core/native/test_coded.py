@@ -54,6 +54,61 @@ def test_products_are_those_of_whole_numbers(tokens: int, out: int, width: int) 
         assert torch.equal(coded.CODED_PRODUCT(codes, steps, weight, of_columns, across), expected.bfloat16())
 
 
+def with_loud_columns(tokens: int, width: int) -> tuple[Tensor, list[int]]:
+    x, loud = drawn(tokens, width), [1, 17, width - 1, width // 2]
+    x[:, loud] *= 40
+    return x, loud
+
+
+@pytest.mark.parametrize(("tokens", "width"), [(1, 64), (7, 96), (300, 592)])
+def test_the_loudest_columns_are_found(tokens: int, width: int) -> None:
+    x, loud = with_loud_columns(tokens, width)
+    count = coded.apart_of(width)
+    columns, apart = coded.LOUD_COLUMNS(x, count)
+    peaks = x.float().abs().amax(0)
+    assert set(loud) <= set(columns.tolist()) and len(set(columns.tolist())) == count
+    assert torch.equal(peaks[columns], peaks.sort(descending=True).values[:count])
+    assert torch.equal(apart, x[:, columns])
+    codes, steps = coded.CODE_ROWS(x, None, columns)
+    plain, worth = coded.CODE_ROWS(x.index_fill(1, columns, 0), None)
+    assert torch.equal(codes, plain) and torch.equal(steps, worth)
+
+
+def test_how_many_columns_are_apart() -> None:
+    assert [coded.apart_of(width) for width in (16, 31, 32, 64, 128, 576)] == [0, 0, 2, 4, 8, 8]
+    columns, apart = coded.LOUD_COLUMNS(torch.zeros(3, 16, dtype=torch.bfloat16), 0)
+    assert columns.shape == (0,) and apart.shape == (3, 0)
+
+
+@pytest.mark.parametrize(("tokens", "out", "width"), [(1, 16, 64), (9, 80, 96), (250, 131, 592)])
+def test_columns_that_are_apart_are_added(tokens: int, out: int, width: int) -> None:
+    x, _ = with_loud_columns(tokens, width)
+    weight, scale = weight_of(out, width)
+    exact = x.double() @ (weight.double() * scale[:, None].double()).T
+    columns, apart = coded.LOUD_COLUMNS(x, coded.apart_of(width))
+    codes, steps = coded.CODE_ROWS(x, None, columns)
+    found = coded.CODED_PRODUCT(codes, steps, weight, scale, False, columns, apart)
+    sums = (codes.double() - 128) @ weight.double().T * steps.double() + apart.double() @ weight[:, columns].double().T
+    torch.testing.assert_close(found.double(), sums * scale.double(), rtol=2**-8, atol=1e-3)
+    plain = coded.CODED_PRODUCT(*coded.CODE_ROWS(x, None), weight, scale, False)
+    near, far = (float((each.double() - exact).norm() / exact.norm()) for each in (found, plain))
+    assert near < far / 4
+
+
+def test_columns_that_are_none_are_refused() -> None:
+    x, (weight, scale) = drawn(2, 64), weight_of(16, 64)
+    for columns in ([64, 0], [-1, 0], [1], list(range(10))):
+        with pytest.raises(ValueError, match="are no even number of columns of 64"):
+            coded.code_rows(x, None, torch.tensor(columns))
+    with pytest.raises(ValueError, match="3 columns of"):
+        coded.loud_columns(x, 3)
+    columns, apart = coded.LOUD_COLUMNS(x, 4)
+    codes, steps = coded.CODE_ROWS(x, None, columns)
+    for given in ((columns, None), (None, apart), (columns, apart[:1])):
+        with pytest.raises(ValueError, match="do not fit each other"):
+            coded.coded_product(codes, steps, weight, scale, False, *given)
+
+
 def test_threads_change_no_bit() -> None:
     weight, scale = weight_of(208, 96)
     codes, steps = coded.CODE_ROWS(drawn(700, 96), None)
@@ -178,6 +233,9 @@ def test_both_operators_pass_torch_s_own_checks() -> None:
     checked: list[tuple[Any, tuple[Any, ...]]] = [
         (coded.CODE_ROWS, (drawn(5, 32), None)),
         (coded.CODE_ROWS, (drawn(5, 32), torch.rand(32))),
+        (coded.LOUD_COLUMNS, (drawn(5, 64), 4)),
+        (coded.CODE_ROWS, (drawn(5, 32), None, torch.tensor([3, 1]))),
+        (coded.CODED_PRODUCT, (codes, steps, weight, scale, False, torch.tensor([3, 1]), drawn(5, 2))),
         (coded.CODED_PRODUCT, (codes, steps, weight, scale, False)),
     ]
     for operator, given in checked:

@@ -17,6 +17,7 @@ from lorakeet.core.native import ops
 from lorakeet.core.native.ops import define, loaded, pointers
 
 PANEL, TOKENS = 64, 240  # columns and tokens of the result that a thread takes at least
+APART = 8  # columns of x at most that are kept in bf16 (docs/log.md)
 MOST = 1 << 17  # terms of a sum that int32 holds
 
 
@@ -25,8 +26,28 @@ def serves(x: Tensor) -> bool:
     return ops.serves(x.dtype, x) and x.shape[-1] <= MOST
 
 
-def code_rows(x: Tensor, by: Tensor | None) -> tuple[Tensor, Tensor]:
-    """x, or x ∘ by (width,) in fp32, as (q + 128) in uint8 (tokens, width), and what a step of each row is worth (tokens, 1)."""
+def apart_of(width: int) -> int:
+    """How many columns of rows of this width are kept apart."""
+    return min(APART, width // 32 * 2)
+
+
+def loud_columns(x: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The columns (count,) of x (tokens, width) with the largest absolute values, and what stands in them (tokens, count)."""
+    if x.dim() != 2 or x.shape[1] % ops.LANES or not 0 <= count <= min(APART, x.shape[1]) or count % 2:
+        raise ValueError(f"{count} columns of {tuple(x.shape)}: wanted are an even number up to {APART} of whole {ops.LANES}")
+    columns, apart = x.new_empty(count, dtype=torch.int64), x.new_empty(len(x), count)
+    peaks = x.new_empty(x.shape[1], dtype=torch.int16)
+    (numbers,), (places,), (scratch,) = pointers(x), pointers(columns, dtype=torch.int64), pointers(peaks, dtype=torch.int16)
+    sizes = (ctypes.c_int64(size) for size in (*x.shape, count))
+    loaded().loud_columns(numbers, scratch, places, *pointers(apart), *sizes, torch.get_num_threads())
+    return columns, apart
+
+
+def code_rows(x: Tensor, by: Tensor | None, columns: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """x, or x ∘ by (width,) in fp32, as (q + 128) in uint8 (tokens, width), and what a step of each row is worth (tokens, 1).
+
+    `columns` (count,) count as zeros.
+    """
     if x.dim() != 2 or x.shape[1] % ops.LANES or (by is not None and by.shape != x.shape[1:]):
         factor = "no factor" if by is None else f"a factor {tuple(by.shape)}"
         raise ValueError(f"rows {tuple(x.shape)} and {factor} do not fit each other, or are not in whole {ops.LANES}")
@@ -34,14 +55,35 @@ def code_rows(x: Tensor, by: Tensor | None) -> tuple[Tensor, Tensor]:
     wide = pointers(*([] if by is None else [by]), steps, dtype=torch.float32)
     first = None if by is None else wide[0]
     sizes = ctypes.c_int64(len(x)), ctypes.c_int64(x.shape[1])
-    loaded().code_rows(*pointers(x), first, *pointers(codes, dtype=torch.uint8), wide[-1], *sizes, torch.get_num_threads())
+    given = *pointers(x), first, *_places(columns, x.shape[1])
+    loaded().code_rows(*given, *pointers(codes, dtype=torch.uint8), wide[-1], *sizes, torch.get_num_threads())
     return codes, steps
 
 
-def coded_product(codes: Tensor, steps: Tensor, weight: Tensor, scale: Tensor | None, across: bool) -> Tensor:
-    """steps ∘ (q·Wᵀ) ∘ scale, or, `across`, steps ∘ (q·W), in bf16, of W (out, in) in int8; no scale counts as ones."""
+def _places(columns: Tensor | None, width: int) -> tuple[ctypes.c_void_p | None, ctypes.c_int64]:
+    """Columns and their number for C, which trusts them."""
+    if columns is None:
+        return None, ctypes.c_int64(0)
+    if columns.dim() != 1 or len(columns) > APART or len(columns) % 2 or not bool(((columns >= 0) & (columns < width)).all()):
+        raise ValueError(f"{columns.tolist()} are no even number of columns of {width}, {APART} at most")
+    return pointers(columns, dtype=torch.int64)[0], ctypes.c_int64(len(columns))
+
+
+def coded_product(  # noqa: PLR0917 - an operator of torch
+    codes: Tensor,
+    steps: Tensor,
+    weight: Tensor,
+    scale: Tensor | None,
+    across: bool,
+    columns: Tensor | None = None,
+    apart: Tensor | None = None,
+) -> Tensor:
+    """(steps ∘ (q·Wᵀ) + apart·Wᵀ[columns]) ∘ scale, or, `across`, steps ∘ (q·W), in bf16, of W (out, in) in int8; no scale counts
+    as ones. `apart` (tokens, count) are the `columns` of x that the codes have zeros for."""
     width, depth = weight.shape if not across else weight.shape[::-1]
     alike = codes.shape[1] == depth and len(steps) == len(codes) and (scale is None or (not across and len(scale) == width))
+    alike = alike and (columns is None) == (apart is None) and not (across and columns is not None)
+    alike = alike and (columns is None or apart is None or apart.shape == (len(codes), len(columns)))
     if not alike or depth % ops.LANES:
         shapes = f"codes {tuple(codes.shape)}, {len(steps)} steps, a weight {tuple(weight.shape)}"
         raise ValueError(f"{shapes} and its scale do not fit each other, or the codes are not in whole {ops.LANES}")
@@ -49,7 +91,9 @@ def coded_product(codes: Tensor, steps: Tensor, weight: Tensor, scale: Tensor | 
     scratch = codes.new_empty(workspace(codes, steps, weight, scale, across))
     narrow, (signed,), (out,) = pointers(codes, scratch, dtype=torch.uint8), pointers(weight, dtype=torch.int8), pointers(y)
     wide = pointers(steps, *([] if scale is None else [scale]), dtype=torch.float32)
-    given = narrow[0], wide[0], signed, None if scale is None else wide[1], out, narrow[1]
+    places, count = _places(columns, depth)
+    kept = None if apart is None else pointers(apart)[0]
+    given = narrow[0], wide[0], signed, None if scale is None else wide[1], places, kept, count, out, narrow[1]
     sizes = (ctypes.c_int64(size) for size in (len(codes), depth, width))
     loaded().coded_product(*given, *sizes, int(across), _threads(len(codes), width))
     return y
@@ -60,7 +104,7 @@ def _threads(tokens: int, width: int) -> int:
     return max(1, min(torch.get_num_threads(), -(-tokens // TOKENS) * -(-width // PANEL)))
 
 
-def workspace(codes: Tensor, steps: Tensor, weight: Tensor, scale: Tensor | None, across: bool) -> int:
+def workspace(codes: Tensor, steps: Tensor, weight: Tensor, scale: Tensor | None, across: bool, *_: Any) -> int:
     """Bytes that `coded_product` holds for as long as it computes."""
     threads = _threads(len(codes), weight.shape[1 if across else 0])
     return threads * int(loaded().coded_scratch(ctypes.c_int64(codes.shape[1])))
@@ -71,13 +115,19 @@ def flops(codes: Tensor, steps: Tensor, weight: Tensor, *_: Any, **__: Any) -> i
     return 2 * len(codes) * weight.numel()
 
 
+LOUD_COLUMNS = define(
+    "loud_columns(Tensor x, int count) -> (Tensor, Tensor)",
+    loud_columns,
+    lambda x, count: (x.new_empty(count, dtype=torch.int64), x.new_empty(len(x), count)),
+)
 CODE_ROWS = define(
-    "code_rows(Tensor x, Tensor? by) -> (Tensor, Tensor)",
+    "code_rows(Tensor x, Tensor? by, Tensor? columns=None) -> (Tensor, Tensor)",
     code_rows,
-    lambda x, _: (torch.empty_like(x, dtype=torch.uint8), x.new_empty(len(x), 1, dtype=torch.float32)),
+    lambda x, *_: (torch.empty_like(x, dtype=torch.uint8), x.new_empty(len(x), 1, dtype=torch.float32)),
 )
 CODED_PRODUCT = define(
-    "coded_product(Tensor codes, Tensor steps, Tensor weight, Tensor? scale, bool across) -> Tensor",
+    "coded_product(Tensor codes, Tensor steps, Tensor weight, Tensor? scale, bool across, Tensor? columns=None, "
+    "Tensor? apart=None) -> Tensor",
     coded_product,
-    lambda codes, _, weight, __, across: codes.new_empty(len(codes), weight.shape[1 if across else 0], dtype=torch.bfloat16),
+    lambda codes, _, weight, __, across, *___: codes.new_empty(len(codes), weight.shape[int(across)], dtype=torch.bfloat16),
 )
