@@ -181,6 +181,10 @@ def test_a_ledger_counts_the_products_and_what_the_kernel_works_in() -> None:
         codes, steps = torch.empty(tokens, 64, dtype=torch.uint8), torch.empty(tokens, 1)
         weight, scale = torch.empty(128, 64, dtype=torch.int8), torch.empty(128)
         coded.CODED_PRODUCT(codes, steps, weight, scale, False)
+        with ledger.phase("apart"):
+            columns, apart = torch.empty(4, dtype=torch.int64), torch.empty(tokens, 4, dtype=torch.bfloat16)
+            coded.CODED_PRODUCT(codes, steps, weight, scale, False, columns, apart)
+    assert ledger.work["apart"].flops == 2 * tokens * 128 * (64 + 4)
     assert ledger.work["products"].flops == 2 * tokens * weight.numel()
     scratch = min(torch.get_num_threads(), 2 * 2) * 64 * 64
     given = sum(each.nbytes for each in (codes, steps, weight, scale))

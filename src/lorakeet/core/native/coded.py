@@ -110,9 +110,10 @@ def workspace(codes: Tensor, steps: Tensor, weight: Tensor, scale: Tensor | None
     return threads * int(loaded().coded_scratch(ctypes.c_int64(codes.shape[1])))
 
 
-def flops(codes: Tensor, steps: Tensor, weight: Tensor, *_: Any, **__: Any) -> int:
-    """Of the product, of whole numbers."""
-    return 2 * len(codes) * weight.numel()
+def flops(codes: Tensor, steps: Tensor, weight: Tensor, *more: Any, **_: Any) -> int:
+    """Of the product, of whole numbers, and of the columns that are apart."""
+    columns = more[2] if len(more) > 2 else None
+    return 2 * len(codes) * (weight.numel() + (0 if columns is None else weight.shape[0] * len(columns)))
 
 
 LOUD_COLUMNS = define(
