@@ -14,7 +14,6 @@ from typing import Any, Protocol, cast
 import torch
 from torch import Tensor, nn
 
-from lorakeet.core.fused import FrozenRmsNorm
 from lorakeet.core.fused_attention import INPUTS, turned
 from lorakeet.core.layers import BlockStandIn, HeldPairs, LoraLinear, SharedInput
 from lorakeet.core.mix_copies import MixRows
@@ -54,13 +53,14 @@ class DecodeBlock(BlockStandIn):
         first, attention, second, mlp = (getattr(original, name) for name in BLOCK_PARTS)
         own: Any = attention.original
         self._parts: tuple[Any, Any, Any] = (own, mlp.original.down_proj, mlp.activation.forward)  # a tuple: no submodules twice
-        self._norms = (_norm_of(first), _norm_of(second))
         gated = mlp.original
         groups = [getattr(own, name) for name in INPUTS], [own.o_proj], [gated.gate_proj, gated.up_proj], [gated.down_proj]
         self._groups = tuple(map(_SameInput, groups))
+        self._inward, _, self._apart, _ = self._groups
         self._layers = tuple(layer for group in groups for layer in group)
         self._limit = min(attention.windows(), default=None)
         self._normed = [(cast(Tensor, norm.weight), cast(float, norm.original.variance_epsilon)) for norm in (first, second)]
+        self._norms = tuple(_norm_of(*given) for given in self._normed)
         self._silu = bool(mlp.activation.native)
         self._orders: list[Order] = []
         self._block: Block | None = None
@@ -78,7 +78,7 @@ class DecodeBlock(BlockStandIn):
             return block.forward(x.contiguous(), pairs, cache.new_tokens, turn, held)[None]
         first, second = self._norms
         x = x + self._attention(first(x), cache, turn[0][0], turn[1][0])
-        gate, up = self._groups[2](second(x))
+        gate, up = self._apart(second(x))
         _, down, activation = self._parts
         return x.add_(down(activation(gate).mul_(up)))[None]
 
@@ -137,7 +137,7 @@ class DecodeBlock(BlockStandIn):
     def _attention(self, x: Tensor, cache: Attended, cos: Tensor, sin: Tensor) -> Tensor:
         """x (tokens, hidden), after the norm, to what attention adds."""
         own = self._parts[0]
-        q, k, v = self._groups[0](x)
+        q, k, v = self._inward(x)
         both = turned(torch.cat([q, k], dim=1).view(len(x), -1, own.head_dim), cos, sin)
         heads = q.shape[1] // own.head_dim
         values = v.view(len(x), -1, own.head_dim)
@@ -176,10 +176,8 @@ class _SameInput:
         return [layer(x) for layer in self.layers]
 
 
-def _norm_of(norm: FrozenRmsNorm) -> Callable[[Tensor], Tensor]:
+def _norm_of(weight: Tensor, epsilon: float) -> Callable[[Tensor], Tensor]:
     """x to w ∘ x/√(mean(x²) + ε), the mean in fp32, in few operations."""
-    weight, epsilon = norm.weight, cast(float, norm.original.variance_epsilon)
-
     def normed(x: Tensor) -> Tensor:
         wide = x.float()
         length: Tensor = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)

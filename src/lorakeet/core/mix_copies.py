@@ -16,8 +16,7 @@ from typing import NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-from lorakeet.core.lowrank import LoraPair
-from lorakeet.core.mixture import Copied, Factors, Mixture, factors_of
+from lorakeet.core.mixture import Copied, Factors, Held, Mixture, factors_of, mixtures
 from lorakeet.core.native.pair_rows import LayerRows, Layout, PairKind, Shares, readable
 from lorakeet.core.selection import PATIENCE, Arrangement, Mix, Selection, Standing
 
@@ -178,11 +177,10 @@ class MixCopies:
     def _part(self, copy: _Copy) -> _Part:
         """The pairs of a mix on those layers that it is not copied for."""
         mix, layers = copy.what[0], self._layers[copy.layers :]
-        mixtures, factors, kinds, special = list[Mixture](), list[Factors](), list[PairKind](), 0
-        for number, (adapters, shape) in enumerate(layers):
-            there = adapters()
-            held = {} if there is None else cast("Mapping[str, LoraPair]", there._modules)
-            mixture = [(held[name], weight) for name, weight in mix if name in held]
+        modules = [{} if (there := adapters()) is None else there._modules for adapters, _ in layers]
+        own_of = mixtures(mix, cast(Held, modules))
+        factors, kinds, special = list[Factors](), list[PairKind](), 0
+        for number, (mixture, (_, shape)) in enumerate(zip(own_of, layers, strict=True)):
             if not mixture:
                 continue
             own = factors_of(mixture)
@@ -194,8 +192,7 @@ class MixCopies:
                 a, b = readable(A), readable(B)
                 factors.append((a, b, scale))
                 kinds.append((number, a.size(0), a.dtype, b.dtype))
-            mixtures.append(mixture)
-        return _Part(mixtures, factors, self._layout(copy.layers, kinds), special)
+        return _Part(own_of, factors, self._layout(copy.layers, kinds), special)
 
     def _layout(self, first: int, kinds: Sequence[PairKind]) -> Layout:
         """On the layers from `first` on; made once for mixes that are alike, while it is among the last few."""

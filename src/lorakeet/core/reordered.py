@@ -14,7 +14,7 @@ from typing import Protocol, cast
 import torch
 from torch import Tensor, nn
 
-from lorakeet.core.base import FrozenBase
+from lorakeet.core.base import FrozenBase, matmul_each
 from lorakeet.core.device import is_cpu
 from lorakeet.core.lowrank import frozen_linear
 from lorakeet.core.native.linear import Beside, Panels, can_panel
@@ -114,7 +114,7 @@ class Together:
                 self._beside = Beside(panels) if len(panels) == len(orders) else None
             if self._beside is not None:
                 return list(torch.split(self._beside.product(x), self._beside.outputs, dim=1))
-        return [base.matmul(x) for base in self.bases]
+        return matmul_each(self.bases, x)
 
 
 def can_reorder(weight: Tensor) -> bool:

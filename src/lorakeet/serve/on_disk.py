@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from lorakeet.core.adapter import Adapter, AlikePairs, PairsOutline
+from lorakeet.core.native.pair_rows import even
 from lorakeet.errors import DataError
 from lorakeet.formats import peft
 from lorakeet.formats.base_model import open_base
@@ -43,7 +44,7 @@ class Source:
     @property
     def filled(self) -> int:
         """The bytes of a copy for texts, in fp32: its odd ranks are filled up (core/native/pair_rows)."""
-        return max((-(-self.bytes * (rank + rank % 2) // rank) for rank in self.ranks if rank), default=self.bytes)
+        return max((-(-self.bytes * even(rank) // rank) for rank in self.ranks if rank), default=self.bytes)
 
 
 class _Seen(NamedTuple):

@@ -23,7 +23,7 @@ def forgotten(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """What was found out before is found out anew, and what is found out here forgotten."""
     monkeypatch.delenv(OFF, raising=False)
     monkeypatch.delenv("CC", raising=False)
-    remembered = library.why_not, library.fits, library._library, library._processor
+    remembered = library.why_not, library._lacks, library._library, library._processor
     for found in remembered:
         found.cache_clear()
     yield

@@ -18,7 +18,7 @@ typedef struct {
 } Block;
 
 typedef struct {
-    const share *shares;
+    const Share *shares;
     int64_t count;
     int64_t numbers[LAYERS]; /* that copies know the layers by; −1 for those that nobody has a pair on */
 } Pairs;
@@ -45,11 +45,11 @@ static void add(const bf16 *a, const bf16 *b, bf16 *y, int64_t count) {
 /* Adds to y (tokens, columns) what pairs on `count` layers from `first` on give x (tokens, width). */
 static void adapt(const Pairs *pairs, int first, const Product *products, int count, const bf16 *x, int64_t width, bf16 *y,
                   int64_t columns, int threads) {
-    layer layers[LAYERS];
+    Layer layers[LAYERS];
     int64_t found = 0;
     for (int i = 0; i < count; i++)
         if (pairs->numbers[first + i] >= 0)
-            layers[found++] = (layer){pairs->numbers[first + i], products[i].outputs, y + products[i].column, columns};
+            layers[found++] = (Layer){pairs->numbers[first + i], products[i].outputs, y + products[i].column, columns};
     if (found) add_pairs(pairs->shares, pairs->count, layers, found, x, width, width, threads);
 }
 

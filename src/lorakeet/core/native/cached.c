@@ -4,6 +4,7 @@
    in one order: its result does not depend on the tokens beside it. Softmax to base 2. */
 
 #include "cached.h"
+#include "passes.h"
 
 #include <math.h>
 #include <omp.h>
@@ -11,17 +12,6 @@
 
 #define WORD_LANES 32 /* bf16 numbers of a register */
 #define AT_ONCE 4     /* heads that share a look at a key, and registers of 16 values of a head that are summed at once */
-
-/* (a, b) of a head to (a·c₁ − b·s₁, b·c₂ + a·s₂), the halves of `d` numbers. */
-static void turned(const bf16 *x, const bf16 *cos, const bf16 *sin, int64_t d, bf16 *out) {
-    int64_t half = d / 2;
-    for (int64_t c = 0; c < half; c += LANES) {
-        __m512 a = wide(x + c), b = wide(x + half + c);
-        __m512 first = _mm512_mul_ps(a, wide(cos + c)), second = _mm512_mul_ps(b, wide(cos + half + c));
-        put(out + c, _mm512_fnmadd_ps(b, wide(sin + c), first));
-        put(out + half + c, _mm512_fmadd_ps(a, wide(sin + half + c), second));
-    }
-}
 
 /* log₂(e)·scale times the products of `heads` queries (heads, d) with `count` keys (count, d), to (heads, room). */
 static inline __attribute__((always_inline)) void scored(const int heads, const bf16 *q, const bf16 *keys, int64_t count,
@@ -93,7 +83,7 @@ void cached_attention(const Heads *of, const NewTokens *new, const bf16 *states,
             for (int64_t h = 0; h < kv; h++) {
                 const bf16 *key = states + t * step + (heads + h) * d, *value = key + kv * d;
                 int64_t place = ((new->slots[t] * kv + h) * new->capacity + new->positions[t]) * d;
-                turned(key, new->cos + t * d, new->sin + t * d, d, keys + place);
+                turned(key, new->cos + t * d, new->sin + t * d, d / 2, 0, keys + place);
                 memcpy(values + place, value, d * sizeof(bf16));
             }
 #pragma omp for schedule(dynamic)
@@ -101,7 +91,7 @@ void cached_attention(const Heads *of, const NewTokens *new, const bf16 *states,
             int64_t t = part / kv, h = part % kv, count = new->positions[t] + 1;
             int64_t first = (new->slots[t] * kv + h) * new->capacity * d;
             for (int64_t g = 0; g < group; g++)
-                turned(states + t * step + (h * group + g) * d, new->cos + t * d, new->sin + t * d, d, q + g * d);
+                turned(states + t * step + (h * group + g) * d, new->cos + t * d, new->sin + t * d, d / 2, 0, q + g * d);
             for (int64_t g = 0; g < group; g += AT_ONCE)
                 switch (group - g < AT_ONCE ? group - g : AT_ONCE) {
 #define HEADS(n) case n: scored(n, q + g * d, keys + first, count, d, of->scale, scores + g * wide_room, wide_room); break;

@@ -53,19 +53,26 @@ def library() -> ctypes.CDLL | None:
     return None if why_not() else _library()
 
 
-@functools.cache
 def fits() -> bool:
     """Whether the library is for this machine, were there a compiler."""
-    return sys.platform == "linux" and platform.machine() == "x86_64" and _processor() >= WANTED
+    return not _lacks()
+
+
+@functools.cache
+def _lacks() -> str:
+    """What the machine lacks for it, in words; empty where it lacks nothing."""
+    if sys.platform != "linux" or platform.machine() != "x86_64":
+        return "the system is not Linux on x86-64"
+    missing = WANTED - _processor()
+    return f"the processor has no {', '.join(sorted(missing))}" if missing else ""
 
 
 @functools.cache
 def _library() -> ctypes.CDLL:
     if os.environ.get(OFF) == "0":
         raise CannotBuild(f"{OFF} is 0")
-    if not fits():
-        missing = sorted(WANTED - _processor()) if sys.platform == "linux" and platform.machine() == "x86_64" else []
-        raise CannotBuild(f"the processor has no {', '.join(missing)}" if missing else "the system is not Linux on x86-64")
+    if lacks := _lacks():
+        raise CannotBuild(lacks)
     compiler = shlex.split(os.environ.get("CC", "")) or ["gcc"]
     if shutil.which(compiler[0]) is None:
         raise CannotBuild(f"there is no {compiler[0]}; install gcc, on Debian with: apt install gcc")

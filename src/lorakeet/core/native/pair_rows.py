@@ -15,8 +15,7 @@ import torch
 from torch import Tensor
 
 from lorakeet.core.device import is_cpu
-from lorakeet.core.native.library import library
-from lorakeet.core.native.ops import serves
+from lorakeet.core.native.ops import loaded, serves
 
 WIDTH, OUTPUTS = 32, 16  # what the sizes of layers are multiples of
 _KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -24,6 +23,11 @@ _BYTES = 2
 _ADD = [ctypes.c_void_p, ctypes.c_int64] * 3 + [ctypes.c_int64, ctypes.c_int]
 _COPY = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int]
 PairKind = tuple[int, int, torch.dtype, torch.dtype]  # the layer, the rank, and the dtypes of A and B
+
+
+def even(rank: int) -> int:
+    """What a copy fills a rank up to: numbers are multiplied two at a time along it."""
+    return rank + rank % 2
 
 
 class _Layer(ctypes.Structure):
@@ -86,7 +90,7 @@ class Layout:
         """For `pairs` in the order of their layers, of which `shapes` has those of all."""
         ranks = [0] * len(shapes)
         for layer, rank, _, _ in pairs:
-            ranks[layer] += rank + rank % 2
+            ranks[layer] += even(rank)
         firsts = list(accumulate((_BYTES * rank * sum(shape) for rank, shape in zip(ranks, shapes, strict=True)), initial=0))
         self.bytes = firsts.pop()
         self.held = sum(1 << layer for layer, rank in enumerate(ranks) if rank)  # a bit for each layer that has a pair
@@ -97,7 +101,7 @@ class Layout:
             to_a = firsts[layer] + _BYTES * WIDTH * above[layer]
             to_b = firsts[layer] + _BYTES * (total * width + OUTPUTS * above[layer])
             rows.append((0, 0, _KINDS[of_a], _KINDS[of_b], rank, width, outputs, total, to_a, to_b))
-            above[layer] += rank + rank % 2
+            above[layer] += even(rank)
         self._factors = torch.tensor(rows, dtype=torch.int64).view(-1, 10)
 
     def at(self, memory: Tensor) -> Tensor:
@@ -119,8 +123,6 @@ def readable(x: Tensor) -> Tensor:
 
 
 def _function(name: str, kinds: Sequence[Any]) -> Any:
-    found = library()
-    assert found is not None  # `fits` has said so
-    function = found[name]  # one of its own, not that which others call otherwise
+    function = loaded()[name]  # one of its own, not that which others call otherwise
     function.argtypes, function.restype = list(kinds), None
     return function

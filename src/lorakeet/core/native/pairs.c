@@ -38,7 +38,7 @@ static inline __attribute__((always_inline)) void dots(const bf16 *const *x, int
         for (int t = 0; t < count; t++) h[t * rank + r] = rounded(_mm512_reduce_add_ps(sums[r][t]));
 }
 
-static inline __attribute__((always_inline)) void add_tokens(const int64_t *tokens, int count, const copy *from, const layer *to,
+static inline __attribute__((always_inline)) void add_tokens(const int64_t *tokens, int count, const Copy *from, const Layer *to,
                                                              const bf16 *x, int64_t stride, int64_t width) {
     int64_t rank = from->rank, r = 0;
     const bf16 *A = from->at, *B = A + rank * width, *xs[TOKENS];
@@ -69,7 +69,7 @@ static inline __attribute__((always_inline)) void add_tokens(const int64_t *toke
     }
 }
 
-static void add_some(const int64_t *tokens, int64_t count, const copy *from, const layer *to, const bf16 *x, int64_t stride,
+static void add_some(const int64_t *tokens, int64_t count, const Copy *from, const Layer *to, const bf16 *x, int64_t stride,
                      int64_t width) {
     switch (count) {
     case 1: add_tokens(tokens, 1, from, to, x, stride, width); break;
@@ -79,19 +79,18 @@ static void add_some(const int64_t *tokens, int64_t count, const copy *from, con
     }
 }
 
-/* Adds x·Aᵀ·Bᵀ to the y's of layers that see the same x (tokens, width), for the tokens of each share; no token is in two. */
-void add_pairs(const share *shares, int64_t count, const layer *layers, int64_t layer_count, const bf16 *x, int64_t stride,
+void add_pairs(const Share *shares, int64_t count, const Layer *layers, int64_t layer_count, const bf16 *x, int64_t stride,
                int64_t width, int threads) {
     int64_t parts = 0;
     for (int64_t s = 0; s < count; s++) parts += (shares[s].count + TOKENS - 1) / TOKENS * layer_count;
 #pragma omp parallel for schedule(static) num_threads(threads) if (parts > 1)
     for (int64_t part = 0; part < parts; part++) {
-        const share *of = shares;
-        const layer *to = layers + part % layer_count;
+        const Share *of = shares;
+        const Layer *to = layers + part % layer_count;
         int64_t first = part / layer_count; /* of all parts, then of those of the share */
         for (; first >= (of->count + TOKENS - 1) / TOKENS; of++) first -= (of->count + TOKENS - 1) / TOKENS;
         int64_t left = of->count - first * TOKENS;
-        const copy *from = of->copies + to->number;
+        const Copy *from = of->copies + to->number;
         if (from->rank) add_some(of->tokens + first * TOKENS, left < TOKENS ? left : TOKENS, from, to, x, stride, width);
     }
 }
@@ -103,7 +102,7 @@ static inline __m512 numbers(const void *from, int64_t first, int64_t count, int
     if (kind == FP32) return _mm512_maskz_loadu_ps(some, (const float *)from + first);
     __m256i half = _mm256_maskz_loadu_epi16(some, (const bf16 *)from + first);
     if (kind == FP16) return _mm512_cvtph_ps(half);
-    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
+    return widened(half);
 }
 
 typedef struct {
@@ -111,9 +110,9 @@ typedef struct {
     int64_t kind_a, kind_b, rank, width, outputs;
     int64_t total;     /* the rank of the copy, of which these have a part */
     bf16 *to_a, *to_b; /* where their part begins */
-} factors;
+} Factors;
 
-static void copy_a(const factors *of) {
+static void copy_a(const Factors *of) {
     for (int64_t r = 0; r < of->rank; r++)
         for (int64_t c = 0; c < of->width; c += LANES)
             put(of->to_a + (c / LINE * of->total + r) * LINE + c % LINE, numbers(of->A, r * of->width + c, LANES, of->kind_a));
@@ -122,7 +121,7 @@ static void copy_a(const factors *of) {
             _mm512_storeu_si512(of->to_a + (c / LINE * of->total + of->rank) * LINE, _mm512_setzero_si512());
 }
 
-static void copy_b(const factors *of, float scale) {
+static void copy_b(const Factors *of, float scale) {
     int64_t rank = of->rank, filled = (rank + LANES - 1) / LANES * LANES, words = filled / 2;
     bf16 rows[LANES * filled];
     __m512i each = _mm512_mullo_epi32(_mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15),
@@ -138,7 +137,7 @@ static void copy_b(const factors *of, float scale) {
 }
 
 /* Copies A's, and B's with their scales, to where they are read from. */
-void copy_pairs(const factors *all, const float *scales, int64_t count, int threads) {
+void copy_pairs(const Factors *all, const float *scales, int64_t count, int threads) {
 #pragma omp parallel for schedule(dynamic) num_threads(threads)
     for (int64_t i = 0; i < count; i++) {
         copy_a(all + i);

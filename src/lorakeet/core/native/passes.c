@@ -57,23 +57,23 @@ static inline __m512 sigmoid(__m512 x) {
     return _mm512_div_ps(one, _mm512_add_ps(one, exp2_of(_mm512_mul_ps(x, _mm512_set1_ps(-LOG2E)))));
 }
 
-/* h = g·σ(g)·u of `count` numbers, a multiple of 16. */
-void gated(const bf16 *gate, const bf16 *up, bf16 *inner, int64_t count, int threads) {
-#pragma omp parallel for schedule(static) num_threads(threads)
-    for (int64_t i = 0; i < count; i += LANES) {
-        __m512 g = wide(gate + i);
-        put(inner + i, _mm512_mul_ps(_mm512_mul_ps(g, sigmoid(g)), wide(up + i)));
-    }
+/* h = g·σ(g)·u of 16 numbers. */
+static inline void gated_lanes(const bf16 *gate, const bf16 *up, bf16 *inner) {
+    __m512 g = wide(gate);
+    put(inner, _mm512_mul_ps(_mm512_mul_ps(g, sigmoid(g)), wide(up)));
 }
 
-/* The same of `tokens` rows of gates and of ups, `width` numbers each, whose rows lie `step` numbers apart. */
+/* Of `count` numbers, a multiple of 16. */
+void gated(const bf16 *gate, const bf16 *up, bf16 *inner, int64_t count, int threads) {
+#pragma omp parallel for schedule(static) num_threads(threads)
+    for (int64_t i = 0; i < count; i += LANES) gated_lanes(gate + i, up + i, inner + i);
+}
+
+/* Of `tokens` rows of gates and of ups, `width` numbers each, whose rows lie `step` numbers apart. */
 void gated_apart(const bf16 *gate, const bf16 *up, bf16 *inner, int64_t tokens, int64_t width, int64_t step, int threads) {
 #pragma omp parallel for schedule(static) num_threads(threads)
     for (int64_t t = 0; t < tokens; t++)
-        for (int64_t c = 0; c < width; c += LANES) {
-            __m512 g = wide(gate + t * step + c);
-            put(inner + t * width + c, _mm512_mul_ps(_mm512_mul_ps(g, sigmoid(g)), wide(up + t * step + c)));
-        }
+        for (int64_t c = 0; c < width; c += LANES) gated_lanes(gate + t * step + c, up + t * step + c, inner + t * width + c);
 }
 
 /* With ∂h given: ∂g = ∂h·u·σ·(1 + g·(1 − σ)) in the place of g, ∂u = ∂h·g·σ in that of u, and h in that of ∂h. */
@@ -88,18 +88,12 @@ void gated_backward(bf16 *gate, bf16 *up, bf16 *grad, int64_t count, int threads
     }
 }
 
-/* Turns the halves (a, b) of each head to (a·c₁ − b·s₁, b·c₂ + a·s₂), or `back` to (a·c₁ + b·s₂, b·c₂ − a·s₁), in place.
-   `half` is a multiple of 16; cos and sin are (tokens, 2·half). */
+/* Turns the heads of each token, (tokens, heads, 2·half), in place; `half` is a multiple of 16, cos and sin are (tokens, 2·half). */
 void turn(bf16 *states, const bf16 *cos, const bf16 *sin, int64_t tokens, int64_t heads, int64_t half, int back, int threads) {
 #pragma omp parallel for schedule(static) num_threads(threads)
     for (int64_t t = 0; t < tokens; t++)
-        for (int64_t h = 0; h < heads; h++)
-            for (int64_t c = 0; c < half; c += LANES) {
-                bf16 *at = states + (t * heads + h) * 2 * half + c;
-                const bf16 *cosine = cos + t * 2 * half + c, *sine = sin + t * 2 * half + c;
-                __m512 a = wide(at), b = wide(at + half), s1 = wide(sine), s2 = wide(sine + half);
-                __m512 first = _mm512_mul_ps(a, wide(cosine)), second = _mm512_mul_ps(b, wide(cosine + half));
-                put(at, back ? _mm512_fmadd_ps(b, s2, first) : _mm512_fnmadd_ps(b, s1, first));
-                put(at + half, back ? _mm512_fnmadd_ps(a, s1, second) : _mm512_fmadd_ps(a, s2, second));
-            }
+        for (int64_t h = 0; h < heads; h++) {
+            bf16 *at = states + (t * heads + h) * 2 * half;
+            turned(at, cos + t * 2 * half, sin + t * 2 * half, half, back, at);
+        }
 }

@@ -4,6 +4,17 @@
 
 #include "lanes.h"
 
+/* Turns a head's halves (a, b), of `half` numbers each, to (a·c₁ − b·s₁, b·c₂ + a·s₂), or `back` to (a·c₁ + b·s₂, b·c₂ − a·s₁).
+   May be written over x. */
+static inline void turned(const bf16 *x, const bf16 *cos, const bf16 *sin, int64_t half, int back, bf16 *to) {
+    for (int64_t c = 0; c < half; c += LANES) {
+        __m512 a = wide(x + c), b = wide(x + half + c), s1 = wide(sin + c), s2 = wide(sin + half + c);
+        __m512 first = _mm512_mul_ps(a, wide(cos + c)), second = _mm512_mul_ps(b, wide(cos + half + c));
+        put(to + c, back ? _mm512_fmadd_ps(b, s2, first) : _mm512_fnmadd_ps(b, s1, first));
+        put(to + half + c, back ? _mm512_fnmadd_ps(a, s1, second) : _mm512_fmadd_ps(a, s2, second));
+    }
+}
+
 /* y = w ∘ (x·ρ) with ρ = 1/√(mean(x²) + ε) of each token. */
 void norm(const bf16 *x, const bf16 *weight, float epsilon, bf16 *y, float *rho, int64_t tokens, int64_t width, int threads);
 
