@@ -14,7 +14,7 @@ from typing import Any
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 RESULTS = REPOSITORY / "benchmarks" / "results"
-_FEATURES = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "asimd", "bf16")
+_FEATURES = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8", "amx_bf16", "asimd", "bf16")
 
 
 def machine() -> dict[str, Any]:
@@ -74,10 +74,14 @@ def _cpu() -> dict[str, Any]:
         text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
     except OSError:
         return {"name": platform.processor() or platform.machine(), "features": []}
-    name = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
-    flags = re.search(r"^(?:flags|Features)\s*:\s*(.+)$", text, re.MULTILINE)
-    present = set(flags.group(1).split()) if flags else set()
-    return {
-        "name": " ".join(name.group(1).split()) if name else platform.machine(),
-        "features": [feature for feature in _FEATURES if feature in present],
-    }
+    found = dict(reversed([_pair(line) for line in text.splitlines()]))  # of the first processor
+    name = found.get("model name") or platform.machine()
+    if "cpu family" in found:  # clouds call several generations by one name
+        name += f" (family {found['cpu family']}, model {found.get('model', '?')})"
+    present = set((found.get("flags") or found.get("Features") or "").split())
+    return {"name": name, "features": [feature for feature in _FEATURES if feature in present]}
+
+
+def _pair(line: str) -> tuple[str, str]:
+    key, _, value = line.partition(":")
+    return key.strip(), " ".join(value.split())

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from lorakeet.data.pack import pack
 from lorakeet.train import text_loss as module
-from lorakeet.train.text_loss import any_head_loss, frozen_head_loss, text_loss
+from lorakeet.train.text_loss import any_head_losses, frozen_head_losses, text_loss
 from train.tiny_task import TinyText, examples
 
 
@@ -28,7 +28,7 @@ def plain(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
 @pytest.mark.parametrize("chunk", [1, 5, 23, 256])
 def test_frozen_head_equals_the_plain_loss(chunk: int) -> None:
     hidden, weight, targets = parts(dtype=torch.float64)
-    loss = frozen_head_loss(hidden, weight, targets, chunk=chunk)
+    loss = frozen_head_losses(hidden, weight, targets, chunk=chunk).sum()
     (grad,) = torch.autograd.grad(loss / 7, hidden)
     expected = plain(hidden, weight, targets)
     (expected_grad,) = torch.autograd.grad(expected / 7, hidden)
@@ -38,19 +38,19 @@ def test_frozen_head_equals_the_plain_loss(chunk: int) -> None:
 
 def test_gradcheck() -> None:
     hidden, weight, targets = parts(5, 7, 3, dtype=torch.float64)
-    assert torch.autograd.gradcheck(lambda h: frozen_head_loss(h, weight, targets, chunk=2), (hidden,))
+    assert torch.autograd.gradcheck(lambda h: frozen_head_losses(h, weight, targets, chunk=2), (hidden,))
 
 
 def test_huge_logits_stay_finite() -> None:
     hidden, weight, targets = parts()
-    loss = frozen_head_loss(hidden * 1e4, weight, targets, chunk=4)
+    loss = frozen_head_losses(hidden * 1e4, weight, targets, chunk=4).sum()
     assert torch.isfinite(loss)
     assert torch.isfinite(torch.autograd.grad(loss, hidden)[0]).all()
 
 
 def test_bf16_states_give_an_fp32_loss() -> None:
     hidden, weight, targets = parts(dtype=torch.bfloat16)
-    loss = frozen_head_loss(hidden, weight, targets, chunk=6)
+    loss = frozen_head_losses(hidden, weight, targets, chunk=6).sum()
     assert loss.dtype == torch.float32
     grad = torch.autograd.grad(loss, hidden)[0]
     assert grad.dtype == torch.bfloat16
@@ -66,14 +66,14 @@ def test_no_gradient_is_computed_where_none_is_wanted(monkeypatch: pytest.Monkey
     real = torch.mm
     monkeypatch.setattr(torch, "mm", lambda a, b: calls.append(a.shape) or real(a, b))
     with torch.no_grad():
-        frozen_head_loss(hidden, weight, targets, chunk=8)
+        frozen_head_losses(hidden, weight, targets, chunk=8).sum()
     assert len(calls) == 3  # one product per chunk, and no second one for a gradient
 
 
 def test_any_head_trains_the_head_too() -> None:
     hidden, weight, targets = parts(dtype=torch.float64)
     trained = weight.clone().requires_grad_(True)
-    chunked = any_head_loss(hidden, lambda h: 3 * torch.tanh(h @ trained.t() / 3), targets, chunk=5)
+    chunked = any_head_losses(hidden, lambda h: 3 * torch.tanh(h @ trained.t() / 3), targets, chunk=5).sum()
     logits = 3 * torch.tanh(hidden @ trained.t() / 3)
     whole = torch.nn.functional.cross_entropy(logits, targets, reduction="sum")
     assert chunked.item() == pytest.approx(whole.item(), rel=1e-12)
@@ -88,9 +88,9 @@ def test_no_tensor_of_all_targets_by_vocabulary(monkeypatch: pytest.MonkeyPatch,
     """Whatever autograd keeps, and every product on the way, has at most `chunk` rows of logits."""
     hidden, weight, targets = parts(count=64, vocab=101)
     seen: list[tuple[int, ...]] = []
-    loss_of = frozen_head_loss if frozen else lambda h, w, t, chunk: any_head_loss(h, lambda x: x @ w.t(), t, chunk=chunk)
+    loss_of = frozen_head_losses if frozen else lambda h, w, t, chunk: any_head_losses(h, lambda x: x @ w.t(), t, chunk=chunk)
     with torch.autograd.graph.saved_tensors_hooks(lambda t: seen.append(tuple(t.shape)) or t, lambda t: t):
-        loss_of(hidden, weight, targets, chunk=8).backward()
+        loss_of(hidden, weight, targets, chunk=8).sum().backward()
     assert all(shape[0] <= 8 for shape in seen if len(shape) == 2 and shape[1] == 101)
     if frozen:
         assert not [shape for shape in seen if len(shape) == 2 and shape[1] == 101]

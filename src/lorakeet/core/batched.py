@@ -24,9 +24,9 @@ from torch.autograd.function import once_differentiable
 from lorakeet.core.base import FrozenBase
 from lorakeet.core.gathered import row_dots, row_sums
 from lorakeet.core.lowrank import LoraPair
-from lorakeet.core.math import add_low_rank, grad_of_b, shrink_grad
 from lorakeet.core.mixture import Copied, Factors, Held, factors_of, mixtures, plain
 from lorakeet.core.padded_parts import PaddedParts, Part, padded
+from lorakeet.core.pair_products import PairProducts, Placed
 from lorakeet.core.row_table import RowTable
 from lorakeet.core.selection import PATIENCE, Arrangement, Selection, Share, Standing
 
@@ -45,39 +45,31 @@ class SharedLowRank(torch.autograd.Function):
         x: Tensor,
         base: FrozenBase,
         bias: Tensor | None,
-        products: torch.dtype,
-        parts: tuple[tuple[slice, float], ...],
+        pairs: PairProducts,
         *factors: Tensor,
     ) -> Tensor:
-        wide = x.to(products)
+        wide = x.to(pairs.products)
         y = base.matmul(wide)
         if bias is not None:
             y.add_(bias)
-        shrunk = []
-        for (part, scale), A, B in zip(parts, factors[::2], factors[1::2], strict=True):
-            shrunk.append(torch.mm(wide[part], A.to(products).t()))  # (tokens of the share, rank)
-            add_low_rank(y[part], shrunk[-1], B.to(products), scale)
+        shrunk = pairs.add([y], wide, factors)
         ctx.save_for_backward(x, *shrunk, *factors)
-        ctx.base, ctx.products, ctx.parts = base, products, parts
+        ctx.base, ctx.pairs, ctx.shrunk = base, pairs, len(shrunk)
         return y.to(x.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        count = len(ctx.parts)
+        pairs: PairProducts = ctx.pairs
         x, saved = ctx.saved_tensors[0], ctx.saved_tensors[1:]
-        shrunk, factors = saved[:count], saved[count:]
-        grad, wide = grad.to(ctx.products).contiguous(), x.to(ctx.products)
+        shrunk, factors = saved[: ctx.shrunk], saved[ctx.shrunk :]
+        grad, wide = grad.to(pairs.products).contiguous(), x.to(pairs.products)
         grad_x = ctx.base.matmul_t(grad) if ctx.needs_input_grad[0] else None
-        grads: list[Tensor | None] = []
-        for (part, scale), h, A, B in zip(ctx.parts, shrunk, factors[::2], factors[1::2], strict=True):
-            need_a, need_b = ctx.needs_input_grad[5 + len(grads)], ctx.needs_input_grad[6 + len(grads)]
-            u = shrink_grad(grad[part], B.to(ctx.products), scale)
-            if grad_x is not None:
-                grad_x[part].addmm_(u, A.to(ctx.products))
-            grads.append(torch.mm(u.t(), wide[part]).to(A.dtype) if need_a else None)
-            grads.append(grad_of_b(grad[part], h, scale).to(B.dtype) if need_b else None)
-        return None if grad_x is None else grad_x.to(x.dtype), None, None, None, None, *grads
+        through, of_b = pairs.backward(grad_x, [grad], shrunk, factors)
+        of_a = pairs.of_a(through, wide, factors)
+        wanted = zip(ctx.needs_input_grad[4:], itertools.chain.from_iterable(zip(of_a, of_b, strict=True)), strict=True)
+        grads = (found if wants else None for wants, found in wanted)
+        return None if grad_x is None else grad_x.to(x.dtype), None, None, None, *grads
 
 
 def shared_low_rank(
@@ -89,10 +81,10 @@ def shared_low_rank(
     products: torch.dtype | None = None,
 ) -> Tensor:
     """x (tokens, in) to (tokens, out), each share with its plain pair (no dropout, no bias, no DoRA), differentiable."""
-    parts = tuple((slice(share.start, share.stop), share.weight * pair.scale) for share, pair in shares)
+    places = [Placed(share.start, share.stop, share.weight * pair.scale) for share, pair in shares]
     factors = [factor for _, pair in shares for factor in pair.factors()]
     apply: Any = SharedLowRank.apply
-    return cast(Tensor, apply(x, base, bias, products or x.dtype, parts, *factors))
+    return cast(Tensor, apply(x, base, bias, PairProducts(places, products or x.dtype), *factors))
 
 
 @dataclass(frozen=True)

@@ -6,9 +6,10 @@ x, the gate and the up projection; the activation and its product are computed a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import accumulate, chain, pairwise
 from typing import Any, cast
 
 import torch
@@ -18,8 +19,8 @@ from torch.autograd.function import once_differentiable
 from lorakeet.core.base import FrozenBase, matmul_each
 from lorakeet.core.layers import LoraLinear, StandIn, base_of
 from lorakeet.core.lowrank import LoraPair
-from lorakeet.core.math import add_low_rank, grad_of_b, shrink_grad
 from lorakeet.core.native import ops
+from lorakeet.core.pair_products import PairProducts, Placed
 from lorakeet.core.selection import Share
 
 
@@ -51,7 +52,7 @@ ACTIVATIONS = {
 class Projections:
     """What a gated MLP multiplies with: three frozen weights, φ, the dtype of the products, and which tokens use which pairs.
 
-    `parts` are slices of the tokens, each with the scales of its gate, up and down pair; tokens in none use the bare base.
+    `into` are the pairs of gate and up, `out_of` those of down; tokens in none of their parts use the bare base.
     """
 
     gate: FrozenBase
@@ -59,7 +60,8 @@ class Projections:
     down: FrozenBase
     activation: Activation
     products: torch.dtype
-    parts: tuple[tuple[slice, tuple[float, float, float]], ...]
+    into: PairProducts
+    out_of: PairProducts
 
 
 @dataclass(frozen=True)
@@ -113,70 +115,45 @@ class GatedMlpFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, projections: Projections, normed: Normed | None, *factors: Tensor) -> Tensor:
-        p, dtype = projections, projections.products
-        parts = list(_by_part(p, factors))
-        wide = x.to(dtype)
+        p = projections
+        of_into, of_down = _factors_of(p, factors)
+        wide = x.to(p.products)
         gate, up = matmul_each((p.gate, p.up), wide)
-        shrunk: list[Tensor] = []  # of each part: x·Aᵀ for gate and for up, and h·Aᵀ for down
-        for (part, scales), (a_gate, b_gate, a_up, b_up, _, _) in parts:
-            both = torch.mm(wide[part], torch.cat([a_gate, a_up]).t())  # (tokens of the part, rank + rank)
-            for_gate, for_up = (half.contiguous() for half in torch.split(both, [len(a_gate), len(a_up)], dim=1))
-            add_low_rank(gate[part], for_gate, b_gate, scales[0])
-            add_low_rank(up[part], for_up, b_up, scales[1])
-            shrunk += [for_gate, for_up]
+        shrunk = p.into.add([gate, up], wide, of_into)  # x·Aᵀ for gate and up
         inner = _gated(p.activation, gate, up)
         y = p.down.matmul(inner)
-        for (part, scales), (*_, a_down, b_down) in parts:
-            for_down = torch.mm(inner[part], a_down.t())
-            add_low_rank(y[part], for_down, b_down, scales[2])
-            shrunk.append(for_down)
-        source = kept_of(x, normed) if p.parts else ()
-        ctx.save_for_backward(gate.to(x.dtype), up.to(x.dtype), *source, *shrunk, *factors)
-        ctx.projections, ctx.source = p, len(source)
+        for_down = p.out_of.add([y], inner, of_down)  # h·Aᵀ
+        source = kept_of(x, normed) if factors else ()
+        ctx.save_for_backward(gate.to(x.dtype), up.to(x.dtype), *source, *shrunk, *for_down, *factors)
+        ctx.projections, ctx.counts = p, (len(source), len(shrunk), len(for_down))
         return y.to(x.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         p: Projections = ctx.projections
-        count = len(p.parts)
         gate, up, *rest = ctx.saved_tensors
-        dtype, x, rest = gate.dtype, rest[: ctx.source], rest[ctx.source :]
-        into, for_down, factors = rest[: 2 * count], rest[2 * count : 3 * count], rest[3 * count :]
+        ends = list(accumulate(ctx.counts, initial=0))
+        x, shrunk, for_down = (rest[start:stop] for start, stop in pairwise(ends))
+        dtype, (of_into, of_down) = gate.dtype, _factors_of(p, rest[ends[-1] :])
         grad, gate, up = grad.to(p.products).contiguous(), gate.to(p.products), up.to(p.products)
         grad_inner = p.down.matmul_t(grad)
-        through, of_down = [], []  # u, and ∂A and ∂B, of each part
-        parts = list(_by_part(p, factors))
-        for ((part, scales), (*_, a_down, b_down)), h in zip(parts, for_down, strict=True):
-            u, grad_b = _through(grad[part], b_down, h, scales[2])
-            grad_inner[part].addmm_(u, a_down)
-            through.append((part, u))
-            of_down.append(grad_b)
+        through, grads_b = p.out_of.backward(grad_inner, [grad], for_down, of_down)
         del grad
-        grad_gate, grad_up, of_a = _gated_backward(p.activation, gate, up, grad_inner, through)
+        grad_gate, grad_up, grads_a = _gated_backward(p, gate, up, grad_inner, through, of_down)
+        down = chain.from_iterable(zip(grads_a, grads_b, strict=True))
         del gate, up, grad_inner
         wide = made_again(x).to(p.products) if x else grad_gate  # which only the gradients of pairs need
-        need_x = ctx.needs_input_grad[0]
-        grad_x = p.gate.matmul_t(grad_gate).add_(p.up.matmul_t(grad_up)) if need_x else None
-        grads: list[Tensor] = []
-        for number, ((part, scales), (a_gate, b_gate, a_up, b_up, _, _)) in enumerate(parts):
-            u_gate, grad_b_gate = _through(grad_gate[part], b_gate, into[2 * number], scales[0])
-            u_up, grad_b_up = _through(grad_up[part], b_up, into[2 * number + 1], scales[1])
-            both = torch.cat([u_gate, u_up], dim=1)  # (tokens of the part, rank + rank)
-            grad_a_gate, grad_a_up = torch.split(torch.mm(both.t(), wide[part]), [len(a_gate), len(a_up)])
-            if grad_x is not None:
-                grad_x[part].addmm_(both, torch.cat([a_gate, a_up]))
-            grads += [grad_a_gate, grad_b_gate, grad_a_up, grad_b_up, of_a[number], of_down[number]]
-        found = (grad.to(factor.dtype) for grad, factor in zip(grads, factors, strict=True))
-        return None if grad_x is None else grad_x.to(dtype), None, None, *found
+        grad_x = p.gate.matmul_t(grad_gate).add_(p.up.matmul_t(grad_up)) if ctx.needs_input_grad[0] else None
+        through, grads_b = p.into.backward(grad_x, [grad_gate, grad_up], shrunk, of_into)
+        del grad_gate, grad_up
+        into = chain.from_iterable(zip(p.into.of_a(through, wide, of_into), grads_b, strict=True))
+        return None if grad_x is None else grad_x.to(dtype), None, None, *into, *down
 
 
-def _by_part(
-    p: Projections, factors: Sequence[Tensor]
-) -> Iterator[tuple[tuple[slice, tuple[float, float, float]], tuple[Tensor, ...]]]:
-    """Each part of the tokens with its six factors, in the dtype of the products."""
-    for number, part in enumerate(p.parts):
-        yield part, tuple(factor.to(p.products) for factor in factors[6 * number : 6 * number + 6])
+def _factors_of(p: Projections, factors: Sequence[Tensor]) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+    """A and B of the pairs of gate and up, and of those of down."""
+    return factors[: 2 * len(p.into.places)], factors[2 * len(p.into.places) :]
 
 
 def _gated(activation: Activation, gate: Tensor, up: Tensor) -> Tensor:
@@ -187,16 +164,20 @@ def _gated(activation: Activation, gate: Tensor, up: Tensor) -> Tensor:
 
 
 def _gated_backward(
-    activation: Activation, gate: Tensor, up: Tensor, grad: Tensor, through: Sequence[tuple[slice, Tensor]]
+    p: Projections, gate: Tensor, up: Tensor, grad: Tensor, through: Sequence[Tensor], factors: Sequence[Tensor]
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """∂g and ∂u of φ(g) ∘ u from its gradient, and uᵀ·h of each part's u (tokens, rank). Overwrites what it is given."""
-    if activation.native and ops.serves(gate.dtype, gate, up, grad):
+    """∂g and ∂u of h = φ(g) ∘ u from its gradient, and ∂A of down's pairs, who see h. Overwrites what it is given."""
+    if p.activation.native and ops.serves(gate.dtype, gate, up, grad):
         ops.GATED_BACKWARD(gate, up, grad)
         torch.autograd.graph.increment_version([gate, up, grad])  # so that another backward pass through them is refused
-        return gate, up, [torch.mm(u.t(), grad[part]) for part, u in through]
-    active = activation.forward(gate)
-    of_a = [_times_product(u.t(), active[part], up[part]) for part, u in through]
-    grad_gate = activation.backward(up.mul_(grad), gate)
+        return gate, up, p.out_of.of_a(through, grad, factors)
+    active = p.activation.forward(gate)
+    if p.out_of.in_one_call:
+        of_a = p.out_of.of_a(through, active * up, factors)
+    else:
+        parts = zip(p.out_of.parts, through, strict=True)
+        of_a = p.out_of.parted([_times_product(u.t(), active[rows], up[rows]) for (rows, _), u in parts], factors)
+    grad_gate = p.activation.backward(up.mul_(grad), gate)
     return grad_gate, active.mul_(grad), of_a
 
 
@@ -204,11 +185,6 @@ def _times_product(left: Tensor, one: Tensor, other: Tensor) -> Tensor:
     """left (rank, tokens) · (one ∘ other) (tokens, width) to (rank, width); one ∘ other is never whole."""
     parts = zip(torch.split(one, COLUMNS, dim=1), torch.split(other, COLUMNS, dim=1), strict=True)
     return torch.cat([torch.mm(left, a * b) for a, b in parts], dim=1)
-
-
-def _through(grad: Tensor, b: Tensor, shrunk: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """u = s·∂y·B (tokens, rank) and ∂B = s·∂yᵀ·(x·Aᵀ) (out, rank)."""
-    return shrink_grad(grad, b, scale), grad_of_b(grad, shrunk, scale)
 
 
 class GatedMlp(StandIn):
@@ -234,19 +210,29 @@ class GatedMlp(StandIn):
         flat = x.reshape(-1, x.shape[-1])
         layers = [getattr(self.original, name) for name in ("gate_proj", "up_proj", "down_proj")]
         divided = any(isinstance(layer, LoraLinear) and layer.selection.shares is not None for layer in layers)
-        if divided and not torch.is_grad_enabled():  # the layers by themselves stack short shares (core/layers)
+        if divided and not (torch.is_grad_enabled() or self.training):  # the layers by themselves stack short shares
             return cast(Tensor, self.original(x))
-        parts = _shared_parts(layers, len(flat))
-        bases = [cast(LoraLinear, layer).base for layer in layers] if parts else _frozen_bases(layers, flat, self.activation)
+        uses = _shared_uses(layers, len(flat))
+        bases = [cast(LoraLinear, layer).base for layer in layers] if uses else _frozen_bases(layers, flat, self.activation)
         if not bases:
             return cast(Tensor, self.original(x))
         gate, up, down = bases
-        scaled = tuple((part, cast("tuple[float, float, float]", scales)) for part, scales, _ in parts)
-        products = cast("torch.dtype | None", getattr(layers[0], "products", None))
-        projections = Projections(gate, up, down, self.activation, products or x.dtype, scaled)
-        factors = [factor for _, _, held in parts for factor in held]
+        products = cast("torch.dtype | None", getattr(layers[0], "products", None)) or x.dtype
+        into = [(share, pair, layer) for share, *pairs in uses for layer, pair in enumerate(pairs[:2])]
+        out_of = [(share, pair, 0) for share, *_, pair in uses]
+        projections = Projections(
+            gate, up, down, self.activation, products, placed(into, products), placed(out_of, products)
+        )
+        factors = [factor for _, pair, _ in (*into, *out_of) for factor in pair.factors()]
         y = cast(Tensor, GatedMlpFunction.apply(flat, projections, Normed.of(x), *factors))  # type: ignore[no-untyped-call]
         return y.view(x.shape)
+
+
+def placed(uses: Sequence[tuple[Share, LoraPair, int]], products: torch.dtype) -> PairProducts:
+    """The products of pairs, each on the tokens of its share, that add to the layers of these numbers."""
+    return PairProducts(
+        [Placed(share.start, share.stop, share.weight * pair.scale, layer) for share, pair, layer in uses], products
+    )
 
 
 def spread(found: Tensor, places: Tensor, shape: torch.Size) -> Tensor:
@@ -273,21 +259,15 @@ def _frozen_bases(layers: Sequence[nn.Module], x: Tensor, activation: Activation
     return [] if None in packed else cast("list[FrozenBase]", packed)
 
 
-def _shared_parts(layers: Sequence[nn.Module], tokens: int) -> list[tuple[slice, tuple[float, ...], list[Tensor]]]:
-    """(tokens, scales, factors) of each part of a batch; empty unless all layers have plain pairs for the same parts."""
-    uses = [_plain_uses(layer, tokens) for layer in layers]
-    if not all(uses) or len({tuple((share.start, share.stop, share.name, share.weight) for share, _ in use) for use in uses}) > 1:
+def _shared_uses(layers: Sequence[nn.Module], tokens: int) -> list[tuple[Any, ...]]:
+    """Each share of a batch with its pair on each layer; none unless all layers have plain pairs for the same shares."""
+    uses = [plain_uses(layer, tokens) for layer in layers]
+    if not all(uses) or len({tuple(share for share, _ in use) for use in uses}) > 1:
         return []
-    found = []
-    for together in zip(*uses, strict=True):
-        share = together[0][0]
-        scales = tuple(share.weight * pair.scale for _, pair in together)
-        factors = [factor for _, pair in together for factor in pair.factors()]
-        found.append((slice(share.start, share.stop), scales, factors))
-    return found
+    return [(together[0][0], *(pair for _, pair in together)) for together in zip(*uses, strict=True)]
 
 
-def _plain_uses(layer: nn.Module, tokens: int) -> list[tuple[Share, LoraPair]]:
+def plain_uses(layer: nn.Module, tokens: int) -> list[tuple[Share, LoraPair]]:
     """Which tokens use which pair of a layer; empty where one of them is more than A and B, or the layer has a bias."""
     if not isinstance(layer, LoraLinear) or layer.bias is not None:
         return []

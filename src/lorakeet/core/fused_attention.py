@@ -6,8 +6,9 @@ over any FrozenBase, the attention is a kernel of core/row_attention.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate, chain, pairwise
 from typing import Any, cast
 
 import torch
@@ -16,11 +17,13 @@ from torch.autograd.function import once_differentiable
 
 from lorakeet.core.base import DenseBase, FrozenBase, matmul_each
 from lorakeet.core.device import is_cpu
-from lorakeet.core.fused import Normed, kept_of, made_again, spread
+from lorakeet.core.fused import Normed, kept_of, made_again, placed, spread
 from lorakeet.core.layers import LoraLinear, StandIn
-from lorakeet.core.math import add_low_rank, grad_of_b, shrink_grad
+from lorakeet.core.lowrank import LoraPair
 from lorakeet.core.native import ops
+from lorakeet.core.pair_products import PairProducts
 from lorakeet.core.row_attention import Kernel, kernel_for
+from lorakeet.core.selection import Share
 
 INPUTS = ("q_proj", "k_proj", "v_proj")
 _CACHES = ("row_cache", "cache", "past_key_values")  # where the keys of earlier tokens would be
@@ -28,13 +31,12 @@ _CACHES = ("row_cache", "cache", "past_key_values")  # where the keys of earlier
 
 @dataclass(frozen=True)
 class Inputs:
-    """What q, k and v are multiplied with: three frozen weights, their biases, the scales of their pairs (None: no pair)."""
+    """What q, k and v are multiplied with: three frozen weights, their biases, and the pairs, each on its tokens."""
 
     bases: Sequence[FrozenBase]
     biases: Sequence[Tensor | None]
-    scales: Sequence[float | None]
+    pairs: PairProducts
     head: int  # numbers of one head
-    products: torch.dtype
     kernel: Kernel
 
 
@@ -52,70 +54,45 @@ class RotaryAttentionFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor, inputs: Inputs, normed: Normed | None, *factors: Tensor) -> Tensor:
-        wide = x.to(inputs.products)
+        products = inputs.pairs.products
+        wide = x.to(products)
         outs = matmul_each(inputs.bases, wide)
         for out, bias in zip(outs, inputs.biases, strict=True):
             if bias is not None:
                 out.add_(bias)
-        shrunk = _shrunk(wide, inputs, factors)
-        for (place, b, scale), part in zip(_pairs(inputs, factors), shrunk, strict=True):
-            add_low_rank(outs[place], part, b, scale)
-        turn = cos.to(inputs.products), sin.to(inputs.products)
+        shrunk = inputs.pairs.add(outs, wide, factors)
+        turn = cos.to(products), sin.to(products)
         query, key, value = (out.view(len(x), -1, inputs.head) for out in outs)
         states = [_laid(states, x.dtype) for states in (turned(query, *turn), turned(key, *turn), value)]
         result, kept = inputs.kernel.forward(*states)
         source = kept_of(x, normed)
         ctx.save_for_backward(cos, sin, *source, *states, *kept, *shrunk, *factors)
-        ctx.inputs, ctx.source, ctx.kept = inputs, len(source), len(kept)
+        ctx.inputs, ctx.counts = inputs, (len(source), 3, len(kept), len(shrunk))
         return result.reshape(len(x), -1)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         inputs: Inputs = ctx.inputs
+        products = inputs.pairs.products
         cos, sin, *rest = ctx.saved_tensors
-        x, rest = made_again(rest[: ctx.source]), rest[ctx.source :]
-        states, kept, rest = rest[:3], rest[3 : 3 + ctx.kept], rest[3 + ctx.kept :]
-        pairs = sum(scale is not None for scale in inputs.scales)
-        shrunk, factors = rest[:pairs], rest[pairs:]
+        ends = list(accumulate(ctx.counts, initial=0))
+        source, states, kept, shrunk = (rest[start:stop] for start, stop in pairwise(ends))
+        x, factors = made_again(source), rest[ends[-1] :]
         found = inputs.kernel.backward(grad.view(1, len(x), -1, inputs.head), *states, *kept)
-        turn = cos.to(inputs.products), sin.to(inputs.products)
-        query, key, value = (states[0].transpose(0, 1).to(inputs.products) for states in found)  # (tokens, heads, head)
+        turn = cos.to(products), sin.to(products)
+        query, key, value = (states[0].transpose(0, 1).to(products) for states in found)  # (tokens, heads, head)
         back = turned(query, *turn, back=True), turned(key, *turn, back=True), value
         grads = [states.reshape(len(x), -1) for states in back]
-        through, of_b = [], []  # u and ∂B of each pair
-        for (place, b, scale), part in zip(_pairs(inputs, factors), shrunk, strict=True):
-            through.append(shrink_grad(grads[place], b, scale))
-            of_b.append(grad_of_b(grads[place], part, scale))
-        together = torch.cat(through, dim=1)  # (tokens, all ranks)
-        of_a = torch.split(torch.mm(together.t(), x.to(inputs.products)), [part.shape[1] for part in through])
         grad_x = None
         if ctx.needs_input_grad[0]:
             grad_x = inputs.bases[0].matmul_t(grads[0])
             for base, of_base in zip(inputs.bases[1:], grads[1:], strict=True):
                 grad_x.add_(base.matmul_t(of_base))
-            grad_x = grad_x.addmm_(together, _stacked(inputs, factors)).to(x.dtype)
-        of_factors = [grad for pair in zip(of_a, of_b, strict=True) for grad in pair]
-        return grad_x, None, None, None, None, *(grad.to(factor.dtype) for grad, factor in zip(of_factors, factors, strict=True))
-
-
-def _pairs(inputs: Inputs, factors: Sequence[Tensor]) -> Iterator[tuple[int, Tensor, float]]:
-    """(which of q, k, v it belongs to, B in the dtype of the products, scale) of each pair."""
-    given = iter(factors[1::2])
-    for place, scale in enumerate(inputs.scales):
-        if scale is not None:
-            yield place, next(given).to(inputs.products), scale
-
-
-def _stacked(inputs: Inputs, factors: Sequence[Tensor]) -> Tensor:
-    """All A's one below the other (all ranks, in), in the dtype of the products."""
-    return torch.cat(list(factors[::2])).to(inputs.products)
-
-
-def _shrunk(wide: Tensor, inputs: Inputs, factors: Sequence[Tensor]) -> list[Tensor]:
-    """x·Aᵀ (tokens, rank) of each pair, out of one product."""
-    both = torch.mm(wide, _stacked(inputs, factors).t())
-    return [part.contiguous() for part in torch.split(both, [len(a) for a in factors[::2]], dim=1)]
+        through, of_b = inputs.pairs.backward(grad_x, grads, shrunk, factors)
+        of_a = inputs.pairs.of_a(through, x.to(products), factors)
+        of_factors = chain.from_iterable(zip(of_a, of_b, strict=True))
+        return None if grad_x is None else grad_x.to(x.dtype), None, None, None, None, *of_factors
 
 
 def turned(states: Tensor, cos: Tensor, sin: Tensor, *, back: bool = False) -> Tensor:
@@ -143,8 +120,8 @@ def _laid(states: Tensor, dtype: torch.dtype) -> Tensor:
 class RotaryAttention(StandIn):
     """Stands for an attention of transformers with q_proj, k_proj, v_proj, o_proj and rotary positions on whole heads.
 
-    Fused where rows lie end to end on a CPU and q, k and v carry plain pairs for all tokens, or none; anything else is left to
-    the original's own code.
+    Fused where rows lie end to end on a CPU and q, k and v carry plain pairs, which no two may do for one token of a layer, or
+    none; anything else is left to the original's own code.
     """
 
     only: Tensor | None = None  # (n,): the tokens whose results anybody reads; the others' are zeros
@@ -188,17 +165,16 @@ class RotaryAttention(StandIn):
         layers = [getattr(self.original, name) for name in INPUTS]
         if not all(_known(layer) for layer in layers):
             return nothing
-        pairs = [layer.pair() if isinstance(layer, LoraLinear) else None for layer in layers]
-        held = [pair for pair in pairs if pair is not None]
-        if not held or not all(pair.plain for pair in held):
+        uses = [use for number, layer in enumerate(layers) for use in _uses(layer, x.shape[1], number)]
+        if not uses or not all(pair.plain for _, pair, _ in uses):
             return nothing
+        uses.sort(key=lambda use: use[0].start)  # those of one part are neighbours
         products = next(layer.products for layer in layers if isinstance(layer, LoraLinear)) or x.dtype
         chosen = kernel_for(x, rows, settings.get("row_products") or torch.float32, prefix, head)
         kernel = chosen(rows, cast(float, self.original.scaling), prefix)
         bases = [layer.base if isinstance(layer, LoraLinear) else DenseBase(layer) for layer in layers]
-        scales = [None if pair is None else pair.scale for pair in pairs]
-        inputs = Inputs(bases, [layer.bias for layer in layers], scales, head, products, kernel)
-        return inputs, [factor for pair in held for factor in pair.factors()]
+        inputs = Inputs(bases, [layer.bias for layer in layers], placed(uses, products), head, kernel)
+        return inputs, [factor for _, pair, _ in uses for factor in pair.factors()]
 
     def windows(self) -> list[int]:
         """The tokens that a query looks back at, where the layer or its model limits them."""
@@ -211,7 +187,18 @@ class RotaryAttention(StandIn):
 
 
 def _known(layer: nn.Module) -> bool:
-    """Whether the function can multiply with this layer: one that takes pairs, with none or one for all tokens, or nn.Linear."""
+    """Whether the function can multiply with this layer: one that takes pairs, or nn.Linear. Divided batches of inference are for
+    the layers' own code, which stacks short shares (core/layers)."""
     if isinstance(layer, LoraLinear):
-        return layer.selection.shares is None
+        return layer.selection.shares is None or torch.is_grad_enabled() or layer.training
     return type(layer) is nn.Linear and not layer.weight.requires_grad
+
+
+def _uses(layer: nn.Module, tokens: int, number: int) -> list[tuple[Share, LoraPair, int]]:
+    """Which tokens use which pair of a layer, and its number."""
+    if not isinstance(layer, LoraLinear):
+        return []
+    if layer.selection.shares is not None:
+        return [(share, pair, number) for share, pair in layer.divided(tokens)]
+    pair = layer.pair()
+    return [] if pair is None else [(Share(0, tokens, cast(str, layer.active)), pair, number)]

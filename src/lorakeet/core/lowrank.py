@@ -16,7 +16,8 @@ from torch.autograd.function import once_differentiable
 from lorakeet.core.adapter import Pair
 from lorakeet.core.base import FrozenBase
 from lorakeet.core.kernels import low_rank_product, low_rank_product_t
-from lorakeet.core.math import Kind, ScaleRule, add_low_rank, alpha_for, delta, fold, grad_of_b, shrink_grad, term_dims
+from lorakeet.core.math import Kind, ScaleRule, alpha_for, delta, fold, grad_of_b, term_dims
+from lorakeet.core.pair_products import PairProducts, Placed
 from lorakeet.core.plan import PlanEntry
 
 
@@ -47,37 +48,36 @@ class LowRankLinear(torch.autograd.Function):
         products: torch.dtype,
     ) -> Tensor:
         wide = x.to(products)
-        source, wide_source = (x, wide) if dropped is None else (dropped, dropped.to(products))
-        a, b = A.to(products), B.to(products)
-        fused = low_rank_product(base, wide, a, b, scale) if dropped is None else None
-        y, shrunk = fused or (base.matmul(wide), torch.mm(wide_source, a.t()))  # (tokens, out) and (tokens, rank)
+        asked = dropped is None and getattr(base, "kernels", None) is not None
+        fused = low_rank_product(base, wide, A.to(products), B.to(products), scale) if asked else None
+        y, h = fused or (base.matmul(wide), None)
         if bias is not None:
             y.add_(bias)
-        if fused is None:
-            add_low_rank(y, shrunk, b, scale)
-        ctx.save_for_backward(source, shrunk, a, b)
-        ctx.scale, ctx.base, ctx.has_dropout = scale, base, dropped is not None
-        ctx.dtypes = x.dtype, A.dtype, B.dtype
+        pairs = PairProducts([Placed(0, len(x), scale)], products)
+        shrunk = pairs.add([y], wide if dropped is None else dropped.to(products), (A, B)) if h is None else (h,)
+        ctx.save_for_backward(x if dropped is None else dropped, *shrunk, A, B)
+        ctx.pairs, ctx.base, ctx.has_dropout, ctx.dtype, ctx.fused = pairs, base, dropped is not None, x.dtype, fused is not None
         return y.to(x.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        source, shrunk, a, b = ctx.saved_tensors
-        need_x, need_dropped, need_a, need_b = ctx.needs_input_grad[:4]
-        dtype_x, dtype_a, dtype_b = ctx.dtypes
-        grad = grad.to(shrunk.dtype).contiguous()
-        source = source.to(shrunk.dtype)
-        fused = low_rank_product_t(ctx.base, grad, a, b, ctx.scale) if need_x and not ctx.has_dropout else None
-        grad_x, u = fused or (ctx.base.matmul_t(grad) if need_x else None, shrink_grad(grad, b, ctx.scale))
-        grad_a = torch.mm(u.t(), source).to(dtype_a) if need_a else None
-        grad_b = grad_of_b(grad, shrunk, ctx.scale).to(dtype_b) if need_b else None
-        if not ctx.has_dropout:
-            if grad_x is not None and fused is None:
-                grad_x.addmm_(u, a)
-            return _as(grad_x, dtype_x), None, grad_a, grad_b, None, None, None, None
-        grad_dropped = torch.mm(u, a).to(dtype_x) if need_dropped else None
-        return _as(grad_x, dtype_x), grad_dropped, grad_a, grad_b, None, None, None, None
+        source, shrunk, A, B = ctx.saved_tensors
+        need_x, need_dropped, need_a, _ = ctx.needs_input_grad[:4]
+        pairs: PairProducts = ctx.pairs
+        products, scale = pairs.products, pairs.places[0].scale
+        grad, source = grad.to(products).contiguous(), source.to(products)
+        if need_x and ctx.fused:
+            fused = low_rank_product_t(ctx.base, grad, A.to(products), B.to(products), scale)
+            if fused is not None:
+                of_x, u = fused
+                grad_a, grad_b = torch.mm(u.t(), source).to(A.dtype), grad_of_b(grad, shrunk, scale).to(B.dtype)
+                return of_x.to(ctx.dtype), None, grad_a, grad_b, None, None, None, None
+        grad_x = ctx.base.matmul_t(grad) if need_x else None
+        to = torch.zeros_like(source) if ctx.has_dropout and need_dropped else None
+        through, of_b = pairs.backward(to if ctx.has_dropout else grad_x, [grad], (shrunk,), (A, B))
+        of_a = pairs.of_a(through, source, (A, B))[0] if need_a else None
+        return _as(grad_x, ctx.dtype), _as(to, ctx.dtype), of_a, of_b[0], None, None, None, None
 
 
 def _as(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:

@@ -54,6 +54,7 @@ class TextModel:
     streamed: Streamed | None = None  # where the frozen blocks come in from a store
     shares_prefix: bool = True  # whether tokens that all rows begin with are computed once: not where dropout differs by row
     sees_every_token: bool = False  # set by `every_token`
+    fills_every_token: bool = False  # whether there is filler nevertheless; set by `every_token`
     begins_kept: bool = True  # whether rows whose states are kept begin with these; set by `every_token`
     prefix: FrozenPrefix | None = None  # the states of rows below the lowest trained block, where they are kept
 
@@ -78,7 +79,7 @@ class TextModel:
         batch = batch.to(self.device)
         if self.attention == "varlen":
             laid = self.laid(batch)
-            filler = batch.ids.new_zeros(0 if self.sees_every_token else -len(laid.ids) % self._whole(len(laid.ids)))
+            filler = batch.ids.new_zeros(self.filled(len(laid.ids)) - len(laid.ids))
             with self.last_block_at(laid), self._from_kept_states(batch, laid, len(filler)):
                 states = self._decode(
                     torch.cat([laid.ids, filler])[None],
@@ -92,10 +93,13 @@ class TextModel:
         states = self._decode(padded)
         return states.flatten(0, 1).index_select(0, places[batch.target_positions])
 
-    def _whole(self, tokens: int) -> int:
-        """What the number of tokens that pass through the model together is a multiple of, where `tokens` of them count."""
+    def filled(self, tokens: int) -> int:
+        """How many tokens pass through the model together, filler included, where `tokens` of them, end to end, count."""
+        if self.sees_every_token and not self.fills_every_token:
+            return tokens
         below = 1 << max(tokens - 1, 1).bit_length() - 1
-        return max(WHOLE, below // COUNTS if self.products != torch.float32 else 0)
+        whole = max(WHOLE, below // COUNTS if self.products != torch.float32 else 0)
+        return tokens + -tokens % whole
 
     def _from_kept_states(self, batch: Batch, laid: Layout, filler: int) -> AbstractContextManager[None]:
         """A context in which the blocks below the lowest trained one hand on what is kept, where all rows of the batch are."""
@@ -108,15 +112,16 @@ class TextModel:
         return self.prefix.handing_on(whole[None])
 
     @contextmanager
-    def every_token(self, *, but_kept: bool = False) -> Iterator[None]:
+    def every_token(self, *, but_kept: bool = False, filled: bool = False) -> Iterator[None]:
         """A context in which every token of a batch passes through every part of the model, and no other: for whoever watches or
-        divides what passes through it. With `but_kept`, rows whose states are kept pass through the parts above alone."""
-        before = self.sees_every_token, self.begins_kept
-        self.sees_every_token, self.begins_kept = True, but_kept
+        divides what passes through it. With `but_kept`, rows whose states are kept pass through the parts above alone; if
+        `filled`, there is filler behind the tokens."""
+        before = self.sees_every_token, self.begins_kept, self.fills_every_token
+        self.sees_every_token, self.begins_kept, self.fills_every_token = True, but_kept, filled
         try:
             yield
         finally:
-            self.sees_every_token, self.begins_kept = before
+            self.sees_every_token, self.begins_kept, self.fills_every_token = before
 
     def laid(self, batch: Batch) -> Layout:
         """The batch as the model sees it where rows lie end to end."""

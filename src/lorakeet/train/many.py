@@ -40,7 +40,7 @@ from lorakeet.train.optimizer import Optimizer
 from lorakeet.train.spec import TrainSpec
 from lorakeet.train.stopping import Watch
 from lorakeet.train.task import HeldOut, batch_seeds
-from lorakeet.train.text_loss import head_loss
+from lorakeet.train.text_loss import head_losses
 from lorakeet.train.text_task import learning_rate_of, order_of
 
 
@@ -141,24 +141,22 @@ class Many:
         joined = [join([batch for _, batch in together]).to(self.text.device) for together in passes]
 
         def prepare(number: int) -> None:
-            self.selection.divide(self._shares(learning, passes[number]), units=joined[number].tokens)
+            self.selection.divide(self._shares(learning, passes[number]), units=self.text.filled(joined[number].tokens))
 
         def loss(number: int) -> tuple[Tensor, Tensor]:
             """Σ of the members' means, to be differentiated, and Σ of their losses."""
-            hidden = self.text.hidden(joined[number])
-            parts = torch.split(hidden, [batch.targets for _, batch in passes[number]])
-            means, wholes = [], []
-            for (index, batch), states in zip(passes[number], parts, strict=True):
+            hidden, together = self.text.hidden(joined[number]), passes[number]
+            chunk = min(learning[index].at.member.spec.head_chunk for index, _ in together)
+            losses = head_losses(self.text, hidden, joined[number].target_ids, chunk=chunk)
+            whole, means = losses.sum(), []
+            for (index, batch), own in zip(together, torch.split(losses, [batch.targets for _, batch in together]), strict=True):
                 if batch.targets:
-                    chunk = learning[index].at.member.spec.head_chunk
-                    own = head_loss(self.text, states, batch.target_ids, chunk=chunk)
-                    sums[index] += own.item()
-                    means.append(own / targets[index])
-                    wholes.append(own.detach())
-            return torch.stack(means).sum(), torch.stack(wholes).sum()
+                    means.append(own.sum() / targets[index])
+                    sums[index] += own.detach().sum().item()
+            return torch.stack(means).sum(), whole.detach()
 
         self._rounds += 1
-        with self.text.every_token(but_kept=True), torch.random.fork_rng(devices=rng.cards(self.text.device)):
+        with self.text.every_token(but_kept=True, filled=True), torch.random.fork_rng(devices=rng.cards(self.text.device)):
             torch.manual_seed(seed_for(self.progress[0].member.spec.seed, f"many/{self._rounds}"))
             if self.text.streamed is not None:
                 batches_by_block(

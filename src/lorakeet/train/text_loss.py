@@ -42,22 +42,27 @@ def text_loss(text: TextHead, batch: Batch, *, chunk: int = CHUNK) -> tuple[Tens
 
 
 def head_loss(text: TextHead, hidden: Tensor, targets: Tensor, *, chunk: int = CHUNK) -> Tensor:
-    """The sum of −log p(target) of hidden states (n, hidden) that the decoder has given already, targets (n,), with gradient."""
+    """The sum of `head_losses`."""
+    return head_losses(text, hidden, targets, chunk=chunk).sum()
+
+
+def head_losses(text: TextHead, hidden: Tensor, targets: Tensor, *, chunk: int = CHUNK) -> Tensor:
+    """−log p(target) (n,) of hidden states (n, hidden) that the decoder has given already, targets (n,), with gradient."""
     targets = targets.to(hidden.device)
     weight = text.head_weight
     if weight is not None:
-        return frozen_head_loss(hidden, weight, targets, chunk=chunk, kernels=text.kernels)
-    return any_head_loss(hidden, text.head, targets, chunk=chunk)
+        return frozen_head_losses(hidden, weight, targets, chunk=chunk, kernels=text.kernels)
+    return any_head_losses(hidden, text.head, targets, chunk=chunk)
 
 
 class _FrozenHeadLoss(torch.autograd.Function):
-    """Sum of cross-entropies under a frozen head W (vocab, hidden), with ∂L/∂h ready when the forward pass ends.
+    """Cross-entropies under a frozen head W (vocab, hidden), with each ∂L/∂h ready when the forward pass ends.
 
     With z = W·h and p = softmax(z) for one position with target t:
 
         L = log Σ exp z − z_t        ∂L/∂z = p − onehot(t)        ∂L/∂h = (p − onehot(t))·W
 
-    W gets no gradient, so ∂L/∂h needs nothing from the backward pass but the factor ∂/∂L, a single number. It is computed
+    W gets no gradient, so ∂L/∂h needs nothing from the backward pass but the factor ∂/∂L, a number for each. It is computed
     per chunk while z is at hand: no logits are kept and none are computed twice. Softmax runs in fp32. W is used in tiles of
     rows, whether it is in memory or in a store, so that both give the same bits. Where Triton kernels are asked for, one of them
     makes loss and ∂L/∂z of z (core/triton_loss).
@@ -68,25 +73,25 @@ class _FrozenHeadLoss(torch.autograd.Function):
         ctx: Any, hidden: Tensor, weight: Rows, targets: Tensor, chunk: int, wants_grad: bool, kernels: Kernels | None
     ) -> Tensor:
         exact = torch.promote_types(hidden.dtype, torch.float32)
-        total = torch.zeros((), dtype=exact, device=hidden.device)
+        losses = torch.empty(len(targets), dtype=exact, device=hidden.device)
         grad = torch.empty_like(hidden) if wants_grad else None
         for start in range(0, len(targets), chunk):
             part = slice(start, start + chunk)
             logits = torch.empty((len(hidden[part]), weight.shape[0]), dtype=exact, device=hidden.device)  # (chunk, vocab)
             for tile in tiles(weight.shape[0]):
                 logits[:, tile] = torch.mm(hidden[part], weight[tile].t())
-            total += _loss_in_place(logits, targets[part], wants_grad, kernels).sum()
+            losses[part] = _loss_in_place(logits, targets[part], wants_grad, kernels)
             if grad is not None:
                 grad[part] = back_product(logits, weight, weight.dtype)
         if grad is not None:
             ctx.save_for_backward(grad)
-        return total
+        return losses
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = ctx.saved_tensors
-        return grad * upstream.to(grad.dtype), None, None, None, None, None
+        return grad * upstream.to(grad.dtype).unsqueeze(1), None, None, None, None, None
 
 
 def _loss_in_place(logits: Tensor, targets: Tensor, wants_grad: bool, kernels: Kernels | None) -> Tensor:
@@ -105,26 +110,26 @@ def _loss_in_place(logits: Tensor, targets: Tensor, wants_grad: bool, kernels: K
     return (norm.log() + top).squeeze(1).sub_(chosen)
 
 
-def frozen_head_loss(
+def frozen_head_losses(
     hidden: Tensor, weight: Rows, targets: Tensor, *, chunk: int = CHUNK, kernels: Kernels | None = None
 ) -> Tensor:
-    """Sum of −log softmax(hidden·Wᵀ)[target]; hidden (n, hidden), W (vocab, hidden) frozen, targets (n,)."""
+    """−log softmax(hidden·Wᵀ)[target] (n,); hidden (n, hidden), W (vocab, hidden) frozen, targets (n,)."""
     if hidden.dtype != weight.dtype:
         hidden = hidden.to(weight.dtype)
     wants_grad = torch.is_grad_enabled() and hidden.requires_grad  # inside forward() gradients are off for everyone
     return cast(Tensor, _FrozenHeadLoss.apply(hidden, weight, targets, chunk, wants_grad, kernels))  # type: ignore[no-untyped-call]
 
 
-def any_head_loss(hidden: Tensor, head: Callable[[Tensor], Tensor], targets: Tensor, *, chunk: int = CHUNK) -> Tensor:
-    """The same sum under any head: adapted, with new rows, biased or soft-capped. Each chunk is computed again in backward."""
-    total = torch.zeros((), dtype=torch.promote_types(hidden.dtype, torch.float32), device=hidden.device)
+def any_head_losses(hidden: Tensor, head: Callable[[Tensor], Tensor], targets: Tensor, *, chunk: int = CHUNK) -> Tensor:
+    """The same under any head: adapted, with new rows, biased or soft-capped. Each chunk is computed again in backward."""
+    found = [hidden.new_empty(0, dtype=torch.promote_types(hidden.dtype, torch.float32))]
     for start in range(0, len(targets), chunk):
         part = slice(start, start + chunk)
-        total = total + cast(Tensor, checkpoint(_chunk_loss, head, hidden[part], targets[part], use_reentrant=False))
-    return total
+        found.append(cast(Tensor, checkpoint(_chunk_losses, head, hidden[part], targets[part], use_reentrant=False)))
+    return torch.cat(found)
 
 
-def _chunk_loss(head: Callable[[Tensor], Tensor], hidden: Tensor, targets: Tensor) -> Tensor:
+def _chunk_losses(head: Callable[[Tensor], Tensor], hidden: Tensor, targets: Tensor) -> Tensor:
     logits = head(hidden)
     exact = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return torch.nn.functional.cross_entropy(exact, targets, reduction="sum")
+    return torch.nn.functional.cross_entropy(exact, targets, reduction="none")

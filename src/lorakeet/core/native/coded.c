@@ -80,25 +80,6 @@ void code_rows(const bf16 *x, const float *by, const int64_t *columns, int64_t c
     }
 }
 
-/* 16 rows of 16 times four bytes, turned over. */
-static inline void turned(__m512i r[16]) {
-    __m512i s[16];
-#pragma GCC unroll 16
-    for (int i = 0; i < 16; i += 4) {
-        __m512i a = _mm512_unpacklo_epi32(r[i], r[i + 1]), b = _mm512_unpackhi_epi32(r[i], r[i + 1]);
-        __m512i c = _mm512_unpacklo_epi32(r[i + 2], r[i + 3]), d = _mm512_unpackhi_epi32(r[i + 2], r[i + 3]);
-        s[i] = _mm512_unpacklo_epi64(a, c), s[i + 1] = _mm512_unpackhi_epi64(a, c);
-        s[i + 2] = _mm512_unpacklo_epi64(b, d), s[i + 3] = _mm512_unpackhi_epi64(b, d);
-    }
-#pragma GCC unroll 16
-    for (int i = 0; i < 4; i++) { /* s[i], s[4 + i], …: column 4·lane + i of four rows each */
-        __m512i a = _mm512_shuffle_i32x4(s[i], s[4 + i], 0x44), b = _mm512_shuffle_i32x4(s[i], s[4 + i], 0xee);
-        __m512i c = _mm512_shuffle_i32x4(s[8 + i], s[12 + i], 0x44), d = _mm512_shuffle_i32x4(s[8 + i], s[12 + i], 0xee);
-        r[i] = _mm512_shuffle_i32x4(a, c, 0x88), r[4 + i] = _mm512_shuffle_i32x4(a, c, 0xdd);
-        r[8 + i] = _mm512_shuffle_i32x4(b, d, 0x88), r[12 + i] = _mm512_shuffle_i32x4(b, d, 0xdd);
-    }
-}
-
 /* Rows of the weight (out, in) from `first` on, as columns of x·Wᵀ: panel[in / 4][WIDE][16 rows][4]; rows that are not there, 0. */
 static void lay_rows(const int8_t *weight, int64_t first, int64_t out, int64_t in, __m512i *panel) {
     for (int64_t w = 0; w < WIDE; w++)
@@ -110,7 +91,7 @@ static void lay_rows(const int8_t *weight, int64_t first, int64_t out, int64_t i
                 rows[l] = row < out ? _mm512_maskz_loadu_epi32((__mmask16)((1u << quads) - 1), weight + row * in + c)
                                     : _mm512_setzero_si512();
             }
-            turned(rows);
+            transposed(rows);
             for (int64_t k = 0; k < quads; k++) panel[(c / 4 + k) * WIDE + w] = rows[k];
         }
 }

@@ -32,4 +32,23 @@ static inline __m512 exp2_of(__m512 x) {
     return _mm512_scalef_ps(p, whole);
 }
 
+/* Sixteen rows of sixteen words of four bytes, turned over. */
+static inline void transposed(__m512i r[16]) {
+    __m512i s[16];
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; i += 4) {
+        __m512i a = _mm512_unpacklo_epi32(r[i], r[i + 1]), b = _mm512_unpackhi_epi32(r[i], r[i + 1]);
+        __m512i c = _mm512_unpacklo_epi32(r[i + 2], r[i + 3]), d = _mm512_unpackhi_epi32(r[i + 2], r[i + 3]);
+        s[i] = _mm512_unpacklo_epi64(a, c), s[i + 1] = _mm512_unpackhi_epi64(a, c);
+        s[i + 2] = _mm512_unpacklo_epi64(b, d), s[i + 3] = _mm512_unpackhi_epi64(b, d);
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < 4; i++) { /* s[i], s[4 + i], …: column 4·lane + i of four rows each */
+        __m512i a = _mm512_shuffle_i32x4(s[i], s[4 + i], 0x44), b = _mm512_shuffle_i32x4(s[i], s[4 + i], 0xee);
+        __m512i c = _mm512_shuffle_i32x4(s[8 + i], s[12 + i], 0x44), d = _mm512_shuffle_i32x4(s[8 + i], s[12 + i], 0xee);
+        r[i] = _mm512_shuffle_i32x4(a, c, 0x88), r[4 + i] = _mm512_shuffle_i32x4(a, c, 0xdd);
+        r[8 + i] = _mm512_shuffle_i32x4(b, d, 0x88), r[12 + i] = _mm512_shuffle_i32x4(b, d, 0xdd);
+    }
+}
+
 #endif

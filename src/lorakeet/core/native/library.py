@@ -26,7 +26,7 @@ from lorakeet.core.cache import cache_folder
 
 HERE = Path(__file__).parent
 HEADERS = ("lanes.h", "passes.h", "pairs.h", "linear.h", "cached.h")
-SOURCES = ("attention.c", "passes.c", "pairs.c", "linear.c", "cached.c", "block.c", "coded.c")
+SOURCES = ("attention.c", "passes.c", "pairs.c", "linear.c", "cached.c", "block.c", "coded.c", "trained_pairs.c")
 INSTRUCTIONS = ("-march=x86-64-v4", "-mavx512bf16", "-mavx512vnni")
 FLAGS = ("-O3", *INSTRUCTIONS, "-ffp-contract=fast", "-fno-strict-aliasing", "-fopenmp", "-fPIC")
 WANTED = frozenset({"avx512_bf16", "avx512_vnni", "avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"})  # in /proc/cpuinfo

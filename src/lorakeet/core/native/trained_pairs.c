@@ -1,0 +1,406 @@
+/* Low-rank products while pairs are trained, each pair on rows of its own: bf16 rows, sums in fp32, A and B in fp32 or bf16.
+
+       y += s·h·Bᵀ, h = x·Aᵀ        u = s·g·B, ∂x += u·A, ∂B = s·gᵀ·h        ∂A = uᵀ·x
+
+   Pairs on the same rows of the same x are a part. Its h, and its u, are (tokens, columns), where each pair has as many columns as
+   its rank, one more of zeros where that is odd. Widths are multiples of 32. A row's sums are added up in one order, whichever rows
+   are beside it; those of ∂A and ∂B in the order of the part's tokens.
+
+   VDPBF16PS adds two products at a time to each of sixteen sums. Three ways serve all products:
+   - `shrink`: the sums are columns of h. The two numbers are neighbours in a row of x, and A is laid out so that the same two of
+     sixteen of its rows stand side by side.
+   - `widen`: the sums are neighbours in a row of y. The two numbers are neighbours in a row of h.
+   - `reduce`: the sums are neighbours in a row of ∂A. The two numbers are of two tokens, one after the other. */
+
+#include "lanes.h"
+
+#include <math.h>
+#include <omp.h>
+#include <string.h>
+
+#define LINE (2 * LANES) /* numbers of a register */
+#define BLOCK 24         /* tokens of a piece of work, an even number */
+#define SHRINK 12        /* tokens whose sums are in registers while they shrink */
+#define WIDEN 4          /* and while they are widened */
+#define REDUCE 8         /* columns of u at once: with two registers of sums for each, half of all there are */
+
+enum { FP32, BF16 };
+
+/* As core/native/trained_pairs lays it out, in whole numbers of 64 bits. */
+typedef struct {
+    const void *A, *B; /* (rank, width), (outputs, rank) */
+    int64_t kind_a, kind_b, rank, start, stop;
+    int64_t layer;   /* which y, or g, it belongs to */
+    int64_t from;    /* where the part's h begins */
+    int64_t columns; /* of the part's h */
+    int64_t column;  /* the pair's first one */
+} Pair;
+
+typedef struct {
+    bf16 *rows; /* y or g: (tokens, outputs) */
+    int64_t outputs;
+} Layer;
+
+/* The first pair of a part, the one behind its last, where its factors are laid out, and the tokens of a piece of it. */
+typedef struct {
+    int64_t first, last, at, pieces;
+} Part;
+
+static inline int64_t even(int64_t n) { return n + n % 2; }
+static inline int64_t whole(int64_t n, int64_t of) { return (n + of - 1) / of * of; }
+static inline __m512bh both(const void *at) { return (__m512bh)_mm512_loadu_si512(at); }
+
+static inline __m512i two_of(const bf16 *at) { /* the same two numbers in all sums */
+    int32_t two;
+    memcpy(&two, at, sizeof two);
+    return _mm512_set1_epi32(two);
+}
+
+/* Up to 32 numbers of a row, as bf16, behind them zeros. */
+static inline __m512i line_of(const void *row, int64_t first, int64_t count, int64_t kind, float scale) {
+    __m512 low, high;
+    __mmask16 few = count < LANES ? (__mmask16)((1u << count) - 1) : 0xffff;
+    __mmask16 rest = count < LINE ? (__mmask16)((1u << (count > LANES ? count - LANES : 0)) - 1) : 0xffff;
+    if (kind == FP32) {
+        low = _mm512_maskz_loadu_ps(few, (const float *)row + first);
+        high = _mm512_maskz_loadu_ps(rest, (const float *)row + first + LANES);
+    } else {
+        low = widened(_mm256_maskz_loadu_epi16(few, (const bf16 *)row + first));
+        high = widened(_mm256_maskz_loadu_epi16(rest, (const bf16 *)row + first + LANES));
+    }
+    __m512 by = _mm512_set1_ps(scale);
+    return (__m512i)_mm512_cvtne2ps_pbh(_mm512_mul_ps(high, by), _mm512_mul_ps(low, by));
+}
+
+static inline const void *row_of(const void *at, int64_t row, int64_t width, int64_t kind) {
+    return (const char *)at + row * width * (kind == FP32 ? sizeof(float) : sizeof(bf16));
+}
+
+/* Two rows as words (one number of each): the first sixteen columns into `to`, the others `apart` numbers behind. */
+static inline void put_woven(__m512i one, __m512i two, bf16 *to, int64_t apart) {
+    __m512i low = _mm512_unpacklo_epi16(one, two), high = _mm512_unpackhi_epi16(one, two);
+    __m512i first = _mm512_shuffle_i64x2(low, high, 0x44), second = _mm512_shuffle_i64x2(low, high, 0xee);
+    __m512i order = _mm512_setr_epi64(0, 1, 4, 5, 2, 3, 6, 7);
+    _mm512_storeu_si512(to, _mm512_permutexvar_epi64(order, first));
+    _mm512_storeu_si512(to + apart, _mm512_permutexvar_epi64(order, second));
+}
+
+/* Rows of `width` numbers as columns of sums: words (two neighbours of a row) of sixteen rows side by side. The word w of the row
+   `column` + i goes to the i-th number behind to + 2·(w·lanes); lanes counts the rows of all that stand side by side. */
+static void lay_sums(const void *rows, int64_t count, int64_t width, int64_t kind, float scale, bf16 *to, int64_t column,
+                     int64_t lanes) {
+    for (int64_t c = 0; c < width; c += LINE)
+        for (int64_t r = 0; r < count; r += LANES) {
+            int64_t here = count - r < LANES ? count - r : LANES;
+            __m512i words[16];
+            for (int64_t i = 0; i < LANES; i++)
+                words[i] = i < here ? line_of(row_of(rows, r + i, width, kind), c, width - c, kind, scale) : _mm512_setzero_si512();
+            transposed(words);
+            __mmask16 some = (__mmask16)((1u << here) - 1);
+            for (int64_t w = 0; w < LANES; w++)
+                _mm512_mask_storeu_epi32(to + 2 * ((c / 2 + w) * lanes + column + r), some, words[w]);
+        }
+}
+
+/* Columns of (tall, count) rows as columns of sums: words of two rows, one below the other. As `lay_sums` of the turned matrix. */
+static void lay_sums_across(const void *rows, int64_t tall, int64_t count, int64_t kind, float scale, bf16 *to, int64_t lanes) {
+    for (int64_t o = 0; o < tall; o += 2)
+        for (int64_t r = 0; r < count; r += LINE) {
+            __m512i one = line_of(row_of(rows, o, count, kind), r, count - r, kind, scale);
+            __m512i two = line_of(row_of(rows, o + 1, count, kind), r, count - r, kind, scale);
+            bf16 woven[2 * LINE];
+            put_woven(one, two, woven, LINE);
+            int64_t here = lanes - r < LINE ? lanes - r : LINE;
+            memcpy(to + 2 * (o / 2 * lanes + r), woven, 2 * here * sizeof(bf16));
+        }
+}
+
+/* B (outputs, rank) for `widen`: for each sixteen outputs words (two neighbours of a row of B). */
+static void lay_wide(const void *B, int64_t outputs, int64_t rank, int64_t kind, float scale, bf16 *to) {
+    int64_t words = even(rank) / 2;
+    for (int64_t o = 0; o < outputs; o += LANES)
+        for (int64_t r = 0; r < rank; r += LINE) {
+            __m512i at[16];
+            for (int64_t i = 0; i < LANES; i++) at[i] = line_of(row_of(B, o + i, rank, kind), r, rank - r, kind, scale);
+            transposed(at);
+            int64_t here = words - r / 2 < LANES ? words - r / 2 : LANES;
+            for (int64_t w = 0; w < here; w++) _mm512_storeu_si512(to + 2 * LANES * (o / LANES * words + r / 2 + w), at[w]);
+        }
+}
+
+/* A (rank, width) for `widen`: for each sixteen columns words of two rows, from the word `first` of `words` on. */
+static void lay_wide_across(const void *A, int64_t rank, int64_t width, int64_t kind, bf16 *to, int64_t first, int64_t words) {
+    for (int64_t r = 0; r < rank; r += 2)
+        for (int64_t c = 0; c < width; c += LINE) {
+            __m512i one = line_of(row_of(A, r, width, kind), c, width - c, kind, 1.0f), two = _mm512_setzero_si512();
+            if (r + 1 < rank) two = line_of(row_of(A, r + 1, width, kind), c, width - c, kind, 1.0f);
+            put_woven(one, two, to + 2 * LANES * (c / LANES * words + first + r / 2), 2 * LANES * words);
+        }
+}
+
+static inline __attribute__((always_inline)) void shrink_some(const bf16 *x, int64_t width, const bf16 *laid, int64_t lanes,
+                                                              const int count, __mmask16 there, bf16 *h, int64_t columns) {
+    __m512 sums[SHRINK];
+#pragma GCC unroll 12
+    for (int t = 0; t < count; t++) sums[t] = _mm512_setzero_ps();
+    for (int64_t c = 0; c < width; c += 2, laid += 2 * lanes) {
+        __m512bh at = both(laid);
+#pragma GCC unroll 12
+        for (int t = 0; t < count; t++) sums[t] = _mm512_dpbf16_ps(sums[t], at, (__m512bh)two_of(x + t * width + c));
+    }
+#pragma GCC unroll 12
+    for (int t = 0; t < count; t++) _mm256_mask_storeu_epi16(h + t * columns, there, narrow(sums[t]));
+}
+
+/* h (tokens, columns from the first on) = x (tokens, width) times what `lay_sums` laid out in `lanes`, a multiple of 16. */
+static void shrink(const bf16 *x, int64_t tokens, int64_t width, const bf16 *laid, int64_t lanes, int64_t count, bf16 *h,
+                   int64_t columns) {
+    for (int64_t r = 0; r < count; r += LANES) {
+        __mmask16 there = count - r < LANES ? (__mmask16)((1u << (count - r)) - 1) : 0xffff;
+        const bf16 *at = laid + 2 * r;
+        int64_t t = 0;
+        for (; t + SHRINK <= tokens; t += SHRINK) shrink_some(x + t * width, width, at, lanes, SHRINK, there, h + t * columns + r, columns);
+        for (; t + 4 <= tokens; t += 4) shrink_some(x + t * width, width, at, lanes, 4, there, h + t * columns + r, columns);
+        for (; t < tokens; t++) shrink_some(x + t * width, width, at, lanes, 1, there, h + t * columns + r, columns);
+    }
+}
+
+static inline __attribute__((always_inline)) void widen_some(const bf16 *h, int64_t columns, const bf16 *laid, int64_t words,
+                                                             const int count, bf16 *y, int64_t width) {
+    for (int64_t c = 0; c < width; c += LANES, laid += 2 * LANES * words) {
+        __m512 sums[WIDEN], more[WIDEN];
+#pragma GCC unroll 4
+        for (int t = 0; t < count; t++) sums[t] = wide(y + t * width + c), more[t] = _mm512_setzero_ps();
+        int64_t w = 0;
+        for (; w + 2 <= words; w += 2) {
+            __m512bh one = both(laid + 2 * LANES * w), two = both(laid + 2 * LANES * (w + 1));
+#pragma GCC unroll 4
+            for (int t = 0; t < count; t++) {
+                sums[t] = _mm512_dpbf16_ps(sums[t], one, (__m512bh)two_of(h + t * columns + 2 * w));
+                more[t] = _mm512_dpbf16_ps(more[t], two, (__m512bh)two_of(h + t * columns + 2 * w + 2));
+            }
+        }
+        if (w < words)
+#pragma GCC unroll 4
+            for (int t = 0; t < count; t++)
+                sums[t] = _mm512_dpbf16_ps(sums[t], both(laid + 2 * LANES * w), (__m512bh)two_of(h + t * columns + 2 * w));
+#pragma GCC unroll 4
+        for (int t = 0; t < count; t++) put(y + t * width + c, _mm512_add_ps(sums[t], more[t]));
+    }
+}
+
+/* y (tokens, width) += h (tokens, 2·words of columns) times what `lay_wide` laid out. */
+static void widen(const bf16 *h, int64_t tokens, int64_t columns, const bf16 *laid, int64_t words, bf16 *y, int64_t width) {
+    int64_t t = 0;
+    for (; t + WIDEN <= tokens; t += WIDEN) widen_some(h + t * columns, columns, laid, words, WIDEN, y + t * width, width);
+    for (; t < tokens; t++) widen_some(h + t * columns, columns, laid, words, 1, y + t * width, width);
+}
+
+/* Of 32 columns of x (tokens, width) the sums over tokens of woven (tokens/2, columns, 2) times x, for `count` of the columns. */
+static inline __attribute__((always_inline)) void reduce_some(const bf16 *x, int64_t tokens, int64_t width, const bf16 *woven,
+                                                              int64_t columns, const int count, float sums_of[][LINE]) {
+    __m512 sums[REDUCE][2];
+#pragma GCC unroll 8
+    for (int r = 0; r < count; r++) sums[r][0] = sums[r][1] = _mm512_setzero_ps();
+    for (int64_t t = 0; t < tokens; t += 2, woven += 2 * columns) {
+        __m512i one = _mm512_loadu_si512(x + t * width), two = _mm512_setzero_si512();
+        if (t + 1 < tokens) two = _mm512_loadu_si512(x + (t + 1) * width);
+        __m512bh low = (__m512bh)_mm512_unpacklo_epi16(one, two), high = (__m512bh)_mm512_unpackhi_epi16(one, two);
+#pragma GCC unroll 8
+        for (int r = 0; r < count; r++) {
+            __m512bh by = (__m512bh)two_of(woven + 2 * r);
+            sums[r][0] = _mm512_dpbf16_ps(sums[r][0], low, by);
+            sums[r][1] = _mm512_dpbf16_ps(sums[r][1], high, by);
+        }
+    }
+    __m512i first = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
+    __m512i second = _mm512_setr_epi32(8, 9, 10, 11, 24, 25, 26, 27, 12, 13, 14, 15, 28, 29, 30, 31);
+#pragma GCC unroll 8
+    for (int r = 0; r < count; r++) { /* of four columns each, low holds the first, third, … and high the others */
+        _mm512_storeu_ps(sums_of[r], _mm512_permutex2var_ps(sums[r][0], first, sums[r][1]));
+        _mm512_storeu_ps(sums_of[r] + LANES, _mm512_permutex2var_ps(sums[r][0], second, sums[r][1]));
+    }
+}
+
+static int reduce(const bf16 *x, int64_t tokens, int64_t width, const bf16 *woven, int64_t columns, int64_t left,
+                  float sums_of[REDUCE][LINE]) {
+    if (left >= REDUCE) return reduce_some(x, tokens, width, woven, columns, REDUCE, sums_of), REDUCE;
+    if (left >= 4) return reduce_some(x, tokens, width, woven, columns, 4, sums_of), 4;
+    return reduce_some(x, tokens, width, woven, columns, 1, sums_of), 1;
+}
+
+/* Rows (tokens, columns), two tokens woven into words; behind an odd number of them a row of zeros. */
+static void weave(const bf16 *rows, int64_t tokens, int64_t columns, bf16 *to) {
+    for (int64_t t = 0; t < tokens; t += 2, rows += 2 * columns)
+        for (int64_t c = 0; c < columns; c++) {
+            *to++ = rows[c];
+            *to++ = t + 1 < tokens ? rows[columns + c] : 0;
+        }
+}
+
+/* The parts of the pairs, and how many numbers all that `size` says of each pair and part come to. */
+static int64_t parts_of(const Pair *pairs, int64_t count, Part *parts) {
+    int64_t found = 0;
+    for (int64_t p = 0; p < count; found++) {
+        Part *part = parts + found;
+        part->first = p;
+        while (p < count && pairs[p].from == pairs[part->first].from) p++;
+        part->last = p;
+        part->pieces = (pairs[part->first].stop - pairs[part->first].start + BLOCK - 1) / BLOCK;
+    }
+    return found;
+}
+
+static const Part *piece_of(const Part *parts, int64_t *number) {
+    for (; *number >= parts->pieces; parts++) *number -= parts->pieces;
+    return parts;
+}
+
+static int64_t pieces_of(const Part *parts, int64_t count) {
+    int64_t found = 0;
+    for (int64_t p = 0; p < count; p++) found += parts[p].pieces;
+    return found;
+}
+
+/* y of each pair's layer += s·h·Bᵀ, and h = x·Aᵀ. Scratch: for each part 2·width/2·whole(columns, 16) numbers, then for each pair
+   outputs·even(rank). */
+void trained_pairs(const Pair *pairs, const float *scales, int64_t count, const Layer *layers, const bf16 *x, int64_t width,
+                   bf16 *h, bf16 *scratch, int threads) {
+    Part parts[count];
+    int64_t part_count = parts_of(pairs, count, parts), at = 0, wide_at[count];
+    for (int64_t p = 0; p < part_count; p++) parts[p].at = at, at += width * whole(pairs[parts[p].first].columns, LANES);
+    for (int64_t p = 0; p < count; p++) wide_at[p] = at, at += layers[pairs[p].layer].outputs * even(pairs[p].rank);
+    int64_t pieces = pieces_of(parts, part_count);
+#pragma omp parallel num_threads(threads)
+    {
+#pragma omp for schedule(dynamic)
+        for (int64_t n = 0; n < part_count; n++)
+            for (int64_t p = parts[n].first; p < parts[n].last; p++) {
+                const Pair *own = pairs + p;
+                int64_t lanes = whole(own->columns, LANES);
+                lay_sums(own->A, own->rank, width, own->kind_a, 1.0f, scratch + parts[n].at, own->column, lanes);
+                if (own->rank % 2) /* its column of zeros */
+                    for (int64_t w = 0; w < width / 2; w++) memset(scratch + parts[n].at + 2 * (w * lanes + own->column + own->rank), 0, 4);
+                lay_wide(own->B, layers[own->layer].outputs, own->rank, own->kind_b, scales[p], scratch + wide_at[p]);
+            }
+#pragma omp for schedule(dynamic)
+        for (int64_t n = 0; n < pieces; n++) {
+            int64_t piece = n;
+            const Part *part = piece_of(parts, &piece);
+            const Pair *own = pairs + part->first;
+            int64_t token = own->start + piece * BLOCK, tokens = own->stop - token < BLOCK ? own->stop - token : BLOCK;
+            bf16 *to = h + own->from + (token - own->start) * own->columns;
+            shrink(x + token * width, tokens, width, scratch + part->at, whole(own->columns, LANES), own->columns, to, own->columns);
+            for (int64_t p = part->first; p < part->last; p++) {
+                const Layer *layer = layers + pairs[p].layer;
+                widen(to + pairs[p].column, tokens, own->columns, scratch + wide_at[p], even(pairs[p].rank) / 2,
+                      layer->rows + token * layer->outputs, layer->outputs);
+            }
+        }
+    }
+}
+
+/* u = s·g·B, ∂x (tokens, width) += u·A where it is given, ∂B = s·gᵀ·h (outputs, rank) in fp32, one pair's behind the other's.
+   Scratch: for each pair outputs·whole(rank, 16), for each part width·columns and even(tokens)·columns numbers. */
+void trained_pairs_backward(const Pair *pairs, const float *scales, int64_t count, const Layer *layers, bf16 *grad_x, int64_t width,
+                            const bf16 *h, bf16 *u, float *of_b, bf16 *scratch, int threads) {
+    Part parts[count];
+    int64_t part_count = parts_of(pairs, count, parts), at = 0, b_at[count], to_at[count], woven_at[count], first = 0, columns = 0;
+    int64_t begin[count + 1]; /* of each pair's 32 columns of g among all pieces of ∂B */
+    for (int64_t p = 0; p < count; p++) {
+        const Pair *own = pairs + p;
+        b_at[p] = at, at += layers[own->layer].outputs * whole(own->rank, LANES);
+        to_at[p] = first, first += layers[own->layer].outputs * own->rank;
+        begin[p] = columns, columns += layers[own->layer].outputs / LINE;
+    }
+    begin[count] = columns;
+    for (int64_t p = 0; p < part_count; p++) {
+        const Pair *own = pairs + parts[p].first;
+        parts[p].at = at, at += width * own->columns;
+        woven_at[p] = at, at += even(own->stop - own->start) * own->columns;
+    }
+    int64_t pieces = pieces_of(parts, part_count);
+#pragma omp parallel num_threads(threads)
+    {
+#pragma omp for schedule(dynamic)
+        for (int64_t n = 0; n < part_count; n++) {
+            const Pair *own = pairs + parts[n].first;
+            weave(h + own->from, own->stop - own->start, own->columns, scratch + woven_at[n]);
+            for (int64_t p = parts[n].first; p < parts[n].last; p++) {
+                const Pair *pair = pairs + p;
+                lay_sums_across(pair->B, layers[pair->layer].outputs, pair->rank, pair->kind_b, scales[p], scratch + b_at[p],
+                                whole(pair->rank, LANES));
+                if (grad_x)
+                    lay_wide_across(pair->A, pair->rank, width, pair->kind_a, scratch + parts[n].at, pair->column / 2, own->columns / 2);
+            }
+        }
+#pragma omp for schedule(dynamic) nowait
+        for (int64_t n = 0; n < pieces; n++) {
+            int64_t piece = n;
+            const Part *part = piece_of(parts, &piece);
+            const Pair *own = pairs + part->first;
+            int64_t token = own->start + piece * BLOCK, tokens = own->stop - token < BLOCK ? own->stop - token : BLOCK;
+            bf16 *to = u + own->from + (token - own->start) * own->columns;
+            for (int64_t p = part->first; p < part->last; p++) { /* behind an odd rank B's columns are zeros, and so are u's */
+                const Layer *layer = layers + pairs[p].layer;
+                shrink(layer->rows + token * layer->outputs, tokens, layer->outputs, scratch + b_at[p], whole(pairs[p].rank, LANES),
+                       even(pairs[p].rank), to + pairs[p].column, own->columns);
+            }
+            if (grad_x) widen(to, tokens, own->columns, scratch + part->at, own->columns / 2, grad_x + token * width, width);
+        }
+#pragma omp for schedule(dynamic)
+        for (int64_t n = 0; n < columns; n++) {
+            int64_t p = 0, part = 0;
+            while (begin[p + 1] <= n) p++;
+            while (parts[part].last <= p) part++;
+            const Pair *own = pairs + p;
+            const Layer *layer = layers + own->layer;
+            int64_t c = (n - begin[p]) * LINE, tokens = own->stop - own->start;
+            const bf16 *g = layer->rows + own->start * layer->outputs + c, *woven = scratch + woven_at[part] + 2 * own->column;
+            for (int64_t r = 0; r < own->rank;) {
+                float sums[REDUCE][LINE];
+                int found = reduce(g, tokens, layer->outputs, woven + 2 * r, own->columns, own->rank - r, sums);
+                float *to = of_b + to_at[p] + c * own->rank + r;
+                for (int64_t o = 0; o < LINE; o++)
+                    for (int i = 0; i < found; i++) to[o * own->rank + i] = scales[p] * sums[i][o];
+                r += found;
+            }
+        }
+    }
+}
+
+/* ∂A = uᵀ·x (rank, width) in fp32, one pair's behind the other's. Scratch: for each part even(tokens)·columns numbers. */
+void trained_pairs_of_a(const Pair *pairs, int64_t count, const bf16 *u, const bf16 *x, int64_t width, float *of_a, bf16 *scratch,
+                        int threads) {
+    Part parts[count];
+    int64_t part_count = parts_of(pairs, count, parts), at = 0, to_at[count], first = 0, columns = width / LINE;
+    for (int64_t p = 0; p < count; p++) to_at[p] = first, first += pairs[p].rank * width;
+    for (int64_t p = 0; p < part_count; p++) {
+        const Pair *own = pairs + parts[p].first;
+        parts[p].at = at, at += even(own->stop - own->start) * own->columns;
+    }
+#pragma omp parallel num_threads(threads)
+    {
+#pragma omp for schedule(dynamic)
+        for (int64_t n = 0; n < part_count; n++) {
+            const Pair *own = pairs + parts[n].first;
+            weave(u + own->from, own->stop - own->start, own->columns, scratch + parts[n].at);
+        }
+#pragma omp for schedule(dynamic)
+        for (int64_t n = 0; n < part_count * columns; n++) {
+            const Part *part = parts + n / columns;
+            int64_t c = n % columns * LINE;
+            for (int64_t p = part->first; p < part->last; p++) {
+                const Pair *own = pairs + p;
+                const bf16 *woven = scratch + part->at + 2 * own->column;
+                for (int64_t r = 0; r < own->rank;) {
+                    float sums[REDUCE][LINE];
+                    int found = reduce(x + own->start * width + c, own->stop - own->start, width, woven + 2 * r, own->columns,
+                                       own->rank - r, sums);
+                    for (int i = 0; i < found; i++) memcpy(of_a + to_at[p] + (r + i) * width + c, sums[i], sizeof sums[i]);
+                    r += found;
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,141 @@
+"""The low-rank products of pairs in training, each pair on rows of its own: what every autograd function here does around the
+products with its frozen weights.
+
+        h = x·Aᵀ      y += s·h·Bᵀ            u = s·g·B      ∂x += u·A      ∂B = s·gᵀ·h      ∂A = uᵀ·x
+
+The rank-sized factor is multiplied first, so no (out, in) matrix is ever formed. Where core/native serves, all pairs of a batch
+are multiplied in one call; else part by part in torch's products, which give the same to rounding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import groupby
+from typing import NamedTuple, cast
+
+import torch
+from torch import Tensor
+
+from lorakeet.core.math import add_low_rank, grad_of_b, shrink_grad
+from lorakeet.core.native import trained_pairs as native
+
+
+class Placed(NamedTuple):
+    """Where a pair counts: rows start … stop − 1, with its scale; `layer` numbers the y that it adds to."""
+
+    start: int
+    stop: int
+    scale: float
+    layer: int = 0
+
+    @property
+    def rows(self) -> slice:
+        return slice(self.start, self.stop)
+
+
+class PairProducts:
+    """Pairs on layers that see the same x, by their places. What it is given as `factors` are A and B of each by turns.
+
+    Neighbours on the same rows are a part, whose A's are multiplied together.
+    """
+
+    def __init__(self, places: Sequence[Placed], products: torch.dtype) -> None:
+        """For products in that dtype."""
+        self.places, self.products = tuple(places), products
+        self._native: bool | None = None  # not known before there is an x
+
+    def add(self, ys: Sequence[Tensor], x: Tensor, factors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """Adds s·x·Aᵀ·Bᵀ to each layer's y (tokens, out), in place, of x (tokens, in), both in the dtype of the products.
+
+        What it gives, `backward` wants again.
+        """
+        if not self.places:
+            return ()
+        self._native = native.serves(self.products, x, factors, self._numbers)
+        if self._native:
+            return (native.TRAINED_PAIRS(list(ys), x, list(factors), self._numbers, self._scales),)
+        shrunk: list[Tensor] = []
+        for rows, pairs in self.parts:
+            together = torch.mm(x[rows], self._all_a(pairs, factors).t())  # (tokens of the part, all its ranks)
+            ranks = [len(factors[2 * pair]) for pair in pairs]
+            for pair, h in zip(pairs, torch.split(together, ranks, dim=1), strict=True):
+                place = self.places[pair]
+                shrunk.append(h.contiguous())
+                add_low_rank(ys[place.layer][rows], shrunk[-1], self._b(pair, factors), place.scale)
+        return tuple(shrunk)
+
+    def backward(
+        self, grad_x: Tensor | None, grads: Sequence[Tensor], shrunk: Sequence[Tensor], factors: Sequence[Tensor]
+    ) -> tuple[tuple[Tensor, ...], list[Tensor]]:
+        """What `of_a` wants, and ∂B of each pair in its own dtype, of g = ∂L/∂y (tokens, out) of each layer.
+
+        Adds u·A to `grad_x` (tokens, in), in place, where it is given.
+        """
+        if not self.places:
+            return (), []
+        if self._native:
+            u, of_b = native.TRAINED_PAIRS_BACKWARD(
+                grad_x, list(grads), shrunk[0], list(factors), self._numbers, self._scales
+            )
+            return (u,), _cut(of_b, factors[1::2])
+        through, of_bs = [], []
+        for rows, pairs in self.parts:
+            us = []
+            for pair in pairs:
+                place, B = self.places[pair], self._b(pair, factors)
+                grad = grads[place.layer][rows]
+                us.append(shrink_grad(grad, B, place.scale))
+                of_bs.append(grad_of_b(grad, shrunk[pair], place.scale).to(factors[2 * pair + 1].dtype))
+            through.append(us[0] if len(us) == 1 else torch.cat(us, dim=1))  # (tokens of the part, all its ranks)
+            if grad_x is not None:
+                grad_x[rows].addmm_(through[-1], self._all_a(pairs, factors))
+        return tuple(through), of_bs
+
+    def of_a(self, through: Sequence[Tensor], x: Tensor, factors: Sequence[Tensor]) -> list[Tensor]:
+        """∂A of each pair, in its own dtype."""
+        if not self.places:
+            return []
+        if self._native:
+            return _cut(cast(Tensor, native.TRAINED_PAIRS_OF_A(through[0], x, list(factors), self._numbers)), factors[::2])
+        found = [torch.mm(u.t(), x[rows]) for (rows, _), u in zip(self.parts, through, strict=True)]
+        return self.parted(found, factors)
+
+    def parted(self, found: Sequence[Tensor], factors: Sequence[Tensor]) -> list[Tensor]:
+        """uᵀ·x of each part (all its ranks, in) as ∂A of each pair."""
+        each: list[Tensor] = []
+        for (_, pairs), of_part in zip(self.parts, found, strict=True):
+            each += torch.split(of_part, [len(factors[2 * pair]) for pair in pairs])
+        return [grad.to(A.dtype) for grad, A in zip(each, factors[::2], strict=True)]
+
+    @property
+    def in_one_call(self) -> bool:
+        """Whether core/native multiplies; known once `add` was called."""
+        return bool(self._native)
+
+    @property
+    def parts(self) -> list[tuple[slice, list[int]]]:
+        """The rows of each part, and the numbers of its pairs."""
+        alike = groupby(range(len(self.places)), lambda pair: self.places[pair][:2])
+        return [(slice(*rows), list(pairs)) for rows, pairs in alike]
+
+    @property
+    def _numbers(self) -> list[int]:
+        return [number for place in self.places for number in (place.start, place.stop, place.layer)]
+
+    @property
+    def _scales(self) -> list[float]:
+        return [place.scale for place in self.places]
+
+    def _all_a(self, pairs: Sequence[int], factors: Sequence[Tensor]) -> Tensor:
+        """A's one below the other (all ranks, in), in the dtype of the products."""
+        held = [factors[2 * pair].to(self.products) for pair in pairs]
+        return held[0] if len(held) == 1 else torch.cat(held)
+
+    def _b(self, pair: int, factors: Sequence[Tensor]) -> Tensor:
+        return factors[2 * pair + 1].to(self.products)
+
+
+def _cut(numbers: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
+    """`numbers`, one factor's behind the other's, in the shapes and dtypes of the factors."""
+    parts = torch.split(numbers, [factor.numel() for factor in like])
+    return [part.view(factor.shape).to(factor.dtype) for part, factor in zip(parts, like, strict=True)]
