@@ -66,7 +66,7 @@ def test_products_and_gradients(native: bool, dtype: torch.dtype, overlapping: b
 
 
 @pytest.mark.parametrize("native", [False, NATIVE])
-def test_an_x_without_gradient_costs_no_product_with_a(native: bool) -> None:
+def test_the_other_gradients_are_the_same_without_that_of_x(native: bool) -> None:
     x, ys, grads, factors = case(torch.bfloat16, PLACES)
     pairs, to = PairProducts(PLACES, torch.bfloat16), torch.zeros_like(x)
     with nullcontext() if native else ops.without():
@@ -76,6 +76,20 @@ def test_an_x_without_gradient_costs_no_product_with_a(native: bool) -> None:
     assert all(map(torch.equal, (*without, *of_b), (*with_x, *same)))
     assert to[33:40].eq(0).all()
     assert to[:33].ne(0).any()
+
+
+@pytest.mark.parametrize("native", [False, NATIVE])
+def test_a_pair_without_terms_adds_nothing(native: bool) -> None:
+    """As pruning leaves it."""
+    x, ys, grads, factors = case(torch.bfloat16, PLACES)
+    factors[0], factors[1], before = factors[0][:0], factors[1][:, :0], ys[0][:20].clone()
+    pairs = PairProducts(PLACES, torch.bfloat16)
+    with nullcontext() if native else ops.without():
+        through, of_b = pairs.backward(torch.zeros_like(x), grads, pairs.add(ys, x, factors), factors)
+        of_a = pairs.of_a(through, x, factors)
+    assert torch.equal(ys[0][:20], before)
+    assert [of_a[0].shape, of_b[0].shape] == [(0, WIDTH), (OUTPUTS[0], 0)]
+    assert of_b[1].ne(0).any()
 
 
 def test_neighbours_on_the_same_rows_are_a_part() -> None:

@@ -7,7 +7,7 @@ from contextlib import nullcontext
 from dataclasses import replace
 from itertools import accumulate
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -15,10 +15,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lorakeet.core.native import coded, ops
+from lorakeet.core.native import coded, ops, trained_pairs
+from lorakeet.core.selection import Share
 from lorakeet.data.pack import Batch
 from lorakeet.models.adapt import put_adapter
-from lorakeet.models.inject import trained_parameters
+from lorakeet.models.inject import selection_of, trained_parameters
 from lorakeet.models.load import load_text_model
 from lorakeet.models.spec import ModelSpec
 from lorakeet.models.text import TextModel
@@ -133,3 +134,39 @@ def test_native_and_torch_learn_the_same(family: str, method: str, prefix: int, 
     for name, expected in truth.items():
         off, usual = (float((each[name].float() - expected).norm() / expected.norm()) for each in (mine, theirs))
         assert off < 1.5 * usual + 2e-3, name
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_adapters_that_share_a_batch_learn_the_same_in_one_call(family: str, tmp_path: Path) -> None:
+    """Rows of three adapters, one of a single token, a bare row and filler: C's gradients are as near to fp32's as torch's."""
+    folder, names = rounded_model(tmp_path, family), ("one", "two", "three")
+    exact = ModelSpec(path=str(folder), dtype="float32", products="float32", attention="varlen")
+    adapter = random_adapter(load_text_model(exact).model)
+    narrow = replace(exact, dtype="bfloat16", products="bfloat16")
+    ids = torch.arange(100) % 90
+    batch = Batch(ids, (33, 1, 40, 26), torch.arange(100), ids.roll(1), (*names, "bare"))
+    shares = [Share(0, 33, "one"), Share(33, 34, "two"), Share(34, 74, "three")]
+    found, calls = [], []
+    for spec, context in ((narrow, nullcontext()), (narrow, ops.without()), (exact, nullcontext())):
+        text = load_text_model(spec)
+        for name in names:
+            put_adapter(text, adapter, name)
+        trained = {f"{name}/{key}": each for name in names for key, each in trained_parameters(text.model, name).items()}
+        for parameter in trained.values():
+            parameter.requires_grad_(True)
+        text.model.train()
+        with Counted() as counted, context, text.every_token(filled=True):
+            selection_of(text.model).divide(shares, units=text.filled(100))
+            loss, _ = text_loss(text, batch)
+            loss.backward()  # type: ignore[no-untyped-call]
+            with torch.no_grad():
+                assert torch.equal(text_loss(text, batch)[0], loss.detach())  # as streamed blocks are computed twice
+        found.append({"loss": loss.detach(), **{name: cast(Tensor, each.grad) for name, each in trained.items()}})
+        calls.append(counted.calls)
+    inputs = 1 if FAMILIES[family] else 3  # of q, k and v in one call, or in three
+    assert calls[0][trained_pairs.TRAINED_PAIRS] == 2 * (inputs + 3) * LAYERS
+    assert calls[0][trained_pairs.TRAINED_PAIRS_BACKWARD] == calls[0][trained_pairs.TRAINED_PAIRS_OF_A] == (inputs + 3) * LAYERS
+    assert not calls[1] and not calls[2]
+    for name, wanted in found[2].items():
+        by_c, by_torch = ((of[name].float() - wanted).norm() for of in found[:2])
+        assert by_c <= 1.5 * by_torch + 0.01 * wanted.norm(), name

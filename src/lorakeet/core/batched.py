@@ -66,7 +66,7 @@ class SharedLowRank(torch.autograd.Function):
         grad, wide = grad.to(pairs.products).contiguous(), x.to(pairs.products)
         grad_x = ctx.base.matmul_t(grad) if ctx.needs_input_grad[0] else None
         through, of_b = pairs.backward(grad_x, [grad], shrunk, factors)
-        of_a = pairs.of_a(through, wide, factors)
+        of_a = pairs.of_a(through, wide, factors) if any(ctx.needs_input_grad[4::2]) else [None] * len(of_b)
         wanted = zip(ctx.needs_input_grad[4:], itertools.chain.from_iterable(zip(of_a, of_b, strict=True)), strict=True)
         grads = (found if wants else None for wants, found in wanted)
         return None if grad_x is None else grad_x.to(x.dtype), None, None, None, *grads

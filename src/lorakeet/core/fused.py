@@ -220,19 +220,17 @@ class GatedMlp(StandIn):
         products = cast("torch.dtype | None", getattr(layers[0], "products", None)) or x.dtype
         into = [(share, pair, layer) for share, *pairs in uses for layer, pair in enumerate(pairs[:2])]
         out_of = [(share, pair, 0) for share, *_, pair in uses]
-        projections = Projections(
-            gate, up, down, self.activation, products, placed(into, products), placed(out_of, products)
-        )
+        out = placed(out_of, products, in_c=self.activation.native)  # who would want φ(g) ∘ u whole
+        projections = Projections(gate, up, down, self.activation, products, placed(into, products), out)
         factors = [factor for _, pair, _ in (*into, *out_of) for factor in pair.factors()]
         y = cast(Tensor, GatedMlpFunction.apply(flat, projections, Normed.of(x), *factors))  # type: ignore[no-untyped-call]
         return y.view(x.shape)
 
 
-def placed(uses: Sequence[tuple[Share, LoraPair, int]], products: torch.dtype) -> PairProducts:
+def placed(uses: Sequence[tuple[Share, LoraPair, int]], products: torch.dtype, *, in_c: bool = True) -> PairProducts:
     """The products of pairs, each on the tokens of its share, that add to the layers of these numbers."""
-    return PairProducts(
-        [Placed(share.start, share.stop, share.weight * pair.scale, layer) for share, pair, layer in uses], products
-    )
+    places = [Placed(share.start, share.stop, share.weight * pair.scale, layer) for share, pair, layer in uses]
+    return PairProducts(places, products, in_c=in_c)
 
 
 def spread(found: Tensor, places: Tensor, shape: torch.Size) -> Tensor:

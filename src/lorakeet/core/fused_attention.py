@@ -48,8 +48,8 @@ class RotaryAttentionFunction(torch.autograd.Function):
 
         ∂B = s·∂ᵀ·(x·Aᵀ)      ∂A = uᵀ·x      ∂x = Σ (∂·W + u·A)
 
-    One product with all A's shrinks x, one with all u's gives all ∂A. Saved: x (or what it was normed from), the three states,
-    the rank-sized products.
+    Within a part of the tokens one product with all A's shrinks x, one with all u's gives all ∂A. Saved: x (or what it was
+    normed from), the three states, the rank-sized products.
     """
 
     @staticmethod
@@ -120,8 +120,8 @@ def _laid(states: Tensor, dtype: torch.dtype) -> Tensor:
 class RotaryAttention(StandIn):
     """Stands for an attention of transformers with q_proj, k_proj, v_proj, o_proj and rotary positions on whole heads.
 
-    Fused where rows lie end to end on a CPU and q, k and v carry plain pairs, which no two may do for one token of a layer, or
-    none; anything else is left to the original's own code.
+    Fused where rows lie end to end on a CPU and q, k and v carry plain pairs, or none; anything else is left to the original's
+    own code.
     """
 
     only: Tensor | None = None  # (n,): the tokens whose results anybody reads; the others' are zeros
@@ -168,7 +168,7 @@ class RotaryAttention(StandIn):
         uses = [use for number, layer in enumerate(layers) for use in _uses(layer, x.shape[1], number)]
         if not uses or not all(pair.plain for _, pair, _ in uses):
             return nothing
-        uses.sort(key=lambda use: use[0].start)  # those of one part are neighbours
+        uses.sort(key=lambda use: (use[0].start, use[0].stop))  # q, k and v of the same tokens are neighbours: one part
         products = next(layer.products for layer in layers if isinstance(layer, LoraLinear)) or x.dtype
         chosen = kernel_for(x, rows, settings.get("row_products") or torch.float32, prefix, head)
         kernel = chosen(rows, cast(float, self.original.scaling), prefix)

@@ -1,5 +1,5 @@
-"""The low-rank products of pairs in training, each pair on rows of its own: what every autograd function here does around the
-products with its frozen weights.
+"""The low-rank products of pairs in training, each pair on rows of its own: what the autograd functions of this folder do beside
+the products with their frozen weights.
 
         h = x·Aᵀ      y += s·h·Bᵀ            u = s·g·B      ∂x += u·A      ∂B = s·gᵀ·h      ∂A = uᵀ·x
 
@@ -36,13 +36,19 @@ class Placed(NamedTuple):
 class PairProducts:
     """Pairs on layers that see the same x, by their places. What it is given as `factors` are A and B of each by turns.
 
-    Neighbours on the same rows are a part, whose A's are multiplied together.
+    Neighbours on the same rows are a part, whose A's are multiplied together. `add` decides which way is taken, and `backward`
+    and `of_a` take the same one; without `add`, that of torch.
     """
 
-    def __init__(self, places: Sequence[Placed], products: torch.dtype) -> None:
-        """For products in that dtype."""
+    def __init__(self, places: Sequence[Placed], products: torch.dtype, *, in_c: bool = True) -> None:
+        """For products in that dtype; `in_c`: by core/native where it serves."""
         self.places, self.products = tuple(places), products
-        self._native: bool | None = None  # not known before there is an x
+        self.in_one_call = False  # whether core/native multiplies
+        alike = groupby(range(len(self.places)), lambda pair: self.places[pair][:2])
+        self.parts = [(slice(*rows), list(pairs)) for rows, pairs in alike]  # rows, and the numbers of the pairs
+        self._in_c = in_c
+        self._numbers = [number for place in self.places for number in (place.start, place.stop, place.layer)]
+        self._scales = [place.scale for place in self.places]
 
     def add(self, ys: Sequence[Tensor], x: Tensor, factors: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """Adds s·x·Aᵀ·Bᵀ to each layer's y (tokens, out), in place, of x (tokens, in), both in the dtype of the products.
@@ -51,8 +57,8 @@ class PairProducts:
         """
         if not self.places:
             return ()
-        self._native = native.serves(self.products, x, factors, self._numbers)
-        if self._native:
+        self.in_one_call = self._in_c and native.serves(self.products, [x, *ys], factors, self._numbers)
+        if self.in_one_call:
             return (native.TRAINED_PAIRS(list(ys), x, list(factors), self._numbers, self._scales),)
         shrunk: list[Tensor] = []
         for rows, pairs in self.parts:
@@ -73,10 +79,8 @@ class PairProducts:
         """
         if not self.places:
             return (), []
-        if self._native:
-            u, of_b = native.TRAINED_PAIRS_BACKWARD(
-                grad_x, list(grads), shrunk[0], list(factors), self._numbers, self._scales
-            )
+        if self.in_one_call:
+            u, of_b = native.TRAINED_PAIRS_BACKWARD(grad_x, list(grads), shrunk[0], list(factors), self._numbers, self._scales)
             return (u,), _cut(of_b, factors[1::2])
         through, of_bs = [], []
         for rows, pairs in self.parts:
@@ -95,7 +99,7 @@ class PairProducts:
         """∂A of each pair, in its own dtype."""
         if not self.places:
             return []
-        if self._native:
+        if self.in_one_call:
             return _cut(cast(Tensor, native.TRAINED_PAIRS_OF_A(through[0], x, list(factors), self._numbers)), factors[::2])
         found = [torch.mm(u.t(), x[rows]) for (rows, _), u in zip(self.parts, through, strict=True)]
         return self.parted(found, factors)
@@ -107,25 +111,6 @@ class PairProducts:
             each += torch.split(of_part, [len(factors[2 * pair]) for pair in pairs])
         return [grad.to(A.dtype) for grad, A in zip(each, factors[::2], strict=True)]
 
-    @property
-    def in_one_call(self) -> bool:
-        """Whether core/native multiplies; known once `add` was called."""
-        return bool(self._native)
-
-    @property
-    def parts(self) -> list[tuple[slice, list[int]]]:
-        """The rows of each part, and the numbers of its pairs."""
-        alike = groupby(range(len(self.places)), lambda pair: self.places[pair][:2])
-        return [(slice(*rows), list(pairs)) for rows, pairs in alike]
-
-    @property
-    def _numbers(self) -> list[int]:
-        return [number for place in self.places for number in (place.start, place.stop, place.layer)]
-
-    @property
-    def _scales(self) -> list[float]:
-        return [place.scale for place in self.places]
-
     def _all_a(self, pairs: Sequence[int], factors: Sequence[Tensor]) -> Tensor:
         """A's one below the other (all ranks, in), in the dtype of the products."""
         held = [factors[2 * pair].to(self.products) for pair in pairs]
@@ -136,6 +121,6 @@ class PairProducts:
 
 
 def _cut(numbers: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
-    """`numbers`, one factor's behind the other's, in the shapes and dtypes of the factors."""
+    """`numbers`, one factor's behind the other's, in their shapes and dtypes: views of one tensor where these are fp32."""
     parts = torch.split(numbers, [factor.numel() for factor in like])
     return [part.view(factor.shape).to(factor.dtype) for part, factor in zip(parts, like, strict=True)]

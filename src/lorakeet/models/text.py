@@ -74,7 +74,7 @@ class TextModel:
         """The decoder's last hidden states where a target is to be predicted, (targets, hidden), with gradient if enabled.
 
         Tokens that all rows begin with pass through the model once, filler makes their number whole, and the last block computes
-        only what is read of it; not so within `every_token`.
+        only what is read of it; within `every_token` it is as that says.
         """
         batch = batch.to(self.device)
         if self.attention == "varlen":
@@ -113,9 +113,9 @@ class TextModel:
 
     @contextmanager
     def every_token(self, *, but_kept: bool = False, filled: bool = False) -> Iterator[None]:
-        """A context in which every token of a batch passes through every part of the model, and no other: for whoever watches or
-        divides what passes through it. With `but_kept`, rows whose states are kept pass through the parts above alone; if
-        `filled`, there is filler behind the tokens."""
+        """A context in which every token of a batch passes through every part of the model, and no other, but for filler behind
+        them if `filled`: for whoever watches or divides what passes through it. With `but_kept`, rows whose states are kept pass
+        through the parts above alone."""
         before = self.sees_every_token, self.begins_kept, self.fills_every_token
         self.sees_every_token, self.begins_kept, self.fills_every_token = True, but_kept, filled
         try:

@@ -109,6 +109,8 @@ def test_bits_depend_neither_on_threads_nor_on_other_parts() -> None:
     [
         lambda g: g.places.__setitem__(1, 91),
         lambda g: g.places.__setitem__(2, 2),
+        lambda g: g.places.__setitem__(slice(None), [0, 30, 0, 0, 30, 1, 30, 31, 0, 30, 31, 1, 0, 30, 0, 0, 30, 1]),
+        lambda g: g.places.__setitem__(slice(0, 6), [30, 30, 0, 30, 30, 1]),
         lambda g: g.scales.pop(),
         lambda g: g.factors.__setitem__(0, g.factors[0][:, :64].contiguous()),
         lambda g: g.factors.__setitem__(0, g.factors[0].t().contiguous().t()),
@@ -138,15 +140,20 @@ def test_whom_it_serves() -> None:
     given = Given(*CASES["parts of odd ranks"], torch.float32)
 
     def serves(**other: Any) -> bool:
-        wanted = {"products": torch.bfloat16, "x": given.x, "factors": given.factors, "places": given.places, **other}
+        pairs = {"factors": given.factors, "places": given.places}
+        wanted = {"products": torch.bfloat16, "states": [given.x, *given.ys], **pairs, **other}
         return trained_pairs.serves(**wanted)
 
     assert serves()
     assert not serves(products=torch.float32)
-    assert not serves(x=given.x.float())
+    assert not serves(states=[given.x.float()])
+    assert not serves(states=[given.x, given.ys[0][:, :31]])
     assert not serves(factors=[])
-    assert not serves(factors=[given.factors[0], given.factors[1][:33].contiguous()], places=[0, 1, 0])
+    assert not serves(states=[given.x, torch.zeros(90, 48).bfloat16()])
     assert not serves(places=[0, 40, 0, 0, 40, 1, *given.places[6:12], 39, 90, 0, 39, 90, 1])  # two for one token
+    assert not serves(places=[0, 40, 0, 40, 90, 1, 40, 90, 0, 40, 90, 1, 0, 40, 0, 0, 40, 1])  # the same rows, and no neighbours
+    assert not serves(places=[0, 0, 0, 0, 0, 1, *given.places[6:]])
+    assert not serves(factors=[given.factors[0][:0], given.factors[1][:, :0], *given.factors[2:]])
     with ops.without():
         assert not serves()
 

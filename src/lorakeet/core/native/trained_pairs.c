@@ -14,8 +14,6 @@
 
 #include "lanes.h"
 
-#include <math.h>
-#include <omp.h>
 #include <string.h>
 
 #define LINE (2 * LANES) /* numbers of a register */
@@ -229,22 +227,23 @@ static int reduce(const bf16 *x, int64_t tokens, int64_t width, const bf16 *wove
     return reduce_some(x, tokens, width, woven, columns, 1, sums_of), 1;
 }
 
-/* Rows (tokens, columns), two tokens woven into words; behind an odd number of them a row of zeros. */
-static void weave(const bf16 *rows, int64_t tokens, int64_t columns, bf16 *to) {
-    for (int64_t t = 0; t < tokens; t += 2, rows += 2 * columns)
-        for (int64_t c = 0; c < columns; c++) {
-            *to++ = rows[c];
-            *to++ = t + 1 < tokens ? rows[columns + c] : 0;
+/* A pair's columns of rows (tokens, columns), two tokens woven into words; behind an odd number of them a row of zeros. */
+static void weave(const Pair *own, const bf16 *rows, bf16 *to) {
+    int64_t tokens = own->stop - own->start, columns = own->columns;
+    for (int64_t t = 0; t < tokens; t += 2, rows += 2 * columns, to += 2 * columns)
+        for (int64_t c = own->column; c < own->column + even(own->rank); c++) {
+            to[2 * c] = rows[c];
+            to[2 * c + 1] = t + 1 < tokens ? rows[columns + c] : 0;
         }
 }
 
-/* The parts of the pairs, and how many numbers all that `size` says of each pair and part come to. */
-static int64_t parts_of(const Pair *pairs, int64_t count, Part *parts) {
+/* The parts of the pairs, and how many there are; each has rows. */
+static int64_t parts_of(const Pair *pairs, int64_t count, Part *parts, int64_t *part_of) {
     int64_t found = 0;
     for (int64_t p = 0; p < count; found++) {
         Part *part = parts + found;
         part->first = p;
-        while (p < count && pairs[p].from == pairs[part->first].from) p++;
+        while (p < count && pairs[p].from == pairs[part->first].from) part_of[p++] = found;
         part->last = p;
         part->pieces = (pairs[part->first].stop - pairs[part->first].start + BLOCK - 1) / BLOCK;
     }
@@ -267,22 +266,25 @@ static int64_t pieces_of(const Part *parts, int64_t count) {
 void trained_pairs(const Pair *pairs, const float *scales, int64_t count, const Layer *layers, const bf16 *x, int64_t width,
                    bf16 *h, bf16 *scratch, int threads) {
     Part parts[count];
-    int64_t part_count = parts_of(pairs, count, parts), at = 0, wide_at[count];
+    int64_t part_of[count], part_count = parts_of(pairs, count, parts, part_of), at = 0, wide_at[count];
     for (int64_t p = 0; p < part_count; p++) parts[p].at = at, at += width * whole(pairs[parts[p].first].columns, LANES);
     for (int64_t p = 0; p < count; p++) wide_at[p] = at, at += layers[pairs[p].layer].outputs * even(pairs[p].rank);
     int64_t pieces = pieces_of(parts, part_count);
 #pragma omp parallel num_threads(threads)
     {
 #pragma omp for schedule(dynamic)
-        for (int64_t n = 0; n < part_count; n++)
-            for (int64_t p = parts[n].first; p < parts[n].last; p++) {
-                const Pair *own = pairs + p;
-                int64_t lanes = whole(own->columns, LANES);
-                lay_sums(own->A, own->rank, width, own->kind_a, 1.0f, scratch + parts[n].at, own->column, lanes);
-                if (own->rank % 2) /* its column of zeros */
-                    for (int64_t w = 0; w < width / 2; w++) memset(scratch + parts[n].at + 2 * (w * lanes + own->column + own->rank), 0, 4);
-                lay_wide(own->B, layers[own->layer].outputs, own->rank, own->kind_b, scales[p], scratch + wide_at[p]);
+        for (int64_t n = 0; n < 2 * count; n++) {
+            const Pair *own = pairs + n / 2;
+            if (n % 2) {
+                lay_wide(own->B, layers[own->layer].outputs, own->rank, own->kind_b, scales[n / 2], scratch + wide_at[n / 2]);
+                continue;
             }
+            int64_t lanes = whole(own->columns, LANES);
+            bf16 *to = scratch + parts[part_of[n / 2]].at;
+            lay_sums(own->A, own->rank, width, own->kind_a, 1.0f, to, own->column, lanes);
+            if (own->rank % 2) /* its column of zeros */
+                for (int64_t w = 0; w < width / 2; w++) memset(to + 2 * (w * lanes + own->column + own->rank), 0, 4);
+        }
 #pragma omp for schedule(dynamic)
         for (int64_t n = 0; n < pieces; n++) {
             int64_t piece = n;
@@ -305,7 +307,8 @@ void trained_pairs(const Pair *pairs, const float *scales, int64_t count, const 
 void trained_pairs_backward(const Pair *pairs, const float *scales, int64_t count, const Layer *layers, bf16 *grad_x, int64_t width,
                             const bf16 *h, bf16 *u, float *of_b, bf16 *scratch, int threads) {
     Part parts[count];
-    int64_t part_count = parts_of(pairs, count, parts), at = 0, b_at[count], to_at[count], woven_at[count], first = 0, columns = 0;
+    int64_t part_of[count], part_count = parts_of(pairs, count, parts, part_of);
+    int64_t at = 0, b_at[count], to_at[count], woven_at[count], first = 0, columns = 0;
     int64_t begin[count + 1]; /* of each pair's 32 columns of g among all pieces of ∂B */
     for (int64_t p = 0; p < count; p++) {
         const Pair *own = pairs + p;
@@ -323,16 +326,16 @@ void trained_pairs_backward(const Pair *pairs, const float *scales, int64_t coun
 #pragma omp parallel num_threads(threads)
     {
 #pragma omp for schedule(dynamic)
-        for (int64_t n = 0; n < part_count; n++) {
-            const Pair *own = pairs + parts[n].first;
-            weave(h + own->from, own->stop - own->start, own->columns, scratch + woven_at[n]);
-            for (int64_t p = parts[n].first; p < parts[n].last; p++) {
-                const Pair *pair = pairs + p;
-                lay_sums_across(pair->B, layers[pair->layer].outputs, pair->rank, pair->kind_b, scales[p], scratch + b_at[p],
-                                whole(pair->rank, LANES));
-                if (grad_x)
-                    lay_wide_across(pair->A, pair->rank, width, pair->kind_a, scratch + parts[n].at, pair->column / 2, own->columns / 2);
-            }
+        for (int64_t n = 0; n < 3 * count; n++) {
+            int64_t p = n / 3, part = part_of[p];
+            const Pair *own = pairs + p;
+            if (n % 3 == 0)
+                lay_sums_across(own->B, layers[own->layer].outputs, own->rank, own->kind_b, scales[p], scratch + b_at[p],
+                                whole(own->rank, LANES));
+            else if (n % 3 == 1)
+                weave(own, h + own->from, scratch + woven_at[part]);
+            else if (grad_x)
+                lay_wide_across(own->A, own->rank, width, own->kind_a, scratch + parts[part].at, own->column / 2, own->columns / 2);
         }
 #pragma omp for schedule(dynamic) nowait
         for (int64_t n = 0; n < pieces; n++) {
@@ -350,13 +353,12 @@ void trained_pairs_backward(const Pair *pairs, const float *scales, int64_t coun
         }
 #pragma omp for schedule(dynamic)
         for (int64_t n = 0; n < columns; n++) {
-            int64_t p = 0, part = 0;
+            int64_t p = 0;
             while (begin[p + 1] <= n) p++;
-            while (parts[part].last <= p) part++;
             const Pair *own = pairs + p;
             const Layer *layer = layers + own->layer;
             int64_t c = (n - begin[p]) * LINE, tokens = own->stop - own->start;
-            const bf16 *g = layer->rows + own->start * layer->outputs + c, *woven = scratch + woven_at[part] + 2 * own->column;
+            const bf16 *g = layer->rows + own->start * layer->outputs + c, *woven = scratch + woven_at[part_of[p]] + 2 * own->column;
             for (int64_t r = 0; r < own->rank;) {
                 float sums[REDUCE][LINE];
                 int found = reduce(g, tokens, layer->outputs, woven + 2 * r, own->columns, own->rank - r, sums);
@@ -373,7 +375,8 @@ void trained_pairs_backward(const Pair *pairs, const float *scales, int64_t coun
 void trained_pairs_of_a(const Pair *pairs, int64_t count, const bf16 *u, const bf16 *x, int64_t width, float *of_a, bf16 *scratch,
                         int threads) {
     Part parts[count];
-    int64_t part_count = parts_of(pairs, count, parts), at = 0, to_at[count], first = 0, columns = width / LINE;
+    int64_t part_of[count], part_count = parts_of(pairs, count, parts, part_of), at = 0, to_at[count], first = 0;
+    int64_t columns = width / LINE;
     for (int64_t p = 0; p < count; p++) to_at[p] = first, first += pairs[p].rank * width;
     for (int64_t p = 0; p < part_count; p++) {
         const Pair *own = pairs + parts[p].first;
@@ -382,10 +385,7 @@ void trained_pairs_of_a(const Pair *pairs, int64_t count, const bf16 *u, const b
 #pragma omp parallel num_threads(threads)
     {
 #pragma omp for schedule(dynamic)
-        for (int64_t n = 0; n < part_count; n++) {
-            const Pair *own = pairs + parts[n].first;
-            weave(u + own->from, own->stop - own->start, own->columns, scratch + parts[n].at);
-        }
+        for (int64_t p = 0; p < count; p++) weave(pairs + p, u + pairs[p].from, scratch + parts[part_of[p]].at);
 #pragma omp for schedule(dynamic)
         for (int64_t n = 0; n < part_count * columns; n++) {
             const Part *part = parts + n / columns;

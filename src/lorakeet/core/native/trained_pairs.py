@@ -25,15 +25,18 @@ _KINDS = {torch.float32: 0, torch.bfloat16: 1}
 Shape = tuple[int, ...]
 
 
-def serves(products: torch.dtype, x: Tensor, factors: Sequence[Tensor], places: Sequence[int]) -> bool:
-    """Whether pairs `factors` at `places` are to be multiplied here with the rows of x, for products in that dtype."""
-    if not factors or not ops.serves(products, x, width=WIDTH):
+def serves(products: torch.dtype, states: Sequence[Tensor], factors: Sequence[Tensor], places: Sequence[int]) -> bool:
+    """Whether pairs `factors` at `places` are to be multiplied here with `states`, x and all y's, for products in that dtype."""
+    if not factors or not ops.serves(products, *states, width=WIDTH):
         return False
-    kept = (type(each) in ops.PLAIN and each.dtype in _KINDS and each.is_contiguous() for each in factors)
-    if not all(kept) or any(len(B) % WIDTH for B in factors[1::2]):
-        return False
-    spans = sorted({(places[at], places[at + 1]) for at in range(0, len(places), 3)})
-    return all(before[1] <= behind[0] for before, behind in pairwise(spans))
+    kept = (type(each) in ops.PLAIN and each.dtype in _KINDS and each.is_contiguous() and each.numel() for each in factors)
+    return all(kept) and _apart(places)
+
+
+def _apart(places: Sequence[int]) -> bool:
+    """Whether every part has rows, and none of another's: parts are computed side by side."""
+    spans = sorted((places[3 * part[0]], places[3 * part[0] + 1]) for part in _parts(places))
+    return all(start < stop for start, stop in spans) and all(before[1] <= behind[0] for before, behind in pairwise(spans))
 
 
 class _Laid:
@@ -74,7 +77,7 @@ class _Laid:
         return array("f", scales)
 
 
-@lru_cache(maxsize=1024)
+@lru_cache(maxsize=64)  # a few are asked for again and again within a step
 def _laid(shapes: tuple[Shape, ...], places: Shape, outputs: Shape | None, tokens: int, width: int) -> _Laid:
     """ValueError where a pair does not fit rows (tokens, width), or those of its layer, as wide as `outputs` says."""
     for number, (A, B) in enumerate(zip(shapes[::2], shapes[1::2], strict=True)):
@@ -84,6 +87,8 @@ def _laid(shapes: tuple[Shape, ...], places: Shape, outputs: Shape | None, token
         if not (fit and own and 0 <= start <= stop <= tokens):
             y = f" and ({tokens}, {outputs[layer]})" if outputs and 0 <= layer < len(outputs) else ""
             raise ValueError(f"A {A} and B {B} on rows {start} to {stop} do not fit rows ({tokens}, {width}){y} in whole {WIDTH}")
+    if not _apart(places):
+        raise ValueError(f"parts of no rows, or of the same rows, at {list(places)} do not fit beside each other")
     return _Laid(shapes, places)
 
 
