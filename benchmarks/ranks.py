@@ -5,12 +5,12 @@
 
 Two real tasks with test rows that choose nothing: sentiment of drug reviews, and the condition that a review is about (the ten
 most frequent). Every arm is trained from the same rows by N-adapter runs, pruned ones each in a run of its own; its best step is
-chosen on held-out rows. The work is long, so it is done in parts: each (task, seed, arm) is a line of --raw, with the flags that
-it was made with, and what is there is not done again. --summary, with the same flags, compares all arms with uniform-16 on the
-same test rows, paired, in intervals that know rows and seeds (evaluate/over_seeds), Holm-corrected; and once more each arm at the
-learning rate that held-out rows prefer: an arm NAME@F has F times the rate. A loss of half the parameters is looked for without
-the correction, which would hide one the better the more arms there are. Accuracies and losses are no timings: a busy machine does
-not change them.
+chosen on held-out rows. The work is long, so it is done in parts, which are committed as they come: each (task, seed, arm) is a
+line of --raw, with the flags and the commit that it was made with, and what is there is not done again. --summary, with the same
+flags, compares all arms with uniform-16 on the same test rows, paired, in intervals that know rows and seeds
+(evaluate/over_seeds), Holm-corrected; and once more each arm at the learning rate that held-out rows prefer: an arm NAME@F has F
+times the rate. A loss of half the parameters is looked for without the correction, which would hide one the better the more arms
+there are. Accuracies and losses are no timings: a busy machine does not change them.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
-from harness.machine import origin, write_result
+from harness.machine import commit, origin, write_result
 from rich.console import Console
 
 from lorakeet.config import RunConfig, read_run
@@ -59,6 +59,7 @@ from lorakeet.workflows.judge import Judge
 from lorakeet.workflows.prune_ranks import pruned_plan
 from lorakeet.workflows.quickstart import config_path
 
+LINES = Path(__file__).with_name("partial") / "ranks.jsonl"
 BASELINE = "uniform-16"
 HALVES = ("allocated-8", "allocated-8-scaled", "compressed-8")  # half the parameters of the baseline
 COMPRESSED = {"compressed-16": 16, "compressed-8": 8, "compressed-4": 4}  # from uniform-64, when that is trained
@@ -100,6 +101,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if unknown := [arm for arm in arms if arm.partition("@")[0] not in ARMS]:
         raise SystemExit(f"There are no arms {', '.join(unknown)}; there are {', '.join(ARMS)}, each also as NAME@FACTOR.")
     given.raw.parent.mkdir(parents=True, exist_ok=True)
+    made_by = commit()["commit"]
     with TemporaryDirectory(prefix="lorakeet-bench-") as folder:
         setup = assemble(run_of(given.task, Path(folder), given), Console(stderr=True))
         for seed in map(int, given.seeds.split(",")):
@@ -111,7 +113,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 print(f"{given.task}, seed {seed}: {', '.join(group)}", file=sys.stderr, flush=True)
                 for record in trained(setup, group, seed, given.task):
                     with given.raw.open("a", encoding="utf-8") as file:
-                        file.write(json.dumps({**record, "flags": flags_of(given)}) + "\n")
+                        file.write(json.dumps({**record, "flags": flags_of(given), "commit": made_by}) + "\n")
     return 0
 
 
@@ -130,7 +132,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--steps", type=int, help="fewer optimizer steps, to try the script; 12 or more with pruned arms")
     parser.add_argument("--limit", type=int, help="fewer rows of each file, to try the script")
     parser.add_argument("--model", help="another base, to try the script")
-    parser.add_argument("--raw", type=Path, default=Path("runs/ranks.jsonl"), help="a line for each task, seed and arm")
+    parser.add_argument("--raw", type=Path, default=LINES, help="a line for each task, seed and arm")
     parser.add_argument("--summary", action="store_true", help="train nothing; compare what is in --raw and write the result")
     parser.add_argument("--results", type=Path, default=Path(__file__).with_name("results"), help="where the result is written")
     return parser

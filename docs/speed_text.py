@@ -40,7 +40,8 @@ is saved, since a step is cut into micro-batches of `train.micro_tokens`.
 gated MLP with its three pairs, and RMSNorm (`core/fused_attention`, `core/fused`). What lies between their products is made
 again or overwritten. Each carries the derivation of its backward pass.
 - **Several passes where one would do.** On Linux with AVX512_BF16 and a gcc, attention over rows and the passes between products
-(RMSNorm, the gate, rotary positions) are C, compiled when they are first used (`core/native`; `lorakeet doctor` says whether they
+(RMSNorm, the gate, rotary positions) are C, and so are the products of all pairs, which would be hundreds of small ones where
+several adapters share a step. They are compiled when they are first used (`core/native`; `lorakeet doctor` says whether they
 are): scores stay in the cache, and masked tiles are left out. Without it torch's own operations compute the same to rounding.
 - **The slower dtype.** Whether products are faster in bf16 or in fp32 is measured when the model is loaded
 (`core/precision`): a processor may have instructions for bf16 and yet be slower with them.

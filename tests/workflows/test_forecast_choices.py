@@ -125,6 +125,8 @@ def test_three_adapters_take_their_gradients_and_moments() -> None:
     assert three.kinds["moments"] == 3 * step.kinds["moments"]
     assert three.kinds["gradients"] - step.kinds.get("gradients", 0) == 2 * 4 * parameters
     assert three.kinds["saved activations"] == step.kinds["saved activations"], "a pass is no larger than that of one"
+    laid_out = 3 * 2 * (64 + 128) * 16  # three matrices of an MLP in bf16, their ranks as whole sixteens
+    assert three.kinds["scratch"] - step.kinds.get("scratch", 0) == 2 * laid_out, "of two more members"
     wide = while_trying(replace(config, train=replace(config.train, micro_tokens=256)), found, ROWS)
     assert wide.kinds["saved activations"] == 3 * step.kinds["saved activations"], "rows of three members, where one has few"
 

@@ -38,6 +38,12 @@ WHOLE = 32  # tokens of a varlen batch are filled up to a multiple at least: pro
 COUNTS = 8  # of tokens between a power of two and the next: narrow products leave code behind for every one (memory/product_code)
 
 
+def filled(tokens: int, *, few_counts: bool) -> int:
+    """The whole number that `tokens` are filled up to; with `few_counts` one of COUNTS between two powers of two, at most."""
+    below = 1 << max(tokens - 1, 1).bit_length() - 1
+    return tokens + -tokens % max(WHOLE, below // COUNTS if few_counts else 0)
+
+
 @dataclass
 class TextModel:
     """A transformers model for text with what belongs to it. `models/load` makes it."""
@@ -97,9 +103,7 @@ class TextModel:
         """How many tokens pass through the model together, filler included, where `tokens` of them, end to end, count."""
         if self.sees_every_token and not self.fills_every_token:
             return tokens
-        below = 1 << max(tokens - 1, 1).bit_length() - 1
-        whole = max(WHOLE, below // COUNTS if self.products != torch.float32 else 0)
-        return tokens + -tokens % whole
+        return filled(tokens, few_counts=self.products != torch.float32)
 
     def _from_kept_states(self, batch: Batch, laid: Layout, filler: int) -> AbstractContextManager[None]:
         """A context in which the blocks below the lowest trained one hand on what is kept, where all rows of the batch are."""

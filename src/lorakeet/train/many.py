@@ -28,6 +28,7 @@ from lorakeet.data.chat import Example
 from lorakeet.data.pack import Batch, micro_batches
 from lorakeet.errors import ConfigError, VerificationFailed
 from lorakeet.evaluate.intervals import Estimate
+from lorakeet.memory.allocator import keep_freed_memory
 from lorakeet.memory.spill import Aside
 from lorakeet.models.inject import selection_of, trained_parameters
 from lorakeet.models.modules import adapted_layers, find, output_layer
@@ -339,13 +340,17 @@ def train_many(
     watch: Callable[[Many], None] | None = None,
     aside: Aside | None = None,
     together: int = 0,
+    budget: int | None = None,
 ) -> list[Progress]:
     """Trains all members to their ends and leaves the best values of each in the model, no adapter active.
 
-    `watch` is called after every round and may stop members (`Many.stop`). Dropout draws other numbers than in a single run;
+    `watch` is called after every round and may stop members (`Many.stop`). Without a `budget` in bytes for the process it keeps
+    the memory of one step for the next, as train/loop does. Dropout draws other numbers than in a single run;
     without it a member ends where its single run ends, to rounding.
     """
     many = Many(text, members, aside=aside, together=together)
+    if budget is None:
+        keep_freed_memory()
     while any(not at.done for at in many.progress):
         many.round()
         if watch is not None:

@@ -7,10 +7,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 from lorakeet.config import RunConfig
+from lorakeet.core.native.ops import LANES
 from lorakeet.core.plan import Plan
 from lorakeet.core.spec import ANCHORED, MEASURED, LoraSpec
 from lorakeet.memory.held import Held, larger, with_more
 from lorakeet.memory.lapack import eigh_bytes, svd_bytes
+from lorakeet.models.text import filled
 from lorakeet.ranks.allocate import allocate, pair_parameters, rank_cost, rank_pattern
 from lorakeet.ranks.prune import final_budget
 from lorakeet.ranks.score import OVERSAMPLING, sketch_plan
@@ -157,10 +159,20 @@ def while_trying(
     copies = 2 if found.best_in_memory else 1  # a run keeps its best values too, a trial none
     tokens = max(config.data.max_tokens, min(config.train.micro_tokens, members * rows.tokens))
     moments = step.kinds.get("moments", 2 * own)  # a quarter of that in 8 bits
-    more = max(0.0, tokens / rows.tokens - 1)
+    more = max(0.0, filled(tokens, few_counts=True) / filled(rows.tokens, few_counts=False) - 1)
     passing = {kind: round(more * step.kinds.get(kind, 0)) for kind in ("saved activations", "logits", "scratch")}
+    passing["scratch"] += (members - 1) * _laid_out(found.plan)
     anchors = VALUE * (finished_plan(config, found.plan).parameters - found.plan.parameters)
     kept = members + 2 if searching else 0
     adapters = (members - copies + kept) * own + (members - 1 + kept) * anchors
     training = with_more(step, adapter=adapters, moments=(members - 1) * moments, gradients=(members - 1) * own, **passing)
     return larger(training, with_more(found.peaks[BEGIN], adapter=(members - 1 + kept) * (own + anchors)))
+
+
+def _laid_out(plan: Plan) -> int:
+    """Bytes in which core/native/trained_pairs lays one member's pairs out for a call, at most: in bf16, ranks in whole LANES.
+
+    At most three pairs see the same x.
+    """
+    sizes = sorted(2 * sum(entry.shape) * -(-entry.rank // LANES) * LANES for entry in plan.entries if entry.kind == "linear")
+    return sum(sizes[-3:])

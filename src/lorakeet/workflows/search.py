@@ -159,7 +159,7 @@ class Trials:
                         many.stop(name, SPENT)
 
             kept = self.setup.arrangement
-            ended = train_many(text, members, watch=watch, aside=kept.aside(), together=kept.together)
+            ended = train_many(text, members, watch=watch, aside=kept.aside(), together=kept.together, budget=kept.budget)
             for (name, trial), at in zip(names.items(), ended, strict=True):
                 trial.at = at
                 self.budget.used += at.tokens
