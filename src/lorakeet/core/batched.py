@@ -26,7 +26,7 @@ from lorakeet.core.gathered import row_dots, row_sums
 from lorakeet.core.lowrank import LoraPair
 from lorakeet.core.mixture import Copied, Factors, Held, factors_of, mixtures, plain
 from lorakeet.core.padded_parts import PaddedParts, Part, padded
-from lorakeet.core.pair_products import PairProducts, Placed
+from lorakeet.core.pair_products import PairProducts, Placed, by_turns
 from lorakeet.core.row_table import RowTable
 from lorakeet.core.selection import PATIENCE, Arrangement, Selection, Share, Standing
 
@@ -67,7 +67,7 @@ class SharedLowRank(torch.autograd.Function):
         grad_x = ctx.base.matmul_t(grad) if ctx.needs_input_grad[0] else None
         through, of_b = pairs.backward(grad_x, [grad], shrunk, factors)
         of_a = pairs.of_a(through, wide, factors) if any(ctx.needs_input_grad[4::2]) else [None] * len(of_b)
-        wanted = zip(ctx.needs_input_grad[4:], itertools.chain.from_iterable(zip(of_a, of_b, strict=True)), strict=True)
+        wanted = zip(ctx.needs_input_grad[4:], by_turns(of_a, of_b), strict=True)
         grads = (found if wants else None for wants, found in wanted)
         return None if grad_x is None else grad_x.to(x.dtype), None, None, None, *grads
 

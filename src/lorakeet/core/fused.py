@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import accumulate, chain, pairwise
+from itertools import accumulate, pairwise
 from typing import Any, cast
 
 import torch
@@ -20,7 +20,7 @@ from lorakeet.core.base import FrozenBase, matmul_each
 from lorakeet.core.layers import LoraLinear, StandIn, base_of
 from lorakeet.core.lowrank import LoraPair
 from lorakeet.core.native import ops
-from lorakeet.core.pair_products import PairProducts, Placed
+from lorakeet.core.pair_products import PairProducts, Placed, by_turns
 from lorakeet.core.selection import Share
 
 
@@ -141,13 +141,13 @@ class GatedMlpFunction(torch.autograd.Function):
         through, grads_b = p.out_of.backward(grad_inner, [grad], for_down, of_down)
         del grad
         grad_gate, grad_up, grads_a = _gated_backward(p, gate, up, grad_inner, through, of_down)
-        down = chain.from_iterable(zip(grads_a, grads_b, strict=True))
+        down = by_turns(grads_a, grads_b)
         del gate, up, grad_inner
         wide = made_again(x).to(p.products) if x else grad_gate  # which only the gradients of pairs need
         grad_x = p.gate.matmul_t(grad_gate).add_(p.up.matmul_t(grad_up)) if ctx.needs_input_grad[0] else None
         through, grads_b = p.into.backward(grad_x, [grad_gate, grad_up], shrunk, of_into)
         del grad_gate, grad_up
-        into = chain.from_iterable(zip(p.into.of_a(through, wide, of_into), grads_b, strict=True))
+        into = by_turns(p.into.of_a(through, wide, of_into), grads_b)
         return None if grad_x is None else grad_x.to(dtype), None, None, *into, *down
 
 
@@ -172,11 +172,8 @@ def _gated_backward(
         torch.autograd.graph.increment_version([gate, up, grad])  # so that another backward pass through them is refused
         return gate, up, p.out_of.of_a(through, grad, factors)
     active = p.activation.forward(gate)
-    if p.out_of.in_one_call:
-        of_a = p.out_of.of_a(through, active * up, factors)
-    else:
-        parts = zip(p.out_of.parts, through, strict=True)
-        of_a = p.out_of.parted([_times_product(u.t(), active[rows], up[rows]) for (rows, _), u in parts], factors)
+    parts = zip(p.out_of.parts, through, strict=True)
+    of_a = p.out_of.parted([_times_product(u.t(), active[rows], up[rows]) for (rows, _), u in parts], factors)
     grad_gate = p.activation.backward(up.mul_(grad), gate)
     return grad_gate, active.mul_(grad), of_a
 
@@ -259,20 +256,17 @@ def _frozen_bases(layers: Sequence[nn.Module], x: Tensor, activation: Activation
 
 def _shared_uses(layers: Sequence[nn.Module], tokens: int) -> list[tuple[Any, ...]]:
     """Each share of a batch with its pair on each layer; none unless all layers have plain pairs for the same shares."""
-    uses = [plain_uses(layer, tokens) for layer in layers]
+    uses = [_plain_uses(layer, tokens) for layer in layers]
     if not all(uses) or len({tuple(share for share, _ in use) for use in uses}) > 1:
         return []
     return [(together[0][0], *(pair for _, pair in together)) for together in zip(*uses, strict=True)]
 
 
-def plain_uses(layer: nn.Module, tokens: int) -> list[tuple[Share, LoraPair]]:
+def _plain_uses(layer: nn.Module, tokens: int) -> list[tuple[Share, LoraPair]]:
     """Which tokens use which pair of a layer; empty where one of them is more than A and B, or the layer has a bias."""
     if not isinstance(layer, LoraLinear) or layer.bias is not None:
         return []
-    uses = layer.divided(tokens) if layer.selection.shares is not None else []
-    active = layer.active
-    if active is not None:
-        uses = [(Share(0, tokens, active), cast(LoraPair, layer.adapters[active]))]
+    uses = layer.uses(tokens)
     return uses if all(pair.plain for _, pair in uses) else []
 
 

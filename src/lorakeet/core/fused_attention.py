@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate, chain, pairwise
+from itertools import accumulate, pairwise
 from typing import Any, cast
 
 import torch
@@ -19,11 +19,9 @@ from lorakeet.core.base import DenseBase, FrozenBase, matmul_each
 from lorakeet.core.device import is_cpu
 from lorakeet.core.fused import Normed, kept_of, made_again, placed, spread
 from lorakeet.core.layers import LoraLinear, StandIn
-from lorakeet.core.lowrank import LoraPair
 from lorakeet.core.native import ops
-from lorakeet.core.pair_products import PairProducts
+from lorakeet.core.pair_products import PairProducts, by_turns
 from lorakeet.core.row_attention import Kernel, kernel_for
-from lorakeet.core.selection import Share
 
 INPUTS = ("q_proj", "k_proj", "v_proj")
 _CACHES = ("row_cache", "cache", "past_key_values")  # where the keys of earlier tokens would be
@@ -91,8 +89,7 @@ class RotaryAttentionFunction(torch.autograd.Function):
                 grad_x.add_(base.matmul_t(of_base))
         through, of_b = inputs.pairs.backward(grad_x, grads, shrunk, factors)
         of_a = inputs.pairs.of_a(through, x.to(products), factors)
-        of_factors = chain.from_iterable(zip(of_a, of_b, strict=True))
-        return None if grad_x is None else grad_x.to(x.dtype), None, None, None, None, *of_factors
+        return None if grad_x is None else grad_x.to(x.dtype), None, None, None, None, *by_turns(of_a, of_b)
 
 
 def turned(states: Tensor, cos: Tensor, sin: Tensor, *, back: bool = False) -> Tensor:
@@ -165,7 +162,8 @@ class RotaryAttention(StandIn):
         layers = [getattr(self.original, name) for name in INPUTS]
         if not all(_known(layer) for layer in layers):
             return nothing
-        uses = [use for number, layer in enumerate(layers) for use in _uses(layer, x.shape[1], number)]
+        adapted = [(number, layer) for number, layer in enumerate(layers) if isinstance(layer, LoraLinear)]
+        uses = [(share, pair, number) for number, layer in adapted for share, pair in layer.uses(x.shape[1])]
         if not uses or not all(pair.plain for _, pair, _ in uses):
             return nothing
         uses.sort(key=lambda use: (use[0].start, use[0].stop))  # q, k and v of the same tokens are neighbours: one part
@@ -192,13 +190,3 @@ def _known(layer: nn.Module) -> bool:
     if isinstance(layer, LoraLinear):
         return layer.selection.shares is None or torch.is_grad_enabled() or layer.training
     return type(layer) is nn.Linear and not layer.weight.requires_grad
-
-
-def _uses(layer: nn.Module, tokens: int, number: int) -> list[tuple[Share, LoraPair, int]]:
-    """Which tokens use which pair of a layer, and its number."""
-    if not isinstance(layer, LoraLinear):
-        return []
-    if layer.selection.shares is not None:
-        return [(share, pair, number) for share, pair in layer.divided(tokens)]
-    pair = layer.pair()
-    return [] if pair is None else [(Share(0, tokens, cast(str, layer.active)), pair, number)]

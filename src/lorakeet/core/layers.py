@@ -103,6 +103,13 @@ class AdaptedLayer(StandIn):
         active = self.active
         return None if active is None else cast(LoraPair, self.adapters[active])
 
+    def uses(self, tokens: int) -> list[tuple[Share, LoraPair]]:
+        """Which of so many tokens use which pair here, in a divided batch or in one that all use one adapter."""
+        if self.selection.shares is not None:
+            return self.divided(tokens)
+        pair = self.pair()
+        return [] if pair is None else [(Share(0, tokens, cast(str, self.active)), pair)]
+
     def require_undivided(self, what: str) -> None:
         """ValueError where a share of a divided batch uses an adapter of this layer, which can only serve whole batches."""
         if self.selection.shares is not None and self.in_use:

@@ -9,7 +9,7 @@ are multiplied in one call; else part by part in torch's products, which give th
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import groupby
 from typing import NamedTuple, cast
 
@@ -118,6 +118,11 @@ class PairProducts:
 
     def _b(self, pair: int, factors: Sequence[Tensor]) -> Tensor:
         return factors[2 * pair + 1].to(self.products)
+
+
+def by_turns(of_a: Iterable[Tensor | None], of_b: Iterable[Tensor]) -> list[Tensor | None]:
+    """∂A and ∂B of each pair, as `factors` have them."""
+    return [grad for pair in zip(of_a, of_b, strict=True) for grad in pair]
 
 
 def _cut(numbers: Tensor, like: Sequence[Tensor]) -> list[Tensor]:

@@ -152,8 +152,9 @@ class Many:
             whole, means = losses.sum(), []
             for (index, batch), own in zip(together, torch.split(losses, [batch.targets for _, batch in together]), strict=True):
                 if batch.targets:
-                    means.append(own.sum() / targets[index])
-                    sums[index] += own.detach().sum().item()
+                    summed = own.sum()
+                    means.append(summed / targets[index])
+                    sums[index] += summed.item()
             return torch.stack(means).sum(), whole.detach()
 
         self._rounds += 1

@@ -38,12 +38,7 @@ class TextHead(Protocol):
 
 def text_loss(text: TextHead, batch: Batch, *, chunk: int = CHUNK) -> tuple[Tensor, int]:
     """The sum of −log p(target) over the supervised tokens of `batch`, with gradient, and how many tokens that are."""
-    return head_loss(text, text.hidden(batch), batch.target_ids, chunk=chunk), batch.targets
-
-
-def head_loss(text: TextHead, hidden: Tensor, targets: Tensor, *, chunk: int = CHUNK) -> Tensor:
-    """The sum of `head_losses`."""
-    return head_losses(text, hidden, targets, chunk=chunk).sum()
+    return head_losses(text, text.hidden(batch), batch.target_ids, chunk=chunk).sum(), batch.targets
 
 
 def head_losses(text: TextHead, hidden: Tensor, targets: Tensor, *, chunk: int = CHUNK) -> Tensor:

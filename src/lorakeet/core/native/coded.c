@@ -157,11 +157,8 @@ static inline __attribute__((always_inline)) void multiply(const Piece *p, int64
                 int64_t left = p->columns - w * LANES;
                 __mmask16 there = left < LANES ? (__mmask16)((1u << left) - 1) : (__mmask16)0xffff;
                 __m512 found = _mm512_mul_ps(_mm512_cvtepi32_ps(sums[r][w]), step);
-                for (int64_t i = 0; i < p->count; i += 2) {
-                    int32_t two;
-                    memcpy(&two, p->apart + (token + r) * p->count + i, sizeof two);
-                    found = _mm512_dpbf16_ps(found, p->words[i / 2][w], (__m512bh)_mm512_set1_epi32(two));
-                }
+                for (int64_t i = 0; i < p->count; i += 2)
+                    found = _mm512_dpbf16_ps(found, p->words[i / 2][w], two_of(p->apart + (token + r) * p->count + i));
                 if (p->scale) found = _mm512_mul_ps(found, _mm512_maskz_loadu_ps(there, p->scale + w * LANES));
                 _mm256_mask_storeu_epi16(y + (token + r) * p->width + w * LANES, there, narrow(found));
             }

@@ -17,6 +17,14 @@ static inline __m256i narrow(__m512 x) { return (__m256i)_mm512_cvtneps_pbh(x); 
 
 static inline void put(bf16 *to, __m512 x) { _mm256_storeu_si256((__m256i *)to, narrow(x)); }
 
+static inline __m512bh both(const bf16 *x) { return (__m512bh)_mm512_loadu_si512(x); } /* two numbers for each of sixteen sums */
+
+static inline __m512bh two_of(const bf16 *x) { /* the same two for all of them */
+    int32_t two;
+    __builtin_memcpy(&two, x, sizeof two);
+    return (__m512bh)_mm512_set1_epi32(two);
+}
+
 /* 2ˣ to about 2e-7 of itself: the series of e^(f·ln 2) to its sixth power, |f| <= 1/2. Below 2⁻¹⁵⁰ it stays there, which is 0. */
 static inline __m512 exp2_of(__m512 x) {
     x = _mm512_max_ps(_mm512_set1_ps(-150.0f), x); /* in this order NaN stays NaN */

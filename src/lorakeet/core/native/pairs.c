@@ -9,8 +9,6 @@
 #define LINE (2 * LANES) /* numbers */
 #define TOKENS 4 /* of one share that are multiplied together: each number of A and B is read once for them */
 
-static inline __m512bh both(const bf16 *x) { return (__m512bh)_mm512_loadu_si512(x); }
-
 static inline bf16 rounded(float x) { return (bf16)_mm_cvtsi128_si32((__m128i)_mm_cvtneps_pbh(_mm_set_ss(x))); }
 
 /* The dot products of `rows` rows of A, from the one at which A points on, with `count` tokens, rounded, into h (count, rank). */
@@ -58,11 +56,7 @@ static inline __attribute__((always_inline)) void add_tokens(const int64_t *toke
         for (int64_t p = 0; p < rank; p += 2) {
             __m512bh b = both(B + p * LANES);
 #pragma GCC unroll 4
-            for (int t = 0; t < count; t++) {
-                int32_t pair;
-                __builtin_memcpy(&pair, h + t * rank + p, sizeof pair);
-                sums[t] = _mm512_dpbf16_ps(sums[t], b, (__m512bh)_mm512_set1_epi32(pair));
-            }
+            for (int t = 0; t < count; t++) sums[t] = _mm512_dpbf16_ps(sums[t], b, two_of(h + t * rank + p));
         }
 #pragma GCC unroll 4
         for (int t = 0; t < count; t++) put(ys[t] + c, _mm512_add_ps(wide(ys[t] + c), sums[t]));

@@ -39,20 +39,19 @@ typedef struct {
     int64_t outputs;
 } Layer;
 
-/* The first pair of a part, the one behind its last, where its factors are laid out, and the tokens of a piece of it. */
+/* The first pair of a part, the one behind its last, where its factors are laid out, and its pieces of work. */
 typedef struct {
     int64_t first, last, at, pieces;
 } Part;
 
+/* Some tokens of a part, and where their h begins. */
+typedef struct {
+    const Part *part;
+    int64_t token, tokens, to;
+} Piece;
+
 static inline int64_t even(int64_t n) { return n + n % 2; }
 static inline int64_t whole(int64_t n, int64_t of) { return (n + of - 1) / of * of; }
-static inline __m512bh both(const void *at) { return (__m512bh)_mm512_loadu_si512(at); }
-
-static inline __m512i two_of(const bf16 *at) { /* the same two numbers in all sums */
-    int32_t two;
-    memcpy(&two, at, sizeof two);
-    return _mm512_set1_epi32(two);
-}
 
 /* Up to 32 numbers of a row, as bf16, behind them zeros. */
 static inline __m512i line_of(const void *row, int64_t first, int64_t count, int64_t kind, float scale) {
@@ -144,7 +143,7 @@ static inline __attribute__((always_inline)) void shrink_some(const bf16 *x, int
     for (int64_t c = 0; c < width; c += 2, laid += 2 * lanes) {
         __m512bh at = both(laid);
 #pragma GCC unroll 12
-        for (int t = 0; t < count; t++) sums[t] = _mm512_dpbf16_ps(sums[t], at, (__m512bh)two_of(x + t * width + c));
+        for (int t = 0; t < count; t++) sums[t] = _mm512_dpbf16_ps(sums[t], at, two_of(x + t * width + c));
     }
 #pragma GCC unroll 12
     for (int t = 0; t < count; t++) _mm256_mask_storeu_epi16(h + t * columns, there, narrow(sums[t]));
@@ -174,14 +173,14 @@ static inline __attribute__((always_inline)) void widen_some(const bf16 *h, int6
             __m512bh one = both(laid + 2 * LANES * w), two = both(laid + 2 * LANES * (w + 1));
 #pragma GCC unroll 4
             for (int t = 0; t < count; t++) {
-                sums[t] = _mm512_dpbf16_ps(sums[t], one, (__m512bh)two_of(h + t * columns + 2 * w));
-                more[t] = _mm512_dpbf16_ps(more[t], two, (__m512bh)two_of(h + t * columns + 2 * w + 2));
+                sums[t] = _mm512_dpbf16_ps(sums[t], one, two_of(h + t * columns + 2 * w));
+                more[t] = _mm512_dpbf16_ps(more[t], two, two_of(h + t * columns + 2 * w + 2));
             }
         }
         if (w < words)
 #pragma GCC unroll 4
             for (int t = 0; t < count; t++)
-                sums[t] = _mm512_dpbf16_ps(sums[t], both(laid + 2 * LANES * w), (__m512bh)two_of(h + t * columns + 2 * w));
+                sums[t] = _mm512_dpbf16_ps(sums[t], both(laid + 2 * LANES * w), two_of(h + t * columns + 2 * w));
 #pragma GCC unroll 4
         for (int t = 0; t < count; t++) put(y + t * width + c, _mm512_add_ps(sums[t], more[t]));
     }
@@ -206,7 +205,7 @@ static inline __attribute__((always_inline)) void reduce_some(const bf16 *x, int
         __m512bh low = (__m512bh)_mm512_unpacklo_epi16(one, two), high = (__m512bh)_mm512_unpackhi_epi16(one, two);
 #pragma GCC unroll 8
         for (int r = 0; r < count; r++) {
-            __m512bh by = (__m512bh)two_of(woven + 2 * r);
+            __m512bh by = two_of(woven + 2 * r);
             sums[r][0] = _mm512_dpbf16_ps(sums[r][0], low, by);
             sums[r][1] = _mm512_dpbf16_ps(sums[r][1], high, by);
         }
@@ -250,9 +249,12 @@ static int64_t parts_of(const Pair *pairs, int64_t count, Part *parts, int64_t *
     return found;
 }
 
-static const Part *piece_of(const Part *parts, int64_t *number) {
-    for (; *number >= parts->pieces; parts++) *number -= parts->pieces;
-    return parts;
+/* The piece of that number among those of all parts. */
+static Piece piece_of(const Part *parts, const Pair *pairs, int64_t number) {
+    for (; number >= parts->pieces; parts++) number -= parts->pieces;
+    const Pair *own = pairs + parts->first;
+    int64_t token = own->start + number * BLOCK, left = own->stop - token;
+    return (Piece){parts, token, left < BLOCK ? left : BLOCK, own->from + (token - own->start) * own->columns};
 }
 
 static int64_t pieces_of(const Part *parts, int64_t count) {
@@ -261,7 +263,7 @@ static int64_t pieces_of(const Part *parts, int64_t count) {
     return found;
 }
 
-/* y of each pair's layer += s·h·Bᵀ, and h = x·Aᵀ. Scratch: for each part 2·width/2·whole(columns, 16) numbers, then for each pair
+/* y of each pair's layer += s·h·Bᵀ, and h = x·Aᵀ. Scratch: for each part width·whole(columns, 16) numbers, then for each pair
    outputs·even(rank). */
 void trained_pairs(const Pair *pairs, const float *scales, int64_t count, const Layer *layers, const bf16 *x, int64_t width,
                    bf16 *h, bf16 *scratch, int threads) {
@@ -287,11 +289,11 @@ void trained_pairs(const Pair *pairs, const float *scales, int64_t count, const 
         }
 #pragma omp for schedule(dynamic)
         for (int64_t n = 0; n < pieces; n++) {
-            int64_t piece = n;
-            const Part *part = piece_of(parts, &piece);
+            Piece piece = piece_of(parts, pairs, n);
+            const Part *part = piece.part;
             const Pair *own = pairs + part->first;
-            int64_t token = own->start + piece * BLOCK, tokens = own->stop - token < BLOCK ? own->stop - token : BLOCK;
-            bf16 *to = h + own->from + (token - own->start) * own->columns;
+            int64_t token = piece.token, tokens = piece.tokens;
+            bf16 *to = h + piece.to;
             shrink(x + token * width, tokens, width, scratch + part->at, whole(own->columns, LANES), own->columns, to, own->columns);
             for (int64_t p = part->first; p < part->last; p++) {
                 const Layer *layer = layers + pairs[p].layer;
@@ -339,11 +341,11 @@ void trained_pairs_backward(const Pair *pairs, const float *scales, int64_t coun
         }
 #pragma omp for schedule(dynamic) nowait
         for (int64_t n = 0; n < pieces; n++) {
-            int64_t piece = n;
-            const Part *part = piece_of(parts, &piece);
+            Piece piece = piece_of(parts, pairs, n);
+            const Part *part = piece.part;
             const Pair *own = pairs + part->first;
-            int64_t token = own->start + piece * BLOCK, tokens = own->stop - token < BLOCK ? own->stop - token : BLOCK;
-            bf16 *to = u + own->from + (token - own->start) * own->columns;
+            int64_t token = piece.token, tokens = piece.tokens;
+            bf16 *to = u + piece.to;
             for (int64_t p = part->first; p < part->last; p++) { /* behind an odd rank B's columns are zeros, and so are u's */
                 const Layer *layer = layers + pairs[p].layer;
                 shrink(layer->rows + token * layer->outputs, tokens, layer->outputs, scratch + b_at[p], whole(pairs[p].rank, LANES),

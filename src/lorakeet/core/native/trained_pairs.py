@@ -19,6 +19,7 @@ from torch import Tensor
 
 from lorakeet.core.native import ops
 from lorakeet.core.native.ops import define, loaded, pointers
+from lorakeet.core.native.pair_rows import even
 
 WIDTH = 32  # what widths are multiples of
 _KINDS = {torch.float32: 0, torch.bfloat16: 1}
@@ -119,11 +120,6 @@ def _parts(places: Sequence[int]) -> Iterator[list[int]]:
         part.append(pair)
     if part:
         yield part
-
-
-def even(rank: int) -> int:
-    """How many columns of h a pair has: numbers are multiplied two at a time."""
-    return rank + rank % 2
 
 
 def _whole(columns: int) -> int:
