@@ -17,7 +17,7 @@ STYLE = "text{font:12px sans-serif;fill:#333}.small{fill:#666;font-size:11px}"
 
 
 def picture(task: str, arms: dict[str, dict[str, Any]], task_seeds: str) -> str:
-    """One line an arm, fewest parameters first: its log-loss minus that of uniform rank 16, with the 95 % interval over rows."""
+    """One line an arm, fewest parameters first: its log-loss minus that of uniform rank 16, with its 95 % interval."""
     lines = sorted(arms.items(), key=lambda item: (item[1]["parameters"], item[0]))
     edges = [value for _, arm in lines if "gap" in arm for value in (arm["low"], arm["high"])] + [0.0]
     low, high = min(edges), max(edges)
@@ -32,7 +32,7 @@ def picture(task: str, arms: dict[str, dict[str, Any]], task_seeds: str) -> str:
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {LEFT + WIDTH + RIGHT} {height}" role="img">',
         f"<title>{escape(task)}: log-loss on test rows minus that of uniform rank 16</title><style>{STYLE}</style>",
         f'<rect width="100%" height="100%" fill="#fff"/><text x="8" y="18">{escape(task)}: log-loss on test rows minus that of '
-        f"{BASELINE}, 95 % interval over rows; {task_seeds}</text>",
+        f"{BASELINE}, 95 % interval over rows and seeds; {task_seeds}</text>",
         f'<text class="small" x="8" y="36">adapter, pair parameters</text>'
         f'<text class="small" x="{LEFT + WIDTH + 8}" y="36">accuracy, verdict (Holm)</text>',
         f'<line x1="{x(0)}" x2="{x(0)}" y1="{TOP - 4}" y2="{height - 28}" stroke="#999" stroke-dasharray="3 3"/>',

@@ -7,19 +7,22 @@ from contextlib import ExitStack
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from harness.steps import StepLog, contender
-from harness.workload import Workload
-from rich.console import Console
+from lorakeet.memory.libraries import without_triton
 
-from contenders.quickstart_workload import first_rows, quickstart
-from lorakeet.formats import peft
-from lorakeet.models.inject import adapter_of
-from lorakeet.models.prefix_states import prefix_states
-from lorakeet.train.loop import train
-from lorakeet.train.progress import Record, Silent
-from lorakeet.train.run import RunFolder
-from lorakeet.train.text_task import TextTask
-from lorakeet.workflows.assemble import Assembly, assemble, ready_to_train
+with without_triton():  # as in the command
+    from harness.steps import StepLog, contender
+    from harness.workload import Workload
+    from rich.console import Console
+
+    from contenders.quickstart_workload import first_rows, quickstart
+    from lorakeet.formats import peft
+    from lorakeet.models.inject import adapter_of
+    from lorakeet.models.prefix_states import prefix_states
+    from lorakeet.train.loop import train
+    from lorakeet.train.progress import Record, Silent
+    from lorakeet.train.run import RunFolder
+    from lorakeet.train.text_task import TextTask
+    from lorakeet.workflows.assemble import Assembly, assemble, ready_to_train
 
 
 class Recorder(Silent):

@@ -25,6 +25,8 @@ def answers(name: str, correct: np.ndarray, *, groups: tuple[int, ...] | None = 
 
 def test_mcnemar_is_the_exact_binomial_test() -> None:
     assert mcnemar(88, 23) == pytest.approx(stats.binomtest(88, 111).pvalue)
+    for one, other in ((0, 1), (5, 5), (4, 5), (0, 60), (61, 0)):
+        assert mcnemar(one, other) == pytest.approx(stats.binomtest(one, one + other).pvalue), (one, other)
     assert mcnemar(0, 0) == 1.0
     assert mcnemar(3, 0) == pytest.approx(0.25)
 

@@ -30,6 +30,15 @@ def test_wilson_is_its_formula_and_clopper_pearson_its_beta_quantiles() -> None:
     assert proportion(0, 5).high > 0.3 and proportion(5, 5).low < 0.7
 
 
+@pytest.mark.parametrize("confidence", [0.95, 0.8])
+def test_shares_agree_with_scipy_at_both_ends_and_between(confidence: float) -> None:
+    for successes, n in ((0, 1), (1, 1), (0, 7), (7, 7), (1, 9), (305, 379), (99_999, 100_000)):
+        test = stats.binomtest(successes, n)
+        for method, formula in (("wilson", "wilson"), ("clopper-pearson", "exact")):
+            found, there = proportion(successes, n, confidence=confidence, method=method), test.proportion_ci(confidence, formula)  # type: ignore[arg-type]
+            assert (found.low, found.high) == pytest.approx((there.low, there.high), rel=1e-9), (successes, n, method)
+
+
 @pytest.mark.parametrize(("successes", "n"), [(0, 0), (3, 2), (-1, 4)])
 def test_impossible_shares_are_refused(successes: int, n: int) -> None:
     with pytest.raises(DataError, match=f"{successes} of {n}"):

@@ -9,7 +9,7 @@ from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import stats
+from scipy import special
 
 from lorakeet.errors import DataError
 from lorakeet.evaluate.answers import HIGHER_IS_BETTER, Answers, accuracy, log_loss, macro_f1
@@ -54,7 +54,7 @@ def mcnemar(only_left: int, only_right: int) -> float:
     """The two-sided p-value of the exact McNemar test: discordant rows fall on either side with probability 1/2."""
     if only_left + only_right == 0:
         return 1.0
-    return float(stats.binomtest(only_left, only_left + only_right, 0.5).pvalue)
+    return min(1.0, 2 * float(special.bdtr(min(only_left, only_right), only_left + only_right, 0.5)))
 
 
 def pair(left: Answers, right: Answers) -> Paired:
@@ -154,7 +154,7 @@ def _widen_if_flat(difference: Estimate, paired: Paired) -> Estimate:
     if difference.low < difference.high:
         return difference
     p, q = ((count + 1) / (paired.n + 2) for count in (paired.only_left, paired.only_right))
-    reach = float(stats.norm.ppf(0.5 + difference.confidence / 2)) * math.sqrt((p + q - (p - q) ** 2) / (paired.n + 2))
+    reach = float(special.ndtri(0.5 + difference.confidence / 2)) * math.sqrt((p + q - (p - q) ** 2) / (paired.n + 2))
     low, high = max(-1.0, p - q - reach), min(1.0, p - q + reach)
     value = difference.value
     return Estimate(value, min(low, value), max(high, value), paired.n, "Bonett-Price", difference.confidence)

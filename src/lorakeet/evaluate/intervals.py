@@ -7,13 +7,14 @@ weight, and all draws are computed in a few matrix products.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import stats
+from scipy import special  # not scipy.stats, which takes 50 MB more of a process in training
 
 from lorakeet.errors import DataError
 from lorakeet.evaluate.spec import EvaluateSpec
@@ -53,16 +54,28 @@ class Estimate:
 def proportion(
     successes: int, n: int, *, confidence: float = 0.95, method: Literal["wilson", "clopper-pearson"] = "wilson"
 ) -> Estimate:
-    """The share successes / n with Wilson's interval, or Clopper and Pearson's (never below its nominal coverage).
+    """The share successes / n with Wilson's interval, or Clopper and Pearson's (1934; never below its nominal coverage).
 
     Wilson (1927), p = successes/n, z the normal quantile:  (p + z²/2n ± z sqrt(p(1-p)/n + z²/4n²)) / (1 + z²/n)
     """
     if n < 1 or not 0 <= successes <= n:
         raise DataError(f"A share needs at least one row: {successes} of {n}; expected 0 <= successes <= n and n >= 1.")
-    formula = "wilson" if method == "wilson" else "exact"
-    interval = stats.binomtest(int(successes), int(n)).proportion_ci(confidence, method=formula)
-    name = "Wilson" if method == "wilson" else "Clopper-Pearson"
-    return Estimate(successes / n, float(interval.low), float(interval.high), int(n), name, confidence)
+    name, ends = ("Wilson", _wilson) if method == "wilson" else ("Clopper-Pearson", _clopper_pearson)
+    low, high = ends(int(successes), int(n), (1 - confidence) / 2)
+    low, high = 0.0 if successes == 0 else low, 1.0 if successes == n else high
+    return Estimate(successes / n, low, high, int(n), name, confidence)
+
+
+def _wilson(successes: int, n: int, tail: float) -> tuple[float, float]:
+    z, p = float(special.ndtri(1 - tail)), successes / n
+    middle, reach = p + z**2 / (2 * n), z * math.sqrt(p * (1 - p) / n + z**2 / (4 * n**2))
+    return (middle - reach) / (1 + z**2 / n), (middle + reach) / (1 + z**2 / n)
+
+
+def _clopper_pearson(successes: int, n: int, tail: float) -> tuple[float, float]:
+    """Quantiles of Beta(k, n − k + 1) and Beta(k + 1, n − k); where one of the numbers is 0 there is none."""
+    low = float(special.betaincinv(max(successes, 1), n - successes + 1, tail))
+    return low, float(special.betaincinv(successes + 1, max(n - successes, 1), 1 - tail))
 
 
 def share(flags: NDArray[np.bool_], *, spec: EvaluateSpec, groups: Sequence[Hashable] | None = None) -> Estimate:
@@ -150,10 +163,10 @@ def _jackknife(statistic: Statistic, units: int, index: Integers) -> Floats:
 def _bca_levels(value: float, draws: Floats, *, jackknife: Floats, levels: tuple[float, float]) -> tuple[float, float]:
     """The quantile levels that replace `levels`:  Φ(z0 + (z0 + z) / (1 - a (z0 + z)))  (Efron 1987, equation 4.5)."""
     below = (np.sum(draws < value) + 0.5 * np.sum(draws == value)) / len(draws)
-    z0 = float(stats.norm.ppf(np.clip(below, 0.5 / len(draws), 1 - 0.5 / len(draws))))
+    z0 = float(special.ndtri(np.clip(below, 0.5 / len(draws), 1 - 0.5 / len(draws))))
     spread = jackknife.mean() - jackknife
     size = float(np.sum(spread**2) ** 1.5)
     acceleration = float(np.sum(spread**3)) / (6 * size) if size > 0 else 0.0
-    shifted = z0 + stats.norm.ppf(np.asarray(levels))
-    moved = stats.norm.cdf(z0 + shifted / np.maximum(1 - acceleration * shifted, 1e-9))
+    shifted = z0 + special.ndtri(np.asarray(levels))
+    moved = special.ndtr(z0 + shifted / np.maximum(1 - acceleration * shifted, 1e-9))
     return float(moved[0]), float(moved[1])

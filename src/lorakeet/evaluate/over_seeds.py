@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
-from scipy import stats
+from scipy import special
 
 from lorakeet.errors import DataError
 from lorakeet.evaluate.compare import Comparison, compare_losses, paired_verdict
@@ -44,10 +44,10 @@ def compare_over_seeds(left: Sequence[RowLosses], right: Sequence[RowLosses], sp
     if error == 0:
         return compare_losses(*means, spec)
     freedom = sum(squares) ** 2 / sum(one**2 / (len(part) - 1) for one, part in zip(squares, parts, strict=True))
-    reach = float(stats.t.ppf(0.5 + spec.confidence / 2, freedom)) * error
+    reach = float(special.stdtrit(freedom, 0.5 + spec.confidence / 2)) * error
     method = f"t over rows and {len(left)} seeds"
     difference = Estimate(value, value - reach, value + reach, len(tokens), method, spec.confidence)
-    p_value = 2 * float(stats.t.sf(abs(value) / error, freedom))
+    p_value = 2 * float(special.stdtr(freedom, -abs(value) / error))
     verdict = paired_verdict(difference, p_value, higher_is_better=False)
     return Comparison(left[0].system, right[0].system, "loss", difference, p_value, method, False, verdict)
 

@@ -7,7 +7,7 @@ from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy import stats
+from scipy import special
 
 from lorakeet.errors import DataError
 from lorakeet.evaluate.intervals import Floats
@@ -36,7 +36,7 @@ class PairedPower:
 
     @property
     def _reach(self) -> float:
-        return float(stats.norm.ppf(0.5 + self.confidence / 2) + stats.norm.ppf(POWER))
+        return float(special.ndtri(0.5 + self.confidence / 2) + special.ndtri(POWER))
 
     def sentence(self, difference: float) -> str:
         """In words, with the number of rows that `difference` needs where there are too few."""

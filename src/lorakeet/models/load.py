@@ -11,12 +11,13 @@ from typing import Any
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer
 
 from lorakeet.core.native import library as native
 from lorakeet.data.pack import Batch
 from lorakeet.errors import ConfigError, DataError, EnvironmentProblem
 from lorakeet.models.attention import VARLEN, register
+from lorakeet.models.dense_load import load_dense
 from lorakeet.models.families import family_of
 from lorakeet.models.kernels import check_kernels, check_loss, kernels_for, use_kernels
 from lorakeet.models.modules import block_prefix
@@ -25,10 +26,10 @@ from lorakeet.models.quantized import load_quantised
 from lorakeet.models.quiet import quiet_transformers
 from lorakeet.models.source import find_source
 from lorakeet.models.spec import ModelSpec
-from lorakeet.models.stock import stored_quantisation, tensor_files
+from lorakeet.models.stock import stored_quantisation
 from lorakeet.models.streamed_load import Changes, Residence, streamed_model
 from lorakeet.models.text import TextModel
-from lorakeet.models.whole import first_line, misfits_in, refused, require_architecture, require_text_model, require_whole
+from lorakeet.models.whole import first_line, require_architecture, require_text_model
 from lorakeet.quant.gptq_config import METHOD, OLD_CONFIG
 from lorakeet.quant.int8 import multiply_in_int8
 from lorakeet.quant.packed import PackedBase
@@ -116,22 +117,7 @@ def _model(source: Path, dtype: torch.dtype, quantize: QuantSpec, say: Callable[
     config = read_config(source)
     if quantize.method != "none" or stored_quantisation(config):
         return load_quantised(source, config, dtype, quantize, say)
-    try:
-        with quiet_transformers():
-            model, report = AutoModelForCausalLM.from_pretrained(
-                source,
-                config=config,
-                dtype=dtype,
-                attn_implementation="eager",
-                use_safetensors=True,
-                local_files_only=True,
-                output_loading_info=True,
-                ignore_mismatched_sizes=True,  # refused below, with names and shapes
-            )
-    except (ValueError, RuntimeError, OSError, KeyError) as error:
-        raise refused(source, config.model_type, tensor_files(source), error) from error
-    require_whole(source, config.model_type, misfits=misfits_in(report), missing=report["missing_keys"])
-    return model.requires_grad_(False).eval()
+    return load_dense(source, config, dtype)
 
 
 def read_config(source: Path) -> Any:

@@ -25,7 +25,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from lorakeet.errors import ConfigError, DataError, nearest
 from lorakeet.models import modules
 from lorakeet.models.quiet import quiet_transformers
-from lorakeet.models.stock import READERS, Stock, dense_stock, method_of, stored_quantisation, tensor_files
+from lorakeet.models.stock import READERS, Promise, Stock, dense_stock, method_of, stored_quantisation, tensor_files
 from lorakeet.models.whole import misfits_in, refused, require_whole
 from lorakeet.quant import on_disk
 from lorakeet.quant.adopt import quantised
@@ -186,7 +186,7 @@ def load_packed(stock: Stock, config: Any, dtype: torch.dtype, source: Path) -> 
             f"{strange[0]}."
         )
     loading = _PackedConfig({f"{path}.weight" for path in places.values()})
-    promises = {name: _Promise(read) for name, read in (*stock.dense.items(), *stock.packed.items())}
+    promises = {name: Promise(read) for name, read in (*stock.dense.items(), *stock.packed.items())}
     try:
         with quiet_transformers():
             model, report = type(empty).from_pretrained(
@@ -204,16 +204,6 @@ def load_packed(stock: Stock, config: Any, dtype: torch.dtype, source: Path) -> 
     misfits = misfits_in(report) | loading.misfits
     require_whole(source, config.model_type, misfits=misfits, missing=report["missing_keys"])
     return model.requires_grad_(False).eval()
-
-
-class _Promise:
-    """A tensor or a packed weight that is read when transformers asks for all of it."""
-
-    def __init__(self, read: Callable[[], Any]) -> None:
-        self._read = read
-
-    def __getitem__(self, index: Any) -> Any:
-        return self._read()
 
 
 class _PackedConfig(QuantizationConfigMixin):  # type: ignore[misc]

@@ -31,6 +31,16 @@ class Stock:
     packed: Mapping[str, Callable[[], PackedBase]]  # by the name that the dense weight would have, such as "….q_proj.weight"
 
 
+class Promise:
+    """A tensor or a packed weight that is read when transformers asks for all of it."""
+
+    def __init__(self, read: Callable[[], Any]) -> None:
+        self._read = read
+
+    def __getitem__(self, index: Any) -> Any:
+        return self._read()
+
+
 def stored_quantisation(config: Any) -> dict[str, Any] | None:
     """The quantization_config of a model's config.json as a mapping, or None where its weights are plain numbers."""
     found = getattr(config, "quantization_config", None) or getattr(config.get_text_config(), "quantization_config", None)

@@ -30,7 +30,7 @@ from lorakeet.models.fingerprint import fingerprint
 from lorakeet.models.packing import packing_of
 from lorakeet.models.quantized import limits_of_packing, skeleton, stock_of
 from lorakeet.models.quiet import quiet_transformers
-from lorakeet.models.stock import Stock, stored_quantisation, tensor_files
+from lorakeet.models.stock import Promise, Stock, stored_quantisation, tensor_files
 from lorakeet.models.streamed import NotStreamed, Streamed, StreamedEmbedding, StreamedHead
 from lorakeet.models.whole import refused, require_whole
 from lorakeet.quant.adopt import empty_base
@@ -295,16 +295,6 @@ class _Send(ConversionOps):  # type: ignore[misc]
         return {}
 
 
-class _Promise:
-    """A tensor or a packed weight that is read when transformers asks for all of it."""
-
-    def __init__(self, read: Callable[[], Any]) -> None:
-        self._read = read
-
-    def __getitem__(self, index: Any) -> Any:
-        return self._read()
-
-
 def _read_all(stock: Stock, config: Any, dtype: torch.dtype, collector: _Collector, source: Path) -> set[str]:
     """Lets transformers read everything that `stock` promises; the names of what never came."""
     if _METHOD not in AUTO_QUANTIZER_MAPPING:
@@ -312,7 +302,7 @@ def _read_all(stock: Stock, config: Any, dtype: torch.dtype, collector: _Collect
         register_quantizer(_METHOD)(_StoreQuantizer)
     empty = skeleton(config)
     kind, plain = type(empty), empty.config
-    promises = {name: _Promise(read) for name, read in (*stock.dense.items(), *stock.packed.items())}
+    promises = {name: Promise(read) for name, read in (*stock.dense.items(), *stock.packed.items())}
     try:
         with quiet_transformers():
             _, report = kind.from_pretrained(

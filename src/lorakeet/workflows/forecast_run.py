@@ -23,6 +23,7 @@ from lorakeet.memory.measure import resident_bytes
 from lorakeet.memory.store import CPU
 from lorakeet.models.adapt import begin_adapter
 from lorakeet.models.alike_blocks import Build
+from lorakeet.models.dense_load import AT_ONCE
 from lorakeet.models.outline import config_from, outline
 from lorakeet.models.streamed_outline import streamed_outline
 from lorakeet.models.targets import plan_for
@@ -301,16 +302,16 @@ class Again:
 
 
 def load_peak(model_config: Any, found: Rehearsal, precision: Precision) -> Held:
-    """The base, and while it is read: the file's own pages where the dtype changes, a matrix as stored where it is packed or
-    goes into a store, there with its cast."""
+    """The base, and while it is read: some tensors as stored where the dtype changes (models/dense_load), a matrix as stored
+    where it is packed or goes into a store, there with its cast."""
     if precision.on_card:  # where only what is whole arrives
         return with_more(Held(), base=found.base)
     stored = getattr(model_config, "dtype", None) or torch.float32
     if found.packed or found.blocks:
         cast = precision.dtype.itemsize if found.blocks and stored != precision.dtype else 0
         return with_more(Held(), base=found.base, scratch=found.largest * (stored.itemsize + cast))
-    pages = found.parameters * stored.itemsize if stored != precision.dtype else 0
-    return with_more(Held(), base=found.base, scratch=pages)
+    read = min(found.parameters, AT_ONCE * found.largest) * stored.itemsize if stored != precision.dtype else 0
+    return with_more(Held(), base=found.base, scratch=read)
 
 
 def _merge(found: Rehearsal, adapter: int) -> Held:

@@ -7,6 +7,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal
 
+from lorakeet.memory.libraries import without_triton
+
 __all__ = ["VERBS", "Verb"]
 
 
@@ -349,7 +351,8 @@ class Verb:
     def run(self, positional: list[Any], named: dict[str, Any]) -> Any:
         """The result of the verb's function; only here is the module imported that does the work."""
         module, _, name = (self.function or f"{self.name}:{self.name}").partition(":")
-        return getattr(import_module(f"lorakeet.workflows.{module}"), name)(*positional, **named)
+        with without_triton():
+            return getattr(import_module(f"lorakeet.workflows.{module}"), name)(*positional, **named)
 
     def shipped_config(self) -> Path:
         """Where the run file of this verb lies in the package."""
