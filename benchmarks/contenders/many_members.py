@@ -14,19 +14,22 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import torch
-from harness.steps import PACKAGES, installed, peak_bytes
-from rich.console import Console
+from lorakeet.memory.libraries import without_triton
 
-from lorakeet.config import read_run
-from lorakeet.models.adapt import begin_adapter
-from lorakeet.train.log import read_metrics
-from lorakeet.train.loop import train
-from lorakeet.train.many import Many, Member, train_many
-from lorakeet.train.run import RunFolder
-from lorakeet.train.text_task import TextTask
-from lorakeet.workflows.assemble import Assembly, assemble
-from lorakeet.workflows.quickstart import config_path
+with without_triton():  # as in the command
+    import torch
+    from harness.steps import PACKAGES, installed, peak_bytes
+    from rich.console import Console
+
+    from lorakeet.config import read_run
+    from lorakeet.models.adapt import begin_adapter
+    from lorakeet.train.log import read_metrics
+    from lorakeet.train.loop import train
+    from lorakeet.train.many import Many, Member, train_many
+    from lorakeet.train.run import RunFolder
+    from lorakeet.train.text_task import TextTask
+    from lorakeet.workflows.assemble import Assembly, assemble
+    from lorakeet.workflows.quickstart import config_path
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

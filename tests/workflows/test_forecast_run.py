@@ -139,9 +139,10 @@ def test_a_gptq_model_is_planned_as_it_is_packed() -> None:
     assert packed.base < 0.5 * dense.base and packed.plan.parameters == dense.plan.parameters
 
 
-def test_another_dtype_than_the_files_leaves_the_files_pages_too() -> None:
+def test_another_dtype_than_the_files_holds_some_tensors_as_they_are_stored() -> None:
     narrow = planned(Precision(torch.bfloat16, torch.float32, QuantSpec())).forecast.phase(LOAD)
-    assert narrow.kinds["scratch"] > 1.5 * narrow.kinds["base"]
+    numbers = narrow.kinds["base"] // 2
+    assert 0 < narrow.kinds["scratch"] < 4 * numbers, "less than all of the file in fp32"
     assert "scratch" not in planned().forecast.phase(LOAD).kinds
 
 
