@@ -38,6 +38,7 @@ from lorakeet.core.spec import LoraSpec
 from lorakeet.data.locate import locate_data, open_text
 from lorakeet.errors import RunStopped
 from lorakeet.evaluate.compare import holm
+from lorakeet.evaluate.intervals import Estimate
 from lorakeet.evaluate.likelihood import RowLosses
 from lorakeet.evaluate.over_seeds import compare_over_seeds
 from lorakeet.evaluate.spec import EvaluateSpec
@@ -290,7 +291,9 @@ def summary(raw: Path, results: Path, flags: Mapping[str, Any]) -> int:
             tuned = _compared({arm: by_arm[name] for arm, name in rates.items()})
             for arm, line in tuned.items():  # one rate is no choice: the baseline has three
                 line["rates_tried"] = sum(name.partition("@")[0] == arm for name in by_arm)
-            content[task] = {"arms": _compared(by_arm), "best_rates": rates, "tuned": tuned, "diverged": dict(diverged)}
+            content[task] = {
+                "arms": _compared(by_arm), "best_rates": rates, "tuned": tuned, "cut": _cut(by_arm), "diverged": dict(diverged),
+            }  # fmt: skip
             _show(task, content[task])
     if not content:
         raise SystemExit(f"{raw} has no line of {BASELINE} made with {dict(flags)} yet; train it first.")
@@ -325,10 +328,27 @@ def _compared(by_arm: Mapping[str, Mapping[int, Mapping[str, Any]]]) -> dict[str
             comparisons[arm] = compare_over_seeds(left, right, spec)
             table[arm]["verdict_alone"] = comparisons[arm].verdict  # not corrected for the number of arms
     for arm, found in zip(comparisons, holm(list(comparisons.values())), strict=True):
-        gap = found.difference
-        table[arm] |= {"gap": gap.value, "low": gap.low, "high": gap.high, "n": gap.n, "p_holm": found.p_value}
+        table[arm] |= {**_interval(found.difference), "p_holm": found.p_value}
         table[arm]["verdict"] = found.verdict
     return table
+
+
+def _cut(by_arm: Mapping[str, Mapping[int, Mapping[str, Any]]]) -> dict[str, dict[str, Any]]:
+    """What cutting costs: each compressed adapter against the one that it was cut from, seed by seed; not Holm-corrected."""
+    found = {}
+    whole = by_arm.get("uniform-64", {})
+    for arm in COMPRESSED:
+        runs = by_arm.get(arm, {})
+        if seeds := sorted(set(runs) & set(whole)):
+            gaps = [np.subtract(runs[seed]["losses"], whole[seed]["losses"]) for seed in seeds]
+            ones = np.ones(len(gaps[0]), dtype=np.int64)
+            cut, uncut = [RowLosses(arm, gap, ones) for gap in gaps], [RowLosses("no change", 0 * gap, ones) for gap in gaps]
+            found[arm] = {"seeds": seeds, **_interval(compare_over_seeds(cut, uncut, EvaluateSpec()).difference)}
+    return found
+
+
+def _interval(gap: Estimate) -> dict[str, Any]:
+    return {"gap": gap.value, "low": gap.low, "high": gap.high, "n": gap.n}
 
 
 def _accuracy(record: Mapping[str, Any]) -> float:
@@ -356,6 +376,8 @@ def _show(task: str, found: Mapping[str, Any]) -> None:
     _print(found["arms"])
     print("The same, each arm at its own best learning rate by held-out loss:")
     _print({found["best_rates"][arm]: line for arm, line in found["tuned"].items()})
+    for arm, cut in found["cut"].items():
+        print(f"{arm:20} against the adapter that it was cut from: {cut['gap']:+.4f} [{cut['low']:+.4f}, {cut['high']:+.4f}]")
     for arm, count in found["diverged"].items():
         print(f"{arm:20} diverged in {count} seeds")
 

@@ -16,7 +16,7 @@ from typing import Any
 
 from lorakeet.memory.libraries import without_triton
 
-with without_triton():  # as in the command
+with without_triton():  # as a command, which is within it all the time
     import torch
     from harness.steps import PACKAGES, installed, peak_bytes
     from rich.console import Console

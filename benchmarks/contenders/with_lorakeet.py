@@ -9,7 +9,7 @@ from tempfile import TemporaryDirectory
 
 from lorakeet.memory.libraries import without_triton
 
-with without_triton():  # as in the command
+with without_triton():  # as a command, which is within it all the time
     from harness.steps import StepLog, contender
     from harness.workload import Workload
     from rich.console import Console

@@ -61,7 +61,6 @@ def _capability(index: int) -> tuple[int, int]:
     return torch.cuda.get_device_capability(index)
 
 
-@functools.cache
 def has_triton() -> bool:
     """Whether the package is there; it is not imported."""
     return importlib.util.find_spec("triton") is not None

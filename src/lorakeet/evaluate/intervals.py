@@ -67,15 +67,15 @@ def proportion(
 
 
 def _wilson(successes: int, n: int, tail: float) -> tuple[float, float]:
-    z, p = float(special.ndtri(1 - tail)), successes / n
+    z, p = -float(special.ndtri(tail)), successes / n
     middle, reach = p + z**2 / (2 * n), z * math.sqrt(p * (1 - p) / n + z**2 / (4 * n**2))
     return (middle - reach) / (1 + z**2 / n), (middle + reach) / (1 + z**2 / n)
 
 
 def _clopper_pearson(successes: int, n: int, tail: float) -> tuple[float, float]:
-    """Quantiles of Beta(k, n − k + 1) and Beta(k + 1, n − k); where one of the numbers is 0 there is none."""
+    """Quantiles of Beta(k, n − k + 1) and Beta(k + 1, n − k); no number where k is 0 or n: `proportion` puts 0 or 1 there."""
     low = float(special.betaincinv(max(successes, 1), n - successes + 1, tail))
-    return low, float(special.betaincinv(successes + 1, max(n - successes, 1), 1 - tail))
+    return low, float(special.betainccinv(successes + 1, max(n - successes, 1), tail))
 
 
 def share(flags: NDArray[np.bool_], *, spec: EvaluateSpec, groups: Sequence[Hashable] | None = None) -> Estimate:

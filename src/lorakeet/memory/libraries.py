@@ -14,8 +14,8 @@ def without_triton() -> Iterator[None]:
     """Inside the block Triton counts as not installed, unless there is a card for it to compile for.
 
     torch's compiler and its counter of FLOPs, which transformers and memory/ledger import, import Triton wherever that is
-    installed: 70 MB of a process. Nothing is done where it was imported before, or where its interpreter is on
-    (TRITON_INTERPRET), which needs no card.
+    installed: 70 MB of a process. What is imported inside may remember that. Nothing is done where it was
+    imported before, or where its interpreter is on (TRITON_INTERPRET), which needs no card.
     """
     if "triton" in sys.modules or os.environ.get("TRITON_INTERPRET") or _stays():
         yield
@@ -24,7 +24,8 @@ def without_triton() -> Iterator[None]:
     try:
         yield
     finally:
-        del sys.modules["triton"]
+        if sys.modules.get("triton") is None:
+            sys.modules.pop("triton", None)
 
 
 def _stays() -> bool:
@@ -33,6 +34,7 @@ def _stays() -> bool:
         return True
     try:
         import torch
-    except (ImportError, OSError):
+
+        return torch.accelerator.is_available()
+    except (ImportError, OSError, AttributeError):  # the last from a torch that is too old
         return True
-    return torch.accelerator.is_available()

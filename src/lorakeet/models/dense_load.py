@@ -7,7 +7,6 @@ held twice until the last one is cast: of a model stored in fp32, 6 bytes a weig
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 from lorakeet.formats.safe import SafeFile
 from lorakeet.models.quantized import skeleton
 from lorakeet.models.quiet import quiet_transformers
-from lorakeet.models.stock import Promise, tensor_files
+from lorakeet.models.stock import INDEX, SINGLE, Promise, tensor_files
 from lorakeet.models.whole import misfits_in, refused, require_whole
 
 AT_ONCE = 4  # tensors that transformers' loader reads and casts side by side, at most
@@ -27,38 +26,46 @@ AT_ONCE = 4  # tensors that transformers' loader reads and casts side by side, a
 def load_dense(source: Path, config: Any, dtype: torch.dtype) -> Any:
     """The frozen model of a folder in eval mode, with eager attention, on the CPU; DataError where its files are no whole."""
     files = tensor_files(source)
-    cast = _changes(files, dtype)
+    settings: dict[str, Any] = {
+        "dtype": dtype,
+        "attn_implementation": "eager",
+        "output_loading_info": True,
+        "ignore_mismatched_sizes": True,  # refused below, with names and shapes
+    }
     try:
         with quiet_transformers():
-            kind, name = (type(skeleton(config)), None) if cast else (AutoModelForCausalLM, source)
-            model, report = kind.from_pretrained(
-                name,
-                state_dict={key: Promise(partial(file.read, key)) for key, file in files.items()} if cast else None,
-                config=config,
-                dtype=dtype,
-                attn_implementation="eager",
-                use_safetensors=True,
-                local_files_only=True,
-                output_loading_info=True,
-                ignore_mismatched_sizes=True,  # refused below, with names and shapes
-            )
-            if cast:
-                _as_from_folder(model, source)
+            if _is_read_here(source, files, dtype):
+                promises = {name: Promise(partial(file.read, name)) for name, file in files.items()}
+                empty = skeleton(config)
+                model, report = type(empty).from_pretrained(None, config=empty.config, state_dict=promises, **settings)
+                model.name_or_path = model.config.name_or_path = str(source)
+                if model.can_generate():
+                    model.generation_config = _generation(source)
+            else:
+                settings |= {"use_safetensors": True, "local_files_only": True}
+                model, report = AutoModelForCausalLM.from_pretrained(source, config=config, **settings)
     except (ValueError, RuntimeError, OSError, KeyError) as error:
         raise refused(source, config.model_type, files, error) from error
     require_whole(source, config.model_type, misfits=misfits_in(report), missing=report["missing_keys"])
     return model.requires_grad_(False).eval()
 
 
-def _changes(files: Mapping[str, SafeFile], dtype: torch.dtype) -> bool:
-    """Whether any number has to be cast."""
-    stored = {file.tensors[name].dtype for name, file in files.items()}
-    return any(kind.is_floating_point and kind != dtype for kind in stored)
+def _is_read_here(source: Path, files: Mapping[str, SafeFile], dtype: torch.dtype) -> bool:
+    """Whether most numbers change their dtype (a few are cast from a page that stays), or an adapter lies beside the model, which
+    transformers would put into it unasked. Files that have other names than its own are left to it to refuse."""
+    if not any((source / name).is_file() for name in (SINGLE, INDEX)):
+        return False
+    if (source / "adapter_config.json").is_file():
+        return True
+    stored = [file.tensors[name] for name, file in files.items()]
+    floats = [(tensor.end - tensor.begin, tensor.dtype != dtype) for tensor in stored if tensor.dtype.is_floating_point]
+    return 2 * sum(size for size, changes in floats if changes) > sum(size for size, _ in floats)
 
 
-def _as_from_folder(model: Any, source: Path) -> None:
-    """What transformers reads beside the weights where it is told the folder."""
-    model.name_or_path = model.config.name_or_path = str(source)
-    if model.can_generate():
-        with suppress(OSError):  # transformers, too, goes on without one, or with one that it cannot read
-            model.generation_config = GenerationConfig.from_pretrained(source, local_files_only=True)
+def _generation(source: Path) -> GenerationConfig:
+    """The folder's settings for generation as transformers finds them: in a file of their own, or in config.json."""
+    try:
+        return GenerationConfig.from_pretrained(source, local_files_only=True)
+    except OSError:
+        name = {"config_file_name": "config.json", "_from_model_config": True}
+        return GenerationConfig.from_pretrained(source, local_files_only=True, **name)

@@ -177,7 +177,7 @@ def load_packed(stock: Stock, config: Any, dtype: torch.dtype, source: Path) -> 
     Dense tensors are cast to `dtype`; packed ones are taken as they are.
     """
     _register()
-    plain, empty = plain_config(config), skeleton(config)
+    empty = skeleton(config)
     places = owners(empty, stock.packed)
     strange = sorted(set(stock.packed) - set(places))
     if strange:
@@ -191,7 +191,7 @@ def load_packed(stock: Stock, config: Any, dtype: torch.dtype, source: Path) -> 
         with quiet_transformers():
             model, report = type(empty).from_pretrained(
                 None,
-                config=plain,
+                config=empty.config,
                 state_dict=promises,
                 quantization_config=loading,
                 dtype=dtype,

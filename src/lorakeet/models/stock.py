@@ -18,8 +18,8 @@ from lorakeet.models.whole import require_finite
 from lorakeet.quant import gptq, gptq_config, on_disk
 from lorakeet.quant.packed import PackedBase
 
-_INDEX = "model.safetensors.index.json"
-_SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
 _REMEDY = "Fetch the model again, or make it again with lorakeet quantize."
 
 
@@ -57,9 +57,9 @@ def method_of(stored: Mapping[str, Any]) -> str:
 
 def tensor_files(folder: Path) -> dict[str, SafeFile]:
     """The file of each tensor of a model folder, headers checked; nothing is read."""
-    if (folder / _INDEX).is_file():
-        return indexed(folder / _INDEX)
-    shards = [folder / _SINGLE] if (folder / _SINGLE).is_file() else sorted(folder.glob("*.safetensors"))
+    if (folder / INDEX).is_file() and not (folder / SINGLE).is_file():  # of both, transformers takes the single file
+        return indexed(folder / INDEX)
+    shards = [folder / SINGLE] if (folder / SINGLE).is_file() else sorted(folder.glob("*.safetensors"))
     return {name: file for file in map(open_safetensors, shards) for name in file.tensors}
 
 

@@ -35,7 +35,7 @@ from lorakeet.train.rehearsal import (
     JUDGE,
     STEP,
     copy_for_checkpoint,
-    largest_matrix,
+    matrix_sizes,
     silent_training,
     step_in_account,
 )
@@ -78,7 +78,7 @@ def rehearse_images(
             ledger.name("base", [*model.parts.parameters(), *model.parts.buffers(), *model.vae.parameters()])
             base = ledger.held["base"]
             others = [model.vae, *(part for name, part in model.parts.items() if name != model.kind.denoiser)]
-            other_part, largest = max(map(weights_in, others)), largest_matrix(model.denoiser)
+            other_part, largest = max(map(weights_in, others)), matrix_sizes(model.denoiser)[0]
             plan = image_plan(model, lora, text_encoder=diffusion.text_encoder)
             go_through(model, plan, train, diffusion, pictures, ledger)
             ledger.close()

@@ -37,6 +37,7 @@ from lorakeet.memory.measure import PeakMemory
 from lorakeet.memory.outlined_disk import OutlinedAside
 from lorakeet.models.adapt import begin_adapter
 from lorakeet.models.alike_blocks import alike_blocks, blocks_of, first_blocks_of_plan
+from lorakeet.models.dense_load import AT_ONCE
 from lorakeet.models.inject import activate
 from lorakeet.models.sample import rows_at_once, sample
 from lorakeet.models.score import HEAD_CHUNK
@@ -84,6 +85,11 @@ class Rehearsal:
     best_in_memory: bool = True  # whether the peaks hold the best values so far (train/best)
     blocks: int = 0  # that are streamed
     block_bytes: int = 0  # of each of the places that they come into
+    cast_at_once: int = 0  # numbers in as many of its largest matrices as a file of another dtype is read at once
+
+    def being_cast(self, stored: torch.dtype, kept: torch.dtype) -> int:
+        """Bytes held beside the base while a file of dense weights is read: tensors as `stored`, where they become `kept`."""
+        return self.cast_at_once * stored.itemsize if stored != kept else 0
 
 
 class NotPlanned(ConfigError):
@@ -265,10 +271,13 @@ class _Rehearsing:
         ledger.close()
         parameters = weights_in(text.model) - self.plan.parameters
         packed = any(isinstance(module, PackedBase) for module in text.model.modules())
-        base, largest = ledger.held["base"], largest_matrix(text.model)
+        base, matrices = ledger.held["base"], matrix_sizes(text.model)
+        largest, at_once = matrices[0], sum(matrices[:AT_ONCE])
         stream = None if text.streamed is None else text.streamed.stream
         blocks, size = (0, 0) if stream is None else (len(stream.records), stream.slot_bytes)
-        return Rehearsal(self.plan, base, ledger.peaks, parameters, largest, packed, blocks=blocks, block_bytes=size)
+        return Rehearsal(
+            self.plan, base, ledger.peaks, parameters, largest, packed, blocks=blocks, block_bytes=size, cast_at_once=at_once
+        )
 
 
 def step_in_account(training: Training[Any], ledger: Ledger, best_in_memory: bool = True) -> list[torch.Tensor]:
@@ -305,11 +314,11 @@ def _judge(text: TextModel, judging: Judging, blocks: int | None) -> None:
         sample(text, texts, max_tokens=1, blocks=blocks, aside=OutlinedAside)
 
 
-def largest_matrix(model: nn.Module) -> int:
-    """How many numbers the largest frozen matrix of `model` stands for."""
+def matrix_sizes(model: nn.Module) -> list[int]:
+    """How many numbers the frozen matrices of `model` stand for, the largest first."""
     dense: list[int] = [parameter.numel() for parameter in model.parameters() if not parameter.requires_grad]
     packed: list[int] = [math.prod(module.shape) for module in model.modules() if isinstance(module, PackedBase)]
-    return max([*dense, *packed])
+    return sorted([*dense, *packed], reverse=True)
 
 
 def copy_for_checkpoint(training: Training[Any]) -> None:

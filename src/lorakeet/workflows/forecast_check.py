@@ -233,12 +233,12 @@ class CheckPlanner:
         return tensor_bytes(changed, found.largest) if self.check.tensors else COPIES * changed
 
     def _reading(self, found: Rehearsal) -> int:
-        """Beside the models, while one is read: a block on its way into the store, or the pages of files of another dtype."""
-        stored = (getattr(self.config, "dtype", None) or torch.float32).itemsize
+        """Beside the models, while one is read: a block on its way into the store, or some tensors in a file's other dtype."""
+        stored = getattr(self.config, "dtype", None) or torch.float32
         if found.blocks:
             family = family_of(self.config.get_text_config())
-            return bytes_of_storing(self.empty, family, found.block_bytes, stored + FP32)
-        return self.weights * stored if stored != FP32 else 0
+            return bytes_of_storing(self.empty, family, found.block_bytes, stored.itemsize + FP32)
+        return found.being_cast(stored, torch.float32)
 
 
 def _require_disk(folder: Path, check: CheckSize, needed: int, whole: int) -> None:

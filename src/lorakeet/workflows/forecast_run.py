@@ -23,7 +23,6 @@ from lorakeet.memory.measure import resident_bytes
 from lorakeet.memory.store import CPU
 from lorakeet.models.adapt import begin_adapter
 from lorakeet.models.alike_blocks import Build
-from lorakeet.models.dense_load import AT_ONCE
 from lorakeet.models.outline import config_from, outline
 from lorakeet.models.streamed_outline import streamed_outline
 from lorakeet.models.targets import plan_for
@@ -310,8 +309,7 @@ def load_peak(model_config: Any, found: Rehearsal, precision: Precision) -> Held
     if found.packed or found.blocks:
         cast = precision.dtype.itemsize if found.blocks and stored != precision.dtype else 0
         return with_more(Held(), base=found.base, scratch=found.largest * (stored.itemsize + cast))
-    read = min(found.parameters, AT_ONCE * found.largest) * stored.itemsize if stored != precision.dtype else 0
-    return with_more(Held(), base=found.base, scratch=read)
+    return with_more(Held(), base=found.base, scratch=found.being_cast(stored, precision.dtype))
 
 
 def _merge(found: Rehearsal, adapter: int) -> Held:

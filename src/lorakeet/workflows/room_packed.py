@@ -342,14 +342,14 @@ class _Planner:
         return Build(make, config)
 
     def _reading(self, found: Rehearsal) -> int:
-        """Beside the base while it is read: a block on its way into the store, a weight, or pages of files in another dtype."""
-        stored = (getattr(self.config, "dtype", None) or torch.float32).itemsize
+        """Beside the base while it is read: a block on its way into the store, a weight, or some in a file's other dtype."""
+        stored = getattr(self.config, "dtype", None) or torch.float32
         if found.blocks:
             family = family_of(self.config.get_text_config())
-            return bytes_of_storing(self.empty, family, found.block_bytes, stored + FP32)
+            return bytes_of_storing(self.empty, family, found.block_bytes, stored.itemsize + FP32)
         if found.packed:
-            return found.largest * (stored + FP32)
-        return found.parameters * stored if stored != FP32 else 0
+            return found.largest * (stored.itemsize + FP32)
+        return found.being_cast(stored, torch.float32)
 
 
 def _require_disk(folder: Path, out: Path, job: Job, way: Way) -> None:

@@ -47,7 +47,7 @@ from lorakeet.quant.adopt import empty_base
 from lorakeet.quant.gptq_solve import Layout, bytes_of_solving
 from lorakeet.quant.packed import PackedBase
 from lorakeet.quant.spec import QuantSpec
-from lorakeet.train.rehearsal import NotPlanned, Rows, largest_matrix, made_up_batch, on_shapes
+from lorakeet.train.rehearsal import NotPlanned, Rows, made_up_batch, matrix_sizes, on_shapes
 from lorakeet.workflows.forecast_run import COUNT_BYTES, TOKENIZER_ENTRY, Precision, runtime_bytes
 from lorakeet.workflows.peak import say_peak
 from lorakeet.workflows.place import folder_above, temporary_folder
@@ -266,7 +266,7 @@ def _rehearsed(job: Job, way: Way) -> _Rehearsed:
     with on_shapes() as ledger:
         text = make(job.config, name=job.name, dtype=job.dtype, products=job.dtype)
         ledger.name("base", [*text.model.parameters(), *text.model.buffers()])
-        base, largest = ledger.held["base"], largest_matrix(text.model)
+        base, largest = ledger.held["base"], matrix_sizes(text.model)[0]
         with ledger.phase(CHECK), torch.no_grad():
             if text.streamed is not None:
                 text.streamed.stream.fill()
