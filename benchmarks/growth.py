@@ -90,7 +90,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true", help="a point or two of each axis, to see whether everything runs")
     parser.add_argument("--only", nargs="+", choices=tuple(AXES), default=tuple(AXES))
     parser.add_argument("--steps", type=int, default=3, help="timed in each process, after two that are not")
-    parser.add_argument("--largest", choices=tuple(SIZES), default="7B", help="model (7B: 15 GB of memory)")
+    parser.add_argument("--largest", choices=tuple(SIZES), default="7B", help="model (7B: 18 GB of memory)")
     parser.add_argument("--results", type=Path, default=Path(__file__).with_name("results"), help="where the result is written")
     given = parser.parse_args(arguments)
     about = origin()
