@@ -14,7 +14,7 @@ def without_triton() -> Iterator[None]:
     """Inside the block Triton counts as not installed, unless there is a card for it to compile for.
 
     torch's compiler and its counter of FLOPs, which transformers and memory/ledger import, import Triton wherever that is
-    installed: 70 MB of a process. What is imported inside may remember that. Nothing is done where it was
+    installed: 70 MB of a process. What is imported inside may remember that it was not there. Nothing is done where Triton was
     imported before, or where its interpreter is on (TRITON_INTERPRET), which needs no card.
     """
     if "triton" in sys.modules or os.environ.get("TRITON_INTERPRET") or _stays():

@@ -272,7 +272,8 @@ class _Rehearsing:
         parameters = weights_in(text.model) - self.plan.parameters
         packed = any(isinstance(module, PackedBase) for module in text.model.modules())
         base, matrices = ledger.held["base"], matrix_sizes(text.model)
-        largest, at_once = matrices[0], sum(matrices[:AT_ONCE])
+        largest = matrices[0]
+        at_once = largest + sum(matrices[:AT_ONCE])  # a head that is the embedding table may lie in the file by itself
         stream = None if text.streamed is None else text.streamed.stream
         blocks, size = (0, 0) if stream is None else (len(stream.records), stream.slot_bytes)
         return Rehearsal(
