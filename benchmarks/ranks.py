@@ -63,7 +63,8 @@ from lorakeet.workflows.quickstart import config_path
 LINES = Path(__file__).with_name("partial") / "ranks.jsonl"
 BASELINE = "uniform-16"
 HALVES = ("allocated-8", "allocated-8-scaled", "compressed-8")  # half the parameters of the baseline
-COMPRESSED = {"compressed-16": 16, "compressed-8": 8, "compressed-4": 4}  # from uniform-64, when that is trained
+CUT_FROM = "uniform-64"
+COMPRESSED = {"compressed-16": 16, "compressed-8": 8, "compressed-4": 4}  # from that, when it is trained
 CONDITIONS = 10
 ARMS: dict[str, dict[str, Any]] = {
     **{f"uniform-{rank}": {"rank": rank} for rank in (2, 4, 8, 16, 32, 64)},
@@ -177,7 +178,7 @@ def trained(setup: Assembly, arms: Sequence[str], seed: int, task: str) -> list[
         count = sum(parameter.numel() for parameter in trained_parameters(setup.text.model, name).values())  # PiSSA stores twice
         found.append(_record(setup, name, arm, count, _ended(at)) | {"task": task, "seed": seed})
         which, at_rate, factor = arm.partition("@")
-        if which == "uniform-64" and not at.diverged:
+        if which == CUT_FROM and not at.diverged:
             cut = _compressed(setup, name, adapter, at)
             found += [record | {"arm": record["arm"] + at_rate + factor, "task": task, "seed": seed} for record in cut]
         eject(setup.text.model, name)
@@ -336,7 +337,7 @@ def _compared(by_arm: Mapping[str, Mapping[int, Mapping[str, Any]]]) -> dict[str
 def _cut(by_arm: Mapping[str, Mapping[int, Mapping[str, Any]]]) -> dict[str, dict[str, Any]]:
     """What cutting costs: each compressed adapter against the one that it was cut from, seed by seed; not Holm-corrected."""
     found = {}
-    whole = by_arm.get("uniform-64", {})
+    whole = by_arm.get(CUT_FROM, {})
     for arm in COMPRESSED:
         runs = by_arm.get(arm, {})
         if seeds := sorted(set(runs) & set(whole)):

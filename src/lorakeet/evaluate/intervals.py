@@ -74,8 +74,8 @@ def _wilson(successes: int, n: int, tail: float) -> tuple[float, float]:
 
 def _clopper_pearson(successes: int, n: int, tail: float) -> tuple[float, float]:
     """Quantiles of Beta(k, n − k + 1) and Beta(k + 1, n − k); no number where k is 0 or n: `proportion` puts 0 or 1 there."""
-    low = float(special.betaincinv(max(successes, 1), n - successes + 1, tail))
-    return low, float(special.betainccinv(successes + 1, max(n - successes, 1), tail))
+    low = float(special.betaincinv(successes, n - successes + 1, tail))
+    return low, float(special.betainccinv(successes + 1, n - successes, tail))
 
 
 def share(flags: NDArray[np.bool_], *, spec: EvaluateSpec, groups: Sequence[Hashable] | None = None) -> Estimate:

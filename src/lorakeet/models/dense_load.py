@@ -1,4 +1,4 @@
-"""A dense model from its folder: the files' own pages where no number changes, else tensor by tensor, each cast once it is read.
+"""A dense model from its folder: the files' own pages where most numbers stay, else tensor by tensor, each cast as it is read.
 
 A mapped file counts as memory of the process with every page that was looked at. Where the dtype changes, each number would be
 held twice until the last one is cast: of a model stored in fp32, 6 bytes a weight for the 2 that stay.
@@ -15,9 +15,9 @@ import torch
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 from lorakeet.formats.safe import SafeFile
-from lorakeet.models.quantized import skeleton
+from lorakeet.models.quantized import Loaded, read_into, skeleton
 from lorakeet.models.quiet import quiet_transformers
-from lorakeet.models.stock import INDEX, SINGLE, Promise, tensor_files
+from lorakeet.models.stock import INDEX, SINGLE, tensor_files
 from lorakeet.models.whole import misfits_in, refused, require_whole
 
 AT_ONCE = 4  # tensors that transformers' loader reads and casts side by side, at most
@@ -26,28 +26,42 @@ AT_ONCE = 4  # tensors that transformers' loader reads and casts side by side, a
 def load_dense(source: Path, config: Any, dtype: torch.dtype) -> Any:
     """The frozen model of a folder in eval mode, with eager attention, on the CPU; DataError where its files are no whole."""
     files = tensor_files(source)
-    settings: dict[str, Any] = {
-        "dtype": dtype,
-        "attn_implementation": "eager",
-        "output_loading_info": True,
-        "ignore_mismatched_sizes": True,  # refused below, with names and shapes
-    }
     try:
-        with quiet_transformers():
-            if _is_read_here(source, files, dtype):
-                promises = {name: Promise(partial(file.read, name)) for name, file in files.items()}
-                empty = skeleton(config)
-                model, report = type(empty).from_pretrained(None, config=empty.config, state_dict=promises, **settings)
-                model.name_or_path = model.config.name_or_path = str(source)
-                if model.can_generate():
-                    model.generation_config = _generation(source)
-            else:
-                settings |= {"use_safetensors": True, "local_files_only": True}
-                model, report = AutoModelForCausalLM.from_pretrained(source, config=config, **settings)
+        if _is_read_here(source, files, dtype):
+            model, report = _read(source, files, config, dtype)
+        else:
+            model, report = _mapped(source, config, dtype)
     except (ValueError, RuntimeError, OSError, KeyError) as error:
         raise refused(source, config.model_type, files, error) from error
     require_whole(source, config.model_type, misfits=misfits_in(report), missing=report["missing_keys"])
     return model.requires_grad_(False).eval()
+
+
+def _mapped(source: Path, config: Any, dtype: torch.dtype) -> Loaded:
+    """The model as transformers loads it, with its report."""
+    with quiet_transformers():
+        found: Loaded = AutoModelForCausalLM.from_pretrained(
+            source,
+            config=config,
+            dtype=dtype,
+            attn_implementation="eager",
+            use_safetensors=True,
+            local_files_only=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # refused by `load_dense`, with names and shapes
+        )
+    return found
+
+
+def _read(source: Path, files: Mapping[str, SafeFile], config: Any, dtype: torch.dtype) -> Loaded:
+    """The same of tensors that are read one by one, with what transformers adds where it is told the folder."""
+    reads = {name: partial(file.read, name) for name, file in files.items()}
+    model, report = read_into(skeleton(config), reads, dtype, ignore_mismatched_sizes=True)
+    model.name_or_path = model.config.name_or_path = str(source)
+    if model.can_generate():
+        with quiet_transformers():
+            model.generation_config = _generation(source)
+    return model, report
 
 
 def _is_read_here(source: Path, files: Mapping[str, SafeFile], dtype: torch.dtype) -> bool:

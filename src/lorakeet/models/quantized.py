@@ -25,7 +25,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from lorakeet.errors import ConfigError, DataError, nearest
 from lorakeet.models import modules
 from lorakeet.models.quiet import quiet_transformers
-from lorakeet.models.stock import READERS, Promise, Stock, dense_stock, method_of, stored_quantisation, tensor_files
+from lorakeet.models.stock import READERS, Stock, dense_stock, method_of, stored_quantisation, tensor_files
 from lorakeet.models.whole import misfits_in, refused, require_whole
 from lorakeet.quant import on_disk
 from lorakeet.quant.adopt import quantised
@@ -34,6 +34,7 @@ from lorakeet.quant.packed import PackedBase, PackedLinear
 from lorakeet.quant.spec import QuantSpec
 
 _METHOD = "lorakeet_packed"  # under which transformers knows our way of loading
+Loaded = tuple[Any, dict[str, Any]]  # a model with transformers' report on what was missing, or of another shape
 
 
 def load_quantised(source: Path, config: Any, dtype: torch.dtype, spec: QuantSpec, say: Callable[[str], None]) -> Any:
@@ -122,6 +123,32 @@ def skeleton(config: Any) -> Any:
         return AutoModelForCausalLM.from_config(plain_config(config))
 
 
+def read_into(empty: Any, reads: Mapping[str, Callable[[], Any]], dtype: torch.dtype, **settings: Any) -> Loaded:
+    """The model that is a skeleton so far, with eager attention, from what `reads` give when it is asked for; dense tensors are
+    cast to `dtype`."""
+    with quiet_transformers():
+        found: Loaded = type(empty).from_pretrained(
+            None,
+            config=empty.config,  # of the text model, where the folder's holds others
+            state_dict={name: _Promise(read) for name, read in reads.items()},
+            dtype=dtype,
+            attn_implementation="eager",
+            output_loading_info=True,
+            **settings,
+        )
+    return found
+
+
+class _Promise:
+    """A tensor or a packed weight that is read when transformers asks for all of it."""
+
+    def __init__(self, read: Callable[[], Any]) -> None:
+        self._read = read
+
+    def __getitem__(self, index: Any) -> Any:
+        return self._read()
+
+
 def packable(model: nn.Module, *, head: bool) -> dict[str, nn.Module]:
     """The linear layers of a model that are packed, by path: no router, nothing tied, the head if asked.
 
@@ -186,19 +213,8 @@ def load_packed(stock: Stock, config: Any, dtype: torch.dtype, source: Path) -> 
             f"{strange[0]}."
         )
     loading = _PackedConfig({f"{path}.weight" for path in places.values()})
-    promises = {name: Promise(read) for name, read in (*stock.dense.items(), *stock.packed.items())}
-    try:
-        with quiet_transformers():
-            model, report = type(empty).from_pretrained(
-                None,
-                config=empty.config,
-                state_dict=promises,
-                quantization_config=loading,
-                dtype=dtype,
-                attn_implementation="eager",
-                output_loading_info=True,
-                ignore_mismatched_sizes=True,  # refused below, with names and shapes
-            )
+    try:  # misfits are refused below, with names and shapes
+        model, report = read_into(empty, stock.reads, dtype, quantization_config=loading, ignore_mismatched_sizes=True)
     except (ValueError, RuntimeError, OSError, KeyError) as error:
         raise refused(source, config.model_type, tensor_files(source), error) from error
     misfits = misfits_in(report) | loading.misfits

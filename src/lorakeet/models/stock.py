@@ -30,15 +30,10 @@ class Stock:
     dense: Mapping[str, Callable[[], Tensor]]
     packed: Mapping[str, Callable[[], PackedBase]]  # by the name that the dense weight would have, such as "….q_proj.weight"
 
-
-class Promise:
-    """A tensor or a packed weight that is read when transformers asks for all of it."""
-
-    def __init__(self, read: Callable[[], Any]) -> None:
-        self._read = read
-
-    def __getitem__(self, index: Any) -> Any:
-        return self._read()
+    @property
+    def reads(self) -> dict[str, Callable[[], Any]]:
+        """All of it."""
+        return {**self.dense, **self.packed}
 
 
 def stored_quantisation(config: Any) -> dict[str, Any] | None:

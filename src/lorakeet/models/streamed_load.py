@@ -28,9 +28,9 @@ from lorakeet.models import modules
 from lorakeet.models.families import Family, family_of
 from lorakeet.models.fingerprint import fingerprint
 from lorakeet.models.packing import packing_of
-from lorakeet.models.quantized import limits_of_packing, skeleton, stock_of
+from lorakeet.models.quantized import limits_of_packing, read_into, skeleton, stock_of
 from lorakeet.models.quiet import quiet_transformers
-from lorakeet.models.stock import Promise, Stock, stored_quantisation, tensor_files
+from lorakeet.models.stock import Stock, stored_quantisation, tensor_files
 from lorakeet.models.streamed import NotStreamed, Streamed, StreamedEmbedding, StreamedHead
 from lorakeet.models.whole import refused, require_whole
 from lorakeet.quant.adopt import empty_base
@@ -301,19 +301,8 @@ def _read_all(stock: Stock, config: Any, dtype: torch.dtype, collector: _Collect
         register_quantization_config(_METHOD)(_StoreConfig)
         register_quantizer(_METHOD)(_StoreQuantizer)
     empty = skeleton(config)
-    kind, plain = type(empty), empty.config
-    promises = {name: Promise(read) for name, read in (*stock.dense.items(), *stock.packed.items())}
     try:
-        with quiet_transformers():
-            _, report = kind.from_pretrained(
-                None,
-                config=plain,
-                state_dict=promises,
-                quantization_config=_StoreConfig(collector),
-                dtype=dtype,
-                attn_implementation="eager",
-                output_loading_info=True,
-            )
+        _, report = read_into(empty, stock.reads, dtype, quantization_config=_StoreConfig(collector))
     except (ValueError, RuntimeError, KeyError) as error:
         if collector.refused is not None:
             raise collector.refused from error
