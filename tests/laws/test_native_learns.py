@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lorakeet.core.native import coded, ops, trained_pairs
+from lorakeet.core.native import coded, dense, ops, trained_pairs
 from lorakeet.core.selection import Share
 from lorakeet.data.pack import Batch
 from lorakeet.models.adapt import put_adapter
@@ -129,6 +129,8 @@ def test_native_and_torch_learn_the_same(family: str, method: str, prefix: int, 
     assert native[ops.ROW_ATTENTION] == native[ops.ROW_ATTENTION_BACKWARD] == LAYERS
     assert native[ops.GATED] == native[ops.GATED_BACKWARD] == LAYERS and native[ops.NORM] > 2 * LAYERS
     assert native[ops.TURN] == 4 * LAYERS * FAMILIES[family]
+    products = native[dense.DENSE_PRODUCT] + native[dense.DENSE_PRODUCT_ADD]
+    assert products == (0 if dense.library.has(dense.AMX) else 14 * LAYERS - 3)  # none for the gradient of the embeddings
     mine, theirs, truth = found
     assert len(truth) == 7 * 2 * LAYERS + 1
     for name, expected in truth.items():

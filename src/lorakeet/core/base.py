@@ -7,13 +7,15 @@ kernels read them (`in_tiles`, see core/kernels).
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import NamedTuple, Protocol, cast, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
 from lorakeet.core.in_tiles import InTiles, Kernels
+from lorakeet.core.native import dense
 
 
 class FrozenBase(Protocol):
@@ -68,18 +70,46 @@ def matmul_each(bases: Sequence[FrozenBase], x: Tensor) -> list[Tensor]:
     coded: Coded | None = None
     found = []
     for base in bases:
-        if isinstance(base, CodingBase) and base.takes_codes(x):
-            coded = coded or base.code(x)
-            found.append(base.matmul_codes(coded))
+        if _can_code(type(base)) and (coding := cast(CodingBase, base)).takes_codes(x):
+            coded = coded or coding.code(x)
+            found.append(coding.matmul_codes(coded))
         else:
             found.append(base.matmul(x))
     return found
+
+
+@functools.cache  # a protocol takes longer to look at than a small product
+def _can_code(kind: type) -> bool:
+    return issubclass(kind, CodingBase)
+
+
+def sum_of_matmul_t(bases: Sequence[FrozenBase], grads: Sequence[Tensor]) -> Tensor:
+    """Σ g·W (tokens, in) of bases that have seen the same x, from the gradient (tokens, out) of what each has answered."""
+    found: Tensor | None = None
+    for base, grad in zip(bases, grads, strict=True):
+        if found is None:
+            found = base.matmul_t(grad)
+        elif isinstance(base, DenseBase):
+            base.add_matmul_t(found, grad)
+        else:
+            found.add_(base.matmul_t(grad))
+    assert found is not None
+    return found
+
+
+def product(x: Tensor, weight: Tensor, *, across: bool = False) -> Tensor:
+    """x·Wᵀ, or, `across`, x·W, of x (tokens, ·) and a frozen W (out, in), which is cast to the dtype of x."""
+    weight = weight.to(x.dtype)
+    if dense.serves(x, weight):
+        return cast(Tensor, dense.DENSE_PRODUCT(x, weight, across))
+    return torch.mm(x, weight if across else weight.t())
 
 
 class DenseBase:
     """The weight (out, in) of an nn.Linear, read from the module at each call, so that moves and casts are seen."""
 
     kernels: Kernels | None = None  # where products with a pair may run fused (core/kernels)
+    turned = False  # whether the module keeps it as (in, out)
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
@@ -95,20 +125,28 @@ class DenseBase:
         return self.weight.shape[0], self.weight.shape[1]
 
     def matmul(self, x: Tensor) -> Tensor:
-        return torch.mm(x, self.weight.to(x.dtype).t())
+        return product(x, self.weight, across=self.turned)
 
     def matmul_t(self, grad: Tensor) -> Tensor:
-        return torch.mm(grad, self.weight.to(grad.dtype))
+        return product(grad, self.weight, across=not self.turned)
+
+    def add_matmul_t(self, to: Tensor, grad: Tensor) -> None:
+        """Adds grad·W to `to` (tokens, in), in place."""
+        weight = self.weight.to(grad.dtype)
+        if dense.serves(grad, weight) and to.dtype == grad.dtype and to.is_contiguous():
+            dense.DENSE_PRODUCT_ADD(to, grad, weight, not self.turned)
+        else:
+            to.add_(self.matmul_t(grad))
 
     def dense(self) -> Tensor:
         return self.weight.detach()
 
     def in_tiles(self) -> InTiles | None:
         """W as Triton kernels read it; None where its rows or columns do not lie in one piece each."""
-        from lorakeet.core.triton_tiles import dense
+        from lorakeet.core.triton_tiles import dense as tiled
 
         held = self.dense()
-        return dense(held) if 1 in held.stride() else None
+        return tiled(held) if 1 in held.stride() else None
 
     def store(self, weight: Tensor) -> None:
         with torch.no_grad():
@@ -118,15 +156,11 @@ class DenseBase:
 class TransposedBase(DenseBase):
     """GPT-2's Conv1D keeps its weight as (in, out); this answers as (out, in)."""
 
+    turned = True
+
     @property
     def shape(self) -> tuple[int, int]:
         return self.weight.shape[1], self.weight.shape[0]
-
-    def matmul(self, x: Tensor) -> Tensor:
-        return torch.mm(x, self.weight.to(x.dtype))
-
-    def matmul_t(self, grad: Tensor) -> Tensor:
-        return torch.mm(grad, self.weight.to(grad.dtype).t())
 
     def dense(self) -> Tensor:
         return self.weight.detach().t()
@@ -148,10 +182,10 @@ class SliceBase:
         return self.stacked.shape[1], self.stacked.shape[2]
 
     def matmul(self, x: Tensor) -> Tensor:
-        return torch.mm(x, self.stacked[self.index].to(x.dtype).t())
+        return product(x, self.stacked[self.index])
 
     def matmul_t(self, grad: Tensor) -> Tensor:
-        return torch.mm(grad, self.stacked[self.index].to(grad.dtype))
+        return product(grad, self.stacked[self.index], across=True)
 
     def dense(self) -> Tensor:
         return self.stacked[self.index].detach()

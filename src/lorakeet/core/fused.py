@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from lorakeet.core.base import FrozenBase, matmul_each
+from lorakeet.core.base import FrozenBase, matmul_each, sum_of_matmul_t
 from lorakeet.core.layers import LoraLinear, StandIn, base_of
 from lorakeet.core.lowrank import LoraPair
 from lorakeet.core.native import ops
@@ -144,7 +144,7 @@ class GatedMlpFunction(torch.autograd.Function):
         down = by_turns(grads_a, grads_b)
         del gate, up, grad_inner
         wide = made_again(x).to(p.products) if x else grad_gate  # which only the gradients of pairs need
-        grad_x = p.gate.matmul_t(grad_gate).add_(p.up.matmul_t(grad_up)) if ctx.needs_input_grad[0] else None
+        grad_x = sum_of_matmul_t((p.gate, p.up), (grad_gate, grad_up)) if ctx.needs_input_grad[0] else None
         through, grads_b = p.into.backward(grad_x, [grad_gate, grad_up], shrunk, of_into)
         del grad_gate, grad_up
         into = by_turns(p.into.of_a(through, wide, of_into), grads_b)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from lorakeet.core.base import DenseBase, FrozenBase, matmul_each
+from lorakeet.core.base import DenseBase, FrozenBase, matmul_each, sum_of_matmul_t
 from lorakeet.core.device import is_cpu
 from lorakeet.core.fused import Normed, kept_of, made_again, placed, spread
 from lorakeet.core.layers import LoraLinear, StandIn
@@ -82,11 +82,7 @@ class RotaryAttentionFunction(torch.autograd.Function):
         query, key, value = (states[0].transpose(0, 1).to(products) for states in found)  # (tokens, heads, head)
         back = turned(query, *turn, back=True), turned(key, *turn, back=True), value
         grads = [states.reshape(len(x), -1) for states in back]
-        grad_x = None
-        if ctx.needs_input_grad[0]:
-            grad_x = inputs.bases[0].matmul_t(grads[0])
-            for base, of_base in zip(inputs.bases[1:], grads[1:], strict=True):
-                grad_x.add_(base.matmul_t(of_base))
+        grad_x = sum_of_matmul_t(inputs.bases, grads) if ctx.needs_input_grad[0] else None
         through, of_b = inputs.pairs.backward(grad_x, grads, shrunk, factors)
         of_a = inputs.pairs.of_a(through, x.to(products), factors)
         return None if grad_x is None else grad_x.to(x.dtype), None, None, None, None, *by_turns(of_a, of_b)

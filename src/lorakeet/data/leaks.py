@@ -7,6 +7,7 @@ candidate's similarity is then computed exactly, so a reported pair is never a f
 
 from __future__ import annotations
 
+import functools
 import re
 import unicodedata
 from collections.abc import Iterator, Sequence
@@ -21,6 +22,7 @@ SHINGLE = 3
 PERMUTATIONS = 128
 RECALL = 0.999  # chance that LSH proposes a pair of exactly the threshold's similarity
 _SHOWN = 5
+_HELD = 512  # texts whose shingles are kept while others are compared with them
 _WORD = re.compile(r"\w+")
 
 
@@ -191,16 +193,22 @@ def _exact_pairs(members: Sequence[tuple[str, Row]]) -> Iterator[LeakPair]:
 def _near_pairs(documents: Sequence[_Document], threshold: float) -> Iterator[LeakPair]:
     from datasketch import MinHash, MinHashLSH
 
-    sets = [shingles(document.words) for document in documents]
+    @functools.lru_cache(maxsize=_HELD)  # all of them would take several times the memory of the texts
+    def shingles_of(number: int) -> frozenset[str]:
+        return shingles(documents[number].words)
+
     index = MinHashLSH(num_perm=PERMUTATIONS, params=lsh_bands(threshold))
-    encoded = ([shingle.encode("utf-8", "surrogatepass") for shingle in one] for one in sets)
+    sizes: list[int] = []
+    encoded = ([shingle.encode("utf-8", "surrogatepass") for shingle in shingles_of(number)] for number in range(len(documents)))
     for number, signature in enumerate(MinHash.generator(encoded, num_perm=PERMUTATIONS, seed=1)):
+        own = shingles_of(number)
+        sizes.append(len(own))
         found: set[tuple[str, str]] = set()
         for other in sorted(index.query(signature)):
-            small, large = sorted((len(sets[number]), len(sets[other])))
+            small, large = sorted((sizes[number], sizes[other]))
             if small / large < threshold:  # the similarity cannot exceed small / large
                 continue
-            similarity = jaccard(sets[number], sets[other])
+            similarity = jaccard(own, shingles_of(other))
             if similarity >= threshold:
                 yield from _first_twins(documents[number], documents[other], similarity, found)
         index.insert(number, signature)

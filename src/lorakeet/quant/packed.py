@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lorakeet.core.base import product as dense_product
 from lorakeet.core.device import is_cpu
 from lorakeet.core.in_tiles import InTiles, Kernels
 from lorakeet.core.kernels import product
@@ -88,7 +89,7 @@ class PackedBase(nn.Module):
             return fused
         first, *others = self._parts(x.dtype)
         if not others:
-            return torch.mm(x, self._rows(first, x.dtype).t())
+            return dense_product(x, self._rows(first, x.dtype))
         y = x.new_empty(len(x), self.shape[0])
         for part in (first, *others):
             torch.mm(x, self._rows(part, x.dtype).t(), out=y[:, part])
@@ -101,7 +102,7 @@ class PackedBase(nn.Module):
             return fused
         first, *others = self._parts(grad.dtype)
         if not others:
-            return torch.mm(grad, self._rows(first, grad.dtype))
+            return dense_product(grad, self._rows(first, grad.dtype), across=True)
         found = torch.mm(grad[:, first], self._rows(first, grad.dtype))
         for part in others:
             found.addmm_(grad[:, part], self._rows(part, grad.dtype))

@@ -24,7 +24,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from lorakeet.errors import DataError, EnvironmentProblem, RunStopped
-from lorakeet.memory.allocator import keep_freed_memory
+from lorakeet.memory.allocator import give_back_free_memory, keep_freed_memory
 from lorakeet.memory.card import card_of, card_peak
 from lorakeet.memory.measure import PeakMemory
 from lorakeet.train import checkpoint, durable, gradients, rng, schedule
@@ -63,6 +63,7 @@ def train(
     other settings.
     """
     training = Training(task, spec, run=run, report=report or Silent())
+    give_back_free_memory()  # what reading rows and weights has left
     if budget is None:
         keep_freed_memory()
     else:

@@ -26,7 +26,8 @@ from lorakeet.core.cache import cache_folder
 
 HERE = Path(__file__).parent
 HEADERS = ("lanes.h", "passes.h", "pairs.h", "linear.h", "cached.h")
-SOURCES = ("attention.c", "passes.c", "pairs.c", "linear.c", "cached.c", "block.c", "coded.c", "trained_pairs.c")
+SOURCES = ("attention.c", "passes.c", "pairs.c", "linear.c", "cached.c", "block.c", "coded.c", "dense.c",
+           "trained_pairs.c")
 INSTRUCTIONS = ("-march=x86-64-v4", "-mavx512bf16", "-mavx512vnni")
 FLAGS = ("-O3", *INSTRUCTIONS, "-ffp-contract=fast", "-fno-strict-aliasing", "-fopenmp", "-fPIC")
 WANTED = frozenset({"avx512_bf16", "avx512_vnni", "avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"})  # in /proc/cpuinfo
@@ -56,6 +57,11 @@ def library() -> ctypes.CDLL | None:
 def fits() -> bool:
     """Whether the library is for this machine, were there a compiler."""
     return not _lacks()
+
+
+def has(feature: str) -> bool:
+    """Whether the processor has a feature, in the words of /proc/cpuinfo."""
+    return feature in _processor()
 
 
 @functools.cache
@@ -127,6 +133,7 @@ def _opened(path: Path) -> ctypes.CDLL:
     found = ctypes.CDLL(str(path))
     found.attention_scratch.restype = ctypes.c_int64
     found.coded_scratch.restype = ctypes.c_int64
+    found.dense_scratch.restype = ctypes.c_int64
     found.block_scratch.restype = ctypes.c_int64
     return found
 

@@ -1,0 +1,147 @@
+/* Products of bf16 rows with a frozen weight in bf16 (out, in): x·Wᵀ, and, `across`, g·W, with sums in fp32 that are rounded once.
+
+   The weight stays as it is. For a group of PANELs of the result, as many as fit in ROOM, its numbers are laid out as the product
+   takes them, two of each column side by side; that is read again for every ROWS tokens, from the processor's second cache. Longer
+   sums than DEPTH are added up in parts, so that a part of a panel and of the tokens stays there too. Every row of the result is
+   added up in the same order, whatever stands beside it. */
+
+#include "lanes.h"
+
+#include <omp.h>
+
+#define WIDE 3               /* registers of sums beside each other */
+#define PANEL (WIDE * LANES) /* columns of the result at once */
+#define ROWS 8               /* tokens at once: with WIDE, 24 of the 32 registers */
+#define TOKENS 192           /* of a piece of work, which is also PANEL columns wide */
+#define DEPTH 2048           /* terms of a part of a sum */
+#define ROOM (2 << 20)       /* bytes of panels laid out at once, but at least one panel for each thread */
+#define AHEAD 128            /* numbers of a row that are fetched before they are laid out */
+#define ROWS_AHEAD 16
+
+/* Rows of the weight (out, in) from `first` on, as columns of x·Wᵀ: panel[in / 2][WIDE][16 rows][2]; rows that are not there, 0. */
+static void lay_rows(const bf16 *weight, int64_t first, int64_t out, int64_t in, __m512i *panel) {
+    for (int64_t w = 0; w < WIDE; w++)
+        for (int64_t c = 0; c < in; c += 2 * LANES) {
+            int64_t pairs = in - c < 2 * LANES ? (in - c) / 2 : LANES;
+            __m512i rows[LANES];
+            for (int64_t l = 0; l < LANES; l++) {
+                int64_t row = first + w * LANES + l;
+                rows[l] = row < out ? _mm512_maskz_loadu_epi32((__mmask16)((1u << pairs) - 1), weight + row * in + c)
+                                    : _mm512_setzero_si512();
+                if (row < out && c + AHEAD < in) _mm_prefetch((const char *)(weight + row * in + c + AHEAD), _MM_HINT_T0);
+            }
+            transposed(rows);
+            for (int64_t k = 0; k < pairs; k++) panel[(c / 2 + k) * WIDE + w] = rows[k];
+        }
+}
+
+/* Columns of the weight (out, in) from `first` on, as columns of g·W: panel[out / 2][WIDE][16 columns][2 rows]. */
+static void lay_columns(const bf16 *weight, int64_t first, int64_t out, int64_t in, __m512i *panel) {
+    const __m512i by_turns = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21, 5, 20,
+                                              4, 19, 3, 18, 2, 17, 1, 16, 0);
+    for (int64_t k = 0; k < out; k += 2)
+        for (int64_t w = 0; w < WIDE; w++, panel++) {
+            int64_t column = first + w * LANES;
+            if (column >= in) {
+                *panel = _mm512_setzero_si512();
+                continue;
+            }
+            const bf16 *at = weight + k * in + column;
+            if (k + ROWS_AHEAD < out) {
+                _mm_prefetch((const char *)(at + ROWS_AHEAD * in), _MM_HINT_T0);
+                _mm_prefetch((const char *)(at + (ROWS_AHEAD + 1) * in), _MM_HINT_T0);
+            }
+            __m512i one = _mm512_castsi256_si512(_mm256_loadu_si256((const __m256i *)at));
+            __m512i two = _mm512_inserti64x4(one, _mm256_loadu_si256((const __m256i *)(at + in)), 1);
+            *panel = _mm512_permutexvar_epi16(by_turns, two);
+        }
+}
+
+/* What the product of some tokens with a part of a panel has to be told. */
+typedef struct {
+    int64_t stride, depth; /* of x: numbers from row to row, and how many of them the part multiplies */
+    const __m512i *panel;
+    int64_t width, columns; /* of y: from row to row, and those that the panel has */
+    int first, last, add;   /* whether the part begins and ends the sums, and whether these are added to what y holds */
+} Part;
+
+/* `sums` (tokens, PANEL) are what earlier parts of the panel gave, and then what they give with this one. */
+static inline __attribute__((always_inline)) void multiply(const Part *p, const bf16 *x, bf16 *y, float *sums, const int rows) {
+    __m512 held[ROWS][WIDE];
+    const __m512i *panel = p->panel;
+#pragma GCC unroll 8
+    for (int r = 0; r < rows; r++)
+#pragma GCC unroll 3
+        for (int w = 0; w < WIDE; w++) held[r][w] = p->first ? _mm512_setzero_ps() : _mm512_loadu_ps(sums + r * PANEL + w * LANES);
+    for (int64_t k = 0; k < p->depth; k += 2, panel += WIDE) {
+        __m512bh laid[WIDE];
+#pragma GCC unroll 3
+        for (int w = 0; w < WIDE; w++) laid[w] = (__m512bh)panel[w];
+#pragma GCC unroll 8
+        for (int r = 0; r < rows; r++) {
+            __m512bh two = two_of(x + r * p->stride + k);
+#pragma GCC unroll 3
+            for (int w = 0; w < WIDE; w++) held[r][w] = _mm512_dpbf16_ps(held[r][w], two, laid[w]);
+        }
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < rows; r++)
+#pragma GCC unroll 3
+        for (int w = 0; w < WIDE; w++) {
+            bf16 *to = y + r * p->width + w * LANES;
+            if (!p->last) _mm512_storeu_ps(sums + r * PANEL + w * LANES, held[r][w]);
+            else if (w * LANES < p->columns) put(to, p->add ? _mm512_add_ps(wide(to), held[r][w]) : held[r][w]);
+        }
+}
+
+/* How many panels are laid out at once. */
+static int64_t group_of(int64_t depth, int64_t width, int threads) {
+    int64_t panels = (width + PANEL - 1) / PANEL, fit = ROOM / (2 * depth * PANEL);
+    if (fit < threads) fit = threads;
+    return fit < panels ? fit : panels;
+}
+
+int64_t dense_scratch(int64_t depth, int64_t width, int threads) {
+    return 2 * group_of(depth, width, threads) * depth * PANEL + (depth > DEPTH ? threads * TOKENS * PANEL * (int64_t)sizeof(float) : 0);
+}
+
+/* y (tokens, width) = x (tokens, depth)·Wᵀ, or, `across`, x·W, or that added to y. Depth and width are multiples of 16; `scratch`
+   has dense_scratch bytes. */
+void dense_product(const bf16 *x, const bf16 *weight, bf16 *y, uint8_t *scratch, int64_t tokens, int64_t depth, int64_t width,
+                   int across, int add, int threads) {
+    int64_t panels = (width + PANEL - 1) / PANEL, parts = (tokens + TOKENS - 1) / TOKENS, group = group_of(depth, width, threads);
+    int64_t size = depth / 2 * WIDE;
+    __m512i *laid = (__m512i *)scratch;
+#pragma omp parallel num_threads(threads)
+    for (int64_t begin = 0; begin < panels; begin += group) {
+        int64_t stop = begin + group < panels ? begin + group : panels;
+        float *sums = (float *)(laid + group * size) + (depth > DEPTH ? omp_get_thread_num() * TOKENS * PANEL : 0);
+#pragma omp for schedule(static)
+        for (int64_t n = begin; n < stop; n++)
+            if (across) lay_columns(weight, n * PANEL, depth, width, laid + (n - begin) * size);
+            else lay_rows(weight, n * PANEL, width, depth, laid + (n - begin) * size);
+#pragma omp for collapse(2) schedule(dynamic)
+        for (int64_t part = 0; part < parts; part++)
+            for (int64_t n = begin; n < stop; n++)
+                for (int64_t k = 0; k < depth; k += DEPTH) {
+                    int64_t token = part * TOKENS, end = token + TOKENS < tokens ? token + TOKENS : tokens;
+                    int64_t terms = k + DEPTH < depth ? DEPTH : depth - k;
+                    Part p = {depth, terms, laid + (n - begin) * size + k / 2 * WIDE, width, width - n * PANEL,
+                              k == 0, k + terms == depth, add};
+                    const bf16 *from = x + token * depth + k;
+                    bf16 *to = y + token * width + n * PANEL;
+                    float *at = sums;
+                    for (; token + ROWS <= end; token += ROWS, from += ROWS * depth, to += ROWS * width, at += ROWS * PANEL)
+                        multiply(&p, from, to, at, ROWS);
+                    switch (end - token) {
+                    case 7: multiply(&p, from, to, at, 7); break;
+                    case 6: multiply(&p, from, to, at, 6); break;
+                    case 5: multiply(&p, from, to, at, 5); break;
+                    case 4: multiply(&p, from, to, at, 4); break;
+                    case 3: multiply(&p, from, to, at, 3); break;
+                    case 2: multiply(&p, from, to, at, 2); break;
+                    case 1: multiply(&p, from, to, at, 1); break;
+                    }
+                }
+    }
+}
