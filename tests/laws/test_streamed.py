@@ -41,11 +41,12 @@ def test_every_base_and_variant_and_dtype(method: str, dtype: str, variant: str,
     both(folder, tmp_path, steps=steps, base={"method": method, "dtype": dtype}, lora={"variant": variant}, **streaming)
 
 
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
 @pytest.mark.parametrize("targets", [("q_proj", "v_proj"), ("down_proj",)])
-def test_blocks_whose_mlp_carries_no_pairs(targets: tuple[str, ...], tmp_path: Path) -> None:
-    """In bf16 and of widths that the native gate takes: a streamed forward pass has no gradients, and goes the same way."""
+def test_blocks_whose_mlp_carries_no_pairs(targets: tuple[str, ...], family: str, tmp_path: Path) -> None:
+    """In bf16 and of widths that the native code takes: a streamed forward pass has no gradients, and goes the same way."""
     shape = {"hidden_size": 128, "intermediate_size": 96, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 64}
-    folder = save_tiny_llama(tmp_path / "model", num_hidden_layers=3, **shape)
+    folder = save_tiny_llama(tmp_path / "model", family=family, num_hidden_layers=3, **shape)
     both(folder, tmp_path, steps=5, base={"dtype": "bfloat16"}, lora={"target_modules": targets}, together=2)
 
 

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from lorakeet.errors import ConfigError, DataError, EnvironmentProblem, LorakeetError
 from lorakeet.models import families, load
 from lorakeet.models.load import load_text_model, load_tokenizer
+from lorakeet.models.sample import end_ids
 from lorakeet.models.spec import ModelSpec
 from lorakeet.quant.spec import QuantSpec
 from tiny.models import FAMILIES, save_tiny_llama, tiny_tokenizer
@@ -29,6 +30,16 @@ def spec(path: Path, **settings: Any) -> ModelSpec:
 @pytest.fixture
 def folder(tiny_llama_folder: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(tiny_llama_folder, tmp_path / "model"))
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+@pytest.mark.parametrize("method", ["none", "nf4"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_folder_s_end_ids_end_a_text_however_it_is_loaded(folder: Path, dtype: str, method: str, streamed: bool) -> None:
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, 7]}), encoding="utf-8")
+    store = folder.with_name("store") if streamed else None
+    asked = spec(folder, dtype=dtype, quantize=QuantSpec(method=method))  # type: ignore[arg-type]
+    assert end_ids(load_text_model(asked, store=store)) == {2, 7}
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -84,7 +84,10 @@ def _can_code(kind: type) -> bool:
 
 
 def sum_of_matmul_t(bases: Sequence[FrozenBase], grads: Sequence[Tensor]) -> Tensor:
-    """Σ g·W (tokens, in) of bases that have seen the same x, from the gradient (tokens, out) of what each has answered."""
+    """Σ g·W (tokens, in) of bases that have seen the same x, from the gradient (tokens, out) of what each has answered.
+
+    What a dense base adds is rounded with the sum; other bases round it by itself before.
+    """
     found: Tensor | None = None
     for base, grad in zip(bases, grads, strict=True):
         if found is None:
@@ -97,7 +100,7 @@ def sum_of_matmul_t(bases: Sequence[FrozenBase], grads: Sequence[Tensor]) -> Ten
     return found
 
 
-def product(x: Tensor, weight: Tensor, *, across: bool = False) -> Tensor:
+def frozen_product(x: Tensor, weight: Tensor, *, across: bool = False) -> Tensor:
     """x·Wᵀ, or, `across`, x·W, of x (tokens, ·) and a frozen W (out, in), which is cast to the dtype of x."""
     weight = weight.to(x.dtype)
     if dense.serves(x, weight):
@@ -125,16 +128,17 @@ class DenseBase:
         return self.weight.shape[0], self.weight.shape[1]
 
     def matmul(self, x: Tensor) -> Tensor:
-        return product(x, self.weight, across=self.turned)
+        return frozen_product(x, self.weight, across=self.turned)
 
     def matmul_t(self, grad: Tensor) -> Tensor:
-        return product(grad, self.weight, across=not self.turned)
+        return frozen_product(grad, self.weight, across=not self.turned)
 
     def add_matmul_t(self, to: Tensor, grad: Tensor) -> None:
         """Adds grad·W to `to` (tokens, in), in place."""
         weight = self.weight.to(grad.dtype)
         if dense.serves(grad, weight) and to.dtype == grad.dtype and to.is_contiguous():
             dense.DENSE_PRODUCT_ADD(to, grad, weight, not self.turned)
+            torch.autograd.graph.increment_version(to)
         else:
             to.add_(self.matmul_t(grad))
 
@@ -182,10 +186,10 @@ class SliceBase:
         return self.stacked.shape[1], self.stacked.shape[2]
 
     def matmul(self, x: Tensor) -> Tensor:
-        return product(x, self.stacked[self.index])
+        return frozen_product(x, self.stacked[self.index])
 
     def matmul_t(self, grad: Tensor) -> Tensor:
-        return product(grad, self.stacked[self.index], across=True)
+        return frozen_product(grad, self.stacked[self.index], across=True)
 
     def dense(self) -> Tensor:
         return self.stacked[self.index].detach()

@@ -210,7 +210,7 @@ class GatedMlp(StandIn):
         if divided and not (torch.is_grad_enabled() or self.training):  # the layers by themselves stack short shares
             return cast(Tensor, self.original(x))
         uses = _shared_uses(layers, len(flat))
-        bases = [cast(LoraLinear, layer).base for layer in layers] if uses else _frozen_bases(layers, flat, self.activation)
+        bases = [cast(LoraLinear, layer).base for layer in layers] if uses else _frozen_bases(layers, flat)
         if not bases:
             return cast(Tensor, self.original(x))
         gate, up, down = bases
@@ -235,14 +235,13 @@ def spread(found: Tensor, places: Tensor, shape: torch.Size) -> Tensor:
     return found.new_zeros(shape).flatten(0, -2).index_copy(0, places, found).view(shape)
 
 
-def _frozen_bases(layers: Sequence[nn.Module], x: Tensor, activation: Activation) -> list[FrozenBase]:
+def _frozen_bases(layers: Sequence[nn.Module], x: Tensor) -> list[FrozenBase]:
     """The weights of layers that only hand gradients on, each dense or packed; empty where there is nothing to save by that.
 
     The layers' own code keeps what the activation gives beside what it was given. It also rounds that, where the native gate does
-    not: with the gate there is one way, with gradients and without, since a streamed block goes both.
+    not, and multiplies by oneDNN: where C serves there is one way, with gradients and without, since a streamed block goes both.
     """
-    native = activation.native and ops.serves(x.dtype, x)
-    if not (native or (torch.is_grad_enabled() and x.requires_grad)):
+    if not (ops.serves(x.dtype, x) or (torch.is_grad_enabled() and x.requires_grad)):
         return []
     if any(getattr(layer, "bias", None) is not None for layer in layers):
         return []

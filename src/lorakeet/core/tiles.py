@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lorakeet.core.base import product
+from lorakeet.core.base import frozen_product
 
 TILE = 8192  # rows: of a Llama-2 7B's head 67 MB in bf16
 PART = 1 << 22  # numbers of two tensors that are compared at once
@@ -71,7 +71,7 @@ class _TiledProduct(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Rows) -> Tensor:
         ctx.weight = weight
-        return torch.cat([product(x, weight[part]) for part in tiles(weight.shape[0])], dim=-1)
+        return torch.cat([frozen_product(x, weight[part]) for part in tiles(weight.shape[0])], dim=-1)
 
     @staticmethod
     @once_differentiable
@@ -89,5 +89,5 @@ def back_product(grad: Tensor, weight: Rows, products: torch.dtype) -> Tensor:
     exact = torch.promote_types(products, torch.float32)
     total = torch.zeros((grad.shape[0], weight.shape[1]), dtype=exact, device=grad.device)
     for part in tiles(weight.shape[0]):
-        total += product(grad[:, part].to(products), weight[part], across=True)
+        total += frozen_product(grad[:, part].to(products).contiguous(), weight[part], across=True)
     return total

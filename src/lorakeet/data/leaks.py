@@ -22,7 +22,7 @@ SHINGLE = 3
 PERMUTATIONS = 128
 RECALL = 0.999  # chance that LSH proposes a pair of exactly the threshold's similarity
 _SHOWN = 5
-_HELD = 512  # texts whose shingles are kept while others are compared with them
+_HELD = 4096  # texts whose shingles are kept while others are compared with them
 _WORD = re.compile(r"\w+")
 
 
@@ -193,15 +193,15 @@ def _exact_pairs(members: Sequence[tuple[str, Row]]) -> Iterator[LeakPair]:
 def _near_pairs(documents: Sequence[_Document], threshold: float) -> Iterator[LeakPair]:
     from datasketch import MinHash, MinHashLSH
 
-    @functools.lru_cache(maxsize=_HELD)  # all of them would take several times the memory of the texts
+    @functools.lru_cache(maxsize=_HELD)  # those of all texts would take several times the memory of these
     def shingles_of(number: int) -> frozenset[str]:
         return shingles(documents[number].words)
 
-    index = MinHashLSH(num_perm=PERMUTATIONS, params=lsh_bands(threshold))
+    index, blank = MinHashLSH(num_perm=PERMUTATIONS, params=lsh_bands(threshold)), MinHash(num_perm=PERMUTATIONS, seed=1)
     sizes: list[int] = []
-    encoded = ([shingle.encode("utf-8", "surrogatepass") for shingle in shingles_of(number)] for number in range(len(documents)))
-    for number, signature in enumerate(MinHash.generator(encoded, num_perm=PERMUTATIONS, seed=1)):
-        own = shingles_of(number)
+    for number, document in enumerate(documents):
+        own, signature = shingles(document.words), blank.copy()
+        signature.update_batch([shingle.encode("utf-8", "surrogatepass") for shingle in own])
         sizes.append(len(own))
         found: set[tuple[str, str]] = set()
         for other in sorted(index.query(signature)):
@@ -210,7 +210,7 @@ def _near_pairs(documents: Sequence[_Document], threshold: float) -> Iterator[Le
                 continue
             similarity = jaccard(own, shingles_of(other))
             if similarity >= threshold:
-                yield from _first_twins(documents[number], documents[other], similarity, found)
+                yield from _first_twins(document, documents[other], similarity, found)
         index.insert(number, signature)
 
 

@@ -51,7 +51,8 @@ def keep_freed_memory() -> bool:
 def give_back_free_memory() -> bool:
     """Has what the heap keeps of freed tensors go back to the system now; whether the C library can (glibc).
 
-    Between training and judging: what the heap grew to in a step is not held beside the models that judging compares.
+    Before training, what reading rows and weights has left does not lie between the tensors of the steps. Between training and
+    judging, what the heap grew to in a step is not held beside the models that judging compares.
     """
     if platform.libc_ver()[0] != "glibc":
         return False

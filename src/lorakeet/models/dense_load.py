@@ -58,9 +58,7 @@ def _read(source: Path, files: Mapping[str, SafeFile], config: Any, dtype: torch
     reads = {name: partial(file.read, name) for name, file in files.items()}
     model, report = read_into(skeleton(config), reads, dtype, ignore_mismatched_sizes=True)
     model.name_or_path = model.config.name_or_path = str(source)
-    if model.can_generate():
-        with quiet_transformers():
-            model.generation_config = _generation(source)
+    take_generation_settings(model, source)
     return model, report
 
 
@@ -74,6 +72,13 @@ def _is_read_here(source: Path, files: Mapping[str, SafeFile], dtype: torch.dtyp
     stored = [file.tensors[name] for name, file in files.items()]
     floats = [(tensor.end - tensor.begin, tensor.dtype != dtype) for tensor in stored if tensor.dtype.is_floating_point]
     return 2 * sum(size for size, changes in floats if changes) > sum(size for size, _ in floats)
+
+
+def take_generation_settings(model: Any, source: Path) -> None:
+    """Gives a model that was put together tensor by tensor the settings of its folder, such as the ids that end a text."""
+    if model.can_generate():
+        with quiet_transformers():
+            model.generation_config = _generation(source)
 
 
 def _generation(source: Path) -> GenerationConfig:

@@ -17,7 +17,7 @@ from lorakeet.core.native import library as native
 from lorakeet.data.pack import Batch
 from lorakeet.errors import ConfigError, DataError, EnvironmentProblem
 from lorakeet.models.attention import VARLEN, register
-from lorakeet.models.dense_load import load_dense
+from lorakeet.models.dense_load import load_dense, take_generation_settings
 from lorakeet.models.families import family_of
 from lorakeet.models.kernels import check_kernels, check_loss, kernels_for, use_kernels
 from lorakeet.models.modules import block_prefix
@@ -70,6 +70,7 @@ def load_text_model(
             source, config, dtype, quantize=spec.quantize, folder=store, residence=Residence(slots, device, pinned),
             changes=changes, say=tell,
         )
+        take_generation_settings(model, source)
     if spec.quantize.int8_products and not multiply_in_int8(model):
         raise ConfigError(
             f"model.quantize.int8_products is true, but no weight of {spec.path} is kept in int8. Set model.quantize.method to "
@@ -116,7 +117,9 @@ def _model(source: Path, dtype: torch.dtype, quantize: QuantSpec, say: Callable[
     """The frozen model in eval mode, with eager attention, on the CPU; the weights' pages stay those of the files if they can."""
     config = read_config(source)
     if quantize.method != "none" or stored_quantisation(config):
-        return load_quantised(source, config, dtype, quantize, say)
+        model = load_quantised(source, config, dtype, quantize, say)
+        take_generation_settings(model, source)
+        return model
     return load_dense(source, config, dtype)
 
 

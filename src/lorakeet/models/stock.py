@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from lorakeet.errors import ConfigError, DataError, Problems
@@ -42,6 +43,11 @@ def stored_quantisation(config: Any) -> dict[str, Any] | None:
     if not found:
         return None
     return dict(found) if isinstance(found, Mapping) else dict(found.to_dict())
+
+
+def stored_dtype(config: Any) -> torch.dtype:
+    """What a model's config.json says that its weights are stored in; fp32 where it says nothing."""
+    return getattr(config, "dtype", None) or torch.float32
 
 
 def method_of(stored: Mapping[str, Any]) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lorakeet.core.base import product as dense_product
+from lorakeet.core.base import frozen_product
 from lorakeet.core.device import is_cpu
 from lorakeet.core.in_tiles import InTiles, Kernels
 from lorakeet.core.kernels import product
@@ -89,7 +89,7 @@ class PackedBase(nn.Module):
             return fused
         first, *others = self._parts(x.dtype)
         if not others:
-            return dense_product(x, self._rows(first, x.dtype))
+            return frozen_product(x, self._rows(first, x.dtype))
         y = x.new_empty(len(x), self.shape[0])
         for part in (first, *others):
             torch.mm(x, self._rows(part, x.dtype).t(), out=y[:, part])
@@ -102,7 +102,7 @@ class PackedBase(nn.Module):
             return fused
         first, *others = self._parts(grad.dtype)
         if not others:
-            return dense_product(grad, self._rows(first, grad.dtype), across=True)
+            return frozen_product(grad, self._rows(first, grad.dtype), across=True)
         found = torch.mm(grad[:, first], self._rows(first, grad.dtype))
         for part in others:
             found.addmm_(grad[:, part], self._rows(part, grad.dtype))

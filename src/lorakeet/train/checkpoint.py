@@ -26,6 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lorakeet.core.native.dense import multiplies
 from lorakeet.core.native.library import why_not
 from lorakeet.errors import ConfigError, DataError, Problems
 from lorakeet.formats.digest import sha256_of
@@ -192,10 +193,12 @@ def environment(processes: int = 1) -> dict[str, Any]:
     found = {"torch": torch.__version__, "threads": torch.get_num_threads(), "device": device}
     if device == "cpu" and not why_not():
         found["kernels"] = "native"
+        if multiplies():
+            found["products"] = "native"
     return found if processes == 1 else {**found, "processes": processes}
 
 
-_UNSAID = {"processes": 1, "kernels": "torch"}  # what `environment` says nothing of
+_UNSAID = {"processes": 1, "kernels": "torch", "products": "torch"}  # what `environment` says nothing of
 
 
 def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
-from lorakeet.core.base import product
+from lorakeet.core.base import frozen_product
 from lorakeet.core.in_tiles import Kernels
 from lorakeet.core.kernels import runs_on
 from lorakeet.core.tiles import Rows, back_product, tiles
@@ -75,7 +75,7 @@ class _FrozenHeadLoss(torch.autograd.Function):
             part = slice(start, start + chunk)
             logits = torch.empty((len(hidden[part]), weight.shape[0]), dtype=exact, device=hidden.device)  # (chunk, vocab)
             for tile in tiles(weight.shape[0]):
-                logits[:, tile] = product(hidden[part], weight[tile])
+                logits[:, tile] = frozen_product(hidden[part], weight[tile])
             losses[part] = _loss_in_place(logits, targets[part], wants_grad, kernels)
             if grad is not None:
                 grad[part] = back_product(logits, weight, weight.dtype)

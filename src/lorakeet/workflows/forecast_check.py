@@ -41,6 +41,7 @@ from lorakeet.models.outline import outline
 from lorakeet.models.sample import spilled_bytes
 from lorakeet.models.source import find_source
 from lorakeet.models.spec import ModelSpec
+from lorakeet.models.stock import stored_dtype
 from lorakeet.models.streamed_load import bytes_of_storing, empty_model
 from lorakeet.models.streamed_outline import streamed_outline
 from lorakeet.train.rehearsal import JUDGE, Judging, NotPlanned, Rehearsal, rehearse_judging
@@ -234,7 +235,7 @@ class CheckPlanner:
 
     def _reading(self, found: Rehearsal) -> int:
         """Beside the models, while one is read: a block on its way into the store, or some tensors in a file's other dtype."""
-        stored = getattr(self.config, "dtype", None) or torch.float32
+        stored = stored_dtype(self.config)
         if found.blocks:
             family = family_of(self.config.get_text_config())
             return bytes_of_storing(self.empty, family, found.block_bytes, stored.itemsize + FP32)

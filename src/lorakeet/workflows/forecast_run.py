@@ -24,6 +24,7 @@ from lorakeet.memory.store import CPU
 from lorakeet.models.adapt import begin_adapter
 from lorakeet.models.alike_blocks import Build
 from lorakeet.models.outline import config_from, outline
+from lorakeet.models.stock import stored_dtype
 from lorakeet.models.streamed_outline import streamed_outline
 from lorakeet.models.targets import plan_for
 from lorakeet.models.text import COUNTS, TextModel, token_logprobs
@@ -305,7 +306,7 @@ def load_peak(model_config: Any, found: Rehearsal, precision: Precision) -> Held
     where it is packed or goes into a store, there with its cast."""
     if precision.on_card:  # where only what is whole arrives
         return with_more(Held(), base=found.base)
-    stored = getattr(model_config, "dtype", None) or torch.float32
+    stored = stored_dtype(model_config)
     if found.packed or found.blocks:
         cast = precision.dtype.itemsize if found.blocks and stored != precision.dtype else 0
         return with_more(Held(), base=found.base, scratch=found.largest * (stored.itemsize + cast))

@@ -28,7 +28,7 @@ from lorakeet.models.placement import dtype_for
 from lorakeet.models.quantized import linear_layers, owners, packable, skeleton, with_quantisation
 from lorakeet.models.source import find_source
 from lorakeet.models.spec import ModelSpec
-from lorakeet.models.stock import method_of, stored_quantisation, tensor_files
+from lorakeet.models.stock import method_of, stored_dtype, stored_quantisation, tensor_files
 from lorakeet.quant import on_disk
 from lorakeet.quant.gptq_solve import Layout as GptqLayout
 from lorakeet.quant.int8 import Int8Base
@@ -154,7 +154,7 @@ def _pack(
         raise ConfigError(f"{model} has no linear layers that could be packed; its '{config.model_type}' blocks hold none.")
     layout, files = LAYOUTS[method], tensor_files(source)
     kept_dense = [path for path in linear_layers(plain) if path not in chosen]
-    in_files = getattr(config, "dtype", None) or torch.float32
+    in_files = stored_dtype(config)
     words = layout.config(kept_dense, str(in_files).removeprefix("torch."))
     largest = max(module.get_parameter("weight").numel() for module in chosen.values())
     job = Job(

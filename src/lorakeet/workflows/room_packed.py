@@ -44,6 +44,7 @@ from lorakeet.models.outline import outline
 from lorakeet.models.packing import packing_of
 from lorakeet.models.source import bytes_to_unpack, find_source
 from lorakeet.models.spec import ModelSpec
+from lorakeet.models.stock import stored_dtype
 from lorakeet.models.streamed import NotStreamed
 from lorakeet.models.streamed_load import bytes_of_storing, empty_model, empty_packed
 from lorakeet.models.streamed_outline import streamed_outline
@@ -343,7 +344,7 @@ class _Planner:
 
     def _reading(self, found: Rehearsal) -> int:
         """Beside the base while it is read: a block on its way into the store, a weight, or some in a file's other dtype."""
-        stored = getattr(self.config, "dtype", None) or torch.float32
+        stored = stored_dtype(self.config)
         if found.blocks:
             family = family_of(self.config.get_text_config())
             return bytes_of_storing(self.empty, family, found.block_bytes, stored.itemsize + FP32)

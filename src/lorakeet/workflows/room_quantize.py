@@ -39,6 +39,7 @@ from lorakeet.models.gptq_blocks import layers_in_blocks, pack_blocks, taken_by_
 from lorakeet.models.load import load_text_model
 from lorakeet.models.outline import OutlinedBase, outline
 from lorakeet.models.spec import ModelSpec
+from lorakeet.models.stock import stored_dtype
 from lorakeet.models.streamed import NotStreamed
 from lorakeet.models.streamed_load import empty_packed
 from lorakeet.models.streamed_outline import streamed_outline
@@ -220,7 +221,7 @@ def _ways(job: Job, budget: int) -> tuple[dict[Way, int], str]:
 
 def forecast(job: Job, way: Way) -> Phase:
     """The phase of the work that holds most, that way. Raises NotPlanned where the model's arithmetic cannot be followed."""
-    stored = getattr(job.config, "dtype", None) or torch.float32
+    stored = stored_dtype(job.config)
     written = _rehearsed(replace(job, config=job.packed, layout=None), way)
     one = written.largest * stored.itemsize + job.packing
     phases = {"written": with_more(written.peaks[CHECK], scratch=one if not way.streamed else 0)}

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from lorakeet.core.base import DenseBase, TransposedBase, product, sum_of_matmul_t
+from lorakeet.core.base import DenseBase, TransposedBase, frozen_product, sum_of_matmul_t
+from lorakeet.core.device import standing_for
 from lorakeet.core.native import dense, library, ops
 from lorakeet.memory.ledger import Ledger
 from tiny.native import needs_native
@@ -25,7 +26,7 @@ ROUNDED = 2.0**-8  # half a step of bf16, of a number
 @pytest.fixture(autouse=True)
 def anywhere(monkeypatch: pytest.MonkeyPatch) -> None:
     """Also on a processor with AMX, which multiplies by that."""
-    monkeypatch.setattr(dense, "_by_tiles", lambda: False)
+    monkeypatch.setattr(dense, "multiplies", lambda: True)
 
 
 def drawn(*shape: int, seed: int = 0) -> Tensor:
@@ -105,37 +106,53 @@ def test_serves_frozen_weights_in_bf16_that_lie_in_whole_sixteens(monkeypatch: p
     assert not dense.serves(learnt, weight)
     with torch.no_grad():
         assert dense.serves(learnt, weight)
-    assert product(learnt, weight).requires_grad
+    assert frozen_product(learnt, weight).requires_grad
     with ops.without():
         assert not dense.serves(x, weight)
     monkeypatch.undo()
     monkeypatch.setattr(library, "has", lambda feature: feature == "amx_bf16")
-    dense._by_tiles.cache_clear()
+    dense.multiplies.cache_clear()
     try:
         assert not dense.serves(x, weight)
     finally:
-        dense._by_tiles.cache_clear()
+        dense.multiplies.cache_clear()
+
+
+def test_empty_weights_are_left_to_torch() -> None:
+    assert torch.equal(frozen_product(drawn(3, 0), drawn(16, 0)), torch.zeros(3, 16, dtype=torch.bfloat16))
+    assert torch.equal(frozen_product(drawn(3, 0), drawn(0, 32), across=True), torch.zeros(3, 32, dtype=torch.bfloat16))
+    with pytest.raises(ValueError, match="do not fit each other"):
+        dense.DENSE_PRODUCT(drawn(3, 0), drawn(16, 0), False)
+
+
+def test_a_plan_for_a_card_follows_torch() -> None:
+    x, weight = drawn(3, 32), drawn(48, 32)
+    with standing_for(torch.device("cuda")):
+        assert not dense.serves(x, weight) and not ops.serves(x.dtype, x)
+    assert dense.serves(x, weight) and ops.serves(x.dtype, x)
 
 
 def test_a_frozen_weight_that_needs_a_gradient_gets_one() -> None:
     weight = drawn(48, 32).requires_grad_()
-    product(drawn(3, 32), weight).sum().backward()  # type: ignore[no-untyped-call]
+    frozen_product(drawn(3, 32), weight).sum().backward()  # type: ignore[no-untyped-call]
     assert weight.grad is not None
 
 
 @pytest.mark.parametrize(("tokens", "out", "width"), [(480, 64, 128), (3, 2064, 4112)])
 def test_a_ledger_counts_the_products_and_what_the_kernel_works_in(tokens: int, out: int, width: int) -> None:
     ledger = Ledger()
-    with ledger, ledger.phase("product"):
-        x, weight = torch.empty(tokens, width, dtype=torch.bfloat16), torch.empty(out, width, dtype=torch.bfloat16)
-        y = dense.DENSE_PRODUCT(x, weight, False)
+    with ledger:
+        with ledger.phase("product"):
+            x, weight = torch.empty(tokens, width, dtype=torch.bfloat16), torch.empty(out, width, dtype=torch.bfloat16)
+            y = dense.DENSE_PRODUCT(x, weight, False)
         with ledger.phase("sum"):
             dense.DENSE_PRODUCT_ADD(x, y, weight, True)
-    panels, threads = -(-out // 48), torch.get_num_threads()
-    group = min(panels, max(threads, (2 << 20) // (2 * 48 * width)))
-    scratch = 64 + group * 2 * 48 * width + (threads * 192 * 48 * 4 if width > 2048 else 0)
-    assert ledger.work["product"].flops == ledger.work["sum"].flops == 2 * tokens * out * width
-    assert ledger.peaks["product"].bytes == sum(each.nbytes for each in (x, weight, y)) + scratch
+    given, threads = sum(each.nbytes for each in (x, weight, y)), torch.get_num_threads()
+    for phase, depth, columns in (("product", width, out), ("sum", out, width)):
+        group = min(-(-columns // 48), max(threads, (7 << 17) // (2 * 48 * depth)))
+        scratch = 64 + group * 2 * 48 * depth + (threads * 192 * 48 * 4 if depth > 2048 else 0)
+        assert ledger.work[phase].flops == 2 * tokens * out * width
+        assert ledger.peaks[phase].bytes == given + scratch
 
 
 @pytest.mark.parametrize(("x", "weight", "y"), [((4, 32), (16, 48), 16), ((4, 24), (16, 24), 16), ((4, 32), (24, 32), 24)])

@@ -1,7 +1,7 @@
 /* Products of bf16 rows with a frozen weight in bf16 (out, in): x·Wᵀ, and, `across`, g·W, with sums in fp32 that are rounded once.
 
-   The weight stays as it is. For a group of PANELs of the result, as many as fit in ROOM, its numbers are laid out as the product
-   takes them, two of each column side by side; that is read again for every ROWS tokens, from the processor's second cache. Longer
+   The weight stays as it is. For a group of PANELs of the result, as many as fit in ROOM or threads compute, its numbers are laid out
+   as the product takes them, two of each column side by side; that is read again for every ROWS tokens, from the processor's second cache. Longer
    sums than DEPTH are added up in parts, so that a part of a panel and of the tokens stays there too. Every row of the result is
    added up in the same order, whatever stands beside it. */
 
@@ -14,7 +14,8 @@
 #define ROWS 8               /* tokens at once: with WIDE, 24 of the 32 registers */
 #define TOKENS 192           /* of a piece of work, which is also PANEL columns wide */
 #define DEPTH 2048           /* terms of a part of a sum */
-#define ROOM (2 << 20)       /* bytes of panels laid out at once, but at least one panel for each thread */
+#define ROOM (7 << 17)       /* bytes of panels laid out at once, but at least one panel for each thread: with sums below 1 MiB, from
+                                which on a process with a budget has the system map memory (memory/allocator) */
 #define AHEAD 128            /* numbers of a row that are fetched before they are laid out */
 #define ROWS_AHEAD 16
 
@@ -65,7 +66,7 @@ typedef struct {
     int first, last, add;   /* whether the part begins and ends the sums, and whether these are added to what y holds */
 } Part;
 
-/* `sums` (tokens, PANEL) are what earlier parts of the panel gave, and then what they give with this one. */
+/* `sums` (tokens, PANEL) are what earlier parts of the panel gave, and then, but for the last part, what they give with this one. */
 static inline __attribute__((always_inline)) void multiply(const Part *p, const bf16 *x, bf16 *y, float *sums, const int rows) {
     __m512 held[ROWS][WIDE];
     const __m512i *panel = p->panel;

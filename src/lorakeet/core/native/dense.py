@@ -1,7 +1,7 @@
 """Products of bf16 rows with a frozen weight in bf16, as operators of torch (dense.c).
 
 They are torch.mm to rounding: sums in fp32, rounded once. A weight is read as it is stored, and nothing is kept for the number of
-tokens, of which oneDNN keeps code (docs/log.md). Processors with AMX multiply by it, and so by oneDNN.
+tokens, of which oneDNN keeps code (docs/log.md). Where a processor has AMX, oneDNN multiplies, which uses it.
 """
 
 from __future__ import annotations
@@ -20,16 +20,17 @@ AMX = "amx_bf16"  # in /proc/cpuinfo: tiles of bf16, many times what the vectors
 
 
 def serves(x: Tensor, weight: Tensor) -> bool:
-    """Whether x (tokens, ·) is to be multiplied with the weight (out, in) here; what has a graph to be, by torch."""
-    if weight.dtype != torch.bfloat16 or weight.dim() != 2 or x.dim() != 2 or len(weight) % ops.LANES or _by_tiles():
+    """Whether x (tokens, ·) is to be multiplied with the weight (out, in) here; one that autograd follows is torch's."""
+    if weight.dtype != torch.bfloat16 or weight.dim() != 2 or x.dim() != 2 or len(weight) % ops.LANES or not multiplies():
         return False
     graph = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
-    return not graph and ops.serves(x.dtype, x, weight)
+    return not graph and weight.numel() > 0 and ops.serves(x.dtype, x, weight)
 
 
 @functools.cache
-def _by_tiles() -> bool:
-    return library.has(AMX)
+def multiplies() -> bool:
+    """Whether bf16 weights are for the library on this machine, where it is there: with AMX oneDNN is faster."""
+    return not library.has(AMX)
 
 
 def dense_product(x: Tensor, weight: Tensor, across: bool) -> Tensor:
@@ -40,9 +41,9 @@ def dense_product(x: Tensor, weight: Tensor, across: bool) -> Tensor:
 
 
 def dense_product_add_(y: Tensor, x: Tensor, weight: Tensor, across: bool, add: bool = True) -> None:
-    """Adds that to y (tokens, width), in fp32, rounded once."""
+    """Adds that to y (tokens, width), in fp32, rounded once; y shares no memory with x. Without `add`, writes it there."""
     depth, width = weight.shape if across else weight.shape[::-1]
-    if x.shape[1] != depth or y.shape != (len(x), width) or depth % ops.LANES or width % ops.LANES:
+    if x.shape[1] != depth or y.shape != (len(x), width) or not depth or depth % ops.LANES or width % ops.LANES:
         shapes = f"rows {tuple(x.shape)}, a weight {tuple(weight.shape)} and a result {tuple(y.shape)}"
         raise ValueError(f"{shapes} do not fit each other, or are not in whole {ops.LANES}")
     scratch = torch.empty(workspace(x, weight, across), dtype=torch.uint8)
@@ -54,6 +55,8 @@ def dense_product_add_(y: Tensor, x: Tensor, weight: Tensor, across: bool, add: 
 def workspace(x: Tensor, weight: Tensor, across: bool) -> int:
     """Bytes that a product holds for as long as it computes."""
     depth, width = weight.shape if across else weight.shape[::-1]
+    if not depth:
+        return 0
     return ALIGNED + int(loaded().dense_scratch(ctypes.c_int64(depth), ctypes.c_int64(width), torch.get_num_threads()))
 
 

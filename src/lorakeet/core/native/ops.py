@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor  # torch offers no public name
 
+from lorakeet.core.device import is_cpu
 from lorakeet.core.native.library import library
 
 PLAIN = (Tensor, nn.Parameter, FakeTensor)
@@ -56,7 +57,7 @@ def serves(products: torch.dtype, *states: Tensor, width: int = LANES) -> bool:
     """Whether the operators are to compute with these states, where matrix products run in `products`."""
     if not _used.get() or products != torch.bfloat16:
         return False
-    fit = (type(x) in PLAIN and x.dtype == torch.bfloat16 and x.device.type == "cpu" and x.is_contiguous() for x in states)
+    fit = (type(x) in PLAIN and x.dtype == torch.bfloat16 and is_cpu(x.device) and x.is_contiguous() for x in states)
     return all(fit) and all(x.shape[-1] % width == 0 for x in states) and library() is not None
 
 
