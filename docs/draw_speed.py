@@ -109,7 +109,8 @@ def compared(drawings: Drawings) -> Iterator[str]:
 def time_to_loss(drawings: Drawings) -> Iterator[str]:
     """Seconds of training to the same held-out loss."""
     titles = {
-        "finetune_vs_peft_to_loss": "the quickstart's rows",
+        "finetune_vs_peft_to_loss_shuffled": "rows of any length in a step",
+        "finetune_vs_peft_to_loss": "rows of alike length in a step",
         "finetune_vs_peft_to_loss_instructed": "rows that share an instruction",
     }
     for claim, title in titles.items():

@@ -43,6 +43,9 @@ again or overwritten. Each carries the derivation of its backward pass.
 (RMSNorm, the gate, rotary positions) are C, and so are the products of all pairs, which would be hundreds of small ones where
 several adapters share a step. They are compiled when they are first used (`core/native`; `lorakeet doctor` says whether they
 are): scores stay in the cache, and masked tiles are left out. Without it torch's own operations compute the same to rounding.
+- **A weight laid out slowly.** Before each product the library lays a weight out as the processor's registers take it. Where
+C serves, frozen weights in bf16 are multiplied by a kernel of Lorakeet's own, which does so for all tokens at once, with the rows
+to come fetched ahead, and keeps nothing for the number of tokens. With AMX oneDNN is faster, and is used.
 - **The slower dtype.** Whether products are faster in bf16 or in fp32 is measured when the model is loaded
 (`core/precision`): a processor may have instructions for bf16 and yet be slower with them.
 - **What rows begin with.** Tokens that all rows of a micro-batch begin with, from a template or an instruction, are computed
