@@ -28,7 +28,7 @@ from lorakeet.data.chat import Example
 from lorakeet.data.pack import Batch, micro_batches
 from lorakeet.errors import ConfigError, VerificationFailed
 from lorakeet.evaluate.intervals import Estimate
-from lorakeet.memory.allocator import keep_freed_memory
+from lorakeet.memory.allocator import give_back_free_memory, keep_freed_memory
 from lorakeet.memory.spill import Aside
 from lorakeet.models.inject import selection_of, trained_parameters
 from lorakeet.models.modules import adapted_layers, find, output_layer
@@ -350,6 +350,7 @@ def train_many(
     without it a member ends where its single run ends, to rounding.
     """
     many = Many(text, members, aside=aside, together=together)
+    give_back_free_memory()  # as train/loop does
     if budget is None:
         keep_freed_memory()
     while any(not at.done for at in many.progress):

@@ -1,9 +1,9 @@
 /* Products of bf16 rows with a frozen weight in bf16 (out, in): x·Wᵀ, and, `across`, g·W, with sums in fp32 that are rounded once.
 
-   The weight stays as it is. For a group of PANELs of the result, as many as fit in ROOM or threads compute, its numbers are laid out
-   as the product takes them, two of each column side by side; that is read again for every ROWS tokens, from the processor's second cache. Longer
-   sums than DEPTH are added up in parts, so that a part of a panel and of the tokens stays there too. Every row of the result is
-   added up in the same order, whatever stands beside it. */
+   The weight stays as it is. For a group of PANELs of the result, as many as fit in ROOM or threads compute, its numbers are laid
+   out as the product takes them, two of each column side by side; that is read again for every ROWS tokens, from the processor's
+   second cache. Longer sums than DEPTH are added up in parts, so that a part of a panel and of the tokens stays there too. Every row
+   of the result is added up in the same order, whatever stands beside it. */
 
 #include "lanes.h"
 
