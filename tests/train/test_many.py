@@ -29,7 +29,7 @@ from lorakeet.models.text import TextModel
 from lorakeet.quant.spec import QuantSpec
 from lorakeet.train import gradients
 from lorakeet.train.loop import train
-from lorakeet.train.many import Many, Member, at_once, join, train_many
+from lorakeet.train.many import Many, Member, train_many
 from lorakeet.train.run import RunFolder
 from lorakeet.train.spec import TrainSpec
 from lorakeet.train.text_task import TextTask
@@ -72,9 +72,10 @@ def together(
 
 
 def alone(
-    folder: Path, name: str, out: Path, packed: Literal["none", "nf4", "int8"] = "none"
+    folder: Path, name: str, out: Path, packed: Literal["none", "nf4", "int8"] = "none", **changes: Any
 ) -> tuple[dict[str, Tensor], float | None]:
     lora, spec, seed = WANTED[name]
+    spec = dataclasses.replace(spec, **changes)
     text = load(folder, packed)
     inject.inject(text.model, plan_for(text.model, lora, text.family), seed=spec.seed)
     fuse(text.model)
@@ -100,6 +101,30 @@ def test_each_becomes_what_it_becomes_alone(tiny_llama_folder: Path, tmp_path: P
         assert [step for step, _ in at.held_out] == list(range(0, at.total + 1, 2))
 
 
+def test_steps_that_are_not_small_are_those_of_single_runs_to_the_last_bit(
+    tiny_llama_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also in several micro-batches; and no member's gradients are held while the next one's are made."""
+    monkeypatch.setattr("lorakeet.train.passes.SMALL", 0)
+    text, members = together(tiny_llama_folder, "abc", micro_tokens=24)
+    held = []
+    usual = Many._gradients
+
+    def watched(many: Many, *given: Any) -> None:
+        own = {name: inject.trained_parameters(text.model, name).values() for name in "abc"}
+        held.append([name for name, parameters in own.items() if any(one.grad is not None for one in parameters)])
+        usual(many, *given)
+
+    monkeypatch.setattr(Many, "_gradients", watched)
+    for at in train_many(text, members):
+        name = at.member.name
+        expected, best = alone(tiny_llama_folder, name, tmp_path / name, micro_tokens=24)
+        found = inject.trained_parameters(text.model, name)
+        assert all(torch.equal(found[key], value) for key, value in expected.items())
+        assert at.best is not None and at.best.value == best
+    assert held == [[]] * 16
+
+
 @pytest.mark.parametrize("packed", ["nf4", "int8"])
 def test_each_becomes_what_it_becomes_alone_over_a_packed_base(
     tiny_llama_folder: Path, tmp_path: Path, packed: Literal["nf4", "int8"]
@@ -116,14 +141,18 @@ def streamed_or_not(folder: Path, store: Path | None, names: str) -> tuple[TextM
     text, members = loaded(folder, store), []
     for name in names:
         lora, spec, seed = WANTED[name]
-        spec = dataclasses.replace(spec, steps=3)
+        spec, lora = dataclasses.replace(spec, steps=3), dataclasses.replace(lora, dropout=0.2 if name == "b" else 0.0)
         begin_adapter(text, plan_for(text.model, lora, text.family), seed=spec.seed, name=name)
         members.append(Member(name, spec, rows(14, seed), rows(6, 2)))
     return text, members
 
 
-@pytest.mark.parametrize("together", [0, 1])
-def test_over_a_streamed_base_they_become_the_same_to_the_last_bit(tmp_path: Path, together: int) -> None:
+@pytest.mark.parametrize(("together", "small"), [(0, 512), (1, 512), (0, 60), (2, 0)])
+def test_over_a_streamed_base_they_become_the_same_to_the_last_bit(
+    tmp_path: Path, together: int, small: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With dropout, and whichever steps share a pass."""
+    monkeypatch.setattr("lorakeet.train.passes.SMALL", small)
     folder, found = save_tiny_llama(tmp_path / "model", num_hidden_layers=3), []
     for store in (None, tmp_path / "store"):
         text, members = streamed_or_not(folder, store, "abc")
@@ -249,26 +278,3 @@ def test_what_cannot_share_a_batch_is_named(tiny_llama_folder: Path) -> None:
         Many(text, [Member("a", SPEC, rows(4, 1), ())])
     with pytest.raises(ConfigError, match="different names"):
         Many(text, [])
-
-
-def test_joined_batches_keep_their_rows_and_targets() -> None:
-    from lorakeet.data.pack import pack
-
-    examples = rows(5, 1)
-    joined, whole = join([pack(examples[:2]), pack(examples[2:])]), pack(examples)
-    assert (joined.lengths, joined.keys) == (whole.lengths, whole.keys)
-    for part in ("ids", "target_positions", "target_ids"):
-        assert torch.equal(getattr(joined, part), getattr(whole, part))
-
-
-def test_a_pass_holds_no_more_tokens_than_that_of_a_single_run() -> None:
-    """Also where the parts of the members are longer than their shares, since no row is cut."""
-    from lorakeet.data.pack import pack
-
-    steps = [[pack([row]) for row in rows(count, seed)] for count, seed in ((7, 1), (2, 2), (4, 3))]
-    passes = list(at_once(steps, 40))
-    assert all(sum(batch.tokens for _, batch in one) <= 40 and len(one) > 1 for one in passes[:-1])
-    assert [index for one in passes for index, _ in one] == [0, 1, 2, 0, 1, 2, 0, 2, 0, 2, 0, 0, 0]
-    for index, batches in enumerate(steps):
-        assert [batch for one in passes for member, batch in one if member == index] == batches
-    assert [len(one) for one in at_once(steps, 1)] == [1] * 13, "a part that is longer goes alone"

@@ -1,20 +1,20 @@
 """Several adapters trained in one pass over one frozen base, each to what it would become alone.
 
     each round   every member that is still learning takes one step of its own:
-                 parts of the members' micro-batches laid end to end → one pass forward and back → gradients of each member
+                 small steps laid end to end, others by themselves (train/passes) → forward and back → gradients of each member
                  → its own checks, clipping, learning rate and AdamW
     now and then its held-out loss → its best values; a member that is done, or diverges, leaves the round
 
-The base's weights are read once for all members' tokens, and stand in memory once. Rows attend to themselves alone and each token
-uses its own member's pairs (core/batched), so a member's gradients are those of its single run, to rounding; dropout alone draws
-other numbers than there, from the first member's seed and the round.
+The base stands in memory once, and where steps are small its weights are read once for all members' tokens. Rows attend to
+themselves alone and each token uses its own member's pairs (core/batched), so a member's gradients are those of its single run,
+to rounding; dropout alone draws other numbers than there, from the first member's seed and the round.
 """
 
 from __future__ import annotations
 
-import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 
 import torch
@@ -38,6 +38,7 @@ from lorakeet.models.text import TextModel
 from lorakeet.train import gradients, rng, schedule
 from lorakeet.train.layer_major import batches_by_block
 from lorakeet.train.optimizer import Optimizer
+from lorakeet.train.passes import Pass, as_one, groups_of
 from lorakeet.train.spec import TrainSpec
 from lorakeet.train.stopping import Watch
 from lorakeet.train.task import HeldOut, batch_seeds
@@ -113,13 +114,17 @@ class Many:
         for learner in learning:
             keep_states(self.text, learner.rows, micro_tokens=learner.at.member.spec.micro_tokens)
         self.text.model.train()
-        sums = self._gradients(learning)
-        for learner, loss in zip(learning, sums, strict=True):
-            learner.step(loss)
-            if not learner.at.done and learner.wants_evaluation:
-                self._evaluate(learner)
-            if not learner.at.done and learner.at.step == learner.at.total:
-                learner.at.done = "all steps done"
+        tokens = max(learner.at.member.spec.micro_tokens for learner in learning)
+        groups = groups_of([learner.begin() for learner in learning], tokens)
+        if self.text.streamed is not None:
+            groups = [as_one(groups)]
+        self._rounds += 1
+        with torch.random.fork_rng(devices=rng.cards(self.text.device)):
+            torch.manual_seed(seed_for(self.progress[0].member.spec.seed, f"many/{self._rounds}"))
+            for group in groups:
+                self._gradients(learning, group.passes)
+                for index in group.members:
+                    self._step(learning[index])  # and its gradients are forgotten
 
     def finish(self) -> None:
         """Every member's best values in the model; members that had not finished stay where they are."""
@@ -132,54 +137,51 @@ class Many:
         learner = next(learner for learner in self._members if learner.at.member.name == name)
         learner.at.done = learner.at.done or reason
 
-    def _gradients(self, learning: Sequence[_Learner]) -> list[float]:
-        """Σ losses of each member's step; its gradients are those of the mean over its own targets."""
-        steps = [learner.batches(len(learning)) for learner in learning]
-        targets = [sum(batch.targets for batch in batches) for batches in steps]
-        sums = [0.0] * len(learning)
-        passes = list(at_once(steps, max(learner.at.member.spec.micro_tokens for learner in learning)))
-        passes = [together for together in passes if any(batch.targets for _, batch in together)]
-        joined = [join([batch for _, batch in together]).to(self.text.device) for together in passes]
+    def _gradients(self, learning: Sequence[_Learner], passes: Sequence[Pass]) -> None:
+        """Adds the gradients of the mean over each member's own targets, and its losses to its sum."""
+        batches = [one.batch.to(self.text.device) for one in passes]
 
         def prepare(number: int) -> None:
-            self.selection.divide(self._shares(learning, passes[number]), units=self.text.filled(joined[number].tokens))
+            """What passes next uses its members' adapters; a member by itself is computed as in its single run."""
+            one = passes[number]
+            seeing.close()
+            if one.alone is not None:
+                self.selection.use(learning[one.alone].at.member.name)
+            else:
+                seeing.enter_context(self.text.every_token(but_kept=True, filled=True))
+                self.selection.divide(_shares(learning, one), units=self.text.filled(batches[number].tokens))
 
         def loss(number: int) -> tuple[Tensor, Tensor]:
             """Σ of the members' means, to be differentiated, and Σ of their losses."""
-            hidden, together = self.text.hidden(joined[number]), passes[number]
-            chunk = min(learning[index].at.member.spec.head_chunk for index, _ in together)
-            losses = head_losses(self.text, hidden, joined[number].target_ids, chunk=chunk)
-            whole, means = losses.sum(), []
-            for (index, batch), own in zip(together, torch.split(losses, [batch.targets for _, batch in together]), strict=True):
-                if batch.targets:
-                    summed = own.sum()
-                    means.append(summed / targets[index])
-                    sums[index] += summed.item()
-            return torch.stack(means).sum(), whole.detach()
+            hidden, parts = self.text.hidden(batches[number]), passes[number].parts
+            chunk = min(learning[index].at.member.spec.head_chunk for index, _ in parts)
+            losses = head_losses(self.text, hidden, batches[number].target_ids, chunk=chunk)
+            means = []
+            for (index, _), own in zip(parts, torch.split(losses, [batch.targets for _, batch in parts]), strict=True):
+                summed = own.sum()
+                means.append(summed / learning[index].targets)
+                learning[index].summed += summed.item()
+            return torch.stack(means).sum(), losses.detach().sum()
 
-        self._rounds += 1
-        with self.text.every_token(but_kept=True, filled=True), torch.random.fork_rng(devices=rng.cards(self.text.device)):
-            torch.manual_seed(seed_for(self.progress[0].member.spec.seed, f"many/{self._rounds}"))
+        with ExitStack() as seeing:
             if self.text.streamed is not None:
                 batches_by_block(
-                    self.text, self.text.streamed, joined, loss, aside=self.aside, together=self.together, prepare=prepare
+                    self.text, self.text.streamed, batches, loss, aside=self.aside, together=self.together, prepare=prepare
                 )
-            else:
-                for number, seed in enumerate(batch_seeds(len(passes))):
-                    torch.manual_seed(seed)  # so that a streamed model draws the same
+                return
+            for number, seed in enumerate(batch_seeds(len(passes))):  # as a streamed model draws them
+                with torch.random.fork_rng(devices=rng.cards(self.text.device)):
+                    torch.manual_seed(seed)
                     prepare(number)
                     loss(number)[0].backward()  # type: ignore[no-untyped-call]
-        for learner, count in zip(learning, targets, strict=True):
-            learner.targets = count
-        return sums
 
-    @staticmethod
-    def _shares(learning: Sequence[_Learner], together: Sequence[tuple[int, Batch]]) -> list[Share]:
-        shares, place = [], 0
-        for index, batch in together:
-            shares.append(Share(place, place + batch.tokens, learning[index].at.member.name))
-            place += batch.tokens
-        return shares
+    def _step(self, learner: _Learner) -> None:
+        """The step of a member whose gradients are all there, and what follows it."""
+        learner.step()
+        if not learner.at.done and learner.wants_evaluation:
+            self._evaluate(learner)
+        if not learner.at.done and learner.at.step == learner.at.total:
+            learner.at.done = "all steps done"
 
     def _evaluate(self, learner: _Learner) -> None:
         member = learner.at.member
@@ -206,23 +208,25 @@ class _Learner:
         self.at = Progress(member, spec.total_steps(self.order.steps_per_epoch), rate)
         self.warmup = schedule.warmup_steps(self.at.total, spec.warmup_fraction)
         self.every = spec.evaluation_interval(self.order.steps_per_epoch)
-        self.targets = 0
+        self.targets, self.summed = 0, 0.0  # of this step: supervised tokens, and their losses
         self._best: Mapping[str, Tensor] | None = None
 
-    def batches(self, members: int) -> list[Batch]:
-        """This step's rows in parts, each with its share of the tokens that are computed at once."""
-        return micro_batches(self.rows, max(1, self.at.member.spec.micro_tokens // members))
+    def begin(self) -> list[Batch]:
+        """This step's rows in micro-batches; none of their losses is summed yet."""
+        found = micro_batches(self.rows, self.at.member.spec.micro_tokens)
+        self.targets, self.summed = sum(batch.targets for batch in found), 0.0
+        return found
 
     @property
     def rows(self) -> list[Example]:
         """This step's rows."""
         return [self.at.member.train[row] for row in self.order.indices(self.at.step)]
 
-    def step(self, loss: float) -> None:
+    def step(self) -> None:
         """Takes the step whose gradients are there, unless they or the loss are no numbers."""
         at, spec = self.at, self.at.member.spec
         norm = gradients.gradient_norm(self.parameters)
-        mean = loss / max(self.targets, 1)
+        mean = self.summed / max(self.targets, 1)
         if not (math.isfinite(mean) and bool(torch.isfinite(norm))):
             self.optimizer.adamw.zero_grad(set_to_none=True)
             at.done, at.diverged = f"step {at.step + 1}: the loss is {mean:.4g}, the gradient's norm {norm.item():.4g}", True
@@ -304,34 +308,13 @@ def _require_sharable(text: TextModel, names: Sequence[str]) -> None:
         )
 
 
-def at_once(steps: Sequence[Sequence[Batch]], tokens: int) -> Iterator[list[tuple[int, Batch]]]:
-    """Which parts of the members' steps go through the base together: (member, part), of `tokens` tokens or one part at most.
-
-    Members take turns, so that a pass mixes as many of them as it holds, and holds no more tokens than that of a single run.
-    """
-    turns = itertools.zip_longest(*steps)
-    found: list[tuple[int, Batch]] = []
-    for index, batch in ((index, batch) for turn in turns for index, batch in enumerate(turn) if batch is not None):
-        if found and sum(part.tokens for _, part in found) + batch.tokens > tokens:
-            yield found
-            found = []
-        found.append((index, batch))
-    if found:
-        yield found
-
-
-def join(batches: Sequence[Batch]) -> Batch:
-    """Several batches as one, end to end; the targets stay in the batches' order."""
-    starts = [0]
-    for batch in batches:
-        starts.append(starts[-1] + batch.tokens)
-    return Batch(
-        ids=torch.cat([batch.ids for batch in batches]),
-        lengths=tuple(length for batch in batches for length in batch.lengths),
-        target_positions=torch.cat([batch.target_positions + start for batch, start in zip(batches, starts, strict=False)]),
-        target_ids=torch.cat([batch.target_ids for batch in batches]),
-        keys=tuple(key for batch in batches for key in batch.keys),
-    )
+def _shares(learning: Sequence[_Learner], one: Pass) -> list[Share]:
+    """Whose adapter the tokens of a pass use."""
+    shares, place = [], 0
+    for index, batch in one.parts:
+        shares.append(Share(place, place + batch.tokens, learning[index].at.member.name))
+        place += batch.tokens
+    return shares
 
 
 def train_many(
