@@ -170,6 +170,7 @@ def test_adapters_that_share_a_batch_learn_the_same_in_one_call(family: str, tmp
     assert calls[0][trained_pairs.TRAINED_PAIRS] == 2 * (inputs + 3) * LAYERS
     assert calls[0][trained_pairs.TRAINED_PAIRS_BACKWARD] == calls[0][trained_pairs.TRAINED_PAIRS_OF_A] == (inputs + 3) * LAYERS
     assert not calls[1] and not calls[2]
+    nothing = 1e-6 * max(float(wanted.norm()) for wanted in found[2].values())  # a row of one token sees no other: its q and k
     for name, wanted in found[2].items():
         by_c, by_torch = ((of[name].float() - wanted).norm() for of in found[:2])
-        assert by_c <= 1.5 * by_torch + 0.01 * wanted.norm(), name
+        assert by_c <= 1.5 * by_torch + 0.01 * wanted.norm() + nothing, name

@@ -22,8 +22,7 @@ from lorakeet.core.native.block import NO_PAIRS, Block, BlockPairs, BlockParts, 
 from lorakeet.core.native.linear import Panels
 from lorakeet.core.reordered import Order, ReorderedBase
 from lorakeet.core.selection import Arrangement
-
-BLOCK_PARTS = ("input_layernorm", "self_attn", "post_attention_layernorm", "mlp")
+from lorakeet.core.trained_block import BLOCK_PARTS
 
 
 class Attended(Protocol):

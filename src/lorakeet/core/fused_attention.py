@@ -24,7 +24,7 @@ from lorakeet.core.pair_products import PairProducts, by_turns
 from lorakeet.core.row_attention import Kernel, kernel_for
 
 INPUTS = ("q_proj", "k_proj", "v_proj")
-_CACHES = ("row_cache", "cache", "past_key_values")  # where the keys of earlier tokens would be
+CACHES = ("row_cache", "cache", "past_key_values")  # where the keys of earlier tokens would be
 
 
 @dataclass(frozen=True)
@@ -145,14 +145,14 @@ class RotaryAttention(StandIn):
     ) -> tuple[Inputs | None, list[Tensor]]:
         """What the fused function works with, and A and B of each pair; None where it is not to be used."""
         nothing: tuple[None, list[Tensor]] = None, []
-        rows, cached = settings.get("row_lengths"), any(settings.get(name) is not None for name in _CACHES)
+        rows, cached = settings.get("row_lengths"), any(settings.get(name) is not None for name in CACHES)
         if rows is None or cached or mask is not None or turn is None or not is_cpu(x.device) or len(x) != 1:
             return nothing
         head, prefix = cast(int, self.original.head_dim), cast(int, settings.get("row_prefix", 0))
         if (
             turn[0].shape != (1, x.shape[1], head)
-            or any(prefix + max(rows) > limit for limit in self.windows())
-            or self._drops()
+            or self.looks_back_less(prefix + max(rows))
+            or self.drops
         ):
             return nothing
         layers = [getattr(self.original, name) for name in INPUTS]
@@ -176,7 +176,13 @@ class RotaryAttention(StandIn):
         limits = [getattr(holder, "sliding_window", None) for holder in (original, getattr(original, "config", None))]
         return [limit for limit in limits if isinstance(limit, int)]
 
-    def _drops(self) -> bool:
+    def looks_back_less(self, tokens: int) -> bool:
+        """Whether a query of so many tokens does not see them all."""
+        return any(tokens > limit for limit in self.windows())
+
+    @property
+    def drops(self) -> bool:
+        """Whether it leaves scores out by chance just now."""
         return bool(self.training and getattr(self.original, "attention_dropout", 0.0))
 
 

@@ -24,7 +24,7 @@ from lorakeet.core.row_blocks import Blocks, Indexed, blocks_of_queries, indexed
 QUERIES = 256  # queries of a row whose scores exist at once in products, whatever the row's length
 KEPT_KEYS = 128  # up to so many P is kept: no more bytes a token than a gated MLP keeps, and 4 % of a training step (docs/log.md)
 SCORES = 1 << 21  # scores (of all heads, of all blocks taken together) that exist at once, unless one block has more
-TILED = 48  # keys of an average row from which on Lorakeet's kernel, whose tiles have 64, is the faster (docs/log.md)
+TILED = 24  # keys of an average row from which on Lorakeet's kernel, whose tiles have 64, is the faster (docs/log.md)
 TOKENS = 1 << 12  # tokens of rows, each with its prefix, that the flash kernel is given at once, unless one row has more
 
 

@@ -11,6 +11,8 @@ import ctypes
 import math
 import platform
 
+from lorakeet.core.native.trained_block import ROOMS
+
 LARGEST_HEAP_PIECE = 32 << 20  # bytes; glibc raises its threshold up to this as pieces are freed (mallopt(3))
 SLACK = 0.36  # of the tensors that come and go on the heap, at their peak; benchmarks/plan_accuracy.py measures it
 SMALL_SLACK = 24 << 20  # bytes: the heap's free top and Python's own growth during a run
@@ -49,11 +51,13 @@ def keep_freed_memory() -> bool:
 
 
 def give_back_free_memory() -> bool:
-    """Has what the heap keeps of freed tensors go back to the system now; whether the C library can (glibc).
+    """Has what the heap keeps of freed tensors go back to the system now, if the C library can (glibc), and what blocks no longer
+    keep; whether it could.
 
     Before training, what reading rows and weights has left does not lie between the tensors of the steps. Between training and
-    judging, what the heap grew to in a step is not held beside the models that judging compares.
+    judging, what a step took is not held beside the models that judging compares.
     """
+    ROOMS.release()
     if platform.libc_ver()[0] != "glibc":
         return False
     return bool(ctypes.CDLL(None).malloc_trim(ctypes.c_size_t(0)))

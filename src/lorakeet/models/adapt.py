@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from lorakeet.core.adapter import Adapter
 from lorakeet.core.plan import Plan
+from lorakeet.core.trained_block import TrainedBlock
 from lorakeet.models.fits import plan_of
-from lorakeet.models.fuse import fuse, unfuse
+from lorakeet.models.fuse import fuse, fuse_blocks, unfuse
 from lorakeet.models.inject import adapter_names, attach, inject, trained_parameters, use_products
 from lorakeet.models.kernels import use_kernels
 from lorakeet.models.streamed import hold
@@ -44,6 +45,8 @@ def begin_adapter(
         for path, A in (directions or {}).items():
             parameters[f"{path}.A"].copy_(A)
     _compute(text)
+    if text.streamed is None:
+        fuse_blocks(text.model, text.family, TrainedBlock)
 
 
 def put_adapter(text: TextModel, adapter: Adapter, name: str = "default") -> None:

@@ -4,22 +4,25 @@ from __future__ import annotations
 
 import copy
 import inspect
+from collections import OrderedDict
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily  # torch offers no public name
 
-from lorakeet.core.decode_block import BLOCK_PARTS, DecodeBlock
+from lorakeet.core.decode_block import DecodeBlock
 from lorakeet.core.fused import ACTIVATIONS, FrozenRmsNorm, GatedMlp
 from lorakeet.core.fused_attention import INPUTS, RotaryAttention
 from lorakeet.core.layers import LoraLinear, StandIn, base_of, new_pair
 from lorakeet.core.native import ops as native
 from lorakeet.core.plan import PlanEntry
+from lorakeet.core.trained_block import BLOCK_PARTS, TrainedBlock
 from lorakeet.errors import EnvironmentProblem
 from lorakeet.models import modules
 from lorakeet.models.attention import VARLEN
 from lorakeet.models.families import Family
+from lorakeet.models.frozen_prefix import PrefixBlock
 
 _PROBE_ROWS = 5
 _PROBE_LENGTHS = (4, 3)  # tokens of the two rows that an attention is probed with
@@ -47,16 +50,31 @@ def fuse(model: nn.Module) -> int:
     return count
 
 
-def fuse_blocks(model: nn.Module, family: Family) -> int:
-    """Lets DecodeBlocks stand for the decoder blocks whose parts `fuse` has replaced and that do no more; returns how many."""
+def fuse_blocks(model: nn.Module, family: Family, kind: type[DecodeBlock | TrainedBlock] = DecodeBlock) -> int:
+    """Lets blocks of this kind stand for the decoder blocks whose parts `fuse` has replaced and that do no more; how many.
+
+    One of the other kind gives way.
+    """
     prefix, blocks = modules.block_prefix(model, family)
     count = 0
     for number in range(blocks):
         path = f"{prefix}.{number}"
-        block = modules.find(model, path)
-        if block is not None and _is_plain(block):
-            modules.replace(model, path, DecodeBlock(block).train(block.training))
+        standing = modules.find(model, path)
+        left_out = standing if isinstance(standing, PrefixBlock) else None
+        block = left_out.original if left_out is not None else standing
+        if type(block) is kind:
             count += 1
+            continue
+        if isinstance(block, (DecodeBlock, TrainedBlock)):
+            block = block.original
+        if block is None or not _is_plain(block):
+            continue
+        fused = kind(block).train(block.training)
+        if left_out is not None:
+            left_out.original = fused
+        else:
+            modules.replace(model, path, fused)
+        count += 1
     return count
 
 
@@ -81,6 +99,7 @@ def _is_plain(block: nn.Module) -> bool:
         return False
     first, attention, second, mlp = stubs = (_Stub(0.7), _Stub(1.3, pair=True), _Stub(0.4), _Stub(2.1))
     asked = copy.copy(block)
+    asked._forward_hooks, asked._forward_pre_hooks = OrderedDict(), OrderedDict()  # this is no pass that anybody listens to
     asked._modules = dict(zip(BLOCK_PARTS, stubs, strict=True))
     x = torch.randn(1, sum(_PROBE_LENGTHS), _WIDTH, generator=torch.Generator().manual_seed(2))
     try:
@@ -95,7 +114,7 @@ def _is_plain(block: nn.Module) -> bool:
 def unfuse(model: nn.Module) -> None:
     """Takes every stand-in of `fuse` out again."""
     for path, module in list(modules.original_modules(model)):
-        if isinstance(modules.find(model, path), (GatedMlp, FrozenRmsNorm, RotaryAttention, DecodeBlock)):
+        if isinstance(modules.find(model, path), (GatedMlp, FrozenRmsNorm, RotaryAttention, DecodeBlock, TrainedBlock)):
             modules.replace(model, path, module)
 
 

@@ -58,8 +58,10 @@ def at_hand(model: nn.Module, path: str) -> Iterator[None]:
 
 
 def bare(module: nn.Module) -> nn.Module:
-    """The frozen module itself, where another stands in for it."""
-    return module.original if isinstance(module, StandIn) else module
+    """The frozen module itself, where others stand in for it."""
+    while isinstance(module, StandIn):
+        module = module.original
+    return module
 
 
 def replace(model: nn.Module, path: str, module: nn.Module) -> None:

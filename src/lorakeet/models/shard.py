@@ -37,7 +37,7 @@ def part_blocks(text: TextModel, count: int, device: torch.device) -> None:
         raise ConfigError(f"train.shard parts a model's blocks, but in this '{kind}' model none were found. Leave it out.")
     mesh = init_device_mesh(device.type, (count,))
     for number in range(blocks):
-        block = cast(nn.Module, modules.find(text.model, f"{prefix}.{number}"))
+        block = modules.bare(cast(nn.Module, modules.find(text.model, f"{prefix}.{number}")))  # whose hooks a TrainedBlock heeds
         _codes_as_parameters(block)
         with _packed_weights_refused():
             fully_shard(block, mesh=mesh, ignored_params={held for held in block.parameters() if not _can_be_parted(held)})

@@ -13,6 +13,7 @@
    Work is parted by heads and by groups of rows. Each part writes ∂K and ∂V of its own heads and group to places of its own; they
    are added afterwards in one order, so that the result does not depend on the number of threads. */
 
+#include "attention.h"
 #include "lanes.h"
 
 #include <math.h>
@@ -21,14 +22,6 @@
 
 #define T 64 /* queries and keys of a tile */
 #define ROWS_AT_ONCE 4
-
-typedef struct {
-    const int64_t *starts, *lengths; /* of each row: its first token, and how many are its own */
-    int64_t rows, prefix;            /* tokens that stand before all rows but the first, which has them as its own */
-    int64_t tokens, heads, kv, d;
-    int64_t parts, groups;           /* of the heads, at least one for each key head, and of the rows: of the work backward */
-    float scale;
-} Shape;
 
 static inline int64_t whole(int64_t count) { return (count + T - 1) / T * T; }
 

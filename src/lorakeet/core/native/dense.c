@@ -5,7 +5,7 @@
    second cache. Longer sums than DEPTH are added up in parts, so that a part of a panel and of the tokens stays there too. Every row
    of the result is added up in the same order, whatever stands beside it. */
 
-#include "lanes.h"
+#include "dense.h"
 
 #include <omp.h>
 

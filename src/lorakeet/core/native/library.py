@@ -25,9 +25,10 @@ import torch
 from lorakeet.core.cache import cache_folder
 
 HERE = Path(__file__).parent
-HEADERS = ("lanes.h", "passes.h", "pairs.h", "linear.h", "cached.h")
+HEADERS = ("lanes.h", "passes.h", "pairs.h", "linear.h", "cached.h", "attention.h", "dense.h", "trained_pairs.h")
 SOURCES = ("attention.c", "passes.c", "pairs.c", "linear.c", "cached.c", "block.c", "coded.c", "dense.c",
-           "trained_pairs.c")
+           "trained_pairs.c", "trained_block.c")
+SIZES = ("attention_scratch", "coded_scratch", "dense_scratch", "block_scratch", "trained_block_kept", "trained_block_scratch")
 INSTRUCTIONS = ("-march=x86-64-v4", "-mavx512bf16", "-mavx512vnni")
 FLAGS = ("-O3", *INSTRUCTIONS, "-ffp-contract=fast", "-fno-strict-aliasing", "-fopenmp", "-fPIC")
 WANTED = frozenset({"avx512_bf16", "avx512_vnni", "avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"})  # in /proc/cpuinfo
@@ -131,10 +132,8 @@ def _own(folder: Path) -> bool:
 
 def _opened(path: Path) -> ctypes.CDLL:
     found = ctypes.CDLL(str(path))
-    found.attention_scratch.restype = ctypes.c_int64
-    found.coded_scratch.restype = ctypes.c_int64
-    found.dense_scratch.restype = ctypes.c_int64
-    found.block_scratch.restype = ctypes.c_int64
+    for name in SIZES:
+        getattr(found, name).restype = ctypes.c_int64
     return found
 
 

@@ -20,7 +20,8 @@ from torch._subclasses.fake_tensor import FakeTensor  # torch offers no public n
 from lorakeet.core.device import is_cpu
 from lorakeet.core.native.library import library
 
-PLAIN = (Tensor, nn.Parameter, FakeTensor)
+READ = (Tensor, nn.Parameter)  # whose numbers lie where they say
+PLAIN = (*READ, FakeTensor)
 LANES, HEAD = 16, 64
 GROUPS = 8  # of rows, whose work is parted backward; with as many, heads of a group stay together, else each is by itself
 
@@ -28,7 +29,9 @@ _DEFINED = torch.library.Library("lorakeet", "FRAGMENT")  # type: ignore[no-unty
 _used: ContextVar[bool] = ContextVar("used", default=True)  # of a thread: others may compute meanwhile
 
 
-class _Shape(ctypes.Structure):
+class Shape(ctypes.Structure):
+    """As attention.h has it; `held` are the numbers that it points to."""
+
     _fields_ = (
         ("starts", ctypes.c_void_p),
         ("lengths", ctypes.c_void_p),
@@ -68,20 +71,28 @@ def _laid(rows: Sequence[int], prefix: int) -> tuple[list[int], list[int], int]:
     return starts, lengths, max(lengths[0], prefix + max(rows))
 
 
-def _shape(q: Tensor, k: Tensor, v: Tensor, rows: Sequence[int], prefix: int, scale: float) -> tuple[_Shape, int]:
+def _shape(q: Tensor, k: Tensor, v: Tensor, rows: Sequence[int], prefix: int, scale: float) -> tuple[Shape, int]:
     """What attention.c is told, and the bytes of scratch that each thread needs."""
-    starts, lengths, longest = _laid(rows, prefix)
     (tokens, heads, d), kv = q.shape, k.shape[1]
-    alike = k.shape == v.shape == (tokens, kv, d) and heads % kv == 0 and d % HEAD == 0
-    if not alike or min(lengths) < 0 or sum(lengths) > tokens:
-        shapes = f"queries {tuple(q.shape)}, keys {tuple(k.shape)}, values {tuple(v.shape)}, a prefix of {prefix}"
+    if k.shape != (tokens, kv, d) or v.shape != k.shape:
+        shapes = f"queries {tuple(q.shape)}, keys {tuple(k.shape)}, values {tuple(v.shape)}"
+        raise ValueError(f"keys and values are no rows of the queries' tokens and heads: {shapes}")
+    return shape_of(rows, prefix, scale, (tokens, heads, kv, d)), _scratch_of_thread(_laid(rows, prefix)[2], d)
+
+
+def shape_of(rows: Sequence[int], prefix: int, scale: float, states: tuple[int, int, int, int]) -> Shape:
+    """What attention.c is told of rows of `states`: so many tokens, query heads, key heads, numbers of a head."""
+    starts, lengths, _ = _laid(rows, prefix)
+    tokens, heads, kv, d = states
+    if heads % kv or d % HEAD or min(lengths) < 0 or sum(lengths) > tokens:
+        shapes = f"{tokens} tokens, {heads} heads over {kv}, of {d} numbers, a prefix of {prefix}"
         raise ValueError(f"rows of {list(rows)} tokens are no rows of {shapes}, in whole groups and heads of {HEAD} numbers")
     array = ctypes.c_int64 * len(rows)
     held = array(*starts), array(*lengths)
     addresses = (ctypes.cast(each, ctypes.c_void_p) for each in held)
-    shape = _Shape(*addresses, len(rows), prefix, tokens, heads, kv, d, _parts(heads, kv, rows), _groups(rows), scale)
+    shape = Shape(*addresses, len(rows), prefix, tokens, heads, kv, d, _parts(heads, kv, rows), _groups(rows), scale)
     shape.held = held
-    return shape, _scratch_of_thread(longest, d)
+    return shape
 
 
 def _parts(heads: int, kv: int, rows: Sequence[int]) -> int:

@@ -1,4 +1,4 @@
-/* What a whole block takes of passes.c. */
+/* What whole blocks take of passes.c. */
 #ifndef LORAKEET_PASSES_H
 #define LORAKEET_PASSES_H
 
@@ -17,6 +17,18 @@ static inline void turned(const bf16 *x, const bf16 *cos, const bf16 *sin, int64
 
 /* y = w ∘ (x·ρ) with ρ = 1/√(mean(x²) + ε) of each token. */
 void norm(const bf16 *x, const bf16 *weight, float epsilon, bf16 *y, float *rho, int64_t tokens, int64_t width, int threads);
+
+/* The same y from the ρ that was found before, and ∂x from ∂y. */
+void norm_again(const bf16 *x, const float *rho, const bf16 *weight, bf16 *y, int64_t tokens, int64_t width, int threads);
+void norm_backward(const bf16 *grad, const bf16 *x, const float *rho, const bf16 *weight, bf16 *found, int64_t tokens,
+                   int64_t width, int threads);
+
+/* silu(gate) ∘ up; and with its gradient ∂gate and ∂up in their places, and what it was in that of the gradient. */
+void gated(const bf16 *gate, const bf16 *up, bf16 *inner, int64_t count, int threads);
+void gated_backward(bf16 *gate, bf16 *up, bf16 *grad, int64_t count, int threads);
+
+/* Turns the heads of each token, (tokens, heads, 2·half), in place. */
+void turn(bf16 *states, const bf16 *cos, const bf16 *sin, int64_t tokens, int64_t heads, int64_t half, int back, int threads);
 
 /* silu(gate) ∘ up of rows that lie `step` numbers apart. */
 void gated_apart(const bf16 *gate, const bf16 *up, bf16 *inner, int64_t tokens, int64_t width, int64_t step, int threads);

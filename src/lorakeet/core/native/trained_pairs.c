@@ -12,7 +12,7 @@
    - `widen`: the sums are neighbours in a row of y. The two numbers are neighbours in a row of h.
    - `reduce`: the sums are neighbours in a row of ∂A. The two numbers are of two tokens, one after the other. */
 
-#include "lanes.h"
+#include "trained_pairs.h"
 
 #include <string.h>
 
@@ -23,21 +23,6 @@
 #define REDUCE 8         /* columns of u at once: with two registers of sums for each, half of all there are */
 
 enum { FP32, BF16 };
-
-/* As core/native/trained_pairs lays it out, in whole numbers of 64 bits. */
-typedef struct {
-    const void *A, *B; /* (rank, width), (outputs, rank) */
-    int64_t kind_a, kind_b, rank, start, stop;
-    int64_t layer;   /* which y, or g, it belongs to */
-    int64_t from;    /* where the part's h begins */
-    int64_t columns; /* of the part's h */
-    int64_t column;  /* the pair's first one */
-} Pair;
-
-typedef struct {
-    bf16 *rows; /* y or g: (tokens, outputs) */
-    int64_t outputs;
-} Layer;
 
 /* The first pair of a part, the one behind its last, where its factors are laid out, and its pieces of work. */
 typedef struct {

@@ -22,7 +22,7 @@ from lorakeet.core.native.ops import define, loaded, pointers
 from lorakeet.core.native.pair_rows import even
 
 WIDTH = 32  # what widths are multiples of
-_KINDS = {torch.float32: 0, torch.bfloat16: 1}
+KINDS = {torch.float32: 0, torch.bfloat16: 1}
 Shape = tuple[int, ...]
 
 
@@ -30,11 +30,11 @@ def serves(products: torch.dtype, states: Sequence[Tensor], factors: Sequence[Te
     """Whether pairs `factors` at `places` are to be multiplied here with `states`, x and all y's, for products in that dtype."""
     if not factors or not ops.serves(products, *states, width=WIDTH):
         return False
-    kept = (type(each) in ops.PLAIN and each.dtype in _KINDS and each.is_contiguous() and each.numel() for each in factors)
-    return all(kept) and _apart(places)
+    kept = (type(each) in ops.PLAIN and each.dtype in KINDS and each.is_contiguous() and each.numel() for each in factors)
+    return all(kept) and apart(places)
 
 
-def _apart(places: Sequence[int]) -> bool:
+def apart(places: Sequence[int]) -> bool:
     """Whether every part has rows, and none of another's: parts are computed side by side."""
     spans = sorted((places[3 * part[0]], places[3 * part[0] + 1]) for part in _parts(places))
     return all(start < stop for start, stop in spans) and all(before[1] <= behind[0] for before, behind in pairwise(spans))
@@ -68,7 +68,7 @@ class _Laid:
         """What C is told of each pair."""
         told = array("q")
         for A, B, pair in zip(factors[::2], factors[1::2], self.pairs, strict=True):
-            told.extend((A.data_ptr(), B.data_ptr(), _KINDS[A.dtype], _KINDS[B.dtype], *pair))
+            told.extend((A.data_ptr(), B.data_ptr(), KINDS[A.dtype], KINDS[B.dtype], *pair))
         return told
 
     def scaled(self, scales: Sequence[float]) -> array[float]:
@@ -88,7 +88,7 @@ def _laid(shapes: tuple[Shape, ...], places: Shape, outputs: Shape | None, token
         if not (fit and own and 0 <= start <= stop <= tokens):
             y = f" and ({tokens}, {outputs[layer]})" if outputs and 0 <= layer < len(outputs) else ""
             raise ValueError(f"A {A} and B {B} on rows {start} to {stop} do not fit rows ({tokens}, {width}){y} in whole {WIDTH}")
-    if not _apart(places):
+    if not apart(places):
         raise ValueError(f"parts of no rows, or of the same rows, at {list(places)} do not fit beside each other")
     return _Laid(shapes, places)
 
@@ -102,12 +102,17 @@ def _of(
     if not shapes or len(places) * 2 != len(shapes) * 3 or any(len(y) != tokens for y in ys or ()):
         given = f"{len(shapes)} factors, {len(places)} numbers of places"
         raise ValueError(f"{given}, {tokens} tokens of x and {[*map(len, ys or ())]} of y do not fit each other")
-    if any(factor.dtype not in _KINDS or not factor.is_contiguous() for factor in factors):
-        raise ValueError(f"factors are contiguous, in {' or '.join(map(str, _KINDS))}; given: {[each.dtype for each in factors]}")
+    if any(factor.dtype not in KINDS or not factor.is_contiguous() for factor in factors):
+        raise ValueError(f"factors are contiguous, in {' or '.join(map(str, KINDS))}; given: {[each.dtype for each in factors]}")
     laid = _laid(shapes, tuple(places), outputs, tokens, shapes[0][1])
     if h is not None and h.numel() != laid.numbers:
         raise ValueError(f"{h.numel()} numbers are not the {laid.numbers} that these pairs' parts have")
     return laid
+
+
+def laid_of(factors: Sequence[Tensor], places: Sequence[int], tokens: int) -> _Laid:
+    """How the products of pairs with rows of so many tokens lie; ValueError for what C cannot read so."""
+    return _of(factors, places, tokens, None)
 
 
 def _parts(places: Sequence[int]) -> Iterator[list[int]]:

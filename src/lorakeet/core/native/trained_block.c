@@ -1,0 +1,291 @@
+/* A decoder block in training, whole: two norms, attention over rows laid end to end, a gated MLP. All of its seven frozen weights
+   have pairs; rounding and order are those of the parts by themselves.
+
+       x ──┬── norm ── q, k, v ── rotation ── attention ── o ──+──┬── norm ── gate, up ── silu(gate) ∘ up ── down ──+── y
+           └───────────────────────────────────────────────────┘  └────────────────────────────────────────────────┘
+
+   Kept between the two passes are ρ of both norms, the turned q and k, v, what attention gave and its log-sums, what stands between
+   the halves, gate and up, and the h = x·Aᵀ of all pairs. */
+
+#include "attention.h"
+#include "dense.h"
+#include "passes.h"
+#include "trained_pairs.h"
+
+#include <string.h>
+
+#define LINED 64 /* bytes: what everything begins at multiples of */
+
+enum { INWARD, OUTWARD, APART, DOWN, GROUPS }; /* layers that see the same x: q, k, v; o; gate, up; down */
+
+typedef struct {
+    const bf16 *q, *k, *v, *o, *gate, *up, *down, *first, *second; /* (out, in), and the gains of the norms */
+    float epsilons[2];
+    int64_t hidden, inner; /* the widths of x and of the MLP, multiples of 32 */
+} Weights;
+
+/* The pairs of layers that see the same x; the numbers are of core/native/trained_pairs: of h, of scratch, of the gradients. */
+typedef struct {
+    const Pair *pairs;
+    const float *scales;
+    int64_t count, numbers, forward, backward, woven, of_a, of_b;
+} Group;
+
+typedef struct {
+    char *at;
+    int64_t bytes; /* taken */
+} Room;
+
+static void *take(Room *room, int64_t bytes) {
+    char *found = room->at + room->bytes;
+    room->bytes += (bytes + LINED - 1) / LINED * LINED;
+    return found;
+}
+
+static bf16 *take_rows(Room *room, int64_t tokens, int64_t width) { return take(room, tokens * width * (int64_t)sizeof(bf16)); }
+
+static int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
+
+typedef struct {
+    float *first_rho, *second_rho, *logs;
+    bf16 *q, *k, *v, *attended, *middle, *gate, *up, *h[GROUPS];
+    int64_t apart; /* bytes of gate and up, one behind the other */
+} Kept;
+
+static Kept kept_in(Room *room, const Weights *w, const Shape *s, const Group *groups) {
+    Kept k;
+    int64_t n = s->tokens;
+    k.first_rho = take(room, n * (int64_t)sizeof(float));
+    k.second_rho = take(room, n * (int64_t)sizeof(float));
+    k.logs = take(room, s->heads * n * (int64_t)sizeof(float));
+    k.q = take_rows(room, n, s->heads * s->d);
+    k.k = take_rows(room, n, s->kv * s->d);
+    k.v = take_rows(room, n, s->kv * s->d);
+    k.attended = take_rows(room, n, s->heads * s->d);
+    k.middle = take_rows(room, n, w->hidden);
+    k.apart = -room->bytes;
+    k.gate = take_rows(room, n, w->inner);
+    k.up = take_rows(room, n, w->inner);
+    k.apart += room->bytes;
+    for (int g = 0; g < GROUPS; g++) k.h[g] = take_rows(room, 1, groups[g].numbers);
+    return k;
+}
+
+/* Bytes that are kept. */
+int64_t trained_block_kept(const Weights *w, const Shape *s, const Group *groups) {
+    Room room = {0, 0};
+    kept_in(&room, w, s, groups);
+    return room.bytes;
+}
+
+static int least(int threads, int64_t parts) { return parts < threads ? (int)parts : threads; }
+
+static int64_t longest(const Shape *s) {
+    int64_t most = 0;
+    for (int64_t r = 0; r < s->rows; r++) most = larger(most, s->lengths[r] + (r ? s->prefix : 0));
+    return most;
+}
+
+/* Bytes in which one product, or one attention, works, of those that a block has. */
+static int64_t work(const Weights *w, const Shape *s, const Group *groups, int threads, int backward) {
+    int64_t q = s->heads * s->d, kv = s->kv * s->d, parts = backward ? s->parts * s->groups : s->heads * s->rows;
+    int64_t most = least(threads, parts) * attention_scratch(longest(s), s->d);
+    const int64_t widths[] = {q, kv, w->inner};
+    for (int i = 0; i < 3; i++) {
+        most = larger(most, dense_scratch(w->hidden, widths[i], threads));
+        most = larger(most, dense_scratch(widths[i], w->hidden, threads));
+    }
+    for (int g = 0; g < GROUPS; g++)
+        most = larger(most, (int64_t)sizeof(bf16) * (backward ? larger(groups[g].backward, groups[g].woven) : groups[g].forward));
+    return most;
+}
+
+typedef struct {
+    bf16 *normed, *inner;
+    uint8_t *work;
+} Forward;
+
+static Forward forward_in(Room *room, const Weights *w, const Shape *s, const Group *groups, int threads) {
+    Forward f;
+    f.normed = take_rows(room, s->tokens, w->hidden);
+    f.inner = take_rows(room, s->tokens, w->inner);
+    f.work = take(room, work(w, s, groups, threads, 0));
+    return f;
+}
+
+/* The gradients with respect to q, k, v, and those of attention's result, which are gone when the block's are there. */
+typedef struct {
+    bf16 *attended, *q, *k, *v;
+    float *sums, *of_prefix;
+} Attention;
+
+static Attention attention_in(Room *room, const Shape *s) {
+    Attention a;
+    a.attended = take_rows(room, s->tokens, s->heads * s->d);
+    a.q = take_rows(room, s->tokens, s->heads * s->d);
+    a.k = take_rows(room, s->tokens, s->kv * s->d);
+    a.v = take_rows(room, s->tokens, s->kv * s->d);
+    a.sums = take(room, 2 * s->parts * s->tokens * s->d * (int64_t)sizeof(float));
+    a.of_prefix = take(room, 2 * s->parts * s->groups * s->prefix * s->d * (int64_t)sizeof(float));
+    return a;
+}
+
+typedef struct {
+    bf16 *middle, *normed, *grad, *u, *inner;
+    uint8_t *work;
+    Attention attention; /* where gate and up were, if there is room for it, else where `inner` was */
+} Backward;
+
+static Backward backward_in(Room *room, const Weights *w, const Shape *s, const Group *groups, const Kept *kept, int threads) {
+    Backward b;
+    int64_t numbers = 0;
+    for (int g = 0; g < GROUPS; g++) numbers = larger(numbers, groups[g].numbers);
+    b.middle = take_rows(room, s->tokens, w->hidden);
+    b.normed = take_rows(room, s->tokens, w->hidden);
+    b.grad = take_rows(room, s->tokens, w->hidden);
+    b.u = take_rows(room, 1, numbers);
+    b.work = take(room, work(w, s, groups, threads, 1));
+    Room apart = {(char *)kept->gate, 0}, here = *room;
+    b.attention = attention_in(&apart, s);
+    if (apart.bytes > kept->apart) b.attention = attention_in(&here, s);
+    b.inner = take_rows(room, s->tokens, w->inner);
+    room->bytes = larger(room->bytes, here.bytes);
+    return b;
+}
+
+/* Bytes of scratch of a pass. */
+int64_t trained_block_scratch(const Weights *w, const Shape *s, const Group *groups, int backward, int threads) {
+    Room room = {0, 0}, kept = {0, 0};
+    Kept k = kept_in(&kept, w, s, groups);
+    if (backward) backward_in(&room, w, s, groups, &k, threads);
+    else forward_in(&room, w, s, groups, threads);
+    return room.bytes;
+}
+
+/* y = a + b of `count` numbers, a multiple of 16; y may be one of them. */
+static void add(const bf16 *a, const bf16 *b, bf16 *y, int64_t count, int threads) {
+#pragma omp parallel for schedule(static) num_threads(threads)
+    for (int64_t i = 0; i < count; i += LANES) put(y + i, _mm512_add_ps(wide(a + i), wide(b + i)));
+}
+
+static void clear(float *numbers, int64_t count, int threads) {
+#pragma omp parallel for schedule(static) num_threads(threads)
+    for (int64_t i = 0; i < count; i += LANES) _mm512_storeu_ps(numbers + i, _mm512_setzero_ps());
+}
+
+/* What a product with a frozen weight, or with pairs, is asked with. */
+typedef struct {
+    int64_t tokens;
+    uint8_t *work;
+    int threads;
+} Asked;
+
+static void times(Asked a, const bf16 *x, const bf16 *weight, bf16 *y, int64_t in, int64_t out) {
+    dense_product(x, weight, y, a.work, a.tokens, in, out, 0, 0, a.threads);
+}
+
+/* g·W, or that added to what is there, of W (out, in). */
+static void back(Asked a, const bf16 *g, const bf16 *weight, bf16 *to, int64_t in, int64_t out, int sum) {
+    dense_product(g, weight, to, a.work, a.tokens, out, in, 1, sum, a.threads);
+}
+
+static void adapt(Asked a, const Group *group, const Layer *layers, const bf16 *x, int64_t width, bf16 *h) {
+    trained_pairs(group->pairs, group->scales, group->count, layers, x, width, h, (bf16 *)a.work, a.threads);
+}
+
+/* Adds to grad_x, if it is given, and puts ∂B of the pairs at `found`; u is for `of_a`. */
+static void adapt_back(Asked a, const Group *group, const Layer *grads, bf16 *grad_x, int64_t width, const bf16 *h, bf16 *u,
+                       float *found) {
+    trained_pairs_backward(group->pairs, group->scales, group->count, grads, grad_x, width, h, u, found, (bf16 *)a.work, a.threads);
+}
+
+/* ∂A of the pairs, behind their ∂B. */
+static void of_a(Asked a, const Group *group, const bf16 *u, const bf16 *x, int64_t width, float *found) {
+    trained_pairs_of_a(group->pairs, group->count, u, x, width, found + group->of_b, (bf16 *)a.work, a.threads);
+}
+
+/* Zeros for the tokens behind the last row. */
+static void blank(const Shape *s, bf16 *states) {
+    int64_t last = s->starts[s->rows - 1] + s->lengths[s->rows - 1], width = s->heads * s->d;
+    memset(states + last * width, 0, (s->tokens - last) * width * sizeof(bf16));
+}
+
+/* x (tokens, hidden) to y; cos and sin are (tokens, d). */
+void trained_block(const Weights *w, const Shape *s, const Group *groups, const bf16 *cos, const bf16 *sin, const bf16 *x, bf16 *y,
+                   char *kept, char *scratch, int threads) {
+    Room for_kept = {kept, 0}, for_scratch = {scratch, 0};
+    Kept k = kept_in(&for_kept, w, s, groups);
+    Forward f = forward_in(&for_scratch, w, s, groups, threads);
+    int64_t n = s->tokens, hidden = w->hidden, inner = w->inner, q = s->heads * s->d, kv = s->kv * s->d;
+    Asked a = {n, f.work, threads};
+    norm(x, w->first, w->epsilons[0], f.normed, k.first_rho, n, hidden, threads);
+    times(a, f.normed, w->q, k.q, hidden, q);
+    times(a, f.normed, w->k, k.k, hidden, kv);
+    times(a, f.normed, w->v, k.v, hidden, kv);
+    adapt(a, groups + INWARD, (Layer[]){{k.q, q}, {k.k, kv}, {k.v, kv}}, f.normed, hidden, k.h[INWARD]);
+    turn(k.q, cos, sin, n, s->heads, s->d / 2, 0, threads);
+    turn(k.k, cos, sin, n, s->kv, s->d / 2, 0, threads);
+    blank(s, k.attended);
+    attention_forward(s, k.q, k.k, k.v, k.attended, k.logs, (char *)f.work, least(threads, s->heads * s->rows));
+    times(a, k.attended, w->o, k.middle, q, hidden);
+    adapt(a, groups + OUTWARD, (Layer[]){{k.middle, hidden}}, k.attended, q, k.h[OUTWARD]);
+    add(x, k.middle, k.middle, n * hidden, threads);
+    norm(k.middle, w->second, w->epsilons[1], f.normed, k.second_rho, n, hidden, threads);
+    times(a, f.normed, w->gate, k.gate, hidden, inner);
+    times(a, f.normed, w->up, k.up, hidden, inner);
+    adapt(a, groups + APART, (Layer[]){{k.gate, inner}, {k.up, inner}}, f.normed, hidden, k.h[APART]);
+    gated(k.gate, k.up, f.inner, n * inner, threads);
+    times(a, f.inner, w->down, y, inner, hidden);
+    adapt(a, groups + DOWN, (Layer[]){{y, hidden}}, f.inner, inner, k.h[DOWN]);
+    add(k.middle, y, y, n * hidden, threads);
+}
+
+/* From ∂L/∂y (tokens, hidden) to ∂L/∂x, where that is given a place, and, group by group, ∂B and then ∂A of the pairs. Uses up
+   what was kept. */
+void trained_block_backward(const Weights *w, const Shape *s, const Group *groups, const bf16 *cos, const bf16 *sin, const bf16 *x,
+                            char *kept, const bf16 *grad, bf16 *grad_x, float *found, char *scratch, int threads) {
+    Room for_kept = {kept, 0}, for_scratch = {scratch, 0};
+    Kept k = kept_in(&for_kept, w, s, groups);
+    Backward b = backward_in(&for_scratch, w, s, groups, &k, threads);
+    int64_t n = s->tokens, hidden = w->hidden, inner = w->inner, q = s->heads * s->d, kv = s->kv * s->d;
+    Asked a = {n, b.work, threads};
+    float *of[GROUPS];
+    for (int g = 0; g < GROUPS; g++) of[g] = found, found += groups[g].of_b + groups[g].of_a;
+
+    back(a, grad, w->down, b.inner, inner, hidden, 0);
+    adapt_back(a, groups + DOWN, (Layer[]){{(bf16 *)grad, hidden}}, b.inner, inner, k.h[DOWN], b.u, of[DOWN]);
+    gated_backward(k.gate, k.up, b.inner, n * inner, threads);
+    of_a(a, groups + DOWN, b.u, b.inner, inner, of[DOWN]);
+    norm_again(k.middle, k.second_rho, w->second, b.normed, n, hidden, threads);
+    back(a, k.gate, w->gate, b.grad, hidden, inner, 0);
+    back(a, k.up, w->up, b.grad, hidden, inner, 1);
+    adapt_back(a, groups + APART, (Layer[]){{k.gate, inner}, {k.up, inner}}, b.grad, hidden, k.h[APART], b.u, of[APART]);
+    of_a(a, groups + APART, b.u, b.normed, hidden, of[APART]);
+    norm_backward(b.grad, k.middle, k.second_rho, w->second, b.middle, n, hidden, threads);
+    add(grad, b.middle, b.middle, n * hidden, threads);
+
+    Attention *at = &b.attention;
+    back(a, b.middle, w->o, at->attended, q, hidden, 0);
+    adapt_back(a, groups + OUTWARD, (Layer[]){{b.middle, hidden}}, at->attended, q, k.h[OUTWARD], b.u, of[OUTWARD]);
+    of_a(a, groups + OUTWARD, b.u, k.attended, q, of[OUTWARD]);
+    blank(s, at->q);
+    clear(at->sums, 2 * s->parts * n * s->d, threads);
+    clear(at->of_prefix, 2 * s->parts * s->groups * s->prefix * s->d, threads);
+    attention_backward(s, k.q, k.k, k.v, k.attended, k.logs, at->attended, at->q, at->k, at->v, at->sums, at->of_prefix,
+                       (char *)b.work, least(threads, s->parts * s->groups));
+    turn(at->q, cos, sin, n, s->heads, s->d / 2, 1, threads);
+    turn(at->k, cos, sin, n, s->kv, s->d / 2, 1, threads);
+    norm_again(x, k.first_rho, w->first, b.normed, n, hidden, threads);
+    if (grad_x) {
+        back(a, at->q, w->q, b.grad, hidden, q, 0);
+        back(a, at->k, w->k, b.grad, hidden, kv, 1);
+        back(a, at->v, w->v, b.grad, hidden, kv, 1);
+    }
+    adapt_back(a, groups + INWARD, (Layer[]){{at->q, q}, {at->k, kv}, {at->v, kv}}, grad_x ? b.grad : 0, hidden, k.h[INWARD], b.u,
+               of[INWARD]);
+    of_a(a, groups + INWARD, b.u, b.normed, hidden, of[INWARD]);
+    if (grad_x) {
+        norm_backward(b.grad, x, k.first_rho, w->first, grad_x, n, hidden, threads);
+        add(grad_x, b.middle, grad_x, n * hidden, threads);
+    }
+}

@@ -1,0 +1,185 @@
+"""A decoder block in training, forward and backward in one call each (trained_block.c).
+
+Its kernels are those of the parts by themselves, in their order: results and gradients are the same to the last bit. What one
+call saves is the asking, some 45 times a block, for each of which Python finds its objects no longer in the processor's caches.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import weakref
+from array import array
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lorakeet.core.native import trained_pairs
+from lorakeet.core.native.dense import ALIGNED
+from lorakeet.core.native.ops import Shape, loaded, pointers
+
+GROUPS = ((0, 1, 2), (3,), (4, 5), (6,))  # layers that see the same x: q, k, v; o; gate, up; down
+LAYERS = 7
+
+
+class _Weights(ctypes.Structure):
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("q", "k", "v", "o", "gate", "up", "down", "first", "second")),
+        ("epsilons", ctypes.c_float * 2),
+        *((name, ctypes.c_int64) for name in ("hidden", "inner")),
+    )
+
+
+class _Group(ctypes.Structure):
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("pairs", "scales")),
+        *((name, ctypes.c_int64) for name in ("count", "numbers", "forward", "backward", "woven", "of_a", "of_b")),
+    )
+
+
+class Rooms:
+    """Memory for what blocks keep between their passes, one piece behind the other, in address space of its own.
+
+    Backward passes give the pieces back from the last one on, so that they leave no holes, whatever their sizes are. On the heap
+    small pieces lie between them, which outlive them or which the C library holds for the next of their size: a pass of other
+    sizes then finds its places too small, and the heap grows (docs/log.md). A page is the system's until it is written to for the
+    first time, and stays with the process then, until `release`.
+    """
+
+    def __init__(self, space: int = 1 << 36) -> None:
+        """At most `space` bytes, of which none is held; pieces beyond, and all where the system grants none, are the heap's."""
+        self.space = space
+        self._pages: mmap.mmap | None = None
+        self._taken: dict[int, int] = {}  # where each piece begins, and where it ends
+
+    def take(self, count: int) -> Tensor:
+        """So many bytes (count,), uint8, which are free again when the tensor is gone."""
+        start = max(self._taken.values(), default=0)
+        stop = start + -(-count // ALIGNED) * ALIGNED
+        pages = self._mapped() if stop <= self.space else None
+        if pages is None:
+            return _bytes(count)
+        piece = memoryview(pages)[start : start + count]
+        self._taken[start] = stop
+        weakref.finalize(piece, self._taken.pop, start, None).atexit = False
+        return torch.frombuffer(piece, dtype=torch.uint8)
+
+    def release(self) -> None:
+        """Gives the pages that no piece lies in back to the system."""
+        first = -(-max(self._taken.values(), default=0) // mmap.PAGESIZE) * mmap.PAGESIZE
+        if self._pages is not None and first < self.space:
+            self._pages.madvise(mmap.MADV_DONTNEED, first)
+
+    @property
+    def taken(self) -> int:
+        """How many pieces are."""
+        return len(self._taken)
+
+    def _mapped(self) -> mmap.mmap | None:
+        if self._pages is None and self.space:
+            try:
+                self._pages = mmap.mmap(-1, self.space, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _NO_RESERVE)
+            except OSError:  # as where address space is limited
+                self.space = 0
+        return self._pages
+
+
+_NO_RESERVE = 0x4000  # MAP_NORESERVE, which Python 3.11 has no name for: what is not written to is not counted
+ROOMS = Rooms()
+
+
+@dataclass(frozen=True)
+class Weights:
+    """The seven weights (out, in), by LAYERS, and the gains and ε of both norms."""
+
+    layers: Sequence[Tensor]
+    gains: Sequence[Tensor]
+    epsilons: Sequence[float]
+
+    def told(self) -> Any:
+        """What C is told of them; ValueError for tensors that it cannot read so."""
+        inner, hidden = self.layers[4].shape
+        addresses = pointers(*self.layers, *self.gains)
+        return ctypes.byref(_Weights(*addresses, (ctypes.c_float * 2)(*self.epsilons), hidden, inner))
+
+
+class Pairs:
+    """The pairs of a block's layers, all at the same places: the rows start … stop − 1, with a scale for each layer.
+
+    `factors` are A and B by turns, place by place and, within a place, by LAYERS.
+    """
+
+    def __init__(self, factors: Sequence[Tensor], rows: Sequence[tuple[int, int]], scales: Sequence[float], tokens: int) -> None:
+        """ValueError where C cannot read them so."""
+        self.shapes = [tuple(factor.shape) for factor in factors]
+        self._groups = (_Group * len(GROUPS))()
+        self._held: list[array[Any]] = []
+        self.order: list[int] = []  # of the factors whose gradients stand one behind the other
+        for told, layers in zip(self._groups, GROUPS, strict=True):
+            numbers = [LAYERS * place + layer for place in range(len(rows)) for layer in layers]
+            own = [factor for number in numbers for factor in factors[2 * number : 2 * number + 2]]
+            places = [n for start, stop in rows for layer in range(len(layers)) for n in (start, stop, layer)]
+            laid = trained_pairs.laid_of(own, places, tokens)
+            held = laid.told(own), laid.scaled([scales[number] for number in numbers])
+            self._held += held
+            told.pairs, told.scales = (each.buffer_info()[0] for each in held)
+            told.count, told.numbers, told.forward = len(numbers), laid.numbers, laid.forward
+            told.backward, told.woven = laid.backward, laid.woven
+            told.of_b, told.of_a = (sum(factor.numel() for factor in own[first::2]) for first in (1, 0))
+            self.order += [2 * number + 1 for number in numbers] + [2 * number for number in numbers]
+        self.gradients = sum(told.of_a + told.of_b for told in self._groups)
+
+    def told(self) -> Any:
+        """What C is told of them."""
+        return ctypes.byref(self._groups)
+
+    def cut(self, found: Tensor) -> list[Tensor]:
+        """The gradients of the factors, in fp32, in their order: views of what `backward` found."""
+        shapes = [self.shapes[number] for number in self.order]
+        parts = torch.split(found, [rows * width for rows, width in shapes])
+        cut = dict(zip(self.order, (part.view(shape) for part, shape in zip(parts, shapes, strict=True)), strict=True))
+        return [cut[number] for number in range(len(self.shapes))]
+
+
+@dataclass(frozen=True)
+class Call:
+    """A block over the tokens of a batch: its weights, how their rows lie, and the pairs."""
+
+    weights: Weights
+    shape: Shape
+    pairs: Pairs
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        """y of x (tokens, hidden), and what `backward` wants; cos and sin are (tokens, d)."""
+        told, threads = self._told(), torch.get_num_threads()
+        kept, y = ROOMS.take(int(loaded().trained_block_kept(*told))), torch.empty_like(x)
+        scratch = _bytes(int(loaded().trained_block_scratch(*told, 0, threads)))
+        loaded().trained_block(*told, *pointers(cos, sin, x, y), _address(kept), _address(scratch), threads)
+        return y, kept
+
+    def backward(
+        self, x: Tensor, cos: Tensor, sin: Tensor, kept: Tensor, grad: Tensor, *, wants_x: bool
+    ) -> tuple[Tensor | None, list[Tensor]]:
+        """∂L/∂x, if it is wanted, and the gradients of the factors, from ∂L/∂y (tokens, hidden). Uses up what was `kept`."""
+        told, threads = self._told(), torch.get_num_threads()
+        grad_x, found = torch.empty_like(x) if wants_x else None, torch.empty(self.pairs.gradients)
+        scratch = _bytes(int(loaded().trained_block_scratch(*told, 1, threads)))
+        to = ctypes.c_void_p(None if grad_x is None else grad_x.data_ptr())
+        given = *pointers(cos, sin, x), _address(kept), *pointers(grad), to, *pointers(found, dtype=torch.float32)
+        loaded().trained_block_backward(*told, *given, _address(scratch), threads)
+        return grad_x, self.pairs.cut(found)
+
+    def _told(self) -> tuple[Any, Any, Any]:
+        return self.weights.told(), ctypes.byref(self.shape), self.pairs.told()
+
+
+def _bytes(count: int) -> Tensor:
+    return torch.empty(count + ALIGNED, dtype=torch.uint8)
+
+
+def _address(numbers: Tensor) -> ctypes.c_void_p:
+    """The first byte in it at which a register's pieces may begin."""
+    return ctypes.c_void_p(-(-numbers.data_ptr() // ALIGNED) * ALIGNED)

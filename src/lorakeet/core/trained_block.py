@@ -1,0 +1,173 @@
+"""A whole decoder block in training as one autograd function, where the C library computes all of it.
+
+        x ──┬── norm ── q, k, v ── rotation ── attention ── o ──+──┬── norm ── gated MLP ──+── y
+            └───────────────────────────────────────────────────┘  └───────────────────────┘
+
+A step of a small model asks for so many operations that a sixth of its time goes by between them. The numbers are those of the
+fused parts (core/fused, core/fused_attention) to the last bit; where anything is asked that this does not know, these compute.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from lorakeet.core.base import DenseBase
+from lorakeet.core.fused import FrozenRmsNorm, GatedMlp
+from lorakeet.core.fused_attention import CACHES, INPUTS, RotaryAttention
+from lorakeet.core.layers import BlockStandIn, LoraLinear
+from lorakeet.core.lowrank import LoraPair
+from lorakeet.core.native import dense, ops, trained_pairs
+from lorakeet.core.native.trained_block import ROOMS, Call, Pairs, Weights
+from lorakeet.core.row_attention import NativeRows, kernel_for
+from lorakeet.core.selection import Share
+
+BLOCK_PARTS = ("input_layernorm", "self_attn", "post_attention_layernorm", "mlp")
+MLP = ("gate_proj", "up_proj", "down_proj")
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+class TrainedBlockFunction(torch.autograd.Function):
+    """y of a block of x (1, tokens, hidden); in the backward pass ∂x and, for each pair, ∂A and ∂B, by the formulas of the parts.
+
+    Saved is what the parts save, in one tensor, beside x. `factors` are A and B as core/native/trained_block.Pairs has them.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor, call: Call, *factors: Tensor) -> Tensor:
+        y, kept = call.forward(x[0], cos, sin)
+        ctx.save_for_backward(x, cos, sin, kept, *factors)
+        ctx.call = call
+        return y[None]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, cos, sin, kept, *factors = ctx.saved_tensors
+        grad = grad[0].to(x.dtype).contiguous()
+        grad_x, found = ctx.call.backward(x[0], cos, sin, kept, grad, wants_x=ctx.needs_input_grad[0])
+        torch.autograd.graph.increment_version(kept)  # so that another backward pass through it is refused
+        of_factors = [each.to(factor.dtype) for each, factor in zip(found, factors, strict=True)]
+        return None if grad_x is None else grad_x[None], None, None, None, *of_factors
+
+
+class TrainedBlock(BlockStandIn):
+    """Stands for a decoder block of two norms, attention and gated MLP that fused parts already stand for, while it is trained.
+
+    Used where a gradient may be asked for, rows lie end to end in bf16, and all seven layers are dense and have plain pairs for
+    the same tokens. Anything else is left to the original's own code and its parts, and so is a block one of whose parts somebody
+    listens to.
+    """
+
+    def forward(self, hidden_states: Tensor, *args: Any, **settings: Any) -> Any:
+        if not torch.is_grad_enabled() or args or not self._suits(hidden_states, settings):
+            if not ROOMS.taken:
+                ROOMS.release()  # this is no pass that takes any, and holds memory of its own
+            return self.original(hidden_states, *args, **settings)
+        asked = self._asked(hidden_states, settings["row_lengths"], settings.get("row_prefix", 0))
+        if asked is None:
+            return self.original(hidden_states, **settings)
+        cos, sin = (part[0].to(hidden_states.dtype).contiguous() for part in settings["position_embeddings"])
+        return TrainedBlockFunction.apply(hidden_states, cos, sin, *asked)  # type: ignore[no-untyped-call]
+
+    def _suits(self, x: Tensor, settings: dict[str, Any]) -> bool:
+        """Whether the block is asked for what the function computes: rows end to end, in bf16, for the native kernels."""
+        rows, turn = settings.get("row_lengths"), settings.get("position_embeddings")
+        if rows is None or turn is None or any(settings.get(name) is not None for name in ("attention_mask", *CACHES)):
+            return False
+        if not _readable(x) or x.dim() != 3 or len(x) != 1 or not dense.multiplies():
+            return False
+        head, prefix = turn[0].shape[-1], settings.get("row_prefix", 0)
+        kernel = kernel_for(x, rows, settings.get("row_products") or torch.float32, prefix, head)
+        counted = torch._C._len_torch_dispatch_stack() > 0  # somebody counts operations
+        return kernel is NativeRows and turn[0].shape == (1, x.shape[1], head) and not counted
+
+    def _asked(self, x: Tensor, rows: Sequence[int], prefix: int) -> tuple[Call | Tensor, ...] | None:
+        """What the function computes with: the call, and A and B of all pairs; None where the block's parts are to compute."""
+        parts, tokens = self._parts(prefix + max(rows)), x.shape[1]
+        if parts is None:
+            return None
+        first, attention, second, mlp = parts
+        own: Any = attention.original
+        layers = [*(getattr(own, name) for name in (*INPUTS, "o_proj")), *(getattr(mlp.original, name) for name in MLP)]
+        uses = _uses(layers, tokens)
+        weights, gains = [layer.weight for layer in layers], (first.weight, second.weight)
+        if not uses or not all(map(_readable, (*weights, *gains))):
+            return None
+        factors = [factor for _, pairs in uses for pair in pairs for factor in pair.factors()]
+        spans = tuple([(share.start, share.stop) for share, _ in uses])
+        fit = _fit(tuple([tuple(weight.shape) for weight in weights]), x.shape[2], own.head_dim)
+        if not fit or not all(map(_is_factor, factors)) or not _apart(spans):
+            return None
+        scales = [share.weight * pair.scale for share, pairs in uses for pair in pairs]
+        epsilons = [cast(float, norm.original.variance_epsilon) for norm in (first, second)]
+        heads, kv = (len(weight) // own.head_dim for weight in weights[:2])
+        shape = _shape_of(tuple(rows), prefix, own.scaling, (tokens, heads, kv, own.head_dim))
+        return Call(Weights(weights, gains, epsilons), shape, Pairs(factors, spans, scales, tokens)), *factors
+
+    def _parts(self, keys: int) -> tuple[FrozenRmsNorm, RotaryAttention, FrozenRmsNorm, GatedMlp] | None:
+        """The block's parts, where all are fused ones that compute every token, see so many keys, and that nobody listens to."""
+        block = self.original
+        held = [block._modules[name] for name in BLOCK_PARTS]
+        first, attention, second, mlp = held
+        if type(first) is not FrozenRmsNorm or type(second) is not FrozenRmsNorm:
+            return None
+        if type(attention) is not RotaryAttention or type(mlp) is not GatedMlp or not mlp.activation.native:
+            return None
+        if attention.only is not None or mlp.only is not None or attention.drops or attention.looks_back_less(keys):
+            return None
+        heard = (block, *held, attention.original.o_proj)
+        again = getattr(block, "gradient_checkpointing", False)
+        if again or any(getattr(module, hooks) for module in heard for hooks in _HOOKS):
+            return None
+        return first, attention, second, mlp
+
+
+def _readable(x: Tensor) -> bool:
+    """Whether C can read it."""
+    return type(x) in ops.READ and x.dtype == torch.bfloat16 and x.is_cpu and x.is_contiguous() and ops.in_use()
+
+
+def _is_factor(factor: Tensor) -> bool:
+    """Whether C can read it as A or B of a pair."""
+    return type(factor) in ops.READ and factor.dtype in trained_pairs.KINDS and factor.is_cpu and factor.is_contiguous()
+
+
+def _uses(layers: Sequence[nn.Module], tokens: int) -> list[tuple[Share, list[LoraPair]]]:
+    """Each share of a batch with its pair on each layer; none unless all are dense and have plain pairs for the same shares."""
+    found = []
+    for layer in layers:
+        if type(layer) is not LoraLinear or type(layer.base) is not DenseBase or layer.bias is not None:
+            return []
+        if layer.products not in (None, torch.bfloat16) or layer.base.weight.requires_grad or layer.base.kernels is not None:
+            return []
+        found.append(layer.uses(tokens))
+    shares = [share for share, _ in found[0]]
+    if not all(pair.plain for use in found for _, pair in use) or any([share for share, _ in use] != shares for use in found):
+        return []
+    return [(share, [use[number][1] for use in found]) for number, share in enumerate(shares)]
+
+
+@lru_cache(maxsize=8)
+def _fit(shapes: tuple[tuple[int, ...], ...], hidden: int, head: int) -> bool:
+    """Whether weights of these shapes belong together, in widths that C computes."""
+    if any(len(shape) != 2 or any(size <= 0 or size % trained_pairs.WIDTH for size in shape) for shape in shapes):
+        return False
+    queries, keys, inner = (shapes[number][0] for number in (0, 1, 4))
+    inward = (queries, hidden), (keys, hidden), (keys, hidden)
+    wanted = *inward, (hidden, queries), (inner, hidden), (inner, hidden), (hidden, inner)
+    return shapes == wanted and queries % head == 0 and keys % head == 0 and queries % keys == 0
+
+
+@lru_cache(maxsize=8)
+def _apart(spans: tuple[tuple[int, int], ...]) -> bool:
+    """Whether every share has tokens, and none of another's."""
+    return trained_pairs.apart([number for start, stop in spans for number in (start, stop, 0)])
+
+
+_shape_of = lru_cache(maxsize=8)(ops.shape_of)  # all blocks of a pass ask for the same

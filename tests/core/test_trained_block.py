@@ -1,0 +1,240 @@
+"""A whole block in training: the bits of its parts, wherever it is used, and the parts themselves wherever it cannot be."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from lorakeet.core import trained_block
+from lorakeet.core.native import dense
+from lorakeet.core.native.trained_block import ROOMS
+from lorakeet.core.selection import Share
+from lorakeet.core.spec import LoraSpec
+from lorakeet.core.trained_block import TrainedBlock
+from lorakeet.data.chat import Example
+from lorakeet.data.pack import pack
+from lorakeet.models import modules
+from lorakeet.models.adapt import begin_adapter
+from lorakeet.models.fuse import fuse_blocks, unfuse
+from lorakeet.models.inject import selection_of, trained_parameters
+from lorakeet.models.load import load_text_model
+from lorakeet.models.spec import ModelSpec
+from lorakeet.models.targets import plan_for
+from lorakeet.models.text import TextModel
+from lorakeet.train.text_loss import text_loss
+from tiny.models import save_tiny_llama
+from tiny.native import needs_native
+
+pytestmark = needs_native
+SHAPE = {
+    "hidden_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64, "intermediate_size": 160,
+    "num_hidden_layers": 3,
+}  # fmt: skip
+LORA = LoraSpec(rank=5, alpha=10.0)
+
+
+@pytest.fixture(autouse=True)
+def anywhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also on a processor with AMX, which multiplies by that."""
+    monkeypatch.setattr(dense, "multiplies", lambda: True)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny_llama(tmp_path_factory.mktemp("model"), **SHAPE)
+
+
+def load(folder: Path, lora: LoraSpec = LORA, names: tuple[str, ...] = ("default",)) -> TextModel:
+    """With blocks that train, and B's that are not zero."""
+    text = load_text_model(ModelSpec(path=str(folder), dtype="bfloat16", device="cpu"))
+    for number, name in enumerate(names):
+        begin_adapter(text, plan_for(text.model, lora, text.family), seed=number, name=name)
+        generator = torch.Generator().manual_seed(number)
+        for key, parameter in trained_parameters(text.model, name).items():
+            parameter.requires_grad_(True)
+            if key.endswith(".B"):
+                parameter.data.normal_(0, 0.05, generator=generator)
+    fuse_blocks(text.model, text.family, TrainedBlock)
+    text.model.train()
+    return text
+
+
+def rows(count: int, *, least: int = 50, most: int = 90, prefix: int = 0) -> list[Example]:
+    generator = np.random.default_rng(count)
+    begin, lengths = np.arange(5, 5 + prefix), generator.integers(least, most, size=count)
+    found = [np.r_[begin, generator.integers(4, 60, size=n)].astype(np.int64) for n in lengths]
+    return [Example(ids, np.arange(len(ids)) >= len(ids) // 3, str(number), None, False) for number, ids in enumerate(found)]
+
+
+@pytest.fixture
+def used(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """For each call of a block, whether the function computed it."""
+    found: list[bool] = []
+    usual = TrainedBlock.forward
+
+    def forward(self: TrainedBlock, *args: Any, **settings: Any) -> Any:
+        before = ROOMS.taken
+        y = usual(self, *args, **settings)
+        found.append(ROOMS.taken > before)
+        return y
+
+    monkeypatch.setattr(TrainedBlock, "forward", forward)
+    return found
+
+
+def step(text: TextModel, examples: list[Example], *names: str) -> dict[str, Tensor]:
+    """The loss, and the gradient of every trained number."""
+    parameters = {f"{name}/{key}": each for name in names for key, each in trained_parameters(text.model, name).items()}
+    for each in parameters.values():
+        each.grad = None
+    loss, _ = text_loss(text, pack(examples))
+    loss.backward()
+    return {"loss": loss.detach(), **{key: each.grad for key, each in parameters.items() if each.grad is not None}}
+
+
+def by_parts(text: TextModel, of: Callable[[], dict[str, Tensor]], monkeypatch: pytest.MonkeyPatch) -> dict[str, Tensor]:
+    with monkeypatch.context() as patch:
+        patch.setattr(TrainedBlock, "_suits", lambda *_: False)
+        return of()
+
+
+def require_same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert found.keys() == expected.keys() and len(found) > 1
+    assert [key for key, value in expected.items() if not torch.equal(found[key], value)] == []
+
+
+@pytest.mark.parametrize("count", [1, 3, 11], ids=lambda n: f"{n} rows")
+@pytest.mark.parametrize("prefix", [0, 21])
+def test_losses_and_gradients_are_those_of_the_parts_to_the_last_bit(
+    folder: Path, count: int, prefix: int, used: list[bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With few rows, whose heads are parted backward, and with many; with tokens that all rows begin with; odd ranks."""
+    text, examples = load(folder), rows(count, prefix=prefix)
+    found = step(text, examples, "default")
+    assert used == [True] * 3 and ROOMS.taken == 0
+    require_same(found, by_parts(text, lambda: step(text, examples, "default"), monkeypatch))
+    assert used == [True] * 3 + [False] * 3
+
+
+@pytest.mark.parametrize("changes", [{"rank": 4, "start": "pissa"}, {"rank": 34}, {"rank": 1}], ids=["pissa", "wide", "narrow"])
+def test_other_pairs_too(folder: Path, changes: Any, used: list[bool], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Factors that are made of others, and more ranks than a register has numbers."""
+    text, examples = load(folder, LoraSpec(alpha=8.0, **changes)), rows(4)
+    found = step(text, examples, "default")
+    assert used == [True] * 3
+    require_same(found, by_parts(text, lambda: step(text, examples, "default"), monkeypatch))
+
+
+def test_a_gradient_of_what_comes_in_too(folder: Path, used: list[bool], monkeypatch: pytest.MonkeyPatch) -> None:
+    lora = LoraSpec(rank=4, alpha=8.0, target_modules=("all-linear", "embed_tokens"))
+    text, examples = load(folder, lora), rows(3)
+    found = step(text, examples, "default")
+    assert used == [True] * 3 and any("embed_tokens" in key for key in found)
+    require_same(found, by_parts(text, lambda: step(text, examples, "default"), monkeypatch))
+
+
+def test_several_adapters_in_one_pass(folder: Path, used: list[bool], monkeypatch: pytest.MonkeyPatch) -> None:
+    text, examples = load(folder, names=("a", "b")), rows(5)
+    tokens = sum(len(row.ids) for row in examples)
+    half = sum(len(row.ids) for row in examples[:2])
+
+    def divided() -> dict[str, Tensor]:
+        with text.every_token(filled=True):
+            selection_of(text.model).divide([Share(0, half, "a"), Share(half, tokens, "b", 0.5)], units=text.filled(tokens))
+            return step(text, examples, "a", "b")
+
+    found = divided()
+    assert used == [True] * 3
+    require_same(found, by_parts(text, divided, monkeypatch))
+
+
+def test_the_last_block_computes_only_what_is_read_by_its_parts(
+    folder: Path, used: list[bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = load(folder)
+    examples = [Example(row.ids, np.arange(len(row.ids)) == len(row.ids) - 1, row.key, None, False) for row in rows(4)]
+    found = step(text, examples, "default")
+    assert used == [True, True, False]
+    require_same(found, by_parts(text, lambda: step(text, examples, "default"), monkeypatch))
+
+
+def test_a_second_backward_pass_is_refused(folder: Path) -> None:
+    text = load(folder)
+    loss, _ = text_loss(text, pack(rows(2)))
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_what_nobody_differentiates_is_not_kept(folder: Path, used: list[bool]) -> None:
+    text = load(folder)
+    loss, _ = text_loss(text, pack(rows(2)))
+    assert ROOMS.taken == 3 and used == [True] * 3
+    del loss
+    assert ROOMS.taken == 0
+    with torch.no_grad():
+        text.hidden(pack(rows(2)))
+    assert used[3:] == [False] * 3
+
+
+def _dora(text: TextModel) -> None:
+    begin_adapter(text, plan_for(text.model, LoraSpec(rank=2, variant="dora"), text.family), seed=1, name="dora")
+    selection_of(text.model).use("dora")
+
+
+def _some_layers(text: TextModel) -> None:
+    begin_adapter(text, plan_for(text.model, LoraSpec(rank=2, target_modules=("attention",)), text.family), seed=1, name="some")
+    selection_of(text.model).use("some")
+
+
+def _listened(text: TextModel) -> None:
+    for number in range(3):
+        part: Any = modules.find(text.model, f"model.layers.{number}.mlp")
+        part.register_forward_hook(lambda *_: None)
+
+
+def _bare(text: TextModel) -> None:
+    selection_of(text.model).use(None)
+
+
+def _wide_products(text: TextModel) -> None:
+    text.products = torch.float32
+
+
+@pytest.mark.parametrize("change", [_dora, _some_layers, _listened, _bare, _wide_products, lambda text: unfuse(text.model)])
+def test_what_it_does_not_know_is_left_to_the_parts(folder: Path, change: Callable[[TextModel], None], used: list[bool]) -> None:
+    text = load(folder)
+    change(text)
+    loss, _ = text_loss(text, pack(rows(2)))
+    assert torch.isfinite(loss) and not any(used)
+
+
+def test_short_rows_are_for_another_attention(folder: Path, used: list[bool]) -> None:
+    text = load(folder)
+    text_loss(text, pack(rows(6, least=6, most=9)))
+    assert used == [False] * 3
+
+
+def test_who_counts_operations_sees_the_parts(folder: Path, used: list[bool]) -> None:
+    class Counting(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            return func(*args, **(kwargs or {}))
+
+    text = load(folder)
+    with Counting():
+        text_loss(text, pack(rows(2)))
+    assert used == [False] * 3
+
+
+def test_weights_that_do_not_belong_together_never_reach_c() -> None:
+    """Which would read behind them."""
+    assert trained_block._fit(((64, 96), (64, 96), (64, 96), (96, 64), (160, 96), (160, 96), (96, 160)), 96, 64)
+    assert not trained_block._fit(((64, 96), (64, 96), (128, 96), (96, 64), (160, 96), (160, 96), (96, 160)), 96, 64)
+    assert not trained_block._fit(((64, 96), (64, 96), (64, 96), (96, 64), (160, 96), (168, 96), (96, 160)), 96, 64)
