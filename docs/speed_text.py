@@ -46,6 +46,9 @@ are): scores stay in the cache, and masked tiles are left out. Without it torch'
 - **A weight laid out slowly.** Before each product the library lays a weight out as the processor's registers take it. Where
 C serves, frozen weights in bf16 are multiplied by a kernel of Lorakeet's own, which does so for all tokens at once, with the rows
 to come fetched ahead, and keeps nothing for the number of tokens. With AMX oneDNN is faster, and is used.
+- **Asking.** A step of a small model is thousands of operations, and Python needs ten times as long to ask for one as in a loop
+by itself, since what it needs has left the processor's caches between two products. Where C serves, a whole decoder block is
+one call each way (`core/trained_block`), with the bits of its parts.
 - **The slower dtype.** Whether products are faster in bf16 or in fp32 is measured when the model is loaded
 (`core/precision`): a processor may have instructions for bf16 and yet be slower with them.
 - **What rows begin with.** Tokens that all rows of a micro-batch begin with, from a template or an instruction, are computed
@@ -57,9 +60,9 @@ adapted, so this trains another model, whose quality has to be measured: it is n
 ## Why not at the floor, least of all with short rows
 
 A product reaches the machine's rate with many tokens at once. Rows of 128 tokens share one product with every frozen weight,
-but their attention is many small products, and each operation of a block costs some time whatever it computes. Norms, rotary
-positions, SwiGLU, softmax, casts and the optimizer read and write memory and compute next to nothing; none of them is among
-the FLOPs of the floor. [The log](../log.md) says what a step was seen to be made of, and what was tried and not kept.
+but their attention is many small products. Norms, rotary positions, SwiGLU, softmax, casts and the optimizer read and write
+memory and compute next to nothing; none of them is among the FLOPs of the floor. [The log](../log.md) says what a step was seen
+to be made of, and what was tried and not kept.
 """
 
 TAIL = """

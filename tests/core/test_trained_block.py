@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lorakeet.core import trained_block
@@ -28,6 +29,8 @@ from lorakeet.models.load import load_text_model
 from lorakeet.models.spec import ModelSpec
 from lorakeet.models.targets import plan_for
 from lorakeet.models.text import TextModel
+from lorakeet.train.many import Member, train_many
+from lorakeet.train.spec import TrainSpec
 from lorakeet.train.text_loss import text_loss
 from tiny.models import save_tiny_llama
 from tiny.native import needs_native
@@ -44,6 +47,12 @@ LORA = LoraSpec(rank=5, alpha=10.0)
 def anywhere(monkeypatch: pytest.MonkeyPatch) -> None:
     """Also on a processor with AMX, which multiplies by that."""
     monkeypatch.setattr(dense, "multiplies", lambda: True)
+
+
+@pytest.fixture(scope="module")
+def wide_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What attention's gradients need fits where gate and up were; products of more terms than are added up in one part."""
+    return save_tiny_llama(tmp_path_factory.mktemp("wide"), **{**SHAPE, "intermediate_size": 2208, "num_hidden_layers": 2})
 
 
 @pytest.fixture(scope="module")
@@ -132,6 +141,14 @@ def test_other_pairs_too(folder: Path, changes: Any, used: list[bool], monkeypat
     require_same(found, by_parts(text, lambda: step(text, examples, "default"), monkeypatch))
 
 
+@pytest.mark.parametrize("count", [2, 11], ids=lambda n: f"{n} rows")
+def test_wider_layers_too(wide_folder: Path, count: int, used: list[bool], monkeypatch: pytest.MonkeyPatch) -> None:
+    text, examples = load(wide_folder), rows(count, prefix=9)
+    found = step(text, examples, "default")
+    assert used == [True] * 2
+    require_same(found, by_parts(text, lambda: step(text, examples, "default"), monkeypatch))
+
+
 def test_a_gradient_of_what_comes_in_too(folder: Path, used: list[bool], monkeypatch: pytest.MonkeyPatch) -> None:
     lora = LoraSpec(rank=4, alpha=8.0, target_modules=("all-linear", "embed_tokens"))
     text, examples = load(folder, lora), rows(3)
@@ -184,6 +201,38 @@ def test_what_nobody_differentiates_is_not_kept(folder: Path, used: list[bool]) 
     assert used[3:] == [False] * 3
 
 
+def part(text: TextModel, number: int, path: str) -> Any:
+    return modules.find(text.model, f"model.layers.{number}.{path}")
+
+
+def _listened_block(text: TextModel) -> None:
+    for number in range(3):
+        modules.bare(part(text, number, "mlp")).register_forward_hook(lambda *_: None)  # which the parts never call
+        part(text, number, "self_attn.o_proj").register_forward_hook(lambda *_: None)
+
+
+def _checkpointed(text: TextModel) -> None:
+    for number in range(3):
+        vars(modules.bare(cast(nn.Module, modules.find(text.model, f"model.layers.{number}"))))["gradient_checkpointing"] = True
+
+
+def _windowed(text: TextModel) -> None:
+    for number in range(3):
+        modules.bare(part(text, number, "self_attn")).sliding_window = 40
+
+
+def _cut_away(text: TextModel) -> None:
+    """As a run whose ranks fall in training leaves a pair."""
+    for number in range(3):
+        part(text, number, "mlp.up_proj").pair().keep(torch.tensor([], dtype=torch.int64))
+
+
+def _half_turned(text: TextModel) -> None:
+    """Rotary positions on half of each head; nobody's model, but C would read behind them."""
+    for number in range(3):
+        modules.bare(part(text, number, "self_attn")).head_dim = 128
+
+
 def _dora(text: TextModel) -> None:
     begin_adapter(text, plan_for(text.model, LoraSpec(rank=2, variant="dora"), text.family), seed=1, name="dora")
     selection_of(text.model).use("dora")
@@ -208,12 +257,46 @@ def _wide_products(text: TextModel) -> None:
     text.products = torch.float32
 
 
-@pytest.mark.parametrize("change", [_dora, _some_layers, _listened, _bare, _wide_products, lambda text: unfuse(text.model)])
+LEFT = [_dora, _some_layers, _listened, _listened_block, _bare, _wide_products, _windowed, _cut_away]
+
+
+@pytest.mark.parametrize("change", LEFT)
 def test_what_it_does_not_know_is_left_to_the_parts(folder: Path, change: Callable[[TextModel], None], used: list[bool]) -> None:
     text = load(folder)
     change(text)
     loss, _ = text_loss(text, pack(rows(2)))
-    assert torch.isfinite(loss) and not any(used)
+    if loss.requires_grad:
+        loss.backward()
+    assert torch.isfinite(loss) and used == [False] * 3
+
+
+@pytest.mark.parametrize("change", [_checkpointed, _half_turned])
+def test_what_its_parts_do_not_know_either_is_not_asked_of_c(folder: Path, change: Callable[[TextModel], None]) -> None:
+    text = load(folder)
+    change(text)
+    block: Any = modules.find(text.model, "model.layers.0")
+    x, turn = torch.zeros(1, 64, 96, dtype=torch.bfloat16), torch.zeros(1, 64, 64, dtype=torch.bfloat16)
+    settings = {"position_embeddings": (turn, turn), "row_lengths": (64,), "row_products": torch.bfloat16}
+    assert not block._suits(x, settings) or block._asked(x, (64,), 0) is None
+
+
+def test_outside_training_nothing_stands_for_a_block(folder: Path) -> None:
+    text = load(folder)
+    assert all(isinstance(modules.find(text.model, f"model.layers.{number}"), TrainedBlock) for number in range(3))
+    unfuse(text.model)
+    assert not any(isinstance(module, TrainedBlock) for module in text.model.modules())
+
+
+def test_adapters_that_train_together_become_what_they_become_alone_to_the_last_bit(folder: Path, used: list[bool]) -> None:
+    spec, found = TrainSpec(batch_size=12, steps=3, learning_rate=1e-2, patience=0), []
+    for names in (("a", "b"), ("a",), ("b",)):
+        text = load(folder, names=("a", "b"))
+        members = [Member(name, replace(spec, seed=ord(name)), rows(24), ()) for name in names]
+        train_many(text, members)
+        ended = {name: trained_parameters(text.model, name).items() for name in names}
+        found.append({f"{name}/{key}": each.detach() for name, values in ended.items() for key, each in values})
+    require_same(found[0], {**found[1], **found[2]})
+    assert used and all(used), "steps of more than 512 tokens, each by itself"
 
 
 def test_short_rows_are_for_another_attention(folder: Path, used: list[bool]) -> None:

@@ -82,10 +82,10 @@ class TrainedBlock(BlockStandIn):
             return False
         if not _readable(x) or x.dim() != 3 or len(x) != 1 or not dense.multiplies():
             return False
-        head, prefix = turn[0].shape[-1], settings.get("row_prefix", 0)
-        kernel = kernel_for(x, rows, settings.get("row_products") or torch.float32, prefix, head)
-        counted = torch._C._len_torch_dispatch_stack() > 0  # somebody counts operations
-        return kernel is NativeRows and turn[0].shape == (1, x.shape[1], head) and not counted
+        head = cast(Any, self.original)._modules["self_attn"].original.head_dim
+        kernel = kernel_for(x, rows, settings.get("row_products") or torch.float32, settings.get("row_prefix", 0), head)
+        whole = all(part.shape == (1, x.shape[1], head) for part in turn)
+        return kernel is NativeRows and whole and not torch._C._len_torch_dispatch_stack()  # as where operations are counted
 
     def _asked(self, x: Tensor, rows: Sequence[int], prefix: int) -> tuple[Call | Tensor, ...] | None:
         """What the function computes with: the call, and A and B of all pairs; None where the block's parts are to compute."""
@@ -101,8 +101,11 @@ class TrainedBlock(BlockStandIn):
             return None
         factors = [factor for _, pairs in uses for pair in pairs for factor in pair.factors()]
         spans = tuple([(share.start, share.stop) for share, _ in uses])
-        fit = _fit(tuple([tuple(weight.shape) for weight in weights]), x.shape[2], own.head_dim)
-        if not fit or not all(map(_is_factor, factors)) or not _apart(spans):
+        shapes = tuple([tuple(weight.shape) for weight in weights])
+        if not _fit(shapes, x.shape[2], own.head_dim) or not all(map(_is_factor, factors)) or not _apart(spans):
+            return None
+        changed = [(len(B), A.shape[1]) for A, B in zip(factors[::2], factors[1::2], strict=True)]
+        if changed != [*shapes] * len(spans):
             return None
         scales = [share.weight * pair.scale for share, pairs in uses for pair in pairs]
         epsilons = [cast(float, norm.original.variance_epsilon) for norm in (first, second)]
@@ -134,8 +137,9 @@ def _readable(x: Tensor) -> bool:
 
 
 def _is_factor(factor: Tensor) -> bool:
-    """Whether C can read it as A or B of a pair."""
-    return type(factor) in ops.READ and factor.dtype in trained_pairs.KINDS and factor.is_cpu and factor.is_contiguous()
+    """Whether C can read it as A or B of a pair; those of rank 0 are for the parts."""
+    read = type(factor) in ops.READ and factor.dtype in trained_pairs.KINDS
+    return read and factor.is_cpu and factor.is_contiguous() and factor.numel() > 0
 
 
 def _uses(layers: Sequence[nn.Module], tokens: int) -> list[tuple[Share, list[LoraPair]]]:
@@ -148,7 +152,8 @@ def _uses(layers: Sequence[nn.Module], tokens: int) -> list[tuple[Share, list[Lo
             return []
         found.append(layer.uses(tokens))
     shares = [share for share, _ in found[0]]
-    if not all(pair.plain for use in found for _, pair in use) or any([share for share, _ in use] != shares for use in found):
+    known = all(pair.plain and not pair._forward_hooks for use in found for _, pair in use)
+    if not known or any([share for share, _ in use] != shares for use in found):
         return []
     return [(share, [use[number][1] for use in found]) for number, share in enumerate(shares)]
 

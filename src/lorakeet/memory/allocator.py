@@ -34,6 +34,7 @@ def return_freed_memory() -> bool:
     """
     if platform.libc_ver()[0] != "glibc":
         return False
+    ROOMS.keeps = False
     library = ctypes.CDLL(None)
     return all(library.mallopt(ctypes.c_int(name), ctypes.c_int(_THRESHOLD)) for name in (_M_MMAP_THRESHOLD, _M_TRIM_THRESHOLD))
 

@@ -67,7 +67,7 @@ def fuse_blocks(model: nn.Module, family: Family, kind: type[DecodeBlock | Train
             continue
         if isinstance(block, (DecodeBlock, TrainedBlock)):
             block = block.original
-        if block is None or not _is_plain(block):
+        if block is None or not _is_plain(block, training=kind is TrainedBlock):
             continue
         fused = kind(block).train(block.training)
         if left_out is not None:
@@ -90,8 +90,8 @@ class _Stub(nn.Module):
         return (found, None) if self.pair else found
 
 
-def _is_plain(block: nn.Module) -> bool:
-    """Whether two norms, attention and MLP, each added to what came in, are all that the block does."""
+def _is_plain(block: nn.Module, *, training: bool = False) -> bool:
+    """Whether two norms, attention and MLP, each added to what came in, are all that the block does; also in `training`."""
     if isinstance(block, StandIn) or block._parameters or set(block._modules) != set(BLOCK_PARTS):
         return False
     kinds = (FrozenRmsNorm, RotaryAttention, FrozenRmsNorm, GatedMlp)
@@ -100,6 +100,7 @@ def _is_plain(block: nn.Module) -> bool:
     first, attention, second, mlp = stubs = (_Stub(0.7), _Stub(1.3, pair=True), _Stub(0.4), _Stub(2.1))
     asked = copy.copy(block)
     asked._forward_hooks, asked._forward_pre_hooks = OrderedDict(), OrderedDict()  # this is no pass that anybody listens to
+    asked.training = training
     asked._modules = dict(zip(BLOCK_PARTS, stubs, strict=True))
     x = torch.randn(1, sum(_PROBE_LENGTHS), _WIDTH, generator=torch.Generator().manual_seed(2))
     try:
@@ -114,7 +115,10 @@ def _is_plain(block: nn.Module) -> bool:
 def unfuse(model: nn.Module) -> None:
     """Takes every stand-in of `fuse` out again."""
     for path, module in list(modules.original_modules(model)):
-        if isinstance(modules.find(model, path), (GatedMlp, FrozenRmsNorm, RotaryAttention, DecodeBlock, TrainedBlock)):
+        standing = modules.find(model, path)
+        if isinstance(standing, PrefixBlock):
+            standing.original = module
+        elif isinstance(standing, (GatedMlp, FrozenRmsNorm, RotaryAttention, DecodeBlock, TrainedBlock)):
             modules.replace(model, path, module)
 
 

@@ -35,7 +35,7 @@ void norm_again(const bf16 *x, const float *rho, const bf16 *weight, bf16 *y, in
     for (int64_t t = 0; t < tokens; t++) normed(x + t * width, weight, rho[t], y + t * width, width);
 }
 
-/* ∂x = ρ·(w∘∂y − x̂·mean(w∘∂y∘x̂)), x̂ = x·ρ. */
+/* ∂x = ρ·(w∘∂y − x̂·mean(w∘∂y∘x̂)), x̂ = x·ρ. May be written over x, or over ∂y. */
 void norm_backward(const bf16 *grad, const bf16 *x, const float *rho, const bf16 *weight, bf16 *found, int64_t tokens,
                    int64_t width, int threads) {
 #pragma omp parallel for schedule(static) num_threads(threads)

@@ -130,26 +130,27 @@ static Attention attention_in(Room *room, const Shape *s) {
     return a;
 }
 
+/* `inner` is used up before `normed` and `grad` are written. */
 typedef struct {
-    bf16 *middle, *normed, *grad, *u, *inner;
+    bf16 *inner, *normed, *grad, *u;
     uint8_t *work;
-    Attention attention; /* where gate and up were, if there is room for it, else where `inner` was */
+    Attention attention; /* where gate and up were, if there is room for it */
 } Backward;
 
 static Backward backward_in(Room *room, const Weights *w, const Shape *s, const Group *groups, const Kept *kept, int threads) {
     Backward b;
     int64_t numbers = 0;
     for (int g = 0; g < GROUPS; g++) numbers = larger(numbers, groups[g].numbers);
-    b.middle = take_rows(room, s->tokens, w->hidden);
+    Room first = *room;
+    b.inner = take_rows(&first, s->tokens, w->inner);
     b.normed = take_rows(room, s->tokens, w->hidden);
     b.grad = take_rows(room, s->tokens, w->hidden);
+    room->bytes = larger(room->bytes, first.bytes);
     b.u = take_rows(room, 1, numbers);
     b.work = take(room, work(w, s, groups, threads, 1));
-    Room apart = {(char *)kept->gate, 0}, here = *room;
+    Room apart = {(char *)kept->gate, 0};
     b.attention = attention_in(&apart, s);
-    if (apart.bytes > kept->apart) b.attention = attention_in(&here, s);
-    b.inner = take_rows(room, s->tokens, w->inner);
-    room->bytes = larger(room->bytes, here.bytes);
+    if (apart.bytes > kept->apart) b.attention = attention_in(room, s);
     return b;
 }
 
@@ -193,15 +194,14 @@ static void adapt(Asked a, const Group *group, const Layer *layers, const bf16 *
     trained_pairs(group->pairs, group->scales, group->count, layers, x, width, h, (bf16 *)a.work, a.threads);
 }
 
-/* Adds to grad_x, if it is given, and puts ∂B of the pairs at `found`; u is for `of_a`. */
+/* Adds to grad_x, if it is given, and finds ∂B of the pairs; u is for `of_a`, which finds their ∂A. */
 static void adapt_back(Asked a, const Group *group, const Layer *grads, bf16 *grad_x, int64_t width, const bf16 *h, bf16 *u,
                        float *found) {
     trained_pairs_backward(group->pairs, group->scales, group->count, grads, grad_x, width, h, u, found, (bf16 *)a.work, a.threads);
 }
 
-/* ∂A of the pairs, behind their ∂B. */
 static void of_a(Asked a, const Group *group, const bf16 *u, const bf16 *x, int64_t width, float *found) {
-    trained_pairs_of_a(group->pairs, group->count, u, x, width, found + group->of_b, (bf16 *)a.work, a.threads);
+    trained_pairs_of_a(group->pairs, group->count, u, x, width, found, (bf16 *)a.work, a.threads);
 }
 
 /* Zeros for the tokens behind the last row. */
@@ -240,34 +240,35 @@ void trained_block(const Weights *w, const Shape *s, const Group *groups, const 
     add(k.middle, y, y, n * hidden, threads);
 }
 
-/* From ∂L/∂y (tokens, hidden) to ∂L/∂x, where that is given a place, and, group by group, ∂B and then ∂A of the pairs. Uses up
-   what was kept. */
+/* From ∂L/∂y (tokens, hidden) to ∂L/∂x, where that is given a place, and, group by group, ∂A and ∂B of the pairs. Uses up what was
+   kept. */
 void trained_block_backward(const Weights *w, const Shape *s, const Group *groups, const bf16 *cos, const bf16 *sin, const bf16 *x,
-                            char *kept, const bf16 *grad, bf16 *grad_x, float *found, char *scratch, int threads) {
+                            char *kept, const bf16 *grad, bf16 *grad_x, float *grad_a, float *grad_b, char *scratch, int threads) {
     Room for_kept = {kept, 0}, for_scratch = {scratch, 0};
     Kept k = kept_in(&for_kept, w, s, groups);
     Backward b = backward_in(&for_scratch, w, s, groups, &k, threads);
     int64_t n = s->tokens, hidden = w->hidden, inner = w->inner, q = s->heads * s->d, kv = s->kv * s->d;
     Asked a = {n, b.work, threads};
-    float *of[GROUPS];
-    for (int g = 0; g < GROUPS; g++) of[g] = found, found += groups[g].of_b + groups[g].of_a;
+    float *as[GROUPS], *bs[GROUPS];
+    for (int g = 0; g < GROUPS; g++) as[g] = grad_a, bs[g] = grad_b, grad_a += groups[g].of_a, grad_b += groups[g].of_b;
 
     back(a, grad, w->down, b.inner, inner, hidden, 0);
-    adapt_back(a, groups + DOWN, (Layer[]){{(bf16 *)grad, hidden}}, b.inner, inner, k.h[DOWN], b.u, of[DOWN]);
+    adapt_back(a, groups + DOWN, (Layer[]){{(bf16 *)grad, hidden}}, b.inner, inner, k.h[DOWN], b.u, bs[DOWN]);
     gated_backward(k.gate, k.up, b.inner, n * inner, threads);
-    of_a(a, groups + DOWN, b.u, b.inner, inner, of[DOWN]);
+    of_a(a, groups + DOWN, b.u, b.inner, inner, as[DOWN]);
     norm_again(k.middle, k.second_rho, w->second, b.normed, n, hidden, threads);
     back(a, k.gate, w->gate, b.grad, hidden, inner, 0);
     back(a, k.up, w->up, b.grad, hidden, inner, 1);
-    adapt_back(a, groups + APART, (Layer[]){{k.gate, inner}, {k.up, inner}}, b.grad, hidden, k.h[APART], b.u, of[APART]);
-    of_a(a, groups + APART, b.u, b.normed, hidden, of[APART]);
-    norm_backward(b.grad, k.middle, k.second_rho, w->second, b.middle, n, hidden, threads);
-    add(grad, b.middle, b.middle, n * hidden, threads);
+    adapt_back(a, groups + APART, (Layer[]){{k.gate, inner}, {k.up, inner}}, b.grad, hidden, k.h[APART], b.u, bs[APART]);
+    of_a(a, groups + APART, b.u, b.normed, hidden, as[APART]);
+    bf16 *middle = k.middle; /* and from here on its gradient */
+    norm_backward(b.grad, k.middle, k.second_rho, w->second, middle, n, hidden, threads);
+    add(grad, middle, middle, n * hidden, threads);
 
     Attention *at = &b.attention;
-    back(a, b.middle, w->o, at->attended, q, hidden, 0);
-    adapt_back(a, groups + OUTWARD, (Layer[]){{b.middle, hidden}}, at->attended, q, k.h[OUTWARD], b.u, of[OUTWARD]);
-    of_a(a, groups + OUTWARD, b.u, k.attended, q, of[OUTWARD]);
+    back(a, middle, w->o, at->attended, q, hidden, 0);
+    adapt_back(a, groups + OUTWARD, (Layer[]){{middle, hidden}}, at->attended, q, k.h[OUTWARD], b.u, bs[OUTWARD]);
+    of_a(a, groups + OUTWARD, b.u, k.attended, q, as[OUTWARD]);
     blank(s, at->q);
     clear(at->sums, 2 * s->parts * n * s->d, threads);
     clear(at->of_prefix, 2 * s->parts * s->groups * s->prefix * s->d, threads);
@@ -282,10 +283,10 @@ void trained_block_backward(const Weights *w, const Shape *s, const Group *group
         back(a, at->v, w->v, b.grad, hidden, kv, 1);
     }
     adapt_back(a, groups + INWARD, (Layer[]){{at->q, q}, {at->k, kv}, {at->v, kv}}, grad_x ? b.grad : 0, hidden, k.h[INWARD], b.u,
-               of[INWARD]);
-    of_a(a, groups + INWARD, b.u, b.normed, hidden, of[INWARD]);
+               bs[INWARD]);
+    of_a(a, groups + INWARD, b.u, b.normed, hidden, as[INWARD]);
     if (grad_x) {
         norm_backward(b.grad, x, k.first_rho, w->first, grad_x, n, hidden, threads);
-        add(grad_x, b.middle, grad_x, n * hidden, threads);
+        add(grad_x, middle, grad_x, n * hidden, threads);
     }
 }

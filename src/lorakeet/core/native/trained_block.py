@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import ctypes
 import mmap
+import threading
 import weakref
-from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -52,26 +52,46 @@ class Rooms:
     def __init__(self, space: int = 1 << 36) -> None:
         """At most `space` bytes, of which none is held; pieces beyond, and all where the system grants none, are the heap's."""
         self.space = space
+        self.keeps = True  # pages of pieces that are gone, for the next ones
         self._pages: mmap.mmap | None = None
         self._taken: dict[int, int] = {}  # where each piece begins, and where it ends
+        self._lock = threading.Lock()  # not for `_gone`, which may be called within, wherever Python collects what is gone
 
     def take(self, count: int) -> Tensor:
         """So many bytes (count,), uint8, which are free again when the tensor is gone."""
-        start = max(self._taken.values(), default=0)
-        stop = start + -(-count // ALIGNED) * ALIGNED
-        pages = self._mapped() if stop <= self.space else None
-        if pages is None:
-            return _bytes(count)
+        with self._lock:
+            start = self._first_gap(-(-count // ALIGNED) * ALIGNED)
+            stop = start + -(-count // ALIGNED) * ALIGNED
+            pages = self._mapped() if stop <= self.space else None
+            if pages is None:
+                return _bytes(count)
+            self._taken[start] = stop
         piece = memoryview(pages)[start : start + count]
-        self._taken[start] = stop
-        weakref.finalize(piece, self._taken.pop, start, None).atexit = False
+        weakref.finalize(piece, self._gone, start).atexit = False
         return torch.frombuffer(piece, dtype=torch.uint8)
 
     def release(self) -> None:
-        """Gives the pages that no piece lies in back to the system."""
-        first = -(-max(self._taken.values(), default=0) // mmap.PAGESIZE) * mmap.PAGESIZE
-        if self._pages is not None and first < self.space:
-            self._pages.madvise(mmap.MADV_DONTNEED, first)
+        """Gives the pages behind the last piece back to the system."""
+        with self._lock:
+            self._give_back(max(self._taken.values(), default=0), self.space)
+
+    def _first_gap(self, size: int) -> int:
+        end = 0
+        for start, stop in sorted(self._taken.items()):
+            if start - end >= size:
+                break
+            end = stop
+        return end
+
+    def _gone(self, start: int) -> None:
+        stop = self._taken.pop(start)
+        if not self.keeps:
+            self._give_back(start, stop)
+
+    def _give_back(self, start: int, stop: int) -> None:
+        first, last = -(-start // mmap.PAGESIZE), stop // mmap.PAGESIZE
+        if self._pages is not None and first < last:
+            self._pages.madvise(mmap.MADV_DONTNEED, first * mmap.PAGESIZE, (last - first) * mmap.PAGESIZE)
 
     @property
     def taken(self) -> int:
@@ -116,8 +136,8 @@ class Pairs:
         """ValueError where C cannot read them so."""
         self.shapes = [tuple(factor.shape) for factor in factors]
         self._groups = (_Group * len(GROUPS))()
-        self._held: list[array[Any]] = []
-        self.order: list[int] = []  # of the factors whose gradients stand one behind the other
+        self._held: list[Any] = [factors]  # what C is pointed to
+        self._order: list[int] = []  # of the pairs whose gradients stand one behind the other
         for told, layers in zip(self._groups, GROUPS, strict=True):
             numbers = [LAYERS * place + layer for place in range(len(rows)) for layer in layers]
             own = [factor for number in numbers for factor in factors[2 * number : 2 * number + 2]]
@@ -128,20 +148,26 @@ class Pairs:
             told.pairs, told.scales = (each.buffer_info()[0] for each in held)
             told.count, told.numbers, told.forward = len(numbers), laid.numbers, laid.forward
             told.backward, told.woven = laid.backward, laid.woven
-            told.of_b, told.of_a = (sum(factor.numel() for factor in own[first::2]) for first in (1, 0))
-            self.order += [2 * number + 1 for number in numbers] + [2 * number for number in numbers]
-        self.gradients = sum(told.of_a + told.of_b for told in self._groups)
+            told.of_a, told.of_b = (sum(factor.numel() for factor in own[first::2]) for first in (0, 1))
+            self._order += numbers
 
     def told(self) -> Any:
         """What C is told of them."""
         return ctypes.byref(self._groups)
 
-    def cut(self, found: Tensor) -> list[Tensor]:
-        """The gradients of the factors, in fp32, in their order: views of what `backward` found."""
-        shapes = [self.shapes[number] for number in self.order]
-        parts = torch.split(found, [rows * width for rows, width in shapes])
-        cut = dict(zip(self.order, (part.view(shape) for part, shape in zip(parts, shapes, strict=True)), strict=True))
-        return [cut[number] for number in range(len(self.shapes))]
+    def gradients(self) -> tuple[Tensor, Tensor]:
+        """Room for those of all A's, and of all B's, in fp32."""
+        return torch.empty(sum(told.of_a for told in self._groups)), torch.empty(sum(told.of_b for told in self._groups))
+
+    def cut(self, found: tuple[Tensor, Tensor]) -> list[Tensor]:
+        """The gradients of the factors, in their order: views of what the backward pass found."""
+        each: list[Tensor] = [found[0]] * len(self.shapes)
+        for which, numbers in enumerate(found):
+            order = [2 * pair + which for pair in self._order]
+            parts = torch.split(numbers, [rows * width for rows, width in (self.shapes[number] for number in order)])
+            for number, part in zip(order, parts, strict=True):
+                each[number] = part.view(self.shapes[number])
+        return each
 
 
 @dataclass(frozen=True)
@@ -165,10 +191,10 @@ class Call:
     ) -> tuple[Tensor | None, list[Tensor]]:
         """∂L/∂x, if it is wanted, and the gradients of the factors, from ∂L/∂y (tokens, hidden). Uses up what was `kept`."""
         told, threads = self._told(), torch.get_num_threads()
-        grad_x, found = torch.empty_like(x) if wants_x else None, torch.empty(self.pairs.gradients)
+        grad_x, found = torch.empty_like(x) if wants_x else None, self.pairs.gradients()
         scratch = _bytes(int(loaded().trained_block_scratch(*told, 1, threads)))
         to = ctypes.c_void_p(None if grad_x is None else grad_x.data_ptr())
-        given = *pointers(cos, sin, x), _address(kept), *pointers(grad), to, *pointers(found, dtype=torch.float32)
+        given = *pointers(cos, sin, x), _address(kept), *pointers(grad), to, *pointers(*found, dtype=torch.float32)
         loaded().trained_block_backward(*told, *given, _address(scratch), threads)
         return grad_x, self.pairs.cut(found)
 
