@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lorakeet.core import trained_block
 from lorakeet.core.native import dense
-from lorakeet.core.native.trained_block import ROOMS
+from lorakeet.core.native.rooms import ROOMS
 from lorakeet.core.selection import Share
 from lorakeet.core.spec import LoraSpec
 from lorakeet.core.trained_block import TrainedBlock

@@ -15,14 +15,13 @@ import torch
 from torch import Tensor, nn
 
 from lorakeet.core.fused_attention import INPUTS, turned
-from lorakeet.core.layers import BlockStandIn, HeldPairs, LoraLinear, SharedInput
+from lorakeet.core.layers import BLOCK_PARTS, BlockStandIn, HeldPairs, LoraLinear, SharedInput
 from lorakeet.core.mix_copies import MixRows
 from lorakeet.core.native import ops
 from lorakeet.core.native.block import NO_PAIRS, Block, BlockPairs, BlockParts, NewTokens
 from lorakeet.core.native.linear import Panels
 from lorakeet.core.reordered import Order, ReorderedBase
 from lorakeet.core.selection import Arrangement
-from lorakeet.core.trained_block import BLOCK_PARTS
 
 
 class Attended(Protocol):

@@ -209,7 +209,7 @@ class GatedMlp(StandIn):
         divided = any(isinstance(layer, LoraLinear) and layer.selection.shares is not None for layer in layers)
         if divided and not (torch.is_grad_enabled() or self.training):  # the layers by themselves stack short shares
             return cast(Tensor, self.original(x))
-        uses = _shared_uses(layers, len(flat))
+        uses = shared_uses(layers, len(flat))
         bases = [cast(LoraLinear, layer).base for layer in layers] if uses else _frozen_bases(layers, flat)
         if not bases:
             return cast(Tensor, self.original(x))
@@ -253,7 +253,7 @@ def _frozen_bases(layers: Sequence[nn.Module], x: Tensor) -> list[FrozenBase]:
     return [] if None in packed else cast("list[FrozenBase]", packed)
 
 
-def _shared_uses(layers: Sequence[nn.Module], tokens: int) -> list[tuple[Any, ...]]:
+def shared_uses(layers: Sequence[nn.Module], tokens: int) -> list[tuple[Any, ...]]:
     """Each share of a batch with its pair on each layer; none unless all layers have plain pairs for the same shares."""
     uses = [_plain_uses(layer, tokens) for layer in layers]
     if not all(uses) or len({tuple(share for share, _ in use) for use in uses}) > 1:

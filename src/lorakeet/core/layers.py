@@ -28,6 +28,8 @@ from lorakeet.core.selection import Arrangement, Selection, Share
 from lorakeet.core.spec import ANCHORED
 from lorakeet.core.start import begin
 
+BLOCK_PARTS = ("input_layernorm", "self_attn", "post_attention_layernorm", "mlp")  # of a decoder block
+
 
 class StandIn(nn.Module):
     """A module that stands in a model in place of `original`, which it holds untouched."""

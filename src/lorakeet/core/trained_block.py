@@ -18,16 +18,14 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from lorakeet.core.base import DenseBase
-from lorakeet.core.fused import FrozenRmsNorm, GatedMlp
+from lorakeet.core.fused import FrozenRmsNorm, GatedMlp, shared_uses
 from lorakeet.core.fused_attention import CACHES, INPUTS, RotaryAttention
-from lorakeet.core.layers import BlockStandIn, LoraLinear
-from lorakeet.core.lowrank import LoraPair
+from lorakeet.core.layers import BLOCK_PARTS, BlockStandIn, LoraLinear
 from lorakeet.core.native import dense, ops, trained_pairs
-from lorakeet.core.native.trained_block import ROOMS, Call, Pairs, Weights
+from lorakeet.core.native.rooms import ROOMS
+from lorakeet.core.native.trained_block import Call, Pairs, Weights
 from lorakeet.core.row_attention import NativeRows, kernel_for
-from lorakeet.core.selection import Share
 
-BLOCK_PARTS = ("input_layernorm", "self_attn", "post_attention_layernorm", "mlp")
 MLP = ("gate_proj", "up_proj", "down_proj")
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
@@ -95,19 +93,21 @@ class TrainedBlock(BlockStandIn):
         first, attention, second, mlp = parts
         own: Any = attention.original
         layers = [*(getattr(own, name) for name in (*INPUTS, "o_proj")), *(getattr(mlp.original, name) for name in MLP)]
-        uses = _uses(layers, tokens)
+        uses = shared_uses(layers, tokens) if all(map(_is_dense, layers)) else []
+        pairs = [pair for _, *of_layers in uses for pair in of_layers]
         weights, gains = [layer.weight for layer in layers], (first.weight, second.weight)
-        if not uses or not all(map(_readable, (*weights, *gains))):
+        if not uses or any(pair._forward_hooks for pair in pairs) or not _readable(*weights, *gains):
             return None
-        factors = [factor for _, pairs in uses for pair in pairs for factor in pair.factors()]
-        spans = tuple([(share.start, share.stop) for share, _ in uses])
+        factors = [factor for pair in pairs for factor in pair.factors()]
+        spans = tuple([(share.start, share.stop) for share, *_ in uses])
         shapes = tuple([tuple(weight.shape) for weight in weights])
-        if not _fit(shapes, x.shape[2], own.head_dim) or not all(map(_is_factor, factors)) or not _apart(spans):
+        taken = all(trained_pairs.takes(factor) and factor.is_cpu for factor in factors)
+        if not taken or not _fit(shapes, x.shape[2], own.head_dim) or not _apart(spans):
             return None
         changed = [(len(B), A.shape[1]) for A, B in zip(factors[::2], factors[1::2], strict=True)]
         if changed != [*shapes] * len(spans):
             return None
-        scales = [share.weight * pair.scale for share, pairs in uses for pair in pairs]
+        scales = [share.weight * pair.scale for share, *of_layers in uses for pair in of_layers]
         epsilons = [cast(float, norm.original.variance_epsilon) for norm in (first, second)]
         heads, kv = (len(weight) // own.head_dim for weight in weights[:2])
         shape = _shape_of(tuple(rows), prefix, own.scaling, (tokens, heads, kv, own.head_dim))
@@ -131,31 +131,16 @@ class TrainedBlock(BlockStandIn):
         return first, attention, second, mlp
 
 
-def _readable(x: Tensor) -> bool:
-    """Whether C can read it."""
-    return type(x) in ops.READ and x.dtype == torch.bfloat16 and x.is_cpu and x.is_contiguous() and ops.in_use()
+def _readable(*states: Tensor) -> bool:
+    """Whether C can read them, in numbers and not as shapes alone."""
+    return all(type(each) in ops.READ for each in states) and ops.serves(torch.bfloat16, *states)
 
 
-def _is_factor(factor: Tensor) -> bool:
-    """Whether C can read it as A or B of a pair; those of rank 0 are for the parts."""
-    read = type(factor) in ops.READ and factor.dtype in trained_pairs.KINDS
-    return read and factor.is_cpu and factor.is_contiguous() and factor.numel() > 0
-
-
-def _uses(layers: Sequence[nn.Module], tokens: int) -> list[tuple[Share, list[LoraPair]]]:
-    """Each share of a batch with its pair on each layer; none unless all are dense and have plain pairs for the same shares."""
-    found = []
-    for layer in layers:
-        if type(layer) is not LoraLinear or type(layer.base) is not DenseBase or layer.bias is not None:
-            return []
-        if layer.products not in (None, torch.bfloat16) or layer.base.weight.requires_grad or layer.base.kernels is not None:
-            return []
-        found.append(layer.uses(tokens))
-    shares = [share for share, _ in found[0]]
-    known = all(pair.plain and not pair._forward_hooks for use in found for _, pair in use)
-    if not known or any([share for share, _ in use] != shares for use in found):
-        return []
-    return [(share, [use[number][1] for use in found]) for number, share in enumerate(shares)]
+def _is_dense(layer: nn.Module) -> bool:
+    """Whether its frozen weight is that of an nn.Linear, multiplied in bf16 by the library alone."""
+    if type(layer) is not LoraLinear or type(layer.base) is not DenseBase or layer.base.kernels is not None:
+        return False
+    return layer.products in (None, torch.bfloat16) and not layer.base.weight.requires_grad
 
 
 @lru_cache(maxsize=8)

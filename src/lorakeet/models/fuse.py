@@ -14,10 +14,10 @@ from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily  # 
 from lorakeet.core.decode_block import DecodeBlock
 from lorakeet.core.fused import ACTIVATIONS, FrozenRmsNorm, GatedMlp
 from lorakeet.core.fused_attention import INPUTS, RotaryAttention
-from lorakeet.core.layers import LoraLinear, StandIn, base_of, new_pair
+from lorakeet.core.layers import BLOCK_PARTS, LoraLinear, StandIn, base_of, new_pair
 from lorakeet.core.native import ops as native
 from lorakeet.core.plan import PlanEntry
-from lorakeet.core.trained_block import BLOCK_PARTS, TrainedBlock
+from lorakeet.core.trained_block import TrainedBlock
 from lorakeet.errors import EnvironmentProblem
 from lorakeet.models import modules
 from lorakeet.models.attention import VARLEN

@@ -116,6 +116,8 @@ int64_t attention_scratch(int64_t longest_row, int64_t d) {
     return 3 * keys * d * 2 + 6 * T * d * 4 + 5 * T * T * 4 + 8 * T * 4 + 64 * 32;
 }
 
+int64_t attention_room(const Shape *s) { return attention_scratch(longest(s), s->d); }
+
 /* The first row of a group, of about as many tokens each. */
 static int64_t first_of(const Shape *s, int64_t group) {
     if (group >= s->groups) return s->rows;
@@ -270,7 +272,7 @@ static void backward_row(const Shape *s, const bf16 *q, const bf16 *k, const bf1
 
 void attention_forward(const Shape *s, const bf16 *q, const bf16 *k, const bf16 *v, bf16 *out, float *logsums, char *scratch,
                        int threads) {
-    int64_t room = attention_scratch(longest(s), s->d);
+    int64_t room = attention_room(s);
 #pragma omp parallel for collapse(2) schedule(dynamic, 1) num_threads(threads)
     for (int64_t row = 0; row < s->rows; row++)
         for (int64_t head = 0; head < s->heads; head++)
@@ -281,7 +283,7 @@ void attention_forward(const Shape *s, const bf16 *q, const bf16 *k, const bf16 
 void attention_backward(const Shape *s, const bf16 *q, const bf16 *k, const bf16 *v, const bf16 *out, const float *logsums,
                         const bf16 *grad, bf16 *grad_q, bf16 *grad_k, bf16 *grad_v, float *sums, float *of_prefix, char *scratch,
                         int threads) {
-    int64_t d = s->d, room = attention_scratch(longest(s), d), all = s->parts * s->tokens * d;
+    int64_t d = s->d, room = attention_room(s), all = s->parts * s->tokens * d;
     int64_t shared = s->groups * s->prefix * d, together = s->parts / s->kv;
 #pragma omp parallel for collapse(2) schedule(dynamic, 1) num_threads(threads)
     for (int64_t group = 0; group < s->groups; group++)

@@ -14,6 +14,7 @@ typedef struct {
 
 /* Bytes of scratch that each thread works in. */
 int64_t attention_scratch(int64_t longest_row, int64_t d);
+int64_t attention_room(const Shape *s);
 
 void attention_forward(const Shape *s, const bf16 *q, const bf16 *k, const bf16 *v, bf16 *out, float *logsums, char *scratch,
                        int threads);

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from lorakeet.core.native import library, ops
 from lorakeet.core.native.ops import define, loaded, pointers
+from lorakeet.core.native.rooms import ALIGNED, address
 
-ALIGNED = 64  # bytes: what a register's pieces of the scratch begin at multiples of
 AMX = "amx_bf16"  # in /proc/cpuinfo: tiles of bf16, many times what the vectors here multiply
 
 
@@ -48,7 +48,7 @@ def dense_product_add_(y: Tensor, x: Tensor, weight: Tensor, across: bool, add: 
         raise ValueError(f"{shapes} do not fit each other, or are not in whole {ops.LANES}")
     scratch = torch.empty(workspace(x, weight, across), dtype=torch.uint8)
     sizes = (ctypes.c_int64(size) for size in (len(x), depth, width))
-    given = *pointers(x, weight, y), ctypes.c_void_p(-(-scratch.data_ptr() // ALIGNED) * ALIGNED)
+    given = *pointers(x, weight, y), address(scratch)
     loaded().dense_product(*given, *sizes, int(across), int(add), torch.get_num_threads())
 
 

@@ -80,16 +80,10 @@ int64_t trained_block_kept(const Weights *w, const Shape *s, const Group *groups
 
 static int least(int threads, int64_t parts) { return parts < threads ? (int)parts : threads; }
 
-static int64_t longest(const Shape *s) {
-    int64_t most = 0;
-    for (int64_t r = 0; r < s->rows; r++) most = larger(most, s->lengths[r] + (r ? s->prefix : 0));
-    return most;
-}
-
 /* Bytes in which one product, or one attention, works, of those that a block has. */
 static int64_t work(const Weights *w, const Shape *s, const Group *groups, int threads, int backward) {
     int64_t q = s->heads * s->d, kv = s->kv * s->d, parts = backward ? s->parts * s->groups : s->heads * s->rows;
-    int64_t most = least(threads, parts) * attention_scratch(longest(s), s->d);
+    int64_t most = least(threads, parts) * attention_room(s);
     const int64_t widths[] = {q, kv, w->inner};
     for (int i = 0; i < 3; i++) {
         most = larger(most, dense_scratch(w->hidden, widths[i], threads));

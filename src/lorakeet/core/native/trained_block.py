@@ -7,9 +7,6 @@ call saves is the asking, some 45 times a block, for each of which Python finds 
 from __future__ import annotations
 
 import ctypes
-import mmap
-import threading
-import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,8 +15,8 @@ import torch
 from torch import Tensor
 
 from lorakeet.core.native import trained_pairs
-from lorakeet.core.native.dense import ALIGNED
 from lorakeet.core.native.ops import Shape, loaded, pointers
+from lorakeet.core.native.rooms import ROOMS, address, room
 
 GROUPS = ((0, 1, 2), (3,), (4, 5), (6,))  # layers that see the same x: q, k, v; o; gate, up; down
 LAYERS = 7
@@ -38,77 +35,6 @@ class _Group(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("pairs", "scales")),
         *((name, ctypes.c_int64) for name in ("count", "numbers", "forward", "backward", "woven", "of_a", "of_b")),
     )
-
-
-class Rooms:
-    """Memory for what blocks keep between their passes, one piece behind the other, in address space of its own.
-
-    Backward passes give the pieces back from the last one on, so that they leave no holes, whatever their sizes are. On the heap
-    small pieces lie between them, which outlive them or which the C library holds for the next of their size: a pass of other
-    sizes then finds its places too small, and the heap grows (docs/log.md). A page is the system's until it is written to for the
-    first time, and stays with the process then, until `release`.
-    """
-
-    def __init__(self, space: int = 1 << 36) -> None:
-        """At most `space` bytes, of which none is held; pieces beyond, and all where the system grants none, are the heap's."""
-        self.space = space
-        self.keeps = True  # pages of pieces that are gone, for the next ones
-        self._pages: mmap.mmap | None = None
-        self._taken: dict[int, int] = {}  # where each piece begins, and where it ends
-        self._lock = threading.Lock()  # not for `_gone`, which may be called within, wherever Python collects what is gone
-
-    def take(self, count: int) -> Tensor:
-        """So many bytes (count,), uint8, which are free again when the tensor is gone."""
-        with self._lock:
-            start = self._first_gap(-(-count // ALIGNED) * ALIGNED)
-            stop = start + -(-count // ALIGNED) * ALIGNED
-            pages = self._mapped() if stop <= self.space else None
-            if pages is None:
-                return _bytes(count)
-            self._taken[start] = stop
-        piece = memoryview(pages)[start : start + count]
-        weakref.finalize(piece, self._gone, start).atexit = False
-        return torch.frombuffer(piece, dtype=torch.uint8)
-
-    def release(self) -> None:
-        """Gives the pages behind the last piece back to the system."""
-        with self._lock:
-            self._give_back(max(self._taken.values(), default=0), self.space)
-
-    def _first_gap(self, size: int) -> int:
-        end = 0
-        for start, stop in sorted(self._taken.items()):
-            if start - end >= size:
-                break
-            end = stop
-        return end
-
-    def _gone(self, start: int) -> None:
-        stop = self._taken.pop(start)
-        if not self.keeps:
-            self._give_back(start, stop)
-
-    def _give_back(self, start: int, stop: int) -> None:
-        first, last = -(-start // mmap.PAGESIZE), stop // mmap.PAGESIZE
-        if self._pages is not None and first < last:
-            self._pages.madvise(mmap.MADV_DONTNEED, first * mmap.PAGESIZE, (last - first) * mmap.PAGESIZE)
-
-    @property
-    def taken(self) -> int:
-        """How many pieces are."""
-        return len(self._taken)
-
-    def _mapped(self) -> mmap.mmap | None:
-        if self._pages is None and self.space:
-            try:
-                self._pages = mmap.mmap(-1, self.space, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _NO_RESERVE)
-            except OSError:  # as where address space is limited
-                self.space = 0
-        return self._pages
-
-
-_NO_RESERVE = 0x4000  # MAP_NORESERVE, which Python 3.11 has no name for: what is not written to is not counted
-ROOMS = Rooms()
 
 
 @dataclass(frozen=True)
@@ -182,8 +108,8 @@ class Call:
         """y of x (tokens, hidden), and what `backward` wants; cos and sin are (tokens, d)."""
         told, threads = self._told(), torch.get_num_threads()
         kept, y = ROOMS.take(int(loaded().trained_block_kept(*told))), torch.empty_like(x)
-        scratch = _bytes(int(loaded().trained_block_scratch(*told, 0, threads)))
-        loaded().trained_block(*told, *pointers(cos, sin, x, y), _address(kept), _address(scratch), threads)
+        scratch = room(int(loaded().trained_block_scratch(*told, 0, threads)))
+        loaded().trained_block(*told, *pointers(cos, sin, x, y), address(kept), address(scratch), threads)
         return y, kept
 
     def backward(
@@ -192,20 +118,11 @@ class Call:
         """∂L/∂x, if it is wanted, and the gradients of the factors, from ∂L/∂y (tokens, hidden). Uses up what was `kept`."""
         told, threads = self._told(), torch.get_num_threads()
         grad_x, found = torch.empty_like(x) if wants_x else None, self.pairs.gradients()
-        scratch = _bytes(int(loaded().trained_block_scratch(*told, 1, threads)))
+        scratch = room(int(loaded().trained_block_scratch(*told, 1, threads)))
         to = ctypes.c_void_p(None if grad_x is None else grad_x.data_ptr())
-        given = *pointers(cos, sin, x), _address(kept), *pointers(grad), to, *pointers(*found, dtype=torch.float32)
-        loaded().trained_block_backward(*told, *given, _address(scratch), threads)
+        given = *pointers(cos, sin, x), address(kept), *pointers(grad), to, *pointers(*found, dtype=torch.float32)
+        loaded().trained_block_backward(*told, *given, address(scratch), threads)
         return grad_x, self.pairs.cut(found)
 
     def _told(self) -> tuple[Any, Any, Any]:
         return self.weights.told(), ctypes.byref(self.shape), self.pairs.told()
-
-
-def _bytes(count: int) -> Tensor:
-    return torch.empty(count + ALIGNED, dtype=torch.uint8)
-
-
-def _address(numbers: Tensor) -> ctypes.c_void_p:
-    """The first byte in it at which a register's pieces may begin."""
-    return ctypes.c_void_p(-(-numbers.data_ptr() // ALIGNED) * ALIGNED)

@@ -30,8 +30,12 @@ def serves(products: torch.dtype, states: Sequence[Tensor], factors: Sequence[Te
     """Whether pairs `factors` at `places` are to be multiplied here with `states`, x and all y's, for products in that dtype."""
     if not factors or not ops.serves(products, *states, width=WIDTH):
         return False
-    kept = (type(each) in ops.PLAIN and each.dtype in KINDS and each.is_contiguous() and each.numel() for each in factors)
-    return all(kept) and apart(places)
+    return all(map(takes, factors)) and apart(places)
+
+
+def takes(factor: Tensor) -> bool:
+    """Whether it can be read as A or B of a pair; one of rank 0 is none."""
+    return type(factor) in ops.PLAIN and factor.dtype in KINDS and factor.is_contiguous() and factor.numel() > 0
 
 
 def apart(places: Sequence[int]) -> bool:
@@ -93,8 +97,8 @@ def _laid(shapes: tuple[Shape, ...], places: Shape, outputs: Shape | None, token
     return _Laid(shapes, places)
 
 
-def _of(
-    factors: Sequence[Tensor], places: Sequence[int], tokens: int, ys: Sequence[Tensor] | None, h: Tensor | None = None
+def laid_of(
+    factors: Sequence[Tensor], places: Sequence[int], tokens: int, ys: Sequence[Tensor] | None = None, h: Tensor | None = None
 ) -> _Laid:
     """How the products lie; ValueError for what C cannot read so."""
     shapes = tuple([tuple(factor.shape) for factor in factors])
@@ -108,11 +112,6 @@ def _of(
     if h is not None and h.numel() != laid.numbers:
         raise ValueError(f"{h.numel()} numbers are not the {laid.numbers} that these pairs' parts have")
     return laid
-
-
-def laid_of(factors: Sequence[Tensor], places: Sequence[int], tokens: int) -> _Laid:
-    """How the products of pairs with rows of so many tokens lie; ValueError for what C cannot read so."""
-    return _of(factors, places, tokens, None)
 
 
 def _parts(places: Sequence[int]) -> Iterator[list[int]]:
@@ -142,7 +141,7 @@ def _address(numbers: array[Any]) -> ctypes.c_void_p:
 
 def trained_pairs_(ys: list[Tensor], x: Tensor, factors: list[Tensor], places: list[int], scales: list[float]) -> Tensor:
     """Adds s·x·Aᵀ·Bᵀ to the rows of each pair's y (tokens, out), in place, for x (tokens, in); h of all parts."""
-    laid = _of(factors, places, len(x), ys)
+    laid = laid_of(factors, places, len(x), ys)
     h, scratch = x.new_empty(laid.numbers), x.new_empty(laid.forward)
     told, scaled, layers = laid.told(factors), laid.scaled(scales), _layers(ys)
     given = _address(told), _address(scaled), ctypes.c_int64(len(scaled)), _address(layers), *pointers(x), _width(x, factors)
@@ -157,7 +156,7 @@ def trained_pairs_backward_(
 
     Adds u·A to `grad_x` (tokens, in), in place, where it is given.
     """
-    laid = _of(factors, places, len(grads[0] if grad_x is None else grad_x), grads, h)
+    laid = laid_of(factors, places, len(grads[0] if grad_x is None else grad_x), grads, h)
     u, scratch = torch.empty_like(h), h.new_empty(laid.backward)
     of_b = h.new_empty(sum(B.numel() for B in factors[1::2]), dtype=torch.float32)
     told, scaled, layers = laid.told(factors), laid.scaled(scales), _layers(grads)
@@ -170,7 +169,7 @@ def trained_pairs_backward_(
 
 def trained_pairs_of_a(u: Tensor, x: Tensor, factors: list[Tensor], places: list[int]) -> Tensor:
     """∂A = uᵀ·x (rank, in) in fp32, one pair's behind the other's, of the u of all parts and x (tokens, in)."""
-    laid = _of(factors, places, len(x), None, u)
+    laid = laid_of(factors, places, len(x), None, u)
     scratch, of_a = x.new_empty(laid.woven), x.new_empty(sum(A.numel() for A in factors[::2]), dtype=torch.float32)
     told = laid.told(factors)
     given = _address(told), ctypes.c_int64(len(laid.pairs)), *pointers(u, x), _width(x, factors)
@@ -211,26 +210,26 @@ def flops_of_a(u: Tensor, x: Tensor, factors: list[Tensor], places: list[int], *
 
 def workspace(ys: list[Tensor], x: Tensor, factors: list[Tensor], places: list[int], *_: Any) -> int:
     """Bytes that `trained_pairs_` holds for as long as it computes."""
-    return 2 * _of(factors, places, len(x), ys).forward
+    return 2 * laid_of(factors, places, len(x), ys).forward
 
 
 def workspace_backward(
     grad_x: Tensor | None, grads: list[Tensor], h: Tensor, factors: list[Tensor], places: list[int], *_: Any
 ) -> int:
     """The same of `trained_pairs_backward_`."""
-    return 2 * _of(factors, places, len(grads[0]), grads).backward
+    return 2 * laid_of(factors, places, len(grads[0]), grads).backward
 
 
 def workspace_of_a(u: Tensor, x: Tensor, factors: list[Tensor], places: list[int]) -> int:
     """The same of `trained_pairs_of_a`."""
-    return 2 * _of(factors, places, len(x), None).woven
+    return 2 * laid_of(factors, places, len(x), None).woven
 
 
 _PAIRS = "Tensor[] factors, int[] places"
 TRAINED_PAIRS = define(
     f"trained_pairs_(Tensor(a!)[] ys, Tensor x, {_PAIRS}, float[] scales) -> Tensor",
     trained_pairs_,
-    lambda ys, x, factors, places, _: x.new_empty(_of(factors, places, len(x), ys).numbers),
+    lambda ys, x, factors, places, _: x.new_empty(laid_of(factors, places, len(x), ys).numbers),
 )
 TRAINED_PAIRS_BACKWARD = define(
     f"trained_pairs_backward_(Tensor(a!)? grad_x, Tensor[] grads, Tensor h, {_PAIRS}, float[] scales) -> (Tensor, Tensor)",
