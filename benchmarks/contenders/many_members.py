@@ -1,6 +1,6 @@
 """One process of benchmarks/many_adapters.py: some adapters trained in one pass, or one adapter by the ordinary loop.
 
-    python -m contenders.many_members RESULT --members 8 --batch 2 --steps 6 [--loop]
+    python -m contenders.many_members RESULT --members 8 --batch 2 --steps 6 [--longest 40] [--loop]
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--members", type=int, default=8)
     parser.add_argument("--batch", type=int, default=2)
     parser.add_argument("--steps", type=int, default=6)
+    parser.add_argument("--longest", type=int, help="only training rows of at most so many tokens")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--loop", action="store_true", help="the loop of lorakeet finetune, of one adapter")
     given = parser.parse_args(arguments)
@@ -46,12 +47,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "train.batch_size": str(given.batch), "train.steps": str(given.steps), "train.patience": "0",
             "train.checkpoint_every": str(given.steps), "evaluate.baselines": "false", "out": f"{folder}/run",
         }  # fmt: skip
-        setup = assemble(read_run(config_path(), flags), Console(quiet=True))
+        setup = short_rows(assemble(read_run(config_path(), flags), Console(quiet=True)), given.longest)
         loaded = peak_bytes()
         found = _loop(setup, given) if given.loop else _many(setup, given)
     about = {"loaded_bytes": loaded, "peak_bytes": max(loaded, peak_bytes()), "threads": torch.get_num_threads()}
     given.result.write_text(json.dumps({**found, **about, "packages": installed(PACKAGES)}), encoding="utf-8")
     return 0
+
+
+def short_rows(setup: Assembly, longest: int | None) -> Assembly:
+    """The same with the training rows of at most `longest` tokens."""
+    if longest is None:
+        return setup
+    kept = [example for example in setup.train.examples if len(example.ids) <= longest]
+    return replace(setup, train=replace(setup.train, examples=kept))
 
 
 def _many(setup: Assembly, given: argparse.Namespace) -> dict[str, Any]:
