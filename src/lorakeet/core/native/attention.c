@@ -3,81 +3,38 @@
    A row's queries go through in tiles of T, its keys in tiles of T; scores exist for one tile at a time. Scores are kept
    transposed, keys down and queries along the lanes, so that a softmax runs over lanes side by side and needs no sums across them.
 
-   Every product here is C (M, N) += A (M, K) · B (K, N) with two neighbours along K in one 32-bit word, as VDPBF16PS multiplies:
-   B is packed (K/2, N) in words; A's words are read one at a time, at any distances.
-
    With Sᵀ = s·K·Qᵀ, P = exp(S − L), L the log of each query's sum, and D = rowsum(∂O ∘ O):
 
        ∂V = Pᵀ·∂O      ∂Pᵀ = V·∂Oᵀ      ∂Sᵀ = Pᵀ ∘ (∂Pᵀ − D)      ∂K = s·∂Sᵀ·Q      ∂Q = s·∂S·K
 
-   Work is parted by heads and by groups of rows. Each part writes ∂K and ∂V of its own heads and group to places of its own; they
-   are added afterwards in one order, so that the result does not depend on the number of threads. */
+   Work is parted by heads and by groups of rows, and where that gives few parts, each into the later and the earlier queries of its
+   rows, which are less work. Each part writes ∂K and ∂V of its own heads and group to places of its own, the later queries' first;
+   they are added afterwards in one order, so that the result does not depend on the number of threads. */
 
 #include "attention.h"
-#include "lanes.h"
+#include "tiles.h"
 
 #include <math.h>
 #include <omp.h>
+#include <stdatomic.h>
 #include <string.h>
 
-#define T 64 /* queries and keys of a tile */
-#define ROWS_AT_ONCE 4
+#define FEW_PARTS 16 /* which are halved, so that some threads have about as much to do as others */
 
 static inline int64_t whole(int64_t count) { return (count + T - 1) / T * T; }
-
-/* C (rows, 64 lanes) += A·B for ROWS_AT_ONCE rows. */
-static inline void block(const uint32_t *a, int64_t row, int64_t pair, const uint32_t *b, int64_t wide, float *c, int64_t out,
-                         int64_t pairs) {
-    __m512 sum[ROWS_AT_ONCE][4];
-    for (int r = 0; r < ROWS_AT_ONCE; r++)
-        for (int n = 0; n < 4; n++) sum[r][n] = _mm512_loadu_ps(c + r * out + n * LANES);
-    for (int64_t k = 0; k < pairs; k++) {
-        __m512bh right[4];
-        for (int n = 0; n < 4; n++) right[n] = (__m512bh)_mm512_loadu_si512(b + k * wide + n * LANES);
-        for (int r = 0; r < ROWS_AT_ONCE; r++) {
-            __m512bh left = (__m512bh)_mm512_set1_epi32((int)a[r * row + k * pair]);
-            for (int n = 0; n < 4; n++) sum[r][n] = _mm512_dpbf16_ps(sum[r][n], left, right[n]);
-        }
-    }
-    for (int r = 0; r < ROWS_AT_ONCE; r++)
-        for (int n = 0; n < 4; n++) _mm512_storeu_ps(c + r * out + n * LANES, sum[r][n]);
-}
-
-/* C (M, N) += A (M, 2·pairs) · B (2·pairs, N); M a multiple of 4 and N of 64. */
-static void product(int64_t m, int64_t n, int64_t pairs, const uint32_t *a, int64_t row, int64_t pair, const uint32_t *b,
-                    int64_t wide, float *c, int64_t out) {
-    for (int64_t j = 0; j < n; j += 4 * LANES)
-        for (int64_t i = 0; i < m; i += ROWS_AT_ONCE)
-            block(a + i * row, row, pair, b + j, wide, c + i * out + j, out, pairs);
-}
-
-/* Words of two neighbouring rows: (count, d) to (count/2, d). `count` is even. */
-static void pairs_of_rows(const bf16 *x, int64_t count, int64_t d, uint32_t *out) {
-    for (int64_t i = 0; i < count / 2; i++)
-        for (int64_t c = 0; c < d; c++) out[i * d + c] = (uint32_t)x[2 * i * d + c] | (uint32_t)x[(2 * i + 1) * d + c] << 16;
-}
-
-/* A tile's words of two neighbouring numbers, the other way round: (T, d/2) to (d/2, T). */
-static void turned(const bf16 *x, int64_t d, uint32_t *out) {
-    const uint32_t *words = (const uint32_t *)x;
-    for (int64_t i = 0; i < T; i += 8)
-        for (int64_t c = 0; c < d / 2; c++)
-            for (int r = 0; r < 8; r++) out[c * T + i + r] = words[(i + r) * (d / 2) + c];
-}
 
 /* Copies `count` tokens of one head, from `first`, to (·, d) one below the other. */
 static void gather(const bf16 *x, int64_t first, int64_t count, int64_t step, int64_t d, bf16 *out) {
     for (int64_t i = 0; i < count; i++) memcpy(out + i * d, x + (first + i) * step, d * sizeof(bf16));
 }
 
-/* The keys that a row sees, the prefix's first, filled up with zeros to whole tiles; how many they are. */
-static int64_t keys_of(const Shape *s, const bf16 *x, int64_t head, int64_t row, bf16 *out) {
-    int64_t step = s->kv * s->d, shared = row ? s->prefix : 0, count = shared + s->lengths[row];
+/* The keys that the first `own` tokens of a row see, the prefix's first, filled up with zeros to whole tiles. */
+static void keys_of(const Shape *s, const bf16 *x, int64_t head, int64_t row, int64_t own, bf16 *out) {
+    int64_t step = s->kv * s->d, shared = row ? s->prefix : 0, count = shared + own;
     const bf16 *from = x + head * s->d;
     gather(from, 0, shared, step, s->d, out);
-    gather(from, s->starts[row], s->lengths[row], step, s->d, out + shared * s->d);
+    gather(from, s->starts[row], own, step, s->d, out + shared * s->d);
     memset(out + count * s->d, 0, (whole(count) - count) * s->d * sizeof(bf16));
-    return count;
 }
 
 /* A tile of queries (T, d) filled up with zeros; how many of them are there. */
@@ -86,12 +43,6 @@ static int64_t tile_of(const bf16 *x, int64_t first, int64_t left, int64_t step,
     gather(x, first, count, step, d, out);
     memset(out + count * d, 0, (T - count) * d * sizeof(bf16));
     return count;
-}
-
-/* Which of 16 queries, the first of which sees keys up to `last`, see the key. */
-static inline __mmask16 sees(int64_t key, int64_t last) {
-    int64_t hidden = key - last;
-    return hidden <= 0 ? 0xffff : hidden >= LANES ? 0 : (__mmask16)(0xffff << hidden);
 }
 
 typedef struct { char *at; } Room;
@@ -126,39 +77,53 @@ static int64_t first_of(const Shape *s, int64_t group) {
     return row;
 }
 
+/* Queries of a row, `from` … `stop` − 1. */
+typedef struct {
+    int64_t from, stop;
+} Queries;
+
+/* Those of a row of `n` that a part of the work is about: of `halves` 2 the later or the earlier ones, else all. */
+static Queries queries_of(int64_t n, int halves, int earlier) {
+    int64_t middle = whole(n) / T / 2 * T;
+    if (halves == 1) return (Queries){0, n};
+    return earlier ? (Queries){0, middle} : (Queries){middle, n};
+}
+
+static int halves_of(int64_t parts) { return parts < FEW_PARTS ? 2 : 1; }
+
 static void forward_row(const Shape *s, const bf16 *q, const bf16 *k, const bf16 *v, bf16 *out, float *logsums, int64_t head,
-                        int64_t row, Room room) {
-    int64_t d = s->d, step = s->heads * d, kv = head / (s->heads / s->kv), shared = row ? s->prefix : 0, n = s->lengths[row];
-    int64_t most = whole(shared + n);
+                        int64_t row, Queries of, Room room) {
+    int64_t d = s->d, step = s->heads * d, kv = head / (s->heads / s->kv), shared = row ? s->prefix : 0;
+    int64_t most = whole(shared + of.stop);
     bf16 *keys = take(&room, most * d * 2), *plain = take(&room, most * d * 2);
     uint32_t *values = take(&room, most * d * 2);
     bf16 *tile = take(&room, T * d * 2);
     uint32_t *queries = take(&room, T * d * 2), *weights = take(&room, T * T * 2);
     float *scores = take(&room, T * T * 4), *sum = take(&room, T * d * 4), *shrink = take(&room, T * 4);
-    keys_of(s, k, kv, row, keys);
-    keys_of(s, v, kv, row, plain);
+    if (of.from == of.stop) return;
+    keys_of(s, k, kv, row, of.stop, keys);
+    keys_of(s, v, kv, row, of.stop, plain);
     pairs_of_rows(plain, most, d, values);
     __m512 factor = _mm512_set1_ps(s->scale * LOG2E);
-    for (int64_t i = 0; i < n; i += T) {
-        int64_t count = tile_of(q + head * d, s->starts[row] + i, n - i, step, d, tile);
+    for (int64_t i = of.from; i < of.stop; i += T) {
+        int64_t count = tile_of(q + head * d, s->starts[row] + i, of.stop - i, step, d, tile);
         turned(tile, d, queries);
-        memset(sum, 0, T * d * 4);
-        __m512 highest[4], total[4];
-        for (int l = 0; l < 4; l++) highest[l] = _mm512_set1_ps(-INFINITY), total[l] = _mm512_setzero_ps();
+        __m512 highest[SIXTEENS], total[SIXTEENS];
+        for (int l = 0; l < SIXTEENS; l++) highest[l] = _mm512_set1_ps(-INFINITY), total[l] = _mm512_setzero_ps();
         for (int64_t j = 0; j < shared + i + count; j += T) {
-            memset(scores, 0, T * T * 4);
-            product(T, T, d / 2, (uint32_t *)(keys + j * d), d / 2, 1, queries, T, scores, T);
-            int cut = j + T - 1 > shared + i; /* some of the keys come after the first query */
-            for (int l = 0; l < 4; l++) {
+            Seen seen = seen_of(shared + i - j, count);
+            scores_of(&seen, keys + j * d, queries, scores, d);
+            int cut = seen.last < T - 1; /* some of the keys come after the first query */
+            for (int l = 0; l < seen.sixteens; l++) {
                 __m512 high = highest[l];
-                for (int64_t c = 0; c < T; c++) {
+                for (int64_t c = 0; c < seen.keys[l]; c++) {
                     __m512 x = _mm512_mul_ps(_mm512_loadu_ps(scores + c * T + l * LANES), factor);
-                    if (cut) x = _mm512_mask_mov_ps(_mm512_set1_ps(-INFINITY), sees(j + c, shared + i + l * LANES), x);
+                    if (cut) x = _mm512_mask_mov_ps(_mm512_set1_ps(-INFINITY), sees(c, seen.last + l * LANES), x);
                     _mm512_storeu_ps(scores + c * T + l * LANES, x);
                     high = _mm512_max_ps(high, x);
                 }
                 __m512 less = exp2_of(_mm512_sub_ps(highest[l], high)), added = _mm512_setzero_ps();
-                for (int64_t c = 0; c < T; c += 2) {
+                for (int64_t c = 0; c < seen.keys[l]; c += 2) {
                     __m512 one = exp2_of(_mm512_sub_ps(_mm512_loadu_ps(scores + c * T + l * LANES), high));
                     __m512 two = exp2_of(_mm512_sub_ps(_mm512_loadu_ps(scores + (c + 1) * T + l * LANES), high));
                     added = _mm512_add_ps(added, _mm512_add_ps(one, two));
@@ -170,13 +135,13 @@ static void forward_row(const Shape *s, const bf16 *q, const bf16 *k, const bf16
                 _mm512_storeu_ps(shrink + l * LANES, less);
             }
             if (j)
-                for (int64_t r = 0; r < T; r++)
+                for (int64_t r = 0; r < count; r++)
                     for (int64_t c = 0; c < d; c++) sum[r * d + c] *= shrink[r];
-            product(T, d, T / 2, weights, 1, T, values + j / 2 * d, d, sum, d);
+            by_queries(&seen, weights, values + j / 2 * d, sum, d, j > 0);
         }
-        for (int l = 0; l < 4; l++) _mm512_storeu_ps(shrink + l * LANES, _mm512_div_ps(_mm512_set1_ps(1.0f), total[l]));
         float highs[T], totals[T];
-        for (int l = 0; l < 4; l++) {
+        for (int l = 0; l < SIXTEENS; l++) {
+            _mm512_storeu_ps(shrink + l * LANES, _mm512_div_ps(_mm512_set1_ps(1.0f), total[l]));
             _mm512_storeu_ps(highs + l * LANES, highest[l]);
             _mm512_storeu_ps(totals + l * LANES, total[l]);
         }
@@ -192,9 +157,9 @@ static void forward_row(const Shape *s, const bf16 *q, const bf16 *k, const bf16
 
 static void backward_row(const Shape *s, const bf16 *q, const bf16 *k, const bf16 *v, const bf16 *out, const float *logsums,
                          const bf16 *grad, bf16 *grad_q, float *own_k, float *own_v, float *of_prefix_k, float *of_prefix_v,
-                         int64_t part_of_heads, int64_t row, Room room) {
-    int64_t d = s->d, step = s->heads * d, together = s->heads / s->parts, shared = row ? s->prefix : 0, n = s->lengths[row];
-    int64_t most = whole(shared + n), kv = part_of_heads * s->kv / s->parts;
+                         int64_t part_of_heads, int64_t row, Queries of, Room room) {
+    int64_t d = s->d, step = s->heads * d, together = s->heads / s->parts, shared = row ? s->prefix : 0;
+    int64_t most = whole(shared + of.stop), kv = part_of_heads * s->kv / s->parts;
     bf16 *keys = take(&room, most * d * 2), *values = take(&room, most * d * 2), *tile = take(&room, T * d * 2);
     uint32_t *key_pairs = take(&room, most * d * 2);
     uint32_t *queries = take(&room, T * d * 2), *query_pairs = take(&room, T * d * 2);
@@ -203,16 +168,18 @@ static void backward_row(const Shape *s, const bf16 *q, const bf16 *k, const bf1
     uint32_t *slope_pairs = take(&room, T * T * 2);
     float *scores = take(&room, T * T * 4), *onto = take(&room, T * T * 4), *sum = take(&room, T * d * 4);
     float *log_of = take(&room, T * 4), *share = take(&room, T * 4), *part = take(&room, T * d * 4);
-    keys_of(s, k, kv, row, keys);
-    keys_of(s, v, kv, row, values);
+    if (of.from == of.stop) return;
+    keys_of(s, k, kv, row, of.stop, keys);
+    keys_of(s, v, kv, row, of.stop, values);
     pairs_of_rows(keys, most, d, key_pairs);
     __m512 factor = _mm512_set1_ps(s->scale * LOG2E);
-    for (int64_t asked = 0; asked < together * whole(n); asked += T) { /* tiles of queries, head by head */
-        int64_t head = part_of_heads * together + asked / whole(n), i = asked % whole(n);
-        int64_t first = s->starts[row] + i, count = tile_of(q + head * d, first, n - i, step, d, tile);
+    int64_t each = whole(of.stop - of.from);
+    for (int64_t asked = 0; asked < together * each; asked += T) { /* tiles of queries, head by head */
+        int64_t head = part_of_heads * together + asked / each, i = of.from + asked % each;
+        int64_t first = s->starts[row] + i, count = tile_of(q + head * d, first, of.stop - i, step, d, tile);
         turned(tile, d, queries);
         pairs_of_rows(tile, T, d, query_pairs);
-        tile_of(grad + head * d, first, n - i, step, d, tile);
+        tile_of(grad + head * d, first, of.stop - i, step, d, tile);
         turned(tile, d, grads);
         pairs_of_rows(tile, T, d, grad_pairs);
         for (int64_t r = 0; r < T; r++) {
@@ -223,21 +190,19 @@ static void backward_row(const Shape *s, const bf16 *q, const bf16 *k, const bf1
             share[r] = _mm512_reduce_add_ps(dot);
             log_of[r] = r < count ? logsums[head * s->tokens + first + r] : INFINITY; /* of a query that only fills up: P is 0 */
         }
-        memset(sum, 0, T * d * 4);
         for (int64_t j = 0; j < shared + i + count; j += T) {
-            memset(scores, 0, T * T * 4);
-            memset(onto, 0, T * T * 4);
-            product(T, T, d / 2, (uint32_t *)(keys + j * d), d / 2, 1, queries, T, scores, T);
-            product(T, T, d / 2, (uint32_t *)(values + j * d), d / 2, 1, grads, T, onto, T);
-            int cut = j + T - 1 > shared + i;
-            for (int l = 0; l < 4; l++) {
+            Seen seen = seen_of(shared + i - j, count);
+            scores_of(&seen, keys + j * d, queries, scores, d);
+            scores_of(&seen, values + j * d, grads, onto, d);
+            int cut = seen.last < T - 1;
+            for (int l = 0; l < seen.sixteens; l++) {
                 __m512 logs = _mm512_loadu_ps(log_of + l * LANES), shares = _mm512_loadu_ps(share + l * LANES);
-                for (int64_t c = 0; c < T; c += 2) {
+                for (int64_t c = 0; c < seen.keys[l]; c += 2) {
                     __m256i slope[2];
                     for (int64_t e = 0; e < 2; e++) {
                         int64_t at = (c + e) * T + l * LANES;
                         __m512 p = exp2_of(_mm512_fmsub_ps(_mm512_loadu_ps(scores + at), factor, logs));
-                        if (cut) p = _mm512_maskz_mov_ps(sees(j + c + e, shared + i + l * LANES), p);
+                        if (cut) p = _mm512_maskz_mov_ps(sees(c + e, seen.last + l * LANES), p);
                         __m512 ds = _mm512_mul_ps(p, _mm512_sub_ps(_mm512_loadu_ps(onto + at), shares));
                         slope[e] = narrow(ds);
                         _mm256_storeu_si256((__m256i *)(weights + at), narrow(p));
@@ -247,17 +212,14 @@ static void backward_row(const Shape *s, const bf16 *q, const bf16 *k, const bf1
                     _mm512_storeu_si512(slope_pairs + c / 2 * T + l * LANES, _mm512_or_si512(low, _mm512_slli_epi32(up, 16)));
                 }
             }
-            product(T, d, T / 2, slope_pairs, 1, T, key_pairs + j / 2 * d, d, sum, d);
+            by_queries(&seen, slope_pairs, key_pairs + j / 2 * d, sum, d, j > 0);
+            int inside = j >= shared && j + seen.all <= shared + of.stop; /* of the row's own keys */
             for (int which = 0; which < 2; which++) { /* ∂V, then ∂K, of this tile of keys */
-                const uint32_t *a = (uint32_t *)(which ? slopes : weights), *b = which ? query_pairs : grad_pairs;
+                const bf16 *a = which ? slopes : weights;
+                const uint32_t *b = which ? query_pairs : grad_pairs;
                 float *of_prefix = which ? of_prefix_k : of_prefix_v, *own = which ? own_k : own_v;
-                if (j >= shared && j + T <= shared + n) {
-                    product(T, d, T / 2, a, T / 2, 1, b, d, own + (j - shared) * d, d);
-                    continue;
-                }
-                memset(part, 0, T * d * 4);
-                product(T, d, T / 2, a, T / 2, 1, b, d, part, d);
-                for (int64_t c = 0; c < T && j + c < shared + n; c++) {
+                by_keys(&seen, a, b, inside ? own + (j - shared) * d : part, d, inside);
+                for (int64_t c = 0; !inside && c < seen.all && j + c < shared + of.stop; c++) {
                     float *to = j + c < shared ? of_prefix + (j + c) * d : own + (j + c - shared) * d;
                     for (int64_t e = 0; e < d; e++) to[e] += part[c * d + e];
                 }
@@ -273,10 +235,13 @@ static void backward_row(const Shape *s, const bf16 *q, const bf16 *k, const bf1
 void attention_forward(const Shape *s, const bf16 *q, const bf16 *k, const bf16 *v, bf16 *out, float *logsums, char *scratch,
                        int threads) {
     int64_t room = attention_room(s);
-#pragma omp parallel for collapse(2) schedule(dynamic, 1) num_threads(threads)
-    for (int64_t row = 0; row < s->rows; row++)
-        for (int64_t head = 0; head < s->heads; head++)
-            forward_row(s, q, k, v, out, logsums, head, row, (Room){scratch + omp_get_thread_num() * room});
+    int halves = halves_of(s->rows * s->heads);
+#pragma omp parallel for collapse(3) schedule(monotonic : dynamic, 1) num_threads(threads)
+    for (int half = 0; half < halves; half++)
+        for (int64_t row = 0; row < s->rows; row++)
+            for (int64_t head = 0; head < s->heads; head++)
+                forward_row(s, q, k, v, out, logsums, head, row, queries_of(s->lengths[row], halves, half),
+                            (Room){scratch + omp_get_thread_num() * room});
 }
 
 /* `sums`: (2, parts, tokens, d) and `of_prefix`: (2, parts, groups, prefix, d), of ∂K and ∂V, zeros. */
@@ -285,13 +250,21 @@ void attention_backward(const Shape *s, const bf16 *q, const bf16 *k, const bf16
                         int threads) {
     int64_t d = s->d, room = attention_room(s), all = s->parts * s->tokens * d;
     int64_t shared = s->groups * s->prefix * d, together = s->parts / s->kv;
-#pragma omp parallel for collapse(2) schedule(dynamic, 1) num_threads(threads)
-    for (int64_t group = 0; group < s->groups; group++)
-        for (int64_t part = 0; part < s->parts; part++)
-            for (int64_t row = first_of(s, group), stop = first_of(s, group + 1); row < stop; row++) {
-                int64_t own = (part * s->tokens + s->starts[row]) * d, at = part * shared + group * s->prefix * d;
-                backward_row(s, q, k, v, out, logsums, grad, grad_q, sums + own, sums + all + own, of_prefix + at,
-                             of_prefix + s->parts * shared + at, part, row, (Room){scratch + omp_get_thread_num() * room});
+    int halves = halves_of(s->groups * s->parts);
+    atomic_int done[FEW_PARTS] = {0}; /* of the parts that are halved: the later queries */
+#pragma omp parallel for collapse(3) schedule(monotonic : dynamic, 1) num_threads(threads)
+    for (int half = 0; half < halves; half++)
+        for (int64_t group = 0; group < s->groups; group++)
+            for (int64_t part = 0; part < s->parts; part++) {
+                /* Parts are begun in this order, so that whoever is waited for has been. */
+                while (half && !atomic_load(done + group * s->parts + part)) _mm_pause();
+                for (int64_t row = first_of(s, group), stop = first_of(s, group + 1); row < stop; row++) {
+                    int64_t own = (part * s->tokens + s->starts[row]) * d, at = part * shared + group * s->prefix * d;
+                    backward_row(s, q, k, v, out, logsums, grad, grad_q, sums + own, sums + all + own, of_prefix + at,
+                                 of_prefix + s->parts * shared + at, part, row, queries_of(s->lengths[row], halves, half),
+                                 (Room){scratch + omp_get_thread_num() * room});
+                }
+                if (halves > 1) atomic_store(done + group * s->parts + part, 1);
             }
 #pragma omp parallel for schedule(static) num_threads(threads)
     for (int64_t token = 0; token < s->tokens; token++)

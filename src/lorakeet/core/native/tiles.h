@@ -1,0 +1,128 @@
+/* Products of tiles of attention (attention.c): keys down and queries along, or queries down and numbers of a head along.
+
+   Every product here is C (M, N) = A (M, K) · B (K, N), or that added to C, with two neighbours along K in one 32-bit word, as
+   VDPBF16PS multiplies: B is packed (K/2, N) in words; A's words are read one at a time, at any distances. Of a tile that the
+   causal mask or a row's end cuts, only what is seen is multiplied, by fours of keys and sixteens of queries (Seen). */
+#ifndef LORAKEET_TILES_H
+#define LORAKEET_TILES_H
+
+#include "lanes.h"
+
+#define T 64       /* queries and keys of a tile */
+#define SIXTEENS 4 /* of queries, in a tile */
+#define ROWS 4     /* of C at once */
+
+/* Words of two neighbouring rows: (count, d) to (count/2, d). `count` is even. */
+static void pairs_of_rows(const bf16 *x, int64_t count, int64_t d, uint32_t *out) {
+    for (int64_t i = 0; i < count / 2; i++)
+        for (int64_t c = 0; c < d; c++) out[i * d + c] = (uint32_t)x[2 * i * d + c] | (uint32_t)x[(2 * i + 1) * d + c] << 16;
+}
+
+/* A tile's words of two neighbouring numbers, the other way round: (T, d/2) to (d/2, T). */
+static void turned(const bf16 *x, int64_t d, uint32_t *out) {
+    const uint32_t *words = (const uint32_t *)x;
+    for (int64_t i = 0; i < T; i += 8)
+        for (int64_t c = 0; c < d / 2; c++)
+            for (int r = 0; r < 8; r++) out[c * T + i + r] = words[(i + r) * (d / 2) + c];
+}
+
+/* C (rows, 16·vectors) = A·B, or that added to C; all sums stay in registers. */
+static inline __attribute__((always_inline)) void block(const int rows, const int vectors, const int add, const uint32_t *a,
+                                                        int64_t row, int64_t pair, const uint32_t *b, int64_t wide, float *c,
+                                                        int64_t out, int64_t pairs) {
+    __m512 sum[4 * ROWS];
+#pragma GCC unroll 16
+    for (int r = 0; r < rows; r++)
+#pragma GCC unroll 4
+        for (int n = 0; n < vectors; n++) sum[r * vectors + n] = add ? _mm512_loadu_ps(c + r * out + n * LANES) : _mm512_setzero_ps();
+    for (int64_t k = 0; k < pairs; k++) {
+        __m512bh right[4];
+#pragma GCC unroll 4
+        for (int n = 0; n < vectors; n++) right[n] = (__m512bh)_mm512_loadu_si512(b + k * wide + n * LANES);
+#pragma GCC unroll 16
+        for (int r = 0; r < rows; r++) {
+            __m512bh left = (__m512bh)_mm512_set1_epi32((int)a[r * row + k * pair]);
+#pragma GCC unroll 4
+            for (int n = 0; n < vectors; n++) sum[r * vectors + n] = _mm512_dpbf16_ps(sum[r * vectors + n], left, right[n]);
+        }
+    }
+#pragma GCC unroll 16
+    for (int r = 0; r < rows; r++)
+#pragma GCC unroll 4
+        for (int n = 0; n < vectors; n++) _mm512_storeu_ps(c + r * out + n * LANES, sum[r * vectors + n]);
+}
+
+/* C (ROWS, N) = A (ROWS, 2·pairs) · B (2·pairs, N), or with `add` that added to C; N a multiple of 64. */
+static inline void strip(const uint32_t *a, int64_t row, int64_t pair, const uint32_t *b, float *c, int64_t n, int64_t pairs, int add) {
+    for (int64_t j = 0; j < n; j += 4 * LANES)
+        if (add) block(ROWS, 4, 1, a, row, pair, b + j, n, c + j, n, pairs);
+        else block(ROWS, 4, 0, a, row, pair, b + j, n, c + j, n, pairs);
+}
+
+/* Of a tile of keys, which of a tile of queries see what: query r sees the keys up to `last` + r, there are `count` queries. */
+typedef struct {
+    int64_t last, count, sixteens, keys[SIXTEENS], all; /* of queries; how many keys any of each sixteen sees, by fours; the most */
+} Seen;
+
+static Seen seen_of(int64_t last, int64_t count) {
+    Seen seen = {last, count, (count + LANES - 1) / LANES, {0}, 0};
+    for (int64_t l = 0; l < seen.sixteens; l++) {
+        int64_t queries = (l + 1) * LANES < count ? (l + 1) * LANES : count, keys = (last + queries + ROWS - 1) / ROWS * ROWS;
+        seen.keys[l] = keys < 0 ? 0 : keys < T ? keys : T;
+    }
+    seen.all = seen.keys[seen.sixteens - 1];
+    return seen;
+}
+
+/* The first sixteen of queries, one of which sees the key. */
+static inline int64_t first_that_sees(const Seen *seen, int64_t key) {
+    int64_t l = 0;
+    while (key >= seen->keys[l]) l++;
+    return l;
+}
+
+/* Which of sixteen queries, the first of which sees keys up to `last`, see the key. */
+static inline __mmask16 sees(int64_t key, int64_t last) {
+    int64_t hidden = key - last;
+    return hidden <= 0 ? 0xffff : hidden >= LANES ? 0 : (__mmask16)(0xffff << hidden);
+}
+
+/* What is seen of C (T, T) = A (T, d) · B (d, T): keys down, of d/2 words each, and queries along. */
+static void scores_of(const Seen *seen, const bf16 *keys, const uint32_t *queries, float *scores, int64_t d) {
+    const uint32_t *a = (const uint32_t *)keys;
+    int64_t row = d / 2;
+    for (int64_t key = 0; key < seen->all;) {
+        int64_t first = first_that_sees(seen, key), end = seen->keys[first];
+        const uint32_t *from = a + key * row, *b = queries + first * LANES;
+        float *to = scores + key * T + first * LANES;
+        switch (seen->sixteens - first) {
+        case 4: block(4, 4, 0, from, row, 1, b, T, to, T, row), key += 4; break;
+        case 3: block(4, 3, 0, from, row, 1, b, T, to, T, row), key += 4; break;
+        case 2:
+            if (end - key >= 8) block(8, 2, 0, from, row, 1, b, T, to, T, row), key += 8;
+            else block(4, 2, 0, from, row, 1, b, T, to, T, row), key += 4;
+            break;
+        default:
+            if (end - key >= 16) block(16, 1, 0, from, row, 1, b, T, to, T, row), key += 16;
+            else if (end - key >= 8) block(8, 1, 0, from, row, 1, b, T, to, T, row), key += 8;
+            else block(4, 1, 0, from, row, 1, b, T, to, T, row), key += 4;
+        }
+    }
+}
+
+/* C (T, d) = or += A (T, T) · B (T, d) of what is seen, where A is of queries down and keys along: (keys/2, queries) in words. */
+static void by_queries(const Seen *seen, const uint32_t *a, const uint32_t *b, float *c, int64_t d, int add) {
+    for (int64_t r = 0; r < seen->count; r += ROWS)
+        strip(a + r, 1, T, b, c + r * d, d, seen->keys[r / LANES] / 2, add);
+}
+
+/* The same of keys down and queries along: (keys, queries/2) in words; the keys that are seen. */
+static void by_keys(const Seen *seen, const bf16 *weights, const uint32_t *b, float *c, int64_t d, int add) {
+    const uint32_t *a = (const uint32_t *)weights;
+    for (int64_t key = 0; key < seen->all; key += ROWS) {
+        int64_t from = first_that_sees(seen, key) * (LANES / 2), pairs = seen->sixteens * (LANES / 2) - from;
+        strip(a + key * (T / 2) + from, T / 2, 1, b + from * d, c + key * d, d, pairs, add);
+    }
+}
+
+#endif
