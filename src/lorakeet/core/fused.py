@@ -256,7 +256,10 @@ def _frozen_bases(layers: Sequence[nn.Module], x: Tensor) -> list[FrozenBase]:
 def shared_uses(layers: Sequence[nn.Module], tokens: int) -> list[tuple[Any, ...]]:
     """Each share of a batch with its pair on each layer; none unless all layers have plain pairs for the same shares."""
     uses = [_plain_uses(layer, tokens) for layer in layers]
-    if not all(uses) or len({tuple(share for share, _ in use) for use in uses}) > 1:
+    if not all(uses):
+        return []
+    shares = [[share for share, _ in use] for use in uses]
+    if any(own != shares[0] for own in shares):
         return []
     return [(together[0][0], *(pair for _, pair in together)) for together in zip(*uses, strict=True)]
 

@@ -11,6 +11,7 @@ import operator
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from functools import lru_cache
 from typing import Any, cast
 
 import torch
@@ -92,13 +93,18 @@ class AdaptedLayer(StandIn):
         self.selection.changed(name)
 
     @property
+    def _held(self) -> dict[str, nn.Module | None]:
+        """The adapters in their plain dict, without nn.Module's look through all tables: every layer is asked, in every pass."""
+        return cast(nn.Module, self._modules["adapters"])._modules
+
+    @property
     def weight(self) -> Tensor:
         """The frozen weight, for model code that asks a linear layer for its weight's dtype or device."""
         return cast(Tensor, self.original.weight)
 
     @property
     def bias(self) -> Tensor | None:
-        return cast("Tensor | None", getattr(self.original, "bias", None))
+        return cast("Tensor | None", getattr(self._modules["original"], "bias", None))
 
     def pair(self) -> LoraPair | None:
         """The active pair, or None where the active adapter leaves this layer alone."""
@@ -107,10 +113,11 @@ class AdaptedLayer(StandIn):
 
     def uses(self, tokens: int) -> list[tuple[Share, LoraPair]]:
         """Which of so many tokens use which pair here, in a divided batch or in one that all use one adapter."""
-        if self.selection.shares is not None:
+        selection = self.selection
+        if selection.shares is not None:
             return self.divided(tokens)
-        pair = self.pair()
-        return [] if pair is None else [(Share(0, tokens, cast(str, self.active)), pair)]
+        pair = self._held.get(cast(str, selection.active))
+        return [] if pair is None else [(_all_of(tokens, cast(str, selection.active)), cast(LoraPair, pair))]
 
     def require_undivided(self, what: str) -> None:
         """ValueError where a share of a divided batch uses an adapter of this layer, which can only serve whole batches."""
@@ -119,9 +126,14 @@ class AdaptedLayer(StandIn):
 
     def divided(self, tokens: int) -> list[tuple[Share, LoraPair]]:
         """The shares of the batch that have a pair here, in tokens of a layer that sees so many."""
-        shares = self.selection.shares_over(tokens)
-        held = self.adapters._modules  # the plain dict: this runs for every layer whenever rows come or go
+        shares, held = self.selection.shares_over(tokens), self._held
         return [(share, cast(LoraPair, held[share.name])) for share in shares if share.name in held]
+
+
+@lru_cache(maxsize=8)
+def _all_of(tokens: int, name: str) -> Share:
+    """The one share of a batch that is not divided; the same one for all layers."""
+    return Share(0, tokens, name)
 
 
 class LoraLinear(AdaptedLayer):

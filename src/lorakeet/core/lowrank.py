@@ -7,7 +7,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -157,8 +157,10 @@ class LoraPair(nn.Module):
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """A and B as used: with an anchor, [A; A₀] and [B, −B₀], of twice the rank."""
-        if self.anchor_A is None or self.anchor_B is None:
-            return self.A, self.B
+        if self._buffers["anchor_A"] is None:  # the plain dicts: every layer's pair is asked, in every pass
+            held = cast("dict[str, Tensor]", self._parameters)
+            return held["A"], held["B"]
+        assert self.anchor_A is not None and self.anchor_B is not None
         return torch.cat([self.A, self.anchor_A]), torch.cat([self.B, -self.anchor_B], dim=1)
 
     def forward(

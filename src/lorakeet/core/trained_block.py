@@ -50,7 +50,9 @@ class TrainedBlockFunction(torch.autograd.Function):
         grad = grad[0].to(x.dtype).contiguous()
         grad_x, found = ctx.call.backward(x[0], cos, sin, kept, grad, wants_x=ctx.needs_input_grad[0])
         torch.autograd.graph.increment_version(kept)  # so that another backward pass through it is refused
-        of_factors = [each.to(factor.dtype) for each, factor in zip(found, factors, strict=True)]
+        of_factors = [
+            each if factor.dtype == each.dtype else each.to(factor.dtype) for each, factor in zip(found, factors, strict=True)
+        ]
         return None if grad_x is None else grad_x[None], None, None, None, *of_factors
 
 
@@ -92,10 +94,11 @@ class TrainedBlock(BlockStandIn):
             return None
         first, attention, second, mlp = parts
         own: Any = attention.original
-        layers = [*(getattr(own, name) for name in (*INPUTS, "o_proj")), *(getattr(mlp.original, name) for name in MLP)]
-        uses = shared_uses(layers, tokens) if all(map(_is_dense, layers)) else []
+        held, inner = own._modules, mlp.original._modules  # the plain dicts: 30 blocks are asked in every pass
+        layers = [*(held[name] for name in (*INPUTS, "o_proj")), *(cast(nn.Module, inner[name]) for name in MLP)]
+        weights, gains = [weight for weight in map(_dense_weight, layers) if weight is not None], (first.weight, second.weight)
+        uses = shared_uses(layers, tokens) if len(weights) == len(layers) else []
         pairs = [pair for _, *of_layers in uses for pair in of_layers]
-        weights, gains = [layer.weight for layer in layers], (first.weight, second.weight)
         if not uses or any(pair._forward_hooks for pair in pairs) or not _readable(*weights, *gains):
             return None
         factors = [factor for pair in pairs for factor in pair.factors()]
@@ -136,11 +139,12 @@ def _readable(*states: Tensor) -> bool:
     return all(type(each) in ops.READ for each in states) and ops.serves(torch.bfloat16, *states)
 
 
-def _is_dense(layer: nn.Module) -> bool:
-    """Whether its frozen weight is that of an nn.Linear, multiplied in bf16 by the library alone."""
+def _dense_weight(layer: nn.Module) -> Tensor | None:
+    """Its frozen weight, if that is one of an nn.Linear, multiplied in bf16 by the library alone."""
     if type(layer) is not LoraLinear or type(layer.base) is not DenseBase or layer.base.kernels is not None:
-        return False
-    return layer.products in (None, torch.bfloat16) and not layer.base.weight.requires_grad
+        return None
+    weight = layer.base.weight
+    return None if weight.requires_grad or layer.products not in (None, torch.bfloat16) else weight
 
 
 @lru_cache(maxsize=8)

@@ -156,7 +156,7 @@ def _require_alike(text: TextModel, prefix: FrozenPrefix, batch: Batch) -> None:
     Both draw from the same seed, so that they differ where a block below draws random numbers, or hands on more than its states.
     """
     found = []
-    text.model.train()
+    text.learn()
     try:
         for kept in (None, prefix):
             text.prefix = kept

@@ -70,6 +70,11 @@ class TextModel:
         set_to = str(self.model.config._attn_implementation)
         return "varlen" if set_to == VARLEN else set_to
 
+    def learn(self) -> None:
+        """Training mode, where it is another: setting it is a walk over all modules, and every micro-batch asks for it."""
+        if not self.model.training:
+            self.model.train()
+
     @property
     def context(self) -> int | None:
         """The most tokens that a row may have, where the model sets a limit."""

@@ -113,7 +113,7 @@ class Many:
             return
         for learner in learning:
             keep_states(self.text, learner.rows, micro_tokens=learner.at.member.spec.micro_tokens)
-        self.text.model.train()
+        self.text.learn()
         tokens = max(learner.at.member.spec.micro_tokens for learner in learning)
         groups = groups_of([learner.begin() for learner in learning], tokens)
         if self.text.streamed is not None:
@@ -190,7 +190,7 @@ class Many:
         self.selection.use(member.name)
         spec = member.spec
         found = HeldOut(*row_losses(self.text, member.held_out, micro_tokens=spec.micro_tokens, chunk=spec.head_chunk))
-        self.text.model.train()
+        self.text.learn()
         learner.see(found.mean(seed=spec.seed))
 
 

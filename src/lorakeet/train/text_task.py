@@ -99,7 +99,7 @@ class TextTask:
     def gradients(self, batches: Sequence[Batch], targets: float) -> Tensor:
         streamed = self.text.streamed
         if streamed is not None:
-            self.text.model.train()
+            self.text.learn()
             return by_block(
                 self.text, streamed, batches, targets, aside=self.aside, chunk=self.spec.head_chunk, together=self.together
             )
@@ -121,7 +121,7 @@ class TextTask:
 
     def loss(self, batch: Batch) -> Tensor:
         """The sum of the loss over the batch's targets, with gradient, in training mode."""
-        self.text.model.train()
+        self.text.learn()
         return text_loss(self.text, batch.to(self.text.device), chunk=self.spec.head_chunk)[0]
 
     def held_out(self) -> HeldOut | None:

@@ -25,7 +25,8 @@ static inline int64_t whole(int64_t count) { return (count + T - 1) / T * T; }
 
 /* Copies `count` tokens of one head, from `first`, to (·, d) one below the other. */
 static void gather(const bf16 *x, int64_t first, int64_t count, int64_t step, int64_t d, bf16 *out) {
-    for (int64_t i = 0; i < count; i++) memcpy(out + i * d, x + (first + i) * step, d * sizeof(bf16));
+    for (int64_t i = 0; i < count; i++)
+        for (int64_t c = 0; c < d; c += 2 * LANES) _mm512_storeu_si512(out + i * d + c, _mm512_loadu_si512(x + (first + i) * step + c));
 }
 
 /* The keys that the first `own` tokens of a row see, the prefix's first, filled up with zeros to whole tiles. */

@@ -6,6 +6,7 @@ import ctypes
 import mmap
 import threading
 import weakref
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -38,6 +39,7 @@ class Rooms:
         self.keeps = True  # pages of pieces that are gone, for the next ones
         self._pages: mmap.mmap | None = None
         self._taken: dict[int, int] = {}  # where each piece begins, and where it ends
+        self._pieces: dict[int, weakref.ref[memoryview]] = {}  # which say when they are gone
         self._reached = 0  # the farthest end since the last release: no page behind it is held
         self._lock = threading.Lock()  # not for `_gone`, which may be called within, wherever Python collects what is gone
 
@@ -52,7 +54,7 @@ class Rooms:
             self._taken[start] = stop
             self._reached = max(self._reached, stop)
         piece = memoryview(pages)[start : start + count]
-        weakref.finalize(piece, self._gone, start).atexit = False
+        self._pieces[start] = weakref.ref(piece, partial(self._gone, start))
         return torch.frombuffer(piece, dtype=torch.uint8)
 
     def release(self) -> None:
@@ -63,6 +65,9 @@ class Rooms:
             self._reached = end
 
     def _first_gap(self, size: int) -> int:
+        end = max(self._taken.values(), default=0)
+        if end == sum(self._taken.values()) - sum(self._taken):
+            return end  # one behind the other, as nearly always
         end = 0
         for start, stop in sorted(self._taken.items()):
             if start - end >= size:
@@ -70,8 +75,9 @@ class Rooms:
             end = stop
         return end
 
-    def _gone(self, start: int) -> None:
+    def _gone(self, start: int, _: object) -> None:
         stop = self._taken.pop(start)
+        del self._pieces[start]
         if not self.keeps:
             self._give_back(start, stop)
 

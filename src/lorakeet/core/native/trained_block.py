@@ -7,8 +7,10 @@ call saves is the asking, some 45 times a block, for each of which Python finds 
 from __future__ import annotations
 
 import ctypes
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property, lru_cache
 from typing import Any
 
 import torch
@@ -60,22 +62,17 @@ class Pairs:
 
     def __init__(self, factors: Sequence[Tensor], rows: Sequence[tuple[int, int]], scales: Sequence[float], tokens: int) -> None:
         """ValueError where C cannot read them so."""
-        self.shapes = [tuple(factor.shape) for factor in factors]
+        self.shapes = trained_pairs.shapes_of(factors)
         self._groups = (_Group * len(GROUPS))()
         self._held: list[Any] = [factors]  # what C is pointed to
-        self._order: list[int] = []  # of the pairs whose gradients stand one behind the other
-        for told, layers in zip(self._groups, GROUPS, strict=True):
-            numbers = [LAYERS * place + layer for place in range(len(rows)) for layer in layers]
+        self._lie = _lie(self.shapes, tuple(rows), tokens)
+        for told, (numbers, laid, of_a, of_b) in zip(self._groups, self._lie, strict=True):
             own = [factor for number in numbers for factor in factors[2 * number : 2 * number + 2]]
-            places = [n for start, stop in rows for layer in range(len(layers)) for n in (start, stop, layer)]
-            laid = trained_pairs.laid_of(own, places, tokens)
             held = laid.told(own), laid.scaled([scales[number] for number in numbers])
             self._held += held
             told.pairs, told.scales = (each.buffer_info()[0] for each in held)
             told.count, told.numbers, told.forward = len(numbers), laid.numbers, laid.forward
-            told.backward, told.woven = laid.backward, laid.woven
-            told.of_a, told.of_b = (sum(factor.numel() for factor in own[first::2]) for first in (0, 1))
-            self._order += numbers
+            told.backward, told.woven, told.of_a, told.of_b = laid.backward, laid.woven, of_a, of_b
 
     def told(self) -> Any:
         """What C is told of them."""
@@ -89,11 +86,28 @@ class Pairs:
         """The gradients of the factors, in their order: views of what the backward pass found."""
         each: list[Tensor] = [found[0]] * len(self.shapes)
         for which, numbers in enumerate(found):
-            order = [2 * pair + which for pair in self._order]
+            order = [2 * pair + which for pairs, *_ in self._lie for pair in pairs]
             parts = torch.split(numbers, [rows * width for rows, width in (self.shapes[number] for number in order)])
             for number, part in zip(order, parts, strict=True):
                 each[number] = part.view(self.shapes[number])
         return each
+
+
+@lru_cache(maxsize=8)  # all blocks of a pass ask for the same
+def _lie(
+    shapes: tuple[tuple[int, ...], ...], rows: tuple[tuple[int, int], ...], tokens: int
+) -> list[tuple[list[int], trained_pairs.Laid, int, int]]:
+    """Of each of GROUPS the numbers of its pairs, in the order of their gradients, how their products lie, and how many numbers
+    all A's and all B's have; ValueError for pairs that do not fit the tokens."""
+    found = []
+    for layers in GROUPS:
+        numbers = [LAYERS * place + layer for place in range(len(rows)) for layer in layers]
+        own = tuple([shape for number in numbers for shape in shapes[2 * number : 2 * number + 2]])
+        places = tuple([n for start, stop in rows for layer in range(len(layers)) for n in (start, stop, layer)])
+        laid = trained_pairs.laid_by(own, places, None, tokens, own[0][1])
+        of_a, of_b = (sum(map(math.prod, own[first::2])) for first in (0, 1))
+        found.append((numbers, laid, of_a, of_b))
+    return found
 
 
 @dataclass(frozen=True)
@@ -104,9 +118,13 @@ class Call:
     shape: Shape
     pairs: Pairs
 
+    @cached_property
+    def _told(self) -> tuple[Any, Any, Any]:
+        return self.weights.told(), ctypes.byref(self.shape), self.pairs.told()
+
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
         """y of x (tokens, hidden), and what `backward` wants; cos and sin are (tokens, d)."""
-        told, threads = self._told(), torch.get_num_threads()
+        told, threads = self._told, torch.get_num_threads()
         kept, y = ROOMS.take(int(loaded().trained_block_kept(*told))), torch.empty_like(x)
         scratch = room(int(loaded().trained_block_scratch(*told, 0, threads)))
         loaded().trained_block(*told, *pointers(cos, sin, x, y), address(kept), address(scratch), threads)
@@ -116,13 +134,10 @@ class Call:
         self, x: Tensor, cos: Tensor, sin: Tensor, kept: Tensor, grad: Tensor, *, wants_x: bool
     ) -> tuple[Tensor | None, list[Tensor]]:
         """∂L/∂x, if it is wanted, and the gradients of the factors, from ∂L/∂y (tokens, hidden). Uses up what was `kept`."""
-        told, threads = self._told(), torch.get_num_threads()
+        told, threads = self._told, torch.get_num_threads()
         grad_x, found = torch.empty_like(x) if wants_x else None, self.pairs.gradients()
         scratch = room(int(loaded().trained_block_scratch(*told, 1, threads)))
         to = ctypes.c_void_p(None if grad_x is None else grad_x.data_ptr())
         given = *pointers(cos, sin, x), address(kept), *pointers(grad), to, *pointers(*found, dtype=torch.float32)
         loaded().trained_block_backward(*told, *given, address(scratch), threads)
         return grad_x, self.pairs.cut(found)
-
-    def _told(self) -> tuple[Any, Any, Any]:
-        return self.weights.told(), ctypes.byref(self.shape), self.pairs.told()

@@ -44,7 +44,7 @@ def apart(places: Sequence[int]) -> bool:
     return all(start < stop for start, stop in spans) and all(before[1] <= behind[0] for before, behind in pairwise(spans))
 
 
-class _Laid:
+class Laid:
     """Where the products of pairs lie, and how many numbers of scratch they take."""
 
     def __init__(self, shapes: Sequence[Shape], places: Sequence[int]) -> None:
@@ -83,7 +83,7 @@ class _Laid:
 
 
 @lru_cache(maxsize=64)  # a few are asked for again and again within a step
-def _laid(shapes: tuple[Shape, ...], places: Shape, outputs: Shape | None, tokens: int, width: int) -> _Laid:
+def laid_by(shapes: tuple[Shape, ...], places: Shape, outputs: Shape | None, tokens: int, width: int) -> Laid:
     """ValueError where a pair does not fit rows (tokens, width), or those of its layer, as wide as `outputs` says."""
     for number, (A, B) in enumerate(zip(shapes[::2], shapes[1::2], strict=True)):
         start, stop, layer = places[3 * number : 3 * number + 3]
@@ -94,21 +94,26 @@ def _laid(shapes: tuple[Shape, ...], places: Shape, outputs: Shape | None, token
             raise ValueError(f"A {A} and B {B} on rows {start} to {stop} do not fit rows ({tokens}, {width}){y} in whole {WIDTH}")
     if not apart(places):
         raise ValueError(f"parts of no rows, or of the same rows, at {list(places)} do not fit beside each other")
-    return _Laid(shapes, places)
+    return Laid(shapes, places)
+
+
+def shapes_of(factors: Sequence[Tensor]) -> tuple[Shape, ...]:
+    """Theirs; ValueError for numbers that C cannot read."""
+    if any(factor.dtype not in KINDS or not factor.is_contiguous() for factor in factors):
+        raise ValueError(f"factors are contiguous, in {' or '.join(map(str, KINDS))}; given: {[each.dtype for each in factors]}")
+    return tuple([tuple(factor.shape) for factor in factors])
 
 
 def laid_of(
     factors: Sequence[Tensor], places: Sequence[int], tokens: int, ys: Sequence[Tensor] | None = None, h: Tensor | None = None
-) -> _Laid:
+) -> Laid:
     """How the products lie; ValueError for what C cannot read so."""
-    shapes = tuple([tuple(factor.shape) for factor in factors])
+    shapes = shapes_of(factors)
     outputs = None if ys is None else tuple([y.shape[1] for y in ys])
     if not shapes or len(places) * 2 != len(shapes) * 3 or any(len(y) != tokens for y in ys or ()):
         given = f"{len(shapes)} factors, {len(places)} numbers of places"
         raise ValueError(f"{given}, {tokens} tokens of x and {[*map(len, ys or ())]} of y do not fit each other")
-    if any(factor.dtype not in KINDS or not factor.is_contiguous() for factor in factors):
-        raise ValueError(f"factors are contiguous, in {' or '.join(map(str, KINDS))}; given: {[each.dtype for each in factors]}")
-    laid = _laid(shapes, tuple(places), outputs, tokens, shapes[0][1])
+    laid = laid_by(shapes, tuple(places), outputs, tokens, shapes[0][1])
     if h is not None and h.numel() != laid.numbers:
         raise ValueError(f"{h.numel()} numbers are not the {laid.numbers} that these pairs' parts have")
     return laid
