@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from lorakeet.core import trained_block
 from lorakeet.core.native import dense
 from lorakeet.core.native.rooms import ROOMS
+from lorakeet.core.scratch import SCRATCH
 from lorakeet.core.selection import Share
 from lorakeet.core.spec import LoraSpec
 from lorakeet.core.trained_block import TrainedBlock
@@ -26,9 +27,15 @@ from lorakeet.models.adapt import begin_adapter
 from lorakeet.models.fuse import fuse_blocks, unfuse
 from lorakeet.models.inject import selection_of, trained_parameters
 from lorakeet.models.load import load_text_model
+from lorakeet.models.quantized import packable
 from lorakeet.models.spec import ModelSpec
 from lorakeet.models.targets import plan_for
 from lorakeet.models.text import TextModel
+from lorakeet.quant.gptq import GptqBase
+from lorakeet.quant.gptq_grid import nearest_codes
+from lorakeet.quant.int8 import Int8Base, multiply_in_int8
+from lorakeet.quant.nf4 import Nf4Base
+from lorakeet.quant.packed import PackedBase, PackedLinear
 from lorakeet.train.many import Member, train_many
 from lorakeet.train.spec import TrainSpec
 from lorakeet.train.text_loss import text_loss
@@ -60,9 +67,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_tiny_llama(tmp_path_factory.mktemp("model"), **SHAPE)
 
 
-def load(folder: Path, lora: LoraSpec = LORA, names: tuple[str, ...] = ("default",)) -> TextModel:
-    """With blocks that train, and B's that are not zero."""
+def load(folder: Path, lora: LoraSpec = LORA, names: tuple[str, ...] = ("default",), kind: str = "") -> TextModel:
+    """With blocks that train, and B's that are not zero; over packed weights of that kind."""
     text = load_text_model(ModelSpec(path=str(folder), dtype="bfloat16", device="cpu"))
+    for path, module in packable(text.model, head=False).items() if kind else ():
+        if not (kind == "mixed" and path.endswith(("q_proj", "up_proj"))):
+            modules.replace(text.model, path, PackedLinear(packed(module.weight, kind, path)))
     for number, name in enumerate(names):
         begin_adapter(text, plan_for(text.model, lora, text.family), seed=number, name=name)
         generator = torch.Generator().manual_seed(number)
@@ -73,6 +83,16 @@ def load(folder: Path, lora: LoraSpec = LORA, names: tuple[str, ...] = ("default
     fuse_blocks(text.model, text.family, TrainedBlock)
     text.model.train()
     return text
+
+
+def packed(weight: Tensor, kind: str, path: str) -> PackedBase:
+    if kind in ("nf4", "mixed") and not path.endswith("o_proj"):
+        return Nf4Base.of(weight)
+    if kind in ("int8", "mixed"):
+        return Int8Base.of(weight)
+    groups = torch.arange(weight.shape[1], dtype=torch.int32) // 32
+    codes, grid = nearest_codes(weight.float(), 4, False, groups, int(groups.max()) + 1)
+    return GptqBase.of(codes, grid, bits=4, sym=False)
 
 
 def rows(count: int, *, least: int = 50, most: int = 90, prefix: int = 0) -> list[Example]:
@@ -147,6 +167,23 @@ def test_wider_layers_too(wide_folder: Path, count: int, used: list[bool], monke
     found = step(text, examples, "default")
     assert used == [True] * 2
     require_same(found, by_parts(text, lambda: step(text, examples, "default"), monkeypatch))
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8", "gptq", "mixed"])
+def test_over_packed_weights_too(folder: Path, kind: str, used: list[bool], monkeypatch: pytest.MonkeyPatch) -> None:
+    text, examples = load(folder, kind=kind), rows(5, prefix=9)
+    SCRATCH.clear()
+    found = step(text, examples, "default")
+    assert used == [True] * 3
+    assert [held.numel() for held in SCRATCH._buffers.values()] == [96 * 256]  # the widest matrix, once for all
+    require_same(found, by_parts(text, lambda: step(text, examples, "default"), monkeypatch))
+
+
+def test_products_of_codes_are_left_to_the_parts(folder: Path, used: list[bool]) -> None:
+    text = load(folder, kind="int8")
+    assert multiply_in_int8(text.model)
+    text_loss(text, pack(rows(3)))
+    assert used == [False] * 3
 
 
 def test_a_gradient_of_what_comes_in_too(folder: Path, used: list[bool], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,13 +21,14 @@ from lorakeet.core.fused import GatedMlp
 from lorakeet.core.layers import LoraLinear, new_pair
 from lorakeet.core.lowrank import LoraPair
 from lorakeet.core.plan import PlanEntry
+from lorakeet.core.scratch import SCRATCH
 from lorakeet.quant.gguf import BLOCK_TYPES
 from lorakeet.quant.gguf_codes import fitted
 from lorakeet.quant.gptq import GptqBase
 from lorakeet.quant.gptq_pack import ZeroFormat
 from lorakeet.quant.int8 import Int8Base
 from lorakeet.quant.nf4 import Nf4Base, values
-from lorakeet.quant.packed import SCRATCH, PackedBase, PackedLinear
+from lorakeet.quant.packed import PackedBase, PackedLinear
 from tiny.adapters import random_pair
 
 OUT, IN, TOKENS = 256, 512, 5  # rows and columns that GGUF's blocks of 256 divide

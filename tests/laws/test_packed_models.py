@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
 from lorakeet.core.fused import GatedMlp
+from lorakeet.core.scratch import SCRATCH
 from lorakeet.core.spec import LoraSpec
 from lorakeet.errors import ConfigError
 from lorakeet.models import modules
@@ -25,7 +26,7 @@ from lorakeet.models.targets import plan_for
 from lorakeet.quant.gguf import BLOCK_TYPES
 from lorakeet.quant.int8 import Int8Base
 from lorakeet.quant.nf4 import Nf4Base
-from lorakeet.quant.packed import SCRATCH, PackedLinear
+from lorakeet.quant.packed import PackedLinear
 from tiny.gguf_file import write_tiny_gguf
 from tiny.gptq_folder import save_mixed_gptq
 from tiny.streams import loaded

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from lorakeet.core.math import delta, fold
+from lorakeet.core.scratch import SCRATCH
 from lorakeet.merge import requantise
 from lorakeet.merge.requantise import bytes_of_rounding, round_to_nearest, round_with_feedback
 from lorakeet.quant import gguf_codes, gptq_pack
@@ -108,7 +109,7 @@ def test_of_a_large_weight_parts_are_held_where_all_of_it_was(
     hessian.add(inputs)
     monkeypatch.setattr("lorakeet.quant.gptq_solve.ROWS", 8)  # of H beside the columns, of which a large weight has many more
     wanted, seen = like.dense() * 1.01, sensitivity(hessian.matrix)
-    packed_weights.SCRATCH.clear()
+    SCRATCH.clear()
     with HeldBytes() as held:
         round_with_feedback(like, wanted, seen, hessian.matrix)
     planned = bytes_of_rounding(OUT * IN, like.settings["method"], like.bytes)

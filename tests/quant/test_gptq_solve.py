@@ -8,9 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from lorakeet.core.scratch import SCRATCH
 from lorakeet.errors import DataError
 from lorakeet.memory.spill import Aside
-from lorakeet.quant import gptq_pack, gptq_solve, packed
+from lorakeet.quant import gptq_pack, gptq_solve
 from lorakeet.quant.gptq_grid import groups_in_order, nearest_codes
 from lorakeet.quant.gptq_solve import Hessian, Layout, bytes_of_solving, output_error, sensitivity, solve
 from lorakeet.quant.packed import TILE
@@ -163,7 +164,7 @@ def test_outputs_are_compared_a_part_at_a_time(inputs: Tensor, weight: Tensor, m
     exact = (change.double() @ hessian.double() * change).sum() / (weight.double() @ hessian.double() * weight).sum()
     assert found == pytest.approx(float(exact) ** 0.5, rel=1e-4)
     monkeypatch.setattr("lorakeet.quant.packed.PART_BYTES", weight.nbytes // 16)
-    packed.SCRATCH.clear()
+    SCRATCH.clear()
     with HeldBytes() as held:
         parts = output_error(weight, base, hessian)
     assert parts == pytest.approx(found, rel=1e-5) and held.peak < 0.4 * weight.nbytes

@@ -11,10 +11,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
+from lorakeet.core.scratch import SCRATCH
 from lorakeet.quant import nf4
 from lorakeet.quant.adopt import empty_base
 from lorakeet.quant.nf4 import LEVELS, Nf4Base
-from lorakeet.quant.packed import SCRATCH
 
 SHAPES = [(64, 64), (6, 128), (7, 48), (16, 100), (5, 33), (1, 1), (576, 320)]  # also rows that end within a block, and odd sizes
 DTYPES = [torch.float32, torch.bfloat16]

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from lorakeet.quant.packed import SCRATCH, PackedBase, PackedLinear
+from lorakeet.core.scratch import SCRATCH
+from lorakeet.quant.packed import PackedBase, PackedLinear
 
 
 class Narrow(PackedBase):

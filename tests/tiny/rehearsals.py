@@ -22,7 +22,7 @@ import pytest
 import torch
 
 from lorakeet.core.device import is_cpu
-from lorakeet.quant.packed import SCRATCH
+from lorakeet.core.scratch import SCRATCH
 
 REHEARSED = {  # by module of lorakeet.workflows
     "forecast_run": ("rehearse",),

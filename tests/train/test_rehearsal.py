@@ -6,11 +6,11 @@ from functools import partial
 
 import torch
 
+from lorakeet.core.scratch import SCRATCH
 from lorakeet.core.spec import LoraSpec
 from lorakeet.models.adapt import begin_adapter
 from lorakeet.models.outline import config_from, outline
 from lorakeet.models.targets import plan_for
-from lorakeet.quant.packed import SCRATCH
 from lorakeet.quant.spec import QuantSpec
 from lorakeet.train.rehearsal import CHECKPOINT, EVALUATE, STEP, Rehearsal, Rows, rehearse, training_on
 from lorakeet.train.spec import TrainSpec

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from lorakeet.core.in_tiles import InTiles, Kernels
-from lorakeet.core.native import dense
+from lorakeet.core.native import dense, ops
+from lorakeet.core.native.stored import DENSE, Stored
 
 
 class FrozenBase(Protocol):
@@ -83,17 +84,52 @@ def _can_code(kind: type) -> bool:
     return issubclass(kind, CodingBase)
 
 
+@runtime_checkable
+class AddingBase(Protocol):
+    """A base that rounds a product with the sum that it is added to."""
+
+    def add_matmul_t(self, to: Tensor, grad: Tensor) -> None:
+        """Adds grad·W to `to` (tokens, in), in place."""
+
+
+@functools.cache
+def _can_add(kind: type) -> bool:
+    return issubclass(kind, AddingBase)
+
+
+@runtime_checkable
+class StoredBase(Protocol):
+    """A base that C may read as it is stored."""
+
+    def stored(self) -> Stored | None:
+        """What C is told of it; None where it cannot read it."""
+
+
+@functools.cache
+def _can_be_read(kind: type) -> bool:
+    return issubclass(kind, StoredBase)
+
+
+def stored(base: FrozenBase, x: Tensor) -> Stored | None:
+    """What C is told of a base that it may multiply x (tokens, ·) with in bf16; None where the base's own code is to."""
+    if not _can_be_read(type(base)):
+        return None
+    if _can_code(type(base)) and cast(CodingBase, base).takes_codes(x):
+        return None
+    return cast(StoredBase, base).stored()
+
+
 def sum_of_matmul_t(bases: Sequence[FrozenBase], grads: Sequence[Tensor]) -> Tensor:
     """Σ g·W (tokens, in) of bases that have seen the same x, from the gradient (tokens, out) of what each has answered.
 
-    What a dense base adds is rounded with the sum; other bases round it by itself before.
+    What dense and packed bases add is rounded with the sum; other bases round it by itself before.
     """
     found: Tensor | None = None
     for base, grad in zip(bases, grads, strict=True):
         if found is None:
             found = base.matmul_t(grad)
-        elif isinstance(base, DenseBase):
-            base.add_matmul_t(found, grad)
+        elif _can_add(type(base)):
+            cast(AddingBase, base).add_matmul_t(found, grad)
         else:
             found.add_(base.matmul_t(grad))
     assert found is not None
@@ -106,6 +142,16 @@ def frozen_product(x: Tensor, weight: Tensor, *, across: bool = False) -> Tensor
     if dense.serves(x, weight):
         return cast(Tensor, dense.DENSE_PRODUCT(x, weight, across))
     return torch.mm(x, weight if across else weight.t())
+
+
+def add_frozen_product(to: Tensor, x: Tensor, weight: Tensor, *, across: bool = False) -> None:
+    """Adds that to `to` (tokens, ·), in place."""
+    weight = weight.to(x.dtype)
+    if dense.serves(x, weight) and to.dtype == x.dtype and to.is_contiguous():
+        dense.DENSE_PRODUCT_ADD(to, x, weight, across)
+        torch.autograd.graph.increment_version(to)
+    else:
+        to.add_(frozen_product(x, weight, across=across))
 
 
 class DenseBase:
@@ -135,15 +181,18 @@ class DenseBase:
 
     def add_matmul_t(self, to: Tensor, grad: Tensor) -> None:
         """Adds grad·W to `to` (tokens, in), in place."""
-        weight = self.weight.to(grad.dtype)
-        if dense.serves(grad, weight) and to.dtype == grad.dtype and to.is_contiguous():
-            dense.DENSE_PRODUCT_ADD(to, grad, weight, not self.turned)
-            torch.autograd.graph.increment_version(to)
-        else:
-            to.add_(self.matmul_t(grad))
+        add_frozen_product(to, grad, self.weight, across=not self.turned)
 
     def dense(self) -> Tensor:
         return self.weight.detach()
+
+    def stored(self) -> Stored | None:
+        """As native/stored has it; None of one that is trained, in another dtype, turned, elsewhere, or for Triton's kernels."""
+        weight = self.weight
+        if self.turned or self.kernels is not None or weight.requires_grad or weight.dim() != 2:
+            return None
+        read = type(weight) in ops.READ and ops.serves(torch.bfloat16, weight)
+        return Stored(DENSE, weight.shape[0], weight.shape[1], weight.data_ptr()) if read else None
 
     def in_tiles(self) -> InTiles | None:
         """W as Triton kernels read it; None where its rows or columns do not lie in one piece each."""

@@ -17,12 +17,13 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from lorakeet.core.base import DenseBase
+from lorakeet.core.base import stored
 from lorakeet.core.fused import FrozenRmsNorm, GatedMlp, shared_uses
 from lorakeet.core.fused_attention import CACHES, INPUTS, RotaryAttention
 from lorakeet.core.layers import BLOCK_PARTS, BlockStandIn, LoraLinear
 from lorakeet.core.native import dense, ops, trained_pairs
 from lorakeet.core.native.rooms import ROOMS
+from lorakeet.core.native.stored import Stored
 from lorakeet.core.native.trained_block import Call, Pairs, Weights
 from lorakeet.core.row_attention import NativeRows, kernel_for
 
@@ -59,9 +60,9 @@ class TrainedBlockFunction(torch.autograd.Function):
 class TrainedBlock(BlockStandIn):
     """Stands for a decoder block of two norms, attention and gated MLP that fused parts already stand for, while it is trained.
 
-    Used where a gradient may be asked for, rows lie end to end in bf16, and all seven layers are dense and have plain pairs for
-    the same tokens. Anything else is left to the original's own code and its parts, and so is a block one of whose parts somebody
-    listens to.
+    Used where a gradient may be asked for, rows lie end to end in bf16, and all seven layers have plain pairs for the same tokens
+    over weights that the library reads, dense or packed (core/native/stored). Anything else is left to the original's own code
+    and its parts, and so is a block one of whose parts somebody listens to.
     """
 
     def forward(self, hidden_states: Tensor, *args: Any, **settings: Any) -> Any:
@@ -96,14 +97,14 @@ class TrainedBlock(BlockStandIn):
         own: Any = attention.original
         held, inner = own._modules, mlp.original._modules  # the plain dicts: 30 blocks are asked in every pass
         layers = [*(held[name] for name in (*INPUTS, "o_proj")), *(cast(nn.Module, inner[name]) for name in MLP)]
-        weights, gains = [weight for weight in map(_dense_weight, layers) if weight is not None], (first.weight, second.weight)
+        weights, gains = [weight for weight in (_stored(layer, x) for layer in layers) if weight], (first.weight, second.weight)
         uses = shared_uses(layers, tokens) if len(weights) == len(layers) else []
         pairs = [pair for _, *of_layers in uses for pair in of_layers]
-        if not uses or any(pair._forward_hooks for pair in pairs) or not _readable(*weights, *gains):
+        if not uses or any(pair._forward_hooks for pair in pairs) or not _readable(*gains):
             return None
         factors = [factor for pair in pairs for factor in pair.factors()]
         spans = tuple([(share.start, share.stop) for share, *_ in uses])
-        shapes = tuple([tuple(weight.shape) for weight in weights])
+        shapes = tuple([weight[1:3] for weight in weights])
         taken = all(trained_pairs.takes(factor) and factor.is_cpu for factor in factors)
         if not taken or not _fit(shapes, x.shape[2], own.head_dim) or not _apart(spans):
             return None
@@ -112,9 +113,9 @@ class TrainedBlock(BlockStandIn):
             return None
         scales = [share.weight * pair.scale for share, *of_layers in uses for pair in of_layers]
         epsilons = [cast(float, norm.original.variance_epsilon) for norm in (first, second)]
-        heads, kv = (len(weight) // own.head_dim for weight in weights[:2])
+        heads, kv = (weight.out // own.head_dim for weight in weights[:2])
         shape = _shape_of(tuple(rows), prefix, own.scaling, (tokens, heads, kv, own.head_dim))
-        return Call(Weights(weights, gains, epsilons), shape, Pairs(factors, spans, scales, tokens)), *factors
+        return Call(Weights(weights, gains, epsilons, layers), shape, Pairs(factors, spans, scales, tokens)), *factors
 
     def _parts(self, keys: int) -> tuple[FrozenRmsNorm, RotaryAttention, FrozenRmsNorm, GatedMlp] | None:
         """The block's parts, where all are fused ones that compute every token, see so many keys, and that nobody listens to."""
@@ -139,12 +140,11 @@ def _readable(*states: Tensor) -> bool:
     return all(type(each) in ops.READ for each in states) and ops.serves(torch.bfloat16, *states)
 
 
-def _dense_weight(layer: nn.Module) -> Tensor | None:
-    """Its frozen weight, if that is one of an nn.Linear, multiplied in bf16 by the library alone."""
-    if type(layer) is not LoraLinear or type(layer.base) is not DenseBase or layer.base.kernels is not None:
+def _stored(layer: nn.Module, x: Tensor) -> Stored | None:
+    """What C is told of its frozen weight, if that is to be multiplied in bf16 and by the library alone."""
+    if type(layer) is not LoraLinear or layer.products not in (None, torch.bfloat16):
         return None
-    weight = layer.base.weight
-    return None if weight.requires_grad or layer.products not in (None, torch.bfloat16) else weight
+    return stored(layer.base, x)
 
 
 @lru_cache(maxsize=8)

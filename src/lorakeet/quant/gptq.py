@@ -19,8 +19,9 @@ from torch import Tensor
 from lorakeet.core import kernels
 from lorakeet.core.device import is_cpu
 from lorakeet.core.in_tiles import InTiles
+from lorakeet.core.native.stored import GPTQ, Stored, at
 from lorakeet.quant.gptq_grid import Grid, groups_in_order, nearest_codes
-from lorakeet.quant.gptq_pack import BITS, WORD, ZeroFormat, pack, pack_zeros, unpack_rows, unpack_zeros, words_for
+from lorakeet.quant.gptq_pack import BITS, WORD, ZeroFormat, one_less, pack, pack_zeros, unpack_rows, unpack_zeros, words_for
 from lorakeet.quant.packed import PackedBase, tile_of
 
 PARTS = ("qweight", "qzeros", "scales", "g_idx")
@@ -47,6 +48,7 @@ class GptqBase(PackedBase):
     ) -> None:
         super().__init__(shape)
         self.bits, self.groups, self.sym, self.zero_format = bits, groups, sym, zero_format
+        self._seen, self._there = (0, -1), False  # the groups of columns that were looked at last, and what was seen
         for name, (dtype, size) in buffer_shapes(shape, bits=bits, groups=groups).items():
             self.register_buffer(name, torch.zeros(size, dtype=dtype, device=device))
         self.g_idx.copy_(groups_in_order(shape[1], math.ceil(shape[1] / groups)))
@@ -101,6 +103,23 @@ class GptqBase(PackedBase):
 
         buffers = (self.qweight, self.qzeros, self.scales, self.g_idx)
         return in_tiles(buffers, self.shape, self.bits, self.zero_format == "gptq")
+
+    def _told(self) -> Stored | None:
+        if self.bits != 4 or not self._groups_are_there():
+            return None
+        added = one_less(self.bits) if self.zero_format == "gptq" else 0
+        zeros, groups = at(self.qzeros), at(self.g_idx)
+        return Stored(GPTQ, *self.shape, at(self.qweight), at(self.scales), outer=zeros, more=groups, size=added)
+
+    def _groups_are_there(self) -> bool:
+        """Whether every column's group is one that there is; looked at once for the numbers that stand there."""
+        g_idx = self.g_idx
+        if not at(g_idx):
+            return True
+        stand = g_idx.data_ptr(), g_idx._version
+        if self._seen != stand:
+            self._seen, self._there = stand, bool(((g_idx >= 0) & (g_idx < self.groups)).all())
+        return self._there
 
     def unpack(self, out: Tensor, first: int = 0) -> Tensor:
         if kernels.unpacks(self, out, self._held()):

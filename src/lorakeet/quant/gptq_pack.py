@@ -99,7 +99,7 @@ def pack_zeros(zeros: Tensor, bits: int, zero_format: ZeroFormat) -> Tensor:
         return pack(zeros.t(), bits).t().contiguous()
     if WORD % bits:
         return pack(((zeros.to(torch.int32) - 1) & ((1 << bits) - 1)).t(), bits).t().contiguous()
-    return pack(zeros.t(), bits).t().contiguous() - _ones(bits)
+    return pack(zeros.t(), bits).t().contiguous() - one_less(bits)
 
 
 def unpack_zeros(qzeros: Tensor, bits: int, zero_format: ZeroFormat) -> Tensor:
@@ -108,9 +108,9 @@ def unpack_zeros(qzeros: Tensor, bits: int, zero_format: ZeroFormat) -> Tensor:
         return unpack(qzeros.t().contiguous(), bits).t()
     if WORD % bits:
         return ((unpack(qzeros.t().contiguous(), bits) + 1) & ((1 << bits) - 1)).t()
-    return unpack((qzeros + _ones(bits)).t().contiguous(), bits).t()
+    return unpack((qzeros + one_less(bits)).t().contiguous(), bits).t()
 
 
-def _ones(bits: int) -> int:
-    """A word with a 1 in each of its fields."""
+def one_less(bits: int) -> int:
+    """A word with a 1 in each of its fields, by which "gptq" stores zero points less."""
     return sum(1 << place for place in range(0, WORD, bits))

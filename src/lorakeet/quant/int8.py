@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from lorakeet.core.base import Coded
 from lorakeet.core.native import coded as native
+from lorakeet.core.native.stored import INT8, Stored, at
 from lorakeet.quant.packed import PackedBase, tile_of
 
 STEPS = 127
@@ -62,6 +63,9 @@ class Int8Base(PackedBase):
             self.packed[rows] = steps.clamp_(-STEPS, STEPS).to(torch.int8)
             self.scale[rows] = scale[:, 0]
 
+    def _told(self) -> Stored | None:
+        return Stored(INT8, *self.shape, at(self.packed), at(self.scale))
+
     def unpack(self, out: Tensor, first: int = 0) -> Tensor:
         packed, scale = self.packed[first : first + len(out)], self.scale[first : first + len(out)]
         for rows in self._tiles(len(out)):
@@ -79,6 +83,12 @@ class Int8Base(PackedBase):
             return cast(Tensor, native.CODED_PRODUCT(codes, scale, self.packed, None, True))
         steps, scale = _in_steps(grad * self.scale)
         return torch._int_mm(steps.to(torch.int8), self.packed).float().mul_(scale).to(grad.dtype)
+
+    def add_matmul_t(self, to: Tensor, grad: Tensor) -> None:
+        if self.takes_codes(grad):
+            to.add_(self.matmul_t(grad))
+        else:
+            super().add_matmul_t(to, grad)
 
     def code(self, x: Tensor) -> Coded:
         """x (tokens, in) in steps: in int8 for torch, and in uint8, 128 more, for core/native; its largest columns apart."""

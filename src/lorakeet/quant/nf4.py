@@ -10,8 +10,9 @@ Double quantisation keeps a itself in 8 bits, less its mean, in blocks of 256 wi
         a[j] = DYNAMIC[absmax[j]] · s[j / 256] + mean         4.127 bits a number in all, for blocks of 64
 
 Weights are packed by this file, on the CPU, whatever the device, so that the same weight becomes the same bytes on every
-machine. They are unpacked by bitsandbytes' kernels where that package is installed, else by this file: bit for bit the same; and
-on a GPU, for who asks for it, by a Triton kernel (quant/triton_nf4).
+machine. Whole ones come back to bf16 on a CPU by core/native/stored where that can be had; others by bitsandbytes' kernels where
+that package is installed, else by this file: bit for bit the same; and on a GPU, for who asks for it, by a Triton kernel
+(quant/triton_nf4).
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from torch import Tensor
 
 from lorakeet.core import kernels
 from lorakeet.core.in_tiles import InTiles
+from lorakeet.core.native.stored import NF4, Stored, at
 from lorakeet.quant.packed import PackedBase, tile_of
 
 # Section 3 and appendix E of the paper; fp32 values as published with its code.
@@ -128,8 +130,13 @@ class Nf4Base(PackedBase):
         from lorakeet.quant.triton_nf4 import in_tiles
 
         buffers = (self.packed, self.absmax, *(held for held in (self.scales, self.mean) if held is not None))
-        tables = _table("levels", self.packed, lambda: torch.tensor(LEVELS), (16,), torch.float32), _dynamic(self.packed)
+        tables = _levels(self.packed), _dynamic(self.packed)
         return in_tiles(buffers, tables, shape, count=self.shape[0] * self.shape[1], block=self.block_size)
+
+    def _told(self) -> Stored | None:
+        outer, mean = (0 if held is None else at(held) for held in (self.scales, self.mean))
+        tables = at(_levels(self.packed)), at(_dynamic(self.packed))
+        return Stored(NF4, *self.shape, at(self.packed), at(self.absmax), outer, mean, *tables, self.block_size)
 
     def unpack(self, out: Tensor, first: int = 0) -> Tensor:
         if kernels.unpacks(self, out, self._held()):
@@ -240,6 +247,10 @@ def _table(name: str, like: Tensor, make: Callable[[], Tensor], shape: tuple[int
     if held is None:
         held = _TABLES[name, like.device] = make().to(like.device)
     return held
+
+
+def _levels(like: Tensor) -> Tensor:
+    return _table("levels", like, lambda: torch.tensor(LEVELS), (16,), torch.float32)
 
 
 def _level_pairs(like: Tensor) -> Tensor:

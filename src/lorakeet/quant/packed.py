@@ -9,11 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lorakeet.core.base import frozen_product
+from lorakeet.core.base import add_frozen_product, frozen_product
 from lorakeet.core.device import is_cpu
 from lorakeet.core.in_tiles import InTiles, Kernels
 from lorakeet.core.kernels import product
 from lorakeet.core.lowrank import frozen_linear
+from lorakeet.core.native import stored as native
+from lorakeet.core.native.stored import Stored
+from lorakeet.core.scratch import SCRATCH
 
 TILE = 1 << 20  # numbers that are packed or unpacked at once: their temporary copies stay in a CPU's cache
 GPU_TILE = 1 << 24  # on a GPU a call costs more than the memory that it takes
@@ -24,8 +27,9 @@ class PackedBase(nn.Module):
     """A frozen weight W (out, in) in packed buffers; a FrozenBase (core/base).
 
     A subclass registers its buffers and answers `unpack` and `store`. W is brought back for each product into one buffer that
-    all bases share (`Scratch`), in fp32 some rows at a time, so that however many layers a model has, one dense matrix exists at
-    a time, and autograd never sees it. Where Triton kernels are asked for, products of few tokens run without it (core/kernels).
+    all bases share (core/scratch), in bf16 on a CPU by the library for those that tell it what their buffers mean (`_told`), in
+    fp32 some rows at a time, so that however many layers a model has, one dense matrix exists at a time, and autograd never sees
+    it. Where Triton kernels are asked for, products of few tokens run without it (core/kernels).
     """
 
     kernels: Kernels | None = None
@@ -82,6 +86,16 @@ class PackedBase(nn.Module):
         """W as Triton kernels read it; None where there is no kernel for it."""
         return None
 
+    def _told(self) -> Stored | None:
+        """What C is told of the buffers; None for settings, or numbers, that it does not know."""
+        return None
+
+    def stored(self) -> Stored | None:
+        """W as C reads it (core/native/stored); None where it cannot."""
+        held = [each for each in self._buffers.values() if each is not None]
+        plain = self.kernels is None and not self._parameters
+        return self._told() if plain and native.serves(self.shape, held) else None
+
     def matmul(self, x: Tensor) -> Tensor:
         """x (tokens, in) to x·Wᵀ (tokens, out) in the dtype of x."""
         fused = product(self, x)
@@ -108,6 +122,14 @@ class PackedBase(nn.Module):
             found.addmm_(grad[:, part], self._rows(part, grad.dtype))
         return found
 
+    def add_matmul_t(self, to: Tensor, grad: Tensor) -> None:
+        """Adds grad·W to `to` (tokens, in), in place, and rounds it with the sum where W is brought back whole."""
+        parts = self._parts(grad.dtype)
+        if self.kernels is not None or len(parts) > 1:
+            to.add_(self.matmul_t(grad))
+        else:
+            add_frozen_product(to, grad, self._rows(parts[0], grad.dtype), across=True)
+
     def _parts(self, dtype: torch.dtype) -> list[slice]:
         """The rows that are brought back at once: all of them, but for fp32 on a CPU no more than `PART_BYTES`."""
         rows, width = self.shape
@@ -124,7 +146,9 @@ class PackedBase(nn.Module):
 
     def _rows(self, part: slice, dtype: torch.dtype) -> Tensor:
         """Those rows of W in the shared buffer: valid until others are unpacked."""
-        return self.unpack(SCRATCH.matrix((part.stop - part.start, self.shape[1]), dtype, self.device), part.start)
+        out = SCRATCH.matrix((part.stop - part.start, self.shape[1]), dtype, self.device)
+        told = self.stored() if dtype == torch.bfloat16 and len(out) == self.shape[0] else None
+        return self.unpack(out, part.start) if told is None else native.bring_back(told, out)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedBase:
         """Moves the buffers; a cast of the model (`.to(bfloat16)`, `.half()`) leaves them as they are, since they are a code."""
@@ -140,38 +164,6 @@ def tile_of(device: torch.device, multiple: int) -> int:
     """How many numbers to pack or unpack at once on a device: about TILE, in whole multiples of `multiple`."""
     wanted = TILE if is_cpu(device) else GPU_TILE
     return max(1, wanted // multiple) * multiple
-
-
-def _world(tensor: Tensor) -> object:
-    """What a tensor's numbers belong to: the trace that made it, or its plain type."""
-    return getattr(tensor, "fake_mode", type(tensor))
-
-
-class Scratch:
-    """One growing buffer for each device and dtype, lent as a matrix until it is asked for again.
-
-    Fake tensors, with which a step is traced, have buffers of their own; whoever traces clears them after it.
-    """
-
-    def __init__(self) -> None:
-        self._buffers: dict[tuple[torch.dtype, torch.device, object], Tensor] = {}
-
-    def matrix(self, shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> Tensor:
-        """Uninitialised memory of that shape; the tensor lent before is no longer valid."""
-        size = shape[0] * shape[1]
-        key = (dtype, device, _world(torch.empty(0, device=device)))
-        held = self._buffers.get(key)
-        if held is None or held.numel() < size:
-            self._buffers.pop(key, None)
-            held = self._buffers[key] = torch.empty(size, dtype=dtype, device=device)
-        return held[:size].view(shape)
-
-    def clear(self) -> None:
-        """Gives the memory back."""
-        self._buffers.clear()
-
-
-SCRATCH = Scratch()
 
 
 class PackedLinear(nn.Module):

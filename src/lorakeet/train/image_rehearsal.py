@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from lorakeet.core.plan import Plan
+from lorakeet.core.scratch import SCRATCH
 from lorakeet.core.spec import LoraSpec
 from lorakeet.data.image_spec import ImageSpec
 from lorakeet.data.images import ImageRow
@@ -24,7 +25,6 @@ from lorakeet.models.image_cache import Captions, EncodedImage
 from lorakeet.models.image_kinds import ENCODERS, Conditioning, predicted
 from lorakeet.models.inject import inject
 from lorakeet.quant.adopt import weights_in
-from lorakeet.quant.packed import SCRATCH
 from lorakeet.train.image_spec import DiffusionSpec
 from lorakeet.train.image_task import ImageBatch, ImageTask
 from lorakeet.train.loop import Training

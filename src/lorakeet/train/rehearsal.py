@@ -25,6 +25,7 @@ from torch._subclasses.fake_tensor import (  # torch offers no public names
 )
 
 from lorakeet.core.plan import Plan
+from lorakeet.core.scratch import SCRATCH
 from lorakeet.core.spec import LoraSpec
 from lorakeet.data.chat import Example
 from lorakeet.data.pack import Batch, pack
@@ -44,7 +45,7 @@ from lorakeet.models.score import HEAD_CHUNK
 from lorakeet.models.targets import plan_for
 from lorakeet.models.text import TextModel, token_logprobs
 from lorakeet.quant.adopt import weights_in
-from lorakeet.quant.packed import SCRATCH, PackedBase
+from lorakeet.quant.packed import PackedBase
 from lorakeet.train.log import Metrics, Record
 from lorakeet.train.loop import Training
 from lorakeet.train.progress import Silent

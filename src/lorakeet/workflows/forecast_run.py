@@ -14,6 +14,7 @@ import torch
 from lorakeet.config import RunConfig
 from lorakeet.core.device import standing_for
 from lorakeet.core.plan import Plan
+from lorakeet.core.scratch import SCRATCH
 from lorakeet.core.spec import LoraSpec
 from lorakeet.memory.card import CONTEXT, phases_on_card, rounded
 from lorakeet.memory.forecast import Forecast, Phase, phases_of
@@ -28,7 +29,6 @@ from lorakeet.models.stock import stored_dtype
 from lorakeet.models.streamed_outline import streamed_outline
 from lorakeet.models.targets import plan_for
 from lorakeet.models.text import COUNTS, TextModel, token_logprobs
-from lorakeet.quant.packed import SCRATCH
 from lorakeet.quant.spec import QuantSpec
 from lorakeet.train.rehearsal import (
     BEGIN,

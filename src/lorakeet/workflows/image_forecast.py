@@ -15,6 +15,7 @@ import torch
 from lorakeet.config import RunConfig
 from lorakeet.core.device import standing_for
 from lorakeet.core.plan import Plan
+from lorakeet.core.scratch import SCRATCH
 from lorakeet.core.spec import LoraSpec
 from lorakeet.errors import ConfigError, EnvironmentProblem
 from lorakeet.evaluate.wording import bytes_text
@@ -34,7 +35,7 @@ from lorakeet.models.image_shapes import Shapes
 from lorakeet.models.image_single import open_single, single_denoiser_files
 from lorakeet.models.placement import DTYPES, device_for, dtype_for, narrow_for, planned_on
 from lorakeet.models.spec import ModelSpec
-from lorakeet.quant.packed import SCRATCH, PackedBase
+from lorakeet.quant.packed import PackedBase
 from lorakeet.train.image_rehearsal import ENCODE, ImageRehearsal, Pictures, go_through, rehearse_images
 from lorakeet.train.image_spec import DiffusionSpec
 from lorakeet.train.rehearsal import BEGIN, CHECKPOINT, EVALUATE, JUDGE, STEP

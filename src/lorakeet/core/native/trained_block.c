@@ -10,6 +10,7 @@
 #include "attention.h"
 #include "dense.h"
 #include "passes.h"
+#include "stored.h"
 #include "trained_pairs.h"
 
 #include <string.h>
@@ -19,7 +20,8 @@
 enum { INWARD, OUTWARD, APART, DOWN, GROUPS }; /* layers that see the same x: q, k, v; o; gate, up; down */
 
 typedef struct {
-    const bf16 *q, *k, *v, *o, *gate, *up, *down, *first, *second; /* (out, in), and the gains of the norms */
+    Stored q, k, v, o, gate, up, down;
+    const bf16 *first, *second; /* the gains of the norms */
     float epsilons[2];
     int64_t hidden, inner; /* the widths of x and of the MLP, multiples of 32 */
 } Weights;
@@ -168,20 +170,21 @@ static void clear(float *numbers, int64_t count, int threads) {
     for (int64_t i = 0; i < count; i += LANES) _mm512_storeu_ps(numbers + i, _mm512_setzero_ps());
 }
 
-/* What a product with a frozen weight, or with pairs, is asked with. */
+/* What a product with a frozen weight, or with pairs, is asked with; a weight that is no bf16 is brought back to `dense`. */
 typedef struct {
     int64_t tokens;
+    bf16 *dense;
     uint8_t *work;
     int threads;
 } Asked;
 
-static void times(Asked a, const bf16 *x, const bf16 *weight, bf16 *y, int64_t in, int64_t out) {
-    dense_product(x, weight, y, a.work, a.tokens, in, out, 0, 0, a.threads);
+static void times(Asked a, const bf16 *x, const Stored *w, bf16 *y) {
+    dense_product(x, stored_dense(w, a.dense, a.threads), y, a.work, a.tokens, w->in, w->out, 0, 0, a.threads);
 }
 
-/* g·W, or that added to what is there, of W (out, in). */
-static void back(Asked a, const bf16 *g, const bf16 *weight, bf16 *to, int64_t in, int64_t out, int sum) {
-    dense_product(g, weight, to, a.work, a.tokens, out, in, 1, sum, a.threads);
+/* g·W, or that added to what is there. */
+static void back(Asked a, const bf16 *g, const Stored *w, bf16 *to, int sum) {
+    dense_product(g, stored_dense(w, a.dense, a.threads), to, a.work, a.tokens, w->out, w->in, 1, sum, a.threads);
 }
 
 static void adapt(Asked a, const Group *group, const Layer *layers, const bf16 *x, int64_t width, bf16 *h) {
@@ -204,32 +207,32 @@ static void blank(const Shape *s, bf16 *states) {
     memset(states + last * width, 0, (s->tokens - last) * width * sizeof(bf16));
 }
 
-/* x (tokens, hidden) to y; cos and sin are (tokens, d). */
+/* x (tokens, hidden) to y; cos and sin are (tokens, d); `dense` has room for any of the weights in bf16. */
 void trained_block(const Weights *w, const Shape *s, const Group *groups, const bf16 *cos, const bf16 *sin, const bf16 *x, bf16 *y,
-                   char *kept, char *scratch, int threads) {
+                   char *kept, bf16 *dense, char *scratch, int threads) {
     Room for_kept = {kept, 0}, for_scratch = {scratch, 0};
     Kept k = kept_in(&for_kept, w, s, groups);
     Forward f = forward_in(&for_scratch, w, s, groups, threads);
     int64_t n = s->tokens, hidden = w->hidden, inner = w->inner, q = s->heads * s->d, kv = s->kv * s->d;
-    Asked a = {n, f.work, threads};
+    Asked a = {n, dense, f.work, threads};
     norm(x, w->first, w->epsilons[0], f.normed, k.first_rho, n, hidden, threads);
-    times(a, f.normed, w->q, k.q, hidden, q);
-    times(a, f.normed, w->k, k.k, hidden, kv);
-    times(a, f.normed, w->v, k.v, hidden, kv);
+    times(a, f.normed, &w->q, k.q);
+    times(a, f.normed, &w->k, k.k);
+    times(a, f.normed, &w->v, k.v);
     adapt(a, groups + INWARD, (Layer[]){{k.q, q}, {k.k, kv}, {k.v, kv}}, f.normed, hidden, k.h[INWARD]);
     turn(k.q, cos, sin, n, s->heads, s->d / 2, 0, threads);
     turn(k.k, cos, sin, n, s->kv, s->d / 2, 0, threads);
     blank(s, k.attended);
     attention_forward(s, k.q, k.k, k.v, k.attended, k.logs, (char *)f.work, least(threads, s->heads * s->rows));
-    times(a, k.attended, w->o, k.middle, q, hidden);
+    times(a, k.attended, &w->o, k.middle);
     adapt(a, groups + OUTWARD, (Layer[]){{k.middle, hidden}}, k.attended, q, k.h[OUTWARD]);
     add(x, k.middle, k.middle, n * hidden, threads);
     norm(k.middle, w->second, w->epsilons[1], f.normed, k.second_rho, n, hidden, threads);
-    times(a, f.normed, w->gate, k.gate, hidden, inner);
-    times(a, f.normed, w->up, k.up, hidden, inner);
+    times(a, f.normed, &w->gate, k.gate);
+    times(a, f.normed, &w->up, k.up);
     adapt(a, groups + APART, (Layer[]){{k.gate, inner}, {k.up, inner}}, f.normed, hidden, k.h[APART]);
     gated(k.gate, k.up, f.inner, n * inner, threads);
-    times(a, f.inner, w->down, y, inner, hidden);
+    times(a, f.inner, &w->down, y);
     adapt(a, groups + DOWN, (Layer[]){{y, hidden}}, f.inner, inner, k.h[DOWN]);
     add(k.middle, y, y, n * hidden, threads);
 }
@@ -237,22 +240,23 @@ void trained_block(const Weights *w, const Shape *s, const Group *groups, const 
 /* From ∂L/∂y (tokens, hidden) to ∂L/∂x, where that is given a place, and, group by group, ∂A and ∂B of the pairs. Uses up what was
    kept. */
 void trained_block_backward(const Weights *w, const Shape *s, const Group *groups, const bf16 *cos, const bf16 *sin, const bf16 *x,
-                            char *kept, const bf16 *grad, bf16 *grad_x, float *grad_a, float *grad_b, char *scratch, int threads) {
+                            char *kept, const bf16 *grad, bf16 *grad_x, float *grad_a, float *grad_b, bf16 *dense, char *scratch,
+                            int threads) {
     Room for_kept = {kept, 0}, for_scratch = {scratch, 0};
     Kept k = kept_in(&for_kept, w, s, groups);
     Backward b = backward_in(&for_scratch, w, s, groups, &k, threads);
     int64_t n = s->tokens, hidden = w->hidden, inner = w->inner, q = s->heads * s->d, kv = s->kv * s->d;
-    Asked a = {n, b.work, threads};
+    Asked a = {n, dense, b.work, threads};
     float *as[GROUPS], *bs[GROUPS];
     for (int g = 0; g < GROUPS; g++) as[g] = grad_a, bs[g] = grad_b, grad_a += groups[g].of_a, grad_b += groups[g].of_b;
 
-    back(a, grad, w->down, b.inner, inner, hidden, 0);
+    back(a, grad, &w->down, b.inner, 0);
     adapt_back(a, groups + DOWN, (Layer[]){{(bf16 *)grad, hidden}}, b.inner, inner, k.h[DOWN], b.u, bs[DOWN]);
     gated_backward(k.gate, k.up, b.inner, n * inner, threads);
     of_a(a, groups + DOWN, b.u, b.inner, inner, as[DOWN]);
     norm_again(k.middle, k.second_rho, w->second, b.normed, n, hidden, threads);
-    back(a, k.gate, w->gate, b.grad, hidden, inner, 0);
-    back(a, k.up, w->up, b.grad, hidden, inner, 1);
+    back(a, k.gate, &w->gate, b.grad, 0);
+    back(a, k.up, &w->up, b.grad, 1);
     adapt_back(a, groups + APART, (Layer[]){{k.gate, inner}, {k.up, inner}}, b.grad, hidden, k.h[APART], b.u, bs[APART]);
     of_a(a, groups + APART, b.u, b.normed, hidden, as[APART]);
     bf16 *middle = k.middle; /* and from here on its gradient */
@@ -260,7 +264,7 @@ void trained_block_backward(const Weights *w, const Shape *s, const Group *group
     add(grad, middle, middle, n * hidden, threads);
 
     Attention *at = &b.attention;
-    back(a, middle, w->o, at->attended, q, hidden, 0);
+    back(a, middle, &w->o, at->attended, 0);
     adapt_back(a, groups + OUTWARD, (Layer[]){{middle, hidden}}, at->attended, q, k.h[OUTWARD], b.u, bs[OUTWARD]);
     of_a(a, groups + OUTWARD, b.u, k.attended, q, as[OUTWARD]);
     blank(s, at->q);
@@ -272,9 +276,9 @@ void trained_block_backward(const Weights *w, const Shape *s, const Group *group
     turn(at->k, cos, sin, n, s->kv, s->d / 2, 1, threads);
     norm_again(x, k.first_rho, w->first, b.normed, n, hidden, threads);
     if (grad_x) {
-        back(a, at->q, w->q, b.grad, hidden, q, 0);
-        back(a, at->k, w->k, b.grad, hidden, kv, 1);
-        back(a, at->v, w->v, b.grad, hidden, kv, 1);
+        back(a, at->q, &w->q, b.grad, 0);
+        back(a, at->k, &w->k, b.grad, 1);
+        back(a, at->v, &w->v, b.grad, 1);
     }
     adapt_back(a, groups + INWARD, (Layer[]){{at->q, q}, {at->k, kv}, {at->v, kv}}, grad_x ? b.grad : 0, hidden, k.h[INWARD], b.u,
                bs[INWARD]);

@@ -19,14 +19,20 @@ from torch import Tensor
 from lorakeet.core.native import trained_pairs
 from lorakeet.core.native.ops import Shape, loaded, pointers
 from lorakeet.core.native.rooms import ROOMS, address, room
+from lorakeet.core.native.stored import DENSE, Stored
+from lorakeet.core.scratch import SCRATCH
 
-GROUPS = ((0, 1, 2), (3,), (4, 5), (6,))  # layers that see the same x: q, k, v; o; gate, up; down
-LAYERS = 7
+LAYERS = 7  # q, k, v, o, gate, up, down
+GROUPS = ((0, 1, 2), (3,), (4, 5), (6,))  # those that see the same x
+
+
+_Layers = ctypes.c_int64 * (LAYERS * len(Stored._fields))
 
 
 class _Weights(ctypes.Structure):
     _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("q", "k", "v", "o", "gate", "up", "down", "first", "second")),
+        ("layers", _Layers),
+        *((name, ctypes.c_void_p) for name in ("first", "second")),
         ("epsilons", ctypes.c_float * 2),
         *((name, ctypes.c_int64) for name in ("hidden", "inner")),
     )
@@ -41,17 +47,23 @@ class _Group(ctypes.Structure):
 
 @dataclass(frozen=True)
 class Weights:
-    """The seven weights (out, in), by LAYERS, and the gains and ε of both norms."""
+    """The seven weights, by LAYERS, and the gains and ε of both norms. `held` has the weights' tensors."""
 
-    layers: Sequence[Tensor]
+    layers: Sequence[Stored]
     gains: Sequence[Tensor]
     epsilons: Sequence[float]
+    held: Sequence[object]
 
     def told(self) -> Any:
-        """What C is told of them; ValueError for tensors that it cannot read so."""
-        inner, hidden = self.layers[4].shape
-        addresses = pointers(*self.layers, *self.gains)
-        return ctypes.byref(_Weights(*addresses, (ctypes.c_float * 2)(*self.epsilons), hidden, inner))
+        """What C is told of them; ValueError for gains that it cannot read so."""
+        inner, hidden = self.layers[4][1:3]
+        layers = _Layers(*[number for layer in self.layers for number in layer])
+        return ctypes.byref(_Weights(layers, *pointers(*self.gains), (ctypes.c_float * 2)(*self.epsilons), hidden, inner))
+
+    def room(self) -> ctypes.c_void_p:
+        """Where a weight that is no bf16 is brought back to, for the next call alone."""
+        packed = [weight.out * weight.width for weight in self.layers if weight.kind != DENSE]
+        return pointers(SCRATCH.matrix((1, max(packed)), torch.bfloat16, torch.device("cpu")))[0] if packed else ctypes.c_void_p()
 
 
 class Pairs:
@@ -127,7 +139,8 @@ class Call:
         told, threads = self._told, torch.get_num_threads()
         kept, y = ROOMS.take(int(loaded().trained_block_kept(*told))), torch.empty_like(x)
         scratch = room(int(loaded().trained_block_scratch(*told, 0, threads)))
-        loaded().trained_block(*told, *pointers(cos, sin, x, y), address(kept), address(scratch), threads)
+        given = *pointers(cos, sin, x, y), address(kept), self.weights.room()
+        loaded().trained_block(*told, *given, address(scratch), threads)
         return y, kept
 
     def backward(
@@ -139,5 +152,5 @@ class Call:
         scratch = room(int(loaded().trained_block_scratch(*told, 1, threads)))
         to = ctypes.c_void_p(None if grad_x is None else grad_x.data_ptr())
         given = *pointers(cos, sin, x), address(kept), *pointers(grad), to, *pointers(*found, dtype=torch.float32)
-        loaded().trained_block_backward(*told, *given, address(scratch), threads)
+        loaded().trained_block_backward(*told, *given, self.weights.room(), address(scratch), threads)
         return grad_x, self.pairs.cut(found)

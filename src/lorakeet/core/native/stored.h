@@ -1,0 +1,26 @@
+/* Frozen weights (out, in) as they are stored, and back in bf16 (stored.c). */
+#ifndef LORAKEET_STORED_H
+#define LORAKEET_STORED_H
+
+#include "lanes.h"
+
+enum { DENSE, NF4, GPTQ, INT8 };
+
+/* Out and in are multiples of 16. */
+typedef struct {
+    int64_t kind, out, in;
+    const void *codes; /* DENSE: the numbers, bf16; NF4: two codes a byte; GPTQ: (in/8, out), eight codes a word; INT8: (out, in) */
+    const void *scales; /* NF4: of the blocks, fp32, or uint8 with `outer`; GPTQ: (groups, out), fp16; INT8: (out,), fp32 */
+    const void *outer;  /* NF4: of 256 blocks each, fp32, or none; GPTQ: the zero points, (groups, out/8), eight a word */
+    const void *more;   /* NF4: the mean that was taken off the scales, one fp32; GPTQ: (in,), the group of each column, int32 */
+    const float *levels, *steps; /* NF4: what the 16 codes, and those of the scales, stand for */
+    int64_t size;                /* NF4: numbers of a block; GPTQ: what is added to each word of zero points */
+} Stored;
+
+/* All of it, rounded once, to (out, in). */
+void stored_back(const Stored *w, bf16 *to, int threads);
+
+/* The weight in bf16: as it is stored, or brought back to `room` (out, in). */
+const bf16 *stored_dense(const Stored *w, bf16 *room, int threads);
+
+#endif

@@ -1,0 +1,60 @@
+"""Frozen weights as they are stored, told to kernels in C, which bring them back to bf16 (stored.c)."""
+
+from __future__ import annotations
+
+import ctypes
+from array import array
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lorakeet.core.device import is_cpu
+from lorakeet.core.native import ops
+from lorakeet.core.native.ops import loaded, pointers
+
+DENSE, NF4, GPTQ, INT8 = range(4)  # kinds, as stored.h has them
+
+
+class Stored(NamedTuple):
+    """A weight (out, width): its kind, and addresses and numbers as stored.h explains them. Whoever has it keeps the tensors."""
+
+    kind: int
+    out: int
+    width: int
+    codes: int
+    scales: int = 0
+    outer: int = 0
+    more: int = 0
+    levels: int = 0
+    steps: int = 0
+    size: int = 0
+
+
+def serves(shape: tuple[int, int], held: Sequence[Tensor]) -> bool:
+    """Whether a weight (out, in) in these tensors may be brought back here."""
+    if any(size <= 0 or size % ops.LANES for size in shape) or not ops.in_use():
+        return False
+    return all(type(each) in ops.PLAIN and each.is_contiguous() and is_cpu(each.device) for each in held)
+
+
+def told(weights: Sequence[Stored]) -> array[int]:
+    """What C is told of them, one behind the other."""
+    return array("q", [number for weight in weights for number in weight])
+
+
+def at(tensor: Tensor) -> int:
+    """Where its numbers begin; 0 for one that has only a shape, as in a rehearsal."""
+    return tensor.data_ptr() if type(tensor) in ops.READ else 0
+
+
+def bring_back(weight: Stored, out: Tensor) -> Tensor:
+    """Writes the weight to `out` (out, in), bf16, which it returns; a shape alone is left as it is."""
+    if type(out) not in ops.READ:
+        return out
+    if out.shape != weight[1:3]:
+        raise ValueError(f"a weight {weight[1:3]} is not brought back into {tuple(out.shape)}")
+    numbers = told([weight])
+    loaded().stored_back(ctypes.c_void_p(numbers.buffer_info()[0]), *pointers(out), torch.get_num_threads())
+    return out

@@ -1,0 +1,115 @@
+"""Weights that C brings back: the bits of quant's own unpacking, and what C is not given."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from lorakeet.core.native import ops
+from lorakeet.core.native.stored import Stored, bring_back
+from lorakeet.core.scratch import SCRATCH
+from lorakeet.quant.gptq import GptqBase
+from lorakeet.quant.gptq_grid import nearest_codes
+from lorakeet.quant.int8 import Int8Base
+from lorakeet.quant.nf4 import Nf4Base
+from lorakeet.quant.packed import PackedBase
+from tiny.native import needs_native
+
+pytestmark = needs_native
+SHAPE = (96, 176)  # blocks of 32 and 64 go over the ends of rows, and the last one of 1,024 is not full
+
+
+def weight(seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    numbers = torch.randn(SHAPE, generator=generator) * torch.rand(SHAPE[0], 1, generator=generator)
+    numbers[3] = 0
+    return numbers
+
+
+def gptq(*, sym: bool, form: str, order: str, bits: int = 4) -> GptqBase:
+    groups = torch.arange(SHAPE[1], dtype=torch.int32) // 16
+    if order == "any":
+        groups = groups[torch.randperm(SHAPE[1], generator=torch.Generator().manual_seed(2))]
+    codes, grid = nearest_codes(weight(), bits, sym, groups, 11)
+    return GptqBase.of(codes, grid, bits=bits, sym=sym, zero_format="gptq" if form == "gptq" else "gptq_v2")
+
+
+MADE: dict[str, Callable[[], PackedBase]] = {
+    "int8": lambda: Int8Base.of(weight()),
+    **{f"nf4 of {size}": lambda size=size: Nf4Base.of(weight(), block_size=size) for size in (32, 64, 1024)},  # type: ignore[misc]
+    "nf4 with plain scales": lambda: Nf4Base.of(weight(), double_quant=False),
+    **{
+        f"{form} {sym} {order}": lambda sym=sym, form=form, order=order: gptq(sym=sym == "sym", form=form, order=order)  # type: ignore[misc]
+        for form in ("gptq", "gptq_v2") for sym in ("sym", "asym") for order in ("in order", "any")
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", MADE)
+def test_what_is_brought_back_is_what_is_unpacked_to_the_last_bit(kind: str) -> None:
+    base = MADE[kind]()
+    told, unpacked = base.stored(), base.unpack(torch.empty(SHAPE, dtype=torch.bfloat16))
+    assert told is not None and told[1:3] == SHAPE
+    assert torch.equal(bring_back(told, torch.full(SHAPE, 7.0, dtype=torch.bfloat16)), unpacked)
+    assert float((unpacked.float() - weight()).abs().max()) < 0.5  # and it is the weight
+
+
+def test_products_bring_back_by_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    base, x = MADE["nf4 of 64"](), torch.randn(5, SHAPE[1]).bfloat16()
+    expected = torch.mm(x, base.unpack(torch.empty(SHAPE, dtype=torch.bfloat16)).t())
+
+    def refused(*_: object) -> Tensor:
+        raise AssertionError("unpacked by torch")
+
+    monkeypatch.setattr(type(base), "unpack", refused)
+    torch.testing.assert_close(base.matmul(x), expected, rtol=2**-7, atol=1e-2)
+    with ops.without(), pytest.raises(AssertionError, match="unpacked by torch"):
+        base.matmul(x)
+
+
+def test_a_product_that_is_added_is_rounded_with_the_sum() -> None:
+    base, grad, to = MADE["int8"](), torch.randn(6, SHAPE[0]).bfloat16(), torch.randn(6, SHAPE[1]).bfloat16()
+    exact = to.double() + grad.double() @ base.unpack(torch.empty(SHAPE, dtype=torch.bfloat16)).double()
+    base.add_matmul_t(to, grad)
+    assert float(((to.double() - exact).abs() / exact.abs().clamp_min(1)).max()) < 2**-8  # one rounding to bf16
+
+
+@pytest.mark.parametrize("bits", [2, 8])
+def test_codes_that_c_does_not_know_are_unpacked_as_before(bits: int) -> None:
+    base = gptq(sym=True, form="gptq", order="in order", bits=bits)
+    assert base.stored() is None
+    assert base.matmul(torch.randn(3, SHAPE[1]).bfloat16()).shape == (3, SHAPE[0])
+
+
+def test_columns_of_a_group_that_is_not_there_are_not_for_c() -> None:
+    base = gptq(sym=True, form="gptq", order="in order")
+    assert base.stored() is not None
+    base.g_idx[5] = 11
+    assert base.stored() is None
+    base.g_idx[5] = -1
+    assert base.stored() is None
+    base.g_idx[5] = 10
+    assert base.stored() is not None
+
+
+def test_sizes_in_no_whole_lanes_are_not_for_c() -> None:
+    assert Nf4Base.of(torch.randn(24, 64)).stored() is None and Int8Base.of(torch.randn(32, 40)).stored() is None
+
+
+def test_shapes_alone_hold_what_numbers_hold() -> None:
+    with FakeTensorMode():
+        base = Nf4Base(SHAPE)
+        assert isinstance(base.stored(), Stored)
+        assert base.matmul(torch.empty(3, SHAPE[1], dtype=torch.bfloat16)).shape == (3, SHAPE[0])
+        SCRATCH.clear()
+
+
+def test_a_matrix_of_another_shape_is_refused() -> None:
+    told = MADE["int8"]().stored()
+    assert told is not None
+    with pytest.raises(ValueError, match="not brought back"):
+        bring_back(told, torch.empty(SHAPE[1], SHAPE[0], dtype=torch.bfloat16))
