@@ -179,11 +179,14 @@ def test_over_packed_weights_too(folder: Path, kind: str, used: list[bool], monk
     require_same(found, by_parts(text, lambda: step(text, examples, "default"), monkeypatch))
 
 
-def test_products_of_codes_are_left_to_the_parts(folder: Path, used: list[bool]) -> None:
-    text = load(folder, kind="int8")
+@pytest.mark.parametrize("kind", ["int8", "mixed"])
+def test_products_in_int8_too(folder: Path, kind: str, used: list[bool], monkeypatch: pytest.MonkeyPatch) -> None:
+    text, examples = load(folder, kind=kind), rows(5, prefix=9)
+    exact = step(text, examples, "default")
     assert multiply_in_int8(text.model)
-    text_loss(text, pack(rows(3)))
-    assert used == [False] * 3
+    found = step(text, examples, "default")
+    assert used == [True] * 6 and not torch.equal(found["loss"], exact["loss"])
+    require_same(found, by_parts(text, lambda: step(text, examples, "default"), monkeypatch))
 
 
 def test_a_gradient_of_what_comes_in_too(folder: Path, used: list[bool], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from lorakeet.core.in_tiles import InTiles, Kernels
 from lorakeet.core.native import dense, ops
-from lorakeet.core.native.stored import DENSE, Stored
+from lorakeet.core.native.coded import MOST
+from lorakeet.core.native.stored import CODED, DENSE, Stored
 
 
 class FrozenBase(Protocol):
@@ -111,12 +112,13 @@ def _can_be_read(kind: type) -> bool:
 
 
 def stored(base: FrozenBase, x: Tensor) -> Stored | None:
-    """What C is told of a base that it may multiply x (tokens, ·) with in bf16; None where the base's own code is to."""
+    """What C is told of a base that it may multiply bf16 rows such as x with; None where the base's own code is to."""
     if not _can_be_read(type(base)):
         return None
-    if _can_code(type(base)) and cast(CodingBase, base).takes_codes(x):
-        return None
-    return cast(StoredBase, base).stored()
+    found = cast(StoredBase, base).stored()
+    if found is None or not _can_code(type(base)) or not cast(CodingBase, base).takes_codes(x):
+        return found
+    return found._replace(kind=CODED) if max(found.out, found.width) <= MOST else None
 
 
 def sum_of_matmul_t(bases: Sequence[FrozenBase], grads: Sequence[Tensor]) -> Tensor:

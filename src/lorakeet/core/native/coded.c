@@ -10,7 +10,7 @@
    takes them, four of each column side by side, in memory that stays in the processor's second cache (98 KB for 1,536 terms; not
    measured for wider weights). */
 
-#include "lanes.h"
+#include "coded.h"
 
 #include <math.h>
 #include <omp.h>
@@ -21,10 +21,7 @@
 #define ROWS 6              /* tokens at once: with WIDE, 24 of the 32 registers */
 #define TOKENS 240          /* for which a panel is laid out once: a fortieth of the product's time */
 #define STEPS 127.0f
-#define APART 8 /* columns at most, an even number */
 
-/* The `count` columns with the largest absolute values of x (tokens, width), the first of equals, and their numbers (tokens, count).
-   `peaks` is scratch (width,). */
 void loud_columns(const bf16 *x, uint16_t *peaks, int64_t *columns, bf16 *apart, int64_t tokens, int64_t width, int64_t count,
                   int threads) {
 #pragma omp parallel for schedule(static) num_threads(threads)
@@ -52,9 +49,6 @@ static inline __m512 scaled(const bf16 *x, const float *by, const uint16_t *keep
     return by ? _mm512_mul_ps(at, _mm512_loadu_ps(by + c)) : at;
 }
 
-/* x, or x ∘ by, but for the `columns`, in steps of the largest absolute value of its row / 127: q + 128, and what a step is worth.
-   In a row that has a NaN or an infinity a step is worth NaN, and all results of it are. A row whose steps are too small to be
-   divided by, below 3e-39, counts as zeros. */
 void code_rows(const bf16 *x, const float *by, const int64_t *columns, int64_t count, uint8_t *codes, float *steps, int64_t tokens,
                int64_t width, int threads) {
     uint16_t keep[width / LANES]; /* a bit for each column that is not apart */
@@ -126,7 +120,7 @@ typedef struct {
     int64_t columns; /* of the panel that the result has */
     const bf16 *apart; /* (tokens, count), columns of x, and two at a time the panel's numbers for them */
     int64_t count;
-    __m512bh words[APART / 2][WIDE];
+    __m512bh words[LOUD / 2][WIDE];
 } Piece;
 
 static inline __attribute__((always_inline)) void multiply(const Piece *p, int64_t token, bf16 *y, const int rows) {
@@ -178,8 +172,11 @@ static void lay_apart(const int8_t *weight, const int64_t *columns, int64_t firs
 
 int64_t coded_scratch(int64_t depth) { return PANEL * depth; }
 
-/* y (tokens, width) = (steps ∘ (q·Wᵀ) + apart·Wᵀ[columns]) ∘ scale, or, `across`, steps ∘ (q·W), in bf16, of codes (tokens, depth), depth a multiple of
-   16, and W as it is stored. `scratch` has coded_scratch bytes for each thread. */
+int coded_threads(int64_t tokens, int64_t width, int threads) {
+    int64_t pieces = (tokens + TOKENS - 1) / TOKENS * ((width + PANEL - 1) / PANEL);
+    return pieces < threads ? (int)(pieces < 1 ? 1 : pieces) : threads;
+}
+
 void coded_product(const uint8_t *codes, const float *steps, const int8_t *weight, const float *scale, const int64_t *columns,
                    const bf16 *apart, int64_t count, bf16 *y, uint8_t *scratch, int64_t tokens, int64_t depth, int64_t width,
                    int across, int threads) {

@@ -16,7 +16,6 @@ from torch import Tensor
 from lorakeet.core.native import ops
 from lorakeet.core.native.ops import define, loaded, pointers
 
-PANEL, TOKENS = 64, 240  # columns and tokens of the result that a thread takes at least
 APART = 8  # columns of x at most that are kept in bf16 (docs/log.md)
 MOST = 1 << 17  # terms of a sum that int32 holds
 
@@ -101,7 +100,7 @@ def coded_product(  # noqa: PLR0917 - an operator of torch
 
 def _threads(tokens: int, width: int) -> int:
     """How many threads compute: no more than there are pieces of the result, since each has scratch."""
-    return max(1, min(torch.get_num_threads(), -(-tokens // TOKENS) * -(-width // PANEL)))
+    return int(loaded().coded_threads(ctypes.c_int64(tokens), ctypes.c_int64(width), torch.get_num_threads()))
 
 
 def workspace(codes: Tensor, steps: Tensor, weight: Tensor, scale: Tensor | None, across: bool, *_: Any) -> int:

@@ -25,7 +25,7 @@ import torch
 from lorakeet.core.cache import cache_folder
 
 HERE = Path(__file__).parent
-HEADERS = ("lanes.h", "passes.h", "pairs.h", "linear.h", "cached.h", "attention.h", "tiles.h", "dense.h", "stored.h",
+HEADERS = ("lanes.h", "passes.h", "pairs.h", "linear.h", "cached.h", "attention.h", "tiles.h", "dense.h", "stored.h", "coded.h",
            "trained_pairs.h")
 SOURCES = ("attention.c", "passes.c", "pairs.c", "linear.c", "cached.c", "block.c", "coded.c", "dense.c",
            "stored.c", "trained_pairs.c", "trained_block.c")

@@ -4,7 +4,7 @@
 
 #include "lanes.h"
 
-enum { DENSE, NF4, GPTQ, INT8 };
+enum { DENSE, NF4, GPTQ, INT8, CODED }; /* CODED: INT8 whose products are to run in int8 (coded.h) */
 
 /* Out and in are multiples of 16. */
 typedef struct {

@@ -14,7 +14,7 @@ from lorakeet.core.device import is_cpu
 from lorakeet.core.native import ops
 from lorakeet.core.native.ops import loaded, pointers
 
-DENSE, NF4, GPTQ, INT8 = range(4)  # kinds, as stored.h has them
+DENSE, NF4, GPTQ, INT8, CODED = range(5)  # kinds, as stored.h has them
 
 
 class Stored(NamedTuple):

@@ -8,6 +8,7 @@
    the halves, gate and up, and the h = x·Aᵀ of all pairs. */
 
 #include "attention.h"
+#include "coded.h"
 #include "dense.h"
 #include "passes.h"
 #include "stored.h"
@@ -96,9 +97,36 @@ static int64_t work(const Weights *w, const Shape *s, const Group *groups, int t
     return most;
 }
 
+/* What rows are coded to for weights whose products run in int8, and where such a product stands until it is added to another. */
+typedef struct {
+    uint8_t *codes, *work;
+    float *steps;
+    int64_t *columns;
+    bf16 *apart, *product;
+    uint16_t *peaks;
+} Coding;
+
+static Coding coding_in(Room *room, const Weights *w, const Shape *s, int threads) {
+    Coding c = {0};
+    const Stored *layers[] = {&w->q, &w->k, &w->v, &w->o, &w->gate, &w->up, &w->down};
+    int64_t widest = 0;
+    for (int i = 0; i < 7; i++)
+        if (layers[i]->kind == CODED) widest = larger(widest, larger(layers[i]->in, layers[i]->out));
+    if (!widest) return c;
+    c.codes = take(room, s->tokens * widest);
+    c.work = take(room, threads * coded_scratch(widest));
+    c.steps = take(room, s->tokens * (int64_t)sizeof(float));
+    c.columns = take(room, LOUD * (int64_t)sizeof(int64_t));
+    c.apart = take_rows(room, s->tokens, LOUD);
+    c.product = take_rows(room, s->tokens, w->hidden);
+    c.peaks = take(room, widest * (int64_t)sizeof(uint16_t));
+    return c;
+}
+
 typedef struct {
     bf16 *normed, *inner;
     uint8_t *work;
+    Coding coding;
 } Forward;
 
 static Forward forward_in(Room *room, const Weights *w, const Shape *s, const Group *groups, int threads) {
@@ -106,6 +134,7 @@ static Forward forward_in(Room *room, const Weights *w, const Shape *s, const Gr
     f.normed = take_rows(room, s->tokens, w->hidden);
     f.inner = take_rows(room, s->tokens, w->inner);
     f.work = take(room, work(w, s, groups, threads, 0));
+    f.coding = coding_in(room, w, s, threads);
     return f;
 }
 
@@ -130,6 +159,7 @@ static Attention attention_in(Room *room, const Shape *s) {
 typedef struct {
     bf16 *inner, *normed, *grad, *u;
     uint8_t *work;
+    Coding coding;
     Attention attention; /* where gate and up were, if there is room for it */
 } Backward;
 
@@ -144,6 +174,7 @@ static Backward backward_in(Room *room, const Weights *w, const Shape *s, const 
     room->bytes = larger(room->bytes, first.bytes);
     b.u = take_rows(room, 1, numbers);
     b.work = take(room, work(w, s, groups, threads, 1));
+    b.coding = coding_in(room, w, s, threads);
     Room apart = {(char *)kept->gate, 0};
     b.attention = attention_in(&apart, s);
     if (apart.bytes > kept->apart) b.attention = attention_in(room, s);
@@ -175,16 +206,42 @@ typedef struct {
     int64_t tokens;
     bf16 *dense;
     uint8_t *work;
+    Coding coding;
     int threads;
 } Asked;
 
-static void times(Asked a, const bf16 *x, const Stored *w, bf16 *y) {
-    dense_product(x, stored_dense(w, a.dense, a.threads), y, a.work, a.tokens, w->in, w->out, 0, 0, a.threads);
+/* The y's of layers that see the same x, which is coded once for those that multiply codes. */
+static void times(Asked a, const bf16 *x, int count, const Stored *w, const Layer *ys) {
+    Coding *c = &a.coding;
+    int64_t n = a.tokens, in = w->in, apart = in / 32 * 2 < LOUD ? in / 32 * 2 : LOUD;
+    for (int i = 0, coded = 0; i < count; i++, w++) {
+        bf16 *y = ys[i].rows;
+        if (w->kind != CODED) {
+            dense_product(x, stored_dense(w, a.dense, a.threads), y, a.work, n, in, w->out, 0, 0, a.threads);
+            continue;
+        }
+        if (!coded) {
+            loud_columns(x, c->peaks, c->columns, c->apart, n, in, apart, a.threads);
+            code_rows(x, 0, c->columns, apart, c->codes, c->steps, n, in, a.threads);
+            coded = 1;
+        }
+        coded_product(c->codes, c->steps, w->codes, w->scales, c->columns, c->apart, apart, y, c->work, n, in, w->out, 0,
+                      coded_threads(n, w->out, a.threads));
+    }
 }
 
 /* g·W, or that added to what is there. */
 static void back(Asked a, const bf16 *g, const Stored *w, bf16 *to, int sum) {
-    dense_product(g, stored_dense(w, a.dense, a.threads), to, a.work, a.tokens, w->out, w->in, 1, sum, a.threads);
+    Coding *c = &a.coding;
+    int64_t n = a.tokens;
+    if (w->kind != CODED) {
+        dense_product(g, stored_dense(w, a.dense, a.threads), to, a.work, n, w->out, w->in, 1, sum, a.threads);
+        return;
+    }
+    code_rows(g, w->scales, 0, 0, c->codes, c->steps, n, w->out, a.threads);
+    coded_product(c->codes, c->steps, w->codes, 0, 0, 0, 0, sum ? c->product : to, c->work, n, w->out, w->in, 1,
+                  coded_threads(n, w->in, a.threads));
+    if (sum) add(to, c->product, to, n * w->in, a.threads);
 }
 
 static void adapt(Asked a, const Group *group, const Layer *layers, const bf16 *x, int64_t width, bf16 *h) {
@@ -214,26 +271,25 @@ void trained_block(const Weights *w, const Shape *s, const Group *groups, const 
     Kept k = kept_in(&for_kept, w, s, groups);
     Forward f = forward_in(&for_scratch, w, s, groups, threads);
     int64_t n = s->tokens, hidden = w->hidden, inner = w->inner, q = s->heads * s->d, kv = s->kv * s->d;
-    Asked a = {n, dense, f.work, threads};
+    Asked a = {n, dense, f.work, f.coding, threads};
+    const Layer inward[] = {{k.q, q}, {k.k, kv}, {k.v, kv}}, apart[] = {{k.gate, inner}, {k.up, inner}};
+    const Layer outward[] = {{k.middle, hidden}}, down[] = {{y, hidden}};
     norm(x, w->first, w->epsilons[0], f.normed, k.first_rho, n, hidden, threads);
-    times(a, f.normed, &w->q, k.q);
-    times(a, f.normed, &w->k, k.k);
-    times(a, f.normed, &w->v, k.v);
-    adapt(a, groups + INWARD, (Layer[]){{k.q, q}, {k.k, kv}, {k.v, kv}}, f.normed, hidden, k.h[INWARD]);
+    times(a, f.normed, 3, &w->q, inward);
+    adapt(a, groups + INWARD, inward, f.normed, hidden, k.h[INWARD]);
     turn(k.q, cos, sin, n, s->heads, s->d / 2, 0, threads);
     turn(k.k, cos, sin, n, s->kv, s->d / 2, 0, threads);
     blank(s, k.attended);
     attention_forward(s, k.q, k.k, k.v, k.attended, k.logs, (char *)f.work, least(threads, s->heads * s->rows));
-    times(a, k.attended, &w->o, k.middle);
-    adapt(a, groups + OUTWARD, (Layer[]){{k.middle, hidden}}, k.attended, q, k.h[OUTWARD]);
+    times(a, k.attended, 1, &w->o, outward);
+    adapt(a, groups + OUTWARD, outward, k.attended, q, k.h[OUTWARD]);
     add(x, k.middle, k.middle, n * hidden, threads);
     norm(k.middle, w->second, w->epsilons[1], f.normed, k.second_rho, n, hidden, threads);
-    times(a, f.normed, &w->gate, k.gate);
-    times(a, f.normed, &w->up, k.up);
-    adapt(a, groups + APART, (Layer[]){{k.gate, inner}, {k.up, inner}}, f.normed, hidden, k.h[APART]);
+    times(a, f.normed, 2, &w->gate, apart);
+    adapt(a, groups + APART, apart, f.normed, hidden, k.h[APART]);
     gated(k.gate, k.up, f.inner, n * inner, threads);
-    times(a, f.inner, &w->down, y);
-    adapt(a, groups + DOWN, (Layer[]){{y, hidden}}, f.inner, inner, k.h[DOWN]);
+    times(a, f.inner, 1, &w->down, down);
+    adapt(a, groups + DOWN, down, f.inner, inner, k.h[DOWN]);
     add(k.middle, y, y, n * hidden, threads);
 }
 
@@ -246,7 +302,7 @@ void trained_block_backward(const Weights *w, const Shape *s, const Group *group
     Kept k = kept_in(&for_kept, w, s, groups);
     Backward b = backward_in(&for_scratch, w, s, groups, &k, threads);
     int64_t n = s->tokens, hidden = w->hidden, inner = w->inner, q = s->heads * s->d, kv = s->kv * s->d;
-    Asked a = {n, dense, b.work, threads};
+    Asked a = {n, dense, b.work, b.coding, threads};
     float *as[GROUPS], *bs[GROUPS];
     for (int g = 0; g < GROUPS; g++) as[g] = grad_a, bs[g] = grad_b, grad_a += groups[g].of_a, grad_b += groups[g].of_b;
 
