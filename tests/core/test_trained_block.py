@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from lorakeet.core import trained_block
 from lorakeet.core.native import dense
 from lorakeet.core.native.rooms import ROOMS
+from lorakeet.core.native.trained_block import Call
 from lorakeet.core.scratch import SCRATCH
 from lorakeet.core.selection import Share
 from lorakeet.core.spec import LoraSpec
@@ -106,15 +107,21 @@ def rows(count: int, *, least: int = 50, most: int = 90, prefix: int = 0) -> lis
 def used(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     """For each call of a block, whether the function computed it."""
     found: list[bool] = []
-    usual = TrainedBlock.forward
+    calls: list[object] = []
+    usual, computes = TrainedBlock.forward, Call.forward
 
     def forward(self: TrainedBlock, *args: Any, **settings: Any) -> Any:
-        before = ROOMS.taken
+        before = len(calls)
         y = usual(self, *args, **settings)
-        found.append(ROOMS.taken > before)
+        found.append(len(calls) > before)
         return y
 
+    def computed(self: Call, *args: Any) -> Any:
+        calls.append(self)
+        return computes(self, *args)
+
     monkeypatch.setattr(TrainedBlock, "forward", forward)
+    monkeypatch.setattr(Call, "forward", computed)
     return found
 
 
@@ -236,9 +243,22 @@ def test_what_nobody_differentiates_is_not_kept(folder: Path, used: list[bool]) 
     assert ROOMS.taken == 3 and used == [True] * 3
     del loss
     assert ROOMS.taken == 0
-    with torch.no_grad():
-        text.hidden(pack(rows(2)))
-    assert used[3:] == [False] * 3
+
+
+def test_without_gradients_it_computes_the_same_and_keeps_nothing(
+    folder: Path, used: list[bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text, batch = load(folder), pack(rows(5, prefix=9))
+    text.model.eval()
+
+    def states() -> dict[str, Tensor]:
+        with torch.no_grad():
+            return {"hidden": text.hidden(batch), "again": text.hidden(batch)}
+
+    found = states()
+    assert used == [True] * 6 and ROOMS.taken == 0
+    require_same(found, by_parts(text, states, monkeypatch))
+    require_same(found, {key: value.detach() for key, value in (("hidden", text.hidden(batch)), ("again", found["again"]))})
 
 
 def part(text: TextModel, number: int, path: str) -> Any:

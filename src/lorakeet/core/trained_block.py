@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import Any, cast
+from typing import Any, Unpack, cast
 
 import torch
 from torch import Tensor, nn
@@ -60,21 +60,24 @@ class TrainedBlockFunction(torch.autograd.Function):
 class TrainedBlock(BlockStandIn):
     """Stands for a decoder block of two norms, attention and gated MLP that fused parts already stand for, while it is trained.
 
-    Used where a gradient may be asked for, rows lie end to end in bf16, and all seven layers have plain pairs for the same tokens
+    Used where rows lie end to end in bf16, and all seven layers have plain pairs for the same tokens, with gradients and without,
     over weights that the library reads, dense or packed (core/native/stored). Anything else is left to the original's own code
     and its parts, and so is a block one of whose parts somebody listens to.
     """
 
     def forward(self, hidden_states: Tensor, *args: Any, **settings: Any) -> Any:
-        if not torch.is_grad_enabled() or args or not self._suits(hidden_states, settings):
-            if not ROOMS.taken:
-                ROOMS.release()  # this is no pass that takes any, and holds memory of its own
-            return self.original(hidden_states, *args, **settings)
-        asked = self._asked(hidden_states, settings["row_lengths"], settings.get("row_prefix", 0))
+        asked = None
+        if not args and self._suits(hidden_states, settings):
+            asked = self._asked(hidden_states, settings["row_lengths"], settings.get("row_prefix", 0))
         if asked is None:
-            return self.original(hidden_states, **settings)
+            if not ROOMS.taken:
+                ROOMS.release()  # its parts take none, and hold memory of their own
+            return self.original(hidden_states, *args, **settings)
+        call, *factors = asked
         cos, sin = (part[0].to(hidden_states.dtype).contiguous() for part in settings["position_embeddings"])
-        return TrainedBlockFunction.apply(hidden_states, cos, sin, *asked)  # type: ignore[no-untyped-call]
+        if not torch.is_grad_enabled():
+            return call.forward(hidden_states[0], cos, sin)[0][None]  # and what was kept is free again
+        return TrainedBlockFunction.apply(hidden_states, cos, sin, call, *factors)  # type: ignore[no-untyped-call]
 
     def _suits(self, x: Tensor, settings: dict[str, Any]) -> bool:
         """Whether the block is asked for what the function computes: rows end to end, in bf16, for the native kernels."""
@@ -88,7 +91,7 @@ class TrainedBlock(BlockStandIn):
         whole = all(part.shape == (1, x.shape[1], head) for part in turn)
         return kernel is NativeRows and whole and not torch._C._len_torch_dispatch_stack()  # as where operations are counted
 
-    def _asked(self, x: Tensor, rows: Sequence[int], prefix: int) -> tuple[Call | Tensor, ...] | None:
+    def _asked(self, x: Tensor, rows: Sequence[int], prefix: int) -> tuple[Call, Unpack[tuple[Tensor, ...]]] | None:
         """What the function computes with: the call, and A and B of all pairs; None where the block's parts are to compute."""
         parts, tokens = self._parts(prefix + max(rows)), x.shape[1]
         if parts is None:

@@ -44,16 +44,14 @@ def begin_adapter(
     with torch.no_grad():
         for path, A in (directions or {}).items():
             parameters[f"{path}.A"].copy_(A)
-    _compute(text)
-    if text.streamed is None:
-        fuse_blocks(text.model, text.family, TrainedBlock)
+    _compute_in_blocks(text)
 
 
 def put_adapter(text: TextModel, adapter: Adapter, name: str = "default") -> None:
     """Puts a finished `adapter` into `text`, and makes the model compute as in training; ConfigError where it does not fit."""
     hold(text.model, plan_of(text.model, adapter))
     attach(text.model, adapter, name)
-    _compute(text)
+    _compute_in_blocks(text)
 
 
 @contextmanager
@@ -67,6 +65,13 @@ def as_trained(text: TextModel) -> Iterator[None]:
     finally:
         if bare:
             unfuse(text.model)
+
+
+def _compute_in_blocks(text: TextModel) -> None:
+    """With a whole block in one call of C, where that can be; streamed blocks come in by their parts."""
+    _compute(text)
+    if text.streamed is None:
+        fuse_blocks(text.model, text.family, TrainedBlock)
 
 
 def _compute(text: TextModel) -> None:
