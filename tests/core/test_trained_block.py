@@ -73,7 +73,7 @@ def load(folder: Path, lora: LoraSpec = LORA, names: tuple[str, ...] = ("default
     text = load_text_model(ModelSpec(path=str(folder), dtype="bfloat16", device="cpu"))
     for path, module in packable(text.model, head=False).items() if kind else ():
         if not (kind == "mixed" and path.endswith(("q_proj", "up_proj"))):
-            modules.replace(text.model, path, PackedLinear(packed(module.weight, kind, path)))
+            modules.replace(text.model, path, PackedLinear(packed(module.weight, kind, path), module.bias))
     for number, name in enumerate(names):
         begin_adapter(text, plan_for(text.model, lora, text.family), seed=number, name=name)
         generator = torch.Generator().manual_seed(number)
@@ -173,6 +173,20 @@ def test_wider_layers_too(wide_folder: Path, count: int, used: list[bool], monke
     text, examples = load(wide_folder), rows(count, prefix=9)
     found = step(text, examples, "default")
     assert used == [True] * 2
+    require_same(found, by_parts(text, lambda: step(text, examples, "default"), monkeypatch))
+
+
+@pytest.mark.parametrize("kind", ["", "int8"])
+def test_with_biases_on_queries_keys_and_values(
+    tmp_path: Path, kind: str, used: list[bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text, examples = load(save_tiny_llama(tmp_path, family="qwen2", **SHAPE), kind=kind), rows(4)
+    plain = step(text, examples, "default")
+    for number in range(3):
+        for name in ("q_proj", "k_proj", "v_proj"):
+            part(text, number, f"self_attn.{name}").bias.data.normal_(0, 0.3, generator=torch.Generator().manual_seed(number))
+    found = step(text, examples, "default")
+    assert used == [True] * 6 and not torch.equal(found["loss"], plain["loss"])
     require_same(found, by_parts(text, lambda: step(text, examples, "default"), monkeypatch))
 
 

@@ -253,9 +253,12 @@ def _frozen_bases(layers: Sequence[nn.Module], x: Tensor) -> list[FrozenBase]:
     return [] if None in packed else cast("list[FrozenBase]", packed)
 
 
-def shared_uses(layers: Sequence[nn.Module], tokens: int) -> list[tuple[Any, ...]]:
-    """Each share of a batch with its pair on each layer; none unless all layers have plain pairs for the same shares."""
-    uses = [_plain_uses(layer, tokens) for layer in layers]
+def shared_uses(layers: Sequence[nn.Module], tokens: int, *, biased: int = 0) -> list[tuple[Any, ...]]:
+    """Each share of a batch with its pair on each layer; none unless all layers have plain pairs for the same shares.
+
+    The first `biased` layers may have a bias.
+    """
+    uses = [_plain_uses(layer, tokens, biased=number < biased) for number, layer in enumerate(layers)]
     if not all(uses):
         return []
     shares = [[share for share, _ in use] for use in uses]
@@ -264,9 +267,9 @@ def shared_uses(layers: Sequence[nn.Module], tokens: int) -> list[tuple[Any, ...
     return [(together[0][0], *(pair for _, pair in together)) for together in zip(*uses, strict=True)]
 
 
-def _plain_uses(layer: nn.Module, tokens: int) -> list[tuple[Share, LoraPair]]:
+def _plain_uses(layer: nn.Module, tokens: int, *, biased: bool) -> list[tuple[Share, LoraPair]]:
     """Which tokens use which pair of a layer; empty where one of them is more than A and B, or the layer has a bias."""
-    if not isinstance(layer, LoraLinear) or layer.bias is not None:
+    if not isinstance(layer, LoraLinear) or (layer.bias is not None and not biased):
         return []
     uses = layer.uses(tokens)
     return uses if all(pair.plain for _, pair in uses) else []

@@ -101,9 +101,11 @@ class TrainedBlock(BlockStandIn):
         held, inner = own._modules, mlp.original._modules  # the plain dicts: 30 blocks are asked in every pass
         layers = [*(held[name] for name in (*INPUTS, "o_proj")), *(cast(nn.Module, inner[name]) for name in MLP)]
         weights, gains = [weight for weight in (_stored(layer, x) for layer in layers) if weight], (first.weight, second.weight)
-        uses = shared_uses(layers, tokens) if len(weights) == len(layers) else []
+        uses = shared_uses(layers, tokens, biased=len(INPUTS)) if len(weights) == len(layers) else []
         pairs = [pair for _, *of_layers in uses for pair in of_layers]
-        if not uses or any(pair._forward_hooks for pair in pairs) or not _readable(*gains):
+        biases = [cast(LoraLinear, layer).bias for layer in layers[: len(INPUTS)]] if uses else []
+        added = all(bias is None or _is_bias(bias, weight) for bias, weight in zip(biases, weights, strict=False))
+        if not uses or any(pair._forward_hooks for pair in pairs) or not _readable(*gains) or not added:
             return None
         factors = [factor for pair in pairs for factor in pair.factors()]
         spans = tuple([(share.start, share.stop) for share, *_ in uses])
@@ -118,7 +120,7 @@ class TrainedBlock(BlockStandIn):
         epsilons = [cast(float, norm.original.variance_epsilon) for norm in (first, second)]
         heads, kv = (weight.out // own.head_dim for weight in weights[:2])
         shape = _shape_of(tuple(rows), prefix, own.scaling, (tokens, heads, kv, own.head_dim))
-        return Call(Weights(weights, gains, epsilons, layers), shape, Pairs(factors, spans, scales, tokens)), *factors
+        return Call(Weights(weights, biases, gains, epsilons, layers), shape, Pairs(factors, spans, scales, tokens)), *factors
 
     def _parts(self, keys: int) -> tuple[FrozenRmsNorm, RotaryAttention, FrozenRmsNorm, GatedMlp] | None:
         """The block's parts, where all are fused ones that compute every token, see so many keys, and that nobody listens to."""
@@ -141,6 +143,11 @@ class TrainedBlock(BlockStandIn):
 def _readable(*states: Tensor) -> bool:
     """Whether C can read them, in numbers and not as shapes alone."""
     return all(type(each) in ops.READ for each in states) and ops.serves(torch.bfloat16, *states)
+
+
+def _is_bias(bias: Tensor, weight: Stored) -> bool:
+    """Whether C can add it to what the weight gives; one that is trained is for autograd."""
+    return not bias.requires_grad and bias.shape == (weight.out,) and _readable(bias)
 
 
 def _stored(layer: nn.Module, x: Tensor) -> Stored | None:

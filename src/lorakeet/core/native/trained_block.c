@@ -1,5 +1,5 @@
 /* A decoder block in training, whole: two norms, attention over rows laid end to end, a gated MLP. All of its seven frozen weights
-   have pairs; rounding and order are those of the parts by themselves.
+   have pairs, and q, k and v may have biases; rounding and order are those of the parts by themselves.
 
        x ──┬── norm ── q, k, v ── rotation ── attention ── o ──+──┬── norm ── gate, up ── silu(gate) ∘ up ── down ──+── y
            └───────────────────────────────────────────────────┘  └────────────────────────────────────────────────┘
@@ -22,6 +22,7 @@ enum { INWARD, OUTWARD, APART, DOWN, GROUPS }; /* layers that see the same x: q,
 
 typedef struct {
     Stored q, k, v, o, gate, up, down;
+    const bf16 *biases[3];      /* of q, k and v, or none */
     const bf16 *first, *second; /* the gains of the norms */
     float epsilons[2];
     int64_t hidden, inner; /* the widths of x and of the MLP, multiples of 32 */
@@ -196,6 +197,14 @@ static void add(const bf16 *a, const bf16 *b, bf16 *y, int64_t count, int thread
     for (int64_t i = 0; i < count; i += LANES) put(y + i, _mm512_add_ps(wide(a + i), wide(b + i)));
 }
 
+/* y (tokens, width) += a bias, if there is one. */
+static void shift(bf16 *y, const bf16 *bias, int64_t tokens, int64_t width, int threads) {
+    if (!bias) return;
+#pragma omp parallel for schedule(static) num_threads(threads)
+    for (int64_t t = 0; t < tokens; t++)
+        for (int64_t c = 0; c < width; c += LANES) put(y + t * width + c, _mm512_add_ps(wide(y + t * width + c), wide(bias + c)));
+}
+
 static void clear(float *numbers, int64_t count, int threads) {
 #pragma omp parallel for schedule(static) num_threads(threads)
     for (int64_t i = 0; i < count; i += LANES) _mm512_storeu_ps(numbers + i, _mm512_setzero_ps());
@@ -276,6 +285,7 @@ void trained_block(const Weights *w, const Shape *s, const Group *groups, const 
     const Layer outward[] = {{k.middle, hidden}}, down[] = {{y, hidden}};
     norm(x, w->first, w->epsilons[0], f.normed, k.first_rho, n, hidden, threads);
     times(a, f.normed, 3, &w->q, inward);
+    for (int i = 0; i < 3; i++) shift(inward[i].rows, w->biases[i], n, inward[i].outputs, threads);
     adapt(a, groups + INWARD, inward, f.normed, hidden, k.h[INWARD]);
     turn(k.q, cos, sin, n, s->heads, s->d / 2, 0, threads);
     turn(k.k, cos, sin, n, s->kv, s->d / 2, 0, threads);

@@ -32,6 +32,7 @@ _Layers = ctypes.c_int64 * (LAYERS * len(Stored._fields))
 class _Weights(ctypes.Structure):
     _fields_ = (
         ("layers", _Layers),
+        ("biases", ctypes.c_void_p * 3),
         *((name, ctypes.c_void_p) for name in ("first", "second")),
         ("epsilons", ctypes.c_float * 2),
         *((name, ctypes.c_int64) for name in ("hidden", "inner")),
@@ -47,18 +48,20 @@ class _Group(ctypes.Structure):
 
 @dataclass(frozen=True)
 class Weights:
-    """The seven weights, by LAYERS, and the gains and ε of both norms. `held` has the weights' tensors."""
+    """The seven weights, by LAYERS, biases of q, k and v, and the gains and ε of both norms. `held` has the weights' tensors."""
 
     layers: Sequence[Stored]
+    biases: Sequence[Tensor | None]
     gains: Sequence[Tensor]
     epsilons: Sequence[float]
     held: Sequence[object]
 
     def told(self) -> Any:
-        """What C is told of them; ValueError for gains that it cannot read so."""
+        """What C is told of them; ValueError for biases and gains that it cannot read so."""
         inner, hidden = self.layers[4][1:3]
         layers = _Layers(*[number for layer in self.layers for number in layer])
-        return ctypes.byref(_Weights(layers, *pointers(*self.gains), (ctypes.c_float * 2)(*self.epsilons), hidden, inner))
+        biases = (ctypes.c_void_p * 3)(*[None if bias is None else pointers(bias)[0].value for bias in self.biases])
+        return ctypes.byref(_Weights(layers, biases, *pointers(*self.gains), (ctypes.c_float * 2)(*self.epsilons), hidden, inner))
 
     def room(self) -> ctypes.c_void_p:
         """Where a weight that is no bf16 is brought back to, for the next call alone."""
