@@ -7,7 +7,8 @@ The layouts are those of ggml (block_q4_0 … block_q6_K in its ggml-common.h). 
     Q4_K, Q5_K            x = (d·s)·q − (e·m), s and m 6-bit numbers for each 32
     Q6_K                  x = (d·s)·(q − 32), s an int8 for each 16
 
-Products and sums are taken in fp32 in this order, as ggml's own reference does, so that the numbers are the same to the bit.
+Products and sums are taken in fp32 in this order, as ggml's own reference does, so that the numbers are the same to the bit; by
+core/native/gguf.c where whole weights come back to bf16.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from lorakeet.core.native.stored import GGUF, Stored, at
 from lorakeet.core.tiles import matrix_shape
 from lorakeet.errors import EnvironmentProblem
 from lorakeet.quant.packed import PackedBase, tile_of
@@ -226,6 +228,9 @@ class GgufBase(PackedBase):
     @property
     def settings(self) -> dict[str, Any]:
         return {"method": "gguf", "shape": list(self.shape), "type": self.kind}
+
+    def _told(self) -> Stored | None:
+        return Stored(GGUF[self.kind], *self.shape, at(self.packed))
 
     def unpack(self, out: Tensor, first: int = 0) -> Tensor:
         block, width, packed = BLOCK_TYPES[self.kind], self.shape[1], self.packed[first : first + len(out)]

@@ -10,8 +10,10 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lorakeet.core.native import ops
-from lorakeet.core.native.stored import Stored, bring_back
+from lorakeet.core.native.stored import GGUF, Stored, bring_back
 from lorakeet.core.scratch import SCRATCH
+from lorakeet.quant.gguf import BLOCK_TYPES
+from lorakeet.quant.gguf_codes import fitted
 from lorakeet.quant.gptq import GptqBase
 from lorakeet.quant.gptq_grid import nearest_codes
 from lorakeet.quant.int8 import Int8Base
@@ -21,11 +23,12 @@ from tiny.native import needs_native
 
 pytestmark = needs_native
 SHAPE = (96, 176)  # blocks of 32 and 64 go over the ends of rows, and the last one of 1,024 is not full
+WHOLE = (48, 512)  # rows of whole blocks of 256
 
 
-def weight(seed: int = 0) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    numbers = torch.randn(SHAPE, generator=generator) * torch.rand(SHAPE[0], 1, generator=generator)
+def weight(shape: tuple[int, int] = SHAPE) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    numbers = torch.randn(shape, generator=generator) * torch.rand(shape[0], 1, generator=generator)
     numbers[3] = 0
     return numbers
 
@@ -46,16 +49,17 @@ MADE: dict[str, Callable[[], PackedBase]] = {
         f"{form} {sym} {order}": lambda sym=sym, form=form, order=order: gptq(sym=sym == "sym", form=form, order=order)  # type: ignore[misc]
         for form in ("gptq", "gptq_v2") for sym in ("sym", "asym") for order in ("in order", "any")
     },
+    **{f"gguf {kind}": lambda kind=kind: fitted(weight(WHOLE), kind) for kind in GGUF},  # type: ignore[misc]
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("kind", MADE)
 def test_what_is_brought_back_is_what_is_unpacked_to_the_last_bit(kind: str) -> None:
     base = MADE[kind]()
-    told, unpacked = base.stored(), base.unpack(torch.empty(SHAPE, dtype=torch.bfloat16))
-    assert told is not None and told[1:3] == SHAPE
-    assert torch.equal(bring_back(told, torch.full(SHAPE, 7.0, dtype=torch.bfloat16)), unpacked)
-    assert float((unpacked.float() - weight()).abs().max()) < 0.5  # and it is the weight
+    told, unpacked = base.stored(), base.unpack(torch.empty(base.shape, dtype=torch.bfloat16))
+    assert told is not None and told[1:3] == base.shape
+    assert torch.equal(bring_back(told, torch.full(base.shape, 7.0, dtype=torch.bfloat16)), unpacked)
+    assert float((unpacked.float() - weight(base.shape)).abs().max()) < 0.5  # and it is the weight
 
 
 def test_products_bring_back_by_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -106,6 +110,10 @@ def test_shapes_alone_hold_what_numbers_hold() -> None:
         assert isinstance(base.stored(), Stored)
         assert base.matmul(torch.empty(3, SHAPE[1], dtype=torch.bfloat16)).shape == (3, SHAPE[0])
         SCRATCH.clear()
+
+
+def test_every_type_of_block_has_its_number() -> None:
+    assert list(GGUF) == list(BLOCK_TYPES)
 
 
 def test_a_matrix_of_another_shape_is_refused() -> None:

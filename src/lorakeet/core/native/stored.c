@@ -1,4 +1,4 @@
-/* Frozen weights brought back from their codes to bf16: the numbers of lorakeet/quant (nf4, gptq, int8), to the last bit. */
+/* Frozen weights brought back from their codes to bf16: the numbers of lorakeet/quant (nf4, gptq, int8, gguf), to the last bit. */
 
 #include "stored.h"
 
@@ -77,6 +77,7 @@ void stored_back(const Stored *w, bf16 *to, int threads) {
     for (int64_t row = 0; row < w->out; row += LANES) {
         if (w->kind == NF4) nf4(w, row * w->in, (row + LANES) * w->in, to);
         else if (w->kind == GPTQ) gptq(w, row, to + row * w->in);
+        else if (w->kind >= Q4_0) gguf_rows(w, row, row + LANES, to);
         else int8(w, row, to + row * w->in);
     }
 }

@@ -4,18 +4,23 @@
 
 #include "lanes.h"
 
-enum { DENSE, NF4, GPTQ, INT8, CODED }; /* CODED: INT8 whose products are to run in int8 (coded.h) */
+/* CODED: INT8 whose products are to run in int8 (coded.h); from Q4_0 on, ggml's types. */
+enum { DENSE, NF4, GPTQ, INT8, CODED, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q4_K, Q5_K, Q6_K };
 
 /* Out and in are multiples of 16. */
 typedef struct {
     int64_t kind, out, in;
-    const void *codes; /* DENSE: the numbers, bf16; NF4: two codes a byte; GPTQ: (in/8, out), eight codes a word; INT8: (out, in) */
+    const void *codes; /* DENSE: the numbers, bf16; NF4: two codes a byte; GPTQ: (in/8, out), eight codes a word; INT8: (out, in);
+                           ggml: (out, blocks) */
     const void *scales; /* NF4: of the blocks, fp32, or uint8 with `outer`; GPTQ: (groups, out), fp16; INT8: (out,), fp32 */
     const void *outer;  /* NF4: of 256 blocks each, fp32, or none; GPTQ: the zero points, (groups, out/8), eight a word */
     const void *more;   /* NF4: the mean that was taken off the scales, one fp32; GPTQ: (in,), the group of each column, int32 */
     const float *levels, *steps; /* NF4: what the 16 codes, and those of the scales, stand for */
     int64_t size;                /* NF4: numbers of a block; GPTQ: what is added to each word of zero points */
 } Stored;
+
+/* Rows first … last − 1 of a weight in ggml's blocks, to where they stand in (out, in). */
+void gguf_rows(const Stored *w, int64_t first, int64_t last, bf16 *to);
 
 /* All of it, rounded once, to (out, in). */
 void stored_back(const Stored *w, bf16 *to, int threads);
