@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lorakeet.core import trained_block
 from lorakeet.core.native import dense
-from lorakeet.core.native.rooms import ROOMS
+from lorakeet.core.native.rooms import ROOMS, Rooms
 from lorakeet.core.native.trained_block import Call
 from lorakeet.core.scratch import SCRATCH
 from lorakeet.core.selection import Share
@@ -176,11 +176,12 @@ def test_wider_layers_too(wide_folder: Path, count: int, used: list[bool], monke
     require_same(found, by_parts(text, lambda: step(text, examples, "default"), monkeypatch))
 
 
-@pytest.mark.parametrize("kind", ["", "int8"])
+@pytest.mark.parametrize("kind", ["", "int8", "in int8"])
 def test_with_biases_on_queries_keys_and_values(
     tmp_path: Path, kind: str, used: list[bool], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    text, examples = load(save_tiny_llama(tmp_path, family="qwen2", **SHAPE), kind=kind), rows(4)
+    text, examples = load(save_tiny_llama(tmp_path, family="qwen2", **SHAPE), kind=kind.removeprefix("in ")), rows(4)
+    assert not kind.startswith("in ") or multiply_in_int8(text.model)
     plain = step(text, examples, "default")
     for number in range(3):
         for name in ("q_proj", "k_proj", "v_proj"):
@@ -243,6 +244,41 @@ def test_the_last_block_computes_only_what_is_read_by_its_parts(
     require_same(found, by_parts(text, lambda: step(text, examples, "default"), monkeypatch))
 
 
+@pytest.mark.parametrize("kind", ["", "nf4"])
+def test_what_takes_a_weight_s_place_between_the_passes_changes_no_gradient(folder: Path, kind: str) -> None:
+    text, examples = load(folder, kind=kind), rows(3)
+    expected = step(text, examples, "default")
+    parameters = trained_parameters(text.model, "default")
+    for each in parameters.values():
+        each.grad = None
+    loss, _ = text_loss(text, pack(examples))
+    trained = {id(each) for each in parameters.values()}
+    for path, module in text.model.named_modules():
+        for name, buffer in module._buffers.items():
+            module._buffers[name] = None if buffer is None else torch.zeros_like(buffer)
+        for parameter in module._parameters.values():
+            if parameter is not None and id(parameter) not in trained and ".layers." in f".{path}":
+                parameter.data = torch.zeros_like(parameter.data)
+    torch.full((64, 96, 256), 7.0)  # into memory that was given back, if any was
+    loss.backward()
+    found = {f"default/{key}": each.grad for key, each in parameters.items() if each.grad is not None}
+    require_same({"loss": loss.detach(), **found}, expected)
+
+
+def test_blocks_below_the_lowest_pair_take_nothing_from_those_above(
+    folder: Path, used: list[bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given_back: list[int] = []
+    monkeypatch.setattr(Rooms, "_give_back", lambda _, start, stop: given_back.append(stop - start))
+    text, examples = load(folder, replace(LORA, layers="1-2")), rows(3)
+    step(text, examples, "default")
+    step(text, examples, "default")
+    assert used == [False, True, True] * 2 and not any(given_back)
+    with torch.no_grad():
+        text.hidden(pack(examples))
+    assert any(given_back), "by its parts, without gradients, the first block wants the pages"
+
+
 def test_a_second_backward_pass_is_refused(folder: Path) -> None:
     text = load(folder)
     loss, _ = text_loss(text, pack(rows(2)))
@@ -259,10 +295,11 @@ def test_what_nobody_differentiates_is_not_kept(folder: Path, used: list[bool]) 
     assert ROOMS.taken == 0
 
 
+@pytest.mark.parametrize("kind", ["", "mixed"])
 def test_without_gradients_it_computes_the_same_and_keeps_nothing(
-    folder: Path, used: list[bool], monkeypatch: pytest.MonkeyPatch
+    folder: Path, kind: str, used: list[bool], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    text, batch = load(folder), pack(rows(5, prefix=9))
+    text, batch = load(folder, kind=kind), pack(rows(5, prefix=9))
     text.model.eval()
 
     def states() -> dict[str, Tensor]:

@@ -245,3 +245,13 @@ def test_new_tokens_get_ids_from_the_tokenizer(folders: Callable[[str], Path], a
     assert text.add_tokens(("<x>", "<y>", "<x>")) == (count, count + 1, count)
     assert text.tokenizer("a<y>")["input_ids"][-1] == count + 1
     assert text.context == 256
+
+
+def test_training_mode_reaches_every_module_once_it_is_wanted(tiny_llama_folder: Path) -> None:
+    text = load(tiny_llama_folder)
+    text.learn()
+    begin_adapter(text, plan_for(text.model, LoraSpec(rank=2, dropout=0.5), text.family), seed=0)
+    text.model.eval()
+    assert not any(module.training for module in text.model.modules())
+    text.learn()
+    assert all(module.training for module in text.model.modules())

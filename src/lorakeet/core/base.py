@@ -87,7 +87,7 @@ def _can_code(kind: type) -> bool:
 
 @runtime_checkable
 class AddingBase(Protocol):
-    """A base that rounds a product with the sum that it is added to."""
+    """A base that rounds a product with the sum that it is added to, where C multiplies it."""
 
     def add_matmul_t(self, to: Tensor, grad: Tensor) -> None:
         """Adds grad·W to `to` (tokens, in), in place."""
@@ -124,7 +124,7 @@ def stored(base: FrozenBase, x: Tensor) -> Stored | None:
 def sum_of_matmul_t(bases: Sequence[FrozenBase], grads: Sequence[Tensor]) -> Tensor:
     """Σ g·W (tokens, in) of bases that have seen the same x, from the gradient (tokens, out) of what each has answered.
 
-    What dense and packed bases add is rounded with the sum; other bases round it by itself before.
+    What dense and packed bases add is rounded with the sum where C multiplies; else it is rounded by itself before.
     """
     found: Tensor | None = None
     for base, grad in zip(bases, grads, strict=True):
@@ -194,7 +194,7 @@ class DenseBase:
         if self.turned or self.kernels is not None or weight.requires_grad or weight.dim() != 2:
             return None
         read = type(weight) in ops.READ and ops.serves(torch.bfloat16, weight)
-        return Stored(DENSE, weight.shape[0], weight.shape[1], weight.data_ptr()) if read else None
+        return Stored(DENSE, weight.shape[0], weight.shape[1], weight.data_ptr(), held=(weight.detach(),)) if read else None
 
     def in_tiles(self) -> InTiles | None:
         """W as Triton kernels read it; None where its rows or columns do not lie in one piece each."""

@@ -1,4 +1,4 @@
-"""A whole decoder block in training as one autograd function, where the C library computes all of it.
+"""A whole decoder block with pairs as one autograd function, where the C library computes all of it.
 
         x ──┬── norm ── q, k, v ── rotation ── attention ── o ──+──┬── norm ── gated MLP ──+── y
             └───────────────────────────────────────────────────┘  └───────────────────────┘
@@ -58,7 +58,7 @@ class TrainedBlockFunction(torch.autograd.Function):
 
 
 class TrainedBlock(BlockStandIn):
-    """Stands for a decoder block of two norms, attention and gated MLP that fused parts already stand for, while it is trained.
+    """Stands for a decoder block of two norms, attention and gated MLP that fused parts already stand for.
 
     Used where rows lie end to end in bf16, and all seven layers have plain pairs for the same tokens, with gradients and without,
     over weights that the library reads, dense or packed (core/native/stored). Anything else is left to the original's own code
@@ -70,8 +70,8 @@ class TrainedBlock(BlockStandIn):
         if not args and self._suits(hidden_states, settings):
             asked = self._asked(hidden_states, settings["row_lengths"], settings.get("row_prefix", 0))
         if asked is None:
-            if not ROOMS.taken:
-                ROOMS.release()  # its parts take none, and hold memory of their own
+            if not torch.is_grad_enabled() and not ROOMS.taken:
+                ROOMS.release()  # this is no pass that takes any, and holds memory of its own
             return self.original(hidden_states, *args, **settings)
         call, *factors = asked
         cos, sin = (part[0].to(hidden_states.dtype).contiguous() for part in settings["position_embeddings"])
@@ -120,7 +120,8 @@ class TrainedBlock(BlockStandIn):
         epsilons = [cast(float, norm.original.variance_epsilon) for norm in (first, second)]
         heads, kv = (weight.out // own.head_dim for weight in weights[:2])
         shape = _shape_of(tuple(rows), prefix, own.scaling, (tokens, heads, kv, own.head_dim))
-        return Call(Weights(weights, biases, gains, epsilons, layers), shape, Pairs(factors, spans, scales, tokens)), *factors
+        kept = [None if bias is None else bias.detach() for bias in biases], [gain.detach() for gain in gains]
+        return Call(Weights(weights, *kept, epsilons), shape, Pairs(factors, spans, scales, tokens)), *factors
 
     def _parts(self, keys: int) -> tuple[FrozenRmsNorm, RotaryAttention, FrozenRmsNorm, GatedMlp] | None:
         """The block's parts, where all are fused ones that compute every token, see so many keys, and that nobody listens to."""

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from lorakeet.core.layers import BlockStandIn, StandIn
 from lorakeet.core.plan import Plan
 from lorakeet.core.tiles import tiled_product
-from lorakeet.errors import ConfigError
+from lorakeet.errors import ConfigError, DataError
 from lorakeet.memory.store import StoredRows
 from lorakeet.memory.stream import RecordStream
 from lorakeet.models import modules
@@ -233,4 +233,7 @@ def _sit(seat: _Seat, tensor: Tensor) -> None:
         is_parameter = isinstance(tensor, nn.Parameter)
         seat.module._parameters[seat.leaf] = tensor if is_parameter else nn.Parameter(tensor, requires_grad=False)  # type: ignore[assignment]
     else:
+        if (tensor.shape, tensor.dtype) != (seat.empty.shape, seat.empty.dtype):
+            found, wanted = ((tuple(each.shape), each.dtype) for each in (tensor, seat.empty))
+            raise DataError(f"{seat.name} of the store is {found}, where the model has {wanted}. Make the store again.")
         seat.module._buffers[seat.leaf] = tensor

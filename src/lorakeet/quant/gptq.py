@@ -48,7 +48,7 @@ class GptqBase(PackedBase):
     ) -> None:
         super().__init__(shape)
         self.bits, self.groups, self.sym, self.zero_format = bits, groups, sym, zero_format
-        self._seen, self._there = (0, -1), False  # the groups of columns that were looked at last, and what was seen
+        self._seen, self._there = (0, 0), False  # the groups of columns that were looked at last, and what was seen
         for name, (dtype, size) in buffer_shapes(shape, bits=bits, groups=groups).items():
             self.register_buffer(name, torch.zeros(size, dtype=dtype, device=device))
         self.g_idx.copy_(groups_in_order(shape[1], math.ceil(shape[1] / groups)))
@@ -109,14 +109,15 @@ class GptqBase(PackedBase):
             return None
         added = one_less(self.bits) if self.zero_format == "gptq" else 0
         zeros, groups = at(self.qzeros), at(self.g_idx)
-        return Stored(GPTQ, *self.shape, at(self.qweight), at(self.scales), outer=zeros, more=groups, size=added)
+        scales, count = at(self.scales), self.groups
+        return Stored(GPTQ, *self.shape, at(self.qweight), scales, outer=zeros, more=groups, size=added, groups=count)
 
     def _groups_are_there(self) -> bool:
-        """Whether every column's group is one that there is; looked at once for the numbers that stand there."""
+        """Whether every column's group is one that there is, else torch says so; looked at once for what stands there."""
         g_idx = self.g_idx
         if not at(g_idx):
             return True
-        stand = g_idx.data_ptr(), g_idx._version
+        stand = g_idx.data_ptr(), -1 if g_idx.is_inference() else g_idx._version
         if self._seen != stand:
             self._seen, self._there = stand, bool(((g_idx >= 0) & (g_idx < self.groups)).all())
         return self._there

@@ -94,7 +94,8 @@ class PackedBase(nn.Module):
         """W as C reads it (core/native/stored); None where it cannot."""
         held = [each for each in self._buffers.values() if each is not None]
         plain = self.kernels is None and not self._parameters
-        return self._told() if plain and native.serves(self.shape, held) else None
+        told = self._told() if plain and native.serves(self.shape, held) else None
+        return None if told is None else told._replace(held=tuple([each.detach() for each in held]))
 
     def matmul(self, x: Tensor) -> Tensor:
         """x (tokens, in) to x·Wᵀ (tokens, out) in the dtype of x."""

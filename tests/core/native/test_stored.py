@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from lorakeet.core.native import ops
+from lorakeet.core.native import dense, ops
 from lorakeet.core.native.stored import GGUF, Stored, bring_back
 from lorakeet.core.scratch import SCRATCH
+from lorakeet.memory.ledger import Ledger
 from lorakeet.quant.gguf import BLOCK_TYPES
 from lorakeet.quant.gguf_codes import fitted
 from lorakeet.quant.gptq import GptqBase
@@ -75,7 +76,8 @@ def test_products_bring_back_by_it(monkeypatch: pytest.MonkeyPatch) -> None:
         base.matmul(x)
 
 
-def test_a_product_that_is_added_is_rounded_with_the_sum() -> None:
+def test_a_product_that_is_added_is_rounded_with_the_sum(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dense, "multiplies", lambda: True)  # also with AMX
     base, grad, to = MADE["int8"](), torch.randn(6, SHAPE[0]).bfloat16(), torch.randn(6, SHAPE[1]).bfloat16()
     exact = to.double() + grad.double() @ base.unpack(torch.empty(SHAPE, dtype=torch.bfloat16)).double()
     base.add_matmul_t(to, grad)
@@ -104,12 +106,49 @@ def test_sizes_in_no_whole_lanes_are_not_for_c() -> None:
     assert Nf4Base.of(torch.randn(24, 64)).stored() is None and Int8Base.of(torch.randn(32, 40)).stored() is None
 
 
-def test_shapes_alone_hold_what_numbers_hold() -> None:
-    with FakeTensorMode():
-        base = Nf4Base(SHAPE)
+def test_shapes_alone_hold_what_numbers_hold(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A rehearsal counts the one matrix that a product brings back to, and none of what torch would need to unpack it."""
+    monkeypatch.setattr(dense, "multiplies", lambda: True)  # also with AMX
+    ledger = Ledger()
+    SCRATCH.clear()
+    with ledger, ledger.phase("product"):
+        base, x = Nf4Base(SHAPE), torch.empty(3, SHAPE[1], dtype=torch.bfloat16)
+        y = base.matmul(x)
         assert isinstance(base.stored(), Stored)
-        assert base.matmul(torch.empty(3, SHAPE[1], dtype=torch.bfloat16)).shape == (3, SHAPE[0])
-        SCRATCH.clear()
+    SCRATCH.clear()
+    given_and_found = base.bytes + 2 * (x.numel() + y.numel()) + 2 * SHAPE[0] * SHAPE[1]
+    assert ledger.peaks["product"].bytes == given_and_found + dense.workspace(x, torch.empty(SHAPE), False)
+
+
+def test_shapes_alone_never_reach_c() -> None:
+    with FakeTensorMode():
+        told = Nf4Base(SHAPE).stored()
+    assert told is not None
+    with pytest.raises(ValueError, match="has no numbers"):
+        bring_back(told, torch.empty(SHAPE, dtype=torch.bfloat16))
+
+
+def test_a_base_made_without_autograd_is_read_too() -> None:
+    with torch.inference_mode():
+        base = gptq(sym=True, form="gptq", order="in order")
+        assert base.stored() is not None
+        assert base.matmul(torch.randn(3, SHAPE[1]).bfloat16()).shape == (3, SHAPE[0])
+
+
+def test_few_blocks_with_scales_of_a_byte() -> None:
+    base = Nf4Base.of(torch.randn(16, 16, generator=torch.Generator().manual_seed(1)), block_size=128)
+    told = base.stored()
+    assert told is not None
+    assert torch.equal(bring_back(told, torch.empty(16, 16).bfloat16()), base.unpack(torch.empty(16, 16).bfloat16()))
+
+
+def test_what_takes_a_buffer_s_place_changes_nothing_that_was_told() -> None:
+    base = Int8Base.of(weight())
+    told, expected = base.stored(), base.unpack(torch.empty(SHAPE, dtype=torch.bfloat16))
+    assert told is not None
+    base.packed, base.scale.data = torch.zeros_like(base.packed), torch.zeros(SHAPE[0])
+    torch.full((64, *SHAPE), 7.0)  # into memory that was given back, if any was
+    assert torch.equal(bring_back(told, torch.empty(SHAPE, dtype=torch.bfloat16)), expected)
 
 
 def test_every_type_of_block_has_its_number() -> None:

@@ -16,17 +16,20 @@
 
 #include <math.h>
 #include <omp.h>
+#include <sched.h>
 #include <stdatomic.h>
 #include <string.h>
 
 #define FEW_PARTS 16 /* which are halved, so that some threads have about as much to do as others */
+#define SPINS 1000   /* of one that waits, until it leaves its core to others */
 
 static inline int64_t whole(int64_t count) { return (count + T - 1) / T * T; }
 
 /* Copies `count` tokens of one head, from `first`, to (·, d) one below the other. */
 static void gather(const bf16 *x, int64_t first, int64_t count, int64_t step, int64_t d, bf16 *out) {
     for (int64_t i = 0; i < count; i++)
-        for (int64_t c = 0; c < d; c += 2 * LANES) _mm512_storeu_si512(out + i * d + c, _mm512_loadu_si512(x + (first + i) * step + c));
+        for (int64_t c = 0; c < d; c += 2 * LANES)
+            _mm512_storeu_si512(out + i * d + c, _mm512_loadu_si512(x + (first + i) * step + c));
 }
 
 /* The keys that the first `own` tokens of a row see, the prefix's first, filled up with zeros to whole tiles. */
@@ -257,8 +260,10 @@ void attention_backward(const Shape *s, const bf16 *q, const bf16 *k, const bf16
     for (int half = 0; half < halves; half++)
         for (int64_t group = 0; group < s->groups; group++)
             for (int64_t part = 0; part < s->parts; part++) {
-                /* Parts are begun in this order, so that whoever is waited for has been. */
-                while (half && !atomic_load(done + group * s->parts + part)) _mm_pause();
+                /* GNU OpenMP hands parts out in this order, so that whoever is waited for has begun. */
+                for (int spins = 0; half && !atomic_load(done + group * s->parts + part); spins++)
+                    if (spins < SPINS) _mm_pause();
+                    else sched_yield();
                 for (int64_t row = first_of(s, group), stop = first_of(s, group + 1); row < stop; row++) {
                     int64_t own = (part * s->tokens + s->starts[row]) * d, at = part * shared + group * s->prefix * d;
                     backward_row(s, q, k, v, out, logsums, grad, grad_q, sums + own, sums + all + own, of_prefix + at,

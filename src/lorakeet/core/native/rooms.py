@@ -76,10 +76,10 @@ class Rooms:
         return end
 
     def _gone(self, start: int, _: object) -> None:
-        stop = self._taken.pop(start)
-        del self._pieces[start]
         if not self.keeps:
-            self._give_back(start, stop)
+            self._give_back(start, self._taken[start])
+        del self._pieces[start]
+        del self._taken[start]  # last: from now on the place may be somebody else's
 
     def _give_back(self, start: int, stop: int) -> None:
         first, last = -(-start // mmap.PAGESIZE), stop // mmap.PAGESIZE

@@ -16,7 +16,7 @@ typedef struct {
     const void *outer;  /* NF4: of 256 blocks each, fp32, or none; GPTQ: the zero points, (groups, out/8), eight a word */
     const void *more;   /* NF4: the mean that was taken off the scales, one fp32; GPTQ: (in,), the group of each column, int32 */
     const float *levels, *steps; /* NF4: what the 16 codes, and those of the scales, stand for */
-    int64_t size;                /* NF4: numbers of a block; GPTQ: what is added to each word of zero points */
+    int64_t size, count;         /* NF4: numbers of a block; GPTQ: what is added to each word of zero points, and the groups */
 } Stored;
 
 /* Rows first … last − 1 of a weight in ggml's blocks, to where they stand in (out, in). */

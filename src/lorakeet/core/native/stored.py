@@ -18,8 +18,11 @@ DENSE, NF4, GPTQ, INT8, CODED = range(5)  # kinds, as stored.h has them
 GGUF = {name: 5 + number for number, name in enumerate(("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K"))}
 
 
+NUMBERS = 11  # of a Stored, before what it holds
+
+
 class Stored(NamedTuple):
-    """A weight (out, width): its kind, and addresses and numbers as stored.h explains them. Whoever has it keeps the tensors."""
+    """A weight (out, width): its kind, and addresses and numbers as stored.h explains them, valid as long as this is kept."""
 
     kind: int
     out: int
@@ -31,18 +34,20 @@ class Stored(NamedTuple):
     levels: int = 0
     steps: int = 0
     size: int = 0
+    groups: int = 0
+    held: tuple[Tensor, ...] = ()  # what the addresses are of, also when another tensor takes its module's place
+
+    @property
+    def numbers(self) -> tuple[int, ...]:
+        """What C is told."""
+        return self[:NUMBERS]  # type: ignore[return-value]
 
 
 def serves(shape: tuple[int, int], held: Sequence[Tensor]) -> bool:
     """Whether a weight (out, in) in these tensors may be brought back here."""
-    if any(size <= 0 or size % ops.LANES for size in shape) or not ops.in_use():
+    if any(size <= 0 or size % ops.LANES for size in shape):
         return False
-    return all(type(each) in ops.PLAIN and each.is_contiguous() and is_cpu(each.device) for each in held)
-
-
-def told(weights: Sequence[Stored]) -> array[int]:
-    """What C is told of them, one behind the other."""
-    return array("q", [number for weight in weights for number in weight])
+    return all(type(each) in ops.PLAIN and each.is_contiguous() and is_cpu(each.device) for each in held) and ops.in_use()
 
 
 def at(tensor: Tensor) -> int:
@@ -54,8 +59,8 @@ def bring_back(weight: Stored, out: Tensor) -> Tensor:
     """Writes the weight to `out` (out, in), bf16, which it returns; a shape alone is left as it is."""
     if type(out) not in ops.READ:
         return out
-    if out.shape != weight[1:3]:
-        raise ValueError(f"a weight {weight[1:3]} is not brought back into {tuple(out.shape)}")
-    numbers = told([weight])
+    if out.shape != weight[1:3] or not weight.codes:
+        raise ValueError(f"a weight {weight[1:3]} is not brought back into {tuple(out.shape)}, or has no numbers")
+    numbers = array("q", weight.numbers)
     loaded().stored_back(ctypes.c_void_p(numbers.buffer_info()[0]), *pointers(out), torch.get_num_threads())
     return out

@@ -1,4 +1,4 @@
-/* A decoder block in training, whole: two norms, attention over rows laid end to end, a gated MLP. All of its seven frozen weights
+/* A decoder block with pairs, whole, in training and without gradients: two norms, attention over rows laid end to end, a gated MLP. All of its seven frozen weights
    have pairs, and q, k and v may have biases; rounding and order are those of the parts by themselves.
 
        x ──┬── norm ── q, k, v ── rotation ── attention ── o ──+──┬── norm ── gate, up ── silu(gate) ∘ up ── down ──+── y
@@ -107,7 +107,7 @@ typedef struct {
     uint16_t *peaks;
 } Coding;
 
-static Coding coding_in(Room *room, const Weights *w, const Shape *s, int threads) {
+static Coding coding_in(Room *room, const Weights *w, const Shape *s, int threads, int backward) {
     Coding c = {0};
     const Stored *layers[] = {&w->q, &w->k, &w->v, &w->o, &w->gate, &w->up, &w->down};
     int64_t widest = 0;
@@ -119,7 +119,7 @@ static Coding coding_in(Room *room, const Weights *w, const Shape *s, int thread
     c.steps = take(room, s->tokens * (int64_t)sizeof(float));
     c.columns = take(room, LOUD * (int64_t)sizeof(int64_t));
     c.apart = take_rows(room, s->tokens, LOUD);
-    c.product = take_rows(room, s->tokens, w->hidden);
+    if (backward) c.product = take_rows(room, s->tokens, w->hidden);
     c.peaks = take(room, widest * (int64_t)sizeof(uint16_t));
     return c;
 }
@@ -135,7 +135,7 @@ static Forward forward_in(Room *room, const Weights *w, const Shape *s, const Gr
     f.normed = take_rows(room, s->tokens, w->hidden);
     f.inner = take_rows(room, s->tokens, w->inner);
     f.work = take(room, work(w, s, groups, threads, 0));
-    f.coding = coding_in(room, w, s, threads);
+    f.coding = coding_in(room, w, s, threads, 0);
     return f;
 }
 
@@ -175,7 +175,7 @@ static Backward backward_in(Room *room, const Weights *w, const Shape *s, const 
     room->bytes = larger(room->bytes, first.bytes);
     b.u = take_rows(room, 1, numbers);
     b.work = take(room, work(w, s, groups, threads, 1));
-    b.coding = coding_in(room, w, s, threads);
+    b.coding = coding_in(room, w, s, threads, 1);
     Room apart = {(char *)kept->gate, 0};
     b.attention = attention_in(&apart, s);
     if (apart.bytes > kept->apart) b.attention = attention_in(room, s);

@@ -1,4 +1,4 @@
-"""A decoder block in training, forward and backward in one call each (trained_block.c).
+"""A decoder block with pairs, forward and backward in one call each (trained_block.c).
 
 Its kernels are those of the parts by themselves, in their order: results and gradients are the same to the last bit. What one
 call saves is the asking, some 45 times a block, for each of which Python finds its objects no longer in the processor's caches.
@@ -19,14 +19,14 @@ from torch import Tensor
 from lorakeet.core.native import trained_pairs
 from lorakeet.core.native.ops import Shape, loaded, pointers
 from lorakeet.core.native.rooms import ROOMS, address, room
-from lorakeet.core.native.stored import DENSE, Stored
+from lorakeet.core.native.stored import CODED, DENSE, NUMBERS, Stored
 from lorakeet.core.scratch import SCRATCH
 
 LAYERS = 7  # q, k, v, o, gate, up, down
 GROUPS = ((0, 1, 2), (3,), (4, 5), (6,))  # those that see the same x
 
 
-_Layers = ctypes.c_int64 * (LAYERS * len(Stored._fields))
+_Layers = ctypes.c_int64 * (LAYERS * NUMBERS)
 
 
 class _Weights(ctypes.Structure):
@@ -48,25 +48,27 @@ class _Group(ctypes.Structure):
 
 @dataclass(frozen=True)
 class Weights:
-    """The seven weights, by LAYERS, biases of q, k and v, and the gains and ε of both norms. `held` has the weights' tensors."""
+    """The seven weights, by LAYERS, biases of q, k and v, and the gains and ε of both norms.
+
+    They are those of a moment: what takes a tensor's place in its module afterwards is nothing to a pass that has begun.
+    """
 
     layers: Sequence[Stored]
     biases: Sequence[Tensor | None]
     gains: Sequence[Tensor]
     epsilons: Sequence[float]
-    held: Sequence[object]
 
     def told(self) -> Any:
         """What C is told of them; ValueError for biases and gains that it cannot read so."""
         inner, hidden = self.layers[4][1:3]
-        layers = _Layers(*[number for layer in self.layers for number in layer])
+        layers = _Layers(*[number for layer in self.layers for number in layer.numbers])
         biases = (ctypes.c_void_p * 3)(*[None if bias is None else pointers(bias)[0].value for bias in self.biases])
         return ctypes.byref(_Weights(layers, biases, *pointers(*self.gains), (ctypes.c_float * 2)(*self.epsilons), hidden, inner))
 
-    def room(self) -> ctypes.c_void_p:
-        """Where a weight that is no bf16 is brought back to, for the next call alone."""
-        packed = [weight.out * weight.width for weight in self.layers if weight.kind != DENSE]
-        return pointers(SCRATCH.matrix((1, max(packed)), torch.bfloat16, torch.device("cpu")))[0] if packed else ctypes.c_void_p()
+    def room(self) -> Tensor:
+        """Where a weight that is no bf16 is brought back to, for the next call alone; of no numbers where all are."""
+        packed = [weight.out * weight.width for weight in self.layers if weight.kind not in (DENSE, CODED)]
+        return SCRATCH.matrix((1, max(packed, default=0)), torch.bfloat16, torch.device("cpu")) if packed else torch.empty(0)
 
 
 class Pairs:
@@ -142,7 +144,8 @@ class Call:
         told, threads = self._told, torch.get_num_threads()
         kept, y = ROOMS.take(int(loaded().trained_block_kept(*told))), torch.empty_like(x)
         scratch = room(int(loaded().trained_block_scratch(*told, 0, threads)))
-        given = *pointers(cos, sin, x, y), address(kept), self.weights.room()
+        dense = self.weights.room()
+        given = *pointers(cos, sin, x, y), address(kept), ctypes.c_void_p(dense.data_ptr())
         loaded().trained_block(*told, *given, address(scratch), threads)
         return y, kept
 
@@ -155,5 +158,6 @@ class Call:
         scratch = room(int(loaded().trained_block_scratch(*told, 1, threads)))
         to = ctypes.c_void_p(None if grad_x is None else grad_x.data_ptr())
         given = *pointers(cos, sin, x), address(kept), *pointers(grad), to, *pointers(*found, dtype=torch.float32)
-        loaded().trained_block_backward(*told, *given, self.weights.room(), address(scratch), threads)
+        dense = self.weights.room()
+        loaded().trained_block_backward(*told, *given, ctypes.c_void_p(dense.data_ptr()), address(scratch), threads)
         return grad_x, self.pairs.cut(found)
