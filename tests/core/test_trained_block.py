@@ -191,6 +191,18 @@ def test_with_biases_on_queries_keys_and_values(
     require_same(found, by_parts(text, lambda: step(text, examples, "default"), monkeypatch))
 
 
+@pytest.mark.parametrize("count", [2, 11], ids=lambda n: f"{n} rows")
+def test_with_norms_of_heads(tmp_path: Path, count: int, used: list[bool], monkeypatch: pytest.MonkeyPatch) -> None:
+    """As Qwen 3 has them."""
+    text, examples = load(save_tiny_llama(tmp_path, family="qwen3", **SHAPE)), rows(count, prefix=9)
+    for number in range(3):
+        for name in ("q_norm", "k_norm"):
+            modules.bare(part(text, number, f"self_attn.{name}")).weight.data.uniform_(0.5, 3)
+    found = step(text, examples, "default")
+    assert used == [True] * 3
+    require_same(found, by_parts(text, lambda: step(text, examples, "default"), monkeypatch))
+
+
 @pytest.mark.parametrize("kind", ["nf4", "int8", "gptq", "mixed"])
 def test_over_packed_weights_too(folder: Path, kind: str, used: list[bool], monkeypatch: pytest.MonkeyPatch) -> None:
     text, examples = load(folder, kind=kind), rows(5, prefix=9)

@@ -275,17 +275,31 @@ def _plain_uses(layer: nn.Module, tokens: int, *, biased: bool) -> list[tuple[Sh
     return uses if all(pair.plain for _, pair in uses) else []
 
 
+def normed(x: Tensor, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
+    """y and ρ (…, 1), as RmsNormFunction has them, of x (…, width)."""
+    if ops.serves(x.dtype, x, weight):
+        return cast("tuple[Tensor, Tensor]", ops.NORM(x, weight, epsilon))
+    wide = x.float()
+    rho = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True).add_(epsilon))
+    return weight * wide.mul_(rho).to(x.dtype) if wide is not x else weight * (wide * rho), rho
+
+
+def normed_backward(grad: Tensor, x: Tensor, rho: Tensor, weight: Tensor) -> Tensor:
+    """∂x of it, in the dtype of x."""
+    if ops.serves(x.dtype, x, weight, grad):
+        return cast(Tensor, ops.NORM_BACKWARD(grad, x, rho, weight))
+    scaled = grad.float() * weight.float()
+    normal = x.float() * rho
+    share = (scaled * normal).mean(-1, keepdim=True)
+    return scaled.addcmul_(normal, share, value=-1).mul_(rho).to(x.dtype)
+
+
 class RmsNormFunction(torch.autograd.Function):
     """(y, ρ): y = w ∘ x̂, x̂ = x·ρ, ρ = 1/√(mean(x²) + ε), in fp32;  ∂x = ρ·(w∘∂y − x̂·mean(w∘∂y∘x̂)). Saves x and ρ; w is frozen."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
-        if ops.serves(x.dtype, x, weight):
-            y, rho = ops.NORM(x, weight, epsilon)
-        else:
-            wide = x.float()
-            rho = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True).add_(epsilon))
-            y = weight * wide.mul_(rho).to(x.dtype) if wide is not x else weight * (wide * rho)
+        y, rho = normed(x, weight, epsilon)
         ctx.save_for_backward(x, rho, weight)
         ctx.mark_non_differentiable(rho)
         return y, rho
@@ -294,14 +308,7 @@ class RmsNormFunction(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, None, None]:
         x, rho, weight = ctx.saved_tensors
-        if not ctx.needs_input_grad[0]:
-            return None, None, None
-        if ops.serves(x.dtype, x, weight, grad):
-            return ops.NORM_BACKWARD(grad, x, rho, weight), None, None
-        scaled = grad.float() * weight.float()
-        normal = x.float() * rho
-        share = (scaled * normal).mean(-1, keepdim=True)
-        return scaled.addcmul_(normal, share, value=-1).mul_(rho).to(x.dtype), None, None
+        return normed_backward(grad, x, rho, weight) if ctx.needs_input_grad[0] else None, None, None
 
 
 class FrozenRmsNorm(StandIn):

@@ -17,23 +17,36 @@ from torch.autograd.function import once_differentiable
 
 from lorakeet.core.base import DenseBase, FrozenBase, matmul_each, sum_of_matmul_t
 from lorakeet.core.device import is_cpu
-from lorakeet.core.fused import Normed, kept_of, made_again, placed, spread
+from lorakeet.core.fused import FrozenRmsNorm, Normed, kept_of, made_again, normed, normed_backward, placed, spread
 from lorakeet.core.layers import LoraLinear, StandIn
 from lorakeet.core.native import ops
 from lorakeet.core.pair_products import PairProducts, by_turns
 from lorakeet.core.row_attention import Kernel, kernel_for
 
 INPUTS = ("q_proj", "k_proj", "v_proj")
+HEAD_NORMS = ("q_norm", "k_norm")  # which some models have
 CACHES = ("row_cache", "cache", "past_key_values")  # where the keys of earlier tokens would be
 
 
 @dataclass(frozen=True)
+class HeadNorm:
+    """The frozen RMSNorm over each head of queries, or of keys: its gain (d,) and ε."""
+
+    weight: Tensor
+    epsilon: float
+
+
+@dataclass(frozen=True)
 class Inputs:
-    """What q, k and v are multiplied with: three frozen weights, their biases, and the pairs, each on its tokens."""
+    """What q, k and v are multiplied with: three frozen weights, their biases, and the pairs, each on its tokens.
+
+    `norms` are those of the heads of q and k; none where the model has none.
+    """
 
     bases: Sequence[FrozenBase]
     biases: Sequence[Tensor | None]
     pairs: PairProducts
+    norms: Sequence[HeadNorm]
     head: int  # numbers of one head
     kernel: Kernel
 
@@ -47,11 +60,14 @@ class RotaryAttentionFunction(torch.autograd.Function):
         ∂B = s·∂ᵀ·(x·Aᵀ)      ∂A = uᵀ·x      ∂x = Σ (∂·W + u·A)
 
     Within a part of the tokens one product with all A's shrinks x, one with all u's gives all ∂A. Saved: x (or what it was
-    normed from), the three states, the rank-sized products.
+    normed from), the three states, the rank-sized products. Where the heads of Q and K are normed before they are turned, these
+    two are saved as they were before, with ρ of each head (core/fused.normed), and normed and turned again.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor, inputs: Inputs, normed: Normed | None, *factors: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, cos: Tensor, sin: Tensor, inputs: Inputs, made_of: Normed | None, *factors: Tensor
+    ) -> Tensor:
         products = inputs.pairs.products
         wide = x.to(products)
         outs = matmul_each(inputs.bases, wide)
@@ -61,11 +77,17 @@ class RotaryAttentionFunction(torch.autograd.Function):
         shrunk = inputs.pairs.add(outs, wide, factors)
         turn = cos.to(products), sin.to(products)
         query, key, value = (out.view(len(x), -1, inputs.head) for out in outs)
-        states = [_laid(states, x.dtype) for states in (turned(query, *turn), turned(key, *turn), value)]
+        before = [states.to(x.dtype) for states, _ in zip((query, key), inputs.norms, strict=False)]
+        by_norm = [normed(each, norm.weight, norm.epsilon) for each, norm in zip(before, inputs.norms, strict=True)]
+        if by_norm:
+            query, key = (states.to(products) for states, _ in by_norm)
+        states = [_laid(each, x.dtype) for each in (turned(query, *turn), turned(key, *turn), value)]
         result, kept = inputs.kernel.forward(*states)
-        source = kept_of(x, normed)
-        ctx.save_for_backward(cos, sin, *source, *states, *kept, *shrunk, *factors)
-        ctx.inputs, ctx.counts = inputs, (len(source), 3, len(kept), len(shrunk))
+        source, held = kept_of(x, made_of), states
+        if by_norm:
+            held = [part for each, (_, rho) in zip(before, by_norm, strict=True) for part in (each, rho)] + states[2:]
+        ctx.save_for_backward(cos, sin, *source, *held, *kept, *shrunk, *factors)
+        ctx.inputs, ctx.counts = inputs, (len(source), len(held), len(kept), len(shrunk))
         return result.reshape(len(x), -1)
 
     @staticmethod
@@ -77,10 +99,16 @@ class RotaryAttentionFunction(torch.autograd.Function):
         ends = list(accumulate(ctx.counts, initial=0))
         source, states, kept, shrunk = (rest[start:stop] for start, stop in pairwise(ends))
         x, factors = made_again(source), rest[ends[-1] :]
-        found = inputs.kernel.backward(grad.view(1, len(x), -1, inputs.head), *states, *kept)
         turn = cos.to(products), sin.to(products)
+        before = [(states[2 * number], states[2 * number + 1], norm.weight) for number, norm in enumerate(inputs.norms)]
+        if before:
+            again = [turned(made_again(each).to(products), *turn) for each in before]
+            states = [*(_laid(each, x.dtype) for each in again), states[-1]]
+        found = inputs.kernel.backward(grad.view(1, len(x), -1, inputs.head), *states, *kept)
         query, key, value = (states[0].transpose(0, 1).to(products) for states in found)  # (tokens, heads, head)
-        back = turned(query, *turn, back=True), turned(key, *turn, back=True), value
+        back = [turned(query, *turn, back=True), turned(key, *turn, back=True), value]
+        for number, each in enumerate(before):
+            back[number] = normed_backward(back[number].to(x.dtype).contiguous(), *each).to(products)
         grads = [states.reshape(len(x), -1) for states in back]
         grad_x = sum_of_matmul_t(inputs.bases, grads) if ctx.needs_input_grad[0] else None
         through, of_b = inputs.pairs.backward(grad_x, grads, shrunk, factors)
@@ -111,7 +139,8 @@ def _laid(states: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 class RotaryAttention(StandIn):
-    """Stands for an attention of transformers with q_proj, k_proj, v_proj, o_proj and rotary positions on whole heads.
+    """Stands for an attention of transformers with q_proj, k_proj, v_proj, o_proj and rotary positions on whole heads, which the
+    model may norm before.
 
     Fused where rows lie end to end on a CPU and q, k and v carry plain pairs, or none; anything else is left to the original's
     own code.
@@ -155,8 +184,8 @@ class RotaryAttention(StandIn):
             or self.drops
         ):
             return nothing
-        layers = [getattr(self.original, name) for name in INPUTS]
-        if not all(_known(layer) for layer in layers):
+        layers, norms = [getattr(self.original, name) for name in INPUTS], self.head_norms()
+        if norms is None or not all(_known(layer) for layer in layers):
             return nothing
         adapted = [(number, layer) for number, layer in enumerate(layers) if isinstance(layer, LoraLinear)]
         uses = [(share, pair, number) for number, layer in adapted for share, pair in layer.uses(x.shape[1])]
@@ -167,8 +196,14 @@ class RotaryAttention(StandIn):
         chosen = kernel_for(x, rows, settings.get("row_products") or torch.float32, prefix, head)
         kernel = chosen(rows, cast(float, self.original.scaling), prefix)
         bases = [layer.base if isinstance(layer, LoraLinear) else DenseBase(layer) for layer in layers]
-        inputs = Inputs(bases, [layer.bias for layer in layers], placed(uses, products), head, kernel)
+        inputs = Inputs(bases, [layer.bias for layer in layers], placed(uses, products), norms, head, kernel)
         return inputs, [factor for _, pair, _ in uses for factor in pair.factors()]
+
+    def head_norms(self) -> list[HeadNorm] | None:
+        """Those of q's and k's heads; none where the model has none, and None where they are no plain frozen RMSNorms."""
+        modules = [self.original._modules[name] for name in HEAD_NORMS if name in self.original._modules]
+        found = [norm for norm in map(_head_norm, modules) if norm is not None]
+        return found if len(found) == len(modules) in (0, len(HEAD_NORMS)) else None
 
     def windows(self) -> list[int]:
         """The tokens that a query looks back at, where the layer or its model limits them."""
@@ -184,6 +219,14 @@ class RotaryAttention(StandIn):
     def drops(self) -> bool:
         """Whether it leaves scores out by chance just now."""
         return bool(self.training and getattr(self.original, "attention_dropout", 0.0))
+
+
+def _head_norm(module: nn.Module | None) -> HeadNorm | None:
+    bare = module.original if type(module) is FrozenRmsNorm else module
+    weight, epsilon = None if bare is None else bare._parameters.get("weight"), getattr(bare, "variance_epsilon", None)
+    if weight is None or weight.requires_grad or not isinstance(epsilon, float) or isinstance(bare, StandIn):
+        return None
+    return HeadNorm(weight, epsilon)
 
 
 def _known(layer: nn.Module) -> bool:

@@ -100,16 +100,14 @@ class TrainedBlock(BlockStandIn):
         own: Any = attention.original
         held, inner = own._modules, mlp.original._modules  # the plain dicts: 30 blocks are asked in every pass
         layers = [*(held[name] for name in (*INPUTS, "o_proj")), *(cast(nn.Module, inner[name]) for name in MLP)]
-        weights, gains = [weight for weight in (_stored(layer, x) for layer in layers) if weight], (first.weight, second.weight)
-        uses = shared_uses(layers, tokens, biased=len(INPUTS)) if len(weights) == len(layers) else []
+        weights = _weights_of((first, second), attention, layers, x)
+        uses = [] if weights is None else shared_uses(layers, tokens, biased=len(INPUTS))
         pairs = [pair for _, *of_layers in uses for pair in of_layers]
-        biases = [cast(LoraLinear, layer).bias for layer in layers[: len(INPUTS)]] if uses else []
-        added = all(bias is None or _is_bias(bias, weight) for bias, weight in zip(biases, weights, strict=False))
-        if not uses or any(pair._forward_hooks for pair in pairs) or not _readable(*gains) or not added:
+        if weights is None or not uses or any(pair._forward_hooks for pair in pairs):
             return None
         factors = [factor for pair in pairs for factor in pair.factors()]
         spans = tuple([(share.start, share.stop) for share, *_ in uses])
-        shapes = tuple([weight[1:3] for weight in weights])
+        shapes = tuple([weight[1:3] for weight in weights.layers])
         taken = all(trained_pairs.takes(factor) and factor.is_cpu for factor in factors)
         if not taken or not _fit(shapes, x.shape[2], own.head_dim) or not _apart(spans):
             return None
@@ -117,11 +115,9 @@ class TrainedBlock(BlockStandIn):
         if changed != [*shapes] * len(spans):
             return None
         scales = [share.weight * pair.scale for share, *of_layers in uses for pair in of_layers]
-        epsilons = [cast(float, norm.original.variance_epsilon) for norm in (first, second)]
-        heads, kv = (weight.out // own.head_dim for weight in weights[:2])
+        heads, kv = (weight.out // own.head_dim for weight in weights.layers[:2])
         shape = _shape_of(tuple(rows), prefix, own.scaling, (tokens, heads, kv, own.head_dim))
-        kept = [None if bias is None else bias.detach() for bias in biases], [gain.detach() for gain in gains]
-        return Call(Weights(weights, *kept, epsilons), shape, Pairs(factors, spans, scales, tokens)), *factors
+        return Call(weights, shape, Pairs(factors, spans, scales, tokens)), *factors
 
     def _parts(self, keys: int) -> tuple[FrozenRmsNorm, RotaryAttention, FrozenRmsNorm, GatedMlp] | None:
         """The block's parts, where all are fused ones that compute every token, see so many keys, and that nobody listens to."""
@@ -144,6 +140,27 @@ class TrainedBlock(BlockStandIn):
 def _readable(*states: Tensor) -> bool:
     """Whether C can read them, in numbers and not as shapes alone."""
     return all(type(each) in ops.READ for each in states) and ops.serves(torch.bfloat16, *states)
+
+
+def _weights_of(
+    norms: tuple[FrozenRmsNorm, FrozenRmsNorm], attention: RotaryAttention, layers: Sequence[nn.Module], x: Tensor
+) -> Weights | None:
+    """The frozen numbers of a block; None where some are none that C reads."""
+    stored_of = [found for found in (_stored(layer, x) for layer in layers) if found is not None]
+    heads = attention.head_norms()
+    if heads is None or len(stored_of) < len(layers):
+        return None
+    biases = [cast(LoraLinear, layer).bias for layer in layers[: len(INPUTS)]]
+    by_norm = [(norm.weight, cast(float, norm.original.variance_epsilon)) for norm in norms]
+    by_head = [(norm.weight, norm.epsilon) for norm in heads]
+    if not _readable(*(gain for gain, _ in (*by_norm, *by_head))):
+        return None
+    head = cast(Any, attention.original).head_dim
+    fit = all(bias is None or _is_bias(bias, weight) for bias, weight in zip(biases, stored_of, strict=False))
+    if not fit or any(len(gain) != head for gain, _ in by_head) or any(len(gain) != x.shape[2] for gain, _ in by_norm):
+        return None
+    kept = [None if bias is None else bias.detach() for bias in biases]
+    return Weights(stored_of, kept, *([(gain.detach(), epsilon) for gain, epsilon in of] for of in (by_head, by_norm)))
 
 
 def _is_bias(bias: Tensor, weight: Stored) -> bool:

@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily  # 
 
 from lorakeet.core.decode_block import DecodeBlock
 from lorakeet.core.fused import ACTIVATIONS, FrozenRmsNorm, GatedMlp
-from lorakeet.core.fused_attention import INPUTS, RotaryAttention
+from lorakeet.core.fused_attention import HEAD_NORMS, INPUTS, RotaryAttention
 from lorakeet.core.layers import BLOCK_PARTS, LoraLinear, StandIn, base_of, new_pair
 from lorakeet.core.native import ops as native
 from lorakeet.core.plan import PlanEntry
@@ -97,6 +97,8 @@ def _is_plain(block: nn.Module, *, training: bool = False) -> bool:
     kinds = (FrozenRmsNorm, RotaryAttention, FrozenRmsNorm, GatedMlp)
     if not all(isinstance(block._modules[name], kind) for name, kind in zip(BLOCK_PARTS, kinds, strict=True)):
         return False
+    if not training and cast(RotaryAttention, block._modules["self_attn"]).head_norms() != []:
+        return False  # core/decode_block knows none
     first, attention, second, mlp = stubs = (_Stub(0.7), _Stub(1.3, pair=True), _Stub(0.4), _Stub(2.1))
     asked = copy.copy(block)
     asked._forward_hooks, asked._forward_pre_hooks = OrderedDict(), OrderedDict()  # this is no pass that anybody listens to
@@ -145,11 +147,12 @@ def _has_mlp_names(module: nn.Module) -> bool:
 
 
 def _has_attention_names(module: nn.Module) -> bool:
-    return {name for name, _ in module.named_children()} == {*INPUTS, "o_proj"} and not module._parameters
+    children = {name for name, _ in module.named_children()}
+    return children - {*HEAD_NORMS} == {*INPUTS, "o_proj"} and not module._parameters
 
 
 def _attention(module: nn.Module) -> RotaryAttention | None:
-    """A small fp32 copy with pairs is asked, so that the answer shows the function itself: no cap, norm or other way to turn."""
+    """A small fp32 copy with pairs is asked, so that the answer shows the function itself: no cap, other norm or way to turn."""
     named = getattr(getattr(module, "config", None), "_attn_implementation", None)
     head, scaling = getattr(module, "head_dim", None), getattr(module, "scaling", None)
     if named != VARLEN or not isinstance(scaling, float) or not isinstance(head, int) or _drops(module, but="attention_dropout"):
@@ -194,6 +197,10 @@ def _small_attention(module: nn.Module) -> nn.Module:
         layer.attach("probe", pair.eval())
         layer.active = "probe"
         small._modules[name] = layer
+    for name in set(HEAD_NORMS) & set(small._modules):
+        norm = copy.copy(modules.bare(cast(nn.Module, small._modules[name])))
+        norm._parameters = {key: _random(generator, torch.float32, head) for key in norm._parameters}
+        small._modules[name] = norm
     return small.eval()
 
 

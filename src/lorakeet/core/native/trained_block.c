@@ -4,7 +4,8 @@
        x ──┬── norm ── q, k, v ── rotation ── attention ── o ──+──┬── norm ── gate, up ── silu(gate) ∘ up ── down ──+── y
            └───────────────────────────────────────────────────┘  └────────────────────────────────────────────────┘
 
-   Kept between the two passes are ρ of both norms, the turned q and k, v, what attention gave and its log-sums, what stands between
+   Kept between the two passes are ρ of both norms, the turned q and k (where their heads are normed before, as they were then, and ρ
+   of each head: they are normed and turned again), v, what attention gave and its log-sums, what stands between
    the halves, gate and up, and the h = x·Aᵀ of all pairs. */
 
 #include "attention.h"
@@ -23,8 +24,9 @@ enum { INWARD, OUTWARD, APART, DOWN, GROUPS }; /* layers that see the same x: q,
 typedef struct {
     Stored q, k, v, o, gate, up, down;
     const bf16 *biases[3];      /* of q, k and v, or none */
+    const bf16 *heads[2];       /* the gains of the norms of q's heads and k's, or none */
     const bf16 *first, *second; /* the gains of the norms */
-    float epsilons[2];
+    float epsilons[2], head_epsilons[2];
     int64_t hidden, inner; /* the widths of x and of the MLP, multiples of 32 */
 } Weights;
 
@@ -51,7 +53,7 @@ static bf16 *take_rows(Room *room, int64_t tokens, int64_t width) { return take(
 static int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 
 typedef struct {
-    float *first_rho, *second_rho, *logs;
+    float *first_rho, *second_rho, *logs, *rho[2];
     bf16 *q, *k, *v, *attended, *middle, *gate, *up, *h[GROUPS];
     int64_t apart; /* bytes of gate and up, one behind the other */
 } Kept;
@@ -62,6 +64,7 @@ static Kept kept_in(Room *room, const Weights *w, const Shape *s, const Group *g
     k.first_rho = take(room, n * (int64_t)sizeof(float));
     k.second_rho = take(room, n * (int64_t)sizeof(float));
     k.logs = take(room, s->heads * n * (int64_t)sizeof(float));
+    for (int i = 0; i < 2; i++) k.rho[i] = w->heads[i] ? take(room, (i ? s->kv : s->heads) * n * (int64_t)sizeof(float)) : 0;
     k.q = take_rows(room, n, s->heads * s->d);
     k.k = take_rows(room, n, s->kv * s->d);
     k.v = take_rows(room, n, s->kv * s->d);
@@ -124,14 +127,21 @@ static Coding coding_in(Room *room, const Weights *w, const Shape *s, int thread
     return c;
 }
 
+/* Room for the turned q and k beside those that are kept, where they are normed before; else these themselves. */
+static bf16 *turned_in(Room *room, const Weights *w, const Shape *s, int which, bf16 *kept) {
+    return w->heads[which] ? take_rows(room, s->tokens, (which ? s->kv : s->heads) * s->d) : kept;
+}
+
 typedef struct {
-    bf16 *normed, *inner;
+    bf16 *normed, *inner, *q, *k;
     uint8_t *work;
     Coding coding;
 } Forward;
 
-static Forward forward_in(Room *room, const Weights *w, const Shape *s, const Group *groups, int threads) {
+static Forward forward_in(Room *room, const Weights *w, const Shape *s, const Group *groups, const Kept *kept, int threads) {
     Forward f;
+    f.q = turned_in(room, w, s, 0, kept->q);
+    f.k = turned_in(room, w, s, 1, kept->k);
     f.normed = take_rows(room, s->tokens, w->hidden);
     f.inner = take_rows(room, s->tokens, w->inner);
     f.work = take(room, work(w, s, groups, threads, 0));
@@ -158,7 +168,7 @@ static Attention attention_in(Room *room, const Shape *s) {
 
 /* `inner` is used up before `normed` and `grad` are written. */
 typedef struct {
-    bf16 *inner, *normed, *grad, *u;
+    bf16 *inner, *normed, *grad, *u, *q, *k;
     uint8_t *work;
     Coding coding;
     Attention attention; /* where gate and up were, if there is room for it */
@@ -176,6 +186,8 @@ static Backward backward_in(Room *room, const Weights *w, const Shape *s, const 
     b.u = take_rows(room, 1, numbers);
     b.work = take(room, work(w, s, groups, threads, 1));
     b.coding = coding_in(room, w, s, threads, 1);
+    b.q = turned_in(room, w, s, 0, kept->q);
+    b.k = turned_in(room, w, s, 1, kept->k);
     Room apart = {(char *)kept->gate, 0};
     b.attention = attention_in(&apart, s);
     if (apart.bytes > kept->apart) b.attention = attention_in(room, s);
@@ -187,7 +199,7 @@ int64_t trained_block_scratch(const Weights *w, const Shape *s, const Group *gro
     Room room = {0, 0}, kept = {0, 0};
     Kept k = kept_in(&kept, w, s, groups);
     if (backward) backward_in(&room, w, s, groups, &k, threads);
-    else forward_in(&room, w, s, groups, threads);
+    else forward_in(&room, w, s, groups, &k, threads);
     return room.bytes;
 }
 
@@ -278,7 +290,7 @@ void trained_block(const Weights *w, const Shape *s, const Group *groups, const 
                    char *kept, bf16 *dense, char *scratch, int threads) {
     Room for_kept = {kept, 0}, for_scratch = {scratch, 0};
     Kept k = kept_in(&for_kept, w, s, groups);
-    Forward f = forward_in(&for_scratch, w, s, groups, threads);
+    Forward f = forward_in(&for_scratch, w, s, groups, &k, threads);
     int64_t n = s->tokens, hidden = w->hidden, inner = w->inner, q = s->heads * s->d, kv = s->kv * s->d;
     Asked a = {n, dense, f.work, f.coding, threads};
     const Layer inward[] = {{k.q, q}, {k.k, kv}, {k.v, kv}}, apart[] = {{k.gate, inner}, {k.up, inner}};
@@ -287,10 +299,12 @@ void trained_block(const Weights *w, const Shape *s, const Group *groups, const 
     times(a, f.normed, 3, &w->q, inward);
     for (int i = 0; i < 3; i++) shift(inward[i].rows, w->biases[i], n, inward[i].outputs, threads);
     adapt(a, groups + INWARD, inward, f.normed, hidden, k.h[INWARD]);
-    turn(k.q, cos, sin, n, s->heads, s->d / 2, 0, threads);
-    turn(k.k, cos, sin, n, s->kv, s->d / 2, 0, threads);
+    if (w->heads[0]) norm(k.q, w->heads[0], w->head_epsilons[0], f.q, k.rho[0], n * s->heads, s->d, threads);
+    if (w->heads[1]) norm(k.k, w->heads[1], w->head_epsilons[1], f.k, k.rho[1], n * s->kv, s->d, threads);
+    turn(f.q, cos, sin, n, s->heads, s->d / 2, 0, threads);
+    turn(f.k, cos, sin, n, s->kv, s->d / 2, 0, threads);
     blank(s, k.attended);
-    attention_forward(s, k.q, k.k, k.v, k.attended, k.logs, (char *)f.work, least(threads, s->heads * s->rows));
+    attention_forward(s, f.q, f.k, k.v, k.attended, k.logs, (char *)f.work, least(threads, s->heads * s->rows));
     times(a, k.attended, 1, &w->o, outward);
     adapt(a, groups + OUTWARD, outward, k.attended, q, k.h[OUTWARD]);
     add(x, k.middle, k.middle, n * hidden, threads);
@@ -333,13 +347,19 @@ void trained_block_backward(const Weights *w, const Shape *s, const Group *group
     back(a, middle, &w->o, at->attended, 0);
     adapt_back(a, groups + OUTWARD, (Layer[]){{middle, hidden}}, at->attended, q, k.h[OUTWARD], b.u, bs[OUTWARD]);
     of_a(a, groups + OUTWARD, b.u, k.attended, q, as[OUTWARD]);
+    if (w->heads[0]) norm_again(k.q, k.rho[0], w->heads[0], b.q, n * s->heads, s->d, threads);
+    if (w->heads[0]) turn(b.q, cos, sin, n, s->heads, s->d / 2, 0, threads);
+    if (w->heads[1]) norm_again(k.k, k.rho[1], w->heads[1], b.k, n * s->kv, s->d, threads);
+    if (w->heads[1]) turn(b.k, cos, sin, n, s->kv, s->d / 2, 0, threads);
     blank(s, at->q);
     clear(at->sums, 2 * s->parts * n * s->d, threads);
     clear(at->of_prefix, 2 * s->parts * s->groups * s->prefix * s->d, threads);
-    attention_backward(s, k.q, k.k, k.v, k.attended, k.logs, at->attended, at->q, at->k, at->v, at->sums, at->of_prefix,
+    attention_backward(s, b.q, b.k, k.v, k.attended, k.logs, at->attended, at->q, at->k, at->v, at->sums, at->of_prefix,
                        (char *)b.work, least(threads, s->parts * s->groups));
     turn(at->q, cos, sin, n, s->heads, s->d / 2, 1, threads);
     turn(at->k, cos, sin, n, s->kv, s->d / 2, 1, threads);
+    if (w->heads[0]) norm_backward(at->q, k.q, k.rho[0], w->heads[0], at->q, n * s->heads, s->d, threads);
+    if (w->heads[1]) norm_backward(at->k, k.k, k.rho[1], w->heads[1], at->k, n * s->kv, s->d, threads);
     norm_again(x, k.first_rho, w->first, b.normed, n, hidden, threads);
     if (grad_x) {
         back(a, at->q, &w->q, b.grad, 0);

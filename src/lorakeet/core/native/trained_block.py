@@ -29,12 +29,24 @@ GROUPS = ((0, 1, 2), (3,), (4, 5), (6,))  # those that see the same x
 _Layers = ctypes.c_int64 * (LAYERS * NUMBERS)
 
 
+_Floats = ctypes.c_float * 2
+
+
+_Pointers = ctypes.c_void_p * 2
+_Biases = ctypes.c_void_p * 3
+
+
+def _addresses(tensors: Sequence[Tensor | None]) -> list[int | None]:
+    """Theirs, and none of those that are none."""
+    return [None if each is None else pointers(each)[0].value for each in tensors]
+
+
 class _Weights(ctypes.Structure):
     _fields_ = (
         ("layers", _Layers),
-        ("biases", ctypes.c_void_p * 3),
-        *((name, ctypes.c_void_p) for name in ("first", "second")),
-        ("epsilons", ctypes.c_float * 2),
+        ("biases", _Biases),
+        *((name, _Pointers) for name in ("heads", "norms")),
+        *((name, ctypes.c_float * 2) for name in ("epsilons", "head_epsilons")),
         *((name, ctypes.c_int64) for name in ("hidden", "inner")),
     )
 
@@ -48,22 +60,24 @@ class _Group(ctypes.Structure):
 
 @dataclass(frozen=True)
 class Weights:
-    """The seven weights, by LAYERS, biases of q, k and v, and the gains and ε of both norms.
+    """The seven weights, by LAYERS, biases of q, k and v, gain and ε of the norms of q's and k's heads, and those of both norms.
 
     They are those of a moment: what takes a tensor's place in its module afterwards is nothing to a pass that has begun.
     """
 
     layers: Sequence[Stored]
     biases: Sequence[Tensor | None]
-    gains: Sequence[Tensor]
-    epsilons: Sequence[float]
+    heads: Sequence[tuple[Tensor, float]]  # none, or both
+    norms: Sequence[tuple[Tensor, float]]
 
     def told(self) -> Any:
         """What C is told of them; ValueError for biases and gains that it cannot read so."""
         inner, hidden = self.layers[4][1:3]
         layers = _Layers(*[number for layer in self.layers for number in layer.numbers])
-        biases = (ctypes.c_void_p * 3)(*[None if bias is None else pointers(bias)[0].value for bias in self.biases])
-        return ctypes.byref(_Weights(layers, biases, *pointers(*self.gains), (ctypes.c_float * 2)(*self.epsilons), hidden, inner))
+        heads, norms = (_addresses([gain for gain, _ in of]) for of in (self.heads, self.norms))
+        epsilons, of_heads = (_Floats(*[epsilon for _, epsilon in of]) for of in (self.norms, self.heads))
+        gains = _Biases(*_addresses(self.biases)), _Pointers(*heads), _Pointers(*norms)
+        return ctypes.byref(_Weights(layers, *gains, epsilons, of_heads, hidden, inner))
 
     def room(self) -> Tensor:
         """Where a weight that is no bf16 is brought back to, for the next call alone; of no numbers where all are."""
