@@ -1,13 +1,15 @@
 """Claim: a training step runs at 0.85 of the machine's rate for rows of 512 tokens and more, at 0.6 for rows of 128.
 
     python benchmarks/roofline.py [--quick] [--bases dense nf4 gptq] [--lengths 128 512 2048] [--steps 3] [--whole]
+    python benchmarks/roofline.py --model meta-llama/Llama-3.2-1B --lengths 512 2048 --bases dense nf4
 
 The rate is that of the fastest plain matrix product on this machine in the same dtype, measured in the same process. Achieved is
 FLOPs / seconds, phase by phase. The FLOPs are those of the products and of the attention that run (contenders/timed_step): norms,
-activations, dequantisation, scores that the flash kernel masks, the optimizer and every wait count as lost. SmolLM2-135M's shape
-with random weights, rank 8 on all linear layers; rows of one length, or rows of between half and one and a half times that length
-laid end to end (a row of 2,048 is a whole step, so it has no such neighbours). Packed rows are measured over dense weights alone,
-unless --whole asks for all: how rows lie is a matter of attention, which knows nothing of how weights are kept.
+activations, dequantisation, scores that the flash kernel masks, the optimizer and every wait count as lost. SmolLM2-135M's shape,
+or --model's, with random weights, rank 8 on all linear layers; rows of one length, or rows of between half and one and a half
+times that length laid end to end (a row of 2,048 is a whole step, so it has no such neighbours). Packed rows are measured over
+dense weights alone, unless --whole asks for all: how rows lie is a matter of attention, which knows nothing of how weights are
+kept.
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ from harness.processes import answered
 from plan_accuracy import gptq, published_shape
 
 from lorakeet.core.precision import fastest_products
+from lorakeet.models.outline import published
 
 SHAPE = "HuggingFaceTB/SmolLM2-135M"
 LENGTHS, LEARNT, BASES = (128, 512, 2048), ("all", "completion", "label"), ("dense", "nf4", "gptq")
@@ -45,7 +48,7 @@ def cases(given: argparse.Namespace) -> Iterator[dict[str, Any]]:
                     yield {"base": base, "length": length, "learnt": learnt, "layout": "packed"}
 
 
-def asked_of(case: Mapping[str, Any], steps: int, products: str) -> dict[str, Any]:
+def asked_of(case: Mapping[str, Any], steps: int, products: str, model: str = SHAPE) -> dict[str, Any]:
     """What the process is told."""
     count = max(1, TOKENS // case["length"])
     equal = case["layout"] == "equal"
@@ -55,7 +58,7 @@ def asked_of(case: Mapping[str, Any], steps: int, products: str) -> dict[str, An
         "model.quantize.method": "nf4" if case["base"] == "nf4" else "none",
         "data.max_tokens": max(lengths), "train.micro_tokens": MICRO_TOKENS, "train.batch_size": count, "lora.rank": 8,
     }  # fmt: skip
-    shape = gptq(SHAPE) if case["base"] == "gptq" else published_shape(SHAPE)
+    shape = gptq(model) if case["base"] == "gptq" else published_shape(model)
     texts = {key: str(value) for key, value in settings.items()}
     return {"settings": texts, "shape": shape, "lengths": lengths, "learnt": case["learnt"], "steps": steps}
 
@@ -68,12 +71,21 @@ def shares(found: Mapping[str, Any]) -> dict[str, float]:
     return {**by_phase, "step": sum(flops.values()) / sum(seconds.values()) / rate}
 
 
+def block_weights(shape: Mapping[str, Any]) -> int:
+    """In the matrices of all blocks of a Llama of this shape."""
+    hidden, heads = shape["hidden_size"], shape["num_attention_heads"]
+    head = shape.get("head_dim") or hidden // heads
+    attention = 2 * hidden * head * (heads + shape["num_key_value_heads"])
+    return int(shape["num_hidden_layers"] * (attention + 3 * hidden * shape["intermediate_size"]))
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="rows of one length, the label alone learnt")
     parser.add_argument("--bases", nargs="+", choices=BASES, default=BASES)
     parser.add_argument("--lengths", nargs="+", type=int, choices=LENGTHS, default=LENGTHS)
     parser.add_argument("--whole", action="store_true", help="packed rows over every base")
+    parser.add_argument("--model", default=SHAPE, choices=sorted(published()), help="whose shape it is")
     parser.add_argument("--steps", type=int, default=3, help="timed in each process, after two that are not")
     parser.add_argument("--results", type=Path, default=Path(__file__).with_name("results"), help="where the result is written")
     given = parser.parse_args(arguments)
@@ -84,7 +96,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print("base   tokens learnt     layout   forward backward   step  asked  tokens/s  GFLOP/s")
     with TemporaryDirectory(prefix="lorakeet-bench-") as folder:
         for case in cases(given):
-            found = answered("contenders.timed_step", asked_of(case, given.steps, products), Path(folder))
+            found = answered("contenders.timed_step", asked_of(case, given.steps, products, given.model), Path(folder))
             share, asked = shares(found), ASKED[case["length"]]
             speed = found["tokens"] / sum(statistics.median(values) for values in found["seconds"].values())
             lines.append({**case, "shares": share, "asked": asked, "tokens_per_second": speed, **found})
@@ -95,7 +107,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             )
     kept = all(line["shares"]["step"] >= line["asked"] for line in lines)
     content = {"products": products, "tokens_a_step": TOKENS, "micro_tokens": MICRO_TOKENS, "lines": lines, "kept": kept}
-    claim = "roofline_quick" if given.quick else "roofline"
+    content |= {"model": given.model, "block_weights": block_weights(published_shape(given.model))}
+    other = "" if given.model == SHAPE else f"_{given.model.rpartition('/')[2].lower()}"
+    claim = f"roofline{other}" + ("_quick" if given.quick else "")
     print(f"Written: {write_result(claim, content, seed=0, about=about, folder=given.results)}")
     return 0 if kept else 1
 

@@ -142,20 +142,24 @@ def time_to_loss(drawings: Drawings) -> Iterator[str]:
             yield "\n".join(lines)
 
 
+SMALL = "HuggingFaceTB/SmolLM2-135M"
+
+
 def roofline(drawings: Drawings) -> Iterator[str]:
     """The share of the machine's rate."""
-    for number, result in enumerate(newest("roofline")):
-        lines = result["lines"]
+    for number, result in enumerate([*newest("roofline"), *newest("roofline_llama-3.2-1b")]):
+        lines, model = result["lines"], result.get("model", SMALL)
         rate = statistics.median(one["rate"] for one in lines)
         if number == 0:
             yield "## Share of the machine's rate"
             title = f"Share of the rate of {result['products']} products, and what was asked: {result['machine']['cpu']}"
             drawings["speed-roofline.svg"] = plots.shares(title, lines)
             yield "![Share of the machine's rate, case by case](speed-roofline.svg)"
-        floor = f"{rate / 1e9:,.0f} GFLOP/s in the median, which would be {rate / (4 * BLOCK_WEIGHTS):,.0f} tokens/s at the floor"
+        at_floor = rate / (4 * result.get("block_weights", BLOCK_WEIGHTS))
+        floor = f"{rate / 1e9:,.0f} GFLOP/s in the median, which would be {at_floor:,.0f} tokens/s at the floor"
         yield (
-            f"{source(result)}. The rate is that of the fastest plain {result['products']} product, measured in the same "
-            f"process: {floor}. FLOPs are those of all products and of the attention that ran; everything else counts as lost. "
+            f"{model}: {source(result)}. The rate is that of the fastest plain {result['products']} product, measured in the "
+            f"same process: {floor}. FLOPs are those of all products and of the attention that ran; everything else counts as lost. "
             f"{result['tokens_a_step']:,} tokens a step:"
         )
         columns = ("base", "tokens a row", "learnt", "rows", "forward", "backward", "step", "asked", "tokens/s")
