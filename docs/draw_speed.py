@@ -159,8 +159,8 @@ def roofline(drawings: Drawings) -> Iterator[str]:
         floor = f"{rate / 1e9:,.0f} GFLOP/s in the median, which would be {at_floor:,.0f} tokens/s at the floor"
         yield (
             f"{model}: {source(result)}. The rate is that of the fastest plain {result['products']} product, measured in the "
-            f"same process: {floor}. FLOPs are those of all products and of the attention that ran; everything else counts as lost. "
-            f"{result['tokens_a_step']:,} tokens a step:"
+            f"same process: {floor}. FLOPs are those of all products and of the attention that ran; everything else counts as "
+            f"lost. {result['tokens_a_step']:,} tokens a step:"
         )
         columns = ("base", "tokens a row", "learnt", "rows", "forward", "backward", "step", "asked", "tokens/s")
         head = [f"| {' | '.join(columns)} |", f"|{' --- |' * 4}{' ---: |' * 5}"]
