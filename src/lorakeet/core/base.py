@@ -146,6 +146,15 @@ def frozen_product(x: Tensor, weight: Tensor, *, across: bool = False) -> Tensor
     return torch.mm(x, weight if across else weight.t())
 
 
+def write_frozen_product(to: Tensor, x: Tensor, weight: Tensor) -> None:
+    """Writes x·Wᵀ to `to` (tokens, out), of the dtype of x."""
+    weight = weight.to(x.dtype)
+    if dense.serves(x, weight) and to.dtype == x.dtype and to.is_contiguous():
+        dense.DENSE_PRODUCT_ADD(to, x, weight, False, False)
+    else:
+        torch.mm(x, weight.t(), out=to)
+
+
 def add_frozen_product(to: Tensor, x: Tensor, weight: Tensor, *, across: bool = False) -> None:
     """Adds that to `to` (tokens, ·), in place."""
     weight = weight.to(x.dtype)

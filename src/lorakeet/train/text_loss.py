@@ -14,10 +14,11 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
-from lorakeet.core.base import frozen_product
+from lorakeet.core.base import frozen_product, write_frozen_product
 from lorakeet.core.in_tiles import Kernels
 from lorakeet.core.kernels import runs_on
-from lorakeet.core.tiles import Rows, back_product, tiles
+from lorakeet.core.native import head as native
+from lorakeet.core.tiles import TILE, Rows, back_product, back_product_of, tiles
 from lorakeet.data.pack import Batch
 
 CHUNK = 256
@@ -61,7 +62,8 @@ class _FrozenHeadLoss(torch.autograd.Function):
     W gets no gradient, so ∂L/∂h needs nothing from the backward pass but the factor ∂/∂L, a number for each. It is computed
     per chunk while z is at hand: no logits are kept and none are computed twice. Softmax runs in fp32. W is used in tiles of
     rows, whether it is in memory or in a store, so that both give the same bits. Where Triton kernels are asked for, one of them
-    makes loss and ∂L/∂z of z (core/triton_loss).
+    makes loss and ∂L/∂z of z (core/triton_loss); in bf16 on a CPU a kernel in C does so in place (core/native/head), where else
+    z takes twice the memory, in fp32.
     """
 
     @staticmethod
@@ -71,8 +73,14 @@ class _FrozenHeadLoss(torch.autograd.Function):
         exact = torch.promote_types(hidden.dtype, torch.float32)
         losses = torch.empty(len(targets), dtype=exact, device=hidden.device)
         grad = torch.empty_like(hidden) if wants_grad else None
+        narrow = kernels is None and native.serves(hidden, weight.dtype)
         for start in range(0, len(targets), chunk):
             part = slice(start, start + chunk)
+            if narrow:
+                losses[part], found = _by_native(hidden[part], weight, targets[part], wants_grad)
+                if grad is not None and found is not None:
+                    grad[part] = found
+                continue
             logits = torch.empty((len(hidden[part]), weight.shape[0]), dtype=exact, device=hidden.device)  # (chunk, vocab)
             for tile in tiles(weight.shape[0]):
                 logits[:, tile] = frozen_product(hidden[part], weight[tile])
@@ -88,6 +96,16 @@ class _FrozenHeadLoss(torch.autograd.Function):
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = ctx.saved_tensors
         return grad * upstream.to(grad.dtype).unsqueeze(1), None, None, None, None, None
+
+
+def _by_native(hidden: Tensor, weight: Rows, targets: Tensor, wants_grad: bool) -> tuple[Tensor, Tensor | None]:
+    """Losses (n,) and, if wanted, ∂L/∂h (n, hidden) in fp32."""
+    logits = hidden.new_empty(len(hidden), weight.shape[0])
+    of_tiles = native.blocks(logits, TILE)
+    for tile, block in of_tiles:
+        write_frozen_product(block, hidden, weight[tile])
+    losses = cast(Tensor, native.HEAD_LOSSES(logits, targets, TILE, wants_grad))
+    return losses, back_product_of(of_tiles, weight, (len(hidden), hidden.device)) if wants_grad else None
 
 
 def _loss_in_place(logits: Tensor, targets: Tensor, wants_grad: bool, kernels: Kernels | None) -> Tensor:

@@ -60,7 +60,7 @@ def workspace(x: Tensor, weight: Tensor, across: bool) -> int:
     return ALIGNED + int(loaded().dense_scratch(ctypes.c_int64(depth), ctypes.c_int64(width), torch.get_num_threads()))
 
 
-def workspace_of_sum(y: Tensor, x: Tensor, weight: Tensor, across: bool) -> int:
+def workspace_of_sum(y: Tensor, x: Tensor, weight: Tensor, across: bool, *_: object) -> int:
     """The same of `dense_product_add_`."""
     return workspace(x, weight, across)
 
@@ -81,5 +81,7 @@ DENSE_PRODUCT = define(
     lambda x, weight, across: x.new_empty(len(x), weight.shape[int(across)]),
 )
 DENSE_PRODUCT_ADD = define(
-    "dense_product_add_(Tensor(a!) y, Tensor x, Tensor weight, bool across) -> ()", dense_product_add_, lambda *_: None
+    "dense_product_add_(Tensor(a!) y, Tensor x, Tensor weight, bool across, bool add=True) -> ()",
+    dense_product_add_,
+    lambda *_: None,
 )
