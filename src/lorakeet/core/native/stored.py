@@ -16,8 +16,6 @@ from lorakeet.core.native.ops import loaded, pointers
 
 DENSE, NF4, GPTQ, INT8, CODED = range(5)  # kinds, as stored.h has them
 GGUF = {name: 5 + number for number, name in enumerate(("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K"))}
-
-
 NUMBERS = 11  # of a Stored, before what it holds
 
 

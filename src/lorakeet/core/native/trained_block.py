@@ -25,15 +25,8 @@ from lorakeet.core.scratch import SCRATCH
 LAYERS = 7  # q, k, v, o, gate, up, down
 GROUPS = ((0, 1, 2), (3,), (4, 5), (6,))  # those that see the same x
 
-
-_Layers = ctypes.c_int64 * (LAYERS * NUMBERS)
-
-
-_Floats = ctypes.c_float * 2
-
-
-_Pointers = ctypes.c_void_p * 2
-_Biases = ctypes.c_void_p * 3
+_Layers, _Biases = ctypes.c_int64 * (LAYERS * NUMBERS), ctypes.c_void_p * 3
+_Pointers, _Floats = ctypes.c_void_p * 2, ctypes.c_float * 2
 
 
 def _addresses(tensors: Sequence[Tensor | None]) -> list[int | None]:
@@ -46,7 +39,7 @@ class _Weights(ctypes.Structure):
         ("layers", _Layers),
         ("biases", _Biases),
         *((name, _Pointers) for name in ("heads", "norms")),
-        *((name, ctypes.c_float * 2) for name in ("epsilons", "head_epsilons")),
+        *((name, _Floats) for name in ("epsilons", "head_epsilons")),
         *((name, ctypes.c_int64) for name in ("hidden", "inner")),
     )
 
