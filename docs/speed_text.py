@@ -50,8 +50,8 @@ to come fetched ahead, and keeps nothing for the number of tokens. With AMX oneD
 by itself, since what it needs has left the processor's caches between two products. Where C serves, a whole decoder block is
 one call each way (`core/trained_block`), with the bits of its parts.
 - **Packed weights brought back piece by piece.** NF4, GPTQ of 4 bits, int8 and GGUF's blocks come back to bf16 in one pass in C
-(`core/native/stored`), within the call of the block. A step over NF4 was a quarter slower than over dense weights; now both
-take the same.
+(`core/native/stored`), within the call of the block. A step over NF4 was a quarter slower than over dense weights, and now takes
+the same ([log](../log.md)).
 - **The slower dtype.** Whether products are faster in bf16 or in fp32 is measured when the model is loaded
 (`core/precision`): a processor may have instructions for bf16 and yet be slower with them.
 - **What rows begin with.** Tokens that all rows of a micro-batch begin with, from a template or an instruction, are computed

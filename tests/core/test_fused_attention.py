@@ -20,16 +20,32 @@ ROWS, PREFIX = (5, 3, 4), 2
 TOKENS = PREFIX + sum(ROWS) + 2
 
 
+class OfHeads(nn.Module):
+    """RMSNorm over the heads, as transformers writes it."""
+
+    variance_epsilon = 1e-3
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.rand(HEAD) + 0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x.float()
+        return self.weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)).to(x.dtype)
+
+
 class Attention(nn.Module):
     """An attention as transformers writes it, by separate modules."""
 
     head_dim, scaling = HEAD, 0.4
 
-    def __init__(self, biased: bool) -> None:
+    def __init__(self, biased: bool, normed: bool = False) -> None:
         super().__init__()
         widths = {"q_proj": (HIDDEN, HEADS * HEAD), "k_proj": (HIDDEN, KV * HEAD), "v_proj": (HIDDEN, KV * HEAD)}
         for name, shape in {**widths, "o_proj": (HEADS * HEAD, HIDDEN)}.items():
             setattr(self, name, nn.Linear(*shape, bias=biased and name != "o_proj"))
+        if normed:
+            self.q_norm, self.k_norm = FrozenRmsNorm(OfHeads()), FrozenRmsNorm(OfHeads())
         self.calls = 0
 
     def forward(
@@ -37,6 +53,8 @@ class Attention(nn.Module):
     ) -> tuple[Tensor, None]:
         self.calls += 1
         q, k, v = (getattr(self, name)(hidden_states).view(1, TOKENS, -1, HEAD).transpose(1, 2) for name in INPUTS)
+        if hasattr(self, "q_norm"):
+            q, k = self.q_norm.original(q), self.k_norm.original(k)
         cos, sin = (part[:, None] for part in position_embeddings)
         q, k = (states * cos + torch.cat([-states[..., HEAD // 2 :], states[..., : HEAD // 2]], -1) * sin for states in (q, k))
         rows, products = settings["row_lengths"], settings.get("row_products") or torch.float32
@@ -44,9 +62,11 @@ class Attention(nn.Module):
         return self.o_proj(out.reshape(1, TOKENS, -1)), None
 
 
-def adapted(dtype: torch.dtype, names: tuple[str, ...], *, biased: bool = False, dropout: float = 0.0) -> Attention:
+def adapted(
+    dtype: torch.dtype, names: tuple[str, ...], *, biased: bool = False, normed: bool = False, dropout: float = 0.0
+) -> Attention:
     torch.manual_seed(0)
-    attention = Attention(biased).to(dtype).requires_grad_(False)
+    attention = Attention(biased, normed).to(dtype).requires_grad_(False)
     for name in names:
         child = getattr(attention, name)
         layer = LoraLinear(child, base_of(child, "linear"))
@@ -74,6 +94,17 @@ def results(
     out = module(x if norm is None else norm(x), **given(dtype))[0]
     out.float().square().sum().backward()
     return [out.detach(), x.grad, *(p.grad for p in attention.parameters() if p.requires_grad)]  # type: ignore[list-item]
+
+
+def test_heads_that_are_normed_before_they_are_turned() -> None:
+    """As Qwen 3 has them: outputs and gradients are those of autograd through the norms written out."""
+    attention = adapted(torch.float32, INPUTS, biased=True, normed=True)
+    expected = results(attention, attention, torch.float32)
+    calls = attention.calls
+    found = results(RotaryAttention(attention), attention, torch.float32)
+    assert attention.calls == calls and len(found) == len(expected) == 8
+    for mine, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("names", [INPUTS, ("q_proj", "v_proj"), ("k_proj",), (*INPUTS, "o_proj")])

@@ -116,9 +116,9 @@ def used(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
         found.append(len(calls) > before)
         return y
 
-    def computed(self: Call, *args: Any) -> Any:
+    def computed(self: Call, *args: Any, **settings: Any) -> Any:
         calls.append(self)
-        return computes(self, *args)
+        return computes(self, *args, **settings)
 
     monkeypatch.setattr(TrainedBlock, "forward", forward)
     monkeypatch.setattr(Call, "forward", computed)
@@ -191,13 +191,14 @@ def test_with_biases_on_queries_keys_and_values(
     require_same(found, by_parts(text, lambda: step(text, examples, "default"), monkeypatch))
 
 
-@pytest.mark.parametrize("count", [2, 11], ids=lambda n: f"{n} rows")
-def test_with_norms_of_heads(tmp_path: Path, count: int, used: list[bool], monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("count", "kind"), [(2, ""), (11, ""), (5, "nf4")])
+def test_with_norms_of_heads(tmp_path: Path, count: int, kind: str, used: list[bool], monkeypatch: pytest.MonkeyPatch) -> None:
     """As Qwen 3 has them."""
-    text, examples = load(save_tiny_llama(tmp_path, family="qwen3", **SHAPE)), rows(count, prefix=9)
+    text, examples = load(save_tiny_llama(tmp_path, family="qwen3", **SHAPE), kind=kind), rows(count, prefix=9)
+    generator = torch.Generator().manual_seed(1)
     for number in range(3):
         for name in ("q_norm", "k_norm"):
-            modules.bare(part(text, number, f"self_attn.{name}")).weight.data.uniform_(0.5, 3)
+            modules.bare(part(text, number, f"self_attn.{name}")).weight.data.uniform_(0.5, 3, generator=generator)
     found = step(text, examples, "default")
     assert used == [True] * 3
     require_same(found, by_parts(text, lambda: step(text, examples, "default"), monkeypatch))
@@ -321,7 +322,7 @@ def test_without_gradients_it_computes_the_same_and_keeps_nothing(
     found = states()
     assert used == [True] * 6 and ROOMS.taken == 0
     require_same(found, by_parts(text, states, monkeypatch))
-    require_same(found, {key: value.detach() for key, value in (("hidden", text.hidden(batch)), ("again", found["again"]))})
+    require_same(found, dict.fromkeys(found, text.hidden(batch).detach()))  # as with gradients
 
 
 def part(text: TextModel, number: int, path: str) -> Any:
@@ -370,6 +371,28 @@ def _listened(text: TextModel) -> None:
     for number in range(3):
         part: Any = modules.find(text.model, f"model.layers.{number}.mlp")
         part.register_forward_hook(lambda *_: None)
+
+
+def _listened_norm(text: TextModel) -> None:
+    for number in range(3):
+        modules.bare(part(text, number, "self_attn.q_norm")).register_forward_hook(lambda *_: None)
+
+
+def _trained_norm(text: TextModel) -> None:
+    for number in range(3):
+        modules.bare(part(text, number, "self_attn.q_norm")).weight.requires_grad_(True)
+
+
+@pytest.mark.parametrize("change", [_listened_norm, _trained_norm])
+def test_a_norm_of_heads_that_is_no_plain_one_is_the_model_s_own(
+    tmp_path: Path, change: Callable[[TextModel], None], used: list[bool]
+) -> None:
+    text = load(save_tiny_llama(tmp_path, family="qwen3", **SHAPE))
+    change(text)
+    loss, _ = text_loss(text, pack(rows(2)))
+    loss.backward()
+    assert torch.isfinite(loss) and used == [False] * 3
+    assert all(part(text, number, "self_attn").head_norms() is None for number in range(3))
 
 
 def _bare(text: TextModel) -> None:

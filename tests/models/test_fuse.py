@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from lorakeet.core.fused_attention import RotaryAttention
 from lorakeet.core.layers import StandIn
 from lorakeet.core.spec import LoraSpec
 from lorakeet.models import fuse, inject
+from lorakeet.models.adapt import begin_adapter
 from lorakeet.models.families import family_of
+from lorakeet.models.load import load_text_model
+from lorakeet.models.spec import ModelSpec
 from lorakeet.models.targets import plan_for
+from tiny.models import save_tiny_llama
 
 GATED = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3")
 
@@ -90,3 +97,31 @@ def test_a_model_without_numbers_gets_the_same_stand_ins(tiny_model: Callable[..
         assert fuse.fuse(planned) == count
     assert stand_ins(planned) == stand_ins(real)
     assert torch.equal(torch.get_rng_state(), state), "probing a planned model must draw no random numbers"
+
+
+@pytest.mark.parametrize(("family", "fused"), [("llama", 2), ("qwen3", 2), ("gemma3", 0), ("phi3", 0)])
+def test_attention_is_fused_where_its_norms_are_those_that_it_knows(family: str, fused: int, tmp_path: Path) -> None:
+    """Gemma 3 norms its heads too, but with 1 + w."""
+    text = load_text_model(ModelSpec(path=str(save_tiny_llama(tmp_path, family=family)), dtype="float32", device="cpu"))
+    begin_adapter(text, plan_for(text.model, LoraSpec(rank=2), text.family), seed=0)
+    assert sum(isinstance(module, RotaryAttention) for module in text.model.modules()) == fused
+
+
+def test_a_norm_that_rounds_elsewhere_has_no_attention_fused(tmp_path: Path) -> None:
+    text = load_text_model(ModelSpec(path=str(save_tiny_llama(tmp_path, family="qwen3")), dtype="bfloat16", device="cpu"))
+
+    class Late(nn.Module):
+        """w·x̂ rounded once, where FrozenRmsNorm rounds x̂ before."""
+
+        def __init__(self, own: Any) -> None:
+            super().__init__()
+            self.weight, self.variance_epsilon = nn.Parameter(torch.rand_like(own.weight), requires_grad=False), 1e-6
+
+        def forward(self, x: Tensor) -> Tensor:
+            wide = x.float()
+            return (self.weight.float() * wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-6)).to(x.dtype)
+
+    for layer in text.model.model.layers:
+        layer.self_attn.q_norm = Late(layer.self_attn.q_norm)
+    begin_adapter(text, plan_for(text.model, LoraSpec(rank=2), text.family), seed=0)
+    assert not any(isinstance(module, RotaryAttention) for module in text.model.modules())

@@ -6,9 +6,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from lorakeet.core.native import dense, ops
 from lorakeet.data.pack import pack
 from lorakeet.train import text_loss as module
 from lorakeet.train.text_loss import any_head_losses, frozen_head_losses, text_loss
+from tiny.native import needs_native
 from train.tiny_task import TinyText, examples
 
 
@@ -58,6 +60,23 @@ def test_bf16_states_give_an_fp32_loss() -> None:
     expected = plain(exact, weight.float(), targets)
     assert loss.item() == pytest.approx(expected.item(), rel=2e-2)
     torch.testing.assert_close(grad.float(), torch.autograd.grad(expected, exact)[0], rtol=0.1, atol=0.05)
+
+
+@needs_native
+@pytest.mark.parametrize("chunk", [1, 7, 256])
+def test_logits_of_several_tiles_in_bf16(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the library, and, as with AMX, with products of torch: what torch's own operations make of the same logits."""
+    hidden, weight, targets = parts(9, 20_005, 64, dtype=torch.bfloat16)
+    targets[:4] = torch.tensor([8191, 8192, 20_004, 0])
+    with ops.without():
+        wanted = frozen_head_losses(hidden, weight, targets, chunk=chunk)
+        (grad,) = torch.autograd.grad(wanted.sum(), hidden)
+    for multiplies in (True, False):
+        monkeypatch.setattr(dense, "multiplies", lambda own=multiplies: own)
+        losses = frozen_head_losses(hidden, weight, targets, chunk=chunk)
+        torch.testing.assert_close(losses, wanted, rtol=2e-3, atol=1e-4)  # sums in another order round some logits otherwise
+        found = torch.autograd.grad(losses.sum(), hidden)[0]
+        assert float((found.float() - grad.float()).norm() / grad.float().norm()) < 4e-3
 
 
 def test_no_gradient_is_computed_where_none_is_wanted(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -82,9 +82,9 @@ class Normed:
         return Normed(found.x.flatten(0, -2), found.rho.flatten(0, -2), found.weight)
 
 
-def kept_of(y: Tensor, normed: Normed | None) -> tuple[Tensor, ...]:
+def kept_of(y: Tensor, made_of: Normed | None) -> tuple[Tensor, ...]:
     """What to save of `y` for the backward pass: itself, or what it was normed from."""
-    return (y,) if normed is None else (normed.x, normed.rho, normed.weight)
+    return (y,) if made_of is None else (made_of.x, made_of.rho, made_of.weight)
 
 
 def made_again(kept: Sequence[Tensor]) -> Tensor:
@@ -114,7 +114,7 @@ class GatedMlpFunction(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, projections: Projections, normed: Normed | None, *factors: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, projections: Projections, made_of: Normed | None, *factors: Tensor) -> Tensor:
         p = projections
         of_into, of_down = _factors_of(p, factors)
         wide = x.to(p.products)
@@ -123,7 +123,7 @@ class GatedMlpFunction(torch.autograd.Function):
         inner = _gated(p.activation, gate, up)
         y = p.down.matmul(inner)
         for_down = p.out_of.add([y], inner, of_down)  # h·Aᵀ
-        source = kept_of(x, normed) if factors else ()
+        source = kept_of(x, made_of) if factors else ()
         ctx.save_for_backward(gate.to(x.dtype), up.to(x.dtype), *source, *shrunk, *for_down, *factors)
         ctx.projections, ctx.counts = p, (len(source), len(shrunk), len(for_down))
         return y.to(x.dtype)

@@ -200,9 +200,10 @@ class RotaryAttention(StandIn):
         return inputs, [factor for _, pair, _ in uses for factor in pair.factors()]
 
     def head_norms(self) -> list[HeadNorm] | None:
-        """Those of q's and k's heads; none where the model has none, and None where they are no plain frozen RMSNorms."""
+        """Those of q's and k's heads; none where the model has none, and None where these are more than FrozenRmsNorms."""
         modules = [self.original._modules[name] for name in HEAD_NORMS if name in self.original._modules]
-        found = [norm for norm in map(_head_norm, modules) if norm is not None]
+        head = cast(int, self.original.head_dim) if modules else 0
+        found = [norm for norm in (_head_norm(module, head) for module in modules) if norm is not None]
         return found if len(found) == len(modules) in (0, len(HEAD_NORMS)) else None
 
     def windows(self) -> list[int]:
@@ -221,12 +222,12 @@ class RotaryAttention(StandIn):
         return bool(self.training and getattr(self.original, "attention_dropout", 0.0))
 
 
-def _head_norm(module: nn.Module | None) -> HeadNorm | None:
-    bare = module.original if type(module) is FrozenRmsNorm else module
-    weight, epsilon = None if bare is None else bare._parameters.get("weight"), getattr(bare, "variance_epsilon", None)
-    if weight is None or weight.requires_grad or not isinstance(epsilon, float) or isinstance(bare, StandIn):
+def _head_norm(module: nn.Module | None, head: int) -> HeadNorm | None:
+    """The norm of heads of so many numbers, where FrozenRmsNorm stands for it and nobody listens to it."""
+    if type(module) is not FrozenRmsNorm or any(each._forward_hooks or each._forward_pre_hooks for each in module.modules()):
         return None
-    return HeadNorm(weight, epsilon)
+    plain = not module.weight.requires_grad and module.weight.shape == (head,)
+    return HeadNorm(module.weight, cast(float, module.original.variance_epsilon)) if plain else None
 
 
 def _known(layer: nn.Module) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any, Protocol, cast
 
 import torch
@@ -86,16 +86,8 @@ def tiled_product(x: Tensor, weight: Rows) -> Tensor:
 
 def back_product(grad: Tensor, weight: Rows, products: torch.dtype) -> Tensor:
     """grad (n, rows) to grad·W (n, columns): each tile's product in `products`, their sum in fp32 (fp64 for fp64)."""
-    of_parts = ((part, grad[:, part].to(products).contiguous()) for part in tiles(weight.shape[0]))
-    return back_product_of(of_parts, weight, (len(grad), grad.device))
-
-
-def back_product_of(grads: Iterable[tuple[slice, Tensor]], weight: Rows, of: tuple[int, torch.device]) -> Tensor:
-    """The same from the gradients (n, ·) of parts of the rows, each with its part; `of` is n, and where they are."""
-    total: Tensor | None = None
-    for part, grad in grads:
-        if total is None:
-            exact = torch.promote_types(grad.dtype, torch.float32)
-            total = torch.zeros((of[0], weight.shape[1]), dtype=exact, device=of[1])
-        total += frozen_product(grad, weight[part], across=True)
-    return torch.zeros((of[0], weight.shape[1]), device=of[1]) if total is None else total
+    exact = torch.promote_types(products, torch.float32)
+    total = torch.zeros((grad.shape[0], weight.shape[1]), dtype=exact, device=grad.device)
+    for part in tiles(weight.shape[0]):
+        total += frozen_product(grad[:, part].to(products).contiguous(), weight[part], across=True)
+    return total

@@ -76,7 +76,7 @@ class TrainedBlock(BlockStandIn):
         call, *factors = asked
         cos, sin = (part[0].to(hidden_states.dtype).contiguous() for part in settings["position_embeddings"])
         if not torch.is_grad_enabled():
-            return call.forward(hidden_states[0], cos, sin)[0][None]  # and what was kept is free again
+            return call.forward(hidden_states[0], cos, sin, alone=True)[0][None]
         return TrainedBlockFunction.apply(hidden_states, cos, sin, call, *factors)  # type: ignore[no-untyped-call]
 
     def _suits(self, x: Tensor, settings: dict[str, Any]) -> bool:

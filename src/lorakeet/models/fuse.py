@@ -157,6 +157,10 @@ def _attention(module: nn.Module) -> RotaryAttention | None:
     head, scaling = getattr(module, "head_dim", None), getattr(module, "scaling", None)
     if named != VARLEN or not isinstance(scaling, float) or not isinstance(head, int) or _drops(module, but="attention_dropout"):
         return None
+    norms = [cast(nn.Module, module._modules[name]) for name in HEAD_NORMS if name in module._modules]
+    stood_for = [norm if isinstance(norm, FrozenRmsNorm) else _stand_in(norm) for norm in norms]
+    if len(norms) == 1 or not all(isinstance(norm, FrozenRmsNorm) for norm in stood_for):
+        return None  # of another kind, or rounded elsewhere than what stands for it
     generator, count = torch.Generator().manual_seed(1), sum(_PROBE_LENGTHS)
     with unset_fake_temporarily(), torch.no_grad():
         small = _small_attention(module)
@@ -199,8 +203,9 @@ def _small_attention(module: nn.Module) -> nn.Module:
         small._modules[name] = layer
     for name in set(HEAD_NORMS) & set(small._modules):
         norm = copy.copy(modules.bare(cast(nn.Module, small._modules[name])))
+        norm._forward_hooks, norm._forward_pre_hooks = OrderedDict(), OrderedDict()
         norm._parameters = {key: _random(generator, torch.float32, head) for key in norm._parameters}
-        small._modules[name] = norm
+        small._modules[name] = FrozenRmsNorm(norm)
     return small.eval()
 
 
@@ -230,7 +235,7 @@ def _norm(module: nn.Module) -> FrozenRmsNorm | None:
         return None
     if not own["weight"].is_floating_point():
         return None
-    if len(inspect.signature(module.forward).parameters) != 1:  # a gated norm
+    if len(inspect.signature(module.forward).parameters) != 1 or own["weight"].dim() != 1:  # a gated norm, or one of each head
         return None
     x = _probe(own["weight"].shape[0], own["weight"])
     stand_in = FrozenRmsNorm(module)

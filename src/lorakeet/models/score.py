@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from lorakeet.core.native.rooms import ROOMS
 from lorakeet.data.chat import Candidates, Example, Ids
 from lorakeet.data.pack import Batch, micro_batches
 from lorakeet.models.text import TextModel, token_logprobs
@@ -24,6 +25,7 @@ def row_losses(
 ) -> tuple[Floats, Floats]:
     """−Σ log p over the targets of each row, in the order of `rows` (rows,), and how many targets it has (rows,)."""
     text.model.eval()
+    ROOMS.release()  # what a step kept pages for; logits take their place
     sums, weights = np.zeros(len(rows)), np.zeros(len(rows))
     for batch in _numbered_batches(rows, micro_tokens):
         losses = -token_logprobs(text, batch.to(text.device), chunk=chunk).double().cpu().numpy()

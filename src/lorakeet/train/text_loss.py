@@ -18,7 +18,7 @@ from lorakeet.core.base import frozen_product, write_frozen_product
 from lorakeet.core.in_tiles import Kernels
 from lorakeet.core.kernels import runs_on
 from lorakeet.core.native import head as native
-from lorakeet.core.tiles import TILE, Rows, back_product, back_product_of, tiles
+from lorakeet.core.tiles import TILE, Rows, back_product, tiles
 from lorakeet.data.pack import Batch
 
 CHUNK = 256
@@ -87,6 +87,7 @@ class _FrozenHeadLoss(torch.autograd.Function):
             losses[part] = _loss_in_place(logits, targets[part], wants_grad, kernels)
             if grad is not None:
                 grad[part] = back_product(logits, weight, weight.dtype)
+            del logits  # before the next ones are there
         if grad is not None:
             ctx.save_for_backward(grad)
         return losses
@@ -105,7 +106,12 @@ def _by_native(hidden: Tensor, weight: Rows, targets: Tensor, wants_grad: bool) 
     for tile, block in of_tiles:
         write_frozen_product(block, hidden, weight[tile])
     losses = cast(Tensor, native.HEAD_LOSSES(logits, targets, TILE, wants_grad))
-    return losses, back_product_of(of_tiles, weight, (len(hidden), hidden.device)) if wants_grad else None
+    if not wants_grad:
+        return losses, None
+    total = torch.zeros(hidden.shape)  # of the tiles' products in fp32, as in core/tiles
+    for tile, block in of_tiles:
+        total += frozen_product(block, weight[tile], across=True)
+    return losses, total
 
 
 def _loss_in_place(logits: Tensor, targets: Tensor, wants_grad: bool, kernels: Kernels | None) -> Tensor:

@@ -71,6 +71,13 @@ def test_targets_that_are_no_words_are_refused(targets: list[int]) -> None:
         HEAD_LOSSES(torch.zeros(2, 8).bfloat16(), torch.tensor(targets), 4, False)
 
 
+def test_a_word_that_is_sure_costs_nothing() -> None:
+    for top in torch.arange(0.25, 100, 0.25):
+        logits = torch.full((1, 40), -200.0).bfloat16()
+        logits[0, 7] = top
+        assert HEAD_LOSSES(logits, torch.tensor([7]), 16, False).item() == 0
+
+
 def test_it_is_for_bf16_alone() -> None:
     states = torch.zeros(2, 32)
     assert serves(states.bfloat16(), torch.bfloat16)

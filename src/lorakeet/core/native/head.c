@@ -33,11 +33,11 @@ static float loss_of(const Logits *z, int64_t token, int64_t target, int wants_g
         for (int64_t c = 0; c < columns; c += LANES) high = _mm512_max_ps(high, some_of(row, c, columns));
     }
     float top = _mm512_reduce_max_ps(high);
-    __m512 factor = _mm512_set1_ps(LOG2E), less = _mm512_set1_ps(top * LOG2E);
+    __m512 factor = _mm512_set1_ps(LOG2E), less = _mm512_set1_ps(top); /* taken off first: e⁰ of the largest is 1 */
     for (int64_t start = 0; start < z->vocabulary; start += z->tile) {
         const bf16 *row = row_of(z, token, start, &columns);
         for (int64_t c = 0; c < columns; c += LANES)
-            total = _mm512_add_ps(total, exp2_of(_mm512_fmsub_ps(some_of(row, c, columns), factor, less)));
+            total = _mm512_add_ps(total, exp2_of(_mm512_mul_ps(_mm512_sub_ps(some_of(row, c, columns), less), factor)));
     }
     float sum = _mm512_reduce_add_ps(total);
     int64_t begin = target / z->tile * z->tile;
@@ -49,7 +49,7 @@ static float loss_of(const Logits *z, int64_t token, int64_t target, int wants_g
             bf16 *row = row_of(z, token, start, &columns);
             __m512 by = _mm512_set1_ps(1.0f / sum);
             for (int64_t c = 0; c < columns; c += LANES) {
-                __m512 p = _mm512_mul_ps(exp2_of(_mm512_fmsub_ps(some_of(row, c, columns), factor, less)), by);
+                __m512 p = _mm512_mul_ps(exp2_of(_mm512_mul_ps(_mm512_sub_ps(some_of(row, c, columns), less), factor)), by);
                 if (at >= row + c && at < row + c + LANES && at < row + columns) {
                     float own[LANES];
                     _mm512_storeu_ps(own, p);

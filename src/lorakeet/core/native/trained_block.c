@@ -1,12 +1,13 @@
-/* A decoder block with pairs, whole, in training and without gradients: two norms, attention over rows laid end to end, a gated MLP. All of its seven frozen weights
-   have pairs, and q, k and v may have biases; rounding and order are those of the parts by themselves.
+/* A decoder block with pairs, whole, in training and without gradients: two norms, attention over rows laid end to end, a gated
+   MLP. All of its seven frozen weights have pairs, and q, k and v may have biases; rounding and order are those of the parts by
+   themselves.
 
        x ──┬── norm ── q, k, v ── rotation ── attention ── o ──+──┬── norm ── gate, up ── silu(gate) ∘ up ── down ──+── y
            └───────────────────────────────────────────────────┘  └────────────────────────────────────────────────┘
 
-   Kept between the two passes are ρ of both norms, the turned q and k (where their heads are normed before, as they were then, and ρ
-   of each head: they are normed and turned again), v, what attention gave and its log-sums, what stands between
-   the halves, gate and up, and the h = x·Aᵀ of all pairs. */
+   Kept between the two passes are ρ of both norms, the turned q and k (where their heads are normed before, as they were then, and
+   ρ of each head: they are normed and turned again), v, what attention gave and its log-sums, what stands between the halves, gate
+   and up, and the h = x·Aᵀ of all pairs. */
 
 #include "attention.h"
 #include "coded.h"
@@ -138,12 +139,16 @@ typedef struct {
     Coding coding;
 } Forward;
 
-static Forward forward_in(Room *room, const Weights *w, const Shape *s, const Group *groups, const Kept *kept, int threads) {
+/* What a pass is: without gradients nothing that is kept is wanted afterwards. */
+enum { FORWARD, BACKWARD, ALONE };
+
+static Forward forward_in(Room *room, const Weights *w, const Shape *s, const Group *groups, const Kept *kept, int pass,
+                          int threads) {
     Forward f;
     f.q = turned_in(room, w, s, 0, kept->q);
     f.k = turned_in(room, w, s, 1, kept->k);
     f.normed = take_rows(room, s->tokens, w->hidden);
-    f.inner = take_rows(room, s->tokens, w->inner);
+    f.inner = pass == ALONE ? kept->gate : take_rows(room, s->tokens, w->inner);
     f.work = take(room, work(w, s, groups, threads, 0));
     f.coding = coding_in(room, w, s, threads, 0);
     return f;
@@ -155,51 +160,61 @@ typedef struct {
     float *sums, *of_prefix;
 } Attention;
 
-static Attention attention_in(Room *room, const Shape *s) {
-    Attention a;
-    a.attended = take_rows(room, s->tokens, s->heads * s->d);
-    a.q = take_rows(room, s->tokens, s->heads * s->d);
-    a.k = take_rows(room, s->tokens, s->kv * s->d);
-    a.v = take_rows(room, s->tokens, s->kv * s->d);
-    a.sums = take(room, 2 * s->parts * s->tokens * s->d * (int64_t)sizeof(float));
-    a.of_prefix = take(room, 2 * s->parts * s->groups * s->prefix * s->d * (int64_t)sizeof(float));
-    return a;
+static void states_in(Room *room, const Shape *s, Attention *a) {
+    a->attended = take_rows(room, s->tokens, s->heads * s->d);
+    a->q = take_rows(room, s->tokens, s->heads * s->d);
+    a->k = take_rows(room, s->tokens, s->kv * s->d);
+    a->v = take_rows(room, s->tokens, s->kv * s->d);
 }
 
-/* `inner` is used up before `normed` and `grad` are written. */
+static void sums_in(Room *room, const Shape *s, Attention *a) {
+    a->sums = take(room, 2 * s->parts * s->tokens * s->d * (int64_t)sizeof(float));
+    a->of_prefix = take(room, 2 * s->parts * s->groups * s->prefix * s->d * (int64_t)sizeof(float));
+}
+
+/* In `apart` where there is room for all that `lay` takes, else in `room`. */
+static void lay_in(void (*lay)(Room *, const Shape *, Attention *), Room *apart, int64_t bytes, Room *room, const Shape *s,
+                   Attention *a) {
+    Room tried = *apart;
+    lay(&tried, s, a);
+    if (tried.bytes <= bytes) *apart = tried;
+    else lay(room, s, a);
+}
+
+/* `inner` is used up before `normed` and `grad` are written; q and k are wanted when these are not. */
 typedef struct {
     bf16 *inner, *normed, *grad, *u, *q, *k;
     uint8_t *work;
     Coding coding;
-    Attention attention; /* where gate and up were, if there is room for it */
+    Attention attention; /* what there is room for where gate and up were */
 } Backward;
 
 static Backward backward_in(Room *room, const Weights *w, const Shape *s, const Group *groups, const Kept *kept, int threads) {
     Backward b;
     int64_t numbers = 0;
     for (int g = 0; g < GROUPS; g++) numbers = larger(numbers, groups[g].numbers);
-    Room first = *room;
+    Room first = *room, between = *room;
     b.inner = take_rows(&first, s->tokens, w->inner);
+    b.q = turned_in(&between, w, s, 0, kept->q);
+    b.k = turned_in(&between, w, s, 1, kept->k);
     b.normed = take_rows(room, s->tokens, w->hidden);
     b.grad = take_rows(room, s->tokens, w->hidden);
-    room->bytes = larger(room->bytes, first.bytes);
+    room->bytes = larger(room->bytes, larger(first.bytes, between.bytes));
     b.u = take_rows(room, 1, numbers);
     b.work = take(room, work(w, s, groups, threads, 1));
     b.coding = coding_in(room, w, s, threads, 1);
-    b.q = turned_in(room, w, s, 0, kept->q);
-    b.k = turned_in(room, w, s, 1, kept->k);
     Room apart = {(char *)kept->gate, 0};
-    b.attention = attention_in(&apart, s);
-    if (apart.bytes > kept->apart) b.attention = attention_in(room, s);
+    lay_in(states_in, &apart, kept->apart, room, s, &b.attention);
+    lay_in(sums_in, &apart, kept->apart, room, s, &b.attention);
     return b;
 }
 
 /* Bytes of scratch of a pass. */
-int64_t trained_block_scratch(const Weights *w, const Shape *s, const Group *groups, int backward, int threads) {
+int64_t trained_block_scratch(const Weights *w, const Shape *s, const Group *groups, int pass, int threads) {
     Room room = {0, 0}, kept = {0, 0};
     Kept k = kept_in(&kept, w, s, groups);
-    if (backward) backward_in(&room, w, s, groups, &k, threads);
-    else forward_in(&room, w, s, groups, &k, threads);
+    if (pass == BACKWARD) backward_in(&room, w, s, groups, &k, threads);
+    else forward_in(&room, w, s, groups, &k, pass, threads);
     return room.bytes;
 }
 
@@ -285,12 +300,13 @@ static void blank(const Shape *s, bf16 *states) {
     memset(states + last * width, 0, (s->tokens - last) * width * sizeof(bf16));
 }
 
-/* x (tokens, hidden) to y; cos and sin are (tokens, d); `dense` has room for any of the weights in bf16. */
+/* x (tokens, hidden) to y; cos and sin are (tokens, d); `dense` has room for any of the weights in bf16. The pass is FORWARD or
+   ALONE. */
 void trained_block(const Weights *w, const Shape *s, const Group *groups, const bf16 *cos, const bf16 *sin, const bf16 *x, bf16 *y,
-                   char *kept, bf16 *dense, char *scratch, int threads) {
+                   char *kept, bf16 *dense, char *scratch, int pass, int threads) {
     Room for_kept = {kept, 0}, for_scratch = {scratch, 0};
     Kept k = kept_in(&for_kept, w, s, groups);
-    Forward f = forward_in(&for_scratch, w, s, groups, &k, threads);
+    Forward f = forward_in(&for_scratch, w, s, groups, &k, pass, threads);
     int64_t n = s->tokens, hidden = w->hidden, inner = w->inner, q = s->heads * s->d, kv = s->kv * s->d;
     Asked a = {n, dense, f.work, f.coding, threads};
     const Layer inward[] = {{k.q, q}, {k.k, kv}, {k.v, kv}}, apart[] = {{k.gate, inner}, {k.up, inner}};

@@ -24,6 +24,7 @@ from lorakeet.core.scratch import SCRATCH
 
 LAYERS = 7  # q, k, v, o, gate, up, down
 GROUPS = ((0, 1, 2), (3,), (4, 5), (6,))  # those that see the same x
+FORWARD, BACKWARD, ALONE = range(3)  # passes, as trained_block.c has them
 
 _Layers, _Biases = ctypes.c_int64 * (LAYERS * NUMBERS), ctypes.c_void_p * 3
 _Pointers, _Floats = ctypes.c_void_p * 2, ctypes.c_float * 2
@@ -146,14 +147,14 @@ class Call:
     def _told(self) -> tuple[Any, Any, Any]:
         return self.weights.told(), ctypes.byref(self.shape), self.pairs.told()
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-        """y of x (tokens, hidden), and what `backward` wants; cos and sin are (tokens, d)."""
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, *, alone: bool = False) -> tuple[Tensor, Tensor]:
+        """y of x (tokens, hidden), and what `backward` wants, unless the pass is `alone`; cos and sin are (tokens, d)."""
         told, threads = self._told, torch.get_num_threads()
         kept, y = ROOMS.take(int(loaded().trained_block_kept(*told))), torch.empty_like(x)
-        scratch = room(int(loaded().trained_block_scratch(*told, 0, threads)))
+        scratch = room(int(loaded().trained_block_scratch(*told, ALONE if alone else FORWARD, threads)))
         dense = self.weights.room()
         given = *pointers(cos, sin, x, y), address(kept), ctypes.c_void_p(dense.data_ptr())
-        loaded().trained_block(*told, *given, address(scratch), threads)
+        loaded().trained_block(*told, *given, address(scratch), ALONE if alone else FORWARD, threads)
         return y, kept
 
     def backward(
@@ -162,7 +163,7 @@ class Call:
         """∂L/∂x, if it is wanted, and the gradients of the factors, from ∂L/∂y (tokens, hidden). Uses up what was `kept`."""
         told, threads = self._told, torch.get_num_threads()
         grad_x, found = torch.empty_like(x) if wants_x else None, self.pairs.gradients()
-        scratch = room(int(loaded().trained_block_scratch(*told, 1, threads)))
+        scratch = room(int(loaded().trained_block_scratch(*told, BACKWARD, threads)))
         to = ctypes.c_void_p(None if grad_x is None else grad_x.data_ptr())
         given = *pointers(cos, sin, x), address(kept), *pointers(grad), to, *pointers(*found, dtype=torch.float32)
         dense = self.weights.room()
