@@ -59,30 +59,37 @@ typedef struct {
     int64_t apart; /* bytes of gate and up, one behind the other */
 } Kept;
 
-static Kept kept_in(Room *room, const Weights *w, const Shape *s, const Group *groups) {
+/* What a pass is: without gradients nothing that is kept is wanted afterwards. */
+enum { FORWARD, BACKWARD, ALONE };
+
+/* In a pass ALONE gate and up come where q, k, v and what attention gave were. */
+static Kept kept_in(Room *room, const Weights *w, const Shape *s, const Group *groups, int pass) {
     Kept k;
     int64_t n = s->tokens;
     k.first_rho = take(room, n * (int64_t)sizeof(float));
     k.second_rho = take(room, n * (int64_t)sizeof(float));
     k.logs = take(room, s->heads * n * (int64_t)sizeof(float));
     for (int i = 0; i < 2; i++) k.rho[i] = w->heads[i] ? take(room, (i ? s->kv : s->heads) * n * (int64_t)sizeof(float)) : 0;
+    k.middle = take_rows(room, n, w->hidden);
+    Room later = *room;
     k.q = take_rows(room, n, s->heads * s->d);
     k.k = take_rows(room, n, s->kv * s->d);
     k.v = take_rows(room, n, s->kv * s->d);
     k.attended = take_rows(room, n, s->heads * s->d);
-    k.middle = take_rows(room, n, w->hidden);
-    k.apart = -room->bytes;
-    k.gate = take_rows(room, n, w->inner);
-    k.up = take_rows(room, n, w->inner);
-    k.apart += room->bytes;
+    if (pass != ALONE) later = *room;
+    k.apart = -later.bytes;
+    k.gate = take_rows(&later, n, w->inner);
+    k.up = take_rows(&later, n, w->inner);
+    k.apart += later.bytes;
+    room->bytes = larger(room->bytes, later.bytes);
     for (int g = 0; g < GROUPS; g++) k.h[g] = take_rows(room, 1, groups[g].numbers);
     return k;
 }
 
 /* Bytes that are kept. */
-int64_t trained_block_kept(const Weights *w, const Shape *s, const Group *groups) {
+int64_t trained_block_kept(const Weights *w, const Shape *s, const Group *groups, int pass) {
     Room room = {0, 0};
-    kept_in(&room, w, s, groups);
+    kept_in(&room, w, s, groups, pass);
     return room.bytes;
 }
 
@@ -138,9 +145,6 @@ typedef struct {
     uint8_t *work;
     Coding coding;
 } Forward;
-
-/* What a pass is: without gradients nothing that is kept is wanted afterwards. */
-enum { FORWARD, BACKWARD, ALONE };
 
 static Forward forward_in(Room *room, const Weights *w, const Shape *s, const Group *groups, const Kept *kept, int pass,
                           int threads) {
@@ -212,7 +216,7 @@ static Backward backward_in(Room *room, const Weights *w, const Shape *s, const 
 /* Bytes of scratch of a pass. */
 int64_t trained_block_scratch(const Weights *w, const Shape *s, const Group *groups, int pass, int threads) {
     Room room = {0, 0}, kept = {0, 0};
-    Kept k = kept_in(&kept, w, s, groups);
+    Kept k = kept_in(&kept, w, s, groups, pass);
     if (pass == BACKWARD) backward_in(&room, w, s, groups, &k, threads);
     else forward_in(&room, w, s, groups, &k, pass, threads);
     return room.bytes;
@@ -305,7 +309,7 @@ static void blank(const Shape *s, bf16 *states) {
 void trained_block(const Weights *w, const Shape *s, const Group *groups, const bf16 *cos, const bf16 *sin, const bf16 *x, bf16 *y,
                    char *kept, bf16 *dense, char *scratch, int pass, int threads) {
     Room for_kept = {kept, 0}, for_scratch = {scratch, 0};
-    Kept k = kept_in(&for_kept, w, s, groups);
+    Kept k = kept_in(&for_kept, w, s, groups, pass);
     Forward f = forward_in(&for_scratch, w, s, groups, &k, pass, threads);
     int64_t n = s->tokens, hidden = w->hidden, inner = w->inner, q = s->heads * s->d, kv = s->kv * s->d;
     Asked a = {n, dense, f.work, f.coding, threads};
@@ -339,7 +343,7 @@ void trained_block_backward(const Weights *w, const Shape *s, const Group *group
                             char *kept, const bf16 *grad, bf16 *grad_x, float *grad_a, float *grad_b, bf16 *dense, char *scratch,
                             int threads) {
     Room for_kept = {kept, 0}, for_scratch = {scratch, 0};
-    Kept k = kept_in(&for_kept, w, s, groups);
+    Kept k = kept_in(&for_kept, w, s, groups, BACKWARD);
     Backward b = backward_in(&for_scratch, w, s, groups, &k, threads);
     int64_t n = s->tokens, hidden = w->hidden, inner = w->inner, q = s->heads * s->d, kv = s->kv * s->d;
     Asked a = {n, dense, b.work, b.coding, threads};

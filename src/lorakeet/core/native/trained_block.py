@@ -149,12 +149,12 @@ class Call:
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, *, alone: bool = False) -> tuple[Tensor, Tensor]:
         """y of x (tokens, hidden), and what `backward` wants, unless the pass is `alone`; cos and sin are (tokens, d)."""
-        told, threads = self._told, torch.get_num_threads()
-        kept, y = ROOMS.take(int(loaded().trained_block_kept(*told))), torch.empty_like(x)
-        scratch = room(int(loaded().trained_block_scratch(*told, ALONE if alone else FORWARD, threads)))
+        told, threads, which = self._told, torch.get_num_threads(), ALONE if alone else FORWARD
+        kept, y = ROOMS.take(int(loaded().trained_block_kept(*told, which))), torch.empty_like(x)
+        scratch = room(int(loaded().trained_block_scratch(*told, which, threads)))
         dense = self.weights.room()
         given = *pointers(cos, sin, x, y), address(kept), ctypes.c_void_p(dense.data_ptr())
-        loaded().trained_block(*told, *given, address(scratch), ALONE if alone else FORWARD, threads)
+        loaded().trained_block(*told, *given, address(scratch), which, threads)
         return y, kept
 
     def backward(
