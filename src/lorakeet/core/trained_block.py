@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import Any, Unpack, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -73,7 +73,7 @@ class TrainedBlock(BlockStandIn):
             if not torch.is_grad_enabled() and not ROOMS.taken:
                 ROOMS.release()  # this is no pass that takes any, and holds memory of its own
             return self.original(hidden_states, *args, **settings)
-        call, *factors = asked
+        call, factors = asked
         cos, sin = (part[0].to(hidden_states.dtype).contiguous() for part in settings["position_embeddings"])
         if not torch.is_grad_enabled():
             return call.forward(hidden_states[0], cos, sin, alone=True)[0][None]
@@ -91,7 +91,7 @@ class TrainedBlock(BlockStandIn):
         whole = all(part.shape == (1, x.shape[1], head) for part in turn)
         return kernel is NativeRows and whole and not torch._C._len_torch_dispatch_stack()  # as where operations are counted
 
-    def _asked(self, x: Tensor, rows: Sequence[int], prefix: int) -> tuple[Call, Unpack[tuple[Tensor, ...]]] | None:
+    def _asked(self, x: Tensor, rows: Sequence[int], prefix: int) -> tuple[Call, list[Tensor]] | None:
         """What the function computes with: the call, and A and B of all pairs; None where the block's parts are to compute."""
         parts, tokens = self._parts(prefix + max(rows)), x.shape[1]
         if parts is None:
@@ -117,7 +117,7 @@ class TrainedBlock(BlockStandIn):
         scales = [share.weight * pair.scale for share, *of_layers in uses for pair in of_layers]
         heads, kv = (weight.out // own.head_dim for weight in weights.layers[:2])
         shape = _shape_of(tuple(rows), prefix, own.scaling, (tokens, heads, kv, own.head_dim))
-        return Call(weights, shape, Pairs(factors, spans, scales, tokens)), *factors
+        return Call(weights, shape, Pairs(factors, spans, scales, tokens)), factors
 
     def _parts(self, keys: int) -> tuple[FrozenRmsNorm, RotaryAttention, FrozenRmsNorm, GatedMlp] | None:
         """The block's parts, where all are fused ones that compute every token, see so many keys, and that nobody listens to."""
