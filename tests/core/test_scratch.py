@@ -17,3 +17,10 @@ def test_one_buffer_grows_with_the_largest_matrix_and_is_lent_again() -> None:
     assert scratch.matrix((1, 1), torch.float32, cpu).data_ptr() != large.data_ptr()
     scratch.clear()
     assert not scratch._buffers
+
+
+def test_a_buffer_made_in_inference_mode_is_written_to_afterwards() -> None:
+    scratch, cpu = Scratch(), torch.device("cpu")
+    with torch.inference_mode():
+        scratch.matrix((2, 3), torch.float32, cpu).fill_(1)
+    assert float(scratch.matrix((2, 3), torch.float32, cpu).fill_(2).sum()) == 12

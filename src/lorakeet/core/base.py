@@ -72,17 +72,12 @@ def matmul_each(bases: Sequence[FrozenBase], x: Tensor) -> list[Tensor]:
     coded: Coded | None = None
     found = []
     for base in bases:
-        if _can_code(type(base)) and (coding := cast(CodingBase, base)).takes_codes(x):
+        if _is(base, CodingBase) and (coding := cast(CodingBase, base)).takes_codes(x):
             coded = coded or coding.code(x)
             found.append(coding.matmul_codes(coded))
         else:
             found.append(base.matmul(x))
     return found
-
-
-@functools.cache  # a protocol takes longer to look at than a small product
-def _can_code(kind: type) -> bool:
-    return issubclass(kind, CodingBase)
 
 
 @runtime_checkable
@@ -93,11 +88,6 @@ class AddingBase(Protocol):
         """Adds grad·W to `to` (tokens, in), in place."""
 
 
-@functools.cache
-def _can_add(kind: type) -> bool:
-    return issubclass(kind, AddingBase)
-
-
 @runtime_checkable
 class StoredBase(Protocol):
     """A base that C may read as it is stored."""
@@ -106,17 +96,21 @@ class StoredBase(Protocol):
         """What C is told of it; None where it cannot read it."""
 
 
-@functools.cache
-def _can_be_read(kind: type) -> bool:
-    return issubclass(kind, StoredBase)
+def _is(base: FrozenBase, protocol: type) -> bool:
+    return _keeps(type(base), protocol)
+
+
+@functools.cache  # a protocol takes longer to look at than a small product
+def _keeps(kind: type, protocol: type) -> bool:
+    return issubclass(kind, protocol)
 
 
 def stored(base: FrozenBase, x: Tensor) -> Stored | None:
     """What C is told of a base that it may multiply bf16 rows such as x with; None where the base's own code is to."""
-    if not _can_be_read(type(base)):
+    if not _is(base, StoredBase):
         return None
     found = cast(StoredBase, base).stored()
-    if found is None or not _can_code(type(base)) or not cast(CodingBase, base).takes_codes(x):
+    if found is None or not _is(base, CodingBase) or not cast(CodingBase, base).takes_codes(x):
         return found
     return found._replace(kind=CODED) if max(found.out, found.width) <= MOST else None
 
@@ -130,7 +124,7 @@ def sum_of_matmul_t(bases: Sequence[FrozenBase], grads: Sequence[Tensor]) -> Ten
     for base, grad in zip(bases, grads, strict=True):
         if found is None:
             found = base.matmul_t(grad)
-        elif _can_add(type(base)):
+        elif _is(base, AddingBase):
             cast(AddingBase, base).add_matmul_t(found, grad)
         else:
             found.add_(base.matmul_t(grad))

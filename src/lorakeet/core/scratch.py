@@ -27,7 +27,8 @@ class Scratch:
         held = self._buffers.get(key)
         if held is None or held.numel() < size:
             self._buffers.pop(key, None)
-            held = self._buffers[key] = torch.empty(size, dtype=dtype, device=device)
+            with torch.inference_mode(False):  # or nobody could write to it who asks outside of that mode later
+                held = self._buffers[key] = torch.empty(size, dtype=dtype, device=device)
         return held[:size].view(shape)
 
     def clear(self) -> None:

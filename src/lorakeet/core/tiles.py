@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, Protocol, cast
 
 import torch
@@ -88,6 +88,12 @@ def back_product(grad: Tensor, weight: Rows, products: torch.dtype) -> Tensor:
     """grad (n, rows) to grad·W (n, columns): each tile's product in `products`, their sum in fp32 (fp64 for fp64)."""
     exact = torch.promote_types(products, torch.float32)
     total = torch.zeros((grad.shape[0], weight.shape[1]), dtype=exact, device=grad.device)
-    for part in tiles(weight.shape[0]):
-        total += frozen_product(grad[:, part].to(products).contiguous(), weight[part], across=True)
+    add_back_products(total, ((part, grad[:, part].to(products).contiguous()) for part in tiles(weight.shape[0])), weight)
     return total
+
+
+def add_back_products(total: Tensor, grads: Iterable[tuple[slice, Tensor]], weight: Rows) -> None:
+    """Adds that to `total` (n, columns), in place, tile by tile, from the gradient (n, ·) of each tile's rows."""
+    for part, grad in grads:
+        total += frozen_product(grad, weight[part], across=True)
+        del grad  # before the next one is made

@@ -18,7 +18,7 @@ from lorakeet.core.base import frozen_product, write_frozen_product
 from lorakeet.core.in_tiles import Kernels
 from lorakeet.core.kernels import runs_on
 from lorakeet.core.native import head as native
-from lorakeet.core.tiles import TILE, Rows, back_product, tiles
+from lorakeet.core.tiles import TILE, Rows, add_back_products, back_product, tiles
 from lorakeet.data.pack import Batch
 
 CHUNK = 256
@@ -108,9 +108,8 @@ def _by_native(hidden: Tensor, weight: Rows, targets: Tensor, wants_grad: bool) 
     losses = cast(Tensor, native.HEAD_LOSSES(logits, targets, TILE, wants_grad))
     if not wants_grad:
         return losses, None
-    total = torch.zeros(hidden.shape)  # of the tiles' products in fp32, as in core/tiles
-    for tile, block in of_tiles:
-        total += frozen_product(block, weight[tile], across=True)
+    total = torch.zeros(hidden.shape)
+    add_back_products(total, of_tiles, weight)
     return losses, total
 
 

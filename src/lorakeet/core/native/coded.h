@@ -6,6 +6,9 @@
 
 #define LOUD 8 /* columns of x at most that are kept in bf16, an even number */
 
+/* How many columns of rows of this width are kept apart, as core/native/coded.apart_of says where no library is too. */
+static inline int64_t coded_apart(int64_t width) { return width / 32 * 2 < LOUD ? width / 32 * 2 : LOUD; }
+
 /* The `count` columns with the largest absolute values of x (tokens, width), the first of equals, and their numbers (tokens, count).
    `peaks` is scratch (width,). */
 void loud_columns(const bf16 *x, uint16_t *peaks, int64_t *columns, bf16 *apart, int64_t tokens, int64_t width, int64_t count,

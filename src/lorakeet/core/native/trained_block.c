@@ -253,7 +253,7 @@ typedef struct {
 /* The y's of layers that see the same x, which is coded once for those that multiply codes. */
 static void times(Asked a, const bf16 *x, int count, const Stored *w, const Layer *ys) {
     Coding *c = &a.coding;
-    int64_t n = a.tokens, in = w->in, apart = in / 32 * 2 < LOUD ? in / 32 * 2 : LOUD;
+    int64_t n = a.tokens, in = w->in, apart = coded_apart(in);
     for (int i = 0, coded = 0; i < count; i++, w++) {
         bf16 *y = ys[i].rows;
         if (w->kind != CODED) {
