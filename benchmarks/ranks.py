@@ -65,7 +65,7 @@ BASELINE = "uniform-16"
 HALVES = ("allocated-8", "allocated-8-scaled", "compressed-8")  # half the parameters of the baseline
 CUT_FROM = "uniform-64"
 COMPRESSED = {"compressed-16": 16, "compressed-8": 8, "compressed-4": 4}  # from that, when it is trained
-CONDITIONS = 10
+CONDITIONS, FEWEST_SEEDS = 10, 3  # fewer seeds get no interval and no verdict, nor a place in Holm's family
 ARMS: dict[str, dict[str, Any]] = {
     **{f"uniform-{rank}": {"rank": rank} for rank in (2, 4, 8, 16, 32, 64)},
     "attention-16": {"rank": 16, "target_modules": ("attention",)},
@@ -298,7 +298,7 @@ def summary(raw: Path, results: Path, flags: Mapping[str, Any]) -> int:
             _show(task, content[task])
     if not content:
         raise SystemExit(f"{raw} has no line of {BASELINE} made with {dict(flags)} yet; train it first.")
-    held = {task: any(table["tuned"][arm]["verdict_alone"] != "worse" for arm in HALVES if arm in table["tuned"])
+    held = {task: any(table["tuned"][arm].get("verdict_alone") not in ("worse", None) for arm in HALVES if arm in table["tuned"])
             for task, table in content.items()}  # fmt: skip
     print(f"Half the parameters of {BASELINE} without a loss shown: {held}")
     whole = {"flags": dict(flags), "tasks": content, "kept": held}
@@ -324,7 +324,7 @@ def _compared(by_arm: Mapping[str, Mapping[int, Mapping[str, Any]]]) -> dict[str
             "log_loss": statistics.fmean(means),
             "gap_sd_over_seeds": statistics.stdev(gaps) if len(seeds) > 1 else None,
         }
-        if arm != BASELINE:
+        if arm != BASELINE and len(seeds) >= FEWEST_SEEDS:
             left, right = ([_rows(of[seed], name) for seed in seeds] for of, name in ((runs, arm), (base, BASELINE)))
             comparisons[arm] = compare_over_seeds(left, right, spec)
             table[arm]["verdict_alone"] = comparisons[arm].verdict  # not corrected for the number of arms
@@ -388,7 +388,7 @@ def _print(table: Mapping[str, Mapping[str, Any]]) -> None:
         gap = f"{line['gap']:+.4f} [{line['low']:+.4f}, {line['high']:+.4f}] p {line['p_holm']:.3g}" if "gap" in line else ""
         print(
             f"{arm:20}{line['parameters']:>12,}  accuracy {line['accuracy']:.3f}  log-loss {line['log_loss']:.4f}  "
-            f"{len(line['seeds'])} seeds  {gap}  {line.get('verdict', 'baseline')}"
+            f"{len(line['seeds'])} seeds  {gap}  {line.get('verdict', 'none')}"
             + (f", of {line['rates_tried']} rates" if "rates_tried" in line else "")
             + (" (worse by itself)" if line.get("verdict_alone") == "worse" != line["verdict"] else "")
         )

@@ -1,6 +1,6 @@
 """One process of benchmarks/many_adapters.py: some adapters trained in one pass, or one adapter by the ordinary loop.
 
-    python -m contenders.many_members RESULT --members 8 --batch 2 --steps 6 [--longest 40] [--loop]
+    python -m contenders.many_members RESULT --members 8 --batch 2 --steps 6 [--longest 40] [--loop] [--held-out]
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ with without_triton():  # as a command, which is within it all the time
     from lorakeet.train.run import RunFolder
     from lorakeet.train.text_task import TextTask
     from lorakeet.workflows.assemble import Assembly, assemble
+    from lorakeet.workflows.place import folder_above
     from lorakeet.workflows.quickstart import config_path
 
 
@@ -40,12 +41,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--longest", type=int, help="only training rows of at most so many tokens")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--held-out", action="store_true", help="with a look at held-out rows after every second step")
     parser.add_argument("--loop", action="store_true", help="the loop of lorakeet finetune, of one adapter")
     given = parser.parse_args(arguments)
     with TemporaryDirectory(prefix="lorakeet-bench-") as folder:
         flags = {
             "train.batch_size": str(given.batch), "train.steps": str(given.steps), "train.patience": "0",
-            "train.checkpoint_every": str(given.steps), "evaluate.baselines": "false", "out": f"{folder}/run",
+            "train.checkpoint_every": str(given.steps), "train.evaluate_every": "2", "evaluate.baselines": "false",
+            "out": f"{folder}/run",
         }  # fmt: skip
         setup = short_rows(assemble(read_run(config_path(), flags), Console(quiet=True)), given.longest)
         loaded = peak_bytes()
@@ -70,7 +73,7 @@ def _many(setup: Assembly, given: argparse.Namespace) -> dict[str, Any]:
         rate = float(setup.config.train.learning_rate or 1e-3) * 2.0 ** (number % 4 - 2)
         spec = replace(setup.config.train, learning_rate=rate, seed=given.seed + number)
         begin_adapter(setup.text, setup.plan, seed=spec.seed, name=f"member_{number}")
-        members.append(Member(f"member_{number}", spec, setup.train.examples, ()))
+        members.append(Member(f"member_{number}", spec, setup.train.examples, _held_out(setup, given)))
     seconds, tokens, last = [], [], time.perf_counter()
 
     def watch(many: Many) -> None:
@@ -80,15 +83,20 @@ def _many(setup: Assembly, given: argparse.Namespace) -> dict[str, Any]:
         tokens.append(sum(at.tokens for at in many.progress) - sum(tokens))
         last = now
 
-    ended = train_many(setup.text, members, watch=watch)
+    ended = train_many(setup.text, members, watch=watch, folder=folder_above(Path(setup.config.out)))
     return {"seconds": seconds, "tokens": tokens, "losses": [at.losses for at in ended]}
+
+
+def _held_out(setup: Assembly, given: argparse.Namespace) -> Sequence[Any]:
+    """The rows that are looked at, so that a member keeps its best values, as in a search; none where steps are timed."""
+    return setup.held_out.examples if given.held_out else ()
 
 
 def _loop(setup: Assembly, given: argparse.Namespace) -> dict[str, Any]:
     spec = replace(setup.config.train, seed=given.seed)
     begin_adapter(setup.text, setup.plan, seed=spec.seed)
     run = RunFolder.create(Path(setup.config.out))
-    train(TextTask(setup.text, setup.train.examples, held_out=(), spec=spec), spec, run=run)
+    train(TextTask(setup.text, setup.train.examples, held_out=_held_out(setup, given), spec=spec), spec, run=run)
     steps = [record for record in read_metrics(run.metrics) if "loss" in record]
     tokens = [record["tokens"] for record in steps]
     seconds = [count / record["tokens_per_second"] for count, record in zip(tokens, steps, strict=True)]

@@ -20,6 +20,7 @@ from tiny.runs import chats, reviews, write_rows
 
 Bad = Callable[[list[dict[str, Any]]], list[Any]]
 GOOD = reviews(30)
+NOTHING = ["--rank-choices", "4", "--target-choices", "mlp", "--rate-factors", "1,1"]  # to choose between
 LONG = {"text": "long " * 80, "label": "good"}
 
 
@@ -55,6 +56,10 @@ def bench(tiny_llama_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
         (["--data.max_tokens", "8", "--data.too_long", "drop"], ["All 27 rows are longer", "raise --data.max_tokens"]),
         (["--out", "rows.jsonl"], ["The run folder rows.jsonl is a file", "choose another --out"]),
         (["--out", "rows.jsonl/run"], ["rows.jsonl/run cannot be made", "Choose another --out"]),
+        (["--ranks", "auto", "--budget", "100"], ["100 parameters is below rank 1 for each of the 14 targets"]),
+        (["--ranks", "auto", "--budget", "9M"], ["9,000,000 parameters is above the full rank of all 14 targets"]),
+        (["--ranks", "auto", "--budget", "lots"], ["ranks.budget is 'lots'", "1.5M"]),
+        (["--budget", "3000"], ["Add --ranks auto"]),
         (["--resume", "nowhere"], ["--resume takes every setting from nowhere/config.yaml"]),
     ],
     ids=lambda value: " ".join(value) if value[0].startswith("--") else "",
@@ -77,6 +82,21 @@ def test_a_wrong_run_file(bench: Bench, content: str, words: list[str]) -> None:
     bench.refused(["finetune", name], name, *words)
 
 
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ([], ["No budget is given", "--minutes or --tokens, or use --quick"]),
+        (["--minutes", "0", "--together", "1"], ["(2 problems)", "--minutes is 0", "--together is 1"]),
+        (["--minutes", "1", *NOTHING], ["The search space has nothing in it to choose"]),
+        (["--quick", "--difference", "-1"], ["--difference is -1; it must be above 0"]),
+    ],
+    ids=" ".join,
+)
+def test_a_search_that_cannot_begin(bench: Bench, flags: list[str], words: list[str]) -> None:
+    name = bench.write("run.yaml", f"model: {bench.model}\ndata: rows.jsonl\nout: run\n")
+    bench.refused(["tune", name, *flags], *words)
+
+
 def test_missing_and_unreadable_files(bench: Bench) -> None:
     bench.refused(bench.finetune(data="rows.jsn"), "'rows.jsn' does not exist", "Did you mean 'rows.jsonl'?")
     bench.refused(["finetune", "none.yaml"], "none.yaml does not exist", "Give the path of a run file")
@@ -89,6 +109,7 @@ def test_missing_and_unreadable_files(bench: Bench) -> None:
     bench.refused(["finetune", bench.write("list.yaml", "- 1\n")], "list.yaml holds [1]", "expected keys such as")
     bench.refused(["evaluate", "no/run"], "no/run does not exist", "expected a folder of PEFT")
     bench.refused(["merge", "no/run", "--out", "merged"], "no/run does not exist")
+    bench.refused(["compress", "no/run", "--out", "small"], "no/run does not exist", "expected a folder of PEFT")
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")

@@ -80,6 +80,23 @@ def test_noise_that_the_other_half_does_not_share_is_worth_little() -> None:
     assert found == sorted(found, reverse=True) and len(found) == 10
 
 
+def test_a_direction_of_noise_alone_is_worth_nothing_on_average() -> None:
+    """Of experts too, whose gains are added up: without what is below 0 each would add its noise."""
+    generator, totals = torch.Generator().manual_seed(1), []
+    plan = sketch_plan(Plan((PlanEntry("a", "experts", (4, 20, 30), 4, 12.0),)), 4)
+    for _ in range(40):
+        halves = [{"a": torch.randn(4, 20, 30, generator=generator)} for _ in range(2)]
+        totals.append(sum(gradient_gains(measured(plan, {"a": LoraPair(plan.entries[0])}, halves), largest=4)["a"]))
+    found = torch.tensor(totals)
+    assert found.mean().abs() < 3 * found.std() / 40**0.5 and (found < 0).sum() > 10
+
+
+def test_a_matrix_that_no_token_reaches_has_no_directions() -> None:
+    model, plan = Two(), Plan((PlanEntry("first", "linear", (12, 10), 4, 12.0),))
+    with pytest.raises(DataError, match=r"No token of the rows reaches 'first'.*lora\.start kaiming"):
+        activation_directions(sketched(model, plan, [], "input"), {"first": 4})
+
+
 def test_gradients_that_are_no_numbers_give_gains_that_are_none() -> None:
     plan = sketch_plan(Plan(ENTRIES[:1]), 4)
     pairs = {"a": LoraPair(plan.entries[0])}

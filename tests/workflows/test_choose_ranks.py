@@ -16,7 +16,7 @@ from lorakeet.models import modules
 from lorakeet.models.inject import adapter_names
 from lorakeet.ranks.allocate import pair_parameters
 from lorakeet.workflows import choose_ranks as choosing
-from lorakeet.workflows.assemble import assemble, ready_to_train
+from lorakeet.workflows.assemble import assemble, begin_pairs, ready_to_train
 from lorakeet.workflows.choose_ranks import choose_ranks, start_directions
 from lorakeet.workflows.finetune import finetune
 from tiny.runs import adapter_bytes, quiet, settings
@@ -44,6 +44,7 @@ def test_a_dry_run_and_a_resumed_run_agree(chosen: Any, finished: Any, tmp_path:
     again = settings(finished.model, finished.data, tmp_path / "dry", {**AUTO, "ranks.budget": "3k"})
     dry = finetune(again, dry_run=True, console=quiet())
     assert dry.setup.plan == chosen.setup.plan and not (tmp_path / "dry").exists()
+    assert dry.to_mapping()["rank_pattern"] == chosen.setup.config.lora.rank_pattern, "which can be edited and given"
     before = adapter_bytes(chosen.run.path)
     finetune(read_run(chosen.run.config), resume=chosen.run.path, console=quiet())
     assert adapter_bytes(chosen.run.path) == before
@@ -110,6 +111,18 @@ def test_scores_that_are_no_numbers_are_refused(finished: Any, tmp_path: Path, m
         choose_ranks(auto, setup.text, setup.plan, setup.train.examples, quiet())
     with pytest.raises(DataError, match=r"ranks\.choose auto needs 2 training rows or more; there are 1"):
         choosing.choose_ranks(auto, setup.text, setup.plan, setup.train.examples[:1], quiet())
+
+
+def test_what_a_pair_begins_with_is_measured_beside_other_adapters_too(finished: Any, tmp_path: Path) -> None:
+    """Where products are of another dtype than weights, adapted layers leave their own modules out: those would see no token."""
+    mixed = {"lora.start": "activation", "model.dtype": "bfloat16", "model.products": "float32"}
+    setup = assemble(settings(finished.model, finished.data, tmp_path / "run", mixed), quiet())
+    first = start_directions(setup.config, setup.text, setup.plan, setup.train.examples)
+    begin_pairs(setup, setup.plan, seed=0, name="one")
+    again = start_directions(setup.config, setup.text, setup.plan, setup.train.examples)
+    for path, A in first.items():
+        shared = (3 * A @ again[path].t()).square().sum() / len(A)  # 1 where both span the same, 4 of 32 by chance
+        assert shared > 0.9, (path, shared)
 
 
 @pytest.mark.parametrize("start", ["gradient", "activation"])

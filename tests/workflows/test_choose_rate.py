@@ -15,6 +15,7 @@ from lorakeet.config import read_run
 from lorakeet.errors import ConfigError, DataError
 from lorakeet.evaluate.report import read_report
 from lorakeet.models.inject import adapter_names
+from lorakeet.train import schedule, stopping
 from lorakeet.train.text_task import learning_rate_of
 from lorakeet.workflows import choose_rate as choosing
 from lorakeet.workflows.assemble import Assembly, assemble
@@ -24,7 +25,7 @@ from lorakeet.workflows.finetune import finetune
 from lorakeet.workflows.search_space import Space
 from tiny.runs import adapter_bytes, quiet, reviews, settings, write_rows
 
-LONG = {"train.steps": 24, "train.learning_rate": "none", "data.held_out_fraction": 0.4}
+LONG = {"train.steps": 48, "train.learning_rate": "none", "data.held_out_fraction": 0.4}
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +50,7 @@ def test_the_rate_is_tried_saved_and_the_run_is_that_of_the_rate(tiny_llama_fold
     rule = learning_rate_of(done.setup.text)
     search = read_report(tmp_path / "run" / "report.json").search
     assert search is not None and [trial.name for trial in search.trials] == ["rate ×1", "rate ×0.5", "rate ×2"]
-    assert [trial.steps for trial in search.trials] == [4, 4, 4] and search == rates_of(done.run)
+    assert [trial.steps for trial in search.trials] == [8, 8, 8] and search == rates_of(done.run)
     factor = float(search.winner.removeprefix("rate ×"))
     assert saved.train.learning_rate == rule * factor == done.outcome.learning_rate
     assert search.conclusion.startswith(f"The learning rate {rule * factor:.2e}") and "nats a token [" in search.conclusion
@@ -92,7 +93,7 @@ def test_a_given_rate_is_not_tried(tiny_llama_folder: Path, rows: Path, tmp_path
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"train__steps": 23}, "a run of 23 steps is too short for a trial of 4"),
+        ({"train__steps": 47}, "a run of 47 steps is too short for a trial of 8"),
         ({"model__attention": "sdpa"}, "model.attention varlen"),
         ({"lora__target_modules": "q_proj,lm_head"}, "an adapter on lm_head cannot share a batch with others"),
         ({"lora__extra_modules": "norm"}, "an adapter on model.norm cannot share a batch with others"),
@@ -130,8 +131,50 @@ def test_rates_that_diverge_are_marked_and_all_three_are_an_error(
     assert found.trials[0].diverged and found.winner != "rate ×1" and "Against ×1: ×1 diverged" in said
     assert chosen.config.train.learning_rate in (0.01, 0.02)
     monkeypatch.setattr(choosing, "QUICK_FACTORS", (0.5, 1.0, 2.0))
-    with pytest.raises(DataError, match=r"All three learning rates diverged within 4 steps.*lower train\.learning_rate"):
+    with pytest.raises(DataError, match=r"All three learning rates diverged within 8 steps.*lower train\.learning_rate"):
         choose_rate(hot, quiet())
+
+
+def test_a_long_run_tries_whole_rates_and_not_the_beginning_of_its_own_rise(
+    tiny_llama_folder: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of 1,000 steps the first 12 of 30 that rise are at 0.4 of the rate at most: ×2 would be taken without ever being tried."""
+    setup = assembled(tiny_llama_folder, rows, tmp_path / "run", train__steps=1000)
+    tried_at: list[float] = []
+    usual = schedule.factor
+    monkeypatch.setattr(schedule, "factor", lambda *given, **named: tried_at.append(usual(*given, **named)) or tried_at[-1])
+    _, found, said = tried(setup)
+    assert [trial.steps for trial in found.trials] == [12] * 3 and "after 12 steps on" in said
+    assert tried_at[::3] == pytest.approx([1 / 3, 2 / 3] + [1.0] * 10)
+
+
+def test_where_all_three_diverge_before_the_run_itself_would_have_risen_its_rate_stays(
+    tiny_llama_folder: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    setup = assembled(tiny_llama_folder, rows, tmp_path / "run", train__warmup_fraction=0.5)
+    monkeypatch.setattr(choosing, "space_for", lambda config, *_, **__: Space(config, 1e4, 1.0, 1.0, (), ()))
+    chosen, found, said = tried(setup)
+    assert chosen.config.train.learning_rate == 1e4 and all(trial.diverged for trial in found.trials)
+    assert "All three learning rates diverged, risen in 2 steps. ×1 stays, to which this run rises in 24." in said
+
+
+def test_a_rate_that_makes_rows_far_less_likely_has_diverged(
+    tiny_llama_folder: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where its losses are numbers."""
+    setup = assembled(tiny_llama_folder, rows, tmp_path / "run")
+    monkeypatch.setattr(stopping, "DIVERGED", -100.0)
+    with pytest.raises(DataError, match="All three learning rates diverged"):
+        tried(setup)
+
+
+def test_rows_of_one_group_tell_no_rates_apart(tiny_llama_folder: Path, tmp_path: Path) -> None:
+    data = write_rows(tmp_path / "rows.jsonl", [{**record, "who": "one"} for record in reviews(100)])
+    held_out = write_rows(tmp_path / "held_out.jsonl", [{**record, "who": "another"} for record in reviews(20, seed=9)])
+    setup = assembled(tiny_llama_folder, data, tmp_path / "run", data__group_column="who", data__held_out=held_out)
+    assert {row.group for row in setup.dataset.held_out} == {"another"}
+    chosen, found, said = tried(setup)
+    assert (chosen, found) == (setup, None) and "1 groups of held-out rows tell no two rates apart" in said
 
 
 def test_quick_that_can_mean_nothing_is_refused(finished: Any, tmp_path: Path) -> None:

@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 
 from lorakeet.config import read_run
 from lorakeet.core.adapter import Adapter
 from lorakeet.errors import ConfigError, DataError, VerificationFailed
 from lorakeet.evaluate.certificate import read_certificate
+from lorakeet.evaluate.compare import Comparison
+from lorakeet.evaluate.intervals import Estimate
+from lorakeet.evaluate.likelihood import RowLosses
+from lorakeet.evaluate.rank_values import CurvePoint, RankCurve
 from lorakeet.evaluate.report import read_report
+from lorakeet.evaluate.spec import EvaluateSpec
 from lorakeet.formats import peft
-from lorakeet.workflows.compress import compress
+from lorakeet.workflows import compress as compressing
+from lorakeet.workflows.compress import _why_none, compress
 from lorakeet.workflows.evaluate import evaluate
 from lorakeet.workflows.opened import open_adapter
 from tiny.runs import quiet, reviews, run, tree, write_rows
@@ -122,6 +130,35 @@ def test_where_every_cut_loses_too_much_nothing_is_written(trained: Path, tmp_pa
     with pytest.raises(VerificationFailed, match=r"No cut .* loses at most 0 % of its gain.*nothing was written.*--to"):
         compress(str(trained), out=tmp_path / "cut", tolerance="0", console=quiet())
     assert not (tmp_path / "cut").exists()
+
+
+def estimate(value: float, low: float, high: float) -> Estimate:
+    return Estimate(value, low, high, 40, "made up")
+
+
+def curve_of(gain: float, *losses: tuple[float, float, float]) -> RankCurve:
+    gained = estimate(gain, gain - 0.1, gain + 0.1)
+    cuts = [Comparison("cut", "full", "loss", estimate(*loss), 0.5, "made up", False, "no difference shown") for loss in losses]
+    return RankCurve((CurvePoint("as trained", 99, gained), *(CurvePoint("cut", 9, gained, cut) for cut in cuts)), "loses", "")
+
+
+def test_why_no_cut_will_do_is_said() -> None:
+    """With 40 rows the interval reaches 0.011 above a loss of 0.001: where 0.003 may be lost, 30.25 times as many show it."""
+    assert "about 1,210 held-out rows could show that" in _why_none(curve_of(0.3, (0.001, -0.009, 0.012)), 0.01)
+    assert _why_none(curve_of(0.3, (0.004, -0.009, 0.012)), 0.01) == ""
+    assert "gains nothing there (−0.1000 nats a token)" in _why_none(curve_of(-0.1, (0.001, -0.009, 0.012)), 0.01)
+
+
+def test_a_cut_is_taken_only_below_larger_ones_that_are_good(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else the luckiest of eight looks would be taken for the smallest that loses nothing."""
+    found = iter([True, True, False, True, True])
+    monkeypatch.setattr(compressing, "_good", lambda point, gain, share: next(found))
+    monkeypatch.setattr(compressing, "_losses_of", lambda judged, rows, item: judged.losses(rows, ""))
+    losses = RowLosses("any", np.array([1.0, 2.0]), np.array([1, 1]))
+    config = SimpleNamespace(evaluate=EvaluateSpec())
+    judged: Any = SimpleNamespace(fitting=lambda: [1, 2], config=config, losses=lambda *_: losses)
+    cuts: list[Any] = [SimpleNamespace(name=f"cut to {size}", parameters=size) for size in (10, 50, 40, 30, 20)]
+    assert compressing._curve(judged, cuts, 60, 0.01).marked == "cut to 40"
 
 
 def test_what_there_is_to_lose(finished: Any, trained: Path, tmp_path: Path) -> None:

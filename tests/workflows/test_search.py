@@ -15,10 +15,11 @@ from lorakeet.models.adapt import begin_adapter
 from lorakeet.models.inject import adapter_names, eject
 from lorakeet.train.loop import train
 from lorakeet.train.run import RunFolder
+from lorakeet.train.stopping import DIVERGED
 from lorakeet.train.text_task import TextTask
 from lorakeet.workflows.assemble import Assembly
 from lorakeet.workflows.confirm import confirm
-from lorakeet.workflows.search import HALVED, SPENT, START, Budget, Trial, loss_of
+from lorakeet.workflows.search import HALVED, SPENT, START, Budget, Trial, _tell, loss_of
 from lorakeet.workflows.search_space import Point, plan_of_point
 from tiny.searches import HOT, assembled, trials_of
 
@@ -53,6 +54,40 @@ def test_the_worse_half_is_given_up_twice(setup: Assembly) -> None:
     assert all(trial.losses is not None for trial in trials.all)
     found = trials.result(trials.all[3], "", "so few")
     assert [trial.against_start is None for trial in found.trials] == [True, True, True, False]  # given up: no fair comparison
+
+
+def test_a_rung_waits_for_a_measurement_at_it_and_one_measurement_is_no_two_rungs(setup: Assembly) -> None:
+    """Held-out losses at steps 5 and 8 of 8, rungs at 2 and 4: both would see the loss of step 5."""
+    trials = trials_of(setup)
+    seldom = replace(setup.config.train, evaluate_every=5)
+    trials.setup = replace(setup, config=replace(setup.config, train=seldom))
+    trials.space = replace(trials.space, config=trials.setup.config)
+    trials.generation([Trial(f"×{factor}", Point(factor)) for factor in (0.01, 0.1, 1.0, 2.0)], rungs=(0.25, 0.7))
+    ended = {trial.name: (trial.at.step, trial.at.done) for trial in trials.all if trial.at is not None}
+    assert ended == {
+        "×0.01": (5, HALVED), "×0.1": (5, HALVED), "×1.0": (8, "all steps done"), "×2.0": (8, "all steps done")
+    }  # fmt: skip
+
+
+class Study:
+    """What a sampler is told."""
+
+    def __init__(self) -> None:
+        self.told: list[Any] = []
+
+    def tell(self, asked: Any, value: Any = None, state: Any = None) -> None:
+        self.told.append((value, state))
+
+
+def test_a_sampler_learns_that_a_rate_diverged(setup: Assembly) -> None:
+    """A failure it would leave out, and draw the next one beside it."""
+    trials, study = trials_of(setup), Study()
+    trials.power(0.05)
+    assert trials.base_loss is not None
+    hot = Trial("hot", Point(HOT))
+    trials.generation([hot], rungs=())
+    _tell(study, hot, lost=trials.base_loss + DIVERGED)
+    assert study.told == [(trials.base_loss + 10.0, None)]
 
 
 def test_what_trials_are_compared_with_is_trained_to_its_end_however_slow_it_is(setup: Assembly) -> None:

@@ -119,7 +119,7 @@ def test_a_row_passes_the_blocks_that_no_trial_adapts_once_in_a_whole_search(
     assert [(t.name, t.settings, t.steps, t.tokens) for t in one] == [(t.name, t.settings, t.steps, t.tokens) for t in other]
     losses = [[t.loss.value for t in trials if t.loss is not None] for trials in (one, other)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-5) and len(set(losses[1])) == len(other)
-    assert found.search.winner == plain.search.winner != "run file"
+    assert found.search.best == plain.search.best != "run file"
     assert found.confirmed is not None and plain.confirmed is not None
     assert found.confirmed.difference.value == pytest.approx(plain.confirmed.difference.value, abs=1e-5)
     kept = re.search(r"lowest 1 blocks hold nothing that is trained: what they .* \(([\d,]+) bytes at most\)", said.getvalue())

@@ -38,8 +38,8 @@ class PairedPower:
     def _reach(self) -> float:
         return float(special.ndtri(0.5 + self.confidence / 2) + special.ndtri(POWER))
 
-    def sentence(self, difference: float) -> str:
-        """In words, with the number of rows that `difference` needs where there are too few."""
+    def sentence(self, difference: float, half_of: str = "") -> str:
+        """In words, with the number of rows that `difference` needs where there are too few; they may be `half_of` others."""
         base = (
             f"{self.rows} {self.unit} show a difference of {self.smallest:.3g} nats a token or more with a probability of "
             f"{POWER:.0%} (if losses of two trials correlate by {CORRELATION:g} over {self.unit})."
@@ -47,7 +47,8 @@ class PairedPower:
         needed = self.rows_for(difference)
         if needed <= self.rows:
             return base
-        return f"{base} Too few {self.unit} to tell trials apart by {difference:g}: that needs about {needed:,}."
+        both = f", and they are half of {half_of}: hold out about {2 * needed:,}" if half_of else ""
+        return f"{base} Too few {self.unit} to tell trials apart by {difference:g}: that needs about {needed:,}{both}."
 
 
 def paired_power(

@@ -93,13 +93,17 @@ class TrialResult:
 
 @dataclass(frozen=True)
 class Search:
-    """All trials of a search on `rows` held-out rows, how large a difference these can show, and what was confirmed elsewhere."""
+    """All trials of a search on `rows` held-out rows, how large a difference these can show, and what was confirmed elsewhere.
+
+    `winner` is the trial whose settings were taken, `best` the one of lowest loss, which other rows may not have confirmed.
+    """
 
     trials: tuple[TrialResult, ...]
     rows: int
     power: str
     winner: str = ""
     conclusion: str = ""
+    best: str = ""
 
 
 def curve_plot(curve: RankCurve) -> Markup:

@@ -74,8 +74,8 @@ def gradient_gains(halves: Halves, *, largest: int) -> dict[str, list[float]]:
     """By path, how much of the gradient's energy the k-th rank catches, k = 1 … `largest`, as the other half of the rows sees it.
 
     Directions u_k, v_k and σ_k come from half 0; the gain is σ_k·u_kᵀ·G₁·v_k with G₁ of half 1: σ_k² where both halves agree,
-    nothing on average where a direction is noise of a few rows. (LoRA-GA, arXiv 2407.05000, and GoRA take σ_k² itself, which
-    grows with the noise.)
+    nothing on average where a direction is noise of a few rows, below 0 as often as above. (LoRA-GA, arXiv 2407.05000, and GoRA
+    take σ_k² itself, which grows with the noise.)
     """
     return {path: _shared_energy(halves[0][path], halves[1][path], largest) for path in halves[0]}
 
@@ -128,7 +128,7 @@ def _shared_energy(found: Tensor, other: Tensor, largest: int) -> list[float]:
     found, other = found.double(), other.double()  # one matrix at a time: all of them would take twice the memory
     U, S, Vh = torch.linalg.svd(found, full_matrices=False)
     seen = torch.einsum("...ik,...ij,...kj->...k", U, other, Vh)
-    energy = (S * seen).clamp(min=0)
+    energy = S * seen
     total = energy.flatten(0, -2).sum(0) if energy.dim() > 1 else energy
     return falling(total.tolist()[:largest])
 
@@ -181,8 +181,8 @@ def sketch_states(
     for entry in plan.entries:
         width = entry.shape[1] if of == "input" else entry.shape[0]
         sketch = sketches[entry.path] = Sketch(width, min(largest + OVERSAMPLING, width), generator)
-        module = modules.bare(cast(nn.Module, modules.find(model, entry.path)))
-        handles.append(module.register_forward_hook(_watch(sketch, of)))
+        module = cast(nn.Module, modules.find(model, entry.path))  # or what holds other adapters' pairs in its place
+        handles.append(module.register_forward_hook(_watch(sketch, of, modules.bare(module))))
     try:
         with torch.no_grad():
             forward()
@@ -192,9 +192,9 @@ def sketch_states(
     return sketches
 
 
-def _watch(sketch: Sketch, of: str) -> Callable[..., None]:
+def _watch(sketch: Sketch, of: str, frozen: nn.Module) -> Callable[..., None]:
     def hook(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
-        bias = getattr(module, "bias", None)  # the same for every token: no pair can give that a direction
+        bias = getattr(frozen, "bias", None)  # the same for every token: no pair can give that a direction
         sketch.add(inputs[0] if of == "input" else output if bias is None else output - bias)
 
     return hook
@@ -206,13 +206,14 @@ class Sketch:
     def __init__(self, width: int, size: int, generator: torch.Generator) -> None:
         self.omega: Tensor = torch.linalg.qr(torch.randn(width, size, generator=generator)).Q  # (width, size)
         self.product = torch.zeros(width, size)
-        self.trace = 0.0
+        self.trace, self.states = 0.0, 0  # and how many were taken in
 
     def add(self, states: Tensor) -> None:
         """Takes in states (…, width)."""
         x = states.detach().flatten(0, -2).float().cpu()
         self.product += x.t() @ (x @ self.omega)
         self.trace += float(x.double().square().sum())
+        self.states += len(x)
 
     def shares(self, count: int) -> list[float]:
         """The leading eigenvalues over the trace, falling; not numbers where the states were none."""
@@ -223,7 +224,11 @@ class Sketch:
         return [float(value) for value in padded[:count]]
 
     def directions(self, path: str, count: int) -> Tensor:
-        """The leading eigenvectors as rows (count, width), random ones where the states span fewer; DataError as no numbers."""
+        """The leading eigenvectors as rows (count, width), random ones where the states span fewer; DataError where they are no
+        numbers, or where there were none."""
+        if not self.states:
+            said = f"No token of the rows reaches '{path}', so lora.start has no direction there."
+            raise DataError(f"{said} Try lora.start kaiming.")
         _require_finite(path, self.product)
         found = self.omega.t()[:count].clone()
         if self.trace > 0:

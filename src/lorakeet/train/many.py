@@ -13,9 +13,10 @@ to rounding; dropout alone draws other numbers than there, from the first member
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -44,6 +45,8 @@ from lorakeet.train.stopping import Watch
 from lorakeet.train.task import HeldOut, batch_seeds
 from lorakeet.train.text_loss import head_losses
 from lorakeet.train.text_task import learning_rate_of, order_of
+
+_FULL = "The best values of each adapter in training are kept there: free some space."
 
 
 @dataclass(frozen=True)
@@ -80,8 +83,18 @@ class Progress:
 class Many:
     """Members in training. `round` takes one step of each that still learns; `finish` puts the best values of each back."""
 
-    def __init__(self, text: TextModel, members: Sequence[Member], *, aside: Aside | None = None, together: int = 0) -> None:
-        """Raises ConfigError for no members, equal names, or adapters that cannot share a batch.
+    def __init__(
+        self,
+        text: TextModel,
+        members: Sequence[Member],
+        *,
+        aside: Aside | None = None,
+        together: int = 0,
+        folder: Path | None = None,
+    ) -> None:
+        """The best values of members are kept in scratch files in `folder`, or in memory.
+
+        Raises ConfigError for no members, equal names, or adapters that cannot share a batch.
 
         Of a streamed model, `together` passes (0: all of a step) go through a block while it is in, and the inputs of blocks are
         kept in `aside`; left out, where they are.
@@ -94,7 +107,7 @@ class Many:
         self.text, self.aside, self.together = text, aside or Aside(), together
         _require_sharable(text, names)
         self.selection: Selection = selection_of(text.model)
-        self._members = [_Learner(text, member) for member in members]
+        self._members = [_Learner(text, member, folder) for member in members]
         self._rounds = 0
 
     @property
@@ -195,9 +208,9 @@ class Many:
 
 
 class _Learner:
-    """One member with its optimizer and its place."""
+    """One member with its optimizer and its place; its best values in a scratch file in `folder`, or in memory."""
 
-    def __init__(self, text: TextModel, member: Member) -> None:
+    def __init__(self, text: TextModel, member: Member, folder: Path | None) -> None:
         spec = member.spec
         self.order = order_of(member.train, spec)
         self.parameters = trained_parameters(text.model, member.name)
@@ -209,7 +222,8 @@ class _Learner:
         self.warmup = schedule.warmup_steps(self.at.total, spec.warmup_fraction)
         self.every = spec.evaluation_interval(self.order.steps_per_epoch)
         self.targets, self.summed = 0, 0.0  # of this step: supervised tokens, and their losses
-        self._best: Mapping[str, Tensor] | None = None
+        self._best: Aside | None = None
+        self._folder = folder
 
     def begin(self) -> list[Batch]:
         """This step's rows in micro-batches; none of their losses is summed yet."""
@@ -269,7 +283,10 @@ class _Learner:
             at.done, at.diverged = f"step {at.step}: the held-out loss is {loss.value:.4g} nats a token", True
             return
         if watch.see(at.step, loss.value, min_improvement=spec.min_improvement):
-            self._best = {name: parameter.detach().clone() for name, parameter in self.parameters.items()}
+            self._best = Aside(self._folder, _FULL)
+            for name, parameter in self.parameters.items():
+                found = parameter.detach().cpu()
+                self._best.put(name, found.clone() if self._folder is None else found)
         if watch.exhausted(spec.patience):
             at.done = f"no improvement in {watch.stale} evaluations after step {watch.best_step}"
 
@@ -278,7 +295,7 @@ class _Learner:
         if self._best is not None:
             with torch.no_grad():
                 for name, parameter in self.parameters.items():
-                    parameter.copy_(self._best[name])
+                    parameter.copy_(self._best.look(name))
 
 
 def why_not_together(text: TextModel, plan: Plan) -> str:
@@ -325,14 +342,15 @@ def train_many(
     aside: Aside | None = None,
     together: int = 0,
     budget: int | None = None,
+    folder: Path | None = None,
 ) -> list[Progress]:
-    """Trains all members to their ends and leaves the best values of each in the model, no adapter active.
+    """Trains all members to their ends and leaves the best values of each in the model, no adapter active; `folder` as in Many.
 
     `watch` is called after every round and may stop members (`Many.stop`). Without a `budget` in bytes for the process it keeps
     the memory of one step for the next, as train/loop does. Dropout draws other numbers than in a single run;
     without it a member ends where its single run ends, to rounding.
     """
-    many = Many(text, members, aside=aside, together=together)
+    many = Many(text, members, aside=aside, together=together, folder=folder)
     give_back_free_memory()  # as train/loop does
     if budget is None:
         keep_freed_memory()

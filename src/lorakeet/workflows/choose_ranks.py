@@ -19,6 +19,7 @@ from lorakeet.data.pack import micro_batches
 from lorakeet.errors import ConfigError, DataError
 from lorakeet.memory.allocator import give_back_free_memory
 from lorakeet.models.adapt import begin_adapter
+from lorakeet.models.fuse import unfuse
 from lorakeet.models.inject import activate, eject, trained_parameters
 from lorakeet.models.targets import plan_for
 from lorakeet.models.text import TextModel
@@ -115,6 +116,7 @@ def _sketches(
         for batch in micro_batches(rows, config.train.micro_tokens):
             text.hidden(batch.to(text.device))
 
+    unfuse(text.model)  # so that every matrix is called by itself, whatever adapters are there; begin_adapter fuses again
     activate(text.model, None)
     text.model.eval()
     with text.every_token():

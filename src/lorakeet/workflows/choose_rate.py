@@ -15,13 +15,14 @@ from lorakeet.errors import DataError
 from lorakeet.evaluate.rank_values import Search
 from lorakeet.evaluate.wording import bytes_text, signed
 from lorakeet.memory.allocator import give_back_free_memory
+from lorakeet.train import schedule
 from lorakeet.train.many import why_not_together
 from lorakeet.workflows.assemble import Assembly
-from lorakeet.workflows.search import Budget, SearchRows, Trial, Trials
+from lorakeet.workflows.search import RISE, Budget, SearchRows, Trial, Trials
 from lorakeet.workflows.search_space import QUICK_FACTORS, Point, space_for
 
 MOST_OF_A_RUN = 6  # a trial has at most this part of the run's steps, so that three of them cost half a run at most
-FEWEST_STEPS = 4  # of a trial that is worth its time
+FEWEST_STEPS = 8  # of a trial: fewer tell only which rate is further (docs/log.md)
 ROWS = 256  # held-out rows that decide, at most
 DIFFERENCE = 0.05  # nats a token that the rows should be able to show
 
@@ -31,7 +32,7 @@ def choose_rate(setup: Assembly, console: Console, *, asked: bool = False) -> tu
 
     There is none where the rate is given and a trial is not `asked` for, where train.rate_trial_steps is 0, and where it cannot
     be, which is said. Another rate than the run's own is taken only where it is shown to be better. Raises DataError where all
-    three diverge.
+    three diverge, unless they rose in fewer steps than the run's own rate does.
     """
     spec = setup.config.train
     if spec.rate_trial_steps == 0 or (spec.learning_rate is not None and not asked):
@@ -57,8 +58,10 @@ def _why_not(setup: Assembly, steps: int) -> str:
     """Why three adapters cannot or should not be trained together here; empty where they should."""
     if steps < FEWEST_STEPS:
         return f"a run of {setup.steps} steps is too short for a trial of {FEWEST_STEPS}"
-    if len(setup.held_out.examples) < 2:
-        return f"{len(setup.held_out.examples)} held-out rows tell no two rates apart"
+    rows = _rows(setup)
+    units = {rows.groups.get(example.key, example.key) for example in rows.search}
+    if len(units) < 2:
+        return f"{len(units)} {'groups of ' if rows.groups else ''}held-out rows tell no two rates apart"
     if refusal := why_not_together(setup.text, setup.plan):
         return refusal
     if setup.parted:
@@ -89,6 +92,11 @@ def _decided(trials: Trials, steps: int) -> tuple[Trial, Search]:
     lines = {line.name: line for line in found.trials}
     better = [trial for trial in trials.all if (one := lines[trial.name].against_start) and one.verdict == "better"]
     kept = [trial for trial in trials.all if trial.losses is not None]
+    spec = trials.setup.config.train
+    rise = schedule.warmup_steps(trials.setup.steps, spec.warmup_fraction)
+    if not kept and rise > steps // RISE:
+        stays = f"All three learning rates diverged, risen in {steps // RISE} steps. ×1 stays, to which this run rises in {rise}."
+        return start, replace(found, conclusion=stays)
     if not kept:
         raise DataError(
             f"All three learning rates diverged within {steps} steps: {', '.join(line.settings for line in found.trials)}. Give "

@@ -5,6 +5,7 @@ open → Moments on training rows → spectra → one cut for each size → loss
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -154,8 +155,8 @@ def _chosen(
     name = cuts[0].name if to is not None else curve.marked
     if not name:
         raise VerificationFailed(
-            f"No cut of {opened.folder} {curve.rule} on {len(dataset.held_out)} held-out rows; nothing was written. Keep the "
-            "adapter as trained, allow more with --tolerance, or name a size with --to."
+            f"No cut of {opened.folder} {curve.rule} on {len(dataset.held_out)} held-out rows; nothing was written. "
+            f"{_why_none(curve, share)}Keep the adapter as trained, allow more with --tolerance, or name a size with --to."
         )
     return next(item for item in cuts if item.name == name), curve, judged
 
@@ -235,9 +236,25 @@ def _curve(judged: Judge, cuts: Sequence[_Cut], full_parameters: int, share: flo
                 item.name, item.parameters, compare_losses(base, losses, spec).difference, compare_losses(losses, full, spec)
             )
         )
-    rule = f"loses at most {100 * share:g} % of its gain, with the whole interval"
-    good = [point for point in points[1:] if _good(point, gain.value, share)]
-    return RankCurve(tuple(points), rule, min(good, key=lambda point: point.parameters).name if good else "")
+    rule = f"loses at most {100 * share:g} % of its gain, with the whole interval and like all larger ones"
+    marked = ""
+    for point in points[1:]:  # the largest first, up to one that fails: in a fixed order no look asks for a correction
+        if not _good(point, gain.value, share):
+            break
+        marked = point.name
+    return RankCurve(tuple(points), rule, marked)
+
+
+def _why_none(curve: RankCurve, share: float) -> str:
+    """Why not even the largest cut will do, and how many rows would show that it does where they might; empty or a sentence."""
+    gain, against = curve.points[0].gain, curve.points[1].against_full
+    if gain.value <= 0:
+        return f"As trained it gains nothing there ({signed(gain.value, 4)} nats a token), so there is no share to keep. "
+    if against is None or against.difference.value >= share * gain.value:
+        return ""
+    found = against.difference
+    needed = math.ceil(found.n * ((found.high - found.value) / (share * gain.value - found.value)) ** 2)
+    return f"The largest cut loses {signed(found.value, 4)} nats a token; about {needed:,} held-out rows could show that. "
 
 
 def _good(point: CurvePoint, gain: float, share: float) -> bool:

@@ -125,7 +125,9 @@ def _again(made: Confirmation, both: Sequence[Trial], seeds: Sequence[int]) -> l
     names = {f"{number}_{seed}": (trial, seed) for seed in seeds for number, trial in enumerate(both)}
     try:
         members = [trials.member(name, trial, trials.rows.search, seed) for name, (trial, seed) in names.items()]
-        ended = train_many(setup.text, members, aside=kept.aside(), together=kept.together, budget=kept.budget)
+        ended = train_many(
+            setup.text, members, aside=kept.aside(), together=kept.together, budget=kept.budget, folder=trials.folder
+        )
         trials.budget.used += sum(at.tokens for at in ended)
         for (trial, seed), at in zip(names.values(), ended, strict=True):
             if at.diverged and not made.unconfirmed:

@@ -83,7 +83,8 @@ class FinetuneResult:
         if cuts := self.setup.cuts:
             found["cuts"] = {str(step): budget for step, budget in cuts.items()}
         if self.outcome is None or self.report is None:
-            return {**found, "dry_run": True, "plan": self.setup.plan.to_mapping()}
+            ranks = dict(self.setup.config.lora.rank_pattern)
+            return {**found, "dry_run": True, "plan": self.setup.plan.to_mapping(), "rank_pattern": ranks}
         return {**found, "outcome": encode(self.outcome), "report": encode(self.report)}
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,15 +21,18 @@ from lorakeet.evaluate.rank_values import Search, TrialResult
 from lorakeet.models.inject import activate, adapter_names, adapter_of, eject
 from lorakeet.models.prefix_states import keep_states
 from lorakeet.models.score import row_losses
+from lorakeet.train import schedule
 from lorakeet.train.many import Many, Member, Progress, train_many
 from lorakeet.train.spec import TrainSpec
+from lorakeet.train.stopping import DIVERGED
 from lorakeet.workflows.assemble import Assembly, begin_pairs
+from lorakeet.workflows.place import folder_above
 from lorakeet.workflows.search_space import Point, Space, plan_of_point
 
 RUNGS = (0.25, 0.5)  # shares of a trial's steps after which the worse half is given up
 START = "run file"  # the trial with the run file's own settings, which all others are compared with
 HALVED, SPENT = "given up at a rung", "the budget is spent"
-TRIED = "the steps of the trial are done"
+RISE = 4  # the rate of a short trial rises in this part of its steps at most
 
 
 @dataclass
@@ -92,6 +96,7 @@ class SearchRows:
     confirm: list[Example]
     groups: dict[str, str]  # by key of the example; empty where rows have none
     where: str  # what the rows of the confirmation are called
+    of: str = ""  # what the rows of the search are a half of, where they are
 
 
 class Trials:
@@ -100,13 +105,16 @@ class Trials:
     def __init__(self, setup: Assembly, space: Space, rows: SearchRows, budget: Budget, console: Console) -> None:
         self.setup, self.space, self.rows, self.budget, self.console = setup, space, rows, budget, console
         self.all: list[Trial] = []
+        self.folder = folder_above(Path(setup.config.out))  # on whose disk best values are kept while trials are trained
+        self.base_loss: float | None = None  # nats a token on the rows of the search, once they were measured
 
     def power(self, difference: float) -> str:
         """What the rows of the search can show, from the bare base's losses."""
         base = self.losses("base", self.rows.search, None)
+        self.base_loss = float(base.losses.sum() / base.tokens.sum())
         confidence = self.setup.config.evaluate.confidence
         tokens = base.tokens.astype(np.float64)
-        return paired_power(base.losses, tokens, confidence=confidence, groups=base.groups).sentence(difference)
+        return paired_power(base.losses, tokens, confidence=confidence, groups=base.groups).sentence(difference, self.rows.of)
 
     def losses(self, system: str, rows: Sequence[Example], name: str | None) -> RowLosses:
         """The losses of the adapter `name` on the model, None for the bare base."""
@@ -125,7 +133,7 @@ class Trials:
             self.generation(fresh, rungs=RUNGS)
             for trial in fresh:
                 if trial.asked is not None:
-                    _tell(study, trial)
+                    _tell(study, trial, lost=(self.base_loss or 0.0) + DIVERGED)
 
     def _ask(self, study: Any, count: int) -> Trial:
         asked = study.ask()
@@ -139,12 +147,13 @@ class Trials:
     def generation(self, trials: Sequence[Trial], *, rungs: Sequence[float], steps: int | None = None) -> None:
         """Trains `trials` in one pass over the base; their losses are on them, the model is bare again afterwards.
 
-        `steps`: only so many of the run's first steps, with no look at held-out rows before they are done.
+        `steps`: only so many, with no look at held-out rows before they are done. Where the run's own rate rises for longer than
+        a part of them (RISE), it rises in that, and stays then: all of a long run's first steps are at a fraction of its rate.
         """
         text, names = self.setup.text, {f"trial_{index}": trial for index, trial in enumerate(trials)}
         held_out = self.rows.search if steps is None else []
         try:
-            members = [self.member(name, trial, held_out) for name, trial in names.items()]
+            members = [self.member(name, trial, held_out, steps=steps) for name, trial in names.items()]
             left = list(rungs)
 
             measure = [name for name, trial in names.items() if trial.name == START]
@@ -152,14 +161,16 @@ class Trials:
             def watch(many: Many) -> None:
                 _halve(many, left, keep=measure)
                 for at in many.progress:
-                    if steps is not None and at.step >= steps:
-                        many.stop(at.member.name, TRIED)
+                    if at.watch.base_loss is None:  # of members that look at no held-out rows
+                        at.watch.base_loss = self.base_loss
                 if self.budget.spent(sum(at.tokens for at in many.progress)):
                     for name in names:
                         many.stop(name, SPENT)
 
             kept = self.setup.arrangement
-            ended = train_many(text, members, watch=watch, aside=kept.aside(), together=kept.together, budget=kept.budget)
+            ended = train_many(
+                text, members, watch=watch, aside=kept.aside(), together=kept.together, budget=kept.budget, folder=self.folder
+            )
             for (name, trial), at in zip(names.items(), ended, strict=True):
                 trial.at = at
                 self.budget.used += at.tokens
@@ -192,16 +203,25 @@ class Trials:
         assert at is not None
         trial.adapter = adapter_of(text.model, name, base=text.name)
         try:
-            return self.losses(trial.name, self.rows.search, name)
+            found = self.losses(trial.name, self.rows.search, name)
         except DataError:
             at.diverged, at.done = True, f"step {at.step}: losses on held-out rows are no numbers"
             return None
+        loss = float(found.losses.sum() / found.tokens.sum())
+        if at.watch.diverged(loss):
+            at.diverged, at.done = True, f"step {at.step}: the held-out loss is {loss:.4g} nats a token"
+            return None
+        return found
 
-    def member(self, name: str, trial: Trial, held_out: Sequence[Example], seed: int = 0) -> Member:
-        """The pairs of `trial`, now in the model as `name`, to be trained with the run's seed and `seed` more."""
+    def member(
+        self, name: str, trial: Trial, held_out: Sequence[Example], seed: int = 0, steps: int | None = None
+    ) -> Member:
+        """The pairs of `trial`, now in the model as `name`, to be trained with the run's seed and `seed` more; `steps` as in
+        `generation`."""
         setup = self.setup
         plan = plan_of_point(setup.text, self.space, trial.point)
         spec = self._train_spec(self.space.resolved(trial.point).train, seed)
+        spec = spec if steps is None else _first_steps(spec, steps)
         begin_pairs(setup, plan, seed=spec.seed, name=name)
         return Member(name, spec, setup.train.examples, held_out)
 
@@ -221,8 +241,9 @@ class Trials:
             )
         return min(whole, key=loss_of)
 
-    def result(self, winner: Trial, conclusion: str, power: str) -> Search:
-        """Every trial with its interval and its comparison with the run file's settings, Holm-corrected."""
+    def result(self, chosen: Trial, conclusion: str, power: str, best: Trial | None = None) -> Search:
+        """Every trial with its interval and its comparison with the run file's settings, Holm-corrected; which was `chosen`, and
+        which was `best` before other rows were asked."""
         start, spec = self.all[0], self.setup.config.evaluate
         whole = [trial for trial in self.all[1:] if trial.whole]  # one that was given up is behind for that reason alone
         others = [(trial, trial.losses) for trial in whole if trial.losses is not None] if start.losses is not None else []
@@ -231,7 +252,7 @@ class Trials:
         against = holm(compared, beside=given_up)
         by_name = {trial.name: one for (trial, _), one in zip(others, against, strict=True)}
         results = tuple(self._line(trial, by_name.get(trial.name)) for trial in self.all)
-        return Search(results, len(self.rows.search), power, winner.name, conclusion)
+        return Search(results, len(self.rows.search), power, chosen.name, conclusion, "" if best is None else best.name)
 
     def _line(self, trial: Trial, against: Comparison | None) -> TrialResult:
         at = trial.at
@@ -254,15 +275,22 @@ def loss_of(trial: Trial) -> float:
     return float(trial.losses.losses.sum() / trial.losses.tokens.sum())
 
 
+def _first_steps(spec: TrainSpec, steps: int) -> TrainSpec:
+    """Settings of so many steps that rise as the run's own, or in a part of them (RISE), and are at the whole rate then."""
+    rise = min(schedule.warmup_steps(spec.total_steps(1), spec.warmup_fraction), steps // RISE)
+    return replace(spec, steps=steps, schedule="constant", warmup_fraction=max(0.0, (rise - 0.5) / steps))  # rounded up again
+
+
 def _halve(many: Many, left: list[float], *, keep: Sequence[str]) -> None:
-    """Gives up the worse half by held-out loss once every trial has passed the next rung.
+    """Gives up the worse half by held-out loss once every trial has been measured at the next rung, or after it.
 
     Those to `keep` are ranked like all others and stay: what trials are compared with must be trained as long as the best one.
     """
     learning = [at for at in many.progress if not at.done]
     if not left or len(learning) < 2 or any(at.step < left[0] * at.total for at in learning):
         return
-    seen = [(at.held_out[-1][1].value, at.member.name) for at in learning if at.held_out and at.held_out[-1][0] > 0]
+    measured = [at for at in learning if at.held_out and at.held_out[-1][0] >= left[0] * at.total]
+    seen = [(at.held_out[-1][1].value, at.member.name) for at in measured]
     if len(seen) < len(learning):
         return
     left.pop(0)
@@ -271,12 +299,12 @@ def _halve(many: Many, left: list[float], *, keep: Sequence[str]) -> None:
             many.stop(name, HALVED)
 
 
-def _tell(study: Any, trial: Trial) -> None:
-    """The result to the sampler: a loss, one that was given up, or a failure."""
+def _tell(study: Any, trial: Trial, lost: float) -> None:
+    """The result to the sampler: a loss, one that was given up, or `lost` for one that diverged, since failures teach nothing."""
     from optuna.trial import TrialState
 
     if trial.losses is None:
-        study.tell(trial.asked, state=TrialState.FAIL)
+        study.tell(trial.asked, lost)
         return
     if trial.whole:
         study.tell(trial.asked, loss_of(trial))

@@ -118,7 +118,7 @@ def _searched(search: Trials, sampler: Any, difference: float, seeds: int, toget
         search.run(sampler, together)
     winner = search.best()
     confirmed = confirm(search, winner, seeds, together)
-    return confirmed, search.result(winner, confirmed.conclusion, power)
+    return confirmed, search.result(confirmed.chosen, confirmed.conclusion, power, winner)
 
 
 @contextmanager
@@ -188,7 +188,7 @@ def _sampler(seed: int) -> Any:
         remedy = "Install it with pip install 'lorakeet[tune]', or take --quick."
         raise EnvironmentProblem(f"The package optuna, which draws the trials, is missing. {remedy}") from None
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    return optuna.create_study(sampler=optuna.samplers.TPESampler(seed=seed))
+    return optuna.create_study(sampler=optuna.samplers.TPESampler(seed=seed, constant_liar=True))
 
 
 def _rows(setup: Assembly) -> SearchRows:
@@ -207,7 +207,7 @@ def _rows(setup: Assembly) -> SearchRows:
             f"{len(held_out)} held-out rows are too few: some choose, others confirm, and each part needs 2 rows. Raise "
             "data.held_out_fraction, or name a data.test file."
         )
-    return SearchRows(search, confirm, groups, "held-out rows that the search never saw")
+    return SearchRows(search, confirm, groups, "held-out rows that the search never saw", "the held-out rows")
 
 
 def _groups(rows: Sequence[Row]) -> dict[str, str]:
