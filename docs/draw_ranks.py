@@ -17,8 +17,12 @@ STYLE = "text{font:12px sans-serif;fill:#333}.small{fill:#666;font-size:11px}"
 
 
 def picture(task: str, arms: dict[str, dict[str, Any]], task_seeds: str) -> str:
-    """One line an arm, fewest parameters first: its log-loss minus that of uniform rank 16, with its 95 % interval."""
-    lines = sorted(arms.items(), key=lambda item: (item[1]["parameters"], item[0]))
+    """One line an arm, fewest parameters first: its log-loss minus that of uniform rank 16, with its 95 % interval.
+
+    An arm of too few seeds for an interval has none.
+    """
+    shown = {name: arm for name, arm in arms.items() if "gap" in arm or name == BASELINE}
+    lines = sorted(shown.items(), key=lambda item: (item[1]["parameters"], item[0]))
     edges = [value for _, arm in lines if "gap" in arm for value in (arm["low"], arm["high"])] + [0.0]
     low, high = min(edges), max(edges)
     room = (high - low or 1.0) * 0.06
