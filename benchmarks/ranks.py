@@ -340,7 +340,7 @@ def _cut(by_arm: Mapping[str, Mapping[int, Mapping[str, Any]]]) -> dict[str, dic
     whole = by_arm.get(CUT_FROM, {})
     for arm in COMPRESSED:
         runs = by_arm.get(arm, {})
-        if seeds := sorted(set(runs) & set(whole)):
+        if len(seeds := sorted(set(runs) & set(whole))) >= FEWEST_SEEDS:
             gaps = [np.subtract(runs[seed]["losses"], whole[seed]["losses"]) for seed in seeds]
             ones = np.ones(len(gaps[0]), dtype=np.int64)
             cut, uncut = [RowLosses(arm, gap, ones) for gap in gaps], [RowLosses("no change", 0 * gap, ones) for gap in gaps]
@@ -388,7 +388,7 @@ def _print(table: Mapping[str, Mapping[str, Any]]) -> None:
         gap = f"{line['gap']:+.4f} [{line['low']:+.4f}, {line['high']:+.4f}] p {line['p_holm']:.3g}" if "gap" in line else ""
         print(
             f"{arm:20}{line['parameters']:>12,}  accuracy {line['accuracy']:.3f}  log-loss {line['log_loss']:.4f}  "
-            f"{len(line['seeds'])} seeds  {gap}  {line.get('verdict', 'none')}"
+            f"{len(line['seeds'])} seeds  {gap}  {line.get('verdict', 'baseline' if arm == BASELINE else 'too few seeds')}"
             + (f", of {line['rates_tried']} rates" if "rates_tried" in line else "")
             + (" (worse by itself)" if line.get("verdict_alone") == "worse" != line["verdict"] else "")
         )

@@ -9,7 +9,8 @@ activations, dequantisation, scores that the flash kernel masks, the optimizer a
 or --model's, with random weights, rank 8 on all linear layers; rows of one length, or rows of between half and one and a half
 times that length laid end to end (a row of 2,048 is a whole step, so it has no such neighbours). Packed rows are measured over
 dense weights alone, unless --whole asks for all: how rows lie is a matter of attention, which knows nothing of how weights are
-kept.
+kept. Micro-batches have as many tokens as in a run file that says nothing of them (2,048); --micro-tokens gives others, such
+as the 1,024 of the quickstart.
 """
 
 from __future__ import annotations
@@ -29,13 +30,13 @@ from plan_accuracy import gptq, published_shape
 
 from lorakeet.core.precision import fastest_products
 from lorakeet.models.outline import published
+from lorakeet.train.spec import TrainSpec
 
 SHAPE = "HuggingFaceTB/SmolLM2-135M"
 LENGTHS, LEARNT, BASES = (128, 512, 2048), ("all", "completion", "label"), ("dense", "nf4", "gptq")
 ASKED = {128: 0.6, 512: 0.85, 2048: 0.85}
 TOKENS = 2048  # of a step
 SPREAD = (0.5, 1.5, 0.75, 1.25)  # of the length, in turn: rows of a packed step
-MICRO_TOKENS = 1024  # as the shipped run file has it; a longer row stands alone
 
 
 def cases(given: argparse.Namespace) -> Iterator[dict[str, Any]]:
@@ -48,7 +49,9 @@ def cases(given: argparse.Namespace) -> Iterator[dict[str, Any]]:
                     yield {"base": base, "length": length, "learnt": learnt, "layout": "packed"}
 
 
-def asked_of(case: Mapping[str, Any], steps: int, products: str, model: str = SHAPE) -> dict[str, Any]:
+def asked_of(
+    case: Mapping[str, Any], steps: int, products: str, model: str = SHAPE, micro_tokens: int = TrainSpec.micro_tokens
+) -> dict[str, Any]:
     """What the process is told."""
     count = max(1, TOKENS // case["length"])
     equal = case["layout"] == "equal"
@@ -56,7 +59,7 @@ def asked_of(case: Mapping[str, Any], steps: int, products: str, model: str = SH
     settings = {
         "model.dtype": "bfloat16", "model.products": products,
         "model.quantize.method": "nf4" if case["base"] == "nf4" else "none",
-        "data.max_tokens": max(lengths), "train.micro_tokens": MICRO_TOKENS, "train.batch_size": count, "lora.rank": 8,
+        "data.max_tokens": max(lengths), "train.micro_tokens": micro_tokens, "train.batch_size": count, "lora.rank": 8,
     }  # fmt: skip
     shape = gptq(model) if case["base"] == "gptq" else published_shape(model)
     texts = {key: str(value) for key, value in settings.items()}
@@ -86,6 +89,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--lengths", nargs="+", type=int, choices=LENGTHS, default=LENGTHS)
     parser.add_argument("--whole", action="store_true", help="packed rows over every base")
     parser.add_argument("--model", default=SHAPE, choices=sorted(published()), help="whose shape it is")
+    parser.add_argument("--micro-tokens", type=int, default=TrainSpec.micro_tokens, help="tokens that pass at once")
     parser.add_argument("--steps", type=int, default=3, help="timed in each process, after two that are not")
     parser.add_argument("--results", type=Path, default=Path(__file__).with_name("results"), help="where the result is written")
     given = parser.parse_args(arguments)
@@ -96,7 +100,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print("base   tokens learnt     layout   forward backward   step  asked  tokens/s  GFLOP/s")
     with TemporaryDirectory(prefix="lorakeet-bench-") as folder:
         for case in cases(given):
-            found = answered("contenders.timed_step", asked_of(case, given.steps, products, given.model), Path(folder))
+            asking = asked_of(case, given.steps, products, given.model, given.micro_tokens)
+            found = answered("contenders.timed_step", asking, Path(folder))
             share, asked = shares(found), ASKED[case["length"]]
             speed = found["tokens"] / sum(statistics.median(values) for values in found["seconds"].values())
             lines.append({**case, "shares": share, "asked": asked, "tokens_per_second": speed, **found})
@@ -106,9 +111,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 flush=True,
             )
     kept = all(line["shares"]["step"] >= line["asked"] for line in lines)
-    content = {"products": products, "tokens_a_step": TOKENS, "micro_tokens": MICRO_TOKENS, "lines": lines, "kept": kept}
+    content = {"products": products, "tokens_a_step": TOKENS, "micro_tokens": given.micro_tokens, "lines": lines, "kept": kept}
     content |= {"model": given.model, "block_weights": block_weights(published_shape(given.model))}
     other = "" if given.model == SHAPE else f"_{given.model.rpartition('/')[2].lower()}"
+    other += "" if given.micro_tokens == TrainSpec.micro_tokens else f"_micro_{given.micro_tokens}"
     claim = f"roofline{other}" + ("_quick" if given.quick else "")
     print(f"Written: {write_result(claim, content, seed=0, about=about, folder=given.results)}")
     return 0 if kept else 1

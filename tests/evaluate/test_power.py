@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from lorakeet.errors import DataError
-from lorakeet.evaluate.power import CORRELATION, PairedPower, paired_power
+from lorakeet.evaluate.power import CORRELATION, PairedPower, paired_power, rows_below
 
 
 def test_the_textbook_number() -> None:
@@ -44,6 +44,19 @@ def test_too_few_rows_are_said_with_the_number_needed() -> None:
     assert "Too few" not in PairedPower(1000, 0.5, 0.95).sentence(0.05)
     with pytest.raises(DataError, match="1 held-out rows tell no two trials apart"):
         paired_power(np.ones(1), np.ones(1), confidence=0.95)
+
+
+def test_rows_that_are_half_of_others_are_named_with_those() -> None:
+    said = PairedPower(20, 0.5, 0.95).sentence(0.05, "the held-out rows")
+    assert said.endswith("that needs about 785, and they are half of the held-out rows: hold out about 1,570 rows.")
+
+
+def test_so_many_rows_end_below_a_bound_four_times_in_five() -> None:
+    chance = np.random.default_rng(0)
+    needed = rows_below(40, 1.96 / np.sqrt(40), 0.2, 0.95)  # of a spread of 1
+    draws = chance.normal(0.0, 1.0, size=(4000, needed))
+    ends = draws.mean(1) + 1.96 * draws.std(1, ddof=1) / np.sqrt(needed)
+    assert np.mean(ends < 0.2) == pytest.approx(0.8, abs=0.03)
 
 
 def test_rows_of_a_group_count_once() -> None:

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from lorakeet.config import read_run
+from lorakeet.data.pack import micro_batches
 from lorakeet.errors import ConfigError, DataError
 from lorakeet.models import modules
 from lorakeet.models.inject import adapter_names
@@ -111,6 +112,18 @@ def test_scores_that_are_no_numbers_are_refused(finished: Any, tmp_path: Path, m
         choose_ranks(auto, setup.text, setup.plan, setup.train.examples, quiet())
     with pytest.raises(DataError, match=r"ranks\.choose auto needs 2 training rows or more; there are 1"):
         choosing.choose_ranks(auto, setup.text, setup.plan, setup.train.examples[:1], quiet())
+
+
+def test_a_pair_on_the_output_layer_begins_along_the_states_that_it_sees(finished: Any, tmp_path: Path) -> None:
+    """Those from which a token is learnt; a pass up to the last states never calls the layer itself."""
+    head = {"lora.start": "activation", "lora.target_modules": "q_proj,lm_head"}
+    setup = assemble(settings(finished.model, finished.data, tmp_path / "run", head), quiet())
+    found = start_directions(setup.config, setup.text, setup.plan, setup.train.examples)["lm_head"]
+    rows = choosing._rows(setup.config, setup.text, setup.train.examples, "")
+    with torch.no_grad():
+        states = torch.cat([setup.text.hidden(batch) for batch in micro_batches(rows, 512)])
+    leading = torch.linalg.svd(states.float(), full_matrices=False).Vh[:4]
+    assert (3**0.5 * found @ leading.t()).square().sum() / 4 > 0.9
 
 
 def test_what_a_pair_begins_with_is_measured_beside_other_adapters_too(finished: Any, tmp_path: Path) -> None:

@@ -94,6 +94,7 @@ def test_a_given_rate_is_not_tried(tiny_llama_folder: Path, rows: Path, tmp_path
     ("changes", "words"),
     [
         ({"train__steps": 47}, "a run of 47 steps is too short for a trial of 8"),
+        ({"train__rate_trial_steps": 7}, "train.rate_trial_steps is 7, and a trial means something from 8 on"),
         ({"model__attention": "sdpa"}, "model.attention varlen"),
         ({"lora__target_modules": "q_proj,lm_head"}, "an adapter on lm_head cannot share a batch with others"),
         ({"lora__extra_modules": "norm"}, "an adapter on model.norm cannot share a batch with others"),
@@ -155,7 +156,7 @@ def test_where_all_three_diverge_before_the_run_itself_would_have_risen_its_rate
     monkeypatch.setattr(choosing, "space_for", lambda config, *_, **__: Space(config, 1e4, 1.0, 1.0, (), ()))
     chosen, found, said = tried(setup)
     assert chosen.config.train.learning_rate == 1e4 and all(trial.diverged for trial in found.trials)
-    assert "All three learning rates diverged, risen in 2 steps. ×1 stays, to which this run rises in 24." in said
+    assert "×1 diverged, risen in 2 of 8 steps. It stays, since this run rises to it in 24 steps." in said
 
 
 def test_a_rate_that_makes_rows_far_less_likely_has_diverged(

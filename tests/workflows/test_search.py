@@ -15,11 +15,10 @@ from lorakeet.models.adapt import begin_adapter
 from lorakeet.models.inject import adapter_names, eject
 from lorakeet.train.loop import train
 from lorakeet.train.run import RunFolder
-from lorakeet.train.stopping import DIVERGED
 from lorakeet.train.text_task import TextTask
 from lorakeet.workflows.assemble import Assembly
 from lorakeet.workflows.confirm import confirm
-from lorakeet.workflows.search import HALVED, SPENT, START, Budget, Trial, _tell, loss_of
+from lorakeet.workflows.search import HALVED, RUNGS, SPENT, START, Budget, Trial, loss_of
 from lorakeet.workflows.search_space import Point, plan_of_point
 from tiny.searches import HOT, assembled, trials_of
 
@@ -57,12 +56,12 @@ def test_the_worse_half_is_given_up_twice(setup: Assembly) -> None:
 
 
 def test_a_rung_waits_for_a_measurement_at_it_and_one_measurement_is_no_two_rungs(setup: Assembly) -> None:
-    """Held-out losses at steps 5 and 8 of 8, rungs at 2 and 4: both would see the loss of step 5."""
+    """Held-out losses at steps 5 and 8 of 8, rungs at 2 and 4: both would see those of step 5."""
     trials = trials_of(setup)
     seldom = replace(setup.config.train, evaluate_every=5)
     trials.setup = replace(setup, config=replace(setup.config, train=seldom))
     trials.space = replace(trials.space, config=trials.setup.config)
-    trials.generation([Trial(f"×{factor}", Point(factor)) for factor in (0.01, 0.1, 1.0, 2.0)], rungs=(0.25, 0.7))
+    trials.generation([Trial(f"×{factor}", Point(factor)) for factor in (0.01, 0.1, 1.0, 2.0)], rungs=RUNGS)
     ended = {trial.name: (trial.at.step, trial.at.done) for trial in trials.all if trial.at is not None}
     assert ended == {
         "×0.01": (5, HALVED), "×0.1": (5, HALVED), "×1.0": (8, "all steps done"), "×2.0": (8, "all steps done")
@@ -70,10 +69,19 @@ def test_a_rung_waits_for_a_measurement_at_it_and_one_measurement_is_no_two_rung
 
 
 class Study:
-    """What a sampler is told."""
+    """A sampler that draws one rate, far too high, and what it is told."""
 
     def __init__(self) -> None:
         self.told: list[Any] = []
+
+    def ask(self) -> Study:
+        return self
+
+    def suggest_float(self, name: str, low: float, high: float, *, log: bool) -> float:
+        return HOT
+
+    def suggest_categorical(self, name: str, choices: Any) -> Any:
+        return choices[0]
 
     def tell(self, asked: Any, value: Any = None, state: Any = None) -> None:
         self.told.append((value, state))
@@ -81,13 +89,19 @@ class Study:
 
 def test_a_sampler_learns_that_a_rate_diverged(setup: Assembly) -> None:
     """A failure it would leave out, and draw the next one beside it."""
-    trials, study = trials_of(setup), Study()
+    trials, study = trials_of(setup, tokens=2500), Study()
     trials.power(0.05)
-    assert trials.base_loss is not None
-    hot = Trial("hot", Point(HOT))
-    trials.generation([hot], rungs=())
-    _tell(study, hot, lost=trials.base_loss + DIVERGED)
+    trials.run(study, 2)
+    assert trials.base_loss is not None and trials.all[1].at is not None and trials.all[1].at.diverged
     assert study.told == [(trials.base_loss + 10.0, None)]
+
+
+def test_a_trial_whose_last_step_blew_up_has_diverged(setup: Assembly) -> None:
+    trials = trials_of(setup)
+    trials.base_loss = -100.0  # 10 nats above that every loss is
+    trials.generation([Trial(START, Point())], rungs=(), steps=1)
+    at = trials.all[0].at
+    assert at is not None and at.diverged and at.done.startswith("step 1: the held-out loss is") and trials.all[0].losses is None
 
 
 def test_what_trials_are_compared_with_is_trained_to_its_end_however_slow_it_is(setup: Assembly) -> None:

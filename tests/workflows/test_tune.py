@@ -56,6 +56,9 @@ def test_a_budget_that_ends_all_trials_early_replaces_nothing(tiny_llama_folder:
     found = tune(config, tokens=3000, **choices, console=quiet())  # type: ignore[arg-type]
     assert found.confirmed is not None and found.confirmed.verdict == "better" and "of 8 steps" in found.search.conclusion
     assert read_run(found.out / "config.yaml").train.learning_rate == 0.003
+    assert found.search.winner == "run file" != found.search.best
+    page = (found.out / "report.html").read_text()
+    assert "run file (chosen)" in page and f"{found.search.best} (best in the search)" in page
 
 
 def test_three_rates_in_one_pass_and_no_difference_said_so(tiny_llama_folder: Path, rows: Path, tmp_path: Path) -> None:

@@ -47,8 +47,17 @@ class PairedPower:
         needed = self.rows_for(difference)
         if needed <= self.rows:
             return base
-        both = f", and they are half of {half_of}: hold out about {2 * needed:,}" if half_of else ""
+        both = f", and they are half of {half_of}: hold out about {2 * needed:,} {self.unit}" if half_of else ""
         return f"{base} Too few {self.unit} to tell trials apart by {difference:g}: that needs about {needed:,}{both}."
+
+
+def rows_below(rows: int, half_width: float, room: float, confidence: float) -> int:
+    """Rows whose interval ends within `room` of its middle with a probability of 80 %, where that of `rows` is `half_width` long.
+
+    The middle moves too: z_{1−α/2} of its half width is to become z_{1−α/2} + z_{0.8} of it (as √n, of room).
+    """
+    likely = 1 + float(special.ndtri(POWER) / special.ndtri(0.5 + confidence / 2))
+    return math.ceil(rows * (likely * half_width / room) ** 2)
 
 
 def paired_power(

@@ -18,8 +18,9 @@ def allocate(plan: Plan, gains: Gains, budget: int, *, largest: int | None = Non
     """`plan` with other ranks: pairs of at most `budget` parameters in all, Σ gains as high as a greedy choice makes it.
 
     Every pair keeps rank `step` at least, and gets at most `largest` and as many ranks as it has gains. Since gains never rise,
-    the best next rank by gain a parameter is the best of all choices, but for the last few parameters. Raises ConfigError for a
-    budget below one rank (`step` ranks) each or above what fits, DataError for gains that are no numbers.
+    the best next rank by gain a parameter is the best of all choices, but for the last few parameters; a budget is spent, and
+    what is worth nothing, or less, comes last, in the plan's order. Raises ConfigError for a budget below one rank (`step` ranks)
+    each or above what fits, DataError for gains that are no numbers.
     """
     check_gains(gains)
     ceilings = {entry.path: _ceiling(entry, gains[entry.path], largest, step) for entry in plan.entries}
@@ -31,7 +32,7 @@ def allocate(plan: Plan, gains: Gains, budget: int, *, largest: int | None = Non
 
     def worth(path: str) -> tuple[float, int, str]:
         rank = ranks[path]
-        return -sum(gains[path][rank : rank + step]) / costs[path], order[path], path
+        return -max(0.0, sum(gains[path][rank : rank + step])) / costs[path], order[path], path
 
     queue = [worth(path) for path in ranks if ranks[path] + step <= ceilings[path]]
     heapq.heapify(queue)

@@ -228,7 +228,7 @@ class Sketch:
         numbers, or where there were none."""
         if not self.states:
             said = f"No token of the rows reaches '{path}', so lora.start has no direction there."
-            raise DataError(f"{said} Try lora.start kaiming.")
+            raise DataError(f"{said} Raise ranks.rows, leave it out with lora.exclude_modules, or take lora.start kaiming.")
         _require_finite(path, self.product)
         found = self.omega.t()[:count].clone()
         if self.trace > 0:

@@ -27,7 +27,7 @@ from lorakeet.core.selection import Selection, Share
 from lorakeet.core.start import seed_for
 from lorakeet.data.chat import Example
 from lorakeet.data.pack import Batch, micro_batches
-from lorakeet.errors import ConfigError, VerificationFailed
+from lorakeet.errors import ConfigError, EnvironmentProblem, VerificationFailed
 from lorakeet.evaluate.intervals import Estimate
 from lorakeet.memory.allocator import give_back_free_memory, keep_freed_memory
 from lorakeet.memory.spill import Aside
@@ -45,8 +45,6 @@ from lorakeet.train.stopping import Watch
 from lorakeet.train.task import HeldOut, batch_seeds
 from lorakeet.train.text_loss import head_losses
 from lorakeet.train.text_task import learning_rate_of, order_of
-
-_FULL = "The best values of each adapter in training are kept there: free some space."
 
 
 @dataclass(frozen=True)
@@ -92,7 +90,7 @@ class Many:
         together: int = 0,
         folder: Path | None = None,
     ) -> None:
-        """The best values of members are kept in scratch files in `folder`, or in memory.
+        """Best values are kept in scratch files in `folder`, or in memory where it is left out or will not take them.
 
         Raises ConfigError for no members, equal names, or adapters that cannot share a batch.
 
@@ -283,12 +281,25 @@ class _Learner:
             at.done, at.diverged = f"step {at.step}: the held-out loss is {loss.value:.4g} nats a token", True
             return
         if watch.see(at.step, loss.value, min_improvement=spec.min_improvement):
-            self._best = Aside(self._folder, _FULL)
-            for name, parameter in self.parameters.items():
-                found = parameter.detach().cpu()
-                self._best.put(name, found.clone() if self._folder is None else found)
+            self._best = self._kept()
         if watch.exhausted(spec.patience):
             at.done = f"no improvement in {watch.stale} evaluations after step {watch.best_step}"
+
+    def _kept(self) -> Aside:
+        """The values of now. A disk that is full, or may not be written, ends no training: a plan has room for them in memory."""
+        if self._folder is not None:
+            try:
+                kept = Aside(self._folder)
+                for name, parameter in self.parameters.items():
+                    kept.put(name, parameter.detach().cpu())
+            except EnvironmentProblem:
+                self._folder = None
+            else:
+                return kept
+        kept = Aside()
+        for name, parameter in self.parameters.items():
+            kept.put(name, parameter.detach().cpu().clone())
+        return kept
 
     def restore(self) -> None:
         """The best values, where held-out rows have chosen some."""

@@ -26,7 +26,7 @@ class TrainSpec:
     )
     rate_trial_steps: int = field(
         default=12,
-        metadata={"help": "Steps of a trial of 0.5, 1 and 2 times the rate before a run that leaves learning_rate out; 0: none."},
+        metadata={"help": "Steps in which a run without learning_rate tries half, once and twice the rule's; below 8: none."},
     )
     b_learning_rate_ratio: float = field(
         default=1.0, metadata={"help": "Learning rate of B over that of everything else; LoRA+ uses 16 (arXiv 2402.12354)."}

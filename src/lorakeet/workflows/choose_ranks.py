@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from rich.console import Console
-from torch import Tensor
+from torch import Tensor, nn
 
 from lorakeet.config import RunConfig
 from lorakeet.core.plan import Plan
@@ -21,6 +21,7 @@ from lorakeet.memory.allocator import give_back_free_memory
 from lorakeet.models.adapt import begin_adapter
 from lorakeet.models.fuse import unfuse
 from lorakeet.models.inject import activate, eject, trained_parameters
+from lorakeet.models.modules import find, output_layer
 from lorakeet.models.targets import plan_for
 from lorakeet.models.text import TextModel
 from lorakeet.ranks.allocate import Gains, allocate, pair_parameters, rank_pattern
@@ -112,9 +113,14 @@ def _sketches(
 ) -> dict[str, Sketch]:
     """Of the states of the bare base on the rows."""
 
+    head = output_layer(text.model)
+    heeds_head = any(find(text.model, entry.path) is head for entry in plan.entries)
+
     def forward() -> None:
         for batch in micro_batches(rows, config.train.micro_tokens):
-            text.hidden(batch.to(text.device))
+            states = text.hidden(batch.to(text.device))
+            for some in torch.split(states, config.train.head_chunk) if heeds_head else ():
+                cast(nn.Module, head)(some)  # which a pass up to the last states does not call
 
     unfuse(text.model)  # so that every matrix is called by itself, whatever adapters are there; begin_adapter fuses again
     activate(text.model, None)

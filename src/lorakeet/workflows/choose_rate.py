@@ -1,4 +1,4 @@
-"""A rate for a run that names none: half, once and twice the rule's are trained for its first steps, and held-out rows decide.
+"""A rate for a run that names none: half, once and twice the rule's are trained for a few steps, and held-out rows decide.
 
 The three are members of one pass over the base (train/many). Their values are thrown away: the run begins anew with the rate that
 was chosen, which stands in its saved run file, so that it can be resumed and run again without another trial.
@@ -31,8 +31,8 @@ def choose_rate(setup: Assembly, console: Console, *, asked: bool = False) -> tu
     """The assembly with train.learning_rate chosen, and the trial; as it was, and None, where there is none.
 
     There is none where the rate is given and a trial is not `asked` for, where train.rate_trial_steps is 0, and where it cannot
-    be, which is said. Another rate than the run's own is taken only where it is shown to be better. Raises DataError where all
-    three diverge, unless they rose in fewer steps than the run's own rate does.
+    be, which is said. Another rate than the run's own is taken only where it is shown to be better, or where its own diverges;
+    not so where the run rises for the whole length of the trial or longer. Raises DataError where all three diverge else.
     """
     spec = setup.config.train
     if spec.rate_trial_steps == 0 or (spec.learning_rate is not None and not asked):
@@ -56,6 +56,9 @@ def choose_rate(setup: Assembly, console: Console, *, asked: bool = False) -> tu
 
 def _why_not(setup: Assembly, steps: int) -> str:
     """Why three adapters cannot or should not be trained together here; empty where they should."""
+    asked = setup.config.train.rate_trial_steps
+    if asked < FEWEST_STEPS:
+        return f"train.rate_trial_steps is {asked}, and a trial means something from {FEWEST_STEPS} on"
     if steps < FEWEST_STEPS:
         return f"a run of {setup.steps} steps is too short for a trial of {FEWEST_STEPS}"
     rows = _rows(setup)
@@ -94,9 +97,9 @@ def _decided(trials: Trials, steps: int) -> tuple[Trial, Search]:
     kept = [trial for trial in trials.all if trial.losses is not None]
     spec = trials.setup.config.train
     rise = schedule.warmup_steps(trials.setup.steps, spec.warmup_fraction)
-    if not kept and rise > steps // RISE:
-        stays = f"All three learning rates diverged, risen in {steps // RISE} steps. ×1 stays, to which this run rises in {rise}."
-        return start, replace(found, conclusion=stays)
+    if start.losses is None and rise >= steps:
+        said = f"×1 diverged, risen in {steps // RISE} of {steps} steps. It stays, since this run rises to it in {rise} steps."
+        return start, replace(found, conclusion=said)
     if not kept:
         raise DataError(
             f"All three learning rates diverged within {steps} steps: {', '.join(line.settings for line in found.trials)}. Give "

@@ -5,7 +5,6 @@ open → Moments on training rows → spectra → one cut for each size → loss
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -30,6 +29,7 @@ from lorakeet.errors import ConfigError, DataError, VerificationFailed
 from lorakeet.evaluate.certificate import Certificate, judge
 from lorakeet.evaluate.compare import compare_losses
 from lorakeet.evaluate.likelihood import RowLosses
+from lorakeet.evaluate.power import rows_below
 from lorakeet.evaluate.rank_values import CurvePoint, RankCurve
 from lorakeet.evaluate.report import Report, write_report
 from lorakeet.evaluate.values import encode
@@ -236,7 +236,7 @@ def _curve(judged: Judge, cuts: Sequence[_Cut], full_parameters: int, share: flo
                 item.name, item.parameters, compare_losses(base, losses, spec).difference, compare_losses(losses, full, spec)
             )
         )
-    rule = f"loses at most {100 * share:g} % of its gain, with the whole interval and like all larger ones"
+    rule = f"loses at most {100 * share:g} % of its gain, with the whole interval"
     marked = ""
     for point in points[1:]:  # the largest first, up to one that fails: in a fixed order no look asks for a correction
         if not _good(point, gain.value, share):
@@ -253,8 +253,9 @@ def _why_none(curve: RankCurve, share: float) -> str:
     if against is None or against.difference.value >= share * gain.value:
         return ""
     found = against.difference
-    needed = math.ceil(found.n * ((found.high - found.value) / (share * gain.value - found.value)) ** 2)
-    return f"The largest cut loses {signed(found.value, 4)} nats a token; about {needed:,} held-out rows could show that. "
+    needed = rows_below(found.n, found.high - found.value, share * gain.value - found.value, found.confidence)
+    lost = f"The largest cut changes the loss by {signed(found.value, 4)} nats a token"
+    return f"{lost}; if that is so, about {needed:,} held-out rows show that it is good enough, with a probability of 80 %. "
 
 
 def _good(point: CurvePoint, gain: float, share: float) -> bool:
@@ -348,5 +349,5 @@ def _show(curve: RankCurve, console: Console) -> None:
             cells += [f"{signed(found.value, 4)} [{signed(found.low, 4)}, {signed(found.high, 4)}]", against.verdict]
         table.add_row(point.name, *(Text(cell) for cell in cells), style="bold" if point.name == curve.marked else "")
     console.print(table)
-    said = f"Smallest that {curve.rule}: {curve.marked}" if curve.marked else f"No cut {curve.rule}."
+    said = f"Smallest, from the largest down, that {curve.rule}: {curve.marked}" if curve.marked else f"No cut {curve.rule}."
     console.print(said, markup=False, soft_wrap=True)

@@ -40,7 +40,7 @@ from lorakeet.workflows import page
 from lorakeet.workflows.assemble import Assembly, assemble, ready_to_train
 from lorakeet.workflows.begin import begin_run, identity_of, rates_of
 from lorakeet.workflows.certify_run import certify_run
-from lorakeet.workflows.choose_rate import choose_rate
+from lorakeet.workflows.choose_rate import FEWEST_STEPS, choose_rate
 from lorakeet.workflows.conclude import conclude, judging
 from lorakeet.workflows.image_finetune import ImageResult, finetune_images
 from lorakeet.workflows.judge import Judge
@@ -199,8 +199,9 @@ def _check_quick(config: RunConfig, quick: bool, resume: Path | None) -> None:
         problems.add(f"{resume} has its learning rate already, and a resumed run keeps it. Leave --quick out.")
     if config.kind == "image":
         problems.add("Learning rates are tried for text models only. Leave --quick out, and compare whole runs.")
-    if config.train.rate_trial_steps == 0:
-        problems.add("train.rate_trial_steps is 0, which tries none. Give the number of steps to try, such as 12.")
+    if config.train.rate_trial_steps < FEWEST_STEPS:
+        steps = config.train.rate_trial_steps
+        problems.add(f"train.rate_trial_steps is {steps}, which tries none. Give the number of steps to try, such as 12.")
     problems.raise_if_any()
 
 

@@ -152,7 +152,7 @@ def while_trying(
     config: RunConfig, found: Rehearsal, rows: Rows, members: int = len(QUICK_FACTORS), *, searching: bool = False
 ) -> Held:
     """The most held while `members` adapters are trained together, each with gradients and moments, in passes of micro_tokens or
-    one row, their best values on disk. `searching` (workflows/tune) those of two earlier trials are kept too.
+    one row. `searching` (workflows/tune) their best values are kept too, as where no disk takes them, and those of two others.
     """
     step = found.peaks[STEP]
     own = VALUE * found.plan.parameters
@@ -163,7 +163,7 @@ def while_trying(
     passing = {kind: round(more * step.kinds.get(kind, 0)) for kind in ("saved activations", "logits", "scratch")}
     passing["scratch"] += (members - 1) * _laid_out(found.plan)
     anchors = VALUE * (finished_plan(config, found.plan).parameters - found.plan.parameters)
-    kept = 2 if searching else 0
+    kept = members + 2 if searching else 0
     adapters = (members - copies + kept) * own + (members - 1 + kept) * anchors
     training = with_more(step, adapter=adapters, moments=(members - 1) * moments, gradients=(members - 1) * own, **passing)
     return larger(training, with_more(found.peaks[BEGIN], adapter=(members - 1 + kept) * (own + anchors)))

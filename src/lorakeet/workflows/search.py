@@ -26,13 +26,12 @@ from lorakeet.train.many import Many, Member, Progress, train_many
 from lorakeet.train.spec import TrainSpec
 from lorakeet.train.stopping import DIVERGED
 from lorakeet.workflows.assemble import Assembly, begin_pairs
-from lorakeet.workflows.place import folder_above
 from lorakeet.workflows.search_space import Point, Space, plan_of_point
 
 RUNGS = (0.25, 0.5)  # shares of a trial's steps after which the worse half is given up
 START = "run file"  # the trial with the run file's own settings, which all others are compared with
 HALVED, SPENT = "given up at a rung", "the budget is spent"
-RISE = 4  # the rate of a short trial rises in this part of its steps at most
+RISE = 4  # the rate of a short trial rises in a fourth of its steps at most
 
 
 @dataclass
@@ -102,10 +101,18 @@ class SearchRows:
 class Trials:
     """Trials over one model in memory."""
 
-    def __init__(self, setup: Assembly, space: Space, rows: SearchRows, budget: Budget, console: Console) -> None:
-        self.setup, self.space, self.rows, self.budget, self.console = setup, space, rows, budget, console
+    def __init__(
+        self,
+        setup: Assembly,
+        space: Space,
+        rows: SearchRows,
+        budget: Budget,
+        console: Console,
+        folder: Path | None = None,
+    ) -> None:
+        """Best values are kept on the disk of `folder` while trials are trained, or else in memory."""
+        self.setup, self.space, self.rows, self.budget, self.console, self.folder = setup, space, rows, budget, console, folder
         self.all: list[Trial] = []
-        self.folder = folder_above(Path(setup.config.out))  # on whose disk best values are kept while trials are trained
         self.base_loss: float | None = None  # nats a token on the rows of the search, once they were measured
 
     def power(self, difference: float) -> str:
@@ -148,7 +155,7 @@ class Trials:
         """Trains `trials` in one pass over the base; their losses are on them, the model is bare again afterwards.
 
         `steps`: only so many, with no look at held-out rows before they are done. Where the run's own rate rises for longer than
-        a part of them (RISE), it rises in that, and stays then: all of a long run's first steps are at a fraction of its rate.
+        a fourth of them, it rises in that, and stays then: all of a long run's first steps are at a fraction of its rate.
         """
         text, names = self.setup.text, {f"trial_{index}": trial for index, trial in enumerate(trials)}
         held_out = self.rows.search if steps is None else []
@@ -276,13 +283,13 @@ def loss_of(trial: Trial) -> float:
 
 
 def _first_steps(spec: TrainSpec, steps: int) -> TrainSpec:
-    """Settings of so many steps that rise as the run's own, or in a part of them (RISE), and are at the whole rate then."""
+    """Settings of so many steps that rise as the run's own, or in a fourth of them (RISE), and are at the whole rate then."""
     rise = min(schedule.warmup_steps(spec.total_steps(1), spec.warmup_fraction), steps // RISE)
     return replace(spec, steps=steps, schedule="constant", warmup_fraction=max(0.0, (rise - 0.5) / steps))  # rounded up again
 
 
 def _halve(many: Many, left: list[float], *, keep: Sequence[str]) -> None:
-    """Gives up the worse half by held-out loss once every trial has been measured at the next rung, or after it.
+    """Gives up the worse half by held-out loss once every trial has been measured at the next rung, or after several at once.
 
     Those to `keep` are ranked like all others and stay: what trials are compared with must be trained as long as the best one.
     """
@@ -293,7 +300,8 @@ def _halve(many: Many, left: list[float], *, keep: Sequence[str]) -> None:
     seen = [(at.held_out[-1][1].value, at.member.name) for at in measured]
     if len(seen) < len(learning):
         return
-    left.pop(0)
+    while left and all(at.held_out[-1][0] >= left[0] * at.total for at in measured):
+        left.pop(0)  # one look gives up one half, however many rungs it has passed
     for _, name in sorted(seen)[(len(seen) + 1) // 2 :]:
         if name not in keep:
             many.stop(name, HALVED)

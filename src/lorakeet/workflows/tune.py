@@ -97,7 +97,8 @@ def tune(  # noqa: PLR0913 - each is a flag of the verb
         space = space_for(
             setup.config, setup.text, rate_factors=rate_factors, rank_choices=rank_choices, target_choices=target_choices
         )
-        search = Trials(setup, space, _rows(setup), Budget(None if minutes is None else 60 * minutes, tokens), console)
+        budget = Budget(None if minutes is None else 60 * minutes, tokens)
+        search = Trials(setup, space, _rows(setup), budget, console, folder_above(out))
         with _kept_states(search, seeds, out):
             confirmed, found = _searched(search, sampler, difference, seeds, together)
         _show(found, console)
@@ -188,7 +189,7 @@ def _sampler(seed: int) -> Any:
         remedy = "Install it with pip install 'lorakeet[tune]', or take --quick."
         raise EnvironmentProblem(f"The package optuna, which draws the trials, is missing. {remedy}") from None
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    return optuna.create_study(sampler=optuna.samplers.TPESampler(seed=seed, constant_liar=True))
+    return optuna.create_study(sampler=optuna.samplers.TPESampler(seed=seed))
 
 
 def _rows(setup: Assembly) -> SearchRows:

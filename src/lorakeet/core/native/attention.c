@@ -95,6 +95,12 @@ static Queries queries_of(int64_t n, int halves, int earlier) {
 
 static int halves_of(int64_t parts) { return parts < FEW_PARTS ? 2 : 1; }
 
+/* Sixteen numbers for a key, and the other sixteen for the next one. */
+static inline void put_two(bf16 *to, __m512i x) {
+    _mm256_storeu_si256((__m256i *)to, _mm512_castsi512_si256(x));
+    _mm256_storeu_si256((__m256i *)(to + T), _mm512_extracti64x4_epi64(x, 1));
+}
+
 static void forward_row(const Shape *s, const bf16 *q, const bf16 *k, const bf16 *v, bf16 *out, float *logsums, int64_t head,
                         int64_t row, Queries of, Room room) {
     int64_t d = s->d, step = s->heads * d, kv = head / (s->heads / s->kv), shared = row ? s->prefix : 0;
@@ -119,29 +125,29 @@ static void forward_row(const Shape *s, const bf16 *q, const bf16 *k, const bf16
             scores_of(&seen, keys + j * d, queries, scores, d);
             int cut = seen.last < T - 1; /* some of the keys come after the first query */
             for (int l = 0; l < seen.sixteens; l++) {
-                __m512 high = highest[l];
+                __m512 most = _mm512_set1_ps(-INFINITY);
                 for (int64_t c = 0; c < seen.keys[l]; c++) {
-                    __m512 x = _mm512_mul_ps(_mm512_loadu_ps(scores + c * T + l * LANES), factor);
-                    if (cut) x = _mm512_mask_mov_ps(_mm512_set1_ps(-INFINITY), sees(c, seen.last + l * LANES), x);
-                    _mm512_storeu_ps(scores + c * T + l * LANES, x);
-                    high = _mm512_max_ps(high, x);
+                    __m512 x = _mm512_loadu_ps(scores + c * T + l * LANES);
+                    most = cut ? _mm512_mask_max_ps(most, sees(c, seen.last + l * LANES), most, x) : _mm512_max_ps(most, x);
                 }
+                __m512 high = _mm512_max_ps(highest[l], _mm512_mul_ps(most, factor));
                 __m512 less = exp2_of(_mm512_sub_ps(highest[l], high)), added = _mm512_setzero_ps();
                 for (int64_t c = 0; c < seen.keys[l]; c += 2) {
-                    __m512 one = exp2_of(_mm512_sub_ps(_mm512_loadu_ps(scores + c * T + l * LANES), high));
-                    __m512 two = exp2_of(_mm512_sub_ps(_mm512_loadu_ps(scores + (c + 1) * T + l * LANES), high));
+                    const float *at = scores + c * T + l * LANES;
+                    __m512 one = exp2_of(_mm512_fmsub_ps(_mm512_loadu_ps(at), factor, high));
+                    __m512 two = exp2_of(_mm512_fmsub_ps(_mm512_loadu_ps(at + T), factor, high));
+                    if (cut) {
+                        one = _mm512_maskz_mov_ps(sees(c, seen.last + l * LANES), one);
+                        two = _mm512_maskz_mov_ps(sees(c + 1, seen.last + l * LANES), two);
+                    }
                     added = _mm512_add_ps(added, _mm512_add_ps(one, two));
-                    __m512i low = _mm512_cvtepu16_epi32(narrow(one)), up = _mm512_cvtepu16_epi32(narrow(two));
-                    _mm512_storeu_si512(weights + c / 2 * T + l * LANES, _mm512_or_si512(low, _mm512_slli_epi32(up, 16)));
+                    _mm512_storeu_si512(weights + c / 2 * T + l * LANES, by_turns(narrow_two(one, two)));
                 }
                 total[l] = _mm512_fmadd_ps(total[l], less, added);
                 highest[l] = high;
                 _mm512_storeu_ps(shrink + l * LANES, less);
             }
-            if (j)
-                for (int64_t r = 0; r < count; r++)
-                    for (int64_t c = 0; c < d; c++) sum[r * d + c] *= shrink[r];
-            by_queries(&seen, weights, values + j / 2 * d, sum, d, j > 0);
+            by_queries(&seen, weights, values + j / 2 * d, sum, d, j ? SCALED : ANEW, shrink);
         }
         float highs[T], totals[T];
         for (int l = 0; l < SIXTEENS; l++) {
@@ -202,27 +208,26 @@ static void backward_row(const Shape *s, const bf16 *q, const bf16 *k, const bf1
             for (int l = 0; l < seen.sixteens; l++) {
                 __m512 logs = _mm512_loadu_ps(log_of + l * LANES), shares = _mm512_loadu_ps(share + l * LANES);
                 for (int64_t c = 0; c < seen.keys[l]; c += 2) {
-                    __m256i slope[2];
+                    int64_t at = c * T + l * LANES;
+                    __m512 p[2], ds[2];
                     for (int64_t e = 0; e < 2; e++) {
-                        int64_t at = (c + e) * T + l * LANES;
-                        __m512 p = exp2_of(_mm512_fmsub_ps(_mm512_loadu_ps(scores + at), factor, logs));
-                        if (cut) p = _mm512_maskz_mov_ps(sees(c + e, seen.last + l * LANES), p);
-                        __m512 ds = _mm512_mul_ps(p, _mm512_sub_ps(_mm512_loadu_ps(onto + at), shares));
-                        slope[e] = narrow(ds);
-                        _mm256_storeu_si256((__m256i *)(weights + at), narrow(p));
-                        _mm256_storeu_si256((__m256i *)(slopes + at), slope[e]);
+                        p[e] = exp2_of(_mm512_fmsub_ps(_mm512_loadu_ps(scores + at + e * T), factor, logs));
+                        if (cut) p[e] = _mm512_maskz_mov_ps(sees(c + e, seen.last + l * LANES), p[e]);
+                        ds[e] = _mm512_mul_ps(p[e], _mm512_sub_ps(_mm512_loadu_ps(onto + at + e * T), shares));
                     }
-                    __m512i low = _mm512_cvtepu16_epi32(slope[0]), up = _mm512_cvtepu16_epi32(slope[1]);
-                    _mm512_storeu_si512(slope_pairs + c / 2 * T + l * LANES, _mm512_or_si512(low, _mm512_slli_epi32(up, 16)));
+                    __m512i weight = narrow_two(p[0], p[1]), slope = narrow_two(ds[0], ds[1]);
+                    put_two(weights + at, weight);
+                    put_two(slopes + at, slope);
+                    _mm512_storeu_si512(slope_pairs + c / 2 * T + l * LANES, by_turns(slope));
                 }
             }
-            by_queries(&seen, slope_pairs, key_pairs + j / 2 * d, sum, d, j > 0);
+            by_queries(&seen, slope_pairs, key_pairs + j / 2 * d, sum, d, j ? ADDED : ANEW, 0);
             int inside = j >= shared && j + seen.all <= shared + of.stop; /* of the row's own keys */
             for (int which = 0; which < 2; which++) { /* ∂V, then ∂K, of this tile of keys */
                 const bf16 *a = which ? slopes : weights;
                 const uint32_t *b = which ? query_pairs : grad_pairs;
                 float *of_prefix = which ? of_prefix_k : of_prefix_v, *own = which ? own_k : own_v;
-                by_keys(&seen, a, b, inside ? own + (j - shared) * d : part, d, inside);
+                by_keys(&seen, a, b, inside ? own + (j - shared) * d : part, d, inside ? ADDED : ANEW);
                 for (int64_t c = 0; !inside && c < seen.all && j + c < shared + of.stop; c++) {
                     float *to = j + c < shared ? of_prefix + (j + c) * d : own + (j + c - shared) * d;
                     for (int64_t e = 0; e < d; e++) to[e] += part[c * d + e];

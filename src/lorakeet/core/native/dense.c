@@ -38,8 +38,6 @@ static void lay_rows(const bf16 *weight, int64_t first, int64_t out, int64_t in,
 
 /* Columns of the weight (out, in) from `first` on, as columns of g·W: panel[out / 2][WIDE][16 columns][2 rows]. */
 static void lay_columns(const bf16 *weight, int64_t first, int64_t out, int64_t in, __m512i *panel) {
-    const __m512i by_turns = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21, 5, 20,
-                                              4, 19, 3, 18, 2, 17, 1, 16, 0);
     for (int64_t k = 0; k < out; k += 2)
         for (int64_t w = 0; w < WIDE; w++, panel++) {
             int64_t column = first + w * LANES;
@@ -54,7 +52,7 @@ static void lay_columns(const bf16 *weight, int64_t first, int64_t out, int64_t 
             }
             __m512i one = _mm512_castsi256_si512(_mm256_loadu_si256((const __m256i *)at));
             __m512i two = _mm512_inserti64x4(one, _mm256_loadu_si256((const __m256i *)(at + in)), 1);
-            *panel = _mm512_permutexvar_epi16(by_turns, two);
+            *panel = by_turns(two);
         }
 }
 

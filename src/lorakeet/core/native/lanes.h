@@ -17,6 +17,16 @@ static inline __m256i narrow(__m512 x) { return (__m256i)_mm512_cvtneps_pbh(x); 
 
 static inline void put(bf16 *to, __m512 x) { _mm256_storeu_si256((__m256i *)to, narrow(x)); }
 
+/* Two of these side by side, `two` behind `one`. */
+static inline __m512i narrow_two(__m512 one, __m512 two) { return (__m512i)_mm512_cvtne2ps_pbh(two, one); }
+
+/* Of two sixteens side by side the first number of each, then the second of each, and so on. */
+static inline __m512i by_turns(__m512i x) {
+    const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21, 5, 20, 4,
+                                           19, 3, 18, 2, 17, 1, 16, 0);
+    return _mm512_permutexvar_epi16(order, x);
+}
+
 static inline __m512bh both(const bf16 *x) { return (__m512bh)_mm512_loadu_si512(x); } /* two numbers for each of sixteen sums */
 
 static inline __m512bh two_of(const bf16 *x) { /* the same two for all of them */
@@ -25,17 +35,17 @@ static inline __m512bh two_of(const bf16 *x) { /* the same two for all of them *
     return (__m512bh)_mm512_set1_epi32(two);
 }
 
-/* 2ˣ to about 2e-7 of itself: the series of e^(f·ln 2) to its sixth power, |f| <= 1/2. Below 2⁻¹⁵⁰ it stays there, which is 0. */
+/* 2ˣ to about 2e-7 of itself: 1 and a polynomial in f, |f| <= 1/2, of least relative error. Below 2⁻¹⁵⁰ it stays there, which
+   is 0. */
 static inline __m512 exp2_of(__m512 x) {
     x = _mm512_max_ps(_mm512_set1_ps(-150.0f), x); /* in this order NaN stays NaN */
     __m512 whole = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
     __m512 f = _mm512_sub_ps(x, whole);
-    __m512 p = _mm512_set1_ps(1.540353039338161e-4f);
-    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(1.333355814642844e-3f));
-    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(9.618129107628477e-3f));
-    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(5.550410866482158e-2f));
-    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(2.402265069591007e-1f));
-    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(6.931471805599453e-1f));
+    __m512 p = _mm512_set1_ps(1.3264735462144017e-3f);
+    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(9.67151764780283e-3f));
+    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(5.550733953714371e-2f));
+    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(2.4022242426872253e-1f));
+    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(6.931470036506653e-1f));
     p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(1.0f));
     return _mm512_scalef_ps(p, whole);
 }

@@ -87,6 +87,8 @@ def shape_of(rows: Sequence[int], prefix: int, scale: float, states: tuple[int, 
     if heads % kv or d % HEAD or min(lengths) < 0 or sum(lengths) > tokens:
         shapes = f"{tokens} tokens, {heads} heads over {kv}, of {d} numbers, a prefix of {prefix}"
         raise ValueError(f"rows of {list(rows)} tokens are no rows of {shapes}, in whole groups and heads of {HEAD} numbers")
+    if not scale > 0:
+        raise ValueError(f"scores are multiplied by {scale}; attention.c takes a factor above 0")
     array = ctypes.c_int64 * len(rows)
     held = array(*starts), array(*lengths)
     addresses = (ctypes.cast(each, ctypes.c_void_p) for each in held)

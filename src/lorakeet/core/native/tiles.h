@@ -20,21 +20,29 @@ static void pairs_of_rows(const bf16 *x, int64_t count, int64_t d, uint32_t *out
 
 /* A tile's words of two neighbouring numbers, the other way round: (T, d/2) to (d/2, T). */
 static void turned(const bf16 *x, int64_t d, uint32_t *out) {
-    const uint32_t *words = (const uint32_t *)x;
-    for (int64_t i = 0; i < T; i += 8)
-        for (int64_t c = 0; c < d / 2; c++)
-            for (int r = 0; r < 8; r++) out[c * T + i + r] = words[(i + r) * (d / 2) + c];
+    for (int64_t i = 0; i < T; i += LANES)
+        for (int64_t c = 0; c < d / 2; c += LANES) {
+            __m512i words[LANES];
+            for (int r = 0; r < LANES; r++) words[r] = _mm512_loadu_si512(x + (i + r) * d + 2 * c);
+            transposed(words);
+            for (int r = 0; r < LANES; r++) _mm512_storeu_si512(out + (c + r) * T + i, words[r]);
+        }
 }
+
+enum { ANEW, ADDED, SCALED }; /* what becomes of C's own numbers: SCALED, each row by a factor of its own, they are added to */
 
 /* C (rows, 16·vectors) = A·B, or that added to C; all sums stay in registers. */
 static inline __attribute__((always_inline)) void block(const int rows, const int vectors, const int add, const uint32_t *a,
                                                         int64_t row, int64_t pair, const uint32_t *b, int64_t wide, float *c,
-                                                        int64_t out, int64_t pairs) {
+                                                        int64_t out, int64_t pairs, const float *by) {
     __m512 sum[4 * ROWS];
 #pragma GCC unroll 16
     for (int r = 0; r < rows; r++)
 #pragma GCC unroll 4
-        for (int n = 0; n < vectors; n++) sum[r * vectors + n] = add ? _mm512_loadu_ps(c + r * out + n * LANES) : _mm512_setzero_ps();
+        for (int n = 0; n < vectors; n++) {
+            sum[r * vectors + n] = add == ANEW ? _mm512_setzero_ps() : _mm512_loadu_ps(c + r * out + n * LANES);
+            if (add == SCALED) sum[r * vectors + n] = _mm512_mul_ps(sum[r * vectors + n], _mm512_set1_ps(by[r]));
+        }
     for (int64_t k = 0; k < pairs; k++) {
         __m512bh right[4];
 #pragma GCC unroll 4
@@ -52,11 +60,14 @@ static inline __attribute__((always_inline)) void block(const int rows, const in
         for (int n = 0; n < vectors; n++) _mm512_storeu_ps(c + r * out + n * LANES, sum[r * vectors + n]);
 }
 
-/* C (ROWS, N) = A (ROWS, 2·pairs) · B (2·pairs, N), or with `add` that added to C; N a multiple of 64. */
-static inline void strip(const uint32_t *a, int64_t row, int64_t pair, const uint32_t *b, float *c, int64_t n, int64_t pairs, int add) {
+/* C (ROWS, N) = A (ROWS, 2·pairs) · B (2·pairs, N), or with `add` that added to C, or to C's rows times those of `by`; N a multiple
+   of 64. */
+static inline void strip(const uint32_t *a, int64_t row, int64_t pair, const uint32_t *b, float *c, int64_t n, int64_t pairs, int add,
+                         const float *by) {
     for (int64_t j = 0; j < n; j += 4 * LANES)
-        if (add) block(ROWS, 4, 1, a, row, pair, b + j, n, c + j, n, pairs);
-        else block(ROWS, 4, 0, a, row, pair, b + j, n, c + j, n, pairs);
+        if (add == SCALED) block(ROWS, 4, SCALED, a, row, pair, b + j, n, c + j, n, pairs, by);
+        else if (add) block(ROWS, 4, ADDED, a, row, pair, b + j, n, c + j, n, pairs, 0);
+        else block(ROWS, 4, ANEW, a, row, pair, b + j, n, c + j, n, pairs, 0);
 }
 
 /* Of a tile of keys, which of a tile of queries see what: query r sees the keys up to `last` + r, there are `count` queries. */
@@ -96,24 +107,25 @@ static void scores_of(const Seen *seen, const bf16 *keys, const uint32_t *querie
         const uint32_t *from = a + key * row, *b = queries + first * LANES;
         float *to = scores + key * T + first * LANES;
         switch (seen->sixteens - first) {
-        case 4: block(4, 4, 0, from, row, 1, b, T, to, T, row), key += 4; break;
-        case 3: block(4, 3, 0, from, row, 1, b, T, to, T, row), key += 4; break;
+        case 4: block(4, 4, ANEW, from, row, 1, b, T, to, T, row, 0), key += 4; break;
+        case 3: block(4, 3, ANEW, from, row, 1, b, T, to, T, row, 0), key += 4; break;
         case 2:
-            if (end - key >= 8) block(8, 2, 0, from, row, 1, b, T, to, T, row), key += 8;
-            else block(4, 2, 0, from, row, 1, b, T, to, T, row), key += 4;
+            if (end - key >= 8) block(8, 2, ANEW, from, row, 1, b, T, to, T, row, 0), key += 8;
+            else block(4, 2, ANEW, from, row, 1, b, T, to, T, row, 0), key += 4;
             break;
         default:
-            if (end - key >= 16) block(16, 1, 0, from, row, 1, b, T, to, T, row), key += 16;
-            else if (end - key >= 8) block(8, 1, 0, from, row, 1, b, T, to, T, row), key += 8;
-            else block(4, 1, 0, from, row, 1, b, T, to, T, row), key += 4;
+            if (end - key >= 16) block(16, 1, ANEW, from, row, 1, b, T, to, T, row, 0), key += 16;
+            else if (end - key >= 8) block(8, 1, ANEW, from, row, 1, b, T, to, T, row, 0), key += 8;
+            else block(4, 1, ANEW, from, row, 1, b, T, to, T, row, 0), key += 4;
         }
     }
 }
 
-/* C (T, d) = or += A (T, T) · B (T, d) of what is seen, where A is of queries down and keys along: (keys/2, queries) in words. */
-static void by_queries(const Seen *seen, const uint32_t *a, const uint32_t *b, float *c, int64_t d, int add) {
+/* C (T, d) = or += A (T, T) · B (T, d) of what is seen, where A is of queries down and keys along: (keys/2, queries) in words; `by`
+   are factors of C's rows. */
+static void by_queries(const Seen *seen, const uint32_t *a, const uint32_t *b, float *c, int64_t d, int add, const float *by) {
     for (int64_t r = 0; r < seen->count; r += ROWS)
-        strip(a + r, 1, T, b, c + r * d, d, seen->keys[r / LANES] / 2, add);
+        strip(a + r, 1, T, b, c + r * d, d, seen->keys[r / LANES] / 2, add, add == SCALED ? by + r : 0);
 }
 
 /* The same of keys down and queries along: (keys, queries/2) in words; the keys that are seen. */
@@ -121,7 +133,7 @@ static void by_keys(const Seen *seen, const bf16 *weights, const uint32_t *b, fl
     const uint32_t *a = (const uint32_t *)weights;
     for (int64_t key = 0; key < seen->all; key += ROWS) {
         int64_t from = first_that_sees(seen, key) * (LANES / 2), pairs = seen->sixteens * (LANES / 2) - from;
-        strip(a + key * (T / 2) + from, T / 2, 1, b + from * d, c + key * d, d, pairs, add);
+        strip(a + key * (T / 2) + from, T / 2, 1, b + from * d, c + key * d, d, pairs, add, 0);
     }
 }
 
