@@ -253,12 +253,14 @@ void attention_forward(const Shape *s, const bf16 *q, const bf16 *k, const bf16 
                             (Room){scratch + omp_get_thread_num() * room});
 }
 
-/* `sums`: (2, parts, tokens, d) and `of_prefix`: (2, parts, groups, prefix, d), of ∂K and ∂V, zeros. */
+/* `sums`: room for (2, parts, tokens, d), and `of_prefix` for (2, parts, groups, prefix, d), of ∂K and ∂V. A part clears its own
+   just before it adds to them, while they are in the processor's cache. */
 void attention_backward(const Shape *s, const bf16 *q, const bf16 *k, const bf16 *v, const bf16 *out, const float *logsums,
                         const bf16 *grad, bf16 *grad_q, bf16 *grad_k, bf16 *grad_v, float *sums, float *of_prefix, char *scratch,
                         int threads) {
     int64_t d = s->d, room = attention_room(s), all = s->parts * s->tokens * d;
     int64_t shared = s->groups * s->prefix * d, together = s->parts / s->kv;
+    int64_t last = s->starts[s->rows - 1] + s->lengths[s->rows - 1]; /* behind it is filler, whose gradients are zeros */
     int halves = halves_of(s->groups * s->parts);
     atomic_int done[FEW_PARTS] = {0}; /* of the parts that are halved: the later queries */
 #pragma omp parallel for collapse(3) schedule(monotonic : dynamic, 1) num_threads(threads)
@@ -269,8 +271,13 @@ void attention_backward(const Shape *s, const bf16 *q, const bf16 *k, const bf16
                 for (int spins = 0; half && !atomic_load(done + group * s->parts + part); spins++)
                     if (spins < SPINS) _mm_pause();
                     else sched_yield();
+                int64_t at = part * shared + group * s->prefix * d;
+                for (int which = 0; !half && which < 2; which++)
+                    memset(of_prefix + which * s->parts * shared + at, 0, s->prefix * d * sizeof(float));
                 for (int64_t row = first_of(s, group), stop = first_of(s, group + 1); row < stop; row++) {
-                    int64_t own = (part * s->tokens + s->starts[row]) * d, at = part * shared + group * s->prefix * d;
+                    int64_t own = (part * s->tokens + s->starts[row]) * d;
+                    for (int which = 0; !half && which < 2; which++)
+                        memset(sums + which * all + own, 0, s->lengths[row] * d * sizeof(float));
                     backward_row(s, q, k, v, out, logsums, grad, grad_q, sums + own, sums + all + own, of_prefix + at,
                                  of_prefix + s->parts * shared + at, part, row, queries_of(s->lengths[row], halves, half),
                                  (Room){scratch + omp_get_thread_num() * room});
@@ -283,7 +290,7 @@ void attention_backward(const Shape *s, const bf16 *q, const bf16 *k, const bf16
             for (int64_t c = 0; c < d; c += LANES)
                 for (int which = 0; which < 2; which++) {
                     __m512 total = _mm512_setzero_ps();
-                    for (int64_t p = of * together; p < (of + 1) * together; p++) {
+                    for (int64_t p = of * together; token < last && p < (of + 1) * together; p++) {
                         total = _mm512_add_ps(total, _mm512_loadu_ps(sums + which * all + (p * s->tokens + token) * d + c));
                         for (int64_t g = 0; token < s->prefix && g < s->groups; g++) {
                             const float *from = of_prefix + (which * s->parts + p) * shared + (g * s->prefix + token) * d + c;

@@ -35,6 +35,12 @@ static inline __m512bh two_of(const bf16 *x) { /* the same two for all of them *
     return (__m512bh)_mm512_set1_epi32(two);
 }
 
+static inline __m512bh four_of(const bf16 *x) { /* two and two of the same four, by turns */
+    int64_t four;
+    __builtin_memcpy(&four, x, sizeof four);
+    return (__m512bh)_mm512_set1_epi64(four);
+}
+
 /* 2ˣ to about 2e-7 of itself: 1 and a polynomial in f, |f| <= 1/2, of least relative error. Below 2⁻¹⁵⁰ it stays there, which
    is 0. */
 static inline __m512 exp2_of(__m512 x) {

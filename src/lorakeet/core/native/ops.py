@@ -146,8 +146,8 @@ def row_attention_backward(
     threads = _threads(shape.parts * shape.groups)
     grads = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
     grads[0][prefix + sum(rows) :] = 0
-    sums = torch.zeros(2, shape.parts, len(q), q.shape[2])
-    of_prefix = torch.zeros(2, shape.parts, shape.groups, prefix, q.shape[2])
+    sums = torch.empty(2, shape.parts, len(q), q.shape[2])
+    of_prefix = torch.empty(2, shape.parts, shape.groups, prefix, q.shape[2])
     scratch = torch.empty(threads * room, dtype=torch.uint8)
     narrow, wide = pointers(q, k, v, out, grad, *grads), pointers(logs, sums, of_prefix, dtype=torch.float32)
     given = *narrow[:4], wide[0], *narrow[4:], *wide[1:], *pointers(scratch, dtype=torch.uint8)

@@ -16,16 +16,33 @@ static inline void normed(const bf16 *x, const bf16 *weight, float rho, bf16 *y,
     }
 }
 
+/* ρ of one token. */
+static inline float rho_of(const bf16 *x, float epsilon, int64_t width) {
+    __m512 sum = _mm512_setzero_ps();
+    for (int64_t c = 0; c < width; c += LANES) {
+        __m512 at = wide(x + c);
+        sum = _mm512_fmadd_ps(at, at, sum);
+    }
+    return 1.0f / sqrtf(_mm512_reduce_add_ps(sum) / (float)width + epsilon);
+}
+
 void norm(const bf16 *x, const bf16 *weight, float epsilon, bf16 *y, float *rho, int64_t tokens, int64_t width, int threads) {
 #pragma omp parallel for schedule(static) num_threads(threads)
     for (int64_t t = 0; t < tokens; t++) {
-        __m512 sum = _mm512_setzero_ps();
-        for (int64_t c = 0; c < width; c += LANES) {
-            __m512 at = wide(x + t * width + c);
-            sum = _mm512_fmadd_ps(at, at, sum);
-        }
-        rho[t] = 1.0f / sqrtf(_mm512_reduce_add_ps(sum) / (float)width + epsilon);
+        rho[t] = rho_of(x + t * width, epsilon, width);
         normed(x + t * width, weight, rho[t], y + t * width, width);
+    }
+}
+
+/* The same of a + b, rounded, which comes where b was. */
+void add_norm(const bf16 *a, bf16 *b, const bf16 *weight, float epsilon, bf16 *y, float *rho, int64_t tokens, int64_t width,
+              int threads) {
+#pragma omp parallel for schedule(static) num_threads(threads)
+    for (int64_t t = 0; t < tokens; t++) {
+        bf16 *at = b + t * width;
+        for (int64_t c = 0; c < width; c += LANES) put(at + c, _mm512_add_ps(wide(a + t * width + c), wide(at + c)));
+        rho[t] = rho_of(at, epsilon, width);
+        normed(at, weight, rho[t], y + t * width, width);
     }
 }
 
@@ -35,9 +52,9 @@ void norm_again(const bf16 *x, const float *rho, const bf16 *weight, bf16 *y, in
     for (int64_t t = 0; t < tokens; t++) normed(x + t * width, weight, rho[t], y + t * width, width);
 }
 
-/* ∂x = ρ·(w∘∂y − x̂·mean(w∘∂y∘x̂)), x̂ = x·ρ. May be written over x, or over ∂y. */
-void norm_backward(const bf16 *grad, const bf16 *x, const float *rho, const bf16 *weight, bf16 *found, int64_t tokens,
-                   int64_t width, int threads) {
+/* ∂x = ρ·(w∘∂y − x̂·mean(w∘∂y∘x̂)), x̂ = x·ρ, rounded, and added to `beside` if there is one. May be written over x, or over ∂y. */
+void norm_backward_beside(const bf16 *grad, const bf16 *x, const float *rho, const bf16 *weight, const bf16 *beside, bf16 *found,
+                          int64_t tokens, int64_t width, int threads) {
 #pragma omp parallel for schedule(static) num_threads(threads)
     for (int64_t t = 0; t < tokens; t++) {
         const bf16 *g = grad + t * width, *at = x + t * width;
@@ -47,9 +64,16 @@ void norm_backward(const bf16 *grad, const bf16 *x, const float *rho, const bf16
         __m512 share = _mm512_set1_ps(_mm512_reduce_add_ps(sum) / (float)width);
         for (int64_t c = 0; c < width; c += LANES) {
             __m512 scaled = _mm512_mul_ps(wide(g + c), wide(weight + c));
-            put(found + t * width + c, _mm512_mul_ps(_mm512_fnmadd_ps(_mm512_mul_ps(wide(at + c), by), share, scaled), by));
+            __m512 back = _mm512_mul_ps(_mm512_fnmadd_ps(_mm512_mul_ps(wide(at + c), by), share, scaled), by);
+            if (beside) back = _mm512_add_ps(widened(narrow(back)), wide(beside + t * width + c));
+            put(found + t * width + c, back);
         }
     }
+}
+
+void norm_backward(const bf16 *grad, const bf16 *x, const float *rho, const bf16 *weight, bf16 *found, int64_t tokens,
+                   int64_t width, int threads) {
+    norm_backward_beside(grad, x, rho, weight, 0, found, tokens, width, threads);
 }
 
 static inline __m512 sigmoid(__m512 x) {

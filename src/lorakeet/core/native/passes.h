@@ -18,10 +18,16 @@ static inline void turned(const bf16 *x, const bf16 *cos, const bf16 *sin, int64
 /* y = w ∘ (x·ρ) with ρ = 1/√(mean(x²) + ε) of each token. */
 void norm(const bf16 *x, const bf16 *weight, float epsilon, bf16 *y, float *rho, int64_t tokens, int64_t width, int threads);
 
-/* The same y from the ρ that was found before, and ∂x from ∂y. */
+/* The same of a + b, rounded, which comes where b was. */
+void add_norm(const bf16 *a, bf16 *b, const bf16 *weight, float epsilon, bf16 *y, float *rho, int64_t tokens, int64_t width,
+              int threads);
+
+/* The same y from the ρ that was found before, and ∂x from ∂y; rounded, and added to what passes `beside` the norm. */
 void norm_again(const bf16 *x, const float *rho, const bf16 *weight, bf16 *y, int64_t tokens, int64_t width, int threads);
 void norm_backward(const bf16 *grad, const bf16 *x, const float *rho, const bf16 *weight, bf16 *found, int64_t tokens,
                    int64_t width, int threads);
+void norm_backward_beside(const bf16 *grad, const bf16 *x, const float *rho, const bf16 *weight, const bf16 *beside, bf16 *found,
+                          int64_t tokens, int64_t width, int threads);
 
 /* silu(gate) ∘ up; and with its gradient ∂gate and ∂up in their places, and what it was in that of the gradient. */
 void gated(const bf16 *gate, const bf16 *up, bf16 *inner, int64_t count, int threads);

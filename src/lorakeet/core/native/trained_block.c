@@ -236,11 +236,6 @@ static void shift(bf16 *y, const bf16 *bias, int64_t tokens, int64_t width, int 
         for (int64_t c = 0; c < width; c += LANES) put(y + t * width + c, _mm512_add_ps(wide(y + t * width + c), wide(bias + c)));
 }
 
-static void clear(float *numbers, int64_t count, int threads) {
-#pragma omp parallel for schedule(static) num_threads(threads)
-    for (int64_t i = 0; i < count; i += LANES) _mm512_storeu_ps(numbers + i, _mm512_setzero_ps());
-}
-
 /* What a product with a frozen weight, or with pairs, is asked with; a weight that is no bf16 is brought back to `dense`. */
 typedef struct {
     int64_t tokens;
@@ -327,8 +322,7 @@ void trained_block(const Weights *w, const Shape *s, const Group *groups, const 
     attention_forward(s, f.q, f.k, k.v, k.attended, k.logs, (char *)f.work, least(threads, s->heads * s->rows));
     times(a, k.attended, 1, &w->o, outward);
     adapt(a, groups + OUTWARD, outward, k.attended, q, k.h[OUTWARD]);
-    add(x, k.middle, k.middle, n * hidden, threads);
-    norm(k.middle, w->second, w->epsilons[1], f.normed, k.second_rho, n, hidden, threads);
+    add_norm(x, k.middle, w->second, w->epsilons[1], f.normed, k.second_rho, n, hidden, threads);
     times(a, f.normed, 2, &w->gate, apart);
     adapt(a, groups + APART, apart, f.normed, hidden, k.h[APART]);
     gated(k.gate, k.up, f.inner, n * inner, threads);
@@ -360,8 +354,7 @@ void trained_block_backward(const Weights *w, const Shape *s, const Group *group
     adapt_back(a, groups + APART, (Layer[]){{k.gate, inner}, {k.up, inner}}, b.grad, hidden, k.h[APART], b.u, bs[APART]);
     of_a(a, groups + APART, b.u, b.normed, hidden, as[APART]);
     bf16 *middle = k.middle; /* and from here on its gradient */
-    norm_backward(b.grad, k.middle, k.second_rho, w->second, middle, n, hidden, threads);
-    add(grad, middle, middle, n * hidden, threads);
+    norm_backward_beside(b.grad, k.middle, k.second_rho, w->second, grad, middle, n, hidden, threads);
 
     Attention *at = &b.attention;
     back(a, middle, &w->o, at->attended, 0);
@@ -372,8 +365,6 @@ void trained_block_backward(const Weights *w, const Shape *s, const Group *group
     if (w->heads[1]) norm_again(k.k, k.rho[1], w->heads[1], b.k, n * s->kv, s->d, threads);
     if (w->heads[1]) turn(b.k, cos, sin, n, s->kv, s->d / 2, 0, threads);
     blank(s, at->q);
-    clear(at->sums, 2 * s->parts * n * s->d, threads);
-    clear(at->of_prefix, 2 * s->parts * s->groups * s->prefix * s->d, threads);
     attention_backward(s, b.q, b.k, k.v, k.attended, k.logs, at->attended, at->q, at->k, at->v, at->sums, at->of_prefix,
                        (char *)b.work, least(threads, s->parts * s->groups));
     turn(at->q, cos, sin, n, s->heads, s->d / 2, 1, threads);
@@ -389,8 +380,5 @@ void trained_block_backward(const Weights *w, const Shape *s, const Group *group
     adapt_back(a, groups + INWARD, (Layer[]){{at->q, q}, {at->k, kv}, {at->v, kv}}, grad_x ? b.grad : 0, hidden, k.h[INWARD], b.u,
                bs[INWARD]);
     of_a(a, groups + INWARD, b.u, b.normed, hidden, as[INWARD]);
-    if (grad_x) {
-        norm_backward(b.grad, x, k.first_rho, w->first, grad_x, n, hidden, threads);
-        add(grad_x, middle, grad_x, n * hidden, threads);
-    }
+    if (grad_x) norm_backward_beside(b.grad, x, k.first_rho, w->first, middle, grad_x, n, hidden, threads);
 }

@@ -8,7 +8,8 @@
 
    VDPBF16PS adds two products at a time to each of sixteen sums. Three ways serve all products:
    - `shrink`: the sums are columns of h. The two numbers are neighbours in a row of x, and A is laid out so that the same two of
-     sixteen of its rows stand side by side.
+     sixteen of its rows stand side by side. Where a last eight columns or fewer are left, four neighbours of them do, and a sum is
+     in two parts.
    - `widen`: the sums are neighbours in a row of y. The two numbers are neighbours in a row of h.
    - `reduce`: the sums are neighbours in a row of ∂A. The two numbers are of two tokens, one after the other. */
 
@@ -67,33 +68,67 @@ static inline void put_woven(__m512i one, __m512i two, bf16 *to, int64_t apart) 
     _mm512_storeu_si512(to + apart, _mm512_permutexvar_epi64(order, second));
 }
 
-/* Rows of `width` numbers as columns of sums: words (two neighbours of a row) of sixteen rows side by side. The word w of the row
-   `column` + i goes to the i-th number behind to + 2·(w·lanes); lanes counts the rows of all that stand side by side. */
+/* Whether so many columns, the last ones, have sums in two parts. */
+static inline int halved(int64_t left) { return left <= LANES / 2; }
+
+/* Where the word w (two neighbours) of a column of sums is, of `columns` that are `width` numbers tall: sixteen of them together,
+   word by word, and of a halved sixteen by turns, two words of a column side by side. */
+static inline bf16 *word_of(bf16 *to, int64_t width, int64_t columns, int64_t column, int64_t w) {
+    int64_t begin = column / LANES * LANES, lane = column - begin;
+    to += begin * width;
+    return halved(columns - begin) ? to + 2 * (w / 2 * LANES + 2 * lane + w % 2) : to + 2 * (w * LANES + lane);
+}
+
+/* Words w of columns, `lane` of which is that of the first, into the sixteen columns at `to`, and of a halved sixteen w + 1 too. */
+static inline void put_words(bf16 *to, int64_t w, int64_t lane, int64_t count, const __m512i *words, int half) {
+    if (!half) {
+        __mmask16 some = (__mmask16)(((1u << count) - 1) << (lane < 0 ? 0 : lane));
+        __m512i from = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+        __m512i moved = _mm512_permutexvar_epi32(_mm512_sub_epi32(from, _mm512_set1_epi32((int)lane)), words[0]);
+        _mm512_mask_storeu_epi32(to + 2 * w * LANES, some, moved);
+        return;
+    }
+    __m512i place = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+    __mmask16 some = (__mmask16)(((1u << 2 * count) - 1) << (lane < 0 ? 0 : 2 * lane));
+    __m512i both_words = _mm512_permutex2var_epi32(words[0], _mm512_sub_epi32(place, _mm512_set1_epi32((int)lane)), words[1]);
+    _mm512_mask_storeu_epi32(to + w * LANES, some, both_words);
+}
+
+/* Rows of `width` numbers as columns of sums, from `column` on of `columns`; words are two neighbours of a row. */
 static void lay_sums(const void *rows, int64_t count, int64_t width, int64_t kind, float scale, bf16 *to, int64_t column,
-                     int64_t lanes) {
+                     int64_t columns) {
     for (int64_t c = 0; c < width; c += LINE)
         for (int64_t r = 0; r < count; r += LANES) {
-            int64_t here = count - r < LANES ? count - r : LANES;
+            int64_t here = count - r < LANES ? count - r : LANES, first = column + r, stop = first + here;
             __m512i words[16];
             for (int64_t i = 0; i < LANES; i++)
                 words[i] = i < here ? line_of(row_of(rows, r + i, width, kind), c, width - c, kind, scale) : _mm512_setzero_si512();
             transposed(words);
-            __mmask16 some = (__mmask16)((1u << here) - 1);
-            for (int64_t w = 0; w < LANES; w++)
-                _mm512_mask_storeu_epi32(to + 2 * ((c / 2 + w) * lanes + column + r), some, words[w]);
+            for (int64_t begin = first / LANES * LANES; begin < stop; begin += LANES) { /* the sixteens that these columns are in */
+                int64_t from = first > begin ? first : begin, end = stop < begin + LANES ? stop : begin + LANES;
+                int half = halved(columns - begin);
+                for (int64_t w = 0; w < LANES; w += 1 + half)
+                    put_words(to + begin * width, c / 2 + w, first - begin, end - from, words + w, half);
+            }
         }
 }
 
-/* Columns of (tall, count) rows as columns of sums: words of two rows, one below the other. As `lay_sums` of the turned matrix. */
-static void lay_sums_across(const void *rows, int64_t tall, int64_t count, int64_t kind, float scale, bf16 *to, int64_t lanes) {
-    for (int64_t o = 0; o < tall; o += 2)
+/* Columns of (tall, count) rows as columns of sums: words are two numbers of a column. As `lay_sums` of the turned matrix. */
+static void lay_sums_across(const void *rows, int64_t tall, int64_t count, int64_t kind, float scale, bf16 *to) {
+    for (int64_t o = 0; o < tall; o += 4)
         for (int64_t r = 0; r < count; r += LINE) {
-            __m512i one = line_of(row_of(rows, o, count, kind), r, count - r, kind, scale);
-            __m512i two = line_of(row_of(rows, o + 1, count, kind), r, count - r, kind, scale);
-            bf16 woven[2 * LINE];
-            put_woven(one, two, woven, LINE);
-            int64_t here = lanes - r < LINE ? lanes - r : LINE;
-            memcpy(to + 2 * (o / 2 * lanes + r), woven, 2 * here * sizeof(bf16));
+            bf16 woven[2][2 * LINE];
+            for (int64_t w = 0; w < 2; w++) {
+                __m512i one = line_of(row_of(rows, o + 2 * w, count, kind), r, count - r, kind, scale);
+                __m512i two = line_of(row_of(rows, o + 2 * w + 1, count, kind), r, count - r, kind, scale);
+                put_woven(one, two, woven[w], LINE);
+            }
+            for (int64_t begin = r; begin < count && begin < r + LINE; begin += LANES) {
+                __m512i words[2] = {_mm512_loadu_si512(woven[0] + 2 * (begin - r)), _mm512_loadu_si512(woven[1] + 2 * (begin - r))};
+                int half = halved(even(count) - begin);
+                for (int64_t w = 0; w < 2; w += 1 + half)
+                    put_words(to + begin * tall, o / 2 + w, 0, half ? LANES / 2 : LANES, words + w, half);
+            }
         }
 }
 
@@ -120,12 +155,12 @@ static void lay_wide_across(const void *A, int64_t rank, int64_t width, int64_t 
         }
 }
 
-static inline __attribute__((always_inline)) void shrink_some(const bf16 *x, int64_t width, const bf16 *laid, int64_t lanes,
-                                                              const int count, __mmask16 there, bf16 *h, int64_t columns) {
+static inline __attribute__((always_inline)) void shrink_some(const bf16 *x, int64_t width, const bf16 *laid, const int count,
+                                                              __mmask16 there, bf16 *h, int64_t columns) {
     __m512 sums[SHRINK];
 #pragma GCC unroll 12
     for (int t = 0; t < count; t++) sums[t] = _mm512_setzero_ps();
-    for (int64_t c = 0; c < width; c += 2, laid += 2 * lanes) {
+    for (int64_t c = 0; c < width; c += 2, laid += LINE) {
         __m512bh at = both(laid);
 #pragma GCC unroll 12
         for (int t = 0; t < count; t++) sums[t] = _mm512_dpbf16_ps(sums[t], at, two_of(x + t * width + c));
@@ -134,16 +169,39 @@ static inline __attribute__((always_inline)) void shrink_some(const bf16 *x, int
     for (int t = 0; t < count; t++) _mm256_mask_storeu_epi16(h + t * columns, there, narrow(sums[t]));
 }
 
-/* h (tokens, columns from the first on) = x (tokens, width) times what `lay_sums` laid out in `lanes`, a multiple of 16. */
-static void shrink(const bf16 *x, int64_t tokens, int64_t width, const bf16 *laid, int64_t lanes, int64_t count, bf16 *h,
-                   int64_t columns) {
-    for (int64_t r = 0; r < count; r += LANES) {
+/* The same of eight columns or fewer, whose sums are in two parts. */
+static inline __attribute__((always_inline)) void shrink_halved(const bf16 *x, int64_t width, const bf16 *laid, const int count,
+                                                                __mmask16 there, bf16 *h, int64_t columns) {
+    __m512 sums[SHRINK];
+#pragma GCC unroll 12
+    for (int t = 0; t < count; t++) sums[t] = _mm512_setzero_ps();
+    for (int64_t c = 0; c < width; c += 4, laid += LINE) {
+        __m512bh at = both(laid);
+#pragma GCC unroll 12
+        for (int t = 0; t < count; t++) sums[t] = _mm512_dpbf16_ps(sums[t], at, four_of(x + t * width + c));
+    }
+#pragma GCC unroll 12
+    for (int t = 0; t < count; t++) {
+        __m512 other = _mm512_castsi512_ps(_mm512_srli_epi64(_mm512_castps_si512(sums[t]), 32));
+        _mm256_mask_storeu_epi16(h + t * columns, there, narrow(_mm512_maskz_compress_ps(0x5555, _mm512_add_ps(sums[t], other))));
+    }
+}
+
+/* h (tokens, columns from the first on) = x (tokens, width) times what `lay_sums` laid out, of `count` columns. */
+static void shrink(const bf16 *x, int64_t tokens, int64_t width, const bf16 *laid, int64_t count, bf16 *h, int64_t columns) {
+    for (int64_t r = 0; r < count; r += LANES, laid += LANES * width) {
         __mmask16 there = count - r < LANES ? (__mmask16)((1u << (count - r)) - 1) : 0xffff;
-        const bf16 *at = laid + 2 * r;
+        bf16 *to = h + r;
         int64_t t = 0;
-        for (; t + SHRINK <= tokens; t += SHRINK) shrink_some(x + t * width, width, at, lanes, SHRINK, there, h + t * columns + r, columns);
-        for (; t + 4 <= tokens; t += 4) shrink_some(x + t * width, width, at, lanes, 4, there, h + t * columns + r, columns);
-        for (; t < tokens; t++) shrink_some(x + t * width, width, at, lanes, 1, there, h + t * columns + r, columns);
+        if (halved(count - r)) {
+            for (; t + SHRINK <= tokens; t += SHRINK) shrink_halved(x + t * width, width, laid, SHRINK, there, to + t * columns, columns);
+            for (; t + 4 <= tokens; t += 4) shrink_halved(x + t * width, width, laid, 4, there, to + t * columns, columns);
+            for (; t < tokens; t++) shrink_halved(x + t * width, width, laid, 1, there, to + t * columns, columns);
+            continue;
+        }
+        for (; t + SHRINK <= tokens; t += SHRINK) shrink_some(x + t * width, width, laid, SHRINK, there, to + t * columns, columns);
+        for (; t + 4 <= tokens; t += 4) shrink_some(x + t * width, width, laid, 4, there, to + t * columns, columns);
+        for (; t < tokens; t++) shrink_some(x + t * width, width, laid, 1, there, to + t * columns, columns);
     }
 }
 
@@ -266,11 +324,10 @@ void trained_pairs(const Pair *pairs, const float *scales, int64_t count, const 
                 lay_wide(own->B, layers[own->layer].outputs, own->rank, own->kind_b, scales[n / 2], scratch + wide_at[n / 2]);
                 continue;
             }
-            int64_t lanes = whole(own->columns, LANES);
             bf16 *to = scratch + parts[part_of[n / 2]].at;
-            lay_sums(own->A, own->rank, width, own->kind_a, 1.0f, to, own->column, lanes);
+            lay_sums(own->A, own->rank, width, own->kind_a, 1.0f, to, own->column, own->columns);
             if (own->rank % 2) /* its column of zeros */
-                for (int64_t w = 0; w < width / 2; w++) memset(to + 2 * (w * lanes + own->column + own->rank), 0, 4);
+                for (int64_t w = 0; w < width / 2; w++) memset(word_of(to, width, own->columns, own->column + own->rank, w), 0, 4);
         }
 #pragma omp for schedule(dynamic)
         for (int64_t n = 0; n < pieces; n++) {
@@ -279,7 +336,7 @@ void trained_pairs(const Pair *pairs, const float *scales, int64_t count, const 
             const Pair *own = pairs + part->first;
             int64_t token = piece.token, tokens = piece.tokens;
             bf16 *to = h + piece.to;
-            shrink(x + token * width, tokens, width, scratch + part->at, whole(own->columns, LANES), own->columns, to, own->columns);
+            shrink(x + token * width, tokens, width, scratch + part->at, own->columns, to, own->columns);
             for (int64_t p = part->first; p < part->last; p++) {
                 const Layer *layer = layers + pairs[p].layer;
                 widen(to + pairs[p].column, tokens, own->columns, scratch + wide_at[p], even(pairs[p].rank) / 2,
@@ -317,8 +374,7 @@ void trained_pairs_backward(const Pair *pairs, const float *scales, int64_t coun
             int64_t p = n / 3, part = part_of[p];
             const Pair *own = pairs + p;
             if (n % 3 == 0)
-                lay_sums_across(own->B, layers[own->layer].outputs, own->rank, own->kind_b, scales[p], scratch + b_at[p],
-                                whole(own->rank, LANES));
+                lay_sums_across(own->B, layers[own->layer].outputs, own->rank, own->kind_b, scales[p], scratch + b_at[p]);
             else if (n % 3 == 1)
                 weave(own, h + own->from, scratch + woven_at[part]);
             else if (grad_x)
@@ -333,8 +389,8 @@ void trained_pairs_backward(const Pair *pairs, const float *scales, int64_t coun
             bf16 *to = u + piece.to;
             for (int64_t p = part->first; p < part->last; p++) { /* behind an odd rank B's columns are zeros, and so are u's */
                 const Layer *layer = layers + pairs[p].layer;
-                shrink(layer->rows + token * layer->outputs, tokens, layer->outputs, scratch + b_at[p], whole(pairs[p].rank, LANES),
-                       even(pairs[p].rank), to + pairs[p].column, own->columns);
+                shrink(layer->rows + token * layer->outputs, tokens, layer->outputs, scratch + b_at[p], even(pairs[p].rank),
+                       to + pairs[p].column, own->columns);
             }
             if (grad_x) widen(to, tokens, own->columns, scratch + part->at, own->columns / 2, grad_x + token * width, width);
         }
