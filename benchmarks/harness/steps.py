@@ -68,8 +68,10 @@ def contender(train: Callable[[Workload, str], StepLog], arguments: Sequence[str
     parser.add_argument("workload", type=Path)
     parser.add_argument("result", type=Path)
     parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto")
+    parser.add_argument("--rows-at-once", type=int, help="of a step; all")
     given = parser.parse_args(arguments)
-    workload = replace(read_workload(given.workload), saved=str(given.result.with_suffix("")))
+    saved, at_once = str(given.result.with_suffix("")), given.rows_at_once
+    workload = replace(read_workload(given.workload), saved=saved, rows_at_once=at_once)
     log = train(workload, given.dtype)
     if not len(log.losses) == len(log.seconds) == len(workload.steps):
         raise SystemExit(f"{len(log.losses)} losses and {len(log.seconds)} times of {len(workload.steps)} steps were recorded")

@@ -40,6 +40,7 @@ class Workload:
     save_after: tuple[int, ...]  # the steps after which a contender writes its adapter for the judge
     steps: tuple[tuple[Row, ...], ...]
     saved: str = ""  # folder of this run for these adapters
+    rows_at_once: int | None = None  # that a trainer of this run computes together; None: all of a step
 
     @property
     def rows(self) -> list[Row]:

@@ -17,7 +17,8 @@ def test_without_torchrun_it_is_alone() -> None:
 
 def test_torchrun_says_who_is_who() -> None:
     launch = launched({**SAID, "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"})
-    assert launch == Launch(5, 8, 1, 4) and not launch.first
-    assert launch.command == "torchrun --nnodes 2 --nproc-per-node 4 -m lorakeet"
+    assert launch == Launch(5, 8, 1, 4, "10.0.0.1") and not launch.first
+    meet = "--rdzv-backend c10d --rdzv-endpoint 10.0.0.1:29500"  # or each machine would take itself for the first
+    assert launch.command == f"torchrun --nnodes 2 {meet} --nproc-per-node 4 -m lorakeet"
     assert launched({**SAID, "RANK": "0"}).first
     assert launched(SAID).command == "torchrun --nproc-per-node 8 -m lorakeet"

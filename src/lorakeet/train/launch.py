@@ -6,6 +6,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+PORT = 29500  # at which the machines of a run meet, by torchrun's own default
 _NEEDED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # without one of these torch could not bring them together
 
 
@@ -17,6 +18,7 @@ class Launch:
     count: int = 1
     local_rank: int = 0
     local_count: int = 1
+    address: str = ""  # of the first process's machine
 
     @property
     def first(self) -> bool:
@@ -29,7 +31,8 @@ class Launch:
         if self.count == 1:
             return "lorakeet"
         nodes = -(-self.count // self.local_count)
-        many = f" --nnodes {nodes}" if nodes > 1 else ""
+        meet = f"--rdzv-backend c10d --rdzv-endpoint {self.address or 'FIRST_MACHINE'}:{PORT}"
+        many = f" --nnodes {nodes} {meet}" if nodes > 1 else ""
         return f"torchrun{many} --nproc-per-node {self.local_count} -m lorakeet"
 
 
@@ -39,4 +42,5 @@ def launched(environment: Mapping[str, str] | None = None) -> Launch:
     if any(not found.get(name) for name in _NEEDED) or found["WORLD_SIZE"] == "1":
         return Launch()
     rank, count = int(found["RANK"]), int(found["WORLD_SIZE"])
-    return Launch(rank, count, int(found.get("LOCAL_RANK") or rank), int(found.get("LOCAL_WORLD_SIZE") or count))
+    local = int(found.get("LOCAL_RANK") or rank), int(found.get("LOCAL_WORLD_SIZE") or count)
+    return Launch(rank, count, *local, found["MASTER_ADDR"])

@@ -13,16 +13,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lorakeet.core.native import ops
+from lorakeet.core.native import library, ops
 from lorakeet.core.native.ops import define, loaded, pointers
 
 APART = 8  # columns of x at most that are kept in bf16 (docs/log.md)
+AMX = "amx_int8"  # in /proc/cpuinfo: tiles of int8, which oneDNN multiplies with (not measured)
 MOST = 1 << 17  # terms of a sum that int32 holds
 
 
 def serves(x: Tensor) -> bool:
-    """Whether the rows of x (tokens, width) are to be coded and multiplied here."""
-    return ops.serves(x.dtype, x) and x.shape[-1] <= MOST
+    """Whether the rows of x (tokens, width) are to be coded and multiplied here; where there is AMX for int8, that is torch's."""
+    return not library.has(AMX) and ops.serves(x.dtype, x) and x.shape[-1] <= MOST
 
 
 def apart_of(width: int) -> int:

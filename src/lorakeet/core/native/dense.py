@@ -29,7 +29,7 @@ def serves(x: Tensor, weight: Tensor) -> bool:
 
 @functools.cache
 def multiplies() -> bool:
-    """Whether bf16 weights are for the library on this machine, where it is there: with AMX oneDNN is faster."""
+    """Whether bf16 weights are for the library on this machine, where it is there; with AMX they are oneDNN's (not measured)."""
     return not library.has(AMX)
 
 
