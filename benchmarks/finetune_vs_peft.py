@@ -60,6 +60,10 @@ CONTENDERS = {
         "with_lorakeet_top", "auto", "Lorakeet with a frozen prefix: adapters in the top 8 layers alone",
         other="trains adapters in 8 of 30 layers: a quarter of the parameters",
     ),
+    "lorakeet-forward": Contender(
+        "with_lorakeet_forward", "auto", "Lorakeet, a step repeated while held-out loss falls (Fast Forward)",
+        other="takes some steps again, as often as the loss on 32 more rows falls (arXiv 2409.04206)",
+    ),
     "lorakeet-int8": Contender(
         "with_lorakeet_int8", "auto", "Lorakeet with model.quantize.int8_products: frozen weights in int8, and multiplied so",
         other="its products with frozen weights run in int8, which rounds what is multiplied",

@@ -223,11 +223,27 @@ def int8(drawings: Drawings) -> Iterator[str]:
     for number, result in enumerate(newest("int8_products")):
         if number == 0:
             yield "## Products in int8 (`model.quantize.int8_products`)"
+            curve = {name: runs[0]["losses"] for name, runs in result["runs"].items()}
+            drawings["speed-int8.svg"] = plots.curves("Training loss, nats a learnt token: weights in bf16 and in int8", curve)
+            yield "![Training loss step by step, in bf16 and in int8](speed-int8.svg)"
         seeds = len(result["seeds"])
         yield (
             f"Over int8 weights, {source(result)}, {result['steps']} steps, {seeds} seed{'s' if seeds > 1 else ''}: "
-            f"{spread(result['faster'], 2)} times as fast as training in bf16. An option, not a default."
+            f"{spread(result['faster'], 2)} times as fast as training in bf16. An option, not a default. On the test rows, "
+            "against that training:"
         )
+        compared = [(name, one) for by_seed in result["comparisons"] for name, of in by_seed.items() for one in of]
+        yield "\n".join([*HELD, *(_held(name, one) for name, one in compared)])
+
+
+HELD = ("| | metric | difference (95 %) | rows | verdict |", "| --- | --- | ---: | ---: | --- |")
+
+
+def _held(name: str, one: Mapping[str, Any]) -> str:
+    """What other roundings change on rows that nobody trained on."""
+    found = one["difference"]
+    gap = f"{found['value']:+.4f} ({found['low']:+.4f} to {found['high']:+.4f})".replace("-", "−")
+    return f"| {name} | {one['metric'].replace('_', '-')} | {gap} | {found['n']} | {one['verdict']} |"
 
 
 SECTIONS: tuple[Callable[[Drawings], Iterator[str]], ...] = (compared, time_to_loss)

@@ -90,6 +90,32 @@ def to_loss(title: str, found: Mapping[str, Any]) -> str:
     return sheet(left + width + 160, top + height + 30, title, parts)
 
 
+def curves(title: str, found: Mapping[str, Sequence[float]]) -> str:
+    """The training loss of each step, on a logarithmic scale: a line a run."""
+    left, top, width, height = 70, 34, 560, 240
+    losses = [loss for each in found.values() for loss in each]
+    low, high = math.log10(min(losses)) - 0.03, math.log10(max(losses)) + 0.03
+
+    def place(step: int, loss: float, steps: int) -> tuple[float, float]:
+        return left + width * step / max(1, steps - 1), top + height * (high - math.log10(loss)) / (high - low)
+
+    parts = [
+        text(8, 18, title),
+        f'<rect x="{left}" y="{top}" width="{width}" height="{height}" fill="none" stroke="#ccc"/>',
+        text(left - 6, top + 8, f"{max(losses):.2f}", small=True, anchor="end"),
+        text(left - 6, top + height, f"{min(losses):.2f}", small=True, anchor="end"),
+        text(left, top + height + 18, "step 1", small=True),
+        text(left + width, top + height + 18, f"step {max(map(len, found.values()))}", small=True, anchor="end"),
+    ]
+    for number, (name, each) in enumerate(found.items()):
+        colour = COLOURS[number % len(COLOURS)]
+        parts += [
+            line([place(step, loss, len(each)) for step, loss in enumerate(each)], colour),
+            text(left + width + 12, top + 14 + 18 * number, name, colour=colour),
+        ]
+    return sheet(left + width + 160, top + height + 30, title, parts)
+
+
 def shares(title: str, lines: Sequence[Mapping[str, Any]]) -> str:
     """A bar a case: the step's share of the machine's rate, and where it was asked to be."""
     left, width, step = 230, 400, 20

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -15,6 +16,7 @@ with without_triton():  # as a command, which is within it all the time
     from rich.console import Console
 
     from contenders.quickstart_workload import first_rows, quickstart
+    from lorakeet.data.chat import Example
     from lorakeet.formats import peft
     from lorakeet.models.inject import adapter_of
     from lorakeet.models.prefix_states import prefix_states
@@ -28,8 +30,9 @@ with without_triton():  # as a command, which is within it all the time
 class Recorder(Silent):
     """Hands each step of the loop to the log, and now and then writes the adapter."""
 
-    def __init__(self, log: StepLog, workload: Workload, setup: Assembly) -> None:
-        self.log, self.workload, self.setup = log, workload, setup
+    def __init__(self, log: StepLog, workload: Workload, setup: Assembly, task: TextTask, beside: Sequence[Example]) -> None:
+        """`beside` are rows that are neither trained on nor judged."""
+        self.log, self.workload, self.setup, self.task, self.beside = log, workload, setup, task, beside
 
     def begin(self, total: int, *, done: int) -> None:
         self.log.begin()
@@ -45,12 +48,13 @@ class Recorder(Silent):
 
 
 def train_lorakeet(
-    workload: Workload, dtype: str, *, layers: str = "all", shares_prefix: bool = True, in_int8: bool = False
-) -> StepLog:
+    workload: Workload, dtype: str, *, layers: str = "all", shares_prefix: bool = True, in_int8: bool = False,
+    recorder: type[Recorder] = Recorder, rows_beside: int = 0,
+) -> StepLog:  # fmt: skip
     """The workload's steps; SystemExit where this process would train on other ids than the workload holds.
 
     With adapters in some `layers` only, what the blocks below make of the rows is kept where rows come again. `in_int8`:
-    frozen weights are in int8 and multiply so.
+    frozen weights are in int8 and multiply so. `recorder` may do more after a step than record it, with so many `rows_beside`.
     """
     steps = len(workload.steps)
     flags = {"lora.layers": layers, "train.batch_size": str(workload.batch_size)}
@@ -59,7 +63,11 @@ def train_lorakeet(
     config = quickstart(
         steps=steps, seed=workload.seed, dtype=dtype, shuffled=workload.shuffled, instructed=workload.instructed, flags=flags
     )
-    setup = first_rows(assemble(config, Console(stderr=True)), workload.training_rows)
+    whole = assemble(config, Console(stderr=True))
+    setup = first_rows(whole, workload.training_rows)
+    beside = whole.train.examples[len(setup.train.examples) :][:rows_beside]
+    if len(beside) < rows_beside:
+        raise SystemExit(f"{len(beside)} rows are left beside those of the training, and {rows_beside} are wanted.")
     task = ready_to_train(setup, held_out=())  # so that only training is timed
     _require_same_rows(task, workload)
     setup.text.shares_prefix = setup.text.shares_prefix and shares_prefix
@@ -78,7 +86,7 @@ def train_lorakeet(
             kept = prefix_states(setup.text, task.train, folder=folder, micro_tokens=setup.config.train.micro_tokens)
             log.notes["bytes of kept states"] = stack.enter_context(kept).bytes
             log.before = time.perf_counter() - log.last
-        train(task, setup.config.train, run=RunFolder.create(folder / "run"), report=Recorder(log, workload, setup))
+        train(task, setup.config.train, run=RunFolder.create(folder / "run"), report=recorder(log, workload, setup, task, beside))
     return log
 
 

@@ -46,7 +46,7 @@ def prompts_and_completions(workload: Workload) -> dict[str, list[str]]:
 
 def arguments(workload: Workload, folder: str) -> dict[str, Any]:
     """What both runs must have equal. Everything else is left at the library's default, gradient checkpointing included."""
-    at_once = workload.rows_at_once or workload.batch_size
+    at_once = min(workload.rows_at_once or workload.batch_size, workload.batch_size)
     return {
         "output_dir": folder,
         "per_device_train_batch_size": at_once,

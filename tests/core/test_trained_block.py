@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lorakeet.core import trained_block
-from lorakeet.core.native import dense
+from lorakeet.core.native import coded, dense
 from lorakeet.core.native.rooms import ROOMS, Rooms
 from lorakeet.core.native.trained_block import Call
 from lorakeet.core.scratch import SCRATCH
@@ -28,6 +29,7 @@ from lorakeet.models.adapt import begin_adapter
 from lorakeet.models.fuse import fuse_blocks, unfuse
 from lorakeet.models.inject import selection_of, trained_parameters
 from lorakeet.models.load import load_text_model
+from lorakeet.models.prefix_states import prefix_states
 from lorakeet.models.quantized import packable
 from lorakeet.models.spec import ModelSpec
 from lorakeet.models.targets import plan_for
@@ -55,6 +57,7 @@ LORA = LoraSpec(rank=5, alpha=10.0)
 def anywhere(monkeypatch: pytest.MonkeyPatch) -> None:
     """Also on a processor with AMX, which multiplies by that."""
     monkeypatch.setattr(dense, "multiplies", lambda: True)
+    monkeypatch.setattr(coded, "AMX", "no such feature")
 
 
 @pytest.fixture(scope="module")
@@ -426,11 +429,36 @@ def test_what_its_parts_do_not_know_either_is_not_asked_of_c(folder: Path, chang
     assert not block._suits(x, settings) or block._asked(x, (64,), 0) is None
 
 
+def test_a_pair_that_is_written_to_between_the_passes_is_an_error(folder: Path) -> None:
+    text = load(folder)
+    loss, _ = text_loss(text, pack(rows(2)))
+    with torch.no_grad():
+        list(trained_parameters(text.model, "default").values())[-1].mul_(2)
+    with pytest.raises(RuntimeError, match="written to between the two passes"):
+        loss.backward()
+
+
 def test_outside_training_nothing_stands_for_a_block(folder: Path) -> None:
     text = load(folder)
     assert all(isinstance(modules.find(text.model, f"model.layers.{number}"), TrainedBlock) for number in range(3))
     unfuse(text.model)
     assert not any(isinstance(module, TrainedBlock) for module in text.model.modules())
+
+
+def test_above_kept_states_blocks_compute_what_they_compute_in_a_whole_pass(folder: Path, used: list[bool]) -> None:
+    """In bf16, to the last bit: what is kept are the states themselves."""
+    own, found = rows(4), []
+    for kept in (False, True):
+        text = load(folder, replace(LORA, layers="top:2"))
+        with prefix_states(text, own, folder=None, micro_tokens=1000) if kept else nullcontext():
+            used.clear()
+            loss, _ = text_loss(text, pack(own))
+            loss.backward()
+            held = trained_parameters(text.model, "default").items()
+            values = {name: each.grad for name, each in held if each.grad is not None}
+        assert sum(used) == 2 and len(values) == 2 * 14
+        found.append({**values, "loss": loss.detach()})
+    require_same(*found)
 
 
 def test_adapters_that_train_together_become_what_they_become_alone_to_the_last_bit(folder: Path, used: list[bool]) -> None:

@@ -16,6 +16,12 @@ from lorakeet.quant.int8 import Int8Base, multiply_in_int8
 from tiny.native import needs_native
 
 
+@pytest.fixture(autouse=True)
+def anywhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also on a processor with AMX, which multiplies by that."""
+    monkeypatch.setattr(coded, "AMX", "no such feature")
+
+
 @pytest.fixture
 def weight() -> torch.Tensor:
     found = torch.randn(9, 50, generator=torch.Generator().manual_seed(0))

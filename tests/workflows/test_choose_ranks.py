@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from lorakeet.cli.main import main
 from lorakeet.config import read_run
 from lorakeet.data.pack import micro_batches
 from lorakeet.errors import ConfigError, DataError
@@ -20,7 +22,7 @@ from lorakeet.workflows import choose_ranks as choosing
 from lorakeet.workflows.assemble import assemble, begin_pairs, ready_to_train
 from lorakeet.workflows.choose_ranks import choose_ranks, start_directions
 from lorakeet.workflows.finetune import finetune
-from tiny.runs import adapter_bytes, quiet, settings
+from tiny.runs import QUICK, adapter_bytes, quiet, settings
 
 AUTO = {"ranks": "auto", "ranks.max_rank": 12}
 
@@ -49,6 +51,20 @@ def test_a_dry_run_and_a_resumed_run_agree(chosen: Any, finished: Any, tmp_path:
     before = adapter_bytes(chosen.run.path)
     finetune(read_run(chosen.run.config), resume=chosen.run.path, console=quiet())
     assert adapter_bytes(chosen.run.path) == before
+
+
+def test_the_command_line_prints_ranks_that_can_be_edited_and_given(
+    finished: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    quick = [word for key, value in QUICK.items() for word in (f"--{key}", value)]
+    command = ["finetune", "--model", str(finished.model), "--data", str(finished.data), "--out", str(tmp_path / "run"), *quick]
+    assert main([*command, "--ranks", "auto", "--budget", "3000", "--dry-run", "--json"]) == 0
+    pattern = json.loads(capsys.readouterr().out)["rank_pattern"]
+    assert pattern and not (tmp_path / "run").exists()
+    edited = ",".join(f"{path}={rank}" for path, rank in {**pattern, next(iter(pattern)): 1}.items())
+    assert main([*command, "--lora.rank_pattern", edited, "--dry-run", "--json"]) == 0
+    ranks = {entry["path"]: entry["rank"] for entry in json.loads(capsys.readouterr().out)["plan"]["entries"]}
+    assert ranks[next(iter(pattern))] == 1 and all(ranks[path] == rank for path, rank in list(pattern.items())[1:])
 
 
 def test_the_report_has_a_map_of_layer_and_matrix(chosen: Any, finished: Any) -> None:

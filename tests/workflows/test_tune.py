@@ -61,6 +61,18 @@ def test_a_budget_that_ends_all_trials_early_replaces_nothing(tiny_llama_folder:
     assert "run file (chosen)" in page and f"{found.search.best} (best in the search)" in page
 
 
+def test_a_search_over_a_packed_base_ends_with_its_minutes(tiny_llama_folder: Path, rows: Path, tmp_path: Path) -> None:
+    """After its first round, since no time is left for another; three adapters over one NF4 base."""
+    packed = {**SLOW, "model.quantize.method": "nf4", "evaluate.resamples": 100}
+    config = settings(tiny_llama_folder, rows, tmp_path / "run", packed)
+    found = tune(config, minutes=0.001, together=3, rank_choices=(2, 4), console=quiet())
+    assert [trial.name for trial in found.search.trials] == ["run file", "trial 1", "trial 2"]
+    assert {(trial.steps, trial.ended) for trial in found.search.trials} == {(1, "the budget is spent")}
+    assert "The budget ended all trials early" in found.search.conclusion and found.search.winner == "run file"
+    chosen = read_run(found.out / "config.yaml")
+    assert chosen.model.quantize.method == "nf4" and chosen.train.learning_rate == 0.003
+
+
 def test_three_rates_in_one_pass_and_no_difference_said_so(tiny_llama_folder: Path, rows: Path, tmp_path: Path) -> None:
     """At rates of next to nothing, the three trials are the base: the run file's settings stay."""
     config = settings(tiny_llama_folder, rows, tmp_path / "run", {**SLOW, "train.learning_rate": 1e-30})

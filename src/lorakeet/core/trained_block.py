@@ -34,20 +34,24 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_
 class TrainedBlockFunction(torch.autograd.Function):
     """y of a block of x (1, tokens, hidden); in the backward pass ∂x and, for each pair, ∂A and ∂B, by the formulas of the parts.
 
-    Saved is what the parts save, in one tensor, beside x. `factors` are A and B as core/native/trained_block.Pairs has them.
+    Saved is what the parts save, in one tensor, beside x. `factors` are A and B as core/native/trained_block.Pairs has them, and
+    holds them: torch would take a twentieth of a millisecond to note fourteen of them down, and as long to look for them again.
     """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor, call: Call, *factors: Tensor) -> Tensor:
         y, kept = call.forward(x[0], cos, sin)
-        ctx.save_for_backward(x, cos, sin, kept, *factors)
-        ctx.call = call
+        ctx.save_for_backward(x, cos, sin, kept)
+        ctx.call, ctx.versions = call, [factor._version for factor in factors]
         return y[None]
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, cos, sin, kept, *factors = ctx.saved_tensors
+        x, cos, sin, kept = ctx.saved_tensors
+        factors = ctx.call.pairs.factors
+        if [factor._version for factor in factors] != ctx.versions:
+            raise RuntimeError("A or B of a pair was written to between the two passes of a block, whose gradients want both.")
         grad = grad[0].to(x.dtype).contiguous()
         grad_x, found = ctx.call.backward(x[0], cos, sin, kept, grad, wants_x=ctx.needs_input_grad[0])
         torch.autograd.graph.increment_version(kept)  # so that another backward pass through it is refused

@@ -16,6 +16,12 @@ from tiny.native import needs_native
 pytestmark = needs_native
 
 
+@pytest.fixture(autouse=True)
+def anywhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also on a processor with AMX, which multiplies by that."""
+    monkeypatch.setattr(coded, "AMX", "no such feature")
+
+
 def drawn(tokens: int, width: int, seed: int = 0) -> Tensor:
     return torch.randn(tokens, width, generator=torch.Generator().manual_seed(seed)).bfloat16()
 
@@ -246,7 +252,9 @@ def test_both_operators_pass_torch_s_own_checks() -> None:
         torch.library.opcheck(operator, given, test_utils=("test_schema", "test_faketensor"))
 
 
-def test_serves_where_the_other_operators_do() -> None:
+def test_serves_where_the_other_operators_do_but_not_where_tiles_of_int8_are(monkeypatch: pytest.MonkeyPatch) -> None:
     assert coded.serves(drawn(3, 32)) and not coded.serves(drawn(3, 24)) and not coded.serves(drawn(3, 32).float())
     with ops.without():
         assert not coded.serves(drawn(3, 32))
+    monkeypatch.setattr(coded, "AMX", "avx512f")  # which every processor has that the library is built for
+    assert not coded.serves(drawn(3, 32))

@@ -60,16 +60,17 @@ class Rooms:
     def release(self) -> None:
         """Gives the pages behind the last piece back to the system."""
         with self._lock:
-            end = max(self._taken.values(), default=0)
+            end = max([*self._taken.values()], default=0)
             self._give_back(end, -(-self._reached // mmap.PAGESIZE) * mmap.PAGESIZE)
             self._reached = end
 
     def _first_gap(self, size: int) -> int:
-        end = max(self._taken.values(), default=0)
-        if end == sum(self._taken.values()) - sum(self._taken):
+        taken = self._taken.copy()  # pieces may go at any time
+        end = max(taken.values(), default=0)
+        if end == sum(taken.values()) - sum(taken):
             return end  # one behind the other, as nearly always
         end = 0
-        for start, stop in sorted(self._taken.items()):
+        for start, stop in sorted(taken.items()):
             if start - end >= size:
                 break
             end = stop

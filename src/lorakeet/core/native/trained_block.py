@@ -87,9 +87,9 @@ class Pairs:
 
     def __init__(self, factors: Sequence[Tensor], rows: Sequence[tuple[int, int]], scales: Sequence[float], tokens: int) -> None:
         """ValueError where C cannot read them so."""
-        self.shapes = trained_pairs.shapes_of(factors)
+        self.factors, self.shapes = factors, trained_pairs.shapes_of(factors)
         self._groups = (_Group * len(GROUPS))()
-        self._held: list[Any] = [factors]  # what C is pointed to
+        self._held: list[Any] = []  # what C is pointed to, beside the factors
         self._lie = _lie(self.shapes, tuple(rows), tokens)
         for told, (numbers, laid, of_a, of_b) in zip(self._groups, self._lie, strict=True):
             own = [factor for number in numbers for factor in factors[2 * number : 2 * number + 2]]

@@ -21,6 +21,7 @@
 #define BLOCK 24         /* tokens of a piece of work, an even number */
 #define SHRINK 12        /* tokens whose sums are in registers while they shrink */
 #define WIDEN 4          /* and while they are widened */
+#define AHEAD 24         /* tokens whose next columns are fetched meanwhile: each lies in a line of its own, often in a page of its own */
 #define REDUCE 8         /* columns of u at once: with two registers of sums for each, half of all there are */
 
 enum { FP32, BF16 };
@@ -243,6 +244,8 @@ static inline __attribute__((always_inline)) void reduce_some(const bf16 *x, int
 #pragma GCC unroll 8
     for (int r = 0; r < count; r++) sums[r][0] = sums[r][1] = _mm512_setzero_ps();
     for (int64_t t = 0; t < tokens; t += 2, woven += 2 * columns) {
+        _mm_prefetch((const char *)(x + (t + AHEAD) * width), _MM_HINT_T0);
+        _mm_prefetch((const char *)(x + (t + AHEAD + 1) * width), _MM_HINT_T0);
         __m512i one = _mm512_loadu_si512(x + t * width), two = _mm512_setzero_si512();
         if (t + 1 < tokens) two = _mm512_loadu_si512(x + (t + 1) * width);
         __m512bh low = (__m512bh)_mm512_unpacklo_epi16(one, two), high = (__m512bh)_mm512_unpackhi_epi16(one, two);
