@@ -160,7 +160,7 @@ def roofline(drawings: Drawings) -> Iterator[str]:
         yield (
             f"{model}: {source(result)}. The rate is that of the fastest plain {result['products']} product, measured in the "
             f"same process: {floor}. FLOPs are those of all products and of the attention that ran; everything else counts as "
-            f"lost. {result['tokens_a_step']:,} tokens a step:"
+            f"lost. {result['tokens_a_step']:,} tokens a step, {result['micro_tokens']:,} of them at once:"
         )
         columns = ("base", "tokens a row", "learnt", "rows", "forward", "backward", "step", "asked", "tokens/s")
         head = [f"| {' | '.join(columns)} |", f"|{' --- |' * 4}{' ---: |' * 5}"]
