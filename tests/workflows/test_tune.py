@@ -87,6 +87,13 @@ def test_three_rates_in_one_pass_and_no_difference_said_so(tiny_llama_folder: Pa
     assert found.search.power in read_report(found.out / "report.json").warnings
 
 
+def test_choices_that_a_quick_search_would_not_look_at_are_refused(tiny_llama_folder: Path, rows: Path, tmp_path: Path) -> None:
+    config = settings(tiny_llama_folder, rows, tmp_path / "run", SLOW)
+    with pytest.raises(ConfigError, match="--quick compares half, once and twice the learning rate alone; leave it out, or"):
+        tune(config, quick=True, rank_choices=(2, 4), console=quiet())
+    assert not (tmp_path / "run-tune").exists()
+
+
 def test_test_rows_confirm_where_there_are_some(tiny_llama_folder: Path, rows: Path, tmp_path: Path) -> None:
     test = write_rows(tmp_path / "test.jsonl", reviews(21, seed=9))
     config = settings(tiny_llama_folder, rows, tmp_path / "run", {**SLOW, "data.test": test})

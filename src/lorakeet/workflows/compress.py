@@ -151,8 +151,10 @@ def _chosen(
     cuts = _cuts(opened.adapter, plan, found, to)
     judged = Judge(settings, text, encoder, dataset.held_out, console, NAME)
     curve = _curve(judged, cuts, pair_parameters(plan), share)
-    _show(curve, console)
     name = cuts[0].name if to is not None else curve.marked
+    _show(curve, console)
+    if to is not None:
+        console.print(f"Written is what --to names: {name}.", markup=False, soft_wrap=True)
     if not name:
         raise VerificationFailed(
             f"No cut of {opened.folder} {curve.rule} on {len(dataset.held_out)} held-out rows; nothing was written. "

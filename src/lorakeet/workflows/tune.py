@@ -40,6 +40,7 @@ from lorakeet.workflows.place import folder_above, require_empty, writing
 from lorakeet.workflows.search import START, Budget, SearchRows, Trial, Trials
 from lorakeet.workflows.search_space import QUICK_FACTORS, Point, plan_of_point, space_for
 
+RATES, RANKS, TARGETS = (0.25, 4.0), (4, 8, 16, 32), ("all-linear", "attention", "mlp")  # what is chosen between, left alone
 SEEDS = 3  # of the confirmation: two settings are told apart only beyond what another seed changes
 
 
@@ -66,9 +67,9 @@ def tune(  # noqa: PLR0913 - each is a flag of the verb
     tokens: int | None = None,
     quick: bool = False,
     together: int = 4,
-    rate_factors: tuple[float, ...] = (0.25, 4.0),
-    rank_choices: tuple[int, ...] = (4, 8, 16, 32),
-    target_choices: tuple[str, ...] = ("all-linear", "attention", "mlp"),
+    rate_factors: tuple[float, ...] = RATES,
+    rank_choices: tuple[int, ...] = RANKS,
+    target_choices: tuple[str, ...] = TARGETS,
     seeds: int | None = None,
     difference: float = 0.05,
     console: Console,
@@ -86,6 +87,9 @@ def tune(  # noqa: PLR0913 - each is a flag of the verb
         raise ConfigError("kind is image, but a search is for text models only. Compare whole runs of lorakeet finetune.")
     if config.ranks.choose == "prune":
         raise ConfigError("ranks.choose is prune, but the trials of a search keep their ranks. Take given or auto, or finetune.")
+    if quick and (rate_factors, rank_choices, target_choices) != (RATES, RANKS, TARGETS):
+        given = "--rate-factors, --rank-choices and --target-choices"
+        raise ConfigError(f"--quick compares half, once and twice the learning rate alone; leave it out, or {given}.")
     require_empty(out)
     sampler = None if quick else _sampler(config.train.seed)
     with promised(config.memory.bytes, "Raise the budget, or lower --together."):
