@@ -39,10 +39,11 @@ def choose_rate(setup: Assembly, console: Console, *, asked: bool = False) -> tu
         return setup, None
     space = space_for(setup.config, setup.text, rate_factors=QUICK_FACTORS, rank_choices=(), target_choices=())
     steps = min(spec.rate_trial_steps, setup.steps // MOST_OF_A_RUN)
-    if refusal := _why_not(setup, steps):
+    rows = _rows(setup)
+    if refusal := _why_not(setup, rows, steps):
         _say(console, f"No other learning rate than {space.rate:.2e} is tried: {refusal}.")
         return setup, None
-    trials = Trials(setup, space, _rows(setup), Budget(None, None), console)
+    trials = Trials(setup, space, rows, Budget(None, None), console)
     rates = ", ".join(f"{space.rate * factor:.2e}" for factor in QUICK_FACTORS)
     _say(console, f"Learning rates {rates} are tried for {steps} steps each. {trials.power(DIFFERENCE)}")
     points = [Trial(f"rate ×{factor:g}", Point(factor)) for factor in sorted(QUICK_FACTORS, key=lambda factor: factor != 1.0)]
@@ -54,14 +55,13 @@ def choose_rate(setup: Assembly, console: Console, *, asked: bool = False) -> tu
     return replace(setup, config=replace(setup.config, train=replace(spec, learning_rate=rate))), found
 
 
-def _why_not(setup: Assembly, steps: int) -> str:
+def _why_not(setup: Assembly, rows: SearchRows, steps: int) -> str:
     """Why three adapters cannot or should not be trained together here; empty where they should."""
     asked = setup.config.train.rate_trial_steps
     if asked < FEWEST_STEPS:
         return f"train.rate_trial_steps is {asked}, and a trial means something from {FEWEST_STEPS} on"
     if steps < FEWEST_STEPS:
         return f"a run of {setup.steps} steps is too short for a trial of {FEWEST_STEPS}"
-    rows = _rows(setup)
     units = {rows.groups.get(example.key, example.key) for example in rows.search}
     if len(units) < 2:
         return f"{len(units)} {'groups of ' if rows.groups else ''}held-out rows tell no two rates apart"

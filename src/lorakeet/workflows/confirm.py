@@ -11,7 +11,7 @@ from lorakeet.evaluate.likelihood import RowLosses
 from lorakeet.evaluate.over_seeds import compare_over_seeds
 from lorakeet.evaluate.wording import signed
 from lorakeet.models.inject import attach
-from lorakeet.train.many import Progress, train_many
+from lorakeet.train.many import Progress
 from lorakeet.workflows.search import SPENT, Trial, Trials
 
 CONFIRM = "confirm"
@@ -121,13 +121,10 @@ def _again(made: Confirmation, both: Sequence[Trial], seeds: Sequence[int]) -> l
     """By seed the losses of `both`, trained with it, on the rows of the confirmation; where one diverges that is noted."""
     trials, found = made.trials, []
     setup = trials.setup
-    kept = setup.arrangement
     names = {f"{number}_{seed}": (trial, seed) for seed in seeds for number, trial in enumerate(both)}
     try:
         members = [trials.member(name, trial, trials.rows.search, seed) for name, (trial, seed) in names.items()]
-        ended = train_many(
-            setup.text, members, aside=kept.aside(), together=kept.together, budget=kept.budget, folder=trials.folder
-        )
+        ended = trials.train(members)
         trials.budget.used += sum(at.tokens for at in ended)
         for (trial, seed), at in zip(names.values(), ended, strict=True):
             if at.diverged and not made.unconfirmed:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -118,7 +118,7 @@ class Trials:
     def power(self, difference: float) -> str:
         """What the rows of the search can show, from the bare base's losses."""
         base = self.losses("base", self.rows.search, None)
-        self.base_loss = float(base.losses.sum() / base.tokens.sum())
+        self.base_loss = _mean(base)
         confidence = self.setup.config.evaluate.confidence
         tokens = base.tokens.astype(np.float64)
         return paired_power(base.losses, tokens, confidence=confidence, groups=base.groups).sentence(difference, self.rows.of)
@@ -157,7 +157,7 @@ class Trials:
         `steps`: only so many, with no look at held-out rows before they are done. Where the run's own rate rises for longer than
         a fourth of them, it rises in that, and stays then: all of a long run's first steps are at a fraction of its rate.
         """
-        text, names = self.setup.text, {f"trial_{index}": trial for index, trial in enumerate(trials)}
+        names = {f"trial_{index}": trial for index, trial in enumerate(trials)}
         held_out = self.rows.search if steps is None else []
         try:
             members = [self.member(name, trial, held_out, steps=steps) for name, trial in names.items()]
@@ -174,11 +174,7 @@ class Trials:
                     for name in names:
                         many.stop(name, SPENT)
 
-            kept = self.setup.arrangement
-            ended = train_many(
-                text, members, watch=watch, aside=kept.aside(), together=kept.together, budget=kept.budget, folder=self.folder
-            )
-            for (name, trial), at in zip(names.items(), ended, strict=True):
+            for (name, trial), at in zip(names.items(), self.train(members, watch), strict=True):
                 trial.at = at
                 self.budget.used += at.tokens
                 if not at.diverged:
@@ -190,6 +186,12 @@ class Trials:
         self._keep_best()
         for trial in trials:
             self._say(trial)
+
+    def train(self, members: Sequence[Member], watch: Callable[[Many], None] | None = None) -> list[Progress]:
+        """Trains `members`, which are on the model, to their ends, within the run's memory."""
+        kept = self.setup.arrangement
+        about: dict[str, Any] = {"aside": kept.aside(), "together": kept.together, "budget": kept.budget, "folder": self.folder}
+        return train_many(self.setup.text, members, watch=watch, **about)
 
     def take_out(self, name: str) -> None:
         """Takes the adapter `name` out, if it got as far as being on the model."""
@@ -214,7 +216,7 @@ class Trials:
         except DataError:
             at.diverged, at.done = True, f"step {at.step}: losses on held-out rows are no numbers"
             return None
-        loss = float(found.losses.sum() / found.tokens.sum())
+        loss = _mean(found)
         if at.watch.diverged(loss):
             at.diverged, at.done = True, f"step {at.step}: the held-out loss is {loss:.4g} nats a token"
             return None
@@ -279,7 +281,11 @@ class Trials:
 def loss_of(trial: Trial) -> float:
     """Its held-out loss in nats a token."""
     assert trial.losses is not None
-    return float(trial.losses.losses.sum() / trial.losses.tokens.sum())
+    return _mean(trial.losses)
+
+
+def _mean(found: RowLosses) -> float:
+    return float(found.losses.sum() / found.tokens.sum())
 
 
 def _first_steps(spec: TrainSpec, steps: int) -> TrainSpec:

@@ -39,8 +39,8 @@ from lorakeet.workflows.confirm import Confirmation, confirm
 from lorakeet.workflows.place import folder_above, require_empty, writing
 from lorakeet.workflows.search import START, Budget, SearchRows, Trial, Trials
 from lorakeet.workflows.search_space import QUICK_FACTORS, Point, plan_of_point, space_for
+from lorakeet.workflows.verbs import RANKS, RATES, TARGETS
 
-RATES, RANKS, TARGETS = (0.25, 4.0), (4, 8, 16, 32), ("all-linear", "attention", "mlp")  # what is chosen between, left alone
 SEEDS = 3  # of the confirmation: two settings are told apart only beyond what another seed changes
 
 

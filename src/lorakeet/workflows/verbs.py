@@ -13,6 +13,7 @@ __all__ = ["VERBS", "Verb"]
 
 
 _RUN = {"help": "A run folder, or a folder with an adapter in PEFT's layout.", "positional": True}
+RATES, RANKS, TARGETS = (0.25, 4.0), (4, 8, 16, 32), ("all-linear", "attention", "mlp")  # between which a search chooses
 _MEMORY = {
     "help": "The most memory that this may take, such as 2GiB; weights that do not fit are streamed. Without it, memory.budget."
 }
@@ -262,11 +263,11 @@ class TuneOptions:
     quick: bool = field(default=False, metadata={"help": "Only three learning rates: half, once and twice the run file's."})
     together: int = field(default=4, metadata={"help": "Trials that are trained in one pass over the base."})
     rate_factors: tuple[float, ...] = field(
-        default=(0.25, 4.0), metadata={"help": "Lowest and highest learning rate, as factors of the run file's."}
+        default=RATES, metadata={"help": "Lowest and highest learning rate, as factors of the run file's."}
     )
-    rank_choices: tuple[int, ...] = field(default=(4, 8, 16, 32), metadata={"help": "Ranks to choose from."})
+    rank_choices: tuple[int, ...] = field(default=RANKS, metadata={"help": "Ranks to choose from."})
     target_choices: tuple[str, ...] = field(
-        default=("all-linear", "attention", "mlp"), metadata={"help": "Targets to choose from, as in lora.target_modules."}
+        default=TARGETS, metadata={"help": "Targets to choose from, as in lora.target_modules."}
     )
     seeds: int | None = field(
         default=None,

@@ -72,15 +72,7 @@ static inline void put_woven(__m512i one, __m512i two, bf16 *to, int64_t apart) 
 /* Whether so many columns, the last ones, have sums in two parts. */
 static inline int halved(int64_t left) { return left <= LANES / 2; }
 
-/* Where the word w (two neighbours) of a column of sums is, of `columns` that are `width` numbers tall: sixteen of them together,
-   word by word, and of a halved sixteen by turns, two words of a column side by side. */
-static inline bf16 *word_of(bf16 *to, int64_t width, int64_t columns, int64_t column, int64_t w) {
-    int64_t begin = column / LANES * LANES, lane = column - begin;
-    to += begin * width;
-    return halved(columns - begin) ? to + 2 * (w / 2 * LANES + 2 * lane + w % 2) : to + 2 * (w * LANES + lane);
-}
-
-/* Words w of columns, `lane` of which is that of the first, into the sixteen columns at `to`, and of a halved sixteen w + 1 too. */
+/* Words w (two neighbours) of columns, `lane` of which is that of the first, into the sixteen columns at `to`, and of a halved sixteen w + 1 too. */
 static inline void put_words(bf16 *to, int64_t w, int64_t lane, int64_t count, const __m512i *words, int half) {
     if (!half) {
         __mmask16 some = (__mmask16)(((1u << count) - 1) << (lane < 0 ? 0 : lane));
@@ -95,15 +87,16 @@ static inline void put_words(bf16 *to, int64_t w, int64_t lane, int64_t count, c
     _mm512_mask_storeu_epi32(to + w * LANES, some, both_words);
 }
 
-/* Rows of `width` numbers as columns of sums, from `column` on of `columns`; words are two neighbours of a row. */
+/* Rows of `width` numbers as columns of sums, from `column` on of `columns`, behind an odd number of them one of zeros; sixteen
+   columns lie together, word by word, and of a halved sixteen by turns, two words of a column side by side. */
 static void lay_sums(const void *rows, int64_t count, int64_t width, int64_t kind, float scale, bf16 *to, int64_t column,
                      int64_t columns) {
     for (int64_t c = 0; c < width; c += LINE)
         for (int64_t r = 0; r < count; r += LANES) {
-            int64_t here = count - r < LANES ? count - r : LANES, first = column + r, stop = first + here;
+            int64_t left = even(count) - r, first = column + r, stop = first + (left < LANES ? left : LANES);
             __m512i words[16];
             for (int64_t i = 0; i < LANES; i++)
-                words[i] = i < here ? line_of(row_of(rows, r + i, width, kind), c, width - c, kind, scale) : _mm512_setzero_si512();
+                words[i] = r + i < count ? line_of(row_of(rows, r + i, width, kind), c, width - c, kind, scale) : _mm512_setzero_si512();
             transposed(words);
             for (int64_t begin = first / LANES * LANES; begin < stop; begin += LANES) { /* the sixteens that these columns are in */
                 int64_t from = first > begin ? first : begin, end = stop < begin + LANES ? stop : begin + LANES;
@@ -156,53 +149,40 @@ static void lay_wide_across(const void *A, int64_t rank, int64_t width, int64_t 
         }
 }
 
-static inline __attribute__((always_inline)) void shrink_some(const bf16 *x, int64_t width, const bf16 *laid, const int count,
-                                                              __mmask16 there, bf16 *h, int64_t columns) {
+/* Of `count` tokens; `half`: of eight columns or fewer, whose sums are in two parts. */
+static inline __attribute__((always_inline)) void shrink_some(const bf16 *x, int64_t width, const bf16 *laid, const int half,
+                                                              const int count, __mmask16 there, bf16 *h, int64_t columns) {
     __m512 sums[SHRINK];
 #pragma GCC unroll 12
     for (int t = 0; t < count; t++) sums[t] = _mm512_setzero_ps();
-    for (int64_t c = 0; c < width; c += 2, laid += LINE) {
+    for (int64_t c = 0; c < width; c += half ? 4 : 2, laid += LINE) {
         __m512bh at = both(laid);
 #pragma GCC unroll 12
-        for (int t = 0; t < count; t++) sums[t] = _mm512_dpbf16_ps(sums[t], at, two_of(x + t * width + c));
-    }
-#pragma GCC unroll 12
-    for (int t = 0; t < count; t++) _mm256_mask_storeu_epi16(h + t * columns, there, narrow(sums[t]));
-}
-
-/* The same of eight columns or fewer, whose sums are in two parts. */
-static inline __attribute__((always_inline)) void shrink_halved(const bf16 *x, int64_t width, const bf16 *laid, const int count,
-                                                                __mmask16 there, bf16 *h, int64_t columns) {
-    __m512 sums[SHRINK];
-#pragma GCC unroll 12
-    for (int t = 0; t < count; t++) sums[t] = _mm512_setzero_ps();
-    for (int64_t c = 0; c < width; c += 4, laid += LINE) {
-        __m512bh at = both(laid);
-#pragma GCC unroll 12
-        for (int t = 0; t < count; t++) sums[t] = _mm512_dpbf16_ps(sums[t], at, four_of(x + t * width + c));
+        for (int t = 0; t < count; t++)
+            sums[t] = _mm512_dpbf16_ps(sums[t], at, half ? four_of(x + t * width + c) : two_of(x + t * width + c));
     }
 #pragma GCC unroll 12
     for (int t = 0; t < count; t++) {
         __m512 other = _mm512_castsi512_ps(_mm512_srli_epi64(_mm512_castps_si512(sums[t]), 32));
-        _mm256_mask_storeu_epi16(h + t * columns, there, narrow(_mm512_maskz_compress_ps(0x5555, _mm512_add_ps(sums[t], other))));
+        __m512 whole = half ? _mm512_maskz_compress_ps(0x5555, _mm512_add_ps(sums[t], other)) : sums[t];
+        _mm256_mask_storeu_epi16(h + t * columns, there, narrow(whole));
     }
+}
+
+static inline __attribute__((always_inline)) void shrink_all(const bf16 *x, int64_t tokens, int64_t width, const bf16 *laid,
+                                                             const int half, __mmask16 there, bf16 *h, int64_t columns) {
+    int64_t t = 0;
+    for (; t + SHRINK <= tokens; t += SHRINK) shrink_some(x + t * width, width, laid, half, SHRINK, there, h + t * columns, columns);
+    for (; t + 4 <= tokens; t += 4) shrink_some(x + t * width, width, laid, half, 4, there, h + t * columns, columns);
+    for (; t < tokens; t++) shrink_some(x + t * width, width, laid, half, 1, there, h + t * columns, columns);
 }
 
 /* h (tokens, columns from the first on) = x (tokens, width) times what `lay_sums` laid out, of `count` columns. */
 static void shrink(const bf16 *x, int64_t tokens, int64_t width, const bf16 *laid, int64_t count, bf16 *h, int64_t columns) {
     for (int64_t r = 0; r < count; r += LANES, laid += LANES * width) {
         __mmask16 there = count - r < LANES ? (__mmask16)((1u << (count - r)) - 1) : 0xffff;
-        bf16 *to = h + r;
-        int64_t t = 0;
-        if (halved(count - r)) {
-            for (; t + SHRINK <= tokens; t += SHRINK) shrink_halved(x + t * width, width, laid, SHRINK, there, to + t * columns, columns);
-            for (; t + 4 <= tokens; t += 4) shrink_halved(x + t * width, width, laid, 4, there, to + t * columns, columns);
-            for (; t < tokens; t++) shrink_halved(x + t * width, width, laid, 1, there, to + t * columns, columns);
-            continue;
-        }
-        for (; t + SHRINK <= tokens; t += SHRINK) shrink_some(x + t * width, width, laid, SHRINK, there, to + t * columns, columns);
-        for (; t + 4 <= tokens; t += 4) shrink_some(x + t * width, width, laid, 4, there, to + t * columns, columns);
-        for (; t < tokens; t++) shrink_some(x + t * width, width, laid, 1, there, to + t * columns, columns);
+        if (halved(count - r)) shrink_all(x, tokens, width, laid, 1, there, h + r, columns);
+        else shrink_all(x, tokens, width, laid, 0, there, h + r, columns);
     }
 }
 
@@ -327,10 +307,7 @@ void trained_pairs(const Pair *pairs, const float *scales, int64_t count, const 
                 lay_wide(own->B, layers[own->layer].outputs, own->rank, own->kind_b, scales[n / 2], scratch + wide_at[n / 2]);
                 continue;
             }
-            bf16 *to = scratch + parts[part_of[n / 2]].at;
-            lay_sums(own->A, own->rank, width, own->kind_a, 1.0f, to, own->column, own->columns);
-            if (own->rank % 2) /* its column of zeros */
-                for (int64_t w = 0; w < width / 2; w++) memset(word_of(to, width, own->columns, own->column + own->rank, w), 0, 4);
+            lay_sums(own->A, own->rank, width, own->kind_a, 1.0f, scratch + parts[part_of[n / 2]].at, own->column, own->columns);
         }
 #pragma omp for schedule(dynamic)
         for (int64_t n = 0; n < pieces; n++) {
