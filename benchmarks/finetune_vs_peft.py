@@ -123,7 +123,7 @@ def _workload(given: argparse.Namespace, folder: Path, number: int) -> Path:
 
 def _missed(content: Mapping[str, Any]) -> list[str]:
     """What is claimed and was not measured so, in words; with rows of alike length nothing is."""
-    found, ours = [], content["contenders"].get(OURS)
+    found, ours = [f"{name} {why}." for name, why in content["not_run"].items()], content["contenders"].get(OURS)
     if ours is None or not content["settings"]["shuffled"]:
         return []
     for name, row in content["contenders"].items():

@@ -1,16 +1,16 @@
 """Claim: a training step runs at 0.85 of the machine's rate for rows of 512 tokens and more, at 0.6 for rows of 128.
 
-    python benchmarks/roofline.py [--quick] [--bases dense nf4 gptq] [--lengths 128 512 2048] [--steps 3] [--whole]
+    python benchmarks/roofline.py [--quick] [--bases dense nf4 gptq] [--lengths 128 512 2048] [--steps 5] [--whole]
     python benchmarks/roofline.py --model meta-llama/Llama-3.2-1B --lengths 512 2048 --bases dense nf4
 
-The rate is that of the fastest plain matrix product on this machine in the same dtype, measured in the same process. Achieved is
-FLOPs / seconds, phase by phase. The FLOPs are those of the products and of the attention that run (contenders/timed_step): norms,
-activations, dequantisation, scores that the flash kernel masks, the optimizer and every wait count as lost. SmolLM2-135M's shape,
-or --model's, with random weights, rank 8 on all linear layers; rows of one length, or rows of between half and one and a half
-times that length laid end to end (a row of 2,048 is a whole step, so it has no such neighbours). Packed rows are measured over
-dense weights alone, unless --whole asks for all: how rows lie is a matter of attention, which knows nothing of how weights are
-kept. Micro-batches have as many tokens as in a run file that says nothing of them (2,048); --micro-tokens gives others, such
-as the 1,024 of the quickstart.
+The rate is that of the fastest plain matrix product on this machine in the same dtype, measured in the same process after each
+step, with which alone it is compared. Achieved is FLOPs / seconds, phase by phase, the median over the steps. The FLOPs are those
+of the products and of the attention that run (contenders/timed_step): norms, activations, dequantisation, scores that the flash
+kernel masks, the optimizer and every wait count as lost. SmolLM2-135M's shape, or --model's, with random weights, rank 8 on all
+linear layers; rows of one length, or rows of between half and one and a half times that length laid end to end (a row of 2,048 is
+a whole step, so it has no such neighbours). Packed rows are measured over dense weights alone, unless --whole asks for all: how
+rows lie is a matter of attention, which knows nothing of how weights are kept. Micro-batches have as many tokens as in a run file
+that says nothing of them (2,048); --micro-tokens gives others, such as the 1,024 of the quickstart.
 """
 
 from __future__ import annotations
@@ -68,10 +68,13 @@ def asked_of(
 
 def shares(found: Mapping[str, Any]) -> dict[str, float]:
     """Achieved over possible: of the forward pass, of the backward pass, and of the whole step, medians over its repetitions."""
-    seconds = {phase: statistics.median(values) for phase, values in found["seconds"].items()}
-    flops, rate = found["flops"], found["rate"]
-    by_phase = {phase: flops[phase] / seconds[phase] / rate for phase in flops}
-    return {**by_phase, "step": sum(flops.values()) / sum(seconds.values()) / rate}
+    seconds, flops, rates = found["seconds"], found["flops"], found["rates"]
+    whole = [sum(of_step) for of_step in zip(*seconds.values(), strict=True)]
+    timed = {**{phase: (flops[phase], seconds[phase]) for phase in flops}, "step": (sum(flops.values()), whole)}
+    return {
+        name: statistics.median(count / spent / rate for spent, rate in zip(times, rates, strict=True))
+        for name, (count, times) in timed.items()
+    }
 
 
 def block_weights(shape: Mapping[str, Any]) -> int:
@@ -90,7 +93,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--whole", action="store_true", help="packed rows over every base")
     parser.add_argument("--model", default=SHAPE, choices=sorted(published()), help="whose shape it is")
     parser.add_argument("--micro-tokens", type=int, default=TrainSpec.micro_tokens, help="tokens that pass at once")
-    parser.add_argument("--steps", type=int, default=3, help="timed in each process, after two that are not")
+    parser.add_argument("--steps", type=int, default=5, help="timed in each process, after two that are not")
     parser.add_argument("--results", type=Path, default=Path(__file__).with_name("results"), help="where the result is written")
     given = parser.parse_args(arguments)
     about = origin()

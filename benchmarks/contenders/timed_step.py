@@ -1,5 +1,7 @@
 """Training steps of made-up rows on random weights, in a process of its own: seconds and FLOPs by phase, and the machine's rate.
 
+The rate is measured anew after every timed step, since machines of clouds change their own by a tenth within minutes.
+
 FLOPs are those of every matrix product and attention kernel that runs, counted as they are dispatched: frozen weights, pairs,
 attention and head, forward and backward; of the flash kernel those of the scores that its causal mask lets through. Norms,
 activations, dequantisation and the optimizer are none: they cost time only.
@@ -9,6 +11,7 @@ from __future__ import annotations
 
 import json
 import random
+import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -78,16 +81,20 @@ def measured(asked: Mapping[str, Any]) -> dict[str, Any]:
     step_of = _one(text, config, rows) if "members" not in asked else _together(text, config, rows, asked["members"])
     counted: dict[str, int] = {}
     seconds: dict[str, list[float]] = {}
+    rates: list[float] = []
     untimed = asked.get("untimed", UNTIMED)
     for step in range(untimed + asked["steps"]):
         for phase, spent in step_of(counted if step == 0 else None).items():
             if step >= untimed:
                 seconds.setdefault(phase, []).append(spent)
+        if step >= untimed:
+            rates.append(rate(precision.products))
     return {
         "tokens": sum(asked["lengths"]),
         "seconds": seconds,
         "flops": counted,
-        "rate": rate(precision.products),
+        "rate": statistics.median(rates),
+        "rates": rates,
         "peak_bytes": peak_bytes(),
         "threads": torch.get_num_threads(),
     }

@@ -12,12 +12,15 @@ from pathlib import Path
 
 from harness.workload import Workload, read_workload
 
-PACKAGES = ("torch", "transformers", "peft", "trl", "accelerate", "datasets", "unsloth", "unsloth_zoo", "lorakeet")
+PACKAGES = (
+    "torch", "transformers", "peft", "trl", "accelerate", "datasets", "unsloth", "unsloth_zoo", "bitsandbytes", "flash_attn",
+    "triton", "lorakeet",
+)  # fmt: skip
 
 
 @dataclass
 class StepLog:
-    """Seconds and loss of each step, and the most memory the process ever held (VmHWM)."""
+    """Seconds and loss of each step, and the most memory the process ever held (VmHWM); of a `card` that too."""
 
     losses: list[float] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
@@ -25,14 +28,26 @@ class StepLog:
     loaded_bytes: int = 0  # the peak until training begins: loading the model is a part of it
     before: float = 0.0  # seconds of training's own work before its first step
     last: float = 0.0
+    card: bool = False
+    card_loaded_bytes: int = 0  # the peak of the card's until training begins
 
     def begin(self) -> None:
         """Starts the clock of the first step. To be called before anything resets the system's own peak."""
         self.loaded_bytes = max(self.loaded_bytes, peak_bytes())
+        if self.card:
+            import torch
+
+            self.card_loaded_bytes = torch.cuda.max_memory_allocated()
+            torch.cuda.reset_peak_memory_stats()
+            torch.cuda.synchronize()
         self.last = time.perf_counter()
 
     def step(self) -> None:
         """Ends a step: its seconds run from the end of the one before it, whatever the library does in between."""
+        if self.card:
+            import torch
+
+            torch.cuda.synchronize()
         now = time.perf_counter()
         self.seconds.append(now - self.last)
         self.last = now
@@ -59,6 +74,10 @@ class StepLog:
             "packages": installed(PACKAGES),
             "notes": self.notes,
         }
+        if self.card:
+            found["card_loaded_bytes"] = self.card_loaded_bytes
+            found["card_peak_bytes"] = torch.cuda.max_memory_allocated()
+            found["card_reserved_bytes"] = torch.cuda.max_memory_reserved()
         path.write_text(json.dumps(found, indent=1), encoding="utf-8")
 
 

@@ -15,7 +15,7 @@ ADAPTER = "adapter_model.safetensors"  # PEFT's name for it
 
 def train_with(trainer_for: Callable[[dict[str, Any]], Any], callback: type, workload: Workload) -> StepLog:
     """Trains the workload with the trainer that `trainer_for` makes of the shared arguments; `callback` is TrainerCallback."""
-    log = StepLog()
+    log = StepLog(card=workload.device == "cuda")
     with TemporaryDirectory() as folder:
         trainer = trainer_for(arguments(workload, folder))
         trainer.add_callback(clock(callback, log, workload))
@@ -42,6 +42,23 @@ def prompts_and_completions(workload: Workload) -> dict[str, list[str]]:
         "prompt": [row.prompt for row in workload.rows],
         "completion": [row.completion for row in workload.rows],
     }
+
+
+def tokenised(workload: Workload) -> dict[str, list[list[int]]]:
+    """The columns of a dataset that is tokenised already, -100 where nothing is learnt."""
+    learnt = [set(row.targets) for row in workload.rows]
+    return {
+        "input_ids": [list(row.ids) for row in workload.rows],
+        "labels": [
+            [token if place in places else -100 for place, token in enumerate(row.ids)]
+            for row, places in zip(workload.rows, learnt, strict=True)
+        ],
+    }
+
+
+def packed_arguments(arguments: dict[str, Any]) -> dict[str, Any]:
+    """The same for packed rows: none is longer than the trainer's own length, which padding-free batches may not have."""
+    return {**arguments, "max_length": None}
 
 
 def arguments(workload: Workload, folder: str) -> dict[str, Any]:
@@ -119,5 +136,6 @@ def facts(trainer: Any) -> dict[str, object]:
         "weights": str(next(each.dtype for each in parameters if not each.requires_grad)).removeprefix("torch."),
         "products": "bfloat16" if trainer.args.bf16 else "float32",
         "gradient checkpointing": trainer.args.gradient_checkpointing,
+        "rows lie": "flat" if getattr(trainer.data_collator, "padding_free", False) else "padded",
         "trained parameters": sum(each.numel() for each in parameters if each.requires_grad),
     }

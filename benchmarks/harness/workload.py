@@ -41,6 +41,8 @@ class Workload:
     steps: tuple[tuple[Row, ...], ...]
     saved: str = ""  # folder of this run for these adapters
     rows_at_once: int | None = None  # that a trainer of this run computes together; None: all of a step
+    device: str = "cpu"
+    quantize: str = "none"  # how the frozen weights are kept, as model.quantize.method has it
 
     @property
     def rows(self) -> list[Row]:

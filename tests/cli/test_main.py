@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -158,6 +159,22 @@ def test_ctrl_c_leaves_with_130(monkeypatch: pytest.MonkeyPatch, capsys: pytest.
     raising(monkeypatch, KeyboardInterrupt())
     assert main(["doctor"]) == 130
     assert "Stopped by Ctrl-C" in capsys.readouterr().err
+
+
+def test_sigterm_leaves_with_143_and_clears_away(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    cleared: list[bool] = []
+
+    def run(self: Any, positional: Any, named: Any) -> None:
+        try:
+            signal.raise_signal(signal.SIGTERM)
+        finally:
+            cleared.append(True)
+
+    monkeypatch.setattr(verbs_module.Verb, "run", run)
+    assert main(["doctor"]) == 143 and cleared
+    assert "Stopped by SIGTERM" in capsys.readouterr().err
+    assert main(["doctor", "--json"]) == 143
+    assert json.loads(capsys.readouterr().out)["error"] == "Stopped"
 
 
 def test_a_bug_is_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -98,7 +98,7 @@ def spans(first: tuple[int, int], second: tuple[int, int]) -> str:
 @pytest.mark.parametrize(
     ("name", "make", "message"),
     [
-        ("nowhere", lambda path: None, r"does not exist; expected a folder of PEFT or mlx-lm, or a \.safetensors or \.gguf file"),
+        ("nowhere", lambda path: None, r"does not exist; expected the folder of a run, of PEFT or of mlx-lm, or a \.safetensors"),
         ("old.bin", lambda path: path.write_bytes(b"\x80"), "is a pickle file, which can run code"),
         ("old.PT", lambda path: path.write_bytes(b"\x80"), "is a pickle file"),
         ("empty", lambda path: path.mkdir(), "holds no adapter: .* only nothing"),
@@ -121,7 +121,7 @@ def spans(first: tuple[int, int], second: tuple[int, int]) -> str:
         ("hole.safetensors", hostile(spans((0, 8), (12, 20))), "leaves bytes before it"),
         ("negative.safetensors", hostile(spans((-8, 0), (0, 8))), "must be lists of whole numbers"),
         ("rows.jsonl", lambda path: path.write_text('{"text": "x"}\n' * 9), r"rows\.jsonl is no adapter: it begins with"),
-        ("empty.txt", lambda path: path.write_bytes(b""), r"empty\.txt is no adapter.* Expected a folder of PEFT"),
+        ("empty.txt", lambda path: path.write_bytes(b""), r"empty\.txt is no adapter.* Expected the folder of a run"),
         ("json.safetensors", hostile("[" * 100_000), "its header is not JSON"),
     ],
 )  # fmt: skip

@@ -107,9 +107,9 @@ def test_missing_and_unreadable_files(bench: Bench) -> None:
     bench.refused(bench.finetune(model="./no/model"), "'./no/model' does not exist", "Check the path")
     bench.refused(bench.finetune(model="rows.jsonl"), "'rows.jsonl' is a .jsonl file", "expected a model folder or a .gguf")
     bench.refused(["finetune", bench.write("list.yaml", "- 1\n")], "list.yaml holds [1]", "expected keys such as")
-    bench.refused(["evaluate", "no/run"], "no/run does not exist", "expected a folder of PEFT")
+    bench.refused(["evaluate", "no/run"], "no/run does not exist", "expected the folder of a run")
     bench.refused(["merge", "no/run", "--out", "merged"], "no/run does not exist")
-    bench.refused(["compress", "no/run", "--out", "small"], "no/run does not exist", "expected a folder of PEFT")
+    bench.refused(["compress", "no/run", "--out", "small"], "no/run does not exist", "expected the folder of a run")
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")

@@ -7,12 +7,15 @@ import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
 from torch.distributed.tensor import DTensor
 
+from lorakeet.core.native import ops
+from lorakeet.core.native.trained_block import Call
 from lorakeet.core.spec import LoraSpec
 from lorakeet.data.chat import Example
 from lorakeet.data.pack import Batch, pack
@@ -30,6 +33,8 @@ from lorakeet.train import processes as module
 from lorakeet.train.launch import launched
 from lorakeet.train.processes import joined
 from lorakeet.train.text_loss import text_loss
+from tiny.gguf_file import write_tiny_gguf
+from tiny.gptq_folder import save_mixed_gptq
 from tiny.models import save_tiny_llama
 from tiny.together import Together, together
 
@@ -41,7 +46,8 @@ def forked() -> Iterator[Together]:
 
 
 def batch() -> Batch:
-    rows = [Example(np.arange(4 + n, 20 + 2 * n), np.arange(16 + n) >= 8, str(n), None, False) for n in range(3)]
+    """Rows of so many tokens on average that the C library's attention is the faster one (core/row_attention.TILED)."""
+    rows = [Example(np.arange(4 + n, 34 + 2 * n), np.arange(30 + n) >= 8, str(n), None, False) for n in range(3)]
     return pack(rows)
 
 
@@ -59,24 +65,29 @@ def computed(text: TextModel) -> tuple[float, dict[str, torch.Tensor], list[list
     return loss.item(), grads, [ids.tolist() for ids in sample(text, [[5, 6]], max_tokens=4)]
 
 
-def in_this_process(folder: str, method: str, layers: str) -> dict[str, Any]:
+def in_this_process(folder: str, method: str, layers: str, dtype: str = "float32") -> dict[str, Any]:
     """What is the same before and after the blocks were parted, and how much of them is kept."""
     with joined(launched()) as processes:
         quantize = QuantSpec(method=method)  # type: ignore[arg-type]
-        text = load_text_model(ModelSpec(path=folder, dtype="float32", device="cpu", quantize=quantize))
+        spec = ModelSpec(path=folder, dtype=dtype, products=dtype, device="cpu", quantize=quantize)  # type: ignore[arg-type]
+        text = load_text_model(spec)
         plan = plan_for(text.model, LoraSpec(rank=4, alpha=12.0, layers=layers), text.family)
         begin_adapter(text, plan, seed=1)
         with torch.no_grad():
             for name, parameter in trained_parameters(text.model).items():
                 if name.endswith(".B"):
                     parameter.normal_(generator=torch.Generator().manual_seed(len(name)))
-        digests, before = frozen_digests(text.model), computed(text)
+        counted = mock.patch.object(Call, "forward", autospec=True, side_effect=Call.forward)
+        with counted as blocks:
+            digests, before = frozen_digests(text.model), computed(text)
         sizes = {name: p.numel() for name, p in text.model.named_parameters()}
         part_blocks(text, processes.count, torch.device("cpu"))
-        after = computed(text)
+        with counted as blocks_parted:
+            after = computed(text)
         parted = {name: p for name, p in text.model.named_parameters() if isinstance(p, DTensor)}
         found = {
             "loss": before[0] == after[0],
+            "in C": [blocks.call_count, blocks_parted.call_count],
             "gradients": len(before[1]) > 4 and all(torch.equal(before[1][name], grad) for name, grad in after[1].items()),
             "texts": before[2] == after[2],
             "digests": frozen_digests(text.model) == digests,
@@ -96,6 +107,37 @@ def test_a_parted_model_computes_the_same_bits(forked: Together, tiny_llama_fold
         assert 0.45 <= found["kept"] <= 0.55, found
         assert (found["codes"] > 0) == (method != "none")
         assert found["whole"] == ["A", "B"]
+
+
+@pytest.mark.parametrize("method", ["none", "nf4", "int8"])
+def test_so_it_does_in_bf16_for_which_a_whole_model_has_kernels(forked: Together, tmp_path: Path, method: str) -> None:
+    """Heads of 64 numbers, so that the C library would compute whole blocks: of parted ones it sees no weights."""
+    sizes = {"hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 2, "num_key_value_heads": 1}
+    folder = save_tiny_llama(tmp_path / "model", **sizes)
+    for found in forked.call("models.test_shard:in_this_process", str(folder), method, "all", "bfloat16"):
+        assert found["loss"] and found["gradients"] and found["texts"] and found["digests"], found
+        assert 0.45 <= found["kept"] <= 0.55 and (found["codes"] > 0) == (method != "none"), found
+        assert (found["in C"][0] > 0) == ops.serves(torch.bfloat16) and found["in C"][1] == 0, found
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_so_it_does_over_a_gptq_folder(forked: Together, tmp_path: Path, dtype: str) -> None:
+    """Of every number of bits and every group size, with columns in their order and out of it."""
+    save_mixed_gptq(tmp_path / "model", "gptq")
+    answers = forked.call("models.test_shard:in_this_process", str(tmp_path / "model"), "none", "all", dtype)
+    assert sum(found["kept"] for found in answers) == pytest.approx(1)
+    for found in answers:
+        assert found["loss"] and found["gradients"] and found["texts"] and found["digests"], found
+        assert 0.4 <= found["kept"] <= 0.6 and found["codes"] > 0, found
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_so_it_does_over_a_gguf_file_in_its_own_blocks(forked: Together, tmp_path: Path, dtype: str) -> None:
+    sizes = {"hidden_size": 256, "intermediate_size": 512}
+    write_tiny_gguf(tmp_path / "model.gguf", ["Q4_0", "Q8_0", "Q4_K", "Q6_K"], **sizes)
+    for found in forked.call("models.test_shard:in_this_process", str(tmp_path / "model.gguf"), "gguf", "all", dtype):
+        assert found["loss"] and found["gradients"] and found["texts"] and found["digests"], found
+        assert 0.4 <= found["kept"] <= 0.6 and found["codes"] > 0, found
 
 
 def test_three_processes_have_uneven_parts(forked: Together, tmp_path: Path) -> None:

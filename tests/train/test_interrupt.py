@@ -7,7 +7,7 @@ import threading
 
 import pytest
 
-from lorakeet.train.interrupt import Interrupt
+from lorakeet.train.interrupt import Interrupt, terminable
 
 
 def test_first_asks_second_ends_and_handlers_come_back() -> None:
@@ -44,3 +44,33 @@ def test_other_threads_ask_in_words() -> None:
     thread.start()
     thread.join()
     assert seen == ["the stop button"]
+
+
+def test_outside_of_training_the_first_sigterm_ends_as_ctrl_c_does_and_the_second_as_the_system_has_it() -> None:
+    with pytest.raises(KeyboardInterrupt, match="SIGTERM"), terminable():
+        try:
+            signal.raise_signal(signal.SIGTERM)
+        finally:
+            assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+def test_who_heeds_sigterm_already_goes_on_doing_so() -> None:
+    got: list[int] = []
+    before = signal.signal(signal.SIGTERM, lambda number, frame: got.append(number))
+    try:
+        with terminable():
+            signal.raise_signal(signal.SIGTERM)
+        assert got == [signal.SIGTERM]
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def test_a_second_sigterm_in_training_ends_the_process_at_once_also_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    raised: list[object] = []
+    monkeypatch.setattr("lorakeet.train.interrupt.signal.raise_signal", lambda number: raised.append(signal.getsignal(number)))
+    with terminable(), Interrupt() as stop:
+        stop._handle(signal.SIGTERM, None)
+        assert (stop.requested, raised) == ("SIGTERM", [])
+        stop._handle(signal.SIGTERM, None)
+    assert raised == [signal.SIG_DFL]

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import io
+from types import SimpleNamespace
 
+import pytest
 from rich.console import Console
 
-from lorakeet.train.progress import PICTURES, Bar, Lines, Reporter, Silent, reporter_for
+from lorakeet.train.progress import PICTURES, Bar, Lines, Reporter, Silent, counted, reporter_for
 
 STEP = {"step": 3, "loss": 1.25, "tokens_per_second": 401.7, "memory_bytes": 1_600_000_000}
 HELD_OUT = {"step": 3, "held_out_loss": 1.5, "low": 1.4, "high": 1.6, "n": 64}
@@ -55,3 +57,20 @@ def test_machines_hear_nothing() -> None:
     assert isinstance(reporter, Silent)
     run(reporter)
     assert out.getvalue() == ""
+
+
+def test_what_takes_long_is_counted_in_lines_and_what_is_short_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = iter([0.0, 10.0, 31.0, 31.0, 40.0, 62.0, 62.0])
+    monkeypatch.setattr("lorakeet.train.progress.time", SimpleNamespace(monotonic=lambda: next(now)))
+    out = io.StringIO()
+    with counted(Console(file=out, width=40), "base [answers] 9 rows", 9) as advance:
+        for _ in range(4):
+            advance(2)
+    assert out.getvalue().splitlines() == ["base [answers] 9 rows: 4 of 9", "base [answers] 9 rows: 8 of 9"]
+
+
+def test_in_a_terminal_it_is_a_bar_that_goes() -> None:
+    out = io.StringIO()
+    with counted(Console(file=out, force_terminal=True, width=80, color_system=None), "base answers 9 rows", 9) as advance:
+        advance(9)
+    assert "base answers 9 rows" in out.getvalue() and "100%" in out.getvalue()

@@ -1,6 +1,7 @@
 """The command `lorakeet`: picks the verb, reads its settings, prints its result or its error, and sets the exit code.
 
-Exit codes: 0 done, 2 something to mend by the user, 3 a verification failed, 4 a run stopped early, 130 stopped by Ctrl-C.
+Exit codes: 0 done, 2 something to mend by the user, 3 a verification failed, 4 a run stopped early, 130 stopped by Ctrl-C, 143 by
+SIGTERM.
 Of several processes that torchrun started, the first one prints.
 """
 
@@ -10,6 +11,7 @@ import json
 import sys
 import traceback
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ import click
 
 from lorakeet import __version__
 from lorakeet.errors import ConfigError, LorakeetError, nearest
+from lorakeet.train.interrupt import terminable
 from lorakeet.train.launch import launched
 from lorakeet.workflows.verbs import VERBS, Verb
 
@@ -40,7 +43,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except LorakeetError as error:
         return _report(error, str(error), exit_code=error.exit_code, as_json=as_json, debug="--debug" in arguments)
     except click.Abort as error:
-        return _report(error, "Stopped by Ctrl-C before the work was done.", exit_code=130, as_json=as_json, debug=False)
+        by, code = ("SIGTERM", 143) if str(error.__cause__ or "") == "SIGTERM" else ("Ctrl-C", 130)
+        return _report(error, f"Stopped by {by} before the work was done.", exit_code=code, as_json=as_json, debug=False)
     return code if isinstance(code, int) else 0
 
 
@@ -124,7 +128,8 @@ def _run(verb: Verb, command: click.Command, values: dict[str, Any]) -> int:
         raise ConfigError(f"lorakeet {verb.name} is the work of one process, {started}")
     specs = {spec.name: spec for spec in dataclasses.fields(verb.options)}
     given = given_values(command, values, lambda param: param.name in specs)
-    options = load(verb.options, given, where=f"the command lorakeet {verb.name}")
+    flags_of = {name: f"flag --{name.replace('_', '-')}" for name in given if not specs[name].metadata.get("positional")}
+    options = load(verb.options, given, where=f"the command lorakeet {verb.name}", origins=flags_of)
     positional = [getattr(options, name) for name, spec in specs.items() if spec.metadata.get("positional")]
     named = {name: getattr(options, name) for name, spec in specs.items() if not spec.metadata.get("positional")}
     if verb.config != "none":
@@ -135,7 +140,8 @@ def _run(verb: Verb, command: click.Command, values: dict[str, Any]) -> int:
     named["console"] = Console(  # names of files may hold [brackets]
         stderr=values["json"], markup=False, emoji=False, quiet=not launch.first
     )
-    result = verb.run(positional, named)
+    with nullcontext() if verb.ends_itself or launch.count > 1 else terminable():
+        result = verb.run(positional, named)
     if values["json"] and launch.first:
         click.echo(json.dumps(result.to_mapping(), ensure_ascii=False, indent=2))
     return int(getattr(result, "exit_code", 0))
@@ -172,7 +178,8 @@ def _report(error: BaseException, message: str, *, exit_code: int, as_json: bool
         traceback.print_exception(error)
     if not launched().first:  # what all of them find wrong; what one finds alone, train/processes says
         return exit_code
-    kind = "UsageError" if isinstance(error, click.ClickException) else "Stopped" if exit_code == 130 else type(error).__name__
+    kind = "Stopped" if exit_code in (130, 143) else type(error).__name__
+    kind = "UsageError" if isinstance(error, click.ClickException) else kind
     if as_json:
         click.echo(json.dumps({"error": kind, "message": message}, ensure_ascii=False))
     else:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from lorakeet.core.card_rows import CardRows
 from lorakeet.core.device import is_cpu
 from lorakeet.core.native import ops
 from lorakeet.core.row_blocks import Blocks, Indexed, blocks_of_queries, indexed, whole_rows
@@ -259,4 +260,4 @@ def _heads_of(places: Indexed, states: Tensor, times: int) -> Tensor:
     return found.to(torch.float32, memory_format=torch.contiguous_format).flatten(2, 3).transpose(1, 2)
 
 
-Kernel = NativeRows | ProductRows | FlashRows
+Kernel = NativeRows | ProductRows | FlashRows | CardRows

@@ -20,7 +20,7 @@ from lorakeet.formats.surplus import surplus_rank
 
 Format = Literal["peft", "kohya", "diffusers", "gguf", "mlx", "lycoris"]
 _PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
-_READABLE = "a folder of PEFT or mlx-lm, or a .safetensors or .gguf file of kohya, LyCORIS, diffusers or llama.cpp"
+_READABLE = "the folder of a run, of PEFT or of mlx-lm, or a .safetensors or .gguf file of kohya, LyCORIS, diffusers or llama.cpp"
 
 
 @dataclass(frozen=True)

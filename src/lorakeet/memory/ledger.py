@@ -27,6 +27,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
+from lorakeet.core import card_rows
 from lorakeet.core.native import coded, dense, trained_pairs
 from lorakeet.core.native import ops as native
 from lorakeet.memory.allocator import LARGEST_HEAP_PIECE
@@ -265,6 +266,8 @@ FLOPS = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward_flops,
     torch.ops.lorakeet.row_attention: native.flops,
     torch.ops.lorakeet.row_attention_backward: native.flops_backward,
+    torch.ops.lorakeet.card_rows: card_rows.flops,
+    torch.ops.lorakeet.card_rows_backward: card_rows.flops_backward,
     torch.ops.lorakeet.coded_product: coded.flops,
     torch.ops.lorakeet.dense_product: dense.flops,
     torch.ops.lorakeet.dense_product_add_: dense.flops_of_sum,
@@ -279,6 +282,8 @@ WORKSPACES: Mapping[Any, Callable[..., int]] = {
     **LAPACK,
     native.ROW_ATTENTION: native.workspace,
     native.ROW_ATTENTION_BACKWARD: native.workspace_backward,
+    card_rows.CARD_ROWS: card_rows.workspace,
+    card_rows.CARD_ROWS_BACKWARD: card_rows.workspace_backward,
     coded.CODED_PRODUCT: coded.workspace,
     dense.DENSE_PRODUCT: dense.workspace,
     dense.DENSE_PRODUCT_ADD: dense.workspace_of_sum,

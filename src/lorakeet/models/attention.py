@@ -4,7 +4,8 @@ The model runs on one sequence (1, tokens) with `row_lengths=(n₁, n₂, …)` 
 begin again at each row. Each row attends to itself alone, so the cost is Σn² and not (Σn)²; tokens behind the
 last row are filler.
 
-On a CPU the rows are computed by core/row_attention: torch's own bf16 backward is several times too slow there.
+On a CPU the rows are computed by core/row_attention (torch's own bf16 backward is several times too slow there), on a card in
+half precision by torch's flash kernel, all at once (core/card_rows); one by one where neither can.
 """
 
 from __future__ import annotations
@@ -16,8 +17,9 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
+from lorakeet.core import card_rows
 from lorakeet.core.device import is_cpu
-from lorakeet.core.row_attention import causal_rows
+from lorakeet.core.row_attention import CausalRows, causal_rows
 from lorakeet.errors import EnvironmentProblem
 
 VARLEN = "lorakeet_varlen"
@@ -51,7 +53,10 @@ def row_attention(
     if (cache := settings.get("row_cache")) is not None:  # generation: models/kv_cache
         q, k, v = (states[0].transpose(0, 1) for states in (query, key, value))
         return cast(Tensor, cache.attend(module.layer_idx, q, k, v, scale=scale, window=window, cap=softcap))[None], None
-    plain = softcap is None and dropout == 0.0 and (window is None or prefix + max(rows) <= window)
+    plain = softcap is None and dropout == 0.0
+    if plain and card_rows.serves(query, key, value):
+        return cast(Tensor, CausalRows.apply(query, key, value, card_rows.CardRows(rows, scale, prefix, window))), None  # type: ignore[no-untyped-call]
+    plain = plain and (window is None or prefix + max(rows) <= window)
     if plain and is_cpu(query.device) and query.shape[-1] == value.shape[-1]:
         products = settings.get("row_products") or torch.float32
         return causal_rows(query, key, value, rows, scale, products, prefix), None

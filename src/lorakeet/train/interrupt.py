@@ -1,9 +1,12 @@
-"""Ctrl-C and SIGTERM: the first one lets the step finish and a checkpoint be written, the second one ends the process at once."""
+"""Ctrl-C and SIGTERM: in training the first one lets the step finish and a checkpoint be written, the second one ends the process
+at once; elsewhere SIGTERM ends as Ctrl-C does."""
 
 from __future__ import annotations
 
 import signal
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
@@ -36,6 +39,8 @@ class Interrupt:
             self._restore()
             if number == signal.SIGINT:
                 raise KeyboardInterrupt
+            if isinstance(signal.getsignal(number), _AsCtrlC):
+                signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
         self.requested = "Ctrl-C" if number == signal.SIGINT else "SIGTERM"
 
@@ -43,3 +48,26 @@ class Interrupt:
         for which, handler in self._before.items():
             signal.signal(which, handler)
         self._before = {}
+
+
+@contextmanager
+def terminable() -> Iterator[None]:
+    """A context in which the first SIGTERM is a KeyboardInterrupt that names it, so that what was begun is cleared away and said;
+    the second ends the process at once. Where somebody heeds the signal already, it stays theirs."""
+    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
+        yield
+        return
+
+    signal.signal(signal.SIGTERM, _AsCtrlC())
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+class _AsCtrlC:
+    """What heeds the first SIGTERM there."""
+
+    def __call__(self, number: int, frame: FrameType | None) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        raise KeyboardInterrupt("SIGTERM")

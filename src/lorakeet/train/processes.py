@@ -209,7 +209,7 @@ class Processes:
     @contextmanager
     def terminable(self) -> Iterator[None]:
         """A context that the first SIGTERM ends: by ProcessLost where another process is gone, for torchrun then ends the others
-        so, and by KeyboardInterrupt elsewhere. One that is alone is ended by SIGTERM itself, as is any by the second one."""
+        so, and by KeyboardInterrupt elsewhere. One that is alone leaves it to whoever heeds it; the second one ends any."""
         if not self._open or threading.current_thread() is not threading.main_thread():
             yield
             return

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 from rich.console import Console
@@ -118,6 +120,26 @@ def reporter_for(console: Console, *, words: Words = TEXT, machine: bool = False
     if machine:
         return Silent()
     return Bar(console, words) if console.is_terminal else Lines(console, words)
+
+
+@contextmanager
+def counted(console: Console, what: str, total: int, *, every: float = 30.0) -> Iterator[Callable[[int], None]]:
+    """A context that is told how many more of `total` are done: a bar in a terminal, which goes when it ends, elsewhere a line at
+    most every `every` seconds, "what: 40 of 120", and none of what takes less."""
+    if console.is_terminal:
+        with Progress(console=console, transient=True) as bar:
+            yield partial(bar.advance, bar.add_task(what, total=total))
+        return
+    done, last = 0, time.monotonic()
+
+    def advance(count: int) -> None:
+        nonlocal done, last
+        done += count
+        if time.monotonic() - last >= every:
+            last = time.monotonic()
+            console.print(f"{what}: {done} of {total}", highlight=False, markup=False, soft_wrap=True)
+
+    yield advance
 
 
 def numbers(record: Record, words: Words = TEXT) -> str:

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 
 import numpy as np
 from rich.console import Console
-from rich.progress import Progress as Bar
 
 from lorakeet.config import RunConfig
 from lorakeet.core.start import seed_for
@@ -25,6 +23,7 @@ from lorakeet.models.inject import activate
 from lorakeet.models.sample import sample
 from lorakeet.models.score import label_scores, row_losses
 from lorakeet.models.text import TextModel
+from lorakeet.train.progress import counted
 from lorakeet.workflows.compare_models import compare_on
 
 BASE, ADAPTER = "base", "adapter"
@@ -89,14 +88,8 @@ class Judge:
         """What the system says of labelled rows."""
         candidates: list[Candidates] = [found for row in rows if (found := self.encoder.candidates(row)) is not None]
         activate(self.text.model, None if system == BASE else self.name)
-        with _bar(self.console) as bar:
-            task = bar.add_task(f"{system} answers {len(rows)} rows", total=len(rows))
-            scores = label_scores(
-                self.text,
-                candidates,
-                micro_tokens=self.config.train.micro_tokens,
-                progress=partial(bar.advance, task),
-            )
+        with counted(self.console, f"{system} answers {len(rows)} rows", len(candidates)) as advance:
+            scores = label_scores(self.text, candidates, micro_tokens=self.config.train.micro_tokens, progress=advance)
         truth = np.array([row.label for row in candidates], dtype=np.int64)
         return Answers(system, self.encoder.labels, truth, label_log_probs(scores), _groups(rows))
 
@@ -125,14 +118,9 @@ class Judge:
     def losses(self, rows: Sequence[Row], system: str) -> RowLosses:
         """How likely the system finds the supervised tokens of rows."""
         activate(self.text.model, None if system == BASE else self.name)
-        with _bar(self.console) as bar:
-            task = bar.add_task(f"{system} reads {len(rows)} rows", total=len(rows))
-            sums, counts = row_losses(
-                self.text,
-                encode_rows(rows, self.encoder).examples,
-                micro_tokens=self.config.train.micro_tokens,
-                progress=partial(bar.advance, task),
-            )
+        examples, tokens = encode_rows(rows, self.encoder).examples, self.config.train.micro_tokens
+        with counted(self.console, f"{system} reads {len(rows)} rows", len(examples)) as advance:
+            sums, counts = row_losses(self.text, examples, micro_tokens=tokens, progress=advance)
         return RowLosses(system, sums, counts.astype(np.int64), _groups(rows))
 
 
@@ -142,10 +130,6 @@ def sampled_texts(text: TextModel, count: int, tokens: int, *, seed: int) -> lis
     start = next((t for t in (text.tokenizer.bos_token_id, text.tokenizer.eos_token_id) if t is not None), 0)
     written = sample(text, [[int(start)]] * count, max_tokens=tokens, seed=seed_for(seed, "drift") % 2**31, temperature=1.0)
     return [_all_supervised([int(start), *ids], number) for number, ids in enumerate(written) if len(ids)]
-
-
-def _bar(console: Console) -> Bar:
-    return Bar(console=console, transient=True, disable=not console.is_terminal)
 
 
 def _groups(rows: Sequence[Row]) -> tuple[str, ...] | None:

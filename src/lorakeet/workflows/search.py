@@ -23,6 +23,7 @@ from lorakeet.models.prefix_states import keep_states
 from lorakeet.models.score import row_losses
 from lorakeet.train import schedule
 from lorakeet.train.many import Many, Member, Progress, train_many
+from lorakeet.train.progress import counted
 from lorakeet.train.spec import TrainSpec
 from lorakeet.train.stopping import DIVERGED
 from lorakeet.workflows.assemble import Assembly, begin_pairs
@@ -191,7 +192,15 @@ class Trials:
         """Trains `members`, which are on the model, to their ends, within the run's memory."""
         kept = self.setup.arrangement
         about: dict[str, Any] = {"aside": kept.aside(), "together": kept.together, "budget": kept.budget, "folder": self.folder}
-        return train_many(self.setup.text, members, watch=watch, **about)
+        what, steps = f"{len(members)} adapters train together, steps", max(each.spec.total_steps(1) for each in members)
+        with counted(self.console, what, steps) as advance:
+
+            def after_round(many: Many) -> None:
+                advance(1)
+                if watch is not None:
+                    watch(many)
+
+            return train_many(self.setup.text, members, watch=after_round, **about)
 
     def take_out(self, name: str) -> None:
         """Takes the adapter `name` out, if it got as far as being on the model."""

@@ -348,6 +348,7 @@ class Verb:
     function: str = ""
     reads_rows: bool = True  # without a run file, data.train must be named
     together: bool = False  # whether several processes may do it together
+    ends_itself: bool = False  # whether it heeds SIGTERM: it serves until then
 
     def run(self, positional: list[Any], named: dict[str, Any]) -> Any:
         """The result of the verb's function; only here is the module imported that does the work."""
@@ -382,6 +383,6 @@ VERBS = (
     Verb("export", "Write the merged model as GGUF or for Ollama, and check it.", ExportOptions),
     Verb("verify", "Prove that what was merged, exported or served is the model.", VerifyOptions),
     Verb("generate", "Draw pictures with an image model and its adapters.", GenerateOptions),
-    Verb("serve", "Serve one base with many adapters over HTTP.", ServeOptions),
+    Verb("serve", "Serve one base with many adapters over HTTP.", ServeOptions, ends_itself=True),
     Verb("doctor", "Check this machine; say what is missing and how to mend it.", DoctorOptions),
 )

@@ -170,8 +170,12 @@ def workspace_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tenso
 
 def flops(q: Tensor, k: Tensor, v: Tensor, rows: list[int], prefix: int, scale: float, **_: Any) -> int:
     """Of the two products of `row_attention`, of the scores that the causal mask lets through."""
-    scores = sum(length * (length + 1) // 2 for length in (prefix + rows[0], *rows[1:])) + prefix * sum(rows[1:])
-    return 4 * scores * q.shape[1] * q.shape[2]
+    return 4 * scores_of(rows, prefix) * q.shape[1] * q.shape[2]
+
+
+def scores_of(rows: Sequence[int], prefix: int) -> int:
+    """How many scores of a head the causal mask lets through."""
+    return sum(length * (length + 1) // 2 for length in (prefix + rows[0], *rows[1:])) + prefix * sum(rows[1:])
 
 
 def flops_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, logs: Tensor, *laid: Any, **_: Any) -> int:
@@ -232,11 +236,12 @@ def loaded() -> ctypes.CDLL:
     return found
 
 
-def define(schema: str, function: Callable[..., Any], shapes: Callable[..., Any]) -> Any:
-    """The operator `schema` of torch, computed by `function`, whose results have the shapes that `shapes` makes."""
+def define(schema: str, function: Callable[..., Any], shapes: Callable[..., Any], key: str = "CPU") -> Any:
+    """The operator `schema` of torch, computed by `function` (for torch's dispatch `key`), whose results have the shapes that
+    `shapes` makes."""
     name = schema.partition("(")[0]
     _DEFINED.define(schema)  # type: ignore[no-untyped-call]
-    _DEFINED.impl(name, function, "CPU")  # type: ignore[no-untyped-call]
+    _DEFINED.impl(name, function, key)  # type: ignore[no-untyped-call]
     _DEFINED.impl(name, shapes, "Meta")  # type: ignore[no-untyped-call]
     return getattr(torch.ops.lorakeet, name).default
 

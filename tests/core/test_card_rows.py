@@ -1,0 +1,205 @@
+"""Rows by torch's flash kernel, written out here for the CPU: places, prefix, windows, what fills up, and gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lorakeet.core import card_rows
+from lorakeet.core.device import standing_for
+from lorakeet.memory.ledger import Ledger
+from lorakeet.models.attention import row_attention
+
+CARD, CPU = torch.device("cuda"), torch.device("cpu")
+HEADS, KV, WIDTH = 6, 2, 8
+CASES = [
+    (rows, prefix, window, filler)
+    for rows in ((5, 1, 9, 3), (7,))
+    for prefix in (0, 4)
+    for window in (None, 3, 100)
+    for filler in (0, 2)
+]
+
+
+Part = tuple[list[Tensor], Tensor, Tensor, Tensor]
+
+
+class Flash:
+    """The kernel by its definition; `aligned` False: queries are counted from a sequence's begin, as they are not."""
+
+    def __init__(self) -> None:
+        self.aligned, self.refuses, self.calls = True, False, 0
+
+    def scores_seen(self, queries: int, keys: int, causal: bool, left: int, right: int) -> Tensor:
+        own = torch.arange(queries)[:, None] + (keys - queries if self.aligned else 0)
+        key = torch.arange(keys)
+        right = 0 if causal else right
+        seen = (key <= own + right) if right >= 0 else torch.ones(queries, keys, dtype=torch.bool)
+        return seen & (key >= own - left) if left >= 0 else seen
+
+    def parts(self, states: tuple[Tensor, ...], given: tuple[Any, ...], window: dict[str, int]) -> Iterator[Part]:
+        """The sequences: q and what lies as it does (heads, queries, d), k and v of every head, and which scores count."""
+        starts_q, starts_k, most_q, most_k, dropout, causal = given[:6]
+        q, k, v, *like_q = states
+        assert starts_q.dtype == starts_k.dtype == torch.int32 and dropout == 0
+        assert q.stride(-1) == k.stride(-1) == v.stride(-1) == 1
+        queries, keys = starts_q.diff().tolist(), starts_k.diff().tolist()
+        assert (max(queries), max(keys)) == (most_q, most_k)
+        assert (starts_q[-1], starts_k[-1]) == (len(q), len(k))  # every token is some sequence's: the kernel writes no other
+        groups = q.shape[1] // k.shape[1]
+        cut = [torch.split(each, queries) for each in (q, *like_q)]
+        for number, (own_k, own_v) in enumerate(zip(torch.split(k, keys), torch.split(v, keys), strict=True)):
+            sides = window["window_size_left"], window["window_size_right"]
+            seen = self.scores_seen(queries[number], keys[number], causal, *sides)
+            of_q = [each[number].float().transpose(0, 1) for each in cut]
+            yield of_q, *(each.float().repeat_interleave(groups, 1).transpose(0, 1) for each in (own_k, own_v)), seen
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, *given: Any, scale: float, **window: Any) -> tuple[Tensor, ...]:
+        self.calls += 1
+        if self.refuses:
+            raise RuntimeError("no kernel image is available for execution on the device")
+        outs, logs = [], []
+        for (own_q,), keys, values, seen in self.parts((q, k, v), given, window):
+            scores = (own_q @ keys.transpose(1, 2) * scale).masked_fill(~seen, float("-inf"))
+            outs.append((scores.softmax(-1) @ values).transpose(0, 1))
+            logs.append(scores.logsumexp(-1))
+        nothing = torch.empty(0)
+        return torch.cat(outs).to(q.dtype), torch.cat(logs, 1), torch.zeros(2, dtype=torch.uint64), nothing, nothing
+
+    def backward(self, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, logs: Tensor, *given: Any, **more: Any) -> Any:
+        """∂V = Pᵀ·∂O, ∂P = ∂O·Vᵀ, ∂S = P ∘ (∂P − rowsum(O ∘ ∂O)), ∂Q = s·∂S·K, ∂K = s·∂Sᵀ·Q, with P = exp(S − log-sums)."""
+        scale, groups, found = more["scale"], q.shape[1] // k.shape[1], ([], [], [])
+        sums = logs.t().unsqueeze(-1)
+        for (own_q, own_grad, own_out, own_sums), keys, values, seen in self.parts((q, k, v, grad, out, sums), given, more):
+            weights = (own_q @ keys.transpose(1, 2) * scale - own_sums).exp().masked_fill(~seen, 0.0)
+            of_scores = weights * (own_grad @ values.transpose(1, 2) - (own_out * own_grad).sum(-1, keepdim=True))
+            each = of_scores @ keys * scale, of_scores.transpose(1, 2) @ own_q * scale, weights.transpose(1, 2) @ own_grad
+            for parts, one in zip(found, each, strict=True):
+                parts.append(one.transpose(0, 1))
+        of_q, *of_others = (torch.cat(parts) for parts in found)
+        of_k, of_v = (each.unflatten(1, (-1, groups)).sum(2).to(k.dtype) for each in of_others)
+        return of_q.to(q.dtype), of_k, of_v
+
+
+@pytest.fixture
+def flash() -> Iterator[Flash]:
+    kernel = Flash()
+    with torch.library._scoped_library("aten", "IMPL") as library:
+        library.impl("_flash_attention_forward", kernel.forward, "CPU")
+        library.impl("_flash_attention_backward", kernel.backward, "CPU")
+        with standing_for(CARD):
+            yield kernel
+
+
+def states(tokens: int, dtype: torch.dtype = torch.bfloat16) -> tuple[Tensor, ...]:
+    """Q, K, V and a gradient, laid token by token as a model has them."""
+    draw = torch.Generator().manual_seed(tokens)
+    made = (torch.randn(1, tokens, heads, WIDTH, generator=draw) for heads in (HEADS, KV, KV, HEADS))
+    return tuple(each.bfloat16().to(dtype).transpose(1, 2) for each in made)
+
+
+def attended(given: tuple[Tensor, ...], rows: tuple[int, ...], prefix: int, window: int | None) -> tuple[Tensor, ...]:
+    """O, ∂Q, ∂K, ∂V of the model's attention."""
+    *qkv, grad = given
+    real = prefix + sum(rows)  # what fills up is nobody's
+    grad[:, :, real:] = 0
+    leaves = [each.detach().requires_grad_() for each in qkv]
+    laid = {"row_lengths": rows, "row_prefix": prefix, "sliding_window": window, "scaling": WIDTH**-0.5}
+    out, _ = row_attention(nn.Module(), *leaves, **laid)
+    return out.detach()[:, :real], *torch.autograd.grad(out, leaves, grad.transpose(1, 2))
+
+
+@pytest.mark.parametrize(("rows", "prefix", "window", "filler"), CASES)
+def test_all_rows_at_once_are_what_they_are_one_by_one(
+    flash: Flash, rows: tuple[int, ...], prefix: int, window: int | None, filler: int
+) -> None:
+    tokens = prefix + sum(rows) + filler
+    found = attended(states(tokens), rows, prefix, window)
+    assert flash.calls == 1
+    expected = attended(states(tokens, torch.float32), rows, prefix, window)  # fp32: row by row
+    assert flash.calls == 1
+    for mine, theirs in zip(found, expected, strict=True):
+        assert mine.dtype == torch.bfloat16
+        torch.testing.assert_close(mine.float(), theirs, rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize(("rows", "prefix", "window", "filler"), CASES)
+def test_the_definition_that_proves_the_kernel_is_that_of_attention(
+    rows: tuple[int, ...], prefix: int, window: int | None, filler: int
+) -> None:
+    given = states(prefix + sum(rows) + filler, torch.float32)
+    with standing_for(CARD):
+        expected = attended(given, rows, prefix, window)
+    laid = list(rows), prefix, WIDTH**-0.5, -1 if window is None else window
+    out, *found = card_rows.by_definition(given[:3], given[3], laid)
+    for mine, theirs in zip((out[:, : prefix + sum(rows)], *found), expected, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_a_prefix_gets_the_gradient_of_every_row_summed_in_fp32(flash: Flash) -> None:
+    """256 equal rows: bf16, which has 8 bits, would stop adding a part to the sum of as many before."""
+    rows, prefix = (1,) * 256, 1
+    one = [torch.zeros(1, heads, 1 + len(rows), WIDTH, dtype=torch.bfloat16) for heads in (HEADS, KV, KV)]
+    grad = torch.ones(1, HEADS, 1 + len(rows), WIDTH, dtype=torch.bfloat16)
+    *_, of_v = attended((*one, grad), rows, prefix, None)
+    half = HEADS // KV / 2  # of each row's gradient, which sees the prefix and itself
+    assert torch.equal(of_v[0, :, 0], torch.full((KV, WIDTH), 2 * half + 256 * half).bfloat16())
+    assert torch.equal(of_v[0, :, 1:], torch.full((KV, 256, WIDTH), half).bfloat16())
+
+
+def test_states_that_the_kernel_does_not_take_go_row_by_row(flash: Flash) -> None:
+    q, k, v, _ = states(18)
+    for settings in ({"softcap": 2.0}, {"dropout": 0.5}):
+        row_attention(nn.Module(), q, k, v, row_lengths=(18,), **settings)
+    row_attention(nn.Module(), q[..., :4], k[..., :4], v[..., :4], row_lengths=(18,))  # heads of 4
+    row_attention(nn.Module(), q, k, v[..., :4], row_lengths=(18,))
+    assert flash.calls == 0
+    wide = [torch.zeros(1, 1, 2, 256, dtype=torch.bfloat16)] * 3
+    assert not card_rows.serves(*wide) and card_rows.serves(q, k, v)
+
+
+def test_on_a_cpu_that_stands_for_itself_nothing_is_for_it() -> None:
+    assert not card_rows.serves(*states(3)[:3])
+
+
+def test_the_kernel_is_proved_and_one_that_counts_otherwise_is_left(
+    flash: Flash, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    card_rows.proved.cache_clear()
+    with torch.inference_mode():
+        assert card_rows.proved(CPU, torch.bfloat16, HEADS, KV, WIDTH)
+    assert card_rows.proved(CPU, torch.float16, HEADS, HEADS, WIDTH) and not caplog.records
+    flash.aligned = False
+    for _ in range(2):
+        assert not card_rows.proved(CPU, torch.bfloat16, 2 * HEADS, KV, WIDTH)
+    (said,) = caplog.messages
+    assert "computes O of rows of [5, 300, 70, 1] tokens behind 140 shared ones otherwise than attention is defined" in said
+    monkeypatch.setattr(flash, "refuses", True)
+    assert not card_rows.proved(CPU, torch.bfloat16, 3 * HEADS, KV, WIDTH)
+    assert "does not run: no kernel image is available" in caplog.messages[1]
+    card_rows.proved.cache_clear()
+
+
+def test_a_rehearsal_counts_what_the_kernel_computes_and_holds() -> None:
+    rows, prefix = (30, 20), 6
+    tokens = prefix + sum(rows)
+    with Ledger() as ledger, standing_for(CARD):
+        q, k, v = (torch.empty(1, tokens, heads, 64, dtype=torch.bfloat16).transpose(1, 2) for heads in (HEADS, KV, KV))
+        leaves = [each.requires_grad_() for each in (q, k, v)]
+        with ledger.phase("forward"):
+            out, _ = row_attention(nn.Module(), *leaves, row_lengths=rows, row_prefix=prefix)
+        with ledger.phase("backward"):
+            out.sum().backward()
+    scores = 36 * 37 // 2 + 20 * 21 // 2 + 20 * 6
+    assert ledger.work["forward"].flops == 4 * scores * HEADS * 64
+    assert ledger.work["backward"].flops == 10 * scores * HEADS * 64
+    sums = 4 * (tokens + 3 * 128) * HEADS * 65
+    expanded = 2 * (6 + 36 + 26) * HEADS * 64 * 2
+    of_prefix = 4 * (6 + 36 + 26) * KV * 64 * 2 + 6 * KV * 64 * (2 * 2 + 12)
+    results = (HEADS + 2 * KV + 2 * HEADS) * tokens * 64 * 2  # ∂Q, ∂K, ∂V, and ∂O as it came and as it is handed on
+    grown = ledger.peaks["backward"].bytes - ledger.peaks["forward"].bytes
+    assert sums + expanded + of_prefix < grown <= sums + expanded + of_prefix + results
