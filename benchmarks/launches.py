@@ -2,22 +2,26 @@
 
     python benchmarks/launches.py [--rate 400]
 
-Counted on shapes, as if on a CUDA card, without one: the operations of a training step that launch kernels there (views and
-empty tensors launch none), for two depths of a model, which gives those of a block and those of the rest; and the FLOPs of a step
-of one micro-batch. Dense weights: each that is packed is brought back by one operation or a few more. The rate is an assumption,
-to be given for other cards: 400 TFLOP/s, about what plain bf16 products reach on an H100. "Even" is how long an operation may
-take the host until the card waits for it: a fast one launches in 5 µs. Rows of 512 tokens, packed, half of each learnt. **Not run
-on a GPU.**
+Counted on shapes, as if on a CUDA card, without one: the operations of both passes of a micro-batch that launch kernels there
+(views and empty tensors launch none), for two depths of a model, which gives those of a block and those of the rest; and their
+FLOPs. The optimizer's are few, for all parameters at once. Dense weights: each that is packed is brought back by one operation or
+a few more. Once with torch's operations, once with norms, gates and rotations by Lorakeet's Triton kernels (`model.kernels
+triton`), one operation each. The rate is an assumption, to be given for other cards: 400 TFLOP/s, about what plain bf16 products
+reach on an H100. "Even" is how long an operation may take the host until the card waits for it: a fast one launches in 5 µs. Rows
+of 512 tokens, packed, half of each learnt. **Not run on a GPU.**
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from contenders.planned_run import read_settings
@@ -26,18 +30,20 @@ from plan_accuracy import published_shape
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lorakeet.core.device import standing_for
+from lorakeet.core.passes import IN_C
 from lorakeet.memory.ledger import Ledger
 from lorakeet.models.adapt import begin_adapter
 from lorakeet.models.outline import config_from, outline
 from lorakeet.models.targets import plan_for
-from lorakeet.train.rehearsal import Rows, begin_moments, training_on
+from lorakeet.train.rehearsal import Rows, training_on
 
 MODELS = ("HuggingFaceTB/SmolLM2-135M", "meta-llama/Llama-3.2-1B", "meta-llama/Llama-3.1-8B")
 TOKENS, LENGTH = (512, 2048, 8192), 512
+KERNELS = ("torch", "triton")  # who makes norms, gates and rotations
 FEW = (4, 6)  # blocks, whose difference is what a block asks for
 CLAIMED = {MODELS[1]: 8192, MODELS[2]: 2048}  # tokens from which on the host may take LAUNCH
 LAUNCH = 10e-6  # seconds
-KERNELS = {"card_rows_backward": 5}  # of those that launch several: three, and two sums over groups of heads
+SEVERAL = {"card_rows_backward": 5}  # of those that launch several: three, and two sums over groups of heads
 CARD = torch.device("cuda")
 QUIET = (  # operations that compute nothing
     "view", "_unsafe_view", "reshape", "transpose", "t", "permute", "expand", "slice", "select", "unsqueeze", "squeeze", "split",
@@ -56,12 +62,24 @@ class Launches(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func._schema.name.rpartition("::")[2]
         if name not in QUIET:
-            self.found[name] += KERNELS.get(name, 1)
+            self.found[name] += SEVERAL.get(name, 1)
         return func(*args, **(kwargs or {}))
 
 
-def step_of(model: str, blocks: int, tokens: int) -> tuple[int, int]:
-    """Launches and FLOPs of a step of one micro-batch."""
+@contextmanager
+def passes_by(kernels: str) -> Iterator[None]:
+    """Triton's kernels run on no shapes; the operators in C, which are as many, do."""
+    if kernels == "torch":
+        yield
+        return
+    with ExitStack() as stack:
+        for module in ("fused", "fused_attention"):
+            stack.enter_context(patch(f"lorakeet.core.{module}.passes_over", lambda *_, **__: IN_C))
+        yield
+
+
+def step_of(model: str, blocks: int, tokens: int, kernels: str) -> tuple[int, int]:
+    """Launches and FLOPs of both passes of one micro-batch."""
     shape = published_shape(model, num_hidden_layers=blocks)
     settings = {
         "model.dtype": "bfloat16", "model.products": "bfloat16", "data.max_tokens": LENGTH, "train.micro_tokens": tokens,
@@ -71,12 +89,12 @@ def step_of(model: str, blocks: int, tokens: int) -> tuple[int, int]:
     with Ledger(shape["vocab_size"]) as ledger, standing_for(CARD):
         text = outline(config_from(shape), name="made-up", dtype=precision.dtype, products=precision.products)
         begin_adapter(text, plan_for(text.model, config.lora, text.family), seed=0)
-        training = training_on(text, config.train, Rows(LENGTH, max(1, tokens // LENGTH), prompt=LENGTH // 2), 1)
-        begin_moments(training)
-        with ledger.phase("step"), Launches() as launches:
-            training.step()
+        task = training_on(text, config.train, Rows(LENGTH, max(1, tokens // LENGTH), prompt=LENGTH // 2), 1).task
+        (batch,) = task.batches(0)
+        with ledger.phase("passes"), passes_by(kernels), Launches() as launches:
+            task.loss(batch).backward()
         ledger.close()
-    return launches.found.total(), ledger.work["step"].flops
+    return launches.found.total(), ledger.work["passes"].flops
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -85,23 +103,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--results", type=Path, default=Path(__file__).with_name("results"), help="where the result is written")
     given = parser.parse_args(arguments)
     about, lines = origin(), []
-    print(f"{'model':14} {'tokens':>6} {'a block':>8} {'the rest':>8} {'a step':>7} {'computing':>10} {'even':>8}")
-    for model in MODELS:
+    print(f"{'model':14} passes {'tokens':>6} {'a block':>8} {'the rest':>8} {'in all':>7} {'computing':>10} {'even':>8}")
+    for model, kernels, tokens in itertools.product(MODELS, KERNELS, TOKENS):
         depth = published_shape(model)["num_hidden_layers"]
-        for tokens in TOKENS:
-            (few, of_few), (more, of_more) = (step_of(model, blocks, tokens) for blocks in FEW)
-            apart = FEW[1] - FEW[0]
-            block, rest = (more - few) / apart, few - (more - few) / apart * FEW[0]
-            flops = of_few + (of_more - of_few) / apart * (depth - FEW[0])
-            launches, computing = round(block * depth + rest), flops / given.rate / 1e12
-            even = computing / launches
-            lines.append({"model": model, "tokens": tokens, "of_block": block, "of_rest": rest, "launches": launches,
-                          "flops": flops, "computing": computing, "even": even})  # fmt: skip
-            print(
-                f"{model.rpartition('/')[2]:14} {tokens:6} {block:8.1f} {rest:8.1f} {launches:7} {computing * 1e3:7.1f} ms "
-                f"{even * 1e6:5.1f} µs",
-                flush=True,
-            )
+        (few, of_few), (more, of_more) = (step_of(model, blocks, tokens, kernels) for blocks in FEW)
+        apart = FEW[1] - FEW[0]
+        block, rest = (more - few) / apart, few - (more - few) / apart * FEW[0]
+        flops = of_few + (of_more - of_few) / apart * (depth - FEW[0])
+        launches, computing = round(block * depth + rest), flops / given.rate / 1e12
+        even = computing / launches
+        lines.append({"model": model, "kernels": kernels, "tokens": tokens, "of_block": block, "of_rest": rest,
+                      "launches": launches, "flops": flops, "computing": computing, "even": even})  # fmt: skip
+        print(
+            f"{model.rpartition('/')[2]:14} {kernels:6} {tokens:6} {block:8.1f} {rest:8.1f} {launches:7} "
+            f"{computing * 1e3:7.1f} ms {even * 1e6:5.1f} µs",
+            flush=True,
+        )
     kept = all(line["even"] >= LAUNCH for line in lines if line["tokens"] >= CLAIMED.get(line["model"], TOKENS[-1] + 1))
     content = {"rate_tflops": given.rate, "lines": lines, "kept": kept}
     print(f"Written: {write_result('launches', content, seed=0, about=about, folder=given.results)}")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import statistics
+import sys
 import textwrap
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -15,6 +16,11 @@ from typing import Any
 
 import speed_plots as plots
 from speed_text import BLOCK_WEIGHTS, HEAD, TAIL, WHY
+
+from lorakeet.evaluate.wording import signed
+
+sys.path.append(str(Path(__file__).resolve().parents[1] / "benchmarks"))
+from harness.to_loss import reached, shared_target
 
 DOCS = Path(__file__).resolve().parent
 RESULTS = DOCS.parent / "benchmarks" / "results"
@@ -140,6 +146,47 @@ def time_to_loss(drawings: Drawings) -> Iterator[str]:
                 memory = about["peak_bytes"]["median"] / 1e9
                 lines.append(f"| {about['what']}{other} | {took} | {steps} | {ratio} | {lowest:.4f} | {memory:.2f} |")
             yield "\n".join(lines)
+            if settings["rounds"] > 1:
+                yield _round_by_round(result)
+            yield from _int8_beside(result)
+
+
+def _round_by_round(result: Mapping[str, Any]) -> str:
+    """The same with a target for every round, whose rows and start are its own."""
+    found, contenders = result["to_loss"], result["contenders"]
+    exact = [name for name in found["contenders"] if name in found["exact"]]
+    curves = {name: [each["points"] for each in found["contenders"][name]["rounds"]] for name in exact}
+    targets = [shared_target(of_round) for of_round in zip(*curves.values(), strict=True)]
+    seconds = {
+        name: [reached(points, target, "seconds") or 0.0 for points, target in zip(each, targets, strict=True)]
+        for name, each in curves.items()
+    }
+    ours = seconds["lorakeet"]
+    ratios = "; ".join(
+        f"{contenders[name]['what']} {', '.join(f'{it / our:.1f}' for it, our in zip(took, ours, strict=True))}"
+        for name, took in seconds.items()
+        if name != "lorakeet"
+    )
+    losses = ", ".join(f"{target:.4f}" for target in targets)
+    return f"Round by round, to the lowest loss that all of these reach in it ({losses} nats), times Lorakeet's: {ratios}."
+
+
+def _int8_beside(result: Mapping[str, Any]) -> Iterator[str]:
+    """What products in int8 end at, beside those in bf16 from the same start over the same rows, seed by seed."""
+    runs = result["runs"]
+    ours, rounded = (runs.get(name, []) for name in ("lorakeet", "lorakeet-int8"))
+    gaps = [last(b) - last(a) for a, b in zip(ours, rounded, strict=False)]
+    if len(gaps) > 1:
+        each = ", ".join(signed(gap, 4) for gap in gaps)
+        yield (
+            f"With products in int8 the held-out loss after the last step is {each} nats away from that of bf16 in the same "
+            f"round, {signed(statistics.mean(gaps), 4)} on average over {len(gaps)} seeds."
+        )
+
+
+def last(run: Mapping[str, Any]) -> float:
+    """The held-out loss of the last adapter that was judged."""
+    return float(list(run["held_out_losses"].values())[-1])
 
 
 SMALL = "HuggingFaceTB/SmolLM2-135M"
@@ -242,7 +289,7 @@ HELD = ("| | metric | difference (95 %) | rows | verdict |", "| --- | --- | ---:
 def _held(name: str, one: Mapping[str, Any]) -> str:
     """What other roundings change on rows that nobody trained on."""
     found = one["difference"]
-    gap = f"{found['value']:+.4f} ({found['low']:+.4f} to {found['high']:+.4f})".replace("-", "−")
+    gap = f"{signed(found['value'], 4)} ({signed(found['low'], 4)} to {signed(found['high'], 4)})"
     return f"| {name} | {one['metric'].replace('_', '-')} | {gap} | {found['n']} | {one['verdict']} |"
 
 

@@ -73,7 +73,7 @@ TAIL = """
 
 ```sh
 python benchmarks/finetune_vs_peft.py --shuffled --steps 8 --unsloth-python PATH
-python benchmarks/finetune_vs_peft.py --to-loss --shuffled --steps 24 --rounds 3 --unsloth-python PATH
+python benchmarks/finetune_vs_peft.py --to-loss --shuffled --steps 16 --rounds 3 --unsloth-python PATH
 python benchmarks/roofline.py
 python benchmarks/roofline.py --model meta-llama/Llama-3.2-1B --lengths 512 2048 --bases dense nf4
 python benchmarks/int8_products.py

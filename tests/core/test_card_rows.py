@@ -3,16 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
 from lorakeet.core import card_rows
+from lorakeet.core.card_rows import CardRows
 from lorakeet.core.device import standing_for
+from lorakeet.core.fused_attention import RotaryAttention
+from lorakeet.core.spec import LoraSpec
+from lorakeet.data.chat import Example
+from lorakeet.data.pack import pack
 from lorakeet.memory.ledger import Ledger
+from lorakeet.models.adapt import begin_adapter
 from lorakeet.models.attention import row_attention
+from lorakeet.models.inject import trained_parameters
+from lorakeet.models.load import load_text_model
+from lorakeet.models.spec import ModelSpec
+from lorakeet.models.targets import plan_for
+from lorakeet.models.text import TextModel
+from lorakeet.train.text_loss import text_loss
+from tiny.models import save_tiny_llama
 
 CARD, CPU = torch.device("cuda"), torch.device("cpu")
 HEADS, KV, WIDTH = 6, 2, 8
@@ -72,6 +87,7 @@ class Flash:
 
     def backward(self, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, logs: Tensor, *given: Any, **more: Any) -> Any:
         """∂V = Pᵀ·∂O, ∂P = ∂O·Vᵀ, ∂S = P ∘ (∂P − rowsum(O ∘ ∂O)), ∂Q = s·∂S·K, ∂K = s·∂Sᵀ·Q, with P = exp(S − log-sums)."""
+        assert grad.stride(-1) == 1
         scale, groups, found = more["scale"], q.shape[1] // k.shape[1], ([], [], [])
         sums = logs.t().unsqueeze(-1)
         for (own_q, own_grad, own_out, own_sums), keys, values, seen in self.parts((q, k, v, grad, out, sums), given, more):
@@ -140,6 +156,47 @@ def test_the_definition_that_proves_the_kernel_is_that_of_attention(
         torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
 
 
+def trained(folder: Path, dtype: str) -> tuple[TextModel, float, dict[str, Tensor]]:
+    """A model with pairs that are not zero, the loss of rows that begin alike, and its gradients."""
+    text = load_text_model(ModelSpec(path=str(folder), dtype=dtype, products=dtype, device="cpu"))  # type: ignore[arg-type]
+    begin_adapter(text, plan_for(text.model, LoraSpec(rank=4, alpha=12.0), text.family), seed=1)
+    parameters = trained_parameters(text.model)
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            if name.endswith(".B"):
+                parameter.normal_(std=0.05, generator=torch.Generator().manual_seed(len(name)))
+    text.model.train()
+    ids = [np.concatenate([np.arange(4, 14), np.arange(20 + n, 40 + 2 * n)]) for n in range(3)]
+    loss, _ = text_loss(text, pack([Example(one, np.arange(len(one)) >= 12, str(n), None, False) for n, one in enumerate(ids)]))
+    loss.backward()  # type: ignore[no-untyped-call]
+    return text, loss.item(), {name: parameter.grad for name, parameter in parameters.items() if parameter.grad is not None}
+
+
+def test_a_model_trains_by_it_as_row_by_row(flash: Flash, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One call a block forward, q, k and v fused with their pairs; the gradients are those of fp32 to the rounding of bf16."""
+    folder = save_tiny_llama(tmp_path / "model", hidden_size=64, num_attention_heads=4, num_key_value_heads=2)
+    text, loss, grads = trained(folder, "float32")
+    assert flash.calls == 0
+    seen: list[tuple[tuple[int, ...], int]] = []
+    monkeypatch.setattr(CardRows, "forward", _noting(CardRows.forward, seen))
+    narrow, narrow_loss, narrow_grads = trained(folder, "bfloat16")
+    blocks = text.model.config.num_hidden_layers
+    assert seen[-blocks:] == [((20, 21, 22), 10)] * blocks  # of the training pass: behind the prefix that they share
+    assert isinstance(narrow.model.model.layers[0].self_attn, RotaryAttention)
+    assert abs(narrow_loss - loss) < 0.02 * abs(loss)
+    assert narrow_grads.keys() == grads.keys() and len(grads) == 14 * blocks
+    for name, grad in grads.items():
+        assert torch.cosine_similarity(grad.flatten(), narrow_grads[name].flatten(), dim=0) > 0.98, name
+
+
+def _noting(forward: Any, seen: list[Any]) -> Any:
+    def noted(kernel: CardRows, *states: Tensor) -> Any:
+        seen.append((tuple(kernel.laid[0]), kernel.laid[1]))
+        return forward(kernel, *states)
+
+    return noted
+
+
 def test_a_prefix_gets_the_gradient_of_every_row_summed_in_fp32(flash: Flash) -> None:
     """256 equal rows: bf16, which has 8 bits, would stop adding a part to the sum of as many before."""
     rows, prefix = (1,) * 256, 1
@@ -159,11 +216,12 @@ def test_states_that_the_kernel_does_not_take_go_row_by_row(flash: Flash) -> Non
     row_attention(nn.Module(), q, k, v[..., :4], row_lengths=(18,))
     assert flash.calls == 0
     wide = [torch.zeros(1, 1, 2, 256, dtype=torch.bfloat16)] * 3
-    assert not card_rows.serves(*wide) and card_rows.serves(q, k, v)
+    row_attention(nn.Module(), *wide, row_lengths=(2,))
+    assert flash.calls == 0 and card_rows.serves(q, HEADS, KV, WIDTH)
 
 
 def test_on_a_cpu_that_stands_for_itself_nothing_is_for_it() -> None:
-    assert not card_rows.serves(*states(3)[:3])
+    assert not card_rows.serves(states(3)[0], HEADS, KV, WIDTH)
 
 
 def test_the_kernel_is_proved_and_one_that_counts_otherwise_is_left(

@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -161,6 +162,26 @@ def test_a_killed_process_leaves_the_checkpoint_and_is_named(
     assert found is not None, said
     assert int(found[1]) in (step, step + 1) and found[2] == str(newest)
     assert found[3] == f"torchrun --nproc-per-node 2 -m lorakeet finetune --resume {run}"
+
+
+def test_two_machines_train_what_one_process_trains(tiny_llama_folder: Path, rows: Path, one: Path, tmp_path: Path) -> None:
+    """The command of docs/how-to/many-gpus, once for each machine: two agents of torchrun that meet at an address."""
+    run = tmp_path / "run"
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        meet = ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{free.getsockname()[1]}"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1", *meet, "-m", "lorakeet"]
+    machines = [
+        subprocess.Popen(
+            [*torchrun, *arguments(tiny_llama_folder, rows, run)],
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
+        for _ in range(2)
+    ]  # fmt: skip
+    said = [machine.communicate(timeout=120) for machine in machines]
+    assert [machine.returncode for machine in machines] == [0, 0], said
+    assert sum("Adapter:" in out for out, _ in said) == 1  # one process speaks for both machines
+    assert_same_run(one, run)
 
 
 def killed_at(place: str, victim: int, arguments: list[str]) -> None:

@@ -10,15 +10,25 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from lorakeet.core import kernels as dispatch
+from lorakeet.core.fused import FrozenRmsNorm
 from lorakeet.core.in_tiles import Kernels
 from lorakeet.data.pack import Batch
 from lorakeet.errors import ConfigError, EnvironmentProblem
 from lorakeet.models import kernels
 from lorakeet.models.adapt import put_adapter
 from lorakeet.models.image import load_image_model
-from lorakeet.models.kernels import bases_of, check_kernels, check_loss, kernels_for, proved_products, where_possible
+from lorakeet.models.kernels import (
+    bases_of,
+    check_kernels,
+    check_loss,
+    check_passes,
+    kernels_for,
+    proved_products,
+    where_possible,
+)
 from lorakeet.models.load import load_text_model
 from lorakeet.models.spec import ModelSpec
 from lorakeet.quant.nf4 import Nf4Base
@@ -28,7 +38,7 @@ from tiny.adapters import random_adapter
 from tiny.triton_device import DEVICE, behave_like_a_card, needs_triton
 
 if dispatch.has_triton():
-    from lorakeet.core import triton_loss, triton_tiles
+    from lorakeet.core import triton_loss, triton_passes, triton_tiles
 
 
 @pytest.fixture(autouse=True)
@@ -194,3 +204,32 @@ def test_where_they_cannot_run_it_is_said_before_anything_is_loaded(monkeypatch:
 def test_image_models_refuse_them() -> None:
     with pytest.raises(ConfigError, match=r"model\.kernels triton is for text models"):
         load_image_model(spec(Path("model")))
+
+
+@needs_triton
+@pytest.mark.parametrize(
+    ("kernel", "said"),
+    [("norm", "compute a norm otherwise"), ("gated", "compute a gate otherwise"), ("turn_", "compute a rotation otherwise")],
+)
+def test_passes_that_are_wrong_are_refused(kernel: str, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    check_passes(48, 16, Kernels(), torch.float32, DEVICE)
+    right = getattr(triton_passes, kernel)
+
+    def wrong(first: Tensor, *given: Any) -> Any:
+        found = right(first, *given)
+        changed = first if found is None else found[0] if isinstance(found, tuple) else found
+        changed[0] += 1
+        return found
+
+    monkeypatch.setattr(triton_passes, kernel, wrong)
+    with pytest.raises(EnvironmentProblem, match=f"{said} than torch on this device, for 48 numbers in heads of 16"):
+        check_passes(48, 16, Kernels(), torch.float32, DEVICE)
+
+
+@needs_triton
+def test_an_adapted_model_makes_its_passes_by_them(tiny_llama_folder: Path) -> None:
+    for asked, expected in (("triton", Kernels(64)), ("torch", None)):
+        text = load_text_model(spec(tiny_llama_folder, kernels=asked))
+        put_adapter(text, random_adapter(text.model))
+        norms = [module for module in text.model.modules() if isinstance(module, FrozenRmsNorm)]
+        assert norms and all(norm.kernels == expected for norm in norms)

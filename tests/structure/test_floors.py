@@ -15,7 +15,7 @@ PLACES: dict[str, tuple[str, ...]] = {
     "tokenizers": ("models/",),
     "diffusers": ("models/image",),
     "bitsandbytes": ("quant/",),
-    "triton": ("core/kernels.py", "core/triton_tiles.py", "quant/triton_", "core/triton_loss.py"),
+    "triton": ("core/kernels.py", "core/triton_tiles.py", "core/triton_passes.py", "quant/triton_", "core/triton_loss.py"),
     "gguf": ("formats/gguf_header.py", "quant/gguf.py"),
     "llama_cpp_py_sync": ("export/llama_cpp.py",),
     "peft": (),

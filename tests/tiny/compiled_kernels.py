@@ -9,6 +9,7 @@ import itertools
 import json
 import re
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -17,16 +18,20 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from lorakeet.core import triton_loss, triton_tiles
+from lorakeet.core import triton_loss, triton_passes, triton_tiles
 from lorakeet.core.in_tiles import InTiles
 from lorakeet.core.kernels import RANK
+from lorakeet.core.passes import WIDEST
 from lorakeet.core.triton_loss import loss_in_place
 from lorakeet.core.triton_tiles import Pair, dense, product, unpack
 from lorakeet.quant.gptq import GptqBase
 from lorakeet.quant.nf4 import Nf4Base
 
 TARGETS = {"8.0": GPUTarget("cuda", 80, 32), "9.0": GPUTarget("cuda", 90, 32)}
-KERNELS = {"_unpack": triton_tiles, "_product": triton_tiles, "_row": triton_loss}
+KERNELS = {
+    "_unpack": triton_tiles, "_product": triton_tiles, "_row": triton_loss,
+    **dict.fromkeys(("_norm", "_norm_backward", "_gated", "_gated_backward", "_turn"), triton_passes),
+}  # fmt: skip
 SHAPE = (512, 1024)
 # Weight, dtype, tokens and card: each kernel and way of keeping a weight once, and the ones that want most of the chip.
 CASES = [
@@ -35,11 +40,33 @@ CASES = [
     ("gptq 4", torch.bfloat16, 0, "8.0"), ("gptq 8", torch.float16, 0, "9.0"), ("gptq 3", torch.bfloat16, 0, "8.0"),
     ("gptq 4", torch.float16, 1, "8.0"), ("gptq 3", torch.bfloat16, 64, "9.0"),
     ("dense", torch.bfloat16, 64, "8.0"), ("loss", torch.float32, 1, "8.0"),
+    ("norm", torch.bfloat16, 8, "8.0"), ("norm again", torch.float16, 8, "9.0"), ("norm backward", torch.bfloat16, 8, "8.0"),
+    ("gate", torch.bfloat16, 8, "8.0"), ("gate backward", torch.bfloat16, 8, "9.0"), ("rotation", torch.bfloat16, 8, "8.0"),
 ]  # fmt: skip
 TYPES = {
     torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16",
     torch.uint8: "u8", torch.int32: "i32", torch.int64: "i64",
 }  # fmt: skip
+
+
+def states(tokens: int, width: int, dtype: torch.dtype) -> torch.Tensor:
+    return torch.empty(tokens, width, dtype=dtype)
+
+
+PASSES: dict[str, Callable[[int, torch.dtype], object]] = {  # norms of the widest rows
+    "norm": lambda n, dtype: triton_passes.norm(states(n, WIDEST, dtype), states(1, WIDEST, dtype)[0], 1e-6),
+    "norm again": lambda n, dtype: triton_passes.norm_again(
+        states(n, WIDEST, dtype), torch.empty(n, 1), states(1, WIDEST, dtype)[0]
+    ),
+    "norm backward": lambda n, dtype: triton_passes.norm_backward(
+        states(n, WIDEST, dtype), states(n, WIDEST, dtype), torch.empty(n, 1), states(1, WIDEST, dtype)[0]
+    ),
+    "gate": lambda n, dtype: triton_passes.gated(states(n, 1024, dtype), states(n, 1024, dtype)),
+    "gate backward": lambda n, dtype: triton_passes.gated_backward_(*(states(n, 1024, dtype) for _ in range(3))),
+    "rotation": lambda n, dtype: triton_passes.turn_(
+        states(n, 256, dtype).view(n, 2, 128), states(n, 128, dtype), states(n, 128, dtype), True
+    ),
+}
 
 
 class Recorder:
@@ -95,6 +122,9 @@ def launched(name: str, dtype: torch.dtype, tokens: int) -> tuple[Any, tuple[Any
     with pytest.MonkeyPatch.context() as patch:
         for kernel, recorder in recorders.items():
             patch.setattr(KERNELS[kernel], kernel, recorder)
+        if name in PASSES:
+            PASSES[name](tokens, dtype)
+            return calls[0]
         if name == "loss":
             loss_in_place(torch.empty(4, 32000), torch.empty(4, dtype=torch.int64), wants_grad=True)
             return calls[0]

@@ -35,13 +35,14 @@ EVERYWHERE = "CompositeExplicitAutograd"  # torch's word for every device: what 
 CLOSE = 3e-2  # of the largest number: a few roundings of bf16
 
 
-def serves(query: Tensor, key: Tensor, value: Tensor) -> bool:
-    """Whether the kernel computes with such states (1, heads, tokens, d): half precision, on a card, heads of a fitting width."""
-    device, d = query.device, query.shape[-1]
-    fits = query.dtype in DTYPES and query.dtype == key.dtype == value.dtype and d <= WIDEST and d % STEP == 0
-    if not fits or value.shape[-1] != d or is_cpu(device) or device.type not in ("cuda", "cpu") or not _has_kernel(device):
+def serves(like: Tensor, heads: int, kv: int, d: int) -> bool:
+    """Whether the kernel computes with states `like` these, in half precision and on a card, in so many heads of d numbers, `kv`
+    of keys."""
+    device = like.device
+    if like.dtype not in DTYPES or d > WIDEST or d % STEP or is_cpu(device) or device.type not in ("cuda", "cpu"):
         return False
-    return device.type == "cpu" or proved(device, query.dtype, query.shape[1], key.shape[1], d)
+    few = min(2, kv)  # two show which group sees which, and take little memory
+    return _has_kernel(device) and (device.type == "cpu" or proved(device, like.dtype, heads // kv * few, few, d))
 
 
 @functools.cache
@@ -72,7 +73,7 @@ class CardRows:
         self, grad: Tensor, query: Tensor, key: Tensor, value: Tensor, result: Tensor, logs: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         """∂Q, ∂K, ∂V in the shapes of Q, K, V."""
-        given = grad[0].to(result.dtype), *map(_token_by_token, (query, key, value)), result, logs
+        given = grad[0].to(result.dtype).contiguous(), *map(_token_by_token, (query, key, value)), result, logs
         of_q, of_k, of_v = (states.transpose(0, 1)[None] for states in CARD_ROWS_BACKWARD(*given, *self.laid))
         return of_q, of_k, of_v
 
@@ -107,7 +108,7 @@ def lengths_of(rows: Sequence[int], prefix: int, tokens: int) -> tuple[list[int]
     return [*ends[0], *rows, *ends[1]], [*ends[0], *(prefix + length for length in rows), *ends[1]]
 
 
-@functools.lru_cache(maxsize=4)
+@functools.lru_cache(maxsize=32)  # micro-batches that pass a block together, one after the other
 def sequences(rows: tuple[int, ...], prefix: int, tokens: int, device: torch.device) -> Sequences:
     """The same for as many layers as have these rows: what is copied to the card is copied once."""
     queries, keys = lengths_of(rows, prefix, tokens)

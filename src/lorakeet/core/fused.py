@@ -6,7 +6,7 @@ x, the gate and the up projection; the activation and its product are computed a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate, pairwise
@@ -17,10 +17,12 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from lorakeet.core.base import FrozenBase, matmul_each, sum_of_matmul_t
+from lorakeet.core.in_tiles import Kernels
 from lorakeet.core.layers import LoraLinear, StandIn, base_of
 from lorakeet.core.lowrank import LoraPair
 from lorakeet.core.native import ops
 from lorakeet.core.pair_products import PairProducts, Placed, by_turns
+from lorakeet.core.passes import passes_over
 from lorakeet.core.selection import Share
 
 
@@ -63,6 +65,11 @@ class Projections:
     into: PairProducts
     out_of: PairProducts
 
+    @property
+    def kernels(self) -> Kernels | None:
+        """Triton's, where they are asked for."""
+        return kernels_of((self.gate, self.up, self.down))
+
 
 @dataclass(frozen=True)
 class Normed:
@@ -87,13 +94,13 @@ def kept_of(y: Tensor, made_of: Normed | None) -> tuple[Tensor, ...]:
     return (y,) if made_of is None else (made_of.x, made_of.rho, made_of.weight)
 
 
-def made_again(kept: Sequence[Tensor]) -> Tensor:
-    """y, to the last bit, from what `kept_of` gave."""
+def made_again(kept: Sequence[Tensor], kernels: Kernels | None = None) -> Tensor:
+    """y, to the last bit, from what `kept_of` gave; `kernels`: what its norm was asked to use."""
     if len(kept) == 1:
         return kept[0]
     x, rho, weight = kept
-    if ops.serves(x.dtype, x, weight):
-        return cast(Tensor, ops.NORM_AGAIN(x, rho, weight))
+    if (by := passes_over(x, weight, kernels=kernels)) is not None:
+        return by.norm_again(x, rho, weight)
     return weight * (x.float() * rho).to(x.dtype)
 
 
@@ -120,7 +127,7 @@ class GatedMlpFunction(torch.autograd.Function):
         wide = x.to(p.products)
         gate, up = matmul_each((p.gate, p.up), wide)
         shrunk = p.into.add([gate, up], wide, of_into)  # x·Aᵀ for gate and up
-        inner = _gated(p.activation, gate, up)
+        inner = _gated(p, gate, up)
         y = p.down.matmul(inner)
         for_down = p.out_of.add([y], inner, of_down)  # h·Aᵀ
         source = kept_of(x, made_of) if factors else ()
@@ -143,7 +150,7 @@ class GatedMlpFunction(torch.autograd.Function):
         grad_gate, grad_up, grads_a = _gated_backward(p, gate, up, grad_inner, through, of_down)
         down = by_turns(grads_a, grads_b)
         del gate, up, grad_inner
-        wide = made_again(x).to(p.products) if x else grad_gate  # which only the gradients of pairs need
+        wide = made_again(x, p.kernels).to(p.products) if x else grad_gate  # which only the gradients of pairs need
         grad_x = sum_of_matmul_t((p.gate, p.up), (grad_gate, grad_up)) if ctx.needs_input_grad[0] else None
         through, grads_b = p.into.backward(grad_x, [grad_gate, grad_up], shrunk, of_into)
         del grad_gate, grad_up
@@ -156,19 +163,25 @@ def _factors_of(p: Projections, factors: Sequence[Tensor]) -> tuple[Sequence[Ten
     return factors[: 2 * len(p.into.places)], factors[2 * len(p.into.places) :]
 
 
-def _gated(activation: Activation, gate: Tensor, up: Tensor) -> Tensor:
+def kernels_of(bases: Iterable[FrozenBase]) -> Kernels | None:
+    """Triton's kernels, where one of the weights is asked to use them."""
+    found = (cast("Kernels | None", getattr(base, "kernels", None)) for base in bases)
+    return next((kernels for kernels in found if kernels is not None), None)
+
+
+def _gated(p: Projections, gate: Tensor, up: Tensor) -> Tensor:
     """φ(gate) ∘ up (tokens, width)."""
-    if activation.native and ops.serves(gate.dtype, gate, up):
-        return cast(Tensor, ops.GATED(gate, up))
-    return activation.forward(gate).mul_(up)
+    if p.activation.native and (by := passes_over(gate, up, kernels=p.kernels)) is not None:
+        return by.gated(gate, up)
+    return p.activation.forward(gate).mul_(up)
 
 
 def _gated_backward(
     p: Projections, gate: Tensor, up: Tensor, grad: Tensor, through: Sequence[Tensor], factors: Sequence[Tensor]
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     """∂g and ∂u of h = φ(g) ∘ u from its gradient, and ∂A of down's pairs, who see h. Overwrites what it is given."""
-    if p.activation.native and ops.serves(gate.dtype, gate, up, grad):
-        ops.GATED_BACKWARD(gate, up, grad)
+    if p.activation.native and (by := passes_over(gate, up, grad, kernels=p.kernels)) is not None:
+        by.gated_backward_(gate, up, grad)
         torch.autograd.graph.increment_version([gate, up, grad])  # so that another backward pass through them is refused
         return gate, up, p.out_of.of_a(through, grad, factors)
     active = p.activation.forward(gate)
@@ -275,19 +288,19 @@ def _plain_uses(layer: nn.Module, tokens: int, *, biased: bool) -> list[tuple[Sh
     return uses if all(pair.plain for _, pair in uses) else []
 
 
-def normed(x: Tensor, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
+def normed(x: Tensor, weight: Tensor, epsilon: float, kernels: Kernels | None = None) -> tuple[Tensor, Tensor]:
     """y and ρ (…, 1), as RmsNormFunction has them, of x (…, width)."""
-    if ops.serves(x.dtype, x, weight):
-        return cast("tuple[Tensor, Tensor]", ops.NORM(x, weight, epsilon))
+    if (by := passes_over(x, weight, kernels=kernels)) is not None:
+        return by.norm(x, weight, epsilon)
     wide = x.float()
     rho = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True).add_(epsilon))
     return weight * wide.mul_(rho).to(x.dtype) if wide is not x else weight * (wide * rho), rho
 
 
-def normed_backward(grad: Tensor, x: Tensor, rho: Tensor, weight: Tensor) -> Tensor:
+def normed_backward(grad: Tensor, x: Tensor, rho: Tensor, weight: Tensor, kernels: Kernels | None = None) -> Tensor:
     """∂x of it, in the dtype of x."""
-    if ops.serves(x.dtype, x, weight, grad):
-        return cast(Tensor, ops.NORM_BACKWARD(grad, x, rho, weight))
+    if (by := passes_over(x, weight, grad, kernels=kernels)) is not None:
+        return by.norm_backward(grad, x, rho, weight)
     scaled = grad.float() * weight.float()
     normal = x.float() * rho
     share = (scaled * normal).mean(-1, keepdim=True)
@@ -298,21 +311,24 @@ class RmsNormFunction(torch.autograd.Function):
     """(y, ρ): y = w ∘ x̂, x̂ = x·ρ, ρ = 1/√(mean(x²) + ε), in fp32;  ∂x = ρ·(w∘∂y − x̂·mean(w∘∂y∘x̂)). Saves x and ρ; w is frozen."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
-        y, rho = normed(x, weight, epsilon)
+    def forward(ctx: Any, x: Tensor, weight: Tensor, epsilon: float, kernels: Kernels | None) -> tuple[Tensor, Tensor]:
+        y, rho = normed(x, weight, epsilon, kernels)
         ctx.save_for_backward(x, rho, weight)
         ctx.mark_non_differentiable(rho)
+        ctx.kernels = kernels
         return y, rho
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, None, None]:
+    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, None, None, None]:
         x, rho, weight = ctx.saved_tensors
-        return normed_backward(grad, x, rho, weight) if ctx.needs_input_grad[0] else None, None, None
+        return normed_backward(grad, x, rho, weight, ctx.kernels) if ctx.needs_input_grad[0] else None, None, None, None
 
 
 class FrozenRmsNorm(StandIn):
     """Stands for a frozen RMSNorm with `weight` and `variance_epsilon`."""
+
+    kernels: Kernels | None = None  # Triton's, where they are asked for
 
     @property
     def weight(self) -> Tensor:
@@ -321,7 +337,7 @@ class FrozenRmsNorm(StandIn):
 
     def forward(self, x: Tensor) -> Tensor:
         epsilon = cast(float, self.original.variance_epsilon)
-        y, rho = cast("tuple[Tensor, Tensor]", RmsNormFunction.apply(x, self.weight, epsilon))  # type: ignore[no-untyped-call]
+        y, rho = cast("tuple[Tensor, Tensor]", RmsNormFunction.apply(x, self.weight, epsilon, self.kernels))  # type: ignore[no-untyped-call]
         if torch.is_grad_enabled():
             setattr(y, _NOTE, Normed(x.detach(), rho, self.weight, y._version))
         return y

@@ -15,12 +15,16 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from lorakeet.core import card_rows
 from lorakeet.core.base import DenseBase, FrozenBase, matmul_each, sum_of_matmul_t
+from lorakeet.core.card_rows import CardRows
 from lorakeet.core.device import is_cpu
-from lorakeet.core.fused import FrozenRmsNorm, Normed, kept_of, made_again, normed, normed_backward, placed, spread
+from lorakeet.core.fused import FrozenRmsNorm, Normed, kept_of, kernels_of, made_again, normed, normed_backward, placed, spread
+from lorakeet.core.in_tiles import Kernels
 from lorakeet.core.layers import LoraLinear, StandIn
 from lorakeet.core.native import ops
 from lorakeet.core.pair_products import PairProducts, by_turns
+from lorakeet.core.passes import passes_over
 from lorakeet.core.row_attention import Kernel, kernel_for
 
 INPUTS = ("q_proj", "k_proj", "v_proj")
@@ -50,6 +54,11 @@ class Inputs:
     head: int  # numbers of one head
     kernel: Kernel
 
+    @property
+    def kernels(self) -> Kernels | None:
+        """Triton's, where they are asked for."""
+        return kernels_of(self.bases)
+
 
 class RotaryAttentionFunction(torch.autograd.Function):
     """O = attention(R·Q(x), R·K(x), V(x)) with P(x) = x·Wᵀ + b + s·x·Aᵀ·Bᵀ, and R the rotation of each head by its position.
@@ -78,10 +87,11 @@ class RotaryAttentionFunction(torch.autograd.Function):
         turn = cos.to(products), sin.to(products)
         query, key, value = (out.view(len(x), -1, inputs.head) for out in outs)
         before = [states.to(x.dtype) for states, _ in zip((query, key), inputs.norms, strict=False)]
-        by_norm = [normed(each, norm.weight, norm.epsilon) for each, norm in zip(before, inputs.norms, strict=True)]
+        by = inputs.kernels
+        by_norm = [normed(each, norm.weight, norm.epsilon, by) for each, norm in zip(before, inputs.norms, strict=True)]
         if by_norm:
             query, key = (states.to(products) for states, _ in by_norm)
-        states = [_laid(each, x.dtype) for each in (turned(query, *turn), turned(key, *turn), value)]
+        states = [_laid(each, x.dtype) for each in (turned(query, *turn, kernels=by), turned(key, *turn, kernels=by), value)]
         result, kept = inputs.kernel.forward(*states)
         source, held = kept_of(x, made_of), states
         if by_norm:
@@ -98,17 +108,18 @@ class RotaryAttentionFunction(torch.autograd.Function):
         cos, sin, *rest = ctx.saved_tensors
         ends = list(accumulate(ctx.counts, initial=0))
         source, states, kept, shrunk = (rest[start:stop] for start, stop in pairwise(ends))
-        x, factors = made_again(source), rest[ends[-1] :]
+        by = inputs.kernels
+        x, factors = made_again(source, by), rest[ends[-1] :]
         turn = cos.to(products), sin.to(products)
         before = [(states[2 * number], states[2 * number + 1], norm.weight) for number, norm in enumerate(inputs.norms)]
         if before:
-            again = [turned(made_again(each).to(products), *turn) for each in before]
+            again = [turned(made_again(each, by).to(products), *turn, kernels=by) for each in before]
             states = [*(_laid(each, x.dtype) for each in again), states[-1]]
         found = inputs.kernel.backward(grad.view(1, len(x), -1, inputs.head), *states, *kept)
         query, key, value = (states[0].transpose(0, 1).to(products) for states in found)  # (tokens, heads, head)
-        back = [turned(query, *turn, back=True), turned(key, *turn, back=True), value]
+        back = [*(turned(states, *turn, back=True, kernels=by) for states in (query, key)), value]
         for number, each in enumerate(before):
-            back[number] = normed_backward(back[number].to(x.dtype).contiguous(), *each).to(products)
+            back[number] = normed_backward(back[number].to(x.dtype).contiguous(), *each, by).to(products)
         grads = [states.reshape(len(x), -1) for states in back]
         grad_x = sum_of_matmul_t(inputs.bases, grads) if ctx.needs_input_grad[0] else None
         through, of_b = inputs.pairs.backward(grad_x, grads, shrunk, factors)
@@ -116,10 +127,10 @@ class RotaryAttentionFunction(torch.autograd.Function):
         return None if grad_x is None else grad_x.to(x.dtype), None, None, None, None, *by_turns(of_a, of_b)
 
 
-def turned(states: Tensor, cos: Tensor, sin: Tensor, *, back: bool = False) -> Tensor:
+def turned(states: Tensor, cos: Tensor, sin: Tensor, *, back: bool = False, kernels: Kernels | None = None) -> Tensor:
     """R·states, or Rᵀ·states, of (tokens, heads, head); cos and sin are (tokens, head). May be written over `states`."""
-    if ops.serves(states.dtype, states, cos, sin, width=2 * ops.LANES):
-        ops.TURN(states, cos, sin, back)
+    if (by := passes_over(states, cos, sin, kernels=kernels, width=2 * ops.LANES)) is not None:
+        by.turn_(states, cos, sin, back)
         return states
     half = states.shape[2] // 2
     a, b = states[..., :half], states[..., half:]
@@ -142,8 +153,8 @@ class RotaryAttention(StandIn):
     """Stands for an attention of transformers with q_proj, k_proj, v_proj, o_proj and rotary positions on whole heads, which the
     model may norm before.
 
-    Fused where rows lie end to end on a CPU and q, k and v carry plain pairs, or none; anything else is left to the original's
-    own code.
+    Fused where rows lie end to end on a CPU, or on a card whose kernel takes them all at once, and q, k and v carry plain pairs,
+    or none; anything else is left to the original's own code.
     """
 
     only: Tensor | None = None  # (n,): the tokens whose results anybody reads; the others' are zeros
@@ -175,7 +186,7 @@ class RotaryAttention(StandIn):
         """What the fused function works with, and A and B of each pair; None where it is not to be used."""
         nothing: tuple[None, list[Tensor]] = None, []
         rows, cached = settings.get("row_lengths"), any(settings.get(name) is not None for name in CACHES)
-        if rows is None or cached or mask is not None or turn is None or not is_cpu(x.device) or len(x) != 1:
+        if rows is None or cached or mask is not None or turn is None or len(x) != 1:
             return nothing
         head, prefix = cast(int, self.original.head_dim), cast(int, settings.get("row_prefix", 0))
         if (
@@ -192,10 +203,14 @@ class RotaryAttention(StandIn):
         if not uses or not all(pair.plain for _, pair, _ in uses):
             return nothing
         uses.sort(key=lambda use: (use[0].start, use[0].stop))  # q, k and v of the same tokens are neighbours: one part
-        products = next(layer.products for layer in layers if isinstance(layer, LoraLinear)) or x.dtype
-        chosen = kernel_for(x, rows, settings.get("row_products") or torch.float32, prefix, head)
-        kernel = chosen(rows, cast(float, self.original.scaling), prefix)
         bases = [layer.base if isinstance(layer, LoraLinear) else DenseBase(layer) for layer in layers]
+        heads, kv = (base.shape[0] // head for base in bases[:2])
+        on_card = card_rows.serves(x, heads, kv, head)
+        if not on_card and not is_cpu(x.device):
+            return nothing
+        products = next(layer.products for layer in layers if isinstance(layer, LoraLinear)) or x.dtype
+        chosen = CardRows if on_card else kernel_for(x, rows, settings.get("row_products") or torch.float32, prefix, head)
+        kernel = chosen(rows, cast(float, self.original.scaling), prefix)
         inputs = Inputs(bases, [layer.bias for layer in layers], placed(uses, products), norms, head, kernel)
         return inputs, [factor for _, pair, _ in uses for factor in pair.factors()]
 

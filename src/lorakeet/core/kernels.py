@@ -1,6 +1,7 @@
 """When Lorakeet's own Triton kernels compute with a frozen weight: where they were asked for, on a CUDA device, for few tokens.
 
-A base that the kernels can read answers `in_tiles()` (core/in_tiles). Two things are made of that (core/triton_tiles):
+Passes over states (norms, gates, rotations) ask here too (core/passes). A base that the kernels can read answers `in_tiles()`
+(core/in_tiles). Two things are made of that (core/triton_tiles):
 
     unpack     a packed weight into a dense matrix, the same bits as by torch's operations, in one pass
     product    x·Wᵀ + s·(x·Aᵀ)·Bᵀ, or g·W + s·(g·B)·A, W brought back tile by tile on the way: W is read once and never written
@@ -61,8 +62,9 @@ def _capability(index: int) -> tuple[int, int]:
     return torch.cuda.get_device_capability(index)
 
 
+@functools.cache
 def has_triton() -> bool:
-    """Whether the package is there; it is not imported."""
+    """Whether the package is there; it is not imported. Looked for once: every pass over states asks."""
     return importlib.util.find_spec("triton") is not None
 
 

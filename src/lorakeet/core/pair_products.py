@@ -108,13 +108,13 @@ class PairProducts:
         """uᵀ·x of each part (all its ranks, in) as ∂A of each pair."""
         each: list[Tensor] = []
         for (_, pairs), of_part in zip(self.parts, found, strict=True):
-            each += torch.split(of_part, [len(factors[2 * pair]) for pair in pairs])
+            each += torch.split(of_part.to(factors[2 * pairs[0]].dtype), [len(factors[2 * pair]) for pair in pairs])
         return [grad.to(A.dtype) for grad, A in zip(each, factors[::2], strict=True)]
 
     def _all_a(self, pairs: Sequence[int], factors: Sequence[Tensor]) -> Tensor:
-        """A's one below the other (all ranks, in), in the dtype of the products."""
-        held = [factors[2 * pair].to(self.products) for pair in pairs]
-        return held[0] if len(held) == 1 else torch.cat(held)
+        """A's one below the other (all ranks, in), in the dtype of the products: one cast, for a card launches each."""
+        held = [factors[2 * pair] for pair in pairs]
+        return (held[0] if len(held) == 1 else torch.cat(held)).to(self.products)
 
     def _b(self, pair: int, factors: Sequence[Tensor]) -> Tensor:
         return factors[2 * pair + 1].to(self.products)

@@ -54,8 +54,10 @@ def row_attention(
         q, k, v = (states[0].transpose(0, 1) for states in (query, key, value))
         return cast(Tensor, cache.attend(module.layer_idx, q, k, v, scale=scale, window=window, cap=softcap))[None], None
     plain = softcap is None and dropout == 0.0
-    if plain and card_rows.serves(query, key, value):
-        return cast(Tensor, CausalRows.apply(query, key, value, card_rows.CardRows(rows, scale, prefix, window))), None  # type: ignore[no-untyped-call]
+    alike = plain and query.dtype == key.dtype == value.dtype and query.shape[-1] == value.shape[-1]
+    if alike and card_rows.serves(query, query.shape[1], key.shape[1], query.shape[-1]):
+        kernel = card_rows.CardRows(rows, scale, prefix, window)
+        return cast(Tensor, CausalRows.apply(query, key, value, kernel)), None  # type: ignore[no-untyped-call]
     plain = plain and (window is None or prefix + max(rows) <= window)
     if plain and is_cpu(query.device) and query.shape[-1] == value.shape[-1]:
         products = settings.get("row_products") or torch.float32

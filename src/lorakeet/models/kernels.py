@@ -2,8 +2,8 @@
 
 No test here ran on a GPU, so a model that asks for them shows on its own device that they compute what torch computes, before
 they are used: one weight of each kind and shape, brought back bit for bit, multiplied forwards and backwards to rounding, by few
-and by more tokens, without a pair and with pairs of low and of the highest rank; and the loss over the model's words. Of a model
-whose blocks are streamed that is its first block, and what is not streamed.
+and by more tokens, without a pair and with pairs of low and of the highest rank; the passes between products; and the loss over
+the model's words. Of a model whose blocks are streamed that is its first block, and what is not streamed.
 """
 
 from __future__ import annotations
@@ -17,10 +17,13 @@ import torch
 from torch import Tensor, nn
 
 from lorakeet.core.base import DenseBase
+from lorakeet.core.fused import FrozenRmsNorm, made_again, normed, normed_backward
+from lorakeet.core.fused_attention import turned
 from lorakeet.core.in_tiles import Kernels
 from lorakeet.core.kernels import RANK, low_rank_product, low_rank_product_t, why_not
 from lorakeet.core.layers import LoraLinear
 from lorakeet.core.math import add_low_rank, shrink_grad
+from lorakeet.core.passes import passes_over
 from lorakeet.errors import EnvironmentProblem
 from lorakeet.models import modules
 from lorakeet.models.placement import device_for
@@ -31,6 +34,7 @@ TOKENS, LOW, SCALE = (1, 17, 33), 8, 1.5  # of the proof: tokens for each height
 ROWS = 256  # of W that are compared at either end
 WEIGHTS = "the first rows of W", "the last rows of W"
 LOSS_ROWS, LOSS_ROUNDINGS = 3, 16  # of fp32: sums over the vocabulary, in another order
+PASS_ROWS, PASS_EPSILON = 5, 1e-6  # tokens of the proof of passes, and ε of their norm
 SAID = 300  # characters of what Triton said
 ROUNDINGS = 4  # relative to the largest result: torch rounds a sum on the way that the kernel does not, and adds in another order
 
@@ -54,6 +58,13 @@ def use_kernels(model: nn.Module, kernels: Kernels | None) -> None:
     """Lets every packed weight, and every weight that carries pairs, use the kernels; None: none of them."""
     for base in bases_of(model):
         base.kernels = kernels
+
+
+def use_passes(model: nn.Module, kernels: Kernels | None) -> None:
+    """Lets every norm that stands for a frozen one use the kernels; gates and rotations ask their weights."""
+    for module in model.modules():
+        if isinstance(module, FrozenRmsNorm):
+            module.kernels = kernels
 
 
 def bases_of(model: nn.Module) -> Iterator[Any]:
@@ -117,6 +128,42 @@ def check_loss(vocabulary: int, device: torch.device) -> None:
     rounding = LOSS_ROUNDINGS * torch.finfo(torch.float32).eps
     _compare("the loss", about, found, losses, rounding)
     _compare("the gradient of the loss", about, logits, gradient, rounding)
+
+
+@torch.no_grad()
+def check_passes(hidden: int, head: int, kernels: Kernels, products: torch.dtype, device: torch.device) -> None:
+    """EnvironmentProblem unless the kernels make the passes between products as torch's operations do, over so many numbers of a
+    token, in heads of so many."""
+    about = f"{hidden} numbers in heads of {head}"
+    expected = _passed(None, hidden, head, products, device)
+    with _refused(about, device):
+        found = _passed(kernels, hidden, head, products, device)
+    for name, mine in found.items():
+        _compare(name, about, mine, expected[name], ROUNDINGS * torch.finfo(products).eps)
+
+
+def _passed(kernels: Kernels | None, hidden: int, head: int, products: torch.dtype, device: torch.device) -> dict[str, Tensor]:
+    """What norms, gates and rotations make of numbers that are always the same."""
+    x, up, grad, gain = (_numbers(PASS_ROWS + number, hidden, device)[:PASS_ROWS].to(products) for number in range(4))
+    y, rho = normed(x, gain[0], PASS_EPSILON, kernels)
+    again, of_x = made_again((x, rho, gain[0]), kernels), normed_backward(grad, x, rho, gain[0], kernels)
+    by = None if kernels is None else passes_over(x, up, grad, kernels=kernels)
+    if by is None:
+        part = x.float().sigmoid()
+        active = x.float() * part
+        inner, of_up = active * up, grad * active
+        of_gate = grad.float() * up * (part + active * (1 - part))
+    else:
+        gate, of_up, back = x.clone(), up.clone(), grad.clone()
+        by.gated_backward_(gate, of_up, back)
+        inner, of_gate = by.gated(x, up), gate
+    heads = (_numbers(2 * PASS_ROWS, head, device).to(products).view(PASS_ROWS, 2, head) for _ in range(2))
+    cos, sin = (_numbers(PASS_ROWS + number, head, device)[:PASS_ROWS].to(products) for number in range(2))
+    turns = [turned(states, cos, sin, back=back, kernels=kernels) for states, back in zip(heads, (False, True), strict=True)]
+    return {
+        "a norm": y, "a norm again": again, "the gradient of a norm": of_x, "a gate": inner, "the gradient of a gate": of_gate,
+        "the gradient of what is gated": of_up, "a rotation": turns[0], "a rotation back": turns[1],
+    }  # fmt: skip
 
 
 @contextmanager

@@ -13,13 +13,14 @@ from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoTokenizer
 
+from lorakeet.core.in_tiles import Kernels
 from lorakeet.core.native import library as native
 from lorakeet.data.pack import Batch
 from lorakeet.errors import ConfigError, DataError, EnvironmentProblem
 from lorakeet.models.attention import VARLEN, register
 from lorakeet.models.dense_load import load_dense, take_generation_settings
 from lorakeet.models.families import family_of
-from lorakeet.models.kernels import check_kernels, check_loss, kernels_for, use_kernels
+from lorakeet.models.kernels import check_kernels, check_loss, check_passes, kernels_for, use_kernels
 from lorakeet.models.modules import block_prefix
 from lorakeet.models.placement import device_for, dtype_for, products_for
 from lorakeet.models.quantized import load_quantised
@@ -96,10 +97,23 @@ def load_text_model(
     if device.type == "cpu" and text.products == torch.bfloat16 and native.fits() and (reason := native.why_not()):
         tell(f"Attention and the passes between products run by torch's own operations, which is slower: {reason}.")
     if kernels is not None:
-        check_kernels(_modules(text), kernels, text.products)
-        check_loss(reference.shape[1], device)
-        use_kernels(model, kernels)
+        _prove(text, kernels, reference.shape[1])
     return text
+
+
+def _prove(text: TextModel, kernels: Kernels, words: int) -> None:
+    """Lets the model use the kernels; EnvironmentProblem where they compute otherwise than torch."""
+    check_kernels(_modules(text), kernels, text.products)
+    check_loss(words, text.device)
+    check_passes(*_widths(text.model), kernels, text.products, text.device)
+    use_kernels(text.model, kernels)
+
+
+def _widths(model: Any) -> tuple[int, int]:
+    """Numbers of a token between blocks, and of a head."""
+    config = model.config.get_text_config()
+    hidden = int(config.hidden_size)
+    return hidden, int(getattr(config, "head_dim", None) or hidden // int(config.num_attention_heads))
 
 
 def load_tokenizer(folder: Path) -> Any:
