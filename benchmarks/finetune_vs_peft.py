@@ -123,9 +123,11 @@ def _workload(given: argparse.Namespace, folder: Path, number: int) -> Path:
 
 def _missed(content: Mapping[str, Any]) -> list[str]:
     """What is claimed and was not measured so, in words; with rows of alike length nothing is."""
-    found, ours = [f"{name} {why}." for name, why in content["not_run"].items()], content["contenders"].get(OURS)
-    if ours is None or not content["settings"]["shuffled"]:
+    if not content["settings"]["shuffled"]:
         return []
+    found, ours = [f"{name} {why}." for name, why in content["not_run"].items()], content["contenders"].get(OURS)
+    if ours is None:
+        return [*found, f"{OURS} did not run, with whom all are compared."]
     for name, row in content["contenders"].items():
         faster, less, ratio = FASTER.get(name, 0.0), LESS_MEMORY.get(name), row["lorakeet_over_it"]
         if ratio is not None and ratio["median"] < faster:

@@ -10,7 +10,7 @@ Models in the true shapes of Llama-3.2-1B and Llama-3.1-8B with random bf16 weig
 quantisation; LoRA of rank 16 on all linear layers; AdamW, constant rate. A step is one pack: four rows, all of whose tokens are
 learnt, that fill 2,048 or 4,096 tokens to the last one. Everyone gets the same rows in the same order and the same A and B.
 TRL computes a pack padding-free (its rows flat) where flash-attn is installed, with gradient checkpointing as is its default, and
-without; else it pads, which costs a third more here and stands in the table. So it does for unsloth, which decides itself. Both
+without; else it pads, which costs half more here and stands in the table. So it does for unsloth, which decides itself. Both
 need bitsandbytes for NF4, over which TRL keeps A and B in bf16. Lorakeet runs by torch's kernels and by its own Triton kernels.
 
 Every run is a fresh process; contenders take turns, and the first place rotates from round to round. Printed are tokens/s, the

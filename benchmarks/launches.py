@@ -8,7 +8,7 @@ FLOPs. The optimizer's are few, for all parameters at once. Dense weights: each 
 a few more. Once with torch's operations, once with norms, gates and rotations by Lorakeet's Triton kernels (`model.kernels
 triton`), one operation each. The rate is an assumption, to be given for other cards: 400 TFLOP/s, about what plain bf16 products
 reach on an H100. "Even" is how long an operation may take the host until the card waits for it: a fast one launches in 5 µs. Rows
-of 512 tokens, packed, half of each learnt. **Not run on a GPU.**
+of 512 tokens that share no prefix, packed, half of each learnt. **Not run on a GPU.**
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ KERNELS = ("torch", "triton")  # who makes norms, gates and rotations
 FEW = (4, 6)  # blocks, whose difference is what a block asks for
 CLAIMED = {MODELS[1]: 8192, MODELS[2]: 2048}  # tokens from which on the host may take LAUNCH
 LAUNCH = 10e-6  # seconds
-SEVERAL = {"card_rows_backward": 5}  # of those that launch several: three, and two sums over groups of heads
+SEVERAL = {"card_rows_backward": 6}  # of those that launch several: four, and two sums over groups of heads
 CARD = torch.device("cuda")
 QUIET = (  # operations that compute nothing
     "view", "_unsafe_view", "reshape", "transpose", "t", "permute", "expand", "slice", "select", "unsqueeze", "squeeze", "split",

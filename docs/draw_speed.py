@@ -20,7 +20,7 @@ from speed_text import BLOCK_WEIGHTS, HEAD, TAIL, WHY
 from lorakeet.evaluate.wording import signed
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "benchmarks"))
-from harness.to_loss import reached, shared_target
+from harness.to_loss import at_target, shared_target
 
 DOCS = Path(__file__).resolve().parent
 RESULTS = DOCS.parent / "benchmarks" / "results"
@@ -158,7 +158,7 @@ def _round_by_round(result: Mapping[str, Any]) -> str:
     curves = {name: [each["points"] for each in found["contenders"][name]["rounds"]] for name in exact}
     targets = [shared_target(of_round) for of_round in zip(*curves.values(), strict=True)]
     seconds = {
-        name: [reached(points, target, "seconds") or 0.0 for points, target in zip(each, targets, strict=True)]
+        name: [at_target(points, target)["seconds"] for points, target in zip(each, targets, strict=True)]
         for name, each in curves.items()
     }
     ours = seconds["lorakeet"]

@@ -179,10 +179,14 @@ def test_a_model_trains_by_it_as_row_by_row(flash: Flash, tmp_path: Path, monkey
     assert flash.calls == 0
     seen: list[tuple[tuple[int, ...], int]] = []
     monkeypatch.setattr(CardRows, "forward", _noting(CardRows.forward, seen))
+    fused: list[Any] = []
+    inputs = RotaryAttention._inputs
+    monkeypatch.setattr(RotaryAttention, "_inputs", lambda *given: fused.append(inputs(*given)) or fused[-1])
     narrow, narrow_loss, narrow_grads = trained(folder, "bfloat16")
     blocks = text.model.config.num_hidden_layers
     assert seen[-blocks:] == [((20, 21, 22), 10)] * blocks  # of the training pass: behind the prefix that they share
     assert isinstance(narrow.model.model.layers[0].self_attn, RotaryAttention)
+    assert all(found is not None and isinstance(found.kernel, CardRows) for found, _ in fused[-blocks:])
     assert abs(narrow_loss - loss) < 0.02 * abs(loss)
     assert narrow_grads.keys() == grads.keys() and len(grads) == 14 * blocks
     for name, grad in grads.items():

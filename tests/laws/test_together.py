@@ -178,7 +178,11 @@ def test_two_machines_train_what_one_process_trains(tiny_llama_folder: Path, row
         )
         for _ in range(2)
     ]  # fmt: skip
-    said = [machine.communicate(timeout=120) for machine in machines]
+    try:
+        said = [machine.communicate(timeout=120) for machine in machines]
+    finally:
+        for machine in machines:
+            machine.kill()
     assert [machine.returncode for machine in machines] == [0, 0], said
     assert sum("Adapter:" in out for out, _ in said) == 1  # one process speaks for both machines
     assert_same_run(one, run)

@@ -212,7 +212,7 @@ def test_image_models_refuse_them() -> None:
     [("norm", "compute a norm otherwise"), ("gated", "compute a gate otherwise"), ("turn_", "compute a rotation otherwise")],
 )
 def test_passes_that_are_wrong_are_refused(kernel: str, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    check_passes(48, 16, Kernels(), torch.float32, DEVICE)
+    check_passes([48, 15], Kernels(), [torch.float32], DEVICE)
     right = getattr(triton_passes, kernel)
 
     def wrong(first: Tensor, *given: Any) -> Any:
@@ -222,8 +222,8 @@ def test_passes_that_are_wrong_are_refused(kernel: str, said: str, monkeypatch: 
         return found
 
     monkeypatch.setattr(triton_passes, kernel, wrong)
-    with pytest.raises(EnvironmentProblem, match=f"{said} than torch on this device, for 48 numbers in heads of 16"):
-        check_passes(48, 16, Kernels(), torch.float32, DEVICE)
+    with pytest.raises(EnvironmentProblem, match=f"{said} than torch on this device, for rows of 48 numbers in float32"):
+        check_passes([48, 15], Kernels(), [torch.float32], DEVICE)
 
 
 @needs_triton

@@ -29,7 +29,7 @@ WIDEST, STEP = 192, 8  # of a head: beyond the first, some cards cannot go back;
 CAPABILITY = (8, 0)  # the least of a card
 BLOCK = 128  # tokens by which the kernel's sums of a sequence are longer, backward
 EVERYTHING = -1  # for a window: there is none
-PROOF = (5, 300, 70, 1), 140, 100  # rows, a prefix, a window, beyond the kernel's tiles of up to 128: made up to prove it by
+PROOF = (5, 300, 70, 1), 140, 150  # rows, a prefix, a window, beyond the kernel's tiles of up to 128: made up to prove it by
 SAID = 160  # characters of torch's own message
 EVERYWHERE = "CompositeExplicitAutograd"  # torch's word for every device: what runs there is torch's kernel, or is refused
 CLOSE = 3e-2  # of the largest number: a few roundings of bf16
@@ -41,8 +41,8 @@ def serves(like: Tensor, heads: int, kv: int, d: int) -> bool:
     device = like.device
     if like.dtype not in DTYPES or d > WIDEST or d % STEP or is_cpu(device) or device.type not in ("cuda", "cpu"):
         return False
-    few = min(2, kv)  # two show which group sees which, and take little memory
-    return _has_kernel(device) and (device.type == "cpu" or proved(device, like.dtype, heads // kv * few, few, d))
+    few, group = min(2, kv), min(8, heads // kv)  # these show which head sees which, and take little memory
+    return _has_kernel(device) and (device.type == "cpu" or proved(device, like.dtype, group * few, few, d))
 
 
 @functools.cache
@@ -108,7 +108,7 @@ def lengths_of(rows: Sequence[int], prefix: int, tokens: int) -> tuple[list[int]
     return [*ends[0], *rows, *ends[1]], [*ends[0], *(prefix + length for length in rows), *ends[1]]
 
 
-@functools.lru_cache(maxsize=32)  # micro-batches that pass a block together, one after the other
+@functools.lru_cache(maxsize=64)  # micro-batches that pass a block together, one after the other
 def sequences(rows: tuple[int, ...], prefix: int, tokens: int, device: torch.device) -> Sequences:
     """The same for as many layers as have these rows: what is copied to the card is copied once."""
     queries, keys = lengths_of(rows, prefix, tokens)
@@ -124,7 +124,7 @@ def sequences(rows: tuple[int, ...], prefix: int, tokens: int, device: torch.dev
             gathered += parts[0]
         own += range(len(gathered), len(gathered) + len(part))
         gathered += part
-    places = (torch.tensor(each, device=device) for each in (gathered, own, [[*each] for each in shared]))
+    places = (torch.tensor(each, dtype=torch.int32, device=device) for each in (gathered, own, [[*each] for each in shared]))
     return Sequences(of_queries, of_keys, max(queries), max(keys), *places)
 
 
@@ -235,7 +235,8 @@ def proved(device: torch.device, dtype: torch.dtype, heads: int, kv: int, d: int
         said = f"does not run: {' '.join(str(error).split())[:SAID].rstrip('.')}"
     if said:
         logging.getLogger("lorakeet").warning(
-            "Torch's flash kernel %s. Attention is computed row by row, which is slower. Please report it.", said
+            "Torch's flash kernel %s. Attention is computed row by row, which is slower, and "
+            "may hold more memory than was planned. Please report it.", said
         )
     return not said
 

@@ -99,7 +99,7 @@ def made_again(kept: Sequence[Tensor], kernels: Kernels | None = None) -> Tensor
     if len(kept) == 1:
         return kept[0]
     x, rho, weight = kept
-    if (by := passes_over(x, weight, kernels=kernels)) is not None:
+    if (by := passes_over(x, weight, kernels=kernels, by_rows=True)) is not None:
         return by.norm_again(x, rho, weight)
     return weight * (x.float() * rho).to(x.dtype)
 
@@ -290,7 +290,7 @@ def _plain_uses(layer: nn.Module, tokens: int, *, biased: bool) -> list[tuple[Sh
 
 def normed(x: Tensor, weight: Tensor, epsilon: float, kernels: Kernels | None = None) -> tuple[Tensor, Tensor]:
     """y and ρ (…, 1), as RmsNormFunction has them, of x (…, width)."""
-    if (by := passes_over(x, weight, kernels=kernels)) is not None:
+    if (by := passes_over(x, weight, kernels=kernels, by_rows=True)) is not None:
         return by.norm(x, weight, epsilon)
     wide = x.float()
     rho = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True).add_(epsilon))
@@ -299,7 +299,7 @@ def normed(x: Tensor, weight: Tensor, epsilon: float, kernels: Kernels | None = 
 
 def normed_backward(grad: Tensor, x: Tensor, rho: Tensor, weight: Tensor, kernels: Kernels | None = None) -> Tensor:
     """∂x of it, in the dtype of x."""
-    if (by := passes_over(x, weight, grad, kernels=kernels)) is not None:
+    if (by := passes_over(x, weight, grad, kernels=kernels, by_rows=True)) is not None:
         return by.norm_backward(grad, x, rho, weight)
     scaled = grad.float() * weight.float()
     normal = x.float() * rho

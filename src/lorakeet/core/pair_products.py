@@ -108,7 +108,10 @@ class PairProducts:
         """uᵀ·x of each part (all its ranks, in) as ∂A of each pair."""
         each: list[Tensor] = []
         for (_, pairs), of_part in zip(self.parts, found, strict=True):
-            each += torch.split(of_part.to(factors[2 * pairs[0]].dtype), [len(factors[2 * pair]) for pair in pairs])
+            dtype = factors[2 * pairs[0]].dtype
+            alike = all(factors[2 * pair].dtype == dtype for pair in pairs)
+            whole = of_part.to(dtype) if alike else of_part  # one cast for all
+            each += torch.split(whole, [len(factors[2 * pair]) for pair in pairs])
         return [grad.to(A.dtype) for grad, A in zip(each, factors[::2], strict=True)]
 
     def _all_a(self, pairs: Sequence[int], factors: Sequence[Tensor]) -> Tensor:

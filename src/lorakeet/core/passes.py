@@ -30,10 +30,12 @@ IN_C = Passes(ops.NORM, ops.NORM_AGAIN, ops.NORM_BACKWARD, ops.GATED, ops.GATED_
 WIDEST = 1 << 14  # numbers of a row, which a program of Triton's holds at once
 
 
-def passes_over(*states: Tensor, kernels: Kernels | None = None, width: int = ops.LANES) -> Passes | None:
+def passes_over(
+    *states: Tensor, kernels: Kernels | None = None, width: int = ops.LANES, by_rows: bool = False
+) -> Passes | None:
     """Who makes passes over these states, all of one dtype, whose last dimensions are multiples of `width` for C; None: torch.
 
-    `kernels`: whether Triton's are asked for.
+    `kernels`: whether Triton's are asked for; `by_rows`: whether these are norms, which hold a whole row.
     """
     if ops.serves(states[0].dtype, *states, width=width):
         return IN_C
@@ -42,7 +44,7 @@ def passes_over(*states: Tensor, kernels: Kernels | None = None, width: int = op
     first = states[0].dtype
     if first not in triton_kernels.DTYPES or any(each.dtype != first or not each.is_contiguous() for each in states):
         return None
-    return _of_triton() if max(each.shape[-1] for each in states) <= WIDEST else None
+    return None if by_rows and states[0].shape[-1] > WIDEST else _of_triton()
 
 
 def _of_triton() -> Passes:

@@ -8,6 +8,7 @@ the model's words. Of a model whose blocks are streamed that is its first block,
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -131,22 +132,27 @@ def check_loss(vocabulary: int, device: torch.device) -> None:
 
 
 @torch.no_grad()
-def check_passes(hidden: int, head: int, kernels: Kernels, products: torch.dtype, device: torch.device) -> None:
-    """EnvironmentProblem unless the kernels make the passes between products as torch's operations do, over so many numbers of a
-    token, in heads of so many."""
-    about = f"{hidden} numbers in heads of {head}"
-    expected = _passed(None, hidden, head, products, device)
-    with _refused(about, device):
-        found = _passed(kernels, hidden, head, products, device)
-    for name, mine in found.items():
-        _compare(name, about, mine, expected[name], ROUNDINGS * torch.finfo(products).eps)
+def check_passes(widths: Iterable[int], kernels: Kernels, dtypes: Iterable[torch.dtype], device: torch.device) -> None:
+    """EnvironmentProblem unless the kernels make the passes between products as torch's operations do, over rows of these widths
+    in these dtypes."""
+    for width, dtype in itertools.product(widths, dtypes):
+        about = f"rows of {width} numbers in {str(dtype).removeprefix('torch.')}"
+        expected = _passed(None, width, dtype, device)
+        with _refused(about, device):
+            found = _passed(kernels, width, dtype, device)
+        for name, mine in found.items():
+            _compare(name, about, mine, expected[name], ROUNDINGS * torch.finfo(dtype).eps)
 
 
-def _passed(kernels: Kernels | None, hidden: int, head: int, products: torch.dtype, device: torch.device) -> dict[str, Tensor]:
-    """What norms, gates and rotations make of numbers that are always the same."""
-    x, up, grad, gain = (_numbers(PASS_ROWS + number, hidden, device)[:PASS_ROWS].to(products) for number in range(4))
+def _passed(kernels: Kernels | None, width: int, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
+    """What norms, gates and, over an even width, rotations make of numbers that are always the same."""
+    x, up, grad, gain = (_numbers(PASS_ROWS + number, width, device)[:PASS_ROWS].to(dtype) for number in range(4))
     y, rho = normed(x, gain[0], PASS_EPSILON, kernels)
-    again, of_x = made_again((x, rho, gain[0]), kernels), normed_backward(grad, x, rho, gain[0], kernels)
+    found = {
+        "a norm": y,
+        "a norm again": made_again((x, rho, gain[0]), kernels),
+        "the gradient of a norm": normed_backward(grad, x, rho, gain[0], kernels),
+    }
     by = None if kernels is None else passes_over(x, up, grad, kernels=kernels)
     if by is None:
         part = x.float().sigmoid()
@@ -154,16 +160,15 @@ def _passed(kernels: Kernels | None, hidden: int, head: int, products: torch.dty
         inner, of_up = active * up, grad * active
         of_gate = grad.float() * up * (part + active * (1 - part))
     else:
-        gate, of_up, back = x.clone(), up.clone(), grad.clone()
-        by.gated_backward_(gate, of_up, back)
-        inner, of_gate = by.gated(x, up), gate
-    heads = (_numbers(2 * PASS_ROWS, head, device).to(products).view(PASS_ROWS, 2, head) for _ in range(2))
-    cos, sin = (_numbers(PASS_ROWS + number, head, device)[:PASS_ROWS].to(products) for number in range(2))
-    turns = [turned(states, cos, sin, back=back, kernels=kernels) for states, back in zip(heads, (False, True), strict=True)]
-    return {
-        "a norm": y, "a norm again": again, "the gradient of a norm": of_x, "a gate": inner, "the gradient of a gate": of_gate,
-        "the gradient of what is gated": of_up, "a rotation": turns[0], "a rotation back": turns[1],
-    }  # fmt: skip
+        of_gate, of_up = x.clone(), up.clone()
+        by.gated_backward_(of_gate, of_up, grad.clone())
+        inner = by.gated(x, up)
+    found |= {"a gate": inner, "the gradient of a gate": of_gate, "the gradient of what is gated": of_up}
+    for back in (False, True) if width % 2 == 0 else ():
+        states = _numbers(2 * PASS_ROWS, width, device).to(dtype).view(PASS_ROWS, 2, width)
+        cos, sin = (_numbers(PASS_ROWS + number, width, device)[:PASS_ROWS].to(dtype) for number in range(2))
+        found[f"a rotation{' back' * back}"] = turned(states, cos, sin, back=back, kernels=kernels)
+    return found
 
 
 @contextmanager

@@ -105,15 +105,14 @@ def _prove(text: TextModel, kernels: Kernels, words: int) -> None:
     """Lets the model use the kernels; EnvironmentProblem where they compute otherwise than torch."""
     check_kernels(_modules(text), kernels, text.products)
     check_loss(words, text.device)
-    check_passes(*_widths(text.model), kernels, text.products, text.device)
+    check_passes(_widths(text.model), kernels, {text.dtype, text.products}, text.device)
     use_kernels(text.model, kernels)
 
 
-def _widths(model: Any) -> tuple[int, int]:
-    """Numbers of a token between blocks, and of a head."""
-    config = model.config.get_text_config()
-    hidden = int(config.hidden_size)
-    return hidden, int(getattr(config, "head_dim", None) or hidden // int(config.num_attention_heads))
+def _widths(model: Any) -> list[int]:
+    """Numbers of a token between blocks, and of the heads of every kind, as the modules have them."""
+    heads = {getattr(module, "head_dim", None) for module in model.modules()}
+    return sorted({model.get_input_embeddings().weight.shape[1], *(head for head in heads if isinstance(head, int))})
 
 
 def load_tokenizer(folder: Path) -> Any:
