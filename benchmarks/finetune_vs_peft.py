@@ -30,6 +30,7 @@ from typing import Any
 
 from harness.machine import origin, warn_if_busy, write_result
 from harness.processes import Failed, rotated, run, run_module, summary
+from harness.steps import largest_difference
 from harness.to_loss import at_target, curve, shared_target
 from harness.workload import Workload, read_workload
 
@@ -256,7 +257,7 @@ def _content(
     notes = {name: found[0]["notes"] for name, found in runs.items()}
     likes = {name: LIKE[str(note["products"])] for name, note in notes.items()}
     far = {
-        name: None if CONTENDERS[name].other else _difference(runs[name], runs.get(like)) for name, like in likes.items()
+        name: None if CONTENDERS[name].other else largest_difference(runs[name], runs.get(like)) for name, like in likes.items()
     }
     allowed = {
         name: FP32_TOLERANCE if note["weights"] == note["products"] == "float32" else BF16_TOLERANCE
@@ -323,14 +324,6 @@ def _to_loss(runs: Mapping[str, list[Run]]) -> dict[str, Any]:
 def _seconds_a_step(one: Run, skip: int) -> float:
     counted = one["seconds"][skip:]
     return float(sum(counted)) / len(counted)
-
-
-def _difference(runs: Sequence[Run], like: Sequence[Run] | None) -> float | None:
-    """The largest difference of one step's losses in any round; None where the one to compare with did not run."""
-    if like is None:
-        return None
-    rounds = zip(runs, like, strict=False)  # of those that run once, the first
-    return max(abs(a - b) for one, other in rounds for a, b in zip(one["losses"], other["losses"], strict=True))
 
 
 def _show(content: Mapping[str, Any]) -> None:

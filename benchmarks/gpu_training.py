@@ -35,6 +35,7 @@ from typing import Any
 import torch
 from harness.machine import origin, warn_if_busy, write_result
 from harness.processes import Failed, rotated, run, run_module, summary
+from harness.steps import largest_difference
 from harness.workload import Workload, read_workload
 from plan_accuracy import published_shape
 from roofline import block_weights
@@ -204,7 +205,7 @@ def _rows(runs: Mapping[str, list[Run]], workload: Workload, needed: int, rate: 
     found = {}
     for name, each_round in runs.items():
         seconds = [statistics.median(each["seconds"][skip:]) for each in each_round]
-        far = _difference(each_round, runs.get(LIKE))
+        far = largest_difference(each_round, runs.get(LIKE))
         found[name] = {
             "tokens_per_second": summary(workload.tokens[0] / one for one in seconds).to_mapping(),
             "seconds_a_step": summary(seconds).to_mapping(),
@@ -223,13 +224,6 @@ def _over(runs: Mapping[str, list[Run]], name: str, skip: int) -> dict[str, obje
         return None
     ours, theirs = ([statistics.median(each["seconds"][skip:]) for each in runs[which]] for which in (OURS, name))
     return summary(it / our for it, our in zip(theirs, ours, strict=False)).to_mapping()
-
-
-def _difference(runs: Sequence[Run], like: Sequence[Run] | None) -> float | None:
-    """The largest difference of one step's losses in any round; None where the one to compare with did not run."""
-    if like is None:
-        return None
-    return max(abs(a - b) for one, it in zip(runs, like, strict=False) for a, b in zip(one["losses"], it["losses"], strict=True))
 
 
 def show(case: Case, found: Mapping[str, Any]) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 from harness.steps import StepLog, contender
-from harness.trainer import lora_settings, packed_arguments, tokenised, train_with
+from harness.trainer import UNCUT, lora_settings, tokenised, train_with
 from harness.workload import Workload
 from peft import LoraConfig
 from transformers import BitsAndBytesConfig, TrainerCallback
@@ -28,7 +28,8 @@ def train_trl(workload: Workload, dtype: str, *, recomputing: bool = True) -> St
         return SFTTrainer(
             model=workload.model,
             args=SFTConfig(
-                **packed_arguments(arguments),
+                **arguments,
+                **UNCUT,
                 use_cpu=workload.device == "cpu",
                 bf16=True,
                 padding_free=flash,

@@ -56,12 +56,8 @@ def lorakeet_on(workload: Workload, kernels: str = "torch") -> Ready:
     config = read_run(None, {key: str(value) for key, value in settings.items()})
     text = load_text_model(config.model)
     begin_adapter(text, plan_for(text.model, config.lora, text.family), seed=config.train.seed)
-    return Ready(TextTask(text, [_example(row) for row in rows_of(workload)], held_out=(), spec=config.train), config)
-
-
-def rows_of(workload: Workload) -> list[Row]:
-    """As they were drawn; `steps` has them in the order in which Lorakeet trains on them."""
-    return sorted(workload.rows, key=lambda row: int(row.prompt))
+    rows = sorted(workload.rows, key=lambda row: int(row.prompt))  # as numbered; `steps` are in the order of training
+    return Ready(TextTask(text, [_example(row) for row in rows], held_out=(), spec=config.train), config)
 
 
 def _example(row: Row) -> Example:

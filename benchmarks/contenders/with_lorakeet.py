@@ -27,12 +27,11 @@ with without_triton():  # as a command, which is within it all the time
     from lorakeet.workflows.assemble import Assembly, assemble, ready_to_train
 
 
-class Recorder(Silent):
-    """Hands each step of the loop to the log, and now and then writes the adapter."""
+class StepRecorder(Silent):
+    """Hands each step of the loop to the log."""
 
-    def __init__(self, log: StepLog, workload: Workload, setup: Assembly, task: TextTask, beside: Sequence[Example]) -> None:
-        """`beside` are rows that are neither trained on nor judged."""
-        self.log, self.workload, self.setup, self.task, self.beside = log, workload, setup, task, beside
+    def __init__(self, log: StepLog) -> None:
+        self.log = log
 
     def begin(self, total: int, *, done: int) -> None:
         self.log.begin()
@@ -40,6 +39,18 @@ class Recorder(Silent):
     def step(self, record: Record) -> None:
         self.log.step()
         self.log.losses.append(float(record["loss"] or 0))
+
+
+class Recorder(StepRecorder):
+    """Now and then writes the adapter, too."""
+
+    def __init__(self, log: StepLog, workload: Workload, setup: Assembly, task: TextTask, beside: Sequence[Example]) -> None:
+        """`beside` are rows that are neither trained on nor judged."""
+        super().__init__(log)
+        self.workload, self.setup, self.task, self.beside = workload, setup, task, beside
+
+    def step(self, record: Record) -> None:
+        super().step(record)
         self.log.save_adapter(self.workload, self._write)
 
     def _write(self, folder: Path) -> None:
@@ -69,7 +80,7 @@ def train_lorakeet(
     if len(beside) < rows_beside:
         raise SystemExit(f"{len(beside)} rows are left beside those of the training, and {rows_beside} are wanted.")
     task = ready_to_train(setup, held_out=())  # so that only training is timed
-    _require_same_rows(task, workload)
+    require_same_rows(task, workload)
     setup.text.shares_prefix = setup.text.shares_prefix and shares_prefix
     log = StepLog(
         notes={
@@ -90,7 +101,8 @@ def train_lorakeet(
     return log
 
 
-def _require_same_rows(task: TextTask, workload: Workload) -> None:
+def require_same_rows(task: TextTask, workload: Workload) -> None:
+    """SystemExit where a step of the task has other rows than the workload's."""
     for number, step in enumerate(workload.steps):
         ours = [
             (tuple(task.train[row].ids.tolist()), tuple(task.train[row].supervised.nonzero()[0].tolist()))

@@ -15,8 +15,14 @@ from trl import SFTConfig, SFTTrainer
 
 def train_unsloth(workload: Workload, dtype: str) -> StepLog:
     """The workload's steps on 16-bit weights where this CPU has them (unsloth's own choice), "unsloth" checkpointing."""
+    more = {"bf16": is_bfloat16_supported()}
+    return trained(workload, prompts_and_completions(workload), longest=max(512, workload.longest), more=more)
+
+
+def trained(workload: Workload, rows: dict[str, list[Any]], *, longest: int, more: dict[str, Any]) -> StepLog:
+    """The workload's steps on a dataset of these columns, with `more` of the trainer's arguments, in NF4 if it says so."""
     model, tokenizer = FastLanguageModel.from_pretrained(
-        model_name=workload.model, max_seq_length=max(512, workload.longest), dtype=None, load_in_4bit=False
+        model_name=workload.model, max_seq_length=longest, dtype=None, load_in_4bit=workload.quantize == "nf4"
     )
     model = FastLanguageModel.get_peft_model(
         model,
@@ -30,8 +36,8 @@ def train_unsloth(workload: Workload, dtype: str) -> StepLog:
         return SFTTrainer(
             model=model,
             processing_class=tokenizer,
-            train_dataset=Dataset.from_dict(prompts_and_completions(workload)),
-            args=SFTConfig(**arguments, bf16=is_bfloat16_supported()),
+            train_dataset=Dataset.from_dict(rows),
+            args=SFTConfig(**{**arguments, **more}),
         )
 
     return train_with(trainer, TrainerCallback, workload)

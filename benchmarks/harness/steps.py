@@ -5,10 +5,11 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 from harness.workload import Workload, read_workload
 
@@ -95,6 +96,14 @@ def contender(train: Callable[[Workload, str], StepLog], arguments: Sequence[str
     if not len(log.losses) == len(log.seconds) == len(workload.steps):
         raise SystemExit(f"{len(log.losses)} losses and {len(log.seconds)} times of {len(workload.steps)} steps were recorded")
     log.write(given.result)
+
+
+def largest_difference(runs: Sequence[Mapping[str, Any]], like: Sequence[Mapping[str, Any]] | None) -> float | None:
+    """The largest difference of one step's losses in any round; None where the one to compare with did not run."""
+    if like is None:
+        return None
+    rounds = zip(runs, like, strict=False)  # of those that run once, the first
+    return max(abs(a - b) for one, other in rounds for a, b in zip(one["losses"], other["losses"], strict=True))
 
 
 def peak_bytes() -> int:

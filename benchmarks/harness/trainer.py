@@ -10,6 +10,7 @@ from typing import Any
 from harness.steps import StepLog
 from harness.workload import Workload
 
+UNCUT: dict[str, Any] = {"max_length": None}  # for packed rows: a padding-free trainer takes no length to cut at
 ADAPTER = "adapter_model.safetensors"  # PEFT's name for it
 
 
@@ -54,11 +55,6 @@ def tokenised(workload: Workload) -> dict[str, list[list[int]]]:
             for row, places in zip(workload.rows, learnt, strict=True)
         ],
     }
-
-
-def packed_arguments(arguments: dict[str, Any]) -> dict[str, Any]:
-    """The same for packed rows: none is longer than the trainer's own length, which padding-free batches may not have."""
-    return {**arguments, "max_length": None}
 
 
 def arguments(workload: Workload, folder: str) -> dict[str, Any]:

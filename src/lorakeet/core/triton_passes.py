@@ -74,18 +74,24 @@ def _by_numbers(kernel, x: Tensor, *given: Tensor) -> None:
 
 
 @triton.jit
+def _wide(places, inside):
+    """The numbers there in fp32, zeros outside."""
+    return tl.load(places, mask=inside, other=0.0).to(tl.float32)
+
+
+@triton.jit
 def _norm(x, weight, y, rho, width, epsilon, KNOWN: tl.constexpr, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
     inside = column < width
-    numbers = tl.load(x + row * width + column, mask=inside, other=0.0).to(tl.float32)
+    numbers = _wide(x + row * width + column, inside)
     if KNOWN:
         scale = tl.load(rho + row)
     else:
         scale = 1.0 / tl.sqrt(tl.sum(numbers * numbers, 0) / width + epsilon)
         tl.store(rho + row, scale)
     normal = (numbers * scale).to(y.dtype.element_ty).to(tl.float32)
-    gain = tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
+    gain = _wide(weight + column, inside)
     tl.store(y + row * width + column, (gain * normal).to(y.dtype.element_ty), mask=inside)
 
 
@@ -96,9 +102,8 @@ def _norm_backward(grad, x, rho, weight, found, width, BLOCK: tl.constexpr):
     inside = column < width
     place = row * width + column
     scale = tl.load(rho + row)
-    scaled = tl.load(grad + place, mask=inside, other=0.0).to(tl.float32)
-    scaled = scaled * tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
-    normal = tl.load(x + place, mask=inside, other=0.0).to(tl.float32) * scale
+    scaled = _wide(grad + place, inside) * _wide(weight + column, inside)
+    normal = _wide(x + place, inside) * scale
     share = tl.sum(scaled * normal, 0) / width
     tl.store(found + place, ((scaled - normal * share) * scale).to(found.dtype.element_ty), mask=inside)
 
@@ -113,8 +118,8 @@ def _sigmoid(z):
 def _gated(gate, up, inner, count, BLOCK: tl.constexpr):
     place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = place < count
-    z = tl.load(gate + place, mask=inside, other=0.0).to(tl.float32)
-    u = tl.load(up + place, mask=inside, other=0.0).to(tl.float32)
+    z = _wide(gate + place, inside)
+    u = _wide(up + place, inside)
     tl.store(inner + place, (z * _sigmoid(z) * u).to(inner.dtype.element_ty), mask=inside)
 
 
@@ -122,9 +127,9 @@ def _gated(gate, up, inner, count, BLOCK: tl.constexpr):
 def _gated_backward(gate, up, grad, count, BLOCK: tl.constexpr):
     place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = place < count
-    z = tl.load(gate + place, mask=inside, other=0.0).to(tl.float32)
-    u = tl.load(up + place, mask=inside, other=0.0).to(tl.float32)
-    g = tl.load(grad + place, mask=inside, other=0.0).to(tl.float32)
+    z = _wide(gate + place, inside)
+    u = _wide(up + place, inside)
+    g = _wide(grad + place, inside)
     part = _sigmoid(z)
     active = z * part
     tl.store(gate + place, (g * u * (part + active * (1.0 - part))).to(gate.dtype.element_ty), mask=inside)
@@ -139,12 +144,12 @@ def _turn(states, cos, sin, heads, half, BACK: tl.constexpr, HALF: tl.constexpr)
     inside = column < half
     first = states + row * 2 * half + column
     angle = row // heads * 2 * half + column
-    a = tl.load(first, mask=inside, other=0.0).to(tl.float32)
-    b = tl.load(first + half, mask=inside, other=0.0).to(tl.float32)
-    c1 = tl.load(cos + angle, mask=inside, other=0.0).to(tl.float32)
-    c2 = tl.load(cos + angle + half, mask=inside, other=0.0).to(tl.float32)
-    s1 = tl.load(sin + angle, mask=inside, other=0.0).to(tl.float32)
-    s2 = tl.load(sin + angle + half, mask=inside, other=0.0).to(tl.float32)
+    a = _wide(first, inside)
+    b = _wide(first + half, inside)
+    c1 = _wide(cos + angle, inside)
+    c2 = _wide(cos + angle + half, inside)
+    s1 = _wide(sin + angle, inside)
+    s2 = _wide(sin + angle + half, inside)
     if BACK:
         s1, s2 = -s2, -s1
     tl.store(first, (a * c1 - b * s1).to(states.dtype.element_ty), mask=inside)

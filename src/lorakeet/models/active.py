@@ -27,7 +27,7 @@ from lorakeet.memory.allocator import give_back_free_memory
 from lorakeet.models import modules
 from lorakeet.models.fuse import fuse, fuse_blocks
 from lorakeet.models.inject import selection_of, use_products
-from lorakeet.models.kernels import use_kernels, use_passes
+from lorakeet.models.kernels import use_kernels
 from lorakeet.models.text import TextModel
 from lorakeet.quant.adopt import base_of
 
@@ -89,9 +89,8 @@ class LiveModel:
             self._places[path] = _Place(layer, kind, modules.weight_shape(module, kind))
         self.selection = selection_of(model)
         use_products(model, text.products)
-        use_kernels(model, text.kernels)
         fuse(model)
-        use_passes(model, text.kernels)
+        use_kernels(model, text.kernels)
         fuse_blocks(model, text.family)
         _reorder(text, [place.layer for place in self._places.values()])
         give_back_free_memory()  # where the plain weights were: 200 MB of SmolLM2's

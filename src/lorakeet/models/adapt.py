@@ -14,7 +14,7 @@ from lorakeet.core.trained_block import TrainedBlock
 from lorakeet.models.fits import plan_of
 from lorakeet.models.fuse import fuse, fuse_blocks, unfuse
 from lorakeet.models.inject import adapter_names, attach, inject, trained_parameters, use_products
-from lorakeet.models.kernels import use_kernels, use_passes
+from lorakeet.models.kernels import use_kernels
 from lorakeet.models.streamed import hold
 from lorakeet.models.text import TextModel
 
@@ -76,6 +76,5 @@ def _compute_in_blocks(text: TextModel) -> None:
 
 def _compute(text: TextModel) -> None:
     use_products(text.model, text.products)
-    use_kernels(text.model, text.kernels)
     fuse(text.model)
-    use_passes(text.model, text.kernels)
+    use_kernels(text.model, text.kernels)

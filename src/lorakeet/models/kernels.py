@@ -56,13 +56,10 @@ def where_possible(spec: ModelSpec) -> ModelSpec:
 
 
 def use_kernels(model: nn.Module, kernels: Kernels | None) -> None:
-    """Lets every packed weight, and every weight that carries pairs, use the kernels; None: none of them."""
+    """Lets every packed weight, every weight that carries pairs, and every norm that stands for a frozen one (once models/fuse
+    has put them in) use the kernels; None: none of them. Gates and rotations ask their weights."""
     for base in bases_of(model):
         base.kernels = kernels
-
-
-def use_passes(model: nn.Module, kernels: Kernels | None) -> None:
-    """Lets every norm that stands for a frozen one use the kernels; gates and rotations ask their weights."""
     for module in model.modules():
         if isinstance(module, FrozenRmsNorm):
             module.kernels = kernels

@@ -57,7 +57,6 @@ def terminable() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
         yield
         return
-
     signal.signal(signal.SIGTERM, _AsCtrlC())
     try:
         yield

@@ -39,7 +39,7 @@ from lorakeet.memory.card import promised
 from lorakeet.models.fits import plan_of
 from lorakeet.models.fuse import fuse, unfuse
 from lorakeet.models.inject import activate, attach, eject
-from lorakeet.models.kernels import use_passes
+from lorakeet.models.kernels import use_kernels
 from lorakeet.models.targets import plan_for
 from lorakeet.models.text import TextModel
 from lorakeet.ranks.allocate import pair_parameters, rank_pattern
@@ -199,7 +199,7 @@ def _seen(text: TextModel, config: RunConfig, rows: Sequence[Example], name: str
         parameter.grad = None
     text.model.eval()
     fuse(text.model)  # what is measured from here on computes as evaluate does
-    use_passes(text.model, text.kernels)
+    use_kernels(text.model, text.kernels)
     return moments
 
 
