@@ -72,9 +72,10 @@ def matmul_each(bases: Sequence[FrozenBase], x: Tensor) -> list[Tensor]:
     coded: Coded | None = None
     found = []
     for base in bases:
-        if _is(base, CodingBase) and (coding := cast(CodingBase, base)).takes_codes(x):
-            coded = coded or coding.code(x)
-            found.append(coding.matmul_codes(coded))
+        if coding(base, x):
+            by_codes = cast(CodingBase, base)
+            coded = coded or by_codes.code(x)
+            found.append(by_codes.matmul_codes(coded))
         else:
             found.append(base.matmul(x))
     return found
@@ -95,6 +96,9 @@ class StoredBase(Protocol):
     def stored(self) -> Stored | None:
         """What C is told of it; None where it cannot read it."""
 
+    def tensors(self) -> Sequence[Tensor]:
+        """Those in which it is stored."""
+
 
 def _is(base: FrozenBase, protocol: type) -> bool:
     return _keeps(type(base), protocol)
@@ -105,12 +109,17 @@ def _keeps(kind: type, protocol: type) -> bool:
     return issubclass(kind, protocol)
 
 
+def coding(base: FrozenBase, x: Tensor) -> bool:
+    """Whether a product of the base with x now runs over codes of x."""
+    return _is(base, CodingBase) and cast(CodingBase, base).takes_codes(x)
+
+
 def stored(base: FrozenBase, x: Tensor) -> Stored | None:
     """What C is told of a base that it may multiply bf16 rows such as x with; None where the base's own code is to."""
     if not _is(base, StoredBase):
         return None
     found = cast(StoredBase, base).stored()
-    if found is None or not _is(base, CodingBase) or not cast(CodingBase, base).takes_codes(x):
+    if found is None or not coding(base, x):
         return found
     return found._replace(kind=CODED) if max(found.out, found.width) <= MOST else None
 
@@ -198,6 +207,10 @@ class DenseBase:
             return None
         read = type(weight) in ops.READ and ops.serves(torch.bfloat16, weight)
         return Stored(DENSE, weight.shape[0], weight.shape[1], weight.data_ptr(), held=(weight.detach(),)) if read else None
+
+    def tensors(self) -> Sequence[Tensor]:
+        """Those in which it is stored."""
+        return (self.weight,)
 
     def in_tiles(self) -> InTiles | None:
         """W as Triton kernels read it; None where its rows or columns do not lie in one piece each."""

@@ -11,7 +11,6 @@ import operator
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
-from functools import lru_cache
 from typing import Any, cast
 
 import torch
@@ -113,11 +112,8 @@ class AdaptedLayer(StandIn):
 
     def uses(self, tokens: int) -> list[tuple[Share, LoraPair]]:
         """Which of so many tokens use which pair here, in a divided batch or in one that all use one adapter."""
-        selection = self.selection
-        if selection.shares is not None:
-            return self.divided(tokens)
-        pair = self._held.get(cast(str, selection.active))
-        return [] if pair is None else [(_all_of(tokens, cast(str, selection.active)), cast(LoraPair, pair))]
+        held = self._held
+        return [(share, cast(LoraPair, held[share.name])) for share in self.selection.all_shares(tokens) if share.name in held]
 
     def require_undivided(self, what: str) -> None:
         """ValueError where a share of a divided batch uses an adapter of this layer, which can only serve whole batches."""
@@ -128,12 +124,6 @@ class AdaptedLayer(StandIn):
         """The shares of the batch that have a pair here, in tokens of a layer that sees so many."""
         shares, held = self.selection.shares_over(tokens), self._held
         return [(share, cast(LoraPair, held[share.name])) for share in shares if share.name in held]
-
-
-@lru_cache(maxsize=8)
-def _all_of(tokens: int, name: str) -> Share:
-    """The one share of a batch that is not divided; the same one for all layers."""
-    return Share(0, tokens, name)
 
 
 class LoraLinear(AdaptedLayer):

@@ -6,6 +6,7 @@ import itertools
 import weakref
 from collections.abc import Collection, Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Protocol, cast
 
 import torch
@@ -151,6 +152,12 @@ class Selection:
             return shares
         return tuple(Share(share.start * each, share.stop * each, share.name, share.weight) for share in shares)
 
+    def all_shares(self, tokens: int) -> tuple[Share, ...]:
+        """The same where the batch is divided; else the one share of all tokens, if an adapter is active."""
+        if self.shares is not None:
+            return self.shares_over(tokens)
+        return () if self.active is None else _whole(tokens, self.active)
+
     def arranged(self, tokens: int, device: torch.device) -> Arrangement:
         """How layers that see `tokens` tokens compute the divided batch; worked out once for all of them.
 
@@ -174,6 +181,12 @@ class Selection:
         if rest:
             raise ValueError(f"a layer sees {tokens} tokens, which is no multiple of the batch's {self.units} units")
         return each
+
+
+@lru_cache(maxsize=8)
+def _whole(tokens: int, name: str) -> tuple[Share, ...]:
+    """The one share of a batch that is not divided; the same one for all layers."""
+    return (Share(0, tokens, name),)
 
 
 def _runs(shares: tuple[Share, ...]) -> tuple[Run, ...]:

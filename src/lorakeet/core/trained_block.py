@@ -11,30 +11,29 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from lorakeet.core.base import stored
+from lorakeet.core.block_look import HOOKS, MLP, Look, Noted, look
 from lorakeet.core.fused import FrozenRmsNorm, GatedMlp, shared_uses
 from lorakeet.core.fused_attention import CACHES, INPUTS, RotaryAttention
 from lorakeet.core.layers import BLOCK_PARTS, BlockStandIn, LoraLinear
 from lorakeet.core.native import dense, ops, trained_pairs
 from lorakeet.core.native.rooms import ROOMS
 from lorakeet.core.native.stored import Stored
-from lorakeet.core.native.trained_block import Call, Pairs, Weights
+from lorakeet.core.native.trained_block import Call, Pairs, Told, Weights
 from lorakeet.core.row_attention import NativeRows, kernel_for
-
-MLP = ("gate_proj", "up_proj", "down_proj")
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+from lorakeet.core.selection import Selection, Share
 
 
 class TrainedBlockFunction(torch.autograd.Function):
     """y of a block of x (1, tokens, hidden); in the backward pass ∂x and, for each pair, ∂A and ∂B, by the formulas of the parts.
 
-    Saved is what the parts save, in one tensor, beside x. `factors` are A and B as core/native/trained_block.Pairs has them, and
+    Saved is what the parts save, in one tensor, beside x. `factors` are A and B as core/native/trained_block.Call has them, and
     holds them: torch would take a twentieth of a millisecond to note fourteen of them down, and as long to look for them again.
     """
 
@@ -49,7 +48,7 @@ class TrainedBlockFunction(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, cos, sin, kept = ctx.saved_tensors
-        factors = ctx.call.pairs.factors
+        factors = ctx.call.factors
         if [factor._version for factor in factors] != ctx.versions:
             raise RuntimeError("A or B of a pair was written to between the two passes of a block, whose gradients want both.")
         grad = grad[0].to(x.dtype).contiguous()
@@ -61,6 +60,37 @@ class TrainedBlockFunction(torch.autograd.Function):
         return None if grad_x is None else grad_x[None], None, None, None, *of_factors
 
 
+class Before(NamedTuple):
+    """What C was last told of a block, of which the tensors are left out: addresses, valid where a look sees what was `noted`."""
+
+    noted: Noted
+    weights: Told
+    states: tuple[int, int, int]  # heads of queries, of keys, and numbers of each
+    shares: tuple[Share, ...]
+    tokens: int
+    pairs: Pairs  # of these shares of so many tokens
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of the adapters."""
+        return tuple([share.name for share in self.shares])
+
+    def of(self, seen: Look, shares: tuple[Share, ...], tokens: int) -> Before:
+        """The same for other rows of the same adapters."""
+        weights = [share.weight for share in shares for _ in range(len(seen.scales) // len(shares))]
+        scales = [weight * scale for weight, scale in zip(weights, seen.scales, strict=True)]
+        return self._replace(shares=shares, tokens=tokens, pairs=Pairs(seen.factors, _spans(shares), scales, tokens))
+
+
+class _Memory:
+    """Of a block, with `before` if it has been asked; a copy of it, and one that is read back, remember nothing."""
+
+    before: Before | None = None
+
+    def __reduce__(self) -> tuple[type[_Memory], tuple[()]]:
+        return _Memory, ()
+
+
 class TrainedBlock(BlockStandIn):
     """Stands for a decoder block of two norms, attention and gated MLP that fused parts already stand for.
 
@@ -69,10 +99,15 @@ class TrainedBlock(BlockStandIn):
     and its parts, and so is a block one of whose parts somebody listens to.
     """
 
+    def __init__(self, original: nn.Module) -> None:
+        super().__init__(original)
+        self.memory = _Memory()
+
     def forward(self, hidden_states: Tensor, *args: Any, **settings: Any) -> Any:
         asked = None
         if not args and self._suits(hidden_states, settings):
-            asked = self._asked(hidden_states, settings["row_lengths"], settings.get("row_prefix", 0))
+            given = hidden_states, settings["row_lengths"], settings.get("row_prefix", 0)
+            asked = self._as_before(*given) or self._asked(*given)
         if asked is None:
             if not torch.is_grad_enabled() and not ROOMS.taken:
                 ROOMS.release()  # this is no pass that takes any, and holds memory of its own
@@ -95,6 +130,30 @@ class TrainedBlock(BlockStandIn):
         whole = all(part.shape == (1, x.shape[1], head) for part in turn)
         return kernel is NativeRows and whole and not torch._C._len_torch_dispatch_stack()  # as where operations are counted
 
+    def _as_before(self, x: Tensor, rows: Sequence[int], prefix: int) -> tuple[Call, list[Tensor]] | None:
+        """What `_asked` would answer, where all that it depends on is as it was when it was last asked; else None."""
+        before, tokens = self.memory.before, x.shape[1]
+        if before is None:
+            return None
+        seen = look(self._modules["original"], before.names, x)
+        if seen is None or not before.noted.same(seen) or seen.attention.looks_back_less(prefix + max(rows)):
+            return None
+        shares = seen.selection.all_shares(tokens)
+        if shares != before.shares or tokens != before.tokens:
+            if tuple([share.name for share in shares]) != before.names or not _apart(_spans(shares)):
+                return None
+            self.memory.before = before = before.of(seen, shares, tokens)
+        shape = _shape_of(tuple(rows), prefix, seen.attention.original.scaling, (tokens, *before.states))
+        held = [each.detach() for each in seen.frozen]
+        return Call(before.weights, shape, before.pairs, seen.factors, held), seen.factors
+
+    def _note(self, call: Call, x: Tensor, heads: tuple[int, int, int], uses: int) -> None:
+        """Remembers what was found for the pairs of so many shares."""
+        selection: Selection = cast(Any, self.original)._modules["self_attn"].original.q_proj.selection
+        shares = selection.all_shares(x.shape[1])
+        seen = look(self.original, [share.name for share in shares], x) if len(shares) == uses else None  # else some have no pair
+        self.memory.before = None if seen is None else Before(Noted(seen), call.weights, heads, shares, x.shape[1], call.pairs)
+
     def _asked(self, x: Tensor, rows: Sequence[int], prefix: int) -> tuple[Call, list[Tensor]] | None:
         """What the function computes with: the call, and A and B of all pairs; None where the block's parts are to compute."""
         parts, tokens = self._parts(prefix + max(rows)), x.shape[1]
@@ -110,7 +169,7 @@ class TrainedBlock(BlockStandIn):
         if weights is None or not uses or any(pair._forward_hooks for pair in pairs):
             return None
         factors = [factor for pair in pairs for factor in pair.factors()]
-        spans = tuple([(share.start, share.stop) for share, *_ in uses])
+        spans = _spans([share for share, *_ in uses])
         shapes = tuple([weight[1:3] for weight in weights.layers])
         taken = all(trained_pairs.takes(factor) and factor.is_cpu for factor in factors)
         if not taken or not _fit(shapes, x.shape[2], own.head_dim) or not _apart(spans):
@@ -119,9 +178,11 @@ class TrainedBlock(BlockStandIn):
         if changed != [*shapes] * len(spans):
             return None
         scales = [share.weight * pair.scale for share, *of_layers in uses for pair in of_layers]
-        heads, kv = (weight.out // own.head_dim for weight in weights.layers[:2])
-        shape = _shape_of(tuple(rows), prefix, own.scaling, (tokens, heads, kv, own.head_dim))
-        return Call(weights, shape, Pairs(factors, spans, scales, tokens)), factors
+        heads = weights.layers[0].out // own.head_dim, weights.layers[1].out // own.head_dim, own.head_dim
+        shape = _shape_of(tuple(rows), prefix, own.scaling, (tokens, *heads))
+        call = Call(weights.told(), shape, Pairs(factors, spans, scales, tokens), factors, weights.held())
+        self._note(call, x, heads, len(uses))
+        return call, factors
 
     def _parts(self, keys: int) -> tuple[FrozenRmsNorm, RotaryAttention, FrozenRmsNorm, GatedMlp] | None:
         """The block's parts, where all are fused ones that compute every token, see so many keys, and that nobody listens to."""
@@ -136,7 +197,7 @@ class TrainedBlock(BlockStandIn):
             return None
         heard = (block, *held, attention.original.o_proj)
         again = getattr(block, "gradient_checkpointing", False)
-        if again or any(getattr(module, hooks) for module in heard for hooks in _HOOKS):
+        if again or any(getattr(module, hooks) for module in heard for hooks in HOOKS):
             return None
         return first, attention, second, mlp
 
@@ -188,6 +249,10 @@ def _fit(shapes: tuple[tuple[int, ...], ...], hidden: int, head: int) -> bool:
     inward = (queries, hidden), (keys, hidden), (keys, hidden)
     wanted = *inward, (hidden, queries), (inner, hidden), (inner, hidden), (hidden, inner)
     return shapes == wanted and queries % head == 0 and keys % head == 0 and queries % keys == 0
+
+
+def _spans(shares: Sequence[Share]) -> tuple[tuple[int, int], ...]:
+    return tuple([(share.start, share.stop) for share in shares])
 
 
 @lru_cache(maxsize=8)

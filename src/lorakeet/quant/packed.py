@@ -92,10 +92,14 @@ class PackedBase(nn.Module):
 
     def stored(self) -> Stored | None:
         """W as C reads it (core/native/stored); None where it cannot."""
-        held = [each for each in self._buffers.values() if each is not None]
+        held = self.tensors()
         plain = self.kernels is None and not self._parameters
         told = self._told() if plain and native.serves(self.shape, held) else None
         return None if told is None else told._replace(held=tuple([each.detach() for each in held]))
+
+    def tensors(self) -> list[Tensor]:
+        """The packed buffers; those that are parameters are none that C reads."""
+        return [each for each in self._buffers.values() if each is not None]
 
     def matmul(self, x: Tensor) -> Tensor:
         """x (tokens, in) to x·Wᵀ (tokens, out) in the dtype of x."""

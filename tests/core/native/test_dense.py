@@ -16,9 +16,9 @@ from lorakeet.memory.ledger import Ledger
 from tiny.native import needs_native
 
 pytestmark = needs_native
-SHAPES = [  # tokens, out and in: whole and broken panels of 48 columns, pieces of 192 tokens, sums of more than 2,048 terms
+SHAPES = [  # tokens, out and in: whole and broken panels of 48, pieces of 192 to 384 tokens, sums of more than 2,048 terms
     (1, 16, 16), (7, 48, 16), (8, 64, 32), (9, 96, 48), (193, 80, 592), (250, 576, 208), (20, 2064, 4112), (11, 16, 6000),
-    (0, 32, 16),
+    (0, 32, 16), (1800, 96, 64), (700, 48, 2096), (290, 16, 32),
 ]  # fmt: skip
 ROUNDED = 2.0**-8  # half a step of bf16, of a number
 
@@ -149,8 +149,9 @@ def test_a_ledger_counts_the_products_and_what_the_kernel_works_in(tokens: int, 
             dense.DENSE_PRODUCT_ADD(x, y, weight, True)
     given, threads = sum(each.nbytes for each in (x, weight, y)), torch.get_num_threads()
     for phase, depth, columns in (("product", width, out), ("sum", out, width)):
-        group = min(-(-columns // 48), max(threads, (7 << 17) // (2 * 48 * depth)))
-        scratch = 64 + group * 2 * 48 * depth + (threads * 192 * 48 * 4 if depth > 2048 else 0)
+        panels = -(-columns // 48)
+        groups = -(-panels // max(threads, (7 << 17) // (2 * 48 * depth)))
+        scratch = 64 + -(-panels // groups) * 2 * 48 * depth + (threads * 384 * 48 * 4 if depth > 2048 else 0)
         assert ledger.work[phase].flops == 2 * tokens * out * width
         assert ledger.peaks[phase].bytes == given + scratch
 

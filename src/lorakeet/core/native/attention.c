@@ -101,6 +101,39 @@ static inline void put_two(bf16 *to, __m512i x) {
     _mm256_storeu_si256((__m256i *)(to + T), _mm512_extracti64x4_epi64(x, 1));
 }
 
+/* P of a tile, two keys of a query in one word */
+static inline __attribute__((always_inline)) void softmax_of(const Seen *seen, const int cut, const float *scores, __m512 factor,
+                                                             __m512 *highest, __m512 *total, uint32_t *weights, float *shrink) {
+    for (int l = 0; l < seen->sixteens; l++) {
+        __m512 most = _mm512_set1_ps(-INFINITY), other = most;
+        int64_t keys = cut ? seen->keys[l] : T;
+        const float *at = scores + l * LANES;
+        for (int64_t c = 0; c < keys; c += 2) {
+            __m512 x = _mm512_loadu_ps(at + c * T), y = _mm512_loadu_ps(at + (c + 1) * T);
+            most = cut ? _mm512_mask_max_ps(most, sees(c, seen->last + l * LANES), most, x) : _mm512_max_ps(most, x);
+            other = cut ? _mm512_mask_max_ps(other, sees(c + 1, seen->last + l * LANES), other, y) : _mm512_max_ps(other, y);
+        }
+        most = _mm512_max_ps(most, other);
+        __m512 high = _mm512_max_ps(highest[l], _mm512_mul_ps(most, factor));
+        __m512 less = exp2_of(_mm512_sub_ps(highest[l], high)), added = _mm512_setzero_ps();
+        uint32_t *to = weights + l * LANES;
+#pragma GCC unroll 4
+        for (int64_t c = 0; c < keys; c += 2) {
+            __m512 one = exp2_of(_mm512_fmsub_ps(_mm512_loadu_ps(at + c * T), factor, high));
+            __m512 two = exp2_of(_mm512_fmsub_ps(_mm512_loadu_ps(at + (c + 1) * T), factor, high));
+            if (cut) {
+                one = _mm512_maskz_mov_ps(sees(c, seen->last + l * LANES), one);
+                two = _mm512_maskz_mov_ps(sees(c + 1, seen->last + l * LANES), two);
+            }
+            added = _mm512_add_ps(added, _mm512_add_ps(one, two));
+            _mm512_storeu_si512(to + c / 2 * T, by_turns(narrow_two(one, two)));
+        }
+        total[l] = _mm512_fmadd_ps(total[l], less, added);
+        highest[l] = high;
+        _mm512_storeu_ps(shrink + l * LANES, less);
+    }
+}
+
 static void forward_row(const Shape *s, const bf16 *q, const bf16 *k, const bf16 *v, bf16 *out, float *logsums, int64_t head,
                         int64_t row, Queries of, Room room) {
     int64_t d = s->d, step = s->heads * d, kv = head / (s->heads / s->kv), shared = row ? s->prefix : 0;
@@ -123,30 +156,8 @@ static void forward_row(const Shape *s, const bf16 *q, const bf16 *k, const bf16
         for (int64_t j = 0; j < shared + i + count; j += T) {
             Seen seen = seen_of(shared + i - j, count);
             scores_of(&seen, keys + j * d, queries, scores, d);
-            int cut = seen.last < T - 1; /* some of the keys come after the first query */
-            for (int l = 0; l < seen.sixteens; l++) {
-                __m512 most = _mm512_set1_ps(-INFINITY);
-                for (int64_t c = 0; c < seen.keys[l]; c++) {
-                    __m512 x = _mm512_loadu_ps(scores + c * T + l * LANES);
-                    most = cut ? _mm512_mask_max_ps(most, sees(c, seen.last + l * LANES), most, x) : _mm512_max_ps(most, x);
-                }
-                __m512 high = _mm512_max_ps(highest[l], _mm512_mul_ps(most, factor));
-                __m512 less = exp2_of(_mm512_sub_ps(highest[l], high)), added = _mm512_setzero_ps();
-                for (int64_t c = 0; c < seen.keys[l]; c += 2) {
-                    const float *at = scores + c * T + l * LANES;
-                    __m512 one = exp2_of(_mm512_fmsub_ps(_mm512_loadu_ps(at), factor, high));
-                    __m512 two = exp2_of(_mm512_fmsub_ps(_mm512_loadu_ps(at + T), factor, high));
-                    if (cut) {
-                        one = _mm512_maskz_mov_ps(sees(c, seen.last + l * LANES), one);
-                        two = _mm512_maskz_mov_ps(sees(c + 1, seen.last + l * LANES), two);
-                    }
-                    added = _mm512_add_ps(added, _mm512_add_ps(one, two));
-                    _mm512_storeu_si512(weights + c / 2 * T + l * LANES, by_turns(narrow_two(one, two)));
-                }
-                total[l] = _mm512_fmadd_ps(total[l], less, added);
-                highest[l] = high;
-                _mm512_storeu_ps(shrink + l * LANES, less);
-            }
+            if (seen.last < T - 1) softmax_of(&seen, 1, scores, factor, highest, total, weights, shrink);
+            else softmax_of(&seen, 0, scores, factor, highest, total, weights, shrink);
             by_queries(&seen, weights, values + j / 2 * d, sum, d, j ? SCALED : ANEW, shrink);
         }
         float highs[T], totals[T];
@@ -161,6 +172,30 @@ static void forward_row(const Shape *s, const bf16 *q, const bf16 *k, const bf16
             for (int64_t c = 0; c < d; c += LANES)
                 put(out + token * step + head * d + c, _mm512_mul_ps(_mm512_loadu_ps(sum + r * d + c), by));
             logsums[head * s->tokens + token] = highs[r] + log2f(totals[r]);
+        }
+    }
+}
+
+static inline __attribute__((always_inline)) void slopes_of(const Seen *seen, const int cut, const float *scores, const float *onto,
+                                                            __m512 factor, const float *log_of, const float *share, bf16 *weights,
+                                                            bf16 *slopes, uint32_t *slope_pairs) {
+    for (int l = 0; l < seen->sixteens; l++) {
+        __m512 logs = _mm512_loadu_ps(log_of + l * LANES), shares = _mm512_loadu_ps(share + l * LANES);
+        int64_t keys = cut ? seen->keys[l] : T;
+#pragma GCC unroll 2
+        for (int64_t c = 0; c < keys; c += 2) {
+            int64_t at = c * T + l * LANES;
+            __m512 p[2], ds[2];
+#pragma GCC unroll 2
+            for (int64_t e = 0; e < 2; e++) {
+                p[e] = exp2_of(_mm512_fmsub_ps(_mm512_loadu_ps(scores + at + e * T), factor, logs));
+                if (cut) p[e] = _mm512_maskz_mov_ps(sees(c + e, seen->last + l * LANES), p[e]);
+                ds[e] = _mm512_mul_ps(p[e], _mm512_sub_ps(_mm512_loadu_ps(onto + at + e * T), shares));
+            }
+            __m512i weight = narrow_two(p[0], p[1]), slope = narrow_two(ds[0], ds[1]);
+            put_two(weights + at, weight);
+            put_two(slopes + at, slope);
+            _mm512_storeu_si512(slope_pairs + c / 2 * T + l * LANES, by_turns(slope));
         }
     }
 }
@@ -204,23 +239,8 @@ static void backward_row(const Shape *s, const bf16 *q, const bf16 *k, const bf1
             Seen seen = seen_of(shared + i - j, count);
             scores_of(&seen, keys + j * d, queries, scores, d);
             scores_of(&seen, values + j * d, grads, onto, d);
-            int cut = seen.last < T - 1;
-            for (int l = 0; l < seen.sixteens; l++) {
-                __m512 logs = _mm512_loadu_ps(log_of + l * LANES), shares = _mm512_loadu_ps(share + l * LANES);
-                for (int64_t c = 0; c < seen.keys[l]; c += 2) {
-                    int64_t at = c * T + l * LANES;
-                    __m512 p[2], ds[2];
-                    for (int64_t e = 0; e < 2; e++) {
-                        p[e] = exp2_of(_mm512_fmsub_ps(_mm512_loadu_ps(scores + at + e * T), factor, logs));
-                        if (cut) p[e] = _mm512_maskz_mov_ps(sees(c + e, seen.last + l * LANES), p[e]);
-                        ds[e] = _mm512_mul_ps(p[e], _mm512_sub_ps(_mm512_loadu_ps(onto + at + e * T), shares));
-                    }
-                    __m512i weight = narrow_two(p[0], p[1]), slope = narrow_two(ds[0], ds[1]);
-                    put_two(weights + at, weight);
-                    put_two(slopes + at, slope);
-                    _mm512_storeu_si512(slope_pairs + c / 2 * T + l * LANES, by_turns(slope));
-                }
-            }
+            if (seen.last < T - 1) slopes_of(&seen, 1, scores, onto, factor, log_of, share, weights, slopes, slope_pairs);
+            else slopes_of(&seen, 0, scores, onto, factor, log_of, share, weights, slopes, slope_pairs);
             by_queries(&seen, slope_pairs, key_pairs + j / 2 * d, sum, d, j ? ADDED : ANEW, 0);
             int inside = j >= shared && j + seen.all <= shared + of.stop; /* of the row's own keys */
             for (int which = 0; which < 2; which++) { /* ∂V, then ∂K, of this tile of keys */

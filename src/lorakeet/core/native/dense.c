@@ -12,33 +12,35 @@
 #define WIDE 3               /* registers of sums beside each other */
 #define PANEL (WIDE * LANES) /* columns of the result at once */
 #define ROWS 8               /* tokens at once: with WIDE, 24 of the 32 registers */
-#define TOKENS 192           /* of a piece of work, which is also PANEL columns wide */
+#define TOKENS 384           /* of a piece of work, which is also PANEL columns wide, at most */
+#define FEWEST 192           /* and at least, of a quarter of what is left, so that threads end together */
 #define DEPTH 2048           /* terms of a part of a sum */
 #define ROOM (7 << 17)       /* bytes of panels laid out at once, but at least one panel for each thread: with sums below 1 MiB, from
                                 which on a process with a budget has the system map memory (memory/allocator) */
 #define AHEAD 128            /* numbers of a row that are fetched before they are laid out */
 #define ROWS_AHEAD 16
 
-/* Rows of the weight (out, in) from `first` on, as columns of x·Wᵀ: panel[in / 2][WIDE][16 rows][2]; rows that are not there, 0. */
-static void lay_rows(const bf16 *weight, int64_t first, int64_t out, int64_t in, __m512i *panel) {
-    for (int64_t w = 0; w < WIDE; w++)
-        for (int64_t c = 0; c < in; c += 2 * LANES) {
-            int64_t pairs = in - c < 2 * LANES ? (in - c) / 2 : LANES;
-            __m512i rows[LANES];
-            for (int64_t l = 0; l < LANES; l++) {
-                int64_t row = first + w * LANES + l;
-                rows[l] = row < out ? _mm512_maskz_loadu_epi32((__mmask16)((1u << pairs) - 1), weight + row * in + c)
-                                    : _mm512_setzero_si512();
-                if (row < out && c + AHEAD < in) _mm_prefetch((const char *)(weight + row * in + c + AHEAD), _MM_HINT_T0);
-            }
-            transposed(rows);
-            for (int64_t k = 0; k < pairs; k++) panel[(c / 2 + k) * WIDE + w] = rows[k];
+/* Sixteen rows of the weight (out, in), from `first` on, as columns of x·Wᵀ, the w-th sixteen of panel[in / 2][WIDE][16 rows][2]; rows
+   that are not there, 0. */
+static void lay_rows(const bf16 *weight, int64_t first, int64_t out, int64_t in, int64_t w, __m512i *panel) {
+    for (int64_t c = 0; c < in; c += 2 * LANES) {
+        int64_t pairs = in - c < 2 * LANES ? (in - c) / 2 : LANES;
+        __m512i rows[LANES];
+        for (int64_t l = 0; l < LANES; l++) {
+            int64_t row = first + l;
+            rows[l] = row < out ? _mm512_maskz_loadu_epi32((__mmask16)((1u << pairs) - 1), weight + row * in + c) : _mm512_setzero_si512();
+            if (row < out && c + AHEAD < in) _mm_prefetch((const char *)(weight + row * in + c + AHEAD), _MM_HINT_T0);
         }
+        transposed(rows);
+        for (int64_t k = 0; k < pairs; k++) panel[(c / 2 + k) * WIDE + w] = rows[k];
+    }
 }
 
-/* Columns of the weight (out, in) from `first` on, as columns of g·W: panel[out / 2][WIDE][16 columns][2 rows]. */
-static void lay_columns(const bf16 *weight, int64_t first, int64_t out, int64_t in, __m512i *panel) {
-    for (int64_t k = 0; k < out; k += 2)
+/* Of the weight (out, in) the rows `from` … `to` − 1, of PANEL columns from `first` on, as columns of g·W:
+   panel[out / 2][WIDE][16 columns][2 rows]. */
+static void lay_columns(const bf16 *weight, int64_t first, int64_t in, int64_t from, int64_t to, __m512i *panel) {
+    panel += from / 2 * WIDE;
+    for (int64_t k = from; k < to; k += 2)
         for (int64_t w = 0; w < WIDE; w++, panel++) {
             int64_t column = first + w * LANES;
             if (column >= in) {
@@ -46,7 +48,7 @@ static void lay_columns(const bf16 *weight, int64_t first, int64_t out, int64_t 
                 continue;
             }
             const bf16 *at = weight + k * in + column;
-            if (k + ROWS_AHEAD < out) {
+            if (k + ROWS_AHEAD < to) {
                 _mm_prefetch((const char *)(at + ROWS_AHEAD * in), _MM_HINT_T0);
                 _mm_prefetch((const char *)(at + (ROWS_AHEAD + 1) * in), _MM_HINT_T0);
             }
@@ -62,10 +64,56 @@ typedef struct {
     const __m512i *panel;
     int64_t width, columns; /* of y: from row to row, and those that the panel has */
     int first, last, add;   /* whether the part begins and ends the sums, and whether these are added to what y holds */
+    int64_t column;         /* of y: the panel's first */
+    const Added *added;     /* to what the last part leaves, or nothing */
 } Part;
 
+static inline __m512 rounded(__m512 x) { return widened(narrow(x)); }
+
+/* What is added to the row of that number, and to how many of the `rows` from it on. */
+static inline const Wide *wide_at(const Added *added, int64_t token, int64_t *rows) {
+    const Wide *found = 0;
+    for (const Wide *wide = added->wide; wide < added->wide + added->count; wide++) {
+        if (wide->layer != added->layer || wide->stop <= token || wide->start >= token + *rows) continue;
+        if (wide->start <= token) found = wide;
+        int64_t alike = (wide->start <= token ? wide->stop : wide->start) - token;
+        if (alike < *rows) *rows = alike;
+    }
+    return found;
+}
+
+/* y, in registers, is rounded as it would be in memory, with the bias, and gets h·Bᵀ; `wide` is none where that is nothing. */
+static inline __attribute__((always_inline)) void add_held(const Part *p, const Wide *of, int64_t token, const int rows,
+                                                           __m512 held[ROWS][WIDE]) {
+    const bf16 *bias = p->added->bias;
+#pragma GCC unroll 8
+    for (int r = 0; r < rows; r++)
+#pragma GCC unroll 3
+        for (int w = 0; w < WIDE; w++) {
+            held[r][w] = rounded(held[r][w]);
+            if (bias && w * LANES < p->columns) held[r][w] = rounded(_mm512_add_ps(held[r][w], wide(bias + p->column + w * LANES)));
+        }
+    if (!of) return;
+    const bf16 *h = of->h + (token - of->start) * of->columns, *laid[WIDE];
+#pragma GCC unroll 3
+    for (int w = 0; w < WIDE; w++) /* for columns that are not there, of which nothing is stored, those of others */
+        laid[w] = of->laid + 2 * LANES * of->words * (p->column / LANES + (w * LANES < p->columns ? w : 0));
+    for (int64_t k = 0; k < of->words; k++) {
+        __m512bh right[WIDE];
+#pragma GCC unroll 3
+        for (int w = 0; w < WIDE; w++) right[w] = both(laid[w] + 2 * LANES * k);
+#pragma GCC unroll 8
+        for (int r = 0; r < rows; r++) {
+            __m512bh two = two_of(h + r * of->columns + 2 * k);
+#pragma GCC unroll 3
+            for (int w = 0; w < WIDE; w++) held[r][w] = _mm512_dpbf16_ps(held[r][w], two, right[w]);
+        }
+    }
+}
+
 /* `sums` (tokens, PANEL) are what earlier parts of the panel gave, and then, but for the last part, what they give with this one. */
-static inline __attribute__((always_inline)) void multiply(const Part *p, const bf16 *x, bf16 *y, float *sums, const int rows) {
+static inline __attribute__((always_inline)) void multiply(const Part *p, const bf16 *x, bf16 *y, float *sums, const Wide *of,
+                                                           int64_t token, const int rows) {
     __m512 held[ROWS][WIDE];
     const __m512i *panel = p->panel;
 #pragma GCC unroll 8
@@ -83,13 +131,19 @@ static inline __attribute__((always_inline)) void multiply(const Part *p, const 
             for (int w = 0; w < WIDE; w++) held[r][w] = _mm512_dpbf16_ps(held[r][w], two, laid[w]);
         }
     }
+    if (p->last && p->add)
+#pragma GCC unroll 8
+        for (int r = 0; r < rows; r++)
+#pragma GCC unroll 3
+            for (int w = 0; w < WIDE; w++)
+                if (w * LANES < p->columns) held[r][w] = _mm512_add_ps(wide(y + r * p->width + w * LANES), held[r][w]);
+    if (p->last && p->added) add_held(p, of, token, rows, held);
 #pragma GCC unroll 8
     for (int r = 0; r < rows; r++)
 #pragma GCC unroll 3
         for (int w = 0; w < WIDE; w++) {
-            bf16 *to = y + r * p->width + w * LANES;
             if (!p->last) _mm512_storeu_ps(sums + r * PANEL + w * LANES, held[r][w]);
-            else if (w * LANES < p->columns) put(to, p->add ? _mm512_add_ps(wide(to), held[r][w]) : held[r][w]);
+            else if (w * LANES < p->columns) put(y + r * p->width + w * LANES, held[r][w]);
         }
 }
 
@@ -97,49 +151,73 @@ static inline __attribute__((always_inline)) void multiply(const Part *p, const 
 static int64_t group_of(int64_t depth, int64_t width, int threads) {
     int64_t panels = (width + PANEL - 1) / PANEL, fit = ROOM / (2 * depth * PANEL);
     if (fit < threads) fit = threads;
-    return fit < panels ? fit : panels;
+    int64_t groups = (panels + fit - 1) / fit;
+    return (panels + groups - 1) / groups; /* about as many in each */
 }
 
 int64_t dense_scratch(int64_t depth, int64_t width, int threads) {
     return 2 * group_of(depth, width, threads) * depth * PANEL + (depth > DEPTH ? threads * TOKENS * PANEL * (int64_t)sizeof(float) : 0);
 }
 
+/* Where the pieces of so many tokens begin, and where the last one ends; there are tokens / FEWEST + 1 at most. */
+static int64_t pieces_of(int64_t tokens, int64_t *begin) {
+    int64_t count = 0;
+    for (int64_t at = 0; at < tokens; count++) {
+        int64_t part = (tokens - at) / 4 / ROWS * ROWS;
+        begin[count] = at;
+        at += part < FEWEST ? FEWEST : part > TOKENS ? TOKENS : part;
+        if (tokens - at < FEWEST / 2) at = tokens;
+    }
+    begin[count] = tokens;
+    return count;
+}
+
 /* y (tokens, width) = x (tokens, depth)·Wᵀ, or, `across`, x·W, or that added to y. Depth and width are multiples of 16; `scratch`
    has dense_scratch bytes. */
 void dense_product(const bf16 *x, const bf16 *weight, bf16 *y, uint8_t *scratch, int64_t tokens, int64_t depth, int64_t width,
                    int across, int add, int threads) {
-    int64_t panels = (width + PANEL - 1) / PANEL, parts = (tokens + TOKENS - 1) / TOKENS, group = group_of(depth, width, threads);
-    int64_t size = depth / 2 * WIDE;
+    dense_product_and(x, weight, y, scratch, tokens, depth, width, across, add, 0, threads);
+}
+
+void dense_product_and(const bf16 *x, const bf16 *weight, bf16 *y, uint8_t *scratch, int64_t tokens, int64_t depth, int64_t width,
+                       int across, int add, const Added *added, int threads) {
+    int64_t panels = (width + PANEL - 1) / PANEL, group = group_of(depth, width, threads), size = depth / 2 * WIDE;
+    int64_t begins[tokens / FEWEST + 2], parts = pieces_of(tokens, begins);
     __m512i *laid = (__m512i *)scratch;
 #pragma omp parallel num_threads(threads)
     for (int64_t begin = 0; begin < panels; begin += group) {
         int64_t stop = begin + group < panels ? begin + group : panels;
         float *sums = (float *)(laid + group * size) + (depth > DEPTH ? omp_get_thread_num() * TOKENS * PANEL : 0);
-#pragma omp for schedule(static)
+#pragma omp for collapse(2) schedule(static)
         for (int64_t n = begin; n < stop; n++)
-            if (across) lay_columns(weight, n * PANEL, depth, width, laid + (n - begin) * size);
-            else lay_rows(weight, n * PANEL, width, depth, laid + (n - begin) * size);
+            for (int64_t w = 0; w < WIDE; w++) {
+                __m512i *panel = laid + (n - begin) * size;
+                int64_t from = depth / 2 * w / WIDE * 2, to = depth / 2 * (w + 1) / WIDE * 2;
+                if (across) lay_columns(weight, n * PANEL, width, from, to, panel);
+                else lay_rows(weight, n * PANEL + w * LANES, width, depth, w, panel);
+            }
 #pragma omp for collapse(2) schedule(dynamic)
         for (int64_t part = 0; part < parts; part++)
             for (int64_t n = begin; n < stop; n++)
                 for (int64_t k = 0; k < depth; k += DEPTH) {
-                    int64_t token = part * TOKENS, end = token + TOKENS < tokens ? token + TOKENS : tokens;
+                    int64_t token = begins[part], end = begins[part + 1];
                     int64_t terms = k + DEPTH < depth ? DEPTH : depth - k;
                     Part p = {depth, terms, laid + (n - begin) * size + k / 2 * WIDE, width, width - n * PANEL,
-                              k == 0, k + terms == depth, add};
+                              k == 0, k + terms == depth, add, n * PANEL, added};
                     const bf16 *from = x + token * depth + k;
                     bf16 *to = y + token * width + n * PANEL;
                     float *at = sums;
-                    for (; token + ROWS <= end; token += ROWS, from += ROWS * depth, to += ROWS * width, at += ROWS * PANEL)
-                        multiply(&p, from, to, at, ROWS);
-                    switch (end - token) {
-                    case 7: multiply(&p, from, to, at, 7); break;
-                    case 6: multiply(&p, from, to, at, 6); break;
-                    case 5: multiply(&p, from, to, at, 5); break;
-                    case 4: multiply(&p, from, to, at, 4); break;
-                    case 3: multiply(&p, from, to, at, 3); break;
-                    case 2: multiply(&p, from, to, at, 2); break;
-                    case 1: multiply(&p, from, to, at, 1); break;
+                    for (int64_t rows; token < end; token += rows, from += rows * depth, to += rows * width, at += rows * PANEL) {
+                        rows = end - token < ROWS ? end - token : ROWS;
+                        const Wide *of = added ? wide_at(added, token, &rows) : 0;
+                        switch (rows) {
+                        case 8: multiply(&p, from, to, at, of, token, 8); break; case 7: multiply(&p, from, to, at, of, token, 7); break; case 6: multiply(&p, from, to, at, of, token, 6); break;
+                        case 5: multiply(&p, from, to, at, of, token, 5); break;
+                        case 4: multiply(&p, from, to, at, of, token, 4); break;
+                        case 3: multiply(&p, from, to, at, of, token, 3); break;
+                        case 2: multiply(&p, from, to, at, of, token, 2); break;
+                        case 1: multiply(&p, from, to, at, of, token, 1); break;
+                        }
                     }
                 }
     }

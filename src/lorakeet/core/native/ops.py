@@ -23,7 +23,8 @@ from lorakeet.core.native.library import library
 READ = (Tensor, nn.Parameter)  # whose numbers lie where they say
 PLAIN = (*READ, FakeTensor)
 LANES, HEAD = 16, 64
-GROUPS = 8  # of rows, whose work is parted backward; with as many, heads of a group stay together, else each is by itself
+GROUPS = 8  # of rows, at most, whose work is parted backward
+PARTS = 12  # of that work; with as many, or all groups of rows, heads that share keys stay together, else each is by itself
 
 _DEFINED = torch.library.Library("lorakeet", "FRAGMENT")  # type: ignore[no-untyped-call]
 _used: ContextVar[bool] = ContextVar("used", default=True)  # of a thread: others may compute meanwhile
@@ -98,7 +99,7 @@ def shape_of(rows: Sequence[int], prefix: int, scale: float, states: tuple[int, 
 
 
 def _parts(heads: int, kv: int, rows: Sequence[int]) -> int:
-    return kv if len(rows) >= GROUPS else heads
+    return kv if len(rows) >= GROUPS or kv * len(rows) >= PARTS else heads
 
 
 def _groups(rows: Sequence[int]) -> int:

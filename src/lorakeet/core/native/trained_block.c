@@ -19,6 +19,7 @@
 #include <string.h>
 
 #define LINED 64 /* bytes: what everything begins at multiples of */
+#define PIECE 24 /* tokens to which something is added at once */
 
 enum { INWARD, OUTWARD, APART, DOWN, GROUPS }; /* layers that see the same x: q, k, v; o; gate, up; down */
 
@@ -96,7 +97,7 @@ int64_t trained_block_kept(const Weights *w, const Shape *s, const Group *groups
 static int least(int threads, int64_t parts) { return parts < threads ? (int)parts : threads; }
 
 /* Bytes in which one product, or one attention, works, of those that a block has. */
-static int64_t work(const Weights *w, const Shape *s, const Group *groups, int threads, int backward) {
+static int64_t work(const Weights *w, const Shape *s, int threads, int backward) {
     int64_t q = s->heads * s->d, kv = s->kv * s->d, parts = backward ? s->parts * s->groups : s->heads * s->rows;
     int64_t most = least(threads, parts) * attention_room(s);
     const int64_t widths[] = {q, kv, w->inner};
@@ -104,8 +105,14 @@ static int64_t work(const Weights *w, const Shape *s, const Group *groups, int t
         most = larger(most, dense_scratch(w->hidden, widths[i], threads));
         most = larger(most, dense_scratch(widths[i], w->hidden, threads));
     }
+    return most;
+}
+
+/* Numbers of scratch of one group's pairs, whose factors are laid out while a product works. */
+static int64_t factors(const Group *groups, int backward) {
+    int64_t most = 0;
     for (int g = 0; g < GROUPS; g++)
-        most = larger(most, (int64_t)sizeof(bf16) * (backward ? larger(groups[g].backward, groups[g].woven) : groups[g].forward));
+        most = larger(most, backward ? larger(groups[g].backward, groups[g].woven) : groups[g].forward);
     return most;
 }
 
@@ -141,7 +148,7 @@ static bf16 *turned_in(Room *room, const Weights *w, const Shape *s, int which, 
 }
 
 typedef struct {
-    bf16 *normed, *inner, *q, *k;
+    bf16 *normed, *inner, *q, *k, *factors;
     uint8_t *work;
     Coding coding;
 } Forward;
@@ -153,7 +160,8 @@ static Forward forward_in(Room *room, const Weights *w, const Shape *s, const Gr
     f.k = turned_in(room, w, s, 1, kept->k);
     f.normed = take_rows(room, s->tokens, w->hidden);
     f.inner = pass == ALONE ? kept->gate : take_rows(room, s->tokens, w->inner);
-    f.work = take(room, work(w, s, groups, threads, 0));
+    f.work = take(room, work(w, s, threads, 0));
+    f.factors = take_rows(room, 1, factors(groups, 0));
     f.coding = coding_in(room, w, s, threads, 0);
     return f;
 }
@@ -187,7 +195,7 @@ static void lay_in(void (*lay)(Room *, const Shape *, Attention *), Room *apart,
 
 /* `inner` is used up before `normed` and `grad` are written; q and k are wanted when these are not. */
 typedef struct {
-    bf16 *inner, *normed, *grad, *u, *q, *k;
+    bf16 *inner, *normed, *grad, *u, *q, *k, *factors;
     uint8_t *work;
     Coding coding;
     Attention attention; /* what there is room for where gate and up were */
@@ -205,7 +213,8 @@ static Backward backward_in(Room *room, const Weights *w, const Shape *s, const 
     b.grad = take_rows(room, s->tokens, w->hidden);
     room->bytes = larger(room->bytes, larger(first.bytes, between.bytes));
     b.u = take_rows(room, 1, numbers);
-    b.work = take(room, work(w, s, groups, threads, 1));
+    b.work = take(room, work(w, s, threads, 1));
+    b.factors = take_rows(room, 1, factors(groups, 1));
     b.coding = coding_in(room, w, s, threads, 1);
     Room apart = {(char *)kept->gate, 0};
     lay_in(states_in, &apart, kept->apart, room, s, &b.attention);
@@ -228,31 +237,34 @@ static void add(const bf16 *a, const bf16 *b, bf16 *y, int64_t count, int thread
     for (int64_t i = 0; i < count; i += LANES) put(y + i, _mm512_add_ps(wide(a + i), wide(b + i)));
 }
 
-/* y (tokens, width) += a bias, if there is one. */
-static void shift(bf16 *y, const bf16 *bias, int64_t tokens, int64_t width, int threads) {
-    if (!bias) return;
+/* What is added to all rows of y, after a product that knows nothing of it. */
+static void add_to_all(const Added *added, bf16 *y, int64_t tokens, int64_t width, int threads) {
 #pragma omp parallel for schedule(static) num_threads(threads)
-    for (int64_t t = 0; t < tokens; t++)
-        for (int64_t c = 0; c < width; c += LANES) put(y + t * width + c, _mm512_add_ps(wide(y + t * width + c), wide(bias + c)));
+    for (int64_t t = 0; t < tokens; t += PIECE) add_to_rows(added, y, width, t, t + PIECE < tokens ? t + PIECE : tokens);
 }
 
 /* What a product with a frozen weight, or with pairs, is asked with; a weight that is no bf16 is brought back to `dense`. */
 typedef struct {
     int64_t tokens;
-    bf16 *dense;
+    bf16 *dense, *factors;
     uint8_t *work;
     Coding coding;
     int threads;
 } Asked;
 
-/* The y's of layers that see the same x, which is coded once for those that multiply codes. */
-static void times(Asked a, const bf16 *x, int count, const Stored *w, const Layer *ys) {
+/* The y's of layers that see the same x, with biases, or none, and with their pairs, whose h it keeps. x is coded once for those
+   that multiply codes. */
+static void times(Asked a, const bf16 *x, int count, const Stored *w, const Layer *ys, const bf16 *const *biases, const Group *group,
+                  bf16 *h) {
     Coding *c = &a.coding;
     int64_t n = a.tokens, in = w->in, apart = coded_apart(in);
+    Wide wide[group->count];
+    trained_pairs_shrink(group->pairs, group->scales, group->count, ys, x, in, h, a.factors, wide, a.threads);
     for (int i = 0, coded = 0; i < count; i++, w++) {
         bf16 *y = ys[i].rows;
+        Added added = {biases ? biases[i] : 0, wide, group->count, i};
         if (w->kind != CODED) {
-            dense_product(x, stored_dense(w, a.dense, a.threads), y, a.work, n, in, w->out, 0, 0, a.threads);
+            dense_product_and(x, stored_dense(w, a.dense, a.threads), y, a.work, n, in, w->out, 0, 0, &added, a.threads);
             continue;
         }
         if (!coded) {
@@ -262,35 +274,39 @@ static void times(Asked a, const bf16 *x, int count, const Stored *w, const Laye
         }
         coded_product(c->codes, c->steps, w->codes, w->scales, c->columns, c->apart, apart, y, c->work, n, in, w->out, 0,
                       coded_threads(n, w->out, a.threads));
+        add_to_all(&added, y, n, w->out, a.threads);
     }
 }
 
-/* g·W, or that added to what is there. */
-static void back(Asked a, const bf16 *g, const Stored *w, bf16 *to, int sum) {
+/* g·W, or that added to what is there, and then what is `added`. */
+static void back(Asked a, const bf16 *g, const Stored *w, bf16 *to, int sum, const Added *added) {
     Coding *c = &a.coding;
     int64_t n = a.tokens;
     if (w->kind != CODED) {
-        dense_product(g, stored_dense(w, a.dense, a.threads), to, a.work, n, w->out, w->in, 1, sum, a.threads);
+        dense_product_and(g, stored_dense(w, a.dense, a.threads), to, a.work, n, w->out, w->in, 1, sum, added, a.threads);
         return;
     }
     code_rows(g, w->scales, 0, 0, c->codes, c->steps, n, w->out, a.threads);
     coded_product(c->codes, c->steps, w->codes, 0, 0, 0, 0, sum ? c->product : to, c->work, n, w->out, w->in, 1,
                   coded_threads(n, w->in, a.threads));
     if (sum) add(to, c->product, to, n * w->in, a.threads);
+    add_to_all(added, to, n, w->in, a.threads);
 }
 
-static void adapt(Asked a, const Group *group, const Layer *layers, const bf16 *x, int64_t width, bf16 *h) {
-    trained_pairs(group->pairs, group->scales, group->count, layers, x, width, h, (bf16 *)a.work, a.threads);
+/* ∂x (tokens, width) from the gradients of layers that see it, if it is wanted, with that by way of their pairs; their ∂B, and u,
+   which is for `of_a`. */
+static void times_back(Asked a, int count, const Stored *w, const Layer *grads, bf16 *grad_x, const Group *group, const bf16 *h,
+                       bf16 *u, float *of_b) {
+    Wide wide[group->count];
+    int64_t parts = trained_pairs_shrink_back(group->pairs, group->scales, group->count, grads, w->in, h, u, of_b, a.factors,
+                                              grad_x ? wide : 0, a.threads);
+    for (int i = 0; grad_x && i < count; i++)
+        back(a, grads[i].rows, w + i, grad_x, i > 0, &(Added){0, wide, i + 1 < count ? 0 : parts, 0});
 }
 
-/* Adds to grad_x, if it is given, and finds ∂B of the pairs; u is for `of_a`, which finds their ∂A. */
-static void adapt_back(Asked a, const Group *group, const Layer *grads, bf16 *grad_x, int64_t width, const bf16 *h, bf16 *u,
-                       float *found) {
-    trained_pairs_backward(group->pairs, group->scales, group->count, grads, grad_x, width, h, u, found, (bf16 *)a.work, a.threads);
-}
-
+/* ∂A of the pairs. */
 static void of_a(Asked a, const Group *group, const bf16 *u, const bf16 *x, int64_t width, float *found) {
-    trained_pairs_of_a(group->pairs, group->count, u, x, width, found, (bf16 *)a.work, a.threads);
+    trained_pairs_of_a(group->pairs, group->count, u, x, width, found, a.factors, a.threads);
 }
 
 /* Zeros for the tokens behind the last row. */
@@ -307,27 +323,22 @@ void trained_block(const Weights *w, const Shape *s, const Group *groups, const 
     Kept k = kept_in(&for_kept, w, s, groups, pass);
     Forward f = forward_in(&for_scratch, w, s, groups, &k, pass, threads);
     int64_t n = s->tokens, hidden = w->hidden, inner = w->inner, q = s->heads * s->d, kv = s->kv * s->d;
-    Asked a = {n, dense, f.work, f.coding, threads};
+    Asked a = {n, dense, f.factors, f.work, f.coding, threads};
     const Layer inward[] = {{k.q, q}, {k.k, kv}, {k.v, kv}}, apart[] = {{k.gate, inner}, {k.up, inner}};
     const Layer outward[] = {{k.middle, hidden}}, down[] = {{y, hidden}};
     norm(x, w->first, w->epsilons[0], f.normed, k.first_rho, n, hidden, threads);
-    times(a, f.normed, 3, &w->q, inward);
-    for (int i = 0; i < 3; i++) shift(inward[i].rows, w->biases[i], n, inward[i].outputs, threads);
-    adapt(a, groups + INWARD, inward, f.normed, hidden, k.h[INWARD]);
+    times(a, f.normed, 3, &w->q, inward, w->biases, groups + INWARD, k.h[INWARD]);
     if (w->heads[0]) norm(k.q, w->heads[0], w->head_epsilons[0], f.q, k.rho[0], n * s->heads, s->d, threads);
     if (w->heads[1]) norm(k.k, w->heads[1], w->head_epsilons[1], f.k, k.rho[1], n * s->kv, s->d, threads);
     turn(f.q, cos, sin, n, s->heads, s->d / 2, 0, threads);
     turn(f.k, cos, sin, n, s->kv, s->d / 2, 0, threads);
     blank(s, k.attended);
     attention_forward(s, f.q, f.k, k.v, k.attended, k.logs, (char *)f.work, least(threads, s->heads * s->rows));
-    times(a, k.attended, 1, &w->o, outward);
-    adapt(a, groups + OUTWARD, outward, k.attended, q, k.h[OUTWARD]);
+    times(a, k.attended, 1, &w->o, outward, 0, groups + OUTWARD, k.h[OUTWARD]);
     add_norm(x, k.middle, w->second, w->epsilons[1], f.normed, k.second_rho, n, hidden, threads);
-    times(a, f.normed, 2, &w->gate, apart);
-    adapt(a, groups + APART, apart, f.normed, hidden, k.h[APART]);
+    times(a, f.normed, 2, &w->gate, apart, 0, groups + APART, k.h[APART]);
     gated(k.gate, k.up, f.inner, n * inner, threads);
-    times(a, f.inner, 1, &w->down, down);
-    adapt(a, groups + DOWN, down, f.inner, inner, k.h[DOWN]);
+    times(a, f.inner, 1, &w->down, down, 0, groups + DOWN, k.h[DOWN]);
     add(k.middle, y, y, n * hidden, threads);
 }
 
@@ -340,25 +351,21 @@ void trained_block_backward(const Weights *w, const Shape *s, const Group *group
     Kept k = kept_in(&for_kept, w, s, groups, BACKWARD);
     Backward b = backward_in(&for_scratch, w, s, groups, &k, threads);
     int64_t n = s->tokens, hidden = w->hidden, inner = w->inner, q = s->heads * s->d, kv = s->kv * s->d;
-    Asked a = {n, dense, b.work, b.coding, threads};
+    Asked a = {n, dense, b.factors, b.work, b.coding, threads};
     float *as[GROUPS], *bs[GROUPS];
     for (int g = 0; g < GROUPS; g++) as[g] = grad_a, bs[g] = grad_b, grad_a += groups[g].of_a, grad_b += groups[g].of_b;
 
-    back(a, grad, &w->down, b.inner, 0);
-    adapt_back(a, groups + DOWN, (Layer[]){{(bf16 *)grad, hidden}}, b.inner, inner, k.h[DOWN], b.u, bs[DOWN]);
+    times_back(a, 1, &w->down, (Layer[]){{(bf16 *)grad, hidden}}, b.inner, groups + DOWN, k.h[DOWN], b.u, bs[DOWN]);
     gated_backward(k.gate, k.up, b.inner, n * inner, threads);
     of_a(a, groups + DOWN, b.u, b.inner, inner, as[DOWN]);
     norm_again(k.middle, k.second_rho, w->second, b.normed, n, hidden, threads);
-    back(a, k.gate, &w->gate, b.grad, 0);
-    back(a, k.up, &w->up, b.grad, 1);
-    adapt_back(a, groups + APART, (Layer[]){{k.gate, inner}, {k.up, inner}}, b.grad, hidden, k.h[APART], b.u, bs[APART]);
+    times_back(a, 2, &w->gate, (Layer[]){{k.gate, inner}, {k.up, inner}}, b.grad, groups + APART, k.h[APART], b.u, bs[APART]);
     of_a(a, groups + APART, b.u, b.normed, hidden, as[APART]);
     bf16 *middle = k.middle; /* and from here on its gradient */
     norm_backward_beside(b.grad, k.middle, k.second_rho, w->second, grad, middle, n, hidden, threads);
 
     Attention *at = &b.attention;
-    back(a, middle, &w->o, at->attended, 0);
-    adapt_back(a, groups + OUTWARD, (Layer[]){{middle, hidden}}, at->attended, q, k.h[OUTWARD], b.u, bs[OUTWARD]);
+    times_back(a, 1, &w->o, (Layer[]){{middle, hidden}}, at->attended, groups + OUTWARD, k.h[OUTWARD], b.u, bs[OUTWARD]);
     of_a(a, groups + OUTWARD, b.u, k.attended, q, as[OUTWARD]);
     if (w->heads[0]) norm_again(k.q, k.rho[0], w->heads[0], b.q, n * s->heads, s->d, threads);
     if (w->heads[0]) turn(b.q, cos, sin, n, s->heads, s->d / 2, 0, threads);
@@ -372,12 +379,7 @@ void trained_block_backward(const Weights *w, const Shape *s, const Group *group
     if (w->heads[0]) norm_backward(at->q, k.q, k.rho[0], w->heads[0], at->q, n * s->heads, s->d, threads);
     if (w->heads[1]) norm_backward(at->k, k.k, k.rho[1], w->heads[1], at->k, n * s->kv, s->d, threads);
     norm_again(x, k.first_rho, w->first, b.normed, n, hidden, threads);
-    if (grad_x) {
-        back(a, at->q, &w->q, b.grad, 0);
-        back(a, at->k, &w->k, b.grad, 1);
-        back(a, at->v, &w->v, b.grad, 1);
-    }
-    adapt_back(a, groups + INWARD, (Layer[]){{at->q, q}, {at->k, kv}, {at->v, kv}}, grad_x ? b.grad : 0, hidden, k.h[INWARD], b.u,
+    times_back(a, 3, &w->q, (Layer[]){{at->q, q}, {at->k, kv}, {at->v, kv}}, grad_x ? b.grad : 0, groups + INWARD, k.h[INWARD], b.u,
                bs[INWARD]);
     of_a(a, groups + INWARD, b.u, b.normed, hidden, as[INWARD]);
     if (grad_x) norm_backward_beside(b.grad, x, k.first_rho, w->first, middle, grad_x, n, hidden, threads);

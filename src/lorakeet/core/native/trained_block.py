@@ -11,7 +11,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,6 +28,8 @@ FORWARD, BACKWARD, ALONE = range(3)  # passes, as trained_block.c has them
 
 _Layers, _Biases = ctypes.c_int64 * (LAYERS * NUMBERS), ctypes.c_void_p * 3
 _Pointers, _Floats = ctypes.c_void_p * 2, ctypes.c_float * 2
+_NOTHING = torch.empty(0)
+Place = tuple[tuple[int, ...], tuple[int, ...], int]
 
 
 def _addresses(tensors: Sequence[Tensor | None]) -> list[int | None]:
@@ -64,34 +66,47 @@ class Weights:
     heads: Sequence[tuple[Tensor, float]]  # none, or both
     norms: Sequence[tuple[Tensor, float]]
 
-    def told(self) -> Any:
+    def told(self) -> Told:
         """What C is told of them; ValueError for biases and gains that it cannot read so."""
         inner, hidden = self.layers[4][1:3]
         layers = _Layers(*[number for layer in self.layers for number in layer.numbers])
         heads, norms = (_addresses([gain for gain, _ in of]) for of in (self.heads, self.norms))
         epsilons, of_heads = (_Floats(*[epsilon for _, epsilon in of]) for of in (self.norms, self.heads))
         gains = _Biases(*_addresses(self.biases)), _Pointers(*heads), _Pointers(*norms)
-        return ctypes.byref(_Weights(layers, *gains, epsilons, of_heads, hidden, inner))
+        packed = [weight.out * weight.width for weight in self.layers if weight.kind not in (DENSE, CODED)]
+        return Told(_Weights(layers, *gains, epsilons, of_heads, hidden, inner), max(packed, default=0))
+
+    def held(self) -> list[Tensor]:
+        """The tensors that C is told of, which are to be held as long as it may read them."""
+        gains = [gain for gain, _ in (*self.heads, *self.norms)]
+        biases = [bias for bias in self.biases if bias is not None]
+        return [*gains, *biases, *(each for layer in self.layers for each in layer.held)]
+
+
+class Told(NamedTuple):
+    """What C is told of weights: addresses, which hold nothing; `packed`: numbers of the largest that is brought back to bf16."""
+
+    weights: Any
+    packed: int
 
     def room(self) -> Tensor:
         """Where a weight that is no bf16 is brought back to, for the next call alone; of no numbers where all are."""
-        packed = [weight.out * weight.width for weight in self.layers if weight.kind not in (DENSE, CODED)]
-        return SCRATCH.matrix((1, max(packed, default=0)), torch.bfloat16, torch.device("cpu")) if packed else torch.empty(0)
+        return SCRATCH.matrix((1, self.packed), torch.bfloat16, torch.device("cpu")) if self.packed else _NOTHING
 
 
 class Pairs:
     """The pairs of a block's layers, all at the same places: the rows start … stop − 1, with a scale for each layer.
 
-    `factors` are A and B by turns, place by place and, within a place, by LAYERS.
+    `factors` are A and B by turns, place by place and, within a place, by LAYERS. Of them it has the addresses, and holds none.
     """
 
     def __init__(self, factors: Sequence[Tensor], rows: Sequence[tuple[int, int]], scales: Sequence[float], tokens: int) -> None:
         """ValueError where C cannot read them so."""
-        self.factors, self.shapes = factors, trained_pairs.shapes_of(factors)
+        self.shapes = trained_pairs.shapes_of(factors)
         self._groups = (_Group * len(GROUPS))()
         self._held: list[Any] = []  # what C is pointed to, beside the factors
-        self._lie = _lie(self.shapes, tuple(rows), tokens)
-        for told, (numbers, laid, of_a, of_b) in zip(self._groups, self._lie, strict=True):
+        self._rows, self._tokens = tuple(rows), tokens
+        for told, (numbers, laid, of_a, of_b) in zip(self._groups, _lie(self.shapes, self._rows, tokens), strict=True):
             own = [factor for number in numbers for factor in factors[2 * number : 2 * number + 2]]
             held = laid.told(own), laid.scaled([scales[number] for number in numbers])
             self._held += held
@@ -109,13 +124,8 @@ class Pairs:
 
     def cut(self, found: tuple[Tensor, Tensor]) -> list[Tensor]:
         """The gradients of the factors, in their order: views of what the backward pass found."""
-        each: list[Tensor] = [found[0]] * len(self.shapes)
-        for which, numbers in enumerate(found):
-            order = [2 * pair + which for pairs, *_ in self._lie for pair in pairs]
-            parts = torch.split(numbers, [rows * width for rows, width in (self.shapes[number] for number in order)])
-            for number, part in zip(order, parts, strict=True):
-                each[number] = part.view(self.shapes[number])
-        return each
+        at = _places(self.shapes, self._rows, self._tokens)
+        return [found[number % 2].as_strided(*place) for number, place in enumerate(at)]
 
 
 @lru_cache(maxsize=8)  # all blocks of a pass ask for the same
@@ -135,17 +145,32 @@ def _lie(
     return found
 
 
+@lru_cache(maxsize=8)
+def _places(shapes: tuple[tuple[int, ...], ...], rows: tuple[tuple[int, int], ...], tokens: int) -> list[Place]:
+    """Shape, strides and first number of each factor's gradient among those of all A's, or of all B's."""
+    found: list[Place] = [((0,), (0,), 0)] * len(shapes)
+    for which in (0, 1):
+        first = 0
+        for pair in [pair for pairs, *_ in _lie(shapes, rows, tokens) for pair in pairs]:
+            shape = shapes[2 * pair + which]
+            found[2 * pair + which] = shape, (shape[1], 1), first
+            first += math.prod(shape)
+    return found
+
+
 @dataclass(frozen=True)
 class Call:
-    """A block over the tokens of a batch: its weights, how their rows lie, and the pairs."""
+    """A block over the tokens of a batch: its weights, how their rows lie, and the pairs; and all tensors that C is told of."""
 
-    weights: Weights
+    weights: Told
     shape: Shape
     pairs: Pairs
+    factors: Sequence[Tensor]
+    held: Sequence[Tensor]
 
     @cached_property
     def _told(self) -> tuple[Any, Any, Any]:
-        return self.weights.told(), ctypes.byref(self.shape), self.pairs.told()
+        return ctypes.byref(self.weights.weights), ctypes.byref(self.shape), self.pairs.told()
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, *, alone: bool = False) -> tuple[Tensor, Tensor]:
         """y of x (tokens, hidden), and what `backward` wants, unless the pass is `alone`; cos and sin are (tokens, d)."""

@@ -20,7 +20,7 @@
 #define LINE (2 * LANES) /* numbers of a register */
 #define BLOCK 24         /* tokens of a piece of work, an even number */
 #define SHRINK 12        /* tokens whose sums are in registers while they shrink */
-#define WIDEN 4          /* and while they are widened */
+#define WIDEN 12         /* and while they are widened */
 #define AHEAD 24         /* tokens whose next columns are fetched meanwhile: each lies in a line of its own, often in a page of its own */
 #define REDUCE 8         /* columns of u at once: with two registers of sums for each, half of all there are */
 
@@ -189,24 +189,16 @@ static void shrink(const bf16 *x, int64_t tokens, int64_t width, const bf16 *lai
 static inline __attribute__((always_inline)) void widen_some(const bf16 *h, int64_t columns, const bf16 *laid, int64_t words,
                                                              const int count, bf16 *y, int64_t width) {
     for (int64_t c = 0; c < width; c += LANES, laid += 2 * LANES * words) {
-        __m512 sums[WIDEN], more[WIDEN];
-#pragma GCC unroll 4
-        for (int t = 0; t < count; t++) sums[t] = wide(y + t * width + c), more[t] = _mm512_setzero_ps();
-        int64_t w = 0;
-        for (; w + 2 <= words; w += 2) {
-            __m512bh one = both(laid + 2 * LANES * w), two = both(laid + 2 * LANES * (w + 1));
-#pragma GCC unroll 4
-            for (int t = 0; t < count; t++) {
-                sums[t] = _mm512_dpbf16_ps(sums[t], one, two_of(h + t * columns + 2 * w));
-                more[t] = _mm512_dpbf16_ps(more[t], two, two_of(h + t * columns + 2 * w + 2));
-            }
+        __m512 sums[WIDEN];
+#pragma GCC unroll 12
+        for (int t = 0; t < count; t++) sums[t] = wide(y + t * width + c);
+        for (int64_t w = 0; w < words; w++) {
+            __m512bh at = both(laid + 2 * LANES * w);
+#pragma GCC unroll 12
+            for (int t = 0; t < count; t++) sums[t] = _mm512_dpbf16_ps(sums[t], at, two_of(h + t * columns + 2 * w));
         }
-        if (w < words)
-#pragma GCC unroll 4
-            for (int t = 0; t < count; t++)
-                sums[t] = _mm512_dpbf16_ps(sums[t], both(laid + 2 * LANES * w), two_of(h + t * columns + 2 * w));
-#pragma GCC unroll 4
-        for (int t = 0; t < count; t++) put(y + t * width + c, _mm512_add_ps(sums[t], more[t]));
+#pragma GCC unroll 12
+        for (int t = 0; t < count; t++) put(y + t * width + c, sums[t]);
     }
 }
 
@@ -214,7 +206,18 @@ static inline __attribute__((always_inline)) void widen_some(const bf16 *h, int6
 static void widen(const bf16 *h, int64_t tokens, int64_t columns, const bf16 *laid, int64_t words, bf16 *y, int64_t width) {
     int64_t t = 0;
     for (; t + WIDEN <= tokens; t += WIDEN) widen_some(h + t * columns, columns, laid, words, WIDEN, y + t * width, width);
+    for (; t + 4 <= tokens; t += 4) widen_some(h + t * columns, columns, laid, words, 4, y + t * width, width);
     for (; t < tokens; t++) widen_some(h + t * columns, columns, laid, words, 1, y + t * width, width);
+}
+
+void add_to_rows(const Added *added, bf16 *y, int64_t width, int64_t token, int64_t end) {
+    for (int64_t t = token; added->bias && t < end; t++)
+        for (int64_t c = 0; c < width; c += LANES) put(y + t * width + c, _mm512_add_ps(wide(y + t * width + c), wide(added->bias + c)));
+    for (const Wide *of = added->wide; of < added->wide + added->count; of++) {
+        int64_t from = of->start > token ? of->start : token, to = of->stop < end ? of->stop : end;
+        if (of->layer == added->layer && from < to)
+            widen(of->h + (from - of->start) * of->columns, to - from, of->columns, of->laid, of->words, y + from * width, width);
+    }
 }
 
 /* Of 32 columns of x (tokens, width) the sums over tokens of woven (tokens/2, columns, 2) times x, for `count` of the columns. */
@@ -289,47 +292,57 @@ static int64_t pieces_of(const Part *parts, int64_t count) {
     return found;
 }
 
-/* y of each pair's layer += s·h·Bᵀ, and h = x·Aᵀ. Scratch: for each part width·whole(columns, 16) numbers, then for each pair
-   outputs·even(rank). */
-void trained_pairs(const Pair *pairs, const float *scales, int64_t count, const Layer *layers, const bf16 *x, int64_t width,
-                   bf16 *h, bf16 *scratch, int threads) {
+/* h = x·Aᵀ, and, with `widened`, y of each pair's layer += s·h·Bᵀ, which else is what `wide` tells. Scratch: for each part
+   width·whole(columns, 16) numbers, then for each pair outputs·even(rank). */
+static void forward(const Pair *pairs, const float *scales, int64_t count, const Layer *layers, const bf16 *x, int64_t width, bf16 *h,
+                    bf16 *scratch, Wide *wide, int widened, int threads) {
     Part parts[count];
-    int64_t part_of[count], part_count = parts_of(pairs, count, parts, part_of), at = 0, wide_at[count];
+    int64_t part_of[count], part_count = parts_of(pairs, count, parts, part_of), at = 0;
     for (int64_t p = 0; p < part_count; p++) parts[p].at = at, at += width * whole(pairs[parts[p].first].columns, LANES);
-    for (int64_t p = 0; p < count; p++) wide_at[p] = at, at += layers[pairs[p].layer].outputs * even(pairs[p].rank);
+    for (int64_t p = 0; p < count; p++) {
+        const Pair *own = pairs + p;
+        wide[p] = (Wide){own->layer, own->start, own->stop, own->columns, even(own->rank) / 2, h + own->from + own->column, scratch + at};
+        at += layers[own->layer].outputs * even(own->rank);
+    }
     int64_t pieces = pieces_of(parts, part_count);
 #pragma omp parallel num_threads(threads)
     {
 #pragma omp for schedule(dynamic)
         for (int64_t n = 0; n < 2 * count; n++) {
             const Pair *own = pairs + n / 2;
-            if (n % 2) {
-                lay_wide(own->B, layers[own->layer].outputs, own->rank, own->kind_b, scales[n / 2], scratch + wide_at[n / 2]);
-                continue;
-            }
-            lay_sums(own->A, own->rank, width, own->kind_a, 1.0f, scratch + parts[part_of[n / 2]].at, own->column, own->columns);
+            if (n % 2) lay_wide(own->B, layers[own->layer].outputs, own->rank, own->kind_b, scales[n / 2], wide[n / 2].laid);
+            else lay_sums(own->A, own->rank, width, own->kind_a, 1.0f, scratch + parts[part_of[n / 2]].at, own->column, own->columns);
         }
 #pragma omp for schedule(dynamic)
         for (int64_t n = 0; n < pieces; n++) {
             Piece piece = piece_of(parts, pairs, n);
             const Part *part = piece.part;
-            const Pair *own = pairs + part->first;
-            int64_t token = piece.token, tokens = piece.tokens;
-            bf16 *to = h + piece.to;
-            shrink(x + token * width, tokens, width, scratch + part->at, own->columns, to, own->columns);
-            for (int64_t p = part->first; p < part->last; p++) {
+            int64_t columns = pairs[part->first].columns;
+            shrink(x + piece.token * width, piece.tokens, width, scratch + part->at, columns, h + piece.to, columns);
+            for (int64_t p = part->first; widened && p < part->last; p++) {
                 const Layer *layer = layers + pairs[p].layer;
-                widen(to + pairs[p].column, tokens, own->columns, scratch + wide_at[p], even(pairs[p].rank) / 2,
-                      layer->rows + token * layer->outputs, layer->outputs);
+                add_to_rows(&(Added){0, wide + p, 1, pairs[p].layer}, layer->rows, layer->outputs, piece.token, piece.token + piece.tokens);
             }
         }
     }
 }
 
-/* u = s·g·B, ∂x (tokens, width) += u·A where it is given, ∂B = s·gᵀ·h (outputs, rank) in fp32, one pair's behind the other's.
-   Scratch: for each pair outputs·whole(rank, 16), for each part width·columns and even(tokens)·columns numbers. */
-void trained_pairs_backward(const Pair *pairs, const float *scales, int64_t count, const Layer *layers, bf16 *grad_x, int64_t width,
-                            const bf16 *h, bf16 *u, float *of_b, bf16 *scratch, int threads) {
+void trained_pairs(const Pair *pairs, const float *scales, int64_t count, const Layer *layers, const bf16 *x, int64_t width,
+                   bf16 *h, bf16 *scratch, int threads) {
+    Wide wide[count];
+    forward(pairs, scales, count, layers, x, width, h, scratch, wide, 1, threads);
+}
+
+void trained_pairs_shrink(const Pair *pairs, const float *scales, int64_t count, const Layer *layers, const bf16 *x, int64_t width,
+                          bf16 *h, bf16 *scratch, Wide *wide, int threads) {
+    forward(pairs, scales, count, layers, x, width, h, scratch, wide, 0, threads);
+}
+
+/* u = s·g·B, ∂B = s·gᵀ·h (outputs, rank) in fp32, one pair's behind the other's, and ∂x (tokens, width) += u·A where it is given;
+   with `wide` it is told what would be added to it. Gives how many parts there are. Scratch: for each pair outputs·whole(rank, 16),
+   for each part width·columns and even(tokens)·columns numbers. */
+static int64_t backward(const Pair *pairs, const float *scales, int64_t count, const Layer *layers, bf16 *grad_x, int64_t width,
+                        const bf16 *h, bf16 *u, float *of_b, bf16 *scratch, Wide *wide, int threads) {
     Part parts[count];
     int64_t part_of[count], part_count = parts_of(pairs, count, parts, part_of);
     int64_t at = 0, b_at[count], to_at[count], woven_at[count], first = 0, columns = 0;
@@ -345,6 +358,8 @@ void trained_pairs_backward(const Pair *pairs, const float *scales, int64_t coun
         const Pair *own = pairs + parts[p].first;
         parts[p].at = at, at += width * own->columns;
         woven_at[p] = at, at += even(own->stop - own->start) * own->columns;
+        if (wide)
+            wide[p] = (Wide){0, own->start, own->stop, own->columns, own->columns / 2, u + own->from, scratch + parts[p].at};
     }
     int64_t pieces = pieces_of(parts, part_count);
 #pragma omp parallel num_threads(threads)
@@ -357,7 +372,7 @@ void trained_pairs_backward(const Pair *pairs, const float *scales, int64_t coun
                 lay_sums_across(own->B, layers[own->layer].outputs, own->rank, own->kind_b, scales[p], scratch + b_at[p]);
             else if (n % 3 == 1)
                 weave(own, h + own->from, scratch + woven_at[part]);
-            else if (grad_x)
+            else if (grad_x || wide)
                 lay_wide_across(own->A, own->rank, width, own->kind_a, scratch + parts[part].at, own->column / 2, own->columns / 2);
         }
 #pragma omp for schedule(dynamic) nowait
@@ -392,6 +407,17 @@ void trained_pairs_backward(const Pair *pairs, const float *scales, int64_t coun
             }
         }
     }
+    return part_count;
+}
+
+void trained_pairs_backward(const Pair *pairs, const float *scales, int64_t count, const Layer *layers, bf16 *grad_x, int64_t width,
+                            const bf16 *h, bf16 *u, float *of_b, bf16 *scratch, int threads) {
+    backward(pairs, scales, count, layers, grad_x, width, h, u, of_b, scratch, 0, threads);
+}
+
+int64_t trained_pairs_shrink_back(const Pair *pairs, const float *scales, int64_t count, const Layer *layers, int64_t width,
+                                  const bf16 *h, bf16 *u, float *of_b, bf16 *scratch, Wide *wide, int threads) {
+    return backward(pairs, scales, count, layers, 0, width, h, u, of_b, scratch, wide, threads);
 }
 
 /* ∂A = uᵀ·x (rank, width) in fp32, one pair's behind the other's. Scratch: for each part even(tokens)·columns numbers. */
