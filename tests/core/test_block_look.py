@@ -58,12 +58,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_tiny_llama(tmp_path_factory.mktemp("model"), **SHAPE)
 
 
-def load(folder: Path, names: tuple[str, ...] = ("default",), kind: str = "", dropout: float = 0.0) -> TextModel:
+LORA = LoraSpec(rank=5, alpha=10.0)
+
+
+def load(folder: Path, names: tuple[str, ...] = ("default",), kind: str = "", lora: LoraSpec = LORA) -> TextModel:
     text = load_text_model(ModelSpec(path=str(folder), dtype="bfloat16", device="cpu"))
     for path, module in packable(text.model, head=False).items() if kind else ():
         modules.replace(text.model, path, PackedLinear(PACKED[kind].of(module.weight), module.bias))
     for number, name in enumerate(names):
-        lora = LoraSpec(rank=5, alpha=10.0, dropout=dropout)
         begin_adapter(text, plan_for(text.model, lora, text.family), seed=number, name=name)
         for key, parameter in trained_parameters(text.model, name).items():
             parameter.requires_grad_(True)
@@ -127,6 +129,23 @@ def test_nobody_is_asked_twice_whatever_the_rows_are_and_however_the_pairs_are_t
     assert len(asked) == len(set(map(id, asked))) == 2
 
 
+@pytest.mark.parametrize(("start", "rank"), [("pissa", 1), ("pissa", 4), ("olora", 4)])
+def test_pairs_that_stand_for_a_difference_are_asked_for_in_every_pass(
+    folder: Path, start: str, rank: int, asked: list[TrainedBlock]
+) -> None:
+    """Their factors are made for each pass."""
+    text = load(folder, lora=LoraSpec(rank=rank, start=start))
+    for lengths in ((50, 70), (50, 70), (40,)):
+        require_same(step(text, *lengths), by_parts(text, *lengths))
+        with torch.no_grad():
+            batch = pack(rows(*lengths))
+            hidden = text.hidden(batch)
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(TrainedBlock, "_suits", lambda *_: False)
+                assert torch.equal(hidden, text.hidden(batch))
+    assert len(asked) == 12
+
+
 def test_nor_where_adapters_share_a_pass(folder: Path, asked: list[TrainedBlock]) -> None:
     text, names = load(folder, ("one", "other")), ("one", "other")
     selection = selection_of(text.model)
@@ -141,12 +160,23 @@ def test_nor_where_adapters_share_a_pass(folder: Path, asked: list[TrainedBlock]
         assert len(asked) == count
 
 
+def test_a_mix_on_the_same_tokens_is_computed_by_the_parts(folder: Path) -> None:
+    text, names = load(folder, ("one", "other")), ("one", "other")
+    selection = selection_of(text.model)
+    found = []
+    for weights in ((0.7, 0.3), (0.7, 0.0)):
+        selection.divide([Share(0, 128, name, weight) for name, weight in zip(names, weights, strict=True)], units=128)
+        found.append(step(text, 50, 78, names=names))
+        require_same(found[-1], by_parts(text, 50, 78, names=names))
+    assert not torch.equal(found[0]["loss"], found[1]["loss"])
+
+
 def part(text: TextModel, path: str) -> Any:
     return modules.find(text.model, f"model.layers.0.{path}")
 
 
 def block_of(text: TextModel) -> Any:
-    return modules.bare(part(text, "mlp")) and modules.find(text.model, "model.layers.0")
+    return modules.find(text.model, "model.layers.0")
 
 
 def bare(text: TextModel, path: str) -> Any:
@@ -164,7 +194,24 @@ def _other_numbers(text: TextModel) -> None:
 
 
 def _written_weight(text: TextModel) -> None:
-    bare(text, "self_attn.q_proj").weight.mul_(2)
+    bare(text, "mlp.gate_proj").weight.mul_(2)
+
+
+def _trained_weight(text: TextModel) -> None:
+    bare(text, "self_attn.k_proj").weight.requires_grad_(True)
+
+
+def _a_buffer_for_a_bias(text: TextModel) -> None:
+    own = bare(text, "self_attn.q_proj")
+    del own._parameters["bias"]
+    own.register_buffer("bias", torch.ones(256, dtype=torch.bfloat16))
+
+
+def _another_norm(text: TextModel) -> None:
+    block = block_of(text).original
+    block.input_layernorm = copy.deepcopy(block.input_layernorm)
+    with torch.no_grad():
+        block.input_layernorm.original.weight.mul_(2)
 
 
 def _a_bias(text: TextModel) -> None:
@@ -296,7 +343,7 @@ CHANGES = [
     _another_weight, _other_numbers, _written_weight, _a_bias, _a_gain, _an_epsilon, _a_scale, _another_factor,
     _other_numbers_of_a_factor, _turned_where_it_lies, _cut, _anew, _in_bf16, _another_window, _a_window_of_the_config, _scaling,
     _another_activation, _another_base, _another_original, _one_token, _one_token_of_attention, _heard, _heard_pair, _heard_block,
-    _heard_outward, _bare, _wide_products, _checkpointed, _dropping, _apart,
+    _heard_outward, _bare, _wide_products, _checkpointed, _dropping, _apart, _trained_weight, _a_buffer_for_a_bias, _another_norm,
 ]  # fmt: skip
 
 
@@ -318,7 +365,7 @@ def test_what_is_other_than_it_was_is_seen(folder: Path, change: Callable[[TextM
         return  # by chance, without gradients, or nothing that can be computed
     after = step(text, 50, 70)
     require_same(after, by_parts(text, 50, 70))
-    changes_nothing = {_written_weight, _heard_pair, _heard_block, _in_bf16, _wide_products}
+    changes_nothing = {_heard_pair, _heard_block, _in_bf16, _wide_products, _trained_weight}  # here, but who computes
     assert change in changes_nothing or not torch.equal(before["loss"], after["loss"])
 
 
@@ -331,8 +378,8 @@ def test_codes_in_place_of_rows_are_seen_too(folder: Path) -> None:
         assert again(text, 50, 70)
 
 
-def test_dropout_counts_while_a_model_trains(folder: Path, asked: list[TrainedBlock]) -> None:
-    text = load(folder, dropout=0.5)
+def test_dropout_counts_while_a_model_trains(folder: Path) -> None:
+    text = load(folder, lora=LoraSpec(rank=5, dropout=0.5))
     text.model.eval()
     step(text, 50, 70)
     assert again(text, 50, 70)
@@ -372,20 +419,48 @@ def test_norms_of_heads_are_seen(tmp_path: Path) -> None:
         norm._forward_hooks.clear()
 
 
-def test_a_memory_keeps_no_tensor_alive(folder: Path) -> None:
+def test_a_hook_behind_another_one_is_seen(tmp_path: Path) -> None:
+    """Backward hooks of a norm of heads, which is frozen, are nothing that changes what a block computes."""
+    text = load(save_tiny_llama(tmp_path, family="qwen3", **SHAPE))
+    part(text, "self_attn.q_norm").register_full_backward_hook(lambda *_: None)
+    step(text, 50, 70)
+    before = step(text, 50, 70)
+    part(text, "mlp").register_forward_hook(lambda _, __, y: y * 2)
+    after = step(text, 50, 70)
+    assert not torch.equal(before["loss"], after["loss"])
+    require_same(after, by_parts(text, 50, 70))
+
+
+def test_a_memory_keeps_no_numbers_alive(folder: Path) -> None:
     text = load(folder, ("default", "other"))
     selection_of(text.model).use("other")
     step(text, 50, 70, names=("other",))
+    assert again(text, 50, 70)
+    gone: list[str] = []
     pair, own = part(text, "mlp.up_proj").pair(), bare(text, "mlp.down_proj")
-    gone = [weakref.ref(each) for each in (pair, pair.A, own.weight)]
-    stored = own.weight.untyped_storage()
-    size = stored.size()
-    del pair, stored
-    assert size and again(text, 50, 70)
+    for name, each in (("A", pair.A), ("B", pair.B), ("weight", own.weight)):
+        weakref.finalize(each.untyped_storage(), gone.append, name)
+    del pair, each
+    assert gone == []
     eject(text.model, "other")
     own.weight = nn.Parameter(torch.zeros_like(own.weight), requires_grad=False)
     gc.collect()
-    assert [each() for each in gone] == [None] * 3
+    assert sorted(gone) == ["A", "B", "weight"]
+
+
+def test_what_changes_while_it_is_asked_is_not_remembered(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As from another thread."""
+    text, usual = load(folder), TrainedBlock._asked
+
+    def meanwhile(self: TrainedBlock, *given: Any) -> Any:
+        found = usual(self, *given)
+        own = bare(text, "mlp.up_proj")
+        own.weight.data = own.weight.data.clone()
+        return found
+
+    monkeypatch.setattr(TrainedBlock, "_asked", meanwhile)
+    step(text, 50, 70)
+    assert not again(text, 50, 70)
 
 
 def test_copies_remember_nothing(folder: Path) -> None:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from lorakeet.core.base import stored
-from lorakeet.core.block_look import HOOKS, MLP, Look, Noted, look
+from lorakeet.core.block_look import HOOKS, MLP, Look, Noted, look, selection_in
 from lorakeet.core.fused import FrozenRmsNorm, GatedMlp, shared_uses
 from lorakeet.core.fused_attention import CACHES, INPUTS, RotaryAttention
 from lorakeet.core.layers import BLOCK_PARTS, BlockStandIn, LoraLinear
@@ -27,7 +27,7 @@ from lorakeet.core.native.rooms import ROOMS
 from lorakeet.core.native.stored import Stored
 from lorakeet.core.native.trained_block import Call, Pairs, Told, Weights
 from lorakeet.core.row_attention import NativeRows, kernel_for
-from lorakeet.core.selection import Selection, Share
+from lorakeet.core.selection import Share
 
 
 class TrainedBlockFunction(torch.autograd.Function):
@@ -61,7 +61,7 @@ class TrainedBlockFunction(torch.autograd.Function):
 
 
 class Before(NamedTuple):
-    """What C was last told of a block, of which the tensors are left out: addresses, valid where a look sees what was `noted`."""
+    """What C was last told of a block: addresses, which are valid as long as a look sees what was `noted`. It holds no tensor."""
 
     noted: Noted
     weights: Told
@@ -107,7 +107,7 @@ class TrainedBlock(BlockStandIn):
         asked = None
         if not args and self._suits(hidden_states, settings):
             given = hidden_states, settings["row_lengths"], settings.get("row_prefix", 0)
-            asked = self._as_before(*given) or self._asked(*given)
+            asked = self._as_before(*given) or self._noted(*given)
         if asked is None:
             if not torch.is_grad_enabled() and not ROOMS.taken:
                 ROOMS.release()  # this is no pass that takes any, and holds memory of its own
@@ -132,27 +132,36 @@ class TrainedBlock(BlockStandIn):
 
     def _as_before(self, x: Tensor, rows: Sequence[int], prefix: int) -> tuple[Call, list[Tensor]] | None:
         """What `_asked` would answer, where all that it depends on is as it was when it was last asked; else None."""
-        before, tokens = self.memory.before, x.shape[1]
-        if before is None:
+        before, tokens, block = self.memory.before, x.shape[1], self._modules["original"]
+        selection = None if before is None else selection_in(block)
+        if before is None or selection is None:
             return None
-        seen = look(self._modules["original"], before.names, x)
+        shares = selection.all_shares(tokens)
+        if tuple([share.name for share in shares]) != before.names or not _apart(_spans(shares)):
+            return None
+        seen = look(block, before.names, x)
         if seen is None or not before.noted.same(seen) or seen.attention.looks_back_less(prefix + max(rows)):
             return None
-        shares = seen.selection.all_shares(tokens)
         if shares != before.shares or tokens != before.tokens:
-            if tuple([share.name for share in shares]) != before.names or not _apart(_spans(shares)):
-                return None
             self.memory.before = before = before.of(seen, shares, tokens)
         shape = _shape_of(tuple(rows), prefix, seen.attention.original.scaling, (tokens, *before.states))
-        held = [each.detach() for each in seen.frozen]
-        return Call(before.weights, shape, before.pairs, seen.factors, held), seen.factors
+        return Call(before.weights, shape, before.pairs, seen.factors, seen.held), seen.factors
 
-    def _note(self, call: Call, x: Tensor, heads: tuple[int, int, int], uses: int) -> None:
-        """Remembers what was found for the pairs of so many shares."""
-        selection: Selection = cast(Any, self.original)._modules["self_attn"].original.q_proj.selection
-        shares = selection.all_shares(x.shape[1])
-        seen = look(self.original, [share.name for share in shares], x) if len(shares) == uses else None  # else some have no pair
-        self.memory.before = None if seen is None else Before(Noted(seen), call.weights, heads, shares, x.shape[1], call.pairs)
+    def _noted(self, x: Tensor, rows: Sequence[int], prefix: int) -> tuple[Call, list[Tensor]] | None:
+        """What `_asked` answers, which is remembered if it depends on nothing but what a look sees.
+
+        The look is taken first: what changes behind it, in another thread, is seen by the next one.
+        """
+        selection, tokens = selection_in(self._modules["original"]), x.shape[1]
+        shares = () if selection is None else selection.all_shares(tokens)
+        seen = look(self._modules["original"], [share.name for share in shares], x)
+        asked = self._asked(x, rows, prefix)
+        if asked is None or seen is None or len(seen.factors) != len(asked[1]):  # where some shares have no pair here
+            return asked
+        if all(one is other for one, other in zip(seen.factors, asked[1], strict=True)):
+            call, shape = asked[0], asked[0].shape
+            self.memory.before = Before(Noted(seen), call.weights, (shape.heads, shape.kv, shape.d), shares, tokens, call.pairs)
+        return asked
 
     def _asked(self, x: Tensor, rows: Sequence[int], prefix: int) -> tuple[Call, list[Tensor]] | None:
         """What the function computes with: the call, and A and B of all pairs; None where the block's parts are to compute."""
@@ -178,11 +187,10 @@ class TrainedBlock(BlockStandIn):
         if changed != [*shapes] * len(spans):
             return None
         scales = [share.weight * pair.scale for share, *of_layers in uses for pair in of_layers]
-        heads = weights.layers[0].out // own.head_dim, weights.layers[1].out // own.head_dim, own.head_dim
-        shape = _shape_of(tuple(rows), prefix, own.scaling, (tokens, *heads))
-        call = Call(weights.told(), shape, Pairs(factors, spans, scales, tokens), factors, weights.held())
-        self._note(call, x, heads, len(uses))
-        return call, factors
+        heads, kv = (weight.out // own.head_dim for weight in weights.layers[:2])
+        shape = _shape_of(tuple(rows), prefix, own.scaling, (tokens, heads, kv, own.head_dim))
+        held = [*weights.held(), *(factor.detach() for factor in factors)]
+        return Call(weights.told(), shape, Pairs(factors, spans, scales, tokens), factors, held), factors
 
     def _parts(self, keys: int) -> tuple[FrozenRmsNorm, RotaryAttention, FrozenRmsNorm, GatedMlp] | None:
         """The block's parts, where all are fused ones that compute every token, see so many keys, and that nobody listens to."""
@@ -257,8 +265,8 @@ def _spans(shares: Sequence[Share]) -> tuple[tuple[int, int], ...]:
 
 @lru_cache(maxsize=8)
 def _apart(spans: tuple[tuple[int, int], ...]) -> bool:
-    """Whether every share has tokens, and none of another's."""
-    return trained_pairs.apart([number for start, stop in spans for number in (start, stop, 0)])
+    """Whether every share has tokens, and none of another's; a mix of adapters on the same ones is left to the parts."""
+    return len(set(spans)) == len(spans) and trained_pairs.apart([number for start, stop in spans for number in (start, stop, 0)])
 
 
 _shape_of = lru_cache(maxsize=8)(ops.shape_of)  # all blocks of a pass ask for the same

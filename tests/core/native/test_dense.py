@@ -150,8 +150,9 @@ def test_a_ledger_counts_the_products_and_what_the_kernel_works_in(tokens: int, 
     given, threads = sum(each.nbytes for each in (x, weight, y)), torch.get_num_threads()
     for phase, depth, columns in (("product", width, out), ("sum", out, width)):
         panels = -(-columns // 48)
-        groups = -(-panels // max(threads, (7 << 17) // (2 * 48 * depth)))
-        scratch = 64 + -(-panels // groups) * 2 * 48 * depth + (threads * 384 * 48 * 4 if depth > 2048 else 0)
+        sums = threads * 384 * 48 * 4 if depth > 2048 else 0
+        groups = -(-panels // max(threads, ((7 << 17) - sums) // (2 * 48 * depth)))
+        scratch = 64 + -(-panels // groups) * 2 * 48 * depth + sums
         assert ledger.work[phase].flops == 2 * tokens * out * width
         assert ledger.peaks[phase].bytes == given + scratch
 

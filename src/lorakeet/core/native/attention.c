@@ -101,7 +101,8 @@ static inline void put_two(bf16 *to, __m512i x) {
     _mm256_storeu_si256((__m256i *)(to + T), _mm512_extracti64x4_epi64(x, 1));
 }
 
-/* P of a tile, two keys of a query in one word */
+/* P of a tile, two keys of a query in one word, and for each query its highest score, the sum of P, and by what earlier sums shrink.
+   A tile that is not `cut` has no key that comes after its first query. */
 static inline __attribute__((always_inline)) void softmax_of(const Seen *seen, const int cut, const float *scores, __m512 factor,
                                                              __m512 *highest, __m512 *total, uint32_t *weights, float *shrink) {
     for (int l = 0; l < seen->sixteens; l++) {
@@ -176,6 +177,7 @@ static void forward_row(const Shape *s, const bf16 *q, const bf16 *k, const bf16
     }
 }
 
+/* P and ∂S of a tile, and ∂S in words of two keys of a query too. */
 static inline __attribute__((always_inline)) void slopes_of(const Seen *seen, const int cut, const float *scores, const float *onto,
                                                             __m512 factor, const float *log_of, const float *share, bf16 *weights,
                                                             bf16 *slopes, uint32_t *slope_pairs) {

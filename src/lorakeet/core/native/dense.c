@@ -12,10 +12,10 @@
 #define WIDE 3               /* registers of sums beside each other */
 #define PANEL (WIDE * LANES) /* columns of the result at once */
 #define ROWS 8               /* tokens at once: with WIDE, 24 of the 32 registers */
-#define TOKENS 384           /* of a piece of work, which is also PANEL columns wide, at most */
-#define FEWEST 192           /* and at least, of a quarter of what is left, so that threads end together */
+#define TOKENS 384           /* of a piece of work, at most, which is also PANEL columns wide; towards the end a piece is a quarter of */
+#define FEWEST 192           /* what is left, but no fewer as long as there are so many, so that threads end together */
 #define DEPTH 2048           /* terms of a part of a sum */
-#define ROOM (7 << 17)       /* bytes of panels laid out at once, but at least one panel for each thread: with sums below 1 MiB, from
+#define ROOM (7 << 17)       /* bytes of sums and of panels laid out at once, but at least one panel for each thread: below 1 MiB, from
                                 which on a process with a budget has the system map memory (memory/allocator) */
 #define AHEAD 128            /* numbers of a row that are fetched before they are laid out */
 #define ROWS_AHEAD 16
@@ -147,16 +147,19 @@ static inline __attribute__((always_inline)) void multiply(const Part *p, const 
         }
 }
 
+/* Bytes of the sums of pieces that are added up in parts. */
+static int64_t sums_of(int64_t depth, int threads) { return depth > DEPTH ? threads * TOKENS * PANEL * (int64_t)sizeof(float) : 0; }
+
 /* How many panels are laid out at once. */
 static int64_t group_of(int64_t depth, int64_t width, int threads) {
-    int64_t panels = (width + PANEL - 1) / PANEL, fit = ROOM / (2 * depth * PANEL);
+    int64_t panels = (width + PANEL - 1) / PANEL, fit = (ROOM - sums_of(depth, threads)) / (2 * depth * PANEL);
     if (fit < threads) fit = threads;
     int64_t groups = (panels + fit - 1) / fit;
     return (panels + groups - 1) / groups; /* about as many in each */
 }
 
 int64_t dense_scratch(int64_t depth, int64_t width, int threads) {
-    return 2 * group_of(depth, width, threads) * depth * PANEL + (depth > DEPTH ? threads * TOKENS * PANEL * (int64_t)sizeof(float) : 0);
+    return 2 * group_of(depth, width, threads) * depth * PANEL + sums_of(depth, threads);
 }
 
 /* Where the pieces of so many tokens begin, and where the last one ends; there are tokens / FEWEST + 1 at most. */
@@ -211,7 +214,9 @@ void dense_product_and(const bf16 *x, const bf16 *weight, bf16 *y, uint8_t *scra
                         rows = end - token < ROWS ? end - token : ROWS;
                         const Wide *of = added ? wide_at(added, token, &rows) : 0;
                         switch (rows) {
-                        case 8: multiply(&p, from, to, at, of, token, 8); break; case 7: multiply(&p, from, to, at, of, token, 7); break; case 6: multiply(&p, from, to, at, of, token, 6); break;
+                        case 8: multiply(&p, from, to, at, of, token, 8); break;
+                        case 7: multiply(&p, from, to, at, of, token, 7); break;
+                        case 6: multiply(&p, from, to, at, of, token, 6); break;
                         case 5: multiply(&p, from, to, at, of, token, 5); break;
                         case 4: multiply(&p, from, to, at, of, token, 4); break;
                         case 3: multiply(&p, from, to, at, of, token, 3); break;

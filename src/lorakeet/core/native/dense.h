@@ -16,7 +16,7 @@ typedef struct {
 } Wide;
 
 /* What a layer's y gets besides, when it has been rounded: a bias, or none, with which it is rounded again, and, of `count`, those that
-   are its own. No row is in two of these. */
+   are its own. No row may be in two of these. */
 typedef struct {
     const bf16 *bias;
     const Wide *wide;

@@ -237,8 +237,9 @@ static void add(const bf16 *a, const bf16 *b, bf16 *y, int64_t count, int thread
     for (int64_t i = 0; i < count; i += LANES) put(y + i, _mm512_add_ps(wide(a + i), wide(b + i)));
 }
 
-/* What is added to all rows of y, after a product that knows nothing of it. */
+/* What is added to all rows of y, after a product that knows nothing of it; or nothing. */
 static void add_to_all(const Added *added, bf16 *y, int64_t tokens, int64_t width, int threads) {
+    if (!added) return;
 #pragma omp parallel for schedule(static) num_threads(threads)
     for (int64_t t = 0; t < tokens; t += PIECE) add_to_rows(added, y, width, t, t + PIECE < tokens ? t + PIECE : tokens);
 }
@@ -278,7 +279,7 @@ static void times(Asked a, const bf16 *x, int count, const Stored *w, const Laye
     }
 }
 
-/* g·W, or that added to what is there, and then what is `added`. */
+/* g·W, or that added to what is there, and then what is `added`, or nothing. */
 static void back(Asked a, const bf16 *g, const Stored *w, bf16 *to, int sum, const Added *added) {
     Coding *c = &a.coding;
     int64_t n = a.tokens;
@@ -300,8 +301,8 @@ static void times_back(Asked a, int count, const Stored *w, const Layer *grads, 
     Wide wide[group->count];
     int64_t parts = trained_pairs_shrink_back(group->pairs, group->scales, group->count, grads, w->in, h, u, of_b, a.factors,
                                               grad_x ? wide : 0, a.threads);
-    for (int i = 0; grad_x && i < count; i++)
-        back(a, grads[i].rows, w + i, grad_x, i > 0, &(Added){0, wide, i + 1 < count ? 0 : parts, 0});
+    Added added = {0, wide, parts, 0};
+    for (int i = 0; grad_x && i < count; i++) back(a, grads[i].rows, w + i, grad_x, i > 0, i + 1 < count ? 0 : &added);
 }
 
 /* ∂A of the pairs. */

@@ -160,7 +160,10 @@ def _places(shapes: tuple[tuple[int, ...], ...], rows: tuple[tuple[int, int], ..
 
 @dataclass(frozen=True)
 class Call:
-    """A block over the tokens of a batch: its weights, how their rows lie, and the pairs; and all tensors that C is told of."""
+    """A block over the tokens of a batch: its weights, how their rows lie, and the pairs.
+
+    `held` are tensors that hold all numbers that C is told of, those of the `factors` too, whatever takes their place.
+    """
 
     weights: Told
     shape: Shape

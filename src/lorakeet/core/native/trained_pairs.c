@@ -321,7 +321,8 @@ static void forward(const Pair *pairs, const float *scales, int64_t count, const
             shrink(x + piece.token * width, piece.tokens, width, scratch + part->at, columns, h + piece.to, columns);
             for (int64_t p = part->first; widened && p < part->last; p++) {
                 const Layer *layer = layers + pairs[p].layer;
-                add_to_rows(&(Added){0, wide + p, 1, pairs[p].layer}, layer->rows, layer->outputs, piece.token, piece.token + piece.tokens);
+                Added added = {0, wide + p, 1, pairs[p].layer};
+                add_to_rows(&added, layer->rows, layer->outputs, piece.token, piece.token + piece.tokens);
             }
         }
     }

@@ -22,8 +22,8 @@ typedef struct {
 /* Adds what is `added` to the rows `token` … `end` − 1 of y (·, width). */
 void add_to_rows(const Added *added, bf16 *y, int64_t width, int64_t token, int64_t end);
 
-/* `trained_pairs` and `trained_pairs_backward` without what they add to y and to ∂x: that is told in `wide`, one of each pair, and
-   of each part, of which the latter gives the number; without it the latter is not asked for ∂x. It points into h, or u, and scratch. */
+/* `trained_pairs` and `trained_pairs_backward` without what they add to y and to ∂x, which is told in `wide`: forward for each pair,
+   backward for each part, whose number is given back, or for none where `wide` is none. It points into h, or u, and scratch. */
 void trained_pairs_shrink(const Pair *pairs, const float *scales, int64_t count, const Layer *layers, const bf16 *x, int64_t width,
                           bf16 *h, bf16 *scratch, Wide *wide, int threads);
 int64_t trained_pairs_shrink_back(const Pair *pairs, const float *scales, int64_t count, const Layer *layers, int64_t width,
