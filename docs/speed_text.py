@@ -48,7 +48,10 @@ C serves, frozen weights in bf16 are multiplied by a kernel of Lorakeet's own, w
 to come fetched ahead, and keeps nothing for the number of tokens. With AMX oneDNN is faster, and is used.
 - **Asking.** A step of a small model is thousands of operations, and Python needs ten times as long to ask for one as in a loop
 by itself, since what it needs has left the processor's caches between two products. Where C serves, a whole decoder block is
-one call each way (`core/trained_block`), with the bits of its parts.
+one call each way (`core/trained_block`), with the bits of its parts; what that call is told is kept, and used again where a look
+at the block finds everything as it was (`core/block_look`).
+- **What pairs add in a pass of its own.** It is added to a product with a frozen weight while that is in registers, rounded as if
+it had been in memory.
 - **Packed weights brought back piece by piece.** NF4, GPTQ of 4 bits, int8 and GGUF's blocks come back to bf16 in one pass in C
 (`core/native/stored`), within the call of the block. A step over NF4 was a quarter slower than over dense weights, and now takes
 the same ([log](../log.md)).

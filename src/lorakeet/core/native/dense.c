@@ -1,9 +1,9 @@
 /* Products of bf16 rows with a frozen weight in bf16 (out, in): x·Wᵀ, and, `across`, g·W, with sums in fp32 that are rounded once.
 
-   The weight stays as it is. For a group of PANELs of the result, as many as fit in ROOM or threads compute, its numbers are laid
-   out as the product takes them, two of each column side by side; that is read again for every ROWS tokens, from the processor's
-   second cache. Longer sums than DEPTH are added up in parts, so that a part of a panel and of the tokens stays there too. Every row
-   of the result is added up in the same order, whatever stands beside it. */
+   The weight stays as it is. For a group of PANELs of the result, as many as fit in ROOM or threads compute, or, where tokens are
+   few, for one of each thread, its numbers are laid out as the product takes them, two of each column side by side; that is read
+   again for every ROWS tokens, from the processor's second cache. Longer sums than DEPTH are added up in parts, so that a part of a
+   panel and of the tokens stays there too. Every row of the result is added up in the same order, whatever stands beside it. */
 
 #include "dense.h"
 
@@ -20,26 +20,26 @@
 #define AHEAD 128            /* numbers of a row that are fetched before they are laid out */
 #define ROWS_AHEAD 16
 
-/* Sixteen rows of the weight (out, in), from `first` on, as columns of x·Wᵀ, the w-th sixteen of panel[in / 2][WIDE][16 rows][2]; rows
-   that are not there, 0. */
-static void lay_rows(const bf16 *weight, int64_t first, int64_t out, int64_t in, int64_t w, __m512i *panel) {
-    for (int64_t c = 0; c < in; c += 2 * LANES) {
-        int64_t pairs = in - c < 2 * LANES ? (in - c) / 2 : LANES;
+/* Sixteen rows of the weight (out, in), from `first` on, of which the terms `from` … `to` − 1, as columns of x·Wᵀ: the w-th sixteen of
+   panel[to / 2 − from / 2][WIDE][16 rows][2]; rows that are not there, 0. */
+static void lay_rows(const bf16 *weight, int64_t first, int64_t out, int64_t in, int64_t from, int64_t to, int64_t w,
+                     __m512i *panel) {
+    for (int64_t c = from; c < to; c += 2 * LANES) {
+        int64_t pairs = to - c < 2 * LANES ? (to - c) / 2 : LANES;
         __m512i rows[LANES];
         for (int64_t l = 0; l < LANES; l++) {
             int64_t row = first + l;
             rows[l] = row < out ? _mm512_maskz_loadu_epi32((__mmask16)((1u << pairs) - 1), weight + row * in + c) : _mm512_setzero_si512();
-            if (row < out && c + AHEAD < in) _mm_prefetch((const char *)(weight + row * in + c + AHEAD), _MM_HINT_T0);
+            if (row < out && c + AHEAD < to) _mm_prefetch((const char *)(weight + row * in + c + AHEAD), _MM_HINT_T0);
         }
         transposed(rows);
-        for (int64_t k = 0; k < pairs; k++) panel[(c / 2 + k) * WIDE + w] = rows[k];
+        for (int64_t k = 0; k < pairs; k++) panel[((c - from) / 2 + k) * WIDE + w] = rows[k];
     }
 }
 
 /* Of the weight (out, in) the rows `from` … `to` − 1, of PANEL columns from `first` on, as columns of g·W:
-   panel[out / 2][WIDE][16 columns][2 rows]. */
+   panel[to / 2 − from / 2][WIDE][16 columns][2 rows]. */
 static void lay_columns(const bf16 *weight, int64_t first, int64_t in, int64_t from, int64_t to, __m512i *panel) {
-    panel += from / 2 * WIDE;
     for (int64_t k = from; k < to; k += 2)
         for (int64_t w = 0; w < WIDE; w++, panel++) {
             int64_t column = first + w * LANES;
@@ -159,7 +159,85 @@ static int64_t group_of(int64_t depth, int64_t width, int threads) {
 }
 
 int64_t dense_scratch(int64_t depth, int64_t width, int threads) {
-    return 2 * group_of(depth, width, threads) * depth * PANEL + sums_of(depth, threads);
+    int64_t together = group_of(depth, width, threads) * depth, apart = threads * (depth < DEPTH ? depth : DEPTH);
+    return 2 * (together > apart ? together : apart) * PANEL + sums_of(depth, threads);
+}
+
+/* What dense_product_and is told, and its scratch. */
+typedef struct {
+    const bf16 *x, *weight;
+    bf16 *y;
+    __m512i *laid;
+    float *sums;
+    int64_t depth, width;
+    int across, add;
+    const Added *added;
+    int threads;
+} Product;
+
+/* Of the n-th panel the terms `from` … `to` − 1. */
+static void lay(const Product *o, int64_t n, int64_t from, int64_t to, __m512i *panel) {
+    if (o->across) lay_columns(o->weight, n * PANEL, o->width, from, to, panel);
+    else
+        for (int64_t w = 0; w < WIDE; w++) lay_rows(o->weight, n * PANEL + w * LANES, o->width, o->depth, from, to, w, panel);
+}
+
+/* The rows `token` … `end` − 1 of y's n-th panel, as far as they come of the terms from k on, DEPTH at most, which are `laid`. */
+static void multiply_rows(const Product *o, int64_t n, int64_t k, const __m512i *laid, int64_t token, int64_t end) {
+    int64_t depth = o->depth, width = o->width, terms = k + DEPTH < depth ? DEPTH : depth - k;
+    Part p = {depth, terms, laid, width, width - n * PANEL, k == 0, k + terms == depth, o->add, n * PANEL, o->added};
+    const bf16 *from = o->x + token * depth + k;
+    bf16 *to = o->y + token * width + n * PANEL;
+    float *at = o->sums + (depth > DEPTH ? omp_get_thread_num() * TOKENS * PANEL : 0);
+    for (int64_t rows; token < end; token += rows, from += rows * depth, to += rows * width, at += rows * PANEL) {
+        rows = end - token < ROWS ? end - token : ROWS;
+        const Wide *of = p.added ? wide_at(p.added, token, &rows) : 0;
+        switch (rows) {
+        case 8: multiply(&p, from, to, at, of, token, 8); break;
+        case 7: multiply(&p, from, to, at, of, token, 7); break;
+        case 6: multiply(&p, from, to, at, of, token, 6); break;
+        case 5: multiply(&p, from, to, at, of, token, 5); break;
+        case 4: multiply(&p, from, to, at, of, token, 4); break;
+        case 3: multiply(&p, from, to, at, of, token, 3); break;
+        case 2: multiply(&p, from, to, at, of, token, 2); break;
+        case 1: multiply(&p, from, to, at, of, token, 1); break;
+        }
+    }
+}
+
+/* Few tokens: who multiplies a panel lays it out, where the next one overwrites it, in a cache of its own. */
+static void by_panels(const Product *o, int64_t tokens) {
+    int64_t size = (o->depth < DEPTH ? o->depth : DEPTH) / 2 * WIDE;
+#pragma omp parallel for schedule(dynamic) num_threads(o->threads)
+    for (int64_t n = 0; n < (o->width + PANEL - 1) / PANEL; n++)
+        for (int64_t k = 0; k < o->depth; k += DEPTH) {
+            __m512i *own = o->laid + omp_get_thread_num() * size;
+            lay(o, n, k, k + DEPTH < o->depth ? k + DEPTH : o->depth, own);
+            multiply_rows(o, n, k, own, 0, tokens);
+        }
+}
+
+/* Panels that are laid out together, and multiplied by pieces of the tokens. */
+static void by_groups(const Product *o, const int64_t *begins, int64_t parts) {
+    int64_t depth = o->depth, panels = (o->width + PANEL - 1) / PANEL, group = group_of(depth, o->width, o->threads);
+    int64_t size = depth / 2 * WIDE;
+#pragma omp parallel num_threads(o->threads)
+    for (int64_t begin = 0; begin < panels; begin += group) {
+        int64_t stop = begin + group < panels ? begin + group : panels;
+#pragma omp for collapse(2) schedule(static)
+        for (int64_t n = begin; n < stop; n++)
+            for (int64_t w = 0; w < WIDE; w++) {
+                __m512i *panel = o->laid + (n - begin) * size;
+                int64_t from = depth / 2 * w / WIDE * 2, to = depth / 2 * (w + 1) / WIDE * 2;
+                if (o->across) lay_columns(o->weight, n * PANEL, o->width, from, to, panel + from / 2 * WIDE);
+                else lay_rows(o->weight, n * PANEL + w * LANES, o->width, depth, 0, depth, w, panel);
+            }
+#pragma omp for collapse(2) schedule(dynamic)
+        for (int64_t part = 0; part < parts; part++)
+            for (int64_t n = begin; n < stop; n++)
+                for (int64_t k = 0; k < depth; k += DEPTH)
+                    multiply_rows(o, n, k, o->laid + (n - begin) * size + k / 2 * WIDE, begins[part], begins[part + 1]);
+    }
 }
 
 /* Where the pieces of so many tokens begin, and where the last one ends; there are tokens / FEWEST + 1 at most. */
@@ -184,46 +262,10 @@ void dense_product(const bf16 *x, const bf16 *weight, bf16 *y, uint8_t *scratch,
 
 void dense_product_and(const bf16 *x, const bf16 *weight, bf16 *y, uint8_t *scratch, int64_t tokens, int64_t depth, int64_t width,
                        int across, int add, const Added *added, int threads) {
-    int64_t panels = (width + PANEL - 1) / PANEL, group = group_of(depth, width, threads), size = depth / 2 * WIDE;
     int64_t begins[tokens / FEWEST + 2], parts = pieces_of(tokens, begins);
-    __m512i *laid = (__m512i *)scratch;
-#pragma omp parallel num_threads(threads)
-    for (int64_t begin = 0; begin < panels; begin += group) {
-        int64_t stop = begin + group < panels ? begin + group : panels;
-        float *sums = (float *)(laid + group * size) + (depth > DEPTH ? omp_get_thread_num() * TOKENS * PANEL : 0);
-#pragma omp for collapse(2) schedule(static)
-        for (int64_t n = begin; n < stop; n++)
-            for (int64_t w = 0; w < WIDE; w++) {
-                __m512i *panel = laid + (n - begin) * size;
-                int64_t from = depth / 2 * w / WIDE * 2, to = depth / 2 * (w + 1) / WIDE * 2;
-                if (across) lay_columns(weight, n * PANEL, width, from, to, panel);
-                else lay_rows(weight, n * PANEL + w * LANES, width, depth, w, panel);
-            }
-#pragma omp for collapse(2) schedule(dynamic)
-        for (int64_t part = 0; part < parts; part++)
-            for (int64_t n = begin; n < stop; n++)
-                for (int64_t k = 0; k < depth; k += DEPTH) {
-                    int64_t token = begins[part], end = begins[part + 1];
-                    int64_t terms = k + DEPTH < depth ? DEPTH : depth - k;
-                    Part p = {depth, terms, laid + (n - begin) * size + k / 2 * WIDE, width, width - n * PANEL,
-                              k == 0, k + terms == depth, add, n * PANEL, added};
-                    const bf16 *from = x + token * depth + k;
-                    bf16 *to = y + token * width + n * PANEL;
-                    float *at = sums;
-                    for (int64_t rows; token < end; token += rows, from += rows * depth, to += rows * width, at += rows * PANEL) {
-                        rows = end - token < ROWS ? end - token : ROWS;
-                        const Wide *of = added ? wide_at(added, token, &rows) : 0;
-                        switch (rows) {
-                        case 8: multiply(&p, from, to, at, of, token, 8); break;
-                        case 7: multiply(&p, from, to, at, of, token, 7); break;
-                        case 6: multiply(&p, from, to, at, of, token, 6); break;
-                        case 5: multiply(&p, from, to, at, of, token, 5); break;
-                        case 4: multiply(&p, from, to, at, of, token, 4); break;
-                        case 3: multiply(&p, from, to, at, of, token, 3); break;
-                        case 2: multiply(&p, from, to, at, of, token, 2); break;
-                        case 1: multiply(&p, from, to, at, of, token, 1); break;
-                        }
-                    }
-                }
-    }
+    float *sums = (float *)scratch;
+    scratch += sums_of(depth, threads);
+    Product whole = {x, weight, y, (__m512i *)scratch, sums, depth, width, across, add, added, threads};
+    if (parts > 1) by_groups(&whole, begins, parts);
+    else by_panels(&whole, tokens);
 }

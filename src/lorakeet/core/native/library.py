@@ -31,7 +31,7 @@ SOURCES = ("attention.c", "passes.c", "pairs.c", "linear.c", "cached.c", "block.
            "stored.c", "gguf.c", "head.c", "trained_pairs.c", "trained_block.c")
 SIZES = ("attention_scratch", "coded_scratch", "dense_scratch", "block_scratch", "trained_block_kept", "trained_block_scratch")
 INSTRUCTIONS = ("-march=x86-64-v4", "-mavx512bf16", "-mavx512vnni")
-FLAGS = ("-O3", *INSTRUCTIONS, "-ffp-contract=fast", "-fno-strict-aliasing", "-fopenmp", "-fPIC")
+FLAGS = ("-O3", *INSTRUCTIONS, "-falign-loops=64", "-ffp-contract=fast", "-fno-strict-aliasing", "-fopenmp", "-fPIC")
 WANTED = frozenset({"avx512_bf16", "avx512_vnni", "avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"})  # in /proc/cpuinfo
 SECONDS = 120  # more than a compilation takes on a busy machine
 OFF = "LORAKEET_NATIVE"  # an environment variable: 0 leaves the library out
