@@ -24,26 +24,21 @@ from lorakeet.core.trained_block import TrainedBlock
 from lorakeet.data.chat import Example
 from lorakeet.data.pack import pack
 from lorakeet.models import modules
-from lorakeet.models.adapt import begin_adapter
 from lorakeet.models.inject import eject, selection_of, trained_parameters
-from lorakeet.models.load import load_text_model
-from lorakeet.models.quantized import packable
-from lorakeet.models.spec import ModelSpec
-from lorakeet.models.targets import plan_for
 from lorakeet.models.text import TextModel
-from lorakeet.quant.int8 import Int8Base, multiply_in_int8
+from lorakeet.quant.int8 import multiply_in_int8
 from lorakeet.quant.nf4 import Nf4Base
-from lorakeet.quant.packed import PackedBase, PackedLinear
+from lorakeet.quant.packed import PackedBase
 from lorakeet.train.text_loss import text_loss
 from tiny.models import save_tiny_llama
 from tiny.native import needs_native
+from tiny.trained_blocks import load, require_same
 
 pytestmark = needs_native
 SHAPE = {
     "hidden_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64, "intermediate_size": 160,
     "num_hidden_layers": 2,
 }  # fmt: skip
-PACKED: dict[str, type[Nf4Base | Int8Base]] = {"nf4": Nf4Base, "int8": Int8Base}
 
 
 @pytest.fixture(autouse=True)
@@ -56,23 +51,6 @@ def anywhere(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_tiny_llama(tmp_path_factory.mktemp("model"), **SHAPE)
-
-
-LORA = LoraSpec(rank=5, alpha=10.0)
-
-
-def load(folder: Path, names: tuple[str, ...] = ("default",), kind: str = "", lora: LoraSpec = LORA) -> TextModel:
-    text = load_text_model(ModelSpec(path=str(folder), dtype="bfloat16", device="cpu"))
-    for path, module in packable(text.model, head=False).items() if kind else ():
-        modules.replace(text.model, path, PackedLinear(PACKED[kind].of(module.weight), module.bias))
-    for number, name in enumerate(names):
-        begin_adapter(text, plan_for(text.model, lora, text.family), seed=number, name=name)
-        for key, parameter in trained_parameters(text.model, name).items():
-            parameter.requires_grad_(True)
-            if key.endswith(".B"):
-                parameter.data.normal_(0, 0.05, generator=torch.Generator().manual_seed(number))
-    text.model.train()
-    return text
 
 
 def rows(*lengths: int) -> list[Example]:
@@ -89,11 +67,6 @@ def step(text: TextModel, *lengths: int, names: tuple[str, ...] = ("default",)) 
     loss, _ = text_loss(text, pack(rows(*lengths)))
     loss.backward()
     return {"loss": loss.detach(), **{key: each.grad for key, each in parameters.items() if each.grad is not None}}
-
-
-def require_same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    assert found.keys() == expected.keys() and len(found) > 1
-    assert [key for key, value in expected.items() if not torch.equal(found[key], value)] == []
 
 
 @pytest.fixture
@@ -147,7 +120,7 @@ def test_pairs_that_stand_for_a_difference_are_asked_for_in_every_pass(
 
 
 def test_nor_where_adapters_share_a_pass(folder: Path, asked: list[TrainedBlock]) -> None:
-    text, names = load(folder, ("one", "other")), ("one", "other")
+    text, names = load(folder, names=("one", "other")), ("one", "other")
     selection = selection_of(text.model)
     for shares, count in (
         ([Share(0, 50, "one"), Share(50, 128, "other", 0.5)], 2),
@@ -161,7 +134,7 @@ def test_nor_where_adapters_share_a_pass(folder: Path, asked: list[TrainedBlock]
 
 
 def test_a_mix_on_the_same_tokens_is_computed_by_the_parts(folder: Path) -> None:
-    text, names = load(folder, ("one", "other")), ("one", "other")
+    text, names = load(folder, names=("one", "other")), ("one", "other")
     selection = selection_of(text.model)
     found = []
     for weights in ((0.7, 0.3), (0.7, 0.0)):
@@ -432,7 +405,7 @@ def test_a_hook_behind_another_one_is_seen(tmp_path: Path) -> None:
 
 
 def test_a_memory_keeps_no_numbers_alive(folder: Path) -> None:
-    text = load(folder, ("default", "other"))
+    text = load(folder, names=("default", "other"))
     selection_of(text.model).use("other")
     step(text, 50, 70, names=("other",))
     assert again(text, 50, 70)

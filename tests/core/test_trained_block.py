@@ -26,31 +26,24 @@ from lorakeet.data.chat import Example
 from lorakeet.data.pack import pack
 from lorakeet.models import modules
 from lorakeet.models.adapt import begin_adapter
-from lorakeet.models.fuse import fuse_blocks, unfuse
+from lorakeet.models.fuse import unfuse
 from lorakeet.models.inject import selection_of, trained_parameters
-from lorakeet.models.load import load_text_model
 from lorakeet.models.prefix_states import prefix_states
-from lorakeet.models.quantized import packable
-from lorakeet.models.spec import ModelSpec
 from lorakeet.models.targets import plan_for
 from lorakeet.models.text import TextModel
-from lorakeet.quant.gptq import GptqBase
-from lorakeet.quant.gptq_grid import nearest_codes
-from lorakeet.quant.int8 import Int8Base, multiply_in_int8
-from lorakeet.quant.nf4 import Nf4Base
-from lorakeet.quant.packed import PackedBase, PackedLinear
+from lorakeet.quant.int8 import multiply_in_int8
 from lorakeet.train.many import Member, train_many
 from lorakeet.train.spec import TrainSpec
 from lorakeet.train.text_loss import text_loss
 from tiny.models import save_tiny_llama
 from tiny.native import needs_native
+from tiny.trained_blocks import LORA, load, require_same
 
 pytestmark = needs_native
 SHAPE = {
     "hidden_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64, "intermediate_size": 160,
     "num_hidden_layers": 3,
 }  # fmt: skip
-LORA = LoraSpec(rank=5, alpha=10.0)
 
 
 @pytest.fixture(autouse=True)
@@ -69,34 +62,6 @@ def wide_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_tiny_llama(tmp_path_factory.mktemp("model"), **SHAPE)
-
-
-def load(folder: Path, lora: LoraSpec = LORA, names: tuple[str, ...] = ("default",), kind: str = "") -> TextModel:
-    """With blocks that train, and B's that are not zero; over packed weights of that kind."""
-    text = load_text_model(ModelSpec(path=str(folder), dtype="bfloat16", device="cpu"))
-    for path, module in packable(text.model, head=False).items() if kind else ():
-        if not (kind == "mixed" and path.endswith(("q_proj", "up_proj"))):
-            modules.replace(text.model, path, PackedLinear(packed(module.weight, kind, path), module.bias))
-    for number, name in enumerate(names):
-        begin_adapter(text, plan_for(text.model, lora, text.family), seed=number, name=name)
-        generator = torch.Generator().manual_seed(number)
-        for key, parameter in trained_parameters(text.model, name).items():
-            parameter.requires_grad_(True)
-            if key.endswith(".B"):
-                parameter.data.normal_(0, 0.05, generator=generator)
-    fuse_blocks(text.model, text.family, TrainedBlock)
-    text.model.train()
-    return text
-
-
-def packed(weight: Tensor, kind: str, path: str) -> PackedBase:
-    if kind in ("nf4", "mixed") and not path.endswith("o_proj"):
-        return Nf4Base.of(weight)
-    if kind in ("int8", "mixed"):
-        return Int8Base.of(weight)
-    groups = torch.arange(weight.shape[1], dtype=torch.int32) // 32
-    codes, grid = nearest_codes(weight.float(), 4, False, groups, int(groups.max()) + 1)
-    return GptqBase.of(codes, grid, bits=4, sym=False)
 
 
 def rows(count: int, *, least: int = 50, most: int = 90, prefix: int = 0) -> list[Example]:
@@ -142,11 +107,6 @@ def by_parts(text: TextModel, of: Callable[[], dict[str, Tensor]], monkeypatch: 
     with monkeypatch.context() as patch:
         patch.setattr(TrainedBlock, "_suits", lambda *_: False)
         return of()
-
-
-def require_same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    assert found.keys() == expected.keys() and len(found) > 1
-    assert [key for key, value in expected.items() if not torch.equal(found[key], value)] == []
 
 
 @pytest.mark.parametrize("count", [1, 3, 11], ids=lambda n: f"{n} rows")

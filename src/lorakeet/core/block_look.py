@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 
 from lorakeet.core.base import coding
+from lorakeet.core.fused import MLP
 from lorakeet.core.fused_attention import HEAD_NORMS, INPUTS, RotaryAttention
 from lorakeet.core.layers import BLOCK_PARTS
 from lorakeet.core.selection import Selection
 
-MLP = ("gate_proj", "up_proj", "down_proj")
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _hooks_of = operator.attrgetter(*HOOKS)
 Place = tuple[int, torch.Size, torch.dtype, bool]

@@ -106,6 +106,7 @@ def made_again(kept: Sequence[Tensor], kernels: Kernels | None = None) -> Tensor
 
 _NOTE = "lorakeet_normed"
 COLUMNS = 2048  # of the inner width, at once
+MLP = ("gate_proj", "up_proj", "down_proj")
 
 
 class GatedMlpFunction(torch.autograd.Function):
@@ -218,7 +219,7 @@ class GatedMlp(StandIn):
     def _of(self, x: Tensor) -> Tensor:
         """The MLP of every token of x (…, hidden)."""
         flat = x.reshape(-1, x.shape[-1])
-        layers = [getattr(self.original, name) for name in ("gate_proj", "up_proj", "down_proj")]
+        layers = [getattr(self.original, name) for name in MLP]
         divided = any(isinstance(layer, LoraLinear) and layer.selection.shares is not None for layer in layers)
         if divided and not (torch.is_grad_enabled() or self.training):  # the layers by themselves stack short shares
             return cast(Tensor, self.original(x))

@@ -120,11 +120,6 @@ class AdaptedLayer(StandIn):
         if self.selection.shares is not None and self.in_use:
             raise ValueError(f"{what} cannot differ within a batch; switch between adapters instead")
 
-    def divided(self, tokens: int) -> list[tuple[Share, LoraPair]]:
-        """The shares of the batch that have a pair here, in tokens of a layer that sees so many."""
-        shares, held = self.selection.shares_over(tokens), self._held
-        return [(share, cast(LoraPair, held[share.name])) for share in shares if share.name in held]
-
 
 class LoraLinear(AdaptedLayer):
     """nn.Linear, GPT-2's Conv1D or a quantised linear layer, seen through a FrozenBase."""
@@ -160,7 +155,7 @@ class LoraLinear(AdaptedLayer):
     def _divided(self, x: Tensor) -> Tensor:
         """x (tokens, in) to (tokens, out), each share of the tokens with its pair."""
         if torch.is_grad_enabled() or self.training:
-            shares = self.divided(len(x))
+            shares = self.uses(len(x))
             if not shares:
                 return self.bare(x)
             if not all(pair.plain for _, pair in shares):
@@ -244,7 +239,7 @@ class SharedInput:
         ys = ys if products == x.dtype else [y.to(x.dtype) for y in ys]
         if special:
             for layer, y in zip(layers, ys, strict=True):
-                for share, pair in require_unmixed(layer.divided(len(x))):
+                for share, pair in require_unmixed(layer.uses(len(x))):
                     y[share.start : share.stop] = layer.by_itself(x, share, pair)
         return ys
 
@@ -301,7 +296,7 @@ class LoraEmbedding(AdaptedLayer):
         y = cast(Tensor, self.original(ids))
         if self.selection.shares is not None:
             flat, rows = ids.reshape(-1), y.reshape(-1, y.shape[-1])
-            for share, held in self.divided(len(flat)):
+            for share, held in self.uses(len(flat)):
                 places = torch.arange(share.start, share.stop, device=rows.device)
                 rows = rows.index_add(0, places, self._low_rank(flat[places], held, share.weight).to(y.dtype))
             return rows.view(y.shape)

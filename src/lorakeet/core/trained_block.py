@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from lorakeet.core.base import stored
-from lorakeet.core.block_look import HOOKS, MLP, Look, Noted, look, selection_in
-from lorakeet.core.fused import FrozenRmsNorm, GatedMlp, shared_uses
+from lorakeet.core.block_look import HOOKS, Look, Noted, look, selection_in
+from lorakeet.core.fused import MLP, FrozenRmsNorm, GatedMlp, shared_uses
 from lorakeet.core.fused_attention import CACHES, INPUTS, RotaryAttention
 from lorakeet.core.layers import BLOCK_PARTS, BlockStandIn, LoraLinear
 from lorakeet.core.native import dense, ops, trained_pairs

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily  # torch offers no public name
 
 from lorakeet.core.decode_block import DecodeBlock
-from lorakeet.core.fused import ACTIVATIONS, FrozenRmsNorm, GatedMlp
+from lorakeet.core.fused import ACTIVATIONS, MLP, FrozenRmsNorm, GatedMlp
 from lorakeet.core.fused_attention import HEAD_NORMS, INPUTS, RotaryAttention
 from lorakeet.core.layers import BLOCK_PARTS, LoraLinear, StandIn, base_of, new_pair
 from lorakeet.core.native import ops as native
@@ -26,7 +26,6 @@ from lorakeet.models.frozen_prefix import PrefixBlock
 
 _PROBE_ROWS = 5
 _PROBE_LENGTHS = (4, 3)  # tokens of the two rows that an attention is probed with
-_PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 _WIDTH = 8  # of the small copy that is probed where a model has shapes but no numbers
 FUSED_TOLERANCE = 16  # in units of the dtype's rounding: the fused function rounds at other places
 
@@ -143,7 +142,7 @@ def _stand_in(module: nn.Module) -> StandIn | None:
 
 def _has_mlp_names(module: nn.Module) -> bool:
     children = {name for name, _ in module.named_children()}
-    return set(_PROJECTIONS) <= children and not children - {*_PROJECTIONS, "act_fn"}
+    return set(MLP) <= children and not children - {*MLP, "act_fn"}
 
 
 def _has_attention_names(module: nn.Module) -> bool:
@@ -213,7 +212,7 @@ def _mlp(module: nn.Module) -> GatedMlp | None:
     if not _has_mlp_names(module):
         return None
     act = getattr(module, "act_fn", None)
-    gate, up, down = (getattr(module, name) for name in _PROJECTIONS)
+    gate, up, down = (getattr(module, name) for name in MLP)
     weight = cast(Tensor, gate.weight)
     if act is None or not weight.is_floating_point() or _drops(module):
         return None
@@ -257,7 +256,7 @@ def _small_copy(module: nn.Module) -> nn.Module:
     small._parameters, small._modules = dict(module._parameters), dict(module._modules)
     for name in module._parameters:
         small._parameters[name] = _random(generator, dtype, _WIDTH)
-    for name in set(_PROJECTIONS) & set(module._modules):
+    for name in set(MLP) & set(module._modules):
         linear = nn.Linear(_WIDTH, _WIDTH, bias=False, device="meta")
         linear.weight = _random(generator, dtype, _WIDTH, _WIDTH)
         small._modules[name] = linear

@@ -102,11 +102,11 @@ class Pairs:
 
     def __init__(self, factors: Sequence[Tensor], rows: Sequence[tuple[int, int]], scales: Sequence[float], tokens: int) -> None:
         """ValueError where C cannot read them so."""
-        self.shapes = trained_pairs.shapes_of(factors)
+        shapes = trained_pairs.shapes_of(factors)
         self._groups = (_Group * len(GROUPS))()
         self._held: list[Any] = []  # what C is pointed to, beside the factors
-        self._rows, self._tokens = tuple(rows), tokens
-        for told, (numbers, laid, of_a, of_b) in zip(self._groups, _lie(self.shapes, self._rows, tokens), strict=True):
+        lie, self._places = _lie(shapes, tuple(rows), tokens), _places(shapes, tuple(rows), tokens)
+        for told, (numbers, laid, of_a, of_b) in zip(self._groups, lie, strict=True):
             own = [factor for number in numbers for factor in factors[2 * number : 2 * number + 2]]
             held = laid.told(own), laid.scaled([scales[number] for number in numbers])
             self._held += held
@@ -124,8 +124,7 @@ class Pairs:
 
     def cut(self, found: tuple[Tensor, Tensor]) -> list[Tensor]:
         """The gradients of the factors, in their order: views of what the backward pass found."""
-        at = _places(self.shapes, self._rows, self._tokens)
-        return [found[number % 2].as_strided(*place) for number, place in enumerate(at)]
+        return [found[number % 2].as_strided(*place) for number, place in enumerate(self._places)]
 
 
 @lru_cache(maxsize=8)  # all blocks of a pass ask for the same

@@ -1,0 +1,60 @@
+"""Small models whose decoder blocks train, each in one call of C."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from lorakeet.core.spec import LoraSpec
+from lorakeet.core.trained_block import TrainedBlock
+from lorakeet.models import modules
+from lorakeet.models.adapt import begin_adapter
+from lorakeet.models.fuse import fuse_blocks
+from lorakeet.models.inject import trained_parameters
+from lorakeet.models.load import load_text_model
+from lorakeet.models.quantized import packable
+from lorakeet.models.spec import ModelSpec
+from lorakeet.models.targets import plan_for
+from lorakeet.models.text import TextModel
+from lorakeet.quant.gptq import GptqBase
+from lorakeet.quant.gptq_grid import nearest_codes
+from lorakeet.quant.int8 import Int8Base
+from lorakeet.quant.nf4 import Nf4Base
+from lorakeet.quant.packed import PackedBase, PackedLinear
+
+LORA = LoraSpec(rank=5, alpha=10.0)
+
+
+def load(folder: Path, lora: LoraSpec = LORA, names: tuple[str, ...] = ("default",), kind: str = "") -> TextModel:
+    """With blocks that train, and B's that are not zero; over packed weights of that kind."""
+    text = load_text_model(ModelSpec(path=str(folder), dtype="bfloat16", device="cpu"))
+    for path, module in packable(text.model, head=False).items() if kind else ():
+        if not (kind == "mixed" and path.endswith(("q_proj", "up_proj"))):
+            modules.replace(text.model, path, PackedLinear(packed(module.weight, kind, path), module.bias))
+    for number, name in enumerate(names):
+        begin_adapter(text, plan_for(text.model, lora, text.family), seed=number, name=name)
+        generator = torch.Generator().manual_seed(number)
+        for key, parameter in trained_parameters(text.model, name).items():
+            parameter.requires_grad_(True)
+            if key.endswith(".B"):
+                parameter.data.normal_(0, 0.05, generator=generator)
+    fuse_blocks(text.model, text.family, TrainedBlock)
+    text.model.train()
+    return text
+
+
+def packed(weight: Tensor, kind: str, path: str) -> PackedBase:
+    if kind in ("nf4", "mixed") and not path.endswith("o_proj"):
+        return Nf4Base.of(weight)
+    if kind in ("int8", "mixed"):
+        return Int8Base.of(weight)
+    groups = torch.arange(weight.shape[1], dtype=torch.int32) // 32
+    codes, grid = nearest_codes(weight.float(), 4, False, groups, int(groups.max()) + 1)
+    return GptqBase.of(codes, grid, bits=4, sym=False)
+
+
+def require_same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert found.keys() == expected.keys() and len(found) > 1
+    assert [key for key, value in expected.items() if not torch.equal(found[key], value)] == []
