@@ -173,7 +173,7 @@ def test_over_packed_weights_too(folder: Path, kind: str, used: list[bool], monk
     SCRATCH.clear()
     found = step(text, examples, "default")
     assert used == [True] * 3
-    assert [held.numel() for held in SCRATCH._buffers.values()] == [96 * 256]  # the widest matrix, once for all
+    assert not SCRATCH._buffers  # no weight stands in bf16 as a whole
     require_same(found, by_parts(text, lambda: step(text, examples, "default"), monkeypatch))
 
 

@@ -25,7 +25,7 @@ from lorakeet.core.layers import BLOCK_PARTS, BlockStandIn, LoraLinear
 from lorakeet.core.native import dense, ops, trained_pairs
 from lorakeet.core.native.rooms import ROOMS
 from lorakeet.core.native.stored import Stored
-from lorakeet.core.native.trained_block import Call, Pairs, Told, Weights
+from lorakeet.core.native.trained_block import Call, Pairs, Weights
 from lorakeet.core.row_attention import NativeRows, kernel_for
 from lorakeet.core.selection import Share
 
@@ -64,7 +64,7 @@ class Before(NamedTuple):
     """What C was last told of a block: addresses, which are valid as long as a look sees what was `noted`. It holds no tensor."""
 
     noted: Noted
-    weights: Told
+    weights: Any
     states: tuple[int, int, int]  # heads of queries, of keys, and numbers of each
     shares: tuple[Share, ...]
     tokens: int

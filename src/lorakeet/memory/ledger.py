@@ -28,7 +28,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from lorakeet.core import card_rows
-from lorakeet.core.native import coded, dense, trained_pairs
+from lorakeet.core.native import coded, dense, stored, trained_pairs
 from lorakeet.core.native import ops as native
 from lorakeet.memory.allocator import LARGEST_HEAP_PIECE
 from lorakeet.memory.held import KEPT, OUTSIDE, Held, Stretch
@@ -271,6 +271,8 @@ FLOPS = {
     torch.ops.lorakeet.coded_product: coded.flops,
     torch.ops.lorakeet.dense_product: dense.flops,
     torch.ops.lorakeet.dense_product_add_: dense.flops_of_sum,
+    torch.ops.lorakeet.stored_product: stored.flops,
+    torch.ops.lorakeet.stored_product_add_: stored.flops_of_sum,
     torch.ops.lorakeet.trained_pairs_: trained_pairs.flops,
     torch.ops.lorakeet.trained_pairs_backward_: trained_pairs.flops_backward,
     torch.ops.lorakeet.trained_pairs_of_a: trained_pairs.flops_of_a,
@@ -287,6 +289,8 @@ WORKSPACES: Mapping[Any, Callable[..., int]] = {
     coded.CODED_PRODUCT: coded.workspace,
     dense.DENSE_PRODUCT: dense.workspace,
     dense.DENSE_PRODUCT_ADD: dense.workspace_of_sum,
+    stored.STORED_PRODUCT: stored.workspace,
+    stored.STORED_PRODUCT_ADD: stored.workspace_of_sum,
     trained_pairs.TRAINED_PAIRS: trained_pairs.workspace,
     trained_pairs.TRAINED_PAIRS_BACKWARD: trained_pairs.workspace_backward,
     trained_pairs.TRAINED_PAIRS_OF_A: trained_pairs.workspace_of_a,

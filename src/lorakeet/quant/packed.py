@@ -26,10 +26,11 @@ PART_BYTES = 32 << 20  # of W in fp32 that are brought back at once on a CPU; na
 class PackedBase(nn.Module):
     """A frozen weight W (out, in) in packed buffers; a FrozenBase (core/base).
 
-    A subclass registers its buffers and answers `unpack` and `store`. W is brought back for each product into one buffer that
-    all bases share (core/scratch), in bf16 on a CPU by the library for those that tell it what their buffers mean (`_told`), in
-    fp32 some rows at a time, so that however many layers a model has, one dense matrix exists at a time, and autograd never sees
-    it. Where Triton kernels are asked for, products of few tokens run without it (core/kernels).
+    A subclass registers its buffers and answers `unpack` and `store`. On a CPU the library multiplies rows in bf16 with them as
+    they are, for those that tell it what their buffers mean (`_told`). Else W is brought back for each product into one buffer
+    that all bases share (core/scratch), in fp32 some rows at a time, so that however many layers a model has, one dense matrix
+    exists at a time, and autograd never sees it. Where Triton kernels are asked for, products of few tokens run without it
+    (core/kernels).
     """
 
     kernels: Kernels | None = None
@@ -106,6 +107,8 @@ class PackedBase(nn.Module):
         fused = product(self, x)
         if fused is not None:
             return fused
+        if (told := self._multiplied(x)) is not None:
+            return native.product(x, told)
         first, *others = self._parts(x.dtype)
         if not others:
             return frozen_product(x, self._rows(first, x.dtype))
@@ -119,6 +122,8 @@ class PackedBase(nn.Module):
         fused = product(self, grad, transposed=True)
         if fused is not None:
             return fused
+        if (told := self._multiplied(grad)) is not None:
+            return native.product(grad, told, across=True)
         first, *others = self._parts(grad.dtype)
         if not others:
             return frozen_product(grad, self._rows(first, grad.dtype), across=True)
@@ -128,12 +133,18 @@ class PackedBase(nn.Module):
         return found
 
     def add_matmul_t(self, to: Tensor, grad: Tensor) -> None:
-        """Adds grad·W to `to` (tokens, in), in place, and rounds it with the sum where W is brought back whole."""
-        parts = self._parts(grad.dtype)
-        if self.kernels is not None or len(parts) > 1:
+        """Adds grad·W to `to` (tokens, in), in place, and rounds it with the sum where W is multiplied whole."""
+        parts, told = self._parts(grad.dtype), self._multiplied(grad)
+        if told is not None and to.dtype == grad.dtype and to.is_contiguous():
+            native.add_product(to, grad, told, across=True)
+        elif self.kernels is not None or len(parts) > 1:
             to.add_(self.matmul_t(grad))
         else:
             add_frozen_product(to, grad, self._rows(parts[0], grad.dtype), across=True)
+
+    def _multiplied(self, x: Tensor) -> Stored | None:
+        """What C is told where it multiplies x by the packed buffers; None where W is brought back."""
+        return self.stored() if native.multiplies(x) else None
 
     def _parts(self, dtype: torch.dtype) -> list[slice]:
         """The rows that are brought back at once: all of them, but for fp32 on a CPU no more than `PART_BYTES`."""

@@ -1,4 +1,4 @@
-"""Weights that C brings back: the bits of quant's own unpacking, and what C is not given."""
+"""Weights that C brings back, and multiplies as they are: the bits of quant's own unpacking, and what C is not given."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lorakeet.core.native import dense, ops
-from lorakeet.core.native.stored import GGUF, Stored, bring_back
+from lorakeet.core.native.stored import GGUF, STORED_PRODUCT, STORED_PRODUCT_ADD, Stored, add_product, bring_back, product
 from lorakeet.core.scratch import SCRATCH
 from lorakeet.memory.ledger import Ledger
 from lorakeet.quant.gguf import BLOCK_TYPES
@@ -63,17 +63,85 @@ def test_what_is_brought_back_is_what_is_unpacked_to_the_last_bit(kind: str) -> 
     assert float((unpacked.float() - weight(base.shape)).abs().max()) < 0.5  # and it is the weight
 
 
-def test_products_bring_back_by_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    base, x = MADE["nf4 of 64"](), torch.randn(5, SHAPE[1]).bfloat16()
-    expected = torch.mm(x, base.unpack(torch.empty(SHAPE, dtype=torch.bfloat16)).t())
+@pytest.mark.parametrize("tokens", [0, 1, 9, 300])
+@pytest.mark.parametrize("kind", MADE)
+def test_products_are_those_with_what_is_brought_back_to_the_last_bit(kind: str, tokens: int) -> None:
+    base, threads = MADE[kind](), torch.get_num_threads()
+    told, dense_weight = base.stored(), base.unpack(torch.empty(base.shape, dtype=torch.bfloat16))
+    assert told is not None
+    for across in (False, True):
+        x = torch.randn(tokens, base.shape[0 if across else 1], generator=torch.Generator().manual_seed(3)).bfloat16()
+        expected = dense.DENSE_PRODUCT(x, dense_weight, across)
+        summed, found = torch.ones_like(expected), torch.ones_like(expected)
+        dense.DENSE_PRODUCT_ADD(summed, x, dense_weight, across)
+        try:
+            for number in (1, 2, 5):  # who multiplies alone, and several that lay out a group
+                torch.set_num_threads(number)
+                assert torch.equal(product(x, told, across), expected)
+        finally:
+            torch.set_num_threads(threads)
+        add_product(found, x, told, across)
+        assert torch.equal(found, summed)
+
+
+def test_sums_of_many_terms_over_packed_weights_too() -> None:
+    """Of more than are laid out at once, in groups and by few tokens."""
+    numbers = torch.randn(2096, 2144, generator=torch.Generator().manual_seed(4))
+    for base in (Nf4Base.of(numbers), Int8Base.of(numbers)):
+        told, dense_weight = base.stored(), base.unpack(torch.empty(base.shape, dtype=torch.bfloat16))
+        assert told is not None
+        for tokens in (3, 500):
+            for across in (False, True):
+                x = torch.randn(tokens, base.shape[0 if across else 1]).bfloat16()
+                assert torch.equal(product(x, told, across), dense.DENSE_PRODUCT(x, dense_weight, across))
+
+
+def test_bases_multiply_so_and_bring_nothing_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dense, "multiplies", lambda: True)  # also with AMX
+    base, x, grad = MADE["nf4 of 64"](), torch.randn(5, SHAPE[1]).bfloat16(), torch.randn(5, SHAPE[0]).bfloat16()
+    weight_of = base.unpack(torch.empty(SHAPE, dtype=torch.bfloat16))
+    expected, back = torch.mm(x, weight_of.t()), torch.mm(grad, weight_of)
 
     def refused(*_: object) -> Tensor:
         raise AssertionError("unpacked by torch")
 
     monkeypatch.setattr(type(base), "unpack", refused)
+    SCRATCH.clear()
     torch.testing.assert_close(base.matmul(x), expected, rtol=2**-7, atol=1e-2)
+    torch.testing.assert_close(base.matmul_t(grad), back, rtol=2**-7, atol=1e-2)
+    assert not SCRATCH._buffers
     with ops.without(), pytest.raises(AssertionError, match="unpacked by torch"):
         base.matmul(x)
+
+
+def test_with_amx_they_are_brought_back_for_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dense, "multiplies", lambda: False)
+    base, x = MADE["int8"](), torch.randn(5, SHAPE[1]).bfloat16()
+    SCRATCH.clear()
+    torch.testing.assert_close(base.matmul(x), torch.mm(x, base.unpack(torch.empty(SHAPE, dtype=torch.bfloat16)).t()))
+    assert [held.numel() for held in SCRATCH._buffers.values()] == [SHAPE[0] * SHAPE[1]]
+
+
+def test_rows_that_do_not_fit_a_weight_are_refused() -> None:
+    told = MADE["int8"]().stored()
+    assert told is not None
+    with pytest.raises(ValueError, match="do not fit each other, or the weight has no numbers"):
+        product(torch.ones(3, SHAPE[0]).bfloat16(), told)
+    with pytest.raises(ValueError, match="do not fit each other, or the weight has no numbers"):
+        add_product(torch.ones(2, SHAPE[0]).bfloat16(), torch.ones(3, SHAPE[1]).bfloat16(), told)
+    with pytest.raises(ValueError, match="takes contiguous tensors"):
+        product(torch.ones(3, SHAPE[1]), told)
+    with pytest.raises(ValueError, match="do not fit each other, or the weight has no numbers"):
+        product(torch.ones(3, SHAPE[1]).bfloat16(), told._replace(codes=0))
+
+
+def test_both_operators_pass_torch_s_own_checks() -> None:
+    told = MADE["nf4 of 64"]().stored()
+    assert told is not None
+    x, grad = torch.randn(5, SHAPE[1]).bfloat16(), torch.randn(5, SHAPE[0]).bfloat16()
+    weight_of = told.held, told.numbers
+    for operator, given in ((STORED_PRODUCT, (x, *weight_of, False)), (STORED_PRODUCT_ADD, (x, grad, *weight_of, True))):
+        torch.library.opcheck(operator, given, test_utils=("test_schema", "test_faketensor"))
 
 
 def test_a_product_that_is_added_is_rounded_with_the_sum(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -107,7 +175,7 @@ def test_sizes_in_no_whole_lanes_are_not_for_c() -> None:
 
 
 def test_shapes_alone_hold_what_numbers_hold(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A rehearsal counts the one matrix that a product brings back to, and none of what torch would need to unpack it."""
+    """A rehearsal counts what a product works in, and no matrix that is brought back."""
     monkeypatch.setattr(dense, "multiplies", lambda: True)  # also with AMX
     ledger = Ledger()
     SCRATCH.clear()
@@ -116,8 +184,8 @@ def test_shapes_alone_hold_what_numbers_hold(monkeypatch: pytest.MonkeyPatch) ->
         y = base.matmul(x)
         assert isinstance(base.stored(), Stored)
     SCRATCH.clear()
-    given_and_found = base.bytes + 2 * (x.numel() + y.numel()) + 2 * SHAPE[0] * SHAPE[1]
-    assert ledger.peaks["product"].bytes == given_and_found + dense.workspace(x, torch.empty(SHAPE), False)
+    assert ledger.peaks["product"].bytes == base.bytes + 2 * (x.numel() + y.numel()) + dense.scratch(SHAPE[1], SHAPE[0])
+    assert ledger.work["product"].flops == 2 * len(x) * SHAPE[0] * SHAPE[1]
 
 
 def test_shapes_alone_never_reach_c() -> None:

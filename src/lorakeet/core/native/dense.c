@@ -1,62 +1,23 @@
-/* Products of bf16 rows with a frozen weight in bf16 (out, in): x·Wᵀ, and, `across`, g·W, with sums in fp32 that are rounded once.
+/* Products of bf16 rows with a frozen weight (out, in): x·Wᵀ, and, `across`, g·W, with sums in fp32 that are rounded once.
 
-   The weight stays as it is. For a group of PANELs of the result, as many as fit in ROOM or threads compute, or, where tokens are
-   few, for one of each thread, its numbers are laid out as the product takes them, two of each column side by side; that is read
-   again for every ROWS tokens, from the processor's second cache. Longer sums than DEPTH are added up in parts, so that a part of a
-   panel and of the tokens stays there too. Every row of the result is added up in the same order, whatever stands beside it. */
+   The weight stays as it is. PANEL columns of the result at a time, its numbers are laid out as the product takes them (panels.c),
+   and read again for every ROWS tokens, from the processor's second cache. Whoever multiplies a panel lays it out, for itself; where
+   there are too few of them for the threads, or sums are longer than DEPTH and added up in parts, threads lay out a group together,
+   as many as fit in ROOM. Every row of the result is added up in the same order, whatever stands beside it. */
 
 #include "dense.h"
 
+#include "panels.h"
+
 #include <omp.h>
 
-#define WIDE 3               /* registers of sums beside each other */
-#define PANEL (WIDE * LANES) /* columns of the result at once */
 #define ROWS 8               /* tokens at once: with WIDE, 24 of the 32 registers */
 #define TOKENS 384           /* of a piece of work, at most, which is also PANEL columns wide; towards the end a piece is a quarter of */
 #define FEWEST 192           /* what is left, but no fewer as long as there are so many, so that threads end together */
+#define TOGETHER 2           /* panels */
 #define DEPTH 2048           /* terms of a part of a sum */
 #define ROOM (7 << 17)       /* bytes of sums and of panels laid out at once, but at least one panel for each thread: below 1 MiB, from
                                 which on a process with a budget has the system map memory (memory/allocator) */
-#define AHEAD 128            /* numbers of a row that are fetched before they are laid out */
-#define ROWS_AHEAD 16
-
-/* Sixteen rows of the weight (out, in), from `first` on, of which the terms `from` … `to` − 1, as columns of x·Wᵀ: the w-th sixteen of
-   panel[to / 2 − from / 2][WIDE][16 rows][2]; rows that are not there, 0. */
-static void lay_rows(const bf16 *weight, int64_t first, int64_t out, int64_t in, int64_t from, int64_t to, int64_t w,
-                     __m512i *panel) {
-    for (int64_t c = from; c < to; c += 2 * LANES) {
-        int64_t pairs = to - c < 2 * LANES ? (to - c) / 2 : LANES;
-        __m512i rows[LANES];
-        for (int64_t l = 0; l < LANES; l++) {
-            int64_t row = first + l;
-            rows[l] = row < out ? _mm512_maskz_loadu_epi32((__mmask16)((1u << pairs) - 1), weight + row * in + c) : _mm512_setzero_si512();
-            if (row < out && c + AHEAD < to) _mm_prefetch((const char *)(weight + row * in + c + AHEAD), _MM_HINT_T0);
-        }
-        transposed(rows);
-        for (int64_t k = 0; k < pairs; k++) panel[((c - from) / 2 + k) * WIDE + w] = rows[k];
-    }
-}
-
-/* Of the weight (out, in) the rows `from` … `to` − 1, of PANEL columns from `first` on, as columns of g·W:
-   panel[to / 2 − from / 2][WIDE][16 columns][2 rows]. */
-static void lay_columns(const bf16 *weight, int64_t first, int64_t in, int64_t from, int64_t to, __m512i *panel) {
-    for (int64_t k = from; k < to; k += 2)
-        for (int64_t w = 0; w < WIDE; w++, panel++) {
-            int64_t column = first + w * LANES;
-            if (column >= in) {
-                *panel = _mm512_setzero_si512();
-                continue;
-            }
-            const bf16 *at = weight + k * in + column;
-            if (k + ROWS_AHEAD < to) {
-                _mm_prefetch((const char *)(at + ROWS_AHEAD * in), _MM_HINT_T0);
-                _mm_prefetch((const char *)(at + (ROWS_AHEAD + 1) * in), _MM_HINT_T0);
-            }
-            __m512i one = _mm512_castsi256_si512(_mm256_loadu_si256((const __m256i *)at));
-            __m512i two = _mm512_inserti64x4(one, _mm256_loadu_si256((const __m256i *)(at + in)), 1);
-            *panel = by_turns(two);
-        }
-}
 
 /* What the product of some tokens with a part of a panel has to be told. */
 typedef struct {
@@ -150,9 +111,11 @@ static inline __attribute__((always_inline)) void multiply(const Part *p, const 
 /* Bytes of the sums of pieces that are added up in parts. */
 static int64_t sums_of(int64_t depth, int threads) { return depth > DEPTH ? threads * TOKENS * PANEL * (int64_t)sizeof(float) : 0; }
 
+static int64_t panels_of(int64_t width) { return (width + PANEL - 1) / PANEL; }
+
 /* How many panels are laid out at once. */
 static int64_t group_of(int64_t depth, int64_t width, int threads) {
-    int64_t panels = (width + PANEL - 1) / PANEL, fit = (ROOM - sums_of(depth, threads)) / (2 * depth * PANEL);
+    int64_t panels = panels_of(width), fit = (ROOM - sums_of(depth, threads)) / (2 * depth * PANEL);
     if (fit < threads) fit = threads;
     int64_t groups = (panels + fit - 1) / fit;
     return (panels + groups - 1) / groups; /* about as many in each */
@@ -165,7 +128,8 @@ int64_t dense_scratch(int64_t depth, int64_t width, int threads) {
 
 /* What dense_product_and is told, and its scratch. */
 typedef struct {
-    const bf16 *x, *weight;
+    const bf16 *x;
+    const Stored *weight;
     bf16 *y;
     __m512i *laid;
     float *sums;
@@ -177,9 +141,11 @@ typedef struct {
 
 /* Of the n-th panel the terms `from` … `to` − 1. */
 static void lay(const Product *o, int64_t n, int64_t from, int64_t to, __m512i *panel) {
-    if (o->across) lay_columns(o->weight, n * PANEL, o->width, from, to, panel);
+    if (!o->across)
+        for (int64_t w = 0; w < WIDE; w++) lay_rows(o->weight, n * PANEL + w * LANES, from, to, w, panel);
     else
-        for (int64_t w = 0; w < WIDE; w++) lay_rows(o->weight, n * PANEL + w * LANES, o->width, o->depth, from, to, w, panel);
+        for (int64_t row = from; row < to; row += LANES, panel += LANES / 2 * WIDE)
+            lay_columns(o->weight, row, n * PANEL, 1, 0, panel);
 }
 
 /* The rows `token` … `end` − 1 of y's n-th panel, as far as they come of the terms from k on, DEPTH at most, which are `laid`. */
@@ -205,33 +171,56 @@ static void multiply_rows(const Product *o, int64_t n, int64_t k, const __m512i 
     }
 }
 
-/* Few tokens: who multiplies a panel lays it out, where the next one overwrites it, in a cache of its own. */
-static void by_panels(const Product *o, int64_t tokens) {
-    int64_t size = (o->depth < DEPTH ? o->depth : DEPTH) / 2 * WIDE;
-#pragma omp parallel for schedule(dynamic) num_threads(o->threads)
-    for (int64_t n = 0; n < (o->width + PANEL - 1) / PANEL; n++)
-        for (int64_t k = 0; k < o->depth; k += DEPTH) {
-            __m512i *own = o->laid + omp_get_thread_num() * size;
-            lay(o, n, k, k + DEPTH < o->depth ? k + DEPTH : o->depth, own);
-            multiply_rows(o, n, k, own, 0, tokens);
+/* The panels that threads divide among them in the end: as many as the others may have in hand when there are no more. */
+static int64_t divided_of(const Product *o) {
+    int64_t panels = panels_of(o->width), wanted = TOGETHER * (o->threads - 1);
+    return wanted < panels ? wanted : panels;
+}
+
+/* Panels that whoever multiplies them lays out, one at a time, in a cache of its own: TOGETHER of them for all tokens, which fill
+   whole lines of y's rows, and the last ones, which several lay out, for a piece of the tokens. There is one piece where sums are
+   longer than DEPTH. */
+static void by_panels(const Product *o, const int64_t *begins, int64_t parts) {
+    int64_t depth = o->depth, panels = panels_of(o->width), divided = divided_of(o), others = panels - divided;
+    int64_t units = (others + TOGETHER - 1) / TOGETHER, size = (depth < DEPTH ? depth : DEPTH) / 2 * WIDE;
+#pragma omp parallel num_threads(o->threads)
+    {
+        __m512i *own = o->laid + omp_get_thread_num() * size;
+        int64_t laid = -1;
+#pragma omp for schedule(dynamic)
+        for (int64_t u = 0; u < units + divided * parts; u++) {
+            int64_t n = u * TOGETHER, stop = n + TOGETHER < others ? n + TOGETHER : others, token = 0, end = begins[parts];
+            if (u >= units) {
+                int64_t part = (u - units) % parts;
+                n = others + (u - units) / parts, stop = n + 1, token = begins[part], end = begins[part + 1];
+            }
+            for (; n < stop; n++)
+                for (int64_t k = 0; k < depth; k += DEPTH) {
+                    if (laid != n || depth > DEPTH) lay(o, n, k, k + DEPTH < depth ? k + DEPTH : depth, own);
+                    multiply_rows(o, n, k, own, token, end);
+                    laid = n;
+                }
         }
+    }
 }
 
 /* Panels that are laid out together, and multiplied by pieces of the tokens. */
 static void by_groups(const Product *o, const int64_t *begins, int64_t parts) {
-    int64_t depth = o->depth, panels = (o->width + PANEL - 1) / PANEL, group = group_of(depth, o->width, o->threads);
+    int64_t depth = o->depth, panels = panels_of(o->width), group = group_of(depth, o->width, o->threads);
     int64_t size = depth / 2 * WIDE;
 #pragma omp parallel num_threads(o->threads)
     for (int64_t begin = 0; begin < panels; begin += group) {
         int64_t stop = begin + group < panels ? begin + group : panels;
+        if (o->across) {
+#pragma omp for schedule(static)
+            for (int64_t row = 0; row < depth; row += LANES)
+                lay_columns(o->weight, row, begin * PANEL, stop - begin, size, o->laid + row / 2 * WIDE);
+        } else {
 #pragma omp for collapse(2) schedule(static)
-        for (int64_t n = begin; n < stop; n++)
-            for (int64_t w = 0; w < WIDE; w++) {
-                __m512i *panel = o->laid + (n - begin) * size;
-                int64_t from = depth / 2 * w / WIDE * 2, to = depth / 2 * (w + 1) / WIDE * 2;
-                if (o->across) lay_columns(o->weight, n * PANEL, o->width, from, to, panel + from / 2 * WIDE);
-                else lay_rows(o->weight, n * PANEL + w * LANES, o->width, depth, 0, depth, w, panel);
-            }
+            for (int64_t n = begin; n < stop; n++)
+                for (int64_t w = 0; w < WIDE; w++)
+                    lay_rows(o->weight, n * PANEL + w * LANES, 0, depth, w, o->laid + (n - begin) * size);
+        }
 #pragma omp for collapse(2) schedule(dynamic)
         for (int64_t part = 0; part < parts; part++)
             for (int64_t n = begin; n < stop; n++)
@@ -257,15 +246,18 @@ static int64_t pieces_of(int64_t tokens, int64_t *begin) {
    has dense_scratch bytes. */
 void dense_product(const bf16 *x, const bf16 *weight, bf16 *y, uint8_t *scratch, int64_t tokens, int64_t depth, int64_t width,
                    int across, int add, int threads) {
-    dense_product_and(x, weight, y, scratch, tokens, depth, width, across, add, 0, threads);
+    Stored dense = {.kind = DENSE, .out = across ? depth : width, .in = across ? width : depth, .codes = weight};
+    stored_product(x, &dense, y, scratch, tokens, across, add, 0, threads);
 }
 
-void dense_product_and(const bf16 *x, const bf16 *weight, bf16 *y, uint8_t *scratch, int64_t tokens, int64_t depth, int64_t width,
-                       int across, int add, const Added *added, int threads) {
+void stored_product(const bf16 *x, const Stored *weight, bf16 *y, uint8_t *scratch, int64_t tokens, int across, int add,
+                    const Added *added, int threads) {
+    int64_t depth = across ? weight->out : weight->in, width = across ? weight->in : weight->out;
     int64_t begins[tokens / FEWEST + 2], parts = pieces_of(tokens, begins);
     float *sums = (float *)scratch;
     scratch += sums_of(depth, threads);
     Product whole = {x, weight, y, (__m512i *)scratch, sums, depth, width, across, add, added, threads};
-    if (parts > 1) by_groups(&whole, begins, parts);
-    else by_panels(&whole, tokens);
+    int few_divided = 2 * divided_of(&whole) <= panels_of(width) && depth <= DEPTH;
+    if (parts <= 1 || few_divided) by_panels(&whole, begins, parts);
+    else by_groups(&whole, begins, parts);
 }

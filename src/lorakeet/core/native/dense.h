@@ -2,7 +2,7 @@
 #ifndef LORAKEET_DENSE_H
 #define LORAKEET_DENSE_H
 
-#include "lanes.h"
+#include "stored.h"
 
 /* Bytes of scratch, which begin at a multiple of 64. */
 int64_t dense_scratch(int64_t depth, int64_t width, int threads);
@@ -23,9 +23,9 @@ typedef struct {
     int64_t count, layer;
 } Added;
 
-/* dense_product, and what is `added` while the sums are in registers. */
-void dense_product_and(const bf16 *x, const bf16 *weight, bf16 *y, uint8_t *scratch, int64_t tokens, int64_t depth, int64_t width,
-                       int across, int add, const Added *added, int threads);
+/* y (tokens, ·) = x·Wᵀ, or, `across`, x·W, or that added to y, and what is `added`, or nothing, while the sums are in registers. */
+void stored_product(const bf16 *x, const Stored *weight, bf16 *y, uint8_t *scratch, int64_t tokens, int across, int add,
+                    const Added *added, int threads);
 
 void dense_product(const bf16 *x, const bf16 *weight, bf16 *y, uint8_t *scratch, int64_t tokens, int64_t depth, int64_t width,
                    int across, int add, int threads);

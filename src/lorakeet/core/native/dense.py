@@ -46,17 +46,20 @@ def dense_product_add_(y: Tensor, x: Tensor, weight: Tensor, across: bool, add: 
     if x.shape[1] != depth or y.shape != (len(x), width) or not depth or depth % ops.LANES or width % ops.LANES:
         shapes = f"rows {tuple(x.shape)}, a weight {tuple(weight.shape)} and a result {tuple(y.shape)}"
         raise ValueError(f"{shapes} do not fit each other, or are not in whole {ops.LANES}")
-    scratch = torch.empty(workspace(x, weight, across), dtype=torch.uint8)
+    room = torch.empty(scratch(depth, width), dtype=torch.uint8)
     sizes = (ctypes.c_int64(size) for size in (len(x), depth, width))
-    given = *pointers(x, weight, y), address(scratch)
+    given = *pointers(x, weight, y), address(room)
     loaded().dense_product(*given, *sizes, int(across), int(add), torch.get_num_threads())
 
 
 def workspace(x: Tensor, weight: Tensor, across: bool) -> int:
     """Bytes that a product holds for as long as it computes."""
     depth, width = weight.shape if across else weight.shape[::-1]
-    if not depth:
-        return 0
+    return scratch(depth, width) if depth else 0
+
+
+def scratch(depth: int, width: int) -> int:
+    """Bytes in which sums of so many terms are computed, of so many columns."""
     return ALIGNED + int(loaded().dense_scratch(ctypes.c_int64(depth), ctypes.c_int64(width), torch.get_num_threads()))
 
 

@@ -25,9 +25,9 @@ import torch
 from lorakeet.core.cache import cache_folder
 
 HERE = Path(__file__).parent
-HEADERS = ("lanes.h", "passes.h", "pairs.h", "linear.h", "cached.h", "attention.h", "tiles.h", "dense.h", "stored.h", "coded.h",
-           "trained_pairs.h")
-SOURCES = ("attention.c", "passes.c", "pairs.c", "linear.c", "cached.c", "block.c", "coded.c", "dense.c",
+HEADERS = ("lanes.h", "passes.h", "pairs.h", "linear.h", "cached.h", "attention.h", "tiles.h", "dense.h", "panels.h", "stored.h",
+           "gptq.h", "coded.h", "trained_pairs.h")
+SOURCES = ("attention.c", "passes.c", "pairs.c", "linear.c", "cached.c", "block.c", "coded.c", "dense.c", "panels.c",
            "stored.c", "gguf.c", "head.c", "trained_pairs.c", "trained_block.c")
 SIZES = ("attention_scratch", "coded_scratch", "dense_scratch", "block_scratch", "trained_block_kept", "trained_block_scratch")
 INSTRUCTIONS = ("-march=x86-64-v4", "-mavx512bf16", "-mavx512vnni")

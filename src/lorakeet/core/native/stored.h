@@ -19,13 +19,13 @@ typedef struct {
     int64_t size, count;         /* NF4: numbers of a block; GPTQ: what is added to each word of zero points, and the groups */
 } Stored;
 
-/* Rows first … last − 1 of a weight in ggml's blocks, to where they stand in (out, in). */
-void gguf_rows(const Stored *w, int64_t first, int64_t last, bf16 *to);
+/* The numbers first … last − 1, multiples of 16, of a row of a weight in ggml's blocks. */
+void gguf_row(const Stored *w, int64_t row, int64_t first, int64_t last, bf16 *to);
+
+/* Of sixteen rows, from `row` on, the columns first … last − 1, multiples of 16, rounded once, to (16, stride); of none that is DENSE. */
+void stored_part(const Stored *w, int64_t row, int64_t first, int64_t last, bf16 *to, int64_t stride);
 
 /* All of it, rounded once, to (out, in). */
 void stored_back(const Stored *w, bf16 *to, int threads);
-
-/* The weight in bf16: as it is stored, or brought back to `room` (out, in). */
-const bf16 *stored_dense(const Stored *w, bf16 *room, int threads);
 
 #endif

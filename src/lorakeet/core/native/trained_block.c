@@ -244,10 +244,10 @@ static void add_to_all(const Added *added, bf16 *y, int64_t tokens, int64_t widt
     for (int64_t t = 0; t < tokens; t += PIECE) add_to_rows(added, y, width, t, t + PIECE < tokens ? t + PIECE : tokens);
 }
 
-/* What a product with a frozen weight, or with pairs, is asked with; a weight that is no bf16 is brought back to `dense`. */
+/* What a product with a frozen weight, or with pairs, is asked with. */
 typedef struct {
     int64_t tokens;
-    bf16 *dense, *factors;
+    bf16 *factors;
     uint8_t *work;
     Coding coding;
     int threads;
@@ -265,7 +265,7 @@ static void times(Asked a, const bf16 *x, int count, const Stored *w, const Laye
         bf16 *y = ys[i].rows;
         Added added = {biases ? biases[i] : 0, wide, group->count, i};
         if (w->kind != CODED) {
-            dense_product_and(x, stored_dense(w, a.dense, a.threads), y, a.work, n, in, w->out, 0, 0, &added, a.threads);
+            stored_product(x, w, y, a.work, n, 0, 0, &added, a.threads);
             continue;
         }
         if (!coded) {
@@ -284,7 +284,7 @@ static void back(Asked a, const bf16 *g, const Stored *w, bf16 *to, int sum, con
     Coding *c = &a.coding;
     int64_t n = a.tokens;
     if (w->kind != CODED) {
-        dense_product_and(g, stored_dense(w, a.dense, a.threads), to, a.work, n, w->out, w->in, 1, sum, added, a.threads);
+        stored_product(g, w, to, a.work, n, 1, sum, added, a.threads);
         return;
     }
     code_rows(g, w->scales, 0, 0, c->codes, c->steps, n, w->out, a.threads);
@@ -316,15 +316,14 @@ static void blank(const Shape *s, bf16 *states) {
     memset(states + last * width, 0, (s->tokens - last) * width * sizeof(bf16));
 }
 
-/* x (tokens, hidden) to y; cos and sin are (tokens, d); `dense` has room for any of the weights in bf16. The pass is FORWARD or
-   ALONE. */
+/* x (tokens, hidden) to y; cos and sin are (tokens, d). The pass is FORWARD or ALONE. */
 void trained_block(const Weights *w, const Shape *s, const Group *groups, const bf16 *cos, const bf16 *sin, const bf16 *x, bf16 *y,
-                   char *kept, bf16 *dense, char *scratch, int pass, int threads) {
+                   char *kept, char *scratch, int pass, int threads) {
     Room for_kept = {kept, 0}, for_scratch = {scratch, 0};
     Kept k = kept_in(&for_kept, w, s, groups, pass);
     Forward f = forward_in(&for_scratch, w, s, groups, &k, pass, threads);
     int64_t n = s->tokens, hidden = w->hidden, inner = w->inner, q = s->heads * s->d, kv = s->kv * s->d;
-    Asked a = {n, dense, f.factors, f.work, f.coding, threads};
+    Asked a = {n, f.factors, f.work, f.coding, threads};
     const Layer inward[] = {{k.q, q}, {k.k, kv}, {k.v, kv}}, apart[] = {{k.gate, inner}, {k.up, inner}};
     const Layer outward[] = {{k.middle, hidden}}, down[] = {{y, hidden}};
     norm(x, w->first, w->epsilons[0], f.normed, k.first_rho, n, hidden, threads);
@@ -346,13 +345,12 @@ void trained_block(const Weights *w, const Shape *s, const Group *groups, const 
 /* From ∂L/∂y (tokens, hidden) to ∂L/∂x, where that is given a place, and, group by group, ∂A and ∂B of the pairs. Uses up what was
    kept. */
 void trained_block_backward(const Weights *w, const Shape *s, const Group *groups, const bf16 *cos, const bf16 *sin, const bf16 *x,
-                            char *kept, const bf16 *grad, bf16 *grad_x, float *grad_a, float *grad_b, bf16 *dense, char *scratch,
-                            int threads) {
+                            char *kept, const bf16 *grad, bf16 *grad_x, float *grad_a, float *grad_b, char *scratch, int threads) {
     Room for_kept = {kept, 0}, for_scratch = {scratch, 0};
     Kept k = kept_in(&for_kept, w, s, groups, BACKWARD);
     Backward b = backward_in(&for_scratch, w, s, groups, &k, threads);
     int64_t n = s->tokens, hidden = w->hidden, inner = w->inner, q = s->heads * s->d, kv = s->kv * s->d;
-    Asked a = {n, dense, b.factors, b.work, b.coding, threads};
+    Asked a = {n, b.factors, b.work, b.coding, threads};
     float *as[GROUPS], *bs[GROUPS];
     for (int g = 0; g < GROUPS; g++) as[g] = grad_a, bs[g] = grad_b, grad_a += groups[g].of_a, grad_b += groups[g].of_b;
 

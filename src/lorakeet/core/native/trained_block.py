@@ -11,7 +11,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,8 +19,7 @@ from torch import Tensor
 from lorakeet.core.native import trained_pairs
 from lorakeet.core.native.ops import Shape, loaded, pointers
 from lorakeet.core.native.rooms import ROOMS, address, room
-from lorakeet.core.native.stored import CODED, DENSE, NUMBERS, Stored
-from lorakeet.core.scratch import SCRATCH
+from lorakeet.core.native.stored import NUMBERS, Stored
 
 LAYERS = 7  # q, k, v, o, gate, up, down
 GROUPS = ((0, 1, 2), (3,), (4, 5), (6,))  # those that see the same x
@@ -28,7 +27,6 @@ FORWARD, BACKWARD, ALONE = range(3)  # passes, as trained_block.c has them
 
 _Layers, _Biases = ctypes.c_int64 * (LAYERS * NUMBERS), ctypes.c_void_p * 3
 _Pointers, _Floats = ctypes.c_void_p * 2, ctypes.c_float * 2
-_NOTHING = torch.empty(0)
 Place = tuple[tuple[int, ...], tuple[int, ...], int]
 
 
@@ -66,32 +64,20 @@ class Weights:
     heads: Sequence[tuple[Tensor, float]]  # none, or both
     norms: Sequence[tuple[Tensor, float]]
 
-    def told(self) -> Told:
-        """What C is told of them; ValueError for biases and gains that it cannot read so."""
+    def told(self) -> Any:
+        """What C is told of them, addresses, which hold nothing; ValueError for biases and gains that it cannot read so."""
         inner, hidden = self.layers[4][1:3]
         layers = _Layers(*[number for layer in self.layers for number in layer.numbers])
         heads, norms = (_addresses([gain for gain, _ in of]) for of in (self.heads, self.norms))
         epsilons, of_heads = (_Floats(*[epsilon for _, epsilon in of]) for of in (self.norms, self.heads))
         gains = _Biases(*_addresses(self.biases)), _Pointers(*heads), _Pointers(*norms)
-        packed = [weight.out * weight.width for weight in self.layers if weight.kind not in (DENSE, CODED)]
-        return Told(_Weights(layers, *gains, epsilons, of_heads, hidden, inner), max(packed, default=0))
+        return _Weights(layers, *gains, epsilons, of_heads, hidden, inner)
 
     def held(self) -> list[Tensor]:
         """The tensors that C is told of, which are to be held as long as it may read them."""
         gains = [gain for gain, _ in (*self.heads, *self.norms)]
         biases = [bias for bias in self.biases if bias is not None]
         return [*gains, *biases, *(each for layer in self.layers for each in layer.held)]
-
-
-class Told(NamedTuple):
-    """What C is told of weights: addresses, which hold nothing; `packed`: numbers of the largest that is brought back to bf16."""
-
-    weights: Any
-    packed: int
-
-    def room(self) -> Tensor:
-        """Where a weight that is no bf16 is brought back to, for the next call alone; of no numbers where all are."""
-        return SCRATCH.matrix((1, self.packed), torch.bfloat16, torch.device("cpu")) if self.packed else _NOTHING
 
 
 class Pairs:
@@ -159,12 +145,12 @@ def _places(shapes: tuple[tuple[int, ...], ...], rows: tuple[tuple[int, int], ..
 
 @dataclass(frozen=True)
 class Call:
-    """A block over the tokens of a batch: its weights, how their rows lie, and the pairs.
+    """A block over the tokens of a batch: what C is told of its weights, how their rows lie, and the pairs.
 
     `held` are tensors that hold all numbers that C is told of, those of the `factors` too, whatever takes their place.
     """
 
-    weights: Told
+    weights: Any
     shape: Shape
     pairs: Pairs
     factors: Sequence[Tensor]
@@ -172,15 +158,14 @@ class Call:
 
     @cached_property
     def _told(self) -> tuple[Any, Any, Any]:
-        return ctypes.byref(self.weights.weights), ctypes.byref(self.shape), self.pairs.told()
+        return ctypes.byref(self.weights), ctypes.byref(self.shape), self.pairs.told()
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, *, alone: bool = False) -> tuple[Tensor, Tensor]:
         """y of x (tokens, hidden), and what `backward` wants, unless the pass is `alone`; cos and sin are (tokens, d)."""
         told, threads, which = self._told, torch.get_num_threads(), ALONE if alone else FORWARD
         kept, y = ROOMS.take(int(loaded().trained_block_kept(*told, which))), torch.empty_like(x)
         scratch = room(int(loaded().trained_block_scratch(*told, which, threads)))
-        dense = self.weights.room()
-        given = *pointers(cos, sin, x, y), address(kept), ctypes.c_void_p(dense.data_ptr())
+        given = *pointers(cos, sin, x, y), address(kept)
         loaded().trained_block(*told, *given, address(scratch), which, threads)
         return y, kept
 
@@ -193,6 +178,5 @@ class Call:
         scratch = room(int(loaded().trained_block_scratch(*told, BACKWARD, threads)))
         to = ctypes.c_void_p(None if grad_x is None else grad_x.data_ptr())
         given = *pointers(cos, sin, x), address(kept), *pointers(grad), to, *pointers(*found, dtype=torch.float32)
-        dense = self.weights.room()
-        loaded().trained_block_backward(*told, *given, ctypes.c_void_p(dense.data_ptr()), address(scratch), threads)
+        loaded().trained_block_backward(*told, *given, address(scratch), threads)
         return grad_x, self.pairs.cut(found)

@@ -1,0 +1,110 @@
+/* Frozen weights laid out as products take them: PANEL columns of the result, two terms of each side by side. What is no bf16 is
+   brought back on the way, some numbers at a time, to the bits of stored.c: no weight stands in bf16 as a whole. */
+
+#include "panels.h"
+
+#include "gptq.h"
+
+#define AHEAD 128 /* numbers of a row that are fetched before they are laid out */
+#define ROWS_AHEAD 16
+#define PART 256 /* columns of sixteen rows that are brought back at once, in the processor's first cache */
+
+/* Sixteen rows of bf16, `stride` numbers apart, of which so many terms, an even number, as columns of x·Wᵀ. */
+static void lay_dense_rows(const bf16 *rows, int64_t stride, int64_t terms, __m512i *panel) {
+    for (int64_t c = 0; c < terms; c += 2 * LANES) {
+        int64_t pairs = terms - c < 2 * LANES ? (terms - c) / 2 : LANES;
+        __m512i words[LANES];
+        for (int64_t l = 0; l < LANES; l++) {
+            words[l] = _mm512_maskz_loadu_epi32((__mmask16)((1u << pairs) - 1), rows + l * stride + c);
+            if (c + AHEAD < terms) _mm_prefetch((const char *)(rows + l * stride + c + AHEAD), _MM_HINT_T0);
+        }
+        transposed(words);
+        for (int64_t k = 0; k < pairs; k++) panel[(c / 2 + k) * WIDE] = words[k];
+    }
+}
+
+static void lay_gptq_rows(const Stored *weight, int64_t row, int64_t from, int64_t to, __m512i *panel) {
+    Grid grid = NO_GRID;
+    for (int64_t c = from; c < to; c += 2, panel += WIDE) {
+        __m512 one = gptq_column(weight, row, c, &grid), two = gptq_column(weight, row, c + 1, &grid);
+        *panel = by_turns(narrow_two(one, two));
+    }
+}
+
+void lay_rows(const Stored *weight, int64_t row, int64_t from, int64_t to, int64_t w, __m512i *panel) {
+    bf16 part[LANES * PART];
+    panel += w;
+    if (row >= weight->out)
+        for (int64_t k = 0; k < (to - from) / 2; k++) panel[k * WIDE] = _mm512_setzero_si512();
+    else if (weight->kind == DENSE)
+        lay_dense_rows((const bf16 *)weight->codes + row * weight->in + from, weight->in, to - from, panel);
+    else if (weight->kind == GPTQ)
+        lay_gptq_rows(weight, row, from, to, panel);
+    else
+        for (int64_t c = from, stop; c < to; c = stop) {
+            stop = c + PART < to ? c + PART : to;
+            stored_part(weight, row, c, stop, part, PART);
+            lay_dense_rows(part, PART, stop - c, panel + (c - from) / 2 * WIDE);
+        }
+}
+
+/* Sixteen columns of sixteen rows, of each column words of two rows: the other way round. */
+static inline void words_turned(__m512i words[8], __m512i *panel) {
+    const __m512i first = _mm512_setr_epi64(0, 1, 8, 9, 4, 5, 12, 13), second = _mm512_setr_epi64(2, 3, 10, 11, 6, 7, 14, 15);
+    __m512i fours[8]; /* words of four columns */
+#pragma GCC unroll 2
+    for (int i = 0; i < 8; i += 4) {
+        __m512i a = _mm512_unpacklo_epi32(words[i], words[i + 1]), b = _mm512_unpackhi_epi32(words[i], words[i + 1]);
+        __m512i c = _mm512_unpacklo_epi32(words[i + 2], words[i + 3]), d = _mm512_unpackhi_epi32(words[i + 2], words[i + 3]);
+        fours[i] = _mm512_unpacklo_epi64(a, c), fours[i + 1] = _mm512_unpackhi_epi64(a, c);
+        fours[i + 2] = _mm512_unpacklo_epi64(b, d), fours[i + 3] = _mm512_unpackhi_epi64(b, d);
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; i++) {
+        panel[i * WIDE] = _mm512_permutex2var_epi64(fours[i], first, fours[4 + i]);
+        panel[(4 + i) * WIDE] = _mm512_permutex2var_epi64(fours[i], second, fours[4 + i]);
+    }
+}
+
+static void lay_gptq_columns(const Stored *weight, int64_t row, int64_t column, __m512i *panel, Grid *grid) {
+    __m512i words[8];
+    __m512 columns[LANES];
+    for (int64_t c = 0; c < LANES; c++) columns[c] = gptq_column(weight, row, column + c, grid);
+    for (int64_t c = 0; c < 8; c++) words[c] = narrow_two(columns[c], columns[8 + c]);
+    words_turned(words, panel);
+}
+
+/* Sixteen columns of sixteen rows of bf16, `stride` numbers apart. */
+static inline void lay_dense_columns(const bf16 *rows, int64_t stride, __m512i *panel) {
+    for (int64_t r = 0; r < LANES; r += 2) {
+        __m512i one = _mm512_castsi256_si512(_mm256_loadu_si256((const __m256i *)(rows + r * stride)));
+        __m512i two = _mm512_inserti64x4(one, _mm256_loadu_si256((const __m256i *)(rows + (r + 1) * stride)), 1);
+        panel[r / 2 * WIDE] = by_turns(two);
+    }
+}
+
+void lay_columns(const Stored *weight, int64_t row, int64_t first, int64_t count, int64_t size, __m512i *panels) {
+    int64_t end = first + count * PANEL, stop = end < weight->in ? end : weight->in, brought = first;
+    bf16 part[LANES * PART];
+    Grid grid = NO_GRID;
+    for (int64_t c = first; c < end; c += LANES) {
+        __m512i *panel = panels + (c - first) / PANEL * size + (c - first) / LANES % WIDE;
+        if (c >= stop)
+            for (int64_t k = 0; k < 8; k++) panel[k * WIDE] = _mm512_setzero_si512();
+        else if (weight->kind == DENSE) {
+            const bf16 *rows = (const bf16 *)weight->codes + row * weight->in + c;
+            if (row + LANES < weight->out && c % (2 * LANES) == 0)
+                for (int64_t r = LANES; r < 2 * LANES; r++) _mm_prefetch((const char *)(rows + r * weight->in), _MM_HINT_T0);
+            lay_dense_columns(rows, weight->in, panel);
+        } else if (weight->kind == GPTQ)
+            lay_gptq_columns(weight, row, c, panel, &grid);
+        else {
+            if (c == brought) {
+                brought = c + PART < stop ? c + PART : stop;
+                stored_part(weight, row, c, brought, part, PART);
+            }
+            int64_t begin = first + (c - first) / PART * PART;
+            lay_dense_columns(part + c - begin, PART, panel);
+        }
+    }
+}
