@@ -14,7 +14,6 @@
 #define ROWS 8               /* tokens at once: with WIDE, 24 of the 32 registers */
 #define TOKENS 384           /* of a piece of work, at most, which is also PANEL columns wide; towards the end a piece is a quarter of */
 #define FEWEST 192           /* what is left, but no fewer as long as there are so many, so that threads end together */
-#define TOGETHER 2           /* panels */
 #define DEPTH 2048           /* terms of a part of a sum */
 #define ROOM (7 << 17)       /* bytes of sums and of panels laid out at once, but at least one panel for each thread: below 1 MiB, from
                                 which on a process with a budget has the system map memory (memory/allocator) */
@@ -113,6 +112,9 @@ static int64_t sums_of(int64_t depth, int threads) { return depth > DEPTH ? thre
 
 static int64_t panels_of(int64_t width) { return (width + PANEL - 1) / PANEL; }
 
+/* Panels that one thread lays out and multiplies: two fill whole lines of y's rows. Of longer sums there is room for one's. */
+static int64_t together_of(int64_t depth) { return depth <= DEPTH ? 2 : 1; }
+
 /* How many panels are laid out at once. */
 static int64_t group_of(int64_t depth, int64_t width, int threads) {
     int64_t panels = panels_of(width), fit = (ROOM - sums_of(depth, threads)) / (2 * depth * PANEL);
@@ -122,7 +124,7 @@ static int64_t group_of(int64_t depth, int64_t width, int threads) {
 }
 
 int64_t dense_scratch(int64_t depth, int64_t width, int threads) {
-    int64_t together = group_of(depth, width, threads) * depth, apart = threads * (depth < DEPTH ? depth : DEPTH);
+    int64_t together = group_of(depth, width, threads) * depth, apart = threads * together_of(depth) * (depth < DEPTH ? depth : DEPTH);
     return 2 * (together > apart ? together : apart) * PANEL + sums_of(depth, threads);
 }
 
@@ -139,13 +141,14 @@ typedef struct {
     int threads;
 } Product;
 
-/* Of the n-th panel the terms `from` … `to` − 1. */
-static void lay(const Product *o, int64_t n, int64_t from, int64_t to, __m512i *panel) {
-    if (!o->across)
-        for (int64_t w = 0; w < WIDE; w++) lay_rows(o->weight, n * PANEL + w * LANES, from, to, w, panel);
+/* Of `count` panels from the n-th on the terms `from` … `to` − 1, each `size` registers behind the other. */
+static void lay(const Product *o, int64_t n, int64_t count, int64_t from, int64_t to, __m512i *panels, int64_t size) {
+    if (o->across)
+        for (int64_t row = from; row < to; row += LANES)
+            lay_columns(o->weight, row, n * PANEL, count, size, panels + (row - from) / 2 * WIDE);
     else
-        for (int64_t row = from; row < to; row += LANES, panel += LANES / 2 * WIDE)
-            lay_columns(o->weight, row, n * PANEL, 1, 0, panel);
+        for (int64_t w = 0; w < count * WIDE; w++)
+            lay_rows(o->weight, n * PANEL + w * LANES, from, to, w % WIDE, panels + w / WIDE * size);
 }
 
 /* The rows `token` … `end` − 1 of y's n-th panel, as far as they come of the terms from k on, DEPTH at most, which are `laid`. */
@@ -171,35 +174,40 @@ static void multiply_rows(const Product *o, int64_t n, int64_t k, const __m512i 
     }
 }
 
-/* The panels that threads divide among them in the end: as many as the others may have in hand when there are no more. */
-static int64_t divided_of(const Product *o) {
-    int64_t panels = panels_of(o->width), wanted = TOGETHER * (o->threads - 1);
-    return wanted < panels ? wanted : panels;
+/* How many times as many panels there are. */
+static int64_t units_of(int64_t depth, int64_t width) {
+    int64_t together = together_of(depth);
+    return (panels_of(width) + together - 1) / together;
 }
 
-/* Panels that whoever multiplies them lays out, one at a time, in a cache of its own: TOGETHER of them for all tokens, which fill
-   whole lines of y's rows, and the last ones, which several lay out, for a piece of the tokens. There is one piece where sums are
-   longer than DEPTH. */
+/* How many of these threads divide among them in the end: as many as the others may have in hand when there are no more. */
+static int64_t divided_of(const Product *o) {
+    int64_t units = units_of(o->depth, o->width);
+    return o->threads - 1 < units ? o->threads - 1 : units;
+}
+
+/* Panels are laid out by whoever multiplies them, in a cache of its own: for all tokens, and the last ones, by several, for pieces of
+   the tokens. There is one piece where sums are longer than DEPTH. */
 static void by_panels(const Product *o, const int64_t *begins, int64_t parts) {
-    int64_t depth = o->depth, panels = panels_of(o->width), divided = divided_of(o), others = panels - divided;
-    int64_t units = (others + TOGETHER - 1) / TOGETHER, size = (depth < DEPTH ? depth : DEPTH) / 2 * WIDE;
+    int64_t depth = o->depth, panels = panels_of(o->width), together = together_of(depth), divided = divided_of(o);
+    int64_t others = units_of(depth, o->width) - divided, size = (depth < DEPTH ? depth : DEPTH) / 2 * WIDE;
 #pragma omp parallel num_threads(o->threads)
     {
-        __m512i *own = o->laid + omp_get_thread_num() * size;
+        __m512i *own = o->laid + omp_get_thread_num() * together * size;
         int64_t laid = -1;
 #pragma omp for schedule(dynamic)
-        for (int64_t u = 0; u < units + divided * parts; u++) {
-            int64_t n = u * TOGETHER, stop = n + TOGETHER < others ? n + TOGETHER : others, token = 0, end = begins[parts];
-            if (u >= units) {
-                int64_t part = (u - units) % parts;
-                n = others + (u - units) / parts, stop = n + 1, token = begins[part], end = begins[part + 1];
+        for (int64_t u = 0; u < others + divided * parts; u++) {
+            int64_t unit = u, token = 0, end = begins[parts];
+            if (u >= others) {
+                int64_t part = (u - others) % parts;
+                unit = others + (u - others) / parts, token = begins[part], end = begins[part + 1];
             }
-            for (; n < stop; n++)
-                for (int64_t k = 0; k < depth; k += DEPTH) {
-                    if (laid != n || depth > DEPTH) lay(o, n, k, k + DEPTH < depth ? k + DEPTH : depth, own);
-                    multiply_rows(o, n, k, own, token, end);
-                    laid = n;
-                }
+            int64_t n = unit * together, count = n + together < panels ? together : panels - n;
+            for (int64_t k = 0; k < depth; k += DEPTH) {
+                if (laid != unit || depth > DEPTH) lay(o, n, count, k, k + DEPTH < depth ? k + DEPTH : depth, own, size);
+                for (int64_t i = 0; i < count; i++) multiply_rows(o, n + i, k, own + i * size, token, end);
+                laid = unit;
+            }
         }
     }
 }
@@ -257,7 +265,7 @@ void stored_product(const bf16 *x, const Stored *weight, bf16 *y, uint8_t *scrat
     float *sums = (float *)scratch;
     scratch += sums_of(depth, threads);
     Product whole = {x, weight, y, (__m512i *)scratch, sums, depth, width, across, add, added, threads};
-    int few_divided = 2 * divided_of(&whole) <= panels_of(width) && depth <= DEPTH;
+    int few_divided = 2 * divided_of(&whole) <= units_of(depth, width) && depth <= DEPTH;
     if (parts <= 1 || few_divided) by_panels(&whole, begins, parts);
     else by_groups(&whole, begins, parts);
 }

@@ -31,58 +31,84 @@ static inline void and_offset(bf16 *to, __m512i codes, float step, float offset)
     put(to, _mm512_add_ps(product, _mm512_set1_ps(offset)));
 }
 
-/* Of 32 numbers the n-th sixteen: d·(q − z), or d·q + m; of five bits the fifth ones stand by themselves. */
-static void simple(int64_t kind, const uint8_t *block, int64_t n, bf16 *to) {
+/* The functions below write the sixteens from `first` to `last` − 1 of a block. */
+#define INLINE static inline __attribute__((always_inline))
+
+/* 32 numbers: d·(q − z), or d·q + m; of five bits the fifth ones stand by themselves. */
+INLINE void simple(int64_t kind, const uint8_t *block, int first, int last, bf16 *to) {
     int five = kind == Q5_0 || kind == Q5_1, offset = kind == Q4_1 || kind == Q5_1;
     const uint8_t *codes = block + 2 + 2 * offset + 4 * five;
     uint32_t fifth = 0;
     if (five) memcpy(&fifth, codes - 4, sizeof fifth);
-    __m512i q = n ? high_halves(codes) : low_halves(codes);
-    q = _mm512_mask_or_epi32(q, (__mmask16)(fifth >> 16 * n), q, _mm512_set1_epi32(16));
-    if (offset) and_offset(to, q, half_at(block), half_at(block + 2));
-    else times(to, _mm512_sub_epi32(q, _mm512_set1_epi32(five ? 16 : 8)), half_at(block));
-}
-
-static void eight(const uint8_t *block, int64_t n, bf16 *to) {
-    times(to, _mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)(block + 2) + n)), half_at(block));
-}
-
-/* Of 256 numbers the n-th sixteen: (d·s)·q − (e·m), s and m for each 32, of six bits each in twelve bytes. */
-static void k_block(int64_t kind, const uint8_t *block, int64_t n, bf16 *to) {
-    const uint8_t *packed = block + 4, *fifth = block + 16 + n % 2 * LANES;
-    const uint8_t *codes = block + (kind == Q5_K ? 48 : 16) + n / 4 * 32 + n % 2 * LANES;
-    int64_t g = n / 2, at = g & 3;
-    int scale = g < 4 ? packed[at] & 63 : (packed[8 + at] & 15) | (packed[at] >> 2 & 48);
-    int least = g < 4 ? packed[4 + at] & 63 : packed[8 + at] >> 4 | (packed[4 + at] >> 2 & 48);
-    __m512i q = g & 1 ? high_halves(codes) : low_halves(codes);
-    if (kind == Q5_K) {
-        __m512i bits = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)fifth));
-        q = _mm512_mask_or_epi32(q, _mm512_test_epi32_mask(bits, _mm512_set1_epi32(1 << g)), q, _mm512_set1_epi32(16));
+    for (int n = first; n < last; n++, to += LANES) {
+        __m512i q = n ? high_halves(codes) : low_halves(codes);
+        q = _mm512_mask_or_epi32(q, (__mmask16)(fifth >> 16 * n), q, _mm512_set1_epi32(16));
+        if (offset) and_offset(to, q, half_at(block), half_at(block + 2));
+        else times(to, _mm512_sub_epi32(q, _mm512_set1_epi32(five ? 16 : 8)), half_at(block));
     }
-    and_offset(to, q, half_at(block) * (float)scale, -(half_at(block + 2) * (float)least));
 }
 
-/* Of 256 numbers the n-th sixteen: (d·s)·(q − 32), s for each of them; of each code four bits and two. */
-static void six(const uint8_t *block, int64_t n, bf16 *to) {
+INLINE void eight(const uint8_t *block, int first, int last, bf16 *to) {
+    for (int n = first; n < last; n++, to += LANES)
+        times(to, _mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)(block + 2) + n)), half_at(block));
+}
+
+/* 256 numbers: (d·s)·q − (e·m), s and m for each 32, of six bits each in twelve bytes. */
+INLINE void k_block(int64_t kind, const uint8_t *block, int first, int last, bf16 *to) {
+    const uint8_t *packed = block + 4, *fifth = block + 16, *codes = block + (kind == Q5_K ? 48 : 16);
+    float d = half_at(block), e = half_at(block + 2);
+    for (int n = first; n < last;) {
+        int g = n / 2, at = g & 3, scale = g < 4 ? packed[at] & 63 : (packed[8 + at] & 15) | (packed[at] >> 2 & 48);
+        int least = g < 4 ? packed[4 + at] & 63 : packed[8 + at] >> 4 | (packed[4 + at] >> 2 & 48);
+        float step = d * (float)scale, offset = -(e * (float)least);
+        for (int stop = 2 * g + 2 < last ? 2 * g + 2 : last; n < stop; n++, to += LANES) {
+            const uint8_t *own = codes + g / 2 * 32 + n % 2 * LANES;
+            __m512i q = g & 1 ? high_halves(own) : low_halves(own);
+            if (kind == Q5_K) {
+                __m512i bits = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)(fifth + n % 2 * LANES)));
+                q = _mm512_mask_or_epi32(q, _mm512_test_epi32_mask(bits, _mm512_set1_epi32(1 << g)), q, _mm512_set1_epi32(16));
+            }
+            and_offset(to, q, step, offset);
+        }
+    }
+}
+
+/* 256 numbers: (d·s)·(q − 32), s for each 16; of each code four bits and two. */
+INLINE void six(const uint8_t *block, int first, int last, bf16 *to) {
     const int8_t *scales = (const int8_t *)block + 192;
-    int64_t side = n / 8, group = n / 2 % 4, part = n % 2 * LANES;
-    const uint8_t *low = block + side * 64 + group % 2 * 32 + part, *high = block + 128 + side * 32 + part;
-    __m512i q = group < 2 ? low_halves(low) : high_halves(low);
-    __m512i two = _mm512_srli_epi32(_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)high)), (unsigned)(2 * group));
-    q = _mm512_or_si512(q, _mm512_slli_epi32(_mm512_and_si512(two, _mm512_set1_epi32(3)), 4));
-    times(to, _mm512_sub_epi32(q, _mm512_set1_epi32(32)), half_at(block + 208) * (float)scales[n]);
+    float d = half_at(block + 208);
+#pragma GCC unroll 16
+    for (int n = first; n < last; n++, to += LANES) {
+        int side = n / 8, group = n / 2 % 4, part = n % 2 * LANES;
+        const uint8_t *low = block + side * 64 + group % 2 * 32 + part, *high = block + 128 + side * 32 + part;
+        __m512i q = group < 2 ? low_halves(low) : high_halves(low);
+        __m512i two = _mm512_srli_epi32(_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)high)), (unsigned)(2 * group));
+        q = _mm512_or_si512(q, _mm512_slli_epi32(_mm512_and_si512(two, _mm512_set1_epi32(3)), 4));
+        times(to, _mm512_sub_epi32(q, _mm512_set1_epi32(32)), d * (float)scales[n]);
+    }
+}
+
+INLINE void sixteens(int64_t kind, const uint8_t *block, int first, int last, bf16 *to) {
+    if (kind == Q8_0) eight(block, first, last, to);
+    else if (kind < Q4_K) simple(kind, block, first, last, to);
+    else if (kind == Q6_K) six(block, first, last, to);
+    else k_block(kind, block, first, last, to);
+}
+
+int64_t gguf_block(int64_t kind, int64_t *bytes) {
+    static const int64_t by_kind[] = {18, 20, 22, 24, 34, 144, 176, 210};
+    *bytes = by_kind[kind - Q4_0];
+    return kind < Q4_K ? 32 : 256;
 }
 
 void gguf_row(const Stored *w, int64_t row, int64_t first, int64_t last, bf16 *to) {
-    static const int64_t bytes[] = {18, 20, 22, 24, 34, 144, 176, 210}; /* of a block, by kind */
-    int64_t own = bytes[w->kind - Q4_0], sixteens = w->kind < Q4_K ? 2 : 16;
-    const uint8_t *blocks = (const uint8_t *)w->codes + row * (w->in / LANES / sixteens) * own;
-    for (int64_t i = first / LANES; i < last / LANES; i++, to += LANES) {
-        const uint8_t *block = blocks + i / sixteens * own;
-        int64_t n = i % sixteens;
-        if (w->kind == Q8_0) eight(block, n, to);
-        else if (w->kind < Q4_K) simple(w->kind, block, n, to);
-        else if (w->kind == Q6_K) six(block, n, to);
-        else k_block(w->kind, block, n, to);
+    int64_t own, size = gguf_block(w->kind, &own);
+    const uint8_t *blocks = (const uint8_t *)w->codes + row * (w->in / size) * own;
+    for (int64_t c = first; c < last;) {
+        int64_t begin = c / size * size, stop = begin + size < last ? begin + size : last;
+        const uint8_t *block = blocks + c / size * own;
+        if (stop - c == 256) sixteens(w->kind, block, 0, 16, to); /* of all of a block there are faster loops */
+        else sixteens(w->kind, block, (int)((c - begin) / LANES), (int)((stop - begin) / LANES), to);
+        to += stop - c, c = stop;
     }
 }

@@ -6,8 +6,8 @@
 #include "gptq.h"
 
 #define AHEAD 128 /* numbers of a row that are fetched before they are laid out */
-#define ROWS_AHEAD 16
-#define PART 256 /* columns of sixteen rows that are brought back at once, in the processor's first cache */
+#define PART 1024 /* columns of sixteen rows that are brought back at once, at most */
+#define STRIDE (PART + 2 * LANES) /* so that they do not meet in few places of the processor's first cache */
 
 /* Sixteen rows of bf16, `stride` numbers apart, of which so many terms, an even number, as columns of x·Wᵀ. */
 static void lay_dense_rows(const bf16 *rows, int64_t stride, int64_t terms, __m512i *panel) {
@@ -28,11 +28,12 @@ static void lay_gptq_rows(const Stored *weight, int64_t row, int64_t from, int64
     for (int64_t c = from; c < to; c += 2, panel += WIDE) {
         __m512 one = gptq_column(weight, row, c, &grid), two = gptq_column(weight, row, c + 1, &grid);
         *panel = by_turns(narrow_two(one, two));
+        if (c % 8 == 0 && c + AHEAD < to) stored_fetch(weight, row, c + AHEAD, c + AHEAD + 8);
     }
 }
 
 void lay_rows(const Stored *weight, int64_t row, int64_t from, int64_t to, int64_t w, __m512i *panel) {
-    bf16 part[LANES * PART];
+    bf16 part[LANES * STRIDE];
     panel += w;
     if (row >= weight->out)
         for (int64_t k = 0; k < (to - from) / 2; k++) panel[k * WIDE] = _mm512_setzero_si512();
@@ -43,8 +44,8 @@ void lay_rows(const Stored *weight, int64_t row, int64_t from, int64_t to, int64
     else
         for (int64_t c = from, stop; c < to; c = stop) {
             stop = c + PART < to ? c + PART : to;
-            stored_part(weight, row, c, stop, part, PART);
-            lay_dense_rows(part, PART, stop - c, panel + (c - from) / 2 * WIDE);
+            stored_part(weight, row, c, stop, part, STRIDE);
+            lay_dense_rows(part, STRIDE, stop - c, panel + (c - from) / 2 * WIDE);
         }
 }
 
@@ -84,27 +85,26 @@ static inline void lay_dense_columns(const bf16 *rows, int64_t stride, __m512i *
 }
 
 void lay_columns(const Stored *weight, int64_t row, int64_t first, int64_t count, int64_t size, __m512i *panels) {
-    int64_t end = first + count * PANEL, stop = end < weight->in ? end : weight->in, brought = first;
-    bf16 part[LANES * PART];
+    int64_t end = first + count * PANEL, stop = end < weight->in ? end : weight->in;
+    const bf16 *rows = (const bf16 *)weight->codes + row * weight->in;
+    bf16 part[LANES * STRIDE];
     Grid grid = NO_GRID;
+    int64_t begin = 0, brought = weight->kind == DENSE ? stop : first, stride = weight->in; /* columns begin … brought − 1 are in `rows` */
+    if (row + LANES < weight->out) stored_fetch(weight, row + LANES, first, stop);
     for (int64_t c = first; c < end; c += LANES) {
         __m512i *panel = panels + (c - first) / PANEL * size + (c - first) / LANES % WIDE;
-        if (c >= stop)
+        if (c >= stop) {
             for (int64_t k = 0; k < 8; k++) panel[k * WIDE] = _mm512_setzero_si512();
-        else if (weight->kind == DENSE) {
-            const bf16 *rows = (const bf16 *)weight->codes + row * weight->in + c;
-            if (row + LANES < weight->out && c % (2 * LANES) == 0)
-                for (int64_t r = LANES; r < 2 * LANES; r++) _mm_prefetch((const char *)(rows + r * weight->in), _MM_HINT_T0);
-            lay_dense_columns(rows, weight->in, panel);
-        } else if (weight->kind == GPTQ)
-            lay_gptq_columns(weight, row, c, panel, &grid);
-        else {
-            if (c == brought) {
-                brought = c + PART < stop ? c + PART : stop;
-                stored_part(weight, row, c, brought, part, PART);
-            }
-            int64_t begin = first + (c - first) / PART * PART;
-            lay_dense_columns(part + c - begin, PART, panel);
+            continue;
         }
+        if (weight->kind == GPTQ) {
+            lay_gptq_columns(weight, row, c, panel, &grid);
+            continue;
+        }
+        if (c == brought) {
+            begin = c, brought = c + PART < stop ? c + PART : stop, stride = brought - begin + 2 * LANES, rows = part;
+            stored_part(weight, row, begin, brought, part, stride);
+        }
+        lay_dense_columns(rows + c - begin, stride, panel);
     }
 }

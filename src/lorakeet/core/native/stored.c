@@ -63,6 +63,21 @@ void stored_part(const Stored *w, int64_t row, int64_t first, int64_t last, bf16
     }
 }
 
+void stored_fetch(const Stored *w, int64_t row, int64_t first, int64_t last) {
+    const char *codes = w->codes;
+    for (int64_t c = first; w->kind == GPTQ && c < last; c += 8) _mm_prefetch(codes + (c / 8 * w->out + row) * 4, _MM_HINT_T0);
+    int64_t size = 1, bytes = 1; /* of codes that are written together */
+    if (w->kind == GPTQ) return;
+    if (w->kind == DENSE) bytes = 2;
+    else if (w->kind == NF4) size = 2;
+    else if (w->kind >= Q4_0) size = gguf_block(w->kind, &bytes);
+    for (int64_t r = row; r < row + LANES; r++) {
+        const char *from = codes + (r * w->in + first) / size * bytes, *to = codes + (r * w->in + last + size - 1) / size * bytes;
+        for (; from < to; from += 64) _mm_prefetch(from, _MM_HINT_T0);
+        _mm_prefetch(to - 1, _MM_HINT_T0);
+    }
+}
+
 void stored_back(const Stored *w, bf16 *to, int threads) {
 #pragma omp parallel for schedule(static) num_threads(threads)
     for (int64_t row = 0; row < w->out; row += LANES) stored_part(w, row, 0, w->in, to + row * w->in, w->in);

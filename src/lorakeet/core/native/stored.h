@@ -19,11 +19,17 @@ typedef struct {
     int64_t size, count;         /* NF4: numbers of a block; GPTQ: what is added to each word of zero points, and the groups */
 } Stored;
 
+/* How many numbers a block of ggml's has, and how many bytes. */
+int64_t gguf_block(int64_t kind, int64_t *bytes);
+
 /* The numbers first … last − 1, multiples of 16, of a row of a weight in ggml's blocks. */
 void gguf_row(const Stored *w, int64_t row, int64_t first, int64_t last, bf16 *to);
 
 /* Of sixteen rows, from `row` on, the columns first … last − 1, multiples of 16, rounded once, to (16, stride); of none that is DENSE. */
 void stored_part(const Stored *w, int64_t row, int64_t first, int64_t last, bf16 *to, int64_t stride);
+
+/* Has what stored_part reads for that brought into the processor's cache; also of one that is DENSE. */
+void stored_fetch(const Stored *w, int64_t row, int64_t first, int64_t last);
 
 /* All of it, rounded once, to (out, in). */
 void stored_back(const Stored *w, bf16 *to, int threads);
