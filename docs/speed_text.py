@@ -44,16 +44,18 @@ again or overwritten. Each carries the derivation of its backward pass.
 several adapters share a step. They are compiled when they are first used (`core/native`; `lorakeet doctor` says whether they
 are): scores stay in the cache, and masked tiles are left out. Without it torch's own operations compute the same to rounding.
 - **A weight laid out slowly.** Before each product the library lays a weight out as the processor's registers take it. Where
-C serves, frozen weights in bf16 are multiplied by a kernel of Lorakeet's own, which does so for all tokens at once, with the rows
-to come fetched ahead, and keeps nothing for the number of tokens. With AMX oneDNN is faster, and is used.
+C serves, frozen weights are multiplied by a kernel of Lorakeet's own, which does so for all tokens at once, with the rows to
+come fetched ahead, and keeps nothing for the number of tokens. Each thread lays out what it multiplies, in a cache of its own,
+and waits for no other until the end. With AMX oneDNN is faster, and is used.
 - **Asking.** A step of a small model is thousands of operations, and Python needs ten times as long to ask for one as in a loop
 by itself, since what it needs has left the processor's caches between two products. Where C serves, a whole decoder block is
 one call each way (`core/trained_block`), with the bits of its parts; what that call is told is kept, and used again where a look
 at the block finds everything as it was (`core/block_look`).
 - **What pairs add in a pass of its own.** It is added to a product with a frozen weight while that is in registers, rounded as if
 it had been in memory.
-- **Packed weights brought back piece by piece.** NF4, GPTQ of 4 bits, int8 and GGUF's blocks come back to bf16 in one pass in C
-(`core/native/stored`), within the call of the block. A step over NF4 was a quarter slower than over dense weights, and now takes
+- **Packed weights brought back.** NF4, GPTQ of 4 bits, int8 and GGUF's blocks are laid out for a product as they are, some
+columns of the result at a time (`core/native/panels.c`): no weight stands in bf16 as a whole, and GPTQ's words, which hold
+neighbours of a sum, need not be turned over. A step over NF4 was a quarter slower than over dense weights, and now takes about
 the same ([log](../log.md)).
 - **The slower dtype.** Whether products are faster in bf16 or in fp32 is measured when the model is loaded
 (`core/precision`): a processor may have instructions for bf16 and yet be slower with them.

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lorakeet.core.native import coded, dense, ops, trained_pairs
+from lorakeet.core.native import coded, dense, ops, stored, trained_pairs
 from lorakeet.core.selection import Share
 from lorakeet.data.pack import Batch
 from lorakeet.models.adapt import put_adapter
@@ -131,7 +131,9 @@ def test_native_and_torch_learn_the_same(family: str, method: str, prefix: int, 
     assert native[ops.TURN] == LAYERS * FAMILIES[family]
     of_head, unasked = 2, 3  # products, and those that would give the embeddings' gradient
     products = 14 * LAYERS - unasked + of_head if dense.multiplies() else 0
-    assert native[dense.DENSE_PRODUCT] + native[dense.DENSE_PRODUCT_ADD] == products
+    packed = native[stored.STORED_PRODUCT] + native[stored.STORED_PRODUCT_ADD]
+    assert native[dense.DENSE_PRODUCT] + native[dense.DENSE_PRODUCT_ADD] + packed == products
+    assert packed == (products - of_head if method == "nf4" and products else 0)
     mine, theirs, truth = found
     assert len(truth) == 7 * 2 * LAYERS + 1
     for name, expected in truth.items():

@@ -9,7 +9,9 @@ from typing import Any
 import pytest
 import torch
 
+from lorakeet.core.native import dense
 from lorakeet.core.native.coded import apart_of
+from lorakeet.core.scratch import SCRATCH
 from lorakeet.errors import ConfigError
 from lorakeet.memory.ledger import Ledger
 from lorakeet.models.outline import OutlinedBase, config_from, config_of, outline, published
@@ -17,6 +19,7 @@ from lorakeet.models.spec import ModelSpec
 from lorakeet.quant.adopt import weights_in
 from lorakeet.quant.packed import PackedBase
 from lorakeet.quant.spec import QuantSpec
+from tiny.native import needs_native
 
 PARAMETERS = {  # as the model cards and the weights' indices say
     "meta-llama/Llama-2-7b-hf": 6_738_415_616,
@@ -101,3 +104,19 @@ def test_one_tile_of_an_outlined_base_is_worked_through() -> None:
         with ledger.phase("product"):
             assert base.matmul(x).shape == (3, base.shape[0])
     assert ledger.peaks["product"].bytes > 0
+
+
+@needs_native
+@pytest.mark.parametrize("method", ["nf4", "int8"])
+def test_an_outlined_base_is_multiplied_as_it_is_where_a_run_s_is(method: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dense, "multiplies", lambda: True)  # also with AMX
+    spec = QuantSpec(method=method)
+    SCRATCH.clear()
+    with Ledger() as ledger:
+        text = outline(config_from(SMALL), name="small", dtype=torch.bfloat16, products=torch.bfloat16, quantize=spec)
+        base = next(module for module in text.model.modules() if isinstance(module, OutlinedBase))
+        x = torch.zeros(3, base.shape[1], dtype=torch.bfloat16)
+        with ledger.phase("product"):
+            base.matmul(x)
+    assert not SCRATCH._buffers
+    assert ledger.work["product"].flops == 2 * 3 * base.shape[0] * base.shape[1]

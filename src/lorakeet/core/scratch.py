@@ -1,4 +1,4 @@
-"""One buffer that all packed weights share, into which each is brought back for its product."""
+"""One buffer that all packed weights share, into which each is brought back where it is not multiplied as it is."""
 
 from __future__ import annotations
 

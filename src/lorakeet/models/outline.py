@@ -21,6 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensor  # torch offers no public n
 from torch.utils._python_dispatch import _disable_current_modes  # nor for this
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from lorakeet.core.native.stored import Stored
 from lorakeet.data.locate import PACKAGE, locate, package_file
 from lorakeet.errors import ConfigError, nearest
 from lorakeet.memory.ledger import Ledger
@@ -139,6 +140,8 @@ class OutlinedBase(PackedBase):
     def __init__(self, base: PackedBase) -> None:
         super().__init__(base.shape)
         self._settings, self._row_step = base.settings, base.row_step
+        told = base.stored()
+        self._stands_for = None if told is None else Stored(told.kind, *told[1:3], codes=0, size=told.size, groups=told.groups)
         for name, buffer in base.named_buffers():
             self.register_buffer(name, buffer)
 
@@ -149,6 +152,9 @@ class OutlinedBase(PackedBase):
     @property
     def row_step(self) -> int:
         return self._row_step
+
+    def _told(self) -> Stored | None:
+        return self._stands_for
 
     def unpack(self, out: Tensor, first: int = 0) -> Tensor:
         settings = json.dumps({**self.settings, "shape": tuple(out.shape)})

@@ -20,7 +20,7 @@ from lorakeet.core.scratch import SCRATCH
 
 TILE = 1 << 20  # numbers that are packed or unpacked at once: their temporary copies stay in a CPU's cache
 GPU_TILE = 1 << 24  # on a GPU a call costs more than the memory that it takes
-PART_BYTES = 32 << 20  # of W in fp32 that are brought back at once on a CPU; narrower products take W whole
+PART_BYTES = 32 << 20  # of W in fp32 that are brought back at once on a CPU; for products in bf16 it is whole
 
 
 class PackedBase(nn.Module):
@@ -134,10 +134,12 @@ class PackedBase(nn.Module):
 
     def add_matmul_t(self, to: Tensor, grad: Tensor) -> None:
         """Adds grad·W to `to` (tokens, in), in place, and rounds it with the sum where W is multiplied whole."""
-        parts, told = self._parts(grad.dtype), self._multiplied(grad)
+        told = self._multiplied(grad)
         if told is not None and to.dtype == grad.dtype and to.is_contiguous():
             native.add_product(to, grad, told, across=True)
-        elif self.kernels is not None or len(parts) > 1:
+            return
+        parts = self._parts(grad.dtype)
+        if self.kernels is not None or len(parts) > 1:
             to.add_(self.matmul_t(grad))
         else:
             add_frozen_product(to, grad, self._rows(parts[0], grad.dtype), across=True)

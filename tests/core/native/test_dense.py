@@ -151,8 +151,9 @@ def test_a_ledger_counts_the_products_and_what_the_kernel_works_in(tokens: int, 
     for phase, depth, columns in (("product", width, out), ("sum", out, width)):
         panels = -(-columns // 48)
         sums = threads * 384 * 48 * 4 if depth > 2048 else 0
+        together = 2 if depth <= 2048 and 4 * threads * depth * 48 <= 7 << 17 and panels >= 2 * threads else 1
         groups = -(-panels // max(threads, ((7 << 17) - sums) // (2 * 48 * depth)))
-        scratch = 64 + max(-(-panels // groups) * depth, threads * (2 * depth if depth <= 2048 else 2048)) * 2 * 48 + sums
+        scratch = 64 + max(-(-panels // groups) * depth, threads * min(together * depth, 2048 * together)) * 2 * 48 + sums
         assert ledger.work[phase].flops == 2 * tokens * out * width
         assert ledger.peaks[phase].bytes == given + scratch
 

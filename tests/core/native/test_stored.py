@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 
 import pytest
@@ -63,7 +64,7 @@ def test_what_is_brought_back_is_what_is_unpacked_to_the_last_bit(kind: str) -> 
     assert float((unpacked.float() - weight(base.shape)).abs().max()) < 0.5  # and it is the weight
 
 
-@pytest.mark.parametrize("tokens", [0, 1, 9, 300])
+@pytest.mark.parametrize("tokens", [0, 1, 9, 500])
 @pytest.mark.parametrize("kind", MADE)
 def test_products_are_those_with_what_is_brought_back_to_the_last_bit(kind: str, tokens: int) -> None:
     base, threads = MADE[kind](), torch.get_num_threads()
@@ -75,7 +76,7 @@ def test_products_are_those_with_what_is_brought_back_to_the_last_bit(kind: str,
         summed, found = torch.ones_like(expected), torch.ones_like(expected)
         dense.DENSE_PRODUCT_ADD(summed, x, dense_weight, across)
         try:
-            for number in (1, 2, 5):  # who multiplies alone, and several that lay out a group
+            for number in (1, 2, 3, 5):  # who lay panels out for themselves, of which some are divided, and for each other
                 torch.set_num_threads(number)
                 assert torch.equal(product(x, told, across), expected)
         finally:
@@ -84,16 +85,30 @@ def test_products_are_those_with_what_is_brought_back_to_the_last_bit(kind: str,
         assert torch.equal(found, summed)
 
 
-def test_sums_of_many_terms_over_packed_weights_too() -> None:
-    """Of more than are laid out at once, in groups and by few tokens."""
-    numbers = torch.randn(2096, 2144, generator=torch.Generator().manual_seed(4))
-    for base in (Nf4Base.of(numbers), Int8Base.of(numbers)):
-        told, dense_weight = base.stored(), base.unpack(torch.empty(base.shape, dtype=torch.bfloat16))
-        assert told is not None
-        for tokens in (3, 500):
-            for across in (False, True):
-                x = torch.randn(tokens, base.shape[0 if across else 1]).bfloat16()
-                assert torch.equal(product(x, told, across), dense.DENSE_PRODUCT(x, dense_weight, across))
+def large(kind: str, shape: tuple[int, int]) -> PackedBase:
+    numbers = torch.randn(shape, generator=torch.Generator().manual_seed(4))
+    if kind == "gptq":
+        codes, grid = nearest_codes(numbers, 4, False, torch.arange(shape[1], dtype=torch.int32) // 64, -(-shape[1] // 64))
+        return GptqBase.of(codes, grid, bits=4, sym=False)
+    if kind == "int8":
+        return Int8Base.of(numbers)
+    return Nf4Base.of(numbers) if kind == "nf4" else fitted(numbers, kind)
+
+
+@pytest.mark.parametrize("shape", [(2096, 2304), (48, 2304)])
+@pytest.mark.parametrize("kind", ["nf4", "int8", "gptq", "Q4_K", "Q6_K"])
+def test_more_than_is_laid_out_at_once(kind: str, shape: tuple[int, int]) -> None:
+    """Sums in parts, by few tokens and in groups, and groups of more columns than are brought back at once."""
+    base, threads = large(kind, shape), torch.get_num_threads()
+    told, dense_weight = base.stored(), base.unpack(torch.empty(base.shape, dtype=torch.bfloat16))
+    assert told is not None
+    try:
+        for number, tokens, across in itertools.product((1, 2, 40), (3, 500), (False, True)):
+            torch.set_num_threads(number)
+            x = torch.randn(tokens, base.shape[0 if across else 1]).bfloat16()
+            assert torch.equal(product(x, told, across), dense.DENSE_PRODUCT(x, dense_weight, across))
+    finally:
+        torch.set_num_threads(threads)
 
 
 def test_bases_multiply_so_and_bring_nothing_back(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -125,14 +140,16 @@ def test_with_amx_they_are_brought_back_for_torch(monkeypatch: pytest.MonkeyPatc
 def test_rows_that_do_not_fit_a_weight_are_refused() -> None:
     told = MADE["int8"]().stored()
     assert told is not None
-    with pytest.raises(ValueError, match="do not fit each other, or the weight has no numbers"):
+    with pytest.raises(ValueError, match="do not fit each other, are not in whole 16, or the weight has no numbers"):
         product(torch.ones(3, SHAPE[0]).bfloat16(), told)
-    with pytest.raises(ValueError, match="do not fit each other, or the weight has no numbers"):
+    with pytest.raises(ValueError, match="do not fit each other, are not in whole 16, or the weight has no numbers"):
         add_product(torch.ones(2, SHAPE[0]).bfloat16(), torch.ones(3, SHAPE[1]).bfloat16(), told)
     with pytest.raises(ValueError, match="takes contiguous tensors"):
         product(torch.ones(3, SHAPE[1]), told)
-    with pytest.raises(ValueError, match="do not fit each other, or the weight has no numbers"):
+    with pytest.raises(ValueError, match="do not fit each other, are not in whole 16, or the weight has no numbers"):
         product(torch.ones(3, SHAPE[1]).bfloat16(), told._replace(codes=0))
+    with pytest.raises(ValueError, match="are not in whole 16"):
+        product(torch.ones(3, 24).bfloat16(), told._replace(width=24))
 
 
 def test_both_operators_pass_torch_s_own_checks() -> None:

@@ -1,9 +1,9 @@
 /* Products of bf16 rows with a frozen weight (out, in): x·Wᵀ, and, `across`, g·W, with sums in fp32 that are rounded once.
 
    The weight stays as it is. PANEL columns of the result at a time, its numbers are laid out as the product takes them (panels.c),
-   and read again for every ROWS tokens, from the processor's second cache. Whoever multiplies a panel lays it out, for itself; where
-   there are too few of them for the threads, or sums are longer than DEPTH and added up in parts, threads lay out a group together,
-   as many as fit in ROOM. Every row of the result is added up in the same order, whatever stands beside it. */
+   and read again for every ROWS tokens, from the processor's second cache. Whoever multiplies a panel lays it out, for itself. Where
+   there are too few of them for the threads, or where sums are longer than DEPTH, and added up in parts, and tokens many, threads lay
+   out a group together, as many as fit in ROOM. Every row of the result is added up in the same order, whatever stands beside it. */
 
 #include "dense.h"
 
@@ -12,7 +12,7 @@
 #include <omp.h>
 
 #define ROWS 8               /* tokens at once: with WIDE, 24 of the 32 registers */
-#define TOKENS 384           /* of a piece of work, at most, which is also PANEL columns wide; towards the end a piece is a quarter of */
+#define TOKENS 384           /* of a piece of tokens, at most; towards the end a piece is a quarter of */
 #define FEWEST 192           /* what is left, but no fewer as long as there are so many, so that threads end together */
 #define DEPTH 2048           /* terms of a part of a sum */
 #define ROOM (7 << 17)       /* bytes of sums and of panels laid out at once, but at least one panel for each thread: below 1 MiB, from
@@ -112,8 +112,11 @@ static int64_t sums_of(int64_t depth, int threads) { return depth > DEPTH ? thre
 
 static int64_t panels_of(int64_t width) { return (width + PANEL - 1) / PANEL; }
 
-/* Panels that one thread lays out and multiplies: two fill whole lines of y's rows. Of longer sums there is room for one's. */
-static int64_t together_of(int64_t depth) { return depth <= DEPTH ? 2 : 1; }
+/* Panels that a thread lays out for itself at once: two, which fill whole lines of y's rows, if there are as many for all threads and
+   ROOM for them; of longer sums than DEPTH one, as there is room for one's sums. */
+static int64_t together_of(int64_t depth, int64_t width, int threads) {
+    return depth <= DEPTH && 2 * threads * 2 * depth * PANEL <= ROOM && panels_of(width) >= 2 * threads ? 2 : 1;
+}
 
 /* How many panels are laid out at once. */
 static int64_t group_of(int64_t depth, int64_t width, int threads) {
@@ -124,11 +127,11 @@ static int64_t group_of(int64_t depth, int64_t width, int threads) {
 }
 
 int64_t dense_scratch(int64_t depth, int64_t width, int threads) {
-    int64_t together = group_of(depth, width, threads) * depth, apart = threads * together_of(depth) * (depth < DEPTH ? depth : DEPTH);
+    int64_t together = group_of(depth, width, threads) * depth, apart = threads * together_of(depth, width, threads) * (depth < DEPTH ? depth : DEPTH);
     return 2 * (together > apart ? together : apart) * PANEL + sums_of(depth, threads);
 }
 
-/* What dense_product_and is told, and its scratch. */
+/* What stored_product is told, and its scratch. */
 typedef struct {
     const bf16 *x;
     const Stored *weight;
@@ -174,23 +177,30 @@ static void multiply_rows(const Product *o, int64_t n, int64_t k, const __m512i 
     }
 }
 
-/* How many times as many panels there are. */
-static int64_t units_of(int64_t depth, int64_t width) {
-    int64_t together = together_of(depth);
-    return (panels_of(width) + together - 1) / together;
+/* How many units of together_of panels there are. */
+static int64_t units_of(const Product *o) {
+    int64_t together = together_of(o->depth, o->width, o->threads);
+    return (panels_of(o->width) + together - 1) / together;
 }
 
-/* How many of these threads divide among them in the end: as many as the others may have in hand when there are no more. */
+/* How many units, the last ones, are divided by pieces of tokens: one for each thread that may still have one in hand when there are no
+   others left. */
 static int64_t divided_of(const Product *o) {
-    int64_t units = units_of(o->depth, o->width);
+    int64_t units = units_of(o);
     return o->threads - 1 < units ? o->threads - 1 : units;
 }
 
-/* Panels are laid out by whoever multiplies them, in a cache of its own: for all tokens, and the last ones, by several, for pieces of
-   the tokens. There is one piece where sums are longer than DEPTH. */
+/* Whether threads that lay out what they multiply lay out no more units again than there are. */
+static int each_for_itself(const Product *o, int64_t parts) {
+    int64_t again = (parts < o->threads ? parts : o->threads) - 1;
+    return o->depth <= DEPTH && divided_of(o) * again <= units_of(o);
+}
+
+/* Panels are laid out by whoever multiplies them, in a cache of its own: for all tokens, and the units that are divided, by several, for
+   pieces of the tokens. There is one piece where sums are longer than DEPTH. */
 static void by_panels(const Product *o, const int64_t *begins, int64_t parts) {
-    int64_t depth = o->depth, panels = panels_of(o->width), together = together_of(depth), divided = divided_of(o);
-    int64_t others = units_of(depth, o->width) - divided, size = (depth < DEPTH ? depth : DEPTH) / 2 * WIDE;
+    int64_t depth = o->depth, panels = panels_of(o->width), together = together_of(depth, o->width, o->threads);
+    int64_t divided = divided_of(o), others = units_of(o) - divided, size = (depth < DEPTH ? depth : DEPTH) / 2 * WIDE;
 #pragma omp parallel num_threads(o->threads)
     {
         __m512i *own = o->laid + omp_get_thread_num() * together * size;
@@ -261,11 +271,11 @@ void dense_product(const bf16 *x, const bf16 *weight, bf16 *y, uint8_t *scratch,
 void stored_product(const bf16 *x, const Stored *weight, bf16 *y, uint8_t *scratch, int64_t tokens, int across, int add,
                     const Added *added, int threads) {
     int64_t depth = across ? weight->out : weight->in, width = across ? weight->in : weight->out;
+    if (!tokens) return;
     int64_t begins[tokens / FEWEST + 2], parts = pieces_of(tokens, begins);
     float *sums = (float *)scratch;
     scratch += sums_of(depth, threads);
     Product whole = {x, weight, y, (__m512i *)scratch, sums, depth, width, across, add, added, threads};
-    int few_divided = 2 * divided_of(&whole) <= units_of(depth, width) && depth <= DEPTH;
-    if (parts <= 1 || few_divided) by_panels(&whole, begins, parts);
+    if (parts == 1 || each_for_itself(&whole, parts)) by_panels(&whole, begins, parts);
     else by_groups(&whole, begins, parts);
 }

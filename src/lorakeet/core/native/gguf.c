@@ -31,8 +31,9 @@ static inline void and_offset(bf16 *to, __m512i codes, float step, float offset)
     put(to, _mm512_add_ps(product, _mm512_set1_ps(offset)));
 }
 
-/* The functions below write the sixteens from `first` to `last` − 1 of a block. */
 #define INLINE static inline __attribute__((always_inline))
+
+/* What follows writes the sixteens `first` … `last` − 1 of a block. */
 
 /* 32 numbers: d·(q − z), or d·q + m; of five bits the fifth ones stand by themselves. */
 INLINE void simple(int64_t kind, const uint8_t *block, int first, int last, bf16 *to) {

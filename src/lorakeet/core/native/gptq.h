@@ -11,7 +11,7 @@ typedef struct {
     __m512i zero;
 } Grid;
 
-static const Grid NO_GRID = {-1};
+static const Grid NO_GRID = {.group = INT64_MIN};
 
 /* Eight fields of four bits of two words, one behind the other. */
 static inline __m512i fields(const uint32_t *words, uint32_t added) {

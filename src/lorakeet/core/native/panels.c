@@ -7,7 +7,8 @@
 
 #define AHEAD 128 /* numbers of a row that are fetched before they are laid out */
 #define PART 1024 /* columns of sixteen rows that are brought back at once, at most */
-#define STRIDE (PART + 2 * LANES) /* so that they do not meet in few places of the processor's first cache */
+#define APART 32  /* numbers between such rows, which else would meet in few places of the processor's first cache */
+#define STRIDE (PART + APART)
 
 /* Sixteen rows of bf16, `stride` numbers apart, of which so many terms, an even number, as columns of x·Wᵀ. */
 static void lay_dense_rows(const bf16 *rows, int64_t stride, int64_t terms, __m512i *panel) {
@@ -67,7 +68,8 @@ static inline void words_turned(__m512i words[8], __m512i *panel) {
     }
 }
 
-static void lay_gptq_columns(const Stored *weight, int64_t row, int64_t column, __m512i *panel, Grid *grid) {
+/* Sixteen columns of sixteen rows of a GPTQ weight. */
+static void lay_gptq_sixteen(const Stored *weight, int64_t row, int64_t column, __m512i *panel, Grid *grid) {
     __m512i words[8];
     __m512 columns[LANES];
     for (int64_t c = 0; c < LANES; c++) columns[c] = gptq_column(weight, row, column + c, grid);
@@ -75,8 +77,8 @@ static void lay_gptq_columns(const Stored *weight, int64_t row, int64_t column, 
     words_turned(words, panel);
 }
 
-/* Sixteen columns of sixteen rows of bf16, `stride` numbers apart. */
-static inline void lay_dense_columns(const bf16 *rows, int64_t stride, __m512i *panel) {
+/* The same of bf16, `stride` numbers from row to row. */
+static inline void lay_dense_sixteen(const bf16 *rows, int64_t stride, __m512i *panel) {
     for (int64_t r = 0; r < LANES; r += 2) {
         __m512i one = _mm512_castsi256_si512(_mm256_loadu_si256((const __m256i *)(rows + r * stride)));
         __m512i two = _mm512_inserti64x4(one, _mm256_loadu_si256((const __m256i *)(rows + (r + 1) * stride)), 1);
@@ -84,27 +86,32 @@ static inline void lay_dense_columns(const bf16 *rows, int64_t stride, __m512i *
     }
 }
 
+/* Where the n-th sixteen columns of panels are. */
+static inline __m512i *sixteen_of(__m512i *panels, int64_t n, int64_t size) { return panels + n / WIDE * size + n % WIDE; }
+
+/* Columns of bf16, in sixteens, from the n-th on. */
+static void lay_dense_columns(const bf16 *rows, int64_t stride, int64_t columns, int64_t n, int64_t size, __m512i *panels) {
+    for (int64_t c = 0; c < columns; c += LANES, n++) lay_dense_sixteen(rows + c, stride, sixteen_of(panels, n, size));
+}
+
 void lay_columns(const Stored *weight, int64_t row, int64_t first, int64_t count, int64_t size, __m512i *panels) {
-    int64_t end = first + count * PANEL, stop = end < weight->in ? end : weight->in;
-    const bf16 *rows = (const bf16 *)weight->codes + row * weight->in;
-    bf16 part[LANES * STRIDE];
-    Grid grid = NO_GRID;
-    int64_t begin = 0, brought = weight->kind == DENSE ? stop : first, stride = weight->in; /* columns begin … brought − 1 are in `rows` */
-    if (row + LANES < weight->out) stored_fetch(weight, row + LANES, first, stop);
-    for (int64_t c = first; c < end; c += LANES) {
-        __m512i *panel = panels + (c - first) / PANEL * size + (c - first) / LANES % WIDE;
-        if (c >= stop) {
-            for (int64_t k = 0; k < 8; k++) panel[k * WIDE] = _mm512_setzero_si512();
-            continue;
+    int64_t there = weight->in - first < count * PANEL ? weight->in - first : count * PANEL;
+    if (row + LANES < weight->out) stored_fetch(weight, row + LANES, first, first + there);
+    if (weight->kind == DENSE) {
+        const bf16 *rows = (const bf16 *)weight->codes + row * weight->in + first;
+        lay_dense_columns(rows, weight->in, there, 0, size, panels);
+    } else if (weight->kind == GPTQ) {
+        Grid grid = NO_GRID;
+        for (int64_t c = 0; c < there; c += LANES)
+            lay_gptq_sixteen(weight, row, first + c, sixteen_of(panels, c / LANES, size), &grid);
+    } else {
+        bf16 part[LANES * STRIDE];
+        for (int64_t c = 0; c < there; c += PART) {
+            int64_t columns = c + PART < there ? PART : there - c;
+            stored_part(weight, row, first + c, first + c + columns, part, columns + APART);
+            lay_dense_columns(part, columns + APART, columns, c / LANES, size, panels);
         }
-        if (weight->kind == GPTQ) {
-            lay_gptq_columns(weight, row, c, panel, &grid);
-            continue;
-        }
-        if (c == brought) {
-            begin = c, brought = c + PART < stop ? c + PART : stop, stride = brought - begin + 2 * LANES, rows = part;
-            stored_part(weight, row, begin, brought, part, stride);
-        }
-        lay_dense_columns(rows + c - begin, stride, panel);
     }
+    for (int64_t n = there / LANES; n < count * WIDE; n++)
+        for (int64_t k = 0; k < LANES / 2; k++) sixteen_of(panels, n, size)[k * WIDE] = _mm512_setzero_si512();
 }

@@ -3,6 +3,7 @@
 
 #include "gptq.h"
 
+#define LINE 64   /* bytes that come into a cache together */
 #define OUTER 256 /* blocks of NF4 that share one outer scale */
 
 /* A product that is rounded before anything is added to it; without this the compiler makes one operation of both. */
@@ -65,16 +66,17 @@ void stored_part(const Stored *w, int64_t row, int64_t first, int64_t last, bf16
 
 void stored_fetch(const Stored *w, int64_t row, int64_t first, int64_t last) {
     const char *codes = w->codes;
-    for (int64_t c = first; w->kind == GPTQ && c < last; c += 8) _mm_prefetch(codes + (c / 8 * w->out + row) * 4, _MM_HINT_T0);
-    int64_t size = 1, bytes = 1; /* of codes that are written together */
-    if (w->kind == GPTQ) return;
+    if (w->kind == GPTQ) {
+        for (int64_t c = first; c < last; c += 8) _mm_prefetch(codes + (c / 8 * w->out + row) * 4, _MM_HINT_T0);
+        return;
+    }
+    int64_t size = 1, bytes = 1; /* of numbers that are written together */
     if (w->kind == DENSE) bytes = 2;
     else if (w->kind == NF4) size = 2;
     else if (w->kind >= Q4_0) size = gguf_block(w->kind, &bytes);
     for (int64_t r = row; r < row + LANES; r++) {
         const char *from = codes + (r * w->in + first) / size * bytes, *to = codes + (r * w->in + last + size - 1) / size * bytes;
-        for (; from < to; from += 64) _mm_prefetch(from, _MM_HINT_T0);
-        _mm_prefetch(to - 1, _MM_HINT_T0);
+        for (from -= (uintptr_t)from % LINE; from < to; from += LINE) _mm_prefetch(from, _MM_HINT_T0);
     }
 }
 

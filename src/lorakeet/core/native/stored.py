@@ -48,7 +48,7 @@ class Stored(NamedTuple):
 
 
 def serves(shape: tuple[int, int], held: Sequence[Tensor]) -> bool:
-    """Whether a weight (out, in) in these tensors may be brought back here."""
+    """Whether C may read a weight (out, in) in these tensors."""
     if any(size <= 0 or size % ops.LANES for size in shape):
         return False
     return all(type(each) in ops.PLAIN and each.is_contiguous() and is_cpu(each.device) for each in held) and ops.in_use()
@@ -99,9 +99,10 @@ def _add_product(y: Tensor, x: Tensor, held: Sequence[Tensor], numbers: Sequence
 
 def _write(y: Tensor, x: Tensor, numbers: Sequence[int], across: bool, *, add: bool) -> None:
     depth, width = _sizes(numbers, across)
-    if x.shape[1:] != (depth,) or y.shape != (len(x), width) or not numbers[_CODES]:
+    fit = x.shape[1:] == (depth,) and y.shape == (len(x), width) and depth > 0 and not depth % ops.LANES and not width % ops.LANES
+    if not fit or not numbers[_CODES]:
         shapes = f"rows {tuple(x.shape)}, a weight {tuple(numbers[1:3])} and a result {tuple(y.shape)}"
-        raise ValueError(f"{shapes} do not fit each other, or the weight has no numbers")
+        raise ValueError(f"{shapes} do not fit each other, are not in whole {ops.LANES}, or the weight has no numbers")
     told, scratch = array("q", numbers), torch.empty(dense.scratch(depth, width), dtype=torch.uint8)
     rows, to = pointers(x, y)
     given = rows, ctypes.c_void_p(told.buffer_info()[0]), to, address(scratch), ctypes.c_int64(len(x))
