@@ -127,7 +127,8 @@ static int64_t group_of(int64_t depth, int64_t width, int threads) {
 }
 
 int64_t dense_scratch(int64_t depth, int64_t width, int threads) {
-    int64_t together = group_of(depth, width, threads) * depth, apart = threads * together_of(depth, width, threads) * (depth < DEPTH ? depth : DEPTH);
+    int64_t together = group_of(depth, width, threads) * depth;
+    int64_t apart = threads * together_of(depth, width, threads) * (depth < DEPTH ? depth : DEPTH);
     return 2 * (together > apart ? together : apart) * PANEL + sums_of(depth, threads);
 }
 

@@ -56,16 +56,19 @@ static inline __m512 exp2_of(__m512 x) {
     return _mm512_scalef_ps(p, whole);
 }
 
+/* Four rows of words of four bytes, turned over within each four columns: s[i] has the i-th of every four. */
+static inline void fours_turned(const __m512i r[4], __m512i s[4]) {
+    __m512i a = _mm512_unpacklo_epi32(r[0], r[1]), b = _mm512_unpackhi_epi32(r[0], r[1]);
+    __m512i c = _mm512_unpacklo_epi32(r[2], r[3]), d = _mm512_unpackhi_epi32(r[2], r[3]);
+    s[0] = _mm512_unpacklo_epi64(a, c), s[1] = _mm512_unpackhi_epi64(a, c);
+    s[2] = _mm512_unpacklo_epi64(b, d), s[3] = _mm512_unpackhi_epi64(b, d);
+}
+
 /* Sixteen rows of sixteen words of four bytes, turned over. */
 static inline void transposed(__m512i r[16]) {
     __m512i s[16];
 #pragma GCC unroll 16
-    for (int i = 0; i < 16; i += 4) {
-        __m512i a = _mm512_unpacklo_epi32(r[i], r[i + 1]), b = _mm512_unpackhi_epi32(r[i], r[i + 1]);
-        __m512i c = _mm512_unpacklo_epi32(r[i + 2], r[i + 3]), d = _mm512_unpackhi_epi32(r[i + 2], r[i + 3]);
-        s[i] = _mm512_unpacklo_epi64(a, c), s[i + 1] = _mm512_unpackhi_epi64(a, c);
-        s[i + 2] = _mm512_unpacklo_epi64(b, d), s[i + 3] = _mm512_unpackhi_epi64(b, d);
-    }
+    for (int i = 0; i < 16; i += 4) fours_turned(r + i, s + i);
 #pragma GCC unroll 16
     for (int i = 0; i < 4; i++) { /* s[i], s[4 + i], …: column 4·lane + i of four rows each */
         __m512i a = _mm512_shuffle_i32x4(s[i], s[4 + i], 0x44), b = _mm512_shuffle_i32x4(s[i], s[4 + i], 0xee);

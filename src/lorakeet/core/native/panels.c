@@ -54,13 +54,8 @@ void lay_rows(const Stored *weight, int64_t row, int64_t from, int64_t to, int64
 static inline void words_turned(__m512i words[8], __m512i *panel) {
     const __m512i first = _mm512_setr_epi64(0, 1, 8, 9, 4, 5, 12, 13), second = _mm512_setr_epi64(2, 3, 10, 11, 6, 7, 14, 15);
     __m512i fours[8]; /* words of four columns */
-#pragma GCC unroll 2
-    for (int i = 0; i < 8; i += 4) {
-        __m512i a = _mm512_unpacklo_epi32(words[i], words[i + 1]), b = _mm512_unpackhi_epi32(words[i], words[i + 1]);
-        __m512i c = _mm512_unpacklo_epi32(words[i + 2], words[i + 3]), d = _mm512_unpackhi_epi32(words[i + 2], words[i + 3]);
-        fours[i] = _mm512_unpacklo_epi64(a, c), fours[i + 1] = _mm512_unpackhi_epi64(a, c);
-        fours[i + 2] = _mm512_unpacklo_epi64(b, d), fours[i + 3] = _mm512_unpackhi_epi64(b, d);
-    }
+    fours_turned(words, fours);
+    fours_turned(words + 4, fours + 4);
 #pragma GCC unroll 4
     for (int i = 0; i < 4; i++) {
         panel[i * WIDE] = _mm512_permutex2var_epi64(fours[i], first, fours[4 + i]);
