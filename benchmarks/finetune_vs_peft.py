@@ -55,7 +55,7 @@ class Contender:
 
 
 CONTENDERS = {
-    "lorakeet": Contender("with_lorakeet", "auto", "Lorakeet as shipped: what all rows of a batch begin with is computed once"),
+    "lorakeet": Contender("with_lorakeet", "auto", "Lorakeet as shipped: what rows of a micro-batch begin with is computed once"),
     "lorakeet-unshared": Contender("with_lorakeet_unshared", "auto", "Lorakeet, what rows begin with computed for each of them"),
     "lorakeet-top8": Contender(
         "with_lorakeet_top", "auto", "Lorakeet with a frozen prefix: adapters in the top 8 layers alone",

@@ -4,7 +4,8 @@
 
 The quickstart's rows and settings: adapters in all layers; in the top ones, every pass through all blocks; in the top ones, with
 what the blocks below make of each row computed once. Held-out looks and the computing of the states count. Which of the first
-two learns more is the price of the mode, shown by the held-out loss; the last two must learn the same.
+two learns more is the price of the mode, shown by the held-out loss; the last two must learn the same. Every round has another
+seed: another order of the rows, another A.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--epochs", type=float, default=3.0)
     parser.add_argument("--limit", type=int, default=200, help="rows of each file")
     parser.add_argument("--rounds", type=int, default=3, help="fresh processes of each way, in turns")
+    parser.add_argument("--seed", type=int, default=0, help="of the first round; every one has its own")
     parser.add_argument("--quick", action="store_true", help="40 rows, two epochs, one round, to see whether everything runs")
     parser.add_argument("--results", type=Path, default=Path(__file__).with_name("results"), help="where the result is written")
     given = parser.parse_args(arguments)
@@ -44,6 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for number in range(given.rounds):
             for name in rotated(list(ways), number):
                 options = [str(result), *ways[name], "--epochs", str(given.epochs), "--limit", str(given.limit)]
+                options += ["--seed", str(given.seed + number)]
                 run_module(sys.executable, MODULE, options, log=Path(folder) / "log")
                 found[name].append(json.loads(result.read_text(encoding="utf-8")))
                 print(f"round {number + 1}: {name} {found[name][-1]['seconds']:.1f} s", file=sys.stderr, flush=True)
@@ -63,7 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     settings = {"layers": given.layers, "epochs": given.epochs, "limit": given.limit}
     content = {"settings": settings, "runs": found, "faster": {n: r.to_mapping() for n, r in ratios.items()}, "loss_gap": gap}
     claim, content["kept"] = "frozen_prefix_quick" if given.quick else "frozen_prefix", kept_claim
-    print(f"Written: {write_result(claim, content, seed=0, about=about, folder=given.results)}")
+    print(f"Written: {write_result(claim, content, seed=given.seed, about=about, folder=given.results)}")
     return 0 if kept_claim else 1
 
 

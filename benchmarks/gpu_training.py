@@ -14,10 +14,10 @@ without; else it pads, which costs half more here and stands in the table. So it
 need bitsandbytes for NF4, over which TRL keeps A and B in bf16. Lorakeet runs by torch's kernels and by its own Triton kernels.
 
 Every run is a fresh process; contenders take turns, and the first place rotates from round to round. Printed are tokens/s, the
-most memory that the card held allocated while training, the share of the card's fastest plain bf16 product in this very run, and
-how far losses are from those of TRL. FLOPs are those that training needs, whoever computes more: twice the frozen weights forward
-and twice for dX, the head the same, six times the pairs, attention's scores under the causal mask; nothing is counted for
-computing again what was not kept.
+most memory that the card held allocated while training, the share of the card's fastest plain bf16 product, measured before each
+case, and how far losses are from those of TRL. FLOPs are those that training needs, whoever computes more: twice the frozen
+weights forward and twice for dX, the head the same, six times the pairs, attention's scores under the causal mask; nothing is
+counted for computing again what was not kept.
 """
 
 from __future__ import annotations

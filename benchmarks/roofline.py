@@ -11,6 +11,7 @@ linear layers; rows of one length, or rows of between half and one and a half ti
 a whole step, so it has no such neighbours). Packed rows are measured over dense weights alone, unless --whole asks for all: how
 rows lie is a matter of attention, which knows nothing of how weights are kept. Micro-batches have as many tokens as in a run file
 that says nothing of them (2,048); --micro-tokens gives others, such as the 1,024 of the quickstart.
+First of all it tells the rate of plain products in bf16 and in fp32.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+from contenders.timed_step import rate
 from harness.machine import origin, warn_if_busy, write_result
 from harness.processes import answered
 from plan_accuracy import gptq, published_shape
@@ -99,6 +101,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     about = origin()
     print(warn_if_busy(about) or "The machine is idle.", file=sys.stderr)
     products = str(fastest_products(torch.bfloat16)).removeprefix("torch.")
+    fastest = {str(dtype).removeprefix("torch."): rate(dtype) for dtype in (torch.bfloat16, torch.float32)}
+    print(", ".join(f"plain products in {name} {found / 1e9:.0f} GFLOP/s" for name, found in fastest.items()))
     lines = []
     print("base   tokens learnt     layout   forward backward   step  asked  tokens/s  GFLOP/s")
     with TemporaryDirectory(prefix="lorakeet-bench-") as folder:
@@ -115,6 +119,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             )
     kept = all(line["shares"]["step"] >= line["asked"] for line in lines)
     content = {"products": products, "tokens_a_step": TOKENS, "micro_tokens": given.micro_tokens, "lines": lines, "kept": kept}
+    content["fastest_products"] = fastest
     content |= {"model": given.model, "block_weights": block_weights(published_shape(given.model))}
     other = "" if given.model == SHAPE else f"_{given.model.rpartition('/')[2].lower()}"
     other += "" if given.micro_tokens == TrainSpec.micro_tokens else f"_micro_{given.micro_tokens}"

@@ -7,6 +7,7 @@ shape of the model. Of each claim and processor the newest result counts; those 
 from __future__ import annotations
 
 import json
+import math
 import statistics
 import sys
 import textwrap
@@ -171,16 +172,21 @@ def _round_by_round(result: Mapping[str, Any]) -> str:
     return f"Round by round, to the lowest loss that all of these reach in it ({losses} nats), times Lorakeet's: {ratios}."
 
 
+STUDENT = {3: 4.303, 4: 3.182, 5: 2.776}  # of so many numbers: what holds 95 % of the t of their mean
+
+
 def _int8_beside(result: Mapping[str, Any]) -> Iterator[str]:
     """What products in int8 end at, beside those in bf16 from the same start over the same rows, seed by seed."""
     runs = result["runs"]
     ours, rounded = (runs.get(name, []) for name in ("lorakeet", "lorakeet-int8"))
     gaps = [last(b) - last(a) for a, b in zip(ours, rounded, strict=False)]
-    if len(gaps) > 1:
-        each = ", ".join(signed(gap, 4) for gap in gaps)
+    if len(gaps) in STUDENT:
+        each, mean = ", ".join(signed(gap, 4) for gap in gaps), statistics.mean(gaps)
+        far = STUDENT[len(gaps)] * statistics.stdev(gaps) / math.sqrt(len(gaps))
         yield (
             f"With products in int8 the held-out loss after the last step is {each} nats away from that of bf16 in the same "
-            f"round, {signed(statistics.mean(gaps), 4)} on average over {len(gaps)} seeds."
+            f"round, {signed(mean, 4)} on average over {len(gaps)} seeds (95 % interval by Student's t: "
+            f"{signed(mean - far, 4)} to {signed(mean + far, 4)})."
         )
 
 
@@ -220,6 +226,27 @@ def _share(one: Mapping[str, Any]) -> str:
     return f"| {' | '.join([*case, *found, format(one['tokens_per_second'], ',.0f')])} |"
 
 
+def beginnings(drawings: Drawings) -> Iterator[str]:
+    """Rows behind one prompt."""
+    for number, result in enumerate(newest("shared_beginning")):
+        if number == 0:
+            yield "## Rows that begin with one prompt"
+        yield (
+            f"{result['rows']} rows of {result['own_tokens']} tokens of their own behind a prompt, {result['micro_tokens']:,} "
+            f"tokens computed at once; the prompt computed once for the rows of a pass, by turns with the prompt in every row. "
+            f"{result['model']}: {source(result)}."
+        )
+        head = ["| prompt | passes | tokens computed | seconds a step | faster | FLOPs fewer by |", f"|{' ---: |' * 6}"]
+        yield "\n".join([*head, *(_beginning(one) for one in result["lines"])])
+
+
+def _beginning(one: Mapping[str, Any]) -> str:
+    ways = one["once"], one["each"]
+    seconds = " for ".join(f"{statistics.median(way['seconds']):.2f}" for way in ways)
+    counts = (" for ".join(f"{way[name]:,}" for way in ways) for name in ("passes", "computed"))
+    return f"| {one['prompt']:,} | {' | '.join(counts)} | {seconds} | {spread(one['faster'], 2)} | {one['fewer_flops']:.2f} |"
+
+
 def growth(drawings: Drawings) -> Iterator[str]:
     """Time a token over length, rank, adapters and size."""
     for result in newest("growth")[:1]:
@@ -254,9 +281,10 @@ def top_layers(drawings: Drawings) -> Iterator[str]:
         ]
         for way, runs in result["runs"].items():
             one, took = runs[0], statistics.median(each["seconds"] for each in runs)
+            losses = " ".join(f"{loss:.4f}" for loss in dict.fromkeys(each["held_out_loss"] for each in runs))
             lines.append(
                 f"| {names[way]} | {took:,.1f} | {one['of_them_filling']:.1f} | {one['trained_parameters']:,} | "
-                f"{one['held_out_loss']:.4f} ({one['base_loss']:.3f}) | {one['peak_bytes'] / 1e9:.2f} |"
+                f"{losses} ({one['base_loss']:.3f}) | {one['peak_bytes'] / 1e9:.2f} |"
             )
         yield "\n".join(lines)
         yield (
@@ -294,7 +322,7 @@ def _held(name: str, one: Mapping[str, Any]) -> str:
 
 
 SECTIONS: tuple[Callable[[Drawings], Iterator[str]], ...] = (compared, time_to_loss)
-MEASURED: tuple[Callable[[Drawings], Iterator[str]], ...] = (roofline, growth, top_layers, int8)
+MEASURED: tuple[Callable[[Drawings], Iterator[str]], ...] = (roofline, beginnings, growth, top_layers, int8)
 
 
 def page() -> tuple[str, Drawings]:

@@ -46,7 +46,7 @@ are): scores stay in the cache, and masked tiles are left out. Without it torch'
 - **A weight laid out slowly.** Before each product the library lays a weight out as the processor's registers take it. Where
 C serves, frozen weights are multiplied by a kernel of Lorakeet's own, which does so for all tokens at once, with the rows to
 come fetched ahead, and keeps nothing for the number of tokens. Each thread lays out what it multiplies, in a cache of its own,
-and waits for no other until the end. With AMX oneDNN is faster, and is used.
+and waits for no other until the end. With AMX they are left to oneDNN, which has tiles for it; that was not measured.
 - **Asking.** A step of a small model is thousands of operations, and Python needs ten times as long to ask for one as in a loop
 by itself, since what it needs has left the processor's caches between two products. Where C serves, a whole decoder block is
 one call each way (`core/trained_block`), with the bits of its parts; what that call is told is kept, and used again where a look
@@ -59,8 +59,12 @@ neighbours of a sum, need not be turned over. A step over NF4 was a quarter slow
 the same ([log](../log.md)).
 - **The slower dtype.** Whether products are faster in bf16 or in fp32 is measured when the model is loaded
 (`core/precision`): a processor may have instructions for bf16 and yet be slower with them.
-- **What rows begin with.** Tokens that all rows of a micro-batch begin with, from a template or an instruction, are computed
-once for all of them, with exact gradients (`data/prefix`). This needs no setting; dropout turns it off.
+- **What rows begin with.** Tokens that all rows of a micro-batch begin with, from a template, a system prompt or examples, are
+computed once for all of them, with exact gradients (`data/prefix`). A step's rows are put together so that as much as can be is
+computed once, and what is computed once counts once among `train.micro_tokens` (`data/sharing`): behind a prompt of 1,500 tokens
+five rows of 100 pass together, not one by one. Rows with different prompts pass apart where that saves more than a pass costs.
+This needs no setting; dropout turns it off. Where another attention than Lorakeet's own computes (on a card, in fp32), only who
+passes with whom is chosen: a batch has no more tokens in all than it may compute.
 - **Blocks below the lowest adapter.** With `lora.layers: top:8` no gradient goes below the eighth block from the top, and
 with `train.keep_prefix_states` what the blocks below make of a row is computed once for all epochs. Fewer matrices are
 adapted, so this trains another model, whose quality has to be measured: it is not the default.
@@ -79,7 +83,8 @@ TAIL = """
 ```sh
 python benchmarks/finetune_vs_peft.py --shuffled --steps 8 --unsloth-python PATH
 python benchmarks/finetune_vs_peft.py --to-loss --shuffled --steps 16 --rounds 3 --unsloth-python PATH
-python benchmarks/roofline.py
+python benchmarks/roofline.py --whole
+python benchmarks/shared_beginning.py
 python benchmarks/roofline.py --model meta-llama/Llama-3.2-1B --lengths 512 2048 --bases dense nf4
 python benchmarks/int8_products.py
 python benchmarks/growth.py

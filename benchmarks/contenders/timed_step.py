@@ -77,8 +77,8 @@ def measured(asked: Mapping[str, Any]) -> dict[str, Any]:
     """
     config, precision = read_settings(asked)
     text = random_model(asked["shape"], config, precision)
-    rows = [_row(length, asked["learnt"], number) for number, length in enumerate(asked["lengths"])]
-    step_of = _one(text, config, rows) if "members" not in asked else _together(text, config, rows, asked["members"])
+    rows = [made_up(length, asked["learnt"], number) for number, length in enumerate(asked["lengths"])]
+    step_of = one_adapter(text, config, rows) if "members" not in asked else _together(text, config, rows, asked["members"])
     counted: dict[str, int] = {}
     seconds: dict[str, list[float]] = {}
     rates: list[float] = []
@@ -100,7 +100,7 @@ def measured(asked: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _one(text: TextModel, config: RunConfig, rows: list[Example]) -> StepOf:
+def one_adapter(text: TextModel, config: RunConfig, rows: list[Example]) -> StepOf:
     """Steps of one adapter over all rows: seconds by phase."""
     begin_adapter(text, plan_for(text.model, config.lora, text.family), seed=0)
     training = silent_training(TextTask(text, rows, held_out=(), spec=config.train), config.train)
@@ -166,7 +166,7 @@ def rate(products: torch.dtype) -> float:
     return best
 
 
-def _row(length: int, learnt: str, number: int) -> Example:
+def made_up(length: int, learnt: str, number: int) -> Example:
     """Random tokens, of which the last ones are learnt."""
     count = 1 if learnt == "label" else min(length - 1, max(1, round(LEARNT[learnt] * length)))
     draw = random.Random(number)

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
+from lorakeet.core.native import ops
 from lorakeet.core.spec import LoraSpec
+from lorakeet.data.chat import Example
 from lorakeet.data.pack import Batch
 from lorakeet.models.adapt import begin_adapter
 from lorakeet.models.fuse import fuse
@@ -125,6 +129,72 @@ def test_what_rows_share_is_computed_once_and_counts_for_each(
     assert seen == [once + -once % 32, tokens]
     for one, other in zip(*found, strict=True):
         torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-3)
+
+
+def test_rows_with_one_long_beginning_pass_together_with_their_losses_and_gradients(
+    monkeypatch: pytest.MonkeyPatch, tiny_llama_folder: Path, adapted: Callable[..., Any]
+) -> None:
+    """Ten rows of 50 tokens, 40 of them the same, where 150 pass at once: in one pass, in four where nothing is shared."""
+    text, examples = load(tiny_llama_folder), behind_one_beginning()
+    monkeypatch.setattr(TextModel, "_copies_nothing", lambda self, longest: True)
+    adapted(text.model)
+    found = []
+    for shares in (True, False):
+        text.shares_prefix = shares
+        batches = text.micro_batches(examples, 150)
+        text.model.zero_grad()
+        losses = {}
+        for batch in batches:
+            logits = text.head(text.hidden(batch))
+            each = torch.nn.functional.cross_entropy(logits, batch.target_ids, reduction="none")
+            each.sum().backward()
+            keys = [batch.keys[row] for row in batch.target_rows.tolist()]
+            losses |= {key: each.detach()[[one == key for one in keys]] for key in batch.keys}
+        gradients = [parameter.grad for parameter in trained_parameters(text.model).values()]
+        found.append([*(losses[example.key] for example in examples), *gradients])
+        assert len(batches) == (1 if shares else 4)
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-3)
+    text.shares_prefix = True
+    with text.every_token():
+        assert len(text.micro_batches(examples, 150)) == 4, "who watches every token sees them all"
+
+
+def behind_one_beginning() -> list[Example]:
+    """Ten rows of 50 tokens, 40 of them the same, the last five learnt."""
+    numbers = np.random.default_rng(0)
+    begin, learnt = numbers.integers(3, 50, 40), np.arange(50) >= 45
+    return [
+        Example(np.concatenate([begin, numbers.integers(3, 50, 10)]), learnt, str(number), None, False) for number in range(10)
+    ]
+
+
+@pytest.mark.skipif(not ops.in_use(), reason="the C library is not there")
+def test_only_where_attention_copies_nothing_have_batches_more_tokens_than_are_computed(tmp_path: Path) -> None:
+    """Else a plan, which counts what is computed, would not hold."""
+    folder = save_tiny_llama(tmp_path, hidden_size=128, num_attention_heads=2, num_key_value_heads=1, head_dim=64)
+    examples, half = behind_one_beginning(), {"dtype": "bfloat16", "products": "bfloat16"}
+
+    def batches(change: Callable[[TextModel], object] = lambda text: None, **settings: Any) -> int:
+        text = load(folder, **settings)
+        fuse(text.model)
+        change(text)
+        return len(text.micro_batches(examples, 150))
+
+    assert batches(**half) == 1
+    assert batches() == batches(**half, attention="sdpa") == 4
+    assert batches(lambda text: setattr(text, "device", torch.device("cuda")), **half) == 4
+    assert batches(lambda text: setattr(text.model.config, "sliding_window", 45), **half) == 4
+    with ops.without():
+        assert batches(**half) == 4
+
+
+def test_a_model_that_is_read_or_gathered_for_each_pass_makes_no_more_of_them(tmp_path: Path, tiny_llama_folder: Path) -> None:
+    text, examples = load(tiny_llama_folder), behind_one_beginning()
+    others = [dataclasses.replace(each, ids=np.concatenate([[2], each.ids[1:]])) for each in examples]  # of another beginning
+    assert len(text.micro_batches([*examples, *others], 1000)) == 2
+    text.gathers = True
+    assert len(text.micro_batches([*examples, *others], 1000)) == 1
 
 
 def test_the_last_block_computes_only_what_is_read(tiny_llama_folder: Path, adapted: Callable[..., Any], rows: Rows) -> None:

@@ -220,18 +220,15 @@ class FlashRows:
         """∂Q, ∂K, ∂V in the shapes of Q, K, V, fp32."""
         groups, d = query.shape[1] // key.shape[1], query.shape[3]
         grads: list[Tensor] = []  # (tokens, heads, d), made when the first kernel's inputs are gone
-        of_prefix = [torch.zeros(self.prefix, key.shape[1], d, device=key.device) for _ in range(2)]  # ∂K, ∂V by all rows but one
         for places, logsumexp in zip(self.places, logsumexps, strict=True):
             of_q, *found = self._kernel_backward(places, grad, (query, key, value), result, logsumexp)
             found = [states.view(*states.shape[:2], -1, groups, d).sum(3) if groups > 1 else states for states in found]
             grads = grads or [of_q.new_zeros(query.shape[2], *states.shape[2:]) for states in (of_q, *found)]
             for target, states in zip(grads, (of_q, *found), strict=True):
                 places.put(target, states)
-            for target, states in zip(of_prefix, found, strict=True):
-                places.add_shared(target, states)
+            for target, states in zip(grads[1:], found, strict=True):
+                places.add_shared(target, states)  # the prefix's own row was among the first
             del of_q, found, target, states  # before the next ones are made
-        grads[1][: self.prefix] += of_prefix[0]
-        grads[2][: self.prefix] += of_prefix[1]
         grad_q, grad_k, grad_v = (states.transpose(0, 1)[None] for states in grads)
         return grad_q, grad_k, grad_v
 

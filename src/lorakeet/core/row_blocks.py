@@ -72,7 +72,8 @@ def blocks_of_queries(rows: tuple[int, ...], prefix: int, heads: int, queries: i
 
 @lru_cache(maxsize=8)
 def whole_rows(rows: tuple[int, ...], prefix: int, tokens: int) -> tuple[Blocks, ...]:
-    """Each row as one block, rows of nearly equal length together, the longest first.
+    """Each row as one block, rows of nearly equal length together, the longest first, but those with the row that has the prefix
+    as its own before all others.
 
     Filled up, those that go together have at most `tokens` places, and no more than all rows have tokens; or are one row.
     """
@@ -84,6 +85,7 @@ def whole_rows(rows: tuple[int, ...], prefix: int, tokens: int) -> tuple[Blocks,
         if not together or _whole(len(row.tokens)) < _whole(width) or (len(together[-1]) + 1) * width > most:
             together.append([])
         together[-1].append(row)
+    together.sort(key=lambda alike: not any(row.shared == 0 for row in alike))
     found = []
     for alike in together:
         places = _places([(row, len(row.tokens)) for row in alike], 0, len(alike[0].tokens))

@@ -46,7 +46,10 @@ def gated(gate: Tensor, up: Tensor) -> Tensor:
 
 
 def gated_backward_(gate: Tensor, up: Tensor, grad: Tensor) -> None:
-    """With the gradient of `gated`: writes ∂gate and ∂up into gate and up, and what `gated` gave into `grad`."""
+    """With the gradient g of y = silu(z) ∘ u: writes ∂z and ∂u into gate and up, and y into `grad`. With σ = 1/(1 + exp(−z)),
+
+        silu(z) = z·σ      dsilu/dz = σ + z·σ·(1 − σ)      ∂z = g ∘ u ∘ (σ + z·σ·(1 − σ))      ∂u = g ∘ z·σ
+    """
     _by_numbers(_gated_backward, gate, gate, up, grad)
 
 

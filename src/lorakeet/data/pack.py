@@ -81,17 +81,23 @@ def micro_batches(examples: Sequence[Example], max_tokens: int) -> list[Batch]:
     As few batches as first-fit decreasing needs, and of about the same size: the largest one decides how much memory a step
     takes. The same batches for the same examples.
     """
-    lengths = [len(example.ids) for example in examples]
-    bins = _first_fit(lengths, max_tokens)
-    low, high = max(lengths, default=0), max_tokens  # the bins are as few at `high`
-    while low < high and len(lengths) <= _FEW:
+    bins = alike_bins([len(example.ids) for example in examples], max_tokens)
+    return [pack([examples[number] for number in sorted(chosen)]) for chosen in bins]
+
+
+def alike_bins(lengths: Sequence[int], most: int, grain: int = 0) -> list[list[int]]:
+    """The numbers of the lengths in as few bins of at most `most` as first-fit decreasing needs, of the same size but for `grain`
+    and what first-fit leaves; a longer one by itself."""
+    bins = _first_fit(lengths, most)
+    low, high = max(lengths, default=0), most  # the bins are as few at `high`
+    while high - low > grain and len(lengths) <= _FEW:
         middle = (low + high) // 2
         tighter = _first_fit(lengths, middle)
         if len(tighter) <= len(bins):
             bins, high = tighter, middle
         else:
             low = middle + 1
-    return [pack([examples[number] for number in sorted(chosen)]) for chosen in bins]
+    return bins
 
 
 _FEW = 512  # rows up to which even bins are searched for: first-fit takes time with the square of their number

@@ -63,7 +63,11 @@ class StraightThroughLinear(nn.Module):
 class _StraightThrough(torch.autograd.Function):
     """y = x·Qᵀ + b, whose gradient is that of x·(V + s·(B·A − B₀·A₀))ᵀ for A and B, and g·Q for x.
 
-    As in core/lowrank the rank-sized factor is multiplied first, so no gradient of W is ever formed.
+    With g = ∂L/∂y, and ∂Q/∂W taken as 1, ∂L/∂W = gᵀ·x, so that for W = V + s·(B·A − B₀·A₀)
+
+        ∂L/∂A = s·Bᵀ·(gᵀ·x) = (s·g·B)ᵀ·x      ∂L/∂B = s·(gᵀ·x)·Aᵀ = s·gᵀ·(x·Aᵀ)      ∂L/∂x = g·Q
+
+    The rank-sized factor is multiplied first, so no gradient of W is ever formed (as in core/lowrank).
     """
 
     @staticmethod

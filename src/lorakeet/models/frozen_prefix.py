@@ -54,8 +54,8 @@ class FrozenPrefix:
         keys = [_key(row) for row in _rows(ids, lengths)]
         if not all(key in self.kept for key in keys) or self.adapted:
             return None
-        rows = [self.kept.look(key) for key in keys]
-        return torch.cat([rows[0], *(row[prefix:] for row in rows[1:])])
+        rows = [self.kept.rows(key) for key in keys]  # of which the beginning is read once
+        return torch.cat([rows[0][:], *(row[prefix:] for row in rows[1:])])
 
     def holds(self, ids: Tensor) -> bool:
         """Whether the states of the row with these `ids` are kept."""

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from lorakeet.core.native.rooms import ROOMS
 from lorakeet.data.chat import Candidates, Example, Ids
-from lorakeet.data.pack import Batch, micro_batches
+from lorakeet.data.pack import Batch
 from lorakeet.models.text import TextModel, token_logprobs
 
 Floats = NDArray[np.float64]
@@ -27,7 +27,7 @@ def row_losses(
     text.model.eval()
     ROOMS.release()  # what a step kept pages for; logits take their place
     sums, weights = np.zeros(len(rows)), np.zeros(len(rows))
-    for batch in _numbered_batches(rows, micro_tokens):
+    for batch in _numbered_batches(text, rows, micro_tokens):
         losses = -token_logprobs(text, batch.to(text.device), chunk=chunk).double().cpu().numpy()
         places, count = batch.target_rows.cpu().numpy(), len(batch.lengths)
         numbers = [int(key) for key in batch.keys]
@@ -52,7 +52,7 @@ def label_scores(
     scores = np.full((len(rows), len(rows[0].completions) if rows else 0), np.nan)
     short = [index for index, endings in enumerate(answers) if all(len(ending) == 1 for ending in endings)]
     prompts = [_example(rows[index].prompt, answers[index][0]) for index in short]
-    for batch in _numbered_batches(prompts, micro_tokens):
+    for batch in _numbered_batches(text, prompts, micro_tokens):
         numbers = iter(short[int(key)] for key in batch.keys)
         for log_probs in log_probs_at_targets(text, batch, chunk):
             for row, index in zip(log_probs, numbers, strict=False):
@@ -90,9 +90,9 @@ def _ending_of_all(completions: Sequence[Ids], back: int) -> frozenset[int]:
     return found if len(found) == 1 else frozenset()
 
 
-def _numbered_batches(rows: Sequence[Example], micro_tokens: int) -> list[Batch]:
+def _numbered_batches(text: TextModel, rows: Sequence[Example], micro_tokens: int) -> list[Batch]:
     """Micro-batches whose keys are the rows' numbers, since packing changes the order."""
-    return micro_batches([replace(row, key=str(number)) for number, row in enumerate(rows)], micro_tokens)
+    return text.micro_batches([replace(row, key=str(number)) for number, row in enumerate(rows)], micro_tokens)
 
 
 def _example(prompt: Ids, ending: Ids) -> Example:

@@ -45,7 +45,7 @@ def part_blocks(text: TextModel, count: int, device: torch.device) -> None:
     outside = {held for held in decoder.parameters() if not isinstance(held, DTensor)}
     fully_shard(decoder, mesh=mesh, ignored_params=outside)  # it parts nothing itself; blocks below it are fetched ahead
     text.model.to(device)
-    text.device = device
+    text.device, text.gathers = device, True
 
 
 @contextmanager

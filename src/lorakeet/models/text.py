@@ -8,7 +8,7 @@ on the right needs no mask, since a causal model never looks ahead.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
@@ -18,14 +18,18 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from lorakeet.core.device import is_cpu
 from lorakeet.core.fused import GatedMlp
 from lorakeet.core.fused_attention import RotaryAttention
 from lorakeet.core.in_tiles import Kernels
 from lorakeet.core.layers import AdaptedLayer
+from lorakeet.core.native import ops
 from lorakeet.core.reordered import ReorderedLinear
 from lorakeet.core.tiles import Rows, tiled_product
-from lorakeet.data.pack import Batch
+from lorakeet.data.chat import Example
+from lorakeet.data.pack import Batch, micro_batches
 from lorakeet.data.prefix import Layout, as_laid, shared_once
+from lorakeet.data.sharing import PASS, Limits, sharing_batches
 from lorakeet.memory.store import Store
 from lorakeet.models import modules
 from lorakeet.models.attention import VARLEN
@@ -35,6 +39,8 @@ from lorakeet.models.streamed import Streamed, StreamedHead
 from lorakeet.quant.packed import PackedLinear
 
 WHOLE = 32  # tokens of a varlen batch are filled up to a multiple at least: products are slower on others
+TIMES = 8  # as many tokens rows of a batch may have in all as are computed: ids and places of all of them are held
+READ = 1 << 30  # tokens that a pass costs which reads or gathers all weights: more than any step has
 COUNTS = 8  # of tokens between a power of two and the next: narrow products leave code behind for every one (memory/product_code)
 
 
@@ -59,6 +65,7 @@ class TextModel:
     kernels: Kernels | None = None  # Triton's over the frozen weights, where they are asked for (core/kernels)
     streamed: Streamed | None = None  # where the frozen blocks come in from a store
     shares_prefix: bool = True  # whether tokens that all rows begin with are computed once: not where dropout differs by row
+    gathers: bool = False  # whether every pass gathers the blocks from several processes
     sees_every_token: bool = False  # set by `every_token`
     fills_every_token: bool = False  # whether there is filler nevertheless; set by `every_token`
     begins_kept: bool = True  # whether rows whose states are kept begin with these; set by `every_token`
@@ -134,7 +141,31 @@ class TextModel:
 
     def laid(self, batch: Batch) -> Layout:
         """The batch as the model sees it where rows lie end to end."""
-        return shared_once(batch) if self.shares_prefix and not self.sees_every_token else as_laid(batch)
+        return shared_once(batch) if self._begins_once else as_laid(batch)
+
+    @property
+    def _begins_once(self) -> bool:
+        return self.shares_prefix and not self.sees_every_token
+
+    def micro_batches(self, rows: Sequence[Example], max_tokens: int) -> list[Batch]:
+        """The rows of a step in batches of which at most `max_tokens` tokens are computed at once; a longer row stands alone.
+
+        What all rows of a batch begin with counts once where it is computed once. Only Lorakeet's own attention makes no copy of
+        it for each row; where another computes, a batch has no more tokens in all than may be computed.
+        """
+        if not self._begins_once or self.attention != "varlen":
+            return micro_batches(rows, max_tokens)
+        longest = max((len(row.ids) for row in rows), default=0)
+        times, a_pass = TIMES if self._copies_nothing(longest) else 1, READ if self.gathers or self.streamed is not None else PASS
+        return sharing_batches(rows, Limits(max_tokens, times, a_pass))
+
+    def _copies_nothing(self, longest: int) -> bool:
+        """Whether attention of rows of so many tokens is Lorakeet's own kernel (core/row_attention.NativeRows)."""
+        attention = next((part for part in self._last_parts() if isinstance(part, RotaryAttention)), None)
+        if attention is None or attention.looks_back_less(longest):
+            return False
+        half = self.dtype == self.products == torch.bfloat16 and is_cpu(self.device)
+        return half and cast(Any, attention.original).head_dim % ops.HEAD == 0 and ops.serves(self.products)
 
     @contextmanager
     def last_block_at(self, laid: Layout) -> Iterator[None]:

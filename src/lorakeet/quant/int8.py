@@ -115,7 +115,7 @@ class Int8Base(PackedBase):
         return y.mul_(self.scale).to(dtype)
 
     def takes_codes(self, x: Tensor) -> bool:
-        """Whether x (tokens, ·) is multiplied in int8; CUDA's product wants more than 16 tokens and multiples of 8."""
+        """Whether x (tokens, ·) is multiplied in int8; CUDA's product wants over 16 tokens, multiples of 8 (never run on one)."""
         if not (self.in_int8 and self.training) or x.shape[-1] > native.MOST:
             return False
         fits = len(x) > 16 and all(size % 8 == 0 for size in self.shape)

@@ -31,7 +31,10 @@ class QuantSpec:
     )
     int8_products: bool = field(
         default=False,
-        metadata={"help": "Whether training multiplies by int8 weights in int8, forward and backward; judging never does."},
+        metadata={
+            "help": "Whether training multiplies by int8 weights in int8, forward and backward; judging never does. "
+            "Not run on a GPU."
+        },
     )
 
     def validate(self) -> list[str]:

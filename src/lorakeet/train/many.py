@@ -39,7 +39,7 @@ from lorakeet.models.text import TextModel
 from lorakeet.train import gradients, rng, schedule
 from lorakeet.train.layer_major import batches_by_block
 from lorakeet.train.optimizer import Optimizer
-from lorakeet.train.passes import Pass, as_one, groups_of
+from lorakeet.train.passes import SMALL, Pass, as_one, groups_of
 from lorakeet.train.spec import TrainSpec
 from lorakeet.train.stopping import Watch
 from lorakeet.train.task import HeldOut, batch_seeds
@@ -126,7 +126,7 @@ class Many:
             keep_states(self.text, learner.rows, micro_tokens=learner.at.member.spec.micro_tokens)
         self.text.learn()
         tokens = max(learner.at.member.spec.micro_tokens for learner in learning)
-        groups = groups_of([learner.begin() for learner in learning], tokens)
+        groups = groups_of([learner.begin(self.text) for learner in learning], tokens)
         if self.text.streamed is not None:
             groups = [as_one(groups)]
         self._rounds += 1
@@ -223,9 +223,11 @@ class _Learner:
         self._best: Aside | None = None
         self._folder = folder
 
-    def begin(self) -> list[Batch]:
+    def begin(self, text: TextModel) -> list[Batch]:
         """This step's rows in micro-batches; none of their losses is summed yet."""
-        found = micro_batches(self.rows, self.at.member.spec.micro_tokens)
+        rows, most = self.rows, self.at.member.spec.micro_tokens
+        small = sum(len(row.ids) for row in rows) <= SMALL  # is computed beside others' rows, if it is one batch
+        found = micro_batches(rows, most) if small else text.micro_batches(rows, most)
         self.targets, self.summed = sum(batch.targets for batch in found), 0.0
         return found
 

@@ -58,7 +58,8 @@ class TrainSpec:
     keep_prefix_states: bool = field(
         default=False,
         metadata={
-            "help": "Compute what blocks below the lowest adapted one make of a row once, for all epochs and trials; on disk."
+            "help": "Compute what blocks below the lowest adapted one make of a row once, for all epochs and all trials of tune; "
+            "on disk."
         },
     )
     shard: bool = field(

@@ -16,7 +16,7 @@ from lorakeet.core.adapter import Adapter
 from lorakeet.core.lowrank import LoraPair
 from lorakeet.data.batches import StepOrder, dealt
 from lorakeet.data.chat import Example
-from lorakeet.data.pack import Batch, micro_batches, pack
+from lorakeet.data.pack import Batch, pack
 from lorakeet.formats import peft
 from lorakeet.memory.spill import Aside
 from lorakeet.models import inject
@@ -85,7 +85,7 @@ class TextTask:
 
     def batches(self, step: int) -> list[Batch]:
         rows = [self.train[row] for row in self.order.indices(step)]
-        return micro_batches([rows[number] for number in self._own(rows)], self.spec.micro_tokens)
+        return self.text.micro_batches([rows[number] for number in self._own(rows)], self.spec.micro_tokens)
 
     def _own(self, rows: Sequence[Example]) -> Sequence[int]:
         """The numbers of those rows that this process computes with."""

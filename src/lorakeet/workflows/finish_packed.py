@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from lorakeet.core.adapter import Adapter
 from lorakeet.data.chat import Example
-from lorakeet.data.pack import micro_batches
 from lorakeet.merge.requantise import Requantised
 from lorakeet.merge.straight_through import StraightThroughLinear
 from lorakeet.models.modules import find, replace
@@ -61,7 +60,7 @@ def finish(
     rate = RATE * (spec.learning_rate or learning_rate_of(text))
     order, warmup = order_of(rows, spec), schedule.warmup_steps(steps, WARMUP)
     for step in range(steps):
-        batches = micro_batches([rows[row] for row in order.indices(step)], spec.micro_tokens)
+        batches = text.micro_batches([rows[row] for row in order.indices(step)], spec.micro_tokens)
         targets, total = sum(batch.targets for batch in batches), 0.0
         for batch in batches:
             loss, _ = text_loss(text, batch.to(text.device), chunk=spec.head_chunk)

@@ -242,12 +242,47 @@ def test_leaving_them_out_is_of_one_thread() -> None:
     assert found == [True, False]
 
 
-def test_groups_of_rows_change_a_prefix_s_gradient_by_rounding_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    given, rows = states((9, 30, 4, 70, 1, 22, 8, 13, 40), 33, (4, 2, 64)), (9, 30, 4, 70, 1, 22, 8, 13, 40)
-    parted = computed(given, rows, 33, 0.1)
+@pytest.mark.parametrize(("prefix", "kv", "groups"), [(33, 2, 8), (64, 2, 5), (300, 1, 2)])
+def test_groups_of_rows_change_a_prefix_s_gradient_by_rounding_alone(
+    monkeypatch: pytest.MonkeyPatch, prefix: int, kv: int, groups: int
+) -> None:
+    rows = 9, 30, 4, 70, 1, 22, 8, 13, 40
+    given, shape = states(rows, prefix, (4, kv, 64)), (prefix + sum(rows), 4, kv, 64)
+    assert ops.shape_of(rows, prefix, 0.1, shape).groups == groups
+    parted = computed(given, rows, prefix, 0.1)
     monkeypatch.setattr(ops, "GROUPS", 1)
-    for one, other in zip(parted, computed(given, rows, 33, 0.1), strict=True):
+    assert ops.shape_of(rows, prefix, 0.1, shape).groups == 1
+    for one, other in zip(parted, computed(given, rows, prefix, 0.1), strict=True):
         torch.testing.assert_close(one.float(), other.float(), rtol=2**-7, atol=1e-3)
+
+
+@pytest.mark.parametrize(("heads", "kv"), [(32, 32), (32, 8), (9, 3), (8, 1)])
+@pytest.mark.parametrize(("prefix", "rows"), [(1500, (60,) * 9), (30, (10,) * 200), (2000, (24, 24)), (5, (100,) * 20)])
+def test_a_prefix_takes_no_more_memory_than_a_plan_has_room_for_that_knows_of_none(
+    monkeypatch: pytest.MonkeyPatch, heads: int, kv: int, prefix: int, rows: tuple[int, ...]
+) -> None:
+    """What is allocated, seen as it is, beside what a plan counts for rows of as many tokens that share nothing."""
+    tokens, held = prefix + sum(rows), [0]
+    q, k = (torch.zeros(tokens, count, 64, dtype=torch.bfloat16) for count in (heads, kv))
+    planned = ops.workspace_backward(q, q, k, k, q, q, [*rows[1:], rows[0] + prefix], 0, 0.1)
+    usual = torch.empty
+
+    def empty(*sizes: int, **settings: Any) -> torch.Tensor:
+        held[0] += (found := usual(*sizes, **settings)).nbytes
+        return found
+
+    idle = _Idle(ops.loaded())
+    monkeypatch.setattr(ops, "loaded", lambda: idle)
+    monkeypatch.setattr(torch, "empty", empty)
+    ops.row_attention_backward(q, q, k, k, q, usual(heads, tokens), list(rows), prefix, 0.1)
+    assert 0 < held[0] <= planned
+
+
+class _Idle:
+    """The library, whose attention backward computes nothing."""
+
+    def __init__(self, library: Any) -> None:
+        self.attention_scratch, self.attention_backward = library.attention_scratch, lambda *_: None
 
 
 def test_every_operator_passes_torch_s_own_checks() -> None:

@@ -73,11 +73,17 @@ int64_t attention_scratch(int64_t longest_row, int64_t d) {
 
 int64_t attention_room(const Shape *s) { return attention_scratch(longest(s), s->d); }
 
-/* The first row of a group, of about as many tokens each. */
+/* Twice the scores of a row and a head, about. */
+static int64_t scores_in(const Shape *s, int64_t row) {
+    return s->lengths[row] * (2 * (row ? s->prefix : 0) + s->lengths[row]);
+}
+
+/* The first row of a group, of about as many scores each. */
 static int64_t first_of(const Shape *s, int64_t group) {
     if (group >= s->groups) return s->rows;
-    int64_t before = s->starts[0], all = s->starts[s->rows - 1] + s->lengths[s->rows - 1] - before, row = 0;
-    while (row < s->rows && (s->starts[row] - before) * s->groups < all * group) row++;
+    int64_t all = 0, before = 0, row = 0;
+    for (int64_t r = 0; r < s->rows; r++) all += scores_in(s, r);
+    while (row < s->rows && before * s->groups < all * group) before += scores_in(s, row++);
     return row;
 }
 
@@ -275,13 +281,14 @@ void attention_forward(const Shape *s, const bf16 *q, const bf16 *k, const bf16 
                             (Room){scratch + omp_get_thread_num() * room});
 }
 
-/* `sums`: room for (2, parts, tokens, d), and `of_prefix` for (2, parts, groups, prefix, d), of ∂K and ∂V. A part clears its own
-   just before it adds to them, while they are in the processor's cache. */
+/* `sums`: room for (2, parts, tokens, d), and `of_prefix` for (2, parts, groups − 1, prefix, d), of ∂K and ∂V: the first group, which
+   has the prefix as its first row's own, adds to that. A part clears its own just before it adds to them, while they are in the
+   processor's cache. */
 void attention_backward(const Shape *s, const bf16 *q, const bf16 *k, const bf16 *v, const bf16 *out, const float *logsums,
                         const bf16 *grad, bf16 *grad_q, bf16 *grad_k, bf16 *grad_v, float *sums, float *of_prefix, char *scratch,
                         int threads) {
     int64_t d = s->d, room = attention_room(s), all = s->parts * s->tokens * d;
-    int64_t shared = s->groups * s->prefix * d, together = s->parts / s->kv;
+    int64_t apart = s->groups - 1, shared = apart * s->prefix * d, together = s->parts / s->kv;
     int64_t last = s->starts[s->rows - 1] + s->lengths[s->rows - 1]; /* behind it is filler, whose gradients are zeros */
     int halves = halves_of(s->groups * s->parts);
     atomic_int done[FEW_PARTS] = {0}; /* of the parts that are halved: the later queries */
@@ -293,16 +300,18 @@ void attention_backward(const Shape *s, const bf16 *q, const bf16 *k, const bf16
                 for (int spins = 0; half && !atomic_load(done + group * s->parts + part); spins++)
                     if (spins < SPINS) _mm_pause();
                     else sched_yield();
-                int64_t at = part * shared + group * s->prefix * d;
-                for (int which = 0; !half && which < 2; which++)
-                    memset(of_prefix + which * s->parts * shared + at, 0, s->prefix * d * sizeof(float));
+                float *of[2]; /* where ∂K and ∂V of the prefix are summed */
+                for (int which = 0; which < 2; which++) {
+                    of[which] = group ? of_prefix + (which * s->parts + part) * shared + (group - 1) * s->prefix * d
+                                      : sums + which * all + part * s->tokens * d;
+                    if (group && !half) memset(of[which], 0, s->prefix * d * sizeof(float));
+                }
                 for (int64_t row = first_of(s, group), stop = first_of(s, group + 1); row < stop; row++) {
                     int64_t own = (part * s->tokens + s->starts[row]) * d;
                     for (int which = 0; !half && which < 2; which++)
                         memset(sums + which * all + own, 0, s->lengths[row] * d * sizeof(float));
-                    backward_row(s, q, k, v, out, logsums, grad, grad_q, sums + own, sums + all + own, of_prefix + at,
-                                 of_prefix + s->parts * shared + at, part, row, queries_of(s->lengths[row], halves, half),
-                                 (Room){scratch + omp_get_thread_num() * room});
+                    backward_row(s, q, k, v, out, logsums, grad, grad_q, sums + own, sums + all + own, of[0], of[1], part, row,
+                                 queries_of(s->lengths[row], halves, half), (Room){scratch + omp_get_thread_num() * room});
                 }
                 if (halves > 1) atomic_store(done + group * s->parts + part, 1);
             }
@@ -314,7 +323,7 @@ void attention_backward(const Shape *s, const bf16 *q, const bf16 *k, const bf16
                     __m512 total = _mm512_setzero_ps();
                     for (int64_t p = of * together; token < last && p < (of + 1) * together; p++) {
                         total = _mm512_add_ps(total, _mm512_loadu_ps(sums + which * all + (p * s->tokens + token) * d + c));
-                        for (int64_t g = 0; token < s->prefix && g < s->groups; g++) {
+                        for (int64_t g = 0; token < s->prefix && g < apart; g++) {
                             const float *from = of_prefix + (which * s->parts + p) * shared + (g * s->prefix + token) * d + c;
                             total = _mm512_add_ps(total, _mm512_loadu_ps(from));
                         }

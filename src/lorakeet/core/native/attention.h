@@ -19,7 +19,7 @@ int64_t attention_room(const Shape *s);
 void attention_forward(const Shape *s, const bf16 *q, const bf16 *k, const bf16 *v, bf16 *out, float *logsums, char *scratch,
                        int threads);
 
-/* `sums`: room for (2, parts, tokens, d), and `of_prefix` for (2, parts, groups, prefix, d), of ∂K and ∂V. */
+/* `sums`: room for (2, parts, tokens, d), and `of_prefix` for (2, parts, groups − 1, prefix, d), of ∂K and ∂V. */
 void attention_backward(const Shape *s, const bf16 *q, const bf16 *k, const bf16 *v, const bf16 *out, const float *logsums,
                         const bf16 *grad, bf16 *grad_q, bf16 *grad_k, bf16 *grad_v, float *sums, float *of_prefix, char *scratch,
                         int threads);

@@ -24,6 +24,8 @@ READ = (Tensor, nn.Parameter)  # whose numbers lie where they say
 PLAIN = (*READ, FakeTensor)
 LANES, HEAD = 16, 64
 GROUPS = 8  # of rows, at most, whose work is parted backward
+FEW = 256  # tokens of a prefix, over all groups but the first, up to which it does not matter that each sums its own
+WORK = 32  # parts of the work, of heads and groups of rows, of which threads have enough
 PARTS = 12  # of that work; with as many, or all groups of rows, heads that share keys stay together, else each is by itself
 
 _DEFINED = torch.library.Library("lorakeet", "FRAGMENT")  # type: ignore[no-untyped-call]
@@ -93,7 +95,7 @@ def shape_of(rows: Sequence[int], prefix: int, scale: float, states: tuple[int, 
     array = ctypes.c_int64 * len(rows)
     held = array(*starts), array(*lengths)
     addresses = (ctypes.cast(each, ctypes.c_void_p) for each in held)
-    shape = Shape(*addresses, len(rows), prefix, tokens, heads, kv, d, _parts(heads, kv, rows), _groups(rows), scale)
+    shape = Shape(*addresses, len(rows), prefix, tokens, heads, kv, d, _parts(heads, kv, rows), _groups(rows, prefix, kv), scale)
     shape.held = held
     return shape
 
@@ -102,8 +104,18 @@ def _parts(heads: int, kv: int, rows: Sequence[int]) -> int:
     return kv if len(rows) >= GROUPS or kv * len(rows) >= PARTS else heads
 
 
-def _groups(rows: Sequence[int]) -> int:
-    return min(len(rows), GROUPS)
+def _groups(rows: Sequence[int], prefix: int, kv: int) -> int:
+    """All but the first sum by themselves what their rows add to a prefix: of a long one, no more than there are tokens, and in
+    no more groups than make enough parts."""
+    most = min(len(rows), GROUPS)
+    if (most - 1) * prefix <= FEW:
+        return most
+    return min(most, -(-WORK // kv), 1 + (prefix + sum(rows)) // prefix)
+
+
+def _most_of_prefixes(tokens: int, kv: int) -> int:
+    """The most tokens of a prefix that all groups sum by themselves, whatever rows of so many tokens share."""
+    return max(FEW, tokens if kv < WORK else 0)
 
 
 def _threads(parts: int) -> int:
@@ -148,7 +160,7 @@ def row_attention_backward(
     grads = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
     grads[0][prefix + sum(rows) :] = 0
     sums = torch.empty(2, shape.parts, len(q), q.shape[2])
-    of_prefix = torch.empty(2, shape.parts, shape.groups, prefix, q.shape[2])
+    of_prefix = torch.empty(2, shape.parts, shape.groups - 1, prefix, q.shape[2])
     scratch = torch.empty(threads * room, dtype=torch.uint8)
     narrow, wide = pointers(q, k, v, out, grad, *grads), pointers(logs, sums, of_prefix, dtype=torch.float32)
     given = *narrow[:4], wide[0], *narrow[4:], *wide[1:], *pointers(scratch, dtype=torch.uint8)
@@ -162,11 +174,13 @@ def workspace(q: Tensor, k: Tensor, v: Tensor, rows: list[int], prefix: int, sca
 
 
 def workspace_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, logs: Tensor, *laid: Any) -> int:
-    """The same of `row_attention_backward`, whose sums are fp32."""
+    """The most that `row_attention_backward` holds, whose sums are fp32, whatever rows of so many tokens share: a plan, which
+    asks, does not know."""
     rows, prefix, _ = laid
-    parts, groups, d = _parts(q.shape[1], k.shape[1], rows), _groups(rows), q.shape[2]
+    (tokens, heads, d), kv = q.shape, k.shape[1]
+    parts, groups = _parts(heads, kv, rows), _groups(rows, prefix, kv)
     scratch = _threads(parts * groups) * _scratch_of_thread(_laid(rows, prefix)[2], d)
-    return int(scratch + 8 * parts * (len(q) + groups * prefix) * d)
+    return int(scratch + 8 * parts * (tokens + max((groups - 1) * prefix, _most_of_prefixes(tokens, kv))) * d)
 
 
 def flops(q: Tensor, k: Tensor, v: Tensor, rows: list[int], prefix: int, scale: float, **_: Any) -> int:

@@ -5,6 +5,11 @@
        x ──┬── norm ── q, k, v ── rotation ── attention ── o ──+──┬── norm ── gate, up ── silu(gate) ∘ up ── down ──+── y
            └───────────────────────────────────────────────────┘  └────────────────────────────────────────────────┘
 
+   Backward runs through it from right to left, with the formulas of each part where it is (dense.c, trained_pairs.c, attention.c,
+   passes.c). Where layers see one x, ∂x is the sum of theirs; where a state goes on beside a branch, ∂ of the state is what arrives
+   from above and what the branch's norm gives: ∂x = ∂middle + norm′(∂q·W_q + ∂k·W_k + ∂v·W_v), for ∂middle, between the halves,
+   = ∂y + norm′(∂gate·W_gate + ∂up·W_up), each W with its pair.
+
    Kept between the two passes are ρ of both norms, the turned q and k (where their heads are normed before, as they were then, and
    ρ of each head: they are normed and turned again), v, what attention gave and its log-sums, what stands between the halves, gate
    and up, and the h = x·Aᵀ of all pairs. */
@@ -181,7 +186,7 @@ static void states_in(Room *room, const Shape *s, Attention *a) {
 
 static void sums_in(Room *room, const Shape *s, Attention *a) {
     a->sums = take(room, 2 * s->parts * s->tokens * s->d * (int64_t)sizeof(float));
-    a->of_prefix = take(room, 2 * s->parts * s->groups * s->prefix * s->d * (int64_t)sizeof(float));
+    a->of_prefix = take(room, 2 * s->parts * (s->groups - 1) * s->prefix * s->d * (int64_t)sizeof(float));
 }
 
 /* In `apart` where there is room for all that `lay` takes, else in `room`. */

@@ -1,0 +1,62 @@
+"""Training steps over rows that begin alike, by turns with their beginning computed once a pass and with it in every row."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from contenders.planned_run import random_model, read_settings
+from contenders.timed_step import UNTIMED, made_up, one_adapter
+from lorakeet.data.chat import Example
+from lorakeet.memory.allocator import keep_freed_memory
+from lorakeet.memory.measure import peak_bytes
+from lorakeet.memory.product_code import keep_little_code
+
+WAYS = ("once", "each")
+
+
+def main() -> None:
+    keep_little_code()
+    keep_freed_memory()
+    asked = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
+    Path(sys.argv[2]).write_text(json.dumps(measured(asked)), encoding="utf-8")
+
+
+def measured(asked: Mapping[str, Any]) -> dict[str, Any]:
+    """`asked`: settings and shape as of planned_run, `count` rows of `prompt` tokens that are the same in all and `own` others,
+    and how many `steps` are timed. Of both ways seconds of each step, FLOPs of one, passes and tokens that are computed in it."""
+    config, precision = read_settings(asked)
+    text = random_model(asked["shape"], config, precision)
+    prompt = made_up(asked["prompt"] + 1, "label", 1000).ids[:-1]
+    rows = [_behind(prompt, made_up(asked["own"], "label", number)) for number in range(asked["count"])]
+    step = one_adapter(text, config, rows)
+    found: dict[str, dict[str, Any]] = {}
+    seconds: dict[str, list[float]] = {way: [] for way in WAYS}
+    for number in range(UNTIMED + asked["steps"]):
+        for way in WAYS:
+            text.shares_prefix = way == "once"
+            counted: dict[str, int] = {}
+            spent = sum(step(counted if number == 0 else None).values())
+            if number == 0:
+                batches = text.micro_batches(rows, config.train.micro_tokens)
+                computed = sum(len(text.laid(batch).ids) for batch in batches)
+                found[way] = {"flops": sum(counted.values()), "passes": len(batches), "computed": computed}
+            elif number >= UNTIMED:
+                seconds[way].append(spent)
+    return {**{way: {**found[way], "seconds": seconds[way]} for way in WAYS}, "peak_bytes": peak_bytes()}
+
+
+def _behind(prompt: np.ndarray[Any, np.dtype[np.int64]], row: Example) -> Example:
+    """The row with the prompt, of which nothing is learnt, before it."""
+    supervised = np.concatenate([np.zeros(len(prompt), bool), row.supervised])
+    return replace(row, ids=np.concatenate([prompt, row.ids]), supervised=supervised)
+
+
+if __name__ == "__main__":
+    main()
