@@ -2,30 +2,18 @@
 
 from __future__ import annotations
 
-import json
-import sys
 from collections.abc import Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from contenders.planned_run import random_model, read_settings
-from contenders.timed_step import UNTIMED, made_up, one_adapter
-from lorakeet.data.chat import Example
-from lorakeet.memory.allocator import keep_freed_memory
+from contenders.timed_step import UNTIMED, answer, made_up, one_adapter
+from lorakeet.data.chat import Example, Ids
 from lorakeet.memory.measure import peak_bytes
-from lorakeet.memory.product_code import keep_little_code
 
 WAYS = ("once", "each")
-
-
-def main() -> None:
-    keep_little_code()
-    keep_freed_memory()
-    asked = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
-    Path(sys.argv[2]).write_text(json.dumps(measured(asked)), encoding="utf-8")
 
 
 def measured(asked: Mapping[str, Any]) -> dict[str, Any]:
@@ -52,11 +40,11 @@ def measured(asked: Mapping[str, Any]) -> dict[str, Any]:
     return {**{way: {**found[way], "seconds": seconds[way]} for way in WAYS}, "peak_bytes": peak_bytes()}
 
 
-def _behind(prompt: np.ndarray[Any, np.dtype[np.int64]], row: Example) -> Example:
+def _behind(prompt: Ids, row: Example) -> Example:
     """The row with the prompt, of which nothing is learnt, before it."""
     supervised = np.concatenate([np.zeros(len(prompt), bool), row.supervised])
     return replace(row, ids=np.concatenate([prompt, row.ids]), supervised=supervised)
 
 
 if __name__ == "__main__":
-    main()
+    answer(measured)

@@ -62,11 +62,12 @@ class Counter(TorchDispatchMode):
         return result
 
 
-def main() -> None:
+def answer(measure: Callable[[Mapping[str, Any]], Mapping[str, Any]]) -> None:
+    """Writes what `measure` finds of what the process is asked (harness/processes.answered), its memory kept as a run does."""
     keep_little_code()
     keep_freed_memory()
     asked = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
-    Path(sys.argv[2]).write_text(json.dumps(measured(asked)), encoding="utf-8")
+    Path(sys.argv[2]).write_text(json.dumps(measure(asked)), encoding="utf-8")
 
 
 def measured(asked: Mapping[str, Any]) -> dict[str, Any]:
@@ -175,4 +176,4 @@ def made_up(length: int, learnt: str, number: int) -> Example:
 
 
 if __name__ == "__main__":
-    main()
+    answer(measured)

@@ -24,6 +24,7 @@ from lorakeet.models.spec import ModelSpec
 from lorakeet.models.targets import plan_for
 from lorakeet.models.text import TextModel, target_logits, token_logprobs
 from tiny.models import FAMILIES, save_tiny_llama
+from tiny.native import needs_native
 
 Rows = Callable[..., Batch]
 LENGTHS = (9, 14, 3, 21)  # longer than the tiny sliding window of 8
@@ -169,7 +170,7 @@ def behind_one_beginning() -> list[Example]:
     ]
 
 
-@pytest.mark.skipif(not ops.in_use(), reason="the C library is not there")
+@needs_native
 def test_only_where_attention_copies_nothing_have_batches_more_tokens_than_are_computed(tmp_path: Path) -> None:
     """Else a plan, which counts what is computed, would not hold."""
     folder = save_tiny_llama(tmp_path, hidden_size=128, num_attention_heads=2, num_key_value_heads=1, head_dim=64)
@@ -189,7 +190,7 @@ def test_only_where_attention_copies_nothing_have_batches_more_tokens_than_are_c
         assert batches(**half) == 4
 
 
-def test_a_model_that_is_read_or_gathered_for_each_pass_makes_no_more_of_them(tmp_path: Path, tiny_llama_folder: Path) -> None:
+def test_a_model_that_is_read_or_gathered_for_each_pass_makes_no_more_of_them(tiny_llama_folder: Path) -> None:
     text, examples = load(tiny_llama_folder), behind_one_beginning()
     others = [dataclasses.replace(each, ids=np.concatenate([[2], each.ids[1:]])) for each in examples]  # of another beginning
     assert len(text.micro_batches([*examples, *others], 1000)) == 2

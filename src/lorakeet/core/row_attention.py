@@ -42,10 +42,15 @@ def kernel_for(like: Tensor, rows: tuple[int, ...], products: torch.dtype, prefi
 
     `products` is the dtype of matrix products, `prefix` what the rows share.
     """
-    fits = like.dtype == torch.bfloat16 and (head or like.shape[-1]) % ops.HEAD == 0 and is_cpu(like.device)
-    if fits and sum(rows) + prefix * len(rows) >= TILED * len(rows) and ops.serves(products):
+    enough = sum(rows) + prefix * len(rows) >= TILED * len(rows)
+    if enough and native_serves(like.dtype, head or like.shape[-1], products, like.device):
         return NativeRows
     return ProductRows if products != torch.float32 and products == like.dtype else FlashRows
+
+
+def native_serves(dtype: torch.dtype, head: int, products: torch.dtype, device: torch.device) -> bool:
+    """Whether Lorakeet's own kernel computes with states of that dtype in heads of so many numbers, where it pays (TILED)."""
+    return dtype == torch.bfloat16 and head % ops.HEAD == 0 and is_cpu(device) and ops.serves(products)
 
 
 class CausalRows(torch.autograd.Function):

@@ -18,13 +18,12 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from lorakeet.core.device import is_cpu
 from lorakeet.core.fused import GatedMlp
 from lorakeet.core.fused_attention import RotaryAttention
 from lorakeet.core.in_tiles import Kernels
 from lorakeet.core.layers import AdaptedLayer
-from lorakeet.core.native import ops
 from lorakeet.core.reordered import ReorderedLinear
+from lorakeet.core.row_attention import native_serves
 from lorakeet.core.tiles import Rows, tiled_product
 from lorakeet.data.chat import Example
 from lorakeet.data.pack import Batch, micro_batches
@@ -164,8 +163,7 @@ class TextModel:
         attention = next((part for part in self._last_parts() if isinstance(part, RotaryAttention)), None)
         if attention is None or attention.looks_back_less(longest):
             return False
-        half = self.dtype == self.products == torch.bfloat16 and is_cpu(self.device)
-        return half and cast(Any, attention.original).head_dim % ops.HEAD == 0 and ops.serves(self.products)
+        return native_serves(self.dtype, cast(Any, attention.original).head_dim, self.products, self.device)
 
     @contextmanager
     def last_block_at(self, laid: Layout) -> Iterator[None]:

@@ -40,7 +40,7 @@ def finish(
 ) -> dict[str, PackedBase]:
     """Trains the pairs of `adapter` through the grids of `solved`, whose packed layers are in `text`; returns the layers then.
 
-    Batches and seed are those of the run; the rate rises to `RATE` of its and falls in a line. The matrix products run in
+    Steps and seed are those of the run; the rate rises to `RATE` of its and falls in a line. The matrix products run in
     `products` (core/precision), codes are chosen in fp32. `on_step` hears of each step and its loss in nats a token. `text`
     holds what is returned. What can be trained on is taken out of `solved`: it is as large as the model in fp32.
     """
