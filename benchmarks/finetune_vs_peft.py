@@ -41,8 +41,9 @@ OURS = "lorakeet"
 class Contender:
     """One way to train the workload.
 
-    `once`: run in the first round only, for its losses, and not with --to-loss. `other`: in what it trains something else than
-    the rest; such a one is not exact, its losses are compared with nobody's, and it may never reach the target.
+    `once`: run in the first round only, for its losses, and not with --to-loss. `judged`: run with --to-loss alone, which holds
+    rows out. `other`: in what it trains something else than the rest; such a one is not exact, its losses are compared with
+    nobody's, and it may never reach the target.
     """
 
     module: str
@@ -51,6 +52,7 @@ class Contender:
     own_python: bool = False
     rows_at_once: int | None = None  # of a step, for a trainer that is told
     once: bool = False
+    judged: bool = False
     other: str = ""
 
 
@@ -63,7 +65,7 @@ CONTENDERS = {
     ),
     "lorakeet-forward": Contender(
         "with_lorakeet_forward", "auto", "Lorakeet, a step repeated while held-out loss falls (Fast Forward)",
-        other="takes some steps again, as often as the loss on 32 more rows falls (arXiv 2409.04206)",
+        other="takes some steps again, as often as the loss on 32 more rows falls (arXiv 2409.04206)", judged=True,
     ),
     "lorakeet-int8": Contender(
         "with_lorakeet_int8", "auto", "Lorakeet with model.quantize.int8_products: frozen weights in int8, and multiplied so",
@@ -157,7 +159,7 @@ def _given(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--contenders", help="which, separated by commas (all; with --to-loss those of every round)")
     parser.add_argument("--results", type=Path, default=Path(__file__).with_name("results"), help="where the result is written")
     given = parser.parse_args(arguments)
-    named = [name for name, each in CONTENDERS.items() if not (given.to_loss and each.once)]
+    named = [name for name, each in CONTENDERS.items() if not (each.once if given.to_loss else each.judged)]
     usual = {
         "steps": QUICK_STEPS if given.quick else 40 if given.to_loss else 12,
         "skip": 1 if given.quick else 2,

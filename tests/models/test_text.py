@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from lorakeet.core.native import ops
+from lorakeet.core.row_attention import TILED
 from lorakeet.core.spec import LoraSpec
 from lorakeet.data.chat import Example
 from lorakeet.data.pack import Batch
@@ -176,13 +177,16 @@ def test_only_where_attention_copies_nothing_have_batches_more_tokens_than_are_c
     folder = save_tiny_llama(tmp_path, hidden_size=128, num_attention_heads=2, num_key_value_heads=1, head_dim=64)
     examples, half = behind_one_beginning(), {"dtype": "bfloat16", "products": "bfloat16"}
 
-    def batches(change: Callable[[TextModel], object] = lambda text: None, **settings: Any) -> int:
+    def batches(change: Callable[[TextModel], object] = lambda text: None, short: int = 50, **settings: Any) -> int:
         text = load(folder, **settings)
         fuse(text.model)
         change(text)
-        return len(text.micro_batches(examples, 150))
+        cut = dataclasses.replace(examples[-1], ids=examples[-1].ids[-short:], supervised=examples[-1].supervised[-short:])
+        return len(text.micro_batches([*examples[:-1], cut], 150))
 
     assert batches(**half) == 1
+    assert batches(**half, short=TILED) == 2, "the short row, which begins otherwise, and the others"
+    assert batches(**half, short=TILED - 1) == 4, "few keys: torch's products keep weights for each of them"
     assert batches() == batches(**half, attention="sdpa") == 4
     assert batches(lambda text: setattr(text, "device", torch.device("cuda")), **half) == 4
     assert batches(lambda text: setattr(text.model.config, "sliding_window", 45), **half) == 4

@@ -23,7 +23,7 @@ from lorakeet.core.fused_attention import RotaryAttention
 from lorakeet.core.in_tiles import Kernels
 from lorakeet.core.layers import AdaptedLayer
 from lorakeet.core.reordered import ReorderedLinear
-from lorakeet.core.row_attention import native_serves
+from lorakeet.core.row_attention import TILED, native_serves
 from lorakeet.core.tiles import Rows, tiled_product
 from lorakeet.data.chat import Example
 from lorakeet.data.pack import Batch, micro_batches
@@ -154,14 +154,14 @@ class TextModel:
         """
         if not self._begins_once or self.attention != "varlen":
             return micro_batches(rows, max_tokens)
-        longest = max((len(row.ids) for row in rows), default=0)
-        times, a_pass = TIMES if self._copies_nothing(longest) else 1, READ if self.gathers or self.streamed is not None else PASS
+        times = TIMES if self._copies_nothing([len(row.ids) for row in rows]) else 1
+        a_pass = READ if self.gathers or self.streamed is not None else PASS
         return sharing_batches(rows, Limits(max_tokens, times, a_pass))
 
-    def _copies_nothing(self, longest: int) -> bool:
-        """Whether attention of rows of so many tokens is Lorakeet's own kernel (core/row_attention.NativeRows)."""
+    def _copies_nothing(self, lengths: Sequence[int]) -> bool:
+        """Whether attention of any rows of so many tokens is Lorakeet's own kernel (core/row_attention.NativeRows)."""
         attention = next((part for part in self._last_parts() if isinstance(part, RotaryAttention)), None)
-        if attention is None or attention.looks_back_less(longest):
+        if attention is None or min(lengths, default=0) < TILED or attention.looks_back_less(max(lengths)):
             return False
         return native_serves(self.dtype, cast(Any, attention.original).head_dim, self.products, self.device)
 
