@@ -25,6 +25,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from shutil import rmtree
+from statistics import median
 from tempfile import TemporaryDirectory
 from typing import Any
 
@@ -156,7 +157,7 @@ def _given(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--to-loss", action="store_true", help="the time to the same held-out loss too")
     parser.add_argument("--quick", action="store_true", help="four steps of four rows, to see whether everything runs")
     parser.add_argument("--unsloth-python", type=Path, help="the Python of an environment that has unsloth")
-    parser.add_argument("--contenders", help="which, separated by commas (all; with --to-loss those of every round)")
+    parser.add_argument("--contenders", help="which, separated by commas (all that --to-loss, or its absence, allows)")
     parser.add_argument("--results", type=Path, default=Path(__file__).with_name("results"), help="where the result is written")
     given = parser.parse_args(arguments)
     named = [name for name, each in CONTENDERS.items() if not (each.once if given.to_loss else each.judged)]
@@ -356,7 +357,7 @@ def _show_to_loss(found: Mapping[str, Any]) -> None:
     for name, row in found["contenders"].items():
         lowest, other = min(each["lowest_loss"] for each in row["rounds"]), CONTENDERS[name].other
         took = "not reached" if row["seconds"] is None else f"{row['seconds']['median']:.1f}"
-        after = "" if row["seconds"] is None else f"after {row['rounds'][0]['step']:.1f} steps"
+        after = "" if row["seconds"] is None else f"after {median(each['step'] for each in row['rounds']):.1f} steps"
         ratio = "" if row["over_lorakeet"] is None else f"{row['over_lorakeet']['median']:.2f} times Lorakeet's"
         print(f"{name:18} {took:>11}  {after:17} {ratio:22} lowest loss {lowest:.4f}{f' ({other})' if other else ''}")
 

@@ -86,6 +86,9 @@ def test_the_page_on_speed_says_whose_losses_were_compared(monkeypatch: pytest.M
     said = agreement({"losses_agree": True, "contenders": {"a": row, "b": other}})
     assert said.startswith("Losses agree at every step (largest gap to PEFT by hand in the same products: 0.020 nats). Those of")
     assert "not compared" in agreement({"losses_agree": True, "contenders": {"b": other}})
+    near, far = {**row, "allowed_loss_difference": 0.15}, {**row, "what": "Far", "largest_loss_difference": 0.16}
+    said = agreement({"losses_agree": False, "contenders": {"a": near, "c": {**far, "allowed_loss_difference": 0.15}}})
+    assert "do not agree" in said and said.endswith("0.160 nats; more than is allowed: Far).")
 
 
 def test_points_of_growth_are_drawn_beside_their_law(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
