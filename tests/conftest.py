@@ -40,6 +40,15 @@ def rehearsals_once() -> Iterator[None]:
 
 
 @pytest.fixture
+def flash() -> Iterator[Any]:
+    """torch's flash kernel, written out for the CPU, which stands for a card (tiny/flash.Flash)."""
+    from tiny.flash import on_a_card
+
+    with on_a_card() as kernel:
+        yield kernel
+
+
+@pytest.fixture
 def tiny_model() -> Callable[..., Any]:
     """`tiny_model("llama", seed=0, **config_changes)` builds a tiny random frozen model (names: tiny.models.FAMILIES)."""
     from tiny.models import tiny_model as build

@@ -66,19 +66,19 @@ class CardRows:
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
         """The result (1, tokens, heads, d), and what `backward` needs beside Q, K and V."""
-        result, logs = CARD_ROWS(*map(_token_by_token, (query, key, value)), *self.laid)
+        result, logs = CARD_ROWS(*map(token_by_token, (query, key, value)), *self.laid)
         return result[None], (result, logs)
 
     def backward(
         self, grad: Tensor, query: Tensor, key: Tensor, value: Tensor, result: Tensor, logs: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         """∂Q, ∂K, ∂V in the shapes of Q, K, V."""
-        given = grad[0].to(result.dtype).contiguous(), *map(_token_by_token, (query, key, value)), result, logs
+        given = grad[0].to(result.dtype).contiguous(), *map(token_by_token, (query, key, value)), result, logs
         of_q, of_k, of_v = (states.transpose(0, 1)[None] for states in CARD_ROWS_BACKWARD(*given, *self.laid))
         return of_q, of_k, of_v
 
 
-def _token_by_token(states: Tensor) -> Tensor:
+def token_by_token(states: Tensor) -> Tensor:
     """(1, heads, tokens, d) as (tokens, heads, d), the numbers of a head side by side."""
     found = states[0].transpose(0, 1)
     return found if found.stride(-1) == 1 else found.contiguous()
@@ -135,7 +135,7 @@ def card_rows(q: Tensor, k: Tensor, v: Tensor, *given: Any) -> tuple[Tensor, Ten
     laid = sequences(tuple(rows), prefix, len(q), q.device)
     keys, values = _gathered(laid, k, v)
     places = laid.queries, laid.keys, laid.most_queries, laid.most_keys, 0.0, window == EVERYTHING, False
-    out, logs, *_ = torch.ops.aten._flash_attention_forward(q, keys, values, *places, scale=scale, **_window(window))
+    out, logs, *_ = torch.ops.aten._flash_attention_forward(q, keys, values, *places, scale=scale, **seen_in(window))
     return out, logs
 
 
@@ -152,7 +152,7 @@ def card_rows_backward(
     no_dropout = torch.zeros(2, dtype=torch.uint64, device=q.device), torch.empty(0, device=q.device)
     places = laid.queries, laid.keys, laid.most_queries, laid.most_keys, 0.0, window == EVERYTHING
     of_q, *found = torch.ops.aten._flash_attention_backward(
-        grad, q, keys, values, out, logs, *places, *no_dropout, scale=scale, **_window(window)
+        grad, q, keys, values, out, logs, *places, *no_dropout, scale=scale, **seen_in(window)
     )
     of_k, of_v = (_to_own_places(laid, prefix, each) for each in found)
     return of_q, of_k, of_v
@@ -173,7 +173,7 @@ def _to_own_places(laid: Sequences, prefix: int, found: Tensor) -> Tensor:
     return result
 
 
-def _window(window: int) -> dict[str, int]:
+def seen_in(window: int) -> dict[str, int]:
     """As the kernel is told of it: so many keys to the left of a query's own place, none to the right."""
     return {"window_size_left": EVERYTHING if window == EVERYTHING else window - 1, "window_size_right": 0}
 

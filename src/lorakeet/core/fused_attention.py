@@ -25,6 +25,7 @@ from lorakeet.core.layers import LoraLinear, StandIn
 from lorakeet.core.native import ops
 from lorakeet.core.pair_products import PairProducts, by_turns
 from lorakeet.core.passes import passes_over
+from lorakeet.core.placed_rows import PlacedRows, Places
 from lorakeet.core.row_attention import Kernel, kernel_for
 
 INPUTS = ("q_proj", "k_proj", "v_proj")
@@ -209,8 +210,16 @@ class RotaryAttention(StandIn):
         if not on_card and not is_cpu(x.device):
             return nothing
         products = next(layer.products for layer in layers if isinstance(layer, LoraLinear)) or x.dtype
-        chosen = CardRows if on_card else kernel_for(x, rows, settings.get("row_products") or torch.float32, prefix, head)
-        kernel = chosen(rows, cast(float, self.original.scaling), prefix)
+        scale, places = cast(float, self.original.scaling), cast("Places | None", settings.get("row_places"))
+        kernel: Kernel
+        if places is not None:
+            if not on_card:
+                return nothing  # models/attention says so
+            kernel = PlacedRows(places, scale)
+        elif on_card:
+            kernel = CardRows(rows, scale, prefix)
+        else:
+            kernel = kernel_for(x, rows, settings.get("row_products") or torch.float32, prefix, head)(rows, scale, prefix)
         inputs = Inputs(bases, [layer.bias for layer in layers], placed(uses, products), norms, head, kernel)
         return inputs, [factor for _, pair, _ in uses for factor in pair.factors()]
 

@@ -11,6 +11,7 @@ import operator
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from functools import lru_cache
 from typing import Any, cast
 
 import torch
@@ -311,8 +312,13 @@ class LoraEmbedding(AdaptedLayer):
 
 def embed_scale(module: nn.Module) -> float:
     """Gemma multiplies the looked-up row by √hidden, rounded to the weight's dtype; a low-rank part must be multiplied alike."""
-    scale = torch.as_tensor(getattr(module, "embed_scale", 1.0))
-    return float(scale.to(cast(Tensor, module.weight).dtype))
+    scale = getattr(module, "scalar_embed_scale", None)  # what transformers made its buffer of, which may be on a card
+    return _rounded(float(getattr(module, "embed_scale", 1.0) if scale is None else scale), cast(Tensor, module.weight).dtype)
+
+
+@lru_cache
+def _rounded(number: float, dtype: torch.dtype) -> float:
+    return float(torch.tensor(number).to(dtype))
 
 
 class LoraConv2d(AdaptedLayer):

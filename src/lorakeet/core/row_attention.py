@@ -20,6 +20,7 @@ from torch.autograd.function import once_differentiable
 from lorakeet.core.card_rows import CardRows
 from lorakeet.core.device import is_cpu
 from lorakeet.core.native import ops
+from lorakeet.core.placed_rows import PlacedRows
 from lorakeet.core.row_blocks import Blocks, Indexed, blocks_of_queries, indexed, whole_rows
 
 QUERIES = 256  # queries of a row whose scores exist at once in products, whatever the row's length
@@ -37,7 +38,7 @@ def causal_rows(  # noqa: PLR0917 - the states, how they are laid out, how they 
     return cast(Tensor, CausalRows.apply(query, key, value, kernel))  # type: ignore[no-untyped-call]
 
 
-def kernel_for(like: Tensor, rows: tuple[int, ...], products: torch.dtype, prefix: int, head: int = 0) -> type[Kernel]:
+def kernel_for(like: Tensor, rows: tuple[int, ...], products: torch.dtype, prefix: int, head: int = 0) -> type[OnCpu]:
     """How rows are computed whose states are `like` these, in heads of `head` numbers (0: as many as the last dimension has).
 
     `products` is the dtype of matrix products, `prefix` what the rows share.
@@ -262,4 +263,5 @@ def _heads_of(places: Indexed, states: Tensor, times: int) -> Tensor:
     return found.to(torch.float32, memory_format=torch.contiguous_format).flatten(2, 3).transpose(1, 2)
 
 
-Kernel = NativeRows | ProductRows | FlashRows | CardRows
+OnCpu = NativeRows | ProductRows | FlashRows
+Kernel = OnCpu | CardRows | PlacedRows

@@ -31,6 +31,10 @@ class Scratch:
                 held = self._buffers[key] = torch.empty(size, dtype=dtype, device=device)
         return held[:size].view(shape)
 
+    def held(self) -> tuple[Tensor, ...]:
+        """The buffers that are lent now: whoever has written down where they lie holds them."""
+        return tuple(self._buffers.values())
+
     def clear(self) -> None:
         """Gives the memory back."""
         self._buffers.clear()

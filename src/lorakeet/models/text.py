@@ -22,6 +22,7 @@ from lorakeet.core.fused import GatedMlp
 from lorakeet.core.fused_attention import RotaryAttention
 from lorakeet.core.in_tiles import Kernels
 from lorakeet.core.layers import AdaptedLayer
+from lorakeet.core.placed_rows import Places
 from lorakeet.core.reordered import ReorderedLinear
 from lorakeet.core.row_attention import TILED, native_serves
 from lorakeet.core.tiles import Rows, tiled_product
@@ -109,6 +110,15 @@ class TextModel:
         padded, places = _padded(batch, self._pad)
         states = self._decode(padded)
         return states.flatten(0, 1).index_select(0, places[batch.target_positions])
+
+    def placed_states(self, ids: Tensor, positions: Tensor, places: Places) -> Tensor:
+        """The decoder's last hidden states of every token (tokens, hidden), with gradient if enabled; ids, positions (tokens,).
+
+        What it does depends on numbers at the addresses of the three and of what the model holds alone: it can be recorded.
+        Raises EnvironmentProblem where the attention cannot be told of places so.
+        """
+        rows = {"row_lengths": (places.longest,), "row_places": places, "row_products": self.products}
+        return self._decode(ids[None], position_ids=positions[None], **rows)[0]
 
     def filled(self, tokens: int) -> int:
         """How many tokens pass through the model together, filler included, where `tokens` of them, end to end, count."""

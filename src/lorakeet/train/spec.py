@@ -62,6 +62,12 @@ class TrainSpec:
             "on disk."
         },
     )
+    cuda_graphs: bool = field(
+        default=False,
+        metadata={
+            "help": "Record both passes of a micro-batch on a CUDA card and replay them, for models that leave it waiting."
+        },
+    )
     shard: bool = field(
         default=False,
         metadata={"help": "Part the frozen blocks over the processes of torchrun (FSDP2), which else hold the whole base each."},

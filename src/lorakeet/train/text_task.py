@@ -16,10 +16,11 @@ from lorakeet.core.adapter import Adapter
 from lorakeet.core.lowrank import LoraPair
 from lorakeet.data.batches import StepOrder, dealt
 from lorakeet.data.chat import Example
-from lorakeet.data.pack import Batch, pack
+from lorakeet.data.pack import Batch, micro_batches, pack
 from lorakeet.formats import peft
 from lorakeet.memory.spill import Aside
 from lorakeet.models import inject
+from lorakeet.models.replayed import ReplayedPasses
 from lorakeet.models.score import row_losses
 from lorakeet.models.text import TextModel
 from lorakeet.train import durable
@@ -41,6 +42,7 @@ class TextTask:
     """
 
     pruning: Pruning | None = None
+    replayed: ReplayedPasses | None = None  # where the passes of micro-batches are recorded
 
     def __init__(
         self,
@@ -85,7 +87,12 @@ class TextTask:
 
     def batches(self, step: int) -> list[Batch]:
         rows = [self.train[row] for row in self.order.indices(step)]
-        return self.text.micro_batches([rows[number] for number in self._own(rows)], self.spec.micro_tokens)
+        return self.cut([rows[number] for number in self._own(rows)])
+
+    def cut(self, rows: Sequence[Example]) -> list[Batch]:
+        """Rows of a step in micro-batches; recorded passes share nothing that rows begin with."""
+        cut = self.text.micro_batches if self.replayed is None else micro_batches
+        return cut(rows, self.spec.micro_tokens)
 
     def _own(self, rows: Sequence[Example]) -> Sequence[int]:
         """The numbers of those rows that this process computes with."""
@@ -122,6 +129,8 @@ class TextTask:
     def loss(self, batch: Batch) -> Tensor:
         """The sum of the loss over the batch's targets, with gradient, in training mode."""
         self.text.learn()
+        if self.replayed is not None:
+            return text_loss(self.replayed, batch, chunk=self.spec.head_chunk)[0]
         return text_loss(self.text, batch.to(self.text.device), chunk=self.spec.head_chunk)[0]
 
     def held_out(self) -> HeldOut | None:

@@ -47,6 +47,7 @@ from lorakeet.workflows.judge import Judge
 from lorakeet.workflows.peak import say_peak
 from lorakeet.workflows.place import require_place
 from lorakeet.workflows.prune_ranks import pruned_plan
+from lorakeet.workflows.record_passes import record_passes, require_recordable
 from lorakeet.workflows.show import show_plan
 from lorakeet.workflows.together import begun_together, judged_together, require_combinable
 
@@ -109,6 +110,7 @@ def finetune(
     run = RunFolder(resume or Path(config.out), launch.command)
     with joined(launch) as processes, begun_together(run):
         require_combinable(config, launch)
+        require_recordable(config, launch.count)
         if not dry_run:
             processes.from_first(lambda: _require_run(run, resume=resume is not None))
         require_sink(config.train.log_to)
@@ -131,6 +133,7 @@ def _trained(setup: Assembly, run: RunFolder, *, resume: bool, quick: bool, cons
     task = ready_to_train(setup)
     if setup.config.train.keep_prefix_states:
         frozen_depth(setup.text)  # refused before anything is written
+    record_passes(setup, task, console)
     record = setup.dataset.split_record()
     processes.from_first(lambda: begin_run(run, setup.config, record, resume=resume, rates=rates))
     before = {} if setup.arrangement.store else frozen_digests(setup.text.model)  # streamed weights are only read
@@ -149,6 +152,7 @@ def _trained(setup: Assembly, run: RunFolder, *, resume: bool, quick: bool, cons
             report=reporter_for(console),
             budget=setup.arrangement.budget,
         )
+    task.replayed = None  # what recorded passes hold of a card is free for the certificate's second model
     if task.pruning is not None:
         setup = dataclasses.replace(setup, plan=pruned_plan(setup.text, setup.plan), begun=setup.plan)
     with judging(run), judged_together(processes, run, outcome):

@@ -165,6 +165,7 @@ _OF_TEXT = {
     "data.near_duplicates": "Set images.near_duplicates.",
     "data.supervise": "Leave it out; images.caption_dropout says how many captions are left out.",
     "train.keep_prefix_states": "Leave it out; latents and captions are kept anyway (images.cache).",
+    "train.cuda_graphs": "Leave it out; passes of text models alone are recorded.",
     "train.shard": "Leave it out; to save memory, set memory.budget or model.quantize.",
     "model.products": "Leave it out; set model.dtype.",
     "model.attention": "Leave it out; diffusers chooses torch's own.",

@@ -1,0 +1,89 @@
+"""Causal attention of rows whose places are read from a tensor, by torch's flash kernel on a CUDA card. **Not run on a GPU yet.**
+
+core/card_rows is told by the host how long rows are, and lays them out anew for every micro-batch. A recorded pass
+(models/replayed) is told nothing: the numbers it works with lie at addresses that never change, where a row begins among them.
+How many rows there are, and the longest that any may be, are part of what is recorded; a place that no row takes is a row without
+tokens. Rows share no prefix here.
+
+What proves the kernel is core/card_rows: it is the same, told of the same rows.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lorakeet.core.card_rows import EVERYTHING, EVERYWHERE, seen_in, token_by_token
+from lorakeet.core.native.ops import define
+
+
+@dataclass(frozen=True, eq=False)
+class Places:
+    """Where rows lie among the tokens: row i from starts[i] to starts[i + 1], int32, the last of which is how many tokens there
+    are; none has more than `longest`."""
+
+    starts: Tensor  # (rows + 1,)
+    longest: int
+
+
+class PlacedRows:
+    """Attention of rows at `places`, for core/row_attention.CausalRows. Keeps O and log-sums beside Q, K, V.
+
+    `window`: how many of the last keys, its own included, a query sees; None: all.
+    """
+
+    def __init__(self, places: Places, scale: float, window: int | None = None) -> None:
+        self.laid = places.starts, places.longest, scale, EVERYTHING if window is None else window
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """The result (1, tokens, heads, d), and what `backward` needs beside Q, K and V."""
+        result, logs = PLACED_ROWS(*map(token_by_token, (query, key, value)), *self.laid)
+        return result[None], (result, logs)
+
+    def backward(
+        self, grad: Tensor, query: Tensor, key: Tensor, value: Tensor, result: Tensor, logs: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """∂Q, ∂K, ∂V in the shapes of Q, K, V."""
+        given = grad[0].to(result.dtype).contiguous(), *map(token_by_token, (query, key, value)), result, logs
+        of_q, of_k, of_v = (states.transpose(0, 1)[None] for states in PLACED_ROWS_BACKWARD(*given, *self.laid))
+        return of_q, of_k, of_v
+
+
+def placed_rows(q: Tensor, k: Tensor, v: Tensor, *given: Any) -> tuple[Tensor, Tensor]:
+    """O (tokens, heads, d) and the logs of the sums (heads, tokens) of q, and k and v (tokens, kv, d); `given` are starts, the
+    longest, scale and window."""
+    starts, longest, scale, window = given
+    places = starts, starts, longest, longest, 0.0, window == EVERYTHING, False
+    out, logs, *_ = torch.ops.aten._flash_attention_forward(q, k, v, *places, scale=scale, **seen_in(window))
+    return out, logs
+
+
+def placed_rows_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, logs: Tensor, *given: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    """∂Q, ∂K and ∂V in the shapes of q, k and v, from what `placed_rows` was given and gave."""
+    starts, longest, scale, window = given
+    no_dropout = torch.zeros(2, dtype=torch.uint64, device=q.device), torch.empty(0, device=q.device)
+    places = starts, starts, longest, longest, 0.0, window == EVERYTHING
+    of_q, of_k, of_v = torch.ops.aten._flash_attention_backward(
+        grad, q, k, v, out, logs, *places, *no_dropout, scale=scale, **seen_in(window)
+    )
+    return of_q, of_k, of_v
+
+
+_STATES, _LAID = "Tensor q, Tensor k, Tensor v", "Tensor starts, int longest, float scale, int window"
+PLACED_ROWS = define(
+    f"placed_rows({_STATES}, {_LAID}) -> (Tensor, Tensor)",
+    placed_rows,
+    lambda q, k, v, *_: (torch.empty_like(q), q.new_empty(q.shape[1], len(q), dtype=torch.float32)),
+    key=EVERYWHERE,
+)
+PLACED_ROWS_BACKWARD = define(
+    f"placed_rows_backward(Tensor grad, {_STATES}, Tensor out, Tensor logs, {_LAID}) -> (Tensor, Tensor, Tensor)",
+    placed_rows_backward,
+    lambda grad, q, k, v, *_: (torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)),
+    key=EVERYWHERE,
+)

@@ -1,0 +1,388 @@
+"""Both passes of a decoder, recorded once for each shape of micro-batch and replayed: one launch where there were thousands.
+
+A host takes some microseconds to launch an operation on a card, and a small model asks for so many of them that the card waits. A
+CUDA graph is the operations of a pass with the addresses that they work on, launched as one. So all that differs from one
+micro-batch to the next lies at addresses that stay: tokens, their positions, and where rows begin (core/placed_rows); and the
+adapter's numbers, which the optimizer writes where they are.
+
+    Shape      tokens, filled up to one of 8 counts between two powers of two; rows, to a power of two; the longest row
+    hidden     fills the places, replays the forward pass; its result is a leaf of autograd's graph
+    backward   the gradient of that, laid where the recorded pass looks for it, is replayed to those of the adapter
+
+The output head, whose work depends on how many tokens are learnt, is outside. Rows share no beginning here, and the last block
+computes all tokens. What was recorded, on made-up rows, is proved before it counts: with the adapter's numbers moved a little, a
+micro-batch must have the hidden states and the gradients that the model gives it. **Not run on a GPU yet**: the tests record on a
+CPU, operation by operation, and see nothing of a card's streams and pools.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import Parameter
+
+from lorakeet.core.in_tiles import Kernels
+from lorakeet.core.placed_rows import Places
+from lorakeet.core.scratch import SCRATCH
+from lorakeet.core.tiles import Rows
+from lorakeet.data.pack import Batch
+from lorakeet.errors import EnvironmentProblem
+from lorakeet.models.text import COUNTS, WHOLE, TextModel, filled
+
+SETTING = "train.cuda_graphs"
+REMEDY = f"Set {SETTING} to false (for a run that has begun: in its config.yaml, and resume it), and please report it."
+WARM = 2  # times that both passes run before they are recorded: libraries set themselves up in the first
+MOVED = 1e-2  # standard deviation of what is added to the adapter's numbers for the proof
+FAR = 0.1  # of the length of a gradient, or of hidden states: beyond the rounding of bf16 in another order
+FAR_TOKEN = 0.3  # of the length of a token's: of one row among many all of them tell nothing
+SILENT = 1e-3  # of the longest gradient's length: of a shorter one rounding is all that there may be
+SAID = 300  # characters of what torch says
+ResultT = TypeVar("ResultT")
+
+
+class Recorder(Protocol):
+    """Records what is computed, so that it can be computed again by one call, with the numbers that are there then."""
+
+    def warm(self, passes: Callable[[], object]) -> None:
+        """Computes it as it will be recorded, and records nothing."""
+        ...
+
+    def record(self, passes: Callable[[], ResultT]) -> tuple[Callable[[], None], ResultT]:
+        """What computes it again, into the same tensors; and these."""
+        ...
+
+
+class CudaGraphs:
+    """Recorded as CUDA graphs. All share one pool of memory: what a recording no longer needs, the next one may take, so no two
+    may be under way at once. And one stream, whose workspaces of cuBLAS are there once it is warm."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device, self.pool = device, torch.cuda.graph_pool_handle()
+        self.stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+
+    def warm(self, passes: Callable[[], object]) -> None:
+        current = torch.cuda.current_stream(self.device)
+        self.stream.wait_stream(current)
+        with torch.cuda.stream(self.stream):
+            passes()
+        current.wait_stream(self.stream)
+
+    def record(self, passes: Callable[[], ResultT]) -> tuple[Callable[[], None], ResultT]:
+        with torch.cuda.device(self.device):
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=self.pool, stream=self.stream):
+                result = passes()
+        return graph.replay, result
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What micro-batches have in common that are replayed by one recording."""
+
+    tokens: int  # filler included
+    rows: int  # places for them, with those of filler; some may have no token
+    longest: int  # row that may be among them
+
+    @classmethod
+    def of(cls, lengths: Sequence[int], longest: int) -> Shape:
+        """That of rows of so many tokens, none of them more than `longest`."""
+        tokens = filled(sum(lengths), few_counts=True)
+        return cls(tokens, _power_of_two(len(lengths) + -(-(tokens - sum(lengths)) // longest)), longest)
+
+    @classmethod
+    def largest(cls, longest: int, micro_tokens: int, rows: int) -> Shape:
+        """One that has room for any micro-batch of at most `rows` rows and `micro_tokens` tokens, or of one longer row."""
+        tokens = filled(max(longest, micro_tokens), few_counts=True)
+        return cls(tokens, _power_of_two(rows + -(-max(WHOLE, tokens // COUNTS) // longest)), longest)
+
+    def rows_of(self, lengths: Sequence[int]) -> list[int]:
+        """Tokens of each place: the rows, filler cut into rows that are not too long, and nothing."""
+        whole, rest = divmod(self.tokens - sum(lengths), self.longest)
+        found = [*lengths, *[self.longest] * whole, rest]
+        return found + [0] * (self.rows - len(found)) if len(found) <= self.rows else found[: self.rows]
+
+
+def _power_of_two(count: int) -> int:
+    return 1 << max(count - 1, 0).bit_length()
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """A shape's two passes: what replays them."""
+
+    tokens: int
+    forward: Callable[[], None]
+    backward: Callable[[], None]
+    silent: frozenset[int]  # numbers of parameters that nothing in it depends on
+    held: tuple[Tensor, ...]  # which lie outside of it, and which it writes to
+
+
+class ReplayedPasses:
+    """A TextModel as train/text_loss asks for it, whose decoder is replayed; gradients are added to those of `parameters`.
+
+    `room`: a shape with room for any micro-batch that comes. `first` records before training begins.
+    """
+
+    def __init__(self, text: TextModel, parameters: Mapping[str, Parameter], recorder: Recorder, room: Shape) -> None:
+        self.text, self.recorder, self.room = text, recorder, room
+        self.names, self.parameters = list(parameters), list(parameters.values())
+        self.recorded: dict[Shape, Recorded | None] = {}  # None: the model computes micro-batches of this shape
+        self.ids, self.positions = (torch.zeros(room.tokens, dtype=torch.int64, device=text.device) for _ in range(2))
+        self.starts = torch.zeros(room.rows + 1, dtype=torch.int32, device=text.device)
+        self.grads = [torch.zeros_like(parameter) for parameter in self.parameters]  # of the last micro-batch
+        self.states = self.upstream = torch.empty(0)  # (room's tokens, hidden), once it is known how wide
+        self.turn = 0  # counts passes: of which hidden states there is no backward pass any more
+        self.anchor = torch.zeros((), requires_grad=True)
+
+    @property
+    def head_weight(self) -> Rows | None:
+        return self.text.head_weight
+
+    @property
+    def kernels(self) -> Kernels | None:
+        return self.text.kernels
+
+    def head(self, hidden: Tensor) -> Tensor:
+        """(n, hidden) to logits, as the model does."""
+        return self.text.head(hidden)
+
+    def hidden(self, batch: Batch) -> Tensor:
+        """The decoder's last hidden states where a target is to be predicted, (targets, hidden), with gradient.
+
+        They stand until the next micro-batch, which may come after their backward pass.
+        """
+        shape = Shape.of(batch.lengths, self.room.longest)
+        if shape not in self.recorded:
+            self.recorded[shape] = self._proved(shape, batch)
+        recorded = self.recorded[shape]
+        return self.text.hidden(batch) if recorded is None else self._replayed(recorded, shape, batch)
+
+    def first(self, batch: Batch) -> None:
+        """Records the shape of `batch`, which should be the largest: others find room in what memory it leaves.
+
+        Raises EnvironmentProblem where it cannot be recorded or is not proved.
+        """
+        shape = Shape.of(batch.lengths, self.room.longest)
+        with _room_for_both():
+            self.recorded[shape] = recorded = self._record(shape, batch.lengths)
+            said = self._difference(shape, recorded, batch)
+        if said:
+            raise EnvironmentProblem(f"{SETTING} is true, but {said}. {REMEDY}")
+
+    def _proved(self, shape: Shape, batch: Batch) -> Recorded | None:
+        """The passes of a shape that first comes in training; None where they are not proved, which is said."""
+        with _room_for_both():
+            recorded = self._record(shape, batch.lengths)
+            said = self._difference(shape, recorded, batch)
+        if said:
+            logging.getLogger("lorakeet").warning(
+                "%s: %s. Micro-batches of this shape are computed without being recorded. Please report it.", SETTING, said
+            )
+            return None
+        return recorded
+
+    def _record(self, shape: Shape, lengths: Sequence[int]) -> Recorded:
+        """Both passes of `shape`, recorded on rows that are none of the run's: what is left of them would show in the proof."""
+        if shape.tokens > self.room.tokens or shape.rows > self.room.rows:
+            raise ValueError(f"there is room for {self.room}, and {shape} came")
+        self._fill(shape.rows_of(lengths)[::-1], torch.zeros(shape.tokens, dtype=torch.int64))
+        starts = self.starts[: shape.rows + 1]
+        places = Places(starts, min(shape.longest, shape.tokens))
+        self.text.learn()
+        try:
+            with torch.enable_grad():
+                return self._both((self.ids[: shape.tokens], self.positions[: shape.tokens], places))
+        except (torch.OutOfMemoryError, EnvironmentProblem):
+            raise
+        except RuntimeError as error:
+            said = f"{SETTING} is true, but the passes cannot be recorded: {_cause(error)}. {REMEDY}"
+            raise EnvironmentProblem(said) from error
+
+    def _both(self, given: tuple[Tensor, Tensor, Places]) -> Recorded:
+        decoded, parameters, tokens = self.text.placed_states, self.parameters, len(given[0])
+
+        def both() -> Tensor:
+            out = decoded(*given)
+            if not out.requires_grad:
+                raise EnvironmentProblem(f"{SETTING} is true, but nothing is trained below the output head. Set it to false.")
+            torch.autograd.grad(out, parameters, torch.zeros_like(out), allow_unused=True)
+            return out.detach()
+
+        for _ in range(WARM):
+            self.recorder.warm(lambda: self._make_room(both()))
+        states, upstream = self.states[:tokens], self.upstream[:tokens]
+
+        def forward() -> Tensor:
+            out = decoded(*given)
+            states.copy_(out.detach())
+            return out
+
+        again, out = self.recorder.record(forward)
+
+        def backward() -> frozenset[int]:
+            found = torch.autograd.grad(out, parameters, upstream, allow_unused=True)
+            used = [(kept, grad) for kept, grad in zip(self.grads, found, strict=True) if grad is not None]
+            torch._foreach_copy_([kept for kept, _ in used], [grad for _, grad in used])
+            return frozenset(number for number, grad in enumerate(found) if grad is None)
+
+        back, silent = self.recorder.record(backward)
+        return Recorded(tokens, again, back, silent, SCRATCH.held())
+
+    def _make_room(self, out: Tensor) -> None:
+        """Where hidden states like `out`, and what comes back to them, are laid."""
+        if not self.states.numel():
+            self.states, self.upstream = (out.new_zeros(self.room.tokens, out.shape[1]) for _ in range(2))
+
+    def _fill(self, rows: Sequence[int], ids: Tensor) -> None:
+        """Lays tokens, positions and places where the recorded passes look for them. `rows`: tokens of every place."""
+        positions = np.concatenate([np.arange(length) for length in rows])
+        starts = np.cumsum([0, *rows], dtype=np.int32)
+        self.ids[: len(ids)].copy_(ids)
+        self.ids[len(ids) : len(positions)].zero_()
+        self.positions[: len(positions)].copy_(torch.from_numpy(positions))
+        self.starts[: len(starts)].copy_(torch.from_numpy(starts))
+
+    def _replayed(self, recorded: Recorded, shape: Shape, batch: Batch) -> Tensor:
+        self._fill(shape.rows_of(batch.lengths), batch.ids)
+        states: Tensor = _Replay.apply(self.anchor, self, recorded)  # type: ignore[no-untyped-call]
+        return states.index_select(0, batch.target_positions.to(states.device))
+
+    def add_gradients(self, silent: frozenset[int]) -> None:
+        """Adds those of the last micro-batch to the parameters' own, in a few operations for all of them."""
+        new, old = [], []
+        for number, (parameter, grad) in enumerate(zip(self.parameters, self.grads, strict=True)):
+            if number in silent:
+                continue
+            if parameter.grad is None:
+                parameter.grad = torch.empty_like(grad)
+                new.append((parameter.grad, grad))
+            else:
+                old.append((parameter.grad, grad))
+        for into, pairs in ((torch._foreach_copy_, new), (torch._foreach_add_, old)):
+            if pairs:
+                into([own for own, _ in pairs], [grad for _, grad in pairs])
+
+    def _difference(self, shape: Shape, recorded: Recorded, batch: Batch) -> str:
+        """In words, how the recorded passes differ from the model's by more than rounding; empty where they do not."""
+        batch = batch.to(self.text.device)
+        with torch.enable_grad(), _moved(self.parameters), _without_gradients(self.parameters):
+            hidden = self.text.hidden(batch)
+            upstream = _numbers(hidden, seed=shape.tokens)
+            theirs = torch.autograd.grad(hidden, self.parameters, upstream, allow_unused=True)
+            again = self._replayed(recorded, shape, batch)
+            again.backward(upstream)  # type: ignore[no-untyped-call]
+            mine = [parameter.grad for parameter in self.parameters]
+            unlike = [name for name, one, other in zip(self.names, mine, theirs, strict=True) if (one is None) != (other is None)]
+            if unlike:
+                return f"recorded passes have another gradient of {unlike[0]} than the model: one of them has none"
+            of_each = zip(self.names, mine, theirs, strict=True)
+            grads = {f"the gradient of {name}": (a, b) for name, a, b in of_each if a is not None and b is not None}
+            states = again.detach(), hidden.detach()
+            return _far({"hidden states": states}) or _far_token(*states) or _far(grads)
+
+
+class _Replay(torch.autograd.Function):
+    """A recorded decoder as one function of nothing: what it reads lies where it was recorded, what it gives too."""
+
+    @staticmethod
+    def forward(ctx: Any, anchor: Tensor, passes: ReplayedPasses, recorded: Recorded) -> Tensor:
+        passes.turn += 1
+        ctx.passes, ctx.recorded, ctx.turn = passes, recorded, passes.turn
+        recorded.forward()
+        return passes.states[: recorded.tokens]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        passes: ReplayedPasses = ctx.passes
+        if ctx.turn != passes.turn:
+            raise RuntimeError("another micro-batch was replayed between the two passes of this one, over what it had kept")
+        passes.turn += 1
+        passes.upstream[: ctx.recorded.tokens].copy_(grad)
+        ctx.recorded.backward()
+        passes.add_gradients(ctx.recorded.silent)
+        return None, None, None
+
+
+@contextmanager
+def _moved(parameters: Sequence[Parameter]) -> Iterator[None]:
+    """A context in which all numbers of the adapter are others, a little: at its start half of them would get no gradient."""
+    before = [parameter.detach().clone() for parameter in parameters]
+    try:
+        with torch.no_grad():
+            for number, parameter in enumerate(parameters):
+                parameter.add_(_numbers(parameter, seed=number), alpha=MOVED)
+        yield
+    finally:
+        with torch.no_grad():
+            for parameter, own in zip(parameters, before, strict=True):
+                parameter.copy_(own)
+
+
+@contextmanager
+def _without_gradients(parameters: Sequence[Parameter]) -> Iterator[None]:
+    """A context in which no gradients are there yet; those that were are there again behind it."""
+    before = [parameter.grad for parameter in parameters]
+    try:
+        for parameter in parameters:
+            parameter.grad = None
+        yield
+    finally:
+        for parameter, grad in zip(parameters, before, strict=True):
+            parameter.grad = grad
+
+
+def _numbers(like: Tensor, *, seed: int) -> Tensor:
+    """Normal numbers in the shape, dtype and place of `like`, the same on every machine."""
+    return torch.randn(like.shape, generator=torch.Generator().manual_seed(seed)).to(like.device, like.dtype)
+
+
+def _cause(error: BaseException) -> str:
+    """What torch said first: where a recording fails, its end fails too, and says less."""
+    while error.__context__ is not None:
+        error = error.__context__
+    return " ".join(str(error).split())[:SAID].rstrip(".")
+
+
+@contextmanager
+def _room_for_both() -> Iterator[None]:
+    """A context in which memory that is out is said with what helps: the model's own passes are held beside recorded ones."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise EnvironmentProblem(
+            f"{SETTING} is true, and memory is out: recorded passes and, to prove them, the model's own are held at once. "
+            f"Lower train.micro_tokens, or set {SETTING} to false (for a run that has begun: in its config.yaml, and resume it)."
+        ) from error
+
+
+def _far(pairs: Mapping[str, tuple[Tensor, Tensor]]) -> str:
+    """In words, which pair of tensors is farther apart than rounding explains; empty where none is."""
+    if not pairs:
+        return ""
+    lengths = torch.stack([torch.stack([(a.float() - b.float()).norm(), b.float().norm()]) for a, b in pairs.values()])
+    return _said(list(pairs), lengths, FAR)
+
+
+def _far_token(mine: Tensor, theirs: Tensor) -> str:
+    """The same of hidden states (targets, hidden), each token's by itself."""
+    lengths = torch.stack([(mine.float() - theirs.float()).norm(dim=1), theirs.float().norm(dim=1)], 1)
+    return _said([f"hidden states of target {number}" for number in range(len(mine))], lengths, FAR_TOKEN)
+
+
+def _said(names: Sequence[str], lengths: Tensor, far: float) -> str:
+    """`lengths`: of each difference, and of what it is compared with (n, 2)."""
+    least = SILENT * lengths[:, 1].max().item()
+    for name, (apart, length) in zip(names, lengths.tolist(), strict=True):
+        allowed = far * max(length, least)
+        if not apart <= allowed:
+            return f"{name} of recorded passes and of the model are {apart:.3g} apart, where rounding explains {allowed:.3g}"
+    return ""
