@@ -10,7 +10,7 @@ triton`), one operation each; and with both passes of the decoder recorded (`tra
 lays rows into their places, the output head, and the gradients that are added up. The rate is an assumption, to be given for
 other cards: 400 TFLOP/s, about what plain bf16 products reach on an H100. "Even" is how long an operation may take the host
 until the card waits for it: a fast one launches in 5 µs. Rows of 512 tokens that share no prefix, packed, half of each learnt.
-**Not run on a GPU.**
+What the host does beside launching (seeds, names of rows, a look at each parameter) is not counted. **Not run on a GPU.**
 """
 
 from __future__ import annotations
@@ -35,8 +35,9 @@ from lorakeet.core.device import standing_for
 from lorakeet.core.passes import IN_C
 from lorakeet.memory.ledger import Ledger
 from lorakeet.models.adapt import begin_adapter
+from lorakeet.models.batch_shape import Shape
 from lorakeet.models.outline import config_from, outline
-from lorakeet.models.replayed import ReplayedPasses, Shape
+from lorakeet.models.replayed import ReplayedPasses
 from lorakeet.models.targets import plan_for
 from lorakeet.train.rehearsal import Rows, training_on
 
@@ -65,17 +66,20 @@ class Launches(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.found: Counter[str] = Counter()
+        self.together = 0  # tensors that an operation for several has at once
         self.recording = False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func._schema.name.rpartition("::")[2]
         if name not in QUIET and not self.recording:
-            of_all = -(-len(args[0]) // AT_ONCE) if name.startswith("_foreach") else 1
-            self.found[name] += SEVERAL.get(name, of_all)
+            if name.startswith("_foreach"):
+                self.together += len(args[0])
+            else:
+                self.found[name] += SEVERAL.get(name, 1)
         return func(*args, **(kwargs or {}))
 
-    def warm(self, passes: Callable[[], object]) -> None:
-        self.record(passes)
+    def warm(self, passes: Callable[[], ResultT]) -> ResultT:
+        return self.record(passes)[1]
 
     def record(self, passes: Callable[[], ResultT]) -> tuple[Callable[[], None], ResultT]:
         self.recording = True
@@ -89,7 +93,7 @@ class Launches(TorchDispatchMode):
 
 
 class Unproved(ReplayedPasses):
-    """Recorded passes of shapes: there are no numbers to compare, and none to lay into their places, which are four copies."""
+    """Recorded passes of shapes: there are no numbers to compare, nor to lay into their places, which takes four operations."""
 
     def _difference(self, *_: Any) -> str:
         return ""
@@ -111,8 +115,9 @@ def passes_by(kernels: str) -> Iterator[None]:
         yield
 
 
-def step_of(model: str, blocks: int, tokens: int, kernels: str) -> tuple[int, int]:
-    """Launches and FLOPs of both passes of one micro-batch."""
+def step_of(model: str, blocks: int, tokens: int, kernels: str) -> tuple[int, int, int]:
+    """Of both passes of one micro-batch: launches, but for those of operations on several tensors at once; how many tensors these
+    have; and FLOPs."""
     shape = published_shape(model, num_hidden_layers=blocks)
     settings = {
         "model.dtype": "bfloat16", "model.products": "bfloat16", "data.max_tokens": LENGTH, "train.micro_tokens": tokens,
@@ -132,7 +137,7 @@ def step_of(model: str, blocks: int, tokens: int, kernels: str) -> tuple[int, in
         with ledger.phase("passes"), passes_by(kernels), launches:
             task.loss(batch).backward()
         ledger.close()
-    return launches.found.total(), ledger.work["passes"].flops
+    return launches.found.total(), launches.together, ledger.work["passes"].flops
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -145,11 +150,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(f"{'model':14} passes {'tokens':>6} {'a block':>8} {'the rest':>8} {'in all':>7} {'computing':>10} {'even':>8}")
     for model, kernels, tokens in itertools.product(MODELS, KERNELS, TOKENS):
         depth = published_shape(model)["num_hidden_layers"]
-        (few, of_few), (more, of_more) = (step_of(model, blocks, tokens, kernels) for blocks in FEW)
+        (few, tensors, of_few), (more, of_tensors, of_more) = (step_of(model, blocks, tokens, kernels) for blocks in FEW)
         apart = FEW[1] - FEW[0]
         block, rest = (more - few) / apart, few - (more - few) / apart * FEW[0]
         flops = known.setdefault((model, tokens), of_few + (of_more - of_few) / apart * (depth - FEW[0]))  # torch's: the first
-        launches, computing = round(block * depth + rest), flops / given.rate / 1e12
+        together = -(-(tensors + (of_tensors - tensors) // apart * (depth - FEW[0])) // AT_ONCE)
+        launches, computing = round(block * depth + rest) + together, flops / given.rate / 1e12
         even = computing / launches
         lines.append({"model": model, "kernels": kernels, "tokens": tokens, "of_block": block, "of_rest": rest,
                       "launches": launches, "flops": flops, "computing": computing, "even": even})  # fmt: skip

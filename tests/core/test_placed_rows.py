@@ -7,10 +7,18 @@ import torch
 from torch import Tensor, nn
 
 from lorakeet.core import card_rows
-from lorakeet.core.placed_rows import PLACED_ROWS, PLACED_ROWS_BACKWARD, PlacedRows, Places
+from lorakeet.core.placed_rows import (
+    PLACED_ROWS,
+    PLACED_ROWS_BACKWARD,
+    PlacedRows,
+    Places,
+    placed_rows,
+    placed_rows_backward,
+)
 from lorakeet.errors import EnvironmentProblem
 from lorakeet.models.attention import row_attention
 from tiny.flash import Flash
+from tiny.tape import Tape
 
 HEADS, KV, WIDTH, LONGEST = 6, 2, 8, 12
 
@@ -60,6 +68,19 @@ def test_shapes_alone_have_results_in_their_shapes() -> None:
     assert out.shape == q.shape and logs.shape == (HEADS, 10) and logs.dtype == torch.float32
     of_q, of_k, of_v = PLACED_ROWS_BACKWARD(q, q, k, k, out, logs, *laid)
     assert of_q.shape == q.shape and of_k.shape == of_v.shape == k.shape
+
+
+def test_nothing_within_the_operators_is_read_by_the_host(flash: Flash) -> None:
+    """A recording on a card looks into them."""
+    flash.exact = False
+    q, k, v, grad = (each[0].transpose(0, 1).contiguous() for each in states(10))
+    laid = torch.tensor([0, 4, 10], dtype=torch.int32), LONGEST, WIDTH**-0.5, -1
+    tape = Tape()
+    with tape:
+        out, logs = placed_rows(q, k, v, *laid)
+        placed_rows_backward(grad, q, k, v, out, logs, *laid)
+    names = {func._schema.name.rpartition("::")[2] for func, *_ in tape.operations}
+    assert names == {"_flash_attention_forward", "_flash_attention_backward", "zeros", "empty"}
 
 
 def test_attention_that_the_kernel_does_not_have_is_refused_where_a_tensor_tells_of_rows(flash: Flash) -> None:

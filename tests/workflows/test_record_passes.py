@@ -21,7 +21,7 @@ from lorakeet.data.batches import StepOrder
 from lorakeet.data.chat import Example
 from lorakeet.data.pack import micro_batches
 from lorakeet.errors import ConfigError, EnvironmentProblem
-from lorakeet.models.replayed import Shape
+from lorakeet.models.batch_shape import Shape
 from lorakeet.train.checkpoint import identity_of
 from lorakeet.train.log import read_metrics
 from lorakeet.train.loop import train
@@ -170,8 +170,20 @@ def test_experts_that_are_chosen_by_the_numbers_are_refused(flash: Flash, tmp_pa
 
     folder = save_tiny_llama(tmp_path / "model", family="mixtral")
     setup = assembled(folder, data, tmp_path / "run", {**RECORDED, "lora.target_modules": "experts"})
-    with pytest.raises(EnvironmentProblem, match=r"chooses experts|router_jitter"):
+    with pytest.raises(EnvironmentProblem, match="the model chooses experts by the numbers"):
         record_passes(setup, ready_to_train(setup), quiet(), Tape())
+
+
+def test_dropout_of_heads_that_write_no_text_is_no_reason(flash: Flash, tmp_path: Path, data: Path) -> None:
+    from tiny.models import save_tiny_llama
+
+    flash.exact = False
+    folder = save_tiny_llama(tmp_path / "model", family="gpt2")
+    setup = assembled(folder, data, tmp_path / "run", {**RECORDED, "data.max_tokens": "60"})
+    assert setup.text.model.config.summary_first_dropout > 0
+    task = ready_to_train(setup)
+    record_passes(setup, task, quiet(), Tape())
+    assert task.replayed is not None and not setup.text.model.training
 
 
 def test_a_model_whose_attention_cannot_be_told_of_places_is_refused(tiny_llama_folder: Path, data: Path, tmp_path: Path) -> None:

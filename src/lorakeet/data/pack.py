@@ -50,7 +50,16 @@ class Batch:
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch with its tensors on another device."""
-        return Batch(self.ids.to(device), self.lengths, self.target_positions.to(device), self.target_ids.to(device), self.keys)
+        ids, places, targets = (sent(each, device) for each in (self.ids, self.target_positions, self.target_ids))
+        return Batch(ids, self.lengths, places, targets, self.keys)
+
+
+def sent(tensor: torch.Tensor, device: torch.device | str) -> torch.Tensor:
+    """`tensor` on `device`. From the host to a CUDA card it goes by memory that the card reads by itself: the host does not wait
+    until the card has computed what was asked of it before."""
+    if tensor.device.type != "cpu" or torch.device(device).type != "cuda":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
 
 
 def pack(examples: Sequence[Example]) -> Batch:

@@ -5,9 +5,9 @@ CUDA graph is the operations of a pass with the addresses that they work on, lau
 micro-batch to the next lies at addresses that stay: tokens, their positions, and where rows begin (core/placed_rows); and the
 adapter's numbers, which the optimizer writes where they are.
 
-    Shape      tokens, filled up to one of 8 counts between two powers of two; rows, to a power of two; the longest row
+    Shape      tokens, filled up to one of 8 counts between two powers of two; rows, to a power of two; the longest one
     hidden     fills the places, replays the forward pass; its result is a leaf of autograd's graph
-    backward   the gradient of that, laid where the recorded pass looks for it, is replayed to those of the adapter
+    backward   the gradient of that, laid where the recorded pass looks for it, is replayed and adds to those of the adapter
 
 The output head, whose work depends on how many tokens are learnt, is outside. Rows share no beginning here, and the last block
 computes all tokens. What was recorded, on made-up rows, is proved before it counts: with the adapter's numbers moved a little, a
@@ -33,12 +33,14 @@ from lorakeet.core.in_tiles import Kernels
 from lorakeet.core.placed_rows import Places
 from lorakeet.core.scratch import SCRATCH
 from lorakeet.core.tiles import Rows
-from lorakeet.data.pack import Batch
+from lorakeet.data.pack import Batch, sent
 from lorakeet.errors import EnvironmentProblem
-from lorakeet.models.text import COUNTS, WHOLE, TextModel, filled
+from lorakeet.models.batch_shape import Shape
+from lorakeet.models.text import TextModel
 
 SETTING = "train.cuda_graphs"
-REMEDY = f"Set {SETTING} to false (for a run that has begun: in its config.yaml, and resume it), and please report it."
+BEGUN = "for a run that has begun: in its config.yaml, and resume it"
+REMEDY = f"Set {SETTING} to false ({BEGUN}), and please report it."
 WARM = 2  # times that both passes run before they are recorded: libraries set themselves up in the first
 MOVED = 1e-2  # standard deviation of what is added to the adapter's numbers for the proof
 FAR = 0.1  # of the length of a gradient, or of hidden states: beyond the rounding of bf16 in another order
@@ -51,7 +53,7 @@ ResultT = TypeVar("ResultT")
 class Recorder(Protocol):
     """Records what is computed, so that it can be computed again by one call, with the numbers that are there then."""
 
-    def warm(self, passes: Callable[[], object]) -> None:
+    def warm(self, passes: Callable[[], ResultT]) -> ResultT:
         """Computes it as it will be recorded, and records nothing."""
         ...
 
@@ -68,12 +70,13 @@ class CudaGraphs:
         self.device, self.pool = device, torch.cuda.graph_pool_handle()
         self.stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
-    def warm(self, passes: Callable[[], object]) -> None:
+    def warm(self, passes: Callable[[], ResultT]) -> ResultT:
         current = torch.cuda.current_stream(self.device)
         self.stream.wait_stream(current)
         with torch.cuda.stream(self.stream):
-            passes()
+            result = passes()
         current.wait_stream(self.stream)
+        return result
 
     def record(self, passes: Callable[[], ResultT]) -> tuple[Callable[[], None], ResultT]:
         with torch.cuda.device(self.device):
@@ -84,37 +87,6 @@ class CudaGraphs:
 
 
 @dataclass(frozen=True)
-class Shape:
-    """What micro-batches have in common that are replayed by one recording."""
-
-    tokens: int  # filler included
-    rows: int  # places for them, with those of filler; some may have no token
-    longest: int  # row that may be among them
-
-    @classmethod
-    def of(cls, lengths: Sequence[int], longest: int) -> Shape:
-        """That of rows of so many tokens, none of them more than `longest`."""
-        tokens = filled(sum(lengths), few_counts=True)
-        return cls(tokens, _power_of_two(len(lengths) + -(-(tokens - sum(lengths)) // longest)), longest)
-
-    @classmethod
-    def largest(cls, longest: int, micro_tokens: int, rows: int) -> Shape:
-        """One that has room for any micro-batch of at most `rows` rows and `micro_tokens` tokens, or of one longer row."""
-        tokens = filled(max(longest, micro_tokens), few_counts=True)
-        return cls(tokens, _power_of_two(rows + -(-max(WHOLE, tokens // COUNTS) // longest)), longest)
-
-    def rows_of(self, lengths: Sequence[int]) -> list[int]:
-        """Tokens of each place: the rows, filler cut into rows that are not too long, and nothing."""
-        whole, rest = divmod(self.tokens - sum(lengths), self.longest)
-        found = [*lengths, *[self.longest] * whole, rest]
-        return found + [0] * (self.rows - len(found)) if len(found) <= self.rows else found[: self.rows]
-
-
-def _power_of_two(count: int) -> int:
-    return 1 << max(count - 1, 0).bit_length()
-
-
-@dataclass(frozen=True)
 class Recorded:
     """A shape's two passes: what replays them."""
 
@@ -122,13 +94,15 @@ class Recorded:
     forward: Callable[[], None]
     backward: Callable[[], None]
     silent: frozenset[int]  # numbers of parameters that nothing in it depends on
-    held: tuple[Tensor, ...]  # which lie outside of it, and which it writes to
+    scratch: tuple[Tensor, ...]  # buffers beside its own that it writes to; let go, they would be somebody else's
 
 
 class ReplayedPasses:
     """A TextModel as train/text_loss asks for it, whose decoder is replayed; gradients are added to those of `parameters`.
 
-    `room`: a shape with room for any micro-batch that comes. `first` records before training begins.
+    `room`: a shape with room for any micro-batch that comes. `record_first` records before training begins. Whoever has computed
+    a micro-batch lets go of its loss before the next one comes (train/task.by_batch): a recording would meet, in a graph of
+    autograd that is left, the stream of that one.
     """
 
     def __init__(self, text: TextModel, parameters: Mapping[str, Parameter], recorder: Recorder, room: Shape) -> None:
@@ -137,7 +111,7 @@ class ReplayedPasses:
         self.recorded: dict[Shape, Recorded | None] = {}  # None: the model computes micro-batches of this shape
         self.ids, self.positions = (torch.zeros(room.tokens, dtype=torch.int64, device=text.device) for _ in range(2))
         self.starts = torch.zeros(room.rows + 1, dtype=torch.int32, device=text.device)
-        self.grads = [torch.zeros_like(parameter) for parameter in self.parameters]  # of the last micro-batch
+        self.sums = [torch.zeros_like(parameter) for parameter in self.parameters]  # of gradients, and the parameters' own
         self.states = self.upstream = torch.empty(0)  # (room's tokens, hidden), once it is known how wide
         self.turn = 0  # counts passes: of which hidden states there is no backward pass any more
         self.anchor = torch.zeros((), requires_grad=True)
@@ -165,23 +139,19 @@ class ReplayedPasses:
         recorded = self.recorded[shape]
         return self.text.hidden(batch) if recorded is None else self._replayed(recorded, shape, batch)
 
-    def first(self, batch: Batch) -> None:
+    def record_first(self, batch: Batch) -> None:
         """Records the shape of `batch`, which should be the largest: others find room in what memory it leaves.
 
         Raises EnvironmentProblem where it cannot be recorded or is not proved.
         """
         shape = Shape.of(batch.lengths, self.room.longest)
-        with _room_for_both():
-            self.recorded[shape] = recorded = self._record(shape, batch.lengths)
-            said = self._difference(shape, recorded, batch)
+        self.recorded[shape], said = self._recorded_and_compared(shape, batch)
         if said:
             raise EnvironmentProblem(f"{SETTING} is true, but {said}. {REMEDY}")
 
     def _proved(self, shape: Shape, batch: Batch) -> Recorded | None:
         """The passes of a shape that first comes in training; None where they are not proved, which is said."""
-        with _room_for_both():
-            recorded = self._record(shape, batch.lengths)
-            said = self._difference(shape, recorded, batch)
+        recorded, said = self._recorded_and_compared(shape, batch)
         if said:
             logging.getLogger("lorakeet").warning(
                 "%s: %s. Micro-batches of this shape are computed without being recorded. Please report it.", SETTING, said
@@ -189,24 +159,25 @@ class ReplayedPasses:
             return None
         return recorded
 
-    def _record(self, shape: Shape, lengths: Sequence[int]) -> Recorded:
-        """Both passes of `shape`, recorded on rows that are none of the run's: what is left of them would show in the proof."""
+    def _recorded_and_compared(self, shape: Shape, batch: Batch) -> tuple[Recorded, str]:
+        """The passes, and in words how they differ from the model's. EnvironmentProblem where they cannot be recorded."""
         if shape.tokens > self.room.tokens or shape.rows > self.room.rows:
             raise ValueError(f"there is room for {self.room}, and {shape} came")
-        self._fill(shape.rows_of(lengths)[::-1], torch.zeros(shape.tokens, dtype=torch.int64))
-        starts = self.starts[: shape.rows + 1]
-        places = Places(starts, min(shape.longest, shape.tokens))
-        self.text.learn()
-        try:
-            with torch.enable_grad():
-                return self._both((self.ids[: shape.tokens], self.positions[: shape.tokens], places))
-        except (torch.OutOfMemoryError, EnvironmentProblem):
-            raise
-        except RuntimeError as error:
-            said = f"{SETTING} is true, but the passes cannot be recorded: {_cause(error)}. {REMEDY}"
-            raise EnvironmentProblem(said) from error
+        with _said_as_environment(), _without_gradients(self.parameters):
+            recorded = self._record(shape, batch.lengths)
+            return recorded, self._difference(shape, recorded, batch)
 
-    def _both(self, given: tuple[Tensor, Tensor, Places]) -> Recorded:
+    def _record(self, shape: Shape, lengths: Sequence[int]) -> Recorded:
+        """Both passes of `shape`, recorded on other numbers than those that come: what is kept of them shows in the proof."""
+        self._fill(shape.unlike(lengths), self.ids.new_zeros(shape.tokens))
+        self.positions.zero_()
+        places = Places(self.starts[: shape.rows + 1], min(shape.longest, shape.tokens))
+        self.text.learn()
+        with torch.enable_grad():
+            return self._warmed_and_recorded(self.ids[: shape.tokens], self.positions[: shape.tokens], places)
+
+    def _warmed_and_recorded(self, *given: Any) -> Recorded:
+        """Both passes over tokens, positions and places that lie where they are `given`."""
         decoded, parameters, tokens = self.text.placed_states, self.parameters, len(given[0])
 
         def both() -> Tensor:
@@ -217,29 +188,26 @@ class ReplayedPasses:
             return out.detach()
 
         for _ in range(WARM):
-            self.recorder.warm(lambda: self._make_room(both()))
-        states, upstream = self.states[:tokens], self.upstream[:tokens]
+            out = self.recorder.warm(both)
+        if not self.states.numel():
+            self.states, self.upstream = (out.new_zeros(self.room.tokens, out.shape[1]) for _ in range(2))
+        states, upstream, sums = self.states[:tokens], self.upstream[:tokens], self.sums
 
         def forward() -> Tensor:
             out = decoded(*given)
             states.copy_(out.detach())
             return out
 
-        again, out = self.recorder.record(forward)
+        replay_forward, out = self.recorder.record(forward)
 
         def backward() -> frozenset[int]:
             found = torch.autograd.grad(out, parameters, upstream, allow_unused=True)
-            used = [(kept, grad) for kept, grad in zip(self.grads, found, strict=True) if grad is not None]
-            torch._foreach_copy_([kept for kept, _ in used], [grad for _, grad in used])
+            used = [(total, grad) for total, grad in zip(sums, found, strict=True) if grad is not None]
+            torch._foreach_add_([total for total, _ in used], [grad for _, grad in used])
             return frozenset(number for number, grad in enumerate(found) if grad is None)
 
-        back, silent = self.recorder.record(backward)
-        return Recorded(tokens, again, back, silent, SCRATCH.held())
-
-    def _make_room(self, out: Tensor) -> None:
-        """Where hidden states like `out`, and what comes back to them, are laid."""
-        if not self.states.numel():
-            self.states, self.upstream = (out.new_zeros(self.room.tokens, out.shape[1]) for _ in range(2))
+        replay_backward, silent = self.recorder.record(backward)
+        return Recorded(tokens, replay_forward, replay_backward, silent, SCRATCH.held())
 
     def _fill(self, rows: Sequence[int], ids: Tensor) -> None:
         """Lays tokens, positions and places where the recorded passes look for them. `rows`: tokens of every place."""
@@ -247,50 +215,53 @@ class ReplayedPasses:
         starts = np.cumsum([0, *rows], dtype=np.int32)
         self.ids[: len(ids)].copy_(ids)
         self.ids[len(ids) : len(positions)].zero_()
-        self.positions[: len(positions)].copy_(torch.from_numpy(positions))
-        self.starts[: len(starts)].copy_(torch.from_numpy(starts))
+        for places, numbers in ((self.positions, positions), (self.starts, starts)):
+            places[: len(numbers)].copy_(sent(torch.from_numpy(numbers), places.device))
 
     def _replayed(self, recorded: Recorded, shape: Shape, batch: Batch) -> Tensor:
         self._fill(shape.rows_of(batch.lengths), batch.ids)
         states: Tensor = _Replay.apply(self.anchor, self, recorded)  # type: ignore[no-untyped-call]
         return states.index_select(0, batch.target_positions.to(states.device))
 
-    def add_gradients(self, silent: frozenset[int]) -> None:
-        """Adds those of the last micro-batch to the parameters' own, in a few operations for all of them."""
-        new, old = [], []
-        for number, (parameter, grad) in enumerate(zip(self.parameters, self.grads, strict=True)):
-            if number in silent:
+    def lay_gradients(self, silent: frozenset[int]) -> None:
+        """Lets the parameters' gradients lie where a recorded pass adds to them: nothing yet, or what others have added."""
+        fresh, others = [], []
+        for number, (parameter, total) in enumerate(zip(self.parameters, self.sums, strict=True)):
+            own = parameter.grad
+            if own is total or number in silent:
                 continue
-            if parameter.grad is None:
-                parameter.grad = torch.empty_like(grad)
-                new.append((parameter.grad, grad))
+            if own is None:
+                fresh.append(total)
             else:
-                old.append((parameter.grad, grad))
-        for into, pairs in ((torch._foreach_copy_, new), (torch._foreach_add_, old)):
-            if pairs:
-                into([own for own, _ in pairs], [grad for _, grad in pairs])
+                others.append((total, own))
+            parameter.grad = total
+        if fresh:
+            torch._foreach_zero_(fresh)
+        if others:
+            torch._foreach_copy_([total for total, _ in others], [own for _, own in others])
 
     def _difference(self, shape: Shape, recorded: Recorded, batch: Batch) -> str:
         """In words, how the recorded passes differ from the model's by more than rounding; empty where they do not."""
         batch = batch.to(self.text.device)
-        with torch.enable_grad(), _moved(self.parameters), _without_gradients(self.parameters):
+        with torch.enable_grad(), _moved(self.parameters):
             hidden = self.text.hidden(batch)
             upstream = _numbers(hidden, seed=shape.tokens)
             theirs = torch.autograd.grad(hidden, self.parameters, upstream, allow_unused=True)
-            again = self._replayed(recorded, shape, batch)
-            again.backward(upstream)  # type: ignore[no-untyped-call]
+            found = self._replayed(recorded, shape, batch)
+            found.backward(upstream)  # type: ignore[no-untyped-call]
             mine = [parameter.grad for parameter in self.parameters]
             unlike = [name for name, one, other in zip(self.names, mine, theirs, strict=True) if (one is None) != (other is None)]
             if unlike:
                 return f"recorded passes have another gradient of {unlike[0]} than the model: one of them has none"
             of_each = zip(self.names, mine, theirs, strict=True)
             grads = {f"the gradient of {name}": (a, b) for name, a, b in of_each if a is not None and b is not None}
-            states = again.detach(), hidden.detach()
+            states = found.detach(), hidden.detach()
             return _far({"hidden states": states}) or _far_token(*states) or _far(grads)
 
 
 class _Replay(torch.autograd.Function):
-    """A recorded decoder as one function of nothing: what it reads lies where it was recorded, what it gives too."""
+    """A recorded decoder as a function of autograd. All that it reads and gives lies where it was recorded; the anchor is there
+    because autograd asks for a backward pass only where something that was given wants a gradient."""
 
     @staticmethod
     def forward(ctx: Any, anchor: Tensor, passes: ReplayedPasses, recorded: Recorded) -> Tensor:
@@ -307,8 +278,8 @@ class _Replay(torch.autograd.Function):
             raise RuntimeError("another micro-batch was replayed between the two passes of this one, over what it had kept")
         passes.turn += 1
         passes.upstream[: ctx.recorded.tokens].copy_(grad)
+        passes.lay_gradients(ctx.recorded.silent)
         ctx.recorded.backward()
-        passes.add_gradients(ctx.recorded.silent)
         return None, None, None
 
 
@@ -329,15 +300,17 @@ def _moved(parameters: Sequence[Parameter]) -> Iterator[None]:
 
 @contextmanager
 def _without_gradients(parameters: Sequence[Parameter]) -> Iterator[None]:
-    """A context in which no gradients are there yet; those that were are there again behind it."""
-    before = [parameter.grad for parameter in parameters]
+    """A context in which no gradients are there yet; those that were are there again behind it, with their numbers."""
+    before = [(parameter.grad, None if parameter.grad is None else parameter.grad.clone()) for parameter in parameters]
     try:
         for parameter in parameters:
             parameter.grad = None
         yield
     finally:
-        for parameter, grad in zip(parameters, before, strict=True):
+        for parameter, (grad, numbers) in zip(parameters, before, strict=True):
             parameter.grad = grad
+            if grad is not None and numbers is not None:
+                grad.copy_(numbers)
 
 
 def _numbers(like: Tensor, *, seed: int) -> Tensor:
@@ -345,23 +318,31 @@ def _numbers(like: Tensor, *, seed: int) -> Tensor:
     return torch.randn(like.shape, generator=torch.Generator().manual_seed(seed)).to(like.device, like.dtype)
 
 
-def _cause(error: BaseException) -> str:
-    """What torch said first: where a recording fails, its end fails too, and says less."""
-    while error.__context__ is not None:
-        error = error.__context__
-    return " ".join(str(error).split())[:SAID].rstrip(".")
-
-
 @contextmanager
-def _room_for_both() -> Iterator[None]:
-    """A context in which memory that is out is said with what helps: the model's own passes are held beside recorded ones."""
+def _said_as_environment() -> Iterator[None]:
+    """A context in which what torch raises where it cannot record, or has no memory for it, is said with what helps."""
     try:
         yield
-    except torch.OutOfMemoryError as error:
-        raise EnvironmentProblem(
-            f"{SETTING} is true, and memory is out: recorded passes and, to prove them, the model's own are held at once. "
-            f"Lower train.micro_tokens, or set {SETTING} to false (for a run that has begun: in its config.yaml, and resume it)."
-        ) from error
+    except RuntimeError as error:
+        causes = _causes(error)
+        if any(isinstance(cause, torch.OutOfMemoryError) for cause in causes):
+            raise EnvironmentProblem(
+                f"{SETTING} is true, and memory is out: recorded passes and, to prove them, the model's own are held at once. "
+                f"Lower train.micro_tokens, or set {SETTING} to false ({BEGUN})."
+            ) from error
+        said = " ".join(str(causes[-1]).split())[:SAID].rstrip(".")
+        raise EnvironmentProblem(f"{SETTING} is true, but the passes cannot be recorded: {said}. {REMEDY}") from error
+
+
+def _causes(error: BaseException) -> list[RuntimeError]:
+    """What torch said, the first last: where a recording fails, its end fails too, and says less."""
+    found: list[RuntimeError] = []
+    link: BaseException | None = error
+    while link is not None:
+        if isinstance(link, RuntimeError):
+            found.append(link)
+        link = link.__context__
+    return found
 
 
 def _far(pairs: Mapping[str, tuple[Tensor, Tensor]]) -> str:

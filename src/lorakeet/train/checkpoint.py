@@ -37,7 +37,7 @@ from lorakeet.train.spec import TrainSpec
 from lorakeet.train.stopping import Watch
 
 MANIFEST = "manifest.json"
-# settings that do not touch what is learnt or reported from the first step on
+# settings that do not touch, but for rounding, what is learnt or reported from the first step on
 MAY_CHANGE = {"checkpoint_every", "cuda_graphs", "keep_checkpoints", "log_to", "rate_trial_steps", "shard"}
 
 

@@ -50,15 +50,17 @@ def by_batch(loss: Callable[[BatchT], Tensor], batches: Sequence[BatchT], target
     Each micro-batch draws its random numbers (dropout) from a seed of its own, drawn first: a task that computes the batches in
     another order draws the same ones.
     """
-    total = torch.zeros((), dtype=torch.float64)
+    total: Tensor | None = None
     devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
     for batch, seed in zip(batches, batch_seeds(len(batches)), strict=True):
         with torch.random.fork_rng(devices=devices):
             torch.manual_seed(seed)
             found = loss(batch)
             (found / targets).backward()  # type: ignore[no-untyped-call]
-        total = total.to(found.device) + found.detach().double()
-    return total
+        own = found.detach().double()
+        total = own if total is None else total + own
+        del found  # with its graph, which nothing that is recorded next may meet (models/replayed)
+    return torch.zeros((), dtype=torch.float64) if total is None else total
 
 
 def batch_seeds(count: int) -> list[int]:

@@ -129,9 +129,7 @@ class TextTask:
     def loss(self, batch: Batch) -> Tensor:
         """The sum of the loss over the batch's targets, with gradient, in training mode."""
         self.text.learn()
-        if self.replayed is not None:
-            return text_loss(self.replayed, batch, chunk=self.spec.head_chunk)[0]
-        return text_loss(self.text, batch.to(self.text.device), chunk=self.spec.head_chunk)[0]
+        return text_loss(self.replayed or self.text, batch.to(self.text.device), chunk=self.spec.head_chunk)[0]
 
     def held_out(self) -> HeldOut | None:
         if not self.held_out_rows:

@@ -142,17 +142,19 @@ def _trained(setup: Assembly, run: RunFolder, *, resume: bool, quick: bool, cons
             part_blocks(setup.text, processes.count, torch.device(setup.config.model.device))
     elif setup.config.train.shard:
         console.print("train.shard parts the base over several processes. This is one, which holds it whole.", soft_wrap=True)
-    with _kept_states(setup, task, run, console):
-        outcome = train(
-            task,
-            setup.config.train,
-            run=run,
-            identity=_identity(setup),
-            resume=resume,
-            report=reporter_for(console),
-            budget=setup.arrangement.budget,
-        )
-    task.replayed = None  # what recorded passes hold of a card is free for the certificate's second model
+    try:
+        with _kept_states(setup, task, run, console):
+            outcome = train(
+                task,
+                setup.config.train,
+                run=run,
+                identity=_identity(setup),
+                resume=resume,
+                report=reporter_for(console),
+                budget=setup.arrangement.budget,
+            )
+    finally:
+        task.replayed = None  # what recorded passes hold of a card is free, for the certificate's second model too
     if task.pruning is not None:
         setup = dataclasses.replace(setup, plan=pruned_plan(setup.text, setup.plan), begun=setup.plan)
     with judging(run), judged_together(processes, run, outcome):

@@ -14,17 +14,19 @@ from lorakeet.config import RunConfig
 from lorakeet.data.chat import Example
 from lorakeet.data.pack import Batch, pack
 from lorakeet.errors import EnvironmentProblem, Problems
+from lorakeet.models.batch_shape import Shape
 from lorakeet.models.placement import device_for
-from lorakeet.models.replayed import SETTING, CudaGraphs, Recorder, ReplayedPasses, Shape
+from lorakeet.models.replayed import SETTING, CudaGraphs, Recorder, ReplayedPasses
 from lorakeet.models.text import TextModel
 from lorakeet.train.spec import TrainSpec
 from lorakeet.train.text_task import TextTask
 from lorakeet.workflows.assemble import Assembly
 
 ROPES = ("dynamic", "longrope")  # whose angles depend on the longest position, which the host may read
-EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")  # names in config.json of how many there are
+EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")  # in config.json: how many there are
 DRAWN = "what is drawn anew in each pass can be compared with nothing"
 DROPOUTS = ("dropout", "pdrop", "jitter")  # in names of what a model's config.json gives chances of
+OF_OTHERS = ("classifier", "summary")  # what such names begin with where they are of heads that write no text
 
 
 def require_recordable(config: RunConfig, processes: int = 1) -> None:
@@ -53,7 +55,8 @@ def require_recordable(config: RunConfig, processes: int = 1) -> None:
 def record_passes(setup: Assembly, task: TextTask, console: Console, recorder: Recorder | None = None) -> None:
     """Lets the passes of `task` be recorded where the settings ask for it, beginning with its largest micro-batch.
 
-    Raises EnvironmentProblem where the model does what cannot be recorded, or what was recorded is not what it computes.
+    Raises EnvironmentProblem where the model does what cannot be recorded, or what was recorded is not what its decoder computes.
+    The output head is not recorded.
     """
     spec = setup.config.train
     if not spec.cuda_graphs:
@@ -64,7 +67,8 @@ def record_passes(setup: Assembly, task: TextTask, console: Console, recorder: R
     passes = ReplayedPasses(setup.text, task.parameters(), recorder or CudaGraphs(setup.text.device), room)
     largest = largest_batch(task.train, spec)
     console.print(f"Recording the passes of a micro-batch of {largest.tokens} tokens, and comparing them with the model's.")
-    passes.first(largest)
+    passes.record_first(largest)
+    setup.text.model.eval()
     task.replayed = passes
 
 
@@ -92,7 +96,8 @@ def _why_not(text: TextModel) -> Iterator[str]:
     if any(isinstance(module, nn.Dropout) and module.p > 0 for module in text.model.modules()):
         yield f"the model has dropout: {DRAWN}"
     for name, value in sorted(config.to_dict().items()):
-        if isinstance(value, float) and value > 0 and any(part in name for part in DROPOUTS):
+        of_text = any(part in name for part in DROPOUTS) and not name.startswith(OF_OTHERS)
+        if of_text and isinstance(value, float) and value > 0:
             yield f"{name} is {value:g} in the model's config.json: {DRAWN}"
     for rope in ROPES:
         if rope in _rope_types(getattr(config, "rope_parameters", None)):
