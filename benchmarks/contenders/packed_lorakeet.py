@@ -7,16 +7,18 @@ from tempfile import TemporaryDirectory
 
 from harness.steps import StepLog, contender
 from harness.workload import Workload
+from rich.console import Console
 
 from contenders.packed_workload import lorakeet_on
 from contenders.with_lorakeet import StepRecorder, require_same_rows
 from lorakeet.train.loop import train
 from lorakeet.train.run import RunFolder
+from lorakeet.workflows.record_passes import record_passes
 
 
-def train_packed(workload: Workload, dtype: str, *, kernels: str = "torch") -> StepLog:
+def train_packed(workload: Workload, dtype: str, *, kernels: str = "torch", recorded: bool = False) -> StepLog:
     """The workload's steps; SystemExit where they would have other rows."""
-    ready = lorakeet_on(workload, kernels)
+    ready = lorakeet_on(workload, kernels, recorded=recorded)
     require_same_rows(ready.task, workload)
     text = ready.task.text
     log = StepLog(
@@ -26,8 +28,10 @@ def train_packed(workload: Workload, dtype: str, *, kernels: str = "torch") -> S
             "attention": text.attention,
             "products": str(text.products).removeprefix("torch."),
             "kernels": kernels,
+            "recorded": str(recorded),
         },
     )
+    record_passes(text, ready.task, Console(quiet=True))
     with TemporaryDirectory() as folder:
         train(ready.task, ready.config.train, run=RunFolder.create(Path(folder) / "run"), report=StepRecorder(log))
     return log

@@ -90,6 +90,12 @@ def test_ranks_that_will_fall_are_planned_as_they_begin(folder: Path) -> None:
     assert refused.streamed is None and "finetune refuses: memory.budget is 61 MiB" in text and "finetune keeps" not in text
 
 
+def test_recorded_passes_are_said_not_to_be_counted(folder: Path) -> None:
+    said = {asked: planned(folder, settings={"train.cuda_graphs": asked})[1] for asked in ("true", "false")}
+    assert "what recorded passes hold is not counted" in said["true"]
+    assert "recorded passes" not in said["false"]
+
+
 def test_a_budget_that_is_too_small_brings_advice_with_numbers(folder: Path) -> None:
     result, text = planned(folder, budget="64MB")
     assert result.to_mapping()["fits"] is False and "more than the budget" in text

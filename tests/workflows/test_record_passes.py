@@ -52,7 +52,7 @@ def assembled(model: Path, data: Path, out: Path, changes: dict[str, str]) -> As
 def learnt(setup: Assembly, folder: Path, tape: Tape | None = None) -> list[float]:
     """The losses of a run's steps."""
     task = ready_to_train(setup)
-    record_passes(setup, task, quiet(), tape)
+    record_passes(setup.text, task, quiet(), tape)
     assert (task.replayed is None) == (tape is None)
     run = RunFolder.create(folder)
     train(task, setup.config.train, run=run)
@@ -79,7 +79,7 @@ def test_the_largest_micro_batch_comes_first_and_has_room_for_all(
     setup = assembled(tiny_llama_folder, data, tmp_path / "run", RECORDED)
     task = ready_to_train(setup)
     said = io.StringIO()
-    record_passes(setup, task, Console(file=said), Tape())
+    record_passes(setup.text, task, Console(file=said), Tape())
     passes = task.replayed
     assert passes is not None
     (first,) = passes.recorded
@@ -110,7 +110,7 @@ def test_rows_that_begin_alike_are_cut_as_rows_that_share_nothing(
     flash.exact = False
     setup = assembled(tiny_llama_folder, data, tmp_path / "run", RECORDED)
     task = ready_to_train(setup)
-    record_passes(setup, task, quiet(), Tape())
+    record_passes(setup.text, task, quiet(), Tape())
     assert all(batch.tokens <= 200 for batch in task.batches(0))
 
 
@@ -132,10 +132,14 @@ def test_settings_that_cannot_be_recorded_are_all_named(tiny_llama_folder: Path,
 
 def test_without_a_cuda_card_a_run_is_refused_and_writes_nothing(tiny_llama_folder: Path, data: Path, tmp_path: Path) -> None:
     config = config_with(data, tmp_path, tiny_llama_folder, model__device="cpu")
-    with pytest.raises(EnvironmentProblem, match=r"model.device is cpu, where there are no CUDA graphs. Set it to false"):
+    with pytest.raises(EnvironmentProblem, match=r"model.device is cpu: CUDA graphs want .* Set train\.cuda_graphs to false"):
         finetune(config, console=quiet())
+    for asked, said in (("auto", "auto, which is cpu here"), ("cuda", "cuda"), ("cuda:1", "cuda:1")):
+        if not torch.cuda.is_available():
+            with pytest.raises(EnvironmentProblem, match=f"model.device is {said}: CUDA graphs want an NVIDIA card"):
+                finetune(config_with(data, tmp_path, tiny_llama_folder, model__device=asked), console=quiet())
     assert not (tmp_path / "run").exists()
-    with pytest.raises(ConfigError, match="trials of a search pass together, unrecorded"):
+    with pytest.raises(ConfigError, match="a search trains several"):
         tune(config, quick=True, console=quiet())
 
 
@@ -146,7 +150,7 @@ def test_models_that_cannot_be_recorded_are_refused(flash: Flash, tiny_llama_fol
 
     def refusal() -> str:
         with pytest.raises(EnvironmentProblem) as refused:
-            record_passes(setup, task, quiet(), Tape())
+            record_passes(setup.text, task, quiet(), Tape())
         assert task.replayed is None
         return str(refused.value)
 
@@ -171,7 +175,7 @@ def test_experts_that_are_chosen_by_the_numbers_are_refused(flash: Flash, tmp_pa
     folder = save_tiny_llama(tmp_path / "model", family="mixtral")
     setup = assembled(folder, data, tmp_path / "run", {**RECORDED, "lora.target_modules": "experts"})
     with pytest.raises(EnvironmentProblem, match="the model chooses experts by the numbers"):
-        record_passes(setup, ready_to_train(setup), quiet(), Tape())
+        record_passes(setup.text, ready_to_train(setup), quiet(), Tape())
 
 
 def test_dropout_of_heads_that_write_no_text_is_no_reason(flash: Flash, tmp_path: Path, data: Path) -> None:
@@ -182,7 +186,7 @@ def test_dropout_of_heads_that_write_no_text_is_no_reason(flash: Flash, tmp_path
     setup = assembled(folder, data, tmp_path / "run", {**RECORDED, "data.max_tokens": "60"})
     assert setup.text.model.config.summary_first_dropout > 0
     task = ready_to_train(setup)
-    record_passes(setup, task, quiet(), Tape())
+    record_passes(setup.text, task, quiet(), Tape())
     assert task.replayed is not None and not setup.text.model.training
 
 
@@ -193,7 +197,7 @@ def test_a_model_whose_attention_cannot_be_told_of_places_is_refused(tiny_llama_
     wide = {**RECORDED, "model.dtype": "float32", "model.products": "float32"}
     setup = assembled(tiny_llama_folder, data, tmp_path / "run", wide)
     with standing_for(torch.device("cuda")), pytest.raises(EnvironmentProblem, match="flash kernel does not have"):
-        record_passes(setup, ready_to_train(setup), quiet(), Tape())
+        record_passes(setup.text, ready_to_train(setup), quiet(), Tape())
 
 
 def test_a_run_may_go_on_without(tiny_llama_folder: Path, data: Path, tmp_path: Path) -> None:
@@ -210,7 +214,7 @@ def test_a_run_whose_config_is_edited_resumes(finished: Any, tmp_path: Path, mon
     folder = shutil.copytree(finished.path, tmp_path / "run")
     file = folder / "config.yaml"
     file.write_text(file.read_text().replace("cuda_graphs: false", "cuda_graphs: true"))
-    with pytest.raises(EnvironmentProblem, match="Set it to false"):
+    with pytest.raises(EnvironmentProblem, match=r"Set train\.cuda_graphs to false"):
         finetune(read_run(file, {}), resume=folder, console=quiet())
     file.write_text(file.read_text().replace("cuda_graphs: true", "cuda_graphs: false"))
     assert finetune(read_run(file, {}), resume=folder, console=quiet()).exit_code == 0

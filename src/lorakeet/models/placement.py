@@ -24,7 +24,8 @@ def device_for(name: str) -> torch.device:
         count = torch.cuda.device_count()
         if (device.index or 0) >= count:
             raise EnvironmentProblem(
-                f"model.device is '{name}', but torch sees {count} CUDA devices here; use model.device auto."
+                f"model.device is '{name}', but torch {torch.__version__} sees {count} CUDA devices here; use model.device auto, "
+                "or install a torch that is built for your card."
             )
         device = torch.device("cuda", device.index or 0)  # a limit of memory wants a device with its number
     elif device.type == "mps" and not torch.backends.mps.is_available():

@@ -65,7 +65,8 @@ class TrainSpec:
     cuda_graphs: bool = field(
         default=False,
         metadata={
-            "help": "Record both passes of a micro-batch on a CUDA card and replay them, for models that leave it waiting."
+            "help": "Record a micro-batch's passes as CUDA graphs, for models so small that a card waits for the host; not run "
+            "on a card yet."
         },
     )
     shard: bool = field(

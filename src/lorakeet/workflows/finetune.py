@@ -133,7 +133,7 @@ def _trained(setup: Assembly, run: RunFolder, *, resume: bool, quick: bool, cons
     task = ready_to_train(setup)
     if setup.config.train.keep_prefix_states:
         frozen_depth(setup.text)  # refused before anything is written
-    record_passes(setup, task, console)
+    record_passes(setup.text, task, console)
     record = setup.dataset.split_record()
     processes.from_first(lambda: begin_run(run, setup.config, record, resume=resume, rates=rates))
     before = {} if setup.arrangement.store else frozen_digests(setup.text.model)  # streamed weights are only read

@@ -219,6 +219,11 @@ def show_plan(result: PlanResult, console: Console) -> None:
             f"finetune refuses: it needs at least {enough_for(min(result.least, result.peak))}, with its blocks streamed from "
             "disk. It would take:", soft_wrap=True,
         )  # fmt: skip
+    if result.config.train.cuda_graphs:
+        console.print(
+            "train.cuda_graphs is true: what recorded passes hold is not counted. To prove them, what a train step holds is "
+            "there twice for a while.", soft_wrap=True,
+        )  # fmt: skip
     for item in result.advice:
         fits = "fits" if result.budget is not None and item.peak <= result.budget else "is still too much"
         how = "streamed" if item.streamed else "with weights in memory"

@@ -20,7 +20,6 @@ from lorakeet.models.replayed import SETTING, CudaGraphs, Recorder, ReplayedPass
 from lorakeet.models.text import TextModel
 from lorakeet.train.spec import TrainSpec
 from lorakeet.train.text_task import TextTask
-from lorakeet.workflows.assemble import Assembly
 
 ROPES = ("dynamic", "longrope")  # whose angles depend on the longest position, which the host may read
 EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")  # in config.json: how many there are
@@ -46,29 +45,31 @@ def require_recordable(config: RunConfig, processes: int = 1) -> None:
     if config.lora.dropout:
         problems.add(f"lora.dropout is {config.lora.dropout:g}: {DRAWN}. {leave}")
     problems.raise_if_any()
-    device = device_for(config.model.device)
-    if device.type != "cuda" or torch.version.hip:
-        where = f"model.device is {device}, where there are no CUDA graphs"
-        raise EnvironmentProblem(f"{SETTING} is true, and {where}. Set it to false.")
+    asked = config.model.device
+    kind = asked.partition(":")[0] if asked != "auto" else device_for(asked).type
+    if kind != "cuda" or torch.version.hip or not torch.cuda.is_available():
+        where = asked if kind == asked else f"{asked}, which is {kind} here" if kind != "cuda" else asked
+        wanted = "CUDA graphs want an NVIDIA card that torch sees"
+        raise EnvironmentProblem(f"{SETTING} is true, and model.device is {where}: {wanted}. Set {SETTING} to false.")
 
 
-def record_passes(setup: Assembly, task: TextTask, console: Console, recorder: Recorder | None = None) -> None:
+def record_passes(text: TextModel, task: TextTask, console: Console, recorder: Recorder | None = None) -> None:
     """Lets the passes of `task` be recorded where the settings ask for it, beginning with its largest micro-batch.
 
     Raises EnvironmentProblem where the model does what cannot be recorded, or what was recorded is not what its decoder computes.
     The output head is not recorded.
     """
-    spec = setup.config.train
+    spec = task.spec
     if not spec.cuda_graphs:
         return
-    if why := next(_why_not(setup.text), ""):
-        raise EnvironmentProblem(f"{SETTING} is true, but {why}. Set it to false.")
+    if why := next(_why_not(text), ""):
+        raise EnvironmentProblem(f"{SETTING} is true, but {why}. Set {SETTING} to false.")
     room = Shape.largest(max(len(row.ids) for row in task.train), spec.micro_tokens, min(spec.batch_size, len(task.train)))
-    passes = ReplayedPasses(setup.text, task.parameters(), recorder or CudaGraphs(setup.text.device), room)
+    passes = ReplayedPasses(text, task.parameters(), recorder or CudaGraphs(text.device), room)
     largest = largest_batch(task.train, spec)
     console.print(f"Recording the passes of a micro-batch of {largest.tokens} tokens, and comparing them with the model's.")
     passes.record_first(largest)
-    setup.text.model.eval()
+    text.model.eval()
     task.replayed = passes
 
 

@@ -88,7 +88,7 @@ def tune(  # noqa: PLR0913 - each is a flag of the verb
     if config.ranks.choose == "prune":
         raise ConfigError("ranks.choose is prune, but the trials of a search keep their ranks. Take given or auto, or finetune.")
     if config.train.cuda_graphs:
-        raise ConfigError("train.cuda_graphs is true, but trials of a search pass together, unrecorded. Leave it out.")
+        raise ConfigError("train.cuda_graphs is true, but records one adapter's passes; a search trains several. Leave it out.")
     if quick and (rate_factors, rank_choices, target_choices) != (RATES, RANKS, TARGETS):
         given = "--rate-factors, --rank-choices and --target-choices"
         raise ConfigError(f"--quick compares half, once and twice the learning rate alone; leave it out, or {given}.")
