@@ -11,8 +11,8 @@ quantisation; LoRA of rank 16 on all linear layers; AdamW, constant rate. A step
 learnt, that fill 2,048 or 4,096 tokens to the last one. Everyone gets the same rows in the same order and the same A and B.
 TRL computes a pack padding-free (its rows flat) where flash-attn is installed, with gradient checkpointing as is its default, and
 without; else it pads, which costs half more here and stands in the table. So it does for unsloth, which decides itself. Both
-need bitsandbytes for NF4, over which TRL keeps A and B in bf16. Lorakeet runs by
-torch's kernels, by its own Triton kernels, and with both passes recorded as CUDA graphs.
+need bitsandbytes for NF4, over which TRL keeps A and B in bf16. Lorakeet runs by torch's kernels, by its own Triton kernels, and
+with both passes recorded as CUDA graphs, whose pool of memory is counted.
 
 Every run is a fresh process; contenders take turns, and the first place rotates from round to round. Printed are tokens/s, the
 most memory that the card held allocated while training, the share of the card's fastest plain bf16 product, measured before each

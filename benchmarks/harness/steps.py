@@ -31,6 +31,7 @@ class StepLog:
     last: float = 0.0
     card: bool = False
     card_loaded_bytes: int = 0  # the peak of the card's until training begins
+    card_pool_bytes: int = 0  # that recorded graphs keep for themselves, and torch does not count as allocated
 
     def begin(self) -> None:
         """Starts the clock of the first step. To be called before anything resets the system's own peak."""
@@ -39,8 +40,10 @@ class StepLog:
             import torch
 
             self.card_loaded_bytes = torch.cuda.max_memory_allocated()
-            torch.cuda.reset_peak_memory_stats()
             torch.cuda.synchronize()
+            torch.cuda.empty_cache()
+            self.card_pool_bytes = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+            torch.cuda.reset_peak_memory_stats()
         self.last = time.perf_counter()
 
     def step(self) -> None:
@@ -77,7 +80,7 @@ class StepLog:
         }
         if self.card:
             found["card_loaded_bytes"] = self.card_loaded_bytes
-            found["card_peak_bytes"] = torch.cuda.max_memory_allocated()
+            found["card_peak_bytes"] = torch.cuda.max_memory_allocated() + self.card_pool_bytes
             found["card_reserved_bytes"] = torch.cuda.max_memory_reserved()
         path.write_text(json.dumps(found, indent=1), encoding="utf-8")
 

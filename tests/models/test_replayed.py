@@ -115,8 +115,13 @@ def test_a_recording_made_of_one_micro_batch_gives_the_bits_of_one_made_of_anoth
         assert loss == other and all(torch.equal(grads[name], others[name]) for name in grads)
 
 
-def test_gradients_of_micro_batches_add_up(made: Callable[..., Made], rows: Any) -> None:
-    _, parameters, _, passes = made()
+SHARED = {"target_modules": ("q_proj",), "extra_modules": ("model.embed_tokens",)}  # with the head, which is tied to it
+
+
+@pytest.mark.parametrize("lora", [LORA[0], LORA[3], SHARED], ids=["lora", "head-and-embedding", "tied"])
+def test_gradients_of_micro_batches_add_up(made: Callable[..., Made], rows: Any, lora: dict[str, Any]) -> None:
+    """Also of what the head adds to, and what both do."""
+    _, parameters, _, passes = made(**lora)
     batches = [rows([20, 9, 30], seed=1), rows([33, 27, 3], seed=2)]
     parts = [learnt(passes, batch, parameters)[1] for batch in batches]
     for parameter in parameters.values():
@@ -157,6 +162,31 @@ def test_a_shape_that_comes_within_a_step_leaves_what_the_step_has_added(made: C
     assert tape.recordings == 2 * recorded == 8
     for name, parameter in parameters.items():
         assert torch.equal(parameter.grad, parts[0][name] + parts[1][name] + parts[2][name])
+
+
+def test_nothing_is_kept_for_what_only_the_head_depends_on(made: Callable[..., Made], rows: Any) -> None:
+    _, parameters, _, passes = made(target_modules=("q_proj", "lm_head"))
+    learnt(passes, rows([20, 9, 30]), parameters)
+    kept = [name for name, total in zip(passes.names, passes.sums, strict=True) if total is not None]
+    assert kept == [name for name in parameters if "q_proj" in name] and len(kept) < len(parameters)
+    for name, total in zip(passes.names, passes.sums, strict=True):
+        assert (parameters[name].grad is total) == (name in kept)
+
+
+def test_ctrl_c_while_recording_stays_ctrl_c(made: Callable[..., Made], rows: Any) -> None:
+    _, parameters, tape, passes = made()
+    before = {name: parameter.detach().clone() for name, parameter in parameters.items()}
+
+    def interrupted(_: Any) -> Any:
+        try:
+            raise KeyboardInterrupt
+        finally:
+            raise RuntimeError("capture_end failed")
+
+    tape.record = interrupted  # type: ignore[method-assign]
+    with pytest.raises(KeyboardInterrupt):
+        passes.record_first(rows([20, 9, 30]))
+    assert not passes.recorded and all(torch.equal(parameters[name], numbers) for name, numbers in before.items())
 
 
 def test_a_micro_batch_lets_go_of_its_graph_before_the_next_is_recorded(made: Callable[..., Made], rows: Any) -> None:
@@ -281,7 +311,7 @@ def test_memory_that_is_out_is_said_with_what_helps(made: Callable[..., Made], r
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     text.placed_states = too_much  # type: ignore[method-assign]
-    with pytest.raises(EnvironmentProblem, match=r"Lower train.micro_tokens, or set train.cuda_graphs to false"):
+    with pytest.raises(EnvironmentProblem, match=r"Lower train.micro_tokens. Or: Set train.cuda_graphs to false"):
         passes.record_first(rows([20, 9, 30]))
 
     def and_then(*_: Any) -> Tensor:

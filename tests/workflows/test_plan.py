@@ -94,6 +94,10 @@ def test_recorded_passes_are_said_not_to_be_counted(folder: Path) -> None:
     said = {asked: planned(folder, settings={"train.cuda_graphs": asked})[1] for asked in ("true", "false")}
     assert "what recorded passes hold is not counted" in said["true"]
     assert "recorded passes" not in said["false"]
+    _, narrow = planned(folder, "1MiB", settings={"train.cuda_graphs": "true"})
+    assert "finetune refuses it together with memory.budget" in narrow
+    refusal, _, advice = narrow.partition("It would take:")
+    assert advice.strip() and "recorded passes" in refusal  # the list stands behind its sentence
 
 
 def test_a_budget_that_is_too_small_brings_advice_with_numbers(folder: Path) -> None:

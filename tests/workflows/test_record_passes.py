@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from lorakeet.data.chat import Example
 from lorakeet.data.pack import micro_batches
 from lorakeet.errors import ConfigError, EnvironmentProblem
 from lorakeet.models.batch_shape import Shape
+from lorakeet.models.placement import device_for
 from lorakeet.train.checkpoint import identity_of
 from lorakeet.train.log import read_metrics
 from lorakeet.train.loop import train
@@ -134,13 +136,32 @@ def test_without_a_cuda_card_a_run_is_refused_and_writes_nothing(tiny_llama_fold
     config = config_with(data, tmp_path, tiny_llama_folder, model__device="cpu")
     with pytest.raises(EnvironmentProblem, match=r"model.device is cpu: CUDA graphs want .* Set train\.cuda_graphs to false"):
         finetune(config, console=quiet())
-    for asked, said in (("auto", "auto, which is cpu here"), ("cuda", "cuda"), ("cuda:1", "cuda:1")):
-        if not torch.cuda.is_available():
-            with pytest.raises(EnvironmentProblem, match=f"model.device is {said}: CUDA graphs want an NVIDIA card"):
-                finetune(config_with(data, tmp_path, tiny_llama_folder, model__device=asked), console=quiet())
+    with pytest.raises(ConfigError, match="gpu"):  # no such device: that is what is said
+        finetune(config_with(data, tmp_path, tiny_llama_folder, model__device="gpu"), console=quiet())
     assert not (tmp_path / "run").exists()
     with pytest.raises(ConfigError, match="a search trains several"):
         tune(config, quick=True, console=quiet())
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a card here")
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        ("auto", f"model.device is auto, which is {device_for('auto')} here: CUDA graphs want an NVIDIA card"),
+        ("cuda:1", f"model.device is cuda:1, of which torch {torch.__version__} sees none here: CUDA graphs want an NVIDIA card"),
+    ],
+)
+def test_what_is_wanted_of_a_device_is_said(tiny_llama_folder: Path, data: Path, tmp_path: Path, asked: str, said: str) -> None:
+    with pytest.raises(EnvironmentProblem, match=re.escape(said)):
+        require_recordable(config_with(data, tmp_path, tiny_llama_folder, model__device=asked))
+
+
+def test_a_torch_for_other_cards_is_named(
+    tiny_llama_folder: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    with pytest.raises(EnvironmentProblem, match="this torch is built for ROCm"):
+        require_recordable(config_with(data, tmp_path, tiny_llama_folder))
 
 
 def test_models_that_cannot_be_recorded_are_refused(flash: Flash, tiny_llama_folder: Path, data: Path, tmp_path: Path) -> None:

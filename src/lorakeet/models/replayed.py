@@ -40,7 +40,8 @@ from lorakeet.models.text import TextModel
 
 SETTING = "train.cuda_graphs"
 BEGUN = "for a run that has begun: in its config.yaml, and resume it"
-REMEDY = f"Set {SETTING} to false ({BEGUN}), and please report it."
+TURN_OFF = f"Set {SETTING} to false ({BEGUN})"
+REMEDY = f"{TURN_OFF}, and please report it."
 WARM = 2  # times that both passes run before they are recorded: libraries set themselves up in the first
 MOVED = 1e-2  # standard deviation of what is added to the adapter's numbers for the proof
 FAR = 0.1  # of the length of a gradient, or of hidden states: beyond the rounding of bf16 in another order
@@ -93,7 +94,6 @@ class Recorded:
     tokens: int
     forward: Callable[[], None]
     backward: Callable[[], None]
-    silent: frozenset[int]  # numbers of parameters that nothing in it depends on
     scratch: tuple[Tensor, ...]  # buffers beside its own that it writes to; let go, they would be somebody else's
 
 
@@ -111,7 +111,7 @@ class ReplayedPasses:
         self.recorded: dict[Shape, Recorded | None] = {}  # None: the model computes micro-batches of this shape
         self.ids, self.positions = (torch.zeros(room.tokens, dtype=torch.int64, device=text.device) for _ in range(2))
         self.starts = torch.zeros(room.rows + 1, dtype=torch.int32, device=text.device)
-        self.sums = [torch.zeros_like(parameter) for parameter in self.parameters]  # of gradients, and the parameters' own
+        self.sums: list[Tensor | None] = []  # of gradients, the parameters' own; None where nothing recorded depends on one
         self.states = self.upstream = torch.empty(0)  # (room's tokens, hidden), once it is known how wide
         self.turn = 0  # counts passes: of which hidden states there is no backward pass any more
         self.anchor = torch.zeros((), requires_grad=True)
@@ -180,17 +180,18 @@ class ReplayedPasses:
         """Both passes over tokens, positions and places that lie where they are `given`."""
         decoded, parameters, tokens = self.text.placed_states, self.parameters, len(given[0])
 
-        def both() -> Tensor:
+        def both() -> tuple[Tensor, list[bool]]:
             out = decoded(*given)
             if not out.requires_grad:
-                raise EnvironmentProblem(f"{SETTING} is true, but nothing is trained below the output head. Set it to false.")
-            torch.autograd.grad(out, parameters, torch.zeros_like(out), allow_unused=True)
-            return out.detach()
+                raise EnvironmentProblem(f"{SETTING} is true, but nothing is trained below the output head. {TURN_OFF}.")
+            found = torch.autograd.grad(out, parameters, torch.zeros_like(out), allow_unused=True)
+            return out.detach(), [grad is not None for grad in found]
 
         for _ in range(WARM):
-            out = self.recorder.warm(both)
-        if not self.states.numel():
+            out, used = self.recorder.warm(both)
+        if not self.sums:
             self.states, self.upstream = (out.new_zeros(self.room.tokens, out.shape[1]) for _ in range(2))
+            self.sums = [torch.zeros_like(own) if wanted else None for own, wanted in zip(parameters, used, strict=True)]
         states, upstream, sums = self.states[:tokens], self.upstream[:tokens], self.sums
 
         def forward() -> Tensor:
@@ -200,14 +201,13 @@ class ReplayedPasses:
 
         replay_forward, out = self.recorder.record(forward)
 
-        def backward() -> frozenset[int]:
+        def backward() -> None:
             found = torch.autograd.grad(out, parameters, upstream, allow_unused=True)
-            used = [(total, grad) for total, grad in zip(sums, found, strict=True) if grad is not None]
-            torch._foreach_add_([total for total, _ in used], [grad for _, grad in used])
-            return frozenset(number for number, grad in enumerate(found) if grad is None)
+            pairs = [(total, grad) for total, grad in zip(sums, found, strict=True) if total is not None and grad is not None]
+            torch._foreach_add_([total for total, _ in pairs], [grad for _, grad in pairs])
 
-        replay_backward, silent = self.recorder.record(backward)
-        return Recorded(tokens, replay_forward, replay_backward, silent, SCRATCH.held())
+        replay_backward, _ = self.recorder.record(backward)
+        return Recorded(tokens, replay_forward, replay_backward, SCRATCH.held())
 
     def _fill(self, rows: Sequence[int], ids: Tensor) -> None:
         """Lays tokens, positions and places where the recorded passes look for them. `rows`: tokens of every place."""
@@ -223,12 +223,12 @@ class ReplayedPasses:
         states: Tensor = _Replay.apply(self.anchor, self, recorded)  # type: ignore[no-untyped-call]
         return states.index_select(0, batch.target_positions.to(states.device))
 
-    def lay_gradients(self, silent: frozenset[int]) -> None:
+    def lay_gradients(self) -> None:
         """Lets the parameters' gradients lie where a recorded pass adds to them: nothing yet, or what others have added."""
         fresh, others = [], []
-        for number, (parameter, total) in enumerate(zip(self.parameters, self.sums, strict=True)):
+        for parameter, total in zip(self.parameters, self.sums, strict=True):
             own = parameter.grad
-            if own is total or number in silent:
+            if total is None or own is total:
                 continue
             if own is None:
                 fresh.append(total)
@@ -278,7 +278,7 @@ class _Replay(torch.autograd.Function):
             raise RuntimeError("another micro-batch was replayed between the two passes of this one, over what it had kept")
         passes.turn += 1
         passes.upstream[: ctx.recorded.tokens].copy_(grad)
-        passes.lay_gradients(ctx.recorded.silent)
+        passes.lay_gradients()
         ctx.recorded.backward()
         return None, None, None
 
@@ -325,23 +325,24 @@ def _said_as_environment() -> Iterator[None]:
         yield
     except RuntimeError as error:
         causes = _causes(error)
+        for cause in causes:
+            if not isinstance(cause, Exception):  # Ctrl-C, whose recording could not be ended in order either
+                raise cause from None
         if any(isinstance(cause, torch.OutOfMemoryError) for cause in causes):
             raise EnvironmentProblem(
                 f"{SETTING} is true, and memory is out: recorded passes and, to prove them, the model's own are held at once. "
-                f"Lower train.micro_tokens, or set {SETTING} to false ({BEGUN})."
+                f"Lower train.micro_tokens. Or: {TURN_OFF}."
             ) from error
-        said = " ".join(str(causes[-1]).split())[:SAID].rstrip(".")
+        first = [cause for cause in causes if isinstance(cause, RuntimeError)][-1]
+        said = " ".join(str(first).split())[:SAID].rstrip(".")
         raise EnvironmentProblem(f"{SETTING} is true, but the passes cannot be recorded: {said}. {REMEDY}") from error
 
 
-def _causes(error: BaseException) -> list[RuntimeError]:
-    """What torch said, the first last: where a recording fails, its end fails too, and says less."""
-    found: list[RuntimeError] = []
-    link: BaseException | None = error
-    while link is not None:
-        if isinstance(link, RuntimeError):
-            found.append(link)
-        link = link.__context__
+def _causes(error: BaseException) -> list[BaseException]:
+    """What was raised, the first last: where a recording fails, its end fails too, and says less."""
+    found = [error]
+    while (link := found[-1].__context__) is not None:
+        found.append(link)
     return found
 
 

@@ -200,6 +200,12 @@ def show_plan(result: PlanResult, console: Console) -> None:
         trained = f"{trained} at first, {left:,} in pairs {cut}"
     console.print(f"{trained}; micro-batches of {rows.count} × {rows.length} tokens, all learnt.", soft_wrap=True)
     console.print(f"Peak of the run: {bytes_text(result.peak)}{_against(result)}.", soft_wrap=True)
+    if result.config.train.cuda_graphs:
+        also = " finetune refuses it together with memory.budget." if result.budget is not None else ""
+        console.print(
+            "train.cuda_graphs is true: what recorded passes hold is not counted, and to prove them a micro-batch's activations "
+            f"are there twice.{also}", soft_wrap=True,
+        )  # fmt: skip
     if result.unpacks_too_much:
         console.print(
             f"finetune refuses: unpacking {result.config.model.path}, which is done once, takes "
@@ -218,11 +224,6 @@ def show_plan(result: PlanResult, console: Console) -> None:
         console.print(
             f"finetune refuses: it needs at least {enough_for(min(result.least, result.peak))}, with its blocks streamed from "
             "disk. It would take:", soft_wrap=True,
-        )  # fmt: skip
-    if result.config.train.cuda_graphs:
-        console.print(
-            "train.cuda_graphs is true: what recorded passes hold is not counted. To prove them, what a train step holds is "
-            "there twice for a while.", soft_wrap=True,
         )  # fmt: skip
     for item in result.advice:
         fits = "fits" if result.budget is not None and item.peak <= result.budget else "is still too much"

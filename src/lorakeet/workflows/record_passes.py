@@ -16,7 +16,7 @@ from lorakeet.data.pack import Batch, pack
 from lorakeet.errors import EnvironmentProblem, Problems
 from lorakeet.models.batch_shape import Shape
 from lorakeet.models.placement import device_for
-from lorakeet.models.replayed import SETTING, CudaGraphs, Recorder, ReplayedPasses
+from lorakeet.models.replayed import SETTING, TURN_OFF, CudaGraphs, Recorder, ReplayedPasses
 from lorakeet.models.text import TextModel
 from lorakeet.train.spec import TrainSpec
 from lorakeet.train.text_task import TextTask
@@ -45,12 +45,20 @@ def require_recordable(config: RunConfig, processes: int = 1) -> None:
     if config.lora.dropout:
         problems.add(f"lora.dropout is {config.lora.dropout:g}: {DRAWN}. {leave}")
     problems.raise_if_any()
-    asked = config.model.device
-    kind = asked.partition(":")[0] if asked != "auto" else device_for(asked).type
-    if kind != "cuda" or torch.version.hip or not torch.cuda.is_available():
-        where = asked if kind == asked else f"{asked}, which is {kind} here" if kind != "cuda" else asked
-        wanted = "CUDA graphs want an NVIDIA card that torch sees"
-        raise EnvironmentProblem(f"{SETTING} is true, and model.device is {where}: {wanted}. Set {SETTING} to false.")
+    if why := _no_card(config.model.device):
+        raise EnvironmentProblem(f"{SETTING} is true, and {why}: CUDA graphs want an NVIDIA card that torch sees. {TURN_OFF}.")
+
+
+def _no_card(asked: str) -> str:
+    """In words, why the device that `model.device` names is none for CUDA graphs; empty where it is. Raises where it is none."""
+    if torch.version.hip:
+        return "this torch is built for ROCm"
+    if asked.partition(":")[0] == "cuda" and not torch.cuda.is_available():
+        return f"model.device is {asked}, of which torch {torch.__version__} sees none here"
+    device = device_for(asked)
+    if device.type == "cuda":
+        return ""
+    return f"model.device is {asked}" + (f", which is {device} here" if asked == "auto" else "")
 
 
 def record_passes(text: TextModel, task: TextTask, console: Console, recorder: Recorder | None = None) -> None:
@@ -63,7 +71,7 @@ def record_passes(text: TextModel, task: TextTask, console: Console, recorder: R
     if not spec.cuda_graphs:
         return
     if why := next(_why_not(text), ""):
-        raise EnvironmentProblem(f"{SETTING} is true, but {why}. Set {SETTING} to false.")
+        raise EnvironmentProblem(f"{SETTING} is true, but {why}. {TURN_OFF}.")
     room = Shape.largest(max(len(row.ids) for row in task.train), spec.micro_tokens, min(spec.batch_size, len(task.train)))
     passes = ReplayedPasses(text, task.parameters(), recorder or CudaGraphs(text.device), room)
     largest = largest_batch(task.train, spec)
