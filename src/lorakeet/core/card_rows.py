@@ -61,24 +61,31 @@ class CardRows:
     `window`: how many of the last keys, its own included, a query sees; None: all.
     """
 
+    laid: tuple[Any, ...]  # what the operators are told of rows
+
     def __init__(self, rows: tuple[int, ...], scale: float, prefix: int = 0, window: int | None = None) -> None:
         self.laid = list(rows), prefix, scale, EVERYTHING if window is None else window
 
+    @property
+    def operators(self) -> tuple[Any, Any]:
+        """That of the forward pass, and that of the backward pass."""
+        return CARD_ROWS, CARD_ROWS_BACKWARD
+
     def forward(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
         """The result (1, tokens, heads, d), and what `backward` needs beside Q, K and V."""
-        result, logs = CARD_ROWS(*map(token_by_token, (query, key, value)), *self.laid)
+        result, logs = self.operators[0](*map(_token_by_token, (query, key, value)), *self.laid)
         return result[None], (result, logs)
 
     def backward(
         self, grad: Tensor, query: Tensor, key: Tensor, value: Tensor, result: Tensor, logs: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         """∂Q, ∂K, ∂V in the shapes of Q, K, V."""
-        given = grad[0].to(result.dtype).contiguous(), *map(token_by_token, (query, key, value)), result, logs
-        of_q, of_k, of_v = (states.transpose(0, 1)[None] for states in CARD_ROWS_BACKWARD(*given, *self.laid))
+        given = grad[0].to(result.dtype).contiguous(), *map(_token_by_token, (query, key, value)), result, logs
+        of_q, of_k, of_v = (states.transpose(0, 1)[None] for states in self.operators[1](*given, *self.laid))
         return of_q, of_k, of_v
 
 
-def token_by_token(states: Tensor) -> Tensor:
+def _token_by_token(states: Tensor) -> Tensor:
     """(1, heads, tokens, d) as (tokens, heads, d), the numbers of a head side by side."""
     found = states[0].transpose(0, 1)
     return found if found.stride(-1) == 1 else found.contiguous()

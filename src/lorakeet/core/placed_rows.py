@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lorakeet.core.card_rows import EVERYTHING, EVERYWHERE, seen_in, token_by_token
+from lorakeet.core.card_rows import EVERYTHING, EVERYWHERE, CardRows, seen_in
 from lorakeet.core.native.ops import define
 
 
@@ -29,27 +29,15 @@ class Places:
     longest: int
 
 
-class PlacedRows:
-    """Attention of rows at `places`, for core/row_attention.CausalRows. Keeps O and log-sums beside Q, K, V.
-
-    `window`: how many of the last keys, its own included, a query sees; None: all.
-    """
+class PlacedRows(CardRows):
+    """Attention of rows at `places`, for core/row_attention.CausalRows; `window` as in CardRows."""
 
     def __init__(self, places: Places, scale: float, window: int | None = None) -> None:
         self.laid = places.starts, places.longest, scale, EVERYTHING if window is None else window
 
-    def forward(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """The result (1, tokens, heads, d), and what `backward` needs beside Q, K and V."""
-        result, logs = PLACED_ROWS(*map(token_by_token, (query, key, value)), *self.laid)
-        return result[None], (result, logs)
-
-    def backward(
-        self, grad: Tensor, query: Tensor, key: Tensor, value: Tensor, result: Tensor, logs: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """∂Q, ∂K, ∂V in the shapes of Q, K, V."""
-        given = grad[0].to(result.dtype).contiguous(), *map(token_by_token, (query, key, value)), result, logs
-        of_q, of_k, of_v = (states.transpose(0, 1)[None] for states in PLACED_ROWS_BACKWARD(*given, *self.laid))
-        return of_q, of_k, of_v
+    @property
+    def operators(self) -> tuple[Any, Any]:
+        return PLACED_ROWS, PLACED_ROWS_BACKWARD
 
 
 def placed_rows(q: Tensor, k: Tensor, v: Tensor, *given: Any) -> tuple[Tensor, Tensor]:

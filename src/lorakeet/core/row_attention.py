@@ -20,7 +20,6 @@ from torch.autograd.function import once_differentiable
 from lorakeet.core.card_rows import CardRows
 from lorakeet.core.device import is_cpu
 from lorakeet.core.native import ops
-from lorakeet.core.placed_rows import PlacedRows
 from lorakeet.core.row_blocks import Blocks, Indexed, blocks_of_queries, indexed, whole_rows
 
 QUERIES = 256  # queries of a row whose scores exist at once in products, whatever the row's length
@@ -264,4 +263,4 @@ def _heads_of(places: Indexed, states: Tensor, times: int) -> Tensor:
 
 
 OnCpu = NativeRows | ProductRows | FlashRows
-Kernel = OnCpu | CardRows | PlacedRows
+Kernel = OnCpu | CardRows  # or core/placed_rows, which is one
