@@ -6,6 +6,7 @@ import dataclasses
 import io
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from rich.console import Console
 from torch import nn
 
 from lorakeet.config import RunConfig, read_run
+from lorakeet.core.device import standing_for
 from lorakeet.data.batches import StepOrder
 from lorakeet.data.chat import Example
 from lorakeet.data.pack import micro_batches
@@ -35,6 +37,7 @@ from lorakeet.workflows.finetune import finetune
 from lorakeet.workflows.record_passes import largest_batch, record_passes, require_recordable
 from lorakeet.workflows.tune import tune
 from tiny.flash import Flash
+from tiny.models import save_tiny_llama
 from tiny.runs import quiet, reviews, settings, write_rows
 from tiny.tape import Tape
 
@@ -107,13 +110,19 @@ def test_no_micro_batch_has_more_tokens_than_the_made_up_one(lengths: list[int],
 
 
 def test_rows_that_begin_alike_are_cut_as_rows_that_share_nothing(
-    flash: Flash, tiny_llama_folder: Path, data: Path, tmp_path: Path
+    flash: Flash, tiny_llama_folder: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     flash.exact = False
     setup = assembled(tiny_llama_folder, data, tmp_path / "run", RECORDED)
     task = ready_to_train(setup)
     record_passes(setup.text, task, quiet(), Tape())
     assert all(batch.tokens <= 200 for batch in task.batches(0))
+    monkeypatch.setattr(setup.text, "micro_batches", None)  # which looks for what rows share
+    plain = micro_batches([task.train[row] for row in task.order.indices(0)], 200)
+    assert [batch.keys for batch in task.batches(0)] == [batch.keys for batch in plain]
+    task.replayed = None
+    with pytest.raises(TypeError):
+        task.batches(0)
 
 
 def config_with(data: Path, tmp_path: Path, tiny: Path, **changes: str) -> RunConfig:
@@ -191,8 +200,6 @@ def test_models_that_cannot_be_recorded_are_refused(flash: Flash, tiny_llama_fol
 
 
 def test_experts_that_are_chosen_by_the_numbers_are_refused(flash: Flash, tmp_path: Path, data: Path) -> None:
-    from tiny.models import save_tiny_llama
-
     folder = save_tiny_llama(tmp_path / "model", family="mixtral")
     setup = assembled(folder, data, tmp_path / "run", {**RECORDED, "lora.target_modules": "experts"})
     with pytest.raises(EnvironmentProblem, match="the model chooses experts by the numbers"):
@@ -200,8 +207,6 @@ def test_experts_that_are_chosen_by_the_numbers_are_refused(flash: Flash, tmp_pa
 
 
 def test_dropout_of_heads_that_write_no_text_is_no_reason(flash: Flash, tmp_path: Path, data: Path) -> None:
-    from tiny.models import save_tiny_llama
-
     flash.exact = False
     folder = save_tiny_llama(tmp_path / "model", family="gpt2")
     setup = assembled(folder, data, tmp_path / "run", {**RECORDED, "data.max_tokens": "60"})
@@ -213,8 +218,6 @@ def test_dropout_of_heads_that_write_no_text_is_no_reason(flash: Flash, tmp_path
 
 def test_a_model_whose_attention_cannot_be_told_of_places_is_refused(tiny_llama_folder: Path, data: Path, tmp_path: Path) -> None:
     """On a card in fp32 rows go one by one, by their lengths."""
-    from lorakeet.core.device import standing_for
-
     wide = {**RECORDED, "model.dtype": "float32", "model.products": "float32"}
     setup = assembled(tiny_llama_folder, data, tmp_path / "run", wide)
     with standing_for(torch.device("cuda")), pytest.raises(EnvironmentProblem, match="flash kernel does not have"):
@@ -229,9 +232,7 @@ def test_a_run_may_go_on_without(tiny_llama_folder: Path, data: Path, tmp_path: 
     assert json.dumps(one) == json.dumps(other)
 
 
-def test_a_run_whose_config_is_edited_resumes(finished: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import shutil
-
+def test_a_run_whose_config_is_edited_resumes(finished: Any, tmp_path: Path) -> None:
     folder = shutil.copytree(finished.path, tmp_path / "run")
     file = folder / "config.yaml"
     file.write_text(file.read_text().replace("cuda_graphs: false", "cuda_graphs: true"))

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from lorakeet.core.device import is_cpu
-from lorakeet.core.native.ops import define, scores_of
+from lorakeet.core.native.ops import attention_backward_shapes, attention_shapes, define, scores_of
 
 DTYPES = (torch.bfloat16, torch.float16)
 WIDEST, STEP = 192, 8  # of a head: beyond the first, some cards cannot go back; all are multiples of the second
@@ -135,15 +135,33 @@ def sequences(rows: tuple[int, ...], prefix: int, tokens: int, device: torch.dev
     return Sequences(of_queries, of_keys, max(queries), max(keys), *places)
 
 
+def flash_forward(laid: Sequences, states: tuple[Tensor, ...], scale: float, window: int) -> tuple[Tensor, Tensor]:
+    """What torch's kernel makes of Q, K and V, laid as sequences: O, and the logs of the sums."""
+    places = laid.queries, laid.keys, laid.most_queries, laid.most_keys, 0.0, window == EVERYTHING, False
+    out, logs, *_ = torch.ops.aten._flash_attention_forward(*states, *places, scale=scale, **_seen_in(window))
+    return out, logs
+
+
+def flash_backward(
+    laid: Sequences, given: tuple[Tensor, ...], scale: float, window: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """∂Q, ∂K and ∂V of the same, from ∂O, Q, K, V, O and the logs."""
+    device = given[0].device
+    no_dropout = torch.zeros(2, dtype=torch.uint64, device=device), torch.empty(0, device=device)
+    places = laid.queries, laid.keys, laid.most_queries, laid.most_keys, 0.0, window == EVERYTHING
+    of_q, of_k, of_v = torch.ops.aten._flash_attention_backward(
+        *given, *places, *no_dropout, scale=scale, **_seen_in(window)
+    )
+    return of_q, of_k, of_v
+
+
 def card_rows(q: Tensor, k: Tensor, v: Tensor, *given: Any) -> tuple[Tensor, Tensor]:
     """O (tokens, heads, d) and the logs of the sums (heads, tokens) of q, and k and v (tokens, kv, d); `given` are rows, prefix,
     scale and window."""
     rows, prefix, scale, window = given
     laid = sequences(tuple(rows), prefix, len(q), q.device)
     keys, values = _gathered(laid, k, v)
-    places = laid.queries, laid.keys, laid.most_queries, laid.most_keys, 0.0, window == EVERYTHING, False
-    out, logs, *_ = torch.ops.aten._flash_attention_forward(q, keys, values, *places, scale=scale, **seen_in(window))
-    return out, logs
+    return flash_forward(laid, (q, keys, values), scale, window)
 
 
 def card_rows_backward(
@@ -156,11 +174,7 @@ def card_rows_backward(
     rows, prefix, scale, window = given
     laid = sequences(tuple(rows), prefix, len(q), q.device)
     keys, values = _gathered(laid, k, v)
-    no_dropout = torch.zeros(2, dtype=torch.uint64, device=q.device), torch.empty(0, device=q.device)
-    places = laid.queries, laid.keys, laid.most_queries, laid.most_keys, 0.0, window == EVERYTHING
-    of_q, *found = torch.ops.aten._flash_attention_backward(
-        grad, q, keys, values, out, logs, *places, *no_dropout, scale=scale, **seen_in(window)
-    )
+    of_q, *found = flash_backward(laid, (grad, q, keys, values, out, logs), scale, window)
     of_k, of_v = (_to_own_places(laid, prefix, each) for each in found)
     return of_q, of_k, of_v
 
@@ -180,7 +194,7 @@ def _to_own_places(laid: Sequences, prefix: int, found: Tensor) -> Tensor:
     return result
 
 
-def seen_in(window: int) -> dict[str, int]:
+def _seen_in(window: int) -> dict[str, int]:
     """As the kernel is told of it: so many keys to the left of a query's own place, none to the right."""
     return {"window_size_left": EVERYTHING if window == EVERYTHING else window - 1, "window_size_right": 0}
 
@@ -293,12 +307,12 @@ _STATES, _LAID = "Tensor q, Tensor k, Tensor v", "int[] rows, int prefix, float 
 CARD_ROWS = define(
     f"card_rows({_STATES}, {_LAID}) -> (Tensor, Tensor)",
     card_rows,
-    lambda q, k, v, *_: (torch.empty_like(q), q.new_empty(q.shape[1], len(q), dtype=torch.float32)),
+    attention_shapes,
     key=EVERYWHERE,
 )
 CARD_ROWS_BACKWARD = define(
     f"card_rows_backward(Tensor grad, {_STATES}, Tensor out, Tensor logs, {_LAID}) -> (Tensor, Tensor, Tensor)",
     card_rows_backward,
-    lambda grad, q, k, v, *_: (torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)),
+    attention_backward_shapes,
     key=EVERYWHERE,
 )

@@ -17,7 +17,6 @@ from torch.autograd.function import once_differentiable
 
 from lorakeet.core import card_rows
 from lorakeet.core.base import DenseBase, FrozenBase, matmul_each, sum_of_matmul_t
-from lorakeet.core.card_rows import CardRows
 from lorakeet.core.device import is_cpu
 from lorakeet.core.fused import FrozenRmsNorm, Normed, kept_of, kernels_of, made_again, normed, normed_backward, placed, spread
 from lorakeet.core.in_tiles import Kernels
@@ -25,7 +24,7 @@ from lorakeet.core.layers import LoraLinear, StandIn
 from lorakeet.core.native import ops
 from lorakeet.core.pair_products import PairProducts, by_turns
 from lorakeet.core.passes import passes_over
-from lorakeet.core.placed_rows import PlacedRows, Places
+from lorakeet.core.placed_rows import Places, card_kernel
 from lorakeet.core.row_attention import Kernel, kernel_for
 
 INPUTS = ("q_proj", "k_proj", "v_proj")
@@ -207,17 +206,14 @@ class RotaryAttention(StandIn):
         bases = [layer.base if isinstance(layer, LoraLinear) else DenseBase(layer) for layer in layers]
         heads, kv = (base.shape[0] // head for base in bases[:2])
         on_card = card_rows.serves(x, heads, kv, head)
-        if not on_card and not is_cpu(x.device):
+        places = cast("Places | None", settings.get("row_places"))
+        if not on_card and (places is not None or not is_cpu(x.device)):
             return nothing
         products = next(layer.products for layer in layers if isinstance(layer, LoraLinear)) or x.dtype
-        scale, places = cast(float, self.original.scaling), cast("Places | None", settings.get("row_places"))
+        scale = cast(float, self.original.scaling)
         kernel: Kernel
-        if places is not None:
-            if not on_card:
-                return nothing  # models/attention says so
-            kernel = PlacedRows(places, scale)
-        elif on_card:
-            kernel = CardRows(rows, scale, prefix)
+        if on_card:
+            kernel = card_kernel(places, rows, scale, prefix)
         else:
             kernel = kernel_for(x, rows, settings.get("row_products") or torch.float32, prefix, head)(rows, scale, prefix)
         inputs = Inputs(bases, [layer.bias for layer in layers], placed(uses, products), norms, head, kernel)

@@ -13,11 +13,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from lorakeet.core.card_rows import EVERYTHING, EVERYWHERE, CardRows, seen_in
-from lorakeet.core.native.ops import define
+from lorakeet.core.card_rows import EVERYTHING, EVERYWHERE, CardRows, Sequences, flash_backward, flash_forward
+from lorakeet.core.native.ops import attention_backward_shapes, attention_shapes, define
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,13 +39,18 @@ class PlacedRows(CardRows):
         return PLACED_ROWS, PLACED_ROWS_BACKWARD
 
 
+def card_kernel(
+    places: Places | None, rows: tuple[int, ...], scale: float, prefix: int, window: int | None = None
+) -> CardRows:
+    """The kernel for rows of those lengths, or of those places where there are any."""
+    return CardRows(rows, scale, prefix, window) if places is None else PlacedRows(places, scale, window)
+
+
 def placed_rows(q: Tensor, k: Tensor, v: Tensor, *given: Any) -> tuple[Tensor, Tensor]:
     """O (tokens, heads, d) and the logs of the sums (heads, tokens) of q, and k and v (tokens, kv, d); `given` are starts, the
     longest, scale and window."""
     starts, longest, scale, window = given
-    places = starts, starts, longest, longest, 0.0, window == EVERYTHING, False
-    out, logs, *_ = torch.ops.aten._flash_attention_forward(q, k, v, *places, scale=scale, **seen_in(window))
-    return out, logs
+    return flash_forward(Sequences(starts, starts, longest, longest), (q, k, v), scale, window)
 
 
 def placed_rows_backward(
@@ -54,24 +58,19 @@ def placed_rows_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """∂Q, ∂K and ∂V in the shapes of q, k and v, from what `placed_rows` was given and gave."""
     starts, longest, scale, window = given
-    no_dropout = torch.zeros(2, dtype=torch.uint64, device=q.device), torch.empty(0, device=q.device)
-    places = starts, starts, longest, longest, 0.0, window == EVERYTHING
-    of_q, of_k, of_v = torch.ops.aten._flash_attention_backward(
-        grad, q, k, v, out, logs, *places, *no_dropout, scale=scale, **seen_in(window)
-    )
-    return of_q, of_k, of_v
+    return flash_backward(Sequences(starts, starts, longest, longest), (grad, q, k, v, out, logs), scale, window)
 
 
 _STATES, _LAID = "Tensor q, Tensor k, Tensor v", "Tensor starts, int longest, float scale, int window"
 PLACED_ROWS = define(
     f"placed_rows({_STATES}, {_LAID}) -> (Tensor, Tensor)",
     placed_rows,
-    lambda q, k, v, *_: (torch.empty_like(q), q.new_empty(q.shape[1], len(q), dtype=torch.float32)),
+    attention_shapes,
     key=EVERYWHERE,
 )
 PLACED_ROWS_BACKWARD = define(
     f"placed_rows_backward(Tensor grad, {_STATES}, Tensor out, Tensor logs, {_LAID}) -> (Tensor, Tensor, Tensor)",
     placed_rows_backward,
-    lambda grad, q, k, v, *_: (torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)),
+    attention_backward_shapes,
     key=EVERYWHERE,
 )

@@ -36,15 +36,19 @@ def begin_adapter(
     """
     hold(text.model, plan)
     inject(text.model, plan, name, seed=seed, token_ids=token_ids, begun=begun)
-    settings = vars(text.model.config.get_text_config())
-    rates = [rate for name, rate in settings.items() if "drop" in name and isinstance(rate, float)]
-    drops = any(entry.dropout for entry in plan.entries) or any(rates)
+    drops = any(entry.dropout for entry in plan.entries) or bool(drop_rates(text))
     text.shares_prefix = text.shares_prefix and not drops  # each row drops numbers of its own
     parameters = trained_parameters(text.model, name) if directions else {}
     with torch.no_grad():
         for path, A in (directions or {}).items():
             parameters[f"{path}.A"].copy_(A)
     _compute_in_blocks(text)
+
+
+def drop_rates(text: TextModel) -> dict[str, float]:
+    """The chances in which the model leaves numbers out in training, by their names in config.json."""
+    settings = vars(text.model.config.get_text_config())
+    return {name: rate for name, rate in settings.items() if "drop" in name and isinstance(rate, float) and rate}
 
 
 def put_adapter(text: TextModel, adapter: Adapter, name: str = "default") -> None:

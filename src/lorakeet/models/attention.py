@@ -19,7 +19,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 
 from lorakeet.core import card_rows
 from lorakeet.core.device import is_cpu
-from lorakeet.core.placed_rows import PlacedRows
+from lorakeet.core.placed_rows import card_kernel
 from lorakeet.core.row_attention import CausalRows, causal_rows
 from lorakeet.errors import EnvironmentProblem
 
@@ -42,8 +42,8 @@ def row_attention(
     """query (1, heads, tokens, d), key and value (1, kv heads, tokens, d) to (1, tokens, heads, d), as transformers expects.
 
     Settings used: `row_lengths`, `row_prefix` (tokens that stand once before all rows and belong to each), `row_places` (where
-    rows lie, if a tensor says so: core/placed_rows, with the longest as the one length), `row_cache` (where
-    earlier tokens of the rows are), `row_products` (dtype of the products on a CPU; fp32 if none), `scaling`, `dropout`,
+    rows lie, if a tensor says so: core/placed_rows, with the longest as the one length), `row_cache` (where earlier tokens of
+    the rows are), `row_products` (dtype of the products on a CPU; fp32 if none), `scaling`, `dropout`,
     `sliding_window`, `softcap`. Raises EnvironmentProblem for what it does not implement (attention sinks, position biases,
     non-causal attention), so that nothing is left out in silence.
     """
@@ -58,8 +58,7 @@ def row_attention(
     plain = softcap is None and dropout == 0.0
     alike = plain and query.dtype == key.dtype == value.dtype and query.shape[-1] == value.shape[-1]
     if alike and card_rows.serves(query, query.shape[1], key.shape[1], query.shape[-1]):
-        places = settings.get("row_places")
-        kernel = card_rows.CardRows(rows, scale, prefix, window) if places is None else PlacedRows(places, scale, window)
+        kernel = card_kernel(settings.get("row_places"), rows, scale, prefix, window)
         return cast(Tensor, CausalRows.apply(query, key, value, kernel)), None  # type: ignore[no-untyped-call]
     if settings.get("row_places") is not None:
         raise EnvironmentProblem(f"{type(module).__name__} attends in a way that torch's flash kernel does not have.")

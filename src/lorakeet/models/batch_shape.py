@@ -31,18 +31,13 @@ class Shape:
     def rows_of(self, lengths: Sequence[int]) -> list[int]:
         """Tokens of each place: the rows, filler cut into rows that are not too long, and nothing."""
         whole, rest = divmod(self.tokens - sum(lengths), self.longest)
-        found = [*lengths, *[self.longest] * whole, rest]
-        return found + [0] * (self.rows - len(found)) if len(found) <= self.rows else found[: self.rows]
+        return [*lengths, *[self.longest] * whole, rest, *[0] * self.rows][: self.rows]
 
     def unlike(self, lengths: Sequence[int]) -> list[int]:
         """Tokens of each place, as other rows may have them than those of `lengths`; the same where no others fit."""
         each, more = divmod(self.tokens, self.rows)
         even = [each + (number < more) for number in range(self.rows)]
-        if even != self.rows_of(lengths):
-            return even
-        whole, rest = divmod(self.tokens, self.longest)
-        full = [*[self.longest] * whole, *[rest] * (rest > 0)]
-        return [0] * (self.rows - len(full)) + full[::-1]
+        return even if even != self.rows_of(lengths) else self.rows_of(())[::-1]
 
 
 def _power_of_two(count: int) -> int:

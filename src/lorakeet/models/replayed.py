@@ -39,8 +39,7 @@ from lorakeet.models.batch_shape import Shape
 from lorakeet.models.text import TextModel
 
 SETTING = "train.cuda_graphs"
-BEGUN = "for a run that has begun: in its config.yaml, and resume it"
-TURN_OFF = f"Set {SETTING} to false ({BEGUN})"
+TURN_OFF = f"Set {SETTING} to false (for a run that has begun: in its config.yaml, and resume it)"
 REMEDY = f"{TURN_OFF}, and please report it."
 WARM = 2  # times that both passes run before they are recorded: libraries set themselves up in the first
 MOVED = 1e-2  # standard deviation of what is added to the adapter's numbers for the proof
@@ -250,11 +249,12 @@ class ReplayedPasses:
             found = self._replayed(recorded, shape, batch)
             found.backward(upstream)  # type: ignore[no-untyped-call]
             mine = [parameter.grad for parameter in self.parameters]
-            unlike = [name for name, one, other in zip(self.names, mine, theirs, strict=True) if (one is None) != (other is None)]
-            if unlike:
-                return f"recorded passes have another gradient of {unlike[0]} than the model: one of them has none"
-            of_each = zip(self.names, mine, theirs, strict=True)
-            grads = {f"the gradient of {name}": (a, b) for name, a, b in of_each if a is not None and b is not None}
+            grads = {}
+            for name, one, other in zip(self.names, mine, theirs, strict=True):
+                if (one is None) != (other is None):
+                    return f"recorded passes have another gradient of {name} than the model: one of them has none"
+                if one is not None and other is not None:
+                    grads[f"the gradient of {name}"] = one, other
             states = found.detach(), hidden.detach()
             return _far({"hidden states": states}) or _far_token(*states) or _far(grads)
 
@@ -348,8 +348,6 @@ def _causes(error: BaseException) -> list[BaseException]:
 
 def _far(pairs: Mapping[str, tuple[Tensor, Tensor]]) -> str:
     """In words, which pair of tensors is farther apart than rounding explains; empty where none is."""
-    if not pairs:
-        return ""
     lengths = torch.stack([torch.stack([(a.float() - b.float()).norm(), b.float().norm()]) for a, b in pairs.values()])
     return _said(list(pairs), lengths, FAR)
 

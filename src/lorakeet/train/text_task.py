@@ -87,12 +87,8 @@ class TextTask:
 
     def batches(self, step: int) -> list[Batch]:
         rows = [self.train[row] for row in self.order.indices(step)]
-        return self.cut([rows[number] for number in self._own(rows)])
-
-    def cut(self, rows: Sequence[Example]) -> list[Batch]:
-        """Rows of a step in micro-batches; recorded passes share nothing that rows begin with."""
-        cut = self.text.micro_batches if self.replayed is None else micro_batches
-        return cut(rows, self.spec.micro_tokens)
+        cut = self.text.micro_batches if self.replayed is None else micro_batches  # recorded passes share no beginnings
+        return cut([rows[number] for number in self._own(rows)], self.spec.micro_tokens)
 
     def _own(self, rows: Sequence[Example]) -> Sequence[int]:
         """The numbers of those rows that this process computes with."""

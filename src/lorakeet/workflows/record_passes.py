@@ -14,6 +14,7 @@ from lorakeet.config import RunConfig
 from lorakeet.data.chat import Example
 from lorakeet.data.pack import Batch, pack
 from lorakeet.errors import EnvironmentProblem, Problems
+from lorakeet.models.adapt import drop_rates
 from lorakeet.models.batch_shape import Shape
 from lorakeet.models.placement import device_for
 from lorakeet.models.replayed import SETTING, TURN_OFF, CudaGraphs, Recorder, ReplayedPasses
@@ -24,8 +25,7 @@ from lorakeet.train.text_task import TextTask
 ROPES = ("dynamic", "longrope")  # whose angles depend on the longest position, which the host may read
 EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")  # in config.json: how many there are
 DRAWN = "what is drawn anew in each pass can be compared with nothing"
-DROPOUTS = ("dropout", "pdrop", "jitter")  # in names of what a model's config.json gives chances of
-OF_OTHERS = ("classifier", "summary")  # what such names begin with where they are of heads that write no text
+OF_OTHERS = ("classifier", "summary")  # what names of chances begin with where they are of heads that write no text
 
 
 def require_recordable(config: RunConfig, processes: int = 1) -> None:
@@ -104,10 +104,9 @@ def _why_not(text: TextModel) -> Iterator[str]:
         yield "the model chooses experts by the numbers, which the host has to read"
     if any(isinstance(module, nn.Dropout) and module.p > 0 for module in text.model.modules()):
         yield f"the model has dropout: {DRAWN}"
-    for name, value in sorted(config.to_dict().items()):
-        of_text = any(part in name for part in DROPOUTS) and not name.startswith(OF_OTHERS)
-        if of_text and isinstance(value, float) and value > 0:
-            yield f"{name} is {value:g} in the model's config.json: {DRAWN}"
+    for name, rate in sorted(drop_rates(text).items()):
+        if not name.startswith(OF_OTHERS):
+            yield f"{name} is {rate:g} in the model's config.json: {DRAWN}"
     for rope in ROPES:
         if rope in _rope_types(getattr(config, "rope_parameters", None)):
             yield f"rope_type is {rope} in the model's config.json, whose angles depend on how long rows of a micro-batch are"

@@ -261,16 +261,26 @@ def define(schema: str, function: Callable[..., Any], shapes: Callable[..., Any]
     return getattr(torch.ops.lorakeet, name).default
 
 
+def attention_shapes(q: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    """Of an attention over q (tokens, heads, d): its result, and the logs of the sums (heads, tokens)."""
+    return torch.empty_like(q), q.new_empty(q.shape[1], len(q), dtype=torch.float32)
+
+
+def attention_backward_shapes(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """∂Q, ∂K and ∂V."""
+    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+
+
 _STATES, _LAID = "Tensor q, Tensor k, Tensor v", "int[] rows, int prefix, float scale"
 ROW_ATTENTION = define(
     f"row_attention({_STATES}, {_LAID}) -> (Tensor, Tensor)",
     row_attention,
-    lambda q, k, v, *_: (torch.empty_like(q), q.new_empty(q.shape[1], len(q), dtype=torch.float32)),
+    attention_shapes,
 )
 ROW_ATTENTION_BACKWARD = define(
     f"row_attention_backward(Tensor grad, {_STATES}, Tensor out, Tensor logs, {_LAID}) -> (Tensor, Tensor, Tensor)",
     row_attention_backward,
-    lambda grad, q, k, v, *_: (torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)),
+    attention_backward_shapes,
 )
 NORM = define(
     "norm(Tensor x, Tensor weight, float epsilon) -> (Tensor, Tensor)",
