@@ -28,15 +28,15 @@ from lorakeet.config import read_run
 from lorakeet.data.chat import Example
 from lorakeet.data.prepare import load_dataset
 from lorakeet.data.rows import Row
-from lorakeet.models.gptq_blocks import layers_in_blocks, quantise_blocks, weight_of
-from lorakeet.models.load import load_text_model
-from lorakeet.models.score import row_losses
+from lorakeet.models.generate.score import row_losses
 from lorakeet.models.spec import ModelSpec
-from lorakeet.models.text import TextModel
+from lorakeet.models.text.gptq_blocks import layers_in_blocks, quantise_blocks, weight_of
+from lorakeet.models.text.load import load_text_model
+from lorakeet.models.text.model import TextModel
 from lorakeet.quant.gptq import GptqBase
 from lorakeet.quant.gptq_grid import groups_in_order, nearest_codes
 from lorakeet.quant.gptq_solve import Layout
-from lorakeet.workflows.gptq import Calibration, write_gptq
+from lorakeet.workflows.packing.calibrate import Calibration, write_gptq
 
 RUN_FILE = Path(__file__).parents[1] / "examples" / "drug_reviews.yaml"
 FILE_ROWS = 24  # with which a file is made to be read there

@@ -36,9 +36,9 @@ from harness.processes import rotated
 from torch import Tensor, nn
 
 from lorakeet.core.base import DenseBase
-from lorakeet.core.in_tiles import Kernels
 from lorakeet.core.kernels import why_not
 from lorakeet.core.lowrank import low_rank_linear
+from lorakeet.kernels.tiled_weight import Kernels
 from lorakeet.quant.gptq import GptqBase
 from lorakeet.quant.nf4 import Nf4Base
 

@@ -22,7 +22,7 @@ from typing import Any
 from harness.machine import REPOSITORY, origin, warn_if_busy, write_result
 from harness.processes import environment
 
-from lorakeet.evaluate.report import read_report
+from lorakeet.evaluate.report.report import read_report
 
 PRETRAINED = 600.0  # seconds that the base may take
 HELPED = (("kind-held-out", "kind"), ("look-held-out", "look"), ("both-held-out", "both"))  # photos, and what helps on them

@@ -29,7 +29,7 @@ from harness.machine import origin, write_result
 from harness.processes import Summary, rotated, run_module, summary
 from harness.random_pipeline import write_random_pictures, write_random_pipeline
 
-from lorakeet.models.gguf_copy import cache_folder
+from lorakeet.models.files.gguf_copy import cache_folder
 
 MODULE = "contenders.image_training"
 CONTENDERS = {  # whose code trains, and the dtype of the frozen weights

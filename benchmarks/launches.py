@@ -31,15 +31,15 @@ from harness.machine import origin, write_result
 from plan_accuracy import published_shape
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lorakeet.core.device import standing_for
-from lorakeet.core.passes import IN_C
+from lorakeet.core.fused.elementwise import IN_C
+from lorakeet.kernels.device import standing_for
 from lorakeet.memory.ledger import Ledger
-from lorakeet.models.adapt import begin_adapter
-from lorakeet.models.batch_shape import Shape
-from lorakeet.models.outline import config_from, outline
-from lorakeet.models.replayed import ReplayedPasses
 from lorakeet.models.targets import plan_for
-from lorakeet.train.rehearsal import Rows, training_on
+from lorakeet.models.text.adapted import begin_adapter
+from lorakeet.models.text.batch_shape import Shape
+from lorakeet.models.text.cuda_graphs import ReplayedPasses
+from lorakeet.models.text.outline import config_from, outline
+from lorakeet.workflows.planning.rehearse_text import Rows, training_on
 
 MODELS = ("HuggingFaceTB/SmolLM2-135M", "meta-llama/Llama-3.2-1B", "meta-llama/Llama-3.1-8B")
 TOKENS, LENGTH = (512, 2048, 8192), 512
@@ -61,7 +61,9 @@ ResultT = TypeVar("ResultT")
 
 
 class Launches(TorchDispatchMode):
-    """Counts by name the operations that launch kernels. As a recorder (models/replayed) it counts what is recorded as one."""
+    """Counts by name the operations that launch kernels. As a recorder (models/text/cuda_graphs) it counts what is recorded as
+    one.
+    """
 
     def __init__(self) -> None:
         super().__init__()

@@ -23,11 +23,11 @@ from rich.console import Console
 from lorakeet.evaluate.certificate import Certificate
 from lorakeet.evaluate.values import encode
 from lorakeet.export.gguf_model import write_gguf
-from lorakeet.models.load import load_tokenizer
-from lorakeet.models.source import find_source
+from lorakeet.models.files.source import find_source
+from lorakeet.models.text.load import load_tokenizer
 from lorakeet.workflows.convert import convert
 from lorakeet.workflows.export import export
-from lorakeet.workflows.opened import Opened, open_adapter
+from lorakeet.workflows.runs.open_adapter import Opened, open_adapter
 from lorakeet.workflows.verify import certify_artefacts
 
 QUANTS = ("f16", "q8_0", "q4_k_m")

@@ -26,10 +26,10 @@ from lorakeet.evaluate.certificate import Certificate
 from lorakeet.evaluate.values import encode
 from lorakeet.export.gguf_model import write_gguf
 from lorakeet.formats import gguf
-from lorakeet.formats.base_model import open_base
-from lorakeet.models.load import load_tokenizer
-from lorakeet.models.source import find_source
-from lorakeet.workflows.opened import Opened, open_adapter
+from lorakeet.formats.files.base_model import open_base
+from lorakeet.models.files.source import find_source
+from lorakeet.models.text.load import load_tokenizer
+from lorakeet.workflows.runs.open_adapter import Opened, open_adapter
 from lorakeet.workflows.verify import certify_artefacts
 
 CONTEXT = 1024

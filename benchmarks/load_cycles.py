@@ -24,9 +24,9 @@ from harness.adapters import shapes_of, write_adapters
 from harness.machine import origin, write_result
 
 from lorakeet.memory.measure import resident_bytes
-from lorakeet.models.active import LiveModel
-from lorakeet.models.load import load_text_model
 from lorakeet.models.spec import ModelSpec
+from lorakeet.models.text.live import LiveModel
+from lorakeet.models.text.load import load_text_model
 from lorakeet.serve.engine import Engine, Event, Request
 from lorakeet.serve.registry import Registry
 from lorakeet.serve.sampling import Sampling

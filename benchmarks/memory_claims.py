@@ -35,28 +35,28 @@ from lorakeet.memory.allocator import return_freed_memory
 from lorakeet.memory.measure import peak_bytes
 from lorakeet.memory.spill import Aside
 from lorakeet.memory.store import Store
-from lorakeet.models.adapt import begin_adapter
 from lorakeet.models.families import family_of
-from lorakeet.models.gguf_copy import cache_folder
-from lorakeet.models.load import set_attention
-from lorakeet.models.outline import config_of
+from lorakeet.models.files.gguf_copy import cache_folder
+from lorakeet.models.files.quantized import skeleton
 from lorakeet.models.placement import products_for
-from lorakeet.models.quantized import skeleton
 from lorakeet.models.spec import ModelSpec
-from lorakeet.models.streamed_load import Residence, open_streamed
+from lorakeet.models.streaming.load import Residence, open_streamed
 from lorakeet.models.targets import plan_for
-from lorakeet.models.text import TextModel
-from lorakeet.quant.adopt import weights_in
+from lorakeet.models.text.adapted import begin_adapter
+from lorakeet.models.text.load import set_attention
+from lorakeet.models.text.model import TextModel
+from lorakeet.models.text.outline import config_of
+from lorakeet.quant.replace import weights_in
 from lorakeet.quant.spec import QuantSpec
 from lorakeet.train.loop import train
 from lorakeet.train.outcome import Outcome
 from lorakeet.train.progress import Record, Silent
-from lorakeet.train.rehearsal import STEP, Streaming
 from lorakeet.train.run import RunFolder
 from lorakeet.train.spec import TrainSpec
-from lorakeet.train.text_task import TextTask
-from lorakeet.workflows.arrange import Loaded, batches_of, streamed_plans
-from lorakeet.workflows.choose_streaming import choose_streaming
+from lorakeet.train.text.task import TextTask
+from lorakeet.workflows.planning.rehearse_text import STEP, Streaming
+from lorakeet.workflows.planning.streaming import choose_streaming
+from lorakeet.workflows.planning.text_run import Loaded, batches_of, streamed_plans
 
 NF4 = QuantSpec(method="nf4")
 GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 128, "desc_act": False, "sym": True}

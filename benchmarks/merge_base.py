@@ -22,10 +22,10 @@ from rich.console import Console
 from lorakeet.config import read_run
 from lorakeet.data.prepare import load_dataset
 from lorakeet.evaluate.values import encode
-from lorakeet.workflows.choose_base import choose_base
 from lorakeet.workflows.finetune import finetune
-from lorakeet.workflows.opened import open_adapter
+from lorakeet.workflows.packing.base_choice import choose_base
 from lorakeet.workflows.quickstart import config_path
+from lorakeet.workflows.runs.open_adapter import open_adapter
 
 METRICS = ("log_loss", "accuracy", "macro_f1")
 

@@ -25,12 +25,12 @@ from torch import Tensor
 
 from lorakeet.config import read_run
 from lorakeet.core.adapter import Adapter
-from lorakeet.formats import peft as peft_format
 from lorakeet.formats.detect import read_adapter
+from lorakeet.formats.peft import peft as peft_format
 from lorakeet.merge.combine import CombineSpec, combination
 from lorakeet.merge.factors import best_of_factors, stacked
-from lorakeet.models.load import load_text_model
 from lorakeet.models.spec import ModelSpec
+from lorakeet.models.text.load import load_text_model
 from lorakeet.workflows.finetune import finetune
 from lorakeet.workflows.quickstart import config_path
 

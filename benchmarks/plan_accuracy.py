@@ -27,12 +27,12 @@ from harness.machine import origin, write_result
 from harness.processes import answered, run
 
 from lorakeet.config import RunConfig
-from lorakeet.models.load import read_config
-from lorakeet.models.outline import config_from, config_of, local_files, outline, published
-from lorakeet.models.source import find_source
+from lorakeet.models.files.source import find_source
 from lorakeet.models.spec import ModelSpec
-from lorakeet.train.rehearsal import Streaming
-from lorakeet.workflows.forecast_run import TOKENIZER_ENTRY, forecast_run
+from lorakeet.models.text.load import read_config
+from lorakeet.models.text.outline import config_from, config_of, local_files, outline, published
+from lorakeet.workflows.planning.forecast_text_run import TOKENIZER_ENTRY, forecast_run
+from lorakeet.workflows.planning.rehearse_text import Streaming
 
 ALLOWED_MEDIAN = 0.10
 MODULE, WHOLE = "contenders.planned_run", "contenders.whole_run"

@@ -42,23 +42,23 @@ from lorakeet.evaluate.intervals import Estimate
 from lorakeet.evaluate.likelihood import RowLosses
 from lorakeet.evaluate.over_seeds import compare_over_seeds
 from lorakeet.evaluate.spec import EvaluateSpec
-from lorakeet.models.adapt import put_adapter
 from lorakeet.models.fits import plan_of
 from lorakeet.models.inject import adapter_of, eject, trained_parameters
 from lorakeet.models.targets import plan_for
+from lorakeet.models.text.adapted import put_adapter
 from lorakeet.ranks.allocate import pair_parameters
 from lorakeet.ranks.prune import START_OVER_END
 from lorakeet.ranks.resize import cut_to_budget
 from lorakeet.ranks.spec import RanksSpec
 from lorakeet.train.loop import train
-from lorakeet.train.many import Member, Progress, train_many
 from lorakeet.train.run import RunFolder
-from lorakeet.workflows.assemble import Assembly, assemble, begin_pairs, ready_to_train
-from lorakeet.workflows.choose_ranks import choose_ranks
+from lorakeet.train.text.many_adapters import Member, Progress, train_many
 from lorakeet.workflows.compress import weighed
-from lorakeet.workflows.judge import Judge
-from lorakeet.workflows.prune_ranks import pruned_plan
+from lorakeet.workflows.finetuning.assemble_text import Assembly, assemble, begin_pairs, ready_to_train
+from lorakeet.workflows.finetuning.evaluate_text import Judge
+from lorakeet.workflows.finetuning.ranks import choose_ranks
 from lorakeet.workflows.quickstart import config_path
+from lorakeet.workflows.runs.pruning import pruned_plan
 
 LINES = Path(__file__).with_name("partial") / "ranks.jsonl"
 BASELINE = "uniform-16"

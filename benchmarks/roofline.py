@@ -31,7 +31,7 @@ from harness.processes import answered
 from plan_accuracy import gptq, published_shape
 
 from lorakeet.core.precision import fastest_products
-from lorakeet.models.outline import published
+from lorakeet.models.text.outline import published
 from lorakeet.train.spec import TrainSpec
 
 SHAPE = "HuggingFaceTB/SmolLM2-135M"

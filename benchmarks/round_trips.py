@@ -24,9 +24,9 @@ from rich.console import Console
 from transformers import CLIPTextConfig, CLIPTextModel, LlamaConfig, LlamaForCausalLM
 
 from lorakeet.core.adapter import Adapter, Pair
-from lorakeet.formats import peft
 from lorakeet.formats.compare import LIMIT, compare
 from lorakeet.formats.detect import read_adapter
+from lorakeet.formats.peft import peft
 from lorakeet.formats.sd_names import with_components, without_component
 from lorakeet.workflows.convert import convert
 

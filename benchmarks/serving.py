@@ -131,9 +131,10 @@ def with_peft(source: Path, folders: Sequence[Path], load: Load, rounds: int) ->
 def with_llama(source: Path, folders: Sequence[Path], load: Load, rounds: int, work: Path) -> dict[str, Any]:
     """The same traffic to llama.cpp's server: {"llama.cpp f16 base": numbers, …}."""
     from lorakeet.export.gguf_model import write_gguf
-    from lorakeet.formats import gguf, peft
-    from lorakeet.formats.base_model import open_base
-    from lorakeet.models.load import load_tokenizer
+    from lorakeet.formats import gguf
+    from lorakeet.formats.files.base_model import open_base
+    from lorakeet.formats.peft import peft
+    from lorakeet.models.text.load import load_tokenizer
 
     adapters = []
     for number, folder in enumerate(folders[:IN_TURN]):

@@ -28,13 +28,13 @@ from torch import Tensor
 from lorakeet.data.prepare import load_dataset
 from lorakeet.evaluate.values import encode
 from lorakeet.merge.requantise import Requantised, round_to_nearest
-from lorakeet.models.folded import fold_layers
-from lorakeet.models.gptq_blocks import weight_of
-from lorakeet.models.layout import PackedLayout, read_layout
 from lorakeet.models.modules import find, replace
+from lorakeet.models.text.folded import fold_layers
+from lorakeet.models.text.gptq_blocks import weight_of
+from lorakeet.models.text.packed_layout import PackedLayout, read_layout
 from lorakeet.quant.packed import PackedBase, PackedLinear
-from lorakeet.workflows.merge_packed import FEEDBACK, NEAREST, Measured, Merging, PackedMerge
-from lorakeet.workflows.opened import NAME, open_adapter
+from lorakeet.workflows.packing.merge import FEEDBACK, NEAREST, Measured, Merging, PackedMerge
+from lorakeet.workflows.runs.open_adapter import NAME, open_adapter
 
 ASKED = 0.95
 WHOLE = "all of them"

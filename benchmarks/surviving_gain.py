@@ -25,12 +25,12 @@ from lorakeet.data.prepare import load_dataset
 from lorakeet.evaluate.values import encode
 from lorakeet.export.gguf_model import DIRECT, write_gguf
 from lorakeet.export.llama_cpp import is_installed, quantise
-from lorakeet.models.load import load_tokenizer
-from lorakeet.models.source import find_source
+from lorakeet.models.files.source import find_source
+from lorakeet.models.text.load import load_tokenizer
 from lorakeet.workflows.merge import merge
-from lorakeet.workflows.merge_packed import FEEDBACK, NEAREST, WRITTEN
-from lorakeet.workflows.opened import Opened, open_adapter
+from lorakeet.workflows.packing.merge import FEEDBACK, NEAREST, WRITTEN
 from lorakeet.workflows.quantize import quantize
+from lorakeet.workflows.runs.open_adapter import Opened, open_adapter
 
 LAYOUTS = ("gptq", "nf4", "q4_0", "q4_k_m")
 ASKED = 0.95

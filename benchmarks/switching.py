@@ -40,11 +40,11 @@ def lorakeet_copied(source: Path, folders: list[Path], counts: Sequence[int]) ->
 
 
 def _live(source: Path, folders: list[Path], counts: Sequence[int], *, mapped: bool) -> dict[str, Any]:
-    from lorakeet.formats import peft
-    from lorakeet.formats.slab import open_slab
-    from lorakeet.models.active import LiveModel
-    from lorakeet.models.load import load_text_model
+    from lorakeet.formats.files.slab import open_slab
+    from lorakeet.formats.peft import peft
     from lorakeet.models.spec import ModelSpec
+    from lorakeet.models.text.live import LiveModel
+    from lorakeet.models.text.load import load_text_model
 
     live = LiveModel(load_text_model(ModelSpec(path=str(source), dtype="float32"), say=lambda _: None))
 

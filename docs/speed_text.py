@@ -30,18 +30,18 @@ What is left out here, and costs others time:
 
 - **The head where nothing is learnt.** With 49,152 words the head has {HEAD_WEIGHTS / 1e6:.0f} million weights,
 {100 * HEAD_WEIGHTS / BLOCK_WEIGHTS:.0f} % on top of the blocks. A classification row learns its answer alone; the head, and
-of the last block what follows its attention, are computed for the learnt tokens alone (`train/text_loss`). A trainer that
+of the last block what follows its attention, are computed for the learnt tokens alone (`train/text/loss`). A trainer that
 makes logits of all tokens pays for all of them, in memory too.
 - **Padding.** Rows are laid end to end (`data/pack`), and attention stays within a row. A batch that is padded to its longest
 row computes its filler, the more of it the more the lengths of its rows differ.
 - **Computing forwards twice.** TRL and unsloth checkpoint gradients by default: 6 FLOPs a weight in place of 4. Here little
 is saved, since a step is cut into micro-batches of `train.micro_tokens`.
 - **Passes over memory.** q, k and v with their pairs, rotary positions and attention are one autograd function; so are the
-gated MLP with its three pairs, and RMSNorm (`core/fused_attention`, `core/fused`). What lies between their products is made
-again or overwritten. Each carries the derivation of its backward pass.
+gated MLP with its three pairs, and RMSNorm (`core/fused/attention`, `core/fused/mlp_and_norm`). What lies between their products
+is made again or overwritten. Each carries the derivation of its backward pass.
 - **Several passes where one would do.** On Linux with AVX512_BF16 and a gcc, attention over rows and the passes between products
 (RMSNorm, the gate, rotary positions) are C, and so are the products of all pairs, which would be hundreds of small ones where
-several adapters share a step. They are compiled when they are first used (`core/native`; `lorakeet doctor` says whether they
+several adapters share a step. They are compiled when they are first used (`kernels/cpu`; `lorakeet doctor` says whether they
 are): scores stay in the cache, and masked tiles are left out. Without it torch's own operations compute the same to rounding.
 - **A weight laid out slowly.** Before each product the library lays a weight out as the processor's registers take it. Where
 C serves, frozen weights are multiplied by a kernel of Lorakeet's own, which does so for all tokens at once, with the rows to
@@ -49,19 +49,20 @@ come fetched ahead, and keeps nothing for the number of tokens. Each thread lays
 and waits for no other until the end. With AMX they are left to oneDNN, which has tiles for it; that was not measured.
 - **Asking.** A step of a small model is thousands of operations, and Python needs ten times as long to ask for one as in a loop
 by itself, since what it needs has left the processor's caches between two products. Where C serves, a whole decoder block is
-one call each way (`core/trained_block`), with the bits of its parts; what that call is told is kept, and used again where a look
-at the block finds everything as it was (`core/block_look`).
+one call each way (`core/fused/trained_block`), with the bits of its parts; what that call is told is kept, and used again where
+a look at the block finds everything as it was (`core/fused/trained_block_cache`).
 - **What pairs add in a pass of its own.** It is added to a product with a frozen weight while that is in registers, rounded as if
 it had been in memory.
 - **Packed weights brought back.** NF4, GPTQ of 4 bits, int8 and GGUF's blocks are laid out for a product as they are, some
-columns of the result at a time (`core/native/panels.c`): no weight stands in bf16 as a whole, and GPTQ's words, which hold
+columns of the result at a time (`kernels/cpu/unpack_panels.c`): no weight stands in bf16 as a whole, and GPTQ's words, which hold
 neighbours of a sum, need not be turned over. A step over NF4 was a quarter slower than over dense weights, and now takes about
 the same ([log](../log.md)).
 - **The slower dtype.** Whether products are faster in bf16 or in fp32 is measured when the model is loaded
 (`core/precision`): a processor may have instructions for bf16 and yet be slower with them.
 - **What rows begin with.** Tokens that all rows of a micro-batch begin with, from a template, a system prompt or examples, are
 computed once for all of them, with exact gradients (`data/prefix`). A step's rows are put together so that as much as can be is
-computed once, and what is computed once counts once among `train.micro_tokens` (`data/sharing`): behind a prompt of 1,500 tokens
+computed once, and what is computed once counts once among `train.micro_tokens` (`data/prefix_groups`): behind a prompt of 1,500
+tokens
 five rows of 100 pass together, not one by one. Rows with different prompts pass apart where that saves more than a pass costs.
 This needs no setting; dropout turns it off. Where another attention than Lorakeet's own computes (on a card, in fp32), only who
 passes with whom is chosen: a batch has no more tokens in all than it may compute.

@@ -14,17 +14,17 @@ import torch
 from torch import Tensor, nn
 
 from lorakeet.core.spec import LoraSpec
-from lorakeet.data.image_spec import ImageSpec
-from lorakeet.data.images import ImageRow
+from lorakeet.data.images.folder import ImageRow
+from lorakeet.data.images.spec import ImageSpec
 from lorakeet.memory.ledger import Ledger
 from lorakeet.memory.measure import peak_bytes, resident_bytes
-from lorakeet.models.image import ImageModel, image_plan
-from lorakeet.models.image_cache import EncodedImage
-from lorakeet.models.image_diffusers import diffusers
-from lorakeet.models.image_kinds import KINDS, Conditioning
+from lorakeet.models.image.diffusers_import import diffusers
+from lorakeet.models.image.kinds import KINDS, Conditioning
+from lorakeet.models.image.latent_cache import EncodedImage
+from lorakeet.models.image.model import ImageModel, image_plan
 from lorakeet.models.inject import inject
+from lorakeet.train.image.task import ImageBatch, ImageTask
 from lorakeet.train.image_spec import DiffusionSpec
-from lorakeet.train.image_task import ImageBatch, ImageTask
 from lorakeet.train.optimizer import Optimizer
 from lorakeet.train.spec import TrainSpec
 

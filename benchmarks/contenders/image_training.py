@@ -13,14 +13,14 @@ import numpy as np
 import torch
 
 from lorakeet.config import read_run
-from lorakeet.data.images import read_album
+from lorakeet.data.images.folder import read_album
 from lorakeet.formats.detect import read_adapter
 from lorakeet.memory.measure import peak_bytes
-from lorakeet.models.image import load_image_model, put_image_adapter
-from lorakeet.models.image_cache import Captions, encode_images
-from lorakeet.train.image_task import denoising_errors
+from lorakeet.models.image.latent_cache import Captions, encode_images
+from lorakeet.models.image.model import load_image_model, put_image_adapter
+from lorakeet.train.image.task import denoising_errors
 from lorakeet.train.optimizer import Optimizer
-from lorakeet.workflows.image_assemble import assemble_images, ready_to_train
+from lorakeet.workflows.finetuning.assemble_image import assemble_images, ready_to_train
 
 WARM = 2  # steps that are not timed
 TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]

@@ -19,8 +19,8 @@ from lorakeet.config import read_run
 from lorakeet.train.log import read_metrics
 from lorakeet.train.loop import train
 from lorakeet.train.run import RunFolder
-from lorakeet.workflows.assemble import assemble, ready_to_train
-from lorakeet.workflows.judge import ADAPTER, Judge
+from lorakeet.workflows.finetuning.assemble_text import assemble, ready_to_train
+from lorakeet.workflows.finetuning.evaluate_text import ADAPTER, Judge
 from lorakeet.workflows.quickstart import config_path
 
 UNTIMED = 2  # steps in which kernels are made

@@ -14,7 +14,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from lorakeet.memory.libraries import without_triton
+from lorakeet.memory.import_cost import without_triton
 
 with without_triton():  # as a command, which is within it all the time
     import torch
@@ -22,15 +22,15 @@ with without_triton():  # as a command, which is within it all the time
     from rich.console import Console
 
     from lorakeet.config import read_run
-    from lorakeet.models.adapt import begin_adapter
+    from lorakeet.models.text.adapted import begin_adapter
     from lorakeet.train.log import read_metrics
     from lorakeet.train.loop import train
-    from lorakeet.train.many import Many, Member, train_many
     from lorakeet.train.run import RunFolder
-    from lorakeet.train.text_task import TextTask
-    from lorakeet.workflows.assemble import Assembly, assemble
-    from lorakeet.workflows.place import folder_above
+    from lorakeet.train.text.many_adapters import Many, Member, train_many
+    from lorakeet.train.text.task import TextTask
+    from lorakeet.workflows.finetuning.assemble_text import Assembly, assemble
     from lorakeet.workflows.quickstart import config_path
+    from lorakeet.workflows.runs.output_paths import folder_above
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

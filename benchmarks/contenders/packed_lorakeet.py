@@ -13,7 +13,7 @@ from contenders.packed_workload import lorakeet_on
 from contenders.with_lorakeet import StepRecorder, require_same_rows
 from lorakeet.train.loop import train
 from lorakeet.train.run import RunFolder
-from lorakeet.workflows.record_passes import record_passes
+from lorakeet.workflows.finetuning.cuda_graphs import record_passes
 
 
 def train_packed(workload: Workload, dtype: str, *, kernels: str = "torch", recorded: bool = False) -> StepLog:

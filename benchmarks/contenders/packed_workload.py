@@ -19,14 +19,14 @@ from contenders import timed_step
 from lorakeet.config import RunConfig, read_run
 from lorakeet.data.batches import StepOrder
 from lorakeet.data.chat import Example
-from lorakeet.formats import peft
-from lorakeet.models.adapt import begin_adapter
+from lorakeet.formats.peft import peft
+from lorakeet.models.files.source import find_source
 from lorakeet.models.inject import adapter_of
-from lorakeet.models.load import load_text_model
-from lorakeet.models.outline import config_from
-from lorakeet.models.source import find_source
 from lorakeet.models.targets import plan_for
-from lorakeet.train.text_task import TextTask
+from lorakeet.models.text.adapted import begin_adapter
+from lorakeet.models.text.load import load_text_model
+from lorakeet.models.text.outline import config_from
+from lorakeet.train.text.task import TextTask
 from lorakeet.workflows.quickstart import config_path
 
 SPREAD = (0.5, 1.5, 0.75, 1.25)  # of a quarter of the pack: the rows that fill it to the last token

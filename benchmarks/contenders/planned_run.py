@@ -16,21 +16,21 @@ import torch
 from lorakeet.config import RunConfig, read_run
 from lorakeet.memory.allocator import give_back_free_memory, return_freed_memory
 from lorakeet.memory.measure import peak_bytes, reset_peak, resident_bytes
-from lorakeet.memory.product_code import keep_little_code
-from lorakeet.models.adapt import begin_adapter
-from lorakeet.models.load import load_text_model
-from lorakeet.models.outline import config_from, outline
+from lorakeet.memory.onednn_code import keep_little_code
 from lorakeet.models.targets import plan_for
-from lorakeet.models.text import TextModel
+from lorakeet.models.text.adapted import begin_adapter
+from lorakeet.models.text.load import load_text_model
+from lorakeet.models.text.model import TextModel
+from lorakeet.models.text.outline import config_from, outline
 from lorakeet.quant.gptq import GptqBase
 from lorakeet.quant.packed import PackedBase
 from lorakeet.train.best import Best
 from lorakeet.train.log import Metrics
-from lorakeet.train.rehearsal import BEGIN, CHECKPOINT, EVALUATE, STEP, training_on
 from lorakeet.train.run import RunFolder
 from lorakeet.workflows import finetune  # noqa: F401 - what a run has in memory before it begins
-from lorakeet.workflows.forecast_choices import decomposes, reads_weights
-from lorakeet.workflows.forecast_run import LOAD, Precision, judging_of, rows_of, runtime_bytes
+from lorakeet.workflows.planning.forecast_choices import decomposes, reads_weights
+from lorakeet.workflows.planning.forecast_text_run import LOAD, Precision, judging_of, rows_of, runtime_bytes
+from lorakeet.workflows.planning.rehearse_text import BEGIN, CHECKPOINT, EVALUATE, STEP, training_on
 
 STEPS = 2
 GPTQ_SCALE = 0.004  # of random codes: weights as large as those that a model begins with

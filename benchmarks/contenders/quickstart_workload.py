@@ -12,10 +12,10 @@ from rich.console import Console
 
 from lorakeet.config import RunConfig, read_run
 from lorakeet.data.chat import Example
-from lorakeet.formats import peft
+from lorakeet.formats.peft import peft
 from lorakeet.models.inject import adapter_of
-from lorakeet.train.text_task import TextTask
-from lorakeet.workflows.assemble import Assembly, assemble, ready_to_train
+from lorakeet.train.text.task import TextTask
+from lorakeet.workflows.finetuning.assemble_text import Assembly, assemble, ready_to_train
 from lorakeet.workflows.quickstart import config_path
 
 INSTRUCTION = (

@@ -16,7 +16,7 @@ from lorakeet.train.interrupt import Interrupt
 from lorakeet.train.loop import Training
 from lorakeet.train.progress import Silent
 from lorakeet.train.run import RunFolder
-from lorakeet.workflows.assemble import assemble, ready_to_train
+from lorakeet.workflows.finetuning.assemble_text import assemble, ready_to_train
 
 HELD_OUT = 8  # rows: enough that a best adapter is kept, so that the checkpoint is as large as in a real run
 ROWS_A_STEP = 4

@@ -30,14 +30,14 @@ from lorakeet.data.chat import Example
 from lorakeet.memory.allocator import keep_freed_memory
 from lorakeet.memory.ledger import FLOPS
 from lorakeet.memory.measure import peak_bytes
-from lorakeet.memory.product_code import keep_little_code
-from lorakeet.models.adapt import begin_adapter
+from lorakeet.memory.onednn_code import keep_little_code
 from lorakeet.models.targets import plan_for
-from lorakeet.models.text import TextModel
+from lorakeet.models.text.adapted import begin_adapter
+from lorakeet.models.text.model import TextModel
 from lorakeet.train import gradients
-from lorakeet.train.many import Many, Member
-from lorakeet.train.rehearsal import silent_training
-from lorakeet.train.text_task import TextTask
+from lorakeet.train.text.many_adapters import Many, Member
+from lorakeet.train.text.task import TextTask
+from lorakeet.workflows.planning.rehearse_text import silent_training
 
 StepOf = Callable[["dict[str, int] | None"], "dict[str, float]"]  # FLOPs by phase to count into (None: not); seconds by phase
 RATE = 1e-4

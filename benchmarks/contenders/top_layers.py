@@ -18,10 +18,10 @@ from harness.steps import PACKAGES, installed, peak_bytes
 from rich.console import Console
 
 from lorakeet.config import read_run
-from lorakeet.models.prefix_states import prefix_states
+from lorakeet.models.text.hidden_states import prefix_states
 from lorakeet.train.loop import train
 from lorakeet.train.run import RunFolder
-from lorakeet.workflows.assemble import assemble, ready_to_train
+from lorakeet.workflows.finetuning.assemble_text import assemble, ready_to_train
 from lorakeet.workflows.quickstart import config_path
 
 

@@ -8,7 +8,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from lorakeet.memory.libraries import without_triton
+from lorakeet.memory.import_cost import without_triton
 
 with without_triton():  # as a command, which is within it all the time
     from harness.steps import StepLog, contender
@@ -17,14 +17,14 @@ with without_triton():  # as a command, which is within it all the time
 
     from contenders.quickstart_workload import first_rows, quickstart
     from lorakeet.data.chat import Example
-    from lorakeet.formats import peft
+    from lorakeet.formats.peft import peft
     from lorakeet.models.inject import adapter_of
-    from lorakeet.models.prefix_states import prefix_states
+    from lorakeet.models.text.hidden_states import prefix_states
     from lorakeet.train.loop import train
     from lorakeet.train.progress import Record, Silent
     from lorakeet.train.run import RunFolder
-    from lorakeet.train.text_task import TextTask
-    from lorakeet.workflows.assemble import Assembly, assemble, ready_to_train
+    from lorakeet.train.text.task import TextTask
+    from lorakeet.workflows.finetuning.assemble_text import Assembly, assemble, ready_to_train
 
 
 class StepRecorder(Silent):

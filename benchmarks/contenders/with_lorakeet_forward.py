@@ -10,7 +10,7 @@ from harness.steps import StepLog, contender
 from harness.workload import Workload
 
 from contenders.with_lorakeet import Recorder, train_lorakeet
-from lorakeet.models.score import row_losses
+from lorakeet.models.generate.score import row_losses
 from lorakeet.train.progress import Record
 
 EVERY = 6  # steps between two repetitions, as the paper has it

@@ -7,9 +7,9 @@ from pathlib import Path
 import torch
 
 from lorakeet.core.adapter import Adapter, Pair
-from lorakeet.formats import peft
-from lorakeet.models.load import load_text_model
+from lorakeet.formats.peft import peft
 from lorakeet.models.spec import ModelSpec
+from lorakeet.models.text.load import load_text_model
 
 
 def shapes_of(model: str) -> tuple[Path, dict[str, tuple[int, int]]]:

@@ -13,11 +13,11 @@ from torch import Tensor
 
 from lorakeet.memory.store import new_store
 from lorakeet.models.families import Family
-from lorakeet.models.packing import packing_of
-from lorakeet.models.streamed_load import empty_model, records_of
-from lorakeet.quant.adopt import empty_base, quantised
+from lorakeet.models.files.packing import packing_of
+from lorakeet.models.streaming.load import empty_model, records_of
 from lorakeet.quant.gptq import GptqBase
 from lorakeet.quant.packed import PackedBase
+from lorakeet.quant.replace import empty_base, quantised
 from lorakeet.quant.spec import QuantSpec
 
 SPREAD = 0.02  # standard deviation of the weights, as models are initialised

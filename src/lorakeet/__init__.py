@@ -16,7 +16,7 @@ _PLACES = {
     "RunConfig": "lorakeet.config",
     "read_adapter": "lorakeet.formats.detect",
     "read_certificate": "lorakeet.evaluate.certificate",
-    "read_report": "lorakeet.evaluate.report",
+    "read_report": "lorakeet.evaluate.report.report",
     "read_run": "lorakeet.config",
 }
 

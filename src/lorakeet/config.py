@@ -11,7 +11,7 @@ from typing import Any, Literal
 import yaml
 
 from lorakeet.core.spec import MEASURED, LoraSpec
-from lorakeet.data.image_spec import ImageSpec
+from lorakeet.data.images.spec import ImageSpec
 from lorakeet.data.spec import DataSpec
 from lorakeet.errors import ConfigError, unreadable
 from lorakeet.evaluate.spec import EvaluateSpec

@@ -11,7 +11,7 @@ import pytest
 from lorakeet.cli.flags import SettingFlag, SettingsCommand, given_values, option_flags, setting_flags, shown_default
 from lorakeet.config import RunConfig
 from lorakeet.settings import Setting, fields_of
-from lorakeet.workflows.verbs import EvaluateOptions, MergeOptions
+from lorakeet.workflows.options import EvaluateOptions, MergeOptions
 
 
 def test_every_setting_is_a_flag_with_help() -> None:

@@ -12,12 +12,12 @@ from typing import Any
 
 import pytest
 
-import lorakeet.workflows.verbs as verbs_module
+import lorakeet.workflows.options as verbs_module
 from lorakeet import __version__
 from lorakeet.cli.main import main
 from lorakeet.config import RunConfig
 from lorakeet.errors import ConfigError, RunStopped, VerificationFailed
-from lorakeet.workflows.verbs import VERBS
+from lorakeet.workflows.options import VERBS
 
 
 class Outcome:

@@ -11,7 +11,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from lorakeet.core.dora import DoraPair
-from lorakeet.core.layers import LoraConv2d, base_of, new_pair
+from lorakeet.core.layers.linear import LoraConv2d, base_of, new_pair
 from lorakeet.core.plan import PlanEntry
 
 

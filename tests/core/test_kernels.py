@@ -13,9 +13,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lorakeet.core import kernels
 from lorakeet.core.base import DenseBase, FrozenBase
-from lorakeet.core.in_tiles import Kernels
 from lorakeet.core.kernels import low_rank_product, low_rank_product_t, product, why_not
 from lorakeet.core.lowrank import frozen_linear, low_rank_linear
+from lorakeet.kernels.tiled_weight import Kernels
 from lorakeet.quant.gptq import GptqBase
 from lorakeet.quant.gptq_grid import groups_in_order, nearest_codes
 from lorakeet.quant.nf4 import Nf4Base

@@ -1,4 +1,4 @@
-"""Parts of pairs by torch's products and by core/native against autograd through the formula."""
+"""Parts of pairs by torch's products and by kernels/cpu against autograd through the formula."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from lorakeet.core.native import ops
-from lorakeet.core.native.library import why_not
 from lorakeet.core.pair_products import PairProducts, Placed
+from lorakeet.kernels.cpu import operators
+from lorakeet.kernels.cpu.compile import why_not
 
 NATIVE = pytest.param(True, marks=pytest.mark.skipif(bool(why_not()), reason=why_not() or "the library is there"))
 PLACES = [Placed(0, 20, 2.0), Placed(0, 20, 0.5, 1), Placed(20, 33, 1.0, 1), Placed(40, 50, 3.0)]
@@ -53,7 +53,7 @@ def test_products_and_gradients(native: bool, dtype: torch.dtype, overlapping: b
     x, ys, grads, factors = case(dtype, places)
     expected_ys, expected_x, expected = by_autograd(x, ys, grads, factors, places)
     pairs, grad_x = PairProducts(places, dtype), torch.zeros_like(x)
-    with nullcontext() if native else ops.without():
+    with nullcontext() if native else operators.without():
         shrunk = pairs.add(ys, x, factors)
         through, of_b = pairs.backward(grad_x, grads, shrunk, factors)
         of_a = pairs.of_a(through, x, factors)
@@ -69,7 +69,7 @@ def test_products_and_gradients(native: bool, dtype: torch.dtype, overlapping: b
 def test_the_other_gradients_are_the_same_without_that_of_x(native: bool) -> None:
     x, ys, grads, factors = case(torch.bfloat16, PLACES)
     pairs, to = PairProducts(PLACES, torch.bfloat16), torch.zeros_like(x)
-    with nullcontext() if native else ops.without():
+    with nullcontext() if native else operators.without():
         shrunk = pairs.add(ys, x, factors)
         without, of_b = pairs.backward(None, grads, shrunk, factors)
         with_x, same = pairs.backward(to, grads, shrunk, factors)
@@ -84,7 +84,7 @@ def test_a_pair_without_terms_adds_nothing(native: bool) -> None:
     x, ys, grads, factors = case(torch.bfloat16, PLACES)
     factors[0], factors[1], before = factors[0][:0], factors[1][:, :0], ys[0][:20].clone()
     pairs = PairProducts(PLACES, torch.bfloat16)
-    with nullcontext() if native else ops.without():
+    with nullcontext() if native else operators.without():
         through, of_b = pairs.backward(torch.zeros_like(x), grads, pairs.add(ys, x, factors), factors)
         of_a = pairs.of_a(through, x, factors)
     assert torch.equal(ys[0][:20], before)

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from lorakeet.core.base import DenseBase
-from lorakeet.core.native.linear import Panels
 from lorakeet.core.reordered import ReorderedBase, ReorderedLinear, Together, can_reorder
+from lorakeet.kernels.cpu.panels import Panels
 from tiny.native import needs_native
 
 DTYPES = [dtype for dtype in (torch.float32, torch.bfloat16) if can_reorder(torch.zeros(4, 4, dtype=dtype))]

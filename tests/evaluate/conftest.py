@@ -12,8 +12,8 @@ from lorakeet.evaluate.baselines import majority_class
 from lorakeet.evaluate.certificate import Certificate, judge
 from lorakeet.evaluate.intervals import mean
 from lorakeet.evaluate.likelihood import RowLosses
-from lorakeet.evaluate.report import Command, Curves, Drift, Leak, MemoryUse, Point, Report
-from lorakeet.evaluate.sections import classification_report, language_report
+from lorakeet.evaluate.report.report import Command, Curves, Drift, Leak, MemoryUse, Point, Report
+from lorakeet.evaluate.report.sections import classification_report, language_report
 from lorakeet.evaluate.spec import EvaluateSpec
 
 LABELS = ("negative", "neutral", "positive")

@@ -9,7 +9,7 @@ import yaml
 
 from lorakeet.evaluate.certificate import Certificate, Unchecked, judge
 from lorakeet.evaluate.intervals import Estimate
-from lorakeet.evaluate.report import Report, SystemResult
+from lorakeet.evaluate.report.report import Report, SystemResult
 from lorakeet.evaluate.verdict import Phrase, Verdict
 from lorakeet.export.card import CardFacts, card, licence_of
 

@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from lorakeet.core.tiles import PART, parts
+from lorakeet.core.tiled_product import PART, parts
 from lorakeet.export.folded import PART_BYTES, InFp32, compare_stored
-from lorakeet.formats.safe import open_safetensors, save_tensors
+from lorakeet.formats.files.safetensors_file import open_safetensors, save_tensors
 from tiny.held import held_bytes
 
 

@@ -12,13 +12,13 @@ import pytest
 import torch
 import transformers
 
-from lorakeet.core.tiles import PART, parts
+from lorakeet.core.tiled_product import PART, parts
 from lorakeet.errors import ConfigError, DataError
 from lorakeet.export.folded import PART_BYTES, InFp32
 from lorakeet.export.gguf_model import DIGEST, GgufFile, _Item, _Stored, write_gguf
 from lorakeet.export.llama_cpp import LlamaCpp
-from lorakeet.formats.safe import open_safetensors, save_tensors
-from lorakeet.models.load import load_tokenizer
+from lorakeet.formats.files.safetensors_file import open_safetensors, save_tensors
+from lorakeet.models.text.load import load_tokenizer
 from tiny.adapters import random_adapter
 from tiny.dense import fold_into
 from tiny.held import held_bytes

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from lorakeet.errors import ConfigError, EnvironmentProblem
 from lorakeet.export import repacked
 from lorakeet.export.repacked import write_repacked
-from lorakeet.models.layout import PackedLayout, read_layout
+from lorakeet.models.text.packed_layout import PackedLayout, read_layout
 from lorakeet.quant.gguf import read_gguf
 from lorakeet.quant.packed import PackedBase
 from lorakeet.quant.regrid import fitted

@@ -12,10 +12,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lorakeet.errors import DataError
-from lorakeet.formats import mlx, peft
-from lorakeet.formats.base_model import open_base
+from lorakeet.formats import mlx
 from lorakeet.formats.compare import compare
 from lorakeet.formats.detect import detect, read_adapter
+from lorakeet.formats.files.base_model import open_base
+from lorakeet.formats.peft import peft
 from tiny.portable import llama_config
 
 GOLDEN = Path(__file__).parents[1] / "golden"

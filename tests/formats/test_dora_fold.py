@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from lorakeet.errors import ConfigError
-from lorakeet.formats.base_model import open_base
-from lorakeet.formats.dense import Compression
+from lorakeet.formats.diffusion.dense import Compression
 from lorakeet.formats.dora_fold import fold_dora
+from lorakeet.formats.files.base_model import open_base
 from tiny.adapters import random_adapter
 from tiny.dense import folded
 from tiny.models import tiny_model

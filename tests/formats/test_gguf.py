@@ -14,9 +14,9 @@ from safetensors.torch import load_file
 from lorakeet.core.adapter import Adapter, Pair
 from lorakeet.errors import ConfigError, DataError
 from lorakeet.formats import gguf
-from lorakeet.formats.base_model import BaseModel, open_base
 from lorakeet.formats.compare import compare
 from lorakeet.formats.detect import read_adapter
+from lorakeet.formats.files.base_model import BaseModel, open_base
 from lorakeet.formats.sd_names import table
 from tiny.adapters import random_adapter, random_pair
 from tiny.dense import fold_into

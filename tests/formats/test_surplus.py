@@ -9,12 +9,13 @@ from rich.console import Console
 
 from lorakeet.cli.main import main
 from lorakeet.core.adapter import Adapter, Pair
-from lorakeet.formats import kohya, peft
 from lorakeet.formats.compare import compare
 from lorakeet.formats.detect import read_adapter
+from lorakeet.formats.diffusion import kohya
+from lorakeet.formats.peft import peft
 from lorakeet.formats.surplus import surplus_rank
 from lorakeet.workflows.merge import merge
-from lorakeet.workflows.opened import open_adapter
+from lorakeet.workflows.runs.open_adapter import open_adapter
 
 
 def pair(rank: int, out: int, *inner: int, kind: str = "linear") -> Pair:

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lorakeet.cli.main import main
-from lorakeet.workflows.arrange import Arrangement
+from lorakeet.workflows.planning.text_run import Arrangement
 from tiny.gguf_file import write_tiny_gguf
 from tiny.models import save_tiny_llama
 from tiny.refusals import Bench
@@ -39,7 +39,7 @@ def streaming(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], P
     def begin() -> Path:
         store = tmp_path.parent / f"{tmp_path.name}-store"
         kept = Arrangement(budget=8 << 30, planned=8 << 30, store=store)
-        monkeypatch.setattr("lorakeet.workflows.assemble.arrange", lambda *_: kept)
+        monkeypatch.setattr("lorakeet.workflows.finetuning.assemble_text.arrange", lambda *_: kept)
         return store
 
     return begin

@@ -21,7 +21,7 @@ import transformers
 
 from lorakeet.cli.main import main
 from lorakeet.evaluate.certificate import read_certificate
-from lorakeet.formats import peft
+from lorakeet.formats.peft import peft
 from lorakeet.train import checkpoint
 from lorakeet.train.log import read_metrics
 from tiny.forked import Workers, forking

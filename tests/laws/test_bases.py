@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from lorakeet.core.base import DenseBase
 from lorakeet.core.dora import DoraPair
-from lorakeet.core.fused import GatedMlp
-from lorakeet.core.layers import LoraLinear, new_pair
+from lorakeet.core.fused.mlp_and_norm import GatedMlp
+from lorakeet.core.layers.linear import LoraLinear, new_pair
 from lorakeet.core.lowrank import LoraPair
 from lorakeet.core.plan import PlanEntry
 from lorakeet.core.scratch import SCRATCH

@@ -20,8 +20,8 @@ from lorakeet.memory.store import StoreWriter
 from lorakeet.merge.fold import MergeResult, merge_into
 from lorakeet.workflows import merge as workflow
 from lorakeet.workflows.export import export
-from lorakeet.workflows.forecast_check import CheckPlanner
 from lorakeet.workflows.merge import merge
+from lorakeet.workflows.planning.check import CheckPlanner
 from lorakeet.workflows.verify import verify
 from tiny.models import save_tiny_llama
 from tiny.peft_oracle import by_peft
@@ -137,7 +137,7 @@ def test_a_disk_that_gets_full_and_one_that_is(wide: Path, tmp_path: Path, monke
         with pytest.raises(EnvironmentProblem, match=r"its disk is full.*/merged itself is written, but not checked: remove it"):
             merging(wide, tmp_path)(memory=budget)
     assert [path.name for path in tmp_path.iterdir()] == ["merged"]
-    monkeypatch.setattr("lorakeet.workflows.forecast_check.shutil.disk_usage", lambda _: type("Usage", (), {"free": 1 << 20}))
+    monkeypatch.setattr("lorakeet.workflows.planning.check.shutil.disk_usage", lambda _: type("Usage", (), {"free": 1 << 20}))
     with pytest.raises(EnvironmentProblem, match=r"writes the weights in fp32 to .*\.merged\.check until it is done"):
         merging(wide, tmp_path / "other")(memory=budget)
     assert not (tmp_path / "other").exists()

@@ -16,7 +16,7 @@ from lorakeet.cli.main import main
 from lorakeet.core.adapter import Adapter
 from lorakeet.errors import ConfigError, VerificationFailed
 from lorakeet.evaluate.certificate import read_certificate
-from lorakeet.formats import peft
+from lorakeet.formats.peft import peft
 from lorakeet.merge.combine import Combination
 from lorakeet.merge.methods import METHODS
 from lorakeet.workflows import merge as workflow

@@ -14,8 +14,8 @@ import pytest
 import torch
 
 from lorakeet.cli.main import main
-from lorakeet.data.images import open_pixels
-from lorakeet.evaluate.report import read_report
+from lorakeet.data.images.folder import open_pixels
+from lorakeet.evaluate.report.report import read_report
 from lorakeet.formats.detect import read_adapter
 from structure.tree import ROOT
 from tiny.pictures import album

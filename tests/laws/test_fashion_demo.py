@@ -8,7 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from lorakeet.evaluate.report import read_report
+from lorakeet.evaluate.report.report import read_report
 from structure.tree import ROOT
 
 COUNT = """

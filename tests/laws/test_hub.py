@@ -20,7 +20,7 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 CLIENT = """
 import json, sys
 from lorakeet.errors import LorakeetError
-from lorakeet.models.load import load_text_model
+from lorakeet.models.text.load import load_text_model
 from lorakeet.models.spec import ModelSpec
 
 for name in sys.argv[1:]:

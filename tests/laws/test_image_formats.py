@@ -12,14 +12,14 @@ from rich.console import Console
 from safetensors.torch import load_file, save_file
 
 from lorakeet.core.spec import LoraSpec
-from lorakeet.formats import peft
-from lorakeet.formats.base_model import open_base
 from lorakeet.formats.detect import read_adapter
+from lorakeet.formats.files.base_model import open_base
+from lorakeet.formats.peft import peft
 from lorakeet.formats.sd_names import with_components, without_component
-from lorakeet.models.image import ImageModel, image_plan, load_image_model, put_image_adapter
-from lorakeet.models.image_diffusers import quiet_diffusers
-from lorakeet.models.image_kinds import packed, unpacked
-from lorakeet.models.image_sample import Sampler, draw_latents
+from lorakeet.models.image.diffusers_import import quiet_diffusers
+from lorakeet.models.image.kinds import packed, unpacked
+from lorakeet.models.image.model import ImageModel, image_plan, load_image_model, put_image_adapter
+from lorakeet.models.image.sample import Sampler, draw_latents
 from lorakeet.models.inject import adapter_of, eject, inject, trained_parameters
 from lorakeet.models.spec import ModelSpec
 from lorakeet.workflows.convert import convert

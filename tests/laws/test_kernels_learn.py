@@ -9,14 +9,15 @@ from typing import Any
 import pytest
 import torch
 
-from lorakeet.core import triton_loss, triton_tiles
 from lorakeet.data.pack import Batch
-from lorakeet.models.adapt import put_adapter
+from lorakeet.kernels.triton import loss as triton_loss
+from lorakeet.kernels.triton import tiles
 from lorakeet.models.inject import trained_parameters
-from lorakeet.models.load import load_text_model
 from lorakeet.models.spec import ModelSpec
+from lorakeet.models.text.adapted import put_adapter
+from lorakeet.models.text.load import load_text_model
 from lorakeet.quant.spec import QuantSpec
-from lorakeet.train.text_loss import text_loss
+from lorakeet.train.text.loss import text_loss
 from tiny.adapters import random_adapter
 from tiny.triton_device import DEVICE, needs_triton
 
@@ -33,7 +34,7 @@ def test_gradients_of_a_model_in_nf4(
     adapter = random_adapter(load_text_model(spec).model)
     ids = torch.arange(sum(LENGTHS)) % 90
     batch = Batch(ids, LENGTHS, torch.arange(len(ids)), ids.roll(1), ("one", "two")).to(DEVICE)
-    monkeypatch.setattr("lorakeet.models.load.check_kernels", lambda *given: None)  # the proof has its own tests
+    monkeypatch.setattr("lorakeet.models.text.load.check_kernels", lambda *given: None)  # the proof has its own tests
     found = {}
     for kernels in ("torch", "triton"):
         text = load_text_model(replace(spec, quantize=QuantSpec(method="nf4"), kernels=kernels))  # type: ignore[arg-type]
@@ -61,6 +62,6 @@ def _launches(patch: pytest.MonkeyPatch) -> set[str]:
 
         return noted
 
-    for module, name in ((triton_tiles, "unpack"), (triton_tiles, "product"), (triton_loss, "loss_in_place")):
+    for module, name in ((tiles, "unpack"), (tiles, "product"), (triton_loss, "loss_in_place")):
         patch.setattr(module, name, watched(name, getattr(module, name)))
     return seen

@@ -1,4 +1,4 @@
-"""Whole rehearsals with what operators make remembered (memory/known_results), and with torch's rules asked for every call."""
+"""Whole rehearsals with what operators make remembered (memory/operator_cache), and with torch's rules asked for every call."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ import transformers
 
 from lorakeet.core.spec import LoraSpec
 from lorakeet.memory import ledger
-from lorakeet.models.alike_blocks import Build
-from lorakeet.models.image_outline import outline_image, shapes_of_images
-from lorakeet.models.outline import outline
+from lorakeet.models.image.outline import outline_image, shapes_of_images
 from lorakeet.models.spec import ModelSpec
-from lorakeet.models.streamed_outline import streamed_outline
+from lorakeet.models.text.outline import outline
+from lorakeet.models.text.repeated_blocks import Build
+from lorakeet.models.text.streamed_outline import streamed_outline
 from lorakeet.quant.spec import QuantSpec
-from lorakeet.train.image_rehearsal import Pictures, rehearse_images
 from lorakeet.train.image_spec import DiffusionSpec
-from lorakeet.train.rehearsal import Judging, Rows, Streaming, rehearse
 from lorakeet.train.spec import TrainSpec
+from lorakeet.workflows.planning.rehearse_image import Pictures, rehearse_images
+from lorakeet.workflows.planning.rehearse_text import Judging, Rows, Streaming, rehearse
 from tiny.models import FAMILIES
 
 GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 16, "desc_act": False, "sym": True}

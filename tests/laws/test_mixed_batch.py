@@ -12,7 +12,7 @@ from lorakeet.core.selection import Share
 from lorakeet.models.attention import register
 from lorakeet.models.fuse import fuse
 from lorakeet.models.inject import activate, attach, selection_of
-from lorakeet.models.load import set_attention
+from lorakeet.models.text.load import set_attention
 from tiny.adapters import random_adapter
 from tiny.models import tiny_model
 

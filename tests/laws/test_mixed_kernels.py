@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lorakeet.models.active import LiveModel
-from lorakeet.models.kv_cache import KeyValues, Row, step
-from lorakeet.models.load import load_text_model
+from lorakeet.models.generate.kv_cache import KeyValues, Row, step
 from lorakeet.models.spec import ModelSpec
+from lorakeet.models.text.live import LiveModel
+from lorakeet.models.text.load import load_text_model
 from tiny.adapters import random_adapter
 from tiny.models import tiny_model
 

@@ -15,16 +15,16 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lorakeet.core.native import coded, dense, ops, stored, trained_pairs
 from lorakeet.core.selection import Share
 from lorakeet.data.pack import Batch
-from lorakeet.models.adapt import put_adapter
+from lorakeet.kernels.cpu import dense, int8_rows, operators, stored, trained_pairs
 from lorakeet.models.inject import selection_of, trained_parameters
-from lorakeet.models.load import load_text_model
 from lorakeet.models.spec import ModelSpec
-from lorakeet.models.text import TextModel
+from lorakeet.models.text.adapted import put_adapter
+from lorakeet.models.text.load import load_text_model
+from lorakeet.models.text.model import TextModel
 from lorakeet.quant.spec import QuantSpec
-from lorakeet.train.text_loss import text_loss
+from lorakeet.train.text.loss import text_loss
 from tiny.adapters import random_adapter
 from tiny.models import save_tiny_llama
 from tiny.native import needs_native
@@ -90,12 +90,12 @@ def test_products_in_int8_learn_to_the_bit_what_torch_s_do(tmp_path: Path) -> No
         text.model.train()
         with pytest.MonkeyPatch.context() as patch, Counted() as counted:
             if not used:
-                patch.setattr(coded, "serves", lambda _: False)
+                patch.setattr(int8_rows, "serves", lambda _: False)
             found.append(learnt(text, batch))
         calls.append(counted.calls)
-    assert calls[0][coded.CODED_PRODUCT] == 14 * LAYERS - 3  # nobody asks for gradients below the first block
-    assert calls[0][coded.CODE_ROWS] == (4 + 7) * LAYERS - 3
-    assert not calls[1][coded.CODED_PRODUCT] and calls[1][ops.GATED] == LAYERS
+    assert calls[0][int8_rows.CODED_PRODUCT] == 14 * LAYERS - 3  # nobody asks for gradients below the first block
+    assert calls[0][int8_rows.CODE_ROWS] == (4 + 7) * LAYERS - 3
+    assert not calls[1][int8_rows.CODED_PRODUCT] and calls[1][operators.GATED] == LAYERS
     for name, mine in found[0].items():
         assert torch.equal(mine, found[1][name]), name
 
@@ -116,7 +116,7 @@ def test_native_and_torch_learn_the_same(family: str, method: str, prefix: int, 
     found, calls = [], []
     for spec, context in (
         (replace(exact, dtype="bfloat16", products="bfloat16"), nullcontext()),
-        (replace(exact, dtype="bfloat16", products="bfloat16"), ops.without()),
+        (replace(exact, dtype="bfloat16", products="bfloat16"), operators.without()),
         (exact, nullcontext()),
     ):
         text = load_text_model(spec)
@@ -126,9 +126,9 @@ def test_native_and_torch_learn_the_same(family: str, method: str, prefix: int, 
         calls.append(counted.calls)
     native, by_torch, by_fp32 = calls
     assert not by_torch and not by_fp32
-    assert native[ops.ROW_ATTENTION] == native[ops.ROW_ATTENTION_BACKWARD] == LAYERS
-    assert native[ops.GATED] == native[ops.GATED_BACKWARD] == LAYERS and native[ops.NORM] > 2 * LAYERS
-    assert native[ops.TURN] == LAYERS * FAMILIES[family]
+    assert native[operators.ROW_ATTENTION] == native[operators.ROW_ATTENTION_BACKWARD] == LAYERS
+    assert native[operators.GATED] == native[operators.GATED_BACKWARD] == LAYERS and native[operators.NORM] > 2 * LAYERS
+    assert native[operators.TURN] == LAYERS * FAMILIES[family]
     of_head, unasked = 2, 3  # products, and those that would give the embeddings' gradient
     products = 14 * LAYERS - unasked + of_head if dense.multiplies() else 0
     packed = native[stored.STORED_PRODUCT] + native[stored.STORED_PRODUCT_ADD]
@@ -152,7 +152,7 @@ def test_adapters_that_share_a_batch_learn_the_same_in_one_call(family: str, tmp
     batch = Batch(ids, (33, 1, 40, 26), torch.arange(100), ids.roll(1), (*names, "bare"))
     shares = [Share(0, 33, "one"), Share(33, 34, "two"), Share(34, 74, "three")]
     found, calls = [], []
-    for spec, context in ((narrow, nullcontext()), (narrow, ops.without()), (exact, nullcontext())):
+    for spec, context in ((narrow, nullcontext()), (narrow, operators.without()), (exact, nullcontext())):
         text = load_text_model(spec)
         for name in names:
             put_adapter(text, adapter, name)

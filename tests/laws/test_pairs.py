@@ -18,10 +18,10 @@ from transformers.pytorch_utils import Conv1D
 from lorakeet.core.adapter import Adapter
 from lorakeet.core.base import DenseBase, FrozenBase, SliceBase, TransposedBase
 from lorakeet.core.dora import DoraPair
-from lorakeet.core.layers import AdaptedLayer, LoraConv2d, LoraEmbedding, LoraLinear, new_pair
+from lorakeet.core.layers.linear import AdaptedLayer, LoraConv2d, LoraEmbedding, LoraLinear, new_pair
 from lorakeet.core.lowrank import LoraPair, low_rank_linear
 from lorakeet.core.plan import PlanEntry
-from lorakeet.formats import peft
+from lorakeet.formats.peft import peft
 from tiny.adapters import random_pair
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 2.0**-6, torch.float16: 2.0**-9}

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from lorakeet.config import read_run
 from lorakeet.errors import VerificationFailed
-from lorakeet.evaluate.report import read_report
+from lorakeet.evaluate.report.report import read_report
 from lorakeet.evaluate.values import encode
 from lorakeet.quant.nf4 import Nf4Base
 from lorakeet.workflows.evaluate import evaluate

@@ -9,9 +9,9 @@ import pytest
 from rich.console import Console
 
 from lorakeet.core.adapter import Adapter
-from lorakeet.formats import peft
 from lorakeet.formats.compare import LIMIT, compare
 from lorakeet.formats.detect import detect, read_adapter
+from lorakeet.formats.peft import peft
 from lorakeet.formats.sd_names import with_components, without_component
 from lorakeet.workflows.convert import convert
 from tiny.adapters import random_adapter

@@ -20,8 +20,8 @@ import torch
 
 from lorakeet.cli.main import main
 from lorakeet.evaluate.certificate import read_certificate
-from lorakeet.evaluate.report import read_report
-from lorakeet.formats import peft
+from lorakeet.evaluate.report.report import read_report
+from lorakeet.formats.peft import peft
 from lorakeet.train import checkpoint, processes
 from lorakeet.train.log import read_metrics
 from tiny.runs import QUICK, adapter_bytes, chats, write_rows

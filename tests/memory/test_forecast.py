@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from lorakeet.memory.allocator import slack
 from lorakeet.memory.forecast import Forecast, phases_of
-from lorakeet.memory.held import Held, with_more
+from lorakeet.memory.usage import Held, with_more
 
 GIB = 1 << 30
 PEAKS = {

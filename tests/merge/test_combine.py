@@ -12,7 +12,7 @@ import transformers
 
 from lorakeet.core.adapter import Adapter, TokenRows
 from lorakeet.errors import ConfigError
-from lorakeet.formats import peft
+from lorakeet.formats.peft import peft
 from lorakeet.merge.combine import CombineSpec, combination
 from lorakeet.merge.fold import merge_into
 from tiny.adapters import random_adapter, random_pair

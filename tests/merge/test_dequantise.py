@@ -13,9 +13,9 @@ from lorakeet.errors import ConfigError
 from lorakeet.merge.checkpoint import open_checkpoint
 from lorakeet.merge.dequantise import open_dequantised, roundings
 from lorakeet.merge.fold import merge_into
-from lorakeet.models.load import load_text_model
 from lorakeet.models.modules import original_modules
 from lorakeet.models.spec import ModelSpec
+from lorakeet.models.text.load import load_text_model
 from lorakeet.quant.packed import PackedLinear
 from lorakeet.quant.spec import QuantSpec
 from lorakeet.workflows.quantize import quantize

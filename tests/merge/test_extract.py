@@ -12,7 +12,7 @@ import transformers
 
 from lorakeet.core.adapter import Adapter
 from lorakeet.errors import ConfigError
-from lorakeet.formats import peft
+from lorakeet.formats.peft import peft
 from lorakeet.merge.checkpoint import open_checkpoint
 from lorakeet.merge.extract import Extracted, extract
 from lorakeet.merge.fold import merge_into

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lorakeet.core import start
+from lorakeet.core import initialise
 from lorakeet.merge.factors import best_of_factors, best_of_matrix, stacked
 
 
@@ -55,7 +55,7 @@ def test_the_randomised_svd_is_nearly_the_best_one(monkeypatch: pytest.MonkeyPat
     decay = torch.diag(torch.arange(1, 181).float() ** -0.5)
     whole = torch.linalg.qr(torch.randn(240, 180))[0] @ decay @ torch.linalg.qr(torch.randn(180, 180))[0]
     best = best_error(whole.double(), 16)
-    monkeypatch.setattr(start, "EXACT_SVD_UP_TO", 10)
+    monkeypatch.setattr(initialise, "EXACT_SVD_UP_TO", 10)
     low = best_of_matrix(whole, 16, seed=3)
     again, other = best_of_matrix(whole, 16, seed=3), best_of_matrix(whole, 16, seed=4)
     assert low.A.shape == (16, 180) and best <= low.error + 1e-6 <= 1.002 * best

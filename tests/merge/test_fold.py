@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from lorakeet.core.adapter import Adapter, TokenRows
 from lorakeet.errors import ConfigError, EnvironmentProblem
-from lorakeet.formats import safe
+from lorakeet.formats.files import safetensors_file
 from lorakeet.merge.fold import merge_into
 from lorakeet.models.inject import attach
 from tiny.adapters import random_adapter, random_pair
@@ -220,7 +220,7 @@ def test_one_tensor_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     alive: list[weakref.ref[torch.Tensor]] = []
     most = 0
 
-    def counted(file: safe.SafeFile, name: str, read: Any = safe.SafeFile.read) -> torch.Tensor:
+    def counted(file: safetensors_file.SafeFile, name: str, read: Any = safetensors_file.SafeFile.read) -> torch.Tensor:
         nonlocal most
         tensor = read(file, name)
         alive.append(weakref.ref(tensor))
@@ -229,7 +229,7 @@ def test_one_tensor_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
     adapter = random_adapter(tiny_model("mixtral"), "q_proj", "gate_up_proj", "lm_head")
     saved(tmp_path / "base", "mixtral")
-    monkeypatch.setattr(safe.SafeFile, "read", counted)
+    monkeypatch.setattr(safetensors_file.SafeFile, "read", counted)
     merge_into(tmp_path / "base", adapter, tmp_path / "merged")
     assert len(alive) == 41 and most == 1
 

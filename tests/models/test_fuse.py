@@ -11,15 +11,15 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from lorakeet.core.fused_attention import RotaryAttention
-from lorakeet.core.layers import StandIn
+from lorakeet.core.fused.attention import RotaryAttention
+from lorakeet.core.layers.linear import StandIn
 from lorakeet.core.spec import LoraSpec
 from lorakeet.models import fuse, inject
-from lorakeet.models.adapt import begin_adapter
 from lorakeet.models.families import family_of
-from lorakeet.models.load import load_text_model
 from lorakeet.models.spec import ModelSpec
 from lorakeet.models.targets import plan_for
+from lorakeet.models.text.adapted import begin_adapter
+from lorakeet.models.text.load import load_text_model
 from tiny.models import save_tiny_llama
 
 GATED = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3")

@@ -13,13 +13,12 @@ import torch
 from torch import Tensor
 
 from lorakeet.core import kernels as dispatch
-from lorakeet.core.fused import FrozenRmsNorm
-from lorakeet.core.in_tiles import Kernels
+from lorakeet.core.fused.mlp_and_norm import FrozenRmsNorm
 from lorakeet.data.pack import Batch
 from lorakeet.errors import ConfigError, EnvironmentProblem
+from lorakeet.kernels.tiled_weight import Kernels
 from lorakeet.models import kernels
-from lorakeet.models.adapt import put_adapter
-from lorakeet.models.image import load_image_model
+from lorakeet.models.image.model import load_image_model
 from lorakeet.models.kernels import (
     bases_of,
     check_kernels,
@@ -29,8 +28,9 @@ from lorakeet.models.kernels import (
     proved_products,
     where_possible,
 )
-from lorakeet.models.load import load_text_model
 from lorakeet.models.spec import ModelSpec
+from lorakeet.models.text.adapted import put_adapter
+from lorakeet.models.text.load import load_text_model
 from lorakeet.quant.nf4 import Nf4Base
 from lorakeet.quant.packed import PackedLinear
 from lorakeet.quant.spec import QuantSpec
@@ -38,7 +38,8 @@ from tiny.adapters import random_adapter
 from tiny.triton_device import DEVICE, behave_like_a_card, needs_triton
 
 if dispatch.has_triton():
-    from lorakeet.core import triton_loss, triton_passes, triton_tiles
+    from lorakeet.kernels.triton import elementwise, loss
+    from lorakeet.kernels.triton import tiles as triton_tiles
 
 
 @pytest.fixture(autouse=True)
@@ -156,7 +157,7 @@ def test_weights_are_brought_back_in_fp32_too_where_products_are_narrow(monkeypa
 @needs_triton
 @pytest.mark.parametrize("part", ["losses", "gradient"])
 def test_a_wrong_loss_is_refused(tiny_llama_folder: Path, part: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    right, seen = triton_loss.loss_in_place, []
+    right, seen = loss.loss_in_place, []
 
     def launch(logits: Any, targets: Any, *, wants_grad: bool) -> Any:
         seen.append(logits.shape[1])
@@ -164,7 +165,7 @@ def test_a_wrong_loss_is_refused(tiny_llama_folder: Path, part: str, monkeypatch
         (losses if part == "losses" else logits).mul_(1.0001)
         return losses
 
-    monkeypatch.setattr(triton_loss, "loss_in_place", launch)
+    monkeypatch.setattr(loss, "loss_in_place", launch)
     said = "the loss" if part == "losses" else "the gradient of the loss"
     with pytest.raises(EnvironmentProblem, match=f"compute {said} otherwise than torch on this device, for [0-9]+ words"):
         load_text_model(spec(tiny_llama_folder, fused_tokens=0))
@@ -213,7 +214,7 @@ def test_image_models_refuse_them() -> None:
 )
 def test_passes_that_are_wrong_are_refused(kernel: str, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
     check_passes([48, 15], Kernels(), [torch.float32], DEVICE)
-    right = getattr(triton_passes, kernel)
+    right = getattr(elementwise, kernel)
 
     def wrong(first: Tensor, *given: Any) -> Any:
         found = right(first, *given)
@@ -221,7 +222,7 @@ def test_passes_that_are_wrong_are_refused(kernel: str, said: str, monkeypatch: 
         changed[0] += 1
         return found
 
-    monkeypatch.setattr(triton_passes, kernel, wrong)
+    monkeypatch.setattr(elementwise, kernel, wrong)
     with pytest.raises(EnvironmentProblem, match=f"{said} than torch on this device, for rows of 48 numbers in float32"):
         check_passes([48, 15], Kernels(), [torch.float32], DEVICE)
 

@@ -10,16 +10,16 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lorakeet.core.base import matmul_each
-from lorakeet.core.native import coded, ops
-from lorakeet.quant.adopt import empty_base
+from lorakeet.kernels.cpu import int8_rows, operators
 from lorakeet.quant.int8 import Int8Base, multiply_in_int8
+from lorakeet.quant.replace import empty_base
 from tiny.native import needs_native
 
 
 @pytest.fixture(autouse=True)
 def anywhere(monkeypatch: pytest.MonkeyPatch) -> None:
     """Also on a processor with AMX, which multiplies by that."""
-    monkeypatch.setattr(coded, "AMX", "no such feature")
+    monkeypatch.setattr(int8_rows, "AMX", "no such feature")
 
 
 @pytest.fixture
@@ -115,9 +115,9 @@ def test_columns_that_are_large_in_every_row_do_not_cost_the_others(trained: Int
     def off() -> float:
         return float((trained.matmul(x).float() - exact).norm() / exact.norm())
 
-    with nullcontext() if native else ops.without(), pytest.MonkeyPatch.context() as patch:
+    with nullcontext() if native else operators.without(), pytest.MonkeyPatch.context() as patch:
         near = off()
-        patch.setattr(coded, "APART", 0)
+        patch.setattr(int8_rows, "APART", 0)
         assert near < 0.004 < off()
 
 
@@ -126,9 +126,9 @@ def test_columns_that_are_large_in_every_row_do_not_cost_the_others(trained: Int
 def test_the_native_library_gives_torch_s_bits(trained: Int8Base, tokens: int) -> None:
     draw = torch.Generator().manual_seed(6)
     x, grad = (torch.randn(tokens, width, generator=draw).bfloat16() for width in (64, 48))
-    assert coded.serves(x) and coded.serves(grad)
+    assert int8_rows.serves(x) and int8_rows.serves(grad)
     found = trained.matmul(x), trained.matmul_t(grad)
-    with ops.without():
+    with operators.without():
         assert torch.equal(found[0], trained.matmul(x)) and torch.equal(found[1], trained.matmul_t(grad))
 
 

@@ -13,8 +13,8 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from lorakeet.core.scratch import SCRATCH
 from lorakeet.quant import nf4
-from lorakeet.quant.adopt import empty_base
 from lorakeet.quant.nf4 import LEVELS, Nf4Base
+from lorakeet.quant.replace import empty_base
 
 SHAPES = [(64, 64), (6, 128), (7, 48), (16, 100), (5, 33), (1, 1), (576, 320)]  # also rows that end within a block, and odd sizes
 DTYPES = [torch.float32, torch.bfloat16]

@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
-from lorakeet.formats import peft
-from lorakeet.models.active import LiveModel
-from lorakeet.models.load import load_text_model
+from lorakeet.formats.peft import peft
 from lorakeet.models.spec import ModelSpec
+from lorakeet.models.text.live import LiveModel
+from lorakeet.models.text.load import load_text_model
 from lorakeet.serve.access import Access
 from lorakeet.serve.engine import Engine, Event, Job, Request
 from lorakeet.serve.registry import Registry

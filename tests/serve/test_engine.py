@@ -12,11 +12,12 @@ from typing import Any
 import pytest
 import torch
 
-from lorakeet.core.threads import compute_with
 from lorakeet.errors import ConfigError
-from lorakeet.formats import peft, slab
-from lorakeet.models.active import LiveModel
-from lorakeet.models.sample import end_ids, sample
+from lorakeet.formats.files import slab
+from lorakeet.formats.peft import peft
+from lorakeet.kernels.threads import compute_with
+from lorakeet.models.generate.sample import end_ids, sample
+from lorakeet.models.text.live import LiveModel
 from lorakeet.serve.engine import Draining, QueueFull
 
 PROMPTS: tuple[tuple[int, ...], ...] = (
@@ -35,7 +36,7 @@ def loaded(live: LiveModel, saved: Callable[..., Path]) -> LiveModel:
 
 
 def alone(live: LiveModel, ids: tuple[int, ...], name: str | None, tokens: int = 12, **options: Any) -> list[int]:
-    """What models/sample writes one at a time, without the end token."""
+    """What models/generate/sample writes one at a time, without the end token."""
     live.selection.use(name)
     found = sample(live.text, [ids], max_tokens=tokens, **{"temperature": 0.0, **options})[0].tolist()
     return found[:-1] if found[-1] in end_ids(live.text) else found

@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from lorakeet.errors import ConfigError, EnvironmentProblem
-from lorakeet.models.load import load_text_model
 from lorakeet.models.spec import ModelSpec
+from lorakeet.models.text.load import load_text_model
 from lorakeet.serve.engine import Request
 from lorakeet.serve.grammar import ANY_OBJECT, GrammarFailed, Grammars
 from lorakeet.serve.sampling import Chooser, Sampling

@@ -13,9 +13,10 @@ import pytest
 import torch
 
 from lorakeet.errors import ConfigError, DataError
-from lorakeet.formats import peft, peft_config, slab
-from lorakeet.formats.peft_config import CONFIG_NAME
-from lorakeet.models.active import LiveModel
+from lorakeet.formats.files import slab
+from lorakeet.formats.peft import peft, peft_config
+from lorakeet.formats.peft.peft_config import CONFIG_NAME
+from lorakeet.models.text.live import LiveModel
 from lorakeet.serve import on_disk
 from lorakeet.serve.on_disk import inspect, read
 

@@ -9,11 +9,11 @@ import pytest
 
 from lorakeet.errors import ConfigError, DataError, VerificationFailed
 from lorakeet.evaluate.certificate import Certificate, judge
-from lorakeet.formats import peft
-from lorakeet.models.active import LiveModel
-from lorakeet.models.adapt import put_adapter
-from lorakeet.models.load import load_text_model
+from lorakeet.formats.peft import peft
 from lorakeet.models.spec import ModelSpec
+from lorakeet.models.text.adapted import put_adapter
+from lorakeet.models.text.live import LiveModel
+from lorakeet.models.text.load import load_text_model
 from lorakeet.quant.spec import QuantSpec
 from lorakeet.serve.probe import FACT, Probe, Prober, compare_record, extend_certificate, find_certificate, read_record, record
 

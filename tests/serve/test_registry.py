@@ -15,9 +15,10 @@ import torch
 
 from lorakeet.errors import ConfigError, DataError, VerificationFailed
 from lorakeet.evaluate.certificate import Certificate, judge
-from lorakeet.formats import gguf, peft
-from lorakeet.formats.base_model import open_base
-from lorakeet.models.active import LiveModel
+from lorakeet.formats import gguf
+from lorakeet.formats.files.base_model import open_base
+from lorakeet.formats.peft import peft
+from lorakeet.models.text.live import LiveModel
 from lorakeet.serve.naming import UnknownModel
 from lorakeet.serve.probe import Probe, extend_certificate
 from lorakeet.serve.registry import NoRoom, Registry

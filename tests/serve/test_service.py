@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from lorakeet.errors import ConfigError
-from lorakeet.models.active import LiveModel
+from lorakeet.models.text.live import LiveModel
 from lorakeet.serve.access import Caller
 from lorakeet.serve.naming import UnknownModel
 from lorakeet.serve.registry import Registry

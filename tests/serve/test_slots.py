@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from lorakeet.models.kv_cache import KeyValues
+from lorakeet.models.generate.kv_cache import KeyValues
 from lorakeet.serve.slots import Slots, key_of
 
 A, B = key_of({"a@1": 1.0}), key_of({"a@2": 1.0})

@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 
 from lorakeet.errors import ConfigError, DataError
-from lorakeet.formats import peft
-from lorakeet.models.active import LiveModel
+from lorakeet.formats.peft import peft
+from lorakeet.models.text.live import LiveModel
 from lorakeet.serve.naming import UnknownModel
 from lorakeet.serve.registry import Registry
 from lorakeet.serve.store import LIST, Store

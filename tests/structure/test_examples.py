@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from lorakeet.workflows.verbs import VERBS
+from lorakeet.workflows.options import VERBS
 from structure.tree import ROOT, committed_files, named
 
 LINES = 60

@@ -13,16 +13,16 @@ from structure.tree import ROOT, imported, named, source_files
 PLACES: dict[str, tuple[str, ...]] = {
     "transformers": ("models/",),
     "tokenizers": ("models/",),
-    "diffusers": ("models/image",),
-    "bitsandbytes": ("quant/",),
-    "triton": ("core/kernels.py", "core/triton_tiles.py", "core/triton_passes.py", "quant/triton_", "core/triton_loss.py"),
-    "gguf": ("formats/gguf_header.py", "quant/gguf.py"),
+    "diffusers": ("models/image/",),
+    "bitsandbytes": ("quant/", "kernels/"),
+    "triton": ("core/kernels.py", "kernels/triton/"),
+    "gguf": ("formats/files/gguf_header.py", "quant/gguf.py"),
     "llama_cpp_py_sync": ("export/llama_cpp.py",),
     "peft": (),
     "trl": (),
     "accelerate": (),
     "click": ("cli/",),
-    "yaml": ("config.py", "models/origin.py", "export/card.py"),
+    "yaml": ("config.py", "models/files/origin.py", "export/card.py"),
     "scipy": ("evaluate/",),
     "sklearn": ("evaluate/",),
     "datasketch": ("data/",),
@@ -30,14 +30,14 @@ PLACES: dict[str, tuple[str, ...]] = {
     "pyarrow": ("data/",),
     "tensorboard": ("train/log.py",),
     "wandb": ("train/log.py",),
-    "optuna": ("workflows/search.py", "workflows/tune.py"),
-    "fastapi": ("serve/http.py", "studio/app.py"),
-    "uvicorn": ("serve/http.py", "studio/app.py"),
-    "starlette": ("serve/http.py", "studio/app.py"),
+    "optuna": ("workflows/tuning/trials.py", "workflows/tune.py"),
+    "fastapi": ("serve/routes/", "studio/"),
+    "uvicorn": ("serve/routes/", "studio/"),
+    "starlette": ("serve/routes/", "studio/"),
     "llguidance": ("serve/grammar.py",),
 }
 # What answers `--help` and makes forms: no tensor library behind it.
-LIGHT = ("settings.py", "config.py", "errors.py", "__init__.py", "__main__.py", "cli/", "workflows/verbs.py")
+LIGHT = ("settings.py", "config.py", "errors.py", "__init__.py", "__main__.py", "cli/", "workflows/options.py")
 
 
 def test_imports_run_downwards_only(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -15,7 +15,7 @@ import pytest
 import lorakeet
 from lorakeet.config import RunConfig, read_run
 from lorakeet.settings import fields_of
-from lorakeet.workflows.verbs import VERBS
+from lorakeet.workflows.options import VERBS
 from structure.tree import SOURCE, named, parsed, source_files
 
 PLAIN = (bool, int, float, str)

@@ -18,19 +18,20 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from lorakeet.core import triton_loss, triton_passes, triton_tiles
-from lorakeet.core.in_tiles import InTiles
+from lorakeet.core.fused.elementwise import WIDEST
 from lorakeet.core.kernels import RANK
-from lorakeet.core.passes import WIDEST
-from lorakeet.core.triton_loss import loss_in_place
-from lorakeet.core.triton_tiles import Pair, dense, product, unpack
+from lorakeet.kernels.tiled_weight import InTiles
+from lorakeet.kernels.triton import elementwise, loss
+from lorakeet.kernels.triton import tiles as triton_tiles
+from lorakeet.kernels.triton.loss import loss_in_place
+from lorakeet.kernels.triton.tiles import Pair, dense, product, unpack
 from lorakeet.quant.gptq import GptqBase
 from lorakeet.quant.nf4 import Nf4Base
 
 TARGETS = {"8.0": GPUTarget("cuda", 80, 32), "9.0": GPUTarget("cuda", 90, 32)}
 KERNELS = {
-    "_unpack": triton_tiles, "_product": triton_tiles, "_row": triton_loss,
-    **dict.fromkeys(("_norm", "_norm_backward", "_gated", "_gated_backward", "_turn"), triton_passes),
+    "_unpack": triton_tiles, "_product": triton_tiles, "_row": loss,
+    **dict.fromkeys(("_norm", "_norm_backward", "_gated", "_gated_backward", "_turn"), elementwise),
 }  # fmt: skip
 SHAPE = (512, 1024)
 # Weight, dtype, tokens and card: each kernel and way of keeping a weight once, and the ones that want most of the chip.
@@ -54,16 +55,16 @@ def states(tokens: int, width: int, dtype: torch.dtype) -> torch.Tensor:
 
 
 PASSES: dict[str, Callable[[int, torch.dtype], object]] = {  # norms of the widest rows
-    "norm": lambda n, dtype: triton_passes.norm(states(n, WIDEST, dtype), states(1, WIDEST, dtype)[0], 1e-6),
-    "norm again": lambda n, dtype: triton_passes.norm_again(
+    "norm": lambda n, dtype: elementwise.norm(states(n, WIDEST, dtype), states(1, WIDEST, dtype)[0], 1e-6),
+    "norm again": lambda n, dtype: elementwise.norm_again(
         states(n, WIDEST, dtype), torch.empty(n, 1), states(1, WIDEST, dtype)[0]
     ),
-    "norm backward": lambda n, dtype: triton_passes.norm_backward(
+    "norm backward": lambda n, dtype: elementwise.norm_backward(
         states(n, WIDEST, dtype), states(n, WIDEST, dtype), torch.empty(n, 1), states(1, WIDEST, dtype)[0]
     ),
-    "gate": lambda n, dtype: triton_passes.gated(states(n, 1024, dtype), states(n, 1024, dtype)),
-    "gate backward": lambda n, dtype: triton_passes.gated_backward_(*(states(n, 1024, dtype) for _ in range(3))),
-    "rotation": lambda n, dtype: triton_passes.turn_(
+    "gate": lambda n, dtype: elementwise.gated(states(n, 1024, dtype), states(n, 1024, dtype)),
+    "gate backward": lambda n, dtype: elementwise.gated_backward_(*(states(n, 1024, dtype) for _ in range(3))),
+    "rotation": lambda n, dtype: elementwise.turn_(
         states(n, 256, dtype).view(n, 2, 128), states(n, 128, dtype), states(n, 128, dtype), True
     ),
 }

@@ -11,10 +11,11 @@ import torch
 
 from lorakeet.core.adapter import Adapter
 from lorakeet.export.gguf_model import write_gguf
-from lorakeet.formats import gguf, peft
-from lorakeet.formats.base_model import open_base
+from lorakeet.formats import gguf
+from lorakeet.formats.files.base_model import open_base
+from lorakeet.formats.peft import peft
 from lorakeet.merge.fold import merge_into
-from lorakeet.models.load import load_tokenizer
+from lorakeet.models.text.load import load_tokenizer
 
 
 def loud_run(run: Path, out: Path, *, seed: int = 0) -> Path:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lorakeet.core.device import standing_for
+from lorakeet.kernels.device import standing_for
 
 CARD = torch.device("cuda")
 

@@ -9,7 +9,7 @@ from rich.console import Console
 
 from lorakeet.config import RunConfig, read_run
 from lorakeet.workflows.finetune import finetune
-from lorakeet.workflows.image_finetune import ImageResult
+from lorakeet.workflows.finetuning.train_image import ImageResult
 from tiny.pictures import album
 
 

@@ -4,6 +4,6 @@ from __future__ import annotations
 
 import pytest
 
-from lorakeet.core.native.library import why_not
+from lorakeet.kernels.cpu.compile import why_not
 
 needs_native = pytest.mark.skipif(bool(why_not()), reason=f"no native library: {why_not()}")

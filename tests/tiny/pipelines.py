@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from lorakeet.models.quiet import quiet_transformers
+from lorakeet.models.files.quiet import quiet_transformers
 from tiny.images import CLIP, UNET, diffusers
 
 START, END = "<|startoftext|>", "<|endoftext|>"

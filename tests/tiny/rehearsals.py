@@ -1,4 +1,5 @@
-"""Rehearsals on shapes (train/rehearsal and its like) that are remembered: each is half of the time of a tiny run or merge.
+"""Rehearsals on shapes (workflows/planning/rehearse_text and its like) that are remembered: each is half of the time of a tiny
+run or merge.
 
 What a rehearsal finds follows from its arguments: the model's configuration and files, the settings and the rows; and from
 CONSTANTS, where a test changes one. Where the model lies and what it is called do not matter, so that equal models in the folders
@@ -21,8 +22,8 @@ import numpy as np
 import pytest
 import torch
 
-from lorakeet.core.device import is_cpu
 from lorakeet.core.scratch import SCRATCH
+from lorakeet.kernels.device import is_cpu
 
 REHEARSED = {  # by module of lorakeet.workflows
     "forecast_run": ("rehearse",),
@@ -31,7 +32,7 @@ REHEARSED = {  # by module of lorakeet.workflows
     "room_packed": ("rehearse_judging", "rehearse_rounding"),
     "room_quantize": ("_rehearsed",),
 }
-CONSTANTS = (("lorakeet.models.sample", "STREAMED_CACHE"), ("lorakeet.quant.packed", "PART_BYTES"))  # that tests change
+CONSTANTS = (("lorakeet.models.generate.sample", "STREAMED_CACHE"), ("lorakeet.quant.packed", "PART_BYTES"))  # that tests change
 
 
 @contextmanager

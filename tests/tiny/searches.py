@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from lorakeet.workflows.assemble import Assembly, assemble
-from lorakeet.workflows.search import Budget, SearchRows, Trials
-from lorakeet.workflows.search_space import space_for
+from lorakeet.workflows.finetuning.assemble_text import Assembly, assemble
+from lorakeet.workflows.runs.search_space import space_for
+from lorakeet.workflows.tuning.trials import Budget, SearchRows, Trials
 from tiny.runs import quiet, reviews, settings, write_rows
 
 HOT = 1e6  # times the learning rate: one step leaves no number

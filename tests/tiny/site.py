@@ -8,7 +8,7 @@ from typing import Any
 
 import uvicorn
 
-from lorakeet.serve.http import _Server, build_app
+from lorakeet.serve.routes.http import _Server, build_app
 from lorakeet.serve.service import Service
 
 

@@ -10,17 +10,17 @@ import torch
 
 from lorakeet.core.spec import LoraSpec
 from lorakeet.data.chat import Example
-from lorakeet.models.adapt import begin_adapter
-from lorakeet.models.load import load_text_model
 from lorakeet.models.spec import ModelSpec
 from lorakeet.models.targets import plan_for
-from lorakeet.models.text import TextModel
+from lorakeet.models.text.adapted import begin_adapter
+from lorakeet.models.text.load import load_text_model
+from lorakeet.models.text.model import TextModel
 from lorakeet.quant.spec import QuantSpec
 from lorakeet.train.loop import train
 from lorakeet.train.progress import Record, Silent
 from lorakeet.train.run import RunFolder
 from lorakeet.train.spec import TrainSpec
-from lorakeet.train.text_task import TextTask
+from lorakeet.train.text.task import TextTask
 
 
 def rows(count: int, *, seed: int = 0, vocabulary: int = 90) -> list[Example]:

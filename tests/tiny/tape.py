@@ -1,5 +1,5 @@
 """Records what torch computes on a CPU, operation by operation, and computes it again at the same addresses: a CUDA graph's
-stand-in for tests of models/replayed.
+stand-in for tests of models/text/cuda_graphs.
 
 What is computed again knows nothing but tensors: a number that was read back to the host would be that of the recording, so
 reading one is refused, as a card refuses it. It does not look into operators that Lorakeet defines, nor at copies from the host.
@@ -20,8 +20,8 @@ READS = ("_local_scalar_dense", "item", "nonzero", "is_nonzero", "equal", "maske
 
 
 class Tape(TorchDispatchMode):
-    """A models/replayed.Recorder. `recordings` and `replays` count; `broken` makes replays compute something else, `spoils` those
-    of the recording of that number alone (each shape has two: forward, backward)."""
+    """A models/text/cuda_graphs.Recorder. `recordings` and `replays` count; `broken` makes replays compute something else,
+    `spoils` those of the recording of that number alone (each shape has two: forward, backward)."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -7,17 +7,17 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from lorakeet.core.fused.trained_block import TrainedBlock
 from lorakeet.core.spec import LoraSpec
-from lorakeet.core.trained_block import TrainedBlock
 from lorakeet.models import modules
-from lorakeet.models.adapt import begin_adapter
+from lorakeet.models.files.quantized import packable
 from lorakeet.models.fuse import fuse_blocks
 from lorakeet.models.inject import trained_parameters
-from lorakeet.models.load import load_text_model
-from lorakeet.models.quantized import packable
 from lorakeet.models.spec import ModelSpec
 from lorakeet.models.targets import plan_for
-from lorakeet.models.text import TextModel
+from lorakeet.models.text.adapted import begin_adapter
+from lorakeet.models.text.load import load_text_model
+from lorakeet.models.text.model import TextModel
 from lorakeet.quant.gptq import GptqBase
 from lorakeet.quant.gptq_grid import nearest_codes
 from lorakeet.quant.int8 import Int8Base

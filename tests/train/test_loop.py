@@ -16,7 +16,7 @@ from torch.nn import Parameter
 
 from lorakeet.data.pack import Batch, pack
 from lorakeet.errors import ConfigError, DataError, RunStopped, VerificationFailed
-from lorakeet.formats import peft
+from lorakeet.formats.peft import peft
 from lorakeet.train import checkpoint
 from lorakeet.train.interrupt import Interrupt
 from lorakeet.train.log import read_metrics

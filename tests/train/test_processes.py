@@ -17,11 +17,11 @@ from torch.nn import Parameter
 from lorakeet.data.chat import Example
 from lorakeet.errors import ConfigError, DataError, RunStopped
 from lorakeet.train import processes as module
-from lorakeet.train import text_task
 from lorakeet.train.launch import Launch, launched
 from lorakeet.train.processes import ALONE, Processes, ProcessLost, joined
 from lorakeet.train.spec import TrainSpec
-from lorakeet.train.text_task import TextTask
+from lorakeet.train.text import task as text_task
+from lorakeet.train.text.task import TextTask
 from tiny.together import Together, together
 
 HERE = "train.test_processes"

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from lorakeet.core.plan import Plan, PlanEntry
 from lorakeet.errors import ConfigError, RunStopped
-from lorakeet.formats import peft
+from lorakeet.formats.peft import peft
 from lorakeet.train import checkpoint
 from lorakeet.train.interrupt import Interrupt
 from lorakeet.train.log import read_metrics

@@ -11,18 +11,18 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 
 from lorakeet.core.adapter import Adapter
-from lorakeet.core.layers import LoraLinear, base_of, new_pair
+from lorakeet.core.layers.linear import LoraLinear, base_of, new_pair
 from lorakeet.core.lowrank import LoraPair
 from lorakeet.core.plan import PlanEntry
 from lorakeet.data.batches import StepOrder
 from lorakeet.data.chat import Example
 from lorakeet.data.pack import Batch, micro_batches
-from lorakeet.formats import peft
+from lorakeet.formats.peft import peft
 from lorakeet.train.processes import ALONE
 from lorakeet.train.pruning import Pruning
 from lorakeet.train.spec import TrainSpec
 from lorakeet.train.task import HeldOut, Size, by_batch
-from lorakeet.train.text_loss import text_loss
+from lorakeet.train.text.loss import text_loss
 
 VOCAB, HIDDEN = 40, 16
 

@@ -16,14 +16,14 @@ from lorakeet.evaluate.certificate import read_certificate
 from lorakeet.evaluate.compare import Comparison
 from lorakeet.evaluate.intervals import Estimate
 from lorakeet.evaluate.likelihood import RowLosses
-from lorakeet.evaluate.rank_values import CurvePoint, RankCurve
-from lorakeet.evaluate.report import read_report
+from lorakeet.evaluate.report.rank_values import CurvePoint, RankCurve
+from lorakeet.evaluate.report.report import read_report
 from lorakeet.evaluate.spec import EvaluateSpec
-from lorakeet.formats import peft
+from lorakeet.formats.peft import peft
 from lorakeet.workflows import compress as compressing
 from lorakeet.workflows.compress import _why_none, compress
 from lorakeet.workflows.evaluate import evaluate
-from lorakeet.workflows.opened import open_adapter
+from lorakeet.workflows.runs.open_adapter import open_adapter
 from tiny.runs import quiet, reviews, run, tree, write_rows
 
 

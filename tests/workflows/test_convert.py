@@ -16,8 +16,10 @@ from safetensors.torch import load_file, save_file
 from lorakeet.cli.main import main
 from lorakeet.core.adapter import Adapter, Pair
 from lorakeet.errors import EnvironmentProblem, VerificationFailed
-from lorakeet.formats import diffusers, kohya, mlx, peft
+from lorakeet.formats import mlx
 from lorakeet.formats.detect import read_adapter
+from lorakeet.formats.diffusion import diffusers, kohya
+from lorakeet.formats.peft import peft
 from lorakeet.workflows import convert as module
 from lorakeet.workflows.convert import convert
 from tiny.adapters import random_adapter

@@ -14,7 +14,7 @@ import transformers
 
 from lorakeet.config import RunConfig, read_run
 from lorakeet.errors import ConfigError, DataError, EnvironmentProblem
-from lorakeet.evaluate.report import read_report
+from lorakeet.evaluate.report.report import read_report
 from lorakeet.evaluate.spec import EvaluateSpec
 from lorakeet.workflows.evaluate import evaluate
 from tiny.models import save_tiny_llama
@@ -90,7 +90,7 @@ def test_a_bare_adapter_of_peft_needs_only_a_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: Callable[[int], list[Any]], metric: str
 ) -> None:
     quick = partial(RunConfig, evaluate=EvaluateSpec(resamples=200, drift_texts=2, drift_tokens=4))
-    monkeypatch.setattr("lorakeet.workflows.opened.RunConfig", quick)
+    monkeypatch.setattr("lorakeet.workflows.runs.open_adapter.RunConfig", quick)
     base = save_tiny_llama(tmp_path / "base")
     by_peft(tmp_path / "adapter", transformers.AutoModelForCausalLM.from_pretrained(base), target_modules=["q_proj"])
     data = write_rows(tmp_path / "rows.jsonl", kind(9))

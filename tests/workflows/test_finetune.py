@@ -19,16 +19,16 @@ from lorakeet.core.adapter import Adapter
 from lorakeet.data.split import read_split_record
 from lorakeet.errors import ConfigError, DataError, EnvironmentProblem, RunStopped
 from lorakeet.evaluate.certificate import read_certificate
-from lorakeet.evaluate.report import read_report
-from lorakeet.formats import peft
-from lorakeet.models.load import set_attention
-from lorakeet.models.text import TextModel
+from lorakeet.evaluate.report.report import read_report
+from lorakeet.formats.peft import peft
+from lorakeet.models.text.load import set_attention
+from lorakeet.models.text.model import TextModel
 from lorakeet.train.checkpoint import found
 from lorakeet.train.log import read_metrics
-from lorakeet.workflows import assemble as assembling
 from lorakeet.workflows import finetune as workflow
 from lorakeet.workflows.finetune import finetune
-from lorakeet.workflows.opened import open_adapter
+from lorakeet.workflows.finetuning import assemble_text as assembling
+from lorakeet.workflows.runs.open_adapter import open_adapter
 from tiny.models import save_tiny_llama
 from tiny.peft_oracle import into_peft
 from tiny.runs import adapter_bytes, chats, quiet, reviews, run, settings, tree, write_rows

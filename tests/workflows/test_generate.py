@@ -18,15 +18,16 @@ from lorakeet.cli.main import main
 from lorakeet.config import dump_yaml, read_run
 from lorakeet.core.adapter import Adapter
 from lorakeet.core.spec import LoraSpec
-from lorakeet.data.images import open_pixels
+from lorakeet.data.images.folder import open_pixels
 from lorakeet.errors import ConfigError, DataError
-from lorakeet.formats import diffusers, peft
+from lorakeet.formats.diffusion import diffusers
+from lorakeet.formats.peft import peft
 from lorakeet.formats.sd_names import with_components, without_component
-from lorakeet.models.image import image_plan, load_image_model
+from lorakeet.models.image.model import image_plan, load_image_model
 from lorakeet.models.inject import adapter_of, inject, trained_parameters
 from lorakeet.models.spec import ModelSpec
 from lorakeet.workflows.generate import _base_of, generate, parse_mix
-from lorakeet.workflows.verbs import GenerateOptions
+from lorakeet.workflows.options import GenerateOptions
 from tiny.image_runs import image_config, image_run
 from tiny.pipelines import save_tiny_sd
 

@@ -13,16 +13,16 @@ from rich.console import Console
 
 from lorakeet.cli.main import lorakeet
 from lorakeet.errors import ConfigError
-from lorakeet.memory.card import CONTEXT
-from lorakeet.workflows import image_forecast
+from lorakeet.memory.cuda import CONTEXT
 from lorakeet.workflows.image_plan import ImagePlanResult, plan_images
+from lorakeet.workflows.planning import image_run
 from tiny.image_runs import image_config
 
 
 @pytest.fixture
 def no_probe(monkeypatch: pytest.MonkeyPatch) -> None:
     """What the process holds beside tensors is a number, and not measured by running a small model."""
-    monkeypatch.setattr(image_forecast, "runtime_bytes", lambda config, dtype: 10**9)
+    monkeypatch.setattr(image_run, "runtime_bytes", lambda config, dtype: 10**9)
 
 
 @pytest.fixture

@@ -19,7 +19,7 @@ from lorakeet.cli.main import main
 from lorakeet.core.adapter import Adapter
 from lorakeet.errors import ConfigError, DataError, EnvironmentProblem, VerificationFailed
 from lorakeet.evaluate.certificate import Certificate, read_certificate
-from lorakeet.formats import peft
+from lorakeet.formats.peft import peft
 from lorakeet.merge.fold import MergeResult, merge_into
 from lorakeet.workflows import merge as workflow
 from lorakeet.workflows.merge import merge

@@ -19,10 +19,10 @@ from lorakeet.cli.main import lorakeet
 from lorakeet.config import RunConfig, read_run
 from lorakeet.errors import ConfigError
 from lorakeet.quant.spec import QuantSpec
-from lorakeet.train.rehearsal import Rows
 from lorakeet.workflows import plan as plan_module
-from lorakeet.workflows.forecast_run import Precision
 from lorakeet.workflows.plan import PlanResult, plan
+from lorakeet.workflows.planning.forecast_text_run import Precision
+from lorakeet.workflows.planning.rehearse_text import Rows
 from tiny.gguf_file import write_tiny_gguf
 
 SMALL = {

@@ -16,11 +16,11 @@ from transformers.pytorch_utils import Conv1D
 
 from lorakeet.cli.main import main
 from lorakeet.errors import ConfigError
-from lorakeet.formats.safe import open_safetensors
-from lorakeet.models.load import load_text_model
-from lorakeet.models.quantized import linear_layers
+from lorakeet.formats.files.safetensors_file import open_safetensors
+from lorakeet.models.files.quantized import linear_layers
 from lorakeet.models.spec import ModelSpec
-from lorakeet.models.text import TextModel
+from lorakeet.models.text.load import load_text_model
+from lorakeet.models.text.model import TextModel
 from lorakeet.quant.packed import PackedBase
 from lorakeet.quant.spec import QuantSpec
 from lorakeet.workflows.quantize import LAYOUTS, _part, bytes_of_packing, quantize

@@ -23,12 +23,12 @@ import pytest
 import torch
 
 from lorakeet.cli.main import main
-from lorakeet.core.threads import compute_with
 from lorakeet.errors import ConfigError, VerificationFailed
 from lorakeet.evaluate.certificate import read_certificate
-from lorakeet.formats import peft
 from lorakeet.formats.detect import read_adapter
+from lorakeet.formats.peft import peft
 from lorakeet.formats.vllm import misread
+from lorakeet.kernels.threads import compute_with
 from lorakeet.workflows.serve import _cores, cores_for_the_engine, what_there_is_kept
 from lorakeet.workflows.verify import verify
 from tiny.adapters import random_adapter

@@ -15,10 +15,10 @@ from rich.console import Console
 from lorakeet.config import read_run
 from lorakeet.data.pack import pack
 from lorakeet.errors import ConfigError, DataError, EnvironmentProblem
-from lorakeet.evaluate.report import read_report
+from lorakeet.evaluate.report.report import read_report
 from lorakeet.models import modules
 from lorakeet.workflows import tune as tuning
-from lorakeet.workflows.assemble import Assembly, assemble
+from lorakeet.workflows.finetuning.assemble_text import Assembly, assemble
 from lorakeet.workflows.tune import Tuned, tune
 from tiny.image_runs import image_config
 from tiny.runs import quiet, reviews, settings, write_rows

@@ -18,16 +18,16 @@ from lorakeet.core.adapter import Adapter, Pair
 from lorakeet.data.prepare import load_dataset
 from lorakeet.errors import ConfigError, VerificationFailed
 from lorakeet.evaluate.certificate import Check, read_certificate
-from lorakeet.evaluate.report import read_report
+from lorakeet.evaluate.report.report import read_report
 from lorakeet.export.llama_cpp import quantise
-from lorakeet.formats import peft
 from lorakeet.formats.gguf import permute, unpermute
-from lorakeet.models.load import load_tokenizer, read_config
+from lorakeet.formats.peft import peft
+from lorakeet.models.text.load import load_tokenizer, read_config
 from lorakeet.serve.probe import read_record
-from lorakeet.workflows.arrange import Arrangement
-from lorakeet.workflows.artefacts import live_side
-from lorakeet.workflows.compare_artefact import GREEDY_TOKENS, positions_of_answer
-from lorakeet.workflows.opened import open_adapter
+from lorakeet.workflows.planning.text_run import Arrangement
+from lorakeet.workflows.runs.open_adapter import open_adapter
+from lorakeet.workflows.verification.artefact import live_side
+from lorakeet.workflows.verification.checks import GREEDY_TOKENS, positions_of_answer
 from lorakeet.workflows.verify import certify_artefacts, probes_of, size_of_check, verify
 from tiny.exports import loud_run, write_folder, write_lora, write_model
 from tiny.runs import quiet

@@ -21,7 +21,7 @@ from lorakeet import __version__
 from lorakeet.errors import ConfigError, LorakeetError, nearest
 from lorakeet.train.interrupt import terminable
 from lorakeet.train.launch import launched
-from lorakeet.workflows.verbs import VERBS, Verb
+from lorakeet.workflows.options import VERBS, Verb
 
 __all__ = ["main"]
 

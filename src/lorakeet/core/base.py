@@ -14,10 +14,10 @@ from typing import NamedTuple, Protocol, cast, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from lorakeet.core.in_tiles import InTiles, Kernels
-from lorakeet.core.native import dense, ops
-from lorakeet.core.native.coded import MOST
-from lorakeet.core.native.stored import CODED, DENSE, Stored
+from lorakeet.kernels.cpu import dense, operators
+from lorakeet.kernels.cpu.int8_rows import MOST
+from lorakeet.kernels.cpu.stored import CODED, DENSE, Stored
+from lorakeet.kernels.tiled_weight import InTiles, Kernels
 
 
 class FrozenBase(Protocol):
@@ -205,7 +205,7 @@ class DenseBase:
         weight = self.weight
         if self.turned or self.kernels is not None or weight.requires_grad or weight.dim() != 2:
             return None
-        read = type(weight) in ops.READ and ops.serves(torch.bfloat16, weight)
+        read = type(weight) in operators.READ and operators.serves(torch.bfloat16, weight)
         return Stored(DENSE, weight.shape[0], weight.shape[1], weight.data_ptr(), held=(weight.detach(),)) if read else None
 
     def tensors(self) -> Sequence[Tensor]:
@@ -214,7 +214,7 @@ class DenseBase:
 
     def in_tiles(self) -> InTiles | None:
         """W as Triton kernels read it; None where its rows or columns do not lie in one piece each."""
-        from lorakeet.core.triton_tiles import dense as tiled
+        from lorakeet.kernels.triton.tiles import dense as tiled
 
         held = self.dense()
         return tiled(held) if 1 in held.stride() else None

@@ -1,7 +1,7 @@
 """When Lorakeet's own Triton kernels compute with a frozen weight: where they were asked for, on a CUDA device, for few tokens.
 
-Passes over states (norms, gates, rotations) ask here too (core/passes). A base that the kernels can read answers `in_tiles()`
-(core/in_tiles). Two things are made of that (core/triton_tiles):
+Passes over states (norms, gates, rotations) ask here too (core/fused/elementwise). A base that the kernels can read answers
+`in_tiles()` (kernels/tiled_weight). Two things are made of that (kernels/triton/tiles):
 
     unpack     a packed weight into a dense matrix, the same bits as by torch's operations, in one pass
     product    x·Wᵀ + s·(x·Aᵀ)·Bᵀ, or g·W + s·(g·B)·A, W brought back tile by tile on the way: W is read once and never written
@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from lorakeet.core.base import FrozenBase
-from lorakeet.core.in_tiles import InTiles, Kernels
+from lorakeet.kernels.tiled_weight import InTiles, Kernels
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 CAPABILITY = (8, 0)  # the least of a card: bf16 on tensor cores, and what the kernels were compiled for
@@ -94,7 +94,7 @@ def unpacks(base: FrozenBase, out: Tensor, buffers: Iterable[Tensor]) -> bool:
 
 def unpack(tiles: InTiles, out: Tensor, first: int = 0) -> Tensor:
     """Writes rows of W from `first` on into `out`, contiguous, as many numbers as it has, each rounded once; returns it."""
-    from lorakeet.core.triton_tiles import unpack as launch
+    from lorakeet.kernels.triton.tiles import unpack as launch
 
     return launch(tiles, out, first)
 
@@ -104,7 +104,7 @@ def product(base: FrozenBase, x: Tensor, *, transposed: bool = False) -> Tensor 
     tiles = _tiles(base, (x,))
     if tiles is None:
         return None
-    from lorakeet.core.triton_tiles import product as launch
+    from lorakeet.kernels.triton.tiles import product as launch
 
     return launch(tiles, x, transposed=transposed)[0]
 
@@ -118,8 +118,8 @@ def low_rank_product(base: FrozenBase, x: Tensor, A: Tensor, B: Tensor, scale: f
     tiles = _tiles(base, (x, A, B)) if len(A) <= RANK else None
     if tiles is None:
         return None
-    from lorakeet.core.triton_tiles import Pair
-    from lorakeet.core.triton_tiles import product as launch
+    from lorakeet.kernels.triton.tiles import Pair
+    from lorakeet.kernels.triton.tiles import product as launch
 
     y, shrunk = launch(tiles, x, Pair(A, B.t(), before=1.0, after=scale))
     assert shrunk is not None
@@ -135,8 +135,8 @@ def low_rank_product_t(base: FrozenBase, grad: Tensor, A: Tensor, B: Tensor, sca
     tiles = _tiles(base, (grad, A, B)) if len(A) <= RANK else None
     if tiles is None:
         return None
-    from lorakeet.core.triton_tiles import Pair
-    from lorakeet.core.triton_tiles import product as launch
+    from lorakeet.kernels.triton.tiles import Pair
+    from lorakeet.kernels.triton.tiles import product as launch
 
     grad_x, u = launch(tiles, grad, Pair(B.t(), A, before=scale, after=1.0), transposed=True)
     assert u is not None

@@ -141,7 +141,7 @@ class LoraPair(nn.Module):
     anchor_B: Tensor | None
 
     def __init__(self, entry: PlanEntry, *, device: torch.device | str = "cpu", bias: bool = False) -> None:
-        """A and B are zeros; core/frozen_pair makes pairs of given ones."""
+        """A and B are zeros; core/batched/frozen_pair makes pairs of given ones."""
         super().__init__()
         # Not one by one: nn.Module looks at each as if it were a tensor.
         vars(self).update(kind=entry.kind, scale=entry.scale, scale_rule=entry.scale_rule, dropout=entry.dropout)

@@ -3,7 +3,7 @@ the products with their frozen weights.
 
         h = x·Aᵀ      y += s·h·Bᵀ            u = s·g·B      ∂x += u·A      ∂B = s·gᵀ·h      ∂A = uᵀ·x
 
-The rank-sized factor is multiplied first, so no (out, in) matrix is ever formed. Where core/native serves, all pairs of a batch
+The rank-sized factor is multiplied first, so no (out, in) matrix is ever formed. Where kernels/cpu serves, all pairs of a batch
 are multiplied in one call; else part by part in torch's products, which give the same to rounding.
 """
 
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from lorakeet.core.math import add_low_rank, grad_of_b, shrink_grad
-from lorakeet.core.native import trained_pairs as native
+from lorakeet.kernels.cpu import trained_pairs as native
 
 
 class Placed(NamedTuple):
@@ -41,9 +41,9 @@ class PairProducts:
     """
 
     def __init__(self, places: Sequence[Placed], products: torch.dtype, *, in_c: bool = True) -> None:
-        """For products in that dtype; `in_c`: by core/native where it serves."""
+        """For products in that dtype; `in_c`: by kernels/cpu where it serves."""
         self.places, self.products = tuple(places), products
-        self.in_one_call = False  # whether core/native multiplies
+        self.in_one_call = False  # whether kernels/cpu multiplies
         alike = groupby(range(len(self.places)), lambda pair: self.places[pair][:2])
         self.parts = [(slice(*rows), list(pairs)) for rows, pairs in alike]  # rows, and the numbers of the pairs
         self._in_c = in_c

@@ -1,4 +1,4 @@
-"""Dense weights in the order in which they are multiplied, for inference on a CPU: Lorakeet's own (core/native), else oneDNN's.
+"""Dense weights in the order in which they are multiplied, for inference on a CPU: Lorakeet's own (kernels/cpu), else oneDNN's.
 
 A product of a few tokens with a plain weight spends half of its time on bringing the weight into an order. Done once, 16 tokens
 in bf16 take 0.5 to 0.65 of the time by oneDNN, and one token half; in Lorakeet's own order 0.7 and 0.55 of that (docs/log.md).
@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from lorakeet.core.base import FrozenBase, matmul_each
-from lorakeet.core.device import is_cpu
 from lorakeet.core.lowrank import frozen_linear
-from lorakeet.core.native.linear import Beside, Panels, can_panel
+from lorakeet.kernels.cpu.panels import Beside, Panels, can_panel
+from lorakeet.kernels.device import is_cpu
 
 
 class Order(Protocol):

@@ -75,7 +75,7 @@ class Selection:
         self._arranged: dict[tuple[int, torch.device], Arrangement] = {}
         self._roomy = 0  # divisions in a row that used less than half of the places
         self._tables: list[weakref.ref[Tables]] = []
-        self.copies: Tables | None = None  # of mixes on all layers, where these are made at once (core/mix_copies)
+        self.copies: Tables | None = None  # of mixes on all layers, where these are made at once (core/batched/mix_copies)
 
     def __deepcopy__(self, memo: dict[int, object]) -> Selection:
         """For copies of the layers: the same adapters count, and what layers made of them is made anew."""

@@ -14,9 +14,9 @@ import yaml
 
 from lorakeet.evaluate.certificate import Certificate
 from lorakeet.evaluate.intervals import Estimate
-from lorakeet.evaluate.report import Report
+from lorakeet.evaluate.report.report import Report
 from lorakeet.evaluate.wording import METRIC_WORDS, metric_words, number, signed
-from lorakeet.models.origin import card_facts
+from lorakeet.models.files.origin import card_facts
 
 _HUB = "hub:"
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lorakeet.core.adapter import Adapter
-from lorakeet.core.tiles import PART, Rows, as_matrix, parts
+from lorakeet.core.tiled_product import PART, Rows, as_matrix, parts
 from lorakeet.merge.checkpoint import Checkpoint, open_checkpoint
 from lorakeet.merge.edits import Edits, edits_for
 
@@ -77,7 +77,7 @@ class InFp32:
         return torch.float32
 
     def as_matrix(self) -> InFp32:
-        """With all dimensions but the last laid end to end as rows (core/tiles.Stack)."""
+        """With all dimensions but the last laid end to end as rows (core/tiled_product.Stack)."""
         return InFp32(as_matrix(self.stored))
 
     def __getitem__(self, part: slice) -> Tensor:

@@ -21,12 +21,12 @@ import torch
 from torch import Tensor
 
 from lorakeet.core.adapter import Adapter
-from lorakeet.core.tiles import Rows, as_matrix, parts
+from lorakeet.core.tiled_product import Rows, as_matrix, parts
 from lorakeet.errors import ConfigError, DataError, EnvironmentProblem, Problems
 from lorakeet.export.folded import Folded
 from lorakeet.export.gguf_layout import ModelLayout, layout_of
 from lorakeet.export.vocabulary import Vocabulary, name_for_llama_cpp, vocabulary_of
-from lorakeet.formats.gguf_header import check_gguf, gguf_package
+from lorakeet.formats.files.gguf_header import check_gguf, gguf_package
 from lorakeet.quant.gguf import read_gguf
 
 DIRECT = {"f32": ("F32", 0), "f16": ("F16", 1), "bf16": ("BF16", 32), "q8_0": ("Q8_0", 7)}  # type, general.file_type

@@ -18,7 +18,7 @@ from urllib.parse import urlsplit
 
 from lorakeet.errors import ConfigError, EnvironmentProblem
 from lorakeet.export.ollama import OllamaModel
-from lorakeet.formats.digest import sha256_of
+from lorakeet.formats.files.digest import sha256_of
 
 DEFAULT_HOST = "http://127.0.0.1:11434"
 _PIECE = 1 << 20

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from lorakeet.errors import ConfigError, EnvironmentProblem
-from lorakeet.formats.safe import save_text, stored_bytes, stream_safetensors
+from lorakeet.formats.files.safetensors_file import save_text, stored_bytes, stream_safetensors
 from lorakeet.memory.spill import Aside
 from lorakeet.merge.checkpoint import CONFIG, INDEX, SINGLE, copy_along
 

@@ -13,13 +13,13 @@ from torch import Tensor
 
 from lorakeet.errors import ConfigError, EnvironmentProblem
 from lorakeet.export.packed_model import Part, write_model
-from lorakeet.formats.json_object import read_object
-from lorakeet.formats.safe import SafeFile
+from lorakeet.formats.files.json_object import read_object
+from lorakeet.formats.files.safetensors_file import SafeFile
 from lorakeet.memory.spill import Aside
 from lorakeet.merge.checkpoint import CONFIG, files_along
-from lorakeet.models.gguf_packed import file_blocks
-from lorakeet.models.layout import PackedLayout
-from lorakeet.models.stock import tensor_files
+from lorakeet.models.files.gguf_packed import file_blocks
+from lorakeet.models.files.stored_tensors import tensor_files
+from lorakeet.models.text.packed_layout import PackedLayout
 from lorakeet.quant import gptq, on_disk
 from lorakeet.quant.gguf import GgufBase
 from lorakeet.quant.gptq import GptqBase

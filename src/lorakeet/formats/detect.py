@@ -10,12 +10,14 @@ from typing import Literal
 
 from lorakeet.core.adapter import Adapter
 from lorakeet.errors import DataError, unreadable
-from lorakeet.formats import diffusers, gguf, kohya, lycoris, mlx, peft
-from lorakeet.formats.base_model import BaseModel
-from lorakeet.formats.dense import Compression
-from lorakeet.formats.gguf_header import MAGIC
-from lorakeet.formats.peft_config import CONFIG_NAME
-from lorakeet.formats.safe import open_safetensors
+from lorakeet.formats import gguf, mlx
+from lorakeet.formats.diffusion import diffusers, kohya, lycoris
+from lorakeet.formats.diffusion.dense import Compression
+from lorakeet.formats.files.base_model import BaseModel
+from lorakeet.formats.files.gguf_header import MAGIC
+from lorakeet.formats.files.safetensors_file import open_safetensors
+from lorakeet.formats.peft import peft
+from lorakeet.formats.peft.peft_config import CONFIG_NAME
 from lorakeet.formats.surplus import surplus_rank
 
 Format = Literal["peft", "kohya", "diffusers", "gguf", "mlx", "lycoris"]

@@ -9,8 +9,8 @@ from lorakeet.core.adapter import Adapter, Pair
 from lorakeet.core.dora import DoraPair
 from lorakeet.core.plan import PlanEntry
 from lorakeet.errors import ConfigError
-from lorakeet.formats.base_model import BaseModel
-from lorakeet.formats.dense import Compression, compress
+from lorakeet.formats.diffusion.dense import Compression, compress
+from lorakeet.formats.files.base_model import BaseModel
 
 
 def fold_dora(adapter: Adapter, base: BaseModel | None, compression: Compression, say: Callable[[str], None]) -> Adapter:

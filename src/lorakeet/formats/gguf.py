@@ -24,11 +24,11 @@ from torch import Tensor
 from lorakeet.core.adapter import Adapter, Pair
 from lorakeet.core.math import Kind, alpha_for
 from lorakeet.errors import ConfigError, DataError, Problems, nearest, unreadable
-from lorakeet.formats.base_model import BaseModel
-from lorakeet.formats.gguf_header import check_gguf, gguf_package
-from lorakeet.formats.limits import check_holds
+from lorakeet.formats.files.base_model import BaseModel
+from lorakeet.formats.files.gguf_header import check_gguf, gguf_package
+from lorakeet.formats.files.limits import check_holds
+from lorakeet.formats.files.tensors import check_finite, factor_problem
 from lorakeet.formats.sd_names import table
-from lorakeet.formats.tensors import check_finite, factor_problem
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

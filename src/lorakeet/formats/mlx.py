@@ -21,11 +21,11 @@ from torch import Tensor
 from lorakeet.core.adapter import Adapter, Pair
 from lorakeet.core.math import alpha_for
 from lorakeet.errors import ConfigError, DataError, Problems
-from lorakeet.formats.json_object import read_object
-from lorakeet.formats.limits import all_or_none_dora, check_holds
-from lorakeet.formats.safe import open_safetensors, save_tensors, save_text
+from lorakeet.formats.files.json_object import read_object
+from lorakeet.formats.files.limits import all_or_none_dora, check_holds
+from lorakeet.formats.files.safetensors_file import open_safetensors, save_tensors, save_text
+from lorakeet.formats.files.tensors import read_tensors
 from lorakeet.formats.sd_names import component_of
-from lorakeet.formats.tensors import read_tensors
 
 MODEL_NAME = "adapters.safetensors"
 CONFIG_NAME = "adapter_config.json"

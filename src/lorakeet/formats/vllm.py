@@ -12,7 +12,7 @@ import torch
 
 from lorakeet.core.adapter import Adapter, Pair
 from lorakeet.errors import ConfigError
-from lorakeet.formats.limits import check_holds
+from lorakeet.formats.files.limits import check_holds
 
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # what --max-lora-rank takes
 

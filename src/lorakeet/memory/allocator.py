@@ -11,7 +11,7 @@ import ctypes
 import math
 import platform
 
-from lorakeet.core.native.rooms import ROOMS
+from lorakeet.kernels.cpu.workspace import ROOMS
 
 LARGEST_HEAP_PIECE = 32 << 20  # bytes; glibc raises its threshold up to this as pieces are freed (mallopt(3))
 SLACK = 0.36  # of the tensors that come and go on the heap, at their peak; benchmarks/plan_accuracy.py measures it

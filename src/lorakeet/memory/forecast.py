@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lorakeet.memory.allocator import slack
-from lorakeet.memory.held import Held
+from lorakeet.memory.usage import Held
 
 KINDS = ("runtime", "base", "adapter", "moments", "gradients", "saved activations", "logits", "scratch", "allocator")
 

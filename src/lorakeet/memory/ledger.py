@@ -27,13 +27,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from lorakeet.core import card_rows
-from lorakeet.core.native import coded, dense, stored, trained_pairs
-from lorakeet.core.native import ops as native
+from lorakeet.core.fused import flash_varlen
+from lorakeet.kernels.cpu import dense, int8_rows, stored, trained_pairs
+from lorakeet.kernels.cpu import operators as native
 from lorakeet.memory.allocator import LARGEST_HEAP_PIECE
-from lorakeet.memory.held import KEPT, OUTSIDE, Held, Stretch
-from lorakeet.memory.known_results import Known, Mode, call_of, known_of
 from lorakeet.memory.lapack import WORKSPACES as LAPACK
+from lorakeet.memory.operator_cache import Known, Mode, call_of, known_of
+from lorakeet.memory.usage import KEPT, OUTSIDE, Held, Stretch
 
 MOST_KNOWN = 1 << 13  # calls, of 1.4 KiB each; beyond these all are forgotten
 _KNOWN: dict[tuple[Any, ...], Known] = {}  # what calls have made, by all ledgers of this process
@@ -266,9 +266,9 @@ FLOPS = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward_flops,
     torch.ops.lorakeet.row_attention: native.flops,
     torch.ops.lorakeet.row_attention_backward: native.flops_backward,
-    torch.ops.lorakeet.card_rows: card_rows.flops,
-    torch.ops.lorakeet.card_rows_backward: card_rows.flops_backward,
-    torch.ops.lorakeet.coded_product: coded.flops,
+    torch.ops.lorakeet.card_rows: flash_varlen.flops,
+    torch.ops.lorakeet.card_rows_backward: flash_varlen.flops_backward,
+    torch.ops.lorakeet.coded_product: int8_rows.flops,
     torch.ops.lorakeet.dense_product: dense.flops,
     torch.ops.lorakeet.dense_product_add_: dense.flops_of_sum,
     torch.ops.lorakeet.stored_product: stored.flops,
@@ -284,9 +284,9 @@ WORKSPACES: Mapping[Any, Callable[..., int]] = {
     **LAPACK,
     native.ROW_ATTENTION: native.workspace,
     native.ROW_ATTENTION_BACKWARD: native.workspace_backward,
-    card_rows.CARD_ROWS: card_rows.workspace,
-    card_rows.CARD_ROWS_BACKWARD: card_rows.workspace_backward,
-    coded.CODED_PRODUCT: coded.workspace,
+    flash_varlen.CARD_ROWS: flash_varlen.workspace,
+    flash_varlen.CARD_ROWS_BACKWARD: flash_varlen.workspace_backward,
+    int8_rows.CODED_PRODUCT: int8_rows.workspace,
     dense.DENSE_PRODUCT: dense.workspace,
     dense.DENSE_PRODUCT_ADD: dense.workspace_of_sum,
     stored.STORED_PRODUCT: stored.workspace,

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lorakeet.core.tiles import Rows
+from lorakeet.core.tiled_product import Rows
 from lorakeet.errors import EnvironmentProblem
 from lorakeet.memory.store import raw_bytes
 
@@ -102,7 +102,7 @@ class Aside:
 
 @dataclass(frozen=True)
 class _KeptRows:
-    """A matrix in a scratch file (core/tiles.Rows)."""
+    """A matrix in a scratch file (core/tiled_product.Rows)."""
 
     read: Callable[[int, torch.dtype, tuple[int, ...]], Tensor]
     begin: int

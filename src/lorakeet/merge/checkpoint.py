@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from lorakeet.errors import ConfigError, DataError
-from lorakeet.formats.json_object import read_object
-from lorakeet.formats.safe import SafeFile, Stored, open_safetensors, read_index
+from lorakeet.formats.files.json_object import read_object
+from lorakeet.formats.files.safetensors_file import SafeFile, Stored, open_safetensors, read_index
 
 CONFIG = "config.json"
 SINGLE = "model.safetensors"

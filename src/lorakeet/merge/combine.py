@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from lorakeet.core.adapter import Adapter, Pair, TokenRows
+from lorakeet.core.initialise import seed_for
 from lorakeet.core.math import Kind, delta
-from lorakeet.core.start import seed_for
 from lorakeet.errors import Problems, nearest
 from lorakeet.merge.factors import LowRank, best_of_factors, best_of_matrix, stacked
 from lorakeet.merge.methods import METHODS, Method, Part, one_of

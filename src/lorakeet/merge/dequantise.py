@@ -11,17 +11,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lorakeet.core.tiles import Rows
+from lorakeet.core.tiled_product import Rows
 from lorakeet.errors import ConfigError, DataError
-from lorakeet.formats.json_object import read_object
-from lorakeet.formats.safe import SafeFile, Stored
+from lorakeet.formats.files.json_object import read_object
+from lorakeet.formats.files.safetensors_file import SafeFile, Stored
 from lorakeet.merge.checkpoint import CONFIG, Checkpoint
 from lorakeet.models import modules
-from lorakeet.models.load import read_config
-from lorakeet.models.quantized import owners, packable, skeleton
-from lorakeet.models.stock import READERS, Stock, stored_quantisation, tensor_files
-from lorakeet.quant.adopt import quantised
+from lorakeet.models.files.quantized import owners, packable, skeleton
+from lorakeet.models.files.stored_tensors import READERS, Stock, stored_quantisation, tensor_files
+from lorakeet.models.text.load import read_config
 from lorakeet.quant.gptq import PARTS
+from lorakeet.quant.replace import quantised
 from lorakeet.quant.spec import QuantSpec
 
 

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from lorakeet.core.adapter import Adapter, Pair
-from lorakeet.core.experts import supports
+from lorakeet.core.initialise import seed_for
+from lorakeet.core.layers.experts import supports
 from lorakeet.core.math import Kind
-from lorakeet.core.start import seed_for
 from lorakeet.errors import ConfigError, Problems
 from lorakeet.merge.checkpoint import Checkpoint
 from lorakeet.merge.edits import HEADS, expert_parts, find_shared

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lorakeet.core.start import leading_factors
+from lorakeet.core.initialise import leading_factors
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ def best_of_factors(A: Tensor, B: Tensor, rank: int) -> LowRank:
 
 
 def best_of_matrix(change: Tensor, rank: int, seed: int) -> LowRank:
-    """The best approximation of `change` (out, in) of at most `rank`; of large matrices nearly so (core/start).
+    """The best approximation of `change` (out, in) of at most `rank`; of large matrices nearly so (core/initialise).
 
     The error is measured on the result, not estimated.
     """

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from lorakeet.core.adapter import Adapter
 from lorakeet.errors import ConfigError, EnvironmentProblem
-from lorakeet.formats.safe import save_text, stored_bytes, stream_safetensors
+from lorakeet.formats.files.safetensors_file import save_text, stored_bytes, stream_safetensors
 from lorakeet.merge.checkpoint import CONFIG, INDEX, SINGLE, Checkpoint, copy_along, files_along, open_checkpoint
 from lorakeet.merge.edits import Change, Edit, Edits, edits_for
 from lorakeet.quant.gptq_config import OLD_CONFIG

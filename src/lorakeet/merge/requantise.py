@@ -14,7 +14,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from lorakeet.core.tiles import Rows
+from lorakeet.core.tiled_product import Rows
 from lorakeet.quant.gptq_solve import PACKING, Sensitivity, Walk, output_error
 from lorakeet.quant.packed import PART_BYTES, TILE, PackedBase
 from lorakeet.quant.regrid import Grid, fitted, grid_of

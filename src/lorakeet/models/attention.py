@@ -4,8 +4,8 @@ The model runs on one sequence (1, tokens) with `row_lengths=(n₁, n₂, …)` 
 begin again at each row. Each row attends to itself alone, so the cost is Σn² and not (Σn)²; tokens behind the
 last row are filler.
 
-On a CPU the rows are computed by core/row_attention (torch's own bf16 backward is several times too slow there), on a card in
-half precision by torch's flash kernel, all at once (core/card_rows); one by one where neither can.
+On a CPU the rows are computed by core/fused/packed_attention (torch's own bf16 backward is several times too slow there), on a
+card in half precision by torch's flash kernel, all at once (core/fused/flash_varlen); one by one where neither can.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
-from lorakeet.core import card_rows
-from lorakeet.core.device import is_cpu
-from lorakeet.core.placed_rows import card_kernel
-from lorakeet.core.row_attention import CausalRows, causal_rows
+from lorakeet.core.fused import flash_varlen
+from lorakeet.core.fused.flash_varlen_recorded import card_kernel
+from lorakeet.core.fused.packed_attention import CausalRows, causal_rows
 from lorakeet.errors import EnvironmentProblem
+from lorakeet.kernels.device import is_cpu
 
 VARLEN = "lorakeet_varlen"
 
@@ -42,8 +42,8 @@ def row_attention(
     """query (1, heads, tokens, d), key and value (1, kv heads, tokens, d) to (1, tokens, heads, d), as transformers expects.
 
     Settings used: `row_lengths`, `row_prefix` (tokens that stand once before all rows and belong to each), `row_places` (where
-    rows lie, if a tensor says so: core/placed_rows, with the longest as the one length), `row_cache` (where earlier tokens of
-    the rows are), `row_products` (dtype of the products on a CPU; fp32 if none), `scaling`, `dropout`,
+    rows lie, if a tensor says so: core/fused/flash_varlen_recorded, with the longest as the one length), `row_cache` (where
+    earlier tokens of the rows are), `row_products` (dtype of the products on a CPU; fp32 if none), `scaling`, `dropout`,
     `sliding_window`, `softcap`. Raises EnvironmentProblem for what it does not implement (attention sinks, position biases,
     non-causal attention), so that nothing is left out in silence.
     """
@@ -52,12 +52,12 @@ def row_attention(
     rows, prefix = cast("tuple[int, ...]", lengths), cast(int, settings.get("row_prefix", 0))
     scale = settings.get("scaling") or 1 / math.sqrt(query.shape[-1])
     window, softcap, dropout = settings.get("sliding_window"), settings.get("softcap"), settings.get("dropout") or 0.0
-    if (cache := settings.get("row_cache")) is not None:  # generation: models/kv_cache
+    if (cache := settings.get("row_cache")) is not None:  # generation: models/generate/kv_cache
         q, k, v = (states[0].transpose(0, 1) for states in (query, key, value))
         return cast(Tensor, cache.attend(module.layer_idx, q, k, v, scale=scale, window=window, cap=softcap))[None], None
     plain = softcap is None and dropout == 0.0
     alike = plain and query.dtype == key.dtype == value.dtype and query.shape[-1] == value.shape[-1]
-    if alike and card_rows.serves(query, query.shape[1], key.shape[1], query.shape[-1]):
+    if alike and flash_varlen.serves(query, query.shape[1], key.shape[1], query.shape[-1]):
         kernel = card_kernel(settings.get("row_places"), rows, scale, prefix, window)
         return cast(Tensor, CausalRows.apply(query, key, value, kernel)), None  # type: ignore[no-untyped-call]
     if settings.get("row_places") is not None:

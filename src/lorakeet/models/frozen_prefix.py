@@ -3,7 +3,7 @@
     ids ──► block 0 … depth−1 ──► states, by the row's ids ──► block depth … n−1, in every later pass
 
 For models whose blocks make the states of a row from its ids alone, without chance, and hand nothing else on
-(models/prefix_states tries that). Kept is the input of block `depth`, in the dtype of the model's states.
+(models/text/hidden_states tries that). Kept is the input of block `depth`, in the dtype of the model's states.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from lorakeet.core.layers import AdaptedLayer, BlockStandIn
+from lorakeet.core.layers.linear import AdaptedLayer, BlockStandIn
 from lorakeet.memory.spill import Aside
 from lorakeet.models import modules
 

@@ -1,4 +1,4 @@
-"""Puts the fused pieces of core/fused into a model, where they compute what the model's own modules compute."""
+"""Puts the fused pieces of core/fused/mlp_and_norm into a model, where they compute what the model's own modules compute."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily  # torch offers no public name
 
-from lorakeet.core.decode_block import DecodeBlock
-from lorakeet.core.fused import ACTIVATIONS, MLP, FrozenRmsNorm, GatedMlp
-from lorakeet.core.fused_attention import HEAD_NORMS, INPUTS, RotaryAttention
-from lorakeet.core.layers import BLOCK_PARTS, LoraLinear, StandIn, base_of, new_pair
-from lorakeet.core.native import ops as native
+from lorakeet.core.fused.attention import HEAD_NORMS, INPUTS, RotaryAttention
+from lorakeet.core.fused.decode_block import DecodeBlock
+from lorakeet.core.fused.mlp_and_norm import ACTIVATIONS, MLP, FrozenRmsNorm, GatedMlp
+from lorakeet.core.fused.trained_block import TrainedBlock
+from lorakeet.core.layers.linear import BLOCK_PARTS, LoraLinear, StandIn, base_of, new_pair
 from lorakeet.core.plan import PlanEntry
-from lorakeet.core.trained_block import TrainedBlock
 from lorakeet.errors import EnvironmentProblem
+from lorakeet.kernels.cpu import operators as native
 from lorakeet.models import modules
 from lorakeet.models.attention import VARLEN
 from lorakeet.models.families import Family
@@ -97,7 +97,7 @@ def _is_plain(block: nn.Module, *, training: bool = False) -> bool:
     if not all(isinstance(block._modules[name], kind) for name, kind in zip(BLOCK_PARTS, kinds, strict=True)):
         return False
     if not training and cast(RotaryAttention, block._modules["self_attn"]).head_norms() != []:
-        return False  # core/decode_block knows none
+        return False  # core/fused/decode_block knows none
     first, attention, second, mlp = stubs = (_Stub(0.7), _Stub(1.3, pair=True), _Stub(0.4), _Stub(2.1))
     asked = copy.copy(block)
     asked._forward_hooks, asked._forward_pre_hooks = OrderedDict(), OrderedDict()  # this is no pass that anybody listens to

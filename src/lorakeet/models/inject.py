@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 from lorakeet.core.adapter import Adapter, Pair, TokenRows
 from lorakeet.core.dora import DoraPair
-from lorakeet.core.experts import ExpertPairs, LoraExperts
-from lorakeet.core.extras import Rows, TokenRowsLayer, TrainedModule
-from lorakeet.core.layers import AdaptedLayer, LoraConv2d, LoraEmbedding, LoraLinear, new_pair
+from lorakeet.core.layers.experts import ExpertPairs, LoraExperts
+from lorakeet.core.layers.extras import Rows, TokenRowsLayer, TrainedModule
+from lorakeet.core.layers.linear import AdaptedLayer, LoraConv2d, LoraEmbedding, LoraLinear, new_pair
 from lorakeet.core.lowrank import LoraPair
 from lorakeet.core.plan import ExtraEntry, Plan, PlanEntry
 from lorakeet.core.selection import Selection
@@ -27,8 +27,8 @@ from lorakeet.models import modules
 from lorakeet.models.fits import plan_of
 from lorakeet.models.fuse import unfuse
 from lorakeet.models.token_rows import put_rows, shrink
-from lorakeet.quant.adopt import base_of
 from lorakeet.quant.packed import PackedLinear
+from lorakeet.quant.replace import base_of
 
 
 def inject(

@@ -18,14 +18,14 @@ import torch
 from torch import Tensor, nn
 
 from lorakeet.core.base import DenseBase
-from lorakeet.core.fused import FrozenRmsNorm, made_again, normed, normed_backward
-from lorakeet.core.fused_attention import turned
-from lorakeet.core.in_tiles import Kernels
+from lorakeet.core.fused.attention import turned
+from lorakeet.core.fused.elementwise import passes_over
+from lorakeet.core.fused.mlp_and_norm import FrozenRmsNorm, made_again, normed, normed_backward
 from lorakeet.core.kernels import RANK, low_rank_product, low_rank_product_t, why_not
-from lorakeet.core.layers import LoraLinear
+from lorakeet.core.layers.linear import LoraLinear
 from lorakeet.core.math import add_low_rank, shrink_grad
-from lorakeet.core.passes import passes_over
 from lorakeet.errors import EnvironmentProblem
+from lorakeet.kernels.tiled_weight import Kernels
 from lorakeet.models import modules
 from lorakeet.models.placement import device_for
 from lorakeet.models.spec import ModelSpec
@@ -120,7 +120,7 @@ def check_loss(vocabulary: int, device: torch.device) -> None:
     gradient[torch.arange(LOSS_ROWS, device=device), targets] -= 1
     about = f"{vocabulary} words"
     with _refused(about, device):
-        from lorakeet.core.triton_loss import loss_in_place
+        from lorakeet.kernels.triton.loss import loss_in_place
 
         found = loss_in_place(logits, targets, wants_grad=True)
     rounding = LOSS_ROUNDINGS * torch.finfo(torch.float32).eps

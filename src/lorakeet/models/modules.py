@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from lorakeet.core.layers import AdaptedLayer, StandIn
+from lorakeet.core.layers.linear import AdaptedLayer, StandIn
 from lorakeet.core.math import Kind
 from lorakeet.core.reordered import ReorderedLinear
 from lorakeet.models.families import Family

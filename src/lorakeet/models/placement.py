@@ -6,7 +6,7 @@ import torch
 
 from lorakeet.core.precision import fastest_products
 from lorakeet.errors import ConfigError, EnvironmentProblem
-from lorakeet.memory.product_code import keep_little_code
+from lorakeet.memory.onednn_code import keep_little_code
 from lorakeet.models.spec import ModelSpec
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -75,7 +75,7 @@ def narrow_for(device: torch.device | None) -> str:
 def products_for(spec: ModelSpec, dtype: torch.dtype, device: torch.device) -> torch.dtype:
     """The dtype of matrix products over the frozen weights; auto measures (core/precision).
 
-    Every model's first products come after this, so that oneDNN hears here how much of their code to keep (memory/product_code).
+    Every model's first products come after this, so that oneDNN hears here how much of their code to keep (memory/onednn_code).
     """
     if device.type == "cpu":
         keep_little_code()

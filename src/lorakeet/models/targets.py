@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from lorakeet.core.experts import supports
+from lorakeet.core.layers.experts import supports
 from lorakeet.core.math import Kind
 from lorakeet.core.plan import Plan, PlanEntry, path_range
 from lorakeet.core.spec import MEASURED, LoraSpec, layers_chosen, pattern_value
@@ -16,7 +16,7 @@ from lorakeet.errors import Problems, nearest
 from lorakeet.models import modules
 from lorakeet.models.extra_targets import plan_extras
 from lorakeet.models.families import Family, in_group
-from lorakeet.quant.adopt import weights_in
+from lorakeet.quant.replace import weights_in
 
 KEYWORDS = ("all-linear", "attention", "mlp", "experts", "conv")
 _WORDS = {"attention": ("attn", "attention"), "mlp": ("mlp", "feed_forward", "ffn", "feedforward", "moe")}

@@ -7,7 +7,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from lorakeet.core.extras import Rows, TokenRowsEmbedding, TokenRowsHead, TokenRowsLayer
+from lorakeet.core.layers.extras import Rows, TokenRowsEmbedding, TokenRowsHead, TokenRowsLayer
 from lorakeet.core.plan import ExtraEntry
 from lorakeet.models import modules
 

@@ -8,7 +8,7 @@ The layouts are those of ggml (block_q4_0 … block_q6_K in its ggml-common.h). 
     Q6_K                  x = (d·s)·(q − 32), s an int8 for each 16
 
 Products and sums are taken in fp32 in this order, as ggml's own reference does, so that the numbers are the same to the bit; by
-core/native/gguf.c where whole weights come back to bf16.
+kernels/cpu/gguf.c where whole weights come back to bf16.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lorakeet.core.native.stored import GGUF, Stored, at
-from lorakeet.core.tiles import matrix_shape
+from lorakeet.core.tiled_product import matrix_shape
 from lorakeet.errors import EnvironmentProblem
+from lorakeet.kernels.cpu.stored import GGUF, Stored, at
 from lorakeet.quant.packed import PackedBase, tile_of
 
 
@@ -160,12 +160,13 @@ class FileTensor:
         return torch.float32
 
     def as_matrix(self) -> FileTensor:
-        """With all dimensions but the last laid end to end as rows (core/tiles.Stack)."""
+        """With all dimensions but the last laid end to end as rows (core/tiled_product.Stack)."""
         dtype, stored = self.layout
         return replace(self, shape=matrix_shape(self.shape), layout=(dtype, matrix_shape(stored)))
 
     def __getitem__(self, part: slice) -> Tensor:
-        """What some of the rows mean, read now, in fp32: a tensor of two dimensions or more is had in parts (core/tiles.Rows).
+        """What some of the rows mean, read now, in fp32: a tensor of two dimensions or more is had in parts
+        (core/tiled_product.Rows).
 
         A vector is read whole: its bytes may be no row for each number.
         """

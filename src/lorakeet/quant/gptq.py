@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from lorakeet.core import kernels
-from lorakeet.core.device import is_cpu
-from lorakeet.core.in_tiles import InTiles
-from lorakeet.core.native.stored import GPTQ, Stored, at
+from lorakeet.kernels.cpu.stored import GPTQ, Stored, at
+from lorakeet.kernels.device import is_cpu
+from lorakeet.kernels.tiled_weight import InTiles
 from lorakeet.quant.gptq_grid import Grid, groups_in_order, nearest_codes
 from lorakeet.quant.gptq_pack import BITS, WORD, ZeroFormat, one_less, pack, pack_zeros, unpack_rows, unpack_zeros, words_for
 from lorakeet.quant.packed import PackedBase, tile_of
@@ -99,7 +99,7 @@ class GptqBase(PackedBase):
         return WORD  # whose zero points fill whole words
 
     def in_tiles(self) -> InTiles:
-        from lorakeet.quant.triton_gptq import in_tiles
+        from lorakeet.kernels.triton.gptq import in_tiles
 
         buffers = (self.qweight, self.qzeros, self.scales, self.g_idx)
         return in_tiles(buffers, self.shape, self.bits, self.zero_format == "gptq")

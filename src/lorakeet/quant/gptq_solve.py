@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lorakeet.core.tiles import Rows, tiles
+from lorakeet.core.tiled_product import Rows, tiles
 from lorakeet.errors import DataError
 from lorakeet.quant.gptq import GptqBase
 from lorakeet.quant.gptq_grid import Grid, codes_for, fit, groups_in_order, nearest_codes

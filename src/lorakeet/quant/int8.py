@@ -10,7 +10,8 @@ with sums in int32, which are exact. Coding a row of normal numbers moves it by 
 give has a few columns that are large in every row: the eight largest of x are kept apart and added in x's own dtype (LLM.int8,
 Dettmers 2022, https://arxiv.org/abs/2208.07339), which brings the products of q, k and v five times nearer (docs/log.md). Which
 ones they are is for all rows that are multiplied at once. Judging never does any of this.
-Rows of bf16 on a CPU are coded and multiplied by core/native/coded where that can be had, others by torch; the bits are the same.
+Rows of bf16 on a CPU are coded and multiplied by kernels/cpu/int8_rows where that can be had, others by torch; the bits are the
+same.
 """
 
 from __future__ import annotations
@@ -24,8 +25,8 @@ import torch
 from torch import Tensor, nn
 
 from lorakeet.core.base import Coded
-from lorakeet.core.native import coded as native
-from lorakeet.core.native.stored import INT8, Stored, at
+from lorakeet.kernels.cpu import int8_rows as native
+from lorakeet.kernels.cpu.stored import INT8, Stored, at
 from lorakeet.quant.packed import PackedBase, tile_of
 
 STEPS = 127
@@ -91,7 +92,7 @@ class Int8Base(PackedBase):
             super().add_matmul_t(to, grad)
 
     def code(self, x: Tensor) -> Coded:
-        """x (tokens, in) in steps: in int8 for torch, and in uint8, 128 more, for core/native; its largest columns apart."""
+        """x (tokens, in) in steps: in int8 for torch, and in uint8, 128 more, for kernels/cpu; its largest columns apart."""
         count = native.apart_of(x.shape[1]) if len(x) else 0
         if native.serves(x):
             columns, apart = native.LOUD_COLUMNS(x, count)

@@ -10,9 +10,9 @@ Double quantisation keeps a itself in 8 bits, less its mean, in blocks of 256 wi
         a[j] = DYNAMIC[absmax[j]] · s[j / 256] + mean         4.127 bits a number in all, for blocks of 64
 
 Weights are packed by this file, on the CPU, whatever the device, so that the same weight becomes the same bytes on every
-machine. Whole ones come back to bf16 on a CPU by core/native/stored where that can be had; others by bitsandbytes' kernels where
+machine. Whole ones come back to bf16 on a CPU by kernels/cpu/stored where that can be had; others by bitsandbytes' kernels where
 that package is installed, else by this file: bit for bit the same; and on a GPU, for who asks for it, by a Triton kernel
-(quant/triton_nf4).
+(kernels/triton/nf4).
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ import torch
 from torch import Tensor
 
 from lorakeet.core import kernels
-from lorakeet.core.in_tiles import InTiles
-from lorakeet.core.native.stored import NF4, Stored, at
+from lorakeet.kernels.cpu.stored import NF4, Stored, at
+from lorakeet.kernels.tiled_weight import InTiles
 from lorakeet.quant.packed import PackedBase, tile_of
 
 # Section 3 and appendix E of the paper; fp32 values as published with its code.
@@ -127,7 +127,7 @@ class Nf4Base(PackedBase):
 
     def _in_tiles(self, shape: tuple[int, int]) -> InTiles:
         """The numbers, row after row, as a matrix of `shape`, whose last row may end before its width."""
-        from lorakeet.quant.triton_nf4 import in_tiles
+        from lorakeet.kernels.triton.nf4 import in_tiles
 
         buffers = (self.packed, self.absmax, *(held for held in (self.scales, self.mean) if held is not None))
         tables = _levels(self.packed), _dynamic(self.packed)

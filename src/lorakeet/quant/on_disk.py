@@ -14,7 +14,7 @@ int8 (no other program reads it; config.json says quant_method lorakeet_int8):
     x.weight          int8 (out·in, 1)    rows end to end; transformers, which would skip an unknown quant_method and take the
     x.weight_scale    fp32 (out,)         steps for weights, refuses this shape.  W[r, c] = weight[r·in + c] · weight_scale[r]
 
-GGUF blocks (quant_method lorakeet_gguf: what models/gguf_packed lays out in the cache from a .gguf file):
+GGUF blocks (quant_method lorakeet_gguf: what models/files/gguf_packed lays out in the cache from a .gguf file):
 
     x.weight              uint8 (out, bytes of a row)    the blocks of the file
     x.weight.ggml_type    uint8 (n,)                     the name of their type in ASCII

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from lorakeet.core.base import add_frozen_product, frozen_product
-from lorakeet.core.device import is_cpu
-from lorakeet.core.in_tiles import InTiles, Kernels
 from lorakeet.core.kernels import product
 from lorakeet.core.lowrank import frozen_linear
-from lorakeet.core.native import stored as native
-from lorakeet.core.native.stored import Stored
 from lorakeet.core.scratch import SCRATCH
+from lorakeet.kernels.cpu import stored as native
+from lorakeet.kernels.cpu.stored import Stored
+from lorakeet.kernels.device import is_cpu
+from lorakeet.kernels.tiled_weight import InTiles, Kernels
 
 TILE = 1 << 20  # numbers that are packed or unpacked at once: their temporary copies stay in a CPU's cache
 GPU_TILE = 1 << 24  # on a GPU a call costs more than the memory that it takes
@@ -60,7 +60,7 @@ class PackedBase(nn.Module):
         return next(self._held()).device
 
     def _held(self) -> Iterator[Tensor]:
-        """The packed buffers, some of which are parameters where models/shard has parted them."""
+        """The packed buffers, some of which are parameters where models/text/shard has parted them."""
         return itertools.chain(self.parameters(), self.buffers())
 
     @property
@@ -92,7 +92,7 @@ class PackedBase(nn.Module):
         return None
 
     def stored(self) -> Stored | None:
-        """W as C reads it (core/native/stored); None where it cannot."""
+        """W as C reads it (kernels/cpu/stored); None where it cannot."""
         held = self.tensors()
         plain = self.kernels is None and not self._parameters
         told = self._told() if plain and native.serves(self.shape, held) else None

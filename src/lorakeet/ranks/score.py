@@ -15,8 +15,8 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor, nn
 
+from lorakeet.core.initialise import seed_for
 from lorakeet.core.plan import Plan, PlanEntry
-from lorakeet.core.start import seed_for
 from lorakeet.errors import ConfigError, DataError
 from lorakeet.models import modules
 

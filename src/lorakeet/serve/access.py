@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from lorakeet.errors import ConfigError, LorakeetError, Problems
-from lorakeet.formats.json_object import read_object
+from lorakeet.formats.files.json_object import read_object
 
 EVERYTHING = "*"
 _KEY = re.compile(r"[!-~]{8,}")  # what an HTTP header carries unchanged

@@ -20,13 +20,13 @@ from typing import Literal, TypeVar
 from torch import Tensor
 
 from lorakeet.core.selection import Selection
-from lorakeet.core.threads import compute_with
 from lorakeet.errors import ConfigError, LorakeetError
-from lorakeet.formats.slab import give_back_spare_memory
+from lorakeet.formats.files.slab import give_back_spare_memory
+from lorakeet.kernels.threads import compute_with
 from lorakeet.memory.allocator import give_back_free_memory
-from lorakeet.models.kv_cache import KeyValues, Row, step
-from lorakeet.models.sample import end_ids
-from lorakeet.models.text import TextModel
+from lorakeet.models.generate.kv_cache import KeyValues, Row, step
+from lorakeet.models.generate.sample import end_ids
+from lorakeet.models.text.model import TextModel
 from lorakeet.serve.grammar import Grammar, GrammarFailed
 from lorakeet.serve.sampling import Chooser, Chosen, Sampling, all_finite
 from lorakeet.serve.slots import Slots, key_of

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from lorakeet.errors import ConfigError, EnvironmentProblem, LorakeetError
-from lorakeet.models.sample import end_ids
-from lorakeet.models.text import TextModel
+from lorakeet.models.generate.sample import end_ids
+from lorakeet.models.text.model import TextModel
 
 ANY_OBJECT: Mapping[str, Any] = {"type": "object"}
 _SPACE = r"( |\n {0,24})?"  # a small model that may write any number of spaces sometimes writes nothing else

@@ -10,16 +10,16 @@ from pathlib import Path
 from typing import NamedTuple
 
 from lorakeet.core.adapter import Adapter, AlikePairs, PairsOutline
-from lorakeet.core.native.pair_rows import even
 from lorakeet.errors import DataError
-from lorakeet.formats import peft
-from lorakeet.formats.base_model import open_base
 from lorakeet.formats.detect import Found, detect, read_found
-from lorakeet.formats.peft_config import CONFIG_NAME, config_bytes
-from lorakeet.formats.remembered import Remembered
-from lorakeet.formats.slab import Slab, open_outline, open_slab
+from lorakeet.formats.files.base_model import open_base
+from lorakeet.formats.files.memo import Remembered
+from lorakeet.formats.files.slab import Slab, open_outline, open_slab
+from lorakeet.formats.peft import peft
+from lorakeet.formats.peft.peft_config import CONFIG_NAME, config_bytes
 from lorakeet.formats.surplus import surplus_rank
-from lorakeet.models.active import LiveModel
+from lorakeet.kernels.cpu.inference_pairs import even
+from lorakeet.models.text.live import LiveModel
 
 log = logging.getLogger("lorakeet.serve")
 Stamp = tuple[tuple[int, int, int], ...]  # (inode, size, time of change) of each file
@@ -43,7 +43,7 @@ class Source:
 
     @property
     def filled(self) -> int:
-        """The bytes of a copy for texts, in fp32: its odd ranks are filled up (core/native/pair_rows)."""
+        """The bytes of a copy for texts, in fp32: its odd ranks are filled up (kernels/cpu/inference_pairs)."""
         return max((-(-self.bytes * even(rank) // rank) for rank in self.ranks if rank), default=self.bytes)
 
 

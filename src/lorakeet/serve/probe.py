@@ -20,9 +20,9 @@ from lorakeet.core.selection import Selection
 from lorakeet.data.pack import Batch
 from lorakeet.errors import ConfigError, DataError, VerificationFailed
 from lorakeet.evaluate.certificate import Certificate, judge, read_certificate
+from lorakeet.models.generate.kv_cache import KeyValues, Row, step
 from lorakeet.models.inject import selection_of
-from lorakeet.models.kv_cache import KeyValues, Row, step
-from lorakeet.models.text import TextModel
+from lorakeet.models.text.model import TextModel
 from lorakeet.quant.packed import PackedBase
 
 FACT = "probe"  # the fact of a certificate that holds the record

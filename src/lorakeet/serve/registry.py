@@ -16,8 +16,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from lorakeet.errors import ConfigError, EnvironmentProblem, nearest
-from lorakeet.formats.slab import give_back_spare_memory
-from lorakeet.models.active import LiveModel
+from lorakeet.formats.files.slab import give_back_spare_memory
+from lorakeet.models.text.live import LiveModel
 from lorakeet.serve.engine import Engine
 from lorakeet.serve.naming import UnknownModel, check_name, wanted
 from lorakeet.serve.on_disk import Source, inspect, read
@@ -371,7 +371,8 @@ class Registry:
         )
 
     def _copies(self, copied: int = 0, mix: Key = ()) -> int:
-        """What copies of adapters take at most (core/mix_copies): one for each text that is written, of an adapter in memory or
+        """What copies of adapters take at most (core/batched/mix_copies): one for each text that is written, of an adapter in
+        memory or
         of a mix that is leased, which takes what its adapters take together; with one of `copied` bytes in fp32, and a `mix`.
         """
         sizes = {key: version.source.filled for key, version in self._resident.items()}

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lorakeet.core.start import seed_for
+from lorakeet.core.initialise import seed_for
 from lorakeet.errors import Problems
 from lorakeet.serve.grammar import Guide
 

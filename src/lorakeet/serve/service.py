@@ -14,7 +14,7 @@ from typing import Any
 from jinja2 import TemplateError
 
 from lorakeet.errors import ConfigError
-from lorakeet.models.text import TextModel
+from lorakeet.models.text.model import TextModel
 from lorakeet.serve.access import Access, Caller
 from lorakeet.serve.engine import Engine, Event, Job, Request
 from lorakeet.serve.fields import Fields

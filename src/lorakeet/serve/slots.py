@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from lorakeet.models.kv_cache import KeyValues
+from lorakeet.models.generate.kv_cache import KeyValues
 
 Key = tuple[tuple[str, float], ...]
 LEAST_COPIED = 16  # tokens: copying fewer is not worth a pass over the cache

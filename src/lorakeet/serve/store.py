@@ -18,10 +18,10 @@ from pathlib import Path
 from typing import Any
 
 from lorakeet.errors import ConfigError, DataError, LorakeetError
-from lorakeet.formats.json_object import read_object
-from lorakeet.formats.peft import MODEL_NAME
-from lorakeet.formats.peft_config import CONFIG_NAME
-from lorakeet.formats.safe import save_text
+from lorakeet.formats.files.json_object import read_object
+from lorakeet.formats.files.safetensors_file import save_text
+from lorakeet.formats.peft.peft import MODEL_NAME
+from lorakeet.formats.peft.peft_config import CONFIG_NAME
 from lorakeet.serve.naming import check_name
 from lorakeet.serve.probe import CERTIFICATE, Probe
 from lorakeet.serve.registry import Registry

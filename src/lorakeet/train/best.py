@@ -7,7 +7,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from lorakeet.formats.safe import save_tensors
+from lorakeet.formats.files.safetensors_file import save_tensors
 from lorakeet.train.checkpoint import StoredTensors
 
 

@@ -26,11 +26,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lorakeet.core.native.dense import multiplies
-from lorakeet.core.native.library import why_not
 from lorakeet.errors import ConfigError, DataError, Problems
-from lorakeet.formats.digest import sha256_of
-from lorakeet.formats.safe import open_safetensors, stream_safetensors
+from lorakeet.formats.files.digest import sha256_of
+from lorakeet.formats.files.safetensors_file import open_safetensors, stream_safetensors
+from lorakeet.kernels.cpu.compile import why_not
+from lorakeet.kernels.cpu.dense import multiplies
 from lorakeet.train import durable
 from lorakeet.train.loss_scale import LossScale
 from lorakeet.train.spec import TrainSpec

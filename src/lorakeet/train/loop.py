@@ -25,7 +25,7 @@ from torch import Tensor
 
 from lorakeet.errors import DataError, EnvironmentProblem, RunStopped
 from lorakeet.memory.allocator import give_back_free_memory, keep_freed_memory
-from lorakeet.memory.card import card_of, card_peak
+from lorakeet.memory.cuda import card_of, card_peak
 from lorakeet.memory.measure import PeakMemory
 from lorakeet.train import checkpoint, durable, gradients, rng, schedule
 from lorakeet.train.best import Best

@@ -1,4 +1,4 @@
-"""What the loop asks of the thing it trains. Text answers in train/text_task; images can answer without a change to the loop."""
+"""What the loop asks of the thing it trains. Text answers in train/text/task; images can answer without a change to the loop."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def by_batch(loss: Callable[[BatchT], Tensor], batches: Sequence[BatchT], target
             (found / targets).backward()  # type: ignore[no-untyped-call]
         own = found.detach().double()
         total = own if total is None else total + own
-        del found  # with its graph, which nothing that is recorded next may meet (models/replayed)
+        del found  # with its graph, which nothing that is recorded next may meet (models/text/cuda_graphs)
     return torch.zeros((), dtype=torch.float64) if total is None else total
 
 

@@ -19,8 +19,8 @@ from rich.text import Text
 
 from lorakeet.config import RunConfig, dump_yaml
 from lorakeet.core.adapter import Adapter
+from lorakeet.core.initialise import seed_for
 from lorakeet.core.plan import Plan
-from lorakeet.core.start import seed_for
 from lorakeet.data.chat import Encoder, Example, encode_rows
 from lorakeet.data.pack import micro_batches
 from lorakeet.data.prepare import Dataset, load_dataset
@@ -30,35 +30,35 @@ from lorakeet.evaluate.certificate import Certificate, judge
 from lorakeet.evaluate.compare import compare_losses
 from lorakeet.evaluate.likelihood import RowLosses
 from lorakeet.evaluate.power import rows_below
-from lorakeet.evaluate.rank_values import CurvePoint, RankCurve
-from lorakeet.evaluate.report import Report, write_report
+from lorakeet.evaluate.report.rank_values import CurvePoint, RankCurve
+from lorakeet.evaluate.report.report import Report, write_report
 from lorakeet.evaluate.values import encode
 from lorakeet.evaluate.wording import signed
-from lorakeet.formats import peft
-from lorakeet.memory.card import promised
+from lorakeet.formats.peft import peft
+from lorakeet.memory.cuda import promised
 from lorakeet.models.fits import plan_of
 from lorakeet.models.fuse import fuse, unfuse
 from lorakeet.models.inject import activate, attach, eject
 from lorakeet.models.kernels import use_kernels
 from lorakeet.models.targets import plan_for
-from lorakeet.models.text import TextModel
+from lorakeet.models.text.model import TextModel
 from lorakeet.ranks.allocate import pair_parameters, rank_pattern
 from lorakeet.ranks.resize import Moments, Spectrum, Weighting, check_pairs, cut_to_budget, spectra, target, watching
 from lorakeet.train.durable import new_folder
-from lorakeet.train.rehearsal import made_up_rows
 from lorakeet.train.run import RunFolder
-from lorakeet.train.text_task import TextTask
-from lorakeet.workflows import facts
-from lorakeet.workflows.arrange import Arrangement, Loaded
-from lorakeet.workflows.assemble import within_context
-from lorakeet.workflows.forecast_run import rows_of
-from lorakeet.workflows.judge import BASE, Judge
-from lorakeet.workflows.opened import NAME, Opened, open_adapter
-from lorakeet.workflows.page import rank_map
-from lorakeet.workflows.peak import held_at_most
-from lorakeet.workflows.place import require_empty, writing
-from lorakeet.workflows.room_judge import arrange_cutting
-from lorakeet.workflows.show import show_certificate, show_results
+from lorakeet.train.text.task import TextTask
+from lorakeet.workflows.finetuning.assemble_text import within_context
+from lorakeet.workflows.finetuning.evaluate_text import BASE, Judge
+from lorakeet.workflows.finetuning.report import rank_map
+from lorakeet.workflows.finetuning.terminal import show_certificate, show_results
+from lorakeet.workflows.planning.forecast_text_run import rows_of
+from lorakeet.workflows.planning.measuring import arrange_cutting
+from lorakeet.workflows.planning.rehearse_text import made_up_rows
+from lorakeet.workflows.planning.text_run import Arrangement, Loaded
+from lorakeet.workflows.runs import facts
+from lorakeet.workflows.runs.open_adapter import NAME, Opened, open_adapter
+from lorakeet.workflows.runs.output_paths import require_empty, writing
+from lorakeet.workflows.runs.peak_memory import held_at_most
 
 SHARES = (0.75, 0.5, 0.375, 0.25, 0.1875, 0.125, 0.0625, 0.03125)  # of the pairs' parameters: the points of the curve
 COPIES = 6 + sum(SHARES)  # of the adapter: as read, by components, every cut, that of --to, one on the model, one from disk

@@ -15,15 +15,17 @@ from rich.console import Console
 
 from lorakeet.core.adapter import Adapter
 from lorakeet.errors import ConfigError, VerificationFailed
-from lorakeet.formats import diffusers, gguf, kohya, mlx, peft
-from lorakeet.formats.base_model import BaseModel, check_fits, open_base
+from lorakeet.formats import gguf, mlx
 from lorakeet.formats.compare import LIMIT, Difference, compare
-from lorakeet.formats.dense import Compression
 from lorakeet.formats.detect import Found, detect, read_found
+from lorakeet.formats.diffusion import diffusers, kohya
+from lorakeet.formats.diffusion.dense import Compression
 from lorakeet.formats.dora_fold import fold_dora
+from lorakeet.formats.files.base_model import BaseModel, check_fits, open_base
+from lorakeet.formats.peft import peft
 from lorakeet.formats.sd_names import with_components, without_component
 from lorakeet.train.durable import flush
-from lorakeet.workflows.place import require_place, writing
+from lorakeet.workflows.runs.output_paths import require_place, writing
 
 Target = Literal["peft", "kohya", "diffusers", "gguf", "mlx"]
 _SUFFIX = {"kohya": ".safetensors", "diffusers": ".safetensors", "gguf": ".gguf"}  # the others are folders

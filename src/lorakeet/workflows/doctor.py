@@ -69,7 +69,7 @@ def doctor(*, console: Console) -> Checkup:
     findings += [_extra(name, purpose) for name, purpose in USER_EXTRAS.items()]
     findings += [_quickstart_packages(), _memory(), _disk(Path.cwd())]
     if all(finding.good for finding in findings if finding.required):
-        from lorakeet.core.cache import cache_folder  # here, since it needs the packages that were looked for above
+        from lorakeet.kernels.cache import cache_folder  # here, since it needs the packages that were looked for above
 
         findings.append(_cache(cache_folder()))
     findings.append(_hub(os.environ))
@@ -134,8 +134,8 @@ def _torch() -> list[Finding]:
     except (ImportError, OSError) as error:  # OSError: a shared library that torch needs is missing
         remedy = pip_command([need for need in _requirements("") if need.name == "torch"], "--force-reinstall")
         return [Finding("torch", False, f"cannot be imported: {error}", remedy, True)]
-    from lorakeet.core.native.library import fits, why_not
     from lorakeet.core.precision import fastest_products
+    from lorakeet.kernels.cpu.compile import fits, why_not
     from lorakeet.models.placement import device_for, dtype_for
 
     processor = torch.device("cpu")

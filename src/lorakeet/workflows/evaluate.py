@@ -18,18 +18,18 @@ from lorakeet.data.rows import Row
 from lorakeet.data.spec import DataSpec
 from lorakeet.data.split import read_split_record
 from lorakeet.errors import ConfigError, DataError, EnvironmentProblem, LorakeetError
-from lorakeet.evaluate.report import Report, write_report
+from lorakeet.evaluate.report.report import Report, write_report
 from lorakeet.evaluate.values import encode
-from lorakeet.memory.card import promised
+from lorakeet.memory.cuda import promised
 from lorakeet.models.placement import device_for
-from lorakeet.workflows.arrange import Loaded
-from lorakeet.workflows.assemble import within_context
-from lorakeet.workflows.judge import Judge
-from lorakeet.workflows.opened import NAME, Opened, open_adapter
-from lorakeet.workflows.page import leaks
-from lorakeet.workflows.peak import held_at_most
-from lorakeet.workflows.place import require_empty, writing
-from lorakeet.workflows.show import show_results
+from lorakeet.workflows.finetuning.assemble_text import within_context
+from lorakeet.workflows.finetuning.evaluate_text import Judge
+from lorakeet.workflows.finetuning.report import leaks
+from lorakeet.workflows.finetuning.terminal import show_results
+from lorakeet.workflows.planning.text_run import Loaded
+from lorakeet.workflows.runs.open_adapter import NAME, Opened, open_adapter
+from lorakeet.workflows.runs.output_paths import require_empty, writing
+from lorakeet.workflows.runs.peak_memory import held_at_most
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from rich.progress import Progress as Bar
 
 from lorakeet.errors import ConfigError
 from lorakeet.evaluate.certificate import Certificate, judge
-from lorakeet.evaluate.report import Report, read_report
+from lorakeet.evaluate.report.report import Report, read_report
 from lorakeet.evaluate.values import encode
 from lorakeet.export import ollama
 from lorakeet.export.card import CardFacts, card, licence_of
@@ -24,18 +24,18 @@ from lorakeet.export.gguf_model import DIGEST, DIRECT, NAME, GgufFile, GgufModel
 from lorakeet.export.llama_cpp import Refused, is_installed, quantise
 from lorakeet.export.ollama_push import require_address
 from lorakeet.formats import gguf
-from lorakeet.formats.base_model import open_base
-from lorakeet.formats.digest import sha256_of
-from lorakeet.formats.safe import open_safetensors, save_text
-from lorakeet.models.load import load_tokenizer
-from lorakeet.models.source import find_source
+from lorakeet.formats.files.base_model import open_base
+from lorakeet.formats.files.digest import sha256_of
+from lorakeet.formats.files.safetensors_file import open_safetensors, save_text
+from lorakeet.models.files.source import find_source
+from lorakeet.models.text.load import load_tokenizer
 from lorakeet.train.durable import new_folder
-from lorakeet.workflows.forecast_check import FP32, stores, tensor_bytes
-from lorakeet.workflows.opened import Opened, open_adapter
-from lorakeet.workflows.peak import held_at_most
-from lorakeet.workflows.place import require_place, writing, writing_certificate
+from lorakeet.workflows.finetuning.terminal import show_certificate
+from lorakeet.workflows.planning.check import FP32, stores, tensor_bytes
 from lorakeet.workflows.push_export import exported_before, push_folder
-from lorakeet.workflows.show import show_certificate
+from lorakeet.workflows.runs.open_adapter import Opened, open_adapter
+from lorakeet.workflows.runs.output_paths import require_place, writing, writing_certificate
+from lorakeet.workflows.runs.peak_memory import held_at_most
 from lorakeet.workflows.verify import certify_artefacts, plan_rows, size_of_check
 
 CERTIFICATE, CARD = "certificate.json", "README.md"

@@ -21,24 +21,24 @@ from lorakeet.evaluate.certificate import Certificate, judge
 from lorakeet.evaluate.spec import EvaluateSpec
 from lorakeet.evaluate.values import encode
 from lorakeet.evaluate.wording import number
-from lorakeet.formats import peft
+from lorakeet.formats.peft import peft
 from lorakeet.merge.checkpoint import open_checkpoint
 from lorakeet.merge.extract import Extracted, Whole
 from lorakeet.merge.extract import extract as extract_adapter
-from lorakeet.models.adapt import put_adapter
-from lorakeet.models.load import load_text_model, read_config
-from lorakeet.models.quantized import skeleton
-from lorakeet.models.source import find_source
+from lorakeet.models.files.quantized import skeleton
+from lorakeet.models.files.source import find_source
 from lorakeet.models.spec import ModelSpec
-from lorakeet.models.text import TextModel
+from lorakeet.models.text.adapted import put_adapter
+from lorakeet.models.text.compare import compare, first_tokens
+from lorakeet.models.text.load import load_text_model, read_config
+from lorakeet.models.text.model import TextModel
 from lorakeet.train.durable import new_folder
-from lorakeet.workflows.certify import MICRO_TOKENS
-from lorakeet.workflows.compare_models import compare, first_tokens
-from lorakeet.workflows.judge import sampled_texts
+from lorakeet.workflows.finetuning.evaluate_text import sampled_texts
+from lorakeet.workflows.finetuning.terminal import show_certificate
 from lorakeet.workflows.merge import CERTIFICATE, CHECK_TOKENS, SAMPLED_TEXTS, SAMPLED_TOKENS, show_matrices
-from lorakeet.workflows.opened import NAME
-from lorakeet.workflows.place import require_place, writing, writing_certificate
-from lorakeet.workflows.show import show_certificate
+from lorakeet.workflows.runs.open_adapter import NAME
+from lorakeet.workflows.runs.output_paths import require_place, writing, writing_certificate
+from lorakeet.workflows.verification.merged_model import MICRO_TOKENS
 
 
 @dataclass(frozen=True)

@@ -18,16 +18,16 @@ from rich.console import Console
 
 from lorakeet.config import RunConfig
 from lorakeet.errors import ConfigError, Problems
-from lorakeet.evaluate.rank_values import Search
-from lorakeet.evaluate.report import Report
+from lorakeet.evaluate.report.rank_values import Search
+from lorakeet.evaluate.report.report import Report
 from lorakeet.evaluate.values import encode
 from lorakeet.memory.allocator import give_back_free_memory
-from lorakeet.memory.card import promised
+from lorakeet.memory.cuda import promised
 from lorakeet.memory.measure import PeakMemory
-from lorakeet.models.fingerprint import fingerprint
-from lorakeet.models.frozen import frozen_digests
-from lorakeet.models.prefix_states import frozen_depth, prefix_states
-from lorakeet.models.shard import part_blocks
+from lorakeet.models.files.fingerprint import fingerprint
+from lorakeet.models.text.digests import frozen_digests
+from lorakeet.models.text.hidden_states import frozen_depth, prefix_states
+from lorakeet.models.text.shard import part_blocks
 from lorakeet.train.launch import launched
 from lorakeet.train.log import read_metrics, require_sink
 from lorakeet.train.loop import train
@@ -35,21 +35,21 @@ from lorakeet.train.outcome import Outcome
 from lorakeet.train.processes import joined
 from lorakeet.train.progress import reporter_for
 from lorakeet.train.run import RunFolder
-from lorakeet.train.text_task import TextTask
-from lorakeet.workflows import page
-from lorakeet.workflows.assemble import Assembly, assemble, ready_to_train
-from lorakeet.workflows.begin import begin_run, identity_of, rates_of
-from lorakeet.workflows.certify_run import certify_run
-from lorakeet.workflows.choose_rate import FEWEST_STEPS, choose_rate
-from lorakeet.workflows.conclude import conclude, judging
-from lorakeet.workflows.image_finetune import ImageResult, finetune_images
-from lorakeet.workflows.judge import Judge
-from lorakeet.workflows.peak import say_peak
-from lorakeet.workflows.place import require_place
-from lorakeet.workflows.prune_ranks import pruned_plan
-from lorakeet.workflows.record_passes import record_passes, require_recordable
-from lorakeet.workflows.show import show_plan
-from lorakeet.workflows.together import begun_together, judged_together, require_combinable
+from lorakeet.train.text.task import TextTask
+from lorakeet.workflows.finetuning import report as page
+from lorakeet.workflows.finetuning.assemble_text import Assembly, assemble, ready_to_train
+from lorakeet.workflows.finetuning.certify_text import certify_run
+from lorakeet.workflows.finetuning.cuda_graphs import record_passes, require_recordable
+from lorakeet.workflows.finetuning.evaluate_text import Judge
+from lorakeet.workflows.finetuning.finish import conclude, judging
+from lorakeet.workflows.finetuning.terminal import show_plan
+from lorakeet.workflows.finetuning.train_image import ImageResult, finetune_images
+from lorakeet.workflows.runs.multi_process import begun_together, judged_together, require_combinable
+from lorakeet.workflows.runs.output_paths import require_place
+from lorakeet.workflows.runs.peak_memory import say_peak
+from lorakeet.workflows.runs.pruning import pruned_plan
+from lorakeet.workflows.runs.run_folder import begin_run, identity_of, rates_of
+from lorakeet.workflows.tuning.learning_rate import FEWEST_STEPS, choose_rate
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,8 @@ def finetune(
 ) -> FinetuneResult | ImageResult:
     """Trains, judges and certifies; everything is in the run folder `config.out`, or in `resume`.
 
-    A run whose settings name no learning rate, or one that is asked to by `quick`, tries three first (workflows/choose_rate).
+    A run whose settings name no learning rate, or one that is asked to by `quick`, tries three first
+    (workflows/tuning/learning_rate).
     Started by torchrun, all its processes train it together, and the first one does everything else (train/processes).
     Raises ConfigError, DataError and EnvironmentProblem before anything is written, RunStopped when the run ends early, and
     VerificationFailed when the certificate fails (the run folder then holds it).

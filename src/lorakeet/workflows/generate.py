@@ -17,18 +17,18 @@ from torch import Tensor
 
 from lorakeet.config import RunConfig, read_run
 from lorakeet.core.adapter import Adapter
-from lorakeet.data.images import png_of
+from lorakeet.data.images.folder import png_of
 from lorakeet.errors import ConfigError, DataError, LorakeetError, Problems, nearest
 from lorakeet.formats.detect import read_adapter
 from lorakeet.merge.combine import CombineSpec, combination
-from lorakeet.models.image import ImageModel, load_image_model, put_image_adapter
-from lorakeet.models.image_sample import Mix, Sampler, draw_latents, require_finite, why_not_mixed
+from lorakeet.models.image.model import ImageModel, load_image_model, put_image_adapter
+from lorakeet.models.image.sample import Mix, Sampler, draw_latents, require_finite, why_not_mixed
 from lorakeet.models.inject import activate, adapter_names, eject
 from lorakeet.models.spec import ModelSpec
 from lorakeet.train import durable
 from lorakeet.train.run import RunFolder
-from lorakeet.workflows.image_judge import scaled
-from lorakeet.workflows.place import require_empty, writing
+from lorakeet.workflows.finetuning.evaluate_image import scaled
+from lorakeet.workflows.runs.output_paths import require_empty, writing
 
 BASE = "base"
 SEEDS = 2**64  # of torch's generators

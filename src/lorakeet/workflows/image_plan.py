@@ -11,12 +11,12 @@ from rich.console import Console
 from lorakeet.config import RunConfig
 from lorakeet.evaluate.wording import bytes_text
 from lorakeet.memory.budget import larger_than_machine
-from lorakeet.models.image_outline import shapes_of_images
+from lorakeet.models.image.outline import shapes_of_images
 from lorakeet.models.placement import planned_on
-from lorakeet.workflows import image_finetune as _run  # noqa: F401 - what a run has in memory is in memory here, to be counted
-from lorakeet.workflows.image_assemble import check_settings
-from lorakeet.workflows.image_forecast import ImagePlanned, advice, forecast_images, machine_of, ways
-from lorakeet.workflows.image_show import show_forecast
+from lorakeet.workflows.finetuning import train_image as _run  # noqa: F401 - what a run has in memory is in memory here, to be counted
+from lorakeet.workflows.finetuning.assemble_image import check_settings
+from lorakeet.workflows.finetuning.image_terminal import show_forecast
+from lorakeet.workflows.planning.image_run import ImagePlanned, advice, forecast_images, machine_of, ways
 
 
 @dataclass(frozen=True)

@@ -24,33 +24,33 @@ from lorakeet.evaluate.certificate import Certificate
 from lorakeet.evaluate.intervals import Estimate
 from lorakeet.evaluate.parity import Parity
 from lorakeet.evaluate.values import encode
-from lorakeet.formats import peft
+from lorakeet.formats.peft import peft
 from lorakeet.merge.checkpoint import Checkpoint, copy_along, tokenizer_files
 from lorakeet.merge.combine import Combination, Combined, CombineSpec, combination
 from lorakeet.merge.dequantise import open_dequantised, roundings
 from lorakeet.merge.edits import EMBEDDINGS, HEADS
 from lorakeet.merge.fold import Dtype, MergeResult, merge_into, needs_of
-from lorakeet.models.adapt import put_adapter
+from lorakeet.models.files.source import find_source
 from lorakeet.models.inject import activate
-from lorakeet.models.load import load_text_model
-from lorakeet.models.source import find_source
 from lorakeet.models.spec import ModelSpec
-from lorakeet.models.text import TextModel
+from lorakeet.models.text.adapted import put_adapter
+from lorakeet.models.text.compare import compare, first_tokens
+from lorakeet.models.text.load import load_text_model
+from lorakeet.models.text.model import TextModel
 from lorakeet.train.durable import new_folder
-from lorakeet.train.rehearsal import Judging
-from lorakeet.workflows.arrange import Arrangement
-from lorakeet.workflows.certify import MICRO_TOKENS, certify_combined, certify_merge, changes_of, fold_in_place
-from lorakeet.workflows.choose_base import AT_LOAD, Choice, bases_of, choose_base
-from lorakeet.workflows.choose_base import Into as DenseInto
-from lorakeet.workflows.compare_models import compare, first_tokens
-from lorakeet.workflows.forecast_check import CheckSize, plan_check, stores
-from lorakeet.workflows.forecast_run import filled
-from lorakeet.workflows.judge import sampled_texts
-from lorakeet.workflows.merge_packed import PackedMerge, merge_packed
-from lorakeet.workflows.opened import NAME, Opened, open_adapter
-from lorakeet.workflows.peak import held_at_most
-from lorakeet.workflows.place import require_place, writing, writing_certificate
-from lorakeet.workflows.show import show_certificate
+from lorakeet.workflows.finetuning.evaluate_text import sampled_texts
+from lorakeet.workflows.finetuning.terminal import show_certificate
+from lorakeet.workflows.packing.base_choice import AT_LOAD, Choice, bases_of, choose_base
+from lorakeet.workflows.packing.base_choice import Into as DenseInto
+from lorakeet.workflows.packing.merge import PackedMerge, merge_packed
+from lorakeet.workflows.planning.check import CheckSize, plan_check, stores
+from lorakeet.workflows.planning.forecast_text_run import filled
+from lorakeet.workflows.planning.rehearse_text import Judging
+from lorakeet.workflows.planning.text_run import Arrangement
+from lorakeet.workflows.runs.open_adapter import NAME, Opened, open_adapter
+from lorakeet.workflows.runs.output_paths import require_place, writing, writing_certificate
+from lorakeet.workflows.runs.peak_memory import held_at_most
+from lorakeet.workflows.verification.merged_model import MICRO_TOKENS, certify_combined, certify_merge, changes_of, fold_in_place
 
 CERTIFICATE = "certificate.json"
 CHECK_TOKENS = 8192  # at most so many tokens of held-out rows go through both models
@@ -115,7 +115,7 @@ def merge(  # noqa: PLR0913 - one parameter for each option of the verb
     Raises VerificationFailed (exit code 3) naming the worst layer when the two differ by more than rounding explains; what was
     written stays for inspection, with a certificate that says so. ConfigError lists what keeps adapters from being combined.
     `memory`, or else the run's memory.budget, has to have room for the check, or nothing is written (ConfigError).
-    With `into` "packed" the model stays quantised (workflows/merge_packed), which `like` to `keep` are for.
+    With `into` "packed" the model stays quantised (workflows/packing/merge), which `like` to `keep` are for.
     """
     if out.exists():
         raise ConfigError(f"{out} exists already and is never overwritten. Choose another folder or remove that one.")

@@ -18,14 +18,20 @@ from lorakeet.evaluate.wording import bytes_text
 from lorakeet.memory.allocator import return_freed_memory, slack
 from lorakeet.memory.budget import enough_for, larger_than_machine
 from lorakeet.memory.forecast import Forecast, Phase, phase_at
-from lorakeet.memory.held import Held
 from lorakeet.memory.ledger import Work
 from lorakeet.memory.measure import resident_bytes
-from lorakeet.models.outline import config_of, local_files
-from lorakeet.models.source import bytes_to_unpack
+from lorakeet.memory.usage import Held
+from lorakeet.models.files.source import bytes_to_unpack
+from lorakeet.models.text.outline import config_of, local_files
 from lorakeet.ranks.prune import final_budget
 from lorakeet.workflows import finetune as _run  # noqa: F401 - what a run has in memory is in memory here, to be counted
-from lorakeet.workflows.arrange import (
+from lorakeet.workflows.finetuning.terminal import memory_table
+from lorakeet.workflows.image_plan import ImagePlanResult, plan_images
+from lorakeet.workflows.planning.forecast_choices import decomposes
+from lorakeet.workflows.planning.forecast_text_run import Planned, Precision, forecast_run, runtime_bytes
+from lorakeet.workflows.planning.later_verbs import later_phases, with_later
+from lorakeet.workflows.planning.streaming import Choice, choose_streaming, least_streamed
+from lorakeet.workflows.planning.text_run import (
     Loaded,
     batches_of,
     beside_card,
@@ -34,12 +40,6 @@ from lorakeet.workflows.arrange import (
     streamed_plans,
     streaming_text,
 )
-from lorakeet.workflows.choose_streaming import Choice, choose_streaming, least_streamed
-from lorakeet.workflows.forecast_choices import decomposes
-from lorakeet.workflows.forecast_later import later_phases, with_later
-from lorakeet.workflows.forecast_run import Planned, Precision, forecast_run, runtime_bytes
-from lorakeet.workflows.image_plan import ImagePlanResult, plan_images
-from lorakeet.workflows.show import memory_table
 
 UNPACK = "unpack"
 PROBE_SIZE, PROBE_BYTES, PROBE_REPEATS = 1024, 64 << 20, 5

@@ -1,7 +1,7 @@
 """`lorakeet quantize`: writes a model with its linear layers packed, in a layout that others load.
 
 nf4 is written as bitsandbytes and transformers read it. int8 is a layout of Lorakeet's own (quant/on_disk), which
-is said. gptq is made in workflows/gptq.
+is said. gptq is made in workflows/packing/calibrate.
 """
 
 from __future__ import annotations
@@ -18,25 +18,25 @@ from torch import Tensor, nn
 
 from lorakeet.errors import ConfigError
 from lorakeet.export.packed_model import Part, write_model
-from lorakeet.formats.safe import SafeFile
+from lorakeet.formats.files.safetensors_file import SafeFile
 from lorakeet.memory.budget import parse_budget
 from lorakeet.merge.checkpoint import files_along, open_checkpoint
-from lorakeet.models.load import read_config
+from lorakeet.models.files.origin import packed_card
+from lorakeet.models.files.quantized import linear_layers, owners, packable, skeleton, with_quantisation
+from lorakeet.models.files.source import find_source
+from lorakeet.models.files.stored_tensors import method_of, stored_dtype, stored_quantisation, tensor_files
 from lorakeet.models.modules import kind_of, weight_shape
-from lorakeet.models.origin import packed_card
 from lorakeet.models.placement import dtype_for
-from lorakeet.models.quantized import linear_layers, owners, packable, skeleton, with_quantisation
-from lorakeet.models.source import find_source
 from lorakeet.models.spec import ModelSpec
-from lorakeet.models.stock import method_of, stored_dtype, stored_quantisation, tensor_files
+from lorakeet.models.text.load import read_config
 from lorakeet.quant import on_disk
 from lorakeet.quant.gptq_solve import Layout as GptqLayout
 from lorakeet.quant.int8 import Int8Base
 from lorakeet.quant.nf4 import Nf4Base
 from lorakeet.quant.packed import TILE, PackedBase
-from lorakeet.workflows.gptq import Calibration, write_gptq
-from lorakeet.workflows.place import require_place
-from lorakeet.workflows.room_quantize import Job, keep_budget
+from lorakeet.workflows.packing.calibrate import Calibration, write_gptq
+from lorakeet.workflows.planning.quantizing import Job, keep_budget
+from lorakeet.workflows.runs.output_paths import require_place
 
 Method = Literal["nf4", "int8", "gptq"]
 COPIES = 10  # bytes of each number of a weight while it is packed: it and what it became in fp32, and its codes twice
@@ -117,7 +117,8 @@ def quantize(  # noqa: PLR0913 - the options of the verb
 ) -> Quantized:
     """Writes `model` with packed linear layers to `out`, a matrix at a time, and loads the result again as a check.
 
-    From `bits` to `calibration_tokens` all counts for gptq alone (workflows/gptq). `memory`, such as "3GiB", is kept by the whole
+    From `bits` to `calibration_tokens` all counts for gptq alone (workflows/packing/calibrate). `memory`, such as "3GiB", is
+    kept by the whole
     process, with the same result. Raises ConfigError where `out` exists, the model is quantised already, nothing in it can be
     packed or the budget cannot be kept.
     """

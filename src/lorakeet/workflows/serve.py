@@ -19,17 +19,17 @@ from typing import Any, Literal
 import torch
 from rich.console import Console
 
-from lorakeet.core.threads import can_compute_alone, compute_alone, compute_with
 from lorakeet.errors import ConfigError, EnvironmentProblem, LorakeetError, Problems
-from lorakeet.formats import peft
 from lorakeet.formats.detect import detect, read_adapter
+from lorakeet.formats.peft import peft
 from lorakeet.formats.vllm import check_vllm, max_rank, misread, uniform
+from lorakeet.kernels.threads import can_compute_alone, compute_alone, compute_with
 from lorakeet.memory.budget import larger_than_machine, parse_budget
-from lorakeet.memory.product_code import SERVED, keep_little_code
-from lorakeet.models.active import LiveModel
-from lorakeet.models.load import load_text_model
+from lorakeet.memory.onednn_code import SERVED, keep_little_code
 from lorakeet.models.spec import ModelSpec
-from lorakeet.models.text import TextModel
+from lorakeet.models.text.live import LiveModel
+from lorakeet.models.text.load import load_text_model
+from lorakeet.models.text.model import TextModel
 from lorakeet.quant.spec import QuantSpec
 from lorakeet.serve.access import read_keys
 from lorakeet.serve.cores import FreeCores
@@ -38,7 +38,7 @@ from lorakeet.serve.naming import check_name
 from lorakeet.serve.registry import Registry
 from lorakeet.serve.service import Limits, Service
 from lorakeet.serve.store import Store
-from lorakeet.workflows.place import writing
+from lorakeet.workflows.runs.output_paths import writing
 
 CONTEXT = 2048  # tokens of a text with its prompt, unless asked for or the model has fewer
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
@@ -195,7 +195,7 @@ def what_there_is_kept() -> Iterator[None]:
 def _cores() -> Callable[[], int]:
     """How many cores the engine computes with at each step: those that others leave, or as many as OMP_NUM_THREADS says.
 
-    Where teams of threads cannot be kept apart (core/threads), one is left free all along: teams that sleep between two
+    Where teams of threads cannot be kept apart (kernels/threads), one is left free all along: teams that sleep between two
     products, while the clients' traffic takes a core now and then, were half as fast on 2 cores as one thread.
     """
     most = torch.get_num_threads()
@@ -217,7 +217,7 @@ def cores_for_the_engine() -> Iterator[None]:
 
 def _http() -> tuple[Callable[..., None], Callable[[Service], Any]]:
     try:
-        from lorakeet.serve.http import build_app, run_server
+        from lorakeet.serve.routes.http import build_app, run_server
     except ImportError as error:
         raise EnvironmentProblem(_MISSING) from error
     return run_server, build_app

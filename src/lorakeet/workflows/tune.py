@@ -1,8 +1,8 @@
 """`lorakeet tune`: learning rate, rank and targets chosen on held-out rows, and the choice confirmed on rows that it never saw.
 
 rows for the search | rows for the confirmation → what so many rows can show, in words → generations of trials in one pass over
-the base (train/many), the worse half given up twice on the way → the best trial against the run file's settings, on other rows
-and from other seeds (workflows/confirm).
+the base (train/text/many_adapters), the worse half given up twice on the way → the best trial against the run file's settings,
+on other rows and from other seeds (workflows/tuning/confirm).
 """
 
 from __future__ import annotations
@@ -19,27 +19,27 @@ from rich.table import Table
 from rich.text import Text
 
 from lorakeet.config import RunConfig, dump_yaml
+from lorakeet.core.initialise import seed_for
 from lorakeet.core.spec import LoraSpec
-from lorakeet.core.start import seed_for
 from lorakeet.data.chat import Example
 from lorakeet.data.rows import Row
 from lorakeet.errors import ConfigError, DataError, EnvironmentProblem, Problems
 from lorakeet.evaluate.compare import Comparison
-from lorakeet.evaluate.rank_values import Search
-from lorakeet.evaluate.report import Command, Report, write_report
+from lorakeet.evaluate.report.rank_values import Search
+from lorakeet.evaluate.report.report import Command, Report, write_report
 from lorakeet.evaluate.values import encode
 from lorakeet.evaluate.wording import signed
-from lorakeet.memory.card import promised
-from lorakeet.models.prefix_states import prefix_states
+from lorakeet.memory.cuda import promised
+from lorakeet.models.text.hidden_states import prefix_states
 from lorakeet.train.durable import new_folder, write_file
-from lorakeet.train.text_task import order_of
-from lorakeet.workflows import facts
-from lorakeet.workflows.assemble import Assembly, assemble
-from lorakeet.workflows.confirm import Confirmation, confirm
-from lorakeet.workflows.place import folder_above, require_empty, writing
-from lorakeet.workflows.search import START, Budget, SearchRows, Trial, Trials
-from lorakeet.workflows.search_space import QUICK_FACTORS, Point, plan_of_point, space_for
-from lorakeet.workflows.verbs import RANKS, RATES, TARGETS
+from lorakeet.train.text.task import order_of
+from lorakeet.workflows.finetuning.assemble_text import Assembly, assemble
+from lorakeet.workflows.options import RANKS, RATES, TARGETS
+from lorakeet.workflows.runs import facts
+from lorakeet.workflows.runs.output_paths import folder_above, require_empty, writing
+from lorakeet.workflows.runs.search_space import QUICK_FACTORS, Point, plan_of_point, space_for
+from lorakeet.workflows.tuning.confirm import Confirmation, confirm
+from lorakeet.workflows.tuning.trials import START, Budget, SearchRows, Trial, Trials
 
 SEEDS = 3  # of the confirmation: two settings are told apart only beyond what another seed changes
 

@@ -24,20 +24,25 @@ from lorakeet.data.rows import Row
 from lorakeet.data.template import is_templated
 from lorakeet.errors import ConfigError, DataError
 from lorakeet.evaluate.certificate import Certificate, Check, Unchecked, read_certificate
-from lorakeet.evaluate.report import read_report, write_report
+from lorakeet.evaluate.report.report import read_report, write_report
 from lorakeet.evaluate.values import encode
 from lorakeet.export.deployment import Runtime
 from lorakeet.export.folded import StoredTensor
 from lorakeet.export.llama_cpp import PASS, context_bytes
 from lorakeet.export.tolerances import F16, PRECISIONS
 from lorakeet.memory.spill import Aside
-from lorakeet.models.load import load_tokenizer, read_config
-from lorakeet.models.source import find_source
+from lorakeet.models.files.source import find_source
+from lorakeet.models.text.load import load_tokenizer, read_config
 from lorakeet.serve.probe import FACT, record
-from lorakeet.train.rehearsal import Judging, Rows
-from lorakeet.workflows.artefacts import SERVERS, Artefact, InTorch, Messages, is_there, live_side, open_artefact
-from lorakeet.workflows.causes import cause_from_logits, cause_from_weights
-from lorakeet.workflows.compare_artefact import (
+from lorakeet.workflows.finetuning.evaluate_text import sampled_texts
+from lorakeet.workflows.finetuning.terminal import show_certificate
+from lorakeet.workflows.planning.check import FP32, CheckSize, NoRoom, plan_check, stores
+from lorakeet.workflows.planning.rehearse_text import Judging, Rows
+from lorakeet.workflows.runs.open_adapter import NAME, Opened, open_adapter
+from lorakeet.workflows.runs.output_paths import writing
+from lorakeet.workflows.runs.peak_memory import held_at_most
+from lorakeet.workflows.verification.artefact import SERVERS, Artefact, InTorch, Messages, is_there, live_side, open_artefact
+from lorakeet.workflows.verification.checks import (
     GREEDY_TOKENS,
     Probes,
     check_answers,
@@ -47,15 +52,10 @@ from lorakeet.workflows.compare_artefact import (
     check_stored,
     positions_of_answer,
 )
-from lorakeet.workflows.deploy import Deployable, check_deployment
-from lorakeet.workflows.forecast_check import FP32, CheckSize, NoRoom, plan_check, stores
-from lorakeet.workflows.judge import sampled_texts
-from lorakeet.workflows.opened import NAME, Opened, open_adapter
-from lorakeet.workflows.peak import held_at_most
-from lorakeet.workflows.place import writing
-from lorakeet.workflows.recorded import ask_all
-from lorakeet.workflows.server_artefact import Server, check_server
-from lorakeet.workflows.show import show_certificate
+from lorakeet.workflows.verification.deployment import Deployable, check_deployment
+from lorakeet.workflows.verification.diagnose import cause_from_logits, cause_from_weights
+from lorakeet.workflows.verification.recorded import ask_all
+from lorakeet.workflows.verification.server import Server, check_server
 
 ROWS, TEXTS, GREEDY = 16, 8, 4  # rows through both sides whole, raw texts, greedy continuations
 RAW_TEXTS = ("It's 10:30 on 12/04.", "naïve café, 日本語 🙂", "two  spaces\n\n\tand a tab", "x = y+1; // 1,234.5")
@@ -98,7 +98,8 @@ def verify(  # noqa: PLR0913  (the options of a verb are its parameters)
     The checks go into the run's certificate.json, report.json and report.html, beside what training put there, named by the paths
     of the artefacts; checks of artefacts that were deleted go. Raises VerificationFailed (exit code 3) with the worst layer or
     the first diverging token and the likely cause; ConfigError for an artefact that cannot be opened. With `deploy` nothing is
-    compared: see `workflows/deploy`. `memory`, or else the run's memory.budget, is kept, if need be by streaming the models.
+    compared: see `workflows/verification/deployment`. `memory`, or else the run's memory.budget, is kept, if need be by
+    streaming the models.
     """
     if deploy is not None:
         return check_deployment(Path(run_or_adapter), deploy, console, base=base)

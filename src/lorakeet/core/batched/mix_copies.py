@@ -1,0 +1,239 @@
+"""The pairs of each mix of adapters on all layers of a model as one copy, for tokens that are computed by kernels/cpu/pairs.c.
+
+        copy of mix 1:   A B of layer 0 │ A B of layer 1 │ …          a token reads the copy of its mix, each layer its part;
+        copy of mix 2:   A B of layer 0 │ …                            tokens of one mix read it together
+
+A mix that comes is copied for all layers at once: one look at its pairs, one call. Layer by layer, that took 20 ms of a step
+(docs/log.md). Machines for which there is no pairs.c have a core/batched/stack.Stack for each group of layers.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable, Mapping, Sequence
+from typing import NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+
+from lorakeet.core.batched.mixture import Copied, Factors, Held, Mixture, factors_of, mixtures
+from lorakeet.core.selection import PATIENCE, Arrangement, Mix, Selection, Standing
+from lorakeet.kernels.cpu.inference_pairs import LayerRows, Layout, PairKind, Shares, readable
+
+LAYOUTS = 8  # of mixes, that are remembered
+
+
+class _Layer(NamedTuple):
+    """A layer's pairs by adapter, for as long as the layer is there, and the shape (out, in) of its weight."""
+
+    adapters: weakref.ref[nn.ModuleDict]
+    shape: tuple[int, int]
+
+
+class _Part(NamedTuple):
+    """The pairs of a mix on some layers, before they are copied."""
+
+    mixtures: list[Mixture]
+    factors: list[Factors]
+    layout: Layout
+    special: int
+
+
+class _Copy:
+    """Of a mix, on the first so many layers."""
+
+    def __init__(self, what: Standing) -> None:
+        self.what = what
+        self.parts: list[Copied] = []  # one for the layers that were known when the mix came, more for those that came later
+        self.memory: list[Tensor] = []
+        self.at = torch.empty(0, 2, dtype=torch.int64)  # address and rank of each layer
+        self.held = self.special = 0  # a bit for each layer: with a pair that is copied; with one that is more than A and B
+
+    @property
+    def layers(self) -> int:
+        return len(self.at)
+
+    @property
+    def bytes(self) -> int:
+        return sum(memory.nbytes for memory in self.memory)
+
+    def stands_for(self, what: Standing) -> bool:
+        return self.what == what and all(part.stands_for(what) for part in self.parts)
+
+    def take(self, part: _Part, memory: Tensor) -> None:
+        """Copies a part into `memory`."""
+        part.layout.copy(part.factors, memory)
+        self.held |= part.layout.held << self.layers
+        self.special |= part.special << self.layers
+        self.parts.append(Copied.of(self.what, part.mixtures))
+        self.memory.append(memory)
+        self.at = torch.cat([self.at, part.layout.at(memory)])
+
+
+class _InUse:
+    """What an arrangement asks of the copies that it uses, by their addresses: MixCopies alone holds them."""
+
+    def __init__(self, to: Arrangement, copies: Mapping[Mix, _Copy], stage: tuple[int, int]) -> None:
+        self.stage = stage  # after which change of adapters and of copies
+        tokens: dict[int, list[int]] = {}
+        for token, place in to.at:
+            tokens.setdefault(place, []).append(token)
+        for numbers, place in to.long:
+            tokens.setdefault(place, []).extend(numbers)
+        self.shares = Shares((own, copies[to.places[place]].at) for place, own in tokens.items())
+        self.held = self.special = 0
+        for copy in copies.values():
+            self.held |= copy.held
+            self.special |= copy.special
+
+
+class MixCopies:
+    """All copies of a selection's mixes, by mix. Layers are known by numbers from when they first ask.
+
+    What no batch uses stays while there is room: copies take as much as one batch needed, at most. What was needed is forgotten
+    when it was looked PATIENCE times in a row for copies that take less than half. Layers have addresses of copies, which hold
+    until the adapters or the division of the batch change.
+    """
+
+    def __init__(self) -> None:
+        self.bytes = 0
+        self._layers: list[_Layer] = []
+        self._numbers: weakref.WeakKeyDictionary[nn.ModuleDict, int] = weakref.WeakKeyDictionary()
+        self._copies: dict[Mix, _Copy] = {}  # the last ones used last
+        self._layouts: dict[tuple[int, int, tuple[PairKind, ...]], Layout] = {}  # by which layers, and their pairs
+        self._version = 0  # rises when a copy is made, or a layer comes
+        self._most = 0  # bytes that a batch needed
+        self._roomy = 0  # batches in a row that needed less than half of what is held
+
+    @classmethod
+    def of(cls, selection: Selection) -> MixCopies:
+        """The selection's own."""
+        if selection.copies is None:
+            selection.copies = cls()
+            selection.holds(selection.copies)
+        return cast(MixCopies, selection.copies)
+
+    def number(self, adapters: nn.ModuleDict, shape: tuple[int, int]) -> int:
+        """Of the layer that these are the adapters of."""
+        found = self._numbers.get(adapters)
+        if found is None:
+            found = self._numbers[adapters] = len(self._layers)
+            self._layers.append(_Layer(weakref.ref(adapters), shape))
+            self._version += 1
+        return found
+
+    def release(self) -> None:
+        """Forgets everything; what is held next is copied anew."""
+        self._copies.clear()
+        self._version += 1
+        self.bytes = self._most = self._roomy = 0
+
+    def hold(self, to: Arrangement, selection: Selection) -> _InUse:
+        """Has each mix that is used copied; an adapter without a pair on a layer adds nothing there.
+
+        Copies what is not there, or was copied before an adapter came or left, or was trained since.
+        """
+        changes = selection.changes  # an adapter may come meanwhile: then this is looked at again
+        found = cast("_InUse | None", to.picked.get(self))
+        if found is not None and found.stage == (changes, self._version):
+            return found
+        wanted, kept = dict(selection.standing(to).values()), {}
+        spare: list[Tensor] = []
+        for mix, comings in wanted.items():
+            copy = self._copies.pop(mix, None)
+            if copy is None or not copy.stands_for((mix, comings)):
+                spare += [] if copy is None else copy.memory
+                copy = _Copy((mix, comings))
+            kept[mix] = copy
+        try:
+            self._complete(kept.values(), spare)
+        finally:
+            self._copies.update(kept)  # also where there was no memory for some: layers may have addresses of the others
+            self.bytes = sum(copy.bytes for copy in self._copies.values())
+        needed = sum(copy.bytes for copy in kept.values())
+        self._roomy = self._roomy + 1 if 2 * needed < self.bytes else 0
+        if self._roomy >= PATIENCE:
+            self._copies, self.bytes, self._most, self._roomy = kept, needed, needed, 0
+        found = to.picked[self] = _InUse(to, kept, (changes, self._version))
+        return found
+
+    def _complete(self, copies: Iterable[_Copy], spare: list[Tensor]) -> None:
+        """Copies what these lack, into spare memory that fits. Others go where there would not be room, the oldest first."""
+        wanted = list(copies)
+        new = [(copy, self._part(copy)) for copy in wanted if copy.layers < len(self._layers)]
+        if not new:
+            return
+        self._version += 1
+        needed = sum(copy.bytes for copy in wanted) + sum(part.layout.bytes for _, part in new)
+        self._most = max(self._most, needed)
+        held = needed + sum(copy.bytes for copy in self._copies.values())
+        while held > self._most:
+            gone = self._copies.pop(next(iter(self._copies)))
+            held -= gone.bytes
+            spare += gone.memory
+        for copy, part in new:
+            copy.take(part, _memory(part.layout.bytes, spare))
+
+    def _part(self, copy: _Copy) -> _Part:
+        """The pairs of a mix on those layers that it is not copied for."""
+        mix, layers = copy.what[0], self._layers[copy.layers :]
+        modules = [{} if (there := adapters()) is None else there._modules for adapters, _ in layers]
+        own_of = mixtures(mix, cast(Held, modules))
+        factors, kinds, special = list[Factors](), list[PairKind](), 0
+        for number, (mixture, (_, shape)) in enumerate(zip(own_of, layers, strict=True)):
+            if not mixture:
+                continue
+            own = factors_of(mixture)
+            if not own:
+                special |= 1 << number
+            for A, B, scale in own:
+                if A.shape[1:] != (shape[1],) or B.shape != (shape[0], len(A)):
+                    raise ValueError(f"A {tuple(A.shape)} and B {tuple(B.shape)} are no pair for a weight of {shape}")
+                a, b = readable(A), readable(B)
+                factors.append((a, b, scale))
+                kinds.append((number, a.size(0), a.dtype, b.dtype))
+        return _Part(own_of, factors, self._layout(copy.layers, kinds), special)
+
+    def _layout(self, first: int, kinds: Sequence[PairKind]) -> Layout:
+        """On the layers from `first` on; made once for mixes that are alike, while it is among the last few."""
+        key = first, len(self._layers), tuple(kinds)
+        if key not in self._layouts:
+            while len(self._layouts) >= LAYOUTS:
+                del self._layouts[next(iter(self._layouts))]
+            self._layouts[key] = Layout(kinds, [layer.shape for layer in self._layers[first:]])
+        return self._layouts[key]
+
+
+class MixRows:
+    """What layers that see the same x have of the copies; it adds this to what they give."""
+
+    def __init__(self, layers: Sequence[tuple[nn.ModuleDict, tuple[int, int]]], selection: Selection) -> None:
+        """For layers with these adapters and weights of these shapes (out, in)."""
+        self.empty = True  # whether no mix of the last arrangement has a pair here
+        self._copies = MixCopies.of(selection)
+        self.numbers = [self._copies.number(adapters, shape) for adapters, shape in layers]  # that the copies know the layers by
+        self.shares: Shares | None = None  # of what is held
+        self._rows = LayerRows([shape for _, shape in layers], self.numbers)
+        self._bits = sum(1 << number for number in self.numbers)
+        self._special = False
+
+    def hold(self, to: Arrangement, selection: Selection) -> None:
+        """Has what the arrangement uses copied, if nobody had yet."""
+        held = self._copies.hold(to, selection)
+        self.empty, self._special, self.shares = not held.held & self._bits, bool(held.special & self._bits), held.shares
+
+    def meets_special(self, to: Arrangement) -> bool:
+        """Whether a mix of the arrangement, which is the one that was held last, has a pair here that is more than A and B."""
+        return self._special
+
+    def add(self, ys: Sequence[Tensor], x: Tensor, to: Arrangement) -> None:
+        """Adds to each layer's y (tokens, out), in place, what the mixes give the tokens of `x` (tokens, in)."""
+        if not self.empty and self.shares is not None:
+            self._rows.add(ys, x, self.shares)
+
+
+def _memory(count: int, spare: list[Tensor]) -> Tensor:
+    for place, memory in enumerate(spare):
+        if memory.nbytes == count:
+            return spare.pop(place)
+    return torch.empty(count, dtype=torch.uint8)

@@ -1,0 +1,67 @@
+"""The pairs of a mix on a layer, as they are copied for divided batches, and whether a copy still stands for them."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from lorakeet.core.batched.frozen_pair import FrozenPair
+from lorakeet.core.lowrank import LoraPair
+from lorakeet.core.selection import Mix, Standing
+
+Mixture = Sequence[tuple[LoraPair, float]]  # the pairs of a mix on one layer, with weights
+Factors = tuple[Tensor, Tensor, float]  # A and B of a pair as used, and what their product is multiplied by
+Held = Sequence[Mapping[str, LoraPair]]  # the pairs of some layers, each by adapter
+
+
+@dataclass(frozen=True)
+class Copied:
+    """What a copy was made of: a mix, and the trainable tensors that it was copied from, with how often these had been written
+    to by then. Frozen ones are not written to."""
+
+    what: Standing
+    tensors: tuple[weakref.ref[Tensor], ...]
+    written: int
+
+    @classmethod
+    def of(cls, what: Standing, layers: Iterable[Mixture]) -> Copied:
+        pairs = [pair for mixture in layers for pair, _ in mixture if not isinstance(pair, FrozenPair)]
+        factors: list[Tensor] = [factor for pair in pairs for factor in (pair.A, pair.B)]
+        tensors = tuple(weakref.ref(factor) for factor in factors if factor.requires_grad and not factor.is_inference())
+        return cls(what, tensors, _written(tensors))
+
+    def stands_for(self, what: Standing) -> bool:
+        """Whether the copy is still one of that."""
+        return self.what == what and self.written == _written(self.tensors)
+
+
+def mixtures(mix: Mix, pairs: Held) -> list[Mixture]:
+    """The pairs of a mix, for each layer."""
+    return [[(held[name], weight) for name, weight in mix if name in held] for held in pairs]
+
+
+def plain(mixture: Mixture) -> bool:
+    """Whether all its pairs are A and B and no more."""
+    return all(pair.plain for pair, _ in mixture)
+
+
+def factors_of(mixture: Mixture) -> list[Factors]:
+    """Those of a mix on one layer; none where one of its pairs is more than A and B."""
+    found = []
+    for pair, weight in mixture:
+        if isinstance(pair, FrozenPair):
+            A, B = pair.factors()
+        elif pair.plain:
+            A, B = (factor.detach() for factor in pair.factors())
+        else:
+            return []
+        found.append((A, B, pair.scale * weight))
+    return found
+
+
+def _written(tensors: Iterable[weakref.ref[Tensor]]) -> int:
+    """How often the tensors have been written to in place."""
+    return sum(tensor._version for known in tensors if (tensor := known()) is not None)

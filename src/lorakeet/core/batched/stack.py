@@ -1,0 +1,338 @@
+"""One pass over a frozen base whose tokens use different pairs: some adapter, none, or a weighted mix of several.
+
+        x ──┬── frozen base: x·Wᵀ ──────────────────────────────────── y
+            ├── tokens of share 1:  w₁·s₁ · x·A₁ᵀ·B₁ᵀ ── added to its part of y
+            └── tokens of share 2:  w₂·s₂ · x·A₂ᵀ·B₂ᵀ ── added to its part of y       (shares may overlap: a mix)
+
+Two ways give the same numbers to rounding. Share by share is differentiable and costs some products for each share. Stacked, for
+inference, each mix has rows in one table of A's and one of B's where its pairs stand, for layers that see the same x. Tokens that
+are written one by one pick their rows of it, and prompts of many tokens are multiplied together (core/batched/padded_parts): the
+number
+of products does not depend on the number of adapters. Where kernels/cpu serves, core/batched/mix_copies stands in a stack's
+place.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from lorakeet.core.base import FrozenBase
+from lorakeet.core.batched.gathered import row_dots, row_sums
+from lorakeet.core.batched.mixture import Copied, Factors, Held, factors_of, mixtures, plain
+from lorakeet.core.batched.padded_parts import PaddedParts, Part, padded
+from lorakeet.core.batched.row_table import RowTable
+from lorakeet.core.lowrank import LoraPair
+from lorakeet.core.pair_products import PairProducts, Placed, by_turns
+from lorakeet.core.selection import PATIENCE, Arrangement, Selection, Share, Standing
+
+
+class SharedLowRank(torch.autograd.Function):
+    """y = x·Wᵀ + b, plus w·s·x·Aᵀ·Bᵀ on each share's tokens. Backward as in LowRankLinear, share by share.
+
+    With g = ∂L/∂y and, on the tokens of share i, uᵢ = wᵢ·sᵢ·g·Bᵢ:
+
+        ∂L/∂Aᵢ = uᵢᵀ·x      ∂L/∂Bᵢ = wᵢ·sᵢ·gᵀ·(x·Aᵢᵀ)      ∂L/∂x = g·W + Σ uᵢ·Aᵢ on the tokens of each i
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        base: FrozenBase,
+        bias: Tensor | None,
+        pairs: PairProducts,
+        *factors: Tensor,
+    ) -> Tensor:
+        wide = x.to(pairs.products)
+        y = base.matmul(wide)
+        if bias is not None:
+            y.add_(bias)
+        shrunk = pairs.add([y], wide, factors)
+        ctx.save_for_backward(x, *shrunk, *factors)
+        ctx.base, ctx.pairs, ctx.shrunk = base, pairs, len(shrunk)
+        return y.to(x.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        pairs: PairProducts = ctx.pairs
+        x, saved = ctx.saved_tensors[0], ctx.saved_tensors[1:]
+        shrunk, factors = saved[: ctx.shrunk], saved[ctx.shrunk :]
+        grad, wide = grad.to(pairs.products).contiguous(), x.to(pairs.products)
+        grad_x = ctx.base.matmul_t(grad) if ctx.needs_input_grad[0] else None
+        through, of_b = pairs.backward(grad_x, [grad], shrunk, factors)
+        of_a = pairs.of_a(through, wide, factors) if any(ctx.needs_input_grad[4::2]) else [None] * len(of_b)
+        wanted = zip(ctx.needs_input_grad[4:], by_turns(of_a, of_b), strict=True)
+        grads = (found if wants else None for wants, found in wanted)
+        return None if grad_x is None else grad_x.to(x.dtype), None, None, None, *grads
+
+
+def shared_low_rank(
+    x: Tensor,
+    base: FrozenBase,
+    shares: Sequence[tuple[Share, LoraPair]],
+    *,
+    bias: Tensor | None = None,
+    products: torch.dtype | None = None,
+) -> Tensor:
+    """x (tokens, in) to (tokens, out), each share with its plain pair (no dropout, no bias, no DoRA), differentiable."""
+    places = [Placed(share.start, share.stop, share.weight * pair.scale) for share, pair in shares]
+    factors = [factor for _, pair in shares for factor in pair.factors()]
+    apply: Any = SharedLowRank.apply
+    return cast(Tensor, apply(x, base, bias, PairProducts(places, products or x.dtype), *factors))
+
+
+@dataclass(frozen=True)
+class _Sums:
+    """What layers of one width, side by side, add to their y: their part of the dot products, the rows of their B's that these
+    weigh, and where each layer's and token's begin. `layers` are those that some token has a pair on."""
+
+    layers: tuple[int, ...]
+    part: slice
+    rows: Tensor
+    firsts: Tensor
+
+
+@dataclass(frozen=True)
+class _Picks:
+    """Which rows of a stack's tables the tokens meet.
+
+    Those that are computed one by one, layer by layer, in the order of tokens: `tokens` and `rows` (n,), x[tokens[i]] meets the
+    row rows[i] of all A's. `sums` are for each table of B's. `long` are the others.
+    """
+
+    tokens: Tensor
+    rows: Tensor
+    sums: tuple[_Sums, ...]
+    long: tuple[PaddedParts, ...]
+
+    @classmethod
+    def of(cls, to: Arrangement, seats: Mapping[int, _Seat], tables: Sequence[int], device: torch.device) -> _Picks:
+        """`tables` are the tables of B's by layer."""
+        tokens: list[int] = []
+        rows: list[int] = []
+        sums = []
+        for _, alike in itertools.groupby(range(len(tables)), tables.__getitem__):
+            begin, own, firsts, layers = len(rows), list[int](), list[int](), []
+            for layer in alike:
+                seen = [(token, seats[place].of_a[layer], seats[place].of_b[layer]) for token, place in to.at]
+                if not any(within.stop > within.start for _, _, within in seen):
+                    continue
+                layers.append(layer)
+                for token, above, within in seen:
+                    firsts.append(len(own))
+                    own += range(within.start, within.stop)
+                    rows += range(above.start, above.stop)
+                    tokens += [token] * (above.stop - above.start)
+            if layers:
+                part = slice(begin, len(rows))
+                sums.append(_Sums(tuple(layers), part, _numbers(own, device), _numbers(firsts, device)))
+        long = [Part(part, seats[place].all_of_a, seats[place].of_b) for part, place in to.long]
+        return cls(_numbers(tokens, device), _numbers(rows, device), tuple(sums), padded(long, device))
+
+
+@dataclass(frozen=True)
+class _Seat:
+    """The rows of a place in the tables: of each layer's A's among all A's, one layer below the other, and of its B's."""
+
+    of_a: tuple[slice, ...]
+    of_b: tuple[slice, ...]
+
+    @property
+    def all_of_a(self) -> slice:
+        return slice(self.of_a[0].start, self.of_a[-1].stop)
+
+    @property
+    def key(self) -> tuple[int, ...]:
+        return tuple(end for rows in (*self.of_a, *self.of_b) for end in (rows.start, rows.stop))
+
+
+class Stack:
+    """The pairs of several adapters on layers that see the same x, by the places of an Arrangement; for inference.
+
+    All A's are one table (rows, in), the B's of layers of one width, side by side, one of (rows, out), since what is asked of a
+    table takes a while whatever it is; a place has as many rows as its mix has ranks, one layer's A's below the other's, and its
+    B's, the B's with weight and scale in them. Copies, in the dtype `products`, are made when a mix
+    comes to a place: A and B are then rounded as the layers round them for an adapter that all tokens use.
+
+    The tables have as many rows as one batch needed, at most: what no batch uses stays while its rows are not needed. They
+    shrink when PATIENCE batches in a row needed less than half.
+    """
+
+    def __init__(self, shapes: Sequence[tuple[int, int]], products: torch.dtype, device: torch.device) -> None:
+        """For weights of `shapes` (out, in); nothing is held yet."""
+        self.shapes, self.products, self.device = tuple(shapes), products, device
+        self.special: set[int] = set()  # places of mixes some of whose layers' pairs are more than A and B; these are not held
+        self.empty = True  # whether no mix has a pair here
+        self.bytes = 0  # of the tables
+        self._A = RowTable(shapes[0][1], products, device)
+        outs = [out for out, _ in shapes]
+        others = (out != before for before, out in itertools.pairwise(outs))
+        self._table = tuple(itertools.accumulate(others, initial=0))  # of B's, by layer
+        self._Bs = [RowTable(out, products, device) for out, _ in itertools.groupby(outs)]
+        self._ranks: dict[int, tuple[int, ...]] = {}  # by place, of each layer
+        self._copies: dict[int, Copied] = {}  # by place
+        self._seats: dict[int, _Seat] = {}  # by place
+        self._picked: tuple[Arrangement, _Picks] | None = None  # the last ones
+        self._roomy = 0  # batches in a row that needed less than half of the rows
+
+    @property
+    def _tables(self) -> tuple[RowTable, ...]:
+        return self._A, *self._Bs
+
+    def release(self) -> None:
+        """Forgets everything; what is held next is copied anew."""
+        for place in list(self._ranks):
+            self._drop(place)
+        self._remake((), fit=True)
+
+    def hold(self, to: Arrangement, pairs: Held, selection: Selection) -> None:
+        """Makes each place that is used hold its mix of `pairs`; an adapter without a pair here adds nothing.
+
+        Copies what is not there, or was copied before an adapter came or left, or was trained since.
+        """
+        wanted = selection.standing(to)
+        new = {place: mixtures(to.places[place], pairs) for place, what in wanted.items() if not self._stands(place, what)}
+        if new:
+            factors = {place: [factors_of(mixture) for mixture in layers] for place, layers in new.items()}
+            self._make_room(factors, wanted)
+            for place, layers in new.items():
+                if not all(map(plain, layers)):
+                    self.special.add(place)
+                self._copy(place, factors[place])
+                self._copies[place] = Copied.of(wanted[place], layers)
+            self.empty = not any(map(any, self._ranks.values()))
+        needed = sum(sum(self._ranks[place]) for place in wanted)
+        self._roomy = self._roomy + 1 if 2 * needed < len(self._A.numbers) else 0
+        if self._roomy >= PATIENCE:
+            self._remake(wanted, fit=True)
+
+    def meets_special(self, to: Arrangement) -> bool:
+        """Whether a mix of the arrangement, which is held, has a pair here that is more than A and B."""
+        return not self.special.isdisjoint(to.used)
+
+    def _stands(self, place: int, what: Standing) -> bool:
+        known = self._copies.get(place)
+        return known is not None and known.stands_for(what)
+
+    def add(self, ys: Sequence[Tensor], x: Tensor, to: Arrangement) -> None:
+        """Adds to each layer's y (tokens, out), in place, what the places give the tokens of `x` (tokens, in)."""
+        wide = x.to(self.products)
+        picks = self._picks(to)
+        for parts in picks.long:
+            parts.add(ys, wide, self._A.numbers, [self._Bs[table].numbers for table in self._table])
+        if not len(picks.rows):
+            return
+        shrunk = row_dots(wide, picks.tokens, self._A.numbers, picks.rows)
+        for sums in picks.sums:
+            weights = shrunk if len(picks.sums) == 1 else shrunk[sums.part]
+            found = row_sums(weights, self._Bs[self._table[sums.layers[0]]].numbers, sums.rows, sums.firsts)
+            of_layers = [found] if len(sums.layers) == 1 else found.chunk(len(sums.layers))
+            for layer, added in zip(sums.layers, of_layers, strict=True):
+                y = ys[layer]
+                y.add_(added) if to.tokens is None else y.index_add_(0, to.tokens, added.to(y.dtype))
+
+    def _picks(self, to: Arrangement) -> _Picks:
+        """Worked out once for all stacks whose places have the same rows of tables that are divided alike."""
+        if self._picked is None or self._picked[0] is not to:
+            key = self._table, tuple((place, self._seats[place].key) for place in sorted(to.used))
+            found = to.picked.get(key)
+            if found is None:
+                found = to.picked[key] = _Picks.of(to, self._seats, self._table, self.device)
+            self._picked = to, cast(_Picks, found)
+        return self._picked[1]
+
+    def _make_room(self, new: Mapping[int, Sequence[Sequence[Factors]]], wanted: Iterable[int]) -> None:
+        """Rows for the mixes that are `new` among the `wanted` places; others give up theirs, the oldest first, where need be."""
+        homeless = []
+        for place, layers in new.items():
+            ranks = tuple(sum(a.shape[0] for a, _, _ in factors) for factors in layers)
+            if place in self._seats and self._ranks[place] == ranks:  # it takes the rows of what stood there
+                self._ranks[place] = self._ranks.pop(place)  # as the newest
+                self._copies.pop(place, None)
+                self.special.discard(place)
+                continue
+            self._drop(place)
+            self._ranks[place] = ranks
+            homeless.append(place)
+        keep = set(wanted)
+        unused = [place for place in self._ranks if place not in keep]
+        for place in homeless:
+            while not self._seat(place):
+                if not unused:
+                    self._remake(keep)
+                    return
+                self._drop(unused.pop(0))
+
+    def _seat(self, place: int) -> bool:
+        """Whether there were rows for a place, which has them now."""
+        ranks = self._ranks[place]
+        if not all(table.take(place, count) for table, count in zip(self._tables, self._rows(ranks), strict=True)):
+            for table in self._tables:
+                table.free(place)
+            return False
+        of_b = itertools.chain(*map(_below, (B.spans[place].start for B in self._Bs), self._by_table(ranks)))
+        self._seats[place] = _Seat(tuple(_below(self._A.spans[place].start, ranks)), tuple(of_b))
+        return True
+
+    def _by_table(self, ranks: Sequence[int]) -> list[list[int]]:
+        """The ranks of layers, those together whose B's are one table."""
+        return [[ranks[layer] for layer in alike] for _, alike in itertools.groupby(range(len(ranks)), self._table.__getitem__)]
+
+    def _rows(self, ranks: Sequence[int]) -> tuple[int, ...]:
+        """How many rows a mix of such ranks has, in each table."""
+        return sum(ranks), *map(sum, self._by_table(ranks))
+
+    def _drop(self, place: int) -> None:
+        self._picked = None
+        for known in (self._copies, self._ranks, self._seats):
+            known.pop(place, None)
+        self.special.discard(place)
+        for table in self._tables:
+            table.free(place)
+
+    def _remake(self, wanted: Iterable[int], *, fit: bool = False) -> None:
+        """Tables that hold the `wanted` places and no others; with `fit`, no row more. Copies that stand are kept."""
+        self._picked, self._roomy = None, 0
+        keep = set(wanted)
+        for place in self._ranks.keys() - keep:
+            self._drop(place)
+        needed = [sum(of) for of in zip(*map(self._rows, self._ranks.values()), strict=True)]
+        copies, self._copies = self._copies, {}  # should a table fail, nobody takes what is there for copies,
+        self._seats.clear()  # nor the rows where it was for its place
+        try:
+            for table, rows in zip(self._tables, needed or [0] * (1 + len(self._Bs)), strict=True):
+                table.remake(rows if fit else max(rows, len(table.numbers)), copies)
+        finally:
+            self.bytes = sum(table.numbers.nbytes for table in self._tables)
+        for place in self._ranks:
+            self._seat(place)  # there are rows for all of them
+        self._copies = copies
+        self.empty = not any(map(any, self._ranks.values()))
+
+    def _copy(self, place: int, layers: Sequence[Sequence[Factors]]) -> None:
+        seat, A = self._seats[place], self._A.numbers
+        for above, within, table, factors in zip(seat.of_a, seat.of_b, self._table, layers, strict=True):
+            first, second, B = above.start, within.start, self._Bs[table]
+            for a, b, scale in factors:
+                rank = a.shape[0]
+                A[first : first + rank].copy_(a)
+                wide = b.t().to(torch.promote_types(b.dtype, self.products))  # else the product is rounded as B is kept
+                torch.mul(wide, scale, out=B.numbers[second : second + rank])
+                first, second = first + rank, second + rank
+
+
+def _below(first: int, counts: Iterable[int]) -> Iterable[slice]:
+    """Spans of so many rows one below the other, from the row `first` on."""
+    return (slice(start, stop) for start, stop in itertools.pairwise(itertools.accumulate(counts, initial=first)))
+
+
+def _numbers(values: Sequence[int], device: torch.device) -> Tensor:
+    return torch.tensor(values, dtype=torch.int64, device=device)

@@ -1,0 +1,268 @@
+"""The inner half of an attention layer as one autograd function: q, k and v with their pairs, rotary positions, row attention.
+
+Fusing saves casts, memory and hundreds of small operations a block, not formulas: the low-rank products are those of core/math
+over any FrozenBase, the attention is a kernel of core/fused/packed_attention.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate, pairwise
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from lorakeet.core.base import DenseBase, FrozenBase, matmul_each, sum_of_matmul_t
+from lorakeet.core.fused import flash_varlen
+from lorakeet.core.fused.elementwise import passes_over
+from lorakeet.core.fused.flash_varlen_recorded import Places, card_kernel
+from lorakeet.core.fused.mlp_and_norm import (
+    FrozenRmsNorm,
+    Normed,
+    kept_of,
+    kernels_of,
+    made_again,
+    normed,
+    normed_backward,
+    placed,
+    spread,
+)
+from lorakeet.core.fused.packed_attention import Kernel, kernel_for
+from lorakeet.core.layers.linear import LoraLinear, StandIn
+from lorakeet.core.pair_products import PairProducts, by_turns
+from lorakeet.kernels.cpu import operators
+from lorakeet.kernels.device import is_cpu
+from lorakeet.kernels.tiled_weight import Kernels
+
+INPUTS = ("q_proj", "k_proj", "v_proj")
+HEAD_NORMS = ("q_norm", "k_norm")  # which some models have
+CACHES = ("row_cache", "cache", "past_key_values")  # where the keys of earlier tokens would be
+
+
+@dataclass(frozen=True)
+class HeadNorm:
+    """The frozen RMSNorm over each head of queries, or of keys: its gain (d,) and ε."""
+
+    weight: Tensor
+    epsilon: float
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What q, k and v are multiplied with: three frozen weights, their biases, and the pairs, each on its tokens.
+
+    `norms` are those of the heads of q and k; none where the model has none.
+    """
+
+    bases: Sequence[FrozenBase]
+    biases: Sequence[Tensor | None]
+    pairs: PairProducts
+    norms: Sequence[HeadNorm]
+    head: int  # numbers of one head
+    kernel: Kernel
+
+    @property
+    def kernels(self) -> Kernels | None:
+        """Triton's, where they are asked for."""
+        return kernels_of(self.bases)
+
+
+class RotaryAttentionFunction(torch.autograd.Function):
+    """O = attention(R·Q(x), R·K(x), V(x)) with P(x) = x·Wᵀ + b + s·x·Aᵀ·Bᵀ, and R the rotation of each head by its position.
+
+    R turns the two halves (a, b) of a head to (a·c₁ − b·s₁, b·c₂ + a·s₂). With ∂O given, the kernel gives the gradients of the
+    turned states; Rᵀ turns them back, (a·c₁ + b·s₂, b·c₂ − a·s₁), and then, with u = s·∂·B for each of the three,
+
+        ∂B = s·∂ᵀ·(x·Aᵀ)      ∂A = uᵀ·x      ∂x = Σ (∂·W + u·A)
+
+    Within a part of the tokens one product with all A's shrinks x, one with all u's gives all ∂A. Saved: x (or what it was
+    normed from), the three states, the rank-sized products. Where the heads of Q and K are normed before they are turned, these
+    two are saved as they were before, with ρ of each head (core/fused/mlp_and_norm.normed), and normed and turned again.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, cos: Tensor, sin: Tensor, inputs: Inputs, made_of: Normed | None, *factors: Tensor
+    ) -> Tensor:
+        products = inputs.pairs.products
+        wide = x.to(products)
+        outs = matmul_each(inputs.bases, wide)
+        for out, bias in zip(outs, inputs.biases, strict=True):
+            if bias is not None:
+                out.add_(bias)
+        shrunk = inputs.pairs.add(outs, wide, factors)
+        turn = cos.to(products), sin.to(products)
+        query, key, value = (out.view(len(x), -1, inputs.head) for out in outs)
+        before = [states.to(x.dtype) for states, _ in zip((query, key), inputs.norms, strict=False)]
+        by = inputs.kernels
+        by_norm = [normed(each, norm.weight, norm.epsilon, by) for each, norm in zip(before, inputs.norms, strict=True)]
+        if by_norm:
+            query, key = (states.to(products) for states, _ in by_norm)
+        states = [_laid(each, x.dtype) for each in (turned(query, *turn, kernels=by), turned(key, *turn, kernels=by), value)]
+        result, kept = inputs.kernel.forward(*states)
+        source, held = kept_of(x, made_of), states
+        if by_norm:
+            held = [part for each, (_, rho) in zip(before, by_norm, strict=True) for part in (each, rho)] + states[2:]
+        ctx.save_for_backward(cos, sin, *source, *held, *kept, *shrunk, *factors)
+        ctx.inputs, ctx.counts = inputs, (len(source), len(held), len(kept), len(shrunk))
+        return result.reshape(len(x), -1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        inputs: Inputs = ctx.inputs
+        products = inputs.pairs.products
+        cos, sin, *rest = ctx.saved_tensors
+        ends = list(accumulate(ctx.counts, initial=0))
+        source, states, kept, shrunk = (rest[start:stop] for start, stop in pairwise(ends))
+        by = inputs.kernels
+        x, factors = made_again(source, by), rest[ends[-1] :]
+        turn = cos.to(products), sin.to(products)
+        before = [(states[2 * number], states[2 * number + 1], norm.weight) for number, norm in enumerate(inputs.norms)]
+        if before:
+            again = [turned(made_again(each, by).to(products), *turn, kernels=by) for each in before]
+            states = [*(_laid(each, x.dtype) for each in again), states[-1]]
+        found = inputs.kernel.backward(grad.view(1, len(x), -1, inputs.head), *states, *kept)
+        query, key, value = (states[0].transpose(0, 1).to(products) for states in found)  # (tokens, heads, head)
+        back = [*(turned(states, *turn, back=True, kernels=by) for states in (query, key)), value]
+        for number, each in enumerate(before):
+            back[number] = normed_backward(back[number].to(x.dtype).contiguous(), *each, by).to(products)
+        grads = [states.reshape(len(x), -1) for states in back]
+        grad_x = sum_of_matmul_t(inputs.bases, grads) if ctx.needs_input_grad[0] else None
+        through, of_b = inputs.pairs.backward(grad_x, grads, shrunk, factors)
+        of_a = inputs.pairs.of_a(through, x.to(products), factors)
+        return None if grad_x is None else grad_x.to(x.dtype), None, None, None, None, *by_turns(of_a, of_b)
+
+
+def turned(states: Tensor, cos: Tensor, sin: Tensor, *, back: bool = False, kernels: Kernels | None = None) -> Tensor:
+    """R·states, or Rᵀ·states, of (tokens, heads, head); cos and sin are (tokens, head). May be written over `states`."""
+    if (by := passes_over(states, cos, sin, kernels=kernels, width=2 * operators.LANES)) is not None:
+        by.turn_(states, cos, sin, back)
+        return states
+    half = states.shape[2] // 2
+    a, b = states[..., :half], states[..., half:]
+    c1, c2 = cos[:, None, :half], cos[:, None, half:]
+    s1, s2 = sin[:, None, :half], sin[:, None, half:]
+    if back:
+        s1, s2 = -s2, -s1
+    out = torch.empty_like(states, memory_format=torch.contiguous_format)
+    torch.mul(a, c1, out=out[..., :half]).addcmul_(b, s1, value=-1)
+    torch.mul(b, c2, out=out[..., half:]).addcmul_(a, s2)
+    return out
+
+
+def _laid(states: Tensor, dtype: torch.dtype) -> Tensor:
+    """(tokens, heads, head) as (1, heads, tokens, head), without moving a number."""
+    return states.to(dtype).transpose(0, 1)[None]
+
+
+class RotaryAttention(StandIn):
+    """Stands for an attention of transformers with q_proj, k_proj, v_proj, o_proj and rotary positions on whole heads, which the
+    model may norm before.
+
+    Fused where rows lie end to end on a CPU, or on a card whose kernel takes them all at once, and q, k and v carry plain pairs,
+    or none; anything else is left to the original's own code.
+    """
+
+    only: Tensor | None = None  # (n,): the tokens whose results anybody reads; the others' are zeros
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        position_embeddings: tuple[Tensor, Tensor] | None = None,
+        attention_mask: Tensor | None = None,
+        **settings: Any,
+    ) -> tuple[Tensor, None]:
+        inputs, factors = self._inputs(hidden_states, position_embeddings, attention_mask, settings)
+        if inputs is None or position_embeddings is None:
+            return cast(
+                "tuple[Tensor, None]",
+                self.original(hidden_states, position_embeddings=position_embeddings, attention_mask=attention_mask, **settings),
+            )
+        cos, sin = (part[0] for part in position_embeddings)
+        given = hidden_states[0], cos, sin, inputs, Normed.of(hidden_states)
+        states = cast(Tensor, RotaryAttentionFunction.apply(*given, *factors))  # type: ignore[no-untyped-call]
+        outward = cast(nn.Module, self.original.o_proj)
+        if self.only is None:
+            return outward(states[None]), None
+        return spread(outward(states.index_select(0, self.only)), self.only, hidden_states.shape), None
+
+    def _inputs(
+        self, x: Tensor, turn: tuple[Tensor, Tensor] | None, mask: Tensor | None, settings: dict[str, Any]
+    ) -> tuple[Inputs | None, list[Tensor]]:
+        """What the fused function works with, and A and B of each pair; None where it is not to be used."""
+        nothing: tuple[None, list[Tensor]] = None, []
+        rows, cached = settings.get("row_lengths"), any(settings.get(name) is not None for name in CACHES)
+        if rows is None or cached or mask is not None or turn is None or len(x) != 1:
+            return nothing
+        head, prefix = cast(int, self.original.head_dim), cast(int, settings.get("row_prefix", 0))
+        if (
+            turn[0].shape != (1, x.shape[1], head)
+            or self.looks_back_less(prefix + max(rows))
+            or self.drops
+        ):
+            return nothing
+        layers, norms = [getattr(self.original, name) for name in INPUTS], self.head_norms()
+        if norms is None or not all(_known(layer) for layer in layers):
+            return nothing
+        adapted = [(number, layer) for number, layer in enumerate(layers) if isinstance(layer, LoraLinear)]
+        uses = [(share, pair, number) for number, layer in adapted for share, pair in layer.uses(x.shape[1])]
+        if not uses or not all(pair.plain for _, pair, _ in uses):
+            return nothing
+        uses.sort(key=lambda use: (use[0].start, use[0].stop))  # q, k and v of the same tokens are neighbours: one part
+        bases = [layer.base if isinstance(layer, LoraLinear) else DenseBase(layer) for layer in layers]
+        heads, kv = (base.shape[0] // head for base in bases[:2])
+        on_card = flash_varlen.serves(x, heads, kv, head)
+        places = cast("Places | None", settings.get("row_places"))
+        if not on_card and (places is not None or not is_cpu(x.device)):
+            return nothing
+        products = next(layer.products for layer in layers if isinstance(layer, LoraLinear)) or x.dtype
+        scale = cast(float, self.original.scaling)
+        kernel: Kernel
+        if on_card:
+            kernel = card_kernel(places, rows, scale, prefix)
+        else:
+            kernel = kernel_for(x, rows, settings.get("row_products") or torch.float32, prefix, head)(rows, scale, prefix)
+        inputs = Inputs(bases, [layer.bias for layer in layers], placed(uses, products), norms, head, kernel)
+        return inputs, [factor for _, pair, _ in uses for factor in pair.factors()]
+
+    def head_norms(self) -> list[HeadNorm] | None:
+        """Those of q's and k's heads; none where the model has none, and None where these are more than FrozenRmsNorms."""
+        modules = [self.original._modules[name] for name in HEAD_NORMS if name in self.original._modules]
+        head = cast(int, self.original.head_dim) if modules else 0
+        found = [norm for norm in (_head_norm(module, head) for module in modules) if norm is not None]
+        return found if len(found) == len(modules) in (0, len(HEAD_NORMS)) else None
+
+    def windows(self) -> list[int]:
+        """The tokens that a query looks back at, where the layer or its model limits them."""
+        original = self.original
+        limits = [getattr(holder, "sliding_window", None) for holder in (original, getattr(original, "config", None))]
+        return [limit for limit in limits if isinstance(limit, int)]
+
+    def looks_back_less(self, tokens: int) -> bool:
+        """Whether a query of so many tokens does not see them all."""
+        return any(tokens > limit for limit in self.windows())
+
+    @property
+    def drops(self) -> bool:
+        """Whether it leaves scores out by chance just now."""
+        return bool(self.training and getattr(self.original, "attention_dropout", 0.0))
+
+
+def _head_norm(module: nn.Module | None, head: int) -> HeadNorm | None:
+    """The norm of heads of so many numbers, where FrozenRmsNorm stands for it and nobody listens to it."""
+    if type(module) is not FrozenRmsNorm or any(each._forward_hooks or each._forward_pre_hooks for each in module.modules()):
+        return None
+    plain = not module.weight.requires_grad and module.weight.shape == (head,)
+    return HeadNorm(module.weight, cast(float, module.original.variance_epsilon)) if plain else None
+
+
+def _known(layer: nn.Module) -> bool:
+    """Whether the function can multiply with this layer: one that takes pairs, or nn.Linear. Divided batches of inference are for
+    the layers' own code, which stacks short shares (core/layers/linear)."""
+    if isinstance(layer, LoraLinear):
+        return layer.selection.shares is None or torch.is_grad_enabled() or layer.training
+    return type(layer) is nn.Linear and not layer.weight.requires_grad

@@ -1,0 +1,185 @@
+"""A whole decoder block for generation, in fewer operations than a model's own code asks for.
+
+        x ──┬── norm ── q, k, v ── rotation ── attention over the cache ── o ──+──┬── norm ── gated MLP ──+── y
+            └──────────────────────────────────────────────────────────────────┘  └───────────────────────┘
+
+Writing a token, a step is a few tokens wide: what the operations compute takes less time than to ask for them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol, cast
+
+import torch
+from torch import Tensor, nn
+
+from lorakeet.core.batched.mix_copies import MixRows
+from lorakeet.core.fused.attention import INPUTS, turned
+from lorakeet.core.layers.linear import BLOCK_PARTS, BlockStandIn, HeldPairs, LoraLinear, SharedInput
+from lorakeet.core.reordered import Order, ReorderedBase
+from lorakeet.core.selection import Arrangement
+from lorakeet.kernels.cpu import operators
+from lorakeet.kernels.cpu.block import NO_PAIRS, Block, BlockPairs, BlockParts, NewTokens
+from lorakeet.kernels.cpu.panels import Panels
+
+
+class Attended(Protocol):
+    """The keys and values of earlier tokens, as models/generate/kv_cache keeps them."""
+
+    capacity: int
+
+    new_tokens: NewTokens
+
+    def layer(self, number: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values (slots, kv heads, capacity, d) of a layer, whose new ones are like these (·, kv heads, d)."""
+        ...
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, *, scale: float) -> Tensor:
+        """q (tokens, heads, d), k and v (tokens, kv heads, d) of the new tokens to (tokens, heads, d)."""
+
+
+class DecodeBlock(BlockStandIn):
+    """Stands for a decoder block of two norms, attention and gated MLP that fused parts already stand for.
+
+    Used where no gradient is asked for and earlier tokens are in a cache; anything else is left to the original's own code. Parts
+    within are not called one by one, so that hooks on them hear nothing.
+    """
+
+    def __init__(self, original: nn.Module) -> None:
+        super().__init__(original)
+        first, attention, second, mlp = (getattr(original, name) for name in BLOCK_PARTS)
+        own: Any = attention.original
+        self._parts: tuple[Any, Any, Any] = (own, mlp.original.down_proj, mlp.activation.forward)  # a tuple: no submodules twice
+        gated = mlp.original
+        groups = [getattr(own, name) for name in INPUTS], [own.o_proj], [gated.gate_proj, gated.up_proj], [gated.down_proj]
+        self._groups = tuple(map(_SameInput, groups))
+        self._inward, _, self._apart, _ = self._groups
+        self._layers = tuple(layer for group in groups for layer in group)
+        self._limit = min(attention.windows(), default=None)
+        self._normed = [(cast(Tensor, norm.weight), cast(float, norm.original.variance_epsilon)) for norm in (first, second)]
+        self._norms = tuple(_norm_of(*given) for given in self._normed)
+        self._silu = bool(mlp.activation.native)
+        self._orders: list[Order] = []
+        self._block: Block | None = None
+        self._lookup = _Lookup()
+
+    def forward(self, hidden_states: Tensor, *args: Any, **settings: Any) -> Any:
+        cache, turn = settings.get("row_cache"), settings.get("position_embeddings")
+        if cache is None or args or turn is None or torch.is_grad_enabled() or not self._suits(cache, hidden_states, turn):
+            return self.original(hidden_states, *args, **settings)
+        x = hidden_states[0]
+        block = self._native(x)
+        if block is not None and (pairs := self._pairs(x)) is not None:
+            like = x.new_empty(0, *block.cached)
+            held = cache.layer(self._parts[0].layer_idx, like, like)
+            return block.forward(x.contiguous(), pairs, cache.new_tokens, turn, held)[None]
+        first, second = self._norms
+        x = x + self._attention(first(x), cache, turn[0][0], turn[1][0])
+        gate, up = self._apart(second(x))
+        _, down, activation = self._parts
+        return x.add_(down(activation(gate).mul_(up)))[None]
+
+    def _native(self, x: Tensor) -> Block | None:
+        """The block as the native library computes it, where it may."""
+        layers = self._layers
+        if x.dtype != torch.bfloat16 or not x.is_cpu or type(x) is not Tensor or not operators.in_use():
+            return None
+        if not all(isinstance(layer, LoraLinear) and layer.products in (None, torch.bfloat16) for layer in layers):
+            return None
+        orders = [layer.base.order for layer in layers if isinstance(layer.base, ReorderedBase)]
+        moved = self._block is not None and self._block.moved
+        if moved or self._orders != orders:  # which a base changes that is given another weight
+            self._orders, self._block = orders, self._laid_out(orders)
+        return self._block
+
+    def _pairs(self, x: Tensor) -> BlockPairs | None:
+        """The pairs that x (tokens, hidden) has here; None where some are more than A and B, or there is no pairs.c for them."""
+        selection = self._layers[0].selection
+        if selection.shares is None:
+            return NO_PAIRS if selection.active is None else None
+        to, changes = selection.arranged(len(x), x.device), selection.changes
+        last = self._lookup
+        if last.to is not to or last.changes != changes:
+            last = self._lookup = _Lookup(self._looked_up(len(x), x.device), to, changes)
+        return last.pairs
+
+    def _looked_up(self, tokens: int, device: torch.device) -> BlockPairs | None:
+        numbers: list[int | None] = []
+        shares = None
+        for group in self._groups:
+            to, stack = group.prepared(tokens, torch.bfloat16, device)
+            if stack.meets_special(to) or not (stack.empty or isinstance(stack, MixRows)):
+                return None
+            if isinstance(stack, MixRows) and not stack.empty:
+                shares = stack.shares
+                numbers += stack.numbers
+            else:
+                numbers += [None] * len(group.layers)
+        return BlockPairs.of(shares, numbers)
+
+    def _laid_out(self, orders: Sequence[Order]) -> Block | None:
+        weights = tuple(order for order in orders if isinstance(order, Panels))
+        if len(weights) < len(self._layers) or not self._silu:
+            return None
+        norms, epsilons = zip(*self._normed, strict=True)
+        biases = tuple(layer.bias for layer in self._layers)
+        own = self._parts[0]
+        parts = BlockParts(norms, epsilons, weights, biases, own.head_dim, own.scaling)
+        return Block(parts) if parts.fit else None
+
+    def _suits(self, cache: Attended, x: Tensor, turn: tuple[Tensor, Tensor]) -> bool:
+        head = self._parts[0].head_dim
+        return len(x) == 1 and turn[0].shape == (1, x.shape[1], head) and (self._limit is None or cache.capacity <= self._limit)
+
+    def _attention(self, x: Tensor, cache: Attended, cos: Tensor, sin: Tensor) -> Tensor:
+        """x (tokens, hidden), after the norm, to what attention adds."""
+        own = self._parts[0]
+        q, k, v = self._inward(x)
+        both = turned(torch.cat([q, k], dim=1).view(len(x), -1, own.head_dim), cos, sin)
+        heads = q.shape[1] // own.head_dim
+        values = v.view(len(x), -1, own.head_dim)
+        found = cache.attend(own.layer_idx, both[:, :heads], both[:, heads:], values, scale=own.scaling)
+        added: Tensor = own.o_proj(found.reshape(len(x), -1))
+        return added
+
+
+class _Lookup:
+    """The pairs of a division of the batch, after so many changes of adapters."""
+
+    def __init__(self, pairs: BlockPairs | None = None, to: Arrangement | None = None, changes: int = -1) -> None:
+        self.pairs, self.to, self.changes = pairs, to, changes
+
+    def __deepcopy__(self, memo: dict[int, object]) -> _Lookup:
+        """For another block, which looks its own up."""
+        return _Lookup()
+
+
+class _SameInput:
+    """Layers that see the same x."""
+
+    def __init__(self, layers: Sequence[nn.Module]) -> None:
+        self.layers = tuple(layers)
+        self._adapted = [layer for layer in layers if isinstance(layer, LoraLinear)]
+        self._shared = SharedInput() if len(self._adapted) == len(layers) else None
+
+    def prepared(self, tokens: int, products: torch.dtype, device: torch.device) -> tuple[Arrangement, HeldPairs]:
+        """As SharedInput.prepared; all of the layers can be adapted."""
+        return cast(SharedInput, self._shared).prepared(self._adapted, tokens, products, device)
+
+    def __call__(self, x: Tensor) -> list[Tensor]:
+        """x (tokens, in) to (tokens, out) of each."""
+        if self._shared is not None and self._adapted[0].selection.shares is not None:
+            return self._shared(self._adapted, x)
+        return [layer(x) for layer in self.layers]
+
+
+def _norm_of(weight: Tensor, epsilon: float) -> Callable[[Tensor], Tensor]:
+    """x to w ∘ x/√(mean(x²) + ε), the mean in fp32, in few operations."""
+    def normed(x: Tensor) -> Tensor:
+        wide = x.float()
+        length: Tensor = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
+        rho = length.square_().div_(x.shape[-1]).add_(epsilon).rsqrt_()
+        return (wide * rho).to(x.dtype).mul_(weight)
+
+    return normed

@@ -1,0 +1,319 @@
+"""Causal attention of rows laid end to end on a CUDA card: torch's flash kernel, once for all rows. **Not run on a GPU yet.**
+
+FlashAttention-2 (arXiv 2307.08691), as torch has it, takes sequences laid end to end and where each begins, among queries and
+among keys, and shows each query the keys up to its own place counted from a sequence's end. Rows are such sequences. A prefix
+stands once among the states and belongs to every row: for the time of a call its keys and values are laid before each row's own,
+so that a row's queries, which are the last ones of their sequence, see it whole. Tokens behind the last row are one more.
+
+Whoever calls the kernel with other places than it reads gets numbers that look right. So the first rows in heads of a shape are
+preceded by made-up ones, which are computed by the definition too; where these differ, that is said, and rows go one by one.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lorakeet.kernels.cpu.operators import attention_backward_shapes, attention_shapes, define, scores_of
+from lorakeet.kernels.device import is_cpu
+
+DTYPES = (torch.bfloat16, torch.float16)
+WIDEST, STEP = 192, 8  # of a head: beyond the first, some cards cannot go back; all are multiples of the second
+CAPABILITY = (8, 0)  # the least of a card
+BLOCK = 128  # tokens by which the kernel's sums of a sequence are longer, backward
+EVERYTHING = -1  # for a window: there is none
+PROOF = (5, 300, 70, 1), 140, 150  # rows, a prefix, a window, beyond the kernel's tiles of up to 128: made up to prove it by
+SAID = 160  # characters of torch's own message
+EVERYWHERE = "CompositeExplicitAutograd"  # torch's word for every device: what runs there is torch's kernel, or is refused
+CLOSE = 3e-2  # of the largest number: a few roundings of bf16
+
+
+def serves(like: Tensor, heads: int, kv: int, d: int) -> bool:
+    """Whether the kernel computes with states `like` these, in half precision and on a card, in so many heads of d numbers, `kv`
+    of keys."""
+    device = like.device
+    if like.dtype not in DTYPES or d > WIDEST or d % STEP or is_cpu(device) or device.type not in ("cuda", "cpu"):
+        return False
+    few, group = min(2, kv), min(8, heads // kv)  # these show which head sees which, and take little memory
+    return _has_kernel(device) and (device.type == "cpu" or proved(device, like.dtype, group * few, few, d))
+
+
+@functools.cache
+def _has_kernel(device: torch.device) -> bool:
+    """Whether this torch has the kernel for the card; a CPU stands for the card of this machine, or for one that has it."""
+    if not torch.cuda.is_available():
+        return True
+    if torch.version.hip or not torch.backends.cuda.is_flash_attention_available():
+        return False
+    return torch.cuda.get_device_capability(device if device.type == "cuda" else None) >= CAPABILITY
+
+
+class CardRows:
+    """Attention of rows by the flash kernel, all at once, for core/fused/packed_attention.CausalRows. Keeps O and log-sums
+    beside Q, K, V.
+
+    `window`: how many of the last keys, its own included, a query sees; None: all.
+    """
+
+    laid: tuple[Any, ...]  # what the operators are told of rows
+
+    def __init__(self, rows: tuple[int, ...], scale: float, prefix: int = 0, window: int | None = None) -> None:
+        self.laid = list(rows), prefix, scale, EVERYTHING if window is None else window
+
+    @property
+    def operators(self) -> tuple[Any, Any]:
+        """That of the forward pass, and that of the backward pass."""
+        return CARD_ROWS, CARD_ROWS_BACKWARD
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """The result (1, tokens, heads, d), and what `backward` needs beside Q, K and V."""
+        result, logs = self.operators[0](*map(_token_by_token, (query, key, value)), *self.laid)
+        return result[None], (result, logs)
+
+    def backward(
+        self, grad: Tensor, query: Tensor, key: Tensor, value: Tensor, result: Tensor, logs: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """∂Q, ∂K, ∂V in the shapes of Q, K, V."""
+        given = grad[0].to(result.dtype).contiguous(), *map(_token_by_token, (query, key, value)), result, logs
+        of_q, of_k, of_v = (states.transpose(0, 1)[None] for states in self.operators[1](*given, *self.laid))
+        return of_q, of_k, of_v
+
+
+def _token_by_token(states: Tensor) -> Tensor:
+    """(1, heads, tokens, d) as (tokens, heads, d), the numbers of a head side by side."""
+    found = states[0].transpose(0, 1)
+    return found if found.stride(-1) == 1 else found.contiguous()
+
+
+@dataclass(frozen=True)
+class Sequences:
+    """Rows as the kernel takes them: where sequences begin and end among queries and keys, int32, and the longest of each.
+
+    With a prefix, `gathered` (keys) are the tokens whose keys the sequences have, one behind the other; `own` (tokens) says where
+    among these each token's own are, and `shared` (rows, prefix) where the prefix is met again, in every row behind it.
+    """
+
+    queries: Tensor
+    keys: Tensor
+    most_queries: int
+    most_keys: int
+    gathered: Tensor | None = None
+    own: Tensor | None = None
+    shared: Tensor | None = None
+
+
+def lengths_of(rows: Sequence[int], prefix: int, tokens: int) -> tuple[list[int], list[int]]:
+    """Queries and keys of each sequence: the prefix, the rows, what fills up."""
+    filler = tokens - prefix - sum(rows)
+    ends = [prefix] if prefix else [], [filler] if filler else []
+    return [*ends[0], *rows, *ends[1]], [*ends[0], *(prefix + length for length in rows), *ends[1]]
+
+
+@functools.lru_cache(maxsize=64)  # micro-batches that pass a block together, one after the other
+def sequences(rows: tuple[int, ...], prefix: int, tokens: int, device: torch.device) -> Sequences:
+    """The same for as many layers as have these rows: what is copied to the card is copied once."""
+    queries, keys = lengths_of(rows, prefix, tokens)
+    of_queries, of_keys = (torch.tensor([0, *accumulate(each)], dtype=torch.int32, device=device) for each in (queries, keys))
+    if not prefix:
+        return Sequences(of_queries, of_keys, max(queries), max(keys))
+    begins = [0, *accumulate(queries)]
+    parts = [range(begin, begin + length) for begin, length in zip(begins, queries, strict=False)]
+    gathered, own, shared = [*parts[0]], [*parts[0]], []
+    for number, part in enumerate(parts[1:], start=1):
+        if number <= len(rows):  # not what fills up
+            shared.append(range(len(gathered), len(gathered) + prefix))
+            gathered += parts[0]
+        own += range(len(gathered), len(gathered) + len(part))
+        gathered += part
+    places = (torch.tensor(each, dtype=torch.int32, device=device) for each in (gathered, own, [[*each] for each in shared]))
+    return Sequences(of_queries, of_keys, max(queries), max(keys), *places)
+
+
+def flash_forward(laid: Sequences, states: tuple[Tensor, ...], scale: float, window: int) -> tuple[Tensor, Tensor]:
+    """What torch's kernel makes of Q, K and V, laid as sequences: O, and the logs of the sums."""
+    places = laid.queries, laid.keys, laid.most_queries, laid.most_keys, 0.0, window == EVERYTHING, False
+    out, logs, *_ = torch.ops.aten._flash_attention_forward(*states, *places, scale=scale, **_seen_in(window))
+    return out, logs
+
+
+def flash_backward(
+    laid: Sequences, given: tuple[Tensor, ...], scale: float, window: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """∂Q, ∂K and ∂V of the same, from ∂O, Q, K, V, O and the logs."""
+    device = given[0].device
+    no_dropout = torch.zeros(2, dtype=torch.uint64, device=device), torch.empty(0, device=device)
+    places = laid.queries, laid.keys, laid.most_queries, laid.most_keys, 0.0, window == EVERYTHING
+    of_q, of_k, of_v = torch.ops.aten._flash_attention_backward(
+        *given, *places, *no_dropout, scale=scale, **_seen_in(window)
+    )
+    return of_q, of_k, of_v
+
+
+def card_rows(q: Tensor, k: Tensor, v: Tensor, *given: Any) -> tuple[Tensor, Tensor]:
+    """O (tokens, heads, d) and the logs of the sums (heads, tokens) of q, and k and v (tokens, kv, d); `given` are rows, prefix,
+    scale and window."""
+    rows, prefix, scale, window = given
+    laid = sequences(tuple(rows), prefix, len(q), q.device)
+    keys, values = _gathered(laid, k, v)
+    return flash_forward(laid, (q, keys, values), scale, window)
+
+
+def card_rows_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, logs: Tensor, *given: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    """∂Q, ∂K and ∂V in the shapes of q, k and v, from what `card_rows` was given and gave.
+
+    A prefix's key stands in every sequence; ∂L/∂k is the sum of what arrives in each of its places, in fp32.
+    """
+    rows, prefix, scale, window = given
+    laid = sequences(tuple(rows), prefix, len(q), q.device)
+    keys, values = _gathered(laid, k, v)
+    of_q, *found = flash_backward(laid, (grad, q, keys, values, out, logs), scale, window)
+    of_k, of_v = (_to_own_places(laid, prefix, each) for each in found)
+    return of_q, of_k, of_v
+
+
+def _gathered(laid: Sequences, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    if laid.gathered is None:
+        return k, v
+    return k.index_select(0, laid.gathered), v.index_select(0, laid.gathered)
+
+
+def _to_own_places(laid: Sequences, prefix: int, found: Tensor) -> Tensor:
+    if laid.own is None or laid.shared is None:
+        return found
+    result = found.index_select(0, laid.own)
+    again = found.index_select(0, laid.shared.view(-1)).view(*laid.shared.shape, *found.shape[1:])
+    result[:prefix] = (again.sum(0, dtype=torch.float32) + result[:prefix]).to(found.dtype)
+    return result
+
+
+def _seen_in(window: int) -> dict[str, int]:
+    """As the kernel is told of it: so many keys to the left of a query's own place, none to the right."""
+    return {"window_size_left": EVERYTHING if window == EVERYTHING else window - 1, "window_size_right": 0}
+
+
+def workspace(q: Tensor, k: Tensor, v: Tensor, rows: list[int], prefix: int, *_: Any) -> int:
+    """Bytes that `card_rows` holds for as long as it computes: keys and values of sequences that share a prefix."""
+    return 2 * _gathered_bytes(q, k, rows, prefix)
+
+
+def workspace_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, logs: Tensor, *given: Any) -> int:
+    """The same of `card_rows_backward`: the kernel's fp32 sums of ∂Q and of rows, ∂K and ∂V of every head of a group, and, with
+    a prefix, K, V, ∂K and ∂V of all sequences, and the prefix's parts of a gradient with their sum."""
+    rows, prefix, _, _ = given
+    queries, keys = lengths_of(rows, prefix, len(q))
+    (tokens, heads, d), kv = q.shape, k.shape[1]
+    sums = 4 * (tokens + BLOCK * len(queries)) * heads * (1 + -(-d // 32) * 32)
+    expanded = 2 * sum(keys) * heads * d * q.itemsize if heads != kv else 0
+    parts = prefix * kv * d * (len(rows) * q.itemsize + 12) if prefix else 0
+    return int(sums + expanded + 4 * _gathered_bytes(q, k, rows, prefix) + parts)
+
+
+def _gathered_bytes(q: Tensor, k: Tensor, rows: list[int], prefix: int) -> int:
+    if not prefix:
+        return 0
+    return sum(lengths_of(rows, prefix, len(q))[1]) * k.shape[1] * k.shape[2] * k.itemsize
+
+
+def flops(q: Tensor, k: Tensor, v: Tensor, *given: Any, **_: Any) -> int:
+    """Of the two products of `card_rows`, of the scores that mask and window let through."""
+    rows, prefix, _scale, window = given
+    scores = scores_of(rows, prefix)
+    if window != EVERYTHING:
+        scores = sum(min(window, place + 1) for place in _places(rows, prefix))
+    return 4 * scores * q.shape[1] * q.shape[2]
+
+
+def flops_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, logs: Tensor, *given: Any, **_: Any) -> int:
+    """Of the five products of `card_rows_backward`."""
+    return 5 * flops(q, k, v, *given) // 2
+
+
+def _places(rows: Sequence[int], prefix: int) -> list[int]:
+    """How many keys stand before each token of prefix and rows."""
+    return [*range(prefix), *(prefix + place for length in rows for place in range(length))]
+
+
+@functools.cache
+def proved(device: torch.device, dtype: torch.dtype, heads: int, kv: int, d: int) -> bool:
+    """Whether the kernel computes made-up rows, both ways, as the definition does in fp32; where not, that is said once."""
+    rows, prefix, window = PROOF
+    said = ""
+    try:
+        for shared, seen in ((0, None), (prefix, None), (0, window), (prefix, window)):
+            with torch.inference_mode(False), torch.no_grad():
+                said = said or _difference(rows, shared, seen, (heads, kv, d), (device, dtype))
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        said = f"does not run: {' '.join(str(error).split())[:SAID].rstrip('.')}"
+    if said:
+        logging.getLogger("lorakeet").warning(
+            "Torch's flash kernel %s. Attention is computed row by row, which is slower, and "
+            "may hold more memory than was planned. Please report it.", said
+        )
+    return not said
+
+
+def _difference(
+    rows: tuple[int, ...], shared: int, window: int | None, sizes: tuple[int, int, int], place: tuple[torch.device, torch.dtype]
+) -> str:
+    """In words, how the kernel differs from the definition by more than rounding; empty where it does not."""
+    (heads, kv, d), (device, dtype) = sizes, place
+    tokens = shared + sum(rows) + 2  # and two that fill up
+    draw = torch.Generator().manual_seed(tokens)
+    q, k, v, grad = (torch.randn(1, many, tokens, d, generator=draw).to(device, dtype) for many in (heads, kv, kv, heads))
+    kernel = CardRows(rows, d**-0.5, shared, window)
+    out, kept = kernel.forward(q, k, v)
+    found = out, *kernel.backward(grad.transpose(1, 2), q, k, v, *kept)
+    for name, mine, theirs in zip(("O", "∂Q", "∂K", "∂V"), found, by_definition((q, k, v), grad, kernel.laid), strict=True):
+        worst, allowed = (mine.float() - theirs).abs().max().item(), CLOSE * theirs.abs().max().item()
+        if not worst <= allowed:
+            seen = "" if window is None else f", in a window of {window},"
+            return (
+                f"computes {name} of rows of {list(rows)} tokens behind {shared} shared ones{seen} otherwise than attention is "
+                f"defined on {device}: the largest difference is {worst:.3g}, where rounding explains {allowed:.3g}"
+            )
+    return ""
+
+
+def by_definition(states: tuple[Tensor, ...], grad: Tensor, laid: tuple[list[int], int, float, int]) -> tuple[Tensor, ...]:
+    """O (1, tokens, heads, d), ∂Q, ∂K and ∂V by softmax(s·Q·Kᵀ + mask)·V written out in fp32; `grad` is (1, heads, tokens, d)."""
+    rows, prefix, scale, window = laid
+    tokens, device = grad.shape[2], grad.device
+    filler = tokens - prefix - sum(rows)
+    row = torch.repeat_interleave(torch.tensor([prefix, *rows, filler], device=device))
+    place = torch.tensor([*_places(rows, prefix), *range(filler)], device=device)
+    last = len(rows) + 1
+    same = (row[:, None] == row) | ((row == 0) & (row[:, None] != last))
+    distance = place[:, None] - place
+    seen = same & (distance >= 0) & ((distance < window) if window != EVERYTHING else True)
+    with torch.enable_grad():
+        q, k, v = (each.detach().float().requires_grad_() for each in states)
+        groups = q.shape[1] // k.shape[1]
+        scores = q @ k.repeat_interleave(groups, 1).transpose(-1, -2) * scale
+        out = scores.masked_fill(~seen, float("-inf")).softmax(-1) @ v.repeat_interleave(groups, 1)
+        return out.detach().transpose(1, 2), *torch.autograd.grad(out, (q, k, v), grad.float())
+
+
+_STATES, _LAID = "Tensor q, Tensor k, Tensor v", "int[] rows, int prefix, float scale, int window"
+CARD_ROWS = define(
+    f"card_rows({_STATES}, {_LAID}) -> (Tensor, Tensor)",
+    card_rows,
+    attention_shapes,
+    key=EVERYWHERE,
+)
+CARD_ROWS_BACKWARD = define(
+    f"card_rows_backward(Tensor grad, {_STATES}, Tensor out, Tensor logs, {_LAID}) -> (Tensor, Tensor, Tensor)",
+    card_rows_backward,
+    attention_backward_shapes,
+    key=EVERYWHERE,
+)

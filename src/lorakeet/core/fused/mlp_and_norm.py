@@ -1,0 +1,344 @@
+"""Two pieces of a transformer block as one autograd function each: the gated MLP with its three pairs, and RMSNorm.
+
+Fusing saves casts and memory, not formulas: the low-rank products are those of core/math, over any FrozenBase. A GatedMlp keeps
+x, the gate and the up projection; the activation and its product are computed again in the backward pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import accumulate, pairwise
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from lorakeet.core.base import FrozenBase, matmul_each, sum_of_matmul_t
+from lorakeet.core.fused.elementwise import passes_over
+from lorakeet.core.layers.linear import LoraLinear, StandIn, base_of
+from lorakeet.core.lowrank import LoraPair
+from lorakeet.core.pair_products import PairProducts, Placed, by_turns
+from lorakeet.core.selection import Share
+from lorakeet.kernels.cpu import operators
+from lorakeet.kernels.tiled_weight import Kernels
+
+
+@dataclass(frozen=True)
+class Activation:
+    """φ and its backward: grad (like x) and x to grad·φ'(x), written into grad."""
+
+    forward: Callable[[Tensor], Tensor]
+    backward: Callable[[Tensor, Tensor], Tensor]
+    native: bool = False  # whether kernels/cpu has it
+
+
+def _gelu_backward(grad: Tensor, x: Tensor, approximate: str) -> Tensor:
+    return cast(Tensor, torch.ops.aten.gelu_backward(grad, x, approximate=approximate, grad_input=grad))
+
+
+ACTIVATIONS = {
+    "silu": Activation(
+        nn.functional.silu, lambda grad, x: cast(Tensor, torch.ops.aten.silu_backward(grad, x, grad_input=grad)), native=True
+    ),
+    "gelu_tanh": Activation(
+        partial(nn.functional.gelu, approximate="tanh"), partial(_gelu_backward, approximate="tanh")
+    ),
+    "gelu": Activation(nn.functional.gelu, partial(_gelu_backward, approximate="none")),
+}
+
+
+@dataclass(frozen=True)
+class Projections:
+    """What a gated MLP multiplies with: three frozen weights, φ, the dtype of the products, and which tokens use which pairs.
+
+    `into` are the pairs of gate and up, `out_of` those of down; tokens in none of their parts use the bare base.
+    """
+
+    gate: FrozenBase
+    up: FrozenBase
+    down: FrozenBase
+    activation: Activation
+    products: torch.dtype
+    into: PairProducts
+    out_of: PairProducts
+
+    @property
+    def kernels(self) -> Kernels | None:
+        """Triton's, where they are asked for."""
+        return kernels_of((self.gate, self.up, self.down))
+
+
+@dataclass(frozen=True)
+class Normed:
+    """How y = w ∘ (x·ρ) came about. What is multiplied with y may keep x and ρ, which are kept anyway, and make y again."""
+
+    x: Tensor
+    rho: Tensor
+    weight: Tensor
+    version: int = 0  # of y, when this was noted: what was changed in place since is another y
+
+    @staticmethod
+    def of(y: Tensor) -> Normed | None:
+        """What a FrozenRmsNorm noted on its result, its rows end to end; None for any other tensor."""
+        found = cast("Normed | None", getattr(y, _NOTE, None))
+        if found is None or found.version != y._version:
+            return None
+        return Normed(found.x.flatten(0, -2), found.rho.flatten(0, -2), found.weight)
+
+
+def kept_of(y: Tensor, made_of: Normed | None) -> tuple[Tensor, ...]:
+    """What to save of `y` for the backward pass: itself, or what it was normed from."""
+    return (y,) if made_of is None else (made_of.x, made_of.rho, made_of.weight)
+
+
+def made_again(kept: Sequence[Tensor], kernels: Kernels | None = None) -> Tensor:
+    """y, to the last bit, from what `kept_of` gave; `kernels`: what its norm was asked to use."""
+    if len(kept) == 1:
+        return kept[0]
+    x, rho, weight = kept
+    if (by := passes_over(x, weight, kernels=kernels, by_rows=True)) is not None:
+        return by.norm_again(x, rho, weight)
+    return weight * (x.float() * rho).to(x.dtype)
+
+
+_NOTE = "lorakeet_normed"
+COLUMNS = 2048  # of the inner width, at once
+MLP = ("gate_proj", "up_proj", "down_proj")
+
+
+class GatedMlpFunction(torch.autograd.Function):
+    """y = D(φ(G(x)) ∘ U(x)) where G, U, D are frozen products with pairs:  P(x) = x·Wᵀ + s·x·Aᵀ·Bᵀ on the tokens of each part.
+
+    With g = G(x), u = U(x), h = φ(g) ∘ u and ∂L/∂y given, the chain rule reads
+
+        ∂h = ∂y·D'     ∂u = ∂h ∘ φ(g)     ∂g = ∂h ∘ u ∘ φ'(g)     ∂x = ∂g·G' + ∂u·U'      P' = W + s·B·A, never formed
+
+    and each pair's ∂A, ∂B are those of LowRankLinear on the tokens of its part. Saved: x (or what it was normed from), g and u
+    in the dtype of x, and the rank-sized products; without pairs only g and u. h is computed again. One cast of x serves both
+    projections, one product with both A's shrinks it.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, projections: Projections, made_of: Normed | None, *factors: Tensor) -> Tensor:
+        p = projections
+        of_into, of_down = _factors_of(p, factors)
+        wide = x.to(p.products)
+        gate, up = matmul_each((p.gate, p.up), wide)
+        shrunk = p.into.add([gate, up], wide, of_into)  # x·Aᵀ for gate and up
+        inner = _gated(p, gate, up)
+        y = p.down.matmul(inner)
+        for_down = p.out_of.add([y], inner, of_down)  # h·Aᵀ
+        source = kept_of(x, made_of) if factors else ()
+        ctx.save_for_backward(gate.to(x.dtype), up.to(x.dtype), *source, *shrunk, *for_down, *factors)
+        ctx.projections, ctx.counts = p, (len(source), len(shrunk), len(for_down))
+        return y.to(x.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        p: Projections = ctx.projections
+        gate, up, *rest = ctx.saved_tensors
+        ends = list(accumulate(ctx.counts, initial=0))
+        x, shrunk, for_down = (rest[start:stop] for start, stop in pairwise(ends))
+        dtype, (of_into, of_down) = gate.dtype, _factors_of(p, rest[ends[-1] :])
+        grad, gate, up = grad.to(p.products).contiguous(), gate.to(p.products), up.to(p.products)
+        grad_inner = p.down.matmul_t(grad)
+        through, grads_b = p.out_of.backward(grad_inner, [grad], for_down, of_down)
+        del grad
+        grad_gate, grad_up, grads_a = _gated_backward(p, gate, up, grad_inner, through, of_down)
+        down = by_turns(grads_a, grads_b)
+        del gate, up, grad_inner
+        wide = made_again(x, p.kernels).to(p.products) if x else grad_gate  # which only the gradients of pairs need
+        grad_x = sum_of_matmul_t((p.gate, p.up), (grad_gate, grad_up)) if ctx.needs_input_grad[0] else None
+        through, grads_b = p.into.backward(grad_x, [grad_gate, grad_up], shrunk, of_into)
+        del grad_gate, grad_up
+        into = by_turns(p.into.of_a(through, wide, of_into), grads_b)
+        return None if grad_x is None else grad_x.to(dtype), None, None, *into, *down
+
+
+def _factors_of(p: Projections, factors: Sequence[Tensor]) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+    """A and B of the pairs of gate and up, and of those of down."""
+    return factors[: 2 * len(p.into.places)], factors[2 * len(p.into.places) :]
+
+
+def kernels_of(bases: Iterable[FrozenBase]) -> Kernels | None:
+    """Triton's kernels, where one of the weights is asked to use them."""
+    found = (cast("Kernels | None", getattr(base, "kernels", None)) for base in bases)
+    return next((kernels for kernels in found if kernels is not None), None)
+
+
+def _gated(p: Projections, gate: Tensor, up: Tensor) -> Tensor:
+    """φ(gate) ∘ up (tokens, width)."""
+    if p.activation.native and (by := passes_over(gate, up, kernels=p.kernels)) is not None:
+        return by.gated(gate, up)
+    return p.activation.forward(gate).mul_(up)
+
+
+def _gated_backward(
+    p: Projections, gate: Tensor, up: Tensor, grad: Tensor, through: Sequence[Tensor], factors: Sequence[Tensor]
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """∂g and ∂u of h = φ(g) ∘ u from its gradient, and ∂A of down's pairs, who see h. Overwrites what it is given."""
+    if p.activation.native and (by := passes_over(gate, up, grad, kernels=p.kernels)) is not None:
+        by.gated_backward_(gate, up, grad)
+        torch.autograd.graph.increment_version([gate, up, grad])  # so that another backward pass through them is refused
+        return gate, up, p.out_of.of_a(through, grad, factors)
+    active = p.activation.forward(gate)
+    parts = zip(p.out_of.parts, through, strict=True)
+    of_a = p.out_of.parted([_times_product(u.t(), active[rows], up[rows]) for (rows, _), u in parts], factors)
+    grad_gate = p.activation.backward(up.mul_(grad), gate)
+    return grad_gate, active.mul_(grad), of_a
+
+
+def _times_product(left: Tensor, one: Tensor, other: Tensor) -> Tensor:
+    """left (rank, tokens) · (one ∘ other) (tokens, width) to (rank, width); one ∘ other is never whole."""
+    parts = zip(torch.split(one, COLUMNS, dim=1), torch.split(other, COLUMNS, dim=1), strict=True)
+    return torch.cat([torch.mm(left, a * b) for a, b in parts], dim=1)
+
+
+class GatedMlp(StandIn):
+    """Stands for an MLP of transformers with gate_proj, up_proj, down_proj.
+
+    Fused where all three carry plain pairs of the same adapters, and in training where none carries anything; anything else is
+    left to the original's own code.
+    """
+
+    only: Tensor | None = None  # (n,): the tokens whose results anybody reads; the others' are zeros
+
+    def __init__(self, original: nn.Module, activation: str) -> None:
+        super().__init__(original)
+        self.activation = ACTIVATIONS[activation]
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.only is None:
+            return self._of(x)
+        return spread(self._of(x.flatten(0, -2).index_select(0, self.only)), self.only, x.shape)
+
+    def _of(self, x: Tensor) -> Tensor:
+        """The MLP of every token of x (…, hidden)."""
+        flat = x.reshape(-1, x.shape[-1])
+        layers = [getattr(self.original, name) for name in MLP]
+        divided = any(isinstance(layer, LoraLinear) and layer.selection.shares is not None for layer in layers)
+        if divided and not (torch.is_grad_enabled() or self.training):  # the layers by themselves stack short shares
+            return cast(Tensor, self.original(x))
+        uses = shared_uses(layers, len(flat))
+        bases = [cast(LoraLinear, layer).base for layer in layers] if uses else _frozen_bases(layers, flat)
+        if not bases:
+            return cast(Tensor, self.original(x))
+        gate, up, down = bases
+        products = cast("torch.dtype | None", getattr(layers[0], "products", None)) or x.dtype
+        into = [(share, pair, layer) for share, *pairs in uses for layer, pair in enumerate(pairs[:2])]
+        out_of = [(share, pair, 0) for share, *_, pair in uses]
+        out = placed(out_of, products, in_c=self.activation.native)  # who would want φ(g) ∘ u whole
+        projections = Projections(gate, up, down, self.activation, products, placed(into, products), out)
+        factors = [factor for _, pair, _ in (*into, *out_of) for factor in pair.factors()]
+        y = cast(Tensor, GatedMlpFunction.apply(flat, projections, Normed.of(x), *factors))  # type: ignore[no-untyped-call]
+        return y.view(x.shape)
+
+
+def placed(uses: Sequence[tuple[Share, LoraPair, int]], products: torch.dtype, *, in_c: bool = True) -> PairProducts:
+    """The products of pairs, each on the tokens of its share, that add to the layers of these numbers."""
+    places = [Placed(share.start, share.stop, share.weight * pair.scale, layer) for share, pair, layer in uses]
+    return PairProducts(places, products, in_c=in_c)
+
+
+def spread(found: Tensor, places: Tensor, shape: torch.Size) -> Tensor:
+    """(n, hidden) at `places` (n,), each named once, of the tokens of a tensor of `shape` (…, hidden), and zeros elsewhere."""
+    return found.new_zeros(shape).flatten(0, -2).index_copy(0, places, found).view(shape)
+
+
+def _frozen_bases(layers: Sequence[nn.Module], x: Tensor) -> list[FrozenBase]:
+    """The weights of layers that only hand gradients on, each dense or packed; empty where there is nothing to save by that.
+
+    The layers' own code keeps what the activation gives beside what it was given. It also rounds that, where the native gate does
+    not, and multiplies by oneDNN: where C serves there is one way, with gradients and without, since a streamed block goes both.
+    """
+    if not (operators.serves(x.dtype, x) or (torch.is_grad_enabled() and x.requires_grad)):
+        return []
+    if any(getattr(layer, "bias", None) is not None for layer in layers):
+        return []
+    if any(getattr(layer, "products", None) not in (None, x.dtype) for layer in layers):
+        return []  # whose own code rounds between two products, without gradients and so in a streamed forward pass too
+    if all(type(layer) is nn.Linear and not layer.weight.requires_grad and layer.weight.dtype == x.dtype for layer in layers):
+        return [base_of(layer, "linear") for layer in layers]
+    packed = [None if isinstance(layer, LoraLinear) else getattr(layer, "base", None) for layer in layers]
+    return [] if None in packed else cast("list[FrozenBase]", packed)
+
+
+def shared_uses(layers: Sequence[nn.Module], tokens: int, *, biased: int = 0) -> list[tuple[Any, ...]]:
+    """Each share of a batch with its pair on each layer; none unless all layers have plain pairs for the same shares.
+
+    The first `biased` layers may have a bias.
+    """
+    uses = [_plain_uses(layer, tokens, biased=number < biased) for number, layer in enumerate(layers)]
+    if not all(uses):
+        return []
+    shares = [[share for share, _ in use] for use in uses]
+    if any(own != shares[0] for own in shares):
+        return []
+    return [(together[0][0], *(pair for _, pair in together)) for together in zip(*uses, strict=True)]
+
+
+def _plain_uses(layer: nn.Module, tokens: int, *, biased: bool) -> list[tuple[Share, LoraPair]]:
+    """Which tokens use which pair of a layer; empty where one of them is more than A and B, or the layer has a bias."""
+    if not isinstance(layer, LoraLinear) or (layer.bias is not None and not biased):
+        return []
+    uses = layer.uses(tokens)
+    return uses if all(pair.plain for _, pair in uses) else []
+
+
+def normed(x: Tensor, weight: Tensor, epsilon: float, kernels: Kernels | None = None) -> tuple[Tensor, Tensor]:
+    """y and ρ (…, 1), as RmsNormFunction has them, of x (…, width)."""
+    if (by := passes_over(x, weight, kernels=kernels, by_rows=True)) is not None:
+        return by.norm(x, weight, epsilon)
+    wide = x.float()
+    rho = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True).add_(epsilon))
+    return weight * wide.mul_(rho).to(x.dtype) if wide is not x else weight * (wide * rho), rho
+
+
+def normed_backward(grad: Tensor, x: Tensor, rho: Tensor, weight: Tensor, kernels: Kernels | None = None) -> Tensor:
+    """∂x of it, in the dtype of x."""
+    if (by := passes_over(x, weight, grad, kernels=kernels, by_rows=True)) is not None:
+        return by.norm_backward(grad, x, rho, weight)
+    scaled = grad.float() * weight.float()
+    normal = x.float() * rho
+    share = (scaled * normal).mean(-1, keepdim=True)
+    return scaled.addcmul_(normal, share, value=-1).mul_(rho).to(x.dtype)
+
+
+class RmsNormFunction(torch.autograd.Function):
+    """(y, ρ): y = w ∘ x̂, x̂ = x·ρ, ρ = 1/√(mean(x²) + ε), in fp32;  ∂x = ρ·(w∘∂y − x̂·mean(w∘∂y∘x̂)). Saves x and ρ; w is frozen."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, epsilon: float, kernels: Kernels | None) -> tuple[Tensor, Tensor]:
+        y, rho = normed(x, weight, epsilon, kernels)
+        ctx.save_for_backward(x, rho, weight)
+        ctx.mark_non_differentiable(rho)
+        ctx.kernels = kernels
+        return y, rho
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, None, None, None]:
+        x, rho, weight = ctx.saved_tensors
+        return normed_backward(grad, x, rho, weight, ctx.kernels) if ctx.needs_input_grad[0] else None, None, None, None
+
+
+class FrozenRmsNorm(StandIn):
+    """Stands for a frozen RMSNorm with `weight` and `variance_epsilon`."""
+
+    kernels: Kernels | None = None  # Triton's, where they are asked for
+
+    @property
+    def weight(self) -> Tensor:
+        """The frozen gain."""
+        return cast(Tensor, self.original.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        epsilon = cast(float, self.original.variance_epsilon)
+        y, rho = cast("tuple[Tensor, Tensor]", RmsNormFunction.apply(x, self.weight, epsilon, self.kernels))  # type: ignore[no-untyped-call]
+        if torch.is_grad_enabled():
+            setattr(y, _NOTE, Normed(x.detach(), rho, self.weight, y._version))
+        return y

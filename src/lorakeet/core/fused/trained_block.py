@@ -1,0 +1,273 @@
+"""A whole decoder block with pairs as one autograd function, where the C library computes all of it.
+
+        x ──┬── norm ── q, k, v ── rotation ── attention ── o ──+──┬── norm ── gated MLP ──+── y
+            └───────────────────────────────────────────────────┘  └───────────────────────┘
+
+A step of a small model asks for so many operations that a sixth of its time goes by between them. The numbers are those of the
+fused parts (core/fused/mlp_and_norm, core/fused/attention) to the last bit; where anything is asked that this does not know,
+these compute.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from lorakeet.core.base import stored
+from lorakeet.core.fused.attention import CACHES, INPUTS, RotaryAttention
+from lorakeet.core.fused.mlp_and_norm import MLP, FrozenRmsNorm, GatedMlp, shared_uses
+from lorakeet.core.fused.packed_attention import NativeRows, kernel_for
+from lorakeet.core.fused.trained_block_cache import HOOKS, Look, Noted, look, selection_in
+from lorakeet.core.layers.linear import BLOCK_PARTS, BlockStandIn, LoraLinear
+from lorakeet.core.selection import Share
+from lorakeet.kernels.cpu import dense, operators, trained_pairs
+from lorakeet.kernels.cpu.stored import Stored
+from lorakeet.kernels.cpu.trained_block import Call, Pairs, Weights
+from lorakeet.kernels.cpu.workspace import ROOMS
+
+
+class TrainedBlockFunction(torch.autograd.Function):
+    """y of a block of x (1, tokens, hidden); in the backward pass ∂x and, for each pair, ∂A and ∂B, by the formulas of the parts.
+
+    Saved is what the parts save, in one tensor, beside x. `factors` are A and B as kernels/cpu/trained_block.Call has them, and
+    holds them: torch would take a twentieth of a millisecond to note fourteen of them down, and as long to look for them again.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor, call: Call, *factors: Tensor) -> Tensor:
+        y, kept = call.forward(x[0], cos, sin)
+        ctx.save_for_backward(x, cos, sin, kept)
+        ctx.call, ctx.versions = call, [factor._version for factor in factors]
+        return y[None]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, cos, sin, kept = ctx.saved_tensors
+        factors = ctx.call.factors
+        if [factor._version for factor in factors] != ctx.versions:
+            raise RuntimeError("A or B of a pair was written to between the two passes of a block, whose gradients want both.")
+        grad = grad[0].to(x.dtype).contiguous()
+        grad_x, found = ctx.call.backward(x[0], cos, sin, kept, grad, wants_x=ctx.needs_input_grad[0])
+        torch.autograd.graph.increment_version(kept)  # so that another backward pass through it is refused
+        of_factors = [
+            each if factor.dtype == each.dtype else each.to(factor.dtype) for each, factor in zip(found, factors, strict=True)
+        ]
+        return None if grad_x is None else grad_x[None], None, None, None, *of_factors
+
+
+class Before(NamedTuple):
+    """What C was last told of a block: addresses, which are valid as long as a look sees what was `noted`. It holds no tensor."""
+
+    noted: Noted
+    weights: Any
+    states: tuple[int, int, int]  # heads of queries, of keys, and numbers of each
+    shares: tuple[Share, ...]
+    tokens: int
+    pairs: Pairs  # of these shares of so many tokens
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of the adapters."""
+        return tuple([share.name for share in self.shares])
+
+    def of(self, seen: Look, shares: tuple[Share, ...], tokens: int) -> Before:
+        """The same for other rows of the same adapters."""
+        weights = [share.weight for share in shares for _ in range(len(seen.scales) // len(shares))]
+        scales = [weight * scale for weight, scale in zip(weights, seen.scales, strict=True)]
+        return self._replace(shares=shares, tokens=tokens, pairs=Pairs(seen.factors, _spans(shares), scales, tokens))
+
+
+class _Memory:
+    """Of a block, with `before` if it has been asked; a copy of it, and one that is read back, remember nothing."""
+
+    before: Before | None = None
+
+    def __reduce__(self) -> tuple[type[_Memory], tuple[()]]:
+        return _Memory, ()
+
+
+class TrainedBlock(BlockStandIn):
+    """Stands for a decoder block of two norms, attention and gated MLP that fused parts already stand for.
+
+    Used where rows lie end to end in bf16, and all seven layers have plain pairs for the same tokens, with gradients and without,
+    over weights that the library reads, dense or packed (kernels/cpu/stored). Anything else is left to the original's own code
+    and its parts, and so is a block one of whose parts somebody listens to.
+    """
+
+    def __init__(self, original: nn.Module) -> None:
+        super().__init__(original)
+        self.memory = _Memory()
+
+    def forward(self, hidden_states: Tensor, *args: Any, **settings: Any) -> Any:
+        asked = None
+        if not args and self._suits(hidden_states, settings):
+            given = hidden_states, settings["row_lengths"], settings.get("row_prefix", 0)
+            asked = self._as_before(*given) or self._noted(*given)
+        if asked is None:
+            if not torch.is_grad_enabled() and not ROOMS.taken:
+                ROOMS.release()  # this is no pass that takes any, and holds memory of its own
+            return self.original(hidden_states, *args, **settings)
+        call, factors = asked
+        cos, sin = (part[0].to(hidden_states.dtype).contiguous() for part in settings["position_embeddings"])
+        if not torch.is_grad_enabled():
+            return call.forward(hidden_states[0], cos, sin, alone=True)[0][None]
+        return TrainedBlockFunction.apply(hidden_states, cos, sin, call, *factors)  # type: ignore[no-untyped-call]
+
+    def _suits(self, x: Tensor, settings: dict[str, Any]) -> bool:
+        """Whether the block is asked for what the function computes: rows end to end, in bf16, for the native kernels."""
+        rows, turn = settings.get("row_lengths"), settings.get("position_embeddings")
+        if rows is None or turn is None or any(settings.get(name) is not None for name in ("attention_mask", *CACHES)):
+            return False
+        if not _readable(x) or x.dim() != 3 or len(x) != 1 or not dense.multiplies():
+            return False
+        head = cast(Any, self.original)._modules["self_attn"].original.head_dim
+        kernel = kernel_for(x, rows, settings.get("row_products") or torch.float32, settings.get("row_prefix", 0), head)
+        whole = all(part.shape == (1, x.shape[1], head) for part in turn)
+        return kernel is NativeRows and whole and not torch._C._len_torch_dispatch_stack()  # as where operations are counted
+
+    def _as_before(self, x: Tensor, rows: Sequence[int], prefix: int) -> tuple[Call, list[Tensor]] | None:
+        """What `_asked` would answer, where all that it depends on is as it was when it was last asked; else None."""
+        before, tokens, block = self.memory.before, x.shape[1], self._modules["original"]
+        selection = None if before is None else selection_in(block)
+        if before is None or selection is None:
+            return None
+        shares = selection.all_shares(tokens)
+        if tuple([share.name for share in shares]) != before.names or not _apart(_spans(shares)):
+            return None
+        seen = look(block, before.names, x)
+        if seen is None or not before.noted.same(seen) or seen.attention.looks_back_less(prefix + max(rows)):
+            return None
+        if shares != before.shares or tokens != before.tokens:
+            self.memory.before = before = before.of(seen, shares, tokens)
+        shape = _shape_of(tuple(rows), prefix, seen.attention.original.scaling, (tokens, *before.states))
+        return Call(before.weights, shape, before.pairs, seen.factors, seen.held), seen.factors
+
+    def _noted(self, x: Tensor, rows: Sequence[int], prefix: int) -> tuple[Call, list[Tensor]] | None:
+        """What `_asked` answers, which is remembered if it depends on nothing but what a look sees.
+
+        The look is taken first: what changes behind it, in another thread, is seen by the next one.
+        """
+        selection, tokens = selection_in(self._modules["original"]), x.shape[1]
+        shares = () if selection is None else selection.all_shares(tokens)
+        seen = look(self._modules["original"], [share.name for share in shares], x)
+        asked = self._asked(x, rows, prefix)
+        if asked is None or seen is None or len(seen.factors) != len(asked[1]):  # where some shares have no pair here
+            return asked
+        if all(one is other for one, other in zip(seen.factors, asked[1], strict=True)):
+            call, shape = asked[0], asked[0].shape
+            self.memory.before = Before(Noted(seen), call.weights, (shape.heads, shape.kv, shape.d), shares, tokens, call.pairs)
+        return asked
+
+    def _asked(self, x: Tensor, rows: Sequence[int], prefix: int) -> tuple[Call, list[Tensor]] | None:
+        """What the function computes with: the call, and A and B of all pairs; None where the block's parts are to compute."""
+        parts, tokens = self._parts(prefix + max(rows)), x.shape[1]
+        if parts is None:
+            return None
+        first, attention, second, mlp = parts
+        own: Any = attention.original
+        held, inner = own._modules, mlp.original._modules  # the plain dicts: 30 blocks are asked in every pass
+        layers = [*(held[name] for name in (*INPUTS, "o_proj")), *(cast(nn.Module, inner[name]) for name in MLP)]
+        weights = _weights_of((first, second), attention, layers, x)
+        uses = [] if weights is None else shared_uses(layers, tokens, biased=len(INPUTS))
+        pairs = [pair for _, *of_layers in uses for pair in of_layers]
+        if weights is None or not uses or any(pair._forward_hooks for pair in pairs):
+            return None
+        factors = [factor for pair in pairs for factor in pair.factors()]
+        spans = _spans([share for share, *_ in uses])
+        shapes = tuple([weight[1:3] for weight in weights.layers])
+        taken = all(trained_pairs.takes(factor) and factor.is_cpu for factor in factors)
+        if not taken or not _fit(shapes, x.shape[2], own.head_dim) or not _apart(spans):
+            return None
+        changed = [(len(B), A.shape[1]) for A, B in zip(factors[::2], factors[1::2], strict=True)]
+        if changed != [*shapes] * len(spans):
+            return None
+        scales = [share.weight * pair.scale for share, *of_layers in uses for pair in of_layers]
+        heads, kv = (weight.out // own.head_dim for weight in weights.layers[:2])
+        shape = _shape_of(tuple(rows), prefix, own.scaling, (tokens, heads, kv, own.head_dim))
+        held = [*weights.held(), *(factor.detach() for factor in factors)]
+        return Call(weights.told(), shape, Pairs(factors, spans, scales, tokens), factors, held), factors
+
+    def _parts(self, keys: int) -> tuple[FrozenRmsNorm, RotaryAttention, FrozenRmsNorm, GatedMlp] | None:
+        """The block's parts, where all are fused ones that compute every token, see so many keys, and that nobody listens to."""
+        block = self.original
+        held = [block._modules[name] for name in BLOCK_PARTS]
+        first, attention, second, mlp = held
+        if type(first) is not FrozenRmsNorm or type(second) is not FrozenRmsNorm:
+            return None
+        if type(attention) is not RotaryAttention or type(mlp) is not GatedMlp or not mlp.activation.native:
+            return None
+        if attention.only is not None or mlp.only is not None or attention.drops or attention.looks_back_less(keys):
+            return None
+        heard = (block, *held, attention.original.o_proj)
+        again = getattr(block, "gradient_checkpointing", False)
+        if again or any(getattr(module, hooks) for module in heard for hooks in HOOKS):
+            return None
+        return first, attention, second, mlp
+
+
+def _readable(*states: Tensor) -> bool:
+    """Whether C can read them, in numbers and not as shapes alone."""
+    return all(type(each) in operators.READ for each in states) and operators.serves(torch.bfloat16, *states)
+
+
+def _weights_of(
+    norms: tuple[FrozenRmsNorm, FrozenRmsNorm], attention: RotaryAttention, layers: Sequence[nn.Module], x: Tensor
+) -> Weights | None:
+    """The frozen numbers of a block; None where some are none that C reads."""
+    stored_of = [found for found in (_stored(layer, x) for layer in layers) if found is not None]
+    heads = attention.head_norms()
+    if heads is None or len(stored_of) < len(layers):
+        return None
+    biases = [cast(LoraLinear, layer).bias for layer in layers[: len(INPUTS)]]
+    by_norm = [(norm.weight, cast(float, norm.original.variance_epsilon)) for norm in norms]
+    by_head = [(norm.weight, norm.epsilon) for norm in heads]
+    if not _readable(*(gain for gain, _ in (*by_norm, *by_head))):
+        return None
+    head = cast(Any, attention.original).head_dim
+    fit = all(bias is None or _is_bias(bias, weight) for bias, weight in zip(biases, stored_of, strict=False))
+    if not fit or any(len(gain) != head for gain, _ in by_head) or any(len(gain) != x.shape[2] for gain, _ in by_norm):
+        return None
+    kept = [None if bias is None else bias.detach() for bias in biases]
+    return Weights(stored_of, kept, *([(gain.detach(), epsilon) for gain, epsilon in of] for of in (by_head, by_norm)))
+
+
+def _is_bias(bias: Tensor, weight: Stored) -> bool:
+    """Whether C can add it to what the weight gives; one that is trained is for autograd."""
+    return not bias.requires_grad and bias.shape == (weight.out,) and _readable(bias)
+
+
+def _stored(layer: nn.Module, x: Tensor) -> Stored | None:
+    """What C is told of its frozen weight, if that is to be multiplied in bf16 and by the library alone."""
+    if type(layer) is not LoraLinear or layer.products not in (None, torch.bfloat16):
+        return None
+    return stored(layer.base, x)
+
+
+@lru_cache(maxsize=8)
+def _fit(shapes: tuple[tuple[int, ...], ...], hidden: int, head: int) -> bool:
+    """Whether weights of these shapes belong together, in widths that C computes."""
+    if any(len(shape) != 2 or any(size <= 0 or size % trained_pairs.WIDTH for size in shape) for shape in shapes):
+        return False
+    queries, keys, inner = (shapes[number][0] for number in (0, 1, 4))
+    inward = (queries, hidden), (keys, hidden), (keys, hidden)
+    wanted = *inward, (hidden, queries), (inner, hidden), (inner, hidden), (hidden, inner)
+    return shapes == wanted and queries % head == 0 and keys % head == 0 and queries % keys == 0
+
+
+def _spans(shares: Sequence[Share]) -> tuple[tuple[int, int], ...]:
+    return tuple([(share.start, share.stop) for share in shares])
+
+
+@lru_cache(maxsize=8)
+def _apart(spans: tuple[tuple[int, int], ...]) -> bool:
+    """Whether every share has tokens, and none of another's; a mix of adapters on the same ones is left to the parts."""
+    return len(set(spans)) == len(spans) and trained_pairs.apart([number for start, stop in spans for number in (start, stop, 0)])
+
+
+_shape_of = lru_cache(maxsize=8)(operators.shape_of)  # all blocks of a pass ask for the same

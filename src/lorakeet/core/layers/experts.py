@@ -1,0 +1,82 @@
+"""LoRA on the 3-D expert parameters of a mixture-of-experts block (Mixtral, Qwen-MoE and relatives in transformers 5).
+
+The block keeps all experts in two parameters, `gate_up_proj` (experts, 2·width, hidden) and `down_proj`
+(experts, hidden, width). A pair per parameter holds A (experts, rank, in) and B (experts, out, rank); each expert sees
+its own tokens through the same autograd function as a linear layer.
+"""
+
+from __future__ import annotations
+
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from lorakeet.core.base import SliceBase
+from lorakeet.core.layers.linear import AdaptedLayer
+from lorakeet.core.lowrank import LoraPair, frozen_linear, low_rank_linear
+
+
+class ExpertPairs(nn.ModuleDict):
+    """The pairs of one adapter on one block, by parameter name."""
+
+
+class LoraExperts(AdaptedLayer):
+    """A block of experts with the call (hidden, top_k_index, top_k_weights) that transformers 5 gives it."""
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """hidden_states (tokens, hidden), top_k_index and top_k_weights (tokens, k) to (tokens, hidden)."""
+        self.require_undivided("pairs on experts")
+        if self.active is None:
+            return cast(Tensor, self.original(hidden_states, top_k_index, top_k_weights))
+        pairs = cast(ExpertPairs, self.adapters[self.active])
+        result = torch.zeros_like(hidden_states)
+        for expert in chosen(top_k_index):
+            if expert >= self._experts():  # transformers marks a dropped choice by an index past the last expert
+                continue
+            token, choice = torch.where(top_k_index == expert)
+            gate, up = self._project(pairs, "gate_up_proj", expert, hidden_states[token]).chunk(2, dim=-1)
+            out = self._project(pairs, "down_proj", expert, cast(Tensor, self.original.act_fn(gate)) * up)  # type: ignore[operator]
+            result = result.index_add(0, token, (out * top_k_weights[token, choice, None]).to(result.dtype))
+        return result
+
+    def _experts(self) -> int:
+        return cast(Tensor, self.original.gate_up_proj).shape[0]
+
+    def _project(self, pairs: ExpertPairs, name: str, expert: int, x: Tensor) -> Tensor:
+        stacked = cast(Tensor, getattr(self.original, name))
+        if name not in pairs:
+            return frozen_linear(x, SliceBase(stacked, expert), products=self.products)
+        pair = cast(LoraPair, pairs[name])
+        dropout = pair.dropout if pair.training else 0.0
+        factors = pair.A[expert], pair.B[expert], pair.scale
+        return low_rank_linear(x, SliceBase(stacked, expert), factors, dropout=dropout, products=self.products)
+
+
+def chosen(top_k_index: Tensor) -> list[int]:
+    """The experts that any token chose, in order; few numbers are asked for, each of which costs a rehearsal (memory/ledger)."""
+    numbers = top_k_index.flatten().sort().values
+    return cast(list[int], torch.unique_consecutive(numbers).tolist())
+
+
+_UNFIT = {  # what transformers 5 notes on a block of experts, and what it means
+    "is_transposed": (True, "its parameters are transposed"),
+    "has_bias": (True, "its experts have biases"),
+    "has_gate": (False, "its experts have no gate"),
+    "is_concatenated": (False, "its gate and up rows are interleaved"),
+    "has_post_expert_norm": (True, "its experts end in a norm"),
+}
+
+
+def supports(module: nn.Module) -> str:
+    """Why LoRA cannot be put on this block of experts; an empty string when it can."""
+    for name, (unfit, why) in _UNFIT.items():
+        if getattr(module, name, not unfit) is unfit:
+            return why
+    if not all(isinstance(getattr(module, name, None), nn.Parameter) for name in ("gate_up_proj", "down_proj")):
+        return "it has no gate_up_proj and down_proj parameters"
+    if len(cast(Tensor, module.gate_up_proj)) != len(cast(Tensor, module.down_proj)):
+        return "some of its experts have no down_proj"  # LongCat-Flash's hand their tokens on as they are
+    if hasattr(module, "gate_up_proj_bias"):
+        return "its experts have biases"
+    return "" if hasattr(module, "act_fn") else "it has no act_fn"

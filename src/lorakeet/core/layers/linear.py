@@ -1,0 +1,366 @@
+"""The modules that stand in the model in place of the frozen ones. Each holds the original, untouched, and its adapters by name.
+
+`active` is the name of the adapter in use, or None for the bare base: then the original module runs, bit for bit. Where the
+selection divides a batch, each share of its tokens has an adapter of its own (core/batched/stack).
+`models/inject` puts these in and takes them out.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+from functools import lru_cache
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from lorakeet.core.base import DenseBase, FrozenBase, TransposedBase
+from lorakeet.core.batched.mix_copies import MixRows
+from lorakeet.core.batched.stack import Stack, shared_low_rank
+from lorakeet.core.dora import DoraPair
+from lorakeet.core.initialise import begin
+from lorakeet.core.lowrank import LoraPair, frozen_linear
+from lorakeet.core.plan import PlanEntry
+from lorakeet.core.reordered import ReorderedBase, Together
+from lorakeet.core.selection import Arrangement, Selection, Share
+from lorakeet.core.spec import ANCHORED
+from lorakeet.kernels.cpu.inference_pairs import fits
+
+BLOCK_PARTS = ("input_layernorm", "self_attn", "post_attention_layernorm", "mlp")  # of a decoder block
+
+
+class StandIn(nn.Module):
+    """A module that stands in a model in place of `original`, which it holds untouched."""
+
+    def __init__(self, original: nn.Module) -> None:
+        super().__init__()
+        self.original = original
+
+    def at_hand(self) -> AbstractContextManager[object]:
+        """A context in which the frozen weights within have numbers; they always do, unless they are streamed."""
+        return nullcontext()
+
+
+class BlockStandIn(StandIn):
+    """Stands for a whole decoder block, and answers what the decoder asks of it, such as the kind of its attention."""
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("original"), name)
+
+
+class AdaptedLayer(StandIn):
+    """A frozen module with any number of named adapters, one of which may be active."""
+
+    products: torch.dtype | None = None  # dtype of the matrix products (core/precision); None: that of the input
+
+    def __init__(self, original: nn.Module) -> None:
+        super().__init__(original)
+        self.adapters = nn.ModuleDict()
+        self.selection = Selection()  # models/inject gives all layers of a model the same one
+
+    @property
+    def active(self) -> str | None:
+        """The adapter that every token uses, if this layer has it; None for the bare base and where tokens have their own."""
+        selection = self.selection
+        if selection.shares is not None or selection.active is None or selection.active not in self.adapters:
+            return None
+        return selection.active
+
+    @active.setter
+    def active(self, name: str | None) -> None:
+        self.selection.use(name)
+
+    @property
+    def in_use(self) -> bool:
+        """Whether any adapter of this layer counts just now."""
+        shares = self.selection.shares
+        return self.active is not None if shares is None else any(share.name in self.adapters for share in shares)
+
+    def attach(self, name: str, adapter: nn.Module) -> None:
+        """Adds `adapter` under `name`; `activate` makes it count."""
+        self.adapters[name] = adapter
+        self.selection.changed(name)
+
+    def detach(self, name: str) -> None:
+        """Forgets the adapter `name`; if it was active, the bare base is in use again."""
+        del self.adapters[name]
+        self.selection.changed(name)
+
+    @property
+    def _held(self) -> dict[str, nn.Module | None]:
+        """The adapters in their plain dict, without nn.Module's look through all tables: every layer is asked, in every pass."""
+        return cast(nn.Module, self._modules["adapters"])._modules
+
+    @property
+    def weight(self) -> Tensor:
+        """The frozen weight, for model code that asks a linear layer for its weight's dtype or device."""
+        return cast(Tensor, self.original.weight)
+
+    @property
+    def bias(self) -> Tensor | None:
+        return cast("Tensor | None", getattr(self._modules["original"], "bias", None))
+
+    def pair(self) -> LoraPair | None:
+        """The active pair, or None where the active adapter leaves this layer alone."""
+        active = self.active
+        return None if active is None else cast(LoraPair, self.adapters[active])
+
+    def uses(self, tokens: int) -> list[tuple[Share, LoraPair]]:
+        """Which of so many tokens use which pair here, in a divided batch or in one that all use one adapter."""
+        held = self._held
+        return [(share, cast(LoraPair, held[share.name])) for share in self.selection.all_shares(tokens) if share.name in held]
+
+    def require_undivided(self, what: str) -> None:
+        """ValueError where a share of a divided batch uses an adapter of this layer, which can only serve whole batches."""
+        if self.selection.shares is not None and self.in_use:
+            raise ValueError(f"{what} cannot differ within a batch; switch between adapters instead")
+
+
+class LoraLinear(AdaptedLayer):
+    """nn.Linear, GPT-2's Conv1D or a quantised linear layer, seen through a FrozenBase."""
+
+    def __init__(self, original: nn.Module, base: FrozenBase) -> None:
+        super().__init__(original)
+        self.base = base
+        self._alone = SharedInput()
+
+    @property
+    def in_features(self) -> int:
+        return self.base.shape[1]
+
+    @property
+    def out_features(self) -> int:
+        return self.base.shape[0]
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.selection.shares is not None and self.adapters._modules:
+            flat = x.reshape(-1, x.shape[-1])
+            return self._divided(flat).view(*x.shape[:-1], self.out_features)
+        pair = self.pair()
+        if pair is not None:
+            return cast(Tensor, pair(x, self.base, self.bias, self.products))
+        return self.bare(x)
+
+    def bare(self, x: Tensor) -> Tensor:
+        """x (…, in) through the frozen weight alone."""
+        if self.products is None or self.products == x.dtype:
+            return cast(Tensor, self.original(x))
+        return frozen_linear(x, self.base, bias=self.bias, products=self.products)
+
+    def _divided(self, x: Tensor) -> Tensor:
+        """x (tokens, in) to (tokens, out), each share of the tokens with its pair."""
+        if torch.is_grad_enabled() or self.training:
+            shares = self.uses(len(x))
+            if not shares:
+                return self.bare(x)
+            if not all(pair.plain for _, pair in shares):
+                return self._one_by_one(x, shares)
+            return shared_low_rank(x, self.base, shares, bias=self.bias, products=self.products)
+        return self._alone([self], x)[0]
+
+    def _one_by_one(self, x: Tensor, shares: Sequence[tuple[Share, LoraPair]]) -> Tensor:
+        """Where some pairs are more than A and B: their shares by themselves, what lies between them, mixed or not, together."""
+        parts, done = [], 0
+        for special, pair in sorted(require_unmixed(shares), key=lambda one: one[0].start):
+            if done < special.start:
+                parts.append(self._plain(x, shares, done, special.start))
+            parts.append(self.by_itself(x, special, pair))
+            done = special.stop
+        if done < len(x):
+            parts.append(self._plain(x, shares, done, len(x)))
+        return torch.cat(parts)
+
+    def by_itself(self, x: Tensor, share: Share, pair: LoraPair) -> Tensor:
+        """The tokens of one share of `x` (tokens, in) through its pair, of whatever kind, to (tokens of the share, out)."""
+        return cast(Tensor, pair(x[share.start : share.stop], self.base, self.bias, self.products))
+
+    def _plain(self, x: Tensor, shares: Sequence[tuple[Share, LoraPair]], start: int, stop: int) -> Tensor:
+        """The tokens start … stop − 1, across whose ends no share reaches."""
+        own = [
+            (replace(share, start=share.start - start, stop=share.stop - start), pair)
+            for share, pair in shares
+            if start <= share.start and share.stop <= stop
+        ]
+        return shared_low_rank(x[start:stop], self.base, own, bias=self.bias, products=self.products)
+
+
+def require_unmixed(shares: Sequence[tuple[Share, LoraPair]]) -> list[tuple[Share, LoraPair]]:
+    """The shares of one layer whose pairs are more than A and B. ValueError where one is weighted, or shares a token."""
+    found = [(share, pair) for share, pair in shares if not pair.plain]
+    for share, _ in found:
+        here = sum(other.start < share.stop and share.start < other.stop for other, _ in shares)
+        if here > 1 or share.weight != 1.0:
+            raise ValueError("DoRA, biases and dropout have no weighted mix within a batch: their effects do not add up")
+    return found
+
+
+HeldPairs = Stack | MixRows  # pairs of layers that see the same x
+
+
+class SharedInput:
+    """What layers that see the same x share in divided batches and inference: one product shrinks x for the pairs of all of them.
+
+    It is called with the layers, always the same ones, and holds none of them.
+    """
+
+    def __init__(self) -> None:
+        self._stack: HeldPairs | None = None
+        self._selection: Selection | None = None  # whose mixes the stack holds
+        self._to: Arrangement | None = None  # what the stack is made for, after which change of adapters
+        self._changes = -1
+        self._products: torch.dtype | None = None
+        self._biases: list[Tensor | None] = []
+        self._together: Together | None = None  # the frozen weights
+
+    def __deepcopy__(self, memo: dict[int, object]) -> SharedInput:
+        """For other layers, which hold nothing yet."""
+        return SharedInput()
+
+    def __call__(self, layers: Sequence[LoraLinear], x: Tensor) -> list[Tensor]:
+        """x (tokens, in) to (tokens, out) of each layer. Pairs that are more than A and B compute their tokens by themselves."""
+        products = layers[0].products or x.dtype
+        to, stack = self.prepared(layers, len(x), products, x.device)
+        special = stack.meets_special(to)
+        nothing = stack.empty and not special
+        if nothing and not all(isinstance(layer.base, ReorderedBase) for layer in layers):
+            return [layer.bare(x) for layer in layers]
+        wide = x.to(products)
+        ys = self._frozen(layers)(wide)
+        for y, bias in zip(ys, self._biases, strict=True):
+            if bias is not None:
+                y.add_(bias)
+        if not nothing:
+            stack.add(ys, wide, to)
+        ys = ys if products == x.dtype else [y.to(x.dtype) for y in ys]
+        if special:
+            for layer, y in zip(layers, ys, strict=True):
+                for share, pair in require_unmixed(layer.uses(len(x))):
+                    y[share.start : share.stop] = layer.by_itself(x, share, pair)
+        return ys
+
+    def prepared(
+        self, layers: Sequence[LoraLinear], tokens: int, products: torch.dtype, device: torch.device
+    ) -> tuple[Arrangement, HeldPairs]:
+        """How the divided batch is computed by layers that see so many tokens, and what holds the pairs that it uses."""
+        selection, stack = layers[0].selection, self._stack
+        to = selection.arranged(tokens, device)
+        if stack is None or self._to is not to or self._changes != selection.changes or self._products != products:
+            stack = self._holding(layers, to, products, device)
+        return to, stack
+
+    def _frozen(self, layers: Sequence[LoraLinear]) -> Together:
+        bases = [layer.base for layer in layers]
+        if self._together is None or not all(map(operator.is_, self._together.bases, bases)):
+            self._together = Together(bases)
+        return self._together
+
+    def _holding(self, layers: Sequence[LoraLinear], to: Arrangement, products: torch.dtype, device: torch.device) -> HeldPairs:
+        """The stack, with the mixes of `to` in it."""
+        selection, stack = layers[0].selection, self._stack
+        changes = selection.changes  # an adapter may come meanwhile: then this is looked at again
+        if stack is None or self._products != products or self._selection is not selection:
+            stack = self._stack = _stack_of(layers, products, device)
+            self._to, self._changes, self._products, self._selection = None, -1, products, selection
+        if self._changes != changes:
+            self._biases = [layer.bias for layer in layers]
+        self._to = None
+        if isinstance(stack, MixRows):
+            stack.hold(to, selection)
+        else:  # the plain dicts: this runs for every layer as rows come and go
+            stack.hold(to, [cast("dict[str, LoraPair]", layer.adapters._modules) for layer in layers], selection)
+        self._to, self._changes = to, changes
+        return stack
+
+
+def _stack_of(layers: Sequence[LoraLinear], products: torch.dtype, device: torch.device) -> HeldPairs:
+    """What holds pairs of layers that see the same x; nothing yet."""
+    shapes, selection = [layer.base.shape for layer in layers], layers[0].selection
+    if fits(products, device, shapes):
+        return MixRows([(layer.adapters, shape) for layer, shape in zip(layers, shapes, strict=True)], selection)
+    stack = Stack(shapes, products, device)
+    selection.holds(stack)
+    return stack
+
+
+class LoraEmbedding(AdaptedLayer):
+    """nn.Embedding, also Gemma's scaled one: ids to W[ids] + scale·A[:, ids]ᵀ·Bᵀ."""
+
+    original: nn.Embedding
+
+    def forward(self, ids: Tensor) -> Tensor:
+        y = cast(Tensor, self.original(ids))
+        if self.selection.shares is not None:
+            flat, rows = ids.reshape(-1), y.reshape(-1, y.shape[-1])
+            for share, held in self.uses(len(flat)):
+                places = torch.arange(share.start, share.stop, device=rows.device)
+                rows = rows.index_add(0, places, self._low_rank(flat[places], held, share.weight).to(y.dtype))
+            return rows.view(y.shape)
+        pair = self.pair()
+        return y if pair is None else y + self._low_rank(ids, pair).to(y.dtype)
+
+    def _low_rank(self, ids: Tensor, pair: LoraPair, weight: float = 1.0) -> Tensor:
+        """What `pair` adds to the rows of `ids` (…): (…, hidden), fp32."""
+        shrunk = nn.functional.embedding(ids, pair.A.t())  # (…, rank)
+        return weight * pair.scale * embed_scale(self.original) * (shrunk @ pair.B.t())
+
+
+def embed_scale(module: nn.Module) -> float:
+    """Gemma multiplies the looked-up row by √hidden, rounded to the weight's dtype; a low-rank part must be multiplied alike."""
+    scale = getattr(module, "scalar_embed_scale", None)  # what transformers made its buffer of, which may be on a card
+    return _rounded(float(getattr(module, "embed_scale", 1.0) if scale is None else scale), cast(Tensor, module.weight).dtype)
+
+
+@lru_cache
+def _rounded(number: float, dtype: torch.dtype) -> float:
+    return float(torch.tensor(number).to(dtype))
+
+
+class LoraConv2d(AdaptedLayer):
+    """nn.Conv2d with one group: a k×k convolution to `rank` channels, then a 1×1 one."""
+
+    original: nn.Conv2d
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.require_undivided("pairs on convolutions")
+        pair = self.pair()
+        if pair is None:
+            return cast(Tensor, self.original(x))
+        conv, dtype = self.original, x.dtype
+        dropped = nn.functional.dropout(x, pair.dropout, pair.training)
+        shrunk = nn.functional.conv2d(dropped, pair.A.to(dtype), stride=conv.stride, padding=conv.padding, dilation=conv.dilation)
+        bias = None if pair.bias is None else pair.bias.to(dtype)
+        low_rank = nn.functional.conv2d(shrunk, pair.B.to(dtype), bias) * pair.scale
+        if not isinstance(pair, DoraPair):
+            return cast(Tensor, conv(x)) + low_rank
+        plain = nn.functional.conv2d(x, conv.weight, None, conv.stride, conv.padding, conv.dilation)
+        y = ((plain + low_rank) * pair.gain(_FlatConv(conv), dtype).view(1, -1, 1, 1)).to(dtype)
+        return y if conv.bias is None else y + conv.bias.view(1, -1, 1, 1)
+
+
+class _FlatConv(DenseBase):
+    """A convolution's weight as (out, in·k·k), for DoRA's row norms."""
+
+    @property
+    def weight(self) -> Tensor:
+        return cast(Tensor, self.module.weight).flatten(1)
+
+
+def new_pair(entry: PlanEntry, *, weight: Callable[[], Tensor], seed: int, device: torch.device | str = "cpu") -> LoraPair:
+    """A pair as `entry` plans it, begun; `weight()` gives the frozen W with output rows first, and is called only if needed."""
+    pair: LoraPair = DoraPair(entry, device=device) if entry.variant == "dora" else LoraPair(entry, device=device)
+    needs_weight = entry.start in ANCHORED
+    begin(pair, entry.start, weight=weight() if needs_weight else torch.empty(0), path=entry.path, seed=seed)
+    if isinstance(pair, DoraPair):
+        pair.measure(weight())
+    return pair
+
+
+def base_of(module: Any, kind: str) -> FrozenBase:
+    """The FrozenBase over a dense linear module; quantised ones come from `quant/replace`."""
+    return TransposedBase(module) if kind == "conv1d" else DenseBase(module)

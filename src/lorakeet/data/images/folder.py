@@ -1,0 +1,367 @@
+"""A folder of captioned pictures as rows: every file is read, turned upright and hashed, or named with the reason why not."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import math
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lorakeet.data.images.spec import ImageSpec
+from lorakeet.errors import DataError, EnvironmentProblem, Problems
+
+ENDINGS = (".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+IF_BUILT_IN = (".avif",)  # of Pillow's formats those that it may be built without
+NOT_READ = (".heic", ".heif", ".avif", ".jxl", ".jp2", ".j2k", ".psd", ".tga", ".svg", ".eps", ".dng", ".cr2", ".cr3", ".nef",
+            ".arw", ".orf", ".rw2", ".raf")  # fmt: skip
+CAPTION_COLUMNS = ("text", "caption", "prompt")
+HASH_SIDE = 16
+LIGHT_SIDE, COLOUR_SIDE = 64, 16
+_ORIENTATION = 0x0112  # EXIF tag
+_CLEARLY = 3  # grey levels of 255
+_ENDS, _CLIPPED = (5, 250), 0.02  # levels that may be clipped, and the share of a place's pixels that makes it a clipped one
+_OR_SETTING = ", or remove it, so that images.caption counts"
+
+Pixels = NDArray[np.uint8]  # (height, width, 3)
+
+
+@dataclass(frozen=True)
+class ImageRow:
+    """One picture: `pixels_key` is the hash of its upright pixels, `key` that of pixels and caption."""
+
+    path: Path
+    caption: str
+    width: int
+    height: int
+    pixels_key: str
+    looks: int  # 256-bit difference hash: alike pictures differ in few bits
+    source: str
+    thumb: bytes = field(default=b"", repr=False)  # 5.5 KB by which copies are told from others (data/images/match)
+
+    @property
+    def key(self) -> str:
+        return hashlib.sha256(f"{self.pixels_key}\n{self.caption}".encode("utf-8", "surrogatepass")).hexdigest()
+
+
+@dataclass(frozen=True)
+class Album:
+    """The pictures of a folder that can be used, and a sentence about every file that was changed or left out."""
+
+    rows: tuple[ImageRow, ...]
+    remarks: tuple[str, ...]
+
+
+def read_album(folder: Path, spec: ImageSpec, *, limit: int | None = None, setting: str = "data.train") -> Album:
+    """The pictures below `folder`, which `setting` named, in the order of their paths, exact copies once.
+
+    A caption stands in metadata.jsonl (file_name, and text, caption or prompt), else in NAME.txt beside NAME.png, else it is
+    `spec.caption`. Files that are broken, of a format that is not read, or smaller than `spec.smallest`, are left out with a
+    remark. DataError names every picture without a caption and every file of metadata.jsonl that is not read, and says so where
+    no picture is left.
+    """
+    require_folder(folder, setting)
+    endings = _readable()
+    found = _files(folder, (*endings, *NOT_READ))
+    files = [path for path in found if path.suffix.lower() in endings]
+    skipped = _not_read([path.relative_to(folder).as_posix() for path in found if path.suffix.lower() not in endings])
+    if not files:
+        raise DataError(f"{folder} holds no picture ({', '.join(endings)}).{''.join(f' {line}' for line in skipped)}")
+    captions = _listed_captions(folder)
+    problems = Problems(f"The pictures in {folder} cannot be used", DataError)
+    rows: dict[str, ImageRow] = {}
+    remarks = skipped
+    for path in files[:limit]:
+        name = path.relative_to(folder).as_posix()
+        row = _row(path, name, captions, spec, remarks, problems)
+        if row is not None and (twin := rows.setdefault(row.pixels_key, row)) is not row:
+            remarks.append(f"{name} is a copy of {twin.source}; it counts once.")
+    problems.raise_if_any()
+    if not rows:
+        listed = "\n".join(f"  - {line}" for line in remarks)
+        raise DataError(f"None of the {len(files)} pictures in {folder} can be used:\n{listed}")
+    return Album(tuple(rows.values()), tuple(remarks))
+
+
+def require_folder(folder: Path, setting: str) -> None:
+    """Raises DataError unless `folder`, which `setting` named, is one."""
+    if not folder.is_dir():
+        raise DataError(f"{setting} {folder} is no folder; kind: image expects a folder of pictures with captions.")
+
+
+def read_named(folder: Path, names: Iterable[str], spec: ImageSpec) -> Iterator[ImageRow | None]:
+    """Those pictures below `folder`, read as `read_album` reads them; None for one that is gone or could not be used any more.
+
+    What is wrong with other pictures, and with their lines in metadata.jsonl, is passed over.
+    """
+    captions = _listed_captions(folder, all_right=False)
+    for name in names:
+        path = folder / name
+        try:
+            yield _row(path, name, captions, spec, [], Problems(name, DataError)) if path.is_file() else None
+        except DataError:  # a caption that is not UTF-8
+            yield None
+
+
+def names_in(folder: Path) -> list[str]:
+    """The pictures below `folder` of formats that are read, in the order in which `read_album` has them."""
+    return [path.relative_to(folder).as_posix() for path in _files(folder, _readable())]
+
+
+def _files(folder: Path, endings: Iterable[str]) -> list[Path]:
+    """The files below `folder` with one of these endings, in order."""
+    asked = set(endings)
+    return sorted(path for path in folder.rglob("*") if path.suffix.lower() in asked and path.is_file())
+
+
+def open_pixels(path: Path) -> tuple[Pixels, list[str]]:
+    """The upright RGB pixels (height, width, 3) of a picture, and what had to be done to it, in words.
+
+    Turns it by its EXIF tag, takes the first frame of an animation, converts CMYK, grey, palette and 16-bit pictures, and lays
+    transparent ones on white. OSError or ValueError where it cannot be read whole.
+    """
+    image_module, operations = _pillow()
+    done: list[str] = []
+    too_large = (image_module.DecompressionBombError, image_module.DecompressionBombWarning)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        warnings.simplefilter("error", image_module.DecompressionBombWarning)
+        try:
+            with image_module.open(path) as image:
+                if getattr(image, "is_animated", False):
+                    done.append(f"has {image.n_frames} frames, of which the first is used")
+                image.load()
+                if image.getexif().get(_ORIENTATION, 1) != 1:
+                    done.append("was turned upright by its EXIF tag")
+                upright = operations.exif_transpose(image)
+                if upright.mode == "CMYK":
+                    done.append("was converted from CMYK")
+                return _rgb(upright, image_module, done), done
+        except (*too_large, SyntaxError, EOFError) as error:  # besides OSError, what Pillow raises for broken files
+            raise ValueError(str(error)) from error
+
+
+def scaled_to_cover(sides: tuple[int, int], size: tuple[int, int]) -> tuple[int, int]:
+    """Height and width of a picture with `sides` (height, width) that is scaled until it covers `size`."""
+    scale = max(size[0] / sides[0], size[1] / sides[1])
+    return max(size[0], round(sides[0] * scale)), max(size[1], round(sides[1] * scale))
+
+
+def cut(pixels: Pixels, size: tuple[int, int], *, crop: int = 0, key: str = "") -> tuple[Pixels, tuple[int, int]]:
+    """`pixels` scaled to cover `size` (height, width) and cut to it, with the cut's (top, left) in the scaled picture.
+
+    Crop 0 is the middle; further ones lie where a hash of `key` and the number says.
+    """
+    height, width = size
+    image_module, _ = _pillow()
+    scaled = scaled_to_cover((pixels.shape[0], pixels.shape[1]), size)
+    image = image_module.fromarray(pixels).resize(scaled[::-1], image_module.Resampling.LANCZOS)
+    room = scaled[0] - height, scaled[1] - width
+    if crop == 0:
+        top, left = room[0] // 2, room[1] // 2
+    else:
+        digest = hashlib.sha256(f"crop {crop} {key}".encode()).digest()
+        top, left = (int.from_bytes(digest[at : at + 8], "little") % (space + 1) for at, space in ((0, room[0]), (8, room[1])))
+    return np.asarray(image)[top : top + height, left : left + width].copy(), (top, left)
+
+
+def bucket_sizes(resolution: int, step: int) -> list[tuple[int, int]]:
+    """The sizes (height, width) of examples: multiples of `step`, of at most resolution² pixels, sides between half and twice it.
+
+    For each height, the widest that fits; the square is one of them where `step` divides `resolution`.
+    """
+    found = set()
+    for height in range(step, 2 * resolution + 1, step):
+        width = resolution * resolution // height // step * step
+        if resolution <= 2 * height and resolution <= 2 * width <= 4 * resolution:
+            found.add((height, width))
+    return sorted(found)
+
+
+def bucket_of(row: ImageRow, sizes: list[tuple[int, int]]) -> tuple[int, int]:
+    """The size whose shape is nearest to the picture's: the least |log| of the ratio of their aspects."""
+    aspect = row.height / row.width
+    return min(sizes, key=lambda size: (abs(math.log(size[0] / size[1] / aspect)), -size[0] * size[1], size))
+
+
+def fit_remarks(rows: Sequence[ImageRow], sizes: list[tuple[int, int]]) -> list[str]:
+    """A sentence about the pictures that are enlarged more than twice, and one about those that lose more than half."""
+    enlarged, cut_off = [], []
+    for row in rows:
+        height, width = bucket_of(row, sizes)
+        scale = max(height / row.height, width / row.width)
+        kept = height * width / (row.height * scale * row.width * scale)
+        enlarged += [f"{row.source} {scale:.1f} times"] if scale > 2 else []
+        cut_off += [f"{row.source} keeps {kept:.0%}"] if kept < 0.5 else []
+    found = []
+    if enlarged:
+        advice = "what is drawn will be as soft; set images.resolution lower, or images.smallest higher"
+        found.append(f"{_named(enlarged, 'picture')} enlarged more than twice: {advice}.")
+    if cut_off:
+        found.append(f"{_named(cut_off, 'picture')} cut by more than half to fit; cut out yourself what shall be learnt.")
+    return found
+
+
+def _named(names: Sequence[str], what: str, shown: int = 3) -> str:
+    """How many there are, the first few, and the verb."""
+    more = ", …" if len(names) > shown else ""
+    return f"{len(names)} {what}{'s' * (len(names) > 1)} ({', '.join(names[:shown])}{more}) {'are' if len(names) > 1 else 'is'}"
+
+
+def _readable() -> tuple[str, ...]:
+    """The endings of the files that this installation of Pillow reads."""
+    image_module, _ = _pillow()
+    known = image_module.registered_extensions()
+    return (*ENDINGS, *(ending for ending in IF_BUILT_IN if known.get(ending) in image_module.OPEN))
+
+
+def _not_read(names: Sequence[str]) -> list[str]:
+    return [f"{_named(names, 'file')} of a format that is not read, and left out; convert to JPEG or PNG."] if names else []
+
+
+def _row(
+    path: Path, name: str, captions: Mapping[str, str], spec: ImageSpec, remarks: list[str], problems: Problems
+) -> ImageRow | None:
+    try:
+        pixels, done = open_pixels(path)
+    except (OSError, ValueError) as error:
+        remarks.append(f"{name} cannot be read ({error}); it is left out.")
+        return None
+    remarks += [f"{name} {what}." for what in done]
+    height, width = pixels.shape[:2]
+    if min(height, width) < spec.smallest:
+        remarks.append(f"{name} has {width}×{height} pixels, a side below images.smallest {spec.smallest}; it is left out.")
+        return None
+    caption, beside = captions.get(name), path.with_suffix(".txt")
+    blank = f"its line in metadata.jsonl has a blank one; write one there{_OR_SETTING}"
+    if caption is None and beside.is_file():
+        caption, blank = _text(beside), f"{beside.name} is blank; write one into it{_OR_SETTING}"
+    if caption is not None and not caption.strip():
+        problems.add(f"{name} has no caption: {blank}.")
+        return None
+    caption = spec.caption if caption is None else caption
+    if not caption.strip():
+        problems.add(f"{name} has no caption; write {path.stem}.txt beside it, a line in metadata.jsonl, or set images.caption.")
+        return None
+    digest = hashlib.sha256(f"{height} {width} ".encode() + pixels.tobytes()).hexdigest()
+    return ImageRow(path, " ".join(caption.split()), width, height, digest, looks_of(pixels), name, thumb_of(pixels))
+
+
+def looks_of(pixels: Pixels) -> int:
+    """The difference hash: for 16×16 places of a small grey picture, whether the next place to the right is clearly brighter.
+
+    Clearly, so that noise in an even background decides no bit.
+    """
+    image_module, _ = _pillow()
+    small = image_module.fromarray(pixels).convert("L").resize((HASH_SIDE + 1, HASH_SIDE), image_module.Resampling.BOX)
+    grey = np.asarray(small, np.int16)
+    return int.from_bytes(np.packbits(grey[:, 1:] > grey[:, :-1] + _CLEARLY).tobytes(), "big")
+
+
+def thumb_of(pixels: Pixels) -> bytes:
+    """5,632 bytes: 64×64 of luminance, 16×16 each of Cb and Cr, and two bits for each of the 64×64 places.
+
+    These say whether pixels of the place are as bright, and as dark, as a channel can be.
+
+    Scaled by a triangle as wide as two places, so that what is finer than a place does not depend on where the places lie.
+    """
+    image_module, _ = _pillow()
+    bilinear, box = image_module.Resampling.BILINEAR, image_module.Resampling.BOX
+    small = image_module.fromarray(pixels).convert("YCbCr").resize((LIGHT_SIDE, LIGHT_SIDE), bilinear)
+    light, *colours = small.split()
+    planes = [light.tobytes(), *(plane.resize((COLOUR_SIDE, COLOUR_SIDE), box).tobytes() for plane in colours)]
+    red, green, blue = pixels[..., 0], pixels[..., 1], pixels[..., 2]
+    least, most = np.minimum(np.minimum(red, green), blue), np.maximum(np.maximum(red, green), blue)
+    for clipped in (most >= _ENDS[1], least <= _ENDS[0]):
+        spots = image_module.fromarray(clipped.astype(np.uint8) * np.uint8(255))
+        share = np.asarray(spots.resize((LIGHT_SIDE, LIGHT_SIDE), box))
+        planes.append(np.packbits(share > _CLIPPED * 255).tobytes())
+    return b"".join(planes)
+
+
+def _rgb(image: Any, image_module: Any, done: list[str]) -> Pixels:
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        wide = image.convert("RGBA")
+        if np.asarray(wide)[..., 3].min() < 255:
+            done.append("has transparent places, which were laid on white")
+        image = image_module.alpha_composite(image_module.new("RGBA", wide.size, "white"), wide)
+    elif image.mode.startswith("I;16") or image.mode in ("I", "F"):
+        values = np.asarray(image, np.float64)
+        scaled = values / (257.0 if image.mode != "F" else max(values.max() / 255.0, 1e-9))
+        image = image_module.fromarray(np.clip(scaled, 0, 255).round().astype(np.uint8))
+        done.append("has more than 8 bits a channel, which were scaled to 8")
+    return np.asarray(image.convert("RGB"), np.uint8)
+
+
+def _listed_captions(folder: Path, *, all_right: bool = True) -> dict[str, str]:
+    """Captions by path from metadata.jsonl; where they must be `all_right`, DataError names every line that cannot be used."""
+    file = folder / "metadata.jsonl"
+    if not file.is_file():
+        return {}
+    problems = Problems(f"{file} cannot be used", DataError)
+    found: dict[str, str] = {}
+    for number, record in _records(_text(file), file, problems):
+        name = record.get("file_name")
+        caption = next((record[column] for column in CAPTION_COLUMNS if isinstance(record.get(column), str)), None)
+        if not isinstance(name, str) or caption is None:
+            columns = " or ".join(CAPTION_COLUMNS)
+            problems.add(f"{file.name}:{number} has {', '.join(record) or 'nothing'}; expected file_name and {columns}.")
+        elif not (folder / name).is_file():
+            problems.add(f"{file.name}:{number} names {name}, which does not exist in {folder}.")
+        elif Path(name).suffix.lower() not in _readable():
+            problems.add(f"{file.name}:{number} names {name}, of a format that is not read; convert it to JPEG or PNG.")
+        else:
+            found[Path(name).as_posix()] = caption
+    if all_right:
+        problems.raise_if_any()
+    return found
+
+
+def _records(text: str, file: Path, problems: Problems) -> Iterator[tuple[int, dict[str, Any]]]:
+    for number, line in enumerate(text.splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError as error:
+            problems.add(f"{file.name}:{number} is not JSON: {error.msg}.")
+            continue
+        if isinstance(record, dict):
+            yield number, record
+        else:
+            problems.add(f"{file.name}:{number} holds {record!r:.40}; expected an object with file_name and a caption.")
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} is not UTF-8 text (byte {error.start}). Save it as UTF-8.") from None
+
+
+def _pillow() -> tuple[Any, Any]:
+    try:
+        from PIL import Image, ImageOps
+    except ImportError as error:
+        raise EnvironmentProblem(
+            f"Pictures need Pillow, which is not installed ({error}). Install it: pip install 'lorakeet[images]'"
+        ) from error
+    return Image, ImageOps
+
+
+def png_of(pixels: Pixels, *, largest: int | None = None) -> bytes:
+    """The picture as a PNG file's bytes, scaled down so that no side is above `largest`."""
+    image_module, _ = _pillow()
+    image = image_module.fromarray(np.ascontiguousarray(pixels))
+    if largest is not None and max(image.size) > largest:
+        image.thumbnail((largest, largest), image_module.Resampling.LANCZOS)
+    buffer = io.BytesIO()
+    image.save(buffer, format="PNG")
+    return buffer.getvalue()

@@ -1,0 +1,179 @@
+"""Pictures parted into training and held-out ones by their content; copies and near-copies stay on one side."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from lorakeet.data.images.folder import ImageRow, read_album
+from lorakeet.data.images.near_duplicates import Copy, Likeness, alike_groups, copies, likeness
+from lorakeet.data.images.spec import ImageSpec
+from lorakeet.data.images.tables import is_table, unpacked
+from lorakeet.data.rows import Row, Turn
+from lorakeet.data.spec import DataSpec
+from lorakeet.data.split import split_record, split_rows
+from lorakeet.errors import DataError
+
+ENOUGH, MANY = 6, 20  # the fewest independent pictures that can show a difference, and from how many so many are held out
+MUCH = 0.3  # of an album that counts as copies of one picture: more may be one scene instead of one photo
+_OWN_SPLIT = DataSpec().held_out_fraction
+
+
+@dataclass(frozen=True)
+class Alike:
+    """A picture that is one photo with a picture to judge by, how they differ, and what was done with the first."""
+
+    train: str  # where it stands, as ImageRow.source
+    judged: str
+    caption: str  # of the first
+    apart: float  # the share of the variance that differs
+    words: str
+    action: str
+
+
+@dataclass(frozen=True)
+class ImageDataset:
+    """The pictures of a run, in an order that depends on content and seed only."""
+
+    train: tuple[ImageRow, ...]
+    held_out: tuple[ImageRow, ...]
+    test: tuple[ImageRow, ...]
+    alike: tuple[Alike, ...]
+    remarks: tuple[str, ...]
+    prior: tuple[ImageRow, ...] = ()  # of the subject's kind
+    groups: tuple[int, ...] | None = None  # of the pictures to judge by (`judged_groups`)
+
+    @property
+    def judged(self) -> tuple[str, tuple[ImageRow, ...]]:
+        """The pictures that the verdict is about, and what they are called: the test ones, or else the held-out ones."""
+        return ("test", self.test) if self.test else ("held-out", self.held_out)
+
+    def split_record(self) -> dict[str, object]:
+        """What split.json says of every split: hashes. With the pictures themselves it is data/images/record."""
+        train, held_out, test = ([_as_row(row, None) for row in part] for part in (self.train, self.held_out, self.test))
+        return split_record(train, held_out, test)
+
+
+def load_images(data: DataSpec, images: ImageSpec, *, tables: Path) -> ImageDataset:
+    """The pictures that `data` names, split and compared; those in tables are unpacked below `tables`.
+
+    DataError for what cannot be used, and where nothing is held out.
+    """
+    album = read_album(album_folder(data.train, tables, data.limit), images, limit=data.limit)
+    remarks = list(album.remarks)
+    held_out = _other_album(data.held_out, images, tables, remarks, "data.held_out")
+    test = _other_album(data.test, images, tables, remarks, "data.test")
+    of_prior = replace(images, caption=images.prior_caption)
+    train = album.rows
+    policy = data.on_leak
+    if not data.held_out:
+        train, held_out = _parted(train, data, images, remarks)
+        policy = "keep" if policy == "keep" else "drop"  # the split is ours: what its groups left is no fault of the files
+    held_out, told = _without_leaks(held_out, test, images, policy=data.on_leak, part="held-out")
+    if told and not held_out:
+        raise DataError("Every held-out picture is also a test one; give other pictures, or set data.on_leak keep.")
+    train, alike = _without_leaks(train, (*held_out, *test), images, policy=policy)
+    if not held_out:
+        raise DataError(
+            "No pictures are held out, so nothing could be proved; set data.held_out_fraction above 0, or name a folder as "
+            "data.held_out."
+        )
+    if not train:
+        raise DataError("Every training picture is also a held-out or test one; give other pictures, or set data.on_leak keep.")
+    prior = _other_album(images.prior, of_prior, tables, remarks, "images.prior")
+    prior, known = _without_leaks(prior, (*held_out, *test), images, policy=data.on_leak)
+    groups = judged_groups(test or held_out, images)
+    return ImageDataset(train, held_out, test, (*told, *alike, *known), tuple(remarks), prior, groups)
+
+
+def album_folder(name: str, tables: Path, limit: int | None = None) -> Path:
+    """The folder of the pictures that a setting names; those of a table are unpacked below `tables`."""
+    return unpacked(name, tables, limit=limit) if is_table(name) else Path(name).expanduser()
+
+
+def _other_album(name: str | None, spec: ImageSpec, tables: Path, remarks: list[str], setting: str) -> tuple[ImageRow, ...]:
+    if not name:
+        return ()
+    album = read_album(album_folder(name, tables), spec, setting=setting)
+    remarks += album.remarks
+    return album.rows
+
+
+def _parted(
+    rows: Sequence[ImageRow], data: DataSpec, images: ImageSpec, remarks: list[str]
+) -> tuple[tuple[ImageRow, ...], tuple[ImageRow, ...]]:
+    """Training and held-out pictures. With `data.held_out_fraction` as it comes, of MANY or more at least ENOUGH are held out.
+
+    Where much of an album counts as copies of one picture, a remark, or the DataError of the split, names two of them.
+    """
+    alike = likeness(rows, images.near_duplicates)
+    said = _mostly_copies(rows, alike.groups())
+    try:
+        parts = _split(rows, alike, data)
+    except DataError as error:
+        raise DataError(f"{error} {said}" if said else str(error)) from error
+    if said:
+        remarks.append(said)
+    return parts
+
+
+def _mostly_copies(rows: Sequence[ImageRow], groups: Sequence[int]) -> str:
+    """What to say where more than MUCH of the pictures count as copies of one; empty elsewhere."""
+    largest = [group for group, _ in Counter(groups).most_common(1)]
+    members = [row for row, group in zip(rows, groups, strict=True) if group in largest]
+    if len(members) < 2 or len(members) <= MUCH * len(rows):
+        return ""
+    one, other = members[0].source, members[1].source
+    return (
+        f"{len(members)} of {len(rows)} pictures look like copies of one, such as {one} and {other}. Where they are "
+        "different pictures (one pose, scene or coloured ground), set images.near_duplicates 0, so that only equal ones count."
+    )
+
+
+def _split(rows: Sequence[ImageRow], alike: Likeness, data: DataSpec) -> tuple[tuple[ImageRow, ...], tuple[ImageRow, ...]]:
+    """Training and held-out pictures. ENOUGH are the groups that the held-out ones have by themselves, as they are judged.
+
+    The album may have more: where copies of a picture are not held out with it, it may no longer stand in the middle of a group.
+    """
+    plain = {row.source: row for row in rows}
+    place_of = {row.source: place for place, row in enumerate(rows)}
+    groups = alike.groups()
+    given = [_as_row(row, f"pictures {group}") for row, group in zip(rows, groups, strict=True)]
+    split = split_rows(given, data)
+    if data.held_out_fraction == _OWN_SPLIT and len(set(groups)) >= MANY:
+        wanted = max(ENOUGH, len(split.held_out))
+        while len(set(alike.groups([place_of[row.source] for row in split.held_out]))) < ENOUGH and wanted <= len(rows) // 2:
+            split = split_rows(given, replace(data, held_out_fraction=wanted / len(rows), held_out_minimum=0))
+            wanted += 1
+    return tuple(plain[row.source] for row in split.train), tuple(plain[row.source] for row in split.held_out)
+
+
+def judged_groups(rows: Sequence[ImageRow], images: ImageSpec) -> tuple[int, ...] | None:
+    """A group number for each picture to judge by, where some are copies of others; None where all are independent."""
+    groups = alike_groups(rows, images.near_duplicates)
+    return None if len(set(groups)) == len(groups) else tuple(groups)
+
+
+def _without_leaks(
+    rows: Sequence[ImageRow], judged: Sequence[ImageRow], images: ImageSpec, *, policy: str, part: str = "training"
+) -> tuple[tuple[ImageRow, ...], tuple[Alike, ...]]:
+    """The pictures of `part` that are not copies of `judged`, mirrored ones included, and the nearest of each that is."""
+    nearest: dict[int, Copy] = {}
+    for copy in copies(rows, judged, images.near_duplicates):
+        if copy.left not in nearest or (copy.apart, copy.right) < (nearest[copy.left].apart, nearest[copy.left].right):
+            nearest[copy.left] = copy
+    action = "kept" if policy == "keep" else f"dropped from {part}"
+    found = tuple(
+        Alike(rows[place].source, judged[copy.right].source, rows[place].caption, copy.apart, copy.words, action)
+        for place, copy in sorted(nearest.items())
+    )
+    if found and policy == "refuse":
+        named = ", ".join(f"{one.train} is nearly {one.judged}" for one in found[:5])
+        raise DataError(f"{len(found)} {part} pictures are also judged by ({named}). Remove them, or set data.on_leak drop.")
+    return tuple(row for place, row in enumerate(rows) if policy == "keep" or place not in nearest), found
+
+
+def _as_row(row: ImageRow, group: str | None) -> Row:
+    return Row((Turn("", f"{row.pixels_key} {row.caption}", True),), None, group, row.source)

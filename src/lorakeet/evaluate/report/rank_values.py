@@ -1,0 +1,131 @@
+"""What a report shows of ranks: the map of layer × matrix, the rank curve, and the trials of a search."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from markupsafe import Markup
+
+from lorakeet.evaluate.compare import Comparison
+from lorakeet.evaluate.intervals import Estimate
+from lorakeet.evaluate.report.charts import Axis, Point, axis, axis_labels, line, polyline
+
+
+@dataclass(frozen=True)
+class RankCell:
+    """The rank of one matrix of one block; `layer` is empty outside the blocks."""
+
+    layer: str
+    matrix: str
+    rank: int
+
+
+@dataclass(frozen=True)
+class RankCut:
+    """What a cut in training left after a step: parameters of all pairs, pairs of rank 1 or more, the lowest and highest rank."""
+
+    step: int
+    parameters: int
+    pairs: int
+    lowest: int
+    highest: int
+
+
+@dataclass(frozen=True)
+class RankMap:
+    """The ranks of a plan, to be drawn as layer × matrix; `cuts` are those that led there, where ranks fell in training.
+
+    The first of them, of step 0, is what training began with.
+    """
+
+    cells: tuple[RankCell, ...]
+    cuts: tuple[RankCut, ...] = ()
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(cell.layer for cell in self.cells))
+
+    @property
+    def matrices(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(cell.matrix for cell in self.cells))
+
+    @property
+    def highest(self) -> int:
+        return max(cell.rank for cell in self.cells)
+
+    def rank(self, layer: str, matrix: str) -> int:
+        """0 where there is no pair."""
+        return next((cell.rank for cell in self.cells if (cell.layer, cell.matrix) == (layer, matrix)), 0)
+
+
+@dataclass(frozen=True)
+class CurvePoint:
+    """An adapter cut to `parameters`: its gain over the base in nats a token, and its comparison with the adapter as trained."""
+
+    name: str
+    parameters: int
+    gain: Estimate
+    against_full: Comparison | None = None  # None for the adapter as trained
+
+
+@dataclass(frozen=True)
+class RankCurve:
+    """Held-out gain by parameters; `marked` is the smallest point that satisfies `rule`, empty where none does."""
+
+    points: tuple[CurvePoint, ...]
+    rule: str
+    marked: str = ""
+
+
+@dataclass(frozen=True)
+class TrialResult:
+    """One trial of a search: its held-out loss, and its comparison with the settings of the run file, where it has them."""
+
+    name: str
+    settings: str
+    steps: int
+    tokens: int
+    ended: str
+    diverged: bool = False
+    loss: Estimate | None = None
+    against_start: Comparison | None = None
+
+
+@dataclass(frozen=True)
+class Search:
+    """All trials of a search on `rows` held-out rows, how large a difference these can show, and what was confirmed elsewhere.
+
+    `winner` is the trial whose settings were taken, `best` the one of lowest loss, which other rows may not have confirmed.
+    """
+
+    trials: tuple[TrialResult, ...]
+    rows: int
+    power: str
+    winner: str = ""
+    conclusion: str = ""
+    best: str = ""
+
+
+def curve_plot(curve: RankCurve) -> Markup:
+    """Gain against parameters, with intervals; the marked point is larger."""
+    points = [Point(point.parameters, point.gain.value, point.gain.low, point.gain.high) for point in curve.points]
+    last = max(point.step for point in points)
+    ticks = tuple(tick for tick in axis([0, last], count=4).ticks if 0 <= tick <= last)
+    across = Axis(0, last * 1.04, ticks)
+    values = axis([edge for point in points for edge in (point.low, point.value, point.high) if edge is not None], zero=True)
+    heights = [(100 - values.at(tick), "zero" if tick == 0 else "tick") for tick in values.ticks]
+    shapes = [line(0, height, 100, height, kind) for height, kind in heights]
+    shapes.append(polyline(points, across, values, "held"))
+    for point, named in zip(points, curve.points, strict=True):
+        x, y = across.at(point.step), 100 - values.at(point.value)
+        shapes.append(line(x, 100 - values.at(point.low or 0.0), x, 100 - values.at(point.high or 0.0), "whisker held"))
+        mark = named.name == curve.marked
+        kind, radius = ("dot held kept", 6.5) if mark else ("dot held", 3.5)
+        shapes.append(Markup('<circle cx="{}%" cy="{}%" r="{}" class="{}"/>').format(x, y, radius, kind))
+    marks = Markup("").join(
+        Markup('<span style="top:{}%">{}</span>').format(round(100 - values.at(tick), 2), values.label(tick))
+        for tick in values.ticks
+    )
+    return Markup('<div class="plot"><div class="y">{}</div><svg class="area" aria-hidden="true">{}</svg>{}</div>').format(
+        marks, Markup("").join(shapes), axis_labels(across)
+    )

@@ -1,0 +1,255 @@
+"""report.json and report.html: everything that a run measured, as one value and as one page."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+from functools import cache
+from importlib.resources import files
+from pathlib import Path
+from typing import Literal
+
+import jinja2
+from markupsafe import Markup
+
+from lorakeet.errors import DataError
+from lorakeet.evaluate.answers import Confusion
+from lorakeet.evaluate.calibration import ReliabilityBin
+from lorakeet.evaluate.certificate import Certificate
+from lorakeet.evaluate.compare import Comparison
+from lorakeet.evaluate.intervals import Estimate
+from lorakeet.evaluate.report import charts
+from lorakeet.evaluate.report.charts import Curves, Point
+from lorakeet.evaluate.report.rank_values import RankCurve, RankMap, Search, curve_plot
+from lorakeet.evaluate.report.samples import Memorisation, SampleGrid
+from lorakeet.evaluate.values import from_text, put_text, to_text
+from lorakeet.evaluate.verdict import Verdict
+from lorakeet.evaluate.wording import METRIC_WORDS, bytes_text, check_words, compact, metric_words, number, signed
+
+__all__ = [
+    "OUTCOMES",
+    "Command",
+    "Curves",
+    "Drift",
+    "Leak",
+    "MemoryUse",
+    "Point",
+    "Reliability",
+    "Reply",
+    "Report",
+    "Role",
+    "SideBySide",
+    "SystemResult",
+    "read_report",
+    "render_html",
+    "write_report",
+]
+
+Role = Literal["adapter", "base", "floor"]
+OUTCOMES = {
+    "fixed": "adapter fixed",
+    "broke": "adapter broke",
+    "both-wrong": "both wrong",
+    "both-right": "both right",
+}
+
+
+@dataclass(frozen=True)
+class SystemResult:
+    """One line of the table: a system, its part in the comparison, its metrics by name, and what must be known about it."""
+
+    name: str
+    role: Role
+    metrics: dict[str, Estimate]
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Reliability:
+    """A system's reliability curve."""
+
+    system: str
+    role: Role
+    bins: tuple[ReliabilityBin, ...]
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What one system said to a row: the text, its probability, whether it is right, and its loss in nats a token."""
+
+    text: str = ""
+    probability: float | None = None
+    right: bool | None = None
+    loss: float | None = None
+
+
+@dataclass(frozen=True)
+class SideBySide:
+    """A held-out row with the base's and the adapter's reply."""
+
+    text: str
+    truth: str
+    base: Reply
+    adapter: Reply
+    source: str = ""
+
+    @property
+    def outcome(self) -> str:
+        """fixed, broke, both-right or both-wrong; empty where replies are not right or wrong."""
+        if self.base.right is None or self.adapter.right is None:
+            return ""
+        if self.base.right == self.adapter.right:
+            return "both-right" if self.base.right else "both-wrong"
+        return "fixed" if self.adapter.right else "broke"
+
+
+@dataclass(frozen=True)
+class Leak:
+    """A row that stands in both parts of the data: where, how alike, and what was done about it."""
+
+    held_out: str
+    train: str
+    similarity: float
+    action: str
+    text: str = ""
+
+
+@dataclass(frozen=True)
+class Drift:
+    """How far the adapter moved from its base on `texts` texts that the base sampled: mean KL(base ‖ adapter) a token."""
+
+    mean_kl: Estimate
+    texts: int
+    detail: str = ""
+
+
+@dataclass(frozen=True)
+class MemoryUse:
+    """Bytes of one part of the run, as planned and as seen; None where unknown."""
+
+    what: str
+    planned: int | None
+    used: int | None
+
+
+@dataclass(frozen=True)
+class Command:
+    """A command that the reader may run next, and what for."""
+
+    command: str
+    purpose: str
+
+
+@dataclass(frozen=True)
+class Report:
+    """All sections of a report; whatever is empty or None is left out of the page.
+
+    `facts` are the circumstances (model, data, rows, seed, versions, hardware, commit), `speed` the rates and times, both
+    as name and text. `rows_of` is the number of held-out rows that `rows` were drawn from.
+    """
+
+    title: str
+    task: Literal["classification", "language", "image"] = "classification"
+    subtitle: str = ""
+    created: str = ""
+    facts: dict[str, str] = field(default_factory=dict)
+    verdict: Verdict | None = None
+    systems: tuple[SystemResult, ...] = ()
+    comparisons: tuple[Comparison, ...] = ()
+    curves: Curves | None = None
+    ranks: RankMap | None = None
+    rank_curve: RankCurve | None = None
+    search: Search | None = None
+    confusions: tuple[Confusion, ...] = ()
+    reliabilities: tuple[Reliability, ...] = ()
+    rows: tuple[SideBySide, ...] = ()
+    rows_of: int = 0
+    leaks: tuple[Leak, ...] | None = None
+    drift: Drift | None = None
+    samples: SampleGrid | None = None
+    memorisation: Memorisation | None = None
+    memory: tuple[MemoryUse, ...] = ()
+    memory_budget: int | None = None
+    speed: dict[str, str] = field(default_factory=dict)
+    certificate: Certificate | None = None
+    warnings: tuple[str, ...] = ()
+    next_commands: tuple[Command, ...] = ()
+
+
+def write_report(report: Report, folder: Path) -> None:
+    """Writes report.json and report.html into `folder`; each is there whole or as it was before."""
+    put_text(folder / "report.json", to_text(report))
+    put_text(folder / "report.html", render_html(report))
+
+
+def read_report(path: Path) -> Report:
+    """The report in a report.json."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"Cannot read the report {path}: {error}; expected a report.json that a run wrote.") from error
+    return from_text(Report, text, where=str(path))
+
+
+def _asset(name: str) -> str:
+    return (files("lorakeet.evaluate") / name).read_text(encoding="utf-8")
+
+
+@cache
+def _templates() -> jinja2.Environment:
+    """The page's templates, compiled when they are first asked for."""
+    environment = jinja2.Environment(
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        loader=jinja2.FunctionLoader(_asset),
+    )
+    environment.filters.update(
+        number=number, signed=signed, bytes=bytes_text, metric=metric_words, measure=check_words, compact=compact
+    )
+    environment.globals.update(charts=charts, metric_words=METRIC_WORDS, outcomes=OUTCOMES, rank_plot=curve_plot)
+    return environment
+
+
+def render_html(report: Report) -> str:
+    """One self-contained page: inline style, script and drawings, nothing fetched, all data escaped."""
+    template = _templates().get_template("report.html.j2")
+    return template.render(
+        report=report,
+        style=Markup(_asset("report.css")),
+        script=Markup(_asset("report.js")),
+        roles={system.name: system.role for system in report.systems},
+        metrics=_metrics_shown(report),
+        confidence=next((item.confidence for item in _estimates(report)), 0.95),
+        seeds=sorted({item.seed for item in _estimates(report) if item.seed is not None}),
+        pairs=_main_pair(report),
+        differences=_differences(report),
+        outcome_counts=Counter(row.outcome for row in report.rows),
+        truths=list(dict.fromkeys(row.truth for row in report.rows)),
+    )
+
+
+def _metrics_shown(report: Report) -> list[str]:
+    """Names of the metrics that any system has, in the order of METRIC_WORDS, unknown ones last."""
+    present = {name: None for system in report.systems for name in system.metrics}
+    return [name for name in METRIC_WORDS if name in present] + [name for name in present if name not in METRIC_WORDS]
+
+
+def _estimates(report: Report) -> list[Estimate]:
+    return [item for system in report.systems for item in system.metrics.values()] + [
+        item.difference for item in report.comparisons
+    ]
+
+
+def _differences(report: Report) -> list[tuple[str, list[Comparison]]]:
+    """Comparisons by metric, in the order in which the metrics were compared."""
+    found: dict[str, list[Comparison]] = {}
+    for comparison in report.comparisons:
+        found.setdefault(comparison.metric, []).append(comparison)
+    return list(found.items())
+
+
+def _main_pair(report: Report) -> Comparison | None:
+    """The comparison whose counts of rows are drawn: the first one that has them."""
+    return next((comparison for comparison in report.comparisons if comparison.paired is not None), None)

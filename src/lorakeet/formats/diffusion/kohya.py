@@ -1,0 +1,322 @@
+"""Kohya's (A1111's, ComfyUI's) LoRA files of Stable Diffusion 1.x, 2.x, SDXL, SD3 and FLUX; LyCORIS files share their keys.
+
+    PREFIX_MODULE.lora_down.weight   (rank, in), for a convolution (rank, in, k, k)
+    PREFIX_MODULE.lora_up.weight     (out, rank), for a convolution (out, rank, 1, 1)
+    PREFIX_MODULE.alpha              a number; scale = alpha/rank of this module; without any, the scale is 1.
+                                     Written with one value for all: diffusers 0.42 loads alphas of attention and text
+                                     encoder wrongly where they differ, so what differs is multiplied into lora_up
+    PREFIX_MODULE.dora_scale         (out, 1) or (out, 1, 1, 1)
+    PREFIX_MODULE.lora_mid.weight    (rank, rank, k, k): a convolution in Tucker form, multiplied into lora_down when read
+
+PREFIX is lora_unet, lora_te (SD 1.x), lora_te1 and lora_te2 (SDXL). MODULE is the path with underscores, for SDXL's UNet in
+the names of Stability's own code, for SD3 and FLUX in those of their original checkpoints, whose matrices may be several of ours
+(formats/diffusion/kohya_transformer; each module keeps its alpha there). Also read: lora_transformer_MODULE in diffusers' names,
+as OneTrainer writes it, and `diffusion_model.MODULE` with dots, as ComfyUI does. Metadata (ss_*, modelspec.*) is kept, but for
+hashes, and made where it is missing (formats/diffusion/kohya_metadata).
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from lorakeet.core.adapter import Adapter, Pair
+from lorakeet.core.math import Kind, alpha_for
+from lorakeet.errors import ConfigError, DataError, Problems, nearest
+from lorakeet.formats.diffusion import lycoris
+from lorakeet.formats.diffusion.dense import Compression, compress
+from lorakeet.formats.diffusion.kohya_metadata import HASH, hash_of, network_metadata
+from lorakeet.formats.diffusion.kohya_transformer import changes_of_module, keyed, of_module, unread_by_diffusers
+from lorakeet.formats.diffusion.transformer_names import TransformerFamily, of_keys, transformer_family, transformer_keys
+from lorakeet.formats.files.base_model import BaseModel
+from lorakeet.formats.files.limits import check_holds
+from lorakeet.formats.files.safetensors_file import open_safetensors, save_tensors
+from lorakeet.formats.files.tensors import factor_problem, read_tensors
+from lorakeet.formats.sd_names import (
+    FAMILY_KEY,
+    Family,
+    family_of,
+    flat,
+    flat_keys,
+    in_transformer,
+    kohya_key,
+    ldm_keys,
+    unet_modules,
+)
+
+Say = Callable[[str], None]
+_COMFY, _T5 = "diffusion_model.", "lora_te3_"
+PREFIXES = ("lora_unet_", "lora_te_", "lora_te1_", "lora_te2_", _T5, "lora_transformer_", _COMFY)
+_DOWN, _UP, _MID = "lora_down", "lora_up", "lora_mid"
+SLOTS = (_DOWN, _UP, _MID, "alpha", "dora_scale", *lycoris.LOHA, *lycoris.LOKR)
+_LINEAR_TEXTS = (1024, 2048)  # width of the texts of UNets whose projections are linear
+_HASHES = ("sshs_legacy_hash", "modelspec.hash_sha256")  # of a whole file; the one of the tensors is made anew
+_PEFT_ONLY = ("task_type", "revision", "lora_dropout")
+
+
+def read(path: Path, *, base: BaseModel | None = None, compression: Compression | None = None, say: Say = print) -> Adapter:
+    """The adapter in the file `path`, its paths with their component. LoHa and LoKr need `compression`; `say` gets its errors.
+
+    DataError lists everything that cannot be understood; nothing is dropped.
+    """
+    file = open_safetensors(path)
+    problems = Problems(f"The adapter in {path} cannot be read", DataError)
+    groups = _groups(read_tensors(file, problems), path, problems)
+    _check_alphas(groups, path, problems)
+    known = _modules(base)
+    pairs: dict[str, Pair] = {}
+    dense: dict[str, Mapping[str, Tensor]] = {}
+    for key, slots in groups.items():
+        modules = known.get(key, ())
+        if not modules:
+            problems.add(f"{path}: {_unknown(key, known, base)}")
+        elif taken := [one for one in modules if one in pairs or any(one in known[other] for other in dense)]:
+            problems.add(f"{path}: {key} is a second spelling of {taken[0]}, which has its tensors already.")
+        elif lycoris.is_dense(slots):
+            if extra := lycoris.not_understood(slots):
+                problems.add(_extra_message(path, key, slots, extra))
+            dense[key] = slots
+        elif isinstance(pair := _pair(modules[0] if len(modules) == 1 else key, slots), str):
+            problems.add(f"{path}: {pair}")
+        elif isinstance(found := of_module(key, modules, pair), str):
+            problems.add(f"{path}: {found}")
+        else:
+            pairs |= found
+    problems.raise_if_any()
+    if dense:
+        asked = {key: (known[key], slots) for key, slots in dense.items()}
+        pairs |= _compressed(path, asked, compression, base, say, linear=_linear_projections(groups))
+    metadata = {key: value for key, value in file.metadata.items() if key not in (HASH, *_HASHES, "format")}
+    if family := _spelled(groups, pairs):
+        metadata[FAMILY_KEY] = family
+    if not any("alpha" in slots for slots in groups.values()):
+        say(f"{path} has no alpha for any module; by kohya's rule every scale is 1.")
+    if dropped := sorted(set(file.metadata) & set(_HASHES)):
+        say(f"Left out {', '.join(dropped)}: hashes of a file that is written anew.")
+    return Adapter(dict(sorted(pairs.items())), base=metadata.get("ss_sd_model_name", ""), metadata=metadata)
+
+
+def _modules(base: BaseModel | None) -> dict[str, tuple[str, ...]]:
+    """From every key that is known, or that `base` brings, to the modules that its tensors are for."""
+    return {**transformer_keys(), **{key: (path,) for key, path in flat_keys(() if base is None else base.weights).items()}}
+
+
+def _unknown(key: str, known: Iterable[str], base: BaseModel | None) -> str:
+    if key.startswith(_T5):
+        return f"{key} is a pair of T5, a text encoder that is never adapted here. Take the keys {_T5}… out of the file."
+    hint = "" if base else " If the base has other modules, name its folder with --base."
+    return f"{key} is no module of Stable Diffusion 1.x, SDXL, SD3 or FLUX.{nearest(key, known)}{hint}"
+
+
+def _extra_message(path: Path, key: str, slots: Mapping[str, Tensor], extra: Iterable[str]) -> str:
+    algorithm = lycoris.algorithm(slots)
+    found = ", ".join(f"{slot} {tuple(slots[slot].shape)}" for slot in extra)
+    return (
+        f"{path}: {key} is {algorithm}, but has tensors that are not understood beside it: {found}. They would be lost; expected "
+        f"the tensors of one {algorithm} and alpha alone. Train the adapter again without them, or bake it into its base."
+    )
+
+
+def _spelled(groups: Iterable[str], paths: Iterable[str]) -> str:
+    """The family that the spelling of the keys gives away, or an empty string.
+
+    lora_te1 alone says little: diffusers writes it for SD 1.x too, whose UNet has modules that SDXL's has not.
+    """
+    keys = list(groups)
+    if any(in_transformer(path) for path in paths):
+        return of_keys(keys) or ""
+    if any(key.startswith("lora_te_") for key in keys):
+        return "sd1"
+    if any(key.startswith("lora_te2_") or key in ldm_keys() for key in keys):
+        return "sdxl"
+    unet = {path.partition(".")[2] for path in paths if path.startswith("unet.")}
+    return "sdxl" if any(key.startswith("lora_te1_") for key in keys) and unet <= unet_modules("sdxl") else ""
+
+
+def _groups(tensors: Mapping[str, Tensor], path: Path, problems: Problems) -> dict[str, dict[str, Tensor]]:
+    """The tensors by module key and slot."""
+    groups: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        key, slot = _key_and_slot(name)
+        short = slot.removesuffix(".weight")
+        if key.startswith(PREFIXES) and short in groups.get(key, {}):
+            problems.add(f"{path}: {key} has {short} twice, with and without .weight; expected one. Fetch the file again.")
+        elif key.startswith(PREFIXES) and short in SLOTS:
+            groups.setdefault(key, {})[short] = tensor
+        else:
+            hint = nearest(slot, SLOTS)
+            problems.add(f"{path}: {name} {tuple(tensor.shape)} is a kind of tensor that is not known here.{hint}")
+    return groups
+
+
+def _key_and_slot(name: str) -> tuple[str, str]:
+    """The module's flat key, and what of it the tensor is."""
+    if not name.startswith(_COMFY):
+        key, _, slot = name.partition(".")
+        return key, slot
+    module, _, slot = name.removeprefix(_COMFY).removesuffix(".weight").rpartition(".")
+    return f"lora_unet_{flat(module)}", {"lora_A": _DOWN, "lora_B": _UP}.get(slot, slot)
+
+
+def _check_alphas(groups: Mapping[str, Mapping[str, Tensor]], path: Path, problems: Problems) -> None:
+    without = [key for key, slots in groups.items() if "alpha" not in slots]
+    if without and len(without) < len(groups):
+        problems.add(
+            f"{path}: {len(without)} of {len(groups)} modules have no alpha ({', '.join(without[:3])}), so their scale is "
+            "unknown. Kohya writes one for each; fetch the file again."
+        )
+    for key, slots in groups.items():
+        if "alpha" in slots and slots["alpha"].numel() != 1:
+            problems.add(f"{path}: {key}.alpha has the shape {tuple(slots['alpha'].shape)}; expected one number.")
+
+
+def _alpha(slots: Mapping[str, Tensor]) -> float | None:
+    return float(slots["alpha"]) if "alpha" in slots and slots["alpha"].numel() == 1 else None
+
+
+def _pair(module: str, slots: Mapping[str, Tensor]) -> Pair | str:
+    missing = [slot for slot in (_DOWN, _UP) if slot not in slots]
+    if missing:
+        return f"{module} has {', '.join(sorted(slots))} but no {' and no '.join(missing)}."
+    A, B = slots[_DOWN], slots[_UP]
+    if (core := slots.get(_MID)) is not None:
+        if core.dim() != 4 or A.flatten(1).shape[0] != core.shape[1]:
+            return f"{module} has lora_mid {tuple(core.shape)} and lora_down {tuple(A.shape)}, which do not go together."
+        A = torch.einsum("rpkl,pi->rikl", core, A.flatten(1)).contiguous()
+    if wrong := factor_problem(module, A, B):
+        return wrong
+    kind: Kind = "conv2d" if A.dim() == 4 else "linear"
+    alpha, magnitude = _alpha(slots), slots.get("dora_scale")
+    if magnitude is not None and (magnitude.shape[0] != B.shape[0] or magnitude.numel() != B.shape[0]):
+        return f"{module} has dora_scale {tuple(magnitude.shape)}; only one length for each of the {B.shape[0]} rows can be read."
+    rows = None if magnitude is None else magnitude.flatten()
+    return Pair(A, B, float(A.shape[0]) if alpha is None else alpha, kind, magnitude=rows)
+
+
+def _compressed(
+    path: Path,
+    dense: Mapping[str, tuple[tuple[str, ...], Mapping[str, Tensor]]],
+    compression: Compression | None,
+    base: BaseModel | None,
+    say: Say,
+    *,
+    linear: bool,
+) -> dict[str, Pair]:
+    """Dense changes, with their modules by key, as pairs of scale 1; `say` hears the error of each.
+
+    `linear` says that the UNet's projections beside attention are no convolutions.
+    DataError where a change of a convolution has no kernel's shape and no `base` tells it.
+    """
+    names = sorted({lycoris.algorithm(slots) for _, slots in dense.values()})
+    if compression is None or not compression.asked:
+        told = sorted(module for modules, _ in dense.values() for module in modules)
+        raise ConfigError(
+            f"{path} holds {' and '.join(names)}, which are not pairs, for {len(told)} modules: {', '.join(told[:3])}. "
+            "They can be compressed to pairs: --rank 16, or --error 0.01 for the smallest ranks within that error; "
+            "the error of each is printed."
+        )
+    problems = Problems(f"{path} cannot be compressed", DataError)
+    pairs: dict[str, Pair] = {}
+    flat_ones: list[str] = []
+    for key, (modules, slots) in dense.items():
+        change = lycoris.delta(slots, _alpha(slots))
+        parts = change if isinstance(change, str) else changes_of_module(key, modules, change)
+        if isinstance(parts, str):
+            problems.add(f"{path}: {modules[0] if len(modules) == 1 else key} {parts}.")
+            continue
+        for module, part in parts.items():
+            shape = None if base is None else base.shape(module)
+            if shape is None and part.dim() == 2 and lycoris.may_be_convolution(module, linear=linear):
+                flat_ones.append(f"{module} {tuple(part.shape)}")
+                continue
+            pairs[module], error = compress(lycoris.unflattened(part, shape), compression)
+            say(f"{module}: {lycoris.algorithm(slots)} compressed to rank {pairs[module].rank}, relative error {error:.2g}")
+    if flat_ones:
+        problems.add(
+            f"{path}: {len(flat_ones)} changes may be of convolutions, and are kept as matrices, which do not tell the kernel's "
+            f"size: {', '.join(flat_ones[:3])}. Name the folder of the model that they are for with --base."
+        )
+    problems.raise_if_any()
+    return pairs
+
+
+def _linear_projections(groups: Mapping[str, Mapping[str, Tensor]]) -> bool:
+    """Whether proj_in and proj_out of the UNet are linear: in SDXL and SD 2.x they are, in SD 1.x convolutions.
+
+    Those two have other keys, a second text encoder, or attend to texts of 2048 and 1024 numbers, where SD 1.x has 768.
+    """
+    if any(key.startswith("lora_te2_") or key in ldm_keys() for key in groups):
+        return True
+    for key, slots in groups.items():
+        if key.endswith(("attn2_to_k", "attn2_to_v")):
+            change = lycoris.delta(slots, None) if lycoris.is_dense(slots) else slots[_DOWN]
+            return not isinstance(change, str) and change.shape[-1] in _LINEAR_TEXTS
+    return False
+
+
+def _alpha_of(pair: Pair) -> float:
+    """The alpha of the pair by the rule alpha/rank, as fp32 holds it."""
+    return float(torch.tensor(alpha_for(pair.scale, pair.rank)))
+
+
+def write(adapter: Adapter, path: Path, *, base: BaseModel | None = None, say: Say = print) -> None:
+    """Writes `adapter` to the file `path`, which appears whole or not at all; the same adapter gives the same bytes.
+
+    `say` hears what diffusers does not read of it. ConfigError names what kohya's format has no place for, and modules that the
+    model (or `base`) does not have.
+    """
+    check_holds(adapter, "kohya", kinds=("linear", "conv2d"), dora=True)
+    advice = "Name another image model's folder with --base; an adapter of a language model goes --to peft, gguf or mlx."
+    problems = Problems("The adapter cannot be written as kohya", remedy=advice)
+    transformer = any(in_transformer(module) for module in adapter.pairs)
+    family: Family | TransformerFamily
+    if transformer:
+        config = {} if base is None else base.config("transformer")
+        family = transformer_family(adapter.pairs, adapter.metadata, config)
+        pairs = keyed(adapter.pairs, family, base, problems)
+    else:
+        family = family_of(dict(adapter.pairs), adapter.metadata, None if base is None else base.config("unet"))
+        pairs = _keyed(adapter, family, base, problems)
+    problems.raise_if_any()
+    alphas = Counter(_alpha_of(pair) for pair in pairs.values())
+    alpha = min(alphas, key=lambda value: (value == 0, -alphas[value], value))  # the most frequent; 0 only where all are 0
+    tensors: dict[str, Tensor] = {}
+    for key, pair in pairs.items():
+        own_alpha = _alpha_of(pair)
+        written = own_alpha if transformer else alpha
+        tensors[f"{key}.{_DOWN}.weight"] = pair.A.float()
+        tensors[f"{key}.{_UP}.weight"] = pair.B.float() if own_alpha == written else pair.B.float() * (own_alpha / written)
+        tensors[f"{key}.alpha"] = torch.tensor(written)
+        if pair.magnitude is not None:
+            tensors[f"{key}.dora_scale"] = pair.magnitude.float().reshape(-1, *[1] * (pair.A.dim() - 1))
+    known = {key: value for key, value in adapter.metadata.items() if key not in (*_PEFT_ONLY, FAMILY_KEY)}
+    unet = {} if base is None else base.config("unet")
+    metadata = network_metadata(pairs if transformer else adapter.pairs, alpha, family=family, known=known, unet=unet)
+    save_tensors(path, tensors, metadata={"format": "pt", **metadata, HASH: hash_of(tensors)})
+    if unread := unread_by_diffusers(pairs, family):
+        say(unread)
+
+
+def _keyed(adapter: Adapter, family: Family, base: BaseModel | None, problems: Problems) -> dict[str, Pair]:
+    """The pairs of a UNet and its text encoders by kohya's keys; what has none goes to `problems`."""
+    own = () if base is None else base.weights
+    ldm = base is None or _has_sdxl_blocks(base)
+    found: dict[str, Pair] = {}
+    for module, pair in adapter.pairs.items():
+        key = kohya_key(module, family, own, ldm=ldm)
+        if key is None:
+            hint = nearest(module, flat_keys(own).values())
+            problems.add(f"{module} is no module of Stable Diffusion ({family}), so it has no key in kohya's format.{hint}")
+        else:
+            found[key] = pair
+    return found
+
+
+def _has_sdxl_blocks(base: BaseModel) -> bool:
+    """Whether every linear layer and convolution of the base's UNet is one of SDXL's, so that LDM's names mean the same."""
+    found = {path for path, (file, name) in base.weights.items() if len(file.tensors[name].shape) > 1}
+    return {path.removeprefix("unet.") for path in found if path.startswith("unet.")} <= unet_modules("sdxl")

@@ -1,0 +1,126 @@
+"""Kohya's keys of FLUX and SD3, to pairs of diffusers' modules and back: a key may be several of them in one matrix.
+
+sd-scripts' `split_qkv` trains three pairs and writes them as one of three times the rank, with alpha as it was. diffusers and
+ComfyUI take the scale as alpha/rank of the tensors that are there; so does this reader.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from torch import Tensor
+
+from lorakeet.core.adapter import Pair
+from lorakeet.errors import Problems, nearest
+from lorakeet.formats.diffusion.fused import join, parted, rows_of, split, swapped
+from lorakeet.formats.diffusion.transformer_names import TransformerFamily, transformer_modules, written_keys
+from lorakeet.formats.files.base_model import BaseModel
+from lorakeet.formats.sd_names import Family, in_transformer, kohya_key
+
+_MLP = 4  # times the width of FLUX's single blocks is that of their MLP, where nothing else tells
+_ENCODERS = {"flux": ("text_encoder",), "sd3": ("text_encoder", "text_encoder_2")}  # CLIP's; T5 is never adapted
+
+
+def of_module(key: str, parts: Sequence[str], pair: Pair) -> dict[str, Pair] | str:
+    """The pairs of diffusers' modules `parts` that the pair under `key` means, or what is wrong with it."""
+    pair = _in_other_order(key, pair)
+    if len(parts) == 1:
+        return {parts[0]: pair}
+    rows = rows_of(len(parts), pair.A.shape[1], pair.B.shape[0])
+    if rows is None or pair.kind != "linear":
+        names = ", ".join(path.rpartition(".")[2] for path in parts)
+        return f"{key} has B {tuple(pair.B.shape)} and A {tuple(pair.A.shape)}, which cannot be parted into {names}."
+    found = zip(parts, split(pair, rows), strict=True)
+    return {path: part for path, part in found if part is not None}
+
+
+def changes_of_module(key: str, parts: Sequence[str], change: Tensor) -> dict[str, Tensor] | str:
+    """As `of_module`, of a dense change (out, in) or of a convolution."""
+    if _is_modulation(key, change.shape[0], change.shape[1]):
+        change = change.roll(change.shape[0] // 2, 0)
+    rows = [change.shape[0]] if len(parts) == 1 else rows_of(len(parts), change.shape[1], change.shape[0])
+    if rows is None:
+        return f"has a change {tuple(change.shape)}, which cannot be parted into {len(parts)} matrices"
+    return dict(zip(parts, parted(change, rows), strict=True))
+
+
+def _is_modulation(key: str, rows: int, width: int) -> bool:
+    """Whether the module is a modulation of two parts, which diffusers has as scale and shift, the original as shift and scale.
+
+    All others are in one order in both.
+    """
+    return key.endswith("_adaLN_modulation_1") and rows == 2 * width
+
+
+def _in_other_order(key: str, pair: Pair) -> Pair:
+    return swapped(pair) if _is_modulation(key, pair.B.shape[0], pair.A.shape[1]) else pair
+
+
+def keyed(pairs: Mapping[str, Pair], family: TransformerFamily, base: BaseModel | None, problems: Problems) -> dict[str, Pair]:
+    """The pairs by kohya's keys, joined where one key is several modules; what has no key goes to `problems`."""
+    found: dict[str, Pair] = {}
+    left = dict(pairs)
+    for key, parts in written_keys(family).items():
+        there = [left.pop(path, None) for path in parts]
+        if all(pair is None for pair in there):
+            continue
+        if len(parts) > 1:
+            joined = _joined(parts, there, base)
+            if isinstance(joined, str):
+                problems.add(joined)
+                continue
+            found[key] = joined
+        elif (pair := there[0]) is not None:
+            found[key] = _in_other_order(key, pair)
+    for path, pair in left.items():
+        clip = not in_transformer(path) and path.partition(".")[0] in _ENCODERS[family]
+        if (key_of_clip := kohya_key(path, "sdxl") if clip else None) is not None:  # SDXL's keys: lora_te1, lora_te2
+            found[key_of_clip] = pair
+        else:
+            hint = nearest(path, transformer_modules(family))
+            problems.add(f"{path} is no module of {family.upper()} that has a key in kohya's format.{hint}")
+    return found
+
+
+def _joined(parts: Sequence[str], pairs: Sequence[Pair | None], base: BaseModel | None) -> Pair | str:
+    """One pair for the modules `parts`, or what is wrong."""
+    there = [pair for pair in pairs if pair is not None]
+    width = there[0].A.shape[1]
+    like = next((pair.B.shape[0] for pair in pairs[:3] if pair is not None), width)
+    rows = [like] * 3 + [_mlp(path, pair, width, base) for path, pair in zip(parts[3:], pairs[3:], strict=True)]
+    for path, pair, height in zip(parts, pairs, rows, strict=True):
+        if pair is not None and (pair.kind != "linear" or pair.A.shape[1] != width or pair.B.shape[0] != height):
+            return (
+                f"{path} has A {tuple(pair.A.shape)} and B {tuple(pair.B.shape)}, which cannot be joined with its neighbours: "
+                f"expected (rank, {width}) and ({height}, rank)."
+            )
+    lengths = [path for path, pair in zip(parts, pairs, strict=True) if pair is not None and pair.magnitude is not None]
+    if lengths and len(lengths) < len(parts):
+        without = ", ".join(sorted(set(parts) - set(lengths)))
+        return f"{lengths[0]} is DoRA, but {without} is not, and one matrix in kohya's format is all of them."
+    return join(pairs, rows)
+
+
+def _mlp(path: str, pair: Pair | None, width: int, base: BaseModel | None) -> int:
+    """The rows of FLUX's first MLP layer."""
+    if pair is not None:
+        return pair.B.shape[0]
+    shape = None if base is None else base.shape(path)
+    return _MLP * width if shape is None else shape[0]
+
+
+def unread_by_diffusers(pairs: Mapping[str, Pair], family: Family | TransformerFamily) -> str:
+    """What diffusers 0.42 leaves out of a file of FLUX or SD3 with these pairs by keys; empty where it reads all of it."""
+    if family not in _ENCODERS:
+        return ""
+    if family == "sd3":
+        return "diffusers reads no kohya file of SD3; sd-scripts and ComfyUI do. For diffusers write the adapter --to diffusers."
+    if any(pair.magnitude is not None for pair in pairs.values()):
+        return "diffusers drops DoRA's lengths of a kohya file of FLUX. For diffusers write the adapter --to diffusers."
+    lost = [key for key in pairs if key.startswith("lora_unet_") and not key.startswith(("lora_unet_double", "lora_unet_single"))]
+    return (
+        f"diffusers reads a kohya file of FLUX but for the layers outside its blocks, {len(lost)} here ({', '.join(lost[:3])}); "
+        "ComfyUI reads them. For diffusers write the adapter --to diffusers."
+        if lost
+        else ""
+    )

@@ -1,0 +1,57 @@
+"""The tensors of one adapter file, read once and judged: finite, and named like parts of a model."""
+
+from __future__ import annotations
+
+import re
+
+import torch
+from torch import Tensor
+
+from lorakeet.errors import Problems
+from lorakeet.formats.files.safetensors_file import SafeFile
+
+_NAME = re.compile(r"[\w-]+(\.[\w-]+)*")  # no slash, no empty part: never a path to anywhere
+_LONGEST_NAME = 300  # characters; what is matched to regular expressions must not be long
+
+
+def read_tensors(file: SafeFile, problems: Problems) -> dict[str, Tensor]:
+    """Every tensor of `file` by name, floating ones in fp32; NaN, infinities and strange names go to `problems`."""
+    found: dict[str, Tensor] = {}
+    for name in sorted(file.tensors):
+        if not named_like_a_part(name, file, problems):
+            continue
+        tensor = file.read(name)
+        if tensor.is_floating_point():
+            tensor = tensor.float()
+            check_finite(tensor, f"{file.path}: {name}", problems)
+        found[name] = tensor
+    return found
+
+
+def named_like_a_part(name: str, file: SafeFile, problems: Problems) -> bool:
+    """Whether `name` is words joined by dots, and not very long; adds to `problems` where it is not."""
+    if len(name) > _LONGEST_NAME:
+        problems.add(
+            f"{file.path}: a tensor's name is {len(name):,} characters long ({name[:40]!r}…); expected at most {_LONGEST_NAME}. "
+            "Fetch the file again."
+        )
+        return False
+    if _NAME.fullmatch(name):
+        return True
+    problems.add(f"{file.path}: the tensor {name!r} is not named like a part of a model (words joined by dots).")
+    return False
+
+
+def check_finite(tensor: Tensor, name: str, problems: Problems) -> None:
+    """Adds to `problems` where `tensor` has NaN or infinite values."""
+    if not bool(torch.isfinite(tensor).all()):
+        problems.add(f"{name} has NaN or infinite values. The training diverged; use an earlier checkpoint.")
+
+
+def factor_problem(path: str, A: Tensor, B: Tensor) -> str:
+    """What is wrong with A (rank, in[, k, k]) and B (out, rank[, 1, 1]) as one pair, or an empty string."""
+    if A.dim() not in (2, 4) or B.dim() != A.dim() or tuple(B.shape[2:]) not in ((), (1, 1)) or A.shape[0] != B.shape[1]:
+        return f"{path} has A {tuple(A.shape)} and B {tuple(B.shape)}; expected (rank, in) and (out, rank), or 2-D convolutions."
+    if 0 in A.shape or 0 in B.shape:
+        return f"{path} has A {tuple(A.shape)} and B {tuple(B.shape)}, which are empty."
+    return ""

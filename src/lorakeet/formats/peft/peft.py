@@ -1,0 +1,325 @@
+"""PEFT's adapter folder, the native format: adapter_config.json and adapter_model.safetensors.
+
+    base_model.model.PATH.lora_A.weight, .lora_B.weight        linear, conv1d, conv2d     (rank, in) and (out, rank)
+    base_model.model.PATH.lora_B.bias                          a pair's bias              (out,)
+    base_model.model.PATH.lora_embedding_A, _B                 embedding                  (rank, vocab) and (hidden, rank)
+    base_model.model.PATH.lora_magnitude_vector                DoRA                       (out,); (1, out, 1, 1) for conv2d
+    base_model.model.PATH.token_adapter.trainable_tokens_delta trained token rows         (ids, hidden)
+    base_model.model.PATH[.base_layer].lora_A.weight           experts, see peft_experts
+    base_model.model.PATH.base_layer.weight                    whole weight under a pair, as PEFT adds for embeddings
+    base_model.model.PARAMETER                                 modules_to_save
+
+linear and conv1d look alike on disk: fan_in_fan_out tells them apart, and where an adapter has both, a note in the
+safetensors metadata, which PEFT ignores; without one, whoever has the model knows better. Pairs are held in fp32.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from lorakeet.core.adapter import Adapter, Pair, TokenRows
+from lorakeet.core.math import Kind
+from lorakeet.errors import DataError, Problems
+from lorakeet.formats.files.safetensors_file import SafeFile, open_safetensors, save_tensors, save_text
+from lorakeet.formats.files.tensors import check_finite, named_like_a_part
+from lorakeet.formats.peft import peft_experts
+from lorakeet.formats.peft.peft_config import (
+    CONFIG_NAME,
+    LONGEST,
+    PeftConfig,
+    check_writable,
+    config_bytes,
+    config_text,
+    read_config,
+)
+from lorakeet.formats.peft.peft_recipe import RECIPES, Names, recipe_of
+
+MODEL_NAME = "adapter_model.safetensors"
+PICKLE_NAME = "adapter_model.bin"
+_PREFIX = "base_model.model."
+_TOKENS = ".token_adapter.trainable_tokens_delta"
+_SLOT = re.compile(
+    r"(?P<path>.+)\.(?P<slot>lora_A\.weight|lora_B\.weight|lora_B\.bias|lora_embedding_A|lora_embedding_B|lora_magnitude_vector)"
+)
+_NOTE = "lorakeet"  # key of our note in the safetensors metadata
+_CONFIG_KEYS = ("task_type", "revision", "lora_dropout")  # Adapter.metadata that lives in adapter_config.json
+
+Slots = dict[str, Tensor]
+
+
+def read(folder: Path, *, opened: Callable[[Path], SafeFile] = open_safetensors, configured: bytes | None = None) -> Adapter:
+    """The adapter in `folder`. ConfigError and DataError list everything that cannot be understood; nothing is dropped.
+
+    `opened` decides how the tensors come in (formats/files/slab); `configured` is what adapter_config.json holds, if it has been
+    read.
+    """
+    configured = config_bytes(folder) if configured is None else configured
+    config = read_config(folder, configured)
+    model = folder / MODEL_NAME
+    if not model.exists() and (folder / PICKLE_NAME).exists():
+        raise DataError(
+            f"{folder / PICKLE_NAME} is a pickle file, which can run code when it is loaded, so it is never opened. "
+            f"Save the adapter again in PEFT, which writes {MODEL_NAME}."
+        )
+    file = opened(model)
+    if file.header is None or len(configured) > LONGEST:
+        return _read(folder, config, file)
+    key = (configured, file.header)
+    recipe = RECIPES.get(key)
+    adapter = None if recipe is None else recipe.filled(file)
+    if adapter is None:
+        adapter = _read(folder, config, file)  # says what is wrong, if anything is
+        names = {path: _names(path, pair.kind) for path, pair in adapter.pairs.items()}
+        if recipe is None and (recipe := recipe_of(adapter, file.header, names)) is not None:
+            adapter = RECIPES.keep(key, recipe).filled(file) or adapter
+    return adapter
+
+
+def _read(folder: Path, config: PeftConfig, file: SafeFile) -> Adapter:
+    problems = Problems(f"The adapter in {folder} cannot be read", DataError)
+    groups, tokens, others = _sorted_by_kind(file, problems)
+    note = _note(file)
+    pairs = _pairs(config, note, groups, problems)
+    extras = {_extra_path(name, pairs, problems): tensor for name, tensor in others.items()}
+    token_rows = _token_rows(config, note, tokens, problems)
+    if not pairs and not extras and not token_rows and not problems.messages:
+        problems.add(f"{file.path} holds no tensor.")
+    problems.raise_if_any()
+    metadata = {**config.metadata, **{str(key): str(value) for key, value in note.get("metadata", {}).items()}}
+    return Adapter(pairs, extras, token_rows, config.base, metadata)
+
+
+def _sorted_by_kind(file: SafeFile, problems: Problems) -> tuple[dict[str, Slots], dict[str, Tensor], dict[str, Tensor]]:
+    """Pair tensors by path and slot, token rows by path, and everything else by name; prefixes removed."""
+    groups: dict[str, Slots] = {}
+    tokens: dict[str, Tensor] = {}
+    others: dict[str, Tensor] = {}
+    for name in sorted(file.tensors):
+        if not named_like_a_part(name, file, problems):
+            continue
+        tensor = file.read(name)
+        if tensor.is_floating_point() and not file.finite:
+            check_finite(tensor.float(), f"{file.path}: {name}", problems)
+        if not name.startswith(_PREFIX):
+            problems.add(f"{file.path}: {name} is no tensor of PEFT, whose names begin with {_PREFIX!r}. Fetch the file again.")
+            continue
+        own = name[len(_PREFIX) :]
+        if match := _SLOT.fullmatch(own):
+            wide = tensor if tensor.dtype == torch.float32 else tensor.float()  # asked first: torch takes longer to say the same
+            groups.setdefault(match["path"], {})[match["slot"]] = wide
+        elif own.endswith(_TOKENS):
+            tokens[own[: -len(_TOKENS)]] = tensor.float()
+        elif ".lora_" in own or ".token_adapter." in own:
+            problems.add(f"{file.path}: {name} {tuple(tensor.shape)} is a kind of adapter tensor that is not known here.")
+        else:
+            others[own] = tensor
+    return groups, tokens, others
+
+
+def _note(file: SafeFile) -> dict[str, Any]:
+    try:
+        note = json.loads(file.metadata.get(_NOTE, "{}"))
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{file.path}: the metadata key {_NOTE!r} is not JSON ({error}).") from error
+    if not isinstance(note, dict) or not all(isinstance(part, dict) for part in note.values()):
+        raise DataError(f"{file.path}: the metadata key {_NOTE!r} is not a table of tables.")
+    return note
+
+
+def _pairs(config: PeftConfig, note: Mapping[str, Any], groups: dict[str, Slots], problems: Problems) -> dict[str, Pair]:
+    pairs: dict[str, Pair] = {}
+    blocks: dict[str, dict[int, Slots]] = {}  # module: nesting depth: tensors
+    for nested, slots in groups.items():
+        path, depth = nested, 0
+        while path.endswith(peft_experts.NESTED):
+            path, depth = path[: -len(peft_experts.NESTED)], depth + 1
+        blocks.setdefault(path, {})[depth] = slots
+    for path, levels in sorted(blocks.items()):
+        named = peft_experts.parameters_at(config, path)
+        if len(levels) > 1 or max(levels) > 0 or (named and not config.targets(path) and named != ["weight"]):
+            assigned = peft_experts.assign(config, path, levels)
+            if isinstance(assigned, str):
+                problems.add(assigned)
+                continue
+            for depth, name in assigned.items():
+                _add_pair(config, f"{path}.{name}", "experts", levels[depth], pairs=pairs, problems=problems)
+        else:
+            kind = _kind(config, note, path, levels[0])
+            _add_pair(config, path, kind, levels[0], pairs=pairs, problems=problems)
+    return pairs
+
+
+def _kind(config: PeftConfig, note: Mapping[str, Any], path: str, slots: Slots) -> Kind:
+    if any(slot.startswith("lora_embedding") for slot in slots):
+        return "embedding"
+    if any(slot in slots and slots[slot].dim() == 4 for slot in ("lora_A.weight", "lora_B.weight")):
+        return "conv2d"
+    noted = note.get("kinds", {}).get(path)
+    if noted in ("linear", "conv1d"):
+        return "linear" if noted == "linear" else "conv1d"
+    return "conv1d" if config.fan_in_fan_out else "linear"
+
+
+def _add_pair(config: PeftConfig, path: str, kind: Kind, slots: Slots, *, pairs: dict[str, Pair], problems: Problems) -> None:
+    first, second = _factor_slots(kind)
+    missing = [slot for slot in (first, second) if slot not in slots]
+    if missing:
+        problems.add(f"{path} has {', '.join(sorted(slots))} but no {' and no '.join(missing)}.")
+        return
+    A, B, rank = slots[first], slots[second], config.rank_of(path)
+    if kind == "experts":
+        unpacked = peft_experts.unpack(A, B, rank)
+        if isinstance(unpacked, str):
+            problems.add(f"{path} {unpacked}.")
+            return
+        A, B = unpacked
+    wrong = _shape_problem(config, path, kind, A, B, rank)
+    magnitude = slots.get("lora_magnitude_vector")
+    if (magnitude is not None) != config.dora:
+        wrong = wrong or f"{path} has {'a' if magnitude is not None else 'no'} DoRA magnitude, and use_dora is {config.dora}."
+    elif magnitude is not None and kind in ("embedding", "experts"):
+        wrong = wrong or f"{path} is DoRA on a weight of kind {kind}, which is not supported."
+    elif magnitude is not None and magnitude.numel() != B.shape[0]:
+        wrong = wrong or f"{path} has a DoRA magnitude {tuple(magnitude.shape)}; B {tuple(B.shape)} needs {B.shape[0]} numbers."
+    bias = slots.get("lora_B.bias")
+    if (bias is not None) != (config.lora_bias and kind not in ("embedding", "experts")):
+        wrong = wrong or f"{path} has {'a' if bias is not None else 'no'} lora_B.bias, and lora_bias is {config.lora_bias}."
+    elif bias is not None and bias.shape != B.shape[:1]:
+        wrong = wrong or f"{path} has a lora_B.bias {tuple(bias.shape)}; expected ({B.shape[0]},)."
+    if wrong:
+        problems.add(wrong)
+        return
+    flat = None if magnitude is None else magnitude.flatten()
+    pairs[path] = Pair(A, B, config.alpha_of(path), kind, config.scale_rule, flat, bias)
+
+
+def _factor_slots(kind: Kind) -> tuple[str, str]:
+    return ("lora_embedding_A", "lora_embedding_B") if kind == "embedding" else ("lora_A.weight", "lora_B.weight")
+
+
+def _names(path: str, kind: Kind) -> Names:
+    """What the tensors of a pair are called in the file, if it is no pair of experts."""
+    slots = (*_factor_slots(kind), "lora_magnitude_vector", "lora_B.bias")
+    return cast(Names, tuple(f"{_PREFIX}{path}.{slot}" for slot in slots))
+
+
+def _shape_problem(config: PeftConfig, path: str, kind: Kind, A: Tensor, B: Tensor, rank: int) -> str:
+    if kind == "experts":
+        return ""
+    dims = 4 if kind == "conv2d" else 2
+    if A.dim() != dims or B.dim() != dims:
+        return f"{path} has A {tuple(A.shape)} and B {tuple(B.shape)}; only linear layers and 2-D convolutions are supported."
+    if kind == "conv2d" and tuple(B.shape[2:]) != (1, 1):
+        return f"{path} has B {tuple(B.shape)}; expected a 1×1 convolution (out, rank, 1, 1)."
+    if A.shape[0] != B.shape[1]:
+        return f"{path} has A {tuple(A.shape)} and B {tuple(B.shape)}: their ranks {A.shape[0]} and {B.shape[1]} differ."
+    if A.shape[0] != rank:
+        return (
+            f"{path} has rank {A.shape[0]} on disk, but {CONFIG_NAME} says {rank}, so its scale is uncertain. PEFT sorts the "
+            "keys of rank_pattern when it saves: of two that match a module, another may have been first. Correct it."
+        )
+    return ""
+
+
+def _extra_path(name: str, pairs: Mapping[str, Pair], problems: Problems) -> str:
+    """The parameter's path in the model: under a pair PEFT calls it PATH.base_layer.weight."""
+    head, nested, last = name.rpartition(f"{peft_experts.NESTED}.")
+    if not nested:
+        return name
+    if head not in pairs:
+        problems.add(f"{name} is the weight under a pair, but {head} has no pair.")
+    return f"{head}.{last}"
+
+
+def _token_rows(
+    config: PeftConfig, note: Mapping[str, Any], tokens: Mapping[str, Tensor], problems: Problems
+) -> dict[str, TokenRows]:
+    found: dict[str, TokenRows] = {}
+    for path, rows in tokens.items():
+        ids = config.token_ids
+        if isinstance(ids, Mapping):
+            ids = next((ids[name] for name in ids if path == name or path.endswith(name)), None)
+        if ids is None or len(ids) != rows.shape[0]:
+            count = "no" if ids is None else len(ids)
+            problems.add(f"{path} has {rows.shape[0]} trained token rows; trainable_token_indices gives {count} ids for it.")
+            continue
+        about = note.get("tokens", {}).get(path, {})
+        found[path] = TokenRows(tuple(ids), rows, tuple(about.get("tokens", ())), str(about.get("tied", "")))
+    if config.token_ids and not tokens:
+        problems.add("trainable_token_indices is set, but no tensor holds the trained rows.")
+    return found
+
+
+def write(adapter: Adapter, folder: Path) -> None:
+    """Writes `adapter` into `folder` (made if missing) so that PEFT loads it; the same adapter gives the same bytes.
+
+    Each file appears whole or not at all, the tensors before the configuration. ConfigError where PEFT has no place for
+    something.
+    """
+    check_writable(adapter)
+    folder.mkdir(parents=True, exist_ok=True)
+    metadata = {"format": "pt"}
+    if note := _note_for(adapter):
+        metadata[_NOTE] = json.dumps(note, sort_keys=True, ensure_ascii=False)
+    save_tensors(folder / MODEL_NAME, _tensors(adapter), metadata=metadata)
+    saved = sorted({path.rpartition(".")[0] for path in adapter.extras} - set(adapter.pairs))
+    save_text(folder / CONFIG_NAME, config_text(adapter, modules_to_save=saved))
+
+
+def _tensors(adapter: Adapter) -> dict[str, Tensor]:
+    tensors: dict[str, Tensor] = {}
+    nesting = _nesting(adapter)
+    biased = any(pair.bias is not None for pair in adapter.pairs.values())
+    for path, pair in adapter.pairs.items():
+        A, B, where = pair.A, pair.B, _PREFIX + path
+        if pair.kind == "experts":
+            A, B = peft_experts.pack(A, B)
+            where = _PREFIX + path.rpartition(".")[0] + peft_experts.NESTED * nesting[path]
+        first, second = _factor_slots(pair.kind)
+        tensors[f"{where}.{first}"], tensors[f"{where}.{second}"] = A.float(), B.float()
+        if biased:
+            tensors[f"{where}.lora_B.bias"] = torch.zeros(B.shape[0]) if pair.bias is None else pair.bias.float()
+        if pair.magnitude is not None:
+            shape = (1, -1, 1, 1) if pair.kind == "conv2d" else (-1,)
+            tensors[f"{where}.lora_magnitude_vector"] = pair.magnitude.float().reshape(shape)
+    for path, tensor in adapter.extras.items():
+        module, _, name = path.rpartition(".")
+        tensors[f"{_PREFIX}{module}{peft_experts.NESTED}.{name}" if module in adapter.pairs else _PREFIX + path] = tensor
+    for path, rows in adapter.token_rows.items():
+        tensors[f"{_PREFIX}{path}{_TOKENS}"] = rows.rows.float()
+    return tensors
+
+
+def _nesting(adapter: Adapter) -> dict[str, int]:
+    """Nesting depth of each expert pair on disk, by its path."""
+    blocks: dict[str, list[str]] = {}
+    for path, pair in adapter.pairs.items():
+        if pair.kind == "experts":
+            module, _, name = path.rpartition(".")
+            blocks.setdefault(module, []).append(name)
+    return {
+        f"{module}.{name}": depth for module, names in blocks.items() for name, depth in peft_experts.order_on_disk(names).items()
+    }
+
+
+def _note_for(adapter: Adapter) -> dict[str, Any]:
+    """What PEFT's configuration has no key for."""
+    note: dict[str, Any] = {}
+    flat = Counter(pair.kind for pair in adapter.pairs.values() if pair.kind in ("linear", "conv1d"))
+    if len(flat) > 1:
+        note["kinds"] = {path: pair.kind for path, pair in adapter.pairs.items() if pair.kind == "linear"}
+    tokens = {
+        path: {"tokens": list(rows.tokens), "tied": rows.tied}
+        for path, rows in adapter.token_rows.items()
+        if rows.tokens or rows.tied
+    }
+    own = {key: value for key, value in adapter.metadata.items() if key not in _CONFIG_KEYS}
+    return note | ({"tokens": tokens} if tokens else {}) | ({"metadata": own} if own else {})

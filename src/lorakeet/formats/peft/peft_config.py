@@ -1,0 +1,342 @@
+"""adapter_config.json of PEFT: what it says, and what it may not say.
+
+A key that changes what the adapter computes and that is not understood here is refused by name with its value, never
+dropped. Keys that only steered the training, or that the tensors on disk already answer, are read over.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import sys
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lorakeet.core.adapter import Adapter, Pair
+from lorakeet.core.math import ScaleRule, alpha_for
+from lorakeet.core.spec import pattern_value
+from lorakeet.errors import ConfigError, Problems
+from lorakeet.formats.files.json_object import parse_object, read_bytes
+from lorakeet.formats.files.memo import Remembered
+from lorakeet.formats.peft.regex_cost import pattern_problem
+from lorakeet.formats.sd_names import of_image_model
+
+CONFIG_NAME = "adapter_config.json"
+NO_TARGETS = "dummy-target-modules"  # PEFT's word for an adapter that has no pair at all
+
+# Understood: they decide kinds, ranks and scales, or carry names.
+_READ = {
+    "peft_type", "r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora", "lora_bias", "fan_in_fan_out",
+    "target_modules", "target_parameters", "modules_to_save", "trainable_token_indices", "base_model_name_or_path",
+    "task_type", "revision", "lora_dropout", "init_lora_weights",
+}  # fmt: skip
+# Without effect on what a trained adapter computes: the tensors on disk say which modules have a pair, the rest is training.
+_NO_EFFECT = {
+    "auto_mapping", "peft_version", "inference_mode", "exclude_modules", "layers_to_transform", "layers_pattern",
+    "megatron_core", "qalora_group_size", "loftq_config", "eva_config", "corda_config", "lora_ga_config", "velora_config",
+    "runtime_config",
+}  # fmt: skip
+# Refused unless they have their default: each changes the function, or the model it belongs to.
+_REFUSED = {
+    "bias": "none",
+    "layer_replication": None,
+    "alora_invocation_tokens": None,
+    "use_qalora": False,
+    "use_bdlora": None,
+    "arrow_config": None,
+    "kasa_config": None,
+    "monteclora_config": None,
+    "megatron_config": None,
+    "ensure_weight_tying": False,
+}
+# Starts that leave the base weights as they were. "eva" and "mica" read them only.
+_HARMLESS_STARTS = {"true", "false", "gaussian", "eva", "orthogonal", "mica"}
+_EMPTY: tuple[Any, ...] = (None, False, "", [], {})
+_EXPECTED = "the configuration of an adapter in PEFT's layout"
+
+
+@dataclass(frozen=True)
+class PeftConfig:
+    """The part of adapter_config.json that decides what the tensors mean."""
+
+    rank: int
+    alpha: float
+    rank_pattern: Mapping[str, int] = field(default_factory=dict)
+    alpha_pattern: Mapping[str, float] = field(default_factory=dict)
+    rslora: bool = False
+    dora: bool = False
+    lora_bias: bool = False
+    fan_in_fan_out: bool = False
+    target_modules: tuple[str, ...] | str = ()
+    target_parameters: tuple[str, ...] = ()
+    token_ids: tuple[int, ...] | Mapping[str, tuple[int, ...]] | None = None
+    base: str = ""
+    metadata: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def scale_rule(self) -> ScaleRule:
+        return "alpha/sqrt(rank)" if self.rslora else "alpha/rank"
+
+    def rank_of(self, path: str) -> int:
+        """The rank of the pair at `path`: the first matching key of rank_pattern, or r."""
+        return int(pattern_value(dict(self.rank_pattern), path) or self.rank)
+
+    def alpha_of(self, path: str) -> float:
+        """The alpha of the pair at `path`: that of the matching keys of alpha_pattern, or lora_alpha.
+
+        ConfigError where two keys match and disagree: PEFT takes the first, and the order of keys is not safe in JSON.
+        """
+        values = {key: value for key, value in self.alpha_pattern.items() if pattern_value({key: value}, path) is not None}
+        if len(set(values.values())) > 1:
+            said = ", ".join(f"{key!r} says {value:g}" for key, value in values.items())
+            raise ConfigError(
+                f"{CONFIG_NAME}: alpha_pattern has keys that disagree on {path}: {said}. Keep the one that it was trained with."
+            )
+        return next(iter(values.values()), self.alpha)
+
+    def targets(self, path: str) -> bool:
+        """Whether target_modules names the module at `path`, by PEFT's rule."""
+        if isinstance(self.target_modules, str):
+            if wrong := pattern_problem(self.target_modules, self.target_modules, most_steps=math.inf):
+                raise ConfigError(f"{CONFIG_NAME}: target_modules is {self.target_modules[:80]!r}, {wrong}")
+            return re.fullmatch(self.target_modules, path) is not None
+        return any(path == target or path.endswith(f".{target}") for target in self.target_modules)
+
+
+LONGEST = 1 << 20  # bytes of a configuration that is remembered
+_KNOWN: Remembered[bytes, PeftConfig] = Remembered(8)
+
+
+def read_config(folder: Path, raw: bytes | None = None) -> PeftConfig:
+    """The configuration in `folder`, whose bytes may have been read already (`raw`). Nobody may change it: it is remembered.
+
+    DataError for a file that is not one, ConfigError listing every key that is refused.
+    """
+    path = folder / CONFIG_NAME
+    raw = config_bytes(folder) if raw is None else raw
+    if len(raw) > LONGEST:
+        return parse_config(parse_object(raw, path, expected=_EXPECTED), path)
+    return _KNOWN.of(raw, lambda: parse_config(parse_object(raw, path, expected=_EXPECTED), path))
+
+
+def config_bytes(folder: Path) -> bytes:
+    """What lies in `folder` as its configuration; DataError where it cannot be read."""
+    return read_bytes(folder / CONFIG_NAME, expected=_EXPECTED)
+
+
+def parse_config(data: dict[str, Any], path: object) -> PeftConfig:
+    """The configuration in `data`, as PEFT's `LoraConfig` writes it; `path` is what errors call it. ConfigError lists all."""
+    problems = Problems(f"{path} describes an adapter that cannot be read")
+    _refuse(data, path, problems)
+    _check_values(data, path, problems)
+    problems.raise_if_any()
+    return _parse(data)
+
+
+def _refuse(data: dict[str, Any], path: object, problems: Problems) -> None:
+    if str(data.get("peft_type", "LORA")).upper() != "LORA":
+        problems.add(f"{path}: peft_type is {data['peft_type']!r}; only LORA is supported.")
+    for key, default in _REFUSED.items():
+        if data.get(key, default) not in (default, *_EMPTY):
+            problems.add(f"{path}: {key} is {data[key]!r}; only {default!r} is supported. Train the adapter again without it.")
+    for key in sorted(set(data) - _READ - _NO_EFFECT - set(_REFUSED)):
+        if data[key] not in _EMPTY:
+            problems.add(
+                f"{path}: the key {key} = {data[key]!r} is not known here, so what it changes would be lost. "
+                "Set it to null if it has no effect on a trained adapter."
+            )
+    if data.get("use_dora") and data.get("lora_bias"):
+        problems.add(
+            f"{path}: use_dora and lora_bias are both True; PEFT counts the bias into the rows' lengths, which is not supported."
+        )
+    start = data.get("init_lora_weights", True)
+    if str(start).lower() not in _HARMLESS_STARTS and start is not None:
+        problems.add(
+            f"{path}: init_lora_weights is {start!r}. PEFT took the start out of the base weights, so this adapter belongs to a "
+            "base that differs from the one on disk. Save it again in PEFT with path_initial_model_for_weight_conversion, "
+            "which makes it a plain LoRA of twice the rank."
+        )
+
+
+def _check_values(data: dict[str, Any], path: object, problems: Problems) -> None:
+    for key, what in (("r", "rank"), ("lora_alpha", "alpha")):
+        if key not in data:
+            problems.add(f"{path} has no {key}, so the {what} and with it the scale are unknown. Fetch the file again.")
+    rank, alpha = data.get("r", 8), data.get("lora_alpha", 8)
+    if not _rank(rank):
+        problems.add(f"{path}: r is {rank!r}; expected a whole number of 1 or more.")
+    if not _number(alpha):
+        problems.add(f"{path}: lora_alpha is {alpha!r}; expected a finite number. {_AGAIN}")
+    if not _number(dropout := data.get("lora_dropout") or 0.0):
+        problems.add(f"{path}: lora_dropout is {dropout!r}; expected a finite number or null.")
+    _check_pattern(data, "rank_pattern", (_rank, "a whole number of 1 or more"), path, problems)
+    _check_pattern(data, "alpha_pattern", (_number, "a finite number"), path, problems)
+    for name in ("target_parameters", "modules_to_save"):
+        if not _texts(data.get(name) or []):
+            problems.add(f"{path}: {name} is {data[name]!r}; expected a list of names or null.")
+    if not isinstance(data.get("target_modules"), str) and not _texts(data.get("target_modules") or []):
+        problems.add(f"{path}: target_modules is {data['target_modules']!r}; expected a list of names or a text.")
+    tokens = data.get("trainable_token_indices")
+    lists = list(tokens.values()) if isinstance(tokens, dict) else [tokens or []]
+    if not all(isinstance(ids, list) and all(isinstance(i, int) for i in ids) for ids in lists):
+        problems.add(f"{path}: trainable_token_indices is {tokens!r}; expected token ids, or lists of them by embedding name.")
+
+
+_AGAIN = "Put in the value that it was trained with, or fetch the file again."
+
+
+def _check_pattern(
+    data: dict[str, Any], name: str, expected: tuple[Callable[[Any], bool], str], path: object, problems: Problems
+) -> None:
+    """Adds what is wrong with the table `name` of values by regular expression; `expected`: a test of a value, and its words."""
+    good, words = expected
+    pattern = data.get(name) or {}
+    if not isinstance(pattern, dict):
+        problems.add(f"{path}: {name} is {pattern!r}; expected numbers by regular expression.")
+        return
+    for key, value in pattern.items():
+        if not good(value):
+            problems.add(f"{path}: {name} says {value!r} for {key[:80]!r}; expected {words}. {_AGAIN}")
+        if wrong := pattern_problem(key, rf"(.*\.)?({key})$"):
+            problems.add(f"{path}: {name} has the key {key[:80]!r}, {wrong}")
+
+
+def _number(value: Any) -> bool:
+    """Whether `value` is a number that fits in a float: not NaN, not infinite."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
+
+
+def _rank(value: Any) -> bool:
+    return _number(value) and value >= 1 and int(value) == value
+
+
+def _texts(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(item, str) for item in value)
+
+
+def _parse(data: dict[str, Any]) -> PeftConfig:
+    tokens = data.get("trainable_token_indices")
+    targets = data.get("target_modules") or []
+    metadata = {"task_type": str(data.get("task_type") or "")}
+    if data.get("revision"):
+        metadata["revision"] = str(data["revision"])
+    if data.get("lora_dropout"):
+        metadata["lora_dropout"] = repr(float(data["lora_dropout"]))
+    return PeftConfig(
+        rank=int(data.get("r", 8)),
+        alpha=float(data.get("lora_alpha", 8)),
+        rank_pattern={key: int(value) for key, value in (data.get("rank_pattern") or {}).items()},
+        alpha_pattern={key: float(value) for key, value in (data.get("alpha_pattern") or {}).items()},
+        rslora=bool(data.get("use_rslora")),
+        dora=bool(data.get("use_dora")),
+        lora_bias=bool(data.get("lora_bias")),
+        fan_in_fan_out=bool(data.get("fan_in_fan_out")),
+        target_modules=targets if isinstance(targets, str) else tuple(targets),
+        target_parameters=tuple(data.get("target_parameters") or ()),
+        token_ids=_token_ids(tokens),
+        base=str(data.get("base_model_name_or_path") or ""),
+        metadata=metadata,
+    )
+
+
+def _token_ids(tokens: Any) -> tuple[int, ...] | dict[str, tuple[int, ...]] | None:
+    if isinstance(tokens, dict):
+        return {name: tuple(ids) for name, ids in tokens.items()}
+    return None if tokens is None else tuple(tokens)
+
+
+def config_text(adapter: Adapter, *, modules_to_save: list[str]) -> str:
+    """adapter_config.json for `adapter`, the same text for the same adapter.
+
+    r and lora_alpha are the most frequent ones; every other pair stands in rank_pattern and alpha_pattern under its whole
+    path, anchored at the start, so that PEFT finds it and nothing else. The scale rule, DoRA and the bias are one switch
+    for the whole adapter in PEFT: a pair of the other scale rule gets the alpha that gives its scale.
+    """
+    rule = _frequent([pair.scale_rule for pair in adapter.pairs.values()], "alpha/rank")
+    ranks = {path: pair.rank for path, pair in adapter.pairs.items()}
+    alphas = {path: _alpha(pair, rule) for path, pair in adapter.pairs.items()}
+    rank, alpha = _frequent(list(ranks.values()), 8), _frequent(list(alphas.values()), 8.0)
+    kinds = {pair.kind for pair in adapter.pairs.values()}
+    modules = sorted(path for path, pair in adapter.pairs.items() if pair.kind != "experts")
+    parameters = sorted(path for path, pair in adapter.pairs.items() if pair.kind == "experts")
+    task = adapter.metadata.get("task_type", "" if "conv2d" in kinds or of_image_model(adapter) else "CAUSAL_LM")
+    data: dict[str, Any] = {
+        "alpha_pattern": {_anchored(path): _plain(value) for path, value in sorted(alphas.items()) if value != alpha},
+        "auto_mapping": None,
+        "base_model_name_or_path": adapter.base or None,
+        "bias": "none",
+        "fan_in_fan_out": "conv1d" in kinds,
+        "inference_mode": True,
+        "init_lora_weights": True,
+        "layers_pattern": None,
+        "layers_to_transform": None,
+        "lora_alpha": _plain(alpha),
+        "lora_dropout": float(adapter.metadata.get("lora_dropout", 0.0)),
+        "modules_to_save": modules_to_save or None,
+        "peft_type": "LORA",
+        "r": rank,
+        "rank_pattern": {_anchored(path): value for path, value in sorted(ranks.items()) if value != rank},
+        "revision": adapter.metadata.get("revision"),
+        "target_modules": modules if adapter.pairs else NO_TARGETS,
+        "task_type": task or None,
+        "use_dora": any(pair.magnitude is not None for pair in adapter.pairs.values()),
+        "use_rslora": rule == "alpha/sqrt(rank)",
+    }
+    if parameters:
+        data["target_parameters"] = parameters
+    if any(pair.bias is not None for pair in adapter.pairs.values()):
+        data["lora_bias"] = True
+    if adapter.token_rows:
+        data["trainable_token_indices"] = {path: list(rows.ids) for path, rows in sorted(adapter.token_rows.items())}
+    return json.dumps(data, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+
+
+def _alpha(pair: Pair, rule: ScaleRule) -> float:
+    return pair.alpha if pair.scale_rule == rule else alpha_for(pair.scale, pair.rank, rule)
+
+
+def _frequent(values: list[Any], default: Any) -> Any:
+    """The most frequent value; of equally frequent ones the smallest."""
+    counts = Counter(values)
+    return min(counts, key=lambda value: (-counts[value], value)) if counts else default
+
+
+def _plain(value: float) -> int | float:
+    """A whole number without its ".0", which some readers of lora_alpha cannot parse."""
+    return int(value) if float(value).is_integer() else value
+
+
+def _anchored(path: str) -> str:
+    """A key that PEFT's `(.*\\.)?(KEY)$` matches to the whole `path` only, never to a longer path that ends alike."""
+    return "^" + re.escape(path)
+
+
+def check_writable(adapter: Adapter) -> None:
+    """Raises ConfigError listing everything in `adapter` that PEFT's layout has no place for."""
+    problems = Problems("The adapter cannot be written in PEFT's layout")
+    dora = [path for path, pair in adapter.pairs.items() if pair.magnitude is not None]
+    plain = [path for path, pair in adapter.pairs.items() if pair.magnitude is None]
+    if dora and plain:
+        problems.add(
+            f"{len(dora)} pairs are DoRA and {len(plain)} are not ({plain[0]}, …); PEFT knows DoRA for the whole adapter only. "
+            "Give every pair the same variant, or merge the adapter into its base."
+        )
+    biased = any(pair.bias is not None for pair in adapter.pairs.values())
+    for path, pair in adapter.pairs.items():
+        if biased and pair.kind in ("experts", "embedding"):
+            problems.add(f"{path} is of kind {pair.kind}, which PEFT cannot hold in an adapter with a bias in its pairs.")
+        if pair.magnitude is not None and (pair.kind in ("embedding", "experts") or pair.bias is not None):
+            what = f"of kind {pair.kind}" if pair.bias is None else "with a bias"
+            problems.add(f"{path} is a DoRA pair {what}, which is not supported.")
+        if pair.kind == "experts" and "." not in path:
+            problems.add(f"{path} is a parameter of the whole model; PEFT can only name parameters of a module inside it.")
+        if path in adapter.token_rows:
+            problems.add(f"{path} has both a pair and trained token rows, which PEFT cannot hold together.")
+    for path, rows in adapter.token_rows.items():
+        if len(rows.ids) != rows.rows.shape[0]:
+            problems.add(f"{path} has {len(rows.ids)} token ids and {rows.rows.shape[0]} rows.")
+    problems.raise_if_any()

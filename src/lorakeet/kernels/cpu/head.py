@@ -1,0 +1,49 @@
+"""Losses of a head's logits and their gradients, as an operator of torch (head.c).
+
+Logits (tokens, vocabulary) are bf16 and lie in tiles: for each `tile` columns one block (tokens, columns), end to end, as the
+products with a head's tiles of rows give them.
+"""
+
+from __future__ import annotations
+
+import ctypes
+
+import torch
+from torch import Tensor
+
+from lorakeet.kernels.cpu import operators
+from lorakeet.kernels.cpu.operators import define, loaded, pointers
+
+
+def serves(hidden: Tensor, dtype: torch.dtype) -> bool:
+    """Whether logits of such states (tokens, hidden) under a head of that dtype are for this."""
+    return dtype == torch.bfloat16 and operators.serves(hidden.dtype, hidden)
+
+
+def blocks(logits: Tensor, tile: int) -> list[tuple[slice, Tensor]]:
+    """The columns of each tile, and their block (tokens, columns) in the memory of `logits`."""
+    tokens, vocabulary = logits.shape
+    flat, found = logits.view(-1), []
+    for start in range(0, vocabulary, tile):
+        columns = slice(start, min(start + tile, vocabulary))
+        found.append((columns, flat[tokens * columns.start : tokens * columns.stop].view(tokens, -1)))
+    return found
+
+
+def head_losses_(logits: Tensor, targets: Tensor, tile: int, wants_grad: bool) -> Tensor:
+    """−log p(target) (tokens,) in fp32; with `wants_grad` the logits become ∂L/∂z in their place, rounded once."""
+    tokens, vocabulary = logits.shape
+    if targets.shape != (tokens,) or tile <= 0 or (tokens and not 0 <= int(targets.min()) <= int(targets.max()) < vocabulary):
+        raise ValueError(f"targets {tuple(targets.shape)} are none of {vocabulary} for each of {tokens} rows in tiles of {tile}")
+    losses = logits.new_empty(tokens, dtype=torch.float32)
+    given = *pointers(logits), *pointers(targets, dtype=torch.int64), *pointers(losses, dtype=torch.float32)
+    sizes = (ctypes.c_int64(size) for size in (tokens, vocabulary, tile))
+    loaded().head_losses(*given, *sizes, int(wants_grad), torch.get_num_threads())
+    return losses
+
+
+HEAD_LOSSES = define(
+    "head_losses_(Tensor(a!) logits, Tensor targets, int tile, bool wants_grad) -> Tensor",
+    head_losses_,
+    lambda logits, *_: logits.new_empty(len(logits), dtype=torch.float32),
+)

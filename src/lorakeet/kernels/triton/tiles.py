@@ -1,0 +1,179 @@
+"""Triton kernels over a frozen weight that is read tile by tile, however it is stored. **Not run on a GPU yet.**
+
+How W lies in memory is known to one function, which every kernel takes as an argument:
+
+    load(weight, rows, start, HOW, OUT, IN, COLUMNS)      → (rows, COLUMNS); outside of W finite numbers, which nobody sees
+
+`weight` are the pointers and HOW the numbers of `InTiles`, `rows` a vector of row numbers, `start` the first column, a multiple
+of COLUMNS. `dense_tile` is the one for plain matrices; those for packed ones stand in the folder `quant`. Such files are
+imported only where kernels are asked for, Triton being optional. Their annotations are no strings: its interpreter reads them.
+"""
+
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor, nn
+
+from lorakeet.kernels.tiled_weight import InTiles
+
+UNPACKED = 4096  # numbers that a program brings back, at most 128 columns of W
+# A product and the sum after it are rounded one by one, as torch does it; the compiler would make one instruction of them.
+EXACT = {"enable_fp_fusion": False}
+
+
+@dataclass(frozen=True)
+class Pair:
+    """What a product adds: after · round(before · x·shrinkᵀ) · expand, shrink (rank, depth), expand (rank, width)."""
+
+    shrink: Tensor
+    expand: Tensor
+    before: float
+    after: float
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """How a product is cut: tokens, rows and columns of W in a tile, tiles under way at once, and warps of a program."""
+
+    tokens: int
+    rows: int
+    columns: int
+    stages: int
+    warps: int
+
+
+def blocks_for(tokens: int, itemsize: int, *, transposed: bool) -> Blocks:
+    """Narrow tiles for few tokens, so that there are programs for all processors of a card. Reasoned, not measured.
+
+    What is on the chip at once (x, A and W of every stage) is below 99 KB, the least of the cards since 2020. fp32 has no tensor
+    cores without loss, and its products are written out number by number: its tiles are small.
+    """
+    if itemsize == 4:
+        return Blocks(16, 32, 32, stages=2, warps=4)
+    height = 16 if tokens <= 16 else 32 if tokens <= 32 else 64
+    across, warps = (32, 4) if tokens <= 16 else (64, 8)  # across: of the side of W along which programs are parted
+    rows, columns = (64, across) if transposed else (across, 64)
+    return Blocks(height, rows, columns, stages=3, warps=warps)
+
+
+def unpack(tiles: InTiles, out: Tensor, first: int = 0) -> Tensor:
+    """Rows of W from `first` on into `out`, contiguous, as many numbers as it has; returns it."""
+    width = tiles.shape[1]
+    columns = min(128, triton.next_power_of_2(width))
+    rows = UNPACKED // columns
+    grid = triton.cdiv(triton.cdiv(out.numel(), width), rows), triton.cdiv(width, columns)
+    with on(out.device):
+        _unpack[grid](
+            out, _pointers(tiles), first, out.numel(), tiles.load, tiles.how, *tiles.shape, rows, columns, num_warps=4, **EXACT
+        )
+    return out
+
+
+def product(tiles: InTiles, x: Tensor, pair: Pair | None = None, *, transposed: bool = False) -> tuple[Tensor, Tensor | None]:
+    """x (tokens, depth) to x·Wᵀ, or x·W if `transposed`, (tokens, width), with what `pair` adds; and before · x·shrinkᵀ."""
+    out, inner = tiles.shape
+    depth, width = (out, inner) if transposed else (inner, out)
+    if x.shape[1] != depth:
+        raise ValueError(f"x is {tuple(x.shape)}, but the weight wants (tokens, {depth})")
+    x = x.contiguous()
+    tokens = len(x)
+    blocks = blocks_for(tokens, x.element_size(), transposed=transposed)
+    y = x.new_empty(tokens, width)
+    rank = 0 if pair is None else len(pair.shrink)
+    shrink, expand = (x, x) if pair is None else (pair.shrink, pair.expand)  # not looked at without a pair
+    shrunk = x.new_empty(tokens, rank) if rank else None
+    grid = triton.cdiv(width, blocks.columns if transposed else blocks.rows), triton.cdiv(tokens, blocks.tokens)
+    with on(x.device):
+        _product[grid](
+            y, x if shrunk is None else shrunk, x, _pointers(tiles), tokens,
+            shrink, *shrink.stride(), expand, *expand.stride(),
+            1.0 if pair is None else pair.before, 1.0 if pair is None else pair.after,
+            tiles.load, tiles.how, out, inner, rank, max(16, triton.next_power_of_2(rank)) if rank else 0,
+            transposed, blocks.tokens, blocks.rows, blocks.columns,
+            num_warps=blocks.warps, num_stages=blocks.stages, **EXACT,
+        )  # fmt: skip
+    return y, shrunk
+
+
+def on(device: torch.device) -> AbstractContextManager[object]:
+    """A context in which Triton launches on `device`: it takes torch's current one, which need not be that of the tensors."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+def dense(weight: Tensor) -> InTiles:
+    """A plain matrix (out, in), its rows or its columns contiguous."""
+    held = weight.detach() if isinstance(weight, nn.Parameter) else weight
+    return InTiles(dense_tile, (held,), (held.shape[0], held.shape[1]), held.stride())
+
+
+def _pointers(tiles: InTiles) -> tuple[Tensor, ...]:
+    return tuple(tensor.detach() for tensor in tiles.tensors)
+
+
+@triton.jit
+def dense_tile(weight, rows, start, HOW: tl.constexpr, OUT: tl.constexpr, IN: tl.constexpr, COLUMNS: tl.constexpr):
+    """A tile of a matrix with the strides HOW."""
+    columns = start + tl.arange(0, COLUMNS)
+    inside = (rows < OUT)[:, None] & (columns < IN)[None, :]
+    at = rows.to(tl.int64)[:, None] * HOW[0] + columns.to(tl.int64)[None, :] * HOW[1]
+    return tl.load(weight[0] + at, mask=inside, other=0.0)
+
+
+@triton.jit(do_not_specialize=["first", "count"])
+def _unpack(
+    out, weight, first, count,
+    load: tl.constexpr, HOW: tl.constexpr, OUT: tl.constexpr, IN: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)  # of `out`
+    start = tl.program_id(1) * COLUMNS
+    columns = start + tl.arange(0, COLUMNS)
+    values = load(weight, first + rows, start, HOW, OUT, IN, COLUMNS)
+    at = rows.to(tl.int64)[:, None] * IN + columns[None, :]
+    tl.store(out + at, values.to(out.dtype.element_ty), mask=(columns < IN)[None, :] & (at < count))
+
+
+@triton.jit(do_not_specialize=["tokens", "before", "after"])
+def _product(
+    y, shrunk, x, weight, tokens,
+    shrink, shrink_rank, shrink_depth, expand, expand_rank, expand_width, before, after,
+    load: tl.constexpr, HOW: tl.constexpr, OUT: tl.constexpr, IN: tl.constexpr, RANK: tl.constexpr, PADDED: tl.constexpr,
+    TRANSPOSED: tl.constexpr, TOKENS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    DEPTH: tl.constexpr = OUT if TRANSPOSED else IN
+    WIDTH: tl.constexpr = IN if TRANSPOSED else OUT
+    STEP: tl.constexpr = ROWS if TRANSPOSED else COLUMNS
+    ACROSS: tl.constexpr = COLUMNS if TRANSPOSED else ROWS
+    first = tl.program_id(0) * ACROSS
+    token = tl.program_id(1) * TOKENS + tl.arange(0, TOKENS)
+    across = first + tl.arange(0, ACROSS)
+    total = tl.zeros((TOKENS, ACROSS), dtype=tl.float32)
+    if RANK > 0:
+        rank = tl.arange(0, PADDED)
+        narrow = tl.zeros((TOKENS, PADDED), dtype=tl.float32)
+    for start in range(0, DEPTH, STEP):
+        deep = start + tl.arange(0, STEP)
+        here = (token < tokens)[:, None] & (deep < DEPTH)[None, :]
+        part = tl.load(x + token.to(tl.int64)[:, None] * DEPTH + deep[None, :], mask=here, other=0.0)
+        if TRANSPOSED:
+            tile = load(weight, deep, first, HOW, OUT, IN, COLUMNS)
+        else:
+            tile = tl.trans(load(weight, across, start, HOW, OUT, IN, COLUMNS))
+        total = tl.dot(part, tile.to(x.dtype.element_ty), total, input_precision="ieee")
+        if RANK > 0:
+            at = rank[None, :] * shrink_rank + deep[:, None] * shrink_depth
+            known = (rank < RANK)[None, :] & (deep < DEPTH)[:, None]
+            narrow = tl.dot(part, tl.load(shrink + at, mask=known, other=0.0), narrow, input_precision="ieee")
+    if RANK > 0:
+        rounded = (narrow * before).to(x.dtype.element_ty)
+        at = rank[:, None] * expand_rank + across[None, :] * expand_width
+        known = (rank < RANK)[:, None] & (across < WIDTH)[None, :]
+        wide = tl.load(expand + at, mask=known, other=0.0)
+        total += tl.dot(rounded, wide, input_precision="ieee") * after
+        if tl.program_id(0) == 0:
+            place = shrunk + token[:, None] * RANK + rank[None, :]
+            tl.store(place, rounded, mask=(token < tokens)[:, None] & (rank < RANK)[None, :])
+    there = (token < tokens)[:, None] & (across < WIDTH)[None, :]
+    tl.store(y + token.to(tl.int64)[:, None] * WIDTH + across[None, :], total.to(y.dtype.element_ty), mask=there)

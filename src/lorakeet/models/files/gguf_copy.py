@@ -1,0 +1,115 @@
+"""The cache folder, in which a .gguf model is kept as a folder that transformers reads, made once and known by its content."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+
+from lorakeet.errors import DataError, EnvironmentProblem, unreadable
+from lorakeet.formats.files.digest import sha256_of
+from lorakeet.formats.files.gguf_header import MAGIC
+from lorakeet.kernels.cache import cache_folder
+from lorakeet.models.files.validate import first_line
+
+_NOTE = "digests.json"
+
+
+def make_whole(target: Path, make: Callable[[Path], None]) -> None:
+    """Lets `make` write a model folder elsewhere on the same disk and moves it to `target`, which appears whole or not at all.
+
+    EnvironmentProblem where the disk refuses it.
+    """
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=target.parent, prefix=".unpacking-") as work:
+            partial = Path(work) / "copy"
+            make(partial)
+            try:
+                os.replace(partial, target)
+            except OSError:
+                if not (target / "config.json").is_file():  # otherwise another process was faster, with the same content
+                    raise
+    except (OSError, SafetensorError) as error:
+        raise _unwritten(target, error) from error
+
+
+def _unwritten(place: Path, error: Exception) -> EnvironmentProblem:
+    why = getattr(error, "strerror", None) or first_line(error)
+    return EnvironmentProblem(
+        f"{place} cannot be written: {why}. Free some space, or set LORAKEET_CACHE to a folder that can be written."
+    )
+
+
+def _check_magic(path: Path) -> None:
+    try:
+        with path.open("rb") as file:
+            magic = file.read(4)
+    except OSError as error:
+        raise DataError(unreadable(path, error)) from error
+    if magic != MAGIC:
+        raise DataError(f"{path} is not a GGUF file: it begins with {magic!r}, expected {MAGIC!r}. Fetch it again.")
+
+
+def require_room(path: Path, folder: Path, wanted: int) -> None:
+    """Raises EnvironmentProblem where the disk of `folder` has no `wanted` bytes for a copy of `path`."""
+    free = shutil.disk_usage(folder).free
+    if free < wanted:
+        raise EnvironmentProblem(
+            f"The copy of {path.name} needs up to {wanted / 1e9:.1f} GB in {folder}, which has {free / 1e9:.1f} GB free. "
+            "Free some, or set LORAKEET_CACHE to a folder on a larger disk."
+        )
+
+
+def content_digest(path: Path) -> str:
+    """sha256 of a .gguf file; computed once per path, size and time of change, and remembered in the cache.
+
+    DataError for a file that cannot be read or is no GGUF, EnvironmentProblem for a cache that cannot be written.
+    """
+    _check_magic(path)
+    folder = cache_folder() / "gguf"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise _unwritten(folder, error) from error
+    found = known_digest(path)
+    if found:
+        return found
+    stat, note = path.stat(), folder / _NOTE
+    known, key, stamp = _remembered(note), str(path.resolve()), [stat.st_size, stat.st_mtime_ns]
+    digest = sha256_of(path)
+    known[key] = [*stamp, digest]
+    try:
+        handle, partial = tempfile.mkstemp(dir=folder, prefix=".digests-")
+        with os.fdopen(handle, "w", encoding="utf-8") as out:
+            json.dump(known, out, indent=1)
+        os.replace(partial, note)
+    except OSError as error:
+        raise _unwritten(folder, error) from error
+    return digest
+
+
+def known_digest(path: Path) -> str:
+    """The sha256 of a .gguf file where it was computed before; empty where it was not, or the file has changed since."""
+    stat, known = path.stat(), _remembered(cache_folder() / "gguf" / _NOTE)
+    size, time, digest = known.get(str(path.resolve()), (0, 0, ""))
+    return str(digest) if (size, time) == (stat.st_size, stat.st_mtime_ns) else ""
+
+
+def _remembered(note: Path) -> dict[str, Any]:
+    """What was noted; nothing where the note is missing or damaged, since it can be made again."""
+    try:
+        known = json.loads(note.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return (
+        {key: value for key, value in known.items() if isinstance(value, list) and len(value) == 3}
+        if isinstance(known, dict)
+        else {}
+    )

@@ -1,0 +1,112 @@
+"""Whether a .gguf file is a whole model: its header against the file, and the described model against its tensors.
+
+transformers believes the counts in a header: it builds as many blocks as are announced, and fills what the file lacks with
+random numbers. So nothing is built before the blocks are counted, and nothing is filled before every shape has been compared.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import io
+import math
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoConfig
+from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor, get_gguf_hf_weights_map
+
+from lorakeet.errors import DataError, EnvironmentProblem, Problems
+from lorakeet.formats.files.gguf_header import GgufHeader, check_gguf
+from lorakeet.models.files.quantized import skeleton
+from lorakeet.models.files.quiet import quiet_transformers
+
+ARCHITECTURE = "general.architecture"
+_BLOCK = re.compile(r"blk\.(\d+)\.")
+_ROTARY = ("rope_freqs.", "rope_factors")  # of Llama 3.1 and later, and of long Phi-3
+_ADVICE = "Fetch the file again, or use the model's safetensors folder."
+# What transformers and gguf raise for a header whose values make no model.
+READING = (ValueError, KeyError, RuntimeError, IndexError, NotImplementedError, TypeError, AttributeError, ArithmeticError)
+
+
+def require_gguf(path: Path) -> GgufHeader:
+    """The checked header of the .gguf model `path`, after which packages may read it.
+
+    EnvironmentProblem where a package that reads such files is missing; DataError for a header that the file does not bear out,
+    or that names no architecture or more blocks than there are tensors of.
+    """
+    for package in ("gguf", "accelerate"):
+        if importlib.util.find_spec(package) is None:
+            raise EnvironmentProblem(f"Reading {path.name} needs the package {package}: pip install 'lorakeet[gguf]' accelerate")
+    header = check_gguf(path)
+    architecture = header.values.get(ARCHITECTURE)
+    if not isinstance(architecture, str) or not architecture:
+        raise DataError(f"{path} names no {ARCHITECTURE}, so that nothing says what model it holds. {_ADVICE}")
+    parts = header.values.get("split.count")
+    if isinstance(parts, int) and parts > 1:
+        join = "llama-gguf-split --merge FIRST-PART OUT.gguf"
+        raise DataError(f"{path} is one of {parts} parts of a model. Join them, then name the whole: {join}")
+    blocks = header.values.get(f"{architecture}.block_count")
+    held = {found.group(1) for name in header.tensors if (found := _BLOCK.match(name))}
+    if not isinstance(blocks, int) or isinstance(blocks, bool) or not 0 < blocks <= len(held):
+        raise DataError(
+            f"{path} has tensors of {len(held):,} blocks, but {architecture}.block_count is {_shown(blocks)}. {_ADVICE}"
+        )
+    return header
+
+
+def config_of_gguf(path: Path) -> Any:
+    """The configuration that the header of a .gguf model gives; its tensors have the shapes that go with it.
+
+    Raises as `require_gguf` does, and DataError with every tensor that is missing or has another size.
+    """
+    header = require_gguf(path)
+    if turned := sorted(name for name in header.tensors if name.startswith(_ROTARY)):
+        raise DataError(
+            f"{path} scales its rotary positions by {turned[0]}, which transformers does not read from GGUF: the model would "
+            "compute something else. Use the model's safetensors folder."
+        )
+    with reading(path):
+        config: Any = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
+        _check_shapes(path, header, config)
+    return config
+
+
+@contextlib.contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """While transformers reads the .gguf file `path`: its progress bars are silent, and what it raises is a DataError."""
+    try:
+        with quiet_transformers(), contextlib.redirect_stderr(io.StringIO()):  # its progress bar heeds no setting
+            yield
+    except READING as error:
+        raise DataError(
+            f"{path} cannot be read: {type(error).__name__}: {error}. The file may be damaged (fetch it again), or of an "
+            "architecture that transformers does not read from GGUF (use the model's safetensors folder)."
+        ) from error
+
+
+def _check_shapes(path: Path, header: GgufHeader, config: Any) -> None:
+    """Raises DataError with every parameter of the described model that the file lacks or has in another size."""
+    problems = Problems(f"{path} does not hold the model that its header describes", DataError, remedy=_ADVICE)
+    model = skeleton(config)
+    processor = TENSOR_PROCESSORS.get(str(header.values[ARCHITECTURE]), TensorProcessor)(config=config.to_dict())
+    names: dict[str, str] = get_gguf_hf_weights_map(model, processor)
+    parameters = dict(model.named_parameters())
+    tied = getattr(model, "all_tied_weights_keys", {})
+    for stored, name in names.items():
+        slot, parameter = header.tensors.get(stored), parameters.get(name)
+        if parameter is None or parameter.dim() > 2 or "_exps" in stored:  # experts: a tensor of the file is parts of several
+            continue
+        if slot is None and name not in tied:
+            problems.add(f"{path}: tensor {stored!r} is missing.")
+        elif slot is not None and math.prod(slot.shape) != parameter.numel():
+            wanted = "×".join(map(str, parameter.shape))
+            held = "×".join(map(str, slot.shape))
+            problems.add(f"{path}: tensor {stored!r} is {held}; the header describes a model with {wanted}.")
+    problems.raise_if_any()
+
+
+def _shown(value: object) -> str:
+    return "missing" if value is None else f"{value:,}" if isinstance(value, int) else repr(value)

@@ -1,0 +1,86 @@
+"""How each linear layer of a model will be packed, as settings, config.json and the headers of files tell; no weight is read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, cast
+
+from torch import nn
+
+from lorakeet.errors import ConfigError
+from lorakeet.formats.files.safetensors_file import SafeFile
+from lorakeet.models import modules
+from lorakeet.models.files.gguf_packed import packed_types
+from lorakeet.models.files.quantized import owners, packable
+from lorakeet.models.files.stored_tensors import method_of, stored_quantisation, tensor_files
+from lorakeet.quant import gptq_config, on_disk
+from lorakeet.quant.spec import QuantSpec
+
+Packing = Mapping[str, Mapping[str, Any]]  # path of the layer → what quant/replace.empty_base wants, such as method and shape
+
+
+def packing_of(model: nn.Module, config: Any, spec: QuantSpec, files: Path | None = None) -> Packing:
+    """The packed layers of `model`, which `config` describes, quantised as `spec` asks or as its files already are.
+
+    `files` is the model's folder or .gguf file, where there is one. Without it a packed model is taken to have every linear layer
+    packed as its config.json says, and the head not. Raises ConfigError where that does not say enough.
+    """
+    stored = stored_quantisation(config)
+    if spec.method == "gguf" and not stored:
+        return _gguf_file(model, files)
+    method = method_of(stored) if stored else spec.method
+    if method == "none":
+        return {}
+    there = tensor_files(files) if stored and files is not None and any(files.glob("*.safetensors")) else {}
+    chosen = _packed_in(model, there) if there else packable(model, head=not stored and spec.head == "quantize")
+    found: dict[str, Mapping[str, Any]] = {}
+    where = str(files / "config.json") if files is not None and files.is_dir() else "config.json"
+    gptq = gptq_config.parse(stored, where) if stored and method == gptq_config.METHOD else None
+    for path, module in chosen.items():
+        shape = modules.weight_shape(module, cast(Any, modules.kind_of(module)))
+        settings: Mapping[str, Any] | None
+        if gptq is not None:
+            settings = _gptq(gptq.for_layer(path), shape[1])
+        elif stored and method == "gguf":
+            settings = {"type": _types_in(there, path)}
+        else:
+            settings = _ours(stored or {}, spec)
+        if settings is not None:
+            found[path] = {"method": method, **settings, "shape": shape}
+    return found
+
+
+def _gguf_file(model: nn.Module, files: Path | None) -> Packing:
+    if files is None or files.suffix.lower() != ".gguf":
+        raise ConfigError("model.quantize.method is gguf, but model.path names no .gguf file. Set it to none, or name one.")
+    types, layers = packed_types(files), packable(model, head=False)
+    shapes = {path: modules.weight_shape(module, cast(Any, modules.kind_of(module))) for path, module in layers.items()}
+    return {path: {"method": "gguf", "type": types[path], "shape": shape} for path, shape in shapes.items() if path in types}
+
+
+def _packed_in(model: nn.Module, files: Mapping[str, SafeFile]) -> dict[str, nn.Module]:
+    """The layers that the files hold packed: beside a weight or in its place stand the parts of its code."""
+    ends = (".qweight", f".weight{on_disk.NF4_STATE}", ".weight_scale", f".weight{on_disk.GGUF_TYPE}")
+    names = {f"{name.removesuffix(end)}.weight": None for name in files for end in ends if name.endswith(end)}
+    return {path: model.get_submodule(path) for path in owners(model, names).values()}
+
+
+def _types_in(files: Mapping[str, SafeFile], path: str) -> str:
+    """The ggml type of a layer in a folder of packed GGUF blocks."""
+    name = next((name for name in files if name.endswith(f"{path}.weight{on_disk.GGUF_TYPE}")), None)
+    if name is None:
+        raise ConfigError(f"The folder has no GGUF blocks of {path}. Name the .gguf file, or fetch the folder again.")
+    return files[name].bytes_of(name).decode("ascii", "replace")  # no tensor: the shapes are being traced
+
+
+def _gptq(settings: gptq_config.GptqConfig | None, columns: int) -> Mapping[str, Any] | None:
+    if settings is None:
+        return None
+    groups = settings.groups(columns)
+    return {"bits": settings.bits, "groups": groups, "sym": settings.sym, "zero_format": settings.zero_format}
+
+
+def _ours(stored: Mapping[str, Any], spec: QuantSpec) -> Mapping[str, Any]:
+    double = bool(stored.get("bnb_4bit_use_double_quant", False)) if stored else spec.double_quant
+    return {"block_size": spec.block_size, "double_quant": double}

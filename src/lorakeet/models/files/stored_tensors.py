@@ -1,0 +1,171 @@
+"""What a model folder holds, by the names in its files: tensors as they lie there, and packed weights put together from theirs.
+
+Only headers are read here; a tensor or a packed weight is read when it is called for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lorakeet.errors import ConfigError, DataError, Problems
+from lorakeet.formats.files.safetensors_file import SafeFile, open_safetensors, read_index
+from lorakeet.models.files.validate import require_finite
+from lorakeet.quant import gptq, gptq_config, on_disk
+from lorakeet.quant.packed import PackedBase
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+_REMEDY = "Fetch the model again, or make it again with lorakeet quantize."
+
+
+@dataclass(frozen=True)
+class Stock:
+    """What a model folder holds, by the names in its files; nothing is read before it is called."""
+
+    dense: Mapping[str, Callable[[], Tensor]]
+    packed: Mapping[str, Callable[[], PackedBase]]  # by the name that the dense weight would have, such as "….q_proj.weight"
+
+    @property
+    def reads(self) -> dict[str, Callable[[], Any]]:
+        """All of it."""
+        return {**self.dense, **self.packed}
+
+
+def stored_quantisation(config: Any) -> dict[str, Any] | None:
+    """The quantization_config of a model's config.json as a mapping, or None where its weights are plain numbers."""
+    found = getattr(config, "quantization_config", None) or getattr(config.get_text_config(), "quantization_config", None)
+    if not found:
+        return None
+    return dict(found) if isinstance(found, Mapping) else dict(found.to_dict())
+
+
+def stored_dtype(config: Any) -> torch.dtype:
+    """What a model's config.json says that its weights are stored in; fp32 where it says nothing."""
+    return getattr(config, "dtype", None) or torch.float32
+
+
+def method_of(stored: Mapping[str, Any]) -> str:
+    """What Lorakeet calls the way of packing that a quantization_config describes: nf4, int8, gptq, …; empty without one."""
+    method = str(stored.get("quant_method", ""))
+    return "nf4" if method == "bitsandbytes" else method.removeprefix("lorakeet_")
+
+
+def tensor_files(folder: Path) -> dict[str, SafeFile]:
+    """The file of each tensor of a model folder, headers checked; nothing is read."""
+    if (folder / INDEX).is_file() and not (folder / SINGLE).is_file():  # of both, transformers takes the single file
+        return indexed(folder / INDEX)
+    shards = [folder / SINGLE] if (folder / SINGLE).is_file() else sorted(folder.glob("*.safetensors"))
+    return {name: file for file in map(open_safetensors, shards) for name in file.tensors}
+
+
+def indexed(index: Path) -> dict[str, SafeFile]:
+    """The file of each tensor that an index beside several files lists, headers checked; nothing is read."""
+    home = read_index(index)
+    files = {file: open_safetensors(index.parent / file) for file in sorted(set(home.values()))}
+    lost = [name for name, file in home.items() if name not in files[file].tensors]
+    if lost:
+        raise DataError(f"{index} lists {len(lost)} tensors that their files do not have, such as {lost[0]}.")
+    return {name: files[file] for name, file in home.items()}
+
+
+def dense_stock(files: Mapping[str, SafeFile]) -> Stock:
+    """Every tensor as it lies in the files."""
+    return Stock({name: _reader(file, name) for name, file in files.items()}, {})
+
+
+def _reader(file: SafeFile, name: str) -> Callable[[], Tensor]:
+    return lambda: _read(file, name)
+
+
+def _read(file: SafeFile, name: str) -> Tensor:
+    """A tensor of a file; DataError that names it where it has values that are no numbers."""
+    tensor = file.read(name)
+    require_finite(tensor, f"{file.path}: {name}")
+    return tensor
+
+
+def _stock_of(
+    files: Mapping[str, SafeFile],
+    mark: str,
+    parts: tuple[str, ...],
+    decode: Callable[[str, Mapping[str, Tensor]], PackedBase],
+    *,
+    optional: tuple[str, ...] = (),
+) -> Stock:
+    """The stock of a folder in which the tensor `x` + `mark` tells that `x` is packed, in tensors `x` + each of `parts`.
+
+    DataError that names every part, of those that are not `optional`, which a packed weight lacks.
+    """
+    names = [name.removesuffix(mark) for name in files if name.endswith(mark)]
+    taken = {name + part for name in names for part in parts}
+    problems = Problems("The model's packed weights are not whole", DataError, remedy=_REMEDY)
+    for name in names:
+        lost = [f"'{name}{part}'" for part in parts if part not in optional and name + part not in files]
+        if lost:
+            problems.add(f"{files[name + mark].path}: {', '.join(lost)} {'is' if len(lost) == 1 else 'are'} missing.")
+    problems.raise_if_any()
+
+    def packed(name: str) -> Callable[[], PackedBase]:
+        held = [part for part in parts if name + part in files]
+        return lambda: decode(name, {part: _read(files[name + part], name + part) for part in held})
+
+    dense = {name: _reader(file, name) for name, file in files.items() if name not in taken}
+    return Stock(dense, {name: packed(name) for name in names})
+
+
+def _nf4_stock(files: Mapping[str, SafeFile], stored: Mapping[str, Any]) -> Stock:
+    kind = stored.get("bnb_4bit_quant_type", "fp4") if stored.get("load_in_4bit") else "LLM.int8"
+    if kind != "nf4":
+        raise ConfigError(
+            f"The quantised weights are {kind} of bitsandbytes, of whose ways only nf4 is read. Name the unquantised model."
+        )
+    return _stock_of(files, on_disk.NF4_STATE, on_disk.NF4_PARTS, on_disk.nf4_base, optional=on_disk.NF4_NESTED)
+
+
+def _int8_stock(files: Mapping[str, SafeFile], stored: Mapping[str, Any]) -> Stock:
+    return _stock_of(files, "_scale", on_disk.INT8_PARTS, on_disk.int8_base)
+
+
+def _gguf_stock(files: Mapping[str, SafeFile], stored: Mapping[str, Any]) -> Stock:
+    return _stock_of(files, on_disk.GGUF_TYPE, ("", on_disk.GGUF_TYPE), on_disk.gguf_base)
+
+
+def _gptq_stock(files: Mapping[str, SafeFile], stored: Mapping[str, Any]) -> Stock:
+    config = gptq_config.parse(stored, str(next(iter(files.values())).path.with_name("config.json")) if files else "config.json")
+    ends = {f".{part}" for part in gptq.PARTS}
+    names = dict.fromkeys(name.rpartition(".")[0] for name in files if name.endswith((".qweight", ".qzeros")))
+    problems = Problems("The model's GPTQ tensors do not fit its settings", DataError, remedy=_REMEDY)
+    packed: dict[str, Callable[[], PackedBase]] = {}
+    for name in names:
+        settings = config.for_layer(name)
+        held = {part: files[f"{name}.{part}"] for part in gptq.PARTS if f"{name}.{part}" in files}
+        kept = {part: file.tensors[f"{name}.{part}"] for part, file in held.items()}
+        if settings is None:
+            problems.add(f"'{name}' is packed, but 'dynamic' in config.json says that it is dense.")
+            continue
+        where = next(iter(held.values())).path
+        for problem in gptq_config.layer_problems(name, {part: (one.dtype, one.shape) for part, one in kept.items()}, settings):
+            problems.add(f"{where}: {problem}")
+        packed[f"{name}.weight"] = _gptq_reader(name, held, settings)
+    problems.raise_if_any()
+    taken = {f"{name}{end}" for name in names for end in ends}
+    return Stock({name: _reader(file, name) for name, file in files.items() if name not in taken}, packed)
+
+
+def _gptq_reader(name: str, held: Mapping[str, SafeFile], settings: gptq_config.GptqConfig) -> Callable[[], PackedBase]:
+    return lambda: gptq_config.base_from(name, {part: _read(file, f"{name}.{part}") for part, file in held.items()}, settings)
+
+
+# What config.json calls a way of packing, and what reads a folder in it: a new one is a line here.
+READERS: dict[str, Callable[[Mapping[str, SafeFile], Mapping[str, Any]], Stock]] = {
+    "bitsandbytes": _nf4_stock,
+    on_disk.INT8_METHOD: _int8_stock,
+    on_disk.GGUF_METHOD: _gguf_stock,
+    gptq_config.METHOD: _gptq_stock,
+}

@@ -1,0 +1,127 @@
+"""Whether a model folder holds what its config.json describes; every weight that is missing, of another shape or no number.
+
+transformers fills such weights with random numbers, or ends with a table in its own words. Every way of loading (resident,
+packed, streamed) brings what it found here, so that a user reads one message in any of them.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+from lorakeet.errors import DataError, Problems, nearest
+from lorakeet.formats.files.json_object import read_object
+from lorakeet.formats.files.safetensors_file import SafeFile
+
+Shapes = Mapping[str, tuple[tuple[int, ...], tuple[int, ...]]]  # by weight: as it was found, and as config.json says
+_SHOWN = 8  # weights in a message; a wrong config.json misfits them all
+_CONVERSION = "We encountered some issues during automatic conversion"  # how transformers begins to say that it joined in vain
+
+
+def require_architecture(folder: Path) -> None:
+    """Raises DataError where config.json names no architecture, or one that transformers does not have."""
+    file = folder / "config.json"
+    settings = read_object(file, expected="the settings of a model")
+    kind = settings.get("model_type")
+    if not isinstance(kind, str) or not kind:
+        raise DataError(f"{file} names no model_type, so what kind of model it describes is not known. Fetch it again.")
+    if kind not in CONFIG_MAPPING:
+        own = " The folder names code of its own (auto_map), which is never run." if "auto_map" in settings else ""
+        raise DataError(
+            f"{file} says that model_type is '{kind}', which is no kind of model that transformers {transformers.__version__} "
+            f"knows.{nearest(kind, CONFIG_MAPPING)}{own} Correct it, or update: pip install --upgrade transformers"
+        )
+
+
+def require_text_model(folder: Path, config: Any) -> None:
+    """Raises DataError where transformers has no model of that kind that writes text."""
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise DataError(
+            f"{folder / 'config.json'} describes a model of type '{config.model_type}', which does not write text: transformers "
+            "has no causal language model of it. Name a language model, such as a llama, qwen or mistral folder."
+        )
+
+
+def require_whole(source: Path, kind: str, *, misfits: Shapes, missing: Iterable[str]) -> None:
+    """Raises DataError for weights that are missing, or of another shape than config.json says."""
+    problems, lost = Problems(f"{source} is no whole '{kind}' model", DataError), sorted(missing)
+    if misfits:
+        others = [f"{name} is {_size(found)}, expected {_size(wanted)}" for name, (found, wanted) in sorted(misfits.items())]
+        problems.add(
+            f"{source} has {len(others)} weights of other shapes than its config.json says: {_some(others)}. config.json and "
+            "weights belong to different models; fetch both again."
+        )
+    if lost:
+        problems.add(
+            f"{source} lacks {len(lost)} weights of its '{kind}' architecture: {_some(lost)}; they would be random numbers. "
+            "Fetch the model again, or check architectures in its config.json."
+        )
+    problems.raise_if_any()
+
+
+def misfits_in(report: Mapping[str, Any]) -> dict[str, tuple[tuple[int, ...], tuple[int, ...]]]:
+    """The weights of another shape in transformers' report of loading."""
+    return {name: (tuple(found), tuple(wanted)) for name, found, wanted in report["mismatched_keys"]}
+
+
+def refused(source: Path, kind: str, files: Mapping[str, SafeFile], error: Exception) -> DataError:
+    """What to say where transformers ends loading with an error of its own."""
+    odd = _odd_ones(files)
+    if odd:
+        others = [f"{name} is {_size(found)}, its like are {_size(wanted)}" for name, (found, wanted) in sorted(odd.items())]
+        return DataError(f"{source} has {len(others)} weights that do not go with the others: {_some(others)}. Fetch it again.")
+    first = first_line(error)
+    why = "its weights do not go together as its code wants" if first.startswith(_CONVERSION) else first
+    return DataError(
+        f"The '{kind}' model in {source} cannot be loaded for text generation: {why}. config.json and weights may belong to "
+        "different models; fetch both again."
+    )
+
+
+def first_line(error: Exception) -> str:
+    """The first line of what an error of another library says, with its type."""
+    line = (str(error).strip().splitlines() or [""])[0].rstrip(".")
+    return line if line.startswith(_CONVERSION) else ": ".join([type(error).__name__, *([line] if line else [])])
+
+
+def require_finite(tensor: Tensor, name: str) -> None:
+    """Raises DataError where a tensor has NaN or infinite values; one pass over it."""
+    if not tensor.is_floating_point() or not tensor.numel():
+        return
+    wide = tensor if tensor.dtype.itemsize > 1 else tensor.float()  # torch does not compare numbers of 8 bits
+    low, high = torch.aminmax(wide)
+    if not (bool(low.isfinite()) and bool(high.isfinite())):
+        wrong = int((~wide.isfinite()).sum())
+        raise DataError(f"{name} has {wrong:,} values of {tensor.numel():,} that are NaN or infinite. Fetch the model again.")
+
+
+def _odd_ones(files: Mapping[str, SafeFile]) -> Shapes:
+    """Tensors whose shape is not that of most others of the same name in other blocks and experts."""
+    kinds: dict[str, list[str]] = {}
+    for name in files:
+        kinds.setdefault(re.sub(r"(?<=\.)\d+(?=\.)", "*", name), []).append(name)
+    found: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {}
+    for names in kinds.values():
+        shapes = {name: files[name].tensors[name].shape for name in names}
+        (usual, count), *_ = Counter(shapes.values()).most_common()
+        if count > len(names) / 2:
+            found |= {name: (shape, usual) for name, shape in shapes.items() if shape != usual}
+    return found
+
+
+def _size(shape: tuple[int, ...]) -> str:
+    return "×".join(map(str, shape)) or "one number"
+
+
+def _some(texts: list[str]) -> str:
+    more = f"; and {len(texts) - _SHOWN} more" if len(texts) > _SHOWN else ""
+    return "; ".join(texts[:_SHOWN]) + more

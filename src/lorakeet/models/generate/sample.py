@@ -1,0 +1,175 @@
+"""Texts that a model writes itself: greedy or sampled, seeded row by row."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import fields
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from transformers.modeling_outputs import BaseModelOutputWithPast
+
+from lorakeet.core.initialise import seed_for
+from lorakeet.memory.spill import Aside
+from lorakeet.models.streaming.spilled_cache import spilled_cache
+from lorakeet.models.text.load import set_attention
+from lorakeet.models.text.model import TextModel
+
+Ids = NDArray[np.int64]
+# transformers 5.24 renamed it; the last release for Python 3.10 is 5.20.
+CACHE = "cache" if "cache" in {part.name for part in fields(BaseModelOutputWithPast)} else "past_key_values"
+STREAMED_CACHE = 128 << 20  # bytes of keys and values beside a streamed model: less than a training step's moments
+ROWS_AT_ONCE = 64  # a step costs nearly the same for 64 rows as for 16: the weights are read once
+
+
+def sample(
+    text: TextModel,
+    prompts: Sequence[Ids | Sequence[int]],
+    *,
+    max_tokens: int,
+    seed: int = 0,
+    temperature: float = 1.0,
+    blocks: int | None = None,
+    aside: Callable[[], Aside] | None = None,
+) -> list[Ids]:
+    """What the model writes after each prompt: at most `max_tokens` ids, the end-of-text id included where it comes.
+
+    Temperature 0 takes the likeliest token. Row i draws from a generator of its own, seeded by `seed` and i, so that its
+    luck does not depend on the other rows. Uses the active adapter, or the base if none is active. Keys and values of a streamed
+    model of which not one row fits into STREAMED_CACHE lie in `aside`, left out: a file beside its store; `blocks` as in
+    `rows_at_once`. Raises ValueError for an empty prompt or a negative temperature.
+    """
+    if temperature < 0 or any(len(prompt) == 0 for prompt in prompts):
+        raise ValueError(f"sample() needs a temperature of 0 or more (not {temperature}) and prompts of at least one token")
+    ends = end_ids(text)
+    generators = [torch.Generator().manual_seed(seed_for(seed, f"sample/{row}")) for row in range(len(prompts))]
+    order = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))
+    written: list[list[int]] = [[] for _ in prompts]
+    was_training = text.model.training
+    text.model.eval()
+    try:
+        with torch.no_grad(), _cached_attention(text):
+            length = max((len(prompt) for prompt in prompts), default=1) + max_tokens
+            at_once = rows_at_once(text, length, blocks=blocks)
+            for start in range(0, len(order), at_once):
+                rows = order[start : start + at_once]
+                chosen = [torch.as_tensor(np.asarray(prompts[row], np.int64)) for row in rows]
+                with _cache_of(text, length, blocks, aside) as cache:
+                    drawn = _write(text, chosen, max_tokens, (ends, temperature, [generators[row] for row in rows]), cache)
+                for row, ids in zip(rows, drawn, strict=True):
+                    written[row] = ids
+    finally:
+        text.model.train(was_training)
+    return [np.asarray(ids, np.int64) for ids in written]
+
+
+def rows_at_once(text: TextModel, length: int, *, blocks: int | None = None) -> int:
+    """How many rows of `length` tokens are written together: fewer under a memory budget, so that their keys and values fit.
+
+    `blocks` are those of the model that `text` stands for, where it has a few of them (workflows/planning/rehearse_text).
+    """
+    if text.streamed is None:
+        return ROWS_AT_ONCE
+    return max(1, min(ROWS_AT_ONCE, STREAMED_CACHE // _row_bytes(text, length, blocks or len(text.streamed.blocks))))
+
+
+@contextmanager
+def _cache_of(text: TextModel, length: int, blocks: int | None, aside: Callable[[], Aside] | None) -> Iterator[Any]:
+    """A cache on disk where that of one row has no room in memory; else None, and transformers makes its own."""
+    store = text.store
+    if store is None or text.streamed is None or text.device.type != "cpu":
+        yield None
+        return
+    if _row_bytes(text, length, blocks or len(text.streamed.blocks)) <= STREAMED_CACHE:
+        yield None
+        return
+    with closing(Aside(store.path.parent) if aside is None else aside()) as place:
+        yield spilled_cache(text.model.config, place)
+
+
+def _row_bytes(text: TextModel, length: int, blocks: int) -> int:
+    """Keys and values of a row of `length` tokens in so many blocks."""
+    return cache_bytes(text.model.config.get_text_config(), length, blocks, text.dtype.itemsize)
+
+
+def spilled_bytes(config: Any, length: int, blocks: int) -> int:
+    """What lies on disk of a row of `length` tokens beside a streamed model in fp32 with this text config: all keys and values,
+    or none where they fit into STREAMED_CACHE."""
+    size = cache_bytes(config, length, blocks, torch.float32.itemsize)
+    return size if size > STREAMED_CACHE else 0
+
+
+def cache_bytes(config: Any, length: int, blocks: int, itemsize: int) -> int:
+    """Keys and values of a row of `length` tokens in so many blocks of a model with this text config."""
+    heads = int(config.num_attention_heads)
+    width = int(getattr(config, "head_dim", None) or config.hidden_size // heads)
+    kept = int(getattr(config, "num_key_value_heads", None) or heads)
+    return 2 * length * kept * width * itemsize * blocks
+
+
+def end_ids(text: TextModel) -> frozenset[int]:
+    """The ids after which the model has nothing more to say: the tokenizer's and the generation settings'."""
+    settings = getattr(text.model, "generation_config", None)
+    ends: list[int] = []
+    for end in (getattr(settings, "eos_token_id", None), getattr(text.tokenizer, "eos_token_id", None)):
+        ends += list(end) if isinstance(end, (list, tuple)) else [] if end is None else [end]
+    return frozenset(ends)
+
+
+def _write(
+    text: TextModel,
+    prompts: list[Tensor],
+    max_tokens: int,
+    drawing: tuple[frozenset[int], float, list[torch.Generator]],
+    cache: Any = None,
+) -> list[list[int]]:
+    """One batch, padded on the left, with transformers' own cache where none is given."""
+    ends, temperature, generators = drawing
+    longest = max(len(prompt) for prompt in prompts)
+    ids = torch.stack([torch.cat([prompt.new_zeros(longest - len(prompt)), prompt]) for prompt in prompts]).to(text.device)
+    mask = torch.stack([torch.arange(longest) >= longest - len(prompt) for prompt in prompts]).long().to(text.device)
+    written: list[list[int]] = [[] for _ in prompts]
+    open_rows = set(range(len(prompts)))
+    for _ in range(max_tokens):
+        positions = (mask.cumsum(1) - 1).clamp_min(0)[:, -ids.shape[1] :]
+        held = {CACHE: cache, "use_cache": True}
+        output = text.model.get_decoder()(input_ids=ids, attention_mask=mask, position_ids=positions, **held)
+        cache = getattr(output, CACHE)
+        logits = text.head(output.last_hidden_state[:, -1]).float().cpu()
+        chosen = _draw(logits, temperature, generators)
+        for row in sorted(open_rows):
+            written[row].append(chosen[row])
+            if chosen[row] in ends:
+                open_rows.discard(row)
+        if not open_rows:
+            break
+        ids = torch.tensor(chosen, device=text.device)[:, None]
+        mask = torch.cat([mask, mask.new_ones(len(prompts), 1)], dim=1)
+    return written
+
+
+def _draw(logits: Tensor, temperature: float, generators: list[torch.Generator]) -> list[int]:
+    """One id for each row of logits (rows, vocabulary): the first whose cumulated probability passes the row's luck."""
+    if temperature == 0:
+        return [int(number) for number in logits.argmax(-1)]
+    cumulated = (logits / temperature).softmax(-1).double().cumsum(-1)
+    luck = torch.stack([torch.rand(1, generator=generator, dtype=torch.float64) for generator in generators])
+    found = torch.searchsorted(cumulated, luck * cumulated[:, -1:], right=True).squeeze(1)
+    return [int(number) for number in found.clamp_max(logits.shape[1] - 1)]
+
+
+@contextmanager
+def _cached_attention(text: TextModel) -> Iterator[None]:
+    """Row attention has no cache, so sdpa (eager where the model has no sdpa) stands in while tokens are written."""
+    usual = text.attention
+    if usual == "varlen":
+        set_attention(text.model, "sdpa" if text.model._supports_sdpa else "eager")
+    try:
+        yield
+    finally:
+        if usual == "varlen":
+            set_attention(text.model, "varlen")

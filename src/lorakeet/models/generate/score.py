@@ -1,0 +1,111 @@
+"""How likely a model finds rows and labels: summed log-probabilities, computed on rows laid end to end, without gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from lorakeet.data.chat import Candidates, Example, Ids
+from lorakeet.data.pack import Batch
+from lorakeet.kernels.cpu.workspace import ROOMS
+from lorakeet.models.text.model import TextModel, token_logprobs
+
+Floats = NDArray[np.float64]
+Progress = Callable[[int], None]  # called with the number of rows just done
+
+HEAD_CHUNK = 256
+
+
+def row_losses(
+    text: TextModel, rows: Sequence[Example], *, micro_tokens: int, chunk: int = HEAD_CHUNK, progress: Progress | None = None
+) -> tuple[Floats, Floats]:
+    """−Σ log p over the targets of each row, in the order of `rows` (rows,), and how many targets it has (rows,)."""
+    text.model.eval()
+    ROOMS.release()  # what a step kept pages for; logits take their place
+    sums, weights = np.zeros(len(rows)), np.zeros(len(rows))
+    for batch in _numbered_batches(text, rows, micro_tokens):
+        losses = -token_logprobs(text, batch.to(text.device), chunk=chunk).double().cpu().numpy()
+        places, count = batch.target_rows.cpu().numpy(), len(batch.lengths)
+        numbers = [int(key) for key in batch.keys]
+        sums[numbers] = np.bincount(places, weights=losses, minlength=count)
+        weights[numbers] = np.bincount(places, minlength=count)
+        if progress is not None:
+            progress(count)
+    return sums, weights
+
+
+def label_scores(
+    text: TextModel, rows: Sequence[Candidates], *, micro_tokens: int, chunk: int = HEAD_CHUNK, progress: Progress | None = None
+) -> Floats:
+    """log p(label | prompt) of every label of every row (rows, labels), summed over the label's tokens.
+
+    What all labels end in (the end-of-turn token) is left out as long as no label is then the beginning of another. Labels of
+    one token are read off one pass over the prompt; longer ones take a pass each.
+    """
+    text.model.eval()
+    ends = frozenset(int(number) for number in text.tokenizer.all_special_ids)
+    answers = [distinguishing(row.completions, ends) for row in rows]
+    scores = np.full((len(rows), len(rows[0].completions) if rows else 0), np.nan)
+    short = [index for index, endings in enumerate(answers) if all(len(ending) == 1 for ending in endings)]
+    prompts = [_example(rows[index].prompt, answers[index][0]) for index in short]
+    for batch in _numbered_batches(text, prompts, micro_tokens):
+        numbers = iter(short[int(key)] for key in batch.keys)
+        for log_probs in log_probs_at_targets(text, batch, chunk):
+            for row, index in zip(log_probs, numbers, strict=False):
+                scores[index] = row[[int(ending[0]) for ending in answers[index]]].double().cpu().numpy()
+        if progress is not None:
+            progress(len(batch.lengths))
+    for index in sorted(set(range(len(rows))) - set(short)):
+        examples = [_example(rows[index].prompt, ending) for ending in answers[index]]
+        scores[index] = -row_losses(text, examples, micro_tokens=micro_tokens, chunk=chunk)[0]
+        if progress is not None:
+            progress(1)
+    return scores
+
+
+def distinguishing(completions: Sequence[Ids], ends: frozenset[int]) -> list[Ids]:
+    """The completions without the special tokens that end all of them, unless one would then be the beginning of another."""
+    shared = 0
+    shortest = min(len(completion) for completion in completions)
+    while shared < shortest - 1 and _ending_of_all(completions, shared) & ends:
+        shared += 1
+    for cut in range(shared, 0, -1):
+        endings = [completion[: len(completion) - cut] for completion in completions]
+        if not any(
+            one is not other and len(one) <= len(other) and np.array_equal(one, other[: len(one)])
+            for one in endings
+            for other in endings
+        ):
+            return endings
+    return list(completions)
+
+
+def _ending_of_all(completions: Sequence[Ids], back: int) -> frozenset[int]:
+    """The one token that all completions have `back` places before their last; empty where they differ."""
+    found = frozenset(int(completion[-1 - back]) for completion in completions)
+    return found if len(found) == 1 else frozenset()
+
+
+def _numbered_batches(text: TextModel, rows: Sequence[Example], micro_tokens: int) -> list[Batch]:
+    """Micro-batches whose keys are the rows' numbers, since packing changes the order."""
+    return text.micro_batches([replace(row, key=str(number)) for number, row in enumerate(rows)], micro_tokens)
+
+
+def _example(prompt: Ids, ending: Ids) -> Example:
+    supervised = np.zeros(len(prompt) + len(ending), bool)
+    supervised[len(prompt) :] = True
+    return Example(np.concatenate([prompt, ending]), supervised, "", None, False)
+
+
+def log_probs_at_targets(text: TextModel, batch: Batch, chunk: int) -> Iterator[torch.Tensor]:
+    """log p over the vocabulary at the one target of each row, (chunk, vocabulary) at a time, without gradient."""
+    with torch.no_grad():
+        hidden = text.hidden(batch.to(text.device))
+    for part in hidden.split(chunk):  # type: ignore[no-untyped-call]
+        with torch.no_grad():
+            log_probs = text.head(part).float().log_softmax(-1)
+        yield log_probs

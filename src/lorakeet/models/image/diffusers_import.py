@@ -1,0 +1,54 @@
+"""The package diffusers: imported where an image model is needed, quiet, and asked for a denoiser by its configuration."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from lorakeet.errors import DataError, EnvironmentProblem
+from lorakeet.models.files.quiet import quiet_transformers
+
+
+def diffusers() -> Any:
+    """The package diffusers. EnvironmentProblem where it is not installed."""
+    with quiet_transformers():
+        try:
+            import diffusers as package
+        except ImportError as error:
+            raise EnvironmentProblem(
+                f"Image models need diffusers, which is not installed ({error}). Install it: pip install 'lorakeet[images]'"
+            ) from error
+    return package
+
+
+@contextmanager
+def quiet_diffusers() -> Iterator[None]:
+    """Silences what transformers and diffusers say besides errors; afterwards their settings are as they were."""
+    logging = diffusers().utils.logging
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        with quiet_transformers():
+            yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def new_denoiser(config: Mapping[str, Any]) -> Any:
+    """The part that the content of its config.json describes, on the current default device, its weights random.
+
+    DataError where that names no class of diffusers.
+    """
+    name = config.get("_class_name") if isinstance(config, Mapping) else None
+    owner = getattr(diffusers().models, name, None) if isinstance(name, str) else None
+    if not (isinstance(owner, type) and hasattr(owner, "from_config")):
+        held = f"has the _class_name {name!r}" if isinstance(config, Mapping) else f"is a {type(config).__name__}"
+        raise DataError(
+            f"The configuration of a UNet or transformer {held}; expected an object with the name of a model class of diffusers, "
+            "such as UNet2DConditionModel. Fetch its config.json again, or save the pipeline anew with save_pretrained."
+        )
+    return owner.from_config(dict(config))

@@ -1,0 +1,154 @@
+"""Latents of pictures and embeddings of captions, computed once and kept on disk under a hash of all that they depend on."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lorakeet.data.images.folder import ImageRow, Pixels, bucket_of, bucket_sizes, cut, open_pixels, scaled_to_cover
+from lorakeet.data.images.spec import ImageSpec
+from lorakeet.errors import ConfigError, DataError, EnvironmentProblem
+from lorakeet.formats.files.safetensors_file import open_safetensors, save_tensors
+from lorakeet.kernels.cache import cache_folder
+from lorakeet.models.image.kinds import Conditioning
+from lorakeet.models.image.model import ImageModel
+
+AT_ONCE = 4  # captions, and cut-outs of a picture, that are encoded together
+Progress = Callable[[int], None]  # called with the number of pictures or captions just done
+
+
+@dataclass(frozen=True)
+class EncodedImage:
+    """A picture's cut-outs as latents (variants, channels, h, w), fp32 on the CPU; the first is the middle, not mirrored.
+
+    sizes (variants, 6): the picture's height and width, top and left of the cut (of a mirrored one in the mirrored picture), the
+    example's height and width, in pixels.
+    """
+
+    row: ImageRow
+    latents: Tensor
+    sizes: Tensor
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """The examples' sizes (height, width) in pixels that a model and the settings give."""
+
+    allowed: list[tuple[int, int]]
+
+    @classmethod
+    def of(cls, model: ImageModel, spec: ImageSpec) -> Sizes:
+        """ConfigError where the settings ask for a size that the denoiser cannot halve or lay into patches."""
+        step = model.multiple
+        resolution = spec.resolution or model.resolution
+        wanted = spec.bucket_step or max(step, resolution // 8 // step * step)
+        for name, value in (("resolution", resolution), ("bucket_step", wanted)):
+            if value % step:
+                raise ConfigError(
+                    f"images.{name} is {value}, but {model.name} works on {step} pixels at a time; use a multiple of {step}."
+                )
+        found = bucket_sizes(resolution, wanted) if spec.buckets else [(resolution, resolution)]
+        if not found:
+            raise ConfigError(
+                f"images.bucket_step is {wanted}, but no size of it has at most {resolution}×{resolution} pixels "
+                f"(images.resolution). Lower it to at most {resolution}, or leave it out."
+            )
+        return cls(found)
+
+
+def encode_images(
+    model: ImageModel, rows: Sequence[ImageRow], spec: ImageSpec, *, say: Callable[[str], None], progress: Progress | None = None
+) -> list[EncodedImage]:
+    """Every row's latents, from the cache where they are in it. EnvironmentProblem where the cache cannot be written."""
+    folder = cache_in(spec, "latents")
+    sizes = Sizes.of(model, spec)
+    found = []
+    for row in rows:
+        size = bucket_of(row, sizes.allowed)
+        mirrored = "mirrored at their own left" if spec.flip else "False"
+        key = f"{row.pixels_key} {model.autoencoder_digest} {size} {spec.crops} {mirrored}"
+        held = kept(folder, key, lambda row=row, size=size: _variants(model, row, size, spec), say)  # type: ignore[misc]
+        found.append(EncodedImage(row, held["latents"], held["sizes"]))
+        if progress:
+            progress(1)
+    return found
+
+
+class Captions:
+    """The conditioning of captions, each computed once; the empty caption is what a dropped one becomes."""
+
+    def __init__(self, model: ImageModel, spec: ImageSpec, *, say: Callable[[str], None]) -> None:
+        self.model, self.say = model, say
+        self.folder = cache_in(spec, "texts")
+        self.known: dict[str, Conditioning] = {}
+
+    def of(self, caption: str) -> Conditioning:
+        """The conditioning of one caption, (1, tokens, width), fp32 on the CPU."""
+        if caption not in self.known:
+            key = f"{self.model.kind.name} {self.model.encoders_digest}\n{caption}"
+            held = kept(self.folder, key, lambda: self._describe(caption), self.say)
+            self.known[caption] = Conditioning(held["states"], held.get("pooled"))
+        return self.known[caption]
+
+    def _describe(self, caption: str) -> dict[str, Tensor]:
+        with torch.no_grad():
+            told = self.model.describe([caption])
+        found = {"states": told.states.float().cpu()}
+        return found if told.pooled is None else {**found, "pooled": told.pooled.float().cpu()}
+
+
+def as_pixels(pictures: Sequence[Pixels]) -> Tensor:
+    """uint8 pictures (height, width, 3) of one size as the autoencoder takes them: (n, 3, height, width) in [−1, 1]."""
+    stacked = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2)
+    return stacked.float() / 127.5 - 1
+
+
+def _variants(model: ImageModel, row: ImageRow, size: tuple[int, int], spec: ImageSpec) -> dict[str, Tensor]:
+    try:
+        pixels, _ = open_pixels(row.path)
+    except (OSError, ValueError) as error:
+        raise DataError(f"{row.path} could be read when the run began and cannot be read now: {error}.") from error
+    pictures, sizes = [], []
+    for crop in range(spec.crops):
+        piece, (top, left) = cut(pixels, size, crop=crop, key=row.pixels_key)
+        pictures.append(piece)
+        sizes.append([row.height, row.width, top, left, *size])
+        if spec.flip:
+            pictures.append(piece[:, ::-1].copy())
+            width = scaled_to_cover((row.height, row.width), size)[1]
+            sizes.append([row.height, row.width, top, width - size[1] - left, *size])  # where it lies in the mirrored picture
+    parts = [as_pixels(pictures[start : start + AT_ONCE]) for start in range(0, len(pictures), AT_ONCE)]
+    return {"latents": torch.cat([model.encode(part).cpu() for part in parts]), "sizes": torch.tensor(sizes, dtype=torch.float32)}
+
+
+def cache_in(spec: ImageSpec, name: str) -> Path:
+    """The folder of the cache for one sort of things, made if need be; EnvironmentProblem where it cannot be."""
+    folder = (Path(spec.cache).expanduser() if spec.cache else cache_folder() / "images") / name
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise EnvironmentProblem(f"The cache folder {folder} cannot be made: {error.strerror}. Set images.cache.") from error
+    return folder
+
+
+def kept(folder: Path, key: str, make: Callable[[], Mapping[str, Tensor]], say: Callable[[str], None]) -> dict[str, Tensor]:
+    """What the cache holds under `key`, or what `make` gives, which is then kept."""
+    path = folder / f"{hashlib.sha256(key.encode('utf-8', 'surrogatepass')).hexdigest()}.safetensors"
+    if path.is_file():
+        try:
+            file = open_safetensors(path)
+            return {name: file.read(name) for name in file.tensors}
+        except DataError as error:
+            say(f"A file of the cache is damaged and is made again: {error}")
+    made = {name: tensor.contiguous() for name, tensor in make().items()}
+    try:
+        save_tensors(path, made, metadata={})
+    except OSError as error:
+        raise EnvironmentProblem(f"The cache {folder} cannot be written ({error}). Free space or set images.cache.") from error
+    return made

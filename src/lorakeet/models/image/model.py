@@ -1,0 +1,385 @@
+"""A frozen latent diffusion model in diffusers' parts: UNet or transformer, autoencoder, text encoders; its Plan."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+from lorakeet.core.adapter import Adapter
+from lorakeet.core.plan import Plan
+from lorakeet.core.spec import LoraSpec
+from lorakeet.errors import ConfigError, DataError, EnvironmentProblem
+from lorakeet.formats.sd_names import with_components
+from lorakeet.models.families import DIFFUSION
+from lorakeet.models.image.denoiser import METHODS, denoiser_files, load_denoiser, variant_in
+from lorakeet.models.image.diffusers_import import diffusers, new_denoiser, quiet_diffusers
+from lorakeet.models.image.kinds import ENCODERS, FLUX_PLACES, PIPELINES, TOKENIZERS, Conditioning, ImageKind, predicted
+from lorakeet.models.image.noise import Noising, noising_of
+from lorakeet.models.image.scaling import scaled, scaling_note, unscaled
+from lorakeet.models.image.schedule import scheduler_for
+from lorakeet.models.image.single_file import load_single, open_single, single_denoiser_files
+from lorakeet.models.inject import attach
+from lorakeet.models.modules import find
+from lorakeet.models.placement import device_for, dtype_for
+from lorakeet.models.spec import ModelSpec
+from lorakeet.models.targets import plan_for
+from lorakeet.models.text.digests import frozen_digests
+
+
+def stack(parts: Sequence[Conditioning]) -> Conditioning:
+    """Several conditionings as one, in order."""
+    pooled = [part.pooled for part in parts if part.pooled is not None]
+    return Conditioning(torch.cat([part.states for part in parts]), torch.cat(pooled) if pooled else None)
+
+
+@dataclass(frozen=True)
+class ImageModel:
+    """The parts of a pipeline. `parts` holds those that adapters can be put on: the denoiser and the text encoders.
+
+    The autoencoder stays in fp32 whatever `dtype` is: SDXL's overflows in fp16, and it runs once for each picture only.
+    With `aside`, a part is on `device` only while it computes, and waits there otherwise: on a card there is then room for
+    whichever part is the largest, not for all of them.
+    """
+
+    name: str
+    kind: ImageKind
+    pipeline: Any
+    parts: nn.ModuleDict
+    device: torch.device
+    dtype: torch.dtype
+    aside: torch.device | None = None
+
+    def stage(self, *names: str) -> None:
+        """Brings the named parts ("vae" or a name in `parts`) onto the device, and all others aside; nothing without `aside`."""
+        if self.aside is None:
+            return
+        every = {**dict(self.parts.items()), "vae": self.vae}
+        for name in sorted(every, key=lambda name: name in names):  # make room first
+            place_on(every[name], self.device if name in names else self.aside)
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def stage_to_predict(self) -> None:
+        """Brings the denoiser onto the device, and the text encoders that are trained with it."""
+        self.stage(self.kind.denoiser, *self._trained_encoders())
+
+    def stage_to_describe(self) -> None:
+        """Brings the text encoders onto the device, and the denoiser where they are trained with it."""
+        self.stage(*ENCODERS, *([self.kind.denoiser] if self._trained_encoders() else []))
+
+    @contextmanager
+    def drawing(self) -> Iterator[None]:
+        """Denoiser and autoencoder on the device, and the pipeline without the encoders: it runs where any of its parts is."""
+        self.stage(self.kind.denoiser, "vae")
+        away = [] if self.aside is None else [name for name in ENCODERS if name in self.parts]
+        for name in away:
+            object.__setattr__(self.pipeline, name, None)  # past diffusers' own, which would write it into the configuration
+        try:
+            yield
+        finally:
+            for name in away:
+                object.__setattr__(self.pipeline, name, self.parts[name])
+
+    def _trained_encoders(self) -> list[str]:
+        if self.aside is None:
+            return []
+        return [name for name in ENCODERS if name in self.parts and any(p.requires_grad for p in self.parts[name].parameters())]
+
+    @property
+    def denoiser(self) -> Any:
+        """The UNet or the transformer."""
+        return self.parts[self.kind.denoiser]
+
+    @property
+    def vae(self) -> Any:
+        return self.pipeline.vae
+
+    @property
+    def prediction(self) -> str:
+        """What the denoiser predicts: flow, or what the scheduler says, epsilon or v_prediction."""
+        return "flow" if self.kind.flow else str(self.pipeline.scheduler.config.prediction_type)
+
+    @cached_property
+    def noising(self) -> Noising:
+        """How latents are noised at each step of training."""
+        return noising_of(self.pipeline.scheduler.config, flow=self.kind.flow)
+
+    @property
+    def resolution(self) -> int:
+        """Side in pixels of the pictures that the denoiser was made for. ConfigError where its configuration does not say one."""
+        side = FLUX_PLACES if self.kind.name == "flux" else self.denoiser.config.sample_size
+        if not isinstance(side, int):
+            raise ConfigError(
+                f"sample_size in {self.kind.denoiser}/config.json of {self.name} is {side}, so the size of its pictures is not "
+                "known; say it with images.resolution (generate: --size 512x512)."
+            )
+        return int(side) * self.factor
+
+    @property
+    def factor(self) -> int:
+        """Pixels to one side of a latent's place."""
+        return int(self.pipeline.vae_scale_factor)
+
+    @property
+    def multiple(self) -> int:
+        """Pixels of which a picture's sides must be multiples: a UNet halves places, a transformer lays them into patches."""
+        config = self.denoiser.config
+        if self.kind.denoiser == "unet":
+            return int(self.factor * 2 ** (len(config.block_out_channels) - 1))
+        return self.factor * (2 if self.kind.name == "flux" else int(config.patch_size))
+
+    @cached_property
+    def autoencoder_digest(self) -> str:
+        """SHA-256 over the autoencoder's numbers and scaling: latents are the same where it is."""
+        return _digest(self.vae, scaling_note(self.vae.config, self.kind))
+
+    @cached_property
+    def encoders_digest(self) -> str:
+        """SHA-256 over all that embeddings depend on: the text encoders' numbers, tokenizers, what the empty caption becomes."""
+        vocabularies = [sorted(tokenizer.get_vocab().items()) for tokenizer in self._tokenizers()]
+        encoders = nn.ModuleDict({name: part for name, part in self.parts.items() if name in ENCODERS})
+        return _digest(encoders, f"{vocabularies!r} {self._empty_is_zeros}")
+
+    @cached_property
+    def denoiser_digest(self) -> str:
+        """SHA-256 over the denoiser's frozen numbers: what the base draws is the same where it is."""
+        return _digest(self.denoiser, self.prediction)
+
+    def encode(self, pixels: Tensor) -> Tensor:
+        """Pixels (n, 3, height, width) in [−1, 1] to latents (n, channels, height/factor, width/factor), fp32.
+
+        The mean of the autoencoder's distribution, not a sample of it: the same picture always has the same latent. One picture
+        at a time, as in `decode`: at 1024² the autoencoder holds gigabytes for each.
+        """
+        self.stage("vae")
+        with torch.no_grad():
+            wide = pixels.to(self.device, torch.float32)
+            mean = torch.cat([self.vae.encode(wide[place : place + 1]).latent_dist.mean for place in range(len(wide))])
+        return scaled(mean, self.vae.config, self.kind)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Latents to pictures (n, height, width, 3), uint8 on the CPU."""
+        self.stage("vae")
+        wide = unscaled(latents.to(self.device, torch.float32), self.vae.config, self.kind)
+        found = []
+        with torch.no_grad():
+            for place in range(len(wide)):
+                pixels = self.vae.decode(wide[place : place + 1], return_dict=False)[0]
+                found.append(((pixels.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8))
+        return torch.cat(found).permute(0, 2, 3, 1).cpu()
+
+    def describe(self, captions: Sequence[str]) -> Conditioning:
+        """The conditioning of `captions`, with gradient where one is asked for; what is longer than encoders read is cut off.
+
+        SDXL was trained with zeros for the empty caption, and its pipeline says so.
+        """
+        self.stage_to_describe()
+        with quiet_diffusers():
+            found = self.pipeline.encode_prompt(
+                list(captions), device=self.device, num_images_per_prompt=1, **self.kind.prompts
+            )
+        states, pooled = found[0], None if self.kind.pooled is None else found[self.kind.pooled]
+        if pooled is not None and self._empty_is_zeros and "" in captions:
+            told = torch.tensor([float(caption != "") for caption in captions], device=states.device, dtype=states.dtype)
+            states, pooled = states * told.view(-1, 1, 1), pooled * told.view(-1, 1)
+        return Conditioning(states, pooled)
+
+    def cut_off(self, captions: Sequence[str]) -> list[str]:
+        """Those of `captions` of which no encoder reads all."""
+        tokenizers = self._tokenizers()
+        if self.kind.reads and not type(tokenizers[-1]).__name__.startswith("CLIP"):
+            limits = [(tokenizers[-1], self.kind.reads)]
+        else:
+            limits = [(tokenizer, int(tokenizer.model_max_length)) for tokenizer in tokenizers]
+        with quiet_diffusers():
+            return [text for text in captions if any(len(tokenizer(text).input_ids) > limit for tokenizer, limit in limits)]
+
+    def predict(self, noisy: Tensor, times: Tensor, told: Conditioning, sizes: Tensor) -> Tensor:
+        """The denoiser's prediction (n, channels, h, w), fp32, of `noisy` latents at `times` (n,), as `noising` has them.
+
+        sizes (n, 6): original height and width, top and left of the crop, target height and width, which SDXL is told.
+        """
+        self.stage_to_predict()
+        told, wide = told.to(self.device, self.dtype), (self.device, self.dtype)
+        found = predicted(self.kind, self.denoiser, noisy.to(*wide), times.to(self.device), told, sizes.to(*wide))
+        return found.float()
+
+    @property
+    def _empty_is_zeros(self) -> bool:
+        return self.kind.name == "sdxl" and bool(self.pipeline.config.force_zeros_for_empty_prompt)
+
+    def _tokenizers(self) -> list[Any]:
+        return [tokenizer for name in TOKENIZERS if (tokenizer := getattr(self.pipeline, name, None)) is not None]
+
+
+def load_image_model(spec: ModelSpec, *, prediction: str = "auto", say: Callable[[str], None] = print) -> ImageModel:
+    """The pipeline in the file or folder, or under the hub id, `spec.path`, frozen, on its device.
+
+    `prediction` says what the denoiser predicts where the scheduler's configuration is wrong. ConfigError for what is none of
+    `image_kinds` and for settings that it cannot have; EnvironmentProblem where diffusers or the files are missing.
+    """
+    for message in spec.validate():
+        raise ConfigError(message)
+    if spec.quantize.method not in ("none", *METHODS):
+        raise ConfigError(f"model.quantize is {spec.quantize.method}; the layers of an image model can be {', '.join(METHODS)}.")
+    if spec.quantize.int8_products:
+        raise ConfigError("model.quantize.int8_products is for text models; leave it out where pictures are trained on.")
+    if spec.kernels != "torch":
+        raise ConfigError(f"model.kernels {spec.kernels} is for text models; leave it out where pictures are trained on.")
+    device = device_for(spec.device)
+    dtype = dtype_for(spec.dtype, device)
+    kind, pipeline = _pipeline_of(spec, dtype, say)
+    pipeline.scheduler = scheduler_for(pipeline.scheduler, kind, prediction, spec.path, say)
+    aside = torch.device("cpu") if device.type == "cuda" else None
+    if aside is None:
+        with quiet_diffusers():  # which says of float16 on a CPU that it fails; it is slow there, and that is all
+            pipeline.to(device)
+    pipeline.set_progress_bar_config(disable=True)
+    pipeline.vae.float()
+    names = [name for name in (kind.denoiser, *ENCODERS) if getattr(pipeline, name, None) is not None]
+    parts = nn.ModuleDict({name: getattr(pipeline, name) for name in names})
+    for part in (pipeline.vae, parts):
+        part.requires_grad_(False).eval()
+    return ImageModel(spec.path, kind, pipeline, parts, device, dtype, aside)
+
+
+def place_on(part: nn.Module, device: torch.device) -> None:
+    """Moves `part` to the device, if it is not there. From and to `meta`, as in a rehearsal, its tensors are made anew."""
+    held = next(part.parameters()).device
+    if held.type == device.type:
+        return
+    if "meta" not in (held.type, device.type):
+        part.to(device)
+        return
+    made: dict[int, Tensor] = {}
+    for module in part.modules():
+        for name, tensor in list(module._parameters.items()):
+            if tensor is not None:
+                new = made.setdefault(id(tensor), torch.zeros_like(tensor, device=device))
+                module._parameters[name] = nn.Parameter(new, requires_grad=tensor.requires_grad)
+        for name, buffer in list(module._buffers.items()):
+            if buffer is not None:
+                module._buffers[name] = torch.zeros_like(buffer, device=device)
+
+
+def image_plan(model: ImageModel, spec: LoraSpec, *, text_encoder: bool) -> Plan:
+    """What `spec` means for the denoiser and, where asked for, for the CLIP text encoders.
+
+    Besides module names: attention, mlp (the feed-forward layers), all-linear, and conv (all convolutions but a UNet's first and
+    last one). Modules whose output is not used are left out (`_unused`). ConfigError with every problem.
+    """
+    if spec.layers != "all":
+        raise ConfigError(
+            f"lora.layers is '{spec.layers}', but a denoiser has no single list of blocks; use lora.exclude_modules."
+        )
+    chosen = {
+        name: part
+        for name, part in model.parts.items()
+        if name == model.kind.denoiser or (text_encoder and type(part).__name__.startswith("CLIP"))
+    }
+    plan = plan_for(nn.ModuleDict(chosen), spec, DIFFUSION)
+    return replace(plan, entries=tuple(entry for entry in plan.entries if not _unused(model, entry.path)))
+
+
+def _unused(model: ImageModel, path: str) -> bool:
+    """Whether what the module at `path` computes goes nowhere, so that a pair on it has no gradient.
+
+    The last block of SDXL's first text encoder: the states are taken before it. The text's queries in SD3's last block, which
+    gives pictures alone.
+    """
+    if model.kind.name == "sd3":
+        return path == f"transformer.transformer_blocks.{int(model.denoiser.config.num_layers) - 1}.attn.add_q_proj"
+    if model.kind.name != "sdxl" or not path.startswith("text_encoder."):
+        return False
+    blocks = int(cast(Any, model.parts["text_encoder"]).config.num_hidden_layers)
+    return f".layers.{blocks - 1}." in path
+
+
+def put_image_adapter(model: ImageModel, adapter: Adapter, name: str = "default") -> None:
+    """Puts a finished adapter of any format on the model under `name`, active; ConfigError where it does not fit."""
+    attach(model.parts, fitted(model, adapter), name)
+
+
+def fitted(model: ImageModel, adapter: Adapter) -> Adapter:
+    """The adapter with the paths that its modules have in `model`: newer text encoders have no part `text_model`."""
+
+    def own(path: str) -> str:
+        shorter = path.replace(".text_model.", ".", 1)
+        return shorter if find(model.parts, path) is None and find(model.parts, shorter) is not None else path
+
+    full = with_components(adapter)
+    return replace(full, pairs={own(path): pair for path, pair in full.pairs.items()})
+
+
+def _folder_of(spec: ModelSpec, given: Mapping[str, Any]) -> Path:
+    """The folder of the pipeline, fetched first where `spec.path` is a hub id, without the parts that are `given`."""
+    path = Path(spec.path).expanduser()
+    if path.is_dir():
+        return path
+    return Path(diffusers().DiffusionPipeline.download(spec.path, revision=spec.revision, use_safetensors=True, **given))
+
+
+def _pipeline_of(spec: ModelSpec, dtype: torch.dtype, say: Callable[[str], None]) -> tuple[ImageKind, Any]:
+    """(kind, diffusers' pipeline on the CPU) of a single file, a folder or a hub id."""
+    single = open_single(spec, say)
+    if single is not None:
+        name = single.shapes["_class_name"]
+        say(f"Loading {spec.path} ({name}, {str(dtype).removeprefix('torch.')}) with diffusers.")
+        with _as_problem(spec):
+            unet = partial(load_denoiser, single_denoiser_files(single), new_denoiser, dtype, spec.quantize, say=say)
+            return PIPELINES[name], load_single(single, dtype, unet, say)
+    kind, extra = _kind_of(spec)
+    say(f"Loading {spec.path} ({kind.pipeline}, {str(dtype).removeprefix('torch.')}) with diffusers.")
+    with quiet_diffusers(), _as_problem(spec):
+        folder = _folder_of(spec, extra)
+        variant = variant_in(folder, (kind.denoiser, "vae", *ENCODERS))
+        if variant is not None:
+            say(f"{folder} has weights of the variant {variant} alone; they are read.")
+        files = denoiser_files(folder / kind.denoiser, variant)
+        extra[kind.denoiser] = load_denoiser(files, new_denoiser, dtype, spec.quantize, say=say)
+        return kind, getattr(diffusers(), kind.pipeline).from_pretrained(
+            folder, torch_dtype={"default": dtype, "vae": torch.float32}, use_safetensors=True, variant=variant, **extra
+        )
+
+
+def _kind_of(spec: ModelSpec) -> tuple[ImageKind, dict[str, Any]]:
+    """The kind of a folder or a hub id, and further arguments of diffusers' loader."""
+    path = Path(spec.path).expanduser()
+    if path.is_dir() and not (path / "model_index.json").is_file():
+        raise DataError(
+            f"{path} has no model_index.json, so it is no pipeline of diffusers'; expected unet/ or transformer/, vae/, … in it."
+        )
+    with quiet_diffusers(), _as_problem(spec):
+        index = diffusers().DiffusionPipeline.load_config(spec.path, revision=spec.revision)
+    name = index.get("_class_name", "")
+    if name not in PIPELINES:
+        raise ConfigError(f"{spec.path} is a {name or 'pipeline without a name'}; expected {', '.join(PIPELINES)}.")
+    checker = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+    return PIPELINES[name], checker if PIPELINES[name].name == "sd" else {}
+
+
+@contextmanager
+def _as_problem(spec: ModelSpec) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError, SafetensorError) as error:  # what diffusers raises for files that lack or are broken
+        raise EnvironmentProblem(
+            f"model.path '{spec.path}' cannot be loaded: {error}. Expected a folder that diffusers saved, a single file, or a "
+            "hub id that this machine can reach; pickled weights are not opened."
+        ) from error
+
+
+def _digest(module: nn.Module, note: str) -> str:
+    found = hashlib.sha256(note.encode())
+    for name, digest in sorted(frozen_digests(module).items()):
+        found.update(f"\n{name} {digest}".encode())
+    return found.hexdigest()

@@ -1,0 +1,69 @@
+"""The configurations of a pipeline: those that ship with Lorakeet, of a folder, and of a hub id. No weights are read."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from functools import cache
+from importlib.resources import files
+from importlib.resources.abc import Traversable
+from pathlib import Path
+from typing import Any
+
+from transformers import CLIPTextConfig, T5Config
+
+from lorakeet.errors import ConfigError, nearest
+from lorakeet.models.image.diffusers_import import diffusers, quiet_diffusers
+from lorakeet.models.image.kinds import ENCODERS, PIPELINES
+
+Shapes = Mapping[str, Any]  # _class_name of the pipeline, and the configurations of its parts and of its scheduler, by name
+
+
+@cache
+def published_images() -> dict[str, Traversable]:
+    """The configurations of well-known pipelines that ship with Lorakeet, by hub id."""
+    entries = [entry for entry in (files("lorakeet.models") / "shapes" / "images").iterdir() if entry.name.endswith(".json")]
+    return {entry.name.removesuffix(".json").replace("--", "/"): entry for entry in entries}
+
+
+def published_shapes(name: str) -> dict[str, Any]:
+    """The shipped configurations of the pipeline under the hub id `name`."""
+    found: dict[str, Any] = json.loads(published_images()[name].read_text(encoding="utf-8"))
+    return found
+
+
+def shapes_in(name: str, revision: str | None, say: Callable[[str], None]) -> Shapes:
+    """The configurations of a folder, a published shape (which needs no network) or a hub id. ConfigError: there are none."""
+    found = {known.lower(): known for known in published_images()}.get(name.lower())
+    if found is not None and not Path(name).expanduser().exists():
+        return published_shapes(found)
+    package = diffusers()
+    if not Path(name).expanduser().exists():
+        say(f"Asking the model hub for the configurations of {name}.")
+    try:
+        with quiet_diffusers():
+            index = package.DiffusionPipeline.load_config(name, revision=revision)
+            kind = PIPELINES.get(index.get("_class_name", ""))
+            if kind is None:
+                raise ConfigError(
+                    f"{name} is a {index.get('_class_name', 'pipeline without a name')}; expected {', '.join(PIPELINES)}."
+                )
+            read = package.UNet2DConditionModel.load_config  # a dictionary, whatever class it is of
+            scheduler = package.DDPMScheduler.load_config(name, subfolder="scheduler", revision=revision)
+            shapes = {part: read(name, subfolder=part, revision=revision) for part in (kind.denoiser, "vae")}
+            own = (index.get("scheduler") or [None, scheduler.get("_class_name")])[1]  # of two words the index's counts
+            shapes["scheduler"] = {**scheduler, "_class_name": own}
+            for part in ENCODERS:
+                encoder = (index.get(part) or [None, None])[1]
+                if encoder is not None:
+                    owner = T5Config if encoder.startswith("T5") else CLIPTextConfig
+                    config = owner.from_pretrained(name, subfolder=part, revision=revision or "main")
+                    shapes[part] = {**config.to_dict(), "_class_name": encoder}
+    except (OSError, ValueError, KeyError) as error:
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+        known = list(published_images())
+        raise ConfigError(
+            f"'{name}' has no configurations of an image model that could be read: {first}. Name a folder that diffusers saved, "
+            f"a hub id, or one of the shapes that need no network: {', '.join(known)}.{nearest(name, known)}"
+        ) from error
+    return {**shapes, "_class_name": index["_class_name"]}

@@ -1,0 +1,361 @@
+"""From a model's files to a store, tensor by tensor, and from a store to a model that streams: never the whole in memory.
+
+transformers names, joins and converts the tensors as it always does; what it would put into the model goes into the store.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor  # torch offers no public name
+from torch.utils._python_dispatch import _disable_current_modes  # nor for this
+from transformers import AutoModelForCausalLM
+from transformers.core_model_loading import ConversionOps
+from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING, register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from lorakeet.memory.store import CPU, Store, StoreWriter, new_store
+from lorakeet.memory.stream import RecordStream
+from lorakeet.memory.transfer import CudaTransfer, Transfer
+from lorakeet.models import modules
+from lorakeet.models.families import Family, family_of
+from lorakeet.models.files.fingerprint import fingerprint
+from lorakeet.models.files.packing import packing_of
+from lorakeet.models.files.quantized import limits_of_packing, read_into, skeleton, stock_of
+from lorakeet.models.files.quiet import quiet_transformers
+from lorakeet.models.files.stored_tensors import Stock, stored_quantisation, tensor_files
+from lorakeet.models.files.validate import refused, require_whole
+from lorakeet.models.streaming.model import NotStreamed, Streamed, StreamedEmbedding, StreamedHead
+from lorakeet.quant.packed import PackedBase, PackedLinear
+from lorakeet.quant.replace import empty_base
+from lorakeet.quant.spec import QuantSpec
+
+Changes = Mapping[str, Callable[[Tensor], Tensor]]  # by the parameter's name in the model
+_METHOD = "lorakeet_store"  # under which transformers knows this way of loading
+
+
+@dataclass(frozen=True)
+class Residence:
+    """Where the blocks of a streamed model are: the device that computes, and how many are there at a time."""
+
+    slots: int = 2
+    device: torch.device = CPU
+    pinned: bool = False  # whether blocks stay in pinned memory of the host once they were read, for a CUDA device
+
+    def transfer(self, store: Store) -> Transfer | None:
+        """How records get from `store` to the device; None for the CPU's own way."""
+        return CudaTransfer(store, self.device, keep=self.pinned) if self.device.type == "cuda" else None
+
+
+ON_CPU = Residence()
+
+
+def streamed_model(
+    source: Path,
+    config: Any,
+    dtype: torch.dtype,
+    *,
+    quantize: QuantSpec,
+    folder: Path,
+    residence: Residence = ON_CPU,
+    changes: Changes | None = None,
+    say: Callable[[str], None],
+) -> tuple[Any, Streamed]:
+    """The frozen model in eval mode, with eager attention, and its blocks, from a store in `folder`, made if it is missing.
+    `changes` are made to dense weights on their way into the store, which has to be made now then.
+
+    Raises ConfigError where the model has no list of blocks, DataError for damaged files or a store of another model,
+    EnvironmentProblem where the store cannot be written.
+    """
+    same, family = identity(source, dtype, quantize), family_of(config.get_text_config())
+    path = folder / f"{source.name}-{same['model'][:16]}-{quantize.method}-{same['dtype']}.safetensors"
+    if not path.is_file():
+        say(f"Writing the frozen weights into {path}, from where they are streamed.")
+        write_store(
+            path, same, source=source, config=config, dtype=dtype, quantize=quantize, family=family, changes=changes
+        )
+    model, streamed = open_streamed(Store.open(path, same), config, dtype, family, residence=residence)
+    if quantize.method != "none" or stored_quantisation(config):
+        for line in limits_of_packing(model):
+            say(line)
+    return model, streamed
+
+
+def identity(source: Path, dtype: torch.dtype, quantize: QuantSpec) -> dict[str, str]:
+    """What a store must have been made from."""
+    packing = f"{quantize.method} {quantize.block_size} {quantize.double_quant} {quantize.head}"
+    return {"model": fingerprint(source), "dtype": str(dtype).removeprefix("torch."), "packing": packing}
+
+
+def write_store(
+    path: Path,
+    same: Mapping[str, str],
+    *,
+    source: Path,
+    config: Any,
+    dtype: torch.dtype,
+    quantize: QuantSpec,
+    family: Family,
+    changes: Changes | None = None,
+) -> None:
+    """Writes the store of a model folder to `path`, one block in memory at a time."""
+    stock = stock_of(source, config, quantize)
+    empty = empty_model(config, dtype)
+    records = records_of(empty, family)
+    size = sum(tensor.nbytes for tensor in empty.state_dict().values())  # of the dense model: an upper bound
+    more: dict[str, str] = {}
+    with new_store(path, identity=more, tensors=8 * len(empty.state_dict()), size=0 if stock.packed else size) as writer:
+        collected = _Collector(writer, empty, records, changes or {})
+        missing = _read_all(stock, config, dtype, collected, source)
+        require_whole(source, config.model_type, misfits=collected.misfits, missing=missing | collected.waiting)
+        more.update(same, packed=json.dumps(collected.packed))
+
+
+def _empty_on_meta(settings: Mapping[str, Any]) -> PackedBase:
+    return empty_base(settings, device="meta")
+
+
+def open_streamed(
+    store: Store,
+    config: Any,
+    dtype: torch.dtype,
+    family: Family,
+    *,
+    residence: Residence = ON_CPU,
+    base_of: Callable[[Mapping[str, Any]], PackedBase] = _empty_on_meta,
+) -> tuple[Any, Streamed]:
+    """The model over an open store whose records are its blocks, of which so many are on a device as `residence` says.
+
+    `base_of` makes a packed weight, still without numbers, from its settings.
+    """
+    model = empty_model(config, dtype)
+    for path, settings in json.loads(store.identity["packed"]).items():
+        _put_packed(model, path, base_of(settings))
+    model.requires_grad_(False).eval()
+    prefix, count = modules.block_prefix(model, family)
+    names = [f"{prefix}.{index}" for index in range(count)]
+    streamed = Streamed(RecordStream(store, names, slots=residence.slots, transfer=residence.transfer(store)))
+    device = residence.device
+    _make_small_ones_real(model, device)
+    blocks = cast(nn.ModuleList, model.get_submodule(prefix))
+    for index in range(count):
+        blocks[index] = streamed.add(blocks[index])
+    _stream_ends(model, store, device)
+    for name in store.tensors:
+        if not name.startswith(f"{prefix}."):
+            _make_resident(model, store, name, device)
+    return model, streamed
+
+
+def empty_model(config: Any, dtype: torch.dtype) -> Any:
+    """The model that `config` describes, on the meta device, with eager attention and weights tied; seen by no trace."""
+    with _disable_current_modes(), torch.device("meta"), quiet_transformers():
+        plain = skeleton(config).config
+        model = AutoModelForCausalLM.from_config(plain, dtype=dtype, attn_implementation="eager")
+    model.tie_weights()
+    return model
+
+
+def empty_packed(config: Any, dtype: torch.dtype, quantize: QuantSpec, files: Path | None = None) -> Any:
+    """The model on the meta device with its linear layers packed as they will be: as `quantize` asks, or as its `files` are."""
+    model = empty_model(config, dtype)
+    for path, settings in packing_of(model, config, quantize, files).items():
+        _put_packed(model, path, _empty_on_meta(settings))
+    return model
+
+
+def records_of(model: Any, family: Family) -> dict[str, set[str]]:
+    """The names of each block's tensors, by the block's path; NotStreamed where the model has no list of blocks."""
+    prefix, count = modules.block_prefix(model, family)
+    if not count:
+        raise NotStreamed(f"{type(model).__name__} has no list of blocks that could be streamed.")
+    found: dict[str, set[str]] = {f"{prefix}.{index}": set() for index in range(count)}
+    for name in model.state_dict():
+        if name.startswith(f"{prefix}."):
+            found[modules.block_of(name, prefix)].add(name)
+    return found
+
+
+def bytes_of_storing(model: Any, family: Family, block_bytes: int, number_bytes: int) -> int:
+    """What is held at most while the store of `model`, on the meta device, is written: a block of `block_bytes` until it is whole
+    and a matrix of it on its way, of `number_bytes` a number, or one matrix from elsewhere.
+
+    transformers reads tensors one by one in the natural order of their names, so that none comes between those of a block.
+    """
+    inside = {name for names in records_of(model, family).values() for name in names}
+    sizes: dict[str, int] = {name: tensor.numel() for name, tensor in model.state_dict().items()}
+    within = max(size for name, size in sizes.items() if name in inside)
+    elsewhere = max((size for name, size in sizes.items() if name not in inside), default=0)
+    return max(block_bytes + within * number_bytes, elsewhere * number_bytes)
+
+
+class _Collector:
+    """Gathers what arrives until a block is whole, and hands it to the store."""
+
+    def __init__(self, writer: StoreWriter, skeleton: Any, records: Mapping[str, set[str]], changes: Changes) -> None:
+        self.writer, self.changes = writer, changes
+        self.packed: dict[str, Any] = {}
+        self.misfits: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {}  # by name: as found, and as it should be
+        self.refused: OSError | None = None  # what the disk said
+        self.shapes = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in skeleton.state_dict().items()}
+        self.transposed = {name for name, module in skeleton.named_modules() if modules.kind_of(module) == "conv1d"}
+        self._record_of = {name: record for record, names in records.items() for name in names}
+        self._waiting = {record: set(names) for record, names in records.items()}
+        self._held: dict[str, dict[str, Tensor]] = {record: {} for record in records}
+        self.seen: set[str] = set()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Collector:
+        """transformers copies its settings, and this within them; there is one file all the same."""
+        return self
+
+    def take(self, name: str, value: Tensor | PackedBase) -> None:
+        """A tensor under its name in the model, or a packed weight under the name that the dense one would have."""
+        shape, dtype = self.shapes[name]
+        if isinstance(value, PackedBase):
+            path = name.removesuffix(".weight")
+            expected = shape[::-1] if path in self.transposed else shape
+            parts = {f"{path}.base.{leaf}": tensor for leaf, tensor in value.state_dict().items()}
+            self.packed[path] = value.settings
+            if value.shape != expected:
+                self.misfits[name] = (tuple(value.shape), expected)
+        else:
+            parts = {name: self.changes[name](value.to(dtype)) if name in self.changes else value.to(dtype)}
+            if tuple(value.shape) != shape:
+                self.misfits[name] = (tuple(value.shape), shape)
+        self.seen.add(name)
+        record = self._record_of.get(name)
+        if record is None:
+            for full, tensor in parts.items():
+                self.writer.add(full.rpartition(".")[0], {full.rpartition(".")[2]: tensor})
+            return
+        self._held[record].update({full.removeprefix(f"{record}."): tensor for full, tensor in parts.items()})
+        self._waiting[record].discard(name)
+        if not self._waiting[record]:
+            self.writer.add(record, self._held.pop(record))
+
+    @property
+    def waiting(self) -> set[str]:
+        """What has not come of the blocks."""
+        return {name for names in self._waiting.values() for name in names}
+
+
+class _StoreConfig(QuantizationConfigMixin):  # type: ignore[misc]
+    """Carries the collector through transformers."""
+
+    def __init__(self, collector: _Collector) -> None:
+        self.quant_method = _METHOD
+        self.collector = collector
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"quant_method": self.quant_method}
+
+
+class _StoreQuantizer(HfQuantizer):  # type: ignore[misc]
+    """transformers' hook for weights that are set in another form than they are named in: here they are set nowhere."""
+
+    requires_calibration = False
+    is_trainable = True
+
+    def is_serializable(self) -> bool:
+        return False
+
+    def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
+        return True
+
+    def get_quantize_ops(self) -> ConversionOps:
+        return _Send(self.quantization_config.collector)
+
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        self.remove_quantization_config(model)
+        return model
+
+
+class _Send(ConversionOps):  # type: ignore[misc]
+    """Sends what arrives to the collector."""
+
+    def __init__(self, collector: _Collector) -> None:
+        self.collector = collector
+
+    def convert(self, input_dict: dict[str, Any], **context: Any) -> dict[str, Any]:
+        for name, value in input_dict.items():
+            full = name if name in self.collector.shapes else context["full_layer_name"]
+            try:
+                self.collector.take(full, value[0] if isinstance(value, list) else value)
+            except OSError as error:  # of which transformers would keep no more than a line in its log
+                self.collector.refused = error
+                raise
+            context["missing_keys"].discard(full)
+        return {}
+
+
+def _read_all(stock: Stock, config: Any, dtype: torch.dtype, collector: _Collector, source: Path) -> set[str]:
+    """Lets transformers read everything that `stock` promises; the names of what never came."""
+    if _METHOD not in AUTO_QUANTIZER_MAPPING:
+        register_quantization_config(_METHOD)(_StoreConfig)
+        register_quantizer(_METHOD)(_StoreQuantizer)
+    empty = skeleton(config)
+    try:
+        _, report = read_into(empty, stock.reads, dtype, quantization_config=_StoreConfig(collector))
+    except (ValueError, RuntimeError, KeyError) as error:
+        if collector.refused is not None:
+            raise collector.refused from error
+        raise refused(source, config.model_type, tensor_files(source), error) from error
+    return set(report["missing_keys"])
+
+
+def _put_packed(model: Any, path: str, base: PackedBase) -> None:
+    """A packed layer over `base` in place of the linear one at `path`."""
+    module = model.get_submodule(path)
+    model.set_submodule(path, PackedLinear(base, module.bias, transposed=not isinstance(module, nn.Linear)))
+
+
+def _make_small_ones_real(model: Any, device: torch.device) -> None:
+    """Computes the buffers that are in no file (the angles of rotary positions), as transformers does when it loads: on the CPU,
+    from where they go to `device`."""
+    with torch.no_grad():
+        for module in model.modules():
+            names = [name for name in module._non_persistent_buffers_set if module._buffers.get(name) is not None]
+            if names:
+                for name in names:
+                    empty = cast(Tensor, module._buffers[name])
+                    module._buffers[name] = torch.empty(empty.shape, dtype=empty.dtype)
+                if not isinstance(module._buffers[names[0]], FakeTensor):  # a rehearsal's have no numbers
+                    model._init_weights(module)
+                for name in names:
+                    module._buffers[name] = cast(Tensor, module._buffers[name]).to(device)
+
+
+def _stream_ends(model: Any, store: Store, device: torch.device) -> None:
+    """Lets stand-ins read the embedding and a plain head row by row."""
+    embedding, head = modules.input_layer(model), modules.output_layer(model)
+    path = modules.path_of(model, embedding)
+    tied = head is not None and embedding is not None and cast(Any, head).weight is cast(Any, embedding).weight
+    if modules.kind_of(cast(nn.Module, embedding)) == "embedding" and f"{path}.weight" in store.tensors:
+        modules.replace(model, path, StreamedEmbedding(cast(nn.Embedding, embedding), store.rows(f"{path}.weight", device)))
+        stored = f"{path}.weight" if tied else f"{modules.path_of(model, head)}.weight"
+        if type(head) is nn.Linear and head.bias is None and stored in store.tensors:
+            modules.replace(model, modules.path_of(model, head), StreamedHead(head, store.rows(stored, device)))
+
+
+def _make_resident(model: Any, store: Store, name: str, device: torch.device) -> None:
+    """Reads one tensor into its place on `device`, unless it is streamed."""
+    path, _, leaf = name.rpartition(".")
+    module = modules.find(model, path)
+    if module is None or isinstance(module, (StreamedEmbedding, StreamedHead)):
+        return
+    if leaf in module._parameters:
+        tensor = nn.Parameter(store.tensor(name).to(device), requires_grad=False)
+        empty = module._parameters[leaf]
+        for other in model.modules():  # tied ones stay one
+            for key, held in other._parameters.items():
+                if held is empty:
+                    other._parameters[key] = tensor
+    else:
+        module._buffers[leaf] = store.tensor(name).to(device)

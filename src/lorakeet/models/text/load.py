@@ -1,0 +1,272 @@
+"""Loads a text model and proves, on a few tokens, that Lorakeet's way through it gives the model's own logits."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoTokenizer
+
+from lorakeet.data.pack import Batch
+from lorakeet.errors import ConfigError, DataError, EnvironmentProblem
+from lorakeet.kernels.cpu import compile as native
+from lorakeet.kernels.tiled_weight import Kernels
+from lorakeet.models.attention import VARLEN, register
+from lorakeet.models.families import family_of
+from lorakeet.models.files.dense import load_dense, take_generation_settings
+from lorakeet.models.files.quantized import load_quantised
+from lorakeet.models.files.quiet import quiet_transformers
+from lorakeet.models.files.source import find_source
+from lorakeet.models.files.stored_tensors import stored_quantisation
+from lorakeet.models.files.validate import first_line, require_architecture, require_text_model
+from lorakeet.models.kernels import check_kernels, check_loss, check_passes, kernels_for, use_kernels
+from lorakeet.models.modules import block_prefix
+from lorakeet.models.placement import device_for, dtype_for, products_for
+from lorakeet.models.spec import ModelSpec
+from lorakeet.models.streaming.load import Changes, Residence, streamed_model
+from lorakeet.models.text.model import TextModel
+from lorakeet.quant.gptq_config import METHOD, OLD_CONFIG
+from lorakeet.quant.int8 import multiply_in_int8
+from lorakeet.quant.packed import PackedBase
+from lorakeet.quant.spec import QuantSpec
+
+CHECK_ROWS = (5, 3)  # tokens of the two rows of the check
+HEAD_TOLERANCE = 8  # in units of the dtype's rounding: both sides multiply the same numbers
+ATTENTION_TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}  # relative to the largest logit
+
+
+def load_text_model(
+    spec: ModelSpec,
+    *,
+    say: Callable[[str], None] | None = None,
+    store: Path | None = None,
+    slots: int = 2,
+    pinned: bool = False,
+    changes: Changes | None = None,
+) -> TextModel:
+    """The model that `spec` names, frozen and checked; `say` gets what the user should know (default: the log).
+
+    With a folder `store`, its blocks are streamed from a store there, `slots` of them on the device (models/streaming/model),
+    with `changes` made to its weights; `pinned` keeps all of them in the host's pinned memory, for a CUDA device.
+
+    Raises ConfigError or DataError for a wrong name or damaged files, EnvironmentProblem for what this machine lacks or
+    where the check of the head or of the attention fails.
+    """
+    tell = say or logging.getLogger("lorakeet").info
+    source = find_source(spec, tell)
+    device = device_for(spec.device)
+    dtype, kernels = dtype_for(spec.dtype, device), kernels_for(spec, device)
+    streamed = None
+    if store is None:
+        model = _model(source, dtype, spec.quantize, tell).to(device)
+    else:
+        config = read_config(source)
+        model, streamed = streamed_model(
+            source, config, dtype, quantize=spec.quantize, folder=store, residence=Residence(slots, device, pinned),
+            changes=changes, say=tell,
+        )
+        take_generation_settings(model, source)
+    if spec.quantize.int8_products and not multiply_in_int8(model):
+        raise ConfigError(
+            f"model.quantize.int8_products is true, but no weight of {spec.path} is kept in int8. Set model.quantize.method to "
+            "int8."
+        )
+    text = TextModel(
+        model=model,
+        tokenizer=load_tokenizer(source),
+        name=spec.path,
+        source=source,
+        family=family_of(model.config.get_text_config()),
+        device=device,
+        dtype=dtype,
+        products=products_for(spec, dtype, device),
+        kernels=kernels,
+        streamed=streamed,
+    )
+    with torch.no_grad(), quiet_transformers():
+        reference = _own_logits(text)
+        _require_numbers(text, reference)
+        check_head(text, reference)
+        _choose_attention(text, spec.attention, reference, tell)
+    if device.type == "cpu" and text.products == torch.bfloat16 and native.fits() and (reason := native.why_not()):
+        tell(f"Attention and the passes between products run by torch's own operations, which is slower: {reason}.")
+    if kernels is not None:
+        _prove(text, kernels, reference.shape[1])
+    return text
+
+
+def _prove(text: TextModel, kernels: Kernels, words: int) -> None:
+    """Lets the model use the kernels; EnvironmentProblem where they compute otherwise than torch."""
+    check_kernels(_modules(text), kernels, text.products)
+    check_loss(words, text.device)
+    check_passes(_widths(text.model), kernels, {text.dtype, text.products}, text.device)
+    use_kernels(text.model, kernels)
+
+
+def _widths(model: Any) -> list[int]:
+    """Numbers of a token between blocks, and of the heads of every kind, as the modules have them."""
+    heads = {getattr(module, "head_dim", None) for module in model.modules()}
+    return sorted({model.get_input_embeddings().weight.shape[1], *(head for head in heads if isinstance(head, int))})
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """The tokenizer in `folder`; DataError where it cannot be read."""
+    try:
+        with quiet_transformers():
+            return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except (ValueError, OSError, KeyError, TypeError, ImportError) as error:
+        raise DataError(
+            f"The tokenizer in {folder} cannot be loaded: {type(error).__name__}: {error}. Fetch it again."
+        ) from error
+
+
+def _model(source: Path, dtype: torch.dtype, quantize: QuantSpec, say: Callable[[str], None]) -> Any:
+    """The frozen model in eval mode, with eager attention, on the CPU; the weights' pages stay those of the files if they can."""
+    config = read_config(source)
+    if quantize.method != "none" or stored_quantisation(config):
+        model = load_quantised(source, config, dtype, quantize, say)
+        take_generation_settings(model, source)
+        return model
+    return load_dense(source, config, dtype)
+
+
+def read_config(source: Path) -> Any:
+    """The configuration of the model in a folder; DataError where transformers knows no such model, or it writes no text."""
+    require_architecture(source)
+    try:
+        with quiet_transformers():
+            config = AutoConfig.from_pretrained(source, local_files_only=True)
+        if not stored_quantisation(config) and (source / OLD_CONFIG).is_file():  # GPTQ folders of before 2024
+            config.quantization_config = {"quant_method": METHOD, **json.loads((source / OLD_CONFIG).read_text(encoding="utf-8"))}
+    except (ValueError, OSError, KeyError, TypeError, ZeroDivisionError, StrictDataclassError) as error:
+        said = " ".join(str(error).split()) if isinstance(error, StrictDataclassError) else first_line(error)
+        file = source / "config.json"
+        raise DataError(f"{file} cannot be read by transformers: {said.rstrip('.')}. Fetch it again.") from error
+    require_text_model(source, config)
+    return config
+
+
+def _check_batch(text: TextModel) -> Batch:
+    """Two rows of ordinary ids that begin alike, with every position a target."""
+    size = text.model.get_input_embeddings().weight.shape[0]
+    tokens = (torch.arange(sum(CHECK_ROWS)) * 7919 + 11) % size
+    tokens[CHECK_ROWS[0]] = tokens[0]  # so that a beginning that is computed once is checked too
+    keys = tuple(map(str, range(len(CHECK_ROWS))))
+    return Batch(tokens, CHECK_ROWS, torch.arange(len(tokens)), tokens, keys).to(text.device)
+
+
+def _own_logits(text: TextModel) -> Tensor:
+    """What the model itself answers for the rows of the check, one at a time, with eager attention: (tokens, vocabulary)."""
+    batch = _check_batch(text)
+    rows = batch.ids.split(list(batch.lengths))  # type: ignore[no-untyped-call]
+    return torch.cat([text.model(input_ids=row[None], use_cache=False).logits[0] for row in rows])
+
+
+def _require_numbers(text: TextModel, reference: Tensor) -> None:
+    """Raises DataError where the model's own logits are no numbers, with the weight that is to blame where one is."""
+    if bool(reference.isfinite().all()):
+        return
+    worst = next((name for name, weight in _weights(text) if not bool(weight.isfinite().all())), None)
+    what = f"{worst} has NaN or infinite values" if worst else f"its logits have NaN or infinite values in {text.dtype}"
+    raise DataError(
+        f"The model {text.name} cannot be used: {what}. Fetch it again{'' if worst else ', or set --model.dtype float32'}."
+    )
+
+
+def _weights(text: TextModel) -> Iterator[tuple[str, Tensor]]:
+    """Every floating-point weight by name, one at a time: packed ones dequantised, streamed ones read block by block."""
+    yield from _numbers_in(text.model, "")
+    if text.streamed is not None:
+        prefix, count = block_prefix(text.model, text.family)
+        for index in range(count):
+            with text.streamed.present(index) as block:
+                yield from _numbers_in(block, f"{prefix}.{index}.")
+
+
+def _modules(text: TextModel) -> Iterator[nn.Module]:
+    """The model, and where its blocks are streamed the first of them, with its weights at hand."""
+    yield text.model
+    if text.streamed is not None:
+        with text.streamed.present(0) as block:
+            yield block
+
+
+def _numbers_in(module: nn.Module, prefix: str) -> Iterator[tuple[str, Tensor]]:
+    for path, part in module.named_modules():
+        if isinstance(part, PackedBase):
+            if part.device.type != "meta":
+                yield f"{prefix}{path.removesuffix('.base')}.weight", part.dense()
+            continue
+        for leaf, weight in part.named_parameters(recurse=False):
+            if weight.is_floating_point() and not weight.is_meta:
+                yield f"{prefix}{path}.{leaf}", weight
+
+
+def check_head(text: TextModel, reference: Tensor) -> None:
+    """Raises EnvironmentProblem unless `head` of `hidden` is the model's own logits `reference`, from the same attention."""
+    kind = text.model.config.model_type
+    if text.model.get_output_embeddings() is None:
+        raise EnvironmentProblem(f"Models of type '{kind}' have no output layer over the vocabulary that could be found.")
+    rows = _check_batch(text).ids.split(list(CHECK_ROWS))  # type: ignore[no-untyped-call]
+    ours = []
+    for row in rows:
+        single = Batch(row, (len(row),), torch.arange(len(row), device=row.device), row, ("check",))
+        ours.append(text.head(text.hidden(single)))
+    logits = torch.cat(ours)
+    worst = float((logits.float() - reference.float()).abs().max()) if logits.shape == reference.shape else float("inf")
+    allowed = HEAD_TOLERANCE * torch.finfo(text.dtype).eps * float(reference.abs().max())
+    if not worst <= allowed:
+        raise EnvironmentProblem(
+            f"The head of '{kind}' models computes its logits in a way that Lorakeet does not know: on {len(logits)} tokens the "
+            f"largest difference is {worst:.3g}, where rounding explains {allowed:.3g}. Models of this type cannot be used yet; "
+            "please report it."
+        )
+
+
+def _choose_attention(text: TextModel, asked: str, reference: Tensor, say: Callable[[str], None]) -> None:
+    """Sets the first attention that gives the model's own logits; only the one `asked` for, unless that is auto."""
+    failures: list[str] = []
+    for attention in ("varlen", "sdpa", "eager") if asked == "auto" else (asked,):
+        failure = _try_attention(text, attention, reference)
+        if failure is None:
+            if failures:
+                say(f"Attention: {attention}, as {'; '.join(failures)}.")
+            return
+        failures.append(failure)
+    raise EnvironmentProblem(f"model.attention {asked} cannot be used: {'; '.join(failures)}. Use model.attention auto.")
+
+
+def _try_attention(text: TextModel, attention: str, reference: Tensor) -> str | None:
+    """None when the model now runs with `attention` and still gives its own logits; else why it does not."""
+    kind = text.model.config.model_type
+    try:
+        set_attention(text.model, attention)
+        if text.attention != attention:
+            return f"'{kind}' models cannot exchange their attention for {attention}"
+        logits = text.head(text.hidden(_check_batch(text)))
+    except EnvironmentProblem as error:
+        return str(error).rstrip(".")
+    except (ValueError, ImportError, TypeError) as error:
+        return f"'{kind}' models do not run with {attention} ({str(error).splitlines()[0].rstrip('.')})"
+    # The median over a row's tokens: rounding may send a single token of a mixture to another expert. The worst row counts: the
+    # first one cannot be reached by what leaks from another.
+    differences = (logits.float() - reference.float()).abs().amax(1)
+    worst = max(float(row.median()) for row in torch.split(differences, list(CHECK_ROWS)))
+    allowed = ATTENTION_TOLERANCE[text.dtype] * float(reference.abs().max())
+    if not worst <= allowed:
+        return f"{attention} gives other logits than the '{kind}' model's own code (by {worst:.3g})"
+    return None
+
+
+def set_attention(model: Any, attention: str) -> None:
+    """Makes the model attend by varlen, sdpa or eager, through transformers' own switch."""
+    if attention == "varlen":
+        register()
+    with quiet_transformers():
+        model.set_attn_implementation(VARLEN if attention == "varlen" else attention)

@@ -1,0 +1,97 @@
+"""The packed form of a streamed text model, in a store of its own: made block by block, and streamed from there.
+
+    store of the model    block 0 │ block 1 │ … │ embedding │ head │ …
+                          its layers folded and rounded, one block in memory
+    store of the packed   block 0 │ block 1 │ … │ embedding │ head │ …       the same but for those layers
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, cast
+
+from torch import Tensor
+
+from lorakeet.memory.store import Store, new_store
+from lorakeet.models import modules
+from lorakeet.models.streaming.load import Residence, open_streamed
+from lorakeet.models.streaming.model import Streamed
+from lorakeet.models.text.load import read_config, set_attention
+from lorakeet.models.text.model import TextModel
+from lorakeet.quant.packed import PackedBase
+from lorakeet.quant.replace import empty_base
+
+_PACKED = "packed"  # of a store's identity: the settings of its packed layers, by path
+
+
+class StoredBases(Mapping[str, PackedBase]):
+    """The packed weights of a store by the path of their layer, each read when it is asked for."""
+
+    def __init__(self, store: Store, paths: Iterable[str]) -> None:
+        self._store, self._settings = store, json.loads(store.identity[_PACKED])
+        self._paths = dict.fromkeys(paths)
+
+    def __getitem__(self, path: str) -> PackedBase:
+        if path not in self._paths:
+            raise KeyError(path)
+        base = empty_base(self._settings[path])
+        base.load_state_dict({leaf: self._store.tensor(f"{path}.base.{leaf}") for leaf in base.state_dict()})
+        return base
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._paths)
+
+    def __len__(self) -> int:
+        return len(self._paths)
+
+
+def write_packed(text: TextModel, blocks: Iterable[Mapping[str, PackedBase]], path: Path) -> list[str]:
+    """Writes to `path` the store of the streamed `text` with other layers: `blocks` gives those of each block, by path, in order.
+
+    Returns the paths of these layers. The packed layers of one block are in memory at a time, or one tensor of what lies outside
+    the blocks. Raises StoreRefused where the disk takes no store.
+    """
+    source = cast(Store, text.store)
+    prefix, _ = modules.block_prefix(text.model, text.family)
+    settings: dict[str, Any] = json.loads(source.identity[_PACKED])
+    identity: dict[str, str] = {}
+    paths: list[str] = []
+    with new_store(path, identity=identity, tensors=8 * len(source.tensors)) as writer:
+        for name in source.tensors:
+            if not name.startswith(f"{prefix}."):
+                owner, _, leaf = name.rpartition(".")
+                writer.add(owner, {leaf: source.tensor(name)})
+        for number, layers in enumerate(blocks):
+            block = f"{prefix}.{number}"
+            writer.add(block, _record(source, block, layers))
+            settings.update({layer: base.settings for layer, base in layers.items()})
+            paths += layers
+        identity[_PACKED] = json.dumps(settings)
+    return paths
+
+
+def open_packed(text: TextModel, path: Path) -> TextModel:
+    """The model in the store at `path`, which `write_packed` made of the streamed `text`: no adapter, the same attention."""
+    before = cast(Streamed, text.streamed).stream
+    model, streamed = open_streamed(
+        Store.open(path, {}), read_config(text.source), text.dtype, text.family, residence=Residence(before.slots)
+    )
+    set_attention(model, text.attention)
+    return dataclasses.replace(text, model=model, streamed=streamed)
+
+
+def _record(source: Store, block: str, layers: Mapping[str, PackedBase]) -> dict[str, Tensor]:
+    """The tensors of a block by their names in it: the packed ones of `layers`, and all else as it is in `source`."""
+    found = {
+        f"{path.removeprefix(f'{block}.')}.base.{leaf}": tensor
+        for path, base in layers.items()
+        for leaf, tensor in base.state_dict().items()
+    }
+    own = [path.removeprefix(f"{block}.") for path in layers]
+    gone = tuple(f"{path}.base." for path in own)
+    dense = {f"{path}.weight" for path in own}
+    kept = [name for name in source.record(block).tensors if name not in dense and not name.startswith(gone)]
+    return {**found, **{name: source.tensor(f"{block}.{name}") for name in kept}}

@@ -1,0 +1,116 @@
+"""Whether all blocks of a model are alike, so that a few of them tell what all of them hold (memory/extrapolate); and those few.
+
+Alike are blocks of the same modules with the same tensors, packing, settings and pairs. That every sixth block of Gemma attends
+to all tokens, that a mixture of experts begins with dense blocks, that --ranks auto gave each block its own ranks is seen here.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+from itertools import islice
+from typing import Any, cast
+
+from torch import nn
+
+from lorakeet.core.plan import Plan
+from lorakeet.models import modules
+from lorakeet.models.families import Family
+from lorakeet.models.text.model import TextModel
+from lorakeet.quant.packed import PackedBase
+
+NUMBER = "layer_idx"  # where transformers' modules keep the number of their block
+
+
+@dataclass(frozen=True)
+class Build:
+    """Makes the text model of a transformers configuration, with all of its blocks or only the first so many."""
+
+    make: Callable[[Any], TextModel]
+    config: Any
+
+    def __call__(self, blocks: int | None = None) -> TextModel:
+        return self.make(self.config if blocks is None else first_blocks_of_config(self.config, blocks))
+
+
+def alike_blocks(model: nn.Module, family: Family, plan: Plan) -> int:
+    """How many blocks there are, where all are alike and have the same pairs; else 0."""
+    prefix, count = modules.block_prefix(model, family)
+    if not count or not _counted_in(model, count) or any(extra.path.startswith(f"{prefix}.") for extra in plan.extras):
+        return 0
+    found = blocks_of(model, family)
+    pairs: dict[str, list[Any]] = {f"{prefix}.{index}": [] for index in range(len(found))}
+    for entry in plan.entries:
+        block = modules.block_of(entry.path, prefix)
+        if block in pairs:
+            pairs[block].append(replace(entry, path=entry.path.removeprefix(block)))
+    first, *others = zip(map(_signature, found), pairs.values(), strict=True)
+    return len(found) if all(other == first for other in others) else 0
+
+
+def last_new_kind(model: nn.Module, family: Family) -> int:
+    """The number of the first block after which, pairs aside, every block is like an earlier one."""
+    seen: list[Any] = []
+    last = 0
+    for number, block in enumerate(blocks_of(model, family)):
+        if (signature := _signature(block)) not in seen:
+            seen.append(signature)
+            last = number
+    return last
+
+
+def pass_first_of_each_kind(passes: Iterable[object], model: nn.Module, family: Family) -> None:
+    """Draws from `passes`, one for each block in order, until every kind has come, and one more, which finds their buffers."""
+    for _ in islice(passes, 2 + last_new_kind(model, family)):
+        pass
+
+
+def blocks_of(model: nn.Module, family: Family) -> list[nn.Module]:
+    """The model's decoder blocks in their order, each the module that computes; empty where there is no list of them."""
+    prefix, count = modules.block_prefix(model, family)
+    return [modules.bare(cast(nn.Module, modules.find(model, f"{prefix}.{index}"))) for index in range(count)]
+
+
+def first_blocks_of_config(config: Any, count: int) -> Any:
+    """A transformers configuration of the same model with `count` blocks."""
+    found = copy.deepcopy(config)
+    text = found.get_text_config()
+    for name, value in list(vars(text).items()):
+        if isinstance(value, list) and len(value) == text.num_hidden_layers:  # one entry for each block
+            setattr(text, name, value[:count])
+    text.num_hidden_layers = count
+    return found
+
+
+def first_blocks_of_plan(plan: Plan, model: nn.Module, family: Family) -> Plan:
+    """What of `plan` is on the modules of `model`, which has fewer blocks than the one that `plan` was made for."""
+    prefix, count = modules.block_prefix(model, family)
+    kept = {f"{prefix}.{index}" for index in range(count)}
+
+    def is_there(path: str) -> bool:
+        return not path.startswith(f"{prefix}.") or modules.block_of(path, prefix) in kept
+
+    return replace(plan, entries=tuple(entry for entry in plan.entries if is_there(entry.path)))
+
+
+def _counted_in(model: Any, count: int) -> bool:
+    """Whether the configuration says how many blocks there are."""
+    text = model.config.get_text_config()
+    return getattr(text, "num_hidden_layers", None) == count
+
+
+def _signature(block: nn.Module) -> list[Any]:
+    """Everything of a block that its arithmetic can hang on, but its number."""
+    return [part for path, module in modules.original_modules(block) for part in (path, type(module), *_settings(module))]
+
+
+def _settings(module: nn.Module) -> Iterator[Any]:
+    for name, value in vars(module).items():
+        if isinstance(value, (bool, int, float, str, tuple)) and name != NUMBER:
+            yield name, value
+    if isinstance(module, PackedBase):
+        yield json.dumps(module.settings, sort_keys=True, default=str)
+    for name, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
+        yield name, tuple(tensor.shape), tensor.dtype

@@ -1,0 +1,303 @@
+"""The HTTP server: routes, keys, errors as each API words them, limits on bodies, logs, and an end that loses nothing."""
+
+from __future__ import annotations
+
+import asyncio
+import ipaddress
+import json
+import logging
+import math
+import socket
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
+from typing import Any
+from urllib.parse import urlsplit
+
+import uvicorn
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+from starlette.requests import Request as HttpRequest
+from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
+from starlette.routing import Route
+
+from lorakeet.errors import ConfigError, DataError, EnvironmentProblem, LorakeetError, VerificationFailed
+from lorakeet.kernels.threads import compute_alone
+from lorakeet.serve.access import Caller, NotAllowed, QuotaSpent
+from lorakeet.serve.engine import Draining, QueueFull
+from lorakeet.serve.naming import UnknownModel
+from lorakeet.serve.registry import NoRoom
+from lorakeet.serve.routes import lifecycle, ollama, openai
+from lorakeet.serve.routes.lifecycle import TooLarge
+from lorakeet.serve.routes.reply import Reply, Stalled, pieces
+from lorakeet.serve.service import Service
+
+Handler = Callable[[HttpRequest], Awaitable[Response]]
+_STATUS: tuple[tuple[type[Exception], int, str], ...] = (  # the first that fits: more special ones come first
+    (UnknownModel, 404, "NotFoundError"),
+    (QueueFull, 429, "rate_limit_error"),
+    (QuotaSpent, 429, "rate_limit_error"),
+    (Draining, 503, "unavailable"),
+    (NoRoom, 503, "unavailable"),
+    (Stalled, 408, "invalid_request_error"),
+    (TooLarge, 413, "invalid_request_error"),
+    (VerificationFailed, 422, "verification_failed"),
+    (ConfigError, 400, "invalid_request_error"),
+    (DataError, 400, "invalid_request_error"),
+    (EnvironmentProblem, 503, "unavailable"),
+    (LorakeetError, 500, "server_error"),
+    (OSError, 507, "storage_error"),
+)
+_NO_ROOM_SECONDS = 1  # until an adapter in use may be free
+log = logging.getLogger("lorakeet.serve")
+
+
+def build_app(service: Service) -> Starlette:
+    """The application. No CORS headers are ever sent, so that a page from elsewhere cannot read an answer."""
+
+    async def model(request: HttpRequest) -> Response:
+        return _sent(await openai.model(service, _caller(service, request), str(request.path_params["name"])))
+
+    routes = [
+        Route("/healthz", _plain(lambda: PlainTextResponse("ok"))),
+        Route("/readyz", _plain(lambda: _ready(service))),
+        Route("/metrics", _of_caller(service, lambda caller: _metrics(service, caller))),
+        Route("/v1/models", _of_caller(service, lambda caller: openai.models(service, caller))),
+        Route("/v1/models/", _of_caller(service, lambda caller: openai.models(service, caller))),  # no model of an empty name
+        Route("/v1/models/{name:path}", _guarded(model)),
+        Route("/v1/chat/completions", _of_body(service, openai.chat_completions), methods=["POST"]),
+        Route("/v1/completions", _of_body(service, openai.completions), methods=["POST"]),
+        Route("/tokenize", _of_body(service, openai.tokenize), methods=["POST"]),
+        Route("/v1/load_lora_adapter", _of_body(service, lifecycle.load), methods=["POST"]),
+        Route("/v1/unload_lora_adapter", _of_body(service, lifecycle.unload), methods=["POST"]),
+        Route("/lora-adapters", _of_caller(service, lambda caller: lifecycle.scales(service, caller)), methods=["GET"]),
+        Route("/lora-adapters", _of_body(service, lifecycle.set_scales), methods=["POST"]),
+        Route("/api/tags", _of_caller(service, lambda caller: ollama.tags(service, caller))),
+        Route("/api/ps", _of_caller(service, lambda caller: ollama.tags(service, caller, loaded=True))),
+        Route("/api/version", _of_caller(service, lambda caller: ollama.version(service, caller))),
+        Route("/api/chat", _of_body(service, ollama.chat), methods=["POST"]),
+        Route("/api/generate", _of_body(service, ollama.generate), methods=["POST"]),
+        *_adapter_routes(service),
+    ]
+
+    @asynccontextmanager
+    async def life(_: Starlette) -> AsyncIterator[None]:
+        if service.engine.cores is not None:  # whoever reads an adapter meanwhile leaves the cores to the engine
+            asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(initializer=compute_alone))
+        yield
+        await service.settle()  # with the engine still running: adapters are put out by it
+        await asyncio.to_thread(service.engine.drain, service.limits.timeout)
+
+    return Starlette(routes=routes, lifespan=life, exception_handlers={HTTPException: _no_such, Exception: _unforeseen})
+
+
+def _adapter_routes(service: Service) -> list[Route]:
+    def name(request: HttpRequest) -> str:
+        return str(request.path_params["name"])
+
+    def upload(request: HttpRequest) -> str:
+        return request.query_params.get("upload", "")
+
+    async def look(request: HttpRequest) -> Response:
+        return _sent(await lifecycle.look(service, _caller(service, request), name(request)))
+
+    async def accept(request: HttpRequest) -> Response:
+        caller = _caller(service, request)
+        return _sent(await lifecycle.accept(service, caller, name(request), await _body(service, request), upload(request)))
+
+    async def pin(request: HttpRequest) -> Response:
+        return _sent(await lifecycle.pin(service, _caller(service, request), name(request), await _body(service, request)))
+
+    async def certify(request: HttpRequest) -> Response:
+        return _sent(await lifecycle.certify(service, _caller(service, request), name(request)))
+
+    async def remove(request: HttpRequest) -> Response:
+        return _sent(await lifecycle.remove(service, _caller(service, request), name(request)))
+
+    async def receive(request: HttpRequest) -> Response:
+        file = str(request.path_params["file"])
+        return _sent(await lifecycle.receive(service, _caller(service, request), request, name(request), file, upload(request)))
+
+    one = "/v1/adapters/{name}"
+    return [
+        Route(one, _guarded(look), methods=["GET"]),
+        Route(one, _guarded(accept), methods=["POST"]),
+        Route(one, _guarded(remove), methods=["DELETE"]),
+        Route(f"{one}/pin", _guarded(pin), methods=["POST"]),
+        Route(f"{one}/certificate", _guarded(certify), methods=["POST"]),
+        Route(f"{one}/{{file}}", _guarded(receive), methods=["PUT"]),
+    ]
+
+
+def run_server(app: Starlette, *, host: str, port: int, ready: Callable[[int], None], patience: float = 600.0) -> None:
+    """Serves until SIGINT or SIGTERM, then lets what was begun end, for at most `patience` seconds: a client may never read its
+    answer. `ready` hears the port once connections are taken."""
+    try:
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        listening = socket.create_server((host, port), family=family, backlog=2048)
+    except OSError as error:
+        raise EnvironmentProblem(
+            f"The server cannot listen on {host}:{port}: {error.strerror or error}. Choose another --host or --port."
+        ) from error
+    config = uvicorn.Config(app, log_level="warning", access_log=False, server_header=False)
+    config.timeout_graceful_shutdown = max(1, math.ceil(patience))
+    _Server(config, ready).run([listening])
+
+
+class _Server(uvicorn.Server):
+    """uvicorn's server, which says when it listens."""
+
+    def __init__(self, config: uvicorn.Config, ready: Callable[[int], None]) -> None:
+        super().__init__(config)
+        self._ready = ready
+
+    async def startup(self, sockets: Any = None) -> None:
+        await super().startup(sockets)
+        if self.started:
+            self._ready(self.servers[0].sockets[0].getsockname()[1])
+
+
+def _plain(answer: Callable[[], Response]) -> Handler:
+    async def handle(_: HttpRequest) -> Response:
+        return answer()
+
+    return handle
+
+
+def _sent(reply: Reply) -> Response:
+    if isinstance(reply.body, str):
+        return Response(reply.body, reply.status, media_type=reply.media)
+    return StreamingResponse(reply.body, reply.status, media_type=reply.media)
+
+
+def _of_caller(service: Service, answer: Callable[[Caller], Awaitable[Reply]]) -> Handler:
+    """A route that reads nothing but who asks."""
+
+    async def handle(request: HttpRequest) -> Response:
+        return _sent(await answer(_caller(service, request)))
+
+    return _guarded(handle)
+
+
+def _of_body(service: Service, answer: Callable[[Service, Caller, HttpRequest, Any], Awaitable[Reply]]) -> Handler:
+    """A route that reads a JSON body."""
+
+    async def handle(request: HttpRequest) -> Response:
+        caller = _caller(service, request)
+        return _sent(await answer(service, caller, request, await _body(service, request)))
+
+    return _guarded(handle)
+
+
+def _guarded(handle: Handler) -> Handler:
+    """Turns errors into answers: vLLM's and OpenAI's shape, and Ollama's where its paths are asked for."""
+
+    async def answer(request: HttpRequest) -> Response:
+        try:
+            return await handle(request)
+        except ClientDisconnect:
+            return Response(status_code=499)  # nobody reads this
+        except (LorakeetError, OSError) as error:
+            status, kind = next((status, kind) for known, status, kind in _STATUS if isinstance(error, known))
+            if isinstance(error, NotAllowed):
+                status, kind = error.status, "authentication_error"
+            message = f"The server's disk refuses: {error.strerror}." if isinstance(error, OSError) else str(error)
+            log.warning("refused path=%s status=%d reason=%s", json.dumps(request.url.path), status, json.dumps(message[:500]))
+            headers = _retry(error)
+            return _refused(request, message, status, kind, headers)
+
+    return answer
+
+
+def _refused(request: HttpRequest, message: str, status: int, kind: str, headers: Mapping[str, str] | None = None) -> Response:
+    """An error as OpenAI and vLLM word it, or as Ollama does below its paths."""
+    if request.url.path.startswith("/api/"):
+        return JSONResponse({"error": message}, status, headers)
+    code = "model_not_found" if status == 404 and kind == "NotFoundError" else None
+    return JSONResponse({"error": {"message": message, "type": kind, "param": None, "code": code}}, status, headers)
+
+
+async def _no_such(request: HttpRequest, error: Exception) -> Response:
+    """No such path, or not by this method."""
+    status, headers = getattr(error, "status_code", 404), getattr(error, "headers", None)
+    message = f"There is no {request.method} {request.url.path} here; docs/how-to/serve.md lists what there is."
+    return _refused(request, message, status, "invalid_request_error", headers)
+
+
+async def _unforeseen(request: HttpRequest, error: Exception) -> Response:
+    """A bug of the server; Starlette raises it again, so that the log shows where."""
+    message = f"The server has failed at this request ({type(error).__name__}); its log says where. Please report this."
+    return _refused(request, message, 500, "server_error")
+
+
+def _retry(error: Exception) -> dict[str, str]:
+    seconds = getattr(error, "retry_after", _NO_ROOM_SECONDS if isinstance(error, NoRoom) else None)
+    return {} if seconds is None else {"Retry-After": str(seconds)}
+
+
+def _caller(service: Service, request: HttpRequest) -> Caller:
+    """Who asks. Without keys, pages of other origins are refused: a browser sends what they post, even if they read no answer.
+
+    So are host names that a page's owner may have pointed at this machine (DNS rebinding); those of a local net pass.
+    """
+    host, origin = request.headers.get("host", ""), request.headers.get("origin")
+    if service.access.open and origin is not None and origin.partition("://")[2] != host:
+        raise NotAllowed(f"Pages of {origin[:100]} may not use this server; ask without a browser, or start it with --keys.", 403)
+    if service.access.open and not _local(host):
+        raise NotAllowed(f"This server is not {host[:100]}; ask it as localhost, or start it with --keys.", 403)
+    return service.access.caller(request.headers.get("authorization"))
+
+
+def _local(host: str) -> bool:
+    """Whether a Host header names a machine by number, or by a name that no public name server gives."""
+    try:
+        name = (urlsplit(f"//{host}").hostname or "").rstrip(".")
+    except ValueError:
+        return False
+    try:
+        ipaddress.ip_address(name)
+    except ValueError:
+        return "." not in name or name.endswith((".localhost", ".local", ".internal"))
+    return True
+
+
+async def _body(service: Service, request: HttpRequest) -> Any:
+    """The JSON of a request; an empty body is an empty object."""
+    raw = bytearray()
+    async for piece in pieces(request, service.limits.pause):
+        raw += piece
+        if len(raw) > service.limits.body:
+            raise TooLarge(f"The request is larger than the {service.limits.body:,} bytes that this server takes.")
+    try:
+        data = json.loads(raw) if raw else {}
+        if b"\\u" in raw or not raw.isascii():  # JSON can spell halves of characters, which no text that is sent can hold
+            json.dumps(data, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        raise ConfigError("The request has half of a character (\\ud800 … \\udfff, a surrogate); leave it out.") from error
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"The request is not JSON: {error}.") from error
+    return data
+
+
+def _ready(service: Service) -> Response:
+    if service.engine.ready:
+        return PlainTextResponse("ready")
+    return PlainTextResponse(service.engine.failure or "not ready", 503)
+
+
+async def _metrics(service: Service, caller: Caller) -> Reply:
+    caller.require_admin()
+    running, waiting = service.engine.load
+    registry = service.registry
+    gauges: dict[str, float] = {
+        "running_texts": running,
+        "waiting_texts": waiting,
+        "engine_steps": service.engine.steps,
+        "adapters_known": len(registry.names),
+        "adapters_resident": registry.resident,
+        "adapters_resident_bytes": registry.resident_bytes,
+        "kv_cache_bytes": service.engine.cache.bytes,
+    }
+    page = service.metrics.text(gauges, lambda name: name == service.base or caller.sees(name))
+    return Reply(page, "text/plain; version=0.0.4")

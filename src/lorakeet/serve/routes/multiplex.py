@@ -1,0 +1,64 @@
+"""Several texts of one request read as one stream, or whole; a client that goes away ends the reading."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Sequence
+
+from lorakeet.serve.engine import Event
+from lorakeet.serve.routes.reply import Incoming
+from lorakeet.serve.service import Service, Text, Writing
+
+
+async def merged(texts: Sequence[Text]) -> AsyncIterator[tuple[int, Event]]:
+    """(index, event) of all texts, in the order in which they come, until all have ended."""
+    queue: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
+
+    async def pump(text: Text) -> None:
+        async for event in text.events():
+            await queue.put((text.index, event))
+
+    pumps = [asyncio.create_task(pump(text)) for text in texts]
+    try:
+        left = len(texts)
+        while left:
+            index, event = await queue.get()
+            left -= event.reason is not None
+            yield index, event
+    finally:
+        for task in pumps:
+            task.cancel()
+
+
+async def collect(request: Incoming, writing: Writing) -> list[list[Event]] | None:
+    """All events of each text, or None once the client is gone."""
+    found: list[list[Event]] = [[] for _ in writing.texts]
+
+    async def read() -> None:
+        async for index, event in merged(writing.texts):
+            found[index].append(event)
+
+    reading, leaving = asyncio.create_task(read()), asyncio.create_task(_gone(request))
+    try:
+        await asyncio.wait({reading, leaving}, return_when=asyncio.FIRST_COMPLETED)
+        return found if reading.done() else None
+    finally:
+        for task in (reading, leaving):
+            task.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await task
+
+
+async def answered(service: Service, request: Incoming, writing: Writing) -> list[list[Event]] | None:
+    """As `collect`; the writing is closed then, whatever came of it."""
+    try:
+        return await collect(request, writing)
+    finally:
+        service.close(writing)
+
+
+async def _gone(request: Incoming) -> None:
+    """Returns when the client has closed the connection."""
+    while (await request.receive())["type"] != "http.disconnect":
+        pass

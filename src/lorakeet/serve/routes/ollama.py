@@ -1,0 +1,144 @@
+"""Ollama's /api/tags, /api/chat, /api/generate, /api/version and /api/ps, by its own client (https://docs.ollama.com/api)."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import AsyncIterator, Mapping
+from datetime import datetime, timezone
+from typing import Any
+
+from lorakeet import __version__
+from lorakeet.errors import ConfigError, LorakeetError
+from lorakeet.serve.access import Caller
+from lorakeet.serve.fields import Fields
+from lorakeet.serve.grammar import ANY_OBJECT
+from lorakeet.serve.routes.multiplex import answered, merged
+from lorakeet.serve.routes.openai import messages
+from lorakeet.serve.routes.reply import NOBODY, Incoming, Reply, as_json
+from lorakeet.serve.sampling import Sampling
+from lorakeet.serve.service import Service, Writing
+
+_CHAT = {"model", "messages", "stream", "options", "keep_alive", "format"}
+_GENERATE = {"model", "prompt", "stream", "options", "keep_alive", "format", "system", "raw"}
+_NEUTRAL: dict[str, Any] = {
+    "tools": [], "think": False, "images": [], "suffix": "", "template": "", "context": [], "logprobs": False,
+}  # fmt: skip
+_OPTIONS = {"temperature", "top_p", "seed", "num_predict", "stop"}
+_NO_EFFECT = {"num_ctx", "num_thread", "num_gpu", "num_batch", "num_keep", "use_mmap", "main_gpu", "low_vram", "numa"}
+_NEUTRAL_OPTIONS: dict[str, Any] = {
+    "top_k": 0, "min_p": 0.0, "repeat_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0, "typical_p": 1.0,
+    "mirostat": 0, "tfs_z": 1.0,
+}  # fmt: skip
+_UNTIL_FULL = (-1, -2)  # Ollama's num_predict for "until the end" and "until the context is full"
+
+
+async def chat(service: Service, caller: Caller, request: Incoming, data: Any) -> Reply:
+    """POST /api/chat; the model is the name of an adapter, with or without ":latest"."""
+    fields = Fields(data)
+    fields.refuse(_CHAT, (), _NEUTRAL)
+    ids = await service.chat_ids(messages(fields))
+    return await _answer(service, caller, request, fields, ids, chat=True)
+
+
+async def generate(service: Service, caller: Caller, request: Incoming, data: Any) -> Reply:
+    """POST /api/generate; the prompt goes through the chat template, if there is one, unless `raw` is set."""
+    fields = Fields(data)
+    fields.refuse(_GENERATE, (), _NEUTRAL)
+    prompt, system = fields.text("prompt", ""), fields.text("system", "")
+    if not prompt:
+        raise ConfigError("prompt is missing or empty.")
+    if fields.flag("raw") or not service.text.tokenizer.chat_template:
+        ids = await service.prompt_ids(f"{system}\n{prompt}" if system else prompt)
+    else:
+        turns = [{"role": "system", "content": system}] if system else []
+        ids = await service.chat_ids([*turns, {"role": "user", "content": prompt}])
+    return await _answer(service, caller, request, fields, ids, chat=False)
+
+
+async def _answer(
+    service: Service, caller: Caller, request: Incoming, fields: Fields, ids: tuple[int, ...], *, chat: bool
+) -> Reply:
+    options = fields.inner("options")
+    options.refuse(_OPTIONS, _NO_EFFECT, _NEUTRAL_OPTIONS)
+    most = options.whole("num_predict", -1)
+    room = max(1, service.engine.context - len(ids))
+    sampling = Sampling(
+        max_tokens=room if most is None or most in _UNTIL_FULL else most,
+        temperature=options.number("temperature", 0.8),
+        top_p=options.number("top_p", 0.9),
+        seed=options.whole("seed"),
+        stop=options.texts("stop"),
+    )
+    model = fields.text("model")
+    writing = await service.write(caller, service.weigh(caller, model, fields), [ids], sampling, schema=_schema(fields))
+    if fields.flag("stream", True):
+        return Reply(_stream(service, writing, model, chat), "application/x-ndjson")
+    found = await answered(service, request, writing)
+    if found is None:
+        return NOBODY
+    last = found[0][-1]
+    if last.reason == "error":
+        raise LorakeetError(last.error)
+    return as_json(_line(model, "".join(event.text for event in found[0]), chat, last.reason, writing))
+
+
+def _schema(fields: Fields) -> Mapping[str, Any] | None:
+    """Ollama's format: "json", or a JSON schema itself."""
+    asked = fields.data.get("format")
+    if asked == "json":
+        return ANY_OBJECT
+    if isinstance(asked, str) and asked:
+        raise ConfigError(f"format is {asked!r}; expected json or a JSON schema.")
+    return fields.inner("format").data if asked else None
+
+
+async def _stream(service: Service, writing: Writing, model: str, chat: bool) -> AsyncIterator[str]:
+    """One JSON object a line."""
+    try:
+        async for _, event in merged(writing.texts):
+            if event.reason == "error":
+                yield json.dumps({"error": event.error}) + "\n"
+            elif event.text or event.reason:
+                yield json.dumps(_line(model, event.text, chat, event.reason, writing), ensure_ascii=False) + "\n"
+    finally:
+        service.close(writing)
+
+
+def _line(model: str, text: str, chat: bool, reason: str | None, writing: Writing) -> dict[str, Any]:
+    body: dict[str, Any] = {"message": {"role": "assistant", "content": text}} if chat else {"response": text}
+    line = {"model": model, "created_at": _now(), **body, "done": reason is not None}
+    job = writing.texts[0].job
+    if reason is None or job is None:
+        return line
+    first = (job.timing.first or time.monotonic()) - job.timing.submitted
+    total = time.monotonic() - job.timing.submitted
+    return {
+        **line,
+        "done_reason": "stop" if reason == "stop" else "length",
+        "total_duration": int(total * 1e9),
+        "prompt_eval_count": writing.prompt,
+        "prompt_eval_duration": int(first * 1e9),
+        "eval_count": writing.written,
+        "eval_duration": int((total - first) * 1e9),
+    }
+
+
+def _now() -> str:
+    return datetime.now(timezone.utc).isoformat().replace("+00:00", "Z")
+
+
+async def tags(service: Service, caller: Caller, *, loaded: bool = False) -> Reply:
+    """GET /api/tags: the base and the adapters, as models. GET /api/ps: those in memory."""
+    details = {"format": "safetensors", "family": service.text.family.name, "parent_model": service.base}
+    found = [{"name": service.base, "model": service.base, "modified_at": _now(), "size": 0, "digest": "", "details": details}]
+    for version in service.registry.versions:
+        if caller.sees(version.name) and (version.loaded or not loaded):
+            about = {"size": version.source.bytes, "digest": version.source.digest, "details": details}
+            found.append({"name": version.name, "model": version.name, "modified_at": _now(), **about})
+    return as_json({"models": found})
+
+
+async def version(service: Service, caller: Caller) -> Reply:
+    """GET /api/version."""
+    return as_json({"version": __version__})

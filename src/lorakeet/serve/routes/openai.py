@@ -1,0 +1,283 @@
+"""OpenAI's /v1/chat/completions, /v1/completions and /v1/models (https://platform.openai.com/docs/api-reference).
+
+And vLLM's /tokenize, by which `lorakeet verify` sees whether prompts are read as in training.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+import uuid
+from collections.abc import AsyncIterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from lorakeet.errors import ConfigError, LorakeetError
+from lorakeet.serve.access import Caller
+from lorakeet.serve.engine import Event
+from lorakeet.serve.fields import Fields
+from lorakeet.serve.grammar import ANY_OBJECT
+from lorakeet.serve.routes.multiplex import answered, merged
+from lorakeet.serve.routes.reply import NOBODY, Incoming, Reply, as_json
+from lorakeet.serve.sampling import Chosen, Sampling
+from lorakeet.serve.service import Service, Writing
+from lorakeet.serve.text_stream import token_bytes
+
+_COMMON = {
+    "model", "max_tokens", "temperature", "top_p", "n", "seed", "stop", "stream", "stream_options", "logprobs", "lora",
+    "response_format",
+}  # fmt: skip
+_CHAT = _COMMON | {"messages", "max_completion_tokens", "top_logprobs"}
+_COMPLETION = _COMMON | {"prompt"}
+_WITHOUT_EFFECT = {"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "parallel_tool_calls"}
+_NEUTRAL: dict[str, Any] = {
+    "frequency_penalty": 0, "presence_penalty": 0, "logit_bias": {}, "tools": [], "tool_choice": "none", "functions": [],
+    "echo": False, "best_of": 1, "suffix": "", "modalities": ["text"],
+}  # fmt: skip
+_OF_MESSAGE = {  # not its text; servers and clients send it back with their own answers
+    "name", "refusal", "thinking", "reasoning", "reasoning_content", "annotations", "parsed", "id", "tool_call_id", "tool_name",
+}  # fmt: skip
+_NEUTRAL_OF_MESSAGE: dict[str, Any] = {"images": [], "tool_calls": [], "function_call": {}, "audio": {}}
+MOST_PROMPTS = 128  # in one request
+_ROLES = ("system", "user", "assistant", "developer", "tool")
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """A request, understood."""
+
+    model: str
+    prompts: Sequence[tuple[int, ...]]
+    sampling: Sampling
+    n: int
+    stream: bool
+    usage: bool  # whether the stream ends with counts
+    chat: bool
+    tell: bool  # log-probabilities
+    schema: Mapping[str, Any] | None  # of JSON that is written
+
+
+async def chat_completions(service: Service, caller: Caller, request: Incoming, data: Any) -> Reply:
+    """POST /v1/chat/completions."""
+    fields = Fields(data)
+    fields.refuse(_CHAT, _WITHOUT_EFFECT, _NEUTRAL)
+    tell = fields.flag("logprobs")
+    top = fields.whole("top_logprobs", 0) or 0
+    if top and not tell:
+        raise ConfigError("top_logprobs needs logprobs: true.")
+    limit = fields.whole("max_completion_tokens", fields.whole("max_tokens"))
+    ids = await service.chat_ids(messages(fields))
+    asked = _asked(service, fields, [ids], limit, logprobs=top if tell else None, chat=True)
+    return await _answer(service, caller, request, asked, fields)
+
+
+async def completions(service: Service, caller: Caller, request: Incoming, data: Any) -> Reply:
+    """POST /v1/completions; the prompt is a text, a list of token ids, or a list of these."""
+    fields = Fields(data)
+    fields.refuse(_COMPLETION, _WITHOUT_EFFECT, _NEUTRAL)
+    given = fields.data.get("prompt")
+    listed = isinstance(given, list) and any(isinstance(part, (str, list)) for part in given)
+    several: list[Any] = list(given or ()) if listed else [given]
+    if len(several) > MOST_PROMPTS:
+        raise ConfigError(f"prompt is a list of {len(several)}; at most {MOST_PROMPTS} are taken at once.")
+    prompts = [await _prompt(service, one) for one in several]
+    limit = fields.whole("max_tokens", 16)
+    asked = _asked(service, fields, prompts, limit, logprobs=fields.whole("logprobs"), chat=False)
+    return await _answer(service, caller, request, asked, fields)
+
+
+async def _prompt(service: Service, given: Any) -> tuple[int, ...]:
+    """The tokens of one prompt: a text, or ids already."""
+    if isinstance(given, list) and given and all(isinstance(part, int) and not isinstance(part, bool) for part in given):
+        vocabulary = len(service.text.tokenizer)
+        if not all(0 <= number < vocabulary for number in given):
+            raise ConfigError(f"prompt holds a token id outside 0 … {vocabulary - 1}.")
+        return tuple(given)
+    if isinstance(given, list):
+        raise ConfigError("prompt is a list of neither texts nor token ids; expected a text, token ids, or a list of these.")
+    return await service.prompt_ids(Fields({"prompt": given}).text("prompt"))
+
+
+async def tokenize(service: Service, caller: Caller, request: Incoming, data: Any) -> Reply:
+    """POST /tokenize, as vLLM has it: the ids of a raw prompt or of a conversation, before anything is written."""
+    fields = Fields(data)
+    chat = "messages" in fields.data
+    neutral = {"add_special_tokens": not chat, "add_generation_prompt": chat}
+    fields.refuse({"model", "messages" if chat else "prompt"}, (), neutral)
+    service.meant(caller, fields.text("model"))
+    ids = await (service.chat_ids(messages(fields)) if chat else service.prompt_ids(fields.text("prompt")))
+    return as_json({"count": len(ids), "max_model_len": service.engine.context, "tokens": list(ids)})
+
+
+def messages(fields: Fields) -> list[dict[str, str]]:
+    """The messages of a chat request; text parts are joined. ConfigError for anything but text."""
+    given = fields.data.get("messages")
+    if not isinstance(given, list) or not given:
+        raise ConfigError("messages is missing or empty; expected a list of {role, content}.")
+    found = []
+    for number, entry in enumerate(given):
+        message = Fields(entry, f"messages[{number}]")
+        message.refuse({"role", "content"}, _OF_MESSAGE, _NEUTRAL_OF_MESSAGE)
+        role, content = message.text("role"), message.data.get("content")
+        if role not in _ROLES:
+            raise ConfigError(f"role of messages[{number}] is {role!r}; expected one of {', '.join(_ROLES)}.")
+        if isinstance(content, list):
+            parts = [Fields(part, f"a part of messages[{number}]") for part in content]
+            if any(part.text("type") != "text" for part in parts):
+                raise ConfigError(f"messages[{number}] has a part that is no text; this server takes text only.")
+            content = "".join(part.text("text") for part in parts)
+        if not isinstance(content, str):
+            raise ConfigError(f"content of messages[{number}] must be a text.")
+        found.append({"role": "system" if role == "developer" else role, "content": content})
+    return found
+
+
+def _asked(
+    service: Service, fields: Fields, prompts: Sequence[tuple[int, ...]], limit: int | None, *, logprobs: int | None, chat: bool
+) -> _Asked:
+    sampling = Sampling(
+        max_tokens=max(1, service.engine.context - len(prompts[0])) if limit is None else limit,
+        temperature=fields.number("temperature", 1.0),
+        top_p=fields.number("top_p", 1.0),
+        seed=fields.whole("seed"),
+        stop=fields.texts("stop"),
+        logprobs=logprobs,
+    )
+    sampling.check()
+    stream, usage = fields.flag("stream"), fields.inner("stream_options").flag("include_usage")
+    texts, schema = fields.whole("n", 1) or 0, _schema(fields)
+    return _Asked(fields.text("model"), prompts, sampling, texts, stream, usage, chat, logprobs is not None, schema)
+
+
+def _schema(fields: Fields) -> Mapping[str, Any] | None:
+    """What response_format asks for: a JSON schema, any JSON object, or nothing."""
+    asked = fields.inner("response_format")
+    kind = asked.text("type", "text")
+    if kind == "json_schema":
+        inner = asked.inner("json_schema")
+        if inner.data.get("schema") is None:
+            raise ConfigError('response_format has no schema; expected {"type": "json_schema", "json_schema": {"schema": {…}}}.')
+        return inner.inner("schema").data
+    if kind not in ("text", "json_object"):
+        raise ConfigError(f"type of response_format is {kind!r}; expected text, json_object or json_schema.")
+    return ANY_OBJECT if kind == "json_object" else None
+
+
+async def _answer(service: Service, caller: Caller, request: Incoming, asked: _Asked, fields: Fields) -> Reply:
+    meant = service.weigh(caller, asked.model, fields)
+    writing = await service.write(caller, meant, asked.prompts, asked.sampling, texts=asked.n, schema=asked.schema)
+    head = {
+        "id": ("chatcmpl-" if asked.chat else "cmpl-") + uuid.uuid4().hex,
+        "created": int(time.time()),
+        "model": asked.model,
+    }
+    if asked.stream:
+        return Reply(_stream(service, writing, asked, head), "text/event-stream")
+    found = await answered(service, request, writing)
+    if found is None:
+        return NOBODY
+    choices = [_whole(service, asked, index, events) for index, events in enumerate(found)]
+    kind = "chat.completion" if asked.chat else "text_completion"
+    return as_json({**head, "object": kind, "choices": choices, "usage": _usage(writing)})
+
+
+async def _stream(service: Service, writing: Writing, asked: _Asked, head: dict[str, Any]) -> AsyncIterator[str]:
+    """Server-sent events, one for each piece of text that can be shown."""
+    kind = "chat.completion.chunk" if asked.chat else "text_completion"
+    try:
+        if asked.chat:
+            for text in writing.texts:
+                delta = {"role": "assistant", "content": ""}
+                yield _sse({**head, "object": kind, "choices": [{"index": text.index, "delta": delta, "finish_reason": None}]})
+        async for index, event in merged(writing.texts):
+            if event.reason == "error":
+                yield _sse({"error": {"message": event.error, "type": "server_error", "param": None, "code": None}})
+            elif event.text or event.reason or event.chosen is not None:
+                yield _sse({**head, "object": kind, "choices": [_piece(service, asked, index, event)]})
+        if asked.usage:
+            yield _sse({**head, "object": kind, "choices": [], "usage": _usage(writing)})
+        yield "data: [DONE]\n\n"
+    finally:
+        service.close(writing)
+
+
+def _piece(service: Service, asked: _Asked, index: int, event: Event) -> dict[str, Any]:
+    told = _logprobs(service, asked, [event.chosen] if event.chosen else [])
+    finish = _finish(event)
+    if asked.chat:
+        delta = {"content": event.text} if event.text or event.chosen else {}
+        return {"index": index, "delta": delta, "finish_reason": finish, "logprobs": told}
+    return {"index": index, "text": event.text, "finish_reason": finish, "logprobs": told}
+
+
+def _whole(service: Service, asked: _Asked, index: int, events: list[Event]) -> dict[str, Any]:
+    last = events[-1]
+    if last.reason == "error":
+        raise LorakeetError(last.error)
+    content = "".join(event.text for event in events)
+    told = _logprobs(service, asked, [event.chosen for event in events if event.chosen is not None])
+    body = {"message": {"role": "assistant", "content": content, "refusal": None}} if asked.chat else {"text": content}
+    return {"index": index, **body, "finish_reason": _finish(last), "logprobs": told}
+
+
+def _finish(event: Event) -> str | None:
+    """OpenAI knows "stop" and "length"; a text that ran out of time was cut, as by a limit."""
+    if event.reason is None:
+        return None
+    return "stop" if event.reason == "stop" else "length"
+
+
+def _logprobs(service: Service, asked: _Asked, chosen: list[Chosen]) -> dict[str, Any] | None:
+    if not asked.tell:
+        return None
+    if asked.chat:
+        content = [
+            {**_entry(service, one.token, one.logprob), "top_logprobs": [_entry(service, *other) for other in one.top]}
+            for one in chosen
+        ]
+        return {"content": content, "refusal": None}
+    named = [(_token(service, one.token), one) for one in chosen]
+    return {
+        "tokens": [token for token, _ in named],
+        "token_logprobs": [one.logprob for _, one in named],
+        "top_logprobs": [{_token(service, other): value for other, value in one.top} for _, one in named],
+        "text_offset": [],
+    }
+
+
+def _entry(service: Service, number: int, logprob: float | None) -> dict[str, Any]:
+    token = _token(service, number)
+    return {"token": token, "logprob": logprob, "bytes": list(token_bytes(service.text.tokenizer, number, token))}
+
+
+def _token(service: Service, number: int) -> str:
+    return str(service.text.tokenizer.decode([number], skip_special_tokens=False, clean_up_tokenization_spaces=False))
+
+
+def _usage(writing: Writing) -> dict[str, Any]:
+    return {
+        "prompt_tokens": writing.prompt,
+        "completion_tokens": writing.written,
+        "total_tokens": writing.prompt + writing.written,
+        "prompt_tokens_details": {"cached_tokens": writing.cached},
+    }
+
+
+def _sse(data: dict[str, Any]) -> str:
+    return f"data: {json.dumps(data, ensure_ascii=False)}\n\n"
+
+
+async def models(service: Service, caller: Caller) -> Reply:
+    """GET /v1/models: the base, and the adapters that the caller may use, each with `parent` and `root`."""
+    listed = [{"id": service.base, "object": "model", "created": service.began, "owned_by": "lorakeet", "parent": None}]
+    for version in service.registry.versions:
+        if caller.sees(version.name):
+            about = {"parent": service.base, "root": str(version.source.path), "loaded": version.loaded, "pinned": version.pinned}
+            listed.append({"id": version.name, "object": "model", "created": service.began, "owned_by": "lorakeet", **about})
+    return as_json({"object": "list", "data": listed})
+
+
+async def model(service: Service, caller: Caller, name: str) -> Reply:
+    """GET /v1/models/NAME: the base, an adapter, or a mix, as it can be asked for."""
+    about = {"id": name, "object": "model", "created": service.began, "owned_by": "lorakeet"}
+    return as_json({**about, "parent": service.base if service.meant(caller, name) else None})

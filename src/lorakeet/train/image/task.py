@@ -1,0 +1,235 @@
+"""Pictures as a task of the loop: an ImageModel with one injected adapter, encoded training and held-out pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import Module, Parameter
+
+from lorakeet.core.adapter import Adapter
+from lorakeet.core.initialise import seed_for
+from lorakeet.core.lowrank import LoraPair
+from lorakeet.data.batches import StepOrder
+from lorakeet.data.images.spec import ImageSpec
+from lorakeet.formats.peft import peft
+from lorakeet.formats.sd_names import with_components, without_component
+from lorakeet.models import inject
+from lorakeet.models.image.kinds import Conditioning
+from lorakeet.models.image.latent_cache import Captions, EncodedImage
+from lorakeet.models.image.model import ImageModel, stack
+from lorakeet.models.image.noise import Noising
+from lorakeet.train.image.loss import Draw, add_noise, draw, errors_of, fixed_draws, target_of, weights_of
+from lorakeet.train.image_spec import DiffusionSpec
+from lorakeet.train.processes import ALONE
+from lorakeet.train.pruning import Pruning
+from lorakeet.train.spec import TrainSpec
+from lorakeet.train.task import HeldOut, Size, by_batch
+
+LEARNING_RATE = 1e-4  # what diffusers' and kohya's documentation use for LoRA on Stable Diffusion
+
+
+@dataclass(frozen=True)
+class ImageBatch:
+    """n pictures of one size, with everything that chance decided about them."""
+
+    latents: Tensor  # (n, channels, h, w)
+    noise: Tensor  # the same shape
+    timesteps: Tensor  # (n,): numbers of steps, least noise first
+    captions: tuple[str, ...]
+    sizes: Tensor  # (n, 6)
+    shares: Tensor | None = None  # (n,) by which their errors count, where there are pictures of the subject's kind
+
+
+class ImageTask:
+    """Trains the adapter `name`, which must have been injected into `model.parts` and be active.
+
+    With `prior`, pictures of the subject's kind, a step sees as many of them as of the subject, and its loss is the mean error of
+    the subject's pictures + `diffusion.prior_weight` · that of the others (DreamBooth, https://arxiv.org/abs/2208.12242).
+    `watch` is called with the number of steps taken after each held-out evaluation.
+    """
+
+    processes = ALONE
+    pruning: Pruning | None = None
+    prior: Sequence[EncodedImage] = ()
+    watch: Callable[[int], None] | None = None
+
+    def __init__(
+        self,
+        model: ImageModel,
+        train: Sequence[EncodedImage],
+        *,
+        held_out: Sequence[EncodedImage],
+        captions: Captions,
+        spec: TrainSpec,
+        images: ImageSpec,
+        diffusion: DiffusionSpec,
+        name: str = "default",
+    ) -> None:
+        self.model, self.train, self.held_out_rows, self.captions = model, list(train), list(held_out), captions
+        self.spec, self.images, self.name = spec, images, name
+        self.diffusion = diffusion.resolved(model.prediction, model.kind.guidance)
+        self.taken = 0
+        self.order = StepOrder(len(self.train), spec.batch_size, spec.seed)
+        model.parts.eval()
+        self.pairs = [module for path, module in model.parts.named_modules() if self._is_trained(path, module)]
+        if diffusion.checkpointing:
+            model.denoiser.enable_gradient_checkpointing()
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return self.order.steps_per_epoch
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.model.dtype
+
+    @property
+    def learning_rate(self) -> float:
+        return LEARNING_RATE
+
+    def parameters(self) -> dict[str, Parameter]:
+        return inject.trained_parameters(self.model.parts, self.name)
+
+    def fixed(self) -> dict[str, Tensor]:
+        return {
+            f"{path}.{key}": buffer
+            for path, module in self.model.parts.named_modules()
+            if self._is_trained(path, module)
+            for key, buffer in module.named_buffers(recurse=False)
+        }
+
+    def _is_trained(self, path: str, module: Module) -> bool:
+        return isinstance(module, LoraPair) and f".adapters.{self.name}." in f"{path}."
+
+    def batches(self, step: int) -> list[ImageBatch]:
+        """The step's pictures in parts of one size and at most `at_once`; their noise does not depend on how they are cut."""
+        self.taken = step + 1
+        drawn: dict[tuple[int, ...], list[tuple[EncodedImage, Draw, float]]] = {}
+        for place, (picture, share) in enumerate(self._pictures(step)):
+            shape = tuple(picture.latents.shape[1:])
+            chance = draw(
+                shape, self.diffusion, seed=self.spec.seed, step=step, place=place, variants=len(picture.latents),
+                timesteps=len(self.model.noising), dropout=self.images.caption_dropout,
+            )  # fmt: skip
+            drawn.setdefault(shape, []).append((picture, chance, share))
+        size = self.diffusion.at_once
+        return [_batch(same[at : at + size]) for same in drawn.values() for at in range(0, len(same), size)]
+
+    def _pictures(self, step: int) -> list[tuple[EncodedImage, float]]:
+        """The pictures of a step and by how much each counts, so that Σ share·error / all pictures is the step's loss."""
+        own = [self.train[number] for number in self.order.indices(step)]
+        if not self.prior:
+            return [(picture, 1.0) for picture in own]
+        generator = torch.Generator().manual_seed(seed_for(self.spec.seed, f"prior of step {step}"))
+        others = torch.randint(len(self.prior), (len(own),), generator=generator).tolist()
+        weight = 2.0 * self.diffusion.prior_weight
+        return [*((picture, 2.0) for picture in own), *((self.prior[number], weight) for number in others)]
+
+    def size(self, batch: ImageBatch) -> Size:
+        """A picture is one token and one target: the step's loss is the mean over its pictures."""
+        return Size(rows=len(batch.latents), tokens=len(batch.latents), targets=len(batch.latents))
+
+    def gradients(self, batches: Sequence[ImageBatch], targets: float) -> Tensor:
+        return by_batch(self.loss, batches, targets)
+
+    def loss(self, batch: ImageBatch) -> Tensor:
+        """The sum of the weighted errors of a batch's pictures, with gradient; dropout in the pairs alone.
+
+        The base computes as it does where it is judged and drawn with: T5's own dropout would have its captions read otherwise.
+        """
+        for pair in self.pairs:
+            if not pair.training:
+                pair.train()
+        steps = self.model.noising.at(batch.timesteps)
+        weights = weights_of(steps, self.model.prediction, self.diffusion.min_snr_gamma)
+        if batch.shares is not None:
+            weights = weights * batch.shares
+        errors = self._errors(batch, steps)
+        return (errors * weights.to(errors.device)).sum()
+
+    def held_out(self) -> HeldOut | None:
+        """For each held-out picture the sum of its plain errors at fixed timesteps and noises, and how many those are."""
+        if not self.held_out_rows:
+            return None
+        found = HeldOut(*denoising_errors(self.model, self.held_out_rows, self.captions, self.diffusion))
+        if self.watch is not None:
+            self.watch(self.taken)
+        return found
+
+    def adapter(self) -> Adapter:
+        """The adapter as it is now, as a value whose paths begin with the component, as every format has them."""
+        return with_components(inject.adapter_of(self.model.parts, self.name, base=self.model.name))
+
+    def save(self, folder: Path) -> None:
+        """Writes adapter/ in PEFT's layout; that of a denoiser alone has the denoiser's paths, so that PEFT can load it."""
+        peft.write(without_component(self.adapter()), folder)
+
+    def _errors(self, batch: ImageBatch, steps: Noising) -> Tensor:
+        return _errors(self.model, batch, steps, self._told)
+
+    def _told(self, captions: Sequence[str]) -> Conditioning:
+        if self.diffusion.text_encoder:
+            return self.model.describe(captions)
+        return stack([self.captions.of(caption) for caption in captions])
+
+
+def denoising_errors(
+    model: ImageModel,
+    rows: Sequence[EncodedImage],
+    captions: Captions,
+    spec: DiffusionSpec,
+    *,
+    progress: Callable[[int], None] | None = None,
+) -> tuple[np.ndarray[tuple[int], np.dtype[np.float64]], np.ndarray[tuple[int], np.dtype[np.float64]]]:
+    """For each picture, the sum of its squared errors at `spec.held_out_timesteps` fixed timesteps, and how many those are.
+
+    Timesteps and noises depend on the picture alone, so that two models, or two steps of one run, are compared on the same ones.
+    No weighting: the numbers of runs with and without min-SNR can be compared.
+    """
+    model.parts.eval()
+    sums = np.zeros(len(rows))
+
+    def told(texts: Sequence[str]) -> Conditioning:
+        return model.describe(texts) if spec.text_encoder else stack([captions.of(text) for text in texts])
+
+    with torch.no_grad():
+        for number, picture in enumerate(rows):
+            latents = picture.latents[0]
+            timesteps, noises = fixed_draws(
+                tuple(latents.shape), picture.row.key, count=spec.held_out_timesteps, timesteps=len(model.noising)
+            )
+            for at in range(0, len(timesteps), spec.at_once):
+                some = timesteps[at : at + spec.at_once]
+                count = len(some)
+                batch = ImageBatch(
+                    latents.expand(count, *latents.shape), noises[at : at + count], some, (picture.row.caption,) * count,
+                    picture.sizes[:1].expand(count, 6),
+                )  # fmt: skip
+                sums[number] += float(_errors(model, batch, model.noising.at(some), told).double().sum())
+            if progress:
+                progress(1)
+    return sums, np.full(len(rows), float(spec.held_out_timesteps))
+
+
+def _errors(model: ImageModel, batch: ImageBatch, steps: Noising, told: Callable[[Sequence[str]], Conditioning]) -> Tensor:
+    latents, noise = batch.latents.to(model.device), batch.noise.to(model.device)
+    noisy = add_noise(latents, noise, steps)
+    predicted = model.predict(noisy, steps.times, told(batch.captions), batch.sizes)
+    return errors_of(predicted, target_of(latents, noise, steps, model.prediction))
+
+
+def _batch(drawn: Sequence[tuple[EncodedImage, Draw, float]]) -> ImageBatch:
+    shares = torch.tensor([share for *_, share in drawn])
+    return ImageBatch(
+        latents=torch.stack([picture.latents[chance.variant] for picture, chance, _ in drawn]),
+        noise=torch.stack([chance.noise for _, chance, _ in drawn]),
+        timesteps=torch.tensor([chance.timestep for _, chance, _ in drawn]),
+        captions=tuple("" if chance.dropped else picture.row.caption for picture, chance, _ in drawn),
+        sizes=torch.stack([picture.sizes[chance.variant] for picture, chance, _ in drawn]),
+        shares=None if bool((shares == 1).all()) else shares,
+    )

@@ -1,0 +1,154 @@
+"""The loss of text: cross-entropy on supervised tokens only, with the head applied to those positions alone, in chunks.
+
+A vocabulary is far wider than a hidden state: logits of 2,048 tokens over 128,000 words take 1 GB in fp32, their gradient
+another. Here at most `chunk` × vocabulary logits exist at any moment.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Protocol, cast
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
+
+from lorakeet.core.base import frozen_product, write_frozen_product
+from lorakeet.core.kernels import runs_on
+from lorakeet.core.tiled_product import TILE, Rows, add_back_products, back_product, tiles
+from lorakeet.data.pack import Batch
+from lorakeet.kernels.cpu import head as native
+from lorakeet.kernels.tiled_weight import Kernels
+
+CHUNK = 256
+
+
+class TextHead(Protocol):
+    """The part of a TextModel that the loss needs (see models/text/model)."""
+
+    @property
+    def head_weight(self) -> Rows | None: ...
+
+    @property
+    def kernels(self) -> Kernels | None: ...
+
+    def hidden(self, batch: Batch) -> Tensor: ...
+
+    def head(self, hidden: Tensor) -> Tensor: ...
+
+
+def text_loss(text: TextHead, batch: Batch, *, chunk: int = CHUNK) -> tuple[Tensor, int]:
+    """The sum of −log p(target) over the supervised tokens of `batch`, with gradient, and how many tokens that are."""
+    return head_losses(text, text.hidden(batch), batch.target_ids, chunk=chunk).sum(), batch.targets
+
+
+def head_losses(text: TextHead, hidden: Tensor, targets: Tensor, *, chunk: int = CHUNK) -> Tensor:
+    """−log p(target) (n,) of hidden states (n, hidden) that the decoder has given already, targets (n,), with gradient."""
+    targets = targets.to(hidden.device)
+    weight = text.head_weight
+    if weight is not None:
+        return frozen_head_losses(hidden, weight, targets, chunk=chunk, kernels=text.kernels)
+    return any_head_losses(hidden, text.head, targets, chunk=chunk)
+
+
+class _FrozenHeadLoss(torch.autograd.Function):
+    """Cross-entropies under a frozen head W (vocab, hidden), with each ∂L/∂h ready when the forward pass ends.
+
+    With z = W·h and p = softmax(z) for one position with target t:
+
+        L = log Σ exp z − z_t        ∂L/∂z = p − onehot(t)        ∂L/∂h = (p − onehot(t))·W
+
+    W gets no gradient, so ∂L/∂h needs nothing from the backward pass but the factor ∂/∂L, a number for each. It is computed
+    per chunk while z is at hand: no logits are kept and none are computed twice. Softmax runs in fp32. W is used in tiles of
+    rows, whether it is in memory or in a store, so that both give the same bits. Where Triton kernels are asked for, one of them
+    makes loss and ∂L/∂z of z (kernels/triton/loss); in bf16 on a CPU a kernel in C does so in place (kernels/cpu/head), where
+    else z takes twice the memory, in fp32.
+    """
+
+    @staticmethod
+    def forward(  # noqa: PLR0917 - apply() takes positional arguments only
+        ctx: Any, hidden: Tensor, weight: Rows, targets: Tensor, chunk: int, wants_grad: bool, kernels: Kernels | None
+    ) -> Tensor:
+        exact = torch.promote_types(hidden.dtype, torch.float32)
+        losses = torch.empty(len(targets), dtype=exact, device=hidden.device)
+        grad = torch.empty_like(hidden) if wants_grad else None
+        narrow = kernels is None and native.serves(hidden, weight.dtype)
+        for start in range(0, len(targets), chunk):
+            part = slice(start, start + chunk)
+            if narrow:
+                losses[part], found = _by_native(hidden[part], weight, targets[part], wants_grad)
+                if grad is not None and found is not None:
+                    grad[part] = found
+                continue
+            logits = torch.empty((len(hidden[part]), weight.shape[0]), dtype=exact, device=hidden.device)  # (chunk, vocab)
+            for tile in tiles(weight.shape[0]):
+                logits[:, tile] = frozen_product(hidden[part], weight[tile])
+            losses[part] = _loss_in_place(logits, targets[part], wants_grad, kernels)
+            if grad is not None:
+                grad[part] = back_product(logits, weight, weight.dtype)
+            del logits  # before the next ones are there
+        if grad is not None:
+            ctx.save_for_backward(grad)
+        return losses
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        (grad,) = ctx.saved_tensors
+        return grad * upstream.to(grad.dtype).unsqueeze(1), None, None, None, None, None
+
+
+def _by_native(hidden: Tensor, weight: Rows, targets: Tensor, wants_grad: bool) -> tuple[Tensor, Tensor | None]:
+    """Losses (n,) and, if wanted, ∂L/∂h (n, hidden) in fp32."""
+    logits = hidden.new_empty(len(hidden), weight.shape[0])
+    of_tiles = native.blocks(logits, TILE)
+    for tile, block in of_tiles:
+        write_frozen_product(block, hidden, weight[tile])
+    losses = cast(Tensor, native.HEAD_LOSSES(logits, targets, TILE, wants_grad))
+    if not wants_grad:
+        return losses, None
+    total = torch.zeros(hidden.shape)
+    add_back_products(total, of_tiles, weight)
+    return losses, total
+
+
+def _loss_in_place(logits: Tensor, targets: Tensor, wants_grad: bool, kernels: Kernels | None) -> Tensor:
+    """Logits z (n, vocabulary) and targets (n,) to the losses (n,). z is used up: ∂L/∂z if wanted, else anything."""
+    if logits.dtype == torch.float32 and runs_on(kernels, logits, targets):
+        from lorakeet.kernels.triton.loss import loss_in_place
+
+        return loss_in_place(logits, targets, wants_grad=wants_grad)
+    index = targets.unsqueeze(1)
+    chosen = logits.gather(1, index).squeeze(1)
+    top = logits.amax(1, keepdim=True)
+    likelihood = logits.sub_(top).exp_()  # the unnormalised p
+    norm = likelihood.sum(1, keepdim=True)
+    if wants_grad:
+        likelihood.div_(norm).scatter_add_(1, index, torch.full_like(norm, -1.0))
+    return (norm.log() + top).squeeze(1).sub_(chosen)
+
+
+def frozen_head_losses(
+    hidden: Tensor, weight: Rows, targets: Tensor, *, chunk: int = CHUNK, kernels: Kernels | None = None
+) -> Tensor:
+    """−log softmax(hidden·Wᵀ)[target] (n,); hidden (n, hidden), W (vocab, hidden) frozen, targets (n,)."""
+    if hidden.dtype != weight.dtype:
+        hidden = hidden.to(weight.dtype)
+    wants_grad = torch.is_grad_enabled() and hidden.requires_grad  # inside forward() gradients are off for everyone
+    return cast(Tensor, _FrozenHeadLoss.apply(hidden, weight, targets, chunk, wants_grad, kernels))  # type: ignore[no-untyped-call]
+
+
+def any_head_losses(hidden: Tensor, head: Callable[[Tensor], Tensor], targets: Tensor, *, chunk: int = CHUNK) -> Tensor:
+    """The same under any head: adapted, with new rows, biased or soft-capped. Each chunk is computed again in backward."""
+    found = [hidden.new_empty(0, dtype=torch.promote_types(hidden.dtype, torch.float32))]
+    for start in range(0, len(targets), chunk):
+        part = slice(start, start + chunk)
+        found.append(cast(Tensor, checkpoint(_chunk_losses, head, hidden[part], targets[part], use_reentrant=False)))
+    return torch.cat(found)
+
+
+def _chunk_losses(head: Callable[[Tensor], Tensor], hidden: Tensor, targets: Tensor) -> Tensor:
+    logits = head(hidden)
+    exact = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return torch.nn.functional.cross_entropy(exact, targets, reduction="none")

@@ -1,0 +1,170 @@
+"""Text as a task of the loop: a TextModel with one injected adapter, training rows and held-out rows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from lorakeet.core.adapter import Adapter
+from lorakeet.core.lowrank import LoraPair
+from lorakeet.data.batches import StepOrder, dealt
+from lorakeet.data.chat import Example
+from lorakeet.data.pack import Batch, micro_batches, pack
+from lorakeet.formats.peft import peft
+from lorakeet.memory.spill import Aside
+from lorakeet.models import inject
+from lorakeet.models.generate.score import row_losses
+from lorakeet.models.text.cuda_graphs import ReplayedPasses
+from lorakeet.models.text.model import TextModel
+from lorakeet.train import durable
+from lorakeet.train.processes import ALONE, Processes
+from lorakeet.train.pruning import Pruning
+from lorakeet.train.spec import TrainSpec, learning_rate_for
+from lorakeet.train.task import HeldOut, Size, by_batch
+from lorakeet.train.text.layer_major import by_block
+from lorakeet.train.text.loss import text_loss
+
+
+class TextTask:
+    """Trains the adapter `name`, which must have been injected into `text.model` and be active.
+
+    Of a streamed model, `together` micro-batches (0: all) pass through a block while it is in, and the inputs of its blocks
+    are kept in `aside`; left out, where they are.
+    The rows of a step, and the held-out rows, are dealt out to `processes` by their lengths. Where these have parted the model
+    itself (models/text/shard), all pass as many micro-batches, and all the held-out rows.
+    """
+
+    pruning: Pruning | None = None
+    replayed: ReplayedPasses | None = None  # where the passes of micro-batches are recorded
+
+    def __init__(
+        self,
+        text: TextModel,
+        train: Sequence[Example],
+        *,
+        held_out: Sequence[Example],
+        spec: TrainSpec,
+        name: str = "default",
+        aside: Aside | None = None,
+        together: int = 0,
+        processes: Processes = ALONE,
+    ) -> None:
+        self.text, self.train, self.spec, self.name = text, list(train), spec, name
+        self.processes, self.in_step = processes, spec.shard and processes.count > 1
+        self.order = order_of(self.train, spec)
+        self.held_out_rows = list(held_out)
+        self.aside, self.together = aside or Aside(), together
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return self.order.steps_per_epoch
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.text.dtype
+
+    @property
+    def learning_rate(self) -> float:
+        return learning_rate_of(self.text)
+
+    def parameters(self) -> dict[str, Parameter]:
+        return inject.trained_parameters(self.text.model, self.name)
+
+    def fixed(self) -> dict[str, Tensor]:
+        return {
+            f"{path.replace('.original.', '.')}.{key}": buffer  # the same name whatever stands for a block
+            for path, module in self.text.model.named_modules()
+            if isinstance(module, LoraPair) and f".adapters.{self.name}." in f"{path}."
+            for key, buffer in module.named_buffers(recurse=False)
+        }
+
+    def batches(self, step: int) -> list[Batch]:
+        rows = [self.train[row] for row in self.order.indices(step)]
+        cut = self.text.micro_batches if self.replayed is None else micro_batches  # recorded passes share no beginnings
+        return cut([rows[number] for number in self._own(rows)], self.spec.micro_tokens)
+
+    def _own(self, rows: Sequence[Example]) -> Sequence[int]:
+        """The numbers of those rows that this process computes with."""
+        if self.processes.count == 1:
+            return range(len(rows))
+        return dealt([len(row.ids) for row in rows], self.processes.count)[self.processes.rank]
+
+    def size(self, batch: Batch) -> Size:
+        return Size(rows=len(batch.lengths), tokens=batch.tokens, targets=batch.targets)
+
+    def gradients(self, batches: Sequence[Batch], targets: float) -> Tensor:
+        streamed = self.text.streamed
+        if streamed is not None:
+            self.text.learn()
+            return by_block(
+                self.text, streamed, batches, targets, aside=self.aside, chunk=self.spec.head_chunk, together=self.together
+            )
+        with self.processes.own_random():
+            idle = self.processes.most(len(batches)) - len(batches) if self.in_step else 0  # asked before anybody's first pass
+            with self._passing():
+                total = by_batch(self.loss, batches, targets)
+                if idle:
+                    by_batch(lambda batch: 0 * self.loss(batch), [pack([self._shortest])] * idle, targets)
+        return total
+
+    def _passing(self) -> AbstractContextManager[None]:
+        return self.processes.gathering() if self.in_step else nullcontext()
+
+    @cached_property
+    def _shortest(self) -> Example:
+        """The row with which a process keeps pace with others that have more micro-batches."""
+        return min((row for row in self.train if row.supervised.any()), key=lambda row: len(row.ids))
+
+    def loss(self, batch: Batch) -> Tensor:
+        """The sum of the loss over the batch's targets, with gradient, in training mode."""
+        self.text.learn()
+        return text_loss(self.replayed or self.text, batch.to(self.text.device), chunk=self.spec.head_chunk)[0]
+
+    def held_out(self) -> HeldOut | None:
+        if not self.held_out_rows:
+            return None
+        spec = self.spec
+        own = list(range(len(self.held_out_rows)) if self.in_step else self._own(self.held_out_rows))
+        rows = [self.held_out_rows[number] for number in own]
+        with self._passing():
+            found = row_losses(self.text, rows, micro_tokens=spec.micro_tokens, chunk=spec.head_chunk)
+        if self.processes.count == 1:
+            return HeldOut(*found)
+        if self.in_step:  # all have all rows, but another machine may round otherwise, and all must decide alike
+            same = torch.from_numpy(np.stack(found))
+            self.processes.same([same])
+            return HeldOut(*same.numpy())
+        whole = np.zeros((2, len(self.held_out_rows)))
+        whole[:, own] = found
+        sums, weights = self.processes.summed(torch.from_numpy(whole)).numpy()  # each row by the one process that has it
+        return HeldOut(sums, weights)
+
+    def adapter(self) -> Adapter:
+        """The adapter as it is now, as a value."""
+        return inject.adapter_of(self.text.model, self.name, base=self.text.name)
+
+    def save(self, folder: Path) -> None:
+        """Writes adapter/ in PEFT's layout; where the run added tokens, the tokenizer that has them goes with it."""
+        adapter = self.adapter()
+        peft.write(adapter, folder)
+        if any(rows.tokens for rows in adapter.token_rows.values()):
+            with durable.as_os_error():
+                self.text.tokenizer.save_pretrained(folder)
+
+
+def order_of(rows: Sequence[Example], spec: TrainSpec) -> StepOrder:
+    """Which of `rows` each step sees, rows of similar length together where the settings say so."""
+    lengths = tuple(len(example.ids) for example in rows) if spec.length_grouping else None
+    return StepOrder(len(rows), spec.batch_size, spec.seed, lengths)
+
+
+def learning_rate_of(text: TextModel) -> float:
+    """The rate that the rule gives for this model, where the settings name none."""
+    return learning_rate_for(int(text.model.config.get_text_config().hidden_size), text.family.rate_exponent)

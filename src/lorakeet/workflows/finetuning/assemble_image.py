@@ -1,0 +1,205 @@
+"""From the settings of a run on images to all it works with: pictures, model, plan, latents; writes nothing but caches."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import islice
+from typing import Any
+
+from rich.console import Console
+from rich.progress import Progress as Bar
+
+from lorakeet.config import RunConfig
+from lorakeet.core.plan import Plan
+from lorakeet.data.batches import StepOrder
+from lorakeet.data.images.folder import ImageRow, fit_remarks
+from lorakeet.data.images.record import recorded_images
+from lorakeet.data.images.split import ImageDataset, load_images
+from lorakeet.data.split import read_split_record
+from lorakeet.errors import Problems
+from lorakeet.evaluate.report.denoising import too_few
+from lorakeet.models.image.clip_scorer import load_scorer
+from lorakeet.models.image.kinds import ENCODERS
+from lorakeet.models.image.latent_cache import Captions, EncodedImage, Sizes, cache_in, encode_images
+from lorakeet.models.image.model import ImageModel, image_plan, load_image_model
+from lorakeet.models.image.noise import check_betas
+from lorakeet.models.image.prior import drawn_prior
+from lorakeet.models.image.sample import Sampler
+from lorakeet.models.inject import inject
+from lorakeet.train.image.task import ImageTask
+from lorakeet.train.run import RunFolder
+from lorakeet.workflows.planning.image_run import ImageArrangement, arrange_images
+
+
+@dataclass(frozen=True)
+class ImageAssembly:
+    """What a run on images works with. `config` is resolved: dtype, device and prediction are what this machine chose."""
+
+    config: RunConfig
+    dataset: ImageDataset
+    model: ImageModel
+    plan: Plan
+    captions: Captions
+    train: list[EncodedImage]
+    held_out: list[EncodedImage]
+    test: list[EncodedImage]
+    prior: list[EncodedImage]  # of the subject's kind
+    arrangement: ImageArrangement
+
+    @property
+    def judged(self) -> tuple[str, list[EncodedImage]]:
+        """The pictures that the verdict is about, and what they are called."""
+        return ("test", self.test) if self.test else ("held-out", self.held_out)
+
+    @property
+    def steps(self) -> int:
+        order = StepOrder(len(self.train), self.config.train.batch_size, self.config.train.seed)
+        return self.config.train.total_steps(order.steps_per_epoch)
+
+
+def assemble_images(
+    config: RunConfig, console: Console, *, asked: bool = False, resumed: RunFolder | None = None
+) -> ImageAssembly:
+    """Pictures first (quick to fail), then memory (`asked`: without a budget too), model, plan and latents.
+
+    ConfigError and DataError as they arise. A `resumed` run has the pictures that it began with, and settings of text models may
+    stand in it (`check_settings`).
+    """
+    say = partial(console.print, markup=False, soft_wrap=True)
+    check_settings(config, ignored=say if resumed else None)
+    recorded = _recorded(config, resumed, say)
+    dataset = recorded or load_images(config.data, config.images, tables=cache_in(config.images, "tables"))
+    for remark in dataset.remarks:
+        say(remark)
+    for alike in dataset.alike:
+        say(f"{alike.train} is nearly {alike.judged} ({alike.words}): {alike.action}.")
+    count = len(dataset.judged[1])
+    for warning in too_few(count, len(set(dataset.groups or range(count)))):
+        say(warning)
+    if config.diffusion.scorer:
+        load_scorer(config.diffusion.scorer)  # not needed until the end, when it would be late to hear that it is not there
+    arrangement = arrange_images(config, say, asked=asked)
+    config = arrangement.config
+    model = load_image_model(config.model, prediction=config.diffusion.prediction, say=say)
+    if not model.kind.flow:
+        check_betas(model.pipeline.scheduler.config)
+    problems = Problems("These settings do not go with the model")
+    for message in config.diffusion.why_not(model.prediction):
+        problems.add(message)
+    problems.raise_if_any()
+    plan = image_plan(model, config.lora, text_encoder=config.diffusion.text_encoder)
+    every = (*dataset.train, *dataset.held_out, *dataset.test, *dataset.prior)
+    for caption in model.cut_off(sorted({row.caption for row in every})):
+        say(f"A caption is longer than the text encoder reads, so its end does not count: {caption[:60]}…")
+    fit = () if recorded else fit_remarks(every, Sizes.of(model, config.images).allowed)  # which a record has among its remarks
+    for remark in fit:
+        say(remark)
+    dataset = dataclasses.replace(dataset, remarks=(*dataset.remarks, *fit))
+    encoded = _encoded(model, every, config, console)
+    train, held_out, test, prior = _parts(encoded, (dataset.train, dataset.held_out, dataset.test, dataset.prior))
+    if config.images.prior_caption and not config.images.prior:
+        prior = _drawn(model, config, console)
+    captions = Captions(model, config.images, say=say)
+    return ImageAssembly(_resolved(config, model), dataset, model, plan, captions, train, held_out, test, prior, arrangement)
+
+
+def _recorded(config: RunConfig, resumed: RunFolder | None, say: Callable[[str], None]) -> ImageDataset | None:
+    """The pictures that a resumed run began with; None for a new one, and one begun by a version that did not name them."""
+    if resumed is None or not resumed.split.exists():
+        return None
+    found = recorded_images(
+        read_split_record(resumed.split), config.data, config.images, tables=cache_in(config.images, "tables"), run=resumed.path
+    )
+    if found is not None:
+        say(f"The pictures are those of {resumed.split}; others that came to their folders since are not part of this run.")
+    return found
+
+
+def ready_to_train(setup: ImageAssembly, watch: Callable[[int], None] | None = None) -> ImageTask:
+    """The task that `train` runs: the plan's pairs are now in the model, begun from the run's seed. `watch` as in ImageTask."""
+    trained = setup.config.diffusion.text_encoder
+    rows = (*setup.train, *setup.held_out, *setup.test, *setup.prior)
+    for caption in sorted({"", *(picture.row.caption for picture in rows)}) if not trained else ():
+        setup.captions.of(caption)  # before the text encoders make room
+    setup.model.stage(setup.model.kind.denoiser, *(ENCODERS if trained else ()))
+    inject(setup.model.parts, setup.plan, seed=setup.config.train.seed)
+    task = ImageTask(
+        setup.model, setup.train, held_out=setup.held_out, captions=setup.captions, spec=setup.config.train,
+        images=setup.config.images, diffusion=setup.config.diffusion,
+    )  # fmt: skip
+    task.prior, task.watch = setup.prior, watch
+    return task
+
+
+def check_settings(config: RunConfig, *, ignored: Callable[[str], None] | None = None) -> None:
+    """ConfigError for every setting that a run on images does not have.
+
+    Those that earlier versions took and that never did anything only `ignored` hears, where it is given: a run that was begun
+    with them goes on with them, since without them its settings would be others.
+    """
+    problems = Problems("These settings do not go with kind: image")
+    if config.lora.new_tokens or config.lora.extra_modules:
+        problems.add("lora.new_tokens and lora.extra_modules are for text models; leave them out.")
+    if config.ranks.choose != "given":
+        problems.add(f"ranks.choose is {config.ranks.choose}, which is for text models; use given.")
+    if config.diffusion.scorer and config.memory.bytes is not None:
+        problems.add("diffusion.scorer is not counted in memory.budget; leave one of them out.")
+    for name, instead in _OF_TEXT.items():
+        part, key = name.split(".")
+        given = getattr(getattr(config, part), key)
+        if given != getattr(getattr(RunConfig(), part), key):
+            if ignored is None:
+                problems.add(f"{name} is {given}, which is for text models. {instead}")
+            else:
+                ignored(f"{name} is {given}, which is for text models and does nothing here; the run goes on as it began.")
+    problems.raise_if_any()
+
+
+_OF_TEXT = {
+    "data.text_column": "A caption stands in NAME.txt, or as text, caption or prompt in metadata.jsonl or the table.",
+    "data.label_column": "Leave it out.",
+    "data.group_column": "Give the held-out pictures as a folder of their own (data.held_out).",
+    "data.near_duplicates": "Set images.near_duplicates.",
+    "data.supervise": "Leave it out; images.caption_dropout says how many captions are left out.",
+    "train.keep_prefix_states": "Leave it out; latents and captions are kept anyway (images.cache).",
+    "train.cuda_graphs": "Leave it out; passes of text models alone are recorded.",
+    "train.shard": "Leave it out; to save memory, set memory.budget or model.quantize.",
+    "model.products": "Leave it out; set model.dtype.",
+    "model.attention": "Leave it out; diffusers chooses torch's own.",
+    "model.kernels": "Leave it out, or set it to torch.",
+}
+
+
+def _parts(encoded: list[EncodedImage], parts: Sequence[Sequence[ImageRow]]) -> list[list[EncodedImage]]:
+    """What was encoded together, apart again."""
+    found = iter(encoded)
+    return [list(islice(found, len(part))) for part in parts]
+
+
+def _drawn(model: ImageModel, config: RunConfig, console: Console) -> list[EncodedImage]:
+    say = partial(console.print, markup=False, soft_wrap=True)
+    with Bar(console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("pictures of the subject's kind", total=config.images.prior_count)
+        return drawn_prior(model, config.images, sampler_of(config), say=say, progress=partial(bar.advance, task))
+
+
+def sampler_of(config: RunConfig) -> Sampler:
+    """How the settings have pictures drawn."""
+    spec, side = config.diffusion, config.images.resolution
+    return Sampler(spec.sample_steps, spec.guidance, size=None if side is None else (side, side), at_once=spec.at_once)
+
+
+def _encoded(model: ImageModel, rows: tuple[ImageRow, ...], config: RunConfig, console: Console) -> list[EncodedImage]:
+    say = partial(console.print, markup=False, soft_wrap=True)
+    with Bar(console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task(f"latents of {len(rows)} pictures", total=len(rows))
+        return encode_images(model, rows, config.images, say=say, progress=partial(bar.advance, task))
+
+
+def _resolved(config: RunConfig, model: ImageModel) -> RunConfig:
+    dtype: Any = str(model.dtype).removeprefix("torch.")
+    spec = dataclasses.replace(config.model, dtype=dtype, device=str(model.device))
+    return dataclasses.replace(config, model=spec, diffusion=config.diffusion.resolved(model.prediction, model.kind.guidance))

@@ -1,0 +1,143 @@
+"""The certificate of a run on images: what is on disk draws what was trained, on a base that training left as it was.
+
+frozen weights   the digest of every frozen number, before training and after it
+adapter on disk  the pipeline loaded once more with the adapter read from disk, against the live one: latents of samples; what
+                 they differ by is also a small share of what the adapter changes, so that a weak one cannot be exchanged unseen
+base untouched   the pipeline loaded once more, against the live one with its adapter off: latents of samples
+
+Both sides do the same arithmetic in the same dtype, so fp32's tolerance holds whatever the dtype is, as in certify_run, unless
+the machine itself rounds otherwise from one time to the next, as CUDA's libraries do, which choose kernels by alignment and
+workspace. That is measured: the live adapter draws twice, and where the base read again has the live one's numbers to the bit,
+what their latents differ by is rounding too. Tolerances are at least four times the larger of the two (`latent_check`).
+
+Under a memory budget, which has room for one base, the adapter from disk is put on the live one and the last check is left out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from lorakeet.evaluate.certificate import Certificate, Check, Unchecked, judge
+from lorakeet.formats.detect import read_adapter
+from lorakeet.models.image.model import ImageModel, load_image_model, put_image_adapter
+from lorakeet.models.image.sample import Sampler, draw_latents
+from lorakeet.models.inject import activate, eject
+from lorakeet.models.spec import ModelSpec
+from lorakeet.models.text.digests import frozen_digests
+from lorakeet.workflows.finetuning.certify_text import check_frozen
+
+_READ = "read-from-disk"
+STEPS = 4  # of the sampler: enough for a difference to grow, few enough to be quick
+TOLERANCE = 1e-4  # of the largest latent
+AT_MOST = 2e-2  # of the largest latent, however much the machine rounds
+OF_EFFECT = 0.01  # of the largest difference that the adapter makes
+FLOORS = 4  # times what rounding was measured to do: two drawings show less than the most that it does
+_TINY = torch.finfo(torch.float32).tiny
+
+
+def image_digests(model: ImageModel) -> dict[str, str]:
+    """The digest of every frozen number of UNet, text encoders and autoencoder."""
+    return {**frozen_digests(model.parts), **frozen_digests(nn.ModuleDict({"vae": model.vae}))}
+
+
+def certify_images(
+    live: ImageModel, adapter: Path, prompts: Sequence[str], *, before: Mapping[str, str], spec: ModelSpec | None,
+    sampler: Sampler, name: str = "default",
+) -> Certificate:  # fmt: skip
+    """The checks of the table above; `before` are the digests that `image_digests` gave before training.
+
+    `spec` says how the pipeline is loaded once more, and None that there is room for one only.
+    """
+    sampler = replace(sampler, steps=STEPS)
+
+    def drawn(model: ImageModel, active: str | None) -> Tensor:
+        activate(model.parts, active)
+        return draw_latents(model, prompts, list(range(len(prompts))), sampler)
+
+    wanted, base = drawn(live, name), drawn(live, None)
+    live.stage()
+    fresh = live if spec is None else load_image_model(spec, prediction=live.prediction, say=lambda _: None)
+    put_image_adapter(fresh, read_adapter(adapter), _READ)
+    read = drawn(fresh, _READ)
+    other = base if spec is None else drawn(fresh, None)
+    if spec is None:
+        eject(live.parts, _READ)
+    fresh.stage()
+    floor = _largest(drawn(live, name) - wanted)
+    after = image_digests(live)
+    if spec is not None and image_digests(fresh) == after:
+        floor = max(floor, _largest(other - base))
+    again = "on the same base" if spec is None else "on the base, both read again"
+    between = ("live adapter", f"{adapter.name}/ {again}")
+    checks = [latent_check("adapter on disk", wanted, read, between=between, base=base, floor=floor)]
+    if spec is not None:
+        between = ("base with the adapter off", "base read again")
+        checks.append(latent_check("base untouched", base, other, between=between, floor=floor))
+    checks.append(check_frozen(before, after))
+    facts = {
+        "model": live.name,
+        "dtype": str(live.dtype).removeprefix("torch."),
+        "sampler steps": str(STEPS),
+        "adapter's effect": _effect(wanted, base),
+        "rounding": _rounding(floor, wanted),
+    }
+    hidden = _hidden(floor, _largest(wanted - base))
+    unchecked = (Unchecked(f"{adapter.name}/", "the adapter's effect", hidden),) if hidden else ()
+    return Certificate(f"The adapter {adapter}", tuple(checks), facts, unchecked)
+
+
+def latent_check(
+    name: str, left: Tensor, right: Tensor, *, between: tuple[str, str], base: Tensor | None = None, floor: float = 0.0
+) -> Check:
+    """Whether two sets of latents (n, channels, h, w) agree: the largest difference, as a share of the largest latent.
+
+    With `base`, latents without the adapter, also as a share of the largest difference that the adapter makes. One that makes
+    none agrees with nothing but one that makes none. `floor` is the largest difference that rounding alone was seen to make:
+    4·floor is allowed, up to 2e-2 of the largest latent. Where it is more than 1 % of what the adapter makes, that share says
+    nothing and is not measured, which `detail` says.
+    """
+    differ, largest = _largest(left - right), max(_largest(left), _TINY)
+    measured, tolerance = {"latent": differ / largest}, {"latent": max(TOLERANCE, min(FLOORS * floor / largest, AT_MOST))}
+    detail = ""
+    if base is not None:
+        effect = _largest(left - base)
+        hidden = _hidden(floor, effect)
+        detail = "" if effect else "The live adapter changes no latent of these prompts."
+        if hidden:
+            detail = f"The adapter's effect is not checked: {hidden}."
+        else:
+            measured["of_effect"] = differ / effect if effect else (0.0 if differ == 0 else float("inf"))
+            tolerance["of_effect"] = max(OF_EFFECT, FLOORS * floor / effect) if effect else OF_EFFECT
+    found = judge(name, measured, tolerance=tolerance, between=between, n=len(left), detail=detail)
+    return replace(found, passed=found.passed and bool(torch.isfinite(left).all()))
+
+
+def _hidden(floor: float, effect: float) -> str:
+    """Why the adapter's effect on latents cannot be told from rounding; empty where it can."""
+    if not floor > OF_EFFECT * effect:
+        return ""
+    return f"it cannot be told from rounding, which makes latents differ by up to {floor:.2g}, and the adapter by {effect:.2g}"
+
+
+def _rounding(floor: float, drawn: Tensor) -> str:
+    """What the same samples drawn again differ by, in words."""
+    if not floor:
+        return "none: the same samples drawn again are the same to the bit"
+    return f"up to {floor / max(_largest(drawn), _TINY):.2g} of the largest latent between two drawings of the same samples"
+
+
+def _effect(adapted: Tensor, base: Tensor) -> str:
+    """What the adapter changes in the samples of the checks, in words."""
+    effect = _largest(adapted - base)
+    if not effect:
+        return "none: the samples are the base's own, so they cannot tell it from another adapter without effect"
+    return f"up to {effect / max(_largest(base), _TINY):.2g} of the base's largest latent"
+
+
+def _largest(latents: Tensor) -> float:
+    return float(latents.abs().max())

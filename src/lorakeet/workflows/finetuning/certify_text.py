@@ -1,0 +1,111 @@
+"""The certificate of a run: what is on disk computes what was trained, on a base that training left as it was.
+
+    frozen weights   the digest of every frozen number, before training and after it
+    adapter on disk  the base loaded once more with the adapter read from disk, against the live model: logits, token by token
+    base untouched   the base loaded once more, against the live model with its adapter off: logits, token by token
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from lorakeet.data.chat import Example
+from lorakeet.data.pack import Batch, micro_batches
+from lorakeet.evaluate.certificate import Certificate, Check, judge
+from lorakeet.evaluate.parity import TOLERANCES
+from lorakeet.evaluate.spec import EvaluateSpec
+from lorakeet.formats.detect import read_adapter
+from lorakeet.models.inject import activate, attach, eject, use_products
+from lorakeet.models.spec import ModelSpec
+from lorakeet.models.text.adapted import put_adapter
+from lorakeet.models.text.compare import compare, first_tokens
+from lorakeet.models.text.digests import changed_tensors, frozen_digests
+from lorakeet.models.text.load import load_text_model
+from lorakeet.models.text.model import TextModel
+from lorakeet.serve.probe import FACT, record
+
+CHECK_TOKENS = 1024  # of held-out rows, every token a target
+MICRO_TOKENS = 1024
+REREAD = "reread"
+
+
+def certify_run(
+    live: TextModel,
+    adapter: Path,
+    rows: Sequence[Example],
+    *,
+    before: Mapping[str, str],
+    model: ModelSpec | None,
+    spec: EvaluateSpec,
+    name: str = "default",
+) -> Certificate:
+    """The three checks of the table above on real rows; `before` are the digests that `frozen_digests` gave before training.
+
+    Both sides do the same arithmetic in the same dtype, so fp32's tolerance holds whatever the dtype is. `model` says how the
+    base is loaded once more; None, where memory has no room for a second one, puts the adapter from disk on the live base and
+    leaves the base to the digests.
+    """
+    batches = micro_batches(whole_rows(rows), MICRO_TOKENS)
+    checks = [check_frozen(before, frozen_digests(live.model))] if before else []
+    if model is None:
+        checks.insert(0, _within(live, adapter, batches, name=name, spec=spec))
+    else:
+        fresh = _read_again(live, adapter, model, name)
+        disk = compare((live, name), (fresh, name), batches, spec=spec)
+        base = compare((live, None), (fresh, None), batches, spec=spec)
+        sides = ("live adapter", f"{adapter.name}/ on the base, both read again")
+        checks = [
+            disk.check("adapter on disk", TOLERANCES["fp32"], between=sides),
+            base.check("base untouched", TOLERANCES["fp32"], between=("base with the adapter off", "base read again")),
+            *checks,
+        ]
+    activate(live.model, name)
+    facts = {"model": live.name, "dtype": str(live.dtype).removeprefix("torch."), "rows": "held-out"}
+    facts[FACT] = record(live, name).to_text()  # what a server compares with before it serves the adapter
+    if not before or model is None:
+        missing = ["frozen weights"] * (not before) + ["base untouched"] * (model is None)
+        facts["not checked, for want of memory"] = ", ".join(missing)
+    return Certificate(f"The adapter {adapter}", tuple(checks), facts)
+
+
+def _read_again(live: TextModel, adapter: Path, model: ModelSpec, name: str) -> TextModel:
+    fresh = load_text_model(replace(model, path=str(live.source)))
+    held = read_adapter(adapter)
+    for added in held.token_rows.values():
+        fresh.tokenizer = live.tokenizer
+        fresh.add_tokens(added.tokens)
+    put_adapter(fresh, held, name)
+    return fresh
+
+
+def _within(live: TextModel, adapter: Path, batches: Sequence[Batch], *, name: str, spec: EvaluateSpec) -> Check:
+    attach(live.model, read_adapter(adapter), REREAD)
+    use_products(live.model, live.products)
+    try:
+        parity = compare((live, name), (live, REREAD), batches, spec=spec)
+    finally:
+        eject(live.model, REREAD)
+    return parity.check("adapter on disk", TOLERANCES["fp32"], between=("live adapter", f"{adapter.name}/ read again"))
+
+
+def check_frozen(before: Mapping[str, str], after: Mapping[str, str]) -> Check:
+    """The check that no frozen tensor changed by a bit; names those that did."""
+    changed = changed_tensors(before, after)
+    more = f", and {len(changed) - 3} more" if len(changed) > 3 else ""
+    return judge(
+        "frozen weights",
+        {"changed_tensors": float(len(changed))},
+        tolerance={"changed_tensors": 0.0},
+        between=("before training", "after training"),
+        n=len(before),
+        detail=f"Training changed {', '.join(changed[:3])}{more}." if changed else "",
+    )
+
+
+def whole_rows(rows: Sequence[Example], tokens: int = CHECK_TOKENS) -> list[Example]:
+    """The first rows up to so many tokens, one at least, with every token but a row's first a target."""
+    return [replace(row, supervised=np.arange(len(row.ids)) > 0) for row in first_tokens(rows, tokens)]

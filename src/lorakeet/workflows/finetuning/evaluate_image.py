@@ -1,0 +1,214 @@
+"""Measures an image model with and without its adapter: denoising loss on judged pictures, samples side by side, memorisation."""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.progress import Progress as Bar
+from torch import Tensor
+
+from lorakeet.config import RunConfig
+from lorakeet.core.adapter import Adapter
+from lorakeet.data.images.folder import ImageRow, Pixels, open_pixels, png_of
+from lorakeet.errors import DataError
+from lorakeet.evaluate.likelihood import RowLosses
+from lorakeet.evaluate.report.denoising import PROMPT_DISTANCE, STYLE_DISTANCE, denoising_report, with_distances
+from lorakeet.evaluate.report.report import Report
+from lorakeet.evaluate.report.samples import Memorisation, Near, Sample, SampleGrid, SampleRow, nearest_distances
+from lorakeet.models.image.clip_scorer import ImageScorer
+from lorakeet.models.image.latent_cache import Captions, EncodedImage
+from lorakeet.models.image.model import ImageModel
+from lorakeet.models.image.sample import Sampler, draw_latents
+from lorakeet.models.inject import activate, adapter_of, attach, eject
+from lorakeet.train import durable
+from lorakeet.train.image.task import denoising_errors
+from lorakeet.workflows.finetuning.assemble_image import sampler_of
+
+BASE, ADAPTER = "base", "adapter"
+WEIGHTS = (0.5, 1.0, 1.5)
+SHOWN = 256  # pixels: the larger side of a sample in the report; the files have all
+POOLED = 16  # places to a side at which latents are compared
+SPACE = "1 − cosine of the autoencoder's latents, averaged to at most 16×16 places, the training pictures' mean taken off"
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """Samples of one column: latents (prompts × seeds, channels, h, w)."""
+
+    column: str
+    latents: Tensor
+
+
+@dataclass(frozen=True)
+class ImageJudge:
+    """Measures `model` on the judged pictures with the adapter `name` on and off, and its samples where there is a `scorer`."""
+
+    config: RunConfig
+    model: ImageModel
+    captions: Captions
+    judged: Sequence[EncodedImage]
+    train: Sequence[EncodedImage]
+    console: Console
+    name: str = "default"
+    scorer: ImageScorer | None = None
+    prior: Sequence[EncodedImage] = ()  # of the subject's kind, from a folder, which were trained on too
+    groups: tuple[int, ...] | None = None  # which judged pictures are copies of each other
+
+    def report(self, title: str, folder: Path) -> Report:
+        """The measured sections; the samples are written to `folder` as PNG files, in one go."""
+        base, adapter = self.losses(BASE), self.losses(ADAPTER)
+        rows = self._rows
+        report = denoising_report(
+            title, adapter=adapter, base=base, captions=[row.caption for row in rows], sources=[row.source for row in rows],
+            spec=self.config.evaluate,
+        )  # fmt: skip
+        if not self.config.diffusion.seeds:
+            return report
+        drawn = self.samples()
+        pictures = [self.model.decode(one.latents).numpy() for one in drawn]
+        self._write(folder, drawn, pictures)
+        if self.scorer is not None:
+            by_column = {one.column: column for one, column in zip(drawn, pictures, strict=True)}
+            report = self._scored(report, self.scorer, base=by_column[BASE], adapter=by_column[f"{ADAPTER} × 1"])
+        return replace(report, samples=self._grid(drawn, pictures), memorisation=self.memorisation(drawn))
+
+    def losses(self, system: str) -> RowLosses:
+        """The denoising loss of each judged picture, summed over its fixed timesteps."""
+        activate(self.model.parts, None if system == BASE else self.name)
+        with _bar(self.console) as bar:
+            task = bar.add_task(f"{system} sees {len(self.judged)} pictures", total=len(self.judged))
+            sums, counts = denoising_errors(
+                self.model, self.judged, self.captions, self.config.diffusion, progress=partial(bar.advance, task)
+            )
+        return RowLosses(system, sums, counts.astype(np.int64), self.groups)
+
+    @property
+    def _rows(self) -> list[ImageRow]:
+        return [picture.row for picture in self.judged]
+
+    @property
+    def asked(self) -> list[tuple[str, int]]:
+        """(prompt, seed) of each row of samples."""
+        found = self.config.diffusion.prompts or tuple(dict.fromkeys(picture.row.caption for picture in self.judged))[:3]
+        return [(prompt, self.config.evaluate.seed + number) for prompt in found for number in range(self.config.diffusion.seeds)]
+
+    @property
+    def sampler(self) -> Sampler:
+        """How the settings have samples drawn."""
+        return sampler_of(self.config)
+
+    def draw_progress(self, folder: Path) -> None:
+        """Draws every prompt with the adapter as it is, in one go into `folder`; takes no random numbers from the run."""
+        prompts, seeds = [prompt for prompt, _ in self.asked], [seed for _, seed in self.asked]
+        with torch.random.fork_rng():
+            latents = draw_latents(self.model, prompts, seeds, self.sampler)
+        self._write(folder, [Drawn(ADAPTER, latents)], [self.model.decode(latents).numpy()])
+
+    def samples(self) -> list[Drawn]:
+        """The base's samples, and the adapter's at each weight, all from the same noise."""
+        held = adapter_of(self.model.parts, self.name)
+        sampler = self.sampler
+        prompts, seeds = [prompt for prompt, _ in self.asked], [seed for _, seed in self.asked]
+        found = []
+        with _bar(self.console) as bar:
+            task = bar.add_task("samples", total=len(prompts) * (1 + len(WEIGHTS)))
+            for weight in (0.0, *WEIGHTS):
+                column = f"{ADAPTER} × {weight:g}" if weight else BASE
+                if weight:
+                    attach(self.model.parts, scaled(held, weight), "sampled")
+                else:
+                    activate(self.model.parts, None)
+                try:
+                    latents = draw_latents(self.model, prompts, seeds, sampler, progress=partial(bar.advance, task))
+                finally:
+                    if weight:
+                        eject(self.model.parts, "sampled")
+                found.append(Drawn(column, latents))
+        activate(self.model.parts, self.name)
+        return found
+
+    def memorisation(self, drawn: Sequence[Drawn]) -> Memorisation:
+        """Each sample's nearest training picture, as any of its cut-outs, against how near the judged pictures come."""
+        learnt = [(picture, latents) for picture in (*self.train, *self.prior) for latents in picture.latents]
+        own, given = [latents for _, latents in learnt], [picture.latents[0] for picture in self.judged]
+        side = places_of([*own, *given, *(latents for one in drawn for latents in one.latents)])
+        training = features_of(own, side)
+        judged, _ = nearest_distances(features_of(given, side), training)
+        floor = float(judged.min())
+        found = []
+        for one in drawn:
+            distances, places = nearest_distances(features_of(list(one.latents), side), training)
+            for (prompt, seed), distance, place in zip(self.asked, distances, places, strict=True):
+                source = learnt[int(place)][0].row.source
+                found.append(Near(prompt, seed, one.column, source, float(distance), bool(distance < floor)))
+        return Memorisation(tuple(found), floor, float(np.median(judged)), len(self.judged), SPACE)
+
+    def _scored(self, report: Report, scorer: ImageScorer, *, base: np.ndarray, adapter: np.ndarray) -> Report:
+        """With how far the samples of both are from their prompts and from the judged pictures; seeds of a prompt are a group."""
+        prompts = tuple(prompt for prompt, _ in self.asked)
+        texts = scorer.prompts(prompts)
+        real = scorer.pictures(_pixels_of(picture.row.path) for picture in self.judged)
+        ones = np.ones(len(prompts), np.int64)
+        found: dict[str, list[RowLosses]] = {PROMPT_DISTANCE: [], STYLE_DISTANCE: []}
+        for system, pictures in ((ADAPTER, adapter), (BASE, base)):
+            drawn = scorer.pictures(list(pictures))
+            found[PROMPT_DISTANCE].append(RowLosses(system, 1 - (drawn * texts).sum(1), ones, prompts))
+            found[STYLE_DISTANCE].append(RowLosses(system, 1 - (drawn @ real.T).mean(1), ones, prompts))
+        return with_distances(report, {name: (left, right) for name, (left, right) in found.items()}, self.config.evaluate)
+
+    def _grid(self, drawn: Sequence[Drawn], pictures: Sequence[np.ndarray]) -> SampleGrid:
+        rows = []
+        for place, (prompt, seed) in enumerate(self.asked):
+            cells = [
+                Sample(one.column, base64.b64encode(png_of(column[place], largest=SHOWN)).decode())
+                for one, column in zip(drawn, pictures, strict=True)
+            ]
+            rows.append(SampleRow(prompt, seed, tuple(cells)))
+        scheduler = type(self.model.pipeline.scheduler).__name__
+        detail = f"{scheduler}, {self.config.diffusion.sample_steps} steps, guidance {self.config.diffusion.guidance:g}"
+        return SampleGrid(tuple(one.column for one in drawn), tuple(rows), detail)
+
+    def _write(self, folder: Path, drawn: Sequence[Drawn], pictures: Sequence[np.ndarray]) -> None:
+        with durable.new_folder(folder) as made:
+            for one, column in zip(drawn, pictures, strict=True):
+                for place, (_, seed) in enumerate(self.asked):
+                    name = one.column.replace(" × ", "-")
+                    prompt = place // self.config.diffusion.seeds
+                    durable.write_plain(made / f"{prompt}-seed{seed}-{name}.png", png_of(column[place]))
+
+
+def scaled(adapter: Adapter, weight: float) -> Adapter:
+    """The adapter with its scale times `weight`."""
+    pairs = {path: dataclasses.replace(pair, alpha=pair.alpha * weight) for path, pair in adapter.pairs.items()}
+    return dataclasses.replace(adapter, pairs=pairs)
+
+
+def places_of(latents: Sequence[Tensor]) -> int:
+    """How many places to a side all of these latents (channels, h, w) can be averaged to: at most POOLED."""
+    return min(POOLED, *(min(one.shape[1:]) for one in latents))
+
+
+def features_of(latents: Sequence[Tensor], side: int) -> np.ndarray[tuple[int, int], np.dtype[np.float64]]:
+    """Latents (channels, h, w) of any size averaged to `side` × `side` places: (n, features)."""
+    pooled = [torch.nn.functional.adaptive_avg_pool2d(one.float().cpu()[None], side).flatten() for one in latents]
+    return torch.stack(pooled).double().numpy()
+
+
+def _bar(console: Console) -> Bar:
+    return Bar(console=console, transient=True, disable=not console.is_terminal)
+
+
+def _pixels_of(path: Path) -> Pixels:
+    """As `open_pixels`; DataError where the picture, which the run has read, cannot be read any more."""
+    try:
+        return open_pixels(path)[0]
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path} was read when the run began, and cannot be now: {error}. The samples are not scored.") from error

@@ -1,0 +1,159 @@
+"""Measures a model with and without its adapter on the same rows, and makes the measured part of the report of it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+from rich.console import Console
+
+from lorakeet.config import RunConfig
+from lorakeet.core.initialise import seed_for
+from lorakeet.data.chat import Candidates, Encoder, Example, encode_rows
+from lorakeet.data.pack import micro_batches
+from lorakeet.data.rows import Row
+from lorakeet.errors import DataError
+from lorakeet.evaluate.answers import Answers
+from lorakeet.evaluate.baselines import majority_class, tfidf_logistic
+from lorakeet.evaluate.likelihood import RowLosses, label_log_probs
+from lorakeet.evaluate.report.report import Drift, Report
+from lorakeet.evaluate.report.sections import classification_report, language_report
+from lorakeet.models.generate.sample import sample
+from lorakeet.models.generate.score import label_scores, row_losses
+from lorakeet.models.inject import activate
+from lorakeet.models.text.compare import compare_on
+from lorakeet.models.text.model import TextModel
+from lorakeet.train.progress import counted
+
+BASE, ADAPTER = "base", "adapter"
+
+
+@dataclass(frozen=True)
+class Judge:
+    """Measures `text` on `rows` with the adapter `name` on and off."""
+
+    config: RunConfig
+    text: TextModel
+    encoder: Encoder
+    rows: Sequence[Row]
+    console: Console
+    name: str = "default"
+
+    def report(self, title: str, *, learnt_from: Sequence[Row]) -> Report:
+        """The measured sections: classification where the rows have labels, loss and perplexity elsewhere.
+
+        `learnt_from` are the rows that the floors (majority class, TF-IDF) learn from.
+        """
+        rows = self.fitting()
+        if not rows:
+            raise DataError("There is no row to judge by; name a file with rows, or raise data.max_tokens.")
+        if self.encoder.labels:
+            report = self._classification_report(title, rows, learnt_from)
+        else:
+            report = self._language_report(title, rows)
+        left_out = len(self.rows) - len(rows)
+        said = (f"{left_out} rows longer than {self.encoder.spec.max_tokens} tokens were left out of the judgement.",)
+        return replace(report, warnings=said if left_out else ())
+
+    def _classification_report(self, title: str, rows: Sequence[Row], learnt_from: Sequence[Row]) -> Report:
+        base, adapter = self.answers(rows, BASE), self.answers(rows, ADAPTER)
+        return classification_report(
+            title,
+            adapter=adapter,
+            base=base,
+            floors=self._floors(rows, learnt_from) if self.config.evaluate.baselines and learnt_from else [],
+            texts=[row.text for row in rows],
+            sources=[row.source for row in rows],
+            spec=self.config.evaluate,
+        )
+
+    def drift(self) -> Drift | None:
+        """Mean KL(base ‖ adapter) a token on texts that the base samples once, from its begin token, seeded."""
+        spec = self.config.evaluate
+        if spec.drift_texts == 0:
+            return None
+        examples = sampled_texts(self.text, spec.drift_texts, spec.drift_tokens, seed=spec.seed)
+        if not examples:
+            return None
+        batches = micro_batches(examples, self.config.train.micro_tokens)
+        parity = compare_on(self.text, batches, left=None, right=self.name, spec=spec)
+        return Drift(parity.mean_kl, len(examples), f"{parity.tokens:,} tokens sampled at temperature 1, seed {spec.seed}")
+
+    def fitting(self) -> list[Row]:
+        """The rows that are short enough to be judged."""
+        return [row for row in self.rows if self.encoder.encode(row) is not None]
+
+    def answers(self, rows: Sequence[Row], system: str) -> Answers:
+        """What the system says of labelled rows."""
+        candidates: list[Candidates] = [found for row in rows if (found := self.encoder.candidates(row)) is not None]
+        activate(self.text.model, None if system == BASE else self.name)
+        with counted(self.console, f"{system} answers {len(rows)} rows", len(candidates)) as advance:
+            scores = label_scores(self.text, candidates, micro_tokens=self.config.train.micro_tokens, progress=advance)
+        truth = np.array([row.label for row in candidates], dtype=np.int64)
+        return Answers(system, self.encoder.labels, truth, label_log_probs(scores), _groups(rows))
+
+    def _floors(self, rows: Sequence[Row], learnt_from: Sequence[Row]) -> list[Answers]:
+        labels, groups = self.encoder.labels, _groups(rows)
+        train_labels, truth = [_label(row) for row in learnt_from], [_label(row) for row in rows]
+        majority = majority_class(train_labels, truth, labels=labels, groups=groups)
+        texts = [row.text for row in rows]
+        known = [row.text for row in learnt_from]
+        tfidf = tfidf_logistic(known, train_labels, texts=texts, truth=truth, labels=labels, groups=groups)
+        note = f"learnt from {len(learnt_from)} rows" + (f"; {tfidf.note}" if tfidf.note else "")
+        return [majority, replace(tfidf, note=note)]
+
+    def _language_report(self, title: str, rows: Sequence[Row]) -> Report:
+        base, adapter = self.losses(rows, BASE), self.losses(rows, ADAPTER)
+        return language_report(
+            title,
+            adapter=adapter,
+            base=base,
+            texts=[_prompt(row) for row in rows],
+            truths=[_answer(row) for row in rows],
+            sources=[row.source for row in rows],
+            spec=self.config.evaluate,
+        )
+
+    def losses(self, rows: Sequence[Row], system: str) -> RowLosses:
+        """How likely the system finds the supervised tokens of rows."""
+        activate(self.text.model, None if system == BASE else self.name)
+        examples, tokens = encode_rows(rows, self.encoder).examples, self.config.train.micro_tokens
+        with counted(self.console, f"{system} reads {len(rows)} rows", len(examples)) as advance:
+            sums, counts = row_losses(self.text, examples, micro_tokens=tokens, progress=advance)
+        return RowLosses(system, sums, counts.astype(np.int64), _groups(rows))
+
+
+def sampled_texts(text: TextModel, count: int, tokens: int, *, seed: int) -> list[Example]:
+    """Texts that the base writes from its begin token at temperature 1, every token but the first a target."""
+    activate(text.model, None)
+    start = next((t for t in (text.tokenizer.bos_token_id, text.tokenizer.eos_token_id) if t is not None), 0)
+    written = sample(text, [[int(start)]] * count, max_tokens=tokens, seed=seed_for(seed, "drift") % 2**31, temperature=1.0)
+    return [_all_supervised([int(start), *ids], number) for number, ids in enumerate(written) if len(ids)]
+
+
+def _groups(rows: Sequence[Row]) -> tuple[str, ...] | None:
+    """Group ids where rows have any; rows without one are a group of their own."""
+    if not any(row.group for row in rows):
+        return None
+    return tuple(row.group or row.source for row in rows)
+
+
+def _label(row: Row) -> str:
+    if row.label is None:
+        raise DataError(f"{row.source} has no label, though other rows have one; give every row a label or none.")
+    return row.label
+
+
+def _prompt(row: Row) -> str:
+    return "\n".join(turn.text for turn in row.turns if not turn.supervised)
+
+
+def _answer(row: Row) -> str:
+    return "\n".join(turn.text for turn in row.turns if turn.supervised)
+
+
+def _all_supervised(ids: Sequence[int], number: int) -> Example:
+    supervised = np.ones(len(ids), bool)
+    supervised[0] = False
+    return Example(np.array(ids, np.int64), supervised, f"sample-{number}", None, False)

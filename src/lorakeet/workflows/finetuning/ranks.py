@@ -1,0 +1,148 @@
+"""`--ranks auto`: what ranks are worth is measured on training rows, and the budget becomes an ordinary lora.rank_pattern."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Literal, cast
+
+import torch
+from rich.console import Console
+from torch import Tensor, nn
+
+from lorakeet.config import RunConfig
+from lorakeet.core.initialise import seed_for
+from lorakeet.core.plan import Plan
+from lorakeet.core.spec import MEASURED
+from lorakeet.data.chat import Example
+from lorakeet.data.pack import micro_batches
+from lorakeet.errors import ConfigError, DataError
+from lorakeet.memory.allocator import give_back_free_memory
+from lorakeet.models.fuse import unfuse
+from lorakeet.models.inject import activate, eject, trained_parameters
+from lorakeet.models.modules import find, output_layer
+from lorakeet.models.targets import plan_for
+from lorakeet.models.text.adapted import begin_adapter
+from lorakeet.models.text.model import TextModel
+from lorakeet.ranks.allocate import Gains, allocate, pair_parameters, rank_pattern
+from lorakeet.ranks.score import (
+    Halves,
+    Sketch,
+    activation_directions,
+    gradient_directions,
+    gradient_gains,
+    gradient_halves,
+    sketch_plan,
+    sketch_states,
+    variance_gains,
+)
+from lorakeet.train.text.task import TextTask
+from lorakeet.workflows.planning.forecast_choices import budget_of
+
+NAME = "ranks"  # of the pairs that gradients are read from, while they are
+
+
+def choose_ranks(
+    config: RunConfig, text: TextModel, plan: Plan, examples: Sequence[Example], console: Console
+) -> tuple[RunConfig, Plan]:
+    """The settings with the chosen ranks in `lora.rank_pattern` and ranks.choose given, and the Plan that they mean.
+
+    So the saved run file says the ranks themselves: they can be read, edited and resumed. Raises ConfigError for a budget that
+    does not fit or a model that cannot be scored, DataError for scores that are no numbers.
+    """
+    spec = config.ranks
+    budget = budget_of(config, plan)
+    step = 2 if config.lora.start == "orthogonal" else 1
+    gains = _gains(config, text, plan, examples)
+    give_back_free_memory()  # what scoring grew to is not held beside the run
+    chosen = allocate(plan, gains, budget, largest=spec.max_rank, step=step)
+    lora = replace(config.lora, rank_pattern=rank_pattern(chosen, config.lora))
+    ranks = [entry.rank for entry in chosen.entries]
+    used = pair_parameters(chosen)
+    console.print(
+        f"Ranks by {spec.score} on {min(spec.rows, len(examples))} training rows: {used:,} of {budget:,} parameters, ranks "
+        f"{min(ranks)} to {max(ranks)}. They stand in lora.rank_pattern of the saved run file.",
+        markup=False,
+        soft_wrap=True,
+    )
+    config = replace(config, lora=lora, ranks=replace(spec, choose="given", budget=None))
+    return config, replace(plan_for(text.model, lora, text.family), frozen_parameters=plan.frozen_parameters)
+
+
+def start_directions(config: RunConfig, text: TextModel, plan: Plan, examples: Sequence[Example]) -> dict[str, Tensor]:
+    """The A of every pair where lora.start is measured (gradient, activation) on ranks.rows rows; empty for other starts.
+
+    The same for a run and for its resumption. Raises as `choose_ranks` does.
+    """
+    start = config.lora.start
+    if start not in MEASURED:
+        return {}
+    rows = _rows(config, text, examples, f"lora.start {start}")
+    ranks = {entry.path: entry.rank for entry in plan.entries}
+    if start == "gradient":
+        return gradient_directions(_halves(config, text, plan, rows, max(ranks.values())), ranks)
+    return activation_directions(_sketches(config, text, plan, rows, "input", max(ranks.values())), ranks)
+
+
+def _gains(config: RunConfig, text: TextModel, plan: Plan, examples: Sequence[Example]) -> Gains:
+    score, largest = config.ranks.score, config.ranks.max_rank
+    rows = _rows(config, text, examples, "ranks.choose auto")
+    if score == "gradient":
+        return gradient_gains(_halves(config, text, plan, rows, largest), largest=largest)
+    of: Literal["input", "output"] = "input" if score == "activation" else "output"
+    return variance_gains(_sketches(config, text, plan, rows, of, largest), plan, largest=largest)
+
+
+def _rows(config: RunConfig, text: TextModel, examples: Sequence[Example], what: str) -> list[Example]:
+    """The training rows on which is measured; ConfigError and DataError where that cannot be."""
+    if text.streamed is not None:
+        raise ConfigError(
+            f"{what} reads gradients or states of a model in memory, but memory.budget streams this one. Choose the ranks in a "
+            "run without the budget (--dry-run --json prints them), then give them in lora.rank_pattern, with lora.start kaiming."
+        )
+    rows = sorted(examples, key=lambda example: seed_for(config.train.seed, f"ranks/{example.key}"))[: config.ranks.rows]
+    if len(rows) < 2:
+        raise DataError(
+            f"{what} needs 2 training rows or more; there are {len(rows)}. Give ranks in lora.rank, with lora.start kaiming."
+        )
+    return rows
+
+
+def _sketches(
+    config: RunConfig, text: TextModel, plan: Plan, rows: Sequence[Example], of: Literal["input", "output"], largest: int
+) -> dict[str, Sketch]:
+    """Of the states of the bare base on the rows."""
+
+    head = output_layer(text.model)
+    heeds_head = any(find(text.model, entry.path) is head for entry in plan.entries)
+
+    def forward() -> None:
+        for batch in micro_batches(rows, config.train.micro_tokens):
+            states = text.hidden(batch.to(text.device))
+            for some in torch.split(states, config.train.head_chunk) if heeds_head else ():
+                cast(nn.Module, head)(some)  # which a pass up to the last states does not call
+
+    unfuse(text.model)  # so that every matrix is called by itself, whatever adapters are there; begin_adapter fuses again
+    activate(text.model, None)
+    text.model.eval()
+    with text.every_token():
+        return sketch_states(text.model, plan, forward, of=of, largest=largest, seed=config.train.seed)
+
+
+def _halves(config: RunConfig, text: TextModel, plan: Plan, rows: Sequence[Example], largest: int) -> Halves:
+    """Training's own backward pass over temporary pairs; the model is as before afterwards."""
+    sketch = sketch_plan(plan, largest)
+    with torch.random.fork_rng(devices=[]):
+        begin_adapter(text, sketch, seed=config.train.seed, name=NAME)
+        try:
+            task = TextTask(text, rows, held_out=(), spec=config.train, name=NAME)
+            halves = [micro_batches(part, config.train.micro_tokens) for part in (rows[::2], rows[1::2])]
+
+            def backward(half: int) -> None:
+                batches = [batch for batch in halves[half] if batch.targets]
+                task.gradients(batches, max(1, sum(batch.targets for batch in batches)))
+
+            return gradient_halves(sketch, trained_parameters(text.model, NAME), backward, seed=config.train.seed)
+        finally:
+            eject(text.model, NAME)
+            text.model.eval()

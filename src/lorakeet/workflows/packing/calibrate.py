@@ -1,0 +1,228 @@
+"""`lorakeet quantize --method gptq`: calibrated 4-bit weights in the layout that transformers loads through gptqmodel."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import torch
+from rich.console import Console
+from rich.progress import Progress as Bar
+from torch import Tensor
+
+from lorakeet import __version__
+from lorakeet.data.chat import Encoder, encode_rows
+from lorakeet.data.read import read_rows
+from lorakeet.data.spec import DataSpec
+from lorakeet.errors import ConfigError, Problems
+from lorakeet.export.packed_model import Part, write_model
+from lorakeet.memory.budget import parse_budget
+from lorakeet.memory.spill import Aside
+from lorakeet.merge.checkpoint import files_along, open_checkpoint
+from lorakeet.models.files.origin import packed_card
+from lorakeet.models.files.quantized import kept_experts, owners, skeleton, with_quantisation
+from lorakeet.models.files.source import find_source
+from lorakeet.models.files.stored_tensors import method_of, stored_quantisation, tensor_files
+from lorakeet.models.spec import ModelSpec
+from lorakeet.models.text.gptq_blocks import (
+    QuantisedBlock,
+    check_layers,
+    check_tokens,
+    inputs_of_widest,
+    layers_in_blocks,
+    quantise_blocks,
+    weight_of,
+)
+from lorakeet.models.text.load import load_text_model, load_tokenizer, read_config
+from lorakeet.models.text.model import TextModel
+from lorakeet.quant.gptq import PARTS, buffer_shapes
+from lorakeet.quant.gptq_config import GptqConfig, to_mapping
+from lorakeet.quant.gptq_pack import BITS
+from lorakeet.quant.gptq_solve import Layout
+from lorakeet.workflows.planning.quantizing import Job, Kept, keep_budget, stream_closed
+from lorakeet.workflows.runs.output_paths import require_place
+
+DAMPING = 0.01  # the paper's
+MICRO_TOKENS = 2048
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Where the calibration rows come from, and how much of them is used."""
+
+    file: str | None
+    rows: int = 128
+    max_tokens: int = 2048
+
+
+def write_gptq(
+    model: str,
+    *,
+    out: Path,
+    head: Literal["keep", "quantize"] = "keep",
+    layout: Layout,
+    calibration: Calibration,
+    memory: str | None = None,
+    console: Console,
+) -> tuple[int, dict[str, float]]:
+    """Writes `model` with GPTQ weights to `out` and loads it again as a check.
+
+    Returns the bytes, and how far each layer's outputs moved on the rows: ‖X·(W − W′)ᵀ‖ / ‖X·Wᵀ‖. The rows' states and
+    the packed layers that are not written yet are held beside the model, whose weights stay where they are pages of its files.
+    Within a budget `memory`, such as "3GiB", all of that is held, or one block, with the states or not; the result is the same.
+    Raises ConfigError for layers that do not fit the
+    layout and a budget that cannot be kept, DataError for too few calibration tokens, before anything is written.
+    """
+    _check(out, head, layout, calibration)
+    budget = None if memory is None else parse_budget(memory)
+    data = DataSpec(train=str(calibration.file), supervise="all", max_tokens=calibration.max_tokens, limit=calibration.rows)
+    rows = read_rows(data.train, data)
+    spec = _as_stored(model, console)
+    if budget is not None:  # which bounds the memory of the process
+        spec = replace(spec, device="cpu")
+    config, plain = read_config(Path(spec.path)), skeleton(read_config(Path(spec.path)))
+    examples = encode_rows(rows, Encoder(load_tokenizer(Path(spec.path)), data)).examples
+    layers = layers_in_blocks(plain, model)
+    check_layers(layers, layout)
+    check_tokens(examples, inputs_of_widest(layers))
+    words = to_mapping(_settings(layout), damping=DAMPING, version=__version__)
+    job = Job(
+        model, config, with_quantisation(config, words), getattr(torch, spec.dtype), layout=layout, rows=examples,
+        micro_tokens=MICRO_TOKENS,
+    )  # fmt: skip
+    kept = keep_budget(budget, job, out, console)
+    with kept.measured(console):
+        return _quantised(job, spec, kept, layout, out, console)
+
+
+def _quantised(
+    job: Job, spec: ModelSpec, kept: Kept, layout: Layout, out: Path, console: Console
+) -> tuple[int, dict[str, float]]:
+    """Loads the model, writes the folder, and loads that again."""
+    text = load_text_model(spec, say=console.print, store=kept.store)
+    with stream_closed(text):
+        kept.require_planned(text)
+        experts = kept_experts(text.model)
+        if experts:  # said before the long work, not after it
+            console.print(experts, soft_wrap=True)
+        errors: dict[str, float] = {}
+        with Bar(console=console, transient=True, disable=not console.is_terminal) as bar:
+            task = bar.add_task("measuring inputs", total=None)
+
+            def done(block: QuantisedBlock) -> None:
+                errors.update(block.errors)
+                bar.update(task, total=block.count, completed=block.number + 1, description=f"block {block.number + 1}")
+
+            written = _write(job, text, kept, layout, out, done)
+    del text
+    worst = max(errors, key=lambda path: (errors[path], path))
+    console.print(
+        f"Wrote {written:,} bytes to {out}: {len(errors)} layers in {layout.bits} bits, format {layout.zero_format}. Lorakeet "
+        "loads it, and transformers where gptqmodel is installed.",
+        soft_wrap=True,
+    )
+    moved = f"The outputs of {worst} moved most on the calibration rows: by {errors[worst]:.2%} of their length."
+    console.print(moved, soft_wrap=True)
+
+    def say(line: str) -> None:
+        if line != experts:
+            console.print(line)
+
+    kept.check(out, job, say)
+    return written, errors
+
+
+def _check(out: Path, head: str, layout: Layout, calibration: Calibration) -> None:
+    """Raises ConfigError with everything that is wrong with the settings."""
+    problems = Problems("The GPTQ settings cannot be used")
+    if out.exists():
+        problems.add(f"{out} exists already and is never overwritten. Choose another folder or remove that one.")
+    if head != "keep":
+        problems.add("--head is quantize, but GPTQ is done on the blocks alone. Leave --head at keep.")
+    if layout.bits not in BITS:
+        problems.add(f"--bits is {layout.bits}; GPTQ's are {', '.join(map(str, BITS))}.")
+    if layout.group_size != -1 and layout.group_size < 1:
+        problems.add(f"--group-size is {layout.group_size}; expected a number of columns such as 128, or -1 for the whole row.")
+    if calibration.rows < 1 or calibration.max_tokens < 2:
+        problems.add("--calibration-rows and --calibration-tokens must leave something: at least 1 row and 2 tokens.")
+    if calibration.file is None:
+        problems.add(
+            "--calibration is missing: GPTQ measures on rows what each layer reads. Name a file of texts such as the model will "
+            "see."
+        )
+    problems.raise_if_any()
+    require_place(out)
+
+
+def _as_stored(model: str, console: Console) -> ModelSpec:
+    """The model in the dtype of its files, or in fp32, so that weights are rounded once."""
+    source = find_source(ModelSpec(path=model), console.print)
+    config = read_config(source)
+    if stored := stored_quantisation(config):
+        raise ConfigError(f"{model} holds quantised weights ({method_of(stored)}); name the unquantised model.")
+    narrow = getattr(config, "dtype", None) == torch.bfloat16
+    return ModelSpec(path=str(source), dtype="bfloat16" if narrow else "float32", products="bfloat16" if narrow else "float32")
+
+
+def _settings(layout: Layout) -> GptqConfig:
+    return GptqConfig(layout.bits, layout.group_size, layout.desc_act, layout.sym, layout.zero_format)
+
+
+def _write(job: Job, text: TextModel, kept: Kept, layout: Layout, out: Path, done: Callable[[QuantisedBlock], None]) -> int:
+    """Writes the folder, block by block as they are quantised; returns its bytes."""
+    plain = skeleton(job.config)
+    shapes = {path: weight_of(module).shape for path, module in layers_in_blocks(plain, job.name).items()}
+    checkpoint, files = open_checkpoint(text.source), tensor_files(text.source)
+    places = {name: path for name, path in owners(plain, files).items() if path in shapes}
+    blocks = quantise_blocks(text, job.rows, layout, damping=DAMPING, micro_tokens=job.micro_tokens, aside=kept.aside)
+    solved = _Solved(blocks, kept.waiting(), done)
+    solved.advance()  # what is wrong with rows or layers is said before anything is written
+    parts = [
+        _packed(name, places[name], shapes[places[name]], layout, solved)
+        if name in places
+        else Part({name: (file.tensors[name].dtype, file.tensors[name].shape)}, _reader(file.read, name))
+        for name, file in files.items()
+    ]
+    words = to_mapping(_settings(layout), damping=DAMPING, version=__version__)
+    config = {**checkpoint.config, "quantization_config": words}
+    card, along = packed_card(job.name, f"GPTQ, {layout.bits} bits"), files_along(text.source, None)
+    return write_model(out, parts, config=config, along=along, card=card, waiting=kept.waiting())
+
+
+class _Solved:
+    """The packed layers by path; the blocks are done as far as the next one asked for needs it, and wait in `waiting`."""
+
+    def __init__(self, blocks: Iterator[QuantisedBlock], waiting: Aside, done: Callable[[QuantisedBlock], None]) -> None:
+        self.blocks, self.waiting, self.done = blocks, waiting, done
+
+    def advance(self) -> None:
+        """Quantises the next block."""
+        block = next(self.blocks)
+        for path, base in block.layers.items():
+            for part in PARTS:
+                self.waiting.put((path, part), base.get_buffer(part).cpu())
+        self.done(block)
+
+    def take(self, path: str) -> dict[str, Tensor]:
+        """The tensors of the packed layer at `path`, which is forgotten here."""
+        while (path, PARTS[0]) not in self.waiting:
+            self.advance()
+        return {part: self.waiting.take((path, part)) for part in PARTS}
+
+
+def _packed(name: str, path: str, shape: Sequence[int], layout: Layout, solved: _Solved) -> Part:
+    """The four tensors that stand for the weight `name` of the layer at `path`."""
+    groups = 1 if layout.group_size == -1 else shape[1] // layout.group_size
+    own = name.removesuffix(".weight")
+
+    def make() -> Mapping[str, Tensor]:
+        return {f"{own}.{part}": tensor for part, tensor in solved.take(path).items()}
+
+    stored = buffer_shapes((shape[0], shape[1]), bits=layout.bits, groups=groups)
+    return Part({f"{own}.{part}": kind for part, kind in stored.items()}, make)
+
+
+def _reader(read: Callable[[str], Tensor], name: str) -> Callable[[], Mapping[str, Tensor]]:
+    return lambda: {name: read(name)}

@@ -1,0 +1,397 @@
+"""`lorakeet merge --into packed`: an adapter into a quantised model that stays quantised, and how much of its gain survives.
+
+Measured on the rows that judged the run: its test rows, or else its held-out ones. Nothing is chosen by them.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import cast
+
+import torch
+from rich.console import Console
+from rich.progress import Progress as Bar
+from rich.table import Table
+from torch import nn
+
+from lorakeet.core.math import Kind
+from lorakeet.data.chat import Encoder, Example
+from lorakeet.data.prepare import Dataset
+from lorakeet.errors import ConfigError, Problems
+from lorakeet.evaluate.certificate import Certificate, judge
+from lorakeet.evaluate.intervals import Estimate
+from lorakeet.evaluate.retained_gain import Scores, surviving_share
+from lorakeet.export.repacked import write_repacked
+from lorakeet.merge.requantise import Requantised, round_to_nearest, round_with_feedback
+from lorakeet.models.fuse import unfuse
+from lorakeet.models.generate.score import row_losses
+from lorakeet.models.inject import use_products
+from lorakeet.models.modules import block_prefix, find, kind_of, original_modules, weight_shape
+from lorakeet.models.modules import replace as put
+from lorakeet.models.streaming.model import Streamed
+from lorakeet.models.text.folded import fold_layers
+from lorakeet.models.text.gptq_blocks import Layers, check_tokens, pack_blocks, weight_of
+from lorakeet.models.text.model import TextModel
+from lorakeet.models.text.packed_layout import PackedLayout, read_layout
+from lorakeet.models.text.packed_store import StoredBases, open_packed, write_packed
+from lorakeet.quant.packed import PackedBase, PackedLinear
+from lorakeet.quant.replace import without_numbers
+from lorakeet.train.text.through_quantiser import finish
+from lorakeet.workflows.finetuning.evaluate_text import ADAPTER, BASE, Judge
+from lorakeet.workflows.finetuning.terminal import show_certificate
+from lorakeet.workflows.planning.packed_merge import (
+    Job,
+    calibration,
+    check_layout_room,
+    keep_room,
+    reloaded,
+    require_planned,
+    within_room,
+)
+from lorakeet.workflows.planning.quantizing import stream_closed
+from lorakeet.workflows.planning.text_run import Arrangement
+from lorakeet.workflows.runs.open_adapter import NAME, Opened
+from lorakeet.workflows.runs.output_paths import writing_certificate
+
+CERTIFICATE = "certificate.json"
+MICRO_TOKENS = 4096  # through the model at once, without gradients; every packed layer is unpacked once for them
+NEAREST, FEEDBACK, FINISHED, WRITTEN = "rounded to the nearest", "error feedback", "error feedback, finished", "written"
+
+
+@dataclass(frozen=True)
+class PackedMerge:
+    """How an adapter is merged into a quantised model."""
+
+    like: str | None = None  # the model whose layout is kept; None: the base of the run
+    calibration_rows: int = 64
+    finish_steps: int = 0
+    keep: float = 0.95  # least share of the held-out gain
+
+
+@dataclass
+class Measured:
+    """The scores of each system on the held-out rows."""
+
+    scores: dict[str, Scores] = field(default_factory=dict)
+
+    def share(self, system: str, opened: Opened) -> Estimate:
+        return surviving_share(self.scores[BASE], self.scores[ADAPTER], self.scores[system], opened.config.evaluate)
+
+
+def merge_packed(
+    opened: Opened, dataset: Dataset | None, out: Path, *, spec: PackedMerge, console: Console
+) -> tuple[Certificate, dict[str, Estimate]]:
+    """Writes the quantised model with the adapter in it to `out`, loads it again and measures it on the held-out rows.
+
+    Returns the certificate, which lies beside what was written, and the share of the gain that survives each way. The base is
+    held as the run had it, and one block at a time in fp32; with a finish all of its layers are. Within the run's memory.budget
+    the base is streamed where it has no room, and so is what is made of it; the same bytes are written. ConfigError, before
+    anything is measured, for what cannot be merged so or has no room; VerificationFailed where less than `spec.keep` survives.
+    """
+    check_layout_room(opened, spec.like)
+    layout = read_layout(spec.like or opened.config.model.path, console.print)
+    if dataset is None:
+        raise ConfigError("--into packed needs a run, whose training rows calibrate and whose held-out rows judge; name one.")
+    _check(opened, layout, out, spec)
+    job = Job(opened, dataset, layout, spec.calibration_rows, spec.finish_steps > 0, MICRO_TOKENS)
+    opened = keep_room(job, out, console)
+    with within_room(opened, out, console):
+        solved, shares = _written(Merging(opened, dataset, layout, spec, console, Measured()), out)
+    _show(shares, console)
+    certificate = _certificate(opened, layout, out, shares, spec)
+    certificate = replace(certificate, facts={**certificate.facts, **_moved(solved)})
+    show_certificate(certificate, console)
+    with writing_certificate(out, "merge"):
+        certificate.write(out.with_name(f"{out.name}.{CERTIFICATE}") if layout.file else out / CERTIFICATE)
+    certificate.raise_if_failed()
+    return certificate, shares
+
+
+def _written(merge: Merging, out: Path) -> tuple[Mapping[str, Requantised], dict[str, Estimate]]:
+    """Writes the model and measures every form of it; how each layer was packed, and the share that survives each way."""
+    opened, layout, console, measured = merge.opened, merge.layout, merge.console, merge.measured
+    merge.measure_live()
+    console.print("Rounding to the nearest, to compare with", soft_wrap=True)
+    text = merge.rounded()
+    with stream_closed(text):
+        merge.measure(text, NEAREST)
+    _drop(text)
+    del text
+    text, solved = merge.with_feedback()
+    with stream_closed(text):
+        merge.measure(text, FEEDBACK)
+        text.release()
+        bases = packed_bases(text, solved)
+        if merge.spec.finish_steps:
+            bases = {**bases, **merge.finished(text, solved)}
+        kept = sum(found.scales == "kept" for found in solved.values())
+        scales = f"{kept} with the file's own scales, the others with fitted ones"
+        console.print(f"{len(solved)} layers packed: {scales}.", soft_wrap=True)
+        written = write_repacked(layout, bases, out, tokenizer=opened.tokenizer, waiting=merge.kept.waiting())
+        console.print(f"Wrote {written:,} bytes to {out}", soft_wrap=True)
+    outcome = {path: replace(found, base=without_numbers(found.base), latent=None) for path, found in solved.items()}
+    _drop(text)
+    del text, solved, bases  # one model at a time
+    gc.collect()
+    with reloaded(out, layout, opened, console) as text:
+        merge.measure(text, WRITTEN)
+    shares = {system: measured.share(system, opened) for system in measured.scores if system not in (BASE, ADAPTER)}
+    return outcome, shares
+
+
+def _check(opened: Opened, layout: PackedLayout, out: Path, spec: PackedMerge) -> None:
+    """Raises ConfigError with everything that keeps the adapter from being merged into that layout."""
+    problems = Problems(f"The adapter cannot be merged into {layout.method} as it is")
+    adapter = opened.adapter
+    if layout.file is not None and out.suffix.lower() != ".gguf":
+        problems.add(f"--out is {out.name}, but what is written is a .gguf file; give it a name that ends in .gguf.")
+    if layout.file is None and out.suffix.lower() == ".gguf":
+        problems.add(f"--out is {out.name}, but what is written is a folder; give it a name without .gguf.")
+    elsewhere = [path for path in adapter.pairs if path not in layout.layers]
+    if elsewhere:
+        problems.add(f"It changes layers that are not packed there: {', '.join(elsewhere[:8])}. Merge --into original.")
+    if adapter.extras or adapter.token_rows:
+        problems.add("It has trained modules or token rows beside its pairs, which are not packed. Merge --into original.")
+    biased = [path for path, pair in adapter.pairs.items() if pair.bias is not None and bool(pair.bias.any())]
+    if biased:
+        problems.add(f"Its pairs have biases, which packed layers have no place for: {', '.join(biased[:8])}.")
+    if spec.calibration_rows < 1 or spec.finish_steps < 0 or not 0 < spec.keep <= 1:
+        problems.add("--calibration-rows is at least 1, --finish-steps at least 0, and --keep a share above 0, such as 0.95.")
+    problems.raise_if_any()
+
+
+@dataclass(frozen=True)
+class Merging:
+    """The steps of one merge into packed layers; models come and go with what each method returns."""
+
+    opened: Opened
+    dataset: Dataset
+    layout: PackedLayout
+    spec: PackedMerge
+    console: Console
+    measured: Measured
+
+    @property
+    def products(self) -> torch.dtype:
+        """In which dtype the run's matrix products were fastest."""
+        named = self.opened.config.model.products
+        return torch.float32 if named == "auto" else getattr(torch, named)
+
+    def live(self) -> TextModel:
+        gc.collect()  # a model before this one, whose parts know each other
+        return self.opened.text_model(self.console, dtype="float32")
+
+    def measure_live(self) -> None:
+        """The run's base and its adapter, in fp32."""
+        text = self.live()
+        with stream_closed(text):
+            require_planned(self.opened, text)
+            for system in (BASE, ADAPTER):
+                self.measured.scores[system] = self._scores(text, system)
+
+    def measure(self, text: TextModel, system: str) -> None:
+        self.measured.scores[system] = replace(self._scores(text, BASE), system=system)
+
+    def _scores(self, text: TextModel, system: str) -> Scores:
+        use_products(text.model, self.products)
+        encoder = Encoder(text.tokenizer, self.opened.config.data, self.dataset.labels)
+        judged = self.dataset.test or self.dataset.held_out
+        config = replace(self.opened.config, train=replace(self.opened.config.train, micro_tokens=MICRO_TOKENS))
+        judge_ = Judge(config, text, encoder, judged, self.console, NAME)
+        rows = judge_.fitting()
+        return judge_.answers(rows, system) if self.dataset.labels else judge_.losses(rows, system)
+
+    @staticmethod
+    def _folded(text: TextModel, path: str) -> nn.Module:
+        """That layer with the adapter folded in, plain numbers in fp32 in its place."""
+        fold_layers(text.model, NAME, [path])
+        return cast(nn.Module, find(text.model, path))
+
+    @property
+    def kept(self) -> Arrangement:
+        """Where the models are."""
+        return self.opened.kept or Arrangement()
+
+    def rounded(self) -> TextModel:
+        """Every layer rounded to the nearest, with scales fitted to it; one at a time is plain numbers."""
+        text = self.live()
+        if text.streamed is not None:
+            return self._repacked(text, self._nearest(text, text.streamed), "nearest")
+        for path, read in self.layout.layers.items():
+            layer = self._folded(text, path)
+            put(text.model, path, PackedLinear(round_to_nearest(read(), weight_of(layer)), layer.bias))  # type: ignore[arg-type]
+        return text
+
+    def _nearest(self, text: TextModel, streamed: Streamed) -> Iterator[dict[str, PackedBase]]:
+        """The layers of each block, rounded to the nearest while it is in memory."""
+        _require_in_blocks(text, self.layout)
+        prefix, count = block_prefix(text.model, text.family)
+        for number in range(count):
+            found: dict[str, PackedBase] = {}
+            with torch.no_grad(), streamed.present(number, then=number):
+                for path in self._of_block(f"{prefix}.{number}"):
+                    standing = cast(nn.Module, find(text.model, path))
+                    layer = self._folded(text, path)
+                    found[path] = round_to_nearest(self.layout.layers[path](), weight_of(layer))
+                    put(text.model, path, standing)
+                    del layer
+            text.release()
+            yield found
+
+    def _of_block(self, block: str) -> list[str]:
+        return [path for path in self.layout.layers if path.startswith(f"{block}.")]
+
+    def _repacked(self, text: TextModel, blocks: Iterator[Mapping[str, PackedBase]], name: str) -> TextModel:
+        """The model that streams the packed `blocks` from a store of their own, in place of the streamed `text`."""
+        path = cast(Path, self.kept.store) / f"{name}.safetensors"
+        with stream_closed(text):
+            write_packed(text, blocks, path)
+            return open_packed(text, path)
+
+    def with_feedback(self) -> tuple[TextModel, dict[str, Requantised]]:
+        """The model with every layer packed by error feedback on the calibration rows, and how each was.
+
+        The packed weights are in the model; of one that streams they are in its store alone (`packed_bases`).
+        """
+        text = self.live()
+        with stream_closed(text):
+            return self._with_feedback(text)
+
+    def _with_feedback(self, text: TextModel) -> tuple[TextModel, dict[str, Requantised]]:
+        unfuse(text.model)
+        _require_in_blocks(text, self.layout)
+        rows, _ = calibration(self.opened, self.dataset, text.tokenizer, self.spec.calibration_rows, self._finishes)
+        solved: dict[str, Requantised] = {}
+
+        def pack(path: str, *given: object) -> PackedBase:
+            latent = self._finishes and path in self.opened.adapter.pairs
+            found = round_with_feedback(self.layout.layers[path](), *given, latent=latent)  # type: ignore[arg-type]
+            solved[path] = found if text.streamed is None else replace(found, base=without_numbers(found.base))
+            return found.base
+
+        def layers_of(block: str) -> dict[str, nn.Module]:
+            return {path: cast(nn.Module, find(text.model, path)) for path in self._of_block(block)}
+
+        def packed() -> Iterator[dict[str, PackedBase]]:
+            layers = Layers(layers_of, partial(self._folded, text))
+            for block in pack_blocks(text, rows, pack, layers, keep=True, aside=self.kept.aside):
+                bar.update(task, total=block.count, completed=block.number + 1)
+                yield block.layers
+
+        known = dict(original_modules(text.model))
+        check_tokens(rows, max(weight_shape(known[path], cast(Kind, kind_of(known[path])))[1] for path in self.layout.layers))
+        del known
+        with self._bar() as bar:
+            task = bar.add_task(f"error feedback on {len(rows)} rows", total=None)
+            if text.streamed is not None:
+                return self._repacked(text, packed(), "packed"), solved
+            for _ in packed():
+                pass
+        return text, solved
+
+    @property
+    def _finishes(self) -> bool:
+        return self.spec.finish_steps > 0
+
+    def _bar(self) -> Bar:
+        return Bar(console=self.console, transient=True, disable=not self.console.is_terminal)
+
+    def finished(self, text: TextModel, solved: dict[str, Requantised]) -> Mapping[str, PackedBase]:
+        """The layers after the finish where it lowers the loss on the calibration rows, which it does not train on; else none."""
+        judged, rows = calibration(self.opened, self.dataset, text.tokenizer, self.spec.calibration_rows, self._finishes)
+        before = self._loss(text, judged)
+        with self._bar() as bar:
+            task = bar.add_task("finishing", total=self.spec.finish_steps)
+            bases = finish(
+                text,
+                solved,
+                self.opened.adapter,
+                rows,
+                steps=self.spec.finish_steps,
+                spec=self.opened.config.train,
+                products=self.products,
+                on_step=lambda step, loss: bar.update(task, completed=step, description=f"finishing, loss {loss:.4f}"),
+            )
+        after = self._loss(text, judged)
+        self.measure(text, FINISHED)
+        self.console.print(
+            f"{self.spec.finish_steps} steps through the quantiser moved the loss on {len(judged)} calibration rows from "
+            f"{before:.4f} to {after:.4f}; {'they are kept' if after < before else 'error feedback alone is kept'}.",
+            soft_wrap=True,
+        )
+        return bases if after < before else {}
+
+    def _loss(self, text: TextModel, rows: Sequence[Example]) -> float:
+        use_products(text.model, self.products)  # layers that were packed since then are new
+        losses, targets = row_losses(text, rows, micro_tokens=MICRO_TOKENS)
+        return float(losses.sum() / targets.sum())
+
+
+def packed_bases(text: TextModel, solved: Mapping[str, Requantised]) -> Mapping[str, PackedBase]:
+    """The packed weights of `solved`, by path; of a streamed model each is read from its store when it is asked for."""
+    if text.store is not None:
+        return StoredBases(text.store, solved)
+    return {path: found.base for path, found in solved.items()}
+
+
+def _drop(text: TextModel) -> None:
+    """Removes the store of a streamed model that was closed."""
+    if text.store is not None:
+        text.store.path.unlink()
+
+
+def _require_in_blocks(text: TextModel, layout: PackedLayout) -> None:
+    """Raises ConfigError for packed layers outside of the blocks, or where the model has none."""
+    prefix, _ = block_prefix(text.model, text.family)
+    known = {path for path, _ in original_modules(text.model)}
+    outside = sorted(path for path in layout.layers if not path.startswith(f"{prefix}.") or path not in known)
+    if outside:
+        raise ConfigError(f"Packed layers outside of the blocks cannot be calibrated: {', '.join(outside[:8])}.")
+
+
+def _moved(solved: Mapping[str, Requantised]) -> dict[str, str]:
+    """How far error feedback moved the outputs of the layers of each type on the calibration rows, as a mean."""
+    errors: dict[str, list[float]] = {}
+    for found in solved.values():
+        settings = found.base.settings
+        errors.setdefault(str(settings.get("type", settings["method"])), []).append(found.error)
+    return {f"{len(own)} layers in {kind}": f"outputs moved by {sum(own) / len(own):.2%}" for kind, own in errors.items()}
+
+
+def _show(shares: Mapping[str, Estimate], console: Console) -> None:
+    """A table of what survives each way."""
+    table = Table("way", "share of the held-out gain", title="What survives of the adapter", title_justify="left")
+    for system, share in shares.items():
+        table.add_row(system, str(share))
+    console.print(table)
+
+
+def _certificate(
+    opened: Opened, layout: PackedLayout, out: Path, shares: Mapping[str, Estimate], spec: PackedMerge
+) -> Certificate:
+    """One check: the share of the held-out gain that the written model has, against the least that was asked for."""
+    written, nearest = shares[WRITTEN], shares[NEAREST]
+    check = judge(
+        "held-out gain in the quantised model",
+        {"surviving_share": written.value},
+        tolerance={"surviving_share": spec.keep},
+        between=("base + adapter", f"{out.name}, loaded again"),
+        floors=("surviving_share",),
+        n=written.n,
+        detail=(
+            f"{written} of the gain survives; rounding to the nearest would keep {nearest.value:.3f}. More calibration rows or "
+            "--finish-steps 300 may keep more."
+        ),
+    )
+    check = replace(check, estimates={"surviving_share": written})
+    facts = {
+        "layout": f"{layout.method} of {(layout.file or layout.folder).name}",
+        "calibration rows": str(spec.calibration_rows),
+        "finish steps": str(spec.finish_steps),
+        **{f"share, {system}": str(share) for system, share in shares.items()},
+    }
+    return Certificate(f"The merged {layout.method} model {out}", (check,), facts)

@@ -1,0 +1,296 @@
+"""How much memory a run on pictures will take, phase by phase, from its settings and the model's configurations alone."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lorakeet.config import RunConfig
+from lorakeet.core.plan import Plan
+from lorakeet.core.scratch import SCRATCH
+from lorakeet.core.spec import LoraSpec
+from lorakeet.errors import ConfigError, EnvironmentProblem
+from lorakeet.evaluate.wording import bytes_text
+from lorakeet.formats.files.safetensors_file import Stored, open_safetensors
+from lorakeet.kernels.device import standing_for
+from lorakeet.memory.allocator import return_freed_memory
+from lorakeet.memory.budget import enough_for, larger_than_machine
+from lorakeet.memory.cuda import CONTEXT, card_warning, limit_to, phases_on_card
+from lorakeet.memory.forecast import Forecast, phases_of
+from lorakeet.memory.ledger import Work
+from lorakeet.memory.measure import resident_bytes
+from lorakeet.memory.usage import Held, larger, with_more
+from lorakeet.models.image.kinds import ENCODERS
+from lorakeet.models.image.latent_cache import Sizes
+from lorakeet.models.image.model import image_plan
+from lorakeet.models.image.outline import outline_image, shapes_of_images
+from lorakeet.models.image.shapes import Shapes
+from lorakeet.models.image.single_file import open_single, single_denoiser_files
+from lorakeet.models.placement import DTYPES, device_for, dtype_for, narrow_for, planned_on
+from lorakeet.models.spec import ModelSpec
+from lorakeet.quant.packed import PackedBase
+from lorakeet.train.image_spec import DiffusionSpec
+from lorakeet.train.spec import TrainSpec
+from lorakeet.workflows.planning.forecast_choices import VALUE, decomposes, finished_plan, reads_weights
+from lorakeet.workflows.planning.forecast_text_run import INTERVALS, decompose
+from lorakeet.workflows.planning.rehearse_image import ENCODE, ImageRehearsal, Pictures, go_through, rehearse_images
+from lorakeet.workflows.planning.rehearse_text import BEGIN, CHECKPOINT, EVALUATE, JUDGE, STEP
+
+LOAD, CERTIFY = "load", "certify"
+PROMPTS = 3  # whose samples are drawn where the settings name none
+_SMALL: Shapes = {
+    "_class_name": "StableDiffusionPipeline",
+    "unet": {"_class_name": "UNet2DConditionModel", "sample_size": 8, "block_out_channels": [32, 64], "layers_per_block": 1,
+             "down_block_types": ["CrossAttnDownBlock2D", "DownBlock2D"], "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D"],
+             "cross_attention_dim": 32, "attention_head_dim": 4},
+    "vae": {"block_out_channels": [32, 64], "down_block_types": ["DownEncoderBlock2D"] * 2,
+            "up_block_types": ["UpDecoderBlock2D"] * 2, "layers_per_block": 1},
+    "text_encoder": {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
+                     "num_attention_heads": 4, "max_position_embeddings": 16, "bos_token_id": 0, "eos_token_id": 1,
+                     "pad_token_id": 1},
+    "scheduler": {"beta_schedule": "scaled_linear", "num_train_timesteps": 1000},
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class ImagePlanned:
+    """The forecast of a run, with what it is made of."""
+
+    forecast: Forecast
+    plan: Plan
+    pictures: Pictures
+    work: Work  # of one micro-batch in training
+    on_card: Callable[[], int]
+    card: torch.device | None = None  # what the forecast is of; None for the process
+
+    @cached_property
+    def tensors(self) -> int:
+        """The most bytes of tensors on a card at once, on which parts are only while they compute."""
+        return self.on_card()
+
+    @property
+    def peak(self) -> int:
+        """The most bytes that the process will hold, or take of the card."""
+        return self.forecast.peak.bytes
+
+    @property
+    def training_peak(self) -> int:
+        """The most bytes until training ends."""
+        training = (LOAD, ENCODE, BEGIN, STEP, EVALUATE, CHECKPOINT)
+        return max(phase.bytes for phase in self.forecast.phases if phase.name in training)
+
+    def to_mapping(self) -> dict[str, Any]:
+        """Plain values for --json."""
+        phases = [phase.to_mapping() for phase in self.forecast.phases]
+        return {"peak": self.peak, "card_tensors": self.tensors, "phases": phases}
+
+
+@dataclass(frozen=True)
+class ImageArrangement:
+    """How a run on pictures keeps its budget: `config` has the settings that do. Without a budget nothing is planned."""
+
+    config: RunConfig
+    budget: int | None = None
+    planned: ImagePlanned | None = None
+    card: torch.device | None = None  # the CUDA device whose memory the budget bounds; None for that of the process
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What of this machine and of the model's files a forecast needs."""
+
+    dtype: torch.dtype
+    runtime: int  # bytes beside the tensors: of the process, or of the context on a card
+    mapped: int = 0  # bytes of files in memory while other parts than the denoiser are rounded; -1: unknown, taken to be fp32
+    returning: bool = False  # whether freed memory goes back to the system at once, as in runs under a budget
+    card: torch.device | None = None  # the CUDA device whose memory is planned, this machine's or not; None for that of a process
+
+
+def arrange_images(config: RunConfig, say: Callable[[str], None], *, asked: bool = False) -> ImageArrangement:
+    """Plans the run if a budget is set, or it is `asked`; under a budget chooses what keeps it, and frees memory at once.
+
+    On a CUDA device the budget bounds what the process holds there, and torch is held to it.
+    ConfigError with the least that works and what would help where no choice keeps it; EnvironmentProblem on other devices.
+    """
+    budget, device = config.memory.bytes, device_for(config.model.device)
+    card = device if device.type == "cuda" else None
+    if budget is None and not asked:
+        return ImageArrangement(config)
+    if budget is not None:
+        if card is None and device.type != "cpu":
+            raise EnvironmentProblem(
+                f"For images memory.budget is kept on the CPU and on CUDA devices, but the model would be on {device}. Set "
+                "model.device to cpu, or leave the budget out."
+            )
+        if warning := larger_than_machine(budget) if card is None else card_warning(card, budget):
+            say(warning)
+        return_freed_memory()
+    shapes = shapes_of_images(config.model, say)
+    machine = machine_of(config, returning=budget is not None)
+    if budget is None:
+        return ImageArrangement(config, None, forecast_images(config, shapes, machine))
+    tried: list[tuple[RunConfig, ImagePlanned]] = []
+    for change, other in ways(config):
+        planned = forecast_images(other, shapes, machine)
+        tried.append((other, planned))
+        if planned.peak <= budget:
+            with_it = f" with {change}" if change else ""
+            where = "" if card is None else f" on {card}"
+            say(f"Memory: {bytes_text(planned.peak)} planned of {bytes_text(budget)}{where}{with_it}.")
+            if card is not None:
+                limit_to(card, budget)
+            return ImageArrangement(other, budget, planned, card)
+    last, least = min(tried, key=lambda one: one[1].peak)
+    helping = [
+        f"{change}: {bytes_text(found.peak)}" for change, found in advice(last, shapes, machine) if found.peak < least.peak
+    ]
+    raise ConfigError(
+        f"memory.budget is {bytes_text(budget)}, but this run takes at least {enough_for(least.peak)} (phase "
+        f"'{least.forecast.peak.name}'), one picture at a time and with checkpointing. Raise the budget"
+        + (f", or set {', '.join(helping)}." if helping else ".")
+    )
+
+
+def ways(config: RunConfig) -> Iterator[tuple[str, RunConfig]]:
+    """The settings as they are, then with what takes less memory for the same result up to rounding; what to say of each."""
+    yield "", config
+    one = dataclasses.replace(config.diffusion, at_once=1)
+    if config.diffusion.at_once > 1:
+        yield "diffusion.at_once 1", dataclasses.replace(config, diffusion=one)
+    if not config.diffusion.checkpointing:
+        both = dataclasses.replace(one, checkpointing=True)
+        yield "diffusion.at_once 1 and diffusion.checkpointing", dataclasses.replace(config, diffusion=both)
+
+
+def advice(config: RunConfig, shapes: Shapes, machine: Machine) -> Iterator[tuple[str, ImagePlanned]]:
+    """Changes of the result that take less memory, and the run with each."""
+    model, lora = config.model, config.lora
+    if machine.dtype == torch.float32:
+        name = narrow_for(machine.card)
+        yield f"model.dtype {name}", forecast_images(config, shapes, dataclasses.replace(machine, dtype=DTYPES[name]))
+    if model.quantize.method == "none":
+        packed = dataclasses.replace(model, quantize=dataclasses.replace(model.quantize, method="nf4"))
+        yield "model.quantize nf4", forecast_images(dataclasses.replace(config, model=packed), shapes, machine)
+    half = pictures_of(config, shapes).drawn[0] // 2
+    if half >= 256:
+        smaller = dataclasses.replace(config.images, resolution=half)
+        yield f"images.resolution {half}", forecast_images(dataclasses.replace(config, images=smaller), shapes, machine)
+    if lora.target_modules != ("attention",):
+        fewer = dataclasses.replace(lora, target_modules=("attention",))
+        yield "lora.target_modules attention", forecast_images(dataclasses.replace(config, lora=fewer), shapes, machine)
+
+
+def machine_of(config: RunConfig, *, returning: bool = False) -> Machine:
+    """This machine's part of a forecast of `config`."""
+    device = planned_on(config.model.device)
+    dtype = dtype_for(config.model.dtype, device)
+    if device.type == "cuda":
+        return Machine(dtype, CONTEXT, returning=returning, card=device)
+    return Machine(dtype, runtime_bytes(config, dtype), _mapped_bytes(config.model, dtype), returning)
+
+
+def forecast_images(config: RunConfig, shapes: Shapes, machine: Machine) -> ImagePlanned:
+    """What a run of `config` on the model of `shapes` will hold, in the process or on a card.
+
+    A model is read in the host's memory, from where its parts come to a card while they compute. ConfigError where the settings
+    do not fit the model.
+    """
+    pictures, quantize = pictures_of(config, shapes), config.model.quantize
+    begun = (BEGIN,) if reads_weights(config) else ()
+    build = partial(outline_image, shapes, name=config.model.path, dtype=machine.dtype, quantize=quantize)
+
+    def on_card() -> ImageRehearsal:
+        with standing_for(machine.card or torch.device("cuda")):
+            return rehearse_images(partial(build, card=True), config.lora, config.train, config.diffusion, pictures)
+
+    if machine.card is not None:
+        found = on_card()
+        held = {name: found.peaks[name] for name in (ENCODE, *begun, STEP, EVALUATE, CHECKPOINT, JUDGE)}
+        # The adapter from disk, and that of before; one base is staged away before another comes.
+        held[CERTIFY] = with_more(held[JUDGE], adapter=2 * VALUE * finished_plan(config, found.plan).parameters)
+        phases = phases_on_card(held, machine.runtime)
+        return ImagePlanned(Forecast(phases), found.plan, pictures, found.work, partial(_most, found), machine.card)
+    found = rehearse_images(build, config.lora, config.train, config.diffusion, pictures)
+    peaks, adapter = found.peaks, VALUE * finished_plan(config, found.plan).parameters
+    load = with_more(Held(), base=found.base, scratch=_read(found, machine))
+    kept = with_more(Held(), base=found.base, adapter=2 * adapter)
+    judge = with_more(peaks[JUDGE], scratch=INTERVALS)
+    certify = with_more(judge, adapter=2 * adapter)  # the adapter from disk on the live model
+    if not machine.returning:  # or on a second one
+        loading = with_more(kept, **load.kinds)
+        certify = larger(loading, with_more(certify, base=found.base))
+    traced = {name: peaks[name] for name in (ENCODE, *begun, STEP, EVALUATE, CHECKPOINT)}
+    held = {LOAD: load, **traced, JUDGE: judge, CERTIFY: certify}
+    phases = phases_of(held, machine.runtime, returning=machine.returning)
+    return ImagePlanned(Forecast(phases), found.plan, pictures, found.work, lambda: _most(on_card()))
+
+
+def pictures_of(config: RunConfig, shapes: Shapes) -> Pictures:
+    """The largest pictures that a run with these settings can meet. ConfigError where the UNet cannot halve their sides."""
+    with torch.device("meta"):
+        model = outline_image(shapes, name=config.model.path, dtype=torch.float32)
+    example = max(Sizes.of(model, config.images).allowed, key=lambda size: (size[0] * size[1], min(size)))
+    side = config.images.resolution or model.resolution
+    spec = config.diffusion
+    micro_batch = min(spec.at_once, config.train.batch_size)
+    drawn = max(2, (len(spec.prompts) or PROMPTS) * spec.seeds)
+    several = 2 if config.train.batch_size > micro_batch else 1
+    return Pictures(example, micro_batch, several, (side, side), min(spec.at_once, drawn))
+
+
+def runtime_bytes(config: RunConfig, dtype: torch.dtype) -> int:
+    """What this process holds beside the tensors of a model, once it has done everything that a run does, on a very small one."""
+    with torch.random.fork_rng(devices=[]):
+        model = outline_image(_SMALL, name="probe", dtype=dtype, quantize=config.model.quantize)
+        plan = image_plan(model, LoraSpec(target_modules=("attention",)), text_encoder=False)
+        for base in (module for module in model.parts.modules() if isinstance(module, PackedBase)):
+            base.store(0.1 * torch.randn(base.shape))
+        small = Pictures((32, 32), 2, 1, (32, 32), 1)
+        go_through(model, plan, TrainSpec(), DiffusionSpec(at_once=2, checkpointing=config.diffusion.checkpointing), small)
+    if decomposes(config):
+        decompose()
+    SCRATCH.clear()
+    return resident_bytes()
+
+
+def _mapped_bytes(spec: ModelSpec, dtype: torch.dtype) -> int:
+    """Bytes of files that lie in memory while the text encoders or the autoencoder are rounded from them; -1: no files yet.
+
+    The denoiser's are not among them, which is read a tensor at a time (models/image/denoiser).
+    """
+    if (single := open_single(spec, lambda _: None)) is not None:
+        own = {name for _, name in single_denoiser_files(single).tensors.values()}
+        others = [one for name, one in single.file.tensors.items() if name not in own]
+        wide = sum(math.prod(one.shape) for one in others) * torch.float32.itemsize  # through which the encoders go
+        return _rounded(others, torch.float32) + (wide if dtype != torch.float32 else 0)
+    folder = Path(spec.path).expanduser()
+    if not folder.is_dir():
+        return -1
+    parts = {name: [open_safetensors(path) for path in (folder / name).glob("*.safetensors")] for name in (*ENCODERS, "vae")}
+    return max(
+        _rounded([one for file in files for one in file.tensors.values()], torch.float32 if name == "vae" else dtype)
+        for name, files in parts.items()
+    )
+
+
+def _rounded(tensors: Sequence[Stored], dtype: torch.dtype) -> int:
+    return sum(one.end - one.begin for one in tensors if one.dtype != dtype)
+
+
+def _most(found: ImageRehearsal) -> int:
+    return max(peak.bytes for peak in found.peaks.values())
+
+
+def _read(found: ImageRehearsal, machine: Machine) -> int:
+    """What is in memory beside the base while it is read: a tensor of the denoiser, or the file of another part."""
+    mapped = machine.mapped
+    if mapped < 0:
+        mapped = found.other_part * torch.float32.itemsize if machine.dtype != torch.float32 else 0
+    return max(mapped, found.largest * torch.float32.itemsize)

@@ -1,0 +1,389 @@
+"""A run rehearsed on shapes: its real step, evaluation, checkpoint and judging, with their tensors entered in a ledger.
+
+Nothing here knows what a layer computes or keeps: the model is built as for a run, one adapter is put in, and `Training.step`
+takes a step over it, with the moments of an earlier one. What is planned is what is run.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import (  # torch offers no public names
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    UnsupportedOperatorException,
+)
+
+from lorakeet.core.plan import Plan
+from lorakeet.core.scratch import SCRATCH
+from lorakeet.core.spec import LoraSpec
+from lorakeet.data.chat import Example
+from lorakeet.data.pack import Batch, pack
+from lorakeet.errors import ConfigError
+from lorakeet.evaluate.parity import CELLS, differences
+from lorakeet.memory.extrapolate import Uneven, extended, line
+from lorakeet.memory.ledger import Ledger, Work
+from lorakeet.memory.measure import PeakMemory
+from lorakeet.memory.meta_disk import OutlinedAside
+from lorakeet.memory.usage import Held, Stretch
+from lorakeet.models.files.dense import AT_ONCE
+from lorakeet.models.generate.sample import rows_at_once, sample
+from lorakeet.models.generate.score import HEAD_CHUNK
+from lorakeet.models.inject import activate
+from lorakeet.models.targets import plan_for
+from lorakeet.models.text.adapted import begin_adapter
+from lorakeet.models.text.model import TextModel, token_logprobs
+from lorakeet.models.text.repeated_blocks import alike_blocks, blocks_of, first_blocks_of_plan
+from lorakeet.quant.packed import PackedBase
+from lorakeet.quant.replace import weights_in
+from lorakeet.train.log import Metrics, Record
+from lorakeet.train.loop import Training
+from lorakeet.train.progress import Silent
+from lorakeet.train.run import RunFolder
+from lorakeet.train.spec import TrainSpec
+from lorakeet.train.task import Task
+from lorakeet.train.text.task import TextTask
+
+BEGIN, EVALUATE, STEP, CHECKPOINT, JUDGE = "begin pairs", "evaluate", "train step", "checkpoint", "judge"
+FEW = 3  # blocks that stand for all, with one more: the first, the last, and one that has neighbours like itself
+MICRO_BATCHES = 2  # rehearsed in each step: from the second one on gradients are there to be added to
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The rows of a micro-batch: `count` of `length` tokens, the first `prompt` of which are not learnt."""
+
+    length: int
+    count: int = 1
+    prompt: int = 1
+
+    @property
+    def tokens(self) -> int:
+        return self.length * self.count
+
+
+@dataclass(frozen=True)
+class Rehearsal:
+    """What was held and done. `peaks` in bytes by phase, `base` the frozen model, `work` that of one micro-batch of a step."""
+
+    plan: Plan
+    base: int
+    peaks: Mapping[str, Held]
+    parameters: int  # numbers in the frozen model, packed ones counted one by one
+    largest: int  # numbers in its largest matrix
+    packed: bool = False  # whether any of its matrices is
+    work: Work = field(default_factory=Work)
+    best_in_memory: bool = True  # whether the peaks hold the best values so far (train/best)
+    blocks: int = 0  # that are streamed
+    block_bytes: int = 0  # of each of the places that they come into
+    cast_at_once: int = 0  # numbers in as many of its largest matrices as a file of another dtype is read at once
+
+    def being_cast(self, stored: torch.dtype, kept: torch.dtype) -> int:
+        """Bytes held beside the base while a file of dense weights is read: tensors as `stored`, where they become `kept`."""
+        return self.cast_at_once * stored.itemsize if stored != kept else 0
+
+
+class NotPlanned(ConfigError):
+    """The model computes in a way that cannot be followed on shapes, such as experts that are chosen by the numbers."""
+
+
+@dataclass(frozen=True)
+class Streaming:
+    """How a streamed model is run: micro-batches that pass a block together (0: all), and whether its inputs go to disk."""
+
+    together: int = 0
+    aside: bool = False
+
+
+@dataclass(frozen=True)
+class Judging:
+    """What a run judges by: texts that the base writes, and the rows that go through models at once."""
+
+    rows: Rows
+    texts: int = 64
+    text_tokens: int = 32
+
+
+def rehearse(
+    build: Callable[..., TextModel],
+    lora: LoraSpec,
+    spec: TrainSpec,
+    *,
+    rows: Rows,
+    micro_batches: int = MICRO_BATCHES,
+    judging: Judging | None = None,
+    streaming: Streaming | None = None,
+    best_in_memory: bool = True,
+) -> Rehearsal:
+    """Runs `build` and then steps, held-out evaluation, a checkpoint and judging of its model, on shapes alone.
+
+    `rows` is the largest micro-batch of a step, those of `judging` (left out: the same) that of all else; `streaming` is for a
+    model that streams; under a budget the best values so far are not in memory. Where all blocks of the model are alike,
+    `build(blocks=n)` makes one with a few of them, which stand for all (memory/extrapolate). Raises ConfigError where `lora`
+    does not fit the model, NotPlanned where its arithmetic cannot be followed.
+    """
+    judging, streaming = judging or Judging(rows), streaming or Streaming()
+    ids = tuple(range(len(lora.new_tokens)))
+
+    def run(rehearsing: _Rehearsing) -> Rehearsal:
+        return rehearsing.go(spec, rows, micro_batches, judging, streaming, best_in_memory)
+
+    def planned(text: TextModel) -> Plan:
+        return plan_for(text.model, lora, text.family)
+
+    return _rehearsed(build, planned, ids, run)
+
+
+def rehearse_judging(
+    build: Callable[..., TextModel],
+    plan: Plan,
+    judging: Judging,
+    *,
+    token_ids: tuple[int, ...],
+    weigh: Callable[[TextModel], object] | None = None,
+) -> Rehearsal:
+    """Builds a model with the adapter of `plan` and judges it, on shapes alone; what it holds is in `peaks[JUDGE]`.
+
+    `token_ids` are those of trained token rows, `build` as in `rehearse`; `weigh` is done with the model before, and held what is
+    in `peaks[STEP]`. Raises NotPlanned as `rehearse` does.
+    """
+
+    def run(rehearsing: _Rehearsing) -> Rehearsal:
+        trained = [parameter for parameter in rehearsing.text.model.parameters() if parameter.requires_grad]
+        rehearsing.ledger.name("adapter", trained)
+        if weigh is not None:
+            with rehearsing.ledger.phase(STEP):
+                weigh(rehearsing.text)
+        return rehearsing.judged(judging)
+
+    return _rehearsed(build, lambda _: plan, token_ids, run)
+
+
+def _rehearsed(
+    build: Callable[..., TextModel],
+    planned: Callable[[TextModel], Plan],
+    ids: tuple[int, ...],
+    run: Callable[[_Rehearsing], Rehearsal],
+) -> Rehearsal:
+    """`run` with every block, or with a few of them that stand for all."""
+    with on_shapes() as ledger:
+        text = build()
+        plan = planned(text)
+        blocks = alike_blocks(text.model, text.family, plan)
+        if blocks <= FEW + 1:
+            return run(_Rehearsing(ledger, text, plan, ids))
+    try:
+        return _of_all(plan, blocks, [_with_few(partial(build, blocks=few), plan, ids, run, blocks) for few in (FEW, FEW + 1)])
+    except Uneven:
+        with on_shapes() as ledger:
+            return run(_Rehearsing(ledger, build(), plan, ids))
+
+
+def _with_few(
+    build: Callable[[], TextModel], plan: Plan, ids: tuple[int, ...], run: Callable[[_Rehearsing], Rehearsal], blocks: int
+) -> tuple[Rehearsal, list[Stretch]]:
+    """`run` with the model of `build`, that has a few of all `blocks`, and its moments."""
+    with on_shapes() as ledger:
+        text = build()
+        ledger.watch_blocks(blocks_of(text.model, text.family))
+        found = run(_Rehearsing(ledger, text, first_blocks_of_plan(plan, text.model, text.family), ids, blocks))
+        return found, ledger.stretches
+
+
+def _of_all(plan: Plan, blocks: int, parts: Sequence[tuple[Rehearsal, list[Stretch]]]) -> Rehearsal:
+    """What a run with all blocks holds and does, from those with FEW and with FEW + 1 of them."""
+    (one, moments), (other, more_moments) = parts
+
+    def all_along(left: int, right: int) -> int:
+        return line(left, right, blocks - FEW)
+
+    peaks = extended(moments, more_moments, FEW, wanted=blocks)
+    work = Work(all_along(one.work.flops, other.work.flops), all_along(one.work.written, other.work.written))
+    return replace(
+        other, plan=plan, base=all_along(one.base, other.base), peaks=peaks, work=work, blocks=blocks if other.blocks else 0,
+        parameters=all_along(one.parameters, other.parameters),
+    )  # fmt: skip
+
+
+@contextmanager
+def on_shapes() -> Iterator[Ledger]:
+    """A ledger for a rehearsal; NotPlanned where the arithmetic in it cannot be followed."""
+    SCRATCH.clear()  # a matrix with numbers must not be lent to a rehearsal, nor one without numbers to a run
+    try:
+        with torch.random.fork_rng(devices=[]), warnings.catch_warnings(), Ledger() as ledger:
+            warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")  # as the copy of a whole module does
+            yield ledger
+    except (UnsupportedOperatorException, DynamicOutputShapeException, DataDependentOutputException) as error:
+        raise NotPlanned(f"This model cannot be planned: what it computes depends on its numbers ({error}).") from error
+    finally:
+        SCRATCH.clear()
+
+
+class _Rehearsing:
+    """One rehearsal in progress; `blocks` are those of the model that `text` stands for, where it has a few of them."""
+
+    def __init__(
+        self, ledger: Ledger, text: TextModel, plan: Plan, token_ids: tuple[int, ...], blocks: int | None = None
+    ) -> None:
+        self.ledger, self.text, self.plan, self.blocks = ledger, text, plan, blocks
+        config = text.model.config.get_text_config()
+        text.model.generation_config = None  # whose end ids would end the texts that are written at their first token
+        ledger.vocabulary = int(config.vocab_size)
+        ledger.name("base", [*text.model.parameters(), *text.model.buffers()])
+        if text.streamed is not None:
+            ledger.name("base", text.streamed.stream.fill())
+        with ledger.phase(BEGIN):
+            begin_adapter(text, plan, seed=0, token_ids=token_ids, begun=self._name_pair)
+        ledger.name("base", [parameter for parameter in text.model.parameters() if not parameter.requires_grad])  # read for pairs
+
+    def _name_pair(self, pair: nn.Module) -> None:
+        self.ledger.name("adapter", [*pair.parameters(), *pair.buffers()])
+
+    def go(
+        self, spec: TrainSpec, rows: Rows, micro_batches: int, judging: Judging, streaming: Streaming, best_in_memory: bool
+    ) -> Rehearsal:
+        training = training_on(self.text, spec, rows, micro_batches, streaming)
+        best = step_in_account(training, self.ledger, best_in_memory)
+        with self.ledger.phase(EVALUATE):
+            self.text.model.eval()
+            token_logprobs(self.text, made_up_batch(judging.rows).to(self.text.device), chunk=spec.head_chunk)
+        with self.ledger.phase(CHECKPOINT):
+            copy_for_checkpoint(training)
+        del best, training
+        step = self.ledger.work[STEP]
+        work = Work(step.flops // micro_batches, step.written // micro_batches)
+        return replace(self.judged(judging), work=work, best_in_memory=best_in_memory)
+
+    def judged(self, judging: Judging) -> Rehearsal:
+        """Judges, and says what was held since the rehearsal began."""
+        ledger, text = self.ledger, self.text
+        with ledger.phase(JUDGE):
+            _judge(text, judging, self.blocks)
+        ledger.close()
+        parameters = weights_in(text.model) - self.plan.parameters
+        packed = any(isinstance(module, PackedBase) for module in text.model.modules())
+        base, matrices = ledger.held["base"], matrix_sizes(text.model)
+        largest = matrices[0]
+        at_once = largest + sum(matrices[:AT_ONCE])  # a head that is the embedding table may lie in the file by itself
+        stream = None if text.streamed is None else text.streamed.stream
+        blocks, size = (0, 0) if stream is None else (len(stream.records), stream.slot_bytes)
+        return Rehearsal(
+            self.plan, base, ledger.peaks, parameters, largest, packed, blocks=blocks, block_bytes=size, cast_at_once=at_once
+        )
+
+
+def step_in_account(training: Training[Any], ledger: Ledger, best_in_memory: bool = True) -> list[torch.Tensor]:
+    """A step as all but the first are, entered in `ledger`; the best values, where a run holds them in memory until it ends."""
+    parameters = training.parameters.values()
+    ledger.name("adapter", [*parameters, *training.task.fixed().values()])
+    ledger.watch_gradients(parameters)
+    best = [parameter.detach().clone() for parameter in parameters if best_in_memory]
+    ledger.name("adapter", best)
+    begin_moments(training)
+    ledger.name("moments", moments_of(training))
+    with ledger.phase(STEP):
+        training.step()
+    return best
+
+
+def _judge(text: TextModel, judging: Judging, blocks: int | None) -> None:
+    """Labels scored, two models' logits compared, texts written by the base: each with what it holds at its peak."""
+    text.model.eval()
+    batch = made_up_batch(judging.rows).to(text.device)
+    with torch.no_grad():
+        hidden = text.hidden(batch)
+        text.head(hidden[:HEAD_CHUNK]).float().log_softmax(-1)
+        other = torch.empty_like(hidden)
+        left, right = text.head(hidden[:HEAD_CHUNK]), text.head(other[:HEAD_CHUNK])
+        part = slice(0, max(1, CELLS // left.shape[1]))
+        differences(left[part].double(), right[part].double(), batch.target_ids[:HEAD_CHUNK][part])
+        del hidden, other, left, right
+    if judging.texts:
+        activate(text.model, None)
+        at_once = rows_at_once(text, judging.text_tokens + 1, blocks=blocks)
+        count = min(judging.texts, at_once)  # read at once, which holds as much
+        texts = [np.ones(judging.text_tokens, np.int64)] * count
+        sample(text, texts, max_tokens=1, blocks=blocks, aside=OutlinedAside)
+
+
+def matrix_sizes(model: nn.Module) -> list[int]:
+    """How many numbers the frozen matrices of `model` stand for, the largest first."""
+    dense: list[int] = [parameter.numel() for parameter in model.parameters() if not parameter.requires_grad]
+    packed: list[int] = [math.prod(module.shape) for module in model.modules() if isinstance(module, PackedBase)]
+    return sorted([*dense, *packed], reverse=True)
+
+
+def copy_for_checkpoint(training: Training[Any]) -> None:
+    """The copy of the adapter's tensors that RUN/adapter is written from; a checkpoint is written from the tensors themselves."""
+    held = [*training.parameters.values(), *training.task.fixed().values()]
+    copies = [tensor.detach().clone() for tensor in held]
+    del copies
+
+
+def training_on(
+    text: TextModel, spec: TrainSpec, rows: Rows, micro_batches: int = MICRO_BATCHES, streaming: Streaming | None = None
+) -> Training[Any]:
+    """A Training of the adapter in `text` on made-up rows, ready to `step`, that writes nothing."""
+    streaming = streaming or Streaming()
+    examples = [_row(rows, number) for number in range(rows.count * micro_batches)]
+    spec = replace(spec, batch_size=len(examples), micro_tokens=rows.tokens)
+    task = TextTask(text, examples, held_out=(), spec=spec, together=streaming.together)
+    if streaming.aside:
+        task.aside = OutlinedAside()
+    return silent_training(task, spec)
+
+
+def silent_training(task: Task[Any], spec: TrainSpec) -> Training[Any]:
+    """A Training of `task`, ready to `step`, that writes nothing."""
+    training = Training(task, spec, run=RunFolder(Path()), report=Silent())
+    training.memory, training.metrics = PeakMemory(), Nowhere()
+    training.earlier_seconds = training.started = 0.0
+    return training
+
+
+def made_up_batch(rows: Rows) -> Batch:
+    """One micro-batch of such rows."""
+    return pack(made_up_rows(rows))
+
+
+def made_up_rows(rows: Rows) -> list[Example]:
+    """Such rows."""
+    return [_row(rows, number) for number in range(rows.count)]
+
+
+class Nowhere(Metrics):
+    """Metrics that are not written."""
+
+    def __init__(self) -> None:
+        self.offset = 0
+
+    def write(self, record: Record) -> None:
+        return None
+
+
+def _row(rows: Rows, number: int) -> Example:
+    """A row whose tokens differ, also from its neighbours': equal ones leave queries and keys without a gradient."""
+    places = np.arange(rows.length)
+    return Example(3 + (7 * places + number) % 13, places >= max(1, rows.prompt), str(number), None, False)
+
+
+def begin_moments(training: Training[Any]) -> None:
+    """AdamW's moments as they are from the second step on."""
+    for parameter in training.parameters.values():
+        parameter.grad = torch.zeros_like(parameter)
+    training.optimizer.step(0.0)
+
+
+def moments_of(training: Training[Any]) -> list[torch.Tensor]:
+    """The tensors of AdamW's state."""
+    return [value for state in training.optimizer.adamw.state.values() for value in state.values()]

@@ -1,0 +1,177 @@
+"""A finished adapter opened again: a run folder with its settings, or a bare adapter folder with the base that it names."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from rich.console import Console
+
+from lorakeet.config import RunConfig, read_run
+from lorakeet.core.adapter import Adapter, TokenRows
+from lorakeet.core.spec import LoraSpec
+from lorakeet.errors import ConfigError, DataError
+from lorakeet.evaluate.wording import bytes_text
+from lorakeet.formats.detect import read_adapter
+from lorakeet.memory.budget import enough_for, parse_budget
+from lorakeet.memory.measure import resident_bytes
+from lorakeet.models.files.origin import stored_as
+from lorakeet.models.files.quantized import skeleton
+from lorakeet.models.files.source import find_source, on_this_machine
+from lorakeet.models.kernels import where_possible
+from lorakeet.models.spec import ModelSpec
+from lorakeet.models.streaming.load import Changes
+from lorakeet.models.text.adapted import put_adapter
+from lorakeet.models.text.load import load_text_model, load_tokenizer, read_config
+from lorakeet.models.text.model import TextModel
+from lorakeet.quant.replace import weights_in
+from lorakeet.quant.spec import QuantSpec
+from lorakeet.train.run import RunFolder
+from lorakeet.workflows.planning.measuring import arrange_judging
+from lorakeet.workflows.planning.text_run import Arrangement, Loaded
+
+NAME = "default"
+FP32 = 4  # bytes
+
+
+@dataclass(frozen=True)
+class Opened:
+    """An adapter with what is known about it; `run` is None for a bare adapter folder."""
+
+    adapter: Adapter
+    config: RunConfig
+    run: RunFolder | None
+    folder: Path
+    kept: Arrangement | None = None  # how its models keep the budget of a check (workflows/planning/check)
+
+    @property
+    def dense_spec(self) -> ModelSpec:
+        """The base as it was before it was quantised for the run."""
+        return dataclasses.replace(self.config.model, quantize=QuantSpec())
+
+    @property
+    def trained_model(self) -> ModelSpec:
+        """The base as the adapter was trained on it, whatever --base says now; of a bare adapter what its file names."""
+        if self.run is None:
+            return ModelSpec(path=self.adapter.base or self.config.model.path)
+        return where_possible(dataclasses.replace(read_run(self.run.config).model, device=self.config.model.device))
+
+    @property
+    def trained_on(self) -> str:
+        """How that base was quantised, as it was loaded or on disk (nf4, int8, gptq, gguf); empty where it was not.
+
+        Where it is not at its place any more, the base that --base names is looked at.
+        """
+        model = self.trained_model
+        here = model if on_this_machine(model) is not None else self.config.model
+        return model.quantize.method.replace("none", "") or stored_as(here)
+
+    def over(self, model: ModelSpec) -> Opened:
+        """The same adapter on another base, or on the same one held in another way."""
+        return dataclasses.replace(self, config=dataclasses.replace(self.config, model=model))
+
+    @property
+    def allowed(self) -> tuple[int | None, int | None]:
+        """The budget of a check, and what is planned of it where that is known."""
+        return (None, None) if self.kept is None else (self.kept.budget, self.kept.planned)
+
+    @property
+    def checked_on(self) -> str:
+        """The device of the models that a check compares: the CPU under a budget, which is then that of the process."""
+        return "cpu" if self.config.memory.budget else self.config.model.device
+
+    def text_model(
+        self,
+        console: Console,
+        *,
+        dtype: str | None = None,
+        with_adapter: bool = True,
+        within_budget: Loaded | None = None,
+        changes: Changes | None = None,
+    ) -> TextModel:
+        """The base with the adapter attached and active; `dtype` overrides the one that the run was trained in.
+
+        `within_budget`, the rows beside which it stands, keeps the run's memory.budget, if need be by streaming the weights: for
+        what only computes and reads no weight. `changes` are made to the weights on their way into the store of a streamed model.
+        """
+        spec = self.config.model
+        if dtype is not None:
+            spec = dataclasses.replace(spec, dtype=dtype, products=dtype, kernels="torch")  # type: ignore[arg-type]
+        say, kept = partial(console.print, markup=False, soft_wrap=True), Arrangement()
+        if self.kept is not None:
+            spec, kept = dataclasses.replace(spec, device=self.checked_on, kernels="torch"), self.kept
+        elif within_budget is not None and self.config.memory.budget:
+            kept = arrange_judging(dataclasses.replace(self.config, model=spec), self.adapter, say, within_budget)
+        text = load_text_model(spec, say=console.print, store=kept.store, slots=kept.slots, pinned=kept.pinned, changes=changes)
+        if self.tokenizer is not None:
+            text.tokenizer = load_tokenizer(self.tokenizer)
+        if with_adapter:
+            for rows in self.adapter.token_rows.values():
+                self._check_ids(rows, text.add_tokens(rows.tokens))
+            put_adapter(text, self.adapter, NAME)
+        return text
+
+    def within(self, memory: str | None) -> Opened:
+        """The same, with `memory` (such as "2GiB") in place of the run's memory.budget; None keeps that."""
+        if memory is None:
+            return self
+        kept = dataclasses.replace(self.config.memory, budget=memory)
+        parse_budget(memory)
+        return dataclasses.replace(self, config=dataclasses.replace(self.config, memory=kept))
+
+    def require_room(self, copies: float, what: str, console: Console) -> None:
+        """Raises ConfigError where memory.budget has no room for `copies` of the base in fp32, which `what` compares."""
+        budget = self.config.memory.bytes
+        if budget is None:
+            return
+        source = find_source(self.dense_spec, partial(console.print, markup=False, soft_wrap=True))
+        needed = resident_bytes() + int(copies * FP32 * weights_in(skeleton(read_config(source))))
+        if needed > budget:
+            raise ConfigError(
+                f"The budget is {bytes_text(budget)}, but {what} takes about {enough_for(needed)}: models are compared in fp32 "
+                "with their weights in memory, and are not streamed. Give that much with --memory, or do it on a larger machine."
+            )
+
+    @property
+    def tokenizer(self) -> Path | None:
+        """The folder of the tokenizer that was saved beside the adapter, as a run with new tokens does; None without one."""
+        return self.folder if (self.folder / "tokenizer_config.json").is_file() else None
+
+    def _check_ids(self, rows: TokenRows, ids: tuple[int, ...]) -> None:
+        if rows.tokens and ids != rows.ids:
+            raise DataError(
+                f"The new tokens {', '.join(rows.tokens)} of {self.folder} have the ids {rows.ids}, but the tokenizer gives them "
+                f"{ids}. Put the tokenizer of the training beside the adapter, or name the base that it was trained on."
+            )
+
+
+def open_adapter(
+    path: Path, *, base: str | None = None, config: Path | None = None, say: Callable[[str], None] = print
+) -> Opened:
+    """The adapter in a run folder or in a folder of PEFT's layout. `base` and `config` win over what is written there;
+    `say` hears what is odd about it.
+
+    Raises DataError where there is no adapter, ConfigError where nothing says which base it belongs to.
+    """
+    run = RunFolder.at(path)
+    adapter = read_adapter(path, say=say)
+    settings = read_run(config) if config else read_run(run.config) if run else _bare(path, adapter, base)
+    if settings.kind == "image":
+        raise ConfigError(
+            f"{path} is a run on images. Draw with it by lorakeet generate, or write it for other programs by lorakeet convert."
+        )
+    if not config:  # a run remembers the device that it was trained on; this machine may have another
+        settings = dataclasses.replace(settings, model=where_possible(dataclasses.replace(settings.model, device="auto")))
+    if base is not None:
+        settings = dataclasses.replace(settings, model=dataclasses.replace(settings.model, path=base))
+    return Opened(adapter, settings, run, run.adapter if run else path)
+
+
+def _bare(path: Path, adapter: Adapter, base: str | None) -> RunConfig:
+    name = base or adapter.base
+    if not name:
+        raise ConfigError(f"{path} does not name its base model (base_model_name_or_path is empty); name it with --base.")
+    return RunConfig(model=ModelSpec(path=name), lora=LoraSpec())

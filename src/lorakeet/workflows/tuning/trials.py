@@ -1,0 +1,337 @@
+"""Trials of a search: trained in generations over one base, the worse given up on the way."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+
+from lorakeet.core.adapter import Adapter
+from lorakeet.data.chat import Example
+from lorakeet.errors import DataError
+from lorakeet.evaluate.compare import Comparison, compare_losses, holm
+from lorakeet.evaluate.likelihood import RowLosses, measure_losses
+from lorakeet.evaluate.power import paired_power
+from lorakeet.evaluate.report.rank_values import Search, TrialResult
+from lorakeet.models.generate.score import row_losses
+from lorakeet.models.inject import activate, adapter_names, adapter_of, eject
+from lorakeet.models.text.hidden_states import keep_states
+from lorakeet.train import schedule
+from lorakeet.train.progress import counted
+from lorakeet.train.spec import TrainSpec
+from lorakeet.train.stopping import DIVERGED
+from lorakeet.train.text.many_adapters import Many, Member, Progress, train_many
+from lorakeet.workflows.finetuning.assemble_text import Assembly, begin_pairs
+from lorakeet.workflows.runs.search_space import Point, Space, plan_of_point
+
+RUNGS = (0.25, 0.5)  # shares of a trial's steps after which the worse half is given up
+START = "run file"  # the trial with the run file's own settings, which all others are compared with
+HALVED, SPENT = "given up at a rung", "the budget is spent"
+RISE = 4  # the rate of a short trial rises in a fourth of its steps at most
+
+
+@dataclass
+class Trial:
+    """One choice of settings and what became of it."""
+
+    name: str
+    point: Point
+    at: Progress | None = None
+    losses: RowLosses | None = None
+    adapter: Adapter | None = None
+    asked: Any = None  # the sampler's own handle
+
+    @property
+    def whole(self) -> bool:
+        """Whether it was trained to its own end."""
+        return self.at is not None and not self.at.diverged and self.at.done not in (HALVED, SPENT)
+
+
+@dataclass
+class Budget:
+    """What is left of the time and the tokens. `kept` tokens are for the confirmation: at most half of all, and their time.
+
+    A quarter more is kept: the search ends up to a round late, other seeds see other rows, and held-out rows take time too.
+    """
+
+    seconds: float | None
+    tokens: int | None
+    began: float = field(default_factory=time.monotonic)
+    used: int = 0
+    kept: int = 0
+
+    def spent(self, more: int = 0) -> bool:
+        """Whether nothing is left for the search, `more` tokens of trials in progress counted."""
+        used, late, kept = self.used + more, False, 1.25 * self.kept
+        if self.seconds is not None:
+            late = self.elapsed + min(kept * self._pace(used), self.seconds / 2) > self.seconds
+        return late or (self.tokens is not None and used + min(kept, self.tokens // 2) >= self.tokens)
+
+    def times(self, tokens: int) -> int | None:
+        """How often so many tokens can be trained with what is left; None where there is no limit."""
+        found = [] if self.tokens is None else [(self.tokens - self.used) // tokens]
+        if self.seconds is not None:
+            found.append(int((self.seconds - self.elapsed) / (tokens * self._pace(self.used))) if self.used else 0)
+        return max(0, min(found)) if found else None
+
+    @property
+    def elapsed(self) -> float:
+        return time.monotonic() - self.began
+
+    def _pace(self, used: int) -> float:
+        """Seconds a token so far, all that was done beside training counted."""
+        return self.elapsed / used if used else 0.0
+
+
+@dataclass(frozen=True)
+class SearchRows:
+    """Which rows choose and which confirm."""
+
+    search: list[Example]
+    confirm: list[Example]
+    groups: dict[str, str]  # by key of the example; empty where rows have none
+    where: str  # what the rows of the confirmation are called
+    of: str = ""  # what the rows of the search are a half of, where they are
+
+
+class Trials:
+    """Trials over one model in memory."""
+
+    def __init__(
+        self,
+        setup: Assembly,
+        space: Space,
+        rows: SearchRows,
+        budget: Budget,
+        console: Console,
+        folder: Path | None = None,
+    ) -> None:
+        """Best values are kept on the disk of `folder` while trials are trained, or else in memory."""
+        self.setup, self.space, self.rows, self.budget, self.console, self.folder = setup, space, rows, budget, console, folder
+        self.all: list[Trial] = []
+        self.base_loss: float | None = None  # nats a token on the rows of the search, once they were measured
+
+    def power(self, difference: float) -> str:
+        """What the rows of the search can show, from the bare base's losses."""
+        base = self.losses("base", self.rows.search, None)
+        self.base_loss = _mean(base)
+        confidence = self.setup.config.evaluate.confidence
+        tokens = base.tokens.astype(np.float64)
+        return paired_power(base.losses, tokens, confidence=confidence, groups=base.groups).sentence(difference, self.rows.of)
+
+    def losses(self, system: str, rows: Sequence[Example], name: str | None) -> RowLosses:
+        """The losses of the adapter `name` on the model, None for the bare base."""
+        text, spec = self.setup.text, self.setup.config.train
+        activate(text.model, name)
+        keep_states(text, rows, micro_tokens=spec.micro_tokens)
+        sums, counts = row_losses(text, rows, micro_tokens=spec.micro_tokens, chunk=spec.head_chunk)
+        groups = tuple(self.rows.groups.get(row.key, row.key) for row in rows) if self.rows.groups else None
+        return RowLosses(system, sums, counts.astype(np.int64), groups)
+
+    def run(self, study: Any, together: int) -> None:
+        """Generations until the budget is spent; the run file's own settings are in the first one, to their end."""
+        while not self.all or not self.budget.spent():
+            fresh = [] if self.all else [Trial(START, Point())]
+            fresh += [self._ask(study, len(self.all) + number) for number in range(len(fresh), together)]
+            self.generation(fresh, rungs=RUNGS)
+            for trial in fresh:
+                if trial.asked is not None:
+                    _tell(study, trial, lost=(self.base_loss or 0.0) + DIVERGED)
+
+    def _ask(self, study: Any, count: int) -> Trial:
+        asked = study.ask()
+
+        def number(name: str, low: float, high: float) -> float:
+            return float(asked.suggest_float(name, low, high, log=True))
+
+        point = self.space.draw(number, asked.suggest_categorical)
+        return Trial(f"trial {count}", point, asked=asked)
+
+    def generation(self, trials: Sequence[Trial], *, rungs: Sequence[float], steps: int | None = None) -> None:
+        """Trains `trials` in one pass over the base; their losses are on them, the model is bare again afterwards.
+
+        `steps`: only so many, with no look at held-out rows before they are done. Where the run's own rate rises for longer than
+        a fourth of them, it rises in that, and stays then: all of a long run's first steps are at a fraction of its rate.
+        """
+        names = {f"trial_{index}": trial for index, trial in enumerate(trials)}
+        held_out = self.rows.search if steps is None else []
+        try:
+            members = [self.member(name, trial, held_out, steps=steps) for name, trial in names.items()]
+            left = list(rungs)
+
+            measure = [name for name, trial in names.items() if trial.name == START]
+
+            def watch(many: Many) -> None:
+                _halve(many, left, keep=measure)
+                for at in many.progress:
+                    if at.watch.base_loss is None:  # of members that look at no held-out rows
+                        at.watch.base_loss = self.base_loss
+                if self.budget.spent(sum(at.tokens for at in many.progress)):
+                    for name in names:
+                        many.stop(name, SPENT)
+
+            for (name, trial), at in zip(names.items(), self.train(members, watch), strict=True):
+                trial.at = at
+                self.budget.used += at.tokens
+                if not at.diverged:
+                    trial.losses = self._finite(trial, name)
+        finally:
+            for name in names:
+                self.take_out(name)
+        self.all += trials
+        self._keep_best()
+        for trial in trials:
+            self._say(trial)
+
+    def train(self, members: Sequence[Member], watch: Callable[[Many], None] | None = None) -> list[Progress]:
+        """Trains `members`, which are on the model, to their ends, within the run's memory."""
+        kept = self.setup.arrangement
+        about: dict[str, Any] = {"aside": kept.aside(), "together": kept.together, "budget": kept.budget, "folder": self.folder}
+        what, steps = f"{len(members)} adapters train together, steps", max(each.spec.total_steps(1) for each in members)
+        with counted(self.console, what, steps) as advance:
+
+            def after_round(many: Many) -> None:
+                advance(1)
+                if watch is not None:
+                    watch(many)
+
+            return train_many(self.setup.text, members, watch=after_round, **about)
+
+    def take_out(self, name: str) -> None:
+        """Takes the adapter `name` out, if it got as far as being on the model."""
+        if name in adapter_names(self.setup.text.model):
+            eject(self.setup.text.model, name)
+
+    def _keep_best(self) -> None:
+        """Lets go of all adapters but those that may be confirmed: the run file's, and the best one so far."""
+        measured = any(trial.losses is not None for trial in self.all)
+        best = self.best() if measured else self.all[0]
+        for trial in self.all[1:]:
+            if trial is not best:
+                trial.adapter = None
+
+    def _finite(self, trial: Trial, name: str) -> RowLosses | None:
+        """Its losses on the rows of the search; a trial whose losses are no numbers has diverged after all."""
+        text, at = self.setup.text, trial.at
+        assert at is not None
+        trial.adapter = adapter_of(text.model, name, base=text.name)
+        try:
+            found = self.losses(trial.name, self.rows.search, name)
+        except DataError:
+            at.diverged, at.done = True, f"step {at.step}: losses on held-out rows are no numbers"
+            return None
+        loss = _mean(found)
+        if at.watch.diverged(loss):
+            at.diverged, at.done = True, f"step {at.step}: the held-out loss is {loss:.4g} nats a token"
+            return None
+        return found
+
+    def member(
+        self, name: str, trial: Trial, held_out: Sequence[Example], seed: int = 0, steps: int | None = None
+    ) -> Member:
+        """The pairs of `trial`, now in the model as `name`, to be trained with the run's seed and `seed` more; `steps` as in
+        `generation`."""
+        setup = self.setup
+        plan = plan_of_point(setup.text, self.space, trial.point)
+        spec = self._train_spec(self.space.resolved(trial.point).train, seed)
+        spec = spec if steps is None else _first_steps(spec, steps)
+        begin_pairs(setup, plan, seed=spec.seed, name=name)
+        return Member(name, spec, setup.train.examples, held_out)
+
+    def _train_spec(self, spec: TrainSpec, seed: int) -> TrainSpec:
+        """The run's own length, with held-out losses at the rungs."""
+        every = max(1, self.setup.steps // 8) if spec.evaluate_every is None else spec.evaluate_every
+        return replace(spec, steps=self.setup.steps, evaluate_every=every, seed=spec.seed + seed)
+
+    def best(self) -> Trial:
+        """The trial of lowest held-out loss, of those that were trained to their end where there are any."""
+        measured = [trial for trial in self.all if trial.losses is not None]
+        whole = [trial for trial in measured if trial.whole] or measured
+        if not whole:
+            raise DataError(
+                "Every trial diverged: the learning rates are far too high for these rows, or the rows are broken. Lower "
+                "--rate-factors or train.learning_rate."
+            )
+        return min(whole, key=loss_of)
+
+    def result(self, chosen: Trial, conclusion: str, power: str, best: Trial | None = None) -> Search:
+        """Every trial with its interval and its comparison with the run file's settings, Holm-corrected; which was `chosen`, and
+        which was `best` before other rows were asked."""
+        start, spec = self.all[0], self.setup.config.evaluate
+        whole = [trial for trial in self.all[1:] if trial.whole]  # one that was given up is behind for that reason alone
+        others = [(trial, trial.losses) for trial in whole if trial.losses is not None] if start.losses is not None else []
+        given_up = sum(not trial.whole and trial.losses is not None for trial in self.all[1:])  # the same rows chose them too
+        compared = [compare_losses(losses, start.losses, spec) for _, losses in others if start.losses is not None]
+        against = holm(compared, beside=given_up)
+        by_name = {trial.name: one for (trial, _), one in zip(others, against, strict=True)}
+        results = tuple(self._line(trial, by_name.get(trial.name)) for trial in self.all)
+        return Search(results, len(self.rows.search), power, chosen.name, conclusion, "" if best is None else best.name)
+
+    def _line(self, trial: Trial, against: Comparison | None) -> TrialResult:
+        at = trial.at
+        assert at is not None
+        loss = None if trial.losses is None else measure_losses(trial.losses, self.setup.config.evaluate)["loss"]
+        words = trial.point.words(self.space.rate)
+        return TrialResult(trial.name, words, at.step, at.tokens, at.done, at.diverged, loss, against)
+
+    def _say(self, trial: Trial) -> None:
+        at = trial.at
+        assert at is not None
+        loss = "diverged" if trial.losses is None else f"held-out loss {loss_of(trial):.4f}"
+        said = f"{trial.name}: {trial.point.words(self.space.rate)}: {loss} after {at.step} steps ({at.done})"
+        self.console.print(said, markup=False, soft_wrap=True)
+
+
+def loss_of(trial: Trial) -> float:
+    """Its held-out loss in nats a token."""
+    assert trial.losses is not None
+    return _mean(trial.losses)
+
+
+def _mean(found: RowLosses) -> float:
+    return float(found.losses.sum() / found.tokens.sum())
+
+
+def _first_steps(spec: TrainSpec, steps: int) -> TrainSpec:
+    """Settings of so many steps that rise as the run's own, or in a fourth of them (RISE), and are at the whole rate then."""
+    rise = min(schedule.warmup_steps(spec.total_steps(1), spec.warmup_fraction), steps // RISE)
+    return replace(spec, steps=steps, schedule="constant", warmup_fraction=max(0.0, (rise - 0.5) / steps))  # rounded up again
+
+
+def _halve(many: Many, left: list[float], *, keep: Sequence[str]) -> None:
+    """Gives up the worse half by held-out loss once every trial has been measured at the next rung, or after several at once.
+
+    Those to `keep` are ranked like all others and stay: what trials are compared with must be trained as long as the best one.
+    """
+    learning = [at for at in many.progress if not at.done]
+    if not left or len(learning) < 2 or any(at.step < left[0] * at.total for at in learning):
+        return
+    measured = [at for at in learning if at.held_out and at.held_out[-1][0] >= left[0] * at.total]
+    seen = [(at.held_out[-1][1].value, at.member.name) for at in measured]
+    if len(seen) < len(learning):
+        return
+    while left and all(at.held_out[-1][0] >= left[0] * at.total for at in measured):
+        left.pop(0)  # one look gives up one half, however many rungs it has passed
+    for _, name in sorted(seen)[(len(seen) + 1) // 2 :]:
+        if name not in keep:
+            many.stop(name, HALVED)
+
+
+def _tell(study: Any, trial: Trial, lost: float) -> None:
+    """The result to the sampler: a loss, one that was given up, or `lost` for one that diverged, since failures teach nothing."""
+    from optuna.trial import TrialState
+
+    if trial.losses is None:
+        study.tell(trial.asked, lost)
+        return
+    if trial.whole:
+        study.tell(trial.asked, loss_of(trial))
+        return
+    assert trial.at is not None
+    trial.asked.report(loss_of(trial), trial.at.step)
+    study.tell(trial.asked, state=TrialState.PRUNED)

@@ -1,0 +1,332 @@
+"""What a trained adapter became, opened to be compared with it: a merged folder, a GGUF file, a base with a GGUF adapter."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Protocol
+
+import jinja2
+import numpy as np
+import torch
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+from rich.console import Console
+from torch import Tensor
+
+from lorakeet.data.chat import Example
+from lorakeet.data.pack import pack
+from lorakeet.errors import ConfigError
+from lorakeet.export.folded import Folded, StoredTensor, compare_stored
+from lorakeet.export.gguf_model import GgufFile, GgufTensors
+from lorakeet.export.llama_cpp import PASS, LlamaCpp
+from lorakeet.export.tolerances import F32, PRECISIONS, Allowed, allowed_for
+from lorakeet.formats import gguf
+from lorakeet.formats.files.base_model import open_base
+from lorakeet.formats.files.gguf_header import begins_as_gguf
+from lorakeet.memory.mapped_files import giving_back
+from lorakeet.merge.checkpoint import open_checkpoint
+from lorakeet.models.generate.sample import sample
+from lorakeet.models.inject import activate
+from lorakeet.models.spec import ModelSpec
+from lorakeet.models.text.load import load_text_model
+from lorakeet.models.text.model import TextModel
+from lorakeet.workflows.planning.text_run import Arrangement
+from lorakeet.workflows.runs.open_adapter import Opened
+
+Messages = Sequence[dict[str, str]]
+BEGINNING = 0.002  # seconds between looks at a file that is being mapped (docs/log.md: 33 MiB of 442 are then there at most)
+
+
+class Artefact(Protocol):
+    """Something that should compute what base + adapter compute."""
+
+    name: str
+    allowed: Allowed
+
+    def tokenise(self, text: str) -> list[int]:
+        """The ids of a raw text, begin token included if the artefact adds one."""
+
+    def prompt(self, messages: Messages) -> list[int] | None:
+        """The ids of a conversation through the artefact's own chat template; None where it has none."""
+
+    def logits(self, ids: Sequence[int], last: int | None = None) -> Tensor:
+        """The logits after each token, or after the `last` ones, (tokens, vocabulary), fp32."""
+
+    def logit_parts(self, ids: Sequence[int]) -> Iterator[Tensor]:
+        """The logits after each token, PASS of them at a time; taken to the end before anything else is asked."""
+
+    def greedy(self, prompt: Sequence[int], tokens: int, ends: frozenset[int]) -> list[int]:
+        """The likeliest continuation, up to `tokens` or one of `ends`."""
+
+    def stored(self, source: Path, opened: Opened) -> dict[str, StoredTensor]:
+        """Every stored tensor against what it should be."""
+
+
+@dataclass
+class InTorch:
+    """A model in torch: the live adapter on its base, or a merged folder."""
+
+    text: TextModel
+    adapter: str | None
+    name: str
+    allowed: Allowed = F32
+
+    def tokenise(self, text: str) -> list[int]:
+        return [int(number) for number in self.text.tokenizer.encode(text, add_special_tokens=True)]
+
+    def prompt(self, messages: Messages) -> list[int] | None:
+        tokenizer = self.text.tokenizer
+        if not tokenizer.chat_template:
+            return None
+        text = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
+        return [int(number) for number in tokenizer.encode(text, add_special_tokens=False)]
+
+    def logits(self, ids: Sequence[int], last: int | None = None) -> Tensor:
+        return torch.cat(list(self._parts(ids, len(ids) if last is None else last)))
+
+    def logit_parts(self, ids: Sequence[int]) -> Iterator[Tensor]:
+        """As the protocol says; another side of the same model may be asked in turn."""
+        return self._parts(ids, len(ids))
+
+    @torch.no_grad()
+    def _hidden(self, ids: Sequence[int], last: int) -> Tensor:
+        """The states (last, hidden) after the last tokens; the last one is computed by letting the first token follow."""
+        activate(self.text.model, self.adapter)
+        self.text.model.eval()
+        array = np.array([*ids, ids[0]], np.int64)
+        supervised = np.arange(len(array)) > len(ids) - last
+        return self.text.hidden(pack([Example(array, supervised, "row", None, False)]))
+
+    def _parts(self, ids: Sequence[int], last: int) -> Iterator[Tensor]:
+        for part in torch.split(self._hidden(ids, last), PASS):
+            activate(self.text.model, self.adapter)  # whoever was asked meanwhile has its own
+            yield self._table(part)  # under no name, which would keep it until the next one is there
+
+    @torch.no_grad()
+    def _table(self, hidden: Tensor) -> Tensor:
+        return self.text.head(hidden).float().cpu()
+
+    def greedy(self, prompt: Sequence[int], tokens: int, ends: frozenset[int]) -> list[int]:
+        activate(self.text.model, self.adapter)
+        written = sample(self.text, [list(prompt)], max_tokens=tokens, temperature=0.0)[0]
+        return [int(number) for number in written]
+
+    def stored(self, source: Path, opened: Opened) -> dict[str, StoredTensor]:
+        self.text.release()
+        folder = self.text.source
+        held = open_checkpoint(folder)
+        expected = Folded(source, opened.adapter)
+        names = {held.find(name) or name: name for name in expected.names}
+        stored = ((names.get(name, name), held.shards[file].rows(name)) for name, file in held.home.items())
+        return compare_stored(expected, stored)
+
+
+@dataclass
+class InLlamaCpp:
+    """A GGUF model in llama.cpp; with `lora` a base and a GGUF adapter that is applied as it runs."""
+
+    start: Callable[[], LlamaCpp]
+    file: GgufFile
+    name: str
+    allowed: Allowed
+    lora: Path | None = None
+
+    @cached_property
+    def engine(self) -> LlamaCpp:
+        """llama.cpp with the model, begun when it is first asked: weights are compared before it holds anything."""
+        return self.start()
+
+    def tokenise(self, text: str) -> list[int]:
+        return self.engine.tokenise(text)
+
+    def prompt(self, messages: Messages) -> list[int] | None:
+        """As llama-server does: the file's template, from which a begin token is taken that llama.cpp adds itself."""
+        template = self.file.value("tokenizer.chat_template")
+        if template is None:
+            return None
+        tokens = self.file.value("tokenizer.ggml.tokens")
+        marks = {key: self._token(tokens, key) for key in ("bos", "eos")}
+        text = render_template(str(template), messages, bos=marks["bos"], eos=marks["eos"])
+        begun = self.engine.adds_bos and bool(marks["bos"])
+        return self.engine.tokenise(text.removeprefix(marks["bos"]) if begun else text)
+
+    def _token(self, tokens: Sequence[str], key: str) -> str:
+        number = self.file.value(f"tokenizer.ggml.{key}_token_id")
+        return "" if number is None else str(tokens[int(number)])
+
+    def logits(self, ids: Sequence[int], last: int | None = None) -> Tensor:
+        return self.engine.logits(ids, last)
+
+    def logit_parts(self, ids: Sequence[int]) -> Iterator[Tensor]:
+        return self.engine.logit_parts(ids)
+
+    def greedy(self, prompt: Sequence[int], tokens: int, ends: frozenset[int]) -> list[int]:
+        return self.engine.greedy(prompt, tokens, ends)
+
+    def stored(self, source: Path, opened: Opened) -> dict[str, StoredTensor]:
+        if self.lora is None:
+            return compare_stored(GgufTensors(source, opened.adapter), self.file.tensors())
+        found = compare_stored(GgufTensors(source, None), self.file.tensors())
+        theirs = gguf.read(self.lora, base=open_base(source))
+        changes = _Changes({path: pair.delta() for path, pair in opened.adapter.pairs.items()})
+        return found | compare_stored(changes, ((path, pair.delta()) for path, pair in theirs.pairs.items()))
+
+
+@dataclass
+class _Changes:
+    """ΔW by module, as the change of a base of zeros: what a LoRA file should hold."""
+
+    by_path: dict[str, Tensor]
+
+    @property
+    def names(self) -> list[str]:
+        return list(self.by_path)
+
+    def changes(self, name: str) -> bool:
+        return name in self.by_path
+
+    def fetch(self, name: str, *, folded: bool = True) -> Tensor:
+        return self.by_path[name] if folded else torch.zeros_like(self.by_path[name])
+
+    def rows(self, name: str) -> Tensor:
+        return self.by_path[name]
+
+
+def render_template(template: str, messages: Messages, *, bos: str, eos: str) -> str:
+    """What a chat template in a GGUF file says, rendered as transformers renders it; nothing in it can reach this process."""
+
+    def refuse(reason: str) -> str:
+        raise jinja2.TemplateError(reason)
+
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
+    environment.globals["raise_exception"] = refuse
+    try:
+        return environment.from_string(template).render(
+            messages=list(messages), add_generation_prompt=True, bos_token=bos, eos_token=eos
+        )
+    except jinja2.TemplateError as error:
+        raise ConfigError(f"The chat template in the file cannot be rendered: {error}.") from error
+
+
+_JOINED = " + "  # between a base and an adapter that is applied as it runs
+SERVERS = ("http://", "https://")
+
+
+def name_of(path: Path, beside: Path | None) -> str:
+    """How checks call what is at `path`: from `beside` on where it is within, in full elsewhere; the last part without one."""
+    if beside is None:
+        return path.name
+    whole, around = Path(os.path.abspath(path)), os.path.abspath(beside)
+    return (whole.relative_to(around) if whole.is_relative_to(around) else whole).as_posix()
+
+
+def is_there(name: str, beside: Path) -> bool:
+    """Whether what `name_of` named is still on disk; true of a server, which need not answer now."""
+    if name.startswith(SERVERS) or (beside / name).exists():
+        return True
+    return all((beside / part).exists() for part in name.split(_JOINED))
+
+
+@contextmanager
+def open_artefact(
+    target: str,
+    opened: Opened,
+    *,
+    base: Path | None,
+    precision: str,
+    console: Console,
+    context: int,
+    beside: Path | None = None,
+) -> Iterator[Artefact]:
+    """The artefact at `target`: a merged folder, a GGUF model, or a GGUF adapter together with the GGUF model `base`.
+
+    `precision` names the row of tolerances, auto takes it from what is stored; `beside` as in `name_of`. A model in torch keeps
+    the budget as `opened` does. ConfigError for what is none of these.
+    """
+    path = Path(target)
+    if path.is_dir() and (path / "model.gguf").is_file():
+        adapter = path / "adapter.gguf"
+        base, path = (path / "model.gguf", adapter) if adapter.is_file() else (base, path / "model.gguf")
+    if path.is_dir():
+        name = f"{target if beside is None else name_of(path, beside)}/"
+        with _merged(path, opened, console) as text:
+            yield InTorch(text, None, name, _row(precision, _folder_types(path)))
+        return
+    if not path.is_file():
+        raise ConfigError(f"--against {target} does not exist; expected a merged folder, a .gguf file or an http address.")
+    if path.suffix.lower() != ".gguf" and not begins_as_gguf(path):
+        raise ConfigError(f"--against {target} is no GGUF file; expected a merged folder, a .gguf file or an http address.")
+    file = GgufFile(path)
+    if not file.is_adapter:
+        with ExitStack() as stack:
+
+            def start() -> LlamaCpp:
+                return stack.enter_context(_begun(path, None, context, opened))
+
+            yield InLlamaCpp(start, file, name_of(path, beside), _row(precision, file.types))
+        return
+    if base is None:
+        raise ConfigError(f"{target} is an adapter; name the GGUF file of its base too: --base-gguf FILE.")
+    model = GgufFile(base)
+    with ExitStack() as stack:
+
+        def start_both() -> LlamaCpp:
+            return stack.enter_context(_begun(base, path, context, opened))
+
+        allowed = _row(precision, {**model.types, **file.types} if precision == "auto" else {})
+        yield InLlamaCpp(start_both, model, _JOINED.join(name_of(file, beside) for file in (base, path)), allowed, path)
+
+
+@contextmanager
+def _begun(model: Path, adapter: Path | None, context: int, opened: Opened) -> Iterator[LlamaCpp]:
+    """llama.cpp with its model; under a budget it makes no copy of the file, and the pages that it has read are given back: also
+    while it begins, when it asks for the whole file at once, and may fail and remove its mapping."""
+    if opened.kept is None:
+        with LlamaCpp(model, adapter=adapter, context=context) as engine:
+            yield engine
+        return
+    with ExitStack() as stack:
+        with giving_back(model, interval=BEGINNING):
+            engine = stack.enter_context(LlamaCpp(model, adapter=adapter, context=context, repack=False))
+        stack.enter_context(giving_back(model, stays=True))
+        yield engine
+
+
+@contextmanager
+def _merged(folder: Path, opened: Opened, console: Console) -> Iterator[TextModel]:
+    """The model in `folder` in fp32; its store, where it has one, goes when the context ends."""
+    kept = opened.kept or Arrangement()
+    store = None if kept.store is None else kept.store / "artefact"
+    spec = ModelSpec(path=str(folder), dtype="float32", products="float32", device=opened.checked_on)
+    text = load_text_model(spec, say=console.print, store=store, slots=kept.slots)
+    try:
+        yield text
+    finally:
+        if text.streamed is not None and store is not None:
+            text.streamed.stream.close()
+            shutil.rmtree(store, ignore_errors=True)
+
+
+def _row(precision: str, types: Any) -> Allowed:
+    return allowed_for(types) if precision == "auto" else PRECISIONS[precision]
+
+
+def _folder_types(folder: Path) -> dict[str, int]:
+    names = {"float32": "F32", "bfloat16": "BF16", "float16": "F16", "float64": "F32"}
+    counts: dict[str, int] = {}
+    for file in open_checkpoint(folder).shards.values():
+        for stored in file.tensors.values():
+            if len(stored.shape) > 1:
+                kind = names.get(str(stored.dtype).removeprefix("torch."), "F32")
+                counts[kind] = counts.get(kind, 0) + int(torch.Size(stored.shape).numel())
+    return counts
+
+
+def live_side(opened: Opened, console: Console) -> InTorch:
+    """The adapter on its base in fp32, with which everything is compared."""
+    return InTorch(opened.text_model(console, dtype="float32"), "default", "live adapter")

@@ -1,0 +1,252 @@
+"""The checks of one artefact against the live adapter: prompts, logits, answers, greedy texts, and every stored weight."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from lorakeet.data.chat import Candidates, Ids
+from lorakeet.evaluate.certificate import Check, judge
+from lorakeet.evaluate.intervals import share
+from lorakeet.evaluate.parity import ParityMeter
+from lorakeet.evaluate.spec import EvaluateSpec
+from lorakeet.export.folded import StoredTensor
+from lorakeet.export.tolerances import Allowed
+from lorakeet.models.generate.sample import end_ids
+from lorakeet.models.generate.score import distinguishing
+from lorakeet.workflows.verification.artefact import Artefact, InTorch, Messages
+
+GREEDY_TOKENS = 64
+_SWALLOWED = 1.5  # rounding so many times larger than the change, and no larger than it has to be, is no mistake
+_SIGMA = 5  # of what rounding alone explains
+
+
+@dataclass(frozen=True)
+class Probes:
+    """What goes through both sides: held-out conversations, raw texts, whole rows as ids, and labelled prompts."""
+
+    conversations: Sequence[tuple[Messages, Ids]]  # messages, and the ids of the prompt in training
+    texts: Sequence[str]
+    rows: Sequence[Ids]
+    labelled: Sequence[Candidates]
+    prompts: Sequence[Ids]  # for greedy texts
+    most: int | None = None  # tokens of each that are compared; None: all
+    too_long: int = 0  # labelled prompts that were longer, and are left out
+
+    def cut_to(self, most: int | None) -> Probes:
+        """Rows and prompts for greedy texts up to their first `most` tokens; without labelled prompts that have more."""
+        if most is None:
+            return self
+        rows, prompts = ([ids[:most] for ids in texts] for texts in (self.rows, self.prompts))
+        labelled = [row for row in self.labelled if len(row.prompt) + max(map(len, row.completions)) <= most]
+        return replace(
+            self, rows=rows, prompts=prompts, labelled=labelled, most=most, too_long=len(self.labelled) - len(labelled)
+        )
+
+
+def check_prompts(live: InTorch, artefact: Artefact, probes: Probes) -> Check:
+    """Whether the artefact reads conversations and raw texts as the same ids; the detail names the first that differs."""
+    pairs: list[tuple[list[int], list[int], str]] = []
+    for messages, ids in probes.conversations:
+        theirs = artefact.prompt(messages)
+        pairs.append((ids.tolist(), [] if theirs is None else theirs, "prompt"))
+    pairs += [(live.tokenise(text), artefact.tokenise(text), "raw text") for text in probes.texts]
+    return check_ids(live, artefact.name, pairs)
+
+
+def check_ids(live: InTorch, name: str, pairs: Sequence[tuple[list[int], list[int], str]]) -> Check:
+    """The check of (ids here, ids there, what was encoded), with a sentence on the first that differ."""
+    wrong, detail = 0, ""
+    for ours, theirs, what in pairs:
+        if ours != theirs:
+            wrong += 1
+            detail = detail or first_difference(live, ours, theirs, what)
+    return judge(
+        f"{name}: prompt ids",
+        {"different_prompts": float(wrong)},
+        tolerance={"different_prompts": 0.0},
+        between=(live.name, name),
+        n=len(pairs),
+        detail=detail,
+    )
+
+
+def first_difference(live: InTorch, ours: Sequence[int], theirs: Sequence[int], what: str) -> str:
+    """A sentence on where two lists of ids part, and what is the likely cause."""
+    bos = live.text.tokenizer.bos_token_id
+    if list(theirs) == [bos, *ours]:
+        return f"The artefact puts a begin token (id {bos}) before a {what} that training did not have: BOS is doubled or added."
+    if list(ours) == [bos, *theirs]:
+        return f"The artefact leaves out the begin token (id {bos}) that training put before a {what}."
+    if not theirs:
+        return "The artefact has no chat template, and training used one."
+    place = next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), min(len(ours), len(theirs)))
+    shown = [repr(live.text.tokenizer.decode(list(ids[place : place + 4]))) for ids in (ours, theirs)]
+    cause = "the chat template or the pre-tokenizer differs" if what == "prompt" else "the pre-tokenizer differs"
+    return f"A {what} parts at token {place}: {shown[0]} here, {shown[1]} there. Likely cause: {cause}."
+
+
+def check_logits(live: InTorch, artefact: Artefact, probes: Probes, spec: EvaluateSpec) -> Check:
+    """Logits on the same ids of whole held-out rows, and how much of the adapter's own effect the difference is."""
+    base = InTorch(live.text, None, "base")
+    meter, effect = ParityMeter(), ParityMeter()
+    for number, ids in enumerate(probes.rows):
+        row, following = ids.tolist(), torch.from_numpy(ids[1:])
+        sides = [side.logit_parts(row) for side in (live, artefact, base)]
+        while count := _add_part(sides, following, number, (meter, effect)):
+            following = following[count:]
+    judged = effect.result(spec) if math.isfinite(artefact.allowed.parity.effect) else None
+    return meter.result(spec).check(
+        f"{artefact.name}: logits", artefact.allowed.parity, between=(live.name, artefact.name), base=judged
+    )
+
+
+def _add_part(
+    sides: Sequence[Iterator[torch.Tensor]], following: torch.Tensor, text: int, meters: tuple[ParityMeter, ParityMeter]
+) -> int:
+    """Enters the next part of the logits of live, artefact and base, and says of how many tokens it is: 0 at the end of the row.
+
+    It lets go of the part before the next is computed, so that of each side one table is held at a time.
+    """
+    parts = [part for side in sides if (part := next(side, None)) is not None]
+    if not parts:
+        return 0
+    if len(parts) < len(sides):
+        raise ValueError("one side told the logits of fewer tokens of a row than another")
+    targets = following[: len(parts[0])]
+    if len(targets):  # nothing follows the last token
+        ours, theirs, before = (part[: len(targets)] for part in parts)
+        width = min(ours.shape[1], theirs.shape[1])  # a file may pad its vocabulary
+        meters[0].add(ours[:, :width], theirs[:, :width], targets=targets, texts=text)
+        meters[1].add(ours, before, targets=targets, texts=text)
+    return len(parts[0])
+
+
+def check_answers(live: InTorch, artefact: Artefact, probes: Probes, spec: EvaluateSpec) -> Check:
+    """The task's metric on both sides, and the share of rows on which the likeliest label differs."""
+    ours, theirs = ([answer(side, row, live) for row in probes.labelled] for side in (live, artefact))
+    return judge_answers((live.name, artefact.name), (ours, theirs), probes.labelled, artefact.allowed, spec)
+
+
+def judge_answers(
+    names: tuple[str, str], answers: tuple[list[int], list[int]], rows: Sequence[Candidates], allowed: Allowed, spec: EvaluateSpec
+) -> Check:
+    """What the live adapter and another side answered (numbers of labels, -1 for none), against each other and the truth."""
+    ours, theirs = map(np.array, answers)
+    truth = np.array([-2 if row.label is None else row.label for row in rows])  # which no answer is
+    check = judge(
+        f"{names[1]}: answers",
+        {"different_answers": float((ours != theirs).mean())},
+        tolerance={"different_answers": allowed.metric},
+        between=names,
+        n=len(truth),
+    )
+    accuracies = {"accuracy_live": share(ours == truth, spec=spec), "accuracy_there": share(theirs == truth, spec=spec)}
+    return replace(check, estimates=accuracies)
+
+
+def answer(side: Artefact, row: Candidates, live: InTorch) -> int:
+    """The likeliest label: Σ log p over what distinguishes each label's tokens."""
+    scores = []
+    endings = _endings(row, live.text.tokenizer)
+    prompt = row.prompt.tolist()
+    shared = side.logits(prompt, 1)[-1].log_softmax(-1) if all(len(ending) == 1 for ending in endings) else None
+    for ending in endings:
+        if shared is not None:
+            scores.append(float(shared[int(ending[0])]))
+            continue
+        ids = [*prompt, *ending.tolist()]
+        rows = side.logits(ids, len(ending) + 1)[:-1].log_softmax(-1)
+        scores.append(float(rows.gather(1, torch.from_numpy(ending)[:, None]).sum()))
+    return int(np.argmax(scores))
+
+
+def positions_of_answer(row: Candidates, tokenizer: Any) -> int:
+    """After how many tokens `answer` asks a side for logits."""
+    endings = _endings(row, tokenizer)
+    return 1 if all(len(ending) == 1 for ending in endings) else sum(len(ending) + 1 for ending in endings)
+
+
+def _endings(row: Candidates, tokenizer: Any) -> list[Ids]:
+    """What distinguishes each label's tokens."""
+    return distinguishing(row.completions, frozenset(int(number) for number in tokenizer.all_special_ids))
+
+
+def check_greedy(live: InTorch, artefact: Artefact, probes: Probes) -> Check:
+    """Greedy texts of 64 tokens: where two part, the live model must have been nearly undecided.
+
+    `gap` is how much likelier, in nats, the live model found its own next token than the artefact's, at the first difference.
+    """
+    ends = end_ids(live.text)
+    worst, detail, equal = 0.0, "", 0
+    for prompt in probes.prompts:
+        ours = live.greedy(prompt.tolist(), GREEDY_TOKENS, ends)
+        theirs = artefact.greedy(prompt.tolist(), GREEDY_TOKENS, ends)
+        if ours == theirs:
+            equal += 1
+            continue
+        place = next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), min(len(ours), len(theirs)))
+        if place == min(len(ours), len(theirs)):
+            gap = math.inf  # one stopped, though nothing was said that ends a text
+        else:
+            after = live.logits([*prompt.tolist(), *ours[:place]], 1)[-1].log_softmax(-1)
+            gap = float(after[ours[place]] - after[theirs[place]])
+        if gap >= worst:
+            worst = gap
+            tokens = [repr(live.text.tokenizer.decode(ids[place : place + 1])) for ids in (ours, theirs)]
+            detail = f"The first diverging token is number {place}: {tokens[0]} here, {tokens[1]} there, {gap:.3g} nats apart."
+    return judge(
+        f"{artefact.name}: greedy text",
+        {"gap": worst},
+        tolerance={"gap": artefact.allowed.gap},
+        between=(live.name, artefact.name),
+        n=len(probes.prompts),
+        detail=detail or f"{equal} of {len(probes.prompts)} texts of up to {GREEDY_TOKENS} tokens are equal.",
+    )
+
+
+def check_stored(name: str, stored: Mapping[str, StoredTensor], allowed: Allowed) -> Check:
+    """Whether every stored tensor is what it should be, and holds the whole of the adapter's change; names the worst one."""
+    swallowed = [name for name, found in stored.items() if found.noise > _SWALLOWED and found.rounding <= allowed.rounding]
+    errors = {tensor: 0.0 if tensor in swallowed else share_error(found) for tensor, found in stored.items()}
+    roundings = {tensor: found.rounding for tensor, found in stored.items()}
+    worst = max(errors, key=lambda tensor: errors[tensor], default="")
+    roughest = max(roundings, key=lambda tensor: roundings[tensor], default="")
+    measured = {"share": errors.get(worst, math.nan), "rounding": roundings.get(roughest, math.nan)}
+    check = judge(
+        f"{name}: weights",
+        measured,
+        tolerance={"share": allowed.share, "rounding": allowed.rounding},
+        between=("base + adapter", name),
+        n=len(stored),
+    )
+    if check.passed and swallowed:
+        kept = float(np.mean([stored[tensor].share for tensor in swallowed]))
+        many = f"In {len(swallowed)} matrices rounding to {allowed.name} is larger than the adapter's change"
+        return replace(check, detail=f"{many}; they hold {kept:.2g} of it on average. More bits keep more.")
+    if check.passed:
+        return check
+    bad = worst if "share" in check.exceeded() else roughest
+    return replace(check, detail=f"The worst layer is {bad}: {_of(stored[bad])}." if bad else "No tensor was compared.")
+
+
+def share_error(found: StoredTensor) -> float:
+    """|share − 1| beyond five times what independent rounding explains; 0 where nothing was to change."""
+    if math.isinf(found.rounding):
+        return math.inf
+    if math.isnan(found.share):
+        return 0.0
+    return max(0.0, abs(found.share - 1) - _SIGMA * found.share_error)
+
+
+def _of(found: StoredTensor) -> str:
+    if math.isinf(found.rounding):
+        return "it is missing, or of another shape"
+    if math.isnan(found.share):
+        return f"it differs by {found.rounding:.3g} of its size, and the adapter does not change it"
+    return f"it holds {found.share:.3g} times the adapter's change and differs by {found.rounding:.3g} of its size"

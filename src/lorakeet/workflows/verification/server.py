@@ -1,0 +1,366 @@
+"""A served model over HTTP, compared by what it tells: prompt ids, likeliest tokens with their log-probabilities, greedy texts.
+
+A server gives no whole logits. What it tells of a place, the likeliest tokens, is held against the live model's distribution:
+KL over those tokens and all others as one, a lower bound of the whole KL. What it does not tell is listed as not checked.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from lorakeet.data.chat import Ids
+from lorakeet.evaluate.certificate import Check, Unchecked, judge
+from lorakeet.evaluate.intervals import mean, share
+from lorakeet.evaluate.parity import kl_of_told
+from lorakeet.evaluate.spec import EvaluateSpec
+from lorakeet.export.tolerances import Allowed
+from lorakeet.models.generate.sample import end_ids
+from lorakeet.workflows.verification.artefact import InTorch
+from lorakeet.workflows.verification.checks import GREEDY_TOKENS, Probes, check_ids, judge_answers
+from lorakeet.workflows.verification.diagnose import cause_from_told
+from lorakeet.workflows.verification.server_apis import TOP, Step, Token, Written, find_api
+
+PLACES = 8  # of a held-out row, where a server has to be asked about one place at a time
+_LOOKED_AT = 8 * TOP  # of the live model's likeliest tokens, before all of them are
+_PIECE = "\ufffd"  # how a piece of a character reads
+_LIKELY = math.log(0.01)  # log-probabilities of less likely tokens are not held against each other one by one
+
+
+class Server:
+    """A served model at `url`, which ends in #NAME where the server has several: http://127.0.0.1:8000#reviews."""
+
+    def __init__(self, url: str, allowed: Allowed) -> None:
+        """EnvironmentProblem where nothing answers, ConfigError where several models do and none is named."""
+        place, _, model = url.partition("#")
+        self.allowed, self.name = allowed, url
+        self.api = find_api(place.rstrip("/").removesuffix("/v1"), model)
+
+
+@dataclass(frozen=True)
+class Told:
+    """What a server tells of the tokens after some places of a text: by place, log-probabilities by id."""
+
+    ids: list[int]
+    places: dict[int, dict[int, float]]  # place p is the token after ids[: p + 1]
+
+
+@dataclass
+class _Comparison:
+    """One server against the live adapter, with what was found and what could not be looked at."""
+
+    live: InTorch
+    server: Server
+    probes: Probes
+    spec: EvaluateSpec
+    checks: list[Check] = field(default_factory=list)
+    unchecked: list[Unchecked] = field(default_factory=list)
+
+    def skip(self, what: str, why: str = "the server does not tell") -> None:
+        self.unchecked.append(Unchecked(self.server.name, what, why))
+
+    def check_prompts(self) -> None:
+        """The ids of conversations and raw texts, or at least how many a conversation has."""
+        api, probes = self.server.api, self.probes
+        pairs: list[tuple[list[int], list[int], str]] = []
+        lengths = [0, 0]  # different, compared
+        for messages, ids in probes.conversations:
+            theirs = api.prompt(messages)
+            if theirs is not None:
+                pairs.append((ids.tolist(), theirs, "prompt"))
+            elif (count := api.prompt_length(messages)) is not None:
+                lengths = [lengths[0] + (count != len(ids)), lengths[1] + 1]
+        talked = len(pairs)
+        told = [(text, api.tokenise(text)) for text in probes.texts]
+        raw = [(self.live.tokenise(text), theirs, "raw text") for text, theirs in told if theirs is not None]
+        if pairs or raw:
+            self.checks.append(check_ids(self.live, self.server.name, [*pairs, *raw]))
+        if lengths[1]:
+            self.checks.append(self._check_lengths(*lengths))
+        if not probes.conversations:
+            self.skip("the chat template", "these rows do not go through one")
+        elif not talked:
+            self.skip("the token ids of conversations")
+        if not raw:
+            self.skip("the token ids of raw texts")
+
+    def _check_lengths(self, wrong: int, compared: int) -> Check:
+        detail = "Likely cause: another chat template, or a begin token more or less." if wrong else ""
+        return judge(
+            f"{self.server.name}: prompt lengths",
+            {"different_lengths": float(wrong)},
+            tolerance={"different_lengths": 0.0},
+            between=(self.live.name, self.server.name),
+            n=compared,
+            detail=detail,
+        )
+
+    def written(self, prompt: Ids, tokens: int) -> Written | None:
+        """What the server writes after `prompt`; None where it takes no ids and no conversation has these."""
+        api = self.server.api
+        if api.takes_ids:
+            return api.write(prompt.tolist(), tokens)
+        messages = next((talk for talk, ids in self.probes.conversations if np.array_equal(ids, prompt)), None)
+        return None if messages is None else api.chat(messages, tokens)
+
+    def check_told(self, told: Sequence[Told]) -> None:
+        """Log-probabilities along held-out rows, or else along what the server wrote."""
+        if not any(one.places for one in told):
+            self.skip("log-probabilities and their KL")
+            return
+        found = _Distances()
+        for number, one in enumerate(told):
+            found.add(self.live, one, number)
+        check = found.check(self.live, self.server, self.spec)
+        if not check.passed:
+            worst = max(told, key=lambda one: len(one.places))
+            check = replace(check, detail=f"{check.detail} {cause_from_told(self.live, worst.ids, worst.places)}".strip())
+        self.checks.append(check)
+
+    def along_rows(self) -> list[Told]:
+        """What is told along held-out rows; nothing where the server takes no ids."""
+        if not self.server.api.takes_ids:
+            return []
+        return [Told(row.tolist(), self._along(row.tolist())) for row in self.probes.rows]
+
+    def _along(self, ids: list[int]) -> dict[int, dict[int, float]]:
+        api = self.server.api
+        told = api.along(ids)
+        if told is None:
+            places = sorted({int(place) for place in np.linspace(0, len(ids) - 2, min(PLACES, len(ids) - 1))})
+            answers = {place: api.write(ids[: place + 1], 1).steps for place in places}
+            told = {place: steps[0].top for place, steps in answers.items() if steps}
+        logits = self.live.logits(ids)
+        tokenizer = self.live.text.tokenizer
+        within = {place: top for place, top in told.items() if place < len(ids) - 1}
+        known = {place: _Place(tokenizer, logits[place], ids[place]).told(top) for place, top in within.items()}
+        return {place: found for place, found in known.items() if found}
+
+    def check_answers(self) -> None:
+        """The task's metric on both sides, by the label that each writes, and on how many rows they write another one."""
+        ends, ours, theirs, rows = end_ids(self.live.text), [], [], []
+        for row in self.probes.labelled:
+            labels = [_said(self.live, ids.tolist()) for ids in row.completions]
+            tokens = max(len(ids) for ids in row.completions)
+            answer = self.written(row.prompt, tokens)
+            if answer is None:
+                continue
+            rows.append(row)
+            ours.append(_label(labels, _said(self.live, self.live.greedy(row.prompt.tolist(), tokens, ends))))
+            theirs.append(_label(labels, answer.text or "".join(step.token.text for step in answer.steps)))
+        if rows:
+            names = (self.live.name, self.server.name)
+            self.checks.append(judge_answers(names, (ours, theirs), rows, self.server.allowed, self.spec))
+        elif self.probes.labelled:
+            self.skip("the task's answers", "the server takes no token ids, and these prompts are no conversations")
+
+    def check_writing(self) -> list[Told]:
+        """The live model's view of the server's texts: same log-probabilities, and no token that it found clearly worse."""
+        texts = [(prompt.tolist(), found) for prompt in self.probes.prompts if (found := self.written(prompt, GREEDY_TOKENS))]
+        if not texts:
+            self.skip("greedy texts", "the server takes no token ids, and these prompts are no conversations")
+            return []
+        readings = [_read(self.live, prompt, found, self.server.allowed.gap) for prompt, found in texts]
+        if not any(reading.tokens or reading.gap for reading in readings) and all(found.text for _, found in texts):
+            self.skip("greedy texts", "they begin with pieces of characters and the server does not tell their tokens")
+            return []
+        told = [reading.told for reading in readings if reading.told.places]
+        worst = max(readings, key=lambda reading: reading.gap)
+        measured = {"gap": worst.gap}
+        if any(reading.compared for reading in readings):
+            measured = {"logprob_difference": max(reading.difference for reading in readings), **measured}
+        detail = worst.detail
+        if not sum(reading.tokens for reading in readings):
+            measured["gap"], detail = math.inf, detail or "The server wrote nothing."
+        check = judge(
+            f"{self.server.name}: greedy text",
+            measured,
+            tolerance=dict.fromkeys(measured, self.server.allowed.gap),
+            between=(self.live.name, self.server.name),
+            n=sum(reading.tokens for reading in readings),
+            detail=detail,
+        )
+        self.checks.append(check)
+        return told
+
+
+def check_server(live: InTorch, server: Server, probes: Probes, spec: EvaluateSpec) -> tuple[list[Check], list[Unchecked]]:
+    """The checks of everything that the server tells, and what was not checked since it does not."""
+    found = _Comparison(live, server, probes, spec)
+    found.check_prompts()
+    along = found.along_rows()
+    told = found.check_writing()
+    found.check_told(along if any(one.places for one in along) else told)
+    found.check_answers()
+    found.skip("the stored weights", "a server does not tell them")
+    about = server.api.about()
+    return [replace(check, against=about) for check in found.checks], found.unchecked
+
+
+@dataclass
+class _Distances:
+    """The told log-probabilities against the live ones, place by place."""
+
+    kl: list[float] = field(default_factory=list)
+    effect: list[float] = field(default_factory=list)  # of the base on the same tokens
+    agrees: list[bool] = field(default_factory=list)
+    texts: list[int] = field(default_factory=list)
+    worst: float = 0.0
+    detail: str = ""
+
+    def add(self, live: InTorch, told: Told, number: int) -> None:
+        base = InTorch(live.text, None, "base").logits(told.ids).log_softmax(-1)
+        ours = live.logits(told.ids).log_softmax(-1)
+        for place, known in told.places.items():
+            self.kl.append(kl_of_told(ours[place], known))
+            self.effect.append(kl_of_told(ours[place], {token: float(base[place][token]) for token in known}))
+            self.agrees.append(int(ours[place].argmax()) == max(known, key=lambda token: known[token]))
+            self.texts.append(number)
+            for token, value in known.items():
+                mine = float(ours[place][token])
+                if max(mine, value) >= _LIKELY and abs(mine - value) > self.worst:
+                    self.worst = abs(mine - value)
+                    said = repr(live.text.tokenizer.decode([token]))
+                    self.detail = f"The worst is {said} after token {place} of text {number}: {mine:.3f} here, {value:.3f} there."
+
+    def check(self, live: InTorch, server: Server, spec: EvaluateSpec) -> Check:
+        groups = self.texts if len(set(self.texts)) > 1 else None
+        kl, agreement = mean(np.array(self.kl), spec=spec, groups=groups), share(np.array(self.agrees), spec=spec, groups=groups)
+        allowed, moved = server.allowed, float(np.mean(self.effect))
+        measured = {"mean_kl": kl.value, "logprob_difference": self.worst, "top1_agreement": agreement.value}
+        limits = {"mean_kl": allowed.parity.mean_kl, "logprob_difference": allowed.gap}
+        limits["top1_agreement"] = allowed.parity.top1_agreement
+        if math.isfinite(allowed.parity.effect) and moved > 0:
+            measured["effect"], limits["effect"] = kl.value / moved, allowed.parity.effect
+        check = judge(
+            f"{server.name}: log-probabilities",
+            measured,
+            tolerance=limits,
+            between=(live.name, server.name),
+            floors=("top1_agreement",),
+            n=len(self.kl),
+            detail=f"Of up to {TOP} likeliest tokens a place, all others as one. {self.detail}".strip(),
+        )
+        return replace(check, estimates={"mean_kl": kl, "top1_agreement": agreement})
+
+
+@dataclass
+class _Reading:
+    """How the live model reads a text that the server wrote."""
+
+    told: Told
+    gap: float = 0.0
+    difference: float = 0.0
+    tokens: int = 0
+    compared: int = 0  # log-probabilities
+    detail: str = ""
+
+
+def _read(live: InTorch, prompt: list[int], written: Written, most: float) -> _Reading:
+    """Follows the server's text token by token, until the live model finds one worse than its own by more than `most` nats."""
+    reading = _Reading(Told(list(prompt), {}))
+    ids, tokenizer = reading.told.ids, live.text.tokenizer
+    steps: Sequence[Step | None] = written.steps or [None] * GREEDY_TOKENS
+    rest = written.text
+    for number, step in enumerate(steps):
+        if step is None and not rest:
+            break
+        place = _Place(tokenizer, live.logits(ids)[-1].log_softmax(-1), ids[-1])
+        if step is None and place.begins_a_piece:
+            break
+        ours, (theirs, text) = int(place.after.argmax()), place.next(rest) if step is None else place.find(step.token)
+        behind = math.inf if theirs is None else float(place.after[ours] - place.after[theirs])
+        if behind > reading.gap:
+            reading.gap = behind
+            here, there = tokenizer.decode([ours]), rest[:12] if step is None else step.token.text
+            detail = f"The first diverging token is number {number}: {here!r} here, {there!r} there, {behind:.3g} nats off."
+            reading.detail = detail
+        if theirs is None:
+            break
+        if step is not None:
+            if known := place.told(step.top):
+                reading.told.places[len(ids) - 1] = known
+            if step.token.logprob is not None and not _ambiguous(step.token):
+                reading.difference = max(reading.difference, abs(float(place.after[theirs]) - step.token.logprob))
+                reading.compared += 1
+        ids.append(theirs)
+        rest = rest[len(text) :]
+        reading.tokens += 1
+        if behind > most:
+            break
+    return reading
+
+
+@dataclass(frozen=True)
+class _Place:
+    """A place of a text as the live model sees it, where tokens that a server tells by their text are looked up."""
+
+    tokenizer: Any
+    after: Tensor  # (vocabulary,), the larger the likelier
+    before: int  # the token that stands before it
+
+    @property
+    def begins_a_piece(self) -> bool:
+        """Whether the live model's next token is a piece of a character, which no text can show."""
+        return _PIECE in self.tokenizer.decode([int(self.after.argmax())])
+
+    def find(self, token: Token) -> tuple[int | None, str]:
+        """The id of a token, and its text: as told, or else the likeliest of the live model's with that text."""
+        if token.number is not None:
+            return token.number, token.text
+        return self._likeliest(lambda text: text == token.text)
+
+    def next(self, rest: str) -> tuple[int | None, str]:
+        """The likeliest token with which `rest` begins, and its text."""
+        return self._likeliest(lambda text: bool(text) and rest.startswith(text))
+
+    def told(self, top: Sequence[Token]) -> dict[int, float]:
+        """Log-probabilities by id.
+
+        Pieces of characters have one text in common, so they are left out where no ids are told, and so is a place where one of
+        them is the likeliest here or there.
+        """
+        found: dict[int, float] = {}
+        if not top or (self.begins_a_piece and any(token.number is None for token in top)):
+            return found
+        likeliest = max(top, key=lambda token: -math.inf if token.logprob is None else token.logprob)
+        if _ambiguous(likeliest):
+            return found
+        for token in top:
+            number = None if _ambiguous(token) else self.find(token)[0]
+            if number is not None and token.logprob is not None and 0 <= number < len(self.after):
+                found.setdefault(number, token.logprob)
+        return found
+
+    def _likeliest(self, fits: Callable[[str], bool]) -> tuple[int | None, str]:
+        for count in (min(_LOOKED_AT, len(self.after)), len(self.after)):  # mostly the first few hold it
+            for number in self.after.topk(count).indices.tolist():
+                for text in self._spellings(number):
+                    if fits(text):
+                        return number, text
+        return None, ""
+
+    def _spellings(self, number: int) -> tuple[str, ...]:
+        """The text of a token as servers write it: alone, or as what it adds to the text, which may begin with a blank."""
+        decode = self.tokenizer.decode
+        joined = decode([self.before, number]).removeprefix(decode([self.before]))
+        return decode([number]), decode([number], clean_up_tokenization_spaces=False), joined
+
+
+def _ambiguous(token: Token) -> bool:
+    return token.number is None and _PIECE in token.text
+
+
+def _said(live: InTorch, ids: Sequence[int]) -> str:
+    return str(live.text.tokenizer.decode(list(ids), skip_special_tokens=True)).strip()
+
+
+def _label(labels: Sequence[str], text: str) -> int:
+    """The number of the longest label that `text` begins with; -1 where it begins with none."""
+    found = [number for number, label in enumerate(labels) if text.strip().startswith(label)]
+    return max(found, key=lambda number: len(labels[number]), default=-1)

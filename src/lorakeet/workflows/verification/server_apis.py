@@ -1,0 +1,267 @@
+"""What served models tell over HTTP, API by API: prompts as token ids, and written tokens with their log-probabilities.
+
+                          ids of a prompt             else how many       written tokens    likeliest tokens
+    llama.cpp             /tokenize, /apply-template                      by id             n_probs
+    vLLM                  /tokenize                   usage               by id             logprobs, prompt_logprobs
+    OpenAI, lorakeet      /tokenize where there is    usage               by their text     logprobs
+    Ollama                                            prompt_eval_count   by their text     top_logprobs, since 0.12.11
+
+Ollama takes no token ids, so it writes after conversations alone. Sources: each project's own description of its HTTP API.
+"""
+
+from __future__ import annotations
+
+import json
+import urllib.error
+import urllib.request
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from lorakeet.errors import ConfigError, EnvironmentProblem
+from lorakeet.workflows.verification.artefact import Messages
+
+TOP = 10  # likeliest tokens that are asked for; vLLM tells at most 20, OpenAI 20
+_TIMEOUT = 300
+_BY_ID = "token_id:"  # how vLLM writes a token where it is asked for ids
+_SHOWN = 8
+
+
+@dataclass(frozen=True)
+class Token:
+    """A token as the server tells it: its text, its id where that is told, and its log-probability where that is."""
+
+    text: str
+    number: int | None = None
+    logprob: float | None = None
+
+
+@dataclass(frozen=True)
+class Step:
+    """A written token, and the likeliest ones in its place; none where they are not told."""
+
+    token: Token
+    top: tuple[Token, ...] = ()
+
+
+@dataclass(frozen=True)
+class Written:
+    """A written text, whole and token by token; no steps where the server tells the text alone."""
+
+    text: str
+    steps: tuple[Step, ...] = ()
+
+
+class Refused(EnvironmentProblem):
+    """The server answered, but not this call."""
+
+
+def ask(url: str, path: str, body: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """The JSON object that a server answers. Refused where it answers with an error, EnvironmentProblem where with nothing."""
+    data = None if body is None else json.dumps(body).encode()
+    request = urllib.request.Request(url + path, data=data, headers={"Content-Type": "application/json"})
+    try:
+        with urllib.request.urlopen(request, timeout=_TIMEOUT) as response:
+            found = json.loads(response.read())
+    except urllib.error.HTTPError as error:
+        said = error.read(500).decode("utf-8", "replace")
+        raise Refused(f"{url}{path} refuses ({error.code} {error.reason}): {said} Correct --against, or the server.") from error
+    except (urllib.error.URLError, OSError, ValueError) as error:
+        raise EnvironmentProblem(
+            f"{url}{path} gives no answer that can be used ({error}). Start the server, or correct --against."
+        ) from error
+    if not isinstance(found, dict):
+        raise EnvironmentProblem(f"{url}{path} answers {str(found)[:80]!r}; expected a JSON object.")
+    return found
+
+
+class Api:
+    """OpenAI's API, as lorakeet serve and most servers have it. What gives None is not told."""
+
+    takes_ids = True
+
+    def __init__(self, url: str, model: str) -> None:
+        self.url, self.model = url, model
+
+    def about(self) -> str:
+        """What the server says that it is."""
+        return f"{self.model} by a server with OpenAI's API"
+
+    def tokenise(self, text: str) -> list[int] | None:
+        """The ids of a raw text."""
+        return self._tokens({"model": self.model, "prompt": text, "add_special_tokens": True})
+
+    def prompt(self, messages: Messages) -> list[int] | None:
+        """The ids of a conversation through the server's chat template."""
+        return self._tokens({"model": self.model, "messages": list(messages), "add_generation_prompt": True})
+
+    def prompt_length(self, messages: Messages) -> int | None:
+        """How many tokens a conversation has there."""
+        asked = {"model": self.model, "messages": list(messages), "max_tokens": 1, "temperature": 0}
+        try:
+            count = (ask(self.url, "/v1/chat/completions", asked).get("usage") or {}).get("prompt_tokens")
+        except Refused:
+            return None
+        return None if count is None else int(count)
+
+    def write(self, prompt: Sequence[int], tokens: int) -> Written:
+        """The likeliest continuation of token ids."""
+        asked = {"model": self.model, "prompt": list(prompt), "max_tokens": tokens, "temperature": 0, "logprobs": TOP}
+        found = ask(self.url, "/v1/completions", {**asked, **self._more()})["choices"][0]
+        told = found.get("logprobs") or {}
+        pairs = zip(told.get("tokens") or (), told.get("token_logprobs") or (), strict=True)
+        tops = told.get("top_logprobs") or ()
+        steps = [Step(_token(text, value)) for text, value in pairs]
+        steps = [Step(step.token, tuple(_token(*pair) for pair in (top or {}).items())) for step, top in _beside(steps, tops)]
+        return Written(str(found.get("text", "")), tuple(steps))
+
+    def chat(self, messages: Messages, tokens: int) -> Written:
+        """The likeliest answer in a conversation."""
+        asked = {"model": self.model, "messages": list(messages), "max_tokens": tokens, "temperature": 0}
+        found = ask(self.url, "/v1/chat/completions", {**asked, "logprobs": True, "top_logprobs": TOP})["choices"][0]
+        return Written(str(found["message"]["content"]), _steps((found.get("logprobs") or {}).get("content") or ()))
+
+    def along(self, ids: Sequence[int]) -> dict[int, tuple[Token, ...]] | None:
+        """The likeliest tokens after ids[: place + 1], for all places of a text that is given; told by vLLM."""
+        return None
+
+    def _more(self) -> dict[str, Any]:
+        """Fields of a completion that only this server knows."""
+        return {}
+
+    def _tokens(self, body: Mapping[str, Any]) -> list[int] | None:
+        try:
+            found = ask(self.url, "/tokenize", body).get("tokens")
+        except Refused:
+            return None
+        return None if found is None else [int(number) for number in found]
+
+
+class VllmApi(Api):
+    """vLLM: OpenAI's API, token ids in place of their texts, and log-probabilities along a prompt."""
+
+    def about(self) -> str:
+        return f"{self.model} by vLLM {ask(self.url, '/version').get('version', '')}"
+
+    def along(self, ids: Sequence[int]) -> dict[int, tuple[Token, ...]] | None:
+        asked = {"model": self.model, "prompt": list(ids), "max_tokens": 1, "temperature": 0, "prompt_logprobs": TOP}
+        found = ask(self.url, "/v1/completions", asked)["choices"][0].get("prompt_logprobs")
+        if not found:
+            return None
+        return {
+            place - 1: tuple(
+                Token(str(one.get("decoded_token") or ""), int(number), float(one["logprob"])) for number, one in told.items()
+            )
+            for place, told in enumerate(found)
+            if told
+        }
+
+    def _more(self) -> dict[str, Any]:
+        return {"return_tokens_as_token_ids": True}
+
+
+class LlamaCppApi(Api):
+    """llama-server's own API."""
+
+    def about(self) -> str:
+        told = ask(self.url, "/props")
+        return f"{told.get('model_path') or 'a model'} by llama.cpp {told.get('build_info') or ''}".strip()
+
+    def tokenise(self, text: str) -> list[int] | None:
+        return self._tokens({"content": text, "add_special": True, "parse_special": True})
+
+    def prompt(self, messages: Messages) -> list[int] | None:
+        try:
+            return self.tokenise(str(ask(self.url, "/apply-template", {"messages": list(messages)})["prompt"]))
+        except Refused:
+            return None
+
+    def write(self, prompt: Sequence[int], tokens: int) -> Written:
+        asked = {"prompt": list(prompt), "n_predict": tokens, "temperature": 0, "n_probs": TOP, "cache_prompt": False}
+        found = ask(self.url, "/completion", asked)
+        return Written(str(found.get("content", "")), _steps(found.get("completion_probabilities") or ()))
+
+
+class OllamaApi(Api):
+    """Ollama's own API, which goes through its template and takes no token ids."""
+
+    takes_ids = False
+
+    def about(self) -> str:
+        listed = ask(self.url, "/api/tags").get("models") or ()
+        digest = next((str(one.get("digest", ""))[:12] for one in listed if one.get("name") in self._names()), "")
+        return f"{self.model}{f' ({digest})' if digest else ''} by Ollama {ask(self.url, '/api/version').get('version', '')}"
+
+    def tokenise(self, text: str) -> list[int] | None:
+        return None
+
+    def prompt(self, messages: Messages) -> list[int] | None:
+        return None
+
+    def prompt_length(self, messages: Messages) -> int | None:
+        count = self._chat(messages, 1).get("prompt_eval_count")
+        return None if count is None else int(count)
+
+    def write(self, prompt: Sequence[int], tokens: int) -> Written:
+        raise ValueError("Ollama takes no token ids")
+
+    def chat(self, messages: Messages, tokens: int) -> Written:
+        found = self._chat(messages, tokens)
+        return Written(str(found["message"]["content"]), _steps(found.get("logprobs") or ()))
+
+    def _chat(self, messages: Messages, tokens: int) -> dict[str, Any]:
+        options = {"temperature": 0, "num_predict": tokens, "repeat_penalty": 1.0}  # 1.1, its own, would write another text
+        asked = {"model": self.model, "messages": list(messages), "stream": False, "options": options}
+        return ask(self.url, "/api/chat", {**asked, "logprobs": True, "top_logprobs": TOP})
+
+    def _names(self) -> tuple[str, str]:
+        return self.model, f"{self.model}:latest"
+
+
+def find_api(url: str, model: str) -> Api:
+    """The API of the server at `url`, asking for `model`; "" is the only one that it serves.
+
+    EnvironmentProblem where nothing answers, ConfigError where several models do and none is named.
+    """
+    if _answers(url, "/props"):
+        return LlamaCppApi(url, model)
+    listed = ask(url, "/v1/models").get("data") or [{}]  # raises where nothing answers at all
+    names = [str(one.get("id", "")) for one in listed]
+    if not model and len(names) > 1:
+        raise ConfigError(
+            f"{url} serves {', '.join(names[:_SHOWN])}{', …' if len(names) > _SHOWN else ''}; say which of them is meant: "
+            f"--against {url}#NAME."
+        )
+    model = model or names[0]
+    if any(one.get("owned_by") == "lorakeet" for one in listed):
+        return Api(url, model)
+    kinds = {"/version": VllmApi, "/api/version": OllamaApi}
+    return next((kind for path, kind in kinds.items() if _answers(url, path)), Api)(url, model)
+
+
+def _answers(url: str, path: str) -> bool:
+    try:
+        ask(url, path)
+    except EnvironmentProblem:
+        return False
+    return True
+
+
+def _token(text: str, logprob: float | None) -> Token:
+    named = text[len(_BY_ID) :] if text.startswith(_BY_ID) else ""
+    return Token(text, int(named) if named.isdigit() else None, None if logprob is None else float(logprob))
+
+
+def _steps(told: Sequence[Mapping[str, Any]]) -> tuple[Step, ...]:
+    """Steps as llama.cpp, OpenAI's chats and Ollama tell them."""
+    return tuple(Step(_entry(one), tuple(_entry(other) for other in one.get("top_logprobs") or ())) for one in told)
+
+
+def _entry(one: Mapping[str, Any]) -> Token:
+    number, logprob = one.get("id"), one.get("logprob")
+    return Token(str(one["token"]), None if number is None else int(number), None if logprob is None else float(logprob))
+
+
+def _beside(steps: Sequence[Step], tops: Sequence[Any]) -> Sequence[tuple[Step, Any]]:
+    """Each step with what is told beside it; nothing beside any where there is not one for each."""
+    return list(zip(steps, tops if len(tops) == len(steps) else [{}] * len(steps), strict=True))

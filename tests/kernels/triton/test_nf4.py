@@ -1,0 +1,92 @@
+"""NF4 weights through the Triton kernels, in Triton's interpreter: the bits that torch's operations give."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from lorakeet.kernels.tiled_weight import Kernels
+from lorakeet.quant.nf4 import Nf4Base
+from tiny.triton_device import DEVICE, behave_like_a_card, needs_triton
+
+pytestmark = needs_triton
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+# also rows that end within a block, an odd width, a last block that is not full, more than one block of scales
+SHAPES = [(64, 64), (7, 48), (16, 100), (5, 33), (1, 1), (40, 576)]
+
+
+@pytest.fixture(autouse=True)
+def card(monkeypatch: pytest.MonkeyPatch) -> None:
+    behave_like_a_card(monkeypatch)
+
+
+def base_of(shape: tuple[int, int], **settings: object) -> Nf4Base:
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(0)) * 0.05
+    weight[0, : shape[1] // 2] = 0
+    return Nf4Base.of(weight, **settings).to(DEVICE)  # type: ignore[arg-type]
+
+
+def both(base: Nf4Base, dtype: torch.dtype, rows: int, first: int = 0) -> tuple[Tensor, Tensor]:
+    """Rows of W by torch's operations and by the kernel."""
+    found = []
+    for kernels in (None, Kernels()):
+        base.kernels = kernels
+        found.append(base.unpack(torch.full((rows, base.shape[1]), 7.0, dtype=dtype, device=DEVICE), first))
+    return found[0], found[1]
+
+
+@pytest.mark.parametrize("double_quant", [True, False])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("block_size", [64, 32, 256])
+def test_the_same_bits(shape: tuple[int, int], double_quant: bool, block_size: int) -> None:
+    base = base_of(shape, block_size=block_size, double_quant=double_quant)
+    for dtype in DTYPES:
+        expected, found = both(base, dtype, shape[0])
+        assert torch.equal(found, expected)
+
+
+def test_the_kernel_is_what_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    base, calls = base_of((64, 64)), []
+    monkeypatch.setattr("lorakeet.core.kernels.unpack", lambda tiles, out, first: calls.append(tiles.shape) or out)
+    both(base, torch.float32, 64)
+    assert calls == [(64, 64)]
+
+
+def test_from_a_row_on() -> None:
+    base = base_of((520, 96))
+    assert base.row_step == 512
+    expected, found = both(base, torch.bfloat16, 8, 512)
+    assert torch.equal(found, expected) and torch.equal(found.float(), base.dense()[512:].bfloat16().float())
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+@pytest.mark.parametrize(("shape", "block_size"), [((48, 100), 64), ((40, 192), 64), ((33, 128), 32), ((20, 512), 256)])
+def test_a_product_multiplies_with_these_bits(
+    shape: tuple[int, int], block_size: int, dtype: torch.dtype, transposed: bool
+) -> None:
+    from lorakeet.kernels.triton.tiles import Pair, dense, product
+
+    base = base_of(shape, block_size=block_size)
+    weight = base.unpack(torch.empty(shape, dtype=dtype, device=DEVICE))
+    depth, width = shape if transposed else shape[::-1]
+    chance = torch.Generator().manual_seed(1)
+    sizes = (9, depth), (4, depth), (4, width)
+    x, shrink, expand = (torch.randn(size, generator=chance).to(dtype).to(DEVICE) for size in sizes)
+    pair = Pair(shrink, expand, before=1.0, after=3.0)
+    tiles = base.in_tiles()
+    assert tiles is not None
+    for found, expected in zip(
+        product(tiles, x, pair, transposed=transposed), product(dense(weight), x, pair, transposed=transposed), strict=True
+    ):
+        assert found is not None and expected is not None and torch.equal(found, expected)
+
+
+def test_an_odd_width_has_no_product() -> None:
+    base = base_of((5, 33))
+    assert base.in_tiles() is None
+    base.kernels = Kernels()
+    x = torch.randn(2, 33, device=DEVICE)
+    torch.testing.assert_close(base.matmul(x), x @ base.dense().t())

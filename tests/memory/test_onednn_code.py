@@ -1,0 +1,54 @@
+"""oneDNN told to keep little code: whoever said otherwise is obeyed, and products of many shapes leave a process smaller."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from lorakeet.memory.onednn_code import KEPT, keep_little_code
+
+
+def test_what_the_environment_says_stays() -> None:
+    environment: dict[str, str] = {}
+    keep_little_code(environment=environment)
+    assert environment == {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": str(KEPT)}
+    keep_little_code(7, environment)
+    assert environment == {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": str(KEPT)}, "whoever comes first is heeded"
+    for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "DNNL_PRIMITIVE_CACHE_CAPACITY"):
+        environment = {name: "7"}
+        keep_little_code(environment=environment)
+        assert environment == {name: "7"}
+
+
+PROGRAM = """
+import torch
+from lorakeet.memory.measure import resident_bytes
+from lorakeet.models.placement import products_for
+from lorakeet.models.spec import ModelSpec
+{order}
+weight = torch.ones(64, 64, dtype=torch.bfloat16)
+torch.ones(8, 64, dtype=torch.bfloat16) @ weight
+before = resident_bytes()
+for tokens in range(16, 16 * 400, 16):
+    torch.ones(tokens, 64, dtype=torch.bfloat16) @ weight
+print(resident_bytes() - before)
+"""
+
+
+@pytest.mark.skipif(not torch.cpu.get_capabilities().get("avx512_bf16"), reason="oneDNN makes little code without bf16 products")
+def test_products_of_many_shapes_leave_a_process_smaller() -> None:
+    environment = {name: value for name, value in os.environ.items() if "PRIMITIVE_CACHE" not in name}
+    usual, little = (
+        int(
+            subprocess.run(
+                [sys.executable, "-c", PROGRAM.format(order=order)], capture_output=True, text=True, check=True, env=environment
+            ).stdout
+        )
+        for order in ("", "products_for(ModelSpec(), torch.bfloat16, torch.device('cpu'))")
+    )
+    assert usual > 100 << 20, "if oneDNN no longer keeps hundreds of MiB, it need not be told"
+    assert little < 0.8 * usual

@@ -1,0 +1,170 @@
+"""Packed linear layers: in every family the function of the dequantised weights, one dense matrix at a time while loading."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import AutoConfig
+
+from lorakeet.errors import ConfigError, DataError
+from lorakeet.formats.files.safetensors_file import SafeFile
+from lorakeet.models import modules
+from lorakeet.models.files.quantized import load_packed, load_quantised, quantised_stock
+from lorakeet.models.files.stored_tensors import dense_stock, tensor_files
+from lorakeet.models.spec import ModelSpec
+from lorakeet.models.text.load import load_text_model
+from lorakeet.quant.packed import PackedBase, PackedLinear
+from lorakeet.quant.spec import QuantSpec
+from tiny.models import FAMILIES, save_tiny_llama
+
+IDS = torch.tensor([[5, 9, 31, 2, 77, 4], [8, 8, 60, 3, 1, 90]])
+
+
+def saved(model: Any, folder: Path) -> tuple[Path, Any]:
+    model.save_pretrained(folder)
+    return folder, AutoConfig.from_pretrained(folder)
+
+
+def loaded(folder: Path, config: Any, dtype: torch.dtype = torch.float32, **settings: Any) -> Any:
+    return load_quantised(folder, config, dtype, QuantSpec(**settings), lambda line: None)
+
+
+def packed_layers(model: Any) -> dict[str, PackedLinear]:
+    return {path: module for path, module in modules.original_modules(model) if isinstance(module, PackedLinear)}
+
+
+@pytest.mark.parametrize("method", ["nf4", "int8"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_function_is_that_of_the_dequantised_weights(
+    family: str, method: str, tiny_model: Callable[..., Any], tmp_path: Path
+) -> None:
+    dense = tiny_model(family)
+    dense.set_attn_implementation("eager")
+    model = loaded(*saved(dense, tmp_path), method=method)
+    layers = packed_layers(model)
+    assert len(layers) >= 8
+    before = dense(IDS, use_cache=False).logits
+    for path, layer in layers.items():
+        dense.get_submodule(path).weight.copy_(layer.weight)
+    with torch.no_grad():
+        ours, theirs = model(IDS, use_cache=False).logits, dense(IDS, use_cache=False).logits
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
+    assert not torch.allclose(ours, before, atol=1e-3)
+    assert not any(tensor.is_meta for tensor in [*model.parameters(), *model.buffers()])
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "qwen2", "mixtral"])
+def test_head_routers_and_embeddings_are_kept(family: str, tiny_model: Callable[..., Any], tmp_path: Path) -> None:
+    model = loaded(*saved(tiny_model(family), tmp_path), method="nf4")
+    assert not {"lm_head", "gate", "wte"} & {path.rpartition(".")[2] for path in packed_layers(model)}
+    assert modules.output_layer(model).weight.dtype == torch.float32  # type: ignore[union-attr]
+    kinds = {modules.kind_of(layer) for layer in packed_layers(model).values()}
+    assert kinds == {"conv1d" if family == "gpt2" else "linear"}
+
+
+def test_the_head_is_quantised_if_asked_and_refused_where_it_is_the_embedding(
+    tiny_model: Callable[..., Any], tmp_path: Path
+) -> None:
+    model = loaded(*saved(tiny_model("llama"), tmp_path / "own"), method="int8", head="quantize")
+    assert isinstance(model.lm_head, PackedLinear)
+    with pytest.raises(ConfigError, match=r"model\.quantize\.head is quantize, but 'lm_head'"):
+        loaded(*saved(tiny_model("qwen2"), tmp_path / "tied"), method="int8", head="quantize")
+
+
+def test_a_packed_head_serves_loss_and_logits(tmp_path: Path) -> None:
+    folder = save_tiny_llama(tmp_path / "model", tie_word_embeddings=False)
+    quantize = QuantSpec(method="int8", head="quantize")
+    text = load_text_model(ModelSpec(path=str(folder), dtype="bfloat16", products="float32", quantize=quantize))
+    assert text.head_weight is None and text.head(torch.randn(3, 32).bfloat16()).dtype == torch.float32
+
+
+def test_what_is_packed_does_not_depend_on_the_dtype_of_the_run(tiny_model: Callable[..., Any], tmp_path: Path) -> None:
+    folder, config = saved(tiny_model("llama"), tmp_path)
+    one, other = (loaded(folder, config, dtype, method="nf4") for dtype in (torch.float32, torch.bfloat16))
+    for mine, theirs in zip(packed_layers(one).values(), packed_layers(other).values(), strict=True):
+        assert torch.equal(mine.weight, theirs.weight)
+    assert other.model.embed_tokens.weight.dtype == torch.bfloat16
+
+
+def test_one_dense_matrix_at_a_time(tiny_model: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every packed weight's dense tensor is gone before the next one is read."""
+    import weakref
+
+    folder, config = saved(tiny_model("llama"), tmp_path)
+    live: list[tuple[str, weakref.ref[Tensor]]] = []
+    worst: list[list[str]] = []
+    read = SafeFile.read
+
+    def watched(self: SafeFile, name: str) -> Tensor:
+        worst.append([held for held, tensor in live if tensor() is not None and "proj" in held])
+        tensor = read(self, name)
+        live.append((name, weakref.ref(tensor)))
+        return tensor
+
+    monkeypatch.setattr(SafeFile, "read", watched)
+    loaded(folder, config, method="nf4")
+    assert len(worst) == len(tensor_files(folder)) and max(map(len, worst)) == 0
+
+
+def test_a_stock_that_does_not_fit_is_answered_with_every_tensor(tiny_model: Callable[..., Any], tmp_path: Path) -> None:
+    folder, config = saved(tiny_model("llama"), tmp_path)
+    tensors = load_file(folder / "model.safetensors")
+    for name in ("model.layers.0.mlp.up_proj.weight", "model.layers.1.mlp.up_proj.weight"):
+        tensors[name] = tensors[name][:5].clone()
+    del tensors["model.norm.weight"]
+    save_file(tensors, folder / "model.safetensors")
+    with pytest.raises(DataError, match="has 2 weights of other shapes") as caught:
+        loaded(folder, config, method="nf4")
+    for part in ("layers.0.mlp.up_proj.weight is 5×32, expected 48×32", "layers.1.mlp.up_proj"):
+        assert part in str(caught.value)
+    for name in ("model.layers.0.mlp.up_proj.weight", "model.layers.1.mlp.up_proj.weight"):
+        tensors[name] = torch.zeros(48, 32)
+    save_file(tensors, folder / "model.safetensors")
+    with pytest.raises(DataError, match=r"lacks 1 weights of its 'llama' architecture: model\.norm\.weight"):
+        loaded(folder, config, method="nf4")
+
+
+def test_packed_weights_without_a_place_are_named(tiny_model: Callable[..., Any], tmp_path: Path) -> None:
+    folder, config = saved(tiny_model("llama"), tmp_path)
+    stock = quantised_stock(dense_stock(tensor_files(folder)), config, QuantSpec(method="int8"))
+    make = next(iter(stock.packed.values()))
+    stock.packed["model.layers.7.mlp.up_proj.weight"] = make  # type: ignore[index]
+    with pytest.raises(DataError, match=r"1 packed weights .* model\.layers\.7\.mlp\.up_proj\.weight"):
+        load_packed(stock, config, torch.float32, folder)
+
+
+@pytest.mark.parametrize("method", ["awq", "bitsandbite"])
+def test_an_unknown_way_of_packing_is_refused(method: str, tiny_model: Callable[..., Any], tmp_path: Path) -> None:
+    folder, config = saved(tiny_model("llama"), tmp_path)
+    config.quantization_config = {"quant_method": method}
+    with pytest.raises(ConfigError, match=f"quantised by '{method}'; readable are bitsandbytes"):
+        loaded(folder, config)
+    config.quantization_config = {"quant_method": "bitsandbytes", "load_in_8bit": True}
+    with pytest.raises(ConfigError, match="quantised already"):
+        loaded(folder, config, method="nf4")
+    with pytest.raises(ConfigError, match=r"LLM\.int8"):
+        loaded(folder, config)
+
+
+def test_missing_kernels_are_said_once(tiny_model: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lorakeet.models.files.quantized.missing_kernels", lambda: "bitsandbytes is not installed")
+    folder, config = saved(tiny_model("llama"), tmp_path)
+    for method, times in (("nf4", 1), ("int8", 0)):
+        said: list[str] = []
+        load_quantised(folder, config, torch.float32, QuantSpec(method=method), said.append)  # type: ignore[arg-type]
+        assert sum("bitsandbytes is not installed" in line for line in said) == times
+
+
+def test_what_it_saves_is_said(tiny_model: Callable[..., Any], tmp_path: Path) -> None:
+    said: list[str] = []
+    folder, config = saved(tiny_model("mixtral"), tmp_path)
+    model = load_quantised(folder, config, torch.float32, QuantSpec(method="int8"), said.append)
+    count = sum(isinstance(module, PackedBase) for module in model.modules())
+    assert said[0].startswith(f"{count} linear layers are int8") and "experts" in said[1]

@@ -1,0 +1,98 @@
+"""Every weight that is missing, of another shape or no number is named in one message, with the remedy."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from transformers import AutoConfig
+
+from lorakeet.errors import DataError
+from lorakeet.formats.files.safetensors_file import open_safetensors
+from lorakeet.models.files.validate import (
+    first_line,
+    misfits_in,
+    refused,
+    require_architecture,
+    require_finite,
+    require_text_model,
+    require_whole,
+)
+
+FOLDER = Path("m")
+
+
+def test_shapes_and_missing_weights_are_said_together_and_a_few_of_many_named() -> None:
+    misfits = {f"w{number}": ((2, number), (2, 3)) for number in range(10)}
+    with pytest.raises(DataError) as caught:
+        require_whole(FOLDER, "llama", misfits=misfits, missing={"b", "a"})
+    said = str(caught.value)
+    assert said.startswith("m is no whole 'llama' model (2 problems):") and "has 10 weights of other shapes" in said
+    assert "w0 is 2×0, expected 2×3;" in said and "w8" not in said and "; and 2 more. config.json and weights" in said
+    assert "lacks 2 weights of its 'llama' architecture: a; b; they would be random numbers" in said
+    require_whole(FOLDER, "llama", misfits={}, missing=())
+
+
+def test_a_single_number_has_a_size_too() -> None:
+    with pytest.raises(DataError, match=r"scale is one number, expected 4\."):
+        require_whole(FOLDER, "x", misfits={"scale": ((), (4,))}, missing=())
+    report = {"mismatched_keys": {("a", torch.Size([1, 2]), torch.Size([3, 4]))}}
+    assert misfits_in(report) == {"a": ((1, 2), (3, 4))}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.float8_e5m2])
+def test_numbers_are_looked_at_in_every_dtype(dtype: torch.dtype) -> None:
+    good = torch.linspace(-3, 3, 12).to(dtype)
+    require_finite(good, "w")
+    require_finite(good[:0], "w")
+    bad = torch.linspace(-3, 3, 12)
+    bad[5] = float("nan")
+    with pytest.raises(DataError, match=r"^f: w has 1 values of 12 that are NaN or infinite\. Fetch the model again\.$"):
+        require_finite(bad.to(dtype), "f: w")
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("-inf")])
+def test_infinities_are_found_and_whole_numbers_are_not_looked_at(value: float) -> None:
+    with pytest.raises(DataError, match="2 values of 3"):
+        require_finite(torch.tensor([value, 0.0, value]), "w")
+    require_finite(torch.tensor([1, 2]), "w")
+
+
+def test_what_transformers_gives_up_on_is_looked_for_among_tensors_of_a_kind(tmp_path: Path) -> None:
+    tensors = {f"layers.{layer}.experts.{expert}.w": torch.zeros(4, 3) for layer in range(2) for expert in range(3)}
+    tensors["layers.1.experts.2.w"] = torch.zeros(5, 3)
+    save_file(tensors, tmp_path / "model.safetensors")
+    file = open_safetensors(tmp_path / "model.safetensors")
+    files = dict.fromkeys(file.tensors, file)
+    said = str(refused(tmp_path, "mixtral", files, RuntimeError("We encountered some issues during automatic conversion of …")))
+    assert "1 weights that do not go with the others: layers.1.experts.2.w is 5×3, its like are 4×3. Fetch it again." in said
+    del files["layers.1.experts.2.w"]
+    said = str(refused(tmp_path, "mixtral", files, RuntimeError("We encountered some issues during automatic conversion of …")))
+    assert "cannot be loaded for text generation: its weights do not go together" in said and "fetch both again" in said
+    said = str(refused(tmp_path, "x", files, ValueError("first.\nsecond")))
+    assert "ValueError: first. config.json" in said and "second" not in said
+    assert first_line(KeyError()) == "KeyError"
+
+
+def test_an_architecture_that_transformers_lacks(tmp_path: Path) -> None:
+    for text, words in (
+        ('{"model_type": "llama"}', ""),
+        ('{"model_type": "lama"}', r"model_type is 'lama'.*Did you mean 'llama'\?.*pip install --upgrade transformers"),
+        ('{"model_type": "ours-7", "auto_map": {}}', r"code of its own \(auto_map\), which is never run"),
+        ("{}", "names no model_type"),
+        ("[]", "holds a JSON list"),
+    ):
+        (tmp_path / "config.json").write_text(text)
+        if not words:
+            require_architecture(tmp_path)
+            continue
+        with pytest.raises(DataError, match=words):
+            require_architecture(tmp_path)
+
+
+def test_a_model_that_writes_no_text() -> None:
+    require_text_model(FOLDER, AutoConfig.for_model("llama"))
+    with pytest.raises(DataError, match=r"type 'vit', which does not write text.*Name a language model"):
+        require_text_model(FOLDER, AutoConfig.for_model("vit"))

@@ -1,0 +1,406 @@
+"""Recorded passes: a recording of each shape alone, what is replayed is what the model computes, and proof before it counts."""
+
+from __future__ import annotations
+
+import gc
+import logging
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from lorakeet.core.fused.flash_varlen_recorded import Places
+from lorakeet.core.scratch import SCRATCH
+from lorakeet.core.spec import LoraSpec
+from lorakeet.data.pack import Batch
+from lorakeet.errors import EnvironmentProblem
+from lorakeet.models.inject import trained_parameters
+from lorakeet.models.spec import ModelSpec
+from lorakeet.models.targets import plan_for
+from lorakeet.models.text.adapted import begin_adapter
+from lorakeet.models.text.batch_shape import Shape
+from lorakeet.models.text.cuda_graphs import ReplayedPasses
+from lorakeet.models.text.load import load_text_model
+from lorakeet.models.text.model import TextModel
+from lorakeet.train.task import by_batch
+from lorakeet.train.text.loss import text_loss
+from tiny.flash import Flash
+from tiny.models import save_tiny_llama
+from tiny.tape import Tape
+
+ROOM = Shape(256, 16, 64)
+Made = tuple[TextModel, dict[str, Any], Tape, ReplayedPasses]
+
+
+def moved(parameters: dict[str, Any]) -> dict[str, Any]:
+    """An adapter's numbers, away from its start."""
+    with torch.no_grad():
+        for name, parameter in sorted(parameters.items()):
+            parameter.add_(0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(len(name))))
+    return parameters
+
+
+@pytest.fixture
+def made(flash: Flash, tiny_llama_folder: Path) -> Callable[..., Made]:
+    """`made(**lora)`: a model as on a card, its adapter's numbers, all random, and its passes recorded on a tape."""
+    flash.exact = False
+
+    def build(**lora: Any) -> Made:
+        spec = ModelSpec(path=str(tiny_llama_folder), dtype="bfloat16", products="bfloat16", device="cpu")
+        text = load_text_model(spec)
+        begin_adapter(text, plan_for(text.model, LoraSpec(**{"rank": 4, "alpha": 12.0, **lora}), text.family), seed=1)
+        parameters = moved(trained_parameters(text.model))
+        tape = Tape()
+        return text, parameters, tape, ReplayedPasses(text, parameters, tape, ROOM)
+
+    return build
+
+
+def learnt(text: Any, batch: Batch, parameters: dict[str, Any]) -> tuple[float, dict[str, Tensor]]:
+    """The loss of a batch, and the gradients that it adds."""
+    for parameter in parameters.values():
+        parameter.grad = None
+    loss, _ = text_loss(text, batch)
+    loss.backward()  # type: ignore[no-untyped-call]
+    return loss.item(), {name: each.grad.clone() for name, each in parameters.items() if each.grad is not None}
+
+
+def alike(mine: tuple[float, dict[str, Tensor]], theirs: tuple[float, dict[str, Tensor]]) -> None:
+    """To the rounding of bf16."""
+    assert abs(mine[0] - theirs[0]) < 0.01 * abs(theirs[0])
+    assert mine[1].keys() == theirs[1].keys()
+    for name, grad in theirs[1].items():
+        assert torch.linalg.vector_norm(mine[1][name] - grad) <= 0.05 * torch.linalg.vector_norm(grad), name
+
+
+LORA: list[dict[str, Any]] = [
+    {},
+    {"variant": "dora"},
+    {"start": "pissa"},
+    {"target_modules": ("q_proj", "lm_head", "embed_tokens")},
+    {"target_modules": ("v_proj",), "extra_modules": ("model.norm",)},
+]
+
+
+@pytest.mark.parametrize("lora", LORA, ids=["lora", "dora", "pissa", "head-and-embedding", "norm"])
+def test_what_is_replayed_is_what_the_model_computes(made: Callable[..., Made], rows: Any, lora: dict[str, Any]) -> None:
+    """Other rows in the same shape, and another shape, with numbers that an optimizer moves in between."""
+    text, parameters, tape, passes = made(**lora)
+    for number, lengths in enumerate(([20, 9, 30], [31, 8, 18], [7, 25], [11, 29, 17])):
+        batch = rows(lengths, seed=number)
+        alike(learnt(passes, batch, parameters), learnt(text, batch, parameters))
+        with torch.no_grad():
+            for parameter in parameters.values():
+                parameter.mul_(1.1)
+    shapes = {Shape.of(lengths, 64) for lengths in ((20, 9, 30), (31, 8, 18), (7, 25), (11, 29, 17))}
+    assert shapes == {Shape(64, 4, 64), Shape(32, 2, 64)}
+    assert tape.recordings == 2 * len(shapes) and set(passes.recorded) == shapes
+    assert tape.replays == 2 * (len(shapes) + 4)  # once for each proof
+
+
+def test_a_recording_made_of_one_micro_batch_gives_the_bits_of_one_made_of_another(made: Callable[..., Made], rows: Any) -> None:
+    """Nothing of the rows that were there as it was recorded is left in it."""
+    first, second = rows([20, 9, 30], seed=1), rows([33, 27, 3], seed=2)
+    found = []
+    for order in ((first, second), (second, first)):
+        _, parameters, tape, passes = made()
+        by_batch = {id(batch): learnt(passes, batch, parameters) for batch in order}
+        assert tape.recordings == 2
+        found.append([by_batch[id(batch)] for batch in (first, second)])
+    for (loss, grads), (other, others) in zip(*found, strict=True):
+        assert loss == other and all(torch.equal(grads[name], others[name]) for name in grads)
+
+
+SHARED = {"target_modules": ("q_proj",), "extra_modules": ("model.embed_tokens",)}  # with the head, which is tied to it
+
+
+@pytest.mark.parametrize("lora", [LORA[0], LORA[3], SHARED], ids=["lora", "head-and-embedding", "tied"])
+def test_gradients_of_micro_batches_add_up(made: Callable[..., Made], rows: Any, lora: dict[str, Any]) -> None:
+    """Also of what the head adds to, and what both do."""
+    _, parameters, _, passes = made(**lora)
+    batches = [rows([20, 9, 30], seed=1), rows([33, 27, 3], seed=2)]
+    parts = [learnt(passes, batch, parameters)[1] for batch in batches]
+    for parameter in parameters.values():
+        parameter.grad = None
+    for batch in batches:
+        text_loss(passes, batch)[0].backward()  # type: ignore[no-untyped-call]
+    for name, parameter in parameters.items():
+        assert torch.equal(parameter.grad, parts[0][name] + parts[1][name])
+    for parameter in parameters.values():  # as an optimizer has it after its step
+        parameter.grad = None
+    text_loss(passes, batches[1])[0].backward()  # type: ignore[no-untyped-call]
+    assert all(torch.equal(parameter.grad, parts[1][name]) for name, parameter in parameters.items())
+
+
+def test_gradients_of_the_model_and_of_recorded_passes_add_up(made: Callable[..., Made], rows: Any) -> None:
+    text, parameters, _, passes = made()
+    batches = [rows([20, 9, 30], seed=1), rows([33, 27, 3], seed=2)]
+    parts = [learnt(each, batch, parameters)[1] for each, batch in zip((text, passes), batches, strict=True)]
+    for order in ((0, 1), (1, 0)):
+        for parameter in parameters.values():
+            parameter.grad = None
+        for number in order:
+            text_loss((text, passes)[number], batches[number])[0].backward()  # type: ignore[no-untyped-call]
+        for name, parameter in parameters.items():
+            assert torch.equal(parameter.grad, parts[0][name] + parts[1][name])
+
+
+def test_a_shape_that_comes_within_a_step_leaves_what_the_step_has_added(made: Callable[..., Made], rows: Any) -> None:
+    _, parameters, tape, passes = made()
+    batches = [rows([20, 9, 30], seed=1), rows([40, 50], seed=2), rows([33, 27, 3], seed=3)]
+    parts = [learnt(passes, batch, parameters)[1] for batch in batches]
+    recorded = tape.recordings
+    passes.recorded.clear()
+    for parameter in parameters.values():
+        parameter.grad = None
+    for batch in batches:
+        text_loss(passes, batch)[0].backward()  # type: ignore[no-untyped-call]
+    assert tape.recordings == 2 * recorded == 8
+    for name, parameter in parameters.items():
+        assert torch.equal(parameter.grad, parts[0][name] + parts[1][name] + parts[2][name])
+
+
+def test_nothing_is_kept_for_what_only_the_head_depends_on(made: Callable[..., Made], rows: Any) -> None:
+    _, parameters, _, passes = made(target_modules=("q_proj", "lm_head"))
+    learnt(passes, rows([20, 9, 30]), parameters)
+    kept = [name for name, total in zip(passes.names, passes.sums, strict=True) if total is not None]
+    assert kept == [name for name in parameters if "q_proj" in name] and len(kept) < len(parameters)
+    for name, total in zip(passes.names, passes.sums, strict=True):
+        assert (parameters[name].grad is total) == (name in kept)
+
+
+def test_ctrl_c_while_recording_stays_ctrl_c(made: Callable[..., Made], rows: Any) -> None:
+    _, parameters, tape, passes = made()
+    before = {name: parameter.detach().clone() for name, parameter in parameters.items()}
+
+    def interrupted(_: Any) -> Any:
+        try:
+            raise KeyboardInterrupt
+        finally:
+            raise RuntimeError("capture_end failed")
+
+    tape.record = interrupted  # type: ignore[method-assign]
+    with pytest.raises(KeyboardInterrupt):
+        passes.record_first(rows([20, 9, 30]))
+    assert not passes.recorded and all(torch.equal(parameters[name], numbers) for name, numbers in before.items())
+
+
+def test_a_micro_batch_lets_go_of_its_graph_before_the_next_is_recorded(made: Callable[..., Made], rows: Any) -> None:
+    """Or a card's recording meets the stream of the one before, in what the two have in common: here, the embedding's numbers."""
+    _, _, tape, passes = made(target_modules=("q_proj", "lm_head", "embed_tokens"))
+    losses: list[weakref.ref[Any]] = []
+    record = tape.record
+
+    def alone(what: Any) -> Any:
+        assert all(loss() is None for loss in losses)
+        return record(what)
+
+    tape.record = alone  # type: ignore[method-assign]
+
+    def loss(batch: Batch) -> Tensor:
+        found, _ = text_loss(passes, batch)
+        losses.append(weakref.ref(found))
+        return found
+
+    by_batch(loss, [rows([20, 9, 30]), rows([40, 50])], 100)
+    assert len(losses) == 2 and tape.recordings == 4
+
+
+def test_the_proof_leaves_numbers_and_gradients_as_they_were(made: Callable[..., Made], rows: Any) -> None:
+    _, parameters, tape, passes = made()
+    for parameter in parameters.values():
+        parameter.grad = torch.ones_like(parameter)
+    before = {name: parameter.detach().clone() for name, parameter in parameters.items()}
+    state = torch.get_rng_state()
+    passes.record_first(rows([20, 9, 30]))
+    assert tape.warmed == 2 and tape.replays == 2 and tape.recordings == 2
+    assert torch.equal(torch.get_rng_state(), state)
+    for name, parameter in parameters.items():
+        assert torch.equal(parameter, before[name]) and torch.equal(parameter.grad, torch.ones_like(parameter))
+
+
+def test_a_first_shape_that_is_far_from_the_model_is_refused(made: Callable[..., Made], rows: Any) -> None:
+    _, _, tape, passes = made()
+    tape.broken = True
+    with pytest.raises(EnvironmentProblem, match="is true, but hidden states of recorded passes") as refused:
+        passes.record_first(rows([20, 9, 30]))
+    assert "Set train.cuda_graphs to false (for a run that has begun: in its config.yaml" in str(refused.value)
+
+
+def test_a_later_shape_that_is_far_from_the_model_is_said_once_and_computed_by_the_model(
+    made: Callable[..., Made], rows: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    text, parameters, tape, passes = made()
+    passes.record_first(rows([20, 9, 30]))
+    tape.broken = True
+    later = rows([40, 50], seed=3)
+    with caplog.at_level(logging.WARNING, "lorakeet"):
+        found = [learnt(passes, later, parameters) for _ in range(2)]
+    assert len(caplog.messages) == 1 and "computed without being recorded" in caplog.messages[0]
+    loss, grads = learnt(text, later, parameters)
+    for other, others in found:
+        assert other == loss and all(torch.equal(others[name], grads[name]) for name in grads)
+    tape.broken = False
+    assert passes.recorded[Shape.of((40, 50), 64)] is None and passes.recorded[Shape.of((20, 9, 30), 64)] is not None
+
+
+def test_gradients_alone_that_differ_are_found(made: Callable[..., Made], rows: Any) -> None:
+    _, _, tape, passes = made()
+    tape.spoils = 1  # the backward pass
+    with pytest.raises(EnvironmentProblem, match=r"but the gradient of .* of recorded passes and of the model are"):
+        passes.record_first(rows([20, 9, 30]))
+
+
+def test_a_short_row_among_many_that_differs_is_found(made: Callable[..., Made], rows: Any) -> None:
+    """It is a hundredth of the numbers: all of them together would tell nothing."""
+    text, _, _, passes = made()
+    placed = text.placed_states
+
+    def second_row_otherwise(ids: Tensor, positions: Tensor, places: Places) -> Tensor:
+        found = placed(ids, positions, places)
+        wrong = (torch.arange(len(ids)) >= places.starts[1]) & (torch.arange(len(ids)) < places.starts[2])
+        return torch.where(wrong[:, None], 1.5 * found, found)
+
+    text.placed_states = second_row_otherwise  # type: ignore[method-assign]
+    with pytest.raises(EnvironmentProblem, match="but hidden states of target 59 of recorded passes"):
+        passes.record_first(rows([60, 2, 60, 60, 60]))
+
+
+@pytest.mark.parametrize("lengths", [[20, 9, 30], [64, 64]])
+def test_what_was_read_of_the_rows_that_were_recorded_is_found(made: Callable[..., Made], rows: Any, lengths: list[int]) -> None:
+    """A cache that keeps positions, say: in the proof other rows are in their places."""
+    text, _, _, passes = made()
+    placed, kept = text.placed_states, []
+
+    def with_kept_positions(ids: Tensor, positions: Tensor, places: Places) -> Tensor:
+        kept.append(positions.clone())
+        return placed(ids, kept[0], places)
+
+    text.placed_states = with_kept_positions  # type: ignore[method-assign]
+    with pytest.raises(EnvironmentProblem, match="of recorded passes and of the model are"):
+        passes.record_first(rows(lengths))
+
+
+@pytest.mark.parametrize("lengths", [[64, 64], [32, 32], [20, 9, 30], [64]])
+def test_kept_places_are_found_wherever_others_may_come(made: Callable[..., Made], rows: Any, lengths: list[int]) -> None:
+    """Rows of one length too, which lie alike from whichever end: not where a shape has no room for other rows."""
+    text, _, _, passes = made()
+    placed, kept = text.placed_states, []
+
+    def with_kept_places(ids: Tensor, positions: Tensor, places: Places) -> Tensor:
+        kept.append(places.starts.clone())
+        return placed(ids, positions, Places(kept[0], places.longest))
+
+    text.placed_states = with_kept_places  # type: ignore[method-assign]
+    batch = rows(lengths)
+    if lengths in ([64, 64], [64]):  # two places for 128 tokens, of at most 64 each
+        passes.record_first(batch)
+        return
+    with pytest.raises(EnvironmentProblem, match="of recorded passes and of the model are"):
+        passes.record_first(batch)
+
+
+def test_memory_that_is_out_is_said_with_what_helps(made: Callable[..., Made], rows: Any) -> None:
+    text, _, _, passes = made()
+
+    def too_much(*_: Any) -> Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    text.placed_states = too_much  # type: ignore[method-assign]
+    with pytest.raises(EnvironmentProblem, match=r"Lower train.micro_tokens. Or: Set train.cuda_graphs to false"):
+        passes.record_first(rows([20, 9, 30]))
+
+    def and_then(*_: Any) -> Tensor:
+        try:
+            too_much()
+        finally:
+            raise RuntimeError("capture_end failed")
+
+    text.placed_states = and_then  # type: ignore[method-assign]
+    with pytest.raises(EnvironmentProblem, match="memory is out"):
+        passes.record_first(rows([20, 9, 30]))
+
+
+def test_an_adapter_of_the_head_alone_leaves_nothing_to_record(made: Callable[..., Made], rows: Any) -> None:
+    _, _, _, passes = made(target_modules=("lm_head",))
+    with pytest.raises(EnvironmentProblem, match="nothing is trained below the output head"):
+        passes.record_first(rows([20, 9, 30]))
+
+
+def test_what_lies_outside_of_a_recording_is_held_with_it(made: Callable[..., Made], rows: Any) -> None:
+    _, _, _, passes = made()
+    batch = rows([20, 9, 30])
+    SCRATCH.matrix((3, 5), torch.float32, torch.device("cpu"))
+    passes.record_first(batch)
+    recorded = passes.recorded[Shape.of(batch.lengths, 64)]
+    assert recorded is not None and {id(each) for each in recorded.scratch} == {id(each) for each in SCRATCH.held()} != set()
+
+
+def test_what_torch_said_first_is_what_is_said(made: Callable[..., Made], rows: Any) -> None:
+    """A recording that fails fails again as it ends, with less to say."""
+    _, _, tape, passes = made()
+
+    def failing(_: Any) -> Any:
+        try:
+            raise RuntimeError("operation not permitted when stream is capturing")
+        finally:
+            raise RuntimeError("capture_end failed")
+
+    tape.record = failing  # type: ignore[method-assign]
+    with pytest.raises(EnvironmentProblem, match="cannot be recorded: operation not permitted"):
+        passes.record_first(rows([20, 9, 30]))
+
+
+@pytest.mark.parametrize("family", ["mistral", "qwen2", "qwen3", "phi3", "gpt2", "gemma3"])
+def test_models_whose_attention_is_not_fused_are_recorded_too(
+    flash: Flash, tmp_path: Path, rows: Any, family: str
+) -> None:
+    """Micro-batches shorter than the longest row among them."""
+    flash.exact = False
+    save_tiny_llama(tmp_path / "model", family=family)
+    text = load_text_model(ModelSpec(path=str(tmp_path / "model"), dtype="bfloat16", products="bfloat16", device="cpu"))
+    begin_adapter(text, plan_for(text.model, LoraSpec(rank=4, alpha=12.0), text.family), seed=1)
+    parameters = moved(trained_parameters(text.model))
+    passes = ReplayedPasses(text, parameters, Tape(), ROOM)
+    for number, lengths in enumerate(([20, 9, 30], [7, 20])):
+        batch = rows(lengths, seed=number)
+        alike(learnt(passes, batch, parameters), learnt(text, batch, parameters))
+
+
+def test_a_model_that_the_host_reads_numbers_of_cannot_be_recorded(made: Callable[..., Made], rows: Any) -> None:
+    text, _, _, passes = made()
+    norm = text.model.model.norm
+    norm.register_forward_hook(lambda _module, _given, out: out * (2.0 if out.sum().item() > 1e9 else 1.0))
+    with pytest.raises(EnvironmentProblem, match="passes cannot be recorded: _local_scalar_dense: operation not permitted"):
+        passes.record_first(rows([20, 9, 30]))
+
+
+def test_a_micro_batch_between_two_passes_of_another_is_refused(made: Callable[..., Made], rows: Any) -> None:
+    _, _, _, passes = made()
+    first = passes.hidden(rows([20, 9, 30]))
+    passes.hidden(rows([20, 9, 31]))
+    with pytest.raises(RuntimeError, match="another micro-batch was replayed between the two passes"):
+        first.sum().backward()  # type: ignore[no-untyped-call]
+
+
+def test_a_micro_batch_beyond_the_room_is_a_mistake_of_the_caller(made: Callable[..., Made], rows: Any) -> None:
+    _, _, _, passes = made()
+    with pytest.raises(ValueError, match=r"there is room for Shape\("):
+        passes.hidden(rows([60] * 5))
+
+
+def test_nothing_is_held_beyond_the_run(made: Callable[..., Made], rows: Any) -> None:
+    """Without garbage being collected: what a card holds of it is gigabytes."""
+    _, parameters, _, passes = made()
+    learnt(passes, rows([20, 9, 30]), parameters)
+    held = weakref.ref(passes)
+    gc.disable()
+    try:
+        del passes
+        assert held() is None
+    finally:
+        gc.enable()

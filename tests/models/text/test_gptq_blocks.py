@@ -1,0 +1,98 @@
+"""GPTQ block by block over tiny models: which layers, with which inputs, and what is refused before the first block."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from lorakeet.data.chat import Example
+from lorakeet.data.pack import pack
+from lorakeet.errors import ConfigError, DataError
+from lorakeet.memory.spill import Aside
+from lorakeet.models.spec import ModelSpec
+from lorakeet.models.text.gptq_blocks import quantise_blocks
+from lorakeet.models.text.load import load_text_model
+from lorakeet.models.text.model import TextModel
+from lorakeet.quant.gptq_solve import Layout
+from lorakeet.quant.packed import PackedLinear
+from tiny.models import save_tiny_llama
+
+LAYOUT = Layout(4, 16)
+
+
+def rows(count: int = 12, length: int = 40) -> list[Example]:
+    chance = np.random.default_rng(0)
+    supervised = np.ones(length, bool)
+    supervised[0] = False
+    return [Example(chance.integers(4, 90, length), supervised, str(number), None, False) for number in range(count)]
+
+
+def loaded(folder: Path, **settings: Any) -> TextModel:
+    return load_text_model(ModelSpec(path=str(folder), dtype="float32", products="float32", **settings), say=lambda line: None)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "phi3", "gpt2"])
+@pytest.mark.parametrize("attention", ["auto", "eager"])
+def test_each_block_sees_what_the_quantised_ones_before_it_make(family: str, attention: str, tmp_path: Path) -> None:
+    """The errors reported are those of each layer on the inputs that it has in the finished model."""
+    folder = save_tiny_llama(tmp_path / "model", family=family)
+    blocks = list(quantise_blocks(loaded(folder, attention=attention), rows(), LAYOUT, micro_tokens=100))
+    bases = {path: base for block in blocks for path, base in block.layers.items()}
+    errors = {path: error for block in blocks for path, error in block.errors.items()}
+    dense, finished = loaded(folder), loaded(folder)
+    layers = [path for path, module in dense.model.named_modules() if path in bases]
+    linear = {path for path, module in dense.model.named_modules() if type(module).__name__ in ("Linear", "Conv1D")}
+    assert set(layers) == set(bases) == {path for path in linear if "head" not in path}
+    seen: dict[str, list[torch.Tensor]] = {path: [] for path in bases}
+    for path, base in bases.items():
+        module = finished.model.get_submodule(path)
+        layer = PackedLinear(base, module.bias, transposed=type(module).__name__ == "Conv1D")
+        layer.register_forward_pre_hook(lambda module, args, path=path: seen[path].append(args[0].flatten(0, -2)))
+        finished.model.set_submodule(path, layer)
+    with torch.no_grad(), finished.every_token():
+        for row in rows():
+            finished.hidden(pack([row]))
+    for path, base in bases.items():
+        weight = dense.model.get_submodule(path).weight
+        weight = weight.t() if family == "gpt2" else weight
+        x = torch.cat(seen[path])
+        found = float((x @ (weight - base.dense()).T).norm() / (x @ weight.T).norm())
+        assert errors[path] == pytest.approx(found, rel=1e-3) and 0 < found < 0.2
+
+
+def test_blocks_that_are_done_leave_the_model(tiny_llama_folder: Path) -> None:
+    text = loaded(tiny_llama_folder)
+    before = sum(parameter.numel() for parameter in text.model.parameters())
+    sizes = [sum(parameter.numel() for parameter in text.model.parameters()) for _ in quantise_blocks(text, rows(), LAYOUT)]
+    assert before > sizes[0] > sizes[1]
+
+
+def test_nothing_is_put_aside_for_a_block_that_does_not_come(tiny_llama_folder: Path) -> None:
+    put: list[int] = []
+
+    class Counted(Aside):
+        def put(self, key: Any, tensor: torch.Tensor) -> None:
+            put.extend([1] * (key != "H"))  # each stage's, which every block has
+            super().put(key, tensor)
+
+    counts = []
+    for block in quantise_blocks(loaded(tiny_llama_folder), rows(12), LAYOUT, micro_tokens=120, aside=Counted):
+        counts.append(len(put))
+        assert block.count == 2
+    assert counts[0] > 4 and counts[1] == counts[0]
+
+
+def test_layers_that_do_not_fit_are_all_named(tiny_llama_folder: Path) -> None:
+    with pytest.raises(ConfigError) as caught:
+        next(quantise_blocks(loaded(tiny_llama_folder), rows(), Layout(4, 32)))
+    said = str(caught.value)
+    assert said.count("down_proj' has 48 inputs, no multiple of the group size 32") == 2 and "q_proj" not in said
+
+
+def test_too_few_tokens_are_counted(tiny_llama_folder: Path) -> None:
+    with pytest.raises(DataError, match="have 40 tokens, but the widest layer has 48 inputs"):
+        next(quantise_blocks(loaded(tiny_llama_folder), rows(1), LAYOUT))

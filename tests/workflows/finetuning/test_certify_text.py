@@ -1,0 +1,78 @@
+"""`workflows.certify_run`: a run's certificate sees another adapter on disk, and a base that training changed by one bit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from lorakeet.core.adapter import Adapter
+from lorakeet.evaluate.spec import EvaluateSpec
+from lorakeet.formats.peft import peft
+from lorakeet.models.inject import adapter_names
+from lorakeet.models.text.digests import frozen_digests
+from lorakeet.models.text.model import TextModel
+from lorakeet.workflows.finetuning.certify_text import certify_run, check_frozen, whole_rows
+from lorakeet.workflows.runs.open_adapter import NAME, open_adapter
+from tiny.runs import quiet
+
+SPEC = EvaluateSpec(resamples=100)
+
+
+@pytest.fixture
+def live(finished: Any) -> TextModel:
+    return open_adapter(finished.path).text_model(quiet(), dtype="float32")
+
+
+def certified(finished: Any, live: TextModel, adapter: Path, *, before: dict[str, str], twice: bool = True) -> dict[str, bool]:
+    model = finished.result.setup.config.model if twice else None
+    rows = finished.result.setup.held_out.examples
+    found = certify_run(live, adapter, rows, before=before, model=model, spec=SPEC, name=NAME)
+    assert adapter_names(live.model) == [NAME]
+    return {check.name: check.passed for check in found.checks}
+
+
+def test_the_run_itself_has_the_three_checks(finished: Any) -> None:
+    checks = finished.result.report.certificate.checks
+    assert [check.name for check in checks] == ["adapter on disk", "base untouched", "frozen weights"]
+    assert all(check.passed for check in checks) and checks[1].measured["logit"] == 0 and checks[2].n > 20
+
+
+@pytest.mark.parametrize("twice", [True, False])
+def test_another_adapter_on_disk_is_found(finished: Any, live: TextModel, tmp_path: Path, twice: bool) -> None:
+    before = frozen_digests(live.model)
+    same = certified(finished, live, finished.path / "adapter", before=before, twice=twice)
+    assert all(same.values()) and len(same) == (3 if twice else 2)
+    adapter = peft.read(finished.path / "adapter")
+    adapter.pairs[next(iter(adapter.pairs))].B.mul_(1.01)
+    peft.write(Adapter(adapter.pairs, base="x"), tmp_path / "adapter")
+    other = certified(finished, live, tmp_path / "adapter", before=before, twice=twice)
+    assert other == {**same, "adapter on disk": False}
+
+
+def test_a_base_that_training_changed_is_found(finished: Any, live: TextModel) -> None:
+    before = frozen_digests(live.model)
+    with torch.no_grad():
+        live.model.get_parameter("model.norm.weight").mul_(1.001)
+    found = certified(finished, live, finished.path / "adapter", before=before)
+    assert found == {"adapter on disk": False, "base untouched": False, "frozen weights": False}
+
+
+def test_one_bit_is_enough_for_the_digests(live: TextModel) -> None:
+    before = frozen_digests(live.model)
+    weight = live.model.get_parameter("model.layers.1.input_layernorm.weight")
+    with torch.no_grad():
+        weight[3] = torch.nextafter(weight[3], torch.tensor(9.0))
+    check = check_frozen(before, frozen_digests(live.model))
+    assert not check.passed and check.measured["changed_tensors"] == 1
+    assert check.detail == "Training changed model.layers.1.input_layernorm.weight."
+
+
+def test_whole_rows_have_every_token_but_the_first_as_target(finished: Any) -> None:
+    rows = finished.result.setup.held_out.examples
+    chosen = whole_rows(rows, len(rows[0].ids) + len(rows[1].ids))
+    assert len(chosen) == 2 and all(np.flatnonzero(~row.supervised).tolist() == [0] for row in chosen)
+    assert len(whole_rows(rows, 1)) == 1

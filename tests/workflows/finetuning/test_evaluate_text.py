@@ -1,0 +1,127 @@
+"""`workflows.judge`: what is measured, equal to a plain computation with transformers' own model."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from lorakeet.data.chat import Encoder
+from lorakeet.errors import DataError
+from lorakeet.models.inject import activate
+from lorakeet.models.text.load import set_attention
+from lorakeet.models.text.model import TextModel
+from lorakeet.workflows.finetuning.evaluate_text import Judge, sampled_texts
+from lorakeet.workflows.runs.open_adapter import NAME, open_adapter
+from tiny.runs import chats, quiet, run, write_rows
+
+
+@pytest.fixture(scope="module")
+def text(finished: Any) -> TextModel:
+    return open_adapter(finished.path).text_model(quiet(), dtype="float32")
+
+
+def judge_of(finished: Any, text: TextModel, rows: Any, **data: Any) -> Judge:
+    setup = finished.result.setup
+    config = replace(setup.config, data=replace(setup.config.data, **data))
+    return Judge(config, text, Encoder(text.tokenizer, config.data, setup.dataset.labels), rows, quiet(), NAME)
+
+
+def by_hand(text: TextModel, judge: Judge, name: str | None) -> np.ndarray:
+    """log p(label | prompt) of each row, end of turn included, one forward a label: (rows, labels), normalised."""
+    activate(text.model, name)
+    before = text.attention
+    set_attention(text.model, "sdpa")
+    found = []
+    for row in judge.rows:
+        candidates = judge.encoder.candidates(row)
+        assert candidates is not None
+        scores = []
+        for completion in candidates.completions:
+            ids = torch.from_numpy(np.concatenate([candidates.prompt, completion]))
+            with torch.no_grad():
+                log_probs = text.model(input_ids=ids[None]).logits[0].double().log_softmax(-1)
+            places = range(len(candidates.prompt), len(ids) - 1)  # without the end of turn that all labels share
+            scores.append(sum(float(log_probs[place - 1, ids[place]]) for place in places))
+        found.append(torch.tensor(scores).log_softmax(0).numpy())
+    set_attention(text.model, before)
+    return np.stack(found)
+
+
+def test_accuracy_and_log_loss_are_those_of_a_plain_computation(finished: Any, text: TextModel) -> None:
+    judge = judge_of(finished, text, finished.result.setup.dataset.test)
+    report = judge.report("t", learnt_from=finished.result.setup.dataset.train)
+    labels = judge.encoder.labels
+    truth = np.array([labels.index(row.label or "") for row in judge.rows])
+    for system, name in (("base", None), ("adapter", NAME)):
+        log_probs = by_hand(text, judge, name)
+        metrics = next(found for found in report.systems if found.role == system).metrics
+        assert metrics["accuracy"].value == pytest.approx(np.mean(log_probs.argmax(1) == truth))
+        assert metrics["log_loss"].value == pytest.approx(-np.mean(log_probs[np.arange(len(truth)), truth]), rel=1e-4)
+    shown = {row.source: row for row in report.rows}
+    likeliest = by_hand(text, judge, NAME).argmax(1)
+    assert {source: row.adapter.text for source, row in shown.items()} == {
+        row.source: labels[best] for row, best in zip(judge.rows, likeliest, strict=True)
+    }
+
+
+def test_the_floors_learn_from_the_rows_that_are_named(finished: Any, text: TextModel) -> None:
+    dataset = finished.result.setup.dataset
+    judge = judge_of(finished, text, dataset.test)
+    with_floors = judge.report("t", learnt_from=dataset.train[:30])
+    assert next(system.note for system in with_floors.systems if system.role == "floor") == "learnt from 30 rows"
+    assert [system.role for system in judge.report("t", learnt_from=()).systems] == ["adapter", "base"]
+    without = replace(judge, config=replace(judge.config, evaluate=replace(judge.config.evaluate, baselines=False)))
+    assert [system.role for system in without.report("t", learnt_from=dataset.train).systems] == ["adapter", "base"]
+
+
+def test_rows_that_do_not_fit_are_left_out_of_every_system(finished: Any, text: TextModel) -> None:
+    rows = finished.result.setup.dataset.test
+    lengths = sorted(len(example.ids) for example in finished.result.setup.test.examples)
+    judge = judge_of(finished, text, rows, max_tokens=lengths[6], too_long="drop")
+    report = judge.report("t", learnt_from=finished.result.setup.dataset.train)
+    assert 0 < report.rows_of < len(rows)
+    assert {system.metrics["accuracy"].n for system in report.systems} == {report.rows_of}
+    with pytest.raises(DataError, match="no row to judge by"):
+        judge_of(finished, text, rows, max_tokens=8, too_long="drop").report("t", learnt_from=())
+
+
+def test_loss_of_rows_without_labels_is_that_of_transformers(tiny_llama_folder: Path, tmp_path: Path) -> None:
+    data = write_rows(tmp_path / "chats.jsonl", chats(30))
+    result = run(tiny_llama_folder, data, tmp_path / "run", {"train.steps": 2})
+    assert result.report is not None
+    text = result.setup.text
+    set_attention(text.model, "sdpa")
+    for system in result.report.systems:
+        activate(text.model, None if system.role == "base" else "default")
+        sums, count = 0.0, 0
+        for example in result.setup.held_out.examples:
+            labels = torch.from_numpy(np.where(example.supervised, example.ids, -100))[None]
+            with torch.no_grad():
+                loss = text.model(input_ids=torch.from_numpy(example.ids)[None], labels=labels).loss
+            sums, count = sums + float(loss) * int(example.supervised.sum()), count + int(example.supervised.sum())
+        assert system.metrics["loss"].value == pytest.approx(sums / count, rel=1e-5)
+
+
+def test_drift_texts_are_the_same_whatever_adapter_is_on(finished: Any, text: TextModel) -> None:
+    activate(text.model, NAME)
+    one = sampled_texts(text, 5, 12, seed=3)
+    activate(text.model, None)
+    other, third = sampled_texts(text, 5, 12, seed=3), sampled_texts(text, 5, 12, seed=4)
+    assert [example.ids.tolist() for example in one] == [example.ids.tolist() for example in other]
+    assert [example.ids.tolist() for example in one] != [example.ids.tolist() for example in third]
+    assert all(not example.supervised[0] and example.supervised[1:].all() for example in one)
+    assert {int(example.ids[0]) for example in one} == {text.tokenizer.bos_token_id}
+
+
+def test_an_adapter_that_does_nothing_has_not_drifted(finished: Any) -> None:
+    opened = open_adapter(finished.path)
+    for pair in opened.adapter.pairs.values():
+        pair.B.zero_()
+    text = opened.text_model(quiet(), dtype="float32")
+    drift = judge_of(finished, text, finished.result.setup.dataset.test).drift()
+    assert drift is not None and drift.mean_kl.value < 1e-12 and "seed 0" in drift.detail

@@ -1,0 +1,100 @@
+"""`workflows.page`: what a run's report says besides the measurements."""
+
+from __future__ import annotations
+
+import shlex
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lorakeet.cli.main import main
+from lorakeet.config import read_run
+from lorakeet.memory.cuda import CONTEXT
+from lorakeet.train.log import read_metrics
+from lorakeet.train.run import RunFolder
+from lorakeet.workflows.finetuning import report as page
+from lorakeet.workflows.finetuning.assemble_text import assemble
+from lorakeet.workflows.finetuning.report import _memory, complete, curves, leaks
+from tiny.runs import quiet, reviews, settings, write_rows
+
+
+def test_the_curves_are_those_of_the_metrics(finished: Any) -> None:
+    metrics = read_metrics(finished.path / "metrics.jsonl")
+    found = curves(metrics, finished.result.outcome)
+    assert [(point.step, point.value) for point in found.train] == [(r["step"], r["loss"]) for r in metrics if "loss" in r]
+    assert found.held_out[0].step == 0 and found.held_out[0].value == finished.result.outcome.base_loss
+    assert all(point.low is not None and point.low <= point.value <= point.high for point in found.held_out)
+    assert found.best_step == finished.result.outcome.best_step and found.ended == "all steps done"
+
+
+def test_a_loss_that_was_no_number_leaves_a_gap(finished: Any) -> None:
+    metrics = [{"step": 1, "loss": None, "lr": 0.1}, {"step": 2, "loss": 1.5, "lr": 0.1}]
+    assert [point.step for point in curves(metrics, finished.result.outcome).train] == [2]
+
+
+def test_every_leak_is_named_with_its_fate(finished: Any, tmp_path: Path) -> None:
+    (leak,) = leaks(finished.result.setup.dataset.leaks)
+    assert leak.held_out == "judged.jsonl:13" and leak.train == "rows.jsonl:1" and leak.action == "dropped from training"
+    assert leak.similarity == 1 and leak.text.endswith("GOOD")
+    config = settings(finished.model, finished.data, tmp_path / "run", {"data.test": finished.test, "data.on_leak": "keep"})
+    (kept,) = leaks(assemble(config, quiet()).dataset.leaks)
+    assert kept.action == "kept"
+
+
+def test_rows_that_were_cut_or_left_out_are_warned_of(finished: Any, tmp_path: Path) -> None:
+    records = [*reviews(30), {"text": "long " * 60, "label": "good"}]
+    data = write_rows(tmp_path / "rows.jsonl", records)
+    test = write_rows(tmp_path / "test.jsonl", [*reviews(5, seed=2), {"text": "far " * 60, "label": "bad"}])
+    for too_long, said in (("truncate", "were shortened."), ("drop", "left out.")):
+        config = settings(finished.model, data, tmp_path / "run", {"data.test": test, "data.too_long": too_long})
+        result, setup = finished.result, assemble(config, quiet())
+        run, certificate = RunFolder(finished.path), result.report.certificate
+        report = complete(result.report, setup, result.outcome, run=run, metrics=[], certificate=certificate, drift=None)
+        parts = {warning.split()[1]: warning for warning in report.warnings}
+        assert set(parts) == {"test", "training"} or set(parts) == {"test", "held-out"}
+        assert parts["test"] == f"1 test rows were longer than 120 tokens and {said}"
+
+
+def test_the_next_commands_run_as_they_are_printed(finished: Any, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(finished.path, run)
+    printed = [item.command.replace(str(finished.path), str(run)) for item in finished.result.report.next_commands]
+    for command in printed[:3]:  # merge, export, verify: serving does not end, and evaluating wants a file
+        assert main(shlex.split(command)[1:]) == 0, command
+    assert main(shlex.split(printed[-1].replace("FILE", str(finished.test)))[1:]) == 0
+
+
+def test_the_next_commands_name_the_run(finished: Any) -> None:
+    commands = [item.command for item in finished.result.report.next_commands]
+    assert commands == [
+        f"lorakeet merge {finished.path} --out {finished.path}-merged",
+        f"lorakeet export {finished.path} --to ollama --out {finished.path}-ollama",
+        f"lorakeet verify {finished.path}",
+        f"lorakeet serve --model {finished.model} --adapter {finished.path.name}={finished.path}",
+        f"lorakeet evaluate {finished.path} --data FILE",
+    ]
+    assert replace(finished.result.report).facts["Run folder"] == str(finished.path)
+
+
+def test_a_path_with_a_space_is_one_word_of_the_next_commands(finished: Any) -> None:
+    config, run = read_run(finished.path / "config.yaml"), RunFolder(Path("my runs/a dog's"))
+    words = [shlex.split(item.command) for item in page._next(config, run)]
+    assert words[0] == ["lorakeet", "merge", "my runs/a dog's", "--out", "my runs/a dog's-merged"]
+    assert words[3][-1] == "a dog's=my runs/a dog's" and words[4][2] == "my runs/a dog's"
+
+
+def test_on_a_cuda_device_the_memory_is_that_devices_and_what_was_not_planned_is_beside_it(
+    finished: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lorakeet.workflows.finetuning.report.card_peak", lambda _: 900)
+    monkeypatch.setattr("lorakeet.workflows.finetuning.report.beside_torch", lambda _: 77)
+    kept = replace(finished.result.setup.arrangement, budget=1000, card=torch.device("cuda", 0))
+    found = _memory(replace(finished.result.setup, arrangement=kept), replace(finished.result.outcome, peak_bytes=800))
+    assert [use.used for use in found[:4]] == [800, 900, 900, 77] and found[2].planned == 1000 and found[3].planned == CONTEXT
+    assert found[1].what == "training, judging and certificate", "training resets the card's own peak"
+    assert found[2].what == "training and judging, against memory.budget"
+    assert found[0].what == "training, on cuda:0" and found[4].planned is None and (found[4].used or 0) > 1 << 20

@@ -1,0 +1,179 @@
+"""`workflows.forecast_check`: what a check holds is counted by its parts, and a budget decides on the number of blocks."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from lorakeet.core.plan import ExtraEntry, Plan, PlanEntry
+from lorakeet.errors import ConfigError, EnvironmentProblem
+from lorakeet.export.folded import PART_BYTES
+from lorakeet.memory.budget import enough_for
+from lorakeet.workflows.planning import check as forecast_check
+from lorakeet.workflows.planning.check import (
+    FP32,
+    CheckPlanner,
+    CheckSize,
+    adapted_bytes,
+    logits_bytes,
+    plan_check,
+    stores,
+    tensor_bytes,
+)
+from lorakeet.workflows.planning.rehearse_text import Judging, NotPlanned, Rows
+from lorakeet.workflows.planning.streaming import ALONE
+from lorakeet.workflows.runs.open_adapter import Opened, open_adapter
+from tiny.models import save_tiny_llama
+from tiny.peft_oracle import by_peft
+from tiny.runs import quiet
+
+SIZE = CheckSize("a check", Judging(Rows(32, 2), 0))
+BLOCK = 4 * 512 * 512 - 2 * 512 * 256 + 3 * 512 * 2048 + 2 * 512  # numbers: q, k, v, o, the mlp, and two norms
+BASE = 8 * BLOCK
+
+
+@pytest.fixture(scope="module")
+def opened(tmp_path_factory: pytest.TempPathFactory) -> Opened:
+    import transformers
+
+    folder = tmp_path_factory.mktemp("wide")
+    base = save_tiny_llama(folder / "base", num_hidden_layers=8, hidden_size=512, intermediate_size=2048)
+    by_peft(folder / "adapter", transformers.AutoModelForCausalLM.from_pretrained(base), target_modules=["q_proj"])
+    return open_adapter(folder / "adapter")
+
+
+@pytest.fixture(autouse=True)
+def steady(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the process of the tests holds is another thing."""
+    monkeypatch.setattr(forecast_check, "runtime_bytes", lambda precision: 300 << 20)
+
+
+def planner(opened: Opened, check: CheckSize = SIZE) -> CheckPlanner:
+    source = Path(opened.config.model.path)
+    return CheckPlanner.of(check, opened.dense_spec, source, opened.adapter)
+
+
+def peak(opened: Opened, streamed: bool, **changes: Any) -> int:
+    return planner(opened, replace(SIZE, **changes)).forecast(streamed=streamed).peak
+
+
+def test_models_in_memory_count_whole_and_streamed_ones_by_two_blocks(opened: Opened) -> None:
+    one, two = (peak(opened, False, models=models) for models in (1, 2))
+    assert FP32 * BASE < two - one < 1.1 * FP32 * BASE
+    one, two = (peak(opened, True, models=models) for models in (1, 2))
+    assert two - one < FP32 * BLOCK, "only norms, and a second tokenizer: one model after the other"
+    assert peak(opened, True) < peak(opened, False) - FP32 * BASE
+
+
+@pytest.mark.parametrize("part", ["row", "beside", "writing"])
+def test_what_is_held_beside_the_models_counts(opened: Opened, part: str) -> None:
+    assert peak(opened, True, **{part: 1 << 32}) > peak(opened, True)
+
+
+def test_llama_cpp_is_beside_models_in_memory_and_before_streamed_ones(opened: Opened) -> None:
+    size = 256 << 20
+    for streamed in (False, True):
+        assert peak(opened, streamed, beside=2 * size) == peak(opened, streamed, beside=size) + size
+    assert peak(opened, False, beside=size) > 300 * (1 << 20) + size + FP32 * BASE
+    assert peak(opened, True, beside=size) < 300 * (1 << 20) + size + FP32 * BLOCK * 3, "no block in memory beside it"
+
+
+def test_keys_and_values_of_a_long_text_count_by_one_block(opened: Opened, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where all blocks' have no room they go to disk, in the rehearsal as in the run; a few blocks stand for all eight."""
+    long = Judging(Rows(32, 2), 1, 3000)
+    held = 2 * FP32 * 3000 * 256  # of one block: keys and values of two heads of 128
+    whole = peak(opened, True, judging=long)
+    monkeypatch.setattr("lorakeet.models.generate.sample.STREAMED_CACHE", 4 * held)
+    assert 7 * held <= whole - peak(opened, True, judging=long) <= 8 * held
+
+
+def test_of_a_stack_of_experts_one_is_held_at_a_time() -> None:
+    pairs = [PlanEntry("a", "linear", (30, 20), 2, 2.0), PlanEntry("b", "experts", (8, 40, 10), 2, 2.0)]
+    assert adapted_bytes(Plan(tuple(pairs), (), 1), 1000) == FP32 * 600
+    assert adapted_bytes(Plan(tuple(pairs[1:]), (), 1), 1000) == FP32 * 400
+    rows = ExtraEntry("embed", "rows", (3, 10))
+    assert adapted_bytes(Plan(tuple(pairs), (rows,), 1), 1000) == FP32 * 1000
+
+
+def test_more_budget_keeps_more_blocks_up_to_all(opened: Opened, tmp_path: Path) -> None:
+    made = planner(opened)
+    found, whole = made.forecast(streamed=True), made.forecast(streamed=False)
+    slots = []
+    for extra in (12, 76):
+        asked = plan_check(opened.within(f"{(found.peak + (extra << 20)) // 1000}KB"), SIZE, tmp_path / "out", quiet())
+        assert asked.kept is not None and asked.kept.planned is not None and asked.kept.budget is not None
+        assert asked.kept.planned <= asked.kept.budget < whole.peak and asked.kept.store == tmp_path / ".out.check"
+        slots.append(asked.kept.slots)
+    assert 2 <= slots[0] < slots[1] <= 8
+    assert plan_check(opened, SIZE, tmp_path / "out", quiet()) is opened
+
+
+def test_where_two_blocks_have_no_room_one_may(opened: Opened, tmp_path: Path) -> None:
+    """The least that is named is that of one block, and it is enough."""
+    made = planner(opened)
+    two, one = made.forecast(streamed=True), made.forecast(streamed=True, slots=ALONE)
+    assert FP32 * BLOCK * 0.9 < two.peak - one.peak <= FP32 * BLOCK * 1.1
+    with pytest.raises(ConfigError, match="but a check takes at least") as caught:
+        plan_check(opened.within("64MiB"), SIZE, tmp_path / "out", quiet())
+    least = int(str(caught.value).partition("at least ")[2].partition(" MiB")[0])
+    assert f"{least} MiB" == enough_for(one.peak)
+    asked = plan_check(opened.within(f"{least}MiB"), SIZE, tmp_path / "out", quiet())
+    assert asked.kept is not None and asked.kept.slots == 1 and asked.kept.planned == one.peak
+
+
+@pytest.mark.parametrize("changed", [0, 10])
+def test_a_tensor_counts_by_whether_it_is_changed(changed: int) -> None:
+    assert tensor_bytes(changed, 100) == 3 * 4 * 100 and tensor_bytes(400, 100) == 6 * 400
+    assert tensor_bytes(changed, 1 << 30) == PART_BYTES, "a large one is read in parts"
+
+
+def test_logits_count_by_their_tables_and_what_compares_a_part_of_two() -> None:
+    assert logits_bytes(0, 1000) == 0 and logits_bytes(256, 1000) == (3 * 4 + 80) * 256_000
+    assert logits_bytes(256, 32_000) == 3 * 4 * 256 * 32_000 + 80_000_000
+    assert logits_bytes(256, 128_000) == 4 * 4 * 256 * 128_000, "the tiles of the last one are larger than what compares"
+
+
+def test_the_store_goes_where_the_run_keeps_its_own_and_is_gone_afterwards(opened: Opened, tmp_path: Path) -> None:
+    budget = f"{planner(opened).forecast(streamed=True).peak // 1000 + 20_000}KB"
+    memory = replace(opened.config.memory, budget=budget, store=str(tmp_path / "there"))
+    asked = plan_check(replace(opened, config=replace(opened.config, memory=memory)), SIZE, tmp_path / "out", quiet())
+    with pytest.raises(KeyboardInterrupt), stores(asked, ""):
+        assert [path.suffix for path in (tmp_path / "there").iterdir()] == [".check"]
+        raise KeyboardInterrupt
+    assert list((tmp_path / "there").iterdir()) == []
+
+
+@pytest.mark.parametrize("part", ["waiting", "artefact", "spilled"])
+def test_a_disk_without_room_is_refused_before_the_work(
+    opened: Opened, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, part: str
+) -> None:
+    """Stores count, what waits, and keys and values that have no room in memory."""
+    size = replace(SIZE, judging=Judging(Rows(32, 2), 1, 300))
+    budget = opened.within(f"{planner(opened, size).forecast(streamed=True).peak // 1000 + 20_000}KB")
+    free = SimpleNamespace(free=2 * FP32 * planner(opened, size).weights)
+    monkeypatch.setattr("shutil.disk_usage", lambda _: free)
+    plan_check(budget, size, tmp_path / "out", quiet())
+    if part == "spilled":
+        monkeypatch.setattr("lorakeet.models.generate.sample.STREAMED_CACHE", 1)
+        assert planner(opened, size).spilled(8) == 8 * 2 * FP32 * 301 * 256
+    else:
+        size = replace(size, **{part: 1 << 20})
+    with pytest.raises(EnvironmentProblem, match="are free there"):
+        plan_check(budget, size, tmp_path / "out", quiet())
+
+
+def test_a_model_that_cannot_be_rehearsed_keeps_a_budget_only_in_memory(
+    opened: Opened, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(*_: object, **__: object) -> None:
+        raise NotPlanned("This model cannot be planned.")
+
+    monkeypatch.setattr(forecast_check, "rehearse_judging", refused)
+    asked = plan_check(opened.within("64GiB"), SIZE, tmp_path / "out", quiet())
+    assert asked.kept is not None and asked.kept.store is None
+    with pytest.raises(ConfigError, match="but a check takes about"):
+        plan_check(opened.within("64MiB"), SIZE, tmp_path / "out", quiet())

@@ -1,0 +1,116 @@
+"""What a run on pictures will hold, against what it holds, and how a budget is kept or refused."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from lorakeet.errors import ConfigError, EnvironmentProblem
+from lorakeet.evaluate.certificate import read_certificate
+from lorakeet.memory.cuda import CONTEXT
+from lorakeet.memory.forecast import Forecast, Phase
+from lorakeet.models.image.outline import shapes_of_images
+from lorakeet.workflows.planning import image_run as image_forecast
+from lorakeet.workflows.planning.image_run import Machine, advice, arrange_images, forecast_images, machine_of, ways
+from tiny.image_runs import image_config, image_run
+
+
+@pytest.fixture(autouse=True)
+def heap_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The order to the C library would outlast the test."""
+    monkeypatch.setattr(image_forecast, "return_freed_memory", lambda: True)
+
+
+def test_a_budget_is_kept_reported_and_certified_with_one_base(tiny_sd_folder: Path, tmp_path: Path) -> None:
+    found = image_run(tiny_sd_folder, tmp_path, memory__budget="8GiB", diffusion__seeds=0, train__steps=2)
+    assert found.report is not None
+    uses = {use.what: use for use in found.report.memory}
+    whole = uses["training, judging and certificate"]
+    assert whole.planned is not None and uses["training and judging, against memory.budget"].planned == 8 * 2**30
+    certificate = read_certificate(found.run.certificate)
+    assert certificate.passed and [check.name for check in certificate.checks] == ["adapter on disk", "frozen weights"]
+    assert found.to_mapping()["memory"]["peak"] == whole.planned
+
+
+def test_what_takes_less_is_chosen_and_said(tiny_sd_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = image_config(tiny_sd_folder, tmp_path, memory__budget="1GiB")
+    monkeypatch.setattr(image_forecast, "runtime_bytes", lambda config, dtype: 0)
+    monkeypatch.setattr(image_forecast, "INTERVALS", 0)
+    machine, shapes = machine_of(config, returning=True), shapes_of_images(config.model, print)
+    peaks = [forecast_images(other, shapes, machine).peak for _, other in ways(config)]
+    assert len(peaks) == 3 and peaks[0] > peaks[1] >= peaks[2]
+    said: list[str] = []
+    between = image_config(tiny_sd_folder, tmp_path, memory__budget=f"{(peaks[0] + peaks[1]) / 2e6:.3f}MB")
+    chosen = arrange_images(between, said.append)
+    assert chosen.config.diffusion.at_once == 1 and not chosen.config.diffusion.checkpointing and "at_once 1" in said[-1]
+    with pytest.raises(ConfigError, match=r"takes at least .* \(phase '[\w ]+'\)[\s\S]*model\.quantize nf4"):
+        arrange_images(image_config(tiny_sd_folder, tmp_path, memory__budget=f"{peaks[2] / 4e6:.3f}MB"), said.append)
+
+
+@pytest.fixture
+def limited(monkeypatch: pytest.MonkeyPatch) -> list[tuple[torch.device, int]]:
+    """As if there were a CUDA device; the limits that torch is held to."""
+    found: list[tuple[torch.device, int]] = []
+    monkeypatch.setattr(image_forecast, "device_for", torch.device)
+    monkeypatch.setattr(image_forecast, "planned_on", torch.device)
+    monkeypatch.setattr(image_forecast, "card_warning", lambda device, budget: "")
+    monkeypatch.setattr(image_forecast, "limit_to", lambda device, budget: found.append((device, budget)))
+    return found
+
+
+def test_on_a_cuda_device_the_budget_is_that_of_its_memory(
+    tiny_sd_folder: Path, tmp_path: Path, limited: list[tuple[torch.device, int]]
+) -> None:
+    said: list[str] = []
+    card = torch.device("cuda", 0)
+    on_card = image_config(tiny_sd_folder, tmp_path, memory__budget="8GiB", model__device="cuda:0")
+    whole = arrange_images(on_card, said.append)
+    assert whole.card == card and limited.pop() == (card, 8 << 30) and "on cuda:0" in said[-1] and whole.planned is not None
+    assert all(phase.kinds["runtime"] == CONTEXT for phase in whole.planned.forecast.phases)
+    with pytest.raises(ConfigError, match="this run takes at least"):
+        arrange_images(image_config(tiny_sd_folder, tmp_path, memory__budget="500MiB", model__device="cuda:0"), said.append)
+    assert limited == []
+    with pytest.raises(EnvironmentProblem, match="kept on the CPU and on CUDA devices"):
+        arrange_images(image_config(tiny_sd_folder, tmp_path, memory__budget="8GiB", model__device="mps"), said.append)
+
+
+def test_without_a_budget_nothing_is_planned(tiny_sd_folder: Path, tmp_path: Path) -> None:
+    config = image_config(tiny_sd_folder, tmp_path)
+    assert arrange_images(config, print).planned is None
+
+
+@pytest.mark.parametrize(("dtype", "rounded"), [("bfloat16", True), ("float32", False)])
+def test_files_count_from_which_numbers_are_rounded(tiny_sd_folder: Path, tmp_path: Path, dtype: str, rounded: bool) -> None:
+    config = image_config(tiny_sd_folder, tmp_path, model__dtype=dtype)
+    encoder = sum(tensor.nbytes for tensor in load_file(tiny_sd_folder / "text_encoder" / "model.safetensors").values())
+    assert encoder > 0 and machine_of(config).mapped == (encoder if rounded else 0)
+    assert machine_of(image_config(Path("somebody/a-model"), tmp_path)).mapped == -1
+
+
+def test_what_helps_on_a_card_without_bfloat16_is_float16_which_takes_no_more(
+    tiny_sd_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = image_config(tiny_sd_folder, tmp_path)
+    machine, shapes = Machine(torch.float32, 0, card=torch.device("cuda", 0)), shapes_of_images(config.model, print)
+    monkeypatch.setattr(image_forecast, "narrow_for", lambda device: {"cuda": "float16"}[device.type])
+    change, planned = next(advice(config, shapes, machine))
+    narrow = forecast_images(config, shapes, replace(machine, dtype=torch.bfloat16))
+    assert change == "model.dtype float16" and planned.peak == narrow.peak and planned.work == narrow.work
+
+
+@pytest.mark.parametrize(("start", "decomposed"), [("pissa", 1), ("kaiming", 0)])
+def test_what_pairs_begin_with_is_in_the_runtime_and_in_the_peak_of_training(
+    tiny_sd_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, start: str, decomposed: int
+) -> None:
+    ran: list[int] = []
+    monkeypatch.setattr(image_forecast, "decompose", lambda: ran.append(1))
+    monkeypatch.setattr(image_forecast, "go_through", lambda *_: None)
+    config = image_config(tiny_sd_folder, tmp_path, lora__start=start)
+    machine, shapes = machine_of(config), shapes_of_images(config.model, print)
+    planned = forecast_images(config, shapes, machine)
+    phases = (Phase("begin pairs", {"scratch": 1 << 40}), *planned.forecast.phases)
+    assert len(ran) == decomposed and replace(planned, forecast=Forecast(phases)).training_peak == 1 << 40

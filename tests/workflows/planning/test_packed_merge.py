@@ -1,0 +1,404 @@
+"""A merge into a quantised model within a budget: the same bytes each way, planned against held, and what is refused."""
+
+from __future__ import annotations
+
+import errno
+import io
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+from rich.console import Console
+from torch import nn
+
+from lorakeet.data.prepare import load_dataset
+from lorakeet.errors import ConfigError, EnvironmentProblem, VerificationFailed
+from lorakeet.export import packed_model
+from lorakeet.formats.files.gguf_header import check_gguf
+from lorakeet.memory.allocator import slack
+from lorakeet.memory.budget import BETWEEN_PROCESSES
+from lorakeet.memory.forecast import Phase
+from lorakeet.memory.store import Store
+from lorakeet.memory.stream import RecordStream
+from lorakeet.models.files.gguf_dense import bytes_of_unpacking
+from lorakeet.models.modules import find
+from lorakeet.models.streaming.model import NotStreamed
+from lorakeet.models.text.model import TextModel
+from lorakeet.models.text.packed_layout import read_layout
+from lorakeet.workflows.merge import merge
+from lorakeet.workflows.packing import merge as merge_packed
+from lorakeet.workflows.planning import packed_merge, text_run
+from lorakeet.workflows.planning.packed_merge import FP32, Job, keep_room, require_planned
+from lorakeet.workflows.planning.quantizing import RESIDENT, SPILLED, STREAMED, Way
+from lorakeet.workflows.planning.rehearse_text import NotPlanned
+from lorakeet.workflows.planning.text_run import Arrangement
+from lorakeet.workflows.quantize import quantize
+from lorakeet.workflows.runs.open_adapter import Opened, open_adapter
+from tiny.gguf_file import write_tiny_gguf
+from tiny.held import HeldBytes
+from tiny.models import save_tiny_llama
+from tiny.runs import quiet, reviews, run, write_rows
+
+WIDE = {"hidden_size": 256, "intermediate_size": 704, "num_attention_heads": 4, "num_key_value_heads": 4, "num_hidden_layers": 3}
+FEW_ROWS: dict[str, Any] = {"into": "packed", "keep": 1e-6, "calibration_rows": 12, "console": quiet()}
+WAYS = [RESIDENT, STREAMED, SPILLED]
+NAMES = ["resident", "streamed", "spilled"]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Runs over six blocks, of which a plan rehearses a few: on a dense model, and on its NF4 form."""
+    folder = tmp_path_factory.mktemp("runs")
+    model = save_tiny_llama(folder / "model", num_hidden_layers=6)
+    data = write_rows(folder / "rows.jsonl", reviews(60))
+    quantize(str(model), method="nf4", out=folder / "nf4", console=quiet())
+    quantize(str(model), method="gptq", out=folder / "gptq", group_size=16, calibration=str(data), console=quiet())
+    run(folder / "nf4", data, folder / "on_nf4", {"train.steps": 2})
+    run(model, data, folder / "on_dense", {"train.steps": 8})
+    return folder
+
+
+@pytest.fixture(scope="module")
+def wide(runs: Path) -> Path:
+    """Runs over three wide blocks, whose tensors are most of what is held: on a dense model, and on its NF4 form."""
+    folder, data, settings = runs / "wide", runs / "rows.jsonl", {"train.steps": 4, "train.learning_rate": 0.002}
+    model = save_tiny_llama(folder / "model", **WIDE)
+    more = write_rows(folder / "more.jsonl", reviews(90))
+    quantize(str(model), method="nf4", out=folder / "nf4", console=quiet())
+    quantize(str(model), method="gptq", out=folder / "gptq", group_size=64, calibration=str(more), console=quiet())
+    run(folder / "nf4", data, folder / "on_nf4", settings)
+    run(model, data, folder / "on_dense", settings)
+    return folder
+
+
+@pytest.fixture
+def no_runtime(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only tensors are planned."""
+    monkeypatch.setattr(packed_merge, "runtime_bytes", lambda precision: -slack(0))
+    monkeypatch.setattr(packed_merge, "TOKENIZER_ENTRY", 0)
+    monkeypatch.setattr(packed_merge, "INTERVALS", 0)
+
+
+@pytest.fixture
+def going(monkeypatch: pytest.MonkeyPatch) -> Callable[[Way], list[int]]:
+    """Makes all other ways too large; what is planned for this one is in the list afterwards."""
+    real = packed_merge._Planner.forecast
+
+    def going(wanted: Way) -> list[int]:
+        planned: list[int] = []
+
+        def forecast(planner: Any, way: Way) -> Any:
+            if way != wanted:
+                return packed_merge._Forecast(Phase("too large", {"base": 1 << 60}))
+            planned.append((found := real(planner, way)).peak)
+            return found
+
+        monkeypatch.setattr(packed_merge._Planner, "forecast", forecast)
+        return planned
+
+    return going
+
+
+def contents(out: Path) -> dict[str, bytes]:
+    """What was written, the certificate aside, which names the folder."""
+    files = [path for path in out.iterdir() if path.name != "certificate.json"] if out.is_dir() else [out]
+    return {path.name.replace(out.name, "out"): path.read_bytes() for path in files}
+
+
+@pytest.mark.usefixtures("no_runtime")
+@pytest.mark.parametrize(("base", "like"), [("on_dense", "nf4"), ("on_dense", "gptq"), ("on_nf4", None)])
+def test_the_same_bytes_are_written_each_way(base: str, like: str | None, runs: Path, going: Any, tmp_path: Path) -> None:
+    """And the same shares survive, number by number."""
+    words: dict[str, Any] = {**FEW_ROWS, "like": str(runs / like) if like else None}
+    free = merge([str(runs / base)], out=tmp_path / "free", **words)
+    for way in WAYS:
+        going(way)
+        out = tmp_path / f"way{way.streamed + way.on_disk}"
+        merged = merge([str(runs / base)], out=out, memory="8GiB", **words)
+        assert contents(out) == contents(tmp_path / "free")
+        assert merged.surviving == free.surviving
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["free", "way0", "way1", "way2"]
+
+
+@pytest.mark.usefixtures("no_runtime")
+def test_a_gguf_file_is_patched_to_the_same_bytes(
+    runs: Path, going: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LORAKEET_CACHE", str(tmp_path / "cache"))
+    write_tiny_gguf(tmp_path / "tiny.gguf", "Q4_0", hidden_size=64, intermediate_size=64)
+    run(tmp_path / "tiny.gguf", runs / "rows.jsonl", tmp_path / "run", {"train.steps": 2})  # on the dense copy
+    words: dict[str, Any] = {**FEW_ROWS, "like": str(tmp_path / "tiny.gguf")}
+    merge([str(tmp_path / "run")], out=tmp_path / "free.gguf", **words)
+    going(SPILLED)
+    merge([str(tmp_path / "run")], out=tmp_path / "kept.gguf", memory="8GiB", **words)
+    assert (tmp_path / "kept.gguf").read_bytes() == (tmp_path / "free.gguf").read_bytes()
+    assert (tmp_path / "kept.gguf").read_bytes() != (tmp_path / "tiny.gguf").read_bytes()
+    laid_out = [path.name.rpartition("-")[0].rpartition("-")[0] for path in (tmp_path / "cache" / "gguf-packed").iterdir()]
+    assert laid_out == ["tiny"], "what was written is laid out to be measured, and that copy goes"
+
+
+@pytest.fixture
+def held(monkeypatch: pytest.MonkeyPatch) -> HeldBytes:
+    """Counts tensors from the first model of a merge to the last, through which few tokens go at once, as there are few."""
+    counting, real = HeldBytes(), merge_packed._written
+    monkeypatch.setattr(merge_packed, "MICRO_TOKENS", 256)
+
+    def counted(*given: Any) -> Any:
+        with counting:
+            return real(*given)
+
+    monkeypatch.setattr(merge_packed, "_written", counted)
+    return counting
+
+
+@pytest.mark.usefixtures("no_runtime")
+@pytest.mark.parametrize("way", WAYS, ids=NAMES)
+@pytest.mark.parametrize("base", ["on_nf4", "on_dense"])
+def test_what_is_held_is_what_is_planned(
+    way: Way, base: str, wide: Path, going: Any, held: HeldBytes, tmp_path: Path
+) -> None:
+    """Not more, but for a matrix that Python may not have let go yet, and not half as much again."""
+    planned = going(way)
+    words: dict[str, Any] = {"into": "packed", "keep": 1e-6, "like": str(wide / "nf4"), "console": quiet()}
+    with suppress(VerificationFailed):  # how much survives of such an adapter is chance
+        merge([str(wide / base)], out=tmp_path / "out", memory="8GiB", calibration_rows=24, **words)
+    assert held.peak - FP32 * 256 * 256 <= planned[0] <= 1.5 * held.peak
+
+
+@pytest.fixture
+def into_larger(runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Path]:
+    """A run on twelve blocks in NF4, and a .gguf file whose layers in Q8_0 are twice as large."""
+    monkeypatch.setenv("LORAKEET_CACHE", str(tmp_path / "cache"))
+    many = {**WIDE, "num_hidden_layers": 12}
+    quantize(str(save_tiny_llama(tmp_path / "model", **many)), method="nf4", out=tmp_path / "nf4", console=quiet())
+    run(tmp_path / "nf4", runs / "rows.jsonl", tmp_path / "run", {"train.steps": 2, "evaluate.drift_texts": 0})
+    write_tiny_gguf(tmp_path / "like.gguf", "Q8_0", **many)
+    return tmp_path / "run", tmp_path / "like.gguf"
+
+
+@pytest.mark.usefixtures("no_runtime")
+def test_layers_that_become_larger_are_planned(
+    into_larger: tuple[Path, Path], going: Any, held: HeldBytes, tmp_path: Path
+) -> None:
+    source, like = into_larger
+    of_block = (4 * 256 * 256 + 3 * 256 * 704) * 34 // 32
+    forecast = packed_merge._Planner(job(open_adapter(source), like)).forecast
+    file = check_gguf(like)
+    assert forecast(RESIDENT).peak > bytes_of_unpacking(file, packed=True), "what was written is laid out to be loaded"
+    assert forecast(RESIDENT).comparing > 12 * of_block and forecast(STREAMED).block_bytes >= of_block
+    planned = going(RESIDENT)
+    words: dict[str, Any] = {"into": "packed", "keep": 1e-6, "like": str(like), "memory": "8GiB", "console": quiet()}
+    with suppress(VerificationFailed):
+        merge([str(source)], out=tmp_path / "out.gguf", calibration_rows=24, **words)
+    assert held.peak - FP32 * 256 * 256 <= planned[0] <= 1.5 * held.peak
+
+
+@pytest.mark.usefixtures("no_runtime")
+def test_with_more_blocks_a_streamed_merge_takes_no_more(runs: Path, tmp_path: Path) -> None:
+    peaks: dict[int, list[int]] = {}
+    for blocks in (6, 12):
+        source = save_tiny_llama(tmp_path / f"of{blocks}", **{**WIDE, "num_hidden_layers": blocks})
+        run(source, runs / "rows.jsonl", tmp_path / f"run{blocks}", {"train.steps": 1, "evaluate.drift_texts": 0})
+        quantize(str(source), method="nf4", out=tmp_path / f"nf4-{blocks}", console=quiet())
+        planner = packed_merge._Planner(job(open_adapter(tmp_path / f"run{blocks}"), tmp_path / f"nf4-{blocks}"))
+        peaks[blocks] = [planner.forecast(way).peak for way in (RESIDENT, STREAMED)]
+    six_blocks = FP32 * 6 * (4 * 256 * 256 + 3 * 256 * 704)
+    pairs = FP32 * 6 * 4 * (4 * 2 * 256 + 3 * (256 + 704))  # which stay in memory
+    assert peaks[12][0] - peaks[6][0] >= six_blocks and peaks[12][1] - peaks[6][1] <= 1.1 * pairs < six_blocks / 10
+
+
+@pytest.mark.usefixtures("no_runtime")
+@pytest.mark.parametrize("like", ["nf4", "gptq"])
+def test_what_a_finish_holds_is_what_is_planned(
+    like: str, wide: Path, held: HeldBytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The whole merge with its steps; the numbers before rounding of all layers are most of it."""
+    planned, real = [], packed_merge._Planner.forecast
+
+    def noted(planner: Any, way: Way) -> Any:
+        planned.append(found := real(planner, way))
+        return found
+
+    monkeypatch.setattr(packed_merge._Planner, "forecast", noted)
+    words: dict[str, Any] = {"into": "packed", "keep": 1e-6, "like": str(wide / like), "console": quiet()}
+    with suppress(VerificationFailed):
+        merge([str(wide / "on_dense")], out=tmp_path / "out", memory="8GiB", finish_steps=3, calibration_rows=26, **words)
+    assert planned[0].highest.name == "to finish"
+    assert held.peak <= planned[0].peak <= 1.3 * held.peak
+
+
+def job(opened: Opened, like: Path, *, finishes: bool = False, rows: int = 8) -> Job:
+    layout = read_layout(str(like), lambda line: None)
+    return Job(opened, load_dataset(opened.config.data), layout, rows, finishes, 4096)
+
+
+def room(opened: Opened, like: Path, **more: Any) -> str:
+    console = Console(record=True, width=300, file=io.StringIO())
+    keep_room(job(opened, like, **more), like.parent / "out", console)
+    return console.export_text()
+
+
+def test_a_budget_with_room_is_said_and_one_without_is_refused(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(packed_merge, "runtime_bytes", lambda _: 1 << 29)
+    opened, like = open_adapter(runs / "on_nf4"), runs / "nf4"
+    assert room(opened, like) == ""
+    assert "planned of 8.59 GB for a merge into packed weights: the models stay in memory" in room(opened.within("8GiB"), like)
+    with pytest.raises(ConfigError, match=r"budget is 100 MiB, but a merge into packed .* at least \d+ MiB.*Fewer --calib"):
+        room(opened.within("100MiB"), like)
+    with pytest.raises(ConfigError, match=r"all of which are in memory\. Without it blocks may be streamed.*with --memory"):
+        room(opened.within("100MiB"), like, finishes=True)
+    assert "this machine has" in room(opened.within("900TiB"), like)
+
+
+def test_a_gguf_file_that_is_still_to_be_laid_out_is_refused_before_that(
+    runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LORAKEET_CACHE", str(tmp_path / "cache"))
+    write_tiny_gguf(tmp_path / "tiny.gguf", "Q4_0")
+    words: dict[str, Any] = {"into": "packed", "like": str(tmp_path / "tiny.gguf"), "memory": "8MiB", "console": quiet()}
+    with pytest.raises(ConfigError, match=r"but unpacking .*tiny\.gguf, which is done once, takes about"):
+        merge([str(runs / "on_nf4")], out=tmp_path / "out.gguf", **words)
+    assert not (tmp_path / "cache").exists()
+    monkeypatch.setattr(text_run, "bytes_to_unpack", lambda spec: 1 << 50)
+    with pytest.raises(ConfigError, match=r"but unpacking .*nf4, which is done once"):
+        room(open_adapter(runs / "on_nf4").within("8GiB"), runs / "nf4")
+
+
+def test_the_least_that_is_named_is_enough(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(packed_merge, "runtime_bytes", lambda _: 1 << 29)
+    opened, like = open_adapter(runs / "on_dense"), runs / "nf4"
+    with pytest.raises(ConfigError) as caught:
+        room(opened.within("300MiB"), like)
+    least = int(str(caught.value).partition("at least ")[2].partition(" MiB")[0])
+    assert " for a merge into packed weights: " in room(opened.within(f"{least}MiB"), like)  # the models are that small
+    with pytest.raises(ConfigError):
+        room(opened.within(f"{least - 1 - (BETWEEN_PROCESSES >> 20)}MiB"), like)
+
+
+def test_a_model_that_cannot_be_planned_counts_as_whole(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*_: object, **__: object) -> None:
+        raise NotPlanned("This model cannot be planned.")
+
+    monkeypatch.setattr(packed_merge, "rehearse_judging", refused)
+    opened, like = open_adapter(runs / "on_nf4"), runs / "nf4"
+    assert "cannot be planned" in room(opened.within("8GiB"), like)
+    with pytest.raises(ConfigError, match="The budget is"):
+        room(opened.within("20MiB"), like)
+
+
+def test_a_model_that_cannot_be_streamed_is_refused_with_the_reason(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = packed_merge._Planner.forecast
+
+    def forecast(planner: Any, way: Way) -> Any:
+        if way.streamed:
+            raise NotStreamed("It has no list of blocks.")
+        return real(planner, way)
+
+    monkeypatch.setattr(packed_merge._Planner, "forecast", forecast)
+    opened, like = open_adapter(runs / "on_nf4").within("100MiB"), runs / "nf4"
+    with pytest.raises(ConfigError, match=r"It has no list of blocks\. Fewer --calibration-rows"):
+        room(opened, like)
+
+
+def test_another_attention_than_the_planned_one_is_refused_under_a_budget(runs: Path) -> None:
+    opened = open_adapter(runs / "on_nf4")
+    opened = opened.over(replace(opened.config.model, attention="auto"))
+    by_row = cast(TextModel, SimpleNamespace(name="a model", attention="sdpa"))
+    require_planned(opened, by_row)
+    with pytest.raises(ConfigError, match="a model attends with sdpa, row by row, but --memory is planned for attention varlen"):
+        require_planned(replace(opened, kept=Arrangement(1, 1)), by_row)
+    require_planned(replace(opened, kept=Arrangement(1, 1)), cast(TextModel, SimpleNamespace(attention="varlen")))
+
+
+@pytest.mark.usefixtures("no_runtime")
+@pytest.mark.parametrize("full", [False, True])
+def test_every_store_is_closed_and_gone(
+    full: bool, runs: Path, going: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun: list[Store] = []
+    real = RecordStream.__init__
+
+    def begin(stream: RecordStream, store: Any, *given: Any, **more: Any) -> None:
+        begun.extend([store] if type(store) is Store else [])  # and none of a rehearsal
+        real(stream, store, *given, **more)
+
+    monkeypatch.setattr(RecordStream, "__init__", begin)
+    going(SPILLED)
+    words: dict[str, Any] = {**FEW_ROWS, "like": str(runs / "nf4"), "memory": "8GiB"}
+    if full:
+        def failing(*_: Any, **__: Any) -> None:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        monkeypatch.setattr(packed_model, "stream_safetensors", failing)
+        with pytest.raises(EnvironmentProblem, match="Free some space"):
+            merge([str(runs / "on_dense")], out=tmp_path / "out", **words)
+    else:
+        merge([str(runs / "on_dense")], out=tmp_path / "out", **words)
+    assert len(begun) == (5 if full else 6), "the base three times, and what was made of it"
+    assert not any(store._closing.alive for store in begun)
+    assert [path.name for path in tmp_path.iterdir()] == ([] if full else ["out"])
+
+
+@pytest.mark.usefixtures("no_runtime")
+def test_a_disk_without_room_is_said_before_the_work(
+    runs: Path, going: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    going(SPILLED)
+    monkeypatch.setattr(packed_merge.shutil, "disk_usage", lambda place: SimpleNamespace(free=1000))
+    with pytest.raises(EnvironmentProblem, match=r"blocks lie in .*\.out\.blocks until all is done: .* MB with the result"):
+        words: dict[str, Any] = {"into": "packed", "like": str(runs / "nf4"), "memory": "8GiB", "console": quiet()}
+        merge([str(runs / "on_dense")], out=tmp_path / "out", **words)
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.usefixtures("no_runtime")
+def test_the_result_is_counted_on_its_own_disk(runs: Path, going: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    going(SPILLED)
+    opened = open_adapter(runs / "on_dense")
+    opened = opened.within("8GiB")
+    memory = replace(opened.config.memory, store=str(tmp_path / "fast" / "stores"))
+    given = job(replace(opened, config=replace(opened.config, memory=memory)), runs / "nf4")
+    for folder in ("fast", "large"):
+        (tmp_path / folder).mkdir()
+    free = {"fast": 1 << 40, "large": 1000}
+    monkeypatch.setattr(packed_merge, "_disk_of", lambda place: place.name)
+    monkeypatch.setattr(packed_merge.shutil, "disk_usage", lambda place: SimpleNamespace(free=free[place.name]))
+    with pytest.raises(EnvironmentProblem, match=r"large/out takes .* and 1 kB are free there.*name an --out"):
+        keep_room(given, tmp_path / "large" / "out", quiet())
+    free.update(fast=1000, large=1 << 40)
+    with pytest.raises(EnvironmentProblem, match=r"blocks lie in .*fast/stores/\.out-.*\.blocks until all is done: [^w]*, and"):
+        keep_room(given, tmp_path / "large" / "out", quiet())
+
+
+def test_one_layer_at_a_time_is_dense(runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While a layer is rounded no other is plain numbers, and nothing of its size is kept after it."""
+    held: list[set[str]] = []
+    real = merge_packed.fold_layers
+
+    def watched(model: nn.Module, name: str, paths: list[str]) -> None:
+        real(model, name, paths)
+        held.append({path for path in watching if type(find(model, path)) is nn.Linear})
+
+    watching = list(open_adapter(runs / "on_nf4").adapter.pairs)
+    monkeypatch.setattr(merge_packed, "fold_layers", watched)
+    rounding = merge_packed.round_with_feedback
+    found = []
+
+    def kept(*given: object, **more: object) -> object:
+        found.append(rounding(*given, **more))  # type: ignore[arg-type]
+        return found[-1]
+
+    monkeypatch.setattr(merge_packed, "round_with_feedback", kept)
+    merge([str(runs / "on_nf4")], out=tmp_path / "out", memory="8GiB", **FEW_ROWS)
+    assert all(len(dense) == 1 for dense in held) and len(held) == 6 * (7 + 7)
+    assert len(found) == 6 * 7 and all(one.latent is None for one in found)
+
+
+def test_a_merge_without_room_writes_nothing(runs: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="a merge into packed weights takes at least"):
+        merge([str(runs / "on_nf4")], out=tmp_path / "out", into="packed", memory="64MiB", console=quiet())
+    assert not (tmp_path / "out").exists()

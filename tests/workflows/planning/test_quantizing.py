@@ -1,0 +1,274 @@
+"""Quantising within a budget: the same bytes each way, what is planned against what is held, and what is refused."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from lorakeet.errors import ConfigError, EnvironmentProblem
+from lorakeet.export import packed_model
+from lorakeet.memory.allocator import slack
+from lorakeet.memory.forecast import Phase
+from lorakeet.memory.store import Store
+from lorakeet.memory.stream import RecordStream
+from lorakeet.models.streaming import load as streamed_load
+from lorakeet.models.streaming.model import NotStreamed
+from lorakeet.models.text import load
+from lorakeet.workflows.packing import calibrate
+from lorakeet.workflows.planning import quantizing
+from lorakeet.workflows.planning.quantizing import RESIDENT, SPILLED, STREAMED, Job, Kept, Way
+from lorakeet.workflows.planning.rehearse_text import NotPlanned
+from lorakeet.workflows.quantize import quantize
+from tiny.held import HeldBytes
+from tiny.models import save_tiny_llama, tiny_model
+from tiny.runs import quiet, reviews, write_rows
+
+GPTQ: dict[str, Any] = {"method": "gptq", "group_size": 16}
+WIDE = {"hidden_size": 256, "intermediate_size": 704, "num_attention_heads": 4, "num_key_value_heads": 4, "num_hidden_layers": 6}
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(write_rows(tmp_path_factory.mktemp("rows") / "rows.jsonl", reviews(60)))
+
+
+@pytest.fixture
+def no_runtime(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only tensors are planned."""
+    monkeypatch.setattr(quantizing, "runtime_bytes", lambda precision: -slack(0))
+    monkeypatch.setattr(Job, "beside", 0)
+
+
+@pytest.fixture
+def going(monkeypatch: pytest.MonkeyPatch) -> Callable[[Way], list[int]]:
+    """Makes all other ways too large; what is planned for this one is in the list afterwards."""
+    real = quantizing.forecast
+
+    def going(wanted: Way) -> list[int]:
+        planned: list[int] = []
+
+        def forecast(job: Job, way: Way) -> Phase:
+            if way != wanted:
+                return Phase("too large", {"base": 1 << 60})
+            found = real(job, way)
+            planned.append(found.bytes)
+            return found
+
+        monkeypatch.setattr(quantizing, "forecast", forecast)
+        return planned
+
+    return going
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.mark.usefixtures("no_runtime")
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2", "mixtral"])
+def test_gptq_writes_the_same_bytes_each_way(family: str, rows: str, going: Any, tmp_path: Path) -> None:
+    source = save_tiny_llama(tmp_path / "source", family=family)
+    quantize(str(source), out=tmp_path / "free", calibration=rows, console=quiet(), **GPTQ)
+    for way in (RESIDENT, STREAMED, SPILLED):
+        going(way)
+        out = tmp_path / str(way.streamed + way.on_disk)
+        quantize(str(source), out=out, calibration=rows, memory="8GiB", console=quiet(), **GPTQ)
+        assert contents(out) == contents(tmp_path / "free")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["0", "1", "2", "free", "source"]
+
+
+@pytest.mark.usefixtures("no_runtime")
+@pytest.mark.parametrize("method", ["nf4", "int8"])
+def test_packing_each_weight_writes_the_same_bytes_each_way(method: Any, going: Any, tmp_path: Path) -> None:
+    source = save_tiny_llama(tmp_path / "source")
+    quantize(str(source), method=method, out=tmp_path / "free", console=quiet())
+    for way in (RESIDENT, STREAMED):
+        going(way)
+        quantize(str(source), method=method, out=tmp_path / str(way.streamed), memory="8GiB", console=quiet())
+        assert contents(tmp_path / str(way.streamed)) == contents(tmp_path / "free")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["False", "True", "free", "source"]
+
+
+@pytest.mark.usefixtures("no_runtime")
+@pytest.mark.parametrize("way", [RESIDENT, STREAMED, SPILLED], ids=["resident", "streamed", "spilled"])
+def test_what_is_held_is_what_is_planned(
+    way: Way, rows: str, going: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Counted in tensors, after the rehearsal: never more, and not half as much again."""
+    source, held, real = save_tiny_llama(tmp_path / "source", **WIDE), HeldBytes(), calibrate._quantised
+
+    def counted(*given: Any) -> Any:
+        with held:
+            return real(*given)
+
+    monkeypatch.setattr(calibrate, "_quantised", counted)
+    planned = going(way)
+    settings = {"method": "gptq", "group_size": 64, "calibration": rows, "memory": "8GiB"}
+    quantize(str(source), out=tmp_path / "out", console=quiet(), **settings)
+    mapped = 0 if way.streamed else (source / "model.safetensors").stat().st_size  # the weights are pages of the file
+    assert held.peak + mapped <= planned[0] <= 1.5 * (held.peak + mapped)
+
+
+@pytest.mark.usefixtures("no_runtime")
+@pytest.mark.parametrize("method", ["nf4", "int8"])
+def test_the_store_of_a_check_is_in_the_plan(method: Any, going: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a model that is mostly vocabulary, whose dtype changes on the way into the store."""
+    model = tiny_model("llama", vocab_size=20_000, hidden_size=64, intermediate_size=64).to(torch.float16)
+    source, held, real = save_tiny_llama(tmp_path / "tokenizer"), HeldBytes(), streamed_load.write_store
+    model.save_pretrained(source)
+
+    def counted(*given: Any, **more: Any) -> Any:
+        with held:
+            return real(*given, **more)
+
+    monkeypatch.setattr(streamed_load, "write_store", counted)
+    planned = going(STREAMED)
+    quantize(str(source), method=method, out=tmp_path / "out", memory="8GiB", console=quiet())
+    mapped = 2 * 20_000 * 64  # a matrix as it is read is pages of the file
+    assert held.peak + mapped <= planned[0] <= 1.5 * (held.peak + mapped)
+
+
+@pytest.mark.usefixtures("no_runtime")
+def test_with_more_blocks_a_streamed_model_takes_no_more(rows: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One in memory takes more by all of them, and by what they become: their pages stay while the packed layers wait."""
+    planned: dict[Way, list[int]] = {RESIDENT: [], STREAMED: []}
+
+    def forecast(job: Job, way: Way) -> Phase:
+        planned.setdefault(way, []).append(real(job, way).bytes)
+        return Phase("too large", {"base": 1 << 60})
+
+    real = quantizing.forecast
+    monkeypatch.setattr(quantizing, "forecast", forecast)
+    settings = {"method": "gptq", "group_size": 64, "calibration": rows, "memory": "8GiB"}
+    for blocks in (6, 12):
+        source = save_tiny_llama(tmp_path / str(blocks), **{**WIDE, "num_hidden_layers": blocks})
+        with pytest.raises(ConfigError, match="takes at least"):
+            quantize(str(source), out=tmp_path / "out", console=quiet(), **settings)
+    numbers = 4 * 256 * 256 + 3 * 256 * 704
+    block, packed = 4 * numbers, numbers // 2
+    few, many = zip(*(planned[way] for way in (RESIDENT, STREAMED)), strict=True)
+    assert many[0] - few[0] >= 6 * (block + packed) and many[1] - few[1] < block / 50
+
+
+@pytest.mark.parametrize("method", ["gptq", "nf4", "int8"])
+def test_a_budget_below_the_least_is_refused_with_it(
+    method: Any, rows: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(quantizing, "runtime_bytes", lambda precision: 400 << 20)
+    source = save_tiny_llama(tmp_path / "source")
+    settings = {**GPTQ, "calibration": rows} if method == "gptq" else {"method": method}
+    with pytest.raises(ConfigError, match=r"budget is 100 MiB, but quantising .* takes at least 4\d\d MiB: .*--memory"):
+        quantize(str(source), out=tmp_path / "out", memory="100MiB", console=quiet(), **settings)
+    for wrong, said in (("3", "without a unit"), ("-1GiB", "must be above 0"), ("2 lots", "no unit of memory")):
+        with pytest.raises(ConfigError, match=said):
+            quantize(str(source), out=tmp_path / "out", memory=wrong, console=quiet(), **settings)
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+@pytest.mark.parametrize("method", ["gptq", "nf4"])
+def test_a_model_that_cannot_be_planned_is_refused(
+    method: Any, rows: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(*_: Any) -> None:
+        raise NotPlanned("This model cannot be planned.")
+
+    monkeypatch.setattr(quantizing, "forecast", refused)
+    source = save_tiny_llama(tmp_path / "source")
+    settings = {**GPTQ, "calibration": rows} if method == "gptq" else {"method": method}
+    with pytest.raises(ConfigError, match=r"cannot be kept without a plan: .* with every --method, .* Leave --memory out"):
+        quantize(str(source), out=tmp_path / "out", memory="8GiB", console=quiet(), **settings)
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+@pytest.mark.parametrize("method", ["gptq", "nf4"])
+def test_a_model_that_cannot_be_streamed_is_in_memory_or_refused_by_the_option_of_this_verb(
+    method: Any, rows: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = quantizing.forecast
+
+    def forecast(job: Job, way: Way) -> Phase:
+        if way.streamed:
+            raise NotStreamed("It has no blocks.")
+        return real(job, way)
+
+    monkeypatch.setattr(quantizing, "runtime_bytes", lambda precision: 400 << 20)
+    monkeypatch.setattr(quantizing, "forecast", forecast)
+    source = save_tiny_llama(tmp_path / "source")
+    settings = {**GPTQ, "calibration": rows} if method == "gptq" else {"method": method}
+    with pytest.raises(
+        ConfigError, match=r"at least 4\d\d MiB: .*in memory\. It has no blocks\. Give that with --memory"
+    ) as caught:
+        quantize(str(source), out=tmp_path / "out", memory="100MiB", console=quiet(), **settings)
+    assert "memory.budget" not in str(caught.value)
+    quantize(str(source), out=tmp_path / "out", memory="12GiB", console=quiet(), **settings)
+    with pytest.raises(ConfigError, match=r"^It has no blocks\. Leave --memory out\.$"), Kept(1, 1).measured(quiet()):
+        raise NotStreamed("It has no blocks.")
+
+
+@pytest.mark.usefixtures("no_runtime")
+def test_another_attention_than_the_planned_one_is_refused_under_a_budget(
+    rows: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = load._try_attention
+
+    def without_varlen(text: Any, attention: str, reference: Any) -> str | None:
+        return "it cannot" if attention == "varlen" else real(text, attention, reference)
+
+    monkeypatch.setattr(load, "_try_attention", without_varlen)
+    source = save_tiny_llama(tmp_path / "source")
+    with pytest.raises(ConfigError, match=r"attends with sdpa, row by row, .* planned for attention varlen.* Leave --memory out"):
+        quantize(str(source), out=tmp_path / "out", calibration=rows, memory="8GiB", console=quiet(), **GPTQ)
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+    quantize(str(source), out=tmp_path / "out", calibration=rows, console=quiet(), **GPTQ)
+
+
+@pytest.mark.usefixtures("no_runtime")
+@pytest.mark.parametrize("method", ["gptq", "nf4"])
+@pytest.mark.parametrize("full", [False, True], ids=["done", "disk full"])
+def test_every_store_is_closed(
+    method: Any, full: bool, rows: str, going: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened: list[RecordStream] = []
+    closed: list[RecordStream] = []
+    begin, end = RecordStream.__init__, RecordStream.close
+
+    def begun(stream: RecordStream, store: Any, *given: Any, **more: Any) -> None:
+        begin(stream, store, *given, **more)
+        if type(store) is Store:  # not a rehearsal's
+            opened.append(stream)
+
+    monkeypatch.setattr(RecordStream, "__init__", begun)
+    monkeypatch.setattr(RecordStream, "close", lambda stream: (closed.append(stream), end(stream)))
+    source = save_tiny_llama(tmp_path / "source")
+    going(STREAMED)
+    settings = {**GPTQ, "calibration": rows} if method == "gptq" else {"method": method}
+    ends: Any = nullcontext()
+    if full:
+        monkeypatch.setattr(packed_model, "stream_safetensors", failing)
+        ends = pytest.raises(EnvironmentProblem)
+    with ends:
+        quantize(str(source), out=tmp_path / "out", memory="8GiB", console=quiet(), **settings)
+    assert len(opened) == (method == "gptq") + (not full) and closed == opened
+
+
+def failing(*_: Any, **__: Any) -> None:
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+@pytest.mark.usefixtures("no_runtime")
+def test_a_disk_without_room_is_said_before_the_work(
+    rows: str, going: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = save_tiny_llama(tmp_path / "source")
+    going(SPILLED)
+    monkeypatch.setattr(quantizing.shutil, "disk_usage", lambda place: SimpleNamespace(free=1000))
+    with pytest.raises(EnvironmentProblem, match=r"until all is done: .* and 1 kB are free there\. Free some space"):
+        quantize(str(source), out=tmp_path / "out", calibration=rows, memory="8GiB", console=quiet(), **GPTQ)
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]

@@ -1,0 +1,97 @@
+"""A rehearsed step against the same step in memory: every byte that Python can see of it."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+
+from lorakeet.core.scratch import SCRATCH
+from lorakeet.core.spec import LoraSpec
+from lorakeet.models.targets import plan_for
+from lorakeet.models.text.adapted import begin_adapter
+from lorakeet.models.text.outline import config_from, outline
+from lorakeet.quant.spec import QuantSpec
+from lorakeet.train.spec import TrainSpec
+from lorakeet.workflows.planning.rehearse_text import CHECKPOINT, EVALUATE, STEP, Rehearsal, Rows, rehearse, training_on
+
+SMALL = {
+    "model_type": "llama", "vocab_size": 96, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 2,
+}  # fmt: skip
+LORA = LoraSpec(rank=4, alpha=12)
+ROWS = Rows(32, 2)
+
+
+def rehearsed(rows: Rows = ROWS, quantize: str = "none", lora: LoraSpec = LORA, **changes: int) -> Rehearsal:
+    build = partial(
+        outline, config_from({**SMALL, **changes}), name="small", dtype=torch.float32, products=torch.float32,
+        quantize=QuantSpec(method=quantize),  # type: ignore[arg-type]
+    )  # fmt: skip
+    return rehearse(build, lora, TrainSpec(), rows=rows)
+
+
+def test_what_is_kept_all_along_is_counted_exactly() -> None:
+    found = rehearsed()
+    real = outline(config_from(SMALL), name="small", dtype=torch.float32, products=torch.float32)
+    base = sum(tensor.nbytes for tensor in {id(t): t for t in (*real.model.parameters(), *real.model.buffers())}.values())
+    assert found.base == base
+    assert found.parameters == sum(parameter.numel() for parameter in real.model.parameters())
+    adapter = 4 * found.plan.parameters
+    step = found.peaks[STEP].kinds
+    assert step["base"] == base and step["adapter"] == 2 * adapter, "the adapter and the best one so far"
+    assert 2 * adapter <= step["moments"] <= 2 * adapter + 8 * 2 * len(found.plan.entries)  # and a step count each
+    assert set(found.peaks) >= {EVALUATE, STEP, CHECKPOINT}
+
+
+def test_the_saved_activations_are_those_that_autograd_saves() -> None:
+    text = outline(config_from(SMALL), name="small", dtype=torch.float32, products=torch.float32)
+    begin_adapter(text, plan_for(text.model, LORA, text.family), seed=0)
+    training = training_on(text, TrainSpec(), ROWS)
+    kept = {parameter.untyped_storage().data_ptr() for parameter in text.model.parameters()}
+    kept |= {buffer.untyped_storage().data_ptr() for buffer in text.model.buffers()}
+    saved: dict[int, torch.Tensor] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        saved[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        training.task.loss(training.task.batches(0)[0])
+    expected = sum(tensor.untyped_storage().nbytes() for pointer, tensor in saved.items() if pointer not in kept)
+    planned = rehearsed().peaks[STEP].kinds["saved activations"]
+    assert 0.8 * expected <= planned <= 1.1 * expected
+
+
+def test_more_layers_rows_and_rank_take_more_and_attention_alone_takes_less() -> None:
+    plain = rehearsed().peaks[STEP].bytes
+    assert rehearsed(num_hidden_layers=3).peaks[STEP].bytes > plain
+    assert rehearsed(rows=Rows(32, 4)).peaks[STEP].bytes > plain
+    assert rehearsed(lora=LoraSpec(rank=8, alpha=12)).peaks[STEP].bytes > plain
+    assert rehearsed(lora=LoraSpec(rank=4, alpha=12, target_modules=("attention",))).peaks[STEP].bytes < plain
+
+
+def test_packed_weights_are_smaller_and_leave_no_fake_matrix_behind() -> None:
+    dense, packed = rehearsed(), rehearsed(quantize="nf4")
+    assert packed.base < dense.base and packed.parameters == dense.parameters
+    assert packed.peaks[STEP].bytes < dense.peaks[STEP].bytes
+    matrix = SCRATCH.matrix((4, 4), torch.float32, torch.device("cpu"))
+    assert type(matrix) is torch.Tensor
+    SCRATCH.clear()
+
+
+def test_work_is_that_of_one_micro_batch() -> None:
+    found = rehearsed()
+    forward = 2 * found.parameters * ROWS.tokens
+    assert 1.5 * forward < found.work.flops < 4 * forward  # forward and backward through the frozen weights
+    assert found.work.written > found.base
+
+
+def test_made_up_rows_give_every_pair_a_gradient_whatever_the_made_up_weights() -> None:
+    """Rows of one token repeated had left queries and keys, whose values were all alike, with gradients of pure rounding."""
+    for seed in range(12):
+        torch.manual_seed(seed)
+        text = outline(config_from(SMALL), name="small", dtype=torch.bfloat16, products=torch.float32)
+        begin_adapter(text, plan_for(text.model, LORA, text.family), seed=0)
+        training = training_on(text, TrainSpec(), Rows(64, 2))
+        training.step()  # which raises where a gradient did not arrive

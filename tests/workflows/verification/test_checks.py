@@ -1,0 +1,140 @@
+"""`workflows.compare_artefact`: the checks of an artefact that is right, and of ones that are wrong in one way each."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from lorakeet.data.chat import Candidates
+from lorakeet.evaluate.spec import EvaluateSpec
+from lorakeet.export.folded import StoredTensor
+from lorakeet.export.llama_cpp import PASS
+from lorakeet.export.tolerances import F32, Q4
+from lorakeet.workflows.planning.check import COMPARED, ROW_LOGITS
+from lorakeet.workflows.runs.open_adapter import open_adapter
+from lorakeet.workflows.verification.artefact import InTorch, live_side
+from lorakeet.workflows.verification.checks import (
+    Probes,
+    check_answers,
+    check_greedy,
+    check_ids,
+    check_logits,
+    check_stored,
+    first_difference,
+    share_error,
+)
+from tiny.held import HeldBytes
+from tiny.runs import quiet
+
+SPEC = EvaluateSpec(resamples=100)
+ROW = np.array([5, 9, 70, 33, 12, 40], np.int64)
+
+
+@pytest.fixture(scope="module")
+def live(finished: Any) -> InTorch:
+    return live_side(open_adapter(finished.path), quiet())
+
+
+@pytest.fixture(scope="module")
+def probes() -> Probes:
+    labelled = Candidates(ROW[:4], (ROW[4:], ROW[3:5], np.array([90, 91, 92], np.int64)), "row", 0, False)
+    return Probes([], [], [ROW, ROW[:3]], [labelled], [ROW[:4]])
+
+
+def test_probes_are_cut_where_longer_ones_have_no_room(probes: Probes) -> None:
+    assert probes.cut_to(None) is probes
+    cut = probes.cut_to(5)
+    assert [len(ids) for ids in (*cut.rows, *cut.prompts)] == [5, 3, 4] and cut.most == 5
+    assert cut.labelled == [] and cut.too_long == 1
+    roomy = probes.cut_to(7)
+    assert roomy.labelled == probes.labelled and roomy.too_long == 0
+
+
+def test_parts_of_a_row_are_compared_as_the_whole_is(live: InTorch, probes: Probes, monkeypatch: pytest.MonkeyPatch) -> None:
+    other = InTorch(live.text, None, "base")
+    whole = check_logits(live, other, probes, SPEC)
+    monkeypatch.setattr("lorakeet.workflows.verification.artefact.PASS", 2)
+    assert [len(part) for part in live.logit_parts(ROW.tolist())] == [2, 2, 2]
+    parts = check_logits(live, other, probes, SPEC)
+    assert parts.n == whole.n == 7 and parts.measured == pytest.approx(whole.measured, rel=1e-4)
+    for last in (1, 3):
+        full, few = live.logits(ROW.tolist()), live.logits(ROW.tolist(), last)
+        np.testing.assert_allclose(few, full[-last:], atol=1e-5)
+
+
+@pytest.mark.parametrize("tokens", [200, 600])
+def test_one_table_of_logits_of_each_side_is_held_at_a_time(tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether a row has several parts, and whether another row came before."""
+    vocabulary, cells = 20_000, 40_000
+    monkeypatch.setattr("lorakeet.evaluate.parity.CELLS", cells)
+    head = torch.randn(8, vocabulary)
+    monkeypatch.setattr(InTorch, "_hidden", lambda self, ids, last: torch.randn(last, 8))
+    text: Any = SimpleNamespace(model=torch.nn.Identity(), head=lambda hidden: hidden @ head)
+    ids = np.arange(tokens)
+    with HeldBytes() as held:
+        check = check_logits(InTorch(text, None, "live"), InTorch(text, None, "x"), Probes([], [], [ids, ids], [], []), SPEC)
+    table = 4 * min(tokens, PASS) * vocabulary
+    assert check.n == 2 * (tokens - 1)
+    assert ROW_LOGITS * table < held.peak < ROW_LOGITS * table + COMPARED * cells + (1 << 20) < 4 * table
+
+
+def test_a_side_that_tells_less_of_a_row_is_an_error(live: InTorch, probes: Probes) -> None:
+    class Short(InTorch):
+        def logit_parts(self, ids: Sequence[int]) -> Iterator[torch.Tensor]:
+            return iter(())
+
+    with pytest.raises(ValueError, match="fewer tokens of a row"):
+        check_logits(live, Short(live.text, None, "short"), probes, SPEC)
+
+
+def test_the_model_is_equal_to_itself_and_its_base_is_not(live: InTorch, probes: Probes) -> None:
+    base = InTorch(live.text, None, "base")
+    assert check_logits(live, live, probes, SPEC).passed and check_answers(live, live, probes, SPEC).passed
+    assert check_greedy(live, live, probes).measured == {"gap": 0.0}
+    logits = check_logits(live, base, probes, SPEC)
+    assert not logits.passed and logits.measured["effect"] == pytest.approx(1.0)
+    assert "effect" not in check_logits(live, InTorch(live.text, None, "base", Q4), probes, SPEC).measured
+    greedy = check_greedy(live, base, probes)
+    assert not greedy.passed and "The first diverging token is number" in greedy.detail
+
+
+def test_where_ids_part_is_said_with_a_cause(live: InTorch) -> None:
+    bos = live.text.tokenizer.bos_token_id
+    assert "BOS is doubled" in first_difference(live, [5, 6], [bos, 5, 6], "prompt")
+    assert "leaves out the begin token" in first_difference(live, [bos, 5, 6], [5, 6], "prompt")
+    assert "has no chat template" in first_difference(live, [5], [], "prompt")
+    assert "parts at token 1" in first_difference(live, [5, 6, 7], [5, 8, 7], "raw text")
+    check = check_ids(live, "x", [([1], [1], "prompt"), ([1], [2], "prompt")])
+    assert not check.passed and check.measured["different_prompts"] == 1 and check.n == 2
+
+
+def test_stored_tensors_are_judged_by_share_and_rounding() -> None:
+    right = StoredTensor(1.0, 0.0, 1e-7, 1.0)
+    assert check_stored("x", {"a": right}, F32).passed and not check_stored("x", {}, F32).passed
+    for wrong, words in (
+        (StoredTensor(0.5, 0.0, 1e-7, 0.5), "it holds 0.5 times the adapter's change"),
+        (StoredTensor(math.nan, 0.0, 0.1, 0.0), "the adapter does not change it"),
+        (StoredTensor(0.0, 0.0, math.inf, 0.0), "it is missing, or of another shape"),
+    ):
+        check = check_stored("x", {"a": right, "b": wrong}, F32)
+        assert not check.passed and check.detail.startswith("The worst layer is b: ") and words in check.detail
+
+
+def test_a_change_below_the_rounding_is_said_and_is_no_mistake() -> None:
+    swallowed = StoredTensor(0.05, 0.001, 0.1, 0.4, noise=9.0)
+    check = check_stored("x", {"a": StoredTensor(1.0, 0.0, 0.1, 1.0), "b": swallowed}, Q4)
+    assert check.passed and "In 1 matrices rounding to 4 bits is larger than the adapter's change; they hold 0.05" in check.detail
+    coarse = StoredTensor(0.05, 0.001, 0.9, 0.4, noise=9.0)
+    assert not check_stored("x", {"b": coarse}, Q4).passed
+
+
+def test_rounding_explains_a_part_of_the_share() -> None:
+    assert share_error(StoredTensor(0.9, 0.03, 0.1, 1.0)) == 0.0
+    assert share_error(StoredTensor(0.5, 0.03, 0.1, 1.0)) == pytest.approx(0.35)
+    assert share_error(StoredTensor(math.nan, 0.0, 0.1, 0.0)) == 0.0 and share_error(StoredTensor(0, 0, math.inf, 0)) == math.inf

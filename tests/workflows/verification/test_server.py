@@ -1,0 +1,235 @@
+"""`workflows.server_artefact`: a served model is compared by what it tells, and what it does not tell is listed."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lorakeet.core.adapter import Pair
+from lorakeet.data.prepare import load_dataset
+from lorakeet.errors import EnvironmentProblem, VerificationFailed
+from lorakeet.evaluate.certificate import Check, read_certificate
+from lorakeet.export.tolerances import F16
+from lorakeet.formats.gguf import permute, unpermute
+from lorakeet.models.spec import ModelSpec
+from lorakeet.models.text.live import LiveModel
+from lorakeet.models.text.load import load_text_model, load_tokenizer
+from lorakeet.serve.engine import Engine
+from lorakeet.serve.registry import Registry
+from lorakeet.serve.service import Service
+from lorakeet.workflows.convert import convert
+from lorakeet.workflows.runs.open_adapter import open_adapter
+from lorakeet.workflows.verification.artefact import live_side
+from lorakeet.workflows.verification.server import Server, _label
+from lorakeet.workflows.verify import probes_of, verify
+from tiny.exports import loud_run, write_model
+from tiny.runs import quiet
+from tiny.servers import KINDS, serving
+from tiny.site import Site
+
+
+def kinds(checks: Sequence[Check]) -> list[str]:
+    return [check.name.rpartition(": ")[2] for check in checks]
+
+
+@pytest.fixture(scope="module")
+def loud(finished: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return loud_run(finished.path, tmp_path_factory.mktemp("loud") / "run")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_right_model_passes_and_the_base_does_not(finished: Any, loud: Path, kind: str, tmp_path: Path) -> None:
+    run = shutil.copytree(loud, tmp_path / "run")  # whose certificate will hold a failed check
+    adapter, tokenizer = open_adapter(run).adapter, load_tokenizer(finished.model)
+    with serving(write_model(finished.model, adapter, tmp_path / "right.gguf"), tokenizer, kind) as right:
+        found: Any = verify(str(run), against=(right,), rows=2, console=quiet())
+    checks = found.certificate.checks
+    tells = kind in ("llama.cpp", "vLLM")
+    assert kinds(checks) == ["prompt ids" if tells else "prompt lengths", "greedy text", "log-probabilities", "answers"]
+    told = checks[2]
+    assert told.measured["mean_kl"] < 1e-5 and told.measured["top1_agreement"] == 1 and told.measured["effect"] < 1e-3
+    assert told.n == {"vLLM": sum_of_places(run)}.get(kind, told.n) and told.n >= 8
+    assert set(told.estimates) == {"mean_kl", "top1_agreement"}
+    answers = checks[-1]
+    assert answers.measured == {"different_answers": 0} and answers.n == 2
+    assert answers.estimates["accuracy_live"] == answers.estimates["accuracy_there"]
+    missing = {str(one) for one in found.certificate.unchecked}
+    assert f"not checked: the stored weights of {right}, since a server does not tell them" in missing
+    for what in ("conversations", "raw texts"):
+        line = f"not checked: the token ids of {what} of {right}, since the server does not tell"
+        assert (line in missing) is not tells
+    base = write_model(finished.model, None, tmp_path / "wrong.gguf")
+    with serving(base, tokenizer, kind) as wrong, pytest.raises(VerificationFailed, match="first diverging token is") as caught:
+        verify(str(run), against=(wrong,), rows=2, console=quiet())
+    assert "log-probabilities" in str(caught.value) and "Likely cause: the adapter is not applied" in str(caught.value)
+    assert "effect" in str(caught.value)
+
+
+def sum_of_places(run: Path) -> int:
+    opened = open_adapter(run)
+    probes = probes_of(opened, load_dataset(opened.config.data), live_side(opened, quiet()), 2)
+    return sum(len(ids) - 1 for ids in probes.rows)
+
+
+def third(_: str, pair: Pair) -> Pair:
+    return dataclasses.replace(pair, alpha=4.0)
+
+
+def permuted(path: str, pair: Pair) -> Pair:
+    heads = {"q_proj": 4, "k_proj": 2}.get(path.rpartition(".")[2], 0)
+    if not heads:
+        return pair
+    return dataclasses.replace(pair, A=permute(pair.A.t().contiguous(), heads).t().contiguous(), B=unpermute(pair.B, heads))
+
+
+def without_a_block(path: str, pair: Pair) -> Pair:
+    return dataclasses.replace(pair, B=pair.B * 0) if ".layers.1." in path else pair
+
+
+@pytest.mark.parametrize(
+    ("mutate", "cause"),
+    [
+        (third, "the scale is 0.3333 times what it should be"),
+        (permuted, "A of q and k is permuted instead of B"),
+        (without_a_block, "the pairs of model.layers.1 are missing"),
+    ],
+)
+def test_each_mistake_of_a_served_model_is_named(finished: Any, loud: Path, mutate: Any, cause: str, tmp_path: Path) -> None:
+    run = shutil.copytree(loud, tmp_path / "run")
+    held = open_adapter(run).adapter
+    wrong = dataclasses.replace(held, pairs={path: mutate(path, pair) for path, pair in held.pairs.items()})
+    file = write_model(finished.model, wrong, tmp_path / "wrong.gguf")
+    for kind in ("llama.cpp", "vLLM"):
+        with serving(file, load_tokenizer(finished.model), kind) as url, pytest.raises(VerificationFailed) as caught:
+            verify(str(run), against=(url,), rows=2, console=quiet())
+        assert f"{url}: log-probabilities" in str(caught.value) and cause in str(caught.value)
+
+
+def test_another_template_is_seen_even_where_only_lengths_are_told(finished: Any, loud: Path, tmp_path: Path) -> None:
+    run = shutil.copytree(loud, tmp_path / "run")
+    file = write_model(finished.model, open_adapter(run).adapter, tmp_path / "right.gguf")
+    tokenizer = load_tokenizer(finished.model)
+    tokenizer.chat_template = tokenizer.bos_token + tokenizer.chat_template
+    for kind, words in (("llama.cpp", "BOS is doubled or added"), ("Ollama", "another chat template, or a begin token more")):
+        with serving(file, tokenizer, kind) as url, pytest.raises(VerificationFailed, match=words):
+            verify(str(run), against=(url,), rows=2, console=quiet())
+
+
+def test_a_server_that_tells_texts_alone_is_read_by_them(finished: Any, loud: Path, tmp_path: Path) -> None:
+    run = shutil.copytree(loud, tmp_path / "run")
+    tokenizer = load_tokenizer(finished.model)
+    right = write_model(finished.model, open_adapter(run).adapter, tmp_path / "right.gguf")
+    wrong = write_model(finished.model, None, tmp_path / "wrong.gguf")
+    with serving(right, tokenizer, "Ollama", logprobs=False) as url:
+        found: Any = verify(str(run), against=(url,), rows=2, console=quiet())
+    assert kinds(found.certificate.checks) == ["prompt lengths", "greedy text", "answers"]
+    greedy = found.certificate.checks[1]
+    assert set(greedy.measured) == {"gap"} and greedy.n > 4
+    line = f"not checked: log-probabilities and their KL of {url}, since the server does not tell"
+    assert line in {str(one) for one in found.certificate.unchecked}
+    with serving(wrong, tokenizer, "Ollama", logprobs=False) as url, pytest.raises(VerificationFailed, match="first diverging"):
+        verify(str(run), against=(url,), rows=2, console=quiet())
+
+
+def test_a_check_says_when_and_against_what_it_was_made(finished: Any, loud: Path, tmp_path: Path) -> None:
+    run = shutil.copytree(loud, tmp_path / "run")
+    tokenizer = load_tokenizer(finished.model)
+    files = [write_model(finished.model, held, tmp_path / f"{bool(held)}.gguf") for held in (None, open_adapter(run).adapter)]
+    with serving(files[0], tokenizer, "llama.cpp") as wrong, pytest.raises(VerificationFailed):
+        verify(str(run), against=(wrong,), rows=1, console=quiet())
+    with serving(files[1], tokenizer, "llama.cpp") as right:
+        verify(str(run), against=(right,), rows=1, console=quiet())
+    kept = read_certificate(run / "certificate.json")
+    dated = [check for check in kept.checks if check.artefact in (wrong, right)]
+    assert len(dated) == 8 and {check.against for check in dated} == {"/models/tiny.gguf by llama.cpp b7"}
+    assert all(abs((datetime.now(timezone.utc) - datetime.fromisoformat(check.made)).total_seconds()) < 600 for check in dated)
+    assert {one.artefact for one in kept.unchecked} == {wrong, right}
+    page = (run / "report.html").read_text()
+    assert "by llama.cpp b7" in page and f"not checked: the stored weights of {right}" in page and dated[0].made in page
+
+
+def test_lorakeet_serve_gives_what_the_live_adapter_gives(finished: Any, loud: Path, tmp_path: Path) -> None:
+    run = shutil.copytree(loud, tmp_path / "run")
+    (run / "certificate.json").unlink()  # its record is of the adapter before it was made loud
+    text = load_text_model(ModelSpec(path=str(finished.model), dtype="float32"))
+    live = LiveModel(text)
+    engine = Engine(text, live.selection, slots=2, context=256, chunk=64)
+    engine.start()
+    registry = Registry(live, engine, base="base", budget=None, changed=lambda: None)
+    registry.register("mine", run)
+    site = Site(Service(text, engine, registry))
+    try:
+        found: Any = verify(str(run), against=(f"{site.url}#mine",), precision="float32", rows=2, console=quiet())
+        names = kinds(found.certificate.checks)
+        with pytest.raises(VerificationFailed, match="the adapter is not applied"):
+            verify(str(run), against=(f"{site.url}/v1#base",), rows=2, console=quiet())
+    finally:
+        site.stop()
+        engine.drain(timeout=0.0)
+    assert names == ["prompt ids", "greedy text", "log-probabilities", "answers"]
+    assert found.certificate.checks[2].measured["mean_kl"] < 1e-8
+
+
+LLAMA_SERVER = """
+import json, sys
+import xllamacpp
+given = json.loads(sys.argv[1])
+params = xllamacpp.CommonParams()
+params.model.path = given["model"]
+params.n_ctx, params.n_parallel = 512, 1
+params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 1
+params.lora_adapters = [xllamacpp.CommonAdapterLoraInfo(path, 1.0) for path in given["adapters"]]
+server = xllamacpp.Server(params)
+print("listening", server.listening_address, flush=True)
+sys.stdin.read()
+"""
+
+
+@contextmanager
+def llama_server(model: Path, *adapters: Path) -> Iterator[str]:
+    """The address of llama.cpp's own server, which is what Ollama starts."""
+    given = json.dumps({"model": str(model), "adapters": [str(path) for path in adapters]})
+    command = [sys.executable, "-c", LLAMA_SERVER, given]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+    with subprocess.Popen(command, text=True, **pipes) as process:
+        assert process.stdout is not None
+        try:
+            yield next(line.split()[1] for line in iter(process.stdout.readline, "") if line.startswith("listening"))
+        finally:
+            process.kill()
+
+
+def test_a_real_llama_server_writes_what_the_live_adapter_writes_merged_or_not(finished: Any, tmp_path: Path) -> None:
+    run = shutil.copytree(finished.path, tmp_path / "run")
+    adapter = open_adapter(run).adapter
+    merged, base = (write_model(finished.model, held, tmp_path / name) for held, name in ((adapter, "m.gguf"), (None, "b.gguf")))
+    convert(run, tmp_path / "a.gguf", to="gguf", base=finished.model, console=quiet())
+    for model, adapters in ((merged, ()), (base, (tmp_path / "a.gguf",))):
+        with llama_server(model, *adapters) as url:
+            found: Any = verify(str(run), against=(url,), rows=2, console=quiet())
+            names = [check.name.rpartition(": ")[2] for check in found.certificate.checks]
+            assert names == ["prompt ids", "greedy text", "log-probabilities", "answers"]
+            assert found.certificate.checks[2].against.startswith(f"{model} by llama.cpp")
+    with llama_server(base) as url, pytest.raises(VerificationFailed, match="first diverging token"):
+        verify(str(run), against=(url,), rows=2, console=quiet())
+
+
+def test_the_label_that_was_written_is_the_longest_that_fits() -> None:
+    labels = ["bad", "bad taste", "good"]
+    found = [_label(labels, text) for text in (" bad taste.", "bad", "good\n", "goo", "")]
+    assert found == [1, 0, 2, -1, -1]
+
+
+def test_nothing_there_is_said() -> None:
+    with pytest.raises(EnvironmentProblem, match="gives no answer that can be used"):
+        Server("http://127.0.0.1:9", F16)

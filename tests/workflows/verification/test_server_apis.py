@@ -1,0 +1,88 @@
+"""`workflows.server_apis`: each API is recognised, asked only for what it knows, and says None where it does not tell."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lorakeet.errors import ConfigError, EnvironmentProblem
+from lorakeet.models.text.load import load_tokenizer
+from lorakeet.workflows.verification.server_apis import Refused, Token, ask, find_api
+from tiny.exports import write_model
+from tiny.servers import KINDS, MODEL, Fake, serving
+
+TALK = [{"role": "user", "content": "Is it good?"}]
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def served(request: Any, tiny_llama_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """(the kind, its API as found, the tokenizer)"""
+    tokenizer = load_tokenizer(tiny_llama_folder)
+    file = write_model(tiny_llama_folder, None, tmp_path_factory.mktemp("served") / "model.gguf")
+    with serving(file, tokenizer, request.param) as url:
+        yield request.param, find_api(url, ""), tokenizer
+
+
+def test_what_each_server_tells_of_prompts(served: Any) -> None:
+    kind, api, tokenizer = served
+    rendered = tokenizer.apply_chat_template(TALK, tokenize=False, add_generation_prompt=True)
+    ids = tokenizer.encode(rendered, add_special_tokens=False)
+    tells = kind in ("llama.cpp", "vLLM")
+    assert api.tokenise("Is it") == (tokenizer.encode("Is it") if tells else None)
+    assert api.prompt(TALK) == (ids if tells else None)
+    if not tells:
+        assert api.prompt_length(TALK) == len(ids)
+    assert api.takes_ids is (kind != "Ollama")
+    about = {"llama.cpp": "/models/tiny.gguf by llama.cpp b7", "vLLM": "tiny by vLLM 0.11.0", "OpenAI": "tiny by a server with"}
+    assert about.get(kind, "tiny (0123456789ab) by Ollama 0.12.11") in api.about()
+
+
+def test_what_each_server_tells_of_tokens(served: Any) -> None:
+    kind, api, tokenizer = served
+    ids = tokenizer.encode("Is it good?")
+    written = api.chat(TALK, 5) if kind == "Ollama" else api.write(ids, 5)
+    assert 1 <= len(written.steps) <= 5
+    for step in written.steps:
+        by_text = kind == "OpenAI"  # by which pieces of characters coincide
+        assert by_text or (step.top[0].logprob == step.token.logprob and len(step.top) == 10)
+        assert step.token.text in {token.text for token in step.top}
+        assert by_text or all(one.logprob >= two.logprob for one, two in zip(step.top, step.top[1:], strict=False))
+        assert (step.token.number is not None) is (kind in ("llama.cpp", "vLLM"))
+    along = api.along(ids)
+    assert (along is not None) is (kind == "vLLM")
+    if along is not None:
+        assert set(along) == set(range(len(ids) - 1))
+        assert sorted(token.number for token in along[2]) == sorted(token.number for token in api.write(ids[:3], 1).steps[0].top)
+
+
+def test_a_server_with_several_models_is_told_which(
+    tmp_path: Path, tiny_llama_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = write_model(tiny_llama_folder, None, tmp_path / "model.gguf")
+
+    def several(self: Any) -> None:
+        listed = {"data": [{"id": "one", "owned_by": "lorakeet"}, {"id": "two", "owned_by": "lorakeet"}]}
+        self._say(listed if self.path == "/v1/models" else None)
+
+    monkeypatch.setattr(Fake, "do_GET", several)
+    with serving(file, load_tokenizer(tiny_llama_folder), "OpenAI") as url:
+        with pytest.raises(ConfigError, match=r"serves one, two; say which of them is meant: --against .*#NAME"):
+            find_api(url, "")
+        assert find_api(url, "two").model == "two"
+        with pytest.raises(Refused, match=r"/nowhere refuses \(404"):
+            ask(url, "/nowhere")
+
+
+def test_a_server_that_tells_no_log_probabilities_gives_text_alone(tmp_path: Path, tiny_llama_folder: Path) -> None:
+    file = write_model(tiny_llama_folder, None, tmp_path / "model.gguf")
+    with serving(file, load_tokenizer(tiny_llama_folder), "Ollama", logprobs=False) as url:
+        written = find_api(url, MODEL).chat(TALK, 5)
+    assert written.text and written.steps == () and Token("a").logprob is None
+
+
+def test_nothing_there_is_said() -> None:
+    with pytest.raises(EnvironmentProblem, match="gives no answer that can be used"):
+        find_api("http://127.0.0.1:9", "")
